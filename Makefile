@@ -1,0 +1,69 @@
+# One virtual environment, two stages: what running needs (demo, dev), and what testing needs besides (test, check, bench).
+# Every package is pinned and hashed. The project itself is installed from the checkout, so the program is .venv/bin/darkroom.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV ?= uv
+COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate $(ARGS)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo dev test check bench lock clean
+
+help:
+	@echo "make demo    see it work: an upstream, the service and a subscriber on this machine"
+	@echo "make dev     a service on its own sandbox upstream, to try requests on"
+	@echo "make test    the tests; make check: lint, types, import rules and tests as CI runs them"
+	@echo "make setup   the environments alone; make bench: the benchmark; make lock: new locks"
+
+setup: $(VENV)/.run $(VENV)/.dev
+
+demo: $(VENV)/.run
+	@$(BIN)/python deploy/demo.py
+
+dev: $(VENV)/.run
+	@$(BIN)/darkroom serve --sandbox
+
+test: $(VENV)/.dev
+	@$(BIN)/python -m pytest
+
+bench: $(VENV)/.dev
+	@$(BIN)/python -m tests.bench
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --cov --cov-report=
+	$(BIN)/coverage report --fail-under=95
+	$(BIN)/coverage report --fail-under=100 --include='service/model.py,service/signing.py,service/pipeline/*'
+
+# Newest versions: make lock ARGS=--upgrade
+lock:
+	$(COMPILE) --extra postgres pyproject.toml --output-file requirements.lock
+	$(COMPILE) --extra postgres --group dev --constraint requirements.lock pyproject.toml --output-file requirements-dev.lock
+	$(COMPILE) --group build --constraint requirements-dev.lock --output-file requirements-build.lock
+
+clean:
+	rm -rf $(VENV) demo-data .coverage .coverage.* htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+# Each stamp is written last: a set-up that was broken off is done again.
+
+$(VENV)/.run: requirements.lock requirements-build.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	  || { echo "darkroom needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing): try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	  || { echo "darkroom needs Python's venv module, which this system packs apart: apt-get install python3-venv, or set PYTHON" >&2; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing what running needs into $(VENV) ..."
+	@$(PIP) install --require-hashes -r requirements.lock
+	@$(PIP) install --require-hashes -r requirements-build.lock
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.run
+	@echo "installing what testing needs into $(VENV) ..."
+	@$(PIP) install --require-hashes -r requirements-dev.lock
+	@touch $@

@@ -1,0 +1,255 @@
+"""The wiring: settings become resources, resources an application, the application a server. Nothing else knows settings or backends."""
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+
+import structlog
+import uvicorn
+import uvloop
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+
+from service.blobs.local import LocalBlobs
+from service.catalogue import load_catalogue
+from service.egress import Egress, Rules
+from service.errors import ConfigurationError
+from service.ops import logging
+from service.ops.metrics import Metrics
+from service.pipeline.delivery import Deliverer
+from service.pipeline.download import Downloader
+from service.pipeline.outbox import tell
+from service.pipeline.reconcile import Plan
+from service.pipeline.settle import Settler
+from service.pipeline.submission import Submitter
+from service.pipeline.submit import Intake
+from service.pipeline.worker import Stage, WorkerPool
+from service.resources import Resources, new_id
+from service.settings import Settings, masked, secret_keys
+from service.signing import Keyring
+from service.sinks.webhook import WebhookSink
+from service.store import Store
+from service.store.postgres import open_postgres
+from service.store.sqlite import open_sqlite, wall_clock
+from service.upstreams import Call
+from service.upstreams.evolink import EvoLink
+from service.web.access import Access
+from service.web.context import Context
+from service.web.errors import HANDLERS
+from service.web.middleware import Requests
+from service.web.routes import operators_routes, routes
+
+log = structlog.get_logger()
+
+DELIVERIES, REDELIVERIES = 64, 32  # at once; first attempts and retries have places of their own
+RESULT_REDIRECTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What a process does: `serve` both, `serve --no-worker` only the web, `worker` only the work."""
+
+    web: bool = True
+    workers: bool = True
+
+    @property
+    def name(self) -> str:
+        return "serve" if self.web and self.workers else "web" if self.web else "worker"
+
+
+@asynccontextmanager
+async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> AsyncIterator[Resources]:
+    """Opens everything a process needs, in order, and closes it in the other; ConfigurationError: it must not start."""
+    if role.workers and settings.evolink_api_key is None:
+        raise ConfigurationError("DARKROOM_EVOLINK_API_KEY is required by workers")
+    keyring = Keyring(secret_keys(settings))
+    process = f"{socket.gethostname()[:32]}:{os.getpid()}:{os.urandom(4).hex()}"
+    migrate = settings.migrate == "on"
+
+    def refused(purpose: str, host: str, reason: str) -> None:
+        metrics.egress_refused.labels(purpose).inc()
+        log.warning("egress.refused", purpose=purpose, host=host, reason=reason)
+
+    def called(call: Call) -> None:
+        metrics.upstream_requests.labels(call.kind, call.outcome).inc()
+        metrics.upstream_seconds.labels(call.kind).observe(call.duration)
+        figures = {"status": call.status, "outcome": call.outcome, "upstream_request_id": call.request_id}
+        log.info("upstream.called", kind=call.kind, duration_ms=round(call.duration * 1000), **figures)
+
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        path = settings.sqlite_path
+        store: Store
+        if path is None:
+            store = await enter(open_postgres(settings.database_url, process=process, new_id=new_id, migrate=migrate))
+        else:
+            store = await enter(open_sqlite(path, process=process, new_id=new_id, migrate=migrate))
+        networks = settings.upstream_networks
+        upstream = await enter(Egress(Rules("upstream", networks), on_refused=refused))
+        rules = Rules("results", networks, settings.evolink_result_hosts, redirects=RESULT_REDIRECTS, upgrade=True)
+        results = await enter(Egress(rules, connections=settings.download_concurrency, on_refused=refused))
+        endpoints = await enter(
+            Egress(Rules("endpoints", settings.endpoint_networks), connections=DELIVERIES + REDELIVERIES, on_refused=refused)
+        )
+        callbacks = await enter(Egress(Rules("task_callbacks", settings.task_callback_networks), on_refused=refused))
+        yield Resources(
+            store=store,
+            blobs=await LocalBlobs.open(settings.image_dir, spare=0 if path else 3600),
+            upstream=EvoLink(
+                upstream,
+                settings.evolink_base_url,
+                settings.evolink_api_key.get_secret_value() if settings.evolink_api_key else "",
+                settings.submit_timeout_s,
+                settings.query_timeout_s,
+                called,
+            ),
+            upstream_calls=asyncio.Semaphore(settings.evolink_concurrency),
+            results=results,
+            webhooks=WebhookSink(endpoints, settings.delivery_timeout_s),
+            task_callbacks=WebhookSink(callbacks, settings.delivery_timeout_s),
+            keyring=keyring,
+            metrics=metrics,
+            base_url=settings.base_url,
+            clock=wall_clock,
+        )
+
+
+def stages(settings: Settings, resources: Resources) -> list[Stage]:
+    """The workers' stages, in the order of the data."""
+    plan = Plan(settings.callback_url is not None, settings.reconcile_after_s, resources.random)
+    submitter = Submitter(
+        resources,
+        plan,
+        settings.submit_schedule,
+        settings.submit_timeout_s,
+        settings.submit_give_up_s,
+        settings.uncertain,
+        settings.uncertain_after_s,
+    )
+    settler = Settler(resources, plan, settings.evolink_confirm == "always", settings.evolink_task_ttl_s, settings.evolink_result_ttl_s)
+    decoding = asyncio.Semaphore(settings.decode_concurrency)
+    downloader = Downloader(resources, settings.download_schedule, settings.max_image_bytes, settings.max_image_pixels, decoding)
+    deliverer = Deliverer(resources, settings.delivery_schedule, settings.endpoint_disable_after_s)
+    return [
+        Stage("submit", settings.evolink_concurrency, submitter.run),
+        Stage("settle", settings.evolink_concurrency, settler.run),
+        Stage("download", settings.download_concurrency, downloader.run),
+        Stage("deliver", DELIVERIES, deliverer.run),
+        Stage("redeliver", REDELIVERIES, deliverer.run),
+    ]
+
+
+@asynccontextmanager
+async def running(settings: Settings, role: Role) -> AsyncIterator[Context]:
+    """A process at work: resources open, workers claiming. At the end work in flight is finished within `STOP_S`, the rest given back."""
+    metrics = Metrics()
+    async with open_resources(settings, role, metrics) as resources:
+        pool = WorkerPool(resources.store, stages(settings, resources) if role.workers else [], metrics, partial(tell, metrics=metrics))
+        context = Context(
+            resources=resources,
+            intake=Intake(resources, load_catalogue(), settings.callback_url, settings.min_free_bytes, settings.log_prompts),
+            access=Access(resources.store, settings.admin_key.get_secret_value() if settings.admin_key else None),
+            result_ttl_s=settings.evolink_result_ttl_s,
+            workers_alive=(lambda: pool.alive) if role.workers else None,
+        )
+        claiming = asyncio.create_task(pool.run(), name="workers")
+        log.info("service.started", role=role.name, address=f"{settings.host}:{settings.port}", settings=masked(settings))
+        try:
+            yield context
+        finally:
+            resources.store.signals.stop()
+            claiming.cancel()
+            with suppress(asyncio.CancelledError):
+                await claiming
+            unfinished = await pool.stop(settings.stop_s)
+            log.info("service.stopped", role=role.name, unfinished=unfinished)
+
+
+def create_app(context: Context, role: Role, *, metrics_open: bool = False) -> Starlette:
+    """The application over a running process."""
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Context]]:
+        yield {"context": context}
+
+    table = routes() if role.web and not metrics_open else operators_routes(metrics_open=metrics_open)
+    return Starlette(routes=table, middleware=[Middleware(Requests)], exception_handlers=dict(HANDLERS), lifespan=lifespan)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, but for two things: whoever waits is answered as soon as a stop is asked for, and a stop ends with exit code 0."""
+
+    def __init__(self, app: Starlette, sockets: list[socket.socket], on_stop: Callable[[], None], stop_s: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                loop="none",
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(stop_s)),
+            )
+        )
+        self._bound = sockets
+        self._on_stop = on_stop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._on_stop()
+        super().handle_exit(sig, frame)
+        self._captured_signals.clear()  # else uvicorn raises them again, and the process dies of them
+
+    async def run_bound(self) -> None:
+        await self.serve(sockets=self._bound)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; ConfigurationError when the address is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is named because asyncio sets TCP_NODELAY only on sockets that say they are TCP: 40 ms an answer otherwise.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise ConfigurationError(f"DARKROOM_HOST, DARKROOM_PORT: {host}:{port} cannot be listened on: {error.strerror}") from error
+    bound.listen(2048)
+    bound.setblocking(False)
+    return bound
+
+
+@asynccontextmanager
+async def beside(server: Server) -> AsyncIterator[None]:
+    """Another server in this process, without the signals: it ends when the block ends."""
+    serving = asyncio.create_task(server._serve(server._bound), name="metrics-port")  # noqa: SLF001 - `serve` would take the signals
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
+
+
+async def serve(settings: Settings, role: Role, bound: socket.socket, *, ready: Callable[[Context], None] | None = None) -> None:
+    """Runs until SIGTERM or SIGINT. `bound` is the main port's socket; `ready` is called once the process is at work."""
+    async with running(settings, role) as context, AsyncExitStack() as stack:
+        stop = context.resources.store.signals.stop
+        if settings.metrics_port is not None:
+            app = create_app(context, role, metrics_open=True)
+            await stack.enter_async_context(beside(Server(app, [bind(settings.host, settings.metrics_port)], stop, settings.stop_s)))
+        if ready is not None:
+            ready(context)
+        await Server(create_app(context, role), [bound], stop, settings.stop_s).run_bound()
+
+
+def run(settings: Settings, role: Role, bound: socket.socket, *, ready: Callable[[Context], None] | None = None) -> None:
+    """`serve` on uvloop, with the log set up."""
+    logging.configure(settings.log_format, settings.log_level)
+    uvloop.run(serve(settings, role, bound, ready=ready))

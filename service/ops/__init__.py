@@ -1,0 +1,1 @@
+"""What operators see: log lines, metrics, traces. A leaf: any layer may use it, it uses none."""

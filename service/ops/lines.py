@@ -1,0 +1,48 @@
+"""Every line of the log: its name and its fields beyond those that any line may have. A test holds this list and the code together.
+
+Any line: `timestamp`, `level`, `event`, `service`, `version`, and whatever is known of `request_id`, `owner`, `task_id`, `upstream_id`,
+`callback_id`, `event_id`, `delivery_id`, `endpoint_id`, `trace_id`.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+LINES: Mapping[str, str] = MappingProxyType(
+    {
+        "service.started": "`role`, `address`, `settings` (secrets masked)",
+        "service.stopped": "`role`, `unfinished` (work given back)",
+        "http.request": "`method`, `route`, `status`, `duration_ms`, `bytes`",
+        "http.failed": "`method`, `route`, `exception`: a defect of ours, answered 500",
+        "auth.refused": "`reason`, `hint` (the key's first characters)",
+        "admin.action": "`action`, `subject`",
+        "task.queued": "`model`, `replayed`, `prompt` (with `LOG_PROMPTS`)",
+        "task.submitted": "`attempt`, `estimated_time`",
+        "task.submission_retried": "`attempt`, `reason`, `account`, `wait_s`",
+        "task.submission_refused": "`status`, `code`",
+        "task.submission_uncertain": "`reason`, `decide_s`",
+        "upstream.called": "`kind`, `status`, `outcome`, `duration_ms`, `upstream_request_id`",
+        "callback.received": "`verdict`, `status`, `bytes`, `duration_ms`",
+        "callback.refused": "`reason`, `duration_ms`: nothing was kept",
+        "task.confirmed": "`status`, `results`",
+        "image.stored": "`image_id`, `index`, `media_type`, `bytes`, `width`, `height`, `sha256`, `duration_ms`",
+        "image.retry": "`image_id`, `index`, `reason`, `attempt`, `wait_s`",
+        "image.lost": "`image_id`, `index`, `reason`, `attempt`",
+        "egress.refused": "`purpose`, `host`, `reason`",
+        "task.settled": "`state`, `code`, `images`, `seconds` (since it was queued)",
+        "event.emitted": "`type`, `sequence`, `deliveries`",
+        "delivery.attempted": "`status`, `result`, `attempt`, `duration_ms`, `error`, `wait_s`",
+        "delivery.exhausted": "`attempt`",
+        "endpoint.disabled": "`reason`",
+        "reconcile.queried": "`attempt`, `answer`, `wait_s`",
+        "store.failed": "`message`, `exception`: the store did not commit or answer; the caller got 503",
+        "worker.failed": "`stage`, `key`, `attempt`, `wait_s`, `exception`",
+        "task.parked": "`stage`, `faults`",
+        "library.message": "`logger`, `message`: from a library, warnings and worse",
+    }
+)
+
+
+def markdown() -> str:
+    """The list as the README shows it."""
+    rows = [f"| `{name}` | {fields} |" for name, fields in LINES.items()]
+    return "\n".join(["| `event` | fields |", "|---|---|", *rows])

@@ -1,0 +1,59 @@
+"""One JSON object a line on standard output, ours and the libraries' alike; `console` is for people."""
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any, TextIO
+
+import structlog
+
+from service import VERSION
+
+QUIET = ("httpx", "httpcore", "aiohttp.access", "uvicorn.access", "asyncio", "alembic", "sqlalchemy.engine", "PIL")
+
+
+def _stamp(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    line["service"] = "darkroom"
+    line["version"] = VERSION
+    return line
+
+
+def _library(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """A library's sentence becomes a field: `event` is always one of our names."""
+    record = line.get("_record")
+    if record is not None:
+        line["message"] = line.pop("event")
+        line["event"] = "library.message"
+        line["logger"] = record.name
+    return line
+
+
+def configure(format: str, level: str, stream: TextIO = sys.stdout) -> None:
+    """Sets up structlog and the standard library's logging; `format` is `json` or `console`."""
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _stamp,
+    ]
+    renderer: Any = structlog.dev.ConsoleRenderer(colors=stream.isatty()) if format == "console" else structlog.processors.JSONRenderer()
+    finish = [structlog.processors.ExceptionRenderer()] if format == "json" else []
+    number = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(
+        processors=[*shared, *finish, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(stream),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, _library],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *finish, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(max(number, logging.WARNING))
+    for name in QUIET:  # their lines hold addresses with tokens or signed queries
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,66 @@
+"""The metrics of contract section 6. Counters and histograms are this process's; gauges of the store are counted when asked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Metrics:
+    """Made once a process; nothing here is global."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.callbacks = self._counter("callbacks", "Callbacks answered, by verdict", "verdict")
+        self.callback_commit = self._histogram("callback_commit_seconds", "From a callback's last byte to its commit")
+        self.upstream_requests = self._counter("upstream_requests", "Calls to the upstream", "kind", "outcome")
+        self.upstream_seconds = self._histogram("upstream_request_seconds", "How long the upstream took", "kind")
+        self.upstream_credits = self._gauge("upstream_credits", "Credits left at the upstream when it was last asked")
+        self.downloads = self._counter("downloads", "Downloads of results, by outcome", "outcome")
+        self.download_bytes = self._counter("download_bytes", "Bytes of results that were stored")
+        self.deliveries = self._counter("deliveries", "Attempts of deliveries, by outcome", "outcome")
+        self.delivery_seconds = self._histogram("delivery_seconds", "How long subscribers took to answer")
+        self.callback_to_event = self._histogram("callback_to_event_seconds", "From the first terminal callback to the terminal event")
+        self.callback_to_delivery = self._histogram(
+            "callback_to_delivery_seconds", "From the first terminal callback to its event's delivery"
+        )
+        self.egress_refused = self._counter("egress_refused", "Requests that the guard refused", "purpose")
+        self.worker_faults = self._counter("worker_faults", "Exceptions that nobody foresaw", "stage")
+        self.account_refusals = self._counter("account_refusals", "Submissions the upstream refused because of our key or account")
+        self.tasks = self._gauge("tasks", "Tasks, by state", "state")
+        self.queue_depth = self._gauge("queue_depth", "Rows that want work, by stage", "stage")
+        self.result_seconds_left = self._gauge("result_seconds_left", "Before the oldest unsaved link dies; +Inf without one")
+        self.oldest_unsettled = self._gauge("oldest_unsettled_seconds", "Age of the oldest task that has not ended")
+        self.oldest_due_delivery = self._gauge("oldest_due_delivery_seconds", "For how long the oldest due delivery has waited")
+        self.dead_letters = self._gauge("dead_letters", "Deliveries that are dead")
+        self.credits = self._gauge("credits_total", "Credits of all tasks", "kind")
+        self.blob_free = self._gauge("blob_free_bytes", "Free space of the blob store")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"darkroom_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"darkroom_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(f"darkroom_{name}", text, labels, registry=self.registry, buckets=SECONDS)
+
+    def show(self, figures: Mapping[str, Any], now: int, free_bytes: int | None) -> bytes:
+        """The exposition, with the store's `figures` (`queries.figures`) at `now`, in milliseconds."""
+        for state, count in figures["tasks"].items():
+            self.tasks.labels(state).set(count)
+        for stage, count in figures["queue_depth"].items():
+            self.queue_depth.labels(stage).set(count)
+        dies, unsettled, due = figures["first_link_dies"], figures["oldest_unsettled"], figures["oldest_due_delivery"]
+        self.result_seconds_left.set(float("inf") if dies is None else (dies - now) / 1000)
+        self.oldest_unsettled.set(0 if unsettled is None else max(0, now - unsettled) / 1000)
+        self.oldest_due_delivery.set(0 if due is None else max(0, now - due) / 1000)
+        self.dead_letters.set(figures["dead_letters"])
+        for kind in ("reserved", "used"):
+            self.credits.labels(kind).set(figures[f"credits_{kind}"] / 1_000_000)
+        if free_bytes is not None:
+            self.blob_free.set(free_bytes)
+        return generate_latest(self.registry)

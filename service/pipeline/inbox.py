@@ -1,0 +1,61 @@
+"""Taking callbacks: one commit, then the answer; no query, no download, no delivery here (contract section 4)."""
+
+import asyncio
+import hashlib
+import time
+
+import structlog
+
+from service.errors import StoreUnavailable
+from service.resources import Resources
+from service.store.operations.inbox import Callback, Verdict, accept_callbacks
+
+log = structlog.get_logger()
+
+COMMIT_S = 8.0  # the upstream gives up after 10 s
+UNREADABLE_BYTES = 16 * 1024  # of a body that says nothing, so much is kept
+
+
+async def receive(resources: Resources, task_id: str, body: bytes, result_ttl_s: float, *, whole: bool = True) -> Verdict:
+    """Judges a callback whose token was right and commits it; StoreUnavailable: nothing was promised.
+
+    A body that is not `whole` says nothing, but its token still proves who calls.
+    """
+    started = time.perf_counter()
+    report = resources.upstream.read_callback(body) if whole else None
+    callback = Callback(
+        id=resources.id("callback"),
+        upstream=resources.upstream.name,
+        task_id=task_id,
+        report=report,
+        digest=hashlib.sha256(body).hexdigest(),
+        body=body if report else body[:UNREADABLE_BYTES],
+        result_ttl_ms=round(result_ttl_s * 1000),
+    )
+    try:
+        async with asyncio.timeout(COMMIT_S):
+            verdict = await resources.store.write(accept_callbacks, callback)
+    except (TimeoutError, StoreUnavailable) as error:
+        refused(resources, "unavailable", task_id, time.perf_counter() - started)
+        raise StoreUnavailable("the callback could not be committed in time") from error
+    seconds = time.perf_counter() - started
+    resources.metrics.callbacks.labels(verdict.verdict).inc()
+    resources.metrics.callback_commit.observe(seconds)
+    log.info(
+        "callback.received",
+        owner=verdict.owner,
+        task_id=task_id,
+        upstream_id=verdict.upstream_id,
+        callback_id=verdict.callback_id,
+        verdict=verdict.verdict,
+        status=report.status if report else None,
+        bytes=len(body),
+        duration_ms=round(seconds * 1000, 1),
+    )
+    return verdict
+
+
+def refused(resources: Resources, reason: str, task_id: str | None, seconds: float) -> None:
+    """A callback that was not kept: counted and logged, its token never; `task_id` only when the token proved it."""
+    resources.metrics.callbacks.labels(reason).inc()
+    log.warning("callback.refused", reason=reason, task_id=task_id, duration_ms=round(seconds * 1000, 1))

@@ -1,0 +1,81 @@
+"""Reading the outbox: events as readers get them, and waiting for what is not there yet."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from service import model
+from service.ops.metrics import Metrics
+from service.store import Store, Transaction, queries
+from service.store.records import Row
+
+log = structlog.get_logger()
+
+LOOK_S = 1.0  # what another process wrote is seen within this
+
+
+def render(row: Row, base_url: str) -> model.JSON:
+    """An event of contract section 3 from its row; links are made now, so that they follow the service's address."""
+    return model.event_document(
+        event_id=row["id"],
+        sequence=row["sequence"],
+        type=row["type"],
+        subject=row["task_id"],
+        time=row["time"],
+        data=row["data"],
+        base_url=base_url,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    events: list[model.JSON]
+    next_after: int
+    resync: bool
+
+
+async def read_events(
+    store: Store, base_url: str, owner: str | None, after: int, limit: int, types: Sequence[str], task_id: str | None, wait_s: float
+) -> Page:
+    """Events after a place; an empty page is held until something is there, at most `wait_s` seconds."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + wait_s
+    with store.signals.listen("events") as written:
+        while True:
+            written.clear()
+            rows, last = await store.read(queries.event_list, owner, after, limit, types, task_id)
+            left = deadline - loop.time()
+            if rows or left <= 0 or store.signals.stopping:
+                return Page([render(row, base_url) for row in rows], last, resync=False)
+            await store.signals.wait(written, min(left, LOOK_S))
+
+
+def tell(tx: Transaction, metrics: Metrics) -> None:
+    """Logs and measures what a committed transaction's events say."""
+    for event in tx.emitted:
+        known = {"owner": event.owner, "task_id": event.task_id}
+        if event.terminal:
+            document = event.data
+            log.info(
+                "task.settled",
+                **known,
+                upstream_id=document["upstream_id"],
+                state=document["state"],
+                code=document["error"]["code"] if document["error"] else None,
+                images=len(document["images"]),
+                seconds=round(tx.now / 1000 - document["created"], 1),
+            )
+            if event.called_back_at is not None:
+                metrics.callback_to_event.observe(max(0, tx.now - event.called_back_at) / 1000)
+        if event.type == "endpoint.disabled":
+            log.warning("endpoint.disabled", endpoint_id=event.data["endpoint_id"], reason=event.data["reason"])
+        log.info(
+            "event.emitted",
+            **known,
+            event_id=event.id,
+            type=event.type,
+            sequence=model.sequence_text(event.sequence),
+            deliveries=event.deliveries,
+        )

@@ -1,0 +1,75 @@
+"""Settling: the upstream is asked, its word is mapped to one outcome and recorded once. Callback and reconcile meet here."""
+
+from dataclasses import dataclass
+
+import structlog
+
+from service.model import TERMINAL, Report, State
+from service.pipeline.reconcile import Plan
+from service.resources import Resources
+from service.store import Grant, queries
+from service.store.operations import leases
+from service.store.operations.settling import Settlement, record_settlements
+from service.store.records import Row
+from service.upstreams import Found, NoAnswer, NotFound, QueryOutcome
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Settler:
+    """Stage `settle`. `confirm` False: a callback's token is enough (`EVOLINK_CONFIRM=never`)."""
+
+    resources: Resources
+    plan: Plan
+    confirm: bool
+    task_ttl_s: float
+    result_ttl_s: float
+
+    async def run(self, grant: Grant) -> None:
+        found = await self.resources.store.read(queries.settling, grant.key)
+        if found is None or found[0]["upstream_id"] is None:
+            await self.resources.store.write(leases.done, grant)
+            return
+        row, callback = found
+        believed = self._believed(row, callback)
+        answer: QueryOutcome
+        if believed:
+            answer = Found(believed)
+        else:
+            async with self.resources.upstream_calls:
+                answer = await self.resources.upstream.query(row["upstream_id"])
+        retry_after = answer.retry_after if isinstance(answer, NoAnswer) else None
+        wait_ms = self.plan.again(grant.attempts, called_back=callback is not None, retry_after=retry_after)
+        if callback is None:
+            log.info("reconcile.queried", attempt=grant.attempts, answer=_word(answer), wait_s=wait_ms / 1000)
+        report = answer.report if isinstance(answer, Found) else None
+        settlement = Settlement(
+            grant,
+            report,
+            requests=row["settle_requests"],
+            wait_ms=wait_ms,
+            result_ttl_ms=round(self.result_ttl_s * 1000),
+            expires_ms=round(self.task_ttl_s * 1000) if isinstance(answer, NotFound) else None,
+        )
+        recorded = await self.resources.store.write(record_settlements, settlement)
+        if recorded is not None and report is not None and report.final and State(row["state"]) not in TERMINAL:
+            log.info(
+                "task.confirmed", owner=row["owner"], upstream_id=row["upstream_id"], status=report.status, results=len(report.results)
+            )
+
+    def _believed(self, row: Row, callback: Row | None) -> Report | None:
+        """What the first callback said, where no query is wanted and nothing contradicted it yet."""
+        if self.confirm or callback is None or row["settle_requests"] != 1 or State(row["state"]) is not State.SUBMITTED:
+            return None
+        return self.resources.upstream.read_callback(callback["body"])
+
+
+def _word(answer: QueryOutcome) -> str:
+    match answer:
+        case Found(report):
+            return report.status or "undocumented"
+        case NotFound():
+            return "not_found"
+        case NoAnswer(reason):
+            return reason

@@ -1,0 +1,88 @@
+"""The worker that submits: at most once, by the table "What a submission's outcome proves" (contract section 3)."""
+
+from dataclasses import dataclass
+
+import structlog
+
+from service import upstreams
+from service.model import State
+from service.pipeline.reconcile import Plan
+from service.pipeline.retry import wait_before
+from service.resources import Resources
+from service.store import Grant, queries
+from service.store.operations import leases
+from service.store.operations import submissions as store
+
+log = structlog.get_logger()
+
+MARGIN_S = 10.0  # the lease outlasts the call by so much, for recording its answer
+
+
+@dataclass(frozen=True, slots=True)
+class Submitter:
+    """Stage `submit`."""
+
+    resources: Resources
+    plan: Plan
+    schedule: tuple[float, ...]
+    timeout_s: float
+    give_up_s: float
+    uncertain: str  # fail | resubmit
+    uncertain_after_s: float
+
+    async def run(self, grant: Grant) -> None:
+        row = await self.resources.store.read(queries.task_row, grant.key, None)
+        state = State(row["state"]) if row else None
+        if state is State.SUBMITTING:  # whoever sent it died, and its answer with it
+            await self._record(grant, self._uncertain("its sender died before the answer was recorded"))
+        elif state is State.UNCERTAIN and self.uncertain == "fail":
+            await self._record(grant, store.Undecided())
+        elif state in (State.QUEUED, State.UNCERTAIN):
+            await self._send(grant, resubmit=state is State.UNCERTAIN)
+        else:
+            await self.resources.store.write(leases.done, grant)
+
+    async def _send(self, grant: Grant, *, resubmit: bool) -> None:
+        async with self.resources.upstream_calls:  # a place first: what is `submitting` is on its way
+            start = store.Start(grant, round((self.timeout_s + MARGIN_S) * 1000), resubmit)
+            body = await self.resources.store.write(store.start_submissions, start)
+            if body is None:
+                await self.resources.store.write(leases.done, grant)
+                return
+            answer = await self.resources.upstream.submit(body, grant.key)
+        await self._record(grant, self._outcome(grant, answer))
+
+    def _outcome(self, grant: Grant, answer: upstreams.SubmitOutcome) -> store.Accepted | store.Again | store.Refused | store.Uncertain:
+        match answer:
+            case upstreams.Accepted(report):
+                return store.Accepted(report, self.plan.first(report.estimated_time))
+            case upstreams.NotCreated(reason, retry_after, account):
+                if account:
+                    self.resources.metrics.account_refusals.inc()
+                wait = wait_before(self.schedule, grant.attempts, repeat_last=True, random=self.resources.random(), spread=0.2)
+                assert wait is not None  # the last wait repeats
+                wait = max(wait, retry_after or 0)
+                level = log.error if account else log.warning
+                level("task.submission_retried", attempt=grant.attempts, reason=reason, account=account, wait_s=round(wait, 3))
+                return store.Again(reason, round(wait * 1000), round(self.give_up_s * 1000))
+            case upstreams.Refused(status, error):
+                log.info("task.submission_refused", status=status, code=error["code"])
+                return store.Refused(status, error)
+            case upstreams.Uncertain(reason):
+                return self._uncertain(reason)
+
+    def _uncertain(self, reason: str) -> store.Uncertain:
+        """Without a callback URL nothing can prove it any more: it is decided at once."""
+        decide_s = self.uncertain_after_s if self.plan.with_callback else 0.0
+        log.warning("task.submission_uncertain", reason=reason, decide_s=decide_s)
+        return store.Uncertain(reason, round(decide_s * 1000))
+
+    async def _record(
+        self, grant: Grant, outcome: store.Accepted | store.Again | store.Refused | store.Uncertain | store.Undecided
+    ) -> None:
+        state = await self.resources.store.write(store.record_submissions, store.Submission(grant, outcome))
+        if isinstance(outcome, store.Accepted):
+            report = outcome.report
+            log.info(
+                "task.submitted", upstream_id=report.upstream_id, attempt=grant.attempts, estimated_time=report.estimated_time, state=state
+            )

@@ -1,0 +1,159 @@
+"""The workers of a process: leased rows in, one job each, never more than a stage has places for.
+
+Rows are born leased while a place is free (the store asks through `reserve` and `take`); else they are due, and claimed
+when a place is freed, when the store hints at work, or at the next look. What a dead process held is due when its lease ends.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import structlog
+from structlog.contextvars import bound_contextvars
+
+from service.errors import StoreUnavailable
+from service.ops.metrics import Metrics
+from service.pipeline.retry import fault_wait
+from service.store import RENEW_S, Grant, Store, Transaction
+from service.store.operations.faults import FAULT_LIMIT, Fault, record_faults
+from service.store.operations.leases import claim, release, renew
+
+log = structlog.get_logger()
+
+LOOK_S = 0.5  # how long due work may wait when nobody hinted at it
+KEYS = {"submit": "task_id", "settle": "task_id", "download": "image_id", "deliver": "delivery_id", "redeliver": "delivery_id"}
+
+
+@dataclass(slots=True)
+class Stage:
+    """One kind of work: `run` does it under a grant and records what came of it."""
+
+    name: str
+    places: int
+    run: Callable[[Grant], Awaitable[None]]
+    free: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.free = self.places
+
+
+class WorkerPool:
+    """`Workers` for a store: runs what it grants."""
+
+    def __init__(self, store: Store, stages: Sequence[Stage], metrics: Metrics, tell: Callable[[Transaction], None]) -> None:
+        self._store = store
+        self._stages = {stage.name: stage for stage in stages}
+        self._metrics = metrics
+        self._tell = tell
+        self._jobs: dict[Grant, asyncio.Task[None]] = {}
+        self._backlog: set[str] = set()
+        self._wake = asyncio.Event()
+        self.alive = False
+
+    # --- what the store asks ---
+
+    def reserve(self) -> dict[str, int]:
+        free = {stage.name: stage.free for stage in self._stages.values() if stage.free}
+        for stage in self._stages.values():
+            stage.free = 0
+        return free
+
+    def take(self, granted: Iterable[Grant], unused: Mapping[str, int]) -> None:
+        for name, places in unused.items():
+            self._stages[name].free += places
+        for grant in granted:
+            self._jobs[grant] = asyncio.create_task(self._work(self._stages[grant.stage], grant), name=f"{grant.stage}:{grant.key}")
+
+    def committed(self, tx: Transaction) -> None:
+        self._tell(tx)
+        if tx.due & self._stages.keys():
+            self._backlog |= tx.due & self._stages.keys()
+            self._wake.set()
+
+    # --- work ---
+
+    async def run(self) -> None:
+        """Claims work until cancelled."""
+        self._store.attach(self)
+        self.alive = True
+        renewing = asyncio.create_task(self._renew(), name="renew-leases")
+        try:
+            wanted = set(self._stages)
+            while True:
+                self._wake.clear()
+                await self._claim(wanted)
+                try:
+                    await asyncio.wait_for(self._wake.wait(), LOOK_S)
+                    wanted = set(self._backlog)
+                except TimeoutError:
+                    wanted = set(self._stages)
+        finally:
+            self.alive = False
+            renewing.cancel()
+
+    async def _claim(self, wanted: Collection[str]) -> None:
+        names = [stage.name for stage in self._stages.values() if stage.free and stage.name in wanted]
+        places = {name: self._stages[name].free for name in names}
+        try:
+            counts = await asyncio.gather(*(self._store.write(claim, name) for name in names))
+        except StoreUnavailable as error:
+            log.error("worker.failed", stage="claim", key=None, attempt=None, wait_s=LOOK_S, exception=str(error))
+            self._metrics.worker_faults.labels("claim").inc()
+            return
+        for name, count in zip(names, counts, strict=True):
+            if count < places[name]:
+                self._backlog.discard(name)
+            else:
+                self._backlog.add(name)
+
+    async def _work(self, stage: Stage, grant: Grant) -> None:
+        try:
+            with bound_contextvars(**{KEYS[stage.name]: grant.key}):
+                try:
+                    await stage.run(grant)
+                except Exception as error:  # noqa: BLE001 - the one broad except of the workers: logged once, counted, tried again
+                    await self._failed(grant, error)
+        finally:
+            del self._jobs[grant]
+            stage.free += 1
+            if stage.name in self._backlog:
+                self._wake.set()
+
+    async def _failed(self, grant: Grant, error: Exception) -> None:
+        wait = fault_wait(grant.attempts)
+        self._metrics.worker_faults.labels(grant.stage).inc()
+        unforeseen = not isinstance(error, StoreUnavailable)
+        log.error(
+            "worker.failed",
+            stage=grant.stage,
+            key=grant.key,
+            attempt=grant.attempts,
+            wait_s=wait,
+            exception=f"{type(error).__name__}: {error}",
+            exc_info=error if unforeseen else None,
+        )
+        if not unforeseen:
+            return  # nothing can be recorded either: the lease ends by itself
+        try:
+            faults = await self._store.write(record_faults, Fault(grant, round(wait * 1000)))
+        except StoreUnavailable:
+            return
+        if faults >= FAULT_LIMIT:
+            log.error("task.parked", stage=grant.stage, faults=faults)
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            await asyncio.gather(*(self._store.write(renew, grant) for grant in self._jobs), return_exceptions=True)
+
+    async def stop(self, limit_s: float) -> int:
+        """Takes no more, finishes what is in flight within the limit, gives the rest back; how many that were."""
+        self._store.detach()
+        if self._jobs:
+            await asyncio.wait(self._jobs.values(), timeout=limit_s)
+        left = dict(self._jobs)
+        for job in left.values():
+            job.cancel()
+        await asyncio.gather(*left.values(), return_exceptions=True)
+        await asyncio.gather(*(self._store.write(release, grant) for grant in left), return_exceptions=True)
+        return len(left)

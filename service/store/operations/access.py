@@ -1,0 +1,57 @@
+"""Owners and their API keys. A key itself is never kept, only its hash."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import insert, select, update
+
+from service.store import Transaction
+from service.store.tables import api_keys, owners
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key to be made; `callback_secret` (encrypted) becomes the owner's if this is its first."""
+
+    id: str
+    owner: str
+    hash: str
+    hint: str
+    scopes: tuple[str, ...]
+    callback_secret: bytes
+
+
+def insert_keys(tx: Transaction, items: Sequence[NewKey]) -> list[bool]:
+    """Makes keys; True where the owner is new and the callback secret was taken."""
+    results = []
+    for item in items:
+        known = tx.connection.execute(select(owners.c.callback_secret).where(owners.c.name == item.owner)).scalar()
+        if known is None:
+            tx.connection.execute(
+                insert(owners).values(
+                    name=item.owner,
+                    callback_secret=item.callback_secret,
+                    created_at=tx.now,
+                )
+            )
+        if tx.connection.execute(select(api_keys.c.id).where(api_keys.c.id == item.id)).first() is None:
+            tx.connection.execute(
+                insert(api_keys).values(
+                    id=item.id,
+                    owner=item.owner,
+                    hash=item.hash,
+                    hint=item.hint,
+                    scopes=list(item.scopes),
+                    created_at=tx.now,
+                )
+            )
+        results.append(known is None or known == item.callback_secret)
+    return results
+
+
+def revoke_keys(tx: Transaction, ids: Sequence[str]) -> list[bool]:
+    """Ends keys; False for ids that are not there. Revoking again changes nothing."""
+    statement = update(api_keys).where(api_keys.c.id.in_(ids), api_keys.c.revoked_at.is_(None)).values(revoked_at=tx.now)
+    tx.connection.execute(statement)
+    known = set(tx.connection.execute(select(api_keys.c.id).where(api_keys.c.id.in_(ids))).scalars())
+    return [id in known for id in ids]

@@ -1,0 +1,245 @@
+"""Deliveries: what came of each attempt, and what that means for the endpoint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import delete, insert, select, update
+
+from service import model
+from service.store import Grant, Transaction
+from service.store.operations import leases, outbox
+from service.store.tables import attempts, deliveries, endpoints, events
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One request to a subscriber. `status` None: no answer. `answer` is at most its first 2 KiB."""
+
+    id: str
+    status: int | None
+    duration_ms: int
+    error: str | None
+    answer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an attempt leads to: `delivered`, `retry` after `wait_ms`, `dead`, `gone` (the endpoint wants no more),
+    `held` (it is paused), `later` (not tried, due again after `wait_ms`).
+
+    `pause_ms`: the endpoint asked for peace. `ours`: the fault was on this side, the endpoint is not to blame.
+    """
+
+    grant: Grant
+    result: str
+    attempt: Attempt | None = None
+    wait_ms: int = 0
+    pause_ms: int = 0
+    ours: bool = False
+    disable_after_ms: int = 0
+
+
+def record_attempts(tx: Transaction, items: Sequence[Outcome]) -> list[bool]:
+    """Records attempts; False where the lease had ended: the attempt is kept, the delivery's state is somebody else's."""
+    statement = (
+        select(deliveries).where(deliveries.c.id.in_([item.grant.key for item in items])).order_by(deliveries.c.id).with_for_update()
+    )
+    rows = {row["id"]: dict(row) for row in tx.connection.execute(statement).mappings()}
+    written = [item for item in items if item.attempt and item.grant.key in rows]
+    if written:
+        tx.connection.execute(insert(attempts), [_attempt_row(tx, item) for item in written])
+    results = []
+    for item in items:
+        row = rows.get(item.grant.key)
+        held = row is not None and leases.holds(item.grant, row)
+        if row is not None and held:
+            _record(tx, row, item)
+        results.append(held)
+    return results
+
+
+def _attempt_row(tx: Transaction, item: Outcome) -> dict[str, Any]:
+    attempt = item.attempt
+    assert attempt is not None
+    return {
+        "id": attempt.id,
+        "delivery_id": item.grant.key,
+        "time": tx.now,
+        "status": attempt.status,
+        "duration_ms": attempt.duration_ms,
+        "error": attempt.error,
+        "answer": attempt.answer,
+    }
+
+
+def _record(tx: Transaction, row: dict[str, Any], item: Outcome) -> None:
+    endpoint_id = row["endpoint_id"]
+    finished = item.result in ("delivered", "dead", "gone")
+    due = None if finished or item.result == "held" else tx.now + item.wait_ms
+    values = leases.freed(item.grant.stage, due)
+    if finished:
+        values |= {
+            "state": "delivered" if item.result == "delivered" else "dead",
+            "finished_at": tx.now,
+        }
+    elif item.result in ("held", "later"):  # nothing was tried: the schedule is not shortened
+        values["attempts"] = row["attempts"] - 1
+    row.update(values)
+    tx.connection.execute(update(deliveries).where(deliveries.c.id == row["id"]).values(values))
+    if item.result == "dead" and item.attempt is not None:
+        _exhausted(tx, row)
+    if endpoint_id is not None and item.attempt is not None and not item.ours:
+        _judge(tx, endpoint_id, item)
+
+
+def _exhausted(tx: Transaction, row: dict[str, Any]) -> None:
+    type = tx.connection.execute(select(events.c.type).where(events.c.id == row["event_id"])).scalar()
+    if type is not None and type.startswith("image.task."):  # a dead delivery of an operators' event raises none
+        data = {
+            "delivery_id": row["id"],
+            "endpoint_id": row["endpoint_id"],
+            "event_id": row["event_id"],
+            "task_id": row["task_id"],
+        }
+        outbox.emit_operators(tx, "delivery.exhausted", data, task_id=row["task_id"])
+
+
+def _judge(tx: Transaction, endpoint_id: str, item: Outcome) -> None:
+    """Keeps what the attempt says of its endpoint, and disables one that is gone or only failed for too long."""
+    statement = select(endpoints.c.failing_since, endpoints.c.status).where(endpoints.c.id == endpoint_id).with_for_update()
+    endpoint = tx.connection.execute(statement).first()
+    if endpoint is None:
+        return
+    if item.result == "delivered":
+        if endpoint.failing_since is not None:
+            _change(tx, endpoint_id, failing_since=None, paused_until=None)
+        return
+    since = endpoint.failing_since if endpoint.failing_since is not None else tx.now
+    values: dict[str, Any] = {} if endpoint.failing_since is not None else {"failing_since": tx.now}
+    if item.pause_ms:
+        values["paused_until"] = tx.now + item.pause_ms
+    if values:
+        _change(tx, endpoint_id, **values)
+    if item.result == "gone":
+        disable(tx, endpoint_id, "the endpoint answered 410 Gone")
+    elif endpoint.status != "disabled" and tx.now - since >= item.disable_after_ms > 0:
+        disable(tx, endpoint_id, f"every attempt failed since {model.rfc3339(since)}")
+
+
+def disable(tx: Transaction, endpoint_id: str, reason: str) -> None:
+    """Switches an endpoint off: what is pending for it is dead, and nothing new is made until it is enabled again."""
+    _change(tx, endpoint_id, status="disabled", disabled_at=tx.now, disabled_reason=reason)
+    bury(tx, endpoint_id)
+    outbox.emit_operators(
+        tx,
+        "endpoint.disabled",
+        {
+            "endpoint_id": endpoint_id,
+            "reason": reason,
+            "disabled_at": model.rfc3339(tx.now),
+        },
+    )
+
+
+def bury(tx: Transaction, endpoint_id: str) -> None:
+    """Makes every pending delivery of an endpoint dead."""
+    tx.connection.execute(
+        update(deliveries)
+        .where(deliveries.c.endpoint_id == endpoint_id, deliveries.c.state == "pending")
+        .values(state="dead", finished_at=tx.now, due_at=None)
+    )
+
+
+def _change(tx: Transaction, endpoint_id: str, **values: Any) -> None:
+    tx.connection.execute(update(endpoints).where(endpoints.c.id == endpoint_id).values(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A subscription to be made; `secret` is encrypted. `owner` None: every owner's events."""
+
+    id: str
+    owner: str | None
+    url: str
+    types: tuple[str, ...]
+    description: str
+    secret: bytes
+
+
+def insert_endpoints(tx: Transaction, items: Sequence[Endpoint]) -> list[None]:
+    known = set(tx.connection.execute(select(endpoints.c.id).where(endpoints.c.id.in_([item.id for item in items]))).scalars())
+    for item in items:
+        if item.id not in known:
+            tx.connection.execute(
+                insert(endpoints).values(
+                    id=item.id,
+                    owner=item.owner,
+                    url=item.url,
+                    types=list(item.types),
+                    description=item.description,
+                    status="enabled",
+                    secret=item.secret,
+                    created_at=tx.now,
+                )
+            )
+    return [None] * len(items)
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointChange:
+    """New values for an endpoint, or with `delete` its end. `owner` None: whoever owns it (admin)."""
+
+    id: str
+    owner: str | None
+    url: str | None = None
+    types: tuple[str, ...] | None = None
+    description: str | None = None
+    status: str | None = None  # enabled | paused | disabled
+    delete: bool = False
+
+
+def change_endpoints(tx: Transaction, items: Sequence[EndpointChange]) -> list[bool]:
+    """Changes endpoints; False for those that are not there for this owner."""
+    return [_change_endpoint(tx, item) for item in items]
+
+
+def _change_endpoint(tx: Transaction, item: EndpointChange) -> bool:
+    row = tx.connection.execute(select(endpoints).where(endpoints.c.id == item.id).with_for_update()).mappings().first()
+    if row is None or item.owner not in (None, row["owner"]):
+        return False
+    if item.delete:
+        bury(tx, item.id)
+        tx.connection.execute(delete(endpoints).where(endpoints.c.id == item.id))
+        return True
+    told = {
+        "url": item.url,
+        "types": list(item.types) if item.types is not None else None,
+        "description": item.description,
+    }
+    values: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
+    if item.status is not None and item.status != row["status"]:
+        values["status"] = item.status
+        if item.status == "enabled":
+            values |= {
+                "disabled_at": None,
+                "disabled_reason": None,
+                "failing_since": None,
+                "paused_until": None,
+            }
+            tx.connection.execute(  # what was held while it was paused
+                update(deliveries)
+                .where(
+                    deliveries.c.endpoint_id == item.id,
+                    deliveries.c.state == "pending",
+                    deliveries.c.due_at.is_(None),
+                )
+                .values(due_at=tx.now)
+            )
+            tx.due.update(("deliver", "redeliver"))
+        if item.status == "disabled":
+            values |= {"disabled_at": tx.now, "disabled_reason": "by its owner"}
+            bury(tx, item.id)
+    if values:
+        _change(tx, item.id, **values)
+    return True

@@ -1,0 +1,159 @@
+"""Leases: who works on which row, until when. A claim is one statement; a finish checks the fence."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import case, or_, select, update
+
+from service.store import LEASE_MS, Grant, Transaction
+from service.store.records import Row
+from service.store.tables import QUEUES, Queue
+
+
+def born(tx: Transaction, stage: str, key: str) -> dict[str, Any]:
+    """Values of a new row that wants work now: leased to this process if it has a free place, else simply due."""
+    queue = QUEUES[stage]
+    values: dict[str, Any] = {"due_at": tx.now}
+    if take_slot(tx, stage):
+        values |= {
+            "lease_until": tx.now + LEASE_MS,
+            "lease_owner": tx.process,
+            "fence": 1,
+            "attempts": 1,
+        }
+        tx.granted.append(Grant(stage, key, 1, 1))
+    return {queue.prefix + name: value for name, value in values.items()}
+
+
+def wanted(tx: Transaction, stage: str, key: str, row: Row) -> dict[str, Any]:
+    """New values of a row that wants work now, whatever was planned; like `born`, unless somebody works on it already."""
+    queue = QUEUES[stage]
+    prefix = queue.prefix
+    values: dict[str, Any] = {"due_at": tx.now, "attempts": 0}
+    until = row[prefix + "lease_until"]
+    if until is not None and until > tx.now:
+        del values["attempts"]
+    elif take_slot(tx, stage):
+        fence = row[prefix + "fence"] + 1
+        values |= {
+            "lease_until": tx.now + LEASE_MS,
+            "lease_owner": tx.process,
+            "fence": fence,
+            "attempts": 1,
+        }
+        tx.granted.append(Grant(stage, key, fence, 1))
+    return {prefix + name: value for name, value in values.items()}
+
+
+def take_slot(tx: Transaction, stage: str) -> bool:
+    if tx.slots.get(stage, 0) > 0:
+        tx.slots[stage] -= 1
+        return True
+    tx.due.add(stage)
+    return False
+
+
+def freed(stage: str, due_at: int | None, **more: Any) -> dict[str, Any]:
+    """Values that end a lease; the row is due again at `due_at`, or not at all."""
+    prefix = QUEUES[stage].prefix
+    return {
+        prefix + "lease_until": None,
+        prefix + "lease_owner": None,
+        prefix + "due_at": due_at,
+    } | {prefix + name: value for name, value in more.items()}
+
+
+def holds(grant: Grant, row: Row) -> bool:
+    """Whether the row is still leased under this grant."""
+    prefix = QUEUES[grant.stage].prefix
+    return bool(row[prefix + "fence"] == grant.fence and row[prefix + "lease_until"] is not None)
+
+
+def claim(tx: Transaction, stages: Sequence[str]) -> list[int]:
+    """Leases due rows of a stage to this process, as many as it has free places; how many there were."""
+    counts = []
+    for stage in stages:
+        free = tx.slots.get(stage, 0)
+        grants = _claim(tx, QUEUES[stage], free) if free > 0 else []
+        if free > 0:
+            tx.slots[stage] = free - len(grants)
+        tx.granted += grants
+        counts.append(len(grants))
+    return counts
+
+
+def _claim(tx: Transaction, queue: Queue, limit: int) -> list[Grant]:
+    until, key = queue.column("lease_until"), queue.table.c.id
+    ready = (
+        select(key)
+        .where(queue.column("due_at") <= tx.now, or_(until.is_(None), until <= tx.now))
+        .order_by(queue.order)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    if queue.where is not None:
+        ready = ready.where(queue.where)
+    fence, attempts, deaths = (queue.column(name) for name in ("fence", "attempts", "deaths"))
+    statement = (
+        update(queue.table)
+        .where(key.in_(ready))
+        .values(
+            {
+                until: tx.now + LEASE_MS,
+                queue.column("lease_owner"): tx.process,
+                fence: fence + 1,
+                attempts: attempts + 1,
+                deaths: case((until.is_not(None), deaths + 1), else_=deaths),
+            }
+        )
+        .returning(key, fence, attempts)
+    )
+    return [Grant(queue.stage, *row) for row in tx.connection.execute(statement)]
+
+
+def renew(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
+    """Extends leases that still hold; False for those that do not."""
+    return [change(tx, grant, {"lease_until": tx.now + LEASE_MS}) for grant in grants]
+
+
+def release(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
+    """Gives work back untouched, as a stopping process does: the attempt does not count."""
+    attempts = [QUEUES[grant.stage].column("attempts") for grant in grants]
+    return [
+        change(
+            tx,
+            grant,
+            {"lease_until": None, "lease_owner": None, "attempts": column - 1},
+        )
+        for grant, column in zip(grants, attempts, strict=True)
+    ]
+
+
+def done(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
+    """Ends work that turned out to be none: the row is not due any more, unless it became due meanwhile."""
+    return [change(tx, grant, {"lease_until": None, "lease_owner": None, "due_at": None}) for grant in grants]
+
+
+def change(tx: Transaction, grant: Grant, values: Mapping[str, Any]) -> bool:
+    """Writes lease columns (without their prefix) of a row that is held under this grant; False when it is not."""
+    queue = QUEUES[grant.stage]
+    statement = (
+        update(queue.table)
+        .where(
+            queue.table.c.id == grant.key,
+            queue.column("fence") == grant.fence,
+            queue.column("lease_until").is_not(None),
+        )
+        .values({queue.column(name): value for name, value in values.items()})
+    )
+    return tx.connection.execute(statement).rowcount == 1
+
+
+def free_all(tx: Transaction) -> None:
+    """Ends every lease. Only for a store whose lock proves that nobody else lives (SQLite, at the start)."""
+    for stage in ("submit", "settle", "download", "deliver"):
+        queue = QUEUES[stage]
+        until, deaths = queue.column("lease_until"), queue.column("deaths")
+        tx.connection.execute(
+            update(queue.table).where(until.is_not(None)).values({until: None, queue.column("lease_owner"): None, deaths: deaths + 1})
+        )

@@ -1,0 +1,129 @@
+"""Settling: what the upstream said of a task is recorded once, by the only function that may do it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service import model
+from service.model import Report, State, Status
+from service.store import Grant, Transaction
+from service.store.operations import leases
+from service.store.operations.images import expect, finish_if_done
+from service.store.operations.tasks import (
+    Row,
+    change,
+    end,
+    fill,
+    forget_downloads,
+    lock,
+    move,
+    submitted,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """An answer about a task, or none.
+
+    `report` None: nobody answered, or, with `expires_ms`, the upstream does not know the task: it is expired once it is
+    older than that. `requests` is the task's `settle_requests` when the question was asked: a callback since asks again.
+    """
+
+    grant: Grant
+    report: Report | None
+    requests: int
+    wait_ms: int
+    result_ttl_ms: int
+    expires_ms: int | None = None
+
+
+def record_settlements(tx: Transaction, items: Sequence[Settlement]) -> list[State | None]:
+    """Records answers; the states after it, or None where the lease had ended and nothing changed."""
+    rows = lock(tx, (item.grant.key for item in items))
+    results: list[State | None] = []
+    for item in items:
+        row = rows[item.grant.key]
+        if not leases.holds(item.grant, row):
+            results.append(None)
+            continue
+        due = _record(tx, row, item)
+        asked_again = row["settle_requests"] != item.requests and State(row["state"]) not in model.TERMINAL
+        change(tx, row, **leases.freed("settle", tx.now if asked_again else due))
+        if asked_again:
+            change(tx, row, **leases.wanted(tx, "settle", row["id"], row))
+        results.append(State(row["state"]))
+    return results
+
+
+def _record(tx: Transaction, row: Row, item: Settlement) -> int | None:
+    """When to ask again, if at all."""
+    report, state = item.report, State(row["state"])
+    if report is None:
+        age = tx.now - (row["submitted_at"] or row["created_at"])
+        if item.expires_ms is not None and age >= item.expires_ms and state is State.SUBMITTED:
+            end(
+                tx,
+                row,
+                State.EXPIRED,
+                _error("expired", "the upstream no longer knows the task"),
+            )
+            return None
+        return None if state in model.TERMINAL else tx.now + item.wait_ms
+    told = fill(row, report)
+    if told:
+        change(tx, row, **told)
+    if state in model.TERMINAL:  # what is settled stands; credits were recorded
+        return None
+    if state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN) and row["upstream_id"] is not None:
+        submitted(tx, row, row["upstream_id"], row["upstream_id_from"], report, None)
+    if not report.final:
+        if report.status is not None:
+            change(tx, row, upstream_status=report.status.value)
+        return tx.now + item.wait_ms
+    return _final(tx, row, report, item)
+
+
+def _final(tx: Transaction, row: Row, report: Report, item: Settlement) -> int | None:
+    settled = {
+        "settled_digest": model.outcome_digest(report.status, report.results),
+        "upstream_status": report.status,
+    }
+    if row["state"] == State.SUBMITTED:
+        tx.step(row["id"], "task.confirmed", status=report.status)
+    if report.status is Status.COMPLETED and report.results:
+        expect(tx, row, report.results, item.result_ttl_ms)
+        if State(row["state"]) is State.SUBMITTED:
+            move(tx, row, State.STORING, **settled)
+        finish_if_done(tx, row)
+        return None
+    forget_downloads(tx, [row["id"]])
+    if report.status is Status.COMPLETED:
+        end(
+            tx,
+            row,
+            State.FAILED,
+            _error("no_results", "the upstream completed the task without any result"),
+            **settled,
+        )
+    elif report.status is Status.CANCELLED:
+        end(
+            tx,
+            row,
+            State.CANCELLED,
+            report.error or _error("request_cancelled", "cancelled by the upstream"),
+            **settled,
+        )
+    elif report.error and report.error["code"] == "resource_not_found" and State(row["state"]) is State.SUBMITTED:
+        end(tx, row, State.EXPIRED, {**report.error, "code": "expired"}, **settled)
+    else:
+        end(
+            tx,
+            row,
+            State.FAILED,
+            report.error or _error("unknown_error", "the upstream gave no reason"),
+            **settled,
+        )
+    return None
+
+
+def _error(code: str, message: str) -> model.JSON:
+    return {"code": code, "message": message, "type": "task_error"}

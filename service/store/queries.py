@@ -1,0 +1,291 @@
+"""What is read: functions of a connection. Every one that serves a client takes the owner, None for all (admin)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Select, and_, func, or_, select
+
+from service import model
+from service.store.records import Row, image_record, task_record
+from service.store.tables import (
+    QUEUES,
+    api_keys,
+    attempts,
+    callbacks,
+    deliveries,
+    endpoints,
+    events,
+    images,
+    owners,
+    steps,
+    tasks,
+)
+
+After = tuple[int, str] | None  # where a list goes on: time and id of the last one seen
+
+
+def _images(connection: Connection, task_ids: Sequence[str]) -> dict[str, list[model.Image]]:
+    statement = select(images).where(images.c.task_id.in_(task_ids), images.c.state == "stored").order_by(images.c.position)
+    found: dict[str, list[model.Image]] = {}
+    for row in connection.execute(statement).mappings():
+        found.setdefault(row["task_id"], []).append(image_record(row))
+    return found
+
+
+def _page(statement: Select[Any], table: Any, after: After, limit: int) -> Select[Any]:
+    """Newest first, from `after` on: by key, so that a page costs the same however far down it is."""
+    created, key = table.c.created_at, table.c.id
+    if after is not None:
+        statement = statement.where(or_(created < after[0], and_(created == after[0], key < after[1])))
+    return statement.order_by(created.desc(), key.desc()).limit(limit)
+
+
+def task_row(connection: Connection, task_id: str, owner: str | None) -> Row | None:
+    """A task's row by our id or the upstream's."""
+    column = tasks.c.id if task_id.startswith(model.PREFIXES["task"]) else tasks.c.upstream_id
+    statement = select(tasks).where(column == task_id)
+    if owner is not None:
+        statement = statement.where(tasks.c.owner == owner)
+    return connection.execute(statement).mappings().first()
+
+
+def task(connection: Connection, task_id: str, owner: str | None) -> tuple[model.Task, Row] | None:
+    """A task as it is shown, and its row."""
+    row = task_row(connection, task_id, owner)
+    if row is None:
+        return None
+    return task_record(row, _images(connection, [row["id"]]).get(row["id"], ())), row
+
+
+def task_by_key(connection: Connection, owner: str, idempotency_key: str) -> Row | None:
+    statement = select(tasks.c.id, tasks.c.idempotency_hash).where(tasks.c.owner == owner, tasks.c.idempotency_key == idempotency_key)
+    return connection.execute(statement).mappings().first()
+
+
+def task_list(
+    connection: Connection,
+    owner: str | None,
+    limit: int,
+    after: After = None,
+    state: str | None = None,
+    model_name: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> list[model.Task]:
+    statement = select(tasks)
+    if owner is not None:
+        statement = statement.where(tasks.c.owner == owner)
+    if state is not None:
+        statement = statement.where(tasks.c.state == state)
+    if model_name is not None:
+        statement = statement.where(tasks.c.model == model_name)
+    for key, value in (metadata or {}).items():
+        statement = statement.where(tasks.c.metadata[key].as_string() == value)
+    rows = list(connection.execute(_page(statement, tasks, after, limit)).mappings())
+    found = _images(connection, [row["id"] for row in rows])
+    return [task_record(row, found.get(row["id"], ())) for row in rows]
+
+
+def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -> list[model.JSON]:
+    """Every step of a task in the order of time, named as the log names it; deliveries of `delivery_owner` alone."""
+    lines: list[tuple[int, int, model.JSON]] = []
+
+    def add(time: int, step: str, **detail: Any) -> None:
+        lines.append((time, len(lines), {"time": model.rfc3339(time), "step": step, **detail}))
+
+    for row in connection.execute(select(steps).where(steps.c.task_id == task_id).order_by(steps.c.id)):
+        add(row.time, row.step, **row.detail)
+    for row in connection.execute(select(callbacks).where(callbacks.c.task_id == task_id)):
+        add(
+            row.received_at,
+            "callback.received",
+            callback_id=row.id,
+            verdict=row.verdict,
+            status=row.status,
+            count=row.count,
+            last_seen_at=model.rfc3339(row.last_seen_at),
+        )
+    for row in connection.execute(select(events).where(events.c.task_id == task_id, events.c.type.startswith("image.task."))):
+        add(
+            row.time,
+            "event.emitted",
+            event_id=row.id,
+            type=row.type,
+            sequence=model.sequence_text(row.sequence),
+        )
+    statement = (
+        select(attempts, deliveries.c.endpoint_id, deliveries.c.event_id)
+        .join(deliveries, deliveries.c.id == attempts.c.delivery_id)
+        .where(deliveries.c.task_id == task_id)
+    )
+    if delivery_owner is not None:
+        statement = statement.where(deliveries.c.owner == delivery_owner)
+    for row in connection.execute(statement):
+        add(
+            row.time,
+            "delivery.attempted",
+            delivery_id=row.delivery_id,
+            endpoint_id=row.endpoint_id,
+            event_id=row.event_id,
+            status=row.status,
+            duration_ms=row.duration_ms,
+            error=row.error,
+        )
+    return [line for _, _, line in sorted(lines, key=lambda line: line[:2])]
+
+
+# --- work ------------------------------------------------------------------------------------------------------------
+
+
+def settling(connection: Connection, task_id: str) -> tuple[Row, Row | None] | None:
+    """A task's row and its first terminal callback, for whoever settles it."""
+    row = connection.execute(select(tasks).where(tasks.c.id == task_id)).mappings().first()
+    if row is None:
+        return None
+    first = select(callbacks).where(callbacks.c.task_id == task_id, callbacks.c.first.is_(True))
+    return row, connection.execute(first).mappings().first()
+
+
+def download(connection: Connection, image_id: str) -> Row | None:
+    """An image to fetch, with the time its task was asked for."""
+    statement = select(images, tasks.c.upstream_id, tasks.c.state.label("task_state")).join(tasks, tasks.c.id == images.c.task_id)
+    return connection.execute(statement.where(images.c.id == image_id)).mappings().first()
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A delivery with all that an attempt needs; `endpoint` None with `callback_url` None: its endpoint is gone."""
+
+    delivery: Row
+    event: Row | None
+    endpoint: Row | None
+    callback_url: str | None
+    callback_secret: bytes | None
+
+
+def parcel(connection: Connection, delivery_id: str) -> Parcel | None:
+    row = connection.execute(select(deliveries).where(deliveries.c.id == delivery_id)).mappings().first()
+    if row is None:
+        return None
+    event = connection.execute(select(events).where(events.c.id == row["event_id"])).mappings().first()
+    if row["endpoint_id"] is not None:
+        endpoint = connection.execute(select(endpoints).where(endpoints.c.id == row["endpoint_id"])).mappings().first()
+        return Parcel(row, event, endpoint, None, None)
+    url = connection.execute(select(tasks.c.callback_url).where(tasks.c.id == row["task_id"])).scalar()
+    secret = connection.execute(select(owners.c.callback_secret).where(owners.c.name == row["owner"])).scalar()
+    return Parcel(row, event, None, url, secret)
+
+
+def next_due(connection: Connection, stages: Sequence[str]) -> int | None:
+    """The earliest time at which a row of these stages is due or its lease ends, if there is one."""
+    times: list[int] = []
+    for stage in stages:
+        queue = QUEUES[stage]
+        due, until = queue.column("due_at"), queue.column("lease_until")
+        statement = select(func.min(func.coalesce(until, due))).where(due.is_not(None))
+        if queue.where is not None:
+            statement = statement.where(queue.where)
+        times += [time for time in connection.execute(statement).scalars() if time is not None]
+    return min(times, default=None)
+
+
+# --- events, endpoints, deliveries -----------------------------------------------------------------------------------
+
+
+def event_list(
+    connection: Connection,
+    owner: str | None,
+    after: int,
+    limit: int,
+    types: Sequence[str] = (),
+    task_id: str | None = None,
+) -> tuple[list[Row], int]:
+    """Events after a place, and the last place that was examined."""
+    last = connection.execute(select(func.max(events.c.sequence))).scalar() or 0
+    statement = select(events).where(events.c.sequence > after, events.c.sequence <= last)
+    if owner is not None:
+        statement = statement.where(events.c.owner == owner)
+    if task_id is not None:
+        statement = statement.where(events.c.task_id == task_id)
+    if types:
+        statement = statement.where(or_(*(_type_condition(pattern) for pattern in types)))
+    rows: list[Row] = list(connection.execute(statement.order_by(events.c.sequence).limit(limit)).mappings())
+    return rows, rows[-1]["sequence"] if len(rows) == limit else max(last, after)
+
+
+def _type_condition(pattern: str) -> Any:
+    if pattern == "*":
+        return events.c.sequence > 0
+    if pattern.endswith(".*"):
+        return events.c.type.startswith(pattern[:-1], autoescape=True)
+    return events.c.type == pattern
+
+
+def endpoint_row(connection: Connection, endpoint_id: str, owner: str | None) -> Row | None:
+    statement = select(endpoints).where(endpoints.c.id == endpoint_id)
+    if owner is not None:
+        statement = statement.where(endpoints.c.owner == owner)
+    return connection.execute(statement).mappings().first()
+
+
+def endpoint_list(connection: Connection, owner: str | None, limit: int, after: After = None) -> list[Row]:
+    statement = select(endpoints)
+    if owner is not None:
+        statement = statement.where(endpoints.c.owner == owner)
+    return list(connection.execute(_page(statement, endpoints, after, limit)).mappings())
+
+
+def delivery_list(
+    connection: Connection,
+    owner: str | None,
+    limit: int,
+    after: After = None,
+    where: Mapping[str, str] | None = None,
+) -> list[tuple[Row, list[Row]]]:
+    """Deliveries with their attempts; `where` names columns (`id`, `endpoint_id`, `event_id`, `task_id`, `state`)."""
+    statement = select(deliveries)
+    if owner is not None:
+        statement = statement.where(deliveries.c.owner == owner)
+    for name, value in (where or {}).items():
+        statement = statement.where(deliveries.c[name] == value)
+    rows = list(connection.execute(_page(statement, deliveries, after, limit)).mappings())
+    made: dict[str, list[Row]] = {row["id"]: [] for row in rows}
+    tried = select(attempts).where(attempts.c.delivery_id.in_(made)).order_by(attempts.c.time, attempts.c.id)
+    for attempt in connection.execute(tried).mappings():
+        made[attempt["delivery_id"]].append(attempt)
+    return [(row, made[row["id"]]) for row in rows]
+
+
+def image_row(connection: Connection, image_id: str) -> Row | None:
+    return connection.execute(select(images).where(images.c.id == image_id, images.c.state == "stored")).mappings().first()
+
+
+# --- keys and figures ------------------------------------------------------------------------------------------------
+
+
+def key_row(connection: Connection, hash: str) -> Row | None:
+    return connection.execute(select(api_keys).where(api_keys.c.hash == hash, api_keys.c.revoked_at.is_(None))).mappings().first()
+
+
+def key_list(connection: Connection) -> list[Row]:
+    return list(connection.execute(select(api_keys).order_by(api_keys.c.created_at, api_keys.c.id)).mappings())
+
+
+def figures(connection: Connection) -> dict[str, Any]:
+    """What the gauges show, counted in the store: the same in every process."""
+    states = {row.state: row[1] for row in connection.execute(select(tasks.c.state, func.count()).group_by(tasks.c.state))}
+    depth = {}
+    for stage, queue in QUEUES.items():
+        statement = select(func.count()).select_from(queue.table).where(queue.column("due_at").is_not(None))
+        depth[stage] = connection.execute(statement if queue.where is None else statement.where(queue.where)).scalar_one()
+    unsettled = select(func.min(tasks.c.created_at)).where(tasks.c.state.not_in([state.value for state in model.TERMINAL]))
+    return {
+        "tasks": {state.value: states.get(state.value, 0) for state in model.State},
+        "queue_depth": depth,
+        "oldest_unsettled": connection.execute(unsettled).scalar(),
+        "oldest_due_delivery": connection.execute(select(func.min(deliveries.c.due_at)).where(deliveries.c.state == "pending")).scalar(),
+        "first_link_dies": connection.execute(select(func.min(images.c.link_dies_at)).where(images.c.state == "pending")).scalar(),
+        "dead_letters": connection.execute(select(func.count()).select_from(deliveries).where(deliveries.c.state == "dead")).scalar_one(),
+        "credits_reserved": connection.execute(select(func.sum(tasks.c.credits_reserved))).scalar() or 0,
+        "credits_used": connection.execute(select(func.sum(tasks.c.credits_used))).scalar() or 0,
+    }

@@ -1,0 +1,192 @@
+"""The embedded store: one SQLite file, one writer thread, one process.
+
+WAL with `synchronous=FULL`: a commit that returned survives a power cut. The writer's thread is the only one that
+writes and checkpoints (SQLite before 3.51.3 can corrupt a WAL with two writers); readers are read-only connections.
+"""
+
+import asyncio
+import fcntl
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Concatenate
+
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import DatabaseError
+from sqlalchemy.pool import NullPool, QueuePool
+
+from service.errors import ConfigurationError, StoreUnavailable
+from service.store import Item, P, Result, Signals, Transaction, Workers, schema
+from service.store.committer import Batch, Call, Committer, execute
+from service.store.operations import leases
+
+READERS = 4
+
+
+def wall_clock() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class FileLock:
+    """The proof that this process alone uses the store; the kernel frees it when the process ends, however it ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = -1
+
+    def acquire(self) -> bool:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            return False
+        return True
+
+    def release(self) -> None:
+        os.close(self._file)
+
+
+def engine(path: Path, *, readonly: bool) -> Engine:
+    made = create_engine(
+        f"sqlite+pysqlite:///{path}",
+        poolclass=QueuePool if readonly else NullPool,
+        connect_args={"check_same_thread": False, "isolation_level": None},
+        **({"pool_size": READERS, "max_overflow": 0} if readonly else {}),
+    )
+
+    @event.listens_for(made, "connect")
+    def prepare(connection: Any, _: object) -> None:
+        statements = [
+            "PRAGMA busy_timeout=5000",
+            "PRAGMA foreign_keys=ON",
+            "PRAGMA cache_size=-16384",
+        ]
+        statements += ["PRAGMA query_only=ON"] if readonly else ["PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL"]
+        for statement in statements:
+            connection.execute(statement)
+
+    @event.listens_for(made, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN" if readonly else "BEGIN IMMEDIATE")
+
+    return made
+
+
+class SqliteStore:
+    """`Store` on one SQLite file; made by `open_sqlite`."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        process: str,
+        new_id: Callable[[str, int], str],
+        clock: Callable[[], int] = wall_clock,
+    ) -> None:
+        self.signals = Signals()
+        self.process = process
+        self.clock = clock
+        self._new_id = new_id
+        self._writer = ThreadPoolExecutor(1, "store-writer")
+        self._readers = ThreadPoolExecutor(READERS, "store-reader")
+        self._engine = engine(path, readonly=False)
+        self._reading = engine(path, readonly=True)
+        self._connection: Connection | None = None
+        self._committer = Committer(self._run_batch, self.signals)
+
+    def _begin(self, connection: Connection, slots: dict[str, int]) -> Transaction:
+        return Transaction(connection, self.clock(), self.process, self._new_id, slots)
+
+    async def _run_batch(self, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self._execute, calls, slots)
+
+    def _execute(self, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
+        if self._connection is None:
+            self._connection = self._engine.connect()
+        return execute(self._connection, self._begin, calls, slots)
+
+    async def write(
+        self,
+        operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]],
+        item: Item,
+    ) -> Result:
+        return await self._committer.write(operation, item)
+
+    async def read(
+        self,
+        query: Callable[Concatenate[Connection, P], Result],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> Result:
+        def run() -> Result:
+            try:
+                with self._reading.begin() as connection:
+                    return query(connection, *args, **kwargs)
+            except DatabaseError as error:
+                raise StoreUnavailable(f"the store cannot be read: {type(error.orig).__name__}") from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+
+    def attach(self, workers: Workers) -> None:
+        self._committer.workers = workers
+
+    def detach(self) -> None:
+        self._committer.workers = None
+
+    def prepare(self, *, migrate: bool) -> None:
+        """Migrates the schema and ends the leases of the process that had the store before."""
+        with self._engine.connect() as connection, connection.begin():
+            schema.migrate(connection, allowed=migrate)
+            leases.free_all(self._begin(connection, {}))
+
+    async def run(self) -> None:
+        await self._committer.run()
+
+    def close(self) -> None:
+        self._committer.close()
+
+    def dispose(self) -> None:
+        """Closes the connections in the writer's thread: the last one checkpoints."""
+        if self._connection is not None:
+            self._writer.submit(self._connection.close).result()
+        self._writer.shutdown()
+        self._readers.shutdown()
+        self._reading.dispose()
+        self._engine.dispose()
+
+
+@asynccontextmanager
+async def open_sqlite(
+    path: Path,
+    *,
+    process: str,
+    new_id: Callable[[str, int], str],
+    clock: Callable[[], int] = wall_clock,
+    migrate: bool = True,
+) -> AsyncIterator[SqliteStore]:
+    """Opens the store for this process alone; ConfigurationError when another has it or the file is not ours."""
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    if not lock.acquire():
+        raise ConfigurationError(f"another darkroom process uses {path}: only one may on SQLite")
+    try:
+        store = SqliteStore(path, process=process, new_id=new_id, clock=clock)
+        try:
+            try:
+                await asyncio.to_thread(store.prepare, migrate=migrate)
+            except DatabaseError as error:
+                raise ConfigurationError(f"DARKROOM_DATABASE_URL: {path} cannot be used: {error.orig}") from error
+            committing = asyncio.create_task(store.run(), name="committer")
+            try:
+                yield store
+            finally:
+                store.close()
+                await committing
+        finally:
+            await asyncio.to_thread(store.dispose)
+    finally:
+        lock.release()

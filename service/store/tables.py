@@ -1,0 +1,272 @@
+"""The tables, written once for both stores. Times are milliseconds since 1970 UTC, credits millionths of a credit.
+
+State is the queue: a row that wants work carries `due_at`, `attempts`, `lease_until`, `lease_owner` and `fence`; see
+`Queue` and `operations.leases`. Whatever belongs to somebody has its `owner`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    ColumnElement,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+
+def lease_columns(prefix: str = "") -> list[Column[Any]]:
+    """What makes a row work to be done: `faults` counts unforeseen exceptions, `deaths` leases that ran out unfinished."""
+    return [
+        Column(f"{prefix}due_at", BigInteger),
+        Column(f"{prefix}attempts", Integer, nullable=False, default=0),
+        Column(f"{prefix}lease_until", BigInteger),
+        Column(f"{prefix}lease_owner", String(64)),
+        Column(f"{prefix}fence", Integer, nullable=False, default=0),
+        Column(f"{prefix}deaths", Integer, nullable=False, default=0),
+        Column(f"{prefix}faults", Integer, nullable=False, default=0),
+    ]
+
+
+owners = Table(
+    "owners",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("callback_secret", LargeBinary, nullable=False),  # encrypted
+    Column("created_at", BigInteger, nullable=False),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(64), nullable=False),
+    Column("hash", String(64), nullable=False, unique=True),
+    Column("hint", String(16), nullable=False),  # the key's first characters, for people
+    Column("scopes", JSON, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("revoked_at", BigInteger),
+)
+
+tasks = Table(
+    "tasks",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(64), nullable=False),
+    Column("upstream", String(32), nullable=False),
+    Column("upstream_id", String(200)),
+    Column("upstream_id_from", String(16)),  # "answer" wins over "callback"
+    Column("state", String(16), nullable=False),
+    Column("upstream_status", String(16)),
+    Column("settled_digest", String(64)),  # of the upstream's word that ended it; NULL: not ended, or an end of our own making
+    Column("created_at", BigInteger, nullable=False),
+    Column("submitted_at", BigInteger),
+    Column("called_back_at", BigInteger),  # the first terminal callback
+    Column("terminal_at", BigInteger),
+    Column("model", String(200), nullable=False),
+    Column("prompt", Text),
+    Column("request", JSON, nullable=False),  # what was asked, without the prompt
+    Column("metadata", JSON, nullable=False),
+    Column("body", LargeBinary, nullable=False),  # sent upstream byte for byte, however often
+    Column("callback_url", Text),  # the client's own
+    Column("idempotency_key", String(255)),
+    Column("idempotency_hash", String(64)),
+    Column("progress", Integer, nullable=False, default=0),
+    Column("can_cancel", Boolean, nullable=False, default=True),
+    Column("estimated_time", Integer),
+    Column("billing_rule", String(64)),
+    Column("user_group", String(64)),
+    Column("credits_reserved", BigInteger),
+    Column("credits_used", BigInteger),
+    Column("error", JSON(none_as_null=True)),
+    Column("refusal_status", Integer),  # the upstream's HTTP status when it refused the submission
+    Column("submit_outcomes", Integer, nullable=False, default=0),
+    Column("settle_requests", Integer, nullable=False, default=0),  # bumped when somebody wants it settled now
+    *lease_columns("submit_"),
+    *lease_columns("settle_"),
+    UniqueConstraint("upstream", "upstream_id"),
+    UniqueConstraint("owner", "idempotency_key"),
+    Index(None, "owner", "created_at", "id"),
+    Index(None, "state"),
+)
+
+callbacks = Table(
+    "callbacks",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("task_id", String(40), nullable=False),
+    Column("owner", String(64), nullable=False),
+    Column("received_at", BigInteger, nullable=False),
+    Column("last_seen_at", BigInteger, nullable=False),
+    Column("count", Integer, nullable=False),
+    Column("verdict", String(16), nullable=False),
+    Column("status", String(16)),  # normalised; NULL: unreadable or undocumented
+    Column("upstream_id", String(200)),
+    Column("digest", String(64), nullable=False),  # `model.outcome_digest`, or the hash of an unreadable body
+    Column("first", Boolean),  # TRUE on the first terminal callback, else NULL
+    Column("body", LargeBinary, nullable=False),
+    UniqueConstraint("task_id", "digest"),
+    UniqueConstraint("task_id", "first"),
+)
+
+images = Table(
+    "images",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("task_id", String(40), nullable=False),
+    Column("owner", String(64), nullable=False),
+    Column("position", Integer, nullable=False),
+    Column("state", String(16), nullable=False),  # pending | stored | lost
+    Column("confirmed", Boolean, nullable=False),  # FALSE: named by a callback, not yet by a query
+    Column("source_url", Text, nullable=False),
+    Column("link_dies_at", BigInteger, nullable=False),
+    Column("blob", String(200)),
+    Column("media_type", String(64)),
+    Column("bytes", BigInteger),
+    Column("sha256", String(64)),
+    Column("width", Integer),
+    Column("height", Integer),
+    Column("stored_at", BigInteger),
+    Column("error", Text),
+    Column("wrong_sha256", String(64)),  # bytes that were no image, and how often they came
+    Column("wrong_count", Integer, nullable=False, default=0),
+    Column("stale_since", BigInteger),  # the first 403, 404 or 410, and how many there were
+    Column("stale_count", Integer, nullable=False, default=0),
+    *lease_columns(),
+    UniqueConstraint("task_id", "position"),
+)
+
+counters = Table(
+    "counters",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("value", BigInteger, nullable=False),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("id", String(40), nullable=False, unique=True),
+    Column("owner", String(64), nullable=False),
+    Column("type", String(64), nullable=False),
+    Column("task_id", String(40)),
+    Column("terminal", Boolean),  # TRUE on a task's terminal event, else NULL
+    Column("time", BigInteger, nullable=False),
+    Column("called_back_at", BigInteger),
+    Column("data", JSON, nullable=False),
+    UniqueConstraint("task_id", "terminal"),
+    Index(None, "owner", "sequence"),
+)
+
+endpoints = Table(
+    "endpoints",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(64)),  # NULL: every owner's events
+    Column("url", Text, nullable=False),
+    Column("types", JSON, nullable=False),
+    Column("description", Text, nullable=False),
+    Column("status", String(16), nullable=False),  # enabled | paused | disabled
+    Column("disabled_at", BigInteger),
+    Column("disabled_reason", Text),
+    Column("failing_since", BigInteger),
+    Column("paused_until", BigInteger),
+    Column("secret", LargeBinary, nullable=False),  # encrypted
+    Column("created_at", BigInteger, nullable=False),
+    Index(None, "owner"),
+)
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(64), nullable=False),  # the endpoint's; `admin` for an endpoint of all owners
+    Column("endpoint_id", String(40)),  # NULL: the task's own callback_url
+    Column("event_id", String(40), nullable=False),
+    Column("task_id", String(40)),
+    Column("state", String(16), nullable=False),  # pending | delivered | dead
+    Column("created_at", BigInteger, nullable=False),
+    Column("finished_at", BigInteger),
+    *lease_columns(),
+    Index(None, "event_id"),
+    Index(None, "endpoint_id", "state"),
+    Index(None, "task_id"),
+    Index(None, "owner", "created_at", "id"),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("delivery_id", String(40), nullable=False, index=True),
+    Column("time", BigInteger, nullable=False),
+    Column("status", Integer),
+    Column("duration_ms", Integer, nullable=False),
+    Column("error", Text),
+    Column("answer", LargeBinary),  # the first 2 KiB
+)
+
+steps = Table(
+    "steps",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("task_id", String(40), nullable=False, index=True),
+    Column("time", BigInteger, nullable=False),
+    Column("step", String(40), nullable=False),
+    Column("detail", JSON, nullable=False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """One kind of work: which rows of which table want it, and in which order."""
+
+    stage: str
+    table: Table
+    prefix: str
+    order: ColumnElement[Any]
+    where: ColumnElement[bool] | None = None
+
+    def column(self, name: str) -> Column[Any]:
+        return self.table.c[self.prefix + name]
+
+
+QUEUES = {
+    queue.stage: queue
+    for queue in (
+        Queue("submit", tasks, "submit_", tasks.c.submit_due_at),
+        Queue("settle", tasks, "settle_", tasks.c.settle_due_at),
+        Queue("download", images, "", images.c.link_dies_at),
+        # Two queues on one table: retries have slots of their own and never starve first attempts.
+        Queue("deliver", deliveries, "", deliveries.c.due_at, deliveries.c.attempts == 0),
+        Queue("redeliver", deliveries, "", deliveries.c.due_at, deliveries.c.attempts > 0),
+    )
+}
+
+for queue in QUEUES.values():
+    if queue.stage != "redeliver":  # it shares the index of "deliver"
+        due = queue.column("due_at")
+        Index(
+            f"ix_{queue.table.name}_{due.name}",
+            due,
+            sqlite_where=due.is_not(None),
+            postgresql_where=due.is_not(None),
+        )

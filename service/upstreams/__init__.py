@@ -1,0 +1,91 @@
+"""The image APIs behind the service: what each must be able to do, and what can come of it."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from service.egress import Response
+from service.model import JSON, Report
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The upstream has the task under `report.upstream_id`, which is never None here; `report` may be final already."""
+
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class NotCreated:
+    """Proof that nothing was created: it may be sent again. `retry_after` in seconds; `account`: our key or account is the cause."""
+
+    reason: str
+    retry_after: float | None = None
+    account: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The request itself was refused for good; `error` has `code`, `message`, `type`, all text, and `param`, text or None."""
+
+    status: int
+    error: JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Uncertain:
+    """Nothing is proved: the task may exist and may have been charged."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The upstream's word on the task."""
+
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
+class NotFound:
+    """The upstream does not know the id, now."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoAnswer:
+    """Nothing was learned; `retry_after` in seconds."""
+
+    reason: str
+    retry_after: float | None = None
+
+
+SubmitOutcome = Accepted | NotCreated | Refused | Uncertain
+QueryOutcome = Found | NotFound | NoAnswer
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request to an upstream, for log and metrics: `status` None if no answer came; `duration` in seconds."""
+
+    kind: str
+    status: int | None
+    outcome: str
+    duration: float
+    request_id: str | None = None
+
+
+class Upstream(Protocol):
+    """Safe for many calls at once. `submit` and `query` raise nothing that a network can cause: it is in their outcome."""
+
+    name: str
+
+    async def submit(self, body: bytes, idempotency_key: str) -> SubmitOutcome:
+        """Sends the body byte for byte, once."""
+
+    async def query(self, upstream_id: str) -> QueryOutcome:
+        """What the upstream says of the task now."""
+
+    async def passthrough(self, method: str, path: str) -> Response:
+        """The upstream's own answer to a path that begins with `/`. EgressError: there was none."""
+
+    def read_callback(self, body: bytes) -> Report | None:
+        """What a callback says; None: unreadable. Never raises."""

@@ -1,0 +1,30 @@
+"""What a sandbox is started with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from ipaddress import IPv4Network, IPv6Network
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxOptions:
+    """The defaults are the documented ones, but for the time a task takes (60 s upstream).
+
+    `base_url` is the address in result links; None: the one the submission came to. `api_key` None: any Bearer key will do.
+    Callbacks go to public https addresses, and to whatever is in `networks`. Times are seconds, prices whole credits.
+    `faults` are the default of every request's `sandbox` object (see `faults.FAULTS`).
+    """
+
+    base_url: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    networks: tuple[IPv4Network | IPv6Network, ...] = ()
+    delay_s: float = 1.0
+    task_ttl_s: float = 86400
+    result_ttl_s: float = 86400
+    price: Decimal = Decimal("1.5")
+    credits: Decimal = Decimal(10000)
+    seed: int | None = None
+    faults: Mapping[str, Any] = field(default_factory=dict)
+    callback_timeout_s: float = 10
+    callback_delays_s: tuple[float, ...] = (1, 2, 4)

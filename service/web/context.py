@@ -1,0 +1,26 @@
+"""What the routes share; the application's lifespan makes it and yields it as state."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from service.pipeline.submit import Intake
+from service.resources import Resources
+from service.web.access import Access
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """`workers_alive` None: this process has no workers. `metrics_open`: `/metrics` needs no key here."""
+
+    resources: Resources
+    intake: Intake
+    access: Access
+    result_ttl_s: float
+    workers_alive: Callable[[], bool] | None
+
+
+def context_of(request: Request) -> Context:
+    context: Context = request.state.context
+    return context

@@ -1,0 +1,125 @@
+"""Endpoints and what was delivered to them."""
+
+import os
+
+import structlog
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service import model
+from service.errors import ApiError, EgressRefused
+from service.model import JSON
+from service.pipeline.delivery import delivery_document, encode_secrets
+from service.resources import Resources
+from service.signing import new_secret
+from service.store import queries
+from service.store.operations.deliveries import Endpoint, EndpointChange, change_endpoints, insert_endpoints
+from service.store.records import Row
+from service.web.api import caller_of
+from service.web.bodies import make_cursor, query_limit, query_text, read_cursor, read_json, validated
+from service.web.context import context_of
+from service.web.schemas import EndpointPatch, NewEndpoint
+
+log = structlog.get_logger()
+
+
+def shown(row: Row) -> JSON:
+    return {
+        "id": row["id"],
+        "owner": row["owner"],
+        "url": row["url"],
+        "types": row["types"],
+        "description": row["description"],
+        "status": row["status"],
+        "created_at": model.rfc3339(row["created_at"]),
+        "disabled_at": model.rfc3339(row["disabled_at"]) if row["disabled_at"] is not None else None,
+        "disabled_reason": row["disabled_reason"],
+    }
+
+
+async def check_url(resources: Resources, url: str) -> None:
+    try:
+        await resources.webhooks.check(url)
+    except EgressRefused as error:
+        raise ApiError(400, "invalid_parameter", f"url: {error}", param="url") from error
+
+
+async def create(request: Request) -> Response:
+    resources, caller = context_of(request).resources, caller_of(request)
+    body = validated(NewEndpoint, await read_json(request))
+    owner: str | None = caller.owner
+    if "owner" in body.model_fields_set and body.owner != caller.owner:
+        if caller.sees is not None:
+            raise ApiError(403, "permission_denied", "owner: only the scope admin may subscribe to others' events", param="owner")
+        owner = body.owner
+    await check_url(resources, body.url)
+    secret = new_secret(os.urandom(32))
+    encrypted = resources.keyring.encrypt(encode_secrets([secret]))
+    endpoint = Endpoint(resources.id("endpoint"), owner, body.url, tuple(body.types), body.description, encrypted)
+    await resources.store.write(insert_endpoints, endpoint)
+    log.info("admin.action", action="endpoint.create", subject=endpoint.id, owner=caller.owner)
+    return JSONResponse({**shown(await _row(request, endpoint.id)), "secret": secret}, 201)
+
+
+async def _row(request: Request, endpoint_id: str) -> Row:
+    row = await context_of(request).resources.store.read(queries.endpoint_row, endpoint_id, caller_of(request).sees)
+    if row is None:
+        raise ApiError(404, "endpoint_not_found", "no endpoint of yours has that id")
+    return row
+
+
+async def read(request: Request) -> Response:
+    return JSONResponse(shown(await _row(request, request.path_params["endpoint_id"])))
+
+
+async def listed(request: Request) -> Response:
+    limit = query_limit(request)
+    rows = await context_of(request).resources.store.read(queries.endpoint_list, caller_of(request).sees, limit, read_cursor(request))
+    more = make_cursor(rows[-1]["created_at"], rows[-1]["id"]) if len(rows) == limit else None
+    return JSONResponse({"data": [shown(row) for row in rows], "next_cursor": more})
+
+
+async def patch(request: Request) -> Response:
+    resources, caller, endpoint_id = context_of(request).resources, caller_of(request), request.path_params["endpoint_id"]
+    body = validated(EndpointPatch, await read_json(request))
+    if body.url is not None:
+        await check_url(resources, body.url)
+    change = EndpointChange(
+        endpoint_id, caller.sees, body.url, tuple(body.types) if body.types is not None else None, body.description, body.status
+    )
+    await _change(request, change, "endpoint.patch")
+    return JSONResponse(shown(await _row(request, endpoint_id)))
+
+
+async def delete(request: Request) -> Response:
+    await _change(request, EndpointChange(request.path_params["endpoint_id"], caller_of(request).sees, delete=True), "endpoint.delete")
+    return Response(status_code=204)
+
+
+async def _change(request: Request, change: EndpointChange, action: str) -> None:
+    if not await context_of(request).resources.store.write(change_endpoints, change):
+        raise ApiError(404, "endpoint_not_found", "no endpoint of yours has that id")
+    log.info("admin.action", action=action, subject=change.id, owner=caller_of(request).owner)
+
+
+async def deliveries(request: Request) -> Response:
+    limit, caller = query_limit(request), caller_of(request)
+    asked = {
+        "endpoint_id": query_text(request, "endpoint"),
+        "event_id": query_text(request, "event"),
+        "task_id": query_text(request, "task"),
+        "state": query_text(request, "state", ("pending", "delivered", "dead")),
+    }
+    where = {name: value for name, value in asked.items() if value is not None}
+    found = await context_of(request).resources.store.read(queries.delivery_list, caller.sees, limit, read_cursor(request), where)
+    more = make_cursor(found[-1][0]["created_at"], found[-1][0]["id"]) if len(found) == limit else None
+    data = [delivery_document(row, attempts, answers=caller.sees is None) for row, attempts in found]
+    return JSONResponse({"data": data, "next_cursor": more})
+
+
+async def delivery(request: Request) -> Response:
+    caller, where = caller_of(request), {"id": request.path_params["delivery_id"]}
+    found = await context_of(request).resources.store.read(queries.delivery_list, caller.sees, 1, None, where)
+    if not found:
+        raise ApiError(404, "delivery_not_found", "no delivery of yours has that id")
+    return JSONResponse(delivery_document(*found[0], answers=caller.sees is None))

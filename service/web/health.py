@@ -1,0 +1,59 @@
+"""Whether the process lives, whether it can take a callback, and its figures."""
+
+import asyncio
+from collections.abc import Sequence
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service.errors import ApiError, StoreUnavailable
+from service.ops.metrics import CONTENT_TYPE
+from service.store import Transaction, queries
+from service.web.access import SCOPES
+from service.web.context import Context, context_of
+
+READY_S = 5.0
+
+
+async def healthz(request: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+def commit_nothing(tx: Transaction, items: Sequence[None]) -> list[None]:
+    """A transaction like a callback's: if this commits, a callback would."""
+    return [None] * len(items)
+
+
+async def readyz(request: Request) -> Response:
+    """503 only when the store cannot commit; causes are shown to a key alone."""
+    context = context_of(request)
+    try:
+        async with asyncio.timeout(READY_S):
+            await context.resources.store.write(commit_nothing, None)
+    except (StoreUnavailable, TimeoutError):
+        return JSONResponse({"status": "unavailable", **await _causes(request, context, ["store"])}, 503, headers={"Retry-After": "1"})
+    causes = []
+    if context.resources.store.signals.stopping:
+        causes.append("stopping")
+    if await context.resources.blobs.free_bytes() == 0:
+        causes.append("blobs")
+    if context.workers_alive is not None and not context.workers_alive():
+        causes.append("workers")
+    return JSONResponse({"status": "degraded" if causes else "ok", **await _causes(request, context, causes)})
+
+
+async def _causes(request: Request, context: Context, causes: list[str]) -> dict[str, list[str]]:
+    if "authorization" not in request.headers:
+        return {}
+    try:
+        await context.access.caller(request, *SCOPES)
+    except (ApiError, StoreUnavailable):
+        return {}
+    return {"causes": causes}
+
+
+async def metrics(request: Request) -> Response:
+    resources = context_of(request).resources
+    figures = await resources.store.read(queries.figures)
+    body = resources.metrics.show(figures, resources.clock(), await resources.blobs.free_bytes())
+    return Response(body, headers={"content-type": CONTENT_TYPE})

@@ -1,0 +1,68 @@
+"""API keys: made, listed, revoked. A key is shown once; the store has its hash."""
+
+import base64
+import os
+from collections.abc import Sequence
+
+import structlog
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service import model
+from service.errors import ApiError
+from service.model import JSON
+from service.resources import new_id
+from service.signing import Keyring, hash_api_key, new_secret
+from service.store import Store, queries
+from service.store.operations.access import NewKey as StoredKey
+from service.store.operations.access import insert_keys, revoke_keys
+from service.store.records import Row
+from service.web.access import HINT_CHARS
+from service.web.api import caller_of
+from service.web.bodies import read_json, validated
+from service.web.context import context_of
+from service.web.schemas import NewKey
+
+log = structlog.get_logger()
+
+
+async def create_key(store: Store, keyring: Keyring, now: int, owner: str, scopes: Sequence[str]) -> JSON:
+    """Makes a key; the answer holds it, and the owner's callback secret if this is its first."""
+    key = "dk_" + base64.b32encode(os.urandom(25)).decode().lower()  # 200 bits
+    secret = new_secret(os.urandom(32))
+    stored = StoredKey(new_id("key", now), owner, hash_api_key(key), key[:HINT_CHARS], tuple(scopes), keyring.encrypt(secret))
+    first = await store.write(insert_keys, stored)
+    rows = await store.read(queries.key_list)
+    row = next(row for row in rows if row["id"] == stored.id)
+    return {**shown(row), "key": key, "callback_secret": secret if first else None}
+
+
+def shown(row: Row) -> JSON:
+    return {
+        "id": row["id"],
+        "owner": row["owner"],
+        "hint": row["hint"],
+        "scopes": row["scopes"],
+        "created_at": model.rfc3339(row["created_at"]),
+        "revoked_at": model.rfc3339(row["revoked_at"]) if row["revoked_at"] is not None else None,
+    }
+
+
+async def create(request: Request) -> Response:
+    resources = context_of(request).resources
+    body = validated(NewKey, await read_json(request))
+    made = await create_key(resources.store, resources.keyring, resources.clock(), body.owner, body.scopes)
+    log.info("admin.action", action="key.create", subject=made["id"], owner=caller_of(request).owner)
+    return JSONResponse(made, 201)
+
+
+async def listed(request: Request) -> Response:
+    return JSONResponse({"data": [shown(row) for row in await context_of(request).resources.store.read(queries.key_list)]})
+
+
+async def revoke(request: Request) -> Response:
+    key_id = request.path_params["key_id"]
+    if not await context_of(request).resources.store.write(revoke_keys, key_id):
+        raise ApiError(404, "key_not_found", "no key has that id")
+    log.info("admin.action", action="key.revoke", subject=key_id, owner=caller_of(request).owner)
+    return Response(status_code=204)

@@ -1,0 +1,72 @@
+"""Around every request: an id, one log line, and the answer when a defect of ours comes through."""
+
+import json
+import re
+import time
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
+
+from service.resources import new_id
+from service.web.errors import error_body
+
+log = structlog.get_logger()
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+SILENT = ("/healthz", "/readyz", "/metrics")  # asked every few seconds; at debug level
+
+
+class Requests:
+    """Gives each request its `X-Request-Id` (the caller's own if it is plain) and logs it by its route, never by its path."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if REQUEST_ID.fullmatch(given) else new_id("request", time.time_ns() // 1_000_000)
+        scope["request_id"] = request_id
+        started, status, sent = time.perf_counter(), 0, 0
+
+        async def answer(message: Message) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            elif message["type"] == "http.response.body":
+                sent += len(message.get("body", b""))
+            await send(message)
+
+        with bound_contextvars(request_id=request_id):
+            try:
+                await self.app(scope, receive, answer)
+            except Exception as error:
+                log.error("http.failed", method=scope["method"], route=route_of(scope), exception=repr(error), exc_info=error)
+                if not status:
+                    await _failed(answer, request_id)
+            level = log.debug if scope["path"] in SILENT else log.info
+            level(
+                "http.request",
+                method=scope["method"],
+                route=route_of(scope),
+                status=status,
+                duration_ms=round((time.perf_counter() - started) * 1000, 1),
+                bytes=sent,
+            )
+
+
+def route_of(scope: Scope) -> str | None:
+    """The pattern that matched, never the path: paths hold tokens."""
+    route = scope.get("route")
+    return getattr(route, "path", None)
+
+
+async def _failed(send: Send, request_id: str) -> None:
+    body = json.dumps(error_body(500, "internal_error", "a defect of the service; it was logged", request_id)).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 500, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,69 @@
+"""The OpenAPI 3.1 document, made from the table of routes and the pydantic models."""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from service import VERSION
+from service.model import JSON
+from service.web import schemas
+
+if TYPE_CHECKING:
+    from service.web.routes import Spec
+
+SUBMIT_HEADERS = ("Idempotency-Key", "Prefer")
+ABOUT = "Submit a task and forget it: callbacks are proved, pictures are saved, events are delivered."
+
+
+def document(specs: "Sequence[Spec]") -> JSON:
+    """The whole document."""
+    models = {model for spec in specs for model in (spec.answer, spec.body) if model} | {schemas.Error, schemas.Event, schemas.EventTask}
+    ordered: list[tuple[type[BaseModel], Literal["validation"]]] = [
+        (model, "validation") for model in sorted(models, key=lambda model: model.__name__)
+    ]
+    _, definitions = models_json_schema(ordered, ref_template="#/components/schemas/{model}")
+    paths: JSON = {}
+    for spec in specs:
+        paths.setdefault(spec.path, {})[spec.method.lower()] = operation(spec)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Darkroom", "version": VERSION, "description": ABOUT},
+        "paths": paths,
+        "components": {
+            "schemas": definitions["$defs"],
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def operation(spec: "Spec") -> JSON:
+    parameters = [_parameter(name, "path") for name in re.findall(r"\{(\w+)\}", spec.path)]
+    parameters += [_parameter(name, "query") for name in spec.query]
+    if spec.body is schemas.Submission:
+        parameters += [_parameter(name, "header") for name in SUBMIT_HEADERS]
+    good: JSON = {"description": spec.summary}
+    if spec.answer:
+        good["content"] = _content(spec.answer.__name__)
+    made: JSON = {
+        "operationId": spec.endpoint.__module__.rsplit(".", 1)[-1] + "_" + spec.endpoint.__name__,
+        "summary": spec.summary,
+        "parameters": parameters,
+        "responses": {str(spec.status): good, "default": {"description": "An error", "content": _content("Error")}},
+    }
+    if spec.scopes:
+        made["security"] = [{"key": []}]
+        made["description"] = f"Needs the scope {' or '.join(spec.scopes)}."
+    if spec.body:
+        made["requestBody"] = {"required": True, "content": _content(spec.body.__name__)}
+    return made
+
+
+def _parameter(name: str, place: str) -> JSON:
+    return {"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}}
+
+
+def _content(name: str) -> JSON:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}

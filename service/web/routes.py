@@ -1,0 +1,109 @@
+"""The whole table of URLs: method, path, what answers, who may, and what the OpenAPI document says of it."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from service.web import api, endpoints, events, health, images, keys, schemas
+from service.web.callbacks import CallbackRoute
+from service.web.context import context_of
+from service.web.openapi import document
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One operation. Without `scopes` no key is needed; one of them is enough. `query`: its parameters."""
+
+    method: str
+    path: str
+    endpoint: Endpoint
+    scopes: tuple[str, ...]
+    summary: str
+    answer: type[BaseModel] | None = None
+    body: type[BaseModel] | None = None
+    query: tuple[str, ...] = ()
+    status: int = 200
+
+
+PAGE = ("limit", "cursor")
+SUBMISSIONS = "/v1/images/generations"
+
+SPECS = (
+    Spec("POST", SUBMISSIONS, api.submit, ("submit",), "Submit a task", schemas.Task, schemas.Submission),
+    Spec(
+        "GET", "/v1/tasks", api.tasks, ("read",), "Tasks, newest first", schemas.TaskList, query=("state", "model", "metadata.KEY", *PAGE)
+    ),
+    Spec("GET", "/v1/tasks/{task_id}", api.task, ("read",), "A task, by our id or the upstream's", schemas.Task),
+    Spec("GET", "/v1/tasks/{task_id}/timeline", api.timeline, ("read",), "Every step of a task", schemas.Timeline),
+    Spec("POST", "/v1/tasks/{task_id}/cancel", api.cancel, ("submit",), "Cancel a task", schemas.CancelledTask),
+    Spec("GET", "/v1/credits", api.credits, ("read",), "The upstream's credits"),
+    Spec("GET", "/v1/models", api.models, ("read",), "The upstream's models"),
+    Spec(
+        "GET",
+        "/v1/events",
+        events.events,
+        ("subscribe", "read"),
+        "Events after a place",
+        schemas.EventPage,
+        query=("after", "type", "task", "wait", "limit"),
+    ),
+    Spec(
+        "POST", "/v1/endpoints", endpoints.create, ("subscribe",), "Subscribe", schemas.EndpointWithSecret, schemas.NewEndpoint, status=201
+    ),
+    Spec("GET", "/v1/endpoints", endpoints.listed, ("subscribe",), "Endpoints, newest first", schemas.EndpointList, query=PAGE),
+    Spec("GET", "/v1/endpoints/{endpoint_id}", endpoints.read, ("subscribe",), "An endpoint", schemas.Endpoint),
+    Spec("PATCH", "/v1/endpoints/{endpoint_id}", endpoints.patch, ("subscribe",), "Change one", schemas.Endpoint, schemas.EndpointPatch),
+    Spec("DELETE", "/v1/endpoints/{endpoint_id}", endpoints.delete, ("subscribe",), "Unsubscribe", status=204),
+    Spec(
+        "GET",
+        "/v1/deliveries",
+        endpoints.deliveries,
+        ("subscribe",),
+        "Deliveries, newest first",
+        schemas.DeliveryList,
+        query=("endpoint", "event", "task", "state", *PAGE),
+    ),
+    Spec("GET", "/v1/deliveries/{delivery_id}", endpoints.delivery, ("subscribe",), "A delivery with every attempt", schemas.Delivery),
+    Spec("POST", "/v1/keys", keys.create, ("admin",), "Make an API key", schemas.CreatedKey, schemas.NewKey, status=201),
+    Spec("GET", "/v1/keys", keys.listed, ("admin",), "API keys", schemas.KeyList),
+    Spec("DELETE", "/v1/keys/{key_id}", keys.revoke, ("admin",), "Revoke an API key", status=204),
+    Spec("GET", "/images/{image_id}", images.image, (), "A stored image"),
+    Spec("GET", "/healthz", health.healthz, (), "The process lives"),
+    Spec("GET", "/readyz", health.readyz, (), "A callback could be committed"),
+    Spec("GET", "/metrics", health.metrics, ("read",), "Prometheus metrics"),
+)
+
+
+def guarded(spec: Spec) -> Endpoint:
+    """The endpoint behind its scopes."""
+
+    async def endpoint(request: Request) -> Response:
+        request.state.caller = await context_of(request).access.caller(request, *spec.scopes)
+        return await spec.endpoint(request)
+
+    return endpoint if spec.scopes else spec.endpoint
+
+
+async def openapi(request: Request) -> Response:
+    return JSONResponse(document(SPECS))
+
+
+def routes() -> list[Route]:
+    """Everything a web process answers."""
+    return [
+        Route("/callbacks/{upstream}/{task_id}/{token}", CallbackRoute(), methods=["POST", "PUT"]),
+        *(Route(spec.path, guarded(spec), methods=[spec.method]) for spec in SPECS),
+        Route("/openapi.json", openapi),
+    ]
+
+
+def operators_routes(*, metrics_open: bool) -> list[Route]:
+    """What a worker without the clients' API answers, and, `metrics_open`, what the metrics port does."""
+    specs = [spec for spec in SPECS if spec.path in ("/healthz", "/readyz", "/metrics")]
+    return [Route(spec.path, spec.endpoint if metrics_open else guarded(spec)) for spec in specs]

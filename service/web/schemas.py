@@ -1,0 +1,241 @@
+"""The shapes of the clients' API: what bodies are checked by, and what the OpenAPI document shows."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+EVENT_TYPES = (
+    "image.task.submitted",
+    "image.task.completed",
+    "image.task.failed",
+    "image.task.cancelled",
+    "image.task.expired",
+    "callback.conflict",
+    "task.late_result",
+    "task.parked",
+    "image.at_risk",
+    "endpoint.disabled",
+    "delivery.exhausted",
+)
+
+
+def _pattern(value: str) -> str:
+    known = value == "*" or value in EVENT_TYPES or (value.endswith(".*") and any(name.startswith(value[:-1]) for name in EVENT_TYPES))
+    if not known:
+        raise ValueError(f"must be *, an event type, or the beginning of some and .*: {', '.join(EVENT_TYPES)}")
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
+class Body(BaseModel):
+    """A body that knows its fields: others are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Submission(BaseModel):
+    """The upstream's fields, and any others it may know; `callback_url` and `metadata` stay here."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    prompt: str | None = None
+    size: str | None = None
+    n: int | None = None
+    prompt_extend: bool | None = None
+    image_urls: list[str] | None = None
+    callback_url: str | None = Field(None, description="gets the terminal task, signed; https and public")
+    metadata: dict[str, str] | None = Field(None, description="up to 16 pairs, 2 KiB; comes back in the task and its events")
+
+
+class TaskInfo(BaseModel):
+    can_cancel: bool
+    estimated_time: int | None
+
+
+class Usage(BaseModel):
+    billing_rule: str | None
+    credits_reserved: float | None
+    credits_used: float | None
+    user_group: str | None
+
+
+class TaskImage(BaseModel):
+    id: str
+    index: int
+    url: str
+    media_type: str
+    bytes: int
+    sha256: str
+    width: int
+    height: int
+
+
+class TaskError(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    code: str
+    message: str
+    type: str | None
+
+
+class EventTask(BaseModel):
+    """A task as events carry it: without its prompt."""
+
+    id: str
+    object: Literal["image.generation.task"]
+    created: int
+    model: str
+    type: Literal["image"]
+    status: Literal["pending", "processing", "completed", "failed", "cancelled"]
+    progress: int
+    task_info: TaskInfo
+    usage: Usage
+    results: list[str]
+    error: TaskError | None
+    state: Literal["queued", "submitting", "uncertain", "submitted", "storing", "completed", "failed", "cancelled", "expired"]
+    upstream: str
+    upstream_id: str | None
+    metadata: dict[str, str]
+    request: dict[str, Any]
+    images: list[TaskImage]
+
+
+class Task(EventTask):
+    prompt: str | None
+
+
+class CancelledTask(Task):
+    cancel: Literal["upstream", "local"]
+
+
+class TaskList(BaseModel):
+    data: list[Task]
+    next_cursor: str | None
+
+
+class Step(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    time: str
+    step: str
+
+
+class Timeline(BaseModel):
+    data: list[Step]
+
+
+class Event(BaseModel):
+    specversion: Literal["1.0"]
+    id: str
+    source: str
+    type: str
+    subject: str | None
+    time: str
+    datacontenttype: Literal["application/json"]
+    sequence: str
+    data: dict[str, Any] = Field(description="of `image.task.*`: the task as it was then")
+
+
+class EventPage(BaseModel):
+    data: list[Event]
+    next_after: str
+    resync: bool
+
+
+class NewEndpoint(Body):
+    url: str
+    types: list[Pattern] = Field(default=["image.task.*"], min_length=1, max_length=32)
+    description: str = Field("", max_length=500)
+    owner: str | None = Field(None, description="admin: null for every owner's events, else that owner's")
+
+
+class EndpointPatch(Body):
+    url: str | None = None
+    types: list[Pattern] | None = Field(None, min_length=1, max_length=32)
+    description: str | None = Field(None, max_length=500)
+    status: Literal["enabled", "paused", "disabled"] | None = None
+
+
+class Endpoint(BaseModel):
+    id: str
+    owner: str | None
+    url: str
+    types: list[str]
+    description: str
+    status: Literal["enabled", "paused", "disabled"]
+    created_at: str
+    disabled_at: str | None
+    disabled_reason: str | None
+
+
+class EndpointWithSecret(Endpoint):
+    secret: str
+
+
+class EndpointList(BaseModel):
+    data: list[Endpoint]
+    next_cursor: str | None
+
+
+class Attempt(BaseModel):
+    id: str
+    time: str
+    status: int | None
+    duration_ms: int
+    error: str | None
+    answer: str | None = Field(None, description="admin: the first 2 KiB of what the subscriber said")
+
+
+class Delivery(BaseModel):
+    id: str
+    endpoint: str | None
+    event: str
+    task: str | None
+    state: Literal["pending", "delivered", "dead"]
+    created_at: str
+    next_attempt_at: str | None
+    attempts: list[Attempt]
+
+
+class DeliveryList(BaseModel):
+    data: list[Delivery]
+    next_cursor: str | None
+
+
+class NewKey(Body):
+    owner: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    scopes: list[Literal["submit", "read", "subscribe", "admin"]] = Field(min_length=1)
+
+
+class Key(BaseModel):
+    id: str
+    owner: str
+    hint: str
+    scopes: list[str]
+    created_at: str
+    revoked_at: str | None
+
+
+class CreatedKey(Key):
+    key: str = Field(description="shown here only")
+    callback_secret: str | None = Field(description="with the owner's first key: signs what its tasks' callback_urls get")
+
+
+class KeyList(BaseModel):
+    data: list[Key]
+
+
+class ErrorDetail(BaseModel):
+    code: str
+    message: str
+    type: str
+    param: str | None
+    request_id: str | None
+    task_id: str | None
+
+
+class Error(BaseModel):
+    error: ErrorDetail

@@ -1,0 +1,275 @@
+"""EvoLink's adapter over real connections: what is sent, and what becomes of every way an answer can fail to come."""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from ipaddress import ip_network
+from typing import Literal
+
+import pytest
+
+from service.egress import Egress, Rules
+from service.errors import CallTimedOut, ConnectionLost, EgressRefused, NotConnected
+from service.model import Report, Status
+from service.upstreams import Accepted, Call, Found, NoAnswer, NotCreated, NotFound, Refused, Uncertain
+from service.upstreams.evolink import EvoLink
+
+LOOPBACK = Rules("upstream", networks=(ip_network("127.0.0.0/8"),))
+SUBMITTED = b'{"id": "task-unified-1", "status": "pending"}'
+ACCEPTED = Accepted(Report(upstream_id="task-unified-1", status=Status.PENDING))
+ODD = '{ "prompt":"雪",  "n" : 1.0 }\n'.encode()  # not as any library would write it
+
+
+@dataclass(frozen=True)
+class Script:
+    """What the server sends, and how it goes on: it closes, waits for the client to leave, or resets the connection."""
+
+    data: bytes
+    ending: Literal["close", "wait", "reset"] = "close"
+
+
+def answer(status: int, body: bytes = b"", *headers: str) -> Script:
+    fields = [f"HTTP/1.1 {status} X", f"content-length: {len(body)}", "connection: close", *headers]
+    return Script("\r\n".join(fields).encode() + b"\r\n\r\n" + body)
+
+
+HALF = b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n" + SUBMITTED
+HALF_CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + f"{len(SUBMITTED):x}\r\n".encode() + SUBMITTED
+TLS = b"\x16"  # the first byte of a handshake
+NO_HTTP = b"SSH-2.0-OpenSSH_9.2\r\n\r\n"
+
+
+@dataclass
+class Wire:
+    """A server that keeps each request as it came and answers by its script."""
+
+    script: Script
+    port: int = 0
+    requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            first = await reader.readexactly(1)
+            if first == TLS:
+                raise ConnectionError("no TLS is spoken here")
+            head = (first + await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            line, *fields = head.strip().split("\r\n")
+            headers = {name.lower(): value for name, value in (each.split(": ", 1) for each in fields)}
+            body = await reader.readexactly(int(headers.get("content-length", 0)))
+            self.requests.append((line, headers, body))
+            writer.write(self.script.data)
+            await writer.drain()
+            if self.script.ending == "wait":
+                await reader.read()
+            elif self.script.ending == "reset":
+                writer.transport.abort()
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+@asynccontextmanager
+async def wired(script: Script) -> AsyncIterator[Wire]:
+    wire = Wire(script)
+    server = await asyncio.start_server(wire.serve, "127.0.0.1", 0)
+    wire.port = server.sockets[0].getsockname()[1]
+    async with server:
+        yield wire
+
+
+@asynccontextmanager
+async def evolink(base_url: str, calls: list[Call] | None = None, rules: Rules = LOOPBACK, timeout: float = 10) -> AsyncIterator[EvoLink]:
+    async with Egress(rules) as egress:
+        yield EvoLink(egress, base_url, "sk-test", timeout, timeout, calls.append if calls is not None else None, now=lambda: 0.0)
+
+
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """An address on which nobody listens: the port is taken, so that nobody else gets it meanwhile."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+async def test_a_submission_is_sent_byte_for_byte() -> None:
+    """The stored body, the task's id as idempotency key, our key; the call is told with its request id."""
+    calls: list[Call] = []
+    async with wired(answer(200, SUBMITTED, "X-Request-Id: r-1")) as wire, evolink(wire.url + "/", calls) as upstream:
+        assert await upstream.submit(ODD, "task_abc") == ACCEPTED
+    ((line, headers, body),) = wire.requests
+    assert line == "POST /v1/images/generations HTTP/1.1"
+    assert body == ODD
+    assert headers["authorization"] == "Bearer sk-test"
+    assert headers["idempotency-key"] == "task_abc"
+    assert headers["content-type"] == "application/json"
+    assert [(call.kind, call.status, call.outcome, call.request_id) for call in calls] == [("submit", 200, "accepted", "r-1")]
+    assert 0 < calls[0].duration < 10
+
+
+async def test_a_query_asks_for_one_path_segment() -> None:
+    """Whatever the upstream's id holds, it cannot lead to another path; there is no body and no idempotency key."""
+    calls: list[Call] = []
+    found = json.dumps({"id": "a/../b?c%2f", "status": "completed", "results": ["https://files.evolink.ai/1.png"]}).encode()
+    async with wired(answer(200, found)) as wire, evolink(wire.url, calls) as upstream:
+        outcome = await upstream.query("a/../b?c%2f")
+    assert outcome == Found(Report(upstream_id="a/../b?c%2f", status=Status.COMPLETED, results=("https://files.evolink.ai/1.png",)))
+    ((line, headers, body),) = wire.requests
+    assert (line, body) == ("GET /v1/tasks/a%2F..%2Fb%3Fc%252f HTTP/1.1", b"")
+    assert headers["authorization"] == "Bearer sk-test"
+    assert "idempotency-key" not in headers
+    assert [(call.kind, call.status, call.outcome, call.request_id) for call in calls] == [("query", 200, "found", None)]
+
+
+async def test_an_unknown_task_is_not_found() -> None:
+    """The upstream's 404 in its own words."""
+    calls: list[Call] = []
+    async with wired(answer(404, b'{"error": {"code": "task_not_found"}}')) as wire, evolink(wire.url, calls) as upstream:
+        assert await upstream.query("task-unified-1") == NotFound()
+    assert [call.outcome for call in calls] == ["not_found"]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [("/v1/credits", "credits"), ("/v1/models", "models"), ("/v1/tasks/task-unified-9", "passthrough")]
+)
+@pytest.mark.parametrize("status", [200, 401, 503])
+async def test_a_passed_through_answer_is_the_upstreams_own(path: str, kind: str, status: int) -> None:
+    """Status and body as they came, whatever they say."""
+    calls: list[Call] = []
+    async with wired(answer(status, b'{"success": true}')) as wire, evolink(wire.url, calls) as upstream:
+        response = await upstream.passthrough("GET", path)
+    assert (response.status, response.body) == (status, b'{"success": true}')
+    assert wire.requests[0][0] == f"GET {path} HTTP/1.1"
+    assert [(call.kind, call.status, call.outcome) for call in calls] == [(kind, status, "answered")]
+
+
+@pytest.mark.parametrize("path", ["@evil.example/", ".evil.example", "", "v1/credits"])
+async def test_a_path_cannot_become_a_host(path: str) -> None:
+    """What follows the base address begins with a slash; nothing is sent otherwise."""
+    async with wired(answer(200)) as wire, evolink(wire.url) as upstream:
+        with pytest.raises(ValueError, match="begins with /"):
+            await upstream.passthrough("GET", path)
+    assert wire.requests == []
+
+
+async def test_nobody_listening_created_nothing(nobody: str) -> None:
+    """A refused connection proves that nothing was sent."""
+    calls: list[Call] = []
+    async with evolink(nobody, calls) as upstream:
+        assert await upstream.submit(ODD, "task_abc") == NotCreated("not connected")
+        assert await upstream.query("task-unified-1") == NoAnswer("not connected")
+        with pytest.raises(NotConnected):
+            await upstream.passthrough("GET", "/v1/credits")
+    assert [(call.kind, call.status, call.outcome) for call in calls] == [
+        ("submit", None, "not_created"),
+        ("query", None, "no_answer"),
+        ("credits", None, "no_answer"),
+    ]
+
+
+async def test_a_failed_handshake_created_nothing() -> None:
+    """Without TLS nothing of the request has left."""
+    async with wired(Script(NO_HTTP)) as wire, evolink(wire.url.replace("http:", "https:")) as upstream:
+        assert await upstream.submit(ODD, "task_abc") == NotCreated("not connected")
+    assert wire.requests == []
+
+
+async def test_the_guards_refusal_created_nothing() -> None:
+    """An address outside the networks is not connected to."""
+    async with wired(answer(200, SUBMITTED)) as wire, evolink(wire.url, rules=Rules("upstream")) as upstream:
+        assert await upstream.submit(ODD, "task_abc") == NotCreated("refused by the guard")
+        assert await upstream.query("task-unified-1") == NoAnswer("refused by the guard")
+        with pytest.raises(EgressRefused):
+            await upstream.passthrough("GET", "/v1/credits")
+    assert wire.requests == []
+
+
+@pytest.mark.parametrize("script", [Script(b""), Script(HALF), Script(HALF_CHUNKED), Script(HALF, "reset"), Script(NO_HTTP)])
+async def test_a_broken_connection_leaves_a_submission_uncertain(script: Script) -> None:
+    """The upstream has seen it, so it is sent once and never again by itself."""
+    calls: list[Call] = []
+    async with wired(script) as wire, evolink(wire.url, calls) as upstream:
+        assert await upstream.submit(ODD, "task_abc") == Uncertain("connection lost")
+        assert len(wire.requests) == 1
+        assert await upstream.query("task-unified-1") == NoAnswer("connection lost")
+        with pytest.raises(ConnectionLost):
+            await upstream.passthrough("GET", "/v1/models")
+    assert [(call.status, call.outcome) for call in calls] == [(None, "uncertain"), (None, "no_answer"), (None, "no_answer")]
+
+
+@pytest.mark.parametrize("script", [Script(b"", "wait"), Script(HALF, "wait")])
+async def test_no_answer_in_time_leaves_a_submission_uncertain(script: Script) -> None:
+    """The limit is for the whole answer, not for its beginning."""
+    async with wired(script) as wire, evolink(wire.url, timeout=0.5) as upstream:
+        submitted, queried, passed = await asyncio.gather(
+            upstream.submit(ODD, "task_abc"),
+            upstream.query("task-unified-1"),
+            upstream.passthrough("GET", "/v1/models"),
+            return_exceptions=True,
+        )
+    assert submitted == Uncertain("timed out")
+    assert queried == NoAnswer("timed out")
+    assert isinstance(passed, CallTimedOut)
+
+
+async def test_a_redirect_is_not_followed() -> None:
+    """Our key goes to nobody else, and a moved submission proves nothing."""
+    async with (
+        wired(answer(200, SUBMITTED)) as other,
+        wired(answer(307, b"", f"location: {other.url}/v1/images/generations")) as wire,
+        evolink(wire.url) as upstream,
+    ):
+        assert await upstream.submit(ODD, "task_abc") == Uncertain("307 without an error of its own")
+        assert await upstream.query("task-unified-1") == NoAnswer("307")
+    assert other.requests == []
+
+
+async def test_an_endless_answer_is_cut_and_proves_nothing() -> None:
+    """More than a mebibyte is no task."""
+    endless = SUBMITTED[:-1] + b', "x": "' + b"x" * (1 << 20) + b'"}'
+    async with wired(answer(200, endless)) as wire, evolink(wire.url) as upstream:
+        assert await upstream.submit(ODD, "task_abc") == Uncertain("200 without an id")
+        assert await upstream.query("task-unified-1") == NoAnswer("200 unreadable")
+
+
+async def test_answers_over_the_wire_are_judged_by_the_table() -> None:
+    """Status, headers and body reach the judgement as they came, and each outcome has its name in the log."""
+    calls: list[Call] = []
+    refusal = b'{"error": {"code": "content_filter", "message": "no", "type": "invalid_request_error", "param": "prompt"}}'
+    refused = Refused(400, {"code": "content_filter", "message": "no", "type": "invalid_request_error", "param": "prompt"})
+    table = [
+        (answer(429, b"", "Retry-After: 7"), NotCreated("429 without an error of its own", 7.0)),
+        (answer(429, b"", "Retry-After: Thu, 01 Jan 1970 00:01:00 GMT"), NotCreated("429 without an error of its own", 60.0)),
+        (answer(400, refusal), refused),
+        (answer(502, b"<html>"), Uncertain("502 without an error of its own")),
+    ]
+    for script, outcome in table:
+        async with wired(script) as wire, evolink(wire.url, calls) as upstream:
+            assert await upstream.submit(ODD, "task_abc") == outcome
+    assert [(call.status, call.outcome) for call in calls] == [
+        (429, "not_created"),
+        (429, "not_created"),
+        (400, "refused"),
+        (502, "uncertain"),
+    ]
+
+
+async def test_a_callback_is_read_like_an_answer(nobody: str) -> None:
+    """The body is that of a query; nothing is sent for it."""
+    async with evolink(nobody) as upstream:
+        assert upstream.read_callback(SUBMITTED) == ACCEPTED.report
+        assert upstream.read_callback(b"<html>") is None
+
+
+async def test_calls_share_one_client() -> None:
+    """Many at once, each with its own answer, without anybody who listens."""
+    async with wired(answer(200, SUBMITTED)) as wire, evolink(wire.url) as upstream:
+        outcomes = await asyncio.gather(*(upstream.submit(ODD, f"task_{number}") for number in range(32)))
+    assert outcomes == [ACCEPTED] * 32
+    assert {headers["idempotency-key"] for _, headers, _ in wire.requests} == {f"task_{number}" for number in range(32)}

@@ -1,0 +1,75 @@
+"""What holds of signing for any input at all."""
+
+import json
+from datetime import UTC, datetime
+
+import standardwebhooks
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.signing import Keyring, Rejected, Verified, canonical_json, new_secret, sign_webhook, verify_webhook
+
+KEYRING = Keyring([b"k" * 32, b"l" * 32])
+ANY = st.text(st.characters(codec=None))  # NUL and lone surrogates too
+IDS = st.from_regex("[A-Za-z0-9_-]{1,40}", fullmatch=True)
+SECRETS = st.binary(min_size=24, max_size=64).map(new_secret)
+TIMES = st.integers(0, 10**12 - 1)
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | ANY,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(ANY, ANY, ANY)
+def test_no_text_makes_a_token_check_raise(upstream: str, task_id: str, token: str) -> None:
+    """Every part of the path is the caller's choice; only the right token is valid."""
+    right = KEYRING.callback_token(upstream, task_id)
+    assert KEYRING.callback_token_valid(upstream, task_id, token) is (token == right)
+    assert KEYRING.callback_token_valid(upstream, task_id, right)
+
+
+@given(ANY, ANY, ANY, ANY)
+def test_different_parts_have_different_tokens(one: str, two: str, three: str, four: str) -> None:
+    """No pair of parts can be taken for another pair."""
+    same = (one, two) == (three, four)
+    assert (KEYRING.callback_token(one, two) == KEYRING.callback_token(three, four)) is same
+
+
+@given(ANY)
+def test_encryption_keeps_any_text(text: str) -> None:
+    """What was sealed comes back."""
+    assert KEYRING.decrypt(KEYRING.encrypt(text)) == text
+
+
+@given(st.lists(SECRETS, min_size=1, max_size=3), IDS, TIMES, st.binary())
+def test_what_is_signed_verifies_with_each_secret(secrets: list[str], id: str, timestamp: int, body: bytes) -> None:
+    """Each secret of a rotation verifies the header that all of them signed, on any bytes."""
+    headers = {"Webhook-Id": id, "Webhook-Timestamp": str(timestamp), "Webhook-Signature": sign_webhook(secrets, id, timestamp, body)}
+    for secret in secrets:
+        assert verify_webhook([secret], headers, body, timestamp) == Verified()
+
+
+@given(SECRETS, IDS, st.integers(0, 4_000_000_000), st.text())
+def test_our_signature_is_the_librarys(secret: str, id: str, timestamp: int, text: str) -> None:
+    """The standard's own library signs the same text alike."""
+    theirs = standardwebhooks.Webhook(secret).sign(id, datetime.fromtimestamp(timestamp, UTC), text)
+    assert sign_webhook([secret], id, timestamp, text.encode()) == theirs
+
+
+@given(
+    st.dictionaries(st.sampled_from(["webhook-id", "Webhook-ID", "webhook-timestamp", "webhook-signature"]) | ANY, ANY | TIMES.map(str)),
+    st.binary(),
+    st.floats(),
+)
+def test_no_request_makes_verification_raise(headers: dict[str, str], body: bytes, now: float) -> None:
+    """Hostile headers and bodies are answered by a value, and never with yes."""
+    assert isinstance(verify_webhook([new_secret(b"s" * 24)], headers, body, now), Rejected)
+
+
+@given(JSON_VALUES)
+def test_canonical_json_is_a_fixed_point(value: object) -> None:
+    """Read back and spelled again it is the same, whatever the spelling it came in."""
+    once = canonical_json(value)
+    assert canonical_json(json.loads(once)) == once
+    assert canonical_json(json.loads(json.dumps(value, indent=1, ensure_ascii=False))) == once

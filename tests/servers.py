@@ -1,0 +1,103 @@
+"""The servers that some tests need: the one an environment variable names, else the machine's own binaries, else none."""
+
+import asyncio
+import contextlib
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+
+MISSING = "no server: "  # what every such skip begins with, so that they can be counted
+
+
+def missing(server: str, variable: str) -> NoReturn:
+    """Skips at a desk; fails where CI is set, where the server has to be."""
+    said = f"{MISSING}{server} ({variable} is not set, and the machine has no binaries of it)"
+    if os.environ.get("CI"):
+        pytest.fail(said, pytrace=False)
+    pytest.skip(said)
+
+
+def missing_counted(reports: Sequence[Any]) -> dict[str, int]:
+    """How many skipped tests lacked which server."""
+    counts: dict[str, int] = {}
+    for report in reports:
+        reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
+        if reason.startswith(MISSING):
+            server = reason.removeprefix(MISSING).split(" (")[0]
+            counts[server] = counts.get(server, 0) + 1
+    return counts
+
+
+# --- PostgreSQL ------------------------------------------------------------------------------------------------------
+
+
+def postgres_binaries() -> Path | None:
+    """The folder of the newest server: Debian keeps each version in its own, outside of PATH."""
+    versions = [path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/postgres")]
+    if versions:
+        return max(versions, key=lambda path: int(path.parent.name))
+    found = shutil.which("postgres")
+    return Path(found).resolve().parent if found else None
+
+
+@contextlib.contextmanager
+def postgres_running(binaries: Path) -> Iterator[str]:
+    """A throw-away server on a Unix socket of its own, by default durable like a real one; yields its URL.
+
+    It refuses to run as root, so it then runs as `postgres`, or as `nobody`.
+    """
+    account: dict[str, Any] = {}
+    folder = Path(tempfile.mkdtemp(prefix="darkroom-pg-"))  # short: a socket's path has 107 characters
+    if os.geteuid() == 0:
+        accounts = {user.pw_name: user for user in pwd.getpwall()}
+        user = accounts.get("postgres") or accounts["nobody"]
+        os.chown(folder, user.pw_uid, user.pw_gid)
+        account = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
+
+    def run(program: str, *arguments: str) -> None:
+        with (folder / "output").open("ab") as output:
+            command = [str(binaries / program), "-D", str(folder / "data"), *arguments]
+            done = subprocess.run(
+                command, cwd=folder, env={"PATH": os.defpath, "LC_ALL": "C"}, stdout=output, stderr=output, check=False, **account
+            )
+        if done.returncode:
+            pytest.fail(f"{program} ended with {done.returncode}:\n{(folder / 'output').read_text()[-2000:]}", pytrace=False)
+
+    try:
+        run("initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
+        run("pg_ctl", "-w", "-l", str(folder / "log"), "-o", f"-c listen_addresses= -k {folder} -c max_connections=200", "start")
+        try:
+            yield f"postgresql:///postgres?host={folder}&user=postgres"
+        finally:
+            run("pg_ctl", "-w", "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def postgres_database(server: str) -> Iterator[str]:
+    """A fresh, empty database on the server; yields its URL."""
+    name = f"darkroom_{uuid.uuid4().hex}"
+    asyncio.run(execute(server, f'CREATE DATABASE "{name}"'))
+    try:
+        yield urlsplit(server)._replace(path=f"/{name}").geturl()
+    finally:
+        asyncio.run(execute(server, f'DROP DATABASE "{name}" WITH (FORCE)'))
+
+
+async def execute(url: str, statement: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()

@@ -1,0 +1,116 @@
+"""The waits of contract section 2, one by one."""
+
+from email.utils import formatdate
+
+import pytest
+
+from service.pipeline.retry import confirm_wait, fault_wait, first_query_wait, next_query_wait, retry_after, wait_before
+
+NOW = 784_111_777.0  # Sun, 06 Nov 1994 08:49:37 GMT
+
+
+def test_each_attempt_has_its_wait_of_the_schedule() -> None:
+    """The first retry waits the first entry; after the last one the schedule is exhausted."""
+    waits = [wait_before([5, 300, 1800], attempt, repeat_last=False, random=0.0, spread=0.2) for attempt in range(1, 6)]
+    assert waits == [5, 300, 1800, None, None]
+
+
+def test_the_last_wait_repeats_if_asked() -> None:
+    """Submissions are tried by the last wait until they are given up."""
+    assert [wait_before([1, 2], attempt, repeat_last=True, random=0.0, spread=0.0) for attempt in (2, 3, 1000)] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("repeat_last", [True, False])
+def test_an_empty_schedule_never_retries(repeat_last: bool) -> None:
+    """There is nothing to repeat."""
+    assert wait_before([], 1, repeat_last=repeat_last, random=0.5, spread=0.2) is None
+
+
+def test_the_spread_only_lengthens() -> None:
+    """Deliveries wait 0 to 20 % longer than the schedule says."""
+    assert wait_before([100], 1, repeat_last=False, random=0.5, spread=0.2) == pytest.approx(110)
+
+
+@pytest.mark.parametrize("attempt", [0, -1])
+def test_retries_count_from_one(attempt: int) -> None:
+    """A zero would silently take the last wait."""
+    with pytest.raises(ValueError, match="from 1"):
+        wait_before([1, 2], attempt, repeat_last=True, random=0.0, spread=0.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "wait"),
+    [
+        ("0", 0.0),
+        ("120", 120.0),
+        (" 7\t", 7.0),
+        ("3601", 3600.0),
+        ("9" * 5000, 3600.0),
+        ("Sun, 06 Nov 1994 08:50:37 GMT", 60.0),
+        ("Sunday, 06-Nov-94 08:50:37 GMT", 60.0),
+        ("Sun Nov  6 08:50:37 1994", 60.0),
+        ("Sun, 06 Nov 1994 08:00:00 GMT", 0.0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 3600.0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(value: str, wait: float) -> None:
+    """RFC 9110: digits, or a date in any of the three forms; the past is now, and an hour is the most."""
+    assert retry_after(value, NOW) == wait
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, "", " ", "-5", "1.5", "soon", "1e3", "٣", "²", "\0", "\ud800", "x" * 100_000),
+        *("Sun, 99 Nov 1994 08:50:37 GMT", "Sun, 06 Nov 99999999999999999999 08:50:37 GMT", "Sun, 06 Nov 1994 08:50:37 +999999999"),
+    ],
+)
+def test_junk_asks_for_nothing(value: str | None) -> None:
+    """A header that is neither leaves the schedule as it is."""
+    assert retry_after(value, NOW) is None
+
+
+def test_the_limit_is_the_callers() -> None:
+    """It holds for both forms."""
+    assert retry_after("100", NOW, limit=10) == 10
+    assert retry_after(formatdate(NOW + 100, usegmt=True), NOW, limit=10) == 10
+
+
+@pytest.mark.parametrize(
+    ("estimated", "with_callback", "override", "wait"),
+    [
+        (None, True, None, 60),
+        (10, True, None, 60),
+        (45, True, None, 90),
+        (45, True, 5.0, 5),
+        (45, True, 0.0, 0),
+        (-5, True, None, 60),
+        (None, False, None, 3),
+        (4, False, None, 3),
+        (45, False, None, 22.5),
+        (45, False, 5.0, 22.5),
+    ],
+)
+def test_the_first_query_waits_for_the_callback_or_comes_at_half_time(
+    estimated: int | None, with_callback: bool, override: float | None, wait: float
+) -> None:
+    """max(60, 2 × estimated) or the setting with a callback; max(3, estimated / 2) without one."""
+    assert first_query_wait(estimated, with_callback, override) == wait
+
+
+def test_queries_become_rare() -> None:
+    """60 s doubling towards 15 min with callbacks, 5 s growing towards 60 s without."""
+    assert [next_query_wait(queries, True, 0.0) for queries in (1, 2, 3, 4, 5, 99)] == [60, 120, 240, 480, 750, 750]
+    assert [next_query_wait(queries, False, 0.0) for queries in (1, 2, 3, 99)] == [5, 7.5, 11.25, 50]
+    assert next_query_wait(99, True, 1.0) == pytest.approx(900)
+    assert next_query_wait(99, False, 1.0) == pytest.approx(60)
+
+
+def test_a_confirmation_is_asked_for_soon() -> None:
+    """2, 4, 8 … capped at 60 s."""
+    assert [confirm_wait(queries) for queries in (0, 1, 2, 3, 5, 6, 10_000)] == [2, 2, 4, 8, 32, 60, 60]
+
+
+def test_faults_back_off_to_five_minutes() -> None:
+    """1, 2, 4 … capped at 300 s."""
+    assert [fault_wait(faults) for faults in (0, 1, 2, 3, 9, 10, 10_000)] == [1, 1, 2, 4, 256, 300, 300]

@@ -1,0 +1,146 @@
+"""What the sandbox upstream refuses, and which faults it takes."""
+
+from typing import Any
+
+import pytest
+
+from service.errors import ApiError
+from service.model import Status
+from service.upstreams.sandbox.checks import KEY, Order, read_body, read_key, read_order
+from service.upstreams.sandbox.faults import FAULTS, TASK_ERRORS, Outcome, contradicting, read_faults
+
+TEXT = {"model": "wan2.5-text-to-image", "prompt": "a cat"}
+EDIT = {"model": "wan2.5-image-to-image", "prompt": "a cat", "image_urls": ["https://files.example.com/a.png"]}
+
+
+def test_a_bare_order_gets_the_documented_defaults() -> None:
+    """One image of 1280x1280."""
+    assert read_order(TEXT) == Order("wan2.5-text-to-image", "a cat", 1280, 1280, 1, None)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        TEXT | {"size": "768x768", "n": 4, "prompt_extend": False, "negative_prompt": "x" * 500},
+        TEXT | {"size": "1440x1440", "prompt": "字" * 2000},
+        TEXT | {"size": "384x1536"},
+        TEXT | {"size": "1536x384", "image_urls": "ignored", "quality": "hd", "n": None},
+        EDIT | {"size": "1280x1280", "image_urls": ["https://files.example.com/a.png"] * 5},
+    ],
+)
+def test_what_lies_on_the_limits_is_taken(body: dict[str, Any]) -> None:
+    """Limits are inclusive, characters are counted, not bytes, and unknown fields are ignored."""
+    assert read_order(body).model == body["model"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"prompt": "a"}, 400, "model"),
+        (TEXT | {"model": 5}, 400, "model"),
+        (TEXT | {"model": "dall-e-9"}, 403, "model"),
+        ({"model": "wan2.5-text-to-image"}, 400, "prompt"),
+        (TEXT | {"prompt": " \n"}, 400, "prompt"),
+        (TEXT | {"prompt": ["a"]}, 400, "prompt"),
+        (TEXT | {"prompt": "x" * 2001}, 400, "prompt"),
+        (TEXT | {"negative_prompt": "x" * 501}, 400, "negative_prompt"),
+        (TEXT | {"prompt_extend": "yes"}, 400, "prompt_extend"),
+        (TEXT | {"n": 0}, 400, "n"),
+        (TEXT | {"n": 5}, 400, "n"),
+        (TEXT | {"n": True}, 400, "n"),
+        (TEXT | {"n": "2"}, 400, "n"),
+        (TEXT | {"size": "1024*1024"}, 400, "size"),
+        (TEXT | {"size": 1024}, 400, "size"),
+        (TEXT | {"size": "767x768"}, 400, "size"),
+        (TEXT | {"size": "1441x1440"}, 400, "size"),
+        (TEXT | {"size": "400x1604"}, 400, "size"),
+        (TEXT | {"callback_url": 7}, 400, "callback_url"),
+        (TEXT | {"callback_url": "https://example.com/" + "a" * 2048}, 400, "callback_url"),
+        (EDIT | {"size": "1281x1280"}, 400, "size"),
+        (EDIT | {"image_urls": None}, 400, "image_urls"),
+        (EDIT | {"image_urls": []}, 400, "image_urls"),
+        (EDIT | {"image_urls": ["https://files.example.com/a.png"] * 6}, 400, "image_urls"),
+        (EDIT | {"image_urls": ["ftp://files.example.com/a.png"]}, 400, "image_urls"),
+        (EDIT | {"image_urls": [7]}, 400, "image_urls"),
+    ],
+)
+def test_what_the_upstream_would_refuse_is_refused(body: dict[str, Any], status: int, param: str) -> None:
+    """Every refusal carries its documented status and names the field."""
+    with pytest.raises(ApiError) as refusal:
+        read_order(body)
+    assert (refusal.value.status, refusal.value.param) == (status, param)
+    assert param in refusal.value.message
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b'"text"', b"\xff{}", b"[" * 100_000])
+def test_a_body_that_is_no_object_is_refused(raw: bytes) -> None:
+    """Whatever the bytes are, the answer is 400."""
+    with pytest.raises(ApiError) as refusal:
+        read_body(raw)
+    assert refusal.value.status == 400
+
+
+def test_an_idempotency_key_has_16_to_96_safe_characters() -> None:
+    """No key is fine, a malformed one is not."""
+    assert read_key(None) is None
+    assert read_key("task_" + "a" * 26) == "task_" + "a" * 26
+    assert not KEY.fullmatch("a" * 97)
+    with pytest.raises(ApiError):
+        read_key("too short")
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ("fail", "object"),
+        ({"explode": True}, "'explode'"),
+        ({"delay": -1}, "sandbox.delay"),
+        ({"delay": True}, "sandbox.delay"),
+        ({"delay": "1"}, "sandbox.delay"),
+        ({"fail": "bad_luck"}, "sandbox.fail"),
+        ({"cancel": True}, "sandbox.cancel"),
+        ({"repeat_callback": 0}, "sandbox.repeat_callback"),
+        ({"drop_callback": 1}, "sandbox.drop_callback"),
+        ({"format": "svg"}, "sandbox.format"),
+        ({"submit_status": 200}, "sandbox.submit_status"),
+        ({"submit_status": {"html": True}}, "sandbox.submit_status"),
+        ({"submit_status": {"status": 429, "code": "Ü"}}, "sandbox.submit_status"),
+        ({"query_status": {"status": 500, "colour": "red"}}, "sandbox.query_status"),
+    ],
+)
+def test_a_fault_that_does_not_exist_is_named(asked: object, named: str) -> None:
+    """A typing error in a fault must not pass as a fault that did not happen."""
+    with pytest.raises(ValueError, match=named):
+        read_faults(asked, {})
+
+
+def test_a_request_overrides_the_default_faults() -> None:
+    """Its values win, null takes a default away, and the table's order holds."""
+    faults = read_faults({"fail": None, "delay": 2}, {"repeat_callback": 3, "fail": "service_error", "delay": 1})
+    assert list(faults.items()) == [("delay", 2.0), ("repeat_callback", 3)]
+
+
+@pytest.mark.parametrize("code", TASK_ERRORS)
+def test_every_documented_task_error_can_be_asked_for(code: str) -> None:
+    """`fail` ends a task with the documented error object, whatever it would have made."""
+    change = FAULTS["fail"].outcome
+    assert change is not None
+    outcome = change(code, Outcome(Status.COMPLETED, 4))
+    assert (outcome.status, outcome.images) == (Status.FAILED, 0)
+    assert outcome.error == {"code": code, "message": TASK_ERRORS[code], "type": "task_error"}
+
+
+def test_a_contradiction_is_terminal_and_of_the_other_kind() -> None:
+    """Completed becomes failed, anything else completed; the id stays."""
+    assert contradicting({"id": "t", "status": "completed", "results": ["x"]})["status"] == "failed"
+    completed = contradicting({"id": "t", "status": "failed", "error": {}})
+    assert (completed["id"], completed["status"], "error" in completed) == ("t", "completed", False)
+
+
+def test_a_page_is_shown_only_so_many_times() -> None:
+    """`times` lets a second try succeed; html is a page of several kilobytes, 524 included."""
+    page = read_faults({"submit_status": {"status": 524, "html": True, "times": 1, "retry_after": 3}}, {})["submit_status"]
+    first = page.shown(0)
+    assert (first.status, first.headers["content-type"], first.headers["retry-after"]) == (524, "text/html; charset=utf-8", "3")
+    assert len(first.body) > 2048
+    assert page.shown(1) is None

@@ -1,0 +1,52 @@
+"""How the sandbox shows and charges a task."""
+
+from decimal import Decimal
+
+import pytest
+
+from service.model import Status
+from service.upstreams.sandbox.checks import Order
+from service.upstreams.sandbox.options import SandboxOptions
+from service.upstreams.sandbox.tasks import Ledger, document, number
+
+ORDER = Order("wan2.5-text-to-image", "a cat", 768, 768, 2, None)
+
+
+def test_a_task_at_work_shows_progress_and_nothing_else_yet() -> None:
+    """Pending and processing tasks have no results, no error and no bill."""
+    task = Ledger(SandboxOptions(seed=1), lambda: 5.5).create(ORDER, {}, "http://sandbox", None, "")
+    assert (document(task)["status"], document(task)["progress"]) == ("pending", 0)
+    task.status = Status.PROCESSING
+    assert document(task) == {
+        "created": 5,
+        "id": task.id,
+        "model": "wan2.5-text-to-image",
+        "object": "image.generation.task",
+        "progress": 50,
+        "status": "processing",
+        "task_info": {"can_cancel": True},
+        "type": "image",
+    }
+
+
+def test_a_completed_task_may_have_fewer_images_than_asked_for() -> None:
+    """It is charged for those made; none at all is a completed task without results."""
+    ledger = Ledger(SandboxOptions(credits=Decimal(10)), lambda: 5.5)
+    task = ledger.create(ORDER, {"images": 0}, "http://sandbox", None, "")
+    assert ledger.credits == 7
+    ledger.end(task)
+    shown = document(task)
+    assert (shown["status"], shown["results"], shown["usage"]["credits_used"]) == ("completed", [], 0)
+    assert ledger.credits == 10
+
+
+@pytest.mark.parametrize(("credits", "shown"), [("3", 3), ("3.0", 3), ("8.7", 8.7), ("0.05", 0.05)])
+def test_credits_are_decimal_numbers(credits: str, shown: float) -> None:
+    """Whole ones without a point, as upstream."""
+    assert number(Decimal(credits)) == shown
+    assert isinstance(number(Decimal(credits)), type(shown))
+
+
+def test_the_options_do_not_print_the_key() -> None:
+    """A secret is never shown."""
+    assert "sk-secret" not in repr(SandboxOptions(api_key="sk-secret"))

@@ -1,0 +1,408 @@
+"""What the environment may say, what it becomes, and what is said when it is wrong (contract section 2)."""
+
+import os
+import re
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_network
+from pathlib import Path
+
+import pytest
+
+from service.errors import ConfigurationError
+from service.settings import CALLBACK_URL_CHARS, Settings, load_settings, masked, secret_keys, settings_table
+
+KEY = "k" * 32
+
+
+def settings(**variables: str) -> Settings:
+    return load_settings({f"DARKROOM_{name}": value for name, value in variables.items()}, None)
+
+
+def complaint_about(**variables: str) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        settings(**variables)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# --- defaults and forms ----------------------------------------------------------------------------------------------
+
+
+def test_an_empty_environment_gives_the_defaults_of_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every default is the one of the contract's table."""
+    monkeypatch.chdir(tmp_path)
+    got = load_settings({})
+    assert (got.host, got.port, got.base_url, got.callback_url) == ("127.0.0.1", 8080, "http://127.0.0.1:8080", None)
+    assert got.data_dir == tmp_path / "data"
+    assert got.database_url == f"sqlite:///{tmp_path}/data/darkroom.db"
+    assert got.sqlite_path == tmp_path / "data" / "darkroom.db"
+    assert got.image_dir == tmp_path / "data" / "images"
+    assert got.blob_url == f"file://{tmp_path}/data/images"
+    assert (got.secret_key, got.admin_key, got.evolink_api_key, got.metrics_port, got.reconcile_after_s) == (None,) * 5
+    assert (got.evolink_base_url, got.evolink_result_hosts, got.evolink_confirm) == ("https://api.evolink.ai", (".evolink.ai",), "always")
+    assert (got.evolink_concurrency, got.evolink_task_ttl_s, got.evolink_result_ttl_s) == (16, 86400, 86400)
+    assert (got.upstream_networks, got.endpoint_networks, got.task_callback_networks) == ((), (), ())
+    assert (got.submit_timeout_s, got.submit_schedule, got.submit_give_up_s) == (60, (1, 2, 5, 15, 30, 60), 3600)
+    assert (got.uncertain, got.uncertain_after_s, got.query_timeout_s) == ("fail", 900, 15)
+    assert (got.download_schedule, got.download_concurrency, got.decode_concurrency) == ((1, 2, 5, 15, 60, 300, 900), 16, 1)
+    assert (got.max_image_bytes, got.max_image_pixels, got.min_free_bytes) == (52428800, 67108864, 1073741824)
+    assert list(got.delivery_schedule) == [5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400]
+    assert (got.delivery_timeout_s, got.endpoint_disable_after_s) == (15, 432000)
+    assert (got.retention_days, got.image_retention_days) == (30, None)
+    assert (got.log_format, got.log_level, got.log_prompts, got.migrate) == ("json", "info", False, "on")
+    assert (got.url, got.api_key) == ("http://127.0.0.1:8080", None)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "value"),
+    [
+        ("PORT", "0", 0),
+        ("SUBMIT_SCHEDULE", "0.5, 2,", (0.5, 2)),
+        (
+            "UPSTREAM_NETWORKS",
+            "127.0.0.0/8, fd00::/8,10.1.2.3",
+            (ip_network("127.0.0.0/8"), ip_network("fd00::/8"), ip_network("10.1.2.3")),
+        ),
+        ("EVOLINK_RESULT_HOSTS", ".Example.com,127.0.0.1,::1,localhost", (".example.com", "127.0.0.1", "::1", "localhost")),
+        ("LOG_LEVEL", "DEBUG", "debug"),
+        ("LOG_PROMPTS", "true", True),
+        ("MIGRATE", "off", "off"),
+        ("UNCERTAIN", "resubmit", "resubmit"),
+        ("RECONCILE_AFTER_S", "2.5", 2.5),
+        ("METRICS_PORT", "9090", 9090),
+        ("IMAGE_RETENTION_DAYS", "7", 7),
+        ("IMAGE_LINK_TTL_S", "0", 0),
+        ("BASE_URL", "https://darkroom.example/sub/", "https://darkroom.example/sub"),
+        ("CALLBACK_URL", "https://hooks.example:8443/a/", "https://hooks.example:8443/a"),
+        (
+            "DATABASE_URL",
+            "postgresql://u:p%40ss@db:5432/darkroom?sslmode=require",
+            "postgresql://u:p%40ss@db:5432/darkroom?sslmode=require",
+        ),
+        ("DATABASE_URL", "sqlite:////srv/x.db", "sqlite:////srv/x.db"),
+        ("BLOB_URL", "file:///srv/images", "file:///srv/images"),
+        ("URL", "http://darkroom.internal/", "http://darkroom.internal"),
+    ],
+)
+def test_a_text_becomes_its_typed_value(variable: str, text: str, value: object) -> None:
+    """Lists are comma-separated, words are case-blind, addresses lose their last slash."""
+    assert getattr(settings(**{variable: text}), variable.lower()) == value
+
+
+def test_an_address_of_version_6_stands_in_brackets_in_the_base_url() -> None:
+    """The base URL follows host and port and is a valid URL for every host."""
+    assert settings(HOST="::1", PORT="9000").base_url == "http://[::1]:9000"
+
+
+def test_places_follow_the_data_folder(tmp_path: Path) -> None:
+    """`{data_dir}` in an address stands for the folder, also in an address given by hand."""
+    got = settings(DATA_DIR=str(tmp_path), DATABASE_URL="sqlite:///{data_dir}/other.db")
+    assert (got.sqlite_path, got.image_dir) == (tmp_path / "other.db", tmp_path / "images")
+
+
+def test_postgresql_has_no_file() -> None:
+    """Only the embedded store has a path."""
+    assert settings(DATABASE_URL="postgresql://db/darkroom").sqlite_path is None
+
+
+# --- where values come from ------------------------------------------------------------------------------------------
+
+
+def test_the_environment_wins_over_the_file_and_overrides_over_both(tmp_path: Path) -> None:
+    """Order: `.env`, environment, overrides."""
+    file = tmp_path / ".env"
+    file.write_text("# ours\nDARKROOM_PORT=1\nDARKROOM_HOST='0.0.0.0'\nexport DARKROOM_LOG_LEVEL=error\nOTHER=x\n")
+    network = ip_network("127.0.0.0/8")
+    got = load_settings({"DARKROOM_PORT": "2", "DARKROOM_HOST": "::", "HOME": "/"}, file, host="localhost", upstream_networks=(network,))
+    assert (got.host, got.port, got.log_level, got.upstream_networks) == ("localhost", 2, "error", (network,))
+
+
+def test_without_a_mapping_the_process_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`load_settings()` is what the program calls."""
+    monkeypatch.setattr(os, "environ", {"DARKROOM_PORT": "8181"})
+    assert load_settings(env_file=None).port == 8181
+
+
+def test_an_empty_variable_is_one_that_is_not_set(tmp_path: Path) -> None:
+    """`X=` in the environment also takes back what `.env` says."""
+    file = tmp_path / ".env"
+    file.write_text("DARKROOM_CALLBACK_URL=https://hooks.example\nDARKROOM_PORT=\n")
+    got = load_settings({"DARKROOM_CALLBACK_URL": ""}, file)
+    assert (got.callback_url, got.port) == (None, 8080)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DARKROOM_PORT", "tcp://10.0.0.11:8080"),
+        ("DARKROOM_METRICS_PORT", "udp://10.0.0.11:9090"),
+        ("DARKROOM_SERVICE_HOST", "10.0.0.11"),
+        ("DARKROOM_SERVICE_PORT", "8080"),
+        ("DARKROOM_SERVICE_PORT_HTTP", "8080"),
+        ("DARKROOM_PORT_8080_TCP", "tcp://10.0.0.11:8080"),
+        ("DARKROOM_PORT_8080_TCP_PROTO", "tcp"),
+        ("DARKROOM_PORT_8080_TCP_PORT", "8080"),
+        ("DARKROOM_PORT_8080_TCP_ADDR", "10.0.0.11"),
+        ("DARKROOM_WEB_SERVICE_HOST", "10.0.0.11"),
+        ("DARKROOM_WEB_PORT", "tcp://10.0.0.11:8080"),
+        ("DARKROOM_WEB_PORT_8080_UDP_ADDR", "10.0.0.11"),
+        ("DARKROOM_TEST_POSTGRES_URL", "postgresql://x"),
+    ],
+)
+@pytest.mark.parametrize("in_file", [True, False])
+def test_what_a_cluster_or_a_test_run_sets_is_ignored(name: str, value: str, in_file: bool, tmp_path: Path) -> None:
+    """Service links and DARKROOM_TEST_ are no settings, neither in the environment nor in `.env`."""
+    file = tmp_path / ".env"
+    file.write_text(f"{name}={value}\n" if in_file else "DARKROOM_PORT=9000\n")
+    got = load_settings({} if in_file else {name: value}, file)
+    assert (got.port, got.metrics_port) == (8080 if in_file else 9000, None)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("DARKROOM_PROT", "DARKROOM_PORT"), ("darkroom_port", "DARKROOM_PORT"), ("DARKROOM_XYZZY_QUUX", "")]
+)
+@pytest.mark.parametrize("in_file", [True, False])
+def test_an_unknown_name_stops_the_start(name: str, hint: str, in_file: bool, tmp_path: Path) -> None:
+    """A typing error is named, with the setting that may have been meant."""
+    file = tmp_path / ".env"
+    file.write_text(f"{name}=1\n" if in_file else "")
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings({} if in_file else {name: "1"}, file)
+    assert str(caught.value) == f"{name} is not a setting" + (f"; did you mean {hint}?" if hint else "")
+
+
+def test_a_name_without_a_value_in_the_file_stops_the_start(tmp_path: Path) -> None:
+    """A line of `.env` that sets nothing is a mistake."""
+    (tmp_path / ".env").write_text("DARKROOM_CALLBACK_URL\n")
+    with pytest.raises(ConfigurationError, match="DARKROOM_CALLBACK_URL has no value in "):
+        load_settings({}, tmp_path / ".env")
+
+
+def test_an_unreadable_file_stops_the_start(tmp_path: Path) -> None:
+    """A `.env` that is no text is not passed over."""
+    (tmp_path / ".env").write_bytes(b"DARKROOM_HOST=\xff\xfe\n")
+    with pytest.raises(ConfigurationError, match=r"\.env cannot be read: UnicodeDecodeError"):
+        load_settings({}, tmp_path / ".env")
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "limit"),
+    [
+        ("HOST", "a b", "pattern"),
+        ("PORT", "http", "valid integer"),
+        ("PORT", "65536", "65535"),
+        ("METRICS_PORT", "-1", "greater than or equal to 0"),
+        ("METRICS_PORT", "8080", "differ from DARKROOM_PORT"),
+        ("BASE_URL", "darkroom.example", "http or https"),
+        ("BASE_URL", "ftp://darkroom.example", "http or https"),
+        ("BASE_URL", "http://u:p@darkroom.example", "no user"),
+        ("BASE_URL", "http://darkroom.example:99999", "valid host and port"),
+        ("BASE_URL", "http://[::1", "valid host and port"),
+        ("BASE_URL", "http://dark room.example", "without spaces"),
+        ("BASE_URL", "http://dark\\room.example", "with a host"),
+        ("CALLBACK_URL", "http://hooks.example", "https"),
+        ("CALLBACK_URL", "http://10.0.0.1", "DARKROOM_UPSTREAM_NETWORKS"),
+        ("CALLBACK_URL", "https://hooks.example/?a=b", "query"),
+        ("CALLBACK_URL", "https://hooks.example/#a", "fragment"),
+        ("CALLBACK_URL", "https://hooks.example/" + "a" * CALLBACK_URL_CHARS, str(CALLBACK_URL_CHARS)),
+        ("DATA_DIR", "~nobody-of-that-name/x", "user that exists"),
+        ("DATABASE_URL", "mysql://db/x", "postgresql://"),
+        ("DATABASE_URL", "sqlite://", "sqlite:///FILE"),
+        ("DATABASE_URL", "sqlite:///:memory:", "sqlite:///FILE"),
+        ("DATABASE_URL", "sqlite:///x.db?mode=ro", "no options"),
+        ("BLOB_URL", "s3://bucket/prefix", "needs the extra s3, which this version does not have"),
+        ("BLOB_URL", "file://images", "absolute"),
+        ("IMAGE_BASE_URL", "https://cdn.example", "not supported"),
+        ("IMAGE_LINK_TTL_S", "60", "not supported"),
+        ("SINKS", "redis://127.0.0.1", "not supported"),
+        ("SECRET_KEY", "short", "32 bytes"),
+        ("SECRET_KEY", f"{KEY},", "32 bytes"),
+        ("ADMIN_KEY", "fifteen-chars..", "16 characters"),
+        ("ADMIN_KEY", "sixteen characters", "without spaces"),
+        ("EVOLINK_API_KEY", "sk-\nx", "visible ASCII"),
+        ("EVOLINK_BASE_URL", "http://api.evolink.ai", "DARKROOM_UPSTREAM_NETWORKS"),
+        ("EVOLINK_RESULT_HOSTS", "https://files.example", "host"),
+        ("EVOLINK_RESULT_HOSTS", ",", "at least 1 item"),
+        ("EVOLINK_CONFIRM", "maybe", "'always' or 'never'"),
+        ("EVOLINK_CONCURRENCY", "0", "greater than or equal to 1"),
+        ("SUBMIT_TIMEOUT_S", "0", "greater than 0"),
+        ("SUBMIT_TIMEOUT_S", "nan", "finite"),
+        ("SUBMIT_TIMEOUT_S", "1e99", "less than"),
+        ("SUBMIT_SCHEDULE", "1,x", "item 2 should be a valid number"),
+        ("DOWNLOAD_SCHEDULE", "1,2,0", "item 3 should be greater than 0"),
+        ("DELIVERY_SCHEDULE", ",", "at least 1 item"),
+        ("UPSTREAM_NETWORKS", "127.0.0.0/8,10.0.0.1/8", "item 2 should be a network"),
+        ("UNCERTAIN", "retry", "'fail' or 'resubmit'"),
+        ("MAX_IMAGE_BYTES", "-5", "1024"),
+        ("RETENTION_DAYS", "0", "greater than 0"),
+        ("LOG_FORMAT", "text", "'json' or 'console'"),
+        ("LOG_PROMPTS", "perhaps", "boolean"),
+        ("MIGRATE", "later", "'on' or 'off'"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_variable_and_limit(variable: str, text: str, limit: str) -> None:
+    """Whoever reads the line knows which variable to change and to what."""
+    said = complaint_about(**{variable: text})
+    assert said.startswith(f"DARKROOM_{variable}: ")
+    assert limit in said
+
+
+def test_every_complaint_stands_in_the_one_line() -> None:
+    """Two mistakes are mended at once, not one start after the other."""
+    assert re.fullmatch(r"DARKROOM_PORT: .*; DARKROOM_MIGRATE: .*", complaint_about(PORT="x", MIGRATE="x"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("SECRET_KEY", "pa55word"),
+        ("ADMIN_KEY", "pa55word"),
+        ("ADMIN_KEY", "pa55word with spaces in it"),
+        ("EVOLINK_API_KEY", "pa55word\u00e9"),
+        ("DATABASE_URL", "mysql://u:pa55word@db/x"),
+        ("DATABASE_URL", "postgresql://u:pa55word/more@db/x"),
+        ("DATABASE_URL", "postgresql://u:12/pa55word@db/x"),
+        ("DATABASE_URL", "postgresql://u:12?pa55word@db/x"),
+        ("DATABASE_URL", "postgresql://u:12#pa55word@db/x"),
+        ("DATABASE_URL", "postgresql://u:p@[pa55word/x"),
+        ("CALLBACK_URL", "https://u:pa55word@hooks.example"),
+    ],
+)
+def test_a_complaint_never_repeats_a_secret(variable: str, text: str) -> None:
+    """The line names the variable, and no part of a secret, however wrongly it was written."""
+    said = complaint_about(**{variable: text})
+    assert said.startswith(f"DARKROOM_{variable}: ")
+    assert "pa55" not in said
+
+
+@pytest.mark.parametrize(
+    ("networks", "url", "fine"),
+    [
+        ("127.0.0.0/8", "http://127.0.0.1:8080", True),
+        ("fd00::/8", "http://[fd00::1]:8080", True),
+        ("10.0.0.0/8", "http://127.0.0.1:8080", False),
+        ("127.0.0.0/8", "http://localhost:8080", False),
+        ("127.0.0.0/8", "https://hooks.example", True),
+    ],
+)
+def test_plain_callbacks_need_a_literal_address_inside_the_networks(networks: str, url: str, fine: bool) -> None:
+    """An http callback address is for an upstream in our own network, whose host is spelled out."""
+    if fine:
+        assert settings(UPSTREAM_NETWORKS=networks, CALLBACK_URL=url).callback_url == url
+    else:
+        assert complaint_about(UPSTREAM_NETWORKS=networks, CALLBACK_URL=url).startswith("DARKROOM_CALLBACK_URL: should be https")
+
+
+@pytest.mark.parametrize(("url", "fine"), [("http://127.0.0.1:1", True), ("http://sandbox:1", True), ("http://10.0.0.1:1", False)])
+def test_a_plain_upstream_must_be_able_to_lie_inside_the_networks(url: str, fine: bool) -> None:
+    """A name may resolve into them and is checked when it does; an address is checked here."""
+    if fine:
+        assert settings(UPSTREAM_NETWORKS="127.0.0.0/8", EVOLINK_BASE_URL=url).evolink_base_url == url
+    else:
+        assert "https" in complaint_about(UPSTREAM_NETWORKS="127.0.0.0/8", EVOLINK_BASE_URL=url)
+
+
+def test_an_unknown_override_is_refused() -> None:
+    """A field that does not exist is our own typing error."""
+    with pytest.raises(ConfigurationError, match="DARKROOM_PROT: "):
+        load_settings({}, None, prot=1)
+
+
+# --- what is told ----------------------------------------------------------------------------------------------------
+
+
+def test_no_secret_is_shown_anywhere() -> None:
+    """Neither the log's settings nor the text of the object hold a secret or a store's password."""
+    secret = {name: f"pa55word-{name}-" + "x" * 32 for name in ("SECRET_KEY", "ADMIN_KEY", "EVOLINK_API_KEY", "API_KEY")}
+    got = settings(**secret, DATABASE_URL="postgresql://user:pa55word@db:5432/darkroom?password=pa55word")
+    shown = masked(got)
+    assert [shown[name.lower()] for name in secret] == ["***"] * 4
+    assert shown["database_url"] == "postgresql://***@db:5432/darkroom"
+    assert "pa55" not in f"{shown} {got!r} {got}"
+
+
+def test_masked_settings_are_plain_values(tmp_path: Path) -> None:
+    """The log line holds every setting in the form in which it is written."""
+    shown = masked(settings(DATA_DIR=str(tmp_path), UPSTREAM_NETWORKS="127.0.0.0/8,::1", SUBMIT_SCHEDULE="0.5,2"))
+    assert shown.keys() == Settings.model_fields.keys()
+    assert all(value is None or isinstance(value, int | float | str) for value in shown.values())
+    assert (shown["data_dir"], shown["upstream_networks"], shown["submit_schedule"]) == (str(tmp_path), "127.0.0.0/8,::1/128", "0.5,2")
+    assert shown["database_url"] == f"sqlite:///{tmp_path}/darkroom.db"
+    assert masked(settings(DATABASE_URL="postgresql://db/darkroom"))["database_url"] == "postgresql://db/darkroom"
+
+
+def test_the_table_has_a_row_for_every_setting() -> None:
+    """The README's table is made from the fields, so it cannot fall behind."""
+    rows = settings_table().splitlines()
+    assert [row.split("`")[1] for row in rows[2:]] == [f"DARKROOM_{name.upper()}" for name in Settings.model_fields]
+    assert all(row.count("|") == 4 for row in rows)
+    assert "| `DARKROOM_PORT` | `8080` | port to listen on; 0: any free one |" in rows
+    assert any(row.startswith("| `DARKROOM_UPSTREAM_NETWORKS` | empty |") for row in rows)
+    assert any(row.startswith("| `DARKROOM_CALLBACK_URL` | unset |") for row in rows)
+    assert any(row.startswith("| `DARKROOM_LOG_PROMPTS` | `false` |") for row in rows)
+    assert any(row.startswith("| `DARKROOM_SUBMIT_SCHEDULE` | `1,2,5,15,30,60` |") for row in rows)
+
+
+# --- the secret key --------------------------------------------------------------------------------------------------
+
+
+def test_given_keys_are_used_in_their_order(tmp_path: Path) -> None:
+    """The first signs; nothing is written."""
+    assert secret_keys(settings(DATA_DIR=str(tmp_path), SECRET_KEY=f" {KEY} , {'n' * 33}")) == [KEY.encode(), b"n" * 33]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_is_made_once_and_kept(tmp_path: Path) -> None:
+    """On SQLite the key comes from a file that only its owner may read, and stays the same."""
+    wanted = settings(DATA_DIR=str(tmp_path / "new" / "data"))
+    made = secret_keys(wanted)
+    file = tmp_path / "new" / "data" / "secret.key"
+    assert len(made) == 1
+    assert len(made[0]) >= 32
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [path.name for path in file.parent.iterdir()] == ["secret.key"]
+    assert secret_keys(wanted) == made
+
+
+def test_processes_that_start_together_get_one_key(tmp_path: Path) -> None:
+    """Whoever comes second reads the first one's."""
+    wanted = settings(DATA_DIR=str(tmp_path))
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: secret_keys(wanted), range(64)))
+    assert all(keys == made[0] for keys in made)
+    assert [path.name for path in tmp_path.iterdir()] == ["secret.key"]
+
+
+def test_keys_in_the_file_may_be_rotated(tmp_path: Path) -> None:
+    """The file is read like the variable."""
+    (tmp_path / "secret.key").write_text(f"{KEY},{'n' * 32}\n")
+    assert secret_keys(settings(DATA_DIR=str(tmp_path))) == [KEY.encode(), b"n" * 32]
+
+
+@pytest.mark.parametrize("content", [b"", b"pa55word\n", b"\xff" * 64])
+def test_a_spoilt_key_file_stops_the_start(content: bytes, tmp_path: Path) -> None:
+    """A key that was cut is not replaced: what it signed would be lost."""
+    (tmp_path / "secret.key").write_bytes(content)
+    with pytest.raises(ConfigurationError) as caught:
+        secret_keys(settings(DATA_DIR=str(tmp_path)))
+    assert str(caught.value).startswith(f"{tmp_path}/secret.key should hold")
+    assert "pa55" not in str(caught.value)
+    assert (tmp_path / "secret.key").read_bytes() == content
+
+
+def test_a_folder_that_cannot_be_made_stops_the_start(tmp_path: Path) -> None:
+    """One line that says which file and what to do."""
+    (tmp_path / "data").write_text("a file")
+    with pytest.raises(ConfigurationError, match=r"secret\.key: .*; set DARKROOM_SECRET_KEY"):
+        secret_keys(settings(DATA_DIR=str(tmp_path / "data")))
+
+
+def test_postgresql_needs_a_given_key(tmp_path: Path) -> None:
+    """Several processes must share one key, so none is made up."""
+    with pytest.raises(ConfigurationError, match="DARKROOM_SECRET_KEY is required with PostgreSQL"):
+        secret_keys(settings(DATA_DIR=str(tmp_path), DATABASE_URL="postgresql://db/darkroom"))

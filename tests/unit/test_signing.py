@@ -1,0 +1,273 @@
+"""Tokens, secrets at rest, Standard Webhooks signatures with its own library and Svix's as judges."""
+
+import base64
+import json
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import pytest
+import standardwebhooks
+import svix.webhooks
+
+from service.errors import ConfigurationError
+from service.signing import (
+    MOST_SIGNATURES,
+    Keyring,
+    Rejected,
+    Verified,
+    canonical_json,
+    hash_api_key,
+    new_secret,
+    sign_webhook,
+    verify_webhook,
+)
+
+OLD, NEW = b"o" * 32, b"n" * 40
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+ID, AT, BODY = "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}'
+SIGNATURE = "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+HEADERS = {"webhook-id": ID, "webhook-timestamp": str(AT), "webhook-signature": SIGNATURE}
+HOSTILE = ["", "\0", "é", "\ud800", "a" * 1_000_000, "=" * 32, " ", "v1,"]
+
+
+# --- callback tokens ---------------------------------------------------------------------------------------------------
+
+
+def test_a_token_is_lower_case_base32_of_160_bits() -> None:
+    """It fits a path segment unescaped, in at most 40 characters with at least 128 bits."""
+    token = Keyring([OLD]).callback_token("evolink", "task_1")
+    assert len(token) == 32
+    assert len(base64.b32decode(token.upper())) == 20
+    assert token == token.lower()
+
+
+def test_a_token_is_good_for_its_task_and_upstream_alone() -> None:
+    """The token proves who calls for one task."""
+    keyring = Keyring([OLD])
+    token = keyring.callback_token("evolink", "task_1")
+    assert keyring.callback_token_valid("evolink", "task_1", token)
+    assert not keyring.callback_token_valid("evolink", "task_2", token)
+    assert not keyring.callback_token_valid("other", "task_1", token)
+    assert not Keyring([NEW]).callback_token_valid("evolink", "task_1", token)
+
+
+@pytest.mark.parametrize(("one", "other"), [(("a|bc", ""), ("a", "bc")), (("a", "bc"), ("ab", "c")), (("a|b", "c"), ("a", "b|c"))])
+def test_parts_cannot_be_shifted_into_each_other(one: tuple[str, str], other: tuple[str, str]) -> None:
+    """What is hashed together is delimited by length."""
+    keyring = Keyring([OLD])
+    assert keyring.callback_token(*one) != keyring.callback_token(*other)
+
+
+def test_a_token_of_any_key_is_good_and_new_ones_are_of_the_first() -> None:
+    """Rotation: append the new key everywhere, move it first, drop the old one."""
+    old = Keyring([OLD]).callback_token("evolink", "task_1")
+    new = Keyring([NEW]).callback_token("evolink", "task_1")
+    appended, moved = Keyring([OLD, NEW]), Keyring([NEW, OLD])
+    assert appended.callback_token("evolink", "task_1") == old
+    assert moved.callback_token("evolink", "task_1") == new
+    for keyring in (appended, moved):
+        assert keyring.callback_token_valid("evolink", "task_1", old)
+        assert keyring.callback_token_valid("evolink", "task_1", new)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_hostile_token_or_task_is_just_not_valid(text: str) -> None:
+    """Whoever calls chooses every part of the path: nothing there may raise."""
+    keyring = Keyring([OLD])
+    assert not keyring.callback_token_valid("evolink", "task_1", text)
+    assert not keyring.callback_token_valid(text, text, text)
+
+
+@pytest.mark.parametrize("keys", [[], [b"short"], [OLD, b"n" * 31]])
+def test_a_missing_or_short_key_stops_the_start(keys: list[bytes]) -> None:
+    """Keys have at least 32 bytes, every one of them; the error names the setting and no key."""
+    with pytest.raises(ConfigurationError, match=r"^DARKROOM_SECRET_KEY: [^\n]*$") as caught:
+        Keyring(keys)
+    assert "short" not in str(caught.value)
+
+
+# --- secrets at rest ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_secret_comes_back_as_it_was(text: str) -> None:
+    """Encryption keeps any text."""
+    keyring = Keyring([OLD])
+    sealed = keyring.encrypt(text)
+    assert keyring.decrypt(sealed) == text
+    assert len(text) < 8 or text.encode("utf-8", "surrogatepass") not in sealed
+
+
+def test_secrets_survive_a_rotation_until_the_old_key_is_dropped() -> None:
+    """All keys decrypt, the first encrypts; a dropped key is a configuration error in one line."""
+    sealed = Keyring([OLD]).encrypt("whsec_x")
+    assert Keyring([NEW, OLD]).decrypt(sealed) == "whsec_x"
+    assert Keyring([NEW]).decrypt(Keyring([NEW, OLD]).encrypt("y")) == "y"
+    with pytest.raises(ConfigurationError, match=r"^DARKROOM_SECRET_KEY: [^\n]*$"):
+        Keyring([NEW]).decrypt(sealed)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\0", b"gAAAA", b"a" * 1000])
+def test_what_was_never_encrypted_is_a_configuration_error(data: bytes) -> None:
+    """A broken row raises in our own tree, not the library's error."""
+    with pytest.raises(ConfigurationError):
+        Keyring([OLD]).decrypt(data)
+
+
+def test_the_time_of_encryption_is_not_kept() -> None:
+    """No clock is read: Fernet's time stamp is zero."""
+    assert base64.urlsafe_b64decode(Keyring([OLD]).encrypt("x"))[1:9] == bytes(8)
+
+
+# --- Standard Webhooks -------------------------------------------------------------------------------------------------
+
+
+def test_the_published_vector_is_signed_as_published() -> None:
+    """The known example of the standard's own test suite."""
+    assert sign_webhook([SECRET], ID, AT, BODY) == SIGNATURE
+    assert verify_webhook([SECRET], HEADERS, BODY, AT) == Verified()
+
+
+@pytest.mark.parametrize("judge", [standardwebhooks.Webhook, svix.webhooks.Webhook])
+@pytest.mark.parametrize("size", [24, 32, 33, 64])
+def test_the_libraries_accept_our_signatures(judge: Callable[[str], standardwebhooks.Webhook], size: int) -> None:
+    """A subscriber with either library verifies what we send, with the old secret and with the new one."""
+    old, new = new_secret(bytes(range(size))), new_secret(bytes(range(1, size + 1)))
+    at = int(time.time())
+    body = json.dumps({"prompt": "雪 \N{SNOWMAN}"}, ensure_ascii=False).encode()
+    headers = {"webhook-id": "evt_1", "webhook-timestamp": str(at), "webhook-signature": sign_webhook([new, old], "evt_1", at, body)}
+    for secret in (old, new):
+        judge(secret).verify(body, headers)
+    with pytest.raises(standardwebhooks.WebhookVerificationError):
+        judge(new_secret(bytes(size))).verify(body, headers)
+
+
+@pytest.mark.parametrize("judge", [standardwebhooks.Webhook, svix.webhooks.Webhook])
+def test_we_accept_the_libraries_signatures(judge: Callable[[str], standardwebhooks.Webhook]) -> None:
+    """Verification agrees with both libraries as senders."""
+    signature = judge(SECRET).sign(ID, datetime.fromtimestamp(AT, UTC), BODY.decode())
+    assert verify_webhook([SECRET], {**HEADERS, "webhook-signature": signature}, BODY, AT) == Verified()
+
+
+def test_one_good_signature_and_one_good_secret_suffice() -> None:
+    """During a rotation several secrets sign, and other versions of signatures may stand among them."""
+    other = new_secret(b"x" * 24)
+    headers = {**HEADERS, "webhook-signature": f"v1a,AAAA v1,AAAA {SIGNATURE}"}
+    assert verify_webhook([other, SECRET], headers, BODY, AT) == Verified()
+    assert verify_webhook([other], headers, BODY, AT) == Rejected("no signature matches")
+
+
+def test_header_names_count_whatever_their_case() -> None:
+    """HTTP names have no case."""
+    assert verify_webhook([SECRET], {key.title(): value for key, value in HEADERS.items()}, BODY, AT) == Verified()
+
+
+@pytest.mark.parametrize("name", sorted(HEADERS))
+def test_each_missing_or_empty_header_rejects(name: str) -> None:
+    """Fail closed on each part."""
+    assert verify_webhook([SECRET], {key: value for key, value in HEADERS.items() if key != name}, BODY, AT) == Rejected(name)
+    assert verify_webhook([SECRET], {**HEADERS, name: ""}, BODY, AT) == Rejected(name)
+
+
+@pytest.mark.parametrize("name", sorted(HEADERS))
+def test_a_header_that_is_there_twice_rejects(name: str) -> None:
+    """Of two values nobody knows which one the rest of a program believes."""
+    assert verify_webhook([SECRET], {**HEADERS, name.title(): HEADERS[name]}, BODY, AT) == Rejected(name)
+
+
+@pytest.mark.parametrize("timestamp", ["x", "-1", "1.5", "1_6", " 1614265330", "١٦١٤٢٦٥٣٣٠", "9" * 5000, "1614265330\n", "nan"])
+def test_a_timestamp_is_plain_digits(timestamp: str) -> None:
+    """Whatever `int` or `float` would also read is rejected."""
+    assert verify_webhook([SECRET], {**HEADERS, "webhook-timestamp": timestamp}, BODY, AT) == Rejected("webhook-timestamp")
+
+
+@pytest.mark.parametrize(
+    ("now", "verdict"),
+    [
+        (AT + 300, Verified()),
+        (AT - 300, Verified()),
+        (AT + 301, Rejected("too old")),
+        (AT - 301, Rejected("too new")),
+        (float("nan"), Rejected("too new")),
+    ],
+)
+def test_the_timestamp_lies_within_the_tolerance(now: float, verdict: Verified | Rejected) -> None:
+    """Five minutes, both ways."""
+    assert verify_webhook([SECRET], HEADERS, BODY, now) == verdict
+
+
+@pytest.mark.parametrize(
+    ("headers", "body"),
+    [
+        ({**HEADERS, "webhook-id": "msg_2"}, BODY),
+        ({**HEADERS, "webhook-timestamp": str(AT + 1)}, BODY),
+        (HEADERS, BODY + b" "),
+        (HEADERS, b""),
+        ({**HEADERS, "webhook-signature": SIGNATURE.lower()}, BODY),
+        ({**HEADERS, "webhook-signature": SIGNATURE[3:]}, BODY),
+        ({**HEADERS, "webhook-signature": "v1,é v1 , \ud800"}, BODY),
+        ({**HEADERS, "webhook-signature": "v1,A " * MOST_SIGNATURES + SIGNATURE}, BODY),
+    ],
+)
+def test_whatever_was_changed_matches_no_more(headers: dict[str, str], body: bytes) -> None:
+    """Id, time and body are all signed; only the first 32 signatures are looked at."""
+    assert verify_webhook([SECRET], headers, body, AT) == Rejected("no signature matches")
+
+
+def test_without_a_secret_nothing_verifies() -> None:
+    """An empty list is no licence."""
+    assert verify_webhook([], HEADERS, BODY, AT) == Rejected("no signature matches")
+
+
+def test_an_id_with_a_full_stop_is_neither_signed_nor_believed() -> None:
+    """The delimiter could move: id `a`, time 1, body `2.b` would be signed like id `a.1`, time 2, body `b`."""
+    with pytest.raises(ValueError, match="full stop"):
+        sign_webhook([SECRET], "a.1", AT, b"b")
+    shifted = {**HEADERS, "webhook-id": f"a.{AT - 1}", "webhook-signature": sign_webhook([SECRET], "a", AT - 1, f"{AT}.b".encode())}
+    assert verify_webhook([SECRET], shifted, b"b", AT) == Rejected("webhook-id")
+
+
+@pytest.mark.parametrize("secret", ["", "whsec_", "whsec_!!!!", "whsec_AAA", "whsec_é", "\ud800"])
+def test_a_malformed_secret_is_our_own_fault(secret: str) -> None:
+    """It raises, without showing the secret."""
+    with pytest.raises(ValueError, match="a webhook secret is whsec_ and base64"):
+        sign_webhook([secret], ID, AT, BODY)
+
+
+@pytest.mark.parametrize("size", [0, 23, 65])
+def test_a_secret_has_24_to_64_bytes(size: int) -> None:
+    """The standard's limits."""
+    with pytest.raises(ValueError, match="24 to 64"):
+        new_secret(bytes(size))
+
+
+@pytest.mark.parametrize(("secrets", "id"), [([], ID), ([SECRET], "")])
+def test_nothing_is_signed_without_a_secret_or_an_id(secrets: list[str], id: str) -> None:
+    """A delivery without a signature must not leave."""
+    with pytest.raises(ValueError, match="signing wants"):
+        sign_webhook(secrets, id, AT, BODY)
+
+
+# --- digests and comparisons -------------------------------------------------------------------------------------------
+
+
+def test_an_api_key_is_kept_as_its_sha256() -> None:
+    """The known digest of `abc`; any text has one."""
+    assert hash_api_key("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert all(len(hash_api_key(text)) == 64 for text in HOSTILE)
+
+
+def test_equal_json_has_one_spelling() -> None:
+    """Order of keys and white space make no difference; types do."""
+    assert canonical_json(json.loads('{ "b": [1, null], "a": "\u00e9" }')) == b'{"a":"\\u00e9","b":[1,null]}'
+    assert canonical_json({"n": 1}) != canonical_json({"n": "1"})
+    assert canonical_json({"n": 1}) != canonical_json({"n": True})
+
+
+def test_what_is_not_json_has_no_spelling() -> None:
+    """NaN and objects raise instead of becoming text."""
+    with pytest.raises(ValueError, match="JSON"):
+        canonical_json(float("nan"))
+    with pytest.raises(TypeError):
+        canonical_json(object())
