@@ -3,15 +3,12 @@
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
 
 import structlog
-import uvicorn
-import uvloop
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
@@ -19,11 +16,11 @@ from service.blobs.local import LocalBlobs
 from service.catalogue import load_catalogue
 from service.egress import Egress, Rules
 from service.errors import ConfigurationError
-from service.ops import logging
 from service.ops.metrics import Metrics
 from service.pipeline.delivery import Deliverer
 from service.pipeline.download import Downloader
 from service.pipeline.outbox import tell
+from service.pipeline.precedence import Precedence
 from service.pipeline.reconcile import Plan
 from service.pipeline.settle import Settler
 from service.pipeline.submission import Submitter
@@ -43,6 +40,7 @@ from service.web.context import Context
 from service.web.errors import HANDLERS
 from service.web.middleware import Requests
 from service.web.routes import operators_routes, routes
+from service.web.server import Server, bind, listening
 
 log = structlog.get_logger()
 
@@ -62,14 +60,22 @@ class Role:
         return "serve" if self.web and self.workers else "web" if self.web else "worker"
 
 
+def open_store(settings: Settings) -> AbstractAsyncContextManager[Store]:
+    """The store the settings name, migrated; ConfigurationError: it cannot be used."""
+    process = f"{socket.gethostname()[:32]}:{os.getpid()}:{os.urandom(4).hex()}"
+    migrate = settings.migrate == "on"
+    path = settings.sqlite_path
+    if path is None:
+        return open_postgres(settings.database_url, process=process, new_id=new_id, migrate=migrate)
+    return open_sqlite(path, process=process, new_id=new_id, migrate=migrate)
+
+
 @asynccontextmanager
 async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> AsyncIterator[Resources]:
     """Opens everything a process needs, in order, and closes it in the other; ConfigurationError: it must not start."""
     if role.workers and settings.evolink_api_key is None:
         raise ConfigurationError("DARKROOM_EVOLINK_API_KEY is required by workers")
     keyring = Keyring(secret_keys(settings))
-    process = f"{socket.gethostname()[:32]}:{os.getpid()}:{os.urandom(4).hex()}"
-    migrate = settings.migrate == "on"
 
     def refused(purpose: str, host: str, reason: str) -> None:
         metrics.egress_refused.labels(purpose).inc()
@@ -83,12 +89,7 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
 
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
-        path = settings.sqlite_path
-        store: Store
-        if path is None:
-            store = await enter(open_postgres(settings.database_url, process=process, new_id=new_id, migrate=migrate))
-        else:
-            store = await enter(open_sqlite(path, process=process, new_id=new_id, migrate=migrate))
+        store = await enter(open_store(settings))
         networks = settings.upstream_networks
         upstream = await enter(Egress(Rules("upstream", networks), on_refused=refused))
         rules = Rules("results", networks, settings.evolink_result_hosts, redirects=RESULT_REDIRECTS, upgrade=True)
@@ -99,7 +100,7 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
         callbacks = await enter(Egress(Rules("task_callbacks", settings.task_callback_networks), on_refused=refused))
         yield Resources(
             store=store,
-            blobs=await LocalBlobs.open(settings.image_dir, spare=0 if path else 3600),
+            blobs=await LocalBlobs.open(settings.image_dir, spare=0 if settings.sqlite_path else 3600),
             upstream=EvoLink(
                 upstream,
                 settings.evolink_base_url,
@@ -149,10 +150,13 @@ async def running(settings: Settings, role: Role) -> AsyncIterator[Context]:
     """A process at work: resources open, workers claiming. At the end work in flight is finished within `STOP_S`, the rest given back."""
     metrics = Metrics()
     async with open_resources(settings, role, metrics) as resources:
-        pool = WorkerPool(resources.store, stages(settings, resources) if role.workers else [], metrics, partial(tell, metrics=metrics))
+        precedence = Precedence()
+        work = stages(settings, resources) if role.workers else []
+        pool = WorkerPool(resources.store, work, metrics, partial(tell, metrics=metrics), precedence.wait)
         context = Context(
             resources=resources,
             intake=Intake(resources, load_catalogue(), settings.callback_url, settings.min_free_bytes, settings.log_prompts),
+            precedence=precedence,
             access=Access(resources.store, settings.admin_key.get_secret_value() if settings.admin_key else None),
             result_ttl_s=settings.evolink_result_ttl_s,
             workers_alive=(lambda: pool.alive) if role.workers else None,
@@ -181,75 +185,22 @@ def create_app(context: Context, role: Role, *, metrics_open: bool = False) -> S
     return Starlette(routes=table, middleware=[Middleware(Requests)], exception_handlers=dict(HANDLERS), lifespan=lifespan)
 
 
-class Server(uvicorn.Server):
-    """uvicorn, but for two things: whoever waits is answered as soon as a stop is asked for, and a stop ends with exit code 0."""
-
-    def __init__(self, app: Starlette, sockets: list[socket.socket], on_stop: Callable[[], None], stop_s: float) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                loop="none",
-                http="httptools",
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=max(1, round(stop_s)),
-            )
-        )
-        self._bound = sockets
-        self._on_stop = on_stop
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._on_stop()
-        super().handle_exit(sig, frame)
-        self._captured_signals.clear()  # else uvicorn raises them again, and the process dies of them
-
-    async def run_bound(self) -> None:
-        await self.serve(sockets=self._bound)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; ConfigurationError when the address is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named because asyncio sets TCP_NODELAY only on sockets that say they are TCP: 40 ms an answer otherwise.
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise ConfigurationError(f"DARKROOM_HOST, DARKROOM_PORT: {host}:{port} cannot be listened on: {error.strerror}") from error
-    bound.listen(2048)
-    bound.setblocking(False)
-    return bound
-
-
-@asynccontextmanager
-async def beside(server: Server) -> AsyncIterator[None]:
-    """Another server in this process, without the signals: it ends when the block ends."""
-    serving = asyncio.create_task(server._serve(server._bound), name="metrics-port")  # noqa: SLF001 - `serve` would take the signals
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        await serving
-
-
-async def serve(settings: Settings, role: Role, bound: socket.socket, *, ready: Callable[[Context], None] | None = None) -> None:
-    """Runs until SIGTERM or SIGINT. `bound` is the main port's socket; `ready` is called once the process is at work."""
+async def serve(
+    settings: Settings,
+    role: Role,
+    bound: socket.socket,
+    stop: asyncio.Event,
+    *,
+    ready: Callable[[Context], Awaitable[None]] | None = None,
+) -> None:
+    """Runs until `stop`. `bound` is the main port's socket; `ready` is called once the process is at work."""
     async with running(settings, role) as context, AsyncExitStack() as stack:
-        stop = context.resources.store.signals.stop
         if settings.metrics_port is not None:
-            app = create_app(context, role, metrics_open=True)
-            await stack.enter_async_context(beside(Server(app, [bind(settings.host, settings.metrics_port)], stop, settings.stop_s)))
+            operators = create_app(context, role, metrics_open=True)
+            metrics_port = Server(operators, bind(settings.host, settings.metrics_port), settings.stop_s)
+            await stack.enter_async_context(listening(metrics_port, stop))
+        await stack.enter_async_context(listening(Server(create_app(context, role), bound, settings.stop_s), stop))
         if ready is not None:
-            ready(context)
-        await Server(create_app(context, role), [bound], stop, settings.stop_s).run_bound()
-
-
-def run(settings: Settings, role: Role, bound: socket.socket, *, ready: Callable[[Context], None] | None = None) -> None:
-    """`serve` on uvloop, with the log set up."""
-    logging.configure(settings.log_format, settings.log_level)
-    uvloop.run(serve(settings, role, bound, ready=ready))
+            await ready(context)
+        await stop.wait()
+        context.resources.store.signals.stop()  # whoever waits for a task or an event is answered now

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from ipaddress import AddressValueError, IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urljoin
 
 import aiohttp
@@ -482,3 +482,15 @@ def service_client(base_url: str, api_key: str | None) -> httpx.Client:
         trust_env=False,  # the service is near; a proxy of the environment would see the key
         verify=httpx.create_ssl_context(),
     )
+
+
+def service_call(client: httpx.Client, method: str, path: str, **options: Any) -> httpx.Response:
+    """One request of `service_client`, whatever its status; NotConnected, CallTimedOut, ConnectionLost."""
+    try:
+        return client.request(method, path, **options)
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+        raise NotConnected(f"{client.base_url.host}: no connection") from error
+    except httpx.TimeoutException as error:
+        raise CallTimedOut(f"{client.base_url.host}: no answer in time") from error
+    except httpx.HTTPError as error:
+        raise ConnectionLost(f"{client.base_url.host}: the connection broke") from error

@@ -90,7 +90,8 @@ def postgres_database(server: str) -> Iterator[str]:
     name = f"darkroom_{uuid.uuid4().hex}"
     asyncio.run(execute(server, f'CREATE DATABASE "{name}"'))
     try:
-        yield urlsplit(server)._replace(path=f"/{name}").geturl()
+        parts = urlsplit(server)
+        yield f"{parts.scheme}://{parts.netloc}/{name}" + (f"?{parts.query}" if parts.query else "")  # geturl would drop an empty //
     finally:
         asyncio.run(execute(server, f'DROP DATABASE "{name}" WITH (FORCE)'))
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -13,6 +13,7 @@ class Metrics:
     """Made once a process; nothing here is global."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody asked for
         self.registry = CollectorRegistry()
         self.callbacks = self._counter("callbacks", "Callbacks answered, by verdict", "verdict")
         self.callback_commit = self._histogram("callback_commit_seconds", "From a callback's last byte to its commit")

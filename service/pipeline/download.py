@@ -54,25 +54,25 @@ class Downloader:
             await self.resources.store.write(leases.done, grant)
             return
         started = time.perf_counter()
-        async with self.resources.blobs.incoming() as file:
-            outcome = await self._save(row, file)
+        try:
+            async with self.resources.blobs.incoming() as file:
+                outcome = await self._save(row, file)
+        except EgressRefused as error:
+            outcome = Failure(str(error), final=True)
+        except (EgressError, BlobUnavailable) as error:
+            outcome = Failure(f"{type(error).__name__}: {error}")
         await self._record(grant, row, outcome, time.perf_counter() - started)
 
     async def _save(self, row: Row, file: Incoming) -> Stored | Failure:
-        try:
-            fetched = await self._fetch(row["source_url"], file)
-            if isinstance(fetched, Failure):
-                return fetched
-            async with self.decoding:
-                picture = await asyncio.to_thread(inspect, file.path, self.max_pixels)
-            if isinstance(picture, NoPicture):
-                return Failure(picture.reason, final=picture.final, wrong_sha256=fetched)
-            blob = f"{row['task_id']}/{row['position']}-{fetched}.{picture.extension}"
-            await self.resources.blobs.put(file, blob, picture.media_type)
-        except EgressRefused as error:
-            return Failure(str(error), final=True)
-        except (EgressError, BlobUnavailable) as error:
-            return Failure(f"{type(error).__name__}: {error}")
+        fetched = await self._fetch(row["source_url"], file)
+        if isinstance(fetched, Failure):
+            return fetched
+        async with self.decoding:
+            picture = await asyncio.to_thread(inspect, file.path, self.max_pixels)
+        if isinstance(picture, NoPicture):
+            return Failure(picture.reason, final=picture.final, wrong_sha256=fetched)
+        blob = f"{row['task_id']}/{row['position']}-{fetched}.{picture.extension}"
+        await self.resources.blobs.put(file, blob, picture.media_type)
         return Stored(blob, picture.media_type, file.size, fetched, picture.width, picture.height)
 
     async def _fetch(self, url: str, file: Incoming) -> str | Failure:

@@ -34,7 +34,7 @@ async def receive(resources: Resources, task_id: str, body: bytes, result_ttl_s:
     )
     try:
         async with asyncio.timeout(COMMIT_S):
-            verdict = await resources.store.write(accept_callbacks, callback)
+            verdict = await resources.store.write(accept_callbacks, callback, urgent=True)
     except (TimeoutError, StoreUnavailable) as error:
         refused(resources, "unavailable", task_id, time.perf_counter() - started)
         raise StoreUnavailable("the callback could not be committed in time") from error

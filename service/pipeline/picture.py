@@ -1,4 +1,4 @@
-"""Whether bytes are a picture that counts: type by content, pixels by header before anything is decoded, then decoded whole."""
+"""Whether bytes are a picture that counts: type by content, pixels by header before a frame is decoded, then every frame decoded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "AVIF": "avif", "BMP": "bmp", "TIFF": "tif"}
+NAMES = {"MPO": "JPEG"}  # a JPEG with further pictures behind it, such as a gain map: Pillow makes it a format of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +26,19 @@ class NoPicture:
 
 
 def inspect(path: Path, max_pixels: int) -> Picture | NoPicture:
-    """Judges a file; decoding takes 4 bytes a pixel and blocks, so it is run in a thread."""
+    """Judges a file; decoding takes 4 bytes a pixel and blocks, so it is run in a thread. The limit is for all frames together."""
     Image.MAX_IMAGE_PIXELS = None  # the limit is ours, checked below before decoding
     try:
         with Image.open(path, formats=tuple(FORMATS)) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                return NoPicture(f"{width}x{height} is over {max_pixels} pixels", final=True)
-            image.load()
-            return Picture(Image.MIME[image.format or ""], FORMATS[image.format or ""], width, height)
+            (width, height), pixels = image.size, 0
+            for frame in range(getattr(image, "n_frames", 1)):
+                image.seek(frame)
+                pixels += image.width * image.height
+                if pixels > max_pixels:
+                    return NoPicture(f"{width}x{height}, up to frame {frame + 1}, is over {max_pixels} pixels", final=True)
+                image.load()
+            name = NAMES.get(image.format or "", image.format or "")
+            return Picture(Image.MIME[name], FORMATS[name], width, height)
     except UnidentifiedImageError:
         return NoPicture("the bytes are no picture")
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise what they like on hostile bytes (struct, Syntax, Overflow …)

@@ -12,6 +12,7 @@ from service.resources import Resources
 from service.store import Grant, queries
 from service.store.operations import leases
 from service.store.operations import submissions as store
+from service.store.records import Row
 
 log = structlog.get_logger()
 
@@ -34,13 +35,18 @@ class Submitter:
         row = await self.resources.store.read(queries.task_row, grant.key, None)
         state = State(row["state"]) if row else None
         if state is State.SUBMITTING:  # whoever sent it died, and its answer with it
-            await self._record(grant, self._uncertain("its sender died before the answer was recorded"))
-        elif state is State.UNCERTAIN and self.uncertain == "fail":
+            await self._record(grant, self._uncertain(grant, "its sender died before the answer was recorded"))
+        elif row and state is State.UNCERTAIN and not self._resubmits(row):
             await self._record(grant, store.Undecided())
         elif state in (State.QUEUED, State.UNCERTAIN):
             await self._send(grant, resubmit=state is State.UNCERTAIN)
         else:
             await self.resources.store.write(leases.done, grant)
+
+    def _resubmits(self, row: Row) -> bool:
+        """Whether an uncertain task is sent again: at least once, then for as long as one of which nothing was created."""
+        young = self.resources.clock() - row["created_at"] < self.give_up_s * 1000
+        return self.uncertain == "resubmit" and (young or row["submit_outcomes"] < 2)
 
     async def _send(self, grant: Grant, *, resubmit: bool) -> None:
         async with self.resources.upstream_calls:  # a place first: what is `submitting` is on its way
@@ -59,9 +65,7 @@ class Submitter:
             case upstreams.NotCreated(reason, retry_after, account):
                 if account:
                     self.resources.metrics.account_refusals.inc()
-                wait = wait_before(self.schedule, grant.attempts, repeat_last=True, random=self.resources.random(), spread=0.2)
-                assert wait is not None  # the last wait repeats
-                wait = max(wait, retry_after or 0)
+                wait = max(self._wait(grant), retry_after or 0)
                 level = log.error if account else log.warning
                 level("task.submission_retried", attempt=grant.attempts, reason=reason, account=account, wait_s=round(wait, 3))
                 return store.Again(reason, round(wait * 1000), round(self.give_up_s * 1000))
@@ -69,11 +73,17 @@ class Submitter:
                 log.info("task.submission_refused", status=status, code=error["code"])
                 return store.Refused(status, error)
             case upstreams.Uncertain(reason):
-                return self._uncertain(reason)
+                return self._uncertain(grant, reason)
 
-    def _uncertain(self, reason: str) -> store.Uncertain:
-        """Without a callback URL nothing can prove it any more: it is decided at once."""
-        decide_s = self.uncertain_after_s if self.plan.with_callback else 0.0
+    def _wait(self, grant: Grant) -> float:
+        wait = wait_before(self.schedule, grant.attempts, repeat_last=True, random=self.resources.random(), spread=0.2)
+        assert wait is not None  # the last wait repeats
+        return wait
+
+    def _uncertain(self, grant: Grant, reason: str) -> store.Uncertain:
+        """Without a callback URL nothing can prove it any more: it is decided at once; what is sent again keeps to the schedule."""
+        at_once = self._wait(grant) if self.uncertain == "resubmit" else 0.0
+        decide_s = self.uncertain_after_s if self.plan.with_callback else at_once
         log.warning("task.submission_uncertain", reason=reason, decide_s=decide_s)
         return store.Uncertain(reason, round(decide_s * 1000))
 

@@ -40,11 +40,19 @@ class Stage:
 class WorkerPool:
     """`Workers` for a store: runs what it grants."""
 
-    def __init__(self, store: Store, stages: Sequence[Stage], metrics: Metrics, tell: Callable[[Transaction], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        stages: Sequence[Stage],
+        metrics: Metrics,
+        tell: Callable[[Transaction], None],
+        turn: Callable[[], Awaitable[None]],
+    ) -> None:
         self._store = store
         self._stages = {stage.name: stage for stage in stages}
         self._metrics = metrics
         self._tell = tell
+        self._turn = turn  # waits until a job may start
         self._jobs: dict[Grant, asyncio.Task[None]] = {}
         self._backlog: set[str] = set()
         self._wake = asyncio.Event()
@@ -61,6 +69,8 @@ class WorkerPool:
     def take(self, granted: Iterable[Grant], unused: Mapping[str, int]) -> None:
         for name, places in unused.items():
             self._stages[name].free += places
+            if places and name in self._backlog:  # they were not free when somebody looked
+                self._wake.set()
         for grant in granted:
             self._jobs[grant] = asyncio.create_task(self._work(self._stages[grant.stage], grant), name=f"{grant.stage}:{grant.key}")
 
@@ -95,10 +105,14 @@ class WorkerPool:
         names = [stage.name for stage in self._stages.values() if stage.free and stage.name in wanted]
         places = {name: self._stages[name].free for name in names}
         try:
-            counts = await asyncio.gather(*(self._store.write(claim, name) for name in names))
-        except StoreUnavailable as error:
-            log.error("worker.failed", stage="claim", key=None, attempt=None, wait_s=LOOK_S, exception=str(error))
+            # One after another: of several committers, the first to begin holds every free place, and the others would claim nothing.
+            counts = [await self._store.write(claim, name) for name in names]
+        except Exception as error:  # the loop must outlive whatever the store does: tried again at the next look
+            known = {"stage": "claim", "key": None, "attempt": None, "wait_s": LOOK_S, "exception": f"{type(error).__name__}: {error}"}
+            unforeseen = None if isinstance(error, StoreUnavailable) else error
+            log.error("worker.failed", **known, exc_info=unforeseen)  # noqa: TRY400 - a store that is away needs no traceback
             self._metrics.worker_faults.labels("claim").inc()
+            await asyncio.sleep(LOOK_S)
             return
         for name, count in zip(names, counts, strict=True):
             if count < places[name]:
@@ -110,6 +124,7 @@ class WorkerPool:
         try:
             with bound_contextvars(**{KEYS[stage.name]: grant.key}):
                 try:
+                    await self._turn()
                     await stage.run(grant)
                 except Exception as error:  # noqa: BLE001 - the one broad except of the workers: logged once, counted, tried again
                     await self._failed(grant, error)

@@ -156,11 +156,9 @@ class Store(Protocol):
     process: str
 
     async def write(
-        self,
-        operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]],
-        item: Item,
+        self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item, *, urgent: bool = False
     ) -> Result:
-        """Runs the operation over this item and whatever else waits, in one transaction."""
+        """Runs the operation over this item and whatever else waits, in one transaction; what is `urgent` goes first."""
 
     async def read(
         self,

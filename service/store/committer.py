@@ -5,8 +5,9 @@ that running one again after a commit whose answer was lost is harmless.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,15 @@ from service.errors import StoreUnavailable
 from service.store import Item, Result, Signals, Transaction, Workers
 from service.store.operations import outbox
 
-MAX_BATCH = 500
+MAX_BATCH = 100  # about 10 ms of statements
+MAX_PATIENT = 20  # of those that are not urgent: what is urgent never waits longer than for so many
 TRIES = 2  # of a single item: who lost a race for a unique key finds the winner's row at the second
 GIVE_UP = 3  # items in a row that the store itself failed: the rest would fare no better
+BESIDE_URGENT = 5
 
 Begin = Callable[[Connection, dict[str, int]], Transaction]
+Run = Callable[..., Awaitable[tuple[list[Any], Transaction]]]  # runs a function of a connection, and some arguments
+Transactions = Callable[[], AbstractAsyncContextManager[Run]]  # a transaction: committed at the end of the block, or rolled back
 
 
 @dataclass(slots=True, eq=False)
@@ -42,34 +47,35 @@ class Batch:
     slots: dict[str, int]
 
 
-def transact(connection: Connection, begin: Begin, calls: Sequence[Call], slots: dict[str, int]) -> tuple[list[Any], Transaction]:
-    """Runs the calls in one transaction, operation by operation.
+def apply(connection: Connection, begin: Begin, calls: Sequence[Call], slots: dict[str, int]) -> tuple[list[Any], Transaction]:
+    """Runs the calls in an open transaction, operation by operation.
 
     The outbox comes last because its counter row stays locked until the commit.
     """
-    with connection.begin():
-        tx = begin(connection, dict(slots))
-        groups: dict[Callable[..., Any], list[int]] = {}
-        for place, call in enumerate(calls):
-            groups.setdefault(call.operation, []).append(place)
-        results: list[Any] = [None] * len(calls)
-        for operation, places in groups.items():
-            for place, result in zip(
-                places,
-                operation(tx, [calls[place].item for place in places]),
-                strict=True,
-            ):
-                results[place] = result
-            tx.write()
-        outbox.flush(tx)
+    tx = begin(connection, dict(slots))
+    groups: dict[Callable[..., Any], list[int]] = {}
+    for place, call in enumerate(calls):
+        groups.setdefault(call.operation, []).append(place)
+    results: list[Any] = [None] * len(calls)
+    for operation, places in groups.items():
+        made = operation(tx, [calls[place].item for place in places])
+        for place, result in zip(places, made, strict=True):
+            results[place] = result
+        tx.write()
+    outbox.flush(tx)
     return results, tx
 
 
-def execute(connection: Connection, begin: Begin, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
+async def execute(transaction: Transactions, begin: Begin, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
     """Runs a batch; after a failure each of its calls in a transaction of its own."""
+
+    async def transact(some: Sequence[Call], free: dict[str, int]) -> tuple[list[Any], Transaction]:
+        async with transaction() as run:
+            return await run(apply, begin, some, free)
+
     if len(calls) > 1:
         with suppress(Exception):  # which call it was is found out below, and its caller gets the exception
-            results, tx = transact(connection, begin, calls, slots)
+            results, tx = await transact(calls, slots)
             return Batch(results, [tx], tx.slots)
     batch = Batch([], [], slots)
     unavailable = 0
@@ -77,7 +83,7 @@ def execute(connection: Connection, begin: Begin, calls: Sequence[Call], slots: 
         result: Any = StoreUnavailable("the store does not commit")
         for _ in range(TRIES if unavailable < GIVE_UP else 0):
             try:
-                (result,), tx = transact(connection, begin, [call], batch.slots)
+                (result,), tx = await transact([call], batch.slots)
             except (OperationalError, InterfaceError) as error:
                 result = StoreUnavailable(f"the store does not commit: {type(error.orig).__name__}")
                 result.__cause__ = error
@@ -103,7 +109,8 @@ class Committer:
     ) -> None:
         self._run_batch = run_batch
         self._signals = signals
-        self._pending: list[Call] = []
+        self._urgent: deque[Call] = deque()
+        self._patient: deque[Call] = deque()
         self._wake = asyncio.Event()
         self._closing = False
         self._busy = False
@@ -112,17 +119,15 @@ class Committer:
     @property
     def idle(self) -> bool:
         """Nothing waits and nothing runs."""
-        return not self._pending and not self._busy
+        return not self._urgent and not self._patient and not self._busy
 
     async def write(
-        self,
-        operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]],
-        item: Item,
+        self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item, *, urgent: bool = False
     ) -> Result:
         if self._closing:
             raise StoreUnavailable("the store is closed")
         call = Call(operation, item, asyncio.get_running_loop().create_future())
-        self._pending.append(call)
+        (self._urgent if urgent else self._patient).append(call)
         self._wake.set()
         result: Result = await call.future
         return result
@@ -135,15 +140,20 @@ class Committer:
     async def run(self) -> None:
         while True:
             await self._wake.wait()
-            if not self._pending:
+            calls = self._next()
+            if not calls:
                 if self._closing:
                     return
                 self._wake.clear()
                 continue
-            calls, self._pending = self._pending[:MAX_BATCH], self._pending[MAX_BATCH:]
             self._busy = True
             await self._commit(calls)
             self._busy = False
+
+    def _next(self) -> list[Call]:
+        calls = [self._urgent.popleft() for _ in range(min(len(self._urgent), MAX_BATCH))]
+        places = min(len(self._patient), BESIDE_URGENT if calls else MAX_PATIENT)
+        return calls + [self._patient.popleft() for _ in range(places)]
 
     async def _commit(self, calls: Sequence[Call]) -> None:
         workers = self.workers

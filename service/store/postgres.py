@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from service.errors import ConfigurationError, StoreUnavailable
 from service.store import Item, P, Result, Signals, Transaction, Workers, schema
-from service.store.committer import Batch, Call, Committer, execute
+from service.store.committer import Batch, Call, Committer, Run, execute
 
 COMMITTERS = 3
 MIGRATION_LOCK = 0x6461726B726F6F6D  # "darkroom": any constant that nobody else in this database takes
@@ -50,18 +50,20 @@ class PostgresStore:
         return Transaction(connection, now, self.process, self._new_id, slots)
 
     async def _run_batch(self, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
-        async with self._engine.connect() as connection:
-            return await connection.run_sync(execute, self._begin, calls, slots)
+        return await execute(self._transaction, self._begin, calls, slots)
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[Run]:
+        async with self._engine.begin() as connection:
+            yield connection.run_sync
 
     async def write(
-        self,
-        operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]],
-        item: Item,
+        self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item, *, urgent: bool = False
     ) -> Result:
         committers = self._committers
         idle = next((committer for committer in committers if committer.idle), None)
         self._turn = (self._turn + 1) % len(committers)
-        return await (idle or committers[self._turn]).write(operation, item)
+        return await (idle or committers[self._turn]).write(operation, item, urgent=urgent)
 
     async def read(
         self,

@@ -1,29 +1,34 @@
-"""The embedded store: one SQLite file, one writer thread, one process.
+"""The embedded store: one SQLite file, one writer, one process.
 
-WAL with `synchronous=FULL`: a commit that returned survives a power cut. The writer's thread is the only one that
-writes and checkpoints (SQLite before 3.51.3 can corrupt a WAL with two writers); readers are read-only connections.
+WAL with `synchronous=FULL`: a commit that returned survives a power cut. One connection writes and checkpoints (SQLite
+before 3.51.3 can corrupt a WAL with two writers); readers are read-only. A batch's statements run in the event loop's
+thread: a thread of their own would wait for the interpreter's lock after each of them. So does the commit while the
+disk is quick; a slow disk is waited for by a thread.
 """
 
 import asyncio
 import fcntl
 import os
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Concatenate
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, RootTransaction, create_engine, event
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool, QueuePool
 
 from service.errors import ConfigurationError, StoreUnavailable
 from service.store import Item, P, Result, Signals, Transaction, Workers, schema
-from service.store.committer import Batch, Call, Committer, execute
+from service.store.committer import Batch, Call, Committer, Run, execute
 from service.store.operations import leases
 
-READERS = 4
+READERS = 2
+QUICK_S = 0.003  # a disk that syncs in less is not worth a thread
+REMEMBERED = 16
 
 
 def wall_clock() -> int:
@@ -92,30 +97,57 @@ class SqliteStore:
         self.process = process
         self.clock = clock
         self._new_id = new_id
-        self._writer = ThreadPoolExecutor(1, "store-writer")
+        self._committing = ThreadPoolExecutor(1, "store-commit")
         self._readers = ThreadPoolExecutor(READERS, "store-reader")
         self._engine = engine(path, readonly=False)
         self._reading = engine(path, readonly=True)
         self._connection: Connection | None = None
+        self._commits = deque([1.0], REMEMBERED)  # seconds; the first is made up, so that a slow disk is met on the thread
         self._committer = Committer(self._run_batch, self.signals)
 
     def _begin(self, connection: Connection, slots: dict[str, int]) -> Transaction:
         return Transaction(connection, self.clock(), self.process, self._new_id, slots)
 
     async def _run_batch(self, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
-        return await asyncio.get_running_loop().run_in_executor(self._writer, self._execute, calls, slots)
+        return await execute(self._transaction, self._begin, calls, slots)
 
-    def _execute(self, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[Run]:
         if self._connection is None:
             self._connection = self._engine.connect()
-        return execute(self._connection, self._begin, calls, slots)
+        connection = self._connection
+
+        async def run(function: Callable[..., Any], *arguments: Any) -> Any:
+            return function(connection, *arguments)
+
+        transaction = connection.begin()
+        try:
+            yield run
+            await self._commit(transaction)
+        except BaseException:
+            transaction.rollback()
+            raise
+
+    async def _commit(self, transaction: RootTransaction) -> None:
+        """Commits here while the disk is quick, else on a thread.
+
+        The quick quarter of the latest commits decides: the others tell of a busy processor, not of the disk.
+        """
+
+        def commit() -> None:
+            started = time.perf_counter()
+            transaction.commit()
+            self._commits.append(time.perf_counter() - started)
+
+        if sorted(self._commits)[len(self._commits) // 4] <= QUICK_S:
+            commit()
+        else:
+            await asyncio.get_running_loop().run_in_executor(self._committing, commit)
 
     async def write(
-        self,
-        operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]],
-        item: Item,
+        self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item, *, urgent: bool = False
     ) -> Result:
-        return await self._committer.write(operation, item)
+        return await self._committer.write(operation, item, urgent=urgent)
 
     async def read(
         self,
@@ -151,10 +183,10 @@ class SqliteStore:
         self._committer.close()
 
     def dispose(self) -> None:
-        """Closes the connections in the writer's thread: the last one checkpoints."""
+        """Closes the connections; the last one checkpoints."""
         if self._connection is not None:
-            self._writer.submit(self._connection.close).result()
-        self._writer.shutdown()
+            self._connection.close()
+        self._committing.shutdown()
         self._readers.shutdown()
         self._reading.dispose()
         self._engine.dispose()

@@ -11,6 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 from service.errors import StoreUnavailable
 from service.pipeline.inbox import receive as take
 from service.pipeline.inbox import refused
+from service.web.context import Context
 
 MAX_BODY = 256 * 1024
 BODY_S = 5.0
@@ -35,6 +36,11 @@ class CallbackRoute:
             refused(resources, "wrong_token", None, time.perf_counter() - started)
             await respond(send, 401, REFUSALS[401])
             return
+        with context.precedence.callback():
+            await self._take(context, task_id, started, receive, send)
+
+    async def _take(self, context: Context, task_id: str, started: float, receive: Receive, send: Send) -> None:
+        resources = context.resources
         try:
             body = await read_body(receive)
         except TimeoutError:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
+from service.pipeline.precedence import Precedence
 from service.pipeline.submit import Intake
 from service.resources import Resources
 from service.web.access import Access
@@ -16,6 +17,7 @@ class Context:
 
     resources: Resources
     intake: Intake
+    precedence: Precedence
     access: Access
     result_ttl_s: float
     workers_alive: Callable[[], bool] | None

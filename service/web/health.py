@@ -29,7 +29,7 @@ async def readyz(request: Request) -> Response:
     context = context_of(request)
     try:
         async with asyncio.timeout(READY_S):
-            await context.resources.store.write(commit_nothing, None)
+            await context.resources.store.write(commit_nothing, None, urgent=True)
     except (StoreUnavailable, TimeoutError):
         return JSONResponse({"status": "unavailable", **await _causes(request, context, ["store"])}, 503, headers={"Retry-After": "1"})
     causes = []

@@ -13,7 +13,7 @@ from service.store.tables import QUEUES, Queue
 def born(tx: Transaction, stage: str, key: str) -> dict[str, Any]:
     """Values of a new row that wants work now: leased to this process if it has a free place, else simply due."""
     queue = QUEUES[stage]
-    values: dict[str, Any] = {"due_at": tx.now}
+    values: dict[str, Any] = {"due_at": tx.now, "lease_until": None, "lease_owner": None, "fence": 0, "attempts": 0}
     if take_slot(tx, stage):
         values |= {
             "lease_until": tx.now + LEASE_MS,

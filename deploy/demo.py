@@ -1,0 +1,311 @@
+"""`make demo`: an upstream, the service and a subscriber on this machine; tasks through the public API; then everything is checked.
+
+The upstream is the sandbox, a process of its own like the service; the subscriber is a small HTTP server in this one. What they keep
+and log is left in ./demo-data, which is emptied first.
+"""
+
+import hashlib
+import io
+import json
+import os
+import queue
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from service.signing import Rejected, verify_webhook
+
+FOLDER = Path("demo-data")
+START_S, TASKS_S, STOP_S = 60.0, 60.0, 30.0  # limits for a slow machine; it takes some 10 s in all
+RECONCILE_AFTER_S = 3
+LOOPBACK = "127.0.0.0/8"
+JSON = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Order:
+    """A task to submit, what the sandbox is asked to do with it, and how it must end."""
+
+    about: str
+    prompt: str
+    ends: str
+    sandbox: Mapping[str, Any]
+    n: int = 1
+
+    @property
+    def body(self) -> JSON:
+        order = {"model": "wan2.5-text-to-image", "prompt": self.prompt, "n": self.n, "size": "1024x1024"}
+        return order | {"metadata": {"demo": self.about}, "sandbox": dict(self.sandbox)}
+
+
+ORDERS = (
+    Order("four images", "a lighthouse in the fog, four seasons", "completed", {}, n=4),
+    Order("a failure", "不被允许的画面", "failed", {"fail": "content_policy_violation"}),
+    Order("a cancel", "a harbour nobody waits for", "cancelled", {"cancel": "status"}),
+    Order("its callback is never sent", "雾中的灯塔,水墨画", "completed", {"drop_callback": True}),
+    Order("its callback is sent three times", "three gulls, 三只海鸥", "completed", {"repeat_callback": 3}),
+)
+
+
+class DemoFailed(Exception):
+    """Something is not as promised; the text says what."""
+
+
+def check(holds: object, otherwise: str) -> None:
+    if not holds:
+        raise DemoFailed(otherwise)
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def program(name: str, *arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """`darkroom …` as a process with a clean environment, and its log; it ends with the block."""
+    inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith("DARKROOM_")}
+    path = FOLDER / f"{name}.log"
+    with path.open("wb") as log:
+        command = [sys.executable, "-m", "service", *arguments]
+        process = subprocess.Popen(command, cwd=FOLDER, env=inherited | environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield process, path
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def announced(process: subprocess.Popen[bytes], log: Path, event: str | None) -> str:
+    """The address in the first line of the log that has one (and is that event)."""
+    end = time.monotonic() + START_S
+    while time.monotonic() < end:
+        for line in log.read_text("utf-8", "replace").splitlines():
+            said = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
+            if "address" in said and said.get("event") == event:
+                return str(said["address"])
+        check(process.poll() is None, f"{log.stem} ended with {process.returncode} at its start")
+        time.sleep(0.05)
+    raise DemoFailed(f"{log.stem} did not start within {START_S:.0f} s")
+
+
+# --- the subscriber --------------------------------------------------------------------------------------------------
+
+
+class Subscriber(ThreadingHTTPServer):
+    """Verifies what it gets over the raw bytes, then hands it on: (webhook-id, body). What is not signed is refused."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Receive)
+        self.secrets: list[str] = []
+        self.received: queue.Queue[tuple[str, bytes]] = queue.Queue()
+        self.refused: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/darkroom"
+
+
+class Receive(BaseHTTPRequestHandler):
+    """One delivery."""
+
+    protocol_version = "HTTP/1.1"
+    server: Subscriber
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        verdict = verify_webhook(self.server.secrets, dict(self.headers.items()), body, time.time())
+        if isinstance(verdict, Rejected):
+            self.server.refused.append(verdict.reason)
+        else:
+            self.server.received.put((self.headers["webhook-id"], body))
+        self.send_response(400 if isinstance(verdict, Rejected) else 200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """The demo tells."""
+
+
+@contextmanager
+def subscriber() -> Iterator[Subscriber]:
+    with Subscriber() as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+
+
+# --- the story -------------------------------------------------------------------------------------------------------
+
+
+def answer(response: httpx.Response) -> JSON:
+    check(response.is_success, f"{response.request.method} {response.request.url.path} answered {response.status_code}: {response.text}")
+    document: JSON = response.json()
+    return document
+
+
+def client(address: str, key: str) -> httpx.Client:
+    return httpx.Client(base_url=address, headers={"authorization": f"Bearer {key}"}, timeout=30, trust_env=False)
+
+
+def gather(server: Subscriber, count: int, started: float) -> list[tuple[str, JSON]]:
+    """What was received, told as it comes, until there are `count` different events."""
+    received: list[tuple[str, JSON]] = []
+    end = time.monotonic() + TASKS_S
+    while len({id for id, _ in received}) < count:
+        try:
+            id, body = server.received.get(timeout=max(0.0, end - time.monotonic()))
+        except queue.Empty:
+            raise DemoFailed(f"{len(received)} of {count} events came within {TASKS_S:.0f} s; refused: {server.refused}") from None
+        event = json.loads(body)
+        received.append((id, event))
+        seconds = time.monotonic() - started
+        print(f"  {seconds:5.1f} s  {event['type']:<20}  {event['sequence']}  {event['subject']}  {id}  signature verified")
+    return received
+
+
+def check_events(received: list[tuple[str, JSON]], events: list[JSON], tasks: Mapping[str, Order]) -> None:
+    """Every event came and is in the outbox, the same in both; a task has one terminal event, of the right type."""
+    outbox = {event["id"]: event for event in events}
+    lost = outbox.keys() - {id for id, _ in received}
+    check(not lost, f"never delivered: {sorted(lost)}")
+    for id, event in received:
+        check(event["id"] == id and outbox.get(id) == event, f"{id} is not in GET /v1/events as it was delivered")
+    for task_id, order in tasks.items():
+        types = sorted(event["type"] for event in events if event["subject"] == task_id)
+        wanted = sorted(["image.task.submitted", f"image.task.{order.ends}"])
+        check(types == wanted, f"{task_id} ({order.about}) has the events {types}, not {wanted}")
+
+
+def check_images(service: httpx.Client, upstream: httpx.Client, task: JSON, order: Order) -> list[Path]:
+    """The files on disk: what the upstream made, byte for byte, and what the service serves."""
+    check(task["state"] == order.ends, f"{task['id']} ({order.about}) is {task['state']}, not {order.ends}")
+    wanted = order.n if order.ends == "completed" else 0
+    check(len(task["images"]) == len(task["results"]) == wanted, f"{task['id']} has {len(task['images'])} images, not {wanted}")
+    made = answer(upstream.get(f"/v1/tasks/{task['upstream_id']}")).get("results", [])
+    check(len(made) == wanted, f"the upstream made {len(made)} images for {task['id']}, not {wanted}")
+    files = []
+    for image, link, source in zip(task["images"], task["results"], made, strict=True):
+        found = list((FOLDER / "images" / task["id"]).glob(f"{image['index']}-*"))
+        check(len(found) == 1, f"{image['id']} is {len(found)} files on disk")
+        digests = {hashlib.sha256(content).hexdigest() for content in (found[0].read_bytes(), service.get(link).content)}
+        digests.add(hashlib.sha256(upstream.get(source).content).hexdigest())
+        check(digests == {image["sha256"]}, f"{image['id']}: disk, service, upstream and task do not agree on its bytes")
+        files += found
+    return files
+
+
+def check_timelines(service: httpx.Client, tasks: Mapping[str, Order]) -> None:
+    """The callback that was never sent was made up for by asking; the one that came three times counted once."""
+    for task_id, order in tasks.items():
+        steps = answer(service.get(f"/v1/tasks/{task_id}/timeline"))["data"]
+        calls = [step["count"] for step in steps if step["step"] == "callback.received"]
+        wanted = [] if "drop_callback" in order.sandbox else [order.sandbox.get("repeat_callback", 1)]
+        check(calls == wanted, f"{task_id} ({order.about}) has the callbacks {calls}, not {wanted}")
+
+
+def tell(service: httpx.Client, files: list[Path], task_id: str) -> None:
+    print(f"\nstored under {FOLDER / 'images'}")
+    for path in files:
+        print(f"  {path.stat().st_size:>8} bytes  {path.relative_to(FOLDER / 'images')}")
+    print(f"\nthe timeline of {task_id}")
+    for step in answer(service.get(f"/v1/tasks/{task_id}/timeline"))["data"]:
+        details = {name: value for name, value in step.items() if name not in ("time", "step") and value is not None}
+        print(f"  {step['time']}  {step['step']:<20}  {' '.join(f'{name}={value}' for name, value in details.items())}")
+
+
+def demo() -> str:
+    """The whole story; its last line."""
+    if FOLDER.exists():
+        shutil.rmtree(FOLDER)
+    FOLDER.mkdir()
+    admin_key, upstream_key = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        inbox = enter(subscriber())
+        sandbox = ("sandbox", "--json", "--port", "0", "--api-key", upstream_key, "--allow-networks", LOOPBACK)
+        upstream_address = announced(*enter(program("sandbox", *sandbox)), None)
+        settings = {
+            "PORT": "0",
+            "DATA_DIR": ".",
+            "ADMIN_KEY": admin_key,
+            "CALLBACK_URL": "http://127.0.0.1:{port}",
+            "EVOLINK_BASE_URL": upstream_address,
+            "EVOLINK_API_KEY": upstream_key,
+            "EVOLINK_RESULT_HOSTS": "127.0.0.1",
+            "UPSTREAM_NETWORKS": LOOPBACK,
+            "ENDPOINT_NETWORKS": LOOPBACK,
+            "RECONCILE_AFTER_S": str(RECONCILE_AFTER_S),
+            "MIN_FREE_BYTES": str(64 << 20),
+        }
+        process, log = enter(program("service", "serve", **{f"DARKROOM_{name}": value for name, value in settings.items()}))
+        address = f"http://{announced(process, log, 'service.started')}"
+        print(f"sandbox upstream  {upstream_address}\nservice           {address}\nsubscriber        {inbox.url}\n")
+
+        admin, upstream = enter(client(address, admin_key)), enter(client(upstream_address, upstream_key))
+        scopes = ["submit", "read", "subscribe"]
+        service = enter(client(address, answer(admin.post("/v1/keys", json={"owner": "demo", "scopes": scopes}))["key"]))
+        inbox.secrets.append(answer(service.post("/v1/endpoints", json={"url": inbox.url}))["secret"])
+
+        started, tasks = time.monotonic(), dict[str, Order]()
+        for order in ORDERS:
+            task = answer(service.post("/v1/images/generations", json=order.body, headers={"prefer": "respond-async"}))
+            tasks[task["id"]] = order
+            print(f"  submitted  {task['id']}  {order.about}: {order.prompt}")
+        print()
+        received = gather(inbox, 2 * len(tasks), started)
+
+        events = answer(service.get("/v1/events"))["data"]
+        check_events(received, events, tasks)
+        files = [path for id in tasks for path in check_images(service, upstream, answer(service.get(f"/v1/tasks/{id}")), tasks[id])]
+        stored = sum(path.is_file() for path in (FOLDER / "images").rglob("*-*.*"))
+        check(stored == len(files), f"{stored} files are on disk, not {len(files)}")
+        check_timelines(service, tasks)
+        tell(service, files, next(iter(tasks)))
+
+        process.terminate()  # a clean stop ends what is under way: after it nothing more can come
+        check(process.wait(STOP_S) == 0, f"the service ended with {process.returncode}")
+        while not inbox.received.empty():
+            received.append((inbox.received.get()[0], {}))
+        doubled = sum(count - 1 for count in Counter(id for id, _ in received).values())
+        check(not inbox.refused, f"deliveries without a valid signature: {inbox.refused}")
+        check(not doubled, f"{doubled} deliveries came twice")
+        return f"demo: {len(tasks)} tasks, {len(events)} events, {len(files)} images, 0 lost, {doubled} doubled"
+
+
+def main() -> int:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever stops the demo stops its children
+    try:
+        print("\n" + demo())
+    except (DemoFailed, httpx.HTTPError, OSError, LookupError, ValueError, subprocess.TimeoutExpired) as error:
+        reason = error if isinstance(error, DemoFailed) else f"{type(error).__name__}: {error}"
+        print(f"\ndemo failed: {reason}; the logs are {FOLDER / 'service.log'} and {FOLDER / 'sandbox.log'}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

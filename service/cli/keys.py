@@ -1,0 +1,151 @@
+"""`darkroom keys …`: through the API of the process that serves, or in the store itself when nobody does."""
+
+import sys
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import closing
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from service.cli.client import CommandFailed, NobodyAnswers, Service, segment
+from service.cli.output import Json, put_fields, put_json, put_table, remark
+from service.model import JSON
+
+if TYPE_CHECKING:
+    from service.settings import Settings
+    from service.signing import Keyring
+    from service.store import Store
+
+Direct = Callable[["Store", "Keyring"], Coroutine[Any, Any, JSON]]
+SCOPES = ("submit", "read", "subscribe", "admin")
+
+
+def create(
+    owner: Annotated[str, typer.Option(help="Whose key it is: tasks, endpoints and events belong to an owner.")],
+    scopes: Annotated[str, typer.Option(help="Comma-separated: submit, read, subscribe, admin.")],
+    as_json: Json = False,
+) -> None:
+    """Make a key. It is shown now and never again; with the owner's first one, the secret that signs its tasks' callbacks."""
+    wanted = list(dict.fromkeys(scope.strip() for scope in scopes.split(",") if scope.strip()))
+    if not wanted or not set(wanted) <= set(SCOPES):
+        raise typer.BadParameter(f"wants some of {', '.join(SCOPES)}", param_hint="--scopes")
+
+    async def direct(store: "Store", keyring: "Keyring") -> JSON:
+        from service.errors import ApiError
+        from service.store.sqlite import wall_clock
+        from service.web.bodies import validated
+        from service.web.keys import create_key
+        from service.web.schemas import NewKey
+
+        try:
+            body = validated(NewKey, {"owner": owner, "scopes": wanted})
+        except ApiError as error:
+            raise CommandFailed(f"{error.code}: {error.message}") from None
+        return await create_key(store, keyring, wall_clock(), body.owner, body.scopes)
+
+    made = administer(lambda service: service.call("POST", "/v1/keys", body={"owner": owner, "scopes": wanted}), direct)
+    if as_json:
+        put_json(made)
+    else:
+        put_fields(made)
+
+
+def listed(as_json: Json = False) -> None:
+    """List keys, by the beginning of each."""
+
+    async def direct(store: "Store", _: "Keyring") -> JSON:
+        from service.store import queries
+        from service.web.keys import shown
+
+        return {"data": [shown(row) for row in await store.read(queries.key_list)]}
+
+    page = administer(lambda service: service.call("GET", "/v1/keys"), direct)
+    if as_json:
+        put_json(page)
+    else:
+        rows = [{**key, "scopes": ",".join(key["scopes"])} for key in page["data"]]
+        put_table(rows, "id", "hint", "owner", "scopes", "created_at", "revoked_at")
+
+
+def revoke(id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json = False) -> None:
+    """End a key, within 5 seconds in every process."""
+
+    async def direct(store: "Store", _: "Keyring") -> JSON:
+        from service.store.operations.access import revoke_keys
+
+        if not await store.write(revoke_keys, id):
+            raise CommandFailed("key_not_found: no key has that id")
+        return {}
+
+    administer(lambda service: service.call("DELETE", f"/v1/keys/{segment(id)}"), direct)
+    done = {"id": id, "revoked": True}
+    if as_json:
+        put_json(done)
+    else:
+        put_fields(done)
+
+
+KEYS: Mapping[str, Callable[..., None]] = {"create": create, "list": listed, "revoke": revoke}
+
+
+# --- which way -------------------------------------------------------------------------------------------------------
+
+
+def administer(through_api: Callable[[Service], JSON], direct: Direct) -> JSON:
+    """Goes through the API where a service is named and answers; else, on this machine, to a store that nobody has."""
+    from service.settings import load_settings
+
+    settings = load_settings()
+    with closing(Service(settings, admin=True)) as service:
+        if settings.sqlite_path is None:
+            return through_api(service) if settings.api_key else in_store(settings, direct)
+        if "url" in settings.model_fields_set:
+            try:
+                return through_api(service)
+            except NobodyAnswers:
+                if not local(settings.url):
+                    raise
+        return in_store(settings, direct) if free(settings) else through_api(service)
+
+
+def local(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def free(settings: "Settings") -> bool:
+    """Whether nobody has the embedded store at this moment."""
+    from service.store.sqlite import FileLock
+
+    path = settings.sqlite_path
+    assert path is not None
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    if lock.acquire():
+        lock.release()
+        return True
+    return False
+
+
+def in_store(settings: "Settings", direct: Direct) -> JSON:
+    """Does it in the store itself; the log goes to standard error, as standard output is the command's."""
+    import asyncio
+
+    from service.app import open_store
+    from service.ops import logging
+    from service.settings import secret_keys
+    from service.signing import Keyring
+
+    logging.configure("console", "warning", sys.stderr)
+
+    async def act() -> JSON:
+        keyring = Keyring(secret_keys(settings))
+        async with open_store(settings) as store:
+            return await direct(store, keyring)
+
+    remark(f"nobody serves this store: {settings.sqlite_path or 'PostgreSQL'}; it was opened directly")
+    return asyncio.run(act())

@@ -1,0 +1,81 @@
+"""A server on a bound socket, and the signals that stop a process."""
+
+import asyncio
+import signal
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from service.errors import ConfigurationError
+
+
+class Server(uvicorn.Server):
+    """uvicorn on a bound socket, without its signals (see `stopping`)."""
+
+    def __init__(self, app: ASGIApp, bound: socket.socket, stop_s: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                loop="none",
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=max(1, round(stop_s)),
+            )
+        )
+        self._bound = bound
+
+    async def run_bound(self) -> None:
+        await self._serve([self._bound])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; ConfigurationError when the address is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is named because asyncio sets TCP_NODELAY only on sockets that say they are TCP: 40 ms an answer otherwise.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise ConfigurationError(f"{host}:{port} cannot be listened on: {error.strerror} (DARKROOM_HOST, DARKROOM_PORT)") from error
+    bound.listen(2048)
+    bound.setblocking(False)
+    return bound
+
+
+@contextmanager
+def stopping() -> Iterator[asyncio.Event]:
+    """Set by SIGTERM or SIGINT, from here to the end of the block; a second SIGINT interrupts at once."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+    def interrupted() -> None:
+        stop.set()
+        loop.remove_signal_handler(signal.SIGINT)
+
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, interrupted)
+    try:
+        yield stop
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+@asynccontextmanager
+async def listening(server: Server, stop: asyncio.Event) -> AsyncIterator[None]:
+    """A server that answers for as long as the block runs; should it end by itself, it asks for the stop."""
+    serving = asyncio.create_task(server.run_bound(), name="server")
+    serving.add_done_callback(lambda _: stop.set())
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving

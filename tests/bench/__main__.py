@@ -1,0 +1,68 @@
+"""`make bench`: what the service costs beside a bare route, and how soon a subscriber knows. No goal: figures of one machine.
+
+Everything runs on loopback: what is measured on the first core, what measures it on the last. The store is SQLite on the disk of
+`--folder`, with its usual durability.
+"""
+
+import argparse
+import os
+import platform
+import sqlite3
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from tests.bench.acknowledgement import Scale, acknowledgement
+from tests.bench.delivery import delivery
+from tests.bench.processes import CORES
+from tests.processes import ROOT
+
+FULL = Scale(rounds=5, tasks=20_000, connections=64, warm_up=1, seconds=4)
+QUICK = Scale(rounds=1, tasks=1_000, connections=8, warm_up=0.1, seconds=0.4)
+START, END = "<!-- bench -->", "<!-- /bench -->"
+
+
+def machine(folder: Path) -> str:
+    """What the figures depend on, in a line."""
+    path, took = folder / "sync", []
+    with path.open("wb") as file:
+        for _ in range(50):
+            file.write(bytes(4096))
+            file.flush()
+            started = time.perf_counter()
+            os.fdatasync(file.fileno())
+            took.append(time.perf_counter() - started)
+    sync = f"fdatasync {statistics.median(took) * 1000:.1f} ms"
+    versions = f"Python {platform.python_version()}, Linux {platform.release()}, SQLite {sqlite3.sqlite_version}"
+    return f"`make bench` on {len(CORES)} cores, {versions}, {sync}. Medians of the rounds, with the least and the most."
+
+
+def written(readme: str, table: str) -> str:
+    """The README with the table between its markers; ValueError if it has none."""
+    before, start, rest = readme.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise ValueError(f"the README has no {START} … {END}")
+    return f"{before}{START}\n{table}\n{END}{after}"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure, and print a table.")
+    options.add_argument("--quick", action="store_true", help="only to see that it runs: its figures mean nothing")
+    options.add_argument("--write", action="store_true", help="put the table into the README")
+    options.add_argument("--folder", type=Path, default=ROOT, help="on which disk (default: the checkout's)")
+    asked = options.parse_args()
+    with tempfile.TemporaryDirectory(prefix="data-bench-", dir=asked.folder) as name:
+        folder = Path(name)
+        parts = [machine(folder), acknowledgement(folder, QUICK if asked.quick else FULL)]
+        parts.append(delivery(folder / "delivery", 10, 1 if asked.quick else 30))
+    table = "\n\n".join(parts)
+    print(table)
+    if asked.write:
+        readme = ROOT / "README.md"
+        readme.write_text(written(readme.read_text("utf-8"), table), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The load: `python -m tests.bench.load ADDRESS FILE CONNECTIONS WARM_UP SECONDS`, a process of its own on a core of its own.
+
+Each line of FILE is a request, `{"path", "body"}`; each is sent once. A connection sends its next one when it has the answer to
+the last. Requests are bytes before the clock starts, and an answer is only looked at for its end: what is measured is the server.
+"""
+
+import asyncio
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+
+import uvloop
+
+LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
+GOOD = b'{"status":"accepted"}'
+
+
+def request_bytes(path: str, body: str) -> bytes:
+    content = body.encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    return head.encode() + content
+
+
+class Run:
+    """One measurement: what is still to be sent, and when what was answered (seconds from the start), after how long."""
+
+    def __init__(self, requests: Iterator[bytes], seconds: float) -> None:
+        self.requests = requests
+        self.seconds = seconds
+        self.started = perf_counter()
+        self.answered: list[tuple[float, float]] = []
+        self.wrong = 0
+        self.open = 0
+        self.over = asyncio.Event()
+
+    def next(self) -> bytes | None:
+        return next(self.requests, None) if perf_counter() - self.started < self.seconds else None
+
+
+class Connection(asyncio.Protocol):
+    """Sends one request after the other."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.buffer = b""
+        self.sent = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.run.open += 1
+        self.send()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.run.open -= 1
+        if not self.run.open:
+            self.run.over.set()
+
+    def send(self) -> None:
+        request = self.run.next()
+        if request is None:
+            self.transport.close()
+            return
+        self.buffer = b""
+        self.sent = perf_counter()
+        self.transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        head, end, body = self.buffer.partition(b"\r\n\r\n")
+        length = LENGTH.search(head) if end else None
+        if length is None or len(body) < int(length[1]):
+            return
+        now = perf_counter()
+        self.run.answered.append((now - self.run.started, now - self.sent))
+        self.run.wrong += body != GOOD
+        self.send()
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The nearest rank's value."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+async def load(address: str, requests: list[bytes], connections: int, warm_up: float, seconds: float) -> dict[str, float]:
+    """Answers a second, and their p50 and p99 in seconds, from `warm_up` on; `wrong`: answers that accepted nothing."""
+    host, _, port = address.removeprefix("http://").partition(":")
+    run = Run(iter(requests), warm_up + seconds)
+    loop = asyncio.get_running_loop()
+    await asyncio.gather(*(loop.create_connection(lambda: Connection(run), host, int(port)) for _ in range(connections)))
+    await run.over.wait()
+    counted = [(at, took) for at, took in run.answered if at >= warm_up]
+    took = [each for _, each in counted]
+    rate = len(counted) / (counted[-1][0] - warm_up)
+    return {"count": len(run.answered), "wrong": run.wrong, "rate": rate, "p50": percentile(took, 0.5), "p99": percentile(took, 0.99)}
+
+
+if __name__ == "__main__":
+    lines = [json.loads(line) for line in Path(sys.argv[2]).read_text().splitlines()]
+    prebuilt = [request_bytes(line["path"], line["body"]) for line in lines]
+    print(json.dumps(uvloop.run(load(sys.argv[1], prebuilt, int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5])))))

@@ -1,0 +1,100 @@
+"""The servers a measurement needs besides `darkroom serve`, each a process: `python -m tests.bench.servers bare|web|upstream|sandbox`.
+
+Each prints `{"address": …}`, `web` by its `service.started`, and runs until SIGTERM on the service's own uvicorn settings.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from ipaddress import ip_network
+from typing import Any
+
+import uvloop
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.app import Role, serve
+from service.ops import logging
+from service.settings import load_settings
+from service.upstreams.sandbox import SandboxOptions, create_sandbox
+from service.upstreams.sandbox.pictures import draw
+from service.web.server import Server, bind, listening, stopping
+
+HOST = "127.0.0.1"
+
+
+async def bare(request: Request) -> Response:
+    """What a callback costs at least in this framework: the body is read, nothing is kept."""
+    await request.body()
+    return Response(b'{"status":"accepted"}', media_type="application/json")
+
+
+BARE = Starlette(routes=[Route("/callbacks/{upstream}/{task_id}/{token}", bare, methods=["POST"])])
+
+
+def upstream() -> Starlette:
+    """An upstream that costs next to nothing: whatever is asked about is still `processing`, every result is one small picture."""
+    picture = draw("bench/0", "bench", 64, 64, "jpeg")
+
+    async def task(_: Request) -> Response:
+        return JSONResponse({"status": "processing"})
+
+    async def file(_: Request) -> Response:
+        return Response(picture, media_type="image/jpeg")
+
+    return Starlette(routes=[Route("/v1/tasks/{task_id}", task), Route("/files/{name:path}", file)])
+
+
+class Timed:
+    """The sandbox, and at `/bench/times` when it worked on which task's queries and results: `{upstream id: [[from, to], …]}`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.times: dict[str, list[tuple[float, float]]] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if path == "/bench/times":
+            await JSONResponse(self.times)(scope, receive, send)
+            return
+        started = time.time()
+
+        async def sent(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.body" and path.startswith(("/v1/tasks/", "/files/")):
+                self.times.setdefault(path.split("/")[-1 if path.startswith("/v1/") else 2], []).append((started, time.time()))
+
+        await self.app(scope, receive, sent)
+
+
+async def answer(app: ASGIApp) -> None:
+    bound = bind(HOST, 0)
+    with stopping() as stop:
+        async with listening(Server(app, bound, stop_s=1), stop):
+            sys.stdout.write(json.dumps({"address": f"http://{HOST}:{bound.getsockname()[1]}"}) + "\n")
+            sys.stdout.flush()
+            await stop.wait()
+
+
+async def web() -> None:
+    """The service without its workers. On SQLite the program refuses that, as nobody else could do the work; here nobody has to."""
+    bound = bind(HOST, 0)
+    settings = load_settings(port=bound.getsockname()[1])
+    logging.configure(settings.log_format, settings.log_level)
+    with stopping() as stop:
+        await serve(settings, Role(workers=False), bound, stop)
+
+
+SERVERS: Mapping[str, Callable[[], Coroutine[Any, Any, None]]] = {
+    "bare": lambda: answer(BARE),
+    "web": web,
+    "upstream": lambda: answer(upstream()),
+    "sandbox": lambda: answer(Timed(create_sandbox(SandboxOptions(networks=(ip_network("127.0.0.0/8"),))))),
+}
+
+if __name__ == "__main__":
+    uvloop.run(SERVERS[sys.argv[1]]())

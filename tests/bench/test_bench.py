@@ -1,0 +1,44 @@
+"""The benchmark runs; what it measures is no test's affair."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bench.__main__ import written
+from tests.bench.acknowledgement import spread
+from tests.bench.delivery import covered
+from tests.processes import ROOT, clean_environment
+
+
+@pytest.mark.timeout(180)
+def test_the_benchmark_runs_and_prints_its_tables(tmp_path: Path) -> None:
+    """`make bench` ends well with a line on the machine and every row filled; nothing of it is left on the disk."""
+    command = [sys.executable, "-m", "tests.bench", "--quick", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=clean_environment({}), capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"`make bench` on \d+ cores, Python 3\.\d+\.\d+, Linux \S+, SQLite \S+, fdatasync \d+\.\d ms\.", done.stdout)
+    assert len(re.findall(r"^\| [^|]+ \| \d+ \| \d+\.\d \| \d+\.\d \| \d+\.\d\d \|$", done.stdout, re.MULTILINE)) == 3
+    assert len(re.findall(r"^\| [^|]+ \| \d+ \| \d+ \|$", done.stdout, re.MULTILINE)) == 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_goes_between_the_readmes_markers() -> None:
+    """`--write` replaces what stands there and nothing else; without markers it refuses."""
+    assert written("a\n<!-- bench -->\nold\n<!-- /bench -->\nb\n", "new") == "a\n<!-- bench -->\nnew\n<!-- /bench -->\nb\n"
+    with pytest.raises(ValueError, match="bench"):
+        written("a\n<!-- bench -->\n", "new")
+
+
+def test_time_that_two_requests_share_is_the_upstreams_once() -> None:
+    """The upstream's own time is what its requests cover, cut to the time that is looked at."""
+    assert covered([(0, 2), (1, 3), (5, 6), (9, 20)], 0.5, 10) == 2.5 + 1 + 1
+    assert covered([], 0, 10) == 0
+
+
+def test_a_single_round_has_no_range() -> None:
+    """A range is shown where there is one."""
+    assert spread([2.0], ".1f") == "2.0"
+    assert spread([3.0, 1.0, 2.0], ".0f") == "2 (1–3)"

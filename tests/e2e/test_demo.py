@@ -1,0 +1,46 @@
+"""`make demo`, run as a user runs it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ROOT, clean_environment
+
+
+@pytest.mark.timeout(180)
+def test_the_demo_ends_well_and_leaves_its_files(tmp_path: Path) -> None:
+    """Contract section 1, `make demo`: its last line, exit 0, the files it leaves, and a store emptied first."""
+    (tmp_path / "demo-data").mkdir()
+    (tmp_path / "demo-data" / "stale").touch()
+    command = [sys.executable, str(ROOT / "deploy" / "demo.py")]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=clean_environment({"DARKROOM_PORT": "nonsense"}),
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "demo: 5 tasks, 10 events, 6 images, 0 lost, 0 doubled"
+    assert len(re.findall(r"image\.task\.\w+ .* evt_[a-z2-7]{26}  signature verified", done.stdout)) == 10
+    assert "雾中的灯塔" in done.stdout
+    left = {path.name for path in (tmp_path / "demo-data").iterdir()}
+    assert {"service.log", "sandbox.log", "images", "darkroom.db"} <= left
+    assert "stale" not in left
+    assert len(list((tmp_path / "demo-data" / "images").rglob("*.png"))) == 6
+
+
+def test_a_demo_that_cannot_run_says_why_and_where_to_look(tmp_path: Path) -> None:
+    """A failure is one line with the reason and the place of the logs, and an exit code that is not zero."""
+    (tmp_path / "demo-data").write_text("in the way")
+    command = [sys.executable, str(ROOT / "deploy" / "demo.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=clean_environment({}), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("demo failed: NotADirectoryError")
+    assert "demo-data/service.log" in done.stderr
+    assert "Traceback" not in done.stderr

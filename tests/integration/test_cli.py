@@ -1,0 +1,419 @@
+"""The program `darkroom`: what it prints, what it asks of the service, and how it fails."""
+
+import hashlib
+import json
+import os
+import pty
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import typer
+
+from service import VERSION, cli
+from tests.processes import ADMIN_KEY, Running, clean_environment, darkroom, sandbox, service_settings, started
+
+TASK = r"task_[a-z2-7]{26}"
+COMMANDS = [
+    *(["serve"], ["worker"], ["sandbox"], ["submit"], ["tasks"], ["task"], ["events"], ["migrate"], ["openapi"]),
+    *(["endpoints", word] for word in ("list", "create", "get", "patch", "delete")),
+    *(["deliveries", word] for word in ("list", "get")),
+    *(["keys", word] for word in ("create", "list", "revoke")),
+]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command's exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs the program in this process, in an empty folder, with no setting but those given."""
+    for name in [name for name in os.environ if name.upper().startswith("DARKROOM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+    def act(*arguments: str, **environment: str) -> Done:
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            patch.setattr(sys, "argv", ["darkroom", *arguments])
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        said = capsys.readouterr()
+        return Done(int(end.value.code or 0), said.out, said.err)
+
+    return act
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """`darkroom serve --sandbox --json`."""
+    with started("serve", "--sandbox", "--json", "--port", "0", folder=tmp_path_factory.mktemp("dev")) as running:
+        yield running
+
+
+@pytest.fixture
+def client(dev: Running) -> Mapping[str, str]:
+    """The two variables a client command needs."""
+    return {"DARKROOM_URL": dev.address, "DARKROOM_API_KEY": dev.announcement["key"]}
+
+
+def one_line(done: Done) -> str:
+    """The single line of a failure: exit code 1, nothing on standard output, no traceback."""
+    assert done.code == 1, done
+    (line,) = done.err.splitlines()
+    assert line.startswith("darkroom: ")
+    return line.removeprefix("darkroom: ")
+
+
+# --- usage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help_and_json(run: Run, command: list[str]) -> None:
+    """Contract section 1: every command has `--help` and `--json`."""
+    done = run(*command, "--help")
+    assert done.code == 0
+    assert "--json" in done.out
+    assert f"Usage: darkroom {' '.join(command)}" in done.out
+
+
+def test_the_table_of_commands_is_whole(run: Run) -> None:
+    """The list these tests go through is the program's own."""
+    group = typer.main.get_command(cli.program)
+    known: list[list[str]] = []
+    for name, command in group.commands.items():  # type: ignore[attr-defined] # typer's own group class is private
+        known += [[name, word] for word in command.commands] if hasattr(command, "commands") else [[name]]
+    assert sorted(known) == sorted(COMMANDS)
+    assert run("--version").out == f"darkroom {VERSION}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("submit",),
+        ("submit", "x", "--n", "none"),
+        ("submit", "x", "--image", "picture.png"),
+        ("submit", "x", "--metadata", "novalue"),
+        ("tasks", "--limit", "0"),
+        ("task", ".."),
+        ("endpoints", "patch", "ep_x"),
+        ("keys", "create", "--owner", "x", "--scopes", "everything"),
+        ("sandbox", "--fault", "nonsense=1"),
+        ("sandbox", "--fault", "delay"),
+        ("sandbox", "--allow-networks", "127.0.0.1/8"),
+        ("serve", "--sandbox", "--no-worker"),
+        ("serve", "--port", "70000"),
+    ],
+    ids=" ".join,
+)
+def test_bad_usage_exits_with_two(run: Run, arguments: tuple[str, ...]) -> None:
+    """Contract section 1: 2 on bad usage, said on standard error, before anything is asked or opened."""
+    done = run(*arguments)
+    assert done.code == 2
+    assert done.out == ""
+    assert "Error: " in done.err
+    assert not (Path.cwd() / "data").exists()
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_service_that_is_not_there_is_one_line(run: Run) -> None:
+    """A refused connection names the address and the variable to look at."""
+    assert one_line(run("tasks", DARKROOM_URL="http://127.0.0.1:9")) == "no service answers at http://127.0.0.1:9: is DARKROOM_URL right?"
+
+
+def test_a_service_that_is_something_else_is_one_line(run: Run) -> None:
+    """Another server behind the address is told from a service that refuses."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(404)
+            self.end_headers()
+            self.wfile.write(b"<html>not here</html>")
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        line = one_line(run("tasks", DARKROOM_URL=f"http://127.0.0.1:{server.server_port}"))
+    assert "answered 404, but not as the service does: is DARKROOM_URL right?" in line
+
+
+def test_a_connection_that_breaks_does_not_lose_the_order(run: Run) -> None:
+    """The task may have been taken: the line holds the key under which asking again is safe."""
+
+    class Cut(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.close_connection = True
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Cut) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        done = run("submit", "x", "--idempotency-key", "my-order", DARKROOM_URL=f"http://127.0.0.1:{server.server_port}")
+    assert one_line(done).endswith("the task may have been taken: ask again with --idempotency-key my-order")
+
+
+def test_refusals_are_told_in_the_services_words(run: Run, client: Mapping[str, str], dev: Running) -> None:
+    """An error of the API is its code and its message; a key that is missing is named."""
+    assert one_line(run("submit", "x", "--size", "10x10", **client)).startswith("invalid_parameter: size must")
+    assert one_line(run("task", "task_unknown", **client)).startswith("task_not_found: ")
+    assert one_line(run("tasks", DARKROOM_URL=dev.address)).endswith("(DARKROOM_API_KEY is not set)")
+    assert one_line(run("tasks", DARKROOM_URL=dev.address, DARKROOM_API_KEY="dk_wrong")).startswith("unauthorized: ")
+    assert one_line(run("tasks", DARKROOM_URL="ftp://x")).startswith("DARKROOM_URL: ")
+
+
+def test_a_start_that_cannot_be_is_one_line(tmp_path: Path, dev: Running) -> None:
+    """What a start wants and lacks is named: key, address, store, unknown settings."""
+
+    def complaint(*arguments: str, **environment: str) -> str:
+        done = darkroom(*arguments, folder=tmp_path, **environment)
+        return one_line(Done(done.returncode, done.stdout, done.stderr))
+
+    key = {"DARKROOM_EVOLINK_API_KEY": "sk"}
+    taken = dev.address.rpartition(":")[2]
+    assert "DARKROOM_EVOLINK_API_KEY is required" in complaint("serve", "--port", "0")
+    assert f"127.0.0.1:{taken} cannot be listened on" in complaint("serve", "--port", taken, **key)
+    assert "DARKROOM_NONSENSE is not a setting" in complaint("serve", DARKROOM_NONSENSE="1")
+    assert "on SQLite `darkroom serve` does both" in complaint("worker", "--port", "0", **key)
+    (tmp_path / "not-a-store").write_text("hello, this is no database at all")
+    assert "cannot be used" in complaint("migrate", DARKROOM_DATABASE_URL="sqlite:///not-a-store")
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def test_submit_prints_the_id_and_waits_if_asked(run: Run, client: Mapping[str, str]) -> None:
+    """Nothing but the result on standard output: the id, the links, the files; with `--json` the whole task."""
+    id = run("submit", "a lighthouse", **client)
+    assert re.fullmatch(TASK + "\n", id.out)
+    assert id.err == ""
+    links = run("submit", "灯塔", "--n", "2", "--size", "768x768", "--wait", **client).out.splitlines()
+    assert [link.startswith(client["DARKROOM_URL"] + "/images/img_") for link in links] == [True, True]
+    task = run("submit", "a gull", "--json", "--metadata", "a=b", "--metadata", "c=d=e", **client).json
+    assert (task["prompt"], task["metadata"], task["model"]) == ("a gull", {"a": "b", "c": "d=e"}, "wan2.5-text-to-image")
+    image = run("submit", "a gull", "--image", "https://example.com/a.png", "--json", **client).json
+    assert (image["model"], image["request"]["image_urls"]) == ("wan2.5-image-to-image", ["https://example.com/a.png"])
+
+
+def test_submit_saves_the_images(run: Run, client: Mapping[str, str], tmp_path: Path) -> None:
+    """`--out DIR` makes the folder, waits, and saves what was stored, byte for byte."""
+    task = run("submit", "a lighthouse", "--n", "2", "--out", "pictures/new", "--json", **client).json
+    files = [tmp_path / name for name in task["files"]]
+    assert sorted(files) == sorted((tmp_path / "pictures" / "new").iterdir())
+    assert [hashlib.sha256(file.read_bytes()).hexdigest() for file in files] == [image["sha256"] for image in task["images"]]
+    (tmp_path / "taken").touch()
+    assert run("submit", "x", "--out", "taken", **client).code == 2
+
+
+def test_the_same_idempotency_key_is_the_same_task(run: Run, client: Mapping[str, str]) -> None:
+    """A repeated order is answered with the first task; another order under its key is refused."""
+    first, second = (run("submit", "once", "--idempotency-key", "order-1", **client).out for _ in range(2))
+    assert first == second
+    assert one_line(run("submit", "twice", "--idempotency-key", "order-1", **client)).startswith("idempotency_conflict: ")
+
+
+def test_a_task_that_fails_fails_the_command(run: Run, tmp_path: Path) -> None:
+    """Waiting for a task that ends otherwise than completed exits with 1 and says how it ended; Ctrl+C with 130."""
+    with (
+        sandbox("--fault", "fail=content_policy_violation", "--delay", "0", folder=tmp_path) as upstream,
+        started("serve", folder=tmp_path, **service_settings(upstream.address, tmp_path)) as service,
+    ):
+        client = {"DARKROOM_URL": service.address, "DARKROOM_API_KEY": ADMIN_KEY}
+        line = one_line(run("submit", "x", "--wait", **client))
+        assert "failed: content_policy_violation: " in line
+        done = run("submit", "x", "--wait", "--json", **client)
+        assert (done.code, done.json["state"]) == (1, "failed")
+
+
+def test_tasks_are_listed_and_one_is_told_in_full(run: Run, client: Mapping[str, str]) -> None:
+    """A list for people and one for programs; a task by our id and the upstream's, with its timeline."""
+    made = run("submit", "a \x1b[31mred\x1b[0m\nlighthouse", "--metadata", "list=this", "--wait", "--json", **client).json
+    listed = run("tasks", "--metadata", "list=this", **client).out.splitlines()
+    assert listed[0].split() == ["id", "state", "created", "images", "model", "prompt"]
+    assert listed[1].startswith(f"{made['id']}  completed  ")
+    assert len(listed) == 2
+    assert "\x1b" not in listed[1]
+    page = run("tasks", "--state", "completed", "--limit", "1", "--json", **client).json
+    assert [task["id"] for task in page["data"]] == [made["id"]]
+    assert page["next_cursor"]
+    for id in (made["id"], made["upstream_id"]):
+        steps = [step["step"] for step in run("task", id, "--json", **client).json["timeline"]]
+        assert steps[0] == "task.queued"
+        assert steps[-1] == "event.emitted"
+    text = run("task", made["id"], **client).out
+    assert "image.task.completed" in text
+    assert "\x1b" not in text
+
+
+# --- events ----------------------------------------------------------------------------------------------------------
+
+
+def test_events_are_json_lines_in_order(run: Run, client: Mapping[str, str]) -> None:
+    """One event a line, in sequence, after a place, of a type, of a task."""
+    made = run("submit", "a lighthouse", "--wait", "--json", **client).json
+    every = [json.loads(line) for line in run("events", **client).out.splitlines()]
+    assert [event["sequence"] for event in every] == sorted(event["sequence"] for event in every)
+    ours = [json.loads(line) for line in run("events", "--task", made["id"], "--json", **client).out.splitlines()]
+    assert [event["type"] for event in ours] == ["image.task.submitted", "image.task.completed"]
+    rest = run("events", "--after", ours[0]["sequence"], "--type", "image.task.completed", "--task", made["id"], **client)
+    assert [json.loads(line)["id"] for line in rest.out.splitlines()] == [ours[1]["id"]]
+    assert one_line(run("events", "--after", "yesterday", **client)).startswith("invalid_request: after ")
+
+
+def test_following_prints_what_comes_and_ends_quietly(run: Run, client: Mapping[str, str], tmp_path: Path) -> None:
+    """`--follow` prints an event when it happens; interrupted it exits with 130, without a reader quietly, and never with a traceback."""
+    place = json.loads(run("events", **client).out.splitlines()[-1])["sequence"]
+    command = [sys.executable, "-m", "service", "events", "--follow", "--after", place]
+    options: dict[str, Any] = {"cwd": tmp_path, "env": clean_environment(dict(client)), "text": True}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        id = run("submit", "a lighthouse", "--wait", "--json", **client).json["id"]
+        assert [json.loads(process.stdout.readline())["subject"] for _ in range(2)] == [id, id]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr.read() == ""
+    with subprocess.Popen([*command[:-1], "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        run("submit", "a lighthouse", "--wait", **client)
+        assert process.wait(30) == 1
+        assert process.stderr.read() == ""
+
+
+# --- administration --------------------------------------------------------------------------------------------------
+
+
+def test_endpoints_and_deliveries(run: Run, client: Mapping[str, str]) -> None:
+    """An endpoint's whole life, and the delivery that was tried, with its attempts."""
+    made = run("endpoints", "create", "http://127.0.0.1:9/hook", "--description", "nobody there", "--json", **client).json
+    assert made["secret"].startswith("whsec_")
+    assert made["id"] in run("endpoints", "list", **client).out
+    task = run("submit", "a lighthouse", "--wait", "--json", **client).json
+    patched = run("endpoints", "patch", made["id"], "--status", "disabled", "--type", "image.task.failed", "--json", **client).json
+    assert (patched["status"], patched["types"]) == ("disabled", ["image.task.failed"])
+    shown = run("endpoints", "get", made["id"], **client).out
+    assert "disabled" in shown
+    assert "whsec_" not in shown
+    page = run("deliveries", "list", "--endpoint", made["id"], "--task", task["id"], "--json", **client).json
+    assert {delivery["task"] for delivery in page["data"]} == {task["id"]}
+    delivery = run("deliveries", "get", page["data"][-1]["id"], **client).out
+    assert made["id"] in delivery
+    assert "NotConnected" in delivery
+    assert "attempts" in run("deliveries", "list", **client).out
+    assert run("endpoints", "delete", made["id"], "--json", **client).json == {"id": made["id"], "deleted": True}
+    assert one_line(run("endpoints", "get", made["id"], **client)).startswith("endpoint_not_found: ")
+
+
+def test_keys_are_made_in_a_store_that_nobody_serves_and_else_through_the_api(tmp_path: Path) -> None:
+    """On SQLite the file is touched only while nobody holds its lock; standard output is the answer and nothing else."""
+    settings = service_settings("https://upstream.invalid", tmp_path)
+
+    def keys(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return darkroom("keys", *arguments, "--json", folder=tmp_path, **settings | environment)
+
+    made = json.loads(keys("create", "--owner", "studio", "--scopes", "submit,read").stdout)
+    assert made["key"].startswith("dk_")
+    assert made["callback_secret"].startswith("whsec_")
+    bad = keys("create", "--owner", "NOT AN OWNER", "--scopes", "read")
+    assert (bad.returncode, bad.stderr.count("\n")) == (1, 1)
+    with started("serve", folder=tmp_path, **settings) as service:
+        here = {"DARKROOM_URL": service.address}
+        listed = darkroom("tasks", "--json", folder=tmp_path, **here, DARKROOM_API_KEY=made["key"])
+        assert json.loads(listed.stdout) == {"data": [], "next_cursor": None}
+        second = json.loads(keys("create", "--owner", "studio", "--scopes", "read", **here).stdout)  # by the admin key
+        assert second["callback_secret"] is None
+        assert json.loads(keys("revoke", second["id"], **here).stdout) == {"id": second["id"], "revoked": True}
+        nobody = keys("list", DARKROOM_URL="http://127.0.0.1:9")  # the lock is held, and where it points to nobody answers
+        assert nobody.returncode == 1
+        assert "no service answers" in nobody.stderr
+    assert keys("revoke", made["id"], DARKROOM_URL="http://127.0.0.1:9").returncode == 0
+    shown = keys("list").stdout
+    assert all(key["revoked_at"] for key in json.loads(shown)["data"])
+    assert made["key"] not in shown
+    assert keys("revoke", "key_unknown").stderr == "darkroom: key_not_found: no key has that id\n"
+    text = darkroom("keys", "list", folder=tmp_path, **settings).stdout
+    assert text.splitlines()[0].split()[:3] == ["id", "hint", "owner"]
+
+
+def test_migrate_and_openapi(tmp_path: Path) -> None:
+    """What needs no service: the schema is made or kept, the document is JSON."""
+    first, second = (darkroom("migrate", "--json", folder=tmp_path, DARKROOM_MIGRATE="off") for _ in range(2))
+    assert json.loads(first.stdout) == json.loads(second.stdout)
+    assert "the store's schema is " in darkroom("migrate", folder=tmp_path).stdout
+    document = json.loads(darkroom("openapi", folder=tmp_path).stdout)
+    assert document["openapi"] == "3.1.0"
+    assert document == json.loads(darkroom("openapi", "--json", folder=tmp_path).stdout)
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+
+def test_the_line_that_serve_sandbox_prints_works(dev: Running) -> None:
+    """`make dev` prints an address, a key and a curl line; sent as it stands, the line brings a completed task."""
+    words = shlex.split(dev.announcement["curl"])
+    assert words[:3] == ["curl", "-sS", f"{dev.address}/v1/images/generations"]
+    headers = dict(word.split(": ", 1) for flag, word in pairwise(words) if flag == "-H")
+    answer = httpx.post(words[2], headers=headers, content=words[words.index("-d") + 1], timeout=40, trust_env=False)
+    assert answer.json()["state"] == "completed"
+
+
+def test_a_terminal_shows_progress_and_the_start_tells_how_to_go_on(client: Mapping[str, str], tmp_path: Path) -> None:
+    """On a terminal the task's state is shown while it lasts; the result stands below."""
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "service", "submit", "a lighthouse", "--wait"]
+    environment = clean_environment({**client, "TERM": "xterm", "COLUMNS": "200"})
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        said = b""
+        with suppress(OSError):  # how Linux tells that the other side has closed
+            while part := os.read(main, 65536):
+                said += part
+        assert process.wait(30) == 0
+    os.close(main)
+    text = said.decode()
+    assert "submitted" in text
+    assert "/images/img_" in text.splitlines()[-1]
+
+
+def test_serve_sandbox_tells_people_where_it_is(tmp_path: Path) -> None:
+    """Without `--json` the address, the key and the lines to try stand between the log's; what it keeps is apart from real tasks."""
+    with started("serve", "--sandbox", folder=tmp_path, DARKROOM_PORT="0") as running:
+        running.signal(signal.SIGTERM)
+        assert running.ended() == 0
+    assert any(line.startswith("key       dk_") for line in running.lines)
+    assert (tmp_path / "data" / "sandbox" / "darkroom.db").is_file()
+    assert not (tmp_path / "data" / "darkroom.db").exists()

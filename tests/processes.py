@@ -1,0 +1,122 @@
+"""Darkroom as processes, started as a user starts it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+START_S, STOP_S = 60, 60
+ADMIN_KEY = "admin-key-of-the-tests"
+UPSTREAM_KEY = "sk-upstream"
+LOOPBACK = "127.0.0.0/8"
+
+
+def clean_environment(given: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment without settings of its own, and the checkout first on the path."""
+    inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith("DARKROOM_")}
+    return {**inherited, "PYTHONPATH": str(ROOT), **given}
+
+
+def darkroom(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command of the program, to its end, in `folder`."""
+    command = [sys.executable, "-m", "service", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=clean_environment(environment), capture_output=True, text=True, timeout=STOP_S, check=False
+    )
+
+
+class Running:
+    """A command that serves. `address` is the URL it told; `lines` what it has printed so far, both streams."""
+
+    def __init__(self, *arguments: str, folder: Path, **environment: str) -> None:
+        self.lines: list[str] = []
+        self.announcement: dict[str, Any] = {}
+        self._told = threading.Event()
+        command = [sys.executable, "-m", "service", *arguments]
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=clean_environment(environment), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        self._reader = threading.Thread(
+            target=self._read, args=("sandbox" in arguments or {"--sandbox", "--json"} <= set(arguments),), daemon=True
+        )
+        self._reader.start()
+
+    def _read(self, plain: bool) -> None:
+        """`plain`: the address stands in a line of its own (`--json`), else in the log's `service.started`."""
+        assert self.process.stdout is not None
+        event = None if plain else "service.started"
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+            said = json.loads(line) if line.startswith("{") else {}
+            if "address" in said and said.get("event") == event:
+                self.announcement = said
+                self._told.set()
+        self._told.set()
+
+    @property
+    def address(self) -> str:
+        assert self._told.wait(START_S), self.lines
+        assert self.announcement, self.lines
+        told = str(self.announcement["address"])
+        return told if told.startswith("http") else f"http://{told}"
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def ended(self) -> int:
+        """Its exit code."""
+        code = self.process.wait(STOP_S)
+        self._reader.join(STOP_S)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        return code
+
+    def logged(self, event: str) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in list(self.lines) if line.startswith("{")]
+        return [line for line in lines if line.get("event") == event]
+
+
+@contextmanager
+def started(*arguments: str, folder: Path, **environment: str) -> Iterator[Running]:
+    """A command that serves, once it has told its address; killed at the end if it still runs."""
+    running = Running(*arguments, folder=folder, **environment)
+    try:
+        assert running.address
+        yield running
+    finally:
+        if running.process.poll() is None:
+            running.process.kill()
+        running.ended()
+
+
+@contextmanager
+def sandbox(*arguments: str, folder: Path) -> Iterator[Running]:
+    """The emulator as a process, which calls back on loopback."""
+    options = ("--json", "--port", "0", "--api-key", UPSTREAM_KEY, "--allow-networks", LOOPBACK, *arguments)
+    with started("sandbox", *options, folder=folder) as running:
+        yield running
+
+
+def service_settings(upstream: str, folder: Path, **more: str) -> dict[str, str]:
+    """The environment of a service on that upstream, all on loopback."""
+    settings = {
+        "PORT": "0",
+        "DATA_DIR": str(folder / "data"),
+        "ADMIN_KEY": ADMIN_KEY,
+        "CALLBACK_URL": "http://127.0.0.1:{port}",
+        "EVOLINK_BASE_URL": upstream,
+        "EVOLINK_API_KEY": UPSTREAM_KEY,
+        "EVOLINK_RESULT_HOSTS": "127.0.0.1",
+        "UPSTREAM_NETWORKS": LOOPBACK,
+        "ENDPOINT_NETWORKS": LOOPBACK,
+        "TASK_CALLBACK_NETWORKS": LOOPBACK,
+        "MIN_FREE_BYTES": "0",
+        "STOP_S": "10",
+    }
+    return {f"DARKROOM_{name}": value for name, value in (settings | more).items()}

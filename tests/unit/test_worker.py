@@ -1,0 +1,300 @@
+"""The workers of a process over a real embedded store: nothing is worked on twice, dropped, or tried for ever."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from sqlalchemy import Connection, select
+from structlog.testing import capture_logs
+
+from service.errors import StoreUnavailable
+from service.ops.metrics import Metrics
+from service.pipeline import worker
+from service.pipeline.worker import Stage, WorkerPool
+from service.resources import new_id
+from service.store import LEASE_MS, Grant, Transaction, queries
+from service.store.operations import leases
+from service.store.operations.tasks import NewTask, insert_tasks
+from service.store.sqlite import SqliteStore, open_sqlite
+from service.store.tables import events
+from tests.waiting import wait_until
+
+START = 1_757_165_031_000
+
+
+async def at_once() -> None:
+    """A turn that comes without waiting."""
+
+
+@dataclass(slots=True)
+class Shop:
+    """A store on a clock of its own; `pools` works in it."""
+
+    store: SqliteStore
+    now: list[int]
+    metrics: Metrics = field(default_factory=Metrics)
+    told: list[Transaction] = field(default_factory=list)
+
+    async def queue(self, *ids: str) -> None:
+        """Tasks that want to be submitted."""
+        made = [NewTask(id, "acme", "evolink", "m", None, {}, {}, b"{}") for id in ids]
+        await asyncio.gather(*(self.store.write(insert_tasks, task) for task in made))
+
+    async def row(self, task_id: str) -> Any:
+        return await self.store.read(queries.task_row, task_id, None)
+
+    async def types(self) -> list[str]:
+        def read(connection: Connection) -> list[str]:
+            return list(connection.execute(select(events.c.type).order_by(events.c.sequence)).scalars())
+
+        return await self.store.read(read)
+
+    @asynccontextmanager
+    async def working(self, run: Callable[[Grant], Awaitable[None]], places: int = 2) -> AsyncIterator[WorkerPool]:
+        pool = WorkerPool(self.store, [Stage("submit", places, run)], self.metrics, self.told.append, at_once)
+        claiming = asyncio.create_task(pool.run())
+        await wait_until(lambda: pool.alive)
+        try:
+            yield pool
+        finally:
+            claiming.cancel()
+            with suppress(asyncio.CancelledError):
+                await claiming
+            await pool.stop(5)
+
+    def counted(self, stage: str) -> float:
+        return self.metrics.registry.get_sample_value("darkroom_worker_faults_total", {"stage": stage}) or 0
+
+
+@pytest.fixture
+async def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Shop]:
+    monkeypatch.setattr(worker, "LOOK_S", 0.02)
+    now = [START]
+    async with open_sqlite(tmp_path / "shop.db", process="here", new_id=new_id, clock=lambda: now[0]) as store:
+        yield Shop(store, now)
+
+
+def finishing(store: SqliteStore, done: list[str]) -> Callable[[Grant], Awaitable[None]]:
+    async def run(grant: Grant) -> None:
+        done.append(grant.key)
+        await store.write(leases.done, grant)
+
+    return run
+
+
+async def test_all_that_is_due_is_worked_on_once(shop: Shop) -> None:
+    """Work that was there before, work that is born leased and work beyond the places are each done once."""
+    done: list[str] = []
+    await shop.queue("task_a", "task_b", "task_c")
+    async with shop.working(finishing(shop.store, done)):
+        await shop.queue(*(f"task_{number}" for number in range(20)))
+        await wait_until(lambda: len(done) == 23)
+    assert len(set(done)) == 23
+    assert sum(len(tx.due) for tx in shop.told) > 0  # what committed was told
+
+
+async def test_a_stage_never_has_more_work_than_places(shop: Shop) -> None:
+    """Two places: of ten rows two are leased, and each that ends makes room for one more."""
+    gate, started, most = asyncio.Event(), set[str](), [0]
+
+    async def run(grant: Grant) -> None:
+        started.add(grant.key)
+        most[0] = max(most[0], len(started))
+        await gate.wait()
+        started.discard(grant.key)
+        await shop.store.write(leases.done, grant)
+
+    async with shop.working(run):
+        await shop.queue(*(f"task_{number}" for number in range(10)))
+        await wait_until(lambda: len(started) == 2)
+        await shop.queue("task_later")
+        assert len(started) == 2
+        leased = [(await shop.row(f"task_{number}"))["submit_lease_owner"] for number in range(10)]
+        assert leased.count("here") == 2
+        gate.set()
+        await wait_until(lambda: not started)
+    assert most == [2]
+
+
+async def test_an_exception_nobody_foresaw_is_logged_counted_and_tried_again(shop: Shop) -> None:
+    """Each is one line with its traceback and one count; the row is due again later, and the tenth parks it."""
+    tried: list[int] = []
+
+    async def run(grant: Grant) -> None:
+        tried.append(grant.attempts)
+        raise KeyError("nobody thought of this")
+
+    with capture_logs() as lines:
+        async with shop.working(run):
+            await shop.queue("task_a")
+            for count in range(1, 10):
+                row = await wait_for_faults(shop, count)
+                assert row["submit_due_at"] == shop.now[0] + min(2 ** (count - 1), 300) * 1000
+                shop.now[0] = row["submit_due_at"]
+            row = await wait_for_faults(shop, 10)
+    assert tried == list(range(1, 11))
+    assert row["state"] == "failed"
+    assert row["error"]["code"] == "internal_error"
+    assert row["submit_due_at"] is None
+    assert await shop.types() == ["image.task.failed", "task.parked"]
+    failures = [line for line in lines if line["event"] == "worker.failed"]
+    assert [line["attempt"] for line in failures] == tried
+    assert failures[0]["exception"] == "KeyError: 'nobody thought of this'"
+    assert isinstance(failures[0]["exc_info"], KeyError)
+    assert [line["faults"] for line in lines if line["event"] == "task.parked"] == [10]
+    assert shop.counted("submit") == 10
+
+
+async def wait_for_faults(shop: Shop, count: int) -> Any:
+    async def look() -> Any:
+        row = await shop.row("task_a")
+        return row if row["submit_faults"] == count else None
+
+    return await wait_until(look)
+
+
+async def test_a_store_that_is_away_is_no_fault_of_the_row(shop: Shop) -> None:
+    """Nothing can be recorded then: the lease ends by itself and the row is worked on again, unblamed."""
+    tried: list[int] = []
+
+    async def run(grant: Grant) -> None:
+        tried.append(grant.attempts)
+        if len(tried) == 1:
+            raise StoreUnavailable("away")
+        await shop.store.write(leases.done, grant)
+
+    with capture_logs() as lines:
+        async with shop.working(run):
+            await shop.queue("task_a")
+            await wait_until(lambda: shop.counted("submit") == 1)
+            shop.now[0] += LEASE_MS
+            await wait_until(lambda: len(tried) == 2)
+    assert (await shop.row("task_a"))["submit_faults"] == 0
+    assert [line["exc_info"] for line in lines if line["event"] == "worker.failed"] == [None]
+
+
+def refuse(_tx: Transaction, _items: Sequence[Any]) -> list[Any]:
+    """Stands for a store that does not commit."""
+    raise StoreUnavailable("away")
+
+
+async def test_a_fault_that_cannot_be_recorded_is_only_logged(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store goes away between the exception and its record: the place is free again, the lease ends by itself."""
+    monkeypatch.setattr(worker, "record_faults", refuse)
+
+    async def run(grant: Grant) -> None:
+        raise KeyError(grant.key)
+
+    async with shop.working(run) as pool:
+        await shop.queue("task_a")
+        await wait_until(lambda: shop.counted("submit") == 1 and not pool._jobs)
+    assert (await shop.row("task_a"))["submit_faults"] == 0
+
+
+@pytest.mark.parametrize("trouble", [StoreUnavailable("away"), RuntimeError("nobody foresaw")])
+async def test_claiming_outlives_whatever_the_store_does(trouble: Exception, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim that fails is logged, counted and made again at the next look; only the unforeseen has a traceback."""
+    failing = [True]
+
+    def claim(tx: Transaction, stages: Sequence[str]) -> list[int]:
+        if failing[0]:
+            raise trouble
+        return leases.claim(tx, stages)
+
+    done: list[str] = []
+    await shop.queue("task_a")
+    monkeypatch.setattr(worker, "claim", claim)
+    with capture_logs() as lines:
+        async with shop.working(finishing(shop.store, done)):
+            await wait_until(lambda: shop.counted("claim") >= 2)
+            failing[0] = False
+            await wait_until(lambda: done == ["task_a"])
+    logged = [line for line in lines if line["event"] == "worker.failed"]
+    assert {line["stage"] for line in logged} == {"claim"}
+    assert {line["exc_info"] for line in logged} == {None if isinstance(trouble, StoreUnavailable) else trouble}
+
+
+async def test_work_in_flight_is_finished_at_a_stop(shop: Shop) -> None:
+    """What ends within the limit is recorded; nothing new is begun."""
+    gate, started, done = asyncio.Event(), asyncio.Event(), list[str]()
+
+    async def run(grant: Grant) -> None:
+        started.set()
+        await gate.wait()
+        await finishing(shop.store, done)(grant)
+
+    async with shop.working(run) as pool:
+        await shop.queue("task_a")
+        await started.wait()
+        stopping = asyncio.create_task(pool.stop(10))
+        await asyncio.sleep(0)
+        await shop.queue("task_b")
+        gate.set()
+        assert await stopping == 0
+    assert done == ["task_a"]
+    row = await shop.row("task_b")
+    assert (row["submit_lease_until"], row["submit_due_at"]) == (None, START)
+
+
+async def test_what_is_not_finished_at_a_stop_is_given_back(shop: Shop) -> None:
+    """After the limit work is cancelled and its lease freed: another process begins at once, and the attempt does not count."""
+    started = asyncio.Event()
+
+    async def run(_: Grant) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    async with shop.working(run) as pool:
+        await shop.queue("task_a")
+        await started.wait()
+        assert (await shop.row("task_a"))["submit_lease_owner"] == "here"
+        assert await pool.stop(0.01) == 1
+    row = await shop.row("task_a")
+    assert (row["submit_lease_until"], row["submit_lease_owner"], row["submit_due_at"], row["submit_attempts"]) == (None, None, START, 0)
+
+
+async def test_leases_are_renewed_while_a_call_runs(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call longer than a lease keeps its row: nobody else may begin it."""
+    monkeypatch.setattr(worker, "RENEW_S", 0.01)
+    gate, began = asyncio.Event(), list[int]()
+
+    async def run(grant: Grant) -> None:
+        began.append(grant.fence)
+        await gate.wait()
+        await shop.store.write(leases.done, grant)
+
+    async with shop.working(run):
+        await shop.queue("task_a")
+        await wait_until(lambda: began)
+        for _ in range(3):
+            shop.now[0] += LEASE_MS - 1
+            await wait_until(renewed(shop))
+        gate.set()
+    assert began == [1]
+
+
+def renewed(shop: Shop) -> Callable[[], Awaitable[bool]]:
+    async def look() -> bool:
+        until: int = (await shop.row("task_a"))["submit_lease_until"]
+        return until == shop.now[0] + LEASE_MS
+
+    return look
+
+
+async def test_a_job_knows_in_its_log_lines_what_it_works_on(shop: Shop) -> None:
+    """Whatever is logged inside a job carries the row's id."""
+    seen: list[dict[str, Any]] = []
+
+    async def run(grant: Grant) -> None:
+        seen.append(structlog.contextvars.get_contextvars())
+        await shop.store.write(leases.done, grant)
+
+    async with shop.working(run):
+        await shop.queue("task_a")
+        await wait_until(lambda: seen)
+    assert seen == [{"task_id": "task_a"}]

@@ -1,0 +1,122 @@
+"""An upstream that does as a test says: what the sandbox cannot do wrong, and a look at what it was sent."""
+
+import asyncio
+import io
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from tests.world import Received
+
+JSON = dict[str, Any]
+
+
+def document(status: str, *results: str, id: str | None = None, **more: Any) -> JSONResponse:
+    """A task as a query or a submission's answer shows it."""
+    return JSONResponse({"status": status, "results": list(results), **({} if id is None else {"id": id}), **more})
+
+
+def failed(code: str, **more: Any) -> JSONResponse:
+    return document("failed", error={"code": code, "message": "it did not work", "type": "task_error"}, **more)
+
+
+def error(status: int, code: str, **headers: str) -> JSONResponse:
+    """The upstream's documented error."""
+    body = {"error": {"code": code, "message": f"said {code}", "type": "some_error", "param": "size"}}
+    return JSONResponse(body, status, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def page(status: int) -> Response:
+    """A gateway's page."""
+    return Response(f"<html><h1>{status}</h1></html>", status, media_type="text/html")
+
+
+def picture(format: str = "PNG", size: tuple[int, int] = (64, 48), shade: int = 90) -> bytes:
+    made = io.BytesIO()
+    Image.new("RGB", size, (shade, 20, 200)).save(made, format)
+    return made.getvalue()
+
+
+class Cut(Response):
+    """Announces a body, sends `body` of it, and ends the connection."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(name, str(len(self.body) + 1000).encode() if name == b"content-length" else value) for name, value in self.raw_headers]
+        await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
+        await send({"type": "http.response.body", "body": self.body})
+
+
+class After(Response):
+    """An answer that is sent once `ready` returns, or not at all if the caller leaves before."""
+
+    def __init__(self, ready: Callable[[], Awaitable[object]], answer: Response) -> None:
+        super().__init__()
+        self._ready = ready
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ready, left = asyncio.ensure_future(self._ready()), asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait({ready, left}, return_when=asyncio.FIRST_COMPLETED)
+            if ready.done():
+                ready.result()
+                await self._answer(scope, receive, send)
+        finally:
+            ready.cancel()
+            left.cancel()
+
+
+@dataclass(slots=True)
+class Upstream:
+    """Answers by list, each request the next, the last for ever: `submits` by prompt, `queries` by upstream id, `files` by name.
+
+    Without a list a submission is accepted and a task is processing. `received` are submissions by prompt; `asked` counts the rest.
+    """
+
+    submits: dict[str, list[Response]] = field(default_factory=dict)
+    queries: dict[str, list[Response]] = field(default_factory=dict)
+    files: dict[str, list[Response]] = field(default_factory=dict)
+    received: defaultdict[str, list[Received]] = field(default_factory=lambda: defaultdict(list))
+    asked: Counter[str] = field(default_factory=Counter)
+    _numbers: count[int] = field(default_factory=lambda: count(1))
+
+    @property
+    def app(self) -> Starlette:
+        return Starlette(
+            routes=[
+                Route("/v1/images/generations", self._submit, methods=["POST"]),
+                Route("/v1/tasks/{key}", self._query),
+                Route("/files/{key}", self._file),
+            ]
+        )
+
+    async def _submit(self, request: Request) -> Response:
+        body = await request.json()
+        known = self.received[body["prompt"]]
+        known.append(Received(request.url.path, dict(request.headers), await request.body()))
+        accepted = document("pending", id=f"task-unified-{next(self._numbers)}", usage={"credits_reserved": 2})
+        return nth(self.submits.get(body["prompt"]), len(known) - 1) or accepted
+
+    async def _query(self, request: Request) -> Response:
+        return self._next(self.queries, request) or document("processing")
+
+    async def _file(self, request: Request) -> Response:
+        return self._next(self.files, request) or error(404, "not_found")
+
+    def _next(self, answers: Mapping[str, list[Response]], request: Request) -> Response | None:
+        key = request.path_params["key"]
+        self.asked[key] += 1
+        return nth(answers.get(key), self.asked[key] - 1)
+
+
+def nth(answers: list[Response] | None, number: int) -> Response | None:
+    return answers[min(number, len(answers) - 1)] if answers else None
