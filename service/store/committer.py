@@ -140,6 +140,7 @@ class Committer:
     async def run(self) -> None:
         while True:
             await self._wake.wait()
+            await asyncio.sleep(0)  # whoever runs in this turn of the loop comes along
             calls = self._next()
             if not calls:
                 if self._closing:

@@ -1,7 +1,8 @@
-"""The load: `python -m tests.bench.load ADDRESS FILE CONNECTIONS WARM_UP SECONDS`, a process of its own on a core of its own.
+"""The load: `python -m tests.bench.load ADDRESS FILE once|again CONNECTIONS WARM_UP SECONDS`, a process of its own on a core of its own.
 
-Each line of FILE is a request, `{"path", "body"}`; each is sent once. A connection sends its next one when it has the answer to
-the last. Requests are bytes before the clock starts, and an answer is only looked at for its end: what is measured is the server.
+Each line of FILE is a request, `{"path", "body"}`; `again`: after the last the first is sent once more. A connection sends its next
+one when it has the answer to the last. Requests are bytes before the clock starts, and an answer is only looked at for its end: what
+is measured is the server.
 """
 
 import asyncio
@@ -9,8 +10,10 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from time import perf_counter
+from typing import cast
 
 import uvloop
 
@@ -49,8 +52,7 @@ class Connection(asyncio.Protocol):
         self.sent = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's have no base class
         self.run.open += 1
         self.send()
 
@@ -85,20 +87,21 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-async def load(address: str, requests: list[bytes], connections: int, warm_up: float, seconds: float) -> dict[str, float]:
+async def load(address: str, requests: Iterator[bytes], connections: int, warm_up: float, seconds: float) -> dict[str, float]:
     """Answers a second, and their p50 and p99 in seconds, from `warm_up` on; `wrong`: answers that accepted nothing."""
     host, _, port = address.removeprefix("http://").partition(":")
-    run = Run(iter(requests), warm_up + seconds)
+    run = Run(requests, warm_up + seconds)
     loop = asyncio.get_running_loop()
     await asyncio.gather(*(loop.create_connection(lambda: Connection(run), host, int(port)) for _ in range(connections)))
     await run.over.wait()
-    counted = [(at, took) for at, took in run.answered if at >= warm_up]
-    took = [each for _, each in counted]
-    rate = len(counted) / (counted[-1][0] - warm_up)
+    took = [took for at, took in run.answered if at >= warm_up]
+    rate = len(took) / (run.answered[-1][0] - warm_up)
     return {"count": len(run.answered), "wrong": run.wrong, "rate": rate, "p50": percentile(took, 0.5), "p99": percentile(took, 0.99)}
 
 
 if __name__ == "__main__":
-    lines = [json.loads(line) for line in Path(sys.argv[2]).read_text().splitlines()]
+    address, file, repeat, connections, warm_up, seconds = sys.argv[1:]
+    lines = [json.loads(line) for line in Path(file).read_text().splitlines()]
     prebuilt = [request_bytes(line["path"], line["body"]) for line in lines]
-    print(json.dumps(uvloop.run(load(sys.argv[1], prebuilt, int(sys.argv[3]), float(sys.argv[4]), float(sys.argv[5])))))
+    requests = cycle(prebuilt) if repeat == "again" else iter(prebuilt)
+    print(json.dumps(uvloop.run(load(address, requests, int(connections), float(warm_up), float(seconds)))))

@@ -53,12 +53,14 @@ def address_in(path: Path, process: subprocess.Popen[bytes]) -> str:
     raise SystemExit(f"a server did not start:\n{path.read_text()[-2000:]}")
 
 
-def measure(address: str, requests: Path, connections: int, warm_up: float, seconds: float) -> dict[str, float]:
-    """One run of `tests.bench.load`."""
-    command = [sys.executable, "-m", "tests.bench.load", address, str(requests), str(connections), str(warm_up), str(seconds)]
+def measure(address: str, requests: Path, repeat: str, connections: int, warm_up: float, seconds: float) -> dict[str, float]:
+    """One run of `tests.bench.load`, which see."""
+    command = [sys.executable, "-m", "tests.bench.load", address, str(requests), repeat, str(connections), str(warm_up), str(seconds)]
     with pinned(MEASURING):
-        done = subprocess.run(command, cwd=ROOT, env=clean_environment({}), capture_output=True, text=True, timeout=RUN_S, check=True)
+        done = subprocess.run(command, cwd=ROOT, env=clean_environment({}), capture_output=True, text=True, timeout=RUN_S, check=False)
+    if done.returncode:
+        raise SystemExit(f"the load failed:\n{done.stderr}")
     result: dict[str, float] = json.loads(done.stdout)
     if result["wrong"]:
-        raise SystemExit(f"{result['wrong']} of {result['count']} requests were not accepted")
+        raise SystemExit(f"{result['wrong']:.0f} of {result['count']:.0f} requests were not accepted")
     return result

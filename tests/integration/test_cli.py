@@ -293,6 +293,7 @@ def test_events_are_json_lines_in_order(run: Run, client: Mapping[str, str]) -> 
 
 def test_following_prints_what_comes_and_ends_quietly(run: Run, client: Mapping[str, str], tmp_path: Path) -> None:
     """`--follow` prints an event when it happens; interrupted it exits with 130, without a reader quietly, and never with a traceback."""
+    run("submit", "a lighthouse", "--wait", **client)
     place = json.loads(run("events", **client).out.splitlines()[-1])["sequence"]
     command = [sys.executable, "-m", "service", "events", "--follow", "--after", place]
     options: dict[str, Any] = {"cwd": tmp_path, "env": clean_environment(dict(client)), "text": True}
