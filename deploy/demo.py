@@ -95,11 +95,12 @@ def announced(process: subprocess.Popen[bytes], log: Path, event: str | None) ->
     """The address in the first line of the log that has one (and is that event)."""
     end = time.monotonic() + START_S
     while time.monotonic() < end:
-        for line in log.read_text("utf-8", "replace").splitlines():
+        running, lines = process.poll() is None, log.read_text("utf-8", "replace").splitlines()
+        for line in lines:
             said = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
             if "address" in said and said.get("event") == event:
                 return str(said["address"])
-        check(process.poll() is None, f"{log.stem} ended with {process.returncode} at its start")
+        check(running, f"the {log.stem} ended at its start: {lines[-1] if lines else process.returncode}")
         time.sleep(0.05)
     raise DemoFailed(f"{log.stem} did not start within {START_S:.0f} s")
 

@@ -3,7 +3,7 @@
 import asyncio
 import io
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -87,7 +87,7 @@ class Upstream:
     files: dict[str, list[Response]] = field(default_factory=dict)
     received: defaultdict[str, list[Received]] = field(default_factory=lambda: defaultdict(list))
     asked: Counter[str] = field(default_factory=Counter)
-    _numbers: count[int] = field(default_factory=lambda: count(1))
+    _numbers: Iterator[int] = field(default_factory=lambda: count(1))
 
     @property
     def app(self) -> Starlette:

@@ -1,6 +1,7 @@
 """A whole world in one event loop, over real sockets: sandbox upstream, service, subscriber. Nothing in it is a mock."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -82,6 +83,15 @@ class World:
 
     def with_key(self, key: str) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self.url, headers={"authorization": f"Bearer {key}"}, timeout=30)
+
+    @asynccontextmanager
+    async def owner(self, *scopes: str, name: str | None = None) -> AsyncIterator[httpx.AsyncClient]:
+        """A client with a fresh key; without a name its owner is nobody else."""
+        body = {"owner": name or f"owner-{uuid.uuid4().hex[:12]}", "scopes": scopes or ("submit", "read", "subscribe")}
+        made = await self.client.post("/v1/keys", json=body)
+        assert made.status_code == 201, made.text
+        async with self.with_key(made.json()["key"]) as client:
+            yield client
 
     async def submit(self, *, prompt: str = "a lighthouse", headers: Mapping[str, str] | None = None, **fields: Any) -> JSON:
         """Submits a small task and returns it; AssertionError unless it was accepted."""

@@ -45,7 +45,7 @@ def dev_settings(settings: Settings, upstream: str, given: dict[str, Any]) -> Se
 
 
 def serve_on_sandbox(given: dict[str, Any], as_json: bool) -> None:
-    settings, bound = bound_settings(given)
+    settings, bound = bound_settings(load_settings(**given), given)
     upstream = bind(LOOPBACK, 0)
     address = f"http://{LOOPBACK}:{upstream.getsockname()[1]}"
     settings = dev_settings(settings, address, given)

@@ -64,21 +64,22 @@ def given(host: str | None, port: int | None, as_json: bool) -> dict[str, Any]:
 
 def start(role: "Role", given: dict[str, Any]) -> None:
     from service.app import serve
+    from service.settings import load_settings
 
-    settings, bound = bound_settings(given)
+    settings = load_settings(**given)
     if settings.sqlite_path and not (role.web and role.workers):
         raise ConfigurationError(
             "web and workers are split on PostgreSQL alone (DARKROOM_DATABASE_URL); on SQLite `darkroom serve` does both"
         )
+    settings, bound = bound_settings(settings, given)
     run(settings, lambda stop: serve(settings, role, bound, stop))
 
 
-def bound_settings(given: dict[str, Any]) -> "tuple[Settings, socket.socket]":
+def bound_settings(settings: "Settings", given: dict[str, Any]) -> "tuple[Settings, socket.socket]":
     """The settings with the port that is really listened on, and its socket."""
     from service.settings import load_settings
     from service.web.server import bind
 
-    settings = load_settings(**given)
     bound = bind(settings.host, settings.port)
     return load_settings(**given | {"port": bound.getsockname()[1]}), bound
 

@@ -1,6 +1,7 @@
 """One JSON object a line on standard output, ours and the libraries' alike; `console` is for people."""
 
 import logging
+import re
 import sys
 from collections.abc import MutableMapping
 from typing import Any, TextIO
@@ -10,6 +11,10 @@ import structlog
 from service import VERSION
 
 QUIET = ("httpx", "httpcore", "aiohttp.access", "uvicorn.access", "asyncio", "alembic", "sqlalchemy.engine", "PIL")
+
+SECRETS = re.compile(
+    r"""(?P<before> /callbacks/[^/\s]+/[^/\s]+/ | https?://[^\s?#'"<>]+\? | \b(?i:bearer)\s+ | \b(?:whsec|dk|sk)[_-] ) [^\s'"<>)]+""", re.VERBOSE
+)
 
 
 def _stamp(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -28,6 +33,14 @@ def _library(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[
     return line
 
 
+def _mask(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Takes what must not be told out of the two fields whose words are others': a sentence, a traceback."""
+    for name in ("message", "exception"):
+        if isinstance(line.get(name), str):
+            line[name] = SECRETS.sub(r"\g<before>***", line[name])
+    return line
+
+
 def configure(format: str, level: str, stream: TextIO = sys.stdout) -> None:
     """Sets up structlog and the standard library's logging; `format` is `json` or `console`."""
     shared: list[Any] = [
@@ -37,7 +50,7 @@ def configure(format: str, level: str, stream: TextIO = sys.stdout) -> None:
         _stamp,
     ]
     renderer: Any = structlog.dev.ConsoleRenderer(colors=stream.isatty()) if format == "console" else structlog.processors.JSONRenderer()
-    finish = [structlog.processors.ExceptionRenderer()] if format == "json" else []
+    finish: list[Any] = [structlog.processors.ExceptionRenderer(), _mask]
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
         processors=[*shared, *finish, renderer],

@@ -1,4 +1,4 @@
-"""The metrics of contract section 6. Counters and histograms are this process's; gauges of the store are counted when asked."""
+"""The metrics. Counters and histograms are this process's; gauges of the store are counted when asked."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """Made once a process; nothing here is global."""
+    """Made once a process, with a registry of its own."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody asked for
@@ -19,7 +19,6 @@ class Metrics:
         self.callback_commit = self._histogram("callback_commit_seconds", "From a callback's last byte to its commit")
         self.upstream_requests = self._counter("upstream_requests", "Calls to the upstream", "kind", "outcome")
         self.upstream_seconds = self._histogram("upstream_request_seconds", "How long the upstream took", "kind")
-        self.upstream_credits = self._gauge("upstream_credits", "Credits left at the upstream when it was last asked")
         self.downloads = self._counter("downloads", "Downloads of results, by outcome", "outcome")
         self.download_bytes = self._counter("download_bytes", "Bytes of results that were stored")
         self.deliveries = self._counter("deliveries", "Attempts of deliveries, by outcome", "outcome")
@@ -38,7 +37,7 @@ class Metrics:
         self.oldest_due_delivery = self._gauge("oldest_due_delivery_seconds", "For how long the oldest due delivery has waited")
         self.dead_letters = self._gauge("dead_letters", "Deliveries that are dead")
         self.credits = self._gauge("credits_total", "Credits of all tasks", "kind")
-        self.blob_free = self._gauge("blob_free_bytes", "Free space of the blob store")
+        self.blob_free = self._gauge("blob_free_bytes", "Free space of the blob store; NaN where nobody knows")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"darkroom_{name}", text, labels, registry=self.registry)
@@ -62,6 +61,5 @@ class Metrics:
         self.dead_letters.set(figures["dead_letters"])
         for kind in ("reserved", "used"):
             self.credits.labels(kind).set(figures[f"credits_{kind}"] / 1_000_000)
-        if free_bytes is not None:
-            self.blob_free.set(free_bytes)
+        self.blob_free.set(float("nan") if free_bytes is None else free_bytes)
         return generate_latest(self.registry)

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 PATIENCE_S = 0.25  # so long at most: a flood of callbacks must not stop the work
 
@@ -30,7 +30,6 @@ class Precedence:
     async def wait(self) -> None:
         """Returns when no callback is in hand, or after `PATIENCE_S`."""
         if not self._calm.is_set():
-            try:
-                await asyncio.wait_for(self._calm.wait(), PATIENCE_S)
-            except TimeoutError:
-                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PATIENCE_S):  # `wait_for` of Python 3.11 loses a cancellation that meets the event
+                    await self._calm.wait()

@@ -42,7 +42,7 @@ class Intake:
             known = await self.resources.store.read(queries.task_by_key, owner, idempotency_key)
             if known is not None:
                 return self._replayed(known["id"], known["idempotency_hash"], digest), True
-        await self._check(body)
+        await self._check(owner, body)
         upstream_body = await self._translated(owner, {name: value for name, value in body.items() if name not in OURS})
         free = await self.resources.blobs.free_bytes()
         if free is not None and free < self.min_free_bytes:
@@ -63,7 +63,7 @@ class Intake:
         log.info("task.queued", task_id=task_id, replayed=True)
         return task_id
 
-    async def _check(self, body: JSON) -> None:
+    async def _check(self, owner: str, body: JSON) -> None:
         name = body.get("model")
         if not isinstance(name, str) or not 0 < len(name) <= MODEL_CHARS:
             raise ApiError(400, "invalid_request", f"model must be text of 1 to {MODEL_CHARS} characters", param="model")
@@ -79,6 +79,9 @@ class Intake:
                 await self.resources.task_callbacks.check(url)
             except EgressRefused as error:
                 raise ApiError(400, "invalid_parameter", f"callback_url: {error}", param="callback_url") from error
+            if await self.resources.store.read(queries.callback_secret, owner) is None:  # nothing could be signed
+                message = "callback_url: its owner has no callback secret yet; the first key made for an owner brings one"
+                raise ApiError(400, "invalid_parameter", message, param="callback_url")
 
     async def _translated(self, owner: str, body: JSON) -> JSON:
         """The body with an id of ours in `model_params.task_id` as the upstream's."""

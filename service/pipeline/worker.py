@@ -55,6 +55,8 @@ class WorkerPool:
         self._turn = turn  # waits until a job may start
         self._jobs: dict[Grant, asyncio.Task[None]] = {}
         self._backlog: set[str] = set()
+        self._stopping = False
+        self._late: list[Grant] = []  # what a transaction that was under way granted after the stop
         self._wake = asyncio.Event()
         self.alive = False
 
@@ -71,6 +73,9 @@ class WorkerPool:
             self._stages[name].free += places
             if places and name in self._backlog:  # they were not free when somebody looked
                 self._wake.set()
+        if self._stopping:
+            self._late += granted
+            return
         for grant in granted:
             self._jobs[grant] = asyncio.create_task(self._work(self._stages[grant.stage], grant), name=f"{grant.stage}:{grant.key}")
 
@@ -93,7 +98,8 @@ class WorkerPool:
                 self._wake.clear()
                 await self._claim(wanted)
                 try:
-                    await asyncio.wait_for(self._wake.wait(), LOOK_S)
+                    async with asyncio.timeout(LOOK_S):  # `wait_for` of Python 3.11 loses a cancellation that meets the event
+                        await self._wake.wait()
                     wanted = set(self._backlog)
                 except TimeoutError:
                     wanted = set(self._stages)
@@ -103,22 +109,15 @@ class WorkerPool:
 
     async def _claim(self, wanted: Collection[str]) -> None:
         names = [stage.name for stage in self._stages.values() if stage.free and stage.name in wanted]
-        places = {name: self._stages[name].free for name in names}
+        self._backlog -= set(names)  # the claim tells if there is more
         try:
-            # One after another: of several committers, the first to begin holds every free place, and the others would claim nothing.
-            counts = [await self._store.write(claim, name) for name in names]
+            await asyncio.gather(*(self._store.write(claim, name) for name in names))
         except Exception as error:  # the loop must outlive whatever the store does: tried again at the next look
             known = {"stage": "claim", "key": None, "attempt": None, "wait_s": LOOK_S, "exception": f"{type(error).__name__}: {error}"}
             unforeseen = None if isinstance(error, StoreUnavailable) else error
             log.error("worker.failed", **known, exc_info=unforeseen)  # noqa: TRY400 - a store that is away needs no traceback
             self._metrics.worker_faults.labels("claim").inc()
             await asyncio.sleep(LOOK_S)
-            return
-        for name, count in zip(names, counts, strict=True):
-            if count < places[name]:
-                self._backlog.discard(name)
-            else:
-                self._backlog.add(name)
 
     async def _work(self, stage: Stage, grant: Grant) -> None:
         try:
@@ -164,6 +163,7 @@ class WorkerPool:
     async def stop(self, limit_s: float) -> int:
         """Takes no more, finishes what is in flight within the limit, gives the rest back; how many that were."""
         self._store.detach()
+        self._stopping = True
         if self._jobs:
             await asyncio.wait(self._jobs.values(), timeout=limit_s)
         left = dict(self._jobs)
@@ -171,4 +171,6 @@ class WorkerPool:
             job.cancel()
         await asyncio.gather(*left.values(), return_exceptions=True)
         await asyncio.gather(*(self._store.write(release, grant) for grant in left), return_exceptions=True)
-        return len(left)
+        late, self._late = self._late, []
+        await asyncio.gather(*(self._store.write(release, grant) for grant in late), return_exceptions=True)
+        return len(left) + len(late)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as NoConnection
 
 from service.errors import StoreUnavailable
 from service.store import Item, Result, Signals, Transaction, Workers
@@ -84,8 +85,10 @@ async def execute(transaction: Transactions, begin: Begin, calls: Sequence[Call]
         for _ in range(TRIES if unavailable < GIVE_UP else 0):
             try:
                 (result,), tx = await transact([call], batch.slots)
-            except (OperationalError, InterfaceError) as error:
-                result = StoreUnavailable(f"the store does not commit: {type(error.orig).__name__}")
+            except (IntegrityError, DataError, ProgrammingError) as error:  # the call's own fault
+                result = error
+            except (DBAPIError, NoConnection, OSError) as error:
+                result = StoreUnavailable(f"the store does not commit: {type(error).__name__}")
                 result.__cause__ = error
             except Exception as error:  # noqa: BLE001 - handed to the one who made this call
                 result = error
@@ -106,8 +109,10 @@ class Committer:
         self,
         run_batch: Callable[[Sequence[Call], dict[str, int]], Awaitable[Batch]],
         signals: Signals,
+        busy_ones: Callable[[], int] = lambda: 1,
     ) -> None:
         self._run_batch = run_batch
+        self._busy_ones = busy_ones  # committers of this process that are at work, this one included
         self._signals = signals
         self._urgent: deque[Call] = deque()
         self._patient: deque[Call] = deque()
@@ -156,9 +161,16 @@ class Committer:
         places = min(len(self._patient), BESIDE_URGENT if calls else MAX_PATIENT)
         return calls + [self._patient.popleft() for _ in range(places)]
 
+    def _places(self, workers: Workers) -> dict[str, int]:
+        """The free places for a batch: its share, when other committers grant leases at the same time."""
+        free, sharers = workers.reserve(), self._busy_ones()
+        slots = {stage: -(-places // sharers) for stage, places in free.items()}
+        workers.take((), {stage: places - slots[stage] for stage, places in free.items()})
+        return slots
+
     async def _commit(self, calls: Sequence[Call]) -> None:
         workers = self.workers
-        slots = workers.reserve() if workers else {}
+        slots = self._places(workers) if workers else {}
         try:
             batch = await self._run_batch(calls, slots)
         except Exception as error:  # noqa: BLE001 - no connection to be had: every caller is told
@@ -177,6 +189,5 @@ class Committer:
         for tx in batch.committed:
             self._signals.notify(tx.touched)
             self._signals.notify(["events"] if tx.emitted else [])
-            self._signals.notify(f"work:{stage}" for stage in tx.due)
             if workers:
                 workers.committed(tx)

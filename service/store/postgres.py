@@ -10,6 +10,7 @@ from typing import Concatenate
 
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as NoConnection
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from service.errors import ConfigurationError, StoreUnavailable
@@ -42,7 +43,7 @@ class PostgresStore:
         self._engine = engine
         self._new_id = new_id
         self._clock = clock  # what to make of the database's time; a test shifts it
-        self._committers = [Committer(self._run_batch, self.signals) for _ in range(COMMITTERS)]
+        self._committers = [Committer(self._run_batch, self.signals, self._busy_ones) for _ in range(COMMITTERS)]
         self._turn = 0
 
     def _begin(self, connection: Connection, slots: dict[str, int]) -> Transaction:
@@ -77,8 +78,11 @@ class PostgresStore:
         try:
             async with self._engine.connect() as connection:
                 return await connection.run_sync(run)
-        except (DBAPIError, OSError, TimeoutError) as error:
+        except (DBAPIError, NoConnection, OSError) as error:
             raise StoreUnavailable(f"the store cannot be read: {type(error).__name__}") from error
+
+    def _busy_ones(self) -> int:
+        return sum(not committer.idle for committer in self._committers)
 
     def attach(self, workers: Workers) -> None:
         for committer in self._committers:
@@ -122,6 +126,7 @@ async def open_postgres(
         max_overflow=0,
         pool_timeout=5,
         pool_pre_ping=True,
+        hide_parameters=True,  # they hold prompts and tokens, and errors are logged
     )
     try:
         store = PostgresStore(engine, process=process, new_id=new_id, clock=clock)

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, Select, and_, func, or_, select
 
 from service import model
-from service.store.records import Row, image_record, task_record
+from service.store.records import Row, counts, image_record, task_record
 from service.store.tables import (
     QUEUES,
     api_keys,
@@ -26,7 +26,7 @@ After = tuple[int, str] | None  # where a list goes on: time and id of the last 
 
 
 def _images(connection: Connection, task_ids: Sequence[str]) -> dict[str, list[model.Image]]:
-    statement = select(images).where(images.c.task_id.in_(task_ids), images.c.state == "stored").order_by(images.c.position)
+    statement = select(images).where(images.c.task_id.in_(task_ids), counts).order_by(images.c.position)
     found: dict[str, list[model.Image]] = {}
     for row in connection.execute(statement).mappings():
         found.setdefault(row["task_id"], []).append(image_record(row))
@@ -172,8 +172,7 @@ def parcel(connection: Connection, delivery_id: str) -> Parcel | None:
         endpoint = connection.execute(select(endpoints).where(endpoints.c.id == row["endpoint_id"])).mappings().first()
         return Parcel(row, event, endpoint, None, None)
     url = connection.execute(select(tasks.c.callback_url).where(tasks.c.id == row["task_id"])).scalar()
-    secret = connection.execute(select(owners.c.callback_secret).where(owners.c.name == row["owner"])).scalar()
-    return Parcel(row, event, None, url, secret)
+    return Parcel(row, event, None, url, callback_secret(connection, row["owner"]))
 
 
 def next_due(connection: Connection, stages: Sequence[str]) -> int | None:
@@ -257,7 +256,7 @@ def delivery_list(
 
 
 def image_row(connection: Connection, image_id: str) -> Row | None:
-    return connection.execute(select(images).where(images.c.id == image_id, images.c.state == "stored")).mappings().first()
+    return connection.execute(select(images).where(images.c.id == image_id, counts)).mappings().first()
 
 
 # --- keys and figures ------------------------------------------------------------------------------------------------
@@ -265,6 +264,11 @@ def image_row(connection: Connection, image_id: str) -> Row | None:
 
 def key_row(connection: Connection, hash: str) -> Row | None:
     return connection.execute(select(api_keys).where(api_keys.c.hash == hash, api_keys.c.revoked_at.is_(None))).mappings().first()
+
+
+def callback_secret(connection: Connection, owner: str) -> bytes | None:
+    """What an owner's tasks' own callbacks are signed with, encrypted; None before the owner's first key."""
+    return connection.execute(select(owners.c.callback_secret).where(owners.c.name == owner)).scalar()
 
 
 def key_list(connection: Connection) -> list[Row]:

@@ -60,6 +60,7 @@ def engine(path: Path, *, readonly: bool) -> Engine:
     made = create_engine(
         f"sqlite+pysqlite:///{path}",
         poolclass=QueuePool if readonly else NullPool,
+        hide_parameters=True,  # they hold prompts and tokens, and errors are logged
         connect_args={"check_same_thread": False, "isolation_level": None},
         **({"pool_size": READERS, "max_overflow": 0} if readonly else {}),
     )

@@ -77,6 +77,7 @@ class Upstream(Protocol):
     """Safe for many calls at once. `submit` and `query` raise nothing that a network can cause: it is in their outcome."""
 
     name: str
+    answering: bool  # False: the last call brought no answer, a 5xx or the word that our key is not taken
 
     async def submit(self, body: bytes, idempotency_key: str) -> SubmitOutcome:
         """Sends the body byte for byte, once."""

@@ -3,7 +3,6 @@
 Whatever the other side sends is read without raising; what is not understood is uncertain, unreadable or not terminal, never a guess.
 """
 
-import json
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from service.egress import Egress, Response
 from service.errors import CallTimedOut, EgressError, EgressRefused, NotConnected, type_of
 from service.model import JSON, Report, Status, millionths
 from service.retry_after import retry_after
+from service.strict_json import read_object
 from service.upstreams import Accepted, Call, Found, NoAnswer, NotCreated, NotFound, QueryOutcome, Refused, SubmitOutcome, Uncertain
 
 MAX_BODY = 1 << 20
@@ -33,38 +33,12 @@ CODES = {402: "insufficient_quota", 403: "permission_denied", 404: "not_found", 
 # --- reading -----------------------------------------------------------------------------------------------------------
 
 
-def read_object(body: bytes) -> JSON | None:
-    """A JSON object in UTF-8 that any store can keep. None: anything else, a key that is there twice, NaN, NUL, a lone surrogate."""
+def _object(body: bytes) -> JSON | None:
+    """None: no JSON object that any store can keep."""
     try:
-        document = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse)
-    except (ValueError, RecursionError):
+        return read_object(body)
+    except ValueError:
         return None
-    return document if isinstance(document, dict) and _storable(document) else None
-
-
-def _unique(pairs: list[tuple[str, object]]) -> JSON:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        raise ValueError("a key is there twice")
-    return document
-
-
-def _refuse(constant: str) -> object:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _storable(document: JSON) -> bool:
-    waiting: list[object] = [document]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, str) and re.search("[\0\ud800-\udfff]", item):
-            return False
-        if isinstance(item, dict):
-            waiting.extend(item)
-            waiting.extend(item.values())
-        elif isinstance(item, list):
-            waiting.extend(item)
-    return True
 
 
 def _text(value: object, limit: int = TEXT) -> str | None:
@@ -139,7 +113,7 @@ def _report(document: JSON) -> Report | None:
 
 def parse_task(body: bytes) -> Report | None:
     """A task in a query's answer or a callback; only a status is demanded. None: unreadable. Never raises."""
-    document = read_object(body)
+    document = _object(body)
     if document is None or not isinstance(document.get("status"), str):
         return None
     return _report(document)
@@ -150,7 +124,7 @@ def parse_task(body: bytes) -> Report | None:
 
 def classify_submit(status: int, headers: Mapping[str, str], body: bytes, now: float) -> SubmitOutcome:
     """What a submission's answer proves (contract section 3). `headers` by lower-case name; `now` in Unix seconds."""
-    document = read_object(body)
+    document = _object(body)
     if 200 <= status < 300:
         report = _report(document) if document is not None else None
         return Accepted(report) if report is not None and report.upstream_id else Uncertain(f"{status} without an id")
@@ -218,6 +192,7 @@ class EvoLink:
     """The `Upstream` that speaks EvoLink's API through the guarded client. Timeouts in seconds; `now` gives Unix seconds."""
 
     name = "evolink"
+    answering = True
 
     def __init__(
         self,
@@ -286,6 +261,8 @@ class EvoLink:
         return answer, time.perf_counter() - started
 
     def _tell(self, kind: str, answer: Response | EgressError, outcome: object, seconds: float) -> None:
+        refused_us = isinstance(outcome, NotCreated) and outcome.account
+        self.answering = isinstance(answer, Response) and answer.status < 500 and answer.status != 401 and not refused_us
         if self._on_call is not None:
             status, request_id = None, None
             if isinstance(answer, Response):

@@ -1,10 +1,12 @@
 """Tasks for clients: submitted, shown, listed, cancelled. The shape is the upstream's, so that its clients work here."""
 
 import re
+from functools import partial
+from urllib.parse import quote
 
-import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from structlog.contextvars import bind_contextvars
 
 from service import model
 from service.errors import ApiError
@@ -14,15 +16,15 @@ from service.store import queries
 from service.store.operations.tasks import Cancellation, cancel_tasks
 from service.store.records import Row
 from service.web.access import Caller
-from service.web.bodies import make_cursor, query_limit, query_text, read_cursor, read_json
+from service.web.bodies import page, query_limit, query_text, read_cursor, read_json
 from service.web.context import Context, context_of
-
-log = structlog.get_logger()
+from service.web.errors import answer
 
 FIRST_OUTCOME_S = 10.0
 MAX_WAIT_S = 120
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
-UPSTREAM_ID = re.compile(r"[A-Za-z0-9._-]{1,200}")
+METADATA = "metadata."
+ODD_NAME = re.compile(r'["\\\x00-\x1f]')  # JSON escapes them, and SQLite looks for names as they are written
 
 
 def shown(context: Context, task: model.Task) -> JSON:
@@ -33,12 +35,12 @@ def shown(context: Context, task: model.Task) -> JSON:
 def preferences(request: Request) -> tuple[float | None, str | None]:
     """Seconds to wait by `Prefer` (None: not asked), and what was applied; `wait` wins over `respond-async`."""
     wait, asynchronous = None, False
-    for part in ",".join(request.headers.getlist("prefer")).split(","):
-        name, _, value = part.strip().partition("=")
-        if name.strip().lower() == "respond-async":
-            asynchronous = True
-        elif name.strip().lower() == "wait" and value.strip().strip('"').isascii() and value.strip().strip('"').isdigit():
-            wait = min(int(value.strip().strip('"')[:9]), MAX_WAIT_S)
+    for preference in ",".join(request.headers.getlist("prefer")).split(","):
+        name, _, value = preference.partition(";")[0].partition("=")
+        seconds = re.fullmatch('"?([0-9]{1,9})"?', value.strip())
+        asynchronous |= name.strip().lower() == "respond-async"
+        if name.strip().lower() == "wait" and seconds:
+            wait = min(int(seconds[1]), MAX_WAIT_S)
     if wait is not None:
         return float(wait), f"wait={wait}"
     return (0.0, "respond-async") if asynchronous else (None, None)
@@ -53,28 +55,17 @@ async def submit(request: Request) -> Response:
     wait_s, applied = preferences(request)
     body = await read_json(request)
     task_id, replayed = await context.intake.accept(caller.owner, body, key)
+    bind_contextvars(task_id=task_id)
     headers = {"Preference-Applied": applied} if applied else {}
     if replayed:
         headers["Idempotency-Replayed"] = "true"
     done = attempted if wait_s is None else ended
     task, row = await wait_for(context.resources, task_id, done, FIRST_OUTCOME_S if wait_s is None else wait_s)
-    if row["refusal_status"] is not None:
-        return refusal(request, task, row, headers)
+    if row["refusal_status"] is not None:  # the upstream's own refusal, with our task's id
+        assert task.error is not None
+        more = {name: task.error.get(name) for name in ("type", "param")}
+        return answer(request, row["refusal_status"], task.error["code"], task.error["message"], headers, **more, task_id=task.id)
     return JSONResponse(shown(context, task), headers=headers)
-
-
-def refusal(request: Request, task: model.Task, row: Row, headers: dict[str, str]) -> Response:
-    """The upstream's own refusal, with our task's id."""
-    error = task.error or {}
-    detail = {
-        "code": error.get("code"),
-        "message": error.get("message"),
-        "type": error.get("type"),
-        "param": error.get("param"),
-        "request_id": request.scope["request_id"],
-        "task_id": task.id,
-    }
-    return JSONResponse({"error": detail}, row["refusal_status"], headers=headers)
 
 
 def caller_of(request: Request) -> Caller:
@@ -82,29 +73,21 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
-async def found_task(request: Request) -> tuple[model.Task, Row] | None:
-    task_id = request.path_params["task_id"]
-    if not UPSTREAM_ID.fullmatch(task_id):
-        return None
-    return await context_of(request).resources.store.read(queries.task, task_id, caller_of(request).sees)
-
-
 async def known_task(request: Request) -> tuple[model.Task, Row]:
-    found = await found_task(request)
+    store, task_id = context_of(request).resources.store, request.path_params["task_id"]
+    found = await store.read(queries.task, task_id, caller_of(request).sees)
     if found is None:
         raise ApiError(404, "task_not_found", "no task of yours has that id")
+    bind_contextvars(task_id=found[0].id)
     return found
 
 
 async def task(request: Request) -> Response:
     context, task_id = context_of(request), request.path_params["task_id"]
-    found = await found_task(request)
-    if found is not None:
-        return JSONResponse(shown(context, found[0]))
-    ours = await context.resources.store.read(queries.task_row, task_id, None)
-    if ours is not None or not task_id.startswith("task-unified-") or not UPSTREAM_ID.fullmatch(task_id):
-        raise ApiError(404, "task_not_found", "no task of yours has that id")
-    return await passed_through(context, f"/v1/tasks/{task_id}")
+    known = await context.resources.store.read(queries.task_row, task_id, None)
+    if known is None and task_id.startswith("task-unified-"):
+        return await passed_through(context, f"/v1/tasks/{quote(task_id, safe='')}")
+    return JSONResponse(shown(context, (await known_task(request))[0]))
 
 
 async def passed_through(context: Context, path: str) -> Response:
@@ -123,21 +106,20 @@ async def models(request: Request) -> Response:
 
 async def tasks(request: Request) -> Response:
     context, limit = context_of(request), query_limit(request)
-    metadata = {}
-    for name in request.query_params:
-        if name.startswith("metadata."):
-            metadata[name.removeprefix("metadata.")] = query_text(request, name) or ""
+    named = [name for name in request.query_params if name.startswith(METADATA)]
+    if any(ODD_NAME.search(name) for name in named):
+        message = "metadata names with quotes, backslashes or control characters cannot be searched for"
+        raise ApiError(400, "invalid_request", message, param="metadata")
     found = await context.resources.store.read(
         queries.task_list,
         caller_of(request).sees,
-        limit,
+        limit + 1,
         read_cursor(request),
         query_text(request, "state", [state.value for state in model.State]),
         query_text(request, "model"),
-        metadata,
+        {name.removeprefix(METADATA): query_text(request, name) or "" for name in named},
     )
-    more = make_cursor(found[-1].created_at, found[-1].id) if len(found) == limit else None
-    return JSONResponse({"data": [shown(context, task) for task in found], "next_cursor": more})
+    return page(found, limit, lambda task: (task.created_at, task.id), partial(shown, context))
 
 
 async def timeline(request: Request) -> Response:
@@ -152,6 +134,5 @@ async def cancel(request: Request) -> Response:
     ended_as = await context.resources.store.write(cancel_tasks, Cancellation(task.id, caller.sees))
     if ended_as is not None:
         raise ApiError(409, "task_ended", f"the task is {ended_as}: nothing is left to cancel", task_id=task.id)
-    found = await context.resources.store.read(queries.task, task.id, caller.sees)
-    assert found is not None
-    return JSONResponse({**shown(context, found[0]), "cancel": "local"})
+    cancelled, _ = await known_task(request)
+    return JSONResponse({**shown(context, cancelled), "cancel": "local"})

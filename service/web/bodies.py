@@ -1,69 +1,48 @@
 """What clients send: bodies, lists' parameters, cursors; bad ones are refused with the field and the limit."""
 
+import asyncio
 import base64
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn, TypeVar
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
 
 from service.errors import ApiError
 from service.model import JSON
+from service.store.records import Row
+from service.strict_json import check_text, read_object
 
 Model = TypeVar("Model", bound=BaseModel)
+Item = TypeVar("Item")
+Place = tuple[int, str]  # time and id of the last one seen
 
 MAX_BODY = 1 << 20
+BODY_S = 30.0
 LIMIT, MAX_LIMIT = 100, 1000
 
 
 async def read_json(request: Request) -> JSON:
-    """The body as a JSON object; ApiError 413 over 1 MiB, 415 for another media type, 400 for all else."""
+    """The body as a JSON object; ApiError 415 for another media type, 413 over 1 MiB, 408 when it does not come, 400 for all else."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "unsupported_media_type", "the body must be application/json")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise ApiError(413, "body_too_large", f"the body has at most {MAX_BODY} bytes")
     try:
-        value = json.loads(body, object_pairs_hook=_pairs, parse_constant=_no_constant)
-        check_text(value)
-    except RecursionError:
-        raise ApiError(400, "invalid_request", "the body is nested too deeply") from None
+        async with asyncio.timeout(BODY_S):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise ApiError(413, "body_too_large", f"the body has at most {MAX_BODY} bytes")
+    except (TimeoutError, ClientDisconnect):
+        raise ApiError(408, "timeout", f"the body was not complete after {BODY_S:g} s") from None
+    try:
+        return read_object(body, finite=True)
     except ValueError as error:
-        raise ApiError(400, "invalid_request", f"the body must be JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ApiError(400, "invalid_request", "the body must be a JSON object")
-    return value
-
-
-def _pairs(pairs: list[tuple[str, Any]]) -> JSON:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("an object names a field twice")
-    return made
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def check_text(value: object) -> None:
-    """ValueError for NUL or a lone surrogate anywhere in a JSON value: neither store nor upstream takes them."""
-    if isinstance(value, str):
-        if "\0" in value:
-            raise ValueError("text must not hold NUL")
-        if any("\ud800" <= char <= "\udfff" for char in value):
-            raise ValueError("text must not hold a lone surrogate")
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            check_text(name)
-            check_text(item)
-    elif isinstance(value, list):
-        for item in value:
-            check_text(item)
+        raise ApiError(400, "invalid_request", f"the body must be a JSON object: {error}") from None
 
 
 def validated(kind: type[Model], body: JSON) -> Model:
@@ -73,7 +52,7 @@ def validated(kind: type[Model], body: JSON) -> Model:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         param = ".".join(str(part) for part in first["loc"])
-        raise ApiError(400, "invalid_request", f"{param}: {first['msg']}", param=param or None) from None
+        raise ApiError(400, "invalid_request", f"{param}: {first['msg'].removeprefix('Value error, ')}", param=param) from None
 
 
 def query_text(request: Request, name: str, allowed: Iterable[str] | None = None) -> str | None:
@@ -90,35 +69,49 @@ def query_text(request: Request, name: str, allowed: Iterable[str] | None = None
     return value
 
 
-def query_number(request: Request, name: str, default: float, least: float, most: float) -> float:
-    value = request.query_params.get(name)
+def query_seconds(request: Request, name: str, most: float) -> float:
+    """A number of seconds, 0 without the parameter; ApiError 400 outside of 0 to `most`."""
     try:
-        number = default if value is None else float(value)
+        seconds = float(request.query_params.get(name, "0"))
     except ValueError:
-        number = float("nan")
-    if not least <= number <= most:
-        raise ApiError(400, "invalid_request", f"{name} must be a number from {least:g} to {most:g}", param=name)
-    return number
+        seconds = float("nan")
+    if not 0 <= seconds <= most:
+        raise ApiError(400, "invalid_request", f"{name} must be a number from 0 to {most:g}", param=name)
+    return seconds
+
+
+# --- lists -----------------------------------------------------------------------------------------------------------
 
 
 def query_limit(request: Request) -> int:
-    return int(query_number(request, "limit", LIMIT, 1, MAX_LIMIT))
+    text = request.query_params.get("limit", str(LIMIT))
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_LIMIT:
+        raise ApiError(400, "invalid_request", f"limit must be a whole number from 1 to {MAX_LIMIT}", param="limit")
+    return int(text)
 
 
-def read_cursor(request: Request) -> tuple[int, str] | None:
+def read_cursor(request: Request) -> Place | None:
     """Where the list goes on: opaque to clients."""
     text = request.query_params.get("cursor")
     if text is None:
         return None
     try:
-        time, id = json.loads(base64.urlsafe_b64decode(text.encode("ascii")))
-        if not isinstance(time, int) or not abs(time) < 2**62 or not isinstance(id, str):
-            raise ValueError
+        time, id = json.loads(base64.b64decode(text, b"-_", validate=True))
         check_text(id)
-    except (ValueError, TypeError):
-        raise ApiError(400, "invalid_request", "cursor must be one that an answer gave", param="cursor") from None
+    except (ValueError, TypeError, RecursionError):
+        time, id = None, None
+    if not isinstance(time, int) or not abs(time) < 2**62:
+        raise ApiError(400, "invalid_request", "cursor must be one that an answer gave", param="cursor")
     return time, id
 
 
-def make_cursor(time: int, id: str) -> str:
-    return base64.urlsafe_b64encode(json.dumps([time, id]).encode()).decode()
+def page(found: Sequence[Item], limit: int, place: Callable[[Item], Place], shown: Callable[[Item], JSON]) -> Response:
+    """The answer with at most `limit` of what was found; one more says that the list goes on."""
+    more = None
+    if len(found) > limit:
+        more = base64.urlsafe_b64encode(json.dumps(place(found[limit - 1])).encode()).decode()
+    return JSONResponse({"data": [shown(item) for item in found[:limit]], "next_cursor": more})
+
+
+def place_of(row: Row) -> Place:
+    return row["created_at"], row["id"]

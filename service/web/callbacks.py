@@ -4,24 +4,27 @@ An ASGI class, not an endpoint function: this route takes bursts, and its answer
 """
 
 import asyncio
+import json
 import time
 
 from starlette.types import Message, Receive, Scope, Send
+from structlog.contextvars import bind_contextvars
 
 from service.errors import StoreUnavailable
 from service.pipeline.inbox import receive as take
 from service.pipeline.inbox import refused
 from service.web.context import Context
+from service.web.errors import error_body
 
 MAX_BODY = 256 * 1024
 BODY_S = 5.0
 JSON_TYPE = (b"content-type", b"application/json")
 ANSWERS = {verdict: b'{"status":"%s"}' % verdict.encode() for verdict in ("accepted", "duplicate", "conflict", "unreadable", "unknown")}
 REFUSALS = {
-    401: b'{"error":{"code":"unauthorized","message":"the token is wrong"}}',
-    408: b'{"error":{"code":"timeout","message":"the body was not complete after 5 s"}}',
-    413: b'{"error":{"code":"body_too_large","message":"a callback has at most 262144 bytes"}}',
-    503: b'{"error":{"code":"unavailable","message":"the callback was not kept: send it again"}}',
+    401: ("unauthorized", "the token is wrong"),
+    408: ("timeout", "the body was not complete after 5 s"),
+    413: ("body_too_large", f"a callback has at most {MAX_BODY} bytes"),
+    503: ("unavailable", "the callback was not kept: send it again"),
 }
 
 
@@ -34,18 +37,19 @@ class CallbackRoute:
         started = time.perf_counter()
         if not resources.keyring.callback_token_valid(path["upstream"], task_id, path["token"]):
             refused(resources, "wrong_token", None, time.perf_counter() - started)
-            await respond(send, 401, REFUSALS[401])
+            await refuse(scope, send, 401)
             return
         with context.precedence.callback():
-            await self._take(context, task_id, started, receive, send)
+            await self._take(context, task_id, started, scope, receive, send)
 
-    async def _take(self, context: Context, task_id: str, started: float, receive: Receive, send: Send) -> None:
+    async def _take(self, context: Context, task_id: str, started: float, scope: Scope, receive: Receive, send: Send) -> None:
         resources = context.resources
+        bind_contextvars(task_id=task_id)
         try:
             body = await read_body(receive)
         except TimeoutError:
             refused(resources, "incomplete", task_id, time.perf_counter() - started)
-            await respond(send, 408, REFUSALS[408])
+            await refuse(scope, send, 408)
             return
         if body is None:  # the sender left: it will come again
             refused(resources, "disconnected", task_id, time.perf_counter() - started)
@@ -53,10 +57,10 @@ class CallbackRoute:
         try:
             verdict = await take(resources, task_id, body, context.result_ttl_s, whole=len(body) <= MAX_BODY)
         except StoreUnavailable:
-            await respond(send, 503, REFUSALS[503], (b"retry-after", b"1"))
+            await refuse(scope, send, 503, (b"retry-after", b"1"))
             return
         if len(body) > MAX_BODY:
-            await respond(send, 413, REFUSALS[413])
+            await refuse(scope, send, 413)
         else:
             await respond(send, 200, ANSWERS[verdict.verdict])
 
@@ -72,6 +76,10 @@ async def read_body(receive: Receive) -> bytes | None:
             body += message.get("body", b"")
             if len(body) > MAX_BODY or not message.get("more_body", False):
                 return bytes(body)
+
+
+async def refuse(scope: Scope, send: Send, status: int, *headers: tuple[bytes, bytes]) -> None:
+    await respond(send, status, json.dumps(error_body(status, *REFUSALS[status], scope["request_id"])).encode(), *headers)
 
 
 async def respond(send: Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:

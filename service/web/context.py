@@ -13,7 +13,7 @@ from service.web.access import Access
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """`workers_alive` None: this process has no workers. `metrics_open`: `/metrics` needs no key here."""
+    """`workers_alive` None: this process has no workers."""
 
     resources: Resources
     intake: Intake

@@ -16,7 +16,7 @@ from service.store import queries
 from service.store.operations.deliveries import Endpoint, EndpointChange, change_endpoints, insert_endpoints
 from service.store.records import Row
 from service.web.api import caller_of
-from service.web.bodies import make_cursor, query_limit, query_text, read_cursor, read_json, validated
+from service.web.bodies import page, place_of, query_limit, query_text, read_cursor, read_json, validated
 from service.web.context import context_of
 from service.web.schemas import EndpointPatch, NewEndpoint
 
@@ -57,7 +57,7 @@ async def create(request: Request) -> Response:
     encrypted = resources.keyring.encrypt(encode_secrets([secret]))
     endpoint = Endpoint(resources.id("endpoint"), owner, body.url, tuple(body.types), body.description, encrypted)
     await resources.store.write(insert_endpoints, endpoint)
-    log.info("admin.action", action="endpoint.create", subject=endpoint.id, owner=caller.owner)
+    log.info("admin.action", action="endpoint.create", subject=endpoint.id)
     return JSONResponse({**shown(await _row(request, endpoint.id)), "secret": secret}, 201)
 
 
@@ -74,9 +74,8 @@ async def read(request: Request) -> Response:
 
 async def listed(request: Request) -> Response:
     limit = query_limit(request)
-    rows = await context_of(request).resources.store.read(queries.endpoint_list, caller_of(request).sees, limit, read_cursor(request))
-    more = make_cursor(rows[-1]["created_at"], rows[-1]["id"]) if len(rows) == limit else None
-    return JSONResponse({"data": [shown(row) for row in rows], "next_cursor": more})
+    store, owner = context_of(request).resources.store, caller_of(request).sees
+    return page(await store.read(queries.endpoint_list, owner, limit + 1, read_cursor(request)), limit, place_of, shown)
 
 
 async def patch(request: Request) -> Response:
@@ -99,7 +98,7 @@ async def delete(request: Request) -> Response:
 async def _change(request: Request, change: EndpointChange, action: str) -> None:
     if not await context_of(request).resources.store.write(change_endpoints, change):
         raise ApiError(404, "endpoint_not_found", "no endpoint of yours has that id")
-    log.info("admin.action", action=action, subject=change.id, owner=caller_of(request).owner)
+    log.info("admin.action", action=action, subject=change.id)
 
 
 async def deliveries(request: Request) -> Response:
@@ -111,10 +110,9 @@ async def deliveries(request: Request) -> Response:
         "state": query_text(request, "state", ("pending", "delivered", "dead")),
     }
     where = {name: value for name, value in asked.items() if value is not None}
-    found = await context_of(request).resources.store.read(queries.delivery_list, caller.sees, limit, read_cursor(request), where)
-    more = make_cursor(found[-1][0]["created_at"], found[-1][0]["id"]) if len(found) == limit else None
-    data = [delivery_document(row, attempts, answers=caller.sees is None) for row, attempts in found]
-    return JSONResponse({"data": data, "next_cursor": more})
+    store = context_of(request).resources.store
+    found = await store.read(queries.delivery_list, caller.sees, limit + 1, read_cursor(request), where)
+    return page(found, limit, lambda each: place_of(each[0]), lambda each: delivery_document(*each, answers=caller.sees is None))
 
 
 async def delivery(request: Request) -> Response:

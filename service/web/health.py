@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.errors import ApiError, StoreUnavailable
+from service.errors import ApiError, BlobUnavailable, StoreUnavailable
 from service.ops.metrics import CONTENT_TYPE
 from service.store import Transaction, queries
 from service.web.access import SCOPES
@@ -15,11 +15,11 @@ from service.web.context import Context, context_of
 READY_S = 5.0
 
 
-async def healthz(request: Request) -> Response:
+async def healthz(_: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-def commit_nothing(tx: Transaction, items: Sequence[None]) -> list[None]:
+def commit_nothing(_: Transaction, items: Sequence[None]) -> list[None]:
     """A transaction like a callback's: if this commits, a callback would."""
     return [None] * len(items)
 
@@ -32,14 +32,24 @@ async def readyz(request: Request) -> Response:
             await context.resources.store.write(commit_nothing, None, urgent=True)
     except (StoreUnavailable, TimeoutError):
         return JSONResponse({"status": "unavailable", **await _causes(request, context, ["store"])}, 503, headers={"Retry-After": "1"})
-    causes = []
+    free, causes = await _free_bytes(context), []
     if context.resources.store.signals.stopping:
         causes.append("stopping")
-    if await context.resources.blobs.free_bytes() == 0:
+    if free is not None and free < max(1, context.intake.min_free_bytes):
         causes.append("blobs")
     if context.workers_alive is not None and not context.workers_alive():
         causes.append("workers")
+    if not context.resources.upstream.answering:
+        causes.append("upstream")
     return JSONResponse({"status": "degraded" if causes else "ok", **await _causes(request, context, causes)})
+
+
+async def _free_bytes(context: Context) -> int | None:
+    """The room for images, 0 where there is no store for them; None: nobody knows."""
+    try:
+        return await context.resources.blobs.free_bytes()
+    except BlobUnavailable:
+        return 0
 
 
 async def _causes(request: Request, context: Context, causes: list[str]) -> dict[str, list[str]]:
@@ -53,7 +63,7 @@ async def _causes(request: Request, context: Context, causes: list[str]) -> dict
 
 
 async def metrics(request: Request) -> Response:
-    resources = context_of(request).resources
+    context, resources = context_of(request), context_of(request).resources
     figures = await resources.store.read(queries.figures)
-    body = resources.metrics.show(figures, resources.clock(), await resources.blobs.free_bytes())
+    body = resources.metrics.show(figures, resources.clock(), await _free_bytes(context))
     return Response(body, headers={"content-type": CONTENT_TYPE})

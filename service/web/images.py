@@ -8,8 +8,9 @@ from starlette.responses import Response, StreamingResponse
 from service.errors import ApiError, BlobMissing
 from service.store import queries
 from service.web.context import context_of
+from service.web.errors import answer
 
-RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
+RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII | re.IGNORECASE)
 HEADERS = {
     "Accept-Ranges": "bytes",
     "Cache-Control": "public, max-age=31536000, immutable",
@@ -20,19 +21,20 @@ HEADERS = {
 
 
 def byte_range(text: str | None, size: int) -> tuple[int, int] | None:
-    """First byte and the one after the last of a single range; None: the whole is to be sent. ApiError 416: outside of it."""
+    """First byte and the one after the last of a single range (RFC 9110, 14.1.2); empty: outside of the image. None: the whole."""
     match = RANGE.fullmatch(text.strip()) if text else None
     if match is None or match[1] == match[2] == "":
         return None
     if match[1] == "":
-        start, end = max(0, size - int(match[2])), size
-    else:
-        start, end = int(match[1]), min(size, int(match[2]) + 1) if match[2] else size
-    if match[2] and match[1] and int(match[2]) < int(match[1]):
+        return max(0, size - int(match[2])), size
+    if match[2] and int(match[2]) < int(match[1]):
         return None
-    if start >= size:
-        raise ApiError(416, "range_not_satisfiable", f"the image has {size} bytes", param="Range")
-    return start, end
+    return min(size, int(match[1])), min(size, int(match[2]) + 1) if match[2] else size
+
+
+def names(tags: str, etag: str) -> bool:
+    """Whether `If-None-Match` has this entity tag; a weak one counts as well."""
+    return tags.strip() == "*" or etag in [tag.strip().removeprefix("W/") for tag in tags.split(",")]
 
 
 async def image(request: Request) -> Response:
@@ -40,20 +42,20 @@ async def image(request: Request) -> Response:
     row = await resources.store.read(queries.image_row, request.path_params["image_id"])
     if row is None:
         raise ApiError(404, "image_not_found", "no image has that id")
-    etag = f'"{row["sha256"]}"'
+    size, etag = row["bytes"], f'"{row["sha256"]}"'
     headers = {**HEADERS, "ETag": etag}
-    if etag in [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]:
+    if names(request.headers.get("if-none-match", ""), etag):
         return Response(status_code=304, headers=headers)
-    size = row["bytes"]
-    whole = request.headers.get("if-range", etag) != etag
-    asked = None if whole else byte_range(request.headers.get("range"), size)
+    if await resources.blobs.size(row["blob"]) != size:
+        raise BlobMissing(f"the image {row['id']} is not as it was stored")
+    if request.method == "HEAD":
+        return Response(headers={**headers, "Content-Length": str(size)}, media_type=row["media_type"])
+    asked = byte_range(request.headers.get("range"), size) if request.headers.get("if-range", etag) == etag else None
     start, end = asked or (0, size)
+    if start >= end:
+        unfit = {"Content-Range": f"bytes */{size}"}
+        return answer(request, 416, "range_not_satisfiable", f"the image has {size} bytes", unfit, param="Range")
     headers["Content-Length"] = str(end - start)
     if asked:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-    status = 206 if asked else 200
-    if request.method == "HEAD":
-        return Response(status_code=status, headers=headers, media_type=row["media_type"])
-    if await resources.blobs.size(row["blob"]) != size:
-        raise BlobMissing(f"the image {row['id']} is not in the blob store")
-    return StreamingResponse(resources.blobs.read(row["blob"], start, end), status, headers, media_type=row["media_type"])
+    return StreamingResponse(resources.blobs.read(row["blob"], start, end), 206 if asked else 200, headers, media_type=row["media_type"])

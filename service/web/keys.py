@@ -17,9 +17,8 @@ from service.store import Store, queries
 from service.store.operations.access import NewKey as StoredKey
 from service.store.operations.access import insert_keys, revoke_keys
 from service.store.records import Row
-from service.web.access import HINT_CHARS
-from service.web.api import caller_of
-from service.web.bodies import read_json, validated
+from service.web.access import HINT_CHARS, KEY_PREFIX
+from service.web.bodies import page, place_of, query_limit, read_cursor, read_json, validated
 from service.web.context import context_of
 from service.web.schemas import NewKey
 
@@ -28,7 +27,7 @@ log = structlog.get_logger()
 
 async def create_key(store: Store, keyring: Keyring, now: int, owner: str, scopes: Sequence[str]) -> JSON:
     """Makes a key; the answer holds it, and the owner's callback secret if this is its first."""
-    key = "dk_" + base64.b32encode(os.urandom(25)).decode().lower()  # 200 bits
+    key = KEY_PREFIX + base64.b32encode(os.urandom(25)).decode().lower()  # 200 bits
     secret = new_secret(os.urandom(32))
     stored = StoredKey(new_id("key", now), owner, hash_api_key(key), key[:HINT_CHARS], tuple(scopes), keyring.encrypt(secret))
     first = await store.write(insert_keys, stored)
@@ -52,17 +51,20 @@ async def create(request: Request) -> Response:
     resources = context_of(request).resources
     body = validated(NewKey, await read_json(request))
     made = await create_key(resources.store, resources.keyring, resources.clock(), body.owner, body.scopes)
-    log.info("admin.action", action="key.create", subject=made["id"], owner=caller_of(request).owner)
+    log.info("admin.action", action="key.create", subject=made["id"])
     return JSONResponse(made, 201)
 
 
 async def listed(request: Request) -> Response:
-    return JSONResponse({"data": [shown(row) for row in await context_of(request).resources.store.read(queries.key_list)]})
+    limit, after = query_limit(request), read_cursor(request)
+    rows = await context_of(request).resources.store.read(queries.key_list)
+    older = [row for row in reversed(rows) if after is None or place_of(row) < after]
+    return page(older, limit, place_of, shown)
 
 
 async def revoke(request: Request) -> Response:
     key_id = request.path_params["key_id"]
     if not await context_of(request).resources.store.write(revoke_keys, key_id):
         raise ApiError(404, "key_not_found", "no key has that id")
-    log.info("admin.action", action="key.revoke", subject=key_id, owner=caller_of(request).owner)
+    log.info("admin.action", action="key.revoke", subject=key_id)
     return Response(status_code=204)

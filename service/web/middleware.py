@@ -6,7 +6,7 @@ import time
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from structlog.contextvars import bound_contextvars
+from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from service.resources import new_id
 from service.web.errors import error_body
@@ -18,7 +18,10 @@ SILENT = ("/healthz", "/readyz", "/metrics")  # asked every few seconds; at debu
 
 
 class Requests:
-    """Gives each request its `X-Request-Id` (the caller's own if it is plain) and logs it by its route, never by its path."""
+    """Gives each request its `X-Request-Id` (the caller's own if it is plain) and logs it by its route, never by its path.
+
+    Whatever an endpoint binds, as its caller's `owner` or a `task_id`, stands in that line too.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -41,22 +44,23 @@ class Requests:
                 sent += len(message.get("body", b""))
             await send(message)
 
-        with bound_contextvars(request_id=request_id):
-            try:
-                await self.app(scope, receive, answer)
-            except Exception as error:
-                log.error("http.failed", method=scope["method"], route=route_of(scope), exception=repr(error), exc_info=error)
-                if not status:
-                    await _failed(answer, request_id)
-            level = log.debug if scope["path"] in SILENT else log.info
-            level(
-                "http.request",
-                method=scope["method"],
-                route=route_of(scope),
-                status=status,
-                duration_ms=round((time.perf_counter() - started) * 1000, 1),
-                bytes=sent,
-            )
+        clear_contextvars()  # a pipelined request begins where the one before it ended
+        bind_contextvars(request_id=request_id)
+        try:
+            await self.app(scope, receive, answer)
+        except Exception as error:
+            log.exception("http.failed", method=scope["method"], route=route_of(scope), exception=repr(error))
+            if not status:
+                await _failed(scope, answer)
+        level = log.debug if scope["path"] in SILENT else log.info
+        level(
+            "http.request",
+            method=scope["method"],
+            route=route_of(scope),
+            status=status,
+            duration_ms=round((time.perf_counter() - started) * 1000, 1),
+            bytes=sent,
+        )
 
 
 def route_of(scope: Scope) -> str | None:
@@ -65,8 +69,8 @@ def route_of(scope: Scope) -> str | None:
     return getattr(route, "path", None)
 
 
-async def _failed(send: Send, request_id: str) -> None:
-    body = json.dumps(error_body(500, "internal_error", "a defect of the service; it was logged", request_id)).encode()
+async def _failed(scope: Scope, send: Send) -> None:
+    body = json.dumps(error_body(500, "internal_error", "a defect of the service; it was logged", scope["request_id"])).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 500, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -20,11 +20,10 @@ ABOUT = "Submit a task and forget it: callbacks are proved, pictures are saved, 
 
 def document(specs: "Sequence[Spec]") -> JSON:
     """The whole document."""
-    models = {model for spec in specs for model in (spec.answer, spec.body) if model} | {schemas.Error, schemas.Event, schemas.EventTask}
-    ordered: list[tuple[type[BaseModel], Literal["validation"]]] = [
-        (model, "validation") for model in sorted(models, key=lambda model: model.__name__)
-    ]
-    _, definitions = models_json_schema(ordered, ref_template="#/components/schemas/{model}")
+    models: set[type[BaseModel]] = {schemas.Error, schemas.Event, schemas.EventTask}
+    models.update(model for spec in specs for model in (spec.answer, spec.body) if model)
+    ordered = sorted(models, key=lambda model: model.__name__)
+    _, definitions = models_json_schema([(model, "validation") for model in ordered], ref_template="#/components/schemas/{model}")
     paths: JSON = {}
     for spec in specs:
         paths.setdefault(spec.path, {})[spec.method.lower()] = operation(spec)

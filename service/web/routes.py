@@ -1,13 +1,16 @@
 """The whole table of URLs: method, path, what answers, who may, and what the OpenAPI document says of it."""
 
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from structlog.contextvars import bind_contextvars
 
+from service.errors import ApiError
 from service.web import api, endpoints, events, health, images, keys, schemas
 from service.web.callbacks import CallbackRoute
 from service.web.context import context_of
@@ -31,6 +34,11 @@ class Spec:
     status: int = 200
 
 
+async def openapi(_: Request) -> Response:
+    return JSONResponse(document(SPECS))
+
+
+ID = re.compile("[!-~]{1,200}")
 PAGE = ("limit", "cursor")
 SUBMISSIONS = "/v1/images/generations"
 
@@ -71,39 +79,52 @@ SPECS = (
     ),
     Spec("GET", "/v1/deliveries/{delivery_id}", endpoints.delivery, ("subscribe",), "A delivery with every attempt", schemas.Delivery),
     Spec("POST", "/v1/keys", keys.create, ("admin",), "Make an API key", schemas.CreatedKey, schemas.NewKey, status=201),
-    Spec("GET", "/v1/keys", keys.listed, ("admin",), "API keys", schemas.KeyList),
+    Spec("GET", "/v1/keys", keys.listed, ("admin",), "API keys, newest first", schemas.KeyList, query=PAGE),
     Spec("DELETE", "/v1/keys/{key_id}", keys.revoke, ("admin",), "Revoke an API key", status=204),
     Spec("GET", "/images/{image_id}", images.image, (), "A stored image"),
-    Spec("GET", "/healthz", health.healthz, (), "The process lives"),
-    Spec("GET", "/readyz", health.readyz, (), "A callback could be committed"),
+    Spec("GET", "/healthz", health.healthz, (), "The process lives", schemas.Health),
+    Spec("GET", "/readyz", health.readyz, (), "A callback could be committed", schemas.Readiness),
     Spec("GET", "/metrics", health.metrics, ("read",), "Prometheus metrics"),
+    Spec("GET", "/openapi.json", openapi, (), "The OpenAPI document"),
 )
 
 
 def guarded(spec: Spec) -> Endpoint:
-    """The endpoint behind its scopes."""
+    """The endpoint behind its scopes; an id that nothing can have is 404 before anybody looks for it."""
 
     async def endpoint(request: Request) -> Response:
-        request.state.caller = await context_of(request).access.caller(request, *spec.scopes)
+        if spec.scopes:
+            caller = await context_of(request).access.caller(request, *spec.scopes)
+            request.state.caller = caller
+            bind_contextvars(owner=caller.owner)
+        if not all(ID.fullmatch(value) for value in request.path_params.values()):
+            raise ApiError(404, "not_found", "nothing has that id")
         return await spec.endpoint(request)
 
-    return endpoint if spec.scopes else spec.endpoint
+    return endpoint
 
 
-async def openapi(request: Request) -> Response:
-    return JSONResponse(document(SPECS))
+def table(endpoints: Mapping[Spec, Endpoint]) -> list[Route]:
+    """A route a path, so that a 405 names every method that the path has."""
+
+    def route(path: str) -> Route:
+        methods = {spec.method: endpoint for spec, endpoint in endpoints.items() if spec.path == path}
+
+        async def answer(request: Request) -> Response:
+            return await methods["GET" if request.method == "HEAD" else request.method](request)
+
+        return Route(path, answer, methods=list(methods))
+
+    return [route(path) for path in dict.fromkeys(spec.path for spec in endpoints)]
 
 
 def routes() -> list[Route]:
     """Everything a web process answers."""
-    return [
-        Route("/callbacks/{upstream}/{task_id}/{token}", CallbackRoute(), methods=["POST", "PUT"]),
-        *(Route(spec.path, guarded(spec), methods=[spec.method]) for spec in SPECS),
-        Route("/openapi.json", openapi),
-    ]
+    callbacks = Route("/callbacks/{upstream}/{task_id}/{token}", CallbackRoute(), methods=["POST", "PUT"])
+    return [callbacks, *table({spec: guarded(spec) for spec in SPECS})]
 
 
 def operators_routes(*, metrics_open: bool) -> list[Route]:
     """What a worker without the clients' API answers, and, `metrics_open`, what the metrics port does."""
     specs = [spec for spec in SPECS if spec.path in ("/healthz", "/readyz", "/metrics")]
-    return [Route(spec.path, spec.endpoint if metrics_open else guarded(spec)) for spec in specs]
+    return table({spec: spec.endpoint if metrics_open else guarded(spec) for spec in specs})

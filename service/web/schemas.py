@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 EVENT_TYPES = (
     "image.task.submitted",
@@ -19,14 +19,15 @@ EVENT_TYPES = (
 )
 
 
-def _pattern(value: str) -> str:
+def known_pattern(value: str) -> str:
     known = value == "*" or value in EVENT_TYPES or (value.endswith(".*") and any(name.startswith(value[:-1]) for name in EVENT_TYPES))
     if not known:
         raise ValueError(f"must be *, an event type, or the beginning of some and .*: {', '.join(EVENT_TYPES)}")
     return value
 
 
-Pattern = Annotated[str, AfterValidator(_pattern)]
+Pattern = Annotated[str, AfterValidator(known_pattern)]
+Owner = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
 class Body(BaseModel):
@@ -149,7 +150,7 @@ class NewEndpoint(Body):
     url: str
     types: list[Pattern] = Field(default=["image.task.*"], min_length=1, max_length=32)
     description: str = Field("", max_length=500)
-    owner: str | None = Field(None, description="admin: null for every owner's events, else that owner's")
+    owner: Owner | None = Field(None, description="admin: null for every owner's events, else that owner's")
 
 
 class EndpointPatch(Body):
@@ -206,8 +207,15 @@ class DeliveryList(BaseModel):
 
 
 class NewKey(Body):
-    owner: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    owner: Owner
     scopes: list[Literal["submit", "read", "subscribe", "admin"]] = Field(min_length=1)
+
+    @field_validator("scopes")
+    @classmethod
+    def _operators(cls, value: list[str], info: ValidationInfo) -> list[str]:
+        if info.data.get("owner") == "admin" and "admin" not in value:
+            raise ValueError("the owner admin, who has the operators' events, is for keys with the scope admin")
+        return value
 
 
 class Key(BaseModel):
@@ -226,6 +234,16 @@ class CreatedKey(Key):
 
 class KeyList(BaseModel):
     data: list[Key]
+    next_cursor: str | None
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+
+
+class Readiness(BaseModel):
+    status: Literal["ok", "degraded", "unavailable"]
+    causes: list[str] = Field([], description="with a key: `store`, `blobs`, `workers`, `upstream`, `stopping`")
 
 
 class ErrorDetail(BaseModel):

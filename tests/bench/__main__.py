@@ -34,7 +34,8 @@ def machine(folder: Path) -> str:
             os.fdatasync(file.fileno())
             took.append(time.perf_counter() - started)
     sync = f"fdatasync {statistics.median(took) * 1000:.1f} ms"
-    versions = f"Python {platform.python_version()}, Linux {platform.release()}, SQLite {sqlite3.sqlite_version}"
+    linux = platform.release().partition("-")[0]
+    versions = f"Python {platform.python_version()}, Linux {linux}, SQLite {sqlite3.sqlite_version}"
     return f"`make bench` on {len(CORES)} cores, {versions}, {sync}. Medians of the rounds, with the least and the most."
 
 

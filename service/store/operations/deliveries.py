@@ -46,7 +46,9 @@ def record_attempts(tx: Transaction, items: Sequence[Outcome]) -> list[bool]:
         select(deliveries).where(deliveries.c.id.in_([item.grant.key for item in items])).order_by(deliveries.c.id).with_for_update()
     )
     rows = {row["id"]: dict(row) for row in tx.connection.execute(statement).mappings()}
-    written = [item for item in items if item.attempt and item.grant.key in rows]
+    ids = [item.attempt.id for item in items if item.attempt]
+    known = set(tx.connection.execute(select(attempts.c.id).where(attempts.c.id.in_(ids))).scalars()) if ids else set()
+    written = [item for item in items if item.attempt and item.grant.key in rows and item.attempt.id not in known]
     if written:
         tx.connection.execute(insert(attempts), [_attempt_row(tx, item) for item in written])
     results = []
@@ -76,7 +78,8 @@ def _attempt_row(tx: Transaction, item: Outcome) -> dict[str, Any]:
 def _record(tx: Transaction, row: dict[str, Any], item: Outcome) -> None:
     endpoint_id = row["endpoint_id"]
     finished = item.result in ("delivered", "dead", "gone")
-    due = None if finished or item.result == "held" else tx.now + item.wait_ms
+    held = item.result == "held" and _paused(tx, endpoint_id)
+    due = None if finished or held or row["state"] != "pending" else tx.now + item.wait_ms  # buried meanwhile: not tried again
     values = leases.freed(item.grant.stage, due)
     if finished:
         values |= {
@@ -93,6 +96,12 @@ def _record(tx: Transaction, row: dict[str, Any], item: Outcome) -> None:
         _judge(tx, endpoint_id, item)
 
 
+def _paused(tx: Transaction, endpoint_id: str | None) -> bool:
+    """Whether the endpoint is paused still: what is held is released once, when it is enabled."""
+    statement = select(endpoints.c.status).where(endpoints.c.id == endpoint_id).with_for_update()
+    return bool(tx.connection.execute(statement).scalar() == "paused")
+
+
 def _exhausted(tx: Transaction, row: dict[str, Any]) -> None:
     type = tx.connection.execute(select(events.c.type).where(events.c.id == row["event_id"])).scalar()
     if type is not None and type.startswith("image.task."):  # a dead delivery of an operators' event raises none
@@ -107,23 +116,23 @@ def _exhausted(tx: Transaction, row: dict[str, Any]) -> None:
 
 def _judge(tx: Transaction, endpoint_id: str, item: Outcome) -> None:
     """Keeps what the attempt says of its endpoint, and disables one that is gone or only failed for too long."""
-    statement = select(endpoints.c.failing_since, endpoints.c.status).where(endpoints.c.id == endpoint_id).with_for_update()
-    endpoint = tx.connection.execute(statement).first()
-    if endpoint is None:
+    columns = (endpoints.c.status, endpoints.c.failing_since, endpoints.c.paused_until)
+    endpoint = tx.connection.execute(select(*columns).where(endpoints.c.id == endpoint_id).with_for_update()).first()
+    if endpoint is None or endpoint.status == "disabled":
         return
     if item.result == "delivered":
         if endpoint.failing_since is not None:
-            _change(tx, endpoint_id, failing_since=None, paused_until=None)
+            _change(tx, endpoint_id, failing_since=None)
         return
     since = endpoint.failing_since if endpoint.failing_since is not None else tx.now
     values: dict[str, Any] = {} if endpoint.failing_since is not None else {"failing_since": tx.now}
     if item.pause_ms:
-        values["paused_until"] = tx.now + item.pause_ms
+        values["paused_until"] = max(tx.now + item.pause_ms, endpoint.paused_until or 0)
     if values:
         _change(tx, endpoint_id, **values)
     if item.result == "gone":
         disable(tx, endpoint_id, "the endpoint answered 410 Gone")
-    elif endpoint.status != "disabled" and tx.now - since >= item.disable_after_ms > 0:
+    elif tx.now - since >= item.disable_after_ms > 0:
         disable(tx, endpoint_id, f"every attempt failed since {model.rfc3339(since)}")
 
 

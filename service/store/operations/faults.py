@@ -54,7 +54,7 @@ def _park(tx: Transaction, grant: Grant, faults: int) -> None:
     else:
         task = lock(tx, [grant.key])[grant.key]
         if State(task["state"]) in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN, State.SUBMITTED, State.STORING):
-            forget_downloads(tx, [grant.key])
+            forget_downloads(tx, grant.key)
             error = {"code": "internal_error", "message": f"parked after {faults} faults", "type": "server_error"}
             end(tx, task, State.FAILED, error)
     outbox.emit_operators(

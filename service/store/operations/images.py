@@ -25,8 +25,8 @@ def anticipate(tx: Transaction, task: Row, urls: Sequence[str], ttl_ms: int) -> 
 def expect(tx: Transaction, task: Row, urls: Sequence[str], ttl_ms: int) -> None:
     """Makes one row a result that a query named, in the upstream's order, and gets the missing ones fetched.
 
-    A row that a callback named counts now if the address is the same; another address wins over it. What is stored and
-    confirmed stays: links may be renewed, pictures don't change.
+    A row that a callback named counts now if the address is the same; another address wins over it. What is confirmed
+    stays: a link may be renewed while the picture is missing, but what was stored or lost is so for good.
     """
     statement = select(images).where(images.c.task_id == task["id"]).with_for_update()
     known = {row["position"]: row for row in tx.connection.execute(statement).mappings()}
@@ -37,13 +37,13 @@ def expect(tx: Transaction, task: Row, urls: Sequence[str], ttl_ms: int) -> None
         elif row["source_url"] == url:
             retry = {} if row["state"] != "pending" or row["due_at"] is not None else leases.wanted(tx, "download", row["id"], row)
             tx.change(images, row["id"], {"confirmed": True, **retry})
-        elif not (row["state"] == "stored" and row["confirmed"]):
+        elif not row["confirmed"] or row["state"] == "pending":
             fresh = {"source_url": url, "confirmed": True, "state": "pending", "blob": None, "error": None}
-            if not row["confirmed"]:
-                fresh["link_dies_at"] = tx.now + ttl_ms
+            if not row["confirmed"]:  # what went wrong was another address's fault
+                fresh |= {"link_dies_at": tx.now + ttl_ms, "stale_since": None, "stale_count": 0, "wrong_sha256": None, "wrong_count": 0}
             tx.change(images, row["id"], {**fresh, **leases.wanted(tx, "download", row["id"], row)})
-    if known:
-        tx.connection.execute(delete(images).where(images.c.id.in_([row["id"] for row in known.values()])))
+    if invented := [row["id"] for row in known.values() if not row["confirmed"]]:
+        tx.connection.execute(delete(images).where(images.c.id.in_(invented)))
 
 
 def finish_if_done(tx: Transaction, task: Row) -> None:

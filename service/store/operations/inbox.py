@@ -14,7 +14,7 @@ from service.store.operations.images import anticipate
 from service.store.operations.tasks import Row, change, fill, lock, submitted
 from service.store.tables import callbacks, tasks
 
-KEPT = 20  # distinct callbacks of one task; further ones are answered and counted on the last
+KEPT = 20  # distinct callbacks of one task, and the first terminal one; further ones are answered and counted on the last
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,8 @@ def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[st
     if named and row["upstream_id"] is None:
         taken[named] = row["id"]
         submitted(tx, row, named, "callback", report, None)
+        if not report.final:
+            _ask(tx, row)  # the submission's answer, which would have planned it, may never come
     if not report.final:
         _keep(tx, row, kept, item, digest, "accepted")
         _progress(tx, row, report)
@@ -104,7 +106,8 @@ def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[st
             anticipate(tx, row, report.results, item.result_ttl_ms)
         _ask(tx, row)
         return _verdict("accepted", item, row)
-    if digest == (settled or first):
+    agrees = digest == first if settled is None else digest == settled or (digest == first and report.status == row["upstream_status"])
+    if agrees:  # the first callback still agrees when only the links were others than the query's
         _keep(
             tx,
             row,
@@ -119,11 +122,11 @@ def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[st
 
 
 def _conflict(tx: Transaction, row: Row, kept: Kept, item: Callback, digest: str, reason: str) -> Verdict:
-    if _keep(tx, row, kept, item, digest, "conflict"):
+    if callback_id := _keep(tx, row, kept, item, digest, "conflict"):
         _ask(tx, row)
         data = {
             "task_id": row["id"],
-            "callback_id": item.id,
+            "callback_id": callback_id,
             "upstream_id": row["upstream_id"],
             "reason": reason,
         }
@@ -140,15 +143,16 @@ def _keep(
     verdict: str,
     *,
     first: bool | None = None,
-) -> bool:
-    """Writes a callback down, or counts it on the row that says the same; whether it was new."""
+) -> str | None:
+    """Writes a callback down, or counts it on the row that says the same; the row's id if this verdict on it is new."""
     known = kept.get(digest)
-    if known is None and len(kept) >= KEPT:
+    turned = known is not None and verdict == "conflict" != known["verdict"]  # it agreed with what was known then
+    if known is None and len(kept) >= KEPT and not first:
         known = next(reversed(kept.values()))
     if known is not None:
-        known["count"] += 1
-        tx.change(callbacks, known["id"], {"count": known["count"], "last_seen_at": tx.now})
-        return False
+        known |= {"count": known["count"] + 1, "verdict": verdict if turned else known["verdict"]}
+        tx.change(callbacks, known["id"], {"count": known["count"], "verdict": known["verdict"], "last_seen_at": tx.now})
+        return str(known["id"]) if turned else None
     callback = {
         "id": item.id,
         "task_id": row["id"],
@@ -165,7 +169,7 @@ def _keep(
     }
     kept[digest] = callback
     tx.insert(callbacks, callback)
-    return True
+    return item.id
 
 
 def _progress(tx: Transaction, row: Row, report: Report) -> None:

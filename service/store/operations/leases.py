@@ -1,9 +1,11 @@
 """Leases: who works on which row, until when. A claim is one statement; a finish checks the fence."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from sqlalchemy import case, or_, select, update
+from sqlalchemy import BindParameter, bindparam, case, or_, select, update
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from service.store import LEASE_MS, Grant, Transaction
 from service.store.records import Row
@@ -75,6 +77,8 @@ def claim(tx: Transaction, stages: Sequence[str]) -> list[int]:
     for stage in stages:
         free = tx.slots.get(stage, 0)
         grants = _claim(tx, QUEUES[stage], free) if free > 0 else []
+        if len(grants) == free:
+            tx.due.add(stage)  # there may be more
         if free > 0:
             tx.slots[stage] = free - len(grants)
         tx.granted += grants
@@ -83,37 +87,44 @@ def claim(tx: Transaction, stages: Sequence[str]) -> list[int]:
 
 
 def _claim(tx: Transaction, queue: Queue, limit: int) -> list[Grant]:
+    figures = {"now": tx.now, "until": tx.now + LEASE_MS, "process": tx.process, "free": limit}
+    return [Grant(queue.stage, *row) for row in tx.connection.execute(_claiming(queue), figures)]
+
+
+@cache
+def _claiming(queue: Queue) -> ReturningUpdate[Any]:
     until, key = queue.column("lease_until"), queue.table.c.id
+    now: BindParameter[int] = bindparam("now")
     ready = (
         select(key)
-        .where(queue.column("due_at") <= tx.now, or_(until.is_(None), until <= tx.now))
+        .where(queue.column("due_at") <= now, or_(until.is_(None), until <= now))
         .order_by(queue.order)
-        .limit(limit)
+        .limit(bindparam("free"))
         .with_for_update(skip_locked=True)
     )
     if queue.where is not None:
         ready = ready.where(queue.where)
     fence, attempts, deaths = (queue.column(name) for name in ("fence", "attempts", "deaths"))
-    statement = (
-        update(queue.table)
-        .where(key.in_(ready))
-        .values(
-            {
-                until: tx.now + LEASE_MS,
-                queue.column("lease_owner"): tx.process,
-                fence: fence + 1,
-                attempts: attempts + 1,
-                deaths: case((until.is_not(None), deaths + 1), else_=deaths),
-            }
-        )
-        .returning(key, fence, attempts)
-    )
-    return [Grant(queue.stage, *row) for row in tx.connection.execute(statement)]
+    values = {
+        until: bindparam("until"),
+        queue.column("lease_owner"): bindparam("process"),
+        fence: fence + 1,
+        attempts: attempts + 1,
+        deaths: case((until.is_not(None), deaths + 1), else_=deaths),
+    }
+    # Materialised: a plan that ran the subquery once for each row would lease more than there are places.
+    chosen = ready.cte("ready").prefix_with("MATERIALIZED")
+    return update(queue.table).where(key.in_(select(chosen.c.id))).values(values).returning(key, fence, attempts)
 
 
 def renew(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
-    """Extends leases that still hold; False for those that do not."""
-    return [change(tx, grant, {"lease_until": tx.now + LEASE_MS}) for grant in grants]
+    """Extends leases that still hold, and never shortens one; False for those that do not."""
+    until = tx.now + LEASE_MS
+    columns = [QUEUES[grant.stage].column("lease_until") for grant in grants]
+    return [
+        change(tx, grant, {"lease_until": case((column > until, column), else_=until)})
+        for grant, column in zip(grants, columns, strict=True)
+    ]
 
 
 def release(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
@@ -130,7 +141,7 @@ def release(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
 
 
 def done(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
-    """Ends work that turned out to be none: the row is not due any more, unless it became due meanwhile."""
+    """Ends work that turned out to be none: the row is not due any more."""
     return [change(tx, grant, {"lease_until": None, "lease_owner": None, "due_at": None}) for grant in grants]
 
 

@@ -67,16 +67,18 @@ def _record(tx: Transaction, row: Row, item: Settlement) -> int | None:
                 _error("expired", "the upstream no longer knows the task"),
             )
             return None
-        return None if state in model.TERMINAL else tx.now + item.wait_ms
+        given_up = state in model.TERMINAL and (state is not State.CANCELLED or item.expires_ms is not None)
+        return None if given_up else tx.now + item.wait_ms
     told = fill(row, report)
     if told:
         change(tx, row, **told)
-    if state in model.TERMINAL:  # what is settled stands; credits were recorded
-        return None
+    if state in model.TERMINAL:  # what is settled stands; what it cost is asked for until the upstream has ended it too
+        charged = report.final or state is not State.CANCELLED or row["settled_digest"] is not None
+        return None if charged else tx.now + item.wait_ms
     if state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN) and row["upstream_id"] is not None:
         submitted(tx, row, row["upstream_id"], row["upstream_id_from"], report, None)
     if not report.final:
-        if report.status is not None:
+        if report.status is not None and state is not State.STORING:
             change(tx, row, upstream_status=report.status.value)
         return tx.now + item.wait_ms
     return _final(tx, row, report, item)
@@ -95,7 +97,7 @@ def _final(tx: Transaction, row: Row, report: Report, item: Settlement) -> int |
             move(tx, row, State.STORING, **settled)
         finish_if_done(tx, row)
         return None
-    forget_downloads(tx, [row["id"]])
+    forget_downloads(tx, row["id"])
     if report.status is Status.COMPLETED:
         end(
             tx,

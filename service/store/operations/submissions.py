@@ -25,11 +25,12 @@ def start_submissions(tx: Transaction, items: Sequence[Start]) -> list[bytes | N
     results: list[bytes | None] = []
     for item in items:
         row = rows[item.grant.key]
-        states = (State.QUEUED, State.UNCERTAIN) if item.resubmit else (State.QUEUED,)
-        if not leases.holds(item.grant, row) or State(row["state"]) not in states:
+        state = State(row["state"])
+        if leases.holds(item.grant, row) and (state is State.QUEUED or (state is State.UNCERTAIN and item.resubmit)):
+            move(tx, row, State.SUBMITTING, submit_lease_until=tx.now + item.call_ms)
+        elif not leases.holds(item.grant, row) or state is not State.SUBMITTING:  # else: this very start, run again
             results.append(None)
             continue
-        move(tx, row, State.SUBMITTING, submit_lease_until=tx.now + item.call_ms)
         results.append(row["body"])
     return results
 
@@ -79,7 +80,10 @@ class Submission:
 
 
 def record_submissions(tx: Transaction, items: Sequence[Submission]) -> list[State]:
-    """Records what came of submissions, whoever holds the lease by now; the tasks' states after it."""
+    """Records what came of submissions; the tasks' states after it.
+
+    An answer counts whoever holds the lease by now: an accepted one always, a refusal while nothing else is known or on its way.
+    """
     rows = lock(tx, (item.grant.key for item in items))
     results = []
     for item in items:
@@ -87,8 +91,8 @@ def record_submissions(tx: Transaction, items: Sequence[Submission]) -> list[Sta
         held = leases.holds(item.grant, row)
         if isinstance(item.outcome, Accepted):
             _accepted(tx, row, item.outcome)
-        elif held and State(row["state"]) in (State.SUBMITTING, State.UNCERTAIN):
-            _not_accepted(tx, row, item.outcome)
+        elif row["state"] in ((State.SUBMITTING, State.UNCERTAIN) if held else (State.UNCERTAIN,)):
+            _not_accepted(tx, row, item.outcome, held=held)
         done = leases.freed("submit", row["submit_due_at"]) if held else {}
         change(tx, row, submit_outcomes=row["submit_outcomes"] + 1, **done)
         results.append(State(row["state"]))
@@ -110,7 +114,7 @@ def _accepted(tx: Transaction, row: Row, outcome: Accepted) -> None:
         change(tx, row, **leases.wanted(tx, "settle", row["id"], row))
 
 
-def _not_accepted(tx: Transaction, row: Row, outcome: Again | Refused | Uncertain | Undecided) -> None:
+def _not_accepted(tx: Transaction, row: Row, outcome: Again | Refused | Uncertain | Undecided, *, held: bool) -> None:
     state = State(row["state"])
     match outcome:
         case Again() if state is State.SUBMITTING:
@@ -131,7 +135,7 @@ def _not_accepted(tx: Transaction, row: Row, outcome: Again | Refused | Uncertai
         case Uncertain() if state is State.SUBMITTING:
             move(tx, row, State.UNCERTAIN, submit_due_at=tx.now + outcome.decide_ms)
             tx.step(row["id"], "task.submission_uncertain", reason=outcome.reason)
-        case Undecided() if state is State.UNCERTAIN:
+        case Undecided() if held and state is State.UNCERTAIN:
             message = "whether the upstream created and charged this task could not be proved"
             end(tx, row, State.FAILED, _error("submission_uncertain", message))
         case _:

@@ -1,16 +1,16 @@
 """A task's row: put in, locked, moved from state to state, ended, cancelled."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select, tuple_, update
+from sqlalchemy import delete, or_, select, tuple_
 
 from service import model
 from service.model import JSON, State
 from service.store import Transaction
 from service.store.operations import leases, outbox
-from service.store.records import image_record, task_record
+from service.store.records import counts, image_record, task_record
 from service.store.tables import images, tasks
 
 Row = dict[str, Any]
@@ -63,6 +63,8 @@ def submitted(
     An id from the submit answer wins over one from a callback. `first_query_ms` None: settling is planned already.
     """
     values = fill(row, report)
+    if State(row["state"]) not in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN):  # an answer that comes late knows nothing better
+        values = {name: value for name, value in values.items() if row[name] is None}
     if row["upstream_id"] is None or (row["upstream_id_from"] == "callback" and source == "answer"):
         values |= {"upstream_id": upstream_id, "upstream_id_from": source}
     if first_query_ms is not None and row["settle_due_at"] is None and State(row["state"]) not in model.TERMINAL:
@@ -121,7 +123,7 @@ def end(
 
 def stored_images(tx: Transaction, task_id: str) -> list[model.Image]:
     tx.write()
-    statement = select(images).where(images.c.task_id == task_id, images.c.state == "stored").order_by(images.c.position)
+    statement = select(images).where(images.c.task_id == task_id, counts).order_by(images.c.position)
     return [image_record(row) for row in tx.connection.execute(statement).mappings()]
 
 
@@ -223,21 +225,17 @@ def cancel_tasks(tx: Transaction, items: Sequence[Cancellation]) -> list[str | N
         elif State(row["state"]) in model.TERMINAL:
             results.append(str(row["state"]))
         else:
-            error = {
-                "code": "request_cancelled",
-                "message": "cancelled by its owner",
-                "type": "task_error",
-            }
-            forget_downloads(tx, [row["id"]])
+            error = {"code": "request_cancelled", "message": "cancelled by its owner", "type": "task_error"}
+            asked = row["settle_due_at"] if row["upstream_id"] is not None else None
+            tx.connection.execute(delete(images).where(images.c.task_id == row["id"]))
             end(tx, row, State.CANCELLED, error)
+            change(tx, row, settle_due_at=asked)  # what it cost is still recorded
             results.append(None)
     return results
 
 
-def forget_downloads(tx: Transaction, task_ids: Collection[str]) -> None:
-    """Results that were on their way are not fetched any more."""
+def forget_downloads(tx: Transaction, task_id: str) -> None:
+    """Results on their way are not fetched any more, and what only a callback named does not count."""
     tx.connection.execute(
-        update(images)
-        .where(images.c.task_id.in_(task_ids), images.c.state == "pending")
-        .values(due_at=None, state="lost", error="cancelled")
+        delete(images).where(images.c.task_id == task_id, or_(images.c.state == "pending", images.c.confirmed.is_(False)))
     )

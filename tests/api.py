@@ -1,0 +1,55 @@
+"""What a client of the API sends and gets."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+
+JSON = dict[str, Any]
+
+SUBMIT = "/v1/images/generations"
+ASYNC = {"prefer": "respond-async"}
+UNTIL_DONE = {"prefer": "wait=30"}
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
+
+
+def an_id(prefix: str) -> str:
+    return rf"{prefix}_[a-z2-7]{{26}}"
+
+
+def order(**fields: Any) -> JSON:
+    """The body of a small submission; None takes a field away."""
+    body = {"model": "wan2.5-text-to-image", "prompt": "a lighthouse", "size": "768x768", **fields}
+    return {name: value for name, value in body.items() if value is not None}
+
+
+async def submitted(client: httpx.AsyncClient, headers: Mapping[str, str] = ASYNC, **fields: Any) -> JSON:
+    """The task of a submission that is taken."""
+    return got(await client.post(SUBMIT, json=order(**fields), headers=headers))
+
+
+def got(answer: httpx.Response, status: int = 200) -> JSON:
+    """The document of a good answer."""
+    assert answer.status_code == status, answer.text
+    assert re.fullmatch("[A-Za-z0-9._-]{1,64}", answer.headers["x-request-id"])
+    document: JSON = answer.json()
+    return document
+
+
+def refused(answer: httpx.Response, status: int, code: str | None = None, *, param: str | None = None, task_id: str | None = None) -> JSON:
+    """The error of an answer, which has the one form that errors have."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    document = answer.json()
+    assert document.keys() == {"error"}
+    error: JSON = document["error"]
+    assert error.keys() == {"code", "message", "type", "param", "request_id", "task_id"}
+    assert error["request_id"] == answer.headers["x-request-id"]
+    assert code is None or error["code"] == code, error
+    assert isinstance(error["code"], str)
+    assert isinstance(error["message"], str)
+    assert isinstance(error["type"], str)
+    assert (error["param"], error["task_id"]) == (param, task_id)
+    assert ("retry-after" in answer.headers) == (status in (429, 503))
+    return error

@@ -1,0 +1,327 @@
+"""The store under test, its clock and its workers, and the moves by which tests walk a task through its states."""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+from sqlalchemy import Connection, Table, select
+
+from service.model import JSON, PREFIXES, Report, State, Status, outcome_digest
+from service.store import Grant, Item, Result, Store, Transaction
+from service.store.operations import leases
+from service.store.operations.access import NewKey, insert_keys
+from service.store.operations.deliveries import (
+    Attempt,
+    Endpoint,
+    EndpointChange,
+    Outcome,
+    change_endpoints,
+    insert_endpoints,
+    record_attempts,
+)
+from service.store.operations.images import Download, Lost, Retry, Stored, record_downloads
+from service.store.operations.inbox import Callback, Verdict, accept_callbacks
+from service.store.operations.leases import claim
+from service.store.operations.settling import Settlement, record_settlements
+from service.store.operations.submissions import (
+    Accepted,
+    Again,
+    Refused,
+    Start,
+    Submission,
+    Uncertain,
+    Undecided,
+    record_submissions,
+    start_submissions,
+)
+from service.store.operations.tasks import Cancellation, Inserted, NewTask, cancel_tasks, change, insert_tasks, lock
+from service.store.records import Row
+from service.store.tables import events, images, tasks
+
+SECOND, MINUTE, HOUR = 1_000, 60_000, 3_600_000
+DAY = 24 * HOUR
+LEASE = 30 * SECOND
+FIRST_QUERY, ASK_AGAIN = 90 * SECOND, 60 * SECOND
+OWNER = "painter"
+
+counter = itertools.count(1)
+
+
+def new_id(kind: str, _now: int = 0) -> str:
+    """Ids in the order in which they were made, so that a failure reads well."""
+    return f"{PREFIXES[kind]}{next(counter):026d}"
+
+
+@dataclass(slots=True)
+class Clock:
+    """Milliseconds since 1970, moved by the test alone."""
+
+    now: int = 1_750_000_000_000
+
+    def shift(self, ms: int) -> None:
+        self.now += ms
+
+
+@dataclass(slots=True)
+class Places:
+    """`Workers` with as many free places as the test says; keeps what it is granted and told, and works on nothing."""
+
+    free: dict[str, int] = field(default_factory=dict)
+    granted: list[Grant] = field(default_factory=list)
+    told: list[Transaction] = field(default_factory=list)
+
+    def reserve(self) -> dict[str, int]:
+        reserved = {stage: places for stage, places in self.free.items() if places}
+        self.free = dict.fromkeys(self.free, 0)
+        return reserved
+
+    def take(self, granted: Iterable[Grant], unused: Mapping[str, int]) -> None:
+        self.granted += granted
+        for stage, places in unused.items():
+            self.free[stage] += places
+
+    def committed(self, tx: Transaction) -> None:
+        self.told.append(tx)
+
+    def taken(self) -> list[Grant]:
+        """What was granted since the last look."""
+        granted, self.granted = self.granted, []
+        return granted
+
+
+Opener = Callable[..., AbstractAsyncContextManager[Store]]  # opens the same database once more: `open(process)`
+
+
+@dataclass(slots=True)
+class Subject:
+    """One open store with its places."""
+
+    store: Store
+    clock: Clock
+    open: Opener
+    places: Places = field(default_factory=Places)
+
+    def __post_init__(self) -> None:
+        self.store.attach(self.places)
+
+    def beside(self, store: Store) -> "Subject":
+        """Another process on the same database and clock."""
+        return Subject(store, self.clock, self.open)
+
+    # --- reading and writing ---
+
+    async def write(self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item) -> Result:
+        return await self.store.write(operation, item)
+
+    async def batch(self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
+        """Runs an operation over several items in one transaction, whatever the committers do."""
+
+        def whole(tx: Transaction, lists: Sequence[Sequence[Item]]) -> list[Sequence[Result]]:
+            return [operation(tx, some) for some in lists]
+
+        return list(await self.store.write(whole, items))
+
+    async def rows(self, table: Table, **where: Any) -> list[Row]:
+        """The rows with these values, in the order of the primary key."""
+
+        def query(connection: Connection) -> list[Row]:
+            statement = select(table).where(*(table.c[name] == value for name, value in where.items())).order_by(*table.primary_key)
+            return list(connection.execute(statement).mappings())
+
+        return await self.store.read(query)
+
+    async def row(self, table: Table, id: str) -> Row:
+        (row,) = await self.rows(table, id=id)
+        return row
+
+    async def task(self, task_id: str) -> Row:
+        return await self.row(tasks, task_id)
+
+    async def state(self, task_id: str) -> State:
+        return State((await self.task(task_id))["state"])
+
+    async def events(self, task_id: str | None = None) -> list[Row]:
+        return await self.rows(events, **({} if task_id is None else {"task_id": task_id}))
+
+    async def types(self, task_id: str | None = None) -> list[str]:
+        return [row["type"] for row in await self.events(task_id)]
+
+    async def images(self, task_id: str) -> list[Row]:
+        return sorted(await self.rows(images, task_id=task_id), key=lambda row: row["position"])
+
+    # --- leases ---
+
+    async def claim(self, stage: str, places: int = 1) -> list[Grant]:
+        """What this process gets of a stage with so many free places."""
+        self.places.taken()
+        self.places.free[stage] = places
+        await self.write(claim, stage)
+        self.places.free[stage] = 0
+        return self.places.taken()
+
+    async def claimed(self, stage: str, key: str) -> Grant:
+        """The grant for one row, which must be due; what else is due is given back."""
+        grants = {grant.key: grant for grant in await self.claim(stage, 1000)}
+        grant = grants.pop(key)
+        await self.batch(leases.release, list(grants.values()))
+        return grant
+
+    # --- a task's life ---
+
+    def wish(self, **different: Any) -> NewTask:
+        task_id = new_id("task")
+        usual: dict[str, Any] = {
+            "id": task_id,
+            "owner": OWNER,
+            "upstream": "evolink",
+            "model": "wan2.5-text-to-image",
+            "prompt": "a lighthouse",
+            "request": {"size": "1280x1280", "n": 1},
+            "metadata": {"order": "7"},
+            "body": b'{"prompt":"a lighthouse"}',
+        }
+        return NewTask(**(usual | different))
+
+    async def queued(self, **different: Any) -> str:
+        inserted: Inserted = await self.write(insert_tasks, self.wish(**different))
+        return inserted.task_id
+
+    async def start(self, grant: Grant, *, resubmit: bool = False) -> bytes | None:
+        return await self.write(start_submissions, Start(grant, 70 * SECOND, resubmit))
+
+    async def submitting(self, **different: Any) -> Grant:
+        """A new task whose request is on its way, and the grant under which it is."""
+        grant = await self.claimed("submit", await self.queued(**different))
+        assert await self.start(grant) is not None
+        return grant
+
+    async def submission(self, grant: Grant, outcome: Accepted | Again | Refused | Uncertain | Undecided) -> State:
+        return await self.write(record_submissions, Submission(grant, outcome))
+
+    async def submitted(self, **different: Any) -> str:
+        """A task that the upstream has under the id `upstream_id(task)`."""
+        grant = await self.submitting(**different)
+        assert await self.submission(grant, accepted(upstream_id(grant.key))) is State.SUBMITTED
+        return grant.key
+
+    async def uncertain(self, decide_ms: int = 15 * MINUTE, **different: Any) -> str:
+        grant = await self.submitting(**different)
+        assert await self.submission(grant, Uncertain("no answer in time", decide_ms)) is State.UNCERTAIN
+        return grant.key
+
+    async def cancel(self, task_id: str, owner: str | None = None) -> str | None:
+        return await self.write(cancel_tasks, Cancellation(task_id, owner))
+
+    async def callback(self, task_id: str, report: Report | None, body: bytes = b"{}") -> Verdict:
+        return await self.write(accept_callbacks, callback(task_id, report, body))
+
+    async def asking(self, task_id: str) -> Grant:
+        """The grant to ask the upstream about a task, whenever that is due."""
+        due = (await self.task(task_id))["settle_due_at"]
+        assert due is not None
+        self.clock.now = max(self.clock.now, due)
+        return await self.claimed("settle", task_id)
+
+    async def wanted(self, stage: str, key: str) -> Grant:
+        """The grant for one row that is made due now, as a callback would."""
+
+        def want(tx: Transaction, keys: Sequence[str]) -> list[None]:
+            for id, row in lock(tx, keys).items():
+                change(tx, row, **leases.wanted(tx, stage, id, row))
+            return [None] * len(keys)
+
+        await self.write(want, key)
+        return await self.claimed(stage, key)
+
+    async def settle(
+        self, task_id: str, report: Report | None, *, expires_ms: int | None = None, grant: Grant | None = None
+    ) -> State | None:
+        """Records the upstream's word on a task as it is now."""
+        grant = grant or await self.asking(task_id)
+        requests = (await self.task(task_id))["settle_requests"]
+        return await self.write(record_settlements, Settlement(grant, report, requests, ASK_AGAIN, DAY, expires_ms))
+
+    async def storing(self, *urls: str, **different: Any) -> str:
+        """A task whose results, named by a query, are to be fetched."""
+        task_id = await self.submitted(**different)
+        assert await self.settle(task_id, completed(task_id, *urls)) is State.STORING
+        return task_id
+
+    async def download(self, image: Row, outcome: Stored | Retry | Lost, grant: Grant | None = None) -> str | None:
+        """Fetches the address an image has, when that is due."""
+        if grant is None:
+            self.clock.now = max(self.clock.now, (await self.row(images, image["id"]))["due_at"])
+            grant = await self.claimed("download", image["id"])
+        return await self.write(record_downloads, Download(grant, image["task_id"], image["source_url"], outcome))
+
+    async def completed(self, *urls: str, **different: Any) -> str:
+        """A completed task with its images stored."""
+        task_id = await self.storing(*(urls or ("https://r.test/0",)), **different)
+        for image in await self.images(task_id):
+            assert await self.download(image, stored(image)) == "stored"
+        assert await self.state(task_id) is State.COMPLETED
+        return task_id
+
+    async def endpoint(self, owner: str | None = OWNER, types: Sequence[str] = ("image.task.*",)) -> str:
+        made = Endpoint(new_id("endpoint"), owner, "https://s.test/hook", tuple(types), "", b"secret")
+        await self.write(insert_endpoints, made)
+        return made.id
+
+    async def change(self, id: str, owner: str | None = None, **values: Any) -> bool:
+        return await self.write(change_endpoints, EndpointChange(id, owner, **values))
+
+    async def key(self, owner: str, callback_secret: bytes = b"callback secret", *, id: str | None = None) -> bool:
+        """Makes an API key whose hash is its id; whether it is the owner's first."""
+        id = id or new_id("key")
+        return await self.write(insert_keys, NewKey(id, owner, id, "dk_hint", ("submit", "read"), callback_secret))
+
+    async def attempt(self, grant: Grant, result: str, **more: Any) -> bool:
+        """Records an attempt that was made."""
+        made = Attempt(new_id("attempt"), 204 if result == "delivered" else 500, 12, None, b"")
+        return await self.write(record_attempts, Outcome(grant, result, made, **more))
+
+
+# --- what the upstream says ---
+
+LOST = Lost("answered 451")
+
+
+def upstream_id(task_id: str) -> str:
+    return f"task-unified-{task_id[-6:]}"
+
+
+def accepted(id: str, **more: Any) -> Accepted:
+    return Accepted(Report(id, Status.PENDING, **more), FIRST_QUERY)
+
+
+def completed(task_id: str, *urls: str, **more: Any) -> Report:
+    return Report(upstream_id(task_id), Status.COMPLETED, urls, **more)
+
+
+def failed(task_id: str, code: str = "content_policy_violation") -> Report:
+    return Report(upstream_id(task_id), Status.FAILED, (), error_of(code))
+
+
+def processing(task_id: str, **more: Any) -> Report:
+    return Report(upstream_id(task_id), Status.PROCESSING, **more)
+
+
+def error_of(code: str) -> JSON:
+    return {"code": code, "message": "so it is", "type": "task_error"}
+
+
+def callback(task_id: str, report: Report | None, body: bytes = b"{}", *, id: str | None = None) -> Callback:
+    return Callback(id or new_id("callback"), "evolink", task_id, report, sha256(body).hexdigest(), body, DAY)
+
+
+def digest(report: Report) -> str:
+    return outcome_digest(report.status, report.results)
+
+
+def stored(image: Row) -> Stored:
+    """A picture for an image, other bytes for each."""
+    sha = sha256(image["id"].encode()).hexdigest()
+    return Stored(f"{image['task_id']}/{image['position']}-{sha}.png", "image/png", 1234, sha, 768, 512)

@@ -1,0 +1,78 @@
+"""Owners and keys: hashed, scoped, revoked; every query carries the owner (contract section 3)."""
+
+import asyncio
+
+import pytest
+
+from service.store import queries
+from service.store.operations.access import NewKey, insert_keys, revoke_keys
+from service.store.tables import api_keys, owners
+from tests.contract.subject import SECOND, Subject, new_id, upstream_id
+
+
+async def test_an_owners_first_key_brings_its_callback_secret(subject: Subject) -> None:
+    """Shown with the first key alone: a later key's secret is not taken."""
+    assert await subject.key("painter", b"first")
+    assert not await subject.key("painter", b"second")
+    assert await subject.key("other", b"third")
+    assert [(row["name"], row["callback_secret"]) for row in await subject.rows(owners)] == [("other", b"third"), ("painter", b"first")]
+
+
+async def test_two_first_keys_in_one_batch_are_one_first(subject: Subject) -> None:
+    """The first of them is."""
+    keys = [NewKey(new_id("key"), "painter", f"hash{n}", "dk_hint", ("read",), b"%d" % n) for n in range(2)]
+    assert await subject.batch(insert_keys, keys) == [True, False]
+
+
+async def test_two_processes_making_an_owners_first_key_make_one_owner(two: tuple[Subject, Subject]) -> None:
+    """Whoever loses is not the first; both keys are made."""
+    for number in range(5):
+        made = await asyncio.gather(*(place.key(f"owner{number}", f"{place.store.process}".encode()) for place in two))
+        assert sorted(made) == [False, True]
+    assert (len(await two[0].rows(owners)), len(await two[0].rows(api_keys))) == (5, 10)
+
+
+async def test_a_key_made_again_is_the_same_key(subject: Subject) -> None:
+    """After a commit whose answer was lost: one key, and its secret counts as taken still."""
+    id = new_id("key")
+    assert [await subject.key("painter", b"first", id=id) for _ in range(2)] == [True, True]
+    assert len(await subject.rows(api_keys)) == 1
+
+
+async def test_a_key_is_found_by_its_hash_until_it_is_revoked(subject: Subject) -> None:
+    """With owner and scopes; after its end not at all, while the list still shows it."""
+    await subject.key("painter", id="k1")
+    subject.clock.shift(SECOND)
+    await subject.key("painter", id="k0")
+    row = await subject.store.read(queries.key_row, "k1")
+    assert row is not None
+    assert (row["owner"], row["scopes"], row["hint"], row["revoked_at"]) == ("painter", ["submit", "read"], "dk_hint", None)
+    assert await subject.batch(revoke_keys, ["k1", "gone"]) == [True, False]
+    assert await subject.store.read(queries.key_row, "k1") is None
+    assert await subject.store.read(queries.key_row, "k0") is not None
+    assert [(row["id"], row["revoked_at"]) for row in await subject.store.read(queries.key_list)] == [
+        ("k1", subject.clock.now),
+        ("k0", None),
+    ]
+
+
+async def test_revoking_again_changes_nothing(subject: Subject) -> None:
+    """The first time stands."""
+    await subject.key("painter", id="k1")
+    assert await subject.write(revoke_keys, "k1")
+    ended = subject.clock.now
+    subject.clock.shift(SECOND)
+    assert await subject.write(revoke_keys, "k1")
+    assert (await subject.row(api_keys, "k1"))["revoked_at"] == ended
+
+
+@pytest.mark.parametrize("by", ["our id", "the upstream's id"])
+async def test_a_task_is_its_owners(subject: Subject, by: str) -> None:
+    """Another owner's task is as if it were not there; `admin` (no owner) sees all."""
+    task_id = await subject.submitted()
+    name = task_id if by == "our id" else upstream_id(task_id)
+    for owner, seen in [("painter", True), (None, True), ("other", False)]:
+        found = await subject.store.read(queries.task, name, owner)
+        assert (found is not None) is seen
+        assert (await subject.store.read(queries.task_row, name, owner) is not None) is seen
+    assert await subject.store.read(queries.task, "task_gone", None) is None

@@ -1,0 +1,126 @@
+"""Exceptions that nobody foresaw: counted on the row, tried again, parked at the tenth (design, decision 1)."""
+
+import pytest
+
+from service.model import State
+from service.store import Grant
+from service.store.operations.faults import FAULT_LIMIT, Fault, record_faults
+from service.store.tables import QUEUES, deliveries, images
+from tests.contract.subject import LEASE, SECOND, Subject, completed, stored
+
+URL = "https://r.test/0"
+
+
+async def faulty(subject: Subject, stage: str, key: str, grant: Grant | None = None) -> list[int]:
+    """Faults until the row is parked; what each count was."""
+    counts = []
+    for _ in range(FAULT_LIMIT):
+        grant = grant or await subject.claimed(stage, key)
+        counts.append(await subject.write(record_faults, Fault(grant, SECOND)))
+        subject.clock.shift(SECOND)
+        grant = None
+        stage = "redeliver" if stage == "deliver" else stage
+    return counts
+
+
+async def test_a_fault_is_tried_again_after_its_wait(subject: Subject) -> None:
+    """Counted, not due before the wait is over, and the attempt counts."""
+    key = await subject.queued()
+    grant = await subject.claimed("submit", key)
+    assert await subject.write(record_faults, Fault(grant, SECOND)) == 1
+    subject.clock.shift(SECOND - 1)
+    assert await subject.claim("submit") == []
+    subject.clock.shift(1)
+    (again,) = await subject.claim("submit")
+    assert (again.attempts, (await subject.task(key))["submit_faults"]) == (2, 1)
+
+
+async def test_a_fault_under_an_ended_lease_is_nobodys(subject: Subject) -> None:
+    """Somebody else works on the row: nothing is counted."""
+    grant = await subject.claimed("submit", await subject.queued())
+    subject.clock.shift(LEASE)
+    await subject.claimed("submit", grant.key)
+    assert await subject.write(record_faults, Fault(grant, SECOND)) == 0
+    assert await subject.write(record_faults, Fault(Grant("submit", "task_gone", 1, 1), SECOND)) == 0
+    assert (await subject.task(grant.key))["submit_faults"] == 0
+
+
+@pytest.mark.parametrize("stage", ["submit", "settle"])
+async def test_the_tenth_fault_of_a_task_parks_it(subject: Subject, stage: str) -> None:
+    """Failed `internal_error`, operators told, nothing due any more, what was to be fetched forgotten."""
+    task_id = await subject.queued() if stage == "submit" else await subject.submitted()
+    if stage == "settle":
+        await subject.callback(task_id, completed(task_id, URL))
+    assert await faulty(subject, stage, task_id) == list(range(1, FAULT_LIMIT + 1))
+    task = await subject.task(task_id)
+    assert (task["state"], task["error"]["code"], task["submit_due_at"], task["settle_due_at"]) == ("failed", "internal_error", None, None)
+    assert (await subject.types(task_id))[-2:] == ["image.task.failed", "task.parked"]
+    event = (await subject.events(task_id))[-1]
+    assert (event["owner"], event["data"]) == ("admin", {"task_id": task_id, "stage": stage, "key": task_id, "faults": FAULT_LIMIT})
+    assert [row["state"] for row in await subject.images(task_id) if row["state"] == "pending"] == []
+
+
+async def test_the_tenth_fault_after_the_end_only_parks_the_row(subject: Subject) -> None:
+    """The state stands, there is no second terminal event; operators are told."""
+    task_id = await subject.completed()
+    grant = await subject.wanted("settle", task_id)
+    await faulty(subject, "settle", task_id, grant)
+    assert await subject.types(task_id) == ["image.task.submitted", "image.task.completed", "task.parked"]
+    assert (await subject.task(task_id))["settle_due_at"] is None
+
+
+async def test_the_tenth_fault_of_a_download_loses_the_image(subject: Subject) -> None:
+    """The task goes on with its other results, and fails with `results_lost` at the last."""
+    task_id = await subject.storing(URL, "https://r.test/1")
+    first, second = await subject.images(task_id)
+    await faulty(subject, "download", first["id"])
+    row = await subject.row(images, first["id"])
+    assert (row["state"], row["error"], row["due_at"]) == ("lost", "internal_error", None)
+    assert (await subject.types(task_id))[-1] == "task.parked"
+    await subject.download(second, stored(second))
+    task = await subject.task(task_id)
+    assert (task["state"], task["error"]["code"]) == ("failed", "results_lost")
+
+
+async def test_the_last_download_to_be_parked_ends_the_task(subject: Subject) -> None:
+    """Nothing is left to fetch."""
+    task_id = await subject.storing(URL)
+    await faulty(subject, "download", (await subject.images(task_id))[0]["id"])
+    assert await subject.state(task_id) is State.FAILED
+    assert await subject.types(task_id) == ["image.task.submitted", "image.task.failed", "task.parked"]
+
+
+async def test_the_tenth_fault_of_a_delivery_makes_it_dead(subject: Subject) -> None:
+    """Its task stays as it is."""
+    await subject.endpoint()
+    task_id = await subject.submitted()
+    (row,) = await subject.rows(deliveries)
+    await faulty(subject, "deliver", row["id"])
+    row = await subject.row(deliveries, row["id"])
+    assert (row["state"], row["finished_at"] is not None, row["due_at"]) == ("dead", True, None)
+    assert await subject.state(task_id) is State.SUBMITTED
+    event = (await subject.events(task_id))[-1]
+    assert (event["type"], event["data"]["stage"], event["data"]["task_id"]) == ("task.parked", "redeliver", task_id)
+
+
+@pytest.mark.parametrize("stage", QUEUES)
+async def test_a_fault_frees_the_lease(subject: Subject, stage: str) -> None:
+    """No stage's row waits for its lease to end."""
+    task_id = await subject.storing(URL) if stage == "download" else None
+    if stage == "submit":
+        key = await subject.queued()
+    elif task_id is not None:
+        key = str((await subject.images(task_id))[0]["id"])
+    elif stage == "settle":
+        key = await subject.submitted()
+        await subject.callback(key, None, b"<html>")
+    else:
+        await subject.endpoint()
+        await subject.submitted()
+        key = str((await subject.rows(deliveries))[0]["id"])
+        if stage == "redeliver":
+            await subject.attempt(await subject.claimed("deliver", key), "retry")
+    grant = await subject.claimed(stage, key)
+    assert await subject.write(record_faults, Fault(grant, 0)) == 1
+    queue = QUEUES[stage]
+    assert (await subject.row(queue.table, key))[queue.prefix + "lease_until"] is None

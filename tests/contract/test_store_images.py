@@ -1,0 +1,289 @@
+"""Images: expected, provisional until a query agrees, put off, lost; the end of a task that stores (contract section 3)."""
+
+from dataclasses import replace
+
+import pytest
+
+from service.model import Report, State, Status
+from service.store import queries
+from service.store.operations.images import Download, Lost, Retry, record_downloads
+from service.store.operations.inbox import accept_callbacks
+from service.store.records import Row
+from tests.contract.subject import DAY, LEASE, LOST, MINUTE, SECOND, Subject, callback, completed, failed, stored
+
+URL, OTHER = "https://r.test/0", "https://r.test/other"
+BROKEN = Retry("connection lost", 5 * SECOND)
+GONE = Retry("answered 404", 5 * SECOND, stale=True)
+
+
+def wrong(sha: str) -> Retry:
+    return Retry("no picture", 5 * SECOND, wrong_sha256=sha)
+
+
+async def called_back(subject: Subject, *urls: str) -> tuple[str, list[Row]]:
+    """A task whose results only a callback named, and their rows."""
+    task_id = await subject.submitted()
+    await subject.callback(task_id, completed(task_id, *urls))
+    return task_id, await subject.images(task_id)
+
+
+async def one_image(subject: Subject) -> tuple[str, Row]:
+    task_id = await subject.storing(URL)
+    (image,) = await subject.images(task_id)
+    return task_id, image
+
+
+async def test_every_result_is_to_be_fetched_in_the_upstreams_order(subject: Subject) -> None:
+    """A row for each, due at once, dying with its link."""
+    task_id = await subject.storing("https://r.test/b", "https://r.test/a")
+    rows = await subject.images(task_id)
+    assert [(row["position"], row["source_url"], row["state"]) for row in rows] == [
+        (0, "https://r.test/b", "pending"),
+        (1, "https://r.test/a", "pending"),
+    ]
+    assert {(row["due_at"], row["link_dies_at"], row["confirmed"]) for row in rows} == {(subject.clock.now, subject.clock.now + DAY, True)}
+
+
+async def test_a_task_is_completed_when_its_last_result_is_stored(subject: Subject) -> None:
+    """Not before; the event lists every image in the upstream's order, whatever order they came in."""
+    task_id = await subject.storing(URL, OTHER)
+    first, second = await subject.images(task_id)
+    assert await subject.download(second, stored(second)) == "stored"
+    assert await subject.state(task_id) is State.STORING
+    assert await subject.download(first, stored(first)) == "stored"
+    task = await subject.task(task_id)
+    assert (task["state"], task["progress"], task["terminal_at"]) == ("completed", 100, subject.clock.now)
+    event = (await subject.events(task_id))[-1]
+    assert (event["type"], [image["id"] for image in event["data"]["images"]]) == ("image.task.completed", [first["id"], second["id"]])
+
+
+async def test_two_results_stored_in_one_batch_complete_the_task_once(subject: Subject) -> None:
+    """The last of a batch ends the task."""
+    task_id = await subject.storing(URL, OTHER)
+    grants = {grant.key: grant for grant in await subject.claim("download", 2)}
+    items = [Download(grants[row["id"]], task_id, row["source_url"], stored(row)) for row in await subject.images(task_id)]
+    assert await subject.batch(record_downloads, items) == ["stored", "stored"]
+    assert await subject.types(task_id) == ["image.task.submitted", "image.task.completed"]
+
+
+async def test_what_a_callback_names_is_fetched_but_does_not_count(subject: Subject) -> None:
+    """Provisional: even when stored, it is shown to nobody until a query agrees; then it counts without being fetched again."""
+    task_id, (image,) = await called_back(subject, URL)
+    assert (image["confirmed"], image["due_at"]) == (False, subject.clock.now)
+    assert await subject.download(image, stored(image)) == "stored"
+    assert await subject.state(task_id) is State.SUBMITTED
+    found = await subject.store.read(queries.task, task_id, None)
+    assert found is not None
+    assert found[0].images == ()
+    assert await subject.store.read(queries.image_row, image["id"]) is None
+    assert await subject.settle(task_id, completed(task_id, URL)) is State.COMPLETED
+    assert await subject.store.read(queries.image_row, image["id"]) is not None
+    assert len((await subject.events(task_id))[-1]["data"]["images"]) == 1
+
+
+async def test_what_a_callback_invented_is_in_no_event(subject: Subject) -> None:
+    """The query says failed: a picture fetched for the callback's sake is not listed."""
+    task_id, (image,) = await called_back(subject, URL)
+    await subject.download(image, stored(image))
+    assert await subject.settle(task_id, failed(task_id)) is State.FAILED
+    assert (await subject.events(task_id))[-1]["data"]["images"] == []
+
+
+async def test_an_address_that_a_query_names_wins(subject: Subject) -> None:
+    """Another address than the callback's, stored or not: fetched anew, with a life of its own."""
+    task_id, (first, second) = await called_back(subject, URL, OTHER)
+    await subject.download(first, stored(first))
+    await subject.download(second, GONE)
+    subject.clock.shift(SECOND)
+    assert await subject.settle(task_id, completed(task_id, "https://r.test/1", "https://r.test/2")) is State.STORING
+    for row in await subject.images(task_id):
+        assert (row["state"], row["confirmed"], row["blob"], row["stale_count"]) == ("pending", True, None, 0)
+        assert (row["source_url"][:-1], row["due_at"], row["link_dies_at"]) == (
+            "https://r.test/",
+            subject.clock.now,
+            subject.clock.now + DAY,
+        )
+
+
+async def test_results_that_only_a_callback_named_are_dropped(subject: Subject) -> None:
+    """The query names fewer: the rest never were results; the download under way finds nothing to record."""
+    task_id, (_, invented) = await called_back(subject, URL, OTHER)
+    grant = await subject.claimed("download", invented["id"])
+    assert await subject.settle(task_id, completed(task_id, URL)) is State.STORING
+    assert [row["source_url"] for row in await subject.images(task_id)] == [URL]
+    assert await subject.download(invented, stored(invented), grant) is None
+
+
+async def test_a_query_that_names_fewer_later_loses_nothing(subject: Subject) -> None:
+    """What a query named once is a result: it is fetched or lost, never silently gone."""
+    task_id = await subject.storing(URL, OTHER)
+    first, _ = await subject.images(task_id)
+    await subject.download(first, stored(first))
+    assert await subject.settle(task_id, completed(task_id, URL), grant=await subject.wanted("settle", task_id)) is State.STORING
+    assert [row["state"] for row in await subject.images(task_id)] == ["stored", "pending"]
+
+
+async def test_a_download_of_a_replaced_address_changes_nothing(subject: Subject) -> None:
+    """It ends its lease alone; the new address is fetched at once."""
+    task_id, (image,) = await called_back(subject, URL)
+    grant = await subject.claimed("download", image["id"])
+    await subject.settle(task_id, completed(task_id, OTHER))
+    assert await subject.download(image, stored(image), grant) is None
+    (row,) = await subject.images(task_id)
+    assert (row["state"], row["source_url"], row["due_at"], row["lease_until"]) == ("pending", OTHER, subject.clock.now, None)
+    assert await subject.download(row, stored(row)) == "stored"
+
+
+async def test_a_download_under_an_ended_lease_changes_nothing(subject: Subject) -> None:
+    """The fence: whoever claimed the image since records it."""
+    _, image = await one_image(subject)
+    late = await subject.claimed("download", image["id"])
+    subject.clock.shift(LEASE)
+    holder = await subject.claimed("download", image["id"])
+    assert await subject.download(image, LOST, late) is None
+    assert await subject.download(image, stored(image), holder) == "stored"
+    assert await subject.download(image, stored(image), holder) is None, "run again after a commit whose answer was lost"
+
+
+async def test_downloads_of_a_cancelled_task_are_given_up(subject: Subject) -> None:
+    """We keep nothing that comes."""
+    task_id, image = await one_image(subject)
+    grant = await subject.claimed("download", image["id"])
+    await subject.cancel(task_id)
+    assert await subject.download(image, stored(image), grant) is None
+    assert await subject.images(task_id) == []
+
+
+async def test_a_final_failure_loses_the_result_and_lists_the_others(subject: Subject) -> None:
+    """`results_lost`: failed when nothing is left to fetch, and what was stored is in the event."""
+    task_id = await subject.storing(URL, OTHER)
+    first, second = await subject.images(task_id)
+    assert await subject.download(first, LOST) == "lost"
+    assert await subject.state(task_id) is State.STORING
+    await subject.download(second, stored(second))
+    task = await subject.task(task_id)
+    assert (task["state"], task["error"]["code"], task["error"]["message"]) == (
+        "failed",
+        "results_lost",
+        "results could not be saved: 0: answered 451",
+    )
+    assert [image["id"] for image in (await subject.events(task_id))[-1]["data"]["images"]] == [second["id"]]
+
+
+async def test_what_is_lost_is_lost_for_good(subject: Subject) -> None:
+    """Final is final: fresh links, asked for by a neighbour, don't get it fetched again."""
+    task_id = await subject.storing(URL, OTHER)
+    first, second = await subject.images(task_id)
+    await subject.download(first, LOST)
+    await subject.download(second, GONE)
+    await subject.settle(task_id, completed(task_id, "https://r.test/0?new", "https://r.test/other?new"))
+    rows = await subject.images(task_id)
+    assert [(row["state"], row["source_url"]) for row in rows] == [("lost", URL), ("pending", "https://r.test/other?new")]
+
+
+async def test_a_passing_failure_is_tried_again_while_the_link_lives(subject: Subject) -> None:
+    """After the wait, any number of times; the first try after the link's time is the last."""
+    task_id, image = await one_image(subject)
+    for _ in range(5):
+        assert await subject.download(image, BROKEN) == "pending"
+        (row,) = await subject.images(task_id)
+        assert (row["due_at"], row["error"]) == (subject.clock.now + 5 * SECOND, "connection lost")
+    subject.clock.now = image["link_dies_at"] - 1
+    assert await subject.download(image, BROKEN) == "pending"
+    assert await subject.download(image, BROKEN) == "lost"
+    assert (await subject.task(task_id))["error"]["code"] == "results_lost"
+    assert (await subject.images(task_id))[0]["due_at"] is None
+
+
+async def test_a_stale_link_gets_the_upstream_asked(subject: Subject) -> None:
+    """403, 404, 410: a fresh link is asked for at once; the image is fetched from it at once, its time is still the first's."""
+    task_id, image = await one_image(subject)
+    assert await subject.download(image, GONE) == "pending"
+    assert (await subject.task(task_id))["settle_due_at"] == subject.clock.now
+    assert await subject.settle(task_id, completed(task_id, OTHER)) is State.STORING
+    (row,) = await subject.images(task_id)
+    assert (row["source_url"], row["due_at"], row["link_dies_at"], row["stale_count"]) == (
+        OTHER,
+        subject.clock.now,
+        image["link_dies_at"],
+        1,
+    )
+
+
+async def test_the_same_link_again_keeps_the_schedule(subject: Subject) -> None:
+    """The upstream has no fresh one: the next try is not hastened."""
+    task_id, image = await one_image(subject)
+    await subject.download(image, GONE)
+    due = (await subject.images(task_id))[0]["due_at"]
+    await subject.settle(task_id, completed(task_id, URL))
+    assert (await subject.images(task_id))[0]["due_at"] == due
+
+
+async def test_stale_links_are_final_after_ten_over_half_an_hour(subject: Subject) -> None:
+    """Ten within the half hour are not enough, nor is the half hour alone."""
+    slow, image = await one_image(subject)
+    start = subject.clock.now
+    for _ in range(2):
+        assert await subject.download(image, GONE) == "pending"
+        subject.clock.shift(31 * MINUTE)
+    assert (subject.clock.now - start) > 30 * MINUTE
+    assert await subject.state(slow) is State.STORING
+    quick, image = await one_image(subject)
+    start = subject.clock.now
+    for _ in range(12):
+        assert await subject.download(image, GONE) == "pending"
+    subject.clock.now = start + 30 * MINUTE - 1
+    assert await subject.download(image, GONE) == "pending"
+    subject.clock.now = start + 30 * MINUTE + 4 * SECOND
+    assert await subject.download(image, GONE) == "lost"
+    assert await subject.state(quick) is State.FAILED
+
+
+async def test_ten_stale_links_are_needed(subject: Subject) -> None:
+    """The ninth after half an hour is not final, the tenth is."""
+    _, image = await one_image(subject)
+    assert await subject.download(image, GONE) == "pending"
+    subject.clock.shift(30 * MINUTE)
+    assert [await subject.download(image, GONE) for _ in range(9)] == ["pending"] * 8 + ["lost"]
+
+
+async def test_a_provisional_stale_link_asks_nobody(subject: Subject) -> None:
+    """The confirmation is under way anyhow: it brings the links."""
+    task_id, (image,) = await called_back(subject, URL)
+    asked = (await subject.task(task_id))["settle_due_at"]
+    subject.clock.shift(SECOND)
+    await subject.download(image, GONE)
+    assert (await subject.task(task_id))["settle_due_at"] == asked
+
+
+async def test_the_same_wrong_bytes_three_times_are_final(subject: Subject) -> None:
+    """In a row: other wrong bytes begin anew, a broken connection between them does not count."""
+    _, image = await one_image(subject)
+    outcomes = [wrong("a"), wrong("a"), wrong("b"), wrong("b"), BROKEN, wrong("b")]
+    assert [await subject.download(image, outcome) for outcome in outcomes] == ["pending"] * 5 + ["lost"]
+
+
+@pytest.mark.parametrize("outcome", [LOST, Lost("refused by the guard")])
+async def test_a_provisional_failure_that_is_final_counts_once_the_query_agrees(subject: Subject, outcome: Lost) -> None:
+    """The same address cannot fare better: the task fails as soon as it is confirmed."""
+    task_id, (image,) = await called_back(subject, URL)
+    assert await subject.download(image, outcome) == "lost"
+    assert await subject.state(task_id) is State.SUBMITTED
+    assert await subject.settle(task_id, completed(task_id, URL)) is State.FAILED
+    assert (await subject.task(task_id))["error"]["code"] == "results_lost"
+
+
+async def test_only_a_completed_callback_starts_downloads(subject: Subject) -> None:
+    """Results beside another status are nobody's results."""
+    task_id = await subject.submitted()
+    await subject.callback(task_id, Report(status=Status.FAILED, results=(URL,)))
+    assert await subject.images(task_id) == []
+
+
+async def test_downloads_go_by_the_time_their_links_have_left(subject: Subject) -> None:
+    """Deadline first, not first come first served."""
+    early, late = [await subject.submitted() for _ in range(2)]
+    for task_id, ttl in [(late, DAY), (early, DAY - 1)]:
+        await subject.write(accept_callbacks, replace(callback(task_id, completed(task_id, URL)), result_ttl_ms=ttl))
+    taken = [(await subject.claim("download"))[0].key for _ in range(2)]
+    assert taken == [(await subject.images(task_id))[0]["id"] for task_id in (early, late)]

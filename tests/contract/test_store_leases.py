@@ -1,0 +1,297 @@
+"""Leases and fences (design, decision 1): who works on which row, until when."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from sqlalchemy import text
+
+from service.model import State
+from service.store import Transaction, queries
+from service.store.operations import leases
+from service.store.operations.inbox import accept_callbacks
+from service.store.operations.tasks import insert_tasks
+from service.store.tables import QUEUES, deliveries, tasks
+from tests.contract.subject import HOUR, LEASE, MINUTE, SECOND, Clock, Opener, Subject, callback, completed, stored
+
+URL = "https://r.test/0"
+
+
+async def one_due(subject: Subject, stage: str) -> str:
+    """A row that is due for a stage and leased to nobody."""
+    match stage:
+        case "submit":
+            return await subject.queued()
+        case "settle":
+            task_id = await subject.submitted()
+            subject.clock.now = (await subject.task(task_id))["settle_due_at"]
+            return task_id
+        case "download":
+            return str((await subject.images(await subject.storing(URL)))[0]["id"])
+        case _:
+            endpoint = await subject.endpoint()
+            await subject.submitted()
+            (delivery,) = await subject.rows(deliveries, endpoint_id=endpoint)
+            if stage == "redeliver":
+                await subject.attempt(await subject.claimed("deliver", delivery["id"]), "retry")
+            return str(delivery["id"])
+
+
+@pytest.mark.parametrize("stage", QUEUES)
+async def test_a_lease_lasts_thirty_seconds(subject: Subject, stage: str) -> None:
+    """At 29.999 s another gets nothing, once it is over everything, with the next fence and attempt, and a death counted."""
+    key = await one_due(subject, stage)
+    (grant,) = await subject.claim(stage)
+    assert (grant.stage, grant.key) == (stage, key)
+    subject.clock.shift(29_999)
+    assert await subject.claim(stage) == []
+    subject.clock.shift(1)
+    stage = "redeliver" if stage == "deliver" else stage  # an attempt was begun: what follows is a retry
+    (again,) = await subject.claim(stage)
+    assert (again.key, again.fence, again.attempts) == (key, grant.fence + 1, grant.attempts + 1)
+    queue = QUEUES[stage]
+    row = await subject.row(queue.table, key)
+    assert (row[queue.prefix + "deaths"], row[queue.prefix + "lease_owner"]) == (1, "one")
+
+
+@pytest.mark.parametrize("stage", QUEUES)
+async def test_a_renewed_lease_lasts_thirty_seconds_more(subject: Subject, stage: str) -> None:
+    """Renewed every 10 s while a call runs; who lost it is told, and gets it back by nothing."""
+    await one_due(subject, stage)
+    (grant,) = await subject.claim(stage)
+    for _ in range(5):
+        subject.clock.shift(10 * SECOND)
+        assert await subject.write(leases.renew, grant)
+    stage = "redeliver" if stage == "deliver" else stage
+    subject.clock.shift(LEASE - 1)
+    assert await subject.claim(stage) == []
+    subject.clock.shift(1)
+    assert len(await subject.claim(stage)) == 1
+    assert not await subject.write(leases.renew, grant)
+
+
+async def test_renewing_never_shortens_a_lease(subject: Subject) -> None:
+    """A submission's lease outlasts its call, whether it can be renewed in that time or not."""
+    grant = await subject.submitting()
+    subject.clock.shift(10 * SECOND)
+    assert await subject.write(leases.renew, grant)
+    subject.clock.shift(60 * SECOND - 1)
+    assert await subject.claim("submit") == []
+    assert await subject.write(leases.renew, grant)
+    subject.clock.shift(LEASE - 1)
+    assert await subject.claim("submit") == []
+    subject.clock.shift(1)
+    assert len(await subject.claim("submit")) == 1
+
+
+async def test_a_claim_takes_what_is_due_and_no_more_than_there_are_places(subject: Subject) -> None:
+    """The longest due first; the rest stays due; without a place nothing is claimed."""
+    keys = []
+    for _ in range(5):
+        keys.append(await subject.queued())
+        subject.clock.shift(SECOND)
+    assert await subject.claim("submit", 0) == []
+    assert [sorted(grant.key for grant in await subject.claim("submit", 2)) for _ in range(3)] == [keys[:2], keys[2:4], keys[4:]]
+    assert await subject.claim("submit", 9) == []
+
+
+async def test_a_claim_says_how_many_it_got(subject: Subject) -> None:
+    """So that a worker knows whether more may be waiting; unused places come back."""
+    for _ in range(3):
+        await subject.queued()
+    subject.places.free = {"submit": 2, "settle": 4}
+    assert await subject.batch(leases.claim, ["submit", "settle", "download"]) == [2, 0, 0]
+    assert subject.places.free == {"submit": 0, "settle": 4}
+
+
+async def test_a_row_is_born_leased_when_a_place_is_free(subject: Subject) -> None:
+    """Handed over in memory after the commit: no claim, no waiting; the place is taken."""
+    subject.places.free = {"submit": 1}
+    first, second = await subject.queued(), await subject.queued()
+    (grant,) = subject.places.taken()
+    assert (grant.stage, grant.key, grant.fence, grant.attempts) == ("submit", first, 1, 1)
+    assert subject.places.free == {"submit": 0}
+    born, due = await subject.task(first), await subject.task(second)
+    assert (born["submit_lease_until"], born["submit_lease_owner"]) == (subject.clock.now + LEASE, "one")
+    assert (due["submit_lease_until"], due["submit_due_at"], due["submit_attempts"]) == (None, subject.clock.now, 0)
+    assert [tx.due for tx in subject.places.told] == [set(), {"submit"}], "workers are told of what nobody was granted"
+    subject.clock.shift(LEASE)
+    assert {grant.key for grant in await subject.claim("submit", 9)} == {first, second}
+
+
+async def test_every_stage_is_born_leased(subject: Subject) -> None:
+    """Settling and downloads by a callback, deliveries by an event: each takes a place of its own stage."""
+    await subject.endpoint()
+    task_id = await subject.submitted()
+    subject.places.free = {"settle": 1, "download": 1, "deliver": 2}
+    await subject.callback(task_id, completed(task_id, URL, "https://r.test/1"))
+    grants = {grant.stage: grant for grant in subject.places.taken()}
+    assert sorted(grants) == ["download", "settle"]
+    assert await subject.settle(task_id, completed(task_id, URL, "https://r.test/1"), grant=grants["settle"]) is State.STORING
+    first, second = await subject.images(task_id)
+    await subject.download(first, stored(first), grants["download"])
+    await subject.download(second, stored(second))
+    assert [grant.stage for grant in subject.places.taken()] == ["deliver"]
+
+
+async def test_a_batch_that_fails_keeps_no_place(subject: Subject) -> None:
+    """What was granted in a transaction that did not commit was never granted."""
+    wish = subject.wish()
+    subject.places.free = {"submit": 2}
+    with pytest.raises(KeyError):
+        await subject.write(lambda tx, items: (insert_tasks(tx, items), {}["a defect"])[1], wish)
+    assert (subject.places.granted, subject.places.free) == ([], {"submit": 2})
+
+
+async def test_a_detached_process_is_granted_nothing(subject: Subject) -> None:
+    """About to stop: new rows are due for others."""
+    subject.places.free = {"submit": 9}
+    subject.store.detach()
+    assert (await subject.task(await subject.queued()))["submit_lease_until"] is None
+    assert subject.places.granted == []
+
+
+async def test_work_given_back_counts_no_attempt(subject: Subject) -> None:
+    """A stopping process releases: due as before, for anybody at once; a second release changes nothing."""
+    key = await subject.queued()
+    (grant,) = await subject.claim("submit")
+    assert await subject.batch(leases.release, [grant]) == [True]
+    assert await subject.batch(leases.release, [grant]) == [False]
+    (again,) = await subject.claim("submit")
+    assert (again.key, again.attempts) == (key, 1)
+    assert (await subject.task(key))["submit_deaths"] == 0
+
+
+async def test_work_that_was_none_is_not_due_again(subject: Subject) -> None:
+    """`done` ends lease and due time under the fence."""
+    grant = await subject.claimed("submit", await subject.queued())
+    assert await subject.write(leases.done, grant)
+    subject.clock.shift(HOUR)
+    assert await subject.claim("submit") == []
+    assert not await subject.write(leases.done, grant)
+
+
+async def test_asking_at_once_begins_the_schedule_anew(subject: Subject) -> None:
+    """A callback makes the row due now with no attempts; while somebody asks already it only becomes due."""
+    task_id = await subject.submitted()
+    for _ in range(3):
+        await subject.settle(task_id, None)
+    assert (await subject.task(task_id))["settle_attempts"] == 3
+    await subject.callback(task_id, completed(task_id, URL))
+    task = await subject.task(task_id)
+    assert (task["settle_attempts"], task["settle_due_at"], task["settle_lease_until"]) == (0, subject.clock.now, None)
+    (grant,) = await subject.claim("settle")
+    subject.places.free = {"settle": 1}
+    await subject.write(accept_callbacks, callback(task_id, None, b"<html>"))
+    assert subject.places.granted == [], "one worker a row"
+    assert (await subject.task(task_id))["settle_fence"] == grant.fence
+
+
+async def test_an_ended_lease_is_taken_by_whoever_wants_the_row(subject: Subject) -> None:
+    """A callback for a task whose settling process died is handed over at once, under a new fence."""
+    task_id = await subject.submitted()
+    late = await subject.asking(task_id)
+    subject.clock.shift(LEASE)
+    subject.places.free = {"settle": 1, "download": 0}
+    await subject.callback(task_id, completed(task_id, URL))
+    (grant,) = subject.places.taken()
+    assert (grant.key, grant.fence, grant.attempts) == (task_id, late.fence + 1, 1)
+    assert await subject.settle(task_id, completed(task_id, URL), grant=late) is None
+
+
+async def test_first_attempts_and_retries_have_places_of_their_own(subject: Subject) -> None:
+    """Two queues on one table: any number of retries leaves the first attempts their places."""
+    await subject.endpoint()
+    await subject.submitted()
+    retry, fresh = await subject.claimed("deliver", (await subject.rows(deliveries))[0]["id"]), await subject.submitted()
+    await subject.attempt(retry, "retry")
+    assert [grant.key for grant in await subject.claim("redeliver", 9)] == [retry.key]
+    (first,) = await subject.claim("deliver", 9)
+    assert (await subject.row(deliveries, first.key))["task_id"] == fresh
+
+
+async def test_reopening_a_store_on_sqlite_frees_what_the_dead_process_held(sqlite_opener: Opener, clock: Clock) -> None:
+    """The lock proves that nobody else lives: no waiting for leases; a task in `submitting` can be claimed, and was one death."""
+    async with sqlite_opener("dead") as store:
+        dead = Subject(store, clock, sqlite_opener)
+        grant, image = await dead.submitting(), await dead.storing(URL)
+        await dead.claim("download")
+    async with sqlite_opener("alive") as store:
+        alive = Subject(store, clock, sqlite_opener)
+        again = await alive.claimed("submit", grant.key)
+        assert (again.fence, await alive.state(grant.key)) == (grant.fence + 1, State.SUBMITTING)
+        assert (await alive.task(grant.key))["submit_deaths"] == 1
+        assert [found.key for found in await alive.claim("download")] == [(await alive.images(image))[0]["id"]]
+
+
+async def test_opening_postgres_once_more_frees_nothing(two: tuple[Subject, Subject]) -> None:
+    """Others may live: their leases stand until they end."""
+    grant = await two[0].submitting()
+    async with two[0].open("three") as store:
+        third = two[0].beside(store)
+        assert await third.claim("submit", 9) == []
+        third.clock.shift(70 * SECOND)
+        assert [found.key for found in await third.claim("submit", 9)] == [grant.key]
+
+
+async def test_a_row_is_claimed_by_one_process_alone(two: tuple[Subject, Subject]) -> None:
+    """`SKIP LOCKED`: many claims at once from two processes share the rows out, each to one, none twice, none left."""
+    for _ in range(5):
+        two[0].places.free.clear()  # nothing is born leased
+        keys = {inserted.task_id for inserted in await two[0].batch(insert_tasks, [two[0].wish() for _ in range(60)])}
+        taken: list[str] = []
+        for _ in range(60):
+            for place in two:
+                place.places.free["submit"] = 7
+            await asyncio.gather(*(place.write(leases.claim, "submit") for place in two for _ in range(3)))
+            grants = [place.places.taken() for place in two]
+            assert all(len(got) <= 7 for got in grants), "never more than there are places"
+            if not any(grants):
+                break
+            taken += [grant.key for got in grants for grant in got]
+        assert len(taken) == 60
+        assert set(taken) == keys
+        assert {row["submit_fence"] for row in await two[0].rows(tasks) if row["id"] in keys} == {1}
+
+
+async def test_no_plan_makes_postgres_claim_more_than_there_are_places(two: tuple[Subject, Subject]) -> None:
+    """A nested loop over the rows to choose from would choose anew for each row of the table."""
+    subject = two[0]
+    await subject.batch(insert_tasks, [subject.wish() for _ in range(50)])
+
+    def awkward(tx: Transaction, stages: Sequence[str]) -> list[int]:
+        for kind in ("hashagg", "sort", "hashjoin", "mergejoin", "material", "memoize"):
+            tx.connection.execute(text(f"SET LOCAL enable_{kind} = off"))
+        return leases.claim(tx, stages)
+
+    subject.places.free["submit"] = 7
+    assert await subject.write(awkward, "submit") == 7
+    assert len(subject.places.taken()) == 7
+
+
+async def test_the_next_due_time_is_known(subject: Subject) -> None:
+    """The earliest due time or end of a lease over the asked stages; None when nothing is planned."""
+    assert await subject.store.read(queries.next_due, list(QUEUES)) is None
+    start = subject.clock.now
+    await subject.endpoint()
+    await subject.queued()
+    assert await subject.store.read(queries.next_due, ["submit", "settle"]) == start
+    await subject.claim("submit")
+    assert await subject.store.read(queries.next_due, ["submit", "settle"]) == start + LEASE
+    await subject.submitted()
+    assert await subject.store.read(queries.next_due, ["settle"]) == start + 90 * SECOND
+    assert await subject.store.read(queries.next_due, ["deliver"]) == start
+    assert await subject.store.read(queries.next_due, ["redeliver", "download"]) is None
+
+
+async def test_a_lease_that_ends_is_no_fault_of_the_next_in_line(subject: Subject) -> None:
+    """Deaths count leases that ran out, not those that were finished or given back."""
+    key = await subject.queued()
+    for _ in range(3):
+        await subject.write(leases.release, await subject.claimed("submit", key))
+    await subject.claim("submit")
+    for _ in range(2):
+        subject.clock.shift(LEASE)
+        await subject.claim("submit")
+    subject.clock.shift(MINUTE)
+    assert (await subject.task(key))["submit_deaths"] == 2

@@ -1,0 +1,253 @@
+"""The outbox: one order that readers can trust, one terminal event a task, deliveries in the same transaction (design, decision 9)."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+from sqlalchemy import insert
+from sqlalchemy.exc import IntegrityError
+
+from service.model import State, sequence_text, task_document
+from service.store import Emitted, Transaction, queries
+from service.store.operations import outbox
+from service.store.operations.tasks import insert_tasks
+from service.store.tables import counters, deliveries, events, steps
+from tests.contract.subject import MINUTE, Subject, accepted, completed, failed, new_id, stored, upstream_id
+
+URL = "https://r.test/0"
+
+
+def announce(tx: Transaction, types: Sequence[str]) -> list[None]:
+    """An operation that emits an operators' event of each type."""
+    for type in types:
+        outbox.emit_operators(tx, type, {"type": type})
+    return [None] * len(types)
+
+
+async def test_sequences_are_dense_and_in_the_order_of_commits(subject: Subject) -> None:
+    """From 1, without gaps in what was committed, within a batch in the order in which things happened."""
+    for number in range(3):
+        await subject.batch(announce, [f"test.{number}", f"test.{number}"])
+    rows = await subject.events()
+    assert [(row["sequence"], row["type"]) for row in rows] == [
+        (1, "test.0"),
+        (2, "test.0"),
+        (3, "test.1"),
+        (4, "test.1"),
+        (5, "test.2"),
+        (6, "test.2"),
+    ]
+    assert [row["value"] for row in await subject.rows(counters)] == [6]
+
+
+async def test_what_is_not_committed_uses_no_number(subject: Subject) -> None:
+    """The counter goes back with its transaction."""
+
+    def broken(tx: Transaction, types: Sequence[str]) -> list[None]:
+        announce(tx, types)
+        outbox.flush(tx)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await subject.write(broken, "test.lost")
+    await subject.write(announce, "test.kept")
+    assert [(row["sequence"], row["type"]) for row in await subject.events()] == [(1, "test.kept")]
+
+
+async def test_events_are_handed_on_after_the_commit(subject: Subject) -> None:
+    """With their sequence, their number of deliveries, and a hint to whoever waits for events."""
+    await subject.endpoint(None, ["*"])
+    with subject.store.signals.listen("events") as heard:
+        await subject.write(announce, "test.told")
+        assert await subject.store.signals.wait(heard, 10)
+    (emitted,) = subject.places.told[-1].emitted
+    assert (emitted.sequence, emitted.deliveries, emitted.owner) == (1, 1, "admin")
+
+
+async def test_a_task_that_changes_wakes_who_waits_for_it(subject: Subject) -> None:
+    """A hint for each task that a transaction changed, and for no other."""
+    one, other = await subject.queued(), await subject.queued()
+    with subject.store.signals.listen(one) as mine, subject.store.signals.listen(other) as others:
+        await subject.cancel(one)
+        assert await subject.store.signals.wait(mine, 10)
+        assert not others.is_set()
+
+
+async def test_an_event_keeps_the_task_as_it_was(subject: Subject) -> None:
+    """A snapshot: what the task becomes later changes nothing in it; no prompt, and no links, which follow the service's address."""
+    task_id = await subject.storing(URL)
+    (image,) = await subject.images(task_id)
+    await subject.download(image, stored(image))
+    first, last = await subject.events(task_id)
+    found = await subject.store.read(queries.task, task_id, None)
+    assert found is not None
+    assert last["data"] == task_document(found[0])
+    assert (last["data"]["state"], last["data"]["status"], last["data"]["progress"]) == ("completed", "completed", 100)
+    assert [image["url"] for image in last["data"]["images"]] == [None]
+    assert (first["data"]["state"], first["data"]["images"], first["data"]["upstream_id"]) == ("submitted", [], upstream_id(task_id))
+    assert "lighthouse" not in f"{first['data']}{last['data']}"
+    assert (last["owner"], last["time"], last["terminal"], first["terminal"]) == ("painter", subject.clock.now, True, None)
+
+
+async def test_a_terminal_event_knows_when_the_task_was_called_back(subject: Subject) -> None:
+    """For the time from callback to event; an event before the end does not carry it."""
+    task_id = await subject.submitted()
+    await subject.callback(task_id, failed(task_id))
+    called = subject.clock.now
+    subject.clock.shift(MINUTE)
+    await subject.settle(task_id, failed(task_id))
+    assert [row["called_back_at"] for row in await subject.events(task_id)] == [None, called]
+
+
+async def test_a_task_has_one_terminal_event_by_constraint(subject: Subject) -> None:
+    """Not even a defect can write a second: the transaction that tries commits nothing."""
+    task_id = await subject.completed()
+
+    def again(tx: Transaction, ids: Sequence[str]) -> list[None]:
+        tx.step(task_id, "task.settled")
+        tx.emitted.append(Emitted(tx.id("event"), "painter", "image.task.failed", task_id, {}, terminal=True))
+        return [None] * len(ids)
+
+    before = len(await subject.rows(steps))
+    with pytest.raises(IntegrityError):
+        await subject.write(again, task_id)
+    assert await subject.types(task_id) == ["image.task.submitted", "image.task.completed"]
+    assert len(await subject.rows(steps)) == before
+
+
+async def test_readers_never_see_a_number_before_the_ones_below_it(two: tuple[Subject, Subject]) -> None:
+    """Six committers in two processes write; a third connection that goes on after the last one seen misses none."""
+    writers = [two[n % 2].write(announce, f"test.{n}") for n in range(240)]
+    async with two[0].open("reader") as reader:
+        writing = asyncio.gather(*writers)
+        seen: list[int] = []
+        looks = 0
+        while not (writing.done() and len(seen) >= 240):
+            rows, after = await reader.read(queries.event_list, None, seen[-1] if seen else 0, 1000)
+            got = [row["sequence"] for row in rows]
+            assert got == list(range(len(seen) + 1, len(seen) + 1 + len(got)))
+            assert after >= (got[-1] if got else 0)
+            seen += got
+            looks += 1
+            assert looks < 10_000
+        await writing
+    assert seen == list(range(1, 241))
+
+
+async def test_an_event_is_delivered_to_those_who_asked_for_it(subject: Subject) -> None:
+    """By owner and pattern: one's own tasks' events, all owners' for an endpoint of nobody, operators' events for `admin`."""
+    ends = {
+        name: await subject.endpoint(owner, types)
+        for name, (owner, types) in {
+            "mine": ("painter", ["image.task.*"]),
+            "mine completed": ("painter", ["image.task.completed", "image.task.*"]),
+            "mine failed": ("painter", ["image.task.failed"]),
+            "others": ("other", ["*"]),
+            "all": (None, ["image.task.*"]),
+            "operators": ("admin", ["*"]),
+            "all conflicts": (None, ["callback.conflict"]),
+        }.items()
+    }
+    names = {id: name for name, id in ends.items()}
+    task_id = await subject.submitted()
+    await subject.callback(task_id, failed(task_id))
+    await subject.callback(task_id, completed(task_id, URL))
+    await subject.settle(task_id, failed(task_id))
+    types = {row["id"]: row["type"].removeprefix("image.task.") for row in await subject.events()}
+    rows = await subject.rows(deliveries)
+    assert sorted((types[row["event_id"]], names[row["endpoint_id"]]) for row in rows) == [
+        ("callback.conflict", "all conflicts"),
+        ("callback.conflict", "operators"),
+        ("failed", "all"),
+        ("failed", "mine"),
+        ("failed", "mine completed"),
+        ("failed", "mine failed"),
+        ("submitted", "all"),
+        ("submitted", "mine"),
+        ("submitted", "mine completed"),
+    ]
+    assert {(names[row["endpoint_id"]], row["owner"]) for row in rows} >= {("mine", "painter"), ("all", "admin"), ("operators", "admin")}
+    assert {(row["state"], row["due_at"] is not None, row["attempts"], row["task_id"]) for row in rows} == {("pending", True, 0, task_id)}
+
+
+async def test_a_disabled_endpoint_gets_nothing_and_a_paused_one_later(subject: Subject) -> None:
+    """None are made for the disabled one; for the paused one they are made, to be held when they are tried."""
+    disabled, paused = await subject.endpoint(), await subject.endpoint()
+    await subject.change(disabled, status="disabled")
+    await subject.change(paused, status="paused")
+    await subject.submitted()
+    assert [row["endpoint_id"] for row in await subject.rows(deliveries)] == [paused]
+
+
+async def test_a_tasks_own_callback_url_gets_the_terminal_event_alone(subject: Subject) -> None:
+    """One delivery without an endpoint, the owner's, with all that an attempt needs."""
+    await subject.key("painter", b"callback secret")
+    task_id = await subject.completed(callback_url="https://c.test/done")
+    (row,) = await subject.rows(deliveries)
+    assert (row["endpoint_id"], row["owner"], row["task_id"]) == (None, "painter", task_id)
+    assert row["event_id"] == (await subject.events(task_id))[-1]["id"]
+    parcel = await subject.store.read(queries.parcel, row["id"])
+    assert parcel is not None
+    assert parcel.event is not None
+    assert (parcel.endpoint, parcel.callback_url, parcel.callback_secret) == (None, "https://c.test/done", b"callback secret")
+    assert parcel.event["type"] == "image.task.completed"
+
+
+async def test_operators_events_of_a_task_go_to_no_task_callback(subject: Subject) -> None:
+    """Only the terminal event does."""
+    task_id = await subject.submitted(callback_url="https://c.test/done")
+    await subject.callback(task_id, failed(task_id))
+    await subject.callback(task_id, completed(task_id, URL))
+    assert await subject.types(task_id) == ["image.task.submitted", "callback.conflict"]
+    assert await subject.rows(deliveries) == []
+
+
+async def test_event_state_and_deliveries_are_one_commit(subject: Subject) -> None:
+    """A transaction that fails after the outbox was written leaves neither."""
+    await subject.endpoint()
+    grant = await subject.submitting()
+
+    def fails_late(tx: Transaction, items: Sequence[str]) -> list[None]:
+        outbox.emit_operators(tx, "test.first", {})
+        outbox.flush(tx)
+        tx.connection.execute(insert(events).values(sequence=1, id=new_id("event"), owner="x", type="x", time=0, data={}))
+        return [None] * len(items)
+
+    with pytest.raises(IntegrityError):
+        await subject.write(fails_late, "x")
+    assert (await subject.events(), await subject.rows(deliveries)) == ([], [])
+    assert await subject.submission(grant, accepted("task-unified-1")) is State.SUBMITTED
+    assert [(row["sequence"], row["type"]) for row in await subject.events()] == [(1, "image.task.submitted")]
+
+
+async def test_events_are_listed_after_a_place_by_type_task_and_owner(subject: Subject) -> None:
+    """`next_after` is the last place examined, not the last one that fitted; a full page ends with its last event."""
+    one = await subject.submitted()
+    two = await subject.submitted(owner="other")
+    await subject.cancel(one)
+    await subject.write(announce, "callback.conflict")
+    await subject.write(announce, "imagextask.odd")
+
+    async def listed(*arguments: object, **more: object) -> tuple[list[str], int]:
+        rows, after = await subject.store.read(queries.event_list, *arguments, **more)  # type: ignore[arg-type]  # each case names some
+        return [f"{row['type'].removeprefix('image.task.')}:{row['sequence']}" for row in rows], after
+
+    assert await listed(None, 0, 9) == (["submitted:1", "submitted:2", "cancelled:3", "callback.conflict:4", "imagextask.odd:5"], 5)
+    assert await listed("painter", 0, 9) == (["submitted:1", "cancelled:3"], 5)
+    assert await listed("painter", 0, 1) == (["submitted:1"], 1)
+    assert await listed("painter", 1, 1) == (["cancelled:3"], 3)
+    assert await listed("painter", 3, 9) == ([], 5)
+    assert await listed(None, 7, 9) == ([], 7)
+    assert await listed(None, 0, 9, ["image.task.*"]) == (["submitted:1", "submitted:2", "cancelled:3"], 5)
+    assert await listed(None, 0, 9, ["image.task.cancelled", "callback.conflict"]) == (["cancelled:3", "callback.conflict:4"], 5)
+    assert (await listed(None, 0, 9, ["*"]))[0] == (await listed(None, 0, 9))[0]
+    assert await listed(None, 0, 9, (), two) == (["submitted:2"], 5)
+    assert await listed("painter", 0, 9, (), two) == ([], 5)
+    assert sequence_text(5) == "00000000000000000005"
+
+
+async def test_the_outbox_of_an_empty_store_is_at_its_beginning(subject: Subject) -> None:
+    """Nothing, and the place that was asked for."""
+    assert await subject.store.read(queries.event_list, None, 0, 9) == ([], 0)
+    assert len(await subject.batch(insert_tasks, [subject.wish()])) == 1
+    assert await subject.store.read(queries.event_list, None, 0, 9) == ([], 0)

@@ -1,0 +1,176 @@
+"""What is read: lists page by page, a task's timeline, the figures of the gauges (contract sections 3 and 6)."""
+
+from service.model import State
+from service.store import queries
+from service.store.tables import QUEUES, deliveries
+from tests.contract.subject import DAY, OWNER, SECOND, Subject, completed, failed, processing, stored
+
+URL = "https://r.test/0"
+
+
+async def test_tasks_are_listed_newest_first_page_by_page(subject: Subject) -> None:
+    """Each once, also those of one millisecond; every page as cheap as the first."""
+    ids = []
+    for number in range(7):
+        ids.append(await subject.queued())
+        subject.clock.shift(number % 2)
+    seen: list[str] = []
+    after: queries.After = None
+    for size in (3, 3, 1):
+        page = await subject.store.read(queries.task_list, OWNER, 3, after)
+        assert len(page) == size
+        seen += [task.id for task in page]
+        after = (page[-1].created_at, page[-1].id)
+    assert seen == ids[::-1]
+    assert await subject.store.read(queries.task_list, OWNER, 3, after) == []
+
+
+async def test_tasks_are_listed_by_owner_state_model_and_metadata(subject: Subject) -> None:
+    """Every filter alone and together; metadata is compared as text, its names as they are."""
+    one = await subject.queued(metadata={"order": "7", "it's": 'a "b"'})
+    two = await subject.submitted(model="other-model", metadata={"order": "8"})
+    three = await subject.queued(owner="other", metadata={})
+
+    async def listed(owner: str | None, **more: object) -> list[str]:
+        return [task.id for task in await subject.store.read(queries.task_list, owner, 9, None, **more)]  # type: ignore[arg-type]  # one each
+
+    assert await listed(None) == [three, two, one]
+    assert await listed(OWNER) == [two, one]
+    assert await listed(OWNER, state="queued") == [one]
+    assert await listed(OWNER, model_name="other-model") == [two]
+    assert await listed(OWNER, metadata={"order": "8"}) == [two]
+    assert await listed(OWNER, metadata={"order": "7", "it's": 'a "b"'}) == [one]
+    assert await listed(OWNER, metadata={"order": "7"}, state="submitted") == []
+    assert await listed(None, metadata={"none": ""}) == []
+
+
+async def test_a_listed_task_has_its_own_images_in_order(subject: Subject) -> None:
+    """And no other's."""
+    one = await subject.storing("https://r.test/b", "https://r.test/a")
+    for image in reversed(await subject.images(one)):
+        await subject.download(image, stored(image))
+    two = await subject.queued()
+    listed = {task.id: task for task in await subject.store.read(queries.task_list, OWNER, 9)}
+    assert [image.id for image in listed[one].images] == [row["id"] for row in await subject.images(one)]
+    assert [image.index for image in listed[one].images] == [0, 1]
+    assert listed[two].images == ()
+    found = await subject.store.read(queries.task, one, OWNER)
+    assert found is not None
+    assert found[0] == listed[one]
+
+
+async def test_a_task_is_found_by_its_idempotency_key(subject: Subject) -> None:
+    """Per owner."""
+    task_id = await subject.queued(idempotency_key="k", idempotency_hash="h")
+    row = await subject.store.read(queries.task_by_key, OWNER, "k")
+    assert row is not None
+    assert (row["id"], row["idempotency_hash"]) == (task_id, "h")
+    assert await subject.store.read(queries.task_by_key, "other", "k") is None
+
+
+async def test_the_timeline_has_every_step_in_the_order_of_time(subject: Subject) -> None:
+    """From `task.queued` to each `delivery.attempted`, named as the log names them; callbacks with verdict, count and last seen."""
+    endpoint = await subject.endpoint()
+    await subject.endpoint("admin", ["*"])
+    task_id = await subject.submitted()
+    subject.clock.shift(SECOND)
+    await subject.callback(task_id, processing(task_id))
+    subject.clock.shift(SECOND)
+    await subject.callback(task_id, completed(task_id, URL))
+    subject.clock.shift(SECOND)
+    await subject.callback(task_id, completed(task_id, URL))
+    await subject.callback(task_id, failed(task_id))
+    subject.clock.shift(SECOND)
+    await subject.settle(task_id, completed(task_id, URL))
+    subject.clock.shift(SECOND)
+    (image,) = await subject.images(task_id)
+    await subject.download(image, stored(image))
+    subject.clock.shift(SECOND)
+    for row in await subject.rows(deliveries):
+        await subject.attempt(await subject.claimed("deliver", row["id"]), "delivered")
+    lines = await subject.store.read(queries.timeline, task_id, OWNER)
+    assert [line["step"] for line in lines] == [
+        "task.queued",
+        "task.submitted",
+        "event.emitted",
+        "callback.received",
+        "callback.received",
+        "callback.received",
+        "task.confirmed",
+        "image.stored",
+        "task.settled",
+        "event.emitted",
+        "delivery.attempted",
+        "delivery.attempted",
+    ]
+    assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
+    first = lines[4]
+    assert (first["verdict"], first["status"], first["count"]) == ("accepted", "completed", 2)
+    assert first["last_seen_at"] > first["time"]
+    assert (lines[1]["source"], lines[8]["state"], lines[9]["type"]) == ("answer", "completed", "image.task.completed")
+    assert (lines[-1]["endpoint_id"], lines[-1]["status"], lines[-1]["duration_ms"]) == (endpoint, 204, 12)
+    everything = await subject.store.read(queries.timeline, task_id, None)
+    assert len(everything) == len(lines) + 1, "operators see the conflict's delivery too"
+
+
+async def test_what_settling_needs_is_the_task_and_its_first_callback(subject: Subject) -> None:
+    """The first terminal one, whatever came before or after it."""
+    task_id = await subject.submitted()
+    found = await subject.store.read(queries.settling, task_id)
+    assert found is not None
+    assert (found[0]["id"], found[1]) == (task_id, None)
+    await subject.callback(task_id, processing(task_id), b"0")
+    await subject.callback(task_id, failed(task_id), b"1")
+    await subject.callback(task_id, completed(task_id, URL), b"2")
+    found = await subject.store.read(queries.settling, task_id)
+    assert found is not None
+    assert found[1] is not None
+    assert found[1]["body"] == b"1"
+    assert await subject.store.read(queries.settling, "task_gone") is None
+
+
+async def test_what_a_download_needs_is_the_image_with_its_task(subject: Subject) -> None:
+    """Its address, its time, the task's state."""
+    task_id = await subject.storing(URL)
+    (image,) = await subject.images(task_id)
+    row = await subject.store.read(queries.download, image["id"])
+    assert row is not None
+    assert (row["source_url"], row["task_state"], row["task_id"]) == (URL, "storing", task_id)
+    assert await subject.store.read(queries.download, "img_gone") is None
+
+
+async def test_the_figures_of_an_empty_store_are_zero(subject: Subject) -> None:
+    """Every state and every stage is there; times are unknown."""
+    figures = await subject.store.read(queries.figures)
+    assert figures == {
+        "tasks": {state.value: 0 for state in State},
+        "queue_depth": dict.fromkeys(QUEUES, 0),
+        "oldest_unsettled": None,
+        "oldest_due_delivery": None,
+        "first_link_dies": None,
+        "dead_letters": 0,
+        "credits_reserved": 0,
+        "credits_used": 0,
+    }
+
+
+async def test_the_figures_count_what_the_store_holds(subject: Subject) -> None:
+    """Tasks by state, due rows by stage, the oldest of each, credits in millionths."""
+    await subject.endpoint()
+    done = await subject.storing("https://r.test/done")
+    (image,) = await subject.images(done)
+    await subject.download(image, stored(image))
+    waiting = await subject.task(await subject.queued())
+    task_id = await subject.submitted()
+    assert await subject.settle(task_id, completed(task_id, URL, credits_used=1_500_000, credits_reserved=2_000_000)) is State.STORING
+    stored_at = subject.clock.now
+    (dead, retried, *_) = [row["id"] for row in await subject.rows(deliveries)]
+    await subject.attempt(await subject.claimed("deliver", dead), "dead")
+    await subject.attempt(await subject.claimed("deliver", retried), "retry", wait_ms=DAY)
+    figures = await subject.store.read(queries.figures)
+    assert {state: count for state, count in figures["tasks"].items() if count} == {"completed": 1, "queued": 1, "storing": 1}
+    assert figures["queue_depth"] == {"submit": 1, "settle": 0, "download": 1, "deliver": 1, "redeliver": 1}
+    assert (figures["oldest_unsettled"], figures["first_link_dies"]) == (waiting["created_at"], stored_at + DAY)
+    (fresh,) = await subject.rows(deliveries, state="pending", attempts=0)
+    assert (figures["oldest_due_delivery"], figures["dead_letters"]) == (fresh["due_at"], 1)
+    assert (figures["credits_reserved"], figures["credits_used"]) == (2_000_000, 1_500_000)

@@ -1,0 +1,153 @@
+"""The schema: brought up to date under a lock, refused when newer or not ours; one process alone on SQLite (decisions 2, 4)."""
+
+import asyncio
+import sqlite3
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, inspect
+
+from service.errors import ConfigurationError
+from service.store import Store
+from service.store.postgres import async_url, open_postgres
+from service.store.sqlite import open_sqlite
+from service.store.tables import counters, metadata
+from tests.contract.subject import Clock, Opener, Subject, new_id
+from tests.servers import execute
+
+
+class Database:
+    """An empty database of one kind: opened by the store, and by others behind its back."""
+
+    def __init__(self, place: str | Path) -> None:
+        self.place = place
+
+    def open(self, **more: Any) -> AbstractAsyncContextManager[Store]:
+        if isinstance(self.place, Path):
+            return open_sqlite(self.place, process="one", new_id=new_id, **more)
+        return open_postgres(self.place, process="one", new_id=new_id, **more)
+
+    async def execute(self, statement: str) -> None:
+        if isinstance(self.place, Path):
+            connection = sqlite3.connect(self.place)
+            with connection:
+                connection.execute(statement)
+            connection.close()
+        else:
+            await execute(self.place, statement)
+
+    async def refused(self, match: str, **more: Any) -> None:
+        with pytest.raises(ConfigurationError, match=match) as caught:
+            async with self.open(**more):
+                pass
+        assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
+    return Database(tmp_path / "new" / "darkroom.db" if request.param == "sqlite" else request.getfixturevalue("postgres_url"))
+
+
+async def test_the_migrated_schema_is_the_one_the_code_knows(subject: Subject) -> None:
+    """Tables, columns, types, constraints and indexes: the migrations and the metadata say the same in both dialects."""
+
+    def compare(connection: Connection) -> list[Any]:
+        return list(compare_metadata(MigrationContext.configure(connection), metadata))
+
+    assert await subject.store.read(compare) == []
+    tables = await subject.store.read(lambda connection: set(inspect(connection).get_table_names()))
+    assert tables == {*metadata.tables, "alembic_version"}
+    assert [dict(row) for row in await subject.rows(counters)] == [{"name": "events", "value": 0}]
+
+
+async def test_whatever_belongs_to_somebody_has_its_owner() -> None:
+    """From the first migration on."""
+    without = {name for name, table in metadata.tables.items() if "owner" not in table.c}
+    assert without == {"owners", "counters", "attempts", "steps"}, "attempts and steps are reached through what they belong to"
+
+
+async def test_an_empty_database_is_migrated_and_found_again(database: Database) -> None:
+    """By itself, folder included; what was written is there after the next opening, and needs no migration then."""
+    async with database.open() as store:
+        task_id = await Subject(store, Clock(), database.open).queued()
+    async with database.open(migrate=False) as store:
+        assert await Subject(store, Clock(), database.open).state(task_id) == "queued"
+
+
+async def test_an_empty_database_is_refused_when_migrating_is_off(database: Database) -> None:
+    """`DARKROOM_MIGRATE=off`: one line that says what to do, and nothing made."""
+    await database.refused("schema is empty.*run `darkroom migrate`", migrate=False)
+    async with database.open() as store:
+        assert await Subject(store, Clock(), database.open).events() == []
+
+
+async def test_a_newer_schema_is_refused(database: Database) -> None:
+    """An older program must not touch it, migrating or not."""
+    async with database.open():
+        pass
+    await database.execute("UPDATE alembic_version SET version_num = '9999'")
+    for migrate in (True, False):
+        await database.refused("schema 9999 is newer", migrate=migrate)
+
+
+async def test_a_database_with_foreign_tables_is_refused_and_left_alone(database: Database) -> None:
+    """It is somebody else's: nothing is added to it."""
+    if isinstance(database.place, Path):
+        database.place.parent.mkdir()
+    await database.execute("CREATE TABLE customers (name text)")
+    await database.refused("tables that are not darkroom's")
+    await database.execute("DROP TABLE customers")
+    async with database.open() as store:
+        assert await store.read(lambda connection: "tasks" in inspect(connection).get_table_names())
+
+
+async def test_two_processes_that_start_together_migrate_once(postgres_url: str) -> None:
+    """Under a lock: the second finds it done."""
+    database = Database(postgres_url)
+
+    async def start() -> int:
+        async with database.open() as store:
+            return len(await Subject(store, Clock(), database.open).rows(counters))
+
+    assert list(await asyncio.gather(start(), start(), start())) == [1, 1, 1]
+
+
+async def test_a_held_sqlite_store_is_refused_to_a_second(sqlite_opener: Opener) -> None:
+    """One process alone, whoever asks; free as soon as it is closed, also after a failed opening."""
+    async with sqlite_opener("first"):
+        for _ in range(2):
+            with pytest.raises(ConfigurationError, match="another darkroom process uses"):
+                async with sqlite_opener("second"):
+                    pass
+    async with sqlite_opener("first"):
+        pass
+
+
+async def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path) -> None:
+    """One line; not a byte of it changed, and its lock freed."""
+    path = tmp_path / "darkroom.db"
+    path.write_bytes(b"no database at all, but long enough to look at it twice" * 100)
+    before = path.read_bytes()
+    for _ in range(2):
+        await Database(path).refused("cannot be used")
+    assert path.read_bytes() == before
+
+
+async def test_a_server_that_is_not_there_is_refused_in_one_line(tmp_path: Path) -> None:
+    """No socket at that address."""
+    await Database(f"postgresql:///darkroom?host={tmp_path}&user=nobody").refused("DARKROOM_DATABASE_URL: PostgreSQL cannot be used")
+
+
+async def test_a_database_that_is_not_there_is_refused_in_one_line(postgres_server: str) -> None:
+    """The server is there and says no."""
+    await Database(postgres_server.replace("/postgres?", "/nowhere?")).refused("DARKROOM_DATABASE_URL: PostgreSQL cannot be used")
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+asyncpg"])
+def test_every_common_form_of_the_url_is_understood(scheme: str) -> None:
+    """The driver is ours to choose."""
+    assert async_url(f"{scheme}://user:p%40ss@db.test:5432/darkroom") == "postgresql+asyncpg://user:p%40ss@db.test:5432/darkroom"

@@ -1,0 +1,284 @@
+"""Settling: the upstream's word is recorded once (design, decision 6); cancelling; no move outside the contract's table."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from service.model import TERMINAL, Report, State, Status, may_become
+from service.store import Transaction
+from service.store.operations.settling import Settlement, record_settlements
+from service.store.operations.submissions import Uncertain
+from service.store.operations.tasks import change, lock, move
+from tests.contract.subject import (
+    ASK_AGAIN,
+    DAY,
+    HOUR,
+    LEASE,
+    MINUTE,
+    SECOND,
+    Subject,
+    completed,
+    digest,
+    error_of,
+    failed,
+    processing,
+    upstream_id,
+)
+
+URL = "https://r.test/0"
+
+
+async def test_a_completed_task_is_stored_before_it_is_completed(subject: Subject) -> None:
+    """`completed` means that every result is stored: the query's word alone makes it `storing`, without an event."""
+    task_id = await subject.submitted()
+    report = completed(task_id, URL, credits_used=1_500_000, progress=90)
+    assert await subject.settle(task_id, report) is State.STORING
+    task = await subject.task(task_id)
+    assert (task["settled_digest"], task["credits_used"], task["settle_due_at"]) == (digest(report), 1_500_000, None)
+    assert (task["settle_lease_until"], task["terminal_at"]) == (None, None)
+    assert await subject.types(task_id) == ["image.task.submitted"]
+
+
+@pytest.mark.parametrize(
+    ("report", "state", "code", "type"),
+    [
+        (Report(status=Status.FAILED, error=error_of("service_error")), State.FAILED, "service_error", "failed"),
+        (Report(status=Status.FAILED), State.FAILED, "unknown_error", "failed"),
+        (Report(status=Status.CANCELLED, error=error_of("request_cancelled")), State.CANCELLED, "request_cancelled", "cancelled"),
+        (Report(status=Status.CANCELLED), State.CANCELLED, "request_cancelled", "cancelled"),
+        (Report(status=Status.COMPLETED), State.FAILED, "no_results", "failed"),
+        (Report(status=Status.FAILED, error=error_of("resource_not_found")), State.EXPIRED, "expired", "expired"),
+    ],
+)
+async def test_an_end_without_results(subject: Subject, report: Report, state: State, code: str, type: str) -> None:
+    """Each final answer ends the task as the contract says, with the upstream's error or one of ours, in one event."""
+    task_id = await subject.submitted()
+    assert await subject.settle(task_id, report) is state
+    task = await subject.task(task_id)
+    assert (task["error"]["code"], task["terminal_at"], task["settle_due_at"]) == (code, subject.clock.now, None)
+    assert task["settled_digest"] == digest(report)
+    assert await subject.types(task_id) == ["image.task.submitted", f"image.task.{type}"]
+
+
+async def test_a_running_task_is_asked_again(subject: Subject) -> None:
+    """Not final: progress is shown, usage kept, and the next question is due after the wait."""
+    task_id = await subject.submitted()
+    assert await subject.settle(task_id, processing(task_id, progress=30, estimated_time=20)) is State.SUBMITTED
+    task = await subject.task(task_id)
+    assert (task["upstream_status"], task["progress"], task["estimated_time"]) == ("processing", 30, 20)
+    assert task["settle_due_at"] == subject.clock.now + ASK_AGAIN
+
+
+@pytest.mark.parametrize("report", [None, Report(status=None)])
+async def test_no_answer_and_an_undocumented_one_change_nothing(subject: Subject, report: Report | None) -> None:
+    """Asked again after the wait; the attempts are counted for the plan."""
+    task_id = await subject.submitted()
+    for attempts in (1, 2, 3):
+        grant = await subject.asking(task_id)
+        assert grant.attempts == attempts
+        assert await subject.settle(task_id, report, grant=grant) is State.SUBMITTED
+    assert (await subject.task(task_id))["upstream_status"] == "pending"
+
+
+async def test_an_unknown_task_expires_only_when_it_is_old(subject: Subject) -> None:
+    """404 is asked again; `expired` only after the time for which the upstream keeps a task."""
+    task_id = await subject.submitted()
+    assert await subject.settle(task_id, None, expires_ms=HOUR) is State.SUBMITTED
+    subject.clock.now = (await subject.task(task_id))["submitted_at"] + HOUR - 1
+    assert await subject.settle(task_id, None, expires_ms=HOUR) is State.SUBMITTED
+    assert await subject.settle(task_id, None) is State.SUBMITTED, "no answer proves nothing, however old the task is"
+    assert await subject.settle(task_id, None, expires_ms=HOUR) is State.EXPIRED
+    assert (await subject.task(task_id))["error"]["code"] == "expired"
+    assert await subject.types(task_id) == ["image.task.submitted", "image.task.expired"]
+
+
+async def test_a_task_that_is_storing_does_not_expire(subject: Subject) -> None:
+    """Its results are known; `storing` may not become `expired`."""
+    task_id = await subject.storing(URL)
+    grant = await subject.wanted("settle", task_id)
+    subject.clock.shift(2 * DAY)
+    assert await subject.settle(task_id, None, expires_ms=HOUR, grant=grant) is State.STORING
+
+
+async def test_an_answer_under_an_ended_lease_changes_nothing(subject: Subject) -> None:
+    """The fence: after the lease went elsewhere only the new holder's answer counts."""
+    task_id = await subject.submitted()
+    late = await subject.asking(task_id)
+    subject.clock.shift(LEASE)
+    holder = await subject.claimed("settle", task_id)
+    before = await subject.task(task_id)
+    assert await subject.settle(task_id, failed(task_id), grant=late) is None
+    assert await subject.task(task_id) == before
+    assert await subject.settle(task_id, completed(task_id, URL), grant=holder) is State.STORING
+
+
+async def test_an_answer_under_a_lease_that_nobody_took_still_counts(subject: Subject) -> None:
+    """The fence decides, not the clock: an answer a little late is better than asking again."""
+    task_id = await subject.submitted()
+    grant = await subject.asking(task_id)
+    subject.clock.shift(LEASE + SECOND)
+    assert await subject.settle(task_id, failed(task_id), grant=grant) is State.FAILED
+
+
+async def test_what_is_settled_stands(subject: Subject) -> None:
+    """After the end only credits are recorded; no state, no event, no further question."""
+    task_id = await subject.completed(URL)
+    grant = await subject.wanted("settle", task_id)
+    report = replace(failed(task_id), credits_used=500_000)
+    assert await subject.settle(task_id, report, grant=grant) is State.COMPLETED
+    task = await subject.task(task_id)
+    assert (task["credits_used"], task["error"], task["settle_due_at"]) == (500_000, None, None)
+    assert await subject.types(task_id) == ["image.task.submitted", "image.task.completed"]
+    grant = await subject.wanted("settle", task_id)
+    assert await subject.settle(task_id, None, grant=grant) is State.COMPLETED
+    assert (await subject.task(task_id))["settle_due_at"] is None
+
+
+async def test_the_upstreams_later_word_ends_what_is_storing(subject: Subject) -> None:
+    """Failed or cancelled while results are fetched: the query is the truth, and nothing more is fetched."""
+    for report, state in [(Report(status=Status.FAILED), State.FAILED), (Report(status=Status.CANCELLED), State.CANCELLED)]:
+        task_id = await subject.storing(URL)
+        grant = await subject.wanted("settle", task_id)
+        assert await subject.settle(task_id, report, grant=grant) is state
+        assert await subject.images(task_id) == []
+
+
+async def test_a_callback_during_a_question_gets_it_asked_again(subject: Subject) -> None:
+    """The answer was given before the callback was: it is recorded, and the upstream is asked once more at once."""
+    task_id = await subject.submitted()
+    grant = await subject.asking(task_id)
+    asked = (await subject.task(task_id))["settle_requests"]
+    await subject.callback(task_id, completed(task_id, URL))
+    assert await subject.claim("settle") == [], "somebody is asking already"
+    settlement = Settlement(grant, processing(task_id), asked, ASK_AGAIN, DAY)
+    assert await subject.write(record_settlements, settlement) is State.SUBMITTED
+    assert (await subject.task(task_id))["settle_due_at"] == subject.clock.now
+    (again,) = await subject.claim("settle")
+    assert (again.key, again.attempts) == (task_id, 1), "the schedule begins anew"
+
+
+async def test_a_callback_during_a_question_that_ends_the_task_asks_no_more(subject: Subject) -> None:
+    """There is nothing left to ask about."""
+    task_id = await subject.submitted()
+    grant = await subject.asking(task_id)
+    asked = (await subject.task(task_id))["settle_requests"]
+    await subject.callback(task_id, failed(task_id))
+    assert await subject.write(record_settlements, Settlement(grant, failed(task_id), asked, ASK_AGAIN, DAY)) is State.FAILED
+    assert (await subject.task(task_id))["settle_due_at"] is None
+
+
+async def test_settling_and_submitting_are_leased_apart(subject: Subject) -> None:
+    """A callback never waits for a submission: a task whose submit call still runs is settled to its end."""
+    grant = await subject.submitting()
+    await subject.callback(grant.key, failed(grant.key))
+    assert await subject.settle(grant.key, failed(grant.key)) is State.FAILED
+    assert await subject.submission(grant, Uncertain("no answer in time", MINUTE)) is State.FAILED
+    assert await subject.types(grant.key) == ["image.task.submitted", "image.task.failed"]
+
+
+async def test_a_query_proves_an_uncertain_task(subject: Subject) -> None:
+    """Once the id is known by hand or by a callback, the answer itself submits it."""
+    task_id = await subject.uncertain()
+
+    def bind(tx: Transaction, ids: Sequence[str]) -> list[None]:
+        for row in lock(tx, ids).values():
+            change(tx, row, upstream_id="task-unified-found", upstream_id_from="callback", settle_due_at=tx.now)
+        return [None] * len(ids)
+
+    await subject.write(bind, task_id)
+    assert await subject.settle(task_id, completed(task_id, URL)) is State.STORING
+    assert (await subject.task(task_id))["upstream_id"] == "task-unified-found"
+    assert await subject.types(task_id) == ["image.task.submitted"]
+
+
+async def test_progress_and_usage_are_never_taken_back(subject: Subject) -> None:
+    """A report that says less than is known changes nothing."""
+    task_id = await subject.submitted()
+    full = processing(task_id, progress=70, credits_reserved=1_000_000, billing_rule="per_call", user_group="vip", can_cancel=False)
+    await subject.settle(task_id, full)
+    await subject.settle(task_id, processing(task_id, progress=10))
+    task = await subject.task(task_id)
+    assert (task["progress"], task["credits_reserved"], task["billing_rule"]) == (70, 1_000_000, "per_call")
+    assert (task["user_group"], task["can_cancel"]) == ("vip", False)
+
+
+async def test_a_cancel_ends_a_task_in_every_state_before_its_end(subject: Subject) -> None:
+    """Local: we stop waiting; no download and no submission is due any more, and no question but for the charge."""
+    grant = await subject.submitting()
+    waiting = [await subject.queued(), grant.key, await subject.uncertain(), await subject.submitted(), await subject.storing(URL)]
+    for task_id in waiting:
+        assert await subject.cancel(task_id, "painter") is None
+        task = await subject.task(task_id)
+        assert (task["state"], task["error"]["code"], task["submit_due_at"]) == ("cancelled", "request_cancelled", None)
+        assert (await subject.types(task_id))[-1] == "image.task.cancelled"
+    assert await subject.images(waiting[-1]) == []
+    subject.clock.shift(DAY)
+    assert [await subject.claim(stage, 9) for stage in ("submit", "download")] == [[], []]
+    assert [grant.key for grant in await subject.claim("settle", 9)] == [waiting[3]]
+
+
+async def test_a_cancelled_task_is_asked_about_until_its_charge_is_known(subject: Subject) -> None:
+    """Charges are still recorded: asked on by the plan while the upstream works, until it has ended or no longer knows the task."""
+    task_id = await subject.submitted()
+    await subject.cancel(task_id)
+    assert await subject.settle(task_id, processing(task_id)) is State.CANCELLED
+    assert await subject.settle(task_id, None) is State.CANCELLED
+    assert await subject.settle(task_id, completed(task_id, URL, credits_used=1_500_000)) is State.CANCELLED
+    task = await subject.task(task_id)
+    assert (task["credits_used"], task["settle_due_at"], await subject.images(task_id)) == (1_500_000, None, [])
+    forgotten = await subject.submitted()
+    await subject.cancel(forgotten)
+    assert await subject.settle(forgotten, None, expires_ms=DAY) is State.CANCELLED
+    assert (await subject.task(forgotten))["settle_due_at"] is None
+
+
+async def test_a_cancel_says_why_it_cannot(subject: Subject) -> None:
+    """Terminal: the state that was there first; missing, or somebody else's: as if it were not there."""
+    task_id, other = await subject.completed(URL), await subject.queued(owner="other")
+    assert await subject.cancel(task_id) == "completed"
+    assert await subject.cancel("task_gone") == "missing"
+    assert await subject.cancel(other, "painter") == "missing"
+    assert await subject.cancel(other, None) is None
+    assert await subject.cancel(other, None) == "cancelled"
+
+
+async def test_a_move_outside_the_table_is_refused(subject: Subject) -> None:
+    """The contract's table of states is held by the only function that moves a task: nothing is committed."""
+    task_id = await subject.queued()
+
+    def leap(tx: Transaction, ids: Sequence[str]) -> list[None]:
+        for row in lock(tx, ids).values():
+            move(tx, row, State.COMPLETED)
+        return [None] * len(ids)
+
+    with pytest.raises(AssertionError, match="from queued to completed"):
+        await subject.write(leap, task_id)
+    assert await subject.state(task_id) is State.QUEUED
+    assert not any(may_become(state, after) for state in TERMINAL for after in State)
+
+
+async def test_cancel_and_settle_at_once_from_two_processes_end_a_task_once(two: tuple[Subject, Subject]) -> None:
+    """Whoever locks the row first ends it; the other finds it ended; one terminal event."""
+    for _ in range(5):
+        task_id = await two[0].submitted()
+        grant = await two[0].asking(task_id)
+        cancelled, settled = await asyncio.gather(two[1].cancel(task_id), two[0].settle(task_id, failed(task_id), grant=grant))
+        assert (cancelled, settled) in [(None, State.CANCELLED), ("failed", State.FAILED)]
+        assert len(await two[0].types(task_id)) == 2
+
+
+async def test_an_upstream_id_names_one_task(subject: Subject) -> None:
+    """`(upstream, upstream_id)` is unique: a second task with an id is refused by the constraint, the first stays."""
+    task_id = await subject.submitted()
+    grant = await subject.submitting()
+
+    def steal(tx: Transaction, ids: Sequence[str]) -> list[None]:
+        for row in lock(tx, ids).values():
+            change(tx, row, upstream_id=upstream_id(task_id))
+        return [None] * len(ids)
+
+    with pytest.raises(Exception, match=r"(?i)unique"):
+        await subject.write(steal, grant.key)
+    assert (await subject.task(grant.key))["upstream_id"] is None

@@ -1,0 +1,282 @@
+"""Submitting: the outcome table of contract section 3, at most once."""
+
+import asyncio
+
+import pytest
+
+from service.model import Report, State, Status
+from service.store import Grant
+from service.store.operations.submissions import Accepted, Again, Refused, Uncertain, Undecided
+from service.store.operations.tasks import insert_tasks
+from service.store.tables import steps, tasks
+from tests.contract.subject import FIRST_QUERY, HOUR, LEASE, MINUTE, SECOND, Subject, accepted, completed, error_of, processing, upstream_id
+
+NOT_CREATED = Again("429", 5 * SECOND, HOUR)
+REFUSED = Refused(422, error_of("content_filter"))
+TIMED_OUT = Uncertain("no answer in time", 15 * MINUTE)
+
+
+async def test_a_new_task_is_queued_and_due(subject: Subject) -> None:
+    """The row is committed as `queued` before anything else; without a free place it is simply due."""
+    row = await subject.task(await subject.queued())
+    assert (row["state"], row["submit_due_at"], row["submit_lease_until"]) == ("queued", subject.clock.now, None)
+    assert (row["settle_due_at"], row["upstream_id"], row["created_at"]) == (None, None, subject.clock.now)
+
+
+async def test_one_idempotency_key_gives_one_task(subject: Subject) -> None:
+    """The key is unique per owner: later, in the same batch and from others at once, the first task is the answer."""
+    first, second, third = (subject.wish(idempotency_key="k", idempotency_hash="h") for _ in range(3))
+    made = await subject.batch(insert_tasks, [first, second])
+    assert [(inserted.task_id, inserted.created) for inserted in made] == [(first.id, True), (first.id, False)]
+    found = await subject.write(insert_tasks, third)
+    assert (found.task_id, found.created, found.idempotency_hash) == (first.id, False, "h")
+    assert len(await subject.rows(tasks)) == 1
+
+
+async def test_one_idempotency_key_of_two_owners_gives_two_tasks(subject: Subject) -> None:
+    """Keys belong to an owner; tasks without a key are never the same."""
+    wishes = [subject.wish(owner=owner, idempotency_key=key) for owner, key in [("a", "k"), ("b", "k"), ("a", None), ("a", None)]]
+    assert all(inserted.created for inserted in await subject.batch(insert_tasks, wishes))
+
+
+async def test_an_insert_run_again_finds_its_own_row(subject: Subject) -> None:
+    """After a commit whose answer was lost the operation runs again: the task is there once, and counts as made."""
+    wish = subject.wish(idempotency_key="k", idempotency_hash="h")
+    assert await subject.write(insert_tasks, wish) == await subject.write(insert_tasks, wish)
+    assert len(await subject.rows(tasks)) == len(await subject.rows(steps)) == 1
+
+
+async def test_two_processes_with_one_idempotency_key_make_one_task(two: tuple[Subject, Subject]) -> None:
+    """Whoever loses the race for the key is answered with the winner's task, and its neighbours in the batch don't suffer."""
+    for number in range(5):
+        wishes = [place.wish(idempotency_key=f"k{number}") for place in two for _ in range(4)]
+        others = [place.wish() for place in two]
+        made = await asyncio.gather(*(two[n % 2].write(insert_tasks, wish) for n, wish in enumerate(wishes + others)))
+        assert len({inserted.task_id for inserted in made[: len(wishes)]}) == 1
+        assert sum(inserted.created for inserted in made[: len(wishes)]) == 1
+        assert all(inserted.created for inserted in made[len(wishes) :])
+    assert len(await two[0].rows(tasks)) == 15
+
+
+async def test_a_task_is_submitting_before_its_request_leaves(subject: Subject) -> None:
+    """The body is handed out with the state committed, byte for byte, under a lease that outlasts the call."""
+    grant = await subject.claimed("submit", await subject.queued(body=b"\x00\xff{"))
+    assert await subject.start(grant) == b"\x00\xff{"
+    row = await subject.task(grant.key)
+    assert (row["state"], row["submit_lease_until"]) == ("submitting", subject.clock.now + 70 * SECOND)
+
+
+async def test_a_start_whose_commit_seemed_lost_may_send(subject: Subject) -> None:
+    """Run again under the same grant it gives the body again: nothing was sent, for the first run was never answered."""
+    grant = await subject.submitting()
+    assert await subject.start(grant) == b'{"prompt":"a lighthouse"}'
+
+
+async def test_a_worker_without_the_lease_does_not_send(subject: Subject) -> None:
+    """A lease that ended and went elsewhere gives no right to send."""
+    grant = await subject.claimed("submit", await subject.queued())
+    subject.clock.shift(LEASE)
+    again = await subject.claimed("submit", grant.key)
+    assert await subject.start(grant) is None
+    assert await subject.start(again) is not None
+    assert await subject.start(grant) is None
+
+
+async def test_an_uncertain_task_is_sent_again_only_on_purpose(subject: Subject) -> None:
+    """`submitting` may follow `uncertain` when resubmitting is wanted, else never."""
+    task_id = await subject.uncertain(decide_ms=0)
+    grant = await subject.claimed("submit", task_id)
+    assert await subject.start(grant) is None
+    assert await subject.start(grant, resubmit=True) is not None
+    assert await subject.state(task_id) is State.SUBMITTING
+
+
+async def test_an_answer_with_an_id_submits(subject: Subject) -> None:
+    """2xx with an id: submitted, told once, asked about after the planned time, and submitted no more."""
+    grant = await subject.submitting()
+    report = Report(
+        "task-unified-1", Status.PENDING, estimated_time=45, credits_reserved=1_500_000, billing_rule="per_call", user_group="vip"
+    )
+    assert await subject.submission(grant, Accepted(report, FIRST_QUERY)) is State.SUBMITTED
+    row = await subject.task(grant.key)
+    assert (row["upstream_id"], row["upstream_id_from"], row["submitted_at"]) == ("task-unified-1", "answer", subject.clock.now)
+    assert (row["submit_due_at"], row["submit_lease_until"], row["submit_outcomes"]) == (None, None, 1)
+    assert row["settle_due_at"] == subject.clock.now + FIRST_QUERY
+    assert (row["estimated_time"], row["credits_reserved"], row["billing_rule"], row["user_group"]) == (45, 1_500_000, "per_call", "vip")
+    assert await subject.types(grant.key) == ["image.task.submitted"]
+
+
+async def test_an_answer_that_is_final_already_is_still_asked_about(subject: Subject) -> None:
+    """What the submit answer says of the outcome is for the query to confirm."""
+    grant = await subject.submitting()
+    outcome = Accepted(completed(grant.key, "https://r.test/0"), 0)
+    assert await subject.submission(grant, outcome) is State.SUBMITTED
+    assert (await subject.task(grant.key))["settle_due_at"] == subject.clock.now
+    assert (await subject.task(grant.key))["upstream_status"] is None
+
+
+async def test_nothing_created_is_queued_again(subject: Subject) -> None:
+    """429, no connection, a refused account: queued again after the wait, claimed at its end and not before."""
+    grant = await subject.submitting()
+    assert await subject.submission(grant, NOT_CREATED) is State.QUEUED
+    subject.clock.shift(5 * SECOND - 1)
+    assert await subject.claim("submit") == []
+    subject.clock.shift(1)
+    (again,) = await subject.claim("submit")
+    assert (again.key, again.attempts, again.fence) == (grant.key, 2, grant.fence + 1)
+    assert await subject.types(grant.key) == []
+
+
+async def test_who_is_never_taken_fails_in_the_end(subject: Subject) -> None:
+    """Older than the limit: failed `not_submitted`."""
+    grant = await subject.submitting()
+    subject.clock.shift(HOUR)
+    assert await subject.submission(grant, NOT_CREATED) is State.FAILED
+    assert (await subject.task(grant.key))["error"]["code"] == "not_submitted"
+    assert await subject.types(grant.key) == ["image.task.failed"]
+
+
+async def test_a_refusal_fails_with_the_upstreams_words(subject: Subject) -> None:
+    """400, 402, 422 and their like: failed with status and error, never sent again."""
+    grant = await subject.submitting()
+    assert await subject.submission(grant, REFUSED) is State.FAILED
+    row = await subject.task(grant.key)
+    assert (row["refusal_status"], row["error"], row["terminal_at"]) == (422, REFUSED.error, subject.clock.now)
+    subject.clock.shift(HOUR)
+    assert await subject.claim("submit") == []
+
+
+async def test_an_unproved_outcome_waits_for_proof(subject: Subject) -> None:
+    """A timeout and its like: uncertain, decided when the time is up and not before."""
+    grant = await subject.submitting()
+    assert await subject.submission(grant, TIMED_OUT) is State.UNCERTAIN
+    subject.clock.shift(15 * MINUTE - 1)
+    assert await subject.claim("submit") == []
+    subject.clock.shift(1)
+    decided = await subject.claimed("submit", grant.key)
+    assert await subject.submission(decided, Undecided()) is State.FAILED
+    assert (await subject.task(grant.key))["error"]["code"] == "submission_uncertain"
+    assert await subject.types(grant.key) == ["image.task.failed"]
+
+
+async def test_an_uncertain_task_is_proved_by_a_callback(subject: Subject) -> None:
+    """The callback's token proves the submission: submitted under its id, and nothing is left to decide."""
+    task_id = await subject.uncertain()
+    await subject.callback(task_id, completed(task_id, "https://r.test/0"))
+    row = await subject.task(task_id)
+    assert (row["state"], row["upstream_id"], row["upstream_id_from"]) == ("submitted", upstream_id(task_id), "callback")
+    assert (row["submit_due_at"], row["settle_due_at"]) == (None, subject.clock.now)
+
+
+@pytest.mark.parametrize("outcome", [NOT_CREATED, REFUSED, TIMED_OUT, Undecided()])
+async def test_an_outcome_that_proves_nothing_new_changes_nothing(
+    subject: Subject, outcome: Again | Refused | Uncertain | Undecided
+) -> None:
+    """A callback proved the task while the call ran: what the call brought is outdated, only the lease ends."""
+    grant = await subject.submitting()
+    await subject.callback(grant.key, completed(grant.key, "https://r.test/0"))
+    assert await subject.submission(grant, outcome) is State.SUBMITTED
+    row = await subject.task(grant.key)
+    assert (row["error"], row["submit_due_at"], row["submit_lease_until"]) == (None, None, None)
+
+
+async def taken_over(subject: Subject) -> tuple[Grant, Grant]:
+    """A call that outlasted its lease, and the grant of whoever claimed the task then."""
+    grant = await subject.submitting()
+    subject.clock.shift(70 * SECOND)
+    return grant, await subject.claimed("submit", grant.key)
+
+
+async def test_an_accepted_answer_in_hand_is_always_recorded(subject: Subject) -> None:
+    """Whoever holds the lease: the answer that comes late binds the id, in every state before, and frees nobody else's lease."""
+    late, holder = await taken_over(subject)
+    assert await subject.submission(late, accepted("task-unified-late")) is State.SUBMITTED
+    row = await subject.task(late.key)
+    assert (row["upstream_id"], row["submit_lease_until"] is not None) == ("task-unified-late", True)
+    assert await subject.submission(holder, TIMED_OUT) is State.SUBMITTED
+    assert (await subject.task(late.key))["submit_lease_until"] is None
+
+
+async def test_an_accepted_answer_proves_what_was_given_up_for_uncertain(subject: Subject) -> None:
+    """`uncertain` may become `submitted`: by the late answer as well as by a callback."""
+    late, holder = await taken_over(subject)
+    assert await subject.submission(holder, TIMED_OUT) is State.UNCERTAIN
+    assert await subject.submission(late, accepted("task-unified-late")) is State.SUBMITTED
+    assert await subject.types(late.key) == ["image.task.submitted"]
+
+
+async def test_an_accepted_answer_proves_what_was_queued_again(subject: Subject) -> None:
+    """It looked as if nothing had been created; the proof wins, and it is not sent again."""
+    late, holder = await taken_over(subject)
+    assert await subject.submission(holder, NOT_CREATED) is State.QUEUED
+    assert await subject.submission(late, accepted("task-unified-late")) is State.SUBMITTED
+    subject.clock.shift(HOUR)
+    assert await subject.claim("submit") == []
+
+
+async def test_a_late_refusal_ends_what_was_uncertain(subject: Subject) -> None:
+    """A refusal in hand proves that nothing was created, though the lease went elsewhere meanwhile."""
+    late, holder = await taken_over(subject)
+    assert await subject.submission(holder, TIMED_OUT) is State.UNCERTAIN
+    assert await subject.submission(late, REFUSED) is State.FAILED
+    assert (await subject.task(late.key))["refusal_status"] == 422
+
+
+@pytest.mark.parametrize("outcome", [NOT_CREATED, REFUSED, TIMED_OUT, Undecided()])
+async def test_a_late_outcome_does_not_disturb_who_sends(subject: Subject, outcome: Again | Refused | Uncertain | Undecided) -> None:
+    """While another process holds a `submitting` task, whose request may be on its way, only an accepted answer counts."""
+    late, holder = await taken_over(subject)
+    assert await subject.submission(late, outcome) is State.SUBMITTING
+    assert await subject.submission(holder, accepted("task-unified-1")) is State.SUBMITTED
+
+
+@pytest.mark.parametrize("outcome", [NOT_CREATED, TIMED_OUT, Undecided()])
+async def test_a_late_outcome_without_proof_leaves_uncertain_as_it_is(subject: Subject, outcome: Again | Uncertain | Undecided) -> None:
+    """`uncertain` ends by proof or by the one who holds its lease when the time is up."""
+    late, holder = await taken_over(subject)
+    assert await subject.submission(holder, TIMED_OUT) is State.UNCERTAIN
+    due = (await subject.task(late.key))["submit_due_at"]
+    assert await subject.submission(late, outcome) is State.UNCERTAIN
+    assert (await subject.task(late.key))["submit_due_at"] == due
+
+
+async def test_a_late_answer_only_fills_what_is_empty(subject: Subject) -> None:
+    """What a query or callback said since is newer than the submit answer."""
+    grant = await subject.submitting()
+    told = processing(grant.key, credits_reserved=2_000_000, can_cancel=False, progress=40)
+    await subject.callback(grant.key, told)
+    report = Report(upstream_id(grant.key), Status.PENDING, credits_reserved=1_000_000, can_cancel=True, progress=0, estimated_time=45)
+    assert await subject.submission(grant, Accepted(report, FIRST_QUERY)) is State.SUBMITTED
+    row = await subject.task(grant.key)
+    assert (row["credits_reserved"], row["can_cancel"], row["progress"], row["estimated_time"]) == (2_000_000, False, 40, 45)
+    assert (row["upstream_status"], await subject.types(grant.key)) == ("processing", ["image.task.submitted"])
+
+
+async def test_the_answers_id_wins_over_the_callbacks(subject: Subject) -> None:
+    """A callback that named another id bound it only until the submit answer came; the answer's is never replaced."""
+    grant = await subject.submitting()
+    await subject.callback(grant.key, Report("task-unified-other", Status.COMPLETED, ("https://r.test/0",)))
+    assert (await subject.task(grant.key))["upstream_id"] == "task-unified-other"
+    await subject.submission(grant, accepted("task-unified-right"))
+    assert (await subject.task(grant.key))["upstream_id"] == "task-unified-right"
+    await subject.submission(grant, accepted("task-unified-third"))
+    assert (await subject.task(grant.key))["upstream_id"] == "task-unified-right"
+
+
+async def test_an_answer_after_a_cancel_leaves_the_end_as_it_is(subject: Subject) -> None:
+    """The id and the charge are recorded; state and event stand, and nothing is asked or fetched."""
+    grant = await subject.submitting()
+    await subject.cancel(grant.key)
+    report = Report("task-unified-1", Status.PENDING, credits_reserved=1_000_000)
+    assert await subject.submission(grant, Accepted(report, FIRST_QUERY)) is State.CANCELLED
+    row = await subject.task(grant.key)
+    assert (row["upstream_id"], row["credits_reserved"], row["settle_due_at"]) == ("task-unified-1", 1_000_000, None)
+    assert await subject.types(grant.key) == ["image.task.cancelled"]
+
+
+async def test_an_accepted_answer_without_an_id_is_our_own_defect(subject: Subject) -> None:
+    """2xx without an id proves nothing; whoever says `Accepted` then is mistaken, and nothing is recorded."""
+    grant = await subject.submitting()
+    with pytest.raises(AssertionError, match="has an id"):
+        await subject.submission(grant, Accepted(Report(), FIRST_QUERY))
+    assert await subject.state(grant.key) is State.SUBMITTING

@@ -1,0 +1,118 @@
+"""README.md and code hold together: its tables are made from the code, and what the code logs is what the table lists."""
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import service
+from service.ops.lines import LINES
+from service.settings import Settings
+from service.web.routes import SPECS, routes
+from tests.docs.render import README, SECTIONS, rendered, section
+
+ANY_LINE = {
+    *("timestamp", "level", "event", "service", "version", "request_id", "owner", "task_id", "upstream_id"),
+    *("callback_id", "event_id", "delivery_id", "endpoint_id", "trace_id"),
+}
+LEVELS = {"debug", "info", "warning", "error", "exception", "critical"}
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_table_of_the_readme_is_what_the_code_has(name: str) -> None:
+    """Settings, commands, routes, log lines and metrics stand in the README as they are in the code (`python -m tests.docs.render`)."""
+    text = README.read_text("utf-8")
+    assert section(text, name)["body"].strip() == section(rendered(text), name)["body"].strip()
+
+
+def test_rendering_changes_nothing_outside_of_the_markers() -> None:
+    """The script rewrites the tables alone, and rewriting twice is rewriting once."""
+    text = "".join(f"before {name}\n<!-- {name} -->\nold\n<!-- /{name} -->\nafter\n" for name in SECTIONS)
+    once = rendered(text)
+    assert rendered(once) == once
+    assert re.sub(r"(?s)(<!-- \w+ -->\n).*?(<!-- /)", r"\1old\n\2", once) == text
+
+
+def test_every_setting_the_readme_names_exists() -> None:
+    """A variable in the README's text is one of the settings."""
+    named = set(re.findall(r"\bDARKROOM_[A-Z0-9_]*[A-Z0-9]\b", README.read_text("utf-8")))
+    assert named <= {f"DARKROOM_{name.upper()}" for name in Settings.model_fields} | {"DARKROOM_TEST_POSTGRES_URL"}
+
+
+def test_the_table_of_routes_is_all_that_is_answered() -> None:
+    """What a web process answers is in the table, but for the upstream's callbacks."""
+    answered = {(route.path, method) for route in routes() for method in route.methods or ()}
+    listed = {(spec.path, spec.method) for spec in SPECS}
+    callbacks = {("/callbacks/{upstream}/{task_id}/{token}", method) for method in ("POST", "PUT")}
+    assert answered == listed | {(path, "HEAD") for path, method in listed if method == "GET"} | callbacks
+
+
+# --- the log ---------------------------------------------------------------------------------------------------------
+
+
+def logged() -> Iterator[tuple[str, str, set[str]]]:
+    """Every line that the code writes: where, its name, its fields."""
+    for path in sorted(Path(service.__file__).parent.rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                dictionaries = mappings(function)
+                for call in ast.walk(function):
+                    if isinstance(call, ast.Call) and is_log(call.func):
+                        name = call.args[0]
+                        assert isinstance(name, ast.Constant), f"{path.name}:{call.lineno}: a line's name is fixed"
+                        yield f"{path.name}:{call.lineno}", str(name.value), fields(call, dictionaries)
+
+
+def is_log(function: ast.expr) -> bool:
+    """`log.info(…)`, or `level(…)` where the level is chosen first."""
+    if isinstance(function, ast.Attribute):
+        return isinstance(function.value, ast.Name) and function.value.id == "log" and function.attr in LEVELS
+    return isinstance(function, ast.Name) and function.id == "level"
+
+
+def mappings(function: ast.AST) -> dict[str, set[str]]:
+    """The keys of the dictionaries that a function gives a name, for `**name`."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            for inner in ast.walk(node.value):
+                if isinstance(inner, ast.Dict):
+                    found[node.targets[0].id] |= {str(key.value) for key in inner.keys if isinstance(key, ast.Constant)}
+    return found
+
+
+def fields(call: ast.Call, dictionaries: dict[str, set[str]]) -> set[str]:
+    names: set[str] = set()
+    for keyword in call.keywords:
+        if keyword.arg is None:
+            assert isinstance(keyword.value, ast.Name)
+            names |= dictionaries[keyword.value.id]
+        else:
+            names.add(keyword.arg)
+    return names - {"exc_info"}
+
+
+def documented(text: str) -> set[str]:
+    return set(re.findall(r"`([a-z_0-9]+)`", text))
+
+
+def test_every_line_that_is_logged_is_listed_with_its_fields() -> None:
+    """A log line's name is in the list, and its fields are those of the list or of any line."""
+    for place, name, given in logged():
+        assert name in LINES, place
+        assert given - ANY_LINE <= documented(LINES[name]), place
+
+
+def test_every_line_that_is_listed_is_logged_with_its_fields() -> None:
+    """The list names no line and no field that the code never writes; what workers bind is in their lines too."""
+    written: defaultdict[str, set[str]] = defaultdict(set)
+    for _, name, given in logged():
+        written[name] |= given
+    bound = {"image_id"}  # by the worker that runs the job
+    assert written.keys() | {"library.message"} == LINES.keys()
+    for name, given in written.items():
+        assert documented(LINES[name]) - bound <= given, name

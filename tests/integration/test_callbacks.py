@@ -1,0 +1,438 @@
+"""The upstream's callbacks over real sockets: each row of the contract's table (section 4)."""
+
+import asyncio
+import io
+import json
+import logging
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+from sqlalchemy import Connection, Engine, event, select
+from sqlalchemy.exc import OperationalError
+from starlette.responses import Response
+from structlog.testing import capture_logs
+
+from service.app import Role
+from service.ops.logging import QUIET, configure
+from service.pipeline import inbox, worker
+from service.store import tables
+from service.store.sqlite import REMEMBERED, SqliteStore
+from service.web import callbacks
+from tests.upstream import After, Upstream, document, failed, picture
+from tests.waiting import wait_until
+from tests.world import World, world
+
+LIMIT = 256 * 1024
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Due work is looked for more often than in earnest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "LOOK_S", 0.05)
+        yield
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Upstream:
+    return Upstream()
+
+
+@pytest.fixture(scope="module")
+async def here(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    async with world(tmp_path_factory.mktemp("callbacks"), upstream=upstream.app, reconcile_after_s=600) as made:
+        yield made
+
+
+def said(task: dict[str, Any], status: str, **more: Any) -> bytes:
+    """A callback's body for this task."""
+    return json.dumps({"id": task["upstream_id"], "status": status, **more}).encode()
+
+
+async def call(here: World, task: dict[str, Any] | str, body: bytes) -> httpx.Response:
+    return await here.stranger.post(here.callback_url(task if isinstance(task, str) else task["id"]), content=body)
+
+
+async def verdict(here: World, task: dict[str, Any] | str, body: bytes) -> str:
+    """What the service says to a callback that it must answer with 200."""
+    answer = await call(here, task, body)
+    assert answer.status_code == 200, answer.text
+    assert list(answer.json()) == ["status"]
+    return str(answer.json()["status"])
+
+
+async def heard(here: World, task: dict[str, Any]) -> list[tuple[str, str | None, int]]:
+    """The callbacks in the task's timeline: verdict, status, count."""
+    steps = await here.steps(task["id"])
+    return [(step["verdict"], step["status"], step["count"]) for step in steps if step["step"] == "callback.received"]
+
+
+async def types(here: World, task: dict[str, Any]) -> list[str]:
+    return [event["type"] for event in await here.events(task=task["id"])]
+
+
+def counted(here: World, verdict: str) -> float:
+    return here.context.resources.metrics.registry.get_sample_value("darkroom_callbacks_total", {"verdict": verdict}) or 0
+
+
+async def asked(upstream: Upstream, task: dict[str, Any], times: int = 1) -> None:
+    await wait_until(lambda: upstream.asked[task["upstream_id"]] >= times)
+
+
+# --- the table, row by row ---------------------------------------------------------------------------------------------
+
+
+async def test_a_wrong_token_is_refused_without_touching_the_store(tmp_path: Path) -> None:
+    """401 whatever the task: counted, logged without the token, and not one statement is sent to the store."""
+    statements: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        statements.append(statement)
+
+    async with world(tmp_path, role=Role(workers=False)) as here:
+        task = await here.submit(headers={"prefer": "respond-async"})
+        event.listen(Engine, "before_cursor_execute", note)
+        try:
+            for task_id in (task["id"], "task_unknown", "%00"):
+                for token in ("wrong", here.context.resources.keyring.callback_token("evolink", "another")):
+                    answer = await here.stranger.post(here.callback_url(task_id, token), content=said(task, "completed"))
+                    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized")
+            right = here.callback_url(task["id"]).replace("/evolink/", "/other/")
+            assert (await here.stranger.post(right, content=said(task, "completed"))).status_code == 401
+        finally:
+            event.remove(Engine, "before_cursor_execute", note)
+        assert statements == []
+        assert counted(here, "wrong_token") == 7
+        assert await heard(here, task) == []
+
+
+async def test_the_first_terminal_callback_is_accepted_and_settled(here: World, upstream: Upstream) -> None:
+    """200 `accepted`; the upstream is asked, and what it says ends the task."""
+    task = await here.submit()
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+    assert await verdict(here, task, said(task, "failed")) == "accepted"
+    assert (await here.ended(task["id"]))["error"]["code"] == "service_error"
+    assert await heard(here, task) == [("accepted", "failed", 1)]
+    assert upstream.asked[task["upstream_id"]] == 1
+
+
+async def test_the_same_again_is_a_duplicate_and_nothing_else(here: World, upstream: Upstream) -> None:
+    """Ten at once and one after the end: one is accepted, the others are counted on it; one query, one terminal event."""
+    task = await here.submit()
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+    bodies = [said(task, "failed", attempt=number) for number in range(10)]  # what says the same need not be the same bytes
+    verdicts = await asyncio.gather(*(verdict(here, task, body) for body in bodies))
+    assert sorted(verdicts) == ["accepted"] + ["duplicate"] * 9
+    await here.ended(task["id"])
+    assert await verdict(here, task, bodies[0]) == "duplicate"
+    assert await heard(here, task) == [("accepted", "failed", 11)]
+    assert await types(here, task) == ["image.task.submitted", "image.task.failed"]
+    assert upstream.asked[task["upstream_id"]] == 1
+
+
+async def test_every_spelling_of_cancelled_is_the_same(here: World, upstream: Upstream) -> None:
+    """`cancelled`, `canceled` and `failed` with `request_cancelled` agree with each other."""
+    task = await here.submit()
+    upstream.queries[task["upstream_id"]] = [document("canceled")]
+    error = {"code": "request_cancelled", "message": "gone"}
+    spelled = [said(task, "failed", error=error), said(task, "cancelled"), said(task, "canceled")]
+    assert [await verdict(here, task, body) for body in spelled] == ["accepted", "duplicate", "duplicate"]
+    assert (await here.ended(task["id"]))["state"] == "cancelled"
+
+
+async def test_another_terminal_callback_is_a_conflict_told_once(here: World, upstream: Upstream) -> None:
+    """Another status or other results: 200 `conflict`, kept, the upstream is asked, one event for operators; what is settled stands."""
+    task = await here.submit()
+    upstream.queries[task["upstream_id"]] = [failed("service_error", usage={"credits_used": 0})]
+    assert await verdict(here, task, said(task, "failed")) == "accepted"
+    await here.ended(task["id"])
+    before = upstream.asked[task["upstream_id"]]
+    contradiction = said(task, "completed", results=["https://files.evolink.ai/x.png"])
+    assert [await verdict(here, task, contradiction) for _ in range(3)] == ["conflict"] * 3
+    await asked(upstream, task, before + 1)
+    assert await verdict(here, task, said(task, "completed", results=["https://files.evolink.ai/y.png"])) == "conflict"
+    assert (await here.task(task["id"]))["state"] == "failed"
+    assert await types(here, task) == ["image.task.submitted", "image.task.failed", "callback.conflict", "callback.conflict"]
+    assert [count for _, _, count in await heard(here, task)] == [1, 3, 1]
+    conflict = (await here.events(task=task["id"], type="callback.conflict"))[0]["data"]
+    assert (conflict["task_id"], conflict["upstream_id"]) == (task["id"], task["upstream_id"])
+
+
+async def test_a_conflict_before_the_end_is_decided_by_the_upstream(here: World, upstream: Upstream) -> None:
+    """Two callbacks that contradict each other while nothing is settled: the query's word counts, not the first one's."""
+    task = await here.submit()
+    answer = asyncio.Event()
+    upstream.queries[task["upstream_id"]] = [After(answer.wait, failed("service_error"))]
+    assert await verdict(here, task, said(task, "completed", results=["http://127.0.0.1:9/x.png"])) == "accepted"
+    assert await verdict(here, task, said(task, "failed")) == "conflict"
+    answer.set()
+    ended = await here.ended(task["id"])
+    assert (ended["state"], ended["images"]) == ("failed", [])
+    assert await types(here, task) == ["image.task.submitted", "callback.conflict", "image.task.failed"]
+
+
+async def test_what_is_not_terminal_is_progress_only(here: World, upstream: Upstream) -> None:
+    """`processing` moves status and progress forward, never back, and asks nobody; an unknown status changes nothing."""
+    task = await here.submit()
+    assert await verdict(here, task, said(task, "processing", progress=40)) == "accepted"
+    shown = await here.task(task["id"])
+    assert (shown["state"], shown["status"], shown["progress"]) == ("submitted", "processing", 40)
+    assert await verdict(here, task, said(task, "pending", progress=10)) == "accepted"
+    assert await verdict(here, task, said(task, "teleporting")) == "accepted"
+    shown = await here.task(task["id"])
+    assert (shown["state"], shown["status"], shown["progress"]) == ("submitted", "processing", 40)
+    assert upstream.asked[task["upstream_id"]] == 0
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+    await verdict(here, task, said(task, "failed"))
+    await here.ended(task["id"])
+    assert await verdict(here, task, said(task, "processing", progress=90)) == "accepted"
+    after = await here.task(task["id"])
+    assert (after["state"], after["progress"]) == ("failed", 40)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"\x00{not json",
+        b'{"status": 7}',
+        b'{"status": "failed", "status": "completed"}',
+        b'{"status":"\\ud800"}',
+        b"[" * 200_000,
+    ],
+    ids=["empty", "list", "garbage", "no status", "twice", "surrogate", "deep"],
+)
+async def test_an_unreadable_body_gets_the_upstream_asked(body: bytes, here: World, upstream: Upstream) -> None:
+    """The token proves who calls: 200 `unreadable`, kept in part, asked about once however often it comes."""
+    task = await here.submit()
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+    assert await verdict(here, task, body) == "unreadable"
+    await here.ended(task["id"])
+    assert await verdict(here, task, body) == "unreadable"
+    assert await heard(here, task) == [("unreadable", None, 2)]
+    assert upstream.asked[task["upstream_id"]] == 1
+
+
+async def test_a_foreign_upstream_id_is_a_conflict(here: World, upstream: Upstream) -> None:
+    """A body about another upstream task than the one known: kept, the upstream is asked, the known id stands."""
+    task = await here.submit()
+    other = await here.submit()
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+    for name in ("task-unified-foreign", other["upstream_id"]):
+        assert await verdict(here, task, said({**task, "upstream_id": name}, "completed")) == "conflict"
+    ended = await here.ended(task["id"])
+    assert (ended["upstream_id"], ended["state"]) == (task["upstream_id"], "failed")
+    assert (await types(here, task)).count("callback.conflict") == 2
+    assert (await here.task(other["id"]))["state"] == "submitted"
+
+
+async def test_a_callback_for_a_task_that_is_gone_is_answered(here: World) -> None:
+    """The right token for a task no longer known: 200 `unknown`, logged, nothing is kept."""
+    with capture_logs() as lines:
+        assert await verdict(here, "task_gone", b'{"status": "completed"}') == "unknown"
+    assert [(line["verdict"], line["task_id"]) for line in lines if line["event"] == "callback.received"] == [("unknown", "task_gone")]
+
+
+@pytest.mark.parametrize("named", ["task-unified-early", None], ids=["with its id", "without an id"])
+async def test_a_callback_may_come_before_the_submit_answer(named: str | None, here: World, upstream: Upstream) -> None:
+    """Never a 404: it binds the id it names; the answer's id wins, and the task is settled although the callback won't come again."""
+    prompt, answered, mine = f"early {named}", asyncio.Event(), f"task-unified-answer-{named}"
+    upstream.submits[prompt] = [After(answered.wait, document("pending", id=mine))]
+    upstream.queries[mine] = [failed("service_error")]
+    task = await here.submit(prompt=prompt, headers={"prefer": "respond-async"})
+    await wait_until(lambda: upstream.received[prompt])
+    body = {"status": "failed"} if named is None else {"status": "failed", "id": named}
+    assert await verdict(here, task, json.dumps(body).encode()) == "accepted"
+    early = await here.task(task["id"])
+    assert (early["upstream_id"], early["state"]) == (named, "submitted" if named else "submitting")
+    answered.set()
+    ended = await here.ended(task["id"])
+    assert (ended["upstream_id"], ended["error"]["code"]) == (mine, "service_error")
+    assert await types(here, task) == ["image.task.submitted", "image.task.failed"]
+
+
+async def test_too_large_a_body_gets_the_upstream_asked(here: World, upstream: Upstream) -> None:
+    """Over 256 KiB is 413; with the right token the upstream is asked all the same. At the limit it is read."""
+    task = await here.submit()
+    upstream.queries[task["upstream_id"]] = [document("processing"), failed("service_error")]
+    filled = said(task, "processing", padding="")
+    assert await verdict(here, task, filled.replace(b'""', b'"' + b"x" * (LIMIT - len(filled)) + b'"')) == "accepted"
+    answer = await call(here, task, said(task, "failed", padding="x" * LIMIT))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+    await asked(upstream, task)
+
+
+async def partial(here: World, task: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A callback of whose body half is sent."""
+    url = httpx.URL(here.callback_url(task["id"]))
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(f"POST {url.path} HTTP/1.1\r\nhost: here\r\ncontent-length: 100\r\n\r\n".encode() + b'{"status": "completed"')
+    await writer.drain()
+    return reader, writer
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """408 when the body is not complete in time (5 s; shorter here); nothing is kept."""
+    monkeypatch.setattr(callbacks, "BODY_S", 0.05)
+    task = await here.submit()
+    before = counted(here, "incomplete")
+    reader, writer = await partial(here, task)
+    with closing(writer):
+        assert await reader.readuntil(b"\r\n") == b"HTTP/1.1 408 Request Timeout\r\n"
+    assert counted(here, "incomplete") == before + 1
+    assert await heard(here, task) == []
+
+
+async def test_a_caller_that_leaves_in_the_middle_is_not_heard(here: World) -> None:
+    """It will come again: nothing is kept, the refusal is counted."""
+    task = await here.submit()
+    before = counted(here, "disconnected")
+    _, writer = await partial(here, task)
+    writer.close()
+    await wait_until(lambda: counted(here, "disconnected") == before + 1)
+    assert await heard(here, task) == []
+
+
+@contextmanager
+def commits(here: World, hook: Callable[[Connection], None]) -> Iterator[None]:
+    """Runs `hook` before each commit of the store, on the thread where a slow disk is waited for."""
+    store = here.context.resources.store
+    assert isinstance(store, SqliteStore)
+    store._commits.extend([1.0] * REMEMBERED)
+    event.listen(store._engine, "commit", hook)
+    try:
+        yield
+    finally:
+        event.remove(store._engine, "commit", hook)
+
+
+async def test_a_store_that_fails_to_commit_promises_nothing(here: World, upstream: Upstream) -> None:
+    """503 with `Retry-After: 1`, and nothing is kept; the same callback is taken once the store is back."""
+    task = await here.submit()
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+
+    def full(_: Connection) -> None:
+        raise OperationalError("COMMIT", {}, sqlite3.OperationalError("database or disk is full"))
+
+    before = counted(here, "unavailable")
+    with commits(here, full):
+        answer = await call(here, task, said(task, "failed"))
+        assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]["code"]) == (503, "1", "unavailable")
+        assert counted(here, "unavailable") == before + 1
+    assert await heard(here, task) == []
+    assert await verdict(here, task, said(task, "failed")) == "accepted"
+    await here.ended(task["id"])
+
+
+async def test_a_store_that_takes_too_long_promises_nothing(here: World, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """503 when the commit takes over 8 s (shorter here); should it succeed after all, the callback that comes again is a duplicate."""
+    task = await here.submit()
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+    quick = threading.Event()
+
+    def wait(_: Connection) -> None:
+        quick.wait(20)
+
+    with commits(here, wait), monkeypatch.context() as patch:
+        patch.setattr(inbox, "COMMIT_S", 0.05)
+        answer = await call(here, task, said(task, "failed"))
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        quick.set()
+    assert await verdict(here, task, said(task, "failed")) in ("accepted", "duplicate")
+    assert (await here.ended(task["id"]))["error"]["code"] == "service_error"
+    assert await types(here, task) == ["image.task.submitted", "image.task.failed"]
+
+
+# --- rules for all of them ---------------------------------------------------------------------------------------------
+
+
+async def test_the_answer_comes_before_anything_else(here: World, upstream: Upstream) -> None:
+    """While the upstream is silent and its files stall, callbacks are answered: nothing is asked or fetched inside the request."""
+    task, silence = await here.submit(), asyncio.Event()
+    upstream.queries[task["upstream_id"]] = [After(silence.wait, document("completed", f"{here.sandbox_url}/files/stalled.png"))]
+    upstream.files["stalled.png"] = [After(silence.wait, document("later"))]
+    result = f"{here.sandbox_url}/files/stalled.png"
+    assert await verdict(here, task, said(task, "completed", results=[result])) == "accepted"
+    assert await verdict(here, task, said(task, "completed", results=[result])) == "duplicate"
+    await wait_until(lambda: upstream.asked["stalled.png"] == 1 and upstream.asked[task["upstream_id"]] == 1)
+    assert (await here.task(task["id"]))["state"] == "submitted"
+    answer = await here.client.post(f"/v1/tasks/{task['id']}/cancel")
+    assert answer.json()["state"] == "cancelled"
+    silence.set()
+
+
+async def test_a_flood_of_different_bodies_is_kept_in_part(here: World) -> None:
+    """Of one task's callbacks that all differ a few are kept, the others counted; each gets its answer."""
+    task = await here.submit()
+    verdicts = await asyncio.gather(*(verdict(here, task, b"garbage %d" % number) for number in range(40)))
+    assert verdicts == ["unreadable"] * 40
+    counts = [count for _, _, count in await heard(here, task)]
+    assert (len(counts), sum(counts)) == (20, 40)
+
+
+async def test_a_callback_asked_for_again_while_the_query_runs_is_not_lost(here: World, upstream: Upstream) -> None:
+    """What arrives during a query may be newer than its answer: the upstream is asked once more."""
+    task, answer = await here.submit(), asyncio.Event()
+    upstream.queries[task["upstream_id"]] = [After(answer.wait, document("processing")), failed("service_error")]
+    assert await verdict(here, task, b"garbage") == "unreadable"
+    await asked(upstream, task)
+    assert await verdict(here, task, said(task, "failed")) == "accepted"
+    answer.set()
+    assert (await here.ended(task["id"]))["error"]["code"] == "service_error"
+
+
+@contextmanager
+def logged() -> Iterator[io.StringIO]:
+    """All that a process writes to its log, libraries included, as it is set up in earnest."""
+    root, stream = logging.getLogger(), io.StringIO()
+    handlers, levels = root.handlers[:], {logger: logger.level for logger in (root, *map(logging.getLogger, QUIET))}
+    configure("json", "debug", stream)
+    try:
+        yield stream
+    finally:
+        structlog.reset_defaults()
+        root.handlers[:] = handlers
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+async def test_no_line_of_the_log_holds_a_token(here: World, upstream: Upstream) -> None:
+    """Right or wrong, accepted or refused, in our lines or a library's: the token is in none of them."""
+    upstream.files["0.png"] = [Response(picture(), media_type="image/png")]
+    result = f"{here.sandbox_url}/files/0.png"
+    with logged() as stream:
+        task = await here.submit()
+        upstream.queries[task["upstream_id"]] = [document("completed", result)]
+        for body in (b"garbage", said(task, "processing"), said(task, "completed", results=[result]), b"x" * (LIMIT + 1)):
+            await call(here, task, body)
+        token = here.callback_url(task["id"]).rsplit("/", 1)[1]
+        await here.stranger.post(here.callback_url(task["id"], "wrong" + token), content=b"{}")
+        await call(here, "task_gone", b"{}")
+        assert (await here.ended(task["id"]))["state"] == "completed"
+    lines = stream.getvalue()
+    names = {json.loads(line)["event"] for line in lines.splitlines()}
+    assert names >= {"callback.received", "callback.refused", "http.request", "task.settled"}
+    assert token not in lines
+    assert here.callback_url("task_gone").rsplit("/", 1)[1] not in lines
+
+
+async def test_what_is_kept_of_an_unreadable_body_is_capped(here: World) -> None:
+    """16 KiB of a body that says nothing are enough."""
+    task = await here.submit()
+    assert await verdict(here, task, b"x" * 100_000) == "unreadable"
+    found = await here.context.resources.store.read(kept_bytes, task["id"])
+    assert found == [16 * 1024]
+
+
+def kept_bytes(connection: Connection, task_id: str) -> list[int]:
+    return [
+        len(body) for body in connection.execute(select(tables.callbacks.c.body).where(tables.callbacks.c.task_id == task_id)).scalars()
+    ]

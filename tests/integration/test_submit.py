@@ -1,0 +1,487 @@
+"""Submissions over real sockets: each row of the contract's table of outcomes, and what a client is told of it."""
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.responses import Response
+from structlog.testing import capture_logs
+
+from service.app import stages
+from service.errors import ApiError
+from service.pipeline import worker
+from service.pipeline.submit import ended, wait_for
+from service.store import Grant, queries
+from service.upstreams.sandbox import SandboxOptions, create_sandbox
+from service.web import api
+from service.web.server import Server, listening
+from tests.upstream import After, Cut, Upstream, document, error, page
+from tests.waiting import wait_until
+from tests.world import TEXT_TO_IMAGE, World, world
+
+ACCEPTED = document("pending", id="task-unified-own")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Due work is looked for more often than in earnest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "LOOK_S", 0.05)
+        yield
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Upstream:
+    return Upstream()
+
+
+@pytest.fixture(scope="module")
+async def here(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    async with world(tmp_path_factory.mktemp("submit"), upstream=upstream.app) as made:
+        yield made
+
+
+async def post(here: World, body: dict[str, Any], **headers: str) -> httpx.Response:
+    whole = {"model": TEXT_TO_IMAGE, "prompt": "a lighthouse", "size": "768x768", **body}
+    return await here.client.post("/v1/images/generations", json=whole, headers={name.replace("_", "-"): v for name, v in headers.items()})
+
+
+async def in_state(here: World, task_id: str, state: str) -> Any:
+    async def look() -> Any:
+        task = await here.task(task_id)
+        return task if task["state"] == state else None
+
+    return await wait_until(look)
+
+
+async def row(here: World, task_id: str) -> Any:
+    return await here.context.resources.store.read(queries.task_row, task_id, None)
+
+
+# --- what the upstream's answer proves ---------------------------------------------------------------------------------
+
+
+async def test_an_answer_with_an_id_makes_a_task_submitted(here: World) -> None:
+    """2xx with an id: the client gets the task as it is, with the upstream's id and what it said of the cost."""
+    task = await here.submit(prompt="accepted")
+    assert task["state"] == "submitted"
+    assert task["status"] == "pending"
+    assert task["upstream_id"].startswith("task-unified-")
+    assert task["usage"]["credits_reserved"] == 2
+    assert [event["type"] for event in await here.events(task=task["id"])] == ["image.task.submitted"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [error(429, "rate_limit_exceeded"), error(503, "service_unavailable"), error(401, "unauthorized"), error(403, "key_disabled")],
+    ids=["429", "503 of its own", "401", "403 about the key"],
+)
+async def test_where_nothing_was_created_it_is_sent_again_the_same(answer: Response, here: World, upstream: Upstream) -> None:
+    """Proof that nothing was created: queued again, and every request is the same byte for byte under the same key."""
+    prompt = f"not created {answer.body!r} 猫"
+    upstream.submits[prompt] = [answer, answer, document("pending", id=f"task-unified-{answer.status_code}")]
+    task = await here.submit(prompt=prompt, exotic={"b": 1, "a": [None, 0.1]})
+    assert task["error"] is None
+    await in_state(here, task["id"], "submitted")
+    sent = upstream.received[prompt]
+    assert len(sent) == 3
+    assert {request.body for request in sent} == {sent[0].body}
+    assert {request.headers["idempotency-key"] for request in sent} == {task["id"]}
+    assert json.loads(sent[0].body)["exotic"] == {"b": 1, "a": [None, 0.1]}
+
+
+async def test_an_upstream_that_cannot_be_reached_got_nothing(tmp_path: Path) -> None:
+    """A refused connection is proof that nothing was created: the task waits and is sent once somebody listens."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as place:
+        place.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        address = f"http://127.0.0.1:{place.getsockname()[1]}"
+        async with world(tmp_path, evolink_base_url=address) as here:
+            task = await here.submit()
+            assert (task["state"], task["error"]) in [("queued", None), ("submitting", None)]
+            place.listen()
+            place.setblocking(False)
+            sandbox = create_sandbox(SandboxOptions(networks=here.settings.upstream_networks, delay_s=0.05))
+            async with listening(Server(sandbox, place, 1), asyncio.Event()):
+                assert (await here.ended(task["id"]))["state"] == "completed"
+
+
+async def test_waits_between_submissions_keep_to_schedule_and_retry_after(tmp_path: Path) -> None:
+    """The client gets 200 with the waiting task; an account's refusal is an alert and counted; Retry-After may lengthen the schedule."""
+    upstream = Upstream()
+    upstream.submits = {
+        "schedule": [error(429, "rate_limit_exceeded", retry_after="5")],
+        "asked": [error(503, "service_unavailable", retry_after="1200")],
+        "account": [error(401, "unauthorized")],
+    }
+    async with world(tmp_path, upstream=upstream.app, submit_schedule="600") as here:
+        waits, answers = {}, {}
+        with capture_logs() as lines:
+            for prompt in upstream.submits:
+                answers[prompt] = await here.submit(prompt=prompt)
+                known = await row(here, answers[prompt]["id"])
+                waits[prompt] = (known["submit_due_at"] - here.context.resources.clock()) / 1000
+        assert {task["state"] for task in answers.values()} == {"queued"}
+        assert 590 < waits["schedule"] <= 720
+        assert 1190 < waits["asked"] <= 1200
+        assert 590 < waits["account"] <= 720
+        retried = [line for line in lines if line["event"] == "task.submission_retried"]
+        assert [(line["account"], line["log_level"]) for line in retried] == [(False, "warning"), (False, "warning"), (True, "error")]
+        metrics = (await here.client.get("/metrics")).text
+        assert "darkroom_account_refusals_total 1.0" in metrics
+        assert await here.events() == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (400, "content_filter"),
+        (402, "insufficient_quota"),
+        (403, "model_access_denied"),
+        (404, "not_found"),
+        (413, "too_large"),
+        (422, "odd"),
+    ],
+)
+async def test_a_refusal_is_the_clients_and_final(status: int, code: str, here: World, upstream: Upstream) -> None:
+    """The client gets the upstream's status and error with our task's id, again on a replay; the task is failed, nothing is sent again."""
+    prompt = f"refused {status}"
+    upstream.submits[prompt] = [error(status, code)]
+    answer = await post(here, {"prompt": prompt}, idempotency_key=prompt.replace(" ", "-"))
+    told = answer.json()["error"]
+    assert (answer.status_code, told["code"], told["message"], told["type"], told["param"]) == (
+        (status, code, f"said {code}", "some_error", "size")
+    )
+    assert told["request_id"] == answer.headers["x-request-id"]
+    task = await here.task(told["task_id"])
+    assert (task["state"], task["status"], task["error"]["code"]) == ("failed", "failed", code)
+    again = await post(here, {"prompt": prompt}, idempotency_key=prompt.replace(" ", "-"))
+    assert again.status_code == status
+    assert again.headers["idempotency-replayed"] == "true"
+    assert again.json()["error"]["task_id"] == task["id"]
+    assert len(upstream.received[prompt]) == 1
+    assert [event["type"] for event in await here.events(task=task["id"])] == ["image.task.failed"]
+
+
+UNPROVED = {
+    "gateway 502": page(502),
+    "gateway 503": page(503),
+    "gateway 524": page(524),
+    "own 500": error(500, "internal_error"),
+    "own 502": error(502, "upstream_error"),
+    "timeout 408": error(408, "timeout"),
+    "redirect": Response(status_code=302, headers={"location": "/elsewhere"}),
+    "no id": document("pending"),
+    "no JSON": Response("ok", 200),
+    "paid unknown": error(400, "paid_outcome_unknown"),
+    "key conflict": error(409, "idempotency_conflict"),
+    "cut": Cut(b'{"id": "task-uni'),
+}
+
+
+@pytest.mark.parametrize("name", UNPROVED)
+async def test_what_proves_nothing_is_uncertain_and_not_sent_again(name: str, here: World, upstream: Upstream) -> None:
+    """It may have been charged: the task waits for a callback, the client gets 200, no event is written."""
+    upstream.submits[name] = [UNPROVED[name]]
+    task = await here.submit(prompt=name)
+    assert (task["state"], task["status"], task["error"]) == ("uncertain", "pending", None)
+    assert len(upstream.received[name]) == 1
+    assert await here.events(task=task["id"]) == []
+    assert "task.submission_uncertain" in [step["step"] for step in await here.steps(task["id"])]
+
+
+async def test_a_callback_proves_an_uncertain_submission(tmp_path: Path) -> None:
+    """The answer was lost, the task was created: its callback binds it, and it ends like any other, paid once."""
+    async with world(tmp_path) as here:
+        task = await here.submit(sandbox={"lose_answer": True, "delay": 0.2})
+        assert (await here.ended(task["id"]))["state"] == "completed"
+        steps = [step["step"] for step in await here.steps(task["id"])]
+        assert steps.index("task.submission_uncertain") < steps.index("task.submitted") < steps.index("task.settled")
+        assert len((await here.sandbox.get("/sandbox/tasks")).json()["data"]) == 1
+
+
+async def test_no_answer_and_no_callback_end_as_submission_uncertain(tmp_path: Path) -> None:
+    """After `UNCERTAIN_AFTER_S` without proof the task fails; it is never sent again."""
+    upstream, forever = Upstream(), asyncio.Event()
+    upstream.submits["silence"] = [After(forever.wait, ACCEPTED)]
+    async with world(tmp_path, upstream=upstream.app, submit_timeout_s=0.1, uncertain_after_s=0.1) as here:
+        task = await here.ended((await here.submit(prompt="silence"))["id"])
+    assert (task["state"], task["error"]["code"]) == ("failed", "submission_uncertain")
+    assert len(upstream.received["silence"]) == 1
+
+
+async def test_without_a_callback_url_the_uncertain_is_decided_at_once(tmp_path: Path) -> None:
+    """Nothing can prove it then: it fails although `UNCERTAIN_AFTER_S` is far away."""
+    upstream = Upstream()
+    upstream.submits["lost"] = [Cut()]
+    async with world(tmp_path, upstream=upstream.app, callback_url=None) as here:
+        task = await here.ended((await here.submit(prompt="lost"))["id"])
+        assert (task["state"], task["error"]["code"]) == ("failed", "submission_uncertain")
+        assert "callback_url" not in json.loads(upstream.received["lost"][0].body)
+
+
+@pytest.mark.parametrize("callback", [True, False])
+async def test_resubmitting_the_uncertain_uses_the_same_key_and_ends(callback: bool, tmp_path: Path) -> None:
+    """`DARKROOM_UNCERTAIN=resubmit`: the same bytes under the same key until something is proved, no longer than submissions last."""
+    upstream = Upstream()
+    upstream.submits = {"lost": [Cut(), ACCEPTED], "for ever": [page(502)]}
+    options = {} if callback else {"callback_url": None}
+    async with world(
+        tmp_path, upstream=upstream.app, uncertain="resubmit", uncertain_after_s=0.05, submit_give_up_s=0.4, **options
+    ) as here:
+        task = await here.submit(prompt="lost")
+        await in_state(here, task["id"], "submitted")
+        first, second = upstream.received["lost"]
+        assert first.body == second.body
+        assert first.headers["idempotency-key"] == second.headers["idempotency-key"] == task["id"]
+        task = await here.ended((await here.submit(prompt="for ever"))["id"])
+        assert task["error"]["code"] == "submission_uncertain"
+        assert 2 <= len(upstream.received["for ever"]) <= 12  # 0.4 s of waits of 0.05 s or more
+
+
+async def test_giving_up_is_not_submitted(tmp_path: Path) -> None:
+    """When the upstream took nothing for `SUBMIT_GIVE_UP_S` the task fails; the client that waits is told."""
+    upstream = Upstream()
+    upstream.submits["busy"] = [error(429, "rate_limit_exceeded")]
+    async with world(tmp_path, upstream=upstream.app, submit_give_up_s=0.2) as here:
+        task = await here.submit(prompt="busy", headers={"prefer": "wait=20"})
+        assert (task["state"], task["error"]["code"]) == ("failed", "not_submitted")
+        assert "rate_limit_exceeded" in task["error"]["message"]
+        assert len(upstream.received["busy"]) >= 2
+
+
+async def test_a_sender_that_died_leaves_an_uncertain_submission(tmp_path: Path) -> None:
+    """A process that ends while the call runs has sent it: the next one doesn't send it again."""
+    upstream, forever = Upstream(), asyncio.Event()
+    upstream.submits["dying"] = [After(forever.wait, ACCEPTED)]
+    async with world(tmp_path, upstream=upstream.app, stop_s=0.05) as here:
+        task = await here.submit(prompt="dying", headers={"prefer": "respond-async"})
+        await wait_until(lambda: upstream.received["dying"])
+    async with world(tmp_path, upstream=upstream.app) as here:
+        task = await in_state(here, task["id"], "uncertain")
+        reasons = [step["reason"] for step in await here.steps(task["id"]) if step["step"] == "task.submission_uncertain"]
+        assert reasons == ["its sender died before the answer was recorded"]
+    assert len(upstream.received["dying"]) == 1
+
+
+async def test_the_row_is_submitting_before_the_request_leaves(here: World, upstream: Upstream) -> None:
+    """What the upstream sees coming is in the store already: a crash can't make it look as if nothing was sent."""
+    states: list[str] = []
+
+    async def look() -> None:
+        states.append((await row(here, upstream.received["look"][0].headers["idempotency-key"]))["state"])
+
+    upstream.submits["look"] = [After(look, document("pending", id="task-unified-look"))]
+    assert (await here.submit(prompt="look"))["state"] == "submitted"
+    assert states == ["submitting"]
+
+
+async def test_a_task_cancelled_before_its_turn_is_not_sent(here: World, upstream: Upstream) -> None:
+    """Cancelled between the claim and a free place at the upstream: nothing leaves."""
+    places = here.context.resources.upstream_calls
+    async with asyncio.TaskGroup() as group:
+        for _ in range(here.settings.evolink_concurrency):
+            group.create_task(places.acquire())
+    task = await here.submit(prompt="too late", headers={"prefer": "respond-async"})
+    await wait_until(lambda: places._waiters)
+    answer = await here.client.post(f"/v1/tasks/{task['id']}/cancel")
+    assert answer.json()["state"] == "cancelled"
+    for _ in range(here.settings.evolink_concurrency):
+        places.release()
+
+    async def idle() -> bool:
+        known = await row(here, task["id"])
+        return known["submit_lease_until"] is None and known["submit_due_at"] is None
+
+    await wait_until(idle)
+    assert upstream.received["too late"] == []
+
+
+async def test_work_on_what_is_gone_ends_quietly(here: World) -> None:
+    """A grant for a row that is no longer there, at any stage, changes nothing and raises nothing."""
+    for stage in stages(here.settings, here.context.resources):
+        await stage.run(Grant(stage.name, "gone", 1, 1))
+
+
+# --- what the client is told, and when ---------------------------------------------------------------------------------
+
+
+async def test_respond_async_answers_after_the_commit(here: World, upstream: Upstream) -> None:
+    """`respond-async`: nothing of the upstream is waited for, and the answer says what was applied."""
+    answered = asyncio.Event()
+    upstream.submits["async"] = [After(answered.wait, document("pending", id="task-unified-async"))]
+    answer = await post(here, {"prompt": "async"}, prefer="respond-async")
+    assert answer.headers["preference-applied"] == "respond-async"
+    assert answer.json()["state"] in ("queued", "submitting")
+    answered.set()
+    await in_state(here, answer.json()["id"], "submitted")
+
+
+async def test_waiting_ends_with_the_task_or_with_the_time(tmp_path: Path) -> None:
+    """`wait=N` answers when the task is terminal, or after N seconds with the task as it is; it wins over `respond-async`."""
+    async with world(tmp_path) as here:
+        done = await post(here, {}, prefer="respond-async, wait=30")
+        assert done.headers["preference-applied"] == "wait=30"
+        assert done.json()["state"] == "completed"
+        early = await post(here, {"sandbox": {"delay": 60}}, prefer="wait=0")
+        assert early.headers["preference-applied"] == "wait=0"
+        assert early.json()["state"] in ("queued", "submitting", "submitted")
+        plain = await post(here, {"sandbox": {"delay": 60}}, prefer="wait=soon")
+        assert "preference-applied" not in plain.headers
+        assert plain.json()["state"] == "submitted"
+
+
+async def test_a_slow_upstream_is_not_waited_for_beyond_the_limit(here: World, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first attempt is waited for at most 10 s (shorter here): then the task is answered as it is."""
+    monkeypatch.setattr(api, "FIRST_OUTCOME_S", 0.1)
+    answered = asyncio.Event()
+    upstream.submits["slow"] = [After(answered.wait, document("pending", id="task-unified-slow"))]
+    task = await here.submit(prompt="slow")
+    assert task["state"] in ("queued", "submitting")
+    answered.set()
+    await in_state(here, task["id"], "submitted")
+
+
+async def test_a_client_that_leaves_changes_nothing(here: World, upstream: Upstream) -> None:
+    """The call lives in a worker: whoever asked for it may go."""
+    answered = asyncio.Event()
+    upstream.submits["left alone"] = [After(answered.wait, document("pending", id="task-unified-left"))]
+    asking = asyncio.create_task(here.submit(prompt="left alone"))
+    await wait_until(lambda: upstream.received["left alone"])
+    asking.cancel()
+    with suppress(asyncio.CancelledError):
+        await asking
+    answered.set()
+    await in_state(here, upstream.received["left alone"][0].headers["idempotency-key"], "submitted")
+
+
+async def test_nobody_waits_for_a_task_that_is_gone(here: World) -> None:
+    """Whoever waits while a task's row is removed gets 404."""
+    with pytest.raises(ApiError) as caught:
+        await wait_for(here.context.resources, "task_gone", ended, 10)
+    assert caught.value.status == 404
+
+
+# --- idempotency -------------------------------------------------------------------------------------------------------
+
+
+async def test_one_key_is_one_task(here: World, upstream: Upstream) -> None:
+    """The same key and body, in whatever spelling and at once, is the first task; another body is 409, even one that is not valid."""
+    answers = await asyncio.gather(*(post(here, {"prompt": "once"}, idempotency_key="once", prefer="respond-async") for _ in range(5)))
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert sum("idempotency-replayed" in answer.headers for answer in answers) == 4
+    body = '{"size":"768x768", "prompt" : "\\u006fnce","model":"wan2.5-text-to-image"}'
+    headers = {"content-type": "application/json", "idempotency-key": "once"}
+    spelled = await here.client.post("/v1/images/generations", content=body, headers=headers)
+    assert spelled.json()["id"] == answers[0].json()["id"]
+    assert spelled.json()["state"] == "submitted"
+    for other in ({"prompt": "twice"}, {"n": 99}):
+        conflict = await post(here, {"prompt": "once", **other}, idempotency_key="once")
+        told = conflict.json()["error"]
+        assert (conflict.status_code, told["code"], told["task_id"]) == (409, "idempotency_conflict", answers[0].json()["id"])
+    assert len(upstream.received["once"]) == 1
+
+
+async def test_a_key_lost_in_a_race_finds_the_winners_task(here: World) -> None:
+    """Two submissions that both found the key unused: one row is made, the other caller gets it, or 409 for another body."""
+    intake = here.context.intake
+    body = {"model": TEXT_TO_IMAGE, "prompt": "race", "size": "768x768"}
+    same = await asyncio.gather(*(intake.accept("racer", body, "race") for _ in range(4)))
+    assert len({task_id for task_id, _ in same}) == 1
+    assert [replayed for _, replayed in same].count(False) == 1
+    mixed = [intake.accept("racer", {**body, "prompt": f"race {number}"}, "mixed") for number in range(2)]
+    outcomes = await asyncio.gather(*mixed, return_exceptions=True)
+    assert [outcome.status for outcome in outcomes if isinstance(outcome, ApiError)] == [409]
+
+
+@pytest.mark.parametrize("key", [b"", b"with space", b"x" * 256, "ümlaut".encode("latin-1")])
+async def test_a_key_must_be_visible_ascii(key: bytes, here: World) -> None:
+    """1 to 255 visible ASCII characters; anything else is refused by name."""
+    answer = await here.client.post("/v1/images/generations", json={}, headers={b"idempotency-key": key})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")
+
+
+# --- what is refused before money is spent -----------------------------------------------------------------------------
+
+LIMITS = [
+    ({"model": None}, "model", "200"),
+    ({"model": "m" * 201}, "model", "200"),
+    ({"prompt": ""}, "prompt", "2000"),
+    ({"prompt": "猫" * 2001}, "prompt", "2000"),
+    ({"negative_prompt": "n" * 501}, "negative_prompt", "500"),
+    ({"size": "huge"}, "size", "1280x1280"),
+    ({"size": "767x768"}, "size", "589824"),
+    ({"size": "1441x1440"}, "size", "2073600"),
+    ({"size": "400x1601"}, "size", "0.25"),
+    ({"n": 5}, "n", "4"),
+    ({"n": True}, "n", "4"),
+    ({"model": "wan2.5-image-to-image"}, "image_urls", "1 to 5"),
+    ({"metadata": []}, "metadata", "object"),
+    ({"metadata": {"a": 1}}, "metadata", "texts"),
+    ({"metadata": {str(number): "" for number in range(17)}}, "metadata", "16"),
+    ({"metadata": {"a": "é" * 1024}}, "metadata", "2048"),
+    ({"callback_url": 7}, "callback_url", "text"),
+    ({"callback_url": "http://192.168.0.1/"}, "callback_url", "globally routable"),
+    ({"callback_url": "https://user@hooks.example/"}, "callback_url", "user name"),
+    ({"callback_url": "https://a.example/" + "x" * 2048}, "callback_url", "2048"),
+    ({"callback_url": "http://127.0.0.1/"}, "callback_url", "no callback secret"),
+    ({"model_params": {"task_id": "task_unknown"}}, "model_params.task_id", "no submitted task"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "words"), LIMITS, ids=[f"{param}-{words}" for _, param, words in LIMITS])
+async def test_what_breaks_a_limit_is_refused_by_name(
+    body: dict[str, Any], param: str, words: str, here: World, upstream: Upstream
+) -> None:
+    """400 with the field and its limit; nothing is kept and nothing is sent."""
+    before = sum(map(len, upstream.received.values()))
+    answer = await post(here, {"prompt": "refused here", **body})
+    told = answer.json()["error"]
+    assert (answer.status_code, told["param"], told["task_id"]) == (400, param, None)
+    assert words in told["message"]
+    assert sum(map(len, upstream.received.values())) == before
+
+
+async def test_metadata_and_callback_url_stay_here(here: World, upstream: Upstream) -> None:
+    """They come back in the task and are not sent on; what is null counts as absent."""
+    task = await here.submit(prompt="kept", metadata={"order": "7", "": "x" * 2042}, callback_url=None)
+    assert task["metadata"]["order"] == "7"
+    sent = json.loads(upstream.received["kept"][0].body)
+    assert "metadata" not in sent
+    assert sent["callback_url"].startswith(f"{here.url}/callbacks/evolink/{task['id']}/")
+    assert task["request"] == {"size": "768x768"}
+    assert task["prompt"] == "kept"
+
+
+async def test_an_id_of_ours_is_sent_as_the_upstreams(here: World, upstream: Upstream) -> None:
+    """`model_params.task_id` names a task of the caller's; the upstream's own ids and other values pass as they are."""
+    first = await here.submit(prompt="first")
+    for value, sent in [(first["id"], first["upstream_id"]), ("task-unified-theirs", "task-unified-theirs"), (7, 7)]:
+        prompt = f"follows {value}"
+        await here.submit(prompt=prompt, model_params={"task_id": value, "strength": 1})
+        assert json.loads(upstream.received[prompt][0].body)["model_params"] == {"task_id": sent, "strength": 1}
+
+
+async def test_too_little_space_refuses_new_submissions(here: World) -> None:
+    """Below `MIN_FREE_BYTES` a submission gets 503 with a time to come back, before anything is kept."""
+    intake = replace(here.context.intake, min_free_bytes=1 << 62)
+    with pytest.raises(ApiError) as caught:
+        await intake.accept("acme", {"model": "any"}, None)
+    assert (caught.value.status, caught.value.code, caught.value.retry_after) == (503, "no_space", 60)
+
+
+async def test_prompts_are_logged_only_when_asked_for(here: World) -> None:
+    """No prompt in any line, unless `LOG_PROMPTS`."""
+    body = {"model": "any-model", "prompt": "a secret lighthouse"}
+    for log_prompts in (False, True):
+        with capture_logs() as lines:
+            task_id, _ = await replace(here.context.intake, log_prompts=log_prompts).accept("acme", body, None)
+        assert ("secret lighthouse" in repr(lines)) is log_prompts
+        queued = next(line for line in lines if line["event"] == "task.queued" and line["task_id"] == task_id)
+        assert (queued["model"], queued["owner"]) == ("any-model", "acme")
