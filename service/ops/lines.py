@@ -1,12 +1,13 @@
-"""Every line of the log: its name and its fields beyond those that any line may have. A test holds this list and the code together.
-
-Any line: `timestamp`, `level`, `event`, `service`, `version`, and whatever is known of `request_id`, `owner`, `task_id`, `upstream_id`,
-`callback_id`, `event_id`, `delivery_id`, `endpoint_id`, `trace_id`.
-"""
+"""Every line of the log: its name and its fields beyond those that any line may have. A test holds this list and the code together."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
+ALWAYS = ("timestamp", "level", "event", "service", "version")
+WHERE_KNOWN = (
+    *("request_id", "owner", "task_id", "upstream_id", "callback_id", "event_id", "delivery_id", "endpoint_id", "trace_id"),
+    "exception",
+)
 LINES: Mapping[str, str] = MappingProxyType(
     {
         "service.started": "`role`, `address`, `settings` (secrets masked)",
@@ -45,5 +46,6 @@ LINES: Mapping[str, str] = MappingProxyType(
 
 def markdown() -> str:
     """The list as the README shows it."""
+    always, known = (", ".join(f"`{name}`" for name in names) for names in (ALWAYS, WHERE_KNOWN))
     rows = [f"| `{name}` | {fields} |" for name, fields in LINES.items()]
-    return "\n".join(["| `event` | fields |", "|---|---|", *rows])
+    return "\n".join(["| `event` | fields |", "|---|---|", f"| any | {always}, and where known {known} |", *rows])

@@ -10,10 +10,12 @@ import structlog
 
 from service import VERSION
 
-QUIET = ("httpx", "httpcore", "aiohttp.access", "uvicorn.access", "asyncio", "alembic", "sqlalchemy.engine", "PIL")
+QUIET = ("httpx", "httpcore", "aiohttp.access", "asyncio", "alembic", "sqlalchemy.engine", "PIL")
 
 SECRETS = re.compile(
-    r"""(?P<before> /callbacks/[^/\s]+/[^/\s]+/ | https?://[^\s?#'"<>]+\? | \b(?i:bearer)\s+ | \b(?:whsec|dk|sk)[_-] ) [^\s'"<>)]+""", re.VERBOSE
+    r"""(?P<before> /callbacks/[^/\s]+/[^/\s]+/ | https?://[^\s?#'"<>]+\? | \b(?i:bearer)\s+ | \b(?:whsec|dk|sk)[_-] )
+        [^\s'"<>)]+""",
+    re.VERBOSE,
 )
 
 
@@ -25,11 +27,9 @@ def _stamp(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[st
 
 def _library(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """A library's sentence becomes a field: `event` is always one of our names."""
-    record = line.get("_record")
-    if record is not None:
-        line["message"] = line.pop("event")
-        line["event"] = "library.message"
-        line["logger"] = record.name
+    line["message"] = line.pop("event")
+    line["event"] = "library.message"
+    line["logger"] = line["_record"].name
     return line
 
 

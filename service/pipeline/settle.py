@@ -66,10 +66,6 @@ class Settler:
 
 
 def _word(answer: QueryOutcome) -> str:
-    match answer:
-        case Found(report):
-            return report.status or "undocumented"
-        case NotFound():
-            return "not_found"
-        case NoAnswer(reason):
-            return reason
+    if isinstance(answer, Found):
+        return answer.report.status or "undocumented"
+    return "not_found" if isinstance(answer, NotFound) else answer.reason

@@ -1,10 +1,12 @@
 """The worker that submits: at most once, by the table "What a submission's outcome proves" (contract section 3)."""
 
+import asyncio
 from dataclasses import dataclass
 
 import structlog
 
 from service import upstreams
+from service.errors import StoreUnavailable
 from service.model import State
 from service.pipeline.reconcile import Plan
 from service.pipeline.retry import wait_before
@@ -16,6 +18,7 @@ from service.store.records import Row
 
 log = structlog.get_logger()
 
+RECORD_AGAIN_S = 0.5
 MARGIN_S = 10.0  # the lease outlasts the call by so much, for recording its answer
 
 
@@ -72,8 +75,7 @@ class Submitter:
             case upstreams.Refused(status, error):
                 log.info("task.submission_refused", status=status, code=error["code"])
                 return store.Refused(status, error)
-            case upstreams.Uncertain(reason):
-                return self._uncertain(grant, reason)
+        return self._uncertain(grant, answer.reason)
 
     def _wait(self, grant: Grant) -> float:
         wait = wait_before(self.schedule, grant.attempts, repeat_last=True, random=self.resources.random(), spread=0.2)
@@ -90,9 +92,18 @@ class Submitter:
     async def _record(
         self, grant: Grant, outcome: store.Accepted | store.Again | store.Refused | store.Uncertain | store.Undecided
     ) -> None:
-        state = await self.resources.store.write(store.record_submissions, store.Submission(grant, outcome))
+        state = await self._recorded(store.Submission(grant, outcome))
         if isinstance(outcome, store.Accepted):
             report = outcome.report
             log.info(
                 "task.submitted", upstream_id=report.upstream_id, attempt=grant.attempts, estimated_time=report.estimated_time, state=state
             )
+
+    async def _recorded(self, submission: store.Submission) -> State:
+        """The task's state once the store has it: what the upstream said cannot be asked for again, so it is kept until then."""
+        while True:
+            try:
+                return await self.resources.store.write(store.record_submissions, submission)
+            except StoreUnavailable as error:
+                log.warning("store.failed", message=str(error), exception=repr(error.__cause__))
+                await asyncio.sleep(RECORD_AGAIN_S)

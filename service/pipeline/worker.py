@@ -170,7 +170,8 @@ class WorkerPool:
         for job in left.values():
             job.cancel()
         await asyncio.gather(*left.values(), return_exceptions=True)
-        await asyncio.gather(*(self._store.write(release, grant) for grant in left), return_exceptions=True)
+        nothing = Grant("submit", "", 0, 0)  # its release changes no row, and comes after the transaction that is under way
+        await asyncio.gather(*(self._store.write(release, grant) for grant in (*left, nothing)), return_exceptions=True)
         late, self._late = self._late, []
         await asyncio.gather(*(self._store.write(release, grant) for grant in late), return_exceptions=True)
         return len(left) + len(late)

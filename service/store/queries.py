@@ -175,19 +175,6 @@ def parcel(connection: Connection, delivery_id: str) -> Parcel | None:
     return Parcel(row, event, None, url, callback_secret(connection, row["owner"]))
 
 
-def next_due(connection: Connection, stages: Sequence[str]) -> int | None:
-    """The earliest time at which a row of these stages is due or its lease ends, if there is one."""
-    times: list[int] = []
-    for stage in stages:
-        queue = QUEUES[stage]
-        due, until = queue.column("due_at"), queue.column("lease_until")
-        statement = select(func.min(func.coalesce(until, due))).where(due.is_not(None))
-        if queue.where is not None:
-            statement = statement.where(queue.where)
-        times += [time for time in connection.execute(statement).scalars() if time is not None]
-    return min(times, default=None)
-
-
 # --- events, endpoints, deliveries -----------------------------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ import json
 import time
 
 from starlette.types import Message, Receive, Scope, Send
-from structlog.contextvars import bind_contextvars
 
 from service.errors import StoreUnavailable
 from service.pipeline.inbox import receive as take
@@ -44,7 +43,6 @@ class CallbackRoute:
 
     async def _take(self, context: Context, task_id: str, started: float, scope: Scope, receive: Receive, send: Send) -> None:
         resources = context.resources
-        bind_contextvars(task_id=task_id)
         try:
             body = await read_body(receive)
         except TimeoutError:

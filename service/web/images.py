@@ -22,7 +22,7 @@ HEADERS = {
 
 def byte_range(text: str | None, size: int) -> tuple[int, int] | None:
     """First byte and the one after the last of a single range (RFC 9110, 14.1.2); empty: outside of the image. None: the whole."""
-    match = RANGE.fullmatch(text.strip()) if text else None
+    match = RANGE.fullmatch(text) if text else None
     if match is None or match[1] == match[2] == "":
         return None
     if match[1] == "":

@@ -14,7 +14,7 @@ from service.web.errors import error_body
 log = structlog.get_logger()
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-SILENT = ("/healthz", "/readyz", "/metrics")  # asked every few seconds; at debug level
+SILENT = ("/healthz", "/readyz", "/metrics", "/callbacks/")  # asked every few seconds, or with a line of their own; at debug level
 
 
 class Requests:
@@ -40,8 +40,7 @@ class Requests:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
-            elif message["type"] == "http.response.body":
-                sent += len(message.get("body", b""))
+            sent += len(message.get("body", b""))
             await send(message)
 
         clear_contextvars()  # a pipelined request begins where the one before it ended
@@ -52,7 +51,7 @@ class Requests:
             log.exception("http.failed", method=scope["method"], route=route_of(scope), exception=repr(error))
             if not status:
                 await _failed(scope, answer)
-        level = log.debug if scope["path"] in SILENT else log.info
+        level = log.debug if scope["path"].startswith(SILENT) else log.info
         level(
             "http.request",
             method=scope["method"],

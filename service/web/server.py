@@ -1,6 +1,7 @@
 """A server on a bound socket, and the signals that stop a process."""
 
 import asyncio
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -57,8 +58,9 @@ def stopping() -> Iterator[asyncio.Event]:
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
     def interrupted() -> None:
+        if stop.is_set():
+            os._exit(130)  # whoever insists does not wait for a tidy end; the store is safe at every moment
         stop.set()
-        loop.remove_signal_handler(signal.SIGINT)
 
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, interrupted)

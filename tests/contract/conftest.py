@@ -1,29 +1,50 @@
-"""The store, as each of the two that implement it."""
+"""The store, as each of the two that implement it.
 
+One of each is open for the whole session, and found empty by each test; a test that opens and closes has stores of its own.
+"""
+
+import asyncio
+import contextlib
 import shutil
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import delete, update
 
-from service.store import Store
-from service.store.postgres import open_postgres
-from service.store.sqlite import open_sqlite
-from service.store.tables import metadata
+from service.store import Store, Transaction
+from service.store.postgres import PostgresStore, open_postgres
+from service.store.sqlite import SqliteStore, open_sqlite
+from service.store.tables import counters, metadata
 from tests.contract.subject import Clock, Opener, Subject, new_id
-from tests.servers import execute, postgres_database
+from tests.servers import postgres_database
+
+CLOCK = Clock()
 
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    """The clock of every store here, set back."""
+    CLOCK.now = Clock().now
+    return CLOCK
+
+
+def wipe(tx: Transaction, items: Sequence[None]) -> list[None]:
+    """Makes a store as empty as a new one."""
+    for table in metadata.tables.values():
+        if table is not counters:
+            tx.connection.execute(delete(table))
+    tx.connection.execute(update(counters).values(value=0))
+    return [None] * len(items)
+
+
+# --- SQLite ---
 
 
 @pytest.fixture(scope="session")
 async def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty SQLite store with its schema: copying it is quicker than migrating."""
+    """An empty store with its schema: copying it is quicker than migrating."""
     path = tmp_path_factory.mktemp("migrated") / "darkroom.db"
     async with open_sqlite(path, process="template", new_id=new_id):
         pass
@@ -31,51 +52,78 @@ async def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def migrated_database(postgres_server: str) -> Iterator[str]:
-    """A PostgreSQL database that tests use one after another, each finding it empty."""
-    with postgres_database(postgres_server) as url:
-        yield url
+async def sqlite_store(migrated_file: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SqliteStore]:
+    path = tmp_path_factory.mktemp("session") / "darkroom.db"
+    shutil.copy(migrated_file, path)
+    async with open_sqlite(path, process="one", new_id=new_id, clock=lambda: CLOCK.now) as store:
+        yield store
 
 
 @pytest.fixture
 def sqlite_opener(migrated_file: Path, tmp_path: Path, clock: Clock) -> Opener:
+    """Opens and opens again a file of this test's own."""
     path = tmp_path / "darkroom.db"
     shutil.copy(migrated_file, path)
 
-    def opener(process: str = "one", **more: Any) -> AbstractAsyncContextManager[Store]:
+    def opener(process: str = "one", **more: Any) -> contextlib.AbstractAsyncContextManager[Store]:
         return open_sqlite(path, process=process, new_id=new_id, clock=lambda: clock.now, **more)
 
     return opener
 
 
-EMPTY = "; ".join(f"DELETE FROM {table.name}" for table in metadata.tables.values() if table.name != "counters")
+# --- PostgreSQL ---
+
+
+@pytest.fixture(scope="session")
+async def migrated_database(postgres_server: str) -> AsyncIterator[str]:
+    """The database of `postgres_store`."""
+    with contextlib.ExitStack() as stack:
+        yield await asyncio.to_thread(stack.enter_context, postgres_database(postgres_server))  # it runs a loop of its own
+        await asyncio.to_thread(stack.close)
+
+
+@pytest.fixture(scope="session")
+async def postgres_store(migrated_database: str) -> AsyncIterator[PostgresStore]:
+    async with open_postgres(migrated_database, process="one", new_id=new_id, clock=lambda _now: CLOCK.now) as store:
+        yield store
 
 
 @pytest.fixture
-async def postgres_opener(migrated_database: str, clock: Clock) -> Opener:
-    def opener(process: str = "one", **more: Any) -> AbstractAsyncContextManager[Store]:
+async def postgres_opener(migrated_database: str, postgres_store: PostgresStore, clock: Clock) -> Opener:
+    """Opens the same database, empty, as further processes do."""
+    await postgres_store.write(wipe, None)
+
+    def opener(process: str = "one", **more: Any) -> contextlib.AbstractAsyncContextManager[Store]:
         return open_postgres(migrated_database, process=process, new_id=new_id, clock=lambda _now: clock.now, **more)
 
-    async with opener():
-        await execute(migrated_database, f"{EMPTY}; UPDATE counters SET value = 0")
     return opener
 
 
+@pytest.fixture
+async def two(postgres_store: PostgresStore, postgres_opener: Opener, clock: Clock) -> AsyncIterator[tuple[Subject, Subject]]:
+    """Two processes on one PostgreSQL."""
+    async with postgres_opener("two") as other:
+        yield Subject(postgres_store, clock), Subject(other, clock)
+    postgres_store.detach()
+
+
+# --- either ---
+
+
 @pytest.fixture(params=["sqlite", "postgres"])
-def opener(request: pytest.FixtureRequest) -> Opener:
-    """Opens the store once more, on PostgreSQL also while it is open."""
-    made: Opener = request.getfixturevalue(f"{request.param}_opener")
+def store(request: pytest.FixtureRequest) -> Store:
+    made: Store = request.getfixturevalue(f"{request.param}_store")
     return made
 
 
 @pytest.fixture
-async def subject(opener: Opener, clock: Clock) -> AsyncIterator[Subject]:
-    async with opener() as store:
-        yield Subject(store, clock, opener)
+async def subject(store: Store, clock: Clock) -> AsyncIterator[Subject]:
+    await store.write(wipe, None)
+    yield Subject(store, clock)
+    store.detach()
 
 
-@pytest.fixture
-async def two(postgres_opener: Opener, clock: Clock) -> AsyncIterator[tuple[Subject, Subject]]:
-    """Two processes on one PostgreSQL."""
-    async with postgres_opener("one") as first, postgres_opener("two") as second:
-        yield Subject(first, clock, postgres_opener), Subject(second, clock, postgres_opener)
+@pytest.fixture(params=["sqlite", "postgres"])
+def opener(request: pytest.FixtureRequest) -> Opener:
+    made: Opener = request.getfixturevalue(f"{request.param}_opener")
+    return made

@@ -92,7 +92,7 @@ class Places:
         return granted
 
 
-Opener = Callable[..., AbstractAsyncContextManager[Store]]  # opens the same database once more: `open(process)`
+Opener = Callable[..., AbstractAsyncContextManager[Store]]  # opens a database as a process of that name
 
 
 @dataclass(slots=True)
@@ -101,15 +101,10 @@ class Subject:
 
     store: Store
     clock: Clock
-    open: Opener
     places: Places = field(default_factory=Places)
 
     def __post_init__(self) -> None:
         self.store.attach(self.places)
-
-    def beside(self, store: Store) -> "Subject":
-        """Another process on the same database and clock."""
-        return Subject(store, self.clock, self.open)
 
     # --- reading and writing ---
 

@@ -85,14 +85,14 @@ async def test_a_caller_who_leaves_takes_nothing_back(subject: Subject) -> None:
 async def test_what_waits_at_the_close_is_committed(opener: Opener, clock: Clock) -> None:
     """A clean stop loses nothing; later nothing is promised any more."""
     async with opener() as store:
-        subject = Subject(store, clock, opener)
+        subject = Subject(store, clock)
         writing = [asyncio.ensure_future(subject.queued()) for _ in range(250)]
         await asyncio.sleep(0)
     assert len({await task for task in writing}) == 250
     with pytest.raises(StoreUnavailable, match="closed"):
         await subject.queued()
     async with opener() as store:
-        assert len(await Subject(store, clock, opener).rows(tasks)) == 250
+        assert len(await Subject(store, clock).rows(tasks)) == 250
 
 
 @asynccontextmanager
@@ -170,7 +170,7 @@ async def test_a_slow_disk_is_waited_for_on_a_thread(sqlite_opener: Opener, cloc
     """The event loop goes on; which way a commit goes makes no difference to what it promises."""
     async with sqlite_opener() as store:
         assert isinstance(store, SqliteStore)
-        subject = Subject(store, clock, sqlite_opener)
+        subject = Subject(store, clock)
         for seconds in (QUICK_S * 100, 0.0):
             store._commits.clear()
             store._commits.append(seconds)

@@ -7,10 +7,10 @@ import pytest
 from sqlalchemy import text
 
 from service.model import State
-from service.store import Transaction, queries
+from service.store import Transaction
 from service.store.operations import leases
 from service.store.operations.inbox import accept_callbacks
-from service.store.operations.tasks import insert_tasks
+from service.store.operations.tasks import NewTask, insert_tasks
 from service.store.tables import QUEUES, deliveries, tasks
 from tests.contract.subject import HOUR, LEASE, MINUTE, SECOND, Clock, Opener, Subject, callback, completed, stored
 
@@ -136,10 +136,14 @@ async def test_every_stage_is_born_leased(subject: Subject) -> None:
 
 async def test_a_batch_that_fails_keeps_no_place(subject: Subject) -> None:
     """What was granted in a transaction that did not commit was never granted."""
-    wish = subject.wish()
+
+    def defect(tx: Transaction, wishes: Sequence[NewTask]) -> list[None]:
+        insert_tasks(tx, wishes)
+        raise ZeroDivisionError
+
     subject.places.free = {"submit": 2}
-    with pytest.raises(KeyError):
-        await subject.write(lambda tx, items: (insert_tasks(tx, items), {}["a defect"])[1], wish)
+    with pytest.raises(ZeroDivisionError):
+        await subject.write(defect, subject.wish())
     assert (subject.places.granted, subject.places.free) == ([], {"submit": 2})
 
 
@@ -213,22 +217,22 @@ async def test_first_attempts_and_retries_have_places_of_their_own(subject: Subj
 async def test_reopening_a_store_on_sqlite_frees_what_the_dead_process_held(sqlite_opener: Opener, clock: Clock) -> None:
     """The lock proves that nobody else lives: no waiting for leases; a task in `submitting` can be claimed, and was one death."""
     async with sqlite_opener("dead") as store:
-        dead = Subject(store, clock, sqlite_opener)
+        dead = Subject(store, clock)
         grant, image = await dead.submitting(), await dead.storing(URL)
         await dead.claim("download")
     async with sqlite_opener("alive") as store:
-        alive = Subject(store, clock, sqlite_opener)
+        alive = Subject(store, clock)
         again = await alive.claimed("submit", grant.key)
         assert (again.fence, await alive.state(grant.key)) == (grant.fence + 1, State.SUBMITTING)
         assert (await alive.task(grant.key))["submit_deaths"] == 1
         assert [found.key for found in await alive.claim("download")] == [(await alive.images(image))[0]["id"]]
 
 
-async def test_opening_postgres_once_more_frees_nothing(two: tuple[Subject, Subject]) -> None:
+async def test_opening_postgres_once_more_frees_nothing(two: tuple[Subject, Subject], postgres_opener: Opener) -> None:
     """Others may live: their leases stand until they end."""
     grant = await two[0].submitting()
-    async with two[0].open("three") as store:
-        third = two[0].beside(store)
+    async with postgres_opener("three") as store:
+        third = Subject(store, two[0].clock)
         assert await third.claim("submit", 9) == []
         third.clock.shift(70 * SECOND)
         assert [found.key for found in await third.claim("submit", 9)] == [grant.key]
@@ -267,21 +271,6 @@ async def test_no_plan_makes_postgres_claim_more_than_there_are_places(two: tupl
     subject.places.free["submit"] = 7
     assert await subject.write(awkward, "submit") == 7
     assert len(subject.places.taken()) == 7
-
-
-async def test_the_next_due_time_is_known(subject: Subject) -> None:
-    """The earliest due time or end of a lease over the asked stages; None when nothing is planned."""
-    assert await subject.store.read(queries.next_due, list(QUEUES)) is None
-    start = subject.clock.now
-    await subject.endpoint()
-    await subject.queued()
-    assert await subject.store.read(queries.next_due, ["submit", "settle"]) == start
-    await subject.claim("submit")
-    assert await subject.store.read(queries.next_due, ["submit", "settle"]) == start + LEASE
-    await subject.submitted()
-    assert await subject.store.read(queries.next_due, ["settle"]) == start + 90 * SECOND
-    assert await subject.store.read(queries.next_due, ["deliver"]) == start
-    assert await subject.store.read(queries.next_due, ["redeliver", "download"]) is None
 
 
 async def test_a_lease_that_ends_is_no_fault_of_the_next_in_line(subject: Subject) -> None:

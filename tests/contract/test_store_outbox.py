@@ -12,7 +12,7 @@ from service.store import Emitted, Transaction, queries
 from service.store.operations import outbox
 from service.store.operations.tasks import insert_tasks
 from service.store.tables import counters, deliveries, events, steps
-from tests.contract.subject import MINUTE, Subject, accepted, completed, failed, new_id, stored, upstream_id
+from tests.contract.subject import MINUTE, Opener, Subject, accepted, completed, failed, new_id, stored, upstream_id
 
 URL = "https://r.test/0"
 
@@ -115,10 +115,10 @@ async def test_a_task_has_one_terminal_event_by_constraint(subject: Subject) -> 
     assert len(await subject.rows(steps)) == before
 
 
-async def test_readers_never_see_a_number_before_the_ones_below_it(two: tuple[Subject, Subject]) -> None:
+async def test_readers_never_see_a_number_before_the_ones_below_it(two: tuple[Subject, Subject], postgres_opener: Opener) -> None:
     """Six committers in two processes write; a third connection that goes on after the last one seen misses none."""
     writers = [two[n % 2].write(announce, f"test.{n}") for n in range(240)]
-    async with two[0].open("reader") as reader:
+    async with postgres_opener("reader") as reader:
         writing = asyncio.gather(*writers)
         seen: list[int] = []
         looks = 0

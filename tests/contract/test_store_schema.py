@@ -73,16 +73,16 @@ async def test_whatever_belongs_to_somebody_has_its_owner() -> None:
 async def test_an_empty_database_is_migrated_and_found_again(database: Database) -> None:
     """By itself, folder included; what was written is there after the next opening, and needs no migration then."""
     async with database.open() as store:
-        task_id = await Subject(store, Clock(), database.open).queued()
+        task_id = await Subject(store, Clock()).queued()
     async with database.open(migrate=False) as store:
-        assert await Subject(store, Clock(), database.open).state(task_id) == "queued"
+        assert await Subject(store, Clock()).state(task_id) == "queued"
 
 
 async def test_an_empty_database_is_refused_when_migrating_is_off(database: Database) -> None:
     """`DARKROOM_MIGRATE=off`: one line that says what to do, and nothing made."""
     await database.refused("schema is empty.*run `darkroom migrate`", migrate=False)
     async with database.open() as store:
-        assert await Subject(store, Clock(), database.open).events() == []
+        assert await Subject(store, Clock()).events() == []
 
 
 async def test_a_newer_schema_is_refused(database: Database) -> None:
@@ -111,7 +111,7 @@ async def test_two_processes_that_start_together_migrate_once(postgres_url: str)
 
     async def start() -> int:
         async with database.open() as store:
-            return len(await Subject(store, Clock(), database.open).rows(counters))
+            return len(await Subject(store, Clock()).rows(counters))
 
     assert list(await asyncio.gather(start(), start(), start())) == [1, 1, 1]
 

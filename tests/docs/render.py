@@ -71,6 +71,11 @@ def usage(parameter: Any) -> str:
     return word if parameter.required else f"[{word}]"
 
 
+def documented(fields: str) -> set[str]:
+    """The names in a log line's row."""
+    return set(re.findall(r"`([a-z_0-9]+)`", fields))
+
+
 SECTIONS: Mapping[str, Callable[[], str]] = {
     "settings": settings_table,
     "commands": commands_table,

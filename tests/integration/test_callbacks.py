@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 import structlog
-from sqlalchemy import Connection, Engine, event, select
+from sqlalchemy import Connection, event, select
 from sqlalchemy.exc import OperationalError
 from starlette.responses import Response
 from structlog.testing import capture_logs
@@ -98,16 +98,16 @@ async def test_a_wrong_token_is_refused_without_touching_the_store(tmp_path: Pat
 
     async with world(tmp_path, role=Role(workers=False)) as here:
         task = await here.submit(headers={"prefer": "respond-async"})
-        event.listen(Engine, "before_cursor_execute", note)
-        try:
-            for task_id in (task["id"], "task_unknown", "%00"):
-                for token in ("wrong", here.context.resources.keyring.callback_token("evolink", "another")):
-                    answer = await here.stranger.post(here.callback_url(task_id, token), content=said(task, "completed"))
-                    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized")
-            right = here.callback_url(task["id"]).replace("/evolink/", "/other/")
-            assert (await here.stranger.post(right, content=said(task, "completed"))).status_code == 401
-        finally:
-            event.remove(Engine, "before_cursor_execute", note)
+        store = here.context.resources.store
+        assert isinstance(store, SqliteStore)
+        for engine in (store._engine, store._reading):
+            event.listen(engine, "before_cursor_execute", note)
+        for task_id in (task["id"], "task_unknown", "%00"):
+            for token in ("wrong", here.context.resources.keyring.callback_token("evolink", "another")):
+                answer = await here.stranger.post(here.callback_url(task_id, token), content=said(task, "completed"))
+                assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized")
+        right = here.callback_url(task["id"]).replace("/evolink/", "/other/")
+        assert (await here.stranger.post(right, content=said(task, "completed"))).status_code == 401
         assert statements == []
         assert counted(here, "wrong_token") == 7
         assert await heard(here, task) == []

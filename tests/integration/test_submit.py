@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import sqlite3
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -11,14 +12,17 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import Connection, event
+from sqlalchemy.exc import OperationalError
 from starlette.responses import Response
 from structlog.testing import capture_logs
 
 from service.app import stages
 from service.errors import ApiError
-from service.pipeline import worker
+from service.pipeline import submission, worker
 from service.pipeline.submit import ended, wait_for
 from service.store import Grant, queries
+from service.store.sqlite import SqliteStore
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from service.web import api
 from service.web.server import Server, listening
@@ -63,6 +67,31 @@ async def in_state(here: World, task_id: str, state: str) -> Any:
 
 async def row(here: World, task_id: str) -> Any:
     return await here.context.resources.store.read(queries.task_row, task_id, None)
+
+
+async def test_an_answer_in_hand_is_kept_until_the_store_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that is away when the upstream answers costs no proof: one submission, one task, no uncertainty."""
+    monkeypatch.setattr(submission, "RECORD_AGAIN_S", 0.01)
+    theirs = Upstream()
+    async with world(tmp_path, upstream=theirs.app) as there:
+        store = there.context.resources.store
+        assert isinstance(store, SqliteStore)
+        refused = 0
+
+        def full(_: Connection) -> None:
+            nonlocal refused
+            refused += 1
+            raise OperationalError("COMMIT", {}, sqlite3.OperationalError("database or disk is full"))
+
+        async def fill_the_disk() -> None:
+            event.listen(store._engine, "commit", full)
+
+        theirs.submits["away"] = [After(fill_the_disk, ACCEPTED)]
+        task = await there.submit(prompt="away", headers={"prefer": "respond-async"})
+        await wait_until(lambda: refused > 2)
+        event.remove(store._engine, "commit", full)
+        assert (await in_state(there, task["id"], "submitted"))["upstream_id"] == "task-unified-own"
+        assert len(theirs.received["away"]) == 1
 
 
 # --- what the upstream's answer proves ---------------------------------------------------------------------------------
@@ -440,12 +469,12 @@ async def test_what_breaks_a_limit_is_refused_by_name(
     body: dict[str, Any], param: str, words: str, here: World, upstream: Upstream
 ) -> None:
     """400 with the field and its limit; nothing is kept and nothing is sent."""
-    before = sum(map(len, upstream.received.values()))
-    answer = await post(here, {"prompt": "refused here", **body})
+    body = {"prompt": "refused here", **body}
+    answer = await post(here, body)
     told = answer.json()["error"]
     assert (answer.status_code, told["param"], told["task_id"]) == (400, param, None)
     assert words in told["message"]
-    assert sum(map(len, upstream.received.values())) == before
+    assert upstream.received[body["prompt"]] == []
 
 
 async def test_metadata_and_callback_url_stay_here(here: World, upstream: Upstream) -> None:

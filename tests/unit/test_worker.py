@@ -1,6 +1,7 @@
 """The workers of a process over a real embedded store: nothing is worked on twice, dropped, or tried for ever."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import structlog
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, event, select
 from structlog.testing import capture_logs
 
 from service.errors import StoreUnavailable
@@ -20,8 +21,8 @@ from service.resources import new_id
 from service.store import LEASE_MS, Grant, Transaction, queries
 from service.store.operations import leases
 from service.store.operations.tasks import NewTask, insert_tasks
-from service.store.sqlite import SqliteStore, open_sqlite
-from service.store.tables import events
+from service.store.sqlite import REMEMBERED, SqliteStore, open_sqlite
+from service.store.tables import events, tasks
 from tests.waiting import wait_until
 
 START = 1_757_165_031_000
@@ -119,6 +120,20 @@ async def test_a_stage_never_has_more_work_than_places(shop: Shop) -> None:
         gate.set()
         await wait_until(lambda: not started)
     assert most == [2]
+
+
+async def test_places_that_a_transaction_did_not_need_go_to_waiting_work(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a transaction holds every place nothing can be claimed; once they are back the next look isn't waited for."""
+    monkeypatch.setattr(worker, "LOOK_S", 60)
+    done: list[str] = []
+    async with shop.working(finishing(shop.store, done)) as pool:
+        await shop.queue("task_first")
+        await wait_until(lambda: done == ["task_first"] and not pool._jobs)
+        held = pool.reserve()
+        await shop.queue("task_a")
+        assert pool._stages["submit"].free == 0
+        pool.take([], held)
+        await wait_until(lambda: done == ["task_first", "task_a"])
 
 
 async def test_an_exception_nobody_foresaw_is_logged_counted_and_tried_again(shop: Shop) -> None:
@@ -256,6 +271,31 @@ async def test_what_is_not_finished_at_a_stop_is_given_back(shop: Shop) -> None:
         assert await pool.stop(0.01) == 1
     row = await shop.row("task_a")
     assert (row["submit_lease_until"], row["submit_lease_owner"], row["submit_due_at"], row["submit_attempts"]) == (None, None, START, 0)
+
+
+async def test_what_a_transaction_under_way_grants_after_a_stop_is_given_back(shop: Shop) -> None:
+    """The store may still be committing when the stop begins: what it grants then is nobody's, and is freed."""
+    done, under_way, go_on = list[str](), threading.Event(), threading.Event()
+
+    def wait(connection: Connection) -> None:
+        if connection.scalar(select(tasks.c.id)):
+            under_way.set()
+            go_on.wait(20)
+
+    async with shop.working(finishing(shop.store, done)) as pool:
+        shop.store._commits.extend([1.0] * REMEMBERED)  # a slow disk: commits run on their thread
+        event.listen(shop.store._engine, "commit", wait)
+        queueing = asyncio.create_task(shop.queue("task_a"))
+        await wait_until(under_way.is_set)
+        stopping = asyncio.create_task(pool.stop(10))
+        await wait_until(lambda: pool._stopping)
+        go_on.set()
+        await queueing
+        event.remove(shop.store._engine, "commit", wait)
+        await stopping
+    row = await shop.row("task_a")
+    assert done == []
+    assert (row["submit_lease_until"], row["submit_due_at"], row["submit_attempts"]) == (None, START, 0)
 
 
 async def test_leases_are_renewed_while_a_call_runs(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

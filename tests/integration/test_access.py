@@ -1,0 +1,285 @@
+"""Who may do what: keys, scopes and owners."""
+
+import re
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from structlog.testing import capture_logs
+
+from service.web import access
+from service.web.access import SCOPES
+from service.web.routes import SPECS, Spec
+from tests.api import ASYNC, SUBMIT, TIME, UNTIL_DONE, an_id, got, order, refused, submitted
+from tests.waiting import wait_until
+from tests.world import ADMIN_KEY, World, subscriber, world
+
+JSON = dict[str, Any]
+
+TABLE: Mapping[tuple[str, str], set[str]] = {
+    ("POST", "/v1/images/generations"): {"submit"},
+    ("GET", "/v1/tasks"): {"read"},
+    ("GET", "/v1/tasks/{task_id}"): {"read"},
+    ("GET", "/v1/tasks/{task_id}/timeline"): {"read"},
+    ("POST", "/v1/tasks/{task_id}/cancel"): {"submit"},
+    ("GET", "/v1/credits"): {"read"},
+    ("GET", "/v1/models"): {"read"},
+    ("GET", "/v1/events"): {"subscribe", "read"},
+    ("POST", "/v1/endpoints"): {"subscribe"},
+    ("GET", "/v1/endpoints"): {"subscribe"},
+    ("GET", "/v1/endpoints/{endpoint_id}"): {"subscribe"},
+    ("PATCH", "/v1/endpoints/{endpoint_id}"): {"subscribe"},
+    ("DELETE", "/v1/endpoints/{endpoint_id}"): {"subscribe"},
+    ("GET", "/v1/deliveries"): {"subscribe"},
+    ("GET", "/v1/deliveries/{delivery_id}"): {"subscribe"},
+    ("POST", "/v1/keys"): {"admin"},
+    ("GET", "/v1/keys"): {"admin"},
+    ("DELETE", "/v1/keys/{key_id}"): {"admin"},
+    ("GET", "/metrics"): {"read"},
+    ("GET", "/images/{image_id}"): set(),
+    ("GET", "/healthz"): set(),
+    ("GET", "/readyz"): set(),
+    ("GET", "/openapi.json"): set(),
+}
+
+
+@pytest.fixture(scope="module")
+async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    async with world(tmp_path_factory.mktemp("here")) as made:
+        yield made
+
+
+async def ask(client: httpx.AsyncClient, spec: Spec, **headers: str) -> httpx.Response:
+    """The operation with ids that nothing has and an empty body."""
+    return await client.request(spec.method, re.sub(r"\{\w+\}", "nothing", spec.path), json={} if spec.body else None, headers=headers)
+
+
+def test_every_route_has_the_scopes_it_is_to_have() -> None:
+    """A new route, or another scope, is a decision that is written down here."""
+    assert {(spec.method, spec.path): set(spec.scopes) for spec in SPECS} == TABLE
+
+
+async def test_each_scope_opens_its_routes_and_no_other(here: World) -> None:
+    """A key with one scope gets 403 wherever that scope is not named; `admin` opens all."""
+    for scope in SCOPES:
+        async with here.owner(scope) as client:
+            for spec in SPECS:
+                answer = await ask(client, spec)
+                if spec.scopes and scope != "admin" and scope not in spec.scopes:
+                    said = refused(answer, 403, "permission_denied")
+                    assert all(name in said["message"] for name in spec.scopes)
+                else:
+                    assert answer.status_code not in (401, 403), (scope, spec.path)
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [None, "", "Bearer", "Bearer wrong", f"Basic {ADMIN_KEY}", ADMIN_KEY, f"Bearer {ADMIN_KEY}x", f"Bearer {ADMIN_KEY} x"],
+)
+async def test_without_a_valid_key_nothing_is_shown(here: World, authorization: str | None) -> None:
+    """401, before anything else is looked at, with the way to do it right."""
+    headers = {} if authorization is None else {"authorization": authorization}
+    for spec in SPECS:
+        answer = await ask(here.stranger, spec, **headers)
+        if spec.scopes:
+            refused(answer, 401, "unauthorized")
+            assert answer.headers["www-authenticate"] == "Bearer"
+        else:
+            assert answer.status_code in (200, 404)
+
+
+async def test_the_way_a_key_is_written_may_vary(here: World) -> None:
+    """The scheme's name has no case, and spaces around a key are none of it."""
+    for authorization in (f"bearer {ADMIN_KEY}", f"BEARER   {ADMIN_KEY}"):
+        got(await here.stranger.get("/v1/tasks", headers={"authorization": authorization}))
+
+
+async def test_only_the_beginning_of_a_key_of_ours_is_logged(here: World) -> None:
+    """What was shown in vain may be somebody's secret: a hint is given only of what looks like a key of ours."""
+    with capture_logs() as lines:
+        for key in ("Bearer dk_abcdefghijklmnop", "Bearer sk-another-service", "Bearer short", "dk_naked"):
+            await here.stranger.get("/v1/tasks", headers={"authorization": key})
+        async with here.owner("submit", name="sub") as client:
+            await client.get("/v1/tasks")
+    told = [line for line in lines if line["event"] == "auth.refused"]
+    assert [line.get("hint") for line in told] == ["dk_abcde", None, None, None, None]
+    assert [line["reason"] for line in told] == ["no valid key"] * 4 + ["needs read"]
+    assert told[-1]["owner"] == "sub"
+
+
+# --- owners ----------------------------------------------------------------------------------------------------------
+
+
+async def test_an_owner_sees_nothing_of_anothers(here: World) -> None:
+    """Every route and list, asked by somebody else with every ordinary scope: 404 or absent, and nothing is changed."""
+    async with here.owner(name="ann") as ann, here.owner() as bob, subscriber() as takes:
+        endpoint = got(await ann.post("/v1/endpoints", json={"url": takes.url}), 201)
+        task = await submitted(ann, UNTIL_DONE, prompt="ann's secret", metadata={"of": "ann"})
+        late = await submitted(ann, {}, sandbox={"delay": 600})
+
+        async def deliveries() -> list[JSON] | None:
+            found: list[JSON] = got(await ann.get("/v1/deliveries", params={"state": "delivered"}))["data"]
+            return found if len(found) == 3 else None
+
+        delivery = (await wait_until(deliveries))[0]
+        event = got(await ann.get("/v1/events"))["data"][0]
+        anns = [task["id"], late["id"], endpoint["id"], delivery["id"], event["id"], task["upstream_id"], late["upstream_id"], "ann"]
+
+        for spec in SPECS:
+            if not spec.path.startswith("/v1/") or spec.scopes == ("admin",):
+                continue
+            tasks, endpoints, sent = (late["id"], task["id"], task["upstream_id"]), (endpoint["id"],), (delivery["id"],)
+            known = {"{task_id}": tasks, "{endpoint_id}": endpoints, "{delivery_id}": sent}
+            paths = [spec.path.replace(name, id) for name, ids in known.items() if name in spec.path for id in ids]
+            for path in paths:
+                refused(await bob.request(spec.method, path, json={}), 404)
+            if spec.method == "GET" and not paths:
+                filters = {"task": task["id"], "endpoint": endpoint["id"], "event": event["id"], "metadata.of": "ann"}
+                for query in [{}, *({key: value} for key, value in filters.items() if key in (*spec.query, "metadata.of"))]:
+                    answer = await bob.get(spec.path, params=query)
+                    assert answer.status_code == 200, spec.path
+                    assert not [text for text in anns if f'"{text}"' in answer.text], spec.path
+        named = await bob.post(SUBMIT, json=order(model_params={"task_id": task["id"]}), headers=ASYNC)
+        refused(named, 400, "invalid_parameter", param="model_params.task_id")
+
+        assert got(await ann.get(f"/v1/endpoints/{endpoint['id']}")) == {key: endpoint[key] for key in endpoint if key != "secret"}
+        assert (await here.task(late["id"]))["state"] == "submitted"
+        for path in (f"/v1/tasks/{task['id']}", f"/v1/endpoints/{endpoint['id']}", f"/v1/deliveries/{delivery['id']}"):
+            got(await here.client.get(path))
+
+
+async def test_two_keys_of_one_owner_see_the_same(here: World) -> None:
+    """Things belong to owners, not to keys."""
+    async with here.owner(name="duo") as one, here.owner("read", name="duo") as two:
+        task = await submitted(one)
+        assert got(await two.get(f"/v1/tasks/{task['id']}"))["id"] == task["id"]
+
+
+async def test_an_endpoint_for_all_owners_shows_its_deliveries_to_admins_alone(here: World) -> None:
+    """An owner's timeline and deliveries tell nothing of who else subscribed."""
+    async with here.owner() as client, subscriber() as takes:
+        everybodys = got(await here.client.post("/v1/endpoints", json={"url": takes.url, "owner": None}), 201)
+        task = await submitted(client, UNTIL_DONE)
+
+        async def delivered() -> bool:
+            query = {"endpoint": everybodys["id"], "task": task["id"], "state": "delivered"}
+            return len(got(await here.client.get("/v1/deliveries", params=query))["data"]) == 2
+
+        await wait_until(delivered)
+        assert got(await client.get("/v1/deliveries"))["data"] == []
+        steps = got(await client.get(f"/v1/tasks/{task['id']}/timeline"))["data"]
+        assert "delivery.attempted" not in [step["step"] for step in steps]
+        assert "delivery.attempted" in [step["step"] for step in await here.steps(task["id"])]
+        await here.client.delete(f"/v1/endpoints/{everybodys['id']}")
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+async def made(here: World, owner: str, *scopes: str) -> JSON:
+    return got(await here.client.post("/v1/keys", json={"owner": owner, "scopes": scopes}), 201)
+
+
+async def test_a_key_is_shown_once_and_kept_as_its_hash(here: World) -> None:
+    """The list has its beginning; the owner's first key brings the callback secret, no other does."""
+    first, second = await made(here, "kim", "read"), await made(here, "kim", "submit", "subscribe")
+    assert re.fullmatch("dk_[a-z2-7]{40}", first["key"])
+    assert re.fullmatch("whsec_[A-Za-z0-9+/]{43}=", first["callback_secret"])
+    assert second["callback_secret"] is None
+    assert first == {
+        "id": first["id"],
+        "owner": "kim",
+        "hint": first["key"][:8],
+        "scopes": ["read"],
+        "created_at": first["created_at"],
+        "revoked_at": None,
+        "key": first["key"],
+        "callback_secret": first["callback_secret"],
+    }
+    assert re.fullmatch(an_id("key"), first["id"])
+    assert re.fullmatch(TIME, first["created_at"])
+    listed = await here.client.get("/v1/keys")
+    shown = [key for key in got(listed)["data"] if key["owner"] == "kim"]
+    assert shown == [{name: key[name] for name in key if name not in ("key", "callback_secret")} for key in (second, first)]
+    assert first["key"] not in listed.text
+    assert ADMIN_KEY not in listed.text
+
+
+async def test_keys_are_listed_newest_first_in_pages(here: World) -> None:
+    """A cursor leads through all of them."""
+    ids = [(await made(here, "pat", "read"))["id"] for _ in range(3)]
+    seen: list[str] = []
+    query: dict[str, Any] = {"limit": 2}
+    while query:
+        page = got(await here.client.get("/v1/keys", params=query))
+        seen += [key["id"] for key in page["data"]]
+        query = {"limit": 2, "cursor": page["next_cursor"]} if page["next_cursor"] else {}
+    assert seen[:3] == ids[::-1]
+    assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"owner": "x"}, "scopes"),
+        ({"scopes": ["read"]}, "owner"),
+        ({"owner": "x", "scopes": []}, "scopes"),
+        ({"owner": "x", "scopes": ["write"]}, "scopes.0"),
+        ({"owner": "x", "scopes": "read"}, "scopes"),
+        ({"owner": "X", "scopes": ["read"]}, "owner"),
+        ({"owner": "x\n", "scopes": ["read"]}, "owner"),
+        ({"owner": "-x", "scopes": ["read"]}, "owner"),
+        ({"owner": "x" * 65, "scopes": ["read"]}, "owner"),
+        ({"owner": "admin", "scopes": ["read", "subscribe"]}, "scopes"),
+        ({"owner": "x", "scopes": ["read"], "key": "mine"}, "key"),
+    ],
+)
+async def test_what_no_key_can_be_is_refused_by_name(here: World, body: JSON, param: str) -> None:
+    """The owner `admin`, who has the operators' events, is for keys with the scope of that name."""
+    refused(await here.client.post("/v1/keys", json=body), 400, "invalid_request", param=param)
+
+
+async def test_a_key_made_with_admin_does_everything(here: World) -> None:
+    """`admin` implies every scope, under any owner, and sees every owner."""
+    async with here.owner() as client, here.owner("admin", name="root") as root:
+        task = await submitted(client)
+        assert got(await root.get(f"/v1/tasks/{task['id']}"))["id"] == task["id"]
+        assert (await submitted(root))["state"] != "failed"
+        got(await root.get("/v1/keys"))
+
+
+async def test_a_revoked_key_ends_within_five_seconds(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the store said is believed for less than that; revoking again changes nothing, an unknown key is 404."""
+    assert access.CACHE_S < 5
+    monkeypatch.setattr(access, "CACHE_S", 0.05)
+    key = await made(here, "rev", "read")
+    async with here.with_key(key["key"]) as client:
+        got(await client.get("/v1/tasks"))
+        for _ in range(2):
+            assert (await here.client.delete(f"/v1/keys/{key['id']}")).status_code == 204
+
+        async def ended() -> bool:
+            return (await client.get("/v1/tasks")).status_code == 401
+
+        await wait_until(ended, 5)
+    (shown,) = [each for each in got(await here.client.get("/v1/keys"))["data"] if each["id"] == key["id"]]
+    assert re.fullmatch(TIME, shown["revoked_at"])
+    refused(await here.client.delete("/v1/keys/key_unknown"), 404, "key_not_found")
+
+
+async def test_many_keys_do_not_fill_the_memory(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered of keys, right or wrong, has a limit; beyond it the store is asked anew."""
+    monkeypatch.setattr(access, "CACHE_KEYS", 2)
+    async with here.owner() as client:
+        for number in range(5):
+            await here.stranger.get("/v1/tasks", headers={"authorization": f"Bearer dk_{number}"})
+            got(await client.get("/v1/tasks"))
+    assert len(here.context.access._cache) <= 2
+
+
+async def test_without_an_admin_key_there_is_none(tmp_path: Path) -> None:
+    """Unset, nothing that looks like one is taken."""
+    async with world(tmp_path, admin_key=None) as here:
+        refused(await here.client.get("/v1/tasks"), 401, "unauthorized")

@@ -1,0 +1,431 @@
+"""Deliveries over real sockets: signed, retried, recorded, and never to anybody they are not meant for."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import standardwebhooks
+import svix.webhooks
+from starlette.responses import RedirectResponse, Response
+from structlog.testing import capture_logs
+
+from service import app
+from service.app import stages
+from service.pipeline import worker
+from service.pipeline.delivery import Deliverer, encode_secrets, valid_secrets
+from service.store import Grant, Transaction
+from service.store.operations.deliveries import Outcome
+from service.store.queries import Parcel
+from service.store.tables import endpoints
+from tests.upstream import After, nth
+from tests.waiting import wait_until
+from tests.world import TEXT_TO_IMAGE, Received, Subscriber, World, subscriber, world
+
+JSON = dict[str, Any]
+DONE = Response(status_code=204)
+BROKEN = Response("out of order", 500)
+FAIL = {"fail": "service_error"}  # a task that ends without pictures is quick
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Due work is looked for more often than in earnest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "LOOK_S", 0.05)
+        yield
+
+
+@dataclass(slots=True)
+class Takers:
+    """A subscriber with a path for each test; `answers` by path, each request the next, the last for ever, else 204."""
+
+    subscriber: Subscriber
+    answers: dict[str, list[Response]] = field(default_factory=dict)
+    asked: Counter[str] = field(default_factory=Counter)
+
+    def answer(self, _: int, request: Received) -> Response:
+        self.asked[request.path] += 1
+        return nth(self.answers.get(request.path), self.asked[request.path] - 1) or DONE
+
+    def url(self, path: str, *answers: Response) -> str:
+        self.answers[path] = list(answers)
+        return self.subscriber.url + path
+
+    def got(self, path: str) -> list[Received]:
+        return [request for request in self.subscriber.received if request.path == path]
+
+
+@pytest.fixture(scope="module")
+async def takers() -> AsyncIterator[Takers]:
+    async with subscriber() as made:
+        takers = Takers(made)
+        made.answer = takers.answer
+        yield takers
+
+
+@pytest.fixture(scope="module")
+async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    async with world(tmp_path_factory.mktemp("delivery")) as made:
+        yield made
+
+
+@dataclass(slots=True)
+class Owner:
+    """Somebody with tasks and endpoints of their own; `secret` is their callback secret."""
+
+    name: str
+    client: httpx.AsyncClient
+    secret: str
+
+    async def subscribe(self, url: str, *types: str) -> JSON:
+        answer = await self.client.post("/v1/endpoints", json={"url": url, "types": types or ["image.task.*"]})
+        assert answer.status_code == 201, answer.text
+        made: JSON = answer.json()
+        return made
+
+    async def submit(self, **fields: Any) -> JSON:
+        body = {"model": TEXT_TO_IMAGE, "prompt": "a lighthouse", "size": "768x768", "sandbox": FAIL, **fields}
+        answer = await self.client.post("/v1/images/generations", json=body, headers={"prefer": "wait=20"})
+        assert answer.status_code == 200, answer.text
+        task: JSON = answer.json()
+        return task
+
+    async def get(self, path: str, **query: str) -> JSON:
+        answer = await self.client.get(path, params=query)
+        assert answer.status_code == 200, answer.text
+        found: JSON = answer.json()
+        return found
+
+    async def deliveries(self, **query: str) -> list[JSON]:
+        found: list[JSON] = (await self.get("/v1/deliveries", **query))["data"]
+        return found[::-1]
+
+    async def finished(self, count: int = 1, **query: str) -> list[JSON]:
+        """The deliveries once so many have ended, oldest first."""
+
+        async def look() -> list[JSON] | None:
+            found = [delivery for delivery in await self.deliveries(**query) if delivery["state"] != "pending"]
+            return found if len(found) >= count else None
+
+        found: list[JSON] = await wait_until(look)
+        return found
+
+
+@asynccontextmanager
+async def owner(here: World, name: str) -> AsyncIterator[Owner]:
+    body = {"owner": name, "scopes": ["submit", "read", "subscribe"]}
+    made = (await here.client.post("/v1/keys", json=body)).json()
+    async with here.with_key(made["key"]) as client:
+        yield Owner(name, client, made["callback_secret"])
+
+
+@pytest.fixture
+async def somebody(here: World, request: pytest.FixtureRequest) -> AsyncIterator[Owner]:
+    name = "".join(char if char.isalnum() else "-" for char in request.node.name)
+    async with owner(here, name[-60:].strip("-")) as made:
+        yield made
+
+
+def verify(secret: str, request: Received) -> Any:
+    """What a request says; both libraries raise unless its signature is right."""
+    headers = dict(request.headers)
+    svix.webhooks.Webhook(secret).verify(request.body, headers)
+    return standardwebhooks.Webhook(secret).verify(request.body, headers)
+
+
+async def test_an_event_is_delivered_signed_as_the_standard_says(somebody: Owner, takers: Takers) -> None:
+    """The libraries of Standard Webhooks and of Svix accept it; the body is the very event of the outbox."""
+    endpoint = await somebody.subscribe(takers.url("/signed"))
+    task = await somebody.submit(sandbox={}, prompt="一只猫", metadata={"order": "七"})
+    first, last = await somebody.finished(2, endpoint=endpoint["id"])
+    assert (first["state"], last["state"], last["task"]) == ("delivered", "delivered", task["id"])
+    requests = {request.headers["webhook-id"]: request for request in takers.got("/signed")}
+    for event in (await somebody.get("/v1/events"))["data"]:
+        request = requests[event["id"]]
+        assert verify(endpoint["secret"], request) == event
+        assert request.headers["content-type"] == "application/cloudevents+json"
+        assert request.headers["user-agent"].startswith("Darkroom/")
+    completed = json.loads(requests[last["event"]].body)
+    assert completed["data"]["images"][0]["url"] in completed["data"]["results"]
+    assert completed["data"]["metadata"] == {"order": "七"}
+    assert "prompt" not in completed["data"]
+    assert len(requests) == len(takers.got("/signed")) == 2
+
+
+async def test_a_failed_attempt_is_repeated_by_schedule_and_recorded(here: World, somebody: Owner, takers: Takers) -> None:
+    """The same id and bytes each time; every attempt is listed with time, status, duration and error, for admins with the answer."""
+    endpoint = await somebody.subscribe(takers.url("/retried", BROKEN, BROKEN, DONE), "image.task.failed")
+    task = await somebody.submit()
+    (delivery,) = await somebody.finished(task=task["id"])
+    assert (delivery["state"], delivery["endpoint"], delivery["next_attempt_at"]) == ("delivered", endpoint["id"], None)
+    tried = delivery["attempts"]
+    assert [(each["status"], each["error"]) for each in tried] == [(500, "answered 500"), (500, "answered 500"), (204, None)]
+    assert all(each["duration_ms"] >= 0 and "answer" not in each for each in tried)
+    times = [datetime.fromisoformat(each["time"]) for each in tried]
+    assert all(late - early >= timedelta(seconds=0.05) for early, late in pairwise(times))
+    requests = takers.got("/retried")
+    assert len({(request.headers["webhook-id"], request.body) for request in requests}) == 1
+    assert [verify(endpoint["secret"], request)["id"] for request in requests] == [delivery["event"]] * 3
+    shown = (await here.client.get(f"/v1/deliveries/{delivery['id']}")).json()
+    assert [each["answer"] for each in shown["attempts"]] == ["out of order", "out of order", ""]
+    timeline = (await somebody.get(f"/v1/tasks/{task['id']}/timeline"))["data"]
+    assert [step["status"] for step in timeline if step["step"] == "delivery.attempted"] == [500, 500, 204]
+
+
+async def test_after_the_last_retry_a_delivery_is_dead(here: World, somebody: Owner, takers: Takers) -> None:
+    """Kept and listed; operators get `delivery.exhausted`, and a dead delivery of that event raises none."""
+    wanted = {"url": takers.url("/watching", BROKEN), "types": ["delivery.*"], "owner": None}
+    watching = await here.client.post("/v1/endpoints", json=wanted)
+    endpoint = await somebody.subscribe(takers.url("/dead", BROKEN), "image.task.failed")
+    with capture_logs() as lines:
+        task = await somebody.submit()
+        (delivery,) = await somebody.finished(task=task["id"])
+        assert (delivery["state"], len(delivery["attempts"])) == ("dead", 3)
+
+        async def watched() -> Any:
+            found = (await here.client.get("/v1/deliveries", params={"endpoint": watching.json()["id"], "state": "dead"})).json()["data"]
+            return [each for each in found if each["task"] == task["id"]]
+
+        (unheard,) = await wait_until(watched)
+    assert len(unheard["attempts"]) == 3
+    exhausted = [event["data"] for event in await here.events(task=task["id"], type="delivery.exhausted")]
+    told = {"delivery_id": delivery["id"], "endpoint_id": endpoint["id"], "event_id": delivery["event"], "task_id": task["id"]}
+    assert exhausted == [told]
+    logged = [line for line in lines if line["event"] == "delivery.exhausted"]
+    assert [(line["attempt"], line["endpoint_id"]) for line in logged] == [(3, endpoint["id"]), (3, watching.json()["id"])]
+    await here.client.delete(f"/v1/endpoints/{watching.json()['id']}")
+
+
+async def test_a_redirect_is_a_failure(somebody: Owner, takers: Takers) -> None:
+    """3xx is not followed: the signed body goes to nobody else."""
+    await somebody.subscribe(takers.url("/moved", RedirectResponse(takers.url("/target"))), "image.task.failed")
+    task = await somebody.submit()
+    (delivery,) = await somebody.finished(task=task["id"])
+    assert [each["status"] for each in delivery["attempts"]] == [307, 307, 307]
+    assert takers.got("/target") == []
+
+
+async def test_no_answer_is_an_attempt_without_a_status(somebody: Owner) -> None:
+    """Nobody there: the attempt says why, and counts."""
+    await somebody.subscribe("http://127.0.0.1:9/nobody", "image.task.failed")
+    task = await somebody.submit()
+    (delivery,) = await somebody.finished(task=task["id"])
+    assert delivery["state"] == "dead"
+    assert {each["status"] for each in delivery["attempts"]} == {None}
+    assert all(each["error"].startswith("NotConnected: 127.0.0.1") for each in delivery["attempts"])
+
+
+async def test_gone_disables_the_endpoint(here: World, somebody: Owner, takers: Takers) -> None:
+    """410: no further attempt, pending deliveries are dead, none are made any more, operators are told."""
+    endpoint = await somebody.subscribe(takers.url("/gone", Response(status_code=410)))
+    with capture_logs() as lines:
+        task = await somebody.submit()
+
+        async def disabled() -> JSON | None:
+            shown = await somebody.get(f"/v1/endpoints/{endpoint['id']}")
+            return shown if shown["status"] == "disabled" else None
+
+        shown = await wait_until(disabled)
+    assert shown["disabled_reason"] == "the endpoint answered 410 Gone"
+    assert shown["disabled_at"]
+    assert {delivery["state"] for delivery in await somebody.finished(endpoint=endpoint["id"])} == {"dead"}
+    told = [event["data"] for event in await here.events(type="endpoint.disabled")]
+    assert endpoint["id"] in [data["endpoint_id"] for data in told]
+    assert endpoint["id"] in [line["endpoint_id"] for line in lines if line["event"] == "endpoint.disabled"]
+    before = len(await somebody.deliveries())
+    assert (await somebody.submit())["state"] == task["state"] == "failed"
+    assert len(await somebody.deliveries()) == before
+
+
+async def test_an_endpoint_that_only_failed_for_too_long_is_disabled(tmp_path: Path, takers: Takers) -> None:
+    """`ENDPOINT_DISABLE_AFTER_S` after its first failure in a row."""
+    async with world(tmp_path, endpoint_disable_after_s=0.05) as here, owner(here, "slow") as somebody:
+        endpoint = await somebody.subscribe(takers.url("/hopeless", BROKEN))
+        await somebody.submit()
+
+        async def disabled() -> Any:
+            return (await somebody.get(f"/v1/endpoints/{endpoint['id']}"))["disabled_reason"]
+
+        assert (await wait_until(disabled)).startswith("every attempt failed since 20")
+
+
+@pytest.mark.parametrize(("status", "form"), [(429, "seconds"), (503, "date")])
+async def test_an_endpoint_that_asks_for_peace_gets_it(status: int, form: str, here: World, somebody: Owner, takers: Takers) -> None:
+    """`Retry-After` on 429 and 503 pauses the whole endpoint: the failed delivery and all others wait, no attempt is used up."""
+    asked = "600" if form == "seconds" else format_datetime(datetime.now(UTC) + timedelta(seconds=600), usegmt=True)
+    path = f"/peace-{status}"
+    endpoint = await somebody.subscribe(takers.url(path, Response(status_code=status, headers={"retry-after": asked})), "image.task.failed")
+    first = await somebody.submit()
+
+    async def tried() -> Any:
+        found = await somebody.deliveries(task=first["id"])
+        return found and found[0]["attempts"]
+
+    await wait_until(tried)
+    second = await somebody.submit()
+
+    async def put_off() -> Any:
+        (delivery,) = await somebody.deliveries(task=second["id"])
+        due = datetime.fromisoformat(delivery["next_attempt_at"])
+        return due > datetime.now(UTC) + timedelta(seconds=500) and delivery
+
+    waiting = await wait_until(put_off)
+    assert waiting["attempts"] == []
+    (failed,) = await somebody.deliveries(task=first["id"])
+    wait = datetime.fromisoformat(failed["next_attempt_at"]) - datetime.fromisoformat(failed["attempts"][0]["time"])
+    assert timedelta(seconds=590) < wait <= timedelta(seconds=601)
+    assert len(takers.got(path)) == 1
+    await here.client.delete(f"/v1/endpoints/{endpoint['id']}")
+
+
+async def test_a_paused_endpoint_holds_its_deliveries(somebody: Owner, takers: Takers) -> None:
+    """Nothing is sent while it is paused, everything once it is enabled, with the whole schedule."""
+    endpoint = await somebody.subscribe(takers.url("/paused"), "image.task.failed")
+    assert (await somebody.client.patch(f"/v1/endpoints/{endpoint['id']}", json={"status": "paused"})).json()["status"] == "paused"
+    tasks = [await somebody.submit() for _ in range(2)]
+
+    async def held() -> bool:
+        found = await somebody.deliveries(endpoint=endpoint["id"])
+        return [(each["state"], each["next_attempt_at"], each["attempts"]) for each in found] == [("pending", None, [])] * 2
+
+    await wait_until(held)
+    assert takers.got("/paused") == []
+    await somebody.client.patch(f"/v1/endpoints/{endpoint['id']}", json={"status": "enabled"})
+    found = await somebody.finished(2, endpoint=endpoint["id"])
+    assert [(each["state"], each["task"], len(each["attempts"])) for each in found] == [("delivered", task["id"], 1) for task in tasks]
+
+
+async def test_a_tasks_own_callback_url_gets_the_terminal_task(somebody: Owner, takers: Takers) -> None:
+    """One delivery, of the task itself, as application/json, signed with the owner's callback secret; retried like any other."""
+    task = await somebody.submit(callback_url=takers.url("/own", BROKEN, DONE), metadata={"order": "7"})
+    (delivery,) = await somebody.finished(task=task["id"])
+    assert (delivery["state"], delivery["endpoint"], len(delivery["attempts"])) == ("delivered", None, 2)
+    first, second = takers.got("/own")
+    sent = verify(somebody.secret, second)
+    assert sent == {name: value for name, value in task.items() if name != "prompt"}
+    assert second.headers["content-type"] == "application/json"
+    assert first.headers["webhook-id"] == second.headers["webhook-id"] == delivery["event"]
+    assert first.body == second.body
+
+
+async def test_a_tasks_own_callback_url_that_is_gone_is_left_alone(somebody: Owner, takers: Takers) -> None:
+    """410 makes that one delivery dead."""
+    task = await somebody.submit(callback_url=takers.url("/own-gone", Response(status_code=410)))
+    (delivery,) = await somebody.finished(task=task["id"])
+    assert (delivery["state"], len(delivery["attempts"])) == ("dead", 1)
+
+
+async def test_operators_events_go_to_operators_alone(here: World, somebody: Owner, takers: Takers) -> None:
+    """An owner who wants every type gets what the own tasks caused; an admin's endpoint for all owners gets operators' events too."""
+    every = await here.client.post("/v1/endpoints", json={"url": takers.url("/operators"), "types": ["*"], "owner": None})
+    await somebody.subscribe(takers.url("/curious"), "*")
+    task = await somebody.submit(sandbox={"contradict": True, **FAIL})
+
+    def types(path: str) -> list[str]:
+        bodies = [json.loads(request.body) for request in takers.got(path)]
+        return sorted(body["type"] for body in bodies if body["subject"] == task["id"])
+
+    await wait_until(lambda: len(types("/operators")) == 3)
+    assert types("/operators") == ["callback.conflict", "image.task.failed", "image.task.submitted"]
+    await wait_until(lambda: len(types("/curious")) == 2)
+    async with owner(here, "stranger") as stranger:
+        await stranger.subscribe(takers.url("/stranger"), "*")
+        await somebody.submit()
+        mine = await stranger.submit()
+        await stranger.finished(2, task=mine["id"])
+    assert {json.loads(request.body)["data"]["id"] for request in takers.got("/stranger")} == {mine["id"]}
+    assert types("/curious") == ["image.task.failed", "image.task.submitted"]
+    await here.client.delete(f"/v1/endpoints/{every.json()['id']}")
+
+
+async def test_retries_never_delay_first_attempts(tmp_path: Path, takers: Takers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries that hang in every place of theirs leave first attempts theirs."""
+    monkeypatch.setattr(app, "REDELIVERIES", 1)
+    monkeypatch.setattr(app, "DELIVERIES", 1)
+    released = asyncio.Event()
+    async with world(tmp_path) as here, owner(here, "patient") as somebody:
+        await somebody.subscribe(takers.url("/hanging", BROKEN, After(released.wait, DONE)), "image.task.cancelled")
+        await somebody.subscribe(takers.url("/prompt"), "image.task.failed")
+        first = await somebody.submit(sandbox={"cancel": "status"})
+        await wait_until(lambda: len(takers.got("/hanging")) == 2)
+        second = await somebody.submit()
+        assert [each["state"] for each in await somebody.finished(task=second["id"])] == ["delivered"]
+        assert [each["state"] for each in await somebody.deliveries(task=first["id"])] == ["pending"]
+        released.set()
+        assert [each["state"] for each in await somebody.finished(task=first["id"])] == ["delivered"]
+
+
+async def test_an_attempt_under_a_lease_that_ended_is_recorded_and_decides_nothing(here: World, somebody: Owner, takers: Takers) -> None:
+    """At least once: whoever was too slow has sent it all the same, so the attempt is listed; the state is somebody else's."""
+    endpoint = await somebody.subscribe(takers.url("/twice"), "image.task.failed")
+    await somebody.client.patch(f"/v1/endpoints/{endpoint['id']}", json={"status": "paused"})
+    task = await somebody.submit()
+
+    async def held() -> Any:
+        found = await somebody.deliveries(task=task["id"])
+        return found and found[0]["next_attempt_at"] is None and found[0]
+
+    delivery = await wait_until(held)
+    await here.context.resources.store.write(enable_quietly, endpoint["id"])
+    deliver = next(stage for stage in stages(here.settings, here.context.resources) if stage.name == "deliver")
+    with capture_logs() as lines:
+        await deliver.run(Grant("deliver", delivery["id"], 99, 1))
+    assert [line["result"] for line in lines if line["event"] == "delivery.attempted"] == ["superseded"]
+    (after,) = await somebody.deliveries(task=task["id"])
+    assert (after["state"], [each["status"] for each in after["attempts"]]) == ("pending", [204])
+
+
+def enable_quietly(tx: Transaction, ids: Sequence[str]) -> list[None]:
+    """An operation: the endpoints are enabled, and what they hold stays held."""
+    for endpoint_id in ids:
+        tx.change(endpoints, endpoint_id, {"status": "enabled"})
+    return [None] * len(ids)
+
+
+async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(here: World) -> None:
+    """An endpoint that is gone or disabled since, an owner without a callback secret: nothing to send to, nothing to sign with."""
+    resources = replace(here.context.resources, clock=lambda: 1_000_000)
+    deliverer, grant = Deliverer(resources, (1.0,), 1.0), Grant("deliver", "dlv_x", 1, 1)
+    row, event = {"endpoint_id": "ep_x"}, {"id": "evt_x"}
+    dead, held = Outcome(grant, "dead"), Outcome(grant, "held")
+
+    def endpoint(status: str, paused_until: int | None = None) -> Parcel:
+        return Parcel(row, event, {"status": status, "paused_until": paused_until}, None, None)
+
+    assert deliverer._not_now(grant, Parcel(row, event, None, None, None)) == dead
+    assert deliverer._not_now(grant, Parcel(row, event, None, "https://hooks.example", None)) == dead
+    assert deliverer._not_now(grant, Parcel(row, event, None, "https://hooks.example", b"secret")) is None
+    assert deliverer._not_now(grant, endpoint("disabled")) == dead
+    assert deliverer._not_now(grant, endpoint("paused")) == held
+    assert deliverer._not_now(grant, endpoint("enabled")) is None
+    assert deliverer._not_now(grant, endpoint("enabled", 999_999)) is None
+    assert deliverer._not_now(grant, endpoint("enabled", 1_000_500)) == Outcome(grant, "later", wait_ms=500)
+
+
+def test_a_secret_signs_until_its_overlap_ends() -> None:
+    """The newest has no end; an older one signs until its own."""
+    assert valid_secrets(encode_secrets(["whsec_a", "whsec_b"]), 5) == ["whsec_a", "whsec_b"]
+    kept = json.dumps([["whsec_new", None], ["whsec_old", 1000]])
+    assert valid_secrets(kept, 999) == ["whsec_new", "whsec_old"]
+    assert valid_secrets(kept, 1000) == ["whsec_new"]
+
+
+async def test_a_reader_is_held_until_an_event_is_there(somebody: Owner) -> None:
+    """`wait` answers as soon as something is written, or with an empty page and the place reached after its time."""
+    start = (await somebody.get("/v1/events", wait="0.01"))["next_after"]
+    reading = asyncio.create_task(somebody.get("/v1/events", after=start, wait="20", type="image.task.failed"))
+    task = await somebody.submit()
+    page = await reading
+    assert [(event["type"], event["subject"]) for event in page["data"]] == [("image.task.failed", task["id"])]
+    assert page["next_after"] == page["data"][0]["sequence"]
+    assert (await somebody.get("/v1/events", after=page["next_after"]))["data"] == []

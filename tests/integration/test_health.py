@@ -1,0 +1,261 @@
+"""What a process tells of itself: whether it lives, whether it can take a callback, and its figures."""
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from service.app import Role, create_app
+from service.store import queries
+from service.web import health
+from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, refused, submitted
+from tests.waiting import wait_until
+from tests.world import World, answering, subscriber, world
+
+JSON = dict[str, Any]
+WITHOUT_WORKERS = Role(workers=False)
+
+
+@pytest.fixture(scope="module")
+async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    async with world(tmp_path_factory.mktemp("here")) as made:
+        yield made
+
+
+async def ready(here: World) -> JSON:
+    """What `/readyz` says to a key, with 200."""
+    return got(await here.client.get("/readyz"))
+
+
+async def figures(here: World) -> dict[str, float]:
+    """Every sample by its name and labels."""
+    answer = await here.client.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return {
+        ",".join([sample.name, *(f"{name}={value}" for name, value in sorted(sample.labels.items()))]): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+# --- lives, is ready -------------------------------------------------------------------------------------------------
+
+
+async def test_a_process_that_lives_says_so_to_everybody(here: World) -> None:
+    """No key, no store, no detail."""
+    assert got(await here.stranger.get("/healthz")) == {"status": "ok"}
+
+
+async def test_a_process_that_can_commit_is_ready(here: World) -> None:
+    """Causes, none here, are shown to a key of any scope; to nobody else."""
+    assert await ready(here) == {"status": "ok", "causes": []}
+    assert got(await here.stranger.get("/readyz")) == {"status": "ok"}
+    assert got(await here.stranger.get("/readyz", headers={"authorization": "Bearer wrong"})) == {"status": "ok"}
+    for scope in ("submit", "read", "subscribe", "admin"):
+        async with here.owner(scope) as client:
+            assert got(await client.get("/readyz")) == {"status": "ok", "causes": []}
+
+
+async def test_without_its_workers_a_process_is_degraded(tmp_path: Path) -> None:
+    """A callback can still be committed: 200."""
+    before = asyncio.all_tasks()
+    async with world(tmp_path) as here:
+        (workers,) = [task for task in asyncio.all_tasks() - before if task.get_name() == "workers"]
+        await wait_until(lambda: here.context.workers_alive and here.context.workers_alive())
+        workers.cancel()
+        await asyncio.wait([workers])
+        assert await ready(here) == {"status": "degraded", "causes": ["workers"]}
+        assert got(await here.stranger.get("/readyz")) == {"status": "degraded"}
+
+
+async def test_a_web_process_misses_no_workers(tmp_path: Path) -> None:
+    """Another process has them."""
+    async with world(tmp_path, role=WITHOUT_WORKERS) as here:
+        assert (await ready(here))["status"] == "ok"
+
+
+async def test_without_room_for_images_a_process_is_degraded(tmp_path: Path) -> None:
+    """Below the limit at which submissions are refused."""
+    async with world(tmp_path, role=WITHOUT_WORKERS, min_free_bytes=2**62) as here:
+        assert await ready(here) == {"status": "degraded", "causes": ["blobs"]}
+
+
+async def test_without_its_image_store_a_process_is_degraded_and_takes_no_submission(tmp_path: Path) -> None:
+    """503 in the one form for what needs it; the figures are still told."""
+    async with world(tmp_path, role=WITHOUT_WORKERS) as here:
+        shutil.rmtree(here.settings.image_dir)
+        assert await ready(here) == {"status": "degraded", "causes": ["blobs"]}
+        refused(await here.client.post(SUBMIT, json=order(), headers=ASYNC), 503, "unavailable")
+        assert (await figures(here))["darkroom_blob_free_bytes"] == 0
+
+
+async def test_an_upstream_that_does_not_answer_degrades_until_it_does(tmp_path: Path) -> None:
+    """Silence, a 5xx or a refused key is a cause; any other answer, even a 404 or 429, is an answer."""
+    statuses = iter([503, 200, 401, 429])
+
+    async def credits(_: Request) -> Response:
+        return JSONResponse({}, next(statuses))
+
+    async with world(tmp_path, role=WITHOUT_WORKERS, upstream=Starlette(routes=[Route("/v1/credits", credits)])) as here:
+        for status, answering_now in ((503, False), (200, True), (401, False), (429, True)):
+            assert (await here.client.get("/v1/credits")).status_code == status
+            assert ("upstream" in (await ready(here))["causes"]) is not answering_now
+    async with world(tmp_path / "2", role=WITHOUT_WORKERS, evolink_base_url="http://127.0.0.1:9") as here:
+        refused(await here.client.get("/v1/credits"), 503, "upstream_unavailable")
+        assert (await ready(here))["causes"] == ["upstream"]
+
+
+async def test_a_process_that_stops_says_so(tmp_path: Path) -> None:
+    """Degraded, while it still answers."""
+    async with world(tmp_path, role=WITHOUT_WORKERS) as here:
+        here.context.resources.store.signals.stop()
+        assert await ready(here) == {"status": "degraded", "causes": ["stopping"]}
+
+
+async def test_only_a_store_that_does_not_commit_makes_a_process_unready(tmp_path: Path) -> None:
+    """503 with `Retry-After` and the cause for a key; what wants the store says 503 too, and no more than that."""
+    async with world(tmp_path, role=WITHOUT_WORKERS) as here:
+        got(await here.client.get("/v1/tasks"))
+        here.context.resources.store.close()  # type: ignore[attr-defined]  # of the embedded store: from now on nothing is committed
+        answer = await here.client.get("/readyz")
+        assert (answer.status_code, answer.json()) == (503, {"status": "unavailable", "causes": ["store"]})
+        assert answer.headers["retry-after"] == "1"
+        assert (await here.stranger.get("/readyz")).json() == {"status": "unavailable"}
+        refused(await here.client.post(SUBMIT, json=order(), headers=ASYNC), 503, "unavailable")
+        assert (await here.stranger.get("/healthz")).status_code == 200
+
+
+async def test_a_store_that_takes_too_long_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe is answered within its time."""
+    monkeypatch.setattr(health, "READY_S", 0.0)
+    async with world(tmp_path, role=WITHOUT_WORKERS) as here:
+        assert (await here.stranger.get("/readyz")).status_code == 503
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+NAMES = {
+    "darkroom_callbacks_total",
+    "darkroom_callback_commit_seconds",
+    "darkroom_tasks",
+    "darkroom_upstream_requests_total",
+    "darkroom_upstream_request_seconds",
+    "darkroom_downloads_total",
+    "darkroom_download_bytes_total",
+    "darkroom_result_seconds_left",
+    "darkroom_oldest_unsettled_seconds",
+    "darkroom_oldest_due_delivery_seconds",
+    "darkroom_deliveries_total",
+    "darkroom_delivery_seconds",
+    "darkroom_dead_letters",
+    "darkroom_queue_depth",
+    "darkroom_credits_total",
+    "darkroom_callback_to_event_seconds",
+    "darkroom_callback_to_delivery_seconds",
+    "darkroom_blob_free_bytes",
+}
+
+
+async def test_the_metrics_have_their_names_and_count_what_happened(tmp_path: Path) -> None:
+    """One completed task and one failed one, told to a subscriber and to nobody who listens."""
+    async with world(tmp_path) as here, here.owner() as client, subscriber() as takes:
+        empty = await figures(here)
+        assert empty["darkroom_result_seconds_left"] == float("inf")
+        assert empty["darkroom_oldest_unsettled_seconds"] == empty["darkroom_oldest_due_delivery_seconds"] == 0
+        for url in (takes.url, "http://127.0.0.1:9/"):
+            got(await client.post("/v1/endpoints", json={"url": url, "types": ["image.task.completed"]}), 201)
+        task = await submitted(client, UNTIL_DONE, n=2, sandbox={"repeat_callback": 3})
+        await submitted(client, UNTIL_DONE, sandbox={"fail": "service_error", "drop_callback": False})
+        late = await submitted(client, {}, sandbox={"delay": 600})
+        await here.stranger.post(here.callback_url(task["id"], "wrong"), json={})
+
+        async def told() -> dict[str, float] | None:
+            known = await figures(here)
+            return known if known["darkroom_dead_letters"] == 1 and known.get("darkroom_callbacks_total,verdict=duplicate") == 2 else None
+
+        known: dict[str, float] = await wait_until(told)
+    assert {name.split(",")[0].removesuffix("_count") for name in known} >= NAMES
+    expected = {
+        "callbacks_total,verdict=accepted": 2,
+        "callbacks_total,verdict=wrong_token": 1,
+        "callback_commit_seconds_count": 4,
+        "tasks,state=completed": 1,
+        "tasks,state=failed": 1,
+        "tasks,state=submitted": 1,
+        "tasks,state=queued": 0,
+        "upstream_requests_total,kind=submit,outcome=accepted": 3,
+        "upstream_request_seconds_count,kind=submit": 3,
+        "downloads_total,outcome=stored": 2,
+        "download_bytes_total": sum(image["bytes"] for image in task["images"]),
+        "deliveries_total,outcome=delivered": 1,
+        "deliveries_total,outcome=retry": 2,
+        "deliveries_total,outcome=dead": 1,
+        "delivery_seconds_count": 4,
+        "callback_to_event_seconds_count": 2,
+        "callback_to_delivery_seconds_count": 1,
+        "credits_total,kind=reserved": 6,
+        "credits_total,kind=used": 3,
+        "queue_depth,stage=settle": 1,
+        "queue_depth,stage=submit": 0,
+    }
+    assert {name: known[f"darkroom_{name}"] for name in expected} == expected
+    assert known["darkroom_upstream_requests_total,kind=query,outcome=found"] >= 2
+    assert known["darkroom_blob_free_bytes"] > 0
+    assert 0 <= known["darkroom_oldest_unsettled_seconds"] < 60
+    assert late["state"] == "submitted"
+
+
+async def test_the_gauges_tell_how_old_what_waits_is(tmp_path: Path) -> None:
+    """Seconds, from the store's times: until a link dies, since a delivery is due, since a task was taken; unknown room is NaN."""
+    async with world(tmp_path, role=WITHOUT_WORKERS) as here:
+        counted = await here.context.resources.store.read(queries.figures)
+        waiting = counted | {"first_link_dies": 90_000, "oldest_unsettled": 20_000, "oldest_due_delivery": 29_500}
+        text = here.context.resources.metrics.show(waiting, 30_000, None).decode()
+    samples = {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+    assert samples["darkroom_result_seconds_left"] == 60
+    assert samples["darkroom_oldest_unsettled_seconds"] == 10
+    assert samples["darkroom_oldest_due_delivery_seconds"] == 0.5
+    assert samples["darkroom_blob_free_bytes"] != samples["darkroom_blob_free_bytes"]
+
+
+async def test_the_metrics_want_a_key_with_read_on_the_main_port(here: World) -> None:
+    """401 without one, 403 with another scope."""
+    refused(await here.stranger.get("/metrics"), 401, "unauthorized")
+    async with here.owner("submit") as client:
+        refused(await client.get("/metrics"), 403, "permission_denied")
+    async with here.owner("read") as client:
+        assert (await client.get("/metrics")).status_code == 200
+
+
+async def test_the_metrics_port_wants_no_key_and_serves_no_clients(here: World) -> None:
+    """The same figures, the probes, and nothing else."""
+    async with answering(create_app(here.context, Role(), metrics_open=True)) as url:
+        answer = await here.stranger.get(f"{url}/metrics")
+        assert answer.status_code == 200
+        assert "darkroom_tasks{" in answer.text
+        assert (await here.stranger.get(f"{url}/healthz")).status_code == 200
+        assert got(await here.client.get(f"{url}/readyz"))["status"] == "ok"
+        for path in ("/v1/tasks", "/openapi.json", "/images/x", "/callbacks/evolink/a/b"):
+            refused(await here.client.get(f"{url}{path}"), 404, "not_found")
+
+
+async def test_a_worker_process_serves_the_probes_and_figures_alone(tmp_path: Path) -> None:
+    """`/metrics` with a key, as on any main port; no task, no image, no callback."""
+    async with world(tmp_path, role=Role(web=False)) as here:
+        assert got(await here.stranger.get("/healthz")) == {"status": "ok"}
+        assert (await ready(here))["status"] == "ok"
+        refused(await here.stranger.get("/metrics"), 401)
+        assert "darkroom_tasks,state=queued" in await figures(here)
+        for path in ("/v1/tasks", "/images/x", "/openapi.json"):
+            refused(await here.client.get(path), 404, "not_found")
+        for path in (SUBMIT, "/callbacks/evolink/a/b"):
+            refused(await here.client.post(path, json={}), 404, "not_found")

@@ -1,0 +1,187 @@
+"""Stored images over HTTP: whole, in part, not again; and what happens when one is not there."""
+
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.responses import Response
+from structlog.testing import capture_logs
+
+from service.upstreams.sandbox import SandboxOptions, create_sandbox
+from tests.api import UNTIL_DONE, refused, submitted
+from tests.upstream import Upstream, document, picture
+from tests.world import LOOPBACK, World, answering, world
+
+JSON = dict[str, Any]
+PROMPT = "a large one"
+
+
+@pytest.fixture(scope="module")
+async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    async with world(tmp_path_factory.mktemp("here")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+async def stored(here: World) -> tuple[JSON, bytes]:
+    """An image and its bytes."""
+    image: JSON = (await submitted(here.client, UNTIL_DONE))["images"][0]
+    return image, (await here.stranger.get(image["url"])).content
+
+
+async def test_an_image_is_served_whole_and_can_do_no_harm(here: World, stored: tuple[JSON, bytes]) -> None:
+    """No key is needed; the type is the stored one, nothing is guessed, nothing in it runs, and it never changes."""
+    image, content = stored
+    answer = await here.stranger.get(image["url"])
+    assert answer.status_code == 200
+    assert hashlib.sha256(content).hexdigest() == image["sha256"]
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.headers["content-length"] == str(image["bytes"]) == str(len(content))
+    assert answer.headers["etag"] == f'"{image["sha256"]}"'
+    assert answer.headers["accept-ranges"] == "bytes"
+    assert answer.headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["content-security-policy"].startswith("sandbox")
+    assert "set-cookie" not in answer.headers
+    assert "x-request-id" in answer.headers
+
+
+async def test_head_has_the_headers_and_no_body(here: World, stored: tuple[JSON, bytes]) -> None:
+    """The same headers as a GET of the whole, whatever range is named."""
+    image, _ = stored
+    whole = await here.stranger.get(image["url"])
+    for headers in ({}, {"range": "bytes=0-1"}):
+        answer = await here.stranger.head(image["url"], headers=headers)
+        assert (answer.status_code, answer.content) == (200, b"")
+        for name in ("content-length", "content-type", "etag", "cache-control", "content-security-policy"):
+            assert answer.headers[name] == whole.headers[name]
+
+
+@pytest.mark.parametrize("tags", ["{}", "W/{}", '"other", {}', '"a",W/"b" , {}', "*"])
+async def test_a_reader_who_has_it_is_not_sent_it_again(here: World, stored: tuple[JSON, bytes], tags: str) -> None:
+    """304 without a body, by GET and HEAD, and a range does not matter."""
+    image, _ = stored
+    headers = {"if-none-match": tags.format(f'"{image["sha256"]}"'), "range": "bytes=0-0"}
+    for method in ("GET", "HEAD"):
+        answer = await here.stranger.request(method, image["url"], headers=headers)
+        assert (answer.status_code, answer.content) == (304, b"")
+        assert answer.headers["etag"] == f'"{image["sha256"]}"'
+        assert answer.headers["cache-control"].endswith("immutable")
+
+
+async def test_a_reader_who_has_another_is_sent_it(here: World, stored: tuple[JSON, bytes]) -> None:
+    """A tag that is not this image's changes nothing."""
+    image, content = stored
+    for tags in ("", '"other"', image["sha256"], f'"{image["sha256"]}x"'):
+        answer = await here.stranger.get(image["url"], headers={"if-none-match": tags})
+        assert (answer.status_code, answer.content) == (200, content)
+
+
+@pytest.mark.parametrize(
+    ("asked", "first", "last"),
+    [
+        ("bytes=0-0", 0, 0),
+        ("bytes=0-99", 0, 99),
+        ("bytes=100-199", 100, 199),
+        ("bytes=100-", 100, -1),
+        ("bytes=0-", 0, -1),
+        ("bytes=-1", -1, -1),
+        ("bytes=-100", -100, -1),
+        ("bytes=-999999999", 0, -1),
+        ("bytes=10-999999999", 10, -1),
+        ("Bytes=0-9", 0, 9),
+    ],
+)
+async def test_a_range_is_served_alone(here: World, stored: tuple[JSON, bytes], asked: str, first: int, last: int) -> None:
+    """First, middle, open and last bytes; an end beyond the image is its end."""
+    image, content = stored
+    first, last = first % len(content), last % len(content)
+    answer = await here.stranger.get(image["url"], headers={"range": asked})
+    assert answer.status_code == 206
+    assert answer.content == content[first : last + 1]
+    assert answer.headers["content-range"] == f"bytes {first}-{last}/{len(content)}"
+    assert answer.headers["content-length"] == str(last - first + 1)
+    assert answer.headers["etag"] == f'"{image["sha256"]}"'
+
+
+@pytest.mark.parametrize("asked", ["bytes=9-1", "bytes=-", "bytes=0-1,5-6", "items=0-1", "bytes=a-b", "0-1", "bytes=٣-", ""])
+async def test_a_range_that_is_none_is_ignored(here: World, stored: tuple[JSON, bytes], asked: str) -> None:
+    """The whole image, as RFC 9110 allows for several ranges and wants for bad ones."""
+    image, content = stored
+    answer = await here.stranger.get(image["url"], headers=[(b"range", asked.encode())])
+    assert (answer.status_code, answer.content) == (200, content)
+
+
+@pytest.mark.parametrize("asked", ["bytes={}-", "bytes={}-{}", "bytes=999999999-", "bytes=-0"])
+async def test_a_range_outside_of_the_image_is_refused(here: World, stored: tuple[JSON, bytes], asked: str) -> None:
+    """416 says how many bytes there are."""
+    image, content = stored
+    answer = await here.stranger.get(image["url"], headers={"range": asked.replace("{}", str(len(content)))})
+    refused(answer, 416, "range_not_satisfiable", param="Range")
+    assert answer.headers["content-range"] == f"bytes */{len(content)}"
+
+
+async def test_a_range_of_another_version_is_the_whole(here: World, stored: tuple[JSON, bytes]) -> None:
+    """`If-Range` must name this image, strongly; a date never does."""
+    image, content = stored
+    etag = f'"{image["sha256"]}"'
+    for given, status in ((etag, 206), (f"W/{etag}", 200), ('"other"', 200), ("Wed, 21 Oct 2026 07:28:00 GMT", 200)):
+        answer = await here.stranger.get(image["url"], headers={"range": "bytes=0-9", "if-range": given})
+        assert (answer.status_code, answer.content) == (status, content[:10] if status == 206 else content)
+
+
+@pytest.mark.parametrize("id", ["img_aaaaaaaaaaaaaaaaaaaaaaaaaa", "x", "%00", "..%2f..%2fdarkroom.db", "a" * 300])
+async def test_an_unknown_image_is_not_found(here: World, id: str) -> None:
+    """404 in the one form."""
+    refused(await here.stranger.get(f"/images/{id}"), 404)
+
+
+async def test_a_missing_or_short_image_is_an_error_not_a_broken_picture(here: World) -> None:
+    """503 before the first byte: nobody keeps half a picture for ever."""
+    gone, short = (await submitted(here.client, UNTIL_DONE, n=2))["images"]
+    paths = {path.name: path for path in here.settings.image_dir.rglob("*.png")}
+    paths[f"0-{gone['sha256']}.png"].unlink()
+    with paths[f"1-{short['sha256']}.png"].open("r+b") as file:
+        file.truncate(10)
+    for image in (gone, short):
+        for headers in ({}, {"range": "bytes=0-5"}):
+            refused(await here.stranger.get(image["url"], headers=headers), 503, "unavailable")
+        answer = await here.stranger.head(image["url"])
+        assert (answer.status_code, answer.content) == (503, b"")
+
+
+async def test_an_image_that_vanishes_while_it_is_sent_is_cut_off(tmp_path: Path) -> None:
+    """Its reader sees that it is not whole; the log says why."""
+    upstream = Upstream({PROMPT: [document("pending", id="large")]})
+    upstream.files["large"] = [Response(picture("BMP", (3000, 2000)), media_type="image/bmp")]  # 18 MB: more than the sockets hold
+    async with world(tmp_path, upstream=upstream.app) as here:
+        upstream.queries["large"] = [document("completed", f"{here.sandbox_url}/files/large")]
+        task = await submitted(here.client, {}, prompt=PROMPT)
+        await here.stranger.post(here.callback_url(task["id"]), json={"id": "large", "status": "completed"})
+        (image,) = (await here.ended(task["id"]))["images"]
+        (path,) = here.settings.image_dir.rglob("*.bmp")
+        with capture_logs() as lines:
+            async with here.stranger.stream("GET", image["url"]) as answer:
+                assert answer.status_code == 200
+                path.unlink()
+                with pytest.raises(httpx.RemoteProtocolError):
+                    await answer.aread()
+        assert [line["event"] for line in lines if line["log_level"] == "error"] == ["http.failed"]
+
+
+async def test_images_are_served_after_the_upstream_is_gone(tmp_path: Path) -> None:
+    """What was stored is ours."""
+    async with AsyncExitStack() as upstream:
+        options = SandboxOptions(networks=(ip_network(LOOPBACK),), delay_s=0.05)
+        url = await upstream.enter_async_context(answering(create_sandbox(options)))
+        async with world(tmp_path, evolink_base_url=url) as here:
+            task = await submitted(here.client, UNTIL_DONE, n=2)
+            await upstream.aclose()
+            for image in task["images"]:
+                content = (await here.stranger.get(image["url"])).content
+                assert hashlib.sha256(content).hexdigest() == image["sha256"]

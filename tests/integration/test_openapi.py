@@ -1,0 +1,161 @@
+"""The OpenAPI document: valid, whole, and true of what is really answered."""
+
+import re
+from collections.abc import AsyncIterator
+from functools import cache
+from typing import Any
+
+import httpx
+import pytest
+from openapi_schema_validator import OAS31Validator
+from openapi_spec_validator import validate
+
+from service import VERSION
+from service.web import schemas
+from service.web.openapi import document
+from service.web.routes import SPECS, Spec
+from tests.api import SUBMIT, UNTIL_DONE, got, order, submitted
+from tests.waiting import wait_until
+from tests.world import World, subscriber, world
+
+JSON = dict[str, Any]
+OPTIONAL = {"answer", "causes"}  # for admins, for keys
+
+
+@pytest.fixture(scope="module")
+async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    async with world(tmp_path_factory.mktemp("here")) as made:
+        yield made
+
+
+def closed(schema: Any) -> Any:
+    """The schema with every object closed to fields that it does not name, unless it says that there may be others."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {name: closed(item) for name, item in schema.items()}
+    if "properties" in made and isinstance(made.get("type"), str):
+        made.setdefault("additionalProperties", False)
+    return made
+
+
+@cache
+def described() -> JSON:
+    return document(SPECS)
+
+
+@cache
+def validator_of(model: str) -> OAS31Validator:
+    return OAS31Validator({"$ref": f"#/components/schemas/{model}", "components": closed(described()["components"])})
+
+
+def check(answer: JSON, model: str) -> None:
+    """AssertionError unless the answer is what the document says of it, no field more and none less."""
+    validator = validator_of(model)
+    problems = [f"{list(problem.absolute_path)}: {problem.message}" for problem in validator.iter_errors(answer)]
+    assert not problems, problems
+
+
+async def test_the_document_is_valid_and_served_to_everybody(here: World) -> None:
+    """OpenAPI 3.1 by its own rules; the same that the command prints."""
+    served = got(await here.stranger.get("/openapi.json"))
+    validate(served)
+    assert served == document(SPECS)
+    assert served["openapi"].startswith("3.1")
+    assert served["info"]["version"] == VERSION
+
+
+def operation(spec: Spec) -> JSON:
+    found: JSON = described()["paths"][spec.path][spec.method.lower()]
+    return found
+
+
+def test_every_route_is_in_the_document_with_its_parameters_and_scopes() -> None:
+    """Nothing that is answered is left out, and nothing is described that is not there."""
+    paths = described()["paths"]
+    assert {(method.upper(), path) for path, methods in paths.items() for method in methods} == {(spec.method, spec.path) for spec in SPECS}
+    assert len({operation(spec)["operationId"] for spec in SPECS}) == len(SPECS)
+    for spec in SPECS:
+        made = operation(spec)
+        named = {(parameter["name"], parameter["in"]) for parameter in made["parameters"]}
+        headers = {("Idempotency-Key", "header"), ("Prefer", "header")} if spec.path == SUBMIT else set()
+        assert (
+            named == {(name, "path") for name in re.findall(r"\{(\w+)\}", spec.path)} | {(name, "query") for name in spec.query} | headers
+        )
+        assert ("security" in made) == bool(spec.scopes)
+        assert all(scope in made.get("description", "") for scope in spec.scopes)
+        assert {str(spec.status), "default"} == made["responses"].keys()
+        assert ("requestBody" in made) == (spec.body is not None)
+
+
+def test_every_key_of_an_answer_is_always_there() -> None:
+    """An answer's fields are required in the document: unknown is null, not absent."""
+    components = described()["components"]["schemas"]
+    bodies = {spec.body.__name__ for spec in SPECS if spec.body}
+    for name, schema in components.items():
+        if name not in bodies:
+            assert set(schema["properties"]) - OPTIONAL == set(schema["required"]), name
+
+
+async def test_a_submissions_fields_are_described_as_they_are_checked(here: World) -> None:
+    """What the document allows of a submission is taken, other fields too."""
+    body = order(n=1, prompt_extend=False, metadata={"a": "b"}, anything={"else": 1})
+    check(body, "Submission")
+    check(got(await here.client.post(SUBMIT, json=body, headers=UNTIL_DONE)), "Task")
+
+
+async def test_real_answers_are_what_the_document_says(here: World) -> None:
+    """Every operation with a described answer, asked for real things."""
+    async with here.owner() as client, subscriber() as takes:
+        endpoint = got(await client.post("/v1/endpoints", json={"url": takes.url}), 201)
+        check(endpoint, "EndpointWithSecret")
+        task = await submitted(client, UNTIL_DONE, metadata={"a": "b"})
+        await submitted(client, UNTIL_DONE, sandbox={"fail": "service_error"})
+        late = await submitted(client, {}, sandbox={"delay": 600})
+
+        async def deliveries() -> list[JSON] | None:
+            found: list[JSON] = got(await client.get("/v1/deliveries", params={"state": "delivered"}))["data"]
+            return found if len(found) == 5 else None
+
+        delivery = (await wait_until(deliveries))[0]
+        key = got(await here.client.post("/v1/keys", json={"owner": "x", "scopes": ["read"]}), 201)
+        ids = {"task_id": task["id"], "endpoint_id": endpoint["id"], "delivery_id": delivery["id"], "key_id": key["id"]}
+        bodies: dict[type[Any], JSON] = {
+            schemas.Submission: order(),
+            schemas.NewEndpoint: {"url": takes.url},
+            schemas.EndpointPatch: {"description": "d"},
+            schemas.NewKey: {"owner": "y", "scopes": ["read"]},
+        }
+        for spec in SPECS:
+            if spec.answer is None:
+                continue
+            path = spec.path.format(**ids | ({"task_id": late["id"]} if spec.path.endswith("/cancel") else {}))
+            for asking in (client, here.client) if "admin" not in spec.scopes else (here.client,):
+                if spec.path.endswith("/cancel") and asking is here.client:
+                    continue
+                answer = await asking.request(spec.method, path, json=bodies[spec.body] if spec.body else None)
+                check(got(answer, spec.status), spec.answer.__name__)
+
+
+async def test_events_of_tasks_carry_the_documents_task(here: World) -> None:
+    """`data` of `image.task.*` is a task without its prompt."""
+    await submitted(here.client, UNTIL_DONE)
+    for event in await here.events(type="image.task.*"):
+        check(event, "Event")
+        check(event["data"], "EventTask")
+
+
+async def test_errors_are_what_the_document_says(here: World) -> None:
+    """Refusals of every kind have the one shape."""
+    asked: tuple[tuple[httpx.AsyncClient, str, str, Any], ...] = (
+        (here.client, "GET", "/v1/tasks/unknown", None),
+        (here.stranger, "GET", "/v1/tasks", None),
+        (here.client, "PUT", "/v1/tasks", None),
+        (here.client, "POST", SUBMIT, {}),
+        (here.client, "POST", SUBMIT, order(sandbox={"submit_status": 422})),
+    )
+    for client, method, path, body in asked:
+        answer = await client.request(method, path, json=body)
+        assert answer.is_client_error
+        check(answer.json(), "Error")

@@ -1,0 +1,255 @@
+"""Settling over real sockets: the upstream's word is recorded once, however it was heard of."""
+
+import json
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.responses import Response
+from structlog.testing import capture_logs
+
+from service.app import stages
+from service.pipeline import reconcile, retry, worker
+from service.pipeline.reconcile import Plan
+from service.store import Grant, Transaction, queries, tables
+from tests.upstream import Upstream, document, error, failed, page, picture
+from tests.waiting import wait_until
+from tests.world import World, world
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Due work is looked for, and questions are asked again, more often than in earnest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "LOOK_S", 0.05)
+        patch.setattr(reconcile, "confirm_wait", lambda _: 0.05)
+        patch.setattr(reconcile, "next_query_wait", lambda *_: 0.05)
+        patch.setattr(reconcile, "first_query_wait", lambda _, with_callback, override: override if with_callback else 0.1)
+        yield
+
+
+@pytest.fixture(scope="module")
+async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    """The sandbox calls back, and is asked if it does not."""
+    async with world(tmp_path_factory.mktemp("settle"), reconcile_after_s=0.3) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Upstream:
+    return Upstream()
+
+
+@pytest.fixture(scope="module")
+async def told(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    """The upstream says what a test wants, and calls back when a test does."""
+    upstream.files["0.png"] = [Response(picture(), media_type="image/png")]
+    async with world(tmp_path_factory.mktemp("told"), upstream=upstream.app, reconcile_after_s=600) as made:
+        yield made
+
+
+async def call(here: World, task: dict[str, Any], status: str, **more: Any) -> str:
+    body = json.dumps({"id": task["upstream_id"], "status": status, **more})
+    answer = await here.stranger.post(here.callback_url(task["id"]), content=body)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["status"])
+
+
+async def types(here: World, task_id: str) -> list[str]:
+    return [event["type"].removeprefix("image.task.") for event in await here.events(task=task_id)]
+
+
+ENDS = [
+    ({}, "completed", "completed", None),
+    ({"fail": "content_policy_violation"}, "failed", "failed", "content_policy_violation"),
+    ({"fail": "generation_timeout"}, "failed", "failed", "generation_timeout"),
+    ({"fail": "resource_not_found"}, "expired", "failed", "expired"),
+    ({"cancel": "status"}, "cancelled", "cancelled", "request_cancelled"),
+    ({"cancel": "code"}, "cancelled", "cancelled", "request_cancelled"),
+    ({"images": 0}, "failed", "failed", "no_results"),
+]
+
+
+@pytest.mark.parametrize("heard", ["by callback", "by asking"])
+@pytest.mark.parametrize(("faults", "state", "status", "code"), ENDS, ids=[json.dumps(end[0]) for end in ENDS])
+async def test_a_task_ends_as_the_upstream_says(
+    faults: dict[str, Any], state: str, status: str, code: str | None, heard: str, here: World
+) -> None:
+    """Every end of the upstream's is one of ours, with one terminal event and what was charged, callback or not."""
+    silent = {"drop_callback": True} if heard == "by asking" else {}
+    task = await here.ended((await here.submit(sandbox=faults | silent))["id"])
+    assert (task["state"], task["status"]) == (state, status)
+    assert (task["error"] and task["error"]["code"]) == code
+    assert len(task["images"]) == (1 if state == "completed" else 0)
+    assert task["usage"]["credits_used"] == {"completed": 1.5, "no_results": 0}.get(code or state)
+    assert await types(here, task["id"]) == ["submitted", state]
+    steps = [step["step"] for step in await here.steps(task["id"])]
+    assert ("callback.received" in steps) is (heard == "by callback")
+    assert steps.count("task.confirmed") == 1
+
+
+async def test_without_a_callback_url_tasks_are_settled_by_asking(tmp_path: Path) -> None:
+    """No callback_url is sent upstream, and the same function settles."""
+    async with world(tmp_path, callback_url=None) as here:
+        task = await here.ended((await here.submit())["id"])
+        assert task["state"] == "completed"
+        made = (await here.sandbox.get("/sandbox/tasks")).json()["data"]
+        assert [each["callbacks"] for each in made] == [[]]
+
+
+@pytest.mark.parametrize("callback", [True, False])
+@pytest.mark.parametrize(
+    "answer",
+    [error(404, "task_not_found"), error(500, "internal_error"), page(502), error(429, "rate_limit_exceeded"), document("teleporting")],
+    ids=["404", "500", "gateway", "429", "unknown status"],
+)
+async def test_an_answer_that_settles_nothing_is_asked_again(answer: Response, callback: bool, told: World, upstream: Upstream) -> None:
+    """404, an error or a status nobody documented is no verdict: the upstream is asked until it says one."""
+    task = await told.submit()
+    upstream.queries[task["upstream_id"]] = [answer, answer, failed("service_error")]
+    if callback:
+        await call(told, task, "failed")
+    else:
+        await ask(told, task)
+    ended = await told.ended(task["id"])
+    assert ended["error"]["code"] == "service_error"
+    assert upstream.asked[task["upstream_id"]] == 3
+
+
+async def ask(here: World, task: dict[str, Any]) -> None:
+    """The silent task's time to be asked about has come."""
+    await here.context.resources.store.write(make_due, task["id"])
+
+
+def make_due(tx: Transaction, ids: Sequence[str]) -> list[None]:
+    for task_id in ids:
+        tx.change(tables.tasks, task_id, {"settle_due_at": tx.now})
+    return [None] * len(ids)
+
+
+async def test_a_callback_before_its_time_is_asked_about_soon(told: World, upstream: Upstream) -> None:
+    """The callback says completed, the query still says processing: nothing is settled until the query agrees."""
+    task = await told.submit()
+    result = f"{told.sandbox_url}/files/0.png"
+    upstream.queries[task["upstream_id"]] = [document("processing", progress=50), document("processing"), document("completed", result)]
+    assert await call(told, task, "completed", results=[result]) == "accepted"
+    ended = await told.ended(task["id"])
+    assert (ended["state"], len(ended["images"])) == ("completed", 1)
+    assert upstream.asked[task["upstream_id"]] == 3
+
+
+def test_the_waits_are_those_of_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a callback first after `RECONCILE_AFTER_S` or max(60, 2 × estimate), then 1 to 15 min; without 3 s, then 5 to 60 s."""
+    for name in ("confirm_wait", "next_query_wait", "first_query_wait"):
+        monkeypatch.setattr(reconcile, name, getattr(retry, name))
+    called, silent = Plan(True, None, lambda: 0.0), Plan(False, 7.0, lambda: 0.0)
+    assert [called.first(estimate) for estimate in (None, 20, 45)] == [60_000, 60_000, 90_000]
+    assert Plan(True, 7.0, lambda: 0.0).first(45) == 7_000
+    assert [silent.first(estimate) for estimate in (None, 4, 45)] == [3_000, 3_000, 22_500]
+    assert [called.again(attempt, called_back=False) for attempt in (1, 2, 9)] == [60_000, 120_000, 750_000]
+    assert [silent.again(attempt, called_back=False) for attempt in (1, 2, 9)] == [5_000, 7_500, 50_000]
+    assert [silent.again(attempt, called_back=True) for attempt in (1, 2, 9)] == [2_000, 4_000, 60_000]
+    assert called.again(1, called_back=True, retry_after=30.0) == 30_000
+
+
+async def test_a_task_the_upstream_forgot_is_expired_after_its_time(tmp_path: Path) -> None:
+    """404 is believed only once the task is older than `TASK_TTL_S`."""
+    upstream = Upstream()
+    async with world(tmp_path, upstream=upstream.app, reconcile_after_s=0.05, evolink_task_ttl_s=0.5) as here:
+        task = await here.submit()
+        upstream.queries[task["upstream_id"]] = [error(404, "task_not_found")]
+        ended = await here.ended(task["id"])
+        assert (ended["state"], ended["status"], ended["error"]["code"]) == ("expired", "failed", "expired")
+        assert upstream.asked[task["upstream_id"]] >= 2
+        assert await types(here, task["id"]) == ["submitted", "expired"]
+
+
+async def test_the_tokens_word_is_enough_where_no_query_is_wanted(tmp_path: Path) -> None:
+    """`EVOLINK_CONFIRM=never`: settled by the callback, without a query; only what contradicts it is asked about."""
+    upstream = Upstream()
+    upstream.files["0.png"] = [Response(picture(), media_type="image/png")]
+    async with world(tmp_path, upstream=upstream.app, evolink_confirm="never", reconcile_after_s=600) as here:
+        task = await here.submit()
+        await call(here, task, "completed", results=[f"{here.sandbox_url}/files/0.png"], usage={"credits_used": 2})
+        ended = await here.ended(task["id"])
+        assert (ended["state"], len(ended["images"]), ended["usage"]["credits_used"]) == ("completed", 1, 2)
+        assert upstream.asked[task["upstream_id"]] == 0
+        assert await call(here, task, "failed") == "conflict"
+        await wait_until(lambda: upstream.asked[task["upstream_id"]] == 1)
+        assert (await here.task(task["id"]))["state"] == "completed"
+        doubted = await here.submit()
+        upstream.queries[doubted["upstream_id"]] = [failed("service_error")]
+        answer = await here.stranger.post(here.callback_url(doubted["id"]), content=b"garbage")
+        assert answer.json() == {"status": "unreadable"}
+        assert (await here.ended(doubted["id"]))["error"]["code"] == "service_error"
+        assert upstream.asked[doubted["upstream_id"]] == 1
+
+
+async def test_charges_after_a_local_cancel_are_recorded_and_nothing_else(told: World, upstream: Upstream) -> None:
+    """We stop waiting and keep nothing that comes; what the upstream charged all the same is in the task's usage."""
+    task = await told.submit()
+    cancelled = (await told.client.post(f"/v1/tasks/{task['id']}/cancel")).json()
+    assert (cancelled["state"], cancelled["cancel"], cancelled["error"]["code"]) == ("cancelled", "local", "request_cancelled")
+    result = f"{told.sandbox_url}/files/late.png"
+    upstream.queries[task["upstream_id"]] = [document("completed", result, usage={"credits_used": 8.7})]
+    assert await call(told, task, "completed", results=[result]) == "accepted"
+
+    async def charged() -> bool:
+        used: object = (await told.task(task["id"]))["usage"]["credits_used"]
+        return used == 8.7
+
+    await wait_until(charged)
+    after = await told.task(task["id"])
+    assert (after["state"], after["images"], after["results"]) == ("cancelled", [], [])
+    assert upstream.asked["late.png"] == 0
+    assert await types(told, task["id"]) == ["submitted", "cancelled"]
+
+
+async def test_contradictory_callbacks_change_nothing_that_is_settled(here: World) -> None:
+    """The upstream calls twice and contradicts itself: its answer to the query stands, operators are told once."""
+    task = await here.ended((await here.submit(sandbox={"contradict": True}))["id"])
+    assert task["state"] == "completed"
+
+    async def conflicts() -> list[Any]:
+        return await here.events(task=task["id"], type="callback.conflict")
+
+    assert len(await wait_until(conflicts)) == 1
+    assert (await here.task(task["id"])) == task
+
+
+async def test_each_question_that_nobody_called_for_is_one_line(told: World, upstream: Upstream) -> None:
+    """`reconcile.queried` says what the answer was, whatever it was."""
+    task = await told.submit()
+    answers = [document("processing"), document("teleporting"), error(404, "task_not_found"), page(502), failed("service_error")]
+    upstream.queries[task["upstream_id"]] = [*answers]
+    with capture_logs() as lines:
+        await ask(told, task)
+        await told.ended(task["id"])
+    words = [line["answer"] for line in lines if line["event"] == "reconcile.queried"]
+    assert words == ["processing", "undocumented", "not_found", "502", "failed"]
+
+
+async def test_an_answer_under_a_lease_that_ended_changes_nothing(told: World, upstream: Upstream) -> None:
+    """Whoever was too slow records nothing: the row is somebody else's by now."""
+    task = await told.submit()
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+    settle = next(stage for stage in stages(told.settings, told.context.resources) if stage.name == "settle")
+    with capture_logs() as lines:
+        await settle.run(Grant("settle", task["id"], 99, 1))
+    assert (await told.task(task["id"]))["state"] == "submitted"
+    assert "task.confirmed" not in [line["event"] for line in lines]
+
+
+async def test_a_task_without_an_upstream_id_is_not_asked_about(told: World, upstream: Upstream) -> None:
+    """There is nothing to ask for: the work ends, the row is not due any more."""
+    upstream.submits["lost"] = [page(502)]
+    task = await told.submit(prompt="lost")
+    await ask(told, task)
+
+    async def idle() -> bool:
+        row = await told.context.resources.store.read(queries.task_row, task["id"], None)
+        return row is not None and row["settle_due_at"] is None
+
+    await wait_until(idle)
+    assert (await told.task(task["id"]))["state"] == "uncertain"

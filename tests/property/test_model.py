@@ -1,0 +1,120 @@
+"""What holds of the model for any input at all."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.model import (
+    MAX_CREDITS,
+    PREFIXES,
+    TERMINAL,
+    State,
+    Status,
+    Task,
+    credits_number,
+    make_id,
+    may_become,
+    millionths,
+    outcome_digest,
+    rfc3339,
+    sequence_text,
+    status_of,
+    task_document,
+    type_matches,
+)
+
+TIMES = st.integers(0, 253_402_300_799_999)  # up to the year 9999
+RANDOM = st.binary(min_size=10, max_size=10)
+KINDS = st.sampled_from(sorted(PREFIXES))
+WORDS = st.from_regex(r"[a-z_]{1,8}(\.[a-z_]{1,8}){0,3}", fullmatch=True)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.decimals() | st.text(), lambda inner: st.lists(inner, max_size=2)
+)
+
+
+@given(st.lists(st.sampled_from(State), max_size=12))
+def test_no_walk_through_the_states_leaves_an_end(walk: list[State]) -> None:
+    """Whatever is tried in whatever order: once terminal, always the same."""
+    state = State.QUEUED
+    ended: State | None = None
+    for after in walk:
+        if may_become(state, after):
+            assert ended is None
+            state = after
+        ended = state if state in TERMINAL else None
+    assert status_of(state, None) in set(Status)
+
+
+@given(KINDS, TIMES, RANDOM)
+def test_an_id_names_its_kind_and_nothing_else(kind: str, now: int, random: bytes) -> None:
+    """A prefix and 26 characters that need no escaping anywhere."""
+    made = make_id(kind, now, random)
+    rest = made.removeprefix(PREFIXES[kind])
+    assert len(rest) == 26
+    assert set(rest) <= set("abcdefghijklmnopqrstuvwxyz234567")
+
+
+@given(TIMES, RANDOM, RANDOM)
+def test_different_randomness_makes_different_ids(now: int, one: bytes, other: bytes) -> None:
+    """None of the 80 bits is lost on the way."""
+    assert (make_id("task", now, one) == make_id("task", now, other)) is (one == other)
+
+
+@given(TIMES)
+def test_a_time_is_read_back_to_the_millisecond(ms: int) -> None:
+    """By any reader of RFC 3339."""
+    read = datetime.fromisoformat(rfc3339(ms))
+    assert (read - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1) == ms
+
+
+@given(TIMES, TIMES)
+def test_the_order_of_times_is_the_order_of_their_text(one: int, other: int) -> None:
+    """And so it is with sequences."""
+    assert (rfc3339(one) < rfc3339(other)) is (one < other)
+    assert (sequence_text(one) < sequence_text(other)) is (one < other)
+
+
+@given(st.integers(0, 10**9 * 1_000_000))
+def test_credits_come_back_as_they_were(value: int) -> None:
+    """What is shown, read as JSON by anybody, is the same number of millionths."""
+    shown = credits_number(value)
+    assert millionths(shown) == value
+    assert millionths(json.loads(json.dumps(shown))) == value
+    assert millionths(str(Decimal(value) / 1_000_000)) == value
+
+
+@given(ANYTHING)
+def test_nothing_that_claims_to_be_credits_raises(value: object) -> None:
+    """It is a number of millionths that a 64-bit integer holds, or unknown."""
+    result = millionths(value)
+    assert result is None or 0 <= result <= MAX_CREDITS * 1_000_000 < 2**63
+
+
+@given(*[st.tuples(st.none() | st.sampled_from(Status), st.lists(st.text(), max_size=3), st.none() | st.text())] * 2)
+def test_two_outcomes_are_one_only_if_all_of_them_is_equal(
+    one: tuple[Status | None, list[str], str | None], other: tuple[Status | None, list[str], str | None]
+) -> None:
+    """No way of cutting results apart makes two of them look alike."""
+    assert (outcome_digest(*one) == outcome_digest(*other)) is (one == other)
+
+
+@given(WORDS, WORDS)
+def test_a_pattern_takes_itself_and_what_is_below_it(pattern: str, type: str) -> None:
+    """`*` takes all; a name takes itself; a name with `.*` what has it as its first words."""
+    assert type_matches("*", type)
+    assert type_matches(pattern, type) is (pattern == type)
+    assert type_matches(f"{pattern}.*", type) is (type.split(".")[: pattern.count(".") + 1] == pattern.split(".") and type != pattern)
+    assert type_matches(f"{pattern}.*", f"{pattern}.{type}")
+
+
+@given(st.sampled_from(State), st.integers(0, 100), st.booleans(), TIMES)
+def test_every_tasks_document_is_json_with_the_same_keys(state: State, progress: int, can_cancel: bool, created: int) -> None:
+    """All keys always present, whatever the state."""
+    document = task_document(Task("task_1", "x", created, "m", state, "evolink", progress=progress, can_cancel=can_cancel))
+    assert json.loads(json.dumps(document)) == document
+    assert set(document) == set(task_document(Task("task_2", "y", 0, "m", State.QUEUED, "evolink")))
+    assert (document["task_info"]["can_cancel"], document["created"]) == (can_cancel and state not in TERMINAL, created // 1000)
+    assert document["progress"] == (100 if state is State.COMPLETED else progress)

@@ -1,0 +1,60 @@
+"""Strict JSON: what is taken is taken whole, and nothing that is sent raises anything but ValueError."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from service.strict_json import MAX_DEPTH, read_object
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
+NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner), max_leaves=20
+)
+
+
+@given(st.dictionaries(TEXT, VALUES), st.booleans())
+def test_any_plain_object_is_read_as_it_was_written(written: dict[str, Any], plain: bool) -> None:
+    """With escapes or without."""
+    assert read_object(json.dumps(written, ensure_ascii=plain).encode(), finite=True) == written
+
+
+@given(st.binary())
+@example(b'{"a":' * 100_000)
+@example(b"[" * 1_000_000)
+@example(b'{"a":' + b"9" * 5000 + b"}")
+@example(b"\xff")
+def test_whatever_comes_is_an_object_or_a_value_error(body: bytes) -> None:
+    """Never another exception: nobody's bytes are a defect of ours."""
+    try:
+        assert isinstance(read_object(body), dict)
+    except ValueError:
+        return
+
+
+@given(VALUES, st.sampled_from(["\0", "\ud800", "\udfff"]), TEXT)
+def test_text_that_nobody_takes_is_found_wherever_it_is(value: Any, bad: str, text: str) -> None:
+    """In a name or a value, at any depth."""
+    for document in ({"a": [value, text + bad]}, {"a": {bad + text: value}}, {text + bad: value}):
+        with pytest.raises(ValueError, match="NUL or a lone surrogate"):
+            read_object(json.dumps(document).encode())
+
+
+def test_depth_has_a_limit_that_does_not_hang_on_the_interpreter() -> None:
+    """So many levels and not one more."""
+    for levels in (MAX_DEPTH - 1, MAX_DEPTH):
+        body = b'{"a":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
+        assert read_object(body)
+    with pytest.raises(ValueError, match="nested"):
+        read_object(b'{"a":' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}")
+
+
+def test_a_number_that_no_float_holds_is_refused_where_all_is_to_be_finite() -> None:
+    """What is sent on must be JSON again; what an upstream says is read all the same."""
+    assert read_object(b'{"a": 1e400}') == {"a": float("inf")}
+    for body in (b'{"a": 1e400}', b'{"a": [-1e400]}'):
+        with pytest.raises(ValueError, match="too large"):
+            read_object(body, finite=True)

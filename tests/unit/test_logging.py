@@ -1,0 +1,164 @@
+"""What a log line is, whoever wrote it."""
+
+import io
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import structlog
+
+from service import VERSION
+from service.ops.logging import QUIET, configure
+
+JSON = dict[str, Any]
+Lines = Callable[[], list[JSON]]
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """Logging as it was before, after each test."""
+    known, root = structlog.get_config(), logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    levels = {name: logging.getLogger(name).level for name in QUIET}
+    yield
+    structlog.configure(**known)
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for name, before in levels.items():
+        logging.getLogger(name).setLevel(before)
+
+
+def lines_of(stream: io.StringIO) -> list[JSON]:
+    text = stream.getvalue()
+    assert text == "" or text.endswith("\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def configured(level: str = "info") -> io.StringIO:
+    stream = io.StringIO()
+    configure("json", level, stream)
+    return stream
+
+
+def broken(said: str) -> None:
+    raise ValueError(said)
+
+
+def test_a_line_is_one_json_object_with_what_every_line_has() -> None:
+    """Time, level, name, service and version, and the fields given; nothing is cut."""
+    stream = configured()
+    structlog.get_logger().info("task.queued", model="m\nn", text="é" * 5000, odd=object)
+    (line,) = lines_of(stream)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", line["timestamp"])
+    assert (line["level"], line["event"], line["service"], line["version"]) == ("info", "task.queued", "darkroom", VERSION)
+    assert (line["model"], line["text"]) == ("m\nn", "é" * 5000)
+    assert "object" in line["odd"]
+
+
+def test_what_is_bound_stands_in_every_line() -> None:
+    """Ids of the request or the job at hand need not be repeated; a line's own value wins."""
+    stream = configured()
+    with structlog.contextvars.bound_contextvars(request_id="req_1", owner="ann"):
+        structlog.get_logger().warning("auth.refused", owner="bob")
+    structlog.get_logger().warning("auth.refused")
+    bound, free = lines_of(stream)
+    assert (bound["request_id"], bound["owner"]) == ("req_1", "bob")
+    assert "request_id" not in free
+
+
+@pytest.mark.parametrize(("level", "seen"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])
+def test_a_level_leaves_out_what_is_below_it(level: str, seen: int) -> None:
+    """Four levels, in their order."""
+    stream = configured(level)
+    log = structlog.get_logger()
+    for write in (log.debug, log.info, log.warning, log.error):
+        write("task.queued")
+    assert [line["level"] for line in lines_of(stream)] == ["debug", "info", "warning", "error"][-seen:]
+
+
+def test_a_librarys_warning_is_a_line_like_any_other() -> None:
+    """Its sentence is a field, its event a name of ours; what it says below a warning is left out, at debug too."""
+    stream = configured("debug")
+    library = logging.getLogger("some.library")
+    library.debug("detail")
+    library.info("chatter")
+    library.warning("it took %d s\nand more", 7)
+    (line,) = lines_of(stream)
+    assert (line["event"], line["level"], line["logger"], line["message"]) == (
+        "library.message",
+        "warning",
+        "some.library",
+        "it took 7 s\nand more",
+    )
+    assert (line["service"], line["version"]) == ("darkroom", VERSION)
+
+
+def test_libraries_whose_lines_hold_addresses_are_quiet() -> None:
+    """Their warnings are left out, their errors are not."""
+    stream = configured("debug")
+    for name in QUIET:
+        logging.getLogger(name).warning("GET https://x.test/?Signature=s")
+        logging.getLogger(name).error("it broke")
+    assert [line["logger"] for line in lines_of(stream)] == list(QUIET)
+
+
+def test_an_exception_is_in_its_line() -> None:
+    """A traceback is a field: one line, ours or a library's."""
+    stream = configured()
+    for log in (structlog.get_logger(), logging.getLogger("some.library")):
+        try:
+            broken("by nothing")
+        except ValueError:
+            log.exception("http.failed")
+    ours, theirs = lines_of(stream)
+    for line in (ours, theirs):
+        assert line["exception"].startswith("Traceback")
+        assert line["exception"].endswith("ValueError: by nothing")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("POST /callbacks/evolink/task_a/abcdefgh234567 HTTP/1.1", "POST /callbacks/evolink/task_a/*** HTTP/1.1"),
+        ("GET https://f.test/a.png?Expires=1&Signature=s failed", "GET https://f.test/a.png?*** failed"),
+        ("url='http://127.0.0.1:9/x?token=t'", "url='http://127.0.0.1:9/x?***'"),
+        ("Authorization: Bearer dk_abc", "Authorization: Bearer ***"),
+        ("key dk_abcdef and whsec_AAAA/+= (sk-123)", "key dk_*** and whsec_*** (sk-***)"),
+        ("https://f.test/a.png is fine", "https://f.test/a.png is fine"),
+    ],
+)
+def test_what_others_say_is_told_without_secrets(said: str, told: str) -> None:
+    """Tokens, signed queries and keys are taken out of a library's sentence and of a traceback."""
+    stream = configured()
+    logging.getLogger("some.library").warning(said)
+    try:
+        broken(said)
+    except ValueError:
+        structlog.get_logger().exception("http.failed")
+    library, failed = lines_of(stream)
+    assert library["message"] == told
+    assert failed["exception"].endswith(f"ValueError: {told}")
+
+
+def test_the_console_has_the_same_for_people() -> None:
+    """One line for each thing too, and no colours where there is no terminal."""
+    stream = io.StringIO()
+    configure("console", "info", stream)
+    structlog.get_logger().info("task.queued", task_id="task_a")
+    logging.getLogger("some.library").warning("careful")
+    ours, theirs = stream.getvalue().splitlines()
+    assert "task.queued" in ours
+    assert "task_id=task_a" in ours
+    assert "library.message" in theirs
+    assert "message=careful" in theirs
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_configuring_again_replaces_what_was() -> None:
+    """One line is written once, to the latest stream."""
+    first, second = configured(), configured()
+    logging.getLogger("some.library").warning("careful")
+    assert (len(lines_of(first)), len(lines_of(second))) == (0, 1)

@@ -1,0 +1,293 @@
+"""The words of the product: states and their moves, ids, times, credits, documents, patterns."""
+
+from decimal import Decimal
+
+import pytest
+
+from service.model import (
+    FINAL,
+    MAX_CREDITS,
+    PREFIXES,
+    TERMINAL,
+    Image,
+    Report,
+    State,
+    Status,
+    Task,
+    credits_number,
+    event_document,
+    make_id,
+    may_become,
+    millionths,
+    outcome_digest,
+    rfc3339,
+    sequence_text,
+    status_of,
+    task_document,
+    type_matches,
+    with_links,
+)
+
+BASE = "https://d.test"
+IMAGE = Image("img_1", 0, "task_1/0-ab.png", "image/png", 1954330, "ab", 1280, 1024)
+TABLE = {
+    "queued": "submitting failed cancelled",
+    "submitting": "submitted queued uncertain failed cancelled",
+    "uncertain": "submitted failed cancelled submitting",
+    "submitted": "storing failed cancelled expired",
+    "storing": "completed failed cancelled",
+    "completed": "",
+    "failed": "",
+    "cancelled": "",
+    "expired": "",
+}
+
+
+def task(state: State = State.SUBMITTED, **different: object) -> Task:
+    usual: dict[str, object] = {"id": "task_1", "owner": "painter", "created_at": 1757165031999, "model": "wan2.5-text-to-image"}
+    return Task(state=state, upstream="evolink", **(usual | different))  # type: ignore[arg-type]  # each test names a few
+
+
+def test_every_move_is_the_contracts() -> None:
+    """The table of states in the contract, all 81 pairs of it."""
+    assert {before.value: {after.value for after in State if may_become(before, after)} for before in State} == {
+        before: set(after.split()) for before, after in TABLE.items()
+    }
+
+
+def test_a_terminal_state_becomes_nothing() -> None:
+    """Exactly those without a move are terminal, and a task says so of itself."""
+    assert {state for state in State if not any(may_become(state, after) for after in State)} == TERMINAL
+    assert [task(state).terminal for state in State] == [state in TERMINAL for state in State]
+
+
+@pytest.mark.parametrize("state", State)
+def test_the_upstreams_clients_see_its_own_statuses(state: State) -> None:
+    """The right column of the contract's table; only `submitted` shows what the upstream said last."""
+    shown = {status_of(state, told) for told in (None, *Status)}
+    assert (
+        shown
+        == {
+            "queued": {"pending"},
+            "submitting": {"pending"},
+            "uncertain": {"pending"},
+            "submitted": {"pending", "processing"},
+            "storing": {"processing"},
+            "completed": {"completed"},
+            "failed": {"failed"},
+            "cancelled": {"cancelled"},
+            "expired": {"failed"},
+        }[state]
+    )
+    assert status_of(State.SUBMITTED, Status.PROCESSING) is Status.PROCESSING
+
+
+def test_an_id_is_a_prefix_and_26_characters() -> None:
+    """Lower-case base32: 48 bits of time, so that ids sort by it, and 80 random ones."""
+    ids = [make_id("task", now, b"\x00" * 10) for now in (0, 1, 2**20, 2**47)]
+    assert ids[0] == "task_" + "a" * 26
+    assert make_id("image", 2**48 - 1, b"\xff" * 10) == "img_" + "7" * 25 + "4"
+    assert make_id("event", 2**48 + 1, b"\x00" * 10) == make_id("event", 1, b"\x00" * 10)
+    assert all(len(made) == 31 for made in ids)
+
+
+@pytest.mark.parametrize("random", [b"", bytes(9), bytes(11)])
+def test_an_id_wants_80_random_bits(random: bytes) -> None:
+    """Fewer would be guessable."""
+    with pytest.raises(ValueError, match="10 random bytes"):
+        make_id("task", 0, random)
+
+
+def test_every_kind_of_id_has_a_prefix_of_its_own() -> None:
+    """So that an id says what it is of."""
+    assert len(set(PREFIXES.values())) == len(PREFIXES)
+    assert all(prefix.endswith("_") for prefix in PREFIXES.values())
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"),
+    [
+        (0, "1970-01-01T00:00:00.000Z"),
+        (1, "1970-01-01T00:00:00.001Z"),
+        (1757165031999, "2025-09-06T13:23:51.999Z"),
+        (1769903999123, "2026-01-31T23:59:59.123Z"),
+    ],
+)
+def test_times_are_rfc_3339_with_milliseconds(ms: int, text: str) -> None:
+    """UTC, always three digits of a second."""
+    assert rfc3339(ms) == text
+
+
+def test_a_sequence_is_twenty_digits() -> None:
+    """Text order is number order, up to the largest that a store can hold."""
+    assert sequence_text(42) == "00000000000000000042"
+    assert sequence_text(2**63 - 1) == "09223372036854775807"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (1, 1_000_000),
+        (0, 0),
+        (8.7, 8_700_000),
+        (0.05, 50_000),
+        ("1.5", 1_500_000),
+        (Decimal("0.0000005"), 0),
+        (Decimal("0.0000015"), 2),
+        (MAX_CREDITS, MAX_CREDITS * 1_000_000),
+        (MAX_CREDITS + 1, None),
+        (-0.1, None),
+        (float("nan"), None),
+        (float("inf"), None),
+        ("1e400", None),
+        ("twelve", None),
+        ("", None),
+        (None, None),
+        (True, None),
+        ([1], None),
+    ],
+)
+def test_credits_are_millionths(value: object, expected: int | None) -> None:
+    """Decimal, in every form the upstream writes; what is no sensible number is unknown, never an error."""
+    assert millionths(value) == expected
+
+
+@pytest.mark.parametrize(("value", "shown"), [(None, None), (0, 0), (1_000_000, 1), (8_700_000, 8.7), (50_000, 0.05), (1, 0.000001)])
+def test_credits_are_shown_as_the_upstream_writes_them(value: int | None, shown: float | None) -> None:
+    """Whole ones as integers, others as decimals."""
+    assert credits_number(value) == shown
+    assert type(credits_number(value)) is type(shown)
+
+
+def test_a_report_is_final_by_its_status() -> None:
+    """An undocumented status is not."""
+    assert {status for status in (None, *Status) if Report(status=status).final} == FINAL
+
+
+def test_outcomes_are_the_same_by_status_and_results() -> None:
+    """In their order; a foreign id makes another outcome."""
+    same = outcome_digest(Status.COMPLETED, ["a", "b"])
+    assert same == outcome_digest(Status.COMPLETED, ("a", "b"))
+    others = [
+        outcome_digest(Status.COMPLETED, ["b", "a"]),
+        outcome_digest(Status.COMPLETED, ["ab"]),
+        outcome_digest(Status.FAILED, ["a", "b"]),
+        outcome_digest(None, ["a", "b"]),
+        outcome_digest(Status.COMPLETED, ["a", "b"], "task-unified-1"),
+    ]
+    assert len({same, *others}) == 6
+
+
+def test_a_new_tasks_document_has_every_key() -> None:
+    """All keys always present, unknown is null; `created` in Unix seconds, as upstream."""
+    assert task_document(task(State.QUEUED)) == {
+        "id": "task_1",
+        "object": "image.generation.task",
+        "created": 1757165031,
+        "model": "wan2.5-text-to-image",
+        "type": "image",
+        "status": "pending",
+        "progress": 0,
+        "task_info": {"can_cancel": True, "estimated_time": None},
+        "usage": {"billing_rule": None, "credits_reserved": None, "credits_used": None, "user_group": None},
+        "results": [],
+        "error": None,
+        "state": "queued",
+        "upstream": "evolink",
+        "upstream_id": None,
+        "metadata": {},
+        "request": {},
+        "images": [],
+    }
+
+
+def test_a_completed_tasks_document_has_its_images_and_no_prompt() -> None:
+    """Progress is 100, nothing is left to cancel; no links, which follow the service's address."""
+    document = task_document(
+        task(
+            State.COMPLETED,
+            upstream_id="task-unified-1",
+            progress=80,
+            estimated_time=45,
+            credits_reserved=2_000_000,
+            credits_used=1_500_000,
+            billing_rule="per_call",
+            user_group="default",
+            metadata={"order": "7"},
+            request={"n": 1},
+            prompt="a secret lighthouse",
+            images=(IMAGE,),
+        )
+    )
+    assert (document["progress"], document["task_info"]) == (100, {"can_cancel": False, "estimated_time": 45})
+    assert document["usage"] == {"billing_rule": "per_call", "credits_reserved": 2, "credits_used": 1.5, "user_group": "default"}
+    image = {
+        "id": "img_1",
+        "index": 0,
+        "url": None,
+        "media_type": "image/png",
+        "bytes": 1954330,
+        "sha256": "ab",
+        "width": 1280,
+        "height": 1024,
+    }
+    assert document["images"] == [image]
+    assert "lighthouse" not in str(document)
+
+
+def test_links_are_added_for_a_reader() -> None:
+    """Every image gets one; `results` are those links, in order, of a completed task alone; the kept document stays as it is."""
+    second = Image("img_2", 1, "task_1/1-cd.png", "image/png", 1, "cd", 1, 1)
+    for state, results in [(State.COMPLETED, [f"{BASE}/images/img_1", f"{BASE}/images/img_2"]), (State.FAILED, [])]:
+        kept = task_document(task(state, images=(IMAGE, second)))
+        shown = with_links(kept, BASE)
+        assert shown["results"] == results
+        assert [image["url"] for image in shown["images"]] == [f"{BASE}/images/img_1", f"{BASE}/images/img_2"]
+        assert [image["url"] for image in kept["images"]] == [None, None]
+        assert {**shown, "results": [], "images": []} == {**kept, "images": []}
+
+
+def test_a_tasks_event_is_a_structured_cloudevent() -> None:
+    """With the task and its links as data."""
+    kept = task_document(task(State.COMPLETED, images=(IMAGE,)))
+    event = event_document(
+        event_id="evt_1", sequence=42, type="image.task.completed", subject="task_1", time=1757165031999, data=kept, base_url=BASE
+    )
+    assert event == {
+        "specversion": "1.0",
+        "id": "evt_1",
+        "source": BASE,
+        "type": "image.task.completed",
+        "subject": "task_1",
+        "time": "2025-09-06T13:23:51.999Z",
+        "datacontenttype": "application/json",
+        "sequence": "00000000000000000042",
+        "data": with_links(kept, BASE),
+    }
+
+
+def test_an_operators_event_keeps_its_data() -> None:
+    """It is no task: nothing is added to it, and its subject may be unknown."""
+    data = {"endpoint_id": "ep_1"}
+    event = event_document(event_id="evt_1", sequence=1, type="endpoint.disabled", subject=None, time=0, data=data, base_url=BASE)
+    assert (event["data"], event["subject"]) == (data, None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "type", "taken"),
+    [
+        ("*", "image.task.completed", True),
+        ("image.task.completed", "image.task.completed", True),
+        ("image.task.*", "image.task.completed", True),
+        ("image.*", "image.task.completed", True),
+        ("image.task.*", "image.task", False),
+        ("image.task.*", "image.tasks.completed", False),
+        ("image.task", "image.task.completed", False),
+        ("image.task.comp*", "image.task.completed", False),
+        (".*", "image.task.completed", False),
+        ("", "image.task.completed", False),
+    ],
+)
+def test_a_pattern_takes_whole_words(pattern: str, type: str, taken: bool) -> None:
+    """Everything, one type, or all below a name."""
+    assert type_matches(pattern, type) is taken
