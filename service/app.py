@@ -1,8 +1,10 @@
 """The wiring: settings become resources, resources an application, the application a server. Nothing else knows settings or backends."""
 
 import asyncio
+import math
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from starlette.middleware import Middleware
 from service.blobs.local import LocalBlobs
 from service.catalogue import load_catalogue
 from service.egress import Egress, Rules
-from service.errors import ConfigurationError
+from service.errors import BlobUnavailable, ConfigurationError
 from service.ops.metrics import Metrics
 from service.pipeline.delivery import Deliverer
 from service.pipeline.download import Downloader
@@ -70,6 +72,13 @@ def open_store(settings: Settings) -> AbstractAsyncContextManager[Store]:
     return open_sqlite(path, process=process, new_id=new_id, migrate=migrate)
 
 
+async def open_blobs(settings: Settings) -> LocalBlobs:
+    try:
+        return await LocalBlobs.open(settings.image_dir, spare=0 if settings.sqlite_path else 3600)
+    except (BlobUnavailable, OSError) as error:
+        raise ConfigurationError(f"DARKROOM_BLOB_URL: {settings.image_dir} cannot be used: {error}") from error
+
+
 @asynccontextmanager
 async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> AsyncIterator[Resources]:
     """Opens everything a process needs, in order, and closes it in the other; ConfigurationError: it must not start."""
@@ -110,6 +119,7 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
                 called,
             ),
             upstream_calls=asyncio.Semaphore(settings.evolink_concurrency),
+            submissions=asyncio.Semaphore(max(1, settings.evolink_concurrency * 3 // 4)),
             results=results,
             webhooks=WebhookSink(endpoints, settings.delivery_timeout_s),
             task_callbacks=WebhookSink(callbacks, settings.delivery_timeout_s),
@@ -153,12 +163,21 @@ async def running(settings: Settings, role: Role) -> AsyncIterator[Context]:
         precedence = Precedence()
         work = stages(settings, resources) if role.workers else []
         pool = WorkerPool(resources.store, work, metrics, partial(tell, metrics=metrics), precedence.wait)
+        deadline = math.inf
+
+        def quiesce() -> None:
+            nonlocal deadline
+            deadline = min(deadline, time.monotonic() + settings.stop_s)  # one limit for requests and work together
+            pool.quiesce()
+            resources.store.signals.stop()  # whoever waits for a task or an event is answered now
+
         context = Context(
             resources=resources,
             intake=Intake(resources, load_catalogue(), settings.callback_url, settings.min_free_bytes, settings.log_prompts),
             precedence=precedence,
             access=Access(resources.store, settings.admin_key.get_secret_value() if settings.admin_key else None),
             result_ttl_s=settings.evolink_result_ttl_s,
+            quiesce=quiesce,
             workers_alive=(lambda: pool.alive) if role.workers else None,
         )
         claiming = asyncio.create_task(pool.run(), name="workers")
@@ -166,11 +185,11 @@ async def running(settings: Settings, role: Role) -> AsyncIterator[Context]:
         try:
             yield context
         finally:
-            resources.store.signals.stop()
+            quiesce()
             claiming.cancel()
             with suppress(asyncio.CancelledError):
                 await claiming
-            unfinished = await pool.stop(settings.stop_s)
+            unfinished = await pool.stop(max(0, deadline - time.monotonic()))
             log.info("service.stopped", role=role.name, unfinished=unfinished)
 
 
@@ -178,29 +197,26 @@ def create_app(context: Context, role: Role, *, metrics_open: bool = False) -> S
     """The application over a running process."""
 
     @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Context]]:
+    async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Context]]:
         yield {"context": context}
 
     table = routes() if role.web and not metrics_open else operators_routes(metrics_open=metrics_open)
-    return Starlette(routes=table, middleware=[Middleware(Requests)], exception_handlers=dict(HANDLERS), lifespan=lifespan)
+    app = Starlette(routes=table, middleware=[Middleware(Requests)], exception_handlers=dict(HANDLERS), lifespan=lifespan)
+    app.router.redirect_slashes = False  # a callback that is sent elsewhere counts as failed
+    return app
 
 
 async def serve(
-    settings: Settings,
-    role: Role,
-    bound: socket.socket,
-    stop: asyncio.Event,
-    *,
-    ready: Callable[[Context], Awaitable[None]] | None = None,
+    settings: Settings, role: Role, bound: socket.socket, stop: asyncio.Event, *, ready: Callable[[Context], Awaitable[None]] | None = None
 ) -> None:
     """Runs until `stop`. `bound` is the main port's socket; `ready` is called once the process is at work."""
     async with running(settings, role) as context, AsyncExitStack() as stack:
         if settings.metrics_port is not None:
             operators = create_app(context, role, metrics_open=True)
-            metrics_port = Server(operators, bind(settings.host, settings.metrics_port), settings.stop_s)
+            metrics_port = Server(operators, bind(settings.host, settings.metrics_port), 1)
             await stack.enter_async_context(listening(metrics_port, stop))
         await stack.enter_async_context(listening(Server(create_app(context, role), bound, settings.stop_s), stop))
         if ready is not None:
             await ready(context)
         await stop.wait()
-        context.resources.store.signals.stop()  # whoever waits for a task or an event is answered now
+        context.quiesce()

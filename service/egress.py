@@ -329,7 +329,11 @@ class Egress:
         """Judge a URL by its text and by every address its name has now; EgressRefused, NotConnected when it has none."""
         target = await self._ready(self._target(url))
         if target.address is None:
-            await self._judged_addresses(target.host, plain=target.scheme == "http")
+            try:
+                async with asyncio.timeout(CONNECT):
+                    await self._judged_addresses(target.host, plain=target.scheme == "http")
+            except TimeoutError as error:
+                raise NotConnected("the name was not looked up in time") from error
 
     async def request(
         self,

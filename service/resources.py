@@ -29,6 +29,7 @@ class Resources:
     blobs: Blobs
     upstream: Upstream
     upstream_calls: asyncio.Semaphore  # `EVOLINK_CONCURRENCY` places
+    submissions: asyncio.Semaphore  # fewer: slow submissions leave places for confirmations
     results: Egress  # fetches what the upstream made
     webhooks: Webhooks  # to endpoints
     task_callbacks: Webhooks  # to tasks' own callback_url

@@ -53,3 +53,8 @@ def refused(answer: httpx.Response, status: int, code: str | None = None, *, par
     assert (error["param"], error["task_id"]) == (param, task_id)
     assert ("retry-after" in answer.headers) == (status in (429, 503))
     return error
+
+
+async def listed(client: httpx.AsyncClient, **query: Any) -> list[str]:
+    """The ids of a list of tasks."""
+    return [task["id"] for task in got(await client.get("/v1/tasks", params=query))["data"]]

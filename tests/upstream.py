@@ -64,7 +64,7 @@ class After(Response):
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        ready, left = asyncio.ensure_future(self._ready()), asyncio.ensure_future(receive())
+        ready, left = asyncio.ensure_future(self._ready()), asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait({ready, left}, return_when=asyncio.FIRST_COMPLETED)
             if ready.done():
@@ -73,6 +73,11 @@ class After(Response):
         finally:
             ready.cancel()
             left.cancel()
+
+
+async def disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass  # what is left of the request
 
 
 @dataclass(slots=True)

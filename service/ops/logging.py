@@ -4,7 +4,8 @@ import logging
 import re
 import sys
 from collections.abc import MutableMapping
-from typing import Any, TextIO
+from contextlib import suppress
+from typing import Any, TextIO, cast
 
 import structlog
 
@@ -41,6 +42,24 @@ def _mask(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str
     return line
 
 
+class Unbreakable:
+    """A stream whose failures stop nothing: a full disk or a reader that left must not cost a task. What is lost is counted."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self.lost = 0
+
+    def write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError):
+            self.lost += 1
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+
 def configure(format: str, level: str, stream: TextIO = sys.stdout) -> None:
     """Sets up structlog and the standard library's logging; `format` is `json` or `console`."""
     shared: list[Any] = [
@@ -51,14 +70,15 @@ def configure(format: str, level: str, stream: TextIO = sys.stdout) -> None:
     ]
     renderer: Any = structlog.dev.ConsoleRenderer(colors=stream.isatty()) if format == "console" else structlog.processors.JSONRenderer()
     finish: list[Any] = [structlog.processors.ExceptionRenderer(), _mask]
+    unbreakable = Unbreakable(stream)
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
         processors=[*shared, *finish, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(stream),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, unbreakable)),
         cache_logger_on_first_use=False,
     )
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(unbreakable)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, _library],

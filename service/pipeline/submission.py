@@ -52,7 +52,10 @@ class Submitter:
         return self.uncertain == "resubmit" and (young or row["submit_outcomes"] < 2)
 
     async def _send(self, grant: Grant, *, resubmit: bool) -> None:
-        async with self.resources.upstream_calls:  # a place first: what is `submitting` is on its way
+        async with self.resources.submissions, self.resources.upstream_calls:  # a place first: what is `submitting` is on its way
+            if self.resources.store.signals.stopping:  # while it waited: whoever comes next sends it
+                await self.resources.store.write(leases.release, grant)
+                return
             start = store.Start(grant, round((self.timeout_s + MARGIN_S) * 1000), resubmit)
             body = await self.resources.store.write(store.start_submissions, start)
             if body is None:

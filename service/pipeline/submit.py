@@ -133,7 +133,7 @@ def attempted(task: model.Task, row: Row) -> bool:
     return row["submit_outcomes"] > 0 or task.state not in (State.QUEUED, State.SUBMITTING)
 
 
-def ended(task: model.Task, row: Row) -> bool:
+def ended(task: model.Task, _: Row) -> bool:
     return task.terminal
 
 

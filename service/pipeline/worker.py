@@ -94,7 +94,7 @@ class WorkerPool:
         renewing = asyncio.create_task(self._renew(), name="renew-leases")
         try:
             wanted = set(self._stages)
-            while True:
+            while not self._stopping:
                 self._wake.clear()
                 await self._claim(wanted)
                 try:
@@ -124,7 +124,10 @@ class WorkerPool:
             with bound_contextvars(**{KEYS[stage.name]: grant.key}):
                 try:
                     await self._turn()
-                    await stage.run(grant)
+                    if self._stopping:
+                        await self._store.write(release, grant)
+                    else:
+                        await stage.run(grant)
                 except Exception as error:  # noqa: BLE001 - the one broad except of the workers: logged once, counted, tried again
                     await self._failed(grant, error)
         finally:
@@ -160,10 +163,15 @@ class WorkerPool:
             await asyncio.sleep(RENEW_S)
             await asyncio.gather(*(self._store.write(renew, grant) for grant in self._jobs), return_exceptions=True)
 
-    async def stop(self, limit_s: float) -> int:
-        """Takes no more, finishes what is in flight within the limit, gives the rest back; how many that were."""
+    def quiesce(self) -> None:
+        """Starts nothing new from now on; what is in flight goes on until `stop`."""
         self._store.detach()
         self._stopping = True
+        self._wake.set()
+
+    async def stop(self, limit_s: float) -> int:
+        """Finishes what is in flight within the limit, gives the rest back; how many that were."""
+        self.quiesce()
         if self._jobs:
             await asyncio.wait(self._jobs.values(), timeout=limit_s)
         left = dict(self._jobs)

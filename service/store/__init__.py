@@ -160,12 +160,7 @@ class Store(Protocol):
     ) -> Result:
         """Runs the operation over this item and whatever else waits, in one transaction; what is `urgent` goes first."""
 
-    async def read(
-        self,
-        query: Callable[Concatenate[Connection, P], Result],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> Result:
+    async def read(self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs) -> Result:
         """Runs a query on a connection that sees every commit before it."""
 
     def attach(self, workers: Workers) -> None:

@@ -67,6 +67,12 @@ def apply(connection: Connection, begin: Begin, calls: Sequence[Call], slots: di
     return results, tx
 
 
+def is_the_calls_own(error: Exception) -> bool:
+    """Whether an item, not the store, is to blame: by the exception, or by its SQLSTATE class (data, constraint, syntax)."""
+    state = str(getattr(getattr(error, "orig", None), "sqlstate", None) or "")
+    return isinstance(error, IntegrityError | DataError | ProgrammingError) or state[:2] in ("22", "23", "42")
+
+
 async def execute(transaction: Transactions, begin: Begin, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
     """Runs a batch; after a failure each of its calls in a transaction of its own."""
 
@@ -85,9 +91,10 @@ async def execute(transaction: Transactions, begin: Begin, calls: Sequence[Call]
         for _ in range(TRIES if unavailable < GIVE_UP else 0):
             try:
                 (result,), tx = await transact([call], batch.slots)
-            except (IntegrityError, DataError, ProgrammingError) as error:  # the call's own fault
-                result = error
             except (DBAPIError, NoConnection, OSError) as error:
+                if is_the_calls_own(error):
+                    result = error
+                    continue
                 result = StoreUnavailable(f"the store does not commit: {type(error).__name__}")
                 result.__cause__ = error
             except Exception as error:  # noqa: BLE001 - handed to the one who made this call
@@ -190,4 +197,5 @@ class Committer:
             self._signals.notify(tx.touched)
             self._signals.notify(["events"] if tx.emitted else [])
             if workers:
-                workers.committed(tx)
+                with suppress(Exception):  # what is committed is committed: the next batch must not wait for who is told of this one
+                    workers.committed(tx)

@@ -18,6 +18,7 @@ from service.store import Item, P, Result, Signals, Transaction, Workers, schema
 from service.store.committer import Batch, Call, Committer, Run, execute
 
 COMMITTERS = 3
+READERS = 5
 MIGRATION_LOCK = 0x6461726B726F6F6D  # "darkroom": any constant that nobody else in this database takes
 NOW = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")
 
@@ -31,12 +32,7 @@ class PostgresStore:
     """`Store` on PostgreSQL; made by `open_postgres`."""
 
     def __init__(
-        self,
-        engine: AsyncEngine,
-        *,
-        process: str,
-        new_id: Callable[[str, int], str],
-        clock: Callable[[int], int] = lambda now: now,
+        self, engine: AsyncEngine, *, process: str, new_id: Callable[[str, int], str], clock: Callable[[int], int] = lambda now: now
     ) -> None:
         self.signals = Signals()
         self.process = process
@@ -45,6 +41,7 @@ class PostgresStore:
         self._clock = clock  # what to make of the database's time; a test shifts it
         self._committers = [Committer(self._run_batch, self.signals, self._busy_ones) for _ in range(COMMITTERS)]
         self._turn = 0
+        self._reading = asyncio.Semaphore(READERS)  # slow reads leave the committers their connections
 
     def _begin(self, connection: Connection, slots: dict[str, int]) -> Transaction:
         now = self._clock(connection.execute(NOW).scalar_one())
@@ -66,17 +63,12 @@ class PostgresStore:
         self._turn = (self._turn + 1) % len(committers)
         return await (idle or committers[self._turn]).write(operation, item, urgent=urgent)
 
-    async def read(
-        self,
-        query: Callable[Concatenate[Connection, P], Result],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> Result:
+    async def read(self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs) -> Result:
         def run(connection: Connection) -> Result:
             return query(connection, *args, **kwargs)
 
         try:
-            async with self._engine.connect() as connection:
+            async with self._reading, self._engine.connect() as connection:
                 return await connection.run_sync(run)
         except (DBAPIError, NoConnection, OSError) as error:
             raise StoreUnavailable(f"the store cannot be read: {type(error).__name__}") from error
@@ -110,19 +102,19 @@ class PostgresStore:
             committer.close()
 
 
+def reason(error: Exception) -> str:
+    """The server's own words, in one line."""
+    return str(getattr(error, "orig", None) or error).partition("\n")[0].rpartition(">: ")[2]
+
+
 @asynccontextmanager
 async def open_postgres(
-    url: str,
-    *,
-    process: str,
-    new_id: Callable[[str, int], str],
-    clock: Callable[[int], int] = lambda now: now,
-    migrate: bool = True,
+    url: str, *, process: str, new_id: Callable[[str, int], str], clock: Callable[[int], int] = lambda now: now, migrate: bool = True
 ) -> AsyncIterator[PostgresStore]:
     """Connects and migrates; ConfigurationError when the server cannot be reached or the database is not ours."""
     engine = create_async_engine(
         async_url(url),
-        pool_size=COMMITTERS + 5,
+        pool_size=COMMITTERS + READERS,
         max_overflow=0,
         pool_timeout=5,
         pool_pre_ping=True,
@@ -133,7 +125,7 @@ async def open_postgres(
         try:
             await store.prepare(migrate=migrate)
         except (DBAPIError, OSError) as error:
-            raise ConfigurationError(f"DARKROOM_DATABASE_URL: PostgreSQL cannot be used: {type(error).__name__}") from error
+            raise ConfigurationError(f"DARKROOM_DATABASE_URL: PostgreSQL cannot be used: {reason(error)}") from error
         committing = asyncio.create_task(store.run(), name="committers")
         try:
             yield store

@@ -8,19 +8,7 @@ from sqlalchemy import Connection, Select, and_, func, or_, select
 
 from service import model
 from service.store.records import Row, counts, image_record, task_record
-from service.store.tables import (
-    QUEUES,
-    api_keys,
-    attempts,
-    callbacks,
-    deliveries,
-    endpoints,
-    events,
-    images,
-    owners,
-    steps,
-    tasks,
-)
+from service.store.tables import QUEUES, api_keys, attempts, callbacks, deliveries, endpoints, events, images, owners, steps, tasks
 
 After = tuple[int, str] | None  # where a list goes on: time and id of the last one seen
 
@@ -106,13 +94,7 @@ def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -
             last_seen_at=model.rfc3339(row.last_seen_at),
         )
     for row in connection.execute(select(events).where(events.c.task_id == task_id, events.c.type.startswith("image.task."))):
-        add(
-            row.time,
-            "event.emitted",
-            event_id=row.id,
-            type=row.type,
-            sequence=model.sequence_text(row.sequence),
-        )
+        add(row.time, "event.emitted", event_id=row.id, type=row.type, sequence=model.sequence_text(row.sequence))
     statement = (
         select(attempts, deliveries.c.endpoint_id, deliveries.c.event_id)
         .join(deliveries, deliveries.c.id == attempts.c.delivery_id)
@@ -179,12 +161,7 @@ def parcel(connection: Connection, delivery_id: str) -> Parcel | None:
 
 
 def event_list(
-    connection: Connection,
-    owner: str | None,
-    after: int,
-    limit: int,
-    types: Sequence[str] = (),
-    task_id: str | None = None,
+    connection: Connection, owner: str | None, after: int, limit: int, types: Sequence[str] = (), task_id: str | None = None
 ) -> tuple[list[Row], int]:
     """Events after a place, and the last place that was examined."""
     last = connection.execute(select(func.max(events.c.sequence))).scalar() or 0
@@ -222,11 +199,7 @@ def endpoint_list(connection: Connection, owner: str | None, limit: int, after: 
 
 
 def delivery_list(
-    connection: Connection,
-    owner: str | None,
-    limit: int,
-    after: After = None,
-    where: Mapping[str, str] | None = None,
+    connection: Connection, owner: str | None, limit: int, after: After = None, where: Mapping[str, str] | None = None
 ) -> list[tuple[Row, list[Row]]]:
     """Deliveries with their attempts; `where` names columns (`id`, `endpoint_id`, `event_id`, `task_id`, `state`)."""
     statement = select(deliveries)

@@ -29,6 +29,7 @@ from service.store.operations import leases
 READERS = 2
 QUICK_S = 0.003  # a disk that syncs in less is not worth a thread
 REMEMBERED = 16
+STALL_S = 0.05  # one such commit is enough to go to the thread
 
 
 def wall_clock() -> int:
@@ -68,7 +69,7 @@ def engine(path: Path, *, readonly: bool) -> Engine:
     @event.listens_for(made, "connect")
     def prepare(connection: Any, _: object) -> None:
         statements = [
-            "PRAGMA busy_timeout=5000",
+            f"PRAGMA busy_timeout={5000 if readonly else 0}",  # the writer runs on the loop, which waits for nobody
             "PRAGMA foreign_keys=ON",
             "PRAGMA cache_size=-16384",
         ]
@@ -86,14 +87,7 @@ def engine(path: Path, *, readonly: bool) -> Engine:
 class SqliteStore:
     """`Store` on one SQLite file; made by `open_sqlite`."""
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        process: str,
-        new_id: Callable[[str, int], str],
-        clock: Callable[[], int] = wall_clock,
-    ) -> None:
+    def __init__(self, path: Path, *, process: str, new_id: Callable[[str, int], str], clock: Callable[[], int] = wall_clock) -> None:
         self.signals = Signals()
         self.process = process
         self.clock = clock
@@ -138,7 +132,8 @@ class SqliteStore:
         def commit() -> None:
             started = time.perf_counter()
             transaction.commit()
-            self._commits.append(time.perf_counter() - started)
+            took = time.perf_counter() - started
+            self._commits.extend([took] * (REMEMBERED if took > STALL_S else 1))
 
         if sorted(self._commits)[len(self._commits) // 4] <= QUICK_S:
             commit()
@@ -150,12 +145,7 @@ class SqliteStore:
     ) -> Result:
         return await self._committer.write(operation, item, urgent=urgent)
 
-    async def read(
-        self,
-        query: Callable[Concatenate[Connection, P], Result],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> Result:
+    async def read(self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs) -> Result:
         def run() -> Result:
             try:
                 with self._reading.begin() as connection:
@@ -195,12 +185,7 @@ class SqliteStore:
 
 @asynccontextmanager
 async def open_sqlite(
-    path: Path,
-    *,
-    process: str,
-    new_id: Callable[[str, int], str],
-    clock: Callable[[], int] = wall_clock,
-    migrate: bool = True,
+    path: Path, *, process: str, new_id: Callable[[str, int], str], clock: Callable[[], int] = wall_clock, migrate: bool = True
 ) -> AsyncIterator[SqliteStore]:
     """Opens the store for this process alone; ConfigurationError when another has it or the file is not ours."""
     lock = FileLock(path.with_name(path.name + ".lock"))

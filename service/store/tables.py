@@ -153,12 +153,7 @@ images = Table(
     UniqueConstraint("task_id", "position"),
 )
 
-counters = Table(
-    "counters",
-    metadata,
-    Column("name", String(32), primary_key=True),
-    Column("value", BigInteger, nullable=False),
-)
+counters = Table("counters", metadata, Column("name", String(32), primary_key=True), Column("value", BigInteger, nullable=False))
 
 events = Table(
     "events",
@@ -264,9 +259,4 @@ QUEUES = {
 for queue in QUEUES.values():
     if queue.stage != "redeliver":  # it shares the index of "deliver"
         due = queue.column("due_at")
-        Index(
-            f"ix_{queue.table.name}_{due.name}",
-            due,
-            sqlite_where=due.is_not(None),
-            postgresql_where=due.is_not(None),
-        )
+        Index(f"ix_{queue.table.name}_{due.name}", due, sqlite_where=due.is_not(None), postgresql_where=due.is_not(None))

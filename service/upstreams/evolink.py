@@ -17,6 +17,7 @@ from service.upstreams import Accepted, Call, Found, NoAnswer, NotCreated, NotFo
 
 MAX_BODY = 1 << 20
 TEXT, MESSAGE, LINK, RESULTS = 200, 2000, 4096, 64  # characters kept of ids and names, of messages, of links; results kept
+WORD = 64  # as long as their columns
 LONGEST_ESTIMATE = 6 * 3600  # seconds; twice that is asked after, and must lie well within the day a task is kept
 YEAR_10000 = 253_402_300_800
 
@@ -104,8 +105,8 @@ def _report(document: JSON) -> Report | None:
         created=_integer(document.get("created"), YEAR_10000),
         can_cancel=info["can_cancel"] if isinstance(info.get("can_cancel"), bool) else None,
         estimated_time=_integer(info.get("estimated_time"), LONGEST_ESTIMATE + 1),
-        billing_rule=_text(usage.get("billing_rule")),
-        user_group=_text(usage.get("user_group")),
+        billing_rule=_text(usage.get("billing_rule"), WORD),
+        user_group=_text(usage.get("user_group"), WORD),
         credits_reserved=millionths(usage.get("credits_reserved")),
         credits_used=millionths(usage.get("credits_used")),
     )

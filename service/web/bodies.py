@@ -100,7 +100,7 @@ def read_cursor(request: Request) -> Place | None:
         check_text(id)
     except (ValueError, TypeError, RecursionError):
         time, id = None, None
-    if not isinstance(time, int) or not abs(time) < 2**62:
+    if type(time) is not int or not abs(time) < 2**62:
         raise ApiError(400, "invalid_request", "cursor must be one that an answer gave", param="cursor")
     return time, id
 

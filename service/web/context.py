@@ -20,6 +20,7 @@ class Context:
     precedence: Precedence
     access: Access
     result_ttl_s: float
+    quiesce: Callable[[], None]  # a stop was asked for: no new work is started
     workers_alive: Callable[[], bool] | None
 
 

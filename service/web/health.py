@@ -1,14 +1,14 @@
 """Whether the process lives, whether it can take a callback, and its figures."""
 
 import asyncio
-from collections.abc import Sequence
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.errors import ApiError, BlobUnavailable, StoreUnavailable
 from service.ops.metrics import CONTENT_TYPE
-from service.store import Transaction, queries
+from service.store import queries
+from service.store.operations.readiness import mark
 from service.web.access import SCOPES
 from service.web.context import Context, context_of
 
@@ -19,17 +19,12 @@ async def healthz(_: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-def commit_nothing(_: Transaction, items: Sequence[None]) -> list[None]:
-    """A transaction like a callback's: if this commits, a callback would."""
-    return [None] * len(items)
-
-
 async def readyz(request: Request) -> Response:
     """503 only when the store cannot commit; causes are shown to a key alone."""
     context = context_of(request)
     try:
         async with asyncio.timeout(READY_S):
-            await context.resources.store.write(commit_nothing, None, urgent=True)
+            await context.resources.store.write(mark, None, urgent=True)
     except (StoreUnavailable, TimeoutError):
         return JSONResponse({"status": "unavailable", **await _causes(request, context, ["store"])}, 503, headers={"Retry-After": "1"})
     free, causes = await _free_bytes(context), []

@@ -31,10 +31,7 @@ def document(specs: "Sequence[Spec]") -> JSON:
         "openapi": "3.1.0",
         "info": {"title": "Darkroom", "version": VERSION, "description": ABOUT},
         "paths": paths,
-        "components": {
-            "schemas": definitions["$defs"],
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-        },
+        "components": {"schemas": definitions["$defs"], "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
     }
 
 

@@ -20,9 +20,7 @@ async def local(folder: Path) -> AsyncIterator[Blobs]:
     yield await LocalBlobs.open(folder / "images")
 
 
-STORES: dict[str, Callable[[Path], AbstractAsyncContextManager[Blobs]]] = {
-    "local": local,
-}
+STORES: dict[str, Callable[[Path], AbstractAsyncContextManager[Blobs]]] = {"local": local}
 
 
 @pytest.fixture(params=STORES)

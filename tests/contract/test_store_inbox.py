@@ -356,10 +356,7 @@ async def test_callback_and_answer_at_once_from_two_processes_agree(two: tuple[S
     for _ in range(5):
         grant = await two[0].submitting()
         report = Report(upstream_id(grant.key), Status.PENDING, estimated_time=45)
-        await asyncio.gather(
-            two[0].submission(grant, Accepted(report, FIRST_QUERY)),
-            two[1].callback(grant.key, completed(grant.key, URL)),
-        )
+        await asyncio.gather(two[0].submission(grant, Accepted(report, FIRST_QUERY)), two[1].callback(grant.key, completed(grant.key, URL)))
         task = await two[0].task(grant.key)
         assert (task["state"], task["upstream_id"], task["estimated_time"]) == ("submitted", upstream_id(grant.key), 45)
         assert task["settle_due_at"] == two[0].clock.now

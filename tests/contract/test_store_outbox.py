@@ -37,7 +37,7 @@ async def test_sequences_are_dense_and_in_the_order_of_commits(subject: Subject)
         (5, "test.2"),
         (6, "test.2"),
     ]
-    assert [row["value"] for row in await subject.rows(counters)] == [6]
+    assert [row["value"] for row in await subject.rows(counters, name="events")] == [6]
 
 
 async def test_what_is_not_committed_uses_no_number(subject: Subject) -> None:

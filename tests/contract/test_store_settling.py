@@ -9,7 +9,7 @@ import pytest
 from service.model import TERMINAL, Report, State, Status, may_become
 from service.store import Transaction
 from service.store.operations.settling import Settlement, record_settlements
-from service.store.operations.submissions import Uncertain
+from service.store.operations.submissions import Uncertain, Undecided
 from service.store.operations.tasks import change, lock, move
 from tests.contract.subject import (
     ASK_AGAIN,
@@ -19,6 +19,7 @@ from tests.contract.subject import (
     MINUTE,
     SECOND,
     Subject,
+    accepted,
     completed,
     digest,
     error_of,
@@ -231,6 +232,9 @@ async def test_a_cancelled_task_is_asked_about_until_its_charge_is_known(subject
     forgotten = await subject.submitted()
     await subject.cancel(forgotten)
     assert await subject.settle(forgotten, None, expires_ms=DAY) is State.CANCELLED
+    assert (await subject.task(forgotten))["settle_due_at"] is not None, "a 404 is asked again"
+    subject.clock.shift(DAY)
+    assert await subject.settle(forgotten, None, expires_ms=DAY) is State.CANCELLED
     assert (await subject.task(forgotten))["settle_due_at"] is None
 
 
@@ -282,3 +286,37 @@ async def test_an_upstream_id_names_one_task(subject: Subject) -> None:
     with pytest.raises(Exception, match=r"(?i)unique"):
         await subject.write(steal, grant.key)
     assert (await subject.task(grant.key))["upstream_id"] is None
+
+
+async def test_a_callback_while_the_upstream_answers_asks_again_after_an_end_of_our_own(subject: Subject) -> None:
+    """A cancelled task whose question is under way: what a callback says meanwhile is asked for, or its charge would be lost."""
+    task_id = await subject.submitted()
+    await subject.cancel(task_id)
+    grant = await subject.asking(task_id)
+    before = (await subject.task(task_id))["settle_requests"]
+    await subject.callback(task_id, completed(task_id, URL))
+    answer = Settlement(grant, processing(task_id), requests=before, wait_ms=ASK_AGAIN, result_ttl_ms=DAY)
+    assert await subject.write(record_settlements, answer) is State.CANCELLED
+    assert (await subject.task(task_id))["settle_due_at"] == subject.clock.now
+
+
+async def test_after_an_unproved_end_the_charge_is_still_asked_for(subject: Subject) -> None:
+    """`submission_uncertain` is our own word: once a callback names the upstream's id, it is asked until it has ended the task too."""
+    task_id = await subject.uncertain(0)
+    grant = await subject.claimed("submit", task_id)
+    assert await subject.submission(grant, Undecided()) is State.FAILED
+    await subject.callback(task_id, processing(task_id))
+    assert await subject.settle(task_id, processing(task_id)) is State.FAILED
+    assert (await subject.task(task_id))["settle_due_at"] is not None
+    assert await subject.settle(task_id, completed(task_id, URL, credits_used=2_000_000)) is State.FAILED
+    task = await subject.task(task_id)
+    assert (task["credits_used"], task["settle_due_at"]) == (2_000_000, None)
+
+
+async def test_an_unreadable_callback_before_the_answer_is_asked_about_once_there_is_an_id(subject: Subject) -> None:
+    """The token proved who called: the question waits for the id, not for the plan."""
+    grant = await subject.submitting()
+    assert (await subject.callback(grant.key, None)).verdict == "unreadable"
+    assert (await subject.task(grant.key))["settle_due_at"] is None
+    await subject.submission(grant, accepted("task-unified-early"))
+    assert (await subject.task(grant.key))["settle_due_at"] == subject.clock.now

@@ -264,13 +264,17 @@ async def test_the_answers_id_wins_over_the_callbacks(subject: Subject) -> None:
 
 
 async def test_an_answer_after_a_cancel_leaves_the_end_as_it_is(subject: Subject) -> None:
-    """The id and the charge are recorded; state and event stand, and nothing is asked or fetched."""
+    """The id and the charge are recorded, and what it cost in the end is asked for; state and event stand."""
     grant = await subject.submitting()
     await subject.cancel(grant.key)
     report = Report("task-unified-1", Status.PENDING, credits_reserved=1_000_000)
     assert await subject.submission(grant, Accepted(report, FIRST_QUERY)) is State.CANCELLED
     row = await subject.task(grant.key)
-    assert (row["upstream_id"], row["credits_reserved"], row["settle_due_at"]) == ("task-unified-1", 1_000_000, None)
+    assert (row["upstream_id"], row["credits_reserved"], row["settle_due_at"]) == (
+        "task-unified-1",
+        1_000_000,
+        subject.clock.now + FIRST_QUERY,
+    )
     assert await subject.types(grant.key) == ["image.task.cancelled"]
 
 

@@ -1,7 +1,7 @@
 """Who may do what: keys, scopes and owners."""
 
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,6 @@ TABLE: Mapping[tuple[str, str], set[str]] = {
 }
 
 
-@pytest.fixture(scope="module")
-async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    async with world(tmp_path_factory.mktemp("here")) as made:
-        yield made
-
-
 async def ask(client: httpx.AsyncClient, spec: Spec, **headers: str) -> httpx.Response:
     """The operation with ids that nothing has and an empty body."""
     return await client.request(spec.method, re.sub(r"\{\w+\}", "nothing", spec.path), json={} if spec.body else None, headers=headers)
@@ -75,8 +69,7 @@ async def test_each_scope_opens_its_routes_and_no_other(here: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "authorization",
-    [None, "", "Bearer", "Bearer wrong", f"Basic {ADMIN_KEY}", ADMIN_KEY, f"Bearer {ADMIN_KEY}x", f"Bearer {ADMIN_KEY} x"],
+    "authorization", [None, "", "Bearer", "Bearer wrong", f"Basic {ADMIN_KEY}", ADMIN_KEY, f"Bearer {ADMIN_KEY}x", f"Bearer {ADMIN_KEY} x"]
 )
 async def test_without_a_valid_key_nothing_is_shown(here: World, authorization: str | None) -> None:
     """401, before anything else is looked at, with the way to do it right."""

@@ -11,16 +11,10 @@ from starlette.responses import Response
 
 from tests.api import TIME, UNTIL_DONE, an_id, got, refused, submitted
 from tests.waiting import wait_until
-from tests.world import Subscriber, World, subscriber, world
+from tests.world import Subscriber, World, subscriber
 
 JSON = dict[str, Any]
 CLOSED = "http://127.0.0.1:9/"  # nobody listens
-
-
-@pytest.fixture(scope="module")
-async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    async with world(tmp_path_factory.mktemp("here")) as made:
-        yield made
 
 
 async def created(client: httpx.AsyncClient, url: str = CLOSED, **fields: Any) -> JSON:

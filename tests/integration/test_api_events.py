@@ -3,22 +3,15 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.api import TIME, UNTIL_DONE, an_id, got, refused, submitted
-from tests.world import World, world
+from tests.world import World
 
 JSON = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    async with world(tmp_path_factory.mktemp("here")) as made:
-        yield made
 
 
 async def read(client: httpx.AsyncClient, **query: Any) -> JSON:

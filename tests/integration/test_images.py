@@ -1,7 +1,6 @@
 """Stored images over HTTP: whole, in part, not again; and what happens when one is not there."""
 
 import hashlib
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from ipaddress import ip_network
 from pathlib import Path
@@ -19,12 +18,6 @@ from tests.world import LOOPBACK, World, answering, world
 
 JSON = dict[str, Any]
 PROMPT = "a large one"
-
-
-@pytest.fixture(scope="module")
-async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    async with world(tmp_path_factory.mktemp("here")) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

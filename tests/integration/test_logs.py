@@ -1,25 +1,20 @@
 """The log of a whole run in which much goes wrong."""
 
 import asyncio
-import io
 import json
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import structlog
 from starlette.responses import Response
 
 from service import VERSION
 from service.ops.lines import ALWAYS, LINES, WHERE_KNOWN
-from service.ops.logging import QUIET, configure
 from service.web import api
 from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, refused, submitted
 from tests.docs.render import documented
+from tests.logs import logged
 from tests.upstream import Upstream, document, error, page, picture
 from tests.waiting import wait_until
 from tests.world import ADMIN_KEY, World, subscriber, world
@@ -31,24 +26,6 @@ SECRET_KEY = "secret-key-of-the-test-0123456789-abc"
 PROMPT = "a lighthouse that nobody may read of"
 SIGNATURE = "c2lnbmF0dXJl"
 TOKEN = "token-of-an-address"
-
-
-@contextmanager
-def logged(level: str = "debug") -> Iterator[Callable[[], list[str]]]:
-    """The lines that are logged meanwhile; afterwards logging is as it was."""
-    known, root = structlog.get_config(), logging.getLogger()
-    handlers, before = root.handlers[:], root.level
-    levels = {name: logging.getLogger(name).level for name in QUIET}
-    stream = io.StringIO()
-    configure("json", level, stream)
-    try:
-        yield lambda: stream.getvalue().splitlines()
-    finally:
-        structlog.configure(**known)
-        root.handlers[:] = handlers
-        root.setLevel(before)
-        for name, number in levels.items():
-            logging.getLogger(name).setLevel(number)
 
 
 def made_trouble(upstream: Upstream, url: str) -> None:
@@ -118,7 +95,7 @@ async def test_no_line_of_a_troubled_run_tells_a_secret_and_each_is_as_the_list_
     upstream = Upstream()
     secrets = [ADMIN_KEY, UPSTREAM_KEY, SECRET_KEY, PROMPT, SIGNATURE, TOKEN]
     settings: dict[str, Any] = {"evolink_api_key": UPSTREAM_KEY, "secret_key": SECRET_KEY, "delivery_schedule": "0.05"}
-    with logged() as lines:
+    with logged() as stream:
         async with world(tmp_path, upstream=upstream.app, **settings) as here, subscriber() as takes:
             made_trouble(upstream, here.sandbox_url)
             body = {"owner": "ann", "scopes": ["submit", "read", "subscribe"]}
@@ -129,7 +106,7 @@ async def test_no_line_of_a_troubled_run_tells_a_secret_and_each_is_as_the_list_
                 monkeypatch.setattr(api, "page", None)
                 refused(await client.get("/v1/tasks"), 500, "internal_error")
             await here.client.delete(f"/v1/keys/{key['id']}")
-        told = lines()
+        told = stream.getvalue().splitlines()
     assert not [line for line in told for secret in secrets if secret in line]
     parsed = [json.loads(line) for line in told]
     for line in parsed:
@@ -142,14 +119,14 @@ async def test_no_line_of_a_troubled_run_tells_a_secret_and_each_is_as_the_list_
 
 async def test_a_defect_of_ours_is_one_line_and_an_answer_in_the_one_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """500 with the request's id, under which the log has the traceback; the next request is answered as ever."""
-    with logged() as lines:
+    with logged() as stream:
         async with world(tmp_path) as here:
             with monkeypatch.context() as broken:
                 broken.setattr(api, "page", None)
                 answer = await here.client.get("/v1/tasks")
             said = refused(answer, 500, "internal_error")
             got(await here.client.get("/v1/tasks"))
-        parsed = [json.loads(line) for line in lines()]
+        parsed = [json.loads(line) for line in stream.getvalue().splitlines()]
     (failed,) = [line for line in parsed if line["event"] == "http.failed"]
     assert (failed["request_id"], failed["route"], failed["method"]) == (said["request_id"], "/v1/tasks", "GET")
     assert "TypeError" in failed["exception"]
@@ -158,13 +135,13 @@ async def test_a_defect_of_ours_is_one_line_and_an_answer_in_the_one_form(tmp_pa
 
 async def test_a_requests_line_tells_who_asked_for_what(tmp_path: Path) -> None:
     """The route's pattern, never the path; the caller's owner, the task. Probes and callbacks are told at debug alone."""
-    with logged("info") as lines:
+    with logged("info") as stream:
         async with world(tmp_path) as here, here.owner(name="ann") as client:
             task = await submitted(client, UNTIL_DONE)
             answer = await client.get(f"/v1/tasks/{task['upstream_id']}")
             await here.stranger.get("/readyz")
             await here.stranger.get("/v1/nothing")
-        parsed = [json.loads(line) for line in lines()]
+        parsed = [json.loads(line) for line in stream.getvalue().splitlines()]
     requests = {line["request_id"]: line for line in parsed if line["event"] == "http.request"}
     line = requests[answer.headers["x-request-id"]]
     assert (line["owner"], line["task_id"], line["route"], line["status"]) == ("ann", task["id"], "/v1/tasks/{task_id}", 200)
@@ -177,8 +154,8 @@ async def test_a_requests_line_tells_who_asked_for_what(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wanted", [True, False])
 async def test_a_prompt_is_logged_only_if_it_is_wanted(tmp_path: Path, wanted: bool) -> None:
     """`LOG_PROMPTS` puts it into `task.queued`, once."""
-    with logged() as lines:
+    with logged() as stream:
         async with world(tmp_path, log_prompts=wanted) as here:
             await submitted(here.client, ASYNC, prompt=PROMPT)
-        told = [json.loads(line) for line in lines() if PROMPT in line]
+        told = [json.loads(line) for line in stream.getvalue().splitlines() if PROMPT in line]
     assert [(line["event"], line["prompt"]) for line in told] == [("task.queued", PROMPT)] * wanted

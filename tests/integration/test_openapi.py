@@ -1,12 +1,10 @@
 """The OpenAPI document: valid, whole, and true of what is really answered."""
 
 import re
-from collections.abc import AsyncIterator
 from functools import cache
 from typing import Any
 
 import httpx
-import pytest
 from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 
@@ -16,16 +14,10 @@ from service.web.openapi import document
 from service.web.routes import SPECS, Spec
 from tests.api import SUBMIT, UNTIL_DONE, got, order, submitted
 from tests.waiting import wait_until
-from tests.world import World, subscriber, world
+from tests.world import World, subscriber
 
 JSON = dict[str, Any]
 OPTIONAL = {"answer", "causes"}  # for admins, for keys
-
-
-@pytest.fixture(scope="module")
-async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    async with world(tmp_path_factory.mktemp("here")) as made:
-        yield made
 
 
 def closed(schema: Any) -> Any:

@@ -332,6 +332,31 @@ async def test_a_task_cancelled_before_its_turn_is_not_sent(here: World, upstrea
     assert upstream.received["too late"] == []
 
 
+async def test_a_submission_that_waits_for_a_place_at_a_stop_is_left_to_the_next_process(tmp_path: Path) -> None:
+    """What has not been sent is not sent any more: it stays queued, due, and no attempt is counted."""
+    theirs = Upstream()
+    async with world(tmp_path, upstream=theirs.app) as there:
+        places = there.context.resources.upstream_calls
+        for _ in range(there.settings.evolink_concurrency):
+            await places.acquire()
+        task = await there.submit(prompt="later", headers={"prefer": "respond-async"})
+        await wait_until(lambda: places._waiters)
+        there.context.quiesce()
+        for _ in range(there.settings.evolink_concurrency):
+            places.release()
+
+        async def free() -> Any:
+            known = await row(there, task["id"])
+            return known["submit_lease_until"] is None and known
+
+        known = await wait_until(free)
+        assert (known["state"], known["submit_attempts"], known["submit_due_at"] is not None) == ("queued", 0, True)
+        assert theirs.received["later"] == []
+    async with world(tmp_path, upstream=theirs.app) as there:
+        await in_state(there, task["id"], "submitted")
+    assert len(theirs.received["later"]) == 1
+
+
 async def test_work_on_what_is_gone_ends_quietly(here: World) -> None:
     """A grant for a row that is no longer there, at any stage, changes nothing and raises nothing."""
     for stage in stages(here.settings, here.context.resources):

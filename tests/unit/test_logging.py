@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,23 +12,15 @@ import structlog
 
 from service import VERSION
 from service.ops.logging import QUIET, configure
+from tests.logs import restored
 
 JSON = dict[str, Any]
-Lines = Callable[[], list[JSON]]
 
 
 @pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """Logging as it was before, after each test."""
-    known, root = structlog.get_config(), logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    levels = {name: logging.getLogger(name).level for name in QUIET}
-    yield
-    structlog.configure(**known)
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    for name, before in levels.items():
-        logging.getLogger(name).setLevel(before)
+def _as_it_was() -> Iterator[None]:
+    with restored():
+        yield
 
 
 def lines_of(stream: io.StringIO) -> list[JSON]:
@@ -162,3 +154,12 @@ def test_configuring_again_replaces_what_was() -> None:
     first, second = configured(), configured()
     logging.getLogger("some.library").warning("careful")
     assert (len(lines_of(first)), len(lines_of(second))) == (0, 1)
+
+
+def test_a_log_that_cannot_be_written_stops_nothing() -> None:
+    """A full disk, or a reader that left, costs lines and no task."""
+    stream = configured()
+    stream.close()
+    structlog.get_logger().error("task.parked")
+    logging.getLogger("some.library").error("it broke")
+    logging.getLogger().handlers[0].flush()

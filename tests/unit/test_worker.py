@@ -56,8 +56,10 @@ class Shop:
         return await self.store.read(read)
 
     @asynccontextmanager
-    async def working(self, run: Callable[[Grant], Awaitable[None]], places: int = 2) -> AsyncIterator[WorkerPool]:
-        pool = WorkerPool(self.store, [Stage("submit", places, run)], self.metrics, self.told.append, at_once)
+    async def working(
+        self, run: Callable[[Grant], Awaitable[None]], places: int = 2, turn: Callable[[], Awaitable[None]] = at_once
+    ) -> AsyncIterator[WorkerPool]:
+        pool = WorkerPool(self.store, [Stage("submit", places, run)], self.metrics, self.told.append, turn)
         claiming = asyncio.create_task(pool.run())
         await wait_until(lambda: pool.alive)
         try:
@@ -271,6 +273,25 @@ async def test_what_is_not_finished_at_a_stop_is_given_back(shop: Shop) -> None:
         assert await pool.stop(0.01) == 1
     row = await shop.row("task_a")
     assert (row["submit_lease_until"], row["submit_lease_owner"], row["submit_due_at"], row["submit_attempts"]) == (None, None, START, 0)
+
+
+async def test_work_that_waits_for_its_turn_at_a_stop_is_not_begun(shop: Shop) -> None:
+    """It is given back untouched, at once: the stop waits for nothing that has not begun."""
+    done, waiting, turn = list[str](), asyncio.Event(), asyncio.Event()
+
+    async def wait() -> None:
+        waiting.set()
+        await turn.wait()
+
+    async with shop.working(finishing(shop.store, done), turn=wait) as pool:
+        await shop.queue("task_a")
+        await waiting.wait()
+        pool.quiesce()
+        turn.set()
+        assert await pool.stop(10) == 0
+    row = await shop.row("task_a")
+    assert done == []
+    assert (row["submit_lease_until"], row["submit_due_at"], row["submit_attempts"]) == (None, START, 0)
 
 
 async def test_what_a_transaction_under_way_grants_after_a_stop_is_given_back(shop: Shop) -> None:

@@ -27,22 +27,11 @@ def insert_keys(tx: Transaction, items: Sequence[NewKey]) -> list[bool]:
     for item in items:
         known = tx.connection.execute(select(owners.c.callback_secret).where(owners.c.name == item.owner)).scalar()
         if known is None:
-            tx.connection.execute(
-                insert(owners).values(
-                    name=item.owner,
-                    callback_secret=item.callback_secret,
-                    created_at=tx.now,
-                )
-            )
+            tx.connection.execute(insert(owners).values(name=item.owner, callback_secret=item.callback_secret, created_at=tx.now))
         if tx.connection.execute(select(api_keys.c.id).where(api_keys.c.id == item.id)).first() is None:
             tx.connection.execute(
                 insert(api_keys).values(
-                    id=item.id,
-                    owner=item.owner,
-                    hash=item.hash,
-                    hint=item.hint,
-                    scopes=list(item.scopes),
-                    created_at=tx.now,
+                    id=item.id, owner=item.owner, hash=item.hash, hint=item.hint, scopes=list(item.scopes), created_at=tx.now
                 )
             )
         results.append(known is None or known == item.callback_secret)

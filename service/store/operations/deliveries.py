@@ -82,10 +82,7 @@ def _record(tx: Transaction, row: dict[str, Any], item: Outcome) -> None:
     due = None if finished or held or row["state"] != "pending" else tx.now + item.wait_ms  # buried meanwhile: not tried again
     values = leases.freed(item.grant.stage, due)
     if finished:
-        values |= {
-            "state": "delivered" if item.result == "delivered" else "dead",
-            "finished_at": tx.now,
-        }
+        values |= {"state": "delivered" if item.result == "delivered" else "dead", "finished_at": tx.now}
     elif item.result in ("held", "later"):  # nothing was tried: the schedule is not shortened
         values["attempts"] = row["attempts"] - 1
     row.update(values)
@@ -105,12 +102,7 @@ def _paused(tx: Transaction, endpoint_id: str | None) -> bool:
 def _exhausted(tx: Transaction, row: dict[str, Any]) -> None:
     type = tx.connection.execute(select(events.c.type).where(events.c.id == row["event_id"])).scalar()
     if type is not None and type.startswith("image.task."):  # a dead delivery of an operators' event raises none
-        data = {
-            "delivery_id": row["id"],
-            "endpoint_id": row["endpoint_id"],
-            "event_id": row["event_id"],
-            "task_id": row["task_id"],
-        }
+        data = {"delivery_id": row["id"], "endpoint_id": row["endpoint_id"], "event_id": row["event_id"], "task_id": row["task_id"]}
         outbox.emit_operators(tx, "delivery.exhausted", data, task_id=row["task_id"])
 
 
@@ -140,15 +132,7 @@ def disable(tx: Transaction, endpoint_id: str, reason: str) -> None:
     """Switches an endpoint off: what is pending for it is dead, and nothing new is made until it is enabled again."""
     _change(tx, endpoint_id, status="disabled", disabled_at=tx.now, disabled_reason=reason)
     bury(tx, endpoint_id)
-    outbox.emit_operators(
-        tx,
-        "endpoint.disabled",
-        {
-            "endpoint_id": endpoint_id,
-            "reason": reason,
-            "disabled_at": model.rfc3339(tx.now),
-        },
-    )
+    outbox.emit_operators(tx, "endpoint.disabled", {"endpoint_id": endpoint_id, "reason": reason, "disabled_at": model.rfc3339(tx.now)})
 
 
 def bury(tx: Transaction, endpoint_id: str) -> None:
@@ -221,28 +205,15 @@ def _change_endpoint(tx: Transaction, item: EndpointChange) -> bool:
         bury(tx, item.id)
         tx.connection.execute(delete(endpoints).where(endpoints.c.id == item.id))
         return True
-    told = {
-        "url": item.url,
-        "types": list(item.types) if item.types is not None else None,
-        "description": item.description,
-    }
+    told = {"url": item.url, "types": list(item.types) if item.types is not None else None, "description": item.description}
     values: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
     if item.status is not None and item.status != row["status"]:
         values["status"] = item.status
         if item.status == "enabled":
-            values |= {
-                "disabled_at": None,
-                "disabled_reason": None,
-                "failing_since": None,
-                "paused_until": None,
-            }
+            values |= {"disabled_at": None, "disabled_reason": None, "failing_since": None, "paused_until": None}
             tx.connection.execute(  # what was held while it was paused
                 update(deliveries)
-                .where(
-                    deliveries.c.endpoint_id == item.id,
-                    deliveries.c.state == "pending",
-                    deliveries.c.due_at.is_(None),
-                )
+                .where(deliveries.c.endpoint_id == item.id, deliveries.c.state == "pending", deliveries.c.due_at.is_(None))
                 .values(due_at=tx.now)
             )
             tx.due.update(("deliver", "redeliver"))

@@ -37,11 +37,13 @@ def expect(tx: Transaction, task: Row, urls: Sequence[str], ttl_ms: int) -> None
         elif row["source_url"] == url:
             retry = {} if row["state"] != "pending" or row["due_at"] is not None else leases.wanted(tx, "download", row["id"], row)
             tx.change(images, row["id"], {"confirmed": True, **retry})
-        elif not row["confirmed"] or row["state"] == "pending":
-            fresh = {"source_url": url, "confirmed": True, "state": "pending", "blob": None, "error": None}
-            if not row["confirmed"]:  # what went wrong was another address's fault
-                fresh |= {"link_dies_at": tx.now + ttl_ms, "stale_since": None, "stale_count": 0, "wrong_sha256": None, "wrong_count": 0}
-            tx.change(images, row["id"], {**fresh, **leases.wanted(tx, "download", row["id"], row)})
+        elif not row["confirmed"]:  # what went wrong was another address's fault
+            fresh = {"source_url": url, "confirmed": True, "state": "pending", "blob": None, "error": None, "link_dies_at": tx.now + ttl_ms}
+            blameless = {"stale_since": None, "stale_count": 0, "wrong_sha256": None, "wrong_count": 0}
+            tx.change(images, row["id"], {**fresh, **blameless, **leases.wanted(tx, "download", row["id"], row)})
+        elif row["state"] == "pending":  # a fresh link; tried when its turn comes, or each answer would start the next try
+            again = leases.wanted(tx, "download", row["id"], row) if row["due_at"] is None else {}
+            tx.change(images, row["id"], {"source_url": url, **again})
     if invented := [row["id"] for row in known.values() if not row["confirmed"]]:
         tx.connection.execute(delete(images).where(images.c.id.in_(invented)))
 
@@ -60,16 +62,7 @@ def finish_if_done(tx: Transaction, task: Row) -> None:
         end(tx, task, State.COMPLETED, progress=100)
         return
     which = "; ".join(f"{row.position}: {row.error}" for row in lost)
-    end(
-        tx,
-        task,
-        State.FAILED,
-        {
-            "code": "results_lost",
-            "message": f"results could not be saved: {which}"[:2000],
-            "type": "task_error",
-        },
-    )
+    end(tx, task, State.FAILED, {"code": "results_lost", "message": f"results could not be saved: {which}"[:2000], "type": "task_error"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,11 +74,7 @@ def _taken(tx: Transaction, items: Sequence[Callback], rows: dict[str, Row]) -> 
 def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[str, str]) -> Verdict:
     report = item.report
     if any(callback["id"] == item.id for callback in kept.values()):  # this very call, run again
-        return _verdict(
-            next(callback["verdict"] for callback in kept.values() if callback["id"] == item.id),
-            item,
-            row,
-        )
+        return _verdict(next(callback["verdict"] for callback in kept.values() if callback["id"] == item.id), item, row)
     if report is None:
         if _keep(tx, row, kept, item, item.digest, "unreadable") and State(row["state"]) not in model.TERMINAL:
             _ask(tx, row)
@@ -108,15 +104,7 @@ def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[st
         return _verdict("accepted", item, row)
     agrees = digest == first if settled is None else digest == settled or (digest == first and report.status == row["upstream_status"])
     if agrees:  # the first callback still agrees when only the links were others than the query's
-        _keep(
-            tx,
-            row,
-            kept,
-            item,
-            digest,
-            "duplicate",
-            first=True if first is None else None,
-        )
+        _keep(tx, row, kept, item, digest, "duplicate", first=True if first is None else None)
         return _verdict("duplicate", item, row)
     return _conflict(tx, row, kept, item, digest, f"says {report.status}, other than before")
 
@@ -124,26 +112,12 @@ def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[st
 def _conflict(tx: Transaction, row: Row, kept: Kept, item: Callback, digest: str, reason: str) -> Verdict:
     if callback_id := _keep(tx, row, kept, item, digest, "conflict"):
         _ask(tx, row)
-        data = {
-            "task_id": row["id"],
-            "callback_id": callback_id,
-            "upstream_id": row["upstream_id"],
-            "reason": reason,
-        }
+        data = {"task_id": row["id"], "callback_id": callback_id, "upstream_id": row["upstream_id"], "reason": reason}
         outbox.emit_operators(tx, "callback.conflict", data, task_id=row["id"])
     return _verdict("conflict", item, row)
 
 
-def _keep(
-    tx: Transaction,
-    row: Row,
-    kept: Kept,
-    item: Callback,
-    digest: str,
-    verdict: str,
-    *,
-    first: bool | None = None,
-) -> str | None:
+def _keep(tx: Transaction, row: Row, kept: Kept, item: Callback, digest: str, verdict: str, *, first: bool | None = None) -> str | None:
     """Writes a callback down, or counts it on the row that says the same; the row's id if this verdict on it is new."""
     known = kept.get(digest)
     turned = known is not None and verdict == "conflict" != known["verdict"]  # it agreed with what was known then
@@ -181,14 +155,9 @@ def _progress(tx: Transaction, row: Row, report: Report) -> None:
 
 
 def _ask(tx: Transaction, row: Row) -> None:
-    """The upstream is asked about the task as soon as somebody is free; without its id there is nothing to ask for."""
-    if row["upstream_id"] is not None:
-        change(
-            tx,
-            row,
-            settle_requests=row["settle_requests"] + 1,
-            **leases.wanted(tx, "settle", row["id"], row),
-        )
+    """The upstream is asked about the task as soon as somebody is free and its id is known."""
+    due = leases.wanted(tx, "settle", row["id"], row) if row["upstream_id"] is not None else {}
+    change(tx, row, settle_requests=row["settle_requests"] + 1, **due)
 
 
 def _verdict(verdict: str, item: Callback, row: Row) -> Verdict:

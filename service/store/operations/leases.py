@@ -17,12 +17,7 @@ def born(tx: Transaction, stage: str, key: str) -> dict[str, Any]:
     queue = QUEUES[stage]
     values: dict[str, Any] = {"due_at": tx.now, "lease_until": None, "lease_owner": None, "fence": 0, "attempts": 0}
     if take_slot(tx, stage):
-        values |= {
-            "lease_until": tx.now + LEASE_MS,
-            "lease_owner": tx.process,
-            "fence": 1,
-            "attempts": 1,
-        }
+        values |= {"lease_until": tx.now + LEASE_MS, "lease_owner": tx.process, "fence": 1, "attempts": 1}
         tx.granted.append(Grant(stage, key, 1, 1))
     return {queue.prefix + name: value for name, value in values.items()}
 
@@ -37,12 +32,7 @@ def wanted(tx: Transaction, stage: str, key: str, row: Row) -> dict[str, Any]:
         del values["attempts"]
     elif take_slot(tx, stage):
         fence = row[prefix + "fence"] + 1
-        values |= {
-            "lease_until": tx.now + LEASE_MS,
-            "lease_owner": tx.process,
-            "fence": fence,
-            "attempts": 1,
-        }
+        values |= {"lease_until": tx.now + LEASE_MS, "lease_owner": tx.process, "fence": fence, "attempts": 1}
         tx.granted.append(Grant(stage, key, fence, 1))
     return {prefix + name: value for name, value in values.items()}
 
@@ -58,11 +48,9 @@ def take_slot(tx: Transaction, stage: str) -> bool:
 def freed(stage: str, due_at: int | None, **more: Any) -> dict[str, Any]:
     """Values that end a lease; the row is due again at `due_at`, or not at all."""
     prefix = QUEUES[stage].prefix
-    return {
-        prefix + "lease_until": None,
-        prefix + "lease_owner": None,
-        prefix + "due_at": due_at,
-    } | {prefix + name: value for name, value in more.items()}
+    return {prefix + "lease_until": None, prefix + "lease_owner": None, prefix + "due_at": due_at} | {
+        prefix + name: value for name, value in more.items()
+    }
 
 
 def holds(grant: Grant, row: Row) -> bool:
@@ -131,11 +119,7 @@ def release(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
     """Gives work back untouched, as a stopping process does: the attempt does not count."""
     attempts = [QUEUES[grant.stage].column("attempts") for grant in grants]
     return [
-        change(
-            tx,
-            grant,
-            {"lease_until": None, "lease_owner": None, "attempts": column - 1},
-        )
+        change(tx, grant, {"lease_until": None, "lease_owner": None, "attempts": column - 1})
         for grant, column in zip(grants, attempts, strict=True)
     ]
 
@@ -150,11 +134,7 @@ def change(tx: Transaction, grant: Grant, values: Mapping[str, Any]) -> bool:
     queue = QUEUES[grant.stage]
     statement = (
         update(queue.table)
-        .where(
-            queue.table.c.id == grant.key,
-            queue.column("fence") == grant.fence,
-            queue.column("lease_until").is_not(None),
-        )
+        .where(queue.table.c.id == grant.key, queue.column("fence") == grant.fence, queue.column("lease_until").is_not(None))
         .values({queue.column(name): value for name, value in values.items()})
     )
     return tx.connection.execute(statement).rowcount == 1

@@ -17,14 +17,7 @@ from service.store.tables import counters, deliveries, endpoints, events, steps
 OPERATORS = "admin"
 
 
-def emit(
-    tx: Transaction,
-    type: str,
-    task: model.Task,
-    row: Mapping[str, Any],
-    *,
-    terminal: bool = False,
-) -> None:
+def emit(tx: Transaction, type: str, task: model.Task, row: Mapping[str, Any], *, terminal: bool = False) -> None:
     """Adds an event of a task, with the task as it is now."""
     tx.emitted.append(
         Emitted(
@@ -82,8 +75,7 @@ def flush(tx: Transaction) -> None:
 def _takers(tx: Transaction) -> list[RowMapping]:
     owners = {event.owner for event in tx.emitted}
     statement = select(endpoints.c.id, endpoints.c.owner, endpoints.c.types).where(
-        endpoints.c.status != "disabled",
-        or_(endpoints.c.owner.is_(None), endpoints.c.owner.in_(owners)),
+        endpoints.c.status != "disabled", or_(endpoints.c.owner.is_(None), endpoints.c.owner.in_(owners))
     )
     return list(tx.connection.execute(statement).mappings())
 

@@ -8,16 +8,7 @@ from service.model import Report, State, Status
 from service.store import Grant, Transaction
 from service.store.operations import leases
 from service.store.operations.images import expect, finish_if_done
-from service.store.operations.tasks import (
-    Row,
-    change,
-    end,
-    fill,
-    forget_downloads,
-    lock,
-    move,
-    submitted,
-)
+from service.store.operations.tasks import Row, change, end, fill, forget_downloads, lock, move, submitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +37,8 @@ def record_settlements(tx: Transaction, items: Sequence[Settlement]) -> list[Sta
             results.append(None)
             continue
         due = _record(tx, row, item)
-        asked_again = row["settle_requests"] != item.requests and State(row["state"]) not in model.TERMINAL
+        settled = State(row["state"]) in model.TERMINAL and row["settled_digest"] is not None
+        asked_again = row["settle_requests"] != item.requests and not settled
         change(tx, row, **leases.freed("settle", tx.now if asked_again else due))
         if asked_again:
             change(tx, row, **leases.wanted(tx, "settle", row["id"], row))
@@ -60,20 +52,17 @@ def _record(tx: Transaction, row: Row, item: Settlement) -> int | None:
     if report is None:
         age = tx.now - (row["submitted_at"] or row["created_at"])
         if item.expires_ms is not None and age >= item.expires_ms and state is State.SUBMITTED:
-            end(
-                tx,
-                row,
-                State.EXPIRED,
-                _error("expired", "the upstream no longer knows the task"),
-            )
+            end(tx, row, State.EXPIRED, _error("expired", "the upstream no longer knows the task"))
             return None
-        given_up = state in model.TERMINAL and (state is not State.CANCELLED or item.expires_ms is not None)
+        given_up = state in model.TERMINAL and (
+            row["settled_digest"] is not None or (item.expires_ms is not None and age >= item.expires_ms)
+        )
         return None if given_up else tx.now + item.wait_ms
     told = fill(row, report)
     if told:
         change(tx, row, **told)
     if state in model.TERMINAL:  # what is settled stands; what it cost is asked for until the upstream has ended it too
-        charged = report.final or state is not State.CANCELLED or row["settled_digest"] is not None
+        charged = report.final or row["settled_digest"] is not None
         return None if charged else tx.now + item.wait_ms
     if state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN) and row["upstream_id"] is not None:
         submitted(tx, row, row["upstream_id"], row["upstream_id_from"], report, None)
@@ -85,10 +74,7 @@ def _record(tx: Transaction, row: Row, item: Settlement) -> int | None:
 
 
 def _final(tx: Transaction, row: Row, report: Report, item: Settlement) -> int | None:
-    settled = {
-        "settled_digest": model.outcome_digest(report.status, report.results),
-        "upstream_status": report.status,
-    }
+    settled = {"settled_digest": model.outcome_digest(report.status, report.results), "upstream_status": report.status}
     if row["state"] == State.SUBMITTED:
         tx.step(row["id"], "task.confirmed", status=report.status)
     if report.status is Status.COMPLETED and report.results:
@@ -99,31 +85,13 @@ def _final(tx: Transaction, row: Row, report: Report, item: Settlement) -> int |
         return None
     forget_downloads(tx, row["id"])
     if report.status is Status.COMPLETED:
-        end(
-            tx,
-            row,
-            State.FAILED,
-            _error("no_results", "the upstream completed the task without any result"),
-            **settled,
-        )
+        end(tx, row, State.FAILED, _error("no_results", "the upstream completed the task without any result"), **settled)
     elif report.status is Status.CANCELLED:
-        end(
-            tx,
-            row,
-            State.CANCELLED,
-            report.error or _error("request_cancelled", "cancelled by the upstream"),
-            **settled,
-        )
+        end(tx, row, State.CANCELLED, report.error or _error("request_cancelled", "cancelled by the upstream"), **settled)
     elif report.error and report.error["code"] == "resource_not_found" and State(row["state"]) is State.SUBMITTED:
         end(tx, row, State.EXPIRED, {**report.error, "code": "expired"}, **settled)
     else:
-        end(
-            tx,
-            row,
-            State.FAILED,
-            report.error or _error("unknown_error", "the upstream gave no reason"),
-            **settled,
-        )
+        end(tx, row, State.FAILED, report.error or _error("unknown_error", "the upstream gave no reason"), **settled)
     return None
 
 

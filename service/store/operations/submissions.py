@@ -102,15 +102,8 @@ def record_submissions(tx: Transaction, items: Sequence[Submission]) -> list[Sta
 def _accepted(tx: Transaction, row: Row, outcome: Accepted) -> None:
     if outcome.report.upstream_id is None:
         raise AssertionError("an accepted submission has an id")
-    submitted(
-        tx,
-        row,
-        outcome.report.upstream_id,
-        "answer",
-        outcome.report,
-        outcome.first_query_ms,
-    )
-    if row["called_back_at"] is not None and State(row["state"]) is State.SUBMITTED:
+    submitted(tx, row, outcome.report.upstream_id, "answer", outcome.report, outcome.first_query_ms)
+    if row["settle_requests"] and State(row["state"]) is State.SUBMITTED:  # somebody asked before there was an id to ask for
         change(tx, row, **leases.wanted(tx, "settle", row["id"], row))
 
 
@@ -119,15 +112,7 @@ def _not_accepted(tx: Transaction, row: Row, outcome: Again | Refused | Uncertai
     match outcome:
         case Again() if state is State.SUBMITTING:
             if tx.now - row["created_at"] >= outcome.give_up_ms:
-                end(
-                    tx,
-                    row,
-                    State.FAILED,
-                    _error(
-                        "not_submitted",
-                        f"the upstream took no submission: {outcome.reason}",
-                    ),
-                )
+                end(tx, row, State.FAILED, _error("not_submitted", f"the upstream took no submission: {outcome.reason}"))
             else:
                 move(tx, row, State.QUEUED, submit_due_at=tx.now + outcome.wait_ms)
         case Refused():

@@ -50,14 +50,7 @@ def fill(row: Row, report: model.Report) -> dict[str, Any]:
     return {name: value for name, value in told.items() if value is not None}
 
 
-def submitted(
-    tx: Transaction,
-    row: Row,
-    upstream_id: str,
-    source: str,
-    report: model.Report,
-    first_query_ms: int | None,
-) -> None:
+def submitted(tx: Transaction, row: Row, upstream_id: str, source: str, report: model.Report, first_query_ms: int | None) -> None:
     """The upstream has the task: binds its id and, on the way from `queued`, tells everybody once.
 
     An id from the submit answer wins over one from a callback. `first_query_ms` None: settling is planned already.
@@ -67,58 +60,30 @@ def submitted(
         values = {name: value for name, value in values.items() if row[name] is None}
     if row["upstream_id"] is None or (row["upstream_id_from"] == "callback" and source == "answer"):
         values |= {"upstream_id": upstream_id, "upstream_id_from": source}
-    if first_query_ms is not None and row["settle_due_at"] is None and State(row["state"]) not in model.TERMINAL:
+    if (
+        first_query_ms is not None
+        and row["settle_due_at"] is None
+        and (
+            State(row["state"]) not in model.TERMINAL or row["settled_digest"] is None  # after an end of our own making, for its credits
+        )
+    ):
         values["settle_due_at"] = tx.now + first_query_ms
     if State(row["state"]) is State.QUEUED:  # proof of a submission that looked as if it had created nothing
         move(tx, row, State.SUBMITTING)
     if State(row["state"]) in (State.SUBMITTING, State.UNCERTAIN):
         status = None if report.final or report.status is None else report.status.value
-        move(
-            tx,
-            row,
-            State.SUBMITTED,
-            submitted_at=tx.now,
-            upstream_status=status,
-            submit_due_at=None,
-            **values,
-        )
+        move(tx, row, State.SUBMITTED, submitted_at=tx.now, upstream_status=status, submit_due_at=None, **values)
         tx.step(row["id"], "task.submitted", upstream_id=row["upstream_id"], source=source)
         outbox.emit(tx, "image.task.submitted", task_record(row), row)
     elif values:
         change(tx, row, **values)
 
 
-def end(
-    tx: Transaction,
-    row: Row,
-    state: State,
-    error: JSON | None = None,
-    **values: Any,
-) -> None:
+def end(tx: Transaction, row: Row, state: State, error: JSON | None = None, **values: Any) -> None:
     """Ends a task: its one terminal event is written in this transaction."""
-    move(
-        tx,
-        row,
-        state,
-        error=error,
-        terminal_at=tx.now,
-        submit_due_at=None,
-        settle_due_at=None,
-        **values,
-    )
-    tx.step(
-        row["id"],
-        "task.settled",
-        state=state.value,
-        error=error["code"] if error else None,
-    )
-    outbox.emit(
-        tx,
-        f"image.task.{state}",
-        task_record(row, stored_images(tx, row["id"])),
-        row,
-        terminal=True,
-    )
+    move(tx, row, state, error=error, terminal_at=tx.now, submit_due_at=None, settle_due_at=None, **values)
+    tx.step(row["id"], "task.settled", state=state.value, error=error["code"] if error else None)
+    outbox.emit(tx, f"image.task.{state}", task_record(row, stored_images(tx, row["id"])), row, terminal=True)
 
 
 def stored_images(tx: Transaction, task_id: str) -> list[model.Image]:
@@ -172,12 +137,7 @@ def insert_tasks(tx: Transaction, items: Sequence[NewTask]) -> list[Inserted]:
 
 
 def _known(tx: Transaction, items: Sequence[NewTask]) -> dict[Any, Inserted]:
-    columns = (
-        tasks.c.id,
-        tasks.c.owner,
-        tasks.c.idempotency_key,
-        tasks.c.idempotency_hash,
-    )
+    columns = (tasks.c.id, tasks.c.owner, tasks.c.idempotency_key, tasks.c.idempotency_hash)
     names = [(item.owner, item.idempotency_key) for item in items if item.idempotency_key]
     known: dict[Any, Inserted] = {}
     for row in tx.connection.execute(select(*columns).where(tasks.c.id.in_([item.id for item in items]))):

@@ -161,9 +161,7 @@ FAULTS: Mapping[str, Fault] = {
     "link_ttl": Fault("seconds until the result links die", seconds),
     "drop_callback": Fault("no callback is sent", flag, calls=lambda on, waves, _: [] if on else waves),
     "repeat_callback": Fault(
-        "the callback is sent so many times at once",
-        whole(1, 100),
-        calls=lambda times, waves, _: [wave * times for wave in waves],
+        "the callback is sent so many times at once", whole(1, 100), calls=lambda times, waves, _: [wave * times for wave in waves]
     ),
     "contradict": Fault(
         "a second callback says the opposite",

@@ -246,4 +246,4 @@ def upgrade() -> None:
         sqlite_where=sa.text("submit_due_at IS NOT NULL"),
         postgresql_where=sa.text("submit_due_at IS NOT NULL"),
     )
-    op.execute("INSERT INTO counters (name, value) VALUES ('events', 0)")
+    op.execute("INSERT INTO counters (name, value) VALUES ('events', 0), ('ready', 0)")

@@ -1,0 +1,201 @@
+"""What is refused before anything is done, and how every answer and error is marked."""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from structlog.testing import capture_logs
+
+from service.app import Role
+from service.web import bodies
+from tests.api import ASYNC, SUBMIT, an_id, got, listed, order, refused, submitted
+from tests.waiting import wait_until
+from tests.world import World, world
+
+JSON = dict[str, Any]
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+SURROGATE = b'{"model": "m", "prompt": "a\\ud800b"}'
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "code"),
+    [
+        (b"", 400, "invalid_request"),
+        (b"not json", 400, "invalid_request"),
+        (b"[]", 400, "invalid_request"),
+        (b'"text"', 400, "invalid_request"),
+        (b"null", 400, "invalid_request"),
+        (b'{"model": "m"', 400, "invalid_request"),
+        (b'{"model": "m"} {}', 400, "invalid_request"),
+        (b"\xef\xbb\xbf{}", 400, "invalid_request"),
+        ('{"model": "m"}'.encode("utf-16"), 400, "invalid_request"),
+        (b'{"model": "\xff"}', 400, "invalid_request"),
+        (b'{"model": "a\\u0000"}', 400, "invalid_request"),
+        (b'{"model": "m", "a\\u0000": 1}', 400, "invalid_request"),
+        (SURROGATE, 400, "invalid_request"),
+        (b'{"model": "m", "x": [{"\\udfff": 1}]}', 400, "invalid_request"),
+        (b'{"model": "m", "model": "m"}', 400, "invalid_request"),
+        (b'{"model": "m", "x": {"a": 1, "a": 1}}', 400, "invalid_request"),
+        (b'{"model": "m", "x": NaN}', 400, "invalid_request"),
+        (b'{"model": "m", "x": -Infinity}', 400, "invalid_request"),
+        (b'{"model": "m", "x": 1e400}', 400, "invalid_request"),
+        (b'{"model": "m", "x": ' + b"9" * 5000 + b"}", 400, "invalid_request"),
+        (b'{"model": "m", "x": ' + b"[" * 101 + b"]" * 101 + b"}", 400, "invalid_request"),
+        (b'{"x":' * 100_000, 400, "invalid_request"),
+        (b'{"model": "m", "x": "' + b"a" * (1 << 20) + b'"}', 413, "body_too_large"),
+    ],
+)
+async def test_a_body_that_is_no_plain_json_object_is_refused(still: World, content: bytes, status: int, code: str) -> None:
+    """Whatever JSON leaves open is refused: nothing is guessed, stored or sent on."""
+    for path in (SUBMIT, "/v1/endpoints"):
+        answer = await still.client.post(path, content=content, headers=ASYNC | {"content-type": "application/json"})
+        refused(answer, status, code)
+
+
+async def test_what_json_does_allow_is_taken_and_comes_back(still: World) -> None:
+    """Depth within the limit, large numbers, pairs of surrogates, escapes, and a body just under the limit."""
+    deep: Any = 1
+    for _ in range(90):
+        deep = [deep]
+    odd = {"deep": deep, "large": 10**300, "small": 5e-324, "emoji": "😀", "control": "\x01\x7f\u2028"}
+    assert (await submitted(still.client, model="m", **odd))["request"] == {"size": "768x768", **odd}
+    body = json.dumps({"model": "m", "x": ""})
+    whole = body.replace('""', '"' + "a" * ((1 << 20) - len(body)) + '"')
+    answer = await still.client.post(SUBMIT, content=whole, headers=ASYNC | {"content-type": "application/json; charset=utf-8"})
+    assert len(got(answer)["request"]["x"]) == (1 << 20) - len(body)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": None}, "model"),
+        ({"model": ""}, "model"),
+        ({"model": 7}, "model"),
+        ({"model": "m" * 201}, "model"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": "a" * 2001}, "prompt"),
+        ({"n": 5}, "n"),
+        ({"size": "10x10"}, "size"),
+        ({"metadata": []}, "metadata"),
+        ({"metadata": {"a": 1}}, "metadata"),
+        ({"metadata": {str(number): "" for number in range(17)}}, "metadata"),
+        ({"metadata": {"a": "ü" * 1024}}, "metadata"),
+        ({"callback_url": 7}, "callback_url"),
+        ({"callback_url": "ftp://x.test/"}, "callback_url"),
+        ({"callback_url": "http://8.8.8.8/"}, "callback_url"),
+        ({"callback_url": "https://10.0.0.1/"}, "callback_url"),
+        ({"callback_url": "https://user@x.test/"}, "callback_url"),
+        ({"model_params": {"task_id": "task_aaaaaaaaaaaaaaaaaaaaaaaaaa"}}, "model_params.task_id"),
+    ],
+)
+async def test_a_field_over_its_limit_is_refused_by_name_and_leaves_no_task(still: World, fields: JSON, param: str) -> None:
+    """400 names the field; nothing was committed."""
+    async with still.owner() as client:
+        answer = await client.post(SUBMIT, json=order(**fields), headers=ASYNC)
+        said = refused(answer, 400, param=param)
+        assert param.rsplit(".", maxsplit=1)[-1] in said["message"]
+        assert await listed(client) == []
+
+
+async def test_metadata_up_to_its_limits_is_taken(still: World) -> None:
+    """16 pairs and 2 KiB, counted as bytes; null is none."""
+    metadata = {f"{number:02}": "ü" * 63 for number in range(16)}  # 16 × (2 + 126) = 2048
+    assert (await submitted(still.client, metadata=metadata))["metadata"] == metadata
+    answer = await still.client.post(SUBMIT, json=order() | {"metadata": None, "callback_url": None}, headers=ASYNC)
+    assert got(answer)["metadata"] == {}
+
+
+FORM = "multipart/form-data; boundary=x"
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", FORM, "application/jsonp", ""])
+async def test_another_media_type_is_refused(still: World, kind: str) -> None:
+    """415, before the body is looked at."""
+    for path in (SUBMIT, "/v1/endpoints", "/v1/keys"):
+        answer = await still.client.post(path, content=b"{}", headers={"content-type": kind})
+        refused(answer, 415, "unsupported_media_type")
+
+
+async def test_json_under_another_of_its_names_is_taken(still: World) -> None:
+    """No media type at all counts as JSON, so does a kind of JSON."""
+    for headers in ({}, {"content-type": "Application/JSON"}, {"content-type": "application/vnd.x+json"}):
+        got(await still.client.post(SUBMIT, content=json.dumps(order()), headers=ASYNC | headers))
+
+
+async def test_a_body_that_does_not_come_is_given_up(still: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """408 after the limit; a sender that leaves is no defect of ours."""
+    monkeypatch.setattr(bodies, "BODY_S", 0.05)
+    host, port = still.url.removeprefix("http://").split(":")
+    wanted = f"content-type: application/json\r\ncontent-length: 10\r\n{key_of(still.client)}"
+    head = f"POST {SUBMIT} HTTP/1.1\r\nhost: x\r\n{wanted}\r\n{{".encode()
+    with capture_logs() as lines:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head)
+        assert (await reader.readline()).startswith(b"HTTP/1.1 408")
+        writer.close()
+        monkeypatch.setattr(bodies, "BODY_S", 20)
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head)
+        await writer.drain()
+        writer.close()
+
+        def both() -> bool:
+            return [line["status"] for line in lines if line["event"] == "http.request"] == [408, 408]
+
+        await wait_until(both)
+    assert [line["event"] for line in lines] == ["http.request", "http.request"]
+
+
+def key_of(client: httpx.AsyncClient) -> str:
+    return f"authorization: {client.headers['authorization']}\r\n"
+
+
+async def test_a_method_that_a_path_does_not_have_is_refused_with_those_it_has(still: World) -> None:
+    """405 names every method of the path."""
+    for method, path, allowed in (
+        ("GET", SUBMIT, {"POST"}),
+        ("PUT", "/v1/endpoints", {"GET", "HEAD", "POST"}),
+        ("POST", "/v1/endpoints/ep_x", {"GET", "HEAD", "PATCH", "DELETE"}),
+        ("DELETE", "/healthz", {"GET", "HEAD"}),
+    ):
+        answer = await still.client.request(method, path)
+        refused(answer, 405, "method_not_allowed")
+        assert set(answer.headers["allow"].split(", ")) == allowed
+
+
+async def test_an_unknown_path_is_not_found(still: World) -> None:
+    """404 in the one form, with a key and without."""
+    for client in (still.client, still.stranger):
+        for path in ("/", "/v1", "/v1/nothing", "/v2/tasks", "/callbacks/evolink"):
+            refused(await client.get(path), 404, "not_found")
+
+
+async def test_without_room_for_images_nothing_new_is_taken(tmp_path: Path) -> None:
+    """503 with `Retry-After`, and no task; what is there can still be read."""
+    async with world(tmp_path, role=Role(workers=False), min_free_bytes=2**62) as here:
+        refused(await here.client.post(SUBMIT, json=order(), headers=ASYNC), 503, "no_space")
+        assert await listed(here.client) == []
+
+
+# --- request ids -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_plain_request_id_of_the_clients_is_kept(still: World) -> None:
+    """It comes back in the header and in the error."""
+    for given in ("abc", "A.b_c-9", "x" * 64):
+        answer = await still.client.get("/v1/tasks/unknown", headers={"x-request-id": given})
+        assert refused(answer, 404)["request_id"] == given
+
+
+async def test_any_other_request_id_is_replaced_by_one_of_ours(still: World) -> None:
+    """What could break a log line or a header is not taken over."""
+    for given in ("", "x" * 65, "a b", 'a"b', "a;b"):
+        answer = await still.client.get("/healthz", headers={"x-request-id": given})
+        assert re.fullmatch(an_id("req"), answer.headers["x-request-id"])
