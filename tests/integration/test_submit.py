@@ -94,6 +94,27 @@ async def test_an_answer_in_hand_is_kept_until_the_store_has_it(tmp_path: Path, 
         assert len(theirs.received["away"]) == 1
 
 
+async def test_a_stop_sends_nothing_that_waits_for_a_place(tmp_path: Path) -> None:
+    """Of two calls to the upstream one may be a submission: the second, leased already, is given back as `queued`."""
+    theirs, answered = Upstream(), asyncio.Event()
+    theirs.submits["first"] = [After(answered.wait, ACCEPTED)]
+    async with world(tmp_path, upstream=theirs.app, evolink_concurrency=2) as there:
+        first = await there.submit(prompt="first", headers={"prefer": "respond-async"})
+        await wait_until(lambda: len(theirs.received["first"]) == 1)
+        second = await there.submit(prompt="second", headers={"prefer": "respond-async"})
+        assert (await row(there, second["id"]))["submit_lease_until"] is not None
+        there.context.quiesce()
+        answered.set()
+        assert (await in_state(there, first["id"], "submitted"))["upstream_id"] == "task-unified-own"
+
+        async def given_back() -> bool:
+            return (await row(there, second["id"]))["submit_lease_until"] is None
+
+        await wait_until(given_back)
+        assert (await there.task(second["id"]))["state"] == "queued"
+        assert theirs.received["second"] == []
+
+
 # --- what the upstream's answer proves ---------------------------------------------------------------------------------
 
 
