@@ -8,12 +8,14 @@ disk is quick; a slow disk is waited for by a thread.
 
 import asyncio
 import fcntl
+import json
 import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate
 
@@ -61,6 +63,7 @@ def engine(path: Path, *, readonly: bool) -> Engine:
     made = create_engine(
         f"sqlite+pysqlite:///{path}",
         poolclass=QueuePool if readonly else NullPool,
+        json_serializer=partial(json.dumps, ensure_ascii=False),  # SQLite compares the text of names as it stands
         hide_parameters=True,  # they hold prompts and tokens, and errors are logged
         connect_args={"check_same_thread": False, "isolation_level": None},
         **({"pool_size": READERS, "max_overflow": 0} if readonly else {}),

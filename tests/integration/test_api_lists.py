@@ -36,7 +36,7 @@ async def test_a_list_is_filtered_by_state_model_and_metadata(still: World) -> N
 async def test_metadata_names_are_data_in_a_filter_too(still: World) -> None:
     """A name with brackets or dots finds what it names and nothing else; one that JSON would escape is refused."""
     async with still.owner() as client:
-        for name in ("a'b", "a[0]", "$", "a.b.c", "%", "*", " ", "?", "a=b&c"):
+        for name in ("a'b", "a[0]", "$", "a.b.c", "%", "*", " ", "?", "a=b&c", "订单"):
             task = await submitted(client, metadata={name: "1"})
             assert await listed(client, **{f"metadata.{name}": "1"}) == [task["id"]], name
     for name in ('a"b', "a\\b", "a\nb", "\0"):
