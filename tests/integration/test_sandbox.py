@@ -31,7 +31,7 @@ KEY = {"authorization": "Bearer sk-test"}
 
 class Server(uvicorn.Server):
     def __init__(self, app: ASGIApp) -> None:
-        super().__init__(uvicorn.Config(app, log_level="critical"))
+        super().__init__(uvicorn.Config(app, log_config=None))
         self.ready = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
