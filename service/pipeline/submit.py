@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -12,8 +13,9 @@ from service.catalogue import Catalogue
 from service.errors import ApiError, EgressRefused
 from service.model import JSON, State
 from service.resources import Resources
-from service.signing import canonical_json
+from service.signing import canonical_json, new_secret
 from service.store import queries
+from service.store.operations.access import NewOwner, insert_owners
 from service.store.operations.tasks import NewTask, insert_tasks
 from service.store.records import Row
 
@@ -79,9 +81,9 @@ class Intake:
                 await self.resources.task_callbacks.check(url)
             except EgressRefused as error:
                 raise ApiError(400, "invalid_parameter", f"callback_url: {error}", param="callback_url") from error
-            if await self.resources.store.read(queries.callback_secret, owner) is None:  # nothing could be signed
-                message = "callback_url: its owner has no callback secret yet; the first key made for an owner brings one"
-                raise ApiError(400, "invalid_parameter", message, param="callback_url")
+            if await self.resources.store.read(queries.callback_secret, owner) is None:  # as with DARKROOM_ADMIN_KEY alone
+                secret = self.resources.keyring.encrypt(new_secret(os.urandom(32)))
+                await self.resources.store.write(insert_owners, NewOwner(owner, secret))
 
     async def _translated(self, owner: str, body: JSON) -> JSON:
         """The body with an id of ours in `model_params.task_id` as the upstream's."""

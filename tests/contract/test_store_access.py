@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from service.store import queries
-from service.store.operations.access import NewKey, insert_keys, revoke_keys
+from service.store.operations.access import NewKey, NewOwner, insert_keys, insert_owners, revoke_keys
 from service.store.tables import api_keys, owners
 from tests.contract.subject import SECOND, Subject, new_id, upstream_id
 
@@ -16,6 +16,16 @@ async def test_an_owners_first_key_brings_its_callback_secret(subject: Subject) 
     assert not await subject.key("painter", b"second")
     assert await subject.key("other", b"third")
     assert [(row["name"], row["callback_secret"]) for row in await subject.rows(owners)] == [("other", b"third"), ("painter", b"first")]
+
+
+async def test_an_owner_without_a_key_is_made_once_and_its_first_key_replaces_the_secret(subject: Subject) -> None:
+    """Nobody was shown the secret it was made with, so the first key brings one that is shown; a later key does not."""
+    await subject.write(insert_owners, NewOwner("admin", b"never shown"))
+    await subject.write(insert_owners, NewOwner("admin", b"not taken"))
+    assert [row["callback_secret"] for row in await subject.rows(owners)] == [b"never shown"]
+    assert await subject.key("admin", b"shown")
+    assert not await subject.key("admin", b"later")
+    assert [row["callback_secret"] for row in await subject.rows(owners)] == [b"shown"]
 
 
 async def test_two_first_keys_in_one_batch_are_one_first(subject: Subject) -> None:

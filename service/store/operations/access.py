@@ -21,20 +21,38 @@ class NewKey:
     callback_secret: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class NewOwner:
+    """An owner that has no key yet, like `admin` with `DARKROOM_ADMIN_KEY` alone; `callback_secret` is encrypted."""
+
+    name: str
+    callback_secret: bytes
+
+
+def insert_owners(tx: Transaction, items: Sequence[NewOwner]) -> list[None]:
+    """Makes owners that are not there, so that their tasks' callbacks can be signed."""
+    for item in items:
+        if tx.connection.execute(select(owners.c.name).where(owners.c.name == item.name)).first() is None:
+            tx.connection.execute(insert(owners).values(name=item.name, callback_secret=item.callback_secret, created_at=tx.now))
+    return [None] * len(items)
+
+
 def insert_keys(tx: Transaction, items: Sequence[NewKey]) -> list[bool]:
-    """Makes keys; True where the owner is new and the callback secret was taken."""
+    """Makes keys; True where it is the owner's first, which brings the callback secret."""
     results = []
     for item in items:
         known = tx.connection.execute(select(owners.c.callback_secret).where(owners.c.name == item.owner)).scalar()
-        if known is None:
-            tx.connection.execute(insert(owners).values(name=item.owner, callback_secret=item.callback_secret, created_at=tx.now))
+        keyless = tx.connection.execute(select(api_keys.c.id).where(api_keys.c.owner == item.owner)).first() is None
+        insert_owners(tx, [NewOwner(item.owner, item.callback_secret)])
+        if known is not None and keyless:  # nobody was shown the one it has
+            tx.connection.execute(update(owners).where(owners.c.name == item.owner).values(callback_secret=item.callback_secret))
         if tx.connection.execute(select(api_keys.c.id).where(api_keys.c.id == item.id)).first() is None:
             tx.connection.execute(
                 insert(api_keys).values(
                     id=item.id, owner=item.owner, hash=item.hash, hint=item.hint, scopes=list(item.scopes), created_at=tx.now
                 )
             )
-        results.append(known is None or known == item.callback_secret)
+        results.append(keyless or known == item.callback_secret)
     return results
 
 
