@@ -41,18 +41,19 @@ def insert_keys(tx: Transaction, items: Sequence[NewKey]) -> list[bool]:
     """Makes keys; True where it is the owner's first, which brings the callback secret."""
     results = []
     for item in items:
-        known = tx.connection.execute(select(owners.c.callback_secret).where(owners.c.name == item.owner)).scalar()
-        keyless = tx.connection.execute(select(api_keys.c.id).where(api_keys.c.owner == item.owner)).first() is None
         insert_owners(tx, [NewOwner(item.owner, item.callback_secret)])
-        if known is not None and keyless:  # nobody was shown the one it has
-            tx.connection.execute(update(owners).where(owners.c.name == item.owner).values(callback_secret=item.callback_secret))
+        mine = owners.c.name == item.owner
+        kept = tx.connection.execute(select(owners.c.callback_secret).where(mine).with_for_update()).scalar_one()
+        keyless = tx.connection.execute(select(api_keys.c.id).where(api_keys.c.owner == item.owner)).first() is None
+        if keyless:  # nobody was shown the one it has
+            tx.connection.execute(update(owners).where(mine).values(callback_secret=item.callback_secret))
         if tx.connection.execute(select(api_keys.c.id).where(api_keys.c.id == item.id)).first() is None:
             tx.connection.execute(
                 insert(api_keys).values(
                     id=item.id, owner=item.owner, hash=item.hash, hint=item.hint, scopes=list(item.scopes), created_at=tx.now
                 )
             )
-        results.append(keyless or known == item.callback_secret)
+        results.append(keyless or kept == item.callback_secret)
     return results
 
 
