@@ -143,7 +143,8 @@ class Signals:
         if self.stopping or seconds <= 0:
             return False
         try:
-            await asyncio.wait_for(event.wait(), seconds)
+            async with asyncio.timeout(seconds):  # `wait_for` of Python 3.11 loses a cancellation that meets the event
+                await event.wait()
         except TimeoutError:
             return False
         return not self.stopping
