@@ -12,6 +12,10 @@ from starlette.types import ASGIApp
 
 from service.errors import ConfigurationError
 
+# Longer than the idle connections that clients and load balancers keep (5 to 60 s as a rule): whoever may reuse a connection is the one to
+# close it, or a request meets our close on its way and is lost.
+KEEP_ALIVE_S = 75
+
 
 class Server(uvicorn.Server):
     """uvicorn on a bound socket, without its signals (see `stopping`)."""
@@ -27,6 +31,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=max(1, round(stop_s)),
             )
         )
