@@ -28,7 +28,7 @@ class Settler:
 
     async def run(self, grant: Grant) -> None:
         found = await self.resources.store.read(queries.settling, grant.key)
-        if found is None or found[0]["upstream_id"] is None:
+        if found is None or (found[0]["upstream_id"] is None and State(found[0]["state"]) is not State.SUBMITTED):
             await self.resources.store.write(leases.done, grant)
             return
         row, callback = found
@@ -36,6 +36,8 @@ class Settler:
         answer: QueryOutcome
         if believed:
             answer = Found(believed)
+        elif row["upstream_id"] is None:  # another task proved that the id was its own: nobody to ask, until its own answer comes
+            answer = NotFound()
         else:
             async with self.resources.upstream_calls:
                 answer = await self.resources.upstream.query(row["upstream_id"])

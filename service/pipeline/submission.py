@@ -47,9 +47,9 @@ class Submitter:
             await self.resources.store.write(leases.done, grant)
 
     def _resubmits(self, row: Row) -> bool:
-        """Whether an uncertain task is sent again: at least once, then for as long as one of which nothing was created."""
+        """Whether an uncertain task is sent again: by hand, or at least once, then for as long as one of which nothing was created."""
         young = self.resources.clock() - row["created_at"] < self.give_up_s * 1000
-        return self.uncertain == "resubmit" and (young or row["submit_outcomes"] < 2)
+        return row["resubmit"] or (self.uncertain == "resubmit" and (young or row["submit_outcomes"] < 2))
 
     async def _send(self, grant: Grant, *, resubmit: bool) -> None:
         async with self.resources.submissions, self.resources.upstream_calls:  # a place first: what is `submitting` is on its way

@@ -98,6 +98,8 @@ tasks = Table(
     Column("error", JSON(none_as_null=True)),
     Column("refusal_status", Integer),  # the upstream's HTTP status when it refused the submission
     Column("submit_outcomes", Integer, nullable=False, default=0),
+    Column("doubted_at", BigInteger),  # when a submission first proved nothing: the task may exist and be charged
+    Column("resubmit", Boolean, nullable=False, default=False),  # by hand: an uncertain task is sent again
     Column("settle_requests", Integer, nullable=False, default=0),  # bumped when somebody wants it settled now
     *lease_columns("submit_"),
     *lease_columns("settle_"),
@@ -149,6 +151,7 @@ images = Table(
     Column("wrong_count", Integer, nullable=False, default=0),
     Column("stale_since", BigInteger),  # the first 403, 404 or 410, and how many there were
     Column("stale_count", Integer, nullable=False, default=0),
+    Column("at_risk_at", BigInteger),  # when operators were told that it may be lost
     *lease_columns(),
     UniqueConstraint("task_id", "position"),
 )

@@ -51,8 +51,9 @@ def validated(kind: type[Model], body: JSON) -> Model:
         return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        param = ".".join(str(part) for part in first["loc"])
-        raise ApiError(400, "invalid_request", f"{param}: {first['msg'].removeprefix('Value error, ')}", param=param) from None
+        param = ".".join(str(part) for part in first["loc"]) or None  # a rule about several fields names them itself
+        message = first["msg"].removeprefix("Value error, ")
+        raise ApiError(400, "invalid_request", f"{param}: {message}" if param else message, param=param) from None
 
 
 def query_text(request: Request, name: str, allowed: Iterable[str] | None = None) -> str | None:

@@ -11,7 +11,7 @@ from starlette.routing import Route
 from structlog.contextvars import bind_contextvars
 
 from service.errors import ApiError
-from service.web import api, endpoints, events, health, images, keys, schemas
+from service.web import api, endpoints, events, health, images, interventions, keys, schemas
 from service.web.callbacks import CallbackRoute
 from service.web.context import context_of
 from service.web.openapi import document
@@ -50,6 +50,23 @@ SPECS = (
     Spec("GET", "/v1/tasks/{task_id}", api.task, ("read",), "A task, by our id or the upstream's", schemas.Task),
     Spec("GET", "/v1/tasks/{task_id}/timeline", api.timeline, ("read",), "Every step of a task", schemas.Timeline),
     Spec("POST", "/v1/tasks/{task_id}/cancel", api.cancel, ("submit",), "Cancel a task", schemas.CancelledTask),
+    Spec(
+        "POST",
+        "/v1/tasks/{task_id}/reconcile",
+        interventions.reconcile,
+        ("admin",),
+        "Ask the upstream and retry downloads now",
+        schemas.Task,
+    ),
+    Spec(
+        "POST",
+        "/v1/tasks/{task_id}/resolve",
+        interventions.resolve,
+        ("admin",),
+        "Settle an uncertain submission by hand",
+        schemas.Task,
+        schemas.Resolution,
+    ),
     Spec("GET", "/v1/credits", api.credits, ("read",), "The upstream's credits"),
     Spec("GET", "/v1/models", api.models, ("read",), "The upstream's models"),
     Spec(

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 EVENT_TYPES = (
     "image.task.submitted",
@@ -49,6 +49,19 @@ class Submission(BaseModel):
     image_urls: list[str] | None = None
     callback_url: str | None = Field(None, description="gets the terminal task, signed; https and public")
     metadata: dict[str, str] | None = Field(None, description="up to 16 pairs, 2 KiB; comes back in the task and its events")
+
+
+class Resolution(Body):
+    """What became of an uncertain submission: the upstream's id of it, or what to do without one."""
+
+    upstream_id: Annotated[str, Field(pattern=r"^[!-~]{1,200}$")] | None = None
+    decision: Literal["failed", "resubmit"] | None = Field(None, alias="as")
+
+    @model_validator(mode="after")
+    def one_of_both(self) -> "Resolution":
+        if (self.upstream_id is None) == (self.decision is None):
+            raise ValueError("give either upstream_id or as")
+        return self
 
 
 class TaskInfo(BaseModel):

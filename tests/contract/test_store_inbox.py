@@ -160,10 +160,11 @@ async def test_an_unreadable_callback_is_kept_and_the_upstream_asked(subject: Su
     assert (await subject.callback(task_id, completed(task_id, URL))).verdict == "accepted"
 
 
-async def test_an_unreadable_callback_after_the_end_asks_nothing(subject: Subject) -> None:
-    """It is kept; what is settled needs no question."""
+async def test_an_unreadable_callback_after_the_end_asks_once_more(subject: Subject) -> None:
+    """The token proves who calls: it is kept and the upstream is asked, and what is settled stands."""
     task_id = await subject.completed()
     assert (await subject.callback(task_id, None, b"<html>")).verdict == "unreadable"
+    assert await subject.settle(task_id, completed(task_id, "https://r.test/0")) is State.COMPLETED
     assert (await subject.task(task_id))["settle_due_at"] is None
 
 

@@ -6,14 +6,15 @@ from typing import Any
 
 from sqlalchemy import delete, select
 
-from service.model import State
+from service.model import TERMINAL, State, credits_number, rfc3339
 from service.store import Grant, Transaction
-from service.store.operations import leases
+from service.store.operations import leases, outbox
 from service.store.operations.tasks import Row, change, end, lock
 from service.store.tables import images
 
 STALE_LIMIT, STALE_MS = 10, 30 * 60 * 1000
 WRONG_LIMIT = 3
+AT_RISK_MS, AT_RISK_STALE = 2 * 3600 * 1000, 3  # time for somebody to act: this little left, or the link dead so often
 
 
 def anticipate(tx: Transaction, task: Row, urls: Sequence[str], ttl_ms: int) -> None:
@@ -48,9 +49,16 @@ def expect(tx: Transaction, task: Row, urls: Sequence[str], ttl_ms: int) -> None
         tx.connection.execute(delete(images).where(images.c.id.in_(invented)))
 
 
+def awaited(tx: Transaction, task_id: str) -> bool:
+    """Whether a picture of the task is still to be fetched."""
+    tx.write()
+    return tx.connection.execute(select(images.c.id).where(images.c.task_id == task_id, images.c.state == "pending")).first() is not None
+
+
 def finish_if_done(tx: Transaction, task: Row) -> None:
-    """Ends a task that is `storing` when each of its results is stored or lost."""
-    if State(task["state"]) is not State.STORING:
+    """Ends a task that is `storing` when each of its results is stored or lost; tells of those that came after its end."""
+    late = State(task["state"]) in TERMINAL
+    if task["settled_digest"] is None or not (late or State(task["state"]) is State.STORING):
         return
     tx.write()
     statement = select(images.c.position, images.c.state, images.c.error).where(images.c.task_id == task["id"]).order_by(images.c.position)
@@ -58,11 +66,22 @@ def finish_if_done(tx: Transaction, task: Row) -> None:
     if any(row.state == "pending" for row in rows):
         return
     lost = [row for row in rows if row.state == "lost"]
+    if late:
+        tell_late(tx, task, stored=len(rows) - len(lost), lost=len(lost))
+        return
     if not lost:
         end(tx, task, State.COMPLETED, progress=100)
         return
     which = "; ".join(f"{row.position}: {row.error}" for row in lost)
     end(tx, task, State.FAILED, {"code": "results_lost", "message": f"results could not be saved: {which}"[:2000], "type": "task_error"})
+
+
+def tell_late(tx: Transaction, task: Row, stored: int = 0, lost: int = 0) -> None:
+    """Tells operators what the upstream said of a task that we had given up: its state and its event stand."""
+    told = {"status": task["upstream_status"], "stored": stored, "lost": lost}
+    tx.step(task["id"], "task.late_result", **told)
+    known = {name: task[name] for name in ("owner", "state", "upstream_id")} | {"credits_used": credits_number(task["credits_used"])}
+    outbox.emit_operators(tx, "task.late_result", {"task_id": task["id"], **known, **told}, task_id=task["id"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +154,9 @@ def _record(tx: Transaction, task: Row, row: Row, item: Download) -> str | None:
             if values["state"] == "lost":
                 values["due_at"] = None
             tx.step(task["id"], "image.lost" if values["state"] == "lost" else "image.retry", **step, reason=retry.reason)
-            if retry.stale and values["state"] == "pending" and State(task["state"]) is State.STORING:
+            if values["state"] == "pending":
+                values |= _at_risk(tx, task, row | values)
+            if retry.stale and values["state"] == "pending" and task["settled_digest"] is not None:
                 change(tx, task, **leases.wanted(tx, "settle", task["id"], task))
         case Lost() as lost:
             values = {"state": "lost", "error": lost.reason, **leases.freed("download", None)}
@@ -158,6 +179,16 @@ def _blame(tx: Transaction, row: Row, retry: Retry) -> dict[str, Any]:
         values |= {"wrong_sha256": retry.wrong_sha256, "wrong_count": row["wrong_count"] + 1 if again else 1}
         final |= values["wrong_count"] >= WRONG_LIMIT
     return values | ({"state": "lost"} if final else {})
+
+
+def _at_risk(tx: Transaction, task: Row, row: Row) -> dict[str, Any]:
+    """Operators are told once, while there is time, of a picture that could not be fetched so far and whose link dies soon."""
+    dying = tx.now >= row["link_dies_at"] - AT_RISK_MS or row["stale_count"] >= AT_RISK_STALE
+    if row["at_risk_at"] is not None or not dying:
+        return {}
+    data = {"task_id": task["id"], "owner": task["owner"], "image_id": row["id"], "index": row["position"], "reason": row["error"]}
+    outbox.emit_operators(tx, "image.at_risk", data | {"link_dies_at": rfc3339(row["link_dies_at"])}, task_id=task["id"])
+    return {"at_risk_at": tx.now}
 
 
 def _insert(tx: Transaction, task: Row, position: int, url: str, *, confirmed: bool, ttl_ms: int) -> None:

@@ -9,9 +9,9 @@ from sqlalchemy import select, tuple_
 from service import model
 from service.model import Report, State, Status
 from service.store import Transaction
-from service.store.operations import leases, outbox
+from service.store.operations import outbox
 from service.store.operations.images import anticipate
-from service.store.operations.tasks import Row, change, fill, lock, submitted
+from service.store.operations.tasks import Row, ask, change, fill, lock, submitted
 from service.store.tables import callbacks, tasks
 
 KEPT = 20  # distinct callbacks of one task, and the first terminal one; further ones are answered and counted on the last
@@ -76,8 +76,8 @@ def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[st
     if any(callback["id"] == item.id for callback in kept.values()):  # this very call, run again
         return _verdict(next(callback["verdict"] for callback in kept.values() if callback["id"] == item.id), item, row)
     if report is None:
-        if _keep(tx, row, kept, item, item.digest, "unreadable") and State(row["state"]) not in model.TERMINAL:
-            _ask(tx, row)
+        if _keep(tx, row, kept, item, item.digest, "unreadable"):
+            ask(tx, row)
         return _verdict("unreadable", item, row)
     named = report.upstream_id
     if named and (taken.get(named, row["id"]) != row["id"] or row["upstream_id"] not in (None, named)):
@@ -89,7 +89,7 @@ def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[st
         taken[named] = row["id"]
         submitted(tx, row, named, "callback", report, None)
         if not report.final:
-            _ask(tx, row)  # the submission's answer, which would have planned it, may never come
+            ask(tx, row)  # the submission's answer, which would have planned it, may never come
     if not report.final:
         _keep(tx, row, kept, item, digest, "accepted")
         _progress(tx, row, report)
@@ -98,9 +98,9 @@ def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[st
     if settled is None and first is None:
         _keep(tx, row, kept, item, digest, "accepted", first=True)
         change(tx, row, called_back_at=tx.now)
-        if report.status is Status.COMPLETED and State(row["state"]) is State.SUBMITTED:
+        if report.status is Status.COMPLETED and State(row["state"]) in (State.SUBMITTED, State.FAILED, State.EXPIRED):
             anticipate(tx, row, report.results, item.result_ttl_ms)
-        _ask(tx, row)
+        ask(tx, row)
         return _verdict("accepted", item, row)
     agrees = digest == first if settled is None else digest == settled or (digest == first and report.status == row["upstream_status"])
     if agrees:  # the first callback still agrees when only the links were others than the query's
@@ -111,7 +111,7 @@ def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[st
 
 def _conflict(tx: Transaction, row: Row, kept: Kept, item: Callback, digest: str, reason: str) -> Verdict:
     if callback_id := _keep(tx, row, kept, item, digest, "conflict"):
-        _ask(tx, row)
+        ask(tx, row)
         data = {"task_id": row["id"], "callback_id": callback_id, "upstream_id": row["upstream_id"], "reason": reason}
         outbox.emit_operators(tx, "callback.conflict", data, task_id=row["id"])
     return _verdict("conflict", item, row)
@@ -152,12 +152,6 @@ def _progress(tx: Transaction, row: Row, report: Report) -> None:
         values["upstream_status"] = Status.PROCESSING.value
     if values and State(row["state"]) not in model.TERMINAL:
         change(tx, row, **values)
-
-
-def _ask(tx: Transaction, row: Row) -> None:
-    """The upstream is asked about the task as soon as somebody is free and its id is known."""
-    due = leases.wanted(tx, "settle", row["id"], row) if row["upstream_id"] is not None else {}
-    change(tx, row, settle_requests=row["settle_requests"] + 1, **due)
 
 
 def _verdict(verdict: str, item: Callback, row: Row) -> Verdict:

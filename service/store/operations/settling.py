@@ -7,7 +7,7 @@ from service import model
 from service.model import Report, State, Status
 from service.store import Grant, Transaction
 from service.store.operations import leases
-from service.store.operations.images import expect, finish_if_done
+from service.store.operations.images import awaited, expect, finish_if_done, tell_late
 from service.store.operations.tasks import Row, change, end, fill, forget_downloads, lock, move, submitted
 
 
@@ -61,9 +61,8 @@ def _record(tx: Transaction, row: Row, item: Settlement) -> int | None:
     told = fill(row, report)
     if told:
         change(tx, row, **told)
-    if state in model.TERMINAL:  # what is settled stands; what it cost is asked for until the upstream has ended it too
-        charged = report.final or row["settled_digest"] is not None
-        return None if charged else tx.now + item.wait_ms
+    if state in model.TERMINAL:
+        return _ended(tx, row, report, item)
     if state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN) and row["upstream_id"] is not None:
         submitted(tx, row, row["upstream_id"], row["upstream_id_from"], report, None)
     if not report.final:
@@ -71,6 +70,28 @@ def _record(tx: Transaction, row: Row, item: Settlement) -> int | None:
             change(tx, row, upstream_status=report.status.value)
         return tx.now + item.wait_ms
     return _final(tx, row, report, item)
+
+
+def _ended(tx: Transaction, row: Row, report: Report, item: Settlement) -> int | None:
+    """What is settled stands. After an end of our own making the upstream is asked until it has ended the task too: then its
+    pictures are saved, which a cancelled task's are not, and operators are told (contract section 3).
+    """
+    late = row["settled_digest"] is None and State(row["state"]) is not State.CANCELLED
+    if report.final and late:
+        change(tx, row, settled_digest=model.outcome_digest(report.status, report.results), upstream_status=report.status)
+        if not (report.status is Status.COMPLETED and report.results):
+            forget_downloads(tx, row["id"])
+            if State(row["state"]) is not State.EXPIRED or not _gone(report):  # which is what we said
+                tell_late(tx, row)
+            return None
+    if report.status is Status.COMPLETED and (late or awaited(tx, row["id"])):
+        expect(tx, row, report.results, item.result_ttl_ms)
+        finish_if_done(tx, row)
+    return None if report.final or row["settled_digest"] is not None else tx.now + item.wait_ms
+
+
+def _gone(report: Report) -> bool:
+    return report.error is not None and report.error["code"] == "resource_not_found"
 
 
 def _final(tx: Transaction, row: Row, report: Report, item: Settlement) -> int | None:
@@ -88,8 +109,8 @@ def _final(tx: Transaction, row: Row, report: Report, item: Settlement) -> int |
         end(tx, row, State.FAILED, _error("no_results", "the upstream completed the task without any result"), **settled)
     elif report.status is Status.CANCELLED:
         end(tx, row, State.CANCELLED, report.error or _error("request_cancelled", "cancelled by the upstream"), **settled)
-    elif report.error and report.error["code"] == "resource_not_found" and State(row["state"]) is State.SUBMITTED:
-        end(tx, row, State.EXPIRED, {**report.error, "code": "expired"}, **settled)
+    elif report.error and _gone(report) and State(row["state"]) is State.SUBMITTED:  # not settled: proof may come yet
+        end(tx, row, State.EXPIRED, {**report.error, "code": "expired"}, upstream_status=report.status)
     else:
         end(tx, row, State.FAILED, report.error or _error("unknown_error", "the upstream gave no reason"), **settled)
     return None

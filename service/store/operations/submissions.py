@@ -1,13 +1,16 @@
 """Submitting: `submitting` is in the store before the request leaves, and an answer in hand is always recorded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from sqlalchemy import select
 
 from service import model
 from service.model import Report, State
 from service.store import Grant, Transaction
-from service.store.operations import leases
+from service.store.operations import leases, outbox
 from service.store.operations.tasks import Row, change, end, lock, move, submitted
+from service.store.tables import tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +87,13 @@ def record_submissions(tx: Transaction, items: Sequence[Submission]) -> list[Sta
 
     An answer counts whoever holds the lease by now: an accepted one always, a refusal while nothing else is known or on its way.
     """
-    rows = lock(tx, (item.grant.key for item in items))
+    rows = lock(tx, _concerned(tx, items))
     results = []
     for item in items:
         row = rows[item.grant.key]
         held = leases.holds(item.grant, row)
         if isinstance(item.outcome, Accepted):
-            _accepted(tx, row, item.outcome)
+            _accepted(tx, row, item.outcome, rows.values())
         elif row["state"] in ((State.SUBMITTING, State.UNCERTAIN) if held else (State.UNCERTAIN,)):
             _not_accepted(tx, row, item.outcome, held=held)
         done = leases.freed("submit", row["submit_due_at"]) if held else {}
@@ -99,9 +102,29 @@ def record_submissions(tx: Transaction, items: Sequence[Submission]) -> list[Sta
     return results
 
 
-def _accepted(tx: Transaction, row: Row, outcome: Accepted) -> None:
+def _concerned(tx: Transaction, items: Sequence[Submission]) -> set[str]:
+    """The tasks of submissions, and those that have the id which one of these was given."""
+    keys = {item.grant.key for item in items}
+    names = {item.outcome.report.upstream_id for item in items if isinstance(item.outcome, Accepted)}
+    upstreams = select(tasks.c.upstream).where(tasks.c.id.in_(keys))
+    holders = select(tasks.c.id).where(tasks.c.upstream.in_(upstreams), tasks.c.upstream_id.in_(names))
+    return keys | set(tx.connection.execute(holders).scalars()) if names else keys
+
+
+def _accepted(tx: Transaction, row: Row, outcome: Accepted, rows: Iterable[Row]) -> None:
+    """Binds the task to its id. Two may be told the same one: an answer wins over a callback, and the first answer over the second."""
     if outcome.report.upstream_id is None:
         raise AssertionError("an accepted submission has an id")
+    name = (row["upstream"], outcome.report.upstream_id)
+    holder = next((other for other in rows if other is not row and (other["upstream"], other["upstream_id"]) == name), None)
+    if holder is not None:
+        data = {"task_id": row["id"], "upstream_id": name[1], "callback_id": None, "reason": f"{holder['id']} has the same upstream id"}
+        outbox.emit_operators(tx, "callback.conflict", data, task_id=row["id"])
+        if holder["upstream_id_from"] == "answer":
+            _not_accepted(tx, row, Uncertain("the id in the answer is another task's", outcome.first_query_ms), held=True)
+            return
+        change(tx, holder, upstream_id=None, upstream_id_from=None, settle_due_at=tx.now + outcome.first_query_ms)
+        tx.write()  # it is free before it is given again
     submitted(tx, row, outcome.report.upstream_id, "answer", outcome.report, outcome.first_query_ms)
     if row["settle_requests"] and State(row["state"]) is State.SUBMITTED:  # somebody asked before there was an id to ask for
         change(tx, row, **leases.wanted(tx, "settle", row["id"], row))
@@ -110,6 +133,8 @@ def _accepted(tx: Transaction, row: Row, outcome: Accepted) -> None:
 def _not_accepted(tx: Transaction, row: Row, outcome: Again | Refused | Uncertain | Undecided, *, held: bool) -> None:
     state = State(row["state"])
     match outcome:
+        case Again() if state is State.SUBMITTING and row["doubted_at"] is not None:  # of this call nothing came; of an earlier one?
+            move(tx, row, State.UNCERTAIN, submit_due_at=tx.now + outcome.wait_ms)
         case Again() if state is State.SUBMITTING:
             if tx.now - row["created_at"] >= outcome.give_up_ms:
                 end(tx, row, State.FAILED, _error("not_submitted", f"the upstream took no submission: {outcome.reason}"))
@@ -118,13 +143,17 @@ def _not_accepted(tx: Transaction, row: Row, outcome: Again | Refused | Uncertai
         case Refused():
             end(tx, row, State.FAILED, outcome.error, refusal_status=outcome.status)
         case Uncertain() if state is State.SUBMITTING:
-            move(tx, row, State.UNCERTAIN, submit_due_at=tx.now + outcome.decide_ms)
+            doubted_at = tx.now if row["doubted_at"] is None else row["doubted_at"]
+            move(tx, row, State.UNCERTAIN, submit_due_at=tx.now + outcome.decide_ms, doubted_at=doubted_at, resubmit=False)
             tx.step(row["id"], "task.submission_uncertain", reason=outcome.reason)
-        case Undecided() if held and state is State.UNCERTAIN:
-            message = "whether the upstream created and charged this task could not be proved"
-            end(tx, row, State.FAILED, _error("submission_uncertain", message))
+        case Undecided() if held and state is State.UNCERTAIN and not row["resubmit"]:
+            end_uncertain(tx, row)
         case _:
             pass  # somebody else moved it on while the call ran
+
+
+def end_uncertain(tx: Transaction, row: Row) -> None:
+    end(tx, row, State.FAILED, _error("submission_uncertain", "whether the upstream created and charged this task could not be proved"))
 
 
 def _error(code: str, message: str) -> model.JSON:

@@ -53,12 +53,13 @@ def fill(row: Row, report: model.Report) -> dict[str, Any]:
 def submitted(tx: Transaction, row: Row, upstream_id: str, source: str, report: model.Report, first_query_ms: int | None) -> None:
     """The upstream has the task: binds its id and, on the way from `queued`, tells everybody once.
 
-    An id from the submit answer wins over one from a callback. `first_query_ms` None: settling is planned already.
+    An id from the submit answer wins over one from a callback or by hand (`source`: answer | callback | hand).
+    `first_query_ms` None: settling is planned already.
     """
     values = fill(row, report)
     if State(row["state"]) not in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN):  # an answer that comes late knows nothing better
         values = {name: value for name, value in values.items() if row[name] is None}
-    if row["upstream_id"] is None or (row["upstream_id_from"] == "callback" and source == "answer"):
+    if row["upstream_id"] is None or (row["upstream_id_from"] != "answer" and source == "answer"):
         values |= {"upstream_id": upstream_id, "upstream_id_from": source}
     if (
         first_query_ms is not None
@@ -77,6 +78,12 @@ def submitted(tx: Transaction, row: Row, upstream_id: str, source: str, report: 
         outbox.emit(tx, "image.task.submitted", task_record(row), row)
     elif values:
         change(tx, row, **values)
+
+
+def ask(tx: Transaction, row: Row) -> None:
+    """The upstream is asked about the task as soon as somebody is free and its id is known; an answer under way does not count."""
+    due = leases.wanted(tx, "settle", row["id"], row) if row["upstream_id"] is not None else {}
+    change(tx, row, settle_requests=row["settle_requests"] + 1, **due)
 
 
 def end(tx: Transaction, row: Row, state: State, error: JSON | None = None, **values: Any) -> None:

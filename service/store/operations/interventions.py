@@ -1,0 +1,71 @@
+"""What an operator decides by hand: what became of an uncertain submission, and that a task is looked after now."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import select
+
+from service.model import Report, State
+from service.store import Transaction
+from service.store.operations import leases
+from service.store.operations.submissions import end_uncertain
+from service.store.operations.tasks import Row, ask, change, lock, submitted
+from service.store.tables import images, tasks
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """`upstream_id`: the upstream has it under this id. Without one it failed or, with `resubmit`, is sent again."""
+
+    task_id: str
+    upstream_id: str | None = None
+    resubmit: bool = False
+
+
+def resolve_tasks(tx: Transaction, items: Sequence[Resolution]) -> list[str | None]:
+    """Settles uncertain tasks; None, or why not: `missing`, `taken` (another task has the id), or the state the task is in.
+
+    A task that ended as `submission_uncertain` may be given its id still: its pictures are then saved as a late result.
+    """
+    rows = lock(tx, (item.task_id for item in items))
+    results: list[str | None] = []
+    for item in items:
+        row = rows.get(item.task_id)
+        results.append(_resolve(tx, row, item) if row else "missing")
+    return results
+
+
+def _resolve(tx: Transaction, row: Row, item: Resolution) -> str | None:
+    state = State(row["state"])
+    given_up = state is State.FAILED and row["upstream_id"] is None and row["doubted_at"] is not None
+    if state is not State.UNCERTAIN and not (given_up and item.upstream_id):
+        return state.value
+    if item.upstream_id is not None:
+        taken = select(tasks.c.id).where(tasks.c.upstream == row["upstream"], tasks.c.upstream_id == item.upstream_id)
+        if tx.connection.execute(taken).first() is not None:
+            return "taken"
+        submitted(tx, row, item.upstream_id, "hand", Report(upstream_id=item.upstream_id), None)
+        tx.write()  # the next item may name the same id
+        ask(tx, row)
+    elif item.resubmit:
+        change(tx, row, resubmit=True, **leases.wanted(tx, "submit", row["id"], row))
+    else:
+        end_uncertain(tx, row)
+    return None
+
+
+def reconcile_tasks(tx: Transaction, items: Sequence[str]) -> list[str | None]:
+    """The upstream is asked about tasks and their missing pictures are fetched, both now; `missing`, `unsubmitted`: without an id yet."""
+    rows = lock(tx, items)
+    results: list[str | None] = []
+    for task_id in items:
+        row = rows.get(task_id)
+        if row is None or row["upstream_id"] is None:
+            results.append("unsubmitted" if row else "missing")
+            continue
+        ask(tx, row)
+        pending = select(images).where(images.c.task_id == task_id, images.c.state == "pending").order_by(images.c.id).with_for_update()
+        for image in tx.connection.execute(pending).mappings().all():
+            tx.change(images, image["id"], leases.wanted(tx, "download", image["id"], image))
+        results.append(None)
+    return results

@@ -1,0 +1,35 @@
+"""What operators do to a task by hand."""
+
+import structlog
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service.errors import ApiError
+from service.store.operations.interventions import Resolution, reconcile_tasks, resolve_tasks
+from service.web import schemas
+from service.web.api import known_task, shown
+from service.web.bodies import read_json, validated
+from service.web.context import context_of
+
+log = structlog.get_logger()
+
+
+async def resolve(request: Request) -> Response:
+    context, (task, _) = context_of(request), await known_task(request)
+    body = validated(schemas.Resolution, await read_json(request))
+    resolution = Resolution(task.id, body.upstream_id, resubmit=body.decision == "resubmit")
+    refused = await context.resources.store.write(resolve_tasks, resolution)
+    if refused == "taken":
+        raise ApiError(409, "id_taken", "another task has this upstream_id", param="upstream_id", task_id=task.id)
+    if refused is not None:
+        raise ApiError(409, "task_not_uncertain", f"the task is {refused}: only an uncertain submission is resolved", task_id=task.id)
+    log.info("admin.action", action="task.resolve", subject=task.id)
+    return JSONResponse(shown(context, (await known_task(request))[0]))
+
+
+async def reconcile(request: Request) -> Response:
+    context, (task, _) = context_of(request), await known_task(request)
+    if await context.resources.store.write(reconcile_tasks, task.id) is not None:
+        raise ApiError(409, "task_not_submitted", "the upstream's id of the task is not known yet: nothing to ask for", task_id=task.id)
+    log.info("admin.action", action="task.reconcile", subject=task.id)
+    return JSONResponse(shown(context, (await known_task(request))[0]))
