@@ -18,7 +18,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from service.egress import Egress, Resolve, Rules, Streamed, service_client
+from service.egress.transport import KEEP_ALIVE_S
 from service.errors import CallTimedOut, ConnectionLost, EgressRefused, NotConnected
+from tests.waiting import wait_until
 
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -32,6 +34,7 @@ class Server:
 
     port: int = 0
     connections: int = 0
+    left: int = 0  # connections that the other side closed
     requests: list[bytes] = field(default_factory=list)
 
     @property
@@ -79,7 +82,9 @@ async def serving(answer: Answer | bytes = OK, tls: ssl.SSLContext | None = None
                 server.requests.append(request)
                 if not await answers(request, send):
                     return
-        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+        except asyncio.IncompleteReadError:
+            server.left += 1
+        except (ConnectionError, asyncio.CancelledError):
             return
         finally:
             writer.close()
@@ -116,7 +121,7 @@ def names(*rounds: Sequence[str]) -> tuple[Resolve, list[str]]:
 
 
 def open_egress(purpose: str = "sandbox", **rules: object) -> Egress:
-    return Egress(Rules(purpose, networks=LOOPBACK, **rules))  # type: ignore[arg-type]  # the keywords of Rules
+    return Egress(Rules(purpose, networks=LOOPBACK, **rules), keep_alive=60)  # type: ignore[arg-type]  # the keywords of Rules
 
 
 @pytest.fixture(scope="module")
@@ -199,10 +204,36 @@ async def test_a_name_that_changes_after_the_check_is_judged_again() -> None:
 async def test_the_connection_goes_to_the_address_that_was_judged() -> None:
     """A connection asks the resolver once, so there is no second answer to be fooled by; a kept one asks no more."""
     resolve, asked = names(["127.0.0.1"], ["10.0.0.1"])
-    async with serving() as server, Egress(Rules("endpoints", networks=LOOPBACK), resolve=resolve) as egress:
+    async with serving() as server, Egress(Rules("endpoints", networks=LOOPBACK), resolve=resolve, keep_alive=60) as egress:
         for _ in range(2):
             assert (await egress.request("GET", f"http://a.test:{server.port}/", timeout=5)).status == 200
         assert (server.connections, len(server.requests), asked) == (1, 2, ["a.test"])
+
+
+async def test_a_connection_of_one_purpose_serves_no_other() -> None:
+    """A kept connection to a host is its purpose's own: another connects itself if it may, and is refused if it may not."""
+    resolve, _ = names(["127.0.0.1"])
+    made = [Egress(Rules(purpose, networks=LOOPBACK), resolve=resolve, keep_alive=60) for purpose in ("sandbox", "endpoints")]
+    async with serving() as server, made[0] as one, made[1] as two:
+        async with Egress(Rules("task_callbacks", networks=(ip_network("10.0.0.0/8"),)), resolve=resolve) as closed:
+            url = f"http://a.test:{server.port}/"
+            for egress in (one, two, one, two):
+                assert (await egress.request("GET", url, timeout=5)).status == 200
+            assert (server.connections, len(server.requests)) == (2, 4)
+            for scheme in ("http", "https"):
+                with pytest.raises(EgressRefused):
+                    await closed.request("GET", f"{scheme}://a.test:{server.port}/", timeout=5)
+        assert (server.connections, len(server.requests)) == (2, 4)
+
+
+async def test_an_idle_connection_is_left_before_the_server_leaves_it() -> None:
+    """Servers close after 2 to 5 s at the soonest, and a submission that meets the close on its way may be paid for nothing."""
+    assert KEEP_ALIVE_S < 2
+    async with serving() as server, Egress(Rules("upstream", networks=LOOPBACK), keep_alive=0.05) as egress:
+        await egress.request("POST", server.url, timeout=5)
+        await wait_until(lambda: server.left)  # nobody asked for anything meanwhile
+        await egress.request("POST", server.url, timeout=5)
+        assert (server.connections, len(server.requests)) == (2, 2)
 
 
 async def test_plain_http_is_for_networks_alone() -> None:
@@ -229,10 +260,11 @@ async def test_an_http_link_out_of_the_networks_is_fetched_by_https(tls: tuple[s
 
 async def test_a_proxy_of_the_environment_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy would look the name up itself, so none is used."""
-    async with serving() as proxy, serving() as server, open_egress() as egress:
+    async with serving() as proxy, serving() as server:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "HTTPS_PROXY"):
             monkeypatch.setenv(name, proxy.url)
-        await egress.request("GET", server.url, timeout=5)
+        async with open_egress() as egress:
+            await egress.request("GET", server.url, timeout=5)
         with service_client(server.url, "sk") as client:
             await asyncio.to_thread(client.get, "/")
         assert (proxy.connections, server.connections) == (0, 2)

@@ -1,6 +1,9 @@
 """The guard's judgement of URLs and addresses, without any network."""
 
+import asyncio
 import random
+import socket
+import threading
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from urllib.parse import urlsplit
@@ -12,14 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.egress import Egress, Rules, forbidden, parse_url
+from service.egress.transport import LOOKUPS
 from service.errors import EgressRefused, NotConnected
+from tests.waiting import wait_until
 
 PUBLIC = ("1.1.1.1", "93.184.216.34", "100.63.255.255", "100.128.0.0", "172.32.0.1", "2606:4700::1111", "2a00:1450:4001:81b::200e")
 PRIVATE = (
     *("0.0.0.0", "0.1.2.3", "10.0.0.1", "100.64.0.1", "100.127.255.255", "127.0.0.1", "127.255.255.254", "169.254.169.254"),
     *("172.16.0.1", "172.31.255.255", "192.0.0.1", "192.0.0.9", "192.0.0.170", "192.0.2.1", "192.88.99.1", "192.168.0.1"),
     *("198.18.0.1", "198.19.255.255", "198.51.100.1", "203.0.113.1", "224.0.0.1", "233.252.0.1", "239.255.255.255"),
-    *("240.0.0.1", "255.255.255.255"),
+    *("240.0.0.1", "255.255.255.255", "168.63.129.16"),
     *("::", "::1", "fc00::1", "fd12:3456::1", "fe80::1", "fe80::1%eth0", "fec0::1", "ff02::1", "ff0e::1", "100::1", "5f00::1", "4000::1"),
     *("2001:db8::1", "3fff::1", "2001::1", "2001:2::1", "2001:10::1", "2001:20::1", "2606:4700::1%1"),
     *("::ffff:127.0.0.1", "::ffff:1.1.1.1", "::127.0.0.1", "::1.1.1.1", "::ffff:0:1.1.1.1", "64:ff9b::7f00:1", "64:ff9b::101:101"),
@@ -100,6 +105,7 @@ UNFIT = (
     *("https://u@a.test/", "https://u:p@a.test/", "https://@a.test/", "https://a.test@127.0.0.1/", "https://a%40b.test/"),
     *("https://a.test:0/", "https://a.test:65536/", "https://a.test:/", "https://a.test:x/", "https://a.test:-1/", "https://a.test:８０/"),
     *("https://a.test:443:80/", "https://a.test:100000/", "https://a.test: 80/"),
+    *("https://a.test:22/", "https://a.test:25/", "http://1.1.1.1:0025/", "https://a.test:6667/", "https://[::1]:587/"),
     *(
         "https://a.test/\n",
         "https://a.test/\r\nHost: b",
@@ -174,7 +180,7 @@ def test_an_ambiguous_url_is_refused(url: str) -> None:
         ("https://bücher.test/", "xn--bcher-kva.test", None, "https://xn--bcher-kva.test/"),
         ("https://图.test/", "xn--wcs.test", None, "https://xn--wcs.test/"),
         ("https://1.1.1.1./", "1.1.1.1", None, "https://1.1.1.1/"),
-        ("https://[2606:4700:0::1111]:1/", "2606:4700::1111", 1, "https://[2606:4700::1111]:1/"),
+        ("https://[2606:4700:0::1111]:8/", "2606:4700::1111", 8, "https://[2606:4700::1111]:8/"),
         ("http://localhost", "localhost", None, "http://localhost"),
     ],
 )
@@ -320,6 +326,60 @@ async def test_an_http_link_is_judged_as_https_where_no_network_is_open() -> Non
     egress = Egress(Rules("results", upgrade=True), resolve=resolve)
     await egress.check("http://a.test/")
     await egress.check("http://1.1.1.1/")
+
+
+async def test_name_servers_that_never_answer_hold_up_their_own_purpose_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many names of subscribers hang in the system's resolver, the upstream's is looked up."""
+    answered, asked = threading.Event(), list[str]()
+
+    def look_up(host: str, *_: object, **__: object) -> list[object]:
+        asked.append(host)
+        if host == "dead.test":
+            answered.wait(60)
+        return [(2, 1, 6, "", ("1.1.1.1", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    hanging = [asyncio.create_task(Egress(Rules("endpoints")).check("https://dead.test/")) for _ in range(LOOKUPS + 1)]
+    try:
+        await wait_until(lambda: len(asked) == LOOKUPS)
+        await Egress(Rules("upstream")).check("https://alive.test/")
+        assert not any(task.done() for task in hanging)
+    finally:
+        answered.set()
+        await asyncio.gather(*hanging)
+
+
+@pytest.mark.parametrize(("count", "refused"), [(64, False), (65, True), (5000, True)])
+async def test_a_name_with_very_many_addresses_is_refused(count: int, refused: bool) -> None:
+    """All addresses are judged, so their number is limited; of those that pass only the first few are ever tried."""
+
+    async def resolve(_: str) -> Sequence[str]:
+        return [str(IPv4Address("8.0.0.0") + number) for number in range(count)]
+
+    egress = Egress(Rules("endpoints"), resolve=resolve)
+    if refused:
+        with pytest.raises(EgressRefused, match="more than 64 addresses"):
+            await egress.check("https://a.test/")
+    else:
+        assert len(await egress._judged_addresses("a.test", plain=False)) == 8
+
+
+async def test_the_last_of_many_addresses_is_judged() -> None:
+    """One that would not be tried makes the name as unfit as the first."""
+
+    async def resolve(_: str) -> Sequence[str]:
+        return [*(f"8.0.0.{number}" for number in range(63)), "10.0.0.1"]
+
+    with pytest.raises(EgressRefused, match=r"10\.0\.0\.1"):
+        await Egress(Rules("endpoints"), resolve=resolve).check("https://a.test/")
+
+
+def test_how_long_a_url_may_be_is_the_purposes_affair() -> None:
+    """2048 characters for an endpoint or a callback_url, more for a result, whose link may carry a session's token."""
+    url = "https://a.test/" + "x" * 4000
+    Egress(Rules("results", max_url=4095)).check_url(url)
+    with pytest.raises(EgressRefused, match="2048"):
+        Egress(Rules("endpoints")).check_url(url)
 
 
 @pytest.mark.parametrize("answer", [[], OSError("no such name")])
