@@ -9,7 +9,7 @@ COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test check bench lock clean
+.PHONY: help setup demo dev test check bench pictures lock clean
 
 help:
 	@echo "make demo    see it work: an upstream, the service and a subscriber on this machine"
@@ -40,10 +40,13 @@ check: $(VENV)/.dev
 	$(BIN)/coverage report --fail-under=95
 	$(BIN)/coverage report --fail-under=100 --include='service/model.py,service/signing.py,service/pipeline/*'
 
+# The image library's own test pictures, hostile ones among them: they come with its sources, checked by the hash in the lock.
+pictures: $(VENV)/.pictures
+
 # Newest versions: make lock ARGS=--upgrade
 lock:
-	$(COMPILE) --extra postgres pyproject.toml --output-file requirements.lock
-	$(COMPILE) --extra postgres --group dev --constraint requirements.lock pyproject.toml --output-file requirements-dev.lock
+	$(COMPILE) --extra postgres --extra limits --extra s3 pyproject.toml --output-file requirements.lock
+	$(COMPILE) --extra postgres --extra limits --extra s3 --group dev --constraint requirements.lock pyproject.toml --output-file requirements-dev.lock
 	$(COMPILE) --group build --constraint requirements-dev.lock --output-file requirements-build.lock
 
 clean:
@@ -66,4 +69,13 @@ $(VENV)/.run: requirements.lock requirements-build.lock pyproject.toml
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.run
 	@echo "installing what testing needs into $(VENV) ..."
 	@$(PIP) install --require-hashes -r requirements-dev.lock
+	@touch $@
+
+$(VENV)/.pictures: requirements.lock $(VENV)/.dev
+	@echo "fetching test pictures into $(VENV)/pictures ..."
+	@rm -rf $(VENV)/pictures && mkdir -p $(VENV)/pictures
+	@sed -n '/^pillow==/,/[^\\]$$/p' requirements.lock >$(VENV)/pictures/wanted.txt
+	@$(PIP) download --no-deps --no-binary :all: --require-hashes -r $(VENV)/pictures/wanted.txt --dest $(VENV)/pictures
+	@cd $(VENV)/pictures && tar -xzf pillow-*.tar.gz --strip-components=3 "$$(basename pillow-*.tar.gz .tar.gz)/Tests/images" \
+	  && rm pillow-*.tar.gz wanted.txt
 	@touch $@

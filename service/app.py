@@ -19,6 +19,7 @@ from service.catalogue import load_catalogue
 from service.egress import Egress, Rules
 from service.errors import BlobUnavailable, ConfigurationError
 from service.ops.metrics import Metrics
+from service.pipeline.account import Account
 from service.pipeline.delivery import Deliverer
 from service.pipeline.download import Downloader
 from service.pipeline.outbox import tell
@@ -37,9 +38,11 @@ from service.store.postgres import open_postgres
 from service.store.sqlite import open_sqlite, wall_clock
 from service.upstreams import Call
 from service.upstreams.evolink import EvoLink
+from service.upstreams.pace import Pace
 from service.web.access import Access
 from service.web.context import Context
 from service.web.errors import HANDLERS
+from service.web.limits import KeyLimits
 from service.web.middleware import Requests
 from service.web.routes import operators_routes, routes
 from service.web.server import Server, bind, listening
@@ -48,6 +51,7 @@ log = structlog.get_logger()
 
 DELIVERIES, REDELIVERIES = 64, 32  # at once; first attempts and retries have places of their own
 RESULT_REDIRECTS = 5
+RESULT_URL = 4095  # characters: links signed with a session's token take some 2000; of a longer one only a part is kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
         store = await enter(open_store(settings))
         networks = settings.upstream_networks
         upstream = await enter(Egress(Rules("upstream", networks), on_refused=refused))
-        rules = Rules("results", networks, settings.evolink_result_hosts, redirects=RESULT_REDIRECTS, upgrade=True)
+        rules = Rules("results", networks, settings.evolink_result_hosts, redirects=RESULT_REDIRECTS, upgrade=True, max_url=RESULT_URL)
         results = await enter(Egress(rules, connections=settings.download_concurrency, on_refused=refused))
         endpoints = await enter(
             Egress(Rules("endpoints", settings.endpoint_networks), connections=DELIVERIES + REDELIVERIES, on_refused=refused)
@@ -118,8 +122,7 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
                 settings.query_timeout_s,
                 called,
             ),
-            upstream_calls=asyncio.Semaphore(settings.evolink_concurrency),
-            submissions=asyncio.Semaphore(max(1, settings.evolink_concurrency * 3 // 4)),
+            pace=Pace(settings.evolink_concurrency, lambda kind, limit: metrics.upstream_limit.labels(kind).set(limit)),
             results=results,
             webhooks=WebhookSink(endpoints, settings.delivery_timeout_s),
             task_callbacks=WebhookSink(callbacks, settings.delivery_timeout_s),
@@ -130,12 +133,13 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
         )
 
 
-def stages(settings: Settings, resources: Resources) -> list[Stage]:
+def stages(settings: Settings, resources: Resources, account: Account) -> list[Stage]:
     """The workers' stages, in the order of the data."""
     plan = Plan(settings.callback_url is not None, settings.reconcile_after_s, resources.random)
     submitter = Submitter(
         resources,
         plan,
+        account,
         settings.submit_schedule,
         settings.submit_timeout_s,
         settings.submit_give_up_s,
@@ -149,6 +153,7 @@ def stages(settings: Settings, resources: Resources) -> list[Stage]:
     return [
         Stage("submit", settings.evolink_concurrency, submitter.run),
         Stage("settle", settings.evolink_concurrency, settler.run),
+        Stage("reconcile", settings.evolink_concurrency, settler.run),
         Stage("download", settings.download_concurrency, downloader.run),
         Stage("deliver", DELIVERIES, deliverer.run),
         Stage("redeliver", REDELIVERIES, deliverer.run),
@@ -161,7 +166,8 @@ async def running(settings: Settings, role: Role) -> AsyncIterator[Context]:
     metrics = Metrics()
     async with open_resources(settings, role, metrics) as resources:
         precedence = Precedence()
-        work = stages(settings, resources) if role.workers else []
+        account = Account(resources, settings.submit_schedule)
+        work = stages(settings, resources, account) if role.workers else []
         pool = WorkerPool(resources.store, work, metrics, partial(tell, metrics=metrics), precedence.wait)
         deadline = math.inf
 
@@ -175,20 +181,23 @@ async def running(settings: Settings, role: Role) -> AsyncIterator[Context]:
             resources=resources,
             intake=Intake(resources, load_catalogue(), settings.callback_url, settings.min_free_bytes, settings.log_prompts),
             precedence=precedence,
+            account=account,
             access=Access(resources.store, settings.admin_key.get_secret_value() if settings.admin_key else None),
+            limits=KeyLimits(settings.key_requests),
             result_ttl_s=settings.evolink_result_ttl_s,
             quiesce=quiesce,
             workers_alive=(lambda: pool.alive) if role.workers else None,
         )
-        claiming = asyncio.create_task(pool.run(), name="workers")
+        jobs = [asyncio.create_task(pool.run(), name="workers"), asyncio.create_task(account.run(), name="account")]
         log.info("service.started", role=role.name, address=f"{settings.host}:{settings.port}", settings=masked(settings))
         try:
             yield context
         finally:
             quiesce()
-            claiming.cancel()
-            with suppress(asyncio.CancelledError):
-                await claiming
+            for job in jobs:
+                job.cancel()
+                with suppress(asyncio.CancelledError):
+                    await job
             unfinished = await pool.stop(max(0, deadline - time.monotonic()))
             log.info("service.stopped", role=role.name, unfinished=unfinished)
 

@@ -7,6 +7,7 @@
     ├── BlobUnavailable        the blob store could not write or read
     │   └── BlobMissing        no blob has that name
     └── EgressError            a request to somebody else brought no answer
+        ├── NoPlace            too many calls were under way for too long: nothing was sent
         ├── EgressRefused      the guard said no: nothing was sent, nobody was connected to
         ├── NotConnected       DNS, refused or TLS: the other side never saw the request
         ├── CallTimedOut       the request may have left; no whole answer in time
@@ -79,6 +80,10 @@ class BlobMissing(BlobUnavailable):
 
 class EgressError(DarkroomError):
     """A request to another host brought no whole answer."""
+
+
+class NoPlace(EgressError):
+    """As many calls as may run at once did, for as long as this one could wait; nothing was sent."""
 
 
 class EgressRefused(EgressError):

@@ -1,6 +1,5 @@
 """What the steps of the pipeline work with. `app.open_resources` makes it; here are only names and types."""
 
-import asyncio
 import os
 import random
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from service.signing import Keyring
 from service.sinks import Webhooks
 from service.store import Store
 from service.upstreams import Upstream
+from service.upstreams.pace import Pace
 
 
 def new_id(kind: str, now: int) -> str:
@@ -28,8 +28,7 @@ class Resources:
     store: Store
     blobs: Blobs
     upstream: Upstream
-    upstream_calls: asyncio.Semaphore  # `EVOLINK_CONCURRENCY` places
-    submissions: asyncio.Semaphore  # fewer: slow submissions leave places for confirmations
+    pace: Pace  # every call to the upstream has a place there
     results: Egress  # fetches what the upstream made
     webhooks: Webhooks  # to endpoints
     task_callbacks: Webhooks  # to tasks' own callback_url

@@ -31,6 +31,7 @@ from service.variables import (
     Networks,
     NotYet,
     Port,
+    Requests,
     Schedule,
     Seconds,
     SecretKeys,
@@ -107,7 +108,7 @@ class Settings(BaseSettings):
     )
     download_schedule: Schedule = told((1, 2, 5, 15, 60, 300, 900), "waits before a download is tried again; the last repeats")
     download_concurrency: Slots = told(16, "downloads at once")
-    decode_concurrency: Slots = told(1, "images decoded at once; each may take 4 bytes a pixel")
+    decode_concurrency: Slots = told(1, "images decoded at once; each may take 24 bytes a pixel and three times its file")
     max_image_bytes: int = told(52_428_800, "largest result that is kept, in bytes", ge=1024)
     max_image_pixels: int = told(67_108_864, "largest result that is kept, in pixels", ge=1024)
     delivery_schedule: Schedule = told(
@@ -119,6 +120,10 @@ class Settings(BaseSettings):
     retention_days: Days = told(30, "how long events, callbacks, deliveries and prompts are kept")
     image_retention_days: Days | None = told(None, "how long images are kept; unset: for ever")
     min_free_bytes: int = told(1_073_741_824, "with less free space new submissions get 503, callbacks never", ge=0)
+    key_requests: Requests | None = told(
+        None,
+        "requests that an API key may make of each process, such as `600/minute`; needs the extra `limits`; unset: as many as it likes",
+    )
     log_format: Annotated[Literal["json", "console"], Lower] = told("json", "`json`, or `console` for people")
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Lower] = told("info", "`debug`, `info`, `warning` or `error`")
     log_prompts: bool = told(False, "whether prompts may stand in the log")

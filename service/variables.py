@@ -122,6 +122,21 @@ def folder(value: Path) -> Path:
         raise ValueError("should be a folder of a user that exists") from None
 
 
+def requests(value: str) -> str:
+    """Requests per time as the library `limits` writes them; of several `Retry-After` would be true for one alone."""
+    try:
+        from limits import parse_many
+    except ImportError:
+        raise ValueError("needs the extra limits: darkroom-service[limits]") from None
+    try:
+        possible = [limit.amount > 0 for limit in parse_many(value)] == [True]
+    except ValueError:
+        possible = False
+    if not possible:
+        raise ValueError("should be requests per time, such as 600/minute")
+    return value
+
+
 def not_yet(value: object) -> object:
     if value:
         raise ValueError("is not supported by this version: it should be unset")
@@ -154,4 +169,5 @@ SecretKeys = Annotated[SecretStr, AfterValidator(long_keys)]
 Folder = Annotated[Path, AfterValidator(folder)]
 NOT_YET = AfterValidator(not_yet)
 NotYet = Annotated[str | None, NOT_YET]
+Requests = Annotated[str, AfterValidator(requests)]
 Lower = BeforeValidator(lower)

@@ -22,6 +22,12 @@ class Incoming(Protocol):
     async def write(self, data: bytes) -> None:
         """Append; each call goes to a thread and back, so pieces should be large. BlobUnavailable."""
 
+    async def read(self) -> bytes:
+        """All of it, at once in memory. BlobUnavailable."""
+
+    async def clear(self) -> None:
+        """Begin again with nothing. BlobUnavailable."""
+
 
 class Blobs(Protocol):
     """A blob store. Every method raises BlobUnavailable when the store fails, and ValueError for what is no blob's name."""

@@ -33,7 +33,7 @@ for command in (
     processes.migrate,
     processes.openapi,
 ):
-    program.command()(command)
+    program.command(cls=processes.SandboxCommand if command is processes.sandbox else None)(command)
 
 GROUPS = {
     "endpoints": ("Who is told of events.", subscriptions.ENDPOINTS),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from service.cli.client import pairs
 from service.cli.output import Json, put, put_json
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from service.app import Role
     from service.settings import Settings
+    from service.upstreams.sandbox import SandboxOptions
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on (DARKROOM_HOST).")]
 Port = Annotated[int | None, typer.Option(help="Port to listen on; 0: any free one (DARKROOM_PORT).", min=0, max=65535)]
@@ -100,6 +102,16 @@ def run(settings: "Settings", work: "Callable[[asyncio.Event], Coroutine[Any, An
     uvloop.run(until_stopped())
 
 
+class SandboxCommand(TyperCommand):
+    """`darkroom sandbox`, whose help ends with the table of faults."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        from service.upstreams.sandbox import FAULTS
+
+        with formatter.section("Faults, by --fault NAME=VALUE or by an object `sandbox` in a submission"):
+            formatter.write_dl([(name, f"{fault.about}: {fault.takes.words}") for name, fault in FAULTS.items()])
+
+
 def sandbox(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = LOOPBACK,
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.", min=0, max=65535)] = 8090,
@@ -108,9 +120,13 @@ def sandbox(
         list[str] | None, typer.Option(help="Where callbacks may go besides public https addresses; may be repeated.", metavar="CIDR")
     ] = None,
     delay: Annotated[float, typer.Option(help="Seconds a task takes.", min=0)] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="For the same task ids in every run.")] = None,
+    seed: Annotated[int | None, typer.Option(help="For the same ids, faults and files in every run of the same requests.")] = None,
     fault: Annotated[
         list[str] | None, typer.Option(help="A fault of every task unless it says otherwise; may be repeated.", metavar="NAME=VALUE")
+    ] = None,
+    share: Annotated[
+        list[str] | None,
+        typer.Option(help="What share of the tasks, 0 to 1, a fault by --fault strikes; may be repeated.", metavar="NAME=SHARE"),
     ] = None,
     base_url: Annotated[str | None, typer.Option(help="The address in result links; without it the one that was asked.")] = None,
     task_ttl: Annotated[float, typer.Option(help="Seconds until a task is forgotten.", min=0)] = 86400,
@@ -118,11 +134,7 @@ def sandbox(
     as_json: Json = False,
 ) -> None:
     """Run the upstream's emulator, until SIGTERM."""
-    import uvloop
-
-    from service.ops import logging
-    from service.upstreams.sandbox import SandboxOptions, create_sandbox
-    from service.web.server import Server, bind, listening, stopping
+    from service.upstreams.sandbox import SandboxOptions
 
     options = SandboxOptions(
         base_url=base_url,
@@ -132,12 +144,23 @@ def sandbox(
         task_ttl_s=task_ttl,
         result_ttl_s=result_ttl,
         seed=seed,
-        faults={name: json_or_text(value) for name, value in pairs(fault, "--fault").items()},
+        faults=default_faults(fault),
+        shares=shares(share),
     )
+    serve_sandbox(options, host, port, as_json)
+
+
+def serve_sandbox(options: "SandboxOptions", host: str, port: int, as_json: bool) -> None:
+    import uvloop
+
+    from service.ops import logging
+    from service.upstreams.sandbox import create_sandbox
+    from service.web.server import Server, bind, listening, stopping
+
     try:
         app = create_sandbox(options)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--fault") from None
+        raise typer.BadParameter(str(error), param_hint="--fault, --share") from None
     bound = bind(host, port)
     logging.configure("json" if as_json else "console", "warning", sys.stderr)
     address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
@@ -152,6 +175,18 @@ def sandbox(
                 await stop.wait()
 
     uvloop.run(until_stopped())
+
+
+def default_faults(texts: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE texts as faults: a value is JSON, or the text itself."""
+    return {name: json_or_text(value) for name, value in pairs(texts, "--fault").items()}
+
+
+def shares(texts: list[str] | None) -> dict[str, float]:
+    try:
+        return {name: float(value) for name, value in pairs(texts, "--share").items()}
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--share") from None
 
 
 def networks(texts: list[str]) -> "tuple[IPv4Network | IPv6Network, ...]":

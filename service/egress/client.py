@@ -14,7 +14,7 @@ import httpx
 from httpx_aiohttp import AiohttpTransport
 
 from service.egress.addresses import Address, Network, forbidden
-from service.egress.transport import CONNECT, KEEP_ALIVE_S, Call, Judge, Resolve, open_transport, send, system, translated
+from service.egress.transport import CONNECT, KEEP_ALIVE_S, Call, Content, Judge, Resolve, open_transport, send, system, translated
 from service.egress.urls import MAX_URL, Target, parse_url
 from service.errors import EgressRefused, NotConnected
 
@@ -122,7 +122,7 @@ class Egress:
         url: str,
         *,
         headers: Mapping[str, str] = NOTHING,
-        content: bytes | None = None,
+        content: Content | None = None,
         timeout: float,
         max_bytes: int = 1 << 20,
     ) -> Response:
@@ -169,7 +169,7 @@ class Egress:
             await response.aclose()
 
     async def _answer(
-        self, call: Call, method: str, url: str, headers: Mapping[str, str], content: bytes | None, idle: float | None = None
+        self, call: Call, method: str, url: str, headers: Mapping[str, str], content: Content | None, idle: float | None = None
     ) -> httpx.Response:
         """The head of the last answer, after redirects; its body is unread and the caller closes it."""
         target = await self._ready(self._target(url))

@@ -22,6 +22,7 @@ from service.errors import CallTimedOut, ConnectionLost, EgressError, NotConnect
 
 Resolve = Callable[[str], Awaitable[Sequence[str]]]  # a host's addresses; OSError when it has none
 
+Content = bytes | AsyncIterator[bytes]  # in pieces it is sent as they come; its content-length is the caller's to say
 USER_AGENT = f"Darkroom/{VERSION}"
 CONNECT = 10.0  # seconds for TCP and TLS to one address; a black hole must not eat a long call's whole time
 PIECE = 1 << 18  # bytes
@@ -122,12 +123,12 @@ def open_transport(judge: Judge, tls: ssl.SSLContext, connections: int, keep_ali
     return AiohttpTransport(verify=tls, client=session)
 
 
-async def send(transport: AiohttpTransport, call: Call, method: str, headers: Mapping[str, str], content: bytes | None) -> httpx.Response:
+async def send(transport: AiohttpTransport, call: Call, method: str, headers: Mapping[str, str], content: Content | None) -> httpx.Response:
     """One request, no redirect followed; the answer's body is unread and the caller closes it."""
     sent = {"user-agent": USER_AGENT, "accept": "*/*"} | {name.lower(): value for name, value in headers.items()}
     sent["accept-encoding"] = "identity"  # nothing is decoded here, so nothing can swell
-    body: bytes | AsyncIterator[bytes] | None = content
-    if content is not None and len(content) > PIECE:
+    body = content
+    if isinstance(content, bytes) and len(content) > PIECE:
         body, sent["content-length"] = pieces(content), str(len(content))
     request = httpx.Request(method, call.url, headers=sent, content=body, extensions={"timeout": {"connect": CONNECT}})
     token = CALL.set(call)

@@ -1,12 +1,26 @@
-"""Whether bytes are a picture that counts: type by content, pixels by header before a frame is decoded, then every frame decoded."""
+"""Whether bytes are a picture that counts: type by content, pixels by header before a frame is decoded, then every frame decoded.
 
+A picture is kept as it came, with its metadata and with whatever stands behind its end: what is served is named by its content, may not be
+guessed anew (`nosniff`) and can run nothing (`Content-Security-Policy: sandbox`).
+"""
+
+import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from io import BytesIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-FORMATS = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "GIF": "gif", "AVIF": "avif", "BMP": "bmp", "TIFF": "tif"}
-NAMES = {"MPO": "JPEG"}  # a JPEG with further pictures behind it, such as a gain map: Pillow makes it a format of its own
+from service.pipeline.container import NotWhole, TooMuch, known
+
+KINDS = {
+    "PNG": ("image/png", "png"),
+    "JPEG": ("image/jpeg", "jpg"),
+    "WEBP": ("image/webp", "webp"),
+    "GIF": ("image/gif", "gif"),
+    "AVIF": ("image/avif", "avif"),
+}
+FRAMES = 1000  # of an animation: each costs time however small it is
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # else an error comes only over twice as many pixels as allowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +39,29 @@ class NoPicture:
     final: bool = False
 
 
-def inspect(path: Path, max_pixels: int) -> Picture | NoPicture:
-    """Judges a file; decoding takes 4 bytes a pixel and blocks, so it is run in a thread. The limit is for all frames together."""
-    Image.MAX_IMAGE_PIXELS = None  # the limit is ours, checked below before decoding
+def inspect(data: bytes, max_pixels: int) -> Picture | NoPicture:
+    """Judges a file's bytes; blocks, so it is run in a thread. The limit is for all frames together."""
+    if (found := known(data)) is None:
+        return NoPicture("the bytes are no picture")
+    format, bare = found
+    Image.MAX_IMAGE_PIXELS = max_pixels  # some decoders need memory for them before a header can be looked at
     try:
-        with Image.open(path, formats=tuple(FORMATS)) as image:
-            (width, height), pixels = image.size, 0
-            for frame in range(getattr(image, "n_frames", 1)):
+        with Image.open(BytesIO(bare(data)), formats=(format,)) as image:
+            (width, height), frames, pixels = image.size, getattr(image, "n_frames", 1), 0
+            if frames > FRAMES:
+                return NoPicture(f"over {FRAMES} frames", final=True)
+            for frame in range(frames):
                 image.seek(frame)
                 pixels += image.width * image.height
                 if pixels > max_pixels:
                     return NoPicture(f"{width}x{height}, up to frame {frame + 1}, is over {max_pixels} pixels", final=True)
                 image.load()
-            name = NAMES.get(image.format or "", image.format or "")
-            return Picture(Image.MIME[name], FORMATS[name], width, height)
-    except UnidentifiedImageError:
-        return NoPicture("the bytes are no picture")
+            return Picture(*KINDS[format], width, height)
+    except TooMuch as error:
+        return NoPicture(str(error), final=True)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return NoPicture(f"over {max_pixels} pixels", final=True)
+    except NotWhole as error:
+        return NoPicture(f"the picture is not whole: {error}")
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise what they like on hostile bytes (struct, Syntax, Overflow …)
         return NoPicture(f"the picture does not decode: {type(error).__name__}")

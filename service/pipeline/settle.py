@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from service.errors import NoPlace
 from service.model import TERMINAL, Report, State
 from service.pipeline.reconcile import Plan
 from service.resources import Resources
@@ -12,13 +13,19 @@ from service.store.operations import leases
 from service.store.operations.settling import Settlement, record_settlements
 from service.store.records import Row
 from service.upstreams import Found, NoAnswer, NotFound, QueryOutcome
+from service.upstreams.pace import Kind
 
 log = structlog.get_logger()
+
+PATIENCE_S = 2.0  # reconciling gives its row back when it finds no place at the upstream for so long
 
 
 @dataclass(frozen=True, slots=True)
 class Settler:
-    """Stage `settle`. `confirm` False: a callback's token is enough (`EVOLINK_CONFIRM=never`)."""
+    """Stages `settle`, for what somebody asked for, and `reconcile`, for the rest.
+
+    `confirm` False: a callback's token is enough (`EVOLINK_CONFIRM=never`).
+    """
 
     resources: Resources
     plan: Plan
@@ -39,8 +46,11 @@ class Settler:
         elif row["upstream_id"] is None:  # another task proved that the id was its own: nobody to ask, until its own answer comes
             answer = NotFound()
         else:
-            async with self.resources.upstream_calls:
-                answer = await self.resources.upstream.query(row["upstream_id"])
+            try:
+                answer = await self._query(grant, row["upstream_id"])
+            except NoPlace:
+                await self.resources.store.write(leases.release, grant)
+                return
         retry_after = answer.retry_after if isinstance(answer, NoAnswer) else None
         wait_ms = self.plan.again(grant.attempts, called_back=callback is not None, retry_after=retry_after)
         if callback is None:
@@ -59,6 +69,14 @@ class Settler:
             log.info(
                 "task.confirmed", owner=row["owner"], upstream_id=row["upstream_id"], status=report.status, results=len(report.results)
             )
+
+    async def _query(self, grant: Grant, upstream_id: str) -> QueryOutcome:
+        """NoPlace: reconciling, which comes last, found none in time; a callback may ask for the same row meanwhile."""
+        kind: Kind = "confirm" if grant.stage == "settle" else "reconcile"
+        async with self.resources.pace.place(kind, None if kind == "confirm" else PATIENCE_S) as heard:
+            answer = await self.resources.upstream.query(upstream_id)
+            heard(answer)
+        return answer
 
     def _believed(self, row: Row, callback: Row | None) -> Report | None:
         """What the first callback said, where no query is wanted and nothing contradicted it yet."""

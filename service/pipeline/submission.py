@@ -8,6 +8,7 @@ import structlog
 from service import upstreams
 from service.errors import StoreUnavailable
 from service.model import State
+from service.pipeline.account import Account
 from service.pipeline.reconcile import Plan
 from service.pipeline.retry import wait_before
 from service.resources import Resources
@@ -28,6 +29,7 @@ class Submitter:
 
     resources: Resources
     plan: Plan
+    account: Account
     schedule: tuple[float, ...]
     timeout_s: float
     give_up_s: float
@@ -52,17 +54,25 @@ class Submitter:
         return row["resubmit"] or (self.uncertain == "resubmit" and (young or row["submit_outcomes"] < 2))
 
     async def _send(self, grant: Grant, *, resubmit: bool) -> None:
-        async with self.resources.submissions, self.resources.upstream_calls:  # a place first: what is `submitting` is on its way
+        async with self.resources.pace.place("submit") as heard:  # a place first: what is `submitting` is on its way
             if self.resources.store.signals.stopping:  # while it waited: whoever comes next sends it
                 await self.resources.store.write(leases.release, grant)
                 return
-            start = store.Start(grant, round((self.timeout_s + MARGIN_S) * 1000), resubmit)
-            body = await self.resources.store.write(store.start_submissions, start)
-            if body is None:
-                await self.resources.store.write(leases.done, grant)
-                return
-            answer = await self.resources.upstream.submit(body, grant.key)
+            trial = self.account.refused
+            with self.account.sending() as may:
+                if not may:
+                    await self.account.hold(grant, self.give_up_s)
+                    return
+                start = store.Start(grant, round((self.timeout_s + MARGIN_S) * 1000), resubmit)
+                body = await self.resources.store.write(store.start_submissions, start)
+                if body is None:
+                    await self.resources.store.write(leases.done, grant)
+                    return
+                answer = await self.resources.upstream.submit(body, grant.key)
+                heard(answer)
         await self._record(grant, self._outcome(grant, answer))
+        if isinstance(answer, upstreams.Accepted | upstreams.Refused):
+            await self.account.taken(trial=trial)
 
     def _outcome(self, grant: Grant, answer: upstreams.SubmitOutcome) -> store.Accepted | store.Again | store.Refused | store.Uncertain:
         match answer:
@@ -70,10 +80,9 @@ class Submitter:
                 return store.Accepted(report, self.plan.first(report.estimated_time))
             case upstreams.NotCreated(reason, retry_after, account):
                 if account:
-                    self.resources.metrics.account_refusals.inc()
-                wait = max(self._wait(grant), retry_after or 0)
-                level = log.error if account else log.warning
-                level("task.submission_retried", attempt=grant.attempts, reason=reason, account=account, wait_s=round(wait, 3))
+                    self.account.refuse(reason)
+                wait = 0.0 if account else max(self._wait(grant), retry_after or 0)  # what comes then is held, until the account is good
+                log.warning("task.submission_retried", attempt=grant.attempts, reason=reason, account=account, wait_s=round(wait, 3))
                 return store.Again(reason, round(wait * 1000), round(self.give_up_s * 1000))
             case upstreams.Refused(status, error):
                 log.info("task.submission_refused", status=status, code=error["code"])

@@ -37,7 +37,7 @@ class Intake:
     min_free_bytes: int
     log_prompts: bool
 
-    async def accept(self, owner: str, body: JSON, idempotency_key: str | None) -> tuple[str, bool]:
+    async def accept(self, owner: str, body: JSON, idempotency_key: str | None, *, admin: bool = False) -> tuple[str, bool]:
         """The task's id, durable, and whether it was there before. Raises ApiError 400, 409, 503."""
         digest = hashlib.sha256(canonical_json(body)).hexdigest()
         if idempotency_key is not None:
@@ -45,7 +45,7 @@ class Intake:
             if known is not None:
                 return self._replayed(known["id"], known["idempotency_hash"], digest), True
         await self._check(owner, body)
-        upstream_body = await self._translated(owner, {name: value for name, value in body.items() if name not in OURS})
+        upstream_body = await self._translated(owner, {name: value for name, value in body.items() if name not in OURS}, admin=admin)
         free = await self.resources.blobs.free_bytes()
         if free is not None and free < self.min_free_bytes:
             raise ApiError(503, "no_space", "there is too little space left for new images", retry_after=60)
@@ -85,15 +85,22 @@ class Intake:
                 secret = self.resources.keyring.encrypt(new_secret(os.urandom(32)))
                 await self.resources.store.write(insert_owners, NewOwner(owner, secret))
 
-    async def _translated(self, owner: str, body: JSON) -> JSON:
-        """The body with an id of ours in `model_params.task_id` as the upstream's."""
+    async def _translated(self, owner: str, body: JSON, *, admin: bool) -> JSON:
+        """The body with an id of ours in `model_params.task_id` as the upstream's. It names a task of the owner's, by either id; only an
+        admin may name any that is the upstream's: all owners share one account there. Raises ApiError 400, 409.
+        """
         parameters = body.get("model_params")
         named = parameters.get("task_id") if isinstance(parameters, dict) else None
-        if not isinstance(named, str) or not named.startswith(model.PREFIXES["task"]):
+        if not isinstance(named, str):
             return body
-        row = await self.resources.store.read(queries.task_row, named, owner)
-        if row is None or row["upstream_id"] is None:
-            raise ApiError(400, "invalid_parameter", "model_params.task_id names no submitted task", param="model_params.task_id")
+        row = await self.resources.store.read(queries.task_row, named, None if admin else owner)
+        if row is None and admin and not named.startswith(model.PREFIXES["task"]):
+            return body  # from before us or from elsewhere
+        param = "model_params.task_id"
+        if row is None or (row["upstream_id"] is None and State(row["state"]) in model.TERMINAL):
+            raise ApiError(400, "invalid_parameter", f"{param} names no submitted task of yours", param=param)
+        if row["upstream_id"] is None:
+            raise ApiError(409, "task_not_submitted", f"{param} names a task that the upstream does not have yet", param=param)
         return {**body, "model_params": {**body["model_params"], "task_id": row["upstream_id"]}}
 
     def _task(self, owner: str, body: JSON, upstream_body: JSON, idempotency_key: str | None, digest: str) -> NewTask:

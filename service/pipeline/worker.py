@@ -6,6 +6,7 @@ when a place is freed, when the store hints at work, or at the next look. What a
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import structlog
@@ -21,7 +22,11 @@ from service.store.operations.leases import claim, release, renew
 log = structlog.get_logger()
 
 LOOK_S = 0.5  # how long due work may wait when nobody hinted at it
-KEYS = {"submit": "task_id", "settle": "task_id", "download": "image_id", "deliver": "delivery_id", "redeliver": "delivery_id"}
+KEYS = {
+    **dict.fromkeys(("submit", "settle", "reconcile"), "task_id"),
+    "download": "image_id",
+    **dict.fromkeys(("deliver", "redeliver"), "delivery_id"),
+}
 
 
 @dataclass(slots=True)
@@ -93,16 +98,17 @@ class WorkerPool:
         self.alive = True
         renewing = asyncio.create_task(self._renew(), name="renew-leases")
         try:
-            wanted = set(self._stages)
+            clock = asyncio.get_running_loop().time
+            wanted, look = set(self._stages), clock() + LOOK_S
             while not self._stopping:
                 self._wake.clear()
                 await self._claim(wanted)
-                try:
-                    async with asyncio.timeout(LOOK_S):  # `wait_for` of Python 3.11 loses a cancellation that meets the event
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(look):  # `wait_for` of Python 3.11 loses a cancellation that meets the event
                         await self._wake.wait()
-                    wanted = set(self._backlog)
-                except TimeoutError:
-                    wanted = set(self._stages)
+                wanted = set(self._backlog)
+                if clock() >= look:  # however busy one stage is, the others' rows come due
+                    wanted, look = set(self._stages), clock() + LOOK_S
         finally:
             self.alive = False
             renewing.cancel()

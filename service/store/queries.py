@@ -11,6 +11,7 @@ from service.store.records import Row, counts, image_record, task_record
 from service.store.tables import QUEUES, api_keys, attempts, callbacks, deliveries, endpoints, events, images, owners, steps, tasks
 
 After = tuple[int, str] | None  # where a list goes on: time and id of the last one seen
+CLOCKS_MS = 60_000  # so far the upstream's clock and ours may be apart
 
 
 def _images(connection: Connection, task_ids: Sequence[str]) -> dict[str, list[model.Image]]:
@@ -44,6 +45,21 @@ def task(connection: Connection, task_id: str, owner: str | None) -> tuple[model
     if row is None:
         return None
     return task_record(row, _images(connection, [row["id"]]).get(row["id"], ())), row
+
+
+def may_be_anothers(connection: Connection, upstream: str, upstream_id: str, owner: str, created: int | None) -> bool:
+    """Whether another owner's task has that id upstream, or may have: its own is unknown, and it was on its way when that one was made.
+
+    `created`: when that was, in milliseconds by the upstream's clock; None: nobody knows.
+    """
+    others = select(tasks.c.id).where(tasks.c.upstream == upstream, tasks.c.owner != owner)
+    sent = or_(tasks.c.state != model.State.QUEUED.value, tasks.c.submit_outcomes > 0)
+    unknown = others.where(tasks.c.upstream_id.is_(None), tasks.c.refusal_status.is_(None), sent)
+    if created is not None:
+        there = or_(tasks.c.terminal_at.is_(None), tasks.c.terminal_at >= created - CLOCKS_MS)
+        unknown = unknown.where(tasks.c.created_at <= created + CLOCKS_MS, there)
+    either = or_(others.where(tasks.c.upstream_id == upstream_id).exists(), unknown.exists())
+    return bool(connection.execute(select(either)).scalar())
 
 
 def task_by_key(connection: Connection, owner: str, idempotency_key: str) -> Row | None:

@@ -21,6 +21,8 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    and_,
+    literal_column,
 )
 
 metadata = MetaData(
@@ -101,9 +103,10 @@ tasks = Table(
     Column("doubted_at", BigInteger),  # when a submission first proved nothing: the task may exist and be charged
     Column("resubmit", Boolean, nullable=False, default=False),  # by hand: an uncertain task is sent again
     Column("settle_requests", Integer, nullable=False, default=0),  # bumped when somebody wants it settled now
+    Column("submit_turn", BigInteger, nullable=False, default=0),  # whose turn it is in submitting: `operations.turns`
     *lease_columns("submit_"),
     *lease_columns("settle_"),
-    UniqueConstraint("upstream", "upstream_id"),
+    UniqueConstraint("upstream_id", "upstream"),  # a task is looked for by the first alone
     UniqueConstraint("owner", "idempotency_key"),
     Index(None, "owner", "created_at", "id"),
     Index(None, "state"),
@@ -247,19 +250,27 @@ class Queue:
         return self.table.c[self.prefix + name]
 
 
+ZERO: ColumnElement[int] = literal_column("0")  # a bound value would not match the index's condition
+
 QUEUES = {
     queue.stage: queue
     for queue in (
-        Queue("submit", tasks, "submit_", tasks.c.submit_due_at),
-        Queue("settle", tasks, "settle_", tasks.c.settle_due_at),
+        Queue("submit", tasks, "submit_", tasks.c.submit_turn),
+        # Two queues on one table: what nobody asked for has places of its own and never holds up what somebody did.
+        Queue("settle", tasks, "settle_", tasks.c.settle_due_at, tasks.c.settle_requests > ZERO),
+        Queue("reconcile", tasks, "settle_", tasks.c.settle_due_at, tasks.c.settle_requests == ZERO),
         Queue("download", images, "", images.c.link_dies_at),
-        # Two queues on one table: retries have slots of their own and never starve first attempts.
-        Queue("deliver", deliveries, "", deliveries.c.due_at, deliveries.c.attempts == 0),
-        Queue("redeliver", deliveries, "", deliveries.c.due_at, deliveries.c.attempts > 0),
+        # As here: retries never starve first attempts.
+        Queue("deliver", deliveries, "", deliveries.c.due_at, deliveries.c.attempts == ZERO),
+        Queue("redeliver", deliveries, "", deliveries.c.due_at, deliveries.c.attempts > ZERO),
     )
 }
 
-for queue in QUEUES.values():
-    if queue.stage != "redeliver":  # it shares the index of "deliver"
-        due = queue.column("due_at")
-        Index(f"ix_{queue.table.name}_{due.name}", due, sqlite_where=due.is_not(None), postgresql_where=due.is_not(None))
+for queue in QUEUES.values():  # each has its own index: thousands that are due in one are not passed over by a claim in the other
+    due = queue.column("due_at")
+    wanting = due.is_not(None) if queue.where is None else and_(due.is_not(None), queue.where)
+    turn = [queue.order] if queue.stage == "submit" else []  # owners' turns: the next one is the first that is due
+    Index(f"ix_{queue.table.name}_{queue.stage}_due_at", *turn, due, sqlite_where=wanting, postgresql_where=wanting)
+
+waits = tasks.c.submit_due_at.is_not(None)
+Index("ix_tasks_owner_submit_turn", tasks.c.owner, tasks.c.submit_turn, sqlite_where=waits, postgresql_where=waits)

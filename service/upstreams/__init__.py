@@ -16,11 +16,15 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class NotCreated:
-    """Proof that nothing was created: it may be sent again. `retry_after` in seconds; `account`: our key or account is the cause."""
+    """Proof that nothing was created: it may be sent again. `retry_after` in seconds.
+
+    `account`: our key or account is the cause; `throttled`: that there were too many calls is.
+    """
 
     reason: str
     retry_after: float | None = None
     account: bool = False
+    throttled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +56,11 @@ class NotFound:
 
 @dataclass(frozen=True, slots=True)
 class NoAnswer:
-    """Nothing was learned; `retry_after` in seconds."""
+    """Nothing was learned; `retry_after` in seconds; `throttled`: because there were too many calls."""
 
     reason: str
     retry_after: float | None = None
+    throttled: bool = False
 
 
 SubmitOutcome = Accepted | NotCreated | Refused | Uncertain

@@ -136,7 +136,7 @@ def classify_submit(status: int, headers: Mapping[str, str], body: bytes, now: f
     if status == 408 or code in UNPROVED or not (400 <= status < 500 or (status == 503 and own)):
         return Uncertain(reason)
     if status in (429, 503):
-        return NotCreated(reason, retry_after(headers.get("retry-after"), now))
+        return NotCreated(reason, retry_after(headers.get("retry-after"), now), throttled=status == 429)
     if status == 401 or (status == 403 and code is not None and code.startswith(OURS)):
         return NotCreated(reason, account=True)
     if status == 403 and not own:
@@ -157,7 +157,7 @@ def classify_query(status: int, headers: Mapping[str, str], body: bytes, now: fl
     if status == 404:
         return NotFound()
     if not 200 <= status < 300:
-        return NoAnswer(f"{status}", retry_after(headers.get("retry-after"), now))
+        return NoAnswer(f"{status}", retry_after(headers.get("retry-after"), now), throttled=status == 429)
     report = parse_task(body)
     if report is None:
         return NoAnswer(f"{status} unreadable")

@@ -31,6 +31,7 @@ class Caller:
 
     owner: str
     scopes: frozenset[str]
+    key: str  # its id
 
     def may(self, *scopes: str) -> bool:
         return "admin" in self.scopes or not self.scopes.isdisjoint(scopes)
@@ -64,12 +65,12 @@ class Access:
     async def _known(self, key: str) -> Caller | None:
         hash = hash_api_key(key)
         if self._admin is not None and hmac.compare_digest(hash, self._admin):
-            return Caller("admin", frozenset(SCOPES))
+            return Caller("admin", frozenset(SCOPES), "DARKROOM_ADMIN_KEY")
         until, caller = self._cache.get(hash, (0.0, None))
         if until > time.monotonic():
             return caller
         row = await self._store.read(queries.key_row, hash)
-        caller = Caller(row["owner"], frozenset(row["scopes"])) if row else None
+        caller = Caller(row["owner"], frozenset(row["scopes"]), row["id"]) if row else None
         if len(self._cache) >= CACHE_KEYS:
             self._cache.clear()
         self._cache[hash] = (time.monotonic() + CACHE_S, caller)

@@ -2,7 +2,6 @@
 
 import re
 from functools import partial
-from urllib.parse import quote
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -15,6 +14,7 @@ from service.pipeline.submit import attempted, ended, wait_for
 from service.store import queries
 from service.store.operations.tasks import Cancellation, cancel_tasks
 from service.store.records import Row
+from service.web import passthrough
 from service.web.access import Caller
 from service.web.bodies import page, query_limit, query_text, read_cursor, read_json
 from service.web.context import Context, context_of
@@ -54,7 +54,7 @@ async def submit(request: Request) -> Response:
         raise ApiError(400, "invalid_request", message, param="Idempotency-Key")
     wait_s, applied = preferences(request)
     body = await read_json(request)
-    task_id, replayed = await context.intake.accept(caller.owner, body, key)
+    task_id, replayed = await context.intake.accept(caller.owner, body, key, admin=caller.sees is None)
     bind_contextvars(task_id=task_id)
     headers = {"Preference-Applied": applied} if applied else {}
     if replayed:
@@ -77,31 +77,18 @@ async def known_task(request: Request) -> tuple[model.Task, Row]:
     store, task_id = context_of(request).resources.store, request.path_params["task_id"]
     found = await store.read(queries.task, task_id, caller_of(request).sees)
     if found is None:
-        raise ApiError(404, "task_not_found", "no task of yours has that id")
+        raise passthrough.unknown_task()
     bind_contextvars(task_id=found[0].id)
     return found
 
 
 async def task(request: Request) -> Response:
-    context, task_id = context_of(request), request.path_params["task_id"]
-    known = await context.resources.store.read(queries.task_row, task_id, None)
-    if known is None and task_id.startswith("task-unified-"):
-        return await passed_through(context, f"/v1/tasks/{quote(task_id, safe='')}")
-    return JSONResponse(shown(context, (await known_task(request))[0]))
-
-
-async def passed_through(context: Context, path: str) -> Response:
-    """The upstream's own answer, its status and body as they are."""
-    answer = await context.resources.upstream.passthrough("GET", path)
-    return Response(answer.body, answer.status, media_type=answer.headers.get("content-type", "application/json"))
-
-
-async def credits(request: Request) -> Response:
-    return await passed_through(context_of(request), "/v1/credits")
-
-
-async def models(request: Request) -> Response:
-    return await passed_through(context_of(request), "/v1/models")
+    context, owner, task_id = context_of(request), caller_of(request).sees, request.path_params["task_id"]
+    found = await context.resources.store.read(queries.task, task_id, owner)
+    if found is None:
+        return await passthrough.task(context, owner, task_id)
+    bind_contextvars(task_id=found[0].id)
+    return JSONResponse(shown(context, found[0]))
 
 
 async def tasks(request: Request) -> Response:

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
+from service.pipeline.account import Account
 from service.pipeline.precedence import Precedence
 from service.pipeline.submit import Intake
 from service.resources import Resources
 from service.web.access import Access
+from service.web.limits import KeyLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,9 @@ class Context:
     resources: Resources
     intake: Intake
     precedence: Precedence
+    account: Account
     access: Access
+    limits: KeyLimits
     result_ttl_s: float
     quiesce: Callable[[], None]  # a stop was asked for: no new work is started
     workers_alive: Callable[[], bool] | None

@@ -34,7 +34,7 @@ async def readyz(request: Request) -> Response:
         causes.append("blobs")
     if context.workers_alive is not None and not context.workers_alive():
         causes.append("workers")
-    if not context.resources.upstream.answering:
+    if not context.resources.upstream.answering or context.account.refused:
         causes.append("upstream")
     return JSONResponse({"status": "degraded" if causes else "ok", **await _causes(request, context, causes)})
 

@@ -14,6 +14,8 @@ from service.web.errors import error_body
 log = structlog.get_logger()
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+CLOSE = (b"connection", b"close")
+SWALLOWED = 1 << 20  # so much of a body that nobody wants is thrown away by the server; behind a longer one the connection ends
 SILENT = ("/healthz", "/readyz", "/metrics", "/callbacks/")  # asked every few seconds, or with a line of their own; at debug level
 
 
@@ -33,20 +35,28 @@ class Requests:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = given if REQUEST_ID.fullmatch(given) else new_id("request", time.time_ns() // 1_000_000)
         scope["request_id"] = request_id
-        started, status, sent = time.perf_counter(), 0, 0
+        started, status, sent, unread = time.perf_counter(), 0, 0, True
+
+        async def read() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = message.get("more_body", False)
+            return message
 
         async def answer(message: Message) -> None:
             nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                if (status == 408 or (unread and endless(scope))) and CLOSE not in message["headers"]:
+                    message["headers"].append(CLOSE)
             sent += len(message.get("body", b""))
             await send(message)
 
         clear_contextvars()  # a pipelined request begins where the one before it ended
         bind_contextvars(request_id=request_id)
         try:
-            await self.app(scope, receive, answer)
+            await self.app(scope, read, answer)
         except Exception as error:
             log.exception("http.failed", method=scope["method"], route=route_of(scope), exception=repr(error))
             if not status:
@@ -60,6 +70,12 @@ class Requests:
             duration_ms=round((time.perf_counter() - started) * 1000, 1),
             bytes=sent,
         )
+
+
+def endless(scope: Scope) -> bool:
+    """Whether a body is announced that is not worth throwing away."""
+    headers = dict(scope["headers"])
+    return b"transfer-encoding" in headers or int(headers.get(b"content-length", 0)) > SWALLOWED
 
 
 def route_of(scope: Scope) -> str | None:

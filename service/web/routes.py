@@ -11,7 +11,7 @@ from starlette.routing import Route
 from structlog.contextvars import bind_contextvars
 
 from service.errors import ApiError
-from service.web import api, endpoints, events, health, images, interventions, keys, schemas
+from service.web import api, endpoints, events, health, images, interventions, keys, passthrough, schemas
 from service.web.callbacks import CallbackRoute
 from service.web.context import context_of
 from service.web.openapi import document
@@ -39,6 +39,7 @@ async def openapi(_: Request) -> Response:
 
 
 ID = re.compile("[!-~]{1,200}")
+OPERATORS = ("/healthz", "/readyz", "/metrics")
 PAGE = ("limit", "cursor")
 SUBMISSIONS = "/v1/images/generations"
 
@@ -67,8 +68,8 @@ SPECS = (
         schemas.Task,
         schemas.Resolution,
     ),
-    Spec("GET", "/v1/credits", api.credits, ("read",), "The upstream's credits"),
-    Spec("GET", "/v1/models", api.models, ("read",), "The upstream's models"),
+    Spec("GET", "/v1/credits", passthrough.credits, ("read",), "The upstream's credits"),
+    Spec("GET", "/v1/models", passthrough.models, ("read",), "The upstream's models"),
     Spec(
         "GET",
         "/v1/events",
@@ -114,6 +115,8 @@ def guarded(spec: Spec) -> Endpoint:
             caller = await context_of(request).access.caller(request, *spec.scopes)
             request.state.caller = caller
             bind_contextvars(owner=caller.owner)
+            if spec.path not in OPERATORS:
+                await context_of(request).limits.count(caller.key)
         if not all(ID.fullmatch(value) for value in request.path_params.values()):
             raise ApiError(404, "not_found", "nothing has that id")
         return await spec.endpoint(request)
@@ -143,5 +146,5 @@ def routes() -> list[Route]:
 
 def operators_routes(*, metrics_open: bool) -> list[Route]:
     """What a worker without the clients' API answers, and, `metrics_open`, what the metrics port does."""
-    specs = [spec for spec in SPECS if spec.path in ("/healthz", "/readyz", "/metrics")]
+    specs = [spec for spec in SPECS if spec.path in OPERATORS]
     return table({spec: spec.endpoint if metrics_open else guarded(spec) for spec in specs})

@@ -11,6 +11,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from service.errors import ConfigurationError
+from service.web.protocol import BoundedHeads
 
 # Longer than the idle connections that clients and load balancers keep (5 to 60 s as a rule): whoever may reuse a connection is the one to
 # close it, or a request meets our close on its way and is lost.
@@ -25,7 +26,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 loop="none",
-                http="httptools",
+                http=BoundedHeads,
                 ws="none",
                 lifespan="on",
                 log_config=None,

@@ -215,17 +215,17 @@ class Subject:
 
     async def asking(self, task_id: str) -> Grant:
         """The grant to ask the upstream about a task, whenever that is due."""
-        due = (await self.task(task_id))["settle_due_at"]
-        assert due is not None
-        self.clock.now = max(self.clock.now, due)
-        return await self.claimed("settle", task_id)
+        task = await self.task(task_id)
+        assert task["settle_due_at"] is not None
+        self.clock.now = max(self.clock.now, task["settle_due_at"])
+        return await self.claimed("settle" if task["settle_requests"] else "reconcile", task_id)
 
     async def wanted(self, stage: str, key: str) -> Grant:
         """The grant for one row that is made due now, as a callback would."""
 
         def want(tx: Transaction, keys: Sequence[str]) -> list[None]:
             for id, row in lock(tx, keys).items():
-                change(tx, row, **leases.wanted(tx, stage, id, row))
+                change(tx, row, settle_requests=row["settle_requests"] + 1, **leases.wanted(tx, stage, id, row))
             return [None] * len(keys)
 
         await self.write(want, key)

@@ -54,6 +54,19 @@ async def test_what_was_put_is_read_back(blobs: Blobs) -> None:
     assert await blobs.size(NAME) == 1_000_000
 
 
+async def test_a_file_can_be_read_and_begun_again(blobs: Blobs) -> None:
+    """What was written can be looked at as a whole; after `clear` only what comes then counts."""
+    async with blobs.incoming() as incoming:
+        await incoming.write(b"a longer beginning")
+        assert await incoming.read() == b"a longer beginning"
+        await incoming.clear()
+        assert (incoming.size, await incoming.read()) == (0, b"")
+        await incoming.write(b"anew")
+        assert (incoming.size, await incoming.read()) == (4, b"anew")
+        await blobs.put(incoming, NAME, "image/png")
+    assert await read(blobs, NAME) == b"anew"
+
+
 @pytest.mark.parametrize(
     ("start", "end"),
     [
@@ -251,12 +264,13 @@ async def test_opening_removes_what_a_dead_process_left(tmp_path: Path) -> None:
 
 
 async def test_a_removed_temporary_file_is_worth_another_try(tmp_path: Path) -> None:
-    """What another process swept away is BlobUnavailable to its writer, in writing and in putting."""
+    """What another process swept away is BlobUnavailable to its writer, whatever it does."""
     blobs = await LocalBlobs.open(tmp_path)
     async with blobs.incoming() as incoming:
         await LocalBlobs.open(tmp_path)
-        with pytest.raises(BlobUnavailable):
-            await incoming.write(b"x")
+        for work in (incoming.write(b"x"), incoming.read(), incoming.clear()):
+            with pytest.raises(BlobUnavailable):
+                await work
         with pytest.raises(BlobUnavailable):
             await blobs.put(incoming, NAME, "image/png")
     assert await blobs.size(NAME) is None

@@ -114,6 +114,9 @@ async def test_a_fault_frees_the_lease(subject: Subject, stage: str) -> None:
     elif stage == "settle":
         key = await subject.submitted()
         await subject.callback(key, None, b"<html>")
+    elif stage == "reconcile":
+        key = await subject.submitted()
+        subject.clock.now = (await subject.task(key))["settle_due_at"]
     else:
         await subject.endpoint()
         await subject.submitted()

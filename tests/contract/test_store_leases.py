@@ -24,6 +24,10 @@ async def one_due(subject: Subject, stage: str) -> str:
             return await subject.queued()
         case "settle":
             task_id = await subject.submitted()
+            await subject.callback(task_id, None, b"<html>")
+            return task_id
+        case "reconcile":
+            task_id = await subject.submitted()
             subject.clock.now = (await subject.task(task_id))["settle_due_at"]
             return task_id
         case "download":
@@ -212,6 +216,16 @@ async def test_first_attempts_and_retries_have_places_of_their_own(subject: Subj
     assert [grant.key for grant in await subject.claim("redeliver", 9)] == [retry.key]
     (first,) = await subject.claim("deliver", 9)
     assert (await subject.row(deliveries, first.key))["task_id"] == fresh
+
+
+async def test_what_was_asked_for_and_what_is_silent_have_places_of_their_own(subject: Subject) -> None:
+    """Two queues on one table: any number of silent tasks leaves the confirmations their places; a callback moves its task over."""
+    silent = [await subject.submitted() for _ in range(3)]
+    subject.clock.now = max([(await subject.task(task_id))["settle_due_at"] for task_id in silent])
+    assert await subject.claim("settle", 9) == []
+    await subject.callback(silent[1], completed(silent[1], URL))
+    assert [grant.key for grant in await subject.claim("settle", 9)] == [silent[1]]
+    assert sorted(grant.key for grant in await subject.claim("reconcile", 9)) == [silent[0], silent[2]]
 
 
 async def test_reopening_a_store_on_sqlite_frees_what_the_dead_process_held(sqlite_opener: Opener, clock: Clock) -> None:

@@ -108,7 +108,7 @@ async def test_an_answer_under_an_ended_lease_changes_nothing(subject: Subject) 
     task_id = await subject.submitted()
     late = await subject.asking(task_id)
     subject.clock.shift(LEASE)
-    holder = await subject.claimed("settle", task_id)
+    holder = await subject.claimed("reconcile", task_id)
     before = await subject.task(task_id)
     assert await subject.settle(task_id, failed(task_id), grant=late) is None
     assert await subject.task(task_id) == before
@@ -217,7 +217,7 @@ async def test_a_cancel_ends_a_task_in_every_state_before_its_end(subject: Subje
     assert await subject.images(waiting[-1]) == []
     subject.clock.shift(DAY)
     assert [await subject.claim(stage, 9) for stage in ("submit", "download")] == [[], []]
-    assert [grant.key for grant in await subject.claim("settle", 9)] == [waiting[3]]
+    assert [grant.key for grant in await subject.claim("reconcile", 9)] == [waiting[3]]
 
 
 async def test_a_cancelled_task_is_asked_about_until_its_charge_is_known(subject: Subject) -> None:

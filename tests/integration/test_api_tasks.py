@@ -4,10 +4,9 @@ import re
 import time
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.api import SUBMIT, TIME, UNTIL_DONE, an_id, got, order, refused, submitted
+from tests.api import TIME, UNTIL_DONE, an_id, got, refused, submitted
 from tests.waiting import wait_until
 from tests.world import TEXT_TO_IMAGE, World, subscriber
 
@@ -93,32 +92,6 @@ async def test_an_unknown_id_is_not_found_whatever_it_looks_like(still: World, i
     refused(await still.client.get(f"/v1/tasks/{id}"), 404)
     refused(await still.client.get(f"/v1/tasks/{id}/timeline"), 404)
     refused(await still.client.post(f"/v1/tasks/{id}/cancel"), 404)
-
-
-async def test_an_unknown_id_of_the_upstreams_is_passed_through(here: World) -> None:
-    """A task that was submitted past this service is the upstream's to show, its answer as it is; so is that there is none."""
-    theirs = got_there(await here.sandbox.post(SUBMIT, json=order(sandbox=LATE)))
-    answer = await here.client.get(f"/v1/tasks/{theirs['id']}")
-    assert got(answer)["id"] == theirs["id"]
-    assert "state" not in answer.json()
-    for id in ("task-unified-1-unknown", "task-unified-%3fa=b", "task-unified-%2e%2e"):
-        missing = await here.client.get(f"/v1/tasks/{id}")
-        assert (missing.status_code, missing.json()["error"]["code"]) == (404, "task_not_found")
-        assert missing.content == (await here.sandbox.get(f"/v1/tasks/{id}")).content
-
-
-def got_there(answer: httpx.Response) -> JSON:
-    task: JSON = answer.json()
-    return task
-
-
-async def test_credits_and_models_are_the_upstreams_own_answers(here: World) -> None:
-    """What is passed through is passed through byte for byte."""
-    for path in ("/v1/credits", "/v1/models"):
-        answer = await here.client.get(path)
-        assert answer.status_code == 200
-        assert answer.headers["content-type"] == "application/json"
-        assert answer.content == (await here.sandbox.get(path)).content
 
 
 # --- the timeline ----------------------------------------------------------------------------------------------------

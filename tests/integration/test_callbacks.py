@@ -1,43 +1,23 @@
 """The upstream's callbacks over real sockets: each row of the contract's table (section 4)."""
 
 import asyncio
-import io
 import json
-import logging
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager
 
-import httpx
 import pytest
-import structlog
-from sqlalchemy import Connection, event, select
+from sqlalchemy import Connection, event
 from sqlalchemy.exc import OperationalError
-from starlette.responses import Response
 from structlog.testing import capture_logs
 
-from service.app import Role
-from service.ops.logging import QUIET, configure
-from service.pipeline import inbox, worker
-from service.store import tables
+from service.pipeline import inbox
 from service.store.sqlite import REMEMBERED, SqliteStore
-from service.web import callbacks
-from tests.upstream import After, Upstream, document, failed, picture
+from tests.callbacks import asked, call, counted, heard, quick_world, said, types, verdict
+from tests.upstream import After, Upstream, document, failed
 from tests.waiting import wait_until
-from tests.world import World, world
-
-LIMIT = 256 * 1024
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    """Due work is looked for more often than in earnest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "LOOK_S", 0.05)
-        yield
+from tests.world import World
 
 
 @pytest.fixture(scope="module")
@@ -47,70 +27,11 @@ def upstream() -> Upstream:
 
 @pytest.fixture(scope="module")
 async def here(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    async with world(tmp_path_factory.mktemp("callbacks"), upstream=upstream.app, reconcile_after_s=600) as made:
+    async with quick_world(tmp_path_factory.mktemp("callbacks"), upstream) as made:
         yield made
 
 
-def said(task: dict[str, Any], status: str, **more: Any) -> bytes:
-    """A callback's body for this task."""
-    return json.dumps({"id": task["upstream_id"], "status": status, **more}).encode()
-
-
-async def call(here: World, task: dict[str, Any] | str, body: bytes) -> httpx.Response:
-    return await here.stranger.post(here.callback_url(task if isinstance(task, str) else task["id"]), content=body)
-
-
-async def verdict(here: World, task: dict[str, Any] | str, body: bytes) -> str:
-    """What the service says to a callback that it must answer with 200."""
-    answer = await call(here, task, body)
-    assert answer.status_code == 200, answer.text
-    assert list(answer.json()) == ["status"]
-    return str(answer.json()["status"])
-
-
-async def heard(here: World, task: dict[str, Any]) -> list[tuple[str, str | None, int]]:
-    """The callbacks in the task's timeline: verdict, status, count."""
-    steps = await here.steps(task["id"])
-    return [(step["verdict"], step["status"], step["count"]) for step in steps if step["step"] == "callback.received"]
-
-
-async def types(here: World, task: dict[str, Any]) -> list[str]:
-    return [event["type"] for event in await here.events(task=task["id"])]
-
-
-def counted(here: World, verdict: str) -> float:
-    return here.context.resources.metrics.registry.get_sample_value("darkroom_callbacks_total", {"verdict": verdict}) or 0
-
-
-async def asked(upstream: Upstream, task: dict[str, Any], times: int = 1) -> None:
-    await wait_until(lambda: upstream.asked[task["upstream_id"]] >= times)
-
-
 # --- the table, row by row ---------------------------------------------------------------------------------------------
-
-
-async def test_a_wrong_token_is_refused_without_touching_the_store(tmp_path: Path) -> None:
-    """401 whatever the task: counted, logged without the token, and not one statement is sent to the store."""
-    statements: list[str] = []
-
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        statements.append(statement)
-
-    async with world(tmp_path, role=Role(workers=False)) as here:
-        task = await here.submit(headers={"prefer": "respond-async"})
-        store = here.context.resources.store
-        assert isinstance(store, SqliteStore)
-        for engine in (store._engine, store._reading):
-            event.listen(engine, "before_cursor_execute", note)
-        for task_id in (task["id"], "task_unknown", "%00"):
-            for token in ("wrong", here.context.resources.keyring.callback_token("evolink", "another")):
-                answer = await here.stranger.post(here.callback_url(task_id, token), content=said(task, "completed"))
-                assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized")
-        right = here.callback_url(task["id"]).replace("/evolink/", "/other/")
-        assert (await here.stranger.post(right, content=said(task, "completed"))).status_code == 401
-        assert statements == []
-        assert counted(here, "wrong_token") == 7
-        assert await heard(here, task) == []
 
 
 async def test_the_first_terminal_callback_is_accepted_and_settled(here: World, upstream: Upstream) -> None:
@@ -197,30 +118,6 @@ async def test_what_is_not_terminal_is_progress_only(here: World, upstream: Upst
     assert (after["state"], after["progress"]) == ("failed", 40)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"[]",
-        b"\x00{not json",
-        b'{"status": 7}',
-        b'{"status": "failed", "status": "completed"}',
-        b'{"status":"\\ud800"}',
-        b"[" * 200_000,
-    ],
-    ids=["empty", "list", "garbage", "no status", "twice", "surrogate", "deep"],
-)
-async def test_an_unreadable_body_gets_the_upstream_asked(body: bytes, here: World, upstream: Upstream) -> None:
-    """The token proves who calls: 200 `unreadable`, kept in part, asked about once however often it comes."""
-    task = await here.submit()
-    upstream.queries[task["upstream_id"]] = [failed("service_error")]
-    assert await verdict(here, task, body) == "unreadable"
-    await here.ended(task["id"])
-    assert await verdict(here, task, body) == "unreadable"
-    assert await heard(here, task) == [("unreadable", None, 2)]
-    assert upstream.asked[task["upstream_id"]] == 1
-
-
 async def test_a_foreign_upstream_id_is_a_conflict(here: World, upstream: Upstream) -> None:
     """A body about another upstream task than the one known: kept, the upstream is asked, the known id stands."""
     task = await here.submit()
@@ -257,48 +154,6 @@ async def test_a_callback_may_come_before_the_submit_answer(named: str | None, h
     ended = await here.ended(task["id"])
     assert (ended["upstream_id"], ended["error"]["code"]) == (mine, "service_error")
     assert await types(here, task) == ["image.task.submitted", "image.task.failed"]
-
-
-async def test_too_large_a_body_gets_the_upstream_asked(here: World, upstream: Upstream) -> None:
-    """Over 256 KiB is 413; with the right token the upstream is asked all the same. At the limit it is read."""
-    task = await here.submit()
-    upstream.queries[task["upstream_id"]] = [document("processing"), failed("service_error")]
-    filled = said(task, "processing", padding="")
-    assert await verdict(here, task, filled.replace(b'""', b'"' + b"x" * (LIMIT - len(filled)) + b'"')) == "accepted"
-    answer = await call(here, task, said(task, "failed", padding="x" * LIMIT))
-    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
-    await asked(upstream, task)
-
-
-async def partial(here: World, task: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A callback of whose body half is sent."""
-    url = httpx.URL(here.callback_url(task["id"]))
-    reader, writer = await asyncio.open_connection(url.host, url.port)
-    writer.write(f"POST {url.path} HTTP/1.1\r\nhost: here\r\ncontent-length: 100\r\n\r\n".encode() + b'{"status": "completed"')
-    await writer.drain()
-    return reader, writer
-
-
-async def test_a_body_that_does_not_come_is_not_waited_for(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """408 when the body is not complete in time (5 s; shorter here); nothing is kept."""
-    monkeypatch.setattr(callbacks, "BODY_S", 0.05)
-    task = await here.submit()
-    before = counted(here, "incomplete")
-    reader, writer = await partial(here, task)
-    with closing(writer):
-        assert await reader.readuntil(b"\r\n") == b"HTTP/1.1 408 Request Timeout\r\n"
-    assert counted(here, "incomplete") == before + 1
-    assert await heard(here, task) == []
-
-
-async def test_a_caller_that_leaves_in_the_middle_is_not_heard(here: World) -> None:
-    """It will come again: nothing is kept, the refusal is counted."""
-    task = await here.submit()
-    before = counted(here, "disconnected")
-    _, writer = await partial(here, task)
-    writer.close()
-    await wait_until(lambda: counted(here, "disconnected") == before + 1)
-    assert await heard(here, task) == []
 
 
 @contextmanager
@@ -387,52 +242,3 @@ async def test_a_callback_asked_for_again_while_the_query_runs_is_not_lost(here:
     assert await verdict(here, task, said(task, "failed")) == "accepted"
     answer.set()
     assert (await here.ended(task["id"]))["error"]["code"] == "service_error"
-
-
-@contextmanager
-def logged() -> Iterator[io.StringIO]:
-    """All that a process writes to its log, libraries included, as it is set up in earnest."""
-    root, stream = logging.getLogger(), io.StringIO()
-    handlers, levels = root.handlers[:], {logger: logger.level for logger in (root, *map(logging.getLogger, QUIET))}
-    configure("json", "debug", stream)
-    try:
-        yield stream
-    finally:
-        structlog.reset_defaults()
-        root.handlers[:] = handlers
-        for logger, level in levels.items():
-            logger.setLevel(level)
-
-
-async def test_no_line_of_the_log_holds_a_token(here: World, upstream: Upstream) -> None:
-    """Right or wrong, accepted or refused, in our lines or a library's: the token is in none of them."""
-    upstream.files["0.png"] = [Response(picture(), media_type="image/png")]
-    result = f"{here.sandbox_url}/files/0.png"
-    with logged() as stream:
-        task = await here.submit()
-        upstream.queries[task["upstream_id"]] = [document("completed", result)]
-        for body in (b"garbage", said(task, "processing"), said(task, "completed", results=[result]), b"x" * (LIMIT + 1)):
-            await call(here, task, body)
-        token = here.callback_url(task["id"]).rsplit("/", 1)[1]
-        await here.stranger.post(here.callback_url(task["id"], "wrong" + token), content=b"{}")
-        await call(here, "task_gone", b"{}")
-        assert (await here.ended(task["id"]))["state"] == "completed"
-    lines = stream.getvalue()
-    names = {json.loads(line)["event"] for line in lines.splitlines()}
-    assert names >= {"callback.received", "callback.refused", "http.request", "task.settled"}
-    assert token not in lines
-    assert here.callback_url("task_gone").rsplit("/", 1)[1] not in lines
-
-
-async def test_what_is_kept_of_an_unreadable_body_is_capped(here: World) -> None:
-    """16 KiB of a body that says nothing are enough."""
-    task = await here.submit()
-    assert await verdict(here, task, b"x" * 100_000) == "unreadable"
-    found = await here.context.resources.store.read(kept_bytes, task["id"])
-    assert found == [16 * 1024]
-
-
-def kept_bytes(connection: Connection, task_id: str) -> list[int]:
-    return [
-        len(body) for body in connection.execute(select(tables.callbacks.c.body).where(tables.callbacks.c.task_id == task_id)).scalars()
-    ]

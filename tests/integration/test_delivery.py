@@ -377,7 +377,7 @@ async def test_an_attempt_under_a_lease_that_ended_is_recorded_and_decides_nothi
 
     delivery = await wait_until(held)
     await here.context.resources.store.write(enable_quietly, endpoint["id"])
-    deliver = next(stage for stage in stages(here.settings, here.context.resources) if stage.name == "deliver")
+    deliver = next(stage for stage in stages(here.settings, here.context.resources, here.context.account) if stage.name == "deliver")
     with capture_logs() as lines:
         await deliver.run(Grant("deliver", delivery["id"], 99, 1))
     assert [line["result"] for line in lines if line["event"] == "delivery.attempted"] == ["superseded"]

@@ -244,8 +244,11 @@ async def test_answers_over_the_wire_are_judged_by_the_table() -> None:
     refusal = b'{"error": {"code": "content_filter", "message": "no", "type": "invalid_request_error", "param": "prompt"}}'
     refused = Refused(400, {"code": "content_filter", "message": "no", "type": "invalid_request_error", "param": "prompt"})
     table = [
-        (answer(429, b"", "Retry-After: 7"), NotCreated("429 without an error of its own", 7.0)),
-        (answer(429, b"", "Retry-After: Thu, 01 Jan 1970 00:01:00 GMT"), NotCreated("429 without an error of its own", 60.0)),
+        (answer(429, b"", "Retry-After: 7"), NotCreated("429 without an error of its own", 7.0, throttled=True)),
+        (
+            answer(429, b"", "Retry-After: Thu, 01 Jan 1970 00:01:00 GMT"),
+            NotCreated("429 without an error of its own", 60.0, throttled=True),
+        ),
         (answer(400, refusal), refused),
         (answer(502, b"<html>"), Uncertain("502 without an error of its own")),
     ]

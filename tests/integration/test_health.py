@@ -197,7 +197,8 @@ async def test_the_metrics_have_their_names_and_count_what_happened(tmp_path: Pa
         "callback_to_delivery_seconds_count": 1,
         "credits_total,kind=reserved": 6,
         "credits_total,kind=used": 3,
-        "queue_depth,stage=settle": 1,
+        "queue_depth,stage=settle": 0,
+        "queue_depth,stage=reconcile": 1,
         "queue_depth,stage=submit": 0,
     }
     assert {name: known[f"darkroom_{name}"] for name in expected} == expected

@@ -8,12 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.responses import Response
 from structlog.testing import capture_logs
 
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from tests.api import UNTIL_DONE, refused, submitted
-from tests.upstream import Upstream, document, picture
+from tests.downloads import noise, served
+from tests.upstream import Upstream, document
 from tests.world import LOOPBACK, World, answering, world
 
 JSON = dict[str, Any]
@@ -151,13 +151,13 @@ async def test_a_missing_or_short_image_is_an_error_not_a_broken_picture(here: W
 async def test_an_image_that_vanishes_while_it_is_sent_is_cut_off(tmp_path: Path) -> None:
     """Its reader sees that it is not whole; the log says why."""
     upstream = Upstream({PROMPT: [document("pending", id="large")]})
-    upstream.files["large"] = [Response(picture("BMP", (3000, 2000)), media_type="image/bmp")]  # 18 MB: more than the sockets hold
+    upstream.files["large"] = [served(noise(size=(3000, 2000), compress_level=0))]  # 18 MB: more than the sockets hold
     async with world(tmp_path, upstream=upstream.app) as here:
         upstream.queries["large"] = [document("completed", f"{here.sandbox_url}/files/large")]
         task = await submitted(here.client, {}, prompt=PROMPT)
         await here.stranger.post(here.callback_url(task["id"]), json={"id": "large", "status": "completed"})
         (image,) = (await here.ended(task["id"]))["images"]
-        (path,) = here.settings.image_dir.rglob("*.bmp")
+        (path,) = here.settings.image_dir.rglob("*.png")
         with capture_logs() as lines:
             async with here.stranger.stream("GET", image["url"]) as answer:
                 assert answer.status_code == 200

@@ -105,6 +105,7 @@ async def test_real_answers_are_what_the_document_says(here: World) -> None:
         task = await submitted(client, UNTIL_DONE, metadata={"a": "b"})
         await submitted(client, UNTIL_DONE, sandbox={"fail": "service_error"})
         late = await submitted(client, {}, sandbox={"delay": 600})
+        doubtful = await submitted(here.client, {}, sandbox={"lose_answer": True, "drop_callback": True})
 
         async def deliveries() -> list[JSON] | None:
             found: list[JSON] = got(await client.get("/v1/deliveries", params={"state": "delivered"}))["data"]
@@ -118,11 +119,13 @@ async def test_real_answers_are_what_the_document_says(here: World) -> None:
             schemas.NewEndpoint: {"url": takes.url},
             schemas.EndpointPatch: {"description": "d"},
             schemas.NewKey: {"owner": "y", "scopes": ["read"]},
+            schemas.Resolution: {"as": "failed"},
         }
         for spec in SPECS:
             if spec.answer is None:
                 continue
-            path = spec.path.format(**ids | ({"task_id": late["id"]} if spec.path.endswith("/cancel") else {}))
+            own = {"cancel": late, "resolve": doubtful}.get(spec.path.rpartition("/")[2], task)
+            path = spec.path.format(**ids | {"task_id": own["id"]})
             for asking in (client, here.client) if "admin" not in spec.scopes else (here.client,):
                 if spec.path.endswith("/cancel") and asking is here.client:
                     continue

@@ -1,101 +1,24 @@
-"""The sandbox upstream over real sockets: its wire format, its callbacks and its faults."""
+"""The sandbox upstream over real sockets: its wire format and its callbacks."""
 
 import asyncio
 import io
-import json
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from decimal import Decimal
-from ipaddress import ip_network
 from typing import Any
 
-import httpx
 import pytest
-import uvicorn
 from PIL import Image
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
-from starlette.types import ASGIApp
 
-from service.upstreams.sandbox import SandboxOptions, create_sandbox
+from tests.sandbox import ORDER, QUICK, WAYS, Receiver, faulty, finished, receiving, sandbox, submit
 from tests.waiting import wait_until
-
-ORDER = {"model": "wan2.5-text-to-image", "prompt": "a lighthouse, 灯塔", "size": "768x768"}
-QUICK = SandboxOptions(networks=(ip_network("127.0.0.0/8"),), delay_s=0, callback_delays_s=(0, 0, 0), seed=7)
-KEY = {"authorization": "Bearer sk-test"}
-
-
-class Server(uvicorn.Server):
-    def __init__(self, app: ASGIApp) -> None:
-        super().__init__(uvicorn.Config(app, log_config=None))
-        self.ready = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.ready.set()
-
-
-@asynccontextmanager
-async def serving(app: ASGIApp) -> AsyncIterator[str]:
-    """The application on a free port of loopback; its base URL."""
-    server = Server(app)
-    with socket.socket(proto=socket.IPPROTO_TCP) as listener:  # asyncio turns Nagle's delay off only where it reads TCP
-        listener.bind(("127.0.0.1", 0))
-        running = asyncio.create_task(server.serve([listener]))
-        await server.ready.wait()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            await running
-
-
-@asynccontextmanager
-async def sandbox(options: SandboxOptions = QUICK, clock: Callable[[], float] | None = None) -> AsyncIterator[httpx.AsyncClient]:
-    """A client with a key, of a running sandbox."""
-    app = create_sandbox(options) if clock is None else create_sandbox(options, clock)
-    async with serving(app) as base, httpx.AsyncClient(base_url=base, headers=KEY, trust_env=False) as client:
-        yield client
-
-
-@dataclass
-class Receiver:
-    """Answers callbacks with `statuses` one after another, then 200; keeps what came."""
-
-    url: str = ""
-    statuses: list[int] = field(default_factory=list)
-    bodies: asyncio.Queue[bytes] = field(default_factory=asyncio.Queue)
-    requests: list[Request] = field(default_factory=list)
-
-    async def take(self, request: Request) -> Response:
-        self.requests.append(request)
-        self.bodies.put_nowait(await request.body())
-        return Response(status_code=self.statuses.pop(0) if self.statuses else 200)
-
-    async def next(self) -> Any:
-        return json.loads(await asyncio.wait_for(self.bodies.get(), 10))
 
 
 @pytest.fixture
 async def receiver() -> AsyncIterator[Receiver]:
-    receiver = Receiver()
-    async with serving(Starlette(routes=[Route("/callbacks", receiver.take, methods=["POST"])])) as base:
-        receiver.url = f"{base}/callbacks"
+    async with receiving() as receiver:
         yield receiver
-
-
-async def submit(client: httpx.AsyncClient, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
-    return await client.post("/v1/images/generations", json=ORDER | fields, headers=headers)
-
-
-async def finished(client: httpx.AsyncClient, **fields: Any) -> Any:
-    """A task's terminal document: its answer is held until its end, so the first query tells it."""
-    answer = await submit(client, sandbox={"callback_first": True} | fields.pop("sandbox", {}), **fields)
-    return (await client.get(f"/v1/tasks/{answer.json()['id']}")).json()
 
 
 # --- the wire format -------------------------------------------------------------------------------------------------
@@ -234,15 +157,6 @@ async def test_tasks_and_links_die_in_their_time() -> None:
         assert (await submit(client, key)).json()["id"] != kept
 
 
-async def test_a_seed_makes_ids_repeatable() -> None:
-    """Two sandboxes with one seed and one clock name their tasks alike."""
-    ids = []
-    for _ in range(2):
-        async with sandbox(QUICK, lambda: 5.0) as client:
-            ids.append((await submit(client)).json()["id"])
-    assert ids[0] == ids[1]
-
-
 async def test_the_links_carry_the_configured_base_url() -> None:
     """Behind a proxy the called address is not the public one."""
     async with sandbox(replace(QUICK, base_url="https://files.sandbox.example/")) as client:
@@ -306,123 +220,22 @@ async def test_a_receiver_that_is_not_there_is_tried_as_often() -> None:
     assert [(call["status"], call["problem"].split(":")[0]) for call in task["callbacks"]] == [(None, "NotConnected")]
 
 
-# --- faults ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("way", WAYS)
+async def test_slow_callback_dribbles_its_body(way: str, receiver: Receiver) -> None:
+    """The head and a byte come at once, the rest in its time; a sandbox that stops does not wait for it."""
+    heads: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue()
 
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.put_nowait((await reader.readuntil(b"\r\n\r\n"), await reader.readexactly(1)))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader.read(1), 0.1)
+        heads.put_nowait((b"", b""))
+        writer.close()
 
-async def test_a_failed_task_says_why_and_is_not_charged() -> None:
-    """The documented error object, no results."""
-    async with sandbox() as client:
-        task = await finished(client, sandbox={"fail": "content_policy_violation"})
-        assert (await client.get("/v1/credits")).json()["data"]["token"]["remaining_credits"] == 10000
-    assert (task["status"], task["error"]["code"], "results" in task) == ("failed", "content_policy_violation", False)
-
-
-@pytest.mark.parametrize(("form", "status", "code"), [("status", "cancelled", None), ("code", "failed", "request_cancelled")])
-async def test_a_task_is_cancelled_in_both_forms(form: str, status: str, code: str | None) -> None:
-    """By a status nobody lists, or as failed with a code."""
-    async with sandbox() as client:
-        task = await finished(client, sandbox={"cancel": form})
-    assert (task["status"], task.get("error", {}).get("code")) == (status, code)
-
-
-@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
-async def test_results_come_in_the_asked_format(format: str) -> None:
-    """Content type and content agree."""
-    async with sandbox() as client:
-        task = await finished(client, sandbox={"format": format})
-        file = await client.get(task["results"][0])
-    assert file.headers["content-type"] == f"image/{format}"
-    assert Image.open(io.BytesIO(file.content)).format == format.upper()
-
-
-async def test_an_unknown_fault_is_refused_by_name() -> None:
-    """400 that names it, also at the start for a default one."""
-    async with sandbox() as client:
-        answer = await submit(client, sandbox={"explode": 1})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "sandbox")
-    assert "explode" in answer.json()["error"]["message"]
-    with pytest.raises(ValueError, match="explode"):
-        create_sandbox(replace(QUICK, faults={"explode": 1}))
-
-
-async def test_default_faults_hold_for_every_request() -> None:
-    """Until a request says otherwise."""
-    async with sandbox(replace(QUICK, faults={"fail": "service_error"})) as client:
-        assert (await finished(client))["status"] == "failed"
-        assert (await finished(client, sandbox={"fail": None}))["status"] == "completed"
-
-
-async def test_the_callback_can_come_before_the_answer(receiver: Receiver) -> None:
-    """The submission is answered only after the receiver has answered."""
-    async with sandbox() as client:
-        answer = await submit(client, callback_url=receiver.url, sandbox={"callback_first": True})
-        assert len(receiver.requests) == 1
-        assert (await receiver.next())["id"] == answer.json()["id"]
-    assert answer.json()["status"] == "pending"
-
-
-async def test_callbacks_can_be_dropped_repeated_contradicted_and_unreadable(receiver: Receiver) -> None:
-    """What is sent is built in the table's order; the query keeps the truth."""
-    async with sandbox() as client:
-        await finished(client, callback_url=receiver.url, sandbox={"drop_callback": True})
-        assert receiver.requests == []
-        await submit(client, callback_url=receiver.url, sandbox={"repeat_callback": 3, "contradict": True, "garbage_callback": True})
-        told = [await receiver.next() for _ in range(4)]
-        assert [body["status"] for body in told] == ["completed"] * 3 + ["failed"]
-        assert await receiver.bodies.get() == b"\x00{not json"
-        assert (await client.get(f"/v1/tasks/{told[0]['id']}")).json() == told[0]
-        switched_off = {"drop_callback": False, "contradict": False, "garbage_callback": False}
-        await submit(client, callback_url=receiver.url, sandbox=switched_off)
-        assert (await receiver.next())["status"] == "completed"
-    assert len(receiver.requests) == 6
-
-
-@pytest.mark.parametrize(("status", "code"), [(429, "rate_limit_exceeded"), (500, "internal_error"), (503, "service_unavailable")])
-async def test_a_submission_can_be_refused_with_json(status: int, code: str) -> None:
-    """Nothing is created."""
-    async with sandbox() as client:
-        answer = await submit(client, sandbox={"submit_status": status})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-        assert (await client.get("/sandbox/tasks")).json() == {"data": []}
-
-
-async def test_a_submission_can_be_refused_once_with_a_page() -> None:
-    """`times` counts what comes under one key, or with one body."""
-    fault = {"submit_status": {"status": 503, "html": True, "retry_after": 2, "times": 1}}
-    async with sandbox() as client:
-        first = await submit(client, sandbox=fault)
-        second = await submit(client, sandbox=fault)
-    assert (first.status_code, first.headers["retry-after"], first.text[:15]) == (503, "2", "<!DOCTYPE html>")
-    assert second.status_code == 200
-
-
-async def test_an_answer_can_get_lost_after_the_task_was_created() -> None:
-    """The connection breaks, the task lives; the same key finds it again."""
-    key = {"idempotency-key": "task_0123456789abcdef"}
-    async with sandbox() as client:
-        with pytest.raises(httpx.RemoteProtocolError):
-            await submit(client, key, sandbox={"lose_answer": True})
-        again = await submit(client, key, sandbox={"lose_answer": True})
-        (task,) = (await client.get("/sandbox/tasks")).json()["data"]
-    assert (again.json()["id"], again.headers["idempotency-replayed"]) == (task["id"], "true")
-
-
-async def test_queries_and_files_can_fail_for_a_while() -> None:
-    """Each counts for itself, files one by one."""
-    fault = {"query_status": {"status": 404, "times": 1}, "file_status": {"status": 403, "code": "access_denied", "times": 1}}
-    async with sandbox() as client:
-        assert "error" in await finished(client, n=2, sandbox=fault)
-        (task,) = (await client.get("/sandbox/tasks")).json()["data"]
-        assert (await client.get(f"/v1/tasks/{task['id']}")).json()["status"] == "completed"
-        for url in task["results"]:
-            assert [(await client.get(url)).status_code for _ in range(2)] == [403, 200]
-
-
-async def test_answers_can_come_late_and_wait_for_nobody_who_left() -> None:
-    """A client that gave up does not keep the sandbox from stopping."""
-    async with asyncio.timeout(10):
-        async with sandbox() as client:
-            with pytest.raises(httpx.ReadTimeout):
-                await client.post("/v1/images/generations", json=ORDER | {"sandbox": {"submit_delay": 3600}}, timeout=0.05)
-            task = await finished(client, sandbox={"submit_delay": 0.01, "query_delay": 0.01})
-    assert task["status"] == "completed"
+    async with asyncio.timeout(20), await asyncio.start_server(take, "127.0.0.1", 0) as stalled, faulty(way, slow_callback=0.2) as here:
+        assert await here.finished(callback_url=receiver.url) == await receiver.next()
+        url = f"http://127.0.0.1:{stalled.sockets[0].getsockname()[1]}/"
+        await here.submit(callback_url=url, sandbox={"slow_callback": 86400})
+        head, first = await heads.get()
+        assert await heads.get() == (b"", b"")
+    assert (b"content-length: " in head.lower(), first) == (True, b"{")

@@ -234,7 +234,7 @@ async def test_an_answer_under_a_lease_that_ended_changes_nothing(told: World, u
     """Whoever was too slow records nothing: the row is somebody else's by now."""
     task = await told.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
-    settle = next(stage for stage in stages(told.settings, told.context.resources) if stage.name == "settle")
+    settle = next(stage for stage in stages(told.settings, told.context.resources, told.context.account) if stage.name == "settle")
     with capture_logs() as lines:
         await settle.run(Grant("settle", task["id"], 99, 1))
     assert (await told.task(task["id"]))["state"] == "submitted"

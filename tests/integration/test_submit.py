@@ -5,8 +5,9 @@ import json
 import socket
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,12 @@ async def in_state(here: World, task_id: str, state: str) -> Any:
 
 async def row(here: World, task_id: str) -> Any:
     return await here.context.resources.store.read(queries.task_row, task_id, None)
+
+
+async def waiting(here: World, task_id: str) -> float | None:
+    """Seconds until a task is tried again, once that lies ahead."""
+    wait: float = ((await row(here, task_id))["submit_due_at"] - here.context.resources.clock()) / 1000
+    return wait if wait > 0 else None
 
 
 async def test_an_answer_in_hand_is_kept_until_the_store_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,14 +183,14 @@ async def test_waits_between_submissions_keep_to_schedule_and_retry_after(tmp_pa
         with capture_logs() as lines:
             for prompt in upstream.submits:
                 answers[prompt] = await here.submit(prompt=prompt)
-                known = await row(here, answers[prompt]["id"])
-                waits[prompt] = (known["submit_due_at"] - here.context.resources.clock()) / 1000
+                waits[prompt] = await wait_until(partial(waiting, here, answers[prompt]["id"]))
         assert {task["state"] for task in answers.values()} == {"queued"}
         assert 590 < waits["schedule"] <= 720
         assert 1190 < waits["asked"] <= 1200
         assert 590 < waits["account"] <= 720
         retried = [line for line in lines if line["event"] == "task.submission_retried"]
-        assert [(line["account"], line["log_level"]) for line in retried] == [(False, "warning"), (False, "warning"), (True, "error")]
+        assert [(line["account"], line["log_level"]) for line in retried] == [(False, "warning"), (False, "warning"), (True, "warning")]
+        assert [line["log_level"] for line in lines if line["event"] == "account.refused"] == ["error"]
         metrics = (await here.client.get("/metrics")).text
         assert "darkroom_account_refusals_total 1.0" in metrics
         assert await here.events() == []
@@ -333,18 +340,22 @@ async def test_the_row_is_submitting_before_the_request_leaves(here: World, upst
     assert states == ["submitting"]
 
 
+@asynccontextmanager
+async def crowded(here: World) -> AsyncIterator[None]:
+    """Every place at the upstream is taken meanwhile."""
+    async with AsyncExitStack() as places:
+        for _ in range(here.settings.evolink_concurrency):
+            await places.enter_async_context(here.context.resources.pace.place("confirm", 5.0))
+        yield
+
+
 async def test_a_task_cancelled_before_its_turn_is_not_sent(here: World, upstream: Upstream) -> None:
     """Cancelled between the claim and a free place at the upstream: nothing leaves."""
-    places = here.context.resources.upstream_calls
-    async with asyncio.TaskGroup() as group:
-        for _ in range(here.settings.evolink_concurrency):
-            group.create_task(places.acquire())
-    task = await here.submit(prompt="too late", headers={"prefer": "respond-async"})
-    await wait_until(lambda: places._waiters)
-    answer = await here.client.post(f"/v1/tasks/{task['id']}/cancel")
-    assert answer.json()["state"] == "cancelled"
-    for _ in range(here.settings.evolink_concurrency):
-        places.release()
+    async with crowded(here):
+        task = await here.submit(prompt="too late", headers={"prefer": "respond-async"})
+        await wait_until(lambda: here.context.resources.pace.waiting("submit"))
+        answer = await here.client.post(f"/v1/tasks/{task['id']}/cancel")
+        assert answer.json()["state"] == "cancelled"
 
     async def idle() -> bool:
         known = await row(here, task["id"])
@@ -358,14 +369,10 @@ async def test_a_submission_that_waits_for_a_place_at_a_stop_is_left_to_the_next
     """What has not been sent is not sent any more: it stays queued, due, and no attempt is counted."""
     theirs = Upstream()
     async with world(tmp_path, upstream=theirs.app) as there:
-        places = there.context.resources.upstream_calls
-        for _ in range(there.settings.evolink_concurrency):
-            await places.acquire()
-        task = await there.submit(prompt="later", headers={"prefer": "respond-async"})
-        await wait_until(lambda: places._waiters)
-        there.context.quiesce()
-        for _ in range(there.settings.evolink_concurrency):
-            places.release()
+        async with crowded(there):
+            task = await there.submit(prompt="later", headers={"prefer": "respond-async"})
+            await wait_until(lambda: there.context.resources.pace.waiting("submit"))
+            there.context.quiesce()
 
         async def free() -> Any:
             known = await row(there, task["id"])
@@ -381,7 +388,7 @@ async def test_a_submission_that_waits_for_a_place_at_a_stop_is_left_to_the_next
 
 async def test_work_on_what_is_gone_ends_quietly(here: World) -> None:
     """A grant for a row that is no longer there, at any stage, changes nothing and raises nothing."""
-    for stage in stages(here.settings, here.context.resources):
+    for stage in stages(here.settings, here.context.resources, here.context.account):
         await stage.run(Grant(stage.name, "gone", 1, 1))
 
 

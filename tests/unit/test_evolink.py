@@ -243,8 +243,8 @@ def test_an_id_without_a_status_is_accepted_too() -> None:
 @pytest.mark.parametrize(("retry_after", "wait"), [(None, None), ("7", 7.0), ("Sun, 06 Nov 1994 08:50:37 GMT", 60.0), ("junk", None)])
 def test_429_created_nothing(retry_after: str | None, wait: float | None) -> None:
     """Whoever sends it, it is sent instead of creating; `Retry-After` is kept."""
-    assert submit(429, error("rate_limit_exceeded"), retry_after) == NotCreated("429 rate_limit_exceeded", wait)
-    assert submit(429, None, retry_after) == NotCreated("429 without an error of its own", wait)
+    assert submit(429, error("rate_limit_exceeded"), retry_after) == NotCreated("429 rate_limit_exceeded", wait, throttled=True)
+    assert submit(429, None, retry_after) == NotCreated("429 without an error of its own", wait, throttled=True)
 
 
 def test_503_created_nothing_only_in_the_upstreams_own_words() -> None:
@@ -388,8 +388,9 @@ def test_an_answer_about_another_task_says_nothing() -> None:
 @pytest.mark.parametrize("status", [301, 400, 401, 403, 408, 429, 500, 502, 503, 524])
 def test_other_statuses_are_no_answer(status: int) -> None:
     """Whatever the body; `Retry-After` is kept."""
-    assert classify_query(status, {"retry-after": "9"}, body(SUBMITTED), NOW, ID) == NoAnswer(f"{status}", 9.0)
-    assert classify_query(status, {}, PAGE, NOW, ID) == NoAnswer(f"{status}")
+    throttled = status == 429
+    assert classify_query(status, {"retry-after": "9"}, body(SUBMITTED), NOW, ID) == NoAnswer(f"{status}", 9.0, throttled)
+    assert classify_query(status, {}, PAGE, NOW, ID) == NoAnswer(f"{status}", throttled=throttled)
 
 
 def test_a_page_with_200_is_no_answer() -> None:

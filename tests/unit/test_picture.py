@@ -1,105 +1,172 @@
 """What counts as a picture: by its content alone, and whole."""
 
 import io
+import re
 import zlib
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from service.pipeline.picture import NoPicture, Picture, inspect
+from service.pipeline.picture import FRAMES, KINDS, NoPicture, Picture, inspect
+from tests.pictures import SIZE, chunk, drawn, frame, gif, header, png, samples, scans, segment, with_segments
 
-SIZE = (64, 48)
-LIMIT = 64 * 48
-KINDS = {
-    "PNG": ("image/png", "png"),
-    "JPEG": ("image/jpeg", "jpg"),
-    "WEBP": ("image/webp", "webp"),
-    "GIF": ("image/gif", "gif"),
-    "BMP": ("image/bmp", "bmp"),
-    "TIFF": ("image/tiff", "tif"),
-    "AVIF": ("image/avif", "avif"),
-}
-Judged = Callable[[bytes], Picture | NoPicture]
+LIMIT = SIZE[0] * SIZE[1] * 3
+SAMPLES = samples()
+FORMAT = {"png": "PNG", "apng": "PNG", "jpeg": "JPEG", "webp": "WEBP", "gif": "GIF", "avif": "AVIF"}
 
 
-@pytest.fixture
-def judged(tmp_path: Path) -> Judged:
-    """Judges bytes under a name that says nothing of them."""
-
-    def judge(data: bytes) -> Picture | NoPicture:
-        path = tmp_path / "incoming"
-        path.write_bytes(data)
-        return inspect(path, LIMIT)
-
-    return judge
+def passing(verdict: Picture | NoPicture) -> bool:
+    """Whether it is worth another try."""
+    return isinstance(verdict, NoPicture) and not verdict.final
 
 
-def drawn(format: str, frames: int = 1, size: tuple[int, int] = SIZE) -> bytes:
-    """Noise, which no format makes small: what is cut off is missed."""
-    pictures = [Image.effect_noise(size, 60 + 40 * frame).convert("RGB") for frame in range(frames)]
-    made = io.BytesIO()
-    several = {"save_all": True, "append_images": pictures[1:]} if frames > 1 else {}
-    pictures[0].save(made, format, **several)
-    return made.getvalue()
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_whole_picture_is_known_by_its_content(name: str) -> None:
+    """Type, extension and size come from the bytes, and all frames count."""
+    assert inspect(SAMPLES[name], LIMIT) == Picture(*KINDS[FORMAT[name.split(maxsplit=1)[0]]], *SIZE)
 
 
-@pytest.mark.parametrize("format", KINDS)
-def test_a_whole_picture_is_known_by_its_content(format: str, judged: Judged) -> None:
-    """Type, extension and size come from the bytes: the upstream's name and content type can be wrong."""
-    assert judged(drawn(format)) == Picture(*KINDS[format], *SIZE)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_picture_cut_at_any_byte_is_none(name: str) -> None:
+    """Not even when its pixels are all there: the rest may come with another try."""
+    whole = SAMPLES[name]
+    assert [length for length in range(len(whole)) if not passing(inspect(whole[:length], LIMIT))] == []
 
 
-@pytest.mark.parametrize("format", KINDS)
-def test_a_picture_cut_short_is_none(format: str, judged: Judged) -> None:
-    """A picture that does not decode to its end is worth another try: the rest may come."""
-    whole = drawn(format)
-    verdict = judged(whole[: len(whole) * 7 // 10])
-    assert isinstance(verdict, NoPicture)
-    assert not verdict.final
+@pytest.mark.parametrize("tail", [b"<html><script>alert(1)</script>", b"PK\x03\x04", b"\0" * 5000, b"\xff\xd9", b";"])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_what_stands_behind_a_picture_means_nothing(name: str, tail: bytes) -> None:
+    """It is what its beginning says, and is kept as it came."""
+    assert inspect(SAMPLES[name] + tail, LIMIT) == inspect(SAMPLES[name], LIMIT)
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"<!DOCTYPE html><h1>200 OK</h1>", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.7", b"P6 1 1 255 abc"]
+    "data",
+    [
+        b"",
+        b"<!DOCTYPE html><h1>200 OK</h1>",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%PDF-1.7",
+        b"P6 1 1 255 abc",
+        b" " + SAMPLES["png"],
+        b"RIFF\0\0\0\0WAVE",
+        b"\0\0\0\x1cftypisom",
+        *(drawn(format) for format in ("BMP", "TIFF", "ICO", "JPEG2000")),
+    ],
 )
-def test_other_bytes_are_no_picture(data: bytes, judged: Judged) -> None:
-    """HTML with 200, SVG, documents and formats nobody asked for: tried again, as the same link may bring the picture."""
-    assert judged(data) == NoPicture("the bytes are no picture")
+def test_other_bytes_are_no_picture(data: bytes) -> None:
+    """HTML with 200, SVG, documents, and formats that not every reader shows: tried again, as the same link may bring the picture."""
+    assert inspect(data, LIMIT) == NoPicture("the bytes are no picture")
 
 
-@pytest.mark.parametrize("format", ["PNG", "WEBP"])
-def test_too_many_pixels_are_refused_by_the_header(format: str, judged: Judged) -> None:
-    """Over the limit is final, and known before decoding: half of the file is enough."""
-    whole = drawn(format, size=(65, 48))
-    for data in (whole, whole[: len(whole) // 2] if format == "PNG" else whole):
-        verdict = judged(data)
-        assert isinstance(verdict, NoPicture)
-        assert verdict.final
-        assert "over 3072 pixels" in verdict.reason
+@pytest.mark.parametrize(
+    "data",
+    [
+        SAMPLES["png"][:16] + b"\xff" + SAMPLES["png"][17:],  # a size that its checksum does not fit
+        png(pixels=b""),
+        png(b"\0\0\0\1\0\0\0\0"),
+        header(1, 1) + chunk(b"IEND", b""),
+        b"\xff\xd8\xff\xd9",
+        SAMPLES["jpeg"][:2] + b"\xff\x01" + SAMPLES["jpeg"][2:],
+        SAMPLES["jpeg"] + SAMPLES["jpeg"][:-2],
+        SAMPLES["gif"][:13] + b"?" + SAMPLES["gif"][13:],
+        gif(),
+        b"RIFF\x04\0\0\0WEBP",
+        SAMPLES["webp"][:12] + b"JUNK\xff\0\0\0" + SAMPLES["webp"][12:],
+        SAMPLES["avif"][:4] + b"ftypavif",
+        b"\0\0\0\x07ftypavif",
+        b"\0\0\0\x14ftypavif" + bytes(8) + b"\0\0\0\1mdat" + (1 << 40).to_bytes(8, "big"),
+    ],
+)
+def test_what_only_begins_like_a_picture_is_none(data: bytes) -> None:
+    """Pieces that do not fit together are worth another try."""
+    assert passing(inspect(data, LIMIT))
 
 
-def test_a_header_that_promises_a_bomb_costs_nothing(judged: Judged) -> None:
-    """50,000 × 50,000 pixels in a few bytes are refused, without Pillow's own warning or limit."""
-    made = bytearray(drawn("PNG"))
-    made[16:24] = (50_000).to_bytes(4, "big") * 2
-    made[29:33] = zlib.crc32(made[12:29]).to_bytes(4, "big")
-    assert judged(bytes(made)) == NoPicture("50000x50000, up to frame 1, is over 3072 pixels", final=True)
-
-
-@pytest.mark.parametrize("format", ["PNG", "GIF", "WEBP", "AVIF", "TIFF"])
-def test_every_frame_counts_and_must_decode(format: str, judged: Judged) -> None:
-    """An animated picture is whole when its last frame is, and its frames together keep to the limit."""
-    small = drawn(format, frames=3, size=(32, 24))
-    assert judged(small) == Picture(*KINDS[format], 32, 24)
-    verdict = judged(small[: len(small) * 7 // 10])
+@pytest.mark.parametrize(
+    ("format", "frames"), [(format, frames) for format in KINDS for frames in (1, 4) if (format, frames) != ("JPEG", 4)]
+)
+def test_too_many_pixels_are_final(format: str, frames: int) -> None:
+    """All frames together: the frame that goes over is not decoded any more."""
+    verdict = inspect(drawn(format, size=SIZE if frames > 1 else (SIZE[0], SIZE[1] * 3 + 1), frames=frames), LIMIT)
     assert isinstance(verdict, NoPicture)
-    assert not verdict.final
-    many = judged(drawn(format, frames=2, size=(64, 40)))
-    assert isinstance(many, NoPicture)
-    assert many.final
+    assert verdict.final
+    assert f"over {LIMIT} pixels" in verdict.reason
 
 
-def test_a_jpeg_with_a_second_picture_behind_it_is_a_jpeg(judged: Judged) -> None:
-    """Gain maps and previews ride behind some JPEGs (MPO): what is served is the file as it is, as a JPEG."""
-    assert judged(drawn("MPO", frames=2, size=(32, 24))) == Picture("image/jpeg", "jpg", 32, 24)
+@pytest.mark.parametrize("size", [(40, 40), (50_000, 50_000)])
+def test_a_header_over_the_limit_is_final(size: tuple[int, int]) -> None:
+    """Nothing is decoded for it: there is nothing to decode."""
+    assert inspect(png(size=size), LIMIT) == NoPicture(f"over {LIMIT} pixels", final=True)
+
+
+@pytest.mark.parametrize(("frames", "whole"), [(FRAMES, True), (FRAMES + 1, False)])
+def test_frames_are_limited(frames: int, whole: bool) -> None:
+    """Each costs time, however small it is."""
+    verdict = inspect(gif(*[b"!\xf9\x04\0\0\0\0\0" + frame()] * frames), LIMIT)
+    assert verdict == (Picture("image/gif", "gif", 1, 1) if whole else NoPicture(f"over {FRAMES} frames", final=True))
+
+
+def test_an_index_is_limited() -> None:
+    """The decoder of an AVIF goes through it again and again."""
+    index = (1 << 20).to_bytes(4, "big") + b"meta" + bytes(1 << 20)
+    assert inspect(SAMPLES["avif"][:32] + index, LIMIT) == NoPicture("over 262144 bytes of index", final=True)
+
+
+def test_scans_are_limited() -> None:
+    """Each goes over all pixels of a JPEG."""
+    assert isinstance(inspect(scans(80), LIMIT), Picture)
+    assert inspect(scans(100), LIMIT) == NoPicture("over 100 scans", final=True)
+
+
+def encoded(mode: str, format: str, **how: object) -> bytes:
+    made = io.BytesIO()
+    Image.new(mode, SIZE, 1).save(made, format, **how)
+    return made.getvalue()
+
+
+def interlaced() -> bytes:
+    """A grey PNG of two by two in the passes of Adam7."""
+    passes = b"\0\1" + b"\0\2" + b"\0\3\4"
+    return header(2, 2, interlace=1) + chunk(b"IDAT", zlib.compress(passes)) + chunk(b"IEND", b"")
+
+
+def deep() -> bytes:
+    """A PNG pixel of three times 16 bits."""
+    return header(1, 1, 16, 2) + chunk(b"IDAT", zlib.compress(b"\0" + b"\1\2" * 3)) + chunk(b"IEND", b"")
+
+
+ODD = {
+    "one bit": encoded("1", "PNG"),
+    "16 bit grey": encoded("I;16", "PNG"),
+    "16 bit colours": deep(),
+    "interlaced": interlaced(),
+    "grey jpeg": encoded("L", "JPEG"),
+    "cmyk progressive": encoded("CMYK", "JPEG", progressive=True),
+    "jpeg with a broken exif": with_segments(segment(0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff")),
+    "jpeg with a broken profile": with_segments(segment(0xE2, b"ICC_PROFILE\0\2\1x")),
+    "jpeg with junk in its header": SAMPLES["jpeg"][:20] + b"junk" + SAMPLES["jpeg"][20:],
+    "jpeg with a comment between its scans": SAMPLES["jpeg progressive"].replace(b"\xff\xda", segment(0xFE, b"\xff\xda") + b"\xff\xda"),
+    "png with a broken profile": png(chunk(b"iCCP", b"x\0\0no profile")),
+    "png with broken text": png(chunk(b"zTXt", b"key\0\0no text")),
+    "gif with a comment": gif(b"!\xfe\x02hi\0", frame()),
+    "webp with metadata": encoded("RGB", "WEBP", exif=b"Exif\0\0II*\0", xmp=b"<x/>", icc_profile=b"none"),
+    "avif with exif": encoded("RGB", "AVIF", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"),
+    "avif that lasts to the end of the file": re.sub(rb"....mdat", b"\0\0\0\0mdat", SAMPLES["avif"], flags=re.DOTALL),
+    "a jpeg with others behind it": drawn("MPO", frames=3),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_picture_is_one(name: str) -> None:
+    """Depths, colours, orders, and metadata that nobody can read: what counts is that the pixels decode."""
+    assert isinstance(inspect(ODD[name], LIMIT), Picture)
+
+
+def test_a_jpeg_with_others_behind_it_is_whole_when_they_are() -> None:
+    """Gain maps and previews ride behind some JPEGs (MPO): a JPEG all the same. Cut right behind a picture it is one with fewer."""
+    whole = ODD["a jpeg with others behind it"]
+    assert inspect(whole, LIMIT) == Picture("image/jpeg", "jpg", *SIZE)
+    ends = [length for length in range(len(whole)) if not passing(inspect(whole[:length], LIMIT))]
+    assert {whole[:length].removesuffix(b"\xff\xd8").removesuffix(b"\xff")[-2:] for length in ends} == {b"\xff\xd9"}
+    assert len(ends) <= 6

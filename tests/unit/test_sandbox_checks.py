@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 
 from service.errors import ApiError
-from service.model import Status
 from service.upstreams.sandbox.checks import KEY, Order, read_body, read_key, read_order
-from service.upstreams.sandbox.faults import FAULTS, TASK_ERRORS, Outcome, contradicting, read_faults
+from service.upstreams.sandbox.faults import contradicting, read_faults
 
 TEXT = {"model": "wan2.5-text-to-image", "prompt": "a cat"}
 EDIT = {"model": "wan2.5-image-to-image", "prompt": "a cat", "image_urls": ["https://files.example.com/a.png"]}
@@ -102,6 +101,21 @@ def test_an_idempotency_key_has_16_to_96_safe_characters() -> None:
         ({"repeat_callback": 0}, "sandbox.repeat_callback"),
         ({"drop_callback": 1}, "sandbox.drop_callback"),
         ({"format": "svg"}, "sandbox.format"),
+        ({"images": 5}, "sandbox.images"),
+        ({"images": 1.0}, "sandbox.images"),
+        ({"results": "strings"}, "sandbox.results"),
+        ({"usage": "free"}, "sandbox.usage"),
+        ({"usage": -0.5}, "sandbox.usage"),
+        ({"usage": float("nan")}, "sandbox.usage"),
+        ({"file_content": []}, "sandbox.file_content"),
+        ({"file_type": "image/png\r\nx: y"}, "sandbox.file_type"),
+        ({"file_redirect": "elsewhere"}, "sandbox.file_redirect"),
+        ({"file_redirect": "http://x/\r\nx: y"}, "sandbox.file_redirect"),
+        ({"file_redirect": "http://x/ü"}, "sandbox.file_redirect"),
+        ({"file_length": True}, "sandbox.file_length"),
+        ({"file_cut": -1}, "sandbox.file_cut"),
+        ({"submit_status": {"status": 429, "times": True}}, "sandbox.submit_status"),
+        ({"submit_status": True}, "sandbox.submit_status"),
         ({"submit_status": 200}, "sandbox.submit_status"),
         ({"submit_status": {"html": True}}, "sandbox.submit_status"),
         ({"submit_status": {"status": 429, "code": "Ü"}}, "sandbox.submit_status"),
@@ -120,21 +134,12 @@ def test_a_request_overrides_the_default_faults() -> None:
     assert list(faults.items()) == [("delay", 2.0), ("repeat_callback", 3)]
 
 
-@pytest.mark.parametrize("code", TASK_ERRORS)
-def test_every_documented_task_error_can_be_asked_for(code: str) -> None:
-    """`fail` ends a task with the documented error object, whatever it would have made."""
-    change = FAULTS["fail"].outcome
-    assert change is not None
-    outcome = change(code, Outcome(Status.COMPLETED, 4))
-    assert (outcome.status, outcome.images) == (Status.FAILED, 0)
-    assert outcome.error == {"code": code, "message": TASK_ERRORS[code], "type": "task_error"}
-
-
 def test_a_contradiction_is_terminal_and_of_the_other_kind() -> None:
     """Completed becomes failed, anything else completed; the id stays."""
     assert contradicting({"id": "t", "status": "completed", "results": ["x"]})["status"] == "failed"
     completed = contradicting({"id": "t", "status": "failed", "error": {}})
     assert (completed["id"], completed["status"], "error" in completed) == ("t", "completed", False)
+    assert "result_data" not in contradicting({"id": "t", "status": "completed", "result_data": [{"image_url": "x"}]})
 
 
 def test_a_page_is_shown_only_so_many_times() -> None:

@@ -14,12 +14,14 @@ from sqlalchemy import Connection, event, select
 from structlog.testing import capture_logs
 
 from service.errors import StoreUnavailable
+from service.model import Report
 from service.ops.metrics import Metrics
 from service.pipeline import worker
 from service.pipeline.worker import Stage, WorkerPool
 from service.resources import new_id
 from service.store import LEASE_MS, Grant, Transaction, queries
 from service.store.operations import leases
+from service.store.operations.submissions import Accepted, Submission, record_submissions
 from service.store.operations.tasks import NewTask, insert_tasks
 from service.store.sqlite import REMEMBERED, SqliteStore, open_sqlite
 from service.store.tables import events, tasks
@@ -60,18 +62,24 @@ class Shop:
         self, run: Callable[[Grant], Awaitable[None]], places: int = 2, turn: Callable[[], Awaitable[None]] = at_once
     ) -> AsyncIterator[WorkerPool]:
         pool = WorkerPool(self.store, [Stage("submit", places, run)], self.metrics, self.told.append, turn)
-        claiming = asyncio.create_task(pool.run())
-        await wait_until(lambda: pool.alive)
-        try:
+        async with at_work(pool):
             yield pool
-        finally:
-            claiming.cancel()
-            with suppress(asyncio.CancelledError):
-                await claiming
-            await pool.stop(5)
 
     def counted(self, stage: str) -> float:
         return self.metrics.registry.get_sample_value("darkroom_worker_faults_total", {"stage": stage}) or 0
+
+
+@asynccontextmanager
+async def at_work(pool: WorkerPool) -> AsyncIterator[None]:
+    claiming = asyncio.create_task(pool.run())
+    await wait_until(lambda: pool.alive)
+    try:
+        yield
+    finally:
+        claiming.cancel()
+        with suppress(asyncio.CancelledError):
+            await claiming
+        await pool.stop(5)
 
 
 @pytest.fixture
@@ -99,6 +107,31 @@ async def test_all_that_is_due_is_worked_on_once(shop: Shop) -> None:
         await wait_until(lambda: len(done) == 23)
     assert len(set(done)) == 23
     assert sum(len(tx.due) for tx in shop.told) > 0  # what committed was told
+
+
+async def test_a_busy_stage_keeps_no_other_from_looking(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes due by time alone is claimed within a look, while another stage's backlog wakes the workers all the time."""
+    monkeypatch.setattr(worker, "LOOK_S", 0.2)
+    clock, reconciled = asyncio.get_running_loop().time, asyncio.Event()
+    jobs, busy_until = [0], clock() + 5
+
+    async def submit(grant: Grant) -> None:
+        jobs[0] += 1
+        if not reconciled.is_set() and clock() < busy_until:
+            await shop.queue(f"task_more_{jobs[0]}")
+        await shop.store.write(leases.done, grant)
+
+    async def run(grant: Grant) -> None:
+        await shop.store.write(leases.done, grant)
+        reconciled.set()
+
+    await shop.queue("task_silent", "task_a", "task_b", "task_c")
+    pool = WorkerPool(shop.store, [Stage("submit", 1, submit), Stage("reconcile", 1, run)], shop.metrics, shop.told.append, at_once)
+    async with at_work(pool):
+        accepted = Submission(Grant("submit", "task_silent", 0, 0), Accepted(Report(upstream_id="u-1"), 0))
+        await shop.store.write(record_submissions, accepted)
+        await reconciled.wait()
+    assert clock() < busy_until
 
 
 async def test_a_stage_never_has_more_work_than_places(shop: Shop) -> None:

@@ -198,8 +198,11 @@ def change_endpoints(tx: Transaction, items: Sequence[EndpointChange]) -> list[b
 
 
 def _change_endpoint(tx: Transaction, item: EndpointChange) -> bool:
-    row = tx.connection.execute(select(endpoints).where(endpoints.c.id == item.id).with_for_update()).mappings().first()
-    if row is None or item.owner not in (None, row["owner"]):
+    statement = select(endpoints).where(endpoints.c.id == item.id).with_for_update()
+    if item.owner is not None:  # nobody waits for the lock of another's: how long it took would tell that it is there
+        statement = statement.where(endpoints.c.owner == item.owner)
+    row = tx.connection.execute(statement).mappings().first()
+    if row is None:
         return False
     if item.delete:
         bury(tx, item.id)

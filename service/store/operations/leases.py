@@ -12,11 +12,13 @@ from service.store.records import Row
 from service.store.tables import QUEUES, Queue
 
 
-def born(tx: Transaction, stage: str, key: str) -> dict[str, Any]:
-    """Values of a new row that wants work now: leased to this process if it has a free place, else simply due."""
+def born(tx: Transaction, stage: str, key: str, *, behind: bool = False) -> dict[str, Any]:
+    """Values of a new row that wants work now: leased to this process if it has a free place, else, or `behind` others, simply due."""
     queue = QUEUES[stage]
     values: dict[str, Any] = {"due_at": tx.now, "lease_until": None, "lease_owner": None, "fence": 0, "attempts": 0}
-    if take_slot(tx, stage):
+    if behind:
+        tx.due.add(stage)
+    elif take_slot(tx, stage):
         values |= {"lease_until": tx.now + LEASE_MS, "lease_owner": tx.process, "fence": 1, "attempts": 1}
         tx.granted.append(Grant(stage, key, 1, 1))
     return {queue.prefix + name: value for name, value in values.items()}

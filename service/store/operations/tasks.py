@@ -10,6 +10,7 @@ from service import model
 from service.model import JSON, State
 from service.store import Transaction
 from service.store.operations import leases, outbox
+from service.store.operations.turns import Turns
 from service.store.records import counts, image_record, task_record
 from service.store.tables import images, tasks
 
@@ -128,6 +129,7 @@ class Inserted:
 def insert_tasks(tx: Transaction, items: Sequence[NewTask]) -> list[Inserted]:
     """Accepts submissions as `queued`. Run again after a lost commit, or with a key that exists, it finds the first row."""
     known = _known(tx, items)
+    turns = Turns(tx)
     results = []
     for item in items:
         name = (item.owner, item.idempotency_key)
@@ -136,7 +138,7 @@ def insert_tasks(tx: Transaction, items: Sequence[NewTask]) -> list[Inserted]:
             inserted = Inserted(item.id, True, item.idempotency_hash)
             known[item.id] = inserted
             known[name] = Inserted(item.id, False, item.idempotency_hash)
-            tx.insert(tasks, _new_row(tx, item))
+            tx.insert(tasks, _new_row(tx, item, turns))
             tx.step(item.id, "task.queued", model=item.model)
             earlier = inserted
         results.append(earlier)
@@ -156,7 +158,7 @@ def _known(tx: Transaction, items: Sequence[NewTask]) -> dict[Any, Inserted]:
     return known
 
 
-def _new_row(tx: Transaction, item: NewTask) -> Row:
+def _new_row(tx: Transaction, item: NewTask, turns: Turns) -> Row:
     return {
         "id": item.id,
         "owner": item.owner,
@@ -171,7 +173,8 @@ def _new_row(tx: Transaction, item: NewTask) -> Row:
         "callback_url": item.callback_url,
         "idempotency_key": item.idempotency_key,
         "idempotency_hash": item.idempotency_hash,
-        **leases.born(tx, "submit", item.id),
+        "submit_turn": turns.next(item.owner),
+        **leases.born(tx, "submit", item.id, behind=turns.behind),
     }
 
 

@@ -25,13 +25,20 @@ HTTP_ERRORS: Mapping[int, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What goes over the wire. `wait`: seconds before; `cut`: the connection ends after the head, before any of the body."""
+    """What goes over the wire.
+
+    `wait`: seconds before it; `lost`: the connection ends instead; `cut`: it ends after so many bytes of the body; `stall`: seconds in
+    the middle of the body; `excess`: bytes that Content-Length claims over what the body has, or under it.
+    """
 
     status: int
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
     wait: float = 0
-    cut: bool = False
+    lost: bool = False
+    cut: int | None = None
+    stall: float = 0
+    excess: int = 0
 
 
 def json_answer(status: int, document: object, headers: Mapping[str, str] | None = None) -> Answer:

@@ -1,9 +1,9 @@
 """The sandbox's routes: the upstream's wire format over HTTP."""
 
 import asyncio
-import hashlib
 import hmac
-import json
+import math
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -14,23 +14,23 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from service.egress import Egress, Rules
 from service.errors import ApiError, EgressRefused, NotConnected
 from service.upstreams.sandbox.answers import HTTP_ERRORS, Answer, error_answer, json_answer
 from service.upstreams.sandbox.callbacks import Caller
 from service.upstreams.sandbox.checks import MAX_BODY, MODELS, invalid, read_body, read_key, read_order
-from service.upstreams.sandbox.faults import FAULTS, Faults, read_faults
+from service.upstreams.sandbox.faults import FAULTS, Asked, Faults, check_shares, read_faults, struck
 from service.upstreams.sandbox.options import SandboxOptions
 from service.upstreams.sandbox.pictures import FORMATS, draw
-from service.upstreams.sandbox.tasks import Ledger, SandboxTask, document, live, number, submitted
+from service.upstreams.sandbox.sent import Sent
+from service.upstreams.sandbox.tasks import Ledger, SandboxTask, digest_of, document, live, number, submitted
 
 LOOKUP_S = 3.0  # a callback's name that cannot be looked up in time is taken; the call itself is judged again
 
 
 def create_sandbox(options: SandboxOptions, clock: Callable[[], float] = time.time) -> Starlette:
-    """The emulator as an ASGI application; `clock` gives Unix seconds. ValueError for a default fault that does not exist.
+    """The emulator as an ASGI application; `clock` gives Unix seconds. ValueError for a default fault or a share that cannot be.
 
     Its lifespan holds the running tasks: at its end they stop where they are, and callbacks not yet sent are lost, as upstream.
     """
@@ -42,6 +42,7 @@ def create_sandbox(options: SandboxOptions, clock: Callable[[], float] = time.ti
             Route("/v1/credits", sandbox.credits),
             Route("/v1/models", sandbox.models),
             Route("/files/{task_id}/{name}", sandbox.file),
+            Route("/moved/{task_id}/{name}", sandbox.file),
             Route("/sandbox/tasks", sandbox.tasks),
         ],
         exception_handlers={ApiError: refused, HTTPException: refused},
@@ -53,7 +54,7 @@ class Sandbox:
     """What the routes share: the ledger, the sender of callbacks, and the tasks that are running."""
 
     def __init__(self, options: SandboxOptions, clock: Callable[[], float]) -> None:
-        read_faults(None, options.faults)
+        check_shares(options.shares, read_faults(None, options.faults))
         self.options = options
         self.ledger = Ledger(options, clock)
         self.egress = Egress(Rules("sandbox", networks=options.networks))
@@ -73,19 +74,19 @@ class Sandbox:
         self._authorise(request)
         key = read_key(request.headers.get("idempotency-key"))
         body = read_body(await read_whole(request))
-        digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        digest, lot = digest_of(body), self.ledger.lot(key, body)
         try:
-            faults = read_faults(body.get("sandbox"), self.options.faults)
+            faults = read_faults(body.get("sandbox"), struck(self.options.faults, self.options.shares, lot))
         except ValueError as wrong:
             raise invalid("sandbox", str(wrong)) from None
         if (instead := self._refusal(faults, key or digest)) is not None:
-            return Sent(instead)
+            return Sent(replace(instead, wait=faults.get("submit_delay", 0)))
         order = read_order(body)
         await self._check_callback(order.callback_url)
         if (known := self.ledger.replayed(key, digest)) is not None:
             return Sent(json_answer(200, submitted(known, self.options.delay_s), {"idempotency-replayed": "true"}))
         base_url = self.options.base_url or str(request.base_url)
-        task = self.ledger.create(order, faults, base_url.rstrip("/"), key, digest)
+        task = self.ledger.create(order, faults, base_url.rstrip("/"), lot, key, digest)
         self._start(live(task, self.ledger, self.caller, self.options.delay_s))
         answer = json_answer(200, submitted(task, self.options.delay_s))
         for name, value in faults.items():
@@ -99,11 +100,10 @@ class Sandbox:
         """`GET /v1/tasks/{id}`: the task as it is now."""
         self._authorise(request)
         task = self.ledger.find(request.path_params["task_id"])
-        answer = json_answer(200, document(task))
+        answer, asked = json_answer(200, document(task)), counted(task, request)
         for name, value in task.faults.items():
-            if (change := FAULTS[name].query) is not None:
-                answer = change(value, task.asked[name], answer)
-                task.asked[name] += 1
+            if (change := FAULTS[name].query) is not None and asked.before < task.faults.get("query_times", math.inf):
+                answer = change(value, asked, answer)
         return Sent(answer)
 
     async def credits(self, request: Request) -> Response:
@@ -120,14 +120,17 @@ class Sandbox:
     async def file(self, request: Request) -> Response:
         """A result, drawn when it is asked for; 404 once its link is dead. No key is wanted, as on a content delivery network."""
         task, index = self._result(request.path_params["task_id"], request.path_params["name"])
-        order = task.order
-        content = await asyncio.to_thread(draw, f"{task.id}/{index}", order.prompt, order.width, order.height, task.format)
-        answer = Answer(200, content, {"content-type": FORMATS[task.format]})
-        for name, value in task.faults.items():
-            if (change := FAULTS[name].file) is not None:
-                answer = change(value, task.asked[f"{name}/{index}"], answer)
-                task.asked[f"{name}/{index}"] += 1
-        return Sent(answer)
+        asked = counted(task, request)
+
+        def made() -> Answer:
+            order, type = task.order, FORMATS[task.format]
+            answer = Answer(200, draw(f"{task.id}/{index}", order.prompt, order.width, order.height, task.format), {"content-type": type})
+            for name, value in task.faults.items():
+                if (change := FAULTS[name].file) is not None and asked.before < task.faults.get("file_times", math.inf):
+                    answer = change(value, asked, answer)
+            return ranged(answer, request.headers.get("range", ""))
+
+        return Sent(await asyncio.to_thread(made))
 
     async def tasks(self, request: Request) -> Response:
         """`GET /sandbox/tasks`: what really happened, for whoever tests against the sandbox; nothing of the kind exists upstream."""
@@ -147,8 +150,8 @@ class Sandbox:
     def _refusal(self, faults: Faults, submission: str) -> Answer | None:
         for name, value in faults.items():
             if (refuse := FAULTS[name].refuse) is not None:
-                before = self.ledger.submissions[submission]
-                self.ledger.submissions[submission] += 1
+                before = self.ledger.submissions[f"{name}/{submission}"]
+                self.ledger.submissions[f"{name}/{submission}"] += 1
                 if (answer := refuse(value, before)) is not None:
                     return answer
         return None
@@ -179,31 +182,22 @@ class Sandbox:
         return task, names.index(name)
 
 
-class Sent(Response):
-    """An `Answer` on its way out."""
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer.body, answer.status, answer.headers)
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._answer.wait and await left(receive, self._answer.wait):
-            return
-        if self._answer.cut:  # a head that announces a body, and no body: the server closes the connection
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            return
-        await super().__call__(scope, receive, send)
+def counted(task: SandboxTask, request: Request) -> Asked:
+    """What a query or a file's request is to its faults, from now on one more."""
+    path = request.url.path
+    task.asked[path] += 1
+    return Asked(task.asked[path] - 1, path)
 
 
-async def left(receive: Receive, seconds: float) -> bool:
-    """Wait; True as soon as the client has left, so that nobody's stop waits for an answer nobody reads."""
-    try:
-        async with asyncio.timeout(seconds):
-            while (await receive())["type"] != "http.disconnect":
-                pass
-    except TimeoutError:
-        return False
-    return True
+def ranged(answer: Answer, wanted: str) -> Answer:
+    """What an answer sends from a byte on, if no more is wanted, as a content delivery network does; other ranges are ignored."""
+    size, match = len(answer.body), re.fullmatch(r"bytes=([0-9]{1,18})-", wanted)
+    if answer.status != 200 or match is None:
+        return answer
+    if (start := int(match[1])) >= size:
+        return replace(answer, status=416, body=b"", headers={"content-range": f"bytes */{size}"})
+    headers = {**answer.headers, "content-range": f"bytes {start}-{size - 1}/{size}"}
+    return replace(answer, status=206, body=answer.body[start:], headers=headers)
 
 
 async def read_whole(request: Request) -> bytes:

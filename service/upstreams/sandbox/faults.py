@@ -4,21 +4,25 @@ An entry of `FAULTS` says which values it takes and, where it acts, a pure funct
 
     refuse(value, times before) -> Answer | None       instead of creating a task
     outcome(value, outcome) -> Outcome                 how the task ends
+    shown(value, document) -> document                 the task in every answer and callback
     answer(value, answer) -> Answer                    the answer to the submission that created the task
-    query(value, times before, answer) -> Answer       the answer to a query
-    file(value, times before, answer) -> Answer        a result file
+    query(value, asked, answer) -> Answer              the answer to a query
+    file(value, asked, answer) -> Answer               a result file
     calls(value, waves, truth) -> waves                bodies of callbacks: the waves one after another, those of a wave at once
 
-Those without one (`delay`, `format`, `link_ttl`, `callback_first`) are read by name. Faults act in the order of the table.
+Those without one are read by name. Faults act in the order of the table.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 from service.model import JSON, Status
 from service.upstreams.sandbox.answers import Answer, Page, encoded
+from service.upstreams.sandbox.forgeries import FORGERIES
+from service.upstreams.sandbox.pictures import FORMATS
+from service.upstreams.sandbox.values import BYTES, CREDITS, FLAG, MEDIA_TYPE, PAGE, SECONDS, URL, Value, one_of, whole
 
 Waves = list[list[bytes]]
 Faults = Mapping[str, Any]
@@ -56,71 +60,21 @@ def failed(code: str) -> Outcome:
 
 def contradicting(truth: JSON) -> JSON:
     """A terminal document that says the opposite of the true one."""
-    bare = {key: value for key, value in truth.items() if key not in ("results", "error", "usage")}
+    bare = {key: value for key, value in truth.items() if key not in ("results", "result_data", "error", "usage")}
     if truth["status"] == Status.COMPLETED:
         return bare | {"status": "failed", "progress": 0, "error": failed("service_error").error}
     return bare | {"status": "completed", "progress": 100, "results": ["https://files.evolink.ai/contradiction/0.png"]}
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
-
-
-def flag(value: object) -> bool:
-    if value is not True and value is not False:
-        raise ValueError("true or false")
-    return value
-
-
-def seconds(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 86400:
-        raise ValueError("seconds from 0 to 86400")
-    return float(value)
-
-
-def whole(least: int, most: int) -> Callable[[object], int]:
-    def take(value: object) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(f"an integer from {least} to {most}")
-        return value
-
-    return take
-
-
-def word(value: object) -> str:
-    if not isinstance(value, str) or not re.fullmatch(r"[a-z_]{1,100}", value):
-        raise ValueError("a word of a-z and _")
-    return value
-
-
-def one_of(*words: str) -> Callable[[object], str]:
-    def take(value: object) -> str:
-        if not isinstance(value, str) or value not in words:
-            raise ValueError("one of " + ", ".join(words))
-        return value
-
-    return take
-
-
-PAGE_FIELDS: Mapping[str, Callable[[object], Any]] = {
-    "status": whole(300, 599),
-    "code": word,
-    "html": flag,
-    "retry_after": whole(0, 86400),
-    "times": whole(0, 1000),
-}
-
-
-def page(value: object) -> Page:
-    """A status alone, or an object with the fields of `Page`."""
-    fields = value if isinstance(value, dict) else {"status": value}
-    try:
-        return Page(**{name: PAGE_FIELDS[name](item) for name, item in fields.items()})
-    except (KeyError, TypeError, ValueError):
-        wanted = "a status from 300 to 599, or an object with status, code, html, retry_after, times"
-        raise ValueError(wanted) from None
-
-
 # --- the table -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request for a document or a file: how many were there before, and its path."""
+
+    before: int
+    path: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +82,13 @@ class Fault:
     """One fault: what it does in a few words, the values it takes, and what it does where."""
 
     about: str
-    takes: Callable[[object], Any]
+    takes: Value
     refuse: Callable[[Any, int], Answer | None] | None = None
     outcome: Callable[[Any, Outcome], Outcome] | None = None
+    shown: Callable[[Any, JSON], JSON] | None = None
     answer: Callable[[Any, Answer], Answer] | None = None
-    query: Callable[[Any, int, Answer], Answer] | None = None
-    file: Callable[[Any, int, Answer], Answer] | None = None
+    query: Callable[[Any, Asked, Answer], Answer] | None = None
+    file: Callable[[Any, Asked, Answer], Answer] | None = None
     calls: Callable[[Any, Waves, JSON], Waves] | None = None
 
 
@@ -141,35 +96,110 @@ def cancelled(form: str, _: Outcome) -> Outcome:
     return Outcome(Status.CANCELLED) if form == "status" else failed("request_cancelled")
 
 
-def instead(value: Page, before: int, answer: Answer) -> Answer:
-    return value.shown(before) or answer
+def shaped(form: str, shown: JSON) -> JSON:
+    """The results in a form that only clients' code knows."""
+    if "results" not in shown:
+        return shown
+    if form == "objects":
+        return shown | {"results": [{"url": link} for link in shown["results"]]}
+    bare = {key: value for key, value in shown.items() if key != "results"}
+    return bare | {"result_data": [{"image_url": link} for link in shown["results"]]}
+
+
+def billed(credits: str | float, shown: JSON) -> JSON:
+    if credits == "absent":
+        return {key: value for key, value in shown.items() if key != "usage"}
+    return shown | {"usage": shown["usage"] | {"credits_used": credits}} if "credits_used" in shown.get("usage", {}) else shown
+
+
+def instead(value: Page, asked: Asked, answer: Answer) -> Answer:
+    return value.shown(asked.before) or answer
+
+
+def forged(name: str, _: Asked, answer: Answer) -> Answer:
+    if answer.status != 200:
+        return answer
+    body, type = FORGERIES[name](answer.body, answer.headers["content-type"])
+    return replace(answer, body=body, headers={**answer.headers, "content-type": type})
+
+
+def typed(type: str, _: Asked, answer: Answer) -> Answer:
+    others = {name: value for name, value in answer.headers.items() if name != "content-type"}
+    return replace(answer, headers=others if type == "absent" else others | {"content-type": type})
+
+
+# Where a redirect leads: the same path behind this. The file itself, a host nobody has, an address no outsider may reach, the link itself.
+AIMS: Mapping[str, str] = {"path": "/moved", "host": "https://results.example", "private": "http://10.0.0.1", "loop": "/files"}
+
+
+def redirected(aim: str, asked: Asked, answer: Answer) -> Answer:
+    if answer.status != 200 or asked.path.startswith("/moved/"):
+        return answer
+    location = AIMS[aim] + asked.path.removeprefix("/files") if aim in AIMS else aim
+    return Answer(302, b"", {"location": location})
 
 
 FAULTS: Mapping[str, Fault] = {
-    "delay": Fault("seconds the task takes", seconds),
+    "delay": Fault("seconds the task takes", SECONDS),
     "images": Fault("how many images a completed task has, whatever n says", whole(0, 4), outcome=lambda n, end: replace(end, images=n)),
     "fail": Fault("the task fails with this code", one_of(*TASK_ERRORS), outcome=lambda code, _: failed(code)),
-    "cancel": Fault("cancelled, by its status or by an error code", one_of("status", "code"), outcome=cancelled),
-    "format": Fault("of the result files", one_of("png", "jpeg", "webp")),
-    "submit_status": Fault("the submission is refused: nothing is created", page, refuse=lambda value, before: value.shown(before)),
-    "submit_delay": Fault("seconds until a submission is answered", seconds, answer=lambda wait, answer: replace(answer, wait=wait)),
-    "lose_answer": Fault("the task is created, the connection is cut", flag, answer=lambda on, answer: replace(answer, cut=on)),
-    "callback_first": Fault("the callback comes before the answer to the submission", flag),
-    "query_status": Fault("queries get this error", page, query=instead),
-    "query_delay": Fault("seconds until a query is answered", seconds, query=lambda wait, _, answer: replace(answer, wait=wait)),
-    "file_status": Fault("result files get this error", page, file=instead),
-    "link_ttl": Fault("seconds until the result links die", seconds),
-    "drop_callback": Fault("no callback is sent", flag, calls=lambda on, waves, _: [] if on else waves),
+    "cancel": Fault("the task is cancelled, by its status or by an error code", one_of("status", "code"), outcome=cancelled),
+    "format": Fault("the format of the result files", one_of(*FORMATS)),
+    "results": Fault(
+        "results come as objects with url, or in result_data with image_url, instead of as links",
+        one_of("objects", "result_data"),
+        shown=shaped,
+    ),
+    "usage": Fault(
+        "the credits a completed task says it cost; absent: no usage in any answer", one_of("absent", otherwise=CREDITS), shown=billed
+    ),
+    "submit_status": Fault("the submission is refused: nothing is created", PAGE, refuse=lambda value, before: value.shown(before)),
+    "lose_submission": Fault(
+        "nothing is created and the connection is cut, the first so many times",
+        whole(0, 1000),
+        refuse=lambda times, before: Answer(500, b"", lost=True) if before < times else None,
+    ),
+    "submit_delay": Fault("seconds until a submission is answered", SECONDS, answer=lambda wait, answer: replace(answer, wait=wait)),
+    "submit_cut": Fault(
+        "the answer to a submission breaks off after so many bytes", BYTES, answer=lambda cut, answer: replace(answer, cut=cut)
+    ),
+    "lose_answer": Fault("the task is created and the connection is cut", FLAG, answer=lambda on, answer: replace(answer, lost=on)),
+    "callback_first": Fault("the callback comes before the answer to the submission", FLAG),
+    "query_status": Fault("queries get this error", PAGE, query=instead),
+    "query_delay": Fault("seconds until a query is answered", SECONDS, query=lambda wait, _, answer: replace(answer, wait=wait)),
+    "query_cut": Fault("answers to queries break off after so many bytes", BYTES, query=lambda cut, _, answer: replace(answer, cut=cut)),
+    "query_times": Fault("only so many queries of a task meet its faults", whole(0, 1000)),
+    "file_status": Fault("requests for result files get this error", PAGE, file=instead),
+    "file_content": Fault("result files are something else than the picture", one_of(*FORGERIES), file=forged),
+    "file_type": Fault("the media type of result files, whatever they are", one_of("absent", otherwise=MEDIA_TYPE), file=typed),
+    "file_length": Fault(
+        "result files announce so many bytes more than they have, or fewer",
+        whole(-(1 << 30), 1 << 30),
+        file=lambda excess, _, answer: replace(answer, excess=excess),
+    ),
+    "file_cut": Fault("result files break off after so many bytes", BYTES, file=lambda cut, _, answer: replace(answer, cut=cut)),
+    "file_stall": Fault(
+        "seconds without a byte in the middle of a result file", SECONDS, file=lambda s, _, answer: replace(answer, stall=s)
+    ),
+    "file_redirect": Fault(
+        "result links redirect: to another path of the file, another host, a private address, themselves; or there",
+        one_of(*AIMS, otherwise=URL),
+        file=redirected,
+    ),
+    "file_times": Fault("only so many requests for a result file meet its faults", whole(0, 1000)),
+    "link_ttl": Fault("seconds until the result links die", SECONDS),
+    "drop_callback": Fault("no callback is sent", FLAG, calls=lambda on, waves, _: [] if on else waves),
     "repeat_callback": Fault(
         "the callback is sent so many times at once", whole(1, 100), calls=lambda times, waves, _: [wave * times for wave in waves]
     ),
+    "slow_callback": Fault("seconds over which a callback's body comes, a byte at a time; its head comes at once", SECONDS),
     "contradict": Fault(
         "a second callback says the opposite",
-        flag,
+        FLAG,
         calls=lambda on, waves, truth: [*waves, [encoded(contradicting(truth))]] if on else waves,
     ),
     "garbage_callback": Fault(
-        "one more callback that nobody can read", flag, calls=lambda on, waves, _: [*waves, [b"\x00{not json"]] if on else waves
+        "one more callback that nobody can read", FLAG, calls=lambda on, waves, _: [*waves, [b"\x00{not json"]] if on else waves
     ),
 }
 
@@ -187,7 +217,21 @@ def read_faults(asked: object, defaults: Faults) -> Faults:
 
 
 def take(name: str, value: object) -> Any:
-    try:
-        return FAULTS[name].takes(value)
-    except ValueError as wrong:
-        raise ValueError(f"sandbox.{name} must be {wrong}") from None
+    takes = FAULTS[name].takes
+    if not takes.accepts(value):
+        raise ValueError(f"sandbox.{name} must be {takes.words}")
+    return takes.made(value)
+
+
+def struck(defaults: Faults, shares: Mapping[str, float], lot: str) -> Faults:
+    """The default faults that this lot draws: each strikes its share of lots, 1 unless `shares` says otherwise."""
+    return {name: value for name, value in defaults.items() if Random(f"{lot}/{name}").random() < shares.get(name, 1)}
+
+
+def check_shares(shares: Mapping[str, float], defaults: Faults) -> None:
+    """ValueError for the share of a fault that is no default, or one that is not from 0 to 1."""
+    for name, share in shares.items():
+        if name not in defaults:
+            raise ValueError(f"{name[:100]!r} has a share and is no default fault")
+        if not 0 <= share <= 1:
+            raise ValueError(f"the share of {name} must be from 0 to 1")

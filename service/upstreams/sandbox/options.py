@@ -13,7 +13,8 @@ class SandboxOptions:
 
     `base_url` is the address in result links; None: the one the submission came to. `api_key` None: any Bearer key will do.
     Callbacks go to public https addresses, and to whatever is in `networks`. Times are seconds, prices whole credits.
-    `faults` are the default of every request's `sandbox` object (see `faults.FAULTS`).
+    `faults` are the default of every request's `sandbox` object (see `faults.FAULTS`); one in `shares` strikes that share of the tasks,
+    0 to 1. With a `seed` the same requests get the same ids, faults and files, in whatever order they come.
     """
 
     base_url: str | None = None
@@ -26,5 +27,6 @@ class SandboxOptions:
     credits: Decimal = Decimal(10000)
     seed: int | None = None
     faults: Mapping[str, Any] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
     callback_timeout_s: float = 10
     callback_delays_s: tuple[float, ...] = (1, 2, 4)

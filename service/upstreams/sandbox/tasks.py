@@ -1,6 +1,8 @@
 """The sandbox's tasks: made, looked up and charged in memory; each lives from `pending` to its end and then calls back."""
 
 import asyncio
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -18,18 +20,23 @@ from service.upstreams.sandbox.options import SandboxOptions
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 USAGE = {"billing_rule": "per_call", "user_group": "default"}
+SEEDED_CREATED = 1_757_165_031  # what seeded tasks say of their creation: the clock would make every run another
 UNFINISHED = Outcome(Status.PENDING)
 
 
 @dataclass(slots=True)
 class SandboxTask:
-    """One paid task. `created` and `ended` are Unix seconds; `called`: after the first callback's first attempt, or when none is sent."""
+    """One paid task. `created` and `ended` are Unix seconds, `stamp` those that it shows as its creation.
+
+    `called`: after the first callback's first attempt, or when none is sent.
+    """
 
     id: str
     order: Order
     faults: Faults
     base_url: str
     created: float
+    stamp: int
     price: Decimal
     key: str | None = None
     digest: str = ""
@@ -62,7 +69,9 @@ class Ledger:
         self.credits = options.credits
         self.submissions: Counter[str] = Counter()
         self._options = options
-        self._random = Random(options.seed)  # None: seeded by the operating system
+        self._seed = Random().getrandbits(64) if options.seed is None else options.seed
+        self._seen: Counter[str] = Counter()
+        self._lots: dict[str, str] = {}
         self._tasks: dict[str, SandboxTask] = {}
         self._keys: dict[str, SandboxTask] = {}
 
@@ -86,15 +95,27 @@ class Ledger:
             raise ApiError(409, "idempotency_conflict", "the Idempotency-Key was used with another body")
         return task
 
-    def create(self, order: Order, faults: Faults, base_url: str, key: str | None, digest: str) -> SandboxTask:
+    def lot(self, key: str | None, body: JSON) -> str:
+        """What chance goes by: the seed, a body but for its callback's address, how many like it came before. A key keeps its first."""
+        if key is None or key not in self._lots:
+            like = digest_of({name: value for name, value in body.items() if name != "callback_url"})
+            lot = f"{self._seed}/{like}/{self._seen[like]}"
+            self._seen[like] += 1
+            if key is None:
+                return lot
+            self._lots[key] = lot
+        return self._lots[key]
+
+    def create(self, order: Order, faults: Faults, base_url: str, lot: str, key: str | None, digest: str) -> SandboxTask:
         """A task, its price reserved for `n` images; 402 when the account has less."""
         price = self._options.price
         if order.n * price > self.credits:
             raise ApiError(402, "insufficient_quota", f"the task needs {order.n * price} credits, {self.credits} are left")
         self.credits -= order.n * price
         now = self.clock()
-        task_id = f"task-unified-{int(now)}-" + "".join(self._random.choices(LETTERS, k=8))
-        task = SandboxTask(task_id, order, faults, base_url, now, price, key, digest)
+        stamp = int(now) if self._options.seed is None else SEEDED_CREATED
+        task_id = f"task-unified-{stamp}-" + "".join(Random(lot).choices(LETTERS, k=8))
+        task = SandboxTask(task_id, order, faults, base_url, now, stamp, price, key, digest)
         self._tasks[task_id] = task
         if key is not None:
             self._keys[key] = task
@@ -115,6 +136,7 @@ class Ledger:
             del self._tasks[task.id]
             if task.key is not None:
                 self._keys.pop(task.key, None)
+                self._lots.pop(task.key, None)
 
 
 async def live(task: SandboxTask, ledger: Ledger, caller: Caller, delay: float) -> None:
@@ -126,7 +148,7 @@ async def live(task: SandboxTask, ledger: Ledger, caller: Caller, delay: float) 
         await asyncio.sleep(seconds * 9 / 10)
         ledger.end(task)
         if task.order.callback_url is not None:
-            await caller.send(task.order.callback_url, callbacks(task), task.record)
+            await caller.send(task.order.callback_url, callbacks(task), task.record, task.faults.get("slow_callback", 0))
     finally:
         task.called.set()
 
@@ -143,13 +165,14 @@ def callbacks(task: SandboxTask) -> Waves:
 
 def submitted(task: SandboxTask, delay: float) -> JSON:
     """The answer to a submission, also to a replayed one: the task as it was when it was created."""
-    return {
+    shown = {
         **frame(task),
         "progress": 0,
         "status": "pending",
         "task_info": {"can_cancel": True, "estimated_time": max(1, math.ceil(delay))},
         "usage": USAGE | {"credits_reserved": number(task.order.n * task.price)},
     }
+    return as_faults_have_it(task, shown)
 
 
 def document(task: SandboxTask) -> JSON:
@@ -162,11 +185,18 @@ def document(task: SandboxTask) -> JSON:
             shown |= {"error": task.outcome.error}
         case Status.PROCESSING:
             shown |= {"progress": 50}
+    return as_faults_have_it(task, shown)
+
+
+def as_faults_have_it(task: SandboxTask, shown: JSON) -> JSON:
+    for name, value in task.faults.items():
+        if (change := FAULTS[name].shown) is not None:
+            shown = change(value, shown)
     return shown
 
 
 def frame(task: SandboxTask) -> JSON:
-    return {"created": int(task.created), "id": task.id, "model": task.order.model, "object": "image.generation.task", "type": "image"}
+    return {"created": task.stamp, "id": task.id, "model": task.order.model, "object": "image.generation.task", "type": "image"}
 
 
 def links(task: SandboxTask) -> list[str]:
@@ -176,3 +206,8 @@ def links(task: SandboxTask) -> list[str]:
 def number(credits: Decimal) -> int | float:
     """Credits as a JSON number: 3, 1.5."""
     return int(credits) if credits == int(credits) else float(credits)
+
+
+def digest_of(body: JSON) -> str:
+    """The same for the same fields, in whatever order they stand."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -76,12 +76,20 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_deliveries")),
     )
     op.create_index(
-        "ix_deliveries_due_at",
+        "ix_deliveries_deliver_due_at",
         "deliveries",
         ["due_at"],
         unique=False,
-        sqlite_where=sa.text("due_at IS NOT NULL"),
-        postgresql_where=sa.text("due_at IS NOT NULL"),
+        sqlite_where=sa.text("due_at IS NOT NULL AND attempts = 0"),
+        postgresql_where=sa.text("due_at IS NOT NULL AND attempts = 0"),
+    )
+    op.create_index(
+        "ix_deliveries_redeliver_due_at",
+        "deliveries",
+        ["due_at"],
+        unique=False,
+        sqlite_where=sa.text("due_at IS NOT NULL AND attempts > 0"),
+        postgresql_where=sa.text("due_at IS NOT NULL AND attempts > 0"),
     )
     op.create_index(op.f("ix_deliveries_endpoint_id_state"), "deliveries", ["endpoint_id", "state"], unique=False)
     op.create_index(op.f("ix_deliveries_event_id"), "deliveries", ["event_id"], unique=False)
@@ -154,7 +162,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("task_id", "position", name=op.f("uq_images_task_id_position")),
     )
     op.create_index(
-        "ix_images_due_at",
+        "ix_images_download_due_at",
         "images",
         ["due_at"],
         unique=False,
@@ -213,6 +221,7 @@ def upgrade() -> None:
         sa.Column("doubted_at", sa.BigInteger(), nullable=True),
         sa.Column("resubmit", sa.Boolean(), nullable=False),
         sa.Column("settle_requests", sa.Integer(), nullable=False),
+        sa.Column("submit_turn", sa.BigInteger(), nullable=False),
         sa.Column("submit_due_at", sa.BigInteger(), nullable=True),
         sa.Column("submit_attempts", sa.Integer(), nullable=False),
         sa.Column("submit_lease_until", sa.BigInteger(), nullable=True),
@@ -229,22 +238,38 @@ def upgrade() -> None:
         sa.Column("settle_faults", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_tasks")),
         sa.UniqueConstraint("owner", "idempotency_key", name=op.f("uq_tasks_owner_idempotency_key")),
-        sa.UniqueConstraint("upstream", "upstream_id", name=op.f("uq_tasks_upstream_upstream_id")),
+        sa.UniqueConstraint("upstream_id", "upstream", name=op.f("uq_tasks_upstream_id_upstream")),
     )
     op.create_index(op.f("ix_tasks_owner_created_at_id"), "tasks", ["owner", "created_at", "id"], unique=False)
+    op.create_index(
+        "ix_tasks_owner_submit_turn",
+        "tasks",
+        ["owner", "submit_turn"],
+        unique=False,
+        sqlite_where=sa.text("submit_due_at IS NOT NULL"),
+        postgresql_where=sa.text("submit_due_at IS NOT NULL"),
+    )
+    op.create_index(
+        "ix_tasks_reconcile_due_at",
+        "tasks",
+        ["settle_due_at"],
+        unique=False,
+        sqlite_where=sa.text("settle_due_at IS NOT NULL AND settle_requests = 0"),
+        postgresql_where=sa.text("settle_due_at IS NOT NULL AND settle_requests = 0"),
+    )
     op.create_index(
         "ix_tasks_settle_due_at",
         "tasks",
         ["settle_due_at"],
         unique=False,
-        sqlite_where=sa.text("settle_due_at IS NOT NULL"),
-        postgresql_where=sa.text("settle_due_at IS NOT NULL"),
+        sqlite_where=sa.text("settle_due_at IS NOT NULL AND settle_requests > 0"),
+        postgresql_where=sa.text("settle_due_at IS NOT NULL AND settle_requests > 0"),
     )
     op.create_index(op.f("ix_tasks_state"), "tasks", ["state"], unique=False)
     op.create_index(
         "ix_tasks_submit_due_at",
         "tasks",
-        ["submit_due_at"],
+        ["submit_turn", "submit_due_at"],
         unique=False,
         sqlite_where=sa.text("submit_due_at IS NOT NULL"),
         postgresql_where=sa.text("submit_due_at IS NOT NULL"),

@@ -1,0 +1,66 @@
+"""Submissions that wait until our key and account are taken again: put off unsent, due at once when they are.
+
+A row that is held keeps the name of the process that put it off in `submit_lease_owner`, without a lease. It is due by itself
+after its wait: if that process dies, whoever lives tries it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select, update
+
+from service.model import State
+from service.store import Grant, Transaction
+from service.store.operations import leases
+from service.store.operations.tasks import Row, change, end, lock
+from service.store.tables import tasks
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Nothing was sent: looked at again after `wait_ms`, failed `not_submitted` once older than `give_up_ms`."""
+
+    grant: Grant
+    reason: str
+    wait_ms: int
+    give_up_ms: int
+
+
+def hold_submissions(tx: Transaction, items: Sequence[Hold]) -> list[bool]:
+    """Puts tasks off, the attempt uncounted; whoever waits for the first outcome is told. False: the lease was lost."""
+    rows = lock(tx, (item.grant.key for item in items))
+    results = []
+    for item in items:
+        row = rows.get(item.grant.key)
+        held = row is not None and leases.holds(item.grant, row)
+        results.append(held)
+        if row is not None and held:
+            change(tx, row, **_held(tx, row, item))
+    return results
+
+
+def _held(tx: Transaction, row: Row, item: Hold) -> dict[str, Any]:
+    state, give_up_at, due_at = State(row["state"]), row["created_at"] + item.give_up_ms, tx.now + item.wait_ms
+    if state not in (State.QUEUED, State.UNCERTAIN):  # cancelled meanwhile, or proved to be there
+        return leases.freed("submit", row["submit_due_at"])
+    if state is State.QUEUED and tx.now >= give_up_at:
+        message = f"the upstream took no submission: {item.reason}"
+        end(tx, row, State.FAILED, {"code": "not_submitted", "message": message, "type": "task_error"})
+        return leases.freed("submit", None)
+    more = {"lease_owner": tx.process, "attempts": row["submit_attempts"] - 1}
+    outcomes = {"submit_outcomes": max(1, row["submit_outcomes"])}
+    return leases.freed("submit", min(due_at, give_up_at) if state is State.QUEUED else due_at, **more) | outcomes
+
+
+def resume_submissions(tx: Transaction, items: Sequence[int]) -> list[int]:
+    """Makes tasks that this process holds due, so many of each item at most, in their turn; how many they were."""
+    due, lease, owner = (tasks.c[f"submit_{name}"] for name in ("due_at", "lease_until", "lease_owner"))
+    counts = []
+    for most in items:
+        held = select(tasks.c.id).where(due > tx.now, lease.is_(None), owner == tx.process).order_by(tasks.c.submit_turn).limit(most)
+        chosen = tasks.c.id.in_(held.with_for_update(skip_locked=True))
+        counts.append(tx.connection.execute(update(tasks).where(chosen).values({due: tx.now, owner: None})).rowcount)
+        if counts[-1]:
+            tx.due.add("submit")
+    return counts

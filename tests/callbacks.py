@@ -1,0 +1,120 @@
+"""What tests of callbacks send, and what they look at."""
+
+import asyncio
+import json
+import tarfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.pipeline import worker
+from tests.upstream import Upstream
+from tests.waiting import wait_until
+from tests.world import World, world
+
+LIMIT = 256 * 1024
+SUITE = Path(__file__).parent / "fixtures" / "json_test_suite.tar.xz"
+
+
+@asynccontextmanager
+async def quick_world(folder: Path, upstream: Upstream) -> AsyncIterator[World]:
+    """A world on that upstream in which only callbacks get it asked, and due work is looked for more often than in earnest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "LOOK_S", 0.05)
+        async with world(folder, upstream=upstream.app, reconcile_after_s=600) as made:
+            yield made
+
+
+def json_test_suite() -> dict[str, bytes]:
+    """The public JSON test suite by name: `y_` is JSON, `n_` is not, of `i_` parsers may think what they like.
+
+    Nicolas Seriot's (https://github.com/nst/JSONTestSuite, folder `test_parsing`), under the MIT licence that the archive holds.
+    """
+    with tarfile.open(SUITE) as archive:
+        return {member.name.removeprefix("test_parsing/"): content(archive, member) for member in archive if "/" in member.name}
+
+
+def content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None
+    return file.read()
+
+
+def said(task: dict[str, Any], status: str, **more: Any) -> bytes:
+    """A callback's body for this task."""
+    return json.dumps({"id": task["upstream_id"], "status": status, **more}).encode()
+
+
+async def call(here: World, task: dict[str, Any] | str, body: bytes, **headers: str) -> httpx.Response:
+    url = here.callback_url(task if isinstance(task, str) else task["id"])
+    return await here.stranger.post(url, content=body, headers={name.replace("_", "-"): value for name, value in headers.items()})
+
+
+async def verdict(here: World, task: dict[str, Any] | str, body: bytes, **headers: str) -> str:
+    """What the service says to a callback that it must answer with 200."""
+    answer = await call(here, task, body, **headers)
+    assert answer.status_code == 200, answer.text
+    assert list(answer.json()) == ["status"]
+    return str(answer.json()["status"])
+
+
+async def heard(here: World, task: dict[str, Any]) -> list[tuple[str, str | None, int]]:
+    """The callbacks in the task's timeline: verdict, status, count."""
+    steps = await here.steps(task["id"])
+    return [(step["verdict"], step["status"], step["count"]) for step in steps if step["step"] == "callback.received"]
+
+
+async def types(here: World, task: dict[str, Any]) -> list[str]:
+    return [event["type"] for event in await here.events(task=task["id"])]
+
+
+def counted(here: World, verdict: str) -> float:
+    return here.context.resources.metrics.registry.get_sample_value("darkroom_callbacks_total", {"verdict": verdict}) or 0
+
+
+async def asked(upstream: Upstream, task: dict[str, Any], times: int = 1) -> None:
+    await wait_until(lambda: upstream.asked[task["upstream_id"]] >= times)
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection that ends with the block, whatever was not sent yet."""
+    target = httpx.URL(url)
+    reader, writer = await asyncio.open_connection(target.host, target.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+        with suppress(OSError):
+            await writer.wait_closed()
+
+
+async def raw(url: str, *parts: bytes, method: str = "POST", headers: str = "") -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of the answer to a request whose parts of a body are written one after another, as far as they are taken."""
+    target = httpx.URL(url)
+    async with connected(url) as (reader, writer):
+        writer.write(f"{method} {target.raw_path.decode()} HTTP/1.1\r\nhost: here\r\n{headers}\r\n".encode())
+        writing = asyncio.create_task(write(writer, iter(parts)))
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            status, *lines = head.strip().split("\r\n")
+            named = dict(line.split(": ", 1) for line in lines)
+            return int(status.split()[1]), named, await reader.readexactly(int(named["content-length"]))
+        finally:
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+
+
+async def write(writer: asyncio.StreamWriter, parts: Iterator[bytes]) -> None:
+    for part in parts:
+        writer.write(part)
+        await writer.drain()
+
+
+def chunk(data: bytes) -> bytes:
+    """A part of a chunked body; of no bytes: its end."""
+    return b"%x\r\n%b\r\n" % (len(data), data)

@@ -1,0 +1,104 @@
+"""Submissions put off while our key or account is refused, and made due at once when it is taken again."""
+
+from service.model import State
+from service.store import Grant
+from service.store.operations.holding import Hold, hold_submissions, resume_submissions
+from service.store.operations.submissions import Again
+from service.store.tables import tasks
+from tests.contract.subject import HOUR, LEASE, MINUTE, Opener, Subject
+
+
+async def held(subject: Subject, wait_ms: int = MINUTE, owner: str = "a") -> str:
+    """A new task that is put off before it is sent."""
+    grant = await subject.claimed("submit", await subject.queued(owner=owner))
+    assert await hold(subject, grant, wait_ms)
+    return grant.key
+
+
+async def hold(subject: Subject, grant: Grant, wait_ms: int = MINUTE) -> bool:
+    return await subject.write(hold_submissions, Hold(grant, "401 unauthorized", wait_ms, HOUR))
+
+
+async def test_a_held_task_waits_as_queued_and_no_attempt_counts(subject: Subject) -> None:
+    """Whoever waits for its first outcome is told, once; its turn is kept, and it is due by itself after its wait."""
+    task_id = await held(subject)
+    row = await subject.task(task_id)
+    assert (row["state"], row["submit_attempts"], row["submit_outcomes"], row["submit_lease_until"]) == ("queued", 0, 1, None)
+    assert await subject.claim("submit", 5) == []
+    subject.clock.shift(MINUTE)
+    (again,) = await subject.claim("submit", 5)
+    assert (again.key, again.attempts) == (task_id, 1)
+    assert await hold(subject, again)
+    assert (await subject.task(task_id))["submit_outcomes"] == 1
+    assert await subject.types(task_id) == []
+
+
+async def test_what_is_held_is_due_at_once_when_it_may_be_sent(subject: Subject) -> None:
+    """In its turn, as many as asked for; a task that waits for its own time, as after a 429, is left alone."""
+    first, second = await held(subject), await held(subject)
+    throttled = await subject.submitting(owner="a")
+    await subject.submission(throttled, Again("429", MINUTE, HOUR))
+    assert await subject.write(resume_submissions, 1) == 1
+    assert "submit" in subject.places.told[-1].due
+    assert [grant.key for grant in await subject.claim("submit", 5)] == [first]
+    assert await subject.write(resume_submissions, 500) == 1
+    assert [grant.key for grant in await subject.claim("submit", 5)] == [second]
+    assert await subject.write(resume_submissions, 500) == 0
+    assert "submit" not in subject.places.told[-1].due
+
+
+async def test_a_held_task_is_given_up_in_time(subject: Subject) -> None:
+    """It is due at the latest when it is too old, and then fails as `not_submitted`, with its one event."""
+    task_id = await held(subject, wait_ms=2 * HOUR)
+    subject.clock.shift(HOUR)
+    assert await hold(subject, await subject.claimed("submit", task_id))
+    row = await subject.task(task_id)
+    assert (row["state"], row["error"]["code"], row["submit_lease_until"], row["submit_due_at"]) == ("failed", "not_submitted", None, None)
+    assert "401 unauthorized" in row["error"]["message"]
+    assert await subject.types(task_id) == ["image.task.failed"]
+
+
+async def test_an_uncertain_task_that_was_to_be_sent_again_waits_too(subject: Subject) -> None:
+    """It stays uncertain however old it is: nothing proves that it was not created."""
+    task_id = await subject.uncertain(decide_ms=0)
+    subject.clock.shift(2 * HOUR)
+    assert await hold(subject, await subject.claimed("submit", task_id))
+    row = await subject.task(task_id)
+    assert (row["state"], row["submit_outcomes"], row["submit_due_at"]) == ("uncertain", 1, subject.clock.now + MINUTE)
+    assert await subject.write(resume_submissions, 500) == 1
+
+
+async def test_who_lost_the_lease_holds_nothing(subject: Subject) -> None:
+    """Somebody else has the task by now, or nobody has it any more: nothing is changed; nor is one made due that ended meanwhile."""
+    grant = await subject.claimed("submit", await subject.queued())
+    subject.clock.shift(LEASE + 1)
+    newer = await subject.claimed("submit", grant.key)
+    before = await subject.task(grant.key)
+    assert not await hold(subject, grant)
+    assert await subject.task(grant.key) == before
+    assert not await hold(subject, Grant("submit", "gone", 1, 1))
+    await subject.cancel(grant.key)
+    assert await hold(subject, newer)
+    row = await subject.task(grant.key)
+    assert (row["state"], row["submit_due_at"], row["submit_lease_until"]) == (State.CANCELLED, None, None)
+
+
+async def test_another_process_takes_over_what_is_held(two: tuple[Subject, Subject]) -> None:
+    """It makes nobody else's tasks due early, but after their wait it sends them."""
+    one, other = two
+    task_id = await held(one)
+    assert await other.write(resume_submissions, 500) == 0
+    one.clock.shift(MINUTE)
+    assert [grant.key for grant in await other.claim("submit", 5)] == [task_id]
+    assert await one.write(resume_submissions, 500) == 0
+
+
+async def test_a_restart_on_sqlite_sends_what_was_held_after_its_wait(sqlite_opener: Opener, subject: Subject) -> None:
+    """No lease is left behind that a new process would have to wait for."""
+    async with sqlite_opener("first") as store:
+        task_id = await held(Subject(store, subject.clock))
+    subject.clock.shift(MINUTE)
+    async with sqlite_opener("second") as store:
+        again = Subject(store, subject.clock)
+        assert [grant.key for grant in await again.claim("submit", 5)] == [task_id]
+        assert (await again.rows(tasks, id=task_id))[0]["submit_deaths"] == 0

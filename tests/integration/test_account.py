@@ -1,0 +1,269 @@
+"""Our key or account is refused: nothing more is submitted, one probe at a time asks, and what waited is sent when it is good again."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from structlog.testing import capture_logs
+
+from service.app import Role
+from service.egress import Response as Answer
+from service.pipeline import worker
+from service.pipeline.account import remaining_credits
+from service.upstreams.evolink import EvoLink
+from tests.api import ASYNC
+from tests.contract.subject import Clock, Subject
+from tests.upstream import Cut, document, error, page
+from tests.waiting import wait_until
+from tests.world import World, subscriber, world
+
+SOON = ",".join(["0.1"] * 99) + ",600"  # probes come soon; what is held and not made due waits longer than any test
+CREDITS = JSONResponse({"success": True, "data": {"token": {"remaining_credits": 41.5}, "user": {}}})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Due work is looked for more often than in earnest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "LOOK_S", 0.05)
+        yield
+
+
+@dataclass(slots=True)
+class Accounts:
+    """An upstream that refuses submissions as long as `refusal` is set; `credits` is what it says to the free question meanwhile."""
+
+    refusal: Response | None
+    credits: Response
+    sent: list[str] = field(default_factory=list)  # prompts, in the order of arrival
+    taken: list[str] = field(default_factory=list)
+    probes: int = 0
+    answers: asyncio.Event = field(default_factory=asyncio.Event)  # submissions are answered while it is set
+
+    @property
+    def app(self) -> Starlette:
+        return Starlette(routes=[Route("/v1/images/generations", self._submit, methods=["POST"]), Route("/v1/credits", self._credits)])
+
+    async def _submit(self, request: Request) -> Response:
+        prompt = json.loads(await request.body())["prompt"]
+        self.sent.append(prompt)
+        await self.answers.wait()
+        if self.refusal is not None:
+            return self.refusal
+        self.taken.append(prompt)
+        return document("pending", id=f"task-unified-{len(self.taken)}")
+
+    async def _credits(self, _: Request) -> Response:
+        self.probes += 1
+        return self.credits if self.refusal is not None else CREDITS
+
+
+def accounts(refusal: Response, credits: Response | None = None) -> Accounts:
+    made = Accounts(refusal, credits or refusal)
+    made.answers.set()
+    return made
+
+
+def alerts(lines: list[Any]) -> list[tuple[str, str]]:
+    return [(line["event"], line["log_level"]) for line in lines if line["event"].startswith("account.")]
+
+
+async def ready(here: World) -> Any:
+    return (await here.client.get("/readyz")).json()
+
+
+async def metric(here: World, name: str) -> float:
+    lines = (await here.client.get("/metrics")).text.splitlines()
+    return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
+
+
+@pytest.mark.parametrize(("status", "code"), [(401, "unauthorized"), (403, "user_disabled")])
+async def test_a_refused_account_is_asked_for_free_until_it_is_good(status: int, code: str, tmp_path: Path) -> None:
+    """One submission tells; then tasks wait as queued, answered 200, with one alert. The credits' answer sends them all at once."""
+    theirs, reason = accounts(error(status, code)), f"{status} {code}"
+    with capture_logs() as lines:
+        async with world(tmp_path, upstream=theirs.app, submit_schedule=SOON) as here:
+            first = await here.submit(prompt="first")
+            await wait_until(lambda: theirs.probes > 1)
+            others = [await here.submit(prompt=f"other {number}") for number in range(5)]
+            assert {task["state"] for task in (first, *others)} == {"queued"}
+            assert await ready(here) == {"status": "degraded", "causes": ["upstream"]}
+            await wait_until(lambda: theirs.probes > 4)
+            assert theirs.sent == ["first"]
+            theirs.refusal = None
+            await wait_until(lambda: len(theirs.taken) == 6)
+            assert sorted(theirs.sent[1:]) == sorted(theirs.taken)
+            assert await ready(here) == {"status": "ok", "causes": []}
+            assert await metric(here, "darkroom_account_refusals_total") == 1
+            assert await metric(here, "darkroom_upstream_credits") == 41.5
+            assert {(await here.task(task["id"]))["error"] for task in (first, *others)} == {None}
+    assert alerts(lines) == [("account.refused", "error"), ("account.restored", "warning")]
+    assert [line["reason"] for line in lines if line["event"] == "account.refused"] == [reason]
+
+
+@pytest.mark.parametrize(
+    "credits",
+    [error(404, "not_found"), error(500, "internal_error"), page(502), error(403, "permission_denied"), Cut()],
+    ids=["404", "500", "502", "403", "cut"],
+)
+async def test_where_the_credits_tell_nothing_one_submission_asks(credits: Response, tmp_path: Path) -> None:
+    """An upstream without them, or that keeps them from this key: one task that waits is sent, one at a time, until one is taken."""
+    theirs = accounts(error(401, "unauthorized"), credits)
+    with capture_logs() as lines:
+        async with world(tmp_path, upstream=theirs.app, submit_schedule=SOON) as here:
+            await here.submit(prompt="first")
+            theirs.answers.clear()
+            before = len(theirs.sent)
+            for number in range(5):
+                await here.submit(prompt=f"other {number}", headers=ASYNC)
+            await wait_until(lambda: len(theirs.sent) == before + 1)
+            assert (await here.submit(prompt="late"))["state"] == "queued"
+            assert len(theirs.sent) == before + 1, "one is on its way"
+            theirs.answers.set()
+            await wait_until(lambda: len(theirs.sent) > before + 3)
+            theirs.refusal = None
+            await wait_until(lambda: len(theirs.taken) == 7)
+            assert len(set(theirs.taken)) == 7
+    assert alerts(lines) == [("account.refused", "error"), ("account.restored", "warning")]
+
+
+async def test_credits_that_answer_although_submissions_are_refused_are_asked_once(tmp_path: Path) -> None:
+    """A key whose quota is used up: what waits is not sent at each good word, but one task at a time, until one is taken."""
+    theirs = accounts(error(403, "key_quota_exhausted"), CREDITS)
+    with capture_logs() as lines:
+        async with world(tmp_path, upstream=theirs.app, submit_schedule=SOON, evolink_concurrency=1) as here:
+            for number in range(6):
+                await here.submit(prompt=f"task {number}", headers=ASYNC)
+            await wait_until(lambda: len(theirs.sent) > 6)
+            assert theirs.probes == 1
+            theirs.refusal = None
+            await wait_until(lambda: len(theirs.taken) == 6)
+            assert len(set(theirs.taken)) == 6
+    told = [event for event, _ in alerts(lines)]
+    assert told == ["account.refused", "account.restored"] * 2
+
+
+@pytest.mark.parametrize("callback", [True, False])
+@pytest.mark.parametrize("refusal", [error(401, "unauthorized"), error(429, "rate_limit_exceeded")], ids=["account", "throttled"])
+async def test_what_was_not_submitted_in_time_fails(refusal: Response, callback: bool, tmp_path: Path) -> None:
+    """`SUBMIT_GIVE_UP_S`, with and without a callback URL: `not_submitted`, one event, its own callback; whoever waits is told then."""
+    theirs = accounts(refusal)
+    options = {} if callback else {"callback_url": None}
+    async with world(tmp_path, upstream=theirs.app, submit_schedule="0.05", submit_give_up_s=0.5, **options) as here, subscriber() as takes:
+        task = await here.submit(headers={"prefer": "wait=20"}, callback_url=f"{takes.url}/done")
+        assert (task["state"], task["status"], task["error"]["code"]) == ("failed", "failed", "not_submitted")
+        assert [event["type"] for event in await here.events(task=task["id"])] == ["image.task.failed"]
+        sent = len(theirs.sent)
+        await wait_until(lambda: takes.received)
+        assert json.loads(takes.received[0].body)["error"]["code"] == "not_submitted"
+        later = await here.submit(headers=ASYNC)
+        assert (await here.ended(later["id"]))["error"]["code"] == "not_submitted"
+        assert theirs.taken == []
+        assert sent >= 1
+
+
+async def test_a_submission_under_way_when_the_account_is_refused_is_recorded(tmp_path: Path) -> None:
+    """Its answer counts as any does, and says nothing of the key that was refused meanwhile."""
+    theirs, answered = accounts(error(401, "unauthorized")), asyncio.Event()
+
+    async def slow(request: Request) -> Response:
+        body = json.loads(await request.body())
+        if body["prompt"] != "slow":
+            return await theirs._submit(request)
+        theirs.sent.append("slow")
+        await answered.wait()
+        return document("pending", id="task-unified-slow")
+
+    app = theirs.app
+    app.router.routes.insert(0, Route("/v1/images/generations", slow, methods=["POST"]))
+    async with world(tmp_path, upstream=app, submit_schedule="600") as here:
+        first = await here.submit(prompt="slow", headers=ASYNC)
+        await wait_until(lambda: "slow" in theirs.sent)
+        await here.submit(prompt="refused")
+        answered.set()
+
+        async def submitted() -> bool:
+            return bool((await here.task(first["id"]))["state"] == "submitted")
+
+        await wait_until(submitted)
+        assert here.context.account.refused
+
+
+async def test_what_is_held_as_the_account_is_good_again_does_not_wait(tmp_path: Path) -> None:
+    """Put off a moment too late to be among those that were made due: it is made due all the same."""
+    async with world(tmp_path, role=Role(workers=False), submit_schedule="600") as here:
+        task = await here.submit(headers=ASYNC)
+        subject = Subject(here.context.resources.store, Clock())
+        grant = await subject.claimed("submit", task["id"])
+        await here.context.account.hold(grant, 3600)
+        assert [again.key for again in await subject.claim("submit")] == [grant.key]
+        subject.store.detach()
+
+
+async def test_a_defect_while_probing_does_not_end_the_probing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is logged and counted as any worker's, and the next probe comes in its time."""
+    theirs, ask = accounts(error(401, "unauthorized")), EvoLink.passthrough
+    defects = iter([RuntimeError("nobody foresaw this")])
+
+    async def defective(self: EvoLink, method: str, path: str) -> Answer:
+        for defect in defects:
+            raise defect
+        return await ask(self, method, path)
+
+    monkeypatch.setattr(EvoLink, "passthrough", defective)
+    with capture_logs() as lines:
+        async with world(tmp_path, upstream=theirs.app, submit_schedule=SOON) as here:
+            await here.submit()
+            await wait_until(lambda: theirs.probes > 0)
+            theirs.refusal = None
+            await wait_until(lambda: theirs.taken)
+    assert [line["stage"] for line in lines if line["event"] == "worker.failed"] == ["account"]
+
+
+async def test_a_restart_asks_anew(tmp_path: Path) -> None:
+    """A new process may have a new key: what waited is sent, and what is refused again waits again."""
+    theirs = accounts(error(401, "unauthorized"))
+    async with world(tmp_path, upstream=theirs.app, submit_schedule="0.3") as here:
+        task = await here.submit()
+        assert await metric(here, "darkroom_upstream_credits") != await metric(here, "darkroom_upstream_credits"), "NaN until it is known"
+    theirs.refusal = None
+    async with world(tmp_path, upstream=theirs.app, submit_schedule="0.3") as here:
+
+        async def submitted() -> bool:
+            return bool((await here.task(task["id"]))["state"] == "submitted")
+
+        await wait_until(submitted)
+
+
+async def test_whoever_asks_for_the_credits_refreshes_the_metric(tmp_path: Path) -> None:
+    """Passed through as they are; the figure is what the upstream said last."""
+    theirs = accounts(error(401, "unauthorized"), CREDITS)
+    async with world(tmp_path, upstream=theirs.app) as here:
+        assert (await here.client.get("/v1/credits")).content == CREDITS.body
+        assert await metric(here, "darkroom_upstream_credits") == 41.5
+        theirs.credits = error(401, "unauthorized")
+        assert (await here.client.get("/v1/credits")).status_code == 401
+        assert await metric(here, "darkroom_upstream_credits") == 41.5
+
+
+@pytest.mark.parametrize(
+    ("remaining", "credits"),
+    [("7", 7.0), ("8.25", 8.25), ('"12.5"', 12.5), ("0", 0.0), ("null", None), ("true", None), ("[]", None), ("NaN", None), ('"x"', None)],
+)
+def test_remaining_credits_are_read_tolerantly(remaining: str, credits: float | None) -> None:
+    """A number, or text of one; whatever else stands there is not known."""
+    assert remaining_credits(f'{{"data": {{"token": {{"remaining_credits": {remaining}}}}}}}'.encode()) == credits
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{}", b'{"data": 1}', b'{"data": {"token": []}}', b"\xff", b"[" * 10_000])
+def test_credits_that_are_none_raise_nothing(body: bytes) -> None:
+    """Whatever the other side sends."""
+    assert remaining_credits(body) is None

@@ -1,0 +1,218 @@
+"""What a callback's body may say: wrong types, no JSON, nothing that can be read. With the right token it always gets an answer."""
+
+import asyncio
+import gzip
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, select
+
+from service.store import tables
+from tests.callbacks import heard, json_test_suite, quick_world, said, verdict
+from tests.upstream import Upstream, failed
+from tests.world import World
+
+JSON = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Upstream:
+    return Upstream()
+
+
+@pytest.fixture(scope="module")
+async def here(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    async with quick_world(tmp_path_factory.mktemp("callbacks"), upstream) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"\x00{not json",
+        b'{"status": 7}',
+        b'{"status": "failed", "status": "completed"}',
+        b'{"status":"\\ud800"}',
+        b"[" * 200_000,
+    ],
+    ids=["empty", "list", "garbage", "no status", "twice", "surrogate", "deep"],
+)
+async def test_an_unreadable_body_gets_the_upstream_asked(body: bytes, here: World, upstream: Upstream) -> None:
+    """The token proves who calls: 200 `unreadable`, kept in part, asked about once however often it comes."""
+    task = await here.submit()
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+    assert await verdict(here, task, body) == "unreadable"
+    await here.ended(task["id"])
+    assert await verdict(here, task, body) == "unreadable"
+    assert await heard(here, task) == [("unreadable", None, 2)]
+    assert upstream.asked[task["upstream_id"]] == 1
+
+
+async def test_what_is_kept_of_an_unreadable_body_is_capped(here: World) -> None:
+    """16 KiB of a body that says nothing are enough."""
+    task = await here.submit()
+    assert await verdict(here, task, b"x" * 100_000) == "unreadable"
+    found = await here.context.resources.store.read(kept_bytes, task["id"])
+    assert found == [16 * 1024]
+
+
+def kept_bytes(connection: Connection, task_id: str) -> list[int]:
+    return [
+        len(body) for body in connection.execute(select(tables.callbacks.c.body).where(tables.callbacks.c.task_id == task_id)).scalars()
+    ]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "identity, gzip"])
+async def test_a_compressed_body_is_unreadable(coding: str, here: World, upstream: Upstream) -> None:
+    """No coding is documented, and unpacking is a risk: the bytes are read as they are, and the upstream is asked."""
+    task = await here.submit()
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+    packed = gzip.compress(said(task, "completed"))
+    assert await verdict(here, task, packed, content_encoding=coding) == "unreadable"
+    assert (await here.ended(task["id"]))["state"] == "failed"
+    assert await verdict(here, task, said(task, "failed"), content_encoding=coding) == "duplicate"
+
+
+@pytest.mark.parametrize("type", ["text/plain", "application/x-www-form-urlencoded", "application/json; charset=utf-16", "x" * 5000])
+async def test_the_type_of_a_callback_is_nobodys_business(type: str, here: World, upstream: Upstream) -> None:
+    """No header is documented: the body says what it is."""
+    task = await here.submit()
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+    assert await verdict(here, task, said(task, "failed"), content_type=type) == "accepted"
+    await here.ended(task["id"])
+
+
+HUGE = "9" * 4300
+VALUES = (
+    "null",
+    "true",
+    "7",
+    "-1",
+    "1.5",
+    "1e400",
+    "-1e400",
+    "1e-400",
+    HUGE,
+    '""',
+    '"x"',
+    "[]",
+    "[[]]",
+    "[null, 7, {}]",
+    "{}",
+    '{"a": [1]}',
+)
+FIELDS = ("results", "result_data", "error", "progress", "model", "created", "task_info", "usage", "type")
+NESTED = {
+    "error": ("code", "message", "type"),
+    "task_info": ("can_cancel", "estimated_time"),
+    "usage": ("billing_rule", "credits_reserved", "credits_used", "user_group"),
+}
+
+
+def bodies(task: JSON, field: str, status: str) -> list[bytes]:
+    """The field with every value, and as an object whose every field has every value."""
+    start = f'{{"id": "{task["upstream_id"]}", "status": "{status}", "{field}": '
+    inner = [f'{{"{name}": {value}}}' for name in NESTED.get(field, ("url",)) for value in VALUES]
+    return [f"{start}{value}}}".encode() for value in (*VALUES, *inner, *(f"[{value}]" for value in inner))]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+async def test_a_field_may_have_any_type(field: str, here: World, upstream: Upstream) -> None:
+    """Only `id` and `status` are required: what stands in the others breaks nothing, in any state of the task."""
+    task = await here.submit()
+    sent = bodies(task, field, "processing")
+    assert set(await asyncio.gather(*(verdict(here, task, body) for body in sent))) == {"accepted"}
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+    sent = [*bodies(task, field, "failed"), *bodies(task, field, "completed")]
+    assert set(await asyncio.gather(*(verdict(here, task, body) for body in sent))) <= {"accepted", "duplicate", "conflict"}
+    assert (await here.ended(task["id"]))["error"]["code"] == "service_error"
+
+
+@pytest.mark.parametrize("field", ["id", "status"])
+async def test_an_id_or_a_status_of_another_type_is_unreadable(field: str, here: World, upstream: Upstream) -> None:
+    """Without a status, or about something that cannot be a task, a body says nothing."""
+    task = await here.submit()
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+    usual = {"id": task["upstream_id"], "status": "completed"}
+    values: list[object] = [7, 1.5, True, [], {}, [task["upstream_id"]]]
+    for value in values:
+        assert await verdict(here, task, json.dumps(usual | {field: value}).encode()) == "unreadable"
+    assert (await here.ended(task["id"]))["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"\xef\xbb\xbf%s", b"%s\x00", b"%s{}", b"[%s]", b"\xff%s", b"/* */ %s"],
+    ids=["byte order mark", "NUL behind", "twice", "in a list", "no UTF-8", "comment"],
+)
+async def test_what_is_not_quite_an_object_is_unreadable(body: bytes, here: World, upstream: Upstream) -> None:
+    """One strict reading: what another parser might take otherwise is not guessed at, the upstream is asked."""
+    task = await here.submit()
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+    assert await verdict(here, task, body % said(task, "completed")) == "unreadable"
+    assert (await here.ended(task["id"]))["state"] == "failed"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+async def test_an_encoding_other_than_utf_8_is_unreadable(encoding: str, here: World, upstream: Upstream) -> None:
+    """JSON that is sent between systems is UTF-8 (RFC 8259, 8.1)."""
+    task = await here.submit()
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+    assert await verdict(here, task, said(task, "completed").decode().encode(encoding)) == "unreadable"
+    assert (await here.ended(task["id"]))["state"] == "failed"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "9" * 4301,
+        '"\\u0000"',
+        '"\\udfff"',
+        '{"a": 1, "a": 1}',
+        '{"\\ud800": 1}',
+        "[" * 100 + "]" * 100,
+        "01",
+        "'x'",
+    ],
+    ids=["NaN", "Infinity", "-Infinity", "digits", "NUL", "surrogate", "twice", "surrogate name", "deep", "octal", "quotes"],
+)
+async def test_a_value_that_no_store_takes_makes_a_body_unreadable(value: str, here: World, upstream: Upstream) -> None:
+    """Wherever it stands, known field or not: the whole body says nothing."""
+    task = await here.submit()
+    upstream.queries[task["upstream_id"]] = [failed("service_error")]
+    body = said(task, "completed", extra="?").replace(b'"?"', value.encode())
+    assert await verdict(here, task, body) == "unreadable"
+    assert (await here.ended(task["id"]))["state"] == "failed"
+
+
+# JSON, and yet no body of ours: a field twice, or text that no database takes.
+REFUSED = (
+    *("y_object_duplicated_key.json", "y_object_duplicated_key_and_value.json"),
+    *("y_object_escaped_null_in_key.json", "y_string_null_escape.json"),
+)
+KINDS = {"y": {"accepted"}, "n": {"unreadable"}, "i": {"accepted", "unreadable"}}
+
+
+async def test_the_public_json_test_suite_as_bodies(here: World, upstream: Upstream) -> None:
+    """Each of its 318 files, as a body and as a field of one: answered by the table, what is no JSON as unreadable; the tasks end."""
+    suite = list(json_test_suite().items())
+    assert len(suite) == 318
+
+    async def send(task: JSON, name: str, text: bytes) -> None:
+        assert await verdict(here, task, text) == "unreadable", name  # not one of them has a status
+        within = said(task, "processing", extra="?").replace(b'"?"', text)
+        assert await verdict(here, task, within) in ({"unreadable"} if name in REFUSED else KINDS[name[0]]), name
+
+    for start in range(6):
+        task = await here.submit()
+        await asyncio.gather(*(send(task, *file) for file in suite[start::6]))
+        upstream.queries[task["upstream_id"]] = [failed("service_error")]
+        assert await verdict(here, task, said(task, "failed")) == "accepted"
+        assert (await here.ended(task["id"]))["error"]["code"] == "service_error"

@@ -1,0 +1,119 @@
+"""Requests limited for each key by `DARKROOM_KEY_REQUESTS`: 429 with `Retry-After`, and nothing limited that must not be."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from starlette.responses import Response
+
+from service.errors import ApiError, ConfigurationError
+from service.settings import load_settings
+from service.web.limits import KeyLimits
+from tests.api import SUBMIT, got, order, refused
+from tests.upstream import Upstream, document, picture
+from tests.world import world
+
+
+async def test_one_request_too_many_is_told_when_to_come_again(tmp_path: Path) -> None:
+    """429 in the form of every error; another key is not touched by it, of the same owner neither, and a refused request does nothing."""
+    async with world(tmp_path, key_requests="3/year") as here, here.owner(name="acme") as client, here.owner(name="acme") as other:
+        task = got(await client.post(SUBMIT, json=order()))
+        for _ in range(2):
+            assert got(await client.get(f"/v1/tasks/{task['id']}"))["id"] == task["id"]
+        for answer in (await client.get("/v1/tasks"), await client.post(SUBMIT, json=order(prompt="one too many"))):
+            refused(answer, 429, "rate_limit_exceeded")
+            assert 1 <= int(answer.headers["retry-after"]) <= 366 * 86_400
+        assert [task["prompt"] for task in got(await other.get("/v1/tasks"))["data"]] == ["a lighthouse"]
+
+
+async def test_who_must_not_be_kept_out_is_not(tmp_path: Path) -> None:
+    """The upstream's callbacks, images, health and metrics, with a key that has made its requests or without one."""
+    theirs = Upstream()
+    async with world(tmp_path, upstream=theirs.app, key_requests="3/year") as here:
+        task = await here.submit()
+        url = f"{here.sandbox_url}/files/0"
+        theirs.files["0"], theirs.queries[task["upstream_id"]] = [Response(picture(), media_type="image/png")], [document("completed", url)]
+        called = await here.stranger.post(here.callback_url(task["id"]), json={"status": "completed", "results": [url]})
+        assert called.json() == {"status": "accepted"}
+        image = (await here.client.get("/v1/events", params={"wait": 20, "type": "image.task.completed"})).json()["data"][0]
+        await here.client.get("/v1/tasks")
+        refused(await here.client.get("/v1/tasks"), 429, "rate_limit_exceeded")
+        for path in ("/healthz", "/readyz", "/metrics", f"/images/{image['data']['images'][0]['id']}"):
+            for _ in range(5):
+                assert (await here.client.get(path)).status_code == 200
+        assert (await here.client.get("/readyz")).json()["causes"] == []
+        for _ in range(5):
+            assert (
+                await here.stranger.post(here.callback_url(task["id"]), json={"status": "completed", "results": [url]})
+            ).status_code == 200
+        refused(await here.stranger.get("/v1/tasks"), 401, "unauthorized")
+
+
+async def test_a_wait_counts_once(tmp_path: Path) -> None:
+    """However long a request waits or streams, it is one."""
+    async with world(tmp_path, key_requests="2/year") as here:
+        task = await here.submit(headers={"prefer": "wait=20"})
+        assert task["state"] == "completed"
+        async with here.client.stream("GET", "/v1/events", params={"after": "0"}, headers={"accept": "text/event-stream"}) as events:
+            assert events.status_code == 200
+        refused(await here.client.get("/v1/tasks"), 429)
+
+
+async def test_without_the_setting_there_is_no_limit() -> None:
+    """Unset: as many as anybody likes."""
+    limits = KeyLimits(None)
+    for _ in range(10_000):
+        await limits.count("key")
+
+
+@pytest.mark.parametrize("requests", ["1/second", "7/minute", "100 per 3 minutes", "600/minute"])
+async def test_after_retry_after_a_request_is_allowed(requests: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is at least a second, and true: who waits for so long is let in, whenever in its time the limit was reached."""
+    now = 1_750_000_000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    limits = KeyLimits(requests)
+    for _ in range(60):
+        waits = None
+        for _ in range(1000):
+            try:
+                await limits.count("key")
+            except ApiError as error:
+                waits = error.retry_after
+                break
+            now += 0.0137
+        assert waits is not None
+        assert 1 <= waits <= 181
+        with pytest.raises(ApiError):
+            await limits.count("key")
+        await limits.count("another")
+        now += waits + 0.001
+        await limits.count("key")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "600",
+        "600/fortnight",
+        "0/minute",
+        "-1/minute",
+        "ten/minute",
+        "600/minute;",
+        "10/second;600/minute",
+        "1.5/second",
+        "9" * 5000 + "/day",
+    ],
+)
+def test_a_bad_limit_stops_the_start(value: str) -> None:
+    """One line that names the setting and says how it is written, not what was there."""
+    with pytest.raises(ConfigurationError, match=r"^DARKROOM_KEY_REQUESTS: should be requests per time, such as 600/minute$"):
+        load_settings({"DARKROOM_KEY_REQUESTS": value}, None)
+
+
+def test_a_limit_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the library is not installed the start says so; without the setting nobody misses it."""
+    monkeypatch.setitem(sys.modules, "limits", None)
+    with pytest.raises(ConfigurationError, match="DARKROOM_KEY_REQUESTS: needs the extra limits"):
+        load_settings({"DARKROOM_KEY_REQUESTS": "600/minute"}, None)
+    assert load_settings({}, None).key_requests is None

@@ -1,0 +1,281 @@
+"""Two owners: whatever one asks for, by any route, it learns nothing of the other's, not even that it is there.
+
+The cases are made from the table of routes: a route, parameter or body that is new there has to be given its case here.
+"""
+
+import base64
+import json
+import re
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
+from ipaddress import ip_network
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import Engine, event
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.app import Role
+from service.upstreams.sandbox import SandboxOptions, create_sandbox
+from service.web import access
+from service.web.routes import SPECS, Spec
+from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, submitted
+from tests.waiting import wait_until
+from tests.world import LOOPBACK, subscriber, world
+
+JSON = dict[str, Any]
+Pair = tuple[Any, Any]  # what is another's, and the same of which nobody has any
+
+NOTHING = "a" * 26
+UNKNOWN = "task-unified-1757165031-nobody00"
+LABELS = {"verdict", "kind", "outcome", "state", "stage", "purpose", "le"}
+LATE = {"delay": 600}  # the task outlasts the tests
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """An upstream, and what it was asked for."""
+
+    app: ASGIApp
+    asked: list[str]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            self.asked.append(f"{scope['method']} {scope['path']}")
+        await self.app(scope, receive, send)
+
+
+@dataclass(frozen=True, slots=True)
+class Two:
+    """Ann's things, Bob who asks and changes nothing, Carl who does.
+
+    `told` are texts that only Ann may be shown; `pairs` by the name of a parameter, `bodies` by route.
+    """
+
+    ann: httpx.AsyncClient
+    bob: httpx.AsyncClient
+    carl: httpx.AsyncClient
+    bobs: Mapping[str, int]  # how many of each list are his
+    told: tuple[str, ...]
+    pairs: Mapping[str, tuple[Pair, ...]]
+    bodies: Mapping[tuple[str, str], tuple[Pair, ...]]
+    key: str
+    metrics: str
+    asked: list[str]
+    before: list[list[JSON]]
+
+
+LISTS = ("/v1/tasks", "/v1/endpoints", "/v1/deliveries", "/v1/events")
+
+
+async def lists(client: httpx.AsyncClient) -> list[list[JSON]]:
+    """Everything its owner can list."""
+    return [got(await client.get(path))["data"] for path in LISTS]
+
+
+async def active(client: httpx.AsyncClient, owner: str, hook: str, late: int) -> None:
+    """Gives an owner two endpoints, a task that is done, `late` ones that are not, and what comes of them."""
+    for _ in range(2):
+        got(await client.post("/v1/endpoints", json={"url": hook, "description": f"{owner}'s hook"}), 201)
+    words = {"prompt": f"{owner}'s prompt", "metadata": {"of": owner}, "callback_url": hook}
+    await submitted(client, UNTIL_DONE | {"idempotency-key": f"{owner}-key"}, **words)
+    inputs = {"model": "wan2.5-image-to-image", "image_urls": [f"https://x.test/{owner}.png"]}
+    for _ in range(late):
+        await submitted(client, {}, sandbox=LATE, **words, **inputs)
+
+    async def delivered() -> bool:
+        found = got(await client.get("/v1/deliveries", params={"state": "delivered"}))["data"]
+        return len(found) == 2 * (2 + late) + 1  # each event twice, and the task itself
+
+    await wait_until(delivered)
+
+
+def ids_of(documents: object) -> list[str]:
+    """Whatever in them looks like an id that one may ask for, or have."""
+    return sorted(set(re.findall(r"\b[a-z]+_[a-z2-7]{26}\b|task-unified-[\w-]+", json.dumps(documents))))
+
+
+def elsewhere(cursor: str) -> str:
+    """A cursor for the same moment that leads on from something nobody has."""
+    time, id = json.loads(base64.urlsafe_b64decode(cursor))
+    return base64.urlsafe_b64encode(json.dumps([time, id.partition("_")[0] + "_" + NOTHING]).encode()).decode()
+
+
+async def parameters(ann: httpx.AsyncClient, documents: list[list[JSON]]) -> dict[str, tuple[Pair, ...]]:
+    """For each name in a path or a query Ann's values, each with one that nobody has."""
+    tasks, endpoints, deliveries, events = documents
+    ours = [(task["id"], f"task_{NOTHING}") for task in tasks]
+    theirs = [(task["upstream_id"], UNKNOWN) for task in tasks]
+    cursors = [got(await ann.get(path, params={"limit": 1}))["next_cursor"] for path in LISTS[:3]]
+    return {
+        "task_id": (*ours, *theirs),
+        "endpoint_id": tuple((endpoint["id"], f"ep_{NOTHING}") for endpoint in endpoints),
+        "delivery_id": tuple((delivery["id"], f"dlv_{NOTHING}") for delivery in deliveries[:2]),
+        "key_id": ((f"key_{NOTHING}", "key_unknown"),),
+        "task": (*ours, *theirs),
+        "endpoint": ((endpoints[0]["id"], f"ep_{NOTHING}"),),
+        "event": ((events[0]["id"], f"evt_{NOTHING}"),),
+        "cursor": tuple((cursor, elsewhere(cursor)) for cursor in cursors),
+        "metadata.KEY": (("ann", "nobody"),),
+        "model": (("wan2.5-image-to-image", "nobodys"),),
+        "/v1/tasks?state": (("submitted", "expired"),),
+        "/v1/deliveries?state": (("dead", "pending"),),
+        "type": (("callback.conflict", "task.parked"),),
+        "after": (("0", "00"),),
+        "wait": (("0", "0.0"),),
+        "limit": (("1000", "999"),),
+    }
+
+
+@pytest.fixture(scope="module")
+async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
+    """What happens while workers run is over; then the same store answers without them, and nothing stirs but what is asked."""
+    folder, asked = tmp_path_factory.mktemp("two"), list[str]()
+    sandbox = create_sandbox(SandboxOptions(networks=(ip_network(LOOPBACK),), delay_s=0.05))
+    upstream = Watched(sandbox, asked)
+    body = {"scopes": ["submit", "read", "subscribe"]}
+    async with world(folder, upstream=upstream) as here, subscriber() as takes:
+        owners = [{"owner": name, **body} for name in ("ann", "bob", "carl")]
+        keys = [got(await here.client.post("/v1/keys", json=owner), 201)["key"] for owner in owners]
+        async with here.with_key(keys[0]) as ann, here.with_key(keys[1]) as bob:
+            await active(ann, "ann", f"{takes.url}/anns-hook", 2)
+            await active(bob, "bob", f"{takes.url}/bobs-hook", 0)
+            metrics = (await bob.get("/metrics")).text
+    async with AsyncExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(access, "CACHE_S", 3600)  # a key is looked up once: not in the middle of a comparison
+        here = await stack.enter_async_context(world(folder, upstream=upstream, role=Role(workers=False)))
+        ann, bob, carl = [await stack.enter_async_context(here.with_key(key)) for key in keys]
+        before, bobs, _ = [await lists(client) for client in (ann, bob, carl)]
+        task = before[0][0]
+        named = [(task["id"], f"task_{NOTHING}"), (task["upstream_id"], UNKNOWN)]
+        bodies = {
+            ("POST", SUBMIT): tuple((order(model_params={"task_id": a}), order(model_params={"task_id": b})) for a, b in named),
+            ("POST", "/v1/endpoints"): (({"url": takes.url, "owner": "ann"}, {"url": takes.url, "owner": "nobody"}),),
+            ("PATCH", "/v1/endpoints/{endpoint_id}"): (({"status": "paused"},) * 2,),
+        }
+        told = ("ann", "ann's prompt", "ann-key", *ids_of(before))
+        counts = {path: len(each) for path, each in zip(LISTS, bobs, strict=True)}
+        asked.clear()
+        yield Two(ann, bob, carl, counts, told, await parameters(ann, before), bodies, "ann-key", metrics, asked, before)
+
+
+@contextmanager
+def statements() -> Iterator[list[str]]:
+    """Every statement of any store, as it is written, without its values."""
+    seen: list[str] = []
+
+    def see(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        seen.append(statement)
+
+    event.listen(Engine, "before_cursor_execute", see)
+    try:
+        yield seen
+    finally:
+        event.remove(Engine, "before_cursor_execute", see)
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """All that an answer tells: what it says, and the work that was done for it, of which its time is a measure."""
+
+    status: int
+    headers: Mapping[str, str]
+    text: str
+    statements: tuple[str, ...]
+    asked: tuple[str, ...]
+
+
+async def ask(two: Two, method: str, path: str, **more: Any) -> Said:
+    two.asked.clear()
+    with statements() as seen:
+        answer = await two.bob.request(method, path, **more)
+    headers = {name: value for name, value in answer.headers.items() if name not in ("x-request-id", "date")}
+    asked = tuple(re.sub(r"task-unified-[\w-]+", "task-unified", each) for each in two.asked)
+    assert not [id for id in two.told if any(id in each for each in two.asked)]
+    text = answer.text.replace(answer.headers["x-request-id"], "")
+    return Said(answer.status_code, headers, text, tuple(seen), asked)
+
+
+def told(two: Two, text: str) -> list[str]:
+    """What of Ann's stands in a text."""
+    return [each for each in two.told if re.search(rf"\b{re.escape(each)}\b", text)]
+
+
+def cases(two: Two, spec: Spec) -> Iterator[tuple[tuple[str, JSON], tuple[str, JSON]]]:
+    """Paths and what goes with them, for Ann's and for nobody's; KeyError: nobody has thought of this route yet."""
+    names = re.findall(r"\{(\w+)\}", spec.path)
+    body = two.bodies[spec.method, spec.path] if spec.body and spec.scopes != ("admin",) else ()
+    for name in names:
+        for pair in two.pairs[name]:
+            sent = {"json": body[0][0]} if body else {}
+            yield tuple((spec.path.replace(f"{{{name}}}", value), sent) for value in pair)  # type: ignore[misc]  # of two
+    for pair in () if names else body:
+        yield tuple((spec.path, {"json": value, "headers": ASYNC}) for value in pair)  # type: ignore[misc]  # of two
+    for name in spec.query:
+        for pair in two.pairs.get(f"{spec.path}?{name}") or two.pairs[name]:
+            yield tuple((spec.path, {"params": {name.replace("KEY", "of"): value}}) for value in pair)  # type: ignore[misc]  # of two
+
+
+ASKED = [spec for spec in SPECS if spec.scopes]
+
+
+@pytest.mark.parametrize("spec", ASKED, ids=[f"{spec.method} {spec.path}" for spec in ASKED])
+async def test_what_is_anothers_is_answered_like_what_nobody_has(two: Two, spec: Spec) -> None:
+    """The same status, headers and bytes after the same statements and calls, on every route with every id, filter and body."""
+    for (anothers, sent), (nobodys, same) in cases(two, spec):
+        said = await ask(two, spec.method, anothers, **sent)
+        assert said == await ask(two, spec.method, nobodys, **same), anothers
+        assert not told(two, said.text.replace(anothers, "")), anothers
+        assert said.status in ((404,) if "{" in spec.path else (200, 400, 403)) or spec.scopes == ("admin",), anothers
+    assert await lists(two.ann) == two.before
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.method == "GET" and "{" not in spec.path], ids=lambda spec: spec.path)
+async def test_what_is_shown_without_an_id_has_nothing_of_anothers(two: Two, spec: Spec) -> None:
+    """Bob's lists are as long as what is his; nothing that he is shown names anything of Ann's."""
+    said = await ask(two, "GET", spec.path)
+    assert not told(two, said.text)
+    if spec.path in two.bobs:
+        assert len(json.loads(said.text)["data"]) == two.bobs[spec.path] > 0
+
+
+@pytest.mark.parametrize("spec", [spec for spec in ASKED if spec.method == "GET" and spec.scopes != ("admin",)], ids=lambda spec: spec.path)
+async def test_its_owner_is_shown_all_of_it(two: Two, spec: Spec) -> None:
+    """Or else these tests would hold of a service that shows nothing."""
+    for (path, sent), _ in cases(two, spec):
+        got(await two.ann.get(path, **sent))
+
+
+async def test_anothers_place_in_a_list_is_a_place_and_no_more(two: Two) -> None:
+    """With Ann's cursor Bob goes on in his own list."""
+    for cursor, _ in two.pairs["cursor"]:
+        for path in LISTS[:3]:
+            everything = got(await two.bob.get(path))["data"]
+            after = got(await two.bob.get(path, params={"cursor": cursor}))["data"]
+            assert after == everything[len(everything) - len(after) :]
+
+
+async def test_one_idempotency_key_of_two_owners_makes_two_tasks(two: Two) -> None:
+    """And which keys another has used is not to be found out."""
+    answers = []
+    for key in (two.key, "nobodys-key"):
+        with statements() as seen:
+            answer = await two.carl.post(SUBMIT, json=order(), headers=ASYNC | {"idempotency-key": key})
+        answers.append((got(answer).keys(), answer.headers.keys(), tuple(seen)))
+        assert answer.json()["id"] not in two.told
+        assert "idempotency-replayed" not in answer.headers
+        got(await two.carl.post(f"/v1/tasks/{answer.json()['id']}/cancel"))
+    assert answers[0] == answers[1]
+
+
+async def test_no_label_of_the_metrics_names_anybody_or_anything(two: Two) -> None:
+    """They are everybody's sums, by kinds that are known beforehand; after deliveries, downloads and calls."""
+    samples = [sample for family in text_string_to_metric_families(two.metrics) for sample in family.samples]
+    assert {name for sample in samples for name in sample.labels} <= LABELS
+    assert sum(sample.value for sample in samples if sample.name == "darkroom_deliveries_total") > 0
+    assert not told(two, two.metrics)
+    assert not re.search(r"_[a-z2-7]{26}|task-unified|bob", two.metrics)
