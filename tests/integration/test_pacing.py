@@ -157,7 +157,7 @@ async def call_back_later(here: World, ids: Sequence[str]) -> None:
 
 async def test_a_batch_of_callbacks_makes_no_more_calls_than_the_setting_says(tmp_path: Path) -> None:
     """Confirmations, reconciling, submissions and what is passed through together never exceed `EVOLINK_CONCURRENCY`; all settles."""
-    upstream = await flood(tmp_path, callbacks=400, silent=200, concurrency=5)
+    upstream = await flood(tmp_path, callbacks=200, silent=100, concurrency=5)
     assert upstream.most == 5
     assert (upstream.calls["generations"], upstream.calls["credits"]) == (20, 20)
     assert {task: count for task, count in upstream.calls.items() if task.startswith("u-") and count > 1} == {}

@@ -9,7 +9,7 @@ from sqlalchemy import delete, select
 from service.model import TERMINAL, State, credits_number, rfc3339
 from service.store import Grant, Transaction
 from service.store.operations import leases, outbox
-from service.store.operations.tasks import Row, change, end, lock
+from service.store.operations.tasks import Row, ask, end, lock
 from service.store.tables import images
 
 STALE_LIMIT, STALE_MS = 10, 30 * 60 * 1000
@@ -157,7 +157,7 @@ def _record(tx: Transaction, task: Row, row: Row, item: Download) -> str | None:
             if values["state"] == "pending":
                 values |= _at_risk(tx, task, row | values)
             if retry.stale and values["state"] == "pending" and task["settled_digest"] is not None:
-                change(tx, task, **leases.wanted(tx, "settle", task["id"], task))
+                ask(tx, task)
         case Lost() as lost:
             values = {"state": "lost", "error": lost.reason, **leases.freed("download", None)}
             tx.step(task["id"], "image.lost", **step, reason=lost.reason)
