@@ -23,7 +23,7 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 MANY = 64  # addresses of a name; more are an attack on whoever judges them
 TRIED = 8  # of them in one call: nobody's name makes us knock at dozens of doors
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-KEPT_ACROSS_ORIGINS = frozenset({"accept", "range", "user-agent"})
+KEPT_ACROSS_ORIGINS = frozenset({"accept", "if-range", "range", "user-agent"})
 
 
 @dataclass(frozen=True, slots=True)

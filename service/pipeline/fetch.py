@@ -57,11 +57,10 @@ class Version:
         return cls.of(headers, int(length) if length.isascii() and length.isdigit() else None)
 
     def rest(self, held: int) -> dict[str, str] | None:
-        """The headers that ask for what is behind the first `held` bytes; None when nothing would show that it is the same body."""
+        """The headers that ask for what is behind the first `held` bytes; None when nothing proves that it is the same body: two
+        pictures may have one length."""
         known = self.tag or self.modified
-        if not held or (known is None and self.total is None):
-            return None
-        return {"range": f"bytes={held}-", **({"if-range": known} if known else {})}
+        return {"range": f"bytes={held}-", "if-range": known} if held and known else None
 
     def continued(self, headers: Mapping[str, str], held: int) -> "Version | None":
         """This version, with its length, if a 206 goes on with it where it broke off."""
@@ -69,8 +68,9 @@ class Version:
         if found is None or not held == int(found[1]) <= int(found[2]):
             return None
         part = Version.of(headers, None if found[3] == "*" else int(found[3]))
-        pairs = ((self.tag, part.tag), (self.modified, part.modified), (self.total, part.total))
-        if part.encoding != self.encoding or any(None not in pair and pair[0] != pair[1] for pair in pairs):
+        if part.encoding != self.encoding or (self.tag and part.tag != self.tag):  # a part has its tag (RFC 9110, 15.3.7)
+            return None
+        if any(None not in pair and pair[0] != pair[1] for pair in ((self.modified, part.modified), (self.total, part.total))):
             return None
         return replace(self, total=self.total or part.total)
 

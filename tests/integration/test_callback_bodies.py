@@ -149,8 +149,7 @@ async def test_a_body_that_comes_a_byte_at_a_time_has_one_time_limit(here: World
             writer.write(b"x")
             return bytes(reader._buffer)  # type: ignore[attr-defined]  # what came, without waiting for more
 
-        await wait_until(answered)
-        head = await reader.readuntil(b"\r\n\r\n")
+        head = await wait_until(answered)
         assert head.startswith(b"HTTP/1.1 408 ")
         assert b"connection: close" in head
     assert await heard(here, task) == []

@@ -35,22 +35,21 @@ def test_a_version_is_what_can_be_proved(headers: dict[str, str], known: Version
     [
         (WHOLE, 400, {"range": "bytes=400-", "if-range": '"a"'}),
         (Version(modified=DAY), 1, {"range": "bytes=1-", "if-range": DAY}),
-        (Version(total=1000), 999, {"range": "bytes=999-"}),
+        (Version(total=1000), 999, None),
         (WHOLE, 0, None),
         (Version(), 400, None),
     ],
 )
 def test_the_rest_is_asked_for_if_it_can_be_known(version: Version, held: int, headers: dict[str, str] | None) -> None:
-    """By the tag, else the date, else the length alone; without any of them, or with nothing in hand, the whole is asked for."""
+    """By the tag, else the date; two pictures may have one length, so without them, or with nothing in hand, the whole is asked for."""
     assert version.rest(held) == headers
 
 
 @pytest.mark.parametrize(
-    ("changed", "version"),
-    [({}, WHOLE), ({"content-range": "Bytes 400-400/*"}, WHOLE), ({"etag": ""}, WHOLE), ({"last-modified": NOW, "date": NOW}, WHOLE)],
+    ("changed", "version"), [({}, WHOLE), ({"content-range": "Bytes 400-400/*"}, WHOLE), ({"last-modified": NOW, "date": NOW}, WHOLE)]
 )
 def test_a_part_that_fits_goes_on(changed: dict[str, Any], version: Version) -> None:
-    """What it does not say is not held against it."""
+    """What it does not say, but for the tag, is not held against it."""
     assert WHOLE.continued(PART | changed, 400) == version
 
 
@@ -71,6 +70,7 @@ def test_a_part_may_tell_the_length() -> None:
         {"content-range": "bytes 400-999/1000, bytes 0-1/2"},
         {"content-range": "bytes ٤٠٠-999/1000"},
         {"etag": '"b"'},
+        {"etag": ""},
         {"last-modified": NOW},
         {"content-encoding": "gzip"},
     ],
