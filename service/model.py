@@ -6,6 +6,7 @@ Pure: no clock, no I/O. Times are integers, milliseconds since 1970 UTC; credits
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -220,10 +221,33 @@ class Task:
         return self.state in TERMINAL
 
 
+EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/gif": "gif", "image/avif": "avif"}
+
+BLOB = re.compile(r"task_[a-z2-7]{26}/[0-9]{1,9}-[0-9a-f]{64}\.[a-z]{1,8}", re.ASCII)
+
+
+def blob_name(task_id: str, index: int, sha256: str, media_type: str) -> str:
+    """What an image is kept as: the same after a crash, and nothing is shared between tasks."""
+    return f"{task_id}/{index}-{sha256}.{EXTENSIONS[media_type]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """What links begin with: the service's address, and for images that of what serves the blob store under the same names."""
+
+    base_url: str
+    image_base_url: str | None = None
+
+    def image(self, task_id: str, image: JSON) -> str:
+        if self.image_base_url is None:
+            return f"{self.base_url}/images/{image['id']}"
+        return f"{self.image_base_url}/{blob_name(task_id, image['index'], image['sha256'], image['media_type'])}"
+
+
 def task_document(task: Task) -> JSON:
     """The task of contract section 3 without its prompt and without links: `results` is empty, images have no `url`.
 
-    This is what an event keeps; `with_links` completes it for a reader, so that links follow the service's address.
+    This is what an event keeps; `with_links` completes it for a reader, so that links follow the settings.
     """
     return {
         "id": task.id,
@@ -263,25 +287,25 @@ def task_document(task: Task) -> JSON:
     }
 
 
-def with_links(document: JSON, base_url: str) -> JSON:
+def with_links(document: JSON, links: Links) -> JSON:
     """A task's document with the links of its images, and with `results` when it is completed."""
-    images = [{**image, "url": f"{base_url}/images/{image['id']}"} for image in document["images"]]
+    images = [{**image, "url": links.image(document["id"], image)} for image in document["images"]]
     results = [image["url"] for image in images] if document["state"] == State.COMPLETED else []
     return {**document, "images": images, "results": results}
 
 
-def event_document(*, event_id: str, sequence: int, type: str, subject: str | None, time: int, data: JSON, base_url: str) -> JSON:
+def event_document(*, event_id: str, sequence: int, type: str, subject: str | None, time: int, data: JSON, links: Links) -> JSON:
     """An event of contract section 3, a structured CloudEvent 1.0; `data` as the outbox keeps it."""
     return {
         "specversion": "1.0",
         "id": event_id,
-        "source": base_url,
+        "source": links.base_url,
         "type": type,
         "subject": subject,
         "time": rfc3339(time),
         "datacontenttype": "application/json",
         "sequence": sequence_text(sequence),
-        "data": with_links(data, base_url) if "images" in data else data,
+        "data": with_links(data, links) if "images" in data else data,
     }
 
 

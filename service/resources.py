@@ -34,7 +34,7 @@ class Resources:
     task_callbacks: Webhooks  # to tasks' own callback_url
     keyring: Keyring
     metrics: Metrics
-    base_url: str
+    links: model.Links
     clock: Callable[[], int]  # milliseconds since 1970 UTC
     new_id: Callable[[str, int], str] = new_id
     random: Callable[[], float] = field(default=random.random)

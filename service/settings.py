@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from service.errors import ConfigurationError
 from service.variables import (
+    BUCKET,
     NOT_YET,
     PREFIX,
     SECRET_KEY_BYTES,
@@ -73,8 +74,11 @@ class Settings(BaseSettings):
     )
     data_dir: Folder = told(Path("./data"), "home of the embedded store and of images", shown="`./data`")
     database_url: str = told("sqlite:///{data_dir}/darkroom.db", "the store: `sqlite:///FILE` or `postgresql://…`", repr=False)
-    blob_url: str = told("file://{data_dir}/images", "where images are kept: `file:///FOLDER`")
-    image_base_url: NotYet = told(None, "a public address that serves the same images; not supported yet")
+    blob_url: str = told(
+        "file://{data_dir}/images",
+        "where images are kept: `file:///FOLDER`, or `s3://BUCKET/PREFIX` with the extra `s3` and the usual variables `AWS_…`",
+    )
+    image_base_url: str | None = told(None, "links to images begin with this instead: a CDN or public bucket that serves the same names")
     image_link_ttl_s: Annotated[float, NOT_YET] = told(
         0, "how long a link to an image lives; 0: as long as the image, and nothing else yet"
     )
@@ -139,7 +143,7 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
 
-    @field_validator("base_url", "url", "evolink_base_url", "callback_url")
+    @field_validator("base_url", "url", "evolink_base_url", "callback_url", "image_base_url")
     @classmethod
     def _address(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None:
@@ -161,10 +165,8 @@ class Settings(BaseSettings):
     def _place(cls, value: str, info: ValidationInfo) -> str:
         value = value.replace("{data_dir}", str(info.data.get("data_dir", "/")))
         if info.field_name == "blob_url":
-            if value.startswith("s3://"):
-                raise ValueError("needs the extra s3, which this version does not have")
-            if not value.startswith("file:///"):
-                raise ValueError("should be file:// and an absolute path")
+            if not value.startswith("file:///") and not BUCKET.fullmatch(value):
+                raise ValueError("should be file:// and an absolute path, or s3://BUCKET/PREFIX")
         elif not value.startswith("sqlite:"):
             postgres(value)
         elif not re.fullmatch(r"sqlite:///[^:?][^?]*", value):
@@ -185,8 +187,8 @@ class Settings(BaseSettings):
 
     @property
     def image_dir(self) -> Path:
-        """The folder of `blob_url`."""
-        return Path(self.blob_url.removeprefix("file://"))
+        """The folder of `blob_url`, or of what is on its way to S3."""
+        return Path(self.blob_url.removeprefix("file://")) if self.blob_url.startswith("file:") else self.data_dir / "incoming"
 
 
 # --- reading them ----------------------------------------------------------------------------------------------------

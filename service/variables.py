@@ -23,6 +23,7 @@ SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
 VISIBLE = re.compile(r"[!-~]+")
 HOST = re.compile(r"[a-z0-9_.:-]+")
+BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9._-]{0,99}){0,8}")
 RESULT_HOST = re.compile(r"\.?[a-z0-9_]([a-z0-9_.-]*[a-z0-9])?")
 
 Network = IPv4Network | IPv6Network

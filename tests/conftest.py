@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 import hypothesis
 import pytest
+from PIL import Image
 
+from tests.s3 import s3_running, with_bucket
 from tests.servers import missing, missing_counted, postgres_binaries, postgres_database, postgres_running
 
 hypothesis.settings.register_profile("darkroom", deadline=None)  # a slow machine is no defect
@@ -35,6 +37,25 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
     """The URL of an empty PostgreSQL database of this test's own."""
     with postgres_database(postgres_server) as url:
         yield url
+
+
+@pytest.fixture(autouse=True)
+def _pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's limit is the process's: what one test allows must not stop the next test's sandbox from drawing."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of an S3 that lives as long as the run."""
+    with s3_running() as address:
+        yield address
+
+
+@pytest.fixture
+def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an empty bucket of this test's own, on the server that the environment now names."""
+    return with_bucket(s3_server, monkeypatch)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,13 +1,23 @@
 """Where images are kept: what a blob store can do. A name is `{task_id}/{index}-{sha256}.{ext}`, so its bytes never change."""
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}(?:/[A-Za-z0-9_][A-Za-z0-9._-]{0,199}){0,3}", re.ASCII)
 CHUNK = 1 << 18  # bytes
+PAGE = 200  # blobs
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """One that is kept; `modified_at`: milliseconds since 1970 UTC by the clock of its store."""
+
+    name: str
+    modified_at: int
 
 
 class Incoming(Protocol):
@@ -46,6 +56,12 @@ class Blobs(Protocol):
 
     async def delete(self, name: str) -> None:
         """Forget the blob; a missing one is fine."""
+
+    def listed(self) -> AsyncIterator[Sequence[Blob]]:
+        """Every blob, in pages of at most PAGE, in no order; what comes or goes meanwhile may be missing."""
+
+    async def check(self) -> None:
+        """Returns if the store answers now."""
 
     async def free_bytes(self) -> int | None:
         """How much more fits; None where nobody knows."""

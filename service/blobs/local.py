@@ -1,47 +1,25 @@
 """Blobs as files under one folder, durable when `put` returns.
 
 A new file is written in `.incoming`, its data synced, then it is renamed, then the folders that lead to it are synced: after a power cut a
-name leads to the whole image or to nothing. Every step opens and closes its own file, so a cancelled call leaves no open descriptor behind.
+name leads to the whole image or to nothing.
 """
 
-import asyncio
 import math
 import os
 import shutil
 import stat
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
+from itertools import islice
 from pathlib import Path
-from secrets import token_hex
-from typing import ParamSpec, Self, TypeVar
+from typing import Self
 
-from service.blobs import CHUNK, Incoming, check_name
-from service.errors import BlobMissing, BlobUnavailable
+from service.blobs import CHUNK, NAME, PAGE, Blob, Incoming, check_name
+from service.blobs.incoming import in_thread, incoming_in, opened, remove_leftovers
+from service.errors import BlobMissing
 
-P = ParamSpec("P")
-T = TypeVar("T")
 INCOMING = ".incoming"
-
-
-@dataclass(slots=True)
-class LocalIncoming:
-    """A file in `.incoming`."""
-
-    path: Path
-    size: int = 0
-
-    async def write(self, data: bytes) -> None:
-        await in_thread(append, self.path, data)
-        self.size += len(data)
-
-    async def read(self) -> bytes:
-        return await in_thread(self.path.read_bytes)
-
-    async def clear(self) -> None:
-        await in_thread(os.truncate, self.path, 0)
-        self.size = 0
 
 
 class LocalBlobs:
@@ -60,15 +38,8 @@ class LocalBlobs:
         await in_thread(prepare, blobs.root, time.time() - spare if spare else math.inf)
         return blobs
 
-    @asynccontextmanager
-    async def incoming(self) -> AsyncIterator[Incoming]:
-        path = self.root / INCOMING / token_hex(16)
-        try:
-            await in_thread(create, path)
-            yield LocalIncoming(path)
-        finally:
-            with suppress(BlobUnavailable):  # the next `open` removes it
-                await in_thread(path.unlink, True)
+    def incoming(self) -> AbstractAsyncContextManager[Incoming]:
+        return incoming_in(self.root / INCOMING)
 
     async def put(self, incoming: Incoming, name: str, media_type: str) -> None:
         await in_thread(keep, incoming.path, self._path(name), self.root)
@@ -88,6 +59,14 @@ class LocalBlobs:
     async def delete(self, name: str) -> None:
         await in_thread(remove, self._path(name), self.root)
 
+    async def listed(self) -> AsyncIterator[Sequence[Blob]]:
+        found = walk(self.root)
+        while page := await in_thread(lambda: list(islice(found, PAGE))):
+            yield page
+
+    async def check(self) -> None:
+        await self.free_bytes()
+
     async def free_bytes(self) -> int | None:
         return (await in_thread(shutil.disk_usage, self.root)).free
 
@@ -95,35 +74,12 @@ class LocalBlobs:
         return self.root / check_name(name)
 
 
-async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run what blocks elsewhere; the system's errors come back as BlobUnavailable, without the path."""
-    try:
-        return await asyncio.to_thread(work, *args, **kwargs)
-    except OSError as error:
-        raise BlobUnavailable(error.strerror or type(error).__name__) from error
-
-
 def prepare(root: Path, before: float) -> None:
     """Make the folders, so that they last, and remove leftovers last written until `before` (seconds since 1970)."""
     known = next(folder for folder in (root, *root.parents) if folder.exists())
     (root / INCOMING).mkdir(parents=True, exist_ok=True)
     sync_folders(root, known)
-    for leftover in (root / INCOMING).iterdir():
-        with suppress(FileNotFoundError):  # its owner lives and was quicker
-            if leftover.stat().st_mtime <= before:
-                leftover.unlink()
-
-
-def create(path: Path) -> None:
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
-
-
-def append(path: Path, data: bytes) -> None:
-    """Without O_CREAT: a write that outlives its cancelled caller must not bring the file back."""
-    with opened(path, os.O_WRONLY | os.O_APPEND) as descriptor:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(descriptor, rest) :]
+    remove_leftovers(root / INCOMING, before)
 
 
 def keep(source: Path, target: Path, root: Path) -> None:
@@ -180,10 +136,15 @@ def remove(path: Path, root: Path) -> None:
             (root / folder).rmdir()
 
 
-@contextmanager
-def opened(path: Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, flags)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+def walk(root: Path, folder: str = "") -> Iterator[Blob]:
+    """Every blob below `folder` (empty, or with a slash at its end); what vanishes meanwhile is passed over."""
+    with suppress(FileNotFoundError), os.scandir(root / folder) as entries:
+        for entry in entries:
+            name = folder + entry.name
+            if NAME.fullmatch(name) is None:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from walk(root, f"{name}/")
+            elif entry.is_file(follow_symlinks=False):
+                with suppress(FileNotFoundError):
+                    yield Blob(name, entry.stat(follow_symlinks=False).st_mtime_ns // 1_000_000)

@@ -39,8 +39,9 @@ LINES: Mapping[str, str] = MappingProxyType(
         "reconcile.queried": "`attempt`, `answer`, `wait_s`",
         "store.failed": "`message`, `exception`: the store did not commit or answer; the caller got 503",
         "blobs.failed": "`message`, `exception`: the image store failed or lacks an image; the caller got 503",
+        "blobs.swept": "`seen`, `removed` (images that no row names), `duration_ms`",
         "worker.failed": "`stage`, `key`, `attempt`, `wait_s`, `exception`",
-        "task.parked": "`stage`, `faults`",
+        "task.parked": "`stage`, `cause` (so many faults or deaths)",
         "library.message": "`logger`, `message`: from a library, warnings and worse",
     }
 )

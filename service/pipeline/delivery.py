@@ -66,7 +66,7 @@ class Deliverer:
 
     async def _send(self, parcel: Parcel, event: Row) -> Sent:
         keyring, now = self.resources.keyring, self.resources.clock()
-        document = render(event, self.resources.base_url)
+        document = render(event, self.resources.links)
         if parcel.endpoint is not None:
             body = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
             secrets = valid_secrets(keyring.decrypt(parcel.endpoint["secret"]), now)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import structlog
 from structlog.contextvars import bind_contextvars
 
+from service import model
 from service.blobs import Incoming
 from service.errors import BlobUnavailable, EgressError, EgressRefused
 from service.pipeline.fetch import Failure, fetch
@@ -67,7 +68,7 @@ class Downloader:
             sha256, picture = await self._examined(file, packed=fetched in PACKED)
         if isinstance(picture, NoPicture):
             return Failure(picture.reason, final=picture.final, wrong_sha256=sha256)
-        blob = f"{row['task_id']}/{row['position']}-{sha256}.{picture.extension}"
+        blob = model.blob_name(row["task_id"], row["position"], sha256, picture.media_type)
         await self.resources.blobs.put(file, blob, picture.media_type)
         return Stored(blob, picture.media_type, file.size, sha256, picture.width, picture.height)
 

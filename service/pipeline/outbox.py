@@ -16,8 +16,8 @@ log = structlog.get_logger()
 LOOK_S = 1.0  # what another process wrote is seen within this
 
 
-def render(row: Row, base_url: str) -> model.JSON:
-    """An event of contract section 3 from its row; links are made now, so that they follow the service's address."""
+def render(row: Row, links: model.Links) -> model.JSON:
+    """An event of contract section 3 from its row; links are made now, so that they follow the settings."""
     return model.event_document(
         event_id=row["id"],
         sequence=row["sequence"],
@@ -25,7 +25,7 @@ def render(row: Row, base_url: str) -> model.JSON:
         subject=row["task_id"],
         time=row["time"],
         data=row["data"],
-        base_url=base_url,
+        links=links,
     )
 
 
@@ -37,18 +37,26 @@ class Page:
 
 
 async def read_events(
-    store: Store, base_url: str, owner: str | None, after: int, limit: int, types: Sequence[str], task_id: str | None, wait_s: float
+    store: Store,
+    links: model.Links,
+    owner: str | None,
+    after: int | None,
+    limit: int,
+    types: Sequence[str],
+    task_id: str | None,
+    wait_s: float,
 ) -> Page:
-    """Events after a place; an empty page is held until something is there, at most `wait_s` seconds."""
+    """Events after a place, None: from the oldest; an empty page is held until something is there, at most `wait_s` seconds."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + wait_s
     with store.signals.listen("events") as written:
         while True:
             written.clear()
-            rows, last = await store.read(queries.event_list, owner, after, limit, types, task_id)
+            rows, last, forgotten = await store.read(queries.event_list, owner, after or 0, limit, types, task_id)
+            resync = after is not None and after < forgotten
             left = deadline - loop.time()
-            if rows or left <= 0 or store.signals.stopping:
-                return Page([render(row, base_url) for row in rows], last, resync=False)
+            if rows or resync or left <= 0 or store.signals.stopping:
+                return Page([render(row, links) for row in rows], last, resync)
             await store.signals.wait(written, min(left, LOOK_S))
 
 

@@ -12,13 +12,7 @@ from PIL import Image
 
 from service.pipeline.container import NotWhole, TooMuch, known
 
-KINDS = {
-    "PNG": ("image/png", "png"),
-    "JPEG": ("image/jpeg", "jpg"),
-    "WEBP": ("image/webp", "webp"),
-    "GIF": ("image/gif", "gif"),
-    "AVIF": ("image/avif", "avif"),
-}
+KINDS = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif", "AVIF": "image/avif"}
 FRAMES = 1000  # of an animation: each costs time however small it is
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # else an error comes only over twice as many pixels as allowed
 
@@ -26,7 +20,6 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)  # else an error 
 @dataclass(frozen=True, slots=True)
 class Picture:
     media_type: str
-    extension: str
     width: int
     height: int
 
@@ -56,7 +49,7 @@ def inspect(data: bytes, max_pixels: int) -> Picture | NoPicture:
                 if pixels > max_pixels:
                     return NoPicture(f"{width}x{height}, up to frame {frame + 1}, is over {max_pixels} pixels", final=True)
                 image.load()
-            return Picture(*KINDS[format], width, height)
+            return Picture(KINDS[format], width, height)
     except TooMuch as error:
         return NoPicture(str(error), final=True)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

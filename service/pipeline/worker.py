@@ -15,13 +15,14 @@ from structlog.contextvars import bound_contextvars
 from service.errors import StoreUnavailable
 from service.ops.metrics import Metrics
 from service.pipeline.retry import fault_wait
-from service.store import RENEW_S, Grant, Store, Transaction
-from service.store.operations.faults import FAULT_LIMIT, Fault, record_faults
+from service.store import RENEW_S, Grant, Store, Transaction, queries
+from service.store.operations.faults import FAULT_LIMIT, Fault, claim_suspects, record_faults
 from service.store.operations.leases import claim, release, renew
 
 log = structlog.get_logger()
 
 LOOK_S = 0.5  # how long due work may wait when nobody hinted at it
+ALONE_S = 15.0  # so long a suspect waits for others to end, and then has the process to itself
 KEYS = {
     **dict.fromkeys(("submit", "settle", "reconcile"), "task_id"),
     "download": "image_id",
@@ -60,6 +61,7 @@ class WorkerPool:
         self._turn = turn  # waits until a job may start
         self._jobs: dict[Grant, asyncio.Task[None]] = {}
         self._backlog: set[str] = set()
+        self._alone = False  # a row that is suspected of bringing processes down runs alone
         self._stopping = False
         self._late: list[Grant] = []  # what a transaction that was under way granted after the stop
         self._wake = asyncio.Event()
@@ -68,6 +70,8 @@ class WorkerPool:
     # --- what the store asks ---
 
     def reserve(self) -> dict[str, int]:
+        if self._alone:
+            return {}
         free = {stage.name: stage.free for stage in self._stages.values() if stage.free}
         for stage in self._stages.values():
             stage.free = 0
@@ -82,12 +86,18 @@ class WorkerPool:
             self._late += granted
             return
         for grant in granted:
-            self._jobs[grant] = asyncio.create_task(self._work(self._stages[grant.stage], grant), name=f"{grant.stage}:{grant.key}")
+            self._jobs[grant] = self._started(grant)
+
+    def _started(self, grant: Grant, after: Collection["asyncio.Task[None]"] = ()) -> "asyncio.Task[None]":
+        return asyncio.create_task(self._work(self._stages[grant.stage], grant, after), name=f"{grant.stage}:{grant.key}")
 
     def committed(self, tx: Transaction) -> None:
         self._tell(tx)
-        if tx.due & self._stages.keys():
-            self._backlog |= tx.due & self._stages.keys()
+        self.hinted(tx.due)
+
+    def hinted(self, stages: Iterable[str] | None) -> None:
+        if known := self._stages.keys() if stages is None else self._stages.keys() & set(stages):
+            self._backlog |= known
             self._wake.set()
 
     # --- work ---
@@ -118,6 +128,8 @@ class WorkerPool:
         self._backlog -= set(names)  # the claim tells if there is more
         try:
             await asyncio.gather(*(self._store.write(claim, name) for name in names))
+            if len(wanted) == len(self._stages) and await self._store.read(queries.suspects):
+                await self._suspects(names)
         except Exception as error:  # the loop must outlive whatever the store does: tried again at the next look
             known = {"stage": "claim", "key": None, "attempt": None, "wait_s": LOOK_S, "exception": f"{type(error).__name__}: {error}"}
             unforeseen = None if isinstance(error, StoreUnavailable) else error
@@ -125,8 +137,28 @@ class WorkerPool:
             self._metrics.worker_faults.labels("claim").inc()
             await asyncio.sleep(LOOK_S)
 
-    async def _work(self, stage: Stage, grant: Grant) -> None:
+    async def _suspects(self, names: Iterable[str]) -> None:
+        """Works alone on rows that outlived deaths of their process, for `ALONE_S` at most each, so that the next death has one cause."""
+        for name in names:
+            suspect = await self._store.write(claim_suspects, name) if self._stages[name].free else None
+            if suspect is None:
+                continue
+            if suspect.parked:
+                log.error("task.parked", stage=name, cause=f"{suspect.deaths} deaths")
+                continue
+            self._stages[name].free -= 1
+            self._alone = True
+            try:
+                job = self._jobs[suspect.grant] = self._started(suspect.grant, after=tuple(self._jobs.values()))
+                await asyncio.wait([job], timeout=2 * ALONE_S)
+            finally:
+                self._alone = False
+                self._wake.set()
+
+    async def _work(self, stage: Stage, grant: Grant, after: Collection["asyncio.Task[None]"]) -> None:
         try:
+            if after:
+                await asyncio.wait(after, timeout=ALONE_S)
             with bound_contextvars(**{KEYS[stage.name]: grant.key}):
                 try:
                     await self._turn()
@@ -162,7 +194,7 @@ class WorkerPool:
         except StoreUnavailable:
             return
         if faults >= FAULT_LIMIT:
-            log.error("task.parked", stage=grant.stage, faults=faults)
+            log.error("task.parked", stage=grant.stage, cause=f"{faults} faults")
 
     async def _renew(self) -> None:
         while True:

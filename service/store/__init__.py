@@ -109,6 +109,9 @@ class Workers(Protocol):
     def committed(self, tx: Transaction) -> None:
         """Tells of a committed transaction: events to log, stages with work that is due."""
 
+    def hinted(self, stages: Iterable[str] | None) -> None:
+        """Stages may have work that is due; None: any may."""
+
 
 class Signals:
     """Wakes those in this process who wait for a task, the outbox or work; a hint, never a promise."""

@@ -1,12 +1,13 @@
 """PostgreSQL: the engine at scale. The same operations run on asyncpg connections, several committers at once.
 
-Times are the database's. What another process committed is found by polling; nothing depends on being told.
+Times are the database's. What another process committed is found by polling; NOTIFY, once a transaction, only tells of it sooner.
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import Concatenate
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Concatenate
 
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
@@ -19,7 +20,10 @@ from service.store.committer import Batch, Call, Committer, Run, execute
 
 COMMITTERS = 3
 READERS = 5
+CHANNEL, HINT_BYTES = "darkroom", 7999  # PostgreSQL's limit
+LISTEN_AGAIN_S = 1.0
 MIGRATION_LOCK = 0x6461726B726F6F6D  # "darkroom": any constant that nobody else in this database takes
+NOTIFY = text(f"SELECT pg_notify('{CHANNEL}', :hint)")
 NOW = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")
 
 
@@ -40,6 +44,7 @@ class PostgresStore:
         self._new_id = new_id
         self._clock = clock  # what to make of the database's time; a test shifts it
         self._committers = [Committer(self._run_batch, self.signals, self._busy_ones) for _ in range(COMMITTERS)]
+        self._workers: Workers | None = None
         self._turn = 0
         self._reading = asyncio.Semaphore(READERS)  # slow reads leave the committers their connections
 
@@ -53,7 +58,42 @@ class PostgresStore:
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[Run]:
         async with self._engine.begin() as connection:
-            yield connection.run_sync
+
+            async def run(function: Callable[..., tuple[list[Any], Transaction]], *args: Any) -> tuple[list[Any], Transaction]:
+                results, tx = await connection.run_sync(function, *args)
+                if tx.touched or tx.emitted or tx.due:
+                    hint = {"from": self.process, "tasks": sorted(tx.touched), "events": bool(tx.emitted), "due": sorted(tx.due)}
+                    text = json.dumps(hint, separators=(",", ":"))
+                    await connection.execute(NOTIFY, {"hint": text if len(text) <= HINT_BYTES else "{}"})
+                return results, tx
+
+            yield run
+
+    async def _listen(self) -> None:
+        """Passes on what other processes tell, on a connection of its own, for ever."""
+        while True:
+            with suppress(DBAPIError, NoConnection, OSError):
+                async with self._engine.connect() as connection:
+                    driver = (await connection.get_raw_connection()).driver_connection
+                    assert driver is not None
+                    lost = asyncio.Event()
+                    driver.add_termination_listener(lambda _, lost=lost: lost.set())
+                    await driver.add_listener(CHANNEL, lambda _connection, _pid, _channel, hint: self._told(hint))
+                    self._told("{}")  # who knows what was missed
+                    await lost.wait()
+                    await connection.invalidate()
+            await asyncio.sleep(LISTEN_AGAIN_S)
+
+    def _told(self, text: str) -> None:
+        """A hint from a process, maybe this one; one that says nothing stands for everything."""
+        hint = json.loads(text)
+        if hint.get("from") == self.process:
+            return
+        self.signals.notify(hint.get("tasks", ()))
+        if hint.get("events", True):
+            self.signals.notify(["events"])
+        if self._workers and hint.get("due", True):
+            self._workers.hinted(hint.get("due"))
 
     async def write(
         self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item, *, urgent: bool = False
@@ -77,10 +117,12 @@ class PostgresStore:
         return sum(not committer.idle for committer in self._committers)
 
     def attach(self, workers: Workers) -> None:
+        self._workers = workers
         for committer in self._committers:
             committer.workers = workers
 
     def detach(self) -> None:
+        self._workers = None
         for committer in self._committers:
             committer.workers = None
 
@@ -95,7 +137,13 @@ class PostgresStore:
             await connection.run_sync(run)
 
     async def run(self) -> None:
-        await asyncio.gather(*(committer.run() for committer in self._committers))
+        listening = asyncio.create_task(self._listen(), name="listen")
+        try:
+            await asyncio.gather(*(committer.run() for committer in self._committers))
+        finally:
+            listening.cancel()
+            with suppress(asyncio.CancelledError):
+                await listening
 
     def close(self) -> None:
         for committer in self._committers:
@@ -114,7 +162,7 @@ async def open_postgres(
     """Connects and migrates; ConfigurationError when the server cannot be reached or the database is not ours."""
     engine = create_async_engine(
         async_url(url),
-        pool_size=COMMITTERS + READERS,
+        pool_size=COMMITTERS + READERS + 1,  # who listens
         max_overflow=0,
         pool_timeout=5,
         pool_pre_ping=True,

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Select, and_, func, or_, select
 
 from service import model
 from service.store.records import Row, counts, image_record, task_record
-from service.store.tables import QUEUES, api_keys, attempts, callbacks, deliveries, endpoints, events, images, owners, steps, tasks
+from service.store.tables import QUEUES, ZERO, api_keys, attempts, callbacks, counters, deliveries, endpoints, events, images, owners, steps, tasks
 
 After = tuple[int, str] | None  # where a list goes on: time and id of the last one seen
 CLOCKS_MS = 60_000  # so far the upstream's clock and ours may be apart
@@ -99,6 +99,8 @@ def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -
 
     for row in connection.execute(select(steps).where(steps.c.task_id == task_id).order_by(steps.c.id)):
         add(row.time, row.step, **row.detail)
+    for erased_at in connection.execute(select(tasks.c.erased_at).where(tasks.c.id == task_id, tasks.c.erased_at.is_not(None))).scalars():
+        add(erased_at, "task.erased")
     for row in connection.execute(select(callbacks).where(callbacks.c.task_id == task_id)):
         add(
             row.received_at,
@@ -192,6 +194,11 @@ def event_list(
     return rows, rows[-1]["sequence"] if len(rows) == limit else max(last, after)
 
 
+def forgotten(connection: Connection) -> int:
+    """The last place in the outbox from which an event was removed; to be asked for after the events themselves."""
+    return connection.execute(select(counters.c.value).where(counters.c.name == "forgotten")).scalar_one()
+
+
 def _type_condition(pattern: str) -> Any:
     if pattern == "*":
         return events.c.sequence > 0
@@ -232,7 +239,31 @@ def delivery_list(
 
 
 def image_row(connection: Connection, image_id: str) -> Row | None:
-    return connection.execute(select(images).where(images.c.id == image_id, counts)).mappings().first()
+    """An image that is shown, or that was: `erased`."""
+    shown = or_(counts, images.c.state == "erased")
+    return connection.execute(select(images).where(images.c.id == image_id, shown)).mappings().first()
+
+
+def suspects(connection: Connection) -> bool:
+    """Whether a row outlived a death of its process and waits to be worked on."""
+    for queue in QUEUES.values():
+        statement = select(queue.table.c.id).where(queue.column("deaths") > ZERO, queue.column("due_at").is_not(None)).limit(1)
+        if connection.execute(statement).first() is not None:
+            return True
+    return False
+
+
+def orphans(connection: Connection, blobs: Sequence[str]) -> list[str]:
+    """Which of these blobs no row names, of known tasks that have ended and save nothing any more."""
+    task_ids = {name.partition("/")[0] for name in blobs}
+    terminal = [state.value for state in model.TERMINAL]
+    over = set(connection.execute(select(tasks.c.id).where(tasks.c.id.in_(task_ids), tasks.c.state.in_(terminal))).scalars())
+    named = set[str]()
+    for row in connection.execute(select(images.c.task_id, images.c.state, images.c.blob).where(images.c.task_id.in_(task_ids))):
+        named.add(row.blob)
+        if row.state == "pending":
+            over.discard(row.task_id)
+    return [name for name in blobs if name.partition("/")[0] in over and name not in named]
 
 
 # --- keys and figures ------------------------------------------------------------------------------------------------

@@ -104,6 +104,7 @@ tasks = Table(
     Column("resubmit", Boolean, nullable=False, default=False),  # by hand: an uncertain task is sent again
     Column("settle_requests", Integer, nullable=False, default=0),  # bumped when somebody wants it settled now
     Column("submit_turn", BigInteger, nullable=False, default=0),  # whose turn it is in submitting: `operations.turns`
+    Column("erased_at", BigInteger),  # since then it has figures alone: `operations.retention`
     *lease_columns("submit_"),
     *lease_columns("settle_"),
     UniqueConstraint("upstream_id", "upstream"),  # a task is looked for by the first alone
@@ -138,7 +139,7 @@ images = Table(
     Column("task_id", String(40), nullable=False),
     Column("owner", String(64), nullable=False),
     Column("position", Integer, nullable=False),
-    Column("state", String(16), nullable=False),  # pending | stored | lost
+    Column("state", String(16), nullable=False),  # pending | stored | lost | erased
     Column("confirmed", Boolean, nullable=False),  # FALSE: named by a callback, not yet by a query
     Column("source_url", Text, nullable=False),
     Column("link_dies_at", BigInteger, nullable=False),
@@ -271,6 +272,15 @@ for queue in QUEUES.values():  # each has its own index: thousands that are due 
     wanting = due.is_not(None) if queue.where is None else and_(due.is_not(None), queue.where)
     turn = [queue.order] if queue.stage == "submit" else []  # owners' turns: the next one is the first that is due
     Index(f"ix_{queue.table.name}_{queue.stage}_due_at", *turn, due, sqlite_where=wanting, postgresql_where=wanting)
+
+for table, prefix in ((tasks, "submit_"), (tasks, "settle_"), (images, ""), (deliveries, "")):
+    deaths = table.c[f"{prefix}deaths"]
+    Index(f"ix_{table.name}_{prefix}deaths", deaths, sqlite_where=deaths > ZERO, postgresql_where=deaths > ZERO)
+
+ended = and_(tasks.c.terminal_at.is_not(None), tasks.c.erased_at.is_(None))
+Index("ix_tasks_terminal_at", tasks.c.terminal_at, sqlite_where=ended, postgresql_where=ended)
+kept = images.c.blob.is_not(None)
+Index("ix_images_stored_at", images.c.stored_at, sqlite_where=kept, postgresql_where=kept)
 
 waits = tasks.c.submit_due_at.is_not(None)
 Index("ix_tasks_owner_submit_turn", tasks.c.owner, tasks.c.submit_turn, sqlite_where=waits, postgresql_where=waits)

@@ -16,8 +16,8 @@ MAX_WAIT_S = 60
 
 async def events(request: Request) -> Response:
     resources = context_of(request).resources
-    after = query_text(request, "after") or "0"
-    if not (after.isascii() and after.isdigit()) or len(after) > 20 or int(after) >= 2**63:
+    after = query_text(request, "after") or None
+    if after is not None and (not (after.isascii() and after.isdigit()) or len(after) > 20 or int(after) >= 2**63):
         raise ApiError(400, "invalid_request", "after must be a sequence that an answer gave: up to 20 digits", param="after")
     types = [pattern for text in request.query_params.getlist("type") for pattern in text.split(",") if pattern]
     try:
@@ -26,9 +26,9 @@ async def events(request: Request) -> Response:
         raise ApiError(400, "invalid_request", f"type {error}", param="type") from None
     page = await read_events(
         resources.store,
-        resources.base_url,
+        resources.links,
         caller_of(request).sees,
-        int(after),
+        None if after is None else int(after),
         query_limit(request),
         types,
         query_text(request, "task"),

@@ -27,16 +27,27 @@ async def readyz(request: Request) -> Response:
             await context.resources.store.write(mark, None, urgent=True)
     except (StoreUnavailable, TimeoutError):
         return JSONResponse({"status": "unavailable", **await _causes(request, context, ["store"])}, 503, headers={"Retry-After": "1"})
-    free, causes = await _free_bytes(context), []
+    causes = []
     if context.resources.store.signals.stopping:
         causes.append("stopping")
-    if free is not None and free < max(1, context.intake.min_free_bytes):
+    if not await _blobs_answer(context):
         causes.append("blobs")
     if context.workers_alive is not None and not context.workers_alive():
         causes.append("workers")
     if not context.resources.upstream.answering or context.account.refused:
         causes.append("upstream")
     return JSONResponse({"status": "degraded" if causes else "ok", **await _causes(request, context, causes)})
+
+
+async def _blobs_answer(context: Context) -> bool:
+    """Whether the store for images answers, and has the room it should have."""
+    try:
+        async with asyncio.timeout(READY_S):
+            await context.resources.blobs.check()
+    except (BlobUnavailable, TimeoutError):
+        return False
+    free = await _free_bytes(context)
+    return free is None or free >= max(1, context.intake.min_free_bytes)
 
 
 async def _free_bytes(context: Context) -> int | None:

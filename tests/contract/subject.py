@@ -72,6 +72,7 @@ class Places:
     free: dict[str, int] = field(default_factory=dict)
     granted: list[Grant] = field(default_factory=list)
     told: list[Transaction] = field(default_factory=list)
+    hints: list[set[str] | None] = field(default_factory=list)
 
     def reserve(self) -> dict[str, int]:
         reserved = {stage: places for stage, places in self.free.items() if places}
@@ -85,6 +86,9 @@ class Places:
 
     def committed(self, tx: Transaction) -> None:
         self.told.append(tx)
+
+    def hinted(self, stages: Iterable[str] | None) -> None:
+        self.hints.append(None if stages is None else set(stages))
 
     def taken(self) -> list[Grant]:
         """What was granted since the last look."""

@@ -3,8 +3,9 @@
 import pytest
 
 from service.model import State
-from service.store import Grant
-from service.store.operations.faults import FAULT_LIMIT, Fault, record_faults
+from service.store import Grant, queries
+from service.store.operations.faults import DEATH_LIMIT, FAULT_LIMIT, Fault, claim_suspects, record_faults
+from service.store.operations.images import Retry
 from service.store.tables import QUEUES, deliveries, images
 from tests.contract.subject import LEASE, SECOND, Subject, completed, stored
 
@@ -56,7 +57,8 @@ async def test_the_tenth_fault_of_a_task_parks_it(subject: Subject, stage: str) 
     assert (task["state"], task["error"]["code"], task["submit_due_at"], task["settle_due_at"]) == ("failed", "internal_error", None, None)
     assert (await subject.types(task_id))[-2:] == ["image.task.failed", "task.parked"]
     event = (await subject.events(task_id))[-1]
-    assert (event["owner"], event["data"]) == ("admin", {"task_id": task_id, "stage": stage, "key": task_id, "faults": FAULT_LIMIT})
+    known = {"task_id": task_id, "stage": stage, "key": task_id, "cause": f"{FAULT_LIMIT} faults"}
+    assert (event["owner"], event["data"]) == ("admin", known)
     assert [row["state"] for row in await subject.images(task_id) if row["state"] == "pending"] == []
 
 
@@ -127,3 +129,45 @@ async def test_a_fault_frees_the_lease(subject: Subject, stage: str) -> None:
     assert await subject.write(record_faults, Fault(grant, 0)) == 1
     queue = QUEUES[stage]
     assert (await subject.row(queue.table, key))[queue.prefix + "lease_until"] is None
+
+
+async def dead(subject: Subject, key: str, times: int) -> None:
+    """Processes that work on this image die: its lease ends, so many times."""
+    for _ in range(times):
+        grants = await subject.claim("download", 9)
+        if key not in [grant.key for grant in grants]:
+            suspect = await subject.write(claim_suspects, "download")
+            assert suspect is not None
+            assert (suspect.grant.key, suspect.parked) == (key, False)
+        subject.clock.shift(LEASE)
+
+
+async def test_a_row_that_outlived_two_deaths_is_leased_alone(subject: Subject) -> None:
+    """`claim` passes over it; one that was worked on to its end is as good as new."""
+    (first,) = await subject.images(await subject.storing(URL))
+    assert await subject.write(claim_suspects, "download") is None
+    await dead(subject, first["id"], 2)
+    assert await subject.claim("download", 9) == []
+    assert await subject.store.read(queries.suspects)
+    suspect = await subject.write(claim_suspects, "download")
+    assert suspect is not None
+    assert (suspect.grant.key, suspect.deaths, suspect.parked) == (first["id"], 2, False)
+    assert await subject.write(claim_suspects, "download") is None
+    assert await subject.download(first, Retry("answered 500", SECOND), suspect.grant) == "pending"
+    subject.clock.shift(SECOND)
+    assert [grant.key for grant in await subject.claim("download", 9)] == [first["id"]]
+    assert not await subject.store.read(queries.suspects)
+
+
+async def test_five_deaths_alone_park_a_row(subject: Subject) -> None:
+    """The picture is lost, the task ends with what was stored, operators are told; the processes live on."""
+    task_id = await subject.storing(URL)
+    (image,) = await subject.images(task_id)
+    await dead(subject, image["id"], DEATH_LIMIT)
+    suspect = await subject.write(claim_suspects, "download")
+    assert suspect is not None
+    assert (suspect.deaths, suspect.parked) == (DEATH_LIMIT, True)
+    assert await subject.state(task_id) is State.FAILED
+    assert (await subject.types(task_id))[-2:] == ["image.task.failed", "task.parked"]
+    assert await subject.write(claim_suspects, "download") is None
+    assert not await subject.store.read(queries.suspects)

@@ -123,7 +123,7 @@ async def test_readers_never_see_a_number_before_the_ones_below_it(two: tuple[Su
         seen: list[int] = []
         looks = 0
         while not (writing.done() and len(seen) >= 240):
-            rows, after = await reader.read(queries.event_list, None, seen[-1] if seen else 0, 1000)
+            rows, after, _ = await reader.read(queries.event_list, None, seen[-1] if seen else 0, 1000)
             got = [row["sequence"] for row in rows]
             assert got == list(range(len(seen) + 1, len(seen) + 1 + len(got)))
             assert after >= (got[-1] if got else 0)
@@ -229,7 +229,7 @@ async def test_events_are_listed_after_a_place_by_type_task_and_owner(subject: S
     await subject.write(announce, "imagextask.odd")
 
     async def listed(*arguments: object, **more: object) -> tuple[list[str], int]:
-        rows, after = await subject.store.read(queries.event_list, *arguments, **more)  # type: ignore[arg-type]  # each case names some
+        rows, after, _ = await subject.store.read(queries.event_list, *arguments, **more)  # type: ignore[arg-type]  # each case names some
         return [f"{row['type'].removeprefix('image.task.')}:{row['sequence']}" for row in rows], after
 
     assert await listed(None, 0, 9) == (["submitted:1", "submitted:2", "cancelled:3", "callback.conflict:4", "imagextask.odd:5"], 5)
@@ -248,6 +248,6 @@ async def test_events_are_listed_after_a_place_by_type_task_and_owner(subject: S
 
 async def test_the_outbox_of_an_empty_store_is_at_its_beginning(subject: Subject) -> None:
     """Nothing, and the place that was asked for."""
-    assert await subject.store.read(queries.event_list, None, 0, 9) == ([], 0)
+    assert await subject.store.read(queries.event_list, None, 0, 9) == ([], 0, 0)
     assert len(await subject.batch(insert_tasks, [subject.wish()])) == 1
-    assert await subject.store.read(queries.event_list, None, 0, 9) == ([], 0)
+    assert await subject.store.read(queries.event_list, None, 0, 9) == ([], 0, 0)

@@ -1,8 +1,14 @@
-"""Signals: hints within a process for those who wait (a hint, never a promise)."""
+"""Signals: hints for those who wait, within a process and from others (a hint, never a promise)."""
 
 import asyncio
+from collections.abc import Sequence
 
-from service.store import Signals
+import pytest
+
+from service.store import Signals, Transaction, postgres
+from tests.contract.subject import Subject, completed
+from tests.contract.test_store_committer import away
+from tests.waiting import wait_until
 
 
 async def test_everybody_who_listens_to_a_key_is_woken() -> None:
@@ -38,3 +44,50 @@ async def test_a_stop_ends_every_wait() -> None:
         assert await asyncio.gather(*waiting) == [False, False]
         assert not await signals.wait(heard, 60)
     assert signals.stopping
+
+
+async def heard_of(one: Subject, other: Subject) -> bool:
+    """Whether the other process was told of work that this one makes."""
+    await one.queued()
+    return {"submit"} in other.places.hints
+
+
+async def test_a_process_tells_the_others_what_it_committed(two: tuple[Subject, Subject]) -> None:
+    """NOTIFY on PostgreSQL: stages with work, tasks that changed, events; a process is not told what it said itself."""
+    one, other = two
+    await wait_until(lambda: heard_of(one, other))
+    assert {"submit"} not in one.places.hints
+    task_id = await one.uncertain()
+    with other.store.signals.listen(task_id) as changed, other.store.signals.listen("events") as written:
+        await one.callback(task_id, completed(task_id, "https://r.test/0"))
+        assert await other.store.signals.wait(changed, 10)
+        assert await other.store.signals.wait(written, 10)
+
+
+async def test_hints_come_again_after_the_server_was_away(
+    two: tuple[Subject, Subject], migrated_database: str, postgres_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who listens connects anew, and takes it that anything may have happened meanwhile."""
+    monkeypatch.setattr(postgres, "LISTEN_AGAIN_S", 0.05)
+    one, other = two
+    await wait_until(lambda: heard_of(one, other))
+    async with away(postgres_server, migrated_database):
+        other.places.hints.clear()
+    await wait_until(lambda: None in other.places.hints)
+    await wait_until(lambda: heard_of(one, other))
+
+
+async def test_a_hint_that_would_be_too_long_names_nothing(two: tuple[Subject, Subject]) -> None:
+    """Whoever hears it looks at everything."""
+    one, other = two
+    await wait_until(lambda: heard_of(one, other))
+    tasks = [await one.submitted() for _ in range(250)]
+    other.places.hints.clear()
+
+    def touch(tx: Transaction, lists: Sequence[Sequence[str]]) -> list[None]:
+        for ids in lists:
+            tx.touched.update(ids)
+        return [None] * len(lists)
+
+    await one.write(touch, tasks)
+    await wait_until(lambda: None in other.places.hints)

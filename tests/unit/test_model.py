@@ -5,15 +5,19 @@ from decimal import Decimal
 import pytest
 
 from service.model import (
+    BLOB,
+    EXTENSIONS,
     FINAL,
     MAX_CREDITS,
     PREFIXES,
     TERMINAL,
     Image,
+    Links,
     Report,
     State,
     Status,
     Task,
+    blob_name,
     credits_number,
     event_document,
     make_id,
@@ -240,18 +244,28 @@ def test_links_are_added_for_a_reader() -> None:
     second = Image("img_2", 1, "task_1/1-cd.png", "image/png", 1, "cd", 1, 1)
     for state, results in [(State.COMPLETED, [f"{BASE}/images/img_1", f"{BASE}/images/img_2"]), (State.FAILED, [])]:
         kept = task_document(task(state, images=(IMAGE, second)))
-        shown = with_links(kept, BASE)
+        shown = with_links(kept, Links(BASE))
         assert shown["results"] == results
         assert [image["url"] for image in shown["images"]] == [f"{BASE}/images/img_1", f"{BASE}/images/img_2"]
         assert [image["url"] for image in kept["images"]] == [None, None]
         assert {**shown, "results": [], "images": []} == {**kept, "images": []}
 
 
+def test_links_to_images_may_lead_elsewhere() -> None:
+    """To what serves the blobs under their names, which a kept document tells; whatever else there is stays the service's."""
+    links = Links(BASE, "https://cdn.test/i")
+    for number, (media_type, extension) in enumerate(EXTENSIONS.items()):
+        image = Image("img_1", number, blob_name("task_1", number, "ab", media_type), media_type, 1, "ab", 1, 1)
+        (link,) = with_links(task_document(task(State.COMPLETED, images=(image,))), links)["results"]
+        assert link == f"https://cdn.test/i/{image.blob}" == f"https://cdn.test/i/task_1/{number}-ab.{extension}"
+    assert BLOB.fullmatch(blob_name(make_id("task", 0, bytes(10)), 0, "0f" * 32, "image/png"))
+
+
 def test_a_tasks_event_is_a_structured_cloudevent() -> None:
     """With the task and its links as data."""
     kept = task_document(task(State.COMPLETED, images=(IMAGE,)))
     event = event_document(
-        event_id="evt_1", sequence=42, type="image.task.completed", subject="task_1", time=1757165031999, data=kept, base_url=BASE
+        event_id="evt_1", sequence=42, type="image.task.completed", subject="task_1", time=1757165031999, data=kept, links=Links(BASE)
     )
     assert event == {
         "specversion": "1.0",
@@ -262,14 +276,14 @@ def test_a_tasks_event_is_a_structured_cloudevent() -> None:
         "time": "2025-09-06T13:23:51.999Z",
         "datacontenttype": "application/json",
         "sequence": "00000000000000000042",
-        "data": with_links(kept, BASE),
+        "data": with_links(kept, Links(BASE)),
     }
 
 
 def test_an_operators_event_keeps_its_data() -> None:
     """It is no task: nothing is added to it, and its subject may be unknown."""
     data = {"endpoint_id": "ep_1"}
-    event = event_document(event_id="evt_1", sequence=1, type="endpoint.disabled", subject=None, time=0, data=data, base_url=BASE)
+    event = event_document(event_id="evt_1", sequence=1, type="endpoint.disabled", subject=None, time=0, data=data, links=Links(BASE))
     assert (event["data"], event["subject"]) == (data, None)
 
 

@@ -83,6 +83,8 @@ def test_an_empty_environment_gives_the_defaults_of_the_contract(tmp_path: Path,
         ),
         ("DATABASE_URL", "sqlite:////srv/x.db", "sqlite:////srv/x.db"),
         ("BLOB_URL", "file:///srv/images", "file:///srv/images"),
+        ("BLOB_URL", "s3://my.bucket-1/a/b_2", "s3://my.bucket-1/a/b_2"),
+        ("IMAGE_BASE_URL", "https://cdn.example/images/", "https://cdn.example/images"),
         ("URL", "http://darkroom.internal/", "http://darkroom.internal"),
     ],
 )
@@ -100,6 +102,11 @@ def test_places_follow_the_data_folder(tmp_path: Path) -> None:
     """`{data_dir}` in an address stands for the folder, also in an address given by hand."""
     got = settings(DATA_DIR=str(tmp_path), DATABASE_URL="sqlite:///{data_dir}/other.db")
     assert (got.sqlite_path, got.image_dir) == (tmp_path / "other.db", tmp_path / "images")
+
+
+def test_on_s3_images_pass_through_the_data_folder(tmp_path: Path) -> None:
+    """What is on its way there lies in a folder of its own."""
+    assert settings(DATA_DIR=str(tmp_path), BLOB_URL="s3://bucket").image_dir == tmp_path / "incoming"
 
 
 def test_postgresql_has_no_file() -> None:
@@ -215,9 +222,13 @@ def test_an_unreadable_file_stops_the_start(tmp_path: Path) -> None:
         ("DATABASE_URL", "sqlite://", "sqlite:///FILE"),
         ("DATABASE_URL", "sqlite:///:memory:", "sqlite:///FILE"),
         ("DATABASE_URL", "sqlite:///x.db?mode=ro", "no options"),
-        ("BLOB_URL", "s3://bucket/prefix", "needs the extra s3, which this version does not have"),
+        ("BLOB_URL", "s3://bucket/../prefix", "s3://BUCKET/PREFIX"),
+        ("BLOB_URL", "s3://key:secret@bucket", "s3://BUCKET/PREFIX"),
+        ("BLOB_URL", "s3://Bucket_/x?region=y", "s3://BUCKET/PREFIX"),
+        ("BLOB_URL", "https://s3.example/bucket", "s3://BUCKET/PREFIX"),
         ("BLOB_URL", "file://images", "absolute"),
-        ("IMAGE_BASE_URL", "https://cdn.example", "not supported"),
+        ("IMAGE_BASE_URL", "cdn.example", "http or https"),
+        ("IMAGE_BASE_URL", "https://cdn.example/?v=1", "query"),
         ("IMAGE_LINK_TTL_S", "60", "not supported"),
         ("SINKS", "redis://127.0.0.1", "not supported"),
         ("SECRET_KEY", "short", "32 bytes"),

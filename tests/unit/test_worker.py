@@ -21,6 +21,7 @@ from service.pipeline.worker import Stage, WorkerPool
 from service.resources import new_id
 from service.store import LEASE_MS, Grant, Transaction, queries
 from service.store.operations import leases
+from service.store.operations.faults import DEATH_LIMIT
 from service.store.operations.submissions import Accepted, Submission, record_submissions
 from service.store.operations.tasks import NewTask, insert_tasks
 from service.store.sqlite import REMEMBERED, SqliteStore, open_sqlite
@@ -196,7 +197,7 @@ async def test_an_exception_nobody_foresaw_is_logged_counted_and_tried_again(sho
     assert [line["attempt"] for line in failures] == tried
     assert failures[0]["exception"] == "KeyError: 'nobody thought of this'"
     assert isinstance(failures[0]["exc_info"], KeyError)
-    assert [line["faults"] for line in lines if line["event"] == "task.parked"] == [10]
+    assert [line["cause"] for line in lines if line["event"] == "task.parked"] == ["10 faults"]
     assert shop.counted("submit") == 10
 
 
@@ -392,3 +393,53 @@ async def test_a_job_knows_in_its_log_lines_what_it_works_on(shop: Shop) -> None
         await shop.queue("task_a")
         await wait_until(lambda: seen)
     assert seen == [{"task_id": "task_a"}]
+
+
+def deadly(tx: Transaction, items: Sequence[tuple[int, int]]) -> list[None]:
+    """Gives the task `task_deadly` so many deaths, and makes it due then."""
+    for deaths, due_at in items:
+        tx.connection.execute(tasks.update().where(tasks.c.id == "task_deadly").values(submit_deaths=deaths, submit_due_at=due_at))
+    return [None] * len(items)
+
+
+async def test_what_outlived_deaths_of_its_process_runs_alone(shop: Shop) -> None:
+    """Others in flight end first, none begin beside it, and afterwards all goes on."""
+    beside: list[set[str]] = []
+    running: set[str] = set()
+    release = asyncio.Event()
+
+    async def run(grant: Grant) -> None:
+        running.add(grant.key)
+        beside.append(set(running))
+        if grant.key == "task_busy":
+            await release.wait()
+        running.discard(grant.key)
+        await shop.store.write(leases.done, grant)
+
+    await shop.queue("task_deadly")
+    await shop.store.write(deadly, (2, START + 1_000_000))
+    async with shop.working(run, places=3) as pool:
+        await shop.queue("task_busy")
+        await wait_until(lambda: running)
+        await shop.store.write(deadly, (2, START))
+        await wait_until(lambda: pool._alone)
+        await shop.queue("task_new")
+        assert beside == [{"task_busy"}]
+        release.set()
+        await wait_until(lambda: len(beside) == 3)
+    assert beside == [{"task_busy"}, {"task_deadly"}, {"task_new"}]
+
+
+async def test_what_brought_its_process_down_too_often_is_parked(shop: Shop) -> None:
+    """It runs no more; its task has failed, and a line says so."""
+
+    async def run(_: Grant) -> None:
+        raise AssertionError("it was to run no more")
+
+    await shop.queue("task_deadly")
+    await shop.store.write(deadly, (DEATH_LIMIT, START))
+    with capture_logs() as lines:
+        async with shop.working(run):
+            await wait_until(lambda: any(line["event"] == "task.parked" for line in lines))
+    assert await shop.types() == ["image.task.failed", "task.parked"]
+    assert [line["cause"] for line in lines if line["event"] == "task.parked"] == [f"{DEATH_LIMIT} deaths"]

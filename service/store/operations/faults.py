@@ -1,4 +1,7 @@
-"""Exceptions that nobody foresaw: counted on the row, tried again, and parked when they don't stop."""
+"""Rows that bring down what works on them, by exceptions that nobody foresaw or whole processes: counted, tried again, parked in the end.
+
+A process that is killed from outside takes many rows with it: a row that outlived two deaths is worked on alone.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from service.store.operations.tasks import end, forget_downloads, lock
 from service.store.tables import QUEUES, deliveries, images
 
 FAULT_LIMIT = 10
+DEATH_LIMIT = 2 + 5  # among others, then alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +40,36 @@ def _record(tx: Transaction, item: Fault) -> int:
     if not leases.change(tx, item.grant, values):
         return 0
     if parked:
-        _park(tx, item.grant, count + 1)
+        _park(tx, item.grant, f"{count + 1} faults")
     return count + 1
 
 
-def _park(tx: Transaction, grant: Grant, faults: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A row leased to run alone, or `parked`: it brought its process down too often."""
+
+    grant: Grant
+    deaths: int
+    parked: bool
+
+
+def claim_suspects(tx: Transaction, stages: Sequence[str]) -> list[Suspect | None]:
+    """Leases a row of each stage that is to run alone, if there is one."""
+    return [_suspect(tx, leases.claim_suspect(tx, stage)) for stage in stages]
+
+
+def _suspect(tx: Transaction, found: tuple[Grant, int] | None) -> Suspect | None:
+    if found is None:
+        return None
+    grant, deaths = found
+    parked = deaths >= DEATH_LIMIT
+    if parked:
+        leases.done(tx, [grant])
+        _park(tx, grant, f"{deaths} deaths")
+    return Suspect(grant, deaths, parked)
+
+
+def _park(tx: Transaction, grant: Grant, cause: str) -> None:
     """Takes a row out of its queue for good: its task fails, its image is lost or its delivery is dead; operators are told."""
     task_id: str | None = grant.key
     if grant.stage in ("deliver", "redeliver"):
@@ -55,8 +84,8 @@ def _park(tx: Transaction, grant: Grant, faults: int) -> None:
         task = lock(tx, [grant.key])[grant.key]
         if State(task["state"]) in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN, State.SUBMITTED, State.STORING):
             forget_downloads(tx, grant.key)
-            error = {"code": "internal_error", "message": f"parked after {faults} faults", "type": "server_error"}
+            error = {"code": "internal_error", "message": f"parked after {cause}", "type": "server_error"}
             end(tx, task, State.FAILED, error)
     outbox.emit_operators(
-        tx, "task.parked", {"task_id": task_id, "stage": grant.stage, "key": grant.key, "faults": faults}, task_id=task_id
+        tx, "task.parked", {"task_id": task_id, "stage": grant.stage, "key": grant.key, "cause": cause}, task_id=task_id
     )

@@ -98,7 +98,8 @@ def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[st
     if settled is None and first is None:
         _keep(tx, row, kept, item, digest, "accepted", first=True)
         change(tx, row, called_back_at=tx.now)
-        if report.status is Status.COMPLETED and State(row["state"]) in (State.SUBMITTED, State.FAILED, State.EXPIRED):
+        wanted = State(row["state"]) in (State.SUBMITTED, State.FAILED, State.EXPIRED) and row["erased_at"] is None
+        if report.status is Status.COMPLETED and wanted:
             anticipate(tx, row, report.results, item.result_ttl_ms)
         ask(tx, row)
         return _verdict("accepted", item, row)
@@ -139,7 +140,7 @@ def _keep(tx: Transaction, row: Row, kept: Kept, item: Callback, digest: str, ve
         "upstream_id": item.report.upstream_id if item.report else None,
         "digest": digest,
         "first": first,
-        "body": item.body,
+        "body": item.body if row["erased_at"] is None else b"",
     }
     kept[digest] = callback
     tx.insert(callbacks, callback)

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import BindParameter, bindparam, case, or_, select, update
+from sqlalchemy import BindParameter, and_, bindparam, case, or_, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from service.store import LEASE_MS, Grant, Transaction
 from service.store.records import Row
-from service.store.tables import QUEUES, Queue
+from service.store.tables import QUEUES, ZERO, Queue
 
 
 def born(tx: Transaction, stage: str, key: str, *, behind: bool = False) -> dict[str, Any]:
@@ -48,11 +48,9 @@ def take_slot(tx: Transaction, stage: str) -> bool:
 
 
 def freed(stage: str, due_at: int | None, **more: Any) -> dict[str, Any]:
-    """Values that end a lease; the row is due again at `due_at`, or not at all."""
-    prefix = QUEUES[stage].prefix
-    return {prefix + "lease_until": None, prefix + "lease_owner": None, prefix + "due_at": due_at} | {
-        prefix + name: value for name, value in more.items()
-    }
+    """Values that end a lease whose work was done; the row is due again at `due_at`, or not at all."""
+    values = {"lease_until": None, "lease_owner": None, "due_at": due_at, "deaths": 0, **more}
+    return {QUEUES[stage].prefix + name: value for name, value in values.items()}
 
 
 def holds(grant: Grant, row: Row) -> bool:
@@ -76,25 +74,37 @@ def claim(tx: Transaction, stages: Sequence[str]) -> list[int]:
     return counts
 
 
+def claim_suspect(tx: Transaction, stage: str) -> tuple[Grant, int] | None:
+    """Leases one due row that outlived two deaths of its process, which `claim` leaves alone; with how many it outlived."""
+    for *grant, deaths in tx.connection.execute(_claiming(QUEUES[stage], suspect=True), _figures(tx, 1)):
+        return Grant(stage, *grant), deaths
+    return None
+
+
 def _claim(tx: Transaction, queue: Queue, limit: int) -> list[Grant]:
-    figures = {"now": tx.now, "until": tx.now + LEASE_MS, "process": tx.process, "free": limit}
-    return [Grant(queue.stage, *row) for row in tx.connection.execute(_claiming(queue), figures)]
+    return [Grant(queue.stage, *row[:-1]) for row in tx.connection.execute(_claiming(queue), _figures(tx, limit))]
+
+
+def _figures(tx: Transaction, limit: int) -> dict[str, Any]:
+    return {"now": tx.now, "until": tx.now + LEASE_MS, "process": tx.process, "free": limit}
 
 
 @cache
-def _claiming(queue: Queue) -> ReturningUpdate[Any]:
+def _claiming(queue: Queue, *, suspect: bool = False) -> ReturningUpdate[Any]:
     until, key = queue.column("lease_until"), queue.table.c.id
+    fence, attempts, deaths = (queue.column(name) for name in ("fence", "attempts", "deaths"))
     now: BindParameter[int] = bindparam("now")
+    # A lease that ran out is a death that is not counted yet.
+    died = and_(deaths > ZERO, or_(deaths > 1, until.is_not(None))) if suspect else or_(deaths < 1, and_(deaths < 2, until.is_(None)))
     ready = (
         select(key)
-        .where(queue.column("due_at") <= now, or_(until.is_(None), until <= now))
+        .where(queue.column("due_at") <= now, or_(until.is_(None), until <= now), died)
         .order_by(queue.order)
         .limit(bindparam("free"))
         .with_for_update(skip_locked=True)
     )
     if queue.where is not None:
         ready = ready.where(queue.where)
-    fence, attempts, deaths = (queue.column(name) for name in ("fence", "attempts", "deaths"))
     values = {
         until: bindparam("until"),
         queue.column("lease_owner"): bindparam("process"),
@@ -104,7 +114,7 @@ def _claiming(queue: Queue) -> ReturningUpdate[Any]:
     }
     # Materialised: a plan that ran the subquery once for each row would lease more than there are places.
     chosen = ready.cte("ready").prefix_with("MATERIALIZED")
-    return update(queue.table).where(key.in_(select(chosen.c.id))).values(values).returning(key, fence, attempts)
+    return update(queue.table).where(key.in_(select(chosen.c.id))).values(values).returning(key, fence, attempts, deaths)
 
 
 def renew(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
@@ -128,7 +138,7 @@ def release(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
 
 def done(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
     """Ends work that turned out to be none: the row is not due any more."""
-    return [change(tx, grant, {"lease_until": None, "lease_owner": None, "due_at": None}) for grant in grants]
+    return [change(tx, grant, {"lease_until": None, "lease_owner": None, "due_at": None, "deaths": 0}) for grant in grants]
 
 
 def change(tx: Transaction, grant: Grant, values: Mapping[str, Any]) -> bool:

@@ -74,9 +74,9 @@ def _record(tx: Transaction, row: Row, item: Settlement) -> int | None:
 
 def _ended(tx: Transaction, row: Row, report: Report, item: Settlement) -> int | None:
     """What is settled stands. After an end of our own making the upstream is asked until it has ended the task too: then its
-    pictures are saved, which a cancelled task's are not, and operators are told (contract section 3).
+    pictures are saved, which a cancelled or erased task's are not, and operators are told (contract section 3).
     """
-    late = row["settled_digest"] is None and State(row["state"]) is not State.CANCELLED
+    late = row["settled_digest"] is None and State(row["state"]) is not State.CANCELLED and row["erased_at"] is None
     if report.final and late:
         change(tx, row, settled_digest=model.outcome_digest(report.status, report.results), upstream_status=report.status)
         if not (report.status is Status.COMPLETED and report.results):

@@ -94,6 +94,14 @@ def upgrade() -> None:
     op.create_index(op.f("ix_deliveries_endpoint_id_state"), "deliveries", ["endpoint_id", "state"], unique=False)
     op.create_index(op.f("ix_deliveries_event_id"), "deliveries", ["event_id"], unique=False)
     op.create_index(op.f("ix_deliveries_owner_created_at_id"), "deliveries", ["owner", "created_at", "id"], unique=False)
+    op.create_index(
+        "ix_deliveries_deaths",
+        "deliveries",
+        ["deaths"],
+        unique=False,
+        sqlite_where=sa.text("deaths > 0"),
+        postgresql_where=sa.text("deaths > 0"),
+    )
     op.create_index(op.f("ix_deliveries_task_id"), "deliveries", ["task_id"], unique=False)
     op.create_table(
         "endpoints",
@@ -162,6 +170,9 @@ def upgrade() -> None:
         sa.UniqueConstraint("task_id", "position", name=op.f("uq_images_task_id_position")),
     )
     op.create_index(
+        "ix_images_deaths", "images", ["deaths"], unique=False, sqlite_where=sa.text("deaths > 0"), postgresql_where=sa.text("deaths > 0")
+    )
+    op.create_index(
         "ix_images_download_due_at",
         "images",
         ["due_at"],
@@ -222,6 +233,7 @@ def upgrade() -> None:
         sa.Column("resubmit", sa.Boolean(), nullable=False),
         sa.Column("settle_requests", sa.Integer(), nullable=False),
         sa.Column("submit_turn", sa.BigInteger(), nullable=False),
+        sa.Column("erased_at", sa.BigInteger(), nullable=True),
         sa.Column("submit_due_at", sa.BigInteger(), nullable=True),
         sa.Column("submit_attempts", sa.Integer(), nullable=False),
         sa.Column("submit_lease_until", sa.BigInteger(), nullable=True),
@@ -265,6 +277,22 @@ def upgrade() -> None:
         sqlite_where=sa.text("settle_due_at IS NOT NULL AND settle_requests > 0"),
         postgresql_where=sa.text("settle_due_at IS NOT NULL AND settle_requests > 0"),
     )
+    op.create_index(
+        "ix_tasks_submit_deaths",
+        "tasks",
+        ["submit_deaths"],
+        unique=False,
+        sqlite_where=sa.text("submit_deaths > 0"),
+        postgresql_where=sa.text("submit_deaths > 0"),
+    )
+    op.create_index(
+        "ix_tasks_settle_deaths",
+        "tasks",
+        ["settle_deaths"],
+        unique=False,
+        sqlite_where=sa.text("settle_deaths > 0"),
+        postgresql_where=sa.text("settle_deaths > 0"),
+    )
     op.create_index(op.f("ix_tasks_state"), "tasks", ["state"], unique=False)
     op.create_index(
         "ix_tasks_submit_due_at",
@@ -274,4 +302,20 @@ def upgrade() -> None:
         sqlite_where=sa.text("submit_due_at IS NOT NULL"),
         postgresql_where=sa.text("submit_due_at IS NOT NULL"),
     )
-    op.execute("INSERT INTO counters (name, value) VALUES ('events', 0), ('ready', 0)")
+    op.create_index(
+        "ix_tasks_terminal_at",
+        "tasks",
+        ["terminal_at"],
+        unique=False,
+        sqlite_where=sa.text("terminal_at IS NOT NULL AND erased_at IS NULL"),
+        postgresql_where=sa.text("terminal_at IS NOT NULL AND erased_at IS NULL"),
+    )
+    op.create_index(
+        "ix_images_stored_at",
+        "images",
+        ["stored_at"],
+        unique=False,
+        sqlite_where=sa.text("blob IS NOT NULL"),
+        postgresql_where=sa.text("blob IS NOT NULL"),
+    )
+    op.execute("INSERT INTO counters (name, value) VALUES ('events', 0), ('forgotten', 0), ('ready', 0)")

@@ -1,0 +1,144 @@
+"""What the local folder does besides, for the sake of durability."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from service.blobs import PAGE
+from service.blobs.local import LocalBlobs
+from service.errors import BlobUnavailable
+from tests.blobs import NAME, put, read
+from tests.waiting import wait_until
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The system calls that decide about durability, as they are made, each with the path it concerns."""
+    made: list[tuple[str, str]] = []
+    data, whole, replace, opened = os.fdatasync, os.fsync, Path.replace, os.open
+    paths: dict[int, str] = {}
+
+    def open_(path: Path, flags: int, mode: int = 0o777) -> int:
+        descriptor = opened(path, flags, mode)
+        paths[descriptor] = str(path)
+        return descriptor
+
+    def fdatasync(descriptor: int) -> None:
+        data(descriptor)
+        made.append(("data", paths[descriptor]))
+
+    def fsync(descriptor: int) -> None:
+        whole(descriptor)
+        made.append(("folder", paths[descriptor]))
+
+    def rename(source: Path, target: Path) -> Path:
+        made.append(("rename", str(target)))
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", rename)
+    return made
+
+
+async def test_data_is_synced_before_the_rename_and_folders_after_it(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
+    """After a power cut a name leads to the whole image, and the folders that lead to it are there: new ones or not."""
+    root = tmp_path / "deep" / "images"
+    blobs = await LocalBlobs.open(root)
+    assert calls == [("folder", str(folder)) for folder in (root, tmp_path / "deep", tmp_path)]
+    for name in (NAME, "task_abc/1-00.png"):
+        calls.clear()
+        async with blobs.incoming() as incoming:
+            await incoming.write(b"x")
+            await blobs.put(incoming, name, "image/png")
+            source = str(incoming.path)
+        target = root / name
+        assert calls == [("data", source), ("rename", str(target)), ("folder", str(target.parent)), ("folder", str(root))]
+
+
+async def test_opening_removes_what_a_dead_process_left(tmp_path: Path) -> None:
+    """Leftovers of downloads that never ended go at the next start, images stay; `spare` leaves alone what is younger."""
+    blobs = await LocalBlobs.open(tmp_path)
+    await put(blobs, NAME, b"x")
+    old, young = tmp_path / ".incoming" / "old", tmp_path / ".incoming" / "young"
+    old.write_bytes(b"x")
+    young.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    await LocalBlobs.open(tmp_path, spare=3600)
+    assert [path.name for path in (tmp_path / ".incoming").iterdir()] == ["young"]
+    again = await LocalBlobs.open(tmp_path)
+    assert not list((tmp_path / ".incoming").iterdir())
+    assert await read(again, NAME) == b"x"
+
+
+async def test_a_removed_temporary_file_is_worth_another_try(tmp_path: Path) -> None:
+    """What another process swept away is BlobUnavailable to its writer, whatever it does."""
+    blobs = await LocalBlobs.open(tmp_path)
+    async with blobs.incoming() as incoming:
+        await LocalBlobs.open(tmp_path)
+        for work in (incoming.write(b"x"), incoming.read(), incoming.clear()):
+            with pytest.raises(BlobUnavailable):
+                await work
+        with pytest.raises(BlobUnavailable):
+            await blobs.put(incoming, NAME, "image/png")
+    assert await blobs.size(NAME) is None
+
+
+async def test_a_folder_that_cannot_be_used_is_unavailable(tmp_path: Path) -> None:
+    """Errors of the system come as BlobUnavailable, without a path in their text."""
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(BlobUnavailable) as caught:
+        await LocalBlobs.open(tmp_path / "file" / "images")
+    assert str(tmp_path) not in str(caught.value)
+    blobs = await LocalBlobs.open(tmp_path / "images")
+    (tmp_path / "images" / "task_abc").write_bytes(b"")
+    with pytest.raises(BlobUnavailable):
+        await put(blobs, NAME, b"x")
+
+
+async def test_a_folder_is_gone_with_its_last_image(tmp_path: Path) -> None:
+    """Deleted tasks leave no empty folders behind."""
+    blobs = await LocalBlobs.open(tmp_path)
+    await put(blobs, NAME, b"x")
+    await blobs.delete(NAME)
+    assert not (tmp_path / "task_abc").exists()
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+async def test_a_folder_that_vanishes_under_a_put_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """A deletion that removes the empty folder in between costs a `put` nothing, unless it never ends."""
+    blobs = await LocalBlobs.open(tmp_path)
+    replace, left = Path.replace, iter(range(times))
+
+    def late(source: Path, target: Path) -> Path:
+        if next(left, None) is not None:
+            target.parent.rmdir()
+        return replace(source, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    if times < 3:
+        await put(blobs, NAME, b"x")
+        assert await read(blobs, NAME) == b"x"
+    else:
+        with pytest.raises(BlobUnavailable):
+            await put(blobs, NAME, b"x")
+
+
+def folders_open(folder: Path) -> int:
+    links = (each.resolve() for each in Path("/proc/self/fd").iterdir())
+    return sum(link.is_relative_to(folder) for link in links)
+
+
+async def test_a_listing_that_is_left_early_leaves_no_folder_open(tmp_path: Path) -> None:
+    """A reader that goes away, as at a stop, costs nothing."""
+    blobs = await LocalBlobs.open(tmp_path)
+    for number in range(PAGE + 1):
+        await put(blobs, f"task_{number}/0-00.png", b"x")
+    known = folders_open(tmp_path)
+    async for page in blobs.listed():
+        assert len(page) == PAGE
+        assert folders_open(tmp_path) > 0
+        break
+    await wait_until(lambda: folders_open(tmp_path) == known == 0)

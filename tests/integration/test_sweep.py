@@ -1,0 +1,111 @@
+"""The sweep of what no row names, in the local folder and on S3."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from service.app import Role
+from service.pipeline import sweep
+from service.pipeline.sweep import AGE_MS, Sweeper
+from service.store import queries
+from tests.api import UNTIL_DONE, submitted
+from tests.blobs import put
+from tests.waiting import wait_until
+from tests.world import World, world
+
+ORPHAN = "0-" + "0f" * 32 + ".png"
+
+
+@pytest.fixture(params=["local", "s3"])
+async def here(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
+    """A world that keeps its images there."""
+    place = None if request.param == "local" else f"s3://{request.getfixturevalue('s3_bucket')}/images"
+    async with world(tmp_path, blob_url=place) as made:
+        yield made
+
+
+async def kept(here: World) -> set[str]:
+    """The names of all blobs."""
+    return {blob.name async for page in here.context.resources.blobs.listed() for blob in page}
+
+
+def later(here: World, ms: int) -> Sweeper:
+    """A sweeper whose clock is so far ahead."""
+    resources = here.context.resources
+    return Sweeper(replace(resources, clock=lambda: resources.clock() + ms))
+
+
+async def test_what_no_row_names_goes_after_a_day(here: World) -> None:
+    """Not before, and nothing else: images are still served; what is not ours, or of no task of ours, is not touched."""
+    task = await submitted(here.client, UNTIL_DONE, n=2)
+    images = await kept(here)
+    others = {f"task_{'a' * 26}/{ORPHAN}", f"{task['id']}/notes.txt", "elsewhere/0.png"}
+    for name in {f"{task['id']}/{ORPHAN}", *others}:
+        await put(here.context.resources.blobs, name, b"x")
+    everything = await kept(here)
+    assert (len(images), len(everything)) == (2, 6)
+    assert await later(here, AGE_MS - 60_000).sweep() == 0
+    assert await kept(here) == everything
+    with capture_logs() as lines:
+        assert await later(here, AGE_MS + 60_000).sweep() == 1
+    assert await kept(here) == images | others
+    for image in task["images"]:
+        assert (await here.stranger.get(image["url"])).status_code == 200
+    (line,) = [line for line in lines if line["event"] == "blobs.swept"]
+    assert (line["seen"], line["removed"]) == (6, 1)
+    assert await later(here, AGE_MS + 60_000).sweep() == 0
+
+
+async def test_two_at_once_do_no_harm(here: World) -> None:
+    """What one has removed is gone for the other."""
+    task = await submitted(here.client, UNTIL_DONE)
+    orphans = {f"{task['id']}/{number}-{'0f' * 32}.png" for number in range(1, 9)}
+    images = await kept(here)
+    for name in orphans:
+        await put(here.context.resources.blobs, name, b"x")
+    counts = await asyncio.gather(*(later(here, AGE_MS + 60_000).sweep() for _ in range(3)))
+    assert sum(counts) >= len(orphans)
+    assert await kept(here) == images
+
+
+async def test_what_is_named_in_the_last_moment_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A late result that comes between the look at a page and a removal: it is looked at again."""
+    async with world(tmp_path) as here:
+        task = await submitted(here.client, UNTIL_DONE)
+        name = f"{task['id']}/{ORPHAN}"
+        await put(here.context.resources.blobs, name, b"x")
+        orphans, looks = queries.orphans, iter([True])
+        monkeypatch.setattr(queries, "orphans", lambda connection, blobs: orphans(connection, blobs) if next(looks, False) else [])
+        assert await later(here, AGE_MS + 60_000).sweep() == 0
+        assert name in await kept(here)
+
+
+async def test_processes_with_workers_sweep_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Again and again, and on after a failure, which is told."""
+    monkeypatch.setattr(sweep, "EVERY_S", 0.05)
+    monkeypatch.setattr(sweep, "AGE_MS", -60_000)
+    with capture_logs() as lines:
+        async with world(tmp_path) as here:
+            task = await submitted(here.client, UNTIL_DONE)
+            root, aside = here.settings.image_dir, tmp_path / "aside"
+            root.rename(aside)
+            root.write_bytes(b"")  # no folder
+            (failure,) = await wait_until(lambda: [line for line in lines if line["event"] == "worker.failed"][:1])
+            assert (failure["stage"], failure["key"], failure["exception"]) == ("sweep", None, "BlobUnavailable('Not a directory')")
+            root.unlink()
+            aside.rename(root)
+            images = await kept(here)
+            await put(here.context.resources.blobs, f"{task['id']}/{ORPHAN}", b"x")
+            await wait_until(lambda: any(line.get("removed") == 1 for line in lines))
+            assert await kept(here) == images
+
+
+async def test_a_process_without_workers_sweeps_nothing(tmp_path: Path) -> None:
+    """It has no such job."""
+    before = asyncio.all_tasks()
+    async with world(tmp_path, role=Role(workers=False)):
+        assert "sweep" not in {task.get_name() for task in asyncio.all_tasks() - before}
