@@ -5,7 +5,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +14,12 @@ import structlog
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
+from service.blobs import Blobs
 from service.blobs.local import LocalBlobs
 from service.catalogue import load_catalogue
 from service.egress import Egress, Rules
 from service.errors import BlobUnavailable, ConfigurationError
+from service.model import Links
 from service.ops.metrics import Metrics
 from service.pipeline.account import Account
 from service.pipeline.delivery import Deliverer
@@ -25,9 +27,11 @@ from service.pipeline.download import Downloader
 from service.pipeline.outbox import tell
 from service.pipeline.precedence import Precedence
 from service.pipeline.reconcile import Plan
+from service.pipeline.retention import Retention
 from service.pipeline.settle import Settler
 from service.pipeline.submission import Submitter
 from service.pipeline.submit import Intake
+from service.pipeline.sweep import Sweeper
 from service.pipeline.worker import Stage, WorkerPool
 from service.resources import Resources, new_id
 from service.settings import Settings, masked, secret_keys
@@ -50,6 +54,7 @@ from service.web.server import Server, bind, listening
 log = structlog.get_logger()
 
 DELIVERIES, REDELIVERIES = 64, 32  # at once; first attempts and retries have places of their own
+S3_ADDRESS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 RESULT_REDIRECTS = 5
 RESULT_URL = 4095  # characters: links signed with a session's token take some 2000; of a longer one only a part is kept
 
@@ -76,11 +81,20 @@ def open_store(settings: Settings) -> AbstractAsyncContextManager[Store]:
     return open_sqlite(path, process=process, new_id=new_id, migrate=migrate)
 
 
-async def open_blobs(settings: Settings) -> LocalBlobs:
+async def open_blobs(settings: Settings, environ: Mapping[str, str]) -> Blobs:
+    """Where the settings keep images; `environ` is asked for S3's address alone. ConfigurationError: it cannot be used."""
+    spare = 0 if settings.sqlite_path else 3600  # seconds: other processes may be at work there
     try:
-        return await LocalBlobs.open(settings.image_dir, spare=0 if settings.sqlite_path else 3600)
-    except (BlobUnavailable, OSError) as error:
-        raise ConfigurationError(f"DARKROOM_BLOB_URL: {settings.image_dir} cannot be used: {error}") from error
+        if settings.blob_url.startswith("file:"):
+            return await LocalBlobs.open(settings.image_dir, spare)
+        from service.blobs.objectstore import S3Blobs
+
+        plain = any(environ.get(name, "").startswith("http://") for name in S3_ADDRESS)
+        return await S3Blobs.open(settings.blob_url, settings.image_dir, plain_http=plain, spare=spare)
+    except ImportError:
+        raise ConfigurationError("DARKROOM_BLOB_URL: s3:// needs the extra s3: darkroom-service[s3]") from None
+    except BlobUnavailable as error:
+        raise ConfigurationError(f"DARKROOM_BLOB_URL: {settings.blob_url} cannot be used: {error}") from error
 
 
 @asynccontextmanager
@@ -113,7 +127,7 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
         callbacks = await enter(Egress(Rules("task_callbacks", settings.task_callback_networks), on_refused=refused))
         yield Resources(
             store=store,
-            blobs=await LocalBlobs.open(settings.image_dir, spare=0 if settings.sqlite_path else 3600),
+            blobs=await open_blobs(settings, os.environ),
             upstream=EvoLink(
                 upstream,
                 settings.evolink_base_url,
@@ -128,7 +142,7 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
             task_callbacks=WebhookSink(callbacks, settings.delivery_timeout_s),
             keyring=keyring,
             metrics=metrics,
-            base_url=settings.base_url,
+            links=Links(settings.base_url, settings.image_base_url),
             clock=wall_clock,
         )
 
@@ -189,6 +203,9 @@ async def running(settings: Settings, role: Role) -> AsyncIterator[Context]:
             workers_alive=(lambda: pool.alive) if role.workers else None,
         )
         jobs = [asyncio.create_task(pool.run(), name="workers"), asyncio.create_task(account.run(), name="account")]
+        if role.workers:
+            retention = Retention(resources, settings.retention_days, settings.image_retention_days)
+            jobs += [asyncio.create_task(job.run(), name=name) for name, job in (("sweep", Sweeper(resources)), ("retention", retention))]
         log.info("service.started", role=role.name, address=f"{settings.host}:{settings.port}", settings=masked(settings))
         try:
             yield context

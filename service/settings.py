@@ -122,7 +122,7 @@ class Settings(BaseSettings):
     endpoint_disable_after_s: Seconds = told(432_000, "an endpoint that only failed for so long is disabled")
     sinks: NotYet = told(None, "broker addresses; not supported yet")
     retention_days: Days = told(30, "how long events, callbacks, deliveries and prompts are kept")
-    image_retention_days: Days | None = told(None, "how long images are kept; unset: for ever")
+    image_retention_days: Days | None = told(None, "how long images are kept, then their links answer 410; unset: for ever")
     min_free_bytes: int = told(1_073_741_824, "with less free space new submissions get 503, callbacks never", ge=0)
     key_requests: Requests | None = told(
         None,

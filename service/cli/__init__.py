@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from service import VERSION
-from service.cli import events, keys, processes, subscriptions, tasks
+from service.cli import backup, events, keys, processes, restore, subscriptions, tasks
 from service.cli.output import plain
 from service.errors import DarkroomError
 
@@ -30,6 +30,8 @@ for command in (
     tasks.tasks,
     tasks.task,
     events.events,
+    backup.backup,
+    restore.restore,
     processes.migrate,
     processes.openapi,
 ):

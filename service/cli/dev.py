@@ -32,6 +32,7 @@ def dev_settings(settings: Settings, upstream: str, given: dict[str, Any]) -> Se
         "data_dir": settings.data_dir / "sandbox",
         "database_url": "sqlite:///{data_dir}/darkroom.db",
         "blob_url": "file://{data_dir}/images",
+        "image_base_url": None,
         "evolink_base_url": upstream,
         "evolink_api_key": KEY,
         "evolink_result_hosts": LOOPBACK,

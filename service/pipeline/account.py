@@ -14,6 +14,7 @@ from service.egress import Response
 from service.errors import EgressError, StoreUnavailable
 from service.model import JSON, millionths
 from service.ops.metrics import Metrics
+from service.pipeline.checkpoints import checkpoint
 from service.pipeline.retry import wait_before
 from service.resources import Resources
 from service.store import Grant
@@ -71,6 +72,7 @@ class Account:
         """Puts a task off that may not be sent now; the wait is for the case that this process dies: else `_restore` ends it."""
         wait = self._wait(len(self._schedule))
         await self._resources.store.write(hold_submissions, Hold(grant, self._reason, round(wait * 1000), round(give_up_s * 1000)))
+        checkpoint("account.held")
         if not self.refused:  # any more
             await self._resources.store.write(resume_submissions, AT_ONCE)
 
@@ -131,6 +133,7 @@ class Account:
         self._outage.clear()
         self._may_try = False
         log.warning("account.restored", seconds=round((self._resources.clock() - self._since) / 1000, 1))
+        checkpoint("account.restored")
         more = True
         while more and not self._outage.is_set():
             more = await self._resources.store.write(resume_submissions, AT_ONCE) == AT_ONCE

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import structlog
 
 from service import model
+from service.pipeline.checkpoints import checkpoint
 from service.pipeline.outbox import render
 from service.pipeline.retry import retry_after, wait_before
 from service.resources import Resources
@@ -43,12 +44,15 @@ class Deliverer:
         if parcel is None or parcel.delivery["state"] != "pending" or parcel.event is None:
             await self.resources.store.write(leases.done, grant)
             return
+        checkpoint("delivery.claimed")
         outcome = self._not_now(grant, parcel)
         sent = None
         if outcome is None:
             sent = await self._send(parcel, parcel.event)
+            checkpoint("delivery.answered")
             outcome = self._judge(grant, parcel, sent)
         held = await self.resources.store.write(record_attempts, outcome)
+        checkpoint("delivery.recorded")
         if sent is not None:
             self._tell(grant, parcel, parcel.event, sent, outcome, held)
 

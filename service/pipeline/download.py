@@ -18,6 +18,7 @@ from structlog.contextvars import bind_contextvars
 from service import model
 from service.blobs import Incoming
 from service.errors import BlobUnavailable, EgressError, EgressRefused
+from service.pipeline.checkpoints import checkpoint
 from service.pipeline.fetch import Failure, fetch
 from service.pipeline.picture import NoPicture, Picture, inspect
 from service.pipeline.retry import wait_before
@@ -64,12 +65,14 @@ class Downloader:
         fetched = await fetch(self.resources.results, row["source_url"], file, self.max_bytes, self.resources.clock() / 1000)
         if isinstance(fetched, Failure):
             return fetched
+        checkpoint("download.fetched")
         async with self.decoding:
             sha256, picture = await self._examined(file, packed=fetched in PACKED)
         if isinstance(picture, NoPicture):
             return Failure(picture.reason, final=picture.final, wrong_sha256=sha256)
         blob = model.blob_name(row["task_id"], row["position"], sha256, picture.media_type)
         await self.resources.blobs.put(file, blob, picture.media_type)
+        checkpoint("download.saved")
         return Stored(blob, picture.media_type, file.size, sha256, picture.width, picture.height)
 
     async def _examined(self, file: Incoming, packed: bool) -> tuple[str, Picture | NoPicture]:
@@ -97,6 +100,7 @@ class Downloader:
             )
             result = Retry(outcome.reason, round(wait * 1000), outcome.stale, outcome.wrong_sha256)
         state = await self.resources.store.write(record_downloads, Download(grant, row["task_id"], row["source_url"], result))
+        checkpoint("download.recorded")
         metrics = self.resources.metrics
         metrics.downloads.labels({"stored": "stored", "lost": "lost", "pending": "retry"}.get(state or "", "superseded")).inc()
         if state == "stored" and isinstance(outcome, Stored):

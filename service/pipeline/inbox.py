@@ -7,6 +7,7 @@ import time
 import structlog
 
 from service.errors import StoreUnavailable
+from service.pipeline.checkpoints import checkpoint
 from service.resources import Resources
 from service.store.operations.inbox import Callback, Verdict, accept_callbacks
 
@@ -32,12 +33,14 @@ async def receive(resources: Resources, task_id: str, body: bytes, result_ttl_s:
         body=body if report else body[:UNREADABLE_BYTES],
         result_ttl_ms=round(result_ttl_s * 1000),
     )
+    checkpoint("inbox.received")
     try:
         async with asyncio.timeout(COMMIT_S):
             verdict = await resources.store.write(accept_callbacks, callback, urgent=True)
     except (TimeoutError, StoreUnavailable) as error:
         refused(resources, "unavailable", task_id, time.perf_counter() - started)
         raise StoreUnavailable("the callback could not be committed in time") from error
+    checkpoint("inbox.committed")
     seconds = time.perf_counter() - started
     resources.metrics.callbacks.labels(verdict.verdict).inc()
     resources.metrics.callback_commit.observe(seconds)

@@ -6,6 +6,7 @@ import structlog
 
 from service.errors import NoPlace
 from service.model import TERMINAL, Report, State
+from service.pipeline.checkpoints import checkpoint
 from service.pipeline.reconcile import Plan
 from service.resources import Resources
 from service.store import Grant, queries
@@ -39,6 +40,7 @@ class Settler:
             await self.resources.store.write(leases.done, grant)
             return
         row, callback = found
+        checkpoint("settle.claimed")
         believed = self._believed(row, callback)
         answer: QueryOutcome
         if believed:
@@ -55,6 +57,7 @@ class Settler:
         wait_ms = self.plan.again(grant.attempts, called_back=callback is not None, retry_after=retry_after)
         if callback is None:
             log.info("reconcile.queried", attempt=grant.attempts, answer=_word(answer), wait_s=wait_ms / 1000)
+        checkpoint("settle.answered")
         report = answer.report if isinstance(answer, Found) else None
         settlement = Settlement(
             grant,
@@ -65,6 +68,7 @@ class Settler:
             expires_ms=round(self.task_ttl_s * 1000) if isinstance(answer, NotFound) else None,
         )
         recorded = await self.resources.store.write(record_settlements, settlement)
+        checkpoint("settle.recorded")
         if recorded is not None and report is not None and report.final and State(row["state"]) not in TERMINAL:
             log.info(
                 "task.confirmed", owner=row["owner"], upstream_id=row["upstream_id"], status=report.status, results=len(report.results)

@@ -9,6 +9,7 @@ from service import upstreams
 from service.errors import StoreUnavailable
 from service.model import State
 from service.pipeline.account import Account
+from service.pipeline.checkpoints import checkpoint
 from service.pipeline.reconcile import Plan
 from service.pipeline.retry import wait_before
 from service.resources import Resources
@@ -63,14 +64,18 @@ class Submitter:
                 if not may:
                     await self.account.hold(grant, self.give_up_s)
                     return
+                checkpoint("submission.claimed")
                 start = store.Start(grant, round((self.timeout_s + MARGIN_S) * 1000), resubmit)
                 body = await self.resources.store.write(store.start_submissions, start)
                 if body is None:
                     await self.resources.store.write(leases.done, grant)
                     return
+                checkpoint("submission.started")
                 answer = await self.resources.upstream.submit(body, grant.key)
+                checkpoint("submission.answered")
                 heard(answer)
         await self._record(grant, self._outcome(grant, answer))
+        checkpoint("submission.recorded")
         if isinstance(answer, upstreams.Accepted | upstreams.Refused):
             await self.account.taken(trial=trial)
 

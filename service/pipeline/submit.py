@@ -12,6 +12,7 @@ from service import model
 from service.catalogue import Catalogue
 from service.errors import ApiError, EgressRefused
 from service.model import JSON, State
+from service.pipeline.checkpoints import checkpoint
 from service.resources import Resources
 from service.signing import canonical_json, new_secret
 from service.store import queries
@@ -50,7 +51,9 @@ class Intake:
         if free is not None and free < self.min_free_bytes:
             raise ApiError(503, "no_space", "there is too little space left for new images", retry_after=60)
         task = self._task(owner, body, upstream_body, idempotency_key, digest)
+        checkpoint("submit.checked")
         inserted = await self.resources.store.write(insert_tasks, task)
+        checkpoint("submit.inserted")
         if not inserted.created:
             return self._replayed(inserted.task_id, inserted.idempotency_hash, digest), True
         prompt = {"prompt": task.prompt} if self.log_prompts else {}

@@ -128,7 +128,7 @@ class WorkerPool:
         self._backlog -= set(names)  # the claim tells if there is more
         try:
             await asyncio.gather(*(self._store.write(claim, name) for name in names))
-            if len(wanted) == len(self._stages) and await self._store.read(queries.suspects):
+            if names and len(wanted) == len(self._stages) and await self._store.read(queries.suspects):
                 await self._suspects(names)
         except Exception as error:  # the loop must outlive whatever the store does: tried again at the next look
             known = {"stage": "claim", "key": None, "attempt": None, "wait_s": LOOK_S, "exception": f"{type(error).__name__}: {error}"}

@@ -8,7 +8,21 @@ from sqlalchemy import Connection, Select, and_, func, or_, select
 
 from service import model
 from service.store.records import Row, counts, image_record, task_record
-from service.store.tables import QUEUES, ZERO, api_keys, attempts, callbacks, counters, deliveries, endpoints, events, images, owners, steps, tasks
+from service.store.tables import (
+    QUEUES,
+    ZERO,
+    api_keys,
+    attempts,
+    callbacks,
+    counters,
+    deliveries,
+    endpoints,
+    events,
+    images,
+    owners,
+    steps,
+    tasks,
+)
 
 After = tuple[int, str] | None  # where a list goes on: time and id of the last one seen
 CLOCKS_MS = 60_000  # so far the upstream's clock and ours may be apart
@@ -180,9 +194,12 @@ def parcel(connection: Connection, delivery_id: str) -> Parcel | None:
 
 def event_list(
     connection: Connection, owner: str | None, after: int, limit: int, types: Sequence[str] = (), task_id: str | None = None
-) -> tuple[list[Row], int]:
-    """Events after a place, and the last place that was examined."""
-    last = connection.execute(select(func.max(events.c.sequence))).scalar() or 0
+) -> tuple[list[Row], int, int]:
+    """Events after a place, the last place that was examined, and the last one whose event is no longer kept (0: none).
+
+    The latter is read twice: before, so that a reader of an empty outbox gets past it, and after, so that nothing goes unnoticed meanwhile.
+    """
+    last = max(_forgotten(connection), connection.execute(select(func.max(events.c.sequence))).scalar() or 0)
     statement = select(events).where(events.c.sequence > after, events.c.sequence <= last)
     if owner is not None:
         statement = statement.where(events.c.owner == owner)
@@ -191,12 +208,12 @@ def event_list(
     if types:
         statement = statement.where(or_(*(_type_condition(pattern) for pattern in types)))
     rows: list[Row] = list(connection.execute(statement.order_by(events.c.sequence).limit(limit)).mappings())
-    return rows, rows[-1]["sequence"] if len(rows) == limit else max(last, after)
+    return rows, rows[-1]["sequence"] if len(rows) == limit else max(last, after), _forgotten(connection)
 
 
-def forgotten(connection: Connection) -> int:
-    """The last place in the outbox from which an event was removed; to be asked for after the events themselves."""
-    return connection.execute(select(counters.c.value).where(counters.c.name == "forgotten")).scalar_one()
+def _forgotten(connection: Connection) -> int:
+    value: int = connection.execute(select(counters.c.value).where(counters.c.name == "forgotten")).scalar_one()
+    return value
 
 
 def _type_condition(pattern: str) -> Any:

@@ -19,6 +19,12 @@ def config(connection: Connection | None = None) -> Config:
     return made
 
 
+def refuse_foreign(connection: Connection) -> None:
+    """ConfigurationError: the database is somebody else's."""
+    if MigrationContext.configure(connection).get_current_revision() is None and inspect(connection).get_table_names():
+        raise ConfigurationError("the database holds tables that are not darkroom's: DARKROOM_DATABASE_URL must name one of its own")
+
+
 def migrate(connection: Connection, *, allowed: bool) -> str:
     """Brings the schema to this program's version and returns it. The caller holds the lock and the transaction.
 
@@ -33,8 +39,7 @@ def migrate(connection: Connection, *, allowed: bool) -> str:
     known = {revision.revision for revision in script.walk_revisions()}
     if current is not None and current not in known:
         raise ConfigurationError(f"the store's schema {current} is newer than this program's {head}: start a newer version of darkroom")
-    if current is None and inspect(connection).get_table_names():
-        raise ConfigurationError("the database holds tables that are not darkroom's: DARKROOM_DATABASE_URL must name one of its own")
+    refuse_foreign(connection)
     if not allowed:
         raise ConfigurationError(f"the store's schema is {current or 'empty'}, this program needs {head}: run `darkroom migrate`")
     command.upgrade(config(connection), "head")

@@ -166,6 +166,8 @@ class SqliteStore:
 
     def prepare(self, *, migrate: bool) -> None:
         """Migrates the schema and ends the leases of the process that had the store before."""
+        with self._reading.connect() as connection:
+            schema.refuse_foreign(connection)  # before a writer switches the file to WAL
         with self._engine.connect() as connection, connection.begin():
             schema.migrate(connection, allowed=migrate)
             leases.free_all(self._begin(connection, {}))

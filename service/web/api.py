@@ -10,6 +10,7 @@ from structlog.contextvars import bind_contextvars
 from service import model
 from service.errors import ApiError
 from service.model import JSON
+from service.pipeline.retention import erase
 from service.pipeline.submit import attempted, ended, wait_for
 from service.store import queries
 from service.store.operations.tasks import Cancellation, cancel_tasks
@@ -28,7 +29,7 @@ ODD_NAME = re.compile(r'["\\\x00-\x1f]')  # JSON escapes them, and SQLite looks 
 
 
 def shown(context: Context, task: model.Task) -> JSON:
-    document = model.with_links(model.task_document(task), context.resources.base_url)
+    document = model.with_links(model.task_document(task), context.resources.links)
     return {**document, "prompt": task.prompt}
 
 
@@ -123,3 +124,10 @@ async def cancel(request: Request) -> Response:
         raise ApiError(409, "task_ended", f"the task is {ended_as}: nothing is left to cancel", task_id=task.id)
     cancelled, _ = await known_task(request)
     return JSONResponse({**shown(context, cancelled), "cancel": "local"})
+
+
+async def delete(request: Request) -> Response:
+    context, (task, _) = context_of(request), await known_task(request)
+    if await erase(context.resources, task.id, caller_of(request).sees) is not None:
+        raise ApiError(409, "task_not_ended", "the task has not ended: cancel it first, or wait for its end", task_id=task.id)
+    return Response(status_code=204)

@@ -42,6 +42,8 @@ async def image(request: Request) -> Response:
     row = await resources.store.read(queries.image_row, request.path_params["image_id"])
     if row is None:
         raise ApiError(404, "image_not_found", "no image has that id")
+    if row["state"] == "erased":
+        raise ApiError(410, "gone", "the image was erased, or its days are over")
     size, etag = row["bytes"], f'"{row["sha256"]}"'
     headers = {**HEADERS, "ETag": etag}
     if names(request.headers.get("if-none-match", ""), etag):

@@ -49,6 +49,9 @@ SPECS = (
         "GET", "/v1/tasks", api.tasks, ("read",), "Tasks, newest first", schemas.TaskList, query=("state", "model", "metadata.KEY", *PAGE)
     ),
     Spec("GET", "/v1/tasks/{task_id}", api.task, ("read",), "A task, by our id or the upstream's", schemas.Task),
+    Spec(
+        "DELETE", "/v1/tasks/{task_id}", api.delete, ("submit",), "Erase a task that has ended; a line with its figures stays", status=204
+    ),
     Spec("GET", "/v1/tasks/{task_id}/timeline", api.timeline, ("read",), "Every step of a task", schemas.Timeline),
     Spec("POST", "/v1/tasks/{task_id}/cancel", api.cancel, ("submit",), "Cancel a task", schemas.CancelledTask),
     Spec(

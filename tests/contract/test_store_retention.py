@@ -1,6 +1,7 @@
 """What goes and what stays: a task erased by its owner, and everything whose days are over (contract sections 2 and 3)."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from sqlalchemy import Connection
 
 from service import model
 from service.model import State
-from service.store import queries
+from service.store import Transaction, queries
+from service.store.operations.deliveries import Attempt, Outcome, record_attempts
 from service.store.operations.retention import (
     Erased,
     Erasure,
@@ -22,8 +24,9 @@ from service.store.operations.retention import (
     old_tasks,
     strip_tasks,
 )
-from service.store.tables import attempts, callbacks, deliveries, events, images, metadata, steps, tasks
-from tests.contract.subject import DAY, OWNER, Subject, callback, completed, failed, stored, upstream_id
+from service.store.operations.tasks import Cancellation, cancel_tasks
+from service.store.tables import attempts, callbacks, deliveries, events, metadata, steps
+from tests.contract.subject import DAY, OWNER, Opener, Subject, completed, failed, new_id, stored, upstream_id
 
 URL = "https://r.test/0"
 SECRET = "a very private lighthouse"
@@ -77,14 +80,12 @@ async def test_a_task_that_ends_in_the_same_transaction_is_not_erased(subject: S
     """Its event is not written yet: who asks again gets it."""
     task_id = await subject.submitted()
 
-    def both(tx: Any, _: Any) -> list[Erased]:
-        from service.store.operations.tasks import Cancellation, cancel_tasks
-
-        assert cancel_tasks(tx, [Cancellation(task_id, None)]) == [None]
+    def both(tx: Transaction, ids: Sequence[str]) -> list[Erased]:
+        assert cancel_tasks(tx, [Cancellation(id, None) for id in ids]) == [None]
         tx.write()
-        return list(erase_tasks(tx, [Erasure(task_id, None)]))
+        return erase_tasks(tx, [Erasure(id, None) for id in ids])
 
-    assert (await subject.write(both, None)).refused == "cancelled"
+    assert (await subject.write(both, task_id)).refused == "cancelled"
     assert (await erase(subject, task_id)).refused is None
 
 
@@ -109,10 +110,8 @@ async def test_nothing_of_the_content_stays(subject: Subject) -> None:
     (image,) = await subject.images(task_id)
     (told,) = await subject.rows(events, task_id=task_id, terminal=True)
     (sent,) = await subject.rows(deliveries, event_id=told["id"], endpoint_id=endpoint)
-    await subject.attempt(await subject.claimed("deliver", sent["id"]), "delivered")
-    await subject.batch(lambda tx, _: [tx.change(attempts, row["id"], {"answer": SECRET.encode()}) for row in rows], [None]) if (
-        rows := await subject.rows(attempts)
-    ) else None
+    answered = Attempt(new_id("attempt"), 200, 12, None, SECRET.encode())
+    await subject.write(record_attempts, Outcome(await subject.claimed("deliver", sent["id"]), "delivered", answered))
     assert (await everything(subject)).count(SECRET) >= 7
     assert await erase(subject, task_id) == Erased(None, (image["blob"],))
     left = await everything(subject)
@@ -130,7 +129,14 @@ async def test_a_line_with_its_figures_stays(subject: Subject) -> None:
     subject.clock.shift(DAY)
     await erase(subject, task_id)
     after = await subject.task(task_id)
-    lost = {"prompt": None, "request": {}, "metadata": {}, "body": b"", "callback_url": None, "erased_at": subject.clock.now}
+    lost: dict[str, Any] = {
+        "prompt": None,
+        "request": {},
+        "metadata": {},
+        "body": b"",
+        "callback_url": None,
+        "erased_at": subject.clock.now,
+    }
     error = {"code": "content_policy_violation", "message": "erased", "type": "task_error"}
     assert dict(after) == {**before, **lost, "error": error}
     assert after["credits_used"] == 3_000_000
@@ -180,11 +186,9 @@ async def test_pending_deliveries_go_out_without_content(subject: Subject) -> No
     await subject.endpoint()
     task_id = await subject.completed(**PRIVATE)
     await erase(subject, task_id)
-    to_endpoint, own = sorted(
-        [row for row in await subject.rows(deliveries, task_id=task_id) if row["endpoint_id"] or row["state"] == "dead"],
-        key=lambda row: row["endpoint_id"] is None,
-    )[-2:]
-    assert (own["endpoint_id"], own["state"], own["due_at"], own["finished_at"]) == (None, "dead", None, subject.clock.now)
+    (own,) = await subject.rows(deliveries, task_id=task_id, endpoint_id=None)
+    assert (own["state"], own["due_at"], own["finished_at"]) == ("dead", None, subject.clock.now)
+    *_, to_endpoint = await subject.rows(deliveries, task_id=task_id, state="pending")
     grant = await subject.claimed("deliver", to_endpoint["id"])
     parcel = await subject.store.read(queries.parcel, grant.key)
     assert parcel is not None
@@ -342,9 +346,18 @@ async def test_an_event_whose_delivery_is_pending_stays(subject: Subject) -> Non
     assert await forgotten(subject) == 2
 
 
-def hold(tx: Any, ids: Any) -> list[None]:
+def hold(tx: Transaction, ids: Sequence[str]) -> list[None]:
     """A paused endpoint's delivery: pending, not due."""
-    return [tx.change(deliveries, id, {"due_at": None, "lease_until": None}) for id in ids]
+    for id in ids:
+        tx.change(deliveries, id, {"due_at": None, "lease_until": None})
+    return [None] * len(ids)
+
+
+def again(tx: Transaction, ids: Sequence[str]) -> list[None]:
+    """A delivery that had its end is tried once more."""
+    for id in ids:
+        tx.change(deliveries, id, {"state": "pending", "due_at": tx.now})
+    return [None] * len(ids)
 
 
 async def test_what_is_taken_up_again_before_it_goes_stays(subject: Subject) -> None:
@@ -356,7 +369,7 @@ async def test_what_is_taken_up_again_before_it_goes_stays(subject: Subject) -> 
     page = await subject.store.read(old_events, 0, subject.clock.now, 99)
     assert page is not None
     assert page.deliveries == [row["id"]]
-    await subject.batch(lambda tx, ids: [tx.change(deliveries, id, {"state": "pending"}) for id in ids], [row["id"]])
+    await subject.write(again, row["id"])
     assert await subject.write(forget_deliveries, page.deliveries) == 0
     assert await subject.write(forget_events, page.events) == len(page.events) - 1
     assert [event["id"] for event in await subject.events()] == [row["event_id"]]
@@ -382,7 +395,6 @@ async def test_old_images_are_erased_and_their_blobs_named_once(subject: Subject
     subject.clock.shift(1)
     await subject.completed()
     going = await subject.storing("https://r.test/2", "https://r.test/3")
-    await subject.batch(lambda tx, ids: [tx.change(images, id, {"stored_at": 1}) for id in ids], [])
     first, _ = await subject.images(going)
     await subject.download(first, stored(first))
     old = await subject.store.read(old_images, before, 9)
@@ -395,7 +407,7 @@ async def test_old_images_are_erased_and_their_blobs_named_once(subject: Subject
     assert len(await subject.store.read(old_images, subject.clock.now, 9)) == 1, "the task that goes on keeps its own"
 
 
-async def test_what_is_old_is_found_by_an_index(sqlite_opener: Any) -> None:
+async def test_what_is_old_is_found_by_an_index(sqlite_opener: Opener) -> None:
     """However many rows have been dealt with."""
     async with sqlite_opener() as store:
 

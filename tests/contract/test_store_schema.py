@@ -99,7 +99,9 @@ async def test_a_database_with_foreign_tables_is_refused_and_left_alone(database
     if isinstance(database.place, Path):
         database.place.parent.mkdir()
     await database.execute("CREATE TABLE customers (name text)")
+    before = database.place.read_bytes() if isinstance(database.place, Path) else b""
     await database.refused("tables that are not darkroom's")
+    assert not isinstance(database.place, Path) or database.place.read_bytes() == before
     await database.execute("DROP TABLE customers")
     async with database.open() as store:
         assert await store.read(lambda connection: "tasks" in inspect(connection).get_table_names())

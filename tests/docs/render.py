@@ -10,6 +10,7 @@ from typer.main import get_command
 from service.cli import program
 from service.ops import lines
 from service.ops.metrics import Metrics
+from service.pipeline import checkpoints
 from service.settings import settings_table
 from service.web.routes import SPECS
 
@@ -82,6 +83,7 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
     "routes": routes_table,
     "log": lines.markdown,
     "metrics": metrics_table,
+    "checkpoints": checkpoints.markdown,
 }
 
 

@@ -22,6 +22,7 @@ TABLE: Mapping[tuple[str, str], set[str]] = {
     ("POST", "/v1/images/generations"): {"submit"},
     ("GET", "/v1/tasks"): {"read"},
     ("GET", "/v1/tasks/{task_id}"): {"read"},
+    ("DELETE", "/v1/tasks/{task_id}"): {"submit"},
     ("GET", "/v1/tasks/{task_id}/timeline"): {"read"},
     ("POST", "/v1/tasks/{task_id}/cancel"): {"submit"},
     ("POST", "/v1/tasks/{task_id}/reconcile"): {"admin"},

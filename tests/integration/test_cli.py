@@ -27,7 +27,7 @@ from tests.processes import ADMIN_KEY, Running, clean_environment, darkroom, san
 
 TASK = r"task_[a-z2-7]{26}"
 COMMANDS = [
-    *(["serve"], ["worker"], ["sandbox"], ["submit"], ["tasks"], ["task"], ["events"], ["migrate"], ["openapi"]),
+    *(["serve"], ["worker"], ["sandbox"], ["submit"], ["tasks"], ["task"], ["events"], ["backup"], ["restore"], ["migrate"], ["openapi"]),
     *(["endpoints", word] for word in ("list", "create", "get", "patch", "delete")),
     *(["deliveries", word] for word in ("list", "get")),
     *(["keys", word] for word in ("create", "list", "revoke")),

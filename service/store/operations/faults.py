@@ -86,6 +86,4 @@ def _park(tx: Transaction, grant: Grant, cause: str) -> None:
             forget_downloads(tx, grant.key)
             error = {"code": "internal_error", "message": f"parked after {cause}", "type": "server_error"}
             end(tx, task, State.FAILED, error)
-    outbox.emit_operators(
-        tx, "task.parked", {"task_id": task_id, "stage": grant.stage, "key": grant.key, "cause": cause}, task_id=task_id
-    )
+    outbox.emit_operators(tx, "task.parked", {"task_id": task_id, "stage": grant.stage, "key": grant.key, "cause": cause}, task_id=task_id)

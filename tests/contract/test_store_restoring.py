@@ -1,0 +1,135 @@
+"""A store put back from a backup: nothing is sent, numbered or paid a second time because of it (design decision 9)."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+from sqlalchemy import text
+
+from service.model import State
+from service.pipeline.submission import Submitter
+from service.store import Transaction
+from service.store.operations.interventions import Resolution, resolve_tasks
+from service.store.operations.restoring import PAGE, SEQUENCES, Restoration, Restored, restore_stores
+from service.store.operations.submissions import Undecided
+from service.store.operations.tasks import insert_tasks
+from service.store.tables import counters, steps
+from tests.contract.subject import HOUR, MINUTE, SECOND, Subject, accepted, upstream_id
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def restoration(subject: Subject, *, moved: bool = False) -> Restoration:
+    return Restoration(subject.clock.now, 15 * MINUTE, HOUR, moved)
+
+
+async def restored(subject: Subject, *, moved: bool = False) -> Restored:
+    return await subject.write(restore_stores, restoration(subject, moved=moved))
+
+
+async def unproved(subject: Subject) -> list[str]:
+    """A task in each state in which nothing proves what became of its submission; the last is to be sent again by hand."""
+    queued, sent, doubted = await subject.queued(), (await subject.submitting()).key, await subject.uncertain()
+    again = await subject.uncertain()
+    assert await subject.write(resolve_tasks, Resolution(again, resubmit=True)) is None
+    return [queued, sent, doubted, again]
+
+
+async def test_what_may_have_been_submitted_since_is_uncertain(subject: Subject) -> None:
+    """Also what was queued: it is not due before the time is up, and old enough by then that no setting sends it again."""
+    ids = await unproved(subject)
+    assert (await restored(subject)).uncertain == 4
+    for row in [await subject.task(task_id) for task_id in ids]:
+        assert (row["state"], row["resubmit"], row["submit_lease_until"]) == ("uncertain", False, None)
+        assert row["submit_due_at"] - row["created_at"] >= HOUR
+        assert row["submit_outcomes"] >= 2
+        assert row["doubted_at"] is not None
+        assert "backup" in (await subject.rows(steps, task_id=row["id"]))[-1]["detail"]["reason"]
+    subject.clock.shift(HOUR - SECOND)
+    assert await subject.claim("submit", 9) == []
+    subject.clock.shift(SECOND)
+    assert {grant.key for grant in await subject.claim("submit", 9)} == set(ids)
+
+
+async def test_an_uncertain_task_of_a_backup_is_not_sent_again_by_itself(subject: Subject) -> None:
+    """The worker's own rule, with DARKROOM_UNCERTAIN=resubmit: it decides, and the task fails as `submission_uncertain`."""
+    task_id = await subject.queued()
+    await restored(subject)
+    subject.clock.shift(HOUR)
+    row = await subject.task(task_id)
+    resources = SimpleNamespace(clock=lambda: subject.clock.now)
+    submitter = SimpleNamespace(resources=resources, give_up_s=3600.0, uncertain="resubmit")
+    assert not Submitter._resubmits(cast(Submitter, submitter), row)  # all that it asks of a submitter
+    grant = await subject.claimed("submit", task_id)
+    assert await subject.submission(grant, Undecided()) is State.FAILED
+    assert (await subject.task(task_id))["error"]["code"] == "submission_uncertain"
+
+
+async def test_a_callback_or_a_late_answer_still_proves_a_restored_task(subject: Subject) -> None:
+    """What was submitted after the backup is found again as soon as the upstream tells of it."""
+    grant = await subject.submitting()
+    await restored(subject)
+    assert await subject.submission(grant, accepted(upstream_id(grant.key))) is State.SUBMITTED
+
+
+async def test_what_the_upstream_is_known_to_have_goes_on(subject: Subject) -> None:
+    """Submitted, storing and ended tasks are left as they are."""
+    submitted, storing, completed = await subject.submitted(), await subject.storing("https://r.test/0"), await subject.completed()
+    before = [await subject.task(task_id) for task_id in (submitted, storing, completed)]
+    assert (await restored(subject)).uncertain == 0
+    assert [await subject.task(row["id"]) for row in before] == before
+
+
+async def test_a_store_that_moved_submits_what_waits(subject: Subject) -> None:
+    """Nobody served it after the backup: nothing is in doubt but what was."""
+    queued, doubted = await subject.queued(), await subject.uncertain()
+    assert (await restored(subject, moved=True)).uncertain == 0
+    assert [grant.key for grant in await subject.claim("submit", 9)] == [queued]
+    assert await subject.state(doubted) is State.UNCERTAIN
+
+
+async def test_sequences_go_on_far_above(subject: Subject) -> None:
+    """Also when the same backup is restored a second time, after the first restoration told events of its own."""
+    await subject.submitted()
+    (last,) = [row["value"] for row in await subject.rows(counters, name="events")]
+    made = restoration(subject)
+    subject.clock.shift(MINUTE)
+    first = await subject.write(restore_stores, made)
+    assert first.sequence == last + SEQUENCES + MINUTE
+    await subject.submitted()
+    assert (await subject.events())[-1]["sequence"] == first.sequence + 1
+    assert SEQUENCES == 10**9
+
+
+async def test_thousands_that_wait_are_all_marked(subject: Subject) -> None:
+    """More than one page of them."""
+    wishes = [subject.wish() for _ in range(2 * PAGE + 1)]
+    await subject.batch(insert_tasks, wishes)
+    assert (await restored(subject)).uncertain == len(wishes)
+    assert {await subject.state(wish.id) for wish in wishes[:: PAGE // 2]} == {State.UNCERTAIN}
+
+
+async def test_the_statements_for_postgresql_do_the_same(two: tuple[Subject, Subject]) -> None:
+    """The README's, for a database that the server's own tools put back."""
+    subject, _ = two
+    ids = await unproved(subject)
+    submitted = await subject.submitted()
+    (last,) = [row["value"] for row in await subject.rows(counters, name="events")]
+    (block,) = re.findall(r"```sql\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+
+    def run(tx: Transaction, items: Sequence[str]) -> list[None]:
+        for statement in (part.strip() for part in items[0].split(";")):
+            if statement and statement not in ("BEGIN", "COMMIT"):
+                tx.connection.execute(text(statement))
+        return [None]
+
+    await subject.write(run, block)
+    assert [row["value"] for row in await subject.rows(counters, name="events")] == [last + SEQUENCES]
+    for row in [await subject.task(task_id) for task_id in ids]:
+        assert (row["state"], row["resubmit"], row["submit_lease_until"], row["submit_lease_owner"]) == ("uncertain", False, None, None)
+        assert row["submit_outcomes"] >= 2
+        assert row["submit_due_at"] >= row["created_at"] + HOUR
+        assert row["doubted_at"] is not None
+    assert await subject.state(submitted) is State.SUBMITTED

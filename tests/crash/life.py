@@ -1,0 +1,304 @@
+"""One task's life through real processes that die, or stop for a while, at checkpoints; what is to be seen of it at its end."""
+
+import asyncio
+import hashlib
+import json
+import signal
+import socket
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import httpx
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.store import LEASE_MS
+from service.upstreams.sandbox import SandboxOptions, create_sandbox
+from tests.api import SUBMIT, got, order
+from tests.crash.launcher import LOG, Launched, Launcher, launching
+from tests.processes import ADMIN_KEY, LOOPBACK, UPSTREAM_KEY, service_settings
+from tests.servers import postgres_database
+from tests.upstream import error
+from tests.waiting import wait_until
+from tests.world import Subscriber, answering, subscriber
+
+JSON = dict[str, Any]
+PATIENCE_S = 90.0
+PICTURES = 2
+TERMINAL = {f"image.task.{state}" for state in ("completed", "failed", "cancelled", "expired")}
+SANDBOX = SandboxOptions(
+    api_key=UPSTREAM_KEY, networks=(ip_network(LOOPBACK),), delay_s=0.3, callback_timeout_s=2, callback_delays_s=(0.5,) * 200
+)
+SETTINGS = {
+    "SECRET_KEY": "the secret key of the crash tests that all share",
+    "SUBMIT_TIMEOUT_S": "3",
+    "SUBMIT_SCHEDULE": "0.3",
+    "UNCERTAIN_AFTER_S": "3",
+    "RECONCILE_AFTER_S": "600",
+    "DELIVERY_SCHEDULE": "0.3",
+    "STOP_S": "5",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Where its processes die one after the other; `paused`: the only one stops there until another has done its work."""
+
+    store: str
+    points: tuple[str, ...]
+    paused: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.store}-{'paused-' if self.paused else ''}{'-'.join(self.points)}"
+
+    @property
+    def erased(self) -> bool:
+        return self.points[-1] == "erase.committed"
+
+
+@dataclass(slots=True)
+class Upstream:
+    """A sandbox that writes down every submission it is sent; `refusals`: of a prompt so many are refused for their key, unread."""
+
+    app: ASGIApp
+    refusals: dict[str, int] = field(default_factory=dict)
+    posts: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # idempotency keys by prompt
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path") != SUBMIT:
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        body = await request.body()
+        prompt = json.loads(body)["prompt"]
+        if self.refusals.get(prompt, 0):
+            self.refusals[prompt] -= 1
+            await error(401, "unauthorized")(scope, receive, send)
+            return
+        self.posts[prompt].append(request.headers["idempotency-key"])
+        unread = [body]
+
+        async def again() -> Message:
+            return {"type": "http.request", "body": unread.pop()} if unread else await receive()
+
+        await self.app(scope, again, send)
+
+
+@dataclass(slots=True)
+class Ended:
+    """What is there when nothing is left to do. `posts` are the keys under which the upstream was sent the task."""
+
+    exits: list[int | None]
+    tasks: list[JSON]
+    events: list[JSON]
+    deliveries: list[JSON]
+    posts: list[str]
+    received: list[str]
+    originals: list[bytes]
+    served: list[bytes]
+    files: list[str]
+    unfinished: list[str]
+    log: str
+
+
+@dataclass(slots=True)
+class Bench:
+    """What all lives share: the upstream and the subscriber, who survive them, and the machine's two cores."""
+
+    folder: Path
+    server: str
+    upstream: Upstream
+    upstream_url: str
+    subscriber: Subscriber
+    launcher: Launcher
+    starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(3))
+    databases: list[AbstractContextManager[str]] = field(default_factory=list)
+    _creating: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def database(self) -> str:
+        manager = postgres_database(self.server)
+        async with self._creating:
+            url = await asyncio.to_thread(manager.__enter__)  # it has a loop of its own
+        self.databases.append(manager)
+        return url
+
+    async def drop(self) -> None:
+        await asyncio.gather(*(asyncio.to_thread(manager.__exit__, None, None, None) for manager in self.databases))
+
+
+@asynccontextmanager
+async def benches(folder: Path, server: str) -> AsyncIterator[Bench]:
+    upstream = Upstream(create_sandbox(SANDBOX))
+    with launching() as launcher:
+        async with answering(upstream) as url, subscriber() as listening:
+            bench = Bench(folder, server, upstream, url, listening, launcher)
+            try:
+                yield bench
+            finally:
+                await bench.drop()
+
+
+class Life:
+    """A case under way."""
+
+    def __init__(self, case: Case, bench: Bench, environment: dict[str, str], stack: AsyncExitStack) -> None:
+        self.case, self.bench, self.environment, self._stack = case, bench, environment, stack
+        self.body = order(
+            prompt=str(case), n=PICTURES, **({"sandbox": {"drop_callback": True}} if case.paused and "submission" in case.points[0] else {})
+        )
+
+    async def start(self, port: int, **more: str) -> tuple[Launched, httpx.AsyncClient]:
+        folder = self.bench.folder / str(self.case)
+        async with self.bench.starting:
+            process = Launched(self.bench.launcher, folder, self.environment | more | {"DARKROOM_PORT": str(port)})
+            await wait_until(lambda: "service.started" in process.printed or process.code is not None, PATIENCE_S)
+        assert "service.started" in process.printed, process.printed
+        headers = {"authorization": f"Bearer {ADMIN_KEY}"}
+        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False, timeout=100)
+        return process, await self._stack.enter_async_context(client)
+
+    async def submit(self, client: httpx.AsyncClient, prefer: str = "respond-async") -> JSON:
+        return got(await client.post(SUBMIT, json=self.body, headers={"prefer": prefer, "idempotency-key": "once"}))
+
+    async def subscribe(self, client: httpx.AsyncClient) -> None:
+        url = f"{self.bench.subscriber.url}/{self.case}"
+        got(await client.post("/v1/endpoints", json={"url": url, "types": ["image.task.*"]}), 201)
+
+    async def killed(self, process: Launched, client: httpx.AsyncClient) -> int | None:
+        """Its exit code, after whatever its client could do."""
+        with suppress(httpx.TransportError):
+            await self.submit(client)
+            if self.case.erased:
+                task = await self.quiet(client)
+                await client.delete(f"/v1/tasks/{task['id']}")
+        await wait_until(lambda: process.code is not None, PATIENCE_S)
+        return process.code
+
+    async def quiet(self, client: httpx.AsyncClient) -> JSON:
+        """The task, once it has ended and everybody is told."""
+        task = await self.submit(client, "wait=90")
+
+        async def told() -> bool:
+            if all(delivery["state"] == "delivered" for delivery in await listed(client, "deliveries")):
+                return True
+            await passing(client)
+            return False
+
+        await wait_until(told, PATIENCE_S)
+        return task
+
+    async def seen(self, client: httpx.AsyncClient, exits: list[int | None]) -> Ended:
+        task = await self.quiet(client)
+        if self.case.erased:
+            got_nothing = await client.delete(f"/v1/tasks/{task['id']}")
+            assert got_nothing.status_code == 204, got_nothing.text
+        tasks = await listed(client, "tasks")
+        theirs = {"authorization": f"Bearer {UPSTREAM_KEY}"}
+        async with httpx.AsyncClient(base_url=self.bench.upstream_url, headers=theirs, trust_env=False, timeout=10) as upstream:
+            sources = [source for source in await listed(upstream, "tasks", "/sandbox") if source["idempotency_key"] == task["id"]]
+            originals = [(await upstream.get(link)).content for source in sources for link in source["results"]]
+        served = [await client.get(image["url"]) for image in tasks[0]["images"]]
+        folder = self.bench.folder / str(self.case) / "data" / "images"
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return Ended(
+            exits=exits,
+            tasks=tasks,
+            events=await listed(client, "events"),
+            deliveries=await listed(client, "deliveries"),
+            posts=self.bench.upstream.posts[str(self.case)],
+            received=[got.headers["webhook-id"] for got in self.bench.subscriber.received if got.path == f"/{self.case}"],
+            originals=originals,
+            served=[answer.content for answer in served if answer.status_code == 200],
+            files=sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in files if ".incoming" not in path.parts),
+            unfinished=[path.name for path in files if ".incoming" in path.parts],
+            log=(self.bench.folder / str(self.case) / LOG).read_text(),
+        )
+
+
+async def lease_over() -> None:
+    """What the dead held is free; whoever would look for it meanwhile would only take time from others' starts."""
+    clock = asyncio.get_running_loop().time
+    end = clock() + LEASE_MS / 1000
+    await wait_until(lambda: clock() >= end, PATIENCE_S)
+
+
+async def passing(client: httpx.AsyncClient) -> None:
+    """A moment, waited at the service: dozens that look again and again would take its time."""
+    last = max(int(event["sequence"]) for event in await listed(client, "events"))
+    await client.get("/v1/events", params={"after": last, "wait": 0.5})
+
+
+async def listed(client: httpx.AsyncClient, what: str, below: str = "/v1") -> list[JSON]:
+    data: list[JSON] = (await client.get(f"{below}/{what}", params={"limit": 1000})).json()["data"]
+    return data
+
+
+def free_port(stack: AsyncExitStack) -> int:
+    """A port that nobody else is given meanwhile: bound here, listened on by whoever binds it as the service does."""
+    bound = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind(("127.0.0.1", 0))
+    port: int = bound.getsockname()[1]
+    return port
+
+
+async def live(case: Case, bench: Bench) -> Ended:
+    """The whole of it, from the first start to silence."""
+    folder = bench.folder / str(case)
+    folder.mkdir()
+    more = SETTINGS | ({"DATABASE_URL": await bench.database()} if case.store == "postgres" else {})
+    if any(point.startswith("account.") for point in case.points):
+        more |= {"SUBMIT_SCHEDULE": "3"}  # nobody asks about the account before the next submission is held
+    if case.paused:
+        more |= {"RECONCILE_AFTER_S": "1", "UNCERTAIN_AFTER_S": "600"}
+    bench.upstream.refusals[str(case)] = sum(point.startswith("account.") for point in case.points)
+    async with AsyncExitStack() as stack:
+        port = free_port(stack)
+        one = Life(case, bench, service_settings(bench.upstream_url, folder, **more), stack)
+        return await (paused(one, port, free_port(stack)) if case.paused else dying(one, port))
+
+
+async def dying(one: Life, port: int) -> Ended:
+    exits: list[int | None] = []
+    for point in one.case.points:
+        process, client = await one.start(port, DARKROOM_TEST_KILL=point)
+        if not exits:
+            await one.subscribe(client)
+        exits.append(await one.killed(process, client))
+        if one.case.store == "postgres":
+            await lease_over()
+    process, client = await one.start(port)
+    await one.submit(client)
+    ended = await one.seen(client, exits)
+    process.signal(signal.SIGKILL)
+    return ended
+
+
+async def paused(one: Life, port: int, other: int) -> Ended:
+    """The first process stops with work in hand; the second does it when the lease has ended; the first goes on and ends in peace."""
+    first, client = await one.start(port, DARKROOM_TEST_PAUSE=one.case.points[0])
+    await one.subscribe(client)
+    with suppress(httpx.TransportError):
+        await one.submit(client)
+    await wait_until(lambda: first.stopped, PATIENCE_S)
+    second, client = await one.start(other)
+    if one.case.points[0].startswith("submission."):
+
+        async def doubted() -> object:
+            return (await one.submit(client, "wait=1"))["state"] == "uncertain"
+
+        await wait_until(doubted, PATIENCE_S)
+    else:
+        await one.quiet(client)
+    first.signal(signal.SIGCONT)
+    await one.quiet(client)
+    first.signal(signal.SIGTERM)
+    await wait_until(lambda: first.code is not None, PATIENCE_S)
+    ended = await one.seen(client, [first.code])
+    second.signal(signal.SIGKILL)
+    return ended

@@ -1,0 +1,98 @@
+"""Processes are killed at every checkpoint, on both stores, and started again; or paused past their leases. Nothing is lost or doubled.
+
+All lives go on at once: on PostgreSQL the work of the dead is free when its lease ends, so that half a minute is waited for once.
+"""
+
+import asyncio
+import hashlib
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from service.pipeline.checkpoints import CHECKPOINTS
+from tests.crash.life import PICTURES, TERMINAL, Case, Ended, benches, live
+
+# On SQLite a start frees what the dead held, so one task outlives several deaths; in an order in which none can be passed unnoticed.
+CHAINS = (
+    ("submit.inserted", "submission.answered", "inbox.committed", "settle.claimed", "settle.answered", "delivery.answered"),
+    ("submit.checked", "submission.claimed", "submission.recorded", "inbox.received", "settle.recorded", "delivery.claimed"),
+    ("account.held", "account.restored", "download.saved", "download.recorded:2", "delivery.recorded"),
+    ("download.fetched", "download.recorded"),
+    ("submission.started",),
+    ("erase.committed",),
+)
+PAUSES = ("submission.answered", "settle.answered", "download.saved", "delivery.answered")
+KILLS = [Case("postgres", (name,)) for name in CHECKPOINTS] + [Case("sqlite", chain) for chain in CHAINS]
+PAUSED = [Case("postgres", (name,), paused=True) for name in PAUSES]
+Lives = dict[Case, Ended | BaseException]
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+async def lives(tmp_path_factory: pytest.TempPathFactory, postgres_server: str) -> AsyncIterator[Lives]:
+    folder: Path = tmp_path_factory.mktemp("lives")
+    cases = [*PAUSED, *KILLS]
+    async with benches(folder, postgres_server) as bench:
+        yield dict(zip(cases, await asyncio.gather(*(live(case, bench) for case in cases), return_exceptions=True), strict=True))
+
+
+def ended(lives: Lives, case: Case) -> Ended:
+    found = lives[case]
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+
+def check(found: Ended, case: Case) -> None:
+    """What holds of every life, wherever it was broken off."""
+    sent = "submission.started" not in case.points
+    (task,) = found.tasks
+    assert task["state"] == ("completed" if sent else "failed"), task
+    assert task["error"] is None or task["error"]["code"] == "submission_uncertain"
+    assert found.posts == [task["id"]] * sent, "submitted once, or never"
+
+    assert [int(event["sequence"]) for event in found.events] == list(range(1, len(found.events) + 1))
+    assert sorted(event["type"] for event in found.events) == sorted(
+        ["image.task.submitted", "image.task.completed"] if sent else ["image.task.failed"]
+    )
+    assert found.events[-1]["type"] in TERMINAL
+    assert {event["subject"] for event in found.events} == {task["id"]}
+
+    assert set(found.received) == {event["id"] for event in found.events}, "each at least once, always under the same id"
+    assert len(found.received) <= len(found.events) + len(case.points)
+    assert [delivery["state"] for delivery in found.deliveries] == ["delivered"] * len(found.events)
+
+    wanted = PICTURES if sent else 0
+    assert len(set(found.originals)) == wanted
+    assert found.served == ([] if case.erased else found.originals)
+    assert len(found.files) == wanted
+    assert set(found.files) == {hashlib.sha256(original).hexdigest() for original in found.originals}, "no more and no fewer files"
+    assert not found.unfinished or case.store == "postgres", "others may be at work there: not removed within the hour"
+    assert "worker.failed" not in found.log
+    assert "Traceback" not in found.log
+
+
+@pytest.mark.parametrize("case", KILLS, ids=str)
+async def test_a_process_that_is_killed_loses_and_doubles_nothing(lives: Lives, case: Case) -> None:
+    """README, "killed here": one terminal event after durable pictures, submitted once, delivered under one id, nothing left over."""
+    found = ended(lives, case)
+    assert found.exits == [-signal.SIGKILL] * len(case.points)
+    check(found, case)
+
+
+@pytest.mark.parametrize("case", PAUSED, ids=str)
+async def test_a_process_that_was_paused_changes_nothing_it_no_longer_owns(lives: Lives, case: Case) -> None:
+    """SIGSTOP past its lease, another does the work, SIGCONT: only the upstream's answer in its hand still counts."""
+    found = ended(lives, case)
+    assert found.exits == [0]
+    check(found, case)
+
+
+def test_every_checkpoint_is_tried_on_both_stores() -> None:
+    """The list of kills is the list of checkpoints."""
+    for store in ("sqlite", "postgres"):
+        tried = {point.partition(":")[0] for case in KILLS if case.store == store for point in case.points}
+        assert tried == set(CHECKPOINTS)

@@ -1,0 +1,224 @@
+"""The store of one machine, open from example to example; what every rule does with it; and how every life ends."""
+
+import asyncio
+import re
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from hypothesis import note
+from hypothesis.stateful import RuleBasedStateMachine, invariant
+
+from service.model import TERMINAL, State
+from service.store import Grant, Store, Transaction
+from service.store.operations import leases
+from service.store.operations.deliveries import EndpointChange, change_endpoints
+from service.store.operations.submissions import Start
+from service.store.records import Row
+from service.store.tables import QUEUES
+from tests.contract.conftest import wipe
+from tests.contract.subject import DAY, HOUR, Clock, Subject
+from tests.property.life_checks import Seen, check, check_end, check_grant, check_sent, check_stale, look, next_due
+from tests.property.life_upstream import Upstream
+from tests.property.life_work import Life, Read, Workshop, Write
+
+ROUNDS = 60  # of claims at the end, before something is due for ever
+PATIENT_ROUNDS = 20  # afterwards the clock leaps: an upstream that knows nothing is asked for a day
+
+Result = TypeVar("Result")
+
+
+def together(tx: Transaction, batches: Sequence[Sequence[Write]]) -> list[list[Any]]:
+    """Writes of several kinds in one transaction, as a committer gathers them."""
+    made = []
+    for writes in batches:
+        results: list[Any] = [None] * len(writes)
+        for operation in dict.fromkeys(write.operation for write in writes):
+            places = [place for place, write in enumerate(writes) if write.operation is operation]
+            for place, result in zip(places, operation(tx, [writes[place].item for place in places]), strict=True):
+                results[place] = result
+            tx.write()
+        made.append(results)
+    return made
+
+
+@dataclass(slots=True)
+class Bench:
+    """One store as each of its processes has it open. `exclusive`: the next process must open the file again, which frees all leases."""
+
+    openers: Sequence[Callable[[], AbstractAsyncContextManager[Store]]]
+    clock: Clock
+    exclusive: bool
+    subjects: list[Subject] = field(default_factory=list)
+    steps: int = 0
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
+    _stores: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+        return self._loop.run_until_complete(work)
+
+    @contextmanager
+    def opened(self) -> Iterator["Bench"]:
+        try:
+            self.open()
+            yield self
+        finally:
+            self.run(self._stores.aclose())
+            self.run(self._loop.shutdown_default_executor())
+            self._loop.close()
+
+    def open(self) -> None:
+        self.subjects = [Subject(self.run(self._stores.enter_async_context(opener())), self.clock) for opener in self.openers]
+
+    def reopen(self) -> None:
+        self.run(self._stores.aclose())
+        self.open()
+
+    def reset(self) -> None:
+        """An empty store, at the beginning of time."""
+        self.clock.now = Clock().now
+        self.subjects[0].places.free = {}
+        self.write(0, Write(wipe, None))
+
+    def write(self, process: int, *writes: Write) -> list[Any]:
+        return self.run(self.subjects[process].store.write(together, writes))
+
+    def read(self, process: int, read: Read) -> Any:
+        return self.run(self.subjects[process].store.read(read.query, *read.arguments))
+
+    def look(self, before: Seen) -> Seen:
+        return self.run(self.subjects[0].store.read(look, before))
+
+
+def tell(what: object) -> None:
+    """A line below the step in the story of a failure, without what is nothing."""
+    note("    " + re.sub(r"_0{9,}", "_", re.sub(r"(, )?\w+=(None|\(\)|'')", "", str(what))))
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A grant in the hands of a process, and what is wanted next under it."""
+
+    process: int
+    grant: Grant
+    life: Life
+    wants: Read | Write
+
+
+class Living(RuleBasedStateMachine):
+    """What every rule does with the store, and what is looked at after each."""
+
+    bench: ClassVar[Bench]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bench.reset()
+        self.upstream = Upstream()
+        self.shop = Workshop(self.upstream, lambda: self.bench.clock.now)
+        self.jobs: list[Job] = []
+        self.seen = Seen()
+        self.places = 0  # free places for rows that are born leased
+        self.endpoint: str | None = None
+        self.last: list[int] = []  # luck of the first rounds after the end
+        self.alone: Write | None = None  # the step's only write
+        self.begun = self.quiet = False
+
+    @property
+    def tasks(self) -> list[Row]:
+        return [self.seen.tasks[id] for id in sorted(self.seen.tasks)]
+
+    @property
+    def alive(self) -> list[Row]:
+        return [row for row in self.tasks if State(row["state"]) not in TERMINAL]
+
+    def due_in(self) -> int:
+        due = next_due(self.seen)
+        return sys.maxsize if due is None else due - self.bench.clock.now
+
+    @property
+    def sent(self) -> list[str]:
+        """Those whose callback URL the upstream has; an honest one calls about what it has created."""
+        return sorted({real.task_id for real in self.upstream.reals.values()} if self.upstream.honest else self.shop.sent)
+
+    # --- the store ---
+
+    def write(self, process: int, *writes: Write, twice: bool = False, places: dict[str, int] | None = None) -> list[Any]:
+        """Commits writes together, `twice` when the answer to the first COMMIT was lost. What is granted becomes jobs."""
+        process %= len(self.bench.subjects)
+        granted = self.bench.subjects[process].places
+        granted.free = dict.fromkeys(QUEUES, self.places) if places is None else dict.fromkeys(QUEUES, 0) | places
+        results = [self.bench.write(process, *writes) for _ in range(1 + twice)][-1]
+        for grant in sorted(granted.taken(), key=lambda grant: grant.key):
+            check_grant(grant, writes, self.seen, self.bench.clock.now)
+            life = self.shop.life(grant)
+            self.jobs.append(Job(process, grant, life, next(life)))
+        self.alone = writes[0] if len(writes) == 1 and not twice else None
+        return results
+
+    def go_on(self, jobs: Sequence[Job], *more: Write, twice: bool = False) -> list[Any]:
+        """Gives jobs of one process what they want next, what they write in one transaction with `more`, whose results are returned."""
+        process = jobs[0].process if jobs else 0
+        reading = [(job, job.wants) for job in jobs if isinstance(job.wants, Read)]
+        writing = [(job, job.wants) for job in jobs if isinstance(job.wants, Write)]
+        for job, read in reading:
+            self.give(job, self.bench.read(process, read))
+        if not writing and not more:
+            return []
+        results = self.write(process, *(write for _, write in writing), *more, twice=twice)
+        for (job, write), result in zip(writing, results, strict=False):
+            if not self.quiet:
+                tell(f"{write.operation.__name__}: {write.item} -> {result}")
+            if isinstance(write.item, Start) and result is not None:
+                task = self.seen.tasks[job.grant.key]
+                permitted = write.item.resubmit and (self.shop.resubmits or task["resubmit"])
+                check_sent(task, self.shop.sent.get(job.grant.key, ()), permitted=permitted)
+            self.give(job, result)
+        return results[len(writing) :]
+
+    def give(self, job: Job, result: Any) -> None:
+        try:
+            job.wants = job.life.send(result)
+        except StopIteration:
+            self.jobs.remove(job)
+
+    @invariant()
+    def holds(self) -> None:
+        self.observe()
+        self.bench.steps += self.begun
+        self.begun = True
+
+    def observe(self) -> None:
+        before, self.seen = self.seen, self.bench.look(self.seen)
+        check(before, self.seen)
+        if self.alone is not None:
+            check_stale(self.alone, before, self.seen)
+        self.alone = None
+
+    # --- the end ---
+
+    def teardown(self) -> None:
+        if sys.exception() is None:
+            self.jobs.clear()
+            self.tell_the_truth()
+            check_end(self.seen, self.shop, self.bench.clock.now + HOUR)
+
+    def tell_the_truth(self) -> None:
+        """From now on everything works, until nothing is due."""
+        self.places = 0
+        if self.endpoint:
+            self.write(0, Write(change_endpoints, EndpointChange(self.endpoint, None, status="enabled")))
+        for count in range(ROUNDS):
+            self.quiet = count > 10
+            self.write(0, *(Write(leases.claim, stage) for stage in QUEUES), places=dict.fromkeys(QUEUES, 1000))
+            for real in self.upstream.reals.values():
+                self.upstream.end(real, "completed")
+            while self.jobs:
+                self.shop.luck = self.last.pop() if self.last else 0
+                self.go_on(list(self.jobs))
+                self.observe()
+            if next_due(self.seen) is None:
+                return
+            self.bench.clock.shift(max(1, self.due_in()) + (DAY if count > PATIENT_ROUNDS else 0))
+        raise AssertionError(f"due for ever: {[row['id'] for row in self.tasks if row['settle_due_at'] or row['submit_due_at']]}")

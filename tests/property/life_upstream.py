@@ -1,0 +1,122 @@
+"""The upstream as the machine of `life` knows it: which tasks it really has, what became of them, and what it says of them.
+
+`luck` 0 is the plain truth; other numbers are faults, and some of them lies. Our tasks that were lied about are remembered.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from service.model import JSON, Report, Status
+from service.upstreams import Found, NoAnswer, NotFound, QueryOutcome
+
+ENDS = ("completed", "failed", "cancelled", "empty", "gone")
+SAYS = ("truth", "end", "processing", "without id", "unreadable", "another end", "other links", "another's id", "nobody's id", "no status")
+LIES = ("another end", "another's id", "nobody's id")
+CREDITS = 1_500_000
+
+
+@dataclass(slots=True)
+class Real:
+    """A task that really exists upstream, for the task of ours that was sent."""
+
+    id: str
+    task_id: str
+    truth: Report
+    known: bool = True  # False: 404 from now on
+
+
+@dataclass(slots=True)
+class Upstream:
+    """What was created and charged; zero, one or more for a task of ours."""
+
+    reals: dict[str, Real] = field(default_factory=dict)
+    lied_about: set[str] = field(default_factory=set)
+    honest: bool = False  # never lies
+    _links: int = 0
+
+    def create(self, task_id: str) -> Real:
+        name = f"task-unified-{len(self.reals)}-{task_id[-6:]}"
+        self.reals[name] = Real(name, task_id, Report(name, Status.PENDING, estimated_time=45, credits_reserved=CREDITS))
+        return self.reals[name]
+
+    def of(self, task_id: str) -> list[Real]:
+        return [real for real in self.reals.values() if real.task_id == task_id]
+
+    def end(self, real: Real, kind: str, results: int = 1) -> None:
+        """Decides what became of a task, once."""
+        if not real.truth.final:
+            real.truth = self.an_end(real.id, kind, results)
+
+    def an_end(self, id: str, kind: str, results: int) -> Report:
+        match kind:
+            case "failed":
+                return Report(id, Status.FAILED, (), error("content_policy_violation"))
+            case "cancelled":
+                return Report(id, Status.CANCELLED)
+            case "gone":
+                return Report(id, Status.FAILED, (), error("resource_not_found"))
+        return Report(id, Status.COMPLETED, () if kind == "empty" else self.links(results), credits_used=CREDITS)
+
+    def links(self, count: int) -> tuple[str, ...]:
+        self._links += 1
+        return tuple(f"https://r.test/{self._links}/{place}" for place in range(count))
+
+    def renewed(self, report: Report) -> Report:
+        return replace(report, results=self.links(len(report.results)))
+
+    def query(self, id: str, luck: int) -> QueryOutcome | None:
+        """The answer to a question; None: there was no place for it."""
+        real = self.reals.get(id)
+        truth = real.truth if real and real.known else None
+        match 0 if self.honest and luck in (2, 6, 7) else luck:
+            case 1:
+                return NoAnswer("500")
+            case 2:
+                self.lied_about |= {real.task_id} if real and real.known else set()
+                return NotFound()
+            case 3:
+                return Found(Report(id, Status.PROCESSING, progress=50))
+            case 4:
+                return Found(Report(id, None))
+            case 5:
+                return None
+            case 6 | 7 if real:
+                self.lied_about.add(real.task_id)
+                return Found(self.an_end(id, ENDS[luck % 2], 2))
+            case 8 | 9 if real and truth:
+                real.truth = truth = self.renewed(truth)
+        return NotFound() if truth is None else Found(truth)
+
+    def says(self, task_id: str, kind: str, pick: int) -> Report | None:
+        """A callback for a task of ours; None: unreadable."""
+        mine, others = self.of(task_id), [real for real in self.reals.values() if real.task_id != task_id]
+        if self.honest and kind in LIES:
+            kind = "end"
+        if not mine or kind in LIES:
+            self.lied_about.add(task_id)
+        real = mine[pick % len(mine)] if mine else Real("task-unified-ghost", task_id, Report("task-unified-ghost", Status.PROCESSING))
+        match kind:
+            case "end":
+                self.end(real, ENDS[pick % len(ENDS)], 1 + pick % 3)
+            case "processing":
+                return Report(real.id, Status.PROCESSING, progress=pick)
+            case "without id":
+                return replace(real.truth, upstream_id=None)
+            case "unreadable":
+                return None
+            case "another end":
+                return self.an_end(real.id, ENDS[pick % len(ENDS)], 1 + pick % 3)
+            case "other links":
+                return self.renewed(real.truth)
+            case "another's id" if others:
+                taken = others[pick % len(others)]
+                self.lied_about.add(taken.task_id)
+                return replace(real.truth, upstream_id=taken.id)
+            case "another's id" | "nobody's id":
+                return replace(real.truth, upstream_id="task-unified-nobody")
+            case "no status":
+                return replace(real.truth, status=None)
+        return replace(real.truth, credits_used=None) if pick % 2 else real.truth
+
+
+def error(code: str) -> JSON:
+    return {"code": code, "message": "so it is", "type": "task_error"}

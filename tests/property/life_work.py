@@ -1,0 +1,214 @@
+"""What a worker does under a grant, transaction by transaction, as the stages in `service.pipeline` do it.
+
+Each life is a generator that asks for one read or write after another: between any two of them anything may happen, and its
+process may die. The upstream is called where a real one would be; what comes of that depends on `luck`.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+from service.model import Report, State
+from service.pipeline.reconcile import Plan
+from service.store import Grant, queries
+from service.store.operations import leases
+from service.store.operations.deliveries import Attempt, Outcome, record_attempts
+from service.store.operations.holding import Hold, hold_submissions
+from service.store.operations.images import Download, Lost, Retry, Stored, record_downloads
+from service.store.operations.settling import Settlement, record_settlements
+from service.store.operations.submissions import (
+    Accepted,
+    Again,
+    Refused,
+    Start,
+    Submission,
+    Uncertain,
+    Undecided,
+    record_submissions,
+    start_submissions,
+)
+from service.store.queries import Parcel
+from service.store.records import Row
+from service.upstreams import Found, NotFound
+from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, new_id
+from tests.property.life_upstream import Upstream, error
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    query: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    operation: Callable[..., Any]
+    item: Any
+
+    @property
+    def grant(self) -> Grant | None:
+        return self.item if isinstance(self.item, Grant) else getattr(self.item, "grant", None)
+
+
+Life = Generator[Read | Write, Any, None]
+
+
+@dataclass(slots=True)
+class Sent:
+    """A request that left for the upstream; `nothing`: its answer was recorded, and proved that nothing was created."""
+
+    grant: Grant
+    nothing: bool = False
+
+
+@dataclass(slots=True)
+class Workshop:
+    """Starts the lives of jobs; knows the upstream, and how the service is set up."""
+
+    upstream: Upstream
+    clock: Callable[[], int]
+    resubmits: bool = False  # UNCERTAIN
+    with_callback: bool = True
+    confirms: bool = True
+    luck: int = 0  # of whoever goes on next
+    sent: dict[str, list[Sent]] = field(default_factory=dict)
+    proved_late: set[str] = field(default_factory=set)  # called back after an end of our own making
+    said: dict[bytes, Report] = field(default_factory=dict)  # callbacks by body
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(self.with_callback, None, lambda: 0.5)
+
+    def life(self, grant: Grant) -> Life:
+        lives = {"submit": self.submit, "settle": self.settle, "reconcile": self.settle, "download": self.download}
+        return lives.get(grant.stage, self.deliver)(grant)
+
+    # --- submit ---
+
+    def submit(self, grant: Grant) -> Life:
+        row: Row | None = yield Read(queries.task_row, (grant.key, None))
+        state = State(row["state"]) if row else None
+        if state is State.SUBMITTING:
+            yield Write(record_submissions, Submission(grant, self._uncertain("its sender died")))
+        elif row and state is State.UNCERTAIN and not self._again(row):
+            yield Write(record_submissions, Submission(grant, Undecided()))
+        elif state not in (State.QUEUED, State.UNCERTAIN):
+            yield Write(leases.done, grant)
+        elif self.luck == 1:
+            yield Write(hold_submissions, Hold(grant, "401", MINUTE, HOUR))
+        elif (yield Write(start_submissions, Start(grant, 70 * SECOND, state is State.UNCERTAIN))) is None:
+            yield Write(leases.done, grant)
+        else:
+            sent = Sent(grant)
+            self.sent.setdefault(grant.key, []).append(sent)
+            outcome = self._call(grant.key)
+            yield Write(record_submissions, Submission(grant, outcome))
+            sent.nothing = isinstance(outcome, Again)
+
+    def _again(self, row: Row) -> bool:
+        young = self.clock() - row["created_at"] < HOUR
+        return bool(row["resubmit"] or (self.resubmits and (young or row["submit_outcomes"] < 2)))
+
+    def _uncertain(self, reason: str) -> Uncertain:
+        return Uncertain(reason, 15 * MINUTE if self.with_callback else 5 * SECOND if self.resubmits else 0)
+
+    def _call(self, task_id: str) -> Accepted | Again | Refused | Uncertain:
+        """What really happens upstream, and what is heard of it."""
+        mine, others = self.upstream.of(task_id), [real for real in self.upstream.reals.values() if real.task_id != task_id]
+        match 0 if self.upstream.honest and self.luck in (6, 7) else self.luck:
+            case 1 | 10 | 11:
+                self.upstream.create(task_id)
+                return self._uncertain("the answer was lost")
+            case 2:
+                return self._uncertain("the request was lost")
+            case 3 | 4:
+                return Again("429", 5 * SECOND * (4 - self.luck), HOUR)
+            case 5:
+                return Refused(400, error("invalid_request"))
+            case 6 if others:
+                taken = others[-1]
+                self.upstream.lied_about |= {task_id, taken.task_id}
+                return Accepted(taken.truth, self.plan.first(None))
+            case 7:
+                self.upstream.create(task_id)
+                self.upstream.lied_about.add(task_id)
+                return Again("a lie", SECOND, HOUR)
+            case 8:
+                self.upstream.end(self.upstream.create(task_id), "completed", 2)
+                return Accepted(self.upstream.of(task_id)[-1].truth, self.plan.first(None))
+            case 9 if mine:  # it knew the idempotency key
+                return Accepted(mine[-1].truth, self.plan.first(45))
+        return Accepted(self.upstream.create(task_id).truth, self.plan.first(45))
+
+    # --- settle ---
+
+    def settle(self, grant: Grant) -> Life:
+        found: tuple[Row, Row | None] | None = yield Read(queries.settling, (grant.key,))
+        if found is None or (found[0]["upstream_id"] is None and State(found[0]["state"]) is not State.SUBMITTED):
+            yield Write(leases.done, grant)
+            return
+        row, callback = found
+        believed = not self.confirms and callback and row["settle_requests"] == 1 and row["state"] == State.SUBMITTED
+        if believed and callback:
+            answer: Any = Found(self.said[callback["body"]])
+        else:
+            answer = NotFound() if row["upstream_id"] is None else self.upstream.query(row["upstream_id"], self.luck)
+        if answer is None:
+            yield Write(leases.release, grant)
+            return
+        report, expires = answer.report if isinstance(answer, Found) else None, DAY if isinstance(answer, NotFound) else None
+        wait = self.plan.again(grant.attempts, called_back=callback is not None)
+        yield Write(record_settlements, Settlement(grant, report, row["settle_requests"], wait, DAY, expires))
+
+    # --- download ---
+
+    def download(self, grant: Grant) -> Life:
+        row: Row | None = yield Read(queries.download, (grant.key,))
+        if row is None or row["state"] != "pending":
+            yield Write(leases.done, grant)
+        else:
+            yield Write(record_downloads, Download(grant, row["task_id"], row["source_url"], self._fetched(row)))
+
+    def _fetched(self, row: Row) -> Stored | Retry | Lost:
+        sha = sha256(row["source_url"].encode()).hexdigest()
+        match self.luck:
+            case 1:
+                return Retry("answered 500", SECOND)
+            case 2 | 3:
+                return Retry("answered 404", 5 * SECOND, stale=True)
+            case 4:
+                return Retry("no image", SECOND, wrong_sha256=sha)
+            case 5:
+                return Lost("refused")
+            case 6:
+                return Retry("answered 503", 6 * HOUR)
+        return Stored(f"{row['task_id']}/{row['position']}-{sha}.png", "image/png", 1234, sha, 768, 512)
+
+    # --- deliver ---
+
+    def deliver(self, grant: Grant) -> Life:
+        parcel: Parcel | None = yield Read(queries.parcel, (grant.key,))
+        if parcel is None or parcel.delivery["state"] != "pending" or parcel.event is None:
+            yield Write(leases.done, grant)
+        elif parcel.endpoint is None or parcel.endpoint["status"] == "disabled":
+            yield Write(record_attempts, Outcome(grant, "dead"))
+        elif parcel.endpoint["status"] == "paused":
+            yield Write(record_attempts, Outcome(grant, "held"))
+        elif (left := (parcel.endpoint["paused_until"] or 0) - self.clock()) > 0:
+            yield Write(record_attempts, Outcome(grant, "later", wait_ms=left))
+        else:
+            yield Write(record_attempts, self._delivered(grant))
+
+    def _delivered(self, grant: Grant) -> Outcome:
+        attempt = Attempt(new_id("attempt"), 500 if self.luck else 204, 12, None, b"")
+        match self.luck:
+            case 1 | 2:
+                return Outcome(grant, "retry", attempt, wait_ms=5 * SECOND, disable_after_ms=DAY)
+            case 3:
+                return Outcome(grant, "retry", attempt, wait_ms=HOUR, pause_ms=HOUR)
+            case 4:
+                return Outcome(grant, "dead", attempt)
+            case 5:
+                return Outcome(grant, "gone", attempt)
+        return Outcome(grant, "delivered", attempt)
