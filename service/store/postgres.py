@@ -22,6 +22,8 @@ COMMITTERS = 3
 READERS = 5
 CHANNEL, HINT_BYTES = "darkroom", 7999  # PostgreSQL's limit
 LISTEN_AGAIN_S = 1.0
+# Milliseconds. A process that stands still inside a transaction, whose locks others wait for, loses it; a callback waits 8 s at most.
+LIMITS = {"lock_timeout": "5000", "statement_timeout": "30000", "idle_in_transaction_session_timeout": "10000"}
 MIGRATION_LOCK = 0x6461726B726F6F6D  # "darkroom": any constant that nobody else in this database takes
 NOTIFY = text(f"SELECT pg_notify('{CHANNEL}', :hint)")
 NOW = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")
@@ -130,6 +132,7 @@ class PostgresStore:
         """Migrates the schema; processes that start together do it one after another."""
 
         def run(connection: Connection) -> None:
+            connection.execute(text("SELECT set_config(name, '0', true) FROM unnest(ARRAY['lock_timeout', 'statement_timeout']) AS name"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
             schema.migrate(connection, allowed=migrate)
 
@@ -166,6 +169,7 @@ async def open_postgres(
         max_overflow=0,
         pool_timeout=5,
         pool_pre_ping=True,
+        connect_args={"server_settings": LIMITS},
         hide_parameters=True,  # they hold prompts and tokens, and errors are logged
     )
     try:

@@ -9,13 +9,13 @@ import pytest
 from sqlalchemy import insert, text
 
 from service.errors import StoreUnavailable
-from service.store import Signals, Transaction, queries
+from service.store import Signals, Transaction, postgres, queries
 from service.store.committer import BESIDE_URGENT, MAX_BATCH, MAX_PATIENT, Batch, Call, Committer
 from service.store.operations.tasks import NewTask, insert_tasks
 from service.store.postgres import open_postgres
 from service.store.sqlite import QUICK_S, SqliteStore
-from service.store.tables import owners, tasks
-from tests.contract.subject import Clock, Opener, Subject, new_id
+from service.store.tables import counters, owners, tasks
+from tests.contract.subject import Clock, Opener, Subject, completed, new_id
 from tests.servers import execute
 from tests.waiting import wait_until
 
@@ -260,3 +260,18 @@ async def test_a_batch_that_cannot_be_run_at_all_is_told_to_everybody() -> None:
     assert await committer.write(echo, 1) is None
     committer.close()
     await running
+
+
+async def test_a_process_that_stands_still_in_a_transaction_loses_it(
+    two: tuple[Subject, Subject], monkeypatch: pytest.MonkeyPatch, postgres_opener: Opener
+) -> None:
+    """Its locks end with the server's patience: the others commit again, and what it began is not there."""
+    monkeypatch.setitem(postgres.LIMITS, "idle_in_transaction_session_timeout", "200")
+    async with postgres_opener("still") as store:
+        assert isinstance(store, postgres.PostgresStore)
+        async with store._engine.connect() as connection:
+            await connection.execute(counters.update().values(value=counters.c.value + 1_000_000))
+            task_id = await two[0].uncertain()
+            await two[0].callback(task_id, completed(task_id, "https://r.test/0"))  # an event needs the counter
+            await connection.invalidate()
+    assert max(event["sequence"] for event in await two[0].events()) < 1_000_000

@@ -2,38 +2,25 @@
 
 import asyncio
 import hashlib
-import json
 import signal
 import socket
-from collections import defaultdict
-from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
-from ipaddress import ip_network
-from pathlib import Path
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
-from starlette.requests import Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.store import LEASE_MS
-from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from tests.api import SUBMIT, got, order
-from tests.crash.launcher import LOG, Launched, Launcher, launching
-from tests.processes import ADMIN_KEY, LOOPBACK, UPSTREAM_KEY, service_settings
-from tests.servers import postgres_database
-from tests.upstream import error
+from tests.crash.bench import Bench
+from tests.crash.launcher import LOG, Launched
+from tests.processes import ADMIN_KEY, UPSTREAM_KEY, service_settings
 from tests.waiting import wait_until
-from tests.world import Subscriber, answering, subscriber
 
 JSON = dict[str, Any]
 PATIENCE_S = 90.0
 PICTURES = 2
 TERMINAL = {f"image.task.{state}" for state in ("completed", "failed", "cancelled", "expired")}
-SANDBOX = SandboxOptions(
-    api_key=UPSTREAM_KEY, networks=(ip_network(LOOPBACK),), delay_s=0.3, callback_timeout_s=2, callback_delays_s=(0.5,) * 200
-)
 SETTINGS = {
     "SECRET_KEY": "the secret key of the crash tests that all share",
     "SUBMIT_TIMEOUT_S": "3",
@@ -62,34 +49,6 @@ class Case:
 
 
 @dataclass(slots=True)
-class Upstream:
-    """A sandbox that writes down every submission it is sent; `refusals`: of a prompt so many are refused for their key, unread."""
-
-    app: ASGIApp
-    refusals: dict[str, int] = field(default_factory=dict)
-    posts: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # idempotency keys by prompt
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope.get("path") != SUBMIT:
-            await self.app(scope, receive, send)
-            return
-        request = Request(scope, receive)
-        body = await request.body()
-        prompt = json.loads(body)["prompt"]
-        if self.refusals.get(prompt, 0):
-            self.refusals[prompt] -= 1
-            await error(401, "unauthorized")(scope, receive, send)
-            return
-        self.posts[prompt].append(request.headers["idempotency-key"])
-        unread = [body]
-
-        async def again() -> Message:
-            return {"type": "http.request", "body": unread.pop()} if unread else await receive()
-
-        await self.app(scope, again, send)
-
-
-@dataclass(slots=True)
 class Ended:
     """What is there when nothing is left to do. `posts` are the keys under which the upstream was sent the task."""
 
@@ -104,43 +63,6 @@ class Ended:
     files: list[str]
     unfinished: list[str]
     log: str
-
-
-@dataclass(slots=True)
-class Bench:
-    """What all lives share: the upstream and the subscriber, who survive them, and the machine's two cores."""
-
-    folder: Path
-    server: str
-    upstream: Upstream
-    upstream_url: str
-    subscriber: Subscriber
-    launcher: Launcher
-    starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(3))
-    databases: list[AbstractContextManager[str]] = field(default_factory=list)
-    _creating: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    async def database(self) -> str:
-        manager = postgres_database(self.server)
-        async with self._creating:
-            url = await asyncio.to_thread(manager.__enter__)  # it has a loop of its own
-        self.databases.append(manager)
-        return url
-
-    async def drop(self) -> None:
-        await asyncio.gather(*(asyncio.to_thread(manager.__exit__, None, None, None) for manager in self.databases))
-
-
-@asynccontextmanager
-async def benches(folder: Path, server: str) -> AsyncIterator[Bench]:
-    upstream = Upstream(create_sandbox(SANDBOX))
-    with launching() as launcher:
-        async with answering(upstream) as url, subscriber() as listening:
-            bench = Bench(folder, server, upstream, url, listening, launcher)
-            try:
-                yield bench
-            finally:
-                await bench.drop()
 
 
 class Life:
@@ -251,13 +173,15 @@ async def live(case: Case, bench: Bench) -> Ended:
     """The whole of it, from the first start to silence."""
     folder = bench.folder / str(case)
     folder.mkdir()
-    more = SETTINGS | ({"DATABASE_URL": await bench.database()} if case.store == "postgres" else {})
+    more = dict(SETTINGS)
     if any(point.startswith("account.") for point in case.points):
         more |= {"SUBMIT_SCHEDULE": "3"}  # nobody asks about the account before the next submission is held
     if case.paused:
         more |= {"RECONCILE_AFTER_S": "1", "UNCERTAIN_AFTER_S": "600"}
     bench.upstream.refusals[str(case)] = sum(point.startswith("account.") for point in case.points)
     async with AsyncExitStack() as stack:
+        if case.store == "postgres":
+            more["DATABASE_URL"] = await stack.enter_async_context(bench.database())
         port = free_port(stack)
         one = Life(case, bench, service_settings(bench.upstream_url, folder, **more), stack)
         return await (paused(one, port, free_port(stack)) if case.paused else dying(one, port))

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from service.pipeline.checkpoints import CHECKPOINTS
-from tests.crash.life import PICTURES, TERMINAL, Case, Ended, benches, live
+from tests.crash.bench import benches
+from tests.crash.life import PICTURES, TERMINAL, Case, Ended, live
 
 # On SQLite a start frees what the dead held, so one task outlives several deaths; in an order in which none can be passed unnoticed.
 CHAINS = (
-    ("submit.inserted", "submission.answered", "inbox.committed", "settle.claimed", "settle.answered", "delivery.answered"),
+    ("submission.answered", "inbox.committed", "settle.claimed", "settle.answered", "delivery.answered"),
     ("submit.checked", "submission.claimed", "submission.recorded", "inbox.received", "settle.recorded", "delivery.claimed"),
-    ("account.held", "account.restored", "download.saved", "download.recorded:2", "delivery.recorded"),
+    ("submit.inserted", "account.held", "account.restored", "download.saved", "download.recorded:2", "delivery.recorded"),
     ("download.fetched", "download.recorded"),
     ("submission.started",),
     ("erase.committed",),

@@ -1,0 +1,85 @@
+"""What every life needs: an upstream and a subscriber that survive it, a launcher of processes, databases."""
+
+import asyncio
+import json
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from ipaddress import ip_network
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.upstreams.sandbox import SandboxOptions, create_sandbox
+from tests.api import SUBMIT
+from tests.crash.launcher import Launcher, launching
+from tests.processes import LOOPBACK, UPSTREAM_KEY
+from tests.servers import postgres_database
+from tests.upstream import error
+from tests.world import Subscriber, answering, subscriber
+
+SANDBOX = SandboxOptions(
+    api_key=UPSTREAM_KEY, networks=(ip_network(LOOPBACK),), delay_s=0.3, callback_timeout_s=2, callback_delays_s=(0.5,) * 200
+)
+
+
+@dataclass(slots=True)
+class Upstream:
+    """A sandbox that writes down every submission it is sent; `refusals`: of a prompt so many are refused for their key, unread."""
+
+    app: ASGIApp
+    refusals: dict[str, int] = field(default_factory=dict)
+    posts: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # idempotency keys by prompt
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path") != SUBMIT:
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        body = await request.body()
+        prompt = json.loads(body)["prompt"]
+        if self.refusals.get(prompt, 0):
+            self.refusals[prompt] -= 1
+            await error(401, "unauthorized")(scope, receive, send)
+            return
+        self.posts[prompt].append(request.headers["idempotency-key"])
+        unread = [body]
+
+        async def again() -> Message:
+            return {"type": "http.request", "body": unread.pop()} if unread else await receive()
+
+        await self.app(scope, again, send)
+
+
+@dataclass(slots=True)
+class Bench:
+    """What all lives share: the upstream and the subscriber, who survive them, and the machine's two cores."""
+
+    folder: Path
+    server: str
+    upstream: Upstream
+    upstream_url: str
+    subscriber: Subscriber
+    launcher: Launcher
+    starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(3))
+    _creating: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @asynccontextmanager
+    async def database(self) -> AsyncIterator[str]:
+        manager = postgres_database(self.server)  # it has loops of its own
+        async with self._creating:
+            url = await asyncio.to_thread(manager.__enter__)
+        try:
+            yield url
+        finally:
+            await asyncio.to_thread(manager.__exit__, None, None, None)
+
+
+@asynccontextmanager
+async def benches(folder: Path, server: str) -> AsyncIterator[Bench]:
+    upstream = Upstream(create_sandbox(SANDBOX))
+    with launching() as launcher:
+        async with answering(upstream) as url, subscriber() as listening:
+            yield Bench(folder, server, upstream, url, listening, launcher)
