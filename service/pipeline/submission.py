@@ -50,9 +50,9 @@ class Submitter:
             await self.resources.store.write(leases.done, grant)
 
     def _resubmits(self, row: Row) -> bool:
-        """Whether an uncertain task is sent again: by hand, or at least once, then for as long as one of which nothing was created."""
+        """Whether an uncertain task is sent again: as was decided for it, or for as long as one of which nothing was created."""
         young = self.resources.clock() - row["created_at"] < self.give_up_s * 1000
-        return row["resubmit"] or (self.uncertain == "resubmit" and (young or row["submit_outcomes"] < 2))
+        return row["resubmit"] or (self.uncertain == "resubmit" and young)
 
     async def _send(self, grant: Grant, *, resubmit: bool) -> None:
         async with self.resources.pace.place("submit") as heard:  # a place first: what is `submitting` is on its way
@@ -104,7 +104,7 @@ class Submitter:
         at_once = self._wait(grant) if self.uncertain == "resubmit" else 0.0
         decide_s = self.uncertain_after_s if self.plan.with_callback else at_once
         log.warning("task.submission_uncertain", reason=reason, decide_s=decide_s)
-        return store.Uncertain(reason, round(decide_s * 1000))
+        return store.Uncertain(reason, round(decide_s * 1000), resend=self.uncertain == "resubmit")
 
     async def _record(
         self, grant: Grant, outcome: store.Accepted | store.Again | store.Refused | store.Uncertain | store.Undecided

@@ -101,7 +101,7 @@ tasks = Table(
     Column("refusal_status", Integer),  # the upstream's HTTP status when it refused the submission
     Column("submit_outcomes", Integer, nullable=False, default=0),
     Column("doubted_at", BigInteger),  # when a submission first proved nothing: the task may exist and be charged
-    Column("resubmit", Boolean, nullable=False, default=False),  # by hand: an uncertain task is sent again
+    Column("resubmit", Boolean, nullable=False, default=False),  # an uncertain task is sent again, by hand or after the first doubt
     Column("settle_requests", Integer, nullable=False, default=0),  # bumped when somebody wants it settled now
     Column("submit_turn", BigInteger, nullable=False, default=0),  # whose turn it is in submitting: `operations.turns`
     Column("erased_at", BigInteger),  # since then it has figures alone: `operations.retention`

@@ -260,6 +260,34 @@ async def test_reconcile_asks_now_and_fetches_now(subject: Subject) -> None:
     assert await subject.write(reconcile_tasks, "task_none") == "missing"
 
 
+async def test_a_task_reconciled_twice_at_once_is_granted_once(subject: Subject) -> None:
+    """Two requests in one transaction do not take two places for one picture."""
+    task_id = await subject.storing(URLS[0])
+    (image,) = await subject.images(task_id)
+    await subject.download(image, Retry("answered 500", HOUR))
+    subject.places.free = {"settle": 3, "download": 3}
+    await subject.batch(reconcile_tasks, [task_id, task_id])
+    assert sorted(grant.stage for grant in subject.places.taken()) == ["download", "settle"]
+    assert subject.places.free == {"settle": 2, "download": 2}
+
+
+async def test_the_first_doubt_may_be_sent_again_however_old_the_task_is(subject: Subject) -> None:
+    """Once: after a second doubt, or when nothing was created of what was too old to be sent, the permission is used up."""
+    grant = await subject.submitting()
+    assert await subject.submission(grant, Uncertain("no answer", SECOND, resend=True)) is State.UNCERTAIN
+    assert (await subject.task(grant.key))["resubmit"]
+    subject.clock.shift(HOUR)
+    again = await subject.claimed("submit", grant.key)
+    assert await subject.start(again, resubmit=True) is not None
+    assert await subject.submission(again, NOTHING_CREATED) is State.UNCERTAIN
+    assert not (await subject.task(grant.key))["resubmit"]
+    subject.clock.shift(5 * SECOND)
+    last = await subject.claimed("submit", grant.key)
+    assert await subject.start(last, resubmit=True) is not None
+    assert await subject.submission(last, Uncertain("no answer", SECOND, resend=True)) is State.UNCERTAIN
+    assert not (await subject.task(grant.key))["resubmit"]
+
+
 # --- at risk ---
 
 

@@ -64,6 +64,7 @@ def reconcile_tasks(tx: Transaction, items: Sequence[str]) -> list[str | None]:
             results.append("unsubmitted" if row else "missing")
             continue
         ask(tx, row)
+        tx.write()  # what is granted here is granted once, though the same task be named twice
         pending = select(images).where(images.c.task_id == task_id, images.c.state == "pending").order_by(images.c.id).with_for_update()
         for image in tx.connection.execute(pending).mappings().all():
             tx.change(images, image["id"], leases.wanted(tx, "download", image["id"], image))

@@ -65,10 +65,11 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Uncertain:
-    """It may have been created and charged; decided after `decide_ms` unless a callback proves it."""
+    """It may have been created and charged; decided after `decide_ms` unless a callback proves it: once, with `resend`, by sending again."""
 
     reason: str
     decide_ms: int
+    resend: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,8 @@ def _not_accepted(tx: Transaction, row: Row, outcome: Again | Refused | Uncertai
     state = State(row["state"])
     match outcome:
         case Again() if state is State.SUBMITTING and row["doubted_at"] is not None:  # of this call nothing came; of an earlier one?
-            move(tx, row, State.UNCERTAIN, submit_due_at=tx.now + outcome.wait_ms)
+            young = tx.now - row["created_at"] < outcome.give_up_ms
+            move(tx, row, State.UNCERTAIN, submit_due_at=tx.now + outcome.wait_ms, resubmit=row["resubmit"] and young)
         case Again() if state is State.SUBMITTING:
             if tx.now - row["created_at"] >= outcome.give_up_ms:
                 end(tx, row, State.FAILED, _error("not_submitted", f"the upstream took no submission: {outcome.reason}"))
@@ -143,8 +145,8 @@ def _not_accepted(tx: Transaction, row: Row, outcome: Again | Refused | Uncertai
         case Refused():
             end(tx, row, State.FAILED, outcome.error, refusal_status=outcome.status)
         case Uncertain() if state is State.SUBMITTING:
-            doubted_at = tx.now if row["doubted_at"] is None else row["doubted_at"]
-            move(tx, row, State.UNCERTAIN, submit_due_at=tx.now + outcome.decide_ms, doubted_at=doubted_at, resubmit=False)
+            resend, doubted_at = (outcome.resend, tx.now) if row["doubted_at"] is None else (False, row["doubted_at"])
+            move(tx, row, State.UNCERTAIN, submit_due_at=tx.now + outcome.decide_ms, doubted_at=doubted_at, resubmit=resend)
             tx.step(row["id"], "task.submission_uncertain", reason=outcome.reason)
         case Undecided() if held and state is State.UNCERTAIN and not row["resubmit"]:
             end_uncertain(tx, row)
