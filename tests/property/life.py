@@ -4,9 +4,6 @@ One example is the life of some tasks on an empty store; at its end the upstream
 due. Rules draw small numbers: `pick` chooses among what there is, `luck` what comes of it (0 is the best).
 """
 
-from collections.abc import Sequence
-from typing import TypeVar
-
 import hypothesis.strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
@@ -17,32 +14,31 @@ from service.store.operations.faults import Fault, record_faults
 from service.store.operations.holding import resume_submissions
 from service.store.operations.inbox import accept_callbacks
 from service.store.operations.interventions import Resolution, reconcile_tasks, resolve_tasks
+from service.store.operations.retention import Erasure, erase_tasks
 from service.store.operations.tasks import Cancellation, Inserted, cancel_tasks, insert_tasks
 from service.store.tables import QUEUES
 from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, callback, new_id
-from tests.property.life_bench import Living, tell
+from tests.property.life_bench import Job, Living, among, tell
 from tests.property.life_checks import next_due
 from tests.property.life_upstream import ENDS, SAYS
 from tests.property.life_work import Write
 
-ALIVE, TASKS = 3, 8  # so many at once and in all, or nothing much happens to any of them
+TASKS = 6  # at most, or nothing much happens to any of them
 LEAPS = (SECOND, 5 * SECOND, 31 * SECOND, 90 * SECOND, 15 * MINUTE, HOUR, 6 * HOUR, DAY, 3 * DAY, -HOUR)
-PICK = LUCK = st.integers(0, 15)
+INTERVENTIONS = ("cancel", "reconcile", "id", "another's id", "failed", "resubmit", "erase")
+MISHAPS = ("fault", "release", "renew", "death")
+STATUSES = ("enabled", "paused", "disabled")
+HAPPENS = ("submit", *INTERVENTIONS, *MISHAPS, *STATUSES, "fault", "the account is good again")
+PICK, LUCK = st.integers(0, 15), st.integers(0, 11)
 LUCKS = st.lists(LUCK, max_size=8)
 YES = st.booleans()
 STAGES = st.sets(st.sampled_from(sorted(QUEUES)), min_size=1)
-
-Chosen = TypeVar("Chosen")
-
-
-def among(items: Sequence[Chosen], pick: int) -> Chosen:
-    return items[pick % len(items)]
 
 
 class TaskLife(Living):
     # --- the service, as it is set up ---
 
-    @initialize(flags=st.tuples(YES, YES, YES, YES), places=st.integers(0, 2), listener=PICK, last=LUCKS, first=st.integers(1, ALIVE))
+    @initialize(flags=st.tuples(YES, YES, YES, YES), places=st.integers(0, 2), listener=PICK, last=LUCKS, first=st.integers(1, 3))
     def set_up(self, flags: tuple[bool, bool, bool, bool], places: int, listener: int, last: list[int], first: int) -> None:
         self.upstream.honest, self.shop.resubmits, self.shop.with_callback, self.shop.confirms = flags
         self.places, self.last = places, last
@@ -51,80 +47,25 @@ class TaskLife(Living):
             self.endpoint = new_id("endpoint")
             self.write(0, Write(insert_endpoints, Endpoint(self.endpoint, None, "https://s.test", ("*",), "", b"secret")))
         for _ in range(first):
-            self.submit(0, "painter", None, body=False, twice=False)
-            self.observe()
-
-    # --- clients and operators ---
-
-    @precondition(lambda self: len(self.alive) < ALIVE and len(self.tasks) < TASKS)
-    @rule(process=PICK, owner=st.sampled_from(["painter", "printer"]), key=st.sampled_from([None, "a", "b"]), body=YES, twice=YES)
-    def submit(self, process: int, owner: str, key: str | None, body: bool, twice: bool) -> None:
-        digest = str(body)
-        earlier = [row for row in self.tasks if key and (row["owner"], row["idempotency_key"]) == (owner, key)]
-        wish = self.bench.subjects[0].wish(owner=owner, idempotency_key=key, idempotency_hash=digest)
-        (inserted,) = self.write(process, Write(insert_tasks, wish), twice=twice)
-        tell(inserted)
-        if earlier:
-            assert inserted == Inserted(earlier[0]["id"], False, earlier[0]["idempotency_hash"]), "an idempotency key made a second task"
-        else:
-            assert inserted == Inserted(wish.id, True, digest)
-
-    @precondition(lambda self: bool(self.tasks))
-    @rule(process=PICK, pick=PICK, word=st.sampled_from(["cancel", "reconcile", "id", "another's id", "failed", "resubmit"]), other=PICK)
-    def intervene(self, process: int, pick: int, word: str, other: int) -> None:
-        task_id = among(self.tasks, pick)["id"]
-        mine = [real.id for real in self.upstream.of(task_id)]
-        named = among(mine, other) if mine and word == "id" else among([*self.upstream.reals, "task-unified-nobody"], other)
-        match word:
-            case "cancel":
-                write = Write(cancel_tasks, Cancellation(task_id, None))
-            case "reconcile":
-                write = Write(reconcile_tasks, task_id)
-            case "failed" | "resubmit":
-                write = Write(resolve_tasks, Resolution(task_id, resubmit=word == "resubmit"))
-            case _:
-                self.upstream.lied_about |= set() if named in mine else {task_id}
-                write = Write(resolve_tasks, Resolution(task_id, named))
-        tell(f"{task_id}, {named}: {self.write(process, write)}")
-
-    @precondition(lambda self: bool(self.endpoint))
-    @rule(status=st.sampled_from(["enabled", "paused", "disabled"]))
-    def change_endpoint(self, status: str) -> None:
-        assert self.endpoint
-        self.write(0, Write(change_endpoints, EndpointChange(self.endpoint, None, status=status)))
+            self.submit(0, 0)
 
     # --- workers ---
 
-    def look_for_work(self, process: int, stages: set[str], places: int) -> None:
-        before = len(self.jobs)
-        self.write(process, *(Write(leases.claim, stage) for stage in sorted(stages)), places=dict.fromkeys(stages, places))
-        tell([job.grant for job in self.jobs[before:]])
-
-    @precondition(lambda self: self.due_in() <= 0)
-    @rule(process=PICK, stages=STAGES, places=st.sampled_from([1, 100]))
-    def claim(self, process: int, stages: set[str], places: int) -> None:
+    @rule(process=PICK, stages=STAGES, places=st.sampled_from([1, 100]), leap=st.sampled_from((0, 0, *LEAPS)))
+    def look(self, process: int, stages: set[str], places: int, leap: int) -> None:
+        """Some stages of a process look for work, later."""
+        self.bench.clock.shift(leap)
         self.look_for_work(process, stages, places)
-
-    @precondition(lambda self: next_due(self.seen) is not None)
-    @rule(process=PICK)
-    def wait_for_work(self, process: int) -> None:
-        self.bench.clock.shift(max(1, self.due_in()))
-        self.look_for_work(process, set(QUEUES), 100)
-
-    @precondition(lambda self: bool(self.jobs))
-    @rule(pick=PICK, luck=LUCK, twice=PICK)
-    def work(self, pick: int, luck: int, twice: int) -> None:
-        """One read or write of one job; what it holds afterwards may wait for long."""
-        self.shop.luck = luck
-        self.go_on([among(self.jobs, pick)], twice=twice > 13)
 
     @rule(process=PICK, pick=PICK, lucks=LUCKS)
     def work_on(self, process: int, pick: int, lucks: list[int]) -> None:
         """One job, for as long as it lasts; when there is none, it is waited for."""
+        if not self.jobs and next_due(self.seen) is None:
+            self.submit(process, pick)
         if not self.jobs and next_due(self.seen) is not None:
-            self.wait_for_work(process)
-            self.observe()
-        job = among(self.jobs, pick) if self.jobs else None
+            self.bench.clock.shift(max(1, self.due_in()))
+            self.look_for_work(process, set(QUEUES), 100)
+        job = self.job(pick) if self.jobs else None
         for luck in lucks:
             if job in self.jobs:
                 self.shop.luck = luck
@@ -132,55 +73,22 @@ class TaskLife(Living):
                 self.observe()
 
     @precondition(lambda self: bool(self.jobs))
+    @rule(pick=PICK, luck=LUCK, twice=PICK)
+    def work(self, pick: int, luck: int, twice: int) -> None:
+        """One read or write of one job; what it holds afterwards may wait for long."""
+        self.shop.luck = luck
+        self.go_on([self.job(pick)], twice=twice > 13)
+
+    @precondition(lambda self: bool(self.jobs))
     @rule(pick=PICK, luck=LUCK, said=st.lists(st.tuples(PICK, st.sampled_from(SAYS)), max_size=2), twice=YES)
     def work_together(self, pick: int, luck: int, said: list[tuple[int, str]], twice: bool) -> None:
         """All jobs of a process, and what is called back meanwhile, in one transaction."""
         self.shop.luck = luck
-        process = among(self.jobs, pick).process
+        process = self.job(pick).process
         callbacks = [self.a_callback(which, kind) for which, kind in said if self.sent]
         self.go_on([job for job in self.jobs if job.process == process], *callbacks, twice=twice)
 
-    @precondition(lambda self: bool(self.jobs))
-    @rule(pick=PICK, what=st.sampled_from(["fault", "fault", "release", "renew", "death"]), wait=st.sampled_from([0, SECOND, HOUR]))
-    def go_wrong(self, pick: int, what: str, wait: int) -> None:
-        job = among(self.jobs, pick)
-        tell(job.grant)
-        if what == "renew":
-            self.write(job.process, Write(leases.renew, job.grant))
-        elif what == "death":
-            self.die(job.process)
-        else:
-            write = Write(leases.release, job.grant) if what == "release" else Write(record_faults, Fault(job.grant, wait))
-            self.write(job.process, write)
-            self.jobs.remove(job)
-
-    def die(self, process: int) -> None:
-        """Whatever it held in its hands is gone, its leases are not: unless nobody else can have the store."""
-        self.jobs = [job for job in self.jobs if job.process != process]
-        if self.bench.exclusive:
-            self.bench.reopen()
-
-    @precondition(lambda self: any(row["submit_lease_owner"] and not row["submit_lease_until"] for row in self.tasks))
-    @rule(process=PICK)
-    def resume(self, process: int) -> None:
-        """The account is good again."""
-        self.write(process, Write(resume_submissions, 100))
-
-    # --- time and the upstream ---
-
-    @rule(leap=st.sampled_from(LEAPS))
-    def pass_time(self, leap: int) -> None:
-        self.bench.clock.shift(leap)
-
-    @precondition(lambda self: bool(self.upstream.reals))
-    @rule(pick=PICK, what=st.sampled_from([*ENDS, "completed", "completed", "forget"]), results=st.integers(1, 3))
-    def end(self, pick: int, what: str, results: int) -> None:
-        real = among(list(self.upstream.reals.values()), pick)
-        if what == "forget":
-            real.known = False
-        else:
-            self.upstream.end(real, what, results)
-        tell(real)
+    # --- the upstream ---
 
     def a_callback(self, pick: int, kind: str) -> Write:
         task_id = among(self.sent, pick)
@@ -192,7 +100,7 @@ class TaskLife(Living):
         return Write(accept_callbacks, callback(task_id, report, body))
 
     @precondition(lambda self: bool(self.sent))
-    @rule(process=PICK, pick=PICK, kind=st.sampled_from([*SAYS, "end"]), twice=PICK)
+    @rule(process=PICK, pick=PICK, kind=st.sampled_from(SAYS), twice=PICK)
     def call_back(self, process: int, pick: int, kind: str, twice: int) -> None:
         write = self.a_callback(pick, kind)
         (verdict,) = self.write(process, write, twice=twice > 13)
@@ -200,3 +108,77 @@ class TaskLife(Living):
         said, task = write.item.report, self.seen.tasks[write.item.task_id]
         if verdict.verdict == "accepted" and said is not None and said.final and State(task["state"]) in TERMINAL:
             self.shop.proved_late.add(task["id"])
+
+    @precondition(lambda self: bool(self.upstream.reals))
+    @rule(pick=PICK, what=st.sampled_from([*ENDS, "forget"]))
+    def end(self, pick: int, what: str) -> None:
+        """The upstream ends a task without a word, or knows it no longer."""
+        real = among(list(self.upstream.reals.values()), pick)
+        if what == "forget":
+            real.known = False
+        else:
+            self.upstream.end(real, what, 1 + pick % 3)
+        tell(real)
+
+    # --- everybody else ---
+
+    @precondition(lambda self: bool(self.tasks))
+    @rule(what=st.sampled_from(HAPPENS), process=PICK, pick=PICK, other=PICK)
+    def happen(self, what: str, process: int, pick: int, other: int) -> None:
+        if what in INTERVENTIONS:
+            self.intervene(process, among(self.tasks, pick)["id"], what, other)
+        elif what in STATUSES and self.endpoint:
+            self.write(0, Write(change_endpoints, EndpointChange(self.endpoint, None, status=what)))
+        elif what == "the account is good again":
+            self.write(process, Write(resume_submissions, 100))
+        elif what in MISHAPS and self.jobs:
+            self.go_wrong(self.job(pick), what, among([0, SECOND, HOUR], other))
+        else:
+            self.submit(process, other)
+
+    def submit(self, process: int, pick: int) -> None:
+        """A client comes, with a key that may be known, or submits twice under one id, as after a lost COMMIT."""
+        if len(self.tasks) >= TASKS:
+            return
+        owner, key, digest = among(["painter", "printer"], pick), among([None, None, "a", "b"], pick // 2), str(pick // 8)
+        earlier = [row for row in self.tasks if key and (row["owner"], row["idempotency_key"]) == (owner, key)]
+        wish = self.bench.subjects[0].wish(owner=owner, idempotency_key=key, idempotency_hash=digest)
+        (inserted,) = self.write(process, Write(insert_tasks, wish), twice=pick % 3 == 0)
+        tell(inserted)
+        if earlier:
+            assert inserted == Inserted(earlier[0]["id"], False, earlier[0]["idempotency_hash"]), "an idempotency key made a second task"
+        else:
+            assert inserted == Inserted(wish.id, True, digest)
+        self.observe()
+
+    def intervene(self, process: int, task_id: str, word: str, other: int) -> None:
+        mine = [real.id for real in self.upstream.of(task_id)]
+        named = among(mine, other) if mine and word == "id" else among([*self.upstream.reals, "task-unified-nobody"], other)
+        match word:
+            case "cancel":
+                write = Write(cancel_tasks, Cancellation(task_id, None))
+            case "erase":
+                write = Write(erase_tasks, Erasure(task_id, None))
+            case "reconcile":
+                write = Write(reconcile_tasks, task_id)
+            case "failed" | "resubmit":
+                write = Write(resolve_tasks, Resolution(task_id, resubmit=word == "resubmit"))
+            case _:
+                self.upstream.lied_about |= set() if named in mine else {task_id}
+                write = Write(resolve_tasks, Resolution(task_id, named))
+        (answer,) = self.write(process, write)
+        tell(f"{task_id}, {named}: {answer}")
+        if word == "resubmit" and answer is None:
+            self.shop.permitted.add(task_id)
+
+    def go_wrong(self, job: Job, what: str, wait: int) -> None:
+        tell(job.grant)
+        if what == "renew":
+            self.write(job.process, Write(leases.renew, job.grant))
+        elif what == "death":  # what it held in its hands is gone, its leases are not: unless nobody else can have the store
+            self.jobs = [other for other in self.jobs if other.process != job.process]
+            if self.bench.exclusive:
+                self.bench.reopen()
+        else:
+            self.write(job.process, Write(leases.release, job.grant) if what == "release" else Write(record_faults, Fault(job.grant, wait)))
+            self.jobs.remove(job)

@@ -3,7 +3,7 @@
 import asyncio
 import re
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -11,23 +11,27 @@ from typing import Any, ClassVar, TypeVar
 from hypothesis import note
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
-from service.model import TERMINAL, State
+from service.model import State
 from service.store import Grant, Store, Transaction
 from service.store.operations import leases
 from service.store.operations.deliveries import EndpointChange, change_endpoints
-from service.store.operations.submissions import Start
+from service.store.operations.faults import claim_suspects
+from service.store.operations.submissions import Start, Submission, Uncertain
 from service.store.records import Row
 from service.store.tables import QUEUES
 from tests.contract.conftest import wipe
 from tests.contract.subject import DAY, HOUR, Clock, Subject
-from tests.property.life_checks import Seen, check, check_end, check_grant, check_sent, check_stale, look, next_due
+from tests.property.life_checks import Seen, check, check_end, check_grant, check_sent, check_write, look, next_due
 from tests.property.life_upstream import Upstream
 from tests.property.life_work import Life, Read, Workshop, Write
 
 ROUNDS = 60  # of claims at the end, before something is due for ever
 PATIENT_ROUNDS = 20  # afterwards the clock leaps: an upstream that knows nothing is asked for a day
 
+HANDS = 8  # jobs in hand; whoever has held one for longest is gone
+
 Result = TypeVar("Result")
+Chosen = TypeVar("Chosen")
 
 
 def together(tx: Transaction, batches: Sequence[Sequence[Write]]) -> list[list[Any]]:
@@ -97,6 +101,10 @@ def tell(what: object) -> None:
     note("    " + re.sub(r"_0{9,}", "_", re.sub(r"(, )?\w+=(None|\(\)|'')", "", str(what))))
 
 
+def among(items: Sequence[Chosen], pick: int) -> Chosen:
+    return items[pick % len(items)]
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """A grant in the hands of a process, and what is wanted next under it."""
@@ -129,9 +137,8 @@ class Living(RuleBasedStateMachine):
     def tasks(self) -> list[Row]:
         return [self.seen.tasks[id] for id in sorted(self.seen.tasks)]
 
-    @property
-    def alive(self) -> list[Row]:
-        return [row for row in self.tasks if State(row["state"]) not in TERMINAL]
+    def job(self, pick: int) -> Job:
+        return self.jobs[-1 - pick % len(self.jobs)]
 
     def due_in(self) -> int:
         due = next_due(self.seen)
@@ -151,11 +158,27 @@ class Living(RuleBasedStateMachine):
         granted.free = dict.fromkeys(QUEUES, self.places) if places is None else dict.fromkeys(QUEUES, 0) | places
         results = [self.bench.write(process, *writes) for _ in range(1 + twice)][-1]
         for grant in sorted(granted.taken(), key=lambda grant: grant.key):
-            check_grant(grant, writes, self.seen, self.bench.clock.now)
-            life = self.shop.life(grant)
-            self.jobs.append(Job(process, grant, life, next(life)))
+            self.hire(process, grant, writes)
         self.alone = writes[0] if len(writes) == 1 and not twice else None
         return results
+
+    def look_for_work(self, process: int, stages: Iterable[str], places: int) -> None:
+        """Claims what is due, and then what brought its process down before and is to run alone."""
+        before = len(self.jobs)
+        self.write(process, *(Write(leases.claim, stage) for stage in sorted(stages)), places=dict.fromkeys(stages, places))
+        if any(row[queue.prefix + "deaths"] for queue in QUEUES.values() for row in self.seen.table(queue.table).values()):
+            self.observe()
+            suspects = self.write(process, *(Write(claim_suspects, stage) for stage in sorted(stages)), places={})
+            for suspect in suspects:
+                if suspect is not None and not suspect.parked:
+                    self.hire(process, suspect.grant, ())
+        tell([job.grant for job in self.jobs[before:]])
+        self.observe()
+
+    def hire(self, process: int, grant: Grant, writes: Sequence[Write]) -> None:
+        check_grant(grant, writes, self.seen, self.bench.clock.now)
+        life = self.shop.life(grant)
+        self.jobs.append(Job(process % len(self.bench.subjects), grant, life, next(life)))
 
     def go_on(self, jobs: Sequence[Job], *more: Write, twice: bool = False) -> list[Any]:
         """Gives jobs of one process what they want next, what they write in one transaction with `more`, whose results are returned."""
@@ -171,9 +194,10 @@ class Living(RuleBasedStateMachine):
             if not self.quiet:
                 tell(f"{write.operation.__name__}: {write.item} -> {result}")
             if isinstance(write.item, Start) and result is not None:
-                task = self.seen.tasks[job.grant.key]
-                permitted = write.item.resubmit and (self.shop.resubmits or task["resubmit"])
-                check_sent(task, self.shop.sent.get(job.grant.key, ()), permitted=permitted)
+                permitted = write.item.resubmit and (self.shop.resubmits or job.grant.key in self.shop.permitted)
+                check_sent(self.seen.tasks[job.grant.key], self.shop.sent.get(job.grant.key, ()), permitted=permitted)
+            if isinstance(write.item, Submission) and isinstance(write.item.outcome, Uncertain) and result is State.UNCERTAIN:
+                self.shop.permitted -= {job.grant.key} if self.seen.holds(job.grant) else set()
             self.give(job, result)
         return results[len(writing) :]
 
@@ -186,6 +210,7 @@ class Living(RuleBasedStateMachine):
     @invariant()
     def holds(self) -> None:
         self.observe()
+        self.jobs = self.jobs[-HANDS:]
         self.bench.steps += self.begun
         self.begun = True
 
@@ -193,7 +218,7 @@ class Living(RuleBasedStateMachine):
         before, self.seen = self.seen, self.bench.look(self.seen)
         check(before, self.seen)
         if self.alone is not None:
-            check_stale(self.alone, before, self.seen)
+            check_write(self.alone, before, self.seen, self.bench.clock.now)
         self.alone = None
 
     # --- the end ---
@@ -211,7 +236,7 @@ class Living(RuleBasedStateMachine):
             self.write(0, Write(change_endpoints, EndpointChange(self.endpoint, None, status="enabled")))
         for count in range(ROUNDS):
             self.quiet = count > 10
-            self.write(0, *(Write(leases.claim, stage) for stage in QUEUES), places=dict.fromkeys(QUEUES, 1000))
+            self.look_for_work(0, QUEUES, 1000)
             for real in self.upstream.reals.values():
                 self.upstream.end(real, "completed")
             while self.jobs:

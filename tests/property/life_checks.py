@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 
 from sqlalchemy import Connection, Table, select
 
 from service.model import MOVES, TERMINAL, State
 from service.store import Grant
 from service.store.operations import leases
+from service.store.operations.settling import Settlement
 from service.store.operations.submissions import Accepted, Refused, Submission
 from service.store.records import Row
 from service.store.tables import QUEUES, deliveries, events, images, tasks
@@ -74,6 +76,7 @@ def check(before: Seen, now: Seen) -> None:
         was = before.tasks.get(task_id)
         if was is not None:
             check_step(was, row)
+            check_asked(was, row, [event for event in now.events[len(before.events) :] if event["task_id"] == task_id])
         check_events(row, now)
         check_way_on(row, now)
     for image_id, image in before.images.items():
@@ -89,8 +92,10 @@ def check_step(was: Row, row: Row) -> None:
     before, after = State(was["state"]), State(row["state"])
     assert after in REACHABLE[before], f"{before} became {after}"
     assert not (row["doubted_at"] and after is State.QUEUED), "doubted, and yet as if nothing were created"
-    fixed = ["created_at", "body", "owner", "idempotency_key", "submitted_at", "called_back_at", "terminal_at", "doubted_at"]
-    fixed += ["error", "refusal_status", "settled_digest"] if before in TERMINAL else []
+    fixed = ["created_at", "owner", "idempotency_key", "submitted_at", "called_back_at", "terminal_at", "doubted_at", "erased_at"]
+    fixed += ["refusal_status", "settled_digest"] if before in TERMINAL else []
+    fixed += ["body"] if row["erased_at"] is None else []
+    fixed += ["error"] if before in TERMINAL and row["erased_at"] is None else []
     fixed += ["upstream_status"] if before in TERMINAL and was["settled_digest"] else []
     fixed += ["upstream_id", "upstream_id_from"] if was["upstream_id_from"] == "answer" else []
     for name in fixed:
@@ -109,6 +114,8 @@ def check_events(row: Row, now: Seen) -> None:
     assert ("image.task.submitted" in types) == (row["submitted_at"] is not None)
     for event in ends:
         assert (event["type"], event["data"]["state"], event["time"]) == (f"image.task.{state}", state, row["terminal_at"])
+        if row["erased_at"] is not None:
+            continue
         stored = {image["id"]: image for image in now.of(row["id"]) if image["state"] == "stored" and image["confirmed"]}
         for image in event["data"]["images"]:
             assert image["id"] in stored, "an event names a picture that is not stored"
@@ -118,6 +125,12 @@ def check_events(row: Row, now: Seen) -> None:
             assert named == [image["id"] for image in now.of(row["id"])] != [], "completed without a picture"
 
 
+def check_asked(was: Row, row: Row, told: Sequence[Row]) -> None:
+    """Each callback that contradicts gets the upstream asked, once."""
+    conflicts = [event for event in told if event["type"] == "callback.conflict" and event["data"]["callback_id"]]
+    assert row["settle_requests"] - was["settle_requests"] >= len(conflicts), "a conflict, and nobody is asked"
+
+
 def check_way_on(row: Row, now: Seen) -> None:
     """What has not ended is due to somebody, and so is every picture that is awaited."""
     state = State(row["state"])
@@ -125,6 +138,8 @@ def check_way_on(row: Row, now: Seen) -> None:
         assert row["submit_due_at"] is not None, f"{state}, and nobody will go on"
     elif state is State.SUBMITTED:
         assert row["settle_due_at"] is not None, "submitted, and nobody will ask"
+    for image in now.of(row["id"]):
+        assert image["state"] != "stored" or image["sha256"] == sha256(image["source_url"].encode()).hexdigest(), "another link's picture"
     awaited = [image for image in now.of(row["id"]) if image["state"] == "pending"]
     assert state is not State.STORING or awaited, "storing, and nothing is awaited"
     assert all(image["due_at"] is not None for image in awaited), "a picture is awaited that nobody will fetch"
@@ -132,8 +147,8 @@ def check_way_on(row: Row, now: Seen) -> None:
 
 
 def check_image(was: Row, row: Row | None, task: Row, before: Row) -> None:
-    """What is stored and counts, or is lost for good, stays so; only a local cancel takes pictures away."""
-    if not was["confirmed"] or was["state"] == "pending":
+    """What is stored and counts, or is lost for good, stays so; only a local cancel takes pictures away, and erasure."""
+    if not was["confirmed"] or was["state"] == "pending" or task["erased_at"] is not None:
         return
     if row is None:
         assert task["state"] == State.CANCELLED != before["state"], "a confirmed picture is gone"
@@ -142,10 +157,17 @@ def check_image(was: Row, row: Row | None, task: Row, before: Row) -> None:
         assert was[name] == row[name], f"a {was['state']} picture's {name} was {was[name]} and is {row[name]}"
 
 
-def check_stale(write: Write, before: Seen, now: Seen) -> None:
-    """A write under a lease that had ended changes nothing, apart from a submission's answer in hand, which is counted."""
+def check_write(write: Write, before: Seen, now: Seen, time: int) -> None:
+    """What was asked since the question is due at once. And a write under a lease that had ended changes nothing, apart from
+    a submission's answer in hand, which is counted.
+    """
     grant = write.grant
-    if grant is None or before.holds(grant):
+    if grant is None:
+        return
+    if before.holds(grant):
+        row = now.tasks.get(grant.key)
+        if isinstance(write.item, Settlement) and row and row["settle_requests"] != write.item.requests and not row["settled_digest"]:
+            assert (row["settle_due_at"] or time + 1) <= time, "somebody asked while the upstream was asked, and waits"
         return
     outcome = write.item.outcome if isinstance(write.item, Submission) else None
     doubt = grant.key in before.tasks and before.tasks[grant.key]["state"] == State.UNCERTAIN
@@ -199,11 +221,13 @@ def check_end(seen: Seen, shop: Workshop, latest: int) -> None:
     for task_id, row in seen.tasks.items():
         state = State(row["state"])
         assert state in TERMINAL, f"{task_id} is {state} for ever"
+        unproved = [image for image in seen.of(task_id) if not image["confirmed"]]
+        assert not unproved or not row["settled_digest"], f"{task_id}: a picture that only a callback named is kept"
         real = shop.upstream.reals.get(row["upstream_id"] or "")
         parked = "task.parked" in seen.types(task_id)
         if real is None or not real.known or task_id in shop.upstream.lied_about or parked:
             continue
-        if task_id in shop.proved_late and state is not State.CANCELLED:
+        if task_id in shop.proved_late and state is not State.CANCELLED and row["erased_at"] is None:
             assert row["settled_digest"] is not None, f"{task_id}: what was called back after its end was never settled"
         if shop.confirms and state is not State.EXPIRED:
             assert row["credits_used"] == real.truth.credits_used, f"{task_id}: {row['credits_used']} is not what it cost"

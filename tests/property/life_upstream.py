@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from service.model import JSON, Report, Status
 from service.upstreams import Found, NoAnswer, NotFound, QueryOutcome
 
-ENDS = ("completed", "failed", "cancelled", "empty", "gone")
+ENDS = ("completed", "failed", "completed", "cancelled", "completed", "empty", "completed", "gone")
 SAYS = ("truth", "end", "processing", "without id", "unreadable", "another end", "other links", "another's id", "nobody's id", "no status")
 LIES = ("another end", "another's id", "nobody's id")
 CREDITS = 1_500_000
@@ -81,7 +81,7 @@ class Upstream:
                 return None
             case 6 | 7 if real:
                 self.lied_about.add(real.task_id)
-                return Found(self.an_end(id, ENDS[luck % 2], 2))
+                return Found(self.an_end(id, ENDS[luck - 6], 2))
             case 8 | 9 if real and truth:
                 real.truth = truth = self.renewed(truth)
         return NotFound() if truth is None else Found(truth)
@@ -94,9 +94,9 @@ class Upstream:
         if not mine or kind in LIES:
             self.lied_about.add(task_id)
         real = mine[pick % len(mine)] if mine else Real("task-unified-ghost", task_id, Report("task-unified-ghost", Status.PROCESSING))
+        if kind in ("end", "without id", "other links") or (kind == "truth" and pick % 2):
+            self.end(real, ENDS[pick % len(ENDS)], 1 + pick % 3)
         match kind:
-            case "end":
-                self.end(real, ENDS[pick % len(ENDS)], 1 + pick % 3)
             case "processing":
                 return Report(real.id, Status.PROCESSING, progress=pick)
             case "without id":

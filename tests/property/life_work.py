@@ -73,6 +73,7 @@ class Workshop:
     confirms: bool = True
     luck: int = 0  # of whoever goes on next
     sent: dict[str, list[Sent]] = field(default_factory=dict)
+    permitted: set[str] = field(default_factory=set)  # sent again because an operator said so, until that is doubtful too
     proved_late: set[str] = field(default_factory=set)  # called back after an end of our own making
     said: dict[bytes, Report] = field(default_factory=dict)  # callbacks by body
 

@@ -1,6 +1,7 @@
 """The whole life of a task on both stores, in any order of whatever may happen (see `life`).
 
-DARKROOM_TEST_STEPS: how many steps in all, 10,000 by default. DARKROOM_TEST_SEED: begins with this seed, as a failure prints it.
+A run of its own: DARKROOM_TEST_STEPS says how many steps in all, without it nothing runs.
+DARKROOM_TEST_SEED: begins with this seed, as a failure prints it.
 """
 
 import asyncio
@@ -27,9 +28,10 @@ from tests.property.life import TaskLife
 from tests.property.life_bench import Bench
 from tests.servers import execute, postgres_database
 
-STEPS = int(os.environ.get("DARKROOM_TEST_STEPS", "10000"))
+STEPS = int(os.environ.get("DARKROOM_TEST_STEPS", "0"))
 SEED = int(os.environ.get("DARKROOM_TEST_SEED") or random.SystemRandom().randrange(10**9))
 LENGTH = 80  # steps of one example
+pytestmark = pytest.mark.skipif(not STEPS, reason="a run of its own, by DARKROOM_TEST_STEPS")
 QUICK = settings(
     max_examples=20,
     stateful_step_count=LENGTH,
@@ -81,6 +83,7 @@ def live(bench: Bench, steps: int) -> None:
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that a short life reaches."""
     monkeypatch.setattr(faults, "FAULT_LIMIT", 2)
+    monkeypatch.setattr(faults, "DEATH_LIMIT", 4)
     monkeypatch.setattr(inbox, "KEPT", 4)
     monkeypatch.setattr(images, "STALE_LIMIT", 3)
 

@@ -65,7 +65,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Uncertain:
-    """It may have been created and charged; decided after `decide_ms` unless a callback proves it: once, with `resend`, by sending again."""
+    """It may have been created and charged; decided after `decide_ms` unless a callback proves it; `resend`: by sending again, once."""
 
     reason: str
     decide_ms: int
