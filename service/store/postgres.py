@@ -132,7 +132,8 @@ class PostgresStore:
         """Migrates the schema; processes that start together do it one after another."""
 
         def run(connection: Connection) -> None:
-            connection.execute(text("SELECT set_config(name, '0', true) FROM unnest(ARRAY['lock_timeout', 'statement_timeout']) AS name"))
+            for name in LIMITS:  # a migration takes as long as it takes
+                connection.execute(text(f"SET LOCAL {name} = 0"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
             schema.migrate(connection, allowed=migrate)
 

@@ -262,16 +262,15 @@ async def test_a_batch_that_cannot_be_run_at_all_is_told_to_everybody() -> None:
     await running
 
 
-async def test_a_process_that_stands_still_in_a_transaction_loses_it(
-    two: tuple[Subject, Subject], monkeypatch: pytest.MonkeyPatch, postgres_opener: Opener
-) -> None:
+async def test_a_process_that_stands_still_in_a_transaction_loses_it(two: tuple[Subject, Subject]) -> None:
     """Its locks end with the server's patience: the others commit again, and what it began is not there."""
-    monkeypatch.setitem(postgres.LIMITS, "idle_in_transaction_session_timeout", "200")
-    async with postgres_opener("still") as store:
-        assert isinstance(store, postgres.PostgresStore)
-        async with store._engine.connect() as connection:
-            await connection.execute(counters.update().values(value=counters.c.value + 1_000_000))
-            task_id = await two[0].uncertain()
-            await two[0].callback(task_id, completed(task_id, "https://r.test/0"))  # an event needs the counter
-            await connection.invalidate()
+    still = two[1].store
+    assert isinstance(still, postgres.PostgresStore)
+    async with still._engine.connect() as connection:
+        assert (await connection.execute(text("SHOW idle_in_transaction_session_timeout"))).scalar_one() == "10s"
+        await connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 200"))
+        await connection.execute(counters.update().values(value=counters.c.value + 1_000_000))
+        task_id = await two[0].uncertain()
+        await two[0].callback(task_id, completed(task_id, "https://r.test/0"))  # an event needs the counter
+        await connection.invalidate()
     assert max(event["sequence"] for event in await two[0].events()) < 1_000_000
