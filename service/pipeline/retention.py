@@ -78,8 +78,7 @@ class Retention:
         while (page := await self.resources.store.read(retention.old_events, last, before, BATCH)) is not None:
             for first in range(0, len(page.deliveries), BATCH):
                 removed["deliveries"] += await self._go(retention.forget_deliveries, page.deliveries[first : first + BATCH])
-            if page.events:
-                removed["events"] += await self._go(retention.forget_events, page.events)
+            removed["events"] += await self._go(retention.forget_events, page.events)
             last = page.last
 
     async def _tasks(self, before: int, removed: dict[str, int]) -> None:

@@ -100,6 +100,9 @@ async def full(store: SqliteStore) -> AsyncIterator[None]:
     """The disk is full."""
     connection = store._connection
     assert connection is not None
+    driver = connection.connection.driver_connection
+    assert driver is not None
+    driver.execute("VACUUM")  # no page is left over from the tests before
     with connection.begin():
         connection.exec_driver_sql(f"PRAGMA max_page_count={connection.exec_driver_sql('PRAGMA page_count').scalar()}")
     try:

@@ -253,3 +253,33 @@ async def test_a_task_without_an_upstream_id_is_not_asked_about(told: World, ups
 
     await wait_until(idle)
     assert (await told.task(task["id"]))["state"] == "uncertain"
+
+
+async def test_a_task_whose_id_was_anothers_waits_without_a_question(told: World, upstream: Upstream) -> None:
+    """A callback named an id that the answer to another submission proves to be that one's: nobody is asked under it any more."""
+    upstream.submits["robbed"] = [page(502)]
+    upstream.submits["rightful"] = [document("pending", id="task-unified-shared")]
+    robbed = await told.submit(prompt="robbed")
+    body = json.dumps({"id": "task-unified-shared", "status": "processing"})
+    assert (await told.stranger.post(told.callback_url(robbed["id"]), content=body)).json() == {"status": "accepted"}
+    await wait_until(lambda: upstream.asked["task-unified-shared"])
+    assert (await told.submit(prompt="rightful"))["upstream_id"] == "task-unified-shared"
+
+    async def row() -> Any:
+        return await told.context.resources.store.read(queries.task_row, robbed["id"], None)
+
+    async def waits() -> bool:
+        now = await row()
+        return now["upstream_id"] is None and now["settle_lease_until"] is None
+
+    await wait_until(waits)
+    attempts, asked = (await row())["settle_attempts"], upstream.asked["task-unified-shared"]
+    assert (await told.client.post(f"/v1/tasks/{robbed['id']}/reconcile")).status_code == 409
+    await ask(told, robbed)
+
+    async def looked_at() -> bool:
+        return bool((await row())["settle_attempts"] != attempts) and await waits()
+
+    await wait_until(looked_at)
+    assert upstream.asked["task-unified-shared"] == asked
+    assert (await told.task(robbed["id"]))["state"] == "submitted"
