@@ -283,3 +283,4 @@ async def test_a_task_whose_id_was_anothers_waits_without_a_question(told: World
     await wait_until(looked_at)
     assert upstream.asked["task-unified-shared"] == asked
     assert (await told.task(robbed["id"]))["state"] == "submitted"
+    assert (await told.client.post(f"/v1/tasks/{robbed['id']}/cancel")).status_code == 200  # or it would be looked at all through the tests

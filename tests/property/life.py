@@ -7,17 +7,15 @@ due. Rules draw small numbers: `pick` chooses among what there is, `luck` what c
 import hypothesis.strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
-from service.model import TERMINAL, State
 from service.store.operations import leases
 from service.store.operations.deliveries import Endpoint, EndpointChange, change_endpoints, insert_endpoints
 from service.store.operations.faults import Fault, record_faults
 from service.store.operations.holding import resume_submissions
-from service.store.operations.inbox import accept_callbacks
 from service.store.operations.interventions import Resolution, reconcile_tasks, resolve_tasks
 from service.store.operations.retention import Erasure, erase_tasks
 from service.store.operations.tasks import Cancellation, Inserted, cancel_tasks, insert_tasks
 from service.store.tables import QUEUES
-from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, callback, new_id
+from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, new_id
 from tests.property.life_bench import Job, Living, among, tell
 from tests.property.life_checks import next_due
 from tests.property.life_upstream import ENDS, SAYS
@@ -28,7 +26,7 @@ LEAPS = (SECOND, 5 * SECOND, 31 * SECOND, 90 * SECOND, 15 * MINUTE, HOUR, 6 * HO
 INTERVENTIONS = ("cancel", "reconcile", "id", "another's id", "failed", "resubmit", "erase")
 MISHAPS = ("fault", "release", "renew", "death")
 STATUSES = ("enabled", "paused", "disabled")
-HAPPENS = ("submit", *INTERVENTIONS, *MISHAPS, *STATUSES, "fault", "the account is good again")
+HAPPENS = ("submit", *INTERVENTIONS, *MISHAPS, *STATUSES, "fault", "resubmit", "the account is good again")
 PICK, LUCK = st.integers(0, 15), st.integers(0, 11)
 LUCKS = st.lists(LUCK, max_size=8)
 YES = st.booleans()
@@ -85,29 +83,15 @@ class TaskLife(Living):
         """All jobs of a process, and what is called back meanwhile, in one transaction."""
         self.shop.luck = luck
         process = self.job(pick).process
-        callbacks = [self.a_callback(which, kind) for which, kind in said if self.sent]
+        callbacks = [self.a_callback(among(self.sent, which), kind, which) for which, kind in said if self.sent]
         self.go_on([job for job in self.jobs if job.process == process], *callbacks, twice=twice)
 
     # --- the upstream ---
 
-    def a_callback(self, pick: int, kind: str) -> Write:
-        task_id = among(self.sent, pick)
-        report = self.upstream.says(task_id, kind, pick)
-        tell(f"{task_id} is told {report}")
-        body = bytes([pick]) if report is None else repr(report).encode()
-        if report is not None:
-            self.shop.said[body] = report
-        return Write(accept_callbacks, callback(task_id, report, body))
-
     @precondition(lambda self: bool(self.sent))
     @rule(process=PICK, pick=PICK, kind=st.sampled_from(SAYS), twice=PICK)
     def call_back(self, process: int, pick: int, kind: str, twice: int) -> None:
-        write = self.a_callback(pick, kind)
-        (verdict,) = self.write(process, write, twice=twice > 13)
-        tell(verdict)
-        said, task = write.item.report, self.seen.tasks[write.item.task_id]
-        if verdict.verdict == "accepted" and said is not None and said.final and State(task["state"]) in TERMINAL:
-            self.shop.proved_late.add(task["id"])
+        self.hear(process, [self.a_callback(among(self.sent, pick), kind, pick)], twice=twice > 13)
 
     @precondition(lambda self: bool(self.upstream.reals))
     @rule(pick=PICK, what=st.sampled_from([*ENDS, "forget"]))
@@ -164,12 +148,13 @@ class TaskLife(Living):
             case "failed" | "resubmit":
                 write = Write(resolve_tasks, Resolution(task_id, resubmit=word == "resubmit"))
             case _:
-                self.upstream.lied_about |= set() if named in mine else {task_id}
                 write = Write(resolve_tasks, Resolution(task_id, named))
         (answer,) = self.write(process, write)
         tell(f"{task_id}, {named}: {answer}")
         if word == "resubmit" and answer is None:
             self.shop.permitted.add(task_id)
+        if word in ("id", "another's id") and answer is None and named not in mine:
+            self.upstream.lied_about.add(task_id)
 
     def go_wrong(self, job: Job, what: str, wait: int) -> None:
         tell(job.grant)

@@ -11,16 +11,17 @@ from typing import Any, ClassVar, TypeVar
 from hypothesis import note
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
-from service.model import State
+from service.model import TERMINAL, State
 from service.store import Grant, Store, Transaction
 from service.store.operations import leases
 from service.store.operations.deliveries import EndpointChange, change_endpoints
 from service.store.operations.faults import claim_suspects
+from service.store.operations.inbox import accept_callbacks
 from service.store.operations.submissions import Start, Submission, Uncertain
 from service.store.records import Row
 from service.store.tables import QUEUES
 from tests.contract.conftest import wipe
-from tests.contract.subject import DAY, HOUR, Clock, Subject
+from tests.contract.subject import DAY, HOUR, Clock, Subject, callback
 from tests.property.life_checks import Seen, check, check_end, check_grant, check_sent, check_write, look, next_due
 from tests.property.life_upstream import Upstream
 from tests.property.life_work import Life, Read, Workshop, Write
@@ -207,6 +208,23 @@ class Living(RuleBasedStateMachine):
         except StopIteration:
             self.jobs.remove(job)
 
+    def a_callback(self, task_id: str, kind: str, pick: int) -> Write:
+        report = self.upstream.says(task_id, kind, pick)
+        tell(f"{task_id} is told {report}")
+        body = bytes([pick]) if report is None else repr(report).encode()
+        if report is not None:
+            self.shop.said[body] = report
+        return Write(accept_callbacks, callback(task_id, report, body))
+
+    def hear(self, process: int, writes: Sequence[Write], *, twice: bool = False) -> None:
+        """Takes callbacks; remembers the first proof that comes after an end of our own making."""
+        for write, verdict in zip(writes, self.write(process, *writes, twice=twice), strict=True):
+            tell(verdict)
+            said, task = write.item.report, self.seen.tasks[write.item.task_id]
+            if verdict.verdict == "accepted" and said is not None and said.final and State(task["state"]) in TERMINAL:
+                self.shop.proved_late.add(task["id"])
+        self.observe()
+
     @invariant()
     def holds(self) -> None:
         self.observe()
@@ -234,6 +252,7 @@ class Living(RuleBasedStateMachine):
         self.places = 0
         if self.endpoint:
             self.write(0, Write(change_endpoints, EndpointChange(self.endpoint, None, status="enabled")))
+        called = False  # the upstream about all that it ever made, once nothing is due
         for count in range(ROUNDS):
             self.quiet = count > 10
             self.look_for_work(0, QUEUES, 1000)
@@ -244,6 +263,10 @@ class Living(RuleBasedStateMachine):
                 self.go_on(list(self.jobs))
                 self.observe()
             if next_due(self.seen) is None:
-                return
+                if called or not self.upstream.reals:
+                    return
+                called = True
+                self.hear(0, [self.a_callback(real.task_id, "that", place) for place, real in enumerate(self.upstream.reals.values())])
+                continue
             self.bench.clock.shift(max(1, self.due_in()) + (DAY if count > PATIENT_ROUNDS else 0))
         raise AssertionError(f"due for ever: {[row['id'] for row in self.tasks if row['settle_due_at'] or row['submit_due_at']]}")

@@ -229,5 +229,8 @@ def check_end(seen: Seen, shop: Workshop, latest: int) -> None:
             continue
         if task_id in shop.proved_late and state is not State.CANCELLED and row["erased_at"] is None:
             assert row["settled_digest"] is not None, f"{task_id}: what was called back after its end was never settled"
+        if row["settled_digest"] and real.truth.results and state is not State.CANCELLED and row["erased_at"] is None:
+            named = [image["position"] for image in seen.of(task_id)]
+            assert named == list(range(len(real.truth.results))), f"{task_id}: {named} are not all of its pictures"
         if shop.confirms and state is not State.EXPIRED:
             assert row["credits_used"] == real.truth.credits_used, f"{task_id}: {row['credits_used']} is not what it cost"
