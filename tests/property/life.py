@@ -16,8 +16,8 @@ from service.store.operations.retention import Erasure, erase_tasks
 from service.store.operations.tasks import Cancellation, Inserted, cancel_tasks, insert_tasks
 from service.store.tables import QUEUES
 from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, new_id
-from tests.property.life_bench import Job, Living, among, tell
 from tests.property.life_checks import next_due
+from tests.property.life_machine import Job, Living, among, tell
 from tests.property.life_upstream import ENDS, SAYS
 from tests.property.life_work import Write
 
@@ -83,15 +83,19 @@ class TaskLife(Living):
         """All jobs of a process, and what is called back meanwhile, in one transaction."""
         self.shop.luck = luck
         process = self.job(pick).process
-        callbacks = [self.a_callback(among(self.sent, which), kind, which) for which, kind in said if self.sent]
+        callbacks = [self.said(which, kind) for which, kind in said if self.sent]
         self.go_on([job for job in self.jobs if job.process == process], *callbacks, twice=twice)
 
     # --- the upstream ---
 
+    def said(self, pick: int, kind: str) -> Write:
+        task_id = among(self.sent, pick)
+        return self.a_callback(task_id, self.upstream.says(task_id, kind, pick), pick)
+
     @precondition(lambda self: bool(self.sent))
     @rule(process=PICK, pick=PICK, kind=st.sampled_from(SAYS), twice=PICK)
     def call_back(self, process: int, pick: int, kind: str, twice: int) -> None:
-        self.hear(process, [self.a_callback(among(self.sent, pick), kind, pick)], twice=twice > 13)
+        self.hear(process, [self.said(pick, kind)], twice=twice > 13)
 
     @precondition(lambda self: bool(self.upstream.reals))
     @rule(pick=PICK, what=st.sampled_from([*ENDS, "forget"]))

@@ -1,38 +1,18 @@
-"""The store of one machine, open from example to example; what every rule does with it; and how every life ends."""
+"""The store of one machine, open from example to example, as each of its processes has it, with a loop to run it."""
 
 import asyncio
-import re
-import sys
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
-from hypothesis import note
-from hypothesis.stateful import RuleBasedStateMachine, invariant
-
-from service.model import TERMINAL, State
-from service.store import Grant, Store, Transaction
-from service.store.operations import leases
-from service.store.operations.deliveries import EndpointChange, change_endpoints
-from service.store.operations.faults import claim_suspects
-from service.store.operations.inbox import accept_callbacks
-from service.store.operations.submissions import Start, Submission, Uncertain
-from service.store.records import Row
-from service.store.tables import QUEUES
+from service.store import Store, Transaction
 from tests.contract.conftest import wipe
-from tests.contract.subject import DAY, HOUR, Clock, Subject, callback
-from tests.property.life_checks import Seen, check, check_end, check_grant, check_sent, check_write, look, next_due
-from tests.property.life_upstream import Upstream
-from tests.property.life_work import Life, Read, Workshop, Write
-
-ROUNDS = 60  # of claims at the end, before something is due for ever
-PATIENT_ROUNDS = 20  # afterwards the clock leaps: an upstream that knows nothing is asked for a day
-
-HANDS = 8  # jobs in hand; whoever has held one for longest is gone
+from tests.contract.subject import Clock, Subject
+from tests.property.life_checks import Seen, look
+from tests.property.life_work import Read, Write
 
 Result = TypeVar("Result")
-Chosen = TypeVar("Chosen")
 
 
 def together(tx: Transaction, batches: Sequence[Sequence[Write]]) -> list[list[Any]]:
@@ -95,178 +75,3 @@ class Bench:
 
     def look(self, before: Seen) -> Seen:
         return self.run(self.subjects[0].store.read(look, before))
-
-
-def tell(what: object) -> None:
-    """A line below the step in the story of a failure, without what is nothing."""
-    note("    " + re.sub(r"_0{9,}", "_", re.sub(r"(, )?\w+=(None|\(\)|'')", "", str(what))))
-
-
-def among(items: Sequence[Chosen], pick: int) -> Chosen:
-    return items[pick % len(items)]
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A grant in the hands of a process, and what is wanted next under it."""
-
-    process: int
-    grant: Grant
-    life: Life
-    wants: Read | Write
-
-
-class Living(RuleBasedStateMachine):
-    """What every rule does with the store, and what is looked at after each."""
-
-    bench: ClassVar[Bench]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bench.reset()
-        self.upstream = Upstream()
-        self.shop = Workshop(self.upstream, lambda: self.bench.clock.now)
-        self.jobs: list[Job] = []
-        self.seen = Seen()
-        self.places = 0  # free places for rows that are born leased
-        self.endpoint: str | None = None
-        self.last: list[int] = []  # luck of the first rounds after the end
-        self.alone: Write | None = None  # the step's only write
-        self.begun = self.quiet = False
-
-    @property
-    def tasks(self) -> list[Row]:
-        return [self.seen.tasks[id] for id in sorted(self.seen.tasks)]
-
-    def job(self, pick: int) -> Job:
-        return self.jobs[-1 - pick % len(self.jobs)]
-
-    def due_in(self) -> int:
-        due = next_due(self.seen)
-        return sys.maxsize if due is None else due - self.bench.clock.now
-
-    @property
-    def sent(self) -> list[str]:
-        """Those whose callback URL the upstream has; an honest one calls about what it has created."""
-        return sorted({real.task_id for real in self.upstream.reals.values()} if self.upstream.honest else self.shop.sent)
-
-    # --- the store ---
-
-    def write(self, process: int, *writes: Write, twice: bool = False, places: dict[str, int] | None = None) -> list[Any]:
-        """Commits writes together, `twice` when the answer to the first COMMIT was lost. What is granted becomes jobs."""
-        process %= len(self.bench.subjects)
-        granted = self.bench.subjects[process].places
-        granted.free = dict.fromkeys(QUEUES, self.places) if places is None else dict.fromkeys(QUEUES, 0) | places
-        results = [self.bench.write(process, *writes) for _ in range(1 + twice)][-1]
-        for grant in sorted(granted.taken(), key=lambda grant: grant.key):
-            self.hire(process, grant, writes)
-        self.alone = writes[0] if len(writes) == 1 and not twice else None
-        return results
-
-    def look_for_work(self, process: int, stages: Iterable[str], places: int) -> None:
-        """Claims what is due, and then what brought its process down before and is to run alone."""
-        before = len(self.jobs)
-        self.write(process, *(Write(leases.claim, stage) for stage in sorted(stages)), places=dict.fromkeys(stages, places))
-        if any(row[queue.prefix + "deaths"] for queue in QUEUES.values() for row in self.seen.table(queue.table).values()):
-            self.observe()
-            suspects = self.write(process, *(Write(claim_suspects, stage) for stage in sorted(stages)), places={})
-            for suspect in suspects:
-                if suspect is not None and not suspect.parked:
-                    self.hire(process, suspect.grant, ())
-        tell([job.grant for job in self.jobs[before:]])
-        self.observe()
-
-    def hire(self, process: int, grant: Grant, writes: Sequence[Write]) -> None:
-        check_grant(grant, writes, self.seen, self.bench.clock.now)
-        life = self.shop.life(grant)
-        self.jobs.append(Job(process % len(self.bench.subjects), grant, life, next(life)))
-
-    def go_on(self, jobs: Sequence[Job], *more: Write, twice: bool = False) -> list[Any]:
-        """Gives jobs of one process what they want next, what they write in one transaction with `more`, whose results are returned."""
-        process = jobs[0].process if jobs else 0
-        reading = [(job, job.wants) for job in jobs if isinstance(job.wants, Read)]
-        writing = [(job, job.wants) for job in jobs if isinstance(job.wants, Write)]
-        for job, read in reading:
-            self.give(job, self.bench.read(process, read))
-        if not writing and not more:
-            return []
-        results = self.write(process, *(write for _, write in writing), *more, twice=twice)
-        for (job, write), result in zip(writing, results, strict=False):
-            if not self.quiet:
-                tell(f"{write.operation.__name__}: {write.item} -> {result}")
-            if isinstance(write.item, Start) and result is not None:
-                permitted = write.item.resubmit and (self.shop.resubmits or job.grant.key in self.shop.permitted)
-                check_sent(self.seen.tasks[job.grant.key], self.shop.sent.get(job.grant.key, ()), permitted=permitted)
-            if isinstance(write.item, Submission) and isinstance(write.item.outcome, Uncertain) and result is State.UNCERTAIN:
-                self.shop.permitted -= {job.grant.key} if self.seen.holds(job.grant) else set()
-            self.give(job, result)
-        return results[len(writing) :]
-
-    def give(self, job: Job, result: Any) -> None:
-        try:
-            job.wants = job.life.send(result)
-        except StopIteration:
-            self.jobs.remove(job)
-
-    def a_callback(self, task_id: str, kind: str, pick: int) -> Write:
-        report = self.upstream.says(task_id, kind, pick)
-        tell(f"{task_id} is told {report}")
-        body = bytes([pick]) if report is None else repr(report).encode()
-        if report is not None:
-            self.shop.said[body] = report
-        return Write(accept_callbacks, callback(task_id, report, body))
-
-    def hear(self, process: int, writes: Sequence[Write], *, twice: bool = False) -> None:
-        """Takes callbacks; remembers the first proof that comes after an end of our own making."""
-        for write, verdict in zip(writes, self.write(process, *writes, twice=twice), strict=True):
-            tell(verdict)
-            said, task = write.item.report, self.seen.tasks[write.item.task_id]
-            if verdict.verdict == "accepted" and said is not None and said.final and State(task["state"]) in TERMINAL:
-                self.shop.proved_late.add(task["id"])
-        self.observe()
-
-    @invariant()
-    def holds(self) -> None:
-        self.observe()
-        self.jobs = self.jobs[-HANDS:]
-        self.bench.steps += self.begun
-        self.begun = True
-
-    def observe(self) -> None:
-        before, self.seen = self.seen, self.bench.look(self.seen)
-        check(before, self.seen)
-        if self.alone is not None:
-            check_write(self.alone, before, self.seen, self.bench.clock.now)
-        self.alone = None
-
-    # --- the end ---
-
-    def teardown(self) -> None:
-        if sys.exception() is None:
-            self.jobs.clear()
-            self.tell_the_truth()
-            check_end(self.seen, self.shop, self.bench.clock.now + HOUR)
-
-    def tell_the_truth(self) -> None:
-        """From now on everything works, until nothing is due."""
-        self.places = 0
-        if self.endpoint:
-            self.write(0, Write(change_endpoints, EndpointChange(self.endpoint, None, status="enabled")))
-        called = False  # the upstream about all that it ever made, once nothing is due
-        for count in range(ROUNDS):
-            self.quiet = count > 10
-            self.look_for_work(0, QUEUES, 1000)
-            for real in self.upstream.reals.values():
-                self.upstream.end(real, "completed")
-            while self.jobs:
-                self.shop.luck = self.last.pop() if self.last else 0
-                self.go_on(list(self.jobs))
-                self.observe()
-            if next_due(self.seen) is None:
-                if called or not self.upstream.reals:
-                    return
-                called = True
-                self.hear(0, [self.a_callback(real.task_id, "that", place) for place, real in enumerate(self.upstream.reals.values())])
-                continue
-            self.bench.clock.shift(max(1, self.due_in()) + (DAY if count > PATIENT_ROUNDS else 0))
-        raise AssertionError(f"due for ever: {[row['id'] for row in self.tasks if row['settle_due_at'] or row['submit_due_at']]}")

@@ -91,8 +91,6 @@ class Upstream:
         mine, others = self.of(task_id), [real for real in self.reals.values() if real.task_id != task_id]
         if self.honest and kind in LIES:
             kind = "end"
-        if kind == "that":
-            return list(self.reals.values())[pick].truth
         if not mine or kind in LIES:
             self.lied_about.add(task_id)
         real = mine[pick % len(mine)] if mine else Real("task-unified-ghost", task_id, Report("task-unified-ghost", Status.PROCESSING))

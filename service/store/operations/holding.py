@@ -59,8 +59,10 @@ def resume_submissions(tx: Transaction, items: Sequence[int]) -> list[int]:
     counts = []
     for most in items:
         held = select(tasks.c.id).where(due > tx.now, lease.is_(None), owner == tx.process).order_by(tasks.c.submit_turn).limit(most)
-        chosen = tasks.c.id.in_(held.with_for_update(skip_locked=True))
-        counts.append(tx.connection.execute(update(tasks).where(chosen).values({due: tx.now, owner: None})).rowcount)
+        # Materialised: a plan that ran the subquery once for each row would take more than so many.
+        chosen = held.with_for_update(skip_locked=True).cte("held").prefix_with("MATERIALIZED")
+        resumed = update(tasks).where(tasks.c.id.in_(select(chosen.c.id))).values({due: tx.now, owner: None}).returning(tasks.c.id)
+        counts.append(len(tx.connection.execute(resumed).all()))
         if counts[-1]:
             tx.due.add("submit")
     return counts
