@@ -24,6 +24,7 @@ from service.ops.metrics import Metrics
 from service.pipeline.account import Account
 from service.pipeline.delivery import Deliverer
 from service.pipeline.download import Downloader
+from service.pipeline.examiner import Examiner, examining
 from service.pipeline.outbox import tell
 from service.pipeline.precedence import Precedence
 from service.pipeline.reconcile import Plan
@@ -44,6 +45,7 @@ from service.upstreams import Call
 from service.upstreams.evolink import EvoLink
 from service.upstreams.pace import Pace
 from service.web.access import Access
+from service.web.activation import notify
 from service.web.context import Context
 from service.web.errors import HANDLERS
 from service.web.limits import KeyLimits
@@ -147,7 +149,7 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
         )
 
 
-def stages(settings: Settings, resources: Resources, account: Account) -> list[Stage]:
+def stages(settings: Settings, resources: Resources, account: Account, examiner: Examiner) -> list[Stage]:
     """The workers' stages, in the order of the data."""
     plan = Plan(settings.callback_url is not None, settings.reconcile_after_s, resources.random)
     submitter = Submitter(
@@ -161,8 +163,7 @@ def stages(settings: Settings, resources: Resources, account: Account) -> list[S
         settings.uncertain_after_s,
     )
     settler = Settler(resources, plan, settings.evolink_confirm == "always", settings.evolink_task_ttl_s, settings.evolink_result_ttl_s)
-    decoding = asyncio.Semaphore(settings.decode_concurrency)
-    downloader = Downloader(resources, settings.download_schedule, settings.max_image_bytes, settings.max_image_pixels, decoding)
+    downloader = Downloader(resources, examiner, settings.download_schedule, settings.max_image_bytes)
     deliverer = Deliverer(resources, settings.delivery_schedule, settings.endpoint_disable_after_s)
     return [
         Stage("submit", settings.evolink_concurrency, submitter.run),
@@ -175,13 +176,14 @@ def stages(settings: Settings, resources: Resources, account: Account) -> list[S
 
 
 @asynccontextmanager
-async def running(settings: Settings, role: Role) -> AsyncIterator[Context]:
+async def running(settings: Settings, role: Role, address: str | None = None) -> AsyncIterator[Context]:
     """A process at work: resources open, workers claiming. At the end work in flight is finished within `STOP_S`, the rest given back."""
     metrics = Metrics()
-    async with open_resources(settings, role, metrics) as resources:
+    pictures = examining(settings.decode_concurrency, settings.max_image_bytes, settings.max_image_pixels)
+    async with open_resources(settings, role, metrics) as resources, pictures as examiner:
         precedence = Precedence()
         account = Account(resources, settings.submit_schedule)
-        work = stages(settings, resources, account) if role.workers else []
+        work = stages(settings, resources, account, examiner) if role.workers else []
         pool = WorkerPool(resources.store, work, metrics, partial(tell, metrics=metrics), precedence.wait)
         deadline = math.inf
 
@@ -190,6 +192,10 @@ async def running(settings: Settings, role: Role) -> AsyncIterator[Context]:
             deadline = min(deadline, time.monotonic() + settings.stop_s)  # one limit for requests and work together
             pool.quiesce()
             resources.store.signals.stop()  # whoever waits for a task or an event is answered now
+
+        async def drained() -> float:
+            await pool.drained(max(0, deadline - time.monotonic()))
+            return max(0, deadline - time.monotonic())
 
         context = Context(
             resources=resources,
@@ -200,13 +206,14 @@ async def running(settings: Settings, role: Role) -> AsyncIterator[Context]:
             limits=KeyLimits(settings.key_requests),
             result_ttl_s=settings.evolink_result_ttl_s,
             quiesce=quiesce,
+            drained=drained,
             workers_alive=(lambda: pool.alive) if role.workers else None,
         )
         jobs = [asyncio.create_task(pool.run(), name="workers"), asyncio.create_task(account.run(), name="account")]
         if role.workers:
             retention = Retention(resources, settings.retention_days, settings.image_retention_days)
             jobs += [asyncio.create_task(job.run(), name=name) for name, job in (("sweep", Sweeper(resources)), ("retention", retention))]
-        log.info("service.started", role=role.name, address=f"{settings.host}:{settings.port}", settings=masked(settings))
+        log.info("service.started", role=role.name, address=address or f"{settings.host}:{settings.port}", settings=masked(settings))
         try:
             yield context
         finally:
@@ -236,13 +243,19 @@ async def serve(
     settings: Settings, role: Role, bound: socket.socket, stop: asyncio.Event, *, ready: Callable[[Context], Awaitable[None]] | None = None
 ) -> None:
     """Runs until `stop`. `bound` is the main port's socket; `ready` is called once the process is at work."""
-    async with running(settings, role) as context, AsyncExitStack() as stack:
+    address = f"unix:{bound.getsockname()}" if bound.family == socket.AF_UNIX else None
+    async with running(settings, role, address) as context, AsyncExitStack() as stack:
         if settings.metrics_port is not None:
             operators = create_app(context, role, metrics_open=True)
             metrics_port = Server(operators, bind(settings.host, settings.metrics_port), 1)
             await stack.enter_async_context(listening(metrics_port, stop))
-        await stack.enter_async_context(listening(Server(create_app(context, role), bound, settings.stop_s), stop))
+        server = Server(create_app(context, role), bound, settings.stop_s)
+        await stack.enter_async_context(listening(server, stop))
         if ready is not None:
             await ready(context)
+        notify("READY=1")
         await stop.wait()
+        notify("STOPPING=1")
         context.quiesce()
+        left = await context.drained()  # callbacks are taken meanwhile: whoever starts next is not there before this process has ended
+        server.config.timeout_graceful_shutdown = max(1, round(left))

@@ -68,6 +68,12 @@ class Part(Response):
         await send({"type": "http.response.body", "body": self.body[: self._cut], "more_body": self._cut is not None})
 
 
+def examiners(pid: int) -> list[int]:
+    """The children of a process that judge its pictures. Linux."""
+    found = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text(encoding="ascii").split()]
+    return [int(child) for child in found if b"service.pipeline.examiner" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
 def served(body: bytes, media_type: str = "image/png") -> Response:
     return Response(body, media_type=media_type)
 

@@ -32,9 +32,6 @@ class Incoming(Protocol):
     async def write(self, data: bytes) -> None:
         """Append; each call goes to a thread and back, so pieces should be large. BlobUnavailable."""
 
-    async def read(self) -> bytes:
-        """All of it, at once in memory. BlobUnavailable."""
-
     async def clear(self) -> None:
         """Begin again with nothing. BlobUnavailable."""
 

@@ -30,9 +30,6 @@ class LocalIncoming:
         await in_thread(append, self.path, data)
         self.size += len(data)
 
-    async def read(self) -> bytes:
-        return await in_thread(self.path.read_bytes)
-
     async def clear(self) -> None:
         await in_thread(os.truncate, self.path, 0)
         self.size = 0

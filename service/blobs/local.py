@@ -18,6 +18,7 @@ from typing import Self
 from service.blobs import CHUNK, NAME, PAGE, Blob, Incoming, check_name
 from service.blobs.incoming import in_thread, incoming_in, opened, remove_leftovers
 from service.errors import BlobMissing
+from service.folders import make_folder, sync_folder
 
 INCOMING = ".incoming"
 
@@ -76,9 +77,8 @@ class LocalBlobs:
 
 def prepare(root: Path, before: float) -> None:
     """Make the folders, so that they last, and remove leftovers last written until `before` (seconds since 1970)."""
-    known = next(folder for folder in (root, *root.parents) if folder.exists())
-    (root / INCOMING).mkdir(parents=True, exist_ok=True)
-    sync_folders(root, known)
+    make_folder(root)
+    (root / INCOMING).mkdir(exist_ok=True)
     remove_leftovers(root / INCOMING, before)
 
 
@@ -108,8 +108,7 @@ def sync_folders(folder: Path, top: Path) -> None:
     """Make the entries of a folder and of all that lead to it from `top` last."""
     folders = [folder, *folder.parents]
     for each in folders[: folders.index(top) + 1]:
-        with opened(each, os.O_RDONLY) as descriptor:
-            os.fsync(descriptor)
+        sync_folder(each)
 
 
 def read_at(path: Path, start: int, count: int) -> bytes:

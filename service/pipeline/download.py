@@ -1,15 +1,12 @@
 """Saving results: fetched through the guard, checked, hashed, made durable; the link that dies first goes first.
 
 A blob's name is the same after a crash, so a download that is done again changes nothing. Memory: each place of `DOWNLOAD_CONCURRENCY`
-takes up to 4 MiB while it fetches; each of `DECODE_CONCURRENCY` up to 24 bytes for a pixel of the largest picture (16 for WEBP, 12 for
-JPEG, 6 for PNG, the most for deep AVIF) and three times `MAX_IMAGE_BYTES`: 1.7 GiB at the limits' defaults, given back afterwards.
+takes up to 4 MiB while it fetches; each of `DECODE_CONCURRENCY`, in a process of its own, 40 MiB, and while it decodes up to 24 bytes for a
+pixel of the largest picture (16 for WEBP, 12 for JPEG, 6 for PNG, the most for deep AVIF) and three times `MAX_IMAGE_BYTES`: 1.8 GiB at the
+limits' defaults, given back afterwards.
 """
 
-import asyncio
-import ctypes
-import hashlib
 import time
-import zlib
 from dataclasses import dataclass
 
 import structlog
@@ -19,8 +16,9 @@ from service import model
 from service.blobs import Incoming
 from service.errors import BlobUnavailable, EgressError, EgressRefused
 from service.pipeline.checkpoints import checkpoint
+from service.pipeline.examiner import Examiner
 from service.pipeline.fetch import Failure, fetch
-from service.pipeline.picture import NoPicture, Picture, inspect
+from service.pipeline.picture import NoPicture
 from service.pipeline.retry import wait_before
 from service.resources import Resources
 from service.store import Grant, queries
@@ -31,19 +29,16 @@ from service.store.records import Row
 log = structlog.get_logger()
 
 PACKED = ("gzip", "x-gzip", "deflate")
-LARGE = 1 << 22  # pixels
-TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
 
 
 @dataclass(frozen=True, slots=True)
 class Downloader:
-    """Stage `download`. `decoding` limits how many pictures are decoded at once."""
+    """Stage `download`."""
 
     resources: Resources
+    examiner: Examiner
     schedule: tuple[float, ...]
     max_bytes: int
-    max_pixels: int
-    decoding: asyncio.Semaphore
 
     async def run(self, grant: Grant) -> None:
         row = await self.resources.store.read(queries.download, grant.key)
@@ -66,25 +61,14 @@ class Downloader:
         if isinstance(fetched, Failure):
             return fetched
         checkpoint("download.fetched")
-        async with self.decoding:
-            sha256, picture = await self._examined(file, packed=fetched in PACKED)
+        examined = await self.examiner.examine(file.path, packed=fetched in PACKED)
+        sha256, picture = examined.sha256, examined.verdict
         if isinstance(picture, NoPicture):
-            return Failure(picture.reason, final=picture.final, wrong_sha256=sha256)
+            return Failure(picture.reason, final=picture.final, wrong_sha256=sha256 or None)
         blob = model.blob_name(row["task_id"], row["position"], sha256, picture.media_type)
         await self.resources.blobs.put(file, blob, picture.media_type)
         checkpoint("download.saved")
-        return Stored(blob, picture.media_type, file.size, sha256, picture.width, picture.height)
-
-    async def _examined(self, file: Incoming, packed: bool) -> tuple[str, Picture | NoPicture]:
-        """The file's sha256 and what it is; one that came packed is unpacked. All of it is in memory meanwhile."""
-        data = await file.read()
-        if packed and (plain := await asyncio.to_thread(unpacked, data, self.max_bytes)) is not None:
-            if len(plain) > self.max_bytes:
-                return "", NoPicture(f"over {self.max_bytes} bytes", final=True)
-            await file.clear()
-            await file.write(plain)
-            data = plain
-        return await asyncio.to_thread(examined, data, self.max_pixels)
+        return Stored(blob, picture.media_type, examined.bytes, sha256, picture.width, picture.height)
 
     async def _record(self, grant: Grant, row: Row, outcome: Stored | Failure, seconds: float) -> None:
         known = {"task_id": row["task_id"], "owner": row["owner"], "index": row["position"]}
@@ -119,18 +103,3 @@ class Downloader:
             log.error("image.lost", **known, reason=outcome.reason, attempt=grant.attempts)
         elif state == "pending" and isinstance(outcome, Failure):
             log.warning("image.retry", **known, reason=outcome.reason, attempt=grant.attempts, wait_s=round(wait, 3))
-
-
-def unpacked(data: bytes, max_bytes: int) -> bytes | None:
-    """What a server packed although `identity` was asked for, and at most one byte over the limit; None if it is not packed at all."""
-    try:
-        return zlib.decompressobj(wbits=47).decompress(data, max_bytes + 1)  # 47: gzip or zlib
-    except zlib.error:
-        return None
-
-
-def examined(data: bytes, max_pixels: int) -> tuple[str, Picture | NoPicture]:
-    picture = inspect(data, max_pixels)
-    if TRIM and (isinstance(picture, NoPicture) or picture.width * picture.height >= LARGE):
-        TRIM(0)  # the C library would keep what a large picture took, once for each thread
-    return hashlib.sha256(data).hexdigest(), picture

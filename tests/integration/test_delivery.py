@@ -23,6 +23,7 @@ from service import app
 from service.app import stages
 from service.pipeline import worker
 from service.pipeline.delivery import Deliverer, encode_secrets, valid_secrets
+from service.pipeline.examiner import Examiner
 from service.store import Grant, Transaction
 from service.store.operations.deliveries import Outcome
 from service.store.queries import Parcel
@@ -377,7 +378,8 @@ async def test_an_attempt_under_a_lease_that_ended_is_recorded_and_decides_nothi
 
     delivery = await wait_until(held)
     await here.context.resources.store.write(enable_quietly, endpoint["id"])
-    deliver = next(stage for stage in stages(here.settings, here.context.resources, here.context.account) if stage.name == "deliver")
+    work = stages(here.settings, here.context.resources, here.context.account, Examiner(1, 1, 1))
+    deliver = next(stage for stage in work if stage.name == "deliver")
     with capture_logs() as lines:
         await deliver.run(Grant("deliver", delivery["id"], 99, 1))
     assert [line["result"] for line in lines if line["event"] == "delivery.attempted"] == ["superseded"]

@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from service.blobs import CHUNK
 from service.pipeline.download import Downloader
+from service.pipeline.examiner import Examiner
 from service.store import Grant
 from tests.downloads import bytes_of, called, downloading, link, made, noise, saved, served, steps
 from tests.upstream import After, Upstream, document, failed, picture
@@ -148,7 +149,7 @@ async def test_the_queries_link_wins_over_the_callbacks(here: World, upstream: U
 
 async def test_an_image_that_is_not_wanted_any_more_is_no_work(here: World) -> None:
     """What was leased before its row changed is given back, and nobody is asked for it."""
-    downloader = Downloader(here.context.resources, (1.0,), 1, 1, asyncio.Semaphore(1))
+    downloader = Downloader(here.context.resources, Examiner(1, 1, 1), (1.0,), 1)
     with capture_logs() as lines:
         await downloader.run(Grant("download", "img_nobody", 1, 1))
     assert lines == []

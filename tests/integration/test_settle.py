@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from service.app import stages
 from service.pipeline import reconcile, retry, worker
+from service.pipeline.examiner import Examiner
 from service.pipeline.reconcile import Plan
 from service.store import Grant, Transaction, queries, tables
 from tests.upstream import Upstream, document, error, failed, page, picture
@@ -234,7 +235,8 @@ async def test_an_answer_under_a_lease_that_ended_changes_nothing(told: World, u
     """Whoever was too slow records nothing: the row is somebody else's by now."""
     task = await told.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
-    settle = next(stage for stage in stages(told.settings, told.context.resources, told.context.account) if stage.name == "settle")
+    work = stages(told.settings, told.context.resources, told.context.account, Examiner(1, 1, 1))
+    settle = next(stage for stage in work if stage.name == "settle")
     with capture_logs() as lines:
         await settle.run(Grant("settle", task["id"], 99, 1))
     assert (await told.task(task["id"]))["state"] == "submitted"

@@ -22,6 +22,7 @@ from structlog.testing import capture_logs
 from service.app import stages
 from service.errors import ApiError
 from service.pipeline import submission, worker
+from service.pipeline.examiner import Examiner
 from service.pipeline.submit import ended, wait_for
 from service.store import Grant, queries
 from service.store.sqlite import SqliteStore
@@ -388,7 +389,7 @@ async def test_a_submission_that_waits_for_a_place_at_a_stop_is_left_to_the_next
 
 async def test_work_on_what_is_gone_ends_quietly(here: World) -> None:
     """A grant for a row that is no longer there, at any stage, changes nothing and raises nothing."""
-    for stage in stages(here.settings, here.context.resources, here.context.account):
+    for stage in stages(here.settings, here.context.resources, here.context.account, Examiner(1, 1, 1)):
         await stage.run(Grant(stage.name, "gone", 1, 1))
 
 

@@ -1,0 +1,181 @@
+"""Pictures are judged in other processes: what becomes of a download when one of those dies or hangs, and of them when we do."""
+
+import asyncio
+import gzip
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from service.errors import BlobUnavailable
+from service.pipeline import examiner
+from service.pipeline.examiner import Examiner, examining
+from service.pipeline.picture import NoPicture, Picture
+from tests.downloads import called, downloading, examiners, link, made, served
+from tests.pictures import drawn
+from tests.processes import ROOT
+from tests.upstream import Upstream, picture
+from tests.waiting import wait_until
+
+SMALL = Picture("image/png", 64, 48)
+
+
+@pytest.fixture
+async def judges() -> AsyncIterator[Examiner]:
+    async with examining(1, 10_000, 10_000) as made:
+        yield made
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(picture("PNG", (64, 48), 1))
+    return path
+
+
+async def waiting(judges: Examiner, file: Path) -> tuple[int, "asyncio.Task[examiner.Examined]"]:
+    """A child that is stopped, and a call that waits for it."""
+    await judges.examine(file, packed=False)
+    pid = judges.idle[0].pid
+    os.kill(pid, signal.SIGSTOP)
+    call = asyncio.create_task(judges.examine(file, packed=False))
+    await asyncio.sleep(0)  # it has taken the child
+    assert not judges.idle
+    return pid, call
+
+
+def gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists()
+
+
+async def test_one_child_judges_one_file_after_the_other(judges: Examiner, file: Path) -> None:
+    """It is started when it is first needed, and kept."""
+    assert judges.idle == []
+    first, second = [await judges.examine(file, packed=False) for _ in range(2)]
+    assert (first, first.verdict, first.bytes) == (second, SMALL, file.stat().st_size)
+    [child] = judges.idle
+    assert child.pid != os.getpid()
+    assert child.poll() is None
+
+
+async def test_what_came_packed_is_unpacked_in_its_file(judges: Examiner, file: Path) -> None:
+    """The file then holds the picture; what is not packed after all stays as it is, and what swells over the limit is final."""
+    plain = file.read_bytes()
+    file.write_bytes(gzip.compress(plain))
+    for _ in range(2):
+        found = await judges.examine(file, packed=True)
+        assert (found.verdict, found.bytes, file.read_bytes()) == (SMALL, len(plain), plain)
+    file.write_bytes(gzip.compress(bytes(10_001)))
+    assert (await judges.examine(file, packed=True)).verdict == NoPicture("over 10000 bytes", final=True)
+
+
+async def test_limits_hold_in_the_child(judges: Examiner, file: Path) -> None:
+    """Too many pixels are final, bytes that are no picture are not."""
+    file.write_bytes(drawn("PNG", size=(101, 100)))
+    found = await judges.examine(file, packed=False)
+    assert isinstance(found.verdict, NoPicture)
+    assert found.verdict.final
+    file.write_bytes(b"<html>")
+    assert (await judges.examine(file, packed=False)).verdict == NoPicture("the bytes are no picture")
+
+
+async def test_a_file_that_cannot_be_read_is_the_stores_fault(judges: Examiner, file: Path) -> None:
+    """BlobUnavailable, and the child goes on."""
+    await judges.examine(file, packed=False)
+    [child] = judges.idle
+    with pytest.raises(BlobUnavailable, match="No such file"):
+        await judges.examine(file.with_name("missing"), packed=False)
+    assert judges.idle == [child]
+
+
+async def test_a_child_that_died_idle_is_replaced(judges: Examiner, file: Path) -> None:
+    """The machine may have wanted its memory: no try is lost for that."""
+    await judges.examine(file, packed=False)
+    judges.idle[0].kill()
+    judges.idle[0].wait()
+    assert (await judges.examine(file, packed=False)).verdict == SMALL
+
+
+async def test_a_picture_that_kills_its_child_is_worth_another_try(judges: Examiner, file: Path) -> None:
+    """Nothing is known of the bytes, and the next file has a child of its own."""
+    pid, call = await waiting(judges, file)
+    os.kill(pid, signal.SIGKILL)
+    assert await call == examiner.Examined("", 0, NoPicture("its decoder broke down"))
+    assert gone(pid)
+    assert (await judges.examine(file, packed=False)).verdict == SMALL
+
+
+async def test_a_picture_that_never_ends_is_given_up(judges: Examiner, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its child is killed, as it may not come back."""
+    await judges.examine(file, packed=False)  # starting takes longer
+    monkeypatch.setattr(examiner, "EXAMINE_S", 0.5)
+    pid, call = await waiting(judges, file)
+    assert (await call).verdict == NoPicture("it was not decoded within 0.5 s")
+    assert gone(pid)
+
+
+async def test_a_call_that_is_cancelled_leaves_no_child(judges: Examiner, file: Path) -> None:
+    """Its answer would be taken for the next file's."""
+    pid, call = await waiting(judges, file)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert gone(pid)
+    assert judges.idle == []
+
+
+async def test_children_leave_with_the_examiner(file: Path) -> None:
+    """At its exit none is left."""
+    async with examining(2, 10_000, 10_000) as judges:
+        await asyncio.gather(*(judges.examine(file, packed=False) for _ in range(4)))
+        pids = [child.pid for child in judges.idle]
+        assert len(pids) == 2
+    assert all(map(gone, pids))
+
+
+async def test_callbacks_are_answered_while_a_picture_is_decoded(tmp_path: Path) -> None:
+    """The decoder has a process of its own, so nobody waits for it; what it decodes is stored once it gets on."""
+    upstream = Upstream()
+    upstream.files = {"a.png": [served(picture())], "b.png": [served(picture())]}
+    async with downloading(tmp_path, upstream) as here:
+        await here.ended((await made(here, upstream, link(here, "a.png")))["id"])
+        [pid] = examiners(os.getpid())
+        os.kill(pid, signal.SIGSTOP)
+        second = await made(here, upstream, link(here, "b.png"))
+
+        async def fetched() -> bool:
+            return bool(upstream.asked["b.png"])
+
+        await wait_until(fetched)
+        await called(here, await here.submit(), "completed", link(here, "a.png"))
+        assert (await here.task(second["id"]))["state"] == "storing"
+        os.kill(pid, signal.SIGCONT)
+        assert (await here.ended(second["id"]))["state"] == "completed"
+
+
+async def test_children_do_not_outlive_a_killed_parent(file: Path) -> None:
+    """They end with their input, although nobody could tell them."""
+    program = f"""
+import asyncio, os, pathlib
+from service.pipeline.examiner import examining
+
+async def main():
+    async with examining(1, 10_000, 10_000) as judges:
+        await judges.examine(pathlib.Path({str(file)!r}), packed=False)
+        print(judges.idle[0].pid, flush=True)
+        os.kill(os.getpid(), 9)
+
+asyncio.run(main())
+"""
+    parent = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, check=False)
+    assert parent.returncode == -signal.SIGKILL
+    pid = int(parent.stdout)
+
+    async def ended() -> bool:
+        return gone(pid)
+
+    await wait_until(ended)
