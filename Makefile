@@ -7,15 +7,19 @@ BIN := $(VENV)/bin
 UV ?= uv
 COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate $(ARGS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Much of a test waits: more workers than two cores. A file stays whole, for what its tests share.
+WORKERS ?= 3
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test check bench pictures lock clean
+.PHONY: help setup demo dev test check bench chaos pictures lock clean
 
 help:
 	@echo "make demo    see it work: an upstream, the service and a subscriber on this machine"
 	@echo "make dev     a service on its own sandbox upstream, to try requests on"
 	@echo "make test    the tests; make check: lint, types, import rules and tests as CI runs them"
 	@echo "make setup   the environments alone; make bench: the benchmark; make lock: new locks"
+	@echo "make chaos   processes are killed and paused under load: two minutes, then what was lost or doubled"
 
 setup: $(VENV)/.run $(VENV)/.dev
 
@@ -26,17 +30,20 @@ dev: $(VENV)/.run
 	@$(BIN)/darkroom serve --sandbox
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 bench: $(VENV)/.dev
 	@$(BIN)/python -m tests.bench
+
+chaos: $(VENV)/.dev
+	@$(BIN)/python -m tests.crash.chaos $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --cov --cov-report=
+	$(PYTEST) --cov --cov-report=
 	$(BIN)/coverage report --fail-under=95
 	$(BIN)/coverage report --fail-under=100 --include='service/model.py,service/signing.py,service/pipeline/*'
 

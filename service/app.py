@@ -33,6 +33,7 @@ from service.pipeline.settle import Settler
 from service.pipeline.submission import Submitter
 from service.pipeline.submit import Intake
 from service.pipeline.sweep import Sweeper
+from service.pipeline.tail import Tail
 from service.pipeline.worker import Stage, WorkerPool
 from service.resources import Resources, new_id
 from service.settings import Settings, masked, secret_keys
@@ -48,7 +49,7 @@ from service.web.access import Access
 from service.web.activation import notify
 from service.web.context import Context
 from service.web.errors import HANDLERS
-from service.web.limits import KeyLimits
+from service.web.limits import Admission, KeyLimits
 from service.web.middleware import Requests
 from service.web.routes import operators_routes, routes
 from service.web.server import Server, bind, listening
@@ -200,16 +201,19 @@ async def running(settings: Settings, role: Role, address: str | None = None) ->
         context = Context(
             resources=resources,
             intake=Intake(resources, load_catalogue(), settings.callback_url, settings.min_free_bytes, settings.log_prompts),
+            tail=Tail(resources.store, resources.links),
             precedence=precedence,
             account=account,
             access=Access(resources.store, settings.admin_key.get_secret_value() if settings.admin_key else None),
             limits=KeyLimits(settings.key_requests),
+            admission=Admission(precedence, metrics),
             result_ttl_s=settings.evolink_result_ttl_s,
             quiesce=quiesce,
             drained=drained,
             workers_alive=(lambda: pool.alive) if role.workers else None,
         )
-        jobs = [asyncio.create_task(pool.run(), name="workers"), asyncio.create_task(account.run(), name="account")]
+        always = {"workers": pool.run(), "account": account.run(), "tail": context.tail.run()}
+        jobs = [asyncio.create_task(job, name=name) for name, job in always.items()]
         if role.workers:
             retention = Retention(resources, settings.retention_days, settings.image_retention_days)
             jobs += [asyncio.create_task(job.run(), name=name) for name, job in (("sweep", Sweeper(resources)), ("retention", retention))]

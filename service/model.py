@@ -223,6 +223,8 @@ class Task:
 
 EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/gif": "gif", "image/avif": "avif"}
 
+UPSTREAM_ID = r"[!-\-/-~][!-~]{0,199}"  # asked for by URL: visible ASCII, no dot in front, at most 200 characters
+
 BLOB = re.compile(r"task_[a-z2-7]{26}/[0-9]{1,9}-[0-9a-f]{64}\.[a-z]{1,8}", re.ASCII)
 
 

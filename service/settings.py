@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from service.errors import ConfigurationError
+from service.folders import make_folder
 from service.variables import (
     BUCKET,
     NOT_YET,
@@ -272,6 +273,7 @@ def secret_keys(settings: Settings) -> list[bytes]:
     try:
         if not path.exists():
             make_secret_file(path)
+        make_folder(path.parent)  # also when it was there: whoever made it may have died before it was sure to last
         return keys_of(path.read_text("ascii").strip())
     except OSError as error:
         raise ConfigurationError(f"{path}: {error.strerror}; set {PREFIX}SECRET_KEY, or make the folder writable") from None
@@ -291,8 +293,3 @@ def make_secret_file(path: Path) -> None:
             os.link(draft, path)
     finally:
         draft.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

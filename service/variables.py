@@ -108,7 +108,8 @@ def postgres(value: str) -> SplitResult:
     """The parts of a PostgreSQL URL; ValueError, without a word of it, when it is none or hides a password in a wrong place."""
     try:
         parts = urlsplit(value)
-        _ = parts.port
+        for host in parts.netloc.rpartition("@")[2].split(","):
+            _ = urlsplit(f"//{host}").port
     except ValueError:
         parts = urlsplit("")
     if parts.scheme != "postgresql" or "@" in parts.path + parts.query or parts.fragment:

@@ -18,7 +18,7 @@ from typing import Self
 from service.blobs import CHUNK, NAME, PAGE, Blob, Incoming, check_name
 from service.blobs.incoming import in_thread, incoming_in, opened, remove_leftovers
 from service.errors import BlobMissing
-from service.folders import make_folder, sync_folder
+from service.folders import make_folder, sync
 
 INCOMING = ".incoming"
 
@@ -108,7 +108,7 @@ def sync_folders(folder: Path, top: Path) -> None:
     """Make the entries of a folder and of all that lead to it from `top` last."""
     folders = [folder, *folder.parents]
     for each in folders[: folders.index(top) + 1]:
-        sync_folder(each)
+        sync(each)
 
 
 def read_at(path: Path, start: int, count: int) -> bytes:

@@ -78,12 +78,20 @@ def start(role: "Role", given: dict[str, Any]) -> None:
 
 
 def bound_settings(settings: "Settings", given: dict[str, Any]) -> "tuple[Settings, socket.socket]":
-    """The settings with the port that is really listened on, and its socket."""
+    """The settings with the address that is really listened on, and its socket: the one that was handed over, else one of its own."""
+    import os
+    import socket
+
     from service.settings import load_settings
+    from service.web.activation import inherited
     from service.web.server import bind
 
-    bound = bind(settings.host, settings.port)
-    return load_settings(**given | {"port": bound.getsockname()[1]}), bound
+    if bound := inherited(os.environ):
+        real = {} if bound.family == socket.AF_UNIX else dict(zip(("host", "port"), bound.getsockname(), strict=False))
+    else:
+        bound = bind(settings.host, settings.port)
+        real = {"port": bound.getsockname()[1]}
+    return load_settings(**given | real), bound
 
 
 def run(settings: "Settings", work: "Callable[[asyncio.Event], Coroutine[Any, Any, None]]") -> None:

@@ -18,16 +18,13 @@ SPECIAL = tuple(  # IANA's special-purpose registries where `is_global` of some 
 TRANSLATED = tuple(ip_network(text) for text in ("::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48"))  # SIIT, NAT64
 
 
-def embedded(address: Address) -> Iterator[IPv4Address]:
+def embedded(address: IPv6Address) -> Iterator[IPv4Address]:
     """The IPv4 addresses that a gateway, a tunnel or the kernel may read out of an IPv6 address."""
-    if isinstance(address, IPv4Address):
-        return
     number = int(address)
-    low = IPv4Address(number & 0xFFFFFFFF)
     compatible = 1 < number < 1 << 32  # ::/96 but for the unspecified address and loopback
     isatap = number >> 32 & 0xFCFFFFFF == 0x00005EFE  # in the interface's half, whatever its u and g bits
     if compatible or isatap or any(address in network for network in TRANSLATED):
-        yield low
+        yield IPv4Address(number & 0xFFFFFFFF)
     if address.sixtofour:
         yield address.sixtofour
     if address.teredo:
@@ -36,11 +33,12 @@ def embedded(address: Address) -> Iterator[IPv4Address]:
 
 def forbidden(address: Address, networks: Sequence[Network], *, plain: bool) -> str | None:
     """Why an address may not be connected to (`plain`: without TLS), or None. An IPv4 address inside is judged first, by the same rule."""
-    if isinstance(address, IPv6Address) and address.scope_id is not None:
-        return f"{address} has a zone"
-    for inner in embedded(address):
-        if (reason := forbidden(inner, networks, plain=plain)) is not None:
-            return f"{address} stands for {reason}"
+    if isinstance(address, IPv6Address):
+        if address.scope_id is not None:
+            return f"{address} has a zone"
+        for inner in embedded(address):
+            if (reason := forbidden(inner, networks, plain=plain)) is not None:
+                return f"{address} stands for {reason}"
     if any(address in network for network in networks):
         return None
     routable = address.is_global and not address.is_multicast and not any(address in network for network in SPECIAL)

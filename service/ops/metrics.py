@@ -31,6 +31,10 @@ class Metrics:
             "callback_to_delivery_seconds", "From the first terminal callback to its event's delivery"
         )
         self.egress_refused = self._counter("egress_refused", "Requests that the guard refused", "purpose")
+        self.requests_shed = self._counter(
+            "requests_shed", "Clients' requests answered 503, as there were too many or callbacks came first"
+        )
+        self.store_failures = self._counter("store_failures", "Requests answered 503, as the store did not commit or answer")
         self.worker_faults = self._counter("worker_faults", "Exceptions that nobody foresaw", "stage")
         self.account_refusals = self._counter("account_refusals", "Submissions the upstream refused because of our key or account")
         self.tasks = self._gauge("tasks", "Tasks, by state", "state")

@@ -1,7 +1,8 @@
 """Whether the upstream takes our key and account. While it does not, nothing is submitted and one probe at a time asks.
 
 The probe is `GET /v1/credits`, which is free. Where that tells nothing (an upstream without it, a gateway's page, no answer at
-all), or said yes although the next submission was refused again, one task that waits is sent instead.
+all), or said yes although the next submission was refused again, one task that waits is sent instead. So is, one at a time, what
+has waited too long: nothing is given up for its age without a try, as it would be after a long absence.
 """
 
 import asyncio
@@ -38,8 +39,7 @@ class Account:
         self._since = 0
         self._reason = ""
         self._probes = 0
-        self._believed = True  # False: the credits were told, and yet the next submission was refused
-        self._proved = True  # a submission was taken since it was last restored
+        self._proved = True  # False: the credits were told, but no submission was taken since
         self._may_try = False
         self._trying = False
 
@@ -48,9 +48,11 @@ class Account:
         return self._outage.is_set()
 
     @contextmanager
-    def sending(self) -> Iterator[bool]:
-        """Around one submission: whether it may be sent. While the account is refused that is one that probes, if one is wanted."""
-        if not self.refused or not self._may_try:
+    def sending(self, *, last: bool) -> Iterator[bool]:
+        """Around one submission: whether it may be sent. While the account is refused that is one at a time: it probes, if that is wanted,
+        or is the `last` try of what is too old to wait.
+        """
+        if not self.refused or self._trying or not (self._may_try or last):
             yield not self.refused
             return
         self._may_try, self._trying = False, True
@@ -64,14 +66,14 @@ class Account:
         self._resources.metrics.account_refusals.inc()
         if self.refused:
             return
-        self._since, self._reason, self._believed = self._resources.clock(), reason, self._proved
+        self._since, self._reason = self._resources.clock(), reason
         self._outage.set()
         log.error("account.refused", reason=reason)
 
     async def hold(self, grant: Grant, give_up_s: float) -> None:
         """Puts a task off that may not be sent now; the wait is for the case that this process dies: else `_restore` ends it."""
         wait = self._wait(len(self._schedule))
-        await self._resources.store.write(hold_submissions, Hold(grant, self._reason, round(wait * 1000), round(give_up_s * 1000)))
+        await self._resources.store.write(hold_submissions, Hold(grant, round(wait * 1000), round(give_up_s * 1000)))
         checkpoint("account.held")
         if not self.refused:  # any more
             await self._resources.store.write(resume_submissions, AT_ONCE)
@@ -105,7 +107,7 @@ class Account:
 
     async def _probe(self) -> None:
         self._may_try = False  # while the credits are asked for
-        answer = await self._credits() if self._believed else None
+        answer = await self._credits() if self._proved else None
         if answer is not None and 200 <= answer.status < 300:
             self._proved = False
             await self._restore()

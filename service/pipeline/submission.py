@@ -1,6 +1,7 @@
 """The worker that submits: at most once, by the table "What a submission's outcome proves" (contract section 3)."""
 
 import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -13,7 +14,7 @@ from service.pipeline.checkpoints import checkpoint
 from service.pipeline.reconcile import Plan
 from service.pipeline.retry import wait_before
 from service.resources import Resources
-from service.store import Grant, queries
+from service.store import Grant, Item, Result, Transaction, queries
 from service.store.operations import leases
 from service.store.operations import submissions as store
 from service.store.records import Row
@@ -44,29 +45,32 @@ class Submitter:
             await self._record(grant, self._uncertain(grant, "its sender died before the answer was recorded"))
         elif row and state is State.UNCERTAIN and not self._resubmits(row):
             await self._record(grant, store.Undecided())
-        elif state in (State.QUEUED, State.UNCERTAIN):
-            await self._send(grant, resubmit=state is State.UNCERTAIN)
+        elif row and state in (State.QUEUED, State.UNCERTAIN):
+            await self._send(grant, resubmit=state is State.UNCERTAIN, last=state is State.QUEUED and not self._young(row))
         else:
             await self.resources.store.write(leases.done, grant)
 
     def _resubmits(self, row: Row) -> bool:
         """Whether an uncertain task is sent again: as was decided for it, or for as long as one of which nothing was created."""
-        young = self.resources.clock() - row["created_at"] < self.give_up_s * 1000
-        return row["resubmit"] or (self.uncertain == "resubmit" and young)
+        return row["resubmit"] or (self.uncertain == "resubmit" and self._young(row))
 
-    async def _send(self, grant: Grant, *, resubmit: bool) -> None:
+    def _young(self, row: Row) -> bool:
+        return bool(self.resources.clock() - row["created_at"] < self.give_up_s * 1000)
+
+    async def _send(self, grant: Grant, *, resubmit: bool, last: bool) -> None:
+        """`last`: it is too old to wait on, but is not given up without a try."""
         async with self.resources.pace.place("submit") as heard:  # a place first: what is `submitting` is on its way
             if self.resources.store.signals.stopping:  # while it waited: whoever comes next sends it
                 await self.resources.store.write(leases.release, grant)
                 return
             trial = self.account.refused
-            with self.account.sending() as may:
+            with self.account.sending(last=last) as may:
                 if not may:
                     await self.account.hold(grant, self.give_up_s)
                     return
                 checkpoint("submission.claimed")
                 start = store.Start(grant, round((self.timeout_s + MARGIN_S) * 1000), resubmit)
-                body = await self.resources.store.write(store.start_submissions, start)
+                body = await self._kept(store.start_submissions, start)
                 if body is None:
                     await self.resources.store.write(leases.done, grant)
                     return
@@ -82,7 +86,7 @@ class Submitter:
     def _outcome(self, grant: Grant, answer: upstreams.SubmitOutcome) -> store.Accepted | store.Again | store.Refused | store.Uncertain:
         match answer:
             case upstreams.Accepted(report):
-                return store.Accepted(report, self.plan.first(report.estimated_time))
+                return store.Accepted(report, self.plan.first(report.estimated_time), round(self._decide_s(grant) * 1000))
             case upstreams.NotCreated(reason, retry_after, account):
                 if account:
                     self.account.refuse(reason)
@@ -99,28 +103,36 @@ class Submitter:
         assert wait is not None  # the last wait repeats
         return wait
 
-    def _uncertain(self, grant: Grant, reason: str) -> store.Uncertain:
+    def _decide_s(self, grant: Grant) -> float:
         """Without a callback URL nothing can prove it any more: it is decided at once; what is sent again keeps to the schedule."""
         at_once = self._wait(grant) if self.uncertain == "resubmit" else 0.0
-        decide_s = self.uncertain_after_s if self.plan.with_callback else at_once
+        return self.uncertain_after_s if self.plan.with_callback else at_once
+
+    def _uncertain(self, grant: Grant, reason: str) -> store.Uncertain:
+        decide_s = self._decide_s(grant)
         log.warning("task.submission_uncertain", reason=reason, decide_s=decide_s)
         return store.Uncertain(reason, round(decide_s * 1000), resend=self.uncertain == "resubmit")
 
     async def _record(
         self, grant: Grant, outcome: store.Accepted | store.Again | store.Refused | store.Uncertain | store.Undecided
     ) -> None:
-        state = await self._recorded(store.Submission(grant, outcome))
+        state = await self._kept(store.record_submissions, store.Submission(grant, outcome))
         if isinstance(outcome, store.Accepted):
             report = outcome.report
             log.info(
                 "task.submitted", upstream_id=report.upstream_id, attempt=grant.attempts, estimated_time=report.estimated_time, state=state
             )
 
-    async def _recorded(self, submission: store.Submission) -> State:
-        """The task's state once the store has it: what the upstream said cannot be asked for again, so it is kept until then."""
+    async def _kept(self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item) -> Result:
+        """A write's result once the store has it. What the upstream said cannot be asked for again; and a start whose commit was not
+        answered may be in the store, where nobody could tell it from one that was sent.
+        """
+        told = False
         while True:
             try:
-                return await self.resources.store.write(store.record_submissions, submission)
+                return await self.resources.store.write(operation, item)
             except StoreUnavailable as error:
-                log.warning("store.failed", message=str(error), exception=repr(error.__cause__))
+                if not told:
+                    log.warning("store.failed", message=str(error), exception=repr(error.__cause__))
+                told = True
                 await asyncio.sleep(RECORD_AGAIN_S)

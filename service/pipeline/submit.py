@@ -1,5 +1,6 @@
 """Taking a client's submission: checked before money is spent, committed as `queued`, answered when its first outcome is known."""
 
+import asyncio
 import hashlib
 import json
 import os
@@ -131,8 +132,7 @@ def check_metadata(metadata: object) -> None:
     """Up to 16 pairs of text, 2 KiB in all (contract section 3)."""
     if metadata is None:
         return
-    pairs = isinstance(metadata, Mapping) and all(isinstance(value, str) for value in metadata.values())
-    if not pairs or not isinstance(metadata, Mapping):
+    if not isinstance(metadata, Mapping) or not all(isinstance(value, str) for value in metadata.values()):
         raise ApiError(400, "invalid_parameter", "metadata must be an object of texts", param="metadata")
     if len(metadata) > METADATA_PAIRS:
         raise ApiError(400, "invalid_parameter", f"metadata has at most {METADATA_PAIRS} pairs", param="metadata")
@@ -152,14 +152,15 @@ def ended(task: model.Task, _: Row) -> bool:
 async def wait_for(resources: Resources, task_id: str, done: Callable[[model.Task, Row], bool], seconds: float) -> tuple[model.Task, Row]:
     """The task once `done` says so, or as it is after the time or when the process stops."""
     signals = resources.store.signals
-    deadline = resources.clock() + seconds * 1000
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + seconds
     with signals.listen(task_id) as changed:
         while True:
             changed.clear()
             found = await resources.store.read(queries.task, task_id, None)
             if found is None:
                 raise ApiError(404, "task_not_found", "the task was deleted meanwhile")
-            left = (deadline - resources.clock()) / 1000
+            left = deadline - clock()
             if done(*found) or left <= 0 or signals.stopping:
                 return found
             await signals.wait(changed, min(left, LOOK_S))

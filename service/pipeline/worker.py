@@ -65,6 +65,7 @@ class WorkerPool:
         self._stopping = False
         self._late: list[Grant] = []  # what a transaction that was under way granted after the stop
         self._wake = asyncio.Event()
+        self._away = False  # the store, and that was logged
         self.alive = False
 
     # --- what the store asks ---
@@ -130,10 +131,13 @@ class WorkerPool:
             await asyncio.gather(*(self._store.write(claim, name) for name in names))
             if names and len(wanted) == len(self._stages) and await self._store.read(queries.suspects):
                 await self._suspects(names)
+            self._away = False
         except Exception as error:  # the loop must outlive whatever the store does: tried again at the next look
             known = {"stage": "claim", "key": None, "attempt": None, "wait_s": LOOK_S, "exception": f"{type(error).__name__}: {error}"}
             unforeseen = None if isinstance(error, StoreUnavailable) else error
-            log.error("worker.failed", **known, exc_info=unforeseen)  # noqa: TRY400 - a store that is away needs no traceback
+            if unforeseen or not self._away:
+                log.error("worker.failed", **known, exc_info=unforeseen)  # noqa: TRY400 - a store that is away needs no traceback
+            self._away = unforeseen is None
             self._metrics.worker_faults.labels("claim").inc()
             await asyncio.sleep(LOOK_S)
 
@@ -169,7 +173,7 @@ class WorkerPool:
                 except Exception as error:  # noqa: BLE001 - the one broad except of the workers: logged once, counted, tried again
                     await self._failed(grant, error)
         finally:
-            del self._jobs[grant]
+            self._jobs.pop(grant, None)
             stage.free += 1
             if stage.name in self._backlog:
                 self._wake.set()
@@ -188,13 +192,22 @@ class WorkerPool:
             exc_info=error if unforeseen else None,
         )
         if not unforeseen:
-            return  # nothing can be recorded either: the lease ends by itself
+            await self._give_back(grant)
+            return
         try:
             faults = await self._store.write(record_faults, Fault(grant, round(wait * 1000)))
         except StoreUnavailable:
             return
         if faults >= FAULT_LIMIT:
             log.error("task.parked", stage=grant.stage, cause=f"{faults} faults")
+
+    async def _give_back(self, grant: Grant) -> None:
+        """Gives up work that could not be recorded, as soon as the store commits again."""
+        while not self._stopping:
+            await asyncio.sleep(LOOK_S)
+            with suppress(StoreUnavailable):
+                await self._store.write(release, grant)
+                return
 
     async def _renew(self) -> None:
         while True:
@@ -207,11 +220,15 @@ class WorkerPool:
         self._stopping = True
         self._wake.set()
 
+    async def drained(self, limit_s: float) -> None:
+        """Waits for what is in flight, within the limit."""
+        if self._jobs:
+            await asyncio.wait(self._jobs.values(), timeout=limit_s)
+
     async def stop(self, limit_s: float) -> int:
         """Finishes what is in flight within the limit, gives the rest back; how many that were."""
         self.quiesce()
-        if self._jobs:
-            await asyncio.wait(self._jobs.values(), timeout=limit_s)
+        await self.drained(limit_s)
         left = dict(self._jobs)
         for job in left.values():
             job.cancel()

@@ -6,10 +6,12 @@ Times are the database's. What another process committed is found by polling; NO
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from typing import Any, Concatenate
 
-from sqlalchemy import Connection, text
+import asyncpg
+import structlog
+from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as NoConnection
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -17,6 +19,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from service.errors import ConfigurationError, StoreUnavailable
 from service.store import Item, P, Result, Signals, Transaction, Workers, schema
 from service.store.committer import Batch, Call, Committer, Run, execute
+from service.store.hosts import connecting
+
+log = structlog.get_logger()
 
 COMMITTERS = 3
 READERS = 5
@@ -24,14 +29,15 @@ CHANNEL, HINT_BYTES = "darkroom", 7999  # PostgreSQL's limit
 LISTEN_AGAIN_S = 1.0
 # Milliseconds. A process that stands still inside a transaction, whose locks others wait for, loses it; a callback waits 8 s at most.
 LIMITS = {"lock_timeout": "5000", "statement_timeout": "30000", "idle_in_transaction_session_timeout": "10000"}
+TURN_MS, BETWEEN_S, TURNS = 2000, 2.0, 150  # a migration's: for ten minutes
+LOCKED = "55P03"
 MIGRATION_LOCK = 0x6461726B726F6F6D  # "darkroom": any constant that nobody else in this database takes
 NOTIFY = text(f"SELECT pg_notify('{CHANNEL}', :hint)")
+# What was answered 200 outlives the server, whatever the role, the database or the server has as its default.
+DURABLE = (
+    """SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') NOT IN ('on', 'remote_apply')"""
+)
 NOW = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")
-
-
-def async_url(url: str) -> str:
-    """`postgresql://…`, `postgres://…` or with a driver of its own, for asyncpg."""
-    return "postgresql+asyncpg://" + url.split("://", 1)[1]
 
 
 class PostgresStore:
@@ -74,7 +80,7 @@ class PostgresStore:
     async def _listen(self) -> None:
         """Passes on what other processes tell, on a connection of its own, for ever."""
         while True:
-            with suppress(DBAPIError, NoConnection, OSError):
+            with suppress(DBAPIError, NoConnection, OSError, asyncpg.PostgresError, asyncpg.InterfaceError):  # the last two from LISTEN
                 async with self._engine.connect() as connection:
                     driver = (await connection.get_raw_connection()).driver_connection
                     assert driver is not None
@@ -129,16 +135,27 @@ class PostgresStore:
             committer.workers = None
 
     async def prepare(self, *, migrate: bool) -> None:
-        """Migrates the schema; processes that start together do it one after another."""
+        """Migrates the schema; processes that start together do it one after another. Warns of a server that may lose what it committed."""
 
         def run(connection: Connection) -> None:
+            for name in ("fsync", "full_page_writes"):  # the server's alone to set
+                if connection.execute(text("SELECT current_setting(:name)"), {"name": name}).scalar_one() == "off":
+                    log.warning("store.unsafe", setting=name)
             for name in LIMITS:  # a migration takes as long as it takes
                 connection.execute(text(f"SET LOCAL {name} = 0"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+            connection.execute(text(f"SET LOCAL lock_timeout = {TURN_MS}"))  # who works queues behind whoever waits for a table
             schema.migrate(connection, allowed=migrate)
 
-        async with self._engine.begin() as connection:
-            await connection.run_sync(run)
+        for turn in range(TURNS):
+            try:
+                async with self._engine.begin() as connection:
+                    await connection.run_sync(run)
+                    return
+            except DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) != LOCKED or turn == TURNS - 1:
+                    raise
+            await asyncio.sleep(BETWEEN_S)
 
     async def run(self) -> None:
         listening = asyncio.create_task(self._listen(), name="listen")
@@ -165,14 +182,21 @@ async def open_postgres(
 ) -> AsyncIterator[PostgresStore]:
     """Connects and migrates; ConfigurationError when the server cannot be reached or the database is not ours."""
     engine = create_async_engine(
-        async_url(url),
+        "postgresql+asyncpg://",
+        async_creator=connecting(url, LIMITS),
         pool_size=COMMITTERS + READERS + 1,  # who listens
         max_overflow=0,
         pool_timeout=5,
         pool_pre_ping=True,
-        connect_args={"server_settings": LIMITS},
         hide_parameters=True,  # they hold prompts and tokens, and errors are logged
     )
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def prepare(connection: Any, _: object) -> None:
+        with closing(connection.cursor()) as cursor:
+            cursor.execute(DURABLE)
+        connection.commit()
+
     try:
         store = PostgresStore(engine, process=process, new_id=new_id, clock=clock)
         try:

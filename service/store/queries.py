@@ -199,7 +199,7 @@ def event_list(
 
     The latter is read twice: before, so that a reader of an empty outbox gets past it, and after, so that nothing goes unnoticed meanwhile.
     """
-    last = max(_forgotten(connection), connection.execute(select(func.max(events.c.sequence))).scalar() or 0)
+    last = outbox_end(connection)
     statement = select(events).where(events.c.sequence > after, events.c.sequence <= last)
     if owner is not None:
         statement = statement.where(events.c.owner == owner)
@@ -209,6 +209,17 @@ def event_list(
         statement = statement.where(or_(*(_type_condition(pattern) for pattern in types)))
     rows: list[Row] = list(connection.execute(statement.order_by(events.c.sequence).limit(limit)).mappings())
     return rows, rows[-1]["sequence"] if len(rows) == limit else max(last, after), _forgotten(connection)
+
+
+def outbox_begin(connection: Connection) -> int:
+    """The place of the oldest event that is kept; one that none has yet if there is none."""
+    oldest = connection.execute(select(func.min(events.c.sequence)).where(events.c.sequence > _forgotten(connection))).scalar()
+    return outbox_end(connection) + 1 if oldest is None else oldest
+
+
+def outbox_end(connection: Connection) -> int:
+    """The last place that readers have been able to see."""
+    return max(_forgotten(connection), connection.execute(select(func.max(events.c.sequence))).scalar() or 0)
 
 
 def _forgotten(connection: Connection) -> int:

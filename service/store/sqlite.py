@@ -10,6 +10,7 @@ import asyncio
 import fcntl
 import json
 import os
+import sqlite3
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,19 +20,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Concatenate
 
+import structlog
 from sqlalchemy import Connection, Engine, RootTransaction, create_engine, event
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool, QueuePool
 
 from service.errors import ConfigurationError, StoreUnavailable
+from service.folders import make_folder
 from service.store import Item, P, Result, Signals, Transaction, Workers, schema
+from service.store.clock import SteadyClock
 from service.store.committer import Batch, Call, Committer, Run, execute
 from service.store.operations import leases
+from service.store.soundness import begin, connecting, damaged, examine
 
 READERS = 2
 QUICK_S = 0.003  # a disk that syncs in less is not worth a thread
 REMEMBERED = 16
+TOLERANCE_MS = 5000
 STALL_S = 0.05  # one such commit is enough to go to the thread
+
+
+log = structlog.get_logger()
 
 
 def wall_clock() -> int:
@@ -46,8 +55,13 @@ class FileLock:
         self._file = -1
 
     def acquire(self) -> bool:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            make_folder(self.path.parent)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigurationError(
+                f"{self.path} cannot be written: {error.strerror}; DARKROOM_DATA_DIR must be a folder that can"
+            ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -61,11 +75,11 @@ class FileLock:
 
 def engine(path: Path, *, readonly: bool) -> Engine:
     made = create_engine(
-        f"sqlite+pysqlite:///{path}",
+        "sqlite+pysqlite://",
+        creator=connecting(path, "ro" if readonly else "rw"),
         poolclass=QueuePool if readonly else NullPool,
         json_serializer=partial(json.dumps, ensure_ascii=False),  # SQLite compares the text of names as it stands
         hide_parameters=True,  # they hold prompts and tokens, and errors are logged
-        connect_args={"check_same_thread": False, "isolation_level": None},
         **({"pool_size": READERS, "max_overflow": 0} if readonly else {}),
     )
 
@@ -81,18 +95,23 @@ def engine(path: Path, *, readonly: bool) -> Engine:
             connection.execute(statement)
 
     @event.listens_for(made, "begin")
-    def begin(connection: Connection) -> None:
+    def immediate(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN" if readonly else "BEGIN IMMEDIATE")
 
     return made
 
 
 class SqliteStore:
-    """`Store` on one SQLite file; made by `open_sqlite`."""
+    """`Store` on one SQLite file; made by `open_sqlite`.
 
-    def __init__(self, path: Path, *, process: str, new_id: Callable[[str, int], str], clock: Callable[[], int] = wall_clock) -> None:
+    Once the file turns out to be damaged nothing more is written to it, until it was put right and the process started anew.
+    """
+
+    def __init__(self, path: Path, *, process: str, new_id: Callable[[str, int], str], clock: Callable[[], int]) -> None:
         self.signals = Signals()
         self.process = process
+        self.damaged = False
+        self._path = path
         self.clock = clock
         self._new_id = new_id
         self._committing = ThreadPoolExecutor(1, "store-commit")
@@ -111,6 +130,8 @@ class SqliteStore:
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[Run]:
+        if self.damaged:
+            raise StoreUnavailable("the store is damaged")
         if self._connection is None:
             self._connection = self._engine.connect()
         connection = self._connection
@@ -122,9 +143,16 @@ class SqliteStore:
         try:
             yield run
             await self._commit(transaction)
-        except BaseException:
+        except BaseException as error:
+            self._judge(error)
             transaction.rollback()
             raise
+
+    def _judge(self, error: BaseException) -> None:
+        """Takes an error of SQLite's to heart: a damaged file is told of once."""
+        if damaged(error) and not self.damaged:
+            self.damaged = True
+            log.critical("store.damaged", message=f"{self._path}: {getattr(error, 'orig', error)}; nothing more is written to it")
 
     async def _commit(self, transaction: RootTransaction) -> None:
         """Commits here while the disk is quick, else on a thread.
@@ -154,6 +182,7 @@ class SqliteStore:
                 with self._reading.begin() as connection:
                     return query(connection, *args, **kwargs)
             except DatabaseError as error:
+                self._judge(error)
                 raise StoreUnavailable(f"the store cannot be read: {type(error.orig).__name__}") from error
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)
@@ -166,11 +195,12 @@ class SqliteStore:
 
     def prepare(self, *, migrate: bool) -> None:
         """Migrates the schema and ends the leases of the process that had the store before."""
-        with self._reading.connect() as connection:
-            schema.refuse_foreign(connection)  # before a writer switches the file to WAL
         with self._engine.connect() as connection, connection.begin():
             schema.migrate(connection, allowed=migrate)
-            leases.free_all(self._begin(connection, {}))
+            tx = self._begin(connection, {})
+            leases.free_all(tx)
+            if (ahead := leases.last_step(tx) - tx.now) > TOLERANCE_MS:  # the clock went back while nobody served
+                leases.set_back(tx, ahead)
 
     async def run(self) -> None:
         await self._committer.run()
@@ -179,25 +209,32 @@ class SqliteStore:
         self._committer.close()
 
     def dispose(self) -> None:
-        """Closes the connections; the last one checkpoints."""
-        if self._connection is not None:
-            self._connection.close()
+        """Closes the connections. The writer's, as the last, checkpoints; into a damaged file it must not."""
         self._committing.shutdown()
         self._readers.shutdown()
+        if not self.damaged:
+            self._reading.dispose()
+        if self._connection is not None:
+            self._connection.close()
         self._reading.dispose()
         self._engine.dispose()
 
 
 @asynccontextmanager
 async def open_sqlite(
-    path: Path, *, process: str, new_id: Callable[[str, int], str], clock: Callable[[], int] = wall_clock, migrate: bool = True
+    path: Path, *, process: str, new_id: Callable[[str, int], str], clock: Callable[[], int] | None = None, migrate: bool = True
 ) -> AsyncIterator[SqliteStore]:
     """Opens the store for this process alone; ConfigurationError when another has it or the file is not ours."""
     lock = FileLock(path.with_name(path.name + ".lock"))
     if not lock.acquire():
         raise ConfigurationError(f"another darkroom process uses {path}: only one may on SQLite")
     try:
-        store = SqliteStore(path, process=process, new_id=new_id, clock=clock)
+        try:
+            await asyncio.to_thread(examine, path)
+            await asyncio.to_thread(begin, path)
+        except (DatabaseError, sqlite3.Error, OSError) as error:
+            raise ConfigurationError(f"DARKROOM_DATABASE_URL: {path} cannot be used: {getattr(error, 'orig', error)}") from error
+        store = SqliteStore(path, process=process, new_id=new_id, clock=clock or SteadyClock())
         try:
             try:
                 await asyncio.to_thread(store.prepare, migrate=migrate)

@@ -74,7 +74,7 @@ tasks = Table(
     Column("owner", String(64), nullable=False),
     Column("upstream", String(32), nullable=False),
     Column("upstream_id", String(200)),
-    Column("upstream_id_from", String(16)),  # "answer" wins over "callback"
+    Column("upstream_id_from", String(16)),  # answer, which wins, callback, hand, or query: by hand, and the upstream answered to it
     Column("state", String(16), nullable=False),
     Column("upstream_status", String(16)),
     Column("settled_digest", String(64)),  # of the upstream's word that ended it; NULL: not ended, or an end of our own making

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from service.egress import Egress, Response
 from service.errors import CallTimedOut, EgressError, EgressRefused, NotConnected, type_of
-from service.model import JSON, Report, Status, millionths
+from service.model import JSON, UPSTREAM_ID, Report, Status, millionths
 from service.retry_after import retry_after
 from service.strict_json import read_object
 from service.upstreams import Accepted, Call, Found, NoAnswer, NotCreated, NotFound, QueryOutcome, Refused, SubmitOutcome, Uncertain
@@ -87,9 +87,9 @@ def _error(document: JSON) -> JSON | None:
 
 
 def _report(document: JSON) -> Report | None:
-    """None: it has an id that cannot be one. Ids are asked for by URL: visible ASCII, no dot in front, at most 200 characters."""
+    """None: it has an id that cannot be one."""
     id, status, error = document.get("id"), document.get("status"), _error(document)
-    if id is not None and not (isinstance(id, str) and re.fullmatch(r"(?!\.)[!-~]{1,200}", id)):
+    if id is not None and not (isinstance(id, str) and re.fullmatch(UPSTREAM_ID, id)):
         return None
     known = STATUSES.get(status.lower()) if isinstance(status, str) else None
     if known is Status.FAILED and error is not None and error["code"] == "request_cancelled":

@@ -61,7 +61,8 @@ async def submit(request: Request) -> Response:
     if replayed:
         headers["Idempotency-Replayed"] = "true"
     done = attempted if wait_s is None else ended
-    task, row = await wait_for(context.resources, task_id, done, FIRST_OUTCOME_S if wait_s is None else wait_s)
+    with context.admission.wait():
+        task, row = await wait_for(context.resources, task_id, done, FIRST_OUTCOME_S if wait_s is None else wait_s)
     if row["refusal_status"] is not None:  # the upstream's own refusal, with our task's id
         assert task.error is not None
         more = {name: task.error.get(name) for name in ("type", "param")}

@@ -14,8 +14,7 @@ import structlog
 from starlette.types import Message, Receive, Scope, Send
 
 from service.errors import StoreUnavailable
-from service.pipeline.inbox import receive as take
-from service.pipeline.inbox import refused
+from service.pipeline import inbox
 from service.resources import Resources
 from service.web.context import Context
 from service.web.errors import error_body
@@ -59,7 +58,7 @@ class CallbackRoute:
     async def _turn_away(self, resources: Resources, started: float, scope: Scope, send: Send) -> None:
         """The body is not read: behind a long one the connection ends."""
         resources.metrics.callbacks.labels("wrong_token").inc()
-        wait, withheld = self._turnstile.turn(time.monotonic())
+        wait, withheld = self._turnstile.turn(asyncio.get_running_loop().time())
         if withheld is not None:
             duration_ms = round((time.perf_counter() - started) * 1000, 1)
             log.warning("callback.refused", reason="wrong_token", task_id=None, duration_ms=duration_ms, withheld=withheld)
@@ -77,14 +76,15 @@ class CallbackRoute:
         try:
             body = await read_body(receive)
         except TimeoutError:
-            refused(resources, "incomplete", task_id, time.perf_counter() - started)
+            inbox.refused(resources, "incomplete", task_id, time.perf_counter() - started)
             await refuse(scope, send, 408)
             return
         if body is None:  # the sender left: it will come again
-            refused(resources, "disconnected", task_id, time.perf_counter() - started)
+            inbox.refused(resources, "disconnected", task_id, time.perf_counter() - started)
             return
         try:
-            verdict = await take(resources, task_id, body, context.result_ttl_s, whole=len(body) <= MAX_BODY)
+            async with context.precedence.turn(resources.metrics.callbacks.labels("overloaded").inc):
+                verdict = await inbox.receive(resources, task_id, body, context.result_ttl_s, whole=len(body) <= MAX_BODY)
         except StoreUnavailable:
             await refuse(scope, send, 503, (b"retry-after", b"1"))
             return

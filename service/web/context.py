@@ -1,6 +1,6 @@
 """What the routes share; the application's lifespan makes it and yields it as state."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -8,9 +8,10 @@ from starlette.requests import Request
 from service.pipeline.account import Account
 from service.pipeline.precedence import Precedence
 from service.pipeline.submit import Intake
+from service.pipeline.tail import Tail
 from service.resources import Resources
 from service.web.access import Access
-from service.web.limits import KeyLimits
+from service.web.limits import Admission, KeyLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +20,15 @@ class Context:
 
     resources: Resources
     intake: Intake
+    tail: Tail
     precedence: Precedence
     account: Account
     access: Access
     limits: KeyLimits
+    admission: Admission
     result_ttl_s: float
     quiesce: Callable[[], None]  # a stop was asked for: no new work is started
+    drained: Callable[[], Awaitable[float]]  # waits for work in flight, within the stop's limit; how many seconds are left of that
     workers_alive: Callable[[], bool] | None
 
 

@@ -9,6 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from service.errors import ApiError, BlobUnavailable, EgressError, StoreUnavailable, type_of
 from service.model import JSON
+from service.web.context import context_of
 
 log = structlog.get_logger()
 
@@ -48,6 +49,7 @@ async def http_error(request: Request, error: Exception) -> Response:
 
 
 async def store_unavailable(request: Request, error: Exception) -> Response:
+    context_of(request).resources.metrics.store_failures.inc()
     log.error("store.failed", message=str(error), exception=cause_of(error))
     return answer(request, 503, "unavailable", str(error), {"Retry-After": "1"})
 

@@ -22,7 +22,8 @@ async def resolve(request: Request) -> Response:
     if refused == "taken":
         raise ApiError(409, "id_taken", "another task has this upstream_id", param="upstream_id", task_id=task.id)
     if refused is not None:
-        raise ApiError(409, "task_not_uncertain", f"the task is {refused}: only an uncertain submission is resolved", task_id=task.id)
+        message = f"the task is {refused}: only an uncertain submission is resolved, or an id corrected that the upstream did not answer to"
+        raise ApiError(409, "task_not_uncertain", message, task_id=task.id)
     log.info("admin.action", action="task.resolve", subject=task.id)
     return JSONResponse(shown(context, (await known_task(request))[0]))
 

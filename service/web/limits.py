@@ -1,9 +1,22 @@
-"""How many requests an API key may make: a sliding window for each key, in this process's memory."""
+"""What holds clients back: how many requests a key may make, and how many a process has in hand. Callbacks are held back by neither."""
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import structlog
 
 from service.errors import ApiError
+from service.ops.metrics import Metrics
+from service.pipeline.precedence import Precedence
+
+log = structlog.get_logger()
+
+BUSY, WAITING = 500, 5000  # clients' requests at work, and those that only wait for a task or an event
+FLOOD = 250  # callbacks in hand: some 0.1 s of work
+TOLD_S = 1.0
 
 
 class KeyLimits:
@@ -25,3 +38,48 @@ class KeyLimits:
             allowed_at, _ = await self._limiter.get_window_stats(self._limit, key)
             wait = max(1, math.ceil(allowed_at - time.time()))
             raise ApiError(429, "rate_limit_exceeded", f"the key's limit is reached: {self._limit}", retry_after=wait)
+
+
+@dataclass(slots=True)
+class Admission:
+    """Sheds clients' requests before callbacks have to wait for them: while there are too many, or a flood of callbacks is being taken."""
+
+    precedence: Precedence
+    metrics: Metrics
+    busy: int = 0
+    waiting: int = 0
+    _told: float = -math.inf
+    _withheld: int = 0
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Around a client's request; ApiError 503 when it is shed."""
+        if self.busy >= BUSY or self.waiting >= WAITING or self.precedence.in_hand >= FLOOD:
+            self._tell()
+            raise ApiError(503, "overloaded", "the service has too much in hand", retry_after=1)
+        self.busy += 1
+        try:
+            yield
+        finally:
+            self.busy -= 1
+
+    @contextmanager
+    def wait(self) -> Iterator[None]:
+        """Around a time in which an admitted request only waits: it takes nobody's place meanwhile, and comes back without asking."""
+        self.busy -= 1
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+            self.busy += 1
+
+    def _tell(self) -> None:
+        self.metrics.requests_shed.inc()
+        now = time.monotonic()
+        if now - self._told < TOLD_S:
+            self._withheld += 1
+            return
+        figures = {"busy": self.busy, "waiting": self.waiting, "callbacks": self.precedence.in_hand, "withheld": self._withheld}
+        log.warning("http.shed", **figures)
+        self._told, self._withheld = now, 0

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from service.model import UPSTREAM_ID
+
 EVENT_TYPES = (
     "image.task.submitted",
     "image.task.completed",
@@ -54,7 +56,7 @@ class Submission(BaseModel):
 class Resolution(Body):
     """What became of an uncertain submission: the upstream's id of it, or what to do without one."""
 
-    upstream_id: Annotated[str, Field(pattern=r"^[!-~]{1,200}$")] | None = None
+    upstream_id: Annotated[str, Field(pattern=f"^{UPSTREAM_ID}$")] | None = None
     decision: Literal["failed", "resubmit"] | None = Field(None, alias="as")
 
     @model_validator(mode="after")

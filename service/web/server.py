@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -16,6 +17,8 @@ from service.web.protocol import BoundedHeads
 # Longer than the idle connections that clients and load balancers keep (5 to 60 s as a rule): whoever may reuse a connection is the one to
 # close it, or a request meets our close on its way and is lost.
 KEEP_ALIVE_S = 75
+BACKLOG = 16_384  # connections that wait to be taken; the kernel makes it `net.core.somaxconn` if that is less
+TAKEN_S = 0.01  # after the last is taken from the socket's queue the loop makes them connections, which are then told of the stop
 
 
 class Server(uvicorn.Server):
@@ -33,13 +36,27 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
+                backlog=BACKLOG,
                 timeout_graceful_shutdown=max(1, round(stop_s)),
             )
         )
         self._bound = bound
 
     async def run_bound(self) -> None:
+        allow_descriptors()
         await self._serve([self._bound])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(TAKEN_S)
+        await super().shutdown(sockets)
+
+
+def allow_descriptors() -> None:
+    """As many open connections and files as the process may have at all: a usual limit of 1024 would turn callbacks of a burst away."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -53,7 +70,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise ConfigurationError(f"{host}:{port} cannot be listened on: {error.strerror} (DARKROOM_HOST, DARKROOM_PORT)") from error
-    bound.listen(2048)
+    bound.listen(BACKLOG)
     bound.setblocking(False)
     return bound
 

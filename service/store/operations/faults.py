@@ -70,7 +70,10 @@ def _suspect(tx: Transaction, found: tuple[Grant, int] | None) -> Suspect | None
 
 
 def _park(tx: Transaction, grant: Grant, cause: str) -> None:
-    """Takes a row out of its queue for good: its task fails, its image is lost or its delivery is dead; operators are told."""
+    """Takes a row out of its queue for good: its task fails, its image is lost or its delivery is dead; operators are told.
+
+    A task that is storing is settled, and goes on with its pictures: what they wait for is in a queue of their own.
+    """
     task_id: str | None = grant.key
     if grant.stage in ("deliver", "redeliver"):
         task_id = tx.connection.execute(select(deliveries.c.task_id).where(deliveries.c.id == grant.key)).scalar()
@@ -82,7 +85,7 @@ def _park(tx: Transaction, grant: Grant, cause: str) -> None:
         finish_if_done(tx, task)
     else:
         task = lock(tx, [grant.key])[grant.key]
-        if State(task["state"]) in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN, State.SUBMITTED, State.STORING):
+        if State(task["state"]) in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN, State.SUBMITTED):
             forget_downloads(tx, grant.key)
             error = {"code": "internal_error", "message": f"parked after {cause}", "type": "server_error"}
             end(tx, task, State.FAILED, error)

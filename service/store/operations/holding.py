@@ -13,16 +13,15 @@ from sqlalchemy import select, update
 from service.model import State
 from service.store import Grant, Transaction
 from service.store.operations import leases
-from service.store.operations.tasks import Row, change, end, lock
+from service.store.operations.tasks import Row, change, lock
 from service.store.tables import tasks
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Nothing was sent: looked at again after `wait_ms`, failed `not_submitted` once older than `give_up_ms`."""
+    """Nothing was sent: looked at again after `wait_ms`, and when it is `give_up_ms` old: then it is tried before it is given up."""
 
     grant: Grant
-    reason: str
     wait_ms: int
     give_up_ms: int
 
@@ -44,13 +43,10 @@ def _held(tx: Transaction, row: Row, item: Hold) -> dict[str, Any]:
     state, give_up_at, due_at = State(row["state"]), row["created_at"] + item.give_up_ms, tx.now + item.wait_ms
     if state not in (State.QUEUED, State.UNCERTAIN):  # cancelled meanwhile, or proved to be there
         return leases.freed("submit", row["submit_due_at"])
-    if state is State.QUEUED and tx.now >= give_up_at:
-        message = f"the upstream took no submission: {item.reason}"
-        end(tx, row, State.FAILED, {"code": "not_submitted", "message": message, "type": "task_error"})
-        return leases.freed("submit", None)
+    if state is State.QUEUED and tx.now < give_up_at:
+        due_at = min(due_at, give_up_at)
     more = {"lease_owner": tx.process, "attempts": row["submit_attempts"] - 1}
-    outcomes = {"submit_outcomes": max(1, row["submit_outcomes"])}
-    return leases.freed("submit", min(due_at, give_up_at) if state is State.QUEUED else due_at, **more) | outcomes
+    return leases.freed("submit", due_at, **more) | {"submit_outcomes": max(1, row["submit_outcomes"])}
 
 
 def resume_submissions(tx: Transaction, items: Sequence[int]) -> list[int]:

@@ -14,6 +14,7 @@ from service.store.tables import images
 
 STALE_LIMIT, STALE_MS = 10, 30 * 60 * 1000
 WRONG_LIMIT = 3
+LIVES = 2  # a link lives a day, and the upstream gives links for a day after the submission: the last one dies after two (upstream.md)
 AT_RISK_MS, AT_RISK_STALE = 2 * 3600 * 1000, 3  # time for somebody to act: this little left, or the link dead so often
 
 
@@ -27,8 +28,10 @@ def expect(tx: Transaction, task: Row, urls: Sequence[str], ttl_ms: int) -> None
     """Makes one row a result that a query named, in the upstream's order, and gets the missing ones fetched.
 
     A row that a callback named counts now if the address is the same; another address wins over it. What is confirmed
-    stays: a link may be renewed while the picture is missing, but what was stored or lost is so for good.
+    stays: a link may be renewed while the picture is missing, but what was stored or lost is so for good. Another address is a
+    fresh link: it lives `ttl_ms` from now, but not past `LIVES` such lives from the submission, however often one is given.
     """
+    last_ms = (task["submitted_at"] or task["created_at"]) + LIVES * ttl_ms
     statement = select(images).where(images.c.task_id == task["id"]).with_for_update()
     known = {row["position"]: row for row in tx.connection.execute(statement).mappings()}
     for position, url in enumerate(urls):
@@ -44,7 +47,8 @@ def expect(tx: Transaction, task: Row, urls: Sequence[str], ttl_ms: int) -> None
             tx.change(images, row["id"], {**fresh, **blameless, **leases.wanted(tx, "download", row["id"], row)})
         elif row["state"] == "pending":  # a fresh link; tried when its turn comes, or each answer would start the next try
             again = leases.wanted(tx, "download", row["id"], row) if row["due_at"] is None else {}
-            tx.change(images, row["id"], {"source_url": url, **again})
+            dies_at = max(row["link_dies_at"], min(tx.now + ttl_ms, last_ms))
+            tx.change(images, row["id"], {"source_url": url, "link_dies_at": dies_at, **again})
     if invented := [row["id"] for row in known.values() if not row["confirmed"]]:
         tx.connection.execute(delete(images).where(images.c.id.in_(invented)))
 
@@ -98,8 +102,8 @@ class Stored:
 class Retry:
     """A passing failure: tried again after `wait_ms` while the link lives.
 
-    `stale` (403, 404, 410): the upstream is asked for a fresh link; final after 10 over 30 minutes. `wrong_sha256`: what came
-    was no image; the same bytes three times are final.
+    `stale` (403, 404, 410): the upstream is asked for a fresh link, also when the link's time is up; final after 10 over
+    30 minutes. `wrong_sha256`: what came was no image; the same bytes three times are final.
     """
 
     reason: str
@@ -167,9 +171,9 @@ def _record(tx: Transaction, task: Row, row: Row, item: Download) -> str | None:
 
 
 def _blame(tx: Transaction, row: Row, retry: Retry) -> dict[str, Any]:
-    """What a passing failure leaves in the row; it is final when it came too often, or when the link's time is up."""
+    """What a passing failure leaves in the row; final when it came too often, or when the link's time is up and no other was asked for."""
     values: dict[str, Any] = {"error": retry.reason, "state": "pending"}
-    final = tx.now >= row["link_dies_at"]
+    final = tx.now >= row["link_dies_at"] and not retry.stale
     if retry.stale:
         since = tx.now if row["stale_since"] is None else row["stale_since"]
         values |= {"stale_since": since, "stale_count": row["stale_count"] + 1}

@@ -88,8 +88,8 @@ def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[st
     if named and row["upstream_id"] is None:
         taken[named] = row["id"]
         submitted(tx, row, named, "callback", report, None)
-        if not report.final:
-            ask(tx, row)  # the submission's answer, which would have planned it, may never come
+        if not report.final or first == digest:
+            ask(tx, row)  # the submission's answer, which would have planned it, may never come, and the first had no id to ask for
     if not report.final:
         _keep(tx, row, kept, item, digest, "accepted")
         _progress(tx, row, report)

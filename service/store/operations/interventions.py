@@ -25,7 +25,8 @@ class Resolution:
 def resolve_tasks(tx: Transaction, items: Sequence[Resolution]) -> list[str | None]:
     """Settles uncertain tasks; None, or why not: `missing`, `taken` (another task has the id), or the state the task is in.
 
-    A task that ended as `submission_uncertain` may be given its id still: its pictures are then saved as a late result.
+    A task that ended without proof that nothing was created (`submission_uncertain`, parked) may be given its id still: its pictures
+    are then saved as a late result. An id by hand may be given anew, whatever the state, until the upstream answers to it.
     """
     rows = lock(tx, (item.task_id for item in items))
     results: list[str | None] = []
@@ -37,12 +38,11 @@ def resolve_tasks(tx: Transaction, items: Sequence[Resolution]) -> list[str | No
 
 def _resolve(tx: Transaction, row: Row, item: Resolution) -> str | None:
     state = State(row["state"])
-    given_up = state is State.FAILED and row["upstream_id"] is None and row["doubted_at"] is not None
-    if state is not State.UNCERTAIN and not (given_up and item.upstream_id):
+    if state is not State.UNCERTAIN and not (item.upstream_id and _nameless(row)):
         return state.value
     if item.upstream_id is not None:
         taken = select(tasks.c.id).where(tasks.c.upstream == row["upstream"], tasks.c.upstream_id == item.upstream_id)
-        if tx.connection.execute(taken).first() is not None:
+        if tx.connection.scalar(taken.where(tasks.c.id != row["id"])) is not None:
             return "taken"
         submitted(tx, row, item.upstream_id, "hand", Report(upstream_id=item.upstream_id), None)
         tx.write()  # the next item may name the same id
@@ -52,6 +52,13 @@ def _resolve(tx: Transaction, row: Row, item: Resolution) -> str | None:
     else:
         end_uncertain(tx, row)
     return None
+
+
+def _nameless(row: Row) -> bool:
+    """Whether a task that is not uncertain may be given an id: it may have been created before it was given up, or has one by hand."""
+    parked = row["error"] is not None and row["error"]["code"] == "internal_error"
+    given_up = row["state"] == State.FAILED and row["upstream_id"] is None and (row["doubted_at"] is not None or parked)
+    return given_up or row["upstream_id_from"] == "hand"
 
 
 def reconcile_tasks(tx: Transaction, items: Sequence[str]) -> list[str | None]:

@@ -9,7 +9,14 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from service.store import LEASE_MS, Grant, Transaction
 from service.store.records import Row
-from service.store.tables import QUEUES, ZERO, Queue
+from service.store.tables import QUEUES, ZERO, Queue, steps
+
+# No lease is longer, whatever a submission's call may take: one that ends later was granted before the clock went back.
+LONGEST_MS = 30 * 60_000
+
+# From a try alone to the next, by the deaths before it: kills from outside come in bursts, and what takes long meets them all.
+SUSPECT_WAITS_MS = {2: 5_000, 3: 20_000, 4: 80_000}
+LONGEST_WAIT_MS = 320_000
 
 
 def born(tx: Transaction, stage: str, key: str, *, behind: bool = False) -> dict[str, Any]:
@@ -30,7 +37,7 @@ def wanted(tx: Transaction, stage: str, key: str, row: Row) -> dict[str, Any]:
     prefix = queue.prefix
     values: dict[str, Any] = {"due_at": tx.now, "attempts": 0}
     until = row[prefix + "lease_until"]
-    if until is not None and until > tx.now:
+    if until is not None and tx.now < until <= tx.now + LONGEST_MS:
         del values["attempts"]
     elif take_slot(tx, stage):
         fence = row[prefix + "fence"] + 1
@@ -75,7 +82,10 @@ def claim(tx: Transaction, stages: Sequence[str]) -> list[int]:
 
 
 def claim_suspect(tx: Transaction, stage: str) -> tuple[Grant, int] | None:
-    """Leases one due row that outlived two deaths of its process, which `claim` leaves alone; with how many it outlived."""
+    """Leases one due row that outlived two deaths of its process, which `claim` leaves alone; with how many it outlived.
+
+    If the process dies again the row is due later each time.
+    """
     for *grant, deaths in tx.connection.execute(_claiming(QUEUES[stage], suspect=True), _figures(tx, 1)):
         return Grant(stage, *grant), deaths
     return None
@@ -86,7 +96,7 @@ def _claim(tx: Transaction, queue: Queue, limit: int) -> list[Grant]:
 
 
 def _figures(tx: Transaction, limit: int) -> dict[str, Any]:
-    return {"now": tx.now, "until": tx.now + LEASE_MS, "process": tx.process, "free": limit}
+    return {"now": tx.now, "until": tx.now + LEASE_MS, "process": tx.process, "free": limit, "too_far": tx.now + LONGEST_MS}
 
 
 @cache
@@ -98,20 +108,23 @@ def _claiming(queue: Queue, *, suspect: bool = False) -> ReturningUpdate[Any]:
     died = and_(deaths > ZERO, or_(deaths > 1, until.is_not(None))) if suspect else or_(deaths < 1, and_(deaths < 2, until.is_(None)))
     ready = (
         select(key)
-        .where(queue.column("due_at") <= now, or_(until.is_(None), until <= now), died)
+        .where(queue.column("due_at") <= now, or_(until.is_(None), until <= now, until > bindparam("too_far")), died)
         .order_by(queue.order)
         .limit(bindparam("free"))
         .with_for_update(skip_locked=True)
     )
     if queue.where is not None:
         ready = ready.where(queue.where)
+    count = case((until.is_not(None), deaths + 1), else_=deaths)
     values = {
         until: bindparam("until"),
         queue.column("lease_owner"): bindparam("process"),
         fence: fence + 1,
         attempts: attempts + 1,
-        deaths: case((until.is_not(None), deaths + 1), else_=deaths),
+        deaths: count,
     }
+    if suspect:
+        values[queue.column("due_at")] = now + case(SUSPECT_WAITS_MS, value=count, else_=LONGEST_WAIT_MS)
     # Materialised: a plan that ran the subquery once for each row would lease more than there are places.
     chosen = ready.cte("ready").prefix_with("MATERIALIZED")
     return update(queue.table).where(key.in_(select(chosen.c.id))).values(values).returning(key, fence, attempts, deaths)
@@ -150,6 +163,19 @@ def change(tx: Transaction, grant: Grant, values: Mapping[str, Any]) -> bool:
         .values({queue.column(name): value for name, value in values.items()})
     )
     return tx.connection.execute(statement).rowcount == 1
+
+
+def last_step(tx: Transaction) -> int:
+    """When the timeline that was written last says it was; 0: there is none."""
+    return tx.connection.execute(select(steps.c.time).order_by(steps.c.id.desc()).limit(1)).scalar() or 0
+
+
+def set_back(tx: Transaction, by_ms: int) -> None:
+    """Brings what is due nearer by so much: the clock went back, and nobody is to wait for that. The caller is the only one."""
+    for stage in ("submit", "settle", "download", "deliver"):
+        queue = QUEUES[stage]
+        due_at = queue.column("due_at")
+        tx.connection.execute(update(queue.table).where(due_at > tx.now).values({due_at: due_at - by_ms}))
 
 
 def free_all(tx: Transaction) -> None:

@@ -59,6 +59,8 @@ def _record(tx: Transaction, row: Row, item: Settlement) -> int | None:
         )
         return None if given_up else tx.now + item.wait_ms
     told = fill(row, report)
+    if row["upstream_id_from"] == "hand":  # it was no slip of the pen: the upstream has something under it
+        told["upstream_id_from"] = "query"
     if told:
         change(tx, row, **told)
     if state in model.TERMINAL:
@@ -78,11 +80,12 @@ def _ended(tx: Transaction, row: Row, report: Report, item: Settlement) -> int |
     """
     late = row["settled_digest"] is None and State(row["state"]) is not State.CANCELLED and row["erased_at"] is None
     if report.final and late:
+        if _gone(report) and State(row["state"]) is State.EXPIRED:  # which is what we said: proof may come yet
+            return None
         change(tx, row, settled_digest=model.outcome_digest(report.status, report.results), upstream_status=report.status)
         if not (report.status is Status.COMPLETED and report.results):
             forget_downloads(tx, row["id"])
-            if State(row["state"]) is not State.EXPIRED or not _gone(report):  # which is what we said
-                tell_late(tx, row)
+            tell_late(tx, row)
             return None
     if report.status is Status.COMPLETED and (late or awaited(tx, row["id"])):
         expect(tx, row, report.results, item.result_ttl_ms)
@@ -91,7 +94,8 @@ def _ended(tx: Transaction, row: Row, report: Report, item: Settlement) -> int |
 
 
 def _gone(report: Report) -> bool:
-    return report.error is not None and report.error["code"] == "resource_not_found"
+    """Whether the upstream says that it keeps the task no more."""
+    return report.status is Status.FAILED and report.error is not None and report.error["code"] == "resource_not_found"
 
 
 def _final(tx: Transaction, row: Row, report: Report, item: Settlement) -> int | None:
@@ -104,12 +108,14 @@ def _final(tx: Transaction, row: Row, report: Report, item: Settlement) -> int |
             move(tx, row, State.STORING, **settled)
         finish_if_done(tx, row)
         return None
+    if State(row["state"]) is State.STORING and (_gone(report) or report.status is Status.COMPLETED):
+        return None  # it gives no more links: each picture is stored, or lost by the rules for the one it has
     forget_downloads(tx, row["id"])
     if report.status is Status.COMPLETED:
         end(tx, row, State.FAILED, _error("no_results", "the upstream completed the task without any result"), **settled)
     elif report.status is Status.CANCELLED:
         end(tx, row, State.CANCELLED, report.error or _error("request_cancelled", "cancelled by the upstream"), **settled)
-    elif report.error and _gone(report) and State(row["state"]) is State.SUBMITTED:  # not settled: proof may come yet
+    elif report.error and _gone(report):  # not settled: proof may come yet
         end(tx, row, State.EXPIRED, {**report.error, "code": "expired"}, upstream_status=report.status)
     else:
         end(tx, row, State.FAILED, report.error or _error("unknown_error", "the upstream gave no reason"), **settled)

@@ -40,10 +40,13 @@ def start_submissions(tx: Transaction, items: Sequence[Start]) -> list[bytes | N
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The upstream has it: asked again after `first_query_ms` if nothing is heard."""
+    """The upstream has it: asked again after `first_query_ms` if nothing is heard. `decide_ms` as in `Uncertain`, which it is when its id
+    is another task's.
+    """
 
     report: Report
     first_query_ms: int
+    decide_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +125,10 @@ def _accepted(tx: Transaction, row: Row, outcome: Accepted, rows: Iterable[Row])
         data = {"task_id": row["id"], "upstream_id": name[1], "callback_id": None, "reason": f"{holder['id']} has the same upstream id"}
         outbox.emit_operators(tx, "callback.conflict", data, task_id=row["id"])
         if holder["upstream_id_from"] == "answer":
-            _not_accepted(tx, row, Uncertain("the id in the answer is another task's", outcome.first_query_ms), held=True)
+            _not_accepted(tx, row, Uncertain("the id in the answer is another task's", outcome.decide_ms), held=True)
             return
-        change(tx, holder, upstream_id=None, upstream_id_from=None, settle_due_at=tx.now + outcome.first_query_ms)
+        # Whoever asks about it meanwhile loses the lease: the answer is the other task's.
+        change(tx, holder, upstream_id=None, upstream_id_from=None, **leases.freed("settle", tx.now + outcome.first_query_ms))
         tx.write()  # it is free before it is given again
     submitted(tx, row, outcome.report.upstream_id, "answer", outcome.report, outcome.first_query_ms)
     if row["settle_requests"] and State(row["state"]) is State.SUBMITTED:  # somebody asked before there was an id to ask for

@@ -15,6 +15,7 @@ from service.store.records import counts, image_record, task_record
 from service.store.tables import images, tasks
 
 Row = dict[str, Any]
+RENAMES = {("callback", "answer"), ("hand", "answer"), ("query", "answer"), ("hand", "hand")}  # from where an id was, and is
 
 
 def lock(tx: Transaction, ids: Iterable[str]) -> dict[str, Row]:
@@ -54,14 +55,17 @@ def fill(row: Row, report: model.Report) -> dict[str, Any]:
 def submitted(tx: Transaction, row: Row, upstream_id: str, source: str, report: model.Report, first_query_ms: int | None) -> None:
     """The upstream has the task: binds its id and, on the way from `queued`, tells everybody once.
 
-    An id from the submit answer wins over one from a callback or by hand (`source`: answer | callback | hand).
+    An id from the submit answer wins over one from a callback or by hand (`source`: answer | callback | hand), and one by hand
+    over one by hand before it. Who asks about the old one meanwhile loses the lease: the answer would be another task's.
     `first_query_ms` None: settling is planned already.
     """
     values = fill(row, report)
     if State(row["state"]) not in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN):  # an answer that comes late knows nothing better
         values = {name: value for name, value in values.items() if row[name] is None}
-    if row["upstream_id"] is None or (row["upstream_id_from"] != "answer" and source == "answer"):
+    if row["upstream_id"] is None or (row["upstream_id_from"], source) in RENAMES:
         values |= {"upstream_id": upstream_id, "upstream_id_from": source}
+        if row["upstream_id"] not in (None, upstream_id):
+            values |= leases.freed("settle", tx.now)
     if (
         first_query_ms is not None
         and row["settle_due_at"] is None

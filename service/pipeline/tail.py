@@ -1,0 +1,154 @@
+"""The outbox's end, read once for all streams of a process. A stream is a place in it: a slow reader holds nothing, and nobody up.
+
+Who is behind what is kept here reads the store itself, a page at a time, until it has caught up.
+"""
+
+import asyncio
+import json
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import structlog
+
+from service import model
+from service.errors import StoreUnavailable
+from service.pipeline.outbox import LOOK_S, render
+from service.store import Store, queries
+from service.store.records import Row
+
+log = structlog.get_logger()
+
+PAGE = 100  # events
+KEPT, KEPT_SIZE = 2000, 16 << 20  # of the end: events, characters
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An event as streams send it."""
+
+    sequence: int
+    owner: str
+    type: str
+    task_id: str | None
+    document: str  # JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a stream shows; `owner` None: everybody's events, no `types`: all of them."""
+
+    owner: str | None
+    types: Sequence[str] = ()
+    task_id: str | None = None
+
+    def has(self, entry: Entry) -> bool:
+        return (
+            self.owner in (None, entry.owner)
+            and self.task_id in (None, entry.task_id)
+            and (not self.types or any(model.type_matches(pattern, entry.type) for pattern in self.types))
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The place that a stream wanted to go on from is no longer kept; it goes on with `oldest`."""
+
+    oldest: int
+
+
+class Tail:
+    """A job of every process that streams; it reads while there is a stream."""
+
+    def __init__(self, store: Store, links: model.Links) -> None:
+        self._store = store
+        self._links = links
+        self._begin: int | None = None  # all events after it up to `_end` are kept here
+        self._end = 0
+        self._entries: list[Entry] = []
+        self._size = 0
+        self._wanted = asyncio.Event()
+        self.streams = 0
+
+    async def run(self) -> None:
+        signals = self._store.signals
+        with signals.listen("events") as written:
+            while True:
+                await self._wanted.wait()
+                written.clear()
+                try:
+                    full = await self._look()
+                except Exception as error:  # the streams that wait are not told, so this goes on
+                    full, unforeseen = False, None if isinstance(error, StoreUnavailable) else error
+                    known = {"stage": "tail", "key": None, "attempt": None, "wait_s": LOOK_S, "exception": repr(error)}
+                    log.error("worker.failed", **known, exc_info=unforeseen)  # noqa: TRY400 - a store that is away needs no traceback
+                if not full:
+                    await signals.wait(written, LOOK_S)
+                    if signals.stopping:
+                        return
+
+    async def _look(self) -> bool:
+        """Reads what is new; whether there may be more."""
+        begin = await self._store.read(queries.outbox_end) if self._begin is None else self._begin
+        rows, last, _ = await self._store.read(queries.event_list, None, self._end if self._begin is not None else begin, PAGE)
+        if not self.streams:
+            return False
+        self._begin, end, self._end = begin, self._end, last
+        for row in rows:
+            self._entries.append(self._entry(row))
+            self._size += len(self._entries[-1].document)
+        over = 0
+        while len(self._entries) - over > KEPT or self._size > KEPT_SIZE:
+            self._begin, self._size, over = self._entries[over].sequence, self._size - len(self._entries[over].document), over + 1
+        del self._entries[:over]
+        if end != last:
+            self._store.signals.notify(["tail"])
+        return len(rows) == PAGE
+
+    @contextmanager
+    def _following(self) -> Iterator[None]:
+        self.streams += 1
+        self._wanted.set()
+        try:
+            yield
+        finally:
+            self.streams -= 1
+            if not self.streams:
+                self._wanted.clear()
+                self._begin, self._end, self._entries, self._size = None, 0, [], 0
+
+    async def follow(self, after: int | None, wanted: Wanted, quiet_s: float) -> AsyncIterator[Sequence[Entry] | Gone]:
+        """Events after a place, in their sequence; None: from now on. An empty sequence when there was none for `quiet_s` seconds.
+
+        Ends when the process stops. StoreUnavailable.
+        """
+        place = await self._store.read(queries.outbox_end) if after is None else after
+        signals = self._store.signals
+        with self._following(), signals.listen("tail") as moved:
+            while not signals.stopping:
+                moved.clear()
+                before = place
+                if self._begin is None or place < self._begin:
+                    rows, place, forgotten = await self._store.read(
+                        queries.event_list, wanted.owner, place, PAGE, wanted.types, wanted.task_id
+                    )
+                    found = [self._entry(row) for row in rows]
+                    if before < forgotten:
+                        yield Gone(await self._store.read(queries.outbox_begin))
+                else:
+                    kept = self._entries[bisect_right(self._entries, place, key=_sequence) :][:PAGE]
+                    place = kept[-1].sequence if len(kept) == PAGE else max(place, self._end)
+                    found = [entry for entry in kept if wanted.has(entry)]
+                if found:
+                    yield found
+                elif place == before and not await signals.wait(moved, quiet_s):
+                    yield ()
+
+    def _entry(self, row: Row) -> Entry:
+        document = json.dumps(render(row, self._links), ensure_ascii=False, separators=(",", ":"))
+        return Entry(row["sequence"], row["owner"], row["type"], row["task_id"], document)
+
+
+def _sequence(entry: Entry) -> int:
+    return entry.sequence

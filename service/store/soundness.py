@@ -1,0 +1,97 @@
+"""What a database file has to be before anything is written to it: ours, and whole. What is not is left as it is, byte for byte.
+
+It is looked at through a connection that only reads, so that not even SQLite's own recovery touches it.
+"""
+
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import quote
+
+from sqlalchemy import create_engine
+from sqlalchemy.exc import DatabaseError
+from sqlalchemy.pool import NullPool
+
+from service.errors import ConfigurationError
+from service.folders import sync
+from service.store import schema
+
+CHECK_S = 1.0  # about a gigabyte of a file in memory: a start is not to take longer, callbacks wait for it
+STEPS = 10_000  # of SQLite's, between two looks at the clock
+DAMAGE = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+
+
+def connecting(path: Path, mode: str) -> Callable[[], sqlite3.Connection]:
+    """Opens the file, which is there, with SQLite's `mode`: `ro` or `rw`."""
+    uri = f"file:{quote(str(path))}?mode={mode}"
+    return lambda: sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
+
+
+def damaged(error: BaseException | None) -> bool:
+    """Whether SQLite says that the file is no database, or a broken one."""
+    name = str(getattr(getattr(error, "orig", error), "sqlite_errorname", ""))
+    return name.startswith(DAMAGE)
+
+
+def examine(path: Path) -> None:
+    """ConfigurationError: the file is another's, or broken, or what belongs to it is missing. A file that is not there is no defect."""
+    wal, size = path.with_name(path.name + "-wal"), path.stat().st_size if path.exists() else 0
+    if size == 0 and wal.exists() and wal.stat().st_size:
+        raise ConfigurationError(f"{path} is missing or empty, but {wal.name} beside it holds tasks that SQLite would throw away: {ADVICE}")
+    if size == 0:
+        if path.exists():
+            raise ConfigurationError(f"{path} is empty, which no store is: {ADVICE}, or remove it to begin a new one")
+        return
+    looking = create_engine("sqlite+pysqlite://", creator=connecting(path, "ro"), poolclass=NullPool)
+    try:
+        with looking.connect() as connection:
+            schema.refuse_foreign(connection)
+            driver = connection.connection.driver_connection
+            assert driver is not None
+            found = quick_check(driver)
+    except DatabaseError as error:
+        if not damaged(error):
+            raise
+        found = str(error.orig)
+    if found != "ok":
+        raise ConfigurationError(f"DARKROOM_DATABASE_URL: {path} cannot be used: it is damaged ({found}): {ADVICE}")
+
+
+ADVICE = "put a backup back (darkroom restore)"
+
+
+def quick_check(driver: sqlite3.Connection) -> str:
+    """The first defect in one line, `ok`: none was found within `CHECK_S`."""
+    end = time.monotonic() + CHECK_S
+    driver.set_progress_handler(lambda: time.monotonic() > end, STEPS)
+    try:
+        return str(driver.execute("PRAGMA quick_check(1)").fetchone()[0]).strip().replace("\n", " ")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname == "SQLITE_INTERRUPT":
+            return "ok"
+        raise
+
+
+def begin(path: Path) -> None:
+    """Makes a new file, in SQLite's WAL mode, whole or not at all: an empty one is never ours.
+
+    Of one that is there, what a killed process committed without waiting for the disk is made to last: SQLite would show it, and lose it.
+    """
+    if path.exists():
+        for each in (path, path.with_name(path.name + "-wal")):
+            with suppress(FileNotFoundError):
+                sync(each)
+        return
+    draft = path.with_name(path.name + ".new")
+    for leftover in (draft, draft.with_name(draft.name + "-journal")):
+        leftover.unlink(missing_ok=True)
+    made = sqlite3.connect(draft, isolation_level=None)
+    try:
+        made.execute("PRAGMA journal_mode=WAL")
+    finally:
+        made.close()
+    draft.replace(path)
+    with suppress(PermissionError):
+        sync(path.parent)

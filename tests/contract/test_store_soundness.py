@@ -1,0 +1,130 @@
+"""Which database files are taken for ours: what is not, or not whole, is refused in one line and left as it is, byte for byte."""
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from service.errors import ConfigurationError
+from service.store.operations.tasks import insert_tasks
+from service.store.sqlite import open_sqlite
+from tests.contract.subject import Clock, Opener, Subject, new_id
+
+
+def text_file(path: Path) -> None:
+    path.write_text("dear diary\n" * 1000)
+
+
+def no_bytes(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def only_zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def cut_in_a_page(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2 - 100)
+
+
+def random_middle(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 4)
+        file.write(os.urandom(path.stat().st_size // 2))
+
+
+def random_head(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(os.urandom(4096))
+
+
+def anothers(path: Path) -> None:
+    path.unlink()
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("CREATE TABLE customers (name text)")
+    connection.commit()
+    connection.close()
+
+
+def anothers_killed(path: Path) -> None:
+    """What another program left when it was killed: its last words are in the WAL alone."""
+    path.unlink()
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("CREATE TABLE customers (name text)")
+    connection.commit()
+    for name in (path.name, f"{path.name}-wal"):
+        shutil.copy(path.with_name(name), path.with_name(f"{name}.kept"))
+    connection.close()
+    for name in (path.name, f"{path.name}-wal"):
+        path.with_name(f"{name}.kept").replace(path.with_name(name))
+
+
+def gone_but_for_its_wal(path: Path) -> None:
+    path.with_name(f"{path.name}-wal").write_bytes(os.urandom(10_000))
+    path.write_bytes(b"")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of the files that hold data; SQLite lays an empty WAL beside what it only reads."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith((".lock", "-shm", "-wal"))}
+    wal = folder / "darkroom.db-wal"
+    return found | ({wal.name: wal.read_bytes()} if wal.exists() and wal.stat().st_size else {})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (text_file, "file is not a database"),
+        (no_bytes, "is empty, which no store is"),
+        (only_zeros, "is damaged"),
+        (cut, "is damaged"),
+        (cut_in_a_page, "is damaged"),
+        (random_middle, "is damaged"),
+        (random_head, "file is not a database"),
+        (anothers, "tables that are not darkroom's"),
+        (anothers_killed, "tables that are not darkroom's"),
+        (gone_but_for_its_wal, "is missing or empty"),
+    ],
+)
+async def test_a_file_that_is_not_ours_or_not_whole_is_refused(
+    spoil: Callable[[Path], None], reason: str, sqlite_opener: Opener, clock: Clock, tmp_path: Path
+) -> None:
+    """One line that says why; not a byte is changed, also at the second try."""
+    path = tmp_path / "darkroom.db"
+    async with sqlite_opener() as store:
+        await Subject(store, clock).batch(insert_tasks, [Subject(store, clock).wish() for _ in range(50)])
+    spoil(path)
+    before = contents(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=reason) as refused:
+            async with open_sqlite(path, process="one", new_id=new_id):
+                pass
+        assert "\n" not in str(refused.value)
+        assert contents(tmp_path) == before
+
+
+async def test_a_start_that_was_killed_at_once_leaves_no_empty_file(tmp_path: Path) -> None:
+    """The file appears whole: what a draft left behind is no obstacle."""
+    path = tmp_path / "darkroom.db"
+    path.with_name("darkroom.db.new").write_bytes(b"half of a draft")
+    for _ in range(2):
+        async with open_sqlite(path, process="one", new_id=new_id):
+            pass
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["darkroom.db", "darkroom.db.lock"]
+
+
+@pytest.mark.parametrize("name", ["what? 100% #1.db", "äöü.db", "a&mode=memory.db"])
+async def test_any_file_name_is_taken_as_it_is(name: str, tmp_path: Path, clock: Clock) -> None:
+    """Whatever it would mean in a URL."""
+    async with open_sqlite(tmp_path / name, process="one", new_id=new_id) as store:
+        await Subject(store, clock).queued()
+    assert (tmp_path / name).stat().st_size > 4096
