@@ -10,6 +10,8 @@ from PIL import Image
 from tests.s3 import s3_running, with_bucket
 from tests.servers import missing, missing_counted, postgres_binaries, postgres_database, postgres_running
 
+LONG = {"crash", "e2e", "bench", "durability"}
+
 hypothesis.settings.register_profile("darkroom", deadline=None)  # a slow machine is no defect
 hypothesis.settings.load_profile("darkroom")
 
@@ -56,6 +58,12 @@ def s3_server() -> Iterator[str]:
 def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of an empty bucket of this test's own, on the server that the environment now names."""
     return with_bucket(s3_server, monkeypatch)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of few and long tests come first, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,15 @@ def darkroom(*arguments: str, folder: Path, **environment: str) -> subprocess.Co
 
 
 class Running:
-    """A command that serves. `address` is the URL it told; `lines` what it has printed so far, both streams."""
+    """A command that serves, run by the one in `before` if there is one. `address` is the URL it told; `lines` what it has printed so far,
+    both streams.
+    """
 
-    def __init__(self, *arguments: str, folder: Path, **environment: str) -> None:
+    def __init__(self, *arguments: str, folder: Path, before: Sequence[str] = (), **environment: str) -> None:
         self.lines: list[str] = []
         self.announcement: dict[str, Any] = {}
         self._told = threading.Event()
-        command = [sys.executable, "-m", "service", *arguments]
+        command = [*before, sys.executable, "-m", "service", *arguments]
         self.process = subprocess.Popen(
             command, cwd=folder, env=clean_environment(environment), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )

@@ -19,9 +19,10 @@ import pytest
 MISSING = "no server: "  # what every such skip begins with, so that they can be counted
 
 
-def missing(server: str, variable: str) -> NoReturn:
-    """Skips at a desk; fails where CI is set, where the server has to be."""
-    said = f"{MISSING}{server} ({variable} is not set, and the machine has no binaries of it)"
+def missing(server: str, variable: str = "") -> NoReturn:
+    """Skips at a desk; fails where CI is set, where the server, or the program, has to be."""
+    unset = f"{variable} is not set, and " if variable else ""
+    said = f"{MISSING}{server} ({unset}the machine has no binaries of it)"
     if os.environ.get("CI"):
         pytest.fail(said, pytrace=False)
     pytest.skip(said)

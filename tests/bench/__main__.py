@@ -20,7 +20,6 @@ from tests.processes import ROOT
 
 FULL = Scale(rounds=5, tasks=20_000, connections=64, warm_up=1, seconds=4)
 QUICK = Scale(rounds=1, tasks=1_000, connections=8, warm_up=0.1, seconds=0.4)
-START, END = "<!-- bench -->", "<!-- /bench -->"
 
 
 def machine(folder: Path) -> str:
@@ -39,13 +38,13 @@ def machine(folder: Path) -> str:
     return f"`make bench` on {len(CORES)} cores, {versions}, {sync}. Medians of the rounds, with the least and the most."
 
 
-def written(readme: str, table: str) -> str:
-    """The README with the table between its markers; ValueError if it has none."""
-    before, start, rest = readme.partition(START)
-    _, end, after = rest.partition(END)
+def written(readme: str, table: str, mark: str = "bench") -> str:
+    """The README with the table between the markers of that name; ValueError if it has none."""
+    before, start, rest = readme.partition(f"<!-- {mark} -->")
+    _, end, after = rest.partition(f"<!-- /{mark} -->")
     if not start or not end:
-        raise ValueError(f"the README has no {START} … {END}")
-    return f"{before}{START}\n{table}\n{END}{after}"
+        raise ValueError(f"the README has no {mark} markers")
+    return f"{before}{start}\n{table}\n{end}{after}"
 
 
 def main() -> None:

@@ -4,10 +4,11 @@ import pytest
 
 from service.model import State
 from service.store import Grant, queries
+from service.store.operations import leases
 from service.store.operations.faults import DEATH_LIMIT, FAULT_LIMIT, Fault, claim_suspects, record_faults
 from service.store.operations.images import Retry
 from service.store.tables import QUEUES, deliveries, images
-from tests.contract.subject import LEASE, SECOND, Subject, completed, stored
+from tests.contract.subject import LEASE, MINUTE, SECOND, Subject, completed, stored
 
 URL = "https://r.test/0"
 
@@ -139,7 +140,7 @@ async def dead(subject: Subject, key: str, times: int) -> None:
             suspect = await subject.write(claim_suspects, "download")
             assert suspect is not None
             assert (suspect.grant.key, suspect.parked) == (key, False)
-        subject.clock.shift(LEASE)
+        subject.clock.shift(LEASE + leases.LONGEST_WAIT_MS)
 
 
 async def test_a_row_that_outlived_two_deaths_is_leased_alone(subject: Subject) -> None:
@@ -157,6 +158,24 @@ async def test_a_row_that_outlived_two_deaths_is_leased_alone(subject: Subject) 
     subject.clock.shift(SECOND)
     assert [grant.key for grant in await subject.claim("download", 9)] == [first["id"]]
     assert not await subject.store.read(queries.suspects)
+
+
+async def test_a_row_whose_process_dies_with_it_alone_is_due_later_each_time(subject: Subject) -> None:
+    """A burst of kills from outside parks nothing: from the first death alone to the last more than seven minutes pass."""
+    (image,) = await subject.images(await subject.storing(URL))
+    await dead(subject, image["id"], 2)
+    waits = []
+    for _ in range(DEATH_LIMIT - 2):
+        suspect = await subject.write(claim_suspects, "download")
+        assert suspect is not None
+        assert not suspect.parked
+        began, due = subject.clock.now, (await subject.row(images, image["id"]))["due_at"]
+        waits.append(due - began)
+        subject.clock.now = began + max(waits[-1], LEASE) - 1
+        assert await subject.write(claim_suspects, "download") is None
+        subject.clock.shift(1)
+    assert waits == sorted(waits)
+    assert sum(waits[:-1]) > 7 * MINUTE
 
 
 async def test_five_deaths_alone_park_a_row(subject: Subject) -> None:

@@ -1,7 +1,11 @@
 """Submissions put off while our key or account is refused, and made due at once when it is taken again."""
 
+from collections.abc import Sequence
+
+from sqlalchemy import text
+
 from service.model import State
-from service.store import Grant
+from service.store import Grant, Transaction
 from service.store.operations.holding import Hold, hold_submissions, resume_submissions
 from service.store.operations.submissions import Again
 from service.store.tables import tasks
@@ -16,7 +20,7 @@ async def held(subject: Subject, wait_ms: int = MINUTE, owner: str = "a") -> str
 
 
 async def hold(subject: Subject, grant: Grant, wait_ms: int = MINUTE) -> bool:
-    return await subject.write(hold_submissions, Hold(grant, "401 unauthorized", wait_ms, HOUR))
+    return await subject.write(hold_submissions, Hold(grant, wait_ms, HOUR))
 
 
 async def test_a_held_task_waits_as_queued_and_no_attempt_counts(subject: Subject) -> None:
@@ -47,15 +51,36 @@ async def test_what_is_held_is_due_at_once_when_it_may_be_sent(subject: Subject)
     assert "submit" not in subject.places.told[-1].due
 
 
-async def test_a_held_task_is_given_up_in_time(subject: Subject) -> None:
-    """It is due at the latest when it is too old, and then fails as `not_submitted`, with its one event."""
+async def test_a_held_task_is_tried_before_it_is_given_up(subject: Subject) -> None:
+    """It is due at the latest when it is too old; then it waits for a try, as after an absence, and ends by what that proves."""
     task_id = await held(subject, wait_ms=2 * HOUR)
     subject.clock.shift(HOUR)
     assert await hold(subject, await subject.claimed("submit", task_id))
     row = await subject.task(task_id)
-    assert (row["state"], row["error"]["code"], row["submit_lease_until"], row["submit_due_at"]) == ("failed", "not_submitted", None, None)
-    assert "401 unauthorized" in row["error"]["message"]
+    assert (row["state"], row["submit_due_at"], row["submit_lease_until"]) == ("queued", subject.clock.now + MINUTE, None)
+    subject.clock.shift(MINUTE)
+    grant = await subject.claimed("submit", task_id)
+    assert await subject.start(grant) is not None
+    assert await subject.submission(grant, Again("401 unauthorized", 0, HOUR)) is State.FAILED
+    row = await subject.task(task_id)
+    assert (row["error"]["code"], "401 unauthorized" in row["error"]["message"]) == ("not_submitted", True)
     assert await subject.types(task_id) == ["image.task.failed"]
+
+
+async def test_what_is_held_is_resumed_in_its_turn(two: tuple[Subject, Subject]) -> None:
+    """Owners take turns in this too, whoever came first: of two that may go one is of who came last, however they are found."""
+    subject, _ = two
+
+    def resume_by_a_scan(tx: Transaction, items: Sequence[int]) -> list[int]:
+        for plan in ("indexscan", "indexonlyscan", "bitmapscan"):
+            tx.connection.execute(text(f"SET LOCAL enable_{plan} = off"))
+        return resume_submissions(tx, items)
+
+    for owner in (*["a"] * 20, "b"):
+        await held(subject, owner=owner)
+    assert await subject.write(resume_by_a_scan, 2) == 2
+    owners = [(await subject.task(grant.key))["owner"] for grant in await subject.claim("submit", 5)]
+    assert sorted(owners) == ["a", "b"]
 
 
 async def test_an_uncertain_task_that_was_to_be_sent_again_waits_too(subject: Subject) -> None:

@@ -9,7 +9,7 @@ from service.store import queries
 from service.store.operations.images import Download, Lost, Retry, record_downloads
 from service.store.operations.inbox import accept_callbacks
 from service.store.records import Row
-from tests.contract.subject import DAY, LEASE, LOST, MINUTE, SECOND, Subject, callback, completed, failed, stored
+from tests.contract.subject import DAY, HOUR, LEASE, LOST, MINUTE, SECOND, Subject, callback, completed, failed, stored
 
 URL, OTHER = "https://r.test/0", "https://r.test/other"
 BROKEN = Retry("connection lost", 5 * SECOND)
@@ -196,15 +196,67 @@ async def test_a_passing_failure_is_tried_again_while_the_link_lives(subject: Su
 
 
 async def test_a_stale_link_gets_the_upstream_asked(subject: Subject) -> None:
-    """403, 404, 410: a fresh link is asked for at once, and tried when its turn comes: new links hasten nothing."""
+    """403, 404, 410: a fresh link is asked for at once, and tried when its turn comes: it hastens nothing. It has a life of its own."""
     task_id, image = await one_image(subject)
+    subject.clock.shift(HOUR)
     assert await subject.download(image, GONE) == "pending"
     planned = (await subject.images(task_id))[0]["due_at"]
     assert planned > subject.clock.now
     assert (await subject.task(task_id))["settle_due_at"] == subject.clock.now
     assert await subject.settle(task_id, completed(task_id, OTHER)) is State.STORING
     (row,) = await subject.images(task_id)
-    assert (row["source_url"], row["due_at"], row["link_dies_at"], row["stale_count"]) == (OTHER, planned, image["link_dies_at"], 1)
+    assert (row["source_url"], row["due_at"], row["stale_count"]) == (OTHER, planned, 1)
+    assert row["link_dies_at"] == subject.clock.now + DAY
+
+
+async def test_a_picture_is_fetched_as_long_as_its_fresh_link_lives(subject: Subject) -> None:
+    """What fails in passing is final not at the end of the first link's time, but of the fresh one's. The same again is no fresh one."""
+    task_id, image = await one_image(subject)
+    subject.clock.now = image["link_dies_at"] - HOUR
+    assert await subject.download(image, GONE) == "pending"
+    subject.clock.shift(MINUTE)
+    await subject.settle(task_id, completed(task_id, OTHER))
+    (fresh,) = await subject.images(task_id)
+    subject.clock.now = image["link_dies_at"]
+    assert await subject.download(fresh, BROKEN) == "pending"
+    await subject.settle(task_id, completed(task_id, OTHER), grant=await subject.wanted("settle", task_id))
+    assert (await subject.images(task_id))[0]["link_dies_at"] == fresh["link_dies_at"]
+    subject.clock.now = fresh["link_dies_at"]
+    assert await subject.download(fresh, BROKEN) == "lost"
+
+
+async def test_an_upstream_that_renews_for_ever_keeps_no_task_alive(subject: Subject) -> None:
+    """However often a fresh link is given, the last one's time is up two lives after the submission."""
+    task_id, image = await one_image(subject)
+    submitted_at = (await subject.task(task_id))["submitted_at"]
+    for number in range(9):
+        subject.clock.shift(12 * HOUR)
+        await subject.settle(task_id, completed(task_id, f"{OTHER}?{number}"), grant=await subject.wanted("settle", task_id))
+        (image,) = await subject.images(task_id)
+        assert image["link_dies_at"] == min(subject.clock.now, submitted_at + DAY) + DAY
+    assert await subject.download(image, BROKEN) == "lost"
+
+
+async def test_a_fresh_link_never_shortens_a_life(subject: Subject) -> None:
+    """Results that are first named late have the life of a link whatever the task's age, and keep it."""
+    task_id = await subject.submitted()
+    subject.clock.shift(DAY + HOUR)
+    await subject.settle(task_id, completed(task_id, URL))
+    (first,) = await subject.images(task_id)
+    await subject.settle(task_id, completed(task_id, OTHER), grant=await subject.wanted("settle", task_id))
+    (fresh,) = await subject.images(task_id)
+    assert (fresh["source_url"], fresh["link_dies_at"]) == (OTHER, first["link_dies_at"])
+
+
+async def test_a_link_that_died_unseen_gets_a_fresh_one(subject: Subject) -> None:
+    """After an absence that outlasted it: 404 asks the upstream, as before the link's time was up, and is final by its count alone."""
+    task_id, image = await one_image(subject)
+    subject.clock.now = image["link_dies_at"] + HOUR
+    assert await subject.download(image, GONE) == "pending"
+    await subject.settle(task_id, completed(task_id, OTHER))
+    (fresh,) = await subject.images(task_id)
+    assert await subject.download(fresh, stored(fresh)) == "stored"
+    assert await subject.state(task_id) is State.COMPLETED
 
 
 async def test_the_same_link_again_keeps_the_schedule(subject: Subject) -> None:

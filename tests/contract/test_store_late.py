@@ -3,9 +3,10 @@
 import pytest
 
 from service.model import Report, State, Status
+from service.store.operations.faults import FAULT_LIMIT, Fault, record_faults
 from service.store.operations.images import AT_RISK_MS, Retry
 from service.store.operations.interventions import Resolution, reconcile_tasks, resolve_tasks
-from service.store.operations.submissions import Again, Refused, Uncertain, Undecided
+from service.store.operations.submissions import Accepted, Again, Refused, Uncertain, Undecided
 from service.store.tables import events, images
 from tests.contract.subject import (
     DAY,
@@ -113,6 +114,19 @@ async def test_the_same_word_again_is_no_news(subject: Subject) -> None:
     assert (await subject.task(task_id))["settle_due_at"] is None
 
 
+async def test_the_same_word_again_leaves_the_door_open_to_proof(subject: Subject) -> None:
+    """That the task is gone settles nothing, however often it is said: pictures that are proved to be there at last are saved."""
+    task_id = await gone(subject)
+    await subject.callback(task_id, failed(task_id, "resource_not_found"))
+    assert await subject.settle(task_id, failed(task_id, "resource_not_found")) is State.EXPIRED
+    assert (await subject.task(task_id))["settled_digest"] is None
+    await subject.callback(task_id, completed(task_id, URLS[0]))
+    assert await subject.settle(task_id, completed(task_id, URLS[0])) is State.EXPIRED
+    (image,) = await subject.images(task_id)
+    assert await subject.download(image, stored(image)) == "stored"
+    assert (await subject.types(task_id))[-1] == "task.late_result"
+
+
 async def test_after_a_local_cancel_only_credits_are_recorded(subject: Subject) -> None:
     """We stopped waiting and keep nothing that comes; charges are still recorded."""
     task_id = await cancelled(subject)
@@ -166,8 +180,10 @@ async def test_two_tasks_with_one_id_the_answer_wins_over_the_callback(subject: 
     robbed = await subject.submitting()
     shared = upstream_id(grant.key)
     assert (await subject.callback(robbed.key, Report(shared, Status.COMPLETED, URLS))).verdict == "accepted"
+    asked = await subject.claimed("settle", robbed.key)
     assert await subject.submission(grant, accepted(shared)) is State.SUBMITTED
     assert [(await subject.task(key))["upstream_id"] for key in (grant.key, robbed.key)] == [shared, None]
+    assert await subject.settle(robbed.key, completed(robbed.key, *URLS), grant=asked) is None, "that was said of the other"
     assert "callback.conflict" in await subject.types(grant.key)
     assert await subject.submission(robbed, accepted("task-unified-own")) is State.SUBMITTED
     assert (await subject.task(robbed.key))["upstream_id"] == "task-unified-own"
@@ -177,8 +193,10 @@ async def test_two_answers_with_one_id_leave_the_second_uncertain(subject: Subje
     """An id belongs to one task; what was created for the other is not known."""
     first, second = await subject.submitting(), await subject.submitting()
     assert await subject.submission(first, accepted("task-unified-one")) is State.SUBMITTED
-    assert await subject.submission(second, accepted("task-unified-one")) is State.UNCERTAIN
+    answer = Accepted(Report("task-unified-one", Status.PENDING), SECOND, decide_ms=HOUR)
+    assert await subject.submission(second, answer) is State.UNCERTAIN
     assert "callback.conflict" in await subject.types(second.key)
+    assert (await subject.task(second.key))["submit_due_at"] == subject.clock.now + HOUR, "time for proof, as after any doubt"
 
 
 # --- by hand ---
@@ -190,7 +208,7 @@ async def test_an_uncertain_task_gets_its_id_by_hand(subject: Subject) -> None:
     assert await subject.write(resolve_tasks, Resolution(task_id, "task-unified-found")) is None
     task = await subject.task(task_id)
     assert (task["state"], task["upstream_id"], task["settle_due_at"]) == ("submitted", "task-unified-found", subject.clock.now)
-    assert await subject.write(resolve_tasks, Resolution(task_id, "task-unified-other")) == "submitted"
+    assert await subject.types(task_id) == ["image.task.submitted"]
 
 
 async def test_an_id_of_another_task_is_taken(subject: Subject) -> None:
@@ -198,6 +216,69 @@ async def test_an_id_of_another_task_is_taken(subject: Subject) -> None:
     other, task_id = await subject.submitted(), await subject.uncertain()
     assert await subject.write(resolve_tasks, Resolution(task_id, upstream_id(other))) == "taken"
     assert await subject.state(task_id) is State.UNCERTAIN
+    wishes = [Resolution(key, "task-unified-one") for key in (task_id, await subject.uncertain())]
+    assert await subject.batch(resolve_tasks, wishes) == [None, "taken"]
+
+
+async def test_a_mistyped_id_is_corrected_until_the_upstream_answers_to_it(subject: Subject) -> None:
+    """What nobody but the operator said is the operator's to take back, in every state; what is asked under the wrong id counts no more."""
+    task_id = await subject.uncertain()
+    assert await subject.write(resolve_tasks, Resolution(task_id, "task-unified-mistyped")) is None
+    assert await subject.write(resolve_tasks, Resolution(task_id, "task-unified-mistyped")) is None
+    wrong = await subject.claimed("settle", task_id)
+    assert await subject.write(resolve_tasks, Resolution(task_id, resubmit=True)) == "submitted"
+    assert await subject.write(resolve_tasks, Resolution(task_id, "task-unified-right")) is None
+    task = await subject.task(task_id)
+    assert (task["state"], task["upstream_id"], task["settle_due_at"]) == ("submitted", "task-unified-right", subject.clock.now)
+    assert await subject.settle(task_id, completed(task_id, URLS[0]), grant=wrong) is None
+    assert await subject.settle(task_id, processing(task_id)) is State.SUBMITTED
+    assert await subject.write(resolve_tasks, Resolution(task_id, "task-unified-other")) == "submitted"
+    assert await subject.types(task_id) == ["image.task.submitted"]
+
+
+async def test_a_mistyped_id_is_corrected_when_the_task_has_expired_under_it(subject: Subject) -> None:
+    """The upstream knew nothing of it for a day: under the right id its pictures are a late result."""
+    task_id = await subject.uncertain()
+    await subject.write(resolve_tasks, Resolution(task_id, "task-unified-mistyped"))
+    subject.clock.shift(DAY)
+    assert await subject.settle(task_id, None, expires_ms=DAY) is State.EXPIRED
+    assert await subject.write(resolve_tasks, Resolution(task_id, "task-unified-right")) is None
+    assert await subject.settle(task_id, completed(task_id, URLS[0])) is State.EXPIRED
+    (image,) = await subject.images(task_id)
+    await subject.download(image, stored(image))
+    assert (await subject.types(task_id))[-1] == "task.late_result"
+    assert await subject.write(resolve_tasks, Resolution(task_id, "task-unified-other")) == "expired"
+
+
+async def test_what_was_refused_takes_no_id(subject: Subject) -> None:
+    """Nothing was created and nothing was ever in doubt: there is no task to name."""
+    grant = await subject.submitting()
+    assert await subject.submission(grant, Refused(400, error_of("invalid_request"))) is State.FAILED
+    assert await subject.write(resolve_tasks, Resolution(grant.key, "task-unified-1")) == "failed"
+    assert (await subject.task(grant.key))["upstream_id"] is None
+
+
+async def test_a_task_parked_while_submitting_gets_its_id_by_hand(subject: Subject) -> None:
+    """A defect of ours ended it while its request was on its way: it may have been created."""
+    grant = await subject.submitting()
+    for _ in range(FAULT_LIMIT):
+        await subject.write(record_faults, Fault(grant, 0))
+        grant = next(iter(await subject.claim("submit")), grant)
+    assert (await subject.task(grant.key))["error"]["code"] == "internal_error"
+    assert await subject.write(resolve_tasks, Resolution(grant.key, upstream_id(grant.key))) is None
+    assert await subject.settle(grant.key, completed(grant.key, URLS[0])) is State.FAILED
+    assert len(await subject.images(grant.key)) == 1
+
+
+async def test_a_task_parked_while_storing_keeps_its_pictures(subject: Subject) -> None:
+    """It is asked about no more, and ends by what becomes of the links that are known."""
+    task_id = await subject.storing(URLS[0])
+    for _ in range(FAULT_LIMIT):
+        await subject.write(record_faults, Fault(await subject.wanted("settle", task_id), 0))
+    assert (await subject.types(task_id))[-1] == "task.parked"
+    (image,) = await subject.images(task_id)
+    assert await subject.download(image, stored(image)) == "stored"
+    assert await subject.state(task_id) is State.COMPLETED
 
 
 async def test_a_task_given_up_gets_its_id_by_hand_for_its_pictures(subject: Subject) -> None:

@@ -13,7 +13,8 @@ from sqlalchemy import Connection, inspect
 
 from service.errors import ConfigurationError
 from service.store import Store
-from service.store.postgres import async_url, open_postgres
+from service.store.hosts import dsns
+from service.store.postgres import open_postgres
 from service.store.sqlite import open_sqlite
 from service.store.tables import counters, metadata
 from tests.contract.subject import Clock, Opener, Subject, new_id
@@ -152,4 +153,8 @@ async def test_a_database_that_is_not_there_is_refused_in_one_line(postgres_serv
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+asyncpg"])
 def test_every_common_form_of_the_url_is_understood(scheme: str) -> None:
     """The driver is ours to choose."""
-    assert async_url(f"{scheme}://user:p%40ss@db.test:5432/darkroom") == "postgresql+asyncpg://user:p%40ss@db.test:5432/darkroom"
+    assert dsns(f"{scheme}://user:p%40ss@db.test:5432/darkroom") == ["postgresql://user:p%40ss@db.test:5432/darkroom"]
+    assert dsns(f"{scheme}:///darkroom?host=/run/pg&user=u") == ["postgresql:///darkroom?host=/run/pg&user=u"]
+    assert dsns(f"{scheme}://u@one:1,two:2/d?sslmode=require") == [
+        f"postgresql://u@{host}/d?sslmode=require" for host in ("one:1", "two:2")
+    ]

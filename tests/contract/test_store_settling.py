@@ -8,6 +8,7 @@ import pytest
 
 from service.model import TERMINAL, Report, State, Status, may_become
 from service.store import Transaction
+from service.store.operations.images import Retry
 from service.store.operations.settling import Settlement, record_settlements
 from service.store.operations.submissions import Uncertain, Undecided
 from service.store.operations.tasks import change, lock, move
@@ -16,6 +17,7 @@ from tests.contract.subject import (
     DAY,
     HOUR,
     LEASE,
+    LOST,
     MINUTE,
     SECOND,
     Subject,
@@ -25,10 +27,11 @@ from tests.contract.subject import (
     error_of,
     failed,
     processing,
+    stored,
     upstream_id,
 )
 
-URL = "https://r.test/0"
+URL, OTHER = "https://r.test/0", "https://r.test/1"
 
 
 async def test_a_completed_task_is_stored_before_it_is_completed(subject: Subject) -> None:
@@ -144,6 +147,24 @@ async def test_the_upstreams_later_word_ends_what_is_storing(subject: Subject) -
         grant = await subject.wanted("settle", task_id)
         assert await subject.settle(task_id, report, grant=grant) is state
         assert await subject.images(task_id) == []
+
+
+@pytest.mark.parametrize("word", ["resource_not_found", "no results"])
+async def test_links_that_are_known_outlive_the_task_at_the_upstream(subject: Subject, word: str) -> None:
+    """It keeps the task or its results no more: what is storing goes on with the links it has, and ends by what becomes of them."""
+    for outcome, end in [(stored, State.COMPLETED), (None, State.FAILED)]:
+        task_id = await subject.storing(URL, OTHER)
+        first = (await subject.images(task_id))[0]
+        assert await subject.download(first, Retry("answered 404", SECOND, stale=True)) == "pending"
+        before = await subject.task(task_id)
+        report = failed(task_id, "resource_not_found") if word == "resource_not_found" else Report(status=Status.COMPLETED)
+        assert await subject.settle(task_id, report) is State.STORING
+        task = await subject.task(task_id)
+        assert (task["settled_digest"], task["upstream_status"], task["settle_due_at"]) == (before["settled_digest"], "completed", None)
+        for image in await subject.images(task_id):
+            assert image["state"] == "pending"
+            await subject.download(image, outcome(image) if outcome else LOST)
+        assert await subject.state(task_id) is end
 
 
 async def test_a_callback_during_a_question_gets_it_asked_again(subject: Subject) -> None:
@@ -311,6 +332,15 @@ async def test_after_an_unproved_end_the_charge_is_still_asked_for(subject: Subj
     assert await subject.settle(task_id, completed(task_id, URL, credits_used=2_000_000)) is State.FAILED
     task = await subject.task(task_id)
     assert (task["credits_used"], task["settle_due_at"]) == (2_000_000, None)
+
+
+async def test_a_callback_that_brings_the_id_after_one_without_it_is_asked_about(subject: Subject) -> None:
+    """The first had nothing to ask for, and the submission's answer may never come: a duplicate that names the task is not just counted."""
+    task_id = await subject.uncertain()
+    assert (await subject.callback(task_id, replace(completed(task_id, URL), upstream_id=None))).verdict == "accepted"
+    assert (await subject.callback(task_id, completed(task_id, URL))).verdict == "duplicate"
+    task = await subject.task(task_id)
+    assert (task["state"], task["upstream_id"], task["settle_due_at"]) == ("submitted", upstream_id(task_id), subject.clock.now)
 
 
 async def test_an_unreadable_callback_before_the_answer_is_asked_about_once_there_is_an_id(subject: Subject) -> None:

@@ -263,6 +263,17 @@ async def test_the_answers_id_wins_over_the_callbacks(subject: Subject) -> None:
     assert (await subject.task(grant.key))["upstream_id"] == "task-unified-right"
 
 
+async def test_what_is_asked_under_the_callbacks_id_counts_no_more(subject: Subject) -> None:
+    """The answer named another id while the upstream was asked: what it says is another task's, and it is asked again at once."""
+    grant = await subject.submitting()
+    await subject.callback(grant.key, Report("task-unified-other", Status.COMPLETED, ("https://r.test/0",)))
+    asked = await subject.claimed("settle", grant.key)
+    await subject.submission(grant, accepted("task-unified-right"))
+    assert await subject.settle(grant.key, Report("task-unified-other", Status.FAILED), grant=asked) is None
+    assert await subject.state(grant.key) is State.SUBMITTED
+    assert (await subject.task(grant.key))["settle_due_at"] == subject.clock.now
+
+
 async def test_an_answer_after_a_cancel_leaves_the_end_as_it_is(subject: Subject) -> None:
     """The id and the charge are recorded, and what it cost in the end is asked for; state and event stand."""
     grant = await subject.submitting()

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import pytest
 from sqlalchemy import Connection, text
 
 from service.model import State
-from service.store.operations.submissions import Again
+from service.store.operations.interventions import Resolution, resolve_tasks
+from service.store.operations.submissions import Again, Uncertain
 from service.store.operations.tasks import insert_tasks
 from service.store.sqlite import SqliteStore
 from service.store.tables import tasks
@@ -74,6 +76,48 @@ async def test_nobody_saves_turns_up(subject: Subject) -> None:
 async def test_a_straggler_lets_nobody_overtake(subject: Subject) -> None:
     """An old task that waits for its time long does not set the clock back: a newcomer's burst is served alternately with who waits."""
     grant = await subject.submitting(owner="old")
+    assert await subject.submission(grant, Again("429", HOUR, 2 * HOUR)) is State.QUEUED
+    await flood(subject, "a", 100)
+    await served(subject, 50)
+    await flood(subject, "b", 100)
+    assert sorted(await served(subject, 10)) == ["a"] * 5 + ["b"] * 5
+
+
+@pytest.mark.parametrize("again", ["nothing was created", "uncertain", "sent again by hand"])
+async def test_a_straggler_that_is_due_lets_nobody_overtake(subject: Subject, again: str) -> None:
+    """What is sent again has a turn of long ago: once it is due, a newcomer's burst begins with those who wait for their first."""
+    grant = await subject.submitting(owner="old")
+    await subject.submission(grant, Again("429", MINUTE, HOUR) if again == "nothing was created" else Uncertain("no answer", MINUTE))
+    await flood(subject, "a", 100)
+    await served(subject, 50)
+    if again == "sent again by hand":
+        assert await subject.write(resolve_tasks, Resolution(grant.key, resubmit=True)) is None
+    subject.clock.shift(MINUTE)
+    await flood(subject, "b", 100)
+    assert await served(subject, 1) == ["old"]
+    assert sorted(await served(subject, 10)) == ["a"] * 5 + ["b"] * 5
+
+
+async def test_a_straggler_on_its_way_lets_nobody_overtake(subject: Subject) -> None:
+    """All others wait for their time, and the one that is sent again has a turn of long ago: a newcomer alternates with the others."""
+    grant = await subject.submitting(owner="old")
+    await subject.submission(grant, Again("429", SECOND, HOUR))
+    await flood(subject, "a", 60)
+    await served(subject, 40)
+    for refused in await subject.claim("submit", 20):
+        await subject.start(refused)
+        await subject.submission(refused, Again("429", MINUTE, HOUR))
+    subject.clock.shift(SECOND)
+    again = await subject.claimed("submit", grant.key)
+    await flood(subject, "b", 20)
+    await subject.cancel(again.key)
+    subject.clock.shift(MINUTE)
+    assert sorted(await served(subject, 10)) == ["a"] * 5 + ["b"] * 5
+
+
+async def test_a_straggler_helps_none_of_its_owners_tasks_to_overtake(subject: Subject) -> None:
+    """An owner's burst stands behind its own last, and not before where submitting stands."""
+    grant = await subject.submitting(owner="b")
     assert await subject.submission(grant, Again("429", HOUR, 2 * HOUR)) is State.QUEUED
     await flood(subject, "a", 100)
     await served(subject, 50)

@@ -1,8 +1,8 @@
 """Starts services by the dozen: `python -m tests.crash.launcher` imports the program once and forks it for each that is wanted.
 
-What is forked is a process as any other, that runs `darkroom serve` from its first line; only its second of imports is saved.
-Each line of input is a request, each line of output its answer: {"start": [folder, environment]} its pid, {"poll": pid} its exit code
-or null. Ends with its input, and everybody with it.
+What is forked is a process as any other, that runs `darkroom serve`, or another command, from its first line; only its second of imports
+is saved. Each line of input is a request, each line of output its answer: {"start": [folder, environment, arguments]} its pid,
+{"poll": pid} its exit code or null. Ends with its input, and everybody with it.
 """
 
 import json
@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,10 +38,12 @@ class Launcher:
 
 
 @contextmanager
-def launching() -> Iterator[Launcher]:
+def launching(*before: str, sockets: Sequence[int] = ()) -> Iterator[Launcher]:
+    """`before`: a command that runs another one, as a tracer does; `sockets`: descriptors that a process may be handed by `HANDED`."""
     environment = {name: value for name, value in clean_environment({}).items() if not name.startswith("COVERAGE_")}
-    command = [sys.executable, "-m", "tests.crash.launcher"]
-    with subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    command = [*before, sys.executable, "-m", "tests.crash.launcher"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, text=True, stdin=pipe, stdout=pipe, pass_fds=sockets) as process:
         try:
             yield Launcher(process)
         finally:
@@ -51,15 +53,15 @@ def launching() -> Iterator[Launcher]:
 
 
 class Launched:
-    """A `darkroom serve`, with what it has printed so far in `log`."""
+    """A `darkroom serve`, or what else the arguments say, with what it has printed so far in `log`."""
 
-    def __init__(self, launcher: Launcher, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, launcher: Launcher, folder: Path, environment: Mapping[str, str], *arguments: str) -> None:
         self.log = folder / LOG
         self.log.touch()
         self._from = self.log.stat().st_size
         self._launcher = launcher
         self._code: int | None = None
-        self.pid: int = launcher.ask(start=[str(folder), dict(environment)])
+        self.pid: int = launcher.ask(start=[str(folder), dict(environment), arguments or ["serve"]])
 
     def signal(self, number: int) -> None:
         assert self.code is None, self.printed
@@ -82,10 +84,11 @@ class Launched:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].startswith("T")
 
 
-def serve(folder: str, environment: Mapping[str, str]) -> NoReturn:
+def serve(folder: str, environment: Mapping[str, str], arguments: Sequence[str]) -> NoReturn:
     """What the fork does."""
     from service.cli import main
-    from service.pipeline import checkpoints
+    from service.pipeline import checkpoints, worker
+    from service.store.operations import leases
 
     os.chdir(folder)
     os.environ.update(environment)
@@ -94,7 +97,13 @@ def serve(folder: str, environment: Mapping[str, str]) -> NoReturn:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for of, to in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(of, to)
-    sys.argv = ["darkroom", "serve"]
+    if "DARKROOM_TEST_LEASE_MS" in environment:  # half a minute is long for a test
+        lease_ms = int(environment["DARKROOM_TEST_LEASE_MS"])
+        vars(leases)["LEASE_MS"], vars(worker)["RENEW_S"] = lease_ms, lease_ms / 3000
+    if "HANDED" in environment:  # as systemd does it
+        os.dup2(int(environment["HANDED"]), 3)
+        os.environ |= {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+    sys.argv = ["darkroom", *arguments]
     code = 1
     try:
         main()

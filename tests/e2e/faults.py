@@ -128,7 +128,7 @@ SUBMISSIONS = {
         code="submission_uncertain",
         images=(),
         credits=None,
-        tells=UNCERTAIN,
+        tells=(*UNCERTAIN, "task.late_result"),
     ),
 }
 

@@ -141,12 +141,13 @@ async def late(client: httpx.AsyncClient, prompts: Mapping[str, str]) -> None:
     for task_id, prompt in prompts.items():
         expected = behaviour(prompt)
 
-        async def listed(task_id: str = task_id, images: int = len(expected.images)) -> bool:
-            return len((await client.get(f"/v1/tasks/{task_id}")).json()["images"]) == images
+        async def told(task_id: str = task_id, types: frozenset[str] = frozenset(expected.tells) & {"task.late_result"}) -> bool:
+            events = (await client.get("/v1/events", params={"task": task_id, "limit": 1000})).json()["data"]
+            return types <= {event["type"] for event in events}
 
         if expected.when == "ended":
             with suppress(AssertionError):
-                await wait_until(listed, LATE_S)
+                await wait_until(told, LATE_S)
 
 
 def percentiles(times: list[float]) -> str:

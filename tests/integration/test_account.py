@@ -170,6 +170,57 @@ async def test_what_was_not_submitted_in_time_fails(refusal: Response, callback:
         assert sent >= 1
 
 
+async def test_while_the_credits_are_asked_for_no_submission_asks_too(tmp_path: Path) -> None:
+    """One probe at a time: a try that nobody took is withdrawn when the next free question is put, and a word about the key ends it."""
+    theirs, asked, answered = accounts(error(401, "unauthorized"), error(404, "not_found")), asyncio.Event(), asyncio.Event()
+
+    async def credits(request: Request) -> Response:
+        if theirs.probes == 0:
+            return await theirs._credits(request)  # tells nothing: one submission may ask
+        asked.set()
+        await answered.wait()
+        theirs.probes += 1
+        return error(401, "unauthorized")
+
+    app = theirs.app
+    app.router.routes.insert(0, Route("/v1/credits", credits))
+    async with world(tmp_path, upstream=app, submit_schedule=SOON) as here:
+        theirs.answers.clear()
+        first = await here.submit(prompt="first", headers=ASYNC)
+        await wait_until(lambda: theirs.sent)
+        assert (await here.client.post(f"/v1/tasks/{first['id']}/cancel")).status_code == 200
+        theirs.answers.set()  # refused, and nothing waits: nobody takes the try
+        await wait_until(asked.is_set)
+        assert (await here.submit(prompt="meanwhile"))["state"] == "queued"
+        answered.set()
+        await wait_until(lambda: theirs.probes > 2)
+        assert (await here.submit(prompt="afterwards"))["state"] == "queued"
+        assert theirs.sent == ["first"]
+
+
+async def test_nothing_is_given_up_without_a_try_after_an_absence(tmp_path: Path) -> None:
+    """Too old when a process starts whose key is refused at once: each task is sent once, then it has failed, one at a time."""
+    theirs, prompts = accounts(error(401, "unauthorized")), [f"task {number}" for number in range(4)]
+    async with world(tmp_path, upstream=theirs.app, role=Role(workers=False)) as here:
+        tasks = [await here.submit(prompt=prompt, headers=ASYNC) for prompt in prompts]
+    async with world(tmp_path, upstream=theirs.app, submit_schedule="0.05", submit_give_up_s=0.001, evolink_concurrency=1) as here:
+        for task in tasks:
+            assert (await here.ended(task["id"]))["error"]["code"] == "not_submitted"
+        assert sorted(theirs.sent) == prompts
+
+
+async def test_last_tries_are_made_one_at_a_time(tmp_path: Path) -> None:
+    """While the account is refused one submission is on its way at most, however many are too old to wait."""
+    async with world(tmp_path, role=Role(workers=False)) as here:
+        account = here.context.account
+        account.refuse("401 unauthorized")
+        for _ in range(2):
+            with account.sending(last=True) as first, account.sending(last=True) as second:
+                assert (first, second) == (True, False)
+            with account.sending(last=False) as young:
+                assert not young
+
+
 async def test_a_submission_under_way_when_the_account_is_refused_is_recorded(tmp_path: Path) -> None:
     """Its answer counts as any does, and says nothing of the key that was refused meanwhile."""
     theirs, answered = accounts(error(401, "unauthorized")), asyncio.Event()

@@ -1,10 +1,21 @@
 """What may be sent before there is a request: the head has an end, in bytes and in seconds."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import pytest
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
 from service.web import protocol
+from service.web.server import Server, bind, listening
 from tests.callbacks import connected
+from tests.waiting import wait_until
 from tests.world import World
+
+REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 @pytest.mark.parametrize("start", [b"POST /callbacks/", b"GET /healthz HTTP/1.1\r\nx: ", b"GET /healthz HTTP/1.1\r\nhost: x\r\n"])
@@ -50,3 +61,61 @@ async def test_a_head_that_does_not_come_ends_the_connection(still: World, monke
         key = still.client.headers["authorization"]
         writer.write(f"GET /v1/events?wait=0.3&after={after} HTTP/1.1\r\nhost: x\r\nauthorization: {key}\r\n\r\nGET /hea".encode())
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+
+
+# --- at a stop -------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[tuple[str, Server]]:
+    """A server's address, and the server, which ends within the block."""
+    bound = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    server = Server(Starlette(routes=[Route("/", lambda _: PlainTextResponse("ok"))]), bound, 60)
+    async with asyncio.timeout(30), listening(server, asyncio.Event()):
+        yield url, server
+
+
+async def answer(reader: asyncio.StreamReader) -> str:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+    assert head.startswith("http/1.1 200 ")
+    assert await reader.readexactly(2) == b"ok"
+    return head
+
+
+@pytest.mark.parametrize("begun", [0, 10], ids=["not begun", "begun"])
+async def test_the_request_of_a_connection_is_answered_though_it_comes_after_the_stop(begun: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever was let in is not sent away: a callback has few tries. The answer is the last on its connection."""
+    monkeypatch.setattr(protocol, "LAST_S", 60)
+    async with serving() as (url, server), connected(url) as (reader, writer):
+        (connection,) = await wait_until(lambda: server.server_state.connections)
+        writer.write(REQUEST[:begun])
+        server.should_exit = True
+        await wait_until(lambda: connection._stopping)
+        writer.write(REQUEST[begun:])
+        assert "connection: close" in await answer(reader)
+        assert await reader.read() == b""
+
+
+async def test_a_connection_that_says_nothing_does_not_hold_up_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is ended after a second, here a tenth of that."""
+    monkeypatch.setattr(protocol, "LAST_S", 0.1)
+    async with serving() as (url, server), connected(url) as (reader, _):
+        await wait_until(lambda: server.server_state.connections)
+        server.should_exit = True
+        assert await reader.read() == b""
+
+
+async def test_an_idle_connection_ends_with_the_stop_but_for_a_request_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been sent on it by then is answered; else it ends at once."""
+    monkeypatch.setattr(protocol, "LAST_S", 60)
+    async with serving() as (url, server), connected(url) as (reader, writer), connected(url) as (idle, asking):
+        for each in (writer, asking):
+            each.write(REQUEST)
+        for stream in (reader, idle):
+            assert "connection: close" not in await answer(stream)
+        writer.write(REQUEST)
+        for connection in list(server.server_state.connections):
+            connection.shutdown()
+        assert "connection: close" in await answer(reader)
+        assert (await reader.read(), await idle.read()) == (b"", b"")

@@ -9,6 +9,7 @@ import pytest
 from starlette.responses import Response
 
 from service.pipeline import reconcile, worker
+from service.store import queries
 from tests.upstream import Cut, Upstream, document, error, failed, picture
 from tests.waiting import wait_until
 from tests.world import World, world
@@ -122,6 +123,32 @@ async def test_an_operator_gives_an_uncertain_task_its_id(patient: World, upstre
     assert (taken.status_code, taken.json()["error"]["param"]) == (409, "upstream_id")
 
 
+async def test_an_operator_corrects_a_mistyped_id(patient: World, upstream: Upstream) -> None:
+    """As long as the upstream knows nothing under it; what it has answered to stands."""
+    task = await in_state(patient, (await doubtful(patient, upstream, "mistyped"))["id"], "uncertain")
+    upstream.queries["task-unified-slip"] = [error(404, "task_not_found")]
+    upstream.queries["task-unified-meant"] = [document("completed", f"{patient.sandbox_url}/files/0.png")]
+    for given in ("task-unified-slip", "task-unified-meant"):
+        answer = await patient.client.post(f"/v1/tasks/{task['id']}/resolve", json={"upstream_id": given})
+        assert (answer.status_code, answer.json()["upstream_id"]) == (200, given)
+    assert len((await patient.ended(task["id"]))["images"]) == 1
+    late = await patient.client.post(f"/v1/tasks/{task['id']}/resolve", json={"upstream_id": "task-unified-slip"})
+    assert (late.status_code, late.json()["error"]["code"]) == (409, "task_not_uncertain")
+
+
+async def test_an_answer_with_anothers_id_waits_for_proof_like_any_doubt(patient: World, upstream: Upstream) -> None:
+    """`DARKROOM_UNCERTAIN_AFTER_S`, not the time of a first question."""
+    for prompt in ("one id", "the same id"):
+        upstream.submits[prompt] = [document("pending", id="task-unified-shared")]
+    assert (await patient.submit(prompt="one id"))["state"] == "submitted"
+    task = await patient.submit(prompt="the same id")
+    assert task["state"] == "uncertain"
+    resources = patient.context.resources
+    row = await resources.store.read(queries.task_row, task["id"], None)
+    assert row is not None
+    assert row["submit_due_at"] - resources.clock() > 500_000
+
+
 @pytest.mark.parametrize(("decision", "state"), [("failed", "failed"), ("resubmit", "submitted")])
 async def test_an_operator_decides_an_uncertain_task(decision: str, state: str, patient: World, upstream: Upstream) -> None:
     """`failed` ends it as `submission_uncertain`; `resubmit` sends the same body again under the same idempotency key."""
@@ -140,7 +167,14 @@ async def test_an_operator_decides_an_uncertain_task(decision: str, state: str, 
 
 
 @pytest.mark.parametrize(
-    "body", [{}, {"as": "maybe"}, {"upstream_id": "x", "as": "failed"}, {"upstream_id": "a b"}, {"as": "failed", "by": "me"}]
+    "body",
+    [
+        {},
+        {"as": "maybe"},
+        {"upstream_id": "x", "as": "failed"},
+        {"as": "failed", "by": "me"},
+        *({"upstream_id": id} for id in ("", "a b", "..", ".hidden", "x\n", "ü", "x" * 201)),
+    ],
 )
 async def test_a_decision_is_one_of_three(body: dict[str, str], patient: World, upstream: Upstream) -> None:
     """Anything else is refused by name and changes nothing."""

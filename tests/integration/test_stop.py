@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import httpx
 import pytest
 
+from service.signing import Keyring
 from service.store.tables import QUEUES
 from tests.processes import ADMIN_KEY, UPSTREAM_KEY, Running, sandbox, service_settings, started
 from tests.waiting import wait_until
 
 ORDER = {"model": "wan2.5-text-to-image", "prompt": "a slow lighthouse"}
 SUBMIT = "/v1/images/generations"
+SECRET = "the secret key of a stop that a test knows too"
 
 
 @pytest.fixture
@@ -115,6 +118,32 @@ async def test_work_that_cannot_be_finished_is_given_back(tmp_path: Path, slow_u
     with closing(sqlite3.connect(path)) as connection:
         deaths = QUEUES["settle"].column("deaths").name
         assert connection.execute(f"SELECT state, {deaths} FROM tasks WHERE id = ?", [task["id"]]).fetchall() == [("submitted", 0)]
+
+
+async def test_callbacks_are_taken_until_the_work_in_flight_is_done(tmp_path: Path, slow_upstream: Running) -> None:
+    """Whoever starts next is not there before this process has ended: till then it answers, and holds nobody who waits for events."""
+    more = {"STOP_S": "60", "RECONCILE_AFTER_S": "0.1", "QUERY_TIMEOUT_S": "300", "SECRET_KEY": SECRET}
+    with started("serve", folder=tmp_path, **service_settings(slow_upstream.address, tmp_path, **more)) as service:
+        async with client_of(service) as client:
+            task = (await client.post(SUBMIT, json=ORDER)).json()
+            await wait_until(lambda: leases(tmp_path / "data" / "darkroom.db"))
+            last = (await client.get("/v1/events")).json()["next_after"]
+        service.signal(signal.SIGTERM)
+
+        async def told() -> bool:
+            async with client_of(service) as client:
+                return "stopping" in (await client.get("/readyz")).json().get("causes", ())
+
+        await wait_until(told)
+        async with client_of(service) as client:
+            token = Keyring([SECRET.encode()]).callback_token("evolink", task["id"])
+            body = {"id": task["upstream_id"], "status": "completed", "results": ["http://127.0.0.1/1.png"]}
+            answer = await client.post(f"/callbacks/evolink/{task['id']}/{token}", json=body)
+            assert (answer.status_code, answer.json()) == (200, {"status": "accepted"})
+            began = time.monotonic()
+            assert (await client.get("/v1/events", params={"after": last, "wait": 60})).json()["data"] == []
+            assert 0.9 < time.monotonic() - began < 30, "at once would have it ask again and again"
+        assert service.process.poll() is None
 
 
 async def test_a_second_interrupt_ends_it_at_once(tmp_path: Path, slow_upstream: Running) -> None:

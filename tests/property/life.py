@@ -13,7 +13,7 @@ from service.store.operations.faults import Fault, record_faults
 from service.store.operations.holding import resume_submissions
 from service.store.operations.interventions import Resolution, reconcile_tasks, resolve_tasks
 from service.store.operations.retention import Erasure, erase_tasks
-from service.store.operations.tasks import Cancellation, Inserted, cancel_tasks, insert_tasks
+from service.store.operations.tasks import Cancellation, Inserted, NewTask, cancel_tasks, insert_tasks
 from service.store.tables import QUEUES
 from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, new_id
 from tests.property.life_checks import next_due
@@ -68,7 +68,6 @@ class TaskLife(Living):
             if job in self.jobs:
                 self.shop.luck = luck
                 self.go_on([job])
-                self.observe()
 
     @precondition(lambda self: bool(self.jobs))
     @rule(pick=PICK, luck=LUCK, twice=PICK)
@@ -130,14 +129,18 @@ class TaskLife(Living):
             return
         owner, key, digest = among(["painter", "printer"], pick), among([None, None, "a", "b"], pick // 2), str(pick // 8)
         earlier = [row for row in self.tasks if key and (row["owner"], row["idempotency_key"]) == (owner, key)]
-        wish = self.bench.subjects[0].wish(owner=owner, idempotency_key=key, idempotency_hash=digest)
+        wish = NewTask(
+            *(new_id("task"), owner, "evolink", "wan2.5-text-to-image", "a lighthouse", {"size": "1280x1280", "n": 1}, {}),
+            body=b'{"prompt":"a lighthouse"}',
+            idempotency_key=key,
+            idempotency_hash=digest,
+        )
         (inserted,) = self.write(process, Write(insert_tasks, wish), twice=pick % 3 == 0)
         tell(inserted)
         if earlier:
             assert inserted == Inserted(earlier[0]["id"], False, earlier[0]["idempotency_hash"]), "an idempotency key made a second task"
         else:
             assert inserted == Inserted(wish.id, True, digest)
-        self.observe()
 
     def intervene(self, process: int, task_id: str, word: str, other: int) -> None:
         mine = [real.id for real in self.upstream.of(task_id)]
@@ -154,7 +157,7 @@ class TaskLife(Living):
             case _:
                 write = Write(resolve_tasks, Resolution(task_id, named))
         (answer,) = self.write(process, write)
-        tell(f"{task_id}, {named}: {answer}")
+        tell((task_id, named, answer))
         if word == "resubmit" and answer is None:
             self.shop.permitted.add(task_id)
         if word in ("id", "another's id") and answer is None and named not in mine:

@@ -1,4 +1,4 @@
-"""The store of one machine, open from example to example, as each of its processes has it, with a loop to run it."""
+"""The store of one machine, open from life to life, as each of its processes has it, with a loop to run it."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -6,40 +6,39 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanag
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from service.store import Store, Transaction
+from sqlalchemy import Connection
+
+from service.store import Grant, Transaction
+from service.store.committer import Call, apply
+from service.store.postgres import PostgresStore
+from service.store.sqlite import SqliteStore
 from tests.contract.conftest import wipe
-from tests.contract.subject import Clock, Subject
+from tests.contract.subject import Clock
 from tests.property.life_checks import Seen, look
 from tests.property.life_work import Read, Write
 
 Result = TypeVar("Result")
-
-
-def together(tx: Transaction, batches: Sequence[Sequence[Write]]) -> list[list[Any]]:
-    """Writes of several kinds in one transaction, as a committer gathers them."""
-    made = []
-    for writes in batches:
-        results: list[Any] = [None] * len(writes)
-        for operation in dict.fromkeys(write.operation for write in writes):
-            places = [place for place, write in enumerate(writes) if write.operation is operation]
-            for place, result in zip(places, operation(tx, [writes[place].item for place in places]), strict=True):
-                results[place] = result
-            tx.write()
-        made.append(results)
-    return made
+Backend = SqliteStore | PostgresStore
 
 
 @dataclass(slots=True)
 class Bench:
-    """One store as each of its processes has it open. `exclusive`: the next process must open the file again, which frees all leases."""
+    """One store as each of its processes has it open. `exclusive`: the next process must open the file again, which frees all leases.
 
-    openers: Sequence[Callable[[], AbstractAsyncContextManager[Store]]]
+    A write is one transaction of the store's own, without the queue before it, and is looked at from inside, just before its commit.
+    """
+
+    openers: Sequence[Callable[[], AbstractAsyncContextManager[Backend]]]
     clock: Clock
     exclusive: bool
-    subjects: list[Subject] = field(default_factory=list)
     steps: int = 0
+    _open: list[Backend] = field(default_factory=list)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
     _stores: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    @property
+    def processes(self) -> int:
+        return len(self._open)
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         return self._loop.run_until_complete(work)
@@ -47,31 +46,48 @@ class Bench:
     @contextmanager
     def opened(self) -> Iterator["Bench"]:
         try:
-            self.open()
+            self._open = [self.run(self._stores.enter_async_context(opener())) for opener in self.openers]
             yield self
         finally:
             self.run(self._stores.aclose())
             self.run(self._loop.shutdown_default_executor())
             self._loop.close()
 
-    def open(self) -> None:
-        self.subjects = [Subject(self.run(self._stores.enter_async_context(opener())), self.clock) for opener in self.openers]
-
     def reopen(self) -> None:
-        self.run(self._stores.aclose())
-        self.open()
+        """What opening the file again does to what is in it."""
+        (store,) = self._open
+        assert isinstance(store, SqliteStore)
+        store.prepare(migrate=False)
 
     def reset(self) -> None:
         """An empty store, at the beginning of time."""
         self.clock.now = Clock().now
-        self.subjects[0].places.free = {}
-        self.write(0, Write(wipe, None))
+        self.write(0, [Write(wipe, None)], {}, Seen())
 
-    def write(self, process: int, *writes: Write) -> list[Any]:
-        return self.run(self.subjects[process].store.write(together, writes))
+    def write(self, process: int, writes: Sequence[Write], places: dict[str, int], before: Seen) -> tuple[list[Any], list[Grant], Seen]:
+        """Results, what was granted, and what there is now."""
+        store = self._open[process]
+        calls = [Call(write.operation, write.item, None) for write in writes]  # type: ignore[arg-type]  # nobody waits for it
+
+        def whole(connection: Connection) -> tuple[list[Any], Transaction]:
+            results, tx = apply(connection, store._begin, calls, places)
+            return [results, tx.granted, look(connection, before)], Transaction(connection, tx.now, tx.process, tx.new_id)  # no NOTIFY
+
+        results, granted, seen = self._transact(store, whole)
+        return results, granted, seen
 
     def read(self, process: int, read: Read) -> Any:
-        return self.run(self.subjects[process].store.read(read.query, *read.arguments))
+        store = self._open[process]
 
-    def look(self, before: Seen) -> Seen:
-        return self.run(self.subjects[0].store.read(look, before))
+        def whole(connection: Connection) -> tuple[list[Any], Transaction]:
+            return [read.query(connection, *read.arguments)], Transaction(connection, 0, store.process, store._new_id)
+
+        return self._transact(store, whole)[0]
+
+    def _transact(self, store: Backend, whole: Callable[[Connection], tuple[list[Any], Transaction]]) -> list[Any]:
+        async def transact() -> list[Any]:
+            async with store._transaction() as run:
+                found, _ = await run(whole)
+            return found
+
+        return self.run(transact())

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import Any
 
-from sqlalchemy import Connection, Table, select
+from sqlalchemy import Connection, Select, Table, bindparam, select
 
 from service.model import MOVES, TERMINAL, State
 from service.store import Grant
@@ -14,6 +15,7 @@ from service.store.operations.submissions import Accepted, Refused, Submission
 from service.store.records import Row
 from service.store.tables import QUEUES, deliveries, events, images, tasks
 from tests.contract.subject import SECOND
+from tests.property.life_upstream import error
 from tests.property.life_work import Sent, Workshop, Write
 
 Rows = Mapping[str, Row]
@@ -45,15 +47,20 @@ class Seen:
         return row is not None and leases.holds(grant, row)
 
 
+WHOLE = [select(table) for table in (tasks, images, deliveries)]
+LATER = select(events).where(events.c.sequence > bindparam("last")).order_by(events.c.sequence)
+
+
 def look(connection: Connection, before: Seen) -> Seen:
     """The store as it is; events that were seen already are not read again."""
 
-    def rows(table: Table) -> Rows:
-        return {row["id"]: row for row in connection.execute(select(table)).mappings()}
+    def rows(statement: Select[Any]) -> Rows:
+        return {row["id"]: row for row in connection.execute(statement).mappings()}
 
     last = before.events[-1]["sequence"] if before.events else 0
-    new = connection.execute(select(events).where(events.c.sequence > last).order_by(events.c.sequence)).mappings()
-    return Seen(rows(tasks), rows(images), rows(deliveries), [*before.events, *new])
+    new = connection.execute(LATER, {"last": last}).mappings()
+    found = [rows(statement) for statement in WHOLE]
+    return Seen(found[0], found[1], found[2], [*before.events, *new])
 
 
 def reachable(before: State) -> frozenset[State]:
@@ -143,7 +150,8 @@ def check_way_on(row: Row, now: Seen) -> None:
     awaited = [image for image in now.of(row["id"]) if image["state"] == "pending"]
     assert state is not State.STORING or awaited, "storing, and nothing is awaited"
     assert all(image["due_at"] is not None for image in awaited), "a picture is awaited that nobody will fetch"
-    assert state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN) or row["submit_due_at"] is None, f"{state}, and due to be submitted"
+    undue = row["submit_due_at"] is None or row["submit_faults"]  # a fault under a lease is looked at again, whatever came of the task
+    assert state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN) or undue, f"{state}, and due to be submitted"
 
 
 def check_image(was: Row, row: Row | None, task: Row, before: Row) -> None:
@@ -191,7 +199,7 @@ def check_grant(grant: Grant, writes: Sequence[Write], before: Seen, now: int) -
     if row is not None:
         until = row[queue.prefix + "lease_until"]
         finished = any((QUEUES[old.stage].prefix, old.key) == (queue.prefix, grant.key) for old in given_back)
-        assert until is None or until <= now or finished, f"{grant} while somebody else holds it"
+        assert until is None or not now < until <= now + leases.LONGEST_MS or finished, f"{grant} while somebody else holds it"
         assert grant.fence > row[queue.prefix + "fence"], f"{grant} does not fence off the one before"
 
 
@@ -227,7 +235,8 @@ def check_end(seen: Seen, shop: Workshop, latest: int) -> None:
         parked = "task.parked" in seen.types(task_id)
         if real is None or not real.known or task_id in shop.upstream.lied_about or parked:
             continue
-        if task_id in shop.proved_late and state is not State.CANCELLED and row["erased_at"] is None:
+        gone = state is State.EXPIRED and real.truth.error == error("resource_not_found")  # which leaves it open to proof
+        if task_id in shop.proved_late and state is not State.CANCELLED and row["erased_at"] is None and not gone:
             assert row["settled_digest"] is not None, f"{task_id}: what was called back after its end was never settled"
         if row["settled_digest"] and real.truth.results and state is not State.CANCELLED and row["erased_at"] is None:
             named = [image["position"] for image in seen.of(task_id)]

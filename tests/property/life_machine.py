@@ -30,9 +30,18 @@ HANDS = 8  # jobs in hand; whoever has held one for longest is gone
 Chosen = TypeVar("Chosen")
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class Line:
+    """A line below the step in the story of a failure, without what is nothing; written when it is read."""
+
+    what: object
+
+    def __repr__(self) -> str:
+        return "    " + re.sub(r"_0{9,}", "_", re.sub(r"(, )?\w+=(None|\(\)|'')", "", str(self.what)))
+
+
 def tell(what: object) -> None:
-    """A line below the step in the story of a failure, without what is nothing."""
-    note("    " + re.sub(r"_0{9,}", "_", re.sub(r"(, )?\w+=(None|\(\)|'')", "", str(what))))
+    note(Line(what))
 
 
 def among(items: Sequence[Chosen], pick: int) -> Chosen:
@@ -64,7 +73,6 @@ class Living(RuleBasedStateMachine):
         self.places = 0  # free places for rows that are born leased
         self.endpoint: str | None = None
         self.last: list[int] = []  # luck of the first rounds after the end
-        self.alone: Write | None = None  # the step's only write
         self.begun = self.quiet = False
 
     @property
@@ -86,14 +94,18 @@ class Living(RuleBasedStateMachine):
     # --- the store ---
 
     def write(self, process: int, *writes: Write, twice: bool = False, places: dict[str, int] | None = None) -> list[Any]:
-        """Commits writes together, `twice` when the answer to the first COMMIT was lost. What is granted becomes jobs."""
-        process %= len(self.bench.subjects)
-        granted = self.bench.subjects[process].places
-        granted.free = dict.fromkeys(QUEUES, self.places) if places is None else dict.fromkeys(QUEUES, 0) | places
-        results = [self.bench.write(process, *writes) for _ in range(1 + twice)][-1]
-        for grant in sorted(granted.taken(), key=lambda grant: grant.key):
-            self.hire(process, grant, writes)
-        self.alone = writes[0] if len(writes) == 1 and not twice else None
+        """Commits writes together, `twice` when the answer to the first COMMIT was lost, and looks. What is granted becomes jobs."""
+        process %= self.bench.processes
+        free = dict.fromkeys(QUEUES, self.places) if places is None else places
+        results: list[Any] = []
+        for _ in range(1 + twice):
+            before = self.seen
+            results, granted, self.seen = self.bench.write(process, writes, free, before)
+            check(before, self.seen)
+            if len(writes) == 1:
+                check_write(writes[0], before, self.seen, self.bench.clock.now)
+            for grant in sorted(granted, key=lambda grant: grant.key):
+                self.hire(process, grant, writes, before)
         return results
 
     def look_for_work(self, process: int, stages: Iterable[str], places: int) -> None:
@@ -101,18 +113,17 @@ class Living(RuleBasedStateMachine):
         before = len(self.jobs)
         self.write(process, *(Write(leases.claim, stage) for stage in sorted(stages)), places=dict.fromkeys(stages, places))
         if any(row[queue.prefix + "deaths"] for queue in QUEUES.values() for row in self.seen.table(queue.table).values()):
-            self.observe()
+            earlier = self.seen
             suspects = self.write(process, *(Write(claim_suspects, stage) for stage in sorted(stages)), places={})
             for suspect in suspects:
                 if suspect is not None and not suspect.parked:
-                    self.hire(process, suspect.grant, ())
+                    self.hire(process, suspect.grant, (), earlier)
         tell([job.grant for job in self.jobs[before:]])
-        self.observe()
 
-    def hire(self, process: int, grant: Grant, writes: Sequence[Write]) -> None:
-        check_grant(grant, writes, self.seen, self.bench.clock.now)
+    def hire(self, process: int, grant: Grant, writes: Sequence[Write], before: Seen) -> None:
+        check_grant(grant, writes, before, self.bench.clock.now)
         life = self.shop.life(grant)
-        self.jobs.append(Job(process % len(self.bench.subjects), grant, life, next(life)))
+        self.jobs.append(Job(process % self.bench.processes, grant, life, next(life)))
 
     def go_on(self, jobs: Sequence[Job], *more: Write, twice: bool = False) -> list[Any]:
         """Gives jobs of one process what they want next, what they write in one transaction with `more`, whose results are returned."""
@@ -123,15 +134,16 @@ class Living(RuleBasedStateMachine):
             self.give(job, self.bench.read(process, read))
         if not writing and not more:
             return []
+        before = self.seen
         results = self.write(process, *(write for _, write in writing), *more, twice=twice)
         for (job, write), result in zip(writing, results, strict=False):
             if not self.quiet:
-                tell(f"{write.operation.__name__}: {write.item} -> {result}")
+                tell((write.operation.__name__, write.item, result))
             if isinstance(write.item, Start) and result is not None:
                 permitted = write.item.resubmit and (self.shop.resubmits or job.grant.key in self.shop.permitted)
-                check_sent(self.seen.tasks[job.grant.key], self.shop.sent.get(job.grant.key, ()), permitted=permitted)
+                check_sent(before.tasks[job.grant.key], self.shop.sent.get(job.grant.key, ()), permitted=permitted)
             if isinstance(write.item, Submission) and isinstance(write.item.outcome, Uncertain) and result is State.UNCERTAIN:
-                self.shop.permitted -= {job.grant.key} if self.seen.holds(job.grant) else set()
+                self.shop.permitted -= {job.grant.key} if before.holds(job.grant) else set()
             self.give(job, result)
         return results[len(writing) :]
 
@@ -142,7 +154,7 @@ class Living(RuleBasedStateMachine):
             self.jobs.remove(job)
 
     def a_callback(self, task_id: str, report: Report | None, pick: int = 0) -> Write:
-        tell(f"{task_id} is told {report}")
+        tell((task_id, "is told", report))
         body = bytes([pick]) if report is None else repr(report).encode()
         if report is not None:
             self.shop.said[body] = report
@@ -150,26 +162,19 @@ class Living(RuleBasedStateMachine):
 
     def hear(self, process: int, writes: Sequence[Write], *, twice: bool = False) -> None:
         """Takes callbacks; remembers the first proof that comes after an end of our own making."""
+        before = self.seen
         for write, verdict in zip(writes, self.write(process, *writes, twice=twice), strict=True):
             tell(verdict)
-            said, task = write.item.report, self.seen.tasks[write.item.task_id]
+            said, task = write.item.report, before.tasks[write.item.task_id]
             if verdict.verdict == "accepted" and said is not None and said.final and State(task["state"]) in TERMINAL:
                 self.shop.proved_late.add(task["id"])
-        self.observe()
 
     @invariant()
     def holds(self) -> None:
-        self.observe()
+        """Each write was looked at already."""
         self.jobs = self.jobs[-HANDS:]
         self.bench.steps += self.begun
         self.begun = True
-
-    def observe(self) -> None:
-        before, self.seen = self.seen, self.bench.look(self.seen)
-        check(before, self.seen)
-        if self.alone is not None:
-            check_write(self.alone, before, self.seen, self.bench.clock.now)
-        self.alone = None
 
     # --- the end ---
 
@@ -193,7 +198,6 @@ class Living(RuleBasedStateMachine):
             while self.jobs:
                 self.shop.luck = self.last.pop() if self.last else 0
                 self.go_on(list(self.jobs))
-                self.observe()
             if next_due(self.seen) is None:
                 check_end(self.seen, self.shop, self.bench.clock.now + HOUR)
                 return

@@ -96,8 +96,8 @@ class Workshop:
             yield Write(record_submissions, Submission(grant, Undecided()))
         elif state not in (State.QUEUED, State.UNCERTAIN):
             yield Write(leases.done, grant)
-        elif self.luck == 1:
-            yield Write(hold_submissions, Hold(grant, "401", MINUTE, HOUR))
+        elif row and self.luck == 1 and (state is State.UNCERTAIN or self._young(row)):
+            yield Write(hold_submissions, Hold(grant, MINUTE, HOUR))
         elif (yield Write(start_submissions, Start(grant, 70 * SECOND, state is State.UNCERTAIN))) is None:
             yield Write(leases.done, grant)
         else:
@@ -108,8 +108,10 @@ class Workshop:
             sent.nothing = isinstance(outcome, Again)
 
     def _again(self, row: Row) -> bool:
-        young = self.clock() - row["created_at"] < HOUR
-        return bool(row["resubmit"] or (self.resubmits and (young or row["submit_outcomes"] < 2)))
+        return bool(row["resubmit"] or (self.resubmits and (self._young(row) or row["submit_outcomes"] < 2)))
+
+    def _young(self, row: Row) -> bool:
+        return bool(self.clock() - row["created_at"] < HOUR)
 
     def _uncertain(self, reason: str) -> Uncertain:
         return Uncertain(reason, 15 * MINUTE if self.with_callback else 5 * SECOND if self.resubmits else 0)

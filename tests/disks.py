@@ -1,0 +1,62 @@
+"""Disks of a test's own: small ones that fill up, and ones that cannot be written any more."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tests.servers import missing
+
+BALLAST = "ballast"
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A file system in memory, mounted for real, which takes root; gone at the end."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        missing("a small disk of one's own", "no file system can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def remount(disk: Path, how: str) -> None:
+    """`ro` or `rw`; refused by the kernel while somebody has a file open to write it."""
+    subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """Takes all the room there is."""
+    with suppress(OSError), (disk / BALLAST).open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(min(1 << 16, max(1, shutil.disk_usage(disk).free))))
+
+
+def empty(disk: Path) -> None:
+    (disk / BALLAST).unlink()
+
+
+@contextmanager
+def unwritable(pid: int) -> Iterator[None]:
+    """Every write of the process to its database is answered EROFS, as by a file system that found itself broken and went read-only.
+
+    The kernel remounts none that has a file open for writing, so the answer is given by `strace`.
+    """
+    if shutil.which("strace") is None:
+        missing("strace", "PATH")
+    calls = "pwrite64,fdatasync,fsync,ftruncate"
+    command = ["strace", "-f", "-q", "-o", os.devnull, "-e", f"trace={calls}", "-e", f"inject={calls}:error=EROFS", "-p", str(pid)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
+        try:
+            while "TracerPid:\t0" in Path(f"/proc/{pid}/status").read_text():
+                if tracer.poll() is not None:
+                    assert tracer.stderr is not None
+                    missing("strace", tracer.stderr.read().strip())
+            yield
+        finally:
+            tracer.terminate()

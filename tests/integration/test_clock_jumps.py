@@ -1,0 +1,71 @@
+"""The machine's clock jumps by an hour under a running service, and between two runs of one: nothing ends early, nobody waits for it."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from service.model import rfc3339
+from tests.api import ASYNC, UNTIL_DONE
+from tests.callbacks import quick_world, said, verdict
+from tests.upstream import Upstream
+from tests.waiting import wait_until
+from tests.world import world
+
+
+@dataclass(slots=True)
+class Machine:
+    """What its clock is set off by, in seconds; timers don't follow it, as on any machine."""
+
+    off: float = 0.0
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """Every reading of the wall clock in this process goes through it."""
+    made, wall, wall_ns = Machine(), time.time, time.time_ns
+    monkeypatch.setattr(time, "time", lambda: wall() + made.off)
+    monkeypatch.setattr(time, "time_ns", lambda: wall_ns() + round(made.off * 1e9))
+    yield made
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+async def test_an_hours_jump_stops_nothing(jump: float, tmp_path: Path, machine: Machine) -> None:
+    """Retries that wait are made in time, tokens count, tasks go on to their end; times in events are within minutes of the old clock."""
+    async with world(tmp_path, download_schedule="1", delivery_schedule="1,1") as here:
+        waiting = [await here.submit(headers=ASYNC, sandbox={"delay": 1}) for _ in range(3)]
+        before = time.time()
+        machine.off = jump
+        more = await here.submit(headers=UNTIL_DONE)
+        ended = [await here.ended(task["id"]) for task in (*waiting, more)]
+        assert {task["state"] for task in ended} == {"completed"}
+        events = await here.events()
+        assert max(event["time"] for event in events) < rfc3339(round((before + 120) * 1000))
+        assert min(event["time"] for event in events) > rfc3339(round((before - 120) * 1000))
+        machine.off = 0
+        assert (await here.ended((await here.submit())["id"]))["state"] == "completed"
+
+
+async def test_nothing_in_doubt_is_given_up_by_a_jump_that_is_undone(tmp_path: Path, machine: Machine) -> None:
+    """A task that waits for a callback to prove it waits on: the hour did not pass."""
+    upstream = Upstream()
+    async with quick_world(tmp_path, upstream) as here:
+        task = await here.submit()
+        machine.off = 24 * 3600.0
+        assert await verdict(here, task, said(task, "processing")) == "accepted"
+        assert (await here.task(task["id"]))["state"] == "submitted"
+        machine.off = 0
+        assert (await here.task(task["id"]))["state"] == "submitted"
+
+
+async def test_who_waits_for_a_task_does_not_wait_for_the_clock(tmp_path: Path, machine: Machine) -> None:
+    """`Prefer: wait` counts seconds that pass."""
+    async with quick_world(tmp_path, Upstream()) as here:
+        waiting = asyncio.create_task(here.submit(headers={"prefer": "wait=2"}))
+        await wait_until(lambda: here.context.admission.waiting, 10)
+        machine.off = -3600
+        assert (await asyncio.wait_for(waiting, 20))["state"] == "submitted"

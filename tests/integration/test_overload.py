@@ -1,0 +1,93 @@
+"""More at once than a process can do at once: callbacks are answered in time, clients are told to come again (contract section 4)."""
+
+import asyncio
+import json
+import os
+import resource
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from tests.api import SUBMIT, order, refused
+from tests.bench.acknowledgement import SECRET_KEY, prepare
+from tests.overload import callback
+from tests.processes import ADMIN_KEY, Running, clean_environment, service_settings, started
+from tests.waiting import wait_until
+from tests.world import World, answering
+
+CALLBACKS = int(os.environ.get("DARKROOM_TEST_CALLBACKS", "2000"))  # 20000 in the full run
+ALL = min(CALLBACKS, resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 500)  # connections: no process may have more
+UPSTREAMS_PATIENCE_S = 10.0
+ENDED_S = 60.0 + CALLBACKS / 50
+
+pytestmark = pytest.mark.timeout(120 + CALLBACKS / 25)
+
+
+async def failed(request: Request) -> Response:
+    """The upstream's answer to a query."""
+    error = {"code": "service_error", "message": "no", "type": "task_error"}
+    return JSONResponse({"id": request.path_params["task_id"], "status": "failed", "error": error})
+
+
+@asynccontextmanager
+async def burdened(folder: Path) -> AsyncIterator[Running]:
+    """A process whose store has so many tasks that wait for their callbacks; `requests` holds these."""
+    upstream = Starlette(routes=[Route("/v1/tasks/{task_id}", failed)])
+    async with answering(upstream) as url:
+        await prepare(folder, url, CALLBACKS)
+        (folder / "template").rename(folder / "data")
+        lines = (json.loads(line)["path"].split("/")[3] for line in (folder / "requests").read_text().splitlines())
+        (folder / "requests").write_text("\n".join(json.dumps(callback(task_id)) for task_id in lines))
+        with started("serve", folder=folder, **service_settings(url, folder, SECRET_KEY=SECRET_KEY)) as running:
+            yield running
+
+
+async def burst(address: str, file: Path, connections: int) -> dict[str, Any]:
+    command = (sys.executable, "-m", "tests.overload", address, str(file), str(connections))
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=clean_environment({}))
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    told: dict[str, Any] = json.loads(output)
+    print({"callbacks": CALLBACKS, "connections": connections, **told})
+    return told
+
+
+async def keep_asking(client: httpx.AsyncClient, over: asyncio.Event, seen: Counter[str]) -> None:
+    while not over.is_set():
+        answer = await client.post(SUBMIT, json=order(), headers={"prefer": "respond-async"})
+        seen[f"{answer.status_code} {answer.headers.get('retry-after', '')}".strip()] += 1
+
+
+@pytest.mark.parametrize("connections", [300, ALL])
+async def test_a_burst_of_callbacks_is_answered_in_time(connections: int, tmp_path: Path) -> None:
+    """Each with 200 within the upstream's patience, while clients go on; each task ends once. Who is shed is told when to come again."""
+    async with burdened(tmp_path) as running:
+        over, seen = asyncio.Event(), Counter[str]()
+        async with httpx.AsyncClient(base_url=running.address, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=60) as client:
+            asking = [asyncio.create_task(keep_asking(client, over, seen)) for _ in range(4)]
+            told = await burst(running.address, tmp_path / "requests", connections)
+            over.set()
+            await asyncio.gather(*asking)
+            print(dict(seen))
+            assert told["seen"] == {'200 {"status":"accepted"}': CALLBACKS}
+            assert told["max"] < UPSTREAMS_PATIENCE_S
+            assert seen.keys() <= {"200", "503 1"}
+
+            every = CALLBACKS + seen["200"]  # the clients' own are refused by the upstream
+            await wait_until(lambda: len(running.logged("task.settled")) >= every, ENDED_S)
+    assert len(running.logged("callback.received")) == CALLBACKS
+    settled = Counter(line["task_id"] for line in running.logged("task.settled"))
+    assert set(settled.values()) == {1}
+    assert len(settled) == every
+    assert not running.logged("http.failed")
+    assert not running.logged("worker.failed")

@@ -1,0 +1,62 @@
+"""The embedded store's clock, on a machine whose own jumps."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.store.clock import SLEW, SteadyClock
+
+START = 1_757_165_031_000
+SECOND, HOUR = 1_000_000_000, 3_600_000_000_000  # nanoseconds
+
+
+class Machine:
+    """Its wall clock and its steady one."""
+
+    def __init__(self) -> None:
+        self.wall, self.steady = START * 1_000_000, 77
+        self.clock = SteadyClock(lambda: self.wall, lambda: self.steady)
+
+    def passes(self, ns: int) -> None:
+        self.wall += ns
+        self.steady += ns
+
+
+@pytest.mark.parametrize("jump", [HOUR, -HOUR])
+def test_a_jump_that_is_undone_was_none(jump: int) -> None:
+    """Between the two the clock goes at most a tenth faster or slower; afterwards it is right again within as long."""
+    machine = Machine()
+    machine.wall += jump
+    for _ in range(60):
+        machine.passes(SECOND)
+        machine.clock()
+    assert abs(machine.clock() - START - 60_000) <= 60_000 / SLEW
+    machine.wall -= jump
+    for _ in range(66):
+        machine.passes(SECOND)
+        machine.clock()
+    assert machine.clock() == START + 126_000
+
+
+def test_a_jump_that_lasts_is_made_up_for() -> None:
+    """An hour in ten."""
+    machine = Machine()
+    machine.wall += HOUR
+    for _ in range(10 * 3600):
+        machine.passes(SECOND)
+        machine.clock()
+    assert machine.clock() == machine.wall // 1_000_000
+
+
+@given(st.lists(st.tuples(st.integers(0, 10 * SECOND), st.integers(-2 * HOUR, 2 * HOUR)), max_size=50))
+def test_it_never_goes_back_and_never_far_ahead_of_the_time_that_passes(moves: list[tuple[int, int]]) -> None:
+    """Whatever the machine's clock does: within a tenth of the time that really passed."""
+    machine, passed, before = Machine(), 0, START
+    for ns, jump in moves:
+        machine.passes(ns)
+        machine.wall += jump
+        passed += ns
+        now = machine.clock()
+        assert now >= before
+        assert abs(now - START - passed / 1_000_000) <= passed / 1_000_000 / SLEW + 1
+        before = now
