@@ -1,0 +1,175 @@
+"""Several processes of the service on one PostgreSQL: webs and workers, an upstream and a subscriber, and orders on their way."""
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import httpx
+
+from service.signing import Keyring
+from tests.api import SUBMIT, order
+from tests.crash.bench import Bench, benches
+from tests.crash.launcher import Launched
+from tests.crash.life import TERMINAL, free_port, listed
+from tests.crash.load import SECRET, post
+from tests.processes import ADMIN_KEY, service_settings
+from tests.waiting import wait_until
+
+JSON = dict[str, Any]
+PATIENCE_S = 60.0
+LEASE_MS = 2000
+WEB, WORKER = ("serve", "--no-worker"), ("worker",)
+SETTINGS = {
+    "SECRET_KEY": SECRET,
+    "SUBMIT_TIMEOUT_S": "3",
+    "SUBMIT_SCHEDULE": "0.3",
+    "UNCERTAIN_AFTER_S": "3",
+    "RECONCILE_AFTER_S": "2",
+    "DELIVERY_SCHEDULE": ",".join(["0.3"] * 100),
+    "STOP_S": "5",
+}
+
+
+@dataclass(slots=True)
+class Member:
+    """One process and a client of it."""
+
+    process: Launched
+    client: httpx.AsyncClient
+    folder: Path
+    environment: dict[str, str]
+
+    async def killed(self) -> None:
+        """SIGKILL, unless it has ended already."""
+        if self.process.code is None:
+            self.process.signal(signal.SIGKILL)
+        await wait_until(lambda: self.process.code is not None, PATIENCE_S)
+
+    def lines(self) -> list[JSON]:
+        """What it has logged so far."""
+        return [json.loads(line) for line in self.process.printed.splitlines() if line.startswith("{")]
+
+
+@dataclass(slots=True)
+class Group:
+    """All of them. `accepted` are the tasks that a client was told of; `kept` those of which a callback was answered with 200."""
+
+    bench: Bench
+    database: str
+    stack: AsyncExitStack
+    members: list[Member] = field(default_factory=list)
+    accepted: set[str] = field(default_factory=set)
+    odd: list[str] = field(default_factory=list)
+    port: int = 0
+
+    async def start(self, arguments: Sequence[str], **more: str) -> Member:
+        """One more process, at work."""
+        port = free_port(self.stack)
+        folder = self.bench.folder / f"process-{port}"
+        folder.mkdir()
+        self.port = self.port or port  # the first one's is where the upstream calls back
+        callbacks = f"http://127.0.0.1:{self.port}"
+        data = str(self.bench.folder / "data")
+        given = {**SETTINGS, "DATABASE_URL": self.database, "PORT": str(port), "CALLBACK_URL": callbacks, "DATA_DIR": data} | more
+        environment = service_settings(self.bench.upstream_url, folder, **given) | {"DARKROOM_TEST_LEASE_MS": str(LEASE_MS)}
+        process = Launched(self.bench.launcher, folder, environment, *arguments)
+        await wait_until(lambda: "service.started" in process.printed or process.code is not None, PATIENCE_S)
+        assert process.code is None, process.printed
+        headers = {"authorization": f"Bearer {ADMIN_KEY}"}
+        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False, timeout=60)
+        self.members.append(Member(process, await self.stack.enter_async_context(client), folder, environment))
+        return self.members[-1]
+
+    async def order(self, web: Member, number: int, **fields: Any) -> str:
+        """Submitted until it is taken, as a client does; the task's id."""
+        headers = {"prefer": "respond-async", "idempotency-key": f"order-{number}"}
+
+        async def taken() -> str | None:
+            with suppress(httpx.TransportError):
+                answer = await web.client.post(SUBMIT, json=order(prompt=str(number), **fields), headers=headers)
+                if answer.status_code == 200:
+                    return str(answer.json()["id"])
+                if answer.status_code != 503 or "retry-after" not in answer.headers:
+                    self.odd.append(f"{number}: {answer.status_code} {answer.text}")
+            return None
+
+        task_id: str = await wait_until(taken, PATIENCE_S)
+        self.accepted.add(task_id)
+        return task_id
+
+    async def ended(self, web: Member) -> dict[str, str]:
+        """The state of every accepted task, once all have ended; each with one terminal event, submitted once."""
+
+        async def over() -> dict[str, str] | None:
+            states = {task["id"]: task["state"] for task in await listed(web.client, "tasks") if task["id"] in self.accepted}
+            return (
+                states
+                if len(states) == len(self.accepted)
+                and not {"queued", "submitting", "submitted", "storing", "uncertain"} & set(states.values())
+                else None
+            )
+
+        states: dict[str, str] = await wait_until(over, PATIENCE_S)
+        events = [event for event in await listed(web.client, "events") if event["type"] in TERMINAL]
+        assert sorted(event["subject"] for event in events) == sorted(self.accepted), "one terminal event each"
+        keys = [key for keys in self.bench.upstream.posts.values() for key in keys]
+        assert len(keys) == len(set(keys)), "nothing is submitted twice"
+        assert self.odd == []
+        return states
+
+    async def callback(self, member: Member, task: Mapping[str, Any]) -> str:
+        """The status of the answer to a callback that says the task has failed."""
+        return await post(f"{member.client.base_url}/callbacks/evolink/{task['id']}/{token(task['id'])}", task["upstream_id"])
+
+    def alive(self) -> None:
+        for member in self.members:
+            assert member.process.code is None, member.process.printed
+            assert "Traceback" not in member.process.printed, member.process.printed
+
+
+def token(task_id: str) -> str:
+    return Keyring([SECRET.encode()]).callback_token("evolink", task_id)
+
+
+@asynccontextmanager
+async def groups(folder: Path, server: str, database: str | None = None) -> AsyncIterator[Group]:
+    """Nobody yet. `database`: an address of one that is there, else a new one on the server."""
+    async with benches(folder, server) as bench, AsyncExitStack() as stack:
+        url = database if database is not None else await stack.enter_async_context(bench.database())
+        group = Group(bench, url, stack)
+        try:
+            yield group
+        finally:
+            for member in group.members:
+                await member.killed()
+
+
+async def ask(database: str, statement: str, *args: Any) -> list[Any]:
+    """The rows of a statement on a connection of its own."""
+    connection = await asyncpg.connect(database)
+    try:
+        return list(await connection.fetch(statement, *args))
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
+async def terminating(database: str, condition: str) -> AsyncIterator[None]:
+    """Ends the connections that meet the condition on `pg_stat_activity`, again and again, until the block ends."""
+
+    async def never() -> bool:
+        await ask(database, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND {condition}")
+        return False
+
+    ending = asyncio.create_task(wait_until(never, PATIENCE_S))
+    try:
+        yield
+    finally:
+        ending.cancel()
+        await asyncio.gather(ending, return_exceptions=True)

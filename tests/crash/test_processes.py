@@ -1,0 +1,152 @@
+"""Any number of webs and workers on one PostgreSQL: work moves, hints may be lost, the server may go, locks and pools are bounded."""
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from service.store.postgres import COMMITTERS, READERS
+from tests.api import got
+from tests.crash.chaos.members import restarting
+from tests.crash.group import LEASE_MS, PATIENCE_S, WEB, WORKER, ask, groups, terminating
+from tests.servers import missing, postgres_binaries, postgres_running
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.timeout(180)
+
+LISTENS = "query ILIKE 'LISTEN%'"
+CONNECTIONS = COMMITTERS + READERS + 1
+
+
+@pytest.fixture
+def own_server() -> Iterator[str]:
+    """A server that a test may restart."""
+    binaries = postgres_binaries()
+    if binaries is None:
+        missing("PostgreSQL")
+    with postgres_running(binaries) as url:
+        yield url
+
+
+async def test_work_moves_when_its_process_is_killed(tmp_path: Path, postgres_server: str) -> None:
+    """A web and a worker of two die, with work in hand: another worker has it when the lease has ended, and submits nothing twice."""
+    async with groups(tmp_path, postgres_server) as group:
+        web, other = [await group.start(WEB) for _ in range(2)]
+        doomed = await group.start(WORKER, TEST_KILL="settle.answered:3")
+        await asyncio.gather(*(group.order(web if number % 2 else other, number) for number in range(12)))
+        await wait_until(lambda: doomed.process.code is not None, PATIENCE_S)
+        assert doomed.process.code == -signal.SIGKILL
+        group.members.remove(doomed)
+        held = await ask(group.database, "SELECT id FROM tasks WHERE settle_lease_owner IS NOT NULL OR submit_lease_owner IS NOT NULL")
+        assert held
+        began = asyncio.get_running_loop().time()
+        for _ in range(2):
+            await group.start(WORKER)
+        other.process.signal(signal.SIGKILL)
+        group.members.remove(other)
+        assert set((await group.ended(web)).values()) == {"completed"}
+        assert asyncio.get_running_loop().time() - began < LEASE_MS / 1000 + 30
+        group.alive()
+
+
+async def test_hints_that_are_lost_only_cost_time(tmp_path: Path, postgres_server: str) -> None:
+    """Whoever listens is cut off again and again: due work is found by looking; then they listen again."""
+    async with groups(tmp_path, postgres_server) as group:
+        web, *_ = [await group.start(role) for role in (WEB, WORKER)]
+        async with terminating(group.database, LISTENS):
+            await asyncio.gather(*(group.order(web, number) for number in range(5)))
+            assert set((await group.ended(web)).values()) == {"completed"}
+
+        async def listening() -> bool:
+            return len(await ask(group.database, f"SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND {LISTENS}")) == 2
+
+        await wait_until(listening, PATIENCE_S)
+        group.alive()
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+async def test_a_restart_of_the_server_ends_no_process(tmp_path: Path, own_server: str, mode: str) -> None:
+    """Callbacks meanwhile get 503 and `Retry-After` and are taken afterwards; work goes on; each process says so in a few lines."""
+    async with groups(tmp_path, own_server) as group:
+        web, _ = [await group.start(role) for role in (WEB, WORKER)]
+        known = await group.order(web, 0, sandbox={"fail": "service_error", "drop_callback": True})
+        task = got(await web.client.get(f"/v1/tasks/{known}"))
+        await wait_until(lambda: group.bench.upstream.posts["0"], PATIENCE_S)
+
+        async def submitted() -> object:
+            return (await web.client.get(f"/v1/tasks/{known}")).json()["upstream_id"]
+
+        task["upstream_id"] = await wait_until(submitted, PATIENCE_S)
+        orders = [asyncio.create_task(group.order(web, number)) for number in range(1, 20)]
+        restart, answers = restarting(own_server), []
+        stopping = asyncio.create_task(asyncio.to_thread(restart, mode))
+        while not stopping.done():
+            answers.append(await group.callback(web, task))
+            await asyncio.sleep(0)
+        await stopping
+
+        async def taken() -> bool:
+            answers.append(await group.callback(web, task))
+            return answers[-1] == "200"
+
+        await wait_until(taken, PATIENCE_S)
+        assert set(answers) <= {"200", "503"}, answers
+        await asyncio.gather(*orders)
+        states = await group.ended(web)
+        assert states.pop(known) == "failed"
+        assert set(states.values()) == {"completed"}
+        for member in group.members:  # beside a line for each request that met it
+            said = [line for line in member.lines() if line["level"] != "info" and not {"request_id", "task_id"} & line.keys()]
+            assert len(said) <= 20, said
+        group.alive()
+
+
+async def test_a_lock_that_a_stranger_holds_is_waited_for_so_long_and_no_longer(tmp_path: Path, postgres_server: str) -> None:
+    """A callback is answered 503 within the time its sender has, `/readyz` says 503; both recover with the lock's end."""
+    async with groups(tmp_path, postgres_server) as group:
+        web = await group.start(WEB)
+        task = {"id": await group.order(web, 0), "upstream_id": "task-unified-1"}
+        stranger = await asyncpg.connect(group.database)
+        clock = asyncio.get_running_loop().time
+        try:
+            async with stranger.transaction():
+                await stranger.execute("LOCK TABLE tasks, counters IN ACCESS EXCLUSIVE MODE")
+                began = clock()
+                status, ready = await asyncio.gather(group.callback(web, task), web.client.get("/readyz"))
+                assert clock() - began < 9.5, "the upstream waits for 10 s"
+                assert (status, ready.status_code, ready.json()["status"]) == ("503", 503, "unavailable")
+                assert ready.headers["retry-after"] == "1"
+        finally:
+            await stranger.close()
+
+        async def recovered() -> bool:
+            return await group.callback(web, task) == "200" and (await web.client.get("/readyz")).status_code == 200
+
+        await wait_until(recovered, PATIENCE_S)
+        group.alive()
+
+
+async def test_more_load_than_connections_waits_its_turn(tmp_path: Path, postgres_server: str) -> None:
+    """A process has so many connections and no more; requests beyond that queue, and each is answered."""
+    async with groups(tmp_path, postgres_server) as group:
+        web, _ = [await group.start(role) for role in (WEB, WORKER)]
+        counts: list[int] = []
+
+        async def count() -> bool:
+            counts.append(len(await ask(group.database, "SELECT 1 FROM pg_stat_activity WHERE datname = current_database()")) - 1)
+            return False
+
+        counting = asyncio.create_task(wait_until(count, PATIENCE_S))
+        try:
+            reading = [web.client.get("/v1/tasks") for _ in range(100)]
+            answers, _ = await asyncio.gather(asyncio.gather(*reading), asyncio.gather(*(group.order(web, number) for number in range(40))))
+        finally:
+            counting.cancel()
+            await asyncio.gather(counting, return_exceptions=True)
+        assert {answer.status_code for answer in answers} == {200}
+        assert set((await group.ended(web)).values()) == {"completed"}
+        assert READERS < max(counts) <= 2 * CONNECTIONS
+        group.alive()

@@ -1,0 +1,113 @@
+"""Two PostgreSQL servers on loopback: a primary, and a standby that has every commit before it is answered."""
+
+import asyncio
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.servers import execute
+
+STANDBY = "second"
+SETTLE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One of them; `folder` has its data, its socket and its log."""
+
+    binaries: Path
+    folder: Path
+    port: int
+    owner: int | None  # whom it runs as: it refuses to be root
+
+    def run(self, program: str, *arguments: str) -> None:
+        with (self.folder / "output").open("ab") as output:
+            done = subprocess.run(
+                [str(self.binaries / program), *arguments],
+                cwd=self.folder,
+                env={"PATH": os.defpath, "LC_ALL": "C"},
+                stdout=output,
+                stderr=output,
+                check=False,
+                user=self.owner,
+            )
+        assert done.returncode == 0, f"{program}: {(self.folder / 'output').read_text()[-2000:]}"
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def control(self, *arguments: str) -> None:
+        self.run("pg_ctl", "-w", "-D", str(self.data), *arguments)
+
+    def start(self) -> None:
+        options = f"-c listen_addresses=127.0.0.1 -c port={self.port} -c max_connections=100 -k {self.folder}"
+        self.control("-l", str(self.folder / "log"), "-o", options, "start")
+
+    def promote(self) -> None:
+        self.control("promote")
+
+    def kill(self) -> None:
+        """SIGKILL to all of its processes at once, as if the machine had lost its power."""
+        leader = int((self.data / "postmaster.pid").read_text().split()[0])
+        children = Path(f"/proc/{leader}/task/{leader}/children").read_text().split()
+        for pid in (leader, *map(int, children)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    @property
+    def running(self) -> bool:
+        pid = self.data / "postmaster.pid"
+        return pid.exists() and Path(f"/proc/{pid.read_text().split()[0]}").exists()
+
+
+@contextlib.contextmanager
+def server(binaries: Path) -> Iterator[Server]:
+    """A folder and a port for one; stopped at the end if it runs."""
+    folder = Path(tempfile.mkdtemp(prefix="darkroom-pg-"))
+    owner = None
+    if os.geteuid() == 0:
+        accounts = {user.pw_name: user for user in pwd.getpwall()}
+        owner = (accounts.get("postgres") or accounts["nobody"]).pw_uid
+        os.chown(folder, owner, -1)
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        made = Server(binaries, folder, held.getsockname()[1], owner)
+    try:
+        yield made
+    finally:
+        if made.running:
+            made.control("-m", "immediate", "stop")
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def replicated(binaries: Path) -> Iterator[tuple[Server, Server]]:
+    """The primary and its synchronous standby, both at work."""
+    with server(binaries) as primary, server(binaries) as standby:
+        primary.run("initdb", "-D", str(primary.data), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
+        primary.start()
+        source = f"host=127.0.0.1 port={primary.port} user=postgres application_name={STANDBY}"
+        standby.run("pg_basebackup", "-D", str(standby.data), "-d", source, "-R", "-c", "fast", "--no-sync")
+        standby.start()
+        asyncio.run(execute(url(primary), f"ALTER SYSTEM SET synchronous_standby_names = '{STANDBY}'"))
+        primary.control("reload")
+        yield primary, standby
+
+
+def url(*servers: Server, database: str = "postgres") -> str:
+    """The address of one of the servers, whichever takes writes."""
+    return f"postgresql://postgres@{','.join(each.address for each in servers)}/{database}"
