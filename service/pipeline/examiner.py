@@ -79,11 +79,14 @@ async def examining(places: int, max_bytes: int, max_pixels: int) -> AsyncIterat
 
 
 def start() -> "subprocess.Popen[bytes]":
-    """A session of its own: a terminal's Ctrl-C is for the parent, which finishes its work first."""
+    """A session of its own: a terminal's Ctrl-C is for the parent, which finishes its work first. BlobUnavailable."""
     command = [sys.executable, "-m", __name__]
-    return subprocess.Popen(  # noqa: S603 - our own
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    try:
+        return subprocess.Popen(  # noqa: S603 - our own
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+    except OSError as error:  # no descriptors, processes or memory left
+        raise BlobUnavailable(f"no process to judge it: {error.strerror}") from error
 
 
 def ask(child: "subprocess.Popen[bytes]", request: dict[str, Any]) -> dict[str, Any]:

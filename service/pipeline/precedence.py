@@ -9,7 +9,7 @@ from service.errors import StoreUnavailable
 
 PATIENCE_S = 0.25  # so long at most: a flood of callbacks must not stop the work
 
-# Callbacks that are judged and committed at once. Without a limit a burst of thousands is all begun before any is finished: none is in time.
+# Callbacks that are judged and committed at once. Without a limit a burst of thousands is begun before any is finished: none is in time.
 AT_ONCE = 200
 MOST = 5000  # wait for that; whoever comes then is told at once to come again, as the upstream does after 1, 2 and 4 s
 TURN_S = 5.0  # so long for its turn: the upstream gives up after 10 s, and what comes then is taken all the sooner
@@ -44,9 +44,10 @@ class Precedence:
     @asynccontextmanager
     async def turn(self, refused: Callable[[], None]) -> AsyncIterator[None]:
         """Around the commit of one callback, first come first served; StoreUnavailable, and `refused` told: there are too many."""
+        if self._callbacks > MOST:
+            refused()
+            raise StoreUnavailable("too many callbacks at once")
         try:
-            if self._callbacks > MOST:
-                raise TimeoutError
             async with asyncio.timeout_at(time.monotonic() + TURN_S):  # the loop's own time stands still while it begins a burst
                 await self._turns.acquire()
         except TimeoutError:

@@ -7,7 +7,7 @@ import asyncio
 import json
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import structlog
@@ -74,27 +74,26 @@ class Tail:
     async def run(self) -> None:
         signals = self._store.signals
         with signals.listen("events") as written:
-            while True:
-                await self._wanted.wait()
+            while not signals.stopping:
+                if not self.streams:
+                    self._begin, self._end, self._entries, self._size = None, 0, [], 0
+                    self._wanted.clear()
+                    await self._wanted.wait()
                 written.clear()
+                full = False
                 try:
-                    full = await self._look()
+                    with suppress(StoreUnavailable):  # said by whoever promised something; the streams wait
+                        full = await self._look()
                 except Exception as error:  # the streams that wait are not told, so this goes on
-                    full, unforeseen = False, None if isinstance(error, StoreUnavailable) else error
-                    known = {"stage": "tail", "key": None, "attempt": None, "wait_s": LOOK_S, "exception": repr(error)}
-                    log.error("worker.failed", **known, exc_info=unforeseen)  # noqa: TRY400 - a store that is away needs no traceback
-                if not full:
-                    await signals.wait(written, LOOK_S)
-                    if signals.stopping:
-                        return
+                    log.exception("worker.failed", stage="tail", key=None, attempt=None, wait_s=LOOK_S, exception=repr(error))
+                await signals.wait(written, 0 if full else LOOK_S)
 
     async def _look(self) -> bool:
         """Reads what is new; whether there may be more."""
-        begin = await self._store.read(queries.outbox_end) if self._begin is None else self._begin
-        rows, last, _ = await self._store.read(queries.event_list, None, self._end if self._begin is not None else begin, PAGE)
-        if not self.streams:
-            return False
-        self._begin, end, self._end = begin, self._end, last
+        if self._begin is None:
+            self._begin = self._end = await self._store.read(queries.outbox_end)
+            self._store.signals.notify(["tail"])
+        rows, last, _ = await self._store.read(queries.event_list, None, self._end, PAGE)
         for row in rows:
             self._entries.append(self._entry(row))
             self._size += len(self._entries[-1].document)
@@ -102,30 +101,29 @@ class Tail:
         while len(self._entries) - over > KEPT or self._size > KEPT_SIZE:
             self._begin, self._size, over = self._entries[over].sequence, self._size - len(self._entries[over].document), over + 1
         del self._entries[:over]
-        if end != last:
+        if self._end != last:
+            self._end = last
             self._store.signals.notify(["tail"])
         return len(rows) == PAGE
 
     @contextmanager
-    def _following(self) -> Iterator[None]:
+    def open(self) -> Iterator[None]:
+        """Around each stream."""
         self.streams += 1
         self._wanted.set()
         try:
             yield
         finally:
             self.streams -= 1
-            if not self.streams:
-                self._wanted.clear()
-                self._begin, self._end, self._entries, self._size = None, 0, [], 0
 
     async def follow(self, after: int | None, wanted: Wanted, quiet_s: float) -> AsyncIterator[Sequence[Entry] | Gone]:
         """Events after a place, in their sequence; None: from now on. An empty sequence when there was none for `quiet_s` seconds.
 
-        Ends when the process stops. StoreUnavailable.
+        Only within `open`. Ends when the process stops. StoreUnavailable.
         """
         place = await self._store.read(queries.outbox_end) if after is None else after
         signals = self._store.signals
-        with self._following(), signals.listen("tail") as moved:
+        with signals.listen("tail") as moved:
             while not signals.stopping:
                 moved.clear()
                 before = place

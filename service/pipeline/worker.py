@@ -17,7 +17,7 @@ from service.ops.metrics import Metrics
 from service.pipeline.retry import fault_wait
 from service.store import RENEW_S, Grant, Store, Transaction, queries
 from service.store.operations.faults import FAULT_LIMIT, Fault, claim_suspects, record_faults
-from service.store.operations.leases import claim, release, renew
+from service.store.operations.leases import claim, release, renew, suspected
 
 log = structlog.get_logger()
 
@@ -89,8 +89,8 @@ class WorkerPool:
         for grant in granted:
             self._jobs[grant] = self._started(grant)
 
-    def _started(self, grant: Grant, after: Collection["asyncio.Task[None]"] = ()) -> "asyncio.Task[None]":
-        return asyncio.create_task(self._work(self._stages[grant.stage], grant, after), name=f"{grant.stage}:{grant.key}")
+    def _started(self, grant: Grant) -> "asyncio.Task[None]":
+        return asyncio.create_task(self._work(self._stages[grant.stage], grant), name=f"{grant.stage}:{grant.key}")
 
     def committed(self, tx: Transaction) -> None:
         self._tell(tx)
@@ -142,27 +142,29 @@ class WorkerPool:
             await asyncio.sleep(LOOK_S)
 
     async def _suspects(self, names: Iterable[str]) -> None:
-        """Works alone on rows that outlived deaths of their process, for `ALONE_S` at most each, so that the next death has one cause."""
+        """Works alone on rows that outlived deaths of their process, for `ALONE_S` at most each, so that the next death has one cause.
+
+        Each is leased when all others have ended, or it would be blamed for a death that came before it was begun.
+        """
         for name in names:
-            suspect = await self._store.write(claim_suspects, name) if self._stages[name].free else None
-            if suspect is None:
+            if not await self._store.write(suspected, name):
                 continue
-            if suspect.parked:
-                log.error("task.parked", stage=name, cause=f"{suspect.deaths} deaths")
-                continue
-            self._stages[name].free -= 1
             self._alone = True
             try:
-                job = self._jobs[suspect.grant] = self._started(suspect.grant, after=tuple(self._jobs.values()))
-                await asyncio.wait([job], timeout=2 * ALONE_S)
+                await self.drained(ALONE_S)
+                suspect = await self._store.write(claim_suspects, name) if self._stages[name].free else None
+                if suspect is not None and suspect.parked:
+                    log.error("task.parked", stage=name, cause=f"{suspect.deaths} deaths")
+                elif suspect is not None:
+                    self._stages[name].free -= 1
+                    job = self._jobs[suspect.grant] = self._started(suspect.grant)
+                    await asyncio.wait([job], timeout=ALONE_S)
             finally:
                 self._alone = False
                 self._wake.set()
 
-    async def _work(self, stage: Stage, grant: Grant, after: Collection["asyncio.Task[None]"]) -> None:
+    async def _work(self, stage: Stage, grant: Grant) -> None:
         try:
-            if after:
-                await asyncio.wait(after, timeout=ALONE_S)
             with bound_contextvars(**{KEYS[stage.name]: grant.key}):
                 try:
                     await self._turn()

@@ -1,7 +1,7 @@
 """The embedded store's clock: no jump of the machine's clock makes work due, or puts it off.
 
-Between two looks it moves by the time that really passed, a machine's sleep included, and by a tenth of that, at most, towards the machine's
-clock: an hour's jump is made up for in ten hours, or at the next start. It never goes back.
+Between two looks it moves by the time that really passed, a machine's sleep included, and by a tenth of that, at most, towards the
+machine's clock: an hour's jump is made up for in ten hours, or at the next start. It never goes back.
 """
 
 import time

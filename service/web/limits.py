@@ -1,5 +1,6 @@
 """What holds clients back: how many requests a key may make, and how many a process has in hand. Callbacks are held back by neither."""
 
+import asyncio
 import math
 import time
 from collections.abc import Iterator
@@ -11,11 +12,12 @@ import structlog
 from service.errors import ApiError
 from service.ops.metrics import Metrics
 from service.pipeline.precedence import Precedence
+from service.web.protocol import Line
 
 log = structlog.get_logger()
 
 BUSY, WAITING = 500, 5000  # clients' requests at work, and those that only wait for a task or an event
-FLOOD = 250  # callbacks in hand: some 0.1 s of work
+FLOOD = 250  # callbacks in hand, and requests that wait to be begun: some 0.1 s of work
 TOLD_S = 1.0
 
 
@@ -54,7 +56,8 @@ class Admission:
     @contextmanager
     def request(self) -> Iterator[None]:
         """Around a client's request; ApiError 503 when it is shed."""
-        if self.busy >= BUSY or self.waiting >= WAITING or self.precedence.in_hand >= FLOOD:
+        burst = self.precedence.in_hand + len(Line.of(asyncio.get_running_loop()))
+        if self.busy >= BUSY or self.waiting >= WAITING or burst >= FLOOD:
             self._tell()
             raise ApiError(503, "overloaded", "the service has too much in hand", retry_after=1)
         self.busy += 1

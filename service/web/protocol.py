@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -10,37 +10,44 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 MAX_HEAD = 64 * 1024  # and what one read brings beyond it, at most 256 KiB
 HEAD_S = 10.0
 LAST_S, IDLE_S = 1.0, 0.05  # at a stop: for the first request of a connection, and for another one that is on its way already
-BEGUN = 100  # new connections that are listened to in one turn of the loop: as many as callbacks go into a commit
+BEGUN = 100  # requests that are begun in one turn of the loop: as many as callbacks go into a commit
 
 
 class Line:
-    """New connections of a loop, in the order in which they came.
+    """Requests of a loop in the order in which they came.
 
     The loop reads from everybody who has sent something before anything else goes on: of thousands at once none would be answered before
     all are begun, and then for all it is too late.
     """
 
-    _of: "WeakKeyDictionary[asyncio.AbstractEventLoop, Line]" = WeakKeyDictionary()
+    _of: ClassVar["WeakKeyDictionary[asyncio.AbstractEventLoop, Line]"] = WeakKeyDictionary()
 
     def __init__(self) -> None:
-        self._waiting: deque[asyncio.Transport] = deque()
+        self._begun = 0
+        self._waiting: deque[BoundedHeads] = deque()
 
     @classmethod
     def of(cls, loop: asyncio.AbstractEventLoop) -> "Line":
         return cls._of.setdefault(loop, cls())
 
-    def join(self, transport: asyncio.Transport) -> None:
-        transport.pause_reading()
-        if not self._waiting:
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def passes(self, protocol: "BoundedHeads") -> bool:
+        """Whether it may begin now; else `begin` is called when it is its turn."""
+        if not self._begun and not self._waiting:
             asyncio.get_running_loop().call_soon(self._next)
-        self._waiting.append(transport)
+        if self._waiting or self._begun >= BEGUN:
+            self._waiting.append(protocol)
+            return False
+        self._begun += 1
+        return True
 
     def _next(self) -> None:
-        for _ in range(min(BEGUN, len(self._waiting))):
-            transport = self._waiting.popleft()
-            if not transport.is_closing():
-                transport.resume_reading()
-        if self._waiting:
+        self._begun = min(BEGUN, len(self._waiting))
+        for _ in range(self._begun):
+            self._waiting.popleft().begin()
+        if self._begun:
             asyncio.get_running_loop().call_soon(self._next)
 
 
@@ -52,11 +59,12 @@ class BoundedHeads(HttpToolsProtocol):
     _size = 0
     _late: asyncio.TimerHandle | None = None  # set while a head is being read
     _stopping = False
+    _held = b""  # the beginning of a request that waits in the line
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
+        self._line = Line.of(self.loop)
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
-        Line.of(self.loop).join(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
@@ -64,6 +72,28 @@ class BoundedHeads(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._held:
+            self._held += data
+        elif self._late or not self._idle or self._line.passes(self):
+            self._read(data)
+        else:
+            self._held = data
+            self._unset_keepalive_if_required()
+            self.transport.pause_reading()
+
+    def begin(self) -> None:
+        """Reads what was held back."""
+        data, self._held = self._held, b""
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+            self._read(data)
+
+    @property
+    def _idle(self) -> bool:
+        cycle: Any = self.cycle
+        return cycle is None or cycle.response_complete
+
+    def _read(self, data: bytes) -> None:
         reading = self._late
         super().data_received(data)
         if self._late is not None and self._late is reading:
@@ -97,6 +127,5 @@ class BoundedHeads(HttpToolsProtocol):
             self._late = None
 
     def _give_up(self) -> None:
-        cycle: Any = self.cycle
-        if cycle is None or cycle.response_complete:  # else an answer to the request before it is on its way
+        if self._idle and not self._held:  # else an answer to the request before it is on its way
             self.transport.close()

@@ -42,9 +42,9 @@ def stream(request: Request, tail: Tail, after: int | None, wanted: Wanted, allo
 
 async def frames(tail: Tail, after: int | None, wanted: Wanted, allowed: Callable[[], Awaitable[object]]) -> AsyncIterator[str]:
     clock = asyncio.get_running_loop().time
-    yield f"retry: {RETRY_MS}\n\n"
-    said = checked = clock()
-    with suppress(ApiError, StoreUnavailable):  # the reader comes back, and is told then
+    with tail.open(), suppress(ApiError, StoreUnavailable):  # the reader comes back, and is told then
+        yield f"retry: {RETRY_MS}\n\n"
+        said = checked = clock()
         async for found in tail.follow(after, wanted, CHECK_S):
             if clock() - checked >= CHECK_S:
                 await allowed()

@@ -92,6 +92,15 @@ async def test_a_file_that_cannot_be_read_is_the_stores_fault(judges: Examiner, 
     assert judges.idle == [child]
 
 
+async def test_no_child_is_the_machines_fault(judges: Examiner, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BlobUnavailable, as when the disk is full: the download is tried again, and the row is not to blame."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(file))
+        with pytest.raises(BlobUnavailable, match="no process"):
+            await judges.examine(file, packed=False)
+    assert (await judges.examine(file, packed=False)).verdict == SMALL
+
+
 async def test_a_child_that_died_idle_is_replaced(judges: Examiner, file: Path) -> None:
     """The machine may have wanted its memory: no try is lost for that."""
     await judges.examine(file, packed=False)

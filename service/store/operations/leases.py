@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import BindParameter, and_, bindparam, case, or_, select, update
+from sqlalchemy import BindParameter, Select, and_, bindparam, case, or_, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from service.store import LEASE_MS, Grant, Transaction
@@ -91,6 +91,11 @@ def claim_suspect(tx: Transaction, stage: str) -> tuple[Grant, int] | None:
     return None
 
 
+def suspected(tx: Transaction, stages: Sequence[str]) -> list[bool]:
+    """Whether a stage has a row that `claim_suspect` would lease."""
+    return [tx.connection.execute(_ready(QUEUES[stage], suspect=True), _figures(tx, 1)).first() is not None for stage in stages]
+
+
 def _claim(tx: Transaction, queue: Queue, limit: int) -> list[Grant]:
     return [Grant(queue.stage, *row[:-1]) for row in tx.connection.execute(_claiming(queue), _figures(tx, limit))]
 
@@ -100,21 +105,26 @@ def _figures(tx: Transaction, limit: int) -> dict[str, Any]:
 
 
 @cache
-def _claiming(queue: Queue, *, suspect: bool = False) -> ReturningUpdate[Any]:
-    until, key = queue.column("lease_until"), queue.table.c.id
-    fence, attempts, deaths = (queue.column(name) for name in ("fence", "attempts", "deaths"))
+def _ready(queue: Queue, *, suspect: bool) -> Select[Any]:
+    """The rows that may be claimed, first things first."""
+    until, deaths = queue.column("lease_until"), queue.column("deaths")
     now: BindParameter[int] = bindparam("now")
     # A lease that ran out is a death that is not counted yet.
     died = and_(deaths > ZERO, or_(deaths > 1, until.is_not(None))) if suspect else or_(deaths < 1, and_(deaths < 2, until.is_(None)))
     ready = (
-        select(key)
+        select(queue.table.c.id)
         .where(queue.column("due_at") <= now, or_(until.is_(None), until <= now, until > bindparam("too_far")), died)
         .order_by(queue.order)
         .limit(bindparam("free"))
-        .with_for_update(skip_locked=True)
     )
-    if queue.where is not None:
-        ready = ready.where(queue.where)
+    return ready if queue.where is None else ready.where(queue.where)
+
+
+@cache
+def _claiming(queue: Queue, *, suspect: bool = False) -> ReturningUpdate[Any]:
+    until, key = queue.column("lease_until"), queue.table.c.id
+    fence, attempts, deaths = (queue.column(name) for name in ("fence", "attempts", "deaths"))
+    now: BindParameter[int] = bindparam("now")
     count = case((until.is_not(None), deaths + 1), else_=deaths)
     values = {
         until: bindparam("until"),
@@ -126,7 +136,7 @@ def _claiming(queue: Queue, *, suspect: bool = False) -> ReturningUpdate[Any]:
     if suspect:
         values[queue.column("due_at")] = now + case(SUSPECT_WAITS_MS, value=count, else_=LONGEST_WAIT_MS)
     # Materialised: a plan that ran the subquery once for each row would lease more than there are places.
-    chosen = ready.cte("ready").prefix_with("MATERIALIZED")
+    chosen = _ready(queue, suspect=suspect).with_for_update(skip_locked=True).cte("ready").prefix_with("MATERIALIZED")
     return update(queue.table).where(key.in_(select(chosen.c.id))).values(values).returning(key, fence, attempts, deaths)
 
 

@@ -1,0 +1,249 @@
+"""Events as server-sent events: from a place on, in sequence, for as long as reader, key and process last."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from structlog.testing import capture_logs
+
+from service.errors import StoreUnavailable
+from service.pipeline import outbox, tail
+from service.pipeline.tail import Tail, Wanted
+from service.store import Transaction, queries
+from service.store.tables import counters, events
+from service.web import streams
+from tests.api import UNTIL_DONE, got, refused, submitted
+from tests.waiting import wait_until
+from tests.world import World, world
+
+SSE = {"accept": "text/event-stream"}
+BOTH = ["image.task.submitted", "image.task.completed"]
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One of a stream; `id` and `event` None: it had none. A comment has its text as `data` and the event ":"."""
+
+    id: str | None
+    event: str | None
+    data: str
+
+    @property
+    def document(self) -> Json:
+        document: Json = json.loads(self.data)
+        return document
+
+
+async def messages(answer: httpx.Response) -> AsyncIterator[Message]:
+    fields: dict[str, str] = {}
+    async for line in answer.aiter_lines():
+        if line:
+            name, _, value = line.partition(": ")
+            fields[name] = value
+        elif fields:
+            comment = fields.get("")
+            yield Message(fields.get("id"), ":" if comment else fields.get("event"), comment or fields.get("data", ""))
+            fields = {}
+
+
+@asynccontextmanager
+async def following(client: httpx.AsyncClient, headers: Mapping[str, str] = SSE, **query: Any) -> AsyncIterator[AsyncIterator[Message]]:
+    """A stream's messages, behind the hint how soon to come back."""
+    async with client.stream("GET", "/v1/events", params=query, headers={**SSE, **headers}) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert answer.headers["cache-control"] == "no-store"
+        made = messages(answer)
+        assert await anext(made) == Message(None, None, "")
+        yield made
+
+
+async def next_of(stream: AsyncIterator[Message], count: int) -> list[Message]:
+    async with asyncio.timeout(20):
+        return [await anext(stream) for _ in range(count)]
+
+
+async def pulled(client: httpx.AsyncClient, **query: Any) -> list[Json]:
+    found: list[Json] = got(await client.get("/v1/events", params={"limit": 1000, **query}))["data"]
+    return found
+
+
+def sent(events: list[Json]) -> list[tuple[str, str, Json]]:
+    return [(event["sequence"], event["type"], event) for event in events]
+
+
+def seen(stream: list[Message]) -> list[tuple[str | None, str | None, Json]]:
+    return [(message.id, message.event, message.document) for message in stream]
+
+
+async def test_a_stream_shows_what_happens_from_now_on(here: World) -> None:
+    """`id` is the sequence, `event` the type, `data` the event as pull shows it; nothing from before."""
+    async with here.owner() as client:
+        await submitted(client, UNTIL_DONE)
+        async with following(client) as stream:
+            task = await submitted(client, UNTIL_DONE)
+            found = await next_of(stream, 2)
+        assert seen(found) == sent(await pulled(client, task=task["id"]))
+        assert [message.event for message in found] == BOTH
+
+
+async def test_a_stream_goes_on_where_a_reader_was(here: World) -> None:
+    """After `after`, or after `Last-Event-ID`, which a browser sends to the same address when it comes back."""
+    async with here.owner() as client:
+        for _ in range(2):
+            await submitted(client, UNTIL_DONE)
+        whole = await pulled(client)
+        async with following(client, after="0") as stream:
+            assert seen(await next_of(stream, 4)) == sent(whole)
+            await submitted(client, UNTIL_DONE)
+            assert [message.event for message in await next_of(stream, 2)] == BOTH
+        async with following(client, {"last-event-id": whole[2]["sequence"]}, after="0") as stream:
+            assert seen(await next_of(stream, 1)) == sent(whole[3:])
+        for bad in ("x", "9" * 21, str(2**63)):
+            refused(await client.get("/v1/events", headers={**SSE, "last-event-id": bad}), 400, "invalid_request", param="Last-Event-ID")
+
+
+async def test_a_stream_shows_what_was_asked_for(here: World) -> None:
+    """By type and by task, and to each owner its own; an admin sees everybody's. The same from the store and as it happens."""
+    async with here.owner() as client, here.owner() as other:
+        first = await submitted(client, UNTIL_DONE)
+        place = (await pulled(client))[-1]["sequence"]
+        async with (
+            following(client, after="0", type="image.task.completed") as completed,
+            following(client, after="0", task=first["id"]) as one,
+            following(client, after=place, type="image.task.*,task.parked") as mine,
+            following(here.client, after=place) as everybody,
+        ):
+            await submitted(other, UNTIL_DONE)
+            second = await submitted(client, UNTIL_DONE)
+            assert [m.document["subject"] for m in await next_of(completed, 2)] == [first["id"], second["id"]]
+            assert [m.event for m in await next_of(one, 2)] == BOTH
+            assert [m.document["subject"] for m in await next_of(mine, 2)] == [second["id"]] * 2
+            assert len({m.document["subject"] for m in await next_of(everybody, 4)}) == 2
+
+
+async def test_a_reader_who_is_far_behind_catches_up(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Page by page from the store, then with the others; whatever does not fit in memory is read again. No event twice, none left out."""
+    monkeypatch.setattr(tail, "PAGE", 2)
+    monkeypatch.setattr(tail, "KEPT", 3)
+    async with here.owner() as client, following(client) as leading:
+        for _ in range(4):
+            await submitted(client, UNTIL_DONE)
+        whole = await pulled(client)
+        async with following(client, after="0") as stream:
+            assert seen(await next_of(stream, 8)) == sent(whole) == seen(await next_of(leading, 8))
+            task = await submitted(client, UNTIL_DONE)
+            rest = sent(await pulled(client, task=task["id"]))
+            assert seen(await next_of(stream, 2)) == rest == seen(await next_of(leading, 2))
+
+
+async def test_what_is_kept_is_limited_by_size_too(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large events do not fill the memory."""
+    monkeypatch.setattr(tail, "KEPT_SIZE", 1)
+    async with here.owner() as client, following(client) as stream:
+        task = await submitted(client, UNTIL_DONE)
+        assert seen(await next_of(stream, 2)) == sent(await pulled(client, task=task["id"]))
+        assert here.context.tail._entries == []
+
+
+async def test_a_reader_whose_place_is_gone_is_told(tmp_path: Path) -> None:
+    """One `resync` with the oldest sequence and no id; then what there is."""
+    async with world(tmp_path) as here:
+        for _ in range(2):
+            await submitted(here.client, UNTIL_DONE)
+        whole = await pulled(here.client)
+
+        def forget(tx: Transaction, items: Sequence[int]) -> list[None]:
+            tx.connection.execute(events.delete().where(events.c.sequence <= items[0]))
+            tx.connection.execute(counters.update().where(counters.c.name == "forgotten").values(value=items[0]))
+            return [None]
+
+        await here.context.resources.store.write(forget, int(whole[1]["sequence"]))
+        async with following(here.client, after=whole[0]["sequence"]) as stream:
+            told, *rest = await next_of(stream, 3)
+        assert (told.id, told.event, told.document) == (None, "resync", {"sequence": whole[2]["sequence"]})
+        assert seen(rest) == sent(whole[2:])
+        await here.context.resources.store.write(forget, int(whole[3]["sequence"]))
+        async with following(here.client, after=whole[0]["sequence"]) as stream:
+            (told,) = await next_of(stream, 1)
+        assert int(told.document["sequence"]) == int(whole[3]["sequence"]) + 1
+
+
+async def test_a_comment_comes_when_nothing_else_does(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that whoever stands in between keeps the connection."""
+    monkeypatch.setattr(streams, "CHECK_S", 0.02)
+    monkeypatch.setattr(streams, "COMMENT_S", 0.1)
+    async with here.owner() as client, following(client) as stream:
+        assert {message.event for message in await next_of(stream, 3)} == {":"}
+
+
+async def test_a_stream_ends_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key that is revoked shows nothing more; the reader is told when it comes back."""
+    monkeypatch.setattr(streams, "CHECK_S", 0.05)
+    monkeypatch.setattr("service.web.access.CACHE_S", 0.0)
+    async with world(tmp_path) as here:
+        made = got(await here.client.post("/v1/keys", json={"owner": "x", "scopes": ["read"]}), 201)
+        async with here.with_key(made["key"]) as client, following(client) as stream:
+            assert (await here.client.delete(f"/v1/keys/{made['id']}")).status_code == 204
+            async with asyncio.timeout(20):
+                assert [message async for message in stream] == []
+            refused(await client.get("/v1/events", headers=SSE), 401, "unauthorized")
+
+
+async def test_a_stop_ends_streams(tmp_path: Path) -> None:
+    """Nobody holds up the stop, and what is opened after it ends at once."""
+    async with world(tmp_path) as here, following(here.client) as stream:
+        here.context.quiesce()
+        async with asyncio.timeout(20):
+            assert [message async for message in stream] == []
+        async with following(here.client) as late:
+            assert [message async for message in late] == []
+
+
+async def test_streams_are_limited(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """503 with `Retry-After`, not a process without memory; a reader who left makes room. HEAD holds nothing."""
+    async with here.owner() as client:
+        async with following(client):
+            monkeypatch.setattr(streams, "STREAMS", 1)
+            refused(await client.get("/v1/events", headers=SSE), 503, "overloaded")
+
+        async def left() -> bool:
+            return here.context.tail.streams == 0
+
+        await wait_until(left)
+        async with following(client):
+            pass
+        await wait_until(left)
+        answer = await client.head("/v1/events", headers=SSE)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
+async def test_a_store_that_is_away_ends_those_who_need_it(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is up to date waits until it is back; a fault that nobody foresaw is logged, and the next look comes all the same."""
+    monkeypatch.setattr(tail, "LOOK_S", 0.05)
+    monkeypatch.setattr(outbox, "LOOK_S", 0.05)
+    store, read, faults = here.context.resources.store, here.context.resources.store.read, [StoreUnavailable("away"), ValueError("odd")]
+
+    async def failing(query: Any, *args: Any) -> Any:
+        if faults and query is queries.event_list and args[0] is None:
+            raise faults.pop(0)
+        return await read(query, *args)
+
+    async with here.owner() as client:
+        with capture_logs() as lines:
+            async with following(client) as stream:
+                monkeypatch.setattr(store, "read", failing)
+                task = await submitted(client, UNTIL_DONE)
+                assert seen(await next_of(stream, 2)) == sent(await pulled(client, task=task["id"]))
+        assert [line["exception"] for line in lines if line["event"] == "worker.failed"] == ["ValueError('odd')"]
+        faults.append(StoreUnavailable("away"))
+        with pytest.raises(StoreUnavailable):
+            await anext(Tail(store, here.context.resources.links).follow(0, Wanted(None), 1))
+        assert faults == []
