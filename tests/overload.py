@@ -1,7 +1,7 @@
 """A burst of callbacks from a process of its own: `python -m tests.overload ADDRESS FILE CONNECTIONS`.
 
-Each line of FILE is a request, `{"path", "body"}`. They are shared out over the connections, which all begin at once; a connection sends its
-next one when it has the answer to the last. The time of the first includes that of making the connection, as the upstream's patience does.
+Each line of FILE is a request, `{"path", "body"}`. They are shared out over the connections, which all begin at once; a connection sends
+its next one when it has the answer to the last. The time of the first includes that of connecting, as the upstream's patience does.
 """
 
 import asyncio

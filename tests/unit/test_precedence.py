@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from service.errors import StoreUnavailable
 from service.pipeline import precedence
 from service.pipeline.precedence import Precedence
 from tests.waiting import wait_until
@@ -50,3 +51,31 @@ async def test_waiting_work_can_be_cancelled() -> None:
         work.cancel()
     with pytest.raises(asyncio.CancelledError):
         await work
+
+
+async def test_a_callback_that_gets_no_turn_in_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sender hears so while it still listens; whoever has had a turn makes room for the next."""
+    monkeypatch.setattr(precedence, "TURN_S", 0.05)
+    monkeypatch.setattr(precedence, "AT_ONCE", 1)
+    order, refused = Precedence(), list[str]()
+    async with order.turn(lambda: refused.append("first")):
+        with pytest.raises(StoreUnavailable):
+            async with order.turn(lambda: refused.append("second")):
+                raise AssertionError
+    with pytest.raises(KeyError):
+        async with order.turn(lambda: refused.append("third")):
+            raise KeyError
+    async with order.turn(lambda: refused.append("fourth")):
+        assert refused == ["second"]
+
+
+async def test_more_callbacks_than_may_wait_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's memory is filled by a line that is never served in time."""
+    monkeypatch.setattr(precedence, "MOST", 1)
+    order, refused = Precedence(), list[None]()
+    with order.callback(), order.callback(), pytest.raises(StoreUnavailable):
+        async with order.turn(lambda: refused.append(None)):
+            raise AssertionError
+    with order.callback():
+        async with order.turn(lambda: refused.append(None)):
+            assert refused == [None]

@@ -431,6 +431,7 @@ async def test_what_outlived_deaths_of_its_process_runs_alone(shop: Shop) -> Non
         await wait_until(lambda: running)
         await shop.store.write(deadly, (2, START))
         await wait_until(lambda: pool._alone)
+        assert (await shop.row("task_deadly"))["submit_lease_until"] is None, "no death before it is begun is its own"
         await shop.queue("task_new")
         assert beside == [{"task_busy"}]
         release.set()

@@ -1,0 +1,60 @@
+"""When there is too much, clients are told to come again before any callback is."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from service.web import limits
+from tests.api import SUBMIT, UNTIL_DONE, got, order, refused, submitted
+from tests.waiting import wait_until
+from tests.world import JSON, World, world
+
+
+async def called(here: World, task: JSON) -> int:
+    body = json.dumps({"id": task["upstream_id"], "status": "processing"})
+    return (await here.stranger.post(here.callback_url(task["id"]), content=body)).status_code
+
+
+async def test_clients_are_shed_before_callbacks(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a flood of callbacks is taken clients get 503 with `Retry-After`, reads too; callbacks, probes and metrics their answers."""
+    task = await submitted(here.client, UNTIL_DONE)
+    monkeypatch.setattr(limits, "FLOOD", 1)
+    shed = here.context.resources.metrics.requests_shed._value.get
+    before = shed()
+    with capture_logs() as lines, here.context.precedence.callback():
+        for _ in range(3):
+            answer = await here.client.post(SUBMIT, json=order())
+            refused(answer, 503, "overloaded")
+            assert answer.headers["retry-after"] == "1"
+        refused(await here.client.get(f"/v1/tasks/{task['id']}"), 503, "overloaded")
+        assert await called(here, task) == 200
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert (await here.client.get(path)).status_code == 200
+    assert shed() - before == 4
+    (line,) = [line for line in lines if line["event"] == "http.shed"]
+    assert line["callbacks"] == 1
+    got(await here.client.get(f"/v1/tasks/{task['id']}"))
+
+
+async def test_clients_requests_in_hand_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those at work, and those that only wait for an event; whoever leaves makes room, and callbacks never count."""
+    async with world(tmp_path) as here:
+        task = await submitted(here.client, UNTIL_DONE)
+        last = got(await here.client.get("/v1/events"))["next_after"]
+        monkeypatch.setattr(limits, "BUSY", 0)
+        refused(await here.client.get("/v1/tasks"), 503, "overloaded")
+        assert await called(here, task) == 200
+        monkeypatch.setattr(limits, "BUSY", 1)
+        held = asyncio.create_task(here.client.get("/v1/events", params={"after": last, "wait": 30}))
+        await wait_until(lambda: here.context.admission.waiting == 1)
+        got(await here.client.get("/v1/tasks"))
+        monkeypatch.setattr(limits, "WAITING", 1)
+        refused(await here.client.get("/v1/tasks"), 503, "overloaded")
+        assert await called(here, task) == 200
+        monkeypatch.setattr(limits, "WAITING", 2)
+        await submitted(here.client)
+        assert got(await held)["data"]
+        assert (here.context.admission.busy, here.context.admission.waiting) == (0, 0)
