@@ -17,12 +17,12 @@ COMMIT_S = 8.0  # the upstream gives up after 10 s
 UNREADABLE_BYTES = 16 * 1024  # of a body that says nothing, so much is kept
 
 
-async def receive(resources: Resources, task_id: str, body: bytes, result_ttl_s: float, *, whole: bool = True) -> Verdict:
+async def receive(resources: Resources, task_id: str, body: bytes, result_ttl_s: float, came: float, *, whole: bool = True) -> Verdict:
     """Judges a callback whose token was right and commits it; StoreUnavailable: nothing was promised.
 
-    A body that is not `whole` says nothing, but its token still proves who calls.
+    A body that is not `whole` says nothing, but its token still proves who calls. It `came`, by the monotonic clock, before its turn:
+    what it waited for that is of its time.
     """
-    started = time.perf_counter()
     report = resources.upstream.read_callback(body) if whole else None
     callback = Callback(
         id=resources.id("callback"),
@@ -35,13 +35,13 @@ async def receive(resources: Resources, task_id: str, body: bytes, result_ttl_s:
     )
     checkpoint("inbox.received")
     try:
-        async with asyncio.timeout(COMMIT_S):
+        async with asyncio.timeout_at(came + COMMIT_S):
             verdict = await resources.store.write(accept_callbacks, callback, urgent=True)
     except (TimeoutError, StoreUnavailable) as error:
-        refused(resources, "unavailable", task_id, time.perf_counter() - started)
+        refused(resources, "unavailable", task_id, time.monotonic() - came)
         raise StoreUnavailable("the callback could not be committed in time") from error
     checkpoint("inbox.committed")
-    seconds = time.perf_counter() - started
+    seconds = time.monotonic() - came
     resources.metrics.callbacks.labels(verdict.verdict).inc()
     resources.metrics.callback_commit.observe(seconds)
     log.info(

@@ -56,5 +56,7 @@ def inspect(data: bytes, max_pixels: int) -> Picture | NoPicture:
         return NoPicture(f"over {max_pixels} pixels", final=True)
     except NotWhole as error:
         return NoPicture(f"the picture is not whole: {error}")
+    except MemoryError:  # the machine's want, not these bytes' fault: the child goes, and the file is tried again
+        raise
     except Exception as error:  # noqa: BLE001 - Pillow's decoders raise what they like on hostile bytes (struct, Syntax, Overflow …)
         return NoPicture(f"the picture does not decode: {type(error).__name__}")

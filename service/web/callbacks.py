@@ -82,9 +82,10 @@ class CallbackRoute:
         if body is None:  # the sender left: it will come again
             inbox.refused(resources, "disconnected", task_id, time.perf_counter() - started)
             return
+        came = time.monotonic()
         try:
             async with context.precedence.turn(resources.metrics.callbacks.labels("overloaded").inc):
-                verdict = await inbox.receive(resources, task_id, body, context.result_ttl_s, whole=len(body) <= MAX_BODY)
+                verdict = await inbox.receive(resources, task_id, body, context.result_ttl_s, came, whole=len(body) <= MAX_BODY)
         except StoreUnavailable:
             await refuse(scope, send, 503, (b"retry-after", b"1"))
             return

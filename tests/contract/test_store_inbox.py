@@ -6,6 +6,7 @@ from itertools import permutations
 import pytest
 
 from service.model import Report, State, Status
+from service.store.operations.images import Lost
 from service.store.operations.inbox import KEPT, accept_callbacks
 from service.store.operations.submissions import Accepted, Undecided
 from service.store.tables import callbacks, tasks
@@ -135,7 +136,9 @@ async def test_processing_is_progress_and_never_moves_a_task_back(subject: Subje
     assert await subject.settle(task_id, completed(task_id, URL)) is State.STORING
     assert (await subject.callback(task_id, processing(task_id, progress=60))).verdict == "accepted"
     assert (await subject.task(task_id))["state"] == "storing"
-    assert await subject.settle(task_id, failed(task_id), grant=await subject.wanted("settle", task_id)) is State.FAILED
+    (image,) = await subject.images(task_id)
+    assert await subject.download(image, Lost("gone")) == "lost"
+    assert await subject.state(task_id) is State.FAILED
     before = await subject.task(task_id)
     assert (await subject.callback(task_id, processing(task_id, progress=80))).verdict == "accepted"
     assert await subject.task(task_id) == before

@@ -140,24 +140,16 @@ async def test_what_is_settled_stands(subject: Subject) -> None:
     assert (await subject.task(task_id))["settle_due_at"] is None
 
 
-async def test_the_upstreams_later_word_ends_what_is_storing(subject: Subject) -> None:
-    """Failed or cancelled while results are fetched: the query is the truth, and nothing more is fetched."""
-    for report, state in [(Report(status=Status.FAILED), State.FAILED), (Report(status=Status.CANCELLED), State.CANCELLED)]:
-        task_id = await subject.storing(URL)
-        grant = await subject.wanted("settle", task_id)
-        assert await subject.settle(task_id, report, grant=grant) is state
-        assert await subject.images(task_id) == []
-
-
-@pytest.mark.parametrize("word", ["resource_not_found", "no results"])
+@pytest.mark.parametrize("word", ["resource_not_found", "no results", "failed", "cancelled"])
 async def test_links_that_are_known_outlive_the_task_at_the_upstream(subject: Subject, word: str) -> None:
-    """It keeps the task or its results no more: what is storing goes on with the links it has, and ends by what becomes of them."""
+    """What is settled stands: what is storing goes on with the links it has, and ends by what becomes of them."""
     for outcome, end in [(stored, State.COMPLETED), (None, State.FAILED)]:
         task_id = await subject.storing(URL, OTHER)
         first = (await subject.images(task_id))[0]
         assert await subject.download(first, Retry("answered 404", SECOND, stale=True)) == "pending"
         before = await subject.task(task_id)
-        report = failed(task_id, "resource_not_found") if word == "resource_not_found" else Report(status=Status.COMPLETED)
+        words = {"no results": Report(status=Status.COMPLETED), "cancelled": Report(status=Status.CANCELLED)}
+        report = words.get(word) or failed(task_id, "service_error" if word == "failed" else word)
         assert await subject.settle(task_id, report) is State.STORING
         task = await subject.task(task_id)
         assert (task["settled_digest"], task["upstream_status"], task["settle_due_at"]) == (before["settled_digest"], "completed", None)

@@ -295,3 +295,11 @@ async def test_an_accepted_answer_without_an_id_is_our_own_defect(subject: Subje
     with pytest.raises(AssertionError, match="has an id"):
         await subject.submission(grant, Accepted(Report(), FIRST_QUERY))
     assert await subject.state(grant.key) is State.SUBMITTING
+
+
+async def test_a_start_that_is_run_again_has_the_whole_lease(subject: Subject) -> None:
+    """Its commit was not answered for a minute: the call begins only now, and its lease must outlast it."""
+    grant = await subject.submitting()
+    subject.clock.shift(MINUTE)
+    assert await subject.start(grant) is not None
+    assert (await subject.task(grant.key))["submit_lease_until"] == subject.clock.now + 70 * SECOND

@@ -125,17 +125,6 @@ async def test_a_straggler_helps_none_of_its_owners_tasks_to_overtake(subject: S
     assert sorted(await served(subject, 10)) == ["a"] * 5 + ["b"] * 5
 
 
-async def test_a_task_that_is_tried_again_keeps_its_turn(subject: Subject) -> None:
-    """Nothing was created: once its wait is over it comes before all that came after it."""
-    grant = await subject.submitting(owner="a")
-    turn = (await subject.task(grant.key))["submit_turn"]
-    await flood(subject, "a", 50)
-    assert await subject.submission(grant, Again("429", MINUTE, HOUR)) is State.QUEUED
-    subject.clock.shift(MINUTE)
-    assert [again.key for again in await subject.claim("submit")] == [grant.key]
-    assert (await subject.task(grant.key))["submit_turn"] == turn
-
-
 async def test_while_all_wait_for_their_time_a_newcomer_is_among_the_first(subject: Subject) -> None:
     """An upstream that takes nothing for a while: whoever comes then is served as soon as those who were refused."""
     await flood(subject, "a", 40)
@@ -145,6 +134,21 @@ async def test_while_all_wait_for_their_time_a_newcomer_is_among_the_first(subje
     await subject.queued(owner="b")
     subject.clock.shift(MINUTE)
     assert "b" in await served(subject, 2)
+
+
+async def test_what_was_refused_by_the_hundred_is_not_served_first(subject: Subject) -> None:
+    """Whoever is told 429 goes behind its owner's others, but keeps its place before what comes later: a newcomer waits for one turn."""
+    await flood(subject, "a", 60)
+    for grant in await subject.claim("submit", 40):
+        await subject.start(grant)
+        await subject.submission(grant, Again("429", MINUTE, HOUR))
+    subject.clock.shift(MINUTE)
+    await subject.queued(owner="b")
+    assert "b" in await served(subject, 3)
+    await subject.queued(owner="a")
+    again = [row["submit_turn"] for row in await subject.rows(tasks) if row["submit_attempts"] and row["owner"] == "a"]
+    last = max(row["submit_turn"] for row in await subject.rows(tasks) if row["owner"] == "a")
+    assert max(again) < last
 
 
 async def test_a_new_task_takes_no_place_before_those_that_are_due(subject: Subject) -> None:

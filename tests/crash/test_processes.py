@@ -10,7 +10,7 @@ import pytest
 
 from service.store.postgres import COMMITTERS, READERS
 from tests.api import got
-from tests.crash.chaos.members import restarting
+from tests.crash.chaos.members import restart
 from tests.crash.group import LEASE_MS, PATIENCE_S, WEB, WORKER, ask, groups, terminating
 from tests.servers import missing, postgres_binaries, postgres_running
 from tests.waiting import wait_until
@@ -81,8 +81,8 @@ async def test_a_restart_of_the_server_ends_no_process(tmp_path: Path, own_serve
 
         task["upstream_id"] = await wait_until(submitted, PATIENCE_S)
         orders = [asyncio.create_task(group.order(web, number)) for number in range(1, 20)]
-        restart, answers = restarting(own_server), []
-        stopping = asyncio.create_task(asyncio.to_thread(restart, mode))
+        answers = []
+        stopping = asyncio.create_task(asyncio.to_thread(restart, own_server, mode))
         while not stopping.done():
             answers.append(await group.callback(web, task))
             await asyncio.sleep(0)

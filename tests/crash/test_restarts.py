@@ -28,7 +28,7 @@ from tests.processes import ADMIN_KEY, ROOT, Running, clean_environment, sandbox
 from tests.servers import missing
 from tests.waiting import wait_until
 
-RESTARTS = int(os.environ.get("DARKROOM_TEST_RESTARTS", "20"))
+RESTARTS = int(os.environ.get("DARKROOM_TEST_RESTARTS", "8"))
 # How long a process lives. Behind the proxy longer, as it tries once a second, and would meet several restarts in a row.
 UP_S, UP_BEHIND_S = (0.0, 0.5), (0.7, 1.2)
 TASKS = 120

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -107,6 +108,21 @@ async def test_a_child_that_died_idle_is_replaced(judges: Examiner, file: Path) 
     judges.idle[0].kill()
     judges.idle[0].wait()
     assert (await judges.examine(file, packed=False)).verdict == SMALL
+
+
+async def test_want_of_memory_is_no_fault_of_the_bytes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes three times would be final: what does not fit into memory now is tried again."""
+    start = subprocess.Popen
+
+    def small(*args: object, **more: object) -> "subprocess.Popen[bytes]":
+        limit = 120 << 20
+        return start(*args, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)), **more)  # type: ignore[call-overload,no-any-return]
+
+    monkeypatch.setattr(subprocess, "Popen", small)
+    file.write_bytes(drawn("PNG", size=(8000, 8000)))
+    async with examining(1, 1 << 30, 1 << 30) as narrow:
+        found = await narrow.examine(file, packed=False)
+    assert (found.sha256, found.verdict) == ("", NoPicture("its decoder broke down"))
 
 
 async def test_a_picture_that_kills_its_child_is_worth_another_try(judges: Examiner, file: Path) -> None:

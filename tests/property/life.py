@@ -1,11 +1,12 @@
 """The whole life of tasks as a state machine: clients, operators, workers, the upstream, time and death in any order.
 
 One example is the life of some tasks on an empty store; at its end the upstream tells the truth and the clock runs until nothing is
-due. Rules draw small numbers: `pick` chooses among what there is, `luck` what comes of it (0 is the best).
+due. Rules draw small numbers: `pick` chooses among what there is, `luck` what comes of it (0 is the best). No rule has a condition,
+for a database may break ties one way or the other, and what is drawn must not depend on it; where there is nothing to do, work is found.
 """
 
 import hypothesis.strategies as st
-from hypothesis.stateful import initialize, precondition, rule
+from hypothesis.stateful import initialize, rule
 
 from service.store.operations import leases
 from service.store.operations.deliveries import Endpoint, EndpointChange, change_endpoints, insert_endpoints
@@ -13,13 +14,14 @@ from service.store.operations.faults import Fault, record_faults
 from service.store.operations.holding import resume_submissions
 from service.store.operations.interventions import Resolution, reconcile_tasks, resolve_tasks
 from service.store.operations.retention import Erasure, erase_tasks
+from service.store.operations.submissions import Start
 from service.store.operations.tasks import Cancellation, Inserted, NewTask, cancel_tasks, insert_tasks
 from service.store.tables import QUEUES
 from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, new_id
 from tests.property.life_checks import next_due
 from tests.property.life_machine import Job, Living, among, tell
 from tests.property.life_upstream import ENDS, SAYS
-from tests.property.life_work import Write
+from tests.property.life_work import Read, Write
 
 TASKS = 6  # at most, or nothing much happens to any of them
 LEAPS = (SECOND, 5 * SECOND, 31 * SECOND, 90 * SECOND, 15 * MINUTE, HOUR, 6 * HOUR, DAY, 3 * DAY, -HOUR)
@@ -58,32 +60,53 @@ class TaskLife(Living):
     @rule(process=PICK, pick=PICK, lucks=LUCKS)
     def work_on(self, process: int, pick: int, lucks: list[int]) -> None:
         """One job, for as long as it lasts; when there is none, it is waited for."""
+        job = self.find(pick, process)
+        for luck in lucks:
+            if job and job in self.jobs:
+                self.shop.luck = luck
+                self.go_on([job])
+
+    def find(self, pick: int, process: int = 0) -> Job | None:
+        """A job in hand, else one that is waited for; None: there is nothing to do, or it is to run alone and not yet."""
         if not self.jobs and next_due(self.seen) is None:
             self.submit(process, pick)
         if not self.jobs and next_due(self.seen) is not None:
             self.bench.clock.shift(max(1, self.due_in()))
             self.look_for_work(process, set(QUEUES), 100)
-        job = self.job(pick) if self.jobs else None
-        for luck in lucks:
-            if job in self.jobs:
-                self.shop.luck = luck
-                self.go_on([job])
+        return self.job(pick) if self.jobs else None
 
-    @precondition(lambda self: bool(self.jobs))
     @rule(pick=PICK, luck=LUCK, twice=PICK)
     def work(self, pick: int, luck: int, twice: int) -> None:
         """One read or write of one job; what it holds afterwards may wait for long."""
-        self.shop.luck = luck
-        self.go_on([self.job(pick)], twice=twice > 13)
+        job, self.shop.luck = self.find(pick), luck
+        self.go_on([job] if job else [], twice=twice > 13)
 
-    @precondition(lambda self: bool(self.jobs))
     @rule(pick=PICK, luck=LUCK, said=st.lists(st.tuples(PICK, st.sampled_from(SAYS)), max_size=2), twice=YES)
     def work_together(self, pick: int, luck: int, said: list[tuple[int, str]], twice: bool) -> None:
         """All jobs of a process, and what is called back meanwhile, in one transaction."""
-        self.shop.luck = luck
-        process = self.job(pick).process
+        first, self.shop.luck = self.find(pick), luck
         callbacks = [self.said(which, kind) for which, kind in said if self.sent]
-        self.go_on([job for job in self.jobs if job.process == process], *callbacks, twice=twice)
+        self.go_on([job for job in self.jobs if first and job.process == first.process], *callbacks, twice=twice)
+
+    @rule(
+        pick=PICK,
+        luck=LUCK,
+        lucks=st.lists(st.sampled_from((0, 8, *range(12))), min_size=1, max_size=5),
+        process=PICK,
+        leap=st.sampled_from((0, 31 * SECOND, 90 * SECOND)),
+    )
+    def come_late(self, pick: int, luck: int, lucks: list[int], process: int, leap: int) -> None:
+        """One job has its answer in hand; before it is recorded others go on, maybe after the lease has ended."""
+        job, self.shop.luck = self.find(pick, process), luck
+        while job and job in self.jobs and (isinstance(job.wants, Read) or isinstance(job.wants.item, Start)):
+            self.go_on([job])
+        self.bench.clock.shift(leap)
+        self.look_for_work(process, set(QUEUES), 100)
+        for self.shop.luck in lucks:
+            for other in [other for other in self.jobs if other is not job]:
+                self.go_on([other])
+        if job and job in self.jobs:
+            self.go_on([job])
 
     # --- the upstream ---
 
@@ -91,15 +114,19 @@ class TaskLife(Living):
         task_id = among(self.sent, pick)
         return self.a_callback(task_id, self.upstream.says(task_id, kind, pick), pick)
 
-    @precondition(lambda self: bool(self.sent))
-    @rule(process=PICK, pick=PICK, kind=st.sampled_from(SAYS), twice=PICK)
-    def call_back(self, process: int, pick: int, kind: str, twice: int) -> None:
-        self.hear(process, [self.said(pick, kind)], twice=twice > 13)
+    @rule(process=PICK, pick=PICK, kinds=st.lists(st.sampled_from(SAYS), min_size=1, max_size=3), twice=PICK)
+    def call_back(self, process: int, pick: int, kinds: list[str], twice: int) -> None:
+        if not self.sent:
+            self.work_on(process, pick, [0, 0, 0])
+        for kind in kinds if self.sent else ():
+            self.hear(process, [self.said(pick, kind)], twice=twice > 13)
 
-    @precondition(lambda self: bool(self.upstream.reals))
     @rule(pick=PICK, what=st.sampled_from([*ENDS, "forget"]))
     def end(self, pick: int, what: str) -> None:
         """The upstream ends a task without a word, or knows it no longer."""
+        if not self.upstream.reals:
+            self.work_on(0, pick, [0, 0, 0])
+            return
         real = among(list(self.upstream.reals.values()), pick)
         if what == "forget":
             real.known = False
@@ -109,7 +136,6 @@ class TaskLife(Living):
 
     # --- everybody else ---
 
-    @precondition(lambda self: bool(self.tasks))
     @rule(what=st.sampled_from(HAPPENS), process=PICK, pick=PICK, other=PICK)
     def happen(self, what: str, process: int, pick: int, other: int) -> None:
         if what in INTERVENTIONS:
@@ -156,7 +182,9 @@ class TaskLife(Living):
                 write = Write(resolve_tasks, Resolution(task_id, resubmit=word == "resubmit"))
             case _:
                 write = Write(resolve_tasks, Resolution(task_id, named))
+        asked = self.seen.tasks[task_id]["upstream_id"] and self.seen.tasks[task_id]["settle_due_at"]
         (answer,) = self.write(process, write)
+        assert not (word == "cancel" and answer is None and asked) or self.seen.tasks[task_id]["settle_due_at"], "what it cost is not asked"
         tell((task_id, named, answer))
         if word == "resubmit" and answer is None:
             self.shop.permitted.add(task_id)
@@ -171,6 +199,7 @@ class TaskLife(Living):
             self.jobs = [other for other in self.jobs if other.process != job.process]
             if self.bench.exclusive:
                 self.bench.reopen()
+                self.write(0)  # nothing: to see it
         else:
             self.write(job.process, Write(leases.release, job.grant) if what == "release" else Write(record_faults, Fault(job.grant, wait)))
             self.jobs.remove(job)

@@ -57,22 +57,20 @@ def look(connection: Connection, before: Seen) -> Seen:
     def rows(statement: Select[Any]) -> Rows:
         return {row["id"]: row for row in connection.execute(statement).mappings()}
 
-    last = before.events[-1]["sequence"] if before.events else 0
-    new = connection.execute(LATER, {"last": last}).mappings()
+    new = connection.execute(LATER, {"last": before.events[-1]["sequence"] if before.events else 0}).mappings()
     found = [rows(statement) for statement in WHOLE]
     return Seen(found[0], found[1], found[2], [*before.events, *new])
 
 
-def reachable(before: State) -> frozenset[State]:
+def reachable(before: State) -> set[State]:
     """Where moves of the contract's table lead, one or many: a transaction may make several."""
     found = {before}
     while more := {after for state in found for after in MOVES[state]} - found:
         found |= more
-    return frozenset(found)
+    return found
 
 
-REACHABLE = {state: reachable(state) for state in State}
-LONGEST = 70 * SECOND  # a lease: for a submission's call
+ENDINGS = {f"image.task.{state}" for state in TERMINAL}
 ONCE = ("image.task.submitted", "task.late_result")
 
 
@@ -80,15 +78,14 @@ def check(before: Seen, now: Seen) -> None:
     """Everything that one step may not have done."""
     assert before.tasks.keys() <= now.tasks.keys(), "a task is gone"
     for task_id, row in now.tasks.items():
-        was = before.tasks.get(task_id)
-        if was is not None:
+        if (was := before.tasks.get(task_id)) is not None:
             check_step(was, row)
             check_asked(was, row, [event for event in now.events[len(before.events) :] if event["task_id"] == task_id])
         check_events(row, now)
         check_way_on(row, now)
     for image_id, image in before.images.items():
         check_image(image, now.images.get(image_id), now.tasks[image["task_id"]], before.tasks[image["task_id"]])
-    if len(now.events) != len(before.events):
+    if len(now.events) > len(before.events):
         assert len({event["id"] for event in now.events}) == len(now.events), "an event twice"
         delivered = [(row["event_id"], row["endpoint_id"]) for row in now.deliveries.values()]
         assert len(set(delivered)) == len(delivered), "two deliveries of one event to one endpoint"
@@ -97,7 +94,7 @@ def check(before: Seen, now: Seen) -> None:
 def check_step(was: Row, row: Row) -> None:
     """One task: no move outside the table, and what is settled stands."""
     before, after = State(was["state"]), State(row["state"])
-    assert after in REACHABLE[before], f"{before} became {after}"
+    assert after in reachable(before), f"{before} became {after}"
     assert not (row["doubted_at"] and after is State.QUEUED), "doubted, and yet as if nothing were created"
     fixed = ["created_at", "owner", "idempotency_key", "submitted_at", "called_back_at", "terminal_at", "doubted_at", "erased_at"]
     fixed += ["refusal_status", "settled_digest"] if before in TERMINAL else []
@@ -116,6 +113,7 @@ def check_step(was: Row, row: Row) -> None:
 def check_events(row: Row, now: Seen) -> None:
     """One terminal event if and only if the task has ended, with the pictures that were stored by then."""
     ends, types, state = now.terminal(row["id"]), now.types(row["id"]), State(row["state"])
+    assert sum(type in ENDINGS for type in types) == len(ends), f"ended more than once: {types}"
     assert len(ends) == (state in TERMINAL), f"{len(ends)} terminal events while {state}"
     assert all(types.count(type) <= 1 for type in ONCE), f"told twice: {types}"
     assert ("image.task.submitted" in types) == (row["submitted_at"] is not None)
@@ -166,20 +164,25 @@ def check_image(was: Row, row: Row | None, task: Row, before: Row) -> None:
 
 
 def check_write(write: Write, before: Seen, now: Seen, time: int) -> None:
-    """What was asked since the question is due at once. And a write under a lease that had ended changes nothing, apart from
-    a submission's answer in hand, which is counted.
-    """
+    """What was asked since the question is due at once. A write after its lease changes nothing but by a submission's answer in hand."""
     grant = write.grant
     if grant is None:
         return
     if before.holds(grant):
         row = now.tasks.get(grant.key)
+        waits = row is not None and (row["settle_due_at"] or time + 1) > time
         if isinstance(write.item, Settlement) and row and row["settle_requests"] != write.item.requests and not row["settled_digest"]:
-            assert (row["settle_due_at"] or time + 1) <= time, "somebody asked while the upstream was asked, and waits"
+            assert not waits, "somebody asked while the upstream was asked, and waits"
+        if isinstance(write.item, Submission) and row and row["state"] == State.SUBMITTED and row["settle_requests"]:
+            assert not waits or before.tasks[grant.key]["upstream_id"], "somebody asked before there was an id, and waits"
         return
     outcome = write.item.outcome if isinstance(write.item, Submission) else None
-    doubt = grant.key in before.tasks and before.tasks[grant.key]["state"] == State.UNCERTAIN
-    if isinstance(outcome, Accepted) or (isinstance(outcome, Refused) and doubt):
+    if isinstance(outcome, Accepted):
+        names = [row["upstream_id"] for row in now.tasks.values()]
+        known = outcome.report.upstream_id in names or now.tasks[grant.key]["upstream_id_from"] == "answer"
+        assert known, "an answer in hand is forgotten"
+        return
+    if isinstance(outcome, Refused) and before.tasks[grant.key]["state"] == State.UNCERTAIN:
         return
     counted = {"submit_outcomes"} if outcome is not None else set()
     assert len(before.events) == len(now.events), "an event of nobody's"
@@ -191,14 +194,15 @@ def check_write(write: Write, before: Seen, now: Seen, time: int) -> None:
             assert not changed, f"{changed} of {key} changed under an ended lease"
 
 
-def check_grant(grant: Grant, writes: Sequence[Write], before: Seen, now: int) -> None:
-    """Whoever is granted a row is alone with it: nobody held it, or who did has finished in this very transaction."""
+def check_grant(grant: Grant, writes: Sequence[Write], before: Seen, after: Seen, now: int) -> None:
+    """Whoever is granted a row is alone with it: nobody held it, or who did finishes, or asks by an id of before."""
     queue = QUEUES[grant.stage]
-    given_back = [write.grant for write in writes if write.grant and before.holds(write.grant)]
     row = before.table(queue.table).get(grant.key)
     if row is not None:
         until = row[queue.prefix + "lease_until"]
-        finished = any((QUEUES[old.stage].prefix, old.key) == (queue.prefix, grant.key) for old in given_back)
+        held = (write.grant for write in writes if write.grant and before.holds(write.grant))
+        finished = any((QUEUES[old.stage].prefix, old.key) == (queue.prefix, grant.key) for old in held)
+        finished |= queue.prefix == "settle_" and row["upstream_id"] not in (None, after.tasks[grant.key]["upstream_id"])
         assert until is None or not now < until <= now + leases.LONGEST_MS or finished, f"{grant} while somebody else holds it"
         assert grant.fence > row[queue.prefix + "fence"], f"{grant} does not fence off the one before"
 
@@ -225,20 +229,21 @@ def check_end(seen: Seen, shop: Workshop, latest: int) -> None:
     assert all(row["state"] != "pending" for row in seen.deliveries.values()), "a delivery is pending for ever"
     for queue in QUEUES.values():
         untils = [row[queue.prefix + "lease_until"] or 0 for row in seen.table(queue.table).values()]
-        assert all(until <= latest + LONGEST for until in untils), "leased for ever"
+        assert all(until <= latest + 70 * SECOND for until in untils), "leased for ever"
     for task_id, row in seen.tasks.items():
         state = State(row["state"])
         assert state in TERMINAL, f"{task_id} is {state} for ever"
-        unproved = [image for image in seen.of(task_id) if not image["confirmed"]]
-        assert not unproved or not row["settled_digest"], f"{task_id}: a picture that only a callback named is kept"
+        assert not row["settled_digest"] or all(image["confirmed"] for image in seen.of(task_id)), (
+            f"{task_id}: a picture that only a callback named is kept"
+        )
         real = shop.upstream.reals.get(row["upstream_id"] or "")
-        parked = "task.parked" in seen.types(task_id)
-        if real is None or not real.known or task_id in shop.upstream.lied_about or parked:
+        if real is None or not real.known or task_id in shop.upstream.lied_about or "task.parked" in seen.types(task_id):
             continue
         gone = state is State.EXPIRED and real.truth.error == error("resource_not_found")  # which leaves it open to proof
         if task_id in shop.proved_late and state is not State.CANCELLED and row["erased_at"] is None and not gone:
             assert row["settled_digest"] is not None, f"{task_id}: what was called back after its end was never settled"
-        if row["settled_digest"] and real.truth.results and state is not State.CANCELLED and row["erased_at"] is None:
+        one = shop.confirms or len(shop.upstream.of(task_id)) == 1  # what is believed without an id may tell of either of two
+        if one and row["settled_digest"] and real.truth.results and state is not State.CANCELLED and row["erased_at"] is None:
             named = [image["position"] for image in seen.of(task_id)]
             assert named == list(range(len(real.truth.results))), f"{task_id}: {named} are not all of its pictures"
         if shop.confirms and state is not State.EXPIRED:

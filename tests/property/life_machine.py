@@ -30,11 +30,11 @@ HANDS = 8  # jobs in hand; whoever has held one for longest is gone
 Chosen = TypeVar("Chosen")
 
 
-@dataclass(frozen=True, slots=True, repr=False)
 class Line:
     """A line below the step in the story of a failure, without what is nothing; written when it is read."""
 
-    what: object
+    def __init__(self, what: object) -> None:
+        self.what = what
 
     def __repr__(self) -> str:
         return "    " + re.sub(r"_0{9,}", "_", re.sub(r"(, )?\w+=(None|\(\)|'')", "", str(self.what)))
@@ -121,7 +121,7 @@ class Living(RuleBasedStateMachine):
         tell([job.grant for job in self.jobs[before:]])
 
     def hire(self, process: int, grant: Grant, writes: Sequence[Write], before: Seen) -> None:
-        check_grant(grant, writes, before, self.bench.clock.now)
+        check_grant(grant, writes, before, self.seen, self.bench.clock.now)
         life = self.shop.life(grant)
         self.jobs.append(Job(process % self.bench.processes, grant, life, next(life)))
 

@@ -91,7 +91,7 @@ def live(bench: Bench, steps: int) -> None:
         while bench.steps < wanted:
             number = next(numbers)
             print(f"DARKROOM_TEST_SEED={number} DARKROOM_TEST_STEPS={STEPS}, {bench.steps} steps so far")
-            examples = (wanted - bench.steps) // LENGTH + 1
+            examples = min(100, (wanted - bench.steps) // LENGTH + 1)
             run_state_machine_as_test(seed(number)(machine), settings=settings(QUICK, max_examples=examples))
 
     until(TRACED)

@@ -244,6 +244,7 @@ def test_an_unreadable_file_stops_the_start(tmp_path: Path) -> None:
         ("SUBMIT_TIMEOUT_S", "0", "greater than 0"),
         ("SUBMIT_TIMEOUT_S", "nan", "finite"),
         ("SUBMIT_TIMEOUT_S", "1e99", "less than"),
+        ("SUBMIT_TIMEOUT_S", "1501", "less than or equal to 1500"),
         ("SUBMIT_SCHEDULE", "1,x", "item 2 should be a valid number"),
         ("DOWNLOAD_SCHEDULE", "1,2,0", "item 3 should be greater than 0"),
         ("DELIVERY_SCHEDULE", ",", "at least 1 item"),

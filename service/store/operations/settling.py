@@ -108,8 +108,8 @@ def _final(tx: Transaction, row: Row, report: Report, item: Settlement) -> int |
             move(tx, row, State.STORING, **settled)
         finish_if_done(tx, row)
         return None
-    if State(row["state"]) is State.STORING and (_gone(report) or report.status is Status.COMPLETED):
-        return None  # it gives no more links: each picture is stored, or lost by the rules for the one it has
+    if State(row["state"]) is State.STORING:
+        return None  # what is settled stands: each picture is stored, or lost by the rules for the link it has
     forget_downloads(tx, row["id"])
     if report.status is Status.COMPLETED:
         end(tx, row, State.FAILED, _error("no_results", "the upstream completed the task without any result"), **settled)

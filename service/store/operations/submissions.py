@@ -1,7 +1,8 @@
 """Submitting: `submitting` is in the store before the request leaves, and an answer in hand is always recorded."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from sqlalchemy import select
 
@@ -10,6 +11,7 @@ from service.model import Report, State
 from service.store import Grant, Transaction
 from service.store.operations import leases, outbox
 from service.store.operations.tasks import Row, change, end, lock, move, submitted
+from service.store.operations.turns import Turns
 from service.store.tables import tasks
 
 
@@ -30,10 +32,11 @@ def start_submissions(tx: Transaction, items: Sequence[Start]) -> list[bytes | N
         row = rows[item.grant.key]
         state = State(row["state"])
         if leases.holds(item.grant, row) and (state is State.QUEUED or (state is State.UNCERTAIN and item.resubmit)):
-            move(tx, row, State.SUBMITTING, submit_lease_until=tx.now + item.call_ms)
+            move(tx, row, State.SUBMITTING)
         elif not leases.holds(item.grant, row) or state is not State.SUBMITTING:  # else: this very start, run again
             results.append(None)
             continue
+        change(tx, row, submit_lease_until=tx.now + item.call_ms)  # also then: the call has not begun yet
         results.append(row["body"])
     return results
 
@@ -91,15 +94,15 @@ def record_submissions(tx: Transaction, items: Sequence[Submission]) -> list[Sta
 
     An answer counts whoever holds the lease by now: an accepted one always, a refusal while nothing else is known or on its way.
     """
-    rows = lock(tx, _concerned(tx, items))
+    rows, turns = lock(tx, _concerned(tx, items)), cache(lambda: Turns(tx))
     results = []
     for item in items:
         row = rows[item.grant.key]
         held = leases.holds(item.grant, row)
         if isinstance(item.outcome, Accepted):
-            _accepted(tx, row, item.outcome, rows.values())
+            _accepted(tx, row, item.outcome, rows.values(), turns)
         elif row["state"] in ((State.SUBMITTING, State.UNCERTAIN) if held else (State.UNCERTAIN,)):
-            _not_accepted(tx, row, item.outcome, held=held)
+            _not_accepted(tx, row, item.outcome, turns, held=held)
         done = leases.freed("submit", row["submit_due_at"]) if held else {}
         change(tx, row, submit_outcomes=row["submit_outcomes"] + 1, **done)
         results.append(State(row["state"]))
@@ -115,7 +118,7 @@ def _concerned(tx: Transaction, items: Sequence[Submission]) -> set[str]:
     return keys | set(tx.connection.execute(holders).scalars()) if names else keys
 
 
-def _accepted(tx: Transaction, row: Row, outcome: Accepted, rows: Iterable[Row]) -> None:
+def _accepted(tx: Transaction, row: Row, outcome: Accepted, rows: Iterable[Row], turns: Callable[[], Turns]) -> None:
     """Binds the task to its id. Two may be told the same one: an answer wins over a callback, and the first answer over the second."""
     if outcome.report.upstream_id is None:
         raise AssertionError("an accepted submission has an id")
@@ -125,7 +128,7 @@ def _accepted(tx: Transaction, row: Row, outcome: Accepted, rows: Iterable[Row])
         data = {"task_id": row["id"], "upstream_id": name[1], "callback_id": None, "reason": f"{holder['id']} has the same upstream id"}
         outbox.emit_operators(tx, "callback.conflict", data, task_id=row["id"])
         if holder["upstream_id_from"] == "answer":
-            _not_accepted(tx, row, Uncertain("the id in the answer is another task's", outcome.decide_ms), held=True)
+            _not_accepted(tx, row, Uncertain("the id in the answer is another task's", outcome.decide_ms), turns, held=True)
             return
         # Whoever asks about it meanwhile loses the lease: the answer is the other task's.
         change(tx, holder, upstream_id=None, upstream_id_from=None, **leases.freed("settle", tx.now + outcome.first_query_ms))
@@ -135,17 +138,19 @@ def _accepted(tx: Transaction, row: Row, outcome: Accepted, rows: Iterable[Row])
         change(tx, row, **leases.wanted(tx, "settle", row["id"], row))
 
 
-def _not_accepted(tx: Transaction, row: Row, outcome: Again | Refused | Uncertain | Undecided, *, held: bool) -> None:
+def _not_accepted(
+    tx: Transaction, row: Row, outcome: Again | Refused | Uncertain | Undecided, turns: Callable[[], Turns], *, held: bool
+) -> None:
     state = State(row["state"])
     match outcome:
         case Again() if state is State.SUBMITTING and row["doubted_at"] is not None:  # of this call nothing came; of an earlier one?
             young = tx.now - row["created_at"] < outcome.give_up_ms
             move(tx, row, State.UNCERTAIN, submit_due_at=tx.now + outcome.wait_ms, resubmit=row["resubmit"] and young)
-        case Again() if state is State.SUBMITTING:
+        case Again() if state is State.SUBMITTING:  # behind its owner's others: what was refused by the hundred is not served first
             if tx.now - row["created_at"] >= outcome.give_up_ms:
                 end(tx, row, State.FAILED, _error("not_submitted", f"the upstream took no submission: {outcome.reason}"))
             else:
-                move(tx, row, State.QUEUED, submit_due_at=tx.now + outcome.wait_ms)
+                move(tx, row, State.QUEUED, submit_due_at=tx.now + outcome.wait_ms, submit_turn=turns().next(row["owner"]))
         case Refused():
             end(tx, row, State.FAILED, outcome.error, refusal_status=outcome.status)
         case Uncertain() if state is State.SUBMITTING:

@@ -1,0 +1,98 @@
+"""A port that stays the same while who is behind it comes and goes."""
+
+import asyncio
+import errno
+import socket
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, suppress
+from random import Random, SystemRandom
+
+CHUNK = 1 << 16
+PORTS = range(20_000, 32_000)  # below those that Linux gives to whoever connects, who would keep one that is closed for a moment
+
+
+def kept_port(stack: AsyncExitStack) -> int:
+    """A port that nobody else is given meanwhile, whether it is listened on or not."""
+    while True:
+        bound = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        port = SystemRandom().choice(PORTS)
+        try:
+            bound.bind(("127.0.0.1", port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return port
+
+
+class Door:
+    """Passes connections on to any of the ports `behind` that takes them, as a load balancer does; while closed, nobody listens."""
+
+    def __init__(self, behind: Sequence[int], random: Random, stack: AsyncExitStack) -> None:
+        self.port = kept_port(stack)
+        self._behind, self._random = behind, random
+        self._server: asyncio.Server | None = None
+        self._passing: set[asyncio.Task[None]] = set()
+        self._lock = asyncio.Lock()
+        stack.push_async_callback(self.close)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_server(self._enter, "127.0.0.1", self.port, backlog=1024)
+
+    async def shut(self, seconds: float) -> None:
+        """Nobody listens for a while; one who shuts it meanwhile waits for that."""
+        async with self._lock:
+            await self.close()
+            await asyncio.sleep(seconds)
+            await self.open()
+
+    async def close(self) -> None:
+        """Whoever is inside is thrown out."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for task in self._passing:
+            task.cancel()
+        await asyncio.gather(*self._passing, return_exceptions=True)
+
+    def _enter(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._pass(reader, writer))
+        self._passing.add(task)
+        task.add_done_callback(self._passing.discard)
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ends = [writer]
+        try:
+            for port in self._random.sample(self._behind, len(self._behind)):
+                with suppress(OSError):
+                    answers, other = await asyncio.open_connection("127.0.0.1", port)
+                    ends.append(other)
+                    break
+            else:
+                return
+            ways = {asyncio.create_task(pump(reader, other)), asyncio.create_task(pump(answers, writer))}
+            try:
+                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for way in ways:
+                    way.cancel()
+                await asyncio.gather(*ways, return_exceptions=True)
+        except asyncio.CancelledError:
+            for end in ends:
+                end.transport.abort()
+            raise
+        finally:
+            for end in ends:
+                end.close()  # what was read is still sent
+
+
+async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with suppress(OSError):
+        while chunk := await reader.read(CHUNK):
+            writer.write(chunk)
+            await writer.drain()

@@ -1,0 +1,97 @@
+"""The processes that are killed and paused, the servers behind them, and who starts them again."""
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from tests.crash.launcher import Launched, Launcher
+from tests.servers import postgres_binaries
+from tests.waiting import wait_until
+
+LOOK_S, AGAIN_S, DEAD_S = 0.1, 0.5, 60.0
+
+
+@dataclass(slots=True)
+class Member:
+    """One process of the service, started again whenever it has ended; its log is in `folder`. `ends`: exit codes it chose itself."""
+
+    launcher: Launcher
+    folder: Path
+    environment: Mapping[str, str]
+    arguments: tuple[str, ...]
+    kills: int = 0
+    pauses: int = 0
+    asleep: bool = False
+    ends: list[int] = field(default_factory=list)
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _process: Launched | None = None
+
+    def start(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        self._process = Launched(self.launcher, self.folder, self.environment, *self.arguments)
+
+    @property
+    def process(self) -> Launched:
+        assert self._process is not None
+        return self._process
+
+    async def keep(self) -> None:
+        """Starts it again when it ends by itself, as an init system would; until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            async with self._lock:
+                if (code := self.process.code) is not None:
+                    self.ends.append(code)
+                    await asyncio.sleep(AGAIN_S)
+                    self.start()
+
+    async def kill(self, down: float) -> None:
+        """SIGKILL, wherever it is, also while it starts; `down` seconds later it is started again."""
+        async with self._lock:
+            if (code := self.process.code) is not None:
+                self.ends.append(code)
+                self.start()
+            process = self.process
+            os.kill(process.pid, signal.SIGKILL)
+            self.kills += 1
+            await wait_until(lambda: process.code is not None, DEAD_S)
+            await asyncio.sleep(down)
+            self.start()
+
+    async def pause(self, seconds: float) -> None:
+        process = self.process
+        if process.code is not None or self.asleep:
+            return
+        self.asleep = True
+        try:
+            os.kill(process.pid, signal.SIGSTOP)  # who has died meanwhile is not reaped yet
+            self.pauses += 1
+            await asyncio.sleep(seconds)
+        finally:
+            self.asleep = False
+            if process.code is None:
+                os.kill(process.pid, signal.SIGCONT)
+
+    def told(self) -> bool:
+        return self.ready() or self.process.code is not None
+
+    def ready(self) -> bool:
+        return self.process.code is None and "service.started" in self.process.printed
+
+
+def restart(url: str, mode: str) -> None:
+    """Restarts the server of `tests.servers.postgres_running`: `immediate` is a crash and a recovery, `fast` a stop and a start."""
+    folder, binaries = Path(parse_qs(urlsplit(url).query)["host"][0]), postgres_binaries()
+    assert binaries is not None
+    owner = folder.stat().st_uid if os.geteuid() == 0 else None
+    command = [str(binaries / "pg_ctl"), "-w", "-t", "300", "-D", str(folder / "data"), "-l", str(folder / "log"), "-m", mode, "restart"]
+    with (folder / "output").open("ab") as output:
+        done = subprocess.run(
+            command, cwd=folder, env={"PATH": os.defpath, "LC_ALL": "C"}, stdout=output, stderr=output, check=False, user=owner
+        )
+    assert done.returncode == 0, (folder / "output").read_text()[-1000:] + (folder / "log").read_text()[-1000:]

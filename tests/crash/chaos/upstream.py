@@ -1,0 +1,104 @@
+"""The upstream of a chaos run, a process of its own: `python -m tests.crash.chaos.upstream SEED`.
+
+The sandbox, with every submission that it read at `GET /chaos/posts`: `[[prompt, idempotency key, status or null], …]`. That list and the
+sandbox's own are the truth about what was paid.
+"""
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from ipaddress import ip_network
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.ops import logging
+from service.upstreams.sandbox import SandboxOptions, create_sandbox
+from service.web.server import Server, bind, listening, stopping
+from tests.api import SUBMIT
+from tests.processes import LOOPBACK, UPSTREAM_KEY, clean_environment
+
+POSTS = "/chaos/posts"
+DELAY_S = 0.5
+
+
+class Again:
+    """A request whose body was read: it is there once more. `transport` is uvicorn's, which the sandbox ends to lose an answer."""
+
+    def __init__(self, receive: Receive, body: bytes) -> None:
+        self.transport: asyncio.Transport = attrgetter("__self__.transport")(receive)
+        self._receive, self._unread = receive, [body]
+
+    async def receive(self) -> Message:
+        return {"type": "http.request", "body": self._unread.pop()} if self._unread else await self._receive()
+
+
+class Noting:
+    """Writes down what is submitted before the sandbox has it, and the status it answers, if it does."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.posts: list[list[Any]] = []
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope.get("path") == POSTS:
+            await JSONResponse(self.posts)(scope, receive, send)
+            return
+        if scope.get("path") != SUBMIT:
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            return  # nothing was ordered
+        post = [json.loads(body)["prompt"], request.headers["idempotency-key"], None]
+        self.posts.append(post)
+
+        async def noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                post[2] = message["status"]
+            await send(message)
+
+        await self.app(scope, Again(receive, body).receive, noted)
+
+
+async def serve(seed: int) -> None:
+    options = SandboxOptions(
+        api_key=UPSTREAM_KEY, networks=(ip_network(LOOPBACK),), delay_s=DELAY_S, credits=Decimal(1_000_000), seed=seed
+    )  # callbacks as documented: 10 s for an answer, again after 1, 2 and 4 s, then never
+    logging.configure("json", "warning", sys.stderr)
+    bound = bind("127.0.0.1", 0)
+    with stopping() as stop:
+        async with listening(Server(Noting(create_sandbox(options)), bound, stop_s=1), stop):
+            sys.stdout.write(f"{bound.getsockname()[1]}\n")
+            sys.stdout.flush()
+            await stop.wait()
+
+
+@contextmanager
+def upstream(seed: int, folder: Path) -> Iterator[tuple[int, int]]:
+    """It runs; its pid and its port. What it says goes to `upstream.log`."""
+    command = [sys.executable, "-m", "tests.crash.chaos.upstream", str(seed)]
+    with (folder / "upstream.log").open("wb") as log:
+        process = subprocess.Popen(command, env=clean_environment({}), stdout=subprocess.PIPE, stderr=log)
+    try:
+        assert process.stdout is not None
+        with process.stdout:
+            yield process.pid, int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.wait()
+
+
+if __name__ == "__main__":
+    uvloop.run(serve(int(sys.argv[1])))

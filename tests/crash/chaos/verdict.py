@@ -1,0 +1,187 @@
+"""What a run ends with: everything that can be seen from outside, and what is wrong with it."""
+
+import asyncio
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import httpx
+
+from tests.crash.chaos.storm import ANSWER_S, OPEN, Storm
+from tests.crash.chaos.upstream import POSTS
+from tests.crash.life import TERMINAL
+from tests.processes import UPSTREAM_KEY
+
+JSON = dict[str, Any]
+NOTHING_CREATED = {429, 503}
+PROVED_S = 12.0  # a callback that began so long before was answered before: its caller waits 10 s
+FETCHES, TRIES = 8, 5
+
+
+@dataclass(slots=True)
+class Seen:
+    """Who was told what. `pictures`: by task the sums of what the service serves, and of what the upstream has, in order."""
+
+    accepted: Mapping[str, str]
+    tasks: list[JSON]
+    events: list[JSON]
+    received: set[tuple[str, str, str]]  # webhook-id, type, subject
+    made: dict[str, list[JSON]]  # the upstream's tasks by idempotency key
+    posts: list[tuple[str, str, int | None]]
+    pictures: dict[str, tuple[list[str], list[str]]]
+
+
+@dataclass(slots=True)
+class Verdict:
+    """By task or order what is wrong with it; `unmade`: of the uncertain ones the upstream has none.
+
+    `waits` are seconds from the first callback taken to the terminal event.
+    """
+
+    lost: dict[str, str] = field(default_factory=dict)
+    doubled: dict[str, str] = field(default_factory=dict)
+    twice: dict[str, str] = field(default_factory=dict)
+    uncertain: int = 0
+    unmade: int = 0
+    refused: int = 0
+    waits: list[float] = field(default_factory=list)
+
+
+async def seen(storm: Storm) -> Seen:
+    tasks = await everything(storm, "/v1/tasks", "cursor", "next_cursor")
+    events = await everything(storm, "/v1/events", "after", "next_after")
+    theirs = {"authorization": f"Bearer {UPSTREAM_KEY}"}
+    address = f"http://127.0.0.1:{storm.upstream_port}"
+    made: dict[str, list[JSON]] = defaultdict(list)
+    async with httpx.AsyncClient(base_url=address, headers=theirs, trust_env=False, timeout=60) as upstream:
+        for source in (await upstream.get("/sandbox/tasks")).raise_for_status().json()["data"]:
+            made[source["idempotency_key"]].append(source)
+        posts = (await upstream.get(POSTS)).raise_for_status().json()
+        places = asyncio.Semaphore(FETCHES)
+
+        async def sums(client: httpx.AsyncClient, links: Sequence[str]) -> list[str]:
+            async with places:
+                return [await digest(client, link) for link in links]
+
+        async def both(task: JSON) -> tuple[list[str], list[str]]:
+            links = [link for source in made[task["id"]] for link in source.get("results", [])]
+            return await sums(storm.client, [image["url"] for image in task["images"]]), await sums(upstream, links)
+
+        completed = [task for task in tasks if task["state"] == "completed"]
+        pairs = await asyncio.gather(*map(both, completed))
+    received = set()
+    for request in storm.subscriber.received:
+        event = json.loads(request.body)
+        received.add((request.headers["webhook-id"], event["type"], event["subject"]))
+    pictures = {task["id"]: pair for task, pair in zip(completed, pairs, strict=True)}
+    return Seen(storm.accepted, tasks, events, received, dict(made), [(*post,) for post in posts], pictures)
+
+
+async def everything(storm: Storm, path: str, following: str, told: str) -> list[JSON]:
+    """A list, page by page."""
+    data: list[JSON] = []
+    query: dict[str, str | int] = {"limit": 1000}
+    while True:
+        page = await storm.page(path, **query)
+        data += page["data"]
+        if not page["data"] or page[told] is None:
+            return data
+        query[following] = page[told]
+
+
+async def digest(client: httpx.AsyncClient, link: str) -> str:
+    """A file's sum, or what came instead of it; what a fault broke is asked for again."""
+    problem = ""
+    for _ in range(TRIES):
+        with suppress(httpx.TransportError):
+            answer = await client.get(link, timeout=ANSWER_S)
+            if answer.status_code == 200:
+                return hashlib.sha256(answer.content).hexdigest()
+            problem = str(answer.status_code)
+    return f"not served: {problem or 'no answer'}"
+
+
+def judge(seen: Seen) -> Verdict:
+    """Lost, doubled and submitted twice, by what the clients, the subscriber, the reader of events and the upstream each know."""
+    verdict = Verdict()
+    ends: dict[str, list[JSON]] = defaultdict(list)
+    for event in seen.events:
+        if event["type"] in TERMINAL:
+            ends[event["subject"]].append(event)
+    told: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for name, type, subject in seen.received:
+        if type in TERMINAL:
+            told[subject].add((name, type))
+    known = {task["id"]: task for task in seen.tasks}
+    for order, name in seen.accepted.items():
+        if name not in known:
+            verdict.lost[name] = f"order {order} was accepted and is not there"
+    for name, task in known.items():
+        if problem := loss(task, ends[name], told[name], seen):
+            verdict.lost[name] = problem
+        if len(ends[name]) > 1 or len(told[name]) > 1:
+            verdict.doubled[name] = f"terminal events {[event['id'] for event in ends[name]]}, delivered {sorted(told[name])}"
+        verdict.uncertain += is_uncertain(task)
+        verdict.unmade += is_uncertain(task) and not seen.made.get(name)
+        calls = [call for source in seen.made.get(name, []) for call in source["callbacks"]]
+        taken = [call["at"] for call in calls if took(call)]
+        verdict.refused += len(calls) - len(taken)
+        if taken and ends[name] and (wait := seconds(ends[name][0]["time"]) - min(taken)) >= 0:
+            verdict.waits.append(wait)
+    verdict.twice = paid_twice(seen)
+    return verdict
+
+
+def loss(task: JSON, ends: Sequence[JSON], told: set[tuple[str, str]], seen: Seen) -> str | None:
+    """What is missing of a task, or is not as the upstream has it."""
+    sources = seen.made.get(task["id"], [])
+    if task["state"] in OPEN or not ends:
+        return f"it is {task['state']}, and has {len(ends)} terminal events"
+    if {(event["id"], event["type"]) for event in ends} - told:
+        return "the subscriber was never sent its terminal event"
+    if ends[0]["type"] != f"image.task.{task['state']}":
+        return f"it is {task['state']}, and its event says {ends[0]['type']}"
+    if is_uncertain(task):
+        end = seconds(ends[0]["time"])
+        proofs = [call for source in sources for call in source["callbacks"] if took(call) and call["at"] + PROVED_S < end]
+        proofs = proofs[:-1] if "garbage_callback" in task["request"]["sandbox"] else proofs  # the last says nothing: nobody can read it
+        return f"it failed as uncertain after proof: {proofs}" if proofs else None
+    if [source["status"] for source in sources] != [task["state"]]:
+        return f"it is {task['state']} ({task['error']}); the upstream has {[(source['id'], source['status']) for source in sources]}"
+    if task["state"] == "completed":
+        served, originals = seen.pictures[task["id"]]
+        if not originals or served != originals:
+            return f"it serves {served}, the upstream has {originals}"
+    return None
+
+
+def paid_twice(seen: Seen) -> dict[str, str]:
+    """Orders that are more than one task, or were sent upstream again after an answer that did not prove that nothing was created."""
+    twice: dict[str, str] = {}
+    orders = Counter(task["metadata"].get("order") for task in seen.tasks)
+    tries: dict[str, list[tuple[str, int | None]]] = defaultdict(list)
+    for prompt, key, status in seen.posts:
+        if status not in NOTHING_CREATED:
+            tries[prompt].append((key, status))
+    for order, name in seen.accepted.items():
+        made = [source["id"] for source in seen.made.get(name, [])]
+        if orders[order] != 1 or len(tries[order]) > 1 or len(made) > 1:
+            twice[name] = f"order {order}: {orders[order]} tasks, submissions (key, status) {tries[order]}, upstream has {made}"
+    return twice
+
+
+def is_uncertain(task: JSON) -> bool:
+    return (task["state"], (task["error"] or {}).get("code")) == ("failed", "submission_uncertain")
+
+
+def took(call: JSON) -> bool:
+    return call["status"] is not None and 200 <= int(call["status"]) < 300
+
+
+def seconds(time: str) -> float:
+    return datetime.fromisoformat(time).timestamp()

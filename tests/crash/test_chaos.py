@@ -1,0 +1,157 @@
+"""The chaos run, short; and that it would tell what is wrong."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from service.upstreams.sandbox.faults import read_faults
+from tests.crash.chaos.verdict import Seen, judge
+from tests.crash.chaos.weather import TROUBLES, Scale, acts, faults
+from tests.processes import ROOT, clean_environment
+from tests.servers import missing, postgres_binaries
+
+SHORT = ("--tasks", "50", "--kills", "8", "--restarts", "1", "--seconds", "10", "--patience", "240")
+
+
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize("store", ["sqlite", "postgres"])
+def test_a_short_chaos_run_loses_and_doubles_nothing(store: str, tmp_path: Path) -> None:
+    """Kills, pauses, restarts of the server, an upstream and a subscriber that go away: every task ends once, paid once, all told."""
+    if store == "postgres" and postgres_binaries() is None:
+        missing("PostgreSQL's binaries", "PATH")
+    command = [sys.executable, "-m", "tests.crash.chaos", "--store", store, *SHORT, "--seed", "7", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=clean_environment({}), capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = dict(re.findall(r"^\| \**([^|*]+?)\** \| ([^|]+) \|$", done.stdout, re.MULTILINE))
+    assert (rows["tasks"], rows["kills"], rows["server restarts"]) == ("50", "8", "1" if store == "postgres" else "0")
+    assert (rows["lost"], rows["doubled terminal events"], rows["submitted twice"]) == ("0", "0", "0")
+    assert not list(tmp_path.iterdir()), "what went well leaves nothing"
+
+
+def test_a_seed_draws_the_same_trouble_and_the_sandbox_knows_it() -> None:
+    """The orders' faults and the acts follow from the seed alone; every fault is one that the sandbox has."""
+    scale = Scale(10, 4, 2, 100)
+    assert acts(scale, "postgres", Random(3)) == acts(scale, "postgres", Random(3))
+    assert [faults(Random(number)) for number in range(50)] == [faults(Random(number)) for number in range(50)]
+    for _, trouble in TROUBLES:
+        assert read_faults(trouble(Random(1)), {})
+
+
+def call(at: float, status: int | None) -> dict[str, Any]:
+    return {"at": at, "status": status, "problem": None}
+
+
+def world() -> Seen:
+    """One order that went well, one that failed and nobody could prove."""
+    end = {"type": "image.task.completed", "id": "evt_1", "subject": "task_1", "time": "1970-01-01T00:01:40.000Z"}
+    doubt = {"type": "image.task.failed", "id": "evt_2", "subject": "task_2", "time": "1970-01-01T00:01:40.000Z"}
+    return Seen(
+        accepted={"1": "task_1", "2": "task_2"},
+        tasks=[
+            {"id": "task_1", "state": "completed", "error": None, "metadata": {"order": "1"}},
+            {
+                "id": "task_2",
+                "state": "failed",
+                "error": {"code": "submission_uncertain"},
+                "metadata": {"order": "2"},
+                "request": {"sandbox": {}},
+            },
+        ],
+        events=[end, doubt],
+        received={("evt_1", "image.task.completed", "task_1"), ("evt_2", "image.task.failed", "task_2")},
+        made={"task_1": [{"id": "u1", "status": "completed", "callbacks": [call(97, None), call(98, 200), call(99, 200)]}]},
+        posts=[("1", "task_1", 429), ("1", "task_1", 200), ("2", "task_2", None)],
+        pictures={"task_1": (["sum"], ["sum"])},
+    )
+
+
+def test_a_verdict_counts_what_is_no_defect() -> None:
+    """A refused submission is sent again, a callback is answered when it comes again, doubt that nothing ended is counted."""
+    verdict = judge(world())
+    assert (verdict.lost, verdict.doubled, verdict.twice) == ({}, {}, {})
+    assert (verdict.uncertain, verdict.refused, verdict.waits) == (1, 1, [2.0])
+    unreadable = world()
+    unreadable.tasks[1]["request"]["sandbox"]["garbage_callback"] = True
+    proved(unreadable)
+    assert judge(unreadable).lost == {}
+
+
+def still_open(seen: Seen) -> None:
+    seen.tasks[0]["state"] = "storing"
+
+
+def unknown(seen: Seen) -> None:
+    del seen.tasks[0]
+
+
+def eventless(seen: Seen) -> None:
+    del seen.events[0]
+
+
+def untold(seen: Seen) -> None:
+    seen.received.pop()
+
+
+def contradicted(seen: Seen) -> None:
+    seen.events[0]["type"] = "image.task.failed"
+
+
+def other_bytes(seen: Seen) -> None:
+    seen.pictures["task_1"][0][0] = "another"
+
+
+def no_pictures(seen: Seen) -> None:
+    seen.pictures["task_1"] = ([], [])
+
+
+def other_end(seen: Seen) -> None:
+    seen.made["task_1"][0]["status"] = "failed"
+
+
+def proved(seen: Seen) -> None:
+    seen.made["task_2"] = [{"id": "u2", "status": "completed", "callbacks": [call(50, 200)]}]
+
+
+def second_end(seen: Seen) -> None:
+    seen.events.append(seen.events[0] | {"id": "evt_3"})
+    seen.received.add(("evt_3", "image.task.completed", "task_1"))
+
+
+def second_delivery(seen: Seen) -> None:
+    seen.received.add(("evt_3", "image.task.completed", "task_1"))
+
+
+def sent_again(seen: Seen) -> None:
+    seen.posts.append(("2", "task_2", 200))
+
+
+def made_again(seen: Seen) -> None:
+    seen.made["task_1"] *= 2
+
+
+def two_tasks(seen: Seen) -> None:
+    seen.tasks.append(seen.tasks[0] | {"id": "task_3"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind"),
+    [
+        *(
+            (damage, "lost")
+            for damage in (still_open, unknown, eventless, untold, contradicted, other_bytes, no_pictures, other_end, proved)
+        ),
+        *((damage, "doubled") for damage in (second_end, second_delivery)),
+        *((damage, "twice") for damage in (sent_again, made_again, two_tasks)),
+    ],
+)
+def test_a_verdict_names_what_is_wrong(damage: Callable[[Seen], None], kind: str) -> None:
+    """Whatever is lost, doubled or paid twice is found, by its task."""
+    seen = world()
+    damage(seen)
+    assert getattr(judge(seen), kind)
