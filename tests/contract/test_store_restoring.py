@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 from sqlalchemy import text
 
@@ -59,9 +59,9 @@ async def test_an_uncertain_task_of_a_backup_is_not_sent_again_by_itself(subject
     await restored(subject)
     subject.clock.shift(HOUR)
     row = await subject.task(task_id)
-    resources = SimpleNamespace(clock=lambda: subject.clock.now)
-    submitter = SimpleNamespace(resources=resources, give_up_s=3600.0, uncertain="resubmit")
-    assert not Submitter._resubmits(cast(Submitter, submitter), row)  # all that it asks of a submitter
+    resources: Any = SimpleNamespace(clock=lambda: subject.clock.now)  # all that the rule asks of a submitter
+    submitter = Submitter(resources, cast(Any, None), cast(Any, None), (1.0,), 60.0, 3600.0, "resubmit", 900.0)
+    assert not submitter._resubmits(row)
     grant = await subject.claimed("submit", task_id)
     assert await subject.submission(grant, Undecided()) is State.FAILED
     assert (await subject.task(task_id))["error"]["code"] == "submission_uncertain"

@@ -7,14 +7,16 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import zlib
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from service.errors import BlobUnavailable
 from service.pipeline import examiner
-from service.pipeline.examiner import Examiner, examining
+from service.pipeline.examiner import Examiner, examined, examining
 from service.pipeline.picture import NoPicture, Picture
 from tests.downloads import called, downloading, examiners, link, made, served
 from tests.pictures import drawn
@@ -72,6 +74,21 @@ async def test_what_came_packed_is_unpacked_in_its_file(judges: Examiner, file: 
         assert (found.verdict, found.bytes, file.read_bytes()) == (SMALL, len(plain), plain)
     file.write_bytes(gzip.compress(bytes(10_001)))
     assert (await judges.examine(file, packed=True)).verdict == NoPicture("over 10000 bytes", final=True)
+
+
+@pytest.mark.parametrize("packing", [gzip.compress, zlib.compress])
+def test_a_child_unpacks_within_the_limit(packing: Callable[[bytes], bytes], file: Path) -> None:
+    """Both ways of packing; what is not packed counts as it is, and what swells over the limit is never written."""
+    plain = file.read_bytes()
+    packed = packing(plain)
+    for content in (packed, plain):
+        file.write_bytes(content)
+        found = examined(str(file), packed=True, max_bytes=10_000, max_pixels=10_000)
+        assert (found["bytes"], found["picture"], file.read_bytes()) == (len(plain), asdict(SMALL), plain)
+    file.write_bytes(bomb := packing(bytes(10_001)))
+    found = examined(str(file), packed=True, max_bytes=10_000, max_pixels=10_000)
+    assert (found["no_picture"]["final"], file.read_bytes()) == (True, bomb)
+    assert examined(str(file.parent), packed=False, max_bytes=1, max_pixels=1) == {"unavailable": "Is a directory"}
 
 
 async def test_limits_hold_in_the_child(judges: Examiner, file: Path) -> None:

@@ -170,3 +170,14 @@ def test_a_jpeg_with_others_behind_it_is_whole_when_they_are() -> None:
     ends = [length for length in range(len(whole)) if not passing(inspect(whole[:length], LIMIT))]
     assert {whole[:length].removesuffix(b"\xff\xd8").removesuffix(b"\xff")[-2:] for length in ends} == {b"\xff\xd9"}
     assert len(ends) <= 6
+
+
+def test_want_of_memory_says_nothing_of_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the machine's: the same bytes may decode at another time."""
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", full)
+    with pytest.raises(MemoryError):
+        inspect(next(iter(SAMPLES.values())), LIMIT)

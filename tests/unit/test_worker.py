@@ -452,3 +452,26 @@ async def test_what_brought_its_process_down_too_often_is_parked(shop: Shop) -> 
             await wait_until(lambda: any(line["event"] == "task.parked" for line in lines))
     assert await shop.types() == ["image.task.failed", "task.parked"]
     assert [line["cause"] for line in lines if line["event"] == "task.parked"] == [f"{DEATH_LIMIT} deaths"]
+
+
+async def test_a_suspect_that_another_process_took_is_left_to_it(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look and the claim it may be gone: nobody is alone then, and work goes on."""
+    done, looked = list[str](), asyncio.Event()
+
+    def suspected(_: Transaction, stages: Sequence[str]) -> list[bool]:
+        looked.set()
+        return [True for _ in stages]
+
+    monkeypatch.setattr(queries, "suspects", lambda _: True)
+    monkeypatch.setattr(worker, "suspected", suspected)
+    async with shop.working(finishing(shop.store, done)):
+        await looked.wait()
+        await shop.queue("task_a")
+        await wait_until(lambda: done == ["task_a"])
+
+
+async def test_what_could_not_be_recorded_at_a_stop_is_left_to_its_lease(shop: Shop) -> None:
+    """A stop does not wait for a store that is away."""
+    pool = WorkerPool(shop.store, [], shop.metrics, shop.told.append, at_once)
+    pool.quiesce()
+    await asyncio.wait_for(pool._give_back(Grant("submit", "task_a", 1, 1)), 10)
