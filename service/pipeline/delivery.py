@@ -65,7 +65,7 @@ class Deliverer:
             return Outcome(grant, "dead")
         if endpoint["status"] == "paused":
             return Outcome(grant, "held")
-        left = (endpoint["paused_until"] or 0) - self.resources.clock()
+        left = (endpoint["paused_until"] or 0) - self.resources.store_clock()
         return Outcome(grant, "later", wait_ms=left) if left > 0 else None
 
     async def _send(self, parcel: Parcel, event: Row) -> Sent:

@@ -21,7 +21,7 @@ from service.store.operations import retention
 
 log = structlog.get_logger()
 
-BATCH, TASKS = 50, 10  # rows of a transaction; a task has its callbacks and its timeline besides
+BATCH, TASKS = 50, 3  # rows of a transaction; a task has its callbacks and its timeline besides
 PAUSE_S = 0.05  # between batches
 DAY_MS = 86_400_000
 

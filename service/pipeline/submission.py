@@ -15,6 +15,7 @@ from service.pipeline.reconcile import Plan
 from service.pipeline.retry import wait_before
 from service.resources import Resources
 from service.store import Grant, Item, Result, Transaction, queries
+from service.store.clock import steady_ns
 from service.store.operations import leases
 from service.store.operations import submissions as store
 from service.store.records import Row
@@ -55,7 +56,7 @@ class Submitter:
         return row["resubmit"] or (self.uncertain == "resubmit" and self._young(row))
 
     def _young(self, row: Row) -> bool:
-        return bool(self.resources.clock() - row["created_at"] < self.give_up_s * 1000)
+        return bool(self.resources.store_clock() - row["created_at"] < self.give_up_s * 1000)
 
     async def _send(self, grant: Grant, *, resubmit: bool, last: bool) -> None:
         """`last`: it is too old to wait on, but is not given up without a try."""
@@ -69,12 +70,16 @@ class Submitter:
                     await self.account.hold(grant, self.give_up_s)
                     return
                 checkpoint("submission.claimed")
+                asked = steady_ns()
                 start = store.Start(grant, round((self.timeout_s + MARGIN_S) * 1000), resubmit)
                 body = await self._kept(store.start_submissions, start)
                 if body is None:
                     await self.resources.store.write(leases.done, grant)
                     return
                 checkpoint("submission.started")
+                if steady_ns() - asked > MARGIN_S * 1e9:  # it stood still: the lease, if it still is ours, would not outlast the call
+                    await self._record(grant, store.Again("the process stood still", 0, round(self.give_up_s * 1000)))
+                    return
                 answer = await self.resources.upstream.submit(body, grant.key)
                 checkpoint("submission.answered")
                 heard(answer)

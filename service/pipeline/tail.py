@@ -94,9 +94,9 @@ class Tail:
             self._begin = self._end = await self._store.read(queries.outbox_end)
             self._store.signals.notify(["tail"])
         rows, last, _ = await self._store.read(queries.event_list, None, self._end, PAGE)
-        for row in rows:
-            self._entries.append(self._entry(row))
-            self._size += len(self._entries[-1].document)
+        entries = [self._entry(row) for row in rows]  # all or none: what is kept once is read no second time
+        self._entries += entries
+        self._size += sum(len(entry.document) for entry in entries)
         over = 0
         while len(self._entries) - over > KEPT or self._size > KEPT_SIZE:
             self._begin, self._size, over = self._entries[over].sequence, self._size - len(self._entries[over].document), over + 1

@@ -205,11 +205,13 @@ class WorkerPool:
 
     async def _give_back(self, grant: Grant) -> None:
         """Gives up work that could not be recorded, as soon as the store commits again."""
-        while not self._stopping:
+        given = False
+        while not given:
             await asyncio.sleep(LOOK_S)
+            given = self._stopping  # then once more, or a death that was none is counted
             with suppress(StoreUnavailable):
                 await self._store.write(release, grant)
-                return
+                given = True
 
     async def _renew(self) -> None:
         while True:

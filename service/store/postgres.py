@@ -34,9 +34,9 @@ LOCKED = "55P03"
 MIGRATION_LOCK = 0x6461726B726F6F6D  # "darkroom": any constant that nobody else in this database takes
 NOTIFY = text(f"SELECT pg_notify('{CHANNEL}', :hint)")
 # What was answered 200 outlives the server, whatever the role, the database or the server has as its default.
-DURABLE = (
-    """SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') NOT IN ('on', 'remote_apply')"""
-)
+# Said in every session, also where it is the default: that may be changed while the session lasts.
+DURABLE = """SELECT set_config('synchronous_commit',
+    CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, false)"""
 NOW = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")
 
 

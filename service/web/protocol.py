@@ -45,10 +45,10 @@ class Line:
 
     def _next(self) -> None:
         self._begun = min(BEGUN, len(self._waiting))
+        if self._begun:  # before they begin: if one broke off, all others would wait for ever
+            asyncio.get_running_loop().call_soon(self._next)
         for _ in range(self._begun):
             self._waiting.popleft().begin()
-        if self._begun:
-            asyncio.get_running_loop().call_soon(self._next)
 
 
 class BoundedHeads(HttpToolsProtocol):
@@ -101,6 +101,8 @@ class BoundedHeads(HttpToolsProtocol):
             if self._size > MAX_HEAD:
                 self._end_head()
                 self.send_400_response("The request's line and headers are too long.")
+        if self._idle and self._late is None and self.timeout_keep_alive_task is None:  # what came began no request
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

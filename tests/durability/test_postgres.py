@@ -48,3 +48,24 @@ async def test_a_server_that_may_lose_commits_is_told_of() -> None:
                 return asyncio.run(look(url))
 
     assert await asyncio.to_thread(unsafe) == ["fsync", "full_page_writes"]
+
+
+async def test_a_default_that_changes_under_a_session_is_not_its_own() -> None:
+    """The server is told to reload its configuration while we are connected."""
+    binaries = postgres_binaries()
+    if binaries is None:
+        missing("PostgreSQL")
+
+    def changed() -> str:
+        async def look(server: str, url: str) -> str:
+            async with open_postgres(url, process="one", new_id=new_id) as store:
+                assert await store.read(synchronous) == "on"
+                await execute(server, "ALTER SYSTEM SET synchronous_commit = off")
+                await execute(server, "SELECT pg_reload_conf()")
+                await asyncio.sleep(1)  # the server tells its sessions by a signal
+                return await store.read(synchronous)
+
+        with postgres_running(binaries) as server, postgres_database(server) as url:
+            return asyncio.run(look(server, url))
+
+    assert await asyncio.to_thread(changed) == "on"

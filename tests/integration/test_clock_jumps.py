@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from starlette.responses import Response
 
 from service.model import rfc3339
 from tests.api import ASYNC, UNTIL_DONE
 from tests.callbacks import quick_world, said, verdict
 from tests.upstream import Upstream
 from tests.waiting import wait_until
-from tests.world import world
+from tests.world import subscriber, world
 
 
 @dataclass(slots=True)
@@ -69,3 +70,15 @@ async def test_who_waits_for_a_task_does_not_wait_for_the_clock(tmp_path: Path, 
         await wait_until(lambda: here.context.admission.waiting, 10)
         machine.off = -3600
         assert (await asyncio.wait_for(waiting, 20))["state"] == "submitted"
+
+
+async def test_an_endpoint_that_asks_for_a_second_is_not_left_alone_for_an_hour(tmp_path: Path, machine: Machine) -> None:
+    """What it asked for is counted by the clock that it was written down by."""
+    peace = Response(status_code=503, headers={"retry-after": "1"})
+    async with subscriber() as taker, world(tmp_path, delivery_schedule="1,1") as here:
+        taker.answer = lambda number, _: Response(status_code=204) if number else peace
+        endpoint = await here.client.post("/v1/endpoints", json={"url": taker.url, "types": ["image.task.completed"]})
+        assert endpoint.status_code == 201
+        machine.off = -3600
+        await here.submit(headers=UNTIL_DONE)
+        await wait_until(lambda: len(taker.received) == 2, 15)

@@ -396,7 +396,7 @@ def enable_quietly(tx: Transaction, ids: Sequence[str]) -> list[None]:
 
 async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(here: World) -> None:
     """An endpoint that is gone or disabled since, an owner without a callback secret: nothing to send to, nothing to sign with."""
-    resources = replace(here.context.resources, clock=lambda: 1_000_000)
+    resources = replace(here.context.resources, store_clock=lambda: 1_000_000)
     deliverer, grant = Deliverer(resources, (1.0,), 1.0), Grant("deliver", "dlv_x", 1, 1)
     row, event = {"endpoint_id": "ep_x"}, {"id": "evt_x"}
     dead, held = Outcome(grant, "dead"), Outcome(grant, "held")

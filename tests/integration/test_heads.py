@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from service.web import protocol
+from service.web import protocol, server
 from service.web.server import Server, bind, listening
 from tests.callbacks import connected
 from tests.waiting import wait_until
@@ -119,3 +119,62 @@ async def test_an_idle_connection_ends_with_the_stop_but_for_a_request_that_is_t
             connection.shutdown()
         assert "connection: close" in await answer(reader)
         assert (await reader.read(), await idle.read()) == (b"", b"")
+
+
+async def test_a_request_that_waits_in_the_line_is_answered_though_the_stop_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came before the stop: nobody takes its connection for one that says nothing."""
+    monkeypatch.setattr(protocol, "LAST_S", 0.01)
+    monkeypatch.setattr(protocol, "BEGUN", 0)
+    line = protocol.Line.of(asyncio.get_running_loop())
+    async with serving() as (url, served), connected(url) as (reader, writer):
+        (connection,) = await wait_until(lambda: served.server_state.connections)
+        writer.write(REQUEST)
+        await wait_until(lambda: len(line) == 1)
+        served.should_exit = True
+        await wait_until(lambda: connection._stopping)
+        await asyncio.sleep(0.1)
+        monkeypatch.setattr(protocol, "BEGUN", 100)
+        line._next()
+        assert "connection: close" in await answer(reader)
+    assert len(line) == 0
+
+
+# --- connections without a request ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(b"", b"\r\n"), (REQUEST, b"\r\n"), (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n", b"rest")],
+    ids=["an empty line", "one after a request", "a body that nobody reads"],
+)
+async def test_what_begins_no_request_holds_no_connection(first: bytes, then: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lasts as long as an idle one: two bytes must not take a descriptor for ever."""
+    monkeypatch.setattr(server, "KEEP_ALIVE_S", 0.5)
+    async with serving() as (url, _), connected(url) as (reader, writer):
+        writer.write(first)
+        if first:
+            await reader.readuntil(b"\r\n\r\n")
+        writer.write(then)
+        async with asyncio.timeout(10):
+            await reader.read()
+
+
+async def test_a_request_that_breaks_off_stops_nobody_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in the line are begun all the same: it has no other who would move it."""
+    monkeypatch.setattr(protocol, "BEGUN", 1)
+    line, begun = protocol.Line(), list[int]()
+
+    class Waiting:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def begin(self) -> None:
+            begun.append(self.number)
+            if self.number == 1:
+                raise MemoryError
+
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+    assert [line.passes(Waiting(number)) for number in range(4)] == [True, False, False, False]  # type: ignore[arg-type]
+    await wait_until(lambda: begun == [1, 2, 3])
+    await asyncio.sleep(0)
+    assert line.passes(Waiting(4))  # type: ignore[arg-type]

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import math
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
 from service.web import limits
+from service.web.protocol import Line
 from tests.api import SUBMIT, UNTIL_DONE, got, order, refused, submitted
 from tests.waiting import wait_until
 from tests.world import JSON, World, world
@@ -22,6 +24,8 @@ async def test_clients_are_shed_before_callbacks(here: World, monkeypatch: pytes
     """While a flood of callbacks is taken clients get 503 with `Retry-After`, reads too; callbacks, probes and metrics their answers."""
     task = await submitted(here.client, UNTIL_DONE)
     monkeypatch.setattr(limits, "FLOOD", 1)
+    monkeypatch.setattr(limits, "TOLD_S", 1e9)
+    monkeypatch.setattr(here.context.admission, "_told", -math.inf)  # nobody was shed before
     shed = here.context.resources.metrics.requests_shed._value.get
     before = shed()
     with capture_logs() as lines, here.context.precedence.callback():
@@ -37,6 +41,15 @@ async def test_clients_are_shed_before_callbacks(here: World, monkeypatch: pytes
     (line,) = [line for line in lines if line["event"] == "http.shed"]
     assert line["callbacks"] == 1
     got(await here.client.get(f"/v1/tasks/{task['id']}"))
+
+
+async def test_requests_that_wait_to_be_begun_count_as_a_flood(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows yet whether they are callbacks: clients go last."""
+    monkeypatch.setattr(limits, "FLOOD", 1)
+    with monkeypatch.context() as full:
+        full.setattr(Line, "__len__", lambda _: 1)
+        refused(await here.client.get("/v1/tasks"), 503, "overloaded")
+    got(await here.client.get("/v1/tasks"))
 
 
 async def test_clients_requests_in_hand_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from service.pipeline import submission, worker
 from service.pipeline.examiner import Examiner
 from service.pipeline.submit import ended, wait_for
 from service.store import Grant, queries
+from service.store.clock import steady_ns
 from service.store.sqlite import SqliteStore
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from service.web import api
@@ -101,6 +102,26 @@ async def test_an_answer_in_hand_is_kept_until_the_store_has_it(tmp_path: Path, 
         event.remove(store._engine, "commit", full)
         assert (await in_state(there, task["id"], "submitted"))["upstream_id"] == "task-unified-own"
         assert len(theirs.received["away"]) == 1
+
+
+async def test_a_process_that_stood_still_before_the_call_does_not_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else may have its lease, and have decided: nothing leaves under the old one."""
+    late = list[float]()
+
+    def stand_still(name: str) -> None:
+        if name == "submission.started" and not late:
+            late.append((submission.MARGIN_S + 1) * 1e9)
+
+    monkeypatch.setattr(submission, "checkpoint", stand_still)
+    monkeypatch.setattr(submission, "steady_ns", lambda: steady_ns() + sum(late))
+    theirs = Upstream()
+    theirs.submits["still"] = [ACCEPTED]
+    async with world(tmp_path, upstream=theirs.app) as there:
+        task = await there.submit(prompt="still", headers={"prefer": "respond-async"})
+        await in_state(there, task["id"], "submitted")
+        assert len(theirs.received["still"]) == 1
+        found = await row(there, task["id"])
+        assert (found["submit_attempts"], found["submit_outcomes"], found["doubted_at"]) == (2, 2, None)
 
 
 async def test_a_stop_sends_nothing_that_waits_for_a_place(tmp_path: Path) -> None:

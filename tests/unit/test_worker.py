@@ -237,6 +237,23 @@ async def test_a_store_that_is_away_is_no_fault_of_the_row(shop: Shop) -> None:
     assert [line["exc_info"] for line in lines if line["event"] == "worker.failed"] == [None]
 
 
+async def test_what_cannot_be_recorded_during_a_stop_is_given_back(shop: Shop) -> None:
+    """The store was away for a moment only: nobody waits for the lease's end, and no death is counted."""
+    stopped = asyncio.Event()
+
+    async def run(_: Grant) -> None:
+        await stopped.wait()
+        raise StoreUnavailable("away")
+
+    async with shop.working(run) as pool:
+        await shop.queue("task_a")
+        await wait_until(lambda: pool._jobs)
+        pool.quiesce()
+        stopped.set()
+    row = await shop.row("task_a")
+    assert (row["submit_lease_until"], row["submit_attempts"]) == (None, 0)
+
+
 def refuse(_tx: Transaction, _items: Sequence[Any]) -> list[Any]:
     """Stands for a store that does not commit."""
     raise StoreUnavailable("away")
