@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 import signal
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -91,7 +92,7 @@ class Stage:
         async with httpx.AsyncClient(base_url=url, headers=headers, trust_env=False, timeout=100) as client:
             yield process, client
         await wait_until(lambda: process.code is not None, PATIENCE_S)
-        await wait_until(lambda: f"\n{process.pid} +++ " in self.written(), PATIENCE_S)
+        await wait_until(lambda: re.search(rf"\n{process.pid} +\+\+\+ ", self.written()), PATIENCE_S)
         self.rounds.deaths.append(process.code)
         self.rounds.log += process.printed
         self.watch(process.printed)
