@@ -7,7 +7,7 @@ import asyncio
 import json
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import structlog
@@ -80,13 +80,17 @@ class Tail:
                     self._wanted.clear()
                     await self._wanted.wait()
                 written.clear()
-                full = False
-                try:
-                    with suppress(StoreUnavailable):  # said by whoever promised something; the streams wait
-                        full = await self._look()
-                except Exception as error:  # the streams that wait are not told, so this goes on
-                    log.exception("worker.failed", stage="tail", key=None, attempt=None, wait_s=LOOK_S, exception=repr(error))
-                await signals.wait(written, 0 if full else LOOK_S)
+                await signals.wait(written, 0 if await self._looked() else LOOK_S)
+
+    async def _looked(self) -> bool:
+        """As `_look`; the streams that wait are not told of a fault, so this goes on."""
+        try:
+            return await self._look()
+        except StoreUnavailable:  # said by whoever promised something
+            return False
+        except Exception as error:
+            log.exception("worker.failed", stage="tail", key=None, attempt=None, wait_s=LOOK_S, exception=repr(error))
+            return False
 
     async def _look(self) -> bool:
         """Reads what is new; whether there may be more."""
