@@ -40,8 +40,9 @@ from service.settings import Settings, masked, secret_keys
 from service.signing import Keyring
 from service.sinks.webhook import WebhookSink
 from service.store import Store
+from service.store.clock import wall_clock
 from service.store.postgres import open_postgres
-from service.store.sqlite import SqliteStore, open_sqlite, wall_clock
+from service.store.sqlite import open_sqlite
 from service.upstreams import Call
 from service.upstreams.evolink import EvoLink
 from service.upstreams.pace import Pace
@@ -147,7 +148,6 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
             metrics=metrics,
             links=Links(settings.base_url, settings.image_base_url),
             clock=wall_clock,
-            store_clock=store.clock if isinstance(store, SqliteStore) else wall_clock,
         )
 
 

@@ -36,7 +36,6 @@ class Resources:
     metrics: Metrics
     links: model.Links
     clock: Callable[[], int]  # milliseconds since 1970 UTC
-    store_clock: Callable[[], int]  # the same by the store's clock, or near it: for times that are kept there
     new_id: Callable[[str, int], str] = new_id
     random: Callable[[], float] = field(default=random.random)
 

@@ -79,7 +79,7 @@ def made(settings: "Settings", path: Path, folder: Path) -> "Manifest":
     from service.cli.manifest import FORMAT, Images, Manifest, Sum
     from service.model import sequence_text
     from service.store.backup import copy_database, figures, reading
-    from service.store.sqlite import wall_clock
+    from service.store.clock import wall_clock
 
     served, now = not free(settings), wall_clock()  # before the copy: whatever comes after it is younger
     key = settings.data_dir / KEY

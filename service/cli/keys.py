@@ -34,7 +34,7 @@ def create(
 
     async def direct(store: "Store", keyring: "Keyring") -> JSON:
         from service.errors import ApiError
-        from service.store.sqlite import wall_clock
+        from service.store.clock import wall_clock
         from service.web.bodies import validated
         from service.web.keys import create_key
         from service.web.schemas import NewKey

@@ -80,7 +80,7 @@ def manifest_of(folder: Path, settings: "Settings") -> "Manifest":
 def put_back(folder: Path, manifest: "Manifest", settings: "Settings", path: Path, *, force: bool, moved: bool) -> dict[str, Any]:
     """What was done, in fields for people and programs. Before the first rename nothing of what was there is touched."""
     from service.model import rfc3339, sequence_text
-    from service.store.sqlite import wall_clock
+    from service.store.clock import wall_clock
 
     with_images = manifest.images.kept_at is None
     known = there(settings, path)

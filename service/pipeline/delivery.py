@@ -7,7 +7,7 @@ import structlog
 
 from service import model
 from service.pipeline.checkpoints import checkpoint
-from service.pipeline.outbox import render
+from service.pipeline.outbox import render, written
 from service.pipeline.retry import retry_after, wait_before
 from service.resources import Resources
 from service.sinks import Sent
@@ -65,21 +65,21 @@ class Deliverer:
             return Outcome(grant, "dead")
         if endpoint["status"] == "paused":
             return Outcome(grant, "held")
-        left = (endpoint["paused_until"] or 0) - self.resources.store_clock()
+        left = (endpoint["paused_until"] or 0) - self.resources.store.clock()
         return Outcome(grant, "later", wait_ms=left) if left > 0 else None
 
     async def _send(self, parcel: Parcel, event: Row) -> Sent:
         keyring, now = self.resources.keyring, self.resources.clock()
         document = render(event, self.resources.links)
         if parcel.endpoint is not None:
-            body = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+            body = written(document).encode()
             secrets = valid_secrets(keyring.decrypt(parcel.endpoint["secret"]), now)
             return await self.resources.webhooks.send(
                 parcel.endpoint["url"], event["id"], now // 1000, body, "application/cloudevents+json", secrets
             )
         assert parcel.callback_url is not None
         assert parcel.callback_secret is not None
-        body = json.dumps(document["data"], separators=(",", ":"), ensure_ascii=False).encode()
+        body = written(document["data"]).encode()
         secret = keyring.decrypt(parcel.callback_secret)
         return await self.resources.task_callbacks.send(parcel.callback_url, event["id"], now // 1000, body, "application/json", [secret])
 

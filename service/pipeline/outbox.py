@@ -1,6 +1,7 @@
 """Reading the outbox: events as readers get them, and waiting for what is not there yet."""
 
 import asyncio
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,11 @@ def render(row: Row, links: model.Links) -> model.JSON:
         data=row["data"],
         links=links,
     )
+
+
+def written(document: model.JSON) -> str:
+    """JSON as readers get it, in as few characters as it takes."""
+    return json.dumps(document, separators=(",", ":"), ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)

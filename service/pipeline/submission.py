@@ -56,7 +56,7 @@ class Submitter:
         return row["resubmit"] or (self.uncertain == "resubmit" and self._young(row))
 
     def _young(self, row: Row) -> bool:
-        return bool(self.resources.store_clock() - row["created_at"] < self.give_up_s * 1000)
+        return bool(self.resources.store.clock() - row["created_at"] < self.give_up_s * 1000)
 
     async def _send(self, grant: Grant, *, resubmit: bool, last: bool) -> None:
         """`last`: it is too old to wait on, but is not given up without a try."""

@@ -4,17 +4,17 @@ Who is behind what is kept here reads the store itself, a page at a time, until 
 """
 
 import asyncio
-import json
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 
 import structlog
 
 from service import model
 from service.errors import StoreUnavailable
-from service.pipeline.outbox import LOOK_S, render
+from service.pipeline.outbox import LOOK_S, render, written
 from service.store import Store, queries
 from service.store.records import Row
 
@@ -139,7 +139,7 @@ class Tail:
                     if before < forgotten:
                         yield Gone(await self._store.read(queries.outbox_begin))
                 else:
-                    kept = self._entries[bisect_right(self._entries, place, key=_sequence) :][:PAGE]
+                    kept = self._entries[bisect_right(self._entries, place, key=attrgetter("sequence")) :][:PAGE]
                     place = kept[-1].sequence if len(kept) == PAGE else max(place, self._end)
                     found = [entry for entry in kept if wanted.has(entry)]
                 if found:
@@ -148,9 +148,4 @@ class Tail:
                     yield ()
 
     def _entry(self, row: Row) -> Entry:
-        document = json.dumps(render(row, self._links), ensure_ascii=False, separators=(",", ":"))
-        return Entry(row["sequence"], row["owner"], row["type"], row["task_id"], document)
-
-
-def _sequence(entry: Entry) -> int:
-    return entry.sequence
+        return Entry(row["sequence"], row["owner"], row["type"], row["task_id"], written(render(row, self._links)))

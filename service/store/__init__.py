@@ -159,6 +159,9 @@ class Store(Protocol):
     signals: Signals
     process: str
 
+    def clock(self) -> int:
+        """Its time, or near it, in milliseconds since 1970 UTC: for what is compared with times that are kept there."""
+
     async def write(
         self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item, *, urgent: bool = False
     ) -> Result:

@@ -10,6 +10,11 @@ from collections.abc import Callable
 SLEW = 10  # one part in so many
 
 
+def wall_clock() -> int:
+    """The machine's: milliseconds since 1970 UTC."""
+    return time.time_ns() // 1_000_000
+
+
 def wall_ns() -> int:
     return time.time_ns()
 

@@ -18,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from service.errors import ConfigurationError, StoreUnavailable
 from service.store import Item, P, Result, Signals, Transaction, Workers, schema
+from service.store.clock import wall_clock
 from service.store.committer import Batch, Call, Committer, Run, execute
 from service.store.hosts import connecting
 
@@ -123,6 +124,9 @@ class PostgresStore:
 
     def _busy_ones(self) -> int:
         return sum(not committer.idle for committer in self._committers)
+
+    def clock(self) -> int:
+        return self._clock(wall_clock())  # the server is not asked for it
 
     def attach(self, workers: Workers) -> None:
         self._workers = workers

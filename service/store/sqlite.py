@@ -43,10 +43,6 @@ STALL_S = 0.05  # one such commit is enough to go to the thread
 log = structlog.get_logger()
 
 
-def wall_clock() -> int:
-    return time.time_ns() // 1_000_000
-
-
 class FileLock:
     """The proof that this process alone uses the store; the kernel frees it when the process ends, however it ends."""
 

@@ -39,9 +39,8 @@ async def events(request: Request) -> Response:
     sees, task_id = caller_of(request).sees, query_text(request, "task")
     if "text/event-stream" in request.headers.get("accept", ""):
         last = sequence(request.headers.get("last-event-id"), "Last-Event-ID")  # of a reader that comes back to the same URL
-        scopes = ("subscribe", "read")
         wanted = Wanted(sees, types, task_id)
-        return stream(request, context.tail, after if last is None else last, wanted, lambda: access.caller(request, *scopes))
+        return stream(request, context.tail, after if last is None else last, wanted, lambda: access.caller(request, *request.state.scopes))
     stopping, wait_s = resources.store.signals.stopping, query_seconds(request, "wait", MAX_WAIT_S)
     limit = query_limit(request)
     with context.admission.wait():

@@ -118,7 +118,7 @@ class BoundedHeads(HttpToolsProtocol):
         """Ends what is idle, but not at once: with a request that is on its way a callback would lose one of its few tries."""
         self._stopping = True
         cycle: Any = self.cycle
-        if cycle is None or cycle.response_complete:
+        if self._idle:
             self.loop.call_later(LAST_S if cycle is None or self._late else IDLE_S, self._give_up)
         else:
             super().shutdown()

@@ -122,7 +122,7 @@ def guarded(spec: Spec) -> Endpoint:
     async def admitted(request: Request) -> Response:
         if spec.scopes:
             caller = await context_of(request).access.caller(request, *spec.scopes)
-            request.state.caller = caller
+            request.state.caller, request.state.scopes = caller, spec.scopes
             bind_contextvars(owner=caller.owner)
             if spec.path not in OPERATORS:
                 await context_of(request).limits.count(caller.key)

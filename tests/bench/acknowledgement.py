@@ -13,9 +13,10 @@ from service.model import Report
 from service.resources import new_id
 from service.signing import Keyring
 from service.store import Grant
+from service.store.clock import wall_clock
 from service.store.operations.submissions import Accepted, Submission, record_submissions
 from service.store.operations.tasks import NewTask, insert_tasks
-from service.store.sqlite import open_sqlite, wall_clock
+from service.store.sqlite import open_sqlite
 from tests.bench.processes import MEASURED, MEASURING, measure, server
 from tests.processes import service_settings
 

@@ -59,7 +59,7 @@ async def test_an_uncertain_task_of_a_backup_is_not_sent_again_by_itself(subject
     await restored(subject)
     subject.clock.shift(HOUR)
     row = await subject.task(task_id)
-    resources: Any = SimpleNamespace(store_clock=lambda: subject.clock.now)  # all that the rule asks of a submitter
+    resources: Any = SimpleNamespace(store=SimpleNamespace(clock=lambda: subject.clock.now))  # all that the rule asks of a submitter
     submitter = Submitter(resources, cast(Any, None), cast(Any, None), (1.0,), 60.0, 3600.0, "resubmit", 900.0)
     assert not submitter._resubmits(row)
     grant = await subject.claimed("submit", task_id)

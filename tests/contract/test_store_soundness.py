@@ -45,22 +45,22 @@ def random_head(path: Path) -> None:
         file.write(os.urandom(4096))
 
 
-def anothers(path: Path) -> None:
+def customers(path: Path) -> sqlite3.Connection:
     path.unlink()
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("CREATE TABLE customers (name text)")
     connection.commit()
-    connection.close()
+    return connection
+
+
+def anothers(path: Path) -> None:
+    customers(path).close()
 
 
 def anothers_killed(path: Path) -> None:
     """What another program left when it was killed: its last words are in the WAL alone."""
-    path.unlink()
-    connection = sqlite3.connect(path)
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("CREATE TABLE customers (name text)")
-    connection.commit()
+    connection = customers(path)
     for name in (path.name, f"{path.name}-wal"):
         shutil.copy(path.with_name(name), path.with_name(f"{name}.kept"))
     connection.close()

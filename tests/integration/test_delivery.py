@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from itertools import pairwise
@@ -394,10 +394,10 @@ def enable_quietly(tx: Transaction, ids: Sequence[str]) -> list[None]:
     return [None] * len(ids)
 
 
-async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(here: World) -> None:
+async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """An endpoint that is gone or disabled since, an owner without a callback secret: nothing to send to, nothing to sign with."""
-    resources = replace(here.context.resources, store_clock=lambda: 1_000_000)
-    deliverer, grant = Deliverer(resources, (1.0,), 1.0), Grant("deliver", "dlv_x", 1, 1)
+    monkeypatch.setattr(here.context.resources.store, "clock", lambda: 1_000_000)
+    deliverer, grant = Deliverer(here.context.resources, (1.0,), 1.0), Grant("deliver", "dlv_x", 1, 1)
     row, event = {"endpoint_id": "ep_x"}, {"id": "evt_x"}
     dead, held = Outcome(grant, "dead"), Outcome(grant, "held")
 

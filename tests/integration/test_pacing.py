@@ -19,9 +19,10 @@ from service.model import Report, State
 from service.pipeline import reconcile, settle, worker
 from service.resources import new_id
 from service.store import Grant
+from service.store.clock import wall_clock
 from service.store.operations.submissions import Accepted, Submission, record_submissions
 from service.store.operations.tasks import insert_tasks
-from service.store.sqlite import open_sqlite, wall_clock
+from service.store.sqlite import open_sqlite
 from service.store.tables import events, tasks
 from service.web import passthrough
 from tests.bench.acknowledgement import CHUNK, waiting
