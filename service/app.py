@@ -28,6 +28,7 @@ from service.pipeline.examiner import Examiner, examining
 from service.pipeline.outbox import tell
 from service.pipeline.precedence import Precedence
 from service.pipeline.reconcile import Plan
+from service.pipeline.replay import Replayer
 from service.pipeline.retention import Retention
 from service.pipeline.settle import Settler
 from service.pipeline.submission import Submitter
@@ -57,6 +58,7 @@ from service.web.server import Server, bind, listening
 
 log = structlog.get_logger()
 
+REPLAYS = 4  # pages at once
 DELIVERIES, REDELIVERIES = 64, 32  # at once; first attempts and retries have places of their own
 S3_ADDRESS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 RESULT_REDIRECTS = 5
@@ -174,6 +176,7 @@ def stages(settings: Settings, resources: Resources, account: Account, examiner:
         Stage("download", settings.download_concurrency, downloader.run),
         Stage("deliver", DELIVERIES, deliverer.run),
         Stage("redeliver", REDELIVERIES, deliverer.run),
+        Stage("replay", REPLAYS, Replayer(resources).run),
     ]
 
 

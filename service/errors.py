@@ -10,6 +10,7 @@
         ├── NoPlace            too many calls were under way for too long: nothing was sent
         ├── EgressRefused      the guard said no: nothing was sent, nobody was connected to
         ├── NotConnected       DNS, refused or TLS: the other side never saw the request
+        │   └── NoRoute        and it is not the other side's fault
         ├── CallTimedOut       the request may have left; no whole answer in time
         └── ConnectionLost     the request may have left; the connection broke
 
@@ -92,6 +93,10 @@ class EgressRefused(EgressError):
 
 class NotConnected(EgressError):
     """No connection was made: the other side cannot have seen the request."""
+
+
+class NoRoute(NotConnected):
+    """No connection could be made for a reason of our own: no name server answered, no network, no free port or descriptor."""
 
 
 class CallTimedOut(EgressError):

@@ -88,6 +88,7 @@ PREFIXES = {
     "callback": "cb_",
     "endpoint": "ep_",
     "delivery": "dlv_",
+    "replay": "rpl_",
     "attempt": "att_",
     "key": "key_",
     "request": "req_",

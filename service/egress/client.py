@@ -14,7 +14,19 @@ import httpx
 from httpx_aiohttp import AiohttpTransport
 
 from service.egress.addresses import Address, Network, forbidden
-from service.egress.transport import CONNECT, KEEP_ALIVE_S, Call, Content, Judge, Resolve, open_transport, send, system, translated
+from service.egress.transport import (
+    CONNECT,
+    KEEP_ALIVE_S,
+    Call,
+    Content,
+    Judge,
+    Resolve,
+    not_connected,
+    open_transport,
+    send,
+    system,
+    translated,
+)
 from service.egress.urls import MAX_URL, Target, parse_url
 from service.errors import EgressRefused, NotConnected
 
@@ -227,7 +239,7 @@ class Egress:
         try:
             found = [ip_address(text) for text in (await self._resolve(host))[: MANY + 1]]
         except OSError as error:
-            raise NotConnected(f"{host}: {error.strerror or 'no address'}") from error
+            raise not_connected(error)(f"{host}: {error.strerror or 'no address'}") from error
         if not found:
             raise NotConnected(f"{host}: no address")
         if len(found) > MANY:

@@ -1,6 +1,7 @@
 """aiohttp as it is used here: with the judge as its resolver, URLs as they were written, and a word on whether there was a connection."""
 
 import asyncio
+import errno
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from httpx_aiohttp import AiohttpTransport
 
 from service import VERSION
 from service.egress.addresses import Address
-from service.errors import CallTimedOut, ConnectionLost, EgressError, NotConnected
+from service.errors import CallTimedOut, ConnectionLost, EgressError, NoRoute, NotConnected
 
 Resolve = Callable[[str], Awaitable[Sequence[str]]]  # a host's addresses; OSError when it has none
 
@@ -27,6 +28,10 @@ USER_AGENT = f"Darkroom/{VERSION}"
 CONNECT = 10.0  # seconds for TCP and TLS to one address; a black hole must not eat a long call's whole time
 PIECE = 1 << 18  # bytes
 LOOKUPS = 64  # at once for a purpose
+OURS = {
+    *(socket.EAI_AGAIN, socket.EAI_MEMORY, socket.EAI_SYSTEM),  # no name server answered
+    *(errno.ENETUNREACH, errno.ENETDOWN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL),
+}
 # Shorter than servers keep an idle connection (5 s: Node, uvicorn, Apache; 2 s: gunicorn): a request that meets the server's close on its
 # way is lost, and a lost submission may have been paid.
 KEEP_ALIVE_S = 1.5
@@ -87,8 +92,13 @@ def translated(call: Call) -> Iterator[None]:
             root = root.__cause__
         late = isinstance(root, TimeoutError | asyncio.CancelledError)  # asyncio's own limit is a cancellation at its root
         reason = "no answer in time" if late else getattr(root, "strerror", None) or type(root).__name__  # their texts may show the URL
-        kind = NotConnected if not call.connected else CallTimedOut if late else ConnectionLost
+        kind = not_connected(root) if not call.connected else CallTimedOut if late else ConnectionLost
         raise kind(f"{call.host}: {reason}") from error
+
+
+def not_connected(error: BaseException) -> type[NotConnected]:
+    """Whose fault it is that there was no connection."""
+    return NoRoute if isinstance(error, OSError) and error.errno in OURS else NotConnected
 
 
 class Judge(AbstractResolver):

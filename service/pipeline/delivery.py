@@ -1,34 +1,48 @@
 """Delivering: one signed attempt at a subscriber, and what it leads to. First attempts and retries have places of their own."""
 
+import asyncio
 import json
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import structlog
 
 from service import model
+from service.errors import StoreUnavailable
 from service.pipeline.checkpoints import checkpoint
+from service.pipeline.courtesy import Courtesy
 from service.pipeline.outbox import render, written
 from service.pipeline.retry import retry_after, wait_before
 from service.resources import Resources
 from service.sinks import Sent
 from service.store import Grant, queries
 from service.store.operations import leases
-from service.store.operations.deliveries import Attempt, Outcome, record_attempts
+from service.store.operations.deliveries import Attempt, ByHand, Outcome, record_attempts, record_by_hand
 from service.store.queries import Parcel
 from service.store.records import Row
 
 log = structlog.get_logger()
 
 PAUSE_LIMIT_S = 3600.0
+RECORD_S = 1.0  # before another attempt to record one
+SECRETS = 8  # of an endpoint, in overlaps
 
 
-def encode_secrets(secrets: list[str]) -> str:
+def encode_secrets(secrets: Sequence[tuple[str, int | None]]) -> str:
     """An endpoint's secrets as they are encrypted: the newest first, each with the time (milliseconds) its overlap ends."""
-    return json.dumps([[secret, None] for secret in secrets])
+    return json.dumps(secrets)
 
 
 def valid_secrets(text: str, now: int) -> list[str]:
     return [secret for secret, until in json.loads(text) if until is None or until > now]
+
+
+def rotated(text: str, new: str, now: int, overlap_ms: int) -> str:
+    """The secrets with a new one in front; those before it sign until the overlap ends, and no longer than they would have."""
+    ends = now + overlap_ms
+    old = [(secret, ends if until is None else min(until, ends)) for secret, until in json.loads(text)]
+    return encode_secrets([(new, None), *[each for each in old if each[1] > now][: SECRETS - 1]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +52,8 @@ class Deliverer:
     resources: Resources
     schedule: tuple[float, ...]
     disable_after_s: float
+    courtesy: Courtesy = field(default_factory=lambda: Courtesy(time.monotonic))
+    unrecorded: dict[str, Outcome] = field(default_factory=dict)
 
     async def run(self, grant: Grant) -> None:
         parcel = await self.resources.store.read(queries.parcel, grant.key)
@@ -45,16 +61,42 @@ class Deliverer:
             await self.resources.store.write(leases.done, grant)
             return
         checkpoint("delivery.claimed")
+        if known := self.unrecorded.get(grant.key):  # it was sent, but its lease ended before the store took that down
+            await self._record(replace(known, grant=grant))
+            return
         outcome = self._not_now(grant, parcel)
-        sent = None
-        if outcome is None:
-            sent = await self._send(parcel, parcel.event)
-            checkpoint("delivery.answered")
-            outcome = self._judge(grant, parcel, sent)
-        held = await self.resources.store.write(record_attempts, outcome)
+        if outcome is not None:
+            await self.resources.store.write(record_attempts, outcome)
+            return
+        subscriber = subscriber_of(parcel)
+        wait = self.courtesy.enter(subscriber)
+        if wait is not None:
+            await self.resources.store.write(record_attempts, Outcome(grant, "later", wait_ms=round(wait * 1000)))
+            return
+        began, well = time.monotonic(), None
+        try:
+            sent = await send(self.resources, parcel, parcel.event)
+            well = None if sent.ours else sent.status not in (None, 429, 503)
+        finally:
+            self.courtesy.leave(subscriber, time.monotonic() - began, well=well)
+        checkpoint("delivery.answered")
+        outcome = self._judge(grant, parcel, sent)
+        held = await self._record(outcome)
         checkpoint("delivery.recorded")
-        if sent is not None:
-            self._tell(grant, parcel, parcel.event, sent, outcome, held)
+        self._tell(grant, parcel, parcel.event, sent, outcome, held)
+
+    async def _record(self, outcome: Outcome) -> bool:
+        """Until the store takes it down: what was sent must not be sent again because that failed."""
+        self.unrecorded[outcome.grant.key] = outcome
+        while True:
+            try:
+                held = await self.resources.store.write(record_attempts, outcome)
+            except StoreUnavailable as error:
+                log.error("worker.failed", **lost(outcome.grant, error))  # noqa: TRY400 - a store that is away needs no traceback
+                await asyncio.sleep(RECORD_S)
+            else:
+                self.unrecorded.pop(outcome.grant.key, None)
+                return held
 
     def _not_now(self, grant: Grant, parcel: Parcel) -> Outcome | None:
         """An endpoint that is gone, paused, or asked for peace."""
@@ -68,23 +110,8 @@ class Deliverer:
         left = (endpoint["paused_until"] or 0) - self.resources.store.clock()
         return Outcome(grant, "later", wait_ms=left) if left > 0 else None
 
-    async def _send(self, parcel: Parcel, event: Row) -> Sent:
-        keyring, now = self.resources.keyring, self.resources.clock()
-        document = render(event, self.resources.links)
-        if parcel.endpoint is not None:
-            body = written(document).encode()
-            secrets = valid_secrets(keyring.decrypt(parcel.endpoint["secret"]), now)
-            return await self.resources.webhooks.send(
-                parcel.endpoint["url"], event["id"], now // 1000, body, "application/cloudevents+json", secrets
-            )
-        assert parcel.callback_url is not None
-        assert parcel.callback_secret is not None
-        body = written(document["data"]).encode()
-        secret = keyring.decrypt(parcel.callback_secret)
-        return await self.resources.task_callbacks.send(parcel.callback_url, event["id"], now // 1000, body, "application/json", [secret])
-
     def _judge(self, grant: Grant, parcel: Parcel, sent: Sent) -> Outcome:
-        attempt = Attempt(self.resources.id("attempt"), sent.status, round(sent.duration * 1000), sent.error, sent.answer)
+        attempt = attempt_of(self.resources, sent)
         disable_after_ms = round(self.disable_after_s * 1000)
         if sent.error is None:
             return Outcome(grant, "delivered", attempt)
@@ -92,12 +119,11 @@ class Deliverer:
             return Outcome(grant, "gone", attempt)
         wait = wait_before(self.schedule, grant.attempts, repeat_last=False, random=self.resources.random(), spread=0.2)
         if wait is None:
-            return Outcome(grant, "dead", attempt, disable_after_ms=disable_after_ms)
+            return Outcome(grant, "dead", attempt, ours=sent.ours, disable_after_ms=disable_after_ms)
         asked = retry_after(sent.retry_after, self.resources.clock() / 1000, PAUSE_LIMIT_S) if sent.status in (429, 503) else None
         pause_ms = round((asked or 0) * 1000)
-        return Outcome(
-            grant, "retry", attempt, wait_ms=max(round(wait * 1000), pause_ms), pause_ms=pause_ms, disable_after_ms=disable_after_ms
-        )
+        wait_ms = max(round(wait * 1000), pause_ms)
+        return Outcome(grant, "retry", attempt, wait_ms, pause_ms, sent.ours, disable_after_ms)
 
     def _tell(self, grant: Grant, parcel: Parcel, event: Row, sent: Sent, outcome: Outcome, held: bool) -> None:
         metrics = self.resources.metrics
@@ -125,6 +151,72 @@ class Deliverer:
             log.error("delivery.exhausted", **known, attempt=grant.attempts)
 
 
+def subscriber_of(parcel: Parcel) -> str:
+    """Who is spared together: an endpoint, or all that answers at one origin for tasks' own addresses."""
+    return str(parcel.delivery["endpoint_id"] or "/".join(str(parcel.callback_url).split("/")[:3]))
+
+
+async def send(resources: Resources, parcel: Parcel, event: Row) -> Sent:
+    """One attempt, signed over the bytes sent."""
+    keyring, now = resources.keyring, resources.clock()
+    document = render(event, resources.links)
+    if parcel.endpoint is not None:
+        return await send_to(resources, parcel.endpoint, document)
+    assert parcel.callback_url is not None
+    assert parcel.callback_secret is not None
+    secret = keyring.decrypt(parcel.callback_secret)
+    return await resources.task_callbacks.send(
+        parcel.callback_url, event["id"], now // 1000, encoded(document["data"]), "application/json", [secret]
+    )
+
+
+async def send_to(resources: Resources, endpoint: Row, document: model.JSON) -> Sent:
+    """One event to an endpoint."""
+    now = resources.clock()
+    secrets = valid_secrets(resources.keyring.decrypt(endpoint["secret"]), now)
+    return await resources.webhooks.send(
+        endpoint["url"], document["id"], now // 1000, encoded(document), "application/cloudevents+json", secrets
+    )
+
+
+async def send_by_hand(resources: Resources, delivery_id: str) -> bool:
+    """One attempt now, beside whatever is planned; False: there is nothing to send, or nobody to send it to."""
+    parcel = await resources.store.read(queries.parcel, delivery_id)
+    if parcel is None or parcel.event is None or (parcel.endpoint is None and not (parcel.callback_url and parcel.callback_secret)):
+        return False
+    sent = await send(resources, parcel, parcel.event)
+    await resources.store.write(record_by_hand, ByHand(delivery_id, attempt_of(resources, sent)))
+    return True
+
+
+async def send_test(resources: Resources, endpoint: Row) -> model.JSON:
+    """An event of no task, which is in no outbox, by the path of a real one."""
+    now = resources.clock()
+    document = model.event_document(
+        event_id=resources.id("event"),
+        sequence=0,
+        type="endpoint.test",
+        subject=None,
+        time=now,
+        data={"endpoint_id": endpoint["id"]},
+        links=resources.links,
+    )
+    return {"time": now, **asdict(attempt_of(resources, await send_to(resources, endpoint, document)))}
+
+
+def attempt_of(resources: Resources, sent: Sent) -> Attempt:
+    return Attempt(resources.id("attempt"), sent.status, round(sent.duration * 1000), sent.error, sent.answer)
+
+
+def encoded(document: model.JSON) -> bytes:
+    return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def lost(grant: Grant, error: Exception) -> model.JSON:
+    known = {"stage": grant.stage, "key": grant.key, "attempt": grant.attempts, "wait_s": RECORD_S}
+    return {**known, "exception": f"{type(error).__name__}: {error}"}
+
+
 def delivery_document(row: Row, attempts: list[Row], *, answers: bool) -> model.JSON:
     """A delivery as clients see it; `answers`: with the first 2 KiB of what the subscriber said (admin)."""
     return {
@@ -135,15 +227,15 @@ def delivery_document(row: Row, attempts: list[Row], *, answers: bool) -> model.
         "state": row["state"],
         "created_at": model.rfc3339(row["created_at"]),
         "next_attempt_at": model.rfc3339(row["due_at"]) if row["state"] == "pending" and row["due_at"] else None,
-        "attempts": [
-            {
-                "id": attempt["id"],
-                "time": model.rfc3339(attempt["time"]),
-                "status": attempt["status"],
-                "duration_ms": attempt["duration_ms"],
-                "error": attempt["error"],
-            }
-            | ({"answer": (attempt["answer"] or b"").decode("utf-8", "replace")} if answers else {})
-            for attempt in attempts
-        ],
+        "attempts": [attempt_document(attempt, answers=answers) for attempt in attempts],
     }
+
+
+def attempt_document(attempt: Row, *, answers: bool) -> model.JSON:
+    return {
+        "id": attempt["id"],
+        "time": model.rfc3339(attempt["time"]),
+        "status": attempt["status"],
+        "duration_ms": attempt["duration_ms"],
+        "error": attempt["error"],
+    } | ({"answer": (attempt["answer"] or b"").decode("utf-8", "replace")} if answers else {})

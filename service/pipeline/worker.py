@@ -27,6 +27,7 @@ KEYS = {
     **dict.fromkeys(("submit", "settle", "reconcile"), "task_id"),
     "download": "image_id",
     **dict.fromkeys(("deliver", "redeliver"), "delivery_id"),
+    "replay": "replay_id",
 }
 
 

@@ -7,13 +7,17 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """One try. `status` None: no answer came, `error` says why. `retry_after` is the answer's header; `answer` its first 2 KiB."""
+    """One try. `status` None: no answer came, `error` says why. `retry_after` is the answer's header; `answer` its first 2 KiB.
+
+    `ours`: the fault was on this side, and says nothing of the subscriber.
+    """
 
     status: int | None
     duration: float
     error: str | None = None
     retry_after: str | None = None
     answer: bytes = b""
+    ours: bool = False
 
 
 class Webhooks(Protocol):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from service.egress import Egress
-from service.errors import EgressError, NotConnected
+from service.errors import EgressError, NoPlace, NoRoute, NotConnected
 from service.signing import sign_webhook
 from service.sinks import Sent
 
@@ -30,7 +30,8 @@ class WebhookSink:
         try:
             answer = await self._egress.request("POST", url, headers=headers, content=body, timeout=self._timeout, max_bytes=ANSWER_BYTES)
         except EgressError as error:
-            return Sent(None, time.perf_counter() - started, f"{type(error).__name__}: {error}")
+            ours = isinstance(error, NoRoute | NoPlace)
+            return Sent(None, time.perf_counter() - started, f"{type(error).__name__}: {error}", ours=ours)
         problem = None if 200 <= answer.status < 300 else f"answered {answer.status}"
         return Sent(answer.status, answer.duration, problem, answer.headers.get("retry-after"), answer.body)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Select, and_, func, or_, select
 
 from service import model
 from service.store.records import Row, counts, image_record, task_record
@@ -206,7 +206,7 @@ def event_list(
     if task_id is not None:
         statement = statement.where(events.c.task_id == task_id)
     if types:
-        statement = statement.where(or_(*(_type_condition(pattern) for pattern in types)))
+        statement = statement.where(type_conditions(types))
     rows: list[Row] = list(connection.execute(statement.order_by(events.c.sequence).limit(limit)).mappings())
     return rows, rows[-1]["sequence"] if len(rows) == limit else max(last, after), _forgotten(connection)
 
@@ -225,6 +225,10 @@ def outbox_end(connection: Connection) -> int:
 def _forgotten(connection: Connection) -> int:
     value: int = connection.execute(select(counters.c.value).where(counters.c.name == "forgotten")).scalar_one()
     return value
+
+
+def type_conditions(patterns: Sequence[str]) -> ColumnElement[bool]:
+    return or_(*(_type_condition(pattern) for pattern in patterns))
 
 
 def _type_condition(pattern: str) -> Any:

@@ -23,6 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
     and_,
     literal_column,
+    or_,
 )
 
 metadata = MetaData(
@@ -208,10 +209,31 @@ deliveries = Table(
     Column("created_at", BigInteger, nullable=False),
     Column("finished_at", BigInteger),
     *lease_columns(),
+    Column("replay_id", String(40)),  # NULL: made with its event
     Index(None, "event_id"),
     Index(None, "endpoint_id", "state"),
     Index(None, "task_id"),
     Index(None, "owner", "created_at", "id"),
+)
+
+replays = Table(
+    "replays",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(64), nullable=False),  # who asked for it
+    Column("endpoint_id", String(40), nullable=False, index=True),
+    Column("since", BigInteger, nullable=False),
+    Column("until", BigInteger, nullable=False),
+    Column("types", JSON, nullable=False),
+    Column("only", String(8), nullable=False),  # dead | all
+    Column("state", String(16), nullable=False),  # running | done | cancelled
+    Column("count", BigInteger, nullable=False),  # of events at the start
+    Column("made", BigInteger, nullable=False),  # of them so far
+    Column("position", BigInteger, nullable=False),  # events after it are still to come, up to `last`
+    Column("last", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
+    Column("finished_at", BigInteger),
+    *lease_columns(),
 )
 
 attempts = Table(
@@ -261,9 +283,10 @@ QUEUES = {
         Queue("settle", tasks, "settle_", tasks.c.settle_due_at, tasks.c.settle_requests > ZERO),
         Queue("reconcile", tasks, "settle_", tasks.c.settle_due_at, tasks.c.settle_requests == ZERO),
         Queue("download", images, "", images.c.link_dies_at),
-        # As here: retries never starve first attempts.
-        Queue("deliver", deliveries, "", deliveries.c.due_at, deliveries.c.attempts == ZERO),
-        Queue("redeliver", deliveries, "", deliveries.c.due_at, deliveries.c.attempts > ZERO),
+        # As here: retries and replays never starve first attempts.
+        Queue("deliver", deliveries, "", deliveries.c.due_at, and_(deliveries.c.attempts == ZERO, deliveries.c.replay_id.is_(None))),
+        Queue("redeliver", deliveries, "", deliveries.c.due_at, or_(deliveries.c.attempts > ZERO, deliveries.c.replay_id.is_not(None))),
+        Queue("replay", replays, "", replays.c.due_at),
     )
 }
 
@@ -273,9 +296,12 @@ for queue in QUEUES.values():  # each has its own index: thousands that are due 
     turn = [queue.order] if queue.stage == "submit" else []  # owners' turns: the next one is the first that is due
     Index(f"ix_{queue.table.name}_{queue.stage}_due_at", *turn, due, sqlite_where=wanting, postgresql_where=wanting)
 
-for table, prefix in ((tasks, "submit_"), (tasks, "settle_"), (images, ""), (deliveries, "")):
+for table, prefix in ((tasks, "submit_"), (tasks, "settle_"), (images, ""), (deliveries, ""), (replays, "")):
     deaths = table.c[f"{prefix}deaths"]
     Index(f"ix_{table.name}_{prefix}deaths", deaths, sqlite_where=deaths > ZERO, postgresql_where=deaths > ZERO)
+
+made = deliveries.c.replay_id.is_not(None)
+Index("ix_deliveries_replay_id", deliveries.c.replay_id, deliveries.c.state, sqlite_where=made, postgresql_where=made)
 
 ended = and_(tasks.c.terminal_at.is_not(None), tasks.c.erased_at.is_(None))
 Index("ix_tasks_terminal_at", tasks.c.terminal_at, sqlite_where=ended, postgresql_where=ended)

@@ -25,8 +25,11 @@ BODY_S = 30.0
 LIMIT, MAX_LIMIT = 100, 1000
 
 
-async def read_json(request: Request) -> JSON:
-    """The body as a JSON object; ApiError 415 for another media type, 413 over 1 MiB, 408 when it does not come, 400 for all else."""
+async def read_json(request: Request, *, empty: bool = False) -> JSON:
+    """The body as a JSON object; `empty`: none is {}.
+
+    ApiError 415 for another media type, 413 over 1 MiB, 408 when it does not come, 400 for all else.
+    """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "unsupported_media_type", "the body must be application/json")
@@ -39,6 +42,8 @@ async def read_json(request: Request) -> JSON:
                     raise ApiError(413, "body_too_large", f"the body has at most {MAX_BODY} bytes")
     except (TimeoutError, ClientDisconnect):
         raise ApiError(408, "timeout", f"the body was not complete after {BODY_S:g} s") from None
+    if empty and not body:
+        return {}
     try:
         return read_object(body, finite=True)
     except ValueError as error:

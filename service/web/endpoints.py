@@ -1,4 +1,4 @@
-"""Endpoints and what was delivered to them."""
+"""Endpoints: who gets which events, and where."""
 
 import os
 
@@ -9,18 +9,20 @@ from starlette.responses import JSONResponse, Response
 from service import model
 from service.errors import ApiError, EgressRefused
 from service.model import JSON
-from service.pipeline.delivery import delivery_document, encode_secrets
+from service.pipeline.delivery import attempt_document, encode_secrets, rotated, send_test
 from service.resources import Resources
 from service.signing import new_secret
 from service.store import queries
 from service.store.operations.deliveries import Endpoint, EndpointChange, change_endpoints, insert_endpoints
 from service.store.records import Row
 from service.web.api import caller_of
-from service.web.bodies import page, place_of, query_limit, query_text, read_cursor, read_json, validated
+from service.web.bodies import page, place_of, query_limit, read_cursor, read_json, validated
 from service.web.context import context_of
-from service.web.schemas import EndpointPatch, NewEndpoint
+from service.web.schemas import EndpointPatch, NewEndpoint, Rotation
 
 log = structlog.get_logger()
+
+ROTATIONS = 5  # tries
 
 
 def shown(row: Row) -> JSON:
@@ -54,22 +56,23 @@ async def create(request: Request) -> Response:
         owner = body.owner
     await check_url(resources, body.url)
     secret = new_secret(os.urandom(32))
-    encrypted = resources.keyring.encrypt(encode_secrets([secret]))
+    encrypted = resources.keyring.encrypt(encode_secrets([(secret, None)]))
     endpoint = Endpoint(resources.id("endpoint"), owner, body.url, tuple(body.types), body.description, encrypted)
     await resources.store.write(insert_endpoints, endpoint)
     log.info("admin.action", action="endpoint.create", subject=endpoint.id)
-    return JSONResponse({**shown(await _row(request, endpoint.id)), "secret": secret}, 201)
+    return JSONResponse({**shown(await endpoint_of(request, endpoint.id)), "secret": secret}, 201)
 
 
-async def _row(request: Request, endpoint_id: str) -> Row:
-    row = await context_of(request).resources.store.read(queries.endpoint_row, endpoint_id, caller_of(request).sees)
+async def endpoint_of(request: Request, endpoint_id: str | None = None) -> Row:
+    wanted = endpoint_id or request.path_params["endpoint_id"]
+    row = await context_of(request).resources.store.read(queries.endpoint_row, wanted, caller_of(request).sees)
     if row is None:
         raise ApiError(404, "endpoint_not_found", "no endpoint of yours has that id")
     return row
 
 
 async def read(request: Request) -> Response:
-    return JSONResponse(shown(await _row(request, request.path_params["endpoint_id"])))
+    return JSONResponse(shown(await endpoint_of(request)))
 
 
 async def listed(request: Request) -> Response:
@@ -87,7 +90,7 @@ async def patch(request: Request) -> Response:
         endpoint_id, caller.sees, body.url, tuple(body.types) if body.types is not None else None, body.description, body.status
     )
     await _change(request, change, "endpoint.patch")
-    return JSONResponse(shown(await _row(request, endpoint_id)))
+    return JSONResponse(shown(await endpoint_of(request, endpoint_id)))
 
 
 async def delete(request: Request) -> Response:
@@ -101,23 +104,24 @@ async def _change(request: Request, change: EndpointChange, action: str) -> None
     log.info("admin.action", action=action, subject=change.id)
 
 
-async def deliveries(request: Request) -> Response:
-    limit, caller = query_limit(request), caller_of(request)
-    asked = {
-        "endpoint_id": query_text(request, "endpoint"),
-        "event_id": query_text(request, "event"),
-        "task_id": query_text(request, "task"),
-        "state": query_text(request, "state", ("pending", "delivered", "dead")),
-    }
-    where = {name: value for name, value in asked.items() if value is not None}
-    store = context_of(request).resources.store
-    found = await store.read(queries.delivery_list, caller.sees, limit + 1, read_cursor(request), where)
-    return page(found, limit, lambda each: place_of(each[0]), lambda each: delivery_document(*each, answers=caller.sees is None))
+async def rotate(request: Request) -> Response:
+    """Another secret; the one before it signs too for as long as is asked."""
+    resources, caller, endpoint_id = context_of(request).resources, caller_of(request), request.path_params["endpoint_id"]
+    body = validated(Rotation, await read_json(request, empty=True))
+    for _ in range(ROTATIONS):  # somebody else may do the same
+        held = (await endpoint_of(request, endpoint_id))["secret"]
+        secret = new_secret(os.urandom(32))
+        secrets = rotated(resources.keyring.decrypt(held), secret, resources.clock(), round(body.overlap_s * 1000))
+        change = EndpointChange(endpoint_id, caller.sees, secrets=(held, resources.keyring.encrypt(secrets)))
+        if await resources.store.write(change_endpoints, change):
+            log.info("admin.action", action="endpoint.rotate", subject=endpoint_id)
+            return JSONResponse({**shown(await endpoint_of(request, endpoint_id)), "secret": secret})
+    raise ApiError(409, "conflict", "the endpoint's secret is being rotated by others")
 
 
-async def delivery(request: Request) -> Response:
-    caller, where = caller_of(request), {"id": request.path_params["delivery_id"]}
-    found = await context_of(request).resources.store.read(queries.delivery_list, caller.sees, 1, None, where)
-    if not found:
-        raise ApiError(404, "delivery_not_found", "no delivery of yours has that id")
-    return JSONResponse(delivery_document(*found[0], answers=caller.sees is None))
+async def test(request: Request) -> Response:
+    """An event that nobody else sees, sent as a real one would be, whatever the endpoint's status; answers the attempt."""
+    resources, row = context_of(request).resources, await endpoint_of(request)
+    attempt = await send_test(resources, row)
+    log.info("admin.action", action="endpoint.test", subject=row["id"])
+    return JSONResponse(attempt_document(attempt, answers=caller_of(request).sees is None))

@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 from service import VERSION
 from service.model import JSON
 from service.web import schemas
+from service.web.event_schemas import Event, EventTask
 
 if TYPE_CHECKING:
     from service.web.routes import Spec
@@ -20,7 +21,7 @@ ABOUT = "Submit a task and forget it: callbacks are proved, pictures are saved, 
 
 def document(specs: "Sequence[Spec]") -> JSON:
     """The whole document."""
-    models: set[type[BaseModel]] = {schemas.Error, schemas.Event, schemas.EventTask}
+    models: set[type[BaseModel]] = {schemas.Error, Event, EventTask}
     models.update(model for spec in specs for model in (spec.answer, spec.body) if model)
     ordered = sorted(models, key=lambda model: model.__name__)
     _, definitions = models_json_schema([(model, "validation") for model in ordered], ref_template="#/components/schemas/{model}")

@@ -11,9 +11,11 @@ from starlette.routing import Route
 from structlog.contextvars import bind_contextvars
 
 from service.errors import ApiError
-from service.web import api, endpoints, events, health, images, interventions, keys, passthrough, schemas
+from service.web import api, deliveries, endpoints, events, health, images, interventions, keys, passthrough, replays, schemas
+from service.web.asyncapi import document as asyncapi_document
 from service.web.callbacks import CallbackRoute
 from service.web.context import context_of
+from service.web.event_schemas import EventPage
 from service.web.openapi import document
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -32,6 +34,10 @@ class Spec:
     body: type[BaseModel] | None = None
     query: tuple[str, ...] = ()
     status: int = 200
+
+
+async def asyncapi(_: Request) -> Response:
+    return JSONResponse(asyncapi_document())
 
 
 async def openapi(_: Request) -> Response:
@@ -79,7 +85,7 @@ SPECS = (
         events.events,
         ("subscribe", "read"),
         "Events after a place",
-        schemas.EventPage,
+        EventPage,
         query=("after", "type", "task", "wait", "limit"),
     ),
     Spec(
@@ -90,15 +96,37 @@ SPECS = (
     Spec("PATCH", "/v1/endpoints/{endpoint_id}", endpoints.patch, ("subscribe",), "Change one", schemas.Endpoint, schemas.EndpointPatch),
     Spec("DELETE", "/v1/endpoints/{endpoint_id}", endpoints.delete, ("subscribe",), "Unsubscribe", status=204),
     Spec(
+        "POST",
+        "/v1/endpoints/{endpoint_id}/rotate",
+        endpoints.rotate,
+        ("subscribe",),
+        "Another secret; both sign during the overlap",
+        schemas.EndpointWithSecret,
+        schemas.Rotation,
+    ),
+    Spec(
+        "POST",
+        "/v1/endpoints/{endpoint_id}/replay",
+        replays.create,
+        ("subscribe",),
+        "Send events again, or count them",
+        schemas.Replay,
+        schemas.NewReplay,
+    ),
+    Spec("GET", "/v1/replays/{replay_id}", replays.read, ("subscribe",), "How far a replay is", schemas.Replay),
+    Spec("DELETE", "/v1/replays/{replay_id}", replays.cancel, ("subscribe",), "End a replay", status=204),
+    Spec("POST", "/v1/endpoints/{endpoint_id}/test", endpoints.test, ("subscribe",), "Send a test event now", schemas.Attempt),
+    Spec(
         "GET",
         "/v1/deliveries",
-        endpoints.deliveries,
+        deliveries.deliveries,
         ("subscribe",),
         "Deliveries, newest first",
         schemas.DeliveryList,
         query=("endpoint", "event", "task", "state", *PAGE),
     ),
-    Spec("GET", "/v1/deliveries/{delivery_id}", endpoints.delivery, ("subscribe",), "A delivery with every attempt", schemas.Delivery),
+    Spec("GET", "/v1/deliveries/{delivery_id}", deliveries.delivery, ("subscribe",), "A delivery with every attempt", schemas.Delivery),
+    Spec("POST", "/v1/deliveries/{delivery_id}/retry", deliveries.retry, ("subscribe",), "One attempt now", schemas.Delivery),
     Spec("POST", "/v1/keys", keys.create, ("admin",), "Make an API key", schemas.CreatedKey, schemas.NewKey, status=201),
     Spec("GET", "/v1/keys", keys.listed, ("admin",), "API keys, newest first", schemas.KeyList, query=PAGE),
     Spec("DELETE", "/v1/keys/{key_id}", keys.revoke, ("admin",), "Revoke an API key", status=204),
@@ -107,6 +135,7 @@ SPECS = (
     Spec("GET", "/readyz", health.readyz, (), "A callback could be committed", schemas.Readiness),
     Spec("GET", "/metrics", health.metrics, ("read",), "Prometheus metrics"),
     Spec("GET", "/openapi.json", openapi, (), "The OpenAPI document"),
+    Spec("GET", "/asyncapi.json", asyncapi, (), "The AsyncAPI document, of events"),
 )
 
 

@@ -1,24 +1,11 @@
 """The shapes of the clients' API: what bodies are checked by, and what the OpenAPI document shows."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from service.model import UPSTREAM_ID
-
-EVENT_TYPES = (
-    "image.task.submitted",
-    "image.task.completed",
-    "image.task.failed",
-    "image.task.cancelled",
-    "image.task.expired",
-    "callback.conflict",
-    "task.late_result",
-    "task.parked",
-    "image.at_risk",
-    "endpoint.disabled",
-    "delivery.exhausted",
-)
+from service.web.event_schemas import EVENT_TYPES, EventTask
 
 
 def known_pattern(value: str) -> str:
@@ -66,59 +53,6 @@ class Resolution(Body):
         return self
 
 
-class TaskInfo(BaseModel):
-    can_cancel: bool
-    estimated_time: int | None
-
-
-class Usage(BaseModel):
-    billing_rule: str | None
-    credits_reserved: float | None
-    credits_used: float | None
-    user_group: str | None
-
-
-class TaskImage(BaseModel):
-    id: str
-    index: int
-    url: str
-    media_type: str
-    bytes: int
-    sha256: str
-    width: int
-    height: int
-
-
-class TaskError(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    code: str
-    message: str
-    type: str | None
-
-
-class EventTask(BaseModel):
-    """A task as events carry it: without its prompt."""
-
-    id: str
-    object: Literal["image.generation.task"]
-    created: int
-    model: str
-    type: Literal["image"]
-    status: Literal["pending", "processing", "completed", "failed", "cancelled"]
-    progress: int
-    task_info: TaskInfo
-    usage: Usage
-    results: list[str]
-    error: TaskError | None
-    state: Literal["queued", "submitting", "uncertain", "submitted", "storing", "completed", "failed", "cancelled", "expired"]
-    upstream: str
-    upstream_id: str | None
-    metadata: dict[str, str]
-    request: dict[str, Any]
-    images: list[TaskImage]
-
-
 class Task(EventTask):
     prompt: str | None
 
@@ -143,24 +77,6 @@ class Timeline(BaseModel):
     data: list[Step]
 
 
-class Event(BaseModel):
-    specversion: Literal["1.0"]
-    id: str
-    source: str
-    type: str
-    subject: str | None
-    time: str
-    datacontenttype: Literal["application/json"]
-    sequence: str
-    data: dict[str, Any] = Field(description="of `image.task.*`: the task as it was then")
-
-
-class EventPage(BaseModel):
-    data: list[Event]
-    next_after: str
-    resync: bool
-
-
 class NewEndpoint(Body):
     url: str
     types: list[Pattern] = Field(default=["image.task.*"], min_length=1, max_length=32)
@@ -173,6 +89,35 @@ class EndpointPatch(Body):
     types: list[Pattern] | None = Field(None, min_length=1, max_length=32)
     description: str | None = Field(None, max_length=500)
     status: Literal["enabled", "paused", "disabled"] | None = None
+
+
+class Rotation(Body):
+    overlap_s: float = Field(86_400, ge=0, le=30 * 86_400, description="for how long the secret before it signs too")
+
+
+class NewReplay(Body):
+    since: AwareDatetime | None = Field(None, description="from the oldest event that is kept")
+    until: AwareDatetime | None = Field(None, description="now")
+    types: list[Pattern] | None = Field(None, min_length=1, max_length=32, description="those of the endpoint")
+    only: Literal["dead", "all"] = "dead"
+    dry_run: bool = Field(False, description="only count")
+
+
+class Replay(BaseModel):
+    id: str | None = Field(description="null after a dry run, which has a count and nothing else")
+    count: int
+    endpoint: str = ""
+    state: Literal["running", "done", "cancelled"] = "running"
+    since: str = ""
+    until: str = ""
+    types: list[str] = []
+    only: Literal["dead", "all"] = "dead"
+    made: int = 0
+    pending: int = 0
+    delivered: int = 0
+    dead: int = 0
+    created_at: str = ""
+    finished_at: str | None = None
 
 
 class Endpoint(BaseModel):

@@ -8,7 +8,7 @@ import pytest
 from service.ops.lines import LINES
 from service.ops.metrics import Metrics
 from service.settings import Settings
-from service.web.schemas import EVENT_TYPES
+from service.web.event_schemas import EVENT_TYPES
 from tests.e2e.faults import BEHAVIOURS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "faults.md").read_text("utf-8")

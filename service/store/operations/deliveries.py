@@ -93,6 +93,30 @@ def _record(tx: Transaction, row: dict[str, Any], item: Outcome) -> None:
         _judge(tx, endpoint_id, item)
 
 
+@dataclass(frozen=True, slots=True)
+class ByHand:
+    """An attempt that somebody asked for; what was planned goes on, unless this one brought it there."""
+
+    delivery_id: str
+    attempt: Attempt
+
+
+def record_by_hand(tx: Transaction, items: Sequence[ByHand]) -> list[None]:
+    for item in items:
+        row = tx.connection.execute(select(deliveries).where(deliveries.c.id == item.delivery_id).with_for_update()).mappings().first()
+        if row is None or tx.connection.execute(select(attempts.c.id).where(attempts.c.id == item.attempt.id)).first():
+            continue
+        grant = Grant("deliver", item.delivery_id, row["fence"], row["attempts"])
+        outcome = Outcome(grant, "delivered", item.attempt)
+        tx.connection.execute(insert(attempts), [_attempt_row(tx, outcome)])
+        if item.attempt.error is None:
+            values = leases.freed("deliver", None, state="delivered", finished_at=tx.now)
+            tx.connection.execute(update(deliveries).where(deliveries.c.id == item.delivery_id).values(values))
+            if row["endpoint_id"] is not None:
+                _judge(tx, row["endpoint_id"], outcome)
+    return [None] * len(items)
+
+
 def _paused(tx: Transaction, endpoint_id: str | None) -> bool:
     """Whether the endpoint is paused still: what is held is released once, when it is enabled."""
     statement = select(endpoints.c.status).where(endpoints.c.id == endpoint_id).with_for_update()
@@ -190,10 +214,11 @@ class EndpointChange:
     description: str | None = None
     status: str | None = None  # enabled | paused | disabled
     delete: bool = False
+    secrets: tuple[bytes, bytes] | None = None  # encrypted: those it has, which must be so still, and the new ones
 
 
 def change_endpoints(tx: Transaction, items: Sequence[EndpointChange]) -> list[bool]:
-    """Changes endpoints; False for those that are not there for this owner."""
+    """Changes endpoints; False for those that are not there for this owner, or whose secrets have changed meanwhile."""
     return [_change_endpoint(tx, item) for item in items]
 
 
@@ -202,7 +227,7 @@ def _change_endpoint(tx: Transaction, item: EndpointChange) -> bool:
     if item.owner is not None:  # nobody waits for the lock of another's: how long it took would tell that it is there
         statement = statement.where(endpoints.c.owner == item.owner)
     row = tx.connection.execute(statement).mappings().first()
-    if row is None:
+    if row is None or (item.secrets is not None and row["secret"] != item.secrets[0]):
         return False
     if item.delete:
         bury(tx, item.id)
@@ -210,6 +235,8 @@ def _change_endpoint(tx: Transaction, item: EndpointChange) -> bool:
         return True
     told = {"url": item.url, "types": list(item.types) if item.types is not None else None, "description": item.description}
     values: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
+    if item.secrets is not None:
+        values["secret"] = item.secrets[1]
     if item.status is not None and item.status != row["status"]:
         values["status"] = item.status
         if item.status == "enabled":

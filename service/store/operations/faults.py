@@ -13,7 +13,7 @@ from service.store import Grant, Transaction
 from service.store.operations import leases, outbox
 from service.store.operations.images import finish_if_done
 from service.store.operations.tasks import end, forget_downloads, lock
-from service.store.tables import QUEUES, deliveries, images
+from service.store.tables import QUEUES, deliveries, images, replays
 
 FAULT_LIMIT = 10
 DEATH_LIMIT = 2 + 5  # among others, then alone
@@ -78,6 +78,9 @@ def _park(tx: Transaction, grant: Grant, cause: str) -> None:
     if grant.stage in ("deliver", "redeliver"):
         task_id = tx.connection.execute(select(deliveries.c.task_id).where(deliveries.c.id == grant.key)).scalar()
         tx.change(deliveries, grant.key, {"state": "dead", "finished_at": tx.now})
+    elif grant.stage == "replay":
+        task_id = None
+        tx.change(replays, grant.key, {"state": "cancelled", "finished_at": tx.now})
     elif grant.stage == "download":
         task_id = tx.connection.execute(select(images.c.task_id).where(images.c.id == grant.key)).scalar_one()
         task = lock(tx, [task_id])[task_id]

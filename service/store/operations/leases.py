@@ -190,7 +190,7 @@ def set_back(tx: Transaction, by_ms: int) -> None:
 
 def free_all(tx: Transaction) -> None:
     """Ends every lease. Only for a store whose lock proves that nobody else lives (SQLite, at the start)."""
-    for stage in ("submit", "settle", "download", "deliver"):
+    for stage in ("submit", "settle", "download", "deliver", "replay"):
         queue = QUEUES[stage]
         until, deaths = queue.column("lease_until"), queue.column("deaths")
         tx.connection.execute(

@@ -1,0 +1,145 @@
+"""The shapes of events: their types, the task as they carry it, and what the operators' events say."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TaskInfo(BaseModel):
+    can_cancel: bool
+    estimated_time: int | None
+
+
+class Usage(BaseModel):
+    billing_rule: str | None
+    credits_reserved: float | None
+    credits_used: float | None
+    user_group: str | None
+
+
+class TaskImage(BaseModel):
+    id: str
+    index: int
+    url: str
+    media_type: str
+    bytes: int
+    sha256: str
+    width: int
+    height: int
+
+
+class TaskError(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    code: str
+    message: str
+    type: str | None
+
+
+class EventTask(BaseModel):
+    """A task as events carry it: without its prompt."""
+
+    id: str
+    object: Literal["image.generation.task"]
+    created: int
+    model: str
+    type: Literal["image"]
+    status: Literal["pending", "processing", "completed", "failed", "cancelled"]
+    progress: int
+    task_info: TaskInfo
+    usage: Usage
+    results: list[str]
+    error: TaskError | None
+    state: Literal["queued", "submitting", "uncertain", "submitted", "storing", "completed", "failed", "cancelled", "expired"]
+    upstream: str
+    upstream_id: str | None
+    metadata: dict[str, str]
+    request: dict[str, Any]
+    images: list[TaskImage]
+
+
+class Event(BaseModel):
+    specversion: Literal["1.0"]
+    id: str
+    source: str
+    type: str
+    subject: str | None
+    time: str
+    datacontenttype: Literal["application/json"]
+    sequence: str
+    data: dict[str, Any] = Field(description="of `image.task.*`: the task as it was then")
+
+
+class EventPage(BaseModel):
+    data: list[Event]
+    next_after: str
+    resync: bool
+
+
+class Conflict(BaseModel):
+    """A callback, or an answer without one, that contradicts what is known of its task."""
+
+    task_id: str
+    callback_id: str | None
+    upstream_id: str | None
+    reason: str
+
+
+class LateResult(BaseModel):
+    """What the upstream proved of a task that had been given up: state and event stand, credits and pictures count."""
+
+    task_id: str
+    owner: str
+    state: str
+    upstream_id: str | None
+    credits_used: float | None
+    status: str
+    stored: int
+    lost: int
+
+
+class Parked(BaseModel):
+    """A row that brought its work down too often; nothing tries it again."""
+
+    task_id: str | None
+    stage: str
+    key: str
+    cause: str
+
+
+class AtRisk(BaseModel):
+    """A picture that could not be fetched so far, and whose link dies soon."""
+
+    task_id: str
+    owner: str
+    image_id: str
+    index: int
+    reason: str | None
+    link_dies_at: str
+
+
+class EndpointDisabled(BaseModel):
+    endpoint_id: str
+    reason: str
+    disabled_at: str
+
+
+class DeliveryExhausted(BaseModel):
+    """A delivery that failed to its last retry; it is kept, and may be replayed."""
+
+    delivery_id: str
+    endpoint_id: str | None
+    event_id: str
+    task_id: str | None
+
+
+TASK_TYPES = {f"image.task.{state}": EventTask for state in ("submitted", "completed", "failed", "cancelled", "expired")}
+EVENT_TYPES: dict[str, type[BaseModel]] = {
+    **TASK_TYPES,
+    "callback.conflict": Conflict,
+    "task.late_result": LateResult,
+    "task.parked": Parked,
+    "image.at_risk": AtRisk,
+    "endpoint.disabled": EndpointDisabled,
+    "delivery.exhausted": DeliveryExhausted,
+}
