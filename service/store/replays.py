@@ -57,7 +57,7 @@ def replay_page(connection: Connection, replay_id: str, limit: int) -> tuple[Row
     row = connection.execute(statement.where(replays.c.id == replay_id, replays.c.state == "running")).mappings().first()
     if row is None:
         return None
-    wanted = Wanted(row["endpoint_id"], row["whose"], row["since"], row["until"], row["types"], row["only"])
+    wanted = Wanted(row["endpoint_id"], row["whose"], row["since_at"], row["until_at"], row["types"], row["only"])
     columns: tuple[Any, ...] = (events.c.id, events.c.task_id, events.c.sequence)
     page = select(*columns).where(*_conditions(wanted), events.c.sequence > row["position"], events.c.sequence <= row["last"])
     return row, list(connection.execute(page.order_by(events.c.sequence).limit(limit)).mappings())

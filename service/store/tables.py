@@ -222,8 +222,8 @@ replays = Table(
     Column("id", String(40), primary_key=True),
     Column("owner", String(64), nullable=False),  # who asked for it
     Column("endpoint_id", String(40), nullable=False, index=True),
-    Column("since", BigInteger, nullable=False),
-    Column("until", BigInteger, nullable=False),
+    Column("since_at", BigInteger, nullable=False),
+    Column("until_at", BigInteger, nullable=False),
     Column("types", JSON, nullable=False),
     Column("only", String(8), nullable=False),  # dead | all
     Column("state", String(16), nullable=False),  # running | done | cancelled

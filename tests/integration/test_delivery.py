@@ -416,7 +416,7 @@ async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(here: World, m
 
 def test_a_secret_signs_until_its_overlap_ends() -> None:
     """The newest has no end; an older one signs until its own."""
-    assert valid_secrets(encode_secrets(["whsec_a", "whsec_b"]), 5) == ["whsec_a", "whsec_b"]
+    assert valid_secrets(encode_secrets([("whsec_a", None), ("whsec_b", None)]), 5) == ["whsec_a", "whsec_b"]
     kept = json.dumps([["whsec_new", None], ["whsec_old", 1000]])
     assert valid_secrets(kept, 999) == ["whsec_new", "whsec_old"]
     assert valid_secrets(kept, 1000) == ["whsec_new"]
