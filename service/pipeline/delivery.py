@@ -166,7 +166,7 @@ async def send(resources: Resources, parcel: Parcel, event: Row) -> Sent:
     assert parcel.callback_secret is not None
     secret = keyring.decrypt(parcel.callback_secret)
     return await resources.task_callbacks.send(
-        parcel.callback_url, event["id"], now // 1000, encoded(document["data"]), "application/json", [secret]
+        parcel.callback_url, event["id"], now // 1000, written(document["data"]).encode(), "application/json", [secret]
     )
 
 
@@ -175,7 +175,7 @@ async def send_to(resources: Resources, endpoint: Row, document: model.JSON) -> 
     now = resources.clock()
     secrets = valid_secrets(resources.keyring.decrypt(endpoint["secret"]), now)
     return await resources.webhooks.send(
-        endpoint["url"], document["id"], now // 1000, encoded(document), "application/cloudevents+json", secrets
+        endpoint["url"], document["id"], now // 1000, written(document).encode(), "application/cloudevents+json", secrets
     )
 
 
@@ -206,10 +206,6 @@ async def send_test(resources: Resources, endpoint: Row) -> model.JSON:
 
 def attempt_of(resources: Resources, sent: Sent) -> Attempt:
     return Attempt(resources.id("attempt"), sent.status, round(sent.duration * 1000), sent.error, sent.answer)
-
-
-def encoded(document: model.JSON) -> bytes:
-    return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def lost(grant: Grant, error: Exception) -> model.JSON:
