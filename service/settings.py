@@ -98,7 +98,7 @@ class Settings(BaseSettings):
     evolink_concurrency: Slots = told(16, "calls to the upstream at once")
     evolink_task_ttl_s: Seconds = told(86400, "how long the upstream keeps a task")
     evolink_result_ttl_s: Seconds = told(86400, "how long the upstream keeps a result's link")
-    submit_timeout_s: Annotated[float, Field(gt=0, le=1500, allow_inf_nan=False)] = told(60, "one submission's call")  # see LONGEST_MS
+    submit_timeout_s: Annotated[float, Field(gt=0, le=1500, allow_inf_nan=False)] = told(60, "one submission's call")
     submit_schedule: Schedule = told((1, 2, 5, 15, 30, 60), "waits between calls when nothing was created; the last repeats")
     submit_give_up_s: Seconds = told(3600, "after that the task fails with `not_submitted`")
     uncertain: Annotated[Literal["fail", "resubmit"], Lower] = told(

@@ -17,7 +17,7 @@ from service.ops.metrics import Metrics
 from service.pipeline.retry import fault_wait
 from service.store import RENEW_S, Grant, Store, Transaction, queries
 from service.store.operations.faults import FAULT_LIMIT, Fault, claim_suspects, record_faults
-from service.store.operations.leases import claim, release, renew, suspected
+from service.store.operations.leases import claim, keep_time, release, renew, suspected
 
 log = structlog.get_logger()
 
@@ -200,6 +200,7 @@ class WorkerPool:
         try:
             faults = await self._store.write(record_faults, Fault(grant, round(wait * 1000)))
         except StoreUnavailable:
+            await self._give_back(grant)
             return
         if faults >= FAULT_LIMIT:
             log.error("task.parked", stage=grant.stage, cause=f"{faults} faults")
@@ -217,7 +218,8 @@ class WorkerPool:
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(RENEW_S)
-            await asyncio.gather(*(self._store.write(renew, grant) for grant in self._jobs), return_exceptions=True)
+            renewals = [self._store.write(renew, grant) for grant in self._jobs]
+            await asyncio.gather(self._store.write(keep_time, None), *renewals, return_exceptions=True)
 
     def quiesce(self) -> None:
         """Starts nothing new from now on; what is in flight goes on until `stop`."""

@@ -36,7 +36,6 @@ from service.store.soundness import begin, connecting, damaged, examine
 READERS = 2
 QUICK_S = 0.003  # a disk that syncs in less is not worth a thread
 REMEMBERED = 16
-TOLERANCE_MS = 5000
 STALL_S = 0.05  # one such commit is enough to go to the thread
 
 
@@ -195,8 +194,7 @@ class SqliteStore:
             schema.migrate(connection, allowed=migrate)
             tx = self._begin(connection, {})
             leases.free_all(tx)
-            if (ahead := leases.last_step(tx) - tx.now) > TOLERANCE_MS:  # the clock went back while nobody served
-                leases.set_back(tx, ahead)
+            leases.keep_time(tx, [None])
 
     async def run(self) -> None:
         await self._committer.run()

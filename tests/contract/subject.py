@@ -25,6 +25,7 @@ from service.store.operations.deliveries import (
 from service.store.operations.images import Download, Lost, Retry, Stored, record_downloads
 from service.store.operations.inbox import Callback, Verdict, accept_callbacks
 from service.store.operations.leases import claim
+from service.store.operations.replays import Replay, insert_replays
 from service.store.operations.settling import Settlement, record_settlements
 from service.store.operations.submissions import (
     Accepted,
@@ -39,6 +40,7 @@ from service.store.operations.submissions import (
 )
 from service.store.operations.tasks import Cancellation, Inserted, NewTask, cancel_tasks, change, insert_tasks, lock
 from service.store.records import Row
+from service.store.replays import Wanted, replay_extent
 from service.store.tables import events, images, tasks
 
 SECOND, MINUTE, HOUR = 1_000, 60_000, 3_600_000
@@ -268,6 +270,13 @@ class Subject:
         made = Endpoint(new_id("endpoint"), owner, "https://s.test/hook", tuple(types), "", b"secret")
         await self.write(insert_endpoints, made)
         return made.id
+
+    async def replay(self, owner: str = OWNER) -> str:
+        """A replay of all that there is to an endpoint of its own; its first page is due."""
+        wanted = Wanted(await self.endpoint(owner), owner, 0, self.clock.now + 1, ("image.task.*",), "all")
+        replay = Replay(new_id("replay"), owner, wanted, await self.store.read(replay_extent, wanted))
+        assert await self.write(insert_replays, replay)
+        return replay.id
 
     async def change(self, id: str, owner: str | None = None, **values: Any) -> bool:
         return await self.write(change_endpoints, EndpointChange(id, owner, **values))

@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from sqlalchemy import update
 
 from service.store import Transaction
+from service.store.operations import leases
+from service.store.operations.faults import claim_suspects
 from service.store.operations.submissions import Again, Submission, record_submissions
-from service.store.tables import tasks
-from tests.contract.subject import HOUR, SECOND, Clock, Opener, Subject
+from service.store.tables import endpoints
+from tests.contract.subject import HOUR, LEASE, SECOND, Clock, Opener, Subject
 
 
-def due_now(tx: Transaction, keys: Sequence[str]) -> list[None]:
-    for key in keys:
-        tx.connection.execute(update(tasks).where(tasks.c.id == key).values(submit_due_at=tx.now))
-    return [None] * len(keys)
+def paused(tx: Transaction, items: Sequence[tuple[str, int]]) -> list[None]:
+    for id, until in items:
+        tx.connection.execute(update(endpoints).where(endpoints.c.id == id).values(paused_until=until))
+    return [None] * len(items)
 
 
 async def test_a_start_after_the_clock_went_back_waits_no_hour(sqlite_opener: Opener, clock: Clock) -> None:
@@ -30,10 +32,56 @@ async def test_a_start_after_the_clock_went_back_waits_no_hour(sqlite_opener: Op
         assert [found.key for found in await subject.claim("submit")] == [grant.key]
 
 
-async def test_a_lease_from_the_future_counts_as_ended(subject: Subject) -> None:
-    """It was granted before the clock went back, for it is longer than any can be; nobody waits an hour for a process that died."""
-    key = await subject.queued()
-    await subject.claim("submit")
+async def test_a_clock_that_goes_back_under_running_processes_puts_nothing_off(subject: Subject) -> None:
+    """What was due in five seconds, and a dead process's lease, end as soon as they would have; once, however often that is looked at."""
+    await subject.write(leases.keep_time, None)
+    waiting, leased = await subject.submitting(), await subject.queued()
+    await subject.write(record_submissions, Submission(waiting, Again("no", 5 * SECOND, HOUR)))
+    (held,) = await subject.claim("submit")
+    assert held.key == leased
     subject.clock.shift(-HOUR)
-    await subject.write(due_now, key)
-    assert [grant.key for grant in await subject.claim("submit")] == [key]
+    for _ in range(3):
+        await subject.write(leases.keep_time, None)
+    assert await subject.claim("submit") == []
+    subject.clock.shift(5 * SECOND)
+    assert [grant.key for grant in await subject.claim("submit")] == [waiting.key]
+    subject.clock.shift(LEASE - 5 * SECOND)
+    assert leased in [grant.key for grant in await subject.claim("submit")]
+
+
+async def test_a_pause_that_an_endpoint_asked_for_goes_back_with_the_clock(subject: Subject) -> None:
+    """It asked for seconds, not for an hour."""
+    await subject.write(leases.keep_time, None)
+    endpoint = await subject.endpoint()
+    await subject.write(paused, (endpoint, subject.clock.now + 9 * SECOND))
+    subject.clock.shift(-HOUR)
+    await subject.write(leases.keep_time, None)
+    (row,) = await subject.rows(endpoints)
+    assert row["paused_until"] == subject.clock.now + 9 * SECOND
+
+
+async def test_times_that_differ_by_a_little_are_no_jump(subject: Subject) -> None:
+    """A transaction that waited for its turn read its time earlier."""
+    await subject.write(leases.keep_time, None)
+    grant = await subject.submitting()
+    await subject.write(record_submissions, Submission(grant, Again("no", 60 * SECOND, HOUR)))
+    subject.clock.shift(-leases.TOLERANCE_MS)
+    await subject.write(leases.keep_time, None)
+    subject.clock.shift(60 * SECOND)
+    assert await subject.claim("submit") == []
+    subject.clock.shift(leases.TOLERANCE_MS)
+    assert [found.key for found in await subject.claim("submit")] == [grant.key]
+
+
+async def test_work_that_a_suspect_gave_back_is_due_at_once(subject: Subject) -> None:
+    """It was put off for the case that it brings the process down; a stop is none."""
+    await subject.queued()
+    for _ in range(2):
+        await subject.claim("submit")
+        subject.clock.shift(LEASE)
+    suspect = await subject.write(claim_suspects, "submit")
+    assert suspect is not None
+    assert await subject.write(leases.release, suspect.grant)
+    again = await subject.write(claim_suspects, "submit")
+    assert again is not None
+    assert (again.grant.attempts, again.deaths) == (suspect.grant.attempts, suspect.deaths)

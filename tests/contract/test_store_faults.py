@@ -120,6 +120,8 @@ async def test_a_fault_frees_the_lease(subject: Subject, stage: str) -> None:
     elif stage == "reconcile":
         key = await subject.submitted()
         subject.clock.now = (await subject.task(key))["settle_due_at"]
+    elif stage == "replay":
+        key = await subject.replay()
     else:
         await subject.endpoint()
         await subject.submitted()

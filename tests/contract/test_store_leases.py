@@ -32,6 +32,8 @@ async def one_due(subject: Subject, stage: str) -> str:
             return task_id
         case "download":
             return str((await subject.images(await subject.storing(URL)))[0]["id"])
+        case "replay":
+            return await subject.replay()
         case _:
             endpoint = await subject.endpoint()
             await subject.submitted()

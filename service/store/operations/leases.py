@@ -9,10 +9,10 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from service.store import LEASE_MS, Grant, Transaction
 from service.store.records import Row
-from service.store.tables import QUEUES, ZERO, Queue, steps
+from service.store.tables import QUEUES, ZERO, Queue, counters, endpoints
 
-# No lease is longer, whatever a submission's call may take: one that ends later was granted before the clock went back.
-LONGEST_MS = 30 * 60_000
+# Times of different processes differ by less: a transaction reads its own at its beginning, and may then wait for its turn.
+TOLERANCE_MS = 15_000
 
 # From a try alone to the next, by the deaths before it: kills from outside come in bursts, and what takes long meets them all.
 SUSPECT_WAITS_MS = {2: 5_000, 3: 20_000, 4: 80_000}
@@ -37,7 +37,7 @@ def wanted(tx: Transaction, stage: str, key: str, row: Row) -> dict[str, Any]:
     prefix = queue.prefix
     values: dict[str, Any] = {"due_at": tx.now, "attempts": 0}
     until = row[prefix + "lease_until"]
-    if until is not None and tx.now < until <= tx.now + LONGEST_MS:
+    if until is not None and tx.now < until:
         del values["attempts"]
     elif take_slot(tx, stage):
         fence = row[prefix + "fence"] + 1
@@ -101,7 +101,7 @@ def _claim(tx: Transaction, queue: Queue, limit: int) -> list[Grant]:
 
 
 def _figures(tx: Transaction, limit: int) -> dict[str, Any]:
-    return {"now": tx.now, "until": tx.now + LEASE_MS, "process": tx.process, "free": limit, "too_far": tx.now + LONGEST_MS}
+    return {"now": tx.now, "until": tx.now + LEASE_MS, "process": tx.process, "free": limit}
 
 
 @cache
@@ -113,7 +113,7 @@ def _ready(queue: Queue, *, suspect: bool) -> Select[Any]:
     died = and_(deaths > ZERO, or_(deaths > 1, until.is_not(None))) if suspect else or_(deaths < 1, and_(deaths < 2, until.is_(None)))
     ready = (
         select(queue.table.c.id)
-        .where(queue.column("due_at") <= now, or_(until.is_(None), until <= now, until > bindparam("too_far")), died)
+        .where(queue.column("due_at") <= now, or_(until.is_(None), until <= now), died)
         .order_by(queue.order)
         .limit(bindparam("free"))
     )
@@ -152,11 +152,13 @@ def renew(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
 
 def release(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
     """Gives work back untouched, as a stopping process does: the attempt does not count."""
-    attempts = [QUEUES[grant.stage].column("attempts") for grant in grants]
-    return [
-        change(tx, grant, {"lease_until": None, "lease_owner": None, "attempts": column - 1})
-        for grant, column in zip(grants, attempts, strict=True)
-    ]
+    return [_release(tx, grant, QUEUES[grant.stage]) for grant in grants]
+
+
+def _release(tx: Transaction, grant: Grant, queue: Queue) -> bool:
+    due_at, attempts = queue.column("due_at"), queue.column("attempts")
+    at_once = case((due_at > tx.now, tx.now), else_=due_at)  # a suspect's was put off for the case that it dies
+    return change(tx, grant, {"lease_until": None, "lease_owner": None, "attempts": attempts - 1, "due_at": at_once})
 
 
 def done(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
@@ -175,23 +177,34 @@ def change(tx: Transaction, grant: Grant, values: Mapping[str, Any]) -> bool:
     return tx.connection.execute(statement).rowcount == 1
 
 
-def last_step(tx: Transaction) -> int:
-    """When the timeline that was written last says it was; 0: there is none."""
-    return tx.connection.execute(select(steps.c.time).order_by(steps.c.id.desc()).limit(1)).scalar() or 0
+def keep_time(tx: Transaction, items: Sequence[None]) -> list[None]:
+    """Notes what time it is. Was it later when that was last done, the clock went back: what is planned comes nearer by as much."""
+    noted = counters.c.name == "clock"
+    last: int = tx.connection.execute(select(counters.c.value).where(noted).with_for_update()).scalar_one()
+    if last - tx.now > TOLERANCE_MS:
+        _set_back(tx, last - tx.now)
+    elif last > tx.now:
+        return [None] * len(items)
+    tx.connection.execute(update(counters).where(noted).values(value=tx.now))
+    return [None] * len(items)
 
 
-def set_back(tx: Transaction, by_ms: int) -> None:
-    """Brings what is due nearer by so much: the clock went back, and nobody is to wait for that. The caller is the only one."""
-    for stage in ("submit", "settle", "download", "deliver"):
-        queue = QUEUES[stage]
-        due_at = queue.column("due_at")
-        tx.connection.execute(update(queue.table).where(due_at > tx.now).values({due_at: due_at - by_ms}))
+def _set_back(tx: Transaction, by_ms: int) -> None:
+    """Nobody waits for the clock, and no lease lasts longer for it."""
+    planned = [queue.column(name) for queue in _own_columns() for name in ("due_at", "lease_until")]
+    for column in (*planned, endpoints.c.paused_until):
+        tx.connection.execute(update(column.table).where(column > tx.now).values({column: column - by_ms}))
+    tx.due.update(QUEUES)
+
+
+def _own_columns() -> list[Queue]:
+    """A queue for each set of lease columns: retries and reconciling share those of what they are about."""
+    return list({(queue.table.name, queue.prefix): queue for queue in QUEUES.values()}.values())
 
 
 def free_all(tx: Transaction) -> None:
     """Ends every lease. Only for a store whose lock proves that nobody else lives (SQLite, at the start)."""
-    for stage in ("submit", "settle", "download", "deliver", "replay"):
-        queue = QUEUES[stage]
+    for queue in _own_columns():
         until, deaths = queue.column("lease_until"), queue.column("deaths")
         tx.connection.execute(
             update(queue.table).where(until.is_not(None)).values({until: None, queue.column("lease_owner"): None, deaths: deaths + 1})

@@ -39,6 +39,7 @@ def upgrade() -> None:
     ):
         op.create_index(name, "replays", columns, unique=False, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
     op.create_index(op.f("ix_replays_endpoint_id"), "replays", ["endpoint_id"], unique=False)
+    op.execute("INSERT INTO counters (name, value) SELECT 'clock', COALESCE(MAX(time), 0) FROM steps")
     op.add_column("deliveries", sa.Column("replay_id", sa.String(length=40), nullable=True))
     made = sa.text("replay_id IS NOT NULL")
     op.create_index("ix_deliveries_replay_id", "deliveries", ["replay_id", "state"], unique=False, sqlite_where=made, postgresql_where=made)
