@@ -31,7 +31,7 @@ LISTEN_AGAIN_S = 1.0
 # Milliseconds. A process that stands still inside a transaction, whose locks others wait for, loses it; a callback waits 8 s at most.
 LIMITS = {"lock_timeout": "5000", "statement_timeout": "30000", "idle_in_transaction_session_timeout": "10000"}
 TURN_MS, BETWEEN_S, TURNS = 2000, 2.0, 150  # a migration's: for ten minutes
-LOCKED = "55P03"
+LOCKED, NOT_YET = "55P03", "57P03"  # somebody else has the table; the server is starting up
 MIGRATION_LOCK = 0x6461726B726F6F6D  # "darkroom": any constant that nobody else in this database takes
 NOTIFY = text(f"SELECT pg_notify('{CHANNEL}', :hint)")
 # What was answered 200 outlives the server, whatever the role, the database or the server has as its default.
@@ -139,7 +139,9 @@ class PostgresStore:
             committer.workers = None
 
     async def prepare(self, *, migrate: bool) -> None:
-        """Migrates the schema; processes that start together do it one after another. Warns of a server that may lose what it committed."""
+        """Migrates the schema; processes that start together do it one after another.
+
+        Waits for a server that starts up, and for whoever has a table. Warns of a server that may lose what it committed."""
 
         def run(connection: Connection) -> None:
             for name in ("fsync", "full_page_writes"):  # the server's alone to set
@@ -157,8 +159,10 @@ class PostgresStore:
                     await connection.run_sync(run)
                     return
             except DBAPIError as error:
-                if getattr(error.orig, "sqlstate", None) != LOCKED or turn == TURNS - 1:
+                if getattr(error.orig, "sqlstate", None) not in (LOCKED, NOT_YET) or turn == TURNS - 1:
                     raise
+                if turn == 0:
+                    log.warning("store.waiting", reason=reason(error), limit_s=TURNS * BETWEEN_S)
             await asyncio.sleep(BETWEEN_S)
 
     async def run(self) -> None:

@@ -1,0 +1,71 @@
+"""A PostgreSQL server that is only just starting up when a process asks for it."""
+
+import asyncio
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from urllib.parse import parse_qsl, urlsplit
+
+import pytest
+from structlog.testing import capture_logs
+
+from service.errors import ConfigurationError
+from service.resources import new_id
+from service.store import postgres
+from service.store.operations.readiness import mark
+from service.store.postgres import open_postgres
+
+SAID = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"
+
+
+@asynccontextmanager
+async def starting(url: str, refusals: int) -> AsyncIterator[str]:
+    """The address of something that says what a server says while it starts, to so many; then it passes on to the server."""
+    parts, left = urlsplit(url), [None] * refusals
+    folder, user = (dict(parse_qsl(parts.query)).get(name) for name in ("host", "user"))
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if left:
+            left.pop()
+            (length,) = struct.unpack("!i", await reader.readexactly(4))
+            await reader.readexactly(length - 4)
+            writer.write(b"E" + struct.pack("!i", len(SAID) + 4) + SAID)
+            writer.close()
+            return
+        to = asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432") if folder else asyncio.open_connection(parts.hostname, parts.port)
+        theirs, ours = await to
+        await asyncio.gather(pipe(reader, ours), pipe(theirs, writer))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    try:
+        yield parts._replace(netloc=f"{parts.netloc.rpartition('@')[0] or user}@127.0.0.1:{port}", query="sslmode=disable").geturl()
+    finally:
+        server.close()
+
+
+async def test_a_start_waits_for_a_server_that_starts_up(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a power cut, when both begin at once; it is said once, and what is committed then is committed."""
+    monkeypatch.setattr(postgres, "BETWEEN_S", 0.01)
+    with capture_logs() as lines:
+        async with starting(postgres_url, 3) as url, open_postgres(url, process="one", new_id=new_id) as store:
+            await store.write(mark, None)
+    (waiting,) = [line for line in lines if line["event"] == "store.waiting"]
+    assert "starting up" in waiting["reason"]
+
+
+async def test_a_server_that_goes_on_starting_up_is_given_up(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one clear line, for whoever watches over the process."""
+    monkeypatch.setattr(postgres, "BETWEEN_S", 0.01)
+    monkeypatch.setattr(postgres, "TURNS", 3)
+    async with starting(postgres_url, 1000) as url:
+        with pytest.raises(ConfigurationError, match=r"DARKROOM_DATABASE_URL: .* the database system is starting up"):
+            async with open_postgres(url, process="one", new_id=new_id):
+                pass
