@@ -259,17 +259,22 @@ def refuse(_tx: Transaction, _items: Sequence[Any]) -> list[Any]:
     raise StoreUnavailable("away")
 
 
-async def test_a_fault_that_cannot_be_recorded_is_only_logged(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store goes away between the exception and its record: the place is free again, the lease ends by itself."""
+async def test_a_row_whose_fault_cannot_be_recorded_is_given_back(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store goes away between the exception and its record: it is worked on anew as soon as that commits, and no death is counted."""
+    tried: list[int] = []
     monkeypatch.setattr(worker, "record_faults", refuse)
 
     async def run(grant: Grant) -> None:
-        raise KeyError(grant.key)
+        tried.append(grant.attempts)
+        if len(tried) == 1:
+            raise KeyError(grant.key)
+        await shop.store.write(leases.done, grant)
 
-    async with shop.working(run) as pool:
+    async with shop.working(run):
         await shop.queue("task_a")
-        await wait_until(lambda: shop.counted("submit") == 1 and not pool._jobs)
-    assert (await shop.row("task_a"))["submit_faults"] == 0
+        await wait_until(lambda: len(tried) == 2)
+    row = await shop.row("task_a")
+    assert (shop.counted("submit"), row["submit_faults"], row["submit_deaths"]) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("trouble", [StoreUnavailable("away"), RuntimeError("nobody foresaw")])
