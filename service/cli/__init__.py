@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from service import VERSION
-from service.cli import backup, events, keys, processes, restore, subscriptions, tasks
+from service.cli import backup, events, keys, processes, replays, restore, subscriptions, tasks
 from service.cli.output import plain
 from service.errors import DarkroomError
 
@@ -34,12 +34,14 @@ for command in (
     restore.restore,
     processes.migrate,
     processes.openapi,
+    processes.asyncapi,
 ):
     program.command(cls=processes.SandboxCommand if command is processes.sandbox else None)(command)
 
 GROUPS = {
     "endpoints": ("Who is told of events.", subscriptions.ENDPOINTS),
     "deliveries": ("What endpoints were sent, with every attempt.", subscriptions.DELIVERIES),
+    "replay": ("Send an endpoint its events again.", replays.REPLAYS),
     "keys": ("API keys: made, listed, revoked.", keys.KEYS),
 }
 for name, (about, commands) in GROUPS.items():

@@ -1,4 +1,4 @@
-"""The commands that serve, and those that need no service: `serve`, `worker`, `sandbox`, `migrate`, `openapi`."""
+"""The commands that serve, and those that need no service: `serve`, `worker`, `sandbox`, `migrate`, `openapi`, `asyncapi`."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from service.cli.client import pairs
 from service.cli.output import Json, put, put_json
 from service.errors import ConfigurationError
+from service.model import JSON
 
 if TYPE_CHECKING:
     import asyncio
@@ -245,7 +246,18 @@ def openapi(as_json: Json = False) -> None:
     from service.web.openapi import document
     from service.web.routes import SPECS
 
+    put_document(document(SPECS), as_json)
+
+
+def asyncapi(as_json: Json = False) -> None:
+    """Print the AsyncAPI document, of events; with --json in one line."""
+    from service.web.asyncapi import document
+
+    put_document(document(), as_json)
+
+
+def put_document(made: JSON, as_json: bool) -> None:
     if as_json:
-        put_json(document(SPECS))
+        put_json(made)
     else:
-        put(json.dumps(document(SPECS), indent=2))
+        put(json.dumps(made, indent=2))

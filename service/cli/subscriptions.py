@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from service.cli.client import call, segment
+from service.cli.client import CommandFailed, call, segment
 from service.cli.output import Json, put_fields, put_json, put_table, remark
 from service.model import JSON
 
@@ -78,6 +78,23 @@ def endpoint_delete(id: Id, as_json: Json = False) -> None:
     show({"id": id, "deleted": True}, as_json)
 
 
+def endpoint_rotate(
+    id: Id,
+    overlap: Annotated[float | None, typer.Option(help="So long the old secret signs too: 86400.", min=0, metavar="SECONDS")] = None,
+    as_json: Json = False,
+) -> None:
+    """Give one another secret. It is shown now and never again."""
+    show(call("POST", f"/v1/endpoints/{segment(id)}/rotate", body=changes(overlap_s=overlap)), as_json)
+
+
+def endpoint_test(id: Id, as_json: Json = False) -> None:
+    """Send one a test event now, and show how that went."""
+    attempt = call("POST", f"/v1/endpoints/{segment(id)}/test")
+    show(attempt, as_json)
+    if attempt["error"] is not None:
+        raise CommandFailed(f"the endpoint did not take it: {attempt['error']}")
+
+
 def delivery_list(
     endpoint: Annotated[str | None, typer.Option(help="Of this endpoint.", metavar="ID")] = None,
     event: Annotated[str | None, typer.Option(help="Of this event.", metavar="ID")] = None,
@@ -105,6 +122,11 @@ def delivery_get(id: Id, as_json: Json = False) -> None:
     put_table(document["attempts"], "time", "status", "duration_ms", "error")
 
 
+def delivery_retry(id: Id, as_json: Json = False) -> None:
+    """Make one attempt now, also of one that was delivered or is dead."""
+    show(call("POST", f"/v1/deliveries/{segment(id)}/retry"), as_json)
+
+
 def changes(**values: Any) -> JSON:
     """The fields that were named."""
     return {name: value for name, value in values.items() if value not in (None, [])}
@@ -116,5 +138,7 @@ ENDPOINTS: Mapping[str, Callable[..., None]] = {
     "get": endpoint_get,
     "patch": endpoint_patch,
     "delete": endpoint_delete,
+    "rotate": endpoint_rotate,
+    "test": endpoint_test,
 }
-DELIVERIES: Mapping[str, Callable[..., None]] = {"list": delivery_list, "get": delivery_get}
+DELIVERIES: Mapping[str, Callable[..., None]] = {"list": delivery_list, "get": delivery_get, "retry": delivery_retry}

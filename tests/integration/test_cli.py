@@ -27,9 +27,23 @@ from tests.processes import ADMIN_KEY, Running, clean_environment, darkroom, san
 
 TASK = r"task_[a-z2-7]{26}"
 COMMANDS = [
-    *(["serve"], ["worker"], ["sandbox"], ["submit"], ["tasks"], ["task"], ["events"], ["backup"], ["restore"], ["migrate"], ["openapi"]),
-    *(["endpoints", word] for word in ("list", "create", "get", "patch", "delete")),
-    *(["deliveries", word] for word in ("list", "get")),
+    *(
+        ["serve"],
+        ["worker"],
+        ["sandbox"],
+        ["submit"],
+        ["tasks"],
+        ["task"],
+        ["events"],
+        ["backup"],
+        ["restore"],
+        ["migrate"],
+        ["openapi"],
+        ["asyncapi"],
+    ),
+    *(["endpoints", word] for word in ("list", "create", "get", "patch", "delete", "rotate", "test")),
+    *(["deliveries", word] for word in ("list", "get", "retry")),
+    *(["replay", word] for word in ("start", "get", "cancel")),
     *(["keys", word] for word in ("create", "list", "revoke")),
 ]
 
@@ -350,6 +364,29 @@ def test_endpoints_and_deliveries(run: Run, client: Mapping[str, str]) -> None:
     assert one_line(run("endpoints", "get", made["id"], **client)).startswith("endpoint_not_found: ")
 
 
+def test_rotating_testing_retrying_and_replaying(run: Run, client: Mapping[str, str]) -> None:
+    """What was never taken is counted, sent again, and shown; a test that was not taken fails the command."""
+    made = run("endpoints", "create", "http://127.0.0.1:9/hook", "--json", **client).json
+    rotated = run("endpoints", "rotate", made["id"], "--overlap", "0", "--json", **client).json
+    assert rotated["secret"] not in ("", made["secret"])
+    tried = run("endpoints", "test", made["id"], "--json", **client)
+    assert (tried.code, tried.json["status"]) == (1, None)
+    assert "the endpoint did not take it: NotConnected" in tried.err
+    task = run("submit", "a lighthouse", "--wait", "--json", **client).json
+    page = run("deliveries", "list", "--endpoint", made["id"], "--task", task["id"], "--json", **client).json
+    (delivery, *_) = page["data"]
+    retried = run("deliveries", "retry", delivery["id"], "--json", **client).json
+    assert len(retried["attempts"]) > len(delivery["attempts"])
+    assert run("replay", "start", made["id"], "--only", "all", "--dry-run", "--json", **client).json["id"] is None
+    ending = ("--only", "all", "--type", "image.task.completed", "--since", "2026-01-01T00:00:00Z", "--json")
+    replay = run("replay", "start", made["id"], *ending, **client).json
+    assert replay["count"] > 0
+    assert run("replay", "get", replay["id"], "--json", **client).json["endpoint"] == made["id"]
+    assert run("replay", "cancel", replay["id"], "--json", **client).json == {"id": replay["id"], "cancelled": True}
+    assert one_line(run("replay", "start", made["id"], "--only", "some", **client)).startswith("invalid_request: only: ")
+    run("endpoints", "delete", made["id"], **client)
+
+
 def test_keys_are_made_in_a_store_that_nobody_serves_and_else_through_the_api(run: Run, tmp_path: Path) -> None:
     """On SQLite the file is touched only while nobody holds its lock; standard output is the answer and nothing else."""
     settings = service_settings("https://upstream.invalid", tmp_path)
@@ -384,14 +421,15 @@ def test_an_address_elsewhere_never_means_the_store_here(run: Run, tmp_path: Pat
     assert not (tmp_path / "data").exists()
 
 
-def test_migrate_and_openapi(run: Run, tmp_path: Path) -> None:
-    """What needs no service: the schema is made or kept, the document is JSON."""
+def test_migrate_openapi_and_asyncapi(run: Run, tmp_path: Path) -> None:
+    """What needs no service: the schema is made or kept, the documents are JSON."""
     first, second = (darkroom("migrate", "--json", folder=tmp_path, DARKROOM_MIGRATE="off") for _ in range(2))
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert json.loads(first.stdout) == json.loads(second.stdout)
-    document = run("openapi").json
-    assert document["openapi"] == "3.1.0"
-    assert document == run("openapi", "--json").json
+    for command, version in (("openapi", "3.1.0"), ("asyncapi", "3.0.0")):
+        document = run(command).json
+        assert document[command] == version
+        assert document == run(command, "--json").json
 
 
 # --- for people ------------------------------------------------------------------------------------------------------
