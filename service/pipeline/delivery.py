@@ -92,7 +92,8 @@ class Deliverer:
             try:
                 held = await self.resources.store.write(record_attempts, outcome)
             except StoreUnavailable as error:
-                log.error("worker.failed", **lost(outcome.grant, error))  # noqa: TRY400 - a store that is away needs no traceback
+                known = lost(outcome.grant, error)
+                log.error("worker.failed", **known)  # noqa: TRY400 - a store that is away needs no traceback
                 await asyncio.sleep(RECORD_S)
             else:
                 self.unrecorded.pop(outcome.grant.key, None)
