@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from operator import attrgetter
 
 import structlog
@@ -22,6 +23,7 @@ log = structlog.get_logger()
 
 PAGE = 100  # events
 KEPT, KEPT_SIZE = 2000, 16 << 20  # of the end: events, characters
+SENT_SIZE = 64 << 10  # characters at once to one stream, but for an event that has more: so much a slow reader holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,22 +128,30 @@ class Tail:
         Only within `open`. Ends when the process stops. StoreUnavailable.
         """
         place = await self._store.read(queries.outbox_end) if after is None else after
-        signals = self._store.signals
+        signals, limit = self._store.signals, PAGE
         with signals.listen("tail") as moved:
             while not signals.stopping:
                 moved.clear()
                 before = place
                 if self._begin is None or place < self._begin:
                     rows, place, forgotten = await self._store.read(
-                        queries.event_list, wanted.owner, place, PAGE, wanted.types, wanted.task_id
+                        queries.event_list, wanted.owner, place, limit, wanted.types, wanted.task_id
                     )
-                    found = [self._entry(row) for row in rows]
+                    found = sent_at_once([self._entry(row) for row in rows])
+                    if len(found) < len(rows):
+                        place = found[-1].sequence
+                    limit = max(1, min(2 * len(found), PAGE)) if rows else PAGE  # what is not sent was read in vain
+                    del rows
                     if before < forgotten:
                         yield Gone(await self._store.read(queries.outbox_begin))
                 else:
                     kept = self._entries[bisect_right(self._entries, place, key=attrgetter("sequence")) :][:PAGE]
-                    place = kept[-1].sequence if len(kept) == PAGE else max(place, self._end)
-                    found = [entry for entry in kept if wanted.has(entry)]
+                    found = sent_at_once([entry for entry in kept if wanted.has(entry)])
+                    if found and kept[-1] is not found[-1]:
+                        place = found[-1].sequence
+                    else:
+                        place = kept[-1].sequence if len(kept) == PAGE else max(place, self._end)
+                    del kept
                 if found:
                     yield found
                 elif place == before and not await signals.wait(moved, quiet_s):
@@ -149,3 +159,9 @@ class Tail:
 
     def _entry(self, row: Row) -> Entry:
         return Entry(row["sequence"], row["owner"], row["type"], row["task_id"], written(render(row, self._links)))
+
+
+def sent_at_once(entries: Sequence[Entry]) -> Sequence[Entry]:
+    """As many of the first as fit; one at least."""
+    sizes = accumulate(len(entry.document) for entry in entries)
+    return entries[: max(1, bisect_right(list(sizes), SENT_SIZE))]

@@ -129,10 +129,12 @@ async def test_a_stream_shows_what_was_asked_for(here: World) -> None:
             assert len({m.document["subject"] for m in await next_of(everybody, 4)}) == 2
 
 
-async def test_a_reader_who_is_far_behind_catches_up(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Page by page from the store, then with the others; whatever does not fit in memory is read again. No event twice, none left out."""
-    monkeypatch.setattr(tail, "PAGE", 2)
-    monkeypatch.setattr(tail, "KEPT", 3)
+@pytest.mark.parametrize(("page", "kept", "size"), [(2, 3, 1 << 20), (100, 3, 1), (100, 2000, 1)])
+async def test_a_reader_who_is_far_behind_catches_up(here: World, page: int, kept: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Piece by piece from the store, then with the others; whatever does not fit in memory is read again. No event twice, none left out."""
+    monkeypatch.setattr(tail, "PAGE", page)
+    monkeypatch.setattr(tail, "KEPT", kept)
+    monkeypatch.setattr(tail, "SENT_SIZE", size)
     async with here.owner() as client, following(client) as leading:
         for _ in range(4):
             await submitted(client, UNTIL_DONE)
