@@ -219,7 +219,7 @@ async def running(settings: Settings, role: Role, address: str | None = None) ->
         always = {"workers": pool.run(), "account": account.run(), "tail": context.tail.run()}
         jobs = [asyncio.create_task(job, name=name) for name, job in always.items()]
         if role.workers:
-            retention = Retention(resources, settings.retention_days, settings.image_retention_days)
+            retention = Retention(resources, settings.retention_days, settings.image_retention_days, resources.store.clock)
             jobs += [asyncio.create_task(job.run(), name=name) for name, job in (("sweep", Sweeper(resources)), ("retention", retention))]
         log.info("service.started", role=role.name, address=address or f"{settings.host}:{settings.port}", settings=masked(settings))
         try:

@@ -21,7 +21,9 @@ from service.store.operations import retention
 
 log = structlog.get_logger()
 
-BATCH, TASKS = 50, 3  # rows of a transaction; a task has its callbacks and its timeline besides
+# Of a transaction, so that nobody waits 50 ms for the writer. A task has its callbacks and its timeline besides; the bytes are those of
+# bodies, and more than these only where one task or event has more: 21 callbacks of 256 KiB, and a request of 1 MiB.
+BATCH, TASKS, BYTES = 50, 10, 1 << 20
 PAUSE_S = 0.05  # between batches
 DAY_MS = 86_400_000
 
@@ -49,6 +51,7 @@ class Retention:
     resources: Resources
     days: float
     image_days: float | None
+    clock: Callable[[], int]  # the store's: milliseconds
 
     async def run(self) -> None:
         await hourly(self.resources, "retention", self.apply)
@@ -56,12 +59,12 @@ class Retention:
     async def apply(self) -> dict[str, int]:
         """Removes what is old, the oldest first; how many of each. BlobUnavailable, StoreUnavailable: what it did not reach waits."""
         started, removed = time.perf_counter(), {"events": 0, "deliveries": 0, "tasks": 0, "images": 0}
-        before = self.resources.clock() - round(self.days * DAY_MS)
+        before = self.clock() - round(self.days * DAY_MS)
         try:
             await self._outbox(before, removed)
             await self._tasks(before, removed)
             if self.image_days is not None:
-                await self._images(self.resources.clock() - round(self.image_days * DAY_MS), removed)
+                await self._images(self.clock() - round(self.image_days * DAY_MS), removed)
         finally:
             log.info(
                 "retention.applied",
@@ -75,14 +78,14 @@ class Retention:
 
     async def _outbox(self, before: int, removed: dict[str, int]) -> None:
         last = 0
-        while (page := await self.resources.store.read(retention.old_events, last, before, BATCH)) is not None:
+        while (page := await self.resources.store.read(retention.old_events, last, before, BATCH, BYTES)) is not None:
             for first in range(0, len(page.deliveries), BATCH):
                 removed["deliveries"] += await self._go(retention.forget_deliveries, page.deliveries[first : first + BATCH])
             removed["events"] += await self._go(retention.forget_events, page.events)
             last = page.last
 
     async def _tasks(self, before: int, removed: dict[str, int]) -> None:
-        while ids := await self.resources.store.read(retention.old_tasks, before, TASKS):
+        while ids := await self.resources.store.read(retention.old_tasks, before, TASKS, BYTES):
             if not (count := await self._go(retention.strip_tasks, ids)):
                 break  # they were taken up again; the next pass looks at the rest
             removed["tasks"] += count

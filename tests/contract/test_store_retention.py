@@ -29,6 +29,7 @@ from service.store.tables import attempts, callbacks, deliveries, events, metada
 from tests.contract.subject import DAY, OWNER, Opener, Subject, completed, failed, new_id, stored, upstream_id
 
 URL = "https://r.test/0"
+MIB = 1 << 20
 SECRET = "a very private lighthouse"
 PRIVATE: dict[str, Any] = {
     "prompt": SECRET,
@@ -51,7 +52,7 @@ async def everything(subject: Subject) -> str:
 async def outbox(subject: Subject, before: int) -> tuple[int, int]:
     """Removes old deliveries and events, in pages of two; how many of each."""
     last, counts = 0, [0, 0]
-    while (page := await subject.store.read(old_events, last, before, 2)) is not None:
+    while (page := await subject.store.read(old_events, last, before, 2, MIB)) is not None:
         counts[0] += await subject.write(forget_deliveries, page.deliveries)
         counts[1] += await subject.write(forget_events, page.events)
         last = page.last
@@ -267,7 +268,7 @@ async def test_old_tasks_lose_their_content_and_keep_their_pictures(subject: Sub
     before = subject.clock.now
     subject.clock.shift(1)
     young = await subject.completed(metadata={"a": "b"})
-    assert await subject.store.read(old_tasks, before, 9) == [old]
+    assert await subject.store.read(old_tasks, before, 9, MIB) == [old]
     assert await subject.write(strip_tasks, [old]) == 1
     task = await subject.task(old)
     assert (task["prompt"], task["request"], task["metadata"], task["body"], task["callback_url"]) == (None, {}, {}, b"", None)
@@ -276,7 +277,7 @@ async def test_old_tasks_lose_their_content_and_keep_their_pictures(subject: Sub
     assert [row["state"] for row in await subject.images(old)] == ["stored"]
     assert (await subject.task(young))["metadata"] == {"a": "b"}
     assert await subject.rows(steps, task_id=young) != []
-    assert await subject.store.read(old_tasks, before, 9) == []
+    assert await subject.store.read(old_tasks, before, 9, MIB) == []
     assert await subject.write(strip_tasks, [old]) == 0
     assert len((await erase(subject, old)).blobs) == 1  # by its owner, later
 
@@ -294,10 +295,10 @@ async def test_a_task_that_goes_on_keeps_its_content_however_old(subject: Subjec
     await subject.settle(late, None, expires_ms=DAY)
     await subject.callback(late, completed(late, URL))
     await subject.settle(late, completed(late, URL))
-    assert await subject.store.read(old_tasks, subject.clock.now + DAY, 9) == []
+    assert await subject.store.read(old_tasks, subject.clock.now + DAY, 9, MIB) == []
     assert await subject.write(strip_tasks, [cancelled]) == 0, "asked about: looked at again in the transaction"
     await subject.settle(cancelled, failed(cancelled))
-    assert await subject.store.read(old_tasks, subject.clock.now + DAY, 9) == [cancelled]
+    assert await subject.store.read(old_tasks, subject.clock.now + DAY, 9, MIB) == [cancelled]
 
 
 async def test_old_tasks_come_the_oldest_first(subject: Subject) -> None:
@@ -306,7 +307,38 @@ async def test_old_tasks_come_the_oldest_first(subject: Subject) -> None:
     for _ in range(3):
         made.append(await subject.completed())
         subject.clock.shift(1)
-    assert await subject.store.read(old_tasks, subject.clock.now, 2) == made[:2]
+    assert await subject.store.read(old_tasks, subject.clock.now, 2, MIB) == made[:2]
+
+
+async def test_a_batch_has_so_many_bytes_of_bodies(subject: Subject) -> None:
+    """However many callbacks a task got, however much it asked for: the writer is not held for long. One that has more comes alone."""
+    large, called, *small = [await subject.submitted(body=b"x" * size) for size in (600, 1, 1, 1, 1)]
+    for number in range(6):
+        await subject.callback(called, None, b"?" * (100 + number))
+    for task_id in (large, called, *small):
+        await subject.settle(task_id, failed(task_id))
+        subject.clock.shift(1)
+    before = subject.clock.now
+    subject.clock.shift(DAY)
+    taken = []
+    while ids := await subject.store.read(old_tasks, before, 2, 500):
+        taken.append(ids)
+        assert await subject.write(strip_tasks, ids) == len(ids)
+    assert taken == [[large], [called], small[:2], small[2:]]
+
+
+async def test_a_page_of_the_outbox_has_so_many_characters(subject: Subject) -> None:
+    """Events carry what was asked for: up to a mebibyte each."""
+    for number in range(5):
+        await subject.submitted(request={"note": "x" * (2000 if number == 1 else 10)})
+    subject.clock.shift(DAY)
+    sizes = []
+    last = 0
+    while (page := await subject.store.read(old_events, last, subject.clock.now, 99, 1900)) is not None:
+        sizes.append(len(page.events))
+        last = page.last
+    assert (sum(sizes), sizes[1]) == (5, 1)
+    assert max(sizes) > 1
 
 
 async def test_old_events_go_with_their_deliveries_and_attempts(subject: Subject) -> None:
@@ -366,7 +398,7 @@ async def test_what_is_taken_up_again_before_it_goes_stays(subject: Subject) -> 
     await subject.completed()
     (row,) = await subject.rows(deliveries)
     await subject.attempt(await subject.claimed("deliver", row["id"]), "gone")
-    page = await subject.store.read(old_events, 0, subject.clock.now, 99)
+    page = await subject.store.read(old_events, 0, subject.clock.now, 99, MIB)
     assert page is not None
     assert page.deliveries == [row["id"]]
     await subject.write(again, row["id"])
@@ -378,7 +410,7 @@ async def test_what_is_taken_up_again_before_it_goes_stays(subject: Subject) -> 
 async def test_a_reader_is_told_what_is_no_longer_kept_and_gets_past_it(subject: Subject) -> None:
     """The last place that was emptied never goes back; `next_after` is never before it, also when nothing is left."""
     await subject.completed()
-    assert await subject.store.read(old_events, 0, subject.clock.now, 1) == OldEvents([(await subject.events())[0]["id"]], [], 1)
+    assert await subject.store.read(old_events, 0, subject.clock.now, 1, MIB) == OldEvents([(await subject.events())[0]["id"]], [], 1)
     await outbox(subject, subject.clock.now)
     assert await subject.store.read(queries.event_list, None, 0, 9) == ([], 2, 2)
     assert await subject.write(forget_events, []) == 0

@@ -38,7 +38,7 @@ async def kept(here: World) -> set[str]:
 def later(here: World, ms: int, days: float = 30, image_days: float | None = None) -> Retention:
     """The job with a clock that is so far ahead."""
     resources = here.context.resources
-    return Retention(replace(resources, clock=lambda: resources.clock() + ms), days, image_days)
+    return Retention(resources, days, image_days, lambda: resources.store.clock() + ms)
 
 
 async def pages(here: World, after: str | None = None) -> JSON:

@@ -3,11 +3,13 @@
 What has its time is found by reading (`old_…`) and goes in batches of these ids, looked at again in the transaction that removes it.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-from sqlalchemy import Connection, and_, delete, exists, select, update
+from sqlalchemy import Connection, Text, and_, cast, delete, exists, func, select, update
 
 from service.model import JSON, TERMINAL, State
 from service.store import Transaction
@@ -95,12 +97,23 @@ def _bare(tx: Transaction, row: Row) -> None:
 # --- by time ----------------------------------------------------------------------------------------------------------
 
 
-def old_tasks(connection: Connection, before: int, limit: int) -> list[str]:
-    """Tasks that ended by then and have content still; not while the upstream is asked about one, or its callback is to be sent."""
+def old_tasks(connection: Connection, before: int, limit: int, size: int) -> list[str]:
+    """Tasks that ended by then and have content still; not while the upstream is asked about one, or its callback is to be sent.
+
+    At most `limit`, with so many bytes of bodies; one that has more comes alone.
+    """
     own = exists().where(deliveries.c.task_id == tasks.c.id, deliveries.c.endpoint_id.is_(None), deliveries.c.state == "pending")
     awaited = exists().where(images.c.task_id == tasks.c.id, images.c.state == "pending")
-    ended = select(tasks.c.id).where(tasks.c.terminal_at <= before, tasks.c.erased_at.is_(None), tasks.c.settle_due_at.is_(None))
-    return list(connection.execute(ended.where(~own, ~awaited).order_by(tasks.c.terminal_at).limit(limit)).scalars())
+    called = select(func.sum(func.length(callbacks.c.body))).where(callbacks.c.task_id == tasks.c.id).scalar_subquery()
+    ended = select(tasks.c.id, func.length(tasks.c.body) + func.coalesce(called, 0))
+    over = ended.where(tasks.c.terminal_at <= before, tasks.c.erased_at.is_(None), tasks.c.settle_due_at.is_(None), ~own, ~awaited)
+    rows = list(connection.execute(over.order_by(tasks.c.terminal_at).limit(limit)))
+    return [id for id, _ in rows[: fitting([bytes for _, bytes in rows], size)]]
+
+
+def fitting(sizes: Sequence[int], limit: int) -> int:
+    """How many of the first are within the limit together; one at least."""
+    return max(1, bisect_right(list(accumulate(sizes)), limit))
 
 
 def strip_tasks(tx: Transaction, items: Sequence[Sequence[str]]) -> list[int]:
@@ -128,15 +141,18 @@ class OldEvents:
     last: int
 
 
-def old_events(connection: Connection, after: int, before: int, limit: int) -> OldEvents | None:
+def old_events(connection: Connection, after: int, before: int, limit: int, size: int) -> OldEvents | None:
     """The next events of the outbox, in their order, as long as they are of that time; None: no more are.
 
+    At most `limit`, with so many characters; one that has more comes alone.
     Whoever has not taken an event yet keeps it. So far these are deliveries; a sink that has a place of its own in the outbox belongs here.
     """
-    statement = select(events.c.sequence, events.c.id, events.c.time).where(events.c.sequence > after).order_by(events.c.sequence)
+    columns = (events.c.sequence, events.c.id, events.c.time, func.length(cast(events.c.data, Text)).label("size"))
+    statement = select(*columns).where(events.c.sequence > after).order_by(events.c.sequence)
     page = [row for row in connection.execute(statement.limit(limit)) if row.time <= before]
     if not page:
         return None
+    del page[fitting([row.size for row in page], size) :]
     made = select(deliveries.c.id, deliveries.c.event_id, deliveries.c.state).where(deliveries.c.event_id.in_([row.id for row in page]))
     sent = list(connection.execute(made))
     wanted = {row.event_id for row in sent if row.state == "pending"}

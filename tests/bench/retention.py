@@ -1,0 +1,130 @@
+"""How long retention holds the writer of an embedded store: `python -m tests.bench.retention`. No goal: figures of one machine.
+
+Two kinds of tasks are old: ordinary ones, and some with as much as they can have: 21 callbacks of 256 KiB, a request and events of 1 MiB.
+"""
+
+import argparse
+import asyncio
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from sqlalchemy import insert
+
+from service.pipeline import retention
+from service.pipeline.retention import Retention
+from service.resources import Resources, new_id
+from service.store import Transaction
+from service.store.clock import wall_clock
+from service.store.committer import Run
+from service.store.operations.readiness import mark
+from service.store.sqlite import SqliteStore, open_sqlite
+from service.store.tables import attempts, callbacks, deliveries, events, steps, tasks
+
+OLD = 1_600_000_000_000
+LARGEST, BODY = 1 << 20, 256 << 10
+
+
+def fill(tx: Transaction, items: Sequence[tuple[int, int, bool]]) -> list[None]:
+    """Tasks that ended long ago, from one number to another, and whether they are the largest."""
+    for first, last, large in items:
+        rows: dict[Any, list[dict[str, Any]]] = {table: [] for table in (tasks, events, deliveries, attempts, steps, callbacks)}
+        for number in range(first, last):
+            task_id, at = new_id("task", OLD), OLD + number
+            text = "x" * (LARGEST if large else 900)
+            known = {
+                "upstream": "evolink",
+                "upstream_id": f"task-unified-{number}",
+                "state": "completed",
+                "model": "m",
+                "prompt": "p" * 400,
+            }
+            times = {"created_at": at, "terminal_at": at, "settled_digest": "d"}
+            rows[tasks].append(
+                {"id": task_id, "owner": "o", **known, **times, "request": {"x": text}, "metadata": {}, "body": text.encode()}
+            )
+            for count, type in enumerate(("image.task.submitted", "image.task.completed")):
+                event_id = new_id("event", OLD)
+                told = {"sequence": 2 * number + count + 1, "id": event_id, "owner": "o", "type": type, "task_id": task_id, "time": at}
+                rows[events].append({**told, "terminal": True if count else None, "data": {"request": {"x": text}}})
+                for _ in range(2):
+                    delivery_id, of = new_id("delivery", OLD), {"event_id": event_id, "task_id": task_id, "owner": "o", "endpoint_id": "ep"}
+                    rows[deliveries].append({"id": delivery_id, **of, "state": "delivered", "created_at": at, "finished_at": at})
+                    tried = {"delivery_id": delivery_id, "time": at, "status": 200, "duration_ms": 3, "answer": b"o" * 100}
+                    rows[attempts].append({"id": new_id("attempt", OLD), **tried})
+            rows[steps] += [{"task_id": task_id, "time": at, "step": "image.stored", "detail": {"sha256": "a" * 64}} for _ in range(8)]
+            for count in range(21 if large else 1):
+                seen = {
+                    "received_at": at,
+                    "last_seen_at": at,
+                    "count": 1,
+                    "verdict": "accepted",
+                    "status": "completed",
+                    "digest": f"d{count}",
+                }
+                body = b"z" * (BODY if large else 1500)
+                rows[callbacks].append(
+                    {"id": new_id("callback", OLD), "task_id": task_id, "owner": "o", **seen, "first": None, "body": body}
+                )
+        for table, made in rows.items():
+            tx.connection.execute(insert(table), made)
+    return [None] * len(items)
+
+
+async def measured(folder: Path, ordinary: int, large: int) -> dict[str, list[float]]:
+    """Milliseconds from the beginning of each transaction to the end of its commit, by what it did."""
+    held: dict[str, list[float]] = {}
+    original = SqliteStore._transaction
+
+    @asynccontextmanager
+    async def timed(self: SqliteStore) -> AsyncIterator[Run]:
+        names: list[str] = []
+        began = time.perf_counter()
+        async with original(self) as run:
+
+            async def told(function: Any, *arguments: Any) -> Any:
+                names.extend(call.operation.__name__ for call in arguments[1])
+                return await run(function, *arguments)
+
+            yield told
+        held.setdefault("+".join(sorted(set(names))), []).append((time.perf_counter() - began) * 1000)
+
+    async with open_sqlite(folder / "old.db", process="bench", new_id=new_id) as store:
+        for first in range(0, ordinary, 1000):
+            await store.write(fill, (first, min(ordinary, first + 1000), False))
+        for number in range(ordinary, ordinary + large):
+            await store.write(fill, (number, number + 1, True))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SqliteStore, "_transaction", timed)
+            patch.setattr(retention, "PAUSE_S", 0.002)
+            job = Retention(cast("Resources", SimpleNamespace(store=store)), 30, None, wall_clock)
+            working = asyncio.create_task(job.apply())
+            while not working.done():  # beside it commits that mean nothing, as a measure of the disk
+                await store.write(mark, None)
+                await asyncio.sleep(0.02)
+            print(await working)
+    return held
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(prog="python -m tests.bench.retention", description="Measure, and print a table.")
+    options.add_argument("--ordinary", type=int, default=30_000)
+    options.add_argument("--large", type=int, default=200)
+    options.add_argument("--folder", type=Path, default=Path(), help="on which disk (default: here)")
+    asked = options.parse_args()
+    with tempfile.TemporaryDirectory(prefix="data-bench-", dir=asked.folder) as name:
+        held = asyncio.run(measured(Path(name), asked.ordinary, asked.large))
+    print("| transactions | number | median | 99 % | longest |\n|---|---|---|---|---|")
+    for what, took in sorted(held.items()):
+        took.sort()
+        figures = " | ".join(f"{value:.1f} ms" for value in (took[len(took) // 2], took[len(took) * 99 // 100], took[-1]))
+        print(f"| {what} | {len(took)} | {figures} |")
+
+
+if __name__ == "__main__":
+    main()
