@@ -21,7 +21,7 @@ help:
 	@echo "make setup   the environments alone; make bench: the benchmark; make lock: new locks"
 	@echo "make chaos   processes are killed and paused under load: two minutes, then what was lost or doubled"
 
-setup: $(VENV)/.run $(VENV)/.dev
+setup: $(VENV)/.run $(VENV)/.dev $(VENV)/.node
 
 demo: $(VENV)/.run
 	@$(BIN)/python deploy/demo.py
@@ -29,7 +29,7 @@ demo: $(VENV)/.run
 dev: $(VENV)/.run
 	@$(BIN)/darkroom serve --sandbox
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(VENV)/.node
 	@$(PYTEST)
 
 bench: $(VENV)/.dev
@@ -38,7 +38,7 @@ bench: $(VENV)/.dev
 chaos: $(VENV)/.dev
 	@$(BIN)/python -m tests.crash.chaos $(ARGS)
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev $(VENV)/.node
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -50,10 +50,11 @@ check: $(VENV)/.dev
 # The image library's own test pictures, hostile ones among them: they come with its sources, checked by the hash in the lock.
 pictures: $(VENV)/.pictures
 
-# Newest versions: make lock ARGS=--upgrade
+# Newest versions: make lock ARGS=--upgrade. The packages for JavaScript: npm install --prefix tests/consumers \
+# --package-lock-only --omit-lockfile-registry-resolved
 lock:
-	$(COMPILE) --extra postgres --extra limits --extra s3 pyproject.toml --output-file requirements.lock
-	$(COMPILE) --extra postgres --extra limits --extra s3 --group dev --constraint requirements.lock pyproject.toml --output-file requirements-dev.lock
+	$(COMPILE) --extra brokers --extra postgres --extra limits --extra s3 pyproject.toml --output-file requirements.lock
+	$(COMPILE) --extra brokers --extra postgres --extra limits --extra s3 --group dev --constraint requirements.lock pyproject.toml --output-file requirements-dev.lock
 	$(COMPILE) --group build --constraint requirements-dev.lock --output-file requirements-build.lock
 
 clean:
@@ -77,6 +78,14 @@ $(VENV)/.dev: requirements-dev.lock $(VENV)/.run
 	@echo "installing what testing needs into $(VENV) ..."
 	@$(PIP) install --require-hashes -r requirements-dev.lock
 	@touch $@
+
+# What JavaScript consumers use. Without npm, or without its packages, the tests that want them are skipped; where CI is set they fail.
+$(VENV)/.node: tests/consumers/package.json tests/consumers/package-lock.json | $(VENV)/.run
+	@command -v npm >/dev/null || { echo "npm is missing: tests of JavaScript consumers are skipped" >&2; exit 0; }; \
+	  echo "installing what JavaScript consumers use into $(VENV)/node ..."; \
+	  mkdir -p $(VENV)/node && cp tests/consumers/package.json tests/consumers/package-lock.json $(VENV)/node \
+	  && npm ci --prefix $(VENV)/node --ignore-scripts --no-audit --no-fund --silent && touch $@ \
+	  || echo "npm ci failed: tests of JavaScript consumers are skipped" >&2
 
 $(VENV)/.pictures: requirements.lock $(VENV)/.dev
 	@echo "fetching test pictures into $(VENV)/pictures ..."

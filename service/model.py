@@ -298,13 +298,16 @@ def with_links(document: JSON, links: Links) -> JSON:
 
 
 def event_document(*, event_id: str, sequence: int, type: str, subject: str | None, time: int, data: JSON, links: Links) -> JSON:
-    """An event of contract section 3, a structured CloudEvent 1.0; `data` as the outbox keeps it."""
+    """An event of contract section 3, a structured CloudEvent 1.0; `data` as the outbox keeps it.
+
+    One of no task is about the endpoint or the row that it names: CloudEvents' libraries refuse a subject that is null.
+    """
     return {
         "specversion": "1.0",
         "id": event_id,
         "source": links.base_url,
         "type": type,
-        "subject": subject,
+        "subject": subject or data.get("endpoint_id") or data["key"],
         "time": rfc3339(time),
         "datacontenttype": "application/json",
         "sequence": sequence_text(sequence),

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.s3 import s3_running, with_bucket
 from tests.servers import missing, missing_counted, postgres_binaries, postgres_database, postgres_running
 
-LONG = {"crash", "e2e", "bench", "durability"}
+LONG = {"crash", "e2e", "bench", "durability", "consumers"}
 
 hypothesis.settings.register_profile("darkroom", deadline=None)  # a slow machine is no defect
 hypothesis.settings.load_profile("darkroom")

@@ -86,7 +86,7 @@ def put_back(folder: Path, manifest: "Manifest", settings: "Settings", path: Pat
     known = there(settings, path)
     if known and not force:
         raise CommandFailed(f"{known[0]} is there already: --force sets aside what is there")
-    with staging(path.parent, DATABASE) as store, staging(settings.data_dir, KEY) as key, staging(settings.image_dir, IMAGES) as images:
+    with staging(path.parent, path.name) as store, staging(settings.data_dir, KEY) as key, staging(settings.image_dir, IMAGES) as images:
         for name, place in ((DATABASE, store), (KEY, key)):
             if name in manifest.files:
                 (place / name).touch(0o600)
@@ -127,7 +127,9 @@ def there(settings: "Settings", path: Path) -> list[Path]:
 @contextmanager
 def staging(place: Path, name: str) -> Iterator[Path]:
     """A folder beside where something goes, on the same file system; gone at the exit, as is what a killed restoration left of it."""
-    folder = place / f".restoring-{name}"
+    from service.store.soundness import RESTORING
+
+    folder = place / (RESTORING + name)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700, parents=True)
     try:

@@ -21,6 +21,7 @@ from service.store import schema
 CHECK_S = 1.0  # about a gigabyte of a file in memory: a start is not to take longer, callbacks wait for it
 STEPS = 10_000  # of SQLite's, between two looks at the clock
 DAMAGE = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+RESTORING = ".restoring-"  # and the file's name: the folder beside it from which a restoration puts it in its place
 
 
 def connecting(path: Path, mode: str) -> Callable[[], sqlite3.Connection]:
@@ -38,28 +39,42 @@ def damaged(error: BaseException | None) -> bool:
 def examine(path: Path) -> None:
     """ConfigurationError: the file is another's, or broken, or what belongs to it is missing. A file that is not there is no defect."""
     wal, size = path.with_name(path.name + "-wal"), path.stat().st_size if path.exists() else 0
+    if not path.exists() and path.with_name(RESTORING + path.name).exists():
+        raise ConfigurationError(
+            f"{path} is missing: a restoration was broken off. Do it again (darkroom restore --force), which loses nothing"
+        )
     if size == 0 and wal.exists() and wal.stat().st_size:
         raise ConfigurationError(f"{path} is missing or empty, but {wal.name} beside it holds tasks that SQLite would throw away: {ADVICE}")
     if size == 0:
         if path.exists():
             raise ConfigurationError(f"{path} is empty, which no store is: {ADVICE}, or remove it to begin a new one")
         return
-    looking = create_engine("sqlite+pysqlite://", creator=connecting(path, "ro"), poolclass=NullPool)
     try:
-        with looking.connect() as connection:
-            schema.refuse_foreign(connection)
-            driver = connection.connection.driver_connection
-            assert driver is not None
-            found = quick_check(driver)
+        found = looked_at(path, "ro")
     except DatabaseError as error:
-        if not damaged(error):
+        if (
+            getattr(error.orig, "sqlite_errorname", "") == "SQLITE_READONLY_ROLLBACK"
+        ):  # whose writer was killed: undone by the first to write
+            found = looked_at(path, "ro&immutable=1", whole=False)
+        elif damaged(error):
+            found = str(error.orig)
+        else:
             raise
-        found = str(error.orig)
     if found != "ok":
         raise ConfigurationError(f"DARKROOM_DATABASE_URL: {path} cannot be used: it is damaged ({found}): {ADVICE}")
 
 
 ADVICE = "put a backup back (darkroom restore)"
+
+
+def looked_at(path: Path, mode: str, *, whole: bool = True) -> str:
+    """The first defect of a file that is ours, or `ok`; `whole` False: as much as is known while a transaction is to be undone."""
+    looking = create_engine("sqlite+pysqlite://", creator=connecting(path, mode), poolclass=NullPool)
+    with looking.connect() as connection:
+        schema.refuse_foreign(connection)
+        driver = connection.connection.driver_connection
+        assert driver is not None
+        return quick_check(driver) if whole else "ok"
 
 
 def quick_check(driver: sqlite3.Connection) -> str:

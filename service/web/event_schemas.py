@@ -63,7 +63,7 @@ class Event(BaseModel):
     id: str
     source: str
     type: str
-    subject: str | None
+    subject: str = Field(description="the task's id; of what is about no task, the endpoint's or row's")
     time: str
     datacontenttype: Literal["application/json"]
     sequence: str
@@ -124,6 +124,12 @@ class EndpointDisabled(BaseModel):
     disabled_at: str
 
 
+class EndpointTest(BaseModel):
+    """Asked for by the endpoint's owner; it is in no list of events."""
+
+    endpoint_id: str
+
+
 class DeliveryExhausted(BaseModel):
     """A delivery that failed to its last retry; it is kept, and may be replayed."""
 
@@ -143,3 +149,4 @@ EVENT_TYPES: dict[str, type[BaseModel]] = {
     "endpoint.disabled": EndpointDisabled,
     "delivery.exhausted": DeliveryExhausted,
 }
+TEST_TYPE = "endpoint.test"

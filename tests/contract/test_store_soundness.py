@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 from service.errors import ConfigurationError
 from service.store.operations.tasks import insert_tasks
 from service.store.sqlite import open_sqlite
+from service.store.tables import counters
 from tests.contract.subject import Clock, Opener, Subject, new_id
 
 
@@ -68,6 +72,26 @@ def anothers_killed(path: Path) -> None:
         path.with_name(f"{name}.kept").replace(path.with_name(name))
 
 
+def killed_in_a_transaction(path: Path, statement: str) -> None:
+    """A program is killed as it writes in SQLite's older way: the file holds half of it, its journal what was there before."""
+    script = f"""if True:
+        import os, sqlite3
+        connection = sqlite3.connect({str(path)!r}, isolation_level=None)
+        for each in ("PRAGMA journal_mode=DELETE", "PRAGMA cache_size=1", "BEGIN"):
+            connection.execute(each)
+        for number in range(3000):
+            connection.execute({statement!r}, ["x" * 500 + str(number)])
+        os.kill(os.getpid(), 9)
+    """
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    assert path.with_name(f"{path.name}-journal").stat().st_size
+
+
+def anothers_killed_as_it_wrote(path: Path) -> None:
+    customers(path).close()
+    killed_in_a_transaction(path, "INSERT INTO customers VALUES (?)")
+
+
 def gone_but_for_its_wal(path: Path) -> None:
     path.with_name(f"{path.name}-wal").write_bytes(os.urandom(10_000))
     path.write_bytes(b"")
@@ -92,6 +116,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         (random_head, "file is not a database"),
         (anothers, "tables that are not darkroom's"),
         (anothers_killed, "tables that are not darkroom's"),
+        (anothers_killed_as_it_wrote, "tables that are not darkroom's"),
         (gone_but_for_its_wal, "is missing or empty"),
     ],
 )
@@ -110,6 +135,18 @@ async def test_a_file_that_is_not_ours_or_not_whole_is_refused(
                 pass
         assert "\n" not in str(refused.value)
         assert contents(tmp_path) == before
+
+
+async def test_what_a_killed_writer_left_in_our_file_is_undone(sqlite_opener: Opener, clock: Clock, tmp_path: Path) -> None:
+    """As by any that opens it: what was committed is there, what was not is gone, and the file is ours to go on with."""
+    async with sqlite_opener() as store:
+        key = await Subject(store, clock).queued()
+    killed_in_a_transaction(tmp_path / "darkroom.db", "INSERT INTO counters VALUES (?, 1)")
+    async with sqlite_opener() as store:
+        subject = Subject(store, clock)
+        assert await subject.state(key) == "queued"
+        assert {row["name"] for row in await subject.rows(counters)} == {"clock", "events", "forgotten", "ready"}
+        assert [grant.key for grant in await subject.claim("submit")] == [key]
 
 
 async def test_a_start_that_was_killed_at_once_leaves_no_empty_file(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 import asyncio
 import json
 import shutil
+import signal
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,26 @@ from service.store.operations.restoring import SEQUENCES
 from service.store.sqlite import FileLock, open_sqlite
 from tests.api import ASYNC, JSON, UNTIL_DONE, got, submitted
 from tests.contract.subject import Clock, Subject, new_id
-from tests.processes import ADMIN_KEY, darkroom, service_settings, started
+from tests.processes import ADMIN_KEY, clean_environment, darkroom, service_settings, started
 from tests.upstream import After, Upstream, document, picture
 from tests.waiting import wait_until
 from tests.world import answering, world
 
+# The program, killed before its so manieth rename of what is no draft of its own.
+KILLED = """
+import os, signal, sys
+number = [int(sys.argv.pop(1))]
+
+def watch(event, arguments):
+    if event == "os.rename" and (".before-" in str(arguments[1]) or ".restoring-" in str(arguments[0])):
+        if number[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        number[0] -= 1
+
+sys.addaudithook(watch)
+from service.cli import main
+main()
+"""
 PRICE = {"credits_reserved": 2}
 
 
@@ -207,6 +224,36 @@ def test_a_store_that_is_there_is_refused_or_set_aside(folder: Path) -> None:
     found = {name: content for place in aside for name, content in seen(folder / place).items()}
     assert found == {name.removeprefix("images/"): content for name, content in before.items()}
     assert darkroom("keys", "list", folder=folder).returncode == 0
+
+
+def test_a_restoration_that_is_killed_loses_nothing(folder: Path, tmp_path: Path) -> None:
+    """Before each of its renames: a start has the old store or the new one whole, or is told to do it again, which then succeeds."""
+    program = tmp_path / "killed.py"
+    program.write_text(KILLED)
+    states: list[str] = []
+    left = True
+    while left:
+        (data := folder / f"data-{len(states)}").mkdir()
+        shutil.copytree(folder / "old", data, dirs_exist_ok=True)
+        before = set(seen(data).values())
+        command = [sys.executable, str(program), str(len(states)), "restore", "kept", "--force"]
+        given = {"DARKROOM_DATA_DIR": str(data)}
+        done = subprocess.run(command, cwd=folder, env=clean_environment(given), capture_output=True, text=True, check=False)
+        left = done.returncode == -signal.SIGKILL
+        assert left or done.returncode == 0, done.stderr
+        assert set(seen(data).values()) >= before, "nothing is overwritten"
+        serving = darkroom("migrate", folder=folder, **given)
+        states.append("whole" if serving.returncode == 0 else "refused")
+        if serving.returncode:
+            assert "a restoration was broken off" in serving.stderr
+            again = darkroom("restore", "kept", "--force", folder=folder, **given)
+            assert again.returncode == 0, again.stderr
+            assert set(seen(data).values()) >= before
+        with sqlite3.connect(data / "darkroom.db") as connection:
+            assert connection.execute("SELECT state FROM tasks").fetchall() == [("completed",)]
+        connection.close()
+    assert states[0] == states[-1] == "whole"
+    assert set(states) == {"whole", "refused"}
 
 
 def test_a_served_store_is_not_restored_over(folder: Path) -> None:

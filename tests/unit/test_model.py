@@ -281,10 +281,10 @@ def test_a_tasks_event_is_a_structured_cloudevent() -> None:
 
 
 def test_an_operators_event_keeps_its_data() -> None:
-    """It is no task: nothing is added to it, and its subject may be unknown."""
+    """It is no task: nothing is added to it, and without one its subject is what it names: the libraries refuse null."""
     data = {"endpoint_id": "ep_1"}
     event = event_document(event_id="evt_1", sequence=1, type="endpoint.disabled", subject=None, time=0, data=data, links=Links(BASE))
-    assert (event["data"], event["subject"]) == (data, None)
+    assert (event["data"], event["subject"]) == (data, "ep_1")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,71 @@
+"""What is sent to subscribers, judged by the libraries of Standard Webhooks and of Svix in Python and in JavaScript."""
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import standardwebhooks
+import svix.webhooks
+
+from tests.api import UNTIL_DONE, got, submitted
+from tests.consumers.programs import judged
+from tests.waiting import wait_until
+from tests.world import Received, subscriber, world
+
+BOTH = "standardwebhooks svix"
+Judge = Callable[[Sequence[tuple[str, Received]], Path], list[str]]
+
+
+def in_python(asked: Sequence[tuple[str, Received]], _folder: Path) -> list[str]:
+    return [" ".join(name for name in BOTH.split() if accepted(name, secret, request)) for secret, request in asked]
+
+
+def accepted(library: str, secret: str, request: Received) -> bool:
+    made = standardwebhooks.Webhook(secret) if library == "standardwebhooks" else svix.webhooks.Webhook(secret)
+    try:
+        made.verify(request.body, dict(request.headers))
+    except standardwebhooks.WebhookVerificationError:
+        return False
+    return True
+
+
+def in_javascript(asked: Sequence[tuple[str, Received]], folder: Path) -> list[str]:
+    requests = [
+        {"secret": secret, "headers": dict(request.headers), "body": base64.b64encode(request.body).decode()} for secret, request in asked
+    ]
+    return judged("verify.mjs", "\n".join(map(json.dumps, requests)), folder).splitlines()
+
+
+@pytest.mark.parametrize("judge", [in_python, in_javascript])
+async def test_the_libraries_accept_what_is_sent_also_while_secrets_overlap(tmp_path: Path, judge: Judge) -> None:
+    """Events and a task's own callback; of a rotation's two secrets either verifies until the overlap ends, then the new one alone."""
+    async with world(tmp_path) as here, subscriber() as shop:
+        key = got(await here.client.post("/v1/keys", json={"owner": "shop", "scopes": ["submit", "read", "subscribe"]}), 201)
+        async with here.with_key(key["key"]) as client:
+
+            async def sent(count: int) -> list[Received]:
+                """What comes of one more task."""
+                before = len(shop.received)
+                await submitted(client, UNTIL_DONE, metadata={"order": "七\u2028 \U0001f4f7"}, callback_url=f"{shop.url}/own")
+                await wait_until(lambda: len(shop.received) >= before + count)
+                return shop.received[before:]
+
+            endpoint = got(await client.post("/v1/endpoints", json={"url": f"{shop.url}/hooks"}), 201)
+            first, own = key["callback_secret"], f"/v1/endpoints/{endpoint['id']}/rotate"
+            plain = await sent(3)
+            second = got(await client.post(own))["secret"]
+            overlapping = await sent(3)
+            last = got(await client.post(own, json={"overlap_s": 0}))["secret"]
+            alone = await sent(3)
+    old = endpoint["secret"]
+    cases: list[tuple[str, Received, bool]] = []
+    for requests, valid in ((plain, {old}), (overlapping, {old, second}), (alone, {last})):
+        for request in requests:
+            right = {first} if request.path == "/own" else valid
+            assert len(request.headers["webhook-signature"].split()) == len(right)
+            cases += [(secret, request, secret in right) for secret in (first, old, second, last)]
+    assert len(cases) == 3 * 3 * 4
+    verdicts = judge([(secret, request) for secret, request, _ in cases], tmp_path)
+    assert verdicts == [BOTH if valid else "" for _, _, valid in cases]

@@ -1,0 +1,120 @@
+"""Consumers that are killed again and again while events flow: the programs of docs/consuming.md, at a service in a process of its own."""
+
+import asyncio
+import os
+import random
+import sqlite3
+from contextlib import AsyncExitStack, closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api import ASYNC, got, submitted
+from tests.consumers.programs import Running, free_port, written
+from tests.processes import ADMIN_KEY, sandbox, service_settings, started
+from tests.waiting import wait_until
+
+KILLS, TASKS = 20, 500
+ROUND = TASKS // KILLS  # tasks between two kills, each of which has two events
+PICTURES = 5  # of the tasks of a round; the others fail, which is sooner done
+SCHEDULE = ",".join(["0.1"] * 40 + ["0.5"] * 60)
+PATIENCE_S = 100
+
+
+@dataclass(slots=True)
+class Consumer:
+    """A program with an inbox of its own. Killed at moments that `random` chooses, and started again at once."""
+
+    folder: Path
+    program: str
+    environment: dict[str, str]
+    random: random.Random
+    port: int = 0
+    kills: int = 0
+    running: list[Running] = field(default_factory=list)
+
+    def start(self) -> None:
+        self.running.append(Running(self.folder, self.program, self.environment, self.port))
+
+    def kill(self) -> None:
+        self.stop()
+        self.kills += 1
+
+    def stop(self) -> None:
+        self.running.pop().kill()
+
+    @property
+    def count(self) -> int:
+        with closing(sqlite3.connect(self.folder / "inbox.db", timeout=30)) as db, suppress(sqlite3.OperationalError):  # not made yet
+            return int(db.execute("SELECT count(*) FROM events").fetchone()[0])
+        return 0
+
+    @property
+    def kept(self) -> list[tuple[str, str]]:
+        """Id and sequence of what is in the inbox, in the order in which it came there."""
+        with closing(sqlite3.connect(self.folder / "inbox.db", timeout=30)) as db:
+            return db.execute("SELECT id, sequence FROM events ORDER BY rowid").fetchall()
+
+    async def live(self, number: int) -> None:
+        """Until it is killed among the first of a round's events; then it is there again, at times after one more death at its start."""
+        moment = number * 2 * ROUND + self.random.randint(0, ROUND)
+        await wait_until(lambda: self.count >= moment, PATIENCE_S)
+        self.kill()
+        self.start()
+        if self.random.random() < 0.25:
+            self.kill()
+            self.start()
+
+
+def consumer(folder: Path, program: str, seed: int, environment: dict[str, str], port: int = 0) -> Consumer:
+    folder = folder / program.removesuffix(".py")
+    folder.mkdir()
+    written(folder)
+    return Consumer(folder, program, environment, random.Random(f"{seed} {program}"), port)
+
+
+@pytest.mark.timeout(300)
+async def test_consumers_that_are_killed_end_with_every_event_once(tmp_path: Path) -> None:
+    """Twenty times each, by webhook, stream and pull: nothing is left out, what came again was dropped, and readers have it in sequence."""
+    seed = int(os.environ.get("DARKROOM_TEST_SEED") or random.SystemRandom().randrange(2**32))
+    print(f"DARKROOM_TEST_SEED={seed}")
+    async with AsyncExitStack() as stack:
+        upstream = stack.enter_context(sandbox("--delay", "0", folder=tmp_path))
+        settings = service_settings(upstream.address, tmp_path, DELIVERY_SCHEDULE=SCHEDULE)
+        service = stack.enter_context(started("serve", folder=tmp_path, **settings))
+        key = {"authorization": f"Bearer {ADMIN_KEY}"}
+        client = await stack.enter_async_context(httpx.AsyncClient(base_url=service.address, headers=key, timeout=60, trust_env=False))
+        port = free_port()
+        endpoint = got(await client.post("/v1/endpoints", json={"url": f"http://127.0.0.1:{port}/hooks", "types": ["*"]}), 201)
+        reading = {"DARKROOM_URL": service.address, "DARKROOM_API_KEY": ADMIN_KEY}
+        webhooks = consumer(tmp_path, "with_starlette.py", seed, {"SECRET": endpoint["secret"]}, port)
+        readers = [consumer(tmp_path, program, seed, reading) for program in ("follow.py", "pull.py")]
+        consumers = [webhooks, *readers]
+        for each in consumers:
+            each.start()
+            stack.callback(each.stop)
+        for number in range(KILLS):
+            faults: list[dict[str, Any]] = [{}] * PICTURES + [{"sandbox": {"fail": "service_error"}}] * (ROUND - PICTURES)
+            flow = asyncio.gather(*(submitted(client, ASYNC, **fault) for fault in faults))
+            await asyncio.gather(flow, *(each.live(number) for each in consumers))
+
+        await wait_until(lambda: all(each.count >= 2 * TASKS for each in consumers), PATIENCE_S)
+        events = await outbox(client)
+        attempts = len(service.logged("delivery.attempted"))
+        print(f"killed {[each.kills for each in consumers]} times, {attempts} requests")
+    assert len(events) == 2 * TASKS < attempts
+    assert all(each.kills >= KILLS for each in consumers)
+    assert sorted(webhooks.kept) == sorted(events), f"webhooks, seed {seed}"
+    for each in readers:
+        assert each.kept == events, f"{each.program}, seed {seed}"
+
+
+async def outbox(client: httpx.AsyncClient) -> list[tuple[str, str]]:
+    """Every event there is, in sequence, by somebody who is never killed."""
+    found: list[tuple[str, str]] = []
+    while page := got(await client.get("/v1/events", params={"after": found[-1][1] if found else "0", "limit": 1000}))["data"]:
+        found += [(event["id"], event["sequence"]) for event in page]
+    return found
