@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 
-from service.store import LEASE_MS
 from tests.api import SUBMIT, got, order
 from tests.crash.bench import Bench
 from tests.crash.launcher import LOG, Launched
@@ -19,6 +18,7 @@ from tests.waiting import wait_until
 
 JSON = dict[str, Any]
 PATIENCE_S = 90.0
+LEASE_MS = 6000
 PICTURES = 2
 TERMINAL = {f"image.task.{state}" for state in ("completed", "failed", "cancelled", "expired")}
 SETTINGS = {
@@ -47,6 +47,11 @@ class Case:
     def erased(self) -> bool:
         return self.points[-1] == "erase.committed"
 
+    @property
+    def doubted(self) -> bool:
+        """Whether the upstream's answer is in the hand of a process that is paused."""
+        return self.paused and self.points[0] == "submission.answered"
+
 
 @dataclass(slots=True)
 class Ended:
@@ -70,9 +75,7 @@ class Life:
 
     def __init__(self, case: Case, bench: Bench, environment: dict[str, str], stack: AsyncExitStack) -> None:
         self.case, self.bench, self.environment, self._stack = case, bench, environment, stack
-        self.body = order(
-            prompt=str(case), n=PICTURES, **({"sandbox": {"drop_callback": True}} if case.paused and "submission" in case.points[0] else {})
-        )
+        self.body = order(prompt=str(case), n=PICTURES, **({"sandbox": {"drop_callback": True}} if case.doubted else {}))
 
     async def start(self, port: int, **more: str) -> tuple[Launched, httpx.AsyncClient]:
         folder = self.bench.folder / str(self.case)
@@ -85,7 +88,10 @@ class Life:
         return process, await self._stack.enter_async_context(client)
 
     async def submit(self, client: httpx.AsyncClient, prefer: str = "respond-async") -> JSON:
-        return got(await client.post(SUBMIT, json=self.body, headers={"prefer": prefer, "idempotency-key": "once"}))
+        return got(await self.ask(client, prefer))
+
+    async def ask(self, client: httpx.AsyncClient, prefer: str = "respond-async") -> httpx.Response:
+        return await client.post(SUBMIT, json=self.body, headers={"prefer": prefer, "idempotency-key": "once"})
 
     async def subscribe(self, client: httpx.AsyncClient) -> None:
         url = f"{self.bench.subscriber.url}/{self.case}"
@@ -177,13 +183,14 @@ async def live(case: Case, bench: Bench) -> Ended:
     if any(point.startswith("account.") for point in case.points):
         more |= {"SUBMIT_SCHEDULE": "3"}  # nobody asks about the account before the next submission is held
     if case.paused:
-        more |= {"RECONCILE_AFTER_S": "1", "UNCERTAIN_AFTER_S": "600"}
+        more |= {"RECONCILE_AFTER_S": "1"} | ({"UNCERTAIN_AFTER_S": "600"} if case.doubted else {})
     bench.upstream.refusals[str(case)] = sum(point.startswith("account.") for point in case.points)
     async with AsyncExitStack() as stack:
         if case.store == "postgres":
             more["DATABASE_URL"] = await stack.enter_async_context(bench.database())
         port = free_port(stack)
-        one = Life(case, bench, service_settings(bench.upstream_url, folder, **more), stack)
+        environment = service_settings(bench.upstream_url, folder, **more) | {"DARKROOM_TEST_LEASE_MS": str(LEASE_MS)}
+        one = Life(case, bench, environment, stack)
         return await (paused(one, port, free_port(stack)) if case.paused else dying(one, port))
 
 
@@ -207,11 +214,10 @@ async def paused(one: Life, port: int, other: int) -> Ended:
     """The first process stops with work in hand; the second does it when the lease has ended; the first goes on and ends in peace."""
     first, client = await one.start(port, DARKROOM_TEST_PAUSE=one.case.points[0])
     await one.subscribe(client)
-    with suppress(httpx.TransportError):
-        await one.submit(client)
+    asked = asyncio.create_task(one.ask(client))  # it may be the very request that is paused
     await wait_until(lambda: first.stopped, PATIENCE_S)
     second, client = await one.start(other)
-    if one.case.points[0].startswith("submission."):
+    if one.case.doubted:
 
         async def doubted() -> object:
             return (await one.submit(client, "wait=1"))["state"] == "uncertain"
@@ -220,7 +226,10 @@ async def paused(one: Life, port: int, other: int) -> Ended:
     else:
         await one.quiet(client)
     first.signal(signal.SIGCONT)
-    await one.quiet(client)
+    task = await one.quiet(client)
+    answer = await asked
+    if answer.status_code != 503:  # the server has ended a transaction that stood still: the client is to ask again
+        assert got(answer)["id"] == task["id"]
     first.signal(signal.SIGTERM)
     await wait_until(lambda: first.code is not None, PATIENCE_S)
     ended = await one.seen(client, [first.code])
