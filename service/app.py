@@ -27,6 +27,7 @@ from service.pipeline.download import Downloader
 from service.pipeline.examiner import Examiner, examining
 from service.pipeline.outbox import tell
 from service.pipeline.precedence import Precedence
+from service.pipeline.publish import Publisher
 from service.pipeline.reconcile import Plan
 from service.pipeline.replay import Replayer
 from service.pipeline.retention import Retention
@@ -39,6 +40,7 @@ from service.pipeline.worker import Stage, WorkerPool
 from service.resources import Resources, new_id
 from service.settings import Settings, masked, secret_keys
 from service.signing import Keyring
+from service.sinks import Broker
 from service.sinks.webhook import WebhookSink
 from service.store import Store
 from service.store.clock import wall_clock
@@ -51,9 +53,10 @@ from service.web.access import Access
 from service.web.activation import notify
 from service.web.context import Context
 from service.web.errors import HANDLERS
-from service.web.limits import Admission, KeyLimits
+from service.web.limits import BY_HAND, Admission, KeyLimits
 from service.web.middleware import Requests
 from service.web.routes import operators_routes, routes
+from service.web.schemas import known_pattern
 from service.web.server import Server, bind, listening
 
 log = structlog.get_logger()
@@ -103,6 +106,21 @@ async def open_blobs(settings: Settings, environ: Mapping[str, str]) -> Blobs:
         raise ConfigurationError(f"DARKROOM_BLOB_URL: {settings.blob_url} cannot be used: {error}") from error
 
 
+def open_sinks(settings: Settings) -> list[Broker]:
+    """The brokers the settings name, not connected yet; ConfigurationError: a type nobody emits, or the extra is missing."""
+    for pattern in (pattern for address in settings.sinks for pattern in address.types):
+        try:
+            known_pattern(pattern)
+        except ValueError as error:
+            raise ConfigurationError(f"DARKROOM_SINKS: types= {error}") from None
+    try:
+        from service.sinks.broker import BrokerSink
+
+        return [BrokerSink(address) for address in settings.sinks]
+    except ImportError:
+        raise ConfigurationError("DARKROOM_SINKS: brokers need the extra brokers: darkroom-service[brokers]") from None
+
+
 @asynccontextmanager
 async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> AsyncIterator[Resources]:
     """Opens everything a process needs, in order, and closes it in the other; ConfigurationError: it must not start."""
@@ -127,10 +145,10 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
         upstream = await enter(Egress(Rules("upstream", networks), on_refused=refused))
         rules = Rules("results", networks, settings.evolink_result_hosts, redirects=RESULT_REDIRECTS, upgrade=True, max_url=RESULT_URL)
         results = await enter(Egress(rules, connections=settings.download_concurrency, on_refused=refused))
-        endpoints = await enter(
-            Egress(Rules("endpoints", settings.endpoint_networks), connections=DELIVERIES + REDELIVERIES, on_refused=refused)
-        )
-        callbacks = await enter(Egress(Rules("task_callbacks", settings.task_callback_networks), on_refused=refused))
+        places = DELIVERIES + REDELIVERIES + BY_HAND
+        endpoints = await enter(Egress(Rules("endpoints", settings.endpoint_networks), connections=places, on_refused=refused))
+        rules = Rules("task_callbacks", settings.task_callback_networks)
+        callbacks = await enter(Egress(rules, connections=places, on_refused=refused))
         yield Resources(
             store=store,
             blobs=await open_blobs(settings, os.environ),
@@ -186,6 +204,7 @@ async def running(settings: Settings, role: Role, address: str | None = None) ->
     metrics = Metrics()
     pictures = examining(settings.decode_concurrency, settings.max_image_bytes, settings.max_image_pixels)
     async with open_resources(settings, role, metrics) as resources, pictures as examiner:
+        publishers = [Publisher(resources, sink) for sink in (open_sinks(settings) if role.workers and settings.sinks else ())]
         precedence = Precedence()
         account = Account(resources, settings.submit_schedule)
         work = stages(settings, resources, account, examiner) if role.workers else []
@@ -212,6 +231,8 @@ async def running(settings: Settings, role: Role, address: str | None = None) ->
             limits=KeyLimits(settings.key_requests),
             admission=Admission(precedence, metrics),
             result_ttl_s=settings.evolink_result_ttl_s,
+            sinks={address.name: address.types for address in settings.sinks},
+            sinks_failing=lambda: any(publisher.failing for publisher in publishers),
             quiesce=quiesce,
             drained=drained,
             workers_alive=(lambda: pool.alive) if role.workers else None,
@@ -221,6 +242,7 @@ async def running(settings: Settings, role: Role, address: str | None = None) ->
         if role.workers:
             retention = Retention(resources, settings.retention_days, settings.image_retention_days, resources.store.clock)
             jobs += [asyncio.create_task(job.run(), name=name) for name, job in (("sweep", Sweeper(resources)), ("retention", retention))]
+            jobs += [asyncio.create_task(publisher.run(), name="publish") for publisher in publishers]
         log.info("service.started", role=role.name, address=address or f"{settings.host}:{settings.port}", settings=masked(settings))
         try:
             yield context

@@ -6,6 +6,8 @@
     ├── StoreUnavailable       the store did not commit, or not in time: nothing was promised
     ├── BlobUnavailable        the blob store could not write or read
     │   └── BlobMissing        no blob has that name
+    ├── SinkUnavailable        a broker did not confirm that it has an event
+    │   └── MessageTooLarge    and never will: it takes none of that size
     └── EgressError            a request to somebody else brought no answer
         ├── NoPlace            too many calls were under way for too long: nothing was sent
         ├── EgressRefused      the guard said no: nothing was sent, nobody was connected to
@@ -77,6 +79,14 @@ class BlobUnavailable(DarkroomError):
 
 class BlobMissing(BlobUnavailable):
     """No blob has that name."""
+
+
+class SinkUnavailable(DarkroomError):
+    """A broker did not confirm that it has an event; it may have it all the same. Worth another try."""
+
+
+class MessageTooLarge(SinkUnavailable):
+    """The broker takes no message of that size."""
 
 
 class EgressError(DarkroomError):

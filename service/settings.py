@@ -31,12 +31,12 @@ from service.variables import (
     Hosts,
     Lower,
     Networks,
-    NotYet,
     Port,
     Requests,
     Schedule,
     Seconds,
     SecretKeys,
+    Sinks,
     Slots,
     Token,
     address,
@@ -121,7 +121,9 @@ class Settings(BaseSettings):
     )
     delivery_timeout_s: Seconds = told(15, "one attempt of a delivery")
     endpoint_disable_after_s: Seconds = told(432_000, "an endpoint that only failed for so long is disabled")
-    sinks: NotYet = told(None, "broker addresses; not supported yet")
+    sinks: Sinks = told(
+        (), "brokers that get every event, such as `nats://HOST:4222/SUBJECT?stream=NAME`, comma-separated; needs the extra `brokers`"
+    )
     retention_days: Days = told(30, "how long events, callbacks, deliveries and prompts are kept")
     image_retention_days: Days | None = told(None, "how long images are kept, then their links answer 410; unset: for ever")
     min_free_bytes: int = told(1_073_741_824, "with less free space new submissions get 503, callbacks never", ge=0)

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, DotEnvSettingsSource
 
 from service.errors import ConfigurationError
+from service.sinks.addresses import SinkAddress, distinct, sink_address, split_addresses
 
 PREFIX = "DARKROOM_"
 ADMIN_KEY_CHARS = 16
@@ -170,6 +171,8 @@ AdminKey = Annotated[SecretStr, AfterValidator(token), AfterValidator(long_enoug
 SecretKeys = Annotated[SecretStr, AfterValidator(long_keys)]
 Folder = Annotated[Path, AfterValidator(folder)]
 NOT_YET = AfterValidator(not_yet)
-NotYet = Annotated[str | None, NOT_YET]
+Sinks = Annotated[
+    tuple[Annotated[SinkAddress, BeforeValidator(sink_address)], ...], BeforeValidator(split_addresses), AfterValidator(distinct)
+]
 Requests = Annotated[str, AfterValidator(requests)]
 Lower = BeforeValidator(lower)

@@ -30,9 +30,12 @@ CHUNK = 1 << 20
 
 
 def embedded(settings: "Settings") -> Path:
-    """The store's file; CommandFailed on PostgreSQL."""
+    """The store's file; CommandFailed on PostgreSQL, ConfigurationError: it is a link."""
+    from service.store.soundness import refuse_no_file
+
     if settings.sqlite_path is None:
         raise CommandFailed("this command is for the embedded store; PostgreSQL is backed up by its own tools: see the README")
+    refuse_no_file(settings.sqlite_path)
     return settings.sqlite_path
 
 

@@ -87,7 +87,35 @@ def revoke(id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json = Fal
         put_fields(done)
 
 
-KEYS: Mapping[str, Callable[..., None]] = {"create": create, "list": listed, "revoke": revoke}
+def rotate_secret(
+    owner: Annotated[str | None, typer.Option(help="Admin: whose; else the key's own.")] = None,
+    overlap: Annotated[float, typer.Option(help="So long the old secret signs too.", min=0, metavar="SECONDS")] = 86_400,
+    as_json: Json = False,
+) -> None:
+    """Give an owner another callback secret. It is shown now and never again."""
+    body: JSON = {"overlap_s": overlap} | ({} if owner is None else {"owner": owner})
+
+    async def direct(store: "Store", keyring: "Keyring") -> JSON:
+        from service.errors import ApiError
+        from service.store.clock import wall_clock
+        from service.web.bodies import validated
+        from service.web.keys import rotate_callback_secret
+        from service.web.schemas import SecretRotation
+
+        try:
+            asked = validated(SecretRotation, body)
+            return await rotate_callback_secret(store, keyring, wall_clock(), asked.owner or "admin", asked.overlap_s)
+        except ApiError as error:
+            raise CommandFailed(f"{error.code}: {error.message}") from None
+
+    made = administer(lambda service: service.call("POST", "/v1/keys/rotate-secret", body=body), direct)
+    if as_json:
+        put_json(made)
+    else:
+        put_fields(made)
+
+
+KEYS: Mapping[str, Callable[..., None]] = {"create": create, "list": listed, "revoke": revoke, "rotate-secret": rotate_secret}
 
 
 # --- which way -------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from service import VERSION
 
 QUIET = ("httpx", "httpcore", "aiohttp.access", "asyncio", "alembic", "sqlalchemy.engine", "PIL")
 
+SILENT = ("aio_pika", "aiokafka", "aiormq", "faststream", "nats", "pamqp", "redis")  # a broker's faults are told by `sink.failed`, once
+
 SECRETS = re.compile(
     r"""(?P<before> /callbacks/[^/\s]+/[^/\s]+/ | https?://[^\s?#'"<>]+\? | \b(?i:bearer)\s+ | \b(?:whsec|dk|sk)[_-] )
         [^\s'"<>)]+""",
@@ -90,3 +92,5 @@ def configure(format: str, level: str, stream: TextIO = sys.stdout) -> None:
     root.setLevel(max(number, logging.WARNING))
     for name in QUIET:  # their lines hold addresses with tokens or signed queries
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name in SILENT:
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -44,6 +44,7 @@ class Metrics:
         self.oldest_due_delivery = self._gauge("oldest_due_delivery_seconds", "For how long the oldest due delivery has waited")
         self.dead_letters = self._gauge("dead_letters", "Deliveries that are dead")
         self.credits = self._gauge("credits_total", "Credits of all tasks", "kind")
+        self.sink_lag = self._gauge("sink_lag", "Age in seconds of the oldest event that a broker has not confirmed; 0 without one", "sink")
         self.blob_free = self._gauge("blob_free_bytes", "Free space of the blob store; NaN where nobody knows")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -68,5 +69,7 @@ class Metrics:
         self.dead_letters.set(figures["dead_letters"])
         for kind in ("reserved", "used"):
             self.credits.labels(kind).set(figures[f"credits_{kind}"] / 1_000_000)
+        for sink, oldest in figures["sinks_behind"].items():
+            self.sink_lag.labels(sink).set(0 if oldest is None else max(0, now - oldest) / 1000)
         self.blob_free.set(float("nan") if free_bytes is None else free_bytes)
         return generate_latest(self.registry)

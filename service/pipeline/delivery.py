@@ -1,9 +1,7 @@
 """Delivering: one signed attempt at a subscriber, and what it leads to. First attempts and retries have places of their own."""
 
 import asyncio
-import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import structlog
@@ -14,6 +12,7 @@ from service.pipeline.checkpoints import checkpoint
 from service.pipeline.courtesy import Courtesy
 from service.pipeline.outbox import render, written
 from service.pipeline.retry import retry_after, wait_before
+from service.pipeline.secrets import valid_secrets
 from service.resources import Resources
 from service.sinks import Sent
 from service.store import Grant, queries
@@ -26,23 +25,7 @@ log = structlog.get_logger()
 
 PAUSE_LIMIT_S = 3600.0
 RECORD_S = 1.0  # before another attempt to record one
-SECRETS = 8  # of an endpoint, in overlaps
-
-
-def encode_secrets(secrets: Sequence[tuple[str, int | None]]) -> str:
-    """An endpoint's secrets as they are encrypted: the newest first, each with the time (milliseconds) its overlap ends."""
-    return json.dumps(secrets)
-
-
-def valid_secrets(text: str, now: int) -> list[str]:
-    return [secret for secret, until in json.loads(text) if until is None or until > now]
-
-
-def rotated(text: str, new: str, now: int, overlap_ms: int) -> str:
-    """The secrets with a new one in front; those before it sign until the overlap ends, and no longer than they would have."""
-    ends = now + overlap_ms
-    old = [(secret, ends if until is None else min(until, ends)) for secret, until in json.loads(text)]
-    return encode_secrets([(new, None), *[each for each in old if each[1] > now][: SECRETS - 1]])
+LATE = 1000  # outcomes under leases that had ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,37 +40,45 @@ class Deliverer:
 
     async def run(self, grant: Grant) -> None:
         parcel = await self.resources.store.read(queries.parcel, grant.key)
-        if parcel is None or parcel.delivery["state"] != "pending" or parcel.event is None:
+        if parcel is None or parcel.delivery["state"] != "pending":
             await self.resources.store.write(leases.done, grant)
             return
         checkpoint("delivery.claimed")
-        if known := self.unrecorded.get(grant.key):  # it was sent, but its lease ended before the store took that down
+        known = self.unrecorded.get(grant.key)
+        if known and known.grant.fence == grant.fence - 1:  # it was sent, but its lease ended before the store took that down
             await self._record(replace(known, grant=grant))
             return
         outcome = self._not_now(grant, parcel)
-        if outcome is not None:
-            await self.resources.store.write(record_attempts, outcome)
+        if outcome is not None or parcel.event is None:
+            await self.resources.store.write(record_attempts, outcome or Outcome(grant, "dead"))
             return
-        subscriber = subscriber_of(parcel)
-        wait = self.courtesy.enter(subscriber)
+        subscriber, first = subscriber_of(parcel), grant.stage == "deliver"
+        wait = self.courtesy.enter(subscriber, first=first)
         if wait is not None:
             await self.resources.store.write(record_attempts, Outcome(grant, "later", wait_ms=round(wait * 1000)))
             return
-        began, well = time.monotonic(), None
+        began, well, waited = time.monotonic(), None, False
         try:
             sent = await send(self.resources, parcel, parcel.event)
             well = None if sent.ours else sent.status not in (None, 429, 503)
         finally:
-            self.courtesy.leave(subscriber, time.monotonic() - began, well=well)
+            waited = self.courtesy.leave(subscriber, time.monotonic() - began, first=first, well=well)
         checkpoint("delivery.answered")
-        outcome = self._judge(grant, parcel, sent)
+        outcome = replace(self._judge(grant, parcel, sent), waited=waited)
         held = await self._record(outcome)
         checkpoint("delivery.recorded")
         self._tell(grant, parcel, parcel.event, sent, outcome, held)
 
     async def _record(self, outcome: Outcome) -> bool:
-        """Until the store takes it down: what was sent must not be sent again because that failed."""
-        self.unrecorded[outcome.grant.key] = outcome
+        """Until the store takes it down: what was sent must not be sent again because that failed.
+
+        Where the lease has ended the outcome is kept for whoever of this process has the next one: it may be about to look.
+        """
+        key = outcome.grant.key
+        self.unrecorded.pop(key, None)
+        self.unrecorded[key] = outcome
+        if len(self.unrecorded) > LATE:
+            del self.unrecorded[next(iter(self.unrecorded))]
         while True:
             try:
                 held = await self.resources.store.write(record_attempts, outcome)
@@ -96,7 +87,8 @@ class Deliverer:
                 log.error("worker.failed", **known)  # noqa: TRY400 - a store that is away needs no traceback
                 await asyncio.sleep(RECORD_S)
             else:
-                self.unrecorded.pop(outcome.grant.key, None)
+                if held:
+                    self.unrecorded.pop(key, None)
                 return held
 
     def _not_now(self, grant: Grant, parcel: Parcel) -> Outcome | None:
@@ -130,7 +122,7 @@ class Deliverer:
         metrics = self.resources.metrics
         metrics.deliveries.labels(outcome.result).inc()
         metrics.delivery_seconds.observe(sent.duration)
-        if outcome.result == "delivered" and event["called_back_at"] is not None and grant.attempts == 1:
+        if outcome.result == "delivered" and event["called_back_at"] is not None and grant.stage == "deliver":
             metrics.callback_to_delivery.observe(max(0, self.resources.clock() - event["called_back_at"]) / 1000)
         known = {
             "owner": parcel.delivery["owner"],
@@ -165,9 +157,9 @@ async def send(resources: Resources, parcel: Parcel, event: Row) -> Sent:
         return await send_to(resources, parcel.endpoint, document)
     assert parcel.callback_url is not None
     assert parcel.callback_secret is not None
-    secret = keyring.decrypt(parcel.callback_secret)
+    secrets = valid_secrets(keyring.decrypt(parcel.callback_secret), now)
     return await resources.task_callbacks.send(
-        parcel.callback_url, event["id"], now // 1000, written(document["data"]).encode(), "application/json", [secret]
+        parcel.callback_url, event["id"], now // 1000, written(document["data"]).encode(), "application/json", secrets
     )
 
 
@@ -235,4 +227,5 @@ def attempt_document(attempt: Row, *, answers: bool) -> model.JSON:
         "status": attempt["status"],
         "duration_ms": attempt["duration_ms"],
         "error": attempt["error"],
-    } | ({"answer": (attempt["answer"] or b"").decode("utf-8", "replace")} if answers else {})
+        "answer": (attempt["answer"] or b"").decode("utf-8", "replace") if answers else None,
+    }

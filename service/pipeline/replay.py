@@ -1,11 +1,13 @@
-"""Replaying: a page of events a second becomes deliveries, in the order of the outbox, until the last that was there at the start."""
+"""Replaying: a page of events a second becomes deliveries, in the order of the outbox, until the last that was there at the start.
+
+Replays to one endpoint come one after the other, so that the rate is bounded by endpoint, however many are asked for.
+"""
 
 from dataclasses import dataclass
 
 from service import model
 from service.resources import Resources
 from service.store import Grant
-from service.store.operations import leases
 from service.store.operations.replays import Page, record_pages
 from service.store.records import Row
 from service.store.replays import replay_page
@@ -23,12 +25,14 @@ class Replayer:
         store = self.resources.store
         found = await store.read(replay_page, grant.key, PAGE)
         if found is None:
-            await store.write(leases.done, grant)
-            return
-        replay, events = found
-        whole = len(events) == PAGE and events[-1]["sequence"] < replay["last"]
-        position = events[-1]["sequence"] if whole else replay["last"]
-        await store.write(record_pages, Page(grant, events, position, EVERY_MS if whole else None))
+            page = Page(grant, (), None, None)
+        elif found.waits:
+            page = Page(grant, (), None, EVERY_MS)
+        elif len(found.events) == PAGE and found.events[-1]["sequence"] < found.last:
+            page = Page(grant, found.events, found.events[-1]["sequence"], EVERY_MS)
+        else:
+            page = Page(grant, found.events, found.last, None)
+        await store.write(record_pages, page)
 
 
 def replay_document(row: Row, states: dict[str, int]) -> model.JSON:

@@ -83,6 +83,7 @@ class Retention:
                 removed["deliveries"] += await self._go(retention.forget_deliveries, page.deliveries[first : first + BATCH])
             removed["events"] += await self._go(retention.forget_events, page.events)
             last = page.last
+        await self.resources.store.write(retention.forget_replays, before)
 
     async def _tasks(self, before: int, removed: dict[str, int]) -> None:
         while ids := await self.resources.store.read(retention.old_tasks, before, TASKS, BYTES):

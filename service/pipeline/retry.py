@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from service.retry_after import retry_after
 
-__all__ = ["confirm_wait", "fault_wait", "first_query_wait", "next_query_wait", "retry_after", "wait_before"]
+__all__ = ["broker_wait", "confirm_wait", "fault_wait", "first_query_wait", "next_query_wait", "retry_after", "wait_before"]
 
 JITTER = 0.2
 
@@ -46,6 +46,11 @@ def confirm_wait(queries: int) -> float:
 def fault_wait(faults: int) -> float:
     """After an exception that nobody foresaw: 1, 2, 4 … 300 s."""
     return _growing(1.0, 2.0, faults, 300.0)
+
+
+def broker_wait(faults: int, random: float) -> float:
+    """After a broker's fault: anything up to 0.5, 1, 2 … 16 s, so that not all who lost it come back at once."""
+    return _growing(0.5, 2.0, faults, 16.0) * random
 
 
 def _growing(first: float, factor: float, count: int, most: float) -> float:

@@ -20,6 +20,7 @@ from service.store.tables import (
     events,
     images,
     owners,
+    sinks,
     steps,
     tasks,
 )
@@ -332,3 +333,14 @@ def figures(connection: Connection) -> dict[str, Any]:
         "credits_reserved": connection.execute(select(func.sum(tasks.c.credits_reserved))).scalar() or 0,
         "credits_used": connection.execute(select(func.sum(tasks.c.credits_used))).scalar() or 0,
     }
+
+
+def sinks_behind(connection: Connection, wanted: Mapping[str, Sequence[str]]) -> dict[str, int | None]:
+    """Of each sink by name, with the types that it gets: the time of its oldest event that is not published; None: it has them all."""
+    behind: dict[str, int | None] = dict.fromkeys(wanted)
+    for row in connection.execute(select(sinks.c.name, sinks.c.position).where(sinks.c.name.in_(wanted))) if wanted else ():
+        statement = select(events.c.time).where(events.c.sequence > row.position)
+        if wanted[row.name]:
+            statement = statement.where(type_conditions(wanted[row.name]))
+        behind[row.name] = connection.execute(statement.order_by(events.c.sequence).limit(1)).scalar()
+    return behind

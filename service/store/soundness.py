@@ -3,6 +3,7 @@
 It is looked at through a connection that only reads, so that not even SQLite's own recovery touches it.
 """
 
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from service.store import schema
 CHECK_S = 1.0  # about a gigabyte of a file in memory: a start is not to take longer, callbacks wait for it
 STEPS = 10_000  # of SQLite's, between two looks at the clock
 DAMAGE = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+BESIDE = ("-wal", "-journal")  # what SQLite keeps beside a file and needs to read it
+ADVICE = "put a backup back (darkroom restore)"
 RESTORING = ".restoring-"  # and the file's name: the folder beside it from which a restoration puts it in its place
 
 
@@ -36,45 +39,72 @@ def damaged(error: BaseException | None) -> bool:
     return name.startswith(DAMAGE)
 
 
+def refuse_no_file(path: Path) -> None:
+    """ConfigurationError: something else has the name. A link would have a lock and a WAL of its own beside each of its two names."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ConfigurationError(f"DARKROOM_DATABASE_URL: {path} is no file but a link, a folder or a device: name the file itself")
+
+
 def examine(path: Path) -> None:
-    """ConfigurationError: the file is another's, or broken, or what belongs to it is missing. A file that is not there is no defect."""
-    wal, size = path.with_name(path.name + "-wal"), path.stat().st_size if path.exists() else 0
+    """ConfigurationError: the file is another's, or broken, or what belongs to it is missing. A file that is not there is no defect.
+
+    OSError, DatabaseError: it cannot be looked at.
+    """
+    refuse_no_file(path)
     if not path.exists() and path.with_name(RESTORING + path.name).exists():
         raise ConfigurationError(
             f"{path} is missing: a restoration was broken off. Do it again (darkroom restore --force), which loses nothing"
         )
-    if size == 0 and wal.exists() and wal.stat().st_size:
-        raise ConfigurationError(f"{path} is missing or empty, but {wal.name} beside it holds tasks that SQLite would throw away: {ADVICE}")
-    if size == 0:
+    if not path.exists() or path.stat().st_size <= 1:  # SQLite takes one byte for none
+        for beside in (path.with_name(path.name + end) for end in BESIDE):
+            if beside.exists() and beside.stat().st_size:
+                raise ConfigurationError(
+                    f"{path} is missing or empty, but {beside.name} beside it holds tasks that SQLite would throw away: {ADVICE}"
+                )
         if path.exists():
             raise ConfigurationError(f"{path} is empty, which no store is: {ADVICE}, or remove it to begin a new one")
         return
     try:
-        found = looked_at(path, "ro")
+        found = defect(path)
     except DatabaseError as error:
-        if (
-            getattr(error.orig, "sqlite_errorname", "") == "SQLITE_READONLY_ROLLBACK"
-        ):  # whose writer was killed: undone by the first to write
-            found = looked_at(path, "ro&immutable=1", whole=False)
-        elif damaged(error):
-            found = str(error.orig)
-        else:
+        if not damaged(error):
             raise
+        found = str(error.orig)
     if found != "ok":
         raise ConfigurationError(f"DARKROOM_DATABASE_URL: {path} cannot be used: it is damaged ({found}): {ADVICE}")
 
 
-ADVICE = "put a backup back (darkroom restore)"
+def defect(path: Path) -> str:
+    """The first defect of a file that is ours, or `ok`.
+
+    A transaction whose writer was killed is undone by the first who writes, from a journal that does not say whose it is: it is tried on
+    a copy, since another database's would destroy ours.
+    """
+    try:
+        return looked_at(path, "ro")
+    except DatabaseError as error:
+        if getattr(error.orig, "sqlite_errorname", "") != "SQLITE_READONLY_ROLLBACK":
+            raise
+    trial = path.with_name(f".trial-{path.name}")
+    shutil.rmtree(trial, ignore_errors=True)
+    trial.mkdir(mode=0o700)
+    try:
+        for each in (path, *(path.with_name(path.name + end) for end in BESIDE)):
+            if each.exists():
+                shutil.copyfile(each, trial / each.name)
+        return looked_at(trial / path.name, "rw")
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
 
 
-def looked_at(path: Path, mode: str, *, whole: bool = True) -> str:
-    """The first defect of a file that is ours, or `ok`; `whole` False: as much as is known while a transaction is to be undone."""
+def looked_at(path: Path, mode: str) -> str:
+    """The same, with SQLite's `mode`; DatabaseError: it cannot be read so."""
     looking = create_engine("sqlite+pysqlite://", creator=connecting(path, mode), poolclass=NullPool)
     with looking.connect() as connection:
         schema.refuse_foreign(connection)
         driver = connection.connection.driver_connection
         assert driver is not None
-        return quick_check(driver) if whole else "ok"
+        return quick_check(driver)
 
 
 def quick_check(driver: sqlite3.Connection) -> str:

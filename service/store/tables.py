@@ -236,6 +236,17 @@ replays = Table(
     *lease_columns(),
 )
 
+sinks = Table(
+    "sinks",
+    metadata,
+    Column("name", String(200), primary_key=True),
+    Column("position", BigInteger, nullable=False),  # events up to it were taken by the broker
+    Column("lease_until", BigInteger),
+    Column("lease_owner", String(64)),
+    Column("fence", Integer, nullable=False),
+    Column("seen_at", BigInteger, nullable=False),  # when a process last published there, or tried to
+)
+
 attempts = Table(
     "attempts",
     metadata,

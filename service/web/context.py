@@ -1,6 +1,6 @@
 """What the routes share; the application's lifespan makes it and yields it as state."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -27,6 +27,8 @@ class Context:
     limits: KeyLimits
     admission: Admission
     result_ttl_s: float
+    sinks: Mapping[str, Sequence[str]]  # brokers by name, with the types that each gets
+    sinks_failing: Callable[[], bool]  # in this process
     quiesce: Callable[[], None]  # a stop was asked for: no new work is started
     drained: Callable[[], Awaitable[float]]  # waits for work in flight, within the stop's limit; how many seconds are left of that
     workers_alive: Callable[[], bool] | None

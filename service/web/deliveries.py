@@ -44,7 +44,10 @@ async def _shown(request: Request) -> JSON:
 async def retry(request: Request) -> Response:
     """One attempt now, whatever became of those before it and whatever is planned; answers the delivery with it."""
     shown = await _shown(request)
-    if not await send_by_hand(context_of(request).resources, shown["id"]):
+    context = context_of(request)
+    with context.admission.by_hand_of(caller_of(request).owner):
+        sent = await send_by_hand(context.resources, shown["id"])
+    if not sent:
         raise ApiError(409, "nothing_to_send", "its event is no longer kept, or its endpoint is gone")
     log.info("admin.action", action="delivery.retry", subject=shown["id"])
     return JSONResponse(await _shown(request))

@@ -9,12 +9,14 @@ from starlette.responses import JSONResponse, Response
 from service import model
 from service.errors import ApiError, EgressRefused
 from service.model import JSON
-from service.pipeline.delivery import attempt_document, encode_secrets, rotated, send_test
+from service.pipeline.delivery import attempt_document, send_test
+from service.pipeline.secrets import encode_secrets, rotated
 from service.resources import Resources
 from service.signing import new_secret
 from service.store import queries
 from service.store.operations.deliveries import Endpoint, EndpointChange, change_endpoints, insert_endpoints
 from service.store.records import Row
+from service.store.replays import Wanted, replay_extent
 from service.web.api import caller_of
 from service.web.bodies import page, place_of, query_limit, read_cursor, read_json, validated
 from service.web.context import context_of
@@ -25,7 +27,7 @@ log = structlog.get_logger()
 ROTATIONS = 5  # tries
 
 
-def shown(row: Row) -> JSON:
+def shown(row: Row, replay: JSON | None = None) -> JSON:
     return {
         "id": row["id"],
         "owner": row["owner"],
@@ -36,6 +38,7 @@ def shown(row: Row) -> JSON:
         "created_at": model.rfc3339(row["created_at"]),
         "disabled_at": model.rfc3339(row["disabled_at"]) if row["disabled_at"] is not None else None,
         "disabled_reason": row["disabled_reason"],
+        "replay": replay,
     }
 
 
@@ -89,8 +92,17 @@ async def patch(request: Request) -> Response:
     change = EndpointChange(
         endpoint_id, caller.sees, body.url, tuple(body.types) if body.types is not None else None, body.description, body.status
     )
+    since = (await endpoint_of(request))["disabled_at"]
     await _change(request, change, "endpoint.patch")
-    return JSONResponse(shown(await endpoint_of(request, endpoint_id)))
+    row = await endpoint_of(request)
+    missed = since is not None and row["disabled_at"] is None
+    return JSONResponse(shown(row, await _offer(resources, row, since) if missed else None))
+
+
+async def _offer(resources: Resources, row: Row, since: int) -> JSON:
+    """The replay of what the endpoint missed while it was disabled: by its id, with this `since`, `only` the dead."""
+    extent = await resources.store.read(replay_extent, Wanted(row["id"], row["owner"], since, None, (), "dead"))
+    return {"since": model.rfc3339(since), "count": extent.count}
 
 
 async def delete(request: Request) -> Response:
@@ -121,7 +133,8 @@ async def rotate(request: Request) -> Response:
 
 async def test(request: Request) -> Response:
     """An event that nobody else sees, sent as a real one would be, whatever the endpoint's status; answers the attempt."""
-    resources, row = context_of(request).resources, await endpoint_of(request)
-    attempt = await send_test(resources, row)
+    context, caller, row = context_of(request), caller_of(request), await endpoint_of(request)
+    with context.admission.by_hand_of(caller.owner):
+        attempt = await send_test(context.resources, row)
     log.info("admin.action", action="endpoint.test", subject=row["id"])
-    return JSONResponse(attempt_document(attempt, answers=caller_of(request).sees is None))
+    return JSONResponse(attempt_document(attempt, answers=caller.sees is None))

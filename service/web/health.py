@@ -13,6 +13,7 @@ from service.web.access import SCOPES
 from service.web.context import Context, context_of
 
 READY_S = 5.0
+SINK_LATE_MS = 60_000  # a broker that is further behind degrades
 
 
 async def healthz(_: Request) -> Response:
@@ -36,6 +37,8 @@ async def readyz(request: Request) -> Response:
         causes.append("workers")
     if not context.resources.upstream.answering or context.account.refused:
         causes.append("upstream")
+    if context.sinks and (context.sinks_failing() or await _sinks_late(context)):
+        causes.append("brokers")
     return JSONResponse({"status": "degraded" if causes else "ok", **await _causes(request, context, causes)})
 
 
@@ -48,6 +51,12 @@ async def _blobs_answer(context: Context) -> bool:
         return False
     free = await _free_bytes(context)
     return free is None or free >= max(1, context.intake.min_free_bytes)
+
+
+async def _sinks_late(context: Context) -> bool:
+    store = context.resources.store
+    behind = await store.read(queries.sinks_behind, context.sinks)
+    return any(oldest is not None and oldest < store.clock() - SINK_LATE_MS for oldest in behind.values())
 
 
 async def _free_bytes(context: Context) -> int | None:
@@ -71,5 +80,6 @@ async def _causes(request: Request, context: Context, causes: list[str]) -> dict
 async def metrics(request: Request) -> Response:
     context, resources = context_of(request), context_of(request).resources
     figures = await resources.store.read(queries.figures)
+    figures["sinks_behind"] = await resources.store.read(queries.sinks_behind, context.sinks)
     body = resources.metrics.show(figures, resources.clock(), await _free_bytes(context))
     return Response(body, headers={"content-type": CONTENT_TYPE})

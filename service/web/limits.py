@@ -3,9 +3,10 @@
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -19,6 +20,7 @@ log = structlog.get_logger()
 BUSY, WAITING = 500, 5000  # clients' requests at work, and those that only wait for a task or an event
 FLOOD = 250  # callbacks in hand, and requests that wait to be begun: some 0.1 s of work
 TOLD_S = 1.0
+BY_HAND, BY_HAND_EACH = 32, 16  # requests to subscribers that clients asked for, and those of an owner
 
 
 class KeyLimits:
@@ -50,6 +52,7 @@ class Admission:
     metrics: Metrics
     busy: int = 0
     waiting: int = 0
+    by_hand: Counter[str] = field(default_factory=Counter)
     _told: float = -math.inf
     _withheld: int = 0
 
@@ -76,6 +79,19 @@ class Admission:
         finally:
             self.waiting -= 1
             self.busy += 1
+
+    @contextmanager
+    def by_hand_of(self, owner: str) -> Iterator[None]:
+        """Around a test send or a retry by hand: subscribers that hang hold up nobody else's. ApiError 429: too many are under way."""
+        if self.by_hand[owner] >= BY_HAND_EACH or self.by_hand.total() >= BY_HAND:
+            raise ApiError(429, "rate_limit_exceeded", "too many attempts by hand are under way", retry_after=1)
+        self.by_hand[owner] += 1
+        try:
+            yield
+        finally:
+            self.by_hand[owner] -= 1
+            if not self.by_hand[owner]:
+                del self.by_hand[owner]
 
     def _tell(self) -> None:
         self.metrics.requests_shed.inc()

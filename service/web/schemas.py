@@ -98,26 +98,38 @@ class Rotation(Body):
 class NewReplay(Body):
     since: AwareDatetime | None = Field(None, description="from the oldest event that is kept")
     until: AwareDatetime | None = Field(None, description="now")
-    types: list[Pattern] | None = Field(None, min_length=1, max_length=32, description="those of the endpoint")
-    only: Literal["dead", "all"] = "dead"
+    types: list[Pattern] | None = Field(None, min_length=1, max_length=32, description="of those of the endpoint; all of them")
+    only: Literal["dead", "all"] = Field("dead", description="dead: what it never took, and is not on its way to it")
     dry_run: bool = Field(False, description="only count")
 
 
-class Replay(BaseModel):
-    id: str | None = Field(description="null after a dry run, which has a count and nothing else")
+class Counted(BaseModel):
+    id: str | None = Field(description="of the replay; null after a dry run")
     count: int
-    endpoint: str = ""
-    state: Literal["running", "done", "cancelled"] = "running"
-    since: str = ""
-    until: str = ""
-    types: list[str] = []
-    only: Literal["dead", "all"] = "dead"
-    made: int = 0
-    pending: int = 0
-    delivered: int = 0
-    dead: int = 0
-    created_at: str = ""
-    finished_at: str | None = None
+
+
+class Replay(BaseModel):
+    id: str
+    endpoint: str
+    state: Literal["running", "done", "cancelled"]
+    since: str
+    until: str
+    types: list[str]
+    only: Literal["dead", "all"]
+    count: int
+    made: int = Field(description="so many of these have deliveries, which are")
+    pending: int
+    delivered: int
+    dead: int
+    created_at: str
+    finished_at: str | None
+
+
+class Missed(BaseModel):
+    """What an endpoint missed while it was disabled: `POST …/replay` with this `since` sends it."""
+
+    since: str
+    count: int
 
 
 class Endpoint(BaseModel):
@@ -130,6 +142,7 @@ class Endpoint(BaseModel):
     created_at: str
     disabled_at: str | None
     disabled_reason: str | None
+    replay: Missed | None = Field(description="in the answer that enables one which was disabled, else null")
 
 
 class EndpointWithSecret(Endpoint):
@@ -147,7 +160,7 @@ class Attempt(BaseModel):
     status: int | None
     duration_ms: int
     error: str | None
-    answer: str | None = Field(None, description="admin: the first 2 KiB of what the subscriber said")
+    answer: str | None = Field(description="admin: the first 2 KiB of what the subscriber said")
 
 
 class Delivery(BaseModel):
@@ -190,6 +203,15 @@ class Key(BaseModel):
 class CreatedKey(Key):
     key: str = Field(description="shown here only")
     callback_secret: str | None = Field(description="with the owner's first key: signs what its tasks' callback_urls get")
+
+
+class SecretRotation(Rotation):
+    owner: Owner | None = Field(None, description="admin: whose; else the caller's own")
+
+
+class CallbackSecret(BaseModel):
+    owner: str
+    callback_secret: str = Field(description="shown here only")
 
 
 class KeyList(BaseModel):

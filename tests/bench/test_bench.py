@@ -3,12 +3,14 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.bench.__main__ import written
 from tests.bench.acknowledgement import spread
+from tests.bench.dead_endpoint import turns
 from tests.bench.delivery import covered
 from tests.processes import ROOT, clean_environment
 
@@ -23,6 +25,21 @@ def test_the_benchmark_runs_and_prints_its_tables(tmp_path: Path) -> None:
     assert len(re.findall(r"^\| [^|]+ \| \d+ \| \d+\.\d \| \d+\.\d \| \d+\.\d\d \|$", done.stdout, re.MULTILINE)) == 3
     assert len(re.findall(r"^\| [^|]+ \| \d+ \| \d+ \|$", done.stdout, re.MULTILINE)) == 3
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.timeout(180)
+def test_the_benchmark_of_a_dead_endpoint_runs(tmp_path: Path) -> None:
+    """Both rows, and what they differ by."""
+    command = [sys.executable, "-m", "tests.bench.dead_endpoint", "--quick", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=clean_environment({}), capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^\| [^|]+ \| \d+ \| \d+ \|$", done.stdout, re.MULTILINE)) == 2
+    assert re.search(r"^p99 with the dead one: [+-]\d+ %\.$", done.stdout, re.MULTILINE)
+
+
+def test_one_of_a_hundred_has_as_many_events_as_ten_others() -> None:
+    """Evenly among them."""
+    assert Counter(turns(1090)) == {**dict.fromkeys(range(99), 10), 99: 100}
 
 
 def test_the_table_goes_between_the_readmes_markers() -> None:

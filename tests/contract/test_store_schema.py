@@ -70,7 +70,7 @@ async def test_the_migrated_schema_is_the_one_the_code_knows(subject: Subject) -
 async def test_whatever_belongs_to_somebody_has_its_owner() -> None:
     """From the first migration on."""
     without = {name for name, table in metadata.tables.items() if "owner" not in table.c}
-    assert without == {"owners", "counters", "attempts", "steps"}, "attempts and steps are reached through what they belong to"
+    assert without == {"owners", "counters", "sinks", "attempts", "steps"}, "attempts and steps are reached through what they belong to"
 
 
 async def test_an_empty_database_is_migrated_and_found_again(database: Database) -> None:

@@ -18,12 +18,35 @@ from service.store.tables import counters
 from tests.contract.subject import Clock, Opener, Subject, new_id
 
 
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def link(path: Path) -> None:
+    path.symlink_to(path.rename(path.with_name("elsewhere.db")))
+
+
+def link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.with_name("unmounted") / path.name)
+
+
 def text_file(path: Path) -> None:
     path.write_text("dear diary\n" * 1000)
 
 
 def no_bytes(path: Path) -> None:
     path.write_bytes(b"")
+
+
+def one_byte(path: Path) -> None:
+    path.write_bytes(b"S")
 
 
 def only_zeros(path: Path) -> None:
@@ -92,14 +115,35 @@ def anothers_killed_as_it_wrote(path: Path) -> None:
     killed_in_a_transaction(path, "INSERT INTO customers VALUES (?)")
 
 
+def lost_to_anothers_journal(path: Path) -> None:
+    """It says nothing of the database that it belongs to: SQLite would write that one's pages into ours."""
+    kept = path.rename(path.with_name("kept"))
+    path.touch()
+    anothers_killed_as_it_wrote(path)
+    kept.replace(path)
+
+
+def lost_to_anothers_wal(path: Path) -> None:
+    kept = path.rename(path.with_name("kept"))
+    path.touch()
+    anothers_killed(path)
+    kept.replace(path)
+
+
 def gone_but_for_its_wal(path: Path) -> None:
     path.with_name(f"{path.name}-wal").write_bytes(os.urandom(10_000))
     path.write_bytes(b"")
 
 
+def gone_but_for_its_journal(path: Path) -> None:
+    lost_to_anothers_journal(path)
+    path.unlink()
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Of the files that hold data; SQLite lays an empty WAL beside what it only reads."""
-    found = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith((".lock", "-shm", "-wal"))}
+    files = (path for path in folder.iterdir() if not path.name.endswith((".lock", "-shm", "-wal")))
+    found = {path.name: b"%o " % path.lstat().st_mode + (path.read_bytes() if path.is_file() else b"") for path in files}
     wal = folder / "darkroom.db-wal"
     return found | ({wal.name: wal.read_bytes()} if wal.exists() and wal.stat().st_size else {})
 
@@ -107,8 +151,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
+        (folder, "is no file"),
+        (pipe, "is no file"),
+        (link, "is no file"),
+        (link_to_nothing, "is no file"),
         (text_file, "file is not a database"),
         (no_bytes, "is empty, which no store is"),
+        (one_byte, "is empty, which no store is"),
         (only_zeros, "is damaged"),
         (cut, "is damaged"),
         (cut_in_a_page, "is damaged"),
@@ -117,7 +166,10 @@ def contents(folder: Path) -> dict[str, bytes]:
         (anothers, "tables that are not darkroom's"),
         (anothers_killed, "tables that are not darkroom's"),
         (anothers_killed_as_it_wrote, "tables that are not darkroom's"),
+        (lost_to_anothers_journal, "tables that are not darkroom's"),
+        (lost_to_anothers_wal, "tables that are not darkroom's"),
         (gone_but_for_its_wal, "is missing or empty"),
+        (gone_but_for_its_journal, "is missing or empty"),
     ],
 )
 async def test_a_file_that_is_not_ours_or_not_whole_is_refused(

@@ -35,9 +35,16 @@ TABLE: Mapping[tuple[str, str], set[str]] = {
     ("GET", "/v1/endpoints/{endpoint_id}"): {"subscribe"},
     ("PATCH", "/v1/endpoints/{endpoint_id}"): {"subscribe"},
     ("DELETE", "/v1/endpoints/{endpoint_id}"): {"subscribe"},
+    ("POST", "/v1/endpoints/{endpoint_id}/rotate"): {"subscribe"},
+    ("POST", "/v1/endpoints/{endpoint_id}/test"): {"subscribe"},
+    ("POST", "/v1/endpoints/{endpoint_id}/replay"): {"subscribe"},
+    ("GET", "/v1/replays/{replay_id}"): {"subscribe"},
+    ("DELETE", "/v1/replays/{replay_id}"): {"subscribe"},
     ("GET", "/v1/deliveries"): {"subscribe"},
     ("GET", "/v1/deliveries/{delivery_id}"): {"subscribe"},
+    ("POST", "/v1/deliveries/{delivery_id}/retry"): {"subscribe"},
     ("POST", "/v1/keys"): {"admin"},
+    ("POST", "/v1/keys/rotate-secret"): {"subscribe"},
     ("GET", "/v1/keys"): {"admin"},
     ("DELETE", "/v1/keys/{key_id}"): {"admin"},
     ("GET", "/metrics"): {"read"},
@@ -45,6 +52,7 @@ TABLE: Mapping[tuple[str, str], set[str]] = {
     ("GET", "/healthz"): set(),
     ("GET", "/readyz"): set(),
     ("GET", "/openapi.json"): set(),
+    ("GET", "/asyncapi.json"): set(),
 }
 
 

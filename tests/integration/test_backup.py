@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import sqlite3
@@ -21,6 +22,7 @@ from service.store.operations.restoring import SEQUENCES
 from service.store.sqlite import FileLock, open_sqlite
 from tests.api import ASYNC, JSON, UNTIL_DONE, got, submitted
 from tests.contract.subject import Clock, Subject, new_id
+from tests.disks import BALLAST, empty, fill, small_disk
 from tests.processes import ADMIN_KEY, clean_environment, darkroom, service_settings, started
 from tests.upstream import After, Upstream, document, picture
 from tests.waiting import wait_until
@@ -265,6 +267,38 @@ def test_a_served_store_is_not_restored_over(folder: Path) -> None:
         assert "another darkroom process uses" in refusal(folder, "restore", "kept", "--force")
     finally:
         lock.release()
+
+
+def test_a_full_disk_gets_no_backup(folder: Path, tmp_path: Path) -> None:
+    """One line, an empty folder, which the next try takes, and a store that is as it was; so on every disk that is too small."""
+    (folder / "old").rename(folder / "data")
+    before = seen(folder / "data")
+    with small_disk(tmp_path / "disk", 1) as disk:
+        for kilobytes in (0, 100, 400):  # no room for the key, for the database, for an image
+            fill(disk)
+            os.truncate(disk / BALLAST, (disk / BALLAST).stat().st_size - kilobytes * 1024)
+            refusal(folder, "backup", "disk/kept")
+            assert seen(disk / "kept") == {}
+        empty(disk)
+        assert darkroom("backup", "disk/kept", folder=folder).returncode == 0
+    assert seen(folder / "data") == before
+
+
+def test_a_full_disk_gets_no_restored_store(folder: Path, tmp_path: Path) -> None:
+    """One line; the store that is there stays there, whole, and the next try is as the first."""
+    with small_disk(tmp_path / "disk", 2) as disk:
+        shutil.copytree(folder / "old", disk / "data")
+        before = seen(disk / "data")
+        given = {"DARKROOM_DATA_DIR": str(disk / "data")}
+        for kilobytes in (0, 100, 400):
+            fill(disk)
+            os.truncate(disk / BALLAST, (disk / BALLAST).stat().st_size - kilobytes * 1024)
+            refusal(folder, "restore", "kept", "--force", **given)
+            assert seen(disk / "data") == before
+        empty(disk)
+        done = darkroom("restore", "kept", "--force", folder=folder, **given)
+        assert done.returncode == 0, done.stderr
+        assert set(seen(disk / "data").values()) >= set(before.values())
 
 
 def spoil(name: str) -> Callable[[Path], None]:

@@ -404,6 +404,10 @@ def test_keys_are_made_in_a_store_that_nobody_serves_and_else_through_the_api(ru
         assert run("tasks", "--json", **here | {"DARKROOM_API_KEY": made["key"]}).json == {"data": [], "next_cursor": None}
         second = run("keys", "create", "--owner", "studio", "--scopes", "read", "--json", **here).json  # by the admin key
         assert second["callback_secret"] is None
+        other = run("keys", "rotate-secret", "--owner", "studio", "--overlap", "60", "--json", **here).json
+        assert other["owner"] == "studio"
+        assert other["callback_secret"] not in (None, made["callback_secret"])
+        assert one_line(run("keys", "rotate-secret", "--owner", "nobody", **here)).startswith("owner_not_found: ")
         assert run("keys", "revoke", second["id"], **here).out.split() == ["id", second["id"], "revoked", "true"]
         assert one_line(run("keys", "revoke", "key_unknown", **here)) == "key_not_found: no key has that id"
         listed = run("keys", "list", **here).out
@@ -411,6 +415,8 @@ def test_keys_are_made_in_a_store_that_nobody_serves_and_else_through_the_api(ru
         assert made["key"] not in listed
         # The lock is held, and where the address points to nobody answers.
         assert "no service answers" in one_line(run("keys", "list", **settings, DARKROOM_URL="http://127.0.0.1:9"))
+    assert json.loads(directly("rotate-secret", "--owner", "studio").stdout)["callback_secret"] not in (None, other["callback_secret"])
+    assert directly("rotate-secret", "--owner", "nobody").returncode == 1
     assert directly("revoke", made["id"], DARKROOM_URL="http://127.0.0.1:9").returncode == 0
     assert all(key["revoked_at"] for key in json.loads(directly("list").stdout)["data"])
 

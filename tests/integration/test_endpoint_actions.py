@@ -1,5 +1,6 @@
-"""What an owner does with endpoints and deliveries by hand: other secrets, test sends, one attempt more, replays."""
+"""What an owner does with endpoints and deliveries by hand: other secrets, test sends, one attempt more."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ import pytest
 from starlette.responses import Response
 
 from service.signing import Verified, verify_webhook
+from service.web import limits
 from tests.api import UNTIL_DONE, got, refused, submitted
+from tests.outbox import emitted
+from tests.upstream import After
 from tests.waiting import wait_until
 from tests.world import Subscriber, World, subscriber, world
 
@@ -67,7 +71,9 @@ async def test_both_secrets_sign_while_they_overlap(here: World, shop: Subscribe
         last = got(await client.post(f"/v1/endpoints/{endpoint['id']}/rotate", json={"overlap_s": 0}))
         await client.post(f"/v1/endpoints/{endpoint['id']}/test")
         assert [signed(shop, 1, secret) for secret in (endpoint["secret"], rotated["secret"], last["secret"])] == [False, False, True]
-        refused(await client.post(f"/v1/endpoints/{endpoint['id']}/rotate", json={"overlap_s": -1}), 400, "invalid_request", param="overlap_s")
+        refused(
+            await client.post(f"/v1/endpoints/{endpoint['id']}/rotate", json={"overlap_s": -1}), 400, "invalid_request", param="overlap_s"
+        )
 
 
 async def test_a_test_send_answers_the_attempt(here: World, shop: Subscriber) -> None:
@@ -75,7 +81,7 @@ async def test_a_test_send_answers_the_attempt(here: World, shop: Subscriber) ->
     async with here.owner() as client:
         endpoint = await subscribed(client, shop)
         attempt = got(await client.post(f"/v1/endpoints/{endpoint['id']}/test"))
-        assert (attempt["status"], attempt["error"], "answer" in attempt) == (204, None, False)
+        assert (attempt["status"], attempt["error"], attempt["answer"]) == (204, None, None)
         assert shop.received[0].headers["webhook-id"].startswith("evt_")
         shop.answer = lambda _n, _request: Response("no", status_code=500)
         attempt = got(await here.client.post(f"/v1/endpoints/{endpoint['id']}/test"))
@@ -102,31 +108,107 @@ async def test_a_retry_by_hand_is_one_attempt_now(here: World, shop: Subscriber)
         refused(await client.post(f"/v1/deliveries/{dead['id']}/retry"), 409, "nothing_to_send")
 
 
-async def test_a_replay_sends_the_dead_again(here: World, shop: Subscriber) -> None:
-    """Counted first by `dry_run`; then each of them once more, with its id, and the replay tells how far it is."""
-    shop.answer = lambda _n, _request: Response(status_code=500)
+async def test_of_rotations_at_once_each_answers_a_secret_that_signs(here: World, shop: Subscriber) -> None:
+    """None is lost: every secret that somebody was shown signs during the overlap."""
     async with here.owner() as client:
         endpoint = await subscribed(client, shop)
-        for _ in range(3):
-            await submitted(client, UNTIL_DONE)
-        await deliveries(client, 3, state="dead")
-        path, sent = f"/v1/endpoints/{endpoint['id']}/replay", [request.headers["webhook-id"] for request in shop.received]
-        assert got(await client.post(path, json={"dry_run": True})) == {"id": None, "count": 3}
-        shop.received.clear()
-        shop.answer = lambda _n, _request: Response(status_code=204)
-        replay = got(await client.post(path))
-        assert replay["count"] == 3
+        path = f"/v1/endpoints/{endpoint['id']}"
+        answers = await asyncio.gather(*(client.post(f"{path}/rotate") for _ in range(4)))
+        shown = [endpoint["secret"], *(got(answer)["secret"] for answer in answers)]
+        assert len(set(shown)) == 5
+        await client.post(f"{path}/test")
+        assert all(signed(shop, 0, secret) for secret in shown)
+        assert len(shop.received[0].headers["webhook-signature"].split(" ")) == 5
+
+
+async def test_secrets_are_encrypted_at_rest(here: World, shop: Subscriber) -> None:
+    """Neither an endpoint's nor an owner's stands in the store's files, old or new."""
+    body = {"owner": "secretive", "scopes": ["submit", "subscribe"]}
+    key = got(await here.client.post("/v1/keys", json=body), 201)
+    async with here.with_key(key["key"]) as client:
+        endpoint = await subscribed(client, shop)
+        rotated = got(await client.post(f"/v1/endpoints/{endpoint['id']}/rotate"))
+        own = got(await client.post("/v1/keys/rotate-secret"))
+    stored = b"".join(path.read_bytes() for path in here.settings.data_dir.glob("darkroom.db*"))
+    assert endpoint["id"].encode() in stored
+    for secret in (endpoint["secret"], rotated["secret"], key["callback_secret"], own["callback_secret"]):
+        assert secret.removeprefix("whsec_").rstrip("=").encode() not in stored
+
+
+@pytest.mark.parametrize("status", ["paused", "disabled"])
+async def test_a_retry_by_hand_is_sent_whatever_the_endpoints_status(here: World, shop: Subscriber, status: str) -> None:
+    """Of a delivery that is held, and of one that is dead because its endpoint was disabled: sent, and delivered."""
+    async with here.owner(name=f"hand-{status}") as client:
+        path = f"/v1/endpoints/{(await subscribed(client, shop))['id']}"
+        got(await client.patch(path, json={"status": "paused"}))
+        await emitted(here.context.resources.store, 1, "image.task.completed", f"hand-{status}")
+        [held] = await deliveries(client, 1)
+        got(await client.patch(path, json={"status": status}))
+        assert got(await client.get(f"/v1/deliveries/{held['id']}"))["state"] == {"paused": "pending", "disabled": "dead"}[status]
+        got(await client.post(f"{path}/test"))
+        done = got(await client.post(f"/v1/deliveries/{held['id']}/retry"))
+        assert (done["state"], done["next_attempt_at"], [each["status"] for each in done["attempts"]]) == ("delivered", None, [204])
+        assert [request.headers["webhook-id"] for request in shop.received][1:] == [held["event"]]
+        assert got(await client.get(path))["status"] == status
+        got(await client.patch(path, json={"status": "enabled"}))
+        await deliveries(client, 1, state="delivered")
+        assert len(shop.received) == 2
+
+
+async def test_a_retry_by_hand_while_an_attempt_is_under_way_is_sent_too(here: World, shop: Subscriber) -> None:
+    """Never swallowed: it arrives, the delivery is delivered, and what comes of the other changes that no more."""
+    released = asyncio.Event()
+    shop.answer = lambda n, _request: After(released.wait, Response(status_code=500)) if n == 0 else Response(status_code=204)
+    async with here.owner(name="impatient") as client:
+        await subscribed(client, shop)
+        await emitted(here.context.resources.store, 1, "image.task.completed", "impatient")
+        await received(shop, 1)
+        [pending] = await deliveries(client, 1, state="pending")
+        assert got(await client.post(f"/v1/deliveries/{pending['id']}/retry"))["state"] == "delivered"
+        released.set()
+
+        async def both() -> JSON | None:
+            found = got(await client.get(f"/v1/deliveries/{pending['id']}"))
+            return found if len(found["attempts"]) == 2 else None
+
+        found = await wait_until(both)
+        assert (found["state"], sorted(each["status"] for each in found["attempts"])) == ("delivered", [204, 500])
+        assert len({request.headers["webhook-id"] for request in shop.received}) == 1
+
+
+async def test_attempts_by_hand_are_bounded(here: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner whose subscriber hangs is told to come back, with `Retry-After`; another's are sent."""
+    monkeypatch.setattr(limits, "BY_HAND_EACH", 2)
+    monkeypatch.setattr(limits, "BY_HAND", 3)
+    released = asyncio.Event()
+    shop.answer = lambda _n, _request: After(released.wait, Response(status_code=204))
+    async with here.owner() as client, here.owner() as other:
+        path, others = [f"/v1/endpoints/{(await subscribed(each, shop))['id']}/test" for each in (client, other)]
+        hanging = [asyncio.create_task(client.post(path)) for _ in range(2)]
+        await received(shop, 2)
+        refused(await client.post(path), 429, "rate_limit_exceeded")
+        hanging.append(asyncio.create_task(other.post(others)))
         await received(shop, 3)
-        assert {request.headers["webhook-id"] for request in shop.received} == set(sent)
+        assert refused(await other.post(others), 429)
+        released.set()
+        assert [got(await each)["status"] for each in hanging] == [204] * 3
+        assert got(await client.post(path))["status"] == 204
 
-        async def over() -> JSON | None:
-            found: JSON = got(await client.get(f"/v1/replays/{replay['id']}"))
-            return found if found["delivered"] == 3 else None
 
-        shown = await wait_until(over)
-        assert (shown["state"], shown["made"], shown["pending"], shown["dead"]) == ("done", 3, 0, 0)
-        assert got(await client.post(path, json={"dry_run": True}))["count"] == 0
-        assert got(await client.post(path, json={"dry_run": True, "only": "all"}))["count"] == 3
-        async with here.owner() as stranger:
-            refused(await stranger.get(f"/v1/replays/{replay['id']}"), 404, "replay_not_found")
-            refused(await stranger.delete(f"/v1/replays/{replay['id']}"), 404, "replay_not_found")
+async def test_nobody_elses_endpoints_and_deliveries_are_there(here: World, shop: Subscriber) -> None:
+    """Whatever is asked: 404, and nothing is sent or changed; without `subscribe` it is 403. An admin sees everybody's."""
+    async with here.owner(name="mine") as client, here.owner() as stranger, here.owner("read", "submit", name="mine") as reader:
+        endpoint = await subscribed(client, shop)
+        await emitted(here.context.resources.store, 1, "image.task.completed", "mine")
+        [delivery] = await deliveries(client, 1, state="delivered")
+        path, one = f"/v1/endpoints/{endpoint['id']}", f"/v1/deliveries/{delivery['id']}"
+        asked = [("GET", path), ("PATCH", path), ("DELETE", path), ("POST", f"{path}/rotate"), ("POST", f"{path}/test")]
+        asked += [("POST", f"{path}/replay"), ("GET", one), ("POST", f"{one}/retry")]
+        for method, where in asked:
+            code = "endpoint_not_found" if where.startswith(path) else "delivery_not_found"
+            refused(await stranger.request(method, where, json={}), 404, code)
+            refused(await reader.request(method, where, json={}), 403, "permission_denied")
+        assert got(await stranger.get("/v1/endpoints"))["data"] == got(await stranger.get("/v1/deliveries"))["data"] == []
+        assert len(shop.received) == 1
+        assert got(await here.client.get(path))["id"] == endpoint["id"]
+        assert got(await here.client.get(one))["id"] == delivery["id"]

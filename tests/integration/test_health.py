@@ -212,7 +212,7 @@ async def test_the_gauges_tell_how_old_what_waits_is(tmp_path: Path) -> None:
     """Seconds, from the store's times: until a link dies, since a delivery is due, since a task was taken; unknown room is NaN."""
     async with world(tmp_path, role=WITHOUT_WORKERS) as here:
         counted = await here.context.resources.store.read(queries.figures)
-        waiting = counted | {"first_link_dies": 90_000, "oldest_unsettled": 20_000, "oldest_due_delivery": 29_500}
+        waiting = counted | {"first_link_dies": 90_000, "oldest_unsettled": 20_000, "oldest_due_delivery": 29_500, "sinks_behind": {}}
         text = here.context.resources.metrics.show(waiting, 30_000, None).decode()
     samples = {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
     assert samples["darkroom_result_seconds_left"] == 60

@@ -17,7 +17,7 @@ from tests.waiting import wait_until
 from tests.world import World, subscriber
 
 JSON = dict[str, Any]
-OPTIONAL = {"answer", "causes"}  # for admins, for keys
+OPTIONAL = {"causes"}  # for keys
 
 
 def closed(schema: Any) -> Any:
@@ -113,13 +113,18 @@ async def test_real_answers_are_what_the_document_says(here: World) -> None:
 
         delivery = (await wait_until(deliveries))[0]
         key = got(await here.client.post("/v1/keys", json={"owner": "x", "scopes": ["read"]}), 201)
+        replay = got(await client.post(f"/v1/endpoints/{endpoint['id']}/replay"))
         ids = {"task_id": task["id"], "endpoint_id": endpoint["id"], "delivery_id": delivery["id"], "key_id": key["id"]}
+        ids["replay_id"] = replay["id"]
         bodies: dict[type[Any], JSON] = {
             schemas.Submission: order(),
             schemas.NewEndpoint: {"url": takes.url},
             schemas.EndpointPatch: {"description": "d"},
             schemas.NewKey: {"owner": "y", "scopes": ["read"]},
             schemas.Resolution: {"as": "failed"},
+            schemas.Rotation: {"overlap_s": 0},
+            schemas.SecretRotation: {"overlap_s": 60},
+            schemas.NewReplay: {"only": "all", "dry_run": True},
         }
         for spec in SPECS:
             if spec.answer is None:

@@ -76,10 +76,9 @@ async def lists(client: httpx.AsyncClient) -> list[list[JSON]]:
     return [got(await client.get(path))["data"] for path in LISTS]
 
 
-async def active(client: httpx.AsyncClient, owner: str, hook: str, late: int) -> None:
-    """Gives an owner two endpoints, a task that is done, `late` ones that are not, and what comes of them."""
-    for _ in range(2):
-        got(await client.post("/v1/endpoints", json={"url": hook, "description": f"{owner}'s hook"}), 201)
+async def active(client: httpx.AsyncClient, owner: str, hook: str, late: int) -> str:
+    """Gives an owner two endpoints, a task that is done, `late` ones that are not, and what comes of them; a replay's id."""
+    hooks = [got(await client.post("/v1/endpoints", json={"url": hook, "description": f"{owner}'s hook"}), 201) for _ in range(2)]
     words = {"prompt": f"{owner}'s prompt", "metadata": {"of": owner}, "callback_url": hook}
     await submitted(client, UNTIL_DONE | {"idempotency-key": f"{owner}-key"}, **words)
     inputs = {"model": "wan2.5-image-to-image", "image_urls": [f"https://x.test/{owner}.png"]}
@@ -91,6 +90,8 @@ async def active(client: httpx.AsyncClient, owner: str, hook: str, late: int) ->
         return len(found) == 2 * (2 + late) + 1  # each event twice, and the task itself
 
     await wait_until(delivered)
+    replay: str = got(await client.post(f"/v1/endpoints/{hooks[0]['id']}/replay"))["id"]
+    return replay
 
 
 def ids_of(documents: object) -> list[str]:
@@ -104,7 +105,7 @@ def elsewhere(cursor: str) -> str:
     return base64.urlsafe_b64encode(json.dumps([time, id.partition("_")[0] + "_" + NOTHING]).encode()).decode()
 
 
-async def parameters(ann: httpx.AsyncClient, documents: list[list[JSON]]) -> dict[str, tuple[Pair, ...]]:
+async def parameters(ann: httpx.AsyncClient, documents: list[list[JSON]], replay: str) -> dict[str, tuple[Pair, ...]]:
     """For each name in a path or a query Ann's values, each with one that nobody has."""
     tasks, endpoints, deliveries, events = documents
     ours = [(task["id"], f"task_{NOTHING}") for task in tasks]
@@ -114,6 +115,7 @@ async def parameters(ann: httpx.AsyncClient, documents: list[list[JSON]]) -> dic
         "task_id": (*ours, *theirs),
         "endpoint_id": tuple((endpoint["id"], f"ep_{NOTHING}") for endpoint in endpoints),
         "delivery_id": tuple((delivery["id"], f"dlv_{NOTHING}") for delivery in deliveries[:2]),
+        "replay_id": ((replay, f"rpl_{NOTHING}"),),
         "key_id": ((f"key_{NOTHING}", "key_unknown"),),
         "task": (*ours, *theirs),
         "endpoint": ((endpoints[0]["id"], f"ep_{NOTHING}"),),
@@ -141,7 +143,7 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
         owners = [{"owner": name, **body} for name in ("ann", "bob", "carl")]
         keys = [got(await here.client.post("/v1/keys", json=owner), 201)["key"] for owner in owners]
         async with here.with_key(keys[0]) as ann, here.with_key(keys[1]) as bob:
-            await active(ann, "ann", f"{takes.url}/anns-hook", 2)
+            replay = await active(ann, "ann", f"{takes.url}/anns-hook", 2)
             await active(bob, "bob", f"{takes.url}/bobs-hook", 0)
             metrics = (await bob.get("/metrics")).text
     async with AsyncExitStack() as stack:
@@ -156,11 +158,14 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
             ("POST", SUBMIT): tuple((order(model_params={"task_id": a}), order(model_params={"task_id": b})) for a, b in named),
             ("POST", "/v1/endpoints"): (({"url": takes.url, "owner": "ann"}, {"url": takes.url, "owner": "nobody"}),),
             ("PATCH", "/v1/endpoints/{endpoint_id}"): (({"status": "paused"},) * 2,),
+            ("POST", "/v1/endpoints/{endpoint_id}/rotate"): (({"overlap_s": 0},) * 2,),
+            ("POST", "/v1/endpoints/{endpoint_id}/replay"): (({"dry_run": True},) * 2,),
+            ("POST", "/v1/keys/rotate-secret"): (({"owner": "ann"}, {"owner": "nobody"}),),
         }
-        told = ("ann", "ann's prompt", "ann-key", *ids_of(before))
+        told = ("ann", "ann's prompt", "ann-key", replay, *ids_of(before))
         counts = {path: len(each) for path, each in zip(LISTS, bobs, strict=True)}
         asked.clear()
-        yield Two(ann, bob, carl, counts, told, await parameters(ann, before), bodies, "ann-key", metrics, asked, before)
+        yield Two(ann, bob, carl, counts, told, await parameters(ann, before, replay), bodies, "ann-key", metrics, asked, before)
 
 
 @contextmanager

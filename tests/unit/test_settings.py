@@ -230,7 +230,6 @@ def test_an_unreadable_file_stops_the_start(tmp_path: Path) -> None:
         ("IMAGE_BASE_URL", "cdn.example", "http or https"),
         ("IMAGE_BASE_URL", "https://cdn.example/?v=1", "query"),
         ("IMAGE_LINK_TTL_S", "60", "not supported"),
-        ("SINKS", "redis://127.0.0.1", "not supported"),
         ("SECRET_KEY", "short", "32 bytes"),
         ("SECRET_KEY", f"{KEY},", "32 bytes"),
         ("ADMIN_KEY", "fifteen-chars..", "16 characters"),

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import and_, delete, insert, select, update
 
 from service import model
 from service.store import Grant, Transaction
 from service.store.operations import leases, outbox
-from service.store.tables import attempts, deliveries, endpoints, events
+from service.store.tables import ZERO, attempts, deliveries, endpoints, events
+
+HASTENED = 1000  # deliveries of an endpoint that is back
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class Outcome:
     `held` (it is paused), `later` (not tried, due again after `wait_ms`).
 
     `pause_ms`: the endpoint asked for peace. `ours`: the fault was on this side, the endpoint is not to blame.
+    `waited`: others have been put off until this one was over, and may be due.
     """
 
     grant: Grant
@@ -38,6 +41,7 @@ class Outcome:
     pause_ms: int = 0
     ours: bool = False
     disable_after_ms: int = 0
+    waited: bool = False
 
 
 def record_attempts(tx: Transaction, items: Sequence[Outcome]) -> list[bool]:
@@ -55,6 +59,8 @@ def record_attempts(tx: Transaction, items: Sequence[Outcome]) -> list[bool]:
     for item in items:
         row = rows.get(item.grant.key)
         held = row is not None and leases.holds(item.grant, row)
+        if item.waited:
+            tx.due.add(item.grant.stage)
         if row is not None and held:
             _record(tx, row, item)
         results.append(held)
@@ -139,6 +145,8 @@ def _judge(tx: Transaction, endpoint_id: str, item: Outcome) -> None:
     if item.result == "delivered":
         if endpoint.failing_since is not None:
             _change(tx, endpoint_id, failing_since=None)
+            if (endpoint.paused_until or 0) <= tx.now:
+                _hasten(tx, endpoint_id)
         return
     since = endpoint.failing_since if endpoint.failing_since is not None else tx.now
     values: dict[str, Any] = {} if endpoint.failing_since is not None else {"failing_since": tx.now}
@@ -150,6 +158,15 @@ def _judge(tx: Transaction, endpoint_id: str, item: Outcome) -> None:
         disable(tx, endpoint_id, "the endpoint answered 410 Gone")
     elif tx.now - since >= item.disable_after_ms > 0:
         disable(tx, endpoint_id, f"every attempt failed since {model.rfc3339(since)}")
+
+
+def _hasten(tx: Transaction, endpoint_id: str) -> None:
+    """An endpoint takes deliveries again: what was put off meanwhile, and never tried, is due now, at most `HASTENED` of it."""
+    mine = and_(deliveries.c.endpoint_id == endpoint_id, deliveries.c.state == "pending", deliveries.c.attempts == ZERO)
+    waiting = select(deliveries.c.id).where(mine, deliveries.c.lease_until.is_(None), deliveries.c.due_at > tx.now)
+    locked = waiting.order_by(deliveries.c.due_at).limit(HASTENED).with_for_update(skip_locked=True)
+    tx.connection.execute(update(deliveries).where(deliveries.c.id.in_(locked)).values(due_at=tx.now))
+    tx.due.update(("deliver", "redeliver"))
 
 
 def disable(tx: Transaction, endpoint_id: str, reason: str) -> None:
@@ -235,12 +252,14 @@ def _change_endpoint(tx: Transaction, item: EndpointChange) -> bool:
         return True
     told = {"url": item.url, "types": list(item.types) if item.types is not None else None, "description": item.description}
     values: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
+    if item.url not in (None, row["url"]):  # what the old address did is not the new one's
+        values |= {"failing_since": None, "paused_until": None}
     if item.secrets is not None:
         values["secret"] = item.secrets[1]
     if item.status is not None and item.status != row["status"]:
-        values["status"] = item.status
+        values |= {"status": item.status, "disabled_at": None, "disabled_reason": None}
         if item.status == "enabled":
-            values |= {"disabled_at": None, "disabled_reason": None, "failing_since": None, "paused_until": None}
+            values |= {"failing_since": None, "paused_until": None}
             tx.connection.execute(  # what was held while it was paused
                 update(deliveries)
                 .where(deliveries.c.endpoint_id == item.id, deliveries.c.state == "pending", deliveries.c.due_at.is_(None))

@@ -9,7 +9,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from service.store import LEASE_MS, Grant, Transaction
 from service.store.records import Row
-from service.store.tables import QUEUES, ZERO, Queue, counters, endpoints
+from service.store.tables import QUEUES, ZERO, Queue, counters, endpoints, sinks
 
 # Times of different processes differ by less: a transaction reads its own at its beginning, and may then wait for its turn.
 TOLERANCE_MS = 15_000
@@ -209,3 +209,4 @@ def free_all(tx: Transaction) -> None:
         tx.connection.execute(
             update(queue.table).where(until.is_not(None)).values({until: None, queue.column("lease_owner"): None, deaths: deaths + 1})
         )
+    tx.connection.execute(update(sinks).values(lease_until=None, lease_owner=None))

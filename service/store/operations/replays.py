@@ -10,12 +10,12 @@ from service.store.operations import leases
 from service.store.operations.outbox import OPERATORS
 from service.store.records import Row
 from service.store.replays import Extent, Wanted
-from service.store.tables import deliveries, endpoints, replays
+from service.store.tables import deliveries, endpoints, events, replays
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """One that somebody asked for; `owner`: whose it is."""
+    """One that somebody asked for; `owner`: whose it is, the endpoint's."""
 
     id: str
     owner: str
@@ -39,7 +39,7 @@ def _insert(tx: Transaction, item: Replay) -> bool:
             "owner": item.owner,
             "endpoint_id": wanted.endpoint_id,
             "since_at": wanted.since,
-            "until_at": wanted.until,
+            "until_at": tx.now if wanted.until is None else wanted.until,
             "types": list(wanted.types),
             "only": wanted.only,
             "state": "running",
@@ -56,11 +56,11 @@ def _insert(tx: Transaction, item: Replay) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The next events of a replay; `position`: the last that was examined; due again after `wait_ms`, None: that was all."""
+    """The next events of a replay; `position`: the last that was examined, None: none; due again after `wait_ms`, None: that was all."""
 
     grant: Grant
     events: Sequence[Row]
-    position: int
+    position: int | None
     wait_ms: int | None
 
 
@@ -81,20 +81,27 @@ def _record(tx: Transaction, item: Page) -> bool:
     if found is None or found.status == "disabled":
         finish(tx, row["id"], "cancelled")
         return False
-    if item.events:
+    if known := _kept(tx, item.events):
         born = {"due_at": tx.now, "attempts": 0, "fence": 0, "deaths": 0, "faults": 0}
         of = {"owner": found.owner or OPERATORS, "endpoint_id": row["endpoint_id"], "replay_id": row["id"]}
-        made = [{"event_id": event["id"], "task_id": event["task_id"], "id": tx.id("delivery")} for event in item.events]
+        made = [{"event_id": event["id"], "task_id": event["task_id"], "id": tx.id("delivery")} for event in known]
         rows = [{**each, **of, **born, "state": "pending", "created_at": tx.now} for each in made]
         tx.connection.execute(insert(deliveries), rows)
         tx.due.add("redeliver")
-    values = {"made": row["made"] + len(item.events), "position": item.position}
+    values = {"made": row["made"] + len(known), "position": row["position"] if item.position is None else item.position}
     if item.wait_ms is None:
         finish(tx, row["id"], "done", **values)
     else:
         values |= leases.freed("replay", tx.now + item.wait_ms, attempts=0)
         tx.connection.execute(update(replays).where(replays.c.id == row["id"]).values(values))
     return True
+
+
+def _kept(tx: Transaction, found: Sequence[Row]) -> list[Row]:
+    """Those that retention has not taken meanwhile; it does not take them before the commit."""
+    statement = select(events.c.sequence).where(events.c.sequence.in_([row["sequence"] for row in found]))
+    known = set(tx.connection.execute(statement.with_for_update()).scalars()) if found else set()
+    return [row for row in found if row["sequence"] in known]
 
 
 @dataclass(frozen=True, slots=True)

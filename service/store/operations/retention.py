@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Text, and_, cast, delete, exists, func, selec
 from service.model import JSON, TERMINAL, State
 from service.store import Transaction
 from service.store.operations.tasks import Row, change, lock
-from service.store.tables import attempts, callbacks, counters, deliveries, events, images, steps, tasks
+from service.store.tables import attempts, callbacks, counters, deliveries, events, images, replays, sinks, steps, tasks
 
 ERASED = "erased"
 GONE = {"state": ERASED, "blob": None, "source_url": "", "sha256": None, "error": None}  # the row stays: whoever has the link is told
@@ -145,10 +145,13 @@ def old_events(connection: Connection, after: int, before: int, limit: int, size
     """The next events of the outbox, in their order, as long as they are of that time; None: no more are.
 
     At most `limit`, with so many characters; one that has more comes alone.
-    Whoever has not taken an event yet keeps it. So far these are deliveries; a sink that has a place of its own in the outbox belongs here.
+    Whoever has not taken an event yet keeps it: a pending delivery, a sink unless nobody has published there since then.
     """
     columns = (events.c.sequence, events.c.id, events.c.time, func.length(cast(events.c.data, Text)).label("size"))
     statement = select(*columns).where(events.c.sequence > after).order_by(events.c.sequence)
+    taken = connection.execute(select(func.min(sinks.c.position)).where(sinks.c.seen_at > before)).scalar()
+    if taken is not None:
+        statement = statement.where(events.c.sequence <= taken)
     page = [row for row in connection.execute(statement.limit(limit)) if row.time <= before]
     if not page:
         return None
@@ -184,6 +187,11 @@ def forget_events(tx: Transaction, items: Sequence[Sequence[str]]) -> list[int]:
         tx.connection.execute(update(counters).where(last).values(value=max(gone, default=0)))
         counts.append(len(gone))
     return counts
+
+
+def forget_replays(tx: Transaction, items: Sequence[int]) -> list[int]:
+    """Removes replays that ended by then; how many. Their deliveries go with the events."""
+    return [tx.connection.execute(delete(replays).where(replays.c.finished_at <= before)).rowcount for before in items]
 
 
 def old_images(connection: Connection, before: int, limit: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""Replays: events that an endpoint gets again."""
+"""Replays: events that an endpoint gets again. Sinks: how far each broker has come."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -47,3 +47,13 @@ def upgrade() -> None:
         name, due = f"ix_deliveries_{stage}_due_at", sa.text(f"due_at IS NOT NULL AND {wanting}")
         op.drop_index(name, table_name="deliveries")
         op.create_index(name, "deliveries", ["due_at"], unique=False, sqlite_where=due, postgresql_where=due)
+    op.create_table(
+        "sinks",
+        sa.Column("name", sa.String(length=200), nullable=False),
+        sa.Column("position", sa.BigInteger(), nullable=False),
+        sa.Column("lease_until", sa.BigInteger(), nullable=True),
+        sa.Column("lease_owner", sa.String(length=64), nullable=True),
+        sa.Column("fence", sa.Integer(), nullable=False),
+        sa.Column("seen_at", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_sinks")),
+    )

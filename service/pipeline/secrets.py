@@ -1,0 +1,30 @@
+"""Secrets that sign what is sent: an endpoint's, an owner's. Several at once while one takes over from another."""
+
+import json
+from collections.abc import Sequence
+
+from service.signing import SECRET_PREFIX
+
+MOST = 8  # in overlaps
+
+
+def encode_secrets(secrets: Sequence[tuple[str, int | None]]) -> str:
+    """Secrets as they are encrypted: the newest first, each with the time (milliseconds) its overlap ends."""
+    return json.dumps(secrets)
+
+
+def _known(text: str) -> list[tuple[str, int | None]]:
+    """An owner's that was never rotated stands alone."""
+    return [(text, None)] if text.startswith(SECRET_PREFIX) else json.loads(text)
+
+
+def valid_secrets(text: str, now: int) -> list[str]:
+    """Those that sign now."""
+    return [secret for secret, until in _known(text) if until is None or until > now]
+
+
+def rotated(text: str, new: str, now: int, overlap_ms: int) -> str:
+    """The secrets with a new one in front; those before it sign until the overlap ends, and no longer than they would have."""
+    ends = now + overlap_ms
+    old = [(secret, ends if until is None else min(until, ends)) for secret, until in _known(text)]
+    return encode_secrets([(new, None), *[each for each in old if each[1] > now][: MOST - 1]])

@@ -1,0 +1,331 @@
+"""Events to brokers, over real servers of this machine; Kafka's protocol over librdkafka's mock cluster."""
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.app import Role, open_sinks
+from service.errors import ConfigurationError
+from service.settings import load_settings
+from service.store import Transaction
+from service.store.operations.outbox import emit_operators
+from tests.api import UNTIL_DONE, submitted
+from tests.brokers import KINDS, PASSWORD, START_S, BrokerServer, Taken, address, broker_running, free_port, kafka_running, reader
+from tests.integration.test_health import figures, ready
+from tests.logs import logged
+from tests.waiting import wait_until
+from tests.world import World, world
+
+pytestmark = pytest.mark.timeout(300)
+REAL = ("nats", "redis", "amqp")
+SERIES = "darkroom_sink_lag"
+
+
+class Brokers:
+    """The servers of this file, each started when it is first asked for."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._servers: dict[str, BrokerServer] = {}
+        self._kafka = 0
+
+    def server(self, kind: str) -> BrokerServer:
+        if kind not in self._servers:
+            self._servers[kind] = self._stack.enter_context(broker_running(kind))
+        return self._servers[kind]
+
+    async def port(self, kind: str) -> int:
+        if kind == "kafka":
+            self._kafka = self._kafka or self._stack.enter_context(kafka_running())
+            return self._kafka
+        server = self.server(kind)
+        await wait_until(server.up, START_S)
+        return server.port
+
+
+@pytest.fixture(scope="module")
+def brokers() -> Iterator[Brokers]:
+    with ExitStack() as stack:
+        yield Brokers(stack)
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest) -> str:
+    """A stream, queue or topic of this test's own."""
+    return f"t{abs(hash(request.node.nodeid)):x}"
+
+
+def emit_some(tx: Transaction, items: Sequence[int]) -> list[None]:
+    for item in items:
+        emit_operators(tx, "callback.conflict", {"key": f"n{item}"})
+    return [None] * len(items)
+
+
+async def emit(here: World, numbers: Sequence[int]) -> None:
+    for number in numbers:
+        await here.context.resources.store.write(emit_some, number)
+
+
+async def caught_up(taken: Callable[[], Any], ids: Sequence[str], timeout: float = 60) -> list[Taken]:
+    """What the broker has once it has all of them."""
+
+    async def look() -> list[Taken] | None:
+        try:
+            got: list[Taken] = await taken()
+        except (OSError, ExceptionGroup):
+            return None
+        return got if {message.id for message in got} >= set(ids) else None
+
+    found: list[Taken] = await wait_until(look, timeout)
+    return found
+
+
+async def holding(here: World) -> None:
+    """Waits until the sink has its place in the outbox: what was before is not its."""
+
+    async def held() -> bool:
+        return (await ready(here))["status"] == "ok" and bool(await here.context.resources.store.read(places))
+
+    await wait_until(held, START_S)
+
+
+async def degraded(here: World) -> None:
+    """Waits until brokers are why the service is."""
+
+    async def is_so() -> bool:
+        return await ready(here) == {"status": "degraded", "causes": ["brokers"]}
+
+    await wait_until(is_so, START_S)
+
+
+def places(connection: Any) -> list[Any]:
+    return list(connection.exec_driver_sql("SELECT name, position, lease_owner FROM sinks"))
+
+
+# --- what arrives ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_every_event_arrives_as_webhooks_send_it_under_its_id(kind: str, brokers: Brokers, target: str, tmp_path: Path) -> None:
+    """In sequence (Kafka: a task's own), once, with type and content type; the body is the CloudEvent, byte for byte as streams have it."""
+    port = await brokers.port(kind)
+    taken = reader(kind, port, target)
+    async with world(tmp_path, sinks=address(kind, port, target)) as here:
+        await holding(here)
+        tasks = [await submitted(here.client, UNTIL_DONE) for _ in range(3)]
+        await emit(here, range(5))
+        events = await here.events()
+        got = await caught_up(taken, [event["id"] for event in events])
+        known = await figures(here)
+        assert [value for name, value in known.items() if name.startswith(SERIES)] == [0]
+    assert len(got) == len(events) == 2 * len(tasks) + 5
+    order = [message.id for message in got]
+    if kind != "kafka":
+        assert order == [event["id"] for event in events]
+    for task in tasks:
+        own = [event["id"] for event in events if event["subject"] == task["id"]]
+        assert [id for id in order if id in own] == own
+    documents = {event["id"]: event for event in events}
+    for message in got:
+        assert (json.loads(message.body), message.content_type) == (documents[message.id], "application/cloudevents+json")
+        assert message.type == documents[message.id]["type"]
+        assert message.body.startswith(b'{"specversion":"1.0","id":"evt_')
+
+
+@pytest.mark.parametrize("kind", ["nats", "redis"])
+async def test_a_sink_gets_the_types_it_asks_for(kind: str, brokers: Brokers, target: str, tmp_path: Path) -> None:
+    """`types=` takes patterns; what is passed over does not lag, and what was before the sink was new is not its."""
+    port = await brokers.port(kind)
+    async with world(tmp_path) as here:
+        await emit(here, range(3))
+    sink = f"{address(kind, port, target)}&types=image.task.completed,callback.*"
+    taken = reader(kind, port, target)
+    async with world(tmp_path, sinks=sink) as here:
+        await holding(here)
+        await submitted(here.client, UNTIL_DONE)
+        await emit(here, [3])
+        wanted = [event["id"] for event in (await here.events())[3:] if event["type"] != "image.task.submitted"]
+        assert [message.id for message in await caught_up(taken, wanted)] == wanted
+        await here.context.resources.store.write(emit_some, 4)
+
+        async def nothing_lags() -> bool:
+            return [value for name, value in (await figures(here)).items() if name.startswith(SERIES)] == [0]
+
+        await wait_until(nothing_lags)
+
+
+# --- when a broker is away -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", REAL)
+async def test_a_broker_that_is_killed_in_the_middle_loses_nothing(kind: str, brokers: Brokers, target: str, tmp_path: Path) -> None:
+    """300 events, SIGKILL after some of them: all arrive, in sequence; JetStream drops what it has already, and so does a Redis stream."""
+    server, port = brokers.server(kind), await brokers.port(kind)
+    taken = reader(kind, port, target)
+    async with world(tmp_path, sinks=address(kind, port, target)) as here:
+        await holding(here)
+        emitting = asyncio.create_task(emit(here, range(300)))
+
+        async def some() -> bool:
+            return bool((await here.context.resources.store.read(places))[0][1] >= 50)
+
+        await wait_until(some, START_S)
+        server.kill()
+        await asyncio.wait([emitting])
+        await degraded(here)
+        await server.restarted()
+        ids = [event["id"] for event in await here.events()]
+        got = [message.id for message in await caught_up(taken, ids, 90)]
+        assert len(ids) == 300
+        assert list(dict.fromkeys(got)) == ids
+        assert kind == "amqp" or got == ids
+        await holding(here)
+
+
+@pytest.mark.parametrize("kind", ["nats", "redis"])
+async def test_a_broker_that_is_away_at_the_start_gets_everything_later(kind: str, brokers: Brokers, target: str, tmp_path: Path) -> None:
+    """The service starts, works, tells of it once, is degraded and shows how far the broker is behind; no line has the password."""
+    server, port = brokers.server(kind), await brokers.port(kind)
+    server.kill()
+    taken = reader(kind, port, target)
+    with logged() as stream:
+        async with world(tmp_path, sinks=address(kind, port, target)) as here:
+            await degraded(here)
+            await submitted(here.client, UNTIL_DONE)
+            events = await here.events()
+
+            async def behind() -> bool:
+                return any(value > 0.2 for name, value in (await figures(here)).items() if name.startswith(SERIES))
+
+            await wait_until(behind)
+            await server.restarted()
+            got = await caught_up(taken, [event["id"] for event in events])
+            assert [message.id for message in got] == [event["id"] for event in events]
+            await holding(here)
+        lines = stream.getvalue().splitlines()
+    parsed = [json.loads(line) for line in lines]
+    assert [line["event"] for line in parsed if line["event"] in ("sink.failed", "sink.restored")] == ["sink.failed", "sink.restored"]
+    assert "library.message" not in {line["event"] for line in parsed}
+    assert not [line for line in lines if PASSWORD in line or "p%40ss" in line]
+
+
+@pytest.mark.parametrize("kind", REAL)
+async def test_a_wrong_password_is_a_broker_that_is_away(kind: str, brokers: Brokers, target: str, tmp_path: Path) -> None:
+    """It may be put right over there: degraded, told once, without the password."""
+    port = await brokers.port(kind)
+    with logged() as stream:
+        async with world(tmp_path, sinks=address(kind, port, target, "wr@ng-password")) as here:
+            await degraded(here)
+        lines = stream.getvalue().splitlines()
+    (failed,) = [json.loads(line) for line in lines if '"sink.failed"' in line]
+    assert target in failed["sink"]
+    assert not [line for line in lines if "ng-password" in line]
+
+
+async def test_a_broker_that_stops_answering_holds_up_nothing_else(brokers: Brokers, tmp_path: Path) -> None:
+    """One that takes connections and says nothing is given up in time; tasks end, and the other broker has its events."""
+    port, target = await brokers.port("nats"), "beside"
+    silent = await asyncio.start_server(lambda _reader, _writer: None, "127.0.0.1", 0)
+    other = silent.sockets[0].getsockname()[1]
+    sinks = f"redis://127.0.0.1:{other}/0?stream=x&name=silent,{address('nats', port, target)}"
+    taken = reader("nats", port, target)
+    async with world(tmp_path, sinks=sinks) as here:
+
+        async def both() -> bool:
+            return len(await here.context.resources.store.read(places)) == 2
+
+        await wait_until(both)
+        await submitted(here.client, UNTIL_DONE)
+        events = await here.events()
+        assert len(await caught_up(taken, [event["id"] for event in events])) == 2
+
+        await degraded(here)
+    silent.close()
+
+
+async def test_an_event_that_no_queue_takes_stays(brokers: Brokers, tmp_path: Path, target: str) -> None:
+    """An exchange must be there, and an event must reach a queue by its type; until then the sink waits, and nothing is lost."""
+    import aio_pika
+
+    port = await brokers.port("amqp")
+    sink = address("amqp", port, target).replace("queue=", "exchange=")
+    taken = reader("amqp", port, target)
+    async with world(tmp_path, sinks=sink) as here:
+        await degraded(here)
+        url = sink.partition("?")[0]
+        async with await aio_pika.connect(url) as connection:
+            channel = await connection.channel()
+            exchange = await channel.declare_exchange(target, "topic", durable=True)
+            await holding(here)
+            await emit(here, range(3))
+            await degraded(here)
+            queue = await channel.declare_queue(target, durable=True)
+            await queue.bind(exchange, "callback.#")
+        ids = [event["id"] for event in await here.events()]
+        assert [message.id for message in await caught_up(taken, ids)] == ids
+
+
+async def test_an_event_too_large_for_the_broker_holds_up_no_other(brokers: Brokers, tmp_path: Path, target: str) -> None:
+    """It goes without its `request`, which the client made so long, and a line says so."""
+    port = await brokers.port("nats")
+    taken = reader("nats", port, target)
+    with logged() as stream:
+        async with world(tmp_path, sinks=address("nats", port, target)) as here:
+            await holding(here)
+            task = await submitted(here.client, UNTIL_DONE, note="x" * 1_048_000)
+            events = await here.events()
+            got = await caught_up(taken, [event["id"] for event in events])
+        lines = [json.loads(line) for line in stream.getvalue().splitlines() if '"sink.shortened"' in line]
+    assert [message.id for message in got] == [event["id"] for event in events] == [line["event_id"] for line in lines]
+    for message, event in zip(got, events, strict=True):
+        assert len(event["data"]["request"]["note"]) == 1_048_000
+        assert json.loads(message.body) == {**event, "data": {**event["data"], "request": {}}}
+        assert event["subject"] == task["id"]
+
+
+async def test_a_stream_that_is_there_is_left_as_it_is(brokers: Brokers, tmp_path: Path, target: str) -> None:
+    """One that is not is made, and drops repeated ids for an hour."""
+    import nats
+    from nats.js.api import StreamConfig
+
+    from tests.brokers import USER
+
+    port = await brokers.port("nats")
+    async with await nats.connect(f"nats://127.0.0.1:{port}", user=USER, password=PASSWORD) as client:
+        stream = client.jetstream()
+        await stream.add_stream(StreamConfig(target, subjects=[f"{target}.>", "more"], max_msgs=50, duplicate_window=60))
+        for name in (target, f"{target}new"):
+            async with world(tmp_path / name, sinks=address("nats", port, name)) as here:
+                await holding(here)
+        config = (await stream.stream_info(target)).config
+        assert (config.subjects, config.max_msgs, config.duplicate_window) == ([f"{target}.>", "more"], 50, 60)
+        config = (await stream.stream_info(f"{target}new")).config
+        assert (config.subjects, config.duplicate_window) == ([f"{target}new.>"], 3600)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_type_that_nobody_emits_stops_the_start() -> None:
+    """One line names the variable and the types there are."""
+    sink = f"redis://127.0.0.1:{free_port()}/0?stream=x&types=image.tasks.*"
+    with pytest.raises(ConfigurationError, match=r"DARKROOM_SINKS: types= must be .*image\.task\.completed"):
+        open_sinks(load_settings({"DARKROOM_SINKS": sink}, None))
+
+
+async def test_without_the_extra_a_sink_stops_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line names the extra; a process without workers needs none."""
+    monkeypatch.setitem(sys.modules, "faststream", None)
+    monkeypatch.delitem(sys.modules, "service.sinks.broker", raising=False)
+    sink = f"redis://127.0.0.1:{free_port()}/0?stream=x"
+    with pytest.raises(ConfigurationError, match=r"^DARKROOM_SINKS: .*darkroom-service\[brokers\]$"):
+        open_sinks(load_settings({"DARKROOM_SINKS": sink}, None))
+    async with world(tmp_path, sinks=sink, role=Role(workers=False)) as here:
+        assert (await ready(here))["status"] == "ok"
+        assert (await figures(here))[f"{SERIES},sink={sink}"] == 0

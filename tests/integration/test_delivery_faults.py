@@ -1,0 +1,305 @@
+"""Deliveries when something fails: the store while an attempt is recorded, our own resolver, a name that nobody has."""
+
+import asyncio
+import socket
+import sqlite3
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, event, update
+from sqlalchemy.exc import OperationalError
+from starlette.responses import Response
+from structlog.testing import capture_logs
+
+from service.errors import StoreUnavailable
+from service.pipeline import delivery, worker
+from service.pipeline.delivery import Deliverer
+from service.sinks.webhook import WebhookSink
+from service.store import Grant, Store, Transaction
+from service.store.operations.deliveries import record_attempts
+from service.store.sqlite import SqliteStore
+from service.store.tables import deliveries, events
+from tests.api import got
+from tests.outbox import emitted
+from tests.upstream import After
+from tests.waiting import wait_until
+from tests.world import Subscriber, World, subscriber, world
+
+JSON = dict[str, Any]
+DONE, BROKEN = Response(status_code=204), Response(status_code=500)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "LOOK_S", 0.05)
+    monkeypatch.setattr(delivery, "RECORD_S", 0.05)
+
+
+@pytest.fixture
+async def shop() -> AsyncIterator[Subscriber]:
+    async with subscriber() as made:
+        yield made
+
+
+async def subscribed(here: World, url: str) -> JSON:
+    return got(await here.client.post("/v1/endpoints", json={"url": url}), 201)
+
+
+async def only(here: World, **wanted: object) -> JSON:
+    """The one delivery, once it was tried and is so."""
+
+    async def look() -> JSON | None:
+        (found,) = got(await here.client.get("/v1/deliveries"))["data"]
+        return found if found["attempts"] and wanted.items() <= found.items() else None
+
+    found: JSON = await wait_until(look)
+    return found
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [204, 500])
+async def test_what_could_not_be_recorded_is_not_sent_again(tmp_path: Path, shop: Subscriber, status: int) -> None:
+    """The store is away while an attempt is recorded: told, tried again until it is there, and sent once."""
+    async with world(tmp_path, delivery_schedule=(600,)) as here:
+        store, refused = here.context.resources.store, 0
+        assert isinstance(store, SqliteStore)
+
+        def full(_: Connection) -> None:
+            nonlocal refused
+            refused += 1
+            raise OperationalError("COMMIT", {}, sqlite3.OperationalError("database or disk is full"))
+
+        async def fill_the_disk() -> None:
+            event.listen(store._engine, "commit", full)
+
+        shop.answer = lambda _n, _request: After(fill_the_disk, Response(status_code=status))
+        await subscribed(here, shop.url)
+        with capture_logs() as lines:
+            await emitted(store)
+            await wait_until(lambda: len([line for line in lines if line["event"] == "worker.failed" and line["stage"] == "deliver"]) > 2)
+        event.remove(store._engine, "commit", full)
+        found = await only(here, state="delivered" if status == 204 else "pending")
+        assert refused > 2
+        assert [each["status"] for each in found["attempts"]] == [status]
+        assert len(shop.received) == 1
+
+
+class Away:
+    """A store that takes down no attempt while it is away."""
+
+    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.away = True
+        self._write = store.write
+        monkeypatch.setattr(store, "write", self.write)
+
+    async def write(self, operation: Any, item: Any, *, urgent: bool = False) -> Any:
+        if self.away and operation is record_attempts:
+            raise StoreUnavailable("away")
+        return await self._write(operation, item, urgent=urgent)
+
+
+def leased(tx: Transaction, grants: Sequence[Grant]) -> list[None]:
+    """An operation: the rows are under these leases now."""
+    for grant in grants:
+        values = {"lease_until": tx.now + 60_000, "lease_owner": tx.process, "fence": grant.fence, "attempts": grant.attempts}
+        tx.connection.execute(update(deliveries).where(deliveries.c.id == grant.key).values(values))
+    return [None] * len(grants)
+
+
+async def due(still: World, shop: Subscriber) -> Grant:
+    """A new delivery under a lease; there are no workers."""
+    endpoint = await subscribed(still, shop.url)
+    await emitted(still.context.resources.store)
+    (found,) = got(await still.client.get("/v1/deliveries", params={"endpoint": endpoint["id"]}))["data"]
+    grant = Grant("deliver", found["id"], 1, 1)
+    await still.context.resources.store.write(leased, grant)
+    return grant
+
+
+async def state(still: World, grant: Grant) -> tuple[str, int]:
+    found = got(await still.client.get(f"/v1/deliveries/{grant.key}"))
+    return found["state"], len(found["attempts"])
+
+
+@pytest.mark.parametrize("order", ["the old lease first", "both at once"])
+async def test_a_lease_that_ended_meanwhile_sends_nothing_twice(
+    still: World, shop: Subscriber, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next lease of the same process finds what was sent, and records it; so often as leases end."""
+    store, deliverer = still.context.resources.store, Deliverer(still.context.resources, (600.0,), 0)
+    grants = [await due(still, shop)]
+    away = Away(store, monkeypatch)
+    jobs = [asyncio.create_task(deliverer.run(grants[0]))]
+    await wait_until(lambda: deliverer.unrecorded)
+    grants.append(Grant("redeliver", grants[0].key, 2, 2))
+    await store.write(leased, grants[1])
+    if order == "both at once":
+        jobs.append(asyncio.create_task(deliverer.run(grants[1])))
+        await wait_until(lambda: deliverer.unrecorded[grants[0].key].grant == grants[1])
+        away.away = False
+    else:
+        away.away = False
+        await jobs[0]
+        assert await state(still, grants[0]) == ("pending", 1)
+        await deliverer.run(grants[1])
+    await asyncio.gather(*jobs)
+    assert await state(still, grants[0]) == ("delivered", 1)
+    assert deliverer.unrecorded == {}
+    assert len([request for request in shop.received if request.path == "/"]) == 1
+
+
+async def test_what_another_process_did_meanwhile_counts(still: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had a lease between ours and has planned a retry: that is sent."""
+    store, deliverer = still.context.resources.store, Deliverer(still.context.resources, (600.0,), 0)
+    grant = await due(still, shop)
+    away = Away(store, monkeypatch)
+    job = asyncio.create_task(deliverer.run(grant))
+    await wait_until(lambda: deliverer.unrecorded)
+    later = Grant("redeliver", grant.key, 3, 3)
+    await store.write(leased, later)
+    away.away = False
+    await job
+    await deliverer.run(later)
+    assert await state(still, grant) == ("delivered", 2)
+    assert len(shop.received) == 2
+    assert deliverer.unrecorded == {}
+
+
+async def test_what_is_kept_of_unrecorded_attempts_is_bounded(still: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest goes first."""
+    monkeypatch.setattr(delivery, "LATE", 2)
+    deliverer = Deliverer(still.context.resources, (600.0,), 0)
+    grants = [await due(still, shop) for _ in range(3)]
+    for grant in grants:
+        await still.context.resources.store.write(leased, Grant("redeliver", grant.key, 2, 2))
+        await deliverer.run(grant)
+    assert list(deliverer.unrecorded) == [grant.key for grant in grants[1:]]
+
+
+def forget(tx: Transaction, ids: Sequence[str]) -> list[None]:
+    """An operation: events are gone before their time."""
+    tx.connection.execute(events.delete().where(events.c.id.in_(ids)))
+    return [None] * len(ids)
+
+
+async def test_a_delivery_whose_event_is_gone_is_dead(still: World, shop: Subscriber) -> None:
+    """There is nothing to send; by hand neither. One that has ended, or is not there, is left as it is."""
+    deliverer = Deliverer(still.context.resources, (600.0,), 0)
+    grant = await due(still, shop)
+    found = got(await still.client.get(f"/v1/deliveries/{grant.key}"))
+    await still.context.resources.store.write(forget, found["event"])
+    assert (await still.client.post(f"/v1/deliveries/{grant.key}/retry")).json()["error"]["code"] == "nothing_to_send"
+    for _ in range(2):
+        await deliverer.run(grant)
+        assert await state(still, grant) == ("dead", 0)
+    await deliverer.run(Grant("deliver", "dlv_gone", 1, 1))
+    assert shop.received == []
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def failing(here: World, *errors: int) -> list[str]:
+    """Endpoints' names cannot be looked up, for these reasons one after the other; the names that were asked for."""
+    asked = list[str]()
+
+    async def resolve(host: str) -> Sequence[str]:
+        asked.append(host)
+        if len(asked) <= len(errors):
+            raise socket.gaierror(errors[len(asked) - 1], "no answer")
+        return ["127.0.0.1"]
+
+    webhooks = here.context.resources.webhooks
+    assert isinstance(webhooks, WebhookSink)
+    webhooks._egress._resolve = resolve
+    return asked
+
+
+async def test_our_own_resolver_is_not_the_endpoints_fault(tmp_path: Path, shop: Subscriber) -> None:
+    """No name server answered: tried again by the schedule, no clock runs against the endpoint, its places stay."""
+    async with world(tmp_path, endpoint_disable_after_s=0.01, delivery_schedule=(0.02,) * 6) as here:
+        url = shop.url.replace("127.0.0.1", "shop.test")
+        endpoint = await subscribed(here, f"{url}/")
+        failing(here, *[socket.EAI_AGAIN] * 5)
+        await emitted(here.context.resources.store)
+        found = await only(here, state="delivered")
+        assert [each["status"] for each in found["attempts"]] == [None] * 5 + [204]
+        assert {each["error"].partition(":")[0] for each in found["attempts"][:5]} == {"NoRoute"}
+        shown = got(await here.client.get(f"/v1/endpoints/{endpoint['id']}"))
+        assert (shown["status"], shown["disabled_at"]) == ("enabled", None)
+
+
+async def test_a_name_that_nobody_has_is_the_endpoints_fault(tmp_path: Path) -> None:
+    """A name server said so: the endpoint failed, and is disabled in time."""
+    async with world(tmp_path, endpoint_disable_after_s=0.01, delivery_schedule=(0.02,) * 6) as here:
+        endpoint = await subscribed(here, "http://gone.test/")
+        asked = failing(here, *[socket.EAI_NONAME] * 100)
+        await emitted(here.context.resources.store)
+        found = await only(here, state="dead")
+        assert {each["error"].partition(":")[0] for each in found["attempts"]} == {"NotConnected"}
+        assert 1 < len(found["attempts"]) == len(asked) < 7
+        shown = got(await here.client.get(f"/v1/endpoints/{endpoint['id']}"))
+        assert (shown["status"], shown["disabled_reason"][:26]) == ("disabled", "every attempt failed since")
+
+
+# --- what an answer means --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [200, 201, 202, 204, 226, 299])
+async def test_any_2xx_is_success(here: World, shop: Subscriber, status: int) -> None:
+    """Delivered by the first attempt."""
+    shop.answer = lambda _n, _request: Response(status_code=status)
+    endpoint = await subscribed(here, shop.url)
+    await emitted(here.context.resources.store)
+
+    async def look() -> Any:
+        found = got(await here.client.get("/v1/deliveries", params={"endpoint": endpoint["id"], "state": "delivered"}))["data"]
+        return found and found[0]
+
+    assert [each["status"] for each in (await wait_until(look))["attempts"]] == [status]
+    await here.client.delete(f"/v1/endpoints/{endpoint['id']}")
+
+
+@pytest.mark.parametrize(
+    ("status", "header", "least", "most"),
+    [
+        (503, "1000000", 3600, 3601),
+        (429, "Fri, 31 Dec 9999 23:59:59 GMT", 3600, 3601),
+        (429, "1", 600, 721),
+        (503, "0", 600, 721),
+        (429, "soon", 600, 721),
+        (503, "-5", 600, 721),
+        (500, "3000", 600, 721),
+        (301, "3000", 600, 721),
+    ],
+)
+async def test_retry_after_waits_at_most_an_hour_and_never_less_than_the_schedule(
+    tmp_path: Path, shop: Subscriber, status: int, header: str, least: float, most: float
+) -> None:
+    """On 429 and 503 alone; what cannot be read is as if it were not there."""
+    shop.answer = lambda _n, _request: Response(status_code=status, headers={"retry-after": header})
+    async with world(tmp_path, delivery_schedule=(600,)) as here:
+        await subscribed(here, shop.url)
+        with capture_logs() as lines:
+            await emitted(here.context.resources.store)
+            (line,) = await wait_until(lambda: [line for line in lines if line["event"] == "delivery.attempted"])
+        assert least <= line["wait_s"] <= most
+
+
+async def test_types_have_wildcards(here: World, shop: Subscriber) -> None:
+    """`*` is everything, a beginning with `.*` is all that begins so, else the type itself; one delivery an endpoint and event."""
+    wanted = {"*": 3, "image.*": 2, "image.task.*": 1, "image.task.failed": 1, "image.at_risk": 1, "endpoint.*": 1, "delivery.*": 0}
+    made = {}
+    for types in [[pattern] for pattern in wanted] + [["*", "image.*", "image.task.failed"]]:
+        answer = got(await here.client.post("/v1/endpoints", json={"url": f"{shop.url}/", "types": types}), 201)
+        made[answer["id"]] = wanted.get(types[0], 0) if len(types) == 1 else 3
+    for type in ("image.task.failed", "image.at_risk", "endpoint.disabled"):
+        await emitted(here.context.resources.store, 1, type)
+    await wait_until(lambda: len(shop.received) == sum(made.values()))
+    for id, count in made.items():
+        assert len(got(await here.client.get("/v1/deliveries", params={"endpoint": id}))["data"]) == count
+        await here.client.delete(f"/v1/endpoints/{id}")

@@ -1,0 +1,178 @@
+"""Publishing to a sink that is played: leases that are lost or run out, faults that nobody foresaw, events that are gone."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+from structlog.testing import capture_logs
+
+from service.errors import SinkUnavailable, StoreUnavailable
+from service.pipeline import publish
+from service.pipeline.publish import Publisher
+from service.sinks import Message
+from service.store import Transaction
+from service.store.operations.sinks import Hold, hold_sinks
+from service.store.tables import counters, sinks
+from tests.integration.test_brokers import emit
+from tests.waiting import wait_until
+from tests.world import World, world
+
+
+class Played:
+    """A broker in memory; `on` is called with how many messages it has, before it takes the next."""
+
+    def __init__(self, on: Callable[[int], Any] = lambda _count: None) -> None:
+        self.name, self.on = "played", on
+        self.types: Sequence[str] = ("callback.*",)
+        self.ids: list[str] = []
+        self.opened = 0
+
+    async def open(self) -> None:
+        self.opened += 1
+
+    async def publish(self, message: Message) -> None:
+        done = self.on(len(self.ids))
+        if asyncio.iscoroutine(done):
+            await done
+        self.ids.append(message.id)
+
+    async def close(self) -> None:
+        pass
+
+
+@asynccontextmanager
+async def publishing(here: World, broker: Played) -> AsyncIterator[Publisher]:
+    """A publisher at work, with its place in the outbox."""
+    await here.context.resources.store.write(hold_sinks, broker.name)
+    publisher = Publisher(here.context.resources, broker)
+    job = asyncio.create_task(publisher.run())
+    try:
+        yield publisher
+    finally:
+        here.context.resources.store.signals.stop()
+        await job
+
+
+async def all_taken(here: World, broker: Played) -> list[str]:
+    ids = [event["id"] for event in await here.events()]
+    await wait_until(lambda: set(broker.ids) >= set(ids))
+    return ids
+
+
+def lines(captured: Sequence[Any], event: str) -> list[Any]:
+    return [line for line in captured if line["event"] == event]
+
+
+def steal(tx: Transaction, items: Sequence[None]) -> list[None]:
+    tx.connection.execute(update(sinks).values(fence=sinks.c.fence + 1, lease_owner="another"))
+    return [None] * len(items)
+
+
+def give(tx: Transaction, items: Sequence[None]) -> list[None]:
+    tx.connection.execute(update(sinks).values(lease_until=None))
+    return [None] * len(items)
+
+
+def forget(tx: Transaction, items: Sequence[int]) -> list[None]:
+    tx.connection.execute(update(counters).where(counters.c.name == "forgotten").values(value=max(items)))
+    return [None] * len(items)
+
+
+async def test_no_message_goes_when_the_lease_may_be_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow broker's page ends early, what was confirmed is noted, and the lease is renewed before the next message."""
+    monkeypatch.setattr(publish, "RENEW_S", 0.0)
+    slow = Played(lambda count: monkeypatch.setattr(publish, "SPARE_S", -1.0 if count % 3 == 2 else 5.0))
+    plain = slow.open
+
+    async def opened() -> None:
+        monkeypatch.setattr(publish, "SPARE_S", 5.0)
+        await plain()
+
+    monkeypatch.setattr(slow, "open", opened)
+    async with world(tmp_path) as here, publishing(here, slow):
+        await emit(here, range(10))
+        assert await all_taken(here, slow) == slow.ids
+        assert slow.opened >= 4
+
+
+async def test_who_lost_its_lease_notes_nothing_and_leaves_the_rest_to_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it sent meanwhile is sent again by the next, under the same ids."""
+    monkeypatch.setattr(publish, "OTHERS_S", 0.05)
+    monkeypatch.setattr(publish, "RENEW_S", 0.05)
+    async with world(tmp_path) as here:
+        store = here.context.resources.store
+        broker = Played(lambda count: store.write(steal, None) if count == 2 else None)
+        async with publishing(here, broker) as publisher:
+            gone = asyncio.create_task(emit(here, range(5)))
+            await wait_until(lambda: publisher._hold is None and len(broker.ids) >= 3)
+            await gone
+            before = len(broker.ids)
+            await store.write(give, None)
+            ids = await all_taken(here, broker)
+            await wait_until(lambda: broker.ids[before:] and broker.ids[-1] == ids[-1])
+            await store.write(steal, None)
+            await wait_until(lambda: publisher._hold is None)
+    assert list(dict.fromkeys(broker.ids)) == ids
+    assert set(broker.ids[before:]) & set(broker.ids[:before])
+
+
+async def test_a_fault_that_nobody_foresaw_is_told_and_does_not_end_it(tmp_path: Path) -> None:
+    """With its traceback, and counted; a broker's own fault is told in one line, and once however often it comes."""
+    faults: list[Exception] = [SinkUnavailable("away"), SinkUnavailable("away"), ValueError("odd")]
+
+    def fail(_count: int) -> None:
+        if faults:
+            raise faults.pop(0)
+
+    broker = Played(fail)
+    with capture_logs() as captured:
+        async with world(tmp_path) as here, publishing(here, broker) as publisher:
+            await emit(here, range(3))
+            assert await all_taken(here, broker) == broker.ids
+            await wait_until(lambda: not publisher.failing)
+            counted = here.context.resources.metrics.worker_faults.labels("publish")._value.get()
+    told = lines(captured, "sink.failed")
+    assert [line["exception"] for line in told] == ["away", "ValueError: odd"]
+    assert [bool(line["exc_info"]) for line in told] == [False, True]
+    assert (counted, len(lines(captured, "sink.restored"))) == (1, 1)
+
+
+async def test_a_store_that_is_away_is_no_brokers_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever promised something says it; the sink goes on when the store does."""
+    asked: list[str] = []
+
+    def failing(tx: Transaction, names: Sequence[str]) -> list[Hold | None]:
+        asked.extend(names)
+        if len(asked) <= 4:  # a batch is tried again one by one
+            raise StoreUnavailable("away")
+        return hold_sinks(tx, names)
+
+    monkeypatch.setattr(publish, "hold_sinks", failing)
+    monkeypatch.setattr(publish, "LOOK_S", 0.05)
+    broker = Played()
+    with capture_logs() as captured:
+        async with world(tmp_path) as here, publishing(here, broker) as publisher:
+            await emit(here, range(3))
+            assert await all_taken(here, broker) == broker.ids
+            assert not publisher.failing
+    assert lines(captured, "sink.failed") == []
+    assert len(asked) > 4
+
+
+async def test_events_that_are_gone_are_told(tmp_path: Path) -> None:
+    """A sink at which nobody published for longer than events are kept goes on with the oldest there is, and a line says what it missed."""
+    broker = Played()
+    with capture_logs() as captured:
+        async with world(tmp_path) as here:
+            store = here.context.resources.store
+            await store.write(hold_sinks, broker.name)
+            await emit(here, range(2))
+            await store.write(forget, 1)
+            async with publishing(here, broker):
+                await wait_until(lambda: broker.ids)
+    (missed,) = lines(captured, "sink.missed")
+    assert (missed["sink"], int(missed["after"]), int(missed["until"])) == ("played", 0, 1)

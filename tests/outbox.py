@@ -1,0 +1,30 @@
+"""Events made in the outbox itself, for tests that are about what follows: no task, no upstream."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.store import Emitted, Store, Transaction
+from service.store.operations.outbox import OPERATORS
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """So many events of one type, in one transaction."""
+
+    count: int = 1
+    type: str = "image.task.failed"
+    owner: str = OPERATORS
+
+
+def emit(tx: Transaction, items: Sequence[Made]) -> list[list[str]]:
+    """An operation: the events' ids."""
+    made = []
+    for item in items:
+        ids = [tx.id("event") for _ in range(item.count)]
+        tx.emitted += [Emitted(id=id, owner=item.owner, type=item.type, task_id=None, data={"key": str(n)}) for n, id in enumerate(ids)]
+        made.append(ids)
+    return made
+
+
+async def emitted(store: Store, count: int = 1, type: str = "image.task.failed", owner: str = OPERATORS) -> list[str]:
+    return await store.write(emit, Made(count, type, owner))
