@@ -107,18 +107,16 @@ def server_of(kind: str, folder: Path) -> BrokerServer:
 
 @contextlib.contextmanager
 def broker_running(kind: str) -> Iterator[BrokerServer]:
-    folder = Path(tempfile.mkdtemp(prefix=f"darkroom-{kind}-"))
-    try:
+    with contextlib.ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix=f"darkroom-{kind}-"))
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         server = server_of(kind, folder)
+        if kind == "amqp":  # Erlang's name server, or it starts one that stays
+            names = stack.enter_context(subprocess.Popen(["epmd"], env=os.environ | server.environment))
+            stack.callback(names.kill)
         server.start()
-        try:
-            yield server
-        finally:
-            server.kill()
-            if kind == "amqp":  # Erlang's own name server stays by itself
-                subprocess.run(["epmd", "-kill"], env=os.environ | server.environment, capture_output=True, check=False)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        stack.callback(server.kill)
+        yield server
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ LINES: Mapping[str, str] = MappingProxyType(
         "sink.published": "`sink`, `events`, `sequence` (of the last), `duration_ms`: the broker has confirmed them",
         "sink.failed": "`sink`, `wait_s`, `exception`: told once; the broker did not confirm, it is tried until it does",
         "sink.restored": "`sink`, `seconds` (since it failed)",
-        "sink.shortened": "`sink`, `bytes`: too large for the broker, so published with an empty `request`",
+        "sink.shortened": "`sink`, `bytes`: too large for the broker, so published without what its client asked for",
         "sink.missed": "`sink`, `after`, `until` (sequences): events that went by their days while nobody published to this sink",
         "reconcile.queried": "`attempt`, `answer`, `wait_s`",
         "store.damaged": "`message`: nothing more is written to the file; put a backup back",

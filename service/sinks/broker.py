@@ -138,13 +138,32 @@ class Amqp:
     """Publisher confirms; messages are persistent and must reach a queue. `message_id` is the event's id, `type` its type."""
 
     def __init__(self, address: SinkAddress) -> None:
+        from aio_pika import RobustConnection
         from faststream.rabbit import Channel as Options
         from faststream.rabbit import RabbitBroker
+
+        class Closing(RabbitBroker):
+            """Leaves no connection behind that was not made to its end."""
+
+            async def _connect(self) -> RobustConnection:
+                begun: list[RobustConnection] = []
+
+                def connection(*arguments: Any, **options: Any) -> RobustConnection:
+                    begun.append(RobustConnection(*arguments, **options))
+                    return begun[-1]
+
+                self._connection_kwargs["connection_class"] = connection
+                try:
+                    return await super()._connect()
+                except BaseException:
+                    for each in begun:
+                        await each.close()
+                    raise
 
         user, password = quote(address.user or "guest", safe=""), quote(address.password or "guest", safe="")
         self._address = address
         self._queue = address.target if address.option == "queue" else None
-        self.broker = RabbitBroker(
+        self.broker = Closing(
             f"amqp{'s' * address.tls}://{user}:{password}@{address.hosts[0]}/{quote(address.path, safe='')}",
             timeout=TIMEOUT_S,
             default_channel=Options(publisher_confirms=True, on_return_raises=True),

@@ -36,7 +36,7 @@ class StoredImage:
 
 
 def copy_database(source: Path, target: Path) -> None:
-    """A consistent copy of a store that may be served meanwhile, as one whole file. ConfigurationError: it cannot be read."""
+    """A consistent copy of a store that may be served meanwhile, as one whole file. ConfigurationError: it cannot be."""
     target.unlink(missing_ok=True)
     target.touch(0o600)
     try:
@@ -49,7 +49,7 @@ def copy_database(source: Path, target: Path) -> None:
             live.backup(made)
             made.execute("PRAGMA journal_mode=DELETE")
     except sqlite3.DatabaseError as error:
-        raise ConfigurationError(f"{source} cannot be read: {error}") from error
+        raise ConfigurationError(f"{source} cannot be copied to {target.parent}: {error}") from error
     check_database(target, source)
 
 

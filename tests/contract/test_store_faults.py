@@ -4,7 +4,7 @@ import pytest
 
 from service.model import State
 from service.store import Grant, queries
-from service.store.operations import leases
+from service.store.operations import faults, leases
 from service.store.operations.faults import DEATH_LIMIT, FAULT_LIMIT, Fault, claim_suspects, record_faults
 from service.store.operations.images import Retry
 from service.store.tables import QUEUES, deliveries, images
@@ -104,6 +104,46 @@ async def test_the_tenth_fault_of_a_delivery_makes_it_dead(subject: Subject) -> 
     assert await subject.state(task_id) is State.SUBMITTED
     event = (await subject.events(task_id))[-1]
     assert (event["type"], event["data"]["stage"], event["data"]["task_id"]) == ("task.parked", "redeliver", task_id)
+
+
+async def overtaken(subject: Subject, stage: str) -> tuple[Grant, str]:
+    """A grant whose work somebody else has done meanwhile: called back, cancelled, or the endpoint disabled."""
+    if stage == "submit":
+        grant = await subject.submitting()
+        await subject.callback(grant.key, completed(grant.key, URL))
+        return grant, grant.key
+    if stage == "cancelled":
+        grant = await subject.submitting()
+        assert await subject.cancel(grant.key) is None
+        return grant, grant.key
+    endpoint_id = await subject.endpoint()
+    task_id = await subject.submitted()
+    (row,) = await subject.rows(deliveries)
+    grant = await subject.claimed("deliver", row["id"])
+    await subject.change(endpoint_id, status="disabled")
+    return grant, task_id
+
+
+@pytest.mark.parametrize("stage", ["submit", "cancelled", "deliver"])
+async def test_a_fault_whose_work_was_done_by_others_is_the_end_of_it(subject: Subject, stage: str) -> None:
+    """Nothing is counted or due again, the lease is free."""
+    grant, _ = await overtaken(subject, stage)
+    assert await subject.write(record_faults, Fault(grant, SECOND)) == 0
+    queue = QUEUES[grant.stage]
+    row = await subject.row(queue.table, grant.key)
+    assert [row[queue.prefix + name] for name in ("due_at", "lease_until", "lease_owner", "faults", "deaths")] == [None, None, None, 0, 0]
+
+
+@pytest.mark.parametrize("stage", ["submit", "cancelled", "deliver"])
+async def test_what_others_have_done_meanwhile_is_not_parked(subject: Subject, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the limit too: a task that a callback proved goes on to its end, and operators are told of nothing."""
+    monkeypatch.setattr(faults, "FAULT_LIMIT", 1)
+    grant, task_id = await overtaken(subject, stage)
+    state, types = await subject.state(task_id), await subject.types(task_id)
+    await subject.write(record_faults, Fault(grant, SECOND))
+    assert (await subject.state(task_id), await subject.types(task_id)) == (state, types)
+    if state is State.SUBMITTED and stage == "submit":
+        assert await subject.settle(task_id, completed(task_id, URL)) is State.STORING
 
 
 @pytest.mark.parametrize("stage", QUEUES)

@@ -269,14 +269,24 @@ def test_a_served_store_is_not_restored_over(folder: Path) -> None:
         lock.release()
 
 
+def too_little(folder: Path) -> tuple[int, ...]:
+    """Bytes, with no room for the key, for the database, for the image."""
+    needed = sum(map(len, seen(folder / "kept").values()))
+    return 0, needed // 3, needed - 8192
+
+
+def make_room(disk: Path, room: int) -> None:
+    fill(disk)
+    os.truncate(disk / BALLAST, (disk / BALLAST).stat().st_size - room)
+
+
 def test_a_full_disk_gets_no_backup(folder: Path, tmp_path: Path) -> None:
-    """One line, an empty folder, which the next try takes, and a store that is as it was; so on every disk that is too small."""
+    """One line, an empty folder, which the next try takes, and a store that is as it was."""
     (folder / "old").rename(folder / "data")
     before = seen(folder / "data")
     with small_disk(tmp_path / "disk", 1) as disk:
-        for kilobytes in (0, 100, 400):  # no room for the key, for the database, for an image
-            fill(disk)
-            os.truncate(disk / BALLAST, (disk / BALLAST).stat().st_size - kilobytes * 1024)
+        for room in too_little(folder):
+            make_room(disk, room)
             refusal(folder, "backup", "disk/kept")
             assert seen(disk / "kept") == {}
         empty(disk)
@@ -290,9 +300,8 @@ def test_a_full_disk_gets_no_restored_store(folder: Path, tmp_path: Path) -> Non
         shutil.copytree(folder / "old", disk / "data")
         before = seen(disk / "data")
         given = {"DARKROOM_DATA_DIR": str(disk / "data")}
-        for kilobytes in (0, 100, 400):
-            fill(disk)
-            os.truncate(disk / BALLAST, (disk / BALLAST).stat().st_size - kilobytes * 1024)
+        for room in too_little(folder):
+            make_room(disk, room)
             refusal(folder, "restore", "kept", "--force", **given)
             assert seen(disk / "data") == before
         empty(disk)
@@ -386,7 +395,7 @@ def test_what_is_no_store_is_not_backed_up(tmp_path: Path) -> None:
     (tmp_path / "data/secret.key").write_text("k" * 40)
     for content in (path.read_bytes(), b"no database at all, but long enough to look at it twice" * 100):
         path.write_bytes(content)
-        assert "cannot be read" in refusal(tmp_path, "backup", "kept")
+        assert "cannot be copied" in refusal(tmp_path, "backup", "kept")
         assert (path.read_bytes(), seen(tmp_path / "kept")) == (content, {})
     (tmp_path / "kept/mine").write_text("mine")
     assert "is not empty" in refusal(tmp_path, "backup", "kept")
@@ -394,6 +403,8 @@ def test_what_is_no_store_is_not_backed_up(tmp_path: Path) -> None:
     postgres = {"DARKROOM_DATABASE_URL": "postgresql://127.0.0.1/darkroom", "DARKROOM_SECRET_KEY": "k" * 40}
     for name in ("backup", "restore"):
         assert "PostgreSQL" in refusal(tmp_path, name, "kept", **postgres)
+    path.symlink_to(path.rename(tmp_path / "data/another.db"))
+    assert "no file but a link" in refusal(tmp_path, "backup", "kept")
 
 
 def test_a_damaged_store_is_not_called_a_backup(folder: Path) -> None:
@@ -403,7 +414,7 @@ def test_a_damaged_store_is_not_called_a_backup(folder: Path) -> None:
     content[4096 * 5 : 4096 * 40] = bytes(4096 * 35)
     path.write_bytes(content)
     line = refusal(folder, "backup", "another", DARKROOM_DATA_DIR=str(folder / "old"))
-    assert "is damaged" in line or "cannot be read" in line
+    assert "is damaged" in line or "cannot be copied" in line
     assert seen(folder / "another") == {}
 
 

@@ -138,7 +138,7 @@ async def test_every_event_arrives_as_webhooks_send_it_under_its_id(kind: str, b
         assert message.body.startswith(b'{"specversion":"1.0","id":"evt_')
 
 
-@pytest.mark.parametrize("kind", ["nats", "redis"])
+@pytest.mark.parametrize("kind", REAL)
 async def test_a_sink_gets_the_types_it_asks_for(kind: str, brokers: Brokers, target: str, tmp_path: Path) -> None:
     """`types=` takes patterns; what is passed over does not lag, and what was before the sink was new is not its."""
     port = await brokers.port(kind)
@@ -188,7 +188,7 @@ async def test_a_broker_that_is_killed_in_the_middle_loses_nothing(kind: str, br
         await holding(here)
 
 
-@pytest.mark.parametrize("kind", ["nats", "redis"])
+@pytest.mark.parametrize("kind", REAL)
 async def test_a_broker_that_is_away_at_the_start_gets_everything_later(kind: str, brokers: Brokers, target: str, tmp_path: Path) -> None:
     """The service starts, works, tells of it once, is degraded and shows how far the broker is behind; no line has the password."""
     server, port = brokers.server(kind), await brokers.port(kind)

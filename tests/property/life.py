@@ -8,27 +8,35 @@ for a database may break ties one way or the other, and what is drawn must not d
 import hypothesis.strategies as st
 from hypothesis.stateful import initialize, rule
 
+from service.model import State
 from service.store.operations import leases
 from service.store.operations.deliveries import Endpoint, EndpointChange, change_endpoints, insert_endpoints
 from service.store.operations.faults import Fault, record_faults
 from service.store.operations.holding import resume_submissions
 from service.store.operations.interventions import Resolution, reconcile_tasks, resolve_tasks
-from service.store.operations.retention import Erasure, erase_tasks
+from service.store.operations.retention import Erasure, erase_tasks, strip_tasks
 from service.store.operations.submissions import Start
 from service.store.operations.tasks import Cancellation, Inserted, NewTask, cancel_tasks, insert_tasks
 from service.store.tables import QUEUES
 from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, new_id
-from tests.property.life_checks import next_due
-from tests.property.life_machine import Job, Living, among, tell
+from tests.property.life_end import next_due
+from tests.property.life_leases import check_freed
+from tests.property.life_machine import Job, Living
+from tests.property.life_story import among, tell
 from tests.property.life_upstream import ENDS, SAYS
 from tests.property.life_work import Read, Write
 
 TASKS = 6  # at most, or nothing much happens to any of them
 LEAPS = (SECOND, 5 * SECOND, 31 * SECOND, 90 * SECOND, 15 * MINUTE, HOUR, 6 * HOUR, DAY, 3 * DAY, -HOUR)
 INTERVENTIONS = ("cancel", "reconcile", "id", "another's id", "failed", "resubmit", "erase")
+MEANT = {  # those that an intervention does something to, where there are any
+    **dict.fromkeys(("id", "failed", "resubmit"), (State.UNCERTAIN,)),
+    "erase": (State.FAILED, State.EXPIRED),
+    "cancel": (State.SUBMITTED,),
+}
 MISHAPS = ("fault", "release", "renew", "death")
 STATUSES = ("enabled", "paused", "disabled")
-HAPPENS = ("submit", *INTERVENTIONS, *MISHAPS, *STATUSES, "fault", "resubmit", "the account is good again")
+HAPPENS = ("submit", *INTERVENTIONS, *MISHAPS, *STATUSES, "fault", "resubmit", "the account is good again", "strip")
 PICK, LUCK = st.integers(0, 15), st.integers(0, 11)
 LUCKS = st.lists(LUCK, max_size=8)
 YES = st.booleans()
@@ -55,6 +63,10 @@ class TaskLife(Living):
     def look(self, process: int, stages: set[str], places: int, leap: int) -> None:
         """Some stages of a process look for work, later."""
         self.bench.clock.shift(leap)
+        if process % 3 == 0:
+            self.write(process, Write(leases.keep_time, None))
+        elif process % 3 == 1:
+            self.write(process, Write(resume_submissions, 100))
         self.look_for_work(process, stages, places)
 
     @rule(process=PICK, pick=PICK, lucks=LUCKS)
@@ -90,23 +102,33 @@ class TaskLife(Living):
 
     @rule(
         pick=PICK,
-        luck=LUCK,
+        luck=st.sampled_from((*range(12), 3, 5, 5)),
         lucks=st.lists(st.sampled_from((0, 8, *range(12))), min_size=1, max_size=5),
         process=PICK,
         leap=st.sampled_from((0, 31 * SECOND, 90 * SECOND)),
+        word=st.sampled_from(("", "", "unreadable", "end", "nobody's id", "resubmit", "cancel")),
     )
-    def come_late(self, pick: int, luck: int, lucks: list[int], process: int, leap: int) -> None:
-        """One job has its answer in hand; before it is recorded others go on, maybe after the lease has ended."""
+    def come_late(self, pick: int, luck: int, lucks: list[int], process: int, leap: int, word: str) -> None:
+        """One job has its answer in hand; before it is recorded its task is called back about, or decided by hand, or others go on, maybe
+        after the lease has ended.
+        """
         job, self.shop.luck = self.find(pick, process), luck
         while job and job in self.jobs and (isinstance(job.wants, Read) or isinstance(job.wants.item, Start)):
             self.go_on([job])
+        task_id = job.grant.key if job and job.grant.key in self.seen.tasks else ""
+        if word in SAYS and task_id in self.sent:
+            self.hear(process, [self.a_callback(task_id, self.upstream.says(task_id, word, pick), pick)])
+        elif word in INTERVENTIONS and task_id:
+            self.intervene(process, task_id, word, 0)
         self.bench.clock.shift(leap)
         self.look_for_work(process, set(QUEUES), 100)
         for self.shop.luck in lucks:
             for other in [other for other in self.jobs if other is not job]:
                 self.go_on([other])
-        if job and job in self.jobs:
+        if job and job in self.jobs and pick % 5:
             self.go_on([job])
+        elif job and job in self.jobs:
+            self.go_wrong(job, "fault", 0)
 
     # --- the upstream ---
 
@@ -139,11 +161,15 @@ class TaskLife(Living):
     @rule(what=st.sampled_from(HAPPENS), process=PICK, pick=PICK, other=PICK)
     def happen(self, what: str, process: int, pick: int, other: int) -> None:
         if what in INTERVENTIONS:
-            self.intervene(process, among(self.tasks, pick)["id"], what, other)
+            fit = [row for row in self.tasks if row["state"] in MEANT.get(what, ()) and row["settled_digest"] is None]
+            self.intervene(process, among(fit or self.tasks, pick)["id"], what, other)
         elif what in STATUSES and self.endpoint:
             self.write(0, Write(change_endpoints, EndpointChange(self.endpoint, None, status=what)))
         elif what == "the account is good again":
             self.write(process, Write(resume_submissions, 100))
+        elif what == "strip":  # what was old when somebody looked may be asked about again
+            self.write(process, Write(strip_tasks, self.old))
+            self.old = [row["id"] for row in self.tasks if row["terminal_at"] and not row["erased_at"] and row["settle_due_at"] is None][:2]
         elif what in MISHAPS and self.jobs:
             self.go_wrong(self.job(pick), what, among([0, SECOND, HOUR], other))
         else:
@@ -158,6 +184,7 @@ class TaskLife(Living):
         wish = NewTask(
             *(new_id("task"), owner, "evolink", "wan2.5-text-to-image", "a lighthouse", {"size": "1280x1280", "n": 1}, {}),
             body=b'{"prompt":"a lighthouse"}',
+            callback_url="https://c.test" if pick % 5 == 0 else None,
             idempotency_key=key,
             idempotency_hash=digest,
         )
@@ -173,7 +200,7 @@ class TaskLife(Living):
         named = among(mine, other) if mine and word == "id" else among([*self.upstream.reals, "task-unified-nobody"], other)
         match word:
             case "cancel":
-                write = Write(cancel_tasks, Cancellation(task_id, None))
+                write = Write(cancel_tasks, Cancellation(task_id, among([None, "painter", "printer"], other)))
             case "erase":
                 write = Write(erase_tasks, Erasure(task_id, None))
             case "reconcile":
@@ -182,12 +209,12 @@ class TaskLife(Living):
                 write = Write(resolve_tasks, Resolution(task_id, resubmit=word == "resubmit"))
             case _:
                 write = Write(resolve_tasks, Resolution(task_id, named))
-        asked = self.seen.tasks[task_id]["upstream_id"] and self.seen.tasks[task_id]["settle_due_at"]
         (answer,) = self.write(process, write)
-        assert not (word == "cancel" and answer is None and asked) or self.seen.tasks[task_id]["settle_due_at"], "what it cost is not asked"
         tell((task_id, named, answer))
         if word == "resubmit" and answer is None:
             self.shop.permitted.add(task_id)
+        if word == "erase" and task_id in self.sent and other % 2:
+            self.hear(process, [self.a_callback(task_id, self.upstream.says(task_id, "end", other // 2), other)])
         if word in ("id", "another's id") and answer is None and named not in mine:
             self.upstream.lied_about.add(task_id)
 
@@ -198,8 +225,15 @@ class TaskLife(Living):
         elif what == "death":  # what it held in its hands is gone, its leases are not: unless nobody else can have the store
             self.jobs = [other for other in self.jobs if other.process != job.process]
             if self.bench.exclusive:
+                before = self.seen
                 self.bench.reopen()
                 self.write(0)  # nothing: to see it
+                check_freed(before, self.seen)
         else:
             self.write(job.process, Write(leases.release, job.grant) if what == "release" else Write(record_faults, Fault(job.grant, wait)))
             self.jobs.remove(job)
+            if what == "fault" and wait == 0:  # it is a bad one, and is tried again
+                self.look_for_work(job.process, (job.grant.stage,), 100)
+                again = [other for other in self.jobs if (other.grant.stage, other.grant.key) == (job.grant.stage, job.grant.key)]
+                if again and again[-1].grant.fence > job.grant.fence:
+                    self.go_wrong(again[-1], "fault", wait)

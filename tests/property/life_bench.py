@@ -40,6 +40,10 @@ class Bench:
     def processes(self) -> int:
         return len(self._open)
 
+    @property
+    def names(self) -> list[str]:
+        return [store.process for store in self._open]
+
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         return self._loop.run_until_complete(work)
 
@@ -77,7 +81,7 @@ class Bench:
         return results, granted, seen
 
     def read(self, process: int, read: Read) -> Any:
-        store = self._open[process]
+        store = self._open[process % self.processes]
 
         def whole(connection: Connection) -> tuple[list[Any], Transaction]:
             return [read.query(connection, *read.arguments)], Transaction(connection, 0, store.process, store._new_id)

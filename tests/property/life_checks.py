@@ -9,14 +9,12 @@ from sqlalchemy import Connection, Select, Table, bindparam, select
 
 from service.model import MOVES, TERMINAL, State
 from service.store import Grant
-from service.store.operations import leases
-from service.store.operations.settling import Settlement
-from service.store.operations.submissions import Accepted, Refused, Submission
+from service.store.operations.images import LIVES
 from service.store.records import Row
-from service.store.tables import QUEUES, deliveries, events, images, tasks
-from tests.contract.subject import SECOND
-from tests.property.life_upstream import error
-from tests.property.life_work import Sent, Workshop, Write
+from service.store.tables import QUEUES, deliveries, events, images, replays, tasks
+from tests.contract.subject import DAY
+from tests.property.life_heard import Heard
+from tests.property.life_work import Sent, Write
 
 Rows = Mapping[str, Row]
 
@@ -28,10 +26,15 @@ class Seen:
     tasks: Rows = field(default_factory=dict)
     images: Rows = field(default_factory=dict)
     deliveries: Rows = field(default_factory=dict)
+    replays: Rows = field(default_factory=dict)
     events: Sequence[Row] = ()
 
     def table(self, table: Table) -> Rows:
-        return {"tasks": self.tasks, "images": self.images, "deliveries": self.deliveries}[table.name]
+        rows: Rows = getattr(self, table.name)
+        return rows
+
+    def row(self, grant: Grant) -> Row | None:
+        return self.table(QUEUES[grant.stage].table).get(grant.key)
 
     def of(self, task_id: str) -> list[Row]:
         return sorted((row for row in self.images.values() if row["task_id"] == task_id), key=lambda row: row["position"])
@@ -43,11 +46,11 @@ class Seen:
         return [event["type"] for event in self.events if event["task_id"] == task_id]
 
     def holds(self, grant: Grant) -> bool:
-        row = self.table(QUEUES[grant.stage].table).get(grant.key)
-        return row is not None and leases.holds(grant, row)
+        row, prefix = self.row(grant), QUEUES[grant.stage].prefix
+        return row is not None and row[prefix + "fence"] == grant.fence and row[prefix + "lease_until"] is not None
 
 
-WHOLE = [select(table) for table in (tasks, images, deliveries)]
+WHOLE = [select(table) for table in (tasks, images, deliveries, replays)]
 LATER = select(events).where(events.c.sequence > bindparam("last")).order_by(events.c.sequence)
 
 
@@ -59,7 +62,7 @@ def look(connection: Connection, before: Seen) -> Seen:
 
     new = connection.execute(LATER, {"last": before.events[-1]["sequence"] if before.events else 0}).mappings()
     found = [rows(statement) for statement in WHOLE]
-    return Seen(found[0], found[1], found[2], [*before.events, *new])
+    return Seen(found[0], found[1], found[2], found[3], [*before.events, *new])
 
 
 def reachable(before: State) -> set[State]:
@@ -74,15 +77,17 @@ ENDINGS = {f"image.task.{state}" for state in TERMINAL}
 ONCE = ("image.task.submitted", "task.late_result")
 
 
-def check(before: Seen, now: Seen) -> None:
-    """Everything that one step may not have done."""
+def check(before: Seen, now: Seen, heard: Heard, *, alone: bool) -> None:
+    """Everything that one step may not have done; `alone`: with one write."""
     assert before.tasks.keys() <= now.tasks.keys(), "a task is gone"
     for task_id, row in now.tasks.items():
         if (was := before.tasks.get(task_id)) is not None:
             check_step(was, row)
-            check_asked(was, row, [event for event in now.events[len(before.events) :] if event["task_id"] == task_id])
+            check_told(was, row, now, [event for event in now.events[len(before.events) :] if event["task_id"] == task_id], alone=alone)
         check_events(row, now)
         check_way_on(row, now)
+    for image_id, image in now.images.items():
+        check_link(image, before.images.get(image_id), now.tasks[image["task_id"]], heard)
     for image_id, image in before.images.items():
         check_image(image, now.images.get(image_id), now.tasks[image["task_id"]], before.tasks[image["task_id"]])
     if len(now.events) > len(before.events):
@@ -96,14 +101,18 @@ def check_step(was: Row, row: Row) -> None:
     before, after = State(was["state"]), State(row["state"])
     assert after in reachable(before), f"{before} became {after}"
     assert not (row["doubted_at"] and after is State.QUEUED), "doubted, and yet as if nothing were created"
-    fixed = ["created_at", "owner", "idempotency_key", "submitted_at", "called_back_at", "terminal_at", "doubted_at", "erased_at"]
+    fixed = ["created_at", "owner", "idempotency_key", "submitted_at", "terminal_at", "doubted_at", "erased_at"]
     fixed += ["refusal_status", "settled_digest"] if before in TERMINAL else []
-    fixed += ["body"] if row["erased_at"] is None else []
+    fixed += ["body", "called_back_at"] if row["erased_at"] is None else []
     fixed += ["error"] if before in TERMINAL and row["erased_at"] is None else []
-    fixed += ["upstream_status"] if before in TERMINAL and was["settled_digest"] else []
+    fixed += ["upstream_status"] if was["settled_digest"] else []
     fixed += ["upstream_id", "upstream_id_from"] if was["upstream_id_from"] == "answer" else []
     for name in fixed:
         assert was[name] in (None, row[name]), f"{name} was {was[name]} and is {row[name]}"
+    renamed = was["upstream_id"] not in (None, row["upstream_id"])
+    assert (
+        not renamed or was["settle_lease_until"] is None or row["settle_fence"] > was["settle_fence"] or row["settle_lease_until"] is None
+    ), "the answer about another id will count"
     for name in ("settled_digest", "credits_reserved", "credits_used", "estimated_time"):
         assert was[name] is None or row[name] is not None, f"{name} is forgotten"
     for name in ("progress", "submit_outcomes", "settle_requests", "submit_fence", "settle_fence"):
@@ -130,10 +139,23 @@ def check_events(row: Row, now: Seen) -> None:
             assert named == [image["id"] for image in now.of(row["id"])] != [], "completed without a picture"
 
 
-def check_asked(was: Row, row: Row, told: Sequence[Row]) -> None:
-    """Each callback that contradicts gets the upstream asked, once."""
+def check_told(was: Row, row: Row, now: Seen, told: Sequence[Row], *, alone: bool) -> None:
+    """Each callback that contradicts gets the upstream asked, once. The end is told with all that is stored by then."""
     conflicts = [event for event in told if event["type"] == "callback.conflict" and event["data"]["callback_id"]]
     assert row["settle_requests"] - was["settle_requests"] >= len(conflicts), "a conflict, and nobody is asked"
+    for event in told if alone else ():
+        if event["terminal"]:
+            rows = now.of(row["id"])
+            over = all(image["confirmed"] and image["state"] != "pending" for image in rows)
+            assert over or row["state"] == State.EXPIRED, "ended, and still something is awaited"  # there a callback may be right yet
+            stored = [image["id"] for image in rows if image["state"] == "stored" and image["confirmed"]]
+            assert [image["id"] for image in event["data"]["images"]] == stored, "what was stored is not listed"
+            own = [
+                delivery for delivery in now.deliveries.values() if delivery["event_id"] == event["id"] and delivery["endpoint_id"] is None
+            ]
+            assert len(own) == (was["callback_url"] is not None), "the task's own callback_url"
+        if event["type"] == "task.parked" and event["data"]["stage"] == "submit":
+            assert was["state"] in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN), f"parked, for a submission, while {was['state']}"
 
 
 def check_way_on(row: Row, now: Seen) -> None:
@@ -148,8 +170,20 @@ def check_way_on(row: Row, now: Seen) -> None:
     awaited = [image for image in now.of(row["id"]) if image["state"] == "pending"]
     assert state is not State.STORING or awaited, "storing, and nothing is awaited"
     assert all(image["due_at"] is not None for image in awaited), "a picture is awaited that nobody will fetch"
-    undue = row["submit_due_at"] is None or row["submit_faults"]  # a fault under a lease is looked at again, whatever came of the task
-    assert state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN) or undue, f"{state}, and due to be submitted"
+    assert state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN) or row["submit_due_at"] is None, f"{state}, and due to be submitted"
+    assert state is not State.CANCELLED or not now.of(row["id"]), "cancelled, and a picture is there"
+    if row["erased_at"] is not None:
+        assert state in TERMINAL, f"erased while {state}"
+
+
+def check_link(image: Row, was: Row | None, task: Row, heard: Heard) -> None:
+    """A picture counts once the upstream's answer named it; a link lives a day, but not past two from the submission."""
+    assert not image["confirmed"] or image["source_url"] in heard.links or image["state"] == "erased", "no answer ever named it"
+    assert task["id"] not in heard.erased or image["state"] == "erased", "a picture of an erased task"
+    if was and was["source_url"] != image["source_url"]:
+        assert was["confirmed"] or image["stale_count"] == image["wrong_count"] == 0, "blamed for what another link did"
+    if was and was["confirmed"] and was["link_dies_at"] != image["link_dies_at"]:
+        assert image["link_dies_at"] <= (task["submitted_at"] or task["created_at"]) + LIVES * DAY, "its link is said to live for ever"
 
 
 def check_image(was: Row, row: Row | None, task: Row, before: Row) -> None:
@@ -161,37 +195,6 @@ def check_image(was: Row, row: Row | None, task: Row, before: Row) -> None:
         return
     for name in ("state", "blob", "sha256", "source_url", "confirmed", "position"):
         assert was[name] == row[name], f"a {was['state']} picture's {name} was {was[name]} and is {row[name]}"
-
-
-def check_write(write: Write, before: Seen, now: Seen, time: int) -> None:
-    """What was asked since the question is due at once. A write after its lease changes nothing but by a submission's answer in hand."""
-    grant = write.grant
-    if grant is None:
-        return
-    if before.holds(grant):
-        row = now.tasks.get(grant.key)
-        waits = row is not None and (row["settle_due_at"] or time + 1) > time
-        if isinstance(write.item, Settlement) and row and row["settle_requests"] != write.item.requests and not row["settled_digest"]:
-            assert not waits, "somebody asked while the upstream was asked, and waits"
-        if isinstance(write.item, Submission) and row and row["state"] == State.SUBMITTED and row["settle_requests"]:
-            assert not waits or before.tasks[grant.key]["upstream_id"], "somebody asked before there was an id, and waits"
-        return
-    outcome = write.item.outcome if isinstance(write.item, Submission) else None
-    if isinstance(outcome, Accepted):
-        names = [row["upstream_id"] for row in now.tasks.values()]
-        known = outcome.report.upstream_id in names or now.tasks[grant.key]["upstream_id_from"] == "answer"
-        assert known, "an answer in hand is forgotten"
-        return
-    if isinstance(outcome, Refused) and before.tasks[grant.key]["state"] == State.UNCERTAIN:
-        return
-    counted = {"submit_outcomes"} if outcome is not None else set()
-    assert len(before.events) == len(now.events), "an event of nobody's"
-    for table in (tasks, images, deliveries):
-        was, rows = before.table(table), now.table(table)
-        assert was.keys() == rows.keys(), f"rows of {table.name} came or went under an ended lease"
-        for key, row in rows.items():
-            changed = {name for name in row if row[name] != was[key][name]} - counted
-            assert not changed, f"{changed} of {key} changed under an ended lease"
 
 
 def check_grant(grant: Grant, writes: Sequence[Write], before: Seen, after: Seen, now: int) -> None:
@@ -211,40 +214,3 @@ def check_sent(task: Row, earlier: Sequence[Sent], *, permitted: bool) -> None:
     """Sent again only when all before created nothing, or when somebody said so while it was uncertain."""
     proved = all(sent.nothing for sent in earlier)
     assert proved or (permitted and task["state"] == State.UNCERTAIN), f"{task['id']} was submitted twice"
-
-
-def next_due(seen: Seen) -> int | None:
-    """When the next row may be claimed."""
-    times = []
-    for queue in QUEUES.values():
-        for row in seen.table(queue.table).values():
-            due, until = row[queue.prefix + "due_at"], row[queue.prefix + "lease_until"]
-            times += [] if due is None else [max(due, until or 0)]
-    return min(times, default=None)
-
-
-def check_end(seen: Seen, shop: Workshop, latest: int) -> None:
-    """When nothing is due any more: everything is decided, and what was said and charged is known."""
-    assert all(image["state"] != "pending" for image in seen.images.values()), "a picture is awaited for ever"
-    assert all(row["state"] != "pending" for row in seen.deliveries.values()), "a delivery is pending for ever"
-    for queue in QUEUES.values():
-        untils = [row[queue.prefix + "lease_until"] or 0 for row in seen.table(queue.table).values()]
-        assert all(until <= latest + 70 * SECOND for until in untils), "leased for ever"
-    for task_id, row in seen.tasks.items():
-        state = State(row["state"])
-        assert state in TERMINAL, f"{task_id} is {state} for ever"
-        assert not row["settled_digest"] or all(image["confirmed"] for image in seen.of(task_id)), (
-            f"{task_id}: a picture that only a callback named is kept"
-        )
-        real = shop.upstream.reals.get(row["upstream_id"] or "")
-        if real is None or not real.known or task_id in shop.upstream.lied_about or "task.parked" in seen.types(task_id):
-            continue
-        gone = state is State.EXPIRED and real.truth.error == error("resource_not_found")  # which leaves it open to proof
-        if task_id in shop.proved_late and state is not State.CANCELLED and row["erased_at"] is None and not gone:
-            assert row["settled_digest"] is not None, f"{task_id}: what was called back after its end was never settled"
-        one = shop.confirms or len(shop.upstream.of(task_id)) == 1  # what is believed without an id may tell of either of two
-        if one and row["settled_digest"] and real.truth.results and state is not State.CANCELLED and row["erased_at"] is None:
-            named = [image["position"] for image in seen.of(task_id)]
-            assert named == list(range(len(real.truth.results))), f"{task_id}: {named} are not all of its pictures"
-        if shop.confirms and state is not State.EXPIRED:
-            assert row["credits_used"] == real.truth.credits_used, f"{task_id}: {row['credits_used']} is not what it cost"

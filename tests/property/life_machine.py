@@ -1,12 +1,10 @@
 """What every rule does with the store, what is looked at after each, and how every life ends."""
 
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
-from hypothesis import note
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from service.model import TERMINAL, Report, State
@@ -14,38 +12,26 @@ from service.store import Grant
 from service.store.operations import leases
 from service.store.operations.deliveries import EndpointChange, change_endpoints
 from service.store.operations.faults import claim_suspects
-from service.store.operations.inbox import accept_callbacks
+from service.store.operations.inbox import Callback, accept_callbacks
+from service.store.operations.retention import Erasure, strip_tasks
+from service.store.operations.settling import Settlement
 from service.store.operations.submissions import Start, Submission, Uncertain
 from service.store.records import Row
 from service.store.tables import QUEUES
 from tests.contract.subject import DAY, HOUR, callback
 from tests.property.life_bench import Bench
-from tests.property.life_checks import Seen, check, check_end, check_grant, check_sent, check_write, next_due
+from tests.property.life_checks import Seen, check, check_grant, check_sent
+from tests.property.life_end import check_end, next_due, remains
+from tests.property.life_heard import Heard, names_another, verdicts
+from tests.property.life_leases import check_write
+from tests.property.life_step import Step
+from tests.property.life_story import tell
 from tests.property.life_upstream import Upstream
 from tests.property.life_work import Life, Read, Workshop, Write
 
 ROUNDS = 60  # of claims at the end, before something is due for ever
 PATIENT_ROUNDS = 20  # afterwards the clock leaps: an upstream that knows nothing is asked for a day
 HANDS = 8  # jobs in hand; whoever has held one for longest is gone
-Chosen = TypeVar("Chosen")
-
-
-class Line:
-    """A line below the step in the story of a failure, without what is nothing; written when it is read."""
-
-    def __init__(self, what: object) -> None:
-        self.what = what
-
-    def __repr__(self) -> str:
-        return "    " + re.sub(r"_0{9,}", "_", re.sub(r"(, )?\w+=(None|\(\)|'')", "", str(self.what)))
-
-
-def tell(what: object) -> None:
-    note(Line(what))
-
-
-def among(items: Sequence[Chosen], pick: int) -> Chosen:
-    return items[pick % len(items)]
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +58,9 @@ class Living(RuleBasedStateMachine):
         self.seen = Seen()
         self.places = 0  # free places for rows that are born leased
         self.endpoint: str | None = None
+        self.heard = Heard()
+        self.noted = 0  # what time it was, when somebody looked
+        self.old: Sequence[str] = ()  # tasks whose content may go
         self.last: list[int] = []  # luck of the first rounds after the end
         self.begun = self.quiet = False
 
@@ -96,17 +85,64 @@ class Living(RuleBasedStateMachine):
     def write(self, process: int, *writes: Write, twice: bool = False, places: dict[str, int] | None = None) -> list[Any]:
         """Commits writes together, `twice` when the answer to the first COMMIT was lost, and looks. What is granted becomes jobs."""
         process %= self.bench.processes
+        first: list[Any] = []
         free = dict.fromkeys(QUEUES, self.places) if places is None else places
         results: list[Any] = []
         for _ in range(1 + twice):
             before = self.seen
             results, granted, self.seen = self.bench.write(process, writes, free, before)
-            check(before, self.seen)
-            if len(writes) == 1:
-                check_write(writes[0], before, self.seen, self.bench.clock.now)
+            self.see(self.bench.names[process], writes, results, granted, before, free)
             for grant in sorted(granted, key=lambda grant: grant.key):
                 self.hire(process, grant, writes, before)
+            first = first or verdicts(results)
+            assert verdicts(results) == first, "run again, and judged anew"
         return results
+
+    def see(
+        self, process: str, writes: Sequence[Write], results: Sequence[Any], granted: Sequence[Grant], before: Seen, places: dict[str, int]
+    ) -> None:
+        """Looks at what was done, and remembers what was heard. What one write does is known when it was alone, or none met another."""
+        now, alone = self.bench.clock.now, len(writes) == 1
+        for write in writes:
+            if isinstance(write.item, Settlement) and write.item.report and before.holds(write.item.grant):
+                self.heard.links |= set(write.item.report.results)
+        check(before, self.seen, self.heard, alone=alone)
+        found = [result for result in results if result is not None]
+        for write, result in zip(writes, results, strict=True):
+            claims = write.operation is leases.claim or (write.operation is claim_suspects and len(found) <= 1)
+            if alone or claims:
+                mine = [grant for grant in granted if not claims or grant.stage == write.item]
+                check_write(
+                    Step(
+                        process,
+                        write,
+                        result,
+                        mine,
+                        places.get(write.item, 0) if claims else 0,
+                        before,
+                        self.seen,
+                        now,
+                        self.heard,
+                        self.noted,
+                    )
+                )
+        for write, result in zip(writes, results, strict=True):
+            self.remember(write, result, before, alone=alone)
+
+    def remember(self, write: Write, result: Any, before: Seen, *, alone: bool) -> None:
+        now, item = self.bench.clock.now, write.item
+        if isinstance(item, Callback):
+            self.heard.called(item, result.verdict, foreign=names_another(item, before.tasks), alone=alone)
+        elif isinstance(item, Settlement):
+            self.heard.answered(item, before.tasks[item.grant.key], self.seen.tasks[item.grant.key])
+        elif isinstance(item, Erasure) and result.refused is None:
+            self.heard.erased.add(item.task_id)
+        elif write.operation is strip_tasks:
+            for task_id in item:
+                if before.tasks[task_id]["erased_at"] is None is not self.seen.tasks[task_id]["erased_at"]:
+                    self.heard.stripped(task_id)
+        elif write.operation is leases.keep_time and not 0 < self.noted - now <= leases.TOLERANCE_MS:
+            self.noted = now
 
     def look_for_work(self, process: int, stages: Iterable[str], places: int) -> None:
         """Claims what is due, and then what brought its process down before and is to run alone."""
@@ -200,6 +236,7 @@ class Living(RuleBasedStateMachine):
                 self.go_on(list(self.jobs))
             if next_due(self.seen) is None:
                 check_end(self.seen, self.shop, self.bench.clock.now + HOUR)
+                assert not self.bench.read(0, Read(remains, (sorted(self.heard.erased),))), "kept after erasure"
                 return
             self.bench.clock.shift(max(1, self.due_in()) + (DAY if count > PATIENT_ROUNDS else 0))
         raise AssertionError(f"due for ever: {[row['id'] for row in self.tasks if row['settle_due_at'] or row['submit_due_at']]}")

@@ -9,7 +9,10 @@ from service.model import JSON, Report, Status
 from service.upstreams import Found, NoAnswer, NotFound, QueryOutcome
 
 ENDS = ("completed", "failed", "completed", "cancelled", "completed", "empty", "completed", "gone")
-SAYS = ("truth", "end", "processing", "without id", "unreadable", "another end", "other links", "another's id", "nobody's id", "no status")
+SAYS = (
+    *("truth", "end", "processing", "without id", "unreadable", "another end", "other links", "another's id", "nobody's id"),
+    *("no status", "again", "again"),
+)
 LIES = ("another end", "another's id", "nobody's id")
 CREDITS = 1_500_000
 
@@ -31,11 +34,12 @@ class Upstream:
     reals: dict[str, Real] = field(default_factory=dict)
     lied_about: set[str] = field(default_factory=set)
     honest: bool = False  # never lies
+    said: dict[str, list[Report | None]] = field(default_factory=dict)  # in callbacks, by task of ours
     _links: int = 0
 
     def create(self, task_id: str) -> Real:
         name = f"task-unified-{len(self.reals)}-{task_id[-6:]}"
-        self.reals[name] = Real(name, task_id, Report(name, Status.PENDING, estimated_time=45, credits_reserved=CREDITS))
+        self.reals[name] = Real(name, task_id, Report(name, Status.PENDING, estimated_time=45 + len(self.reals), credits_reserved=CREDITS))
         return self.reals[name]
 
     def of(self, task_id: str) -> list[Real]:
@@ -87,7 +91,13 @@ class Upstream:
         return NotFound() if truth is None else Found(truth)
 
     def says(self, task_id: str, kind: str, pick: int) -> Report | None:
-        """A callback for a task of ours; None: unreadable."""
+        """A callback for a task of ours, or `again` the first that said how it ended; None: unreadable."""
+        before = self.said.setdefault(task_id, [])
+        ends = [report for report in before if report and report.final]
+        before.append(ends[0] if kind == "again" and ends else self._says(task_id, kind, pick))
+        return before[-1]
+
+    def _says(self, task_id: str, kind: str, pick: int) -> Report | None:
         mine, others = self.of(task_id), [real for real in self.reals.values() if real.task_id != task_id]
         if self.honest and kind in LIES:
             kind = "end"
@@ -104,6 +114,7 @@ class Upstream:
             case "unreadable":
                 return None
             case "another end":
+                self.end(real, ENDS[(pick + 1) % len(ENDS)] if pick % 4 else "completed")
                 return self.an_end(real.id, ENDS[pick % len(ENDS)], 1 + pick % 3)
             case "other links":
                 return self.renewed(real.truth)
@@ -112,7 +123,7 @@ class Upstream:
                 self.lied_about.add(taken.task_id)
                 return replace(real.truth, upstream_id=taken.id)
             case "another's id" | "nobody's id":
-                return replace(real.truth, upstream_id="task-unified-nobody")
+                return replace(real.truth, upstream_id="task-unified-nobody", estimated_time=pick)
             case "no status":
                 return replace(real.truth, status=None)
         return replace(real.truth, credits_used=None) if pick % 2 else real.truth

@@ -96,7 +96,7 @@ class Workshop:
             yield Write(record_submissions, Submission(grant, Undecided()))
         elif state not in (State.QUEUED, State.UNCERTAIN):
             yield Write(leases.done, grant)
-        elif row and self.luck == 1 and (state is State.UNCERTAIN or self._young(row)):
+        elif row and self.luck in (1, 11) and (state is State.UNCERTAIN or self._young(row)):
             yield Write(hold_submissions, Hold(grant, MINUTE, HOUR))
         elif (yield Write(start_submissions, Start(grant, 70 * SECOND, state is State.UNCERTAIN))) is None:
             yield Write(leases.done, grant)
@@ -108,13 +108,13 @@ class Workshop:
             sent.nothing = isinstance(outcome, Again)
 
     def _again(self, row: Row) -> bool:
-        return bool(row["resubmit"] or (self.resubmits and (self._young(row) or row["submit_outcomes"] < 2)))
+        return bool(row["resubmit"] or (self.resubmits and self._young(row)))
 
     def _young(self, row: Row) -> bool:
         return bool(self.clock() - row["created_at"] < HOUR)
 
     def _uncertain(self, reason: str) -> Uncertain:
-        return Uncertain(reason, 15 * MINUTE if self.with_callback else 5 * SECOND if self.resubmits else 0)
+        return Uncertain(reason, 15 * MINUTE if self.with_callback else 5 * SECOND if self.resubmits else 0, resend=self.resubmits)
 
     def _call(self, task_id: str) -> Accepted | Again | Refused | Uncertain:
         """What really happens upstream, and what is heard of it."""
@@ -175,10 +175,13 @@ class Workshop:
 
     def _fetched(self, row: Row) -> Stored | Retry | Lost:
         sha = sha256(row["source_url"].encode()).hexdigest()
-        match self.luck:
+        bad = 4 if row["wrong_count"] else 2 if row["stale_count"] else self.luck  # what is bad mostly stays so
+        match bad if self.luck > 4 else self.luck:
             case 1:
                 return Retry("answered 500", SECOND)
-            case 2 | 3:
+            case 2 | 3:  # the upstream gives fresh links to whoever asks
+                for real in self.upstream.of(row["task_id"]):
+                    real.truth = self.upstream.renewed(real.truth)
                 return Retry("answered 404", 5 * SECOND, stale=True)
             case 4:
                 return Retry("no image", SECOND, wrong_sha256=sha)
@@ -194,11 +197,11 @@ class Workshop:
         parcel: Parcel | None = yield Read(queries.parcel, (grant.key,))
         if parcel is None or parcel.delivery["state"] != "pending" or parcel.event is None:
             yield Write(leases.done, grant)
-        elif parcel.endpoint is None or parcel.endpoint["status"] == "disabled":
+        elif parcel.callback_url is None and (parcel.endpoint is None or parcel.endpoint["status"] == "disabled"):
             yield Write(record_attempts, Outcome(grant, "dead"))
-        elif parcel.endpoint["status"] == "paused":
+        elif parcel.endpoint and parcel.endpoint["status"] == "paused":
             yield Write(record_attempts, Outcome(grant, "held"))
-        elif (left := (parcel.endpoint["paused_until"] or 0) - self.clock()) > 0:
+        elif parcel.endpoint and (left := (parcel.endpoint["paused_until"] or 0) - self.clock()) > 0:
             yield Write(record_attempts, Outcome(grant, "later", wait_ms=left))
         else:
             yield Write(record_attempts, self._delivered(grant))

@@ -4,7 +4,8 @@ import pytest
 
 from service.errors import ConfigurationError
 from service.settings import load_settings, masked
-from service.sinks.addresses import SinkAddress, sink_address
+from service.sinks.addresses import SECURE, SinkAddress, sink_address
+from service.sinks.broker import BrokerSink
 
 
 def test_an_address_has_its_parts() -> None:
@@ -77,3 +78,19 @@ def test_the_settings_take_several_and_never_tell_a_password() -> None:
         load_settings({"DARKROOM_SINKS": "redis://h/0?stream=s,nats:/h/a"}, None)
     with pytest.raises(ConfigurationError, match="each address once"):
         load_settings({"DARKROOM_SINKS": "kafka://a/t,kafka://u:p@a/t"}, None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nats+tls://token@h/a?stream=S",
+        "kafka+tls://u:p@h/t?sasl=SCRAM-SHA-256",
+        "kafka://u:p@h/t",
+        "amqps://h/%2F?exchange=e",
+        "rediss://u:p@h?stream=s",
+    ],
+)
+def test_every_form_of_an_address_is_one_the_library_takes(text: str) -> None:
+    """TLS, tokens and Kafka's users are put together as it wants them; nothing is connected."""
+    address = sink_address(text)
+    assert (BrokerSink(address).name, address.tls) == (address.name, text.partition("://")[0] in SECURE)

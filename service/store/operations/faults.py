@@ -28,20 +28,27 @@ class Fault:
 
 
 def record_faults(tx: Transaction, items: Sequence[Fault]) -> list[int]:
-    """Counts faults: how many the row has now; 0 where the lease had ended. At `FAULT_LIMIT` the row is parked."""
+    """Counts faults: how many the row has now. At `FAULT_LIMIT` it is parked. 0: nothing is counted, for the lease had ended, or nobody
+    wants the work any more: others moved the task on meanwhile, and the lease ends as if it were done.
+    """
     return [_record(tx, item) for item in items]
 
 
 def _record(tx: Transaction, item: Fault) -> int:
     queue = QUEUES[item.grant.stage]
-    count: int = tx.connection.execute(select(queue.column("faults")).where(queue.table.c.id == item.grant.key)).scalar() or 0
-    parked = count + 1 >= FAULT_LIMIT
-    values = {"lease_until": None, "lease_owner": None, "due_at": None if parked else tx.now + item.wait_ms, "faults": count + 1}
+    columns = (queue.column("due_at"), queue.column("faults"))
+    row = tx.connection.execute(select(*columns).where(queue.table.c.id == item.grant.key).with_for_update()).first()
+    if row is None or row[0] is None:
+        leases.done(tx, [item.grant])
+        return 0
+    count: int = row[1] + 1
+    parked = count >= FAULT_LIMIT
+    values = {"lease_until": None, "lease_owner": None, "due_at": None if parked else tx.now + item.wait_ms, "faults": count}
     if not leases.change(tx, item.grant, values):
         return 0
     if parked:
-        _park(tx, item.grant, f"{count + 1} faults")
-    return count + 1
+        _park(tx, item.grant, f"{count} faults")
+    return count
 
 
 @dataclass(frozen=True, slots=True)

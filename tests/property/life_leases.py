@@ -1,0 +1,186 @@
+"""What one write alone does to leases; and which check belongs to which operation."""
+
+from collections.abc import Callable
+from typing import Any
+
+from service.store import LEASE_MS, Grant
+from service.store.operations import faults, leases
+from service.store.operations.deliveries import record_attempts
+from service.store.operations.faults import Fault, claim_suspects, record_faults
+from service.store.operations.holding import hold_submissions, resume_submissions
+from service.store.operations.images import record_downloads
+from service.store.operations.inbox import accept_callbacks
+from service.store.operations.interventions import reconcile_tasks, resolve_tasks
+from service.store.operations.retention import erase_tasks, strip_tasks
+from service.store.operations.settling import record_settlements
+from service.store.operations.submissions import record_submissions, start_submissions
+from service.store.operations.tasks import cancel_tasks
+from service.store.tables import QUEUES
+from tests.property.life_checks import Seen
+from tests.property.life_hands import check_download, check_erased, check_reconciled, check_resolution, check_stripped
+from tests.property.life_heard import ENDED
+from tests.property.life_step import Step, check_late
+from tests.property.life_writes import check_accept, check_cancellation, check_hold, check_settlement, check_start, check_submission
+
+ALONE = 2  # deaths after which a row runs alone
+FINISHING = (record_submissions, record_settlements, record_downloads, record_attempts, hold_submissions, leases.done)
+
+
+def lease_of(seen: Seen, grant: Grant) -> dict[str, Any]:
+    """The row's lease columns, without their prefix."""
+    prefix, row = QUEUES[grant.stage].prefix, seen.row(grant)
+    names = ("due_at", "lease_until", "lease_owner", "fence", "attempts", "deaths", "faults")
+    return {name: row[prefix + name] for name in names} if row else {}
+
+
+def check_write(step: Step) -> None:
+    operation, grant = step.write.operation, step.write.grant
+    if grant is not None and not step.held:
+        check_late(step)
+    if grant is not None and step.held and operation in FINISHING:
+        lease = lease_of(step.now, grant)
+        assert not step.now.holds(grant), "the work is done, and leased still"
+        assert not lease or not lease["deaths"], "worked on to its end, and suspected still"
+    if operation in CHECKS:
+        CHECKS[operation](step, step.write.item)
+
+
+# --- leases ---
+
+
+def check_claim(step: Step, stage: str) -> None:
+    """No more than there are places for, only what is due, and not what is to run alone."""
+    assert len(step.granted) <= step.places, "more than there are places for"
+    for grant in step.granted:
+        was, now = lease_of(step.before, grant), lease_of(step.now, grant)
+        assert grant.stage == stage
+        assert was["due_at"] is not None
+        assert was["due_at"] <= step.time, "not due yet"
+        died = was["lease_until"] is not None
+        assert was["deaths"] + died < ALONE, "it is to run alone"
+        assert (now["deaths"], now["attempts"], grant.attempts) == (was["deaths"] + died, was["attempts"] + 1, was["attempts"] + 1)
+        assert now["lease_until"] == step.time + LEASE_MS
+
+
+def check_suspect(step: Step, stage: str) -> None:
+    found = step.result
+    told = [event for event in step.told("task.parked") if event["data"]["stage"] == stage]
+    assert len(told) == (found is not None and found.parked), "parked, and nobody is told"
+    if found is None:
+        return
+    was, now = lease_of(step.before, found.grant), lease_of(step.now, found.grant)
+    assert found.grant.stage == stage
+    assert found.deaths == was["deaths"] + (was["lease_until"] is not None) >= ALONE, "deaths are not counted"
+    assert found.parked == (found.deaths >= faults.DEATH_LIMIT), "parked, or not, before its time"
+    if found.parked:
+        check_parked(step, found.grant)
+    else:
+        assert now["due_at"] == step.time + leases.SUSPECT_WAITS_MS.get(found.deaths, leases.LONGEST_WAIT_MS), "not put off"
+
+
+def check_fault(step: Step, item: Fault) -> None:
+    if not step.held:
+        assert step.result == 0
+        return
+    was, now = lease_of(step.before, item.grant), lease_of(step.now, item.grant)
+    told = step.told("task.parked")
+    assert not step.now.holds(item.grant)
+    if was["due_at"] is None:  # somebody else has done what there was to do
+        assert (step.result, now["due_at"], now["faults"], told) == (0, None, was["faults"], [])
+        return
+    parked = was["faults"] + 1 >= faults.FAULT_LIMIT
+    assert (step.result, now["faults"], len(told)) == (was["faults"] + 1, was["faults"] + 1, parked)
+    if parked:
+        check_parked(step, item.grant)
+    else:
+        assert now["due_at"] == step.time + item.wait_ms
+
+
+def check_parked(step: Step, grant: Grant) -> None:
+    """Its work is over: nothing is due, and what waited for it goes on without."""
+    was, row = step.before.row(grant), step.now.row(grant)
+    assert was
+    assert row
+    assert not step.now.holds(grant)
+    assert row[QUEUES[grant.stage].prefix + "due_at"] is None, "parked, and due"
+    match QUEUES[grant.stage].table.name:
+        case "tasks":
+            stands = was["state"] == "storing" or was["state"] in ENDED
+            assert row["state"] == (was["state"] if stands else "failed"), "parking took away what others go on with"
+            assert stands or row["error"]["code"] == "internal_error"
+        case "images":
+            assert (row["state"], row["error"]) == ("lost", "internal_error")
+        case _:
+            assert row["state"] in ("dead", "cancelled")
+
+
+def check_renewal(step: Step, grant: Grant) -> None:
+    assert step.result == step.held
+    if step.held:
+        was, now = lease_of(step.before, grant), lease_of(step.now, grant)
+        assert now == was | {"lease_until": max(was["lease_until"], step.time + LEASE_MS)}, "a lease made shorter"
+
+
+def check_release(step: Step, grant: Grant) -> None:
+    assert step.result == step.held
+    if step.held:
+        was = lease_of(step.before, grant)
+        due = None if was["due_at"] is None else min(was["due_at"], step.time)
+        freed = {"lease_until": None, "lease_owner": None, "attempts": was["attempts"] - 1, "due_at": due}
+        assert lease_of(step.now, grant) == was | freed, "given back, and not untouched"
+
+
+def check_done(step: Step, grant: Grant) -> None:
+    assert step.result == step.held
+    assert not step.held or lease_of(step.now, grant).get("due_at") is None, "nothing is to be done, and due"
+
+
+def check_freed(before: Seen, now: Seen) -> None:
+    """All leases have ended with their process, and each counts as a death."""
+    for queue in QUEUES.values():
+        until, deaths = queue.prefix + "lease_until", queue.prefix + "deaths"
+        for key, row in now.table(queue.table).items():
+            was = before.table(queue.table)[key]
+            assert (row[until], row[deaths]) == (None, was[deaths] + (was[until] is not None)), "a death that is not counted"
+
+
+def check_resumed(step: Step, most: int) -> None:
+    process = step.process
+    for key, row in step.now.tasks.items():
+        was = step.before.tasks[key]
+        held = was["submit_lease_until"] is None and was["submit_lease_owner"] == process and (was["submit_due_at"] or 0) > step.time
+        assert row["submit_due_at"] == (step.time if held else was["submit_due_at"]), "resumed another's, or not one's own"
+    assert step.result <= most
+
+
+def check_clock(step: Step, _: None) -> None:
+    """What is planned comes nearer by as much as the clock went back."""
+    back = step.noted - step.time if step.noted - step.time > leases.TOLERANCE_MS else 0
+    for queue in QUEUES.values():
+        for key, row in step.now.table(queue.table).items():
+            for name in (queue.prefix + "due_at", queue.prefix + "lease_until"):
+                was = step.before.table(queue.table)[key][name]
+                assert row[name] == (was - back if was is not None and was > step.time else was), f"{name} after a clock that went back"
+
+
+CHECKS: dict[Callable[..., Any], Callable[[Step, Any], None]] = {
+    start_submissions: check_start,
+    record_submissions: check_submission,
+    hold_submissions: check_hold,
+    resume_submissions: check_resumed,
+    record_settlements: check_settlement,
+    record_downloads: check_download,
+    accept_callbacks: check_accept,
+    cancel_tasks: check_cancellation,
+    leases.claim: check_claim,
+    claim_suspects: check_suspect,
+    record_faults: check_fault,
+    leases.renew: check_renewal,
+    leases.release: check_release,
+    leases.done: check_done,
+    leases.keep_time: check_clock,
+    resolve_tasks: check_resolution,
+    reconcile_tasks: check_reconciled,
+    erase_tasks: check_erased,
+    strip_tasks: check_stripped,
+}
