@@ -86,7 +86,11 @@ def put_back(folder: Path, manifest: "Manifest", settings: "Settings", path: Pat
     known = there(settings, path)
     if known and not force:
         raise CommandFailed(f"{known[0]} is there already: --force sets aside what is there")
-    with staging(path.parent, path.name) as store, staging(settings.data_dir, KEY) as key, staging(settings.image_dir, IMAGES) as images:
+    with (
+        staging(path.parent, path.name, path) as store,
+        staging(settings.data_dir, KEY) as key,
+        staging(settings.image_dir, IMAGES) as images,
+    ):
         for name, place in ((DATABASE, store), (KEY, key)):
             if name in manifest.files:
                 (place / name).touch(0o600)
@@ -125,17 +129,23 @@ def there(settings: "Settings", path: Path) -> list[Path]:
 
 
 @contextmanager
-def staging(place: Path, name: str) -> Iterator[Path]:
-    """A folder beside where something goes, on the same file system; gone at the exit, as is what a killed restoration left of it."""
+def staging(place: Path, name: str, store: Path | None = None) -> Iterator[Path]:
+    """A folder beside where something goes, on the same file system; gone at the exit, as is what a killed restoration left of it.
+
+    But the one beside a `store` that was there, or was to be, and is not: a start is told by it that a restoration was broken off.
+    """
     from service.store.soundness import RESTORING
 
     folder = place / (RESTORING + name)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700, parents=True)
+    awaited = store is not None and (store.exists() or folder.exists())
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for left in folder.iterdir():
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if store is None or not awaited or store.exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def servable(database: Path, key: Path, manifest: "Manifest", settings: "Settings", *, moved: bool) -> "Restored":

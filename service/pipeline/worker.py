@@ -5,6 +5,7 @@ when a place is freed, when the store hints at work, or at the next look. What a
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,11 +18,12 @@ from service.ops.metrics import Metrics
 from service.pipeline.retry import fault_wait
 from service.store import RENEW_S, Grant, Store, Transaction, queries
 from service.store.operations.faults import FAULT_LIMIT, Fault, claim_suspects, record_faults
-from service.store.operations.leases import claim, keep_time, release, renew, suspected
+from service.store.operations.leases import claim, keep_time, put_off, release, renew, suspected
 
 log = structlog.get_logger()
 
 LOOK_S = 0.5  # how long due work may wait when nobody hinted at it
+RETURNED = 10_000  # rows that are remembered as given back
 ALONE_S = 15.0  # so long a suspect waits for others to end, and then has the process to itself
 KEYS = {
     **dict.fromkeys(("submit", "settle", "reconcile"), "task_id"),
@@ -67,6 +69,7 @@ class WorkerPool:
         self._late: list[Grant] = []  # what a transaction that was under way granted after the stop
         self._wake = asyncio.Event()
         self._away = False  # the store, and that was logged
+        self._returned: Counter[str] = Counter()  # how often a row was given back since it was last worked on to an end
         self.alive = False
 
     # --- what the store asks ---
@@ -173,6 +176,7 @@ class WorkerPool:
                         await self._store.write(release, grant)
                     else:
                         await stage.run(grant)
+                        self._returned.pop(grant.key, None)
                 except Exception as error:  # noqa: BLE001 - the one broad except of the workers: logged once, counted, tried again
                     await self._failed(grant, error)
         finally:
@@ -206,13 +210,20 @@ class WorkerPool:
             log.error("task.parked", stage=grant.stage, cause=f"{faults} faults")
 
     async def _give_back(self, grant: Grant) -> None:
-        """Gives up work that could not be recorded, as soon as the store commits again."""
+        """Gives up work that could not be recorded, as soon as the store commits again; from the third time on others go first, as it may
+        be this row that the store cannot read or write.
+        """
+        if len(self._returned) > RETURNED:
+            self._returned.clear()
+        self._returned[grant.key] += 1
+        again = self._returned[grant.key] - 2
+        wait_ms = round(fault_wait(again) * 1000) if again > 0 else 0
         given = False
         while not given:
             await asyncio.sleep(LOOK_S)
             given = self._stopping  # then once more, or a death that was none is counted
             with suppress(StoreUnavailable):
-                await self._store.write(release, grant)
+                await self._store.write(put_off, (grant, wait_ms))
                 given = True
 
     async def _renew(self) -> None:

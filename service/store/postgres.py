@@ -21,6 +21,7 @@ from service.store import Item, P, Result, Signals, Transaction, Workers, schema
 from service.store.clock import wall_clock
 from service.store.committer import Batch, Call, Committer, Run, execute
 from service.store.hosts import connecting
+from service.store.operations import leases
 
 log = structlog.get_logger()
 
@@ -55,21 +56,28 @@ class PostgresStore:
         self._committers = [Committer(self._run_batch, self.signals, self._busy_ones) for _ in range(COMMITTERS)]
         self._workers: Workers | None = None
         self._turn = 0
+        self._latest = 0  # the database's time when the last transaction began that was committed
         self._reading = asyncio.Semaphore(READERS)  # slow reads leave the committers their connections
 
     def _begin(self, connection: Connection, slots: dict[str, int]) -> Transaction:
         now = self._clock(connection.execute(NOW).scalar_one())
-        return Transaction(connection, now, self.process, self._new_id, slots)
+        tx = Transaction(connection, now, self.process, self._new_id, slots)
+        if now < self._latest - leases.TOLERANCE_MS:  # before anything is planned by the new time, which is not to come nearer too
+            leases.keep_time(tx, [None])
+        return tx
 
     async def _run_batch(self, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
         return await execute(self._transaction, self._begin, calls, slots)
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[Run]:
+        began = self._latest
         async with self._engine.begin() as connection:
 
             async def run(function: Callable[..., tuple[list[Any], Transaction]], *args: Any) -> tuple[list[Any], Transaction]:
+                nonlocal began
                 results, tx = await connection.run_sync(function, *args)
+                began = tx.now
                 if tx.touched or tx.emitted or tx.due:
                     hint = {"from": self.process, "tasks": sorted(tx.touched), "events": bool(tx.emitted), "due": sorted(tx.due)}
                     text = json.dumps(hint, separators=(",", ":"))
@@ -77,6 +85,7 @@ class PostgresStore:
                 return results, tx
 
             yield run
+        self._latest = began
 
     async def _listen(self) -> None:
         """Passes on what other processes tell, on a connection of its own, for ever."""
@@ -152,6 +161,7 @@ class PostgresStore:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
             connection.execute(text(f"SET LOCAL lock_timeout = {TURN_MS}"))  # who works queues behind whoever waits for a table
             schema.migrate(connection, allowed=migrate)
+            leases.keep_time(self._begin(connection, {}), [None])
 
         for turn in range(TURNS):
             try:

@@ -305,7 +305,12 @@ for queue in QUEUES.values():  # each has its own index: thousands that are due 
     due = queue.column("due_at")
     wanting = due.is_not(None) if queue.where is None else and_(due.is_not(None), queue.where)
     turn = [queue.order] if queue.stage == "submit" else []  # owners' turns: the next one is the first that is due
-    Index(f"ix_{queue.table.name}_{queue.stage}_due_at", *turn, due, sqlite_where=wanting, postgresql_where=wanting)
+    name = f"{queue.stage}_next" if queue.table is deliveries else queue.stage
+    Index(f"ix_{queue.table.name}_{name}_due_at", *turn, due, sqlite_where=wanting, postgresql_where=wanting)
+
+for name, tried in (("deliver", deliveries.c.attempts == ZERO), ("redeliver", deliveries.c.attempts > ZERO)):
+    waiting = and_(deliveries.c.due_at.is_not(None), tried)  # of schema 0001, whose processes may run beside: the next migration takes them
+    Index(f"ix_deliveries_{name}_due_at", deliveries.c.due_at, sqlite_where=waiting, postgresql_where=waiting)
 
 for table, prefix in ((tasks, "submit_"), (tasks, "settle_"), (images, ""), (deliveries, ""), (replays, "")):
     deaths = table.c[f"{prefix}deaths"]

@@ -9,7 +9,7 @@ from service.store.operations import leases
 from service.store.operations.faults import claim_suspects
 from service.store.operations.submissions import Again, Submission, record_submissions
 from service.store.tables import endpoints
-from tests.contract.subject import HOUR, LEASE, SECOND, Clock, Opener, Subject
+from tests.contract.subject import HOUR, LEASE, SECOND, Clock, Opener, Subject, accepted, upstream_id
 
 
 def paused(tx: Transaction, items: Sequence[tuple[str, int]]) -> list[None]:
@@ -47,6 +47,35 @@ async def test_a_clock_that_goes_back_under_running_processes_puts_nothing_off(s
     assert [grant.key for grant in await subject.claim("submit")] == [waiting.key]
     subject.clock.shift(LEASE - 5 * SECOND)
     assert leased in [grant.key for grant in await subject.claim("submit")]
+
+
+async def test_what_is_begun_after_the_clock_went_back_is_not_ended_by_that(two: tuple[Subject, Subject]) -> None:
+    """The first transaction that sees it brings nearer what was planned before; a submission under way then keeps its lease."""
+    one, other = two
+    await one.write(leases.keep_time, None)
+    one.clock.shift(-HOUR)
+    grant = await one.submitting()
+    one.clock.shift(2 * SECOND)
+    for subject in two:
+        await subject.write(leases.keep_time, None)
+    assert await other.claim("submit") == []
+    assert await one.submission(grant, accepted(upstream_id(grant.key))) == "submitted"
+
+
+async def test_a_process_that_starts_after_the_clock_went_back_sees_it(postgres_opener: Opener, clock: Clock) -> None:
+    """Before it plans anything: the store knows what time it was."""
+    async with postgres_opener() as store:
+        subject = Subject(store, clock)
+        await subject.write(leases.keep_time, None)
+        grant = await subject.submitting()
+        await subject.write(record_submissions, Submission(grant, Again("no", 60 * SECOND, HOUR)))
+    clock.shift(-HOUR)
+    async with postgres_opener("two") as store:
+        subject = Subject(store, clock)
+        started = await subject.submitting()
+        clock.shift(60 * SECOND)
+        assert [found.key for found in await subject.claim("submit", 9)] == [grant.key]
+        assert await subject.submission(started, accepted(upstream_id(started.key))) == "submitted"
 
 
 async def test_a_pause_that_an_endpoint_asked_for_goes_back_with_the_clock(subject: Subject) -> None:

@@ -43,6 +43,19 @@ sys.addaudithook(watch)
 from service.cli import main
 main()
 """
+# The program, broken off as it puts the key in its place.
+BROKEN = """
+import builtins, sys
+error = getattr(builtins, sys.argv.pop(1))
+
+def watch(event, arguments):
+    if event == "os.rename" and ".restoring-secret.key" in str(arguments[0]):
+        raise error
+
+sys.addaudithook(watch)
+from service.cli import main
+main()
+"""
 PRICE = {"credits_reserved": 2}
 
 
@@ -256,6 +269,24 @@ def test_a_restoration_that_is_killed_loses_nothing(folder: Path, tmp_path: Path
         connection.close()
     assert states[0] == states[-1] == "whole"
     assert set(states) == {"whole", "refused"}
+
+
+@pytest.mark.parametrize("reason", ["interrupted", "failed", "a damaged backup"])
+def test_a_restoration_that_breaks_off_leaves_word_of_it(folder: Path, reason: str, tmp_path: Path) -> None:
+    """However it ends between its renames, also the second time: no start begins an empty store."""
+    data = folder / "data"
+    (folder / "old").rename(data)
+    if reason == "a damaged backup":  # the time before it was killed
+        (data / "darkroom.db").unlink()
+        (data / ".restoring-darkroom.db").mkdir()
+        next((folder / "kept/images").rglob("*.png")).write_bytes(b"no picture")
+    program = tmp_path / "broken.py"
+    program.write_text(BROKEN)
+    command = [sys.executable, str(program), "KeyboardInterrupt" if reason == "interrupted" else "OSError", "restore", "kept", "--force"]
+    done = subprocess.run(command, cwd=folder, env=clean_environment({}), capture_output=True, text=True, check=False)
+    assert done.returncode in (1, 130), done.stderr
+    assert "a restoration was broken off" in refusal(folder, "migrate")
+    assert not (data / "darkroom.db").exists()
 
 
 def test_a_served_store_is_not_restored_over(folder: Path) -> None:

@@ -231,7 +231,8 @@ async def test_a_wrong_password_is_a_broker_that_is_away(kind: str, brokers: Bro
 async def test_a_broker_that_stops_answering_holds_up_nothing_else(brokers: Brokers, tmp_path: Path) -> None:
     """One that takes connections and says nothing is given up in time; tasks end, and the other broker has its events."""
     port, target = await brokers.port("nats"), "beside"
-    silent = await asyncio.start_server(lambda _reader, _writer: None, "127.0.0.1", 0)
+    held: list[asyncio.StreamWriter] = []
+    silent = await asyncio.start_server(lambda _reader, writer: held.append(writer), "127.0.0.1", 0)
     other = silent.sockets[0].getsockname()[1]
     sinks = f"redis://127.0.0.1:{other}/0?stream=x&name=silent,{address('nats', port, target)}"
     taken = reader("nats", port, target)
@@ -247,6 +248,9 @@ async def test_a_broker_that_stops_answering_holds_up_nothing_else(brokers: Brok
 
         await degraded(here)
     silent.close()
+    for writer in held:
+        writer.close()
+        await writer.wait_closed()
 
 
 async def test_an_event_that_no_queue_takes_stays(brokers: Brokers, tmp_path: Path, target: str) -> None:

@@ -277,6 +277,24 @@ async def test_a_row_whose_fault_cannot_be_recorded_is_given_back(shop: Shop, mo
     assert (shop.counted("submit"), row["submit_faults"], row["submit_deaths"]) == (1, 0, 0)
 
 
+async def test_rows_that_the_store_will_not_take_down_keep_no_others_waiting(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the stage has places fail as if the store were away: the one behind them has its turn all the same."""
+    monkeypatch.setattr(worker, "LOOK_S", 0.02)
+    done: list[str] = []
+
+    async def run(grant: Grant) -> None:
+        if grant.key != "task_good":
+            raise StoreUnavailable("away")
+        done.append(grant.key)
+        await shop.store.write(leases.done, grant)
+
+    async with shop.working(run):
+        await shop.queue("task_bad_1", "task_bad_2")
+        await shop.queue("task_good")
+        await wait_until(lambda: done)
+    assert (await shop.row("task_bad_1"))["submit_faults"] == 0
+
+
 @pytest.mark.parametrize("trouble", [StoreUnavailable("away"), RuntimeError("nobody foresaw")])
 async def test_claiming_outlives_whatever_the_store_does(trouble: Exception, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     """A claim that fails is logged, counted and made again at the next look; only the unforeseen has a traceback."""

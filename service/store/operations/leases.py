@@ -155,10 +155,16 @@ def release(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
     return [_release(tx, grant, QUEUES[grant.stage]) for grant in grants]
 
 
-def _release(tx: Transaction, grant: Grant, queue: Queue) -> bool:
+def _release(tx: Transaction, grant: Grant, queue: Queue, wait_ms: int = 0) -> bool:
     due_at, attempts = queue.column("due_at"), queue.column("attempts")
     at_once = case((due_at > tx.now, tx.now), else_=due_at)  # a suspect's was put off for the case that it dies
-    return change(tx, grant, {"lease_until": None, "lease_owner": None, "attempts": attempts - 1, "due_at": at_once})
+    values = {"attempts": attempts - 1, "due_at": tx.now + wait_ms if wait_ms else at_once}
+    return change(tx, grant, {"lease_until": None, "lease_owner": None, **values})
+
+
+def put_off(tx: Transaction, items: Sequence[tuple[Grant, int]]) -> list[bool]:
+    """`release` of work that the store would not take down, due again after so many milliseconds: others come first meanwhile."""
+    return [_release(tx, grant, QUEUES[grant.stage], wait_ms) for grant, wait_ms in items]
 
 
 def done(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
