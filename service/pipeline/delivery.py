@@ -111,10 +111,10 @@ class Deliverer:
         if sent.status == 410:
             return Outcome(grant, "gone", attempt)
         wait = wait_before(self.schedule, grant.attempts, repeat_last=False, random=self.resources.random(), spread=0.2)
-        if wait is None:
-            return Outcome(grant, "dead", attempt, ours=sent.ours, disable_after_ms=disable_after_ms)
         asked = retry_after(sent.retry_after, self.resources.clock() / 1000, PAUSE_LIMIT_S) if sent.status in (429, 503) else None
         pause_ms = round((asked or 0) * 1000)
+        if wait is None:
+            return Outcome(grant, "dead", attempt, 0, pause_ms, sent.ours, disable_after_ms)
         wait_ms = max(round(wait * 1000), pause_ms)
         return Outcome(grant, "retry", attempt, wait_ms, pause_ms, sent.ours, disable_after_ms)
 

@@ -129,6 +129,8 @@ class Tail:
         """
         place = await self._store.read(queries.outbox_end) if after is None else after
         signals, limit = self._store.signals, PAGE
+        clock = asyncio.get_running_loop().time
+        quiet_at = clock() + quiet_s
         with signals.listen("tail") as moved:
             while not signals.stopping:
                 moved.clear()
@@ -152,10 +154,11 @@ class Tail:
                     else:
                         place = kept[-1].sequence if len(kept) == PAGE else max(place, self._end)
                     del kept
-                if found:
+                if not found and place == before:
+                    await signals.wait(moved, quiet_at - clock())
+                if found or clock() >= quiet_at:  # whatever others' events moved meanwhile
                     yield found
-                elif place == before and not await signals.wait(moved, quiet_s):
-                    yield ()
+                    quiet_at = clock() + quiet_s
 
     def _entry(self, row: Row) -> Entry:
         return Entry(row["sequence"], row["owner"], row["type"], row["task_id"], written(render(row, self._links)))

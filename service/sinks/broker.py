@@ -267,4 +267,7 @@ class BrokerSink:
         except Exception as error:  # noqa: BLE001 - four libraries, each with a tree of its own
             words = f"{type(error).__name__}: {error}".replace("\n", " ")
             kind = MessageTooLarge if type(error).__name__ in TOO_LARGE else SinkUnavailable
-            raise kind(words.replace(self._address.password or "\0", "***")[:500]) from None
+            secret = self._address.password or self._address.user  # a token stands alone
+            for each in (secret, quote(secret, safe="")) if secret else ():
+                words = words.replace(each, "***")
+            raise kind(words[:500]) from None

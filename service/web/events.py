@@ -47,4 +47,6 @@ async def events(request: Request) -> Response:
         page = await read_events(resources.store, resources.links, sees, after, limit, types, task_id, wait_s)
         if stopping and not page.events:  # nobody is held any longer, and nobody is to ask again and again until the process has ended
             await asyncio.sleep(min(wait_s, STOPPING_S))
+    if wait_s:
+        await access.caller(request, *request.state.scopes)  # the key may have been revoked while it was held
     return JSONResponse({"data": page.events, "next_after": sequence_text(page.next_after), "resync": page.resync})

@@ -225,7 +225,7 @@ class Health(BaseModel):
 
 class Readiness(BaseModel):
     status: Literal["ok", "degraded", "unavailable"]
-    causes: list[str] = Field([], description="with a key: `store`, `blobs`, `workers`, `upstream`, `stopping`")
+    causes: list[str] = Field([], description="with a key: `store`, `blobs`, `workers`, `upstream`, `brokers`, `stopping`")
 
 
 class ErrorDetail(BaseModel):

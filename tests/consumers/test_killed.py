@@ -8,11 +8,13 @@ from contextlib import AsyncExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
 
 from tests.api import ASYNC, got, submitted
+from tests.brokers import PASSWORD, START_S, USER, address, broker_running, made
 from tests.consumers.programs import Running, free_port, written
 from tests.processes import ADMIN_KEY, sandbox, service_settings, started
 from tests.waiting import wait_until
@@ -78,12 +80,14 @@ def consumer(folder: Path, program: str, seed: int, environment: dict[str, str],
 
 @pytest.mark.timeout(300)
 async def test_consumers_that_are_killed_end_with_every_event_once(tmp_path: Path) -> None:
-    """Twenty times each, by webhook, stream and pull: nothing is left out, what came again was dropped, and readers have it in sequence."""
+    """Twenty times each, by webhook, stream, pull and NATS: nothing is left out, what came again is dropped, readers are in sequence."""
     seed = int(os.environ.get("DARKROOM_TEST_SEED") or random.SystemRandom().randrange(2**32))
     print(f"DARKROOM_TEST_SEED={seed}")
     async with AsyncExitStack() as stack:
         upstream = stack.enter_context(sandbox("--delay", "0", folder=tmp_path))
-        settings = service_settings(upstream.address, tmp_path, DELIVERY_SCHEDULE=SCHEDULE)
+        broker = stack.enter_context(broker_running("nats"))
+        await wait_until(broker.up, START_S)
+        settings = service_settings(upstream.address, tmp_path, DELIVERY_SCHEDULE=SCHEDULE, SINKS=address("nats", broker.port, "darkroom"))
         service = stack.enter_context(started("serve", folder=tmp_path, **settings))
         key = {"authorization": f"Bearer {ADMIN_KEY}"}
         client = await stack.enter_async_context(httpx.AsyncClient(base_url=service.address, headers=key, timeout=60, trust_env=False))
@@ -92,7 +96,11 @@ async def test_consumers_that_are_killed_end_with_every_event_once(tmp_path: Pat
         reading = {"DARKROOM_URL": service.address, "DARKROOM_API_KEY": ADMIN_KEY}
         webhooks = consumer(tmp_path, "with_starlette.py", seed, {"SECRET": endpoint["secret"]}, port)
         readers = [consumer(tmp_path, program, seed, reading) for program in ("follow.py", "pull.py")]
-        consumers = [webhooks, *readers]
+        await made(broker, "darkroom")
+        messages = consumer(
+            tmp_path, "from_nats.py", seed, {"NATS_URL": f"nats://{USER}:{quote(PASSWORD, safe='')}@127.0.0.1:{broker.port}"}
+        )
+        consumers = [webhooks, messages, *readers]
         for each in consumers:
             each.start()
             stack.callback(each.stop)
@@ -107,7 +115,8 @@ async def test_consumers_that_are_killed_end_with_every_event_once(tmp_path: Pat
         print(f"killed {[each.kills for each in consumers]} times, {attempts} requests")
     assert len(events) == 2 * TASKS < attempts
     assert all(each.kills >= KILLS for each in consumers)
-    assert sorted(webhooks.kept) == sorted(events), f"webhooks, seed {seed}"
+    for each in (webhooks, messages):
+        assert sorted(each.kept) == sorted(events), f"{each.program}, seed {seed}"
     for each in readers:
         assert each.kept == events, f"{each.program}, seed {seed}"
 

@@ -19,6 +19,7 @@ from service.store import Transaction, queries
 from service.store.tables import counters, events
 from service.web import streams
 from tests.api import UNTIL_DONE, got, refused, submitted
+from tests.outbox import emitted
 from tests.waiting import wait_until
 from tests.world import World, world
 
@@ -197,6 +198,40 @@ async def test_a_stream_ends_with_its_key(tmp_path: Path, monkeypatch: pytest.Mo
             async with asyncio.timeout(20):
                 assert [message async for message in stream] == []
             refused(await client.get("/v1/events", headers=SSE), 401, "unauthorized")
+
+
+async def test_what_others_do_hides_neither_silence_nor_the_end_of_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events that a reader is not shown: it gets its comments beside them, and is looked after."""
+    monkeypatch.setattr(streams, "CHECK_S", 0.2)
+    monkeypatch.setattr(streams, "COMMENT_S", 0.4)
+    monkeypatch.setattr("service.web.access.CACHE_S", 0.0)
+    async with world(tmp_path) as here:
+
+        async def others() -> None:
+            while True:
+                await emitted(here.context.resources.store, type="task.parked")
+
+        made = got(await here.client.post("/v1/keys", json={"owner": "x", "scopes": ["read"]}), 201)
+        noise = asyncio.create_task(others())
+        async with here.with_key(made["key"]) as client, following(client) as stream:
+            assert {message.event for message in await next_of(stream, 2)} == {":"}
+            assert (await here.client.delete(f"/v1/keys/{made['id']}")).status_code == 204
+            async with asyncio.timeout(20):
+                assert {message.event async for message in stream} <= {":"}
+        noise.cancel()
+
+
+async def test_a_held_answer_shows_nothing_to_a_key_that_was_revoked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is looked at again before events are told that came while it was held."""
+    monkeypatch.setattr("service.web.access.CACHE_S", 0.0)
+    async with world(tmp_path) as here:
+        made = got(await here.client.post("/v1/keys", json={"owner": "x", "scopes": ["read", "admin"]}), 201)
+        async with here.with_key(made["key"]) as client:
+            held = asyncio.create_task(client.get("/v1/events", params={"after": "0", "wait": 30}))
+            await wait_until(lambda: here.context.admission.waiting)
+            assert (await here.client.delete(f"/v1/keys/{made['id']}")).status_code == 204
+            await emitted(here.context.resources.store, type="task.parked")
+            refused(await held, 401, "unauthorized")
 
 
 async def test_a_stop_ends_streams(tmp_path: Path) -> None:
