@@ -158,6 +158,6 @@ def test_the_document_has_no_program_that_is_not_run(tmp_path: Path) -> None:
     """Each block with a name is one of those above, or is shared by them."""
     written(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        *RECEIVERS, *READERS, "inbox.py", "inbox.mjs", "darkroom.py", "node_modules",
+        *RECEIVERS, *READERS, "from_nats.py", "inbox.py", "inbox.mjs", "darkroom.py", "node_modules",  # the first by test_killed.py
     }  # fmt: skip
     assert json.loads((Path(__file__).parent / "package.json").read_text())["private"] is True
