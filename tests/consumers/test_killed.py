@@ -8,7 +8,6 @@ from contextlib import AsyncExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 import pytest
@@ -97,9 +96,8 @@ async def test_consumers_that_are_killed_end_with_every_event_once(tmp_path: Pat
         webhooks = consumer(tmp_path, "with_starlette.py", seed, {"SECRET": endpoint["secret"]}, port)
         readers = [consumer(tmp_path, program, seed, reading) for program in ("follow.py", "pull.py")]
         await made(broker, "darkroom")
-        messages = consumer(
-            tmp_path, "from_nats.py", seed, {"NATS_URL": f"nats://{USER}:{quote(PASSWORD, safe='')}@127.0.0.1:{broker.port}"}
-        )
+        account = {"NATS_URL": f"nats://127.0.0.1:{broker.port}", "NATS_USER": USER, "NATS_PASSWORD": PASSWORD}
+        messages = consumer(tmp_path, "from_nats.py", seed, account)
         consumers = [webhooks, messages, *readers]
         for each in consumers:
             each.start()

@@ -169,7 +169,7 @@ async def test_the_figures_count_what_the_store_holds(subject: Subject) -> None:
     await subject.attempt(await subject.claimed("deliver", retried), "retry", wait_ms=DAY)
     figures = await subject.store.read(queries.figures)
     assert {state: count for state, count in figures["tasks"].items() if count} == {"completed": 1, "queued": 1, "storing": 1}
-    assert figures["queue_depth"] == {"submit": 1, "settle": 0, "reconcile": 0, "download": 1, "deliver": 1, "redeliver": 1}
+    assert figures["queue_depth"] == {"submit": 1, "settle": 0, "reconcile": 0, "download": 1, "deliver": 1, "redeliver": 1, "replay": 0}
     assert (figures["oldest_unsettled"], figures["first_link_dies"]) == (waiting["created_at"], stored_at + DAY)
     (fresh,) = await subject.rows(deliveries, state="pending", attempts=0)
     assert (figures["oldest_due_delivery"], figures["dead_letters"]) == (fresh["due_at"], 1)

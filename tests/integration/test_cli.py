@@ -44,7 +44,7 @@ COMMANDS = [
     *(["endpoints", word] for word in ("list", "create", "get", "patch", "delete", "rotate", "test")),
     *(["deliveries", word] for word in ("list", "get", "retry")),
     *(["replay", word] for word in ("start", "get", "cancel")),
-    *(["keys", word] for word in ("create", "list", "revoke")),
+    *(["keys", word] for word in ("create", "list", "revoke", "rotate-secret")),
 ]
 
 

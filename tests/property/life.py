@@ -63,8 +63,9 @@ class TaskLife(Living):
     def look(self, process: int, stages: set[str], places: int, leap: int) -> None:
         """Some stages of a process look for work, later."""
         self.bench.clock.shift(leap)
-        if process % 3 == 0:
-            self.write(process, Write(leases.keep_time, None))
+        if process % 3 == 0 or leap < 0:  # as each process does before it plans anything by the new time
+            for each in range(self.bench.processes):
+                self.write(each, Write(leases.keep_time, None))
         elif process % 3 == 1:
             self.write(process, Write(resume_submissions, 100))
         self.look_for_work(process, stages, places)
@@ -227,6 +228,7 @@ class TaskLife(Living):
             if self.bench.exclusive:
                 before = self.seen
                 self.bench.reopen()
+                self.note_time()
                 self.write(0)  # nothing: to see it
                 check_freed(before, self.seen)
         else:

@@ -130,7 +130,7 @@ class Living(RuleBasedStateMachine):
             self.remember(write, result, before, alone=alone)
 
     def remember(self, write: Write, result: Any, before: Seen, *, alone: bool) -> None:
-        now, item = self.bench.clock.now, write.item
+        item = write.item
         if isinstance(item, Callback):
             self.heard.called(item, result.verdict, foreign=names_another(item, before.tasks), alone=alone)
         elif isinstance(item, Settlement):
@@ -141,8 +141,12 @@ class Living(RuleBasedStateMachine):
             for task_id in item:
                 if before.tasks[task_id]["erased_at"] is None is not self.seen.tasks[task_id]["erased_at"]:
                     self.heard.stripped(task_id)
-        elif write.operation is leases.keep_time and not 0 < self.noted - now <= leases.TOLERANCE_MS:
-            self.noted = now
+        elif write.operation is leases.keep_time:
+            self.note_time()
+
+    def note_time(self) -> None:
+        if not 0 < self.noted - self.bench.clock.now <= leases.TOLERANCE_MS:
+            self.noted = self.bench.clock.now
 
     def look_for_work(self, process: int, stages: Iterable[str], places: int) -> None:
         """Claims what is due, and then what brought its process down before and is to run alone."""
