@@ -29,6 +29,7 @@ from service.pipeline.outbox import tell
 from service.pipeline.precedence import Precedence
 from service.pipeline.publish import Publisher
 from service.pipeline.reconcile import Plan
+from service.pipeline.rekey import Rekeying
 from service.pipeline.replay import Replayer
 from service.pipeline.retention import Retention
 from service.pipeline.settle import Settler
@@ -241,7 +242,8 @@ async def running(settings: Settings, role: Role, address: str | None = None) ->
         jobs = [asyncio.create_task(job, name=name) for name, job in always.items()]
         if role.workers:
             retention = Retention(resources, settings.retention_days, settings.image_retention_days, resources.store.clock)
-            jobs += [asyncio.create_task(job.run(), name=name) for name, job in (("sweep", Sweeper(resources)), ("retention", retention))]
+            hourly = {"sweep": Sweeper(resources).run, "retention": retention.run, "rekey": Rekeying(resources).run}
+            jobs += [asyncio.create_task(run(), name=name) for name, run in hourly.items()]
             jobs += [asyncio.create_task(publisher.run(), name="publish") for publisher in publishers]
         log.info("service.started", role=role.name, address=address or f"{settings.host}:{settings.port}", settings=masked(settings))
         try:

@@ -45,7 +45,8 @@ class Keyring:
         if not keys or any(len(key) < KEY_BYTES for key in keys):
             raise ConfigurationError(f"DARKROOM_SECRET_KEY: wants one key or more, each of at least {KEY_BYTES} bytes")
         self._token_keys = [_derive(key, "callback token") for key in keys]
-        self._box = MultiFernet([Fernet(base64.urlsafe_b64encode(_derive(key, "encryption"))) for key in keys])
+        boxes = [Fernet(base64.urlsafe_b64encode(_derive(key, "encryption"))) for key in keys]
+        self._first, self._box = boxes[0], MultiFernet(boxes)
 
     def callback_token(self, upstream: str, task_id: str) -> str:
         """The last part of a callback URL: 32 lower-case base32 characters that prove who calls for this task."""
@@ -68,6 +69,14 @@ class Keyring:
             return self._box.decrypt(data).decode("utf-8", "surrogatepass")
         except InvalidToken:
             raise ConfigurationError("DARKROOM_SECRET_KEY: no key of it decrypts what the store holds; put the old key back") from None
+
+    def renewed(self, data: bytes) -> bytes | None:
+        """The same secret under the first key; None: it is so already. ConfigurationError as `decrypt`."""
+        try:
+            self._first.decrypt(data)
+        except InvalidToken:
+            return self.encrypt(self.decrypt(data))
+        return None
 
 
 def _derive(key: bytes, purpose: str) -> bytes:

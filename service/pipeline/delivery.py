@@ -111,8 +111,7 @@ class Deliverer:
         if sent.status == 410:
             return Outcome(grant, "gone", attempt)
         wait = wait_before(self.schedule, grant.attempts, repeat_last=False, random=self.resources.random(), spread=0.2)
-        asked = retry_after(sent.retry_after, self.resources.clock() / 1000, PAUSE_LIMIT_S) if sent.status in (429, 503) else None
-        pause_ms = round((asked or 0) * 1000)
+        pause_ms = asked_for(self.resources, sent)
         if wait is None:
             return Outcome(grant, "dead", attempt, 0, pause_ms, sent.ours, disable_after_ms)
         wait_ms = max(round(wait * 1000), pause_ms)
@@ -120,28 +119,32 @@ class Deliverer:
 
     def _tell(self, grant: Grant, parcel: Parcel, event: Row, sent: Sent, outcome: Outcome, held: bool) -> None:
         metrics = self.resources.metrics
-        metrics.deliveries.labels(outcome.result).inc()
-        metrics.delivery_seconds.observe(sent.duration)
         if outcome.result == "delivered" and event["called_back_at"] is not None and grant.stage == "deliver":
             metrics.callback_to_delivery.observe(max(0, self.resources.clock() - event["called_back_at"]) / 1000)
-        known = {
-            "owner": parcel.delivery["owner"],
-            "task_id": parcel.delivery["task_id"],
-            "event_id": event["id"],
-            "endpoint_id": parcel.delivery["endpoint_id"],
-        }
-        log.info(
-            "delivery.attempted",
-            **known,
-            status=sent.status,
-            result=outcome.result if held else "superseded",
-            attempt=grant.attempts,
-            duration_ms=round(sent.duration * 1000),
-            error=sent.error,
-            wait_s=outcome.wait_ms / 1000,
-        )
+        known = _measured(self.resources, parcel, event, sent, outcome.result)
+        _attempted(known, sent, outcome.result if held else "superseded", grant.attempts, outcome.wait_ms)
         if held and outcome.result == "dead":
             log.error("delivery.exhausted", **known, attempt=grant.attempts)
+
+
+def _measured(resources: Resources, parcel: Parcel, event: Row, sent: Sent, result: str) -> model.JSON:
+    """Counts an attempt; what its lines have in common."""
+    resources.metrics.deliveries.labels(result).inc()
+    resources.metrics.delivery_seconds.observe(sent.duration)
+    delivery = parcel.delivery
+    known = {name: delivery[name] for name in ("owner", "task_id", "endpoint_id")}
+    return {**known, "event_id": event["id"]}
+
+
+def _attempted(known: model.JSON, sent: Sent, result: str, attempt: int, wait_ms: int) -> None:
+    figures = {"status": sent.status, "duration_ms": round(sent.duration * 1000), "error": sent.error}
+    log.info("delivery.attempted", **known, **figures, result=result, attempt=attempt, wait_s=wait_ms / 1000)
+
+
+def asked_for(resources: Resources, sent: Sent) -> int:
+    """How long the subscriber wants peace, in milliseconds."""
+    asked = retry_after(sent.retry_after, resources.clock() / 1000, PAUSE_LIMIT_S) if sent.status in (429, 503) else None
+    return round((asked or 0) * 1000)
 
 
 def subscriber_of(parcel: Parcel) -> str:
@@ -178,7 +181,9 @@ async def send_by_hand(resources: Resources, delivery_id: str) -> bool:
     if parcel is None or parcel.event is None or (parcel.endpoint is None and not (parcel.callback_url and parcel.callback_secret)):
         return False
     sent = await send(resources, parcel, parcel.event)
-    await resources.store.write(record_by_hand, ByHand(delivery_id, attempt_of(resources, sent)))
+    result = "delivered" if sent.error is None else "gone" if sent.status == 410 else "failed"
+    await resources.store.write(record_by_hand, ByHand(delivery_id, result, attempt_of(resources, sent), asked_for(resources, sent)))
+    _attempted(_measured(resources, parcel, parcel.event, sent, result), sent, result, 0, 0)
     return True
 
 

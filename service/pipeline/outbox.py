@@ -14,7 +14,7 @@ from service.store.records import Row
 
 log = structlog.get_logger()
 
-LOOK_S = 1.0  # what another process wrote is seen within this
+LOOK_S = 0.5  # what another process wrote is seen within a second, also where its NOTIFY was lost
 
 
 def render(row: Row, links: model.Links) -> model.JSON:

@@ -112,6 +112,8 @@ class Publisher:
         try:
             await self._sink.publish(message)
         except MessageTooLarge:
+            if "request" not in document["data"]:
+                raise
             log.warning("sink.shortened", sink=self._sink.name, event_id=message.id, bytes=len(message.body))
             shorter = {**document, "data": {**document["data"], "request": {}}}
             await self._sink.publish(replace(message, body=written(shorter).encode()))

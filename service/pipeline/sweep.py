@@ -24,9 +24,9 @@ PAUSE_S = 0.05  # between pages: a large store is walked through in passing
 AGE_MS = 86_400_000
 
 
-async def hourly(resources: Resources, stage: str, job: Callable[[], Awaitable[object]]) -> None:
-    """Does a job until cancelled: once within the first hour, then about every hour, so that processes don't all do it at once."""
-    wait = EVERY_S * resources.random()
+async def hourly(resources: Resources, stage: str, job: Callable[[], Awaitable[object]], *, at_once: bool = False) -> None:
+    """Does a job until cancelled: within the first hour or `at_once`, then about every hour, so that processes don't all do it together."""
+    wait = 0.0 if at_once else EVERY_S * resources.random()
     while True:
         await asyncio.sleep(wait)
         wait = EVERY_S * (0.9 + 0.2 * resources.random())

@@ -128,6 +128,7 @@ class Tail:
         Only within `open`. Ends when the process stops. StoreUnavailable.
         """
         place = await self._store.read(queries.outbox_end) if after is None else after
+        told = 0  # the last place that is no longer kept, when that was said
         signals, limit = self._store.signals, PAGE
         clock = asyncio.get_running_loop().time
         quiet_at = clock() + quiet_s
@@ -144,7 +145,8 @@ class Tail:
                         place = found[-1].sequence
                     limit = max(1, min(2 * len(found), PAGE)) if rows else PAGE  # what is not sent was read in vain
                     del rows
-                    if before < forgotten:
+                    if max(before, told) < forgotten:
+                        told = forgotten
                         yield Gone(await self._store.read(queries.outbox_begin))
                 else:
                     kept = self._entries[bisect_right(self._entries, place, key=attrgetter("sequence")) :][:PAGE]

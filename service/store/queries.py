@@ -214,7 +214,7 @@ def event_list(
 
 def outbox_begin(connection: Connection) -> int:
     """The place of the oldest event that is kept; one that none has yet if there is none."""
-    oldest = connection.execute(select(func.min(events.c.sequence)).where(events.c.sequence > _forgotten(connection))).scalar()
+    oldest = connection.execute(select(func.min(events.c.sequence))).scalar()
     return outbox_end(connection) + 1 if oldest is None else oldest
 
 
@@ -309,6 +309,12 @@ def key_row(connection: Connection, hash: str) -> Row | None:
 def callback_secret(connection: Connection, owner: str) -> bytes | None:
     """What an owner's tasks' own callbacks are signed with, encrypted; None before the owner's first key."""
     return connection.execute(select(owners.c.callback_secret).where(owners.c.name == owner)).scalar()
+
+
+def secrets(connection: Connection, table: str, after: str, limit: int) -> list[tuple[str, bytes]]:
+    """Encrypted secrets of `endpoints` (by id) or `owners` (by name), from the one after `after`."""
+    key, secret = {"endpoints": (endpoints.c.id, endpoints.c.secret), "owners": (owners.c.name, owners.c.callback_secret)}[table]
+    return [(row[0], row[1]) for row in connection.execute(select(key, secret).where(key > after).order_by(key).limit(limit))]
 
 
 def key_list(connection: Connection) -> list[Row]:

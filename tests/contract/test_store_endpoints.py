@@ -36,10 +36,11 @@ async def put_off(subject: Subject, endpoint: str, count: int, wait_ms: int) -> 
     return [row["id"] for row in rows]
 
 
-async def by_hand(subject: Subject, delivery_id: str, error: str | None = None) -> None:
+async def by_hand(subject: Subject, delivery_id: str, error: str | None = None, result: str | None = None, pause_ms: int = 0) -> None:
     attempt = Attempt(new_id("attempt"), 500 if error else 204, 12, error, b"")
+    made = ByHand(delivery_id, result or ("failed" if error else "delivered"), attempt, pause_ms)
     for _ in range(2):  # after a commit whose answer was lost it runs again
-        await subject.write(record_by_hand, ByHand(delivery_id, attempt))
+        await subject.write(record_by_hand, made)
 
 
 async def test_what_waited_for_a_dead_endpoint_is_due_when_it_is_back(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +142,19 @@ async def test_an_attempt_by_hand_moves_nothing_unless_it_arrives(subject: Subje
     assert (await subject.row(deliveries, grant.key))["state"] == "delivered"
     await by_hand(subject, "dlv_gone")
     assert len(await subject.rows(attempts)) == 4
+
+
+async def test_an_attempt_by_hand_is_told_what_a_planned_one_is(subject: Subject) -> None:
+    """410 disables the endpoint and buries what is pending; Retry-After pauses it; a task's own address that is gone is dead."""
+    asking, gone = await subject.endpoint(), await subject.endpoint()
+    one, other = await first(subject, asking), await first(subject, gone)
+    await by_hand(subject, one.key, "answered 429", pause_ms=MINUTE)
+    assert (await subject.row(endpoints, asking))["paused_until"] == subject.clock.now + MINUTE
+    await by_hand(subject, other.key, "answered 410", "gone")
+    row, delivery = await subject.row(endpoints, gone), await subject.row(deliveries, other.key)
+    assert (row["status"], row["disabled_at"], delivery["state"], delivery["due_at"]) == ("disabled", subject.clock.now, "dead", None)
+    assert (await subject.types()).count("endpoint.disabled") == 1
+    assert (await subject.row(endpoints, asking))["status"] == "enabled"
 
 
 @pytest.mark.parametrize("result", ["retry", "dead", "delivered"])

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from starlette.responses import Response
+from structlog.testing import capture_logs
 
 from service.signing import Verified, verify_webhook
 from service.web import limits
@@ -106,6 +107,25 @@ async def test_a_retry_by_hand_is_one_attempt_now(here: World, shop: Subscriber)
         assert len({request.headers["webhook-id"] for request in shop.received}) == 1
         assert (await client.delete(f"/v1/endpoints/{endpoint['id']}")).status_code == 204
         refused(await client.post(f"/v1/deliveries/{dead['id']}/retry"), 409, "nothing_to_send")
+
+
+async def test_what_came_of_a_retry_by_hand_is_logged_counted_and_heeded(here: World, shop: Subscriber) -> None:
+    """As of a planned attempt: 410 disables."""
+    shop.answer = lambda n, _request: Response(status_code=204 if n == 0 else 410)
+    async with here.owner() as client:
+        endpoint = await subscribed(client, shop)
+        task = await submitted(client, UNTIL_DONE)
+        [done] = await deliveries(client, 1, state="delivered")
+        counter = here.context.resources.metrics.deliveries.labels("gone")
+        before = counter._value.get()
+        with capture_logs() as lines:
+            assert len(got(await client.post(f"/v1/deliveries/{done['id']}/retry"))["attempts"]) == 2
+        assert counter._value.get() == before + 1
+        (line,) = [line for line in lines if line["event"] == "delivery.attempted"]
+        figures = [line[name] for name in ("task_id", "endpoint_id", "event_id", "status", "result", "attempt")]
+        assert figures == [task["id"], endpoint["id"], done["event"], 410, "gone", 0]
+        assert got(await client.get(f"/v1/endpoints/{endpoint['id']}"))["status"] == "disabled"
+        assert got(await client.get(f"/v1/deliveries/{done['id']}"))["state"] == "delivered"
 
 
 async def test_of_rotations_at_once_each_answers_a_secret_that_signs(here: World, shop: Subscriber) -> None:

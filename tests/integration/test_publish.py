@@ -1,6 +1,7 @@
 """Publishing to a sink that is played: leases that are lost or run out, faults that nobody foresaw, events that are gone."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,13 +11,14 @@ import pytest
 from sqlalchemy import update
 from structlog.testing import capture_logs
 
-from service.errors import SinkUnavailable, StoreUnavailable
+from service.errors import MessageTooLarge, SinkUnavailable, StoreUnavailable
 from service.pipeline import publish
 from service.pipeline.publish import Publisher
 from service.sinks import Message
 from service.store import Transaction
 from service.store.operations.sinks import Hold, hold_sinks
 from service.store.tables import counters, sinks
+from tests.api import UNTIL_DONE, submitted
 from tests.integration.test_brokers import emit
 from tests.waiting import wait_until
 from tests.world import World, world
@@ -161,6 +163,34 @@ async def test_a_store_that_is_away_is_no_brokers_fault(tmp_path: Path, monkeypa
             assert not publisher.failing
     assert lines(captured, "sink.failed") == []
     assert len(asked) > 4
+
+
+class Small(Played):
+    """It takes no message that has what the client asked for; of those without a task, none while `full`."""
+
+    full = True
+
+    async def publish(self, message: Message) -> None:
+        data = json.loads(message.body)["data"]
+        if data.get("request", self.full):
+            self.full = len(self.ids) < 2
+            raise MessageTooLarge("too large")
+        await super().publish(message)
+
+
+async def test_what_is_too_large_goes_without_what_its_client_asked_for(tmp_path: Path) -> None:
+    """An event that has no such thing is tried as it is until the broker takes it: its fields are its schema's."""
+    broker = Small()
+    broker.types = ("*",)
+    async with world(tmp_path) as here:
+        async with publishing(here, broker):
+            await submitted(here.client, UNTIL_DONE)
+            await wait_until(lambda: len(broker.ids) == 2)
+            with capture_logs() as lines:
+                await emit(here, [1])
+                await wait_until(lambda: len(broker.ids) == 3)
+            assert [line["event"] for line in lines if line["event"].startswith("sink.")][:1] == ["sink.failed"]
+        assert broker.ids == [event["id"] for event in await here.events()]
 
 
 async def test_events_that_are_gone_are_told(tmp_path: Path) -> None:

@@ -179,6 +179,25 @@ async def test_a_reader_whose_place_is_gone_is_told(tmp_path: Path) -> None:
         assert int(told.document["sequence"]) == int(whole[3]["sequence"]) + 1
 
 
+async def test_a_reader_is_told_once_that_its_place_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many pages there are of what some subscriber still has to get; the oldest is the oldest of these."""
+    monkeypatch.setattr(tail, "PAGE", 2)
+    async with world(tmp_path) as here:
+        await emitted(here.context.resources.store, 12)
+        whole = await pulled(here.client)
+
+        def thin(tx: Transaction, items: Sequence[Sequence[int]]) -> list[None]:
+            tx.connection.execute(events.delete().where(events.c.sequence.in_(items[0])))
+            tx.connection.execute(counters.update().where(counters.c.name == "forgotten").values(value=max(items[0])))
+            return [None]
+
+        await here.context.resources.store.write(thin, [2, 9])
+        async with following(here.client, after=whole[0]["sequence"]) as stream:
+            told, *rest = await next_of(stream, 1 + 9)
+        assert (told.event, told.document) == ("resync", {"sequence": whole[0]["sequence"]})
+        assert seen(rest) == sent([whole[place] for place in (2, 3, 4, 5, 6, 7, 9, 10, 11)])
+
+
 async def test_a_comment_comes_when_nothing_else_does(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that whoever stands in between keeps the connection."""
     monkeypatch.setattr(streams, "CHECK_S", 0.02)

@@ -115,6 +115,17 @@ def test_what_was_never_encrypted_is_a_configuration_error(data: bytes) -> None:
         Keyring([OLD]).decrypt(data)
 
 
+def test_a_secret_is_renewed_under_the_first_key() -> None:
+    """Once; what no key fits is a configuration error."""
+    sealed = Keyring([OLD]).encrypt("whsec_x")
+    renewed = Keyring([NEW, OLD]).renewed(sealed)
+    assert renewed is not None
+    assert Keyring([NEW]).decrypt(renewed) == "whsec_x"
+    assert Keyring([NEW, OLD]).renewed(renewed) is None
+    with pytest.raises(ConfigurationError):
+        Keyring([NEW]).renewed(sealed)
+
+
 def test_the_time_of_encryption_is_not_kept() -> None:
     """No clock is read: Fernet's time stamp is zero."""
     assert base64.urlsafe_b64decode(Keyring([OLD]).encrypt("x"))[1:9] == bytes(8)

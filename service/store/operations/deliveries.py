@@ -101,10 +101,14 @@ def _record(tx: Transaction, row: dict[str, Any], item: Outcome) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ByHand:
-    """An attempt that somebody asked for; what was planned goes on, unless this one brought it there."""
+    """An attempt that somebody asked for: `delivered`, `gone` or `failed`. What was planned goes on, unless this one brought it there or
+    the subscriber wants no more. Else as in an `Outcome`.
+    """
 
     delivery_id: str
+    result: str
     attempt: Attempt
+    pause_ms: int = 0
 
 
 def record_by_hand(tx: Transaction, items: Sequence[ByHand]) -> list[None]:
@@ -113,13 +117,13 @@ def record_by_hand(tx: Transaction, items: Sequence[ByHand]) -> list[None]:
         if row is None or tx.connection.execute(select(attempts.c.id).where(attempts.c.id == item.attempt.id)).first():
             continue
         grant = Grant("deliver", item.delivery_id, row["fence"], row["attempts"])
-        outcome = Outcome(grant, "delivered", item.attempt)
+        outcome = Outcome(grant, item.result, item.attempt, pause_ms=item.pause_ms)
         tx.connection.execute(insert(attempts), [_attempt_row(tx, outcome)])
-        if item.attempt.error is None:
-            values = leases.freed("deliver", None, state="delivered", finished_at=tx.now)
+        if item.result == "delivered" or (item.result == "gone" and row["state"] == "pending"):
+            values = leases.freed("deliver", None, state="dead" if item.result == "gone" else "delivered", finished_at=tx.now)
             tx.connection.execute(update(deliveries).where(deliveries.c.id == item.delivery_id).values(values))
-            if row["endpoint_id"] is not None:
-                _judge(tx, row["endpoint_id"], outcome)
+        if row["endpoint_id"] is not None and (item.result != "failed" or item.pause_ms):
+            _judge(tx, row["endpoint_id"], outcome)
     return [None] * len(items)
 
 

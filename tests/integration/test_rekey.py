@@ -1,0 +1,93 @@
+"""Rotating `DARKROOM_SECRET_KEY`: what is encrypted in the store comes under the new key, so that the old one can be dropped."""
+
+import secrets
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from structlog.testing import capture_logs
+
+from service.app import Role
+from service.pipeline import rekey
+from service.pipeline.rekey import Rekeying
+from service.signing import Verified, verify_webhook
+from service.store import queries
+from service.store.operations.deliveries import EndpointChange, change_endpoints
+from tests.api import UNTIL_DONE, got, submitted
+from tests.waiting import wait_until
+from tests.world import Subscriber, World, subscriber, world
+
+OLD, NEW = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+
+
+async def at_rest(here: World) -> list[bytes]:
+    read = here.context.resources.store.read
+    return [secret for table in ("endpoints", "owners") for _, secret in await read(queries.secrets, table, "", 100)]
+
+
+def signed(shop: Subscriber, path: str, secret: str) -> bool:
+    (request,) = [request for request in shop.received if request.path == path]
+    return isinstance(verify_webhook([secret], request.headers, request.body, int(request.headers["webhook-timestamp"])), Verified)
+
+
+async def test_the_old_key_can_be_dropped_after_a_start_with_the_new_one_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three starts: the old key, the new one before it, the new one alone. The secrets are the same, and sign to the end."""
+    monkeypatch.setattr(rekey, "PAGE", 2)
+    async with subscriber() as shop:
+        async with world(tmp_path, secret_key=OLD) as here:
+            made = [got(await here.client.post("/v1/endpoints", json={"url": f"{shop.url}/{n}"}), 201) for n in range(3)]
+            key = got(await here.client.post("/v1/keys", json={"owner": "studio", "scopes": ["submit"]}), 201)
+            before = await at_rest(here)
+        with capture_logs() as lines:
+            async with world(tmp_path, secret_key=f"{NEW},{OLD}") as here:
+                await wait_until(lambda: any(line["event"] == "secrets.rekeyed" for line in lines))
+                after = await at_rest(here)
+                assert await Rekeying(here.context.resources).rekey() == 0
+        assert len(before) == len(after)
+        assert not set(before) & set(after)
+        assert {line["event"]: line["count"] for line in lines if line["event"].startswith("secrets.")} == {"secrets.rekeyed": len(after)}
+        async with world(tmp_path, secret_key=NEW) as here:
+            await submitted(here.client, UNTIL_DONE)
+            async with here.with_key(key["key"]) as client:
+                await submitted(client, UNTIL_DONE, callback_url=f"{shop.url}/own")
+            await wait_until(lambda: {request.path for request in shop.received} >= {"/0", "/1", "/2", "/own"})
+        assert signed(shop, "/own", key["callback_secret"])
+        hooks = [request for request in shop.received if request.path == "/1"]
+        assert hooks
+        for request in hooks:
+            verdict = verify_webhook([made[1]["secret"]], request.headers, request.body, int(request.headers["webhook-timestamp"]))
+            assert isinstance(verdict, Verified)
+
+
+async def test_secrets_that_no_key_fits_are_told_and_left_alone(tmp_path: Path) -> None:
+    """The old key was dropped too early: whoever puts it back has lost nothing."""
+    async with world(tmp_path, secret_key=OLD) as here:
+        got(await here.client.post("/v1/endpoints", json={"url": "http://127.0.0.1:9/"}), 201)
+        before = await at_rest(here)
+    with capture_logs() as lines:
+        async with world(tmp_path, secret_key=NEW) as here:
+            await wait_until(lambda: any(line["event"] == "secrets.unreadable" for line in lines))
+            assert await at_rest(here) == before
+    (line,) = [line for line in lines if line["event"] == "secrets.unreadable"]
+    assert (line["count"], line["log_level"]) == (len(before), "error")
+
+
+async def test_a_secret_that_was_rotated_meanwhile_stays_as_it_is_now(tmp_path: Path) -> None:
+    """What was read before counts for nothing."""
+    async with world(tmp_path, secret_key=OLD) as here:
+        endpoint = got(await here.client.post("/v1/endpoints", json={"url": "http://127.0.0.1:9/"}), 201)["id"]
+    async with world(tmp_path, secret_key=f"{NEW},{OLD}", role=Role(workers=False)) as here:
+        resources = here.context.resources
+        (held, *_) = await at_rest(here)
+        write, now = resources.store.write, resources.keyring.encrypt("[]")
+
+        async def late(operation: Any, item: Any) -> Any:
+            """Somebody else is first."""
+            if isinstance(item, EndpointChange):
+                await write(change_endpoints, EndpointChange(endpoint, None, secrets=(held, now)))
+            return await write(operation, item)
+
+        with patch.object(resources.store, "write", late):
+            assert await Rekeying(resources).rekey() == len(await at_rest(here)) - 1
+        assert (await at_rest(here))[0] == now
