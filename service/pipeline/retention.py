@@ -8,7 +8,6 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import structlog
 
@@ -16,23 +15,25 @@ from service.errors import BlobUnavailable
 from service.pipeline.checkpoints import checkpoint
 from service.pipeline.sweep import hourly
 from service.resources import Resources
-from service.store import Transaction
-from service.store.operations import retention
+from service.store import Item, Result, Transaction
+from service.store.operations import portions, retention
 
 log = structlog.get_logger()
 
-# Of a transaction, so that nobody waits 50 ms for the writer. A task has its callbacks and its timeline besides; the bytes are those of
-# bodies, and more than these only where one task or event has more: 21 callbacks of 256 KiB, and a request of 1 MiB.
-BATCH, TASKS, BYTES = 50, 10, 1 << 20
+BATCH, TASKS = 50, 10  # looked at together; how much of them a transaction takes is `portions.LIMIT`
 PAUSE_S = 0.05  # between batches
 DAY_MS = 86_400_000
 
-Result = TypeVar("Result")
-
 
 async def erase(resources: Resources, task_id: str, owner: str | None) -> str | None:
-    """Erases a task for good; None, or why not: `missing`, or the state of one that has not ended."""
-    erased = await resources.store.write(retention.erase_tasks, retention.Erasure(task_id, owner))
+    """Erases a task for good; None, or why not: `missing`, or the state of one that has not ended.
+
+    In one transaction, or in several if there is much: its content last, so that whoever dies in between is asked again.
+    """
+    erased = retention.Erased(left=True)
+    while erased.left:  # each time less of it is: what a task gets after its end is counted
+        part = await resources.store.read(portions.erased_part, task_id, portions.LIMIT)
+        erased = await resources.store.write(retention.erase_tasks, retention.Erasure(task_id, owner, part))
     checkpoint("erase.committed")
     if erased.refused is None:
         log.info("task.erased", images=len(erased.blobs))
@@ -77,19 +78,26 @@ class Retention:
         return removed
 
     async def _outbox(self, before: int, removed: dict[str, int]) -> None:
-        last = 0
-        while (page := await self.resources.store.read(retention.old_events, last, before, BATCH, BYTES)) is not None:
-            for first in range(0, len(page.deliveries), BATCH):
-                removed["deliveries"] += await self._go(retention.forget_deliveries, page.deliveries[first : first + BATCH])
+        last, read = 0, self.resources.store.read
+        while (page := await read(retention.old_events, last, before, BATCH, portions.LIMIT.bytes)) is not None:
+            while (old := await read(retention.old_deliveries, page.events, portions.LIMIT)) is not None:
+                part, whole = old.part, old.whole
+                gone = await (self._go(retention.thin_deliveries, part) if part else self._go(retention.forget_deliveries, whole))
+                removed["deliveries"] += 0 if part else gone
+                if not gone:
+                    break  # they were taken up again, and keep their event
             removed["events"] += await self._go(retention.forget_events, page.events)
             last = page.last
-        await self.resources.store.write(retention.forget_replays, before)
+        gone = 1
+        while gone:
+            gone = await self._go(retention.forget_replays, before)
 
     async def _tasks(self, before: int, removed: dict[str, int]) -> None:
-        while ids := await self.resources.store.read(retention.old_tasks, before, TASKS, BYTES):
-            if not (count := await self._go(retention.strip_tasks, ids)):
+        while (old := await self.resources.store.read(retention.old_tasks, before, portions.LIMIT, TASKS)) is not None:
+            gone = await (self._go(retention.thin_tasks, old.part) if old.part else self._go(retention.strip_tasks, old.whole))
+            removed["tasks"] += 0 if old.part else gone
+            if not gone:
                 break  # they were taken up again; the next pass looks at the rest
-            removed["tasks"] += count
 
     async def _images(self, before: int, removed: dict[str, int]) -> None:
         while ids := await self.resources.store.read(retention.old_images, before, BATCH):
@@ -99,7 +107,7 @@ class Retention:
                 await self.resources.blobs.delete(name)
             removed["images"] += len(blobs)
 
-    async def _go(self, operation: Callable[[Transaction, Sequence[Sequence[str]]], Sequence[Result]], ids: Sequence[str]) -> Result:
-        result = await self.resources.store.write(operation, ids)
+    async def _go(self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item) -> Result:
+        result = await self.resources.store.write(operation, item)
         await asyncio.sleep(PAUSE_S)
         return result

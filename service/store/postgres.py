@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from service.errors import ConfigurationError, StoreUnavailable
 from service.store import Item, P, Result, Signals, Transaction, Workers, schema
-from service.store.clock import wall_clock
+from service.store.clock import steady_ns, wall_clock
 from service.store.committer import Batch, Call, Committer, Run, execute
 from service.store.hosts import connecting
 from service.store.operations import leases
@@ -56,11 +56,13 @@ class PostgresStore:
         self._committers = [Committer(self._run_batch, self.signals, self._busy_ones) for _ in range(COMMITTERS)]
         self._workers: Workers | None = None
         self._turn = 0
+        self._looked = (wall_clock(), steady_ns())  # the database's time, and when it said so
         self._latest = 0  # the database's time when the last transaction began that was committed
         self._reading = asyncio.Semaphore(READERS)  # slow reads leave the committers their connections
 
     def _begin(self, connection: Connection, slots: dict[str, int]) -> Transaction:
-        now = self._clock(connection.execute(NOW).scalar_one())
+        self._looked = (connection.execute(NOW).scalar_one(), steady_ns())
+        now = self._clock(self._looked[0])
         tx = Transaction(connection, now, self.process, self._new_id, slots)
         if now < self._latest - leases.TOLERANCE_MS:  # before anything is planned by the new time, which is not to come nearer too
             leases.keep_time(tx, [None])
@@ -135,7 +137,8 @@ class PostgresStore:
         return sum(not committer.idle for committer in self._committers)
 
     def clock(self) -> int:
-        return self._clock(wall_clock())  # the server is not asked for it
+        seen, when = self._looked
+        return self._clock(seen + (steady_ns() - when) // 1_000_000)  # the server is not asked for it
 
     def attach(self, workers: Workers) -> None:
         self._workers = workers

@@ -1,6 +1,7 @@
 """How long retention holds the writer of an embedded store: `python -m tests.bench.retention`. No goal: figures of one machine.
 
-Two kinds of tasks are old: ordinary ones, and some with as much as they can have: 21 callbacks of 256 KiB, a request and events of 1 MiB.
+Two kinds of tasks are old: ordinary ones, and some with as much as they can have: 21 callbacks of 256 KiB, a request and events of 1 MiB,
+and 40 attempts at each delivery, with answers of 2 KiB. Half of the latter are erased by their owner before.
 """
 
 import argparse
@@ -14,10 +15,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import Connection, func, insert, select
 
 from service.pipeline import retention
-from service.pipeline.retention import Retention
+from service.pipeline.retention import Retention, erase
 from service.resources import Resources, new_id
 from service.store import Transaction
 from service.store.clock import wall_clock
@@ -51,12 +52,19 @@ def fill(tx: Transaction, items: Sequence[tuple[int, int, bool]]) -> list[None]:
             for count, type in enumerate(("image.task.submitted", "image.task.completed")):
                 event_id = new_id("event", OLD)
                 told = {"sequence": 2 * number + count + 1, "id": event_id, "owner": "o", "type": type, "task_id": task_id, "time": at}
-                rows[events].append({**told, "terminal": True if count else None, "data": {"request": {"x": text}}})
+                data: dict[str, Any] = {"request": {"x": text}, "metadata": {}, "images": [], "error": None}
+                rows[events].append({**told, "terminal": True if count else None, "data": data})
                 for _ in range(2):
                     delivery_id, of = new_id("delivery", OLD), {"event_id": event_id, "task_id": task_id, "owner": "o", "endpoint_id": "ep"}
                     rows[deliveries].append({"id": delivery_id, **of, "state": "delivered", "created_at": at, "finished_at": at})
-                    tried = {"delivery_id": delivery_id, "time": at, "status": 200, "duration_ms": 3, "answer": b"o" * 100}
-                    rows[attempts].append({"id": new_id("attempt", OLD), **tried})
+                    tried = {
+                        "delivery_id": delivery_id,
+                        "time": at,
+                        "status": 200,
+                        "duration_ms": 3,
+                        "answer": b"o" * (2048 if large else 100),
+                    }
+                    rows[attempts] += [{"id": new_id("attempt", OLD), **tried} for _ in range(40 if large else 1)]
             rows[steps] += [{"task_id": task_id, "time": at, "step": "image.stored", "detail": {"sha256": "a" * 64}} for _ in range(8)]
             for count in range(21 if large else 1):
                 seen = {
@@ -74,6 +82,10 @@ def fill(tx: Transaction, items: Sequence[tuple[int, int, bool]]) -> list[None]:
         for table, made in rows.items():
             tx.connection.execute(insert(table), made)
     return [None] * len(items)
+
+
+def largest(connection: Connection) -> list[str]:
+    return list(connection.execute(select(tasks.c.id).where(func.length(tasks.c.body) == LARGEST)).scalars())
 
 
 async def measured(folder: Path, ordinary: int, large: int) -> dict[str, list[float]]:
@@ -102,8 +114,14 @@ async def measured(folder: Path, ordinary: int, large: int) -> dict[str, list[fl
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(SqliteStore, "_transaction", timed)
             patch.setattr(retention, "PAUSE_S", 0.002)
-            job = Retention(cast("Resources", SimpleNamespace(store=store)), 30, None, wall_clock)
-            working = asyncio.create_task(job.apply())
+            resources = cast("Resources", SimpleNamespace(store=store))
+
+            async def work() -> dict[str, int]:
+                for task_id in (await store.read(largest))[: large // 2]:
+                    await erase(resources, task_id, None)
+                return await Retention(resources, 30, None, wall_clock).apply()
+
+            working = asyncio.create_task(work())
             while not working.done():  # beside it commits that mean nothing, as a measure of the disk
                 await store.write(mark, None)
                 await asyncio.sleep(0.02)

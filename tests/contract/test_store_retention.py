@@ -10,7 +10,10 @@ from sqlalchemy import Connection
 from service import model
 from service.model import State
 from service.store import Transaction, queries
+from service.store.clock import wall_clock
 from service.store.operations.deliveries import Attempt, Outcome, record_attempts
+from service.store.operations.portions import LIMIT, Limit, erased_part
+from service.store.operations.readiness import mark
 from service.store.operations.retention import (
     Erased,
     Erasure,
@@ -19,12 +22,14 @@ from service.store.operations.retention import (
     forget_deliveries,
     forget_events,
     forget_images,
+    old_deliveries,
     old_events,
     old_images,
     old_tasks,
     strip_tasks,
 )
 from service.store.operations.tasks import Cancellation, cancel_tasks
+from service.store.postgres import open_postgres
 from service.store.tables import attempts, callbacks, deliveries, events, metadata, steps
 from tests.contract.subject import DAY, OWNER, Opener, Subject, completed, failed, new_id, stored, upstream_id
 
@@ -41,7 +46,7 @@ PRIVATE: dict[str, Any] = {
 
 
 async def erase(subject: Subject, task_id: str, owner: str | None = OWNER) -> Erased:
-    return await subject.write(erase_tasks, Erasure(task_id, owner))
+    return await subject.write(erase_tasks, Erasure(task_id, owner, await subject.store.read(erased_part, task_id, LIMIT)))
 
 
 async def everything(subject: Subject) -> str:
@@ -53,10 +58,17 @@ async def outbox(subject: Subject, before: int) -> tuple[int, int]:
     """Removes old deliveries and events, in pages of two; how many of each."""
     last, counts = 0, [0, 0]
     while (page := await subject.store.read(old_events, last, before, 2, MIB)) is not None:
-        counts[0] += await subject.write(forget_deliveries, page.deliveries)
+        while (old := await subject.store.read(old_deliveries, page.events, LIMIT)) is not None:
+            counts[0] += await subject.write(forget_deliveries, old.whole)
         counts[1] += await subject.write(forget_events, page.events)
         last = page.last
     return counts[0], counts[1]
+
+
+async def olds(subject: Subject, before: int, most: int = 9, limit: Limit = LIMIT) -> list[str]:
+    """The tasks that ended by then whose content a transaction takes."""
+    old = await subject.store.read(old_tasks, before, limit, most)
+    return [] if old is None else old.whole
 
 
 async def forgotten(subject: Subject) -> int:
@@ -268,7 +280,7 @@ async def test_old_tasks_lose_their_content_and_keep_their_pictures(subject: Sub
     before = subject.clock.now
     subject.clock.shift(1)
     young = await subject.completed(metadata={"a": "b"})
-    assert await subject.store.read(old_tasks, before, 9, MIB) == [old]
+    assert await olds(subject, before) == [old]
     assert await subject.write(strip_tasks, [old]) == 1
     task = await subject.task(old)
     assert (task["prompt"], task["request"], task["metadata"], task["body"], task["callback_url"]) == (None, {}, {}, b"", None)
@@ -277,7 +289,7 @@ async def test_old_tasks_lose_their_content_and_keep_their_pictures(subject: Sub
     assert [row["state"] for row in await subject.images(old)] == ["stored"]
     assert (await subject.task(young))["metadata"] == {"a": "b"}
     assert await subject.rows(steps, task_id=young) != []
-    assert await subject.store.read(old_tasks, before, 9, MIB) == []
+    assert await olds(subject, before) == []
     assert await subject.write(strip_tasks, [old]) == 0
     assert len((await erase(subject, old)).blobs) == 1  # by its owner, later
 
@@ -295,10 +307,10 @@ async def test_a_task_that_goes_on_keeps_its_content_however_old(subject: Subjec
     await subject.settle(late, None, expires_ms=DAY)
     await subject.callback(late, completed(late, URL))
     await subject.settle(late, completed(late, URL))
-    assert await subject.store.read(old_tasks, subject.clock.now + DAY, 9, MIB) == []
+    assert await olds(subject, subject.clock.now + DAY) == []
     assert await subject.write(strip_tasks, [cancelled]) == 0, "asked about: looked at again in the transaction"
     await subject.settle(cancelled, failed(cancelled))
-    assert await subject.store.read(old_tasks, subject.clock.now + DAY, 9, MIB) == [cancelled]
+    assert await olds(subject, subject.clock.now + DAY) == [cancelled]
 
 
 async def test_old_tasks_come_the_oldest_first(subject: Subject) -> None:
@@ -307,24 +319,17 @@ async def test_old_tasks_come_the_oldest_first(subject: Subject) -> None:
     for _ in range(3):
         made.append(await subject.completed())
         subject.clock.shift(1)
-    assert await subject.store.read(old_tasks, subject.clock.now, 2, MIB) == made[:2]
+    assert await olds(subject, subject.clock.now, 2) == made[:2]
 
 
-async def test_a_batch_has_so_many_bytes_of_bodies(subject: Subject) -> None:
-    """However many callbacks a task got, however much it asked for: the writer is not held for long. One that has more comes alone."""
-    large, called, *small = [await subject.submitted(body=b"x" * size) for size in (600, 1, 1, 1, 1)]
-    for number in range(6):
-        await subject.callback(called, None, b"?" * (100 + number))
-    for task_id in (large, called, *small):
-        await subject.settle(task_id, failed(task_id))
-        subject.clock.shift(1)
-    before = subject.clock.now
-    subject.clock.shift(DAY)
-    taken = []
-    while ids := await subject.store.read(old_tasks, before, 2, 500):
-        taken.append(ids)
-        assert await subject.write(strip_tasks, ids) == len(ids)
-    assert taken == [[large], [called], small[:2], small[2:]]
+async def test_what_is_old_is_so_by_the_databases_clock(migrated_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose own clock was set forward by 30 days removes nothing for that."""
+    monkeypatch.setattr("service.store.postgres.wall_clock", lambda: wall_clock() + 30 * DAY)
+    async with open_postgres(migrated_database, process="ahead", new_id=new_id) as store:
+        assert abs(store.clock() - wall_clock()) < DAY
+        first = store.clock()
+        await store.write(mark, None)
+        assert first <= store.clock() < wall_clock() + DAY
 
 
 async def test_a_page_of_the_outbox_has_so_many_characters(subject: Subject) -> None:
@@ -400,9 +405,12 @@ async def test_what_is_taken_up_again_before_it_goes_stays(subject: Subject) -> 
     await subject.attempt(await subject.claimed("deliver", row["id"]), "gone")
     page = await subject.store.read(old_events, 0, subject.clock.now, 99, MIB)
     assert page is not None
-    assert page.deliveries == [row["id"]]
+    old = await subject.store.read(old_deliveries, page.events, LIMIT)
+    assert old is not None
+    assert old.whole == [row["id"]]
     await subject.write(again, row["id"])
-    assert await subject.write(forget_deliveries, page.deliveries) == 0
+    assert await subject.store.read(old_deliveries, page.events, LIMIT) is None
+    assert await subject.write(forget_deliveries, old.whole) == 0
     assert await subject.write(forget_events, page.events) == len(page.events) - 1
     assert [event["id"] for event in await subject.events()] == [row["event_id"]]
 
@@ -410,7 +418,7 @@ async def test_what_is_taken_up_again_before_it_goes_stays(subject: Subject) -> 
 async def test_a_reader_is_told_what_is_no_longer_kept_and_gets_past_it(subject: Subject) -> None:
     """The last place that was emptied never goes back; `next_after` is never before it, also when nothing is left."""
     await subject.completed()
-    assert await subject.store.read(old_events, 0, subject.clock.now, 1, MIB) == OldEvents([(await subject.events())[0]["id"]], [], 1)
+    assert await subject.store.read(old_events, 0, subject.clock.now, 1, MIB) == OldEvents([(await subject.events())[0]["id"]], 1)
     await outbox(subject, subject.clock.now)
     assert await subject.store.read(queries.event_list, None, 0, 9) == ([], 2, 2)
     assert await subject.write(forget_events, []) == 0

@@ -268,6 +268,7 @@ def test_a_task_that_fails_fails_the_command(run: Run, tmp_path: Path) -> None:
 
 def test_tasks_are_listed_and_one_is_told_in_full(run: Run, client: Mapping[str, str]) -> None:
     """A list for people and one for programs; a task by our id and the upstream's, with its timeline."""
+    run("submit", "another lighthouse", "--wait", "--json", **client)
     made = run("submit", "a \x1b[31mred\x1b[0m\nlighthouse", "--metadata", "list=this", "--wait", "--json", **client).json
     listed = run("tasks", "--metadata", "list=this", **client).out.splitlines()
     assert listed[0].split() == ["id", "state", "created", "images", "model", "prompt"]
