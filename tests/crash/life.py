@@ -1,19 +1,19 @@
 """One task's life through real processes that die, or stop for a while, at checkpoints; what is to be seen of it at its end."""
 
-import asyncio
 import hashlib
-import signal
 import socket
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 
 from tests.api import SUBMIT, got, order
 from tests.crash.bench import Bench
+from tests.crash.death import Death, death, pictures
 from tests.crash.launcher import LOG, Launched
-from tests.processes import ADMIN_KEY, UPSTREAM_KEY, service_settings
+from tests.processes import ADMIN_KEY, UPSTREAM_KEY
 from tests.waiting import wait_until
 
 JSON = dict[str, Any]
@@ -34,14 +34,17 @@ SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Where its processes die one after the other; `paused`: the only one stops there until another has done its work."""
+    """Where its processes die one after the other; `paused`: the only one stops there until another has done its work, or, on SQLite, its
+    lease is over; `late`: the other has given the task up meanwhile.
+    """
 
     store: str
     points: tuple[str, ...]
     paused: bool = False
+    late: bool = False
 
     def __str__(self) -> str:
-        return f"{self.store}-{'paused-' if self.paused else ''}{'-'.join(self.points)}"
+        return f"{self.store}-{'paused-' if self.paused else ''}{'late-' if self.late else ''}{'-'.join(self.points)}"
 
     @property
     def erased(self) -> bool:
@@ -50,14 +53,17 @@ class Case:
     @property
     def doubted(self) -> bool:
         """Whether the upstream's answer is in the hand of a process that is paused."""
-        return self.paused and self.points[0] == "submission.answered"
+        return self.paused and self.points[0] == "submission.answered" and not self.late
 
 
 @dataclass(slots=True)
 class Ended:
-    """What is there when nothing is left to do. `posts` are the keys under which the upstream was sent the task."""
+    """What is there when nothing is left to do. `posts` are the keys under which the upstream was sent the task, `answers` what its
+    callbacks brought it, `after` the state of a task that was given to the process which had been paused.
+    """
 
     exits: list[int | None]
+    deaths: list[Death]
     tasks: list[JSON]
     events: list[JSON]
     deliveries: list[JSON]
@@ -68,6 +74,9 @@ class Ended:
     files: list[str]
     unfinished: list[str]
     log: str
+    answers: list[int | None]
+    steps: list[str]
+    after: str | None = None
 
 
 class Life:
@@ -75,12 +84,23 @@ class Life:
 
     def __init__(self, case: Case, bench: Bench, environment: dict[str, str], stack: AsyncExitStack) -> None:
         self.case, self.bench, self.environment, self._stack = case, bench, environment, stack
-        self.body = order(prompt=str(case), n=PICTURES, **({"sandbox": {"drop_callback": True}} if case.doubted else {}))
+        self.told: list[str] = []  # the ids that its client was answered
+        self.deaths: list[Death] = []
+        silent = case.doubted or case.late
+        self.body = order(prompt=str(case), n=PICTURES, **({"sandbox": {"drop_callback": True}} if silent else {}))
+
+    @property
+    def folder(self) -> Path:
+        return self.bench.folder / str(self.case)
+
+    @property
+    def heard(self) -> list[str]:
+        """The ids of the events that the subscriber was sent."""
+        return [got.headers["webhook-id"] for got in self.bench.subscriber.received if got.path == f"/{self.case}"]
 
     async def start(self, port: int, **more: str) -> tuple[Launched, httpx.AsyncClient]:
-        folder = self.bench.folder / str(self.case)
         async with self.bench.starting:
-            process = Launched(self.bench.launcher, folder, self.environment | more | {"DARKROOM_PORT": str(port)})
+            process = Launched(self.bench.launcher, self.folder, self.environment | more | {"DARKROOM_PORT": str(port)})
             await wait_until(lambda: "service.started" in process.printed or process.code is not None, PATIENCE_S)
         assert "service.started" in process.printed, process.printed
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
@@ -100,11 +120,13 @@ class Life:
     async def killed(self, process: Launched, client: httpx.AsyncClient) -> int | None:
         """Its exit code, after whatever its client could do."""
         with suppress(httpx.TransportError):
-            await self.submit(client)
+            self.told.append((await self.submit(client))["id"])
             if self.case.erased:
                 task = await self.quiet(client)
                 await client.delete(f"/v1/tasks/{task['id']}")
         await wait_until(lambda: process.code is not None, PATIENCE_S)
+        posts, database = len(self.bench.upstream.posts[str(self.case)]), self.environment.get("DARKROOM_DATABASE_URL")
+        self.deaths.append(await death(self.folder / "data", database, told=list(self.told), posts=posts, heard=self.heard))
         return process.code
 
     async def quiet(self, client: httpx.AsyncClient) -> JSON:
@@ -131,28 +153,24 @@ class Life:
             sources = [source for source in await listed(upstream, "tasks", "/sandbox") if source["idempotency_key"] == task["id"]]
             originals = [(await upstream.get(link)).content for source in sources for link in source["results"]]
         served = [await client.get(image["url"]) for image in tasks[0]["images"]]
-        folder = self.bench.folder / str(self.case) / "data" / "images"
-        files = [path for path in folder.rglob("*") if path.is_file()]
+        files, unfinished = pictures(self.folder / "data")
+        steps = got(await client.get(f"/v1/tasks/{task['id']}/timeline"))["data"]
         return Ended(
             exits=exits,
+            deaths=self.deaths,
             tasks=tasks,
             events=await listed(client, "events"),
             deliveries=await listed(client, "deliveries"),
             posts=self.bench.upstream.posts[str(self.case)],
-            received=[got.headers["webhook-id"] for got in self.bench.subscriber.received if got.path == f"/{self.case}"],
+            received=self.heard,
             originals=originals,
             served=[answer.content for answer in served if answer.status_code == 200],
-            files=sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in files if ".incoming" not in path.parts),
-            unfinished=[path.name for path in files if ".incoming" in path.parts],
-            log=(self.bench.folder / str(self.case) / LOG).read_text(),
+            files=sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in files),
+            unfinished=[path.name for path in unfinished],
+            log=(self.folder / LOG).read_text(),
+            answers=[call["status"] for source in sources for call in source["callbacks"]],
+            steps=[step["step"] for step in steps],
         )
-
-
-async def lease_over() -> None:
-    """What the dead held is free; whoever would look for it meanwhile would only take time from others' starts."""
-    clock = asyncio.get_running_loop().time
-    end = clock() + LEASE_MS / 1000
-    await wait_until(lambda: clock() >= end, PATIENCE_S)
 
 
 async def passing(client: httpx.AsyncClient) -> None:
@@ -173,65 +191,3 @@ def free_port(stack: AsyncExitStack) -> int:
     bound.bind(("127.0.0.1", 0))
     port: int = bound.getsockname()[1]
     return port
-
-
-async def live(case: Case, bench: Bench) -> Ended:
-    """The whole of it, from the first start to silence."""
-    folder = bench.folder / str(case)
-    folder.mkdir()
-    more = dict(SETTINGS)
-    if any(point.startswith("account.") for point in case.points):
-        more |= {"SUBMIT_SCHEDULE": "3"}  # nobody asks about the account before the next submission is held
-    if case.paused:
-        more |= {"RECONCILE_AFTER_S": "1"} | ({"UNCERTAIN_AFTER_S": "600"} if case.doubted else {})
-    bench.upstream.refusals[str(case)] = sum(point.startswith("account.") for point in case.points)
-    async with AsyncExitStack() as stack:
-        if case.store == "postgres":
-            more["DATABASE_URL"] = await stack.enter_async_context(bench.database())
-        port = free_port(stack)
-        environment = service_settings(bench.upstream_url, folder, **more) | {"DARKROOM_TEST_LEASE_MS": str(LEASE_MS)}
-        one = Life(case, bench, environment, stack)
-        return await (paused(one, port, free_port(stack)) if case.paused else dying(one, port))
-
-
-async def dying(one: Life, port: int) -> Ended:
-    exits: list[int | None] = []
-    for point in one.case.points:
-        process, client = await one.start(port, DARKROOM_TEST_KILL=point)
-        if not exits:
-            await one.subscribe(client)
-        exits.append(await one.killed(process, client))
-        if one.case.store == "postgres":
-            await lease_over()
-    process, client = await one.start(port)
-    await one.submit(client)
-    ended = await one.seen(client, exits)
-    process.signal(signal.SIGKILL)
-    return ended
-
-
-async def paused(one: Life, port: int, other: int) -> Ended:
-    """The first process stops with work in hand; the second does it when the lease has ended; the first goes on and ends in peace."""
-    first, client = await one.start(port, DARKROOM_TEST_PAUSE=one.case.points[0])
-    await one.subscribe(client)
-    asked = asyncio.create_task(one.ask(client))  # it may be the very request that is paused
-    await wait_until(lambda: first.stopped, PATIENCE_S)
-    second, client = await one.start(other)
-    if one.case.doubted:
-
-        async def doubted() -> object:
-            return (await one.submit(client, "wait=1"))["state"] == "uncertain"
-
-        await wait_until(doubted, PATIENCE_S)
-    else:
-        await one.quiet(client)
-    first.signal(signal.SIGCONT)
-    task = await one.quiet(client)
-    answer = await asked
-    if answer.status_code != 503:  # the server has ended a transaction that stood still: the client is to ask again
-        assert got(answer)["id"] == task["id"]
-    first.signal(signal.SIGTERM)
-    await wait_until(lambda: first.code is not None, PATIENCE_S)
-    ended = await one.seen(client, [first.code])
-    second.signal(signal.SIGKILL)
-    return ended

@@ -13,20 +13,27 @@ import pytest
 
 from service.pipeline.checkpoints import CHECKPOINTS
 from tests.crash.bench import benches
-from tests.crash.life import PICTURES, TERMINAL, Case, Ended, live
+from tests.crash.death import TRUE_AT
+from tests.crash.life import PICTURES, TERMINAL, Case, Ended
+from tests.crash.lives import live
 
 # On SQLite a start frees what the dead held, so one task outlives several deaths; in an order in which none can be passed unnoticed.
 CHAINS = (
     ("submission.answered", "inbox.committed", "settle.claimed", "settle.answered", "delivery.answered"),
-    ("submit.checked", "submission.claimed", "submission.recorded", "inbox.received", "settle.recorded", "delivery.claimed"),
+    ("submit.checked", "submission.claimed", "submission.recorded", "inbox.received", "settle.recorded"),
     ("submit.inserted", "account.held", "account.restored", "download.saved", "download.recorded:2", "delivery.recorded"),
     ("download.fetched", "download.recorded"),
-    ("submission.started",),
+    ("submission.started", "delivery.claimed"),
     ("erase.committed",),
 )
 PAUSES = tuple(name for name in CHECKPOINTS if name != "erase.committed")  # which holds no lease
 KILLS = [Case("postgres", (name,)) for name in CHECKPOINTS] + [Case("sqlite", chain) for chain in CHAINS]
-PAUSED = [Case("postgres", (name,), paused=True) for name in PAUSES]
+EMBEDDED_PAUSES = ("settle.answered", "download.saved", "delivery.answered")
+PAUSED = [
+    *(Case("postgres", (name,), paused=True) for name in PAUSES),
+    *(Case("sqlite", (name,), paused=True) for name in EMBEDDED_PAUSES),
+    Case("postgres", ("submission.answered",), paused=True, late=True),
+]
 AT_ONCE = 16  # lives: a slow machine is not to take for lost what is only late
 Lives = dict[Case, Ended | BaseException]
 
@@ -56,21 +63,23 @@ def ended(lives: Lives, case: Case) -> Ended:
 def check(found: Ended, case: Case) -> None:
     """What holds of every life, wherever it was broken off."""
     sent = "submission.started" not in case.points
+    completed = sent and not case.late
     (task,) = found.tasks
-    assert task["state"] == ("completed" if sent else "failed"), task
+    assert task["state"] == ("completed" if completed else "failed"), task
     assert task["error"] is None or task["error"]["code"] == "submission_uncertain"
     assert found.posts == [task["id"]] * sent, "submitted once, or never"
 
     assert [int(event["sequence"]) for event in found.events] == list(range(1, len(found.events) + 1))
     assert sorted(event["type"] for event in found.events) == sorted(
-        ["image.task.submitted", "image.task.completed"] if sent else ["image.task.failed"]
+        ["image.task.submitted", "image.task.completed"] if completed else ["image.task.failed", *["task.late_result"] * case.late]
     )
-    assert found.events[-1]["type"] in TERMINAL
-    assert {event["subject"] for event in found.events} == {task["id"]}
+    told = [event for event in found.events if event["type"] != "task.late_result"]  # which is the operators'
+    assert told[-1]["type"] in TERMINAL
+    assert {event["subject"] for event in told} == {task["id"]}
 
-    assert set(found.received) == {event["id"] for event in found.events}, "each at least once, always under the same id"
-    assert len(found.received) <= len(found.events) + len(case.points)
-    assert [delivery["state"] for delivery in found.deliveries] == ["delivered"] * len(found.events)
+    assert set(found.received) == {event["id"] for event in told}, "each at least once, always under the same id"
+    assert len(found.received) <= len(told) + len(case.points)
+    assert [delivery["state"] for delivery in found.deliveries] == ["delivered"] * len(told)
 
     wanted = PICTURES if sent else 0
     assert len(set(found.originals)) == wanted
@@ -90,6 +99,14 @@ async def test_a_process_that_is_killed_loses_and_doubles_nothing(lives: Lives, 
     found = ended(lives, case)
     assert found.exits == [-signal.SIGKILL] * len(case.points)
     check(found, case)
+    for point, death in zip(case.points, found.deaths, strict=True):
+        assert TRUE_AT[point.partition(":")[0]](death), f"{point}: {death}"
+        assert {*death.told, *death.tasks} <= {found.tasks[0]["id"]}, "what was promised is what is there at the end"
+        again = [id for id in death.delivered if found.received.count(id) > death.heard.count(id)]
+        assert again == [], "what is known to be delivered is not sent again"
+    if case.points[0].startswith("inbox."):
+        assert (found.answers[0], found.answers[-1]) == (None, 200), "the upstream is not answered, and calls again"
+        assert ('"verdict":"duplicate"' in found.log.replace(" ", "")) == (case.points[0] == "inbox.committed")
 
 
 @pytest.mark.parametrize("case", PAUSED, ids=str)
@@ -98,10 +115,12 @@ async def test_a_process_that_was_paused_changes_nothing_it_no_longer_owns(lives
     found = ended(lives, case)
     assert found.exits == [0]
     check(found, case)
+    assert ("task.submission_uncertain" in found.steps) == (case.doubted or case.late or "submission.started" in case.points)
+    assert found.after == "completed", "it goes on serving"
 
 
 def test_every_checkpoint_is_tried_on_both_stores() -> None:
     """The list of kills is the list of checkpoints."""
     for store in ("sqlite", "postgres"):
         tried = {point.partition(":")[0] for case in KILLS if case.store == store for point in case.points}
-        assert tried == set(CHECKPOINTS)
+        assert tried == set(CHECKPOINTS) == set(TRUE_AT)
