@@ -49,6 +49,7 @@ LINES: Mapping[str, str] = MappingProxyType(
         "store.damaged": "`message`: nothing more is written to the file; put a backup back",
         "store.waiting": "`reason`: the server starts up, or somebody has a table that is to be migrated; `limit_s`: how long it is tried",
         "store.unsafe": "`setting`: off at the PostgreSQL server, which may lose what it committed when its power fails",
+        "store.freed": "`session`: of a process that stood still in the middle of a statement; what it had locked is free",
         "store.failed": "`message`, `exception`: the store did not commit or answer; the caller got 503",
         "blobs.failed": "`message`, `exception`: the image store failed or lacks an image: 503, or left to the sweep",
         "blobs.swept": "`seen`, `removed` (images that no row names), `duration_ms`",

@@ -22,6 +22,7 @@ from service.store.clock import steady_ns, wall_clock
 from service.store.committer import Batch, Call, Committer, Run, execute
 from service.store.hosts import connecting
 from service.store.operations import leases
+from service.store.still import NAME, end_still
 
 log = structlog.get_logger()
 
@@ -30,7 +31,9 @@ READERS = 5
 CHANNEL, HINT_BYTES = "darkroom", 7999  # PostgreSQL's limit
 LISTEN_AGAIN_S = 1.0
 # Milliseconds. A process that stands still inside a transaction, whose locks others wait for, loses it; a callback waits 8 s at most.
-LIMITS = {"lock_timeout": "5000", "statement_timeout": "30000", "idle_in_transaction_session_timeout": "10000"}
+STILL_MS = 10_000
+LIMITS = {"lock_timeout": "5000", "statement_timeout": "30000", "idle_in_transaction_session_timeout": str(STILL_MS)}
+LOOK_FOR_STILL_S = 5.0
 TURN_MS, BETWEEN_S, TURNS = 2000, 2.0, 150  # a migration's: for ten minutes
 LOCKED, NOT_YET = "55P03", "57P03"  # somebody else has the table; the server is starting up
 MIGRATION_LOCK = 0x6461726B726F6F6D  # "darkroom": any constant that nobody else in this database takes
@@ -115,6 +118,14 @@ class PostgresStore:
         if self._workers and hint.get("due", True):
             self._workers.hinted(hint.get("due"))
 
+    async def _end_still(self) -> None:
+        """Ends sessions of processes that stand still in the middle of a statement, with the locks they have, for ever."""
+        while True:
+            await asyncio.sleep(LOOK_FOR_STILL_S)
+            with suppress(StoreUnavailable):
+                for pid in await self.read(end_still, STILL_MS / 1000):
+                    log.warning("store.freed", session=pid)
+
     async def write(
         self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item, *, urgent: bool = False
     ) -> Result:
@@ -179,13 +190,14 @@ class PostgresStore:
             await asyncio.sleep(BETWEEN_S)
 
     async def run(self) -> None:
-        listening = asyncio.create_task(self._listen(), name="listen")
+        jobs = [asyncio.create_task(self._listen(), name="listen"), asyncio.create_task(self._end_still(), name="still")]
         try:
             await asyncio.gather(*(committer.run() for committer in self._committers))
         finally:
-            listening.cancel()
-            with suppress(asyncio.CancelledError):
-                await listening
+            for job in jobs:
+                job.cancel()
+                with suppress(asyncio.CancelledError):
+                    await job
 
     def close(self) -> None:
         for committer in self._committers:
@@ -204,7 +216,7 @@ async def open_postgres(
     """Connects and migrates; ConfigurationError when the server cannot be reached or the database is not ours."""
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=connecting(url, LIMITS),
+        async_creator=connecting(url, {**LIMITS, "application_name": NAME}),
         pool_size=COMMITTERS + READERS + 1,  # who listens
         max_overflow=0,
         pool_timeout=5,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import insert, text
+from structlog.testing import capture_logs
 
 from service.errors import StoreUnavailable
 from service.store import Signals, Transaction, postgres, queries
@@ -275,5 +276,32 @@ async def test_a_process_that_stands_still_in_a_transaction_loses_it(two: tuple[
         await connection.execute(counters.update().values(value=counters.c.value + 1_000_000))
         task_id = await two[0].uncertain()
         await two[0].callback(task_id, completed(task_id, "https://r.test/0"))  # an event needs the counter
+        await connection.invalidate()
+    assert max(event["sequence"] for event in await two[0].events()) < 1_000_000
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "LOOK_FOR_STILL_S", 0.05)
+    monkeypatch.setattr(postgres, "STILL_MS", 300)
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_a_process_that_stands_still_within_a_statement_loses_its_locks_too(two: tuple[Subject, Subject]) -> None:
+    """The server itself would wait for the statement's other half; sessions at work, idle and in a transaction are left alone."""
+    still = two[1].store
+    assert isinstance(still, postgres.PostgresStore)
+    task_id = await two[0].uncertain()
+    async with still._engine.connect() as connection, still._engine.connect() as idle:
+        mine, other = [(await each.execute(text("SELECT pg_backend_pid()"))).scalar_one() for each in (connection, idle)]
+        await connection.execute(counters.update().values(value=counters.c.value + 1_000_000))
+        driver = (await connection.get_raw_connection()).driver_connection
+        assert driver is not None
+        parse = b"\0SELECT 1\0\0\0"
+        driver._transport.write(b"P" + (4 + len(parse)).to_bytes(4, "big") + parse + b"H\0\0\0\4")  # and no Sync
+        with capture_logs() as lines:
+            await two[0].callback(task_id, completed(task_id, "https://r.test/0"))
+            await wait_until(lambda: [line["session"] for line in lines if line["event"] == "store.freed"] == [mine])
+        assert (await idle.execute(text("SELECT pg_backend_pid()"))).scalar_one() == other
         await connection.invalidate()
     assert max(event["sequence"] for event in await two[0].events()) < 1_000_000
