@@ -1,23 +1,26 @@
-"""A burst of callbacks from a process of its own: `python -m tests.overload ADDRESS FILE CONNECTIONS`.
+"""A burst of callbacks from a process of its own, as the upstream sends them: `python -m tests.overload ADDRESS FILE CONNECTIONS`.
 
 Each line of FILE is a request, `{"path", "body"}`. They are shared out over the connections, which all begin at once; a connection sends
-its next one when it has the answer to the last. The time of the first includes that of connecting, as the upstream's patience does.
+its next one when it has the answer to the last. What is not answered with 200 in 10 s comes again on a new connection, after 1, 2 and 4 s.
+A try's time includes that of connecting. Bare sockets and epoll: a client that costs more than the service would measure itself.
 """
 
-import asyncio
 import json
+import select
+import socket
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from heapq import heappop, heappush
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import uvloop
-
 from service.signing import Keyring
 from service.web.server import allow_descriptors
 from tests.bench.acknowledgement import SECRET_KEY
+
+PATIENCE_S, AGAIN_S = 10.0, (1.0, 2.0, 4.0)
 
 
 def callback(task_id: str) -> dict[str, str]:
@@ -32,37 +35,115 @@ def request_bytes(path: str, body: str) -> bytes:
     return f"POST {path} HTTP/1.1\r\nhost: burst\r\ncontent-length: {len(body.encode())}\r\n\r\n{body}".encode()
 
 
-async def send(address: tuple[str, int], requests: Sequence[bytes], seen: Counter[str], took: list[float]) -> None:
-    began, left = perf_counter(), list(reversed(requests))
-    try:
-        reader, writer = await asyncio.open_connection(*address)
-        while left:
-            writer.write(left.pop())
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-            body = await reader.readexactly(length)
-            took.append(perf_counter() - began)
-            seen[f"{head.split()[1].decode()} {body.decode() if head.startswith(b'HTTP/1.1 200') else ''}".strip()] += 1
-            began = perf_counter()
-        writer.close()
-    except (OSError, EOFError) as error:
-        seen[type(error).__name__] += 1 + len(left)
+class Connection:
+    """Sends its requests one after the other; `tries` of each, `began` the one that is under way."""
+
+    def __init__(self, requests: list[bytes], tries: int = 0) -> None:
+        self.requests, self.tries = requests, tries
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self.socket.setblocking(False)
+        self.began, self.got = perf_counter(), b""
+
+    def answer(self) -> str | None:
+        """What has been answered, None: not all of it has come."""
+        self.got += self.socket.recv(65536)
+        head, end, body = self.got.partition(b"\r\n\r\n")
+        if not end:
+            return None if self.got else "ended"
+        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+        if len(body) < length:
+            return None
+        self.got = b""
+        return f"{head.split()[1].decode()} {body.decode() if head.startswith(b'HTTP/1.1 200') else ''}".strip()
 
 
-async def burst(host: str, port: int, requests: Sequence[bytes], connections: int) -> dict[str, Any]:
+class Burst:
+    """All of them. `seen` what the tries met, `took` the seconds of those that were answered; `lost`: four tries were in vain."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self.address, self.poll = address, select.epoll()
+        self.open: dict[int, Connection] = {}
+        self.seen, self.took, self.lost = Counter[str](), list[float](), 0
+        self.due: list[tuple[float, int, list[bytes], int]] = []  # what comes again
+
+    def begin(self, requests: list[bytes], tries: int = 0) -> None:
+        connection = Connection(requests, tries)
+        self.open[connection.socket.fileno()] = connection
+        connection.socket.connect_ex(self.address)
+        self.poll.register(connection.socket, select.EPOLLOUT)
+
+    def end(self, connection: Connection) -> None:
+        del self.open[connection.socket.fileno()]
+        connection.socket.close()
+
+    def met(self, connection: Connection, what: str) -> None:
+        """A try is over, one way or the other."""
+        self.seen[what] += 1
+        if what[0].isdigit():
+            self.took.append(perf_counter() - connection.began)
+        if what.startswith("200") and len(connection.requests) > 1:
+            connection.requests.pop()
+            connection.began, connection.tries = perf_counter(), 0
+            self.poll.modify(connection.socket, select.EPOLLOUT)
+            return
+        self.end(connection)
+        if what.startswith("200"):
+            return
+        if connection.tries == len(AGAIN_S):
+            self.lost += 1
+            connection.requests.pop()
+            if connection.requests:
+                self.begin(connection.requests)
+        else:
+            heappush(self.due, (perf_counter() + AGAIN_S[connection.tries], id(connection), connection.requests, connection.tries + 1))
+
+    def happened(self, connection: Connection, event: int) -> None:
+        try:
+            if event & select.EPOLLOUT:
+                connection.socket.send(connection.requests[-1])
+                self.poll.modify(connection.socket, select.EPOLLIN)
+            elif (what := connection.answer()) is not None:
+                self.met(connection, what)
+        except OSError as error:
+            self.met(connection, type(error).__name__)
+
+    def turn(self) -> None:
+        for number, event in self.poll.poll(0.05):
+            self.happened(self.open[number], event)
+        now = perf_counter()
+        while self.due and self.due[0][0] <= now:
+            _, _, requests, tries = heappop(self.due)
+            self.begin(requests, tries)
+
+    def run(self, shares: Iterator[list[bytes]]) -> dict[str, Any]:
+        began = looked = perf_counter()
+        for number, share in enumerate(shares):
+            self.begin(share)
+            if number % 100 == 99:
+                self.turn()
+        while self.open or self.due:
+            self.turn()
+            if perf_counter() - looked > 0.1:
+                looked = perf_counter()
+                for connection in [each for each in self.open.values() if looked - each.began > PATIENCE_S]:
+                    self.met(connection, "timeout")
+        return self.told(perf_counter() - began)
+
+    def told(self, whole: float) -> dict[str, Any]:
+        self.took.sort()
+        p50, p99 = (self.took[int(share * (len(self.took) - 1))] for share in (0.5, 0.99))
+        answered = sum(count for what, count in self.seen.items() if what.startswith("200"))
+        figures = {"p50": p50, "p99": p99, "max": self.took[-1], "seconds": whole, "rate": answered / whole}
+        return {"seen": dict(self.seen), "lost": self.lost, **figures}
+
+
+def burst(address: str, requests: Sequence[bytes], connections: int) -> dict[str, Any]:
     """What was answered how often, and how long it took in seconds."""
-    seen, took = Counter[str](), list[float]()
-    began = perf_counter()
-    await asyncio.gather(*(send((host, port), requests[number::connections], seen, took) for number in range(connections)))
-    whole = perf_counter() - began
-    took.sort()
-    p50, p99 = (took[int(share * (len(took) - 1))] for share in (0.5, 0.99))
-    return {"seen": dict(seen), "p50": p50, "p99": p99, "max": took[-1], "seconds": whole, "rate": len(took) / whole}
+    host, _, port = address.removeprefix("http://").partition(":")
+    return Burst((host, int(port))).run(list(requests[number::connections]) for number in range(connections))
 
 
 if __name__ == "__main__":
-    address, file, connections = sys.argv[1:]
     allow_descriptors()
-    host, _, port = address.removeprefix("http://").partition(":")
-    prebuilt = [request_bytes(**json.loads(line)) for line in Path(file).read_text().splitlines()]
-    print(json.dumps(uvloop.run(burst(host, int(port), prebuilt, int(connections)))))
+    prebuilt = [request_bytes(**json.loads(line)) for line in Path(sys.argv[2]).read_text().splitlines()]
+    print(json.dumps(burst(sys.argv[1], prebuilt, int(sys.argv[3]))))

@@ -27,6 +27,7 @@ LINES: Mapping[str, str] = MappingProxyType(
         "upstream.called": "`kind`, `status`, `outcome`, `duration_ms`, `upstream_request_id`",
         "callback.received": "`verdict`, `status`, `bytes`, `duration_ms`",
         "callback.refused": "`reason`, `duration_ms`, `withheld` (wrong tokens since the last line, in a flood): nothing was kept",
+        "callback.overloaded": "`refused` (since the last line, a second before), `callbacks` (in hand): told by 503 to come again",
         "task.confirmed": "`status`, `results`",
         "image.stored": "`image_id`, `index`, `media_type`, `bytes`, `width`, `height`, `sha256`, `duration_ms`",
         "image.retry": "`image_id`, `index`, `reason`, `attempt`, `wait_s`",

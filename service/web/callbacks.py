@@ -84,7 +84,7 @@ class CallbackRoute:
             return
         came = time.monotonic()
         try:
-            async with context.precedence.turn(resources.metrics.callbacks.labels("overloaded").inc):
+            async with context.precedence.turn(context.admission.refused):
                 verdict = await inbox.receive(resources, task_id, body, context.result_ttl_s, came, whole=len(body) <= MAX_BODY)
         except StoreUnavailable:
             await refuse(scope, send, 503, (b"retry-after", b"1"))

@@ -55,6 +55,8 @@ class Admission:
     by_hand: Counter[str] = field(default_factory=Counter)
     _told: float = -math.inf
     _withheld: int = 0
+    _refused: int = 0  # callbacks that nobody told of yet
+    _telling: bool = False
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -92,6 +94,20 @@ class Admission:
             self.by_hand[owner] -= 1
             if not self.by_hand[owner]:
                 del self.by_hand[owner]
+
+    def refused(self) -> None:
+        """A callback that is told to come again: the first is logged at once, those of the next second together, and so on to the last."""
+        self.metrics.callbacks.labels("overloaded").inc()
+        self._refused += 1
+        if not self._telling:
+            self._tell_of_refused()
+
+    def _tell_of_refused(self) -> None:
+        self._telling = self._refused > 0
+        if self._telling:
+            log.warning("callback.overloaded", refused=self._refused, callbacks=self.precedence.in_hand)
+            self._refused = 0
+            asyncio.get_running_loop().call_later(TOLD_S, self._tell_of_refused)
 
     def _tell(self) -> None:
         self.metrics.requests_shed.inc()

@@ -23,6 +23,7 @@ class Line:
     _of: ClassVar["WeakKeyDictionary[asyncio.AbstractEventLoop, Line]"] = WeakKeyDictionary()
 
     def __init__(self) -> None:
+        self.unready = 0  # connections that nobody reads from yet
         self._begun = 0
         self._waiting: deque[BoundedHeads] = deque()
 
@@ -31,7 +32,7 @@ class Line:
         return cls._of.setdefault(loop, cls())
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return self.unready + len(self._waiting)
 
     def passes(self, protocol: "BoundedHeads") -> bool:
         """Whether it may begin now; else `begin` is called when it is its turn."""

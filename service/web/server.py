@@ -12,13 +12,12 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from service.errors import ConfigurationError
+from service.web.accepting import MOST_KEPT, Acceptor
 from service.web.protocol import BoundedHeads
 
 # Longer than the idle connections that clients and load balancers keep (5 to 60 s as a rule): whoever may reuse a connection is the one to
 # close it, or a request meets our close on its way and is lost.
 KEEP_ALIVE_S = 75
-BACKLOG = 16_384  # connections that wait to be taken; the kernel makes it `net.core.somaxconn` if that is less
-TAKEN_S = 0.01  # after the last is taken from the socket's queue the loop makes them connections, which are then told of the stop
 
 
 class Server(uvicorn.Server):
@@ -36,7 +35,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_S,
-                backlog=BACKLOG,
+                backlog=MOST_KEPT,
                 timeout_graceful_shutdown=max(1, round(stop_s)),
             )
         )
@@ -46,10 +45,17 @@ class Server(uvicorn.Server):
         allow_descriptors()
         await self._serve([self._bound])
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup([])
+        self._bound.listen(MOST_KEPT)  # one that was handed over listens with another's
+        connections = self.server_state.connections
+        self._acceptor = Acceptor(self._bound, self._connection, lambda: len(connections))
+
+    def _connection(self) -> BoundedHeads:
+        return BoundedHeads(self.config, self.server_state, self.lifespan.state)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for server in self.servers:
-            server.close()
-        await asyncio.sleep(TAKEN_S)
+        await self._acceptor.close()
         await super().shutdown(sockets)
 
 
@@ -70,7 +76,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise ConfigurationError(f"{host}:{port} cannot be listened on: {error.strerror} (DARKROOM_HOST, DARKROOM_PORT)") from error
-    bound.listen(BACKLOG)
+    bound.listen(MOST_KEPT)
     bound.setblocking(False)
     return bound
 

@@ -113,7 +113,18 @@ async def test_no_line_of_a_troubled_run_tells_a_secret_and_each_is_as_the_list_
         assert set(ALWAYS) <= line.keys()
         assert (line["service"], line["version"]) == ("darkroom", VERSION)
         assert line.keys() - {*ALWAYS, *WHERE_KNOWN} <= documented(LINES[line["event"]]) | {"image_id"}, line
-    seldom = {"endpoint.disabled", "store.failed", "blobs.failed", "worker.failed", "task.parked", "reconcile.queried"}
+    seldom = {
+        "endpoint.disabled",
+        "store.failed",
+        "blobs.failed",
+        "worker.failed",
+        "task.parked",
+        "reconcile.queried",
+        "callback.overloaded",
+        "secrets.rekeyed",
+        "secrets.unreadable",
+        "store.freed",
+    }
     seldom |= {name for name in LINES if name.startswith("sink.")}  # test_brokers
     seldom |= {"blobs.swept", "retention.applied", "task.erased", "http.shed", "store.damaged", "store.unsafe", "store.waiting"}
     assert {line["event"] for line in parsed} >= LINES.keys() - seldom

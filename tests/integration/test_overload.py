@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import resource
+import shutil
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -25,11 +26,12 @@ from tests.processes import ADMIN_KEY, Running, clean_environment, service_setti
 from tests.waiting import wait_until
 from tests.world import answering
 
-CALLBACKS = int(os.environ.get("DARKROOM_TEST_CALLBACKS", "2000"))  # 20000 in the full run
-ALL = min(CALLBACKS, resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 500)  # connections: no process may have more
+FULL = "DARKROOM_TEST_CALLBACKS" in os.environ  # 20000, by hand: as much at once as the processor can do; in the suite what it always can
+CALLBACKS = int(os.environ.get("DARKROOM_TEST_CALLBACKS", "2000"))
+ALL = min(CALLBACKS - 100, resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 500)  # connections: no process may have more
 UPSTREAMS_PATIENCE_S = 10.0
 AT_ONCE = 300  # connections
-ACCEPTED, DUPLICATE = '200 {"status":"accepted"}', '200 {"status":"duplicate"}'
+ACCEPTED, DUPLICATE, AGAIN, LATE = '200 {"status":"accepted"}', '200 {"status":"duplicate"}', "503", "timeout"
 ENDED_S = 60.0 + CALLBACKS / 50
 
 pytestmark = pytest.mark.timeout(120 + CALLBACKS / 25)
@@ -41,15 +43,21 @@ async def failed(request: Request) -> Response:
     return JSONResponse({"id": request.path_params["task_id"], "status": "failed", "error": error})
 
 
+@pytest.fixture(scope="module")
+def waiting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store of so many tasks that wait for their callbacks, and these in `requests`."""
+    folder = tmp_path_factory.mktemp("waiting")
+    asyncio.run(prepare(folder, "http://upstream.invalid", CALLBACKS))
+    lines = (json.loads(line)["path"].split("/")[3] for line in (folder / "requests").read_text().splitlines())
+    (folder / "requests").write_text("\n".join(json.dumps(callback(task_id)) for task_id in lines))
+    return folder
+
+
 @asynccontextmanager
-async def burdened(folder: Path) -> AsyncIterator[Running]:
-    """A process whose store has so many tasks that wait for their callbacks; `requests` holds these."""
-    upstream = Starlette(routes=[Route("/v1/tasks/{task_id}", failed)])
-    async with answering(upstream) as url:
-        await prepare(folder, url, CALLBACKS)
-        (folder / "template").rename(folder / "data")
-        lines = (json.loads(line)["path"].split("/")[3] for line in (folder / "requests").read_text().splitlines())
-        (folder / "requests").write_text("\n".join(json.dumps(callback(task_id)) for task_id in lines))
+async def burdened(folder: Path, waiting: Path) -> AsyncIterator[Running]:
+    """A process with that store."""
+    await asyncio.to_thread(shutil.copytree, waiting / "template", folder / "data")
+    async with answering(Starlette(routes=[Route("/v1/tasks/{task_id}", failed)])) as url:
         with started("serve", folder=folder, **service_settings(url, folder, SECRET_KEY=SECRET_KEY)) as running:
             yield running
 
@@ -71,34 +79,31 @@ async def keep_asking(client: httpx.AsyncClient, over: asyncio.Event, seen: Coun
 
 
 @pytest.mark.parametrize("connections", [AT_ONCE, ALL])
-async def test_a_burst_of_callbacks_is_answered_in_time(connections: int, tmp_path: Path) -> None:
-    """Each within the upstream's patience, while clients go on; what a burst on as many connections is told to send again is taken then.
+async def test_a_burst_of_callbacks_is_answered_in_time(connections: int, tmp_path: Path, waiting: Path) -> None:
+    """Each within the upstream's patience, or it is told so in time and is taken when it comes again, while clients go on.
 
-    Each task ends once.
+    No connection is reset, none ends without an answer, and each task ends once.
     """
-    async with burdened(tmp_path) as running:
+    async with burdened(tmp_path, waiting) as running:
         over, seen = asyncio.Event(), Counter[str]()
         async with httpx.AsyncClient(base_url=running.address, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=60) as client:
             asking = [asyncio.create_task(keep_asking(client, over, seen)) for _ in range(4)]
-            told = await burst(running.address, tmp_path / "requests", connections)
+            told = await burst(running.address, waiting / "requests", connections)
             over.set()
             await asyncio.gather(*asking)
             print(dict(seen))
-            assert told["seen"].keys() <= {ACCEPTED, "503"}
-            taken = told["seen"][ACCEPTED]
-            if connections == AT_ONCE:
-                assert taken == CALLBACKS
-                assert told["max"] < UPSTREAMS_PATIENCE_S
-            elif taken < CALLBACKS:
-                again = await burst(running.address, tmp_path / "requests", AT_ONCE)
-                assert again["seen"] == {ACCEPTED: CALLBACKS - taken, DUPLICATE: taken}
-            assert seen.keys() <= {"200", "503 1"}
-
-            every = CALLBACKS + seen["200"]  # the clients' own are refused by the upstream
-            await wait_until(lambda: len(running.logged("task.settled")) >= every, ENDED_S)
-    assert sum(line["verdict"] == "accepted" for line in running.logged("callback.received")) == CALLBACKS
+            assert told["lost"] == 0
+            assert told["seen"].keys() <= ({ACCEPTED, AGAIN} if FULL else {ACCEPTED, DUPLICATE, AGAIN, LATE})
+            assert told["seen"][ACCEPTED] + told["seen"].get(DUPLICATE, 0) == CALLBACKS
+            assert told["max"] < UPSTREAMS_PATIENCE_S
+            assert seen.keys() <= {"200", "404", "503 1"}  # its upstream knows no submissions
+            own = seen["200"] + seen["404"]
+            if not FULL:  # settling needs two minutes for 20,000
+                await wait_until(lambda: len(running.logged("task.settled")) >= CALLBACKS + own, ENDED_S)
+    taken = [line["task_id"] for line in running.logged("callback.received") if line["verdict"] == "accepted"]
+    assert len(set(taken)) == len(taken) == CALLBACKS
     settled = Counter(line["task_id"] for line in running.logged("task.settled"))
     assert set(settled.values()) == {1}
-    assert len(settled) == every
+    assert FULL or len(settled) == CALLBACKS + own
     assert not running.logged("http.failed")
     assert not running.logged("worker.failed")

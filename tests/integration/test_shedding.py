@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from service.pipeline import precedence
 from service.web import limits
 from service.web.protocol import Line
 from tests.api import SUBMIT, UNTIL_DONE, got, order, refused, submitted
@@ -71,3 +72,20 @@ async def test_clients_requests_in_hand_are_limited(tmp_path: Path, monkeypatch:
         await submitted(here.client)
         assert got(await held)["data"]
         assert (here.context.admission.busy, here.context.admission.waiting) == (0, 0)
+
+
+async def test_callbacks_that_are_told_to_come_again_are_logged_together(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """503 with `Retry-After`: the first has its line at once, all others one a second; none goes uncounted."""
+    task = await submitted(here.client, UNTIL_DONE)
+    monkeypatch.setattr(precedence, "MOST", 0)
+    monkeypatch.setattr(limits, "TOLD_S", 0.2)
+    counted = here.context.resources.metrics.callbacks.labels("overloaded")._value.get
+    before = counted()
+    with capture_logs() as lines:
+        assert [await called(here, task) for _ in range(3)] == [503] * 3
+        monkeypatch.undo()
+        told = [line for line in lines if line["event"] == "callback.overloaded"]
+        await wait_until(lambda: sum(line["refused"] for line in lines if line["event"] == "callback.overloaded") == 3)
+    assert (told[0]["refused"], told[0]["callbacks"]) == (1, 1)
+    assert counted() - before == 3
+    assert await called(here, task) == 200

@@ -1,0 +1,139 @@
+"""Connections are taken as they come: none is reset, and whoever has come by a stop is answered."""
+
+import asyncio
+import errno
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from service.web import accepting
+from service.web.protocol import Line
+from service.web.server import Server, bind, listening
+from tests.callbacks import connected
+from tests.waiting import wait_until
+
+REQUEST = b"GET /%d HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+MANY = 50
+
+
+@asynccontextmanager
+async def serving() -> AsyncIterator[tuple[str, Server, list[int]]]:
+    """An address, its server, and how many connections were not ready when each request came."""
+    seen = list[int]()
+
+    async def answer(_: Request) -> PlainTextResponse:
+        seen.append(len(Line.of(asyncio.get_running_loop())))
+        return PlainTextResponse("yes")
+
+    bound = bind("127.0.0.1", 0)
+    server = Server(Starlette(routes=[Route("/{number:int}", answer)]), bound, 60)
+    async with asyncio.timeout(60), listening(server, asyncio.Event()):
+        await wait_until(lambda: server.started and hasattr(server, "_acceptor"))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}", server, seen
+
+
+def sent(stack: AsyncExitStack, url: str, request: bytes) -> socket.socket:
+    """A connection on which a request lies before anybody in this loop has seen the one or the other."""
+    host, port = url.removeprefix("http://").split(":")
+    made = stack.enter_context(socket.create_connection((host, int(port))))
+    made.sendall(request)
+    made.setblocking(False)
+    return made
+
+
+async def answered(connection: socket.socket) -> bool:
+    """To the end of the connection."""
+    loop, got = asyncio.get_running_loop(), b""
+    while more := await loop.sock_recv(connection, 65536):
+        got += more
+    return got.startswith(b"HTTP/1.1 200 ") and got.endswith(b"yes")
+
+
+async def test_all_of_a_burst_are_answered_and_count_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when more come than are taken in a turn; clients are shed while there are many."""
+    monkeypatch.setattr(accepting, "TAKEN", 20)
+    async with serving() as (url, _, seen), AsyncExitStack() as stack:
+        connections = [sent(stack, url, REQUEST % number) for number in range(MANY)]
+        assert await asyncio.gather(*(answered(connection) for connection in connections)) == [True] * MANY
+        assert max(seen) > 1
+        assert len(Line.of(asyncio.get_running_loop())) == 0
+
+
+async def test_who_has_come_by_the_stop_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nobody had taken the connection yet."""
+    monkeypatch.setattr(accepting, "TAKEN", 20)
+    async with serving() as (url, server, seen), AsyncExitStack() as stack:
+        connections = [sent(stack, url, REQUEST % number) for number in range(MANY)]
+        await server._acceptor.close()
+        server.should_exit = True
+        assert await asyncio.gather(*(answered(connection) for connection in connections)) == [True] * MANY
+        assert len(seen) == MANY
+
+
+async def test_more_connections_than_the_process_may_hold_wait_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is reset; it is served as soon as another ends."""
+    monkeypatch.setattr(accepting, "most", lambda: 2)
+    async with serving() as (url, server, _), AsyncExitStack() as stack:
+        async with connected(url), connected(url):
+            await wait_until(lambda: len(server.server_state.connections) == 2)
+            third = sent(stack, url, REQUEST % 3)
+            await wait_until(lambda: server._acceptor._later)
+            assert len(server.server_state.connections) == 2
+        assert await answered(third)
+
+
+class Short:
+    """A listening socket whose process has no descriptor left, so many times."""
+
+    def __init__(self, bound: socket.socket, times: int) -> None:
+        self.bound, self.times = bound, times
+
+    def fileno(self) -> int:
+        return self.bound.fileno()
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if self.times:
+            self.times -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return self.bound.accept()
+
+
+async def test_when_descriptors_are_used_up_it_looks_again() -> None:
+    """A stop while it waits for some ends it as ever."""
+    async with serving() as (url, server, _), AsyncExitStack() as stack:
+        acceptor = server._acceptor
+        acceptor._bound = short = Short(acceptor._bound, 2)  # type: ignore[assignment]
+        assert await answered(sent(stack, url, REQUEST % 1))
+        assert short.times == 0
+        short.times = 1
+        connected = sent(stack, url, REQUEST % 2)
+        await wait_until(lambda: not short.times)
+        assert await answered(connected)
+        short.times = 1000
+        sent(stack, url, REQUEST % 3)
+        await wait_until(lambda: short.times < 1000)
+
+
+async def test_a_connection_that_has_gone_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its coming and its being made ready."""
+    async with serving() as (url, server, _), AsyncExitStack() as stack:
+        loop = asyncio.get_running_loop()
+        opened, failed = loop.connect_accepted_socket, list[socket.socket]()
+
+        async def gone(make: object, taken: socket.socket) -> object:
+            if not failed:
+                failed.append(taken)
+                raise OSError(errno.ENOTCONN, "not connected")
+            return await opened(make, taken)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(server._acceptor._loop, "connect_accepted_socket", gone)
+        sent(stack, url, REQUEST % 1)
+        await wait_until(lambda: failed and failed[0].fileno() == -1)
+        assert await answered(sent(stack, url, REQUEST % 2))
+        assert len(Line.of(loop)) == 0
