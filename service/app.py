@@ -43,7 +43,7 @@ from service.settings import Settings, masked, secret_keys
 from service.signing import Keyring
 from service.sinks import Broker
 from service.sinks.webhook import WebhookSink
-from service.store import Store
+from service.store import Store, queries
 from service.store.clock import wall_clock
 from service.store.postgres import open_postgres
 from service.store.sqlite import open_sqlite
@@ -122,12 +122,22 @@ def open_sinks(settings: Settings) -> list[Broker]:
         raise ConfigurationError("DARKROOM_SINKS: brokers need the extra brokers: darkroom-service[brokers]") from None
 
 
+async def new_keyring(settings: Settings, store: Store) -> Keyring:
+    """Of a key that is made now; ConfigurationError: the store was used with another."""
+    if settings.key_is_missing and await store.read(queries.needs_its_key):
+        raise ConfigurationError(
+            f"{settings.key_file} is missing: the store needs it for callbacks under way and for secrets. Put it back, or set"
+            " DARKROOM_SECRET_KEY to another, after which endpoints and owners want other secrets"
+        )
+    return Keyring(secret_keys(settings))
+
+
 @asynccontextmanager
 async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> AsyncIterator[Resources]:
     """Opens everything a process needs, in order, and closes it in the other; ConfigurationError: it must not start."""
     if role.workers and settings.evolink_api_key is None:
         raise ConfigurationError("DARKROOM_EVOLINK_API_KEY is required by workers")
-    keyring = Keyring(secret_keys(settings))
+    keyring = None if settings.key_is_missing else Keyring(secret_keys(settings))
 
     def refused(purpose: str, host: str, reason: str) -> None:
         metrics.egress_refused.labels(purpose).inc()
@@ -142,6 +152,7 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         store = await enter(open_store(settings))
+        keyring = keyring or await new_keyring(settings, store)
         networks = settings.upstream_networks
         upstream = await enter(Egress(Rules("upstream", networks), on_refused=refused))
         rules = Rules("results", networks, settings.evolink_result_hosts, redirects=RESULT_REDIRECTS, upgrade=True, max_url=RESULT_URL)

@@ -189,6 +189,16 @@ class Settings(BaseSettings):
         return Path(self.database_url.removeprefix("sqlite:///")) if self.database_url.startswith("sqlite:") else None
 
     @property
+    def key_file(self) -> Path:
+        """Where the embedded store's key is, unless `secret_key` is set."""
+        return self.data_dir / "secret.key"
+
+    @property
+    def key_is_missing(self) -> bool:
+        """Whether `secret_keys` would make one."""
+        return not self.secret_key and self.sqlite_path is not None and not self.key_file.exists()
+
+    @property
     def image_dir(self) -> Path:
         """The folder of `blob_url`, or of what is on its way to S3."""
         return Path(self.blob_url.removeprefix("file://")) if self.blob_url.startswith("file:") else self.data_dir / "incoming"
@@ -271,7 +281,7 @@ def secret_keys(settings: Settings) -> list[bytes]:
         raise ConfigurationError(
             f"{PREFIX}SECRET_KEY is required with PostgreSQL: {SECRET_KEY_BYTES} bytes or more, the same in every process"
         )
-    path = settings.data_dir / "secret.key"
+    path = settings.key_file
     try:
         if not path.exists():
             make_secret_file(path)

@@ -163,7 +163,7 @@ def in_store(settings: "Settings", direct: Direct) -> JSON:
     """Does it in the store itself; the log goes to standard error, as standard output is the command's."""
     import asyncio
 
-    from service.app import open_store
+    from service.app import new_keyring, open_store
     from service.ops import logging
     from service.settings import secret_keys
     from service.signing import Keyring
@@ -171,9 +171,9 @@ def in_store(settings: "Settings", direct: Direct) -> JSON:
     logging.configure("console", "warning", sys.stderr)
 
     async def act() -> JSON:
-        keyring = Keyring(secret_keys(settings))
+        keyring = None if settings.key_is_missing else Keyring(secret_keys(settings))
         async with open_store(settings) as store:
-            return await direct(store, keyring)
+            return await direct(store, keyring or await new_keyring(settings, store))
 
     remark(f"nobody serves this store: {settings.sqlite_path or 'PostgreSQL'}; it was opened directly")
     return asyncio.run(act())

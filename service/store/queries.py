@@ -317,6 +317,11 @@ def secrets(connection: Connection, table: str, after: str, limit: int) -> list[
     return [(row[0], row[1]) for row in connection.execute(select(key, secret).where(key > after).order_by(key).limit(limit))]
 
 
+def needs_its_key(connection: Connection) -> bool:
+    """Whether there is anything that was encrypted, or a callback URL that was signed."""
+    return any(connection.execute(select(column).limit(1)).first() for column in (owners.c.name, endpoints.c.id, tasks.c.id))
+
+
 def key_list(connection: Connection) -> list[Row]:
     return list(connection.execute(select(api_keys).order_by(api_keys.c.created_at, api_keys.c.id)).mappings())
 

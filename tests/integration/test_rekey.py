@@ -1,4 +1,4 @@
-"""Rotating `DARKROOM_SECRET_KEY`: what is encrypted in the store comes under the new key, so that the old one can be dropped."""
+"""`DARKROOM_SECRET_KEY`: rotated, what is encrypted in the store comes under the new key; lost, nothing takes its place."""
 
 import secrets
 from pathlib import Path
@@ -8,13 +8,14 @@ from unittest.mock import patch
 import pytest
 from structlog.testing import capture_logs
 
-from service.app import Role
+from service.app import Role, running
+from service.errors import ConfigurationError
 from service.pipeline import rekey
 from service.pipeline.rekey import Rekeying
 from service.signing import Verified, verify_webhook
 from service.store import queries
 from service.store.operations.deliveries import EndpointChange, change_endpoints
-from tests.api import UNTIL_DONE, got, submitted
+from tests.api import ASYNC, UNTIL_DONE, got, submitted
 from tests.waiting import wait_until
 from tests.world import Subscriber, World, subscriber, world
 
@@ -91,3 +92,21 @@ async def test_a_secret_that_was_rotated_meanwhile_stays_as_it_is_now(tmp_path: 
         with patch.object(resources.store, "write", late):
             assert await Rekeying(resources).rekey() == len(await at_rest(here)) - 1
         assert (await at_rest(here))[0] == now
+
+
+async def test_a_key_that_is_lost_is_not_replaced_by_another(tmp_path: Path) -> None:
+    """With another none of the callbacks under way would be believed: it is to be put back. A store that nobody used gets a new one."""
+    async with world(tmp_path, role=Role(workers=False)) as here:
+        key = here.settings.key_file
+    key.unlink()
+    async with world(tmp_path, role=Role(workers=False)) as here:
+        task = await submitted(here.client, ASYNC)
+        token = here.callback_url(task["id"]).rpartition("/")[2]
+    kept = key.rename(tmp_path / "kept")
+    with pytest.raises(ConfigurationError, match=r"secret\.key is missing: .* Put it back"):
+        async with running(here.settings, Role()):
+            raise AssertionError
+    assert not key.exists()
+    kept.rename(key)
+    async with world(tmp_path, role=Role(workers=False)) as here:
+        assert here.callback_url(task["id"]).endswith(token)
