@@ -9,8 +9,6 @@ import resource
 import socket
 from collections.abc import Callable
 
-from service.web.protocol import Line
-
 MOST_KEPT = 16_384  # by the kernel, which makes it `net.core.somaxconn` if that is less
 TAKEN = 500  # in one turn of the loop: some 50 ms
 SPARE = 256  # descriptors that are left for files and for connections to others; of a small limit the half
@@ -33,7 +31,6 @@ class Acceptor:
         self._loop = asyncio.get_running_loop()
         self._bound, self._make, self._held = bound, make, held
         self._opening = set[asyncio.Task[None]]()
-        self._line = Line.of(self._loop)
         self._later: asyncio.TimerHandle | None = None
         self._listen()
 
@@ -69,8 +66,7 @@ class Acceptor:
             taken.setblocking(False)
             opening = self._loop.create_task(self._open(taken))
             self._opening.add(opening)
-            self._line.unready += 1
-            opening.add_done_callback(self._opened)
+            opening.add_done_callback(self._opening.discard)
         if room < TAKEN:
             self._pause()
         return TAKEN
@@ -80,7 +76,3 @@ class Acceptor:
             await self._loop.connect_accepted_socket(self._make, taken)
         except OSError:  # it has gone already
             taken.close()
-
-    def _opened(self, opening: asyncio.Task[None]) -> None:
-        self._opening.discard(opening)
-        self._line.unready -= 1

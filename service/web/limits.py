@@ -18,7 +18,7 @@ from service.web.protocol import Line
 log = structlog.get_logger()
 
 BUSY, WAITING = 500, 5000  # clients' requests at work, and those that only wait for a task or an event
-FLOOD = 250  # callbacks in hand, and requests that wait to be begun: some 0.1 s of work
+FLOOD = 250  # callbacks in hand, and those that wait to be begun: some 0.1 s of work
 TOLD_S = 1.0
 BY_HAND, BY_HAND_EACH = 32, 16  # requests to subscribers that clients asked for, and those of an owner
 
@@ -61,7 +61,7 @@ class Admission:
     @contextmanager
     def request(self) -> Iterator[None]:
         """Around a client's request; ApiError 503 when it is shed."""
-        burst = self.precedence.in_hand + len(Line.of(asyncio.get_running_loop()))
+        burst = self.precedence.in_hand + Line.of(asyncio.get_running_loop()).callbacks
         if self.busy >= BUSY or self.waiting >= WAITING or burst >= FLOOD:
             self._tell()
             raise ApiError(503, "overloaded", "the service has too much in hand", retry_after=1)

@@ -10,6 +10,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 MAX_HEAD = 64 * 1024  # and what one read brings beyond it, at most 256 KiB
 HEAD_S = 10.0
 LAST_S, IDLE_S = 1.0, 0.05  # at a stop: for the first request of a connection, and for another one that is on its way already
+CALLBACK = b"POST /callbacks/"  # so a request begins that goes before clients'
 BEGUN = 100  # requests that are begun in one turn of the loop: as many as callbacks go into a commit
 
 
@@ -23,23 +24,21 @@ class Line:
     _of: ClassVar["WeakKeyDictionary[asyncio.AbstractEventLoop, Line]"] = WeakKeyDictionary()
 
     def __init__(self) -> None:
-        self.unready = 0  # connections that nobody reads from yet
+        self.callbacks = 0  # of those that wait
         self._begun = 0
-        self._waiting: deque[BoundedHeads] = deque()
+        self._waiting: deque[tuple[BoundedHeads, bool]] = deque()
 
     @classmethod
     def of(cls, loop: asyncio.AbstractEventLoop) -> "Line":
         return cls._of.setdefault(loop, cls())
 
-    def __len__(self) -> int:
-        return self.unready + len(self._waiting)
-
-    def passes(self, protocol: "BoundedHeads") -> bool:
+    def passes(self, protocol: "BoundedHeads", *, callback: bool) -> bool:
         """Whether it may begin now; else `begin` is called when it is its turn."""
         if not self._begun and not self._waiting:
             asyncio.get_running_loop().call_soon(self._next)
         if self._waiting or self._begun >= BEGUN:
-            self._waiting.append(protocol)
+            self._waiting.append((protocol, callback))
+            self.callbacks += callback
             return False
         self._begun += 1
         return True
@@ -49,7 +48,9 @@ class Line:
         if self._begun:  # before they begin: if one broke off, all others would wait for ever
             asyncio.get_running_loop().call_soon(self._next)
         for _ in range(self._begun):
-            self._waiting.popleft().begin()
+            protocol, callback = self._waiting.popleft()
+            self.callbacks -= callback
+            protocol.begin()
 
 
 class BoundedHeads(HttpToolsProtocol):
@@ -75,7 +76,7 @@ class BoundedHeads(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._held:
             self._held += data
-        elif self._late or not self._idle or self._line.passes(self):
+        elif self._late or not self._idle or self._line.passes(self, callback=data.startswith(CALLBACK)):
             self._read(data)
         else:
             self._held = data

@@ -129,14 +129,14 @@ async def test_a_request_that_waits_in_the_line_is_answered_though_the_stop_come
     async with serving() as (url, served), connected(url) as (reader, writer):
         (connection,) = await wait_until(lambda: served.server_state.connections)
         writer.write(REQUEST)
-        await wait_until(lambda: len(line) == 1)
+        await wait_until(lambda: len(line._waiting) == 1)
         served.should_exit = True
         await wait_until(lambda: connection._stopping)
         await asyncio.sleep(0.1)
         monkeypatch.setattr(protocol, "BEGUN", 100)
         line._next()
         assert "connection: close" in await answer(reader)
-    assert len(line) == 0
+    assert not line._waiting
 
 
 # --- connections without a request ----------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ async def test_a_request_that_breaks_off_stops_nobody_behind_it(monkeypatch: pyt
                 raise MemoryError
 
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)
-    assert [line.passes(Waiting(number)) for number in range(4)] == [True, False, False, False]  # type: ignore[arg-type]
+    assert [line.passes(Waiting(number), callback=False) for number in range(4)] == [True, False, False, False]  # type: ignore[arg-type]
     await wait_until(lambda: begun == [1, 2, 3])
     await asyncio.sleep(0)
-    assert line.passes(Waiting(4))  # type: ignore[arg-type]
+    assert line.passes(Waiting(4), callback=False)  # type: ignore[arg-type]

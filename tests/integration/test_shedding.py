@@ -3,15 +3,17 @@
 import asyncio
 import json
 import math
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
 from service.pipeline import precedence
-from service.web import limits
+from service.web import limits, protocol
 from service.web.protocol import Line
 from tests.api import SUBMIT, UNTIL_DONE, got, order, refused, submitted
+from tests.callbacks import connected
 from tests.waiting import wait_until
 from tests.world import JSON, World, world
 
@@ -44,11 +46,33 @@ async def test_clients_are_shed_before_callbacks(here: World, monkeypatch: pytes
     got(await here.client.get(f"/v1/tasks/{task['id']}"))
 
 
-async def test_requests_that_wait_to_be_begun_count_as_a_flood(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody knows yet whether they are callbacks: clients go last."""
+async def test_callbacks_that_wait_to_be_begun_count_as_a_flood(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By how their requests begin; clients' that wait with them don't count: a thousand may open their streams at once."""
+    task = await submitted(here.client, UNTIL_DONE)
+    monkeypatch.setattr(protocol, "BEGUN", 1)
+    line = Line.of(asyncio.get_running_loop())
+    waited = list[int]()
+    next_ = Line._next
+
+    def watched(self: Line) -> None:
+        waited.append(self.callbacks)
+        next_(self)
+
+    monkeypatch.setattr(Line, "_next", watched)
+    body = json.dumps({"id": task["upstream_id"], "status": "processing"}).encode()
+    head = f"POST {here.callback_url(task['id']).removeprefix(here.url)} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    for request, most in ((head.encode() + body, 20), (b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n", 0)):
+        waited.clear()
+        async with AsyncExitStack() as stack:
+            opened = [await stack.enter_async_context(connected(here.url)) for _ in range(20)]
+            for _, writer in opened:
+                writer.write(request)
+            for reader, _ in opened:
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        assert (max(waited) > 5, max(waited) <= most, line.callbacks) == (most > 0, True, 0)
     monkeypatch.setattr(limits, "FLOOD", 1)
     with monkeypatch.context() as full:
-        full.setattr(Line, "__len__", lambda _: 1)
+        full.setattr(line, "callbacks", 1)
         refused(await here.client.get("/v1/tasks"), 503, "overloaded")
     got(await here.client.get("/v1/tasks"))
 
