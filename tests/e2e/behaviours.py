@@ -46,6 +46,7 @@ class Task:
     exists: bool = False
     callback_url: str = ""
     asked: int = 0
+    stale: int | None = None  # the version of the first link that was followed
     fetched: Counter[str] = field(default_factory=Counter)
     submitted: asyncio.Event = field(default_factory=asyncio.Event)  # the application was told
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -214,9 +215,10 @@ def leads(where: Callable[[Task], str]) -> File:
     return lambda task, version: None if version == "moved" else Answer(302, headers={"location": where(task)})
 
 
-def gone(_: Task, version: str) -> Answer | None:
-    """Until the upstream has been asked twice."""
-    return page(404) if int(version) < 2 else None
+def gone(task: Task, version: str) -> Answer | None:
+    """Until the upstream has been asked again."""
+    task.stale = int(version) if task.stale is None else task.stale
+    return page(404) if int(version) <= task.stale else None
 
 
 @dataclass(frozen=True, slots=True)

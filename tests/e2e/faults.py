@@ -207,7 +207,9 @@ RESULTS = {
     "file_redirect_allowed": serves(*[leads(lambda task: f"/files/{task.id}/0-moved.png")] * EVERY, tells=STORED),
     "file_redirect_for_ever": serves(leads(lambda task: task.link(0)), **LOST_ONE),
     "file_404_until_fresh_link": serves(
-        *[gone] * EVERY, truth=linked(lambda task: {"results": [task.link(0, task.asked), task.link(1, task.asked)]})
+        *[gone] * EVERY,
+        truth=linked(lambda task: {"results": [task.link(0, task.asked), task.link(1, task.asked)]}),
+        tells=STORED,  # a link that others have replaced meanwhile is no retry
     ),
     "file_403_for_a_while": serves(page(403), page(403)),
     "file_500": serves(page(500), error(503, "busy", retry_after="1")),
