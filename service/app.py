@@ -126,8 +126,8 @@ async def new_keyring(settings: Settings, store: Store) -> Keyring:
     """Of a key that is made now; ConfigurationError: the store was used with another."""
     if settings.key_is_missing and await store.read(queries.needs_its_key):
         raise ConfigurationError(
-            f"{settings.key_file} is missing: the store needs it for callbacks under way and for secrets. Put it back, or set"
-            " DARKROOM_SECRET_KEY to another, after which endpoints and owners want other secrets"
+            f"{settings.key_file} is missing, and DARKROOM_SECRET_KEY is not set: put back the key that the store was used with."
+            " With another in DARKROOM_SECRET_KEY callbacks under way are refused, and the secrets of endpoints and owners want rotating"
         )
     return Keyring(secret_keys(settings))
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 import structlog
 
 from service import model
-from service.errors import StoreUnavailable
+from service.errors import ConfigurationError, StoreUnavailable
 from service.pipeline.checkpoints import checkpoint
 from service.pipeline.courtesy import Courtesy
 from service.pipeline.outbox import render, written
@@ -64,7 +64,7 @@ class Deliverer:
         finally:
             waited = self.courtesy.leave(subscriber, time.monotonic() - began, first=first, well=well)
         checkpoint("delivery.answered")
-        outcome = replace(self._judge(grant, parcel, sent), waited=waited)
+        outcome = replace(self._judge(grant, parcel, sent), waited=waited, url=address_of(parcel))
         held = await self._record(outcome)
         checkpoint("delivery.recorded")
         self._tell(grant, parcel, parcel.event, sent, outcome, held)
@@ -147,6 +147,11 @@ def asked_for(resources: Resources, sent: Sent) -> int:
     return round((asked or 0) * 1000)
 
 
+def address_of(parcel: Parcel) -> str | None:
+    """An endpoint's, when it was sent to."""
+    return parcel.endpoint["url"] if parcel.endpoint else None
+
+
 def subscriber_of(parcel: Parcel) -> str:
     """Who is spared together: an endpoint, or all that answers at one origin for tasks' own addresses."""
     return str(parcel.delivery["endpoint_id"] or "/".join(str(parcel.callback_url).split("/")[:3]))
@@ -154,22 +159,34 @@ def subscriber_of(parcel: Parcel) -> str:
 
 async def send(resources: Resources, parcel: Parcel, event: Row) -> Sent:
     """One attempt, signed over the bytes sent."""
-    keyring, now = resources.keyring, resources.clock()
+    now = resources.clock()
     document = render(event, resources.links)
     if parcel.endpoint is not None:
         return await send_to(resources, parcel.endpoint, document)
     assert parcel.callback_url is not None
     assert parcel.callback_secret is not None
-    secrets = valid_secrets(keyring.decrypt(parcel.callback_secret), now)
+    secrets = secrets_of(resources, parcel.callback_secret)
+    if isinstance(secrets, Sent):
+        return secrets
     return await resources.task_callbacks.send(
         parcel.callback_url, event["id"], now // 1000, written(document["data"]).encode(), "application/json", secrets
     )
 
 
+def secrets_of(resources: Resources, encrypted: bytes) -> list[str] | Sent:
+    """Those that sign now; else why nothing is sent, which is not the subscriber's fault."""
+    try:
+        return valid_secrets(resources.keyring.decrypt(encrypted), resources.clock())
+    except ConfigurationError as error:
+        return Sent(None, 0.0, f"not sent, its secret cannot be read: {error}", ours=True)
+
+
 async def send_to(resources: Resources, endpoint: Row, document: model.JSON) -> Sent:
     """One event to an endpoint."""
     now = resources.clock()
-    secrets = valid_secrets(resources.keyring.decrypt(endpoint["secret"]), now)
+    secrets = secrets_of(resources, endpoint["secret"])
+    if isinstance(secrets, Sent):
+        return secrets
     return await resources.webhooks.send(
         endpoint["url"], document["id"], now // 1000, written(document).encode(), "application/cloudevents+json", secrets
     )
@@ -182,8 +199,9 @@ async def send_by_hand(resources: Resources, delivery_id: str) -> bool:
         return False
     sent = await send(resources, parcel, parcel.event)
     result = "delivered" if sent.error is None else "gone" if sent.status == 410 else "failed"
-    await resources.store.write(record_by_hand, ByHand(delivery_id, result, attempt_of(resources, sent), asked_for(resources, sent)))
     _attempted(_measured(resources, parcel, parcel.event, sent, result), sent, result, 0, 0)
+    attempt, pause_ms = attempt_of(resources, sent), asked_for(resources, sent)
+    await resources.store.write(record_by_hand, ByHand(delivery_id, result, attempt, pause_ms, address_of(parcel)))
     return True
 
 

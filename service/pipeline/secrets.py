@@ -3,7 +3,8 @@
 import json
 from collections.abc import Sequence
 
-from service.signing import SECRET_PREFIX
+from service.errors import ConfigurationError
+from service.signing import SECRET_PREFIX, Keyring
 
 MOST = 8  # in overlaps
 
@@ -21,6 +22,15 @@ def _known(text: str) -> list[tuple[str, int | None]]:
 def valid_secrets(text: str, now: int) -> list[str]:
     """Those that sign now."""
     return [secret for secret, until in _known(text) if until is None or until > now]
+
+
+def rotation(keyring: Keyring, held: bytes, new: str, now: int, overlap_ms: int) -> bytes:
+    """`rotated` as it is encrypted; secrets that no key of ours decrypts have no overlap."""
+    try:
+        known = keyring.decrypt(held)
+    except ConfigurationError:
+        return keyring.encrypt(encode_secrets([(new, None)]))
+    return keyring.encrypt(rotated(known, new, now, overlap_ms))
 
 
 def rotated(text: str, new: str, now: int, overlap_ms: int) -> str:

@@ -68,7 +68,7 @@ class PostgresStore:
         now = self._clock(self._looked[0])
         tx = Transaction(connection, now, self.process, self._new_id, slots)
         if now < self._latest - leases.TOLERANCE_MS:  # before anything is planned by the new time, which is not to come nearer too
-            leases.keep_time(tx, [None])
+            leases.keep_time(tx, [None], wait=True)
         return tx
 
     async def _run_batch(self, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
@@ -175,7 +175,7 @@ class PostgresStore:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
             connection.execute(text(f"SET LOCAL lock_timeout = {TURN_MS}"))  # who works queues behind whoever waits for a table
             schema.migrate(connection, allowed=migrate)
-            leases.keep_time(self._begin(connection, {}), [None])
+            leases.keep_time(self._begin(connection, {}), [None], wait=True)
 
         for turn in range(TURNS):
             try:

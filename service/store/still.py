@@ -9,7 +9,7 @@ from sqlalchemy import Connection, text
 NAME = "darkroom"  # as our sessions call themselves
 FOUND = text("""SELECT pid FROM pg_stat_activity
     WHERE datname = current_database() AND usename = current_user AND application_name = :name AND state = 'active'
-    AND wait_event = 'ClientRead' AND state_change < clock_timestamp() - make_interval(secs => :seconds)""")
+    AND wait_event IN ('ClientRead', 'ClientWrite') AND state_change < clock_timestamp() - make_interval(secs => :seconds)""")
 END = text("SELECT pg_terminate_backend(:pid)")
 
 

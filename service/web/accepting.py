@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 MOST_KEPT = 16_384  # by the kernel, which makes it `net.core.somaxconn` if that is less
 TAKEN = 500  # in one turn of the loop: some 50 ms
-SPARE = 256  # descriptors that are left for files and for connections to others; of a small limit the half
+SPARE = 512  # descriptors that are left for files and for connections to others; of a small limit the half
 FULL_S = 0.1  # then there may be room again
 
 
 def most() -> int:
     """How many connections the process may hold."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return limit - min(SPARE, limit // 2)
+    return MOST_KEPT if limit == resource.RLIM_INFINITY else limit - min(SPARE, limit // 2)
 
 
 class Acceptor:
@@ -36,13 +36,17 @@ class Acceptor:
 
     async def close(self) -> None:
         """Takes those who have come by now, then nobody any more; returns when all of them are ready."""
+        self._resume()  # there may be room by now
         while self._later is None and self._take() == TAKEN:
             pass
-        if self._later is None:
-            self._loop.remove_reader(self._bound)
-        else:
-            self._later.cancel()
+        self._resume()
+        self._loop.remove_reader(self._bound)
         await asyncio.gather(*self._opening)
+
+    def _resume(self) -> None:
+        if self._later is not None:
+            self._later.cancel()
+            self._later = None
 
     def _listen(self) -> None:
         self._later = None

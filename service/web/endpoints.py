@@ -10,7 +10,7 @@ from service import model
 from service.errors import ApiError, EgressRefused
 from service.model import JSON
 from service.pipeline.delivery import attempt_document, send_test
-from service.pipeline.secrets import encode_secrets, rotated
+from service.pipeline.secrets import encode_secrets, rotation
 from service.resources import Resources
 from service.signing import new_secret
 from service.store import queries
@@ -123,8 +123,8 @@ async def rotate(request: Request) -> Response:
     for _ in range(ROTATIONS):  # somebody else may do the same
         held = (await endpoint_of(request, endpoint_id))["secret"]
         secret = new_secret(os.urandom(32))
-        secrets = rotated(resources.keyring.decrypt(held), secret, resources.clock(), round(body.overlap_s * 1000))
-        change = EndpointChange(endpoint_id, caller.sees, secrets=(held, resources.keyring.encrypt(secrets)))
+        secrets = rotation(resources.keyring, held, secret, resources.clock(), round(body.overlap_s * 1000))
+        change = EndpointChange(endpoint_id, caller.sees, secrets=(held, secrets))
         if await resources.store.write(change_endpoints, change):
             log.info("admin.action", action="endpoint.rotate", subject=endpoint_id)
             return JSONResponse({**shown(await endpoint_of(request, endpoint_id)), "secret": secret})

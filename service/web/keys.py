@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from service import model
 from service.errors import ApiError
 from service.model import JSON
-from service.pipeline.secrets import rotated
+from service.pipeline.secrets import rotation
 from service.resources import new_id
 from service.signing import Keyring, hash_api_key, new_secret
 from service.store import Store, queries
@@ -70,8 +70,7 @@ async def rotate_callback_secret(store: Store, keyring: Keyring, now: int, owner
                 raise ApiError(404, "owner_not_found", "no owner has that name", param="owner")
             await store.write(insert_owners, NewOwner(owner, keyring.encrypt(secret)))  # it may have DARKROOM_ADMIN_KEY alone
             continue
-        secrets = rotated(keyring.decrypt(held), secret, now, round(overlap_s * 1000))
-        if await store.write(change_secrets, SecretChange(owner, held, keyring.encrypt(secrets))):
+        if await store.write(change_secrets, SecretChange(owner, held, rotation(keyring, held, secret, now, round(overlap_s * 1000)))):
             return {"owner": owner, "callback_secret": secret}
     raise ApiError(409, "conflict", "the owner's callback secret is being rotated by others")
 

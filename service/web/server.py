@@ -6,7 +6,7 @@ import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -18,6 +18,7 @@ from service.web.protocol import BoundedHeads
 # Longer than the idle connections that clients and load balancers keep (5 to 60 s as a rule): whoever may reuse a connection is the one to
 # close it, or a request meets our close on its way and is lost.
 KEEP_ALIVE_S = 75
+OPEN_MAX = 10_240  # where the hard limit is none, macOS takes no more than this
 
 
 class Server(uvicorn.Server):
@@ -62,7 +63,10 @@ class Server(uvicorn.Server):
 def allow_descriptors() -> None:
     """As many open connections and files as the process may have at all: a usual limit of 1024 would turn callbacks of a burst away."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    for limit in (most, OPEN_MAX):
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+            break
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -1,8 +1,11 @@
 """A clock that was set back: what was planned by the old one waits no longer than was meant (design, decision 1)."""
 
+import asyncio
 from collections.abc import Sequence
 
+import pytest
 from sqlalchemy import update
+from sqlalchemy.util import await_only
 
 from service.store import Transaction
 from service.store.operations import leases
@@ -60,6 +63,34 @@ async def test_what_is_begun_after_the_clock_went_back_is_not_ended_by_that(two:
         await subject.write(leases.keep_time, None)
     assert await other.claim("submit") == []
     assert await one.submission(grant, accepted(upstream_id(grant.key))) == "submitted"
+
+
+async def test_nothing_is_begun_while_somebody_goes_through_what_was_planned(
+    two: tuple[Subject, Subject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sees that the clock went back waits for it: else what it begins by the new time would be ended with the rest."""
+    one, other = two
+    for each in two:
+        await each.write(leases.keep_time, None)
+    entered, go, set_back = asyncio.Event(), asyncio.Event(), leases._set_back
+
+    def slow(tx: Transaction, by_ms: int) -> None:
+        entered.set()
+        await_only(go.wait())
+        set_back(tx, by_ms)
+
+    monkeypatch.setattr(leases, "_set_back", slow)
+    one.clock.shift(-HOUR)
+    setting = asyncio.create_task(other.write(leases.keep_time, None))
+    await entered.wait()
+    begun = asyncio.create_task(one.submitting())
+    await asyncio.wait({begun}, timeout=0.5)
+    assert not begun.done()
+    go.set()
+    await setting
+    grant = await begun
+    assert await other.claim("submit") == []
+    assert await one.write(leases.renew, grant)
 
 
 async def test_a_process_that_starts_after_the_clock_went_back_sees_it(postgres_opener: Opener, clock: Clock) -> None:

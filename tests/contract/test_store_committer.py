@@ -305,3 +305,23 @@ async def test_a_process_that_stands_still_within_a_statement_loses_its_locks_to
         assert (await idle.execute(text("SELECT pg_backend_pid()"))).scalar_one() == other
         await connection.invalidate()
     assert max(event["sequence"] for event in await two[0].events()) < 1_000_000
+
+
+@pytest.mark.usefixtures("hasty")
+async def test_a_process_that_stands_still_while_it_takes_a_result_loses_its_locks_too(two: tuple[Subject, Subject]) -> None:
+    """The server would wait for it to read on."""
+    still = two[1].store
+    assert isinstance(still, postgres.PostgresStore)
+    task_id = await two[0].uncertain()
+    async with still._engine.connect() as connection:
+        mine = (await connection.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+        await connection.execute(counters.update().values(value=counters.c.value + 1_000_000))
+        driver = (await connection.get_raw_connection()).driver_connection
+        assert driver is not None
+        query = b"SELECT repeat('x', 50000000)\0"
+        driver._transport.pause_reading()
+        driver._transport.write(b"Q" + (4 + len(query)).to_bytes(4, "big") + query)
+        with capture_logs() as lines:
+            await two[0].callback(task_id, completed(task_id, "https://r.test/0"))
+            await wait_until(lambda: [line["session"] for line in lines if line["event"] == "store.freed"] == [mine])
+        await connection.invalidate()

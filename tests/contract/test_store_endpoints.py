@@ -94,6 +94,26 @@ async def test_a_new_address_begins_with_a_clean_record(subject: Subject) -> Non
         assert (row["failing_since"], row["paused_until"]) == known
 
 
+@pytest.mark.parametrize("hand", [False, True], ids=["planned", "by hand"])
+async def test_what_the_old_address_says_is_not_held_against_the_new_one(subject: Subject, *, hand: bool) -> None:
+    """Who moves away answers 410, or wants peace, at the old address; an attempt was under way there. The new one gets the event."""
+    endpoint = await subject.endpoint()
+    old = (await subject.row(endpoints, endpoint))["url"]
+    gone, busy = await first(subject, endpoint), await first(subject, endpoint)
+    await subject.change(endpoint, url="https://new.test/")
+    for grant, result, pause_ms in ((busy, "retry", HOUR), (gone, "gone", 0)):
+        attempt = Attempt(new_id("attempt"), 410, 12, "answered 410", b"")
+        if hand:
+            await subject.write(record_by_hand, ByHand(grant.key, "failed" if pause_ms else "gone", attempt, pause_ms, old))
+        else:
+            outcome = Outcome(grant, result, attempt, 0, pause_ms, disable_after_ms=1, url=old)
+            assert await subject.write(record_attempts, outcome)
+            assert (await subject.row(deliveries, grant.key))["due_at"] == subject.clock.now
+        assert (await subject.row(deliveries, grant.key))["state"] == "pending"
+    row = await subject.row(endpoints, endpoint)
+    assert (row["status"], row["paused_until"], row["failing_since"]) == ("enabled", None, None)
+
+
 async def test_a_disabled_endpoint_that_is_paused_is_disabled_no_more(subject: Subject) -> None:
     """Deliveries are made again, and held."""
     endpoint = await subject.endpoint()
@@ -149,6 +169,9 @@ async def test_an_attempt_by_hand_is_told_what_a_planned_one_is(subject: Subject
     asking, gone = await subject.endpoint(), await subject.endpoint()
     one, other = await first(subject, asking), await first(subject, gone)
     await by_hand(subject, one.key, "answered 429", pause_ms=MINUTE)
+    row = await subject.row(endpoints, asking)
+    assert (row["paused_until"], row["failing_since"]) == (subject.clock.now + MINUTE, None), "peace, and no beginning of days of failures"
+    await by_hand(subject, one.key, "answered 429", pause_ms=SECOND)
     assert (await subject.row(endpoints, asking))["paused_until"] == subject.clock.now + MINUTE
     await by_hand(subject, other.key, "answered 410", "gone")
     row, delivery = await subject.row(endpoints, gone), await subject.row(deliveries, other.key)

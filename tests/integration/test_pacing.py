@@ -18,6 +18,7 @@ from starlette.routing import Route
 from service.model import Report, State
 from service.pipeline import reconcile, settle, worker
 from service.resources import new_id
+from service.settings import make_secret_file
 from service.store import Grant
 from service.store.clock import wall_clock
 from service.store.operations.submissions import Accepted, Submission, record_submissions
@@ -87,6 +88,7 @@ class Slow:
 async def submitted(folder: Path, count: int, first_query_ms: int = DAY_MS) -> list[str]:
     """So many tasks that the upstream has, in the store of a world that is not open yet; their ids."""
     ids = [new_id("task", wall_clock()) for _ in range(count)]
+    make_secret_file(folder / "data" / "secret.key")
     async with open_sqlite(folder / "data" / "darkroom.db", process="before", new_id=new_id) as store:
         for start in range(0, count, CHUNK):
             chunk = ids[start : start + CHUNK]

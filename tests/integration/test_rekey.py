@@ -74,6 +74,33 @@ async def test_secrets_that_no_key_fits_are_told_and_left_alone(tmp_path: Path) 
     assert (line["count"], line["log_level"]) == (len(before), "error")
 
 
+async def test_where_a_key_is_lost_for_good_other_secrets_are_the_way_out(tmp_path: Path) -> None:
+    """Nothing is sent that nobody could verify, and the endpoint is not to blame; rotated, both secrets sign again."""
+    async with subscriber() as shop:
+        async with world(tmp_path, secret_key=OLD) as here:
+            path = f"/v1/endpoints/{got(await here.client.post('/v1/endpoints', json={'url': f'{shop.url}/hook'}), 201)['id']}"
+            key = got(await here.client.post("/v1/keys", json={"owner": "studio", "scopes": ["submit", "subscribe"]}), 201)
+        async with world(tmp_path, secret_key=NEW, delivery_schedule="0.1,600") as here, here.with_key(key["key"]) as studio:
+            attempt = got(await here.client.post(f"{path}/test"))
+            assert (attempt["status"], attempt["error"].partition(":")[0]) == (None, "not sent, its secret cannot be read")
+            await submitted(here.client, UNTIL_DONE)
+            await submitted(studio, UNTIL_DONE, callback_url=f"{shop.url}/own")
+
+            async def tried() -> bool:
+                found = got(await here.client.get("/v1/deliveries"))["data"]
+                return all(len(each["attempts"]) == 2 and each["state"] == "pending" for each in found) and len(found) == 3
+
+            await wait_until(tried)
+            assert shop.received == []
+            secret = got(await here.client.post(f"{path}/rotate"))["secret"]
+            own = got(await studio.post("/v1/keys/rotate-secret"))["callback_secret"]
+            assert got(await here.client.post(f"{path}/test"))["status"] == 204
+            await submitted(studio, UNTIL_DONE, callback_url=f"{shop.url}/own")
+            await wait_until(lambda: any(request.path == "/own" for request in shop.received))
+        assert signed(shop, "/hook", secret)
+        assert signed(shop, "/own", own)
+
+
 async def test_a_secret_that_was_rotated_meanwhile_stays_as_it_is_now(tmp_path: Path) -> None:
     """What was read before counts for nothing."""
     async with world(tmp_path, secret_key=OLD) as here:
@@ -103,7 +130,7 @@ async def test_a_key_that_is_lost_is_not_replaced_by_another(tmp_path: Path) -> 
         task = await submitted(here.client, ASYNC)
         token = here.callback_url(task["id"]).rpartition("/")[2]
     kept = key.rename(tmp_path / "kept")
-    with pytest.raises(ConfigurationError, match=r"secret\.key is missing: .* Put it back"):
+    with pytest.raises(ConfigurationError, match=r"secret\.key is missing, .* put back the key"):
         async with running(here.settings, Role()):
             raise AssertionError
     assert not key.exists()

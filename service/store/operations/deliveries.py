@@ -1,10 +1,10 @@
 """Deliveries: what came of each attempt, and what that means for the endpoint."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import and_, delete, insert, select, update
+from sqlalchemy import and_, delete, insert, or_, select, update
 
 from service import model
 from service.store import Grant, Transaction
@@ -31,7 +31,8 @@ class Outcome:
     `held` (it is paused), `later` (not tried, due again after `wait_ms`).
 
     `pause_ms`: the endpoint asked for peace. `ours`: the fault was on this side, the endpoint is not to blame.
-    `waited`: others have been put off until this one was over, and may be due.
+    `waited`: others have been put off until this one was over, and may be due. `url`: where the endpoint was when it was sent there; what
+    an old address says is not held against the new one.
     """
 
     grant: Grant
@@ -42,6 +43,7 @@ class Outcome:
     ours: bool = False
     disable_after_ms: int = 0
     waited: bool = False
+    url: str | None = None
 
 
 def record_attempts(tx: Transaction, items: Sequence[Outcome]) -> list[bool]:
@@ -83,6 +85,8 @@ def _attempt_row(tx: Transaction, item: Outcome) -> dict[str, Any]:
 
 def _record(tx: Transaction, row: dict[str, Any], item: Outcome) -> None:
     endpoint_id = row["endpoint_id"]
+    if item.result == "gone" and _moved(tx, endpoint_id, item.url):
+        item = replace(item, result="retry")
     finished = item.result in ("delivered", "dead", "gone")
     held = item.result == "held" and _paused(tx, endpoint_id)
     due = None if finished or held or row["state"] != "pending" else tx.now + item.wait_ms  # buried meanwhile: not tried again
@@ -109,6 +113,7 @@ class ByHand:
     result: str
     attempt: Attempt
     pause_ms: int = 0
+    url: str | None = None
 
 
 def record_by_hand(tx: Transaction, items: Sequence[ByHand]) -> list[None]:
@@ -117,13 +122,19 @@ def record_by_hand(tx: Transaction, items: Sequence[ByHand]) -> list[None]:
         if row is None or tx.connection.execute(select(attempts.c.id).where(attempts.c.id == item.attempt.id)).first():
             continue
         grant = Grant("deliver", item.delivery_id, row["fence"], row["attempts"])
-        outcome = Outcome(grant, item.result, item.attempt, pause_ms=item.pause_ms)
+        outcome = Outcome(grant, item.result, item.attempt, pause_ms=item.pause_ms, url=item.url)
         tx.connection.execute(insert(attempts), [_attempt_row(tx, outcome)])
-        if item.result == "delivered" or (item.result == "gone" and row["state"] == "pending"):
+        if item.result == "delivered" or (item.result == "gone" and row["state"] == "pending" and row["endpoint_id"] is None):
             values = leases.freed("deliver", None, state="dead" if item.result == "gone" else "delivered", finished_at=tx.now)
             tx.connection.execute(update(deliveries).where(deliveries.c.id == item.delivery_id).values(values))
-        if row["endpoint_id"] is not None and (item.result != "failed" or item.pause_ms):
+        if row["endpoint_id"] is not None and item.result != "failed":
             _judge(tx, row["endpoint_id"], outcome)
+        elif row["endpoint_id"] is not None and item.pause_ms:  # and no beginning of a time in which all failed
+            until = tx.now + item.pause_ms
+            mine = and_(endpoints.c.id == row["endpoint_id"], endpoints.c.status != "disabled")
+            mine = and_(mine, endpoints.c.url == item.url) if item.url else mine
+            sooner = or_(endpoints.c.paused_until.is_(None), endpoints.c.paused_until < until)
+            tx.connection.execute(update(endpoints).where(mine, sooner).values(paused_until=until))
     return [None] * len(items)
 
 
@@ -131,6 +142,12 @@ def _paused(tx: Transaction, endpoint_id: str | None) -> bool:
     """Whether the endpoint is paused still: what is held is released once, when it is enabled."""
     statement = select(endpoints.c.status).where(endpoints.c.id == endpoint_id).with_for_update()
     return bool(tx.connection.execute(statement).scalar() == "paused")
+
+
+def _moved(tx: Transaction, endpoint_id: str | None, url: str | None) -> bool:
+    """Whether the endpoint has another address by now."""
+    statement = select(endpoints.c.url).where(endpoints.c.id == endpoint_id).with_for_update()
+    return url is not None and tx.connection.execute(statement).scalar() not in (None, url)
 
 
 def _exhausted(tx: Transaction, row: dict[str, Any]) -> None:
@@ -142,9 +159,9 @@ def _exhausted(tx: Transaction, row: dict[str, Any]) -> None:
 
 def _judge(tx: Transaction, endpoint_id: str, item: Outcome) -> None:
     """Keeps what the attempt says of its endpoint, and disables one that is gone or only failed for too long."""
-    columns = (endpoints.c.status, endpoints.c.failing_since, endpoints.c.paused_until)
+    columns = (endpoints.c.status, endpoints.c.failing_since, endpoints.c.paused_until, endpoints.c.url)
     endpoint = tx.connection.execute(select(*columns).where(endpoints.c.id == endpoint_id).with_for_update()).first()
-    if endpoint is None or endpoint.status == "disabled":
+    if endpoint is None or endpoint.status == "disabled" or item.url not in (None, endpoint.url):
         return
     if item.result == "delivered":
         if endpoint.failing_since is not None:

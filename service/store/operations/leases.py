@@ -183,10 +183,13 @@ def change(tx: Transaction, grant: Grant, values: Mapping[str, Any]) -> bool:
     return tx.connection.execute(statement).rowcount == 1
 
 
-def keep_time(tx: Transaction, items: Sequence[None]) -> list[None]:
-    """Notes what time it is. Was it later when that was last done, the clock went back: what is planned comes nearer by as much."""
+def keep_time(tx: Transaction, items: Sequence[None], *, wait: bool = False) -> list[None]:
+    """Notes what time it is. Was it later when that was last done, the clock went back: what is planned comes nearer by as much.
+
+    `wait` for somebody who is about it, as whoever has seen that must, before anything is planned by the new time.
+    """
     noted = counters.c.name == "clock"
-    last = tx.connection.execute(select(counters.c.value).where(noted).with_for_update(skip_locked=True)).scalar()
+    last = tx.connection.execute(select(counters.c.value).where(noted).with_for_update(skip_locked=not wait)).scalar()
     if last is None:  # somebody else is about it; who stands still meanwhile holds nobody up
         return [None] * len(items)
     if last - tx.now > TOLERANCE_MS:
