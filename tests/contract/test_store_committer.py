@@ -283,7 +283,7 @@ async def test_a_process_that_stands_still_in_a_transaction_loses_it(two: tuple[
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(postgres, "LOOK_FOR_STILL_S", 0.05)
-    monkeypatch.setattr(postgres, "STILL_MS", 300)
+    monkeypatch.setattr(postgres, "STILL_MS", 3000)  # longer than this very process may stand still on a busy machine
 
 
 @pytest.mark.usefixtures("hasty")
@@ -301,7 +301,7 @@ async def test_a_process_that_stands_still_within_a_statement_loses_its_locks_to
         driver._transport.write(b"P" + (4 + len(parse)).to_bytes(4, "big") + parse + b"H\0\0\0\4")  # and no Sync
         with capture_logs() as lines:
             await two[0].callback(task_id, completed(task_id, "https://r.test/0"))
-            await wait_until(lambda: [line["session"] for line in lines if line["event"] == "store.freed"] == [mine])
+            await wait_until(lambda: mine in [line["session"] for line in lines if line["event"] == "store.freed"], 30)
         assert (await idle.execute(text("SELECT pg_backend_pid()"))).scalar_one() == other
         await connection.invalidate()
     assert max(event["sequence"] for event in await two[0].events()) < 1_000_000
@@ -323,5 +323,5 @@ async def test_a_process_that_stands_still_while_it_takes_a_result_loses_its_loc
         driver._transport.write(b"Q" + (4 + len(query)).to_bytes(4, "big") + query)
         with capture_logs() as lines:
             await two[0].callback(task_id, completed(task_id, "https://r.test/0"))
-            await wait_until(lambda: [line["session"] for line in lines if line["event"] == "store.freed"] == [mine])
+            await wait_until(lambda: mine in [line["session"] for line in lines if line["event"] == "store.freed"], 30)
         await connection.invalidate()
