@@ -1,7 +1,8 @@
-"""`make demo`: an upstream, the service and a subscriber on this machine; tasks through the public API; then everything is checked.
+"""`make demo`: an upstream, the service and a subscriber on this machine; tasks through the public
+API; then everything is checked.
 
-The upstream is the sandbox, a process of its own like the service; the subscriber is a small HTTP server in this one. What they keep
-and log is left in ./demo-data, which is emptied first.
+The upstream is the sandbox, a process of its own like the service; the subscriber is a small HTTP
+server in this one. What they keep and log is left in ./demo-data, which is emptied first.
 """
 
 import hashlib
@@ -47,7 +48,12 @@ class Order:
 
     @property
     def body(self) -> JSON:
-        order = {"model": "wan2.5-text-to-image", "prompt": self.prompt, "n": self.n, "size": "1024x1024"}
+        order = {
+            "model": "wan2.5-text-to-image",
+            "prompt": self.prompt,
+            "n": self.n,
+            "size": "1024x1024",
+        }
         return order | {"metadata": {"demo": self.about}, "sandbox": dict(self.sandbox)}
 
 
@@ -56,7 +62,12 @@ ORDERS = (
     Order("a failure", "不被允许的画面", "failed", {"fail": "content_policy_violation"}),
     Order("a cancel", "a harbour nobody waits for", "cancelled", {"cancel": "status"}),
     Order("its callback is never sent", "雾中的灯塔,水墨画", "completed", {"drop_callback": True}),
-    Order("its callback is sent three times", "three gulls, 三只海鸥", "completed", {"repeat_callback": 3}),
+    Order(
+        "its callback is sent three times",
+        "three gulls, 三只海鸥",
+        "completed",
+        {"repeat_callback": 3},
+    ),
 )
 
 
@@ -69,17 +80,26 @@ def check(holds: object, otherwise: str) -> None:
         raise DemoFailed(otherwise)
 
 
-# --- processes -------------------------------------------------------------------------------------------------------
+# --- processes
+# --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def program(name: str, *arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+def program(
+    name: str, *arguments: str, **environment: str
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """`darkroom …` as a process with a clean environment, and its log; it ends with the block."""
-    inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith("DARKROOM_")}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.upper().startswith("DARKROOM_")
+    }
     path = FOLDER / f"{name}.log"
     with path.open("wb") as log:
         command = [sys.executable, "-m", "service", *arguments]
-        process = subprocess.Popen(command, cwd=FOLDER, env=inherited | environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=FOLDER, env=inherited | environment, stdout=log, stderr=subprocess.STDOUT
+        )
         try:
             yield process, path
         finally:
@@ -100,16 +120,22 @@ def announced(process: subprocess.Popen[bytes], log: Path, event: str | None) ->
             said = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
             if "address" in said and said.get("event") == event:
                 return str(said["address"])
-        check(running, f"the {log.stem} ended at its start: {lines[-1] if lines else process.returncode}")
+        check(
+            running,
+            f"the {log.stem} ended at its start: {lines[-1] if lines else process.returncode}",
+        )
         time.sleep(0.05)
     raise DemoFailed(f"{log.stem} did not start within {START_S:.0f} s")
 
 
-# --- the subscriber --------------------------------------------------------------------------------------------------
+# --- the subscriber
+# --------------------------------------------------------------------------------------------------
 
 
 class Subscriber(ThreadingHTTPServer):
-    """Verifies what it gets over the raw bytes, then hands it on: (webhook-id, body). What is not signed is refused."""
+    """Verifies what it gets over the raw bytes, then hands it on: (webhook-id, body). What is not
+    signed is refused.
+    """
 
     daemon_threads = True
 
@@ -155,17 +181,24 @@ def subscriber() -> Iterator[Subscriber]:
             server.shutdown()
 
 
-# --- the story -------------------------------------------------------------------------------------------------------
+# --- the story
+# --------------------------------------------------------------------------------------------------
 
 
 def answer(response: httpx.Response) -> JSON:
-    check(response.is_success, f"{response.request.method} {response.request.url.path} answered {response.status_code}: {response.text}")
+    check(
+        response.is_success,
+        f"{response.request.method} {response.request.url.path} answered {response.status_code}:"
+        f" {response.text}",
+    )
     document: JSON = response.json()
     return document
 
 
 def client(address: str, key: str) -> httpx.Client:
-    return httpx.Client(base_url=address, headers={"authorization": f"Bearer {key}"}, timeout=30, trust_env=False)
+    return httpx.Client(
+        base_url=address, headers={"authorization": f"Bearer {key}"}, timeout=30, trust_env=False
+    )
 
 
 def gather(server: Subscriber, count: int, started: float) -> list[tuple[str, JSON]]:
@@ -176,51 +209,84 @@ def gather(server: Subscriber, count: int, started: float) -> list[tuple[str, JS
         try:
             id, body = server.received.get(timeout=max(0.0, end - time.monotonic()))
         except queue.Empty:
-            raise DemoFailed(f"{len(received)} of {count} events came within {TASKS_S:.0f} s; refused: {server.refused}") from None
+            raise DemoFailed(
+                f"{len(received)} of {count} events came within {TASKS_S:.0f} s; refused:"
+                f" {server.refused}"
+            ) from None
         event = json.loads(body)
         received.append((id, event))
         seconds = time.monotonic() - started
-        print(f"  {seconds:5.1f} s  {event['type']:<20}  {event['sequence']}  {event['subject']}  {id}  signature verified")
+        print(
+            f"  {seconds:5.1f} s  {event['type']:<20}  {event['sequence']}  {event['subject']} "
+            f" {id}  signature verified"
+        )
     return received
 
 
-def check_events(received: list[tuple[str, JSON]], events: list[JSON], tasks: Mapping[str, Order]) -> None:
-    """Every event came and is in the outbox, the same in both; a task has one terminal event, of the right type."""
+def check_events(
+    received: list[tuple[str, JSON]], events: list[JSON], tasks: Mapping[str, Order]
+) -> None:
+    """Every event came and is in the outbox, the same in both; a task has one terminal event, of
+    the right type.
+    """
     outbox = {event["id"]: event for event in events}
     lost = outbox.keys() - {id for id, _ in received}
     check(not lost, f"never delivered: {sorted(lost)}")
     for id, event in received:
-        check(event["id"] == id and outbox.get(id) == event, f"{id} is not in GET /v1/events as it was delivered")
+        check(
+            event["id"] == id and outbox.get(id) == event,
+            f"{id} is not in GET /v1/events as it was delivered",
+        )
     for task_id, order in tasks.items():
         types = sorted(event["type"] for event in events if event["subject"] == task_id)
         wanted = sorted(["image.task.submitted", f"image.task.{order.ends}"])
         check(types == wanted, f"{task_id} ({order.about}) has the events {types}, not {wanted}")
 
 
-def check_images(service: httpx.Client, upstream: httpx.Client, task: JSON, order: Order) -> list[Path]:
+def check_images(
+    service: httpx.Client, upstream: httpx.Client, task: JSON, order: Order
+) -> list[Path]:
     """The files on disk: what the upstream made, byte for byte, and what the service serves."""
-    check(task["state"] == order.ends, f"{task['id']} ({order.about}) is {task['state']}, not {order.ends}")
+    check(
+        task["state"] == order.ends,
+        f"{task['id']} ({order.about}) is {task['state']}, not {order.ends}",
+    )
     wanted = order.n if order.ends == "completed" else 0
-    check(len(task["images"]) == len(task["results"]) == wanted, f"{task['id']} has {len(task['images'])} images, not {wanted}")
+    check(
+        len(task["images"]) == len(task["results"]) == wanted,
+        f"{task['id']} has {len(task['images'])} images, not {wanted}",
+    )
     made = answer(upstream.get(f"/v1/tasks/{task['upstream_id']}")).get("results", [])
-    check(len(made) == wanted, f"the upstream made {len(made)} images for {task['id']}, not {wanted}")
+    check(
+        len(made) == wanted, f"the upstream made {len(made)} images for {task['id']}, not {wanted}"
+    )
     files = []
     for image, link, source in zip(task["images"], task["results"], made, strict=True):
         found = list((FOLDER / "images" / task["id"]).glob(f"{image['index']}-*"))
         check(len(found) == 1, f"{image['id']} is {len(found)} files on disk")
-        digests = {hashlib.sha256(content).hexdigest() for content in (found[0].read_bytes(), service.get(link).content)}
+        digests = {
+            hashlib.sha256(content).hexdigest()
+            for content in (found[0].read_bytes(), service.get(link).content)
+        }
         digests.add(hashlib.sha256(upstream.get(source).content).hexdigest())
-        check(digests == {image["sha256"]}, f"{image['id']}: disk, service, upstream and task do not agree on its bytes")
+        check(
+            digests == {image["sha256"]},
+            f"{image['id']}: disk, service, upstream and task do not agree on its bytes",
+        )
         files += found
     return files
 
 
 def check_timelines(service: httpx.Client, tasks: Mapping[str, Order]) -> None:
-    """The callback that was never sent was made up for by asking; the one that came three times counted once."""
+    """The callback that was never sent was made up for by asking; the one that came three times
+    counted once.
+    """
     for task_id, order in tasks.items():
         steps = answer(service.get(f"/v1/tasks/{task_id}/timeline"))["data"]
         calls = [step["count"] for step in steps if step["step"] == "callback.received"]
-        wanted = [] if "drop_callback" in order.sandbox else [order.sandbox.get("repeat_callback", 1)]
+        wanted = (
+            [] if "drop_callback" in order.sandbox else [order.sandbox.get("repeat_callback", 1)]
+        )
         check(calls == wanted, f"{task_id} ({order.about}) has the callbacks {calls}, not {wanted}")
 
 
@@ -230,8 +296,15 @@ def tell(service: httpx.Client, files: list[Path], task_id: str) -> None:
         print(f"  {path.stat().st_size:>8} bytes  {path.relative_to(FOLDER / 'images')}")
     print(f"\nthe timeline of {task_id}")
     for step in answer(service.get(f"/v1/tasks/{task_id}/timeline"))["data"]:
-        details = {name: value for name, value in step.items() if name not in ("time", "step") and value is not None}
-        print(f"  {step['time']}  {step['step']:<20}  {' '.join(f'{name}={value}' for name, value in details.items())}")
+        details = {
+            name: value
+            for name, value in step.items()
+            if name not in ("time", "step") and value is not None
+        }
+        print(
+            f"  {step['time']}  {step['step']:<20} "
+            f" {' '.join(f'{name}={value}' for name, value in details.items())}"
+        )
 
 
 def demo() -> str:
@@ -243,7 +316,16 @@ def demo() -> str:
     with ExitStack() as stack:
         enter = stack.enter_context
         inbox = enter(subscriber())
-        sandbox = ("sandbox", "--json", "--port", "0", "--api-key", upstream_key, "--allow-networks", LOOPBACK)
+        sandbox = (
+            "sandbox",
+            "--json",
+            "--port",
+            "0",
+            "--api-key",
+            upstream_key,
+            "--allow-networks",
+            LOOPBACK,
+        )
         upstream_address = announced(*enter(program("sandbox", *sandbox)), None)
         settings = {
             "PORT": "0",
@@ -258,18 +340,41 @@ def demo() -> str:
             "RECONCILE_AFTER_S": str(RECONCILE_AFTER_S),
             "MIN_FREE_BYTES": str(64 << 20),
         }
-        process, log = enter(program("service", "serve", **{f"DARKROOM_{name}": value for name, value in settings.items()}))
+        process, log = enter(
+            program(
+                "service",
+                "serve",
+                **{f"DARKROOM_{name}": value for name, value in settings.items()},
+            )
+        )
         address = f"http://{announced(process, log, 'service.started')}"
-        print(f"sandbox upstream  {upstream_address}\nservice           {address}\nsubscriber        {inbox.url}\n")
+        print(
+            f"sandbox upstream  {upstream_address}\nservice           {address}\nsubscriber       "
+            f" {inbox.url}\n"
+        )
 
-        admin, upstream = enter(client(address, admin_key)), enter(client(upstream_address, upstream_key))
+        admin, upstream = (
+            enter(client(address, admin_key)),
+            enter(client(upstream_address, upstream_key)),
+        )
         scopes = ["submit", "read", "subscribe"]
-        service = enter(client(address, answer(admin.post("/v1/keys", json={"owner": "demo", "scopes": scopes}))["key"]))
-        inbox.secrets.append(answer(service.post("/v1/endpoints", json={"url": inbox.url}))["secret"])
+        service = enter(
+            client(
+                address,
+                answer(admin.post("/v1/keys", json={"owner": "demo", "scopes": scopes}))["key"],
+            )
+        )
+        inbox.secrets.append(
+            answer(service.post("/v1/endpoints", json={"url": inbox.url}))["secret"]
+        )
 
         started, tasks = time.monotonic(), dict[str, Order]()
         for order in ORDERS:
-            task = answer(service.post("/v1/images/generations", json=order.body, headers={"prefer": "respond-async"}))
+            task = answer(
+                service.post(
+                    "/v1/images/generations", json=order.body, headers={"prefer": "respond-async"}
+                )
+            )
             tasks[task["id"]] = order
             print(f"  submitted  {task['id']}  {order.about}: {order.prompt}")
         print()
@@ -277,7 +382,13 @@ def demo() -> str:
 
         events = answer(service.get("/v1/events"))["data"]
         check_events(received, events, tasks)
-        files = [path for id in tasks for path in check_images(service, upstream, answer(service.get(f"/v1/tasks/{id}")), tasks[id])]
+        files = [
+            path
+            for id in tasks
+            for path in check_images(
+                service, upstream, answer(service.get(f"/v1/tasks/{id}")), tasks[id]
+            )
+        ]
         stored = sum(path.is_file() for path in (FOLDER / "images").rglob("*-*.*"))
         check(stored == len(files), f"{stored} files are on disk, not {len(files)}")
         check_timelines(service, tasks)
@@ -290,18 +401,34 @@ def demo() -> str:
         doubled = sum(count - 1 for count in Counter(id for id, _ in received).values())
         check(not inbox.refused, f"deliveries without a valid signature: {inbox.refused}")
         check(not doubled, f"{doubled} deliveries came twice")
-        return f"demo: {len(tasks)} tasks, {len(events)} events, {len(files)} images, 0 lost, {doubled} doubled"
+        return (
+            f"demo: {len(tasks)} tasks, {len(events)} events, {len(files)} images, 0 lost,"
+            f" {doubled} doubled"
+        )
 
 
 def main() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever stops the demo stops its children
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # whoever stops the demo stops its children
     try:
         print("\n" + demo())
-    except (DemoFailed, httpx.HTTPError, OSError, LookupError, ValueError, subprocess.TimeoutExpired) as error:
+    except (
+        DemoFailed,
+        httpx.HTTPError,
+        OSError,
+        LookupError,
+        ValueError,
+        subprocess.TimeoutExpired,
+    ) as error:
         reason = error if isinstance(error, DemoFailed) else f"{type(error).__name__}: {error}"
-        print(f"\ndemo failed: {reason}; the logs are {FOLDER / 'service.log'} and {FOLDER / 'sandbox.log'}", file=sys.stderr)
+        print(
+            f"\ndemo failed: {reason}; the logs are {FOLDER / 'service.log'} and"
+            f" {FOLDER / 'sandbox.log'}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         return 130

@@ -1,4 +1,6 @@
-"""The wiring: settings become resources, resources an application, the application a server. Nothing else knows settings or backends."""
+"""The wiring: settings become resources, resources an application, the application a server.
+Nothing else knows settings or backends.
+"""
 
 import asyncio
 import math
@@ -66,12 +68,16 @@ REPLAYS = 4  # pages at once
 DELIVERIES, REDELIVERIES = 64, 32  # at once; first attempts and retries have places of their own
 S3_ADDRESS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 RESULT_REDIRECTS = 5
-RESULT_URL = 4095  # characters: links signed with a session's token take some 2000; of a longer one only a part is kept
+# characters: links signed with a session's token take some 2000; of a longer one only a part is
+# kept
+RESULT_URL = 4095
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What a process does: `serve` both, `serve --no-worker` only the web, `worker` only the work."""
+    """What a process does: `serve` both, `serve --no-worker` only the web, `worker` only the
+    work.
+    """
 
     web: bool = True
     workers: bool = True
@@ -92,7 +98,9 @@ def open_store(settings: Settings) -> AbstractAsyncContextManager[Store]:
 
 
 async def open_blobs(settings: Settings, environ: Mapping[str, str]) -> Blobs:
-    """Where the settings keep images; `environ` is asked for S3's address alone. ConfigurationError: it cannot be used."""
+    """Where the settings keep images; `environ` is asked for S3's address alone.
+    ConfigurationError: it cannot be used.
+    """
     spare = 0 if settings.sqlite_path else 3600  # seconds: other processes may be at work there
     try:
         if settings.blob_url.startswith("file:"):
@@ -100,15 +108,23 @@ async def open_blobs(settings: Settings, environ: Mapping[str, str]) -> Blobs:
         from service.blobs.objectstore import S3Blobs
 
         plain = any(environ.get(name, "").startswith("http://") for name in S3_ADDRESS)
-        return await S3Blobs.open(settings.blob_url, settings.image_dir, plain_http=plain, spare=spare)
+        return await S3Blobs.open(
+            settings.blob_url, settings.image_dir, plain_http=plain, spare=spare
+        )
     except ImportError:
-        raise ConfigurationError("DARKROOM_BLOB_URL: s3:// needs the extra s3: darkroom-service[s3]") from None
+        raise ConfigurationError(
+            "DARKROOM_BLOB_URL: s3:// needs the extra s3: darkroom-service[s3]"
+        ) from None
     except BlobUnavailable as error:
-        raise ConfigurationError(f"DARKROOM_BLOB_URL: {settings.blob_url} cannot be used: {error}") from error
+        raise ConfigurationError(
+            f"DARKROOM_BLOB_URL: {settings.blob_url} cannot be used: {error}"
+        ) from error
 
 
 def open_sinks(settings: Settings) -> list[Broker]:
-    """The brokers the settings name, not connected yet; ConfigurationError: a type nobody emits, or the extra is missing."""
+    """The brokers the settings name, not connected yet; ConfigurationError: a type nobody emits, or
+    the extra is missing.
+    """
     for pattern in (pattern for address in settings.sinks for pattern in address.types):
         try:
             known_pattern(pattern)
@@ -119,22 +135,30 @@ def open_sinks(settings: Settings) -> list[Broker]:
 
         return [BrokerSink(address) for address in settings.sinks]
     except ImportError:
-        raise ConfigurationError("DARKROOM_SINKS: brokers need the extra brokers: darkroom-service[brokers]") from None
+        raise ConfigurationError(
+            "DARKROOM_SINKS: brokers need the extra brokers: darkroom-service[brokers]"
+        ) from None
 
 
 async def new_keyring(settings: Settings, store: Store) -> Keyring:
     """Of a key that is made now; ConfigurationError: the store was used with another."""
     if settings.key_is_missing and await store.read(queries.needs_its_key):
         raise ConfigurationError(
-            f"{settings.key_file} is missing, and DARKROOM_SECRET_KEY is not set: put back the key that the store was used with."
-            " With another in DARKROOM_SECRET_KEY callbacks under way are refused, and the secrets of endpoints and owners want rotating"
+            f"{settings.key_file} is missing, and DARKROOM_SECRET_KEY is not set: put back the key"
+            " that the store was used with."
+            " With another in DARKROOM_SECRET_KEY callbacks under way are refused, and the secrets"
+            " of endpoints and owners want rotating"
         )
     return Keyring(secret_keys(settings))
 
 
 @asynccontextmanager
-async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> AsyncIterator[Resources]:
-    """Opens everything a process needs, in order, and closes it in the other; ConfigurationError: it must not start."""
+async def open_resources(
+    settings: Settings, role: Role, metrics: Metrics
+) -> AsyncIterator[Resources]:
+    """Opens everything a process needs, in order, and closes it in the other; ConfigurationError:
+    it must not start.
+    """
     if role.workers and settings.evolink_api_key is None:
         raise ConfigurationError("DARKROOM_EVOLINK_API_KEY is required by workers")
     keyring = None if settings.key_is_missing else Keyring(secret_keys(settings))
@@ -146,8 +170,14 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
     def called(call: Call) -> None:
         metrics.upstream_requests.labels(call.kind, call.outcome).inc()
         metrics.upstream_seconds.labels(call.kind).observe(call.duration)
-        figures = {"status": call.status, "outcome": call.outcome, "upstream_request_id": call.request_id}
-        log.info("upstream.called", kind=call.kind, duration_ms=round(call.duration * 1000), **figures)
+        figures = {
+            "status": call.status,
+            "outcome": call.outcome,
+            "upstream_request_id": call.request_id,
+        }
+        log.info(
+            "upstream.called", kind=call.kind, duration_ms=round(call.duration * 1000), **figures
+        )
 
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
@@ -155,10 +185,25 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
         keyring = keyring or await new_keyring(settings, store)
         networks = settings.upstream_networks
         upstream = await enter(Egress(Rules("upstream", networks), on_refused=refused))
-        rules = Rules("results", networks, settings.evolink_result_hosts, redirects=RESULT_REDIRECTS, upgrade=True, max_url=RESULT_URL)
-        results = await enter(Egress(rules, connections=settings.download_concurrency, on_refused=refused))
+        rules = Rules(
+            "results",
+            networks,
+            settings.evolink_result_hosts,
+            redirects=RESULT_REDIRECTS,
+            upgrade=True,
+            max_url=RESULT_URL,
+        )
+        results = await enter(
+            Egress(rules, connections=settings.download_concurrency, on_refused=refused)
+        )
         places = DELIVERIES + REDELIVERIES + BY_HAND
-        endpoints = await enter(Egress(Rules("endpoints", settings.endpoint_networks), connections=places, on_refused=refused))
+        endpoints = await enter(
+            Egress(
+                Rules("endpoints", settings.endpoint_networks),
+                connections=places,
+                on_refused=refused,
+            )
+        )
         rules = Rules("task_callbacks", settings.task_callback_networks)
         callbacks = await enter(Egress(rules, connections=places, on_refused=refused))
         yield Resources(
@@ -172,7 +217,10 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
                 settings.query_timeout_s,
                 called,
             ),
-            pace=Pace(settings.evolink_concurrency, lambda kind, limit: metrics.upstream_limit.labels(kind).set(limit)),
+            pace=Pace(
+                settings.evolink_concurrency,
+                lambda kind, limit: metrics.upstream_limit.labels(kind).set(limit),
+            ),
             results=results,
             webhooks=WebhookSink(endpoints, settings.delivery_timeout_s),
             task_callbacks=WebhookSink(callbacks, settings.delivery_timeout_s),
@@ -183,7 +231,9 @@ async def open_resources(settings: Settings, role: Role, metrics: Metrics) -> As
         )
 
 
-def stages(settings: Settings, resources: Resources, account: Account, examiner: Examiner) -> list[Stage]:
+def stages(
+    settings: Settings, resources: Resources, account: Account, examiner: Examiner
+) -> list[Stage]:
     """The workers' stages, in the order of the data."""
     plan = Plan(settings.callback_url is not None, settings.reconcile_after_s, resources.random)
     submitter = Submitter(
@@ -196,8 +246,16 @@ def stages(settings: Settings, resources: Resources, account: Account, examiner:
         settings.uncertain,
         settings.uncertain_after_s,
     )
-    settler = Settler(resources, plan, settings.evolink_confirm == "always", settings.evolink_task_ttl_s, settings.evolink_result_ttl_s)
-    downloader = Downloader(resources, examiner, settings.download_schedule, settings.max_image_bytes)
+    settler = Settler(
+        resources,
+        plan,
+        settings.evolink_confirm == "always",
+        settings.evolink_task_ttl_s,
+        settings.evolink_result_ttl_s,
+    )
+    downloader = Downloader(
+        resources, examiner, settings.download_schedule, settings.max_image_bytes
+    )
     deliverer = Deliverer(resources, settings.delivery_schedule, settings.endpoint_disable_after_s)
     return [
         Stage("submit", settings.evolink_concurrency, submitter.run),
@@ -211,21 +269,34 @@ def stages(settings: Settings, resources: Resources, account: Account, examiner:
 
 
 @asynccontextmanager
-async def running(settings: Settings, role: Role, address: str | None = None) -> AsyncIterator[Context]:
-    """A process at work: resources open, workers claiming. At the end work in flight is finished within `STOP_S`, the rest given back."""
+async def running(
+    settings: Settings, role: Role, address: str | None = None
+) -> AsyncIterator[Context]:
+    """A process at work: resources open, workers claiming. At the end work in flight is finished
+    within `STOP_S`, the rest given back.
+    """
     metrics = Metrics()
-    pictures = examining(settings.decode_concurrency, settings.max_image_bytes, settings.max_image_pixels)
+    pictures = examining(
+        settings.decode_concurrency, settings.max_image_bytes, settings.max_image_pixels
+    )
     async with open_resources(settings, role, metrics) as resources, pictures as examiner:
-        publishers = [Publisher(resources, sink) for sink in (open_sinks(settings) if role.workers and settings.sinks else ())]
+        publishers = [
+            Publisher(resources, sink)
+            for sink in (open_sinks(settings) if role.workers and settings.sinks else ())
+        ]
         precedence = Precedence()
         account = Account(resources, settings.submit_schedule)
         work = stages(settings, resources, account, examiner) if role.workers else []
-        pool = WorkerPool(resources.store, work, metrics, partial(tell, metrics=metrics), precedence.wait)
+        pool = WorkerPool(
+            resources.store, work, metrics, partial(tell, metrics=metrics), precedence.wait
+        )
         deadline = math.inf
 
         def quiesce() -> None:
             nonlocal deadline
-            deadline = min(deadline, time.monotonic() + settings.stop_s)  # one limit for requests and work together
+            deadline = min(
+                deadline, time.monotonic() + settings.stop_s
+            )  # one limit for requests and work together
             pool.quiesce()
             resources.store.signals.stop()  # whoever waits for a task or an event is answered now
 
@@ -235,11 +306,20 @@ async def running(settings: Settings, role: Role, address: str | None = None) ->
 
         context = Context(
             resources=resources,
-            intake=Intake(resources, load_catalogue(), settings.callback_url, settings.min_free_bytes, settings.log_prompts),
+            intake=Intake(
+                resources,
+                load_catalogue(),
+                settings.callback_url,
+                settings.min_free_bytes,
+                settings.log_prompts,
+            ),
             tail=Tail(resources.store, resources.links),
             precedence=precedence,
             account=account,
-            access=Access(resources.store, settings.admin_key.get_secret_value() if settings.admin_key else None),
+            access=Access(
+                resources.store,
+                settings.admin_key.get_secret_value() if settings.admin_key else None,
+            ),
             limits=KeyLimits(settings.key_requests),
             admission=Admission(precedence, metrics),
             result_ttl_s=settings.evolink_result_ttl_s,
@@ -252,11 +332,27 @@ async def running(settings: Settings, role: Role, address: str | None = None) ->
         always = {"workers": pool.run(), "account": account.run(), "tail": context.tail.run()}
         jobs = [asyncio.create_task(job, name=name) for name, job in always.items()]
         if role.workers:
-            retention = Retention(resources, settings.retention_days, settings.image_retention_days, resources.store.clock)
-            hourly = {"sweep": Sweeper(resources).run, "retention": retention.run, "rekey": Rekeying(resources).run}
+            retention = Retention(
+                resources,
+                settings.retention_days,
+                settings.image_retention_days,
+                resources.store.clock,
+            )
+            hourly = {
+                "sweep": Sweeper(resources).run,
+                "retention": retention.run,
+                "rekey": Rekeying(resources).run,
+            }
             jobs += [asyncio.create_task(run(), name=name) for name, run in hourly.items()]
-            jobs += [asyncio.create_task(publisher.run(), name="publish") for publisher in publishers]
-        log.info("service.started", role=role.name, address=address or f"{settings.host}:{settings.port}", settings=masked(settings))
+            jobs += [
+                asyncio.create_task(publisher.run(), name="publish") for publisher in publishers
+            ]
+        log.info(
+            "service.started",
+            role=role.name,
+            address=address or f"{settings.host}:{settings.port}",
+            settings=masked(settings),
+        )
         try:
             yield context
         finally:
@@ -276,16 +372,30 @@ def create_app(context: Context, role: Role, *, metrics_open: bool = False) -> S
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Context]]:
         yield {"context": context}
 
-    table = routes() if role.web and not metrics_open else operators_routes(metrics_open=metrics_open)
-    app = Starlette(routes=table, middleware=[Middleware(Requests)], exception_handlers=dict(HANDLERS), lifespan=lifespan)
+    table = (
+        routes() if role.web and not metrics_open else operators_routes(metrics_open=metrics_open)
+    )
+    app = Starlette(
+        routes=table,
+        middleware=[Middleware(Requests)],
+        exception_handlers=dict(HANDLERS),
+        lifespan=lifespan,
+    )
     app.router.redirect_slashes = False  # a callback that is sent elsewhere counts as failed
     return app
 
 
 async def serve(
-    settings: Settings, role: Role, bound: socket.socket, stop: asyncio.Event, *, ready: Callable[[Context], Awaitable[None]] | None = None
+    settings: Settings,
+    role: Role,
+    bound: socket.socket,
+    stop: asyncio.Event,
+    *,
+    ready: Callable[[Context], Awaitable[None]] | None = None,
 ) -> None:
-    """Runs until `stop`. `bound` is the main port's socket; `ready` is called once the process is at work."""
+    """Runs until `stop`. `bound` is the main port's socket; `ready` is called once the process is
+    at work.
+    """
     address = f"unix:{bound.getsockname()}" if bound.family == socket.AF_UNIX else None
     async with running(settings, role, address) as context, AsyncExitStack() as stack:
         if settings.metrics_port is not None:
@@ -300,5 +410,7 @@ async def serve(
         await stop.wait()
         notify("STOPPING=1")
         context.quiesce()
-        left = await context.drained()  # callbacks are taken meanwhile: whoever starts next is not there before this process has ended
+        # callbacks are taken meanwhile: whoever starts next is not there before this process has
+        # ended
+        left = await context.drained()
         server.config.timeout_graceful_shutdown = max(1, round(left))

@@ -1,4 +1,6 @@
-"""What the upstream documents of its models, so that a request it would refuse costs nothing (contract section 8)."""
+"""What the upstream documents of its models, so that a request it would refuse costs nothing
+(contract section 8).
+"""
 
 import re
 import tomllib
@@ -17,7 +19,9 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """A model of `catalogue.toml`: lengths in characters, sizes in pixels, `aspect` = width / height, `price` in credits an image."""
+    """A model of `catalogue.toml`: lengths in characters, sizes in pixels, `aspect` = width /
+    height, `price` in credits an image.
+    """
 
     prompt_max: int
     negative_prompt_max: int
@@ -39,7 +43,9 @@ class Catalogue:
     models: Mapping[str, Limits]
 
     def check(self, request: Mapping[str, object]) -> Violation | None:
-        """The first limit a submission breaks. A field that is null counts as absent; a model that is not here passes through."""
+        """The first limit a submission breaks. A field that is null counts as absent; a model that
+        is not here passes through.
+        """
         model = request.get("model")
         limits = self.models.get(model) if isinstance(model, str) else None
         if limits is None:
@@ -64,7 +70,9 @@ def _prompt(request: Mapping[str, object], limits: Limits) -> Violation | None:
     if isinstance(prompt, str) and 1 <= len(prompt) <= limits.prompt_max:
         return None
     found = f"; this one has {len(prompt)}" if isinstance(prompt, str) else ""
-    return Violation("prompt", f"prompt is required: a text of 1 to {limits.prompt_max} characters{found}")
+    return Violation(
+        "prompt", f"prompt is required: a text of 1 to {limits.prompt_max} characters{found}"
+    )
 
 
 def _negative_prompt(request: Mapping[str, object], limits: Limits) -> Violation | None:
@@ -72,21 +80,36 @@ def _negative_prompt(request: Mapping[str, object], limits: Limits) -> Violation
     if prompt is None or (isinstance(prompt, str) and len(prompt) <= limits.negative_prompt_max):
         return None
     found = f"; this one has {len(prompt)}" if isinstance(prompt, str) else ""
-    return Violation("negative_prompt", f"negative_prompt must be a text of at most {limits.negative_prompt_max} characters{found}")
+    return Violation(
+        "negative_prompt",
+        f"negative_prompt must be a text of at most {limits.negative_prompt_max} characters{found}",
+    )
 
 
 def _size(request: Mapping[str, object], limits: Limits) -> Violation | None:
     size = request.get("size")
     if size is None:
         return None
-    match = re.fullmatch("([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", size) if isinstance(size, str) else None
+    match = (
+        re.fullmatch("([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", size) if isinstance(size, str) else None
+    )
     if match is None:
-        return Violation("size", f"size must be WIDTHxHEIGHT in pixels, such as {limits.size_default}")
+        return Violation(
+            "size", f"size must be WIDTHxHEIGHT in pixels, such as {limits.size_default}"
+        )
     width, height = int(match[1]), int(match[2])
     if not limits.total_min <= width * height <= limits.total_max:
-        return Violation("size", f"size must have {limits.total_min} to {limits.total_max} pixels in all; {size} has {width * height}")
+        return Violation(
+            "size",
+            f"size must have {limits.total_min} to {limits.total_max} pixels in all; {size} has"
+            f" {width * height}",
+        )
     if not limits.aspect_min * height <= width <= limits.aspect_max * height:
-        return Violation("size", f"size must be {limits.aspect_min:g} to {limits.aspect_max:g} times as wide as high; {size} is not")
+        return Violation(
+            "size",
+            f"size must be {limits.aspect_min:g} to {limits.aspect_max:g} times as wide as high;"
+            f" {size} is not",
+        )
     return None
 
 
@@ -102,6 +125,11 @@ def _image_urls(request: Mapping[str, object], limits: Limits) -> Violation | No
     if limits.image_urls_max is None:
         return None
     links = urls if isinstance(urls, list) else []
-    if limits.image_urls_min <= len(links) <= limits.image_urls_max and all(isinstance(url, str) and url for url in links):
+    if limits.image_urls_min <= len(links) <= limits.image_urls_max and all(
+        isinstance(url, str) and url for url in links
+    ):
         return None
-    return Violation("image_urls", f"image_urls must be a list of {limits.image_urls_min} to {limits.image_urls_max} links")
+    return Violation(
+        "image_urls",
+        f"image_urls must be a list of {limits.image_urls_min} to {limits.image_urls_max} links",
+    )

@@ -1,4 +1,5 @@
-"""Everything Darkroom raises on purpose, in one tree. Lower errors are translated once, where they enter.
+"""Everything Darkroom raises on purpose, in one tree. Lower errors are translated once, where they
+enter.
 
     DarkroomError
     ├── ConfigurationError     a setting, a schema or a lock is wrong: one line, then exit
@@ -82,7 +83,9 @@ class BlobMissing(BlobUnavailable):
 
 
 class SinkUnavailable(DarkroomError):
-    """A broker did not confirm that it has an event; it may have it all the same. Worth another try."""
+    """A broker did not confirm that it has an event; it may have it all the same. Worth another
+    try.
+    """
 
 
 class MessageTooLarge(SinkUnavailable):
@@ -94,7 +97,9 @@ class EgressError(DarkroomError):
 
 
 class NoPlace(EgressError):
-    """As many calls as may run at once did, for as long as this one could wait; nothing was sent."""
+    """As many calls as may run at once did, for as long as this one could wait; nothing was
+    sent.
+    """
 
 
 class EgressRefused(EgressError):
@@ -106,7 +111,9 @@ class NotConnected(EgressError):
 
 
 class NoRoute(NotConnected):
-    """No connection could be made for a reason of our own: no name server answered, no network, no free port or descriptor."""
+    """No connection could be made for a reason of our own: no name server answered, no network, no
+    free port or descriptor.
+    """
 
 
 class CallTimedOut(EgressError):

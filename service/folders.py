@@ -6,9 +6,11 @@ from pathlib import Path
 
 
 def make_folder(folder: Path) -> None:
-    """Makes it where it is missing, and its name last, and the names of all that lead to it on its file system. OSError.
+    """Makes it where it is missing, and its name last, and the names of all that lead to it on its
+    file system. OSError.
 
-    Those that are there already as well: whoever made them may have died before they were made to last.
+    Those that are there already as well: whoever made them may have died before they were made to
+    last.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for each in (folder.absolute(), *folder.absolute().parents):

@@ -1,6 +1,8 @@
-"""The words of the product as types: tasks, their states and moves, reports, images, ids, times and credits.
+"""The words of the product as types: tasks, their states and moves, reports, images, ids, times and
+credits.
 
-Pure: no clock, no I/O. Times are integers, milliseconds since 1970 UTC; credits are integers, millionths of a credit.
+Pure: no clock, no I/O. Times are integers, milliseconds since 1970 UTC; credits are integers,
+millionths of a credit.
 """
 
 import base64
@@ -32,7 +34,9 @@ class State(StrEnum):
 
 
 class Status(StrEnum):
-    """A task's status in the upstream's words, normalised: `canceled` and `failed` with `request_cancelled` are `cancelled`."""
+    """A task's status in the upstream's words, normalised: `canceled` and `failed` with
+    `request_cancelled` are `cancelled`.
+    """
 
     PENDING = "pending"
     PROCESSING = "processing"
@@ -47,7 +51,9 @@ FINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 MOVES: Mapping[State, frozenset[State]] = {
     State.QUEUED: frozenset({State.SUBMITTING, State.FAILED, State.CANCELLED}),
-    State.SUBMITTING: frozenset({State.SUBMITTED, State.QUEUED, State.UNCERTAIN, State.FAILED, State.CANCELLED}),
+    State.SUBMITTING: frozenset(
+        {State.SUBMITTED, State.QUEUED, State.UNCERTAIN, State.FAILED, State.CANCELLED}
+    ),
     State.UNCERTAIN: frozenset({State.SUBMITTED, State.FAILED, State.CANCELLED, State.SUBMITTING}),
     State.SUBMITTED: frozenset({State.STORING, State.FAILED, State.CANCELLED, State.EXPIRED}),
     State.STORING: frozenset({State.COMPLETED, State.FAILED, State.CANCELLED}),
@@ -79,7 +85,8 @@ def status_of(state: State, upstream_status: Status | None) -> Status:
     }[state]
 
 
-# --- ids and times ---------------------------------------------------------------------------------------------------
+# --- ids and times
+# --------------------------------------------------------------------------------------------------
 
 PREFIXES = {
     "task": "task_",
@@ -108,7 +115,9 @@ def make_id(kind: str, now: int, random: bytes) -> str:
 
 def rfc3339(ms: int) -> str:
     """`2026-01-31T23:59:59.123Z`."""
-    return datetime.fromtimestamp(ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{ms % 1000:03d}Z"
+    return (
+        datetime.fromtimestamp(ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{ms % 1000:03d}Z"
+    )
 
 
 def sequence_text(sequence: int) -> str:
@@ -116,13 +125,16 @@ def sequence_text(sequence: int) -> str:
     return f"{sequence:020d}"
 
 
-# --- credits ---------------------------------------------------------------------------------------------------------
+# --- credits
+# --------------------------------------------------------------------------------------------------
 
 MAX_CREDITS = 10**12  # whole credits; in millionths that fits a 64-bit integer
 
 
 def millionths(value: object) -> int | None:
-    """The upstream's decimal credits as an integer; None for what is no sensible number (absent, negative, text, NaN)."""
+    """The upstream's decimal credits as an integer; None for what is no sensible number (absent,
+    negative, text, NaN).
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None
     try:
@@ -141,14 +153,16 @@ def credits_number(value: int | None) -> int | float | None:
     return value // 1_000_000 if value % 1_000_000 == 0 else value / 1_000_000
 
 
-# --- what the upstream says ------------------------------------------------------------------------------------------
+# --- what the upstream says
+# ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
     """A task as the upstream describes it in a submit answer, a query or a callback, normalised.
 
-    `status` None: a status nobody documented (not terminal). `error` has `code`, `message`, `type`, all text.
+    `status` None: a status nobody documented (not terminal). `error` has `code`, `message`, `type`,
+    all text.
     """
 
     upstream_id: str | None = None
@@ -170,12 +184,17 @@ class Report:
         return self.status in FINAL
 
 
-def outcome_digest(status: Status | None, results: Sequence[str], upstream_id: str | None = None) -> str:
-    """What makes two callbacks say the same: status and results, for one that names a foreign upstream id that id too."""
+def outcome_digest(
+    status: Status | None, results: Sequence[str], upstream_id: str | None = None
+) -> str:
+    """What makes two callbacks say the same: status and results, for one that names a foreign
+    upstream id that id too.
+    """
     return hashlib.sha256(json.dumps([status, list(results), upstream_id]).encode()).hexdigest()
 
 
-# --- a task as it is kept and shown ----------------------------------------------------------------------------------
+# --- a task as it is kept and shown
+# ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +241,16 @@ class Task:
         return self.state in TERMINAL
 
 
-EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/gif": "gif", "image/avif": "avif"}
+EXTENSIONS = {
+    "image/png": "png",
+    "image/jpeg": "jpg",
+    "image/webp": "webp",
+    "image/gif": "gif",
+    "image/avif": "avif",
+}
 
-UPSTREAM_ID = r"[!-\-/-~][!-~]{0,199}"  # asked for by URL: visible ASCII, no dot in front, at most 200 characters
+# asked for by URL: visible ASCII, no dot in front, at most 200 characters
+UPSTREAM_ID = r"[!-\-/-~][!-~]{0,199}"
 
 BLOB = re.compile(r"task_[a-z2-7]{26}/[0-9]{1,9}-[0-9a-f]{64}\.[a-z]{1,8}", re.ASCII)
 
@@ -236,7 +262,9 @@ def blob_name(task_id: str, index: int, sha256: str, media_type: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """What links begin with: the service's address, and for images that of what serves the blob store under the same names."""
+    """What links begin with: the service's address, and for images that of what serves the blob
+    store under the same names.
+    """
 
     base_url: str
     image_base_url: str | None = None
@@ -244,13 +272,16 @@ class Links:
     def image(self, task_id: str, image: JSON) -> str:
         if self.image_base_url is None:
             return f"{self.base_url}/images/{image['id']}"
-        return f"{self.image_base_url}/{blob_name(task_id, image['index'], image['sha256'], image['media_type'])}"
+        blob = blob_name(task_id, image["index"], image["sha256"], image["media_type"])
+        return f"{self.image_base_url}/{blob}"
 
 
 def task_document(task: Task) -> JSON:
-    """The task of contract section 3 without its prompt and without links: `results` is empty, images have no `url`.
+    """The task of contract section 3 without its prompt and without links: `results` is empty,
+    images have no `url`.
 
-    This is what an event keeps; `with_links` completes it for a reader, so that links follow the settings.
+    This is what an event keeps; `with_links` completes it for a reader, so that links follow the
+    settings.
     """
     return {
         "id": task.id,
@@ -260,7 +291,10 @@ def task_document(task: Task) -> JSON:
         "type": "image",
         "status": status_of(task.state, task.upstream_status).value,
         "progress": 100 if task.state is State.COMPLETED else task.progress,
-        "task_info": {"can_cancel": task.can_cancel and not task.terminal, "estimated_time": task.estimated_time},
+        "task_info": {
+            "can_cancel": task.can_cancel and not task.terminal,
+            "estimated_time": task.estimated_time,
+        },
         "usage": {
             "billing_rule": task.billing_rule,
             "credits_reserved": credits_number(task.credits_reserved),
@@ -297,10 +331,20 @@ def with_links(document: JSON, links: Links) -> JSON:
     return {**document, "images": images, "results": results}
 
 
-def event_document(*, event_id: str, sequence: int, type: str, subject: str | None, time: int, data: JSON, links: Links) -> JSON:
+def event_document(
+    *,
+    event_id: str,
+    sequence: int,
+    type: str,
+    subject: str | None,
+    time: int,
+    data: JSON,
+    links: Links,
+) -> JSON:
     """An event of contract section 3, a structured CloudEvent 1.0; `data` as the outbox keeps it.
 
-    One of no task is about the endpoint or the row that it names: CloudEvents' libraries refuse a subject that is null.
+    One of no task is about the endpoint or the row that it names: CloudEvents' libraries refuse a
+    subject that is null.
     """
     return {
         "specversion": "1.0",

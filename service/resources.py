@@ -1,4 +1,6 @@
-"""What the steps of the pipeline work with. `app.open_resources` makes it; here are only names and types."""
+"""What the steps of the pipeline work with. `app.open_resources` makes it; here are only names and
+types.
+"""
 
 import os
 import random

@@ -1,7 +1,8 @@
-"""The settings of contract section 2: read once, from the environment and `.env`, and handed to what is built from them.
+"""The settings of contract section 2: read once, from the environment and `.env`, and handed to
+what is built from them.
 
-A field's name is its variable's name in lower case without the prefix; its description is its row in the README's table.
-An empty variable is the same as one that is not set.
+A field's name is its variable's name in lower case without the prefix; its description is its row
+in the README's table. An empty variable is the same as one that is not set.
 """
 
 import contextlib
@@ -47,102 +48,179 @@ from service.variables import (
     variables_of,
 )
 
-CALLBACK_URL_CHARS = 2048 - 128  # the upstream's limit without "/callbacks/" 11 + an upstream 20 + "/" 1 + a task 31 + "/" 1 + a token 64
+CALLBACK_URL_CHARS = (
+    2048 - 128
+    # the upstream's limit without "/callbacks/" 11 + an upstream 20 + "/" 1 + a task 31 + "/" 1 + a
+    # token 64
+)
 
 
 def told(default: Any, words: str, shown: str | None = None, **limits: Any) -> Any:
-    """A field with its default and its row of the table; `shown` stands there where the default is no plain value."""
-    return Field(default, description=words, json_schema_extra=None if shown is None else {"shown": shown}, **limits)
+    """A field with its default and its row of the table; `shown` stands there where the default is
+    no plain value.
+    """
+    return Field(
+        default,
+        description=words,
+        json_schema_extra=None if shown is None else {"shown": shown},
+        **limits,
+    )
 
 
 class Settings(BaseSettings):
-    """Every setting, checked. `load_settings` makes it; nothing is picked up from the environment behind its back."""
+    """Every setting, checked. `load_settings` makes it; nothing is picked up from the environment
+    behind its back.
+    """
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True, validate_default=True, arbitrary_types_allowed=True
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        validate_default=True,
+        arbitrary_types_allowed=True,
     )
 
     host: str = told("127.0.0.1", "address to listen on", pattern=r"^[A-Za-z0-9._:%-]+$")
     port: Port = told(8080, "port to listen on; 0: any free one")
     base_url: str = told("http://{host}:{port}", "the address in links and in events' `source`")
     upstream_networks: Networks = told(
-        (), "CIDRs, not globally routable, that calls to the upstream and its results may reach, with plain http"
+        (),
+        "CIDRs, not globally routable, that calls to the upstream and its results may reach, with"
+        " plain http",
     )
     endpoint_networks: Networks = told((), "the same for endpoints")
     task_callback_networks: Networks = told((), "the same for tasks' own `callback_url`s")
     callback_url: str | None = told(
-        None, "public https prefix under which the upstream reaches `/callbacks/…`; unset: tasks are settled by asking the upstream alone"
+        None,
+        "public https prefix under which the upstream reaches `/callbacks/…`; unset: tasks are"
+        " settled by asking the upstream alone",
     )
-    data_dir: Folder = told(Path("./data"), "home of the embedded store and of images", shown="`./data`")
-    database_url: str = told("sqlite:///{data_dir}/darkroom.db", "the store: `sqlite:///FILE` or `postgresql://…`", repr=False)
+    data_dir: Folder = told(
+        Path("./data"), "home of the embedded store and of images", shown="`./data`"
+    )
+    database_url: str = told(
+        "sqlite:///{data_dir}/darkroom.db",
+        "the store: `sqlite:///FILE` or `postgresql://…`",
+        repr=False,
+    )
     blob_url: str = told(
         "file://{data_dir}/images",
-        "where images are kept: `file:///FOLDER`, or `s3://BUCKET/PREFIX` with the extra `s3` and the usual variables `AWS_…`",
+        "where images are kept: `file:///FOLDER`, or `s3://BUCKET/PREFIX` with the extra `s3` and"
+        " the usual variables `AWS_…`",
     )
-    image_base_url: str | None = told(None, "links to images begin with this instead: a CDN or public bucket that serves the same names")
+    image_base_url: str | None = told(
+        None,
+        "links to images begin with this instead: a CDN or public bucket that serves the same"
+        " names",
+    )
     image_link_ttl_s: Annotated[float, NOT_YET] = told(
         0, "how long a link to an image lives; 0: as long as the image, and nothing else yet"
     )
     secret_key: SecretKeys | None = told(
         None,
-        "comma-separated keys of at least 32 bytes: the first signs and encrypts, all verify and decrypt",
+        "comma-separated keys of at least 32 bytes: the first signs and encrypts, all verify and"
+        " decrypt",
         shown="created in `{data_dir}/secret.key` (mode 600) on SQLite; else required",
     )
-    admin_key: AdminKey | None = told(None, "an API key of the owner `admin` with every scope, for first use; at least 16 characters")
-    evolink_api_key: Token | None = told(None, "the upstream's API key", shown="required by workers")
+    admin_key: AdminKey | None = told(
+        None,
+        "an API key of the owner `admin` with every scope, for first use; at least 16 characters",
+    )
+    evolink_api_key: Token | None = told(
+        None, "the upstream's API key", shown="required by workers"
+    )
     evolink_base_url: str = told("https://api.evolink.ai", "the upstream's address")
-    evolink_result_hosts: Hosts = told((".evolink.ai",), "hosts results may be fetched from: `.x` is every subdomain of x, `x` exactly x")
+    evolink_result_hosts: Hosts = told(
+        (".evolink.ai",),
+        "hosts results may be fetched from: `.x` is every subdomain of x, `x` exactly x",
+    )
     evolink_confirm: Annotated[Literal["always", "never"], Lower] = told(
-        "always", "`always`: a callback is believed when a query agrees; `never`: the token in its URL is enough"
+        "always",
+        "`always`: a callback is believed when a query agrees; `never`: the token in its URL is"
+        " enough",
     )
     evolink_concurrency: Slots = told(16, "calls to the upstream at once")
     evolink_task_ttl_s: Seconds = told(86400, "how long the upstream keeps a task")
     evolink_result_ttl_s: Seconds = told(86400, "how long the upstream keeps a result's link")
-    submit_timeout_s: Annotated[float, Field(gt=0, le=1500, allow_inf_nan=False)] = told(60, "one submission's call")
-    submit_schedule: Schedule = told((1, 2, 5, 15, 30, 60), "waits between calls when nothing was created; the last repeats")
+    submit_timeout_s: Annotated[float, Field(gt=0, le=1500, allow_inf_nan=False)] = told(
+        60, "one submission's call"
+    )
+    submit_schedule: Schedule = told(
+        (1, 2, 5, 15, 30, 60), "waits between calls when nothing was created; the last repeats"
+    )
     submit_give_up_s: Seconds = told(3600, "after that the task fails with `not_submitted`")
     uncertain: Annotated[Literal["fail", "resubmit"], Lower] = told(
-        "fail", "what becomes of a submission whose outcome nothing proved: `fail`, or `resubmit` under the same idempotency key"
+        "fail",
+        "what becomes of a submission whose outcome nothing proved: `fail`, or `resubmit` under"
+        " the same idempotency key",
     )
     uncertain_after_s: Seconds = told(900, "how long a callback may still prove it")
     query_timeout_s: Seconds = told(15, "one query's call")
     reconcile_after_s: Seconds | None = told(
         None,
-        "silence before a task is first asked about; without a callback URL `max(3, estimated_time / 2)`",
+        "silence before a task is first asked about; without a callback URL `max(3, estimated_time"
+        " / 2)`",
         shown="`max(60, 2 × estimated_time)`",
     )
-    download_schedule: Schedule = told((1, 2, 5, 15, 60, 300, 900), "waits before a download is tried again; the last repeats")
+    download_schedule: Schedule = told(
+        (1, 2, 5, 15, 60, 300, 900), "waits before a download is tried again; the last repeats"
+    )
     download_concurrency: Slots = told(16, "downloads at once")
-    decode_concurrency: Slots = told(1, "images decoded at once; each may take 24 bytes a pixel and three times its file")
+    decode_concurrency: Slots = told(
+        1, "images decoded at once; each may take 24 bytes a pixel and three times its file"
+    )
     max_image_bytes: int = told(52_428_800, "largest result that is kept, in bytes", ge=1024)
     max_image_pixels: int = told(67_108_864, "largest result that is kept, in pixels", ge=1024)
     delivery_schedule: Schedule = told(
-        (5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400), "waits before each retry of a delivery, +0–20 %"
+        (5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400),
+        "waits before each retry of a delivery, +0–20 %",
     )
     delivery_timeout_s: Seconds = told(15, "one attempt of a delivery")
-    endpoint_disable_after_s: Seconds = told(432_000, "an endpoint that only failed for so long is disabled")
+    endpoint_disable_after_s: Seconds = told(
+        432_000, "an endpoint that only failed for so long is disabled"
+    )
     sinks: Sinks = told(
-        (), "brokers that get every event, such as `nats://HOST:4222/SUBJECT?stream=NAME`, comma-separated; needs the extra `brokers`"
+        (),
+        "brokers that get every event, such as `nats://HOST:4222/SUBJECT?stream=NAME`,"
+        " comma-separated; needs the extra `brokers`",
     )
     retention_days: Days = told(30, "how long events, callbacks, deliveries and prompts are kept")
-    image_retention_days: Days | None = told(None, "how long images are kept, then their links answer 410; unset: for ever")
-    min_free_bytes: int = told(1_073_741_824, "with less free space new submissions get 503, callbacks never", ge=0)
+    image_retention_days: Days | None = told(
+        None, "how long images are kept, then their links answer 410; unset: for ever"
+    )
+    min_free_bytes: int = told(
+        1_073_741_824, "with less free space new submissions get 503, callbacks never", ge=0
+    )
     key_requests: Requests | None = told(
         None,
-        "requests that an API key may make of each process, such as `600/minute`; needs the extra `limits`; unset: as many as it likes",
+        "requests that an API key may make of each process, such as `600/minute`; needs the extra"
+        " `limits`; unset: as many as it likes",
     )
-    log_format: Annotated[Literal["json", "console"], Lower] = told("json", "`json`, or `console` for people")
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], Lower] = told("info", "`debug`, `info`, `warning` or `error`")
+    log_format: Annotated[Literal["json", "console"], Lower] = told(
+        "json", "`json`, or `console` for people"
+    )
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Lower] = told(
+        "info", "`debug`, `info`, `warning` or `error`"
+    )
     log_prompts: bool = told(False, "whether prompts may stand in the log")
-    metrics_port: Port | None = told(None, "serves `/metrics` there without a key; on the main port it needs one with `read`")
+    metrics_port: Port | None = told(
+        None, "serves `/metrics` there without a key; on the main port it needs one with `read`"
+    )
     stop_s: Seconds = told(20, "at a stop, how long requests and work in flight may still take")
-    migrate: Annotated[Literal["on", "off"], Lower] = told("on", "`off`: stop on an old schema instead of migrating it")
+    migrate: Annotated[Literal["on", "off"], Lower] = told(
+        "on", "`off`: stop on an old schema instead of migrating it"
+    )
     url: str = told("http://127.0.0.1:8080", "client commands: the service's address")
     api_key: Token | None = told(None, "client commands: the key they show it")
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        *_: Any,
+        **__: Any,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)
 
@@ -151,14 +229,28 @@ class Settings(BaseSettings):
     def _address(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None:
             return None
-        host, networks = str(info.data.get("host", "localhost")), info.data.get("upstream_networks", ())
-        value = value.replace("{host}", f"[{host}]" if ":" in host else host).replace("{port}", str(info.data.get("port", 0))).rstrip("/")
+        host, networks = (
+            str(info.data.get("host", "localhost")),
+            info.data.get("upstream_networks", ()),
+        )
+        value = (
+            value.replace("{host}", f"[{host}]" if ":" in host else host)
+            .replace("{port}", str(info.data.get("port", 0)))
+            .rstrip("/")
+        )
         parts = address(value)
         if info.field_name in ("evolink_base_url", "callback_url") and parts.scheme == "http":
             number = literal(parts.hostname or "")
-            # A name of the upstream's is checked when it is resolved; a callback's host is resolved by somebody else.
-            if not (any(number in each for each in networks) if number else networks and info.field_name == "evolink_base_url"):
-                raise ValueError(f"should be https: plain http is for addresses inside {PREFIX}UPSTREAM_NETWORKS")
+            # A name of the upstream's is checked when it is resolved; a callback's host is resolved
+            # by somebody else.
+            if not (
+                any(number in each for each in networks)
+                if number
+                else networks and info.field_name == "evolink_base_url"
+            ):
+                raise ValueError(
+                    f"should be https: plain http is for addresses inside {PREFIX}UPSTREAM_NETWORKS"
+                )
         if info.field_name == "callback_url" and len(value) > CALLBACK_URL_CHARS:
             raise ValueError(f"should have at most {CALLBACK_URL_CHARS} characters")
         return value
@@ -186,7 +278,11 @@ class Settings(BaseSettings):
     @property
     def sqlite_path(self) -> Path | None:
         """The embedded store's file; None on PostgreSQL."""
-        return Path(self.database_url.removeprefix("sqlite:///")) if self.database_url.startswith("sqlite:") else None
+        return (
+            Path(self.database_url.removeprefix("sqlite:///"))
+            if self.database_url.startswith("sqlite:")
+            else None
+        )
 
     @property
     def key_file(self) -> Path:
@@ -201,16 +297,25 @@ class Settings(BaseSettings):
     @property
     def image_dir(self) -> Path:
         """The folder of `blob_url`, or of what is on its way to S3."""
-        return Path(self.blob_url.removeprefix("file://")) if self.blob_url.startswith("file:") else self.data_dir / "incoming"
+        return (
+            Path(self.blob_url.removeprefix("file://"))
+            if self.blob_url.startswith("file:")
+            else self.data_dir / "incoming"
+        )
 
 
-# --- reading them ----------------------------------------------------------------------------------------------------
+# --- reading them
+# --------------------------------------------------------------------------------------------------
 
 
-def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(".env"), **overrides: Any) -> Settings:
-    """The settings: `.env`, over it the environment, over both `overrides` by field name, as text or typed.
+def load_settings(
+    environ: Mapping[str, str] | None = None, env_file: Path | None = Path(".env"), **overrides: Any
+) -> Settings:
+    """The settings: `.env`, over it the environment, over both `overrides` by field name, as text
+    or typed.
 
-    ConfigurationError: one line that names every variable that is unknown or wrong, and its limit; never a value.
+    ConfigurationError: one line that names every variable that is unknown or wrong, and its limit;
+    never a value.
     """
     values: dict[str, Any] = {}
     for source in (variables_of(env_file), os.environ if environ is None else environ):
@@ -219,30 +324,48 @@ def load_settings(environ: Mapping[str, str] | None = None, env_file: Path | Non
     for name in sorted(values):
         if name not in known:
             near = difflib.get_close_matches(name[len(PREFIX) :].lower(), known.values(), 1)
-            raise ConfigurationError(f"{name} is not a setting" + (f"; did you mean {PREFIX}{near[0].upper()}?" if near else ""))
+            raise ConfigurationError(
+                f"{name} is not a setting"
+                + (f"; did you mean {PREFIX}{near[0].upper()}?" if near else "")
+            )
         if values[name] is None:
             raise ConfigurationError(f"{name} has no value in {env_file}: write {name}=…")
     try:
-        return Settings(**{known[name]: value for name, value in values.items() if value != ""} | overrides)
+        return Settings(
+            **{known[name]: value for name, value in values.items() if value != ""} | overrides
+        )
     except ValidationError as error:
-        raise ConfigurationError("; ".join(complaint(each) for each in error.errors(include_input=False))) from None
+        raise ConfigurationError(
+            "; ".join(complaint(each) for each in error.errors(include_input=False))
+        ) from None
 
 
 def complaint(error: ErrorDetails) -> str:
     field, *place = error["loc"]
-    words = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"].removeprefix("Input ")
+    words = (
+        str(error["ctx"]["error"])
+        if error["type"] == "value_error"
+        else error["msg"].removeprefix("Input ")
+    )
     return f"{PREFIX}{str(field).upper()}: {f'item {int(place[0]) + 1} ' if place else ''}{words}"
 
 
-# --- telling them ----------------------------------------------------------------------------------------------------
+# --- telling them
+# --------------------------------------------------------------------------------------------------
 
 
 def masked(settings: Settings) -> dict[str, Any]:
-    """Every setting by its field's name, as JSON values fit for the log: no secret, nothing of a store's address but where it is."""
-    shown = {name: "***" if isinstance(value, SecretStr) else plain(value) for name, value in settings}
+    """Every setting by its field's name, as JSON values fit for the log: no secret, nothing of a
+    store's address but where it is.
+    """
+    shown = {
+        name: "***" if isinstance(value, SecretStr) else plain(value) for name, value in settings
+    }
     if not settings.sqlite_path:
         parts = urlsplit(settings.database_url)
-        shown["database_url"] = f"postgresql://{'***@' if '@' in parts.netloc else ''}{parts.netloc.rpartition('@')[2]}{parts.path}"
+        login = "***@" if "@" in parts.netloc else ""
+        hosts = parts.netloc.rpartition("@")[2]
+        shown["database_url"] = f"postgresql://{login}{hosts}{parts.path}"
     return shown
 
 
@@ -266,38 +389,51 @@ def settings_table() -> str:
     return "\n".join(rows) + "\n"
 
 
-# --- the secret key --------------------------------------------------------------------------------------------------
+# --- the secret key
+# --------------------------------------------------------------------------------------------------
 
 
 def secret_keys(settings: Settings) -> list[bytes]:
-    """The keys of `secret_key`, or on SQLite those of `{data_dir}/secret.key`, which the first call makes.
+    """The keys of `secret_key`, or on SQLite those of `{data_dir}/secret.key`, which the first call
+    makes.
 
-    The file appears whole and on disk or not at all, and whoever comes second reads the first one's. ConfigurationError
-    when it cannot be made or read, when it holds a short key, and when no key is given on PostgreSQL.
+    The file appears whole and on disk or not at all, and whoever comes second reads the first
+    one's. ConfigurationError when it cannot be made or read, when it holds a short key, and when no
+    key is given on PostgreSQL.
     """
     if settings.secret_key:
         return keys_of(settings.secret_key.get_secret_value())
     if not settings.sqlite_path:
         raise ConfigurationError(
-            f"{PREFIX}SECRET_KEY is required with PostgreSQL: {SECRET_KEY_BYTES} bytes or more, the same in every process"
+            f"{PREFIX}SECRET_KEY is required with PostgreSQL: {SECRET_KEY_BYTES} bytes or more,"
+            " the same in every process"
         )
     path = settings.key_file
     try:
         if not path.exists():
             make_secret_file(path)
-        make_folder(path.parent)  # also when it was there: whoever made it may have died before it was sure to last
+        make_folder(
+            path.parent
+        )  # also when it was there: whoever made it may have died before it was sure to last
         return keys_of(path.read_text("ascii").strip())
     except OSError as error:
-        raise ConfigurationError(f"{path}: {error.strerror}; set {PREFIX}SECRET_KEY, or make the folder writable") from None
+        raise ConfigurationError(
+            f"{path}: {error.strerror}; set {PREFIX}SECRET_KEY, or make the folder writable"
+        ) from None
     except ValueError:
-        raise ConfigurationError(f"{path} should hold comma-separated keys of at least {SECRET_KEY_BYTES} bytes each, in ASCII") from None
+        raise ConfigurationError(
+            f"{path} should hold comma-separated keys of at least {SECRET_KEY_BYTES} bytes each,"
+            " in ASCII"
+        ) from None
 
 
 def make_secret_file(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+        with os.fdopen(
+            os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii"
+        ) as file:
             file.write(secrets.token_urlsafe(48) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -1,6 +1,8 @@
-"""What is signed, sealed or hashed: callback tokens, secrets at rest, Standard Webhooks, API keys, canonical JSON.
+"""What is signed, sealed or hashed: callback tokens, secrets at rest, Standard Webhooks, API keys,
+canonical JSON.
 
-No clock and no I/O (sealing alone takes random bytes from the system). Parts that are signed together are delimited by their lengths.
+No clock and no I/O (sealing alone takes random bytes from the system). Parts that are signed
+together are delimited by their lengths.
 """
 
 import base64
@@ -38,29 +40,38 @@ def _delimited(*parts: str) -> bytes:
 class Keyring:
     """The keys of `DARKROOM_SECRET_KEY`: the first signs and encrypts, all verify and decrypt.
 
-    Each purpose has a key of its own, derived by HKDF (RFC 5869). ConfigurationError: no key, or one under 32 bytes.
+    Each purpose has a key of its own, derived by HKDF (RFC 5869). ConfigurationError: no key, or
+    one under 32 bytes.
     """
 
     def __init__(self, keys: Sequence[bytes]) -> None:
         if not keys or any(len(key) < KEY_BYTES for key in keys):
-            raise ConfigurationError(f"DARKROOM_SECRET_KEY: wants one key or more, each of at least {KEY_BYTES} bytes")
+            raise ConfigurationError(
+                f"DARKROOM_SECRET_KEY: wants one key or more, each of at least {KEY_BYTES} bytes"
+            )
         self._token_keys = [_derive(key, "callback token") for key in keys]
         boxes = [Fernet(base64.urlsafe_b64encode(_derive(key, "encryption"))) for key in keys]
         self._first, self._box = boxes[0], MultiFernet(boxes)
 
     def callback_token(self, upstream: str, task_id: str) -> str:
-        """The last part of a callback URL: 32 lower-case base32 characters that prove who calls for this task."""
+        """The last part of a callback URL: 32 lower-case base32 characters that prove who calls for
+        this task.
+        """
         return _token(self._token_keys[0], upstream, task_id).decode("ascii")
 
     def callback_token_valid(self, upstream: str, task_id: str, token: str) -> bool:
-        """Whether any key made the token, for any three texts whatsoever; takes the same time whichever did, and if none."""
+        """Whether any key made the token, for any three texts whatsoever; takes the same time
+        whichever did, and if none.
+        """
         given, valid = _bytes(token), False
         for key in self._token_keys:
             valid |= hmac.compare_digest(_token(key, upstream, task_id), given)
         return valid
 
     def encrypt(self, text: str) -> bytes:
-        """A secret as it is stored. The time that Fernet writes into it is left at 0: nothing here expires by it."""
+        """A secret as it is stored. The time that Fernet writes into it is left at 0: nothing here
+        expires by it.
+        """
         return self._box.encrypt_at_time(_bytes(text), 0)
 
     def decrypt(self, data: bytes) -> str:
@@ -68,10 +79,15 @@ class Keyring:
         try:
             return self._box.decrypt(data).decode("utf-8", "surrogatepass")
         except InvalidToken:
-            raise ConfigurationError("DARKROOM_SECRET_KEY: no key of it decrypts what the store holds; put the old key back") from None
+            raise ConfigurationError(
+                "DARKROOM_SECRET_KEY: no key of it decrypts what the store holds; put the old key"
+                " back"
+            ) from None
 
     def renewed(self, data: bytes) -> bytes | None:
-        """The same secret under the first key; None: it is so already. ConfigurationError as `decrypt`."""
+        """The same secret under the first key; None: it is so already. ConfigurationError as
+        `decrypt`.
+        """
         try:
             self._first.decrypt(data)
         except InvalidToken:
@@ -80,7 +96,9 @@ class Keyring:
 
 
 def _derive(key: bytes, purpose: str) -> bytes:
-    return HKDF(algorithm=SHA256(), length=32, salt=None, info=f"darkroom {purpose}".encode("ascii")).derive(key)
+    return HKDF(
+        algorithm=SHA256(), length=32, salt=None, info=f"darkroom {purpose}".encode("ascii")
+    ).derive(key)
 
 
 def _token(key: bytes, upstream: str, task_id: str) -> bytes:
@@ -88,7 +106,8 @@ def _token(key: bytes, upstream: str, task_id: str) -> bytes:
     return base64.b32encode(signature[:TOKEN_BYTES]).lower()
 
 
-# --- Standard Webhooks 1.0 (https://www.standardwebhooks.com) ----------------------------------------------------------
+# --- Standard Webhooks 1.0 (https://www.standardwebhooks.com)
+# ----------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,24 +145,35 @@ def _signature(secret: str, id: str, timestamp: str, body: bytes) -> bytes:
 
 
 def sign_webhook(secrets: Sequence[str], id: str, timestamp: int, body: bytes) -> str:
-    """The `webhook-signature` header: `v1,…` per secret, space-separated, over the bytes sent. `timestamp` in seconds.
+    """The `webhook-signature` header: `v1,…` per secret, space-separated, over the bytes sent.
+    `timestamp` in seconds.
 
-    ValueError: a malformed secret, none at all, or an id with a full stop, which could move into the timestamp.
+    ValueError: a malformed secret, none at all, or an id with a full stop, which could move into
+    the timestamp.
     """
     if not secrets or not id or "." in id:
         raise ValueError("signing wants a secret, and an id without a full stop")
-    return b" ".join(_signature(secret, id, str(timestamp), body) for secret in secrets).decode("ascii")
+    return b" ".join(_signature(secret, id, str(timestamp), body) for secret in secrets).decode(
+        "ascii"
+    )
 
 
 def verify_webhook(
-    secrets: Sequence[str], headers: Mapping[str, str], body: bytes, now: float, tolerance: float = 300
+    secrets: Sequence[str],
+    headers: Mapping[str, str],
+    body: bytes,
+    now: float,
+    tolerance: float = 300,
 ) -> Verified | Rejected:
-    """The verdict on a request that claims to be signed with one of our secrets; `now` and `tolerance` in seconds.
+    """The verdict on a request that claims to be signed with one of our secrets; `now` and
+    `tolerance` in seconds.
 
-    Header names count whatever their case; one that is missing, empty or there twice rejects. Whatever the request holds
-    is answered by a value; only a malformed secret raises ValueError.
+    Header names count whatever their case; one that is missing, empty or there twice rejects.
+    Whatever the request holds is answered by a value; only a malformed secret raises ValueError.
     """
-    id, timestamp, signatures = (_only(headers, name) for name in ("webhook-id", "webhook-timestamp", "webhook-signature"))
+    id, timestamp, signatures = (
+        _only(headers, name) for name in ("webhook-id", "webhook-timestamp", "webhook-signature")
+    )
     if not id or "." in id:
         return Rejected("webhook-id")
     if not timestamp or not re.fullmatch("[0-9]{1,12}", timestamp):
@@ -152,7 +182,10 @@ def verify_webhook(
         return Rejected("too old" if int(timestamp) < now else "too new")
     if not signatures:
         return Rejected("webhook-signature")
-    given, valid = [_bytes(each) for each in signatures.split(" ", MOST_SIGNATURES)[:MOST_SIGNATURES]], False
+    given, valid = (
+        [_bytes(each) for each in signatures.split(" ", MOST_SIGNATURES)[:MOST_SIGNATURES]],
+        False,
+    )
     for secret in secrets:
         expected = _signature(secret, id, timestamp, body)
         for each in given:
@@ -165,14 +198,19 @@ def _only(headers: Mapping[str, str], name: str) -> str | None:
     return values[0] if len(values) == 1 else None
 
 
-# --- digests and comparisons -------------------------------------------------------------------------------------------
+# --- digests and comparisons
+# -------------------------------------------------------------------------------------------
 
 
 def hash_api_key(key: str) -> str:
-    """SHA-256 in hexadecimal, as the store keeps a key: keys are random and long, so that no slow hash is needed."""
+    """SHA-256 in hexadecimal, as the store keeps a key: keys are random and long, so that no slow
+    hash is needed.
+    """
     return hashlib.sha256(_bytes(key)).hexdigest()
 
 
 def canonical_json(value: object) -> bytes:
-    """One spelling for equal JSON: sorted keys, no spaces, ASCII. ValueError: NaN or an infinity; TypeError: not JSON."""
+    """One spelling for equal JSON: sorted keys, no spaces, ASCII. ValueError: NaN or an infinity;
+    TypeError: not JSON.
+    """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")

@@ -1,4 +1,6 @@
-"""JSON objects from outside, by the rules of one parser for everybody who sends some: what is taken can be stored, signed and sent on."""
+"""JSON objects from outside, by the rules of one parser for everybody who sends some: what is taken
+can be stored, signed and sent on.
+"""
 
 import json
 import math
@@ -12,16 +14,23 @@ NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def read_object(body: bytes | bytearray, *, finite: bool = False) -> JSON:
-    """The object in UTF-8. ValueError, with a reason fit for the sender: anything else, a field that is there twice, NaN, more than
-    100 levels, text that `check_text` refuses, and if all is to be `finite`, so that it can be written again, 1e400 and the like.
+    """The object in UTF-8. ValueError, with a reason fit for the sender: anything else, a field
+    that is there twice, NaN, more than 100 levels, text that `check_text` refuses, and if all is to
+    be `finite`, so that it can be written again, 1e400 and the like.
     """
     number = _finite if finite else float
     try:
-        value = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number, parse_float=number)
+        value = json.loads(
+            body.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_number,
+            parse_float=number,
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError("it is no object")  # noqa: TRY004 - one kind of error for whatever is wrong with it
+        # one kind of error for whatever is wrong with it
+        raise ValueError("it is no object")  # noqa: TRY004
     _check(value)
     return value
 

@@ -24,7 +24,9 @@ def order(**fields: Any) -> JSON:
     return {name: value for name, value in body.items() if value is not None}
 
 
-async def submitted(client: httpx.AsyncClient, headers: Mapping[str, str] = ASYNC, **fields: Any) -> JSON:
+async def submitted(
+    client: httpx.AsyncClient, headers: Mapping[str, str] = ASYNC, **fields: Any
+) -> JSON:
     """The task of a submission that is taken."""
     return got(await client.post(SUBMIT, json=order(**fields), headers=headers))
 
@@ -37,7 +39,14 @@ def got(answer: httpx.Response, status: int = 200) -> JSON:
     return document
 
 
-def refused(answer: httpx.Response, status: int, code: str | None = None, *, param: str | None = None, task_id: str | None = None) -> JSON:
+def refused(
+    answer: httpx.Response,
+    status: int,
+    code: str | None = None,
+    *,
+    param: str | None = None,
+    task_id: str | None = None,
+) -> JSON:
     """The error of an answer, which has the one form that errors have."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/json"

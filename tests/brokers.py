@@ -1,7 +1,8 @@
-"""Brokers of one's own on loopback, that can be killed and started again on what they had on disk; and reading what they took.
+"""Brokers of one's own on loopback, that can be killed and started again on what they had on disk;
+and reading what they took.
 
-NATS, Redis and RabbitMQ are the machine's own servers. For Kafka there is librdkafka's mock cluster, which speaks the protocol and has
-nothing on disk.
+NATS, Redis and RabbitMQ are the machine's own servers. For Kafka there is librdkafka's mock
+cluster, which speaks the protocol and has nothing on disk.
 """
 
 import asyncio
@@ -52,7 +53,12 @@ class BrokerServer:
         """Begins; whoever connects waits until it is up."""
         with (self.folder / "output").open("ab") as output:
             self.process = subprocess.Popen(
-                self.command, cwd=self.folder, env=os.environ | self.environment, stdout=output, stderr=output, start_new_session=True
+                self.command,
+                cwd=self.folder,
+                env=os.environ | self.environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
 
     def kill(self) -> None:
@@ -73,7 +79,9 @@ class BrokerServer:
 
 def program(name: str, server: str) -> str:
     """The program's path; skips or fails without it."""
-    found = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"]))
+    found = shutil.which(
+        name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])
+    )
     return found or missing(server)
 
 
@@ -81,11 +89,18 @@ def server_of(kind: str, folder: Path) -> BrokerServer:
     port = free_port()
     if kind == "nats":
         store, known = ["-js", "-sd", str(folder / "data")], ["--user", USER, "--pass", PASSWORD]
-        return BrokerServer(kind, folder, [program("nats-server", "NATS"), "-a", "127.0.0.1", "-p", str(port), *store, *known], port)
+        return BrokerServer(
+            kind,
+            folder,
+            [program("nats-server", "NATS"), "-a", "127.0.0.1", "-p", str(port), *store, *known],
+            port,
+        )
     if kind == "redis":
         durable = ["--appendonly", "yes", "--appendfsync", "always", "--requirepass", PASSWORD]
         where = ["--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)]
-        return BrokerServer(kind, folder, [program("redis-server", "Redis"), *where, *durable], port)
+        return BrokerServer(
+            kind, folder, [program("redis-server", "Redis"), *where, *durable], port
+        )
     (folder / "rabbitmq.conf").write_text(f"default_user = {USER}\ndefault_pass = {PASSWORD}\n")
     environment = {
         "HOME": str(folder),
@@ -101,8 +116,13 @@ def server_of(kind: str, folder: Path) -> BrokerServer:
         "ERL_EPMD_ADDRESS": "127.0.0.1",
     }
     # Debian's wrapper in PATH changes to its own user and folder; the script it calls takes any.
-    inside = next(iter(sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server"))), None)
-    return BrokerServer(kind, folder, [str(inside or program("rabbitmq-server", "RabbitMQ"))], port, environment)
+    inside = next(
+        iter(sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server"))),
+        None,
+    )
+    return BrokerServer(
+        kind, folder, [str(inside or program("rabbitmq-server", "RabbitMQ"))], port, environment
+    )
 
 
 @contextlib.contextmanager
@@ -112,7 +132,9 @@ def broker_running(kind: str) -> Iterator[BrokerServer]:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         server = server_of(kind, folder)
         if kind == "amqp":  # Erlang's name server, or it starts one that stays
-            names = stack.enter_context(subprocess.Popen(["epmd"], env=os.environ | server.environment))
+            names = stack.enter_context(
+                subprocess.Popen(["epmd"], env=os.environ | server.environment)
+            )
             stack.callback(names.kill)
         server.start()
         stack.callback(server.kill)
@@ -122,7 +144,9 @@ def broker_running(kind: str) -> Iterator[BrokerServer]:
 @contextlib.contextmanager
 def kafka_running() -> Iterator[int]:
     """The port of a mock cluster of one."""
-    cluster = Producer({"bootstrap.servers": "127.0.0.1:1", "test.mock.num.brokers": 1, "log_level": 0})
+    cluster = Producer(
+        {"bootstrap.servers": "127.0.0.1:1", "test.mock.num.brokers": 1, "log_level": 0}
+    )
     (broker,) = cluster.list_topics(timeout=START_S).brokers.values()
     yield int(broker.port)
     del cluster
@@ -151,7 +175,9 @@ class Taken:
 
 def reader(kind: str, port: int, target: str) -> Callable[[], Awaitable[list[Taken]]]:
     """Asks for all that the broker has taken, in its order."""
-    read = {"nats": nats_taken, "redis": redis_taken, "kafka": kafka_taken, "amqp": amqp_taken}[kind]
+    read = {"nats": nats_taken, "redis": redis_taken, "kafka": kafka_taken, "amqp": amqp_taken}[
+        kind
+    ]
     before: list[Taken] = []
 
     async def taken() -> list[Taken]:
@@ -164,25 +190,40 @@ def reader(kind: str, port: int, target: str) -> Callable[[], Awaitable[list[Tak
 
 
 async def nats_taken(port: int, target: str) -> list[Taken]:
-    async with await nats.connect(f"nats://127.0.0.1:{port}", user=USER, password=PASSWORD) as client:
+    async with await nats.connect(
+        f"nats://127.0.0.1:{port}", user=USER, password=PASSWORD
+    ) as client:
         stream = client.jetstream()
         try:
             state = (await stream.stream_info(target)).state
         except nats.js.errors.NotFoundError:
             return []
-        found = [await stream.get_msg(target, place) for place in range(state.first_seq, state.last_seq + 1) if state.messages]
+        found = [
+            await stream.get_msg(target, place)
+            for place in range(state.first_seq, state.last_seq + 1)
+            if state.messages
+        ]
     known = [(message, message.headers or {}) for message in found]
     return [
-        Taken(had["Nats-Msg-Id"], (message.subject or "").removeprefix(f"{target}."), message.data or b"", had["content-type"])
+        Taken(
+            had["Nats-Msg-Id"],
+            (message.subject or "").removeprefix(f"{target}."),
+            message.data or b"",
+            had["content-type"],
+        )
         for message, had in known
     ]
 
 
 async def made(server: BrokerServer, target: str) -> None:
-    """Waits until a service has made its stream: it has its place in the outbox then, and whatever follows is published."""
+    """Waits until a service has made its stream: it has its place in the outbox then, and whatever
+    follows is published.
+    """
 
     async def there() -> bool:
-        async with await nats.connect(f"nats://127.0.0.1:{server.port}", user=USER, password=PASSWORD) as client:
+        async with await nats.connect(
+            f"nats://127.0.0.1:{server.port}", user=USER, password=PASSWORD
+        ) as client:
             return target in [info.config.name for info in await client.jetstream().streams_info()]
 
     await wait_until(there, START_S)
@@ -191,18 +232,32 @@ async def made(server: BrokerServer, target: str) -> None:
 async def redis_taken(port: int, target: str) -> list[Taken]:
     async with redis.asyncio.Redis(port=port, password=PASSWORD) as client:
         entries: Any = await client.xrange(target)
-    return [Taken(had[b"id"].decode(), had[b"type"].decode(), had[b"event"], had[b"content-type"].decode()) for _, had in entries]
+    return [
+        Taken(
+            had[b"id"].decode(), had[b"type"].decode(), had[b"event"], had[b"content-type"].decode()
+        )
+        for _, had in entries
+    ]
 
 
 async def amqp_taken(port: int, target: str) -> list[Taken]:
     """Takes them out of the queue."""
     found = []
-    async with await aio_pika.connect(f"amqp://{USER}:{quote(PASSWORD, safe='')}@127.0.0.1:{port}/") as connection:
+    async with await aio_pika.connect(
+        f"amqp://{USER}:{quote(PASSWORD, safe='')}@127.0.0.1:{port}/"
+    ) as connection:
         channel = await connection.channel()
         queue = await channel.declare_queue(target, durable=True)
         while (message := await queue.get(no_ack=True, fail=False)) is not None:
             assert message.delivery_mode == aio_pika.DeliveryMode.PERSISTENT
-            found.append(Taken(message.message_id or "", message.type or "", message.body, message.content_type or ""))
+            found.append(
+                Taken(
+                    message.message_id or "",
+                    message.type or "",
+                    message.body,
+                    message.content_type or "",
+                )
+            )
     return found
 
 
@@ -211,11 +266,20 @@ async def kafka_taken(port: int, target: str) -> list[Taken]:
 
 
 def _kafka_taken(port: int, target: str) -> list[Taken]:
-    consumer = Consumer({"bootstrap.servers": f"127.0.0.1:{port}", "group.id": target, "enable.auto.commit": False, "log_level": 0})
+    consumer = Consumer(
+        {
+            "bootstrap.servers": f"127.0.0.1:{port}",
+            "group.id": target,
+            "enable.auto.commit": False,
+            "log_level": 0,
+        }
+    )
     found = []
     try:
         for number in consumer.list_topics(target, timeout=START_S).topics[target].partitions:
-            first, end = consumer.get_watermark_offsets(TopicPartition(target, number), timeout=START_S)
+            first, end = consumer.get_watermark_offsets(
+                TopicPartition(target, number), timeout=START_S
+            )
             consumer.assign([TopicPartition(target, number, first)])
             while first < end:
                 if (record := consumer.poll(1)) is not None and record.error() is None:
@@ -224,5 +288,11 @@ def _kafka_taken(port: int, target: str) -> list[Taken]:
     finally:
         consumer.close()
     headers: Any = [record.headers() for record in found]
-    known = [(record, {name: value.decode() for name, value in had}) for record, had in zip(found, headers, strict=True)]
-    return [Taken(had["ce_id"], had["ce_type"], bytes(record.value() or b""), had["content-type"]) for record, had in known]
+    known = [
+        (record, {name: value.decode() for name, value in had})
+        for record, had in zip(found, headers, strict=True)
+    ]
+    return [
+        Taken(had["ce_id"], had["ce_type"], bytes(record.value() or b""), had["content-type"])
+        for record, had in known
+    ]

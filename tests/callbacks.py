@@ -22,7 +22,9 @@ SUITE = Path(__file__).parent / "fixtures" / "json_test_suite.tar.xz"
 
 @asynccontextmanager
 async def quick_world(folder: Path, upstream: Upstream) -> AsyncIterator[World]:
-    """A world on that upstream in which only callbacks get it asked, and due work is looked for more often than in earnest."""
+    """A world on that upstream in which only callbacks get it asked, and due work is looked for
+    more often than in earnest.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LOOK_S", 0.05)
         async with world(folder, upstream=upstream.app, reconcile_after_s=600) as made:
@@ -30,12 +32,18 @@ async def quick_world(folder: Path, upstream: Upstream) -> AsyncIterator[World]:
 
 
 def json_test_suite() -> dict[str, bytes]:
-    """The public JSON test suite by name: `y_` is JSON, `n_` is not, of `i_` parsers may think what they like.
+    """The public JSON test suite by name: `y_` is JSON, `n_` is not, of `i_` parsers may think what
+    they like.
 
-    Nicolas Seriot's (https://github.com/nst/JSONTestSuite, folder `test_parsing`), under the MIT licence that the archive holds.
+    Nicolas Seriot's (https://github.com/nst/JSONTestSuite, folder `test_parsing`), under the MIT
+    licence that the archive holds.
     """
     with tarfile.open(SUITE) as archive:
-        return {member.name.removeprefix("test_parsing/"): content(archive, member) for member in archive if "/" in member.name}
+        return {
+            member.name.removeprefix("test_parsing/"): content(archive, member)
+            for member in archive
+            if "/" in member.name
+        }
 
 
 def content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -49,9 +57,15 @@ def said(task: dict[str, Any], status: str, **more: Any) -> bytes:
     return json.dumps({"id": task["upstream_id"], "status": status, **more}).encode()
 
 
-async def call(here: World, task: dict[str, Any] | str, body: bytes, **headers: str) -> httpx.Response:
+async def call(
+    here: World, task: dict[str, Any] | str, body: bytes, **headers: str
+) -> httpx.Response:
     url = here.callback_url(task if isinstance(task, str) else task["id"])
-    return await here.stranger.post(url, content=body, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    return await here.stranger.post(
+        url,
+        content=body,
+        headers={name.replace("_", "-"): value for name, value in headers.items()},
+    )
 
 
 async def verdict(here: World, task: dict[str, Any] | str, body: bytes, **headers: str) -> str:
@@ -65,7 +79,11 @@ async def verdict(here: World, task: dict[str, Any] | str, body: bytes, **header
 async def heard(here: World, task: dict[str, Any]) -> list[tuple[str, str | None, int]]:
     """The callbacks in the task's timeline: verdict, status, count."""
     steps = await here.steps(task["id"])
-    return [(step["verdict"], step["status"], step["count"]) for step in steps if step["step"] == "callback.received"]
+    return [
+        (step["verdict"], step["status"], step["count"])
+        for step in steps
+        if step["step"] == "callback.received"
+    ]
 
 
 async def types(here: World, task: dict[str, Any]) -> list[str]:
@@ -73,7 +91,12 @@ async def types(here: World, task: dict[str, Any]) -> list[str]:
 
 
 def counted(here: World, verdict: str) -> float:
-    return here.context.resources.metrics.registry.get_sample_value("darkroom_callbacks_total", {"verdict": verdict}) or 0
+    return (
+        here.context.resources.metrics.registry.get_sample_value(
+            "darkroom_callbacks_total", {"verdict": verdict}
+        )
+        or 0
+    )
 
 
 async def asked(upstream: Upstream, task: dict[str, Any], times: int = 1) -> None:
@@ -93,17 +116,27 @@ async def connected(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, async
             await writer.wait_closed()
 
 
-async def raw(url: str, *parts: bytes, method: str = "POST", headers: str = "") -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of the answer to a request whose parts of a body are written one after another, as far as they are taken."""
+async def raw(
+    url: str, *parts: bytes, method: str = "POST", headers: str = ""
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of the answer to a request whose parts of a body are written one
+    after another, as far as they are taken.
+    """
     target = httpx.URL(url)
     async with connected(url) as (reader, writer):
-        writer.write(f"{method} {target.raw_path.decode()} HTTP/1.1\r\nhost: here\r\n{headers}\r\n".encode())
+        writer.write(
+            f"{method} {target.raw_path.decode()} HTTP/1.1\r\nhost: here\r\n{headers}\r\n".encode()
+        )
         writing = asyncio.create_task(write(writer, iter(parts)))
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
             status, *lines = head.strip().split("\r\n")
             named = dict(line.split(": ", 1) for line in lines)
-            return int(status.split()[1]), named, await reader.readexactly(int(named["content-length"]))
+            return (
+                int(status.split()[1]),
+                named,
+                await reader.readexactly(int(named["content-length"])),
+            )
         finally:
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)

@@ -8,7 +8,13 @@ import pytest
 from PIL import Image
 
 from tests.s3 import s3_running, with_bucket
-from tests.servers import missing, missing_counted, postgres_binaries, postgres_database, postgres_running
+from tests.servers import (
+    missing,
+    missing_counted,
+    postgres_binaries,
+    postgres_database,
+    postgres_running,
+)
 
 LONG = {"crash", "e2e", "bench", "durability", "consumers"}
 
@@ -18,7 +24,9 @@ hypothesis.settings.load_profile("darkroom")
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> tuple[str, dict[str, bool]]:
-    """asyncio's own loop: the guard against foreign hosts sits in Python's sockets, which uvloop goes round."""
+    """asyncio's own loop: the guard against foreign hosts sits in Python's sockets, which uvloop
+    goes round.
+    """
     return "asyncio", {"use_uvloop": False}
 
 
@@ -43,7 +51,9 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def _pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library's limit is the process's: what one test allows must not stop the next test's sandbox from drawing."""
+    """The library's limit is the process's: what one test allows must not stop the next test's
+    sandbox from drawing.
+    """
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
 
 
@@ -56,13 +66,17 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture
 def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of an empty bucket of this test's own, on the server that the environment now names."""
+    """The name of an empty bucket of this test's own, on the server that the environment now
+    names.
+    """
     return with_bucket(s3_server, monkeypatch)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files of few and long tests come first, so that no worker is left with one of them at the end."""
+    """The files of few and long tests come first, so that no worker is left with one of them at the
+    end.
+    """
     items.sort(key=lambda item: item.path.parent.name not in LONG)
 
 

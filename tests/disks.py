@@ -43,14 +43,27 @@ def empty(disk: Path) -> None:
 
 @contextmanager
 def unwritable(pid: int) -> Iterator[None]:
-    """Every write of the process to its database is answered EROFS, as by a file system that found itself broken and went read-only.
+    """Every write of the process to its database is answered EROFS, as by a file system that found
+    itself broken and went read-only.
 
     The kernel remounts none that has a file open for writing, so the answer is given by `strace`.
     """
     if shutil.which("strace") is None:
         missing("strace", "PATH")
     calls = "pwrite64,fdatasync,fsync,ftruncate"
-    command = ["strace", "-f", "-q", "-o", os.devnull, "-e", f"trace={calls}", "-e", f"inject={calls}:error=EROFS", "-p", str(pid)]
+    command = [
+        "strace",
+        "-f",
+        "-q",
+        "-o",
+        os.devnull,
+        "-e",
+        f"trace={calls}",
+        "-e",
+        f"inject={calls}:error=EROFS",
+        "-p",
+        str(pid),
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
         try:
             while "TracerPid:\t0" in Path(f"/proc/{pid}/status").read_text():

@@ -1,4 +1,6 @@
-"""A client of the image API as somebody writes it who has the API's pages and nothing else: it knows no service but by address and key."""
+"""A client of the image API as somebody writes it who has the API's pages and nothing else: it
+knows no service but by address and key.
+"""
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +10,9 @@ from typing import Any, Self
 import httpx
 
 JSON = dict[str, Any]
-Until = Callable[[Callable[[], Awaitable[Any]]], Awaitable[Any]]  # asks again, with pauses, until it is told something
+Until = Callable[
+    [Callable[[], Awaitable[Any]]], Awaitable[Any]
+]  # asks again, with pauses, until it is told something
 
 ENDED = ("completed", "failed", "cancelled", "canceled")
 RETRIES = 2
@@ -29,7 +33,11 @@ class Refusal(Exception):
         error = body["error"]
         super().__init__(error["message"])
         self.status = status
-        self.code = error["code"] if isinstance(error["code"], str) else CODES.get(error["code"], "unknown_error")
+        self.code = (
+            error["code"]
+            if isinstance(error["code"], str)
+            else CODES.get(error["code"], "unknown_error")
+        )
         self.type: str = error["type"]
         self.param: str | None = error.get("param")
 
@@ -55,13 +63,19 @@ def outcome(task: JSON) -> Images | Failure | Cancelled | None:
     """How a task ended, from a query's or a callback's body; None: it has not."""
     match task["status"]:
         case "completed":
-            entries = task.get("results") or [entry["image_url"] for entry in task.get("result_data", ())]
+            entries = task.get("results") or [
+                entry["image_url"] for entry in task.get("result_data", ())
+            ]
             used = task.get("usage", {}).get("credits_used")
             urls = tuple(entry if isinstance(entry, str) else entry["url"] for entry in entries)
             return Images(urls, None if used is None else Decimal(str(used)))
         case "failed":
             error = task["error"]
-            return Cancelled() if error["code"] == "request_cancelled" else Failure(error["code"], error["message"])
+            return (
+                Cancelled()
+                if error["code"] == "request_cancelled"
+                else Failure(error["code"], error["message"])
+            )
         case "cancelled" | "canceled":
             return Cancelled()
     return None
@@ -71,7 +85,9 @@ class Client:
     """One account's: `async with`. Raises Refusal for every answer that is not 200."""
 
     def __init__(self, base_url: str, key: str, until: Until) -> None:
-        self._http = httpx.AsyncClient(base_url=base_url, headers={"authorization": f"Bearer {key}"}, timeout=30)
+        self._http = httpx.AsyncClient(
+            base_url=base_url, headers={"authorization": f"Bearer {key}"}, timeout=30
+        )
         self._until = until
 
     async def __aenter__(self) -> Self:
@@ -90,7 +106,9 @@ class Client:
         answer = await self._http.post("/v1/images/generations", json=fields, headers=headers)
         for _ in range(RETRIES):
             if answer.status_code == 429:
-                answer = await self._http.post("/v1/images/generations", json=fields, headers=headers)
+                answer = await self._http.post(
+                    "/v1/images/generations", json=fields, headers=headers
+                )
         return read(answer), answer.headers.get("idempotency-replayed") == "true"
 
     async def task(self, id: str) -> JSON:
@@ -128,7 +146,9 @@ async def saved(urls: tuple[str, ...]) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Callbacks:
-    """What came to a `callback_url`, by the task it is about: the last word counts, however often it came."""
+    """What came to a `callback_url`, by the task it is about: the last word counts, however often
+    it came.
+    """
 
     bodies: dict[str, JSON]
 

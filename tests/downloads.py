@@ -1,4 +1,6 @@
-"""What tests of saved results share: an upstream whose results are at hand, and a look at what became of them."""
+"""What tests of saved results share: an upstream whose results are at hand, and a look at what
+became of them.
+"""
 
 import io
 import json
@@ -41,7 +43,8 @@ async def downloading(folder: Path, upstream: Upstream, **settings: Any) -> Asyn
 
 
 class Part(Response):
-    """An answer that breaks off after `cut` bytes of its body, if that is given; without `length` it does not tell how long it is.
+    """An answer that breaks off after `cut` bytes of its body, if that is given; without `length`
+    it does not tell how long it is.
 
     `seen` gets the headers of each request.
     """
@@ -64,14 +67,30 @@ class Part(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._seen is not None:
             self._seen.append({name.decode(): value.decode() for name, value in scope["headers"]})
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.body[: self._cut], "more_body": self._cut is not None})
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
+        await send(
+            {
+                "type": "http.response.body",
+                "body": self.body[: self._cut],
+                "more_body": self._cut is not None,
+            }
+        )
 
 
 def examiners(pid: int) -> list[int]:
     """The children of a process that judge its pictures. Linux."""
-    found = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text(encoding="ascii").split()]
-    return [int(child) for child in found if b"service.pipeline.examiner" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    found = [
+        child
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text(encoding="ascii").split()
+    ]
+    return [
+        int(child)
+        for child in found
+        if b"service.pipeline.examiner" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
 
 
 def served(body: bytes, media_type: str = "image/png") -> Response:
@@ -81,7 +100,9 @@ def served(body: bytes, media_type: str = "image/png") -> Response:
 def noise(format: str = "PNG", size: tuple[int, int] = (200, 150), **how: Any) -> bytes:
     """A picture that no format makes small; always the same."""
     made = io.BytesIO()
-    Image.frombytes("RGB", size, random.Random(1).randbytes(size[0] * size[1] * 3)).save(made, format, **how)
+    Image.frombytes("RGB", size, random.Random(1).randbytes(size[0] * size[1] * 3)).save(
+        made, format, **how
+    )
     return made.getvalue()
 
 
@@ -91,7 +112,9 @@ def link(here: World, name: str) -> str:
 
 async def called(here: World, task: JSON, status: str, *results: str) -> None:
     body = json.dumps({"id": task["upstream_id"], "status": status, "results": results})
-    assert (await here.stranger.post(here.callback_url(task["id"]), content=body)).status_code == 200
+    assert (
+        await here.stranger.post(here.callback_url(task["id"]), content=body)
+    ).status_code == 200
 
 
 async def made(here: World, upstream: Upstream, *results: str) -> JSON:
@@ -103,7 +126,9 @@ async def made(here: World, upstream: Upstream, *results: str) -> JSON:
 
 
 async def saved(here: World, upstream: Upstream, name: str, *answers: Response) -> JSON:
-    """The image of a task with one result, which is answered so; AssertionError unless it was completed."""
+    """The image of a task with one result, which is answered so; AssertionError unless it was
+    completed.
+    """
     upstream.files[name] = list(answers) or upstream.files[name]
     task = await here.ended((await made(here, upstream, link(here, name)))["id"])
     assert task["state"] == "completed", await steps(here, task)
@@ -114,7 +139,9 @@ async def saved(here: World, upstream: Upstream, name: str, *answers: Response) 
 async def steps(here: World, task: JSON) -> list[tuple[str, Any]]:
     """The image steps of the timeline, each with its reason."""
     found = await here.steps(task["id"])
-    return [(step["step"], step.get("reason")) for step in found if step["step"].startswith("image.")]
+    return [
+        (step["step"], step.get("reason")) for step in found if step["step"].startswith("image.")
+    ]
 
 
 async def bytes_of(here: World, image: JSON) -> bytes:
@@ -128,7 +155,9 @@ async def bytes_of(here: World, image: JSON) -> bytes:
 
 
 async def lost(here: World, upstream: Upstream, url: str) -> str:
-    """Why a result was lost, of a task whose other result was saved; the task is failed and lists what was stored."""
+    """Why a result was lost, of a task whose other result was saved; the task is failed and lists
+    what was stored.
+    """
     upstream.files["good.png"] = [served(picture())]
     task = await here.ended((await made(here, upstream, link(here, "good.png"), url))["id"])
     assert (task["state"], task["error"]["code"], task["results"]) == ("failed", "results_lost", [])

@@ -20,14 +20,60 @@ JSON = dict[str, Any]
 
 SYSTEM = socket.getaddrinfo
 
-# What the upstream and its results have in their networks is 127.0.0.1 alone; for everybody else nothing is open.
+# What the upstream and its results have in their networks is 127.0.0.1 alone; for everybody else
+# nothing is open.
 ADDRESSES = (
-    *("127.0.0.2", "127.0.0.2.", "127.2", "127.0.2", "2130706434", "0x7f000002", "0x7f.2", "0177.0.0.2", "017700000002", "127.0.0.0x2"),
-    *("0", "0.0.0.0", "10.0.0.1", "169.254.169.254", "100.100.100.200", "192.168.0.1.", "172.16.0.1", "168.63.129.16", "224.0.0.1"),
-    *("[::1]", "[::]", "[0:0:0:0:0:0:0:1]", "[::ffff:127.0.0.2]", "[::FFFF:7f00:2]", "[::127.0.0.2]", "[::ffff:0:127.0.0.2]"),
-    *("[64:ff9b::7f00:2]", "[64:ff9b::127.0.0.2]", "[64:ff9b:1::7f00:2]", "[2002:7f00:2::1]", "[2001:0:7f00:2::1]", "[fd00:ec2::254]"),
+    *(
+        "127.0.0.2",
+        "127.0.0.2.",
+        "127.2",
+        "127.0.2",
+        "2130706434",
+        "0x7f000002",
+        "0x7f.2",
+        "0177.0.0.2",
+        "017700000002",
+        "127.0.0.0x2",
+    ),
+    *(
+        "0",
+        "0.0.0.0",
+        "10.0.0.1",
+        "169.254.169.254",
+        "100.100.100.200",
+        "192.168.0.1.",
+        "172.16.0.1",
+        "168.63.129.16",
+        "224.0.0.1",
+    ),
+    *(
+        "[::1]",
+        "[::]",
+        "[0:0:0:0:0:0:0:1]",
+        "[::ffff:127.0.0.2]",
+        "[::FFFF:7f00:2]",
+        "[::127.0.0.2]",
+        "[::ffff:0:127.0.0.2]",
+    ),
+    *(
+        "[64:ff9b::7f00:2]",
+        "[64:ff9b::127.0.0.2]",
+        "[64:ff9b:1::7f00:2]",
+        "[2002:7f00:2::1]",
+        "[2001:0:7f00:2::1]",
+        "[fd00:ec2::254]",
+    ),
     *("[fe80::1]", "[fe80::1%25lo]", "[::1%25lo]", "[::1%lo]", "[::1]."),
-    *("１２７.0.0.2", "127。0。0。2", "127．0．0．2", "127｡0｡0｡2", "①②⑦.0.0.2", "127%2e0%2e0%2e2", "%31%32%37.0.0.2", "127.0.0.2%00"),
+    *(
+        "１２７.0.0.2",
+        "127。0。0。2",
+        "127．0．0．2",
+        "127｡0｡0｡2",
+        "①②⑦.0.0.2",
+        "127%2e0%2e0%2e2",
+        "%31%32%37.0.0.2",
+        "127.0.0.2%00",
+    ),
 )
 ZONE = {
     "private.evil.test": ["127.0.0.2"],
@@ -43,22 +89,62 @@ ZONE = {
     "xn--bse-sna.evil.test": ["127.0.0.2"],
     "localhost": ["127.0.0.2"],
 }
-NAMES = (*(name for name in ZONE if not name.startswith("xn--")), "PRIVATE.evil.TEST.", "böse.evil.test", "LOCALHOST.")
-FORMS = (
-    *("https://u:p@127.0.0.2:{port}/", "https://1.1.1.1@127.0.0.2:{port}/", "https://127.0.0.2:{port}@private.evil.test/"),
-    *("https://public.evil.test\\@127.0.0.2:{port}/", "https://public.evil.test:443:{port}/", "https:127.0.0.2:{port}/", "//127.0.0.2/"),
-    *("https:///127.0.0.2:{port}/", "https://127.0.0.2:0{port}0/", "https://public.evil.test:25/", "https://public.evil.test:6667/"),
-    *("ftp://127.0.0.2:{port}/", "file:///etc/passwd", "gopher://127.0.0.2:{port}/x", "unix:///run/x", "wss://127.0.0.2:{port}/"),
-    *("https://127.0.0.2:{port}/\r\nHost: x", "https://public.evil.test#@127.0.0.2:{port}/\t", "https://public.evil.test/" + "x" * 4096),
+NAMES = (
+    *(name for name in ZONE if not name.startswith("xn--")),
+    "PRIVATE.evil.TEST.",
+    "böse.evil.test",
+    "LOCALHOST.",
 )
-HOSTILE = (*(f"{scheme}://{host}:{{port}}/x" for host in (*ADDRESSES, *NAMES) for scheme in ("https", "http")), *FORMS)
+FORMS = (
+    *(
+        "https://u:p@127.0.0.2:{port}/",
+        "https://1.1.1.1@127.0.0.2:{port}/",
+        "https://127.0.0.2:{port}@private.evil.test/",
+    ),
+    *(
+        "https://public.evil.test\\@127.0.0.2:{port}/",
+        "https://public.evil.test:443:{port}/",
+        "https:127.0.0.2:{port}/",
+        "//127.0.0.2/",
+    ),
+    *(
+        "https:///127.0.0.2:{port}/",
+        "https://127.0.0.2:0{port}0/",
+        "https://public.evil.test:25/",
+        "https://public.evil.test:6667/",
+    ),
+    *(
+        "ftp://127.0.0.2:{port}/",
+        "file:///etc/passwd",
+        "gopher://127.0.0.2:{port}/x",
+        "unix:///run/x",
+        "wss://127.0.0.2:{port}/",
+    ),
+    *(
+        "https://127.0.0.2:{port}/\r\nHost: x",
+        "https://public.evil.test#@127.0.0.2:{port}/\t",
+        "https://public.evil.test/" + "x" * 4096,
+    ),
+)
+HOSTILE = (
+    *(
+        f"{scheme}://{host}:{{port}}/x"
+        for host in (*ADDRESSES, *NAMES)
+        for scheme in ("https", "http")
+    ),
+    *FORMS,
+)
 
 
 @dataclass(slots=True)
 class Names:
-    """What the system's resolver says of the names of `zone` and of all under .test: each time the next answer, the last for ever."""
+    """What the system's resolver says of the names of `zone` and of all under .test: each time the
+    next answer, the last for ever.
+    """
 
-    zone: dict[str, list[Sequence[str]]] = field(default_factory=lambda: {name: [addresses] for name, addresses in ZONE.items()})
+    zone: dict[str, list[Sequence[str]]] = field(
+        default_factory=lambda: {name: [addresses] for name, addresses in ZONE.items()}
+    )
 
     def look_up(self, host: str, *more: Any, **options: Any) -> list[Any]:
         if host not in self.zone and not host.endswith(".test"):
@@ -67,7 +153,16 @@ class Names:
             raise socket.gaierror(socket.EAI_NONAME, "no such name")
         rounds = self.zone[host]
         answer = rounds.pop(0) if len(rounds) > 1 else rounds[0]
-        return [(socket.AF_INET6 if ":" in each else socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, 0)) for each in answer]
+        return [
+            (
+                socket.AF_INET6 if ":" in each else socket.AF_INET,
+                socket.SOCK_STREAM,
+                6,
+                "",
+                (each, 0),
+            )
+            for each in answer
+        ]
 
 
 @dataclass(slots=True)
@@ -79,7 +174,9 @@ class Recorded:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            target = scope["raw_path"].decode() + ("?" + scope["query_string"].decode() if scope["query_string"] else "")
+            target = scope["raw_path"].decode() + (
+                "?" + scope["query_string"].decode() if scope["query_string"] else ""
+            )
             headers = {name.decode(): value.decode("latin-1") for name, value in scope["headers"]}
             self.requests.append((f"{scope['method']} {target}", headers))
         await self.app(scope, receive, send)
@@ -92,7 +189,9 @@ def place(url: str) -> Place:
 
 @dataclass(frozen=True, slots=True)
 class Guarded:
-    """A world in which no purpose may reach anything private but 127.0.0.1, and that for the upstream and its results alone."""
+    """A world in which no purpose may reach anything private but 127.0.0.1, and that for the
+    upstream and its results alone.
+    """
 
     world: World
     upstream: Upstream
@@ -103,22 +202,30 @@ class Guarded:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """AssertionError if anything but the service and its upstream was connected to meanwhile, or anybody came to the trap."""
+        """AssertionError if anything but the service and its upstream was connected to meanwhile,
+        or anybody came to the trap.
+        """
         with connects() as trail:
             yield
-        assert trail - self.allowed - {place(self.world.url), place(self.world.sandbox_url)} == set()
+        assert (
+            trail - self.allowed - {place(self.world.url), place(self.world.sandbox_url)} == set()
+        )
         assert self.trap.connections == 0
 
     def refusals(self, purpose: str) -> float:
         """How often the guard has refused this purpose something."""
-        counter: float = self.world.context.resources.metrics.egress_refused.labels(purpose)._value.get()
+        counter: float = self.world.context.resources.metrics.egress_refused.labels(
+            purpose
+        )._value.get()
         return counter
 
     async def calls_back(self, task: JSON, answer: JSONResponse) -> None:
         """The upstream knows the end of a task, and says so."""
         self.upstream.queries[task["upstream_id"]] = [answer]
         body = {**json.loads(bytes(answer.body)), "id": task["upstream_id"]}
-        assert (await self.world.stranger.post(self.world.callback_url(task["id"]), json=body)).status_code == 200
+        assert (
+            await self.world.stranger.post(self.world.callback_url(task["id"]), json=body)
+        ).status_code == 200
 
     async def completed(self, *results: str) -> JSON:
         """A task at its end, which its upstream completed with these results."""
@@ -132,9 +239,24 @@ async def guarded(folder: Path) -> AsyncIterator[Guarded]:
     """Result hosts are wide, so that the addresses must be what refuses."""
     upstream, names = Upstream(), Names()
     recorded = Recorded(upstream.app)
-    hosts = "127.0.0.1,127.0.0.2,10.0.0.1,169.254.169.254,::1,::,64:ff9b::7f00:2,localhost,.evil.test"
-    closed: dict[str, Any] = {"endpoint_networks": None, "task_callback_networks": None, "upstream_networks": "127.0.0.1/32"}
+    hosts = (
+        "127.0.0.1,127.0.0.2,10.0.0.1,169.254.169.254,::1,::,64:ff9b::7f00:2,localhost,.evil.test"
+    )
+    closed: dict[str, Any] = {
+        "endpoint_networks": None,
+        "task_callback_networks": None,
+        "upstream_networks": "127.0.0.1/32",
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", names.look_up)
-        async with trap() as made, world(folder, upstream=recorded, evolink_result_hosts=hosts, reconcile_after_s=600, **closed) as here:
+        async with (
+            trap() as made,
+            world(
+                folder,
+                upstream=recorded,
+                evolink_result_hosts=hosts,
+                reconcile_after_s=600,
+                **closed,
+            ) as here,
+        ):
             yield Guarded(here, upstream, recorded, made, names)

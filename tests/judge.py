@@ -1,4 +1,6 @@
-"""Judges pictures in a process of its own and prints what that cost: `python -m tests.judge bombs|broken|FOLDER MAX_PIXELS`."""
+"""Judges pictures in a process of its own and prints what that cost: `python -m tests.judge
+bombs|broken|FOLDER MAX_PIXELS`.
+"""
 
 import json
 import resource
@@ -19,9 +21,16 @@ def files(what: str) -> Iterator[tuple[str, bytes]]:
     if what == "bombs":
         yield from bombs().items()
     elif what == "broken":
-        yield from ((str(number), data) for number, data in enumerate(broken(list(samples().values()), BROKEN)))
+        yield from (
+            (str(number), data)
+            for number, data in enumerate(broken(list(samples().values()), BROKEN))
+        )
     else:
-        yield from ((path.name, path.read_bytes()) for path in sorted(Path(what).rglob("*")) if path.is_file())
+        yield from (
+            (path.name, path.read_bytes())
+            for path in sorted(Path(what).rglob("*"))
+            if path.is_file()
+        )
 
 
 def memory(name: str) -> int:
@@ -41,7 +50,10 @@ def main(what: str, max_pixels: int) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins again
         before, started = memory("VmRSS"), time.process_time()
         verdict = inspect(data, max_pixels)
-        seconds[name], peaks[name] = time.process_time() - started, memory("VmHWM") - before - 3 * len(data)
+        seconds[name], peaks[name] = (
+            time.process_time() - started,
+            memory("VmHWM") - before - 3 * len(data),
+        )
         if isinstance(verdict, Picture):
             found = known(data)
             assert found is not None
@@ -50,7 +62,17 @@ def main(what: str, max_pixels: int) -> None:
             kinds[verdict.media_type] += 1
         else:
             said[name] = verdict.reason
-    print(json.dumps({"judged": len(wanted), "kinds": kinds, "peaks": peaks, "seconds": seconds, "said": said}))
+    print(
+        json.dumps(
+            {
+                "judged": len(wanted),
+                "kinds": kinds,
+                "peaks": peaks,
+                "seconds": seconds,
+                "said": said,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

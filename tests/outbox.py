@@ -21,10 +21,15 @@ def emit(tx: Transaction, items: Sequence[Made]) -> list[list[str]]:
     made = []
     for item in items:
         ids = [tx.id("event") for _ in range(item.count)]
-        tx.emitted += [Emitted(id=id, owner=item.owner, type=item.type, task_id=None, data={"key": str(n)}) for n, id in enumerate(ids)]
+        tx.emitted += [
+            Emitted(id=id, owner=item.owner, type=item.type, task_id=None, data={"key": str(n)})
+            for n, id in enumerate(ids)
+        ]
         made.append(ids)
     return made
 
 
-async def emitted(store: Store, count: int = 1, type: str = "image.task.failed", owner: str = OPERATORS) -> list[str]:
+async def emitted(
+    store: Store, count: int = 1, type: str = "image.task.failed", owner: str = OPERATORS
+) -> list[str]:
     return await store.write(emit, Made(count, type, owner))

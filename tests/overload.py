@@ -1,8 +1,11 @@
-"""A burst of callbacks from a process of its own, as the upstream sends them: `python -m tests.overload ADDRESS FILE CONNECTIONS`.
+"""A burst of callbacks from a process of its own, as the upstream sends them: `python -m
+tests.overload ADDRESS FILE CONNECTIONS`.
 
-Each line of FILE is a request, `{"path", "body"}`. They are shared out over the connections, which all begin at once; a connection sends
-its next one when it has the answer to the last. What is not answered with 200 in 10 s comes again on a new connection, after 1, 2 and 4 s.
-A try's time includes that of connecting. Bare sockets and epoll: a client that costs more than the service would measure itself.
+Each line of FILE is a request, `{"path", "body"}`. They are shared out over the connections, which
+all begin at once; a connection sends its next one when it has the answer to the last. What is not
+answered with 200 in 10 s comes again on a new connection, after 1, 2 and 4 s. A try's time includes
+that of connecting. Bare sockets and epoll: a client that costs more than the service would measure
+itself.
 """
 
 import json
@@ -32,11 +35,15 @@ def callback(task_id: str) -> dict[str, str]:
 
 
 def request_bytes(path: str, body: str) -> bytes:
-    return f"POST {path} HTTP/1.1\r\nhost: burst\r\ncontent-length: {len(body.encode())}\r\n\r\n{body}".encode()
+    return (
+        f"POST {path} HTTP/1.1\r\nhost: burst\r\ncontent-length: {len(body.encode())}\r\n\r\n{body}"
+    ).encode()
 
 
 class Connection:
-    """Sends its requests one after the other; `tries` of each, `began` the one that is under way."""
+    """Sends its requests one after the other; `tries` of each, `began` the one that is under
+    way.
+    """
 
     def __init__(self, requests: list[bytes], tries: int = 0) -> None:
         self.requests, self.tries = requests, tries
@@ -54,11 +61,16 @@ class Connection:
         if len(body) < length:
             return None
         self.got = b""
-        return f"{head.split()[1].decode()} {body.decode() if head.startswith(b'HTTP/1.1 200') else ''}".strip()
+        return (
+            f"{head.split()[1].decode()}"
+            f" {body.decode() if head.startswith(b'HTTP/1.1 200') else ''}"
+        ).strip()
 
 
 class Burst:
-    """All of them. `seen` what the tries met, `took` the seconds of those that were answered; `lost`: four tries were in vain."""
+    """All of them. `seen` what the tries met, `took` the seconds of those that were answered;
+    `lost`: four tries were in vain.
+    """
 
     def __init__(self, address: tuple[str, int]) -> None:
         self.address, self.poll = address, select.epoll()
@@ -95,7 +107,15 @@ class Burst:
             if connection.requests:
                 self.begin(connection.requests)
         else:
-            heappush(self.due, (perf_counter() + AGAIN_S[connection.tries], id(connection), connection.requests, connection.tries + 1))
+            heappush(
+                self.due,
+                (
+                    perf_counter() + AGAIN_S[connection.tries],
+                    id(connection),
+                    connection.requests,
+                    connection.tries + 1,
+                ),
+            )
 
     def happened(self, connection: Connection, event: int) -> None:
         try:
@@ -125,7 +145,9 @@ class Burst:
             self.turn()
             if perf_counter() - looked > 0.1:
                 looked = perf_counter()
-                for connection in [each for each in self.open.values() if looked - each.began > PATIENCE_S]:
+                for connection in [
+                    each for each in self.open.values() if looked - each.began > PATIENCE_S
+                ]:
                     self.met(connection, "timeout")
         return self.told(perf_counter() - began)
 
@@ -133,17 +155,27 @@ class Burst:
         self.took.sort()
         p50, p99 = (self.took[int(share * (len(self.took) - 1))] for share in (0.5, 0.99))
         answered = sum(count for what, count in self.seen.items() if what.startswith("200"))
-        figures = {"p50": p50, "p99": p99, "max": self.took[-1], "seconds": whole, "rate": answered / whole}
+        figures = {
+            "p50": p50,
+            "p99": p99,
+            "max": self.took[-1],
+            "seconds": whole,
+            "rate": answered / whole,
+        }
         return {"seen": dict(self.seen), "lost": self.lost, **figures}
 
 
 def burst(address: str, requests: Sequence[bytes], connections: int) -> dict[str, Any]:
     """What was answered how often, and how long it took in seconds."""
     host, _, port = address.removeprefix("http://").partition(":")
-    return Burst((host, int(port))).run(list(requests[number::connections]) for number in range(connections))
+    return Burst((host, int(port))).run(
+        list(requests[number::connections]) for number in range(connections)
+    )
 
 
 if __name__ == "__main__":
     allow_descriptors()
-    prebuilt = [request_bytes(**json.loads(line)) for line in Path(sys.argv[2]).read_text().splitlines()]
+    prebuilt = [
+        request_bytes(**json.loads(line)) for line in Path(sys.argv[2]).read_text().splitlines()
+    ]
     print(json.dumps(burst(sys.argv[1], prebuilt, int(sys.argv[3]))))

@@ -1,4 +1,6 @@
-"""Pictures as they should not be: bombs made by hand, and thousands of broken ones, always the same."""
+"""Pictures as they should not be: bombs made by hand, and thousands of broken ones, always the
+same.
+"""
 
 import io
 import random
@@ -13,10 +15,14 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def drawn(format: str, mode: str = "RGB", size: tuple[int, int] = SIZE, frames: int = 1, **how: object) -> bytes:
+def drawn(
+    format: str, mode: str = "RGB", size: tuple[int, int] = SIZE, frames: int = 1, **how: object
+) -> bytes:
     """Noise, which no format makes small: what is cut off is missed."""
     rnd, bands = random.Random(1), len(Image.new(mode, (1, 1)).getbands())
-    pictures = [Image.frombytes(mode, size, rnd.randbytes(size[0] * size[1] * bands)) for _ in range(frames)]
+    pictures = [
+        Image.frombytes(mode, size, rnd.randbytes(size[0] * size[1] * bands)) for _ in range(frames)
+    ]
     for each in pictures:
         if mode == "P":
             each.putpalette(rnd.randbytes(768))
@@ -53,12 +59,19 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 def header(width: int, height: int, depth: int = 8, colour: int = 0, interlace: int = 0) -> bytes:
     """A PNG's signature and first chunk."""
-    return SIGNATURE + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace))
+    return SIGNATURE + chunk(
+        b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
+    )
 
 
 def png(*before: bytes, size: tuple[int, int] = (1, 1), pixels: bytes = b"\0\0") -> bytes:
     """A grey PNG with chunks before its pixels."""
-    return header(*size) + b"".join(before) + chunk(b"IDAT", zlib.compress(pixels, 9)) + chunk(b"IEND", b"")
+    return (
+        header(*size)
+        + b"".join(before)
+        + chunk(b"IDAT", zlib.compress(pixels, 9))
+        + chunk(b"IEND", b"")
+    )
 
 
 def segment(marker: int, data: bytes) -> bytes:
@@ -68,13 +81,19 @@ def segment(marker: int, data: bytes) -> bytes:
 
 def with_segments(*segments: bytes) -> bytes:
     whole = drawn("JPEG")
-    return whole[:2] + b"".join(segments) + whole[20:]  # its first segment, with the density, is left out
+    return (
+        whole[:2] + b"".join(segments) + whole[20:]
+    )  # its first segment, with the density, is left out
 
 
 def exif_bomb(entries: int = 5000) -> bytes:
-    """A JPEG of 60 kB whose Exif names the same 60,000 bytes again and again: whoever believes it needs 300 MB."""
+    """A JPEG of 60 kB whose Exif names the same 60,000 bytes again and again: whoever believes it
+    needs 300 MB.
+    """
     listed = b"".join(struct.pack("<HHII", 1 + number, 7, 60_000, 8) for number in range(entries))
-    return with_segments(segment(0xE1, b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, entries) + listed + bytes(4)))
+    return with_segments(
+        segment(0xE1, b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, entries) + listed + bytes(4))
+    )
 
 
 def scans(count: int) -> bytes:
@@ -85,7 +104,13 @@ def scans(count: int) -> bytes:
 
 
 def gif(*blocks: bytes, size: tuple[int, int] = (1, 1)) -> bytes:
-    return b"GIF89a" + struct.pack("<HHBBB", *size, 0x80, 0, 0) + bytes((0, 0, 0, 255, 255, 255)) + b"".join(blocks) + b";"
+    return (
+        b"GIF89a"
+        + struct.pack("<HHBBB", *size, 0x80, 0, 0)
+        + bytes((0, 0, 0, 255, 255, 255))
+        + b"".join(blocks)
+        + b";"
+    )
 
 
 def frame(size: tuple[int, int] = (1, 1), at: tuple[int, int] = (0, 0)) -> bytes:
@@ -101,9 +126,15 @@ def bombs() -> dict[str, bytes]:
     return {
         "png of 50,000 x 50,000": png(size=(50_000, 50_000)),
         "png whose pixels swell": png(pixels=bytes(50 << 20)),
-        "png with text that swells": png(*(chunk(b"zTXt", b"key%d\0\0" % n + swelling) for n in range(1000))),
-        "png with foreign text that swells": png(*(chunk(b"iTXt", b"key%d\0\1\0\0\0" % n + swelling) for n in range(1000))),
-        "png with profiles that swell": png(*(chunk(b"iCCP", b"x\0\0" + swelling) for _ in range(1000))),
+        "png with text that swells": png(
+            *(chunk(b"zTXt", b"key%d\0\0" % n + swelling) for n in range(1000))
+        ),
+        "png with foreign text that swells": png(
+            *(chunk(b"iTXt", b"key%d\0\1\0\0\0" % n + swelling) for n in range(1000))
+        ),
+        "png with profiles that swell": png(
+            *(chunk(b"iCCP", b"x\0\0" + swelling) for _ in range(1000))
+        ),
         "png of empty chunks": png(chunk(b"teST", b"") * 500_000),
         "png of empty pixels": header(1, 1) + chunk(b"IDAT", b"") * 600_000 + chunk(b"IEND", b""),
         "apng of a billion frames": png(chunk(b"acTL", struct.pack(">II", 10**9, 0))),
@@ -142,7 +173,9 @@ def broken(kinds: Sequence[bytes], count: int, seed: int = 1) -> Iterator[bytes]
                     case 0 | 1:
                         data[at] ^= 1 << rnd.randrange(8)
                     case 2:
-                        data[at : at + length] = rnd.choice((b"\0", b"\xff", b"\x7f", b"\x80")) * length
+                        data[at : at + length] = (
+                            rnd.choice((b"\0", b"\xff", b"\x7f", b"\x80")) * length
+                        )
                     case 3:
                         del data[at : at + length]
                     case 4:
@@ -156,7 +189,9 @@ def broken(kinds: Sequence[bytes], count: int, seed: int = 1) -> Iterator[bytes]
 
 
 def mended(data: bytes) -> bytes:
-    """With the checksums of a PNG made right again, so that what is wrong is found further inside."""
+    """With the checksums of a PNG made right again, so that what is wrong is found further
+    inside.
+    """
     if not data.startswith(SIGNATURE):
         return data
     at, made = len(SIGNATURE), [SIGNATURE]

@@ -18,8 +18,14 @@ LOOPBACK = "127.0.0.0/8"
 
 
 def clean_environment(given: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment without settings of its own, and the checkout first on the path."""
-    inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith("DARKROOM_")}
+    """This process's environment without settings of its own, and the checkout first on the
+    path.
+    """
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.upper().startswith("DARKROOM_")
+    }
     return {**inherited, "PYTHONPATH": str(ROOT), **given}
 
 
@@ -27,30 +33,47 @@ def darkroom(*arguments: str, folder: Path, **environment: str) -> subprocess.Co
     """A command of the program, to its end, in `folder`."""
     command = [sys.executable, "-m", "service", *arguments]
     return subprocess.run(
-        command, cwd=folder, env=clean_environment(environment), capture_output=True, text=True, timeout=STOP_S, check=False
+        command,
+        cwd=folder,
+        env=clean_environment(environment),
+        capture_output=True,
+        text=True,
+        timeout=STOP_S,
+        check=False,
     )
 
 
 class Running:
-    """A command that serves, run by the one in `before` if there is one. `address` is the URL it told; `lines` what it has printed so far,
-    both streams.
+    """A command that serves, run by the one in `before` if there is one. `address` is the URL it
+    told; `lines` what it has printed so far, both streams.
     """
 
-    def __init__(self, *arguments: str, folder: Path, before: Sequence[str] = (), **environment: str) -> None:
+    def __init__(
+        self, *arguments: str, folder: Path, before: Sequence[str] = (), **environment: str
+    ) -> None:
         self.lines: list[str] = []
         self.announcement: dict[str, Any] = {}
         self._told = threading.Event()
         command = [*before, sys.executable, "-m", "service", *arguments]
         self.process = subprocess.Popen(
-            command, cwd=folder, env=clean_environment(environment), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            cwd=folder,
+            env=clean_environment(environment),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         self._reader = threading.Thread(
-            target=self._read, args=("sandbox" in arguments or {"--sandbox", "--json"} <= set(arguments),), daemon=True
+            target=self._read,
+            args=("sandbox" in arguments or {"--sandbox", "--json"} <= set(arguments),),
+            daemon=True,
         )
         self._reader.start()
 
     def _read(self, plain: bool) -> None:
-        """`plain`: the address stands in a line of its own (`--json`), else in the log's `service.started`."""
+        """`plain`: the address stands in a line of its own (`--json`), else in the log's
+        `service.started`.
+        """
         assert self.process.stdout is not None
         event = None if plain else "service.started"
         for line in self.process.stdout:
@@ -100,7 +123,16 @@ def started(*arguments: str, folder: Path, **environment: str) -> Iterator[Runni
 @contextmanager
 def sandbox(*arguments: str, folder: Path) -> Iterator[Running]:
     """The emulator as a process, which calls back on loopback."""
-    options = ("--json", "--port", "0", "--api-key", UPSTREAM_KEY, "--allow-networks", LOOPBACK, *arguments)
+    options = (
+        "--json",
+        "--port",
+        "0",
+        "--api-key",
+        UPSTREAM_KEY,
+        "--allow-networks",
+        LOOPBACK,
+        *arguments,
+    )
     with started("sandbox", *options, folder=folder) as running:
         yield running
 

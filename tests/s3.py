@@ -1,6 +1,7 @@
 """An S3 of one's own: moto in a process of its own, so that what talks to it does so over HTTP.
 
-`python -m tests.s3` serves on a free port until its input ends, and says its address on the first line.
+`python -m tests.s3` serves on a free port until its input ends, and says its address on the first
+line.
 """
 
 import os
@@ -21,9 +22,19 @@ ROOT = Path(__file__).parents[1]
 @contextmanager
 def s3_running() -> Iterator[str]:
     """The address of a server; it ends with its input, so also if this process is killed."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "COVERAGE_"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("AWS_", "COVERAGE_"))
+    }
     with subprocess.Popen(
-        [sys.executable, "-m", "tests.s3"], cwd=ROOT, env=environment, text=True, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
+        [sys.executable, "-m", "tests.s3"],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdin=PIPE,
+        stdout=PIPE,
+        stderr=DEVNULL,
     ) as server:
         assert server.stdin is not None
         assert server.stdout is not None
@@ -37,16 +48,28 @@ def s3_running() -> Iterator[str]:
 
 
 def with_bucket(address: str, patch: pytest.MonkeyPatch) -> str:
-    """Makes a bucket of that server, which anybody may read, and names the server to this process; the bucket's name."""
+    """Makes a bucket of that server, which anybody may read, and names the server to this process;
+    the bucket's name.
+    """
     name = f"bucket-{uuid4().hex}"
-    allow = {"Effect": "Allow", "Principal": "*", "Action": "s3:GetObject", "Resource": f"arn:aws:s3:::{name}/*"}
+    allow = {
+        "Effect": "Allow",
+        "Principal": "*",
+        "Action": "s3:GetObject",
+        "Resource": f"arn:aws:s3:::{name}/*",
+    }
     policy = {"Version": "2012-10-17", "Statement": [allow]}
     with httpx.Client(base_url=address, trust_env=False) as client:
         assert client.put(f"/{name}").status_code == 200
         assert client.put(f"/{name}?policy", json=policy).status_code in (200, 204)
     for variable in [each for each in os.environ if each.startswith("AWS_")]:
         patch.delenv(variable)
-    known = {"ENDPOINT_URL": address, "ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "REGION": "us-east-1"}
+    known = {
+        "ENDPOINT_URL": address,
+        "ACCESS_KEY_ID": "key",
+        "SECRET_ACCESS_KEY": "secret",
+        "REGION": "us-east-1",
+    }
     for variable, value in known.items():
         patch.setenv(f"AWS_{variable}", value)
     return name

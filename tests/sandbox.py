@@ -1,4 +1,6 @@
-"""A running sandbox, asked directly; a receiver of its callbacks; faults given by flag or by request."""
+"""A running sandbox, asked directly; a receiver of its callbacks; faults given by flag or by
+request.
+"""
 
 import asyncio
 import json
@@ -19,16 +21,23 @@ from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from tests.world import answering
 
 ORDER = {"model": "wan2.5-text-to-image", "prompt": "a lighthouse, 灯塔", "size": "768x768"}
-QUICK = SandboxOptions(networks=(ip_network("127.0.0.0/8"),), delay_s=0, callback_delays_s=(0, 0, 0), seed=7)
+QUICK = SandboxOptions(
+    networks=(ip_network("127.0.0.0/8"),), delay_s=0, callback_delays_s=(0, 0, 0), seed=7
+)
 KEY = {"authorization": "Bearer sk-test"}
 WAYS = ("flag", "request")
 
 
 @asynccontextmanager
-async def sandbox(options: SandboxOptions = QUICK, clock: Callable[[], float] | None = None) -> AsyncIterator[httpx.AsyncClient]:
+async def sandbox(
+    options: SandboxOptions = QUICK, clock: Callable[[], float] | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
     """A client with a key, of a running sandbox."""
     app = create_sandbox(options) if clock is None else create_sandbox(options, clock)
-    async with answering(app) as base, httpx.AsyncClient(base_url=base, headers=KEY, trust_env=False, timeout=20) as client:
+    async with (
+        answering(app) as base,
+        httpx.AsyncClient(base_url=base, headers=KEY, trust_env=False, timeout=20) as client,
+    ):
         yield client
 
 
@@ -53,18 +62,24 @@ class Receiver:
 @asynccontextmanager
 async def receiving() -> AsyncIterator[Receiver]:
     receiver = Receiver()
-    async with answering(Starlette(routes=[Route("/callbacks", receiver.take, methods=["POST"])])) as base:
+    async with answering(
+        Starlette(routes=[Route("/callbacks", receiver.take, methods=["POST"])])
+    ) as base:
         receiver.url = f"{base}/callbacks"
         yield receiver
 
 
-async def submit(client: httpx.AsyncClient, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
+async def submit(
+    client: httpx.AsyncClient, headers: dict[str, str] | None = None, **fields: Any
+) -> httpx.Response:
     return await client.post("/v1/images/generations", json=ORDER | fields, headers=headers)
 
 
 async def finished(client: httpx.AsyncClient, **fields: Any) -> Any:
     """A task's terminal document: its answer is held until its end, so the first query tells it."""
-    answer = await submit(client, sandbox={"callback_first": True} | fields.pop("sandbox", {}), **fields)
+    answer = await submit(
+        client, sandbox={"callback_first": True} | fields.pop("sandbox", {}), **fields
+    )
     return (await client.get(f"/v1/tasks/{answer.json()['id']}")).json()
 
 
@@ -82,10 +97,14 @@ class Faulty:
     asked: dict[str, Any]
 
     async def submit(self, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
-        return await submit(self.client, headers, **fields | {"sandbox": self.asked | fields.get("sandbox", {})})
+        return await submit(
+            self.client, headers, **fields | {"sandbox": self.asked | fields.get("sandbox", {})}
+        )
 
     async def finished(self, **fields: Any) -> Any:
-        return await finished(self.client, **fields | {"sandbox": self.asked | fields.get("sandbox", {})})
+        return await finished(
+            self.client, **fields | {"sandbox": self.asked | fields.get("sandbox", {})}
+        )
 
     async def file(self, **fields: Any) -> httpx.Response:
         """The first file of a new task."""
@@ -98,12 +117,19 @@ class Faulty:
 @asynccontextmanager
 async def faulty(way: str, **faults: Any) -> AsyncIterator[Faulty]:
     """By flag, faults are texts as `--fault` has them; by request, an object `sandbox`."""
-    flags = [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in faults.items()]
-    async with sandbox(replace(QUICK, faults=default_faults(flags) if way == "flag" else {})) as client:
+    flags = [
+        f"{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in faults.items()
+    ]
+    async with sandbox(
+        replace(QUICK, faults=default_faults(flags) if way == "flag" else {})
+    ) as client:
         yield Faulty(client, faults if way == "request" else {})
 
 
-async def taken(client: httpx.AsyncClient, method: str, url: str, **more: Any) -> tuple[bytes, bool]:
+async def taken(
+    client: httpx.AsyncClient, method: str, url: str, **more: Any
+) -> tuple[bytes, bool]:
     """What came of a body, and whether it came whole."""
     body = b""
     try:

@@ -1,4 +1,6 @@
-"""The servers that some tests need: the one an environment variable names, else the machine's own binaries, else none."""
+"""The servers that some tests need: the one an environment variable names, else the machine's own
+binaries, else none.
+"""
 
 import asyncio
 import contextlib
@@ -32,14 +34,19 @@ def missing_counted(reports: Sequence[Any]) -> dict[str, int]:
     """How many skipped tests lacked which server."""
     counts: dict[str, int] = {}
     for report in reports:
-        reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
+        reason = (
+            report.longrepr[2].removeprefix("Skipped: ")
+            if isinstance(report.longrepr, tuple)
+            else ""
+        )
         if reason.startswith(MISSING):
             server = reason.removeprefix(MISSING).split(" (")[0]
             counts[server] = counts.get(server, 0) + 1
     return counts
 
 
-# --- PostgreSQL ------------------------------------------------------------------------------------------------------
+# --- PostgreSQL
+# --------------------------------------------------------------------------------------------------
 
 
 def postgres_binaries() -> Path | None:
@@ -53,12 +60,15 @@ def postgres_binaries() -> Path | None:
 
 @contextlib.contextmanager
 def postgres_running(binaries: Path) -> Iterator[str]:
-    """A throw-away server on a Unix socket of its own, by default durable like a real one; yields its URL.
+    """A throw-away server on a Unix socket of its own, by default durable like a real one; yields
+    its URL.
 
     It refuses to run as root, so it then runs as `postgres`, or as `nobody`.
     """
     account: dict[str, Any] = {}
-    folder = Path(tempfile.mkdtemp(prefix="darkroom-pg-"))  # short: a socket's path has 107 characters
+    folder = Path(
+        tempfile.mkdtemp(prefix="darkroom-pg-")
+    )  # short: a socket's path has 107 characters
     if os.geteuid() == 0:
         accounts = {user.pw_name: user for user in pwd.getpwall()}
         user = accounts.get("postgres") or accounts["nobody"]
@@ -69,14 +79,32 @@ def postgres_running(binaries: Path) -> Iterator[str]:
         with (folder / "output").open("ab") as output:
             command = [str(binaries / program), "-D", str(folder / "data"), *arguments]
             done = subprocess.run(
-                command, cwd=folder, env={"PATH": os.defpath, "LC_ALL": "C"}, stdout=output, stderr=output, check=False, **account
+                command,
+                cwd=folder,
+                env={"PATH": os.defpath, "LC_ALL": "C"},
+                stdout=output,
+                stderr=output,
+                check=False,
+                **account,
             )
         if done.returncode:
-            pytest.fail(f"{program} ended with {done.returncode}:\n{(folder / 'output').read_text()[-2000:]}", pytrace=False)
+            pytest.fail(
+                f"{program} ended with"
+                f" {done.returncode}:\n{(folder / 'output').read_text()[-2000:]}",
+                pytrace=False,
+            )
 
     try:
         run("initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
-        run("pg_ctl", "-w", "-l", str(folder / "log"), "-o", f"-c listen_addresses= -k {folder} -c max_connections=200", "start")
+        run(
+            "pg_ctl",
+            "-w",
+            "-l",
+            str(folder / "log"),
+            "-o",
+            f"-c listen_addresses= -k {folder} -c max_connections=200",
+            "start",
+        )
         try:
             yield f"postgresql:///postgres?host={folder}&user=postgres"
         finally:
@@ -92,7 +120,9 @@ def postgres_database(server: str) -> Iterator[str]:
     asyncio.run(execute(server, f'CREATE DATABASE "{name}"'))
     try:
         parts = urlsplit(server)
-        yield f"{parts.scheme}://{parts.netloc}/{name}" + (f"?{parts.query}" if parts.query else "")  # geturl would drop an empty //
+        yield f"{parts.scheme}://{parts.netloc}/{name}" + (
+            f"?{parts.query}" if parts.query else ""
+        )  # geturl would drop an empty //
     finally:
         asyncio.run(execute(server, f'DROP DATABASE "{name}" WITH (FORCE)'))
 

@@ -1,4 +1,6 @@
-"""Two PostgreSQL servers on loopback: a primary, and a standby that has every commit before it is answered."""
+"""Two PostgreSQL servers on loopback: a primary, and a standby that has every commit before it is
+answered.
+"""
 
 import asyncio
 import contextlib
@@ -53,7 +55,10 @@ class Server:
         self.run("pg_ctl", "-w", "-D", str(self.data), *arguments)
 
     def start(self) -> None:
-        options = f"-c listen_addresses=127.0.0.1 -c port={self.port} -c max_connections=100 -k {self.folder}"
+        options = (
+            f"-c listen_addresses=127.0.0.1 -c port={self.port} -c max_connections=100 -k"
+            f" {self.folder}"
+        )
         self.control("-l", str(self.folder / "log"), "-o", options, "start")
 
     def promote(self) -> None:
@@ -98,12 +103,28 @@ def server(binaries: Path) -> Iterator[Server]:
 def replicated(binaries: Path) -> Iterator[tuple[Server, Server]]:
     """The primary and its synchronous standby, both at work."""
     with server(binaries) as primary, server(binaries) as standby:
-        primary.run("initdb", "-D", str(primary.data), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
+        primary.run(
+            "initdb",
+            "-D",
+            str(primary.data),
+            "-U",
+            "postgres",
+            "-A",
+            "trust",
+            "-E",
+            "UTF8",
+            "--locale=C",
+            "--no-sync",
+        )
         primary.start()
         source = f"host=127.0.0.1 port={primary.port} user=postgres application_name={STANDBY}"
-        standby.run("pg_basebackup", "-D", str(standby.data), "-d", source, "-R", "-c", "fast", "--no-sync")
+        standby.run(
+            "pg_basebackup", "-D", str(standby.data), "-d", source, "-R", "-c", "fast", "--no-sync"
+        )
         standby.start()
-        asyncio.run(execute(url(primary), f"ALTER SYSTEM SET synchronous_standby_names = '{STANDBY}'"))
+        asyncio.run(
+            execute(url(primary), f"ALTER SYSTEM SET synchronous_standby_names = '{STANDBY}'")
+        )
         primary.control("reload")
         yield primary, standby
 

@@ -1,4 +1,6 @@
-"""Proof that nothing was connected to: listeners that count who comes, and the interpreter's own word on every `connect`."""
+"""Proof that nothing was connected to: listeners that count who comes, and the interpreter's own
+word on every `connect`.
+"""
 
 import asyncio
 import sys
@@ -23,7 +25,9 @@ def _watch() -> None:
 
 @contextmanager
 def connects() -> Iterator[set[Place]]:
-    """Every address and port that this process connects to meanwhile, whether somebody listens there or not."""
+    """Every address and port that this process connects to meanwhile, whether somebody listens
+    there or not.
+    """
     _watch()
     trail: set[Place] = set()
     _trails.append(trail)
@@ -52,7 +56,9 @@ async def trap() -> AsyncIterator[Trap]:
     listeners = [await asyncio.start_server(came, "127.0.0.1", 0)]
     made.port = listeners[0].sockets[0].getsockname()[1]
     for address in ("127.0.0.2", "::1"):
-        with suppress(OSError):  # not every machine has them; `connects` sees those connections all the same
+        with suppress(
+            OSError
+        ):  # not every machine has them; `connects` sees those connections all the same
             listeners.append(await asyncio.start_server(came, address, made.port))
     try:
         yield made

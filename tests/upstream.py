@@ -1,4 +1,6 @@
-"""An upstream that does as a test says: what the sandbox cannot do wrong, and a look at what it was sent."""
+"""An upstream that does as a test says: what the sandbox cannot do wrong, and a look at what it was
+sent.
+"""
 
 import asyncio
 import io
@@ -22,17 +24,25 @@ JSON = dict[str, Any]
 
 def document(status: str, *results: str, id: str | None = None, **more: Any) -> JSONResponse:
     """A task as a query or a submission's answer shows it."""
-    return JSONResponse({"status": status, "results": list(results), **({} if id is None else {"id": id}), **more})
+    return JSONResponse(
+        {"status": status, "results": list(results), **({} if id is None else {"id": id}), **more}
+    )
 
 
 def failed(code: str, **more: Any) -> JSONResponse:
-    return document("failed", error={"code": code, "message": "it did not work", "type": "task_error"}, **more)
+    return document(
+        "failed", error={"code": code, "message": "it did not work", "type": "task_error"}, **more
+    )
 
 
 def error(status: int, code: str, **headers: str) -> JSONResponse:
     """The upstream's documented error."""
-    body = {"error": {"code": code, "message": f"said {code}", "type": "some_error", "param": "size"}}
-    return JSONResponse(body, status, {name.replace("_", "-"): value for name, value in headers.items()})
+    body = {
+        "error": {"code": code, "message": f"said {code}", "type": "some_error", "param": "size"}
+    }
+    return JSONResponse(
+        body, status, {name.replace("_", "-"): value for name, value in headers.items()}
+    )
 
 
 def page(status: int) -> Response:
@@ -50,7 +60,10 @@ class Cut(Response):
     """Announces a body, sends `body` of it, and ends the connection."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(name, str(len(self.body) + 1000).encode() if name == b"content-length" else value) for name, value in self.raw_headers]
+        headers = [
+            (name, str(len(self.body) + 1000).encode() if name == b"content-length" else value)
+            for name, value in self.raw_headers
+        ]
         await send({"type": "http.response.start", "status": self.status_code, "headers": headers})
         await send({"type": "http.response.body", "body": self.body})
 
@@ -64,7 +77,10 @@ class After(Response):
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        ready, left = asyncio.ensure_future(self._ready()), asyncio.create_task(disconnected(receive))
+        ready, left = (
+            asyncio.ensure_future(self._ready()),
+            asyncio.create_task(disconnected(receive)),
+        )
         try:
             await asyncio.wait({ready, left}, return_when=asyncio.FIRST_COMPLETED)
             if ready.done():
@@ -82,9 +98,11 @@ async def disconnected(receive: Receive) -> None:
 
 @dataclass(slots=True)
 class Upstream:
-    """Answers by list, each request the next, the last for ever: `submits` by prompt, `queries` by upstream id, `files` by name.
+    """Answers by list, each request the next, the last for ever: `submits` by prompt, `queries` by
+    upstream id, `files` by name.
 
-    Without a list a submission is accepted and a task is processing. `received` are submissions by prompt; `asked` counts the rest.
+    Without a list a submission is accepted and a task is processing. `received` are submissions by
+    prompt; `asked` counts the rest.
     """
 
     submits: dict[str, list[Response]] = field(default_factory=dict)
@@ -108,7 +126,9 @@ class Upstream:
         body = await request.json()
         known = self.received[body["prompt"]]
         known.append(Received(request.url.path, dict(request.headers), await request.body()))
-        accepted = document("pending", id=f"task-unified-{next(self._numbers)}", usage={"credits_reserved": 2})
+        accepted = document(
+            "pending", id=f"task-unified-{next(self._numbers)}", usage={"credits_reserved": 2}
+        )
         return nth(self.submits.get(body["prompt"]), len(known) - 1) or accepted
 
     async def _query(self, request: Request) -> Response:

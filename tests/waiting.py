@@ -9,9 +9,11 @@ PAUSE_S = 0.01
 
 
 async def wait_until(predicate: Callable[[], Any], timeout: float = 10) -> Any:
-    """What `predicate` answers, plain or awaited, as soon as that is true; AssertionError after `timeout` seconds.
+    """What `predicate` answers, plain or awaited, as soon as that is true; AssertionError after
+    `timeout` seconds.
 
-    For what nobody announces, like another process's work; where there is an event to await, await that.
+    For what nobody announces, like another process's work; where there is an event to await, await
+    that.
     """
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout

@@ -1,4 +1,6 @@
-"""A whole world in one event loop, over real sockets: sandbox upstream, service, subscriber. Nothing in it is a mock."""
+"""A whole world in one event loop, over real sockets: sandbox upstream, service, subscriber.
+Nothing in it is a mock.
+"""
 
 import asyncio
 import uuid
@@ -82,18 +84,31 @@ class World:
     sandbox: httpx.AsyncClient
 
     def with_key(self, key: str) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, headers={"authorization": f"Bearer {key}"}, timeout=30)
+        return httpx.AsyncClient(
+            base_url=self.url, headers={"authorization": f"Bearer {key}"}, timeout=30
+        )
 
     @asynccontextmanager
-    async def owner(self, *scopes: str, name: str | None = None) -> AsyncIterator[httpx.AsyncClient]:
+    async def owner(
+        self, *scopes: str, name: str | None = None
+    ) -> AsyncIterator[httpx.AsyncClient]:
         """A client with a fresh key; without a name its owner is nobody else."""
-        body = {"owner": name or f"owner-{uuid.uuid4().hex[:12]}", "scopes": scopes or ("submit", "read", "subscribe")}
+        body = {
+            "owner": name or f"owner-{uuid.uuid4().hex[:12]}",
+            "scopes": scopes or ("submit", "read", "subscribe"),
+        }
         made = await self.client.post("/v1/keys", json=body)
         assert made.status_code == 201, made.text
         async with self.with_key(made.json()["key"]) as client:
             yield client
 
-    async def submit(self, *, prompt: str = "a lighthouse", headers: Mapping[str, str] | None = None, **fields: Any) -> JSON:
+    async def submit(
+        self,
+        *,
+        prompt: str = "a lighthouse",
+        headers: Mapping[str, str] | None = None,
+        **fields: Any,
+    ) -> JSON:
         """Submits a small task and returns it; AssertionError unless it was accepted."""
         body = {"model": TEXT_TO_IMAGE, "prompt": prompt, "size": "768x768", **fields}
         answer = await self.client.post("/v1/images/generations", json=body, headers=headers)
@@ -112,7 +127,9 @@ class World:
 
         async def look() -> JSON | None:
             task = await self.task(task_id)
-            return task if task["state"] in ("completed", "failed", "cancelled", "expired") else None
+            return (
+                task if task["state"] in ("completed", "failed", "cancelled", "expired") else None
+            )
 
         task: JSON = await wait_until(look, timeout)
         return task
@@ -137,12 +154,23 @@ class World:
 
 @asynccontextmanager
 async def world(
-    folder: Path, *, sandbox: SandboxOptions | None = None, upstream: ASGIApp | None = None, role: Role | None = None, **settings: Any
+    folder: Path,
+    *,
+    sandbox: SandboxOptions | None = None,
+    upstream: ASGIApp | None = None,
+    role: Role | None = None,
+    **settings: Any,
 ) -> AsyncIterator[World]:
-    """A running world; `upstream` replaces the sandbox, `settings` (by field name) the defaults of a test, None takes one away."""
+    """A running world; `upstream` replaces the sandbox, `settings` (by field name) the defaults of
+    a test, None takes one away.
+    """
     async with AsyncExitStack() as stack:
-        options = sandbox or SandboxOptions(networks=(ip_network(LOOPBACK),), delay_s=0.05, callback_delays_s=(0.05, 0.05, 0.05))
-        sandbox_url = await stack.enter_async_context(answering(upstream or create_sandbox(options)))
+        options = sandbox or SandboxOptions(
+            networks=(ip_network(LOOPBACK),), delay_s=0.05, callback_delays_s=(0.05, 0.05, 0.05)
+        )
+        sandbox_url = await stack.enter_async_context(
+            answering(upstream or create_sandbox(options))
+        )
         bound = bind("127.0.0.1", 0)
         port = bound.getsockname()[1]
         usual = {
@@ -163,10 +191,16 @@ async def world(
             "min_free_bytes": 0,
             "stop_s": 2,
         }
-        made = load_settings({}, None, **{name: value for name, value in (usual | settings).items() if value is not None})
+        made = load_settings(
+            {},
+            None,
+            **{name: value for name, value in (usual | settings).items() if value is not None},
+        )
         role = role or Role()
         context = await stack.enter_async_context(running(made, role))
-        await stack.enter_async_context(listening(Server(create_app(context, role), bound, made.stop_s), asyncio.Event()))
+        await stack.enter_async_context(
+            listening(Server(create_app(context, role), bound, made.stop_s), asyncio.Event())
+        )
         stack.callback(context.resources.store.signals.stop)
         key = {"authorization": f"Bearer {ADMIN_KEY}"}
         url = f"http://127.0.0.1:{port}"
@@ -178,5 +212,9 @@ async def world(
             context=context,
             client=await enter(httpx.AsyncClient(base_url=url, headers=key, timeout=30)),
             stranger=await enter(httpx.AsyncClient(base_url=url, timeout=30)),
-            sandbox=await enter(httpx.AsyncClient(base_url=sandbox_url, headers={"authorization": "Bearer sandbox"}, timeout=30)),
+            sandbox=await enter(
+                httpx.AsyncClient(
+                    base_url=sandbox_url, headers={"authorization": "Bearer sandbox"}, timeout=30
+                )
+            ),
         )

@@ -1,4 +1,5 @@
-"""Files that are still being written, in a folder of this machine: what every blob store begins with.
+"""Files that are still being written, in a folder of this machine: what every blob store begins
+with.
 
 Every step opens and closes its own file, so a cancelled call leaves no open descriptor behind.
 """
@@ -48,7 +49,9 @@ async def incoming_in(folder: Path) -> AsyncIterator[Incoming]:
 
 
 async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run what blocks elsewhere; the system's errors come back as BlobUnavailable, without the path."""
+    """Run what blocks elsewhere; the system's errors come back as BlobUnavailable, without the
+    path.
+    """
     try:
         return await asyncio.to_thread(work, *args, **kwargs)
     except OSError as error:
@@ -56,7 +59,9 @@ async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
 
 
 def remove_leftovers(folder: Path, before: float) -> None:
-    """Removes what was last written until `before` (seconds since 1970), if there is such a folder at all."""
+    """Removes what was last written until `before` (seconds since 1970), if there is such a folder
+    at all.
+    """
     for leftover in folder.iterdir() if folder.exists() else ():
         with suppress(FileNotFoundError):  # its owner lives and was quicker
             if leftover.stat().st_mtime <= before:

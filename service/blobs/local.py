@@ -1,7 +1,7 @@
 """Blobs as files under one folder, durable when `put` returns.
 
-A new file is written in `.incoming`, its data synced, then it is renamed, then the folders that lead to it are synced: after a power cut a
-name leads to the whole image or to nothing.
+A new file is written in `.incoming`, its data synced, then it is renamed, then the folders that
+lead to it are synced: after a power cut a name leads to the whole image or to nothing.
 """
 
 import math
@@ -31,9 +31,11 @@ class LocalBlobs:
 
     @classmethod
     async def open(cls, root: Path, spare: float = 0) -> Self:
-        """Make the folder and remove what a dead process left in `.incoming`, but for what is younger than `spare` seconds.
+        """Make the folder and remove what a dead process left in `.incoming`, but for what is
+        younger than `spare` seconds.
 
-        A live process whose file is removed gets BlobUnavailable and tries again; `spare` saves it the trouble.
+        A live process whose file is removed gets BlobUnavailable and tries again; `spare` saves it
+        the trouble.
         """
         blobs = cls(root)
         await in_thread(prepare, blobs.root, time.time() - spare if spare else math.inf)
@@ -48,7 +50,9 @@ class LocalBlobs:
     async def read(self, name: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
         path = self._path(name)
         while end is None or start < end:
-            chunk = await in_thread(read_at, path, start, CHUNK if end is None else min(CHUNK, end - start))
+            chunk = await in_thread(
+                read_at, path, start, CHUNK if end is None else min(CHUNK, end - start)
+            )
             if not chunk:
                 return
             start += len(chunk)
@@ -76,7 +80,9 @@ class LocalBlobs:
 
 
 def prepare(root: Path, before: float) -> None:
-    """Make the folders, so that they last, and remove leftovers last written until `before` (seconds since 1970)."""
+    """Make the folders, so that they last, and remove leftovers last written until `before`
+    (seconds since 1970).
+    """
     make_folder(root)
     (root / INCOMING).mkdir(exist_ok=True)
     remove_leftovers(root / INCOMING, before)
@@ -94,7 +100,10 @@ def rename(source: Path, target: Path, tries: int = 3) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         source.replace(target)
-    except (FileNotFoundError, FileExistsError):  # a `remove` found the folder empty and took it away in between
+    except (
+        FileNotFoundError,
+        FileExistsError,
+    ):  # a `remove` found the folder empty and took it away in between
         if tries == 1:
             raise
         rename(source, target, tries - 1)
@@ -136,7 +145,9 @@ def remove(path: Path, root: Path) -> None:
 
 
 def walk(root: Path, folder: str = "") -> Iterator[Blob]:
-    """Every blob below `folder` (empty, or with a slash at its end); what vanishes meanwhile is passed over."""
+    """Every blob below `folder` (empty, or with a slash at its end); what vanishes meanwhile is
+    passed over.
+    """
     with suppress(FileNotFoundError), os.scandir(root / folder) as entries:
         for entry in entries:
             name = folder + entry.name

@@ -1,9 +1,11 @@
-"""Blobs as objects of an S3 bucket, by obstore (extra `s3`); durable when `put` returns, as S3 promises for its answer.
+"""Blobs as objects of an S3 bucket, by obstore (extra `s3`); durable when `put` returns, as S3
+promises for its answer.
 
-A new file is written to a folder of this machine first: an image is known by its hash only when it is whole. It leaves that folder in
-parts, so memory holds few of them (18 MiB an upload, measured). S3 makes an object of one part only if its name is free (`If-None-Match`);
-obstore cannot ask that of several parts, so there the name is looked up before. A name says its content's hash, so at the worst the
-same bytes are written twice.
+A new file is written to a folder of this machine first: an image is known by its hash only when it
+is whole. It leaves that folder in parts, so memory holds few of them (18 MiB an upload, measured).
+S3 makes an object of one part only if its name is free (`If-None-Match`); obstore cannot ask that
+of several parts, so there the name is looked up before. A name says its content's hash, so at the
+worst the same bytes are written twice.
 """
 
 import math
@@ -31,31 +33,47 @@ BEYOND = 1 << 50  # bytes: more than an object can have
 ANSWER_S = 15.0
 SLOWEST = 1 << 18  # bytes a second: an upload at half of that speed is given up
 CONNECT = timedelta(seconds=5)
-RETRIES, RETRY_FOR, FIRST_WAIT, LONGEST_WAIT = 2, timedelta(seconds=10), timedelta(milliseconds=100), timedelta(seconds=2)
+RETRIES, RETRY_FOR, FIRST_WAIT, LONGEST_WAIT = (
+    2,
+    timedelta(seconds=10),
+    timedelta(milliseconds=100),
+    timedelta(seconds=2),
+)
 STATUS = re.compile(r"status code: (\d{3}(?: [A-Za-z]+)*)")
 
 
 class S3Blobs:
-    """Blobs below a prefix of a bucket; use `open`. Temporary files lie in `folder`, which is made when one is needed."""
+    """Blobs below a prefix of a bucket; use `open`. Temporary files lie in `folder`, which is made
+    when one is needed.
+    """
 
     def __init__(self, store: S3Store, folder: Path) -> None:
         self._store = store
         self._folder = folder
 
     @classmethod
-    async def open(cls, url: str, folder: Path, *, plain_http: bool = False, spare: float = 0) -> Self:
-        """For `s3://BUCKET/PREFIX`; all else is in obstore's variables `AWS_…`. Nothing is asked of S3 yet: it may be away for now.
+    async def open(
+        cls, url: str, folder: Path, *, plain_http: bool = False, spare: float = 0
+    ) -> Self:
+        """For `s3://BUCKET/PREFIX`; all else is in obstore's variables `AWS_…`. Nothing is asked of
+        S3 yet: it may be away for now.
 
-        Removes what a dead process left in `folder`, but for what is younger than `spare` seconds. BlobUnavailable: the folder or
-        a variable is unfit.
+        Removes what a dead process left in `folder`, but for what is younger than `spare` seconds.
+        BlobUnavailable: the folder or a variable is unfit.
         """
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         try:
             store = S3Store(
                 bucket,
                 prefix=prefix or None,
-                config={"disable_bulk_delete": True},  # not every S3 knows it, and one at a time needs none
-                client_options={"allow_http": plain_http, "connect_timeout": CONNECT, "timeout": timedelta(days=1)},  # the limits are ours
+                config={
+                    "disable_bulk_delete": True
+                },  # not every S3 knows it, and one at a time needs none
+                client_options={
+                    "allow_http": plain_http,
+                    "connect_timeout": CONNECT,
+                    "timeout": timedelta(days=1),
+                },  # the limits are ours
                 retry_config={
                     "max_retries": RETRIES,
                     "retry_timeout": RETRY_FOR,
@@ -86,7 +104,9 @@ class S3Blobs:
             if await self.size(name) != size:
                 await self._put(incoming.path, size, name, media_type)
 
-    async def _put(self, path: Path, size: int, name: str, media_type: str, *, create: bool = False) -> None:
+    async def _put(
+        self, path: Path, size: int, name: str, media_type: str, *, create: bool = False
+    ) -> None:
         async with answered(ANSWER_S + size / SLOWEST, AlreadyExistsError):
             await obstore.put_async(
                 self._store,
@@ -104,7 +124,9 @@ class S3Blobs:
             return
         try:
             async with answered(ANSWER_S):
-                found = await obstore.get_async(self._store, name, options={"range": (start, BEYOND if end is None else end)})
+                found = await obstore.get_async(
+                    self._store, name, options={"range": (start, BEYOND if end is None else end)}
+                )
         except BlobMissing:
             raise
         except BlobUnavailable:  # S3 refuses a range that begins at the end or behind it
@@ -133,7 +155,11 @@ class S3Blobs:
     async def listed(self) -> AsyncIterator[Sequence[Blob]]:
         pages = obstore.list(self._store, chunk_size=PAGE)
         while page := await next_of(pages):
-            yield [Blob(each["path"], int(each["last_modified"].timestamp() * 1000)) for each in page if NAME.fullmatch(each["path"])]
+            yield [
+                Blob(each["path"], int(each["last_modified"].timestamp() * 1000))
+                for each in page
+                if NAME.fullmatch(each["path"])
+            ]
 
     async def check(self) -> None:
         async with answered(ANSWER_S):
@@ -151,7 +177,9 @@ async def next_of(stream: AsyncIterator[T]) -> T | None:
 
 @asynccontextmanager
 async def answered(seconds: float, *expected: type[Exception]) -> AsyncIterator[None]:
-    """One call of obstore: its errors and too long a silence come back as BlobMissing and BlobUnavailable, `expected` ones as they are."""
+    """One call of obstore: its errors and too long a silence come back as BlobMissing and
+    BlobUnavailable, `expected` ones as they are.
+    """
     try:
         async with timeout(seconds):
             yield
@@ -168,4 +196,6 @@ def reason(error: Exception) -> str:
     status = STATUS.search(str(error))
     if status:
         return f"the object store answered {status[1]}"
-    return "the object store did not answer" + (" in time" if isinstance(error, TimeoutError) else "")
+    return "the object store did not answer" + (
+        " in time" if isinstance(error, TimeoutError) else ""
+    )

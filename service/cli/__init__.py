@@ -1,6 +1,7 @@
 """The program `darkroom`: every command in one table, and what becomes of errors.
 
-Client commands find a service by DARKROOM_URL and DARKROOM_API_KEY. What is heavy is imported by the command that needs it.
+Client commands find a service by DARKROOM_URL and DARKROOM_API_KEY. What is heavy is imported by
+the command that needs it.
 """
 
 import io
@@ -59,23 +60,36 @@ def show_version(wanted: bool) -> None:
 
 @program.callback()
 def about_darkroom(
-    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
 ) -> None:
-    """Submit image tasks and forget them: callbacks are proved, pictures saved, events delivered."""
+    """Submit image tasks and forget them: callbacks are proved, pictures saved, events
+    delivered.
+    """
 
 
 def main() -> None:
-    """Runs the program. Exit codes: 0, 2 on bad usage, 1 with one line on standard error, 130 when interrupted."""
+    """Runs the program. Exit codes: 0, 2 on bad usage, 1 with one line on standard error, 130 when
+    interrupted.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a prompt may hold what the terminal's encoding does not
+            stream.reconfigure(
+                errors="replace"
+            )  # a prompt may hold what the terminal's encoding does not
     try:
         try:
             program(prog_name="darkroom")
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads: the exit's own flush must not say so
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # nobody reads: the exit's own flush must not say so
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,9 +1,10 @@
-"""`darkroom backup`: the embedded store, its key and its images as a folder. `restore` puts it back.
+"""`darkroom backup`: the embedded store, its key and its images as a folder. `restore` puts it
+back.
 
 DIR/darkroom.db     the store at one moment
 DIR/secret.key      unless DARKROOM_SECRET_KEY holds the key
-DIR/images/…        what that store names, as hard links where the file system allows it: an image never changes
-DIR/manifest.json   written last: a folder without it is no backup
+DIR/images/…        what that store names, as hard links where the file system allows it: an image
+never changes DIR/manifest.json   written last: a folder without it is no backup
 """
 
 import hashlib
@@ -34,7 +35,10 @@ def embedded(settings: "Settings") -> Path:
     from service.store.soundness import refuse_no_file
 
     if settings.sqlite_path is None:
-        raise CommandFailed("this command is for the embedded store; PostgreSQL is backed up by its own tools: see the README")
+        raise CommandFailed(
+            "this command is for the embedded store; PostgreSQL is backed up by its own tools: see"
+            " the README"
+        )
     refuse_no_file(settings.sqlite_path)
     return settings.sqlite_path
 
@@ -49,11 +53,14 @@ def summed(source: Path, target: Path | None = None) -> tuple[int, str]:
     return size, sha256.hexdigest()
 
 
-# --- making one ------------------------------------------------------------------------------------------------------
+# --- making one
+# --------------------------------------------------------------------------------------------------
 
 
 def backup(dir: Folder, as_json: Json = False) -> None:
-    """Copy the embedded store into a new folder: database, key and images of one moment. The service may run meanwhile."""
+    """Copy the embedded store into a new folder: database, key and images of one moment. The
+    service may run meanwhile.
+    """
     from service.settings import load_settings
 
     settings = load_settings()
@@ -72,9 +79,17 @@ def backup(dir: Folder, as_json: Json = False) -> None:
     if as_json:
         put_json(shown)
     else:
-        put_fields({"backup": str(dir), **{name: shown[name] for name in ("made_at", "tasks", "events", "images")}})
+        put_fields(
+            {
+                "backup": str(dir),
+                **{name: shown[name] for name in ("made_at", "tasks", "events", "images")},
+            }
+        )
     if lost := manifest.images.lost:
-        raise CommandFailed(f"the backup is made, but {len(lost)} images that the store names are not in {settings.image_dir}: {lost[0]} …")
+        raise CommandFailed(
+            f"the backup is made, but {len(lost)} images that the store names are not in"
+            f" {settings.image_dir}: {lost[0]} …"
+        )
 
 
 def made(settings: "Settings", path: Path, folder: Path) -> "Manifest":
@@ -84,7 +99,10 @@ def made(settings: "Settings", path: Path, folder: Path) -> "Manifest":
     from service.store.backup import copy_database, figures, reading
     from service.store.clock import wall_clock
 
-    served, now = not free(settings), wall_clock()  # before the copy: whatever comes after it is younger
+    served, now = (
+        not free(settings),
+        wall_clock(),
+    )  # before the copy: whatever comes after it is younger
     key = settings.data_dir / KEY
     if not settings.secret_key:
         (folder / KEY).touch(0o600)
@@ -105,7 +123,11 @@ def made(settings: "Settings", path: Path, folder: Path) -> "Manifest":
         tasks=found.tasks,
         events=found.events,
         sequence=sequence_text(found.sequence),
-        files={name: Sum.of(*summed(folder / name)) for name in (DATABASE, KEY) if (folder / name).exists()},
+        files={
+            name: Sum.of(*summed(folder / name))
+            for name in (DATABASE, KEY)
+            if (folder / name).exists()
+        },
         images=images,
     )
     draft = folder / f".{MANIFEST}"
@@ -119,7 +141,8 @@ def made(settings: "Settings", path: Path, folder: Path) -> "Manifest":
 def with_images(path: Path, source: Path, folder: Path) -> "Images":
     """Copies the database, then every image it names: each was durable before it was named.
 
-    One that was erased in between sends us back to copy the database again. One that is missing twice is lost.
+    One that was erased in between sends us back to copy the database again. One that is missing
+    twice is lost.
     """
     from service.cli.manifest import Images
     from service.store.backup import copy_database, reading, stored_images
@@ -134,7 +157,9 @@ def with_images(path: Path, source: Path, folder: Path) -> "Images":
                 named.add(image.blob)
                 if image.blob in kept:
                     continue
-                if same(source / image.blob, folder / IMAGES / image.blob, image.bytes, image.sha256):
+                if same(
+                    source / image.blob, folder / IMAGES / image.blob, image.bytes, image.sha256
+                ):
                     kept[image.blob] = image.bytes
                 else:
                     missing.append(image.blob)

@@ -58,9 +58,16 @@ class Service:
             error = document["error"] if answer.is_error else None
             line = f"{error['code']}: {error['message']}" if error else ""
         except (ValueError, LookupError, TypeError):
-            raise CommandFailed(f"{self.url} answered {answer.status_code}, but not as the service does: is DARKROOM_URL right?") from None
+            raise CommandFailed(
+                f"{self.url} answered {answer.status_code}, but not as the service does: is"
+                " DARKROOM_URL right?"
+            ) from None
         if not answer.is_success or not isinstance(document, dict):
-            hint = " (DARKROOM_API_KEY is not set)" if answer.status_code == 401 and not self._has_key else ""
+            hint = (
+                " (DARKROOM_API_KEY is not set)"
+                if answer.status_code == 401 and not self._has_key
+                else ""
+            )
             raise Refused((line or f"{self.url} answered {answer.status_code}") + hint)
         return document
 
@@ -70,7 +77,9 @@ class Service:
         try:
             return service_call(self._client, method, path, **options)
         except NotConnected:
-            raise NobodyAnswers(f"no service answers at {self.url}: is DARKROOM_URL right?") from None
+            raise NobodyAnswers(
+                f"no service answers at {self.url}: is DARKROOM_URL right?"
+            ) from None
 
     def close(self) -> None:
         self._client.close()
@@ -85,7 +94,9 @@ class Service:
 
 @contextmanager
 def service() -> Iterator[Service]:
-    """The service of the environment; nothing but its address and a key is asked of the settings."""
+    """The service of the environment; nothing but its address and a key is asked of the
+    settings.
+    """
     from service.settings import load_settings
 
     client = Service(load_settings())
@@ -95,7 +106,9 @@ def service() -> Iterator[Service]:
         client.close()
 
 
-def call(method: str, path: str, *, params: Mapping[str, Any] | None = None, body: JSON | None = None) -> JSON:
+def call(
+    method: str, path: str, *, params: Mapping[str, Any] | None = None, body: JSON | None = None
+) -> JSON:
     """`Service.call` of a command that needs no other."""
     with service() as client:
         return client.call(method, path, params=params, body=body)

@@ -1,4 +1,6 @@
-"""`darkroom serve --sandbox`: a service on a sandbox upstream of its own, in one process, to try requests on."""
+"""`darkroom serve --sandbox`: a service on a sandbox upstream of its own, in one process, to try
+requests on.
+"""
 
 import asyncio
 from typing import Any
@@ -19,12 +21,15 @@ BODY = '{"model": "wan2.5-text-to-image", "prompt": "a lighthouse in the fog"}'
 
 def reached(settings: Settings) -> str:
     """The service's address for this machine."""
-    host = LOOPBACK if settings.host in ("0.0.0.0", "::", "localhost") else settings.host  # noqa: S104 - asked for, not chosen
+    # asked for, not chosen
+    host = LOOPBACK if settings.host in ("0.0.0.0", "::", "localhost") else settings.host  # noqa: S104
     return f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
 
 
 def dev_settings(settings: Settings, upstream: str, given: dict[str, Any]) -> Settings:
-    """The settings over which the sandbox's go. Its store is a place of its own: no real task may ever meet a sandbox."""
+    """The settings over which the sandbox's go. Its store is a place of its own: no real task may
+    ever meet a sandbox.
+    """
     people = terminal() and "log_format" not in settings.model_fields_set
     loopbacks = LOOPBACKS if settings.host == "localhost" else f"{LOOPBACKS},{settings.host}"
     own = {
@@ -54,7 +59,9 @@ def serve_on_sandbox(given: dict[str, Any], as_json: bool) -> None:
 
     async def ready(context: Context) -> None:
         resources = context.resources
-        made = await create_key(resources.store, resources.keyring, resources.clock(), "dev", SCOPES)
+        made = await create_key(
+            resources.store, resources.keyring, resources.clock(), "dev", SCOPES
+        )
         tell(settings, address, made["key"], as_json)
 
     async def work(stop: asyncio.Event) -> None:
@@ -77,4 +84,7 @@ def tell(settings: Settings, upstream: str, key: str, as_json: bool) -> None:
     put(f"\ndarkroom  {address}  (sandbox upstream {upstream}, files in {settings.data_dir})")
     put(f"key       {key}")
     put(f"try       {curl}")
-    put(f"or        export DARKROOM_URL={address} DARKROOM_API_KEY={key}; darkroom submit 'a lighthouse in the fog' --wait\n")
+    put(
+        f"or        export DARKROOM_URL={address} DARKROOM_API_KEY={key}; darkroom submit 'a"
+        " lighthouse in the fog' --wait\n"
+    )

@@ -12,13 +12,24 @@ from service.model import JSON
 
 PAGE = 1000
 HOLD_S = 30
-PATIENCE = 8  # failed calls in a row that a follower bears: 1 + 2 + 4 + … + 64 = 127 s, a restart of the service
+# failed calls in a row that a follower bears: 1 + 2 + 4 + … + 64 = 127 s, a restart of the service
+PATIENCE = 8
 
 
 def events(
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, until interrupted.")] = False,
-    after: Annotated[str, typer.Option(help="A sequence; without it from the oldest event that is kept.", metavar="SEQ")] = "0",
-    type: Annotated[list[str] | None, typer.Option(help="A type, or image.task.* and the like; may be repeated.", metavar="TYPE")] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on with what comes, until interrupted.")
+    ] = False,
+    after: Annotated[
+        str,
+        typer.Option(
+            help="A sequence; without it from the oldest event that is kept.", metavar="SEQ"
+        ),
+    ] = "0",
+    type: Annotated[
+        list[str] | None,
+        typer.Option(help="A type, or image.task.* and the like; may be repeated.", metavar="TYPE"),
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Of this task alone.", metavar="ID")] = None,
     as_json: Json = False,  # noqa: ARG001 - every command has it
 ) -> None:
@@ -45,5 +56,11 @@ def events(
 
 
 def read(client: Service, after: str, types: list[str], task: str | None, hold_s: int) -> JSON:
-    asked = {"after": after, "type": ",".join(types) or None, "task": task, "limit": PAGE, "wait": hold_s or None}
+    asked = {
+        "after": after,
+        "type": ",".join(types) or None,
+        "task": task,
+        "limit": PAGE,
+        "wait": hold_s or None,
+    }
     return client.call("GET", "/v1/events", params=asked)

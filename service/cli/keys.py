@@ -1,4 +1,6 @@
-"""`darkroom keys …`: through the API of the process that serves, or in the store itself when nobody does."""
+"""`darkroom keys …`: through the API of the process that serves, or in the store itself when nobody
+does.
+"""
 
 import sys
 from collections.abc import Callable, Coroutine, Mapping
@@ -23,11 +25,15 @@ SCOPES = ("submit", "read", "subscribe", "admin")
 
 
 def create(
-    owner: Annotated[str, typer.Option(help="Whose key it is: tasks, endpoints and events belong to an owner.")],
+    owner: Annotated[
+        str, typer.Option(help="Whose key it is: tasks, endpoints and events belong to an owner.")
+    ],
     scopes: Annotated[str, typer.Option(help="Comma-separated: submit, read, subscribe, admin.")],
     as_json: Json = False,
 ) -> None:
-    """Make a key. It is shown now and never again; with the owner's first one, the secret that signs its tasks' callbacks."""
+    """Make a key. It is shown now and never again; with the owner's first one, the secret that
+    signs its tasks' callbacks.
+    """
     wanted = list(dict.fromkeys(scope.strip() for scope in scopes.split(",") if scope.strip()))
     if not wanted or not set(wanted) <= set(SCOPES):
         raise typer.BadParameter(f"wants some of {', '.join(SCOPES)}", param_hint="--scopes")
@@ -45,7 +51,10 @@ def create(
             raise CommandFailed(f"{error.code}: {error.message}") from None
         return await create_key(store, keyring, wall_clock(), body.owner, body.scopes)
 
-    made = administer(lambda service: service.call("POST", "/v1/keys", body={"owner": owner, "scopes": wanted}), direct)
+    made = administer(
+        lambda service: service.call("POST", "/v1/keys", body={"owner": owner, "scopes": wanted}),
+        direct,
+    )
     if as_json:
         put_json(made)
     else:
@@ -89,7 +98,9 @@ def revoke(id: Annotated[str, typer.Argument(metavar="ID")], as_json: Json = Fal
 
 def rotate_secret(
     owner: Annotated[str | None, typer.Option(help="Admin: whose; else the key's own.")] = None,
-    overlap: Annotated[float, typer.Option(help="So long the old secret signs too.", min=0, metavar="SECONDS")] = 86_400,
+    overlap: Annotated[
+        float, typer.Option(help="So long the old secret signs too.", min=0, metavar="SECONDS")
+    ] = 86_400,
     as_json: Json = False,
 ) -> None:
     """Give an owner another callback secret. It is shown now and never again."""
@@ -104,25 +115,37 @@ def rotate_secret(
 
         try:
             asked = validated(SecretRotation, body)
-            return await rotate_callback_secret(store, keyring, wall_clock(), asked.owner or "admin", asked.overlap_s)
+            return await rotate_callback_secret(
+                store, keyring, wall_clock(), asked.owner or "admin", asked.overlap_s
+            )
         except ApiError as error:
             raise CommandFailed(f"{error.code}: {error.message}") from None
 
-    made = administer(lambda service: service.call("POST", "/v1/keys/rotate-secret", body=body), direct)
+    made = administer(
+        lambda service: service.call("POST", "/v1/keys/rotate-secret", body=body), direct
+    )
     if as_json:
         put_json(made)
     else:
         put_fields(made)
 
 
-KEYS: Mapping[str, Callable[..., None]] = {"create": create, "list": listed, "revoke": revoke, "rotate-secret": rotate_secret}
+KEYS: Mapping[str, Callable[..., None]] = {
+    "create": create,
+    "list": listed,
+    "revoke": revoke,
+    "rotate-secret": rotate_secret,
+}
 
 
-# --- which way -------------------------------------------------------------------------------------------------------
+# --- which way
+# --------------------------------------------------------------------------------------------------
 
 
 def administer(through_api: Callable[[Service], JSON], direct: Direct) -> JSON:
-    """Goes through the API where a service is named and answers; else, on this machine, to a store that nobody has."""
+    """Goes through the API where a service is named and answers; else, on this machine, to a store
+    that nobody has.
+    """
     from service.settings import load_settings
 
     settings = load_settings()
@@ -160,7 +183,9 @@ def free(settings: "Settings") -> bool:
 
 
 def in_store(settings: "Settings", direct: Direct) -> JSON:
-    """Does it in the store itself; the log goes to standard error, as standard output is the command's."""
+    """Does it in the store itself; the log goes to standard error, as standard output is the
+    command's.
+    """
     import asyncio
 
     from service.app import new_keyring, open_store
@@ -175,5 +200,7 @@ def in_store(settings: "Settings", direct: Direct) -> JSON:
         async with open_store(settings) as store:
             return await direct(store, keyring or await new_keyring(settings, store))
 
-    remark(f"nobody serves this store: {settings.sqlite_path or 'PostgreSQL'}; it was opened directly")
+    remark(
+        f"nobody serves this store: {settings.sqlite_path or 'PostgreSQL'}; it was opened directly"
+    )
     return asyncio.run(act())

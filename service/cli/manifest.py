@@ -17,7 +17,9 @@ class Sum(BaseModel):
 
 
 class Images(BaseModel):
-    """`kept_at`: they stay in that bucket; `lost`: the store named them, and its folder had not got them."""
+    """`kept_at`: they stay in that bucket; `lost`: the store named them, and its folder had not got
+    them.
+    """
 
     count: NonNegativeInt = 0
     bytes: NonNegativeInt = 0
@@ -26,7 +28,9 @@ class Images(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a backup says of itself. The sums of images are in the database. `served`: while it was made."""
+    """What a backup says of itself. The sums of images are in the database. `served`: while it was
+    made.
+    """
 
     format: int
     darkroom: str

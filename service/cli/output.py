@@ -1,4 +1,6 @@
-"""What commands print: JSON for programs, columns for people; never a control character that came from somebody else."""
+"""What commands print: JSON for programs, columns for people; never a control character that came
+from somebody else.
+"""
 
 import json
 import sys
@@ -27,7 +29,13 @@ def put(line: str) -> None:
 
 def put_json(value: object) -> None:
     """One document a line; JSON's escapes keep it plain."""
-    put(json.dumps(value, ensure_ascii=not sys.stdout.encoding.lower().startswith("utf"), separators=(",", ":")))
+    put(
+        json.dumps(
+            value,
+            ensure_ascii=not sys.stdout.encoding.lower().startswith("utf"),
+            separators=(",", ":"),
+        )
+    )
 
 
 def put_fields(fields: Mapping[str, Any]) -> None:
@@ -35,15 +43,24 @@ def put_fields(fields: Mapping[str, Any]) -> None:
     width = max(map(len, fields), default=0)
     for name, value in fields.items():
         if value not in (None, "", [], {}):
-            put(f"{name:<{width}}  {plain(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))}")
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            put(f"{name:<{width}}  {plain(text)}")
 
 
 def put_table(rows: Sequence[Mapping[str, Any]], *columns: str) -> None:
     """Columns under their names; the last may be long."""
-    table = [columns, *([plain("-" if row.get(name) in (None, "") else row[name]) for name in columns] for row in rows)]
+    table = [
+        columns,
+        *(
+            [plain("-" if row.get(name) in (None, "") else row[name]) for name in columns]
+            for row in rows
+        ),
+    ]
     widths = [max(len(line[place]) for line in table) for place in range(len(columns) - 1)] + [0]
     for line in table:
-        put("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
+        put(
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
 
 
 def remark(text: str) -> None:

@@ -1,4 +1,6 @@
-"""The commands that serve, and those that need no service: `serve`, `worker`, `sandbox`, `migrate`, `openapi`, `asyncapi`."""
+"""The commands that serve, and those that need no service: `serve`, `worker`, `sandbox`, `migrate`,
+`openapi`, `asyncapi`.
+"""
 
 import json
 import sys
@@ -25,15 +27,27 @@ if TYPE_CHECKING:
     from service.upstreams.sandbox import SandboxOptions
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on (DARKROOM_HOST).")]
-Port = Annotated[int | None, typer.Option(help="Port to listen on; 0: any free one (DARKROOM_PORT).", min=0, max=65535)]
+Port = Annotated[
+    int | None,
+    typer.Option(help="Port to listen on; 0: any free one (DARKROOM_PORT).", min=0, max=65535),
+]
 LOOPBACK = "127.0.0.1"
 LOOPBACKS = "127.0.0.0/8,::1/128"
 
 
 def serve(
-    no_worker: Annotated[bool, typer.Option("--no-worker", help="Only the web: `darkroom worker` does the work (PostgreSQL).")] = False,
+    no_worker: Annotated[
+        bool,
+        typer.Option(
+            "--no-worker", help="Only the web: `darkroom worker` does the work (PostgreSQL)."
+        ),
+    ] = False,
     sandbox: Annotated[
-        bool, typer.Option("--sandbox", help="On an upstream of its own, to try requests on; keeps what is real apart.")
+        bool,
+        typer.Option(
+            "--sandbox",
+            help="On an upstream of its own, to try requests on; keeps what is real apart.",
+        ),
     ] = False,
     host: Host = None,
     port: Port = None,
@@ -53,7 +67,9 @@ def serve(
 
 
 def worker(host: Host = None, port: Port = None, as_json: Json = False) -> None:
-    """Do the work of `serve --no-worker` processes (PostgreSQL); listens too, for /healthz, /readyz and /metrics."""
+    """Do the work of `serve --no-worker` processes (PostgreSQL); listens too, for /healthz, /readyz
+    and /metrics.
+    """
     from service.app import Role
 
     start(Role(web=False), given(host, port, as_json))
@@ -72,14 +88,17 @@ def start(role: "Role", given: dict[str, Any]) -> None:
     settings = load_settings(**given)
     if settings.sqlite_path and not (role.web and role.workers):
         raise ConfigurationError(
-            "web and workers are split on PostgreSQL alone (DARKROOM_DATABASE_URL); on SQLite `darkroom serve` does both"
+            "web and workers are split on PostgreSQL alone (DARKROOM_DATABASE_URL); on SQLite"
+            " `darkroom serve` does both"
         )
     settings, bound = bound_settings(settings, given)
     run(settings, lambda stop: serve(settings, role, bound, stop))
 
 
 def bound_settings(settings: "Settings", given: dict[str, Any]) -> "tuple[Settings, socket.socket]":
-    """The settings with the address that is really listened on, and its socket: the one that was handed over, else one of its own."""
+    """The settings with the address that is really listened on, and its socket: the one that was
+    handed over, else one of its own.
+    """
     import os
     import socket
 
@@ -88,7 +107,11 @@ def bound_settings(settings: "Settings", given: dict[str, Any]) -> "tuple[Settin
     from service.web.server import bind
 
     if bound := inherited(os.environ):
-        real = {} if bound.family == socket.AF_UNIX else dict(zip(("host", "port"), bound.getsockname(), strict=False))
+        real = (
+            {}
+            if bound.family == socket.AF_UNIX
+            else dict(zip(("host", "port"), bound.getsockname(), strict=False))
+        )
     else:
         bound = bind(settings.host, settings.port)
         real = {"port": bound.getsockname()[1]}
@@ -117,29 +140,58 @@ class SandboxCommand(TyperCommand):
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         from service.upstreams.sandbox import FAULTS
 
-        with formatter.section("Faults, by --fault NAME=VALUE or by an object `sandbox` in a submission"):
-            formatter.write_dl([(name, f"{fault.about}: {fault.takes.words}") for name, fault in FAULTS.items()])
+        with formatter.section(
+            "Faults, by --fault NAME=VALUE or by an object `sandbox` in a submission"
+        ):
+            formatter.write_dl(
+                [(name, f"{fault.about}: {fault.takes.words}") for name, fault in FAULTS.items()]
+            )
 
 
 def sandbox(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = LOOPBACK,
-    port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.", min=0, max=65535)] = 8090,
-    api_key: Annotated[str | None, typer.Option(help="The only key it takes; without it any will do.")] = None,
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0: any free one.", min=0, max=65535)
+    ] = 8090,
+    api_key: Annotated[
+        str | None, typer.Option(help="The only key it takes; without it any will do.")
+    ] = None,
     allow_networks: Annotated[
-        list[str] | None, typer.Option(help="Where callbacks may go besides public https addresses; may be repeated.", metavar="CIDR")
+        list[str] | None,
+        typer.Option(
+            help="Where callbacks may go besides public https addresses; may be repeated.",
+            metavar="CIDR",
+        ),
     ] = None,
     delay: Annotated[float, typer.Option(help="Seconds a task takes.", min=0)] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="For the same ids, faults and files in every run of the same requests.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="For the same ids, faults and files in every run of the same requests."),
+    ] = None,
     fault: Annotated[
-        list[str] | None, typer.Option(help="A fault of every task unless it says otherwise; may be repeated.", metavar="NAME=VALUE")
+        list[str] | None,
+        typer.Option(
+            help="A fault of every task unless it says otherwise; may be repeated.",
+            metavar="NAME=VALUE",
+        ),
     ] = None,
     share: Annotated[
         list[str] | None,
-        typer.Option(help="What share of the tasks, 0 to 1, a fault by --fault strikes; may be repeated.", metavar="NAME=SHARE"),
+        typer.Option(
+            help="What share of the tasks, 0 to 1, a fault by --fault strikes; may be repeated.",
+            metavar="NAME=SHARE",
+        ),
     ] = None,
-    base_url: Annotated[str | None, typer.Option(help="The address in result links; without it the one that was asked.")] = None,
-    task_ttl: Annotated[float, typer.Option(help="Seconds until a task is forgotten.", min=0)] = 86400,
-    result_ttl: Annotated[float, typer.Option(help="Seconds until result links die.", min=0)] = 86400,
+    base_url: Annotated[
+        str | None,
+        typer.Option(help="The address in result links; without it the one that was asked."),
+    ] = None,
+    task_ttl: Annotated[
+        float, typer.Option(help="Seconds until a task is forgotten.", min=0)
+    ] = 86400,
+    result_ttl: Annotated[
+        float, typer.Option(help="Seconds until result links die.", min=0)
+    ] = 86400,
     as_json: Json = False,
 ) -> None:
     """Run the upstream's emulator, until SIGTERM."""
@@ -215,7 +267,9 @@ def json_or_text(value: str) -> Any:
 
 
 def migrate(as_json: Json = False) -> None:
-    """Bring the store's schema to this program's version. A start does so by itself unless DARKROOM_MIGRATE is off."""
+    """Bring the store's schema to this program's version. A start does so by itself unless
+    DARKROOM_MIGRATE is off.
+    """
     import asyncio
 
     from alembic.migration import MigrationContext

@@ -17,11 +17,15 @@ def start(
     since: Time = None,
     until: Time = None,
     type: Types = None,
-    only: Annotated[str, typer.Option(help="dead: what it never took; all: everything again.")] = "dead",
+    only: Annotated[
+        str, typer.Option(help="dead: what it never took; all: everything again.")
+    ] = "dead",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Send an endpoint its events again, from the oldest that is kept until now if nothing else is said."""
+    """Send an endpoint its events again, from the oldest that is kept until now if nothing else is
+    said.
+    """
     body = changes(since=since, until=until, types=type, only=only, dry_run=dry_run)
     show(call("POST", f"/v1/endpoints/{segment(endpoint)}/replay", body=body), as_json)
 

@@ -1,4 +1,6 @@
-"""`darkroom restore`: everything is checked and laid beside its place first, then put there by renames, the database last."""
+"""`darkroom restore`: everything is checked and laid beside its place first, then put there by
+renames, the database last.
+"""
 
 import asyncio
 import os
@@ -23,12 +25,17 @@ if TYPE_CHECKING:
 
 def restore(
     dir: Folder,
-    force: Annotated[bool, typer.Option("--force", help="Set a store that is there aside; nothing is deleted.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Set a store that is there aside; nothing is deleted.")
+    ] = False,
     moved: Annotated[
         bool,
         typer.Option(
             "--moved",
-            help="Nobody served the store since the backup, as when it moves: tasks that wait are submitted, none becomes uncertain.",
+            help=(
+                "Nobody served the store since the backup, as when it moves: tasks that wait are"
+                " submitted, none becomes uncertain."
+            ),
         ),
     ] = False,
     as_json: Json = False,
@@ -41,7 +48,10 @@ def restore(
     path = embedded(settings)
     manifest = manifest_of(dir, settings)
     if moved and manifest.served:
-        raise CommandFailed("the store was served while this backup was made, so it went on after it: restore without --moved")
+        raise CommandFailed(
+            "the store was served while this backup was made, so it went on after it: restore"
+            " without --moved"
+        )
     lock = FileLock(path.with_name(path.name + ".lock"))
     if not lock.acquire():
         raise CommandFailed(f"another darkroom process uses {path}: stop it first")
@@ -66,19 +76,39 @@ def manifest_of(folder: Path, settings: "Settings") -> "Manifest":
     except FileNotFoundError:
         raise CommandFailed(f"{folder} is no whole backup: it has no {MANIFEST}") from None
     except ValidationError as error:
-        raise CommandFailed(f"{folder / MANIFEST} is no backup's manifest: {plain(error.errors()[0]['msg'])}") from None
+        raise CommandFailed(
+            f"{folder / MANIFEST} is no backup's manifest: {plain(error.errors()[0]['msg'])}"
+        ) from None
     if manifest.format != FORMAT or not {DATABASE} <= manifest.files.keys() <= {DATABASE, KEY}:
-        raise CommandFailed(f"{folder / MANIFEST} was written by another version of darkroom, {plain(manifest.darkroom)}")
+        raise CommandFailed(
+            f"{folder / MANIFEST} was written by another version of darkroom,"
+            f" {plain(manifest.darkroom)}"
+        )
     if KEY not in manifest.files and not settings.secret_key:
-        raise CommandFailed("the backup holds no key: DARKROOM_SECRET_KEY must be the one the store was used with")
+        raise CommandFailed(
+            "the backup holds no key: DARKROOM_SECRET_KEY must be the one the store was used with"
+        )
     here = None if settings.blob_url.startswith("file:") else settings.blob_url
     if manifest.images.kept_at != here:
-        raise CommandFailed(f"the backup's images are in {plain(manifest.images.kept_at or 'its folder')}: DARKROOM_BLOB_URL does not fit")
+        raise CommandFailed(
+            f"the backup's images are in {plain(manifest.images.kept_at or 'its folder')}:"
+            " DARKROOM_BLOB_URL does not fit"
+        )
     return manifest
 
 
-def put_back(folder: Path, manifest: "Manifest", settings: "Settings", path: Path, *, force: bool, moved: bool) -> dict[str, Any]:
-    """What was done, in fields for people and programs. Before the first rename nothing of what was there is touched."""
+def put_back(
+    folder: Path,
+    manifest: "Manifest",
+    settings: "Settings",
+    path: Path,
+    *,
+    force: bool,
+    moved: bool,
+) -> dict[str, Any]:
+    """What was done, in fields for people and programs. Before the first rename nothing of what was
+    there is touched.
+    """
     from service.model import rfc3339, sequence_text
     from service.store.clock import wall_clock
 
@@ -94,10 +124,17 @@ def put_back(folder: Path, manifest: "Manifest", settings: "Settings", path: Pat
         for name, place in ((DATABASE, store), (KEY, key)):
             if name in manifest.files:
                 (place / name).touch(0o600)
-                if summed(folder / name, place / name) != (manifest.files[name].bytes, manifest.files[name].sha256):
+                if summed(folder / name, place / name) != (
+                    manifest.files[name].bytes,
+                    manifest.files[name].sha256,
+                ):
                     raise CommandFailed(f"{folder / name} is not what the backup's manifest says")
         restored = servable(store / DATABASE, key, manifest, settings, moved=moved)
-        count = copied_images(folder / IMAGES, images, store / DATABASE, manifest.images.lost) if with_images else 0
+        count = (
+            copied_images(folder / IMAGES, images, store / DATABASE, manifest.images.lost)
+            if with_images
+            else 0
+        )
         if (store / f"{DATABASE}-wal").exists():  # the file alone is put in place
             raise CommandFailed("the restored database could not be written out")
         os.sync()
@@ -122,17 +159,27 @@ def put_back(folder: Path, manifest: "Manifest", settings: "Settings", path: Pat
 
 def there(settings: "Settings", path: Path) -> list[Path]:
     """What the renames would meet: the database with what belongs to it, the key, images."""
-    files = [path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal")), settings.data_dir / KEY]
+    files = [
+        path,
+        *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal")),
+        settings.data_dir / KEY,
+    ]
     folder = settings.image_dir if settings.blob_url.startswith("file:") else None
-    images = sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")) if folder and folder.exists() else []
+    images = (
+        sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        if folder and folder.exists()
+        else []
+    )
     return [file for file in files if file.exists()] + images
 
 
 @contextmanager
 def staging(place: Path, name: str, store: Path | None = None) -> Iterator[Path]:
-    """A folder beside where something goes, on the same file system; gone at the exit, as is what a killed restoration left of it.
+    """A folder beside where something goes, on the same file system; gone at the exit, as is what a
+    killed restoration left of it.
 
-    But the one beside a `store` that was there, or was to be, and is not: a start is told by it that a restoration was broken off.
+    But the one beside a `store` that was there, or was to be, and is not: a start is told by it
+    that a restoration was broken off.
     """
     from service.store.soundness import RESTORING
 
@@ -148,8 +195,12 @@ def staging(place: Path, name: str, store: Path | None = None) -> Iterator[Path]
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def servable(database: Path, key: Path, manifest: "Manifest", settings: "Settings", *, moved: bool) -> "Restored":
-    """Checks and migrates the copy, and marks what may have happened since; ConfigurationError: damaged, newer, or under another key."""
+def servable(
+    database: Path, key: Path, manifest: "Manifest", settings: "Settings", *, moved: bool
+) -> "Restored":
+    """Checks and migrates the copy, and marks what may have happened since; ConfigurationError:
+    damaged, newer, or under another key.
+    """
     from service.app import open_store
     from service.ops import logging
     from service.settings import secret_keys
@@ -160,11 +211,15 @@ def servable(database: Path, key: Path, manifest: "Manifest", settings: "Setting
     logging.configure("console", "warning", sys.stderr)
     check_database(database, "the backup's database")
     keyring = Keyring(secret_keys(settings.model_copy(update={"data_dir": key})))
-    wait, give_up = (round(seconds * 1000) for seconds in (settings.uncertain_after_s, settings.submit_give_up_s))
+    wait, give_up = (
+        round(seconds * 1000) for seconds in (settings.uncertain_after_s, settings.submit_give_up_s)
+    )
     restoration = Restoration(milliseconds(manifest), wait, give_up, moved)
 
     async def act() -> "Restored":
-        async with open_store(settings.model_copy(update={"database_url": f"sqlite:///{database}", "migrate": "on"})) as store:
+        async with open_store(
+            settings.model_copy(update={"database_url": f"sqlite:///{database}", "migrate": "on"})
+        ) as store:
             for secret in await store.read(secrets):
                 keyring.decrypt(secret)
             return await store.write(restore_stores, restoration)
@@ -177,7 +232,9 @@ def milliseconds(manifest: "Manifest") -> int:
 
 
 def copied_images(source: Path, target: Path, database: Path, lost: Sequence[str]) -> int:
-    """Copies every image the database names and checks its sum; how many. CommandFailed: one is missing that was not `lost` before."""
+    """Copies every image the database names and checks its sum; how many. CommandFailed: one is
+    missing that was not `lost` before.
+    """
     from service.blobs import check_name
     from service.store.backup import reading, stored_images
 
@@ -199,7 +256,9 @@ def copied_images(source: Path, target: Path, database: Path, lost: Sequence[str
 
 
 def set_aside(known: list[Path], time: str) -> list[str]:
-    """Moves what is there into folders beside it; where it is now. What begins with a dot is no image to the service."""
+    """Moves what is there into folders beside it; where it is now. What begins with a dot is no
+    image to the service.
+    """
     aside = []
     for path in known:
         place = path.parent / f".before-{time}"

@@ -10,7 +10,10 @@ from service.cli.output import Json, put_fields, put_json, put_table, remark
 from service.model import JSON
 
 Id = Annotated[str, typer.Argument(metavar="ID")]
-Types = Annotated[list[str] | None, typer.Option("--type", help="image.task.*, a type, or *; may be repeated.", metavar="TYPE")]
+Types = Annotated[
+    list[str] | None,
+    typer.Option("--type", help="image.task.*, a type, or *; may be repeated.", metavar="TYPE"),
+]
 Description = Annotated[str | None, typer.Option(help="What it is for.")]
 Limit = Annotated[int, typer.Option(help="At most so many.", min=1, max=1000)]
 Cursor = Annotated[str | None, typer.Option(help="Where a list that was too long goes on.")]
@@ -39,10 +42,14 @@ def endpoint_list(limit: Limit = 100, cursor: Cursor = None, as_json: Json = Fal
 
 
 def endpoint_create(
-    url: Annotated[str, typer.Argument(help="Where events are sent: https, public.", metavar="URL")],
+    url: Annotated[
+        str, typer.Argument(help="Where events are sent: https, public.", metavar="URL")
+    ],
     type: Types = None,
     description: Description = None,
-    owner: Annotated[str | None, typer.Option(help="Admin: whose events; '*' for every owner's.")] = None,
+    owner: Annotated[
+        str | None, typer.Option(help="Admin: whose events; '*' for every owner's.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Subscribe an address. Its secret is shown now and never again."""
@@ -68,7 +75,9 @@ def endpoint_patch(
     """Change one: only what is named."""
     body = changes(url=url, types=type, description=description, status=status)
     if not body:
-        raise typer.BadParameter("name something to change: --url, --type, --description or --status")
+        raise typer.BadParameter(
+            "name something to change: --url, --type, --description or --status"
+        )
     show(call("PATCH", f"/v1/endpoints/{segment(id)}", body=body), as_json)
 
 
@@ -80,11 +89,17 @@ def endpoint_delete(id: Id, as_json: Json = False) -> None:
 
 def endpoint_rotate(
     id: Id,
-    overlap: Annotated[float | None, typer.Option(help="So long the old secret signs too: 86400.", min=0, metavar="SECONDS")] = None,
+    overlap: Annotated[
+        float | None,
+        typer.Option(help="So long the old secret signs too: 86400.", min=0, metavar="SECONDS"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Give one another secret. It is shown now and never again."""
-    show(call("POST", f"/v1/endpoints/{segment(id)}/rotate", body=changes(overlap_s=overlap)), as_json)
+    show(
+        call("POST", f"/v1/endpoints/{segment(id)}/rotate", body=changes(overlap_s=overlap)),
+        as_json,
+    )
 
 
 def endpoint_test(id: Id, as_json: Json = False) -> None:
@@ -105,7 +120,14 @@ def delivery_list(
     as_json: Json = False,
 ) -> None:
     """List deliveries, newest first."""
-    asked = {"endpoint": endpoint, "event": event, "task": task, "state": state, "limit": limit, "cursor": cursor}
+    asked = {
+        "endpoint": endpoint,
+        "event": event,
+        "task": task,
+        "state": state,
+        "limit": limit,
+        "cursor": cursor,
+    }
     page = call("GET", "/v1/deliveries", params=asked)
     if not as_json:
         page["data"] = [{**each, "attempts": len(each["attempts"])} for each in page["data"]]
@@ -141,4 +163,8 @@ ENDPOINTS: Mapping[str, Callable[..., None]] = {
     "rotate": endpoint_rotate,
     "test": endpoint_test,
 }
-DELIVERIES: Mapping[str, Callable[..., None]] = {"list": delivery_list, "get": delivery_get, "retry": delivery_retry}
+DELIVERIES: Mapping[str, Callable[..., None]] = {
+    "list": delivery_list,
+    "get": delivery_get,
+    "retry": delivery_retry,
+}

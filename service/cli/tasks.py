@@ -17,29 +17,60 @@ from service.cli.subscriptions import Cursor, Limit
 from service.errors import EgressError
 from service.model import JSON, TERMINAL
 
-HOLD_S, LOOK_S = 60, 1  # how long one call waits for the end: alone, and under a display that shows progress
+HOLD_S, LOOK_S = (
+    60,
+    1,
+)  # how long one call waits for the end: alone, and under a display that shows progress
 Metadata = Annotated[list[str] | None, typer.Option(help="May be repeated.", metavar="KEY=VALUE")]
 
 
 def submit(
     prompt: Annotated[str, typer.Argument(help="What the pictures are to show.", metavar="PROMPT")],
-    model: Annotated[str | None, typer.Option(help="Default: wan2.5-text-to-image, with --image wan2.5-image-to-image.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Default: wan2.5-text-to-image, with --image wan2.5-image-to-image."),
+    ] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, like 1280x1280.", metavar="WxH")] = None,
     n: Annotated[int | None, typer.Option("--n", "-n", help="How many pictures.", min=1)] = None,
-    image: Annotated[list[str] | None, typer.Option(help="An input picture; may be repeated.", metavar="URL")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="An input picture; may be repeated.", metavar="URL")
+    ] = None,
     metadata: Metadata = None,
-    callback_url: Annotated[str | None, typer.Option(help="Gets the task when it has ended, signed.", metavar="URL")] = None,
-    idempotency_key: Annotated[str | None, typer.Option(help="The same key and order is the same task, paid once.", metavar="KEY")] = None,
+    callback_url: Annotated[
+        str | None, typer.Option(help="Gets the task when it has ended, signed.", metavar="URL")
+    ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        typer.Option(help="The same key and order is the same task, paid once.", metavar="KEY"),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Until the task has ended.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Save the pictures there; waits for them.", file_okay=False, metavar="DIR")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Save the pictures there; waits for them.", file_okay=False, metavar="DIR"
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Submit a task. Prints its id; with --wait the links of its pictures, with --out the files. Fails if the task does."""
+    """Submit a task. Prints its id; with --wait the links of its pictures, with --out the files.
+    Fails if the task does.
+    """
     for text in image or []:
         if not text.startswith(("http://", "https://")):
-            raise typer.BadParameter(f"{text!r} is no URL, and files cannot be sent yet", param_hint="--image")
-    order: JSON = {"model": model or ("wan2.5-image-to-image" if image else "wan2.5-text-to-image"), "prompt": prompt}
-    wishes = {"size": size, "n": n, "image_urls": image, "metadata": pairs(metadata, "--metadata"), "callback_url": callback_url}
+            raise typer.BadParameter(
+                f"{text!r} is no URL, and files cannot be sent yet", param_hint="--image"
+            )
+    order: JSON = {
+        "model": model or ("wan2.5-image-to-image" if image else "wan2.5-text-to-image"),
+        "prompt": prompt,
+    }
+    wishes = {
+        "size": size,
+        "n": n,
+        "image_urls": image,
+        "metadata": pairs(metadata, "--metadata"),
+        "callback_url": callback_url,
+    }
     order |= {name: value for name, value in wishes.items() if value not in (None, [], {})}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -48,25 +79,39 @@ def submit(
         task = ask(client, order, key, None)
         if wait or out is not None:
             task = ended(client, order, key, task)
-        files = [str(saved(client, each, task["id"], out)) for each in task["images"]] if out is not None else []
+        files = (
+            [str(saved(client, each, task["id"], out)) for each in task["images"]]
+            if out is not None
+            else []
+        )
     if as_json:
         put_json({**task, "files": files} if out is not None else task)
     else:
-        lines = (files if out is not None else task["results"]) if wait or out is not None else [task["id"]]
+        lines = (
+            (files if out is not None else task["results"])
+            if wait or out is not None
+            else [task["id"]]
+        )
         for line in lines:
             put(line)
     if task["state"] in TERMINAL and task["state"] != "completed":
         error = task["error"] or {}
-        raise CommandFailed(f"{task['id']} {task['state']}: {error.get('code')}: {error.get('message')}")
+        raise CommandFailed(
+            f"{task['id']} {task['state']}: {error.get('code')}: {error.get('message')}"
+        )
 
 
 def ask(client: Service, order: JSON, key: str, hold_s: int | None) -> JSON:
-    """The task, as it is after `hold_s` seconds at most or its end; the same task for the same key however often it is asked for."""
+    """The task, as it is after `hold_s` seconds at most or its end; the same task for the same key
+    however often it is asked for.
+    """
     headers = {"idempotency-key": key} | ({} if hold_s is None else {"prefer": f"wait={hold_s}"})
     try:
         return client.call("POST", "/v1/images/generations", body=order, headers=headers)
     except EgressError as error:
-        raise CommandFailed(f"{error}; the task may have been taken: ask again with --idempotency-key {key}") from None
+        raise CommandFailed(
+            f"{error}; the task may have been taken: ask again with --idempotency-key {key}"
+        ) from None
 
 
 def ended(client: Service, order: JSON, key: str, task: JSON) -> JSON:
@@ -91,7 +136,9 @@ def progress(task: JSON) -> Iterator[Callable[[JSON], None]]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as display:
         line = display.add_task(f"{task['id']} {task['state']}", total=None)
-        yield lambda task: display.update(line, description=f"{task['id']} {task['state']} {task['progress']} %")
+        yield lambda task: display.update(
+            line, description=f"{task['id']} {task['state']} {task['progress']} %"
+        )
 
 
 def saved(client: Service, image: JSON, task_id: str, folder: Path) -> Path:
@@ -111,7 +158,9 @@ def saved(client: Service, image: JSON, task_id: str, folder: Path) -> Path:
 
 
 def tasks(
-    state: Annotated[str | None, typer.Option(help="queued, submitted, completed, failed, …")] = None,
+    state: Annotated[
+        str | None, typer.Option(help="queued, submitted, completed, failed, …")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Of this model.")] = None,
     metadata: Metadata = None,
     limit: Limit = 100,
@@ -126,7 +175,12 @@ def tasks(
         put_json(page)
         return
     rows = [
-        {**task, "created": date(task["created"]), "images": len(task["images"]), "prompt": plain(task["prompt"] or "")[:60]}
+        {
+            **task,
+            "created": date(task["created"]),
+            "images": len(task["images"]),
+            "prompt": plain(task["prompt"] or "")[:60],
+        }
         for task in page["data"]
     ]
     put_table(rows, "id", "state", "created", "images", "model", "prompt")
@@ -134,19 +188,47 @@ def tasks(
         remark(f"more: --cursor {page['next_cursor']}")
 
 
-def task(id: Annotated[str, typer.Argument(help="Ours or the upstream's.", metavar="ID")], as_json: Json = False) -> None:
+def task(
+    id: Annotated[str, typer.Argument(help="Ours or the upstream's.", metavar="ID")],
+    as_json: Json = False,
+) -> None:
     """Show a task with its timeline."""
     with service() as client:
         task = client.call("GET", f"/v1/tasks/{segment(id)}")
-        steps = client.call("GET", f"/v1/tasks/{segment(task['id'])}/timeline")["data"] if "state" in task else []
+        steps = (
+            client.call("GET", f"/v1/tasks/{segment(task['id'])}/timeline")["data"]
+            if "state" in task
+            else []
+        )
     if as_json:
         put_json({**task, "timeline": steps})
         return
-    shown = {name: task.get(name) for name in ("id", "state", "upstream_id", "model", "prompt", "request", "metadata", "usage", "error")}
-    put_fields(shown | {"created": date(task["created"])} | {f"image {each['index']}": each["url"] for each in task.get("images", ())})
+    shown = {
+        name: task.get(name)
+        for name in (
+            "id",
+            "state",
+            "upstream_id",
+            "model",
+            "prompt",
+            "request",
+            "metadata",
+            "usage",
+            "error",
+        )
+    }
+    put_fields(
+        shown
+        | {"created": date(task["created"])}
+        | {f"image {each['index']}": each["url"] for each in task.get("images", ())}
+    )
     put("")
     for step in steps:
-        details = " ".join(f"{name}={value}" for name, value in step.items() if name not in ("time", "step") and value is not None)
+        details = " ".join(
+            f"{name}={value}"
+            for name, value in step.items()
+            if name not in ("time", "step") and value is not None
+        )
         put(f"{plain(step['time'])}  {plain(step['step']):<24} {plain(details)}".rstrip())
 
 

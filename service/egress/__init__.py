@@ -1,9 +1,10 @@
 """Every request that leaves: one guarded client a purpose, over httpx's aiohttp transport.
 
-A URL is judged by its text (scheme, host list, port, literal address), its name by every address it has now, each redirect like a first
-request. The transport's resolver is the judge itself, so a connection goes to an address that was judged and no second look-up exists.
-The transports are driven without `httpx.AsyncClient`: no cookies are kept, no redirect is prepared, and no proxy or netrc of the
-environment is read (a proxy would resolve names itself, behind the guard's back).
+A URL is judged by its text (scheme, host list, port, literal address), its name by every address it
+has now, each redirect like a first request. The transport's resolver is the judge itself, so a
+connection goes to an address that was judged and no second look-up exists. The transports are
+driven without `httpx.AsyncClient`: no cookies are kept, no redirect is prepared, and no proxy or
+netrc of the environment is read (a proxy would resolve names itself, behind the guard's back).
 """
 
 from service.egress.addresses import forbidden
@@ -12,4 +13,15 @@ from service.egress.command import service_call, service_client
 from service.egress.transport import Resolve
 from service.egress.urls import Target, parse_url
 
-__all__ = ["Egress", "Resolve", "Response", "Rules", "Streamed", "Target", "forbidden", "parse_url", "service_call", "service_client"]
+__all__ = [
+    "Egress",
+    "Resolve",
+    "Response",
+    "Rules",
+    "Streamed",
+    "Target",
+    "forbidden",
+    "parse_url",
+    "service_call",
+    "service_client",
+]

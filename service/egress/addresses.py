@@ -6,23 +6,39 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_net
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
 
-GLOBAL_V6 = IPv6Network("2000::/3")  # all that IANA gives out as global unicast; no ULA, link- or site-local, multicast, NAT64
-SPECIAL = tuple(  # IANA's special-purpose registries where `is_global` of some Python releases says otherwise
+GLOBAL_V6 = IPv6Network(
+    "2000::/3"
+)  # all that IANA gives out as global unicast; no ULA, link- or site-local, multicast, NAT64
+# IANA's special-purpose registries where `is_global` of some Python releases says otherwise
+SPECIAL = tuple(
     ip_network(text)
     for text in (
-        *("0.0.0.0/8", "100.64.0.0/10", "192.0.0.0/24", "192.88.99.0/24", "198.18.0.0/15", "224.0.0.0/4", "240.0.0.0/4"),
+        *(
+            "0.0.0.0/8",
+            "100.64.0.0/10",
+            "192.0.0.0/24",
+            "192.88.99.0/24",
+            "198.18.0.0/15",
+            "224.0.0.0/4",
+            "240.0.0.0/4",
+        ),
         *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
         "168.63.129.16/32",  # looks global, but is the host's own agent on every machine of Azure's
     )
 )
-TRANSLATED = tuple(ip_network(text) for text in ("::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48"))  # SIIT, NAT64
+TRANSLATED = tuple(
+    ip_network(text)
+    for text in ("::ffff:0:0/96", "::ffff:0:0:0/96", "64:ff9b::/96", "64:ff9b:1::/48")
+)  # SIIT, NAT64
 
 
 def embedded(address: IPv6Address) -> Iterator[IPv4Address]:
     """The IPv4 addresses that a gateway, a tunnel or the kernel may read out of an IPv6 address."""
     number = int(address)
     compatible = 1 < number < 1 << 32  # ::/96 but for the unspecified address and loopback
-    isatap = number >> 32 & 0xFCFFFFFF == 0x00005EFE  # in the interface's half, whatever its u and g bits
+    isatap = (
+        number >> 32 & 0xFCFFFFFF == 0x00005EFE
+    )  # in the interface's half, whatever its u and g bits
     if compatible or isatap or any(address in network for network in TRANSLATED):
         yield IPv4Address(number & 0xFFFFFFFF)
     if address.sixtofour:
@@ -32,7 +48,9 @@ def embedded(address: IPv6Address) -> Iterator[IPv4Address]:
 
 
 def forbidden(address: Address, networks: Sequence[Network], *, plain: bool) -> str | None:
-    """Why an address may not be connected to (`plain`: without TLS), or None. An IPv4 address inside is judged first, by the same rule."""
+    """Why an address may not be connected to (`plain`: without TLS), or None. An IPv4 address
+    inside is judged first, by the same rule.
+    """
     if isinstance(address, IPv6Address):
         if address.scope_id is not None:
             return f"{address} has a zone"
@@ -41,7 +59,11 @@ def forbidden(address: Address, networks: Sequence[Network], *, plain: bool) -> 
                 return f"{address} stands for {reason}"
     if any(address in network for network in networks):
         return None
-    routable = address.is_global and not address.is_multicast and not any(address in network for network in SPECIAL)
+    routable = (
+        address.is_global
+        and not address.is_multicast
+        and not any(address in network for network in SPECIAL)
+    )
     if not routable or (address.version == 6 and address not in GLOBAL_V6):
         return f"{address} is not globally routable"
     return f"{address} is not in the networks that plain http may reach" if plain else None

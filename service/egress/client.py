@@ -42,9 +42,10 @@ KEPT_ACROSS_ORIGINS = frozenset({"accept", "if-range", "range", "user-agent"})
 class Rules:
     """What one purpose may reach.
 
-    `networks`: not globally routable, reached all the same, with plain http too. `hosts`: None is any, `.x` every subdomain of x, `x`
-    exactly x; it holds for literal addresses as well. `redirects`: how many a GET or HEAD follows, 0 makes a 3xx an answer like any
-    other. `upgrade`: an http link to a host outside `networks` is fetched by https. `max_url`: in characters.
+    `networks`: not globally routable, reached all the same, with plain http too. `hosts`: None is
+    any, `.x` every subdomain of x, `x` exactly x; it holds for literal addresses as well.
+    `redirects`: how many a GET or HEAD follows, 0 makes a 3xx an answer like any other. `upgrade`:
+    an http link to a host outside `networks` is fetched by https. `max_url`: in characters.
     """
 
     purpose: str
@@ -57,7 +58,9 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """An answer: header names in lower case, the body as sent (never decoded), cut at the caller's limit; `duration` in seconds."""
+    """An answer: header names in lower case, the body as sent (never decoded), cut at the caller's
+    limit; `duration` in seconds.
+    """
 
     status: int
     headers: Mapping[str, str]
@@ -68,7 +71,9 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """An answer whose body is still to come; `url` is the one that was fetched in the end. `chunks` may be iterated once."""
+    """An answer whose body is still to come; `url` is the one that was fetched in the end. `chunks`
+    may be iterated once.
+    """
 
     status: int
     headers: Mapping[str, str]
@@ -79,9 +84,10 @@ class Streamed:
 class Egress:
     """The guarded client of one purpose, an async context manager.
 
-    Raises EgressRefused (also told to `on_refused`: purpose, host, reason), NotConnected, CallTimedOut, ConnectionLost.
-    On a kept connection that the other side closes a GET is sent once more; a POST is ConnectionLost, as it may have been seen.
-    `resolve` replaces the system's, `tls` the usual trust (`SSL_CERT_FILE`, else certifi's); idle connections live `keep_alive` seconds.
+    Raises EgressRefused (also told to `on_refused`: purpose, host, reason), NotConnected,
+    CallTimedOut, ConnectionLost. On a kept connection that the other side closes a GET is sent once
+    more; a POST is ConnectionLost, as it may have been seen. `resolve` replaces the system's, `tls`
+    the usual trust (`SSL_CERT_FILE`, else certifi's); idle connections live `keep_alive` seconds.
     """
 
     def __init__(
@@ -106,7 +112,9 @@ class Egress:
         tls = self._tls or httpx.create_ssl_context()
         for scheme in ("https", "http"):
             judge = Judge(partial(self._judged_addresses, plain=scheme == "http"))
-            self._transports[scheme] = open_transport(judge, tls, self._connections, self._keep_alive)
+            self._transports[scheme] = open_transport(
+                judge, tls, self._connections, self._keep_alive
+            )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -118,7 +126,9 @@ class Egress:
         self._target(url)
 
     async def check(self, url: str) -> None:
-        """Judge a URL by its text and by every address its name has now; EgressRefused, NotConnected when it has none."""
+        """Judge a URL by its text and by every address its name has now; EgressRefused,
+        NotConnected when it has none.
+        """
         target = self._target(url)
         try:
             async with asyncio.timeout(CONNECT):
@@ -138,7 +148,9 @@ class Egress:
         timeout: float,
         max_bytes: int = 1 << 20,
     ) -> Response:
-        """One call, whole within `timeout` seconds. Of a body over `max_bytes` the beginning comes back."""
+        """One call, whole within `timeout` seconds. Of a body over `max_bytes` the beginning comes
+        back.
+        """
         started = asyncio.get_running_loop().time()
         call, body = Call(), bytearray()
         with translated(call):
@@ -152,13 +164,27 @@ class Egress:
                 finally:
                     await response.aclose()
         duration = asyncio.get_running_loop().time() - started
-        return Response(response.status_code, dict(response.headers), bytes(body[:max_bytes]), len(body) > max_bytes, duration)
+        return Response(
+            response.status_code,
+            dict(response.headers),
+            bytes(body[:max_bytes]),
+            len(body) > max_bytes,
+            duration,
+        )
 
     @asynccontextmanager
     async def stream(
-        self, method: str, url: str, *, headers: Mapping[str, str] = NOTHING, timeout: float, idle: float
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] = NOTHING,
+        timeout: float,
+        idle: float,
     ) -> AsyncIterator[Streamed]:
-        """One call whose body is read in pieces: whole within `timeout` seconds, with never `idle` seconds without a byte."""
+        """One call whose body is read in pieces: whole within `timeout` seconds, with never `idle`
+        seconds without a byte.
+        """
         clock = asyncio.get_running_loop().time
         end, call = clock() + timeout, Call()
         with translated(call):
@@ -181,22 +207,40 @@ class Egress:
             await response.aclose()
 
     async def _answer(
-        self, call: Call, method: str, url: str, headers: Mapping[str, str], content: Content | None, idle: float | None = None
+        self,
+        call: Call,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        content: Content | None,
+        idle: float | None = None,
     ) -> httpx.Response:
-        """The head of the last answer, after redirects; its body is unread and the caller closes it."""
+        """The head of the last answer, after redirects; its body is unread and the caller closes
+        it.
+        """
         target = await self._ready(self._target(url))
         for _ in range(self.rules.redirects + 1):
             call.url, call.host = target.url, target.host
             async with asyncio.timeout(idle):
-                response = await send(self._transports[target.scheme], call, method, headers, content)
+                response = await send(
+                    self._transports[target.scheme], call, method, headers, content
+                )
             location = response.headers.get("location")
-            follow = self.rules.redirects and method in ("GET", "HEAD") and response.status_code in REDIRECTS
+            follow = (
+                self.rules.redirects
+                and method in ("GET", "HEAD")
+                and response.status_code in REDIRECTS
+            )
             if not follow or location is None:
                 return response
             await response.aclose()
             following = await self._ready(self._target(location, call.url))
             if following.origin != target.origin:  # a key or a cookie is meant for who was asked
-                headers = {name: value for name, value in headers.items() if name.lower() in KEPT_ACROSS_ORIGINS}
+                headers = {
+                    name: value
+                    for name, value in headers.items()
+                    if name.lower() in KEPT_ACROSS_ORIGINS
+                }
             target = following
         raise self._refused(target.host, f"more than {self.rules.redirects} redirects")
 
@@ -207,7 +251,9 @@ class Egress:
         except ValueError as error:
             raise self._refused("", str(error)) from error
         rules, host, address = self.rules, target.host, target.address
-        if rules.hosts is not None and not any(host == known or (known[:1] == "." and host.endswith(known)) for known in rules.hosts):
+        if rules.hosts is not None and not any(
+            host == known or (known[:1] == "." and host.endswith(known)) for known in rules.hosts
+        ):
             raise self._refused(host, "the host is not one of those allowed")
         if target.scheme == "http" and not rules.networks:
             if not rules.upgrade:
@@ -221,11 +267,15 @@ class Egress:
     def _upgraded(self, target: Target, addresses: Iterable[Address]) -> Target:
         """An http link as https, if the rules say so and it leads out of the networks."""
         upgrade = self.rules.upgrade and target.scheme == "http"
-        outside = upgrade and any(forbidden(address, self.rules.networks, plain=True) for address in addresses)
+        outside = upgrade and any(
+            forbidden(address, self.rules.networks, plain=True) for address in addresses
+        )
         return target.upgraded if outside else target
 
     def _judge(self, host: str, addresses: Iterable[Address], *, plain: bool) -> None:
-        """All addresses of a host; one that is forbidden refuses them all, as the name is in somebody else's hands."""
+        """All addresses of a host; one that is forbidden refuses them all, as the name is in
+        somebody else's hands.
+        """
         for address in addresses:
             if (reason := forbidden(address, self.rules.networks, plain=plain)) is not None:
                 raise self._refused(host, reason)

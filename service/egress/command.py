@@ -9,12 +9,18 @@ from service.errors import CallTimedOut, ConnectionLost, NotConnected
 
 
 def service_client(base_url: str, api_key: str | None) -> httpx.Client:
-    """The command line's own client of the service: no guard, follows nothing; reads for as long as an answer may be held back."""
-    headers = {"user-agent": USER_AGENT} | ({} if api_key is None else {"authorization": f"Bearer {api_key}"})
+    """The command line's own client of the service: no guard, follows nothing; reads for as long as
+    an answer may be held back.
+    """
+    headers = {"user-agent": USER_AGENT} | (
+        {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+    )
     return httpx.Client(
         base_url=base_url,
         headers=headers,
-        timeout=httpx.Timeout(150, connect=CONNECT),  # `Prefer: wait` holds an answer for up to 120 s
+        timeout=httpx.Timeout(
+            150, connect=CONNECT
+        ),  # `Prefer: wait` holds an answer for up to 120 s
         follow_redirects=False,
         trust_env=False,  # the service is near; a proxy of the environment would see the key
         verify=httpx.create_ssl_context(),
@@ -22,7 +28,9 @@ def service_client(base_url: str, api_key: str | None) -> httpx.Client:
 
 
 def service_call(client: httpx.Client, method: str, path: str, **options: Any) -> httpx.Response:
-    """One request of `service_client`, whatever its status; NotConnected, CallTimedOut, ConnectionLost."""
+    """One request of `service_client`, whatever its status; NotConnected, CallTimedOut,
+    ConnectionLost.
+    """
     try:
         return client.request(method, path, **options)
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:

@@ -13,24 +13,109 @@ from service.egress.addresses import Address
 MAX_URL = 2048  # what the upstream takes of a callback_url; characters
 URL = re.compile(r"(https?)://([^/?#]*)([^#]*)(?:#.*)?", re.IGNORECASE | re.DOTALL)
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE | re.ASCII)
-# The Fetch standard's bad ports (section 2.9), other protocols' whose servers might act on parts of a request, but for 1 and 9, which
-# nobody serves: addresses that are meant to answer nothing are written with them.
+# The Fetch standard's bad ports (section 2.9), other protocols' whose servers might act on parts of
+# a request, but for 1 and 9, which nobody serves: addresses that are meant to answer nothing are
+# written with them.
 OTHERS_PORTS = frozenset(
     (
-        *(7, 11, 13, 15, 17, 19, 20, 21, 22, 23, 25, 37, 42, 43, 53, 69, 77, 79, 87, 95, 101, 102, 103, 104, 109, 110, 111, 113, 115),
-        *(117, 119, 123, 135, 137, 139, 143, 161, 179, 389, 427, 465, 512, 513, 514, 515, 526, 530, 531, 532, 540, 548, 554, 556, 563, 587),
-        *(601, 636, 989, 990, 993, 995, 1719, 1720, 1723, 2049, 3659, 4045, 4190, 5060, 5061, 6000, 6566, 6665, 6666, 6667, 6668, 6669),
+        *(
+            7,
+            11,
+            13,
+            15,
+            17,
+            19,
+            20,
+            21,
+            22,
+            23,
+            25,
+            37,
+            42,
+            43,
+            53,
+            69,
+            77,
+            79,
+            87,
+            95,
+            101,
+            102,
+            103,
+            104,
+            109,
+            110,
+            111,
+            113,
+            115,
+        ),
+        *(
+            117,
+            119,
+            123,
+            135,
+            137,
+            139,
+            143,
+            161,
+            179,
+            389,
+            427,
+            465,
+            512,
+            513,
+            514,
+            515,
+            526,
+            530,
+            531,
+            532,
+            540,
+            548,
+            554,
+            556,
+            563,
+            587,
+        ),
+        *(
+            601,
+            636,
+            989,
+            990,
+            993,
+            995,
+            1719,
+            1720,
+            1723,
+            2049,
+            3659,
+            4045,
+            4190,
+            5060,
+            5061,
+            6000,
+            6566,
+            6665,
+            6666,
+            6667,
+            6668,
+            6669,
+        ),
         *(6679, 6697, 10080),
     )
 )
 AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::([0-9]{1,5}))?", re.IGNORECASE | re.ASCII)
 LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
-NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)  # a host that ends so is an IPv4 address (WHATWG URL)
+NUMBER = re.compile(
+    r"[0-9]+|0x[0-9a-f]*", re.ASCII
+)  # a host that ends so is an IPv4 address (WHATWG URL)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A URL taken apart without a doubt: `host` in ASCII, lower case, without brackets or last dot; `address` when it is a literal."""
+    """A URL taken apart without a doubt: `host` in ASCII, lower case, without brackets or last dot;
+    `address` when it is a literal.
+    """
 
     scheme: str
     host: str
@@ -54,10 +139,14 @@ class Target:
 
 
 def parse_url(text: str, base: str = "", longest: int = MAX_URL) -> Target:
-    """Take a URL apart (relative to `base`); ValueError, with the reason, for everything two parsers might read differently."""
+    """Take a URL apart (relative to `base`); ValueError, with the reason, for everything two
+    parsers might read differently.
+    """
     if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in text):
         raise ValueError("a URL has no control characters")
-    url = text if not base or SCHEME.match(text) else urljoin(base, text)  # alone, `urljoin` would read `http:///x` as a path
+    url = (
+        text if not base or SCHEME.match(text) else urljoin(base, text)
+    )  # alone, `urljoin` would read `http:///x` as a path
     if len(url) > longest:
         raise ValueError(f"a URL has at most {longest} characters")
     if (parts := URL.fullmatch(url)) is None:
@@ -77,7 +166,9 @@ def parse_url(text: str, base: str = "", longest: int = MAX_URL) -> Target:
 
 
 def parse_host(text: str) -> tuple[str, Address | None]:
-    """A URL's host as ASCII, with its address if it is a literal; ValueError for every notation of an address but the plain one."""
+    """A URL's host as ASCII, with its address if it is a literal; ValueError for every notation of
+    an address but the plain one.
+    """
     if text.startswith("["):
         try:
             literal = IPv6Address(text[1:-1])

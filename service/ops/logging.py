@@ -1,4 +1,6 @@
-"""One JSON object a line on standard output, ours and the libraries' alike; `console` is for people."""
+"""One JSON object a line on standard output, ours and the libraries' alike; `console` is for
+people.
+"""
 
 import logging
 import re
@@ -13,10 +15,19 @@ from service import VERSION
 
 QUIET = ("httpx", "httpcore", "aiohttp.access", "asyncio", "alembic", "sqlalchemy.engine", "PIL")
 
-SILENT = ("aio_pika", "aiokafka", "aiormq", "faststream", "nats", "pamqp", "redis")  # a broker's faults are told by `sink.failed`, once
+SILENT = (
+    "aio_pika",
+    "aiokafka",
+    "aiormq",
+    "faststream",
+    "nats",
+    "pamqp",
+    "redis",
+)  # a broker's faults are told by `sink.failed`, once
 
 SECRETS = re.compile(
-    r"""(?P<before> /callbacks/[^/\s]+/[^/\s]+/ | https?://[^\s?#'"<>]+\? | \b(?i:bearer)\s+ | \b(?:whsec|dk|sk)[_-] )
+    r"""(?P<before> /callbacks/[^/\s]+/[^/\s]+/ | https?://[^\s?#'"<>]+\?
+        | \b(?i:bearer)\s+ | \b(?:whsec|dk|sk)[_-] )
         [^\s'"<>)]+""",
     re.VERBOSE,
 )
@@ -37,7 +48,9 @@ def _library(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[
 
 
 def _mask(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Takes what must not be told out of the two fields whose words are others': a sentence, a traceback."""
+    """Takes what must not be told out of the two fields whose words are others': a sentence, a
+    traceback.
+    """
     for name in ("message", "exception"):
         if isinstance(line.get(name), str):
             line[name] = SECRETS.sub(r"\g<before>***", line[name])
@@ -45,7 +58,9 @@ def _mask(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str
 
 
 class Unbreakable:
-    """A stream whose failures stop nothing: a full disk or a reader that left must not cost a task. What is lost is counted."""
+    """A stream whose failures stop nothing: a full disk or a reader that left must not cost a task.
+    What is lost is counted.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -70,7 +85,11 @@ def configure(format: str, level: str, stream: TextIO = sys.stdout) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _stamp,
     ]
-    renderer: Any = structlog.dev.ConsoleRenderer(colors=stream.isatty()) if format == "console" else structlog.processors.JSONRenderer()
+    renderer: Any = (
+        structlog.dev.ConsoleRenderer(colors=stream.isatty())
+        if format == "console"
+        else structlog.processors.JSONRenderer()
+    )
     finish: list[Any] = [structlog.processors.ExceptionRenderer(), _mask]
     unbreakable = Unbreakable(stream)
     number = logging.getLevelNamesMapping()[level.upper()]
@@ -84,7 +103,11 @@ def configure(format: str, level: str, stream: TextIO = sys.stdout) -> None:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, _library],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *finish, renderer],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                *finish,
+                renderer,
+            ],
         )
     )
     root = logging.getLogger()

@@ -1,9 +1,18 @@
-"""The metrics. Counters and histograms are this process's; gauges of the store are counted when asked."""
+"""The metrics. Counters and histograms are this process's; gauges of the store are counted when
+asked.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -13,39 +22,81 @@ class Metrics:
     """Made once a process, with a registry of its own."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, which nobody asked for
+        # # a second series for each, which nobody asked for
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.callbacks = self._counter("callbacks", "Callbacks answered, by verdict", "verdict")
-        self.callback_commit = self._histogram("callback_commit_seconds", "From a callback's last byte to its commit")
-        self.upstream_requests = self._counter("upstream_requests", "Calls to the upstream", "kind", "outcome")
-        self.upstream_seconds = self._histogram("upstream_request_seconds", "How long the upstream took", "kind")
-        self.upstream_limit = self._gauge("upstream_limit", "Calls to the upstream that may run at once, by kind; 429 halves it", "kind")
-        self.upstream_credits = self._gauge("upstream_credits", "Credits that remain at the upstream, when last told; NaN until then")
+        self.callback_commit = self._histogram(
+            "callback_commit_seconds", "From a callback's last byte to its commit"
+        )
+        self.upstream_requests = self._counter(
+            "upstream_requests", "Calls to the upstream", "kind", "outcome"
+        )
+        self.upstream_seconds = self._histogram(
+            "upstream_request_seconds", "How long the upstream took", "kind"
+        )
+        self.upstream_limit = self._gauge(
+            "upstream_limit",
+            "Calls to the upstream that may run at once, by kind; 429 halves it",
+            "kind",
+        )
+        self.upstream_credits = self._gauge(
+            "upstream_credits",
+            "Credits that remain at the upstream, when last told; NaN until then",
+        )
         self.upstream_credits.set(float("nan"))
         self.downloads = self._counter("downloads", "Downloads of results, by outcome", "outcome")
         self.download_bytes = self._counter("download_bytes", "Bytes of results that were stored")
-        self.deliveries = self._counter("deliveries", "Attempts of deliveries, by outcome", "outcome")
-        self.delivery_seconds = self._histogram("delivery_seconds", "How long subscribers took to answer")
-        self.callback_to_event = self._histogram("callback_to_event_seconds", "From the first terminal callback to the terminal event")
+        self.deliveries = self._counter(
+            "deliveries", "Attempts of deliveries, by outcome", "outcome"
+        )
+        self.delivery_seconds = self._histogram(
+            "delivery_seconds", "How long subscribers took to answer"
+        )
+        self.callback_to_event = self._histogram(
+            "callback_to_event_seconds", "From the first terminal callback to the terminal event"
+        )
         self.callback_to_delivery = self._histogram(
-            "callback_to_delivery_seconds", "From the first terminal callback to its event's delivery"
+            "callback_to_delivery_seconds",
+            "From the first terminal callback to its event's delivery",
         )
-        self.egress_refused = self._counter("egress_refused", "Requests that the guard refused", "purpose")
+        self.egress_refused = self._counter(
+            "egress_refused", "Requests that the guard refused", "purpose"
+        )
         self.requests_shed = self._counter(
-            "requests_shed", "Clients' requests answered 503, as there were too many or callbacks came first"
+            "requests_shed",
+            "Clients' requests answered 503, as there were too many or callbacks came first",
         )
-        self.store_failures = self._counter("store_failures", "Requests answered 503, as the store did not commit or answer")
-        self.worker_faults = self._counter("worker_faults", "Exceptions that nobody foresaw", "stage")
-        self.account_refusals = self._counter("account_refusals", "Submissions the upstream refused because of our key or account")
+        self.store_failures = self._counter(
+            "store_failures", "Requests answered 503, as the store did not commit or answer"
+        )
+        self.worker_faults = self._counter(
+            "worker_faults", "Exceptions that nobody foresaw", "stage"
+        )
+        self.account_refusals = self._counter(
+            "account_refusals", "Submissions the upstream refused because of our key or account"
+        )
         self.tasks = self._gauge("tasks", "Tasks, by state", "state")
         self.queue_depth = self._gauge("queue_depth", "Rows that want work, by stage", "stage")
-        self.result_seconds_left = self._gauge("result_seconds_left", "Before the oldest unsaved link dies; +Inf without one")
-        self.oldest_unsettled = self._gauge("oldest_unsettled_seconds", "Age of the oldest task that has not ended")
-        self.oldest_due_delivery = self._gauge("oldest_due_delivery_seconds", "For how long the oldest due delivery has waited")
+        self.result_seconds_left = self._gauge(
+            "result_seconds_left", "Before the oldest unsaved link dies; +Inf without one"
+        )
+        self.oldest_unsettled = self._gauge(
+            "oldest_unsettled_seconds", "Age of the oldest task that has not ended"
+        )
+        self.oldest_due_delivery = self._gauge(
+            "oldest_due_delivery_seconds", "For how long the oldest due delivery has waited"
+        )
         self.dead_letters = self._gauge("dead_letters", "Deliveries that are dead")
         self.credits = self._gauge("credits_total", "Credits of all tasks", "kind")
-        self.sink_lag = self._gauge("sink_lag", "Age in seconds of the oldest event that a broker has not confirmed; 0 without one", "sink")
-        self.blob_free = self._gauge("blob_free_bytes", "Free space of the blob store; NaN where nobody knows")
+        self.sink_lag = self._gauge(
+            "sink_lag",
+            "Age in seconds of the oldest event that a broker has not confirmed; 0 without one",
+            "sink",
+        )
+        self.blob_free = self._gauge(
+            "blob_free_bytes", "Free space of the blob store; NaN where nobody knows"
+        )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"darkroom_{name}", text, labels, registry=self.registry)
@@ -57,12 +108,18 @@ class Metrics:
         return Histogram(f"darkroom_{name}", text, labels, registry=self.registry, buckets=SECONDS)
 
     def show(self, figures: Mapping[str, Any], now: int, free_bytes: int | None) -> bytes:
-        """The exposition, with the store's `figures` (`queries.figures`) at `now`, in milliseconds."""
+        """The exposition, with the store's `figures` (`queries.figures`) at `now`, in
+        milliseconds.
+        """
         for state, count in figures["tasks"].items():
             self.tasks.labels(state).set(count)
         for stage, count in figures["queue_depth"].items():
             self.queue_depth.labels(stage).set(count)
-        dies, unsettled, due = figures["first_link_dies"], figures["oldest_unsettled"], figures["oldest_due_delivery"]
+        dies, unsettled, due = (
+            figures["first_link_dies"],
+            figures["oldest_unsettled"],
+            figures["oldest_due_delivery"],
+        )
         self.result_seconds_left.set(float("inf") if dies is None else (dies - now) / 1000)
         self.oldest_unsettled.set(0 if unsettled is None else max(0, now - unsettled) / 1000)
         self.oldest_due_delivery.set(0 if due is None else max(0, now - due) / 1000)

@@ -1,8 +1,10 @@
-"""Whether the upstream takes our key and account. While it does not, nothing is submitted and one probe at a time asks.
+"""Whether the upstream takes our key and account. While it does not, nothing is submitted and one
+probe at a time asks.
 
-The probe is `GET /v1/credits`, which is free. Where that tells nothing (an upstream without it, a gateway's page, no answer at
-all), or said yes although the next submission was refused again, one task that waits is sent instead. So is, one at a time, what
-has waited too long: nothing is given up for its age without a try, as it would be after a long absence.
+The probe is `GET /v1/credits`, which is free. Where that tells nothing (an upstream without it, a
+gateway's page, no answer at all), or said yes although the next submission was refused again, one
+task that waits is sent instead. So is, one at a time, what has waited too long: nothing is given up
+for its age without a try, as it would be after a long absence.
 """
 
 import asyncio
@@ -30,7 +32,9 @@ AT_ONCE = 500  # tasks that are made due in one transaction
 
 
 class Account:
-    """What this process knows of the account; `run` asks while it is refused. Waits between probes are those of `schedule`, in seconds."""
+    """What this process knows of the account; `run` asks while it is refused. Waits between probes
+    are those of `schedule`, in seconds.
+    """
 
     def __init__(self, resources: Resources, schedule: Sequence[float]) -> None:
         self._resources = resources
@@ -49,8 +53,8 @@ class Account:
 
     @contextmanager
     def sending(self, *, last: bool) -> Iterator[bool]:
-        """Around one submission: whether it may be sent. While the account is refused that is one at a time: it probes, if that is wanted,
-        or is the `last` try of what is too old to wait.
+        """Around one submission: whether it may be sent. While the account is refused that is one
+        at a time: it probes, if that is wanted, or is the `last` try of what is too old to wait.
         """
         if not self.refused or self._trying or not (self._may_try or last):
             yield not self.refused
@@ -71,15 +75,21 @@ class Account:
         log.error("account.refused", reason=reason)
 
     async def hold(self, grant: Grant, give_up_s: float) -> None:
-        """Puts a task off that may not be sent now; the wait is for the case that this process dies: else `_restore` ends it."""
+        """Puts a task off that may not be sent now; the wait is for the case that this process
+        dies: else `_restore` ends it.
+        """
         wait = self._wait(len(self._schedule))
-        await self._resources.store.write(hold_submissions, Hold(grant, round(wait * 1000), round(give_up_s * 1000)))
+        await self._resources.store.write(
+            hold_submissions, Hold(grant, round(wait * 1000), round(give_up_s * 1000))
+        )
         checkpoint("account.held")
         if not self.refused:  # any more
             await self._resources.store.write(resume_submissions, AT_ONCE)
 
     async def taken(self, *, trial: bool) -> None:
-        """A submission was taken, or refused for its own sake: our key was good when it was sent, `trial`: after it had been refused."""
+        """A submission was taken, or refused for its own sake: our key was good when it was sent,
+        `trial`: after it had been refused.
+        """
         if trial and self.refused:
             await self._restore()
         if not self.refused:
@@ -94,14 +104,25 @@ class Account:
             try:
                 if self.refused and not self._trying:
                     await self._probe()
-            except Exception as error:  # the next probe must come whatever became of this one; what waits is due by itself, later
-                known = {"stage": "account", "key": None, "attempt": self._probes, "wait_s": None, "exception": repr(error)}
+            # the next probe must come whatever became of this one; what waits is due by itself,
+            # later
+            except Exception as error:
+                known = {
+                    "stage": "account",
+                    "key": None,
+                    "attempt": self._probes,
+                    "wait_s": None,
+                    "exception": repr(error),
+                }
                 unforeseen = None if isinstance(error, StoreUnavailable) else error
-                log.error("worker.failed", **known, exc_info=unforeseen)  # noqa: TRY400 - a store that is away needs no traceback
+                # a store that is away needs no traceback
+                log.error("worker.failed", **known, exc_info=unforeseen)  # noqa: TRY400
                 self._resources.metrics.worker_faults.labels("account").inc()
 
     def _wait(self, attempt: int) -> float:
-        wait = wait_before(self._schedule, attempt, repeat_last=True, random=self._resources.random(), spread=0.2)
+        wait = wait_before(
+            self._schedule, attempt, repeat_last=True, random=self._resources.random(), spread=0.2
+        )
         assert wait is not None  # the last wait repeats
         return wait
 
@@ -134,7 +155,9 @@ class Account:
         """Submissions are sent again, those that wait at once."""
         self._outage.clear()
         self._may_try = False
-        log.warning("account.restored", seconds=round((self._resources.clock() - self._since) / 1000, 1))
+        log.warning(
+            "account.restored", seconds=round((self._resources.clock() - self._since) / 1000, 1)
+        )
         checkpoint("account.restored")
         more = True
         while more and not self._outage.is_set():
@@ -150,7 +173,9 @@ def note_credits(metrics: Metrics, status: int, body: bytes) -> None:
 
 def remaining_credits(body: bytes) -> float | None:
     """`data.token.remaining_credits`; None where it is not there or no sensible number."""
-    credits = millionths(_section(_section(_object(body), "data"), "token").get("remaining_credits"))
+    credits = millionths(
+        _section(_section(_object(body), "data"), "token").get("remaining_credits")
+    )
     return None if credits is None else credits / 1_000_000
 
 

@@ -1,7 +1,8 @@
 """What a picture's file is made of, walked piece by piece before a decoder sees it.
 
-A file counts only from its first byte to its format's own end; what stands behind that is kept, and means nothing. Metadata is left out of
-what is decoded: a decoder's memory and time then depend on pixels and on the limits below, not on what a text, profile or Exif swells to.
+A file counts only from its first byte to its format's own end; what stands behind that is kept, and
+means nothing. Metadata is left out of what is decoded: a decoder's memory and time then depend on
+pixels and on the limits below, not on what a text, profile or Exif swells to.
 """
 
 import re
@@ -10,7 +11,9 @@ from collections.abc import Callable
 
 PIECES = 2048  # chunks, segments, blocks or boxes, but for those below
 SCANS = 100  # of a JPEG: each goes over all of its pixels; encoders write about ten
-BULK = 500_000  # pieces that carry pixels, or GIF's sub-blocks: over twice what MAX_IMAGE_BYTES of a GIF needs by its default
+# pieces that carry pixels, or GIF's sub-blocks: over twice what MAX_IMAGE_BYTES of a GIF needs by
+# its default
+BULK = 500_000
 INDEX = 1 << 18  # bytes of an AVIF's index, which its decoder searches again and again
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -19,7 +22,9 @@ PNG_BULK = frozenset({b"IDAT", b"fdAT"})
 WEBP_KEPT = frozenset({b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"})
 AVIF_BOXES = frozenset({b"ftyp", b"meta", b"moov", b"mdat", b"free", b"skip", b"uuid"})
 AVIF_BRANDS = frozenset({b"avif", b"avis", b"mif1", b"msf1"})
-MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)  # in a JPEG's pixels a 0xff is followed by 0 or a restart
+MARKER = re.compile(
+    rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL
+)  # in a JPEG's pixels a 0xff is followed by 0 or a restart
 
 
 class NotWhole(Exception):
@@ -43,7 +48,12 @@ class Counted:
 
 
 def png(data: bytes) -> bytes:
-    kept, at, pieces, bulk = [SIGNATURE], len(SIGNATURE), Counted(PIECES, "chunks"), Counted(BULK, "chunks of pixels")
+    kept, at, pieces, bulk = (
+        [SIGNATURE],
+        len(SIGNATURE),
+        Counted(PIECES, "chunks"),
+        Counted(BULK, "chunks of pixels"),
+    )
     while True:
         length, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         (bulk if name in PNG_BULK else pieces).one()
@@ -60,7 +70,9 @@ def png(data: bytes) -> bytes:
 
 
 def jpeg(data: bytes) -> bytes:
-    """The first picture; those behind it (gain maps, previews) are not decoded, but must be whole too."""
+    """The first picture; those behind it (gain maps, previews) are not decoded, but must be whole
+    too.
+    """
     pieces, scans = Counted(PIECES, "segments"), Counted(SCANS, "scans")
     first, end = one_jpeg(data, 0, pieces, scans)
     while data.startswith(b"\xff\xd8\xff", end):
@@ -70,7 +82,11 @@ def jpeg(data: bytes) -> bytes:
 
 def one_jpeg(data: bytes, start: int, pieces: Counted, scans: Counted) -> tuple[bytes, int]:
     """A picture without its metadata, and where it ends."""
-    kept, run, at = [b"\xff\xd8"], 0, start + 2  # `run`: from where on pixels are kept, 0 before the first scan
+    kept, run, at = (
+        [b"\xff\xd8"],
+        0,
+        start + 2,
+    )  # `run`: from where on pixels are kept, 0 before the first scan
     while found := MARKER.search(data, at):
         pieces.one()
         marker, begin, end = found[1][0], found.start(), found.end()
@@ -116,7 +132,9 @@ def whole_gif(data: bytes) -> bytes:
             bulk.one()
             at += size + 1
         at += 1
-        if kind == 0x2C or data[start + 1] == 0xF9:  # how long the next image is shown, and how it is taken away
+        if (
+            kind == 0x2C or data[start + 1] == 0xF9
+        ):  # how long the next image is shown, and how it is taken away
             kept.append(data[start:at])
     return b"".join([*kept, b";"])
 
@@ -127,7 +145,12 @@ def palette(flags: int) -> int:
 
 
 def webp(data: bytes) -> bytes:
-    end, at, kept, pieces = 8 + int.from_bytes(data[4:8], "little"), 12, [b"WEBP"], Counted(PIECES, "chunks")
+    end, at, kept, pieces = (
+        8 + int.from_bytes(data[4:8], "little"),
+        12,
+        [b"WEBP"],
+        Counted(PIECES, "chunks"),
+    )
     if end > len(data):
         raise NotWhole("it breaks off")
     while at + 8 <= end:
@@ -143,7 +166,9 @@ def webp(data: bytes) -> bytes:
 
 
 def avif(data: bytes) -> bytes:
-    """All of it, as its index counts from the file's beginning; Exif goes under a name that no decoder knows."""
+    """All of it, as its index counts from the file's beginning; Exif goes under a name that no
+    decoder knows.
+    """
     kept, at, seen, pieces = [], 0, set(), Counted(PIECES, "boxes")
     while at < len(data):
         pieces.one()
@@ -168,7 +193,9 @@ def avif(data: bytes) -> bytes:
 
 
 def known(data: bytes) -> tuple[str, Callable[[bytes], bytes]] | None:
-    """The format that the first bytes name, and what makes it bare: `bare(data)` raises NotWhole and TooMuch."""
+    """The format that the first bytes name, and what makes it bare: `bare(data)` raises NotWhole
+    and TooMuch.
+    """
     if data.startswith(SIGNATURE):
         return "PNG", png
     if data.startswith(b"\xff\xd8\xff"):

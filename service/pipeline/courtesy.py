@@ -1,7 +1,9 @@
-"""How many requests one subscriber gets at once: a slow or dead one waits for itself, and takes no place from the others.
+"""How many requests one subscriber gets at once: a slow or dead one waits for itself, and takes no
+place from the others.
 
-More by one with each success, half of it on 429, 503 and silence. First attempts never wait for retries. Whoever finds the subscriber
-busy comes back when its turn should be, one after the other: of a long queue no more look again than could be sent.
+More by one with each success, half of it on 429, 503 and silence. First attempts never wait for
+retries. Whoever finds the subscriber busy comes back when its turn should be, one after the other:
+of a long queue no more look again than could be sent.
 """
 
 from collections.abc import Callable
@@ -46,19 +48,26 @@ class Courtesy:
         if len(self._loads) >= KNOWN:
             self._loads = {key: load for key, load in self._loads.items() if load.busy}
         load, now = self._loads.setdefault(subscriber, Load()), self._clock()
-        line, limit = (load.first, int(load.limit)) if first else (load.again, max(1, int(load.limit) - load.first.busy))
+        line, limit = (
+            (load.first, int(load.limit))
+            if first
+            else (load.again, max(1, int(load.limit) - load.first.busy))
+        )
         if line.busy < limit:
             if not load.busy:
                 load.heard_at = now
             line.busy += 1
             return None
-        # A silent one takes no less than it has been silent. While all goes well they come in good time, as it will take more at once.
+        # A silent one takes no less than it has been silent. While all goes well they come in good
+        # time, as it will take more at once.
         each_s = max(load.usual_s, now - load.heard_at) / (2 * MOST if load.well else limit)
         line.turn_at = max(line.turn_at, now) + each_s
         return min(max(line.turn_at - now, SHORTEST_S), LONGEST_S)
 
     def leave(self, subscriber: str, seconds: float, *, first: bool, well: bool | None) -> bool:
-        """After an attempt of so many seconds; `well` None: it says nothing of what the subscriber can take. Whether others wait for it."""
+        """After an attempt of so many seconds; `well` None: it says nothing of what the subscriber
+        can take. Whether others wait for it.
+        """
         load, now = self._loads[subscriber], self._clock()
         line = load.first if first else load.again
         line.busy -= 1
@@ -69,7 +78,9 @@ class Courtesy:
             load.limit = max(1.0, load.limit / 2)
         elif well:
             load.limit = min(MOST, load.limit + 1)
-            if not load.well:  # it is back: what comes now does not stand behind those who waited for a dead one
+            if (
+                not load.well
+            ):  # it is back: what comes now does not stand behind those who waited for a dead one
                 load.first.turn_at = load.again.turn_at = 0.0
         load.well = load.well if well is None else well
         return waited

@@ -1,4 +1,6 @@
-"""Delivering: one signed attempt at a subscriber, and what it leads to. First attempts and retries have places of their own."""
+"""Delivering: one signed attempt at a subscriber, and what it leads to. First attempts and retries
+have places of their own.
+"""
 
 import asyncio
 import time
@@ -17,7 +19,13 @@ from service.resources import Resources
 from service.sinks import Sent
 from service.store import Grant, queries
 from service.store.operations import leases
-from service.store.operations.deliveries import Attempt, ByHand, Outcome, record_attempts, record_by_hand
+from service.store.operations.deliveries import (
+    Attempt,
+    ByHand,
+    Outcome,
+    record_attempts,
+    record_by_hand,
+)
 from service.store.queries import Parcel
 from service.store.records import Row
 
@@ -45,7 +53,9 @@ class Deliverer:
             return
         checkpoint("delivery.claimed")
         known = self.unrecorded.get(grant.key)
-        if known and known.grant.fence == grant.fence - 1:  # it was sent, but its lease ended before the store took that down
+        if (
+            known and known.grant.fence == grant.fence - 1
+        ):  # it was sent, but its lease ended before the store took that down
             await self._record(replace(known, grant=grant))
             return
         outcome = self._not_now(grant, parcel)
@@ -55,14 +65,18 @@ class Deliverer:
         subscriber, first = subscriber_of(parcel), grant.stage == "deliver"
         wait = self.courtesy.enter(subscriber, first=first)
         if wait is not None:
-            await self.resources.store.write(record_attempts, Outcome(grant, "later", wait_ms=round(wait * 1000)))
+            await self.resources.store.write(
+                record_attempts, Outcome(grant, "later", wait_ms=round(wait * 1000))
+            )
             return
         began, well, waited = time.monotonic(), None, False
         try:
             sent = await send(self.resources, parcel, parcel.event)
             well = None if sent.ours else sent.status not in (None, 429, 503)
         finally:
-            waited = self.courtesy.leave(subscriber, time.monotonic() - began, first=first, well=well)
+            waited = self.courtesy.leave(
+                subscriber, time.monotonic() - began, first=first, well=well
+            )
         checkpoint("delivery.answered")
         outcome = replace(self._judge(grant, parcel, sent), waited=waited, url=address_of(parcel))
         held = await self._record(outcome)
@@ -72,7 +86,8 @@ class Deliverer:
     async def _record(self, outcome: Outcome) -> bool:
         """Until the store takes it down: what was sent must not be sent again because that failed.
 
-        Where the lease has ended the outcome is kept for whoever of this process has the next one: it may be about to look.
+        Where the lease has ended the outcome is kept for whoever of this process has the next one:
+        it may be about to look.
         """
         key = outcome.grant.key
         self.unrecorded.pop(key, None)
@@ -84,7 +99,8 @@ class Deliverer:
                 held = await self.resources.store.write(record_attempts, outcome)
             except StoreUnavailable as error:
                 known = lost(outcome.grant, error)
-                log.error("worker.failed", **known)  # noqa: TRY400 - a store that is away needs no traceback
+                # a store that is away needs no traceback
+                log.error("worker.failed", **known)  # noqa: TRY400
                 await asyncio.sleep(RECORD_S)
             else:
                 if held:
@@ -95,7 +111,9 @@ class Deliverer:
         """An endpoint that is gone, paused, or asked for peace."""
         endpoint = parcel.endpoint
         if endpoint is None:
-            return None if parcel.callback_url and parcel.callback_secret else Outcome(grant, "dead")
+            return (
+                None if parcel.callback_url and parcel.callback_secret else Outcome(grant, "dead")
+            )
         if endpoint["status"] == "disabled":
             return Outcome(grant, "dead")
         if endpoint["status"] == "paused":
@@ -110,24 +128,42 @@ class Deliverer:
             return Outcome(grant, "delivered", attempt)
         if sent.status == 410:
             return Outcome(grant, "gone", attempt)
-        wait = wait_before(self.schedule, grant.attempts, repeat_last=False, random=self.resources.random(), spread=0.2)
+        wait = wait_before(
+            self.schedule,
+            grant.attempts,
+            repeat_last=False,
+            random=self.resources.random(),
+            spread=0.2,
+        )
         pause_ms = asked_for(self.resources, sent)
         if wait is None:
             return Outcome(grant, "dead", attempt, 0, pause_ms, sent.ours, disable_after_ms)
         wait_ms = max(round(wait * 1000), pause_ms)
         return Outcome(grant, "retry", attempt, wait_ms, pause_ms, sent.ours, disable_after_ms)
 
-    def _tell(self, grant: Grant, parcel: Parcel, event: Row, sent: Sent, outcome: Outcome, held: bool) -> None:
+    def _tell(
+        self, grant: Grant, parcel: Parcel, event: Row, sent: Sent, outcome: Outcome, held: bool
+    ) -> None:
         metrics = self.resources.metrics
-        if outcome.result == "delivered" and event["called_back_at"] is not None and grant.stage == "deliver":
-            metrics.callback_to_delivery.observe(max(0, self.resources.clock() - event["called_back_at"]) / 1000)
+        if (
+            outcome.result == "delivered"
+            and event["called_back_at"] is not None
+            and grant.stage == "deliver"
+        ):
+            metrics.callback_to_delivery.observe(
+                max(0, self.resources.clock() - event["called_back_at"]) / 1000
+            )
         known = _measured(self.resources, parcel, event, sent, outcome.result)
-        _attempted(known, sent, outcome.result if held else "superseded", grant.attempts, outcome.wait_ms)
+        _attempted(
+            known, sent, outcome.result if held else "superseded", grant.attempts, outcome.wait_ms
+        )
         if held and outcome.result == "dead":
             log.error("delivery.exhausted", **known, attempt=grant.attempts)
 
 
-def _measured(resources: Resources, parcel: Parcel, event: Row, sent: Sent, result: str) -> model.JSON:
+def _measured(
+    resources: Resources, parcel: Parcel, event: Row, sent: Sent, result: str
+) -> model.JSON:
     """Counts an attempt; what its lines have in common."""
     resources.metrics.deliveries.labels(result).inc()
     resources.metrics.delivery_seconds.observe(sent.duration)
@@ -137,13 +173,28 @@ def _measured(resources: Resources, parcel: Parcel, event: Row, sent: Sent, resu
 
 
 def _attempted(known: model.JSON, sent: Sent, result: str, attempt: int, wait_ms: int) -> None:
-    figures = {"status": sent.status, "duration_ms": round(sent.duration * 1000), "error": sent.error}
-    log.info("delivery.attempted", **known, **figures, result=result, attempt=attempt, wait_s=wait_ms / 1000)
+    figures = {
+        "status": sent.status,
+        "duration_ms": round(sent.duration * 1000),
+        "error": sent.error,
+    }
+    log.info(
+        "delivery.attempted",
+        **known,
+        **figures,
+        result=result,
+        attempt=attempt,
+        wait_s=wait_ms / 1000,
+    )
 
 
 def asked_for(resources: Resources, sent: Sent) -> int:
     """How long the subscriber wants peace, in milliseconds."""
-    asked = retry_after(sent.retry_after, resources.clock() / 1000, PAUSE_LIMIT_S) if sent.status in (429, 503) else None
+    asked = (
+        retry_after(sent.retry_after, resources.clock() / 1000, PAUSE_LIMIT_S)
+        if sent.status in (429, 503)
+        else None
+    )
     return round((asked or 0) * 1000)
 
 
@@ -153,7 +204,9 @@ def address_of(parcel: Parcel) -> str | None:
 
 
 def subscriber_of(parcel: Parcel) -> str:
-    """Who is spared together: an endpoint, or all that answers at one origin for tasks' own addresses."""
+    """Who is spared together: an endpoint, or all that answers at one origin for tasks' own
+    addresses.
+    """
     return str(parcel.delivery["endpoint_id"] or "/".join(str(parcel.callback_url).split("/")[:3]))
 
 
@@ -169,7 +222,12 @@ async def send(resources: Resources, parcel: Parcel, event: Row) -> Sent:
     if isinstance(secrets, Sent):
         return secrets
     return await resources.task_callbacks.send(
-        parcel.callback_url, event["id"], now // 1000, written(document["data"]).encode(), "application/json", secrets
+        parcel.callback_url,
+        event["id"],
+        now // 1000,
+        written(document["data"]).encode(),
+        "application/json",
+        secrets,
     )
 
 
@@ -188,20 +246,33 @@ async def send_to(resources: Resources, endpoint: Row, document: model.JSON) -> 
     if isinstance(secrets, Sent):
         return secrets
     return await resources.webhooks.send(
-        endpoint["url"], document["id"], now // 1000, written(document).encode(), "application/cloudevents+json", secrets
+        endpoint["url"],
+        document["id"],
+        now // 1000,
+        written(document).encode(),
+        "application/cloudevents+json",
+        secrets,
     )
 
 
 async def send_by_hand(resources: Resources, delivery_id: str) -> bool:
-    """One attempt now, beside whatever is planned; False: there is nothing to send, or nobody to send it to."""
+    """One attempt now, beside whatever is planned; False: there is nothing to send, or nobody to
+    send it to.
+    """
     parcel = await resources.store.read(queries.parcel, delivery_id)
-    if parcel is None or parcel.event is None or (parcel.endpoint is None and not (parcel.callback_url and parcel.callback_secret)):
+    if (
+        parcel is None
+        or parcel.event is None
+        or (parcel.endpoint is None and not (parcel.callback_url and parcel.callback_secret))
+    ):
         return False
     sent = await send(resources, parcel, parcel.event)
     result = "delivered" if sent.error is None else "gone" if sent.status == 410 else "failed"
     _attempted(_measured(resources, parcel, parcel.event, sent, result), sent, result, 0, 0)
     attempt, pause_ms = attempt_of(resources, sent), asked_for(resources, sent)
-    await resources.store.write(record_by_hand, ByHand(delivery_id, result, attempt, pause_ms, address_of(parcel)))
+    await resources.store.write(
+        record_by_hand, ByHand(delivery_id, result, attempt, pause_ms, address_of(parcel))
+    )
     return True
 
 
@@ -217,11 +288,16 @@ async def send_test(resources: Resources, endpoint: Row) -> model.JSON:
         data={"endpoint_id": endpoint["id"]},
         links=resources.links,
     )
-    return {"time": now, **asdict(attempt_of(resources, await send_to(resources, endpoint, document)))}
+    return {
+        "time": now,
+        **asdict(attempt_of(resources, await send_to(resources, endpoint, document))),
+    }
 
 
 def attempt_of(resources: Resources, sent: Sent) -> Attempt:
-    return Attempt(resources.id("attempt"), sent.status, round(sent.duration * 1000), sent.error, sent.answer)
+    return Attempt(
+        resources.id("attempt"), sent.status, round(sent.duration * 1000), sent.error, sent.answer
+    )
 
 
 def lost(grant: Grant, error: Exception) -> model.JSON:
@@ -230,7 +306,9 @@ def lost(grant: Grant, error: Exception) -> model.JSON:
 
 
 def delivery_document(row: Row, attempts: list[Row], *, answers: bool) -> model.JSON:
-    """A delivery as clients see it; `answers`: with the first 2 KiB of what the subscriber said (admin)."""
+    """A delivery as clients see it; `answers`: with the first 2 KiB of what the subscriber said
+    (admin).
+    """
     return {
         "id": row["id"],
         "endpoint": row["endpoint_id"],
@@ -238,7 +316,9 @@ def delivery_document(row: Row, attempts: list[Row], *, answers: bool) -> model.
         "task": row["task_id"],
         "state": row["state"],
         "created_at": model.rfc3339(row["created_at"]),
-        "next_attempt_at": model.rfc3339(row["due_at"]) if row["state"] == "pending" and row["due_at"] else None,
+        "next_attempt_at": model.rfc3339(row["due_at"])
+        if row["state"] == "pending" and row["due_at"]
+        else None,
         "attempts": [attempt_document(attempt, answers=answers) for attempt in attempts],
     }
 

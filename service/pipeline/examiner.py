@@ -1,7 +1,9 @@
-"""Pictures are judged in processes of their own: a decoder keeps the interpreter for itself, and callbacks must not wait for one.
+"""Pictures are judged in processes of their own: a decoder keeps the interpreter for itself, and
+callbacks must not wait for one.
 
-A picture that brings its process down, or takes too long, has harmed nothing else: its download is tried again. A child reads a request a
-line and answers a line, both JSON; it ends with its input, so it never outlives its parent, however that dies.
+A picture that brings its process down, or takes too long, has harmed nothing else: its download is
+tried again. A child reads a request a line and answers a line, both JSON; it ends with its input,
+so it never outlives its parent, however that dies.
 """
 
 import asyncio
@@ -36,7 +38,9 @@ class Examined:
 
 
 class Examiner:
-    """Examines `places` files at once, in children that are started when they are first needed; use `examining`."""
+    """Examines `places` files at once, in children that are started when they are first needed; use
+    `examining`.
+    """
 
     def __init__(self, places: int, max_bytes: int, max_pixels: int) -> None:
         self._places = asyncio.Semaphore(places)
@@ -44,7 +48,9 @@ class Examiner:
         self.idle: list[subprocess.Popen[bytes]] = []
 
     async def examine(self, path: Path, *, packed: bool) -> Examined:
-        """`packed`: the file is unpacked first if it can be (gzip, zlib), and then holds what was in it. BlobUnavailable."""
+        """`packed`: the file is unpacked first if it can be (gzip, zlib), and then holds what was
+        in it. BlobUnavailable.
+        """
         async with self._places:
             child = self.idle.pop() if self.idle else start()
             if child.poll() is not None:  # killed while it had nothing to do
@@ -52,7 +58,9 @@ class Examiner:
                 child = start()
             try:
                 async with asyncio.timeout(EXAMINE_S):
-                    answer = await asyncio.to_thread(ask, child, {"path": str(path), "packed": packed, **self._limits})
+                    answer = await asyncio.to_thread(
+                        ask, child, {"path": str(path), "packed": packed, **self._limits}
+                    )
             except TimeoutError:
                 return end(child, f"it was not decoded within {EXAMINE_S:g} s")
             except (OSError, ValueError):  # it is gone
@@ -63,7 +71,11 @@ class Examiner:
             self.idle.append(child)
         if "unavailable" in answer:
             raise BlobUnavailable(answer["unavailable"])
-        verdict = Picture(**answer["picture"]) if "picture" in answer else NoPicture(**answer["no_picture"])
+        verdict = (
+            Picture(**answer["picture"])
+            if "picture" in answer
+            else NoPicture(**answer["no_picture"])
+        )
         return Examined(answer["sha256"], answer["bytes"], verdict)
 
 
@@ -79,11 +91,18 @@ async def examining(places: int, max_bytes: int, max_pixels: int) -> AsyncIterat
 
 
 def start() -> "subprocess.Popen[bytes]":
-    """A session of its own: a terminal's Ctrl-C is for the parent, which finishes its work first. BlobUnavailable."""
+    """A session of its own: a terminal's Ctrl-C is for the parent, which finishes its work first.
+    BlobUnavailable.
+    """
     command = [sys.executable, "-m", __name__]
     try:
         return subprocess.Popen(  # noqa: S603 - our own
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+            command,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
     except OSError as error:  # no descriptors, processes or memory left
         raise BlobUnavailable(f"no process to judge it: {error.strerror}") from error
@@ -111,7 +130,11 @@ def examined(path: str, *, packed: bool, max_bytes: int, max_pixels: int) -> dic
         data = Path(path).read_bytes()
         if packed and (plain := unpacked(data, max_bytes)) is not None:
             if len(plain) > max_bytes:
-                return {"sha256": "", "bytes": 0, "no_picture": asdict(NoPicture(f"over {max_bytes} bytes", final=True))}
+                return {
+                    "sha256": "",
+                    "bytes": 0,
+                    "no_picture": asdict(NoPicture(f"over {max_bytes} bytes", final=True)),
+                }
             Path(path).write_bytes(plain)
             data = plain
     except OSError as error:
@@ -122,7 +145,9 @@ def examined(path: str, *, packed: bool, max_bytes: int, max_pixels: int) -> dic
 
 
 def unpacked(data: bytes, max_bytes: int) -> bytes | None:
-    """What a server packed although `identity` was asked for, and at most one byte over the limit; None if it is not packed at all."""
+    """What a server packed although `identity` was asked for, and at most one byte over the limit;
+    None if it is not packed at all.
+    """
     try:
         return zlib.decompressobj(wbits=47).decompress(data, max_bytes + 1)  # 47: gzip or zlib
     except zlib.error:
@@ -130,8 +155,12 @@ def unpacked(data: bytes, max_bytes: int) -> bytes | None:
 
 
 def main() -> None:
-    """A child. Its memory is the first to go when the machine has none left, and its work waits for everybody else's."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a supervisor may send it to all; the parent still needs its answer
+    """A child. Its memory is the first to go when the machine has none left, and its work waits for
+    everybody else's.
+    """
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # a supervisor may send it to all; the parent still needs its answer
     os.nice(NICE)
     with suppress(OSError):  # Linux has it
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")

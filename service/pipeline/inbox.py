@@ -1,4 +1,6 @@
-"""Taking callbacks: one commit, then the answer; no query, no download, no delivery here (contract section 4)."""
+"""Taking callbacks: one commit, then the answer; no query, no download, no delivery here (contract
+section 4).
+"""
 
 import asyncio
 import hashlib
@@ -17,11 +19,20 @@ COMMIT_S = 8.0  # the upstream gives up after 10 s
 UNREADABLE_BYTES = 16 * 1024  # of a body that says nothing, so much is kept
 
 
-async def receive(resources: Resources, task_id: str, body: bytes, result_ttl_s: float, came: float, *, whole: bool = True) -> Verdict:
-    """Judges a callback whose token was right and commits it; StoreUnavailable: nothing was promised.
+async def receive(
+    resources: Resources,
+    task_id: str,
+    body: bytes,
+    result_ttl_s: float,
+    came: float,
+    *,
+    whole: bool = True,
+) -> Verdict:
+    """Judges a callback whose token was right and commits it; StoreUnavailable: nothing was
+    promised.
 
-    A body that is not `whole` says nothing, but its token still proves who calls. It `came`, by the monotonic clock, before its turn:
-    what it waited for that is of its time.
+    A body that is not `whole` says nothing, but its token still proves who calls. It `came`, by the
+    monotonic clock, before its turn: what it waited for that is of its time.
     """
     report = resources.upstream.read_callback(body) if whole else None
     callback = Callback(
@@ -59,6 +70,10 @@ async def receive(resources: Resources, task_id: str, body: bytes, result_ttl_s:
 
 
 def refused(resources: Resources, reason: str, task_id: str | None, seconds: float) -> None:
-    """A callback that was not kept: counted and logged, its token never; `task_id` only when the token proved it."""
+    """A callback that was not kept: counted and logged, its token never; `task_id` only when the
+    token proved it.
+    """
     resources.metrics.callbacks.labels(reason).inc()
-    log.warning("callback.refused", reason=reason, task_id=task_id, duration_ms=round(seconds * 1000, 1))
+    log.warning(
+        "callback.refused", reason=reason, task_id=task_id, duration_ms=round(seconds * 1000, 1)
+    )

@@ -18,7 +18,9 @@ LOOK_S = 0.5  # what another process wrote is seen within a second, also where i
 
 
 def render(row: Row, links: model.Links) -> model.JSON:
-    """An event of contract section 3 from its row; links are made now, so that they follow the settings."""
+    """An event of contract section 3 from its row; links are made now, so that they follow the
+    settings.
+    """
     return model.event_document(
         event_id=row["id"],
         sequence=row["sequence"],
@@ -52,13 +54,17 @@ async def read_events(
     task_id: str | None,
     wait_s: float,
 ) -> Page:
-    """Events after a place, None: from the oldest; an empty page is held until something is there, at most `wait_s` seconds."""
+    """Events after a place, None: from the oldest; an empty page is held until something is there,
+    at most `wait_s` seconds.
+    """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + wait_s
     with store.signals.listen("events") as written:
         while True:
             written.clear()
-            rows, last, forgotten = await store.read(queries.event_list, owner, after or 0, limit, types, task_id)
+            rows, last, forgotten = await store.read(
+                queries.event_list, owner, after or 0, limit, types, task_id
+            )
             resync = after is not None and after < forgotten
             left = deadline - loop.time()
             if rows or resync or left <= 0 or store.signals.stopping:
@@ -84,7 +90,11 @@ def tell(tx: Transaction, metrics: Metrics) -> None:
             if event.called_back_at is not None:
                 metrics.callback_to_event.observe(max(0, tx.now - event.called_back_at) / 1000)
         if event.type == "endpoint.disabled":
-            log.warning("endpoint.disabled", endpoint_id=event.data["endpoint_id"], reason=event.data["reason"])
+            log.warning(
+                "endpoint.disabled",
+                endpoint_id=event.data["endpoint_id"],
+                reason=event.data["reason"],
+            )
         log.info(
             "event.emitted",
             **known,

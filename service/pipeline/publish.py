@@ -1,4 +1,5 @@
-"""From the outbox to brokers: one process at a time publishes to each, in sequence, and goes on where the last one was confirmed.
+"""From the outbox to brokers: one process at a time publishes to each, in sequence, and goes on
+where the last one was confirmed.
 
 What a broker has taken and a crash kept from being noted is published again, under the same id.
 """
@@ -24,7 +25,9 @@ from service.store.records import Row
 log = structlog.get_logger()
 
 PAGE = 100  # events
-SPARE_S = 5.0  # the last message goes 10 s + 5 s after its lease began, and is confirmed or given up within 5 s: 20 of 30
+# the last message goes 10 s + 5 s after its lease began, and is confirmed or given up within 5 s:
+# 20 of 30
+SPARE_S = 5.0
 OTHERS_S = 5.0  # so often a process looks whether the one that publishes is still there
 
 
@@ -75,18 +78,36 @@ class Publisher:
             self._renew_at = now + RENEW_S
             await self._sink.open()
         hold = self._hold
-        rows, last, forgotten = await store.read(queries.event_list, None, hold.position, PAGE, self._sink.types)
+        rows, last, forgotten = await store.read(
+            queries.event_list, None, hold.position, PAGE, self._sink.types
+        )
         if hold.position < forgotten:
-            log.error("sink.missed", sink=hold.name, after=sequence_text(hold.position), until=sequence_text(forgotten))
+            log.error(
+                "sink.missed",
+                sink=hold.name,
+                after=sequence_text(hold.position),
+                until=sequence_text(forgotten),
+            )
         count = await self._publish(hold, rows, last)
         if self._faults:
-            log.info("sink.restored", sink=hold.name, seconds=round(time.monotonic() - self._failing_since, 1))
+            log.info(
+                "sink.restored",
+                sink=hold.name,
+                seconds=round(time.monotonic() - self._failing_since, 1),
+            )
             self._faults = 0
         return 0 if count else LOOK_S
 
     async def _publish(self, hold: Hold, rows: Sequence[Row], last: int) -> int:
-        """Publishes in sequence while the lease lets it, and notes how far that came, whatever ends it; how many."""
-        clock, started, place, count = asyncio.get_running_loop().time, time.perf_counter(), hold.position, 0
+        """Publishes in sequence while the lease lets it, and notes how far that came, whatever ends
+        it; how many.
+        """
+        clock, started, place, count = (
+            asyncio.get_running_loop().time,
+            time.perf_counter(),
+            hold.position,
+            0,
+        )
         try:
             for row in rows:
                 if clock() >= self._renew_at + SPARE_S:
@@ -98,23 +119,38 @@ class Publisher:
         finally:
             if place > hold.position:
                 moved = replace(hold, position=place)
-                self._hold = moved if await self._resources.store.write(advance_sinks, moved) else None
+                self._hold = (
+                    moved if await self._resources.store.write(advance_sinks, moved) else None
+                )
             if count:
                 took = round((time.perf_counter() - started) * 1000)
-                log.info("sink.published", sink=hold.name, events=count, sequence=sequence_text(place), duration_ms=took)
+                log.info(
+                    "sink.published",
+                    sink=hold.name,
+                    events=count,
+                    sequence=sequence_text(place),
+                    duration_ms=took,
+                )
         return count
 
     async def _send(self, row: Row) -> None:
-        """One event that is too large must not hold up all that follow: its task's `request`, which alone can be long, stays behind."""
+        """One event that is too large must not hold up all that follow: its task's `request`, which
+        alone can be long, stays behind.
+        """
         message = Message(
-            row["id"], row["type"], row["task_id"] or row["id"], written(document := render(row, self._resources.links)).encode()
+            row["id"],
+            row["type"],
+            row["task_id"] or row["id"],
+            written(document := render(row, self._resources.links)).encode(),
         )
         try:
             await self._sink.publish(message)
         except MessageTooLarge:
             if "request" not in document["data"]:
                 raise
-            log.warning("sink.shortened", sink=self._sink.name, event_id=message.id, bytes=len(message.body))
+            log.warning(
+                "sink.shortened", sink=self._sink.name, event_id=message.id, bytes=len(message.body)
+            )
             shorter = {**document, "data": {**document["data"], "request": {}}}
             await self._sink.publish(replace(message, body=written(shorter).encode()))
 
@@ -130,7 +166,13 @@ class Publisher:
         unforeseen = None if isinstance(error, SinkUnavailable) else error
         if self._faults == 1 or unforeseen:
             words = f"{type(error).__name__}: {error}" if unforeseen else str(error)
-            log.error("sink.failed", sink=self._sink.name, wait_s=round(wait_s, 1), exception=words, exc_info=unforeseen)
+            log.error(
+                "sink.failed",
+                sink=self._sink.name,
+                wait_s=round(wait_s, 1),
+                exception=words,
+                exc_info=unforeseen,
+            )
         if unforeseen:
             self._resources.metrics.worker_faults.labels("publish").inc()
         await self._sink.close()

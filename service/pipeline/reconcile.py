@@ -1,4 +1,5 @@
-"""When a task that says nothing is asked about: the same plan whether callbacks are expected or not (contract section 2).
+"""When a task that says nothing is asked about: the same plan whether callbacks are expected or not
+(contract section 2).
 
 Whatever was silent too long is simply due for `settle`; there is no second way to an outcome.
 """
@@ -11,7 +12,9 @@ from service.pipeline.retry import confirm_wait, first_query_wait, next_query_wa
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`with_callback`: a callback_url was sent. `after` is `RECONCILE_AFTER_S`. Waits are milliseconds."""
+    """`with_callback`: a callback_url was sent. `after` is `RECONCILE_AFTER_S`. Waits are
+    milliseconds.
+    """
 
     with_callback: bool
     after: float | None
@@ -22,6 +25,12 @@ class Plan:
         return round(first_query_wait(estimated_time, self.with_callback, self.after) * 1000)
 
     def again(self, attempt: int, *, called_back: bool, retry_after: float | None = None) -> int:
-        """After a question that settled nothing; soon, when a callback said that the task has ended."""
-        wait = confirm_wait(attempt) if called_back else next_query_wait(attempt, self.with_callback, self.random())
+        """After a question that settled nothing; soon, when a callback said that the task has
+        ended.
+        """
+        wait = (
+            confirm_wait(attempt)
+            if called_back
+            else next_query_wait(attempt, self.with_callback, self.random())
+        )
         return round(max(wait, retry_after or 0) * 1000)

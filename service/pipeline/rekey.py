@@ -1,6 +1,8 @@
-"""Secrets in the store come under the first key of `DARKROOM_SECRET_KEY`, so that the last one can be dropped some day.
+"""Secrets in the store come under the first key of `DARKROOM_SECRET_KEY`, so that the last one can
+be dropped some day.
 
-At each start of a process with workers, and hourly: while a new key goes round, a process that has not got it first writes with the old.
+At each start of a process with workers, and hourly: while a new key goes round, a process that has
+not got it first writes with the old.
 """
 
 import asyncio
@@ -31,7 +33,9 @@ class Rekeying:
         await hourly(self.resources, "rekey", self.rekey, at_once=True)
 
     async def rekey(self) -> int:
-        """Goes through all secrets once; how many were encrypted anew. StoreUnavailable: the rest waits."""
+        """Goes through all secrets once; how many were encrypted anew. StoreUnavailable: the rest
+        waits.
+        """
         renewed, unreadable = 0, 0
         for table in ("endpoints", "owners"):
             last = ""

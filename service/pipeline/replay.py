@@ -1,6 +1,8 @@
-"""Replaying: a page of events a second becomes deliveries, in the order of the outbox, until the last that was there at the start.
+"""Replaying: a page of events a second becomes deliveries, in the order of the outbox, until the
+last that was there at the start.
 
-Replays to one endpoint come one after the other, so that the rate is bounded by endpoint, however many are asked for.
+Replays to one endpoint come one after the other, so that the rate is bounded by endpoint, however
+many are asked for.
 """
 
 from dataclasses import dataclass
@@ -49,5 +51,7 @@ def replay_document(row: Row, states: dict[str, int]) -> model.JSON:
         "made": row["made"],
         **{state: states.get(state, 0) for state in ("pending", "delivered", "dead")},
         "created_at": model.rfc3339(row["created_at"]),
-        "finished_at": model.rfc3339(row["finished_at"]) if row["finished_at"] is not None else None,
+        "finished_at": model.rfc3339(row["finished_at"])
+        if row["finished_at"] is not None
+        else None,
     }

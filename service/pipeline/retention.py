@@ -1,7 +1,9 @@
-"""What goes: the content of a task that its owner erases; events, deliveries, callbacks, prompts and images when their days are over.
+"""What goes: the content of a task that its owner erases; events, deliveries, callbacks, prompts
+and images when their days are over.
 
-Harmless in several processes at once. What is old is found by reading, so that the writer is held only while a batch goes; then others have
-their turn. Images go after the commit that forgets them: what a crash in between leaves behind is swept as nobody's.
+Harmless in several processes at once. What is old is found by reading, so that the writer is held
+only while a batch goes; then others have their turn. Images go after the commit that forgets them:
+what a crash in between leaves behind is swept as nobody's.
 """
 
 import asyncio
@@ -20,7 +22,10 @@ from service.store.operations import portions, retention
 
 log = structlog.get_logger()
 
-BATCH, TASKS = 50, 10  # looked at together; how much of them a transaction takes is `portions.LIMIT`
+BATCH, TASKS = (
+    50,
+    10,
+)  # looked at together; how much of them a transaction takes is `portions.LIMIT`
 PAUSE_S = 0.05  # between batches
 DAY_MS = 86_400_000
 
@@ -28,20 +33,26 @@ DAY_MS = 86_400_000
 async def erase(resources: Resources, task_id: str, owner: str | None) -> str | None:
     """Erases a task for good; None, or why not: `missing`, or the state of one that has not ended.
 
-    In one transaction, or in several if there is much: its content last, so that whoever dies in between is asked again.
+    In one transaction, or in several if there is much: its content last, so that whoever dies in
+    between is asked again.
     """
     erased = retention.Erased(left=True)
     while erased.left:  # each time less of it is: what a task gets after its end is counted
         part = await resources.store.read(portions.erased_part, task_id, portions.LIMIT)
-        erased = await resources.store.write(retention.erase_tasks, retention.Erasure(task_id, owner, part))
+        erased = await resources.store.write(
+            retention.erase_tasks, retention.Erasure(task_id, owner, part)
+        )
     checkpoint("erase.committed")
     if erased.refused is None:
         log.info("task.erased", images=len(erased.blobs))
         try:
             for name in erased.blobs:
                 await resources.blobs.delete(name)
-        except BlobUnavailable as error:  # no link leads there any more, and the sweep will find them
-            log.error("blobs.failed", message=str(error), exception=repr(error))  # noqa: TRY400 - needs no traceback
+        except (
+            BlobUnavailable
+        ) as error:  # no link leads there any more, and the sweep will find them
+            # needs no traceback
+            log.error("blobs.failed", message=str(error), exception=repr(error))  # noqa: TRY400
     return erased.refused
 
 
@@ -58,8 +69,13 @@ class Retention:
         await hourly(self.resources, "retention", self.apply)
 
     async def apply(self) -> dict[str, int]:
-        """Removes what is old, the oldest first; how many of each. BlobUnavailable, StoreUnavailable: what it did not reach waits."""
-        started, removed = time.perf_counter(), {"events": 0, "deliveries": 0, "tasks": 0, "images": 0}
+        """Removes what is old, the oldest first; how many of each. BlobUnavailable,
+        StoreUnavailable: what it did not reach waits.
+        """
+        started, removed = (
+            time.perf_counter(),
+            {"events": 0, "deliveries": 0, "tasks": 0, "images": 0},
+        )
         before = self.clock() - round(self.days * DAY_MS)
         try:
             await self._outbox(before, removed)
@@ -79,10 +95,18 @@ class Retention:
 
     async def _outbox(self, before: int, removed: dict[str, int]) -> None:
         last, read = 0, self.resources.store.read
-        while (page := await read(retention.old_events, last, before, BATCH, portions.LIMIT.bytes)) is not None:
-            while (old := await read(retention.old_deliveries, page.events, portions.LIMIT)) is not None:
+        while (
+            page := await read(retention.old_events, last, before, BATCH, portions.LIMIT.bytes)
+        ) is not None:
+            while (
+                old := await read(retention.old_deliveries, page.events, portions.LIMIT)
+            ) is not None:
                 part, whole = old.part, old.whole
-                gone = await (self._go(retention.thin_deliveries, part) if part else self._go(retention.forget_deliveries, whole))
+                gone = await (
+                    self._go(retention.thin_deliveries, part)
+                    if part
+                    else self._go(retention.forget_deliveries, whole)
+                )
                 removed["deliveries"] += 0 if part else gone
                 if not gone:
                     break  # they were taken up again, and keep their event
@@ -93,8 +117,16 @@ class Retention:
             gone = await self._go(retention.forget_replays, before)
 
     async def _tasks(self, before: int, removed: dict[str, int]) -> None:
-        while (old := await self.resources.store.read(retention.old_tasks, before, portions.LIMIT, TASKS)) is not None:
-            gone = await (self._go(retention.thin_tasks, old.part) if old.part else self._go(retention.strip_tasks, old.whole))
+        while (
+            old := await self.resources.store.read(
+                retention.old_tasks, before, portions.LIMIT, TASKS
+            )
+        ) is not None:
+            gone = await (
+                self._go(retention.thin_tasks, old.part)
+                if old.part
+                else self._go(retention.strip_tasks, old.whole)
+            )
             removed["tasks"] += 0 if old.part else gone
             if not gone:
                 break  # they were taken up again; the next pass looks at the rest
@@ -107,7 +139,9 @@ class Retention:
                 await self.resources.blobs.delete(name)
             removed["images"] += len(blobs)
 
-    async def _go(self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item) -> Result:
+    async def _go(
+        self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item
+    ) -> Result:
         result = await self.resources.store.write(operation, item)
         await asyncio.sleep(PAUSE_S)
         return result

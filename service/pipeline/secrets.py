@@ -1,4 +1,6 @@
-"""Secrets that sign what is sent: an endpoint's, an owner's. Several at once while one takes over from another."""
+"""Secrets that sign what is sent: an endpoint's, an owner's. Several at once while one takes over
+from another.
+"""
 
 import json
 from collections.abc import Sequence
@@ -10,7 +12,9 @@ MOST = 8  # in overlaps
 
 
 def encode_secrets(secrets: Sequence[tuple[str, int | None]]) -> str:
-    """Secrets as they are encrypted: the newest first, each with the time (milliseconds) its overlap ends."""
+    """Secrets as they are encrypted: the newest first, each with the time (milliseconds) its
+    overlap ends.
+    """
     return json.dumps(secrets)
 
 
@@ -34,7 +38,9 @@ def rotation(keyring: Keyring, held: bytes, new: str, now: int, overlap_ms: int)
 
 
 def rotated(text: str, new: str, now: int, overlap_ms: int) -> str:
-    """The secrets with a new one in front; those before it sign until the overlap ends, and no longer than they would have."""
+    """The secrets with a new one in front; those before it sign until the overlap ends, and no
+    longer than they would have.
+    """
     ends = now + overlap_ms
     old = [(secret, ends if until is None else min(until, ends)) for secret, until in _known(text)]
     return encode_secrets([(new, None), *[each for each in old if each[1] > now][: MOST - 1]])

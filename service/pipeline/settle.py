@@ -1,4 +1,6 @@
-"""Settling: the upstream is asked, its word is mapped to one outcome and recorded once. Callback and reconcile meet here."""
+"""Settling: the upstream is asked, its word is mapped to one outcome and recorded once. Callback
+and reconcile meet here.
+"""
 
 from dataclasses import dataclass
 
@@ -18,7 +20,9 @@ from service.upstreams.pace import Kind
 
 log = structlog.get_logger()
 
-PATIENCE_S = 2.0  # reconciling gives its row back when it finds no place at the upstream for so long
+PATIENCE_S = (
+    2.0  # reconciling gives its row back when it finds no place at the upstream for so long
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,9 @@ class Settler:
 
     async def run(self, grant: Grant) -> None:
         found = await self.resources.store.read(queries.settling, grant.key)
-        if found is None or (found[0]["upstream_id"] is None and State(found[0]["state"]) is not State.SUBMITTED):
+        if found is None or (
+            found[0]["upstream_id"] is None and State(found[0]["state"]) is not State.SUBMITTED
+        ):
             await self.resources.store.write(leases.done, grant)
             return
         row, callback = found
@@ -45,7 +51,9 @@ class Settler:
         answer: QueryOutcome
         if believed:
             answer = Found(believed)
-        elif row["upstream_id"] is None:  # another task proved that the id was its own: nobody to ask, until its own answer comes
+        elif (
+            row["upstream_id"] is None
+        ):  # another task proved that the id was its own: nobody to ask, until its own answer comes
             answer = NotFound()
         else:
             try:
@@ -54,9 +62,16 @@ class Settler:
                 await self.resources.store.write(leases.release, grant)
                 return
         retry_after = answer.retry_after if isinstance(answer, NoAnswer) else None
-        wait_ms = self.plan.again(grant.attempts, called_back=callback is not None, retry_after=retry_after)
+        wait_ms = self.plan.again(
+            grant.attempts, called_back=callback is not None, retry_after=retry_after
+        )
         if callback is None:
-            log.info("reconcile.queried", attempt=grant.attempts, answer=_word(answer), wait_s=wait_ms / 1000)
+            log.info(
+                "reconcile.queried",
+                attempt=grant.attempts,
+                answer=_word(answer),
+                wait_s=wait_ms / 1000,
+            )
         checkpoint("settle.answered")
         report = answer.report if isinstance(answer, Found) else None
         settlement = Settlement(
@@ -69,22 +84,42 @@ class Settler:
         )
         recorded = await self.resources.store.write(record_settlements, settlement)
         checkpoint("settle.recorded")
-        if recorded is not None and report is not None and report.final and State(row["state"]) not in TERMINAL:
+        if (
+            recorded is not None
+            and report is not None
+            and report.final
+            and State(row["state"]) not in TERMINAL
+        ):
             log.info(
-                "task.confirmed", owner=row["owner"], upstream_id=row["upstream_id"], status=report.status, results=len(report.results)
+                "task.confirmed",
+                owner=row["owner"],
+                upstream_id=row["upstream_id"],
+                status=report.status,
+                results=len(report.results),
             )
 
     async def _query(self, grant: Grant, upstream_id: str) -> QueryOutcome:
-        """NoPlace: reconciling, which comes last, found none in time; a callback may ask for the same row meanwhile."""
+        """NoPlace: reconciling, which comes last, found none in time; a callback may ask for the
+        same row meanwhile.
+        """
         kind: Kind = "confirm" if grant.stage == "settle" else "reconcile"
-        async with self.resources.pace.place(kind, None if kind == "confirm" else PATIENCE_S) as heard:
+        async with self.resources.pace.place(
+            kind, None if kind == "confirm" else PATIENCE_S
+        ) as heard:
             answer = await self.resources.upstream.query(upstream_id)
             heard(answer)
         return answer
 
     def _believed(self, row: Row, callback: Row | None) -> Report | None:
-        """What the first callback said, where no query is wanted and nothing contradicted it yet."""
-        if self.confirm or callback is None or row["settle_requests"] != 1 or State(row["state"]) is not State.SUBMITTED:
+        """What the first callback said, where no query is wanted and nothing contradicted it
+        yet.
+        """
+        if (
+            self.confirm
+            or callback is None
+            or row["settle_requests"] != 1
+            or State(row["state"]) is not State.SUBMITTED
+        ):
             return None
         return self.resources.upstream.read_callback(callback["body"])
 

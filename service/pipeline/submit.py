@@ -1,4 +1,6 @@
-"""Taking a client's submission: checked before money is spent, committed as `queued`, answered when its first outcome is known."""
+"""Taking a client's submission: checked before money is spent, committed as `queued`, answered when
+its first outcome is known.
+"""
 
 import asyncio
 import hashlib
@@ -31,7 +33,9 @@ LOOK_S = 1.0  # what another process did is seen within this
 
 @dataclass(frozen=True, slots=True)
 class Intake:
-    """What taking a submission needs to know. `callback_prefix` None: no callback_url is sent upstream."""
+    """What taking a submission needs to know. `callback_prefix` None: no callback_url is sent
+    upstream.
+    """
 
     resources: Resources
     catalogue: Catalogue
@@ -39,18 +43,26 @@ class Intake:
     min_free_bytes: int
     log_prompts: bool
 
-    async def accept(self, owner: str, body: JSON, idempotency_key: str | None, *, admin: bool = False) -> tuple[str, bool]:
-        """The task's id, durable, and whether it was there before. Raises ApiError 400, 409, 503."""
+    async def accept(
+        self, owner: str, body: JSON, idempotency_key: str | None, *, admin: bool = False
+    ) -> tuple[str, bool]:
+        """The task's id, durable, and whether it was there before. Raises ApiError 400, 409,
+        503.
+        """
         digest = hashlib.sha256(canonical_json(body)).hexdigest()
         if idempotency_key is not None:
             known = await self.resources.store.read(queries.task_by_key, owner, idempotency_key)
             if known is not None:
                 return self._replayed(known["id"], known["idempotency_hash"], digest), True
         await self._check(owner, body)
-        upstream_body = await self._translated(owner, {name: value for name, value in body.items() if name not in OURS}, admin=admin)
+        upstream_body = await self._translated(
+            owner, {name: value for name, value in body.items() if name not in OURS}, admin=admin
+        )
         free = await self.resources.blobs.free_bytes()
         if free is not None and free < self.min_free_bytes:
-            raise ApiError(503, "no_space", "there is too little space left for new images", retry_after=60)
+            raise ApiError(
+                503, "no_space", "there is too little space left for new images", retry_after=60
+            )
         task = self._task(owner, body, upstream_body, idempotency_key, digest)
         checkpoint("submit.checked")
         inserted = await self.resources.store.write(insert_tasks, task)
@@ -58,13 +70,19 @@ class Intake:
         if not inserted.created:
             return self._replayed(inserted.task_id, inserted.idempotency_hash, digest), True
         prompt = {"prompt": task.prompt} if self.log_prompts else {}
-        log.info("task.queued", owner=owner, task_id=task.id, model=task.model, replayed=False, **prompt)
+        log.info(
+            "task.queued", owner=owner, task_id=task.id, model=task.model, replayed=False, **prompt
+        )
         return task.id, False
 
     def _replayed(self, task_id: str, known: str | None, digest: str) -> str:
         if known != digest:
             raise ApiError(
-                409, "idempotency_conflict", "this Idempotency-Key was used with another body", param="Idempotency-Key", task_id=task_id
+                409,
+                "idempotency_conflict",
+                "this Idempotency-Key was used with another body",
+                param="Idempotency-Key",
+                task_id=task_id,
             )
         log.info("task.queued", task_id=task_id, replayed=True)
         return task_id
@@ -72,7 +90,12 @@ class Intake:
     async def _check(self, owner: str, body: JSON) -> None:
         name = body.get("model")
         if not isinstance(name, str) or not 0 < len(name) <= MODEL_CHARS:
-            raise ApiError(400, "invalid_request", f"model must be text of 1 to {MODEL_CHARS} characters", param="model")
+            raise ApiError(
+                400,
+                "invalid_request",
+                f"model must be text of 1 to {MODEL_CHARS} characters",
+                param="model",
+            )
         check_metadata(body.get("metadata"))
         violation = self.catalogue.check(body)
         if violation is not None:
@@ -80,18 +103,25 @@ class Intake:
         url = body.get("callback_url")
         if url is not None:
             if not isinstance(url, str):
-                raise ApiError(400, "invalid_parameter", "callback_url must be text", param="callback_url")
+                raise ApiError(
+                    400, "invalid_parameter", "callback_url must be text", param="callback_url"
+                )
             try:
                 await self.resources.task_callbacks.check(url)
             except EgressRefused as error:
-                raise ApiError(400, "invalid_parameter", f"callback_url: {error}", param="callback_url") from error
-            if await self.resources.store.read(queries.callback_secret, owner) is None:  # as with DARKROOM_ADMIN_KEY alone
+                raise ApiError(
+                    400, "invalid_parameter", f"callback_url: {error}", param="callback_url"
+                ) from error
+            if (
+                await self.resources.store.read(queries.callback_secret, owner) is None
+            ):  # as with DARKROOM_ADMIN_KEY alone
                 secret = self.resources.keyring.encrypt(new_secret(os.urandom(32)))
                 await self.resources.store.write(insert_owners, NewOwner(owner, secret))
 
     async def _translated(self, owner: str, body: JSON, *, admin: bool) -> JSON:
-        """The body with an id of ours in `model_params.task_id` as the upstream's. It names a task of the owner's, by either id; only an
-        admin may name any that is the upstream's: all owners share one account there. Raises ApiError 400, 409.
+        """The body with an id of ours in `model_params.task_id` as the upstream's. It names a task
+        of the owner's, by either id; only an admin may name any that is the upstream's: all owners
+        share one account there. Raises ApiError 400, 409.
         """
         parameters = body.get("model_params")
         named = parameters.get("task_id") if isinstance(parameters, dict) else None
@@ -102,16 +132,28 @@ class Intake:
             return body  # from before us or from elsewhere
         param = "model_params.task_id"
         if row is None or (row["upstream_id"] is None and State(row["state"]) in model.TERMINAL):
-            raise ApiError(400, "invalid_parameter", f"{param} names no submitted task of yours", param=param)
+            raise ApiError(
+                400, "invalid_parameter", f"{param} names no submitted task of yours", param=param
+            )
         if row["upstream_id"] is None:
-            raise ApiError(409, "task_not_submitted", f"{param} names a task that the upstream does not have yet", param=param)
+            raise ApiError(
+                409,
+                "task_not_submitted",
+                f"{param} names a task that the upstream does not have yet",
+                param=param,
+            )
         return {**body, "model_params": {**body["model_params"], "task_id": row["upstream_id"]}}
 
-    def _task(self, owner: str, body: JSON, upstream_body: JSON, idempotency_key: str | None, digest: str) -> NewTask:
+    def _task(
+        self, owner: str, body: JSON, upstream_body: JSON, idempotency_key: str | None, digest: str
+    ) -> NewTask:
         task_id, upstream = self.resources.id("task"), self.resources.upstream.name
         if self.callback_prefix is not None:
             token = self.resources.keyring.callback_token(upstream, task_id)
-            upstream_body = {**upstream_body, "callback_url": f"{self.callback_prefix}/callbacks/{upstream}/{task_id}/{token}"}
+            upstream_body = {
+                **upstream_body,
+                "callback_url": f"{self.callback_prefix}/callbacks/{upstream}/{task_id}/{token}",
+            }
         prompt = body.get("prompt")
         return NewTask(
             id=task_id,
@@ -119,7 +161,11 @@ class Intake:
             upstream=upstream,
             model=body["model"],
             prompt=prompt if isinstance(prompt, str) else None,
-            request={name: value for name, value in body.items() if name not in ("prompt", "model", *OURS)},
+            request={
+                name: value
+                for name, value in body.items()
+                if name not in ("prompt", "model", *OURS)
+            },
             metadata=body.get("metadata") or {},
             body=json.dumps(upstream_body, ensure_ascii=False, separators=(",", ":")).encode(),
             callback_url=body.get("callback_url"),
@@ -132,12 +178,29 @@ def check_metadata(metadata: object) -> None:
     """Up to 16 pairs of text, 2 KiB in all (contract section 3)."""
     if metadata is None:
         return
-    if not isinstance(metadata, Mapping) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ApiError(400, "invalid_parameter", "metadata must be an object of texts", param="metadata")
+    if not isinstance(metadata, Mapping) or not all(
+        isinstance(value, str) for value in metadata.values()
+    ):
+        raise ApiError(
+            400, "invalid_parameter", "metadata must be an object of texts", param="metadata"
+        )
     if len(metadata) > METADATA_PAIRS:
-        raise ApiError(400, "invalid_parameter", f"metadata has at most {METADATA_PAIRS} pairs", param="metadata")
-    if sum(len(name.encode()) + len(value.encode()) for name, value in metadata.items()) > METADATA_BYTES:
-        raise ApiError(400, "invalid_parameter", f"metadata has at most {METADATA_BYTES} bytes", param="metadata")
+        raise ApiError(
+            400,
+            "invalid_parameter",
+            f"metadata has at most {METADATA_PAIRS} pairs",
+            param="metadata",
+        )
+    if (
+        sum(len(name.encode()) + len(value.encode()) for name, value in metadata.items())
+        > METADATA_BYTES
+    ):
+        raise ApiError(
+            400,
+            "invalid_parameter",
+            f"metadata has at most {METADATA_BYTES} bytes",
+            param="metadata",
+        )
 
 
 def attempted(task: model.Task, row: Row) -> bool:
@@ -149,7 +212,9 @@ def ended(task: model.Task, _: Row) -> bool:
     return task.terminal
 
 
-async def wait_for(resources: Resources, task_id: str, done: Callable[[model.Task, Row], bool], seconds: float) -> tuple[model.Task, Row]:
+async def wait_for(
+    resources: Resources, task_id: str, done: Callable[[model.Task, Row], bool], seconds: float
+) -> tuple[model.Task, Row]:
     """The task once `done` says so, or as it is after the time or when the process stops."""
     signals = resources.store.signals
     clock = asyncio.get_running_loop().time

@@ -1,4 +1,5 @@
-"""The outbox's end, read once for all streams of a process. A stream is a place in it: a slow reader holds nothing, and nobody up.
+"""The outbox's end, read once for all streams of a process. A stream is a place in it: a slow
+reader holds nothing, and nobody up.
 
 Who is behind what is kept here reads the store itself, a page at a time, until it has caught up.
 """
@@ -23,7 +24,9 @@ log = structlog.get_logger()
 
 PAGE = 100  # events
 KEPT, KEPT_SIZE = 2000, 16 << 20  # of the end: events, characters
-SENT_SIZE = 64 << 10  # characters at once to one stream, but for an event that has more: so much a slow reader holds
+SENT_SIZE = (
+    64 << 10
+)  # characters at once to one stream, but for an event that has more: so much a slow reader holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,10 @@ class Wanted:
         return (
             self.owner in (None, entry.owner)
             and self.task_id in (None, entry.task_id)
-            and (not self.types or any(model.type_matches(pattern, entry.type) for pattern in self.types))
+            and (
+                not self.types
+                or any(model.type_matches(pattern, entry.type) for pattern in self.types)
+            )
         )
 
 
@@ -91,7 +97,14 @@ class Tail:
         except StoreUnavailable:  # said by whoever promised something
             return False
         except Exception as error:
-            log.exception("worker.failed", stage="tail", key=None, attempt=None, wait_s=LOOK_S, exception=repr(error))
+            log.exception(
+                "worker.failed",
+                stage="tail",
+                key=None,
+                attempt=None,
+                wait_s=LOOK_S,
+                exception=repr(error),
+            )
             return False
 
     async def _look(self) -> bool:
@@ -100,12 +113,18 @@ class Tail:
             self._begin = self._end = await self._store.read(queries.outbox_end)
             self._store.signals.notify(["tail"])
         rows, last, _ = await self._store.read(queries.event_list, None, self._end, PAGE)
-        entries = [self._entry(row) for row in rows]  # all or none: what is kept once is read no second time
+        entries = [
+            self._entry(row) for row in rows
+        ]  # all or none: what is kept once is read no second time
         self._entries += entries
         self._size += sum(len(entry.document) for entry in entries)
         over = 0
         while len(self._entries) - over > KEPT or self._size > KEPT_SIZE:
-            self._begin, self._size, over = self._entries[over].sequence, self._size - len(self._entries[over].document), over + 1
+            self._begin, self._size, over = (
+                self._entries[over].sequence,
+                self._size - len(self._entries[over].document),
+                over + 1,
+            )
         del self._entries[:over]
         if self._end != last:
             self._end = last
@@ -122,8 +141,11 @@ class Tail:
         finally:
             self.streams -= 1
 
-    async def follow(self, after: int | None, wanted: Wanted, quiet_s: float) -> AsyncIterator[Sequence[Entry] | Gone]:
-        """Events after a place, in their sequence; None: from now on. An empty sequence when there was none for `quiet_s` seconds.
+    async def follow(
+        self, after: int | None, wanted: Wanted, quiet_s: float
+    ) -> AsyncIterator[Sequence[Entry] | Gone]:
+        """Events after a place, in their sequence; None: from now on. An empty sequence when there
+        was none for `quiet_s` seconds.
 
         Only within `open`. Ends when the process stops. StoreUnavailable.
         """
@@ -143,13 +165,17 @@ class Tail:
                     found = sent_at_once([self._entry(row) for row in rows])
                     if len(found) < len(rows):
                         place = found[-1].sequence
-                    limit = max(1, min(2 * len(found), PAGE)) if rows else PAGE  # what is not sent was read in vain
+                    limit = (
+                        max(1, min(2 * len(found), PAGE)) if rows else PAGE
+                    )  # what is not sent was read in vain
                     del rows
                     if max(before, told) < forgotten:
                         told = forgotten
                         yield Gone(await self._store.read(queries.outbox_begin))
                 else:
-                    kept = self._entries[bisect_right(self._entries, place, key=attrgetter("sequence")) :][:PAGE]
+                    kept = self._entries[
+                        bisect_right(self._entries, place, key=attrgetter("sequence")) :
+                    ][:PAGE]
                     found = sent_at_once([entry for entry in kept if wanted.has(entry)])
                     if found and kept[-1] is not found[-1]:
                         place = found[-1].sequence
@@ -163,7 +189,13 @@ class Tail:
                     quiet_at = clock() + quiet_s
 
     def _entry(self, row: Row) -> Entry:
-        return Entry(row["sequence"], row["owner"], row["type"], row["task_id"], written(render(row, self._links)))
+        return Entry(
+            row["sequence"],
+            row["owner"],
+            row["type"],
+            row["task_id"],
+            written(render(row, self._links)),
+        )
 
 
 def sent_at_once(entries: Sequence[Entry]) -> Sequence[Entry]:

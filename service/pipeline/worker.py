@@ -1,7 +1,8 @@
 """The workers of a process: leased rows in, one job each, never more than a stage has places for.
 
-Rows are born leased while a place is free (the store asks through `reserve` and `take`); else they are due, and claimed
-when a place is freed, when the store hints at work, or at the next look. What a dead process held is due when its lease ends.
+Rows are born leased while a place is free (the store asks through `reserve` and `take`); else they
+are due, and claimed when a place is freed, when the store hints at work, or at the next look. What
+a dead process held is due when its lease ends.
 """
 
 import asyncio
@@ -69,7 +70,9 @@ class WorkerPool:
         self._late: list[Grant] = []  # what a transaction that was under way granted after the stop
         self._wake = asyncio.Event()
         self._away = False  # the store, and that was logged
-        self._returned: Counter[str] = Counter()  # how often a row was given back since it was last worked on to an end
+        self._returned: Counter[str] = (
+            Counter()
+        )  # how often a row was given back since it was last worked on to an end
         self.alive = False
 
     # --- what the store asks ---
@@ -94,7 +97,9 @@ class WorkerPool:
             self._jobs[grant] = self._started(grant)
 
     def _started(self, grant: Grant) -> "asyncio.Task[None]":
-        return asyncio.create_task(self._work(self._stages[grant.stage], grant), name=f"{grant.stage}:{grant.key}")
+        return asyncio.create_task(
+            self._work(self._stages[grant.stage], grant), name=f"{grant.stage}:{grant.key}"
+        )
 
     def committed(self, tx: Transaction) -> None:
         self._tell(tx)
@@ -119,7 +124,9 @@ class WorkerPool:
                 self._wake.clear()
                 await self._claim(wanted)
                 with suppress(TimeoutError):
-                    async with asyncio.timeout_at(look):  # `wait_for` of Python 3.11 loses a cancellation that meets the event
+                    async with asyncio.timeout_at(
+                        look
+                    ):  # `wait_for` of Python 3.11 loses a cancellation that meets the event
                         await self._wake.wait()
                 wanted = set(self._backlog)
                 if clock() >= look:  # however busy one stage is, the others' rows come due
@@ -129,26 +136,43 @@ class WorkerPool:
             renewing.cancel()
 
     async def _claim(self, wanted: Collection[str]) -> None:
-        names = [stage.name for stage in self._stages.values() if stage.free and stage.name in wanted]
+        names = [
+            stage.name for stage in self._stages.values() if stage.free and stage.name in wanted
+        ]
         self._backlog -= set(names)  # the claim tells if there is more
         try:
             await asyncio.gather(*(self._store.write(claim, name) for name in names))
-            if names and len(wanted) == len(self._stages) and await self._store.read(queries.suspects):
+            if (
+                names
+                and len(wanted) == len(self._stages)
+                and await self._store.read(queries.suspects)
+            ):
                 await self._suspects(names)
             self._away = False
-        except Exception as error:  # the loop must outlive whatever the store does: tried again at the next look
-            known = {"stage": "claim", "key": None, "attempt": None, "wait_s": LOOK_S, "exception": f"{type(error).__name__}: {error}"}
+        except (
+            Exception
+        ) as error:  # the loop must outlive whatever the store does: tried again at the next look
+            known = {
+                "stage": "claim",
+                "key": None,
+                "attempt": None,
+                "wait_s": LOOK_S,
+                "exception": f"{type(error).__name__}: {error}",
+            }
             unforeseen = None if isinstance(error, StoreUnavailable) else error
             if unforeseen or not self._away:
-                log.error("worker.failed", **known, exc_info=unforeseen)  # noqa: TRY400 - a store that is away needs no traceback
+                # a store that is away needs no traceback
+                log.error("worker.failed", **known, exc_info=unforeseen)  # noqa: TRY400
             self._away = unforeseen is None
             self._metrics.worker_faults.labels("claim").inc()
             await asyncio.sleep(LOOK_S)
 
     async def _suspects(self, names: Iterable[str]) -> None:
-        """Works alone on rows that outlived deaths of their process, for `ALONE_S` at most each, so that the next death has one cause.
+        """Works alone on rows that outlived deaths of their process, for `ALONE_S` at most each, so
+        that the next death has one cause.
 
-        Each is leased when all others have ended, or it would be blamed for a death that came before it was begun.
+        Each is leased when all others have ended, or it would be blamed for a death that came
+        before it was begun.
         """
         for name in names:
             if not await self._store.write(suspected, name):
@@ -156,7 +180,11 @@ class WorkerPool:
             self._alone = True
             try:
                 await self.drained(ALONE_S)
-                suspect = await self._store.write(claim_suspects, name) if self._stages[name].free else None
+                suspect = (
+                    await self._store.write(claim_suspects, name)
+                    if self._stages[name].free
+                    else None
+                )
                 if suspect is not None and suspect.parked:
                     log.error("task.parked", stage=name, cause=f"{suspect.deaths} deaths")
                 elif suspect is not None:
@@ -177,7 +205,8 @@ class WorkerPool:
                     else:
                         await stage.run(grant)
                         self._returned.pop(grant.key, None)
-                except Exception as error:  # noqa: BLE001 - the one broad except of the workers: logged once, counted, tried again
+                # the one broad except of the workers: logged once, counted, tried again
+                except Exception as error:  # noqa: BLE001
                     await self._failed(grant, error)
         finally:
             self._jobs.pop(grant, None)
@@ -210,8 +239,8 @@ class WorkerPool:
             log.error("task.parked", stage=grant.stage, cause=f"{faults} faults")
 
     async def _give_back(self, grant: Grant) -> None:
-        """Gives up work that could not be recorded, as soon as the store commits again; from the third time on others go first, as it may
-        be this row that the store cannot read or write.
+        """Gives up work that could not be recorded, as soon as the store commits again; from the
+        third time on others go first, as it may be this row that the store cannot read or write.
         """
         if len(self._returned) > RETURNED:
             self._returned.clear()
@@ -230,7 +259,9 @@ class WorkerPool:
         while True:
             await asyncio.sleep(RENEW_S)
             renewals = [self._store.write(renew, grant) for grant in self._jobs]
-            await asyncio.gather(self._store.write(keep_time, None), *renewals, return_exceptions=True)
+            await asyncio.gather(
+                self._store.write(keep_time, None), *renewals, return_exceptions=True
+            )
 
     def quiesce(self) -> None:
         """Starts nothing new from now on; what is in flight goes on until `stop`."""
@@ -251,8 +282,15 @@ class WorkerPool:
         for job in left.values():
             job.cancel()
         await asyncio.gather(*left.values(), return_exceptions=True)
-        nothing = Grant("submit", "", 0, 0)  # its release changes no row, and comes after the transaction that is under way
-        await asyncio.gather(*(self._store.write(release, grant) for grant in (*left, nothing)), return_exceptions=True)
+        nothing = Grant(
+            "submit", "", 0, 0
+        )  # its release changes no row, and comes after the transaction that is under way
+        await asyncio.gather(
+            *(self._store.write(release, grant) for grant in (*left, nothing)),
+            return_exceptions=True,
+        )
         late, self._late = self._late, []
-        await asyncio.gather(*(self._store.write(release, grant) for grant in late), return_exceptions=True)
+        await asyncio.gather(
+            *(self._store.write(release, grant) for grant in late), return_exceptions=True
+        )
         return len(left) + len(late)

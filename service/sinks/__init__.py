@@ -7,7 +7,8 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """One try. `status` None: no answer came, `error` says why. `retry_after` is the answer's header; `answer` its first 2 KiB.
+    """One try. `status` None: no answer came, `error` says why. `retry_after` is the answer's
+    header; `answer` its first 2 KiB.
 
     `ours`: the fault was on this side, and says nothing of the subscriber.
     """
@@ -23,16 +24,30 @@ class Sent:
 class Webhooks(Protocol):
     """Sends signed webhooks to one purpose's addresses; raises nothing that a network can cause."""
 
-    async def send(self, url: str, id: str, timestamp: int, body: bytes, content_type: str, secrets: Sequence[str]) -> Sent:
-        """One POST with the Standard Webhooks headers, signed over the bytes sent; `timestamp` in seconds."""
+    async def send(
+        self,
+        url: str,
+        id: str,
+        timestamp: int,
+        body: bytes,
+        content_type: str,
+        secrets: Sequence[str],
+    ) -> Sent:
+        """One POST with the Standard Webhooks headers, signed over the bytes sent; `timestamp` in
+        seconds.
+        """
 
     async def check(self, url: str) -> None:
-        """EgressRefused for an address that would never be sent to; a name that does not resolve now is fine."""
+        """EgressRefused for an address that would never be sent to; a name that does not resolve
+        now is fine.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """An event on its way to a broker. `key`: events with the same one keep their order; `body`: the CloudEvent, structured JSON."""
+    """An event on its way to a broker. `key`: events with the same one keep their order; `body`:
+    the CloudEvent, structured JSON.
+    """
 
     id: str
     type: str
@@ -41,7 +56,9 @@ class Message:
 
 
 class Broker(Protocol):
-    """A message broker that takes events. Whatever goes wrong is SinkUnavailable; nothing is known to have been taken then."""
+    """A message broker that takes events. Whatever goes wrong is SinkUnavailable; nothing is known
+    to have been taken then.
+    """
 
     name: str
     types: Sequence[str]  # of events it gets; none: all

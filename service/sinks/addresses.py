@@ -1,4 +1,6 @@
-"""Where brokers are: addresses as `DARKROOM_SINKS` has them, checked, and told without what is secret. Pure."""
+"""Where brokers are: addresses as `DARKROOM_SINKS` has them, checked, and told without what is
+secret. Pure.
+"""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +10,11 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 SECURE = {"nats+tls": "nats", "kafka+tls": "kafka", "amqps": "amqp", "rediss": "redis"}
 SASL = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
-TEXT, NAME, SUBJECT = re.compile(r"[!-~]+"), re.compile(r"[A-Za-z0-9._:-]{1,100}"), re.compile(r"[\w-]+", re.ASCII)
+TEXT, NAME, SUBJECT = (
+    re.compile(r"[!-~]+"),
+    re.compile(r"[A-Za-z0-9._:-]{1,100}"),
+    re.compile(r"[\w-]+", re.ASCII),
+)
 TYPE = re.compile(r"\*|[a-z_]+(\.[a-z_]+)*(\.\*)?")
 HOST = re.compile(r"[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]")
 NAME_CHARS = 200
@@ -16,7 +22,9 @@ NAME_CHARS = 200
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One kind's form: its port, how many hosts it may have, what its path and the option that names the target must look like."""
+    """One kind's form: its port, how many hosts it may have, what its path and the option that
+    names the target must look like.
+    """
 
     port: int
     example: str
@@ -28,17 +36,38 @@ class Form:
 
 FORMS: Mapping[str, Form] = MappingProxyType(
     {
-        "nats": Form(4222, "nats://HOST:4222/SUBJECT?stream=NAME", re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII), ("stream",)),
-        "kafka": Form(9092, "kafka://HOST:9092/TOPIC", re.compile(r"[\w.-]{1,249}", re.ASCII), (), options=("sasl",)),
-        "amqp": Form(5672, "amqp://HOST:5672/VHOST?queue=NAME, or exchange=NAME", re.compile(r"[^\s]*"), ("queue", "exchange"), hosts=1),
-        "redis": Form(6379, "redis://HOST:6379/0?stream=KEY", re.compile(r"\d{0,4}"), ("stream",), hosts=1),
+        "nats": Form(
+            4222,
+            "nats://HOST:4222/SUBJECT?stream=NAME",
+            re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII),
+            ("stream",),
+        ),
+        "kafka": Form(
+            9092,
+            "kafka://HOST:9092/TOPIC",
+            re.compile(r"[\w.-]{1,249}", re.ASCII),
+            (),
+            options=("sasl",),
+        ),
+        "amqp": Form(
+            5672,
+            "amqp://HOST:5672/VHOST?queue=NAME, or exchange=NAME",
+            re.compile(r"[^\s]*"),
+            ("queue", "exchange"),
+            hosts=1,
+        ),
+        "redis": Form(
+            6379, "redis://HOST:6379/0?stream=KEY", re.compile(r"\d{0,4}"), ("stream",), hosts=1
+        ),
     }
 )
 
 
 @dataclass(frozen=True, slots=True)
 class SinkAddress:
-    """`name` is the sink's own in the store and in metrics: `?name=`, or the address without user, password and other options."""
+    """`name` is the sink's own in the store and in metrics: `?name=`, or the address without user,
+    password and other options.
+    """
 
     kind: str
     name: str
@@ -64,7 +93,9 @@ def sink_address(value: object) -> SinkAddress:
     scheme = text.partition("://")[0].lower()
     kind = SECURE.get(scheme, scheme)
     if "://" not in text or kind not in FORMS:
-        raise ValueError(f"should begin with {', '.join(f'{each}://' for each in (*FORMS, *SECURE))}")
+        raise ValueError(
+            f"should begin with {', '.join(f'{each}://' for each in (*FORMS, *SECURE))}"
+        )
     form = FORMS[kind]
     try:
         parts = urlsplit(text)
@@ -75,7 +106,9 @@ def sink_address(value: object) -> SinkAddress:
     if len(hosts) > form.hosts:
         raise ValueError("should have one host")
     if not TEXT.fullmatch(text) or parts.fragment or "@" in parts.path + parts.query:
-        raise ValueError("should have its special characters percent-encoded, those of a password above all")
+        raise ValueError(
+            "should have its special characters percent-encoded, those of a password above all"
+        )
     path, options = unquote(parts.path[1:]), _options(parts.query, form)
     if not form.path.fullmatch(path):
         raise ValueError(f"should have a valid path: {form.example}")
@@ -88,7 +121,10 @@ def sink_address(value: object) -> SinkAddress:
         raise ValueError(f"should have sasl= {', '.join(SASL)}, with a user and a password")
     return SinkAddress(
         kind,
-        options.get("name") or f"{kind}://{','.join(hosts)}/{parts.path[1:]}{f'?{option}={target}' if option else ''}"[:NAME_CHARS],
+        options.get("name")
+        or f"{kind}://{','.join(hosts)}/{parts.path[1:]}{f'?{option}={target}' if option else ''}"[
+            :NAME_CHARS
+        ],
         scheme in SECURE,
         hosts,
         unquote(user) or None,
@@ -108,14 +144,18 @@ def _options(query: str, form: Form) -> dict[str, str]:
     for name, values in given.items():
         if name not in known:
             raise ValueError(f"should have no options but {', '.join(known)}")
-        if name != "types" and (len(values) > 1 or "," in values[0] or not TEXT.fullmatch(values[0])):
+        if name != "types" and (
+            len(values) > 1 or "," in values[0] or not TEXT.fullmatch(values[0])
+        ):
             raise ValueError(f"should have {name}= once, with a value that has no comma")
     if len(given.keys() & set(form.target)) != min(1, len(form.target)):
         raise ValueError(f"should name one {' or '.join(form.target)}: {form.example}")
     options = {name: ",".join(values) for name, values in given.items()}
     if "name" in options and not NAME.fullmatch(options["name"]):
         raise ValueError("should have a short name= of letters, digits and . _ : -")
-    if "types" in options and not all(TYPE.fullmatch(pattern) for pattern in options["types"].split(",")):
+    if "types" in options and not all(
+        TYPE.fullmatch(pattern) for pattern in options["types"].split(",")
+    ):
         raise ValueError("should have types= like image.task.* or image.task.completed")
     return options
 
@@ -129,7 +169,11 @@ def _host(text: str, port: int) -> str:
 
 def split_addresses(value: object) -> object:
     """Comma-separated addresses; a comma inside of one parts its hosts."""
-    return tuple(part.strip() for part in re.split(r",(?=\s*[A-Za-z+]+://)", value)) if isinstance(value, str) else value
+    return (
+        tuple(part.strip() for part in re.split(r",(?=\s*[A-Za-z+]+://)", value))
+        if isinstance(value, str)
+        else value
+    )
 
 
 def distinct(addresses: tuple[SinkAddress, ...]) -> tuple[SinkAddress, ...]:

@@ -1,7 +1,9 @@
-"""Brokers through FastStream: each event is one message, confirmed by the broker before the next one goes, under the event's id.
+"""Brokers through FastStream: each event is one message, confirmed by the broker before the next
+one goes, under the event's id.
 
-After any fault the connection is given up and made anew by whoever publishes: the libraries' own reconnecting, which would keep
-messages or send them twice unseen, is off or ended. What they log is silenced (`ops.logging`); a fault's words are in its SinkUnavailable.
+After any fault the connection is given up and made anew by whoever publishes: the libraries' own
+reconnecting, which would keep messages or send them twice unseen, is off or ended. What they log is
+silenced (`ops.logging`); a fault's words are in its SinkUnavailable.
 """
 
 import asyncio
@@ -24,10 +26,15 @@ CONTENT_TYPE = "application/cloudevents+json"
 DUPLICATES_S = 3600  # for so long a stream that is made here knows the ids it has
 KEPT_S = 30 * 86_400  # and its messages
 REMEMBERED = 1000  # entries of a Redis stream whose ids are looked at
-TOO_LARGE = ("MaxPayloadError", "MessageSizeTooLargeError")  # JetStream's and Kafka's, whose limit is 1 MiB unless it is set
+TOO_LARGE = (
+    "MaxPayloadError",
+    "MessageSizeTooLargeError",
+)  # JetStream's and Kafka's, whose limit is 1 MiB unless it is set
 LARGEST = 64 << 20  # bytes of a message: the broker's own limit is to be met first
 
-logging.getLogger(faststream.__name__).handlers.clear()  # it would write to standard error by itself
+logging.getLogger(
+    faststream.__name__
+).handlers.clear()  # it would write to standard error by itself
 
 
 class Channel(Protocol):
@@ -36,13 +43,17 @@ class Channel(Protocol):
     broker: Any
 
     async def prepare(self, connection: Any) -> None:
-        """Sees to it that there is something that takes messages; what is there is left as it is."""
+        """Sees to it that there is something that takes messages; what is there is left as it
+        is.
+        """
 
     async def send(self, message: Message) -> None: ...
 
 
 class Nats:
-    """JetStream. The subject is the address's and the event's type; `Nats-Msg-Id` is the event's id."""
+    """JetStream. The subject is the address's and the event's type; `Nats-Msg-Id` is the event's
+    id.
+    """
 
     def __init__(self, address: SinkAddress) -> None:
         from faststream.nats import NatsBroker
@@ -50,7 +61,9 @@ class Nats:
         from nats.aio.client import Client
 
         class Closing(NatsBroker):
-            """Leaves no socket behind when a server takes the connection and refuses the password."""
+            """Leaves no socket behind when a server takes the connection and refuses the
+            password.
+            """
 
             async def _connect(self) -> Client:
                 client = Client()
@@ -65,14 +78,17 @@ class Nats:
         security: NatsSecurity | None = None
         if address.user is not None:
             known = (address.user, address.password)
-            security = NatsToken(known[0]) if known[1] is None else NatsUserPassword(known[0], known[1])
+            security = (
+                NatsToken(known[0]) if known[1] is None else NatsUserPassword(known[0], known[1])
+            )
         self._address = address
         self.broker = Closing(
             [f"{'tls' if address.tls else 'nats'}://{host}" for host in address.hosts],
             security=security,
             name="darkroom",
             allow_reconnect=False,
-            max_reconnect_attempts=1,  # unless it is limited, the first connection is tried for ever
+            # unless it is limited, the first connection is tried for ever
+            max_reconnect_attempts=1,
             reconnect_time_wait=0,
             connect_timeout=round(TIMEOUT_S),
             drain_timeout=round(CLOSE_S),
@@ -88,7 +104,14 @@ class Nats:
             await stream.stream_info(self._address.target)
         except NotFoundError:
             subjects = [f"{self._address.path}.>"]
-            await stream.add_stream(StreamConfig(self._address.target, subjects=subjects, duplicate_window=DUPLICATES_S, max_age=KEPT_S))
+            await stream.add_stream(
+                StreamConfig(
+                    self._address.target,
+                    subjects=subjects,
+                    duplicate_window=DUPLICATES_S,
+                    max_age=KEPT_S,
+                )
+            )
 
     async def send(self, message: Message) -> None:
         await self.broker.publish(
@@ -102,7 +125,9 @@ class Nats:
 
 
 class Kafka:
-    """An idempotent producer with `acks=all`. The key is the event's task, or its own id; the header `ce_id` is its id."""
+    """An idempotent producer with `acks=all`. The key is the event's task, or its own id; the
+    header `ce_id` is its id.
+    """
 
     def __init__(self, address: SinkAddress) -> None:
         from faststream.kafka import KafkaBroker
@@ -111,7 +136,13 @@ class Kafka:
         context = ssl.create_default_context() if address.tls else None
         security = BaseSecurity(ssl_context=context, use_ssl=address.tls)
         if address.user is not None:
-            made = dict(zip(("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"), (SASLPlaintext, SASLScram256, SASLScram512), strict=True))
+            made = dict(
+                zip(
+                    ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"),
+                    (SASLPlaintext, SASLScram256, SASLScram512),
+                    strict=True,
+                )
+            )
             known = {"username": address.user, "password": address.password or ""}
             security = made[address.sasl](**known, ssl_context=context, use_ssl=address.tls)
         self._topic = address.path
@@ -131,11 +162,19 @@ class Kafka:
 
     async def send(self, message: Message) -> None:
         headers = {"ce_id": message.id, "ce_type": message.type, "content-type": CONTENT_TYPE}
-        await self.broker.publish(message.body, self._topic, key=message.key.encode(), headers=headers, correlation_id=message.id)
+        await self.broker.publish(
+            message.body,
+            self._topic,
+            key=message.key.encode(),
+            headers=headers,
+            correlation_id=message.id,
+        )
 
 
 class Amqp:
-    """Publisher confirms; messages are persistent and must reach a queue. `message_id` is the event's id, `type` its type."""
+    """Publisher confirms; messages are persistent and must reach a queue. `message_id` is the
+    event's id, `type` its type.
+    """
 
     def __init__(self, address: SinkAddress) -> None:
         from aio_pika import RobustConnection
@@ -160,11 +199,15 @@ class Amqp:
                         await each.close()
                     raise
 
-        user, password = quote(address.user or "guest", safe=""), quote(address.password or "guest", safe="")
+        user, password = (
+            quote(address.user or "guest", safe=""),
+            quote(address.password or "guest", safe=""),
+        )
         self._address = address
         self._queue = address.target if address.option == "queue" else None
         self.broker = Closing(
-            f"amqp{'s' * address.tls}://{user}:{password}@{address.hosts[0]}/{quote(address.path, safe='')}",
+            f"amqp{'s' * address.tls}://{user}:{password}@{address.hosts[0]}"
+            f"/{quote(address.path, safe='')}",
             timeout=TIMEOUT_S,
             default_channel=Options(publisher_confirms=True, on_return_raises=True),
             app_id="darkroom",
@@ -200,36 +243,57 @@ class Amqp:
 
 
 class Redis:
-    """A stream's entry has the fields `id`, `type`, `content-type` and `event`. An id among the last entries is not added again.
+    """A stream's entry has the fields `id`, `type`, `content-type` and `event`. An id among the
+    last entries is not added again.
 
-    FastStream would wrap the bytes in a form of its own, so entries go through the client it connects.
+    FastStream would wrap the bytes in a form of its own, so entries go through the client it
+    connects.
     """
 
     def __init__(self, address: SinkAddress) -> None:
         from faststream.redis import RedisBroker
 
-        known = f"{quote(address.user or '', safe='')}:{quote(address.password, safe='')}@" if address.password is not None else ""
+        known = (
+            f"{quote(address.user or '', safe='')}:{quote(address.password, safe='')}@"
+            if address.password is not None
+            else ""
+        )
         self._stream = address.target
         self._client: Any = None
         self._there = set[bytes]()
         url = f"redis{'s' * address.tls}://{known}{address.hosts[0]}/{address.path or 0}"
         quiet: Any = None  # the annotation lacks what the documentation has
-        self.broker = RedisBroker(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, logger=quiet)
+        self.broker = RedisBroker(
+            url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, logger=quiet
+        )
 
     async def prepare(self, connection: Any) -> None:
         self._client = connection
-        self._there = {fields.get(b"id", b"") for _, fields in await connection.xrevrange(self._stream, count=REMEMBERED)}
+        self._there = {
+            fields.get(b"id", b"")
+            for _, fields in await connection.xrevrange(self._stream, count=REMEMBERED)
+        }
 
     async def send(self, message: Message) -> None:
         if message.id.encode() not in self._there:
-            fields = {"id": message.id, "type": message.type, "content-type": CONTENT_TYPE, "event": message.body}
+            fields = {
+                "id": message.id,
+                "type": message.type,
+                "content-type": CONTENT_TYPE,
+                "event": message.body,
+            }
             await self._client.xadd(self._stream, fields)
 
 
 class BrokerSink:
     """`Broker` at an address. ImportError: the extra is not installed."""
 
-    KINDS: ClassVar[Mapping[str, Callable[[SinkAddress], Channel]]] = {"nats": Nats, "kafka": Kafka, "amqp": Amqp, "redis": Redis}
+    KINDS: ClassVar[Mapping[str, Callable[[SinkAddress], Channel]]] = {
+        "nats": Nats,
+        "kafka": Kafka,
+        "amqp": Amqp,
+        "redis": Redis,
+    }
 
     def __init__(self, address: SinkAddress) -> None:
         self.name = address.name

@@ -1,4 +1,6 @@
-"""Webhooks by the Standard Webhooks specification, version 1.0: `v1` signatures over `id.timestamp.body`."""
+"""Webhooks by the Standard Webhooks specification, version 1.0: `v1` signatures over
+`id.timestamp.body`.
+"""
 
 import time
 from collections.abc import Sequence
@@ -19,7 +21,15 @@ class WebhookSink:
         self._egress = egress
         self._timeout = timeout
 
-    async def send(self, url: str, id: str, timestamp: int, body: bytes, content_type: str, secrets: Sequence[str]) -> Sent:
+    async def send(
+        self,
+        url: str,
+        id: str,
+        timestamp: int,
+        body: bytes,
+        content_type: str,
+        secrets: Sequence[str],
+    ) -> Sent:
         headers = {
             "content-type": content_type,
             "webhook-id": id,
@@ -28,12 +38,23 @@ class WebhookSink:
         }
         started = time.perf_counter()
         try:
-            answer = await self._egress.request("POST", url, headers=headers, content=body, timeout=self._timeout, max_bytes=ANSWER_BYTES)
+            answer = await self._egress.request(
+                "POST",
+                url,
+                headers=headers,
+                content=body,
+                timeout=self._timeout,
+                max_bytes=ANSWER_BYTES,
+            )
         except EgressError as error:
             ours = isinstance(error, NoRoute | NoPlace)
-            return Sent(None, time.perf_counter() - started, f"{type(error).__name__}: {error}", ours=ours)
+            return Sent(
+                None, time.perf_counter() - started, f"{type(error).__name__}: {error}", ours=ours
+            )
         problem = None if 200 <= answer.status < 300 else f"answered {answer.status}"
-        return Sent(answer.status, answer.duration, problem, answer.headers.get("retry-after"), answer.body)
+        return Sent(
+            answer.status, answer.duration, problem, answer.headers.get("retry-after"), answer.body
+        )
 
     async def check(self, url: str) -> None:
         with suppress(NotConnected):

@@ -1,7 +1,8 @@
 """What a store can do. Two implement it, `sqlite` and `postgres`; one contract suite holds both.
 
-Writes are operations: synchronous functions over a list of items, `operation(tx, items) -> results`, in one transaction
-with whatever else waits at that moment (`committer`). Reads are functions of a connection. Neither knows its dialect.
+Writes are operations: synchronous functions over a list of items, `operation(tx, items) ->
+results`, in one transaction with whatever else waits at that moment (`committer`). Reads are
+functions of a connection. Neither knows its dialect.
 """
 
 import asyncio
@@ -24,7 +25,9 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The right to work on one row until the lease ends; a finish with an old `fence` changes nothing."""
+    """The right to work on one row until the lease ends; a finish with an old `fence` changes
+    nothing.
+    """
 
     stage: str
     key: str
@@ -50,7 +53,9 @@ class Emitted:
 
 @dataclass(slots=True)
 class Transaction:
-    """What an operation works with. `now` is the store's clock; `slots` are the free places of this process's workers."""
+    """What an operation works with. `now` is the store's clock; `slots` are the free places of this
+    process's workers.
+    """
 
     connection: Connection
     now: int
@@ -60,7 +65,9 @@ class Transaction:
     granted: list[Grant] = field(default_factory=list)
     emitted: list[Emitted] = field(default_factory=list)
     steps: list[JSON] = field(default_factory=list)
-    touched: set[str] = field(default_factory=set)  # ids of tasks that changed, for those who wait for them
+    touched: set[str] = field(
+        default_factory=set
+    )  # ids of tasks that changed, for those who wait for them
     due: set[str] = field(default_factory=set)  # stages that have work which nobody was granted
 
     inserts: dict[Table, list[JSON]] = field(default_factory=dict)
@@ -83,7 +90,9 @@ class Transaction:
             self.changes.setdefault(table, {}).setdefault(id, {}).update(values)
 
     def write(self) -> None:
-        """Sends what is gathered, a statement for many rows; after each operation, and before one reads what it wrote."""
+        """Sends what is gathered, a statement for many rows; after each operation, and before one
+        reads what it wrote.
+        """
         for table, rows in self.inserts.items():
             self.connection.execute(insert(table), rows)
         self.inserts.clear()
@@ -93,7 +102,9 @@ class Transaction:
                 alike.setdefault(frozenset(changed[id]), []).append({"row_id": id, **changed[id]})
             for names, parameters in alike.items():
                 statement = update(table).where(table.c.id == bindparam("row_id"))
-                self.connection.execute(statement.values({name: bindparam(name) for name in sorted(names)}), parameters)
+                self.connection.execute(
+                    statement.values({name: bindparam(name) for name in sorted(names)}), parameters
+                )
         self.changes.clear()
 
 
@@ -101,7 +112,9 @@ class Workers(Protocol):
     """What the store asks of the workers of its process."""
 
     def reserve(self) -> dict[str, int]:
-        """Takes every free place, by stage; what a transaction did not use comes back with `take`."""
+        """Takes every free place, by stage; what a transaction did not use comes back with
+        `take`.
+        """
 
     def take(self, granted: Iterable[Grant], unused: Mapping[str, int]) -> None:
         """Starts the granted work and frees the unused places."""
@@ -114,7 +127,9 @@ class Workers(Protocol):
 
 
 class Signals:
-    """Wakes those in this process who wait for a task, the outbox or work; a hint, never a promise."""
+    """Wakes those in this process who wait for a task, the outbox or work; a hint, never a
+    promise.
+    """
 
     def __init__(self) -> None:
         self._waiting: dict[str, set[asyncio.Event]] = {}
@@ -142,11 +157,15 @@ class Signals:
         self.notify(list(self._waiting))
 
     async def wait(self, event: asyncio.Event, seconds: float) -> bool:
-        """Waits for an event from `listen`; True if it came, False after the time or when the process stops."""
+        """Waits for an event from `listen`; True if it came, False after the time or when the
+        process stops.
+        """
         if self.stopping or seconds <= 0:
             return False
         try:
-            async with asyncio.timeout(seconds):  # `wait_for` of Python 3.11 loses a cancellation that meets the event
+            async with asyncio.timeout(
+                seconds
+            ):  # `wait_for` of Python 3.11 loses a cancellation that meets the event
                 await event.wait()
         except TimeoutError:
             return False
@@ -154,20 +173,32 @@ class Signals:
 
 
 class Store(Protocol):
-    """Durable state. `write` returns after the commit and raises `StoreUnavailable` when there was none."""
+    """Durable state. `write` returns after the commit and raises `StoreUnavailable` when there was
+    none.
+    """
 
     signals: Signals
     process: str
 
     def clock(self) -> int:
-        """Its time, or near it, in milliseconds since 1970 UTC: for what is compared with times that are kept there."""
+        """Its time, or near it, in milliseconds since 1970 UTC: for what is compared with times
+        that are kept there.
+        """
 
     async def write(
-        self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item, *, urgent: bool = False
+        self,
+        operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]],
+        item: Item,
+        *,
+        urgent: bool = False,
     ) -> Result:
-        """Runs the operation over this item and whatever else waits, in one transaction; what is `urgent` goes first."""
+        """Runs the operation over this item and whatever else waits, in one transaction; what is
+        `urgent` goes first.
+        """
 
-    async def read(self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+    async def read(
+        self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
+    ) -> Result:
         """Runs a query on a connection that sees every commit before it."""
 
     def attach(self, workers: Workers) -> None:

@@ -1,7 +1,8 @@
-"""Group commit: what waits is gathered, run in one transaction, and every waiter is woken after the commit.
+"""Group commit: what waits is gathered, run in one transaction, and every waiter is woken after the
+commit.
 
-A failed batch is run again one item at a time, so that one bad item fails alone. Operations carry ids of their own, so
-that running one again after a commit whose answer was lost is harmless.
+A failed batch is run again one item at a time, so that one bad item fails alone. Operations carry
+ids of their own, so that running one again after a commit whose answer was lost is harmless.
 """
 
 import asyncio
@@ -26,8 +27,12 @@ GIVE_UP = 3  # items in a row that the store itself failed: the rest would fare 
 BESIDE_URGENT = 5
 
 Begin = Callable[[Connection, dict[str, int]], Transaction]
-Run = Callable[..., Awaitable[tuple[list[Any], Transaction]]]  # runs a function of a connection, and some arguments
-Transactions = Callable[[], AbstractAsyncContextManager[Run]]  # a transaction: committed at the end of the block, or rolled back
+Run = Callable[
+    ..., Awaitable[tuple[list[Any], Transaction]]
+]  # runs a function of a connection, and some arguments
+Transactions = Callable[
+    [], AbstractAsyncContextManager[Run]
+]  # a transaction: committed at the end of the block, or rolled back
 
 
 @dataclass(slots=True, eq=False)
@@ -41,14 +46,18 @@ class Call:
 
 @dataclass(slots=True)
 class Batch:
-    """What became of some calls: results, or exceptions, in their order; what was committed; the places left over."""
+    """What became of some calls: results, or exceptions, in their order; what was committed; the
+    places left over.
+    """
 
     results: list[Any]
     committed: list[Transaction]
     slots: dict[str, int]
 
 
-def apply(connection: Connection, begin: Begin, calls: Sequence[Call], slots: dict[str, int]) -> tuple[list[Any], Transaction]:
+def apply(
+    connection: Connection, begin: Begin, calls: Sequence[Call], slots: dict[str, int]
+) -> tuple[list[Any], Transaction]:
     """Runs the calls in an open transaction, operation by operation.
 
     The outbox comes last because its counter row stays locked until the commit.
@@ -68,12 +77,20 @@ def apply(connection: Connection, begin: Begin, calls: Sequence[Call], slots: di
 
 
 def is_the_calls_own(error: Exception) -> bool:
-    """Whether an item, not the store, is to blame: by the exception, or by its SQLSTATE class (data, constraint, syntax)."""
+    """Whether an item, not the store, is to blame: by the exception, or by its SQLSTATE class
+    (data, constraint, syntax).
+    """
     state = str(getattr(getattr(error, "orig", None), "sqlstate", None) or "")
-    return isinstance(error, IntegrityError | DataError | ProgrammingError) or state[:2] in ("22", "23", "42")
+    return isinstance(error, IntegrityError | DataError | ProgrammingError) or state[:2] in (
+        "22",
+        "23",
+        "42",
+    )
 
 
-async def execute(transaction: Transactions, begin: Begin, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
+async def execute(
+    transaction: Transactions, begin: Begin, calls: Sequence[Call], slots: dict[str, int]
+) -> Batch:
     """Runs a batch; after a failure each of its calls in a transaction of its own."""
 
     async def transact(some: Sequence[Call], free: dict[str, int]) -> tuple[list[Any], Transaction]:
@@ -81,7 +98,9 @@ async def execute(transaction: Transactions, begin: Begin, calls: Sequence[Call]
             return await run(apply, begin, some, free)
 
     if len(calls) > 1:
-        with suppress(Exception):  # which call it was is found out below, and its caller gets the exception
+        with suppress(
+            Exception
+        ):  # which call it was is found out below, and its caller gets the exception
             results, tx = await transact(calls, slots)
             return Batch(results, [tx], tx.slots)
     batch = Batch([], [], slots)
@@ -119,7 +138,9 @@ class Committer:
         busy_ones: Callable[[], int] = lambda: 1,
     ) -> None:
         self._run_batch = run_batch
-        self._busy_ones = busy_ones  # committers of this process that are at work, this one included
+        self._busy_ones = (
+            busy_ones  # committers of this process that are at work, this one included
+        )
         self._signals = signals
         self._urgent: deque[Call] = deque()
         self._patient: deque[Call] = deque()
@@ -134,7 +155,11 @@ class Committer:
         return not self._urgent and not self._patient and not self._busy
 
     async def write(
-        self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item, *, urgent: bool = False
+        self,
+        operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]],
+        item: Item,
+        *,
+        urgent: bool = False,
     ) -> Result:
         if self._closing:
             raise StoreUnavailable("the store is closed")
@@ -169,7 +194,9 @@ class Committer:
         return calls + [self._patient.popleft() for _ in range(places)]
 
     def _places(self, workers: Workers) -> dict[str, int]:
-        """The free places for a batch: its share, when other committers grant leases at the same time."""
+        """The free places for a batch: its share, when other committers grant leases at the same
+        time.
+        """
         free, sharers = workers.reserve(), self._busy_ones()
         slots = {stage: -(-places // sharers) for stage, places in free.items()}
         workers.take((), {stage: places - slots[stage] for stage, places in free.items()})
@@ -197,5 +224,9 @@ class Committer:
             self._signals.notify(tx.touched)
             self._signals.notify(["events"] if tx.emitted else [])
             if workers:
-                with suppress(Exception):  # what is committed is committed: the next batch must not wait for who is told of this one
+                with suppress(
+                    Exception
+                    # what is committed is committed: the next batch must not wait for who is told
+                    # of this one
+                ):
                     workers.committed(tx)

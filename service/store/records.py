@@ -10,7 +10,9 @@ from service.store.tables import images as image_rows
 
 Row = RowMapping | Mapping[str, Any]
 
-counts = and_(image_rows.c.state == "stored", image_rows.c.confirmed)  # what only a callback named is shown to nobody
+counts = and_(
+    image_rows.c.state == "stored", image_rows.c.confirmed
+)  # what only a callback named is shown to nobody
 
 
 def task_record(row: Row, images: Sequence[Image] = ()) -> Task:

@@ -1,4 +1,6 @@
-"""The schema's version: brought up to date under a lock, and refused when it is newer than this program."""
+"""The schema's version: brought up to date under a lock, and refused when it is newer than this
+program.
+"""
 
 from pathlib import Path
 
@@ -21,14 +23,22 @@ def config(connection: Connection | None = None) -> Config:
 
 def refuse_foreign(connection: Connection) -> None:
     """ConfigurationError: the database is somebody else's."""
-    if MigrationContext.configure(connection).get_current_revision() is None and inspect(connection).get_table_names():
-        raise ConfigurationError("the database holds tables that are not darkroom's: DARKROOM_DATABASE_URL must name one of its own")
+    if (
+        MigrationContext.configure(connection).get_current_revision() is None
+        and inspect(connection).get_table_names()
+    ):
+        raise ConfigurationError(
+            "the database holds tables that are not darkroom's: DARKROOM_DATABASE_URL must name"
+            " one of its own"
+        )
 
 
 def migrate(connection: Connection, *, allowed: bool) -> str:
-    """Brings the schema to this program's version and returns it. The caller holds the lock and the transaction.
+    """Brings the schema to this program's version and returns it. The caller holds the lock and the
+    transaction.
 
-    Raises ConfigurationError for a newer schema, for foreign tables, and for an old one unless `allowed`.
+    Raises ConfigurationError for a newer schema, for foreign tables, and for an old one unless
+    `allowed`.
     """
     script = ScriptDirectory.from_config(config())
     current = MigrationContext.configure(connection).get_current_revision()
@@ -38,9 +48,15 @@ def migrate(connection: Connection, *, allowed: bool) -> str:
         return head
     known = {revision.revision for revision in script.walk_revisions()}
     if current is not None and current not in known:
-        raise ConfigurationError(f"the store's schema {current} is newer than this program's {head}: start a newer version of darkroom")
+        raise ConfigurationError(
+            f"the store's schema {current} is newer than this program's {head}: start a newer"
+            " version of darkroom"
+        )
     refuse_foreign(connection)
     if not allowed:
-        raise ConfigurationError(f"the store's schema is {current or 'empty'}, this program needs {head}: run `darkroom migrate`")
+        raise ConfigurationError(
+            f"the store's schema is {current or 'empty'}, this program needs {head}: run `darkroom"
+            " migrate`"
+        )
     command.upgrade(config(connection), "head")
     return head

@@ -1,6 +1,8 @@
-"""What a database file has to be before anything is written to it: ours, and whole. What is not is left as it is, byte for byte.
+"""What a database file has to be before anything is written to it: ours, and whole. What is not is
+left as it is, byte for byte.
 
-It is looked at through a connection that only reads, so that not even SQLite's own recovery touches it.
+It is looked at through a connection that only reads, so that not even SQLite's own recovery touches
+it.
 """
 
 import shutil
@@ -19,12 +21,14 @@ from service.errors import ConfigurationError
 from service.folders import sync
 from service.store import schema
 
-CHECK_S = 1.0  # about a gigabyte of a file in memory: a start is not to take longer, callbacks wait for it
+# about a gigabyte of a file in memory: a start is not to take longer, callbacks wait for it
+CHECK_S = 1.0
 STEPS = 10_000  # of SQLite's, between two looks at the clock
 DAMAGE = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 BESIDE = ("-wal", "-journal")  # what SQLite keeps beside a file and needs to read it
 ADVICE = "put a backup back (darkroom restore)"
-RESTORING = ".restoring-"  # and the file's name: the folder beside it from which a restoration puts it in its place
+# and the file's name: the folder beside it from which a restoration puts it in its place
+RESTORING = ".restoring-"
 
 
 def connecting(path: Path, mode: str) -> Callable[[], sqlite3.Connection]:
@@ -40,29 +44,39 @@ def damaged(error: BaseException | None) -> bool:
 
 
 def refuse_no_file(path: Path) -> None:
-    """ConfigurationError: something else has the name. A link would have a lock and a WAL of its own beside each of its two names."""
+    """ConfigurationError: something else has the name. A link would have a lock and a WAL of its
+    own beside each of its two names.
+    """
     if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise ConfigurationError(f"DARKROOM_DATABASE_URL: {path} is no file but a link, a folder or a device: name the file itself")
+        raise ConfigurationError(
+            f"DARKROOM_DATABASE_URL: {path} is no file but a link, a folder or a device: name the"
+            " file itself"
+        )
 
 
 def examine(path: Path) -> None:
-    """ConfigurationError: the file is another's, or broken, or what belongs to it is missing. A file that is not there is no defect.
+    """ConfigurationError: the file is another's, or broken, or what belongs to it is missing. A
+    file that is not there is no defect.
 
     OSError, DatabaseError: it cannot be looked at.
     """
     refuse_no_file(path)
     if not path.exists() and path.with_name(RESTORING + path.name).exists():
         raise ConfigurationError(
-            f"{path} is missing: a restoration was broken off. Do it again (darkroom restore --force), which loses nothing"
+            f"{path} is missing: a restoration was broken off. Do it again (darkroom restore"
+            " --force), which loses nothing"
         )
     if not path.exists() or path.stat().st_size <= 1:  # SQLite takes one byte for none
         for beside in (path.with_name(path.name + end) for end in BESIDE):
             if beside.exists() and beside.stat().st_size:
                 raise ConfigurationError(
-                    f"{path} is missing or empty, but {beside.name} beside it holds tasks that SQLite would throw away: {ADVICE}"
+                    f"{path} is missing or empty, but {beside.name} beside it holds tasks that"
+                    f" SQLite would throw away: {ADVICE}"
                 )
         if path.exists():
-            raise ConfigurationError(f"{path} is empty, which no store is: {ADVICE}, or remove it to begin a new one")
+            raise ConfigurationError(
+                f"{path} is empty, which no store is: {ADVICE}, or remove it to begin a new one"
+            )
         return
     try:
         found = defect(path)
@@ -71,14 +85,16 @@ def examine(path: Path) -> None:
             raise
         found = str(error.orig)
     if found != "ok":
-        raise ConfigurationError(f"DARKROOM_DATABASE_URL: {path} cannot be used: it is damaged ({found}): {ADVICE}")
+        raise ConfigurationError(
+            f"DARKROOM_DATABASE_URL: {path} cannot be used: it is damaged ({found}): {ADVICE}"
+        )
 
 
 def defect(path: Path) -> str:
     """The first defect of a file that is ours, or `ok`.
 
-    A transaction whose writer was killed is undone by the first who writes, from a journal that does not say whose it is: it is tried on
-    a copy, since another database's would destroy ours.
+    A transaction whose writer was killed is undone by the first who writes, from a journal that
+    does not say whose it is: it is tried on a copy, since another database's would destroy ours.
     """
     try:
         return looked_at(path, "ro")
@@ -99,7 +115,9 @@ def defect(path: Path) -> str:
 
 def looked_at(path: Path, mode: str) -> str:
     """The same, with SQLite's `mode`; DatabaseError: it cannot be read so."""
-    looking = create_engine("sqlite+pysqlite://", creator=connecting(path, mode), poolclass=NullPool)
+    looking = create_engine(
+        "sqlite+pysqlite://", creator=connecting(path, mode), poolclass=NullPool
+    )
     with looking.connect() as connection:
         schema.refuse_foreign(connection)
         driver = connection.connection.driver_connection
@@ -122,7 +140,8 @@ def quick_check(driver: sqlite3.Connection) -> str:
 def begin(path: Path) -> None:
     """Makes a new file, in SQLite's WAL mode, whole or not at all: an empty one is never ours.
 
-    Of one that is there, what a killed process committed without waiting for the disk is made to last: SQLite would show it, and lose it.
+    Of one that is there, what a killed process committed without waiting for the disk is made to
+    last: SQLite would show it, and lose it.
     """
     if path.exists():
         for each in (path, path.with_name(path.name + "-wal")):

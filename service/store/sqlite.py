@@ -1,9 +1,10 @@
 """The embedded store: one SQLite file, one writer, one process.
 
-WAL with `synchronous=FULL`: a commit that returned survives a power cut. One connection writes and checkpoints (SQLite
-before 3.51.3 can corrupt a WAL with two writers); readers are read-only. A batch's statements run in the event loop's
-thread: a thread of their own would wait for the interpreter's lock after each of them. So does the commit while the
-disk is quick; a slow disk is waited for by a thread.
+WAL with `synchronous=FULL`: a commit that returned survives a power cut. One connection writes and
+checkpoints (SQLite before 3.51.3 can corrupt a WAL with two writers); readers are read-only. A
+batch's statements run in the event loop's thread: a thread of their own would wait for the
+interpreter's lock after each of them. So does the commit while the disk is quick; a slow disk is
+waited for by a thread.
 """
 
 import asyncio
@@ -43,7 +44,9 @@ log = structlog.get_logger()
 
 
 class FileLock:
-    """The proof that this process alone uses the store; the kernel frees it when the process ends, however it ends."""
+    """The proof that this process alone uses the store; the kernel frees it when the process ends,
+    however it ends.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,7 +58,8 @@ class FileLock:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ConfigurationError(
-                f"{self.path} cannot be written: {error.strerror}; DARKROOM_DATA_DIR must be a folder that can"
+                f"{self.path} cannot be written: {error.strerror}; DARKROOM_DATA_DIR must be a"
+                " folder that can"
             ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,7 +77,9 @@ def engine(path: Path, *, readonly: bool) -> Engine:
         "sqlite+pysqlite://",
         creator=connecting(path, "ro" if readonly else "rw"),
         poolclass=QueuePool if readonly else NullPool,
-        json_serializer=partial(json.dumps, ensure_ascii=False),  # SQLite compares the text of names as it stands
+        json_serializer=partial(
+            json.dumps, ensure_ascii=False
+        ),  # SQLite compares the text of names as it stands
         hide_parameters=True,  # they hold prompts and tokens, and errors are logged
         **({"pool_size": READERS, "max_overflow": 0} if readonly else {}),
     )
@@ -81,11 +87,16 @@ def engine(path: Path, *, readonly: bool) -> Engine:
     @event.listens_for(made, "connect")
     def prepare(connection: Any, _: object) -> None:
         statements = [
-            f"PRAGMA busy_timeout={5000 if readonly else 0}",  # the writer runs on the loop, which waits for nobody
+            # the writer runs on the loop, which waits for nobody
+            f"PRAGMA busy_timeout={5000 if readonly else 0}",
             "PRAGMA foreign_keys=ON",
             "PRAGMA cache_size=-16384",
         ]
-        statements += ["PRAGMA query_only=ON"] if readonly else ["PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL"]
+        statements += (
+            ["PRAGMA query_only=ON"]
+            if readonly
+            else ["PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL"]
+        )
         for statement in statements:
             connection.execute(statement)
 
@@ -99,10 +110,18 @@ def engine(path: Path, *, readonly: bool) -> Engine:
 class SqliteStore:
     """`Store` on one SQLite file; made by `open_sqlite`.
 
-    Once the file turns out to be damaged nothing more is written to it, until it was put right and the process started anew.
+    Once the file turns out to be damaged nothing more is written to it, until it was put right and
+    the process started anew.
     """
 
-    def __init__(self, path: Path, *, process: str, new_id: Callable[[str, int], str], clock: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        process: str,
+        new_id: Callable[[str, int], str],
+        clock: Callable[[], int],
+    ) -> None:
         self.signals = Signals()
         self.process = process
         self.damaged = False
@@ -114,7 +133,9 @@ class SqliteStore:
         self._engine = engine(path, readonly=False)
         self._reading = engine(path, readonly=True)
         self._connection: Connection | None = None
-        self._commits = deque([1.0], REMEMBERED)  # seconds; the first is made up, so that a slow disk is met on the thread
+        self._commits = deque(
+            [1.0], REMEMBERED
+        )  # seconds; the first is made up, so that a slow disk is met on the thread
         self._committer = Committer(self._run_batch, self.signals)
 
     def _begin(self, connection: Connection, slots: dict[str, int]) -> Transaction:
@@ -147,12 +168,18 @@ class SqliteStore:
         """Takes an error of SQLite's to heart: a damaged file is told of once."""
         if damaged(error) and not self.damaged:
             self.damaged = True
-            log.critical("store.damaged", message=f"{self._path}: {getattr(error, 'orig', error)}; nothing more is written to it")
+            log.critical(
+                "store.damaged",
+                message=(
+                    f"{self._path}: {getattr(error, 'orig', error)}; nothing more is written to it"
+                ),
+            )
 
     async def _commit(self, transaction: RootTransaction) -> None:
         """Commits here while the disk is quick, else on a thread.
 
-        The quick quarter of the latest commits decides: the others tell of a busy processor, not of the disk.
+        The quick quarter of the latest commits decides: the others tell of a busy processor, not of
+        the disk.
         """
 
         def commit() -> None:
@@ -167,18 +194,26 @@ class SqliteStore:
             await asyncio.get_running_loop().run_in_executor(self._committing, commit)
 
     async def write(
-        self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item, *, urgent: bool = False
+        self,
+        operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]],
+        item: Item,
+        *,
+        urgent: bool = False,
     ) -> Result:
         return await self._committer.write(operation, item, urgent=urgent)
 
-    async def read(self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs) -> Result:
+    async def read(
+        self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
+    ) -> Result:
         def run() -> Result:
             try:
                 with self._reading.begin() as connection:
                     return query(connection, *args, **kwargs)
             except DatabaseError as error:
                 self._judge(error)
-                raise StoreUnavailable(f"the store cannot be read: {type(error.orig).__name__}") from error
+                raise StoreUnavailable(
+                    f"the store cannot be read: {type(error.orig).__name__}"
+                ) from error
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)
 
@@ -203,7 +238,9 @@ class SqliteStore:
         self._committer.close()
 
     def dispose(self) -> None:
-        """Closes the connections. The writer's, as the last, checkpoints; into a damaged file it must not."""
+        """Closes the connections. The writer's, as the last, checkpoints; into a damaged file it
+        must not.
+        """
         self._committing.shutdown()
         self._readers.shutdown()
         if not self.damaged:
@@ -216,9 +253,16 @@ class SqliteStore:
 
 @asynccontextmanager
 async def open_sqlite(
-    path: Path, *, process: str, new_id: Callable[[str, int], str], clock: Callable[[], int] | None = None, migrate: bool = True
+    path: Path,
+    *,
+    process: str,
+    new_id: Callable[[str, int], str],
+    clock: Callable[[], int] | None = None,
+    migrate: bool = True,
 ) -> AsyncIterator[SqliteStore]:
-    """Opens the store for this process alone; ConfigurationError when another has it or the file is not ours."""
+    """Opens the store for this process alone; ConfigurationError when another has it or the file is
+    not ours.
+    """
     lock = FileLock(path.with_name(path.name + ".lock"))
     if not lock.acquire():
         raise ConfigurationError(f"another darkroom process uses {path}: only one may on SQLite")
@@ -227,13 +271,17 @@ async def open_sqlite(
             await asyncio.to_thread(examine, path)
             await asyncio.to_thread(begin, path)
         except (DatabaseError, sqlite3.Error, OSError) as error:
-            raise ConfigurationError(f"DARKROOM_DATABASE_URL: {path} cannot be used: {getattr(error, 'orig', error)}") from error
+            raise ConfigurationError(
+                f"DARKROOM_DATABASE_URL: {path} cannot be used: {getattr(error, 'orig', error)}"
+            ) from error
         store = SqliteStore(path, process=process, new_id=new_id, clock=clock or SteadyClock())
         try:
             try:
                 await asyncio.to_thread(store.prepare, migrate=migrate)
             except DatabaseError as error:
-                raise ConfigurationError(f"DARKROOM_DATABASE_URL: {path} cannot be used: {error.orig}") from error
+                raise ConfigurationError(
+                    f"DARKROOM_DATABASE_URL: {path} cannot be used: {error.orig}"
+                ) from error
             committing = asyncio.create_task(store.run(), name="committer")
             try:
                 yield store

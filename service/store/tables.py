@@ -1,7 +1,8 @@
-"""The tables, written once for both stores. Times are milliseconds since 1970 UTC, credits millionths of a credit.
+"""The tables, written once for both stores. Times are milliseconds since 1970 UTC, credits
+millionths of a credit.
 
-State is the queue: a row that wants work carries `due_at`, `attempts`, `lease_until`, `lease_owner` and `fence`; see
-`Queue` and `operations.leases`. Whatever belongs to somebody has its `owner`.
+State is the queue: a row that wants work carries `due_at`, `attempts`, `lease_until`, `lease_owner`
+and `fence`; see `Queue` and `operations.leases`. Whatever belongs to somebody has its `owner`.
 """
 
 from dataclasses import dataclass
@@ -36,7 +37,9 @@ metadata = MetaData(
 
 
 def lease_columns(prefix: str = "") -> list[Column[Any]]:
-    """What makes a row work to be done: `faults` counts unforeseen exceptions, `deaths` leases that ran out unfinished."""
+    """What makes a row work to be done: `faults` counts unforeseen exceptions, `deaths` leases that
+    ran out unfinished.
+    """
     return [
         Column(f"{prefix}due_at", BigInteger),
         Column(f"{prefix}attempts", Integer, nullable=False, default=0),
@@ -75,10 +78,14 @@ tasks = Table(
     Column("owner", String(64), nullable=False),
     Column("upstream", String(32), nullable=False),
     Column("upstream_id", String(200)),
-    Column("upstream_id_from", String(16)),  # answer, which wins, callback, hand, or query: by hand, and the upstream answered to it
+    Column(
+        "upstream_id_from", String(16)
+    ),  # answer, which wins, callback, hand, or query: by hand, and the upstream answered to it
     Column("state", String(16), nullable=False),
     Column("upstream_status", String(16)),
-    Column("settled_digest", String(64)),  # of the upstream's word that ended it; NULL: not ended, or an end of our own making
+    Column(
+        "settled_digest", String(64)
+    ),  # of the upstream's word that ended it; NULL: not ended, or an end of our own making
     Column("created_at", BigInteger, nullable=False),
     Column("submitted_at", BigInteger),
     Column("called_back_at", BigInteger),  # the first terminal callback
@@ -101,10 +108,18 @@ tasks = Table(
     Column("error", JSON(none_as_null=True)),
     Column("refusal_status", Integer),  # the upstream's HTTP status when it refused the submission
     Column("submit_outcomes", Integer, nullable=False, default=0),
-    Column("doubted_at", BigInteger),  # when a submission first proved nothing: the task may exist and be charged
-    Column("resubmit", Boolean, nullable=False, default=False),  # an uncertain task is sent again, by hand or after the first doubt
-    Column("settle_requests", Integer, nullable=False, default=0),  # bumped when somebody wants it settled now
-    Column("submit_turn", BigInteger, nullable=False, default=0),  # whose turn it is in submitting: `operations.turns`
+    Column(
+        "doubted_at", BigInteger
+    ),  # when a submission first proved nothing: the task may exist and be charged
+    Column(
+        "resubmit", Boolean, nullable=False, default=False
+    ),  # an uncertain task is sent again, by hand or after the first doubt
+    Column(
+        "settle_requests", Integer, nullable=False, default=0
+    ),  # bumped when somebody wants it settled now
+    Column(
+        "submit_turn", BigInteger, nullable=False, default=0
+    ),  # whose turn it is in submitting: `operations.turns`
     Column("erased_at", BigInteger),  # since then it has figures alone: `operations.retention`
     *lease_columns("submit_"),
     *lease_columns("settle_"),
@@ -126,7 +141,9 @@ callbacks = Table(
     Column("verdict", String(16), nullable=False),
     Column("status", String(16)),  # normalised; NULL: unreadable or undocumented
     Column("upstream_id", String(200)),
-    Column("digest", String(64), nullable=False),  # `model.outcome_digest`, or the hash of an unreadable body
+    Column(
+        "digest", String(64), nullable=False
+    ),  # `model.outcome_digest`, or the hash of an unreadable body
     Column("first", Boolean),  # TRUE on the first terminal callback, else NULL
     Column("body", LargeBinary, nullable=False),
     UniqueConstraint("task_id", "digest"),
@@ -161,7 +178,12 @@ images = Table(
     UniqueConstraint("task_id", "position"),
 )
 
-counters = Table("counters", metadata, Column("name", String(32), primary_key=True), Column("value", BigInteger, nullable=False))
+counters = Table(
+    "counters",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("value", BigInteger, nullable=False),
+)
 
 events = Table(
     "events",
@@ -201,7 +223,9 @@ deliveries = Table(
     "deliveries",
     metadata,
     Column("id", String(40), primary_key=True),
-    Column("owner", String(64), nullable=False),  # the endpoint's; `admin` for an endpoint of all owners
+    Column(
+        "owner", String(64), nullable=False
+    ),  # the endpoint's; `admin` for an endpoint of all owners
     Column("endpoint_id", String(40)),  # NULL: the task's own callback_url
     Column("event_id", String(40), nullable=False),
     Column("task_id", String(40)),
@@ -229,7 +253,9 @@ replays = Table(
     Column("state", String(16), nullable=False),  # running | done | cancelled
     Column("count", BigInteger, nullable=False),  # of events at the start
     Column("made", BigInteger, nullable=False),  # of them so far
-    Column("position", BigInteger, nullable=False),  # events after it are still to come, up to `last`
+    Column(
+        "position", BigInteger, nullable=False
+    ),  # events after it are still to come, up to `last`
     Column("last", BigInteger, nullable=False),
     Column("created_at", BigInteger, nullable=False),
     Column("finished_at", BigInteger),
@@ -244,7 +270,9 @@ sinks = Table(
     Column("lease_until", BigInteger),
     Column("lease_owner", String(64)),
     Column("fence", Integer, nullable=False),
-    Column("seen_at", BigInteger, nullable=False),  # when a process last published there, or tried to
+    Column(
+        "seen_at", BigInteger, nullable=False
+    ),  # when a process last published there, or tried to
 )
 
 attempts = Table(
@@ -284,40 +312,93 @@ class Queue:
         return self.table.c[self.prefix + name]
 
 
-ZERO: ColumnElement[int] = literal_column("0")  # a bound value would not match the index's condition
+ZERO: ColumnElement[int] = literal_column(
+    "0"
+)  # a bound value would not match the index's condition
 
 QUEUES = {
     queue.stage: queue
     for queue in (
         Queue("submit", tasks, "submit_", tasks.c.submit_turn),
-        # Two queues on one table: what nobody asked for has places of its own and never holds up what somebody did.
+        # Two queues on one table: what nobody asked for has places of its own and never holds up
+        # what somebody did.
         Queue("settle", tasks, "settle_", tasks.c.settle_due_at, tasks.c.settle_requests > ZERO),
-        Queue("reconcile", tasks, "settle_", tasks.c.settle_due_at, tasks.c.settle_requests == ZERO),
+        Queue(
+            "reconcile", tasks, "settle_", tasks.c.settle_due_at, tasks.c.settle_requests == ZERO
+        ),
         Queue("download", images, "", images.c.link_dies_at),
         # As here: retries and replays never starve first attempts.
-        Queue("deliver", deliveries, "", deliveries.c.due_at, and_(deliveries.c.attempts == ZERO, deliveries.c.replay_id.is_(None))),
-        Queue("redeliver", deliveries, "", deliveries.c.due_at, or_(deliveries.c.attempts > ZERO, deliveries.c.replay_id.is_not(None))),
+        Queue(
+            "deliver",
+            deliveries,
+            "",
+            deliveries.c.due_at,
+            and_(deliveries.c.attempts == ZERO, deliveries.c.replay_id.is_(None)),
+        ),
+        Queue(
+            "redeliver",
+            deliveries,
+            "",
+            deliveries.c.due_at,
+            or_(deliveries.c.attempts > ZERO, deliveries.c.replay_id.is_not(None)),
+        ),
         Queue("replay", replays, "", replays.c.due_at),
     )
 }
 
-for queue in QUEUES.values():  # each has its own index: thousands that are due in one are not passed over by a claim in the other
+# each has its own index: thousands that are due in one are not passed over by a claim in the other
+for queue in QUEUES.values():
     due = queue.column("due_at")
     wanting = due.is_not(None) if queue.where is None else and_(due.is_not(None), queue.where)
-    turn = [queue.order] if queue.stage == "submit" else []  # owners' turns: the next one is the first that is due
+    turn = (
+        [queue.order] if queue.stage == "submit" else []
+    )  # owners' turns: the next one is the first that is due
     name = f"{queue.stage}_next" if queue.table is deliveries else queue.stage
-    Index(f"ix_{queue.table.name}_{name}_due_at", *turn, due, sqlite_where=wanting, postgresql_where=wanting)
+    Index(
+        f"ix_{queue.table.name}_{name}_due_at",
+        *turn,
+        due,
+        sqlite_where=wanting,
+        postgresql_where=wanting,
+    )
 
-for name, tried in (("deliver", deliveries.c.attempts == ZERO), ("redeliver", deliveries.c.attempts > ZERO)):
-    waiting = and_(deliveries.c.due_at.is_not(None), tried)  # of schema 0001, whose processes may run beside: the next migration takes them
-    Index(f"ix_deliveries_{name}_due_at", deliveries.c.due_at, sqlite_where=waiting, postgresql_where=waiting)
+for name, tried in (
+    ("deliver", deliveries.c.attempts == ZERO),
+    ("redeliver", deliveries.c.attempts > ZERO),
+):
+    waiting = and_(
+        deliveries.c.due_at.is_not(None), tried
+    )  # of schema 0001, whose processes may run beside: the next migration takes them
+    Index(
+        f"ix_deliveries_{name}_due_at",
+        deliveries.c.due_at,
+        sqlite_where=waiting,
+        postgresql_where=waiting,
+    )
 
-for table, prefix in ((tasks, "submit_"), (tasks, "settle_"), (images, ""), (deliveries, ""), (replays, "")):
+for table, prefix in (
+    (tasks, "submit_"),
+    (tasks, "settle_"),
+    (images, ""),
+    (deliveries, ""),
+    (replays, ""),
+):
     deaths = table.c[f"{prefix}deaths"]
-    Index(f"ix_{table.name}_{prefix}deaths", deaths, sqlite_where=deaths > ZERO, postgresql_where=deaths > ZERO)
+    Index(
+        f"ix_{table.name}_{prefix}deaths",
+        deaths,
+        sqlite_where=deaths > ZERO,
+        postgresql_where=deaths > ZERO,
+    )
 
 made = deliveries.c.replay_id.is_not(None)
-Index("ix_deliveries_replay_id", deliveries.c.replay_id, deliveries.c.state, sqlite_where=made, postgresql_where=made)
+Index(
+    "ix_deliveries_replay_id",
+    deliveries.c.replay_id,
+    deliveries.c.state,
+    sqlite_where=made,
+    postgresql_where=made,
+)
 
 ended = and_(tasks.c.terminal_at.is_not(None), tasks.c.erased_at.is_(None))
 Index("ix_tasks_terminal_at", tasks.c.terminal_at, sqlite_where=ended, postgresql_where=ended)
@@ -325,4 +406,10 @@ kept = images.c.blob.is_not(None)
 Index("ix_images_stored_at", images.c.stored_at, sqlite_where=kept, postgresql_where=kept)
 
 waits = tasks.c.submit_due_at.is_not(None)
-Index("ix_tasks_owner_submit_turn", tasks.c.owner, tasks.c.submit_turn, sqlite_where=waits, postgresql_where=waits)
+Index(
+    "ix_tasks_owner_submit_turn",
+    tasks.c.owner,
+    tasks.c.submit_turn,
+    sqlite_where=waits,
+    postgresql_where=waits,
+)

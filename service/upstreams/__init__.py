@@ -9,7 +9,9 @@ from service.model import JSON, Report
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The upstream has the task under `report.upstream_id`, which is never None here; `report` may be final already."""
+    """The upstream has the task under `report.upstream_id`, which is never None here; `report` may
+    be final already.
+    """
 
     report: Report
 
@@ -29,7 +31,9 @@ class NotCreated:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The request itself was refused for good; `error` has `code`, `message`, `type`, all text, and `param`, text or None."""
+    """The request itself was refused for good; `error` has `code`, `message`, `type`, all text, and
+    `param`, text or None.
+    """
 
     status: int
     error: JSON
@@ -56,7 +60,9 @@ class NotFound:
 
 @dataclass(frozen=True, slots=True)
 class NoAnswer:
-    """Nothing was learned; `retry_after` in seconds; `throttled`: because there were too many calls."""
+    """Nothing was learned; `retry_after` in seconds; `throttled`: because there were too many
+    calls.
+    """
 
     reason: str
     retry_after: float | None = None
@@ -69,7 +75,9 @@ QueryOutcome = Found | NotFound | NoAnswer
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request to an upstream, for log and metrics: `status` None if no answer came; `duration` in seconds."""
+    """One request to an upstream, for log and metrics: `status` None if no answer came; `duration`
+    in seconds.
+    """
 
     kind: str
     status: int | None
@@ -79,10 +87,14 @@ class Call:
 
 
 class Upstream(Protocol):
-    """Safe for many calls at once. `submit` and `query` raise nothing that a network can cause: it is in their outcome."""
+    """Safe for many calls at once. `submit` and `query` raise nothing that a network can cause: it
+    is in their outcome.
+    """
 
     name: str
-    answering: bool  # False: the last call brought no answer, a 5xx or the word that our key is not taken
+    answering: (
+        bool  # False: the last call brought no answer, a 5xx or the word that our key is not taken
+    )
 
     async def submit(self, body: bytes, idempotency_key: str) -> SubmitOutcome:
         """Sends the body byte for byte, once."""

@@ -1,6 +1,8 @@
-"""EvoLink's image API: bytes to reports and outcomes by pure functions, and a thin adapter that makes the calls.
+"""EvoLink's image API: bytes to reports and outcomes by pure functions, and a thin adapter that
+makes the calls.
 
-Whatever the other side sends is read without raising; what is not understood is uncertain, unreadable or not terminal, never a guess.
+Whatever the other side sends is read without raising; what is not understood is uncertain,
+unreadable or not terminal, never a guess.
 """
 
 import re
@@ -13,25 +15,50 @@ from service.errors import CallTimedOut, EgressError, EgressRefused, NotConnecte
 from service.model import JSON, UPSTREAM_ID, Report, Status, millionths
 from service.retry_after import retry_after
 from service.strict_json import read_object
-from service.upstreams import Accepted, Call, Found, NoAnswer, NotCreated, NotFound, QueryOutcome, Refused, SubmitOutcome, Uncertain
+from service.upstreams import (
+    Accepted,
+    Call,
+    Found,
+    NoAnswer,
+    NotCreated,
+    NotFound,
+    QueryOutcome,
+    Refused,
+    SubmitOutcome,
+    Uncertain,
+)
 
 MAX_BODY = 1 << 20
-TEXT, MESSAGE, LINK, RESULTS = 200, 2000, 4096, 64  # characters kept of ids and names, of messages, of links; results kept
+TEXT, MESSAGE, LINK, RESULTS = (
+    200,
+    2000,
+    4096,
+    64,
+)  # characters kept of ids and names, of messages, of links; results kept
 WORD = 64  # as long as their columns
-LONGEST_ESTIMATE = 6 * 3600  # seconds; twice that is asked after, and must lie well within the day a task is kept
+LONGEST_ESTIMATE = (
+    6 * 3600
+)  # seconds; twice that is asked after, and must lie well within the day a task is kept
 YEAR_10000 = 253_402_300_800
 
 STATUSES = {status.value: status for status in Status} | {"canceled": Status.CANCELLED}
 
 # Answers that prove nothing, whatever their status.
 UNPROVED = frozenset({"paid_outcome_unknown", "idempotency_conflict"})
-# 403s about our key, user, account or address, such as key_disabled, user_disabled, ip_restricted; any other is about the request.
+# 403s about our key, user, account or address, such as key_disabled, user_disabled, ip_restricted;
+# any other is about the request.
 OURS = ("key_", "api_key_", "token_", "user_", "account_", "ip_")
 # Older pages give the status as code: then it is named as the newer ones name it.
-CODES = {402: "insufficient_quota", 403: "permission_denied", 404: "not_found", 413: "request_too_large"}
+CODES = {
+    402: "insufficient_quota",
+    403: "permission_denied",
+    404: "not_found",
+    413: "request_too_large",
+}
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading
+# --------------------------------------------------------------------------------------------------
 
 
 def _object(body: bytes) -> JSON | None:
@@ -48,16 +75,28 @@ def _text(value: object, limit: int = TEXT) -> str | None:
 
 def _code(value: object) -> str | None:
     """A code as text: it may be an integer on older pages."""
-    return str(value)[:TEXT] if isinstance(value, int) and not isinstance(value, bool) else _text(value)
+    return (
+        str(value)[:TEXT]
+        if isinstance(value, int) and not isinstance(value, bool)
+        else _text(value)
+    )
 
 
 def _integer(value: object, limit: int) -> int | None:
     """A whole number from 0 to below the limit, without its fraction if it has one."""
-    return int(value) if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < limit else None
+    return (
+        int(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < limit
+        else None
+    )
 
 
 def _percent(value: object) -> int | None:
-    return int(min(max(value, 0), 100)) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return (
+        int(min(max(value, 0), 100))
+        if isinstance(value, int | float) and not isinstance(value, bool)
+        else None
+    )
 
 
 def _section(document: JSON, name: str) -> JSON:
@@ -66,7 +105,9 @@ def _section(document: JSON, name: str) -> JSON:
 
 
 def _links(document: JSON) -> tuple[str, ...]:
-    """The results in order. One that is no link is kept as "", which no download accepts: a picture must not vanish silently."""
+    """The results in order. One that is no link is kept as "", which no download accepts: a picture
+    must not vanish silently.
+    """
     entries = document.get("results") or document.get("result_data")
     links = []
     for entry in entries[:RESULTS] if isinstance(entries, list) else ():
@@ -83,7 +124,11 @@ def _error(document: JSON) -> JSON | None:
     if not isinstance(error, dict) or not error:
         return None
     code = _code(error.get("code")) or "unknown_error"
-    return {"code": code, "message": _text(error.get("message"), MESSAGE) or code, "type": _text(error.get("type")) or "task_error"}
+    return {
+        "code": code,
+        "message": _text(error.get("message"), MESSAGE) or code,
+        "type": _text(error.get("type")) or "task_error",
+    }
 
 
 def _report(document: JSON) -> Report | None:
@@ -113,30 +158,45 @@ def _report(document: JSON) -> Report | None:
 
 
 def parse_task(body: bytes) -> Report | None:
-    """A task in a query's answer or a callback; only a status is demanded. None: unreadable. Never raises."""
+    """A task in a query's answer or a callback; only a status is demanded. None: unreadable. Never
+    raises.
+    """
     document = _object(body)
     if document is None or not isinstance(document.get("status"), str):
         return None
     return _report(document)
 
 
-# --- judging -----------------------------------------------------------------------------------------------------------
+# --- judging
+# --------------------------------------------------------------------------------------------------
 
 
-def classify_submit(status: int, headers: Mapping[str, str], body: bytes, now: float) -> SubmitOutcome:
-    """What a submission's answer proves (contract section 3). `headers` by lower-case name; `now` in Unix seconds."""
+def classify_submit(
+    status: int, headers: Mapping[str, str], body: bytes, now: float
+) -> SubmitOutcome:
+    """What a submission's answer proves (contract section 3). `headers` by lower-case name; `now`
+    in Unix seconds.
+    """
     document = _object(body)
     if 200 <= status < 300:
         report = _report(document) if document is not None else None
-        return Accepted(report) if report is not None and report.upstream_id else Uncertain(f"{status} without an id")
+        return (
+            Accepted(report)
+            if report is not None and report.upstream_id
+            else Uncertain(f"{status} without an id")
+        )
     error = _section(document, "error") if document is not None else {}
     code, message = _code(error.get("code")), _text(error.get("message"), MESSAGE)
     reason = f"{status} {code or message or 'without an error of its own'}"
-    own = bool(code or message)  # else it is a gateway's page, which may have replaced another answer
+    own = bool(
+        code or message
+    )  # else it is a gateway's page, which may have replaced another answer
     if status == 408 or code in UNPROVED or not (400 <= status < 500 or (status == 503 and own)):
         return Uncertain(reason)
     if status in (429, 503):
-        return NotCreated(reason, retry_after(headers.get("retry-after"), now), throttled=status == 429)
+        return NotCreated(
+            reason, retry_after(headers.get("retry-after"), now), throttled=status == 429
+        )
     if status == 401 or (status == 403 and code is not None and code.startswith(OURS)):
         return NotCreated(reason, account=True)
     if status == 403 and not own:
@@ -152,29 +212,48 @@ def classify_submit(status: int, headers: Mapping[str, str], body: bytes, now: f
     )
 
 
-def classify_query(status: int, headers: Mapping[str, str], body: bytes, now: float, upstream_id: str) -> QueryOutcome:
-    """What a query's answer says; an answer about another task than the one asked for says nothing."""
+def classify_query(
+    status: int, headers: Mapping[str, str], body: bytes, now: float, upstream_id: str
+) -> QueryOutcome:
+    """What a query's answer says; an answer about another task than the one asked for says
+    nothing.
+    """
     if status == 404:
         return NotFound()
     if not 200 <= status < 300:
-        return NoAnswer(f"{status}", retry_after(headers.get("retry-after"), now), throttled=status == 429)
+        return NoAnswer(
+            f"{status}", retry_after(headers.get("retry-after"), now), throttled=status == 429
+        )
     report = parse_task(body)
     if report is None:
         return NoAnswer(f"{status} unreadable")
-    return Found(report) if report.upstream_id in (None, upstream_id) else NoAnswer(f"{status} for another task")
+    return (
+        Found(report)
+        if report.upstream_id in (None, upstream_id)
+        else NoAnswer(f"{status} for another task")
+    )
 
 
 def unanswered_submit(error: EgressError) -> NotCreated | Uncertain:
     """What a submission without an answer proves: nothing was created only if nothing was sent."""
-    return NotCreated(_why(error)) if isinstance(error, EgressRefused | NotConnected) else Uncertain(_why(error))
+    return (
+        NotCreated(_why(error))
+        if isinstance(error, EgressRefused | NotConnected)
+        else Uncertain(_why(error))
+    )
 
 
 def _why(error: EgressError) -> str:
-    reasons = {EgressRefused: "refused by the guard", NotConnected: "not connected", CallTimedOut: "timed out"}
+    reasons = {
+        EgressRefused: "refused by the guard",
+        NotConnected: "not connected",
+        CallTimedOut: "timed out",
+    }
     return reasons.get(type(error), "connection lost")
 
 
-# --- calling -----------------------------------------------------------------------------------------------------------
+# --- calling
+# --------------------------------------------------------------------------------------------------
 
 OUTCOMES: Mapping[type[object], str] = {
     Accepted: "accepted",
@@ -190,7 +269,9 @@ KINDS = {"/v1/credits": "credits", "/v1/models": "models"}
 
 
 class EvoLink:
-    """The `Upstream` that speaks EvoLink's API through the guarded client. Timeouts in seconds; `now` gives Unix seconds."""
+    """The `Upstream` that speaks EvoLink's API through the guarded client. Timeouts in seconds;
+    `now` gives Unix seconds.
+    """
 
     name = "evolink"
     answering = True
@@ -216,8 +297,13 @@ class EvoLink:
 
     async def submit(self, body: bytes, idempotency_key: str) -> SubmitOutcome:
         """The key goes along as `Idempotency-Key`, which the upstream may honour or not."""
-        headers = {"idempotency-key": idempotency_key, "content-type": "application/json"} | self._headers
-        answer, seconds = await self._send("POST", "/v1/images/generations", self._submit_timeout, headers, body)
+        headers = {
+            "idempotency-key": idempotency_key,
+            "content-type": "application/json",
+        } | self._headers
+        answer, seconds = await self._send(
+            "POST", "/v1/images/generations", self._submit_timeout, headers, body
+        )
         outcome: SubmitOutcome
         if isinstance(answer, Response):
             outcome = classify_submit(answer.status, answer.headers, answer.body, self._now())
@@ -231,7 +317,9 @@ class EvoLink:
         answer, seconds = await self._send("GET", path, self._query_timeout, self._headers)
         outcome: QueryOutcome
         if isinstance(answer, Response):
-            outcome = classify_query(answer.status, answer.headers, answer.body, self._now(), upstream_id)
+            outcome = classify_query(
+                answer.status, answer.headers, answer.body, self._now(), upstream_id
+            )
         else:
             outcome = NoAnswer(_why(answer))
         self._tell("query", answer, outcome, seconds)
@@ -251,19 +339,33 @@ class EvoLink:
         return parse_task(body)
 
     async def _send(
-        self, method: str, path: str, timeout: float, headers: Mapping[str, str], content: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        timeout: float,
+        headers: Mapping[str, str],
+        content: bytes | None = None,
     ) -> tuple[Response | EgressError, float]:
         started, url = time.perf_counter(), self._base_url + path
         answer: Response | EgressError
         try:
-            answer = await self._egress.request(method, url, headers=headers, content=content, timeout=timeout, max_bytes=MAX_BODY)
+            answer = await self._egress.request(
+                method, url, headers=headers, content=content, timeout=timeout, max_bytes=MAX_BODY
+            )
         except EgressError as error:
             answer = error
         return answer, time.perf_counter() - started
 
-    def _tell(self, kind: str, answer: Response | EgressError, outcome: object, seconds: float) -> None:
+    def _tell(
+        self, kind: str, answer: Response | EgressError, outcome: object, seconds: float
+    ) -> None:
         refused_us = isinstance(outcome, NotCreated) and outcome.account
-        self.answering = isinstance(answer, Response) and answer.status < 500 and answer.status != 401 and not refused_us
+        self.answering = (
+            isinstance(answer, Response)
+            and answer.status < 500
+            and answer.status != 401
+            and not refused_us
+        )
         if self._on_call is not None:
             status, request_id = None, None
             if isinstance(answer, Response):

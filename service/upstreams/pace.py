@@ -1,7 +1,8 @@
 """How many calls to an upstream run at once, and whose turn is next.
 
-Confirmations go first, then submissions and what is passed through, reconciling last; within these, first come first served.
-A 429 halves how many calls of its kind may run, successes restore it: additive increase, multiplicative decrease.
+Confirmations go first, then submissions and what is passed through, reconciling last; within these,
+first come first served. A 429 halves how many calls of its kind may run, successes restore it:
+additive increase, multiplicative decrease.
 """
 
 import asyncio
@@ -37,27 +38,34 @@ def throttled(answer: Answer) -> bool | None:
 
 @dataclass(slots=True)
 class Lane:
-    """Calls of one kind: `used` run, of `limit`, which is at most `full`. `generation` counts the halvings."""
+    """Calls of one kind: `used` run, of `limit`, which is at most `full`. `generation` counts the
+    halvings.
+    """
 
     full: int
     limit: int = field(init=False)
     used: int = 0
     generation: int = 0
     successes: int = 0  # since the limit changed
-    waiting: deque[tuple[int, "asyncio.Future[None]"]] = field(default_factory=deque)  # in the order of arrival
+    waiting: deque[tuple[int, "asyncio.Future[None]"]] = field(
+        default_factory=deque
+    )  # in the order of arrival
 
     def __post_init__(self) -> None:
         self.limit = self.full
 
 
 class Pace:
-    """Places for so many calls at once. `on_limit` is told each kind's limit: now, and when it changes.
+    """Places for so many calls at once. `on_limit` is told each kind's limit: now, and when it
+    changes.
 
-    Submissions and what is passed through hold three quarters of the places at most: reconciling goes on however slow they are.
-    Of eight places one is for confirmations alone.
+    Submissions and what is passed through hold three quarters of the places at most: reconciling
+    goes on however slow they are. Of eight places one is for confirmations alone.
     """
 
-    def __init__(self, concurrency: int, on_limit: Callable[[Kind, int], None] = lambda _kind, _limit: None) -> None:
+    def __init__(
+        self, concurrency: int, on_limit: Callable[[Kind, int], None] = lambda _kind, _limit: None
+    ) -> None:
         clients, patient = max(1, concurrency * 3 // 4), concurrency - concurrency // 8
         self._lanes: dict[Kind, Lane] = {
             "confirm": Lane(concurrency),
@@ -86,8 +94,12 @@ class Pace:
         return self._lanes[kind].limit
 
     @asynccontextmanager
-    async def place(self, kind: Kind, patience: float | None = None) -> AsyncIterator[Callable[[Answer], None]]:
-        """Around one call, whose answer is told to what this yields. NoPlace: its turn did not come within `patience` seconds."""
+    async def place(
+        self, kind: Kind, patience: float | None = None
+    ) -> AsyncIterator[Callable[[Answer], None]]:
+        """Around one call, whose answer is told to what this yields. NoPlace: its turn did not come
+        within `patience` seconds.
+        """
         try:
             async with asyncio.timeout(patience):
                 await self._enter(kind)
@@ -119,8 +131,12 @@ class Pace:
 
     def _admit(self) -> None:
         """Gives every free place to whose turn it is."""
-        while able := [kind for kind, lane in self._lanes.items() if lane.waiting and self._free(kind)]:
-            lane = self._lanes[min(able, key=lambda kind: (RANK[kind], self._lanes[kind].waiting[0][0]))]
+        while able := [
+            kind for kind, lane in self._lanes.items() if lane.waiting and self._free(kind)
+        ]:
+            lane = self._lanes[
+                min(able, key=lambda kind: (RANK[kind], self._lanes[kind].waiting[0][0]))
+            ]
             _, given = lane.waiting.popleft()
             if not given.cancelled():
                 lane.used += 1
@@ -128,11 +144,15 @@ class Pace:
 
     def _free(self, kind: Kind) -> bool:
         lane = self._lanes[kind]
-        return lane.used < lane.limit and all(self.used(*kinds) < places for kinds, places in self._shares if kind in kinds)
+        return lane.used < lane.limit and all(
+            self.used(*kinds) < places for kinds, places in self._shares if kind in kinds
+        )
 
     def _heard(self, kind: Kind, generation: int, answer: Answer) -> None:
         lane, verdict = self._lanes[kind], throttled(answer)
-        if verdict is None or generation != lane.generation:  # a call from before the last halving, which was the answer to it
+        if (
+            verdict is None or generation != lane.generation
+        ):  # a call from before the last halving, which was the answer to it
             return
         before = lane.limit
         if verdict:

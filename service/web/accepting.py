@@ -1,7 +1,7 @@
 """Connections are taken from the kernel as they come, hundreds in a turn of the event loop.
 
-The loop's own server takes one in a turn: of a burst each callback would have a commit of its own, and the kernel, which keeps a few
-thousand that nobody took, would drop who knocks.
+The loop's own server takes one in a turn: of a burst each callback would have a commit of its own,
+and the kernel, which keeps a few thousand that nobody took, would drop who knocks.
 """
 
 import asyncio
@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 MOST_KEPT = 16_384  # by the kernel, which makes it `net.core.somaxconn` if that is less
 TAKEN = 500  # in one turn of the loop: some 50 ms
-SPARE = 512  # descriptors that are left for files and for connections to others; of a small limit the half
+# descriptors that are left for files and for connections to others; of a small limit the half
+SPARE = 512
 FULL_S = 0.1  # then there may be room again
 
 
@@ -22,12 +23,15 @@ def most() -> int:
 
 
 class Acceptor:
-    """Takes connections from a listening socket and makes protocols of them; `held`: how many there are already.
+    """Takes connections from a listening socket and makes protocols of them; `held`: how many there
+    are already.
 
     When there are as many as the process may hold the others stay with the kernel.
     """
 
-    def __init__(self, bound: socket.socket, make: Callable[[], asyncio.Protocol], held: Callable[[], int]) -> None:
+    def __init__(
+        self, bound: socket.socket, make: Callable[[], asyncio.Protocol], held: Callable[[], int]
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._bound, self._make, self._held = bound, make, held
         self._opening = set[asyncio.Task[None]]()
@@ -35,7 +39,9 @@ class Acceptor:
         self._listen()
 
     async def close(self) -> None:
-        """Takes those who have come by now, then nobody any more; returns when all of them are ready."""
+        """Takes those who have come by now, then nobody any more; returns when all of them are
+        ready.
+        """
         self._resume()  # there may be room by now
         while self._later is None and self._take() == TAKEN:
             pass

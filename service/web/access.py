@@ -21,7 +21,9 @@ HINT_CHARS = 8
 
 
 def hint_of(key: str) -> str | None:
-    """The beginning of what looks like a key of ours, for people; of anything else, which may be another's secret, nothing."""
+    """The beginning of what looks like a key of ours, for people; of anything else, which may be
+    another's secret, nothing.
+    """
     return key[:HINT_CHARS] if key.startswith(KEY_PREFIX) else None
 
 
@@ -51,15 +53,23 @@ class Access:
         self._cache: dict[str, tuple[float, Caller | None]] = {}
 
     async def caller(self, request: Request, *scopes: str) -> Caller:
-        """The caller, who has one of the scopes; ApiError 401 without a valid key, 403 without the scope."""
+        """The caller, who has one of the scopes; ApiError 401 without a valid key, 403 without the
+        scope.
+        """
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        found = await self._known(key.strip()) if scheme.lower() == "bearer" and key.strip() else None
+        found = (
+            await self._known(key.strip()) if scheme.lower() == "bearer" and key.strip() else None
+        )
         if found is None:
             log.warning("auth.refused", reason="no valid key", hint=hint_of(key.strip()))
-            raise ApiError(401, "unauthorized", "a valid API key is needed: Authorization: Bearer KEY")
+            raise ApiError(
+                401, "unauthorized", "a valid API key is needed: Authorization: Bearer KEY"
+            )
         if not found.may(*scopes):
             log.warning("auth.refused", reason=f"needs {' or '.join(scopes)}", owner=found.owner)
-            raise ApiError(403, "permission_denied", f"the key needs the scope {' or '.join(scopes)}")
+            raise ApiError(
+                403, "permission_denied", f"the key needs the scope {' or '.join(scopes)}"
+            )
         return found
 
     async def _known(self, key: str) -> Caller | None:

@@ -1,4 +1,6 @@
-"""Tasks for clients: submitted, shown, listed, cancelled. The shape is the upstream's, so that its clients work here."""
+"""Tasks for clients: submitted, shown, listed, cancelled. The shape is the upstream's, so that its
+clients work here.
+"""
 
 import re
 from functools import partial
@@ -25,7 +27,9 @@ FIRST_OUTCOME_S = 10.0
 MAX_WAIT_S = 120
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 METADATA = "metadata."
-ODD_NAME = re.compile(r'["\\\x00-\x1f]')  # JSON escapes them, and SQLite looks for names as they are written
+ODD_NAME = re.compile(
+    r'["\\\x00-\x1f]'
+)  # JSON escapes them, and SQLite looks for names as they are written
 
 
 def shown(context: Context, task: model.Task) -> JSON:
@@ -34,7 +38,9 @@ def shown(context: Context, task: model.Task) -> JSON:
 
 
 def preferences(request: Request) -> tuple[float | None, str | None]:
-    """Seconds to wait by `Prefer` (None: not asked), and what was applied; `wait` wins over `respond-async`."""
+    """Seconds to wait by `Prefer` (None: not asked), and what was applied; `wait` wins over
+    `respond-async`.
+    """
     wait, asynchronous = None, False
     for preference in ",".join(request.headers.getlist("prefer")).split(","):
         name, _, value = preference.partition(";")[0].partition("=")
@@ -55,18 +61,30 @@ async def submit(request: Request) -> Response:
         raise ApiError(400, "invalid_request", message, param="Idempotency-Key")
     wait_s, applied = preferences(request)
     body = await read_json(request)
-    task_id, replayed = await context.intake.accept(caller.owner, body, key, admin=caller.sees is None)
+    task_id, replayed = await context.intake.accept(
+        caller.owner, body, key, admin=caller.sees is None
+    )
     bind_contextvars(task_id=task_id)
     headers = {"Preference-Applied": applied} if applied else {}
     if replayed:
         headers["Idempotency-Replayed"] = "true"
     done = attempted if wait_s is None else ended
     with context.admission.wait():
-        task, row = await wait_for(context.resources, task_id, done, FIRST_OUTCOME_S if wait_s is None else wait_s)
+        task, row = await wait_for(
+            context.resources, task_id, done, FIRST_OUTCOME_S if wait_s is None else wait_s
+        )
     if row["refusal_status"] is not None:  # the upstream's own refusal, with our task's id
         assert task.error is not None
         more = {name: task.error.get(name) for name in ("type", "param")}
-        return answer(request, row["refusal_status"], task.error["code"], task.error["message"], headers, **more, task_id=task.id)
+        return answer(
+            request,
+            row["refusal_status"],
+            task.error["code"],
+            task.error["message"],
+            headers,
+            **more,
+            task_id=task.id,
+        )
     return JSONResponse(shown(context, task), headers=headers)
 
 
@@ -85,7 +103,11 @@ async def known_task(request: Request) -> tuple[model.Task, Row]:
 
 
 async def task(request: Request) -> Response:
-    context, owner, task_id = context_of(request), caller_of(request).sees, request.path_params["task_id"]
+    context, owner, task_id = (
+        context_of(request),
+        caller_of(request).sees,
+        request.path_params["task_id"],
+    )
     found = await context.resources.store.read(queries.task, task_id, owner)
     if found is None:
         return await passthrough.task(context, owner, task_id)
@@ -97,7 +119,9 @@ async def tasks(request: Request) -> Response:
     context, limit = context_of(request), query_limit(request)
     named = [name for name in request.query_params if name.startswith(METADATA)]
     if any(ODD_NAME.search(name) for name in named):
-        message = "metadata names with quotes, backslashes or control characters cannot be searched for"
+        message = (
+            "metadata names with quotes, backslashes or control characters cannot be searched for"
+        )
         raise ApiError(400, "invalid_request", message, param="metadata")
     found = await context.resources.store.read(
         queries.task_list,
@@ -113,7 +137,9 @@ async def tasks(request: Request) -> Response:
 
 async def timeline(request: Request) -> Response:
     task, _ = await known_task(request)
-    lines = await context_of(request).resources.store.read(queries.timeline, task.id, caller_of(request).sees)
+    lines = await context_of(request).resources.store.read(
+        queries.timeline, task.id, caller_of(request).sees
+    )
     return JSONResponse({"data": lines})
 
 
@@ -122,7 +148,9 @@ async def cancel(request: Request) -> Response:
     task, _ = await known_task(request)
     ended_as = await context.resources.store.write(cancel_tasks, Cancellation(task.id, caller.sees))
     if ended_as is not None:
-        raise ApiError(409, "task_ended", f"the task is {ended_as}: nothing is left to cancel", task_id=task.id)
+        raise ApiError(
+            409, "task_ended", f"the task is {ended_as}: nothing is left to cancel", task_id=task.id
+        )
     cancelled, _ = await known_task(request)
     return JSONResponse({**shown(context, cancelled), "cancel": "local"})
 
@@ -130,5 +158,10 @@ async def cancel(request: Request) -> Response:
 async def delete(request: Request) -> Response:
     context, (task, _) = context_of(request), await known_task(request)
     if await erase(context.resources, task.id, caller_of(request).sees) is not None:
-        raise ApiError(409, "task_not_ended", "the task has not ended: cancel it first, or wait for its end", task_id=task.id)
+        raise ApiError(
+            409,
+            "task_not_ended",
+            "the task has not ended: cancel it first, or wait for its end",
+            task_id=task.id,
+        )
     return Response(status_code=204)

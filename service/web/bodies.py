@@ -1,4 +1,6 @@
-"""What clients send: bodies, lists' parameters, cursors; bad ones are refused with the field and the limit."""
+"""What clients send: bodies, lists' parameters, cursors; bad ones are refused with the field and
+the limit.
+"""
 
 import asyncio
 import base64
@@ -28,7 +30,8 @@ LIMIT, MAX_LIMIT = 100, 1000
 async def read_json(request: Request, *, empty: bool = False) -> JSON:
     """The body as a JSON object; `empty`: none is {}.
 
-    ApiError 415 for another media type, 413 over 1 MiB, 408 when it does not come, 400 for all else.
+    ApiError 415 for another media type, 413 over 1 MiB, 408 when it does not come, 400 for all
+    else.
     """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
@@ -56,9 +59,13 @@ def validated(kind: type[Model], body: JSON) -> Model:
         return kind.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        param = ".".join(str(part) for part in first["loc"]) or None  # a rule about several fields names them itself
+        param = (
+            ".".join(str(part) for part in first["loc"]) or None
+        )  # a rule about several fields names them itself
         message = first["msg"].removeprefix("Value error, ")
-        raise ApiError(400, "invalid_request", f"{param}: {message}" if param else message, param=param) from None
+        raise ApiError(
+            400, "invalid_request", f"{param}: {message}" if param else message, param=param
+        ) from None
 
 
 def query_text(request: Request, name: str, allowed: Iterable[str] | None = None) -> str | None:
@@ -67,7 +74,9 @@ def query_text(request: Request, name: str, allowed: Iterable[str] | None = None
     if value is None:
         return None
     if allowed is not None and value not in allowed:
-        raise ApiError(400, "invalid_request", f"{name} must be one of {', '.join(allowed)}", param=name)
+        raise ApiError(
+            400, "invalid_request", f"{name} must be one of {', '.join(allowed)}", param=name
+        )
     try:
         check_text(value)
     except ValueError as error:
@@ -82,17 +91,25 @@ def query_seconds(request: Request, name: str, most: float) -> float:
     except ValueError:
         seconds = float("nan")
     if not 0 <= seconds <= most:
-        raise ApiError(400, "invalid_request", f"{name} must be a number from 0 to {most:g}", param=name)
+        raise ApiError(
+            400, "invalid_request", f"{name} must be a number from 0 to {most:g}", param=name
+        )
     return seconds
 
 
-# --- lists -----------------------------------------------------------------------------------------------------------
+# --- lists
+# --------------------------------------------------------------------------------------------------
 
 
 def query_limit(request: Request) -> int:
     text = request.query_params.get("limit", str(LIMIT))
     if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_LIMIT:
-        raise ApiError(400, "invalid_request", f"limit must be a whole number from 1 to {MAX_LIMIT}", param="limit")
+        raise ApiError(
+            400,
+            "invalid_request",
+            f"limit must be a whole number from 1 to {MAX_LIMIT}",
+            param="limit",
+        )
     return int(text)
 
 
@@ -107,11 +124,15 @@ def read_cursor(request: Request) -> Place | None:
     except (ValueError, TypeError, RecursionError):
         time, id = None, None
     if type(time) is not int or not abs(time) < 2**62:
-        raise ApiError(400, "invalid_request", "cursor must be one that an answer gave", param="cursor")
+        raise ApiError(
+            400, "invalid_request", "cursor must be one that an answer gave", param="cursor"
+        )
     return time, id
 
 
-def page(found: Sequence[Item], limit: int, place: Callable[[Item], Place], shown: Callable[[Item], JSON]) -> Response:
+def page(
+    found: Sequence[Item], limit: int, place: Callable[[Item], Place], shown: Callable[[Item], JSON]
+) -> Response:
     """The answer with at most `limit` of what was found; one more says that the list goes on."""
     more = None
     if len(found) > limit:

@@ -1,7 +1,8 @@
 """The upstream's callbacks: token first, then the body, then one commit (contract section 4).
 
-An ASGI class, not an endpoint function: this route takes bursts, and its answer is bytes made beforehand. Its address is open to the
-internet: what has no token costs next to nothing, and a flood of it waits at a turnstile while callbacks pass.
+An ASGI class, not an endpoint function: this route takes bursts, and its answer is bytes made
+beforehand. Its address is open to the internet: what has no token costs next to nothing, and a
+flood of it waits at a turnstile while callbacks pass.
 """
 
 import asyncio
@@ -24,12 +25,19 @@ log = structlog.get_logger()
 
 MAX_BODY = 256 * 1024
 BODY_S = 5.0
-SWALLOW_S = 1.0  # for the rest of a body that is too large: most senders look for the answer when they have sent it all
-SMALL = 16 * 1024  # comes along with its request; the server throws it away unread, and the connection lives on
+# for the rest of a body that is too large: most senders look for the answer when they have sent it
+# all
+SWALLOW_S = 1.0
+SMALL = (
+    16 * 1024
+)  # comes along with its request; the server throws it away unread, and the connection lives on
 TURNS_S, BURST, WAIT_S = 100, 100, 1.0
 MOST_HELD = 256  # with up to 320 KiB each in the server's buffers: 80 MiB
 JSON_TYPE = (b"content-type", b"application/json")
-ANSWERS = {verdict: b'{"status":"%s"}' % verdict.encode() for verdict in ("accepted", "duplicate", "conflict", "unreadable", "unknown")}
+ANSWERS = {
+    verdict: b'{"status":"%s"}' % verdict.encode()
+    for verdict in ("accepted", "duplicate", "conflict", "unreadable", "unknown")
+}
 REFUSALS = {
     401: ("unauthorized", "the token is wrong"),
     408: ("timeout", "the body was not complete after 5 s"),
@@ -55,13 +63,21 @@ class CallbackRoute:
         with context.precedence.callback():
             await self._take(context, task_id, started, scope, receive, send)
 
-    async def _turn_away(self, resources: Resources, started: float, scope: Scope, send: Send) -> None:
+    async def _turn_away(
+        self, resources: Resources, started: float, scope: Scope, send: Send
+    ) -> None:
         """The body is not read: behind a long one the connection ends."""
         resources.metrics.callbacks.labels("wrong_token").inc()
         wait, withheld = self._turnstile.turn(asyncio.get_running_loop().time())
         if withheld is not None:
             duration_ms = round((time.perf_counter() - started) * 1000, 1)
-            log.warning("callback.refused", reason="wrong_token", task_id=None, duration_ms=duration_ms, withheld=withheld)
+            log.warning(
+                "callback.refused",
+                reason="wrong_token",
+                task_id=None,
+                duration_ms=duration_ms,
+                withheld=withheld,
+            )
         long = long_body(scope)
         if wait and not (long and self._held >= MOST_HELD):
             self._held += long
@@ -71,7 +87,15 @@ class CallbackRoute:
                 self._held -= long
         await refuse(scope, send, 401, *[CLOSE] * long)
 
-    async def _take(self, context: Context, task_id: str, started: float, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _take(
+        self,
+        context: Context,
+        task_id: str,
+        started: float,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
         resources = context.resources
         try:
             body = await read_body(receive)
@@ -85,7 +109,14 @@ class CallbackRoute:
         came = time.monotonic()
         try:
             async with context.precedence.turn(context.admission.refused):
-                verdict = await inbox.receive(resources, task_id, body, context.result_ttl_s, came, whole=len(body) <= MAX_BODY)
+                verdict = await inbox.receive(
+                    resources,
+                    task_id,
+                    body,
+                    context.result_ttl_s,
+                    came,
+                    whole=len(body) <= MAX_BODY,
+                )
         except StoreUnavailable:
             await refuse(scope, send, 503, (b"retry-after", b"1"))
             return
@@ -97,7 +128,8 @@ class CallbackRoute:
 
 
 class Turnstile:
-    """Lets so many refusals a second through at once, after a quiet second twice as many; the others wait, a second at most.
+    """Lets so many refusals a second through at once, after a quiet second twice as many; the
+    others wait, a second at most.
 
     Whoever sends one after the other is slowed down by that, and callbacks find the processor free.
     """
@@ -107,7 +139,9 @@ class Turnstile:
         self._withheld = 0
 
     def turn(self, now: float) -> tuple[float, int | None]:
-        """How long this one waits, and, if it deserves a line in the log, how many before it got none. `now` in seconds."""
+        """How long this one waits, and, if it deserves a line in the log, how many before it got
+        none. `now` in seconds.
+        """
         wait = max(0.0, self._free - now)
         if wait < WAIT_S:
             self._free = max(self._free, now - BURST / TURNS_S) + 1 / TURNS_S
@@ -119,9 +153,15 @@ class Turnstile:
 
 
 def long_body(scope: Scope) -> bool:
-    """Whether more is announced than comes along with a request: much, no telling how much, or what waits to be asked for."""
+    """Whether more is announced than comes along with a request: much, no telling how much, or what
+    waits to be asked for.
+    """
     headers = dict(scope["headers"])
-    return b"transfer-encoding" in headers or b"expect" in headers or int(headers.get(b"content-length", 0)) > SMALL
+    return (
+        b"transfer-encoding" in headers
+        or b"expect" in headers
+        or int(headers.get(b"content-length", 0)) > SMALL
+    )
 
 
 async def swallow(receive: Receive) -> None:
@@ -135,7 +175,9 @@ async def swallow(receive: Receive) -> None:
 
 
 async def read_body(receive: Receive) -> bytes | None:
-    """The whole body, or as soon as it is over the limit what came so far; None: the sender left. TimeoutError after 5 s."""
+    """The whole body, or as soon as it is over the limit what came so far; None: the sender left.
+    TimeoutError after 5 s.
+    """
     body = bytearray()
     async with asyncio.timeout(BODY_S):
         while True:
@@ -148,10 +190,17 @@ async def read_body(receive: Receive) -> bytes | None:
 
 
 async def refuse(scope: Scope, send: Send, status: int, *headers: tuple[bytes, bytes]) -> None:
-    await respond(send, status, json.dumps(error_body(status, *REFUSALS[status], scope["request_id"])).encode(), *headers)
+    await respond(
+        send,
+        status,
+        json.dumps(error_body(status, *REFUSALS[status], scope["request_id"])).encode(),
+        *headers,
+    )
 
 
 async def respond(send: Send, status: int, body: bytes, *headers: tuple[bytes, bytes]) -> None:
     length = (b"content-length", str(len(body)).encode())
-    await send({"type": "http.response.start", "status": status, "headers": [JSON_TYPE, length, *headers]})
+    await send(
+        {"type": "http.response.start", "status": status, "headers": [JSON_TYPE, length, *headers]}
+    )
     await send({"type": "http.response.body", "body": body})

@@ -30,7 +30,9 @@ class Context:
     sinks: Mapping[str, Sequence[str]]  # brokers by name, with the types that each gets
     sinks_failing: Callable[[], bool]  # in this process
     quiesce: Callable[[], None]  # a stop was asked for: no new work is started
-    drained: Callable[[], Awaitable[float]]  # waits for work in flight, within the stop's limit; how many seconds are left of that
+    drained: Callable[
+        [], Awaitable[float]
+    ]  # waits for work in flight, within the stop's limit; how many seconds are left of that
     workers_alive: Callable[[], bool] | None
 
 

@@ -25,8 +25,15 @@ async def deliveries(request: Request) -> Response:
     }
     where = {name: value for name, value in asked.items() if value is not None}
     store = context_of(request).resources.store
-    found = await store.read(queries.delivery_list, caller.sees, limit + 1, read_cursor(request), where)
-    return page(found, limit, lambda each: place_of(each[0]), lambda each: delivery_document(*each, answers=caller.sees is None))
+    found = await store.read(
+        queries.delivery_list, caller.sees, limit + 1, read_cursor(request), where
+    )
+    return page(
+        found,
+        limit,
+        lambda each: place_of(each[0]),
+        lambda each: delivery_document(*each, answers=caller.sees is None),
+    )
 
 
 async def delivery(request: Request) -> Response:
@@ -35,19 +42,25 @@ async def delivery(request: Request) -> Response:
 
 async def _shown(request: Request) -> JSON:
     caller, where = caller_of(request), {"id": request.path_params["delivery_id"]}
-    found = await context_of(request).resources.store.read(queries.delivery_list, caller.sees, 1, None, where)
+    found = await context_of(request).resources.store.read(
+        queries.delivery_list, caller.sees, 1, None, where
+    )
     if not found:
         raise ApiError(404, "delivery_not_found", "no delivery of yours has that id")
     return delivery_document(*found[0], answers=caller.sees is None)
 
 
 async def retry(request: Request) -> Response:
-    """One attempt now, whatever became of those before it and whatever is planned; answers the delivery with it."""
+    """One attempt now, whatever became of those before it and whatever is planned; answers the
+    delivery with it.
+    """
     shown = await _shown(request)
     context = context_of(request)
     with context.admission.by_hand_of(caller_of(request).owner):
         sent = await send_by_hand(context.resources, shown["id"])
     if not sent:
-        raise ApiError(409, "nothing_to_send", "its event is no longer kept, or its endpoint is gone")
+        raise ApiError(
+            409, "nothing_to_send", "its event is no longer kept, or its endpoint is gone"
+        )
     log.info("admin.action", action="delivery.retry", subject=shown["id"])
     return JSONResponse(await _shown(request))

@@ -14,7 +14,12 @@ from service.pipeline.secrets import encode_secrets, rotation
 from service.resources import Resources
 from service.signing import new_secret
 from service.store import queries
-from service.store.operations.deliveries import Endpoint, EndpointChange, change_endpoints, insert_endpoints
+from service.store.operations.deliveries import (
+    Endpoint,
+    EndpointChange,
+    change_endpoints,
+    insert_endpoints,
+)
 from service.store.records import Row
 from service.store.replays import Wanted, replay_extent
 from service.web.api import caller_of
@@ -36,7 +41,9 @@ def shown(row: Row, replay: JSON | None = None) -> JSON:
         "description": row["description"],
         "status": row["status"],
         "created_at": model.rfc3339(row["created_at"]),
-        "disabled_at": model.rfc3339(row["disabled_at"]) if row["disabled_at"] is not None else None,
+        "disabled_at": model.rfc3339(row["disabled_at"])
+        if row["disabled_at"] is not None
+        else None,
         "disabled_reason": row["disabled_reason"],
         "replay": replay,
     }
@@ -55,12 +62,19 @@ async def create(request: Request) -> Response:
     owner: str | None = caller.owner
     if "owner" in body.model_fields_set and body.owner != caller.owner:
         if caller.sees is not None:
-            raise ApiError(403, "permission_denied", "owner: only the scope admin may subscribe to others' events", param="owner")
+            raise ApiError(
+                403,
+                "permission_denied",
+                "owner: only the scope admin may subscribe to others' events",
+                param="owner",
+            )
         owner = body.owner
     await check_url(resources, body.url)
     secret = new_secret(os.urandom(32))
     encrypted = resources.keyring.encrypt(encode_secrets([(secret, None)]))
-    endpoint = Endpoint(resources.id("endpoint"), owner, body.url, tuple(body.types), body.description, encrypted)
+    endpoint = Endpoint(
+        resources.id("endpoint"), owner, body.url, tuple(body.types), body.description, encrypted
+    )
     await resources.store.write(insert_endpoints, endpoint)
     log.info("admin.action", action="endpoint.create", subject=endpoint.id)
     return JSONResponse({**shown(await endpoint_of(request, endpoint.id)), "secret": secret}, 201)
@@ -68,7 +82,9 @@ async def create(request: Request) -> Response:
 
 async def endpoint_of(request: Request, endpoint_id: str | None = None) -> Row:
     wanted = endpoint_id or request.path_params["endpoint_id"]
-    row = await context_of(request).resources.store.read(queries.endpoint_row, wanted, caller_of(request).sees)
+    row = await context_of(request).resources.store.read(
+        queries.endpoint_row, wanted, caller_of(request).sees
+    )
     if row is None:
         raise ApiError(404, "endpoint_not_found", "no endpoint of yours has that id")
     return row
@@ -81,16 +97,30 @@ async def read(request: Request) -> Response:
 async def listed(request: Request) -> Response:
     limit = query_limit(request)
     store, owner = context_of(request).resources.store, caller_of(request).sees
-    return page(await store.read(queries.endpoint_list, owner, limit + 1, read_cursor(request)), limit, place_of, shown)
+    return page(
+        await store.read(queries.endpoint_list, owner, limit + 1, read_cursor(request)),
+        limit,
+        place_of,
+        shown,
+    )
 
 
 async def patch(request: Request) -> Response:
-    resources, caller, endpoint_id = context_of(request).resources, caller_of(request), request.path_params["endpoint_id"]
+    resources, caller, endpoint_id = (
+        context_of(request).resources,
+        caller_of(request),
+        request.path_params["endpoint_id"],
+    )
     body = validated(EndpointPatch, await read_json(request))
     if body.url is not None:
         await check_url(resources, body.url)
     change = EndpointChange(
-        endpoint_id, caller.sees, body.url, tuple(body.types) if body.types is not None else None, body.description, body.status
+        endpoint_id,
+        caller.sees,
+        body.url,
+        tuple(body.types) if body.types is not None else None,
+        body.description,
+        body.status,
     )
     since = (await endpoint_of(request))["disabled_at"]
     await _change(request, change, "endpoint.patch")
@@ -100,13 +130,21 @@ async def patch(request: Request) -> Response:
 
 
 async def _offer(resources: Resources, row: Row, since: int) -> JSON:
-    """The replay of what the endpoint missed while it was disabled: by its id, with this `since`, `only` the dead."""
-    extent = await resources.store.read(replay_extent, Wanted(row["id"], row["owner"], since, None, (), "dead"))
+    """The replay of what the endpoint missed while it was disabled: by its id, with this `since`,
+    `only` the dead.
+    """
+    extent = await resources.store.read(
+        replay_extent, Wanted(row["id"], row["owner"], since, None, (), "dead")
+    )
     return {"since": model.rfc3339(since), "count": extent.count}
 
 
 async def delete(request: Request) -> Response:
-    await _change(request, EndpointChange(request.path_params["endpoint_id"], caller_of(request).sees, delete=True), "endpoint.delete")
+    await _change(
+        request,
+        EndpointChange(request.path_params["endpoint_id"], caller_of(request).sees, delete=True),
+        "endpoint.delete",
+    )
     return Response(status_code=204)
 
 
@@ -118,21 +156,31 @@ async def _change(request: Request, change: EndpointChange, action: str) -> None
 
 async def rotate(request: Request) -> Response:
     """Another secret; the one before it signs too for as long as is asked."""
-    resources, caller, endpoint_id = context_of(request).resources, caller_of(request), request.path_params["endpoint_id"]
+    resources, caller, endpoint_id = (
+        context_of(request).resources,
+        caller_of(request),
+        request.path_params["endpoint_id"],
+    )
     body = validated(Rotation, await read_json(request, empty=True))
     for _ in range(ROTATIONS):  # somebody else may do the same
         held = (await endpoint_of(request, endpoint_id))["secret"]
         secret = new_secret(os.urandom(32))
-        secrets = rotation(resources.keyring, held, secret, resources.clock(), round(body.overlap_s * 1000))
+        secrets = rotation(
+            resources.keyring, held, secret, resources.clock(), round(body.overlap_s * 1000)
+        )
         change = EndpointChange(endpoint_id, caller.sees, secrets=(held, secrets))
         if await resources.store.write(change_endpoints, change):
             log.info("admin.action", action="endpoint.rotate", subject=endpoint_id)
-            return JSONResponse({**shown(await endpoint_of(request, endpoint_id)), "secret": secret})
+            return JSONResponse(
+                {**shown(await endpoint_of(request, endpoint_id)), "secret": secret}
+            )
     raise ApiError(409, "conflict", "the endpoint's secret is being rotated by others")
 
 
 async def test(request: Request) -> Response:
-    """An event that nobody else sees, sent as a real one would be, whatever the endpoint's status; answers the attempt."""
+    """An event that nobody else sees, sent as a real one would be, whatever the endpoint's status;
+    answers the attempt.
+    """
     context, caller, row = context_of(request), caller_of(request), await endpoint_of(request)
     with context.admission.by_hand_of(caller.owner):
         attempt = await send_test(context.resources, row)

@@ -16,9 +16,18 @@ log = structlog.get_logger()
 CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
-def error_body(status: int, code: str | None, message: str | None, request_id: str | None, **more: object) -> JSON:
+def error_body(
+    status: int, code: str | None, message: str | None, request_id: str | None, **more: object
+) -> JSON:
     """The one form of an error; `more` are values for `type`, `param` and `task_id`."""
-    fields = {"code": code, "message": message, "type": type_of(status), "param": None, "request_id": request_id, "task_id": None}
+    fields = {
+        "code": code,
+        "message": message,
+        "type": type_of(status),
+        "param": None,
+        "request_id": request_id,
+        "task_id": None,
+    }
     return {"error": fields | more}
 
 
@@ -27,8 +36,17 @@ def request_id_of(request: Request) -> str:
     return value
 
 
-def answer(request: Request, status: int, code: str, message: str, headers: Mapping[str, str] | None = None, **more: object) -> Response:
-    return JSONResponse(error_body(status, code, message, request_id_of(request), **more), status, headers)
+def answer(
+    request: Request,
+    status: int,
+    code: str,
+    message: str,
+    headers: Mapping[str, str] | None = None,
+    **more: object,
+) -> Response:
+    return JSONResponse(
+        error_body(status, code, message, request_id_of(request), **more), status, headers
+    )
 
 
 async def api_error(request: Request, error: Exception) -> Response:
@@ -56,11 +74,19 @@ async def store_unavailable(request: Request, error: Exception) -> Response:
 
 async def blob_unavailable(request: Request, error: Exception) -> Response:
     log.error("blobs.failed", message=str(error), exception=cause_of(error))
-    return answer(request, 503, "unavailable", f"the image store failed: {error}", {"Retry-After": "5"})
+    return answer(
+        request, 503, "unavailable", f"the image store failed: {error}", {"Retry-After": "5"}
+    )
 
 
 async def upstream_silent(request: Request, error: Exception) -> Response:
-    return answer(request, 503, "upstream_unavailable", f"the upstream gave no answer: {error}", {"Retry-After": "5"})
+    return answer(
+        request,
+        503,
+        "upstream_unavailable",
+        f"the upstream gave no answer: {error}",
+        {"Retry-After": "5"},
+    )
 
 
 def cause_of(error: Exception) -> str | None:

@@ -1,4 +1,6 @@
-"""The shapes of events: their types, the task as they carry it, and what the operators' events say."""
+"""The shapes of events: their types, the task as they carry it, and what the operators' events
+say.
+"""
 
 from typing import Any, Literal
 
@@ -50,7 +52,17 @@ class EventTask(BaseModel):
     usage: Usage
     results: list[str]
     error: TaskError | None
-    state: Literal["queued", "submitting", "uncertain", "submitted", "storing", "completed", "failed", "cancelled", "expired"]
+    state: Literal[
+        "queued",
+        "submitting",
+        "uncertain",
+        "submitted",
+        "storing",
+        "completed",
+        "failed",
+        "cancelled",
+        "expired",
+    ]
     upstream: str
     upstream_id: str | None
     metadata: dict[str, str]
@@ -63,7 +75,9 @@ class Event(BaseModel):
     id: str
     source: str
     type: str
-    subject: str = Field(description="the task's id; of what is about no task, the endpoint's or row's")
+    subject: str = Field(
+        description="the task's id; of what is about no task, the endpoint's or row's"
+    )
     time: str
     datacontenttype: Literal["application/json"]
     sequence: str
@@ -86,7 +100,9 @@ class Conflict(BaseModel):
 
 
 class LateResult(BaseModel):
-    """What the upstream proved of a task that had been given up: state and event stand, credits and pictures count."""
+    """What the upstream proved of a task that had been given up: state and event stand, credits and
+    pictures count.
+    """
 
     task_id: str
     owner: str
@@ -139,7 +155,10 @@ class DeliveryExhausted(BaseModel):
     task_id: str | None
 
 
-TASK_TYPES = {f"image.task.{state}": EventTask for state in ("submitted", "completed", "failed", "cancelled", "expired")}
+TASK_TYPES = {
+    f"image.task.{state}": EventTask
+    for state in ("submitted", "completed", "failed", "cancelled", "expired")
+}
 EVENT_TYPES: dict[str, type[BaseModel]] = {
     **TASK_TYPES,
     "callback.conflict": Conflict,

@@ -1,4 +1,6 @@
-"""Events from a place on, in sequence: by pull, held until something is there if the reader wants, or as a stream."""
+"""Events from a place on, in sequence: by pull, held until something is there if the reader wants,
+or as a stream.
+"""
 
 import asyncio
 
@@ -23,7 +25,12 @@ def sequence(text: str | None, param: str) -> int | None:
     if not text:
         return None
     if not (text.isascii() and text.isdigit()) or len(text) > 20 or int(text) >= 2**63:
-        raise ApiError(400, "invalid_request", f"{param} must be a sequence that an answer gave: up to 20 digits", param=param)
+        raise ApiError(
+            400,
+            "invalid_request",
+            f"{param} must be a sequence that an answer gave: up to 20 digits",
+            param=param,
+        )
     return int(text)
 
 
@@ -31,22 +38,45 @@ async def events(request: Request) -> Response:
     context = context_of(request)
     resources, access = context.resources, context.access
     after = sequence(query_text(request, "after"), "after")
-    types = [pattern for text in request.query_params.getlist("type") for pattern in text.split(",") if pattern]
+    types = [
+        pattern
+        for text in request.query_params.getlist("type")
+        for pattern in text.split(",")
+        if pattern
+    ]
     try:
         types = [known_pattern(pattern) for pattern in types]
     except ValueError as error:
         raise ApiError(400, "invalid_request", f"type {error}", param="type") from None
     sees, task_id = caller_of(request).sees, query_text(request, "task")
     if "text/event-stream" in request.headers.get("accept", ""):
-        last = sequence(request.headers.get("last-event-id"), "Last-Event-ID")  # of a reader that comes back to the same URL
+        last = sequence(
+            request.headers.get("last-event-id"), "Last-Event-ID"
+        )  # of a reader that comes back to the same URL
         wanted = Wanted(sees, types, task_id)
-        return stream(request, context.tail, after if last is None else last, wanted, lambda: access.caller(request, *request.state.scopes))
+        return stream(
+            request,
+            context.tail,
+            after if last is None else last,
+            wanted,
+            lambda: access.caller(request, *request.state.scopes),
+        )
     stopping, wait_s = resources.store.signals.stopping, query_seconds(request, "wait", MAX_WAIT_S)
     limit = query_limit(request)
     with context.admission.wait():
-        page = await read_events(resources.store, resources.links, sees, after, limit, types, task_id, wait_s)
-        if stopping and not page.events:  # nobody is held any longer, and nobody is to ask again and again until the process has ended
+        page = await read_events(
+            resources.store, resources.links, sees, after, limit, types, task_id, wait_s
+        )
+        if (
+            stopping and not page.events
+            # nobody is held any longer, and nobody is to ask again and again until the process has
+            # ended
+        ):
             await asyncio.sleep(min(wait_s, STOPPING_S))
     if wait_s:
-        await access.caller(request, *request.state.scopes)  # the key may have been revoked while it was held
-    return JSONResponse({"data": page.events, "next_after": sequence_text(page.next_after), "resync": page.resync})
+        await access.caller(
+            request, *request.state.scopes
+        )  # the key may have been revoked while it was held
+    return JSONResponse(
+        {"data": page.events, "next_after": sequence_text(page.next_after), "resync": page.resync}
+    )

@@ -27,7 +27,11 @@ async def readyz(request: Request) -> Response:
         async with asyncio.timeout(READY_S):
             await context.resources.store.write(mark, None, urgent=True)
     except (StoreUnavailable, TimeoutError):
-        return JSONResponse({"status": "unavailable", **await _causes(request, context, ["store"])}, 503, headers={"Retry-After": "1"})
+        return JSONResponse(
+            {"status": "unavailable", **await _causes(request, context, ["store"])},
+            503,
+            headers={"Retry-After": "1"},
+        )
     causes = []
     if context.resources.store.signals.stopping:
         causes.append("stopping")
@@ -39,7 +43,9 @@ async def readyz(request: Request) -> Response:
         causes.append("upstream")
     if context.sinks and (context.sinks_failing() or await _sinks_late(context)):
         causes.append("brokers")
-    return JSONResponse({"status": "degraded" if causes else "ok", **await _causes(request, context, causes)})
+    return JSONResponse(
+        {"status": "degraded" if causes else "ok", **await _causes(request, context, causes)}
+    )
 
 
 async def _blobs_answer(context: Context) -> bool:
@@ -56,7 +62,9 @@ async def _blobs_answer(context: Context) -> bool:
 async def _sinks_late(context: Context) -> bool:
     store = context.resources.store
     behind = await store.read(queries.sinks_behind, context.sinks)
-    return any(oldest is not None and oldest < store.clock() - SINK_LATE_MS for oldest in behind.values())
+    return any(
+        oldest is not None and oldest < store.clock() - SINK_LATE_MS for oldest in behind.values()
+    )
 
 
 async def _free_bytes(context: Context) -> int | None:

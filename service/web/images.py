@@ -1,4 +1,6 @@
-"""Stored images under names that cannot be guessed: no key, no cookies, and nothing in them can run."""
+"""Stored images under names that cannot be guessed: no key, no cookies, and nothing in them can
+run.
+"""
 
 import re
 
@@ -21,7 +23,9 @@ HEADERS = {
 
 
 def byte_range(text: str | None, size: int) -> tuple[int, int] | None:
-    """First byte and the one after the last of a single range (RFC 9110, 14.1.2); empty: outside of the image. None: the whole."""
+    """First byte and the one after the last of a single range (RFC 9110, 14.1.2); empty: outside of
+    the image. None: the whole.
+    """
     match = RANGE.fullmatch(text) if text else None
     if match is None or match[1] == match[2] == "":
         return None
@@ -34,7 +38,9 @@ def byte_range(text: str | None, size: int) -> tuple[int, int] | None:
 
 def names(tags: str, etag: str) -> bool:
     """Whether `If-None-Match` has this entity tag; a weak one counts as well."""
-    return tags.strip() == "*" or etag in [tag.strip().removeprefix("W/") for tag in tags.split(",")]
+    return tags.strip() == "*" or etag in [
+        tag.strip().removeprefix("W/") for tag in tags.split(",")
+    ]
 
 
 async def image(request: Request) -> Response:
@@ -51,13 +57,31 @@ async def image(request: Request) -> Response:
     if await resources.blobs.size(row["blob"]) != size:
         raise BlobMissing(f"the image {row['id']} is not as it was stored")
     if request.method == "HEAD":
-        return Response(headers={**headers, "Content-Length": str(size)}, media_type=row["media_type"])
-    asked = byte_range(request.headers.get("range"), size) if request.headers.get("if-range", etag) == etag else None
+        return Response(
+            headers={**headers, "Content-Length": str(size)}, media_type=row["media_type"]
+        )
+    asked = (
+        byte_range(request.headers.get("range"), size)
+        if request.headers.get("if-range", etag) == etag
+        else None
+    )
     start, end = asked or (0, size)
     if start >= end:
         unfit = {"Content-Range": f"bytes */{size}"}
-        return answer(request, 416, "range_not_satisfiable", f"the image has {size} bytes", unfit, param="Range")
+        return answer(
+            request,
+            416,
+            "range_not_satisfiable",
+            f"the image has {size} bytes",
+            unfit,
+            param="Range",
+        )
     headers["Content-Length"] = str(end - start)
     if asked:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-    return StreamingResponse(resources.blobs.read(row["blob"], start, end), 206 if asked else 200, headers, media_type=row["media_type"])
+    return StreamingResponse(
+        resources.blobs.read(row["blob"], start, end),
+        206 if asked else 200,
+        headers,
+        media_type=row["media_type"],
+    )

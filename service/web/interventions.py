@@ -20,9 +20,18 @@ async def resolve(request: Request) -> Response:
     resolution = Resolution(task.id, body.upstream_id, resubmit=body.decision == "resubmit")
     refused = await context.resources.store.write(resolve_tasks, resolution)
     if refused == "taken":
-        raise ApiError(409, "id_taken", "another task has this upstream_id", param="upstream_id", task_id=task.id)
+        raise ApiError(
+            409,
+            "id_taken",
+            "another task has this upstream_id",
+            param="upstream_id",
+            task_id=task.id,
+        )
     if refused is not None:
-        message = f"the task is {refused}: only an uncertain submission is resolved, or an id corrected that the upstream did not answer to"
+        message = (
+            f"the task is {refused}: only an uncertain submission is resolved, or an id"
+            " corrected that the upstream did not answer to"
+        )
         raise ApiError(409, "task_not_uncertain", message, task_id=task.id)
     log.info("admin.action", action="task.resolve", subject=task.id)
     return JSONResponse(shown(context, (await known_task(request))[0]))
@@ -31,6 +40,11 @@ async def resolve(request: Request) -> Response:
 async def reconcile(request: Request) -> Response:
     context, (task, _) = context_of(request), await known_task(request)
     if await context.resources.store.write(reconcile_tasks, task.id) is not None:
-        raise ApiError(409, "task_not_submitted", "the upstream's id of the task is not known yet: nothing to ask for", task_id=task.id)
+        raise ApiError(
+            409,
+            "task_not_submitted",
+            "the upstream's id of the task is not known yet: nothing to ask for",
+            task_id=task.id,
+        )
     log.info("admin.action", action="task.reconcile", subject=task.id)
     return JSONResponse(shown(context, (await known_task(request))[0]))

@@ -1,4 +1,6 @@
-"""API keys: made, listed, revoked; owners' callback secrets. A key is shown once; the store has its hash."""
+"""API keys: made, listed, revoked; owners' callback secrets. A key is shown once; the store has its
+hash.
+"""
 
 import base64
 import os
@@ -16,7 +18,14 @@ from service.resources import new_id
 from service.signing import Keyring, hash_api_key, new_secret
 from service.store import Store, queries
 from service.store.operations.access import NewKey as StoredKey
-from service.store.operations.access import NewOwner, SecretChange, change_secrets, insert_keys, insert_owners, revoke_keys
+from service.store.operations.access import (
+    NewOwner,
+    SecretChange,
+    change_secrets,
+    insert_keys,
+    insert_owners,
+    revoke_keys,
+)
 from service.store.operations.outbox import OPERATORS
 from service.store.records import Row
 from service.web.access import HINT_CHARS, KEY_PREFIX
@@ -30,11 +39,20 @@ log = structlog.get_logger()
 ROTATIONS = 5  # tries
 
 
-async def create_key(store: Store, keyring: Keyring, now: int, owner: str, scopes: Sequence[str]) -> JSON:
+async def create_key(
+    store: Store, keyring: Keyring, now: int, owner: str, scopes: Sequence[str]
+) -> JSON:
     """Makes a key; the answer holds it, and the owner's callback secret if this is its first."""
     key = KEY_PREFIX + base64.b32encode(os.urandom(25)).decode().lower()  # 200 bits
     secret = new_secret(os.urandom(32))
-    stored = StoredKey(new_id("key", now), owner, hash_api_key(key), key[:HINT_CHARS], tuple(scopes), keyring.encrypt(secret))
+    stored = StoredKey(
+        new_id("key", now),
+        owner,
+        hash_api_key(key),
+        key[:HINT_CHARS],
+        tuple(scopes),
+        keyring.encrypt(secret),
+    )
     first = await store.write(insert_keys, stored)
     rows = await store.read(queries.key_list)
     row = next(row for row in rows if row["id"] == stored.id)
@@ -55,22 +73,35 @@ def shown(row: Row) -> JSON:
 async def create(request: Request) -> Response:
     resources = context_of(request).resources
     body = validated(NewKey, await read_json(request))
-    made = await create_key(resources.store, resources.keyring, resources.clock(), body.owner, body.scopes)
+    made = await create_key(
+        resources.store, resources.keyring, resources.clock(), body.owner, body.scopes
+    )
     log.info("admin.action", action="key.create", subject=made["id"])
     return JSONResponse(made, 201)
 
 
-async def rotate_callback_secret(store: Store, keyring: Keyring, now: int, owner: str, overlap_s: float) -> JSON:
-    """Another callback secret; those before it sign too for so many seconds. ApiError 404: there is no such owner."""
+async def rotate_callback_secret(
+    store: Store, keyring: Keyring, now: int, owner: str, overlap_s: float
+) -> JSON:
+    """Another callback secret; those before it sign too for so many seconds. ApiError 404: there is
+    no such owner.
+    """
     for _ in range(ROTATIONS):  # somebody else may do the same
         held = await store.read(queries.callback_secret, owner)
         secret = new_secret(os.urandom(32))
         if held is None:
             if owner != OPERATORS:
                 raise ApiError(404, "owner_not_found", "no owner has that name", param="owner")
-            await store.write(insert_owners, NewOwner(owner, keyring.encrypt(secret)))  # it may have DARKROOM_ADMIN_KEY alone
+            await store.write(
+                insert_owners, NewOwner(owner, keyring.encrypt(secret))
+            )  # it may have DARKROOM_ADMIN_KEY alone
             continue
-        if await store.write(change_secrets, SecretChange(owner, held, rotation(keyring, held, secret, now, round(overlap_s * 1000)))):
+        if await store.write(
+            change_secrets,
+            SecretChange(
+                owner, held, rotation(keyring, held, secret, now, round(overlap_s * 1000))
+            ),
+        ):
             return {"owner": owner, "callback_secret": secret}
     raise ApiError(409, "conflict", "the owner's callback secret is being rotated by others")
 
@@ -80,8 +111,15 @@ async def rotate_secret(request: Request) -> Response:
     body = validated(SecretRotation, await read_json(request, empty=True))
     owner = body.owner or caller.owner
     if owner != caller.owner and caller.sees is not None:
-        raise ApiError(403, "permission_denied", "owner: only the scope admin may rotate others' secrets", param="owner")
-    made = await rotate_callback_secret(resources.store, resources.keyring, resources.clock(), owner, body.overlap_s)
+        raise ApiError(
+            403,
+            "permission_denied",
+            "owner: only the scope admin may rotate others' secrets",
+            param="owner",
+        )
+    made = await rotate_callback_secret(
+        resources.store, resources.keyring, resources.clock(), owner, body.overlap_s
+    )
     log.info("admin.action", action="owner.rotate", subject=owner)
     return JSONResponse(made)
 

@@ -15,12 +15,22 @@ log = structlog.get_logger()
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CLOSE = (b"connection", b"close")
-SWALLOWED = 1 << 20  # so much of a body that nobody wants is thrown away by the server; behind a longer one the connection ends
-SILENT = ("/healthz", "/readyz", "/metrics", "/callbacks/")  # asked every few seconds, or with a line of their own; at debug level
+SWALLOWED = (
+    1 << 20
+    # so much of a body that nobody wants is thrown away by the server; behind a longer one the
+    # connection ends
+)
+SILENT = (
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/callbacks/",
+)  # asked every few seconds, or with a line of their own; at debug level
 
 
 class Requests:
-    """Gives each request its `X-Request-Id` (the caller's own if it is plain) and logs it by its route, never by its path.
+    """Gives each request its `X-Request-Id` (the caller's own if it is plain) and logs it by its
+    route, never by its path.
 
     Whatever an endpoint binds, as its caller's `owner` or a `task_id`, stands in that line too.
     """
@@ -33,7 +43,9 @@ class Requests:
             await self.app(scope, receive, send)
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if REQUEST_ID.fullmatch(given) else new_id("request", time.time_ns() // 1_000_000)
+        request_id = (
+            given if REQUEST_ID.fullmatch(given) else new_id("request", time.time_ns() // 1_000_000)
+        )
         scope["request_id"] = request_id
         started, status, sent, unread = time.perf_counter(), 0, 0, True
 
@@ -47,8 +59,13 @@ class Requests:
             nonlocal status, sent
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
-                if (status == 408 or (unread and endless(scope))) and CLOSE not in message["headers"]:
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                ]
+                if (status == 408 or (unread and endless(scope))) and CLOSE not in message[
+                    "headers"
+                ]:
                     message["headers"].append(CLOSE)
             sent += len(message.get("body", b""))
             await send(message)
@@ -58,7 +75,9 @@ class Requests:
         try:
             await self.app(scope, read, answer)
         except Exception as error:
-            log.exception("http.failed", method=scope["method"], route=route_of(scope), exception=repr(error))
+            log.exception(
+                "http.failed", method=scope["method"], route=route_of(scope), exception=repr(error)
+            )
             if not status:
                 await _failed(scope, answer)
         level = log.debug if scope["path"].startswith(SILENT) else log.info
@@ -85,7 +104,11 @@ def route_of(scope: Scope) -> str | None:
 
 
 async def _failed(scope: Scope, send: Send) -> None:
-    body = json.dumps(error_body(500, "internal_error", "a defect of the service; it was logged", scope["request_id"])).encode()
+    body = json.dumps(
+        error_body(
+            500, "internal_error", "a defect of the service; it was logged", scope["request_id"]
+        )
+    ).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 500, "headers": headers})
     await send({"type": "http.response.body", "body": body})

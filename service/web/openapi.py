@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from service.web.routes import Spec
 
 SUBMIT_HEADERS = ("Idempotency-Key", "Prefer")
-ABOUT = "Submit a task and forget it: callbacks are proved, pictures are saved, events are delivered."
+ABOUT = (
+    "Submit a task and forget it: callbacks are proved, pictures are saved, events are delivered."
+)
 
 
 def document(specs: "Sequence[Spec]") -> JSON:
@@ -24,7 +26,9 @@ def document(specs: "Sequence[Spec]") -> JSON:
     models: set[type[BaseModel]] = {schemas.Error, Event, EventTask}
     models.update(model for spec in specs for model in (spec.answer, spec.body) if model)
     ordered = sorted(models, key=lambda model: model.__name__)
-    _, definitions = models_json_schema([(model, "validation") for model in ordered], ref_template="#/components/schemas/{model}")
+    _, definitions = models_json_schema(
+        [(model, "validation") for model in ordered], ref_template="#/components/schemas/{model}"
+    )
     paths: JSON = {}
     for spec in specs:
         paths.setdefault(spec.path, {})[spec.method.lower()] = operation(spec)
@@ -32,7 +36,10 @@ def document(specs: "Sequence[Spec]") -> JSON:
         "openapi": "3.1.0",
         "info": {"title": "Darkroom", "version": VERSION, "description": ABOUT},
         "paths": paths,
-        "components": {"schemas": definitions["$defs"], "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "components": {
+            "schemas": definitions["$defs"],
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
     }
 
 
@@ -48,7 +55,10 @@ def operation(spec: "Spec") -> JSON:
         "operationId": spec.endpoint.__module__.rsplit(".", 1)[-1] + "_" + spec.endpoint.__name__,
         "summary": spec.summary,
         "parameters": parameters,
-        "responses": {str(spec.status): good, "default": {"description": "An error", "content": _content("Error")}},
+        "responses": {
+            str(spec.status): good,
+            "default": {"description": "An error", "content": _content("Error")},
+        },
     }
     if spec.scopes:
         made["security"] = [{"key": []}]

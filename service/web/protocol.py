@@ -1,4 +1,6 @@
-"""uvicorn's protocol with an end to what a stranger may make it wait for and collect before there is a request."""
+"""uvicorn's protocol with an end to what a stranger may make it wait for and collect before there
+is a request.
+"""
 
 import asyncio
 from collections import deque
@@ -9,16 +11,23 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD = 64 * 1024  # and what one read brings beyond it, at most 256 KiB
 HEAD_S = 10.0
-LAST_S, IDLE_S = 1.0, 0.05  # at a stop: for the first request of a connection, and for another one that is on its way already
+LAST_S, IDLE_S = (
+    1.0,
+    0.05,
+    # at a stop: for the first request of a connection, and for another one that is on its way
+    # already
+)
 CALLBACK = b"POST /callbacks/"  # so a request begins that goes before clients'
-BEGUN = 100  # requests that are begun in one turn of the loop: as many as callbacks go into a commit
+BEGUN = (
+    100  # requests that are begun in one turn of the loop: as many as callbacks go into a commit
+)
 
 
 class Line:
     """Requests of a loop in the order in which they came.
 
-    The loop reads from everybody who has sent something before anything else goes on: of thousands at once none would be answered before
-    all are begun, and then for all it is too late.
+    The loop reads from everybody who has sent something before anything else goes on: of thousands
+    at once none would be answered before all are begun, and then for all it is too late.
     """
 
     _of: ClassVar["WeakKeyDictionary[asyncio.AbstractEventLoop, Line]"] = WeakKeyDictionary()
@@ -54,8 +63,9 @@ class Line:
 
 
 class BoundedHeads(HttpToolsProtocol):
-    """A request's line and headers have a limit in bytes (400) and in seconds (the connection ends); without a first byte a connection
-    lasts as long as an idle one. At a stop it gets an answer to the request that it was opened for.
+    """A request's line and headers have a limit in bytes (400) and in seconds (the connection
+    ends); without a first byte a connection lasts as long as an idle one. At a stop it gets an
+    answer to the request that it was opened for.
     """
 
     _size = 0
@@ -63,10 +73,13 @@ class BoundedHeads(HttpToolsProtocol):
     _stopping = False
     _held = b""  # the beginning of a request that waits in the line
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+    # # as uvicorn's own
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._line = Line.of(self.loop)
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
@@ -76,7 +89,11 @@ class BoundedHeads(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._held:
             self._held += data
-        elif self._late or not self._idle or self._line.passes(self, callback=data.startswith(CALLBACK)):
+        elif (
+            self._late
+            or not self._idle
+            or self._line.passes(self, callback=data.startswith(CALLBACK))
+        ):
             self._read(data)
         else:
             self._held = data
@@ -103,8 +120,12 @@ class BoundedHeads(HttpToolsProtocol):
             if self._size > MAX_HEAD:
                 self._end_head()
                 self.send_400_response("The request's line and headers are too long.")
-        if self._idle and self._late is None and self.timeout_keep_alive_task is None:  # what came began no request
-            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+        if (
+            self._idle and self._late is None and self.timeout_keep_alive_task is None
+        ):  # what came began no request
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -117,7 +138,9 @@ class BoundedHeads(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def shutdown(self) -> None:
-        """Ends what is idle, but not at once: with a request that is on its way a callback would lose one of its few tries."""
+        """Ends what is idle, but not at once: with a request that is on its way a callback would
+        lose one of its few tries.
+        """
         self._stopping = True
         cycle: Any = self.cycle
         if self._idle:

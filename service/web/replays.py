@@ -29,9 +29,14 @@ def milliseconds(time: datetime | None) -> int | None:
 
 async def create(request: Request) -> Response:
     resources = context_of(request).resources
-    body, endpoint = validated(NewReplay, await read_json(request, empty=True)), await endpoint_of(request)
+    body, endpoint = (
+        validated(NewReplay, await read_json(request, empty=True)),
+        await endpoint_of(request),
+    )
     since, until = milliseconds(body.since) or 0, milliseconds(body.until)
-    wanted = Wanted(endpoint["id"], endpoint["owner"], since, until, body.types or endpoint["types"], body.only)
+    wanted = Wanted(
+        endpoint["id"], endpoint["owner"], since, until, body.types or endpoint["types"], body.only
+    )
     extent = await resources.store.read(replay_extent, wanted)
     if body.dry_run:
         return JSONResponse({"id": None, "count": extent.count})
@@ -53,7 +58,9 @@ async def read(request: Request) -> Response:
 
 async def cancel(request: Request) -> Response:
     replay_id = request.path_params["replay_id"]
-    if not await context_of(request).resources.store.write(cancel_replays, Cancelled(replay_id, caller_of(request).sees)):
+    if not await context_of(request).resources.store.write(
+        cancel_replays, Cancelled(replay_id, caller_of(request).sees)
+    ):
         raise _missing()
     log.info("admin.action", action="replay.cancel", subject=replay_id)
     return Response(status_code=204)

@@ -1,4 +1,6 @@
-"""The whole table of URLs: method, path, what answers, who may, and what the OpenAPI document says of it."""
+"""The whole table of URLs: method, path, what answers, who may, and what the OpenAPI document says
+of it.
+"""
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -11,7 +13,19 @@ from starlette.routing import Route
 from structlog.contextvars import bind_contextvars
 
 from service.errors import ApiError
-from service.web import api, deliveries, endpoints, events, health, images, interventions, keys, passthrough, replays, schemas
+from service.web import (
+    api,
+    deliveries,
+    endpoints,
+    events,
+    health,
+    images,
+    interventions,
+    keys,
+    passthrough,
+    replays,
+    schemas,
+)
 from service.web.asyncapi import document as asyncapi_document
 from service.web.callbacks import CallbackRoute
 from service.web.context import context_of
@@ -23,7 +37,9 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One operation. Without `scopes` no key is needed; one of them is enough. `query`: its parameters."""
+    """One operation. Without `scopes` no key is needed; one of them is enough. `query`: its
+    parameters.
+    """
 
     method: str
     path: str
@@ -50,16 +66,56 @@ PAGE = ("limit", "cursor")
 SUBMISSIONS = "/v1/images/generations"
 
 SPECS = (
-    Spec("POST", SUBMISSIONS, api.submit, ("submit",), "Submit a task", schemas.Task, schemas.Submission),
     Spec(
-        "GET", "/v1/tasks", api.tasks, ("read",), "Tasks, newest first", schemas.TaskList, query=("state", "model", "metadata.KEY", *PAGE)
+        "POST",
+        SUBMISSIONS,
+        api.submit,
+        ("submit",),
+        "Submit a task",
+        schemas.Task,
+        schemas.Submission,
     ),
-    Spec("GET", "/v1/tasks/{task_id}", api.task, ("read",), "A task, by our id or the upstream's", schemas.Task),
     Spec(
-        "DELETE", "/v1/tasks/{task_id}", api.delete, ("submit",), "Erase a task that has ended; a line with its figures stays", status=204
+        "GET",
+        "/v1/tasks",
+        api.tasks,
+        ("read",),
+        "Tasks, newest first",
+        schemas.TaskList,
+        query=("state", "model", "metadata.KEY", *PAGE),
     ),
-    Spec("GET", "/v1/tasks/{task_id}/timeline", api.timeline, ("read",), "Every step of a task", schemas.Timeline),
-    Spec("POST", "/v1/tasks/{task_id}/cancel", api.cancel, ("submit",), "Cancel a task", schemas.CancelledTask),
+    Spec(
+        "GET",
+        "/v1/tasks/{task_id}",
+        api.task,
+        ("read",),
+        "A task, by our id or the upstream's",
+        schemas.Task,
+    ),
+    Spec(
+        "DELETE",
+        "/v1/tasks/{task_id}",
+        api.delete,
+        ("submit",),
+        "Erase a task that has ended; a line with its figures stays",
+        status=204,
+    ),
+    Spec(
+        "GET",
+        "/v1/tasks/{task_id}/timeline",
+        api.timeline,
+        ("read",),
+        "Every step of a task",
+        schemas.Timeline,
+    ),
+    Spec(
+        "POST",
+        "/v1/tasks/{task_id}/cancel",
+        api.cancel,
+        ("submit",),
+        "Cancel a task",
+        schemas.CancelledTask,
+    ),
     Spec(
         "POST",
         "/v1/tasks/{task_id}/reconcile",
@@ -89,12 +145,49 @@ SPECS = (
         query=("after", "type", "task", "wait", "limit"),
     ),
     Spec(
-        "POST", "/v1/endpoints", endpoints.create, ("subscribe",), "Subscribe", schemas.EndpointWithSecret, schemas.NewEndpoint, status=201
+        "POST",
+        "/v1/endpoints",
+        endpoints.create,
+        ("subscribe",),
+        "Subscribe",
+        schemas.EndpointWithSecret,
+        schemas.NewEndpoint,
+        status=201,
     ),
-    Spec("GET", "/v1/endpoints", endpoints.listed, ("subscribe",), "Endpoints, newest first", schemas.EndpointList, query=PAGE),
-    Spec("GET", "/v1/endpoints/{endpoint_id}", endpoints.read, ("subscribe",), "An endpoint", schemas.Endpoint),
-    Spec("PATCH", "/v1/endpoints/{endpoint_id}", endpoints.patch, ("subscribe",), "Change one", schemas.Endpoint, schemas.EndpointPatch),
-    Spec("DELETE", "/v1/endpoints/{endpoint_id}", endpoints.delete, ("subscribe",), "Unsubscribe", status=204),
+    Spec(
+        "GET",
+        "/v1/endpoints",
+        endpoints.listed,
+        ("subscribe",),
+        "Endpoints, newest first",
+        schemas.EndpointList,
+        query=PAGE,
+    ),
+    Spec(
+        "GET",
+        "/v1/endpoints/{endpoint_id}",
+        endpoints.read,
+        ("subscribe",),
+        "An endpoint",
+        schemas.Endpoint,
+    ),
+    Spec(
+        "PATCH",
+        "/v1/endpoints/{endpoint_id}",
+        endpoints.patch,
+        ("subscribe",),
+        "Change one",
+        schemas.Endpoint,
+        schemas.EndpointPatch,
+    ),
+    Spec(
+        "DELETE",
+        "/v1/endpoints/{endpoint_id}",
+        endpoints.delete,
+        ("subscribe",),
+        "Unsubscribe",
+        status=204,
+    ),
     Spec(
         "POST",
         "/v1/endpoints/{endpoint_id}/rotate",
@@ -113,9 +206,30 @@ SPECS = (
         schemas.Counted,
         schemas.NewReplay,
     ),
-    Spec("GET", "/v1/replays/{replay_id}", replays.read, ("subscribe",), "How far a replay is", schemas.Replay),
-    Spec("DELETE", "/v1/replays/{replay_id}", replays.cancel, ("subscribe",), "End a replay", status=204),
-    Spec("POST", "/v1/endpoints/{endpoint_id}/test", endpoints.test, ("subscribe",), "Send a test event now", schemas.Attempt),
+    Spec(
+        "GET",
+        "/v1/replays/{replay_id}",
+        replays.read,
+        ("subscribe",),
+        "How far a replay is",
+        schemas.Replay,
+    ),
+    Spec(
+        "DELETE",
+        "/v1/replays/{replay_id}",
+        replays.cancel,
+        ("subscribe",),
+        "End a replay",
+        status=204,
+    ),
+    Spec(
+        "POST",
+        "/v1/endpoints/{endpoint_id}/test",
+        endpoints.test,
+        ("subscribe",),
+        "Send a test event now",
+        schemas.Attempt,
+    ),
     Spec(
         "GET",
         "/v1/deliveries",
@@ -125,9 +239,32 @@ SPECS = (
         schemas.DeliveryList,
         query=("endpoint", "event", "task", "state", *PAGE),
     ),
-    Spec("GET", "/v1/deliveries/{delivery_id}", deliveries.delivery, ("subscribe",), "A delivery with every attempt", schemas.Delivery),
-    Spec("POST", "/v1/deliveries/{delivery_id}/retry", deliveries.retry, ("subscribe",), "One attempt now", schemas.Delivery),
-    Spec("POST", "/v1/keys", keys.create, ("admin",), "Make an API key", schemas.CreatedKey, schemas.NewKey, status=201),
+    Spec(
+        "GET",
+        "/v1/deliveries/{delivery_id}",
+        deliveries.delivery,
+        ("subscribe",),
+        "A delivery with every attempt",
+        schemas.Delivery,
+    ),
+    Spec(
+        "POST",
+        "/v1/deliveries/{delivery_id}/retry",
+        deliveries.retry,
+        ("subscribe",),
+        "One attempt now",
+        schemas.Delivery,
+    ),
+    Spec(
+        "POST",
+        "/v1/keys",
+        keys.create,
+        ("admin",),
+        "Make an API key",
+        schemas.CreatedKey,
+        schemas.NewKey,
+        status=201,
+    ),
     Spec(
         "POST",
         "/v1/keys/rotate-secret",
@@ -137,7 +274,15 @@ SPECS = (
         schemas.CallbackSecret,
         schemas.SecretRotation,
     ),
-    Spec("GET", "/v1/keys", keys.listed, ("admin",), "API keys, newest first", schemas.KeyList, query=PAGE),
+    Spec(
+        "GET",
+        "/v1/keys",
+        keys.listed,
+        ("admin",),
+        "API keys, newest first",
+        schemas.KeyList,
+        query=PAGE,
+    ),
     Spec("DELETE", "/v1/keys/{key_id}", keys.revoke, ("admin",), "Revoke an API key", status=204),
     Spec("GET", "/images/{image_id}", images.image, (), "A stored image"),
     Spec("GET", "/healthz", health.healthz, (), "The process lives", schemas.Health),
@@ -149,7 +294,9 @@ SPECS = (
 
 
 def guarded(spec: Spec) -> Endpoint:
-    """The endpoint behind its scopes; an id that nothing can have is 404 before anybody looks for it."""
+    """The endpoint behind its scopes; an id that nothing can have is 404 before anybody looks for
+    it.
+    """
 
     async def endpoint(request: Request) -> Response:
         if spec.path in OPERATORS:
@@ -175,7 +322,9 @@ def table(endpoints: Mapping[Spec, Endpoint]) -> list[Route]:
     """A route a path, so that a 405 names every method that the path has."""
 
     def route(path: str) -> Route:
-        methods = {spec.method: endpoint for spec, endpoint in endpoints.items() if spec.path == path}
+        methods = {
+            spec.method: endpoint for spec, endpoint in endpoints.items() if spec.path == path
+        }
 
         async def answer(request: Request) -> Response:
             return await methods["GET" if request.method == "HEAD" else request.method](request)
@@ -187,11 +336,15 @@ def table(endpoints: Mapping[Spec, Endpoint]) -> list[Route]:
 
 def routes() -> list[Route]:
     """Everything a web process answers."""
-    callbacks = Route("/callbacks/{upstream}/{task_id}/{token}", CallbackRoute(), methods=["POST", "PUT"])
+    callbacks = Route(
+        "/callbacks/{upstream}/{task_id}/{token}", CallbackRoute(), methods=["POST", "PUT"]
+    )
     return [callbacks, *table({spec: guarded(spec) for spec in SPECS})]
 
 
 def operators_routes(*, metrics_open: bool) -> list[Route]:
-    """What a worker without the clients' API answers, and, `metrics_open`, what the metrics port does."""
+    """What a worker without the clients' API answers, and, `metrics_open`, what the metrics port
+    does.
+    """
     specs = [spec for spec in SPECS if spec.path in OPERATORS]
     return table({spec: spec.endpoint if metrics_open else guarded(spec) for spec in specs})

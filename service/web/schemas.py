@@ -1,17 +1,34 @@
-"""The shapes of the clients' API: what bodies are checked by, and what the OpenAPI document shows."""
+"""The shapes of the clients' API: what bodies are checked by, and what the OpenAPI document
+shows.
+"""
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from service.model import UPSTREAM_ID
 from service.web.event_schemas import EVENT_TYPES, EventTask
 
 
 def known_pattern(value: str) -> str:
-    known = value == "*" or value in EVENT_TYPES or (value.endswith(".*") and any(name.startswith(value[:-1]) for name in EVENT_TYPES))
+    known = (
+        value == "*"
+        or value in EVENT_TYPES
+        or (value.endswith(".*") and any(name.startswith(value[:-1]) for name in EVENT_TYPES))
+    )
     if not known:
-        raise ValueError(f"must be *, an event type, or the beginning of some and .*: {', '.join(EVENT_TYPES)}")
+        raise ValueError(
+            f"must be *, an event type, or the beginning of some and .*: {', '.join(EVENT_TYPES)}"
+        )
     return value
 
 
@@ -26,7 +43,9 @@ class Body(BaseModel):
 
 
 class Submission(BaseModel):
-    """The upstream's fields, and any others it may know; `callback_url` and `metadata` stay here."""
+    """The upstream's fields, and any others it may know; `callback_url` and `metadata` stay
+    here.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -36,12 +55,18 @@ class Submission(BaseModel):
     n: int | None = None
     prompt_extend: bool | None = None
     image_urls: list[str] | None = None
-    callback_url: str | None = Field(None, description="gets the terminal task, signed; https and public")
-    metadata: dict[str, str] | None = Field(None, description="up to 16 pairs, 2 KiB; comes back in the task and its events")
+    callback_url: str | None = Field(
+        None, description="gets the terminal task, signed; https and public"
+    )
+    metadata: dict[str, str] | None = Field(
+        None, description="up to 16 pairs, 2 KiB; comes back in the task and its events"
+    )
 
 
 class Resolution(Body):
-    """What became of an uncertain submission: the upstream's id of it, or what to do without one."""
+    """What became of an uncertain submission: the upstream's id of it, or what to do without
+    one.
+    """
 
     upstream_id: Annotated[str, Field(pattern=f"^{UPSTREAM_ID}$")] | None = None
     decision: Literal["failed", "resubmit"] | None = Field(None, alias="as")
@@ -81,7 +106,9 @@ class NewEndpoint(Body):
     url: str
     types: list[Pattern] = Field(default=["image.task.*"], min_length=1, max_length=32)
     description: str = Field("", max_length=500)
-    owner: Owner | None = Field(None, description="admin: null for every owner's events, else that owner's")
+    owner: Owner | None = Field(
+        None, description="admin: null for every owner's events, else that owner's"
+    )
 
 
 class EndpointPatch(Body):
@@ -92,14 +119,20 @@ class EndpointPatch(Body):
 
 
 class Rotation(Body):
-    overlap_s: float = Field(86_400, ge=0, le=30 * 86_400, description="for how long the secret before it signs too")
+    overlap_s: float = Field(
+        86_400, ge=0, le=30 * 86_400, description="for how long the secret before it signs too"
+    )
 
 
 class NewReplay(Body):
     since: AwareDatetime | None = Field(None, description="from the oldest event that is kept")
     until: AwareDatetime | None = Field(None, description="now")
-    types: list[Pattern] | None = Field(None, min_length=1, max_length=32, description="of those of the endpoint; all of them")
-    only: Literal["dead", "all"] = Field("dead", description="dead: what it never took, and is not on its way to it")
+    types: list[Pattern] | None = Field(
+        None, min_length=1, max_length=32, description="of those of the endpoint; all of them"
+    )
+    only: Literal["dead", "all"] = Field(
+        "dead", description="dead: what it never took, and is not on its way to it"
+    )
     dry_run: bool = Field(False, description="only count")
 
 
@@ -142,7 +175,9 @@ class Endpoint(BaseModel):
     created_at: str
     disabled_at: str | None
     disabled_reason: str | None
-    replay: Missed | None = Field(description="in the answer that enables one which was disabled, else null")
+    replay: Missed | None = Field(
+        description="in the answer that enables one which was disabled, else null"
+    )
 
 
 class EndpointWithSecret(Endpoint):
@@ -187,7 +222,9 @@ class NewKey(Body):
     @classmethod
     def _operators(cls, value: list[str], info: ValidationInfo) -> list[str]:
         if info.data.get("owner") == "admin" and "admin" not in value:
-            raise ValueError("the owner admin, who has the operators' events, is for keys with the scope admin")
+            raise ValueError(
+                "the owner admin, who has the operators' events, is for keys with the scope admin"
+            )
         return value
 
 
@@ -202,7 +239,9 @@ class Key(BaseModel):
 
 class CreatedKey(Key):
     key: str = Field(description="shown here only")
-    callback_secret: str | None = Field(description="with the owner's first key: signs what its tasks' callback_urls get")
+    callback_secret: str | None = Field(
+        description="with the owner's first key: signs what its tasks' callback_urls get"
+    )
 
 
 class SecretRotation(Rotation):
@@ -225,7 +264,9 @@ class Health(BaseModel):
 
 class Readiness(BaseModel):
     status: Literal["ok", "degraded", "unavailable"]
-    causes: list[str] = Field([], description="with a key: `store`, `blobs`, `workers`, `upstream`, `brokers`, `stopping`")
+    causes: list[str] = Field(
+        [], description="with a key: `store`, `blobs`, `workers`, `upstream`, `brokers`, `stopping`"
+    )
 
 
 class ErrorDetail(BaseModel):

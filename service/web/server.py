@@ -15,8 +15,9 @@ from service.errors import ConfigurationError
 from service.web.accepting import MOST_KEPT, Acceptor
 from service.web.protocol import BoundedHeads
 
-# Longer than the idle connections that clients and load balancers keep (5 to 60 s as a rule): whoever may reuse a connection is the one to
-# close it, or a request meets our close on its way and is lost.
+# Longer than the idle connections that clients and load balancers keep (5 to 60 s as a rule):
+# whoever may reuse a connection is the one to close it, or a request meets our close on its way and
+# is lost.
 KEEP_ALIVE_S = 75
 OPEN_MAX = 10_240  # where the hard limit is none, macOS takes no more than this
 
@@ -61,7 +62,9 @@ class Server(uvicorn.Server):
 
 
 def allow_descriptors() -> None:
-    """As many open connections and files as the process may have at all: a usual limit of 1024 would turn callbacks of a burst away."""
+    """As many open connections and files as the process may have at all: a usual limit of 1024
+    would turn callbacks of a burst away.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     for limit in (most, OPEN_MAX):
         with suppress(ValueError, OSError):
@@ -72,14 +75,17 @@ def allow_descriptors() -> None:
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; ConfigurationError when the address is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named because asyncio sets TCP_NODELAY only on sockets that say they are TCP: 40 ms an answer otherwise.
+    # The protocol is named because asyncio sets TCP_NODELAY only on sockets that say they are TCP:
+    # 40 ms an answer otherwise.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
     except OSError as error:
         bound.close()
-        raise ConfigurationError(f"{host}:{port} cannot be listened on: {error.strerror} (DARKROOM_HOST, DARKROOM_PORT)") from error
+        raise ConfigurationError(
+            f"{host}:{port} cannot be listened on: {error.strerror} (DARKROOM_HOST, DARKROOM_PORT)"
+        ) from error
     bound.listen(MOST_KEPT)
     bound.setblocking(False)
     return bound
@@ -87,12 +93,16 @@ def bind(host: str, port: int) -> socket.socket:
 
 @contextmanager
 def stopping() -> Iterator[asyncio.Event]:
-    """Set by SIGTERM or SIGINT, from here to the end of the block; a second SIGINT interrupts at once."""
+    """Set by SIGTERM or SIGINT, from here to the end of the block; a second SIGINT interrupts at
+    once.
+    """
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
     def interrupted() -> None:
         if stop.is_set():
-            os._exit(130)  # whoever insists does not wait for a tidy end; the store is safe at every moment
+            os._exit(
+                130
+            )  # whoever insists does not wait for a tidy end; the store is safe at every moment
         stop.set()
 
     loop.add_signal_handler(signal.SIGTERM, stop.set)
@@ -106,7 +116,9 @@ def stopping() -> Iterator[asyncio.Event]:
 
 @asynccontextmanager
 async def listening(server: Server, stop: asyncio.Event) -> AsyncIterator[None]:
-    """A server that answers for as long as the block runs; should it end by itself, it asks for the stop."""
+    """A server that answers for as long as the block runs; should it end by itself, it asks for the
+    stop.
+    """
     serving = asyncio.create_task(server.run_bound(), name="server")
     serving.add_done_callback(lambda _: stop.set())
     try:

@@ -1,4 +1,6 @@
-"""Events as server-sent events (WHATWG HTML, 9.2): for as long as the reader stays, its key counts and the process runs."""
+"""Events as server-sent events (WHATWG HTML, 9.2): for as long as the reader stays, its key counts
+and the process runs.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -31,18 +33,33 @@ class Stream(StreamingResponse):
             await super().stream_response(in_time)
 
 
-def stream(request: Request, tail: Tail, after: int | None, wanted: Wanted, allowed: Callable[[], Awaitable[object]]) -> Response:
-    """`allowed` raises ApiError once the reader's key does not count any more. ApiError 503: there are too many streams already."""
+def stream(
+    request: Request,
+    tail: Tail,
+    after: int | None,
+    wanted: Wanted,
+    allowed: Callable[[], Awaitable[object]],
+) -> Response:
+    """`allowed` raises ApiError once the reader's key does not count any more. ApiError 503: there
+    are too many streams already.
+    """
     if tail.streams >= STREAMS:
-        raise ApiError(503, "overloaded", f"this process has {STREAMS} streams already", retry_after=1)
+        raise ApiError(
+            503, "overloaded", f"this process has {STREAMS} streams already", retry_after=1
+        )
     if request.method == "HEAD":
         return Response(headers=HEADERS, media_type=Stream.media_type)
     return Stream(frames(tail, after, wanted, allowed), headers=HEADERS)
 
 
-async def frames(tail: Tail, after: int | None, wanted: Wanted, allowed: Callable[[], Awaitable[object]]) -> AsyncIterator[str]:
+async def frames(
+    tail: Tail, after: int | None, wanted: Wanted, allowed: Callable[[], Awaitable[object]]
+) -> AsyncIterator[str]:
     clock = asyncio.get_running_loop().time
-    with tail.open(), suppress(ApiError, StoreUnavailable):  # the reader comes back, and is told then
+    with (
+        tail.open(),
+        suppress(ApiError, StoreUnavailable),
+    ):  # the reader comes back, and is told then
         yield f"retry: {RETRY_MS}\n\n"
         said = checked = clock()
         async for found in tail.follow(after, wanted, CHECK_S):
@@ -52,7 +69,11 @@ async def frames(tail: Tail, after: int | None, wanted: Wanted, allowed: Callabl
             if isinstance(found, Gone):
                 yield f'event: resync\ndata: {{"sequence":"{sequence_text(found.oldest)}"}}\n\n'
             elif found:
-                yield "".join(f"id: {sequence_text(each.sequence)}\nevent: {each.type}\ndata: {each.document}\n\n" for each in found)
+                yield "".join(
+                    f"id: {sequence_text(each.sequence)}\nevent: {each.type}\ndata:"
+                    f" {each.document}\n\n"
+                    for each in found
+                )
             elif clock() - said < COMMENT_S - CHECK_S / 2:
                 continue
             else:

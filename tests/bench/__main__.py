@@ -1,7 +1,8 @@
-"""`make bench`: what the service costs beside a bare route, and how soon a subscriber knows. No goal: figures of one machine.
+"""`make bench`: what the service costs beside a bare route, and how soon a subscriber knows. No
+goal: figures of one machine.
 
-Everything runs on loopback: what is measured on the first core, what measures it on the last. The store is SQLite on the disk of
-`--folder`, with its usual durability.
+Everything runs on loopback: what is measured on the first core, what measures it on the last. The
+store is SQLite on the disk of `--folder`, with its usual durability.
 """
 
 import argparse
@@ -35,7 +36,10 @@ def machine(folder: Path) -> str:
     sync = f"fdatasync {statistics.median(took) * 1000:.1f} ms"
     linux = platform.release().partition("-")[0]
     versions = f"Python {platform.python_version()}, Linux {linux}, SQLite {sqlite3.sqlite_version}"
-    return f"`make bench` on {len(CORES)} cores, {versions}, {sync}. Medians of the rounds, with the least and the most."
+    return (
+        f"`make bench` on {len(CORES)} cores, {versions}, {sync}. Medians of the rounds, with"
+        " the least and the most."
+    )
 
 
 def written(readme: str, table: str, mark: str = "bench") -> str:
@@ -48,10 +52,16 @@ def written(readme: str, table: str, mark: str = "bench") -> str:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(prog="python -m tests.bench", description="Measure, and print a table.")
-    options.add_argument("--quick", action="store_true", help="only to see that it runs: its figures mean nothing")
+    options = argparse.ArgumentParser(
+        prog="python -m tests.bench", description="Measure, and print a table."
+    )
+    options.add_argument(
+        "--quick", action="store_true", help="only to see that it runs: its figures mean nothing"
+    )
     options.add_argument("--write", action="store_true", help="put the table into the README")
-    options.add_argument("--folder", type=Path, default=ROOT, help="on which disk (default: the checkout's)")
+    options.add_argument(
+        "--folder", type=Path, default=ROOT, help="on which disk (default: the checkout's)"
+    )
     asked = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="data-bench-", dir=asked.folder) as name:
         folder = Path(name)

@@ -1,4 +1,6 @@
-"""Durable acknowledgement: how many callbacks a second are committed and answered, beside a bare route that keeps nothing."""
+"""Durable acknowledgement: how many callbacks a second are committed and answered, beside a bare
+route that keeps nothing.
+"""
 
 import asyncio
 import json
@@ -42,31 +44,60 @@ class Scale:
 
 
 async def prepare(folder: Path, upstream: str, count: int) -> None:
-    """A store with so many submitted tasks, and `requests`: a line with each one's callback, which names one result."""
-    keyring, ids = Keyring([SECRET_KEY.encode()]), [new_id("task", wall_clock()) for _ in range(count)]
+    """A store with so many submitted tasks, and `requests`: a line with each one's callback, which
+    names one result.
+    """
+    keyring, ids = (
+        Keyring([SECRET_KEY.encode()]),
+        [new_id("task", wall_clock()) for _ in range(count)],
+    )
     with (folder / "requests").open("w") as requests:
         for task_id in ids:
-            body = {"id": f"upstream-{task_id}", "status": "completed", "results": [f"{upstream}/files/{task_id}.jpeg"], "progress": 100}
+            body = {
+                "id": f"upstream-{task_id}",
+                "status": "completed",
+                "results": [f"{upstream}/files/{task_id}.jpeg"],
+                "progress": 100,
+            }
             path = f"/callbacks/evolink/{task_id}/{keyring.callback_token('evolink', task_id)}"
             requests.write(json.dumps({"path": path, "body": json.dumps(body)}) + "\n")
-    async with open_sqlite(folder / "template" / "darkroom.db", process="bench", new_id=new_id) as store:
+    async with open_sqlite(
+        folder / "template" / "darkroom.db", process="bench", new_id=new_id
+    ) as store:
         for start in range(0, count, CHUNK):
             chunk = ids[start : start + CHUNK]
-            await asyncio.gather(*(store.write(insert_tasks, waiting(task_id), urgent=True) for task_id in chunk))
-            await asyncio.gather(*(store.write(record_submissions, taken(task_id), urgent=True) for task_id in chunk))
+            await asyncio.gather(
+                *(store.write(insert_tasks, waiting(task_id), urgent=True) for task_id in chunk)
+            )
+            await asyncio.gather(
+                *(store.write(record_submissions, taken(task_id), urgent=True) for task_id in chunk)
+            )
 
 
 def waiting(task_id: str) -> NewTask:
-    return NewTask(task_id, "bench", "evolink", "wan2.5-text-to-image", "a lighthouse", {"size": "1280x1280", "n": 1}, {}, b"{}")
+    return NewTask(
+        task_id,
+        "bench",
+        "evolink",
+        "wan2.5-text-to-image",
+        "a lighthouse",
+        {"size": "1280x1280", "n": 1},
+        {},
+        b"{}",
+    )
 
 
 def taken(task_id: str) -> Submission:
     """Its submission's outcome; it is asked about when the benchmark is long over."""
-    return Submission(Grant("submit", task_id, 0, 0), Accepted(Report(upstream_id=f"upstream-{task_id}"), DAY_MS))
+    return Submission(
+        Grant("submit", task_id, 0, 0), Accepted(Report(upstream_id=f"upstream-{task_id}"), DAY_MS)
+    )
 
 
 def one_round(folder: Path, upstream: str, scale: Scale) -> dict[str, dict[str, float]]:
-    """Each row once, one after another; every run has a fresh process on a copy of the prepared store."""
+    """Each row once, one after another; every run has a fresh process on a copy of the prepared
+    store.
+    """
     results = {}
     for name in ROWS:
         with ExitStack() as stack:
@@ -76,9 +107,20 @@ def one_round(folder: Path, upstream: str, scale: Scale) -> dict[str, dict[str, 
                 shutil.copytree(folder / "template", folder / "data")
                 settings = service_settings(upstream, folder, SECRET_KEY=SECRET_KEY)
             command = ("service", "serve") if name == "serve" else ("tests.bench.servers", name)
-            address = stack.enter_context(server(*command, folder=folder, cores=MEASURED, **settings))
-            repeat = "again" if name == "bare" else "once"  # a second callback for a task is a duplicate
-            results[name] = measure(address, folder / "requests", repeat, scale.connections, scale.warm_up, scale.seconds)
+            address = stack.enter_context(
+                server(*command, folder=folder, cores=MEASURED, **settings)
+            )
+            repeat = (
+                "again" if name == "bare" else "once"
+            )  # a second callback for a task is a duplicate
+            results[name] = measure(
+                address,
+                folder / "requests",
+                repeat,
+                scale.connections,
+                scale.warm_up,
+                scale.seconds,
+            )
     return results
 
 
@@ -87,7 +129,13 @@ def acknowledgement(folder: Path, scale: Scale) -> str:
     with server("tests.bench.servers", "upstream", folder=folder, cores=MEASURING) as upstream:
         asyncio.run(prepare(folder, upstream, scale.tasks))
         rounds = [one_round(folder, upstream, scale) for _ in range(scale.rounds)]
-    lines = [f"| callbacks over {scale.connections} connections | a second | p50 ms | p99 ms | of bare |", "|---|---|---|---|---|"]
+    lines = [
+        (
+            f"| callbacks over {scale.connections} connections | a second | p50 ms | p99 ms"
+            " | of bare |"
+        ),
+        "|---|---|---|---|---|",
+    ]
     for name, about in ROWS.items():
         runs = [each[name] for each in rounds]
         figures = [
@@ -102,5 +150,7 @@ def acknowledgement(folder: Path, scale: Scale) -> str:
 
 def spread(values: Sequence[float], form: str) -> str:
     """The median, and the least and the most if there are several."""
-    least, most, median = (format(value, form) for value in (min(values), max(values), statistics.median(values)))
+    least, most, median = (
+        format(value, form) for value in (min(values), max(values), statistics.median(values))
+    )
     return median if least == most else f"{median} ({least}–{most})"

@@ -1,7 +1,9 @@
-"""What one dead endpoint among a hundred costs the other ninety-nine: `python -m tests.bench.dead_endpoint`.
+"""What one dead endpoint among a hundred costs the other ninety-nine: `python -m
+tests.bench.dead_endpoint`.
 
-A hundred owners submit tasks that fail at once, the last as many as ten others. Each has an endpoint; with `dead` the last one's takes
-connections and never answers, without there is none. The rounds alternate, each with processes and a store of its own.
+A hundred owners submit tasks that fail at once, the last as many as ten others. Each has an
+endpoint; with `dead` the last one's takes connections and never answers, without there is none. The
+rounds alternate, each with processes and a store of its own.
 """
 
 import argparse
@@ -29,7 +31,12 @@ from tests.processes import ADMIN_KEY, ROOT, service_settings
 
 OTHERS, SHARE = 99, 10  # endpoints; so many times as often as another has the last one an event
 END_S = 60.0
-BODY = {"model": "wan2.5-text-to-image", "prompt": "a lighthouse", "size": "768x768", "sandbox": {"fail": "service_error", "delay": 0}}
+BODY = {
+    "model": "wan2.5-text-to-image",
+    "prompt": "a lighthouse",
+    "size": "768x768",
+    "sandbox": {"fail": "service_error", "delay": 0},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +50,9 @@ FULL, QUICK = Scale(5, 20, 20), Scale(1, 20, 3)
 
 
 class Subscribers:
-    """How long each event of the ninety-nine was under way; `over` when so many have come. Until then the dead one hangs."""
+    """How long each event of the ninety-nine was under way; `over` when so many have come. Until
+    then the dead one hangs.
+    """
 
     def __init__(self, expected: int) -> None:
         self.expected = expected
@@ -63,15 +72,21 @@ class Subscribers:
 
 
 async def owners(service: httpx.AsyncClient, url: str, *, dead: bool) -> list[dict[str, str]]:
-    """A hundred owners, each with an endpoint, the last one only if it is to be `dead`; their keys as headers."""
+    """A hundred owners, each with an endpoint, the last one only if it is to be `dead`; their keys
+    as headers.
+    """
     keys = []
     for number in range(OTHERS + 1):
-        made = await service.post("/v1/keys", json={"owner": f"owner-{number}", "scopes": ["submit", "subscribe"]})
+        made = await service.post(
+            "/v1/keys", json={"owner": f"owner-{number}", "scopes": ["submit", "subscribe"]}
+        )
         made.raise_for_status()
         keys.append({"authorization": f"Bearer {made.json()['key']}"})
         endpoint = {"url": f"{url}/{number}", "types": ["image.task.failed"]}
         if number < OTHERS or dead:
-            (await service.post("/v1/endpoints", json=endpoint, headers=keys[-1])).raise_for_status()
+            (
+                await service.post("/v1/endpoints", json=endpoint, headers=keys[-1])
+            ).raise_for_status()
     return keys
 
 
@@ -89,7 +104,9 @@ async def run(service_url: str, scale: Scale, *, dead: bool) -> list[float]:
         app = Starlette(routes=[Route("/{number:int}", subscribers.take, methods=["POST"])])
         await stack.enter_async_context(listening(Server(app, bound, 0), asyncio.Event()))
         admin = {"authorization": f"Bearer {ADMIN_KEY}"}
-        client = await stack.enter_async_context(httpx.AsyncClient(base_url=service_url, headers=admin, timeout=END_S))
+        client = await stack.enter_async_context(
+            httpx.AsyncClient(base_url=service_url, headers=admin, timeout=END_S)
+        )
         keys = await owners(client, f"http://127.0.0.1:{bound.getsockname()[1]}", dead=dead)
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -97,7 +114,9 @@ async def run(service_url: str, scale: Scale, *, dead: bool) -> list[float]:
         async def submit(number: int) -> None:
             await asyncio.sleep(started + number / scale.rate - loop.time())
             headers = {"prefer": "respond-async", **keys[whose[number]]}
-            (await client.post("/v1/images/generations", json=BODY, headers=headers)).raise_for_status()
+            (
+                await client.post("/v1/images/generations", json=BODY, headers=headers)
+            ).raise_for_status()
 
         await asyncio.gather(*(submit(number) for number in range(len(whose))))
         async with asyncio.timeout(END_S):
@@ -109,7 +128,10 @@ def round_of(folder: Path, scale: Scale, *, dead: bool) -> list[float]:
     folder.mkdir()
     with server("tests.bench.servers", "sandbox", folder=folder, cores=MEASURING) as upstream:
         settings = service_settings(upstream, folder, EVOLINK_CONCURRENCY="64")
-        with server("service", "serve", folder=folder, cores=MEASURED, **settings) as service, pinned(MEASURING):
+        with (
+            server("service", "serve", folder=folder, cores=MEASURED, **settings) as service,
+            pinned(MEASURING),
+        ):
             return asyncio.run(run(service, scale, dead=dead))
 
 
@@ -125,21 +147,35 @@ def dead_endpoint(folder: Path, scale: Scale) -> str:
     for number in range(scale.rounds):
         for dead in (False, True) if number % 2 == 0 else (True, False):
             rounds[dead].append(round_of(folder / f"{number}-{dead}", scale, dead=dead))
-    p99 = {dead: statistics.median(percentile(took, 0.99) for took in rounds[dead]) for dead in rounds}
-    head = f"from an event to its arrival at {OTHERS} endpoints, {scale.rate:g} tasks a second for {scale.seconds:g} s"
+    p99 = {
+        dead: statistics.median(percentile(took, 0.99) for took in rounds[dead]) for dead in rounds
+    }
+    head = (
+        f"from an event to its arrival at {OTHERS} endpoints, {scale.rate:g} tasks a second for"
+        f" {scale.seconds:g} s"
+    )
     lines = [
         f"| {head} | p50 ms | p99 ms |",
         "|---|---|---|",
         row("without a dead one", rounds[False]),
         row("beside one that never answers", rounds[True]),
     ]
-    return "\n".join(lines) + f"\n\np99 with the dead one: {(p99[True] / p99[False] - 1) * 100:+.0f} %."
+    return (
+        "\n".join(lines)
+        + f"\n\np99 with the dead one: {(p99[True] / p99[False] - 1) * 100:+.0f} %."
+    )
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(prog="python -m tests.bench.dead_endpoint", description="Measure, and print a table.")
-    options.add_argument("--quick", action="store_true", help="only to see that it runs: its figures mean nothing")
-    options.add_argument("--folder", type=Path, default=ROOT, help="on which disk (default: the checkout's)")
+    options = argparse.ArgumentParser(
+        prog="python -m tests.bench.dead_endpoint", description="Measure, and print a table."
+    )
+    options.add_argument(
+        "--quick", action="store_true", help="only to see that it runs: its figures mean nothing"
+    )
+    options.add_argument(
+        "--folder", type=Path, default=ROOT, help="on which disk (default: the checkout's)"
+    )
     asked = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="data-bench-", dir=asked.folder) as name:
         print(dead_endpoint(Path(name) / "dead", QUICK if asked.quick else FULL))

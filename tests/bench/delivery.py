@@ -1,4 +1,6 @@
-"""Callback to delivery: how long after the upstream's callback a subscriber has the event, at a steady rate of tasks."""
+"""Callback to delivery: how long after the upstream's callback a subscriber has the event, at a
+steady rate of tasks.
+"""
 
 import asyncio
 import time
@@ -23,7 +25,9 @@ Interval = tuple[float, float]
 
 
 class Subscriber:
-    """Notes when each task's terminal event came, in Unix seconds, by the upstream's id; `all_there` once there are `count`."""
+    """Notes when each task's terminal event came, in Unix seconds, by the upstream's id;
+    `all_there` once there are `count`.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -41,13 +45,20 @@ class Subscriber:
 
 async def submit(service: httpx.AsyncClient, rate: float, count: int) -> None:
     """So many tasks, evenly: each at its time, whether the earlier ones are answered or not."""
-    body = {"model": "wan2.5-text-to-image", "prompt": "a lighthouse", "size": "1024x1024", "sandbox": {"format": "jpeg"}}
+    body = {
+        "model": "wan2.5-text-to-image",
+        "prompt": "a lighthouse",
+        "size": "1024x1024",
+        "sandbox": {"format": "jpeg"},
+    }
     loop = asyncio.get_running_loop()
     started = loop.time()
 
     async def one(number: int) -> None:
         await asyncio.sleep(started + number / rate - loop.time())
-        answer = await service.post("/v1/images/generations", json=body, headers={"prefer": "respond-async"})
+        answer = await service.post(
+            "/v1/images/generations", json=body, headers={"prefer": "respond-async"}
+        )
         answer.raise_for_status()
 
     await asyncio.gather(*(one(number) for number in range(count)))
@@ -64,26 +75,37 @@ def covered(intervals: Sequence[Interval], start: float, end: float) -> float:
 
 
 async def run(upstream: str, service: str, rate: float, count: int) -> list[tuple[float, float]]:
-    """For each task: seconds from callback to delivery, and how many of them the upstream worked on its query or its result."""
+    """For each task: seconds from callback to delivery, and how many of them the upstream worked on
+    its query or its result.
+    """
     takes = Subscriber(count)
     async with AsyncExitStack() as stack:
         bound = bind("127.0.0.1", 0)
         app = Starlette(routes=[Route("/", takes.take, methods=["POST"])])
         await stack.enter_async_context(listening(Server(app, bound, 1), asyncio.Event()))
         key = {"authorization": f"Bearer {ADMIN_KEY}"}
-        client = await stack.enter_async_context(httpx.AsyncClient(base_url=service, headers=key, timeout=END_S))
-        endpoint = {"url": f"http://127.0.0.1:{bound.getsockname()[1]}/", "types": ["image.task.completed"]}
+        client = await stack.enter_async_context(
+            httpx.AsyncClient(base_url=service, headers=key, timeout=END_S)
+        )
+        endpoint = {
+            "url": f"http://127.0.0.1:{bound.getsockname()[1]}/",
+            "types": ["image.task.completed"],
+        }
         (await client.post("/v1/endpoints", json=endpoint)).raise_for_status()
         await submit(client, rate, count)
         async with asyncio.timeout(END_S):
             await takes.all_there.wait()
-        sandbox = await stack.enter_async_context(httpx.AsyncClient(base_url=upstream, headers=key, timeout=END_S))
+        sandbox = await stack.enter_async_context(
+            httpx.AsyncClient(base_url=upstream, headers=key, timeout=END_S)
+        )
         tasks = (await sandbox.get("/sandbox/tasks")).json()["data"]
         times: dict[str, Any] = (await sandbox.get("/bench/times")).json()
     figures = []
     for task in tasks:
         called, arrived = task["callbacks"][0]["at"], takes.arrived[task["id"]]
-        figures.append((arrived - called, covered([(a, b) for a, b in times[task["id"]]], called, arrived)))
+        figures.append(
+            (arrived - called, covered([(a, b) for a, b in times[task["id"]]], called, arrived))
+        )
     return figures
 
 
@@ -92,14 +114,25 @@ def delivery(folder: Path, rate: float, seconds: float) -> str:
     folder.mkdir()
     with server("tests.bench.servers", "sandbox", folder=folder, cores=MEASURING) as upstream:
         settings = service_settings(upstream, folder)
-        with server("service", "serve", folder=folder, cores=MEASURED, **settings) as service, pinned(MEASURING):
+        with (
+            server("service", "serve", folder=folder, cores=MEASURED, **settings) as service,
+            pinned(MEASURING),
+        ):
             figures = asyncio.run(run(upstream, service, rate, round(rate * seconds)))
     rows = {
         "from the upstream's callback to the event's arrival": [whole for whole, _ in figures],
-        "of it, the upstream's own time for the query and the result": [upstreams for _, upstreams in figures],
+        "of it, the upstream's own time for the query and the result": [
+            upstreams for _, upstreams in figures
+        ],
         "beyond the upstream's own time": [whole - upstreams for whole, upstreams in figures],
     }
-    lines = [f"| {rate:g} tasks a second for {seconds:g} s, one image each | p50 ms | p99 ms |", "|---|---|---|"]
+    lines = [
+        f"| {rate:g} tasks a second for {seconds:g} s, one image each | p50 ms | p99 ms |",
+        "|---|---|---|",
+    ]
     for about, values in rows.items():
-        lines.append(f"| {about} | {percentile(values, 0.5) * 1000:.0f} | {percentile(values, 0.99) * 1000:.0f} |")
+        lines.append(
+            f"| {about} | {percentile(values, 0.5) * 1000:.0f} |"
+            f" {percentile(values, 0.99) * 1000:.0f} |"
+        )
     return "\n".join(lines)

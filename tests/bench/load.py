@@ -1,8 +1,9 @@
-"""The load: `python -m tests.bench.load ADDRESS FILE once|again CONNECTIONS WARM_UP SECONDS`, a process of its own on a core of its own.
+"""The load: `python -m tests.bench.load ADDRESS FILE once|again CONNECTIONS WARM_UP SECONDS`, a
+process of its own on a core of its own.
 
-Each line of FILE is a request, `{"path", "body"}`; `again`: after the last the first is sent once more. A connection sends its next
-one when it has the answer to the last. Requests are bytes before the clock starts, and an answer is only looked at for its end: what
-is measured is the server.
+Each line of FILE is a request, `{"path", "body"}`; `again`: after the last the first is sent once
+more. A connection sends its next one when it has the answer to the last. Requests are bytes before
+the clock starts, and an answer is only looked at for its end: what is measured is the server.
 """
 
 import asyncio
@@ -23,12 +24,17 @@ GOOD = b'{"status":"accepted"}'
 
 def request_bytes(path: str, body: str) -> bytes:
     content = body.encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type:"
+        f" application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    )
     return head.encode() + content
 
 
 class Run:
-    """One measurement: what is still to be sent, and when what was answered (seconds from the start), after how long."""
+    """One measurement: what is still to be sent, and when what was answered (seconds from the
+    start), after how long.
+    """
 
     def __init__(self, requests: Iterator[bytes], seconds: float) -> None:
         self.requests = requests
@@ -87,16 +93,31 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-async def load(address: str, requests: Iterator[bytes], connections: int, warm_up: float, seconds: float) -> dict[str, float]:
-    """Answers a second, and their p50 and p99 in seconds, from `warm_up` on; `wrong`: answers that accepted nothing."""
+async def load(
+    address: str, requests: Iterator[bytes], connections: int, warm_up: float, seconds: float
+) -> dict[str, float]:
+    """Answers a second, and their p50 and p99 in seconds, from `warm_up` on; `wrong`: answers that
+    accepted nothing.
+    """
     host, _, port = address.removeprefix("http://").partition(":")
     run = Run(requests, warm_up + seconds)
     loop = asyncio.get_running_loop()
-    await asyncio.gather(*(loop.create_connection(lambda: Connection(run), host, int(port)) for _ in range(connections)))
+    await asyncio.gather(
+        *(
+            loop.create_connection(lambda: Connection(run), host, int(port))
+            for _ in range(connections)
+        )
+    )
     await run.over.wait()
     took = [took for at, took in run.answered if at >= warm_up]
     rate = len(took) / (run.answered[-1][0] - warm_up)
-    return {"count": len(run.answered), "wrong": run.wrong, "rate": rate, "p50": percentile(took, 0.5), "p99": percentile(took, 0.99)}
+    return {
+        "count": len(run.answered),
+        "wrong": run.wrong,
+        "rate": rate,
+        "p50": percentile(took, 0.5),
+        "p99": percentile(took, 0.99),
+    }
 
 
 if __name__ == "__main__":
@@ -104,4 +125,8 @@ if __name__ == "__main__":
     lines = [json.loads(line) for line in Path(file).read_text().splitlines()]
     prebuilt = [request_bytes(line["path"], line["body"]) for line in lines]
     requests = cycle(prebuilt) if repeat == "again" else iter(prebuilt)
-    print(json.dumps(uvloop.run(load(address, requests, int(connections), float(warm_up), float(seconds)))))
+    print(
+        json.dumps(
+            uvloop.run(load(address, requests, int(connections), float(warm_up), float(seconds)))
+        )
+    )

@@ -1,4 +1,6 @@
-"""Processes on cores of their own: what is measured on the first, all that measures it on the last."""
+"""Processes on cores of their own: what is measured on the first, all that measures it on the
+last.
+"""
 
 import json
 import os
@@ -18,7 +20,9 @@ MEASURED, MEASURING = {CORES[0]}, {CORES[-1]}
 
 @contextmanager
 def pinned(cores: set[int]) -> Iterator[None]:
-    """This process's core inside the block; whoever is started there keeps it, with every thread."""
+    """This process's core inside the block; whoever is started there keeps it, with every
+    thread.
+    """
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -29,11 +33,17 @@ def pinned(cores: set[int]) -> Iterator[None]:
 
 @contextmanager
 def server(*command: str, folder: Path, cores: set[int], **settings: str) -> Iterator[str]:
-    """`python -m …` as a process whose output goes to a file, as in production; yields the address it tells, and kills it at the end."""
+    """`python -m …` as a process whose output goes to a file, as in production; yields the address
+    it tells, and kills it at the end.
+    """
     path = folder / f"{time.monotonic_ns()}.log"
     with pinned(cores), path.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=folder, env=clean_environment(settings), stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, "-m", *command],
+            cwd=folder,
+            env=clean_environment(settings),
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
     try:
         yield address_in(path, process)
@@ -48,19 +58,45 @@ def address_in(path: Path, process: subprocess.Popen[bytes]) -> str:
         for line in path.read_text().splitlines():
             said = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
             if "address" in said:
-                return str(said["address"] if said["address"].startswith("http") else f"http://{said['address']}")
+                return str(
+                    said["address"]
+                    if said["address"].startswith("http")
+                    else f"http://{said['address']}"
+                )
         time.sleep(0.05)
     raise SystemExit(f"a server did not start:\n{path.read_text()[-2000:]}")
 
 
-def measure(address: str, requests: Path, repeat: str, connections: int, warm_up: float, seconds: float) -> dict[str, float]:
+def measure(
+    address: str, requests: Path, repeat: str, connections: int, warm_up: float, seconds: float
+) -> dict[str, float]:
     """One run of `tests.bench.load`, which see."""
-    command = [sys.executable, "-m", "tests.bench.load", address, str(requests), repeat, str(connections), str(warm_up), str(seconds)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench.load",
+        address,
+        str(requests),
+        repeat,
+        str(connections),
+        str(warm_up),
+        str(seconds),
+    ]
     with pinned(MEASURING):
-        done = subprocess.run(command, cwd=ROOT, env=clean_environment({}), capture_output=True, text=True, timeout=RUN_S, check=False)
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=clean_environment({}),
+            capture_output=True,
+            text=True,
+            timeout=RUN_S,
+            check=False,
+        )
     if done.returncode:
         raise SystemExit(f"the load failed:\n{done.stderr}")
     result: dict[str, float] = json.loads(done.stdout)
     if result["wrong"]:
-        raise SystemExit(f"{result['wrong']:.0f} of {result['count']:.0f} requests were not accepted")
+        raise SystemExit(
+            f"{result['wrong']:.0f} of {result['count']:.0f} requests were not accepted"
+        )
     return result

@@ -1,7 +1,9 @@
-"""How long retention holds the writer of an embedded store: `python -m tests.bench.retention`. No goal: figures of one machine.
+"""How long retention holds the writer of an embedded store: `python -m tests.bench.retention`. No
+goal: figures of one machine.
 
-Two kinds of tasks are old: ordinary ones, and some with as much as they can have: 21 callbacks of 256 KiB, a request and events of 1 MiB,
-and 40 attempts at each delivery, with answers of 2 KiB. Half of the latter are erased by their owner before.
+Two kinds of tasks are old: ordinary ones, and some with as much as they can have: 21 callbacks of
+256 KiB, a request and events of 1 MiB, and 40 attempts at each delivery, with answers of 2 KiB.
+Half of the latter are erased by their owner before.
 """
 
 import argparse
@@ -34,7 +36,9 @@ LARGEST, BODY = 1 << 20, 256 << 10
 def fill(tx: Transaction, items: Sequence[tuple[int, int, bool]]) -> list[None]:
     """Tasks that ended long ago, from one number to another, and whether they are the largest."""
     for first, last, large in items:
-        rows: dict[Any, list[dict[str, Any]]] = {table: [] for table in (tasks, events, deliveries, attempts, steps, callbacks)}
+        rows: dict[Any, list[dict[str, Any]]] = {
+            table: [] for table in (tasks, events, deliveries, attempts, steps, callbacks)
+        }
         for number in range(first, last):
             task_id, at = new_id("task", OLD), OLD + number
             text = "x" * (LARGEST if large else 900)
@@ -47,16 +51,52 @@ def fill(tx: Transaction, items: Sequence[tuple[int, int, bool]]) -> list[None]:
             }
             times = {"created_at": at, "terminal_at": at, "settled_digest": "d"}
             rows[tasks].append(
-                {"id": task_id, "owner": "o", **known, **times, "request": {"x": text}, "metadata": {}, "body": text.encode()}
+                {
+                    "id": task_id,
+                    "owner": "o",
+                    **known,
+                    **times,
+                    "request": {"x": text},
+                    "metadata": {},
+                    "body": text.encode(),
+                }
             )
             for count, type in enumerate(("image.task.submitted", "image.task.completed")):
                 event_id = new_id("event", OLD)
-                told = {"sequence": 2 * number + count + 1, "id": event_id, "owner": "o", "type": type, "task_id": task_id, "time": at}
-                data: dict[str, Any] = {"request": {"x": text}, "metadata": {}, "images": [], "error": None}
+                told = {
+                    "sequence": 2 * number + count + 1,
+                    "id": event_id,
+                    "owner": "o",
+                    "type": type,
+                    "task_id": task_id,
+                    "time": at,
+                }
+                data: dict[str, Any] = {
+                    "request": {"x": text},
+                    "metadata": {},
+                    "images": [],
+                    "error": None,
+                }
                 rows[events].append({**told, "terminal": True if count else None, "data": data})
                 for _ in range(2):
-                    delivery_id, of = new_id("delivery", OLD), {"event_id": event_id, "task_id": task_id, "owner": "o", "endpoint_id": "ep"}
-                    rows[deliveries].append({"id": delivery_id, **of, "state": "delivered", "created_at": at, "finished_at": at})
+                    delivery_id, of = (
+                        new_id("delivery", OLD),
+                        {
+                            "event_id": event_id,
+                            "task_id": task_id,
+                            "owner": "o",
+                            "endpoint_id": "ep",
+                        },
+                    )
+                    rows[deliveries].append(
+                        {
+                            "id": delivery_id,
+                            **of,
+                            "state": "delivered",
+                            "created_at": at,
+                            "finished_at": at,
+                        }
+                    )
                     tried = {
                         "delivery_id": delivery_id,
                         "time": at,
@@ -64,8 +104,18 @@ def fill(tx: Transaction, items: Sequence[tuple[int, int, bool]]) -> list[None]:
                         "duration_ms": 3,
                         "answer": b"o" * (2048 if large else 100),
                     }
-                    rows[attempts] += [{"id": new_id("attempt", OLD), **tried} for _ in range(40 if large else 1)]
-            rows[steps] += [{"task_id": task_id, "time": at, "step": "image.stored", "detail": {"sha256": "a" * 64}} for _ in range(8)]
+                    rows[attempts] += [
+                        {"id": new_id("attempt", OLD), **tried} for _ in range(40 if large else 1)
+                    ]
+            rows[steps] += [
+                {
+                    "task_id": task_id,
+                    "time": at,
+                    "step": "image.stored",
+                    "detail": {"sha256": "a" * 64},
+                }
+                for _ in range(8)
+            ]
             for count in range(21 if large else 1):
                 seen = {
                     "received_at": at,
@@ -77,7 +127,14 @@ def fill(tx: Transaction, items: Sequence[tuple[int, int, bool]]) -> list[None]:
                 }
                 body = b"z" * (BODY if large else 1500)
                 rows[callbacks].append(
-                    {"id": new_id("callback", OLD), "task_id": task_id, "owner": "o", **seen, "first": None, "body": body}
+                    {
+                        "id": new_id("callback", OLD),
+                        "task_id": task_id,
+                        "owner": "o",
+                        **seen,
+                        "first": None,
+                        "body": body,
+                    }
                 )
         for table, made in rows.items():
             tx.connection.execute(insert(table), made)
@@ -85,11 +142,15 @@ def fill(tx: Transaction, items: Sequence[tuple[int, int, bool]]) -> list[None]:
 
 
 def largest(connection: Connection) -> list[str]:
-    return list(connection.execute(select(tasks.c.id).where(func.length(tasks.c.body) == LARGEST)).scalars())
+    return list(
+        connection.execute(select(tasks.c.id).where(func.length(tasks.c.body) == LARGEST)).scalars()
+    )
 
 
 async def measured(folder: Path, ordinary: int, large: int) -> dict[str, list[float]]:
-    """Milliseconds from the beginning of each transaction to the end of its commit, by what it did."""
+    """Milliseconds from the beginning of each transaction to the end of its commit, by what it
+    did.
+    """
     held: dict[str, list[float]] = {}
     original = SqliteStore._transaction
 
@@ -104,7 +165,9 @@ async def measured(folder: Path, ordinary: int, large: int) -> dict[str, list[fl
                 return await run(function, *arguments)
 
             yield told
-        held.setdefault("+".join(sorted(set(names))), []).append((time.perf_counter() - began) * 1000)
+        held.setdefault("+".join(sorted(set(names))), []).append(
+            (time.perf_counter() - began) * 1000
+        )
 
     async with open_sqlite(folder / "old.db", process="bench", new_id=new_id) as store:
         for first in range(0, ordinary, 1000):
@@ -122,7 +185,9 @@ async def measured(folder: Path, ordinary: int, large: int) -> dict[str, list[fl
                 return await Retention(resources, 30, None, wall_clock).apply()
 
             working = asyncio.create_task(work())
-            while not working.done():  # beside it commits that mean nothing, as a measure of the disk
+            while (
+                not working.done()
+            ):  # beside it commits that mean nothing, as a measure of the disk
                 await store.write(mark, None)
                 await asyncio.sleep(0.02)
             print(await working)
@@ -130,17 +195,24 @@ async def measured(folder: Path, ordinary: int, large: int) -> dict[str, list[fl
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(prog="python -m tests.bench.retention", description="Measure, and print a table.")
+    options = argparse.ArgumentParser(
+        prog="python -m tests.bench.retention", description="Measure, and print a table."
+    )
     options.add_argument("--ordinary", type=int, default=30_000)
     options.add_argument("--large", type=int, default=200)
-    options.add_argument("--folder", type=Path, default=Path(), help="on which disk (default: here)")
+    options.add_argument(
+        "--folder", type=Path, default=Path(), help="on which disk (default: here)"
+    )
     asked = options.parse_args()
     with tempfile.TemporaryDirectory(prefix="data-bench-", dir=asked.folder) as name:
         held = asyncio.run(measured(Path(name), asked.ordinary, asked.large))
     print("| transactions | number | median | 99 % | longest |\n|---|---|---|---|---|")
     for what, took in sorted(held.items()):
         took.sort()
-        figures = " | ".join(f"{value:.1f} ms" for value in (took[len(took) // 2], took[len(took) * 99 // 100], took[-1]))
+        figures = " | ".join(
+            f"{value:.1f} ms"
+            for value in (took[len(took) // 2], took[len(took) * 99 // 100], took[-1])
+        )
         print(f"| {what} | {len(took)} | {figures} |")
 
 

@@ -1,6 +1,8 @@
-"""The servers a measurement needs besides `darkroom serve`, each a process: `python -m tests.bench.servers bare|web|upstream|sandbox`.
+"""The servers a measurement needs besides `darkroom serve`, each a process: `python -m
+tests.bench.servers bare|web|upstream|sandbox`.
 
-Each prints `{"address": …}`, `web` by its `service.started`, and runs until SIGTERM on the service's own uvicorn settings.
+Each prints `{"address": …}`, `web` by its `service.started`, and runs until SIGTERM on the
+service's own uvicorn settings.
 """
 
 import json
@@ -37,7 +39,9 @@ BARE = Starlette(routes=[Route("/callbacks/{upstream}/{task_id}/{token}", bare, 
 
 
 def upstream() -> Starlette:
-    """An upstream that costs next to nothing: whatever is asked about is still `processing`, every result is one small picture."""
+    """An upstream that costs next to nothing: whatever is asked about is still `processing`, every
+    result is one small picture.
+    """
     picture = draw("bench/0", "bench", 64, 64, "jpeg")
 
     async def task(_: Request) -> Response:
@@ -50,7 +54,9 @@ def upstream() -> Starlette:
 
 
 class Timed:
-    """The sandbox, and at `/bench/times` when it worked on which task's queries and results: `{upstream id: [[from, to], …]}`."""
+    """The sandbox, and at `/bench/times` when it worked on which task's queries and results:
+    `{upstream id: [[from, to], …]}`.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -65,8 +71,12 @@ class Timed:
 
         async def sent(message: Message) -> None:
             await send(message)
-            if message["type"] == "http.response.body" and path.startswith(("/v1/tasks/", "/files/")):
-                self.times.setdefault(path.split("/")[-1 if path.startswith("/v1/") else 2], []).append((started, time.time()))
+            if message["type"] == "http.response.body" and path.startswith(
+                ("/v1/tasks/", "/files/")
+            ):
+                self.times.setdefault(
+                    path.split("/")[-1 if path.startswith("/v1/") else 2], []
+                ).append((started, time.time()))
 
         await self.app(scope, receive, sent)
 
@@ -75,13 +85,17 @@ async def answer(app: ASGIApp) -> None:
     bound = bind(HOST, 0)
     with stopping() as stop:
         async with listening(Server(app, bound, stop_s=1), stop):
-            sys.stdout.write(json.dumps({"address": f"http://{HOST}:{bound.getsockname()[1]}"}) + "\n")
+            sys.stdout.write(
+                json.dumps({"address": f"http://{HOST}:{bound.getsockname()[1]}"}) + "\n"
+            )
             sys.stdout.flush()
             await stop.wait()
 
 
 async def web() -> None:
-    """The service without its workers. On SQLite the program refuses that, as nobody else could do the work; here nobody has to."""
+    """The service without its workers. On SQLite the program refuses that, as nobody else could do
+    the work; here nobody has to.
+    """
     bound = bind(HOST, 0)
     settings = load_settings(port=bound.getsockname()[1])
     logging.configure(settings.log_format, settings.log_level)
@@ -93,7 +107,9 @@ SERVERS: Mapping[str, Callable[[], Coroutine[Any, Any, None]]] = {
     "bare": lambda: answer(BARE),
     "web": web,
     "upstream": lambda: answer(upstream()),
-    "sandbox": lambda: answer(Timed(create_sandbox(SandboxOptions(networks=(ip_network("127.0.0.0/8"),))))),
+    "sandbox": lambda: answer(
+        Timed(create_sandbox(SandboxOptions(networks=(ip_network("127.0.0.0/8"),))))
+    ),
 }
 
 if __name__ == "__main__":

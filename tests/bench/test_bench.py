@@ -17,12 +17,35 @@ from tests.processes import ROOT, clean_environment
 
 @pytest.mark.timeout(180)
 def test_the_benchmark_runs_and_prints_its_tables(tmp_path: Path) -> None:
-    """`make bench` ends well with a line on the machine and every row filled; nothing of it is left on the disk."""
+    """`make bench` ends well with a line on the machine and every row filled; nothing of it is left
+    on the disk.
+    """
     command = [sys.executable, "-m", "tests.bench", "--quick", "--folder", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=clean_environment({}), capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    assert re.match(r"`make bench` on \d+ cores, Python 3\.\d+\.\d+, Linux \S+, SQLite \S+, fdatasync \d+\.\d ms\.", done.stdout)
-    assert len(re.findall(r"^\| [^|]+ \| \d+ \| \d+\.\d \| \d+\.\d \| \d+\.\d\d \|$", done.stdout, re.MULTILINE)) == 3
+    assert re.match(
+        r"`make bench` on \d+ cores, Python 3\.\d+\.\d+, Linux \S+, SQLite \S+, fdatasync \d+\.\d"
+        r" ms\.",
+        done.stdout,
+    )
+    assert (
+        len(
+            re.findall(
+                r"^\| [^|]+ \| \d+ \| \d+\.\d \| \d+\.\d \| \d+\.\d\d \|$",
+                done.stdout,
+                re.MULTILINE,
+            )
+        )
+        == 3
+    )
     assert len(re.findall(r"^\| [^|]+ \| \d+ \| \d+ \|$", done.stdout, re.MULTILINE)) == 3
     assert not list(tmp_path.iterdir())
 
@@ -30,8 +53,23 @@ def test_the_benchmark_runs_and_prints_its_tables(tmp_path: Path) -> None:
 @pytest.mark.timeout(180)
 def test_the_benchmark_of_a_dead_endpoint_runs(tmp_path: Path) -> None:
     """Both rows, and what they differ by."""
-    command = [sys.executable, "-m", "tests.bench.dead_endpoint", "--quick", "--folder", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=clean_environment({}), capture_output=True, text=True, timeout=150, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench.dead_endpoint",
+        "--quick",
+        "--folder",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^\| [^|]+ \| \d+ \| \d+ \|$", done.stdout, re.MULTILINE)) == 2
     assert re.search(r"^p99 with the dead one: [+-]\d+ %\.$", done.stdout, re.MULTILINE)
@@ -44,7 +82,10 @@ def test_one_of_a_hundred_has_as_many_events_as_ten_others() -> None:
 
 def test_the_table_goes_between_the_readmes_markers() -> None:
     """`--write` replaces what stands there and nothing else; without markers it refuses."""
-    assert written("a\n<!-- bench -->\nold\n<!-- /bench -->\nb\n", "new") == "a\n<!-- bench -->\nnew\n<!-- /bench -->\nb\n"
+    assert (
+        written("a\n<!-- bench -->\nold\n<!-- /bench -->\nb\n", "new")
+        == "a\n<!-- bench -->\nnew\n<!-- /bench -->\nb\n"
+    )
     with pytest.raises(ValueError, match="bench"):
         written("a\n<!-- bench -->\n", "new")
 

@@ -16,14 +16,26 @@ from tests.servers import missing
 from tests.waiting import wait_until
 
 DOCUMENT = ROOT / "docs" / "consuming.md"
-BLOCK = re.compile(r"^```(?:python|js)\n((?:#|//) (\w+\.(?:py|mjs))\b.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^```(?:python|js)\n((?:#|//) (\w+\.(?:py|mjs))\b.*?)^```$", re.MULTILINE | re.DOTALL
+)
 LIBRARIES = {
     "standardwebhooks": {},
-    "svix": {"from standardwebhooks import": "from svix.webhooks import", 'from "standardwebhooks"': 'from "svix"'},
+    "svix": {
+        "from standardwebhooks import": "from svix.webhooks import",
+        'from "standardwebhooks"': 'from "svix"',
+    },
 }
 MODULES = Path(sys.prefix) / "node" / "node_modules"
 SERVERS = {
-    "with_starlette.py": ("-m", "uvicorn", "--log-level", "warning", "with_starlette:app", "--port"),
+    "with_starlette.py": (
+        "-m",
+        "uvicorn",
+        "--log-level",
+        "warning",
+        "with_starlette:app",
+        "--port",
+    ),
     "with_fastapi.py": ("-m", "uvicorn", "--log-level", "warning", "with_fastapi:app", "--port"),
     "with_flask.py": ("-m", "flask", "--app", "with_flask", "run", "--port"),
 }
@@ -33,7 +45,11 @@ STOP_S = 30
 def node() -> str:
     """Node.js, whose packages `make` has fetched."""
     program = shutil.which("node")
-    return program if program and MODULES.is_dir() else missing("Node.js and the packages of tests/consumers")
+    return (
+        program
+        if program and MODULES.is_dir()
+        else missing("Node.js and the packages of tests/consumers")
+    )
 
 
 def written(folder: Path, library: str = "standardwebhooks") -> None:
@@ -64,12 +80,23 @@ def command(program: str, port: int) -> list[str]:
 class Running:
     """A program in the folder it was written to; its other stream goes to a file `….faults`."""
 
-    def __init__(self, folder: Path, program: str, environment: Mapping[str, str], port: int = 0) -> None:
-        own = {name: value for name, value in clean_environment(environment).items() if not name.startswith("COVERAGE_")}
+    def __init__(
+        self, folder: Path, program: str, environment: Mapping[str, str], port: int = 0
+    ) -> None:
+        own = {
+            name: value
+            for name, value in clean_environment(environment).items()
+            if not name.startswith("COVERAGE_")
+        }
         self.lines: list[str] = []
         with (folder / f"{program}.faults").open("ab") as faults:
             self.process = subprocess.Popen(
-                command(program, port), cwd=folder, env=own | {"PORT": str(port)}, text=True, stdout=subprocess.PIPE, stderr=faults
+                command(program, port),
+                cwd=folder,
+                env=own | {"PORT": str(port)},
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=faults,
             )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -92,7 +119,9 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, program: str, environment: Mapping[str, str], port: int = 0) -> Iterator[Running]:
+def running(
+    folder: Path, program: str, environment: Mapping[str, str], port: int = 0
+) -> Iterator[Running]:
     made = Running(folder, program, environment, port)
     try:
         yield made
@@ -118,7 +147,14 @@ def judged(script: str, said: str, folder: Path) -> str:
         (folder / "node_modules").symlink_to(MODULES)
     environment = {"PATH": os.environ["PATH"]}
     done = subprocess.run(
-        [node(), script], cwd=folder, env=environment, input=said, capture_output=True, text=True, timeout=60, check=False
+        [node(), script],
+        cwd=folder,
+        env=environment,
+        input=said,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

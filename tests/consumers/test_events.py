@@ -1,4 +1,6 @@
-"""Every type of event, as each way brings it, judged by the libraries of CloudEvents, JSON Schema and AsyncAPI."""
+"""Every type of event, as each way brings it, judged by the libraries of CloudEvents, JSON Schema
+and AsyncAPI.
+"""
 
 import json
 from collections.abc import AsyncIterator
@@ -24,12 +26,22 @@ async def all_told(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[To
 
 
 def documents(all_told: Told) -> list[bytes]:
-    return [*all_told.webhooks.values(), *all_told.streamed.values(), *all_told.pulled.values(), all_told.test]
+    return [
+        *all_told.webhooks.values(),
+        *all_told.streamed.values(),
+        *all_told.pulled.values(),
+        all_told.test,
+    ]
 
 
 async def test_the_ways_bring_the_same_events(all_told: Told) -> None:
-    """All types there are, by webhook, stream and pull, each id with the same document; streamed in sequence."""
-    ways = [{id: json.loads(body) for id, body in way.items()} for way in (all_told.webhooks, all_told.streamed, all_told.pulled)]
+    """All types there are, by webhook, stream and pull, each id with the same document; streamed in
+    sequence.
+    """
+    ways = [
+        {id: json.loads(body) for id, body in way.items()}
+        for way in (all_told.webhooks, all_told.streamed, all_told.pulled)
+    ]
     assert ways[0] == ways[1] == ways[2]
     assert {event["type"] for event in ways[0].values()} == EVENT_TYPES.keys()
     sequences = [event["sequence"] for event in ways[1].values()]
@@ -37,25 +49,37 @@ async def test_the_ways_bring_the_same_events(all_told: Told) -> None:
 
 
 async def test_every_event_is_a_cloudevent(all_told: Told) -> None:
-    """The library reads the bytes of each, in structured mode, and finds in it what the contract says."""
+    """The library reads the bytes of each, in structured mode, and finds in it what the contract
+    says.
+    """
     for body in documents(all_told):
         document = json.loads(body)
         event = JSONFormat().read(CloudEvent, body)
-        assert [event.get_id(), event.get_source(), event.get_type()] == [document[name] for name in ("id", "source", "type")]
+        assert [event.get_id(), event.get_source(), event.get_type()] == [
+            document[name] for name in ("id", "source", "type")
+        ]
         assert event.get_subject() == document["subject"]
         assert event.get_time() == datetime.fromisoformat(document["time"])
-        assert (event.get_datacontenttype(), event.get_extension("sequence")) == ("application/json", document["sequence"])
+        assert (event.get_datacontenttype(), event.get_extension("sequence")) == (
+            "application/json",
+            document["sequence"],
+        )
         assert event.get_data() == document["data"]
 
 
 def validator(all_told: Told, schema: str) -> jsonschema.Draft202012Validator:
     """By the schema of that name, with formats."""
-    rules = {"$ref": f"#/components/schemas/{schema}", "components": all_told.document["components"]}
+    rules = {
+        "$ref": f"#/components/schemas/{schema}",
+        "components": all_told.document["components"],
+    }
     return jsonschema.Draft202012Validator(rules, format_checker=jsonschema.FormatChecker())
 
 
 async def test_every_event_is_as_its_schema_says(all_told: Told) -> None:
-    """The schema under the type's name in /asyncapi.json holds for each, and names every field of it."""
+    """The schema under the type's name in /asyncapi.json holds for each, and names every field of
+    it.
+    """
     for body in documents(all_told):
         event = json.loads(body)
         validator(all_told, event["type"]).validate(event)
@@ -78,13 +102,22 @@ async def test_a_field_that_is_missing_or_wrong_breaks_the_schema(all_told: Told
     rules = validator(all_told, event["type"])
     rules.validate({**event, "added": 1, "data": {**event["data"], "added": 1}})
     wrong = [{key: value for key, value in event.items() if key != missing} for missing in event]
-    wrong += [{**event, "data": {key: value for key, value in event["data"].items() if key != missing}} for missing in event["data"]]
-    wrong += [{**event, "type": "image.task.other"}, {**event, "sequence": "7"}, {**event, "data": {**event["data"], "state": "new"}}]
+    wrong += [
+        {**event, "data": {key: value for key, value in event["data"].items() if key != missing}}
+        for missing in event["data"]
+    ]
+    wrong += [
+        {**event, "type": "image.task.other"},
+        {**event, "sequence": "7"},
+        {**event, "data": {**event["data"], "state": "new"}},
+    ]
     assert [case for case in wrong if rules.is_valid(case)] == []
 
 
 async def test_asyncapis_own_parser_finds_no_fault(all_told: Told, tmp_path: Path) -> None:
-    """AsyncAPI 3.0, with a message for each type, for the task that its own address gets, for what a test and a stream say besides."""
+    """AsyncAPI 3.0, with a message for each type, for the task that its own address gets, for what
+    a test and a stream say besides.
+    """
     verdict = json.loads(judged("asyncapi.mjs", json.dumps(all_told.document), tmp_path))
     assert [problem for problem in verdict["diagnostics"] if problem["severity"] <= WARNING] == []
     assert set(verdict["messages"]) == {*EVENT_TYPES, "endpoint.test", "resync", "task"}
@@ -93,6 +126,9 @@ async def test_asyncapis_own_parser_finds_no_fault(all_told: Told, tmp_path: Pat
 
 async def test_asyncapis_own_parser_finds_a_fault(all_told: Told, tmp_path: Path) -> None:
     """It does look: a channel that is named and not there is an error."""
-    broken = {**all_told.document, "operations": {"none": {"action": "send", "channel": {"$ref": "#/channels/none"}}}}
+    broken = {
+        **all_told.document,
+        "operations": {"none": {"action": "send", "channel": {"$ref": "#/channels/none"}}},
+    }
     verdict = json.loads(judged("asyncapi.mjs", json.dumps(broken), tmp_path))
     assert [problem for problem in verdict["diagnostics"] if problem["severity"] <= WARNING]

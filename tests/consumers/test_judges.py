@@ -1,4 +1,6 @@
-"""What is sent to subscribers, judged by the libraries of Standard Webhooks and of Svix in Python and in JavaScript."""
+"""What is sent to subscribers, judged by the libraries of Standard Webhooks and of Svix in Python
+and in JavaScript.
+"""
 
 import base64
 import json
@@ -19,11 +21,18 @@ Judge = Callable[[Sequence[tuple[str, Received]], Path], list[str]]
 
 
 def in_python(asked: Sequence[tuple[str, Received]], _folder: Path) -> list[str]:
-    return [" ".join(name for name in BOTH.split() if accepted(name, secret, request)) for secret, request in asked]
+    return [
+        " ".join(name for name in BOTH.split() if accepted(name, secret, request))
+        for secret, request in asked
+    ]
 
 
 def accepted(library: str, secret: str, request: Received) -> bool:
-    made = standardwebhooks.Webhook(secret) if library == "standardwebhooks" else svix.webhooks.Webhook(secret)
+    made = (
+        standardwebhooks.Webhook(secret)
+        if library == "standardwebhooks"
+        else svix.webhooks.Webhook(secret)
+    )
     try:
         made.verify(request.body, dict(request.headers))
     except standardwebhooks.WebhookVerificationError:
@@ -33,26 +42,47 @@ def accepted(library: str, secret: str, request: Received) -> bool:
 
 def in_javascript(asked: Sequence[tuple[str, Received]], folder: Path) -> list[str]:
     requests = [
-        {"secret": secret, "headers": dict(request.headers), "body": base64.b64encode(request.body).decode()} for secret, request in asked
+        {
+            "secret": secret,
+            "headers": dict(request.headers),
+            "body": base64.b64encode(request.body).decode(),
+        }
+        for secret, request in asked
     ]
     return judged("verify.mjs", "\n".join(map(json.dumps, requests)), folder).splitlines()
 
 
 @pytest.mark.parametrize("judge", [in_python, in_javascript])
-async def test_the_libraries_accept_what_is_sent_also_while_secrets_overlap(tmp_path: Path, judge: Judge) -> None:
-    """Events and a task's own callback; of a rotation's two secrets either verifies until the overlap ends, then the new one alone."""
+async def test_the_libraries_accept_what_is_sent_also_while_secrets_overlap(
+    tmp_path: Path, judge: Judge
+) -> None:
+    """Events and a task's own callback; of a rotation's two secrets either verifies until the
+    overlap ends, then the new one alone.
+    """
     async with world(tmp_path) as here, subscriber() as shop:
-        key = got(await here.client.post("/v1/keys", json={"owner": "shop", "scopes": ["submit", "read", "subscribe"]}), 201)
+        key = got(
+            await here.client.post(
+                "/v1/keys", json={"owner": "shop", "scopes": ["submit", "read", "subscribe"]}
+            ),
+            201,
+        )
         async with here.with_key(key["key"]) as client:
 
             async def sent(count: int) -> list[Received]:
                 """What comes of one more task."""
                 before = len(shop.received)
-                await submitted(client, UNTIL_DONE, metadata={"order": "七\u2028 \U0001f4f7"}, callback_url=f"{shop.url}/own")
+                await submitted(
+                    client,
+                    UNTIL_DONE,
+                    metadata={"order": "七\u2028 \U0001f4f7"},
+                    callback_url=f"{shop.url}/own",
+                )
                 await wait_until(lambda: len(shop.received) >= before + count)
                 return shop.received[before:]
 
-            endpoint = got(await client.post("/v1/endpoints", json={"url": f"{shop.url}/hooks"}), 201)
+            endpoint = got(
+                await client.post("/v1/endpoints", json={"url": f"{shop.url}/hooks"}), 201
+            )
             first, own = key["callback_secret"], f"/v1/endpoints/{endpoint['id']}/rotate"
             plain = await sent(3)
             second = got(await client.post(own))["secret"]

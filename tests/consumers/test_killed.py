@@ -1,4 +1,6 @@
-"""Consumers that are killed again and again while events flow: the programs of docs/consuming.md, at a service in a process of its own."""
+"""Consumers that are killed again and again while events flow: the programs of docs/consuming.md,
+at a service in a process of its own.
+"""
 
 import asyncio
 import os
@@ -27,7 +29,9 @@ PATIENCE_S = 100
 
 @dataclass(slots=True)
 class Consumer:
-    """A program with an inbox of its own. Killed at moments that `random` chooses, and started again at once."""
+    """A program with an inbox of its own. Killed at moments that `random` chooses, and started
+    again at once.
+    """
 
     folder: Path
     program: str
@@ -49,7 +53,10 @@ class Consumer:
 
     @property
     def count(self) -> int:
-        with closing(sqlite3.connect(self.folder / "inbox.db", timeout=30)) as db, suppress(sqlite3.OperationalError):  # not made yet
+        with (
+            closing(sqlite3.connect(self.folder / "inbox.db", timeout=30)) as db,
+            suppress(sqlite3.OperationalError),
+        ):  # not made yet
             return int(db.execute("SELECT count(*) FROM events").fetchone()[0])
         return 0
 
@@ -60,7 +67,9 @@ class Consumer:
             return db.execute("SELECT id, sequence FROM events ORDER BY rowid").fetchall()
 
     async def live(self, number: int) -> None:
-        """Until it is killed among the first of a round's events; then it is there again, at times after one more death at its start."""
+        """Until it is killed among the first of a round's events; then it is there again, at times
+        after one more death at its start.
+        """
         moment = number * 2 * ROUND + self.random.randint(0, ROUND)
         await wait_until(lambda: self.count >= moment, PATIENCE_S)
         self.kill()
@@ -70,7 +79,9 @@ class Consumer:
             self.start()
 
 
-def consumer(folder: Path, program: str, seed: int, environment: dict[str, str], port: int = 0) -> Consumer:
+def consumer(
+    folder: Path, program: str, seed: int, environment: dict[str, str], port: int = 0
+) -> Consumer:
     folder = folder / program.removesuffix(".py")
     folder.mkdir()
     written(folder)
@@ -79,31 +90,55 @@ def consumer(folder: Path, program: str, seed: int, environment: dict[str, str],
 
 @pytest.mark.timeout(300)
 async def test_consumers_that_are_killed_end_with_every_event_once(tmp_path: Path) -> None:
-    """Twenty times each, by webhook, stream, pull and NATS: nothing is left out, what came again is dropped, readers are in sequence."""
+    """Twenty times each, by webhook, stream, pull and NATS: nothing is left out, what came again is
+    dropped, readers are in sequence.
+    """
     seed = int(os.environ.get("DARKROOM_TEST_SEED") or random.SystemRandom().randrange(2**32))
     print(f"DARKROOM_TEST_SEED={seed}")
     async with AsyncExitStack() as stack:
         upstream = stack.enter_context(sandbox("--delay", "0", folder=tmp_path))
         broker = stack.enter_context(broker_running("nats"))
         await wait_until(broker.up, START_S)
-        settings = service_settings(upstream.address, tmp_path, DELIVERY_SCHEDULE=SCHEDULE, SINKS=address("nats", broker.port, "darkroom"))
+        settings = service_settings(
+            upstream.address,
+            tmp_path,
+            DELIVERY_SCHEDULE=SCHEDULE,
+            SINKS=address("nats", broker.port, "darkroom"),
+        )
         service = stack.enter_context(started("serve", folder=tmp_path, **settings))
         key = {"authorization": f"Bearer {ADMIN_KEY}"}
-        client = await stack.enter_async_context(httpx.AsyncClient(base_url=service.address, headers=key, timeout=60, trust_env=False))
+        client = await stack.enter_async_context(
+            httpx.AsyncClient(base_url=service.address, headers=key, timeout=60, trust_env=False)
+        )
         port = free_port()
-        endpoint = got(await client.post("/v1/endpoints", json={"url": f"http://127.0.0.1:{port}/hooks", "types": ["*"]}), 201)
+        endpoint = got(
+            await client.post(
+                "/v1/endpoints", json={"url": f"http://127.0.0.1:{port}/hooks", "types": ["*"]}
+            ),
+            201,
+        )
         reading = {"DARKROOM_URL": service.address, "DARKROOM_API_KEY": ADMIN_KEY}
-        webhooks = consumer(tmp_path, "with_starlette.py", seed, {"SECRET": endpoint["secret"]}, port)
-        readers = [consumer(tmp_path, program, seed, reading) for program in ("follow.py", "pull.py")]
+        webhooks = consumer(
+            tmp_path, "with_starlette.py", seed, {"SECRET": endpoint["secret"]}, port
+        )
+        readers = [
+            consumer(tmp_path, program, seed, reading) for program in ("follow.py", "pull.py")
+        ]
         await made(broker, "darkroom")
-        account = {"NATS_URL": f"nats://127.0.0.1:{broker.port}", "NATS_USER": USER, "NATS_PASSWORD": PASSWORD}
+        account = {
+            "NATS_URL": f"nats://127.0.0.1:{broker.port}",
+            "NATS_USER": USER,
+            "NATS_PASSWORD": PASSWORD,
+        }
         messages = consumer(tmp_path, "from_nats.py", seed, account)
         consumers = [webhooks, messages, *readers]
         for each in consumers:
             each.start()
             stack.callback(each.stop)
         for number in range(KILLS):
-            faults: list[dict[str, Any]] = [{}] * PICTURES + [{"sandbox": {"fail": "service_error"}}] * (ROUND - PICTURES)
+            faults: list[dict[str, Any]] = [{}] * PICTURES + [
+                {"sandbox": {"fail": "service_error"}}
+            ] * (ROUND - PICTURES)
             flow = asyncio.gather(*(submitted(client, ASYNC, **fault) for fault in faults))
             await asyncio.gather(flow, *(each.live(number) for each in consumers))
 
@@ -122,6 +157,10 @@ async def test_consumers_that_are_killed_end_with_every_event_once(tmp_path: Pat
 async def outbox(client: httpx.AsyncClient) -> list[tuple[str, str]]:
     """Every event there is, in sequence, by somebody who is never killed."""
     found: list[tuple[str, str]] = []
-    while page := got(await client.get("/v1/events", params={"after": found[-1][1] if found else "0", "limit": 1000}))["data"]:
+    while page := got(
+        await client.get(
+            "/v1/events", params={"after": found[-1][1] if found else "0", "limit": 1000}
+        )
+    )["data"]:
         found += [(event["id"], event["sequence"]) for event in page]
     return found

@@ -18,7 +18,13 @@ from tests.consumers.programs import LIBRARIES, free_port, listening, running, w
 from tests.waiting import wait_until
 from tests.world import World, world
 
-RECEIVERS = ("with_starlette.py", "with_fastapi.py", "with_flask.py", "with_http.mjs", "with_express.mjs")
+RECEIVERS = (
+    "with_starlette.py",
+    "with_fastapi.py",
+    "with_flask.py",
+    "with_http.mjs",
+    "with_express.mjs",
+)
 READERS = ("follow.py", "pull.py")
 OLD_S = 6 * 60
 
@@ -30,7 +36,11 @@ async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]
 
 
 def signed(secret: str, body: bytes, at: float, id: str = "evt_forged") -> dict[str, str]:
-    headers = {"webhook-id": id, "webhook-timestamp": str(int(at)), "content-type": "application/cloudevents+json"}
+    headers = {
+        "webhook-id": id,
+        "webhook-timestamp": str(int(at)),
+        "content-type": "application/cloudevents+json",
+    }
     return headers | {"webhook-signature": sign_webhook([secret], id, int(at), body)}
 
 
@@ -48,13 +58,19 @@ def forgeries(secret: str) -> dict[str, tuple[bytes, Mapping[str, str]]]:
         "not UTF-8": (b"\xff", signed(secret, b"\xff", now)),
         "no body": (b"", right),
         "no headers": (body, {}),
-        **{f"the signature {text}": (body, {**right, "webhook-signature": text}) for text in strange},
+        **{
+            f"the signature {text}": (body, {**right, "webhook-signature": text})
+            for text in strange
+        },
     }
 
 
 def reading(client: httpx.AsyncClient) -> dict[str, str]:
     """The settings of a program that reads with that client's key."""
-    return {"DARKROOM_URL": str(client.base_url), "DARKROOM_API_KEY": client.headers["authorization"].removeprefix("Bearer ")}
+    return {
+        "DARKROOM_URL": str(client.base_url),
+        "DARKROOM_API_KEY": client.headers["authorization"].removeprefix("Bearer "),
+    }
 
 
 async def events(client: httpx.AsyncClient) -> list[dict[str, Any]]:
@@ -62,11 +78,15 @@ async def events(client: httpx.AsyncClient) -> list[dict[str, Any]]:
     return found
 
 
-async def told(client: httpx.AsyncClient, task: Mapping[str, Any], **query: str) -> list[Mapping[str, Any]]:
+async def told(
+    client: httpx.AsyncClient, task: Mapping[str, Any], **query: str
+) -> list[Mapping[str, Any]]:
     """The deliveries of a task once all are delivered."""
 
     async def look() -> list[Mapping[str, Any]]:
-        found = got(await client.get("/v1/deliveries", params={"task": task["id"], **query}))["data"]
+        found = got(await client.get("/v1/deliveries", params={"task": task["id"], **query}))[
+            "data"
+        ]
         return found if found and all(each["state"] == "delivered" for each in found) else []
 
     found: list[Mapping[str, Any]] = await wait_until(look, 30)
@@ -75,12 +95,18 @@ async def told(client: httpx.AsyncClient, task: Mapping[str, Any], **query: str)
 
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("receiver", RECEIVERS)
-async def test_a_receiver_takes_each_event_once_and_nothing_forged(here: World, tmp_path: Path, receiver: str, library: str) -> None:
-    """What comes again is answered well and dropped; what is not signed, or long ago, is refused; in a rotation either secret does."""
+async def test_a_receiver_takes_each_event_once_and_nothing_forged(
+    here: World, tmp_path: Path, receiver: str, library: str
+) -> None:
+    """What comes again is answered well and dropped; what is not signed, or long ago, is refused;
+    in a rotation either secret does.
+    """
     written(tmp_path, library)
     port = free_port()
     async with here.owner() as client:
-        made = got(await client.post("/v1/endpoints", json={"url": f"http://127.0.0.1:{port}/hooks"}), 201)
+        made = got(
+            await client.post("/v1/endpoints", json={"url": f"http://127.0.0.1:{port}/hooks"}), 201
+        )
         with running(tmp_path, receiver, {"SECRET": made["secret"]}, port) as program:
             await listening(port)
             task = await submitted(client, UNTIL_DONE, metadata={"order": "七\u2028"})
@@ -92,23 +118,37 @@ async def test_a_receiver_takes_each_event_once_and_nothing_forged(here: World, 
             async with httpx.AsyncClient(trust_env=False) as anybody:
                 for name, (body, headers) in forgeries(made["secret"]).items():
                     wire = [(name.encode(), value.encode()) for name, value in headers.items()]
-                    assert (await anybody.post(made["url"], content=body, headers=wire)).status_code == 401, name
+                    assert (
+                        await anybody.post(made["url"], content=body, headers=wire)
+                    ).status_code == 401, name
             rotated = got(await client.post(f"/v1/endpoints/{made['id']}/rotate"))
             assert got(await client.post(f"/v1/endpoints/{made['id']}/test"))["status"] == 204
         assert len(program.taken) == len(ids) + 1
         with running(tmp_path, receiver, {"SECRET": rotated["secret"]}, port) as program:
             await listening(port)
-            assert got(await client.post(f"/v1/deliveries/{sent[0]['id']}/retry"))["attempts"][-1]["status"] == 204
+            assert (
+                got(await client.post(f"/v1/deliveries/{sent[0]['id']}/retry"))["attempts"][-1][
+                    "status"
+                ]
+                == 204
+            )
             assert got(await client.post(f"/v1/endpoints/{made['id']}/test"))["status"] == 204
         assert len(program.taken) == 1, "what was there before the restart is known after it"
 
 
 @pytest.mark.parametrize("receiver", ["with_starlette.py", "with_http.mjs"])
-async def test_a_receiver_takes_what_a_tasks_own_callback_url_gets(here: World, tmp_path: Path, receiver: str) -> None:
+async def test_a_receiver_takes_what_a_tasks_own_callback_url_gets(
+    here: World, tmp_path: Path, receiver: str
+) -> None:
     """The task, signed with the owner's callback secret, under the id of its terminal event."""
     written(tmp_path)
     port = free_port()
-    key = got(await here.client.post("/v1/keys", json={"owner": f"own-{port}", "scopes": ["submit", "read", "subscribe"]}), 201)
+    key = got(
+        await here.client.post(
+            "/v1/keys", json={"owner": f"own-{port}", "scopes": ["submit", "read", "subscribe"]}
+        ),
+        201,
+    )
     async with here.with_key(key["key"]) as client:
         with running(tmp_path, receiver, {"SECRET": key["callback_secret"]}, port) as program:
             await listening(port)
@@ -120,7 +160,9 @@ async def test_a_receiver_takes_what_a_tasks_own_callback_url_gets(here: World, 
 
 @pytest.mark.parametrize("reader", READERS)
 async def test_a_reader_goes_on_where_it_was(here: World, tmp_path: Path, reader: str) -> None:
-    """From the beginning the first time, each event once and in sequence, whatever its text; after a restart what has come meanwhile."""
+    """From the beginning the first time, each event once and in sequence, whatever its text; after
+    a restart what has come meanwhile.
+    """
     written(tmp_path)
     async with here.owner() as client:
         seen: list[str] = []
@@ -129,7 +171,8 @@ async def test_a_reader_goes_on_where_it_was(here: World, tmp_path: Path, reader
             count = len(await events(client)) + 2 - len(seen)
             with running(tmp_path, reader, reading(client)) as program:
                 await submitted(client, UNTIL_DONE)
-                await wait_until(lambda: len(program.taken) >= count, 30)  # noqa: B023 - called here
+                # called here
+                await wait_until(lambda: len(program.taken) >= count, 30)  # noqa: B023
             seen += program.taken
         assert seen == [event["id"] for event in await events(client)]
 
@@ -141,7 +184,9 @@ async def test_a_reader_whose_place_is_gone_reads_the_tasks(tmp_path: Path, read
 
     def forget(tx: Transaction, items: Sequence[int]) -> list[None]:
         tx.connection.execute(outbox.delete().where(outbox.c.sequence <= items[0]))
-        tx.connection.execute(counters.update().where(counters.c.name == "forgotten").values(value=items[0]))
+        tx.connection.execute(
+            counters.update().where(counters.c.name == "forgotten").values(value=items[0])
+        )
         return [None]
 
     async with world(tmp_path) as here:
@@ -158,6 +203,8 @@ def test_the_document_has_no_program_that_is_not_run(tmp_path: Path) -> None:
     """Each block with a name is one of those above, or is shared by them."""
     written(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        *RECEIVERS, *READERS, "from_nats.py", "inbox.py", "inbox.mjs", "darkroom.py", "node_modules",  # the first by test_killed.py
+        # the first by test_killed.py
+        *RECEIVERS, *READERS, "from_nats.py", "inbox.py", "inbox.mjs",
+        "darkroom.py", "node_modules",
     }  # fmt: skip
     assert json.loads((Path(__file__).parent / "package.json").read_text())["private"] is True

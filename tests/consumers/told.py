@@ -24,7 +24,9 @@ JSON = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """The events by id as each way brought them, in bytes as they were sent; and the task sent to its own `callback_url`."""
+    """The events by id as each way brought them, in bytes as they were sent; and the task sent to
+    its own `callback_url`.
+    """
 
     webhooks: Mapping[str, bytes]
     streamed: Mapping[str, bytes]
@@ -39,10 +41,18 @@ async def told(folder: Path) -> AsyncIterator[Told]:
     """A world with an upstream and subscribers that do everything there is an event for."""
     upstream = upstream_of_all()
     async with (
-        world(folder, upstream=upstream.app, evolink_result_ttl_s=3600, uncertain_after_s=0.05, delivery_schedule="0.05") as here,
+        world(
+            folder,
+            upstream=upstream.app,
+            evolink_result_ttl_s=3600,
+            uncertain_after_s=0.05,
+            delivery_schedule="0.05",
+        ) as here,
         subscriber() as shop,
     ):
-        shop.answer = lambda _n, request: Response(status_code={"/broken": 500, "/gone": 410}.get(request.path, 204))
+        shop.answer = lambda _n, request: Response(
+            status_code={"/broken": 500, "/gone": 410}.get(request.path, 204)
+        )
         endpoint = await subscribed(here, f"{shop.url}/all", "*")
         await subscribed(here, f"{shop.url}/broken", "image.task.completed")
         await subscribed(here, f"{shop.url}/gone", "image.task.cancelled")
@@ -51,7 +61,9 @@ async def told(folder: Path) -> AsyncIterator[Told]:
         await live(here, upstream, shop.url)
 
         async def pending() -> list[JSON]:
-            found: list[JSON] = got(await here.client.get("/v1/deliveries", params={"endpoint": resting}))["data"]
+            found: list[JSON] = got(
+                await here.client.get("/v1/deliveries", params={"endpoint": resting})
+            )["data"]
             return found
 
         (delivery,) = await wait_until(pending)
@@ -66,16 +78,29 @@ async def told(folder: Path) -> AsyncIterator[Told]:
         assert test["status"] == 204
 
         def sent(path: str) -> dict[str, bytes]:
-            return {request.headers["webhook-id"]: request.body for request in shop.received if request.path == path}
+            return {
+                request.headers["webhook-id"]: request.body
+                for request in shop.received
+                if request.path == path
+            }
 
         await wait_until(lambda: sent("/all").keys() >= set(ids) and sent("/own"), 30)
         pulled = {event["id"]: json.dumps(event).encode() for event in await here.events()}
         streamed = await read(here, len(ids))
         webhooks = sent("/all")
-        (tested,) = (body for body in webhooks.values() if json.loads(body)["type"] == "endpoint.test")
+        (tested,) = (
+            body for body in webhooks.values() if json.loads(body)["type"] == "endpoint.test"
+        )
         (own,) = sent("/own").values()
         described = got(await here.stranger.get("/asyncapi.json"))
-        yield Told({id: webhooks[id] for id in ids}, streamed, {id: pulled[id] for id in ids}, tested, own, described)
+        yield Told(
+            {id: webhooks[id] for id in ids},
+            streamed,
+            {id: pulled[id] for id in ids},
+            tested,
+            own,
+            described,
+        )
 
 
 def upstream_of_all() -> Upstream:
@@ -92,14 +117,21 @@ def upstream_of_all() -> Upstream:
 
 async def subscribed(here: World, url: str, *types: str) -> str:
     """An endpoint for everybody's events."""
-    made = got(await here.client.post("/v1/endpoints", json={"url": url, "types": types, "owner": None}), 201)
+    made = got(
+        await here.client.post("/v1/endpoints", json={"url": url, "types": types, "owner": None}),
+        201,
+    )
     return str(made["id"])
 
 
 async def live(here: World, upstream: Upstream, own: str) -> None:
-    """A task for each end there is, a contradiction, a proof that comes too late, a picture that cannot be fetched."""
+    """A task for each end there is, a contradiction, a proof that comes too late, a picture that
+    cannot be fetched.
+    """
     for prompt, file in (("fine", "0.png"), ("doubtful", "0.png"), ("risky", "missing.png")):
-        upstream.queries[f"task-unified-{prompt}"] = [document("completed", f"{here.sandbox_url}/files/{file}")]
+        upstream.queries[f"task-unified-{prompt}"] = [
+            document("completed", f"{here.sandbox_url}/files/{file}")
+        ]
 
     async def submitted(prompt: str, state: str, **fields: Any) -> str:
         task = await here.submit(prompt=prompt, headers=ASYNC, **fields)
@@ -107,11 +139,15 @@ async def live(here: World, upstream: Upstream, own: str) -> None:
         return str(task["id"])
 
     async def called(task_id: str, prompt: str, status: str) -> None:
-        results = json.loads(bytes(upstream.queries[f"task-unified-{prompt}"][0].body)).get("results", [])
+        results = json.loads(bytes(upstream.queries[f"task-unified-{prompt}"][0].body)).get(
+            "results", []
+        )
         body = {"id": f"task-unified-{prompt}", "status": status, "results": results}
         got(await here.stranger.post(here.callback_url(task_id), json=body))
 
-    fine = await submitted("fine", "submitted", callback_url=f"{own}/own", metadata={"order": "七\u2028"})
+    fine = await submitted(
+        "fine", "submitted", callback_url=f"{own}/own", metadata={"order": "七\u2028"}
+    )
     await called(fine, "fine", "completed")
     await wait_until(lambda: in_state(here, fine, "completed"))
     await called(fine, "fine", "failed")
@@ -128,7 +164,13 @@ async def in_state(here: World, task_id: str, state: str) -> bool:
 def park(tx: Transaction, items: Sequence[str]) -> list[None]:
     """The last fault that a delivery may have; this one is of an event of no task."""
     for key in items:
-        held = {"due_at": tx.now, "lease_until": tx.now + 60_000, "lease_owner": "somebody", "fence": 1, "faults": FAULT_LIMIT - 1}
+        held = {
+            "due_at": tx.now,
+            "lease_until": tx.now + 60_000,
+            "lease_owner": "somebody",
+            "fence": 1,
+            "faults": FAULT_LIMIT - 1,
+        }
         tx.change(deliveries, key, held)
         tx.write()
         assert record_faults(tx, [Fault(Grant("deliver", key, 1, 1), 0)]) == [FAULT_LIMIT]
@@ -140,14 +182,20 @@ async def read(here: World, count: int) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     rest = b""
     headers = {"accept": "text/event-stream"}
-    async with asyncio.timeout(30), here.client.stream("GET", "/v1/events", params={"after": "0"}, headers=headers) as answer:
+    async with (
+        asyncio.timeout(30),
+        here.client.stream("GET", "/v1/events", params={"after": "0"}, headers=headers) as answer,
+    ):
         async for chunk in answer.aiter_bytes():
             *messages, rest = (rest + chunk).split(b"\n\n")
             for message in messages:
                 fields = dict(line.split(b": ", 1) for line in message.split(b"\n"))
                 if b"data" in fields:
                     event = json.loads(fields[b"data"])
-                    assert (fields[b"id"].decode(), fields[b"event"].decode()) == (event["sequence"], event["type"])
+                    assert (fields[b"id"].decode(), fields[b"event"].decode()) == (
+                        event["sequence"],
+                        event["type"],
+                    )
                     found[event["id"]] = fields[b"data"]
             if len(found) >= count:
                 break

@@ -1,6 +1,7 @@
 """The store, as each of the two that implement it.
 
-One of each is open for the whole session, and found empty by each test; a test that opens and closes has stores of its own.
+One of each is open for the whole session, and found empty by each test; a test that opens and
+closes has stores of its own.
 """
 
 import asyncio
@@ -52,7 +53,9 @@ async def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-async def sqlite_store(migrated_file: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SqliteStore]:
+async def sqlite_store(
+    migrated_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[SqliteStore]:
     path = tmp_path_factory.mktemp("session") / "darkroom.db"
     shutil.copy(migrated_file, path)
     async with open_sqlite(path, process="one", new_id=new_id, clock=lambda: CLOCK.now) as store:
@@ -78,29 +81,39 @@ def sqlite_opener(migrated_file: Path, tmp_path: Path, clock: Clock) -> Opener:
 async def migrated_database(postgres_server: str) -> AsyncIterator[str]:
     """The database of `postgres_store`."""
     with contextlib.ExitStack() as stack:
-        yield await asyncio.to_thread(stack.enter_context, postgres_database(postgres_server))  # it runs a loop of its own
+        yield await asyncio.to_thread(
+            stack.enter_context, postgres_database(postgres_server)
+        )  # it runs a loop of its own
         await asyncio.to_thread(stack.close)
 
 
 @pytest.fixture(scope="session")
 async def postgres_store(migrated_database: str) -> AsyncIterator[PostgresStore]:
-    async with open_postgres(migrated_database, process="one", new_id=new_id, clock=lambda _now: CLOCK.now) as store:
+    async with open_postgres(
+        migrated_database, process="one", new_id=new_id, clock=lambda _now: CLOCK.now
+    ) as store:
         yield store
 
 
 @pytest.fixture
-async def postgres_opener(migrated_database: str, postgres_store: PostgresStore, clock: Clock) -> Opener:
+async def postgres_opener(
+    migrated_database: str, postgres_store: PostgresStore, clock: Clock
+) -> Opener:
     """Opens the same database, empty, as further processes do."""
     await postgres_store.write(wipe, None)
 
     def opener(process: str = "one", **more: Any) -> contextlib.AbstractAsyncContextManager[Store]:
-        return open_postgres(migrated_database, process=process, new_id=new_id, clock=lambda _now: clock.now, **more)
+        return open_postgres(
+            migrated_database, process=process, new_id=new_id, clock=lambda _now: clock.now, **more
+        )
 
     return opener
 
 
 @pytest.fixture
-async def two(postgres_store: PostgresStore, postgres_opener: Opener, clock: Clock) -> AsyncIterator[tuple[Subject, Subject]]:
+async def two(
+    postgres_store: PostgresStore, postgres_opener: Opener, clock: Clock
+) -> AsyncIterator[tuple[Subject, Subject]]:
     """Two processes on one PostgreSQL."""
     async with postgres_opener("two") as other:
         yield Subject(postgres_store, clock), Subject(other, clock)

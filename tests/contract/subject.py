@@ -1,4 +1,6 @@
-"""The store under test, its clock and its workers, and the moves by which tests walk a task through its states."""
+"""The store under test, its clock and its workers, and the moves by which tests walk a task through
+its states.
+"""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +40,15 @@ from service.store.operations.submissions import (
     record_submissions,
     start_submissions,
 )
-from service.store.operations.tasks import Cancellation, Inserted, NewTask, cancel_tasks, change, insert_tasks, lock
+from service.store.operations.tasks import (
+    Cancellation,
+    Inserted,
+    NewTask,
+    cancel_tasks,
+    change,
+    insert_tasks,
+    lock,
+)
 from service.store.records import Row
 from service.store.replays import Wanted, replay_extent
 from service.store.tables import events, images, tasks
@@ -69,7 +79,9 @@ class Clock:
 
 @dataclass(slots=True)
 class Places:
-    """`Workers` with as many free places as the test says; keeps what it is granted and told, and works on nothing."""
+    """`Workers` with as many free places as the test says; keeps what it is granted and told, and
+    works on nothing.
+    """
 
     free: dict[str, int] = field(default_factory=dict)
     granted: list[Grant] = field(default_factory=list)
@@ -98,7 +110,9 @@ class Places:
         return granted
 
 
-Opener = Callable[..., AbstractAsyncContextManager[Store]]  # opens a database as a process of that name
+Opener = Callable[
+    ..., AbstractAsyncContextManager[Store]
+]  # opens a database as a process of that name
 
 
 @dataclass(slots=True)
@@ -114,10 +128,16 @@ class Subject:
 
     # --- reading and writing ---
 
-    async def write(self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item) -> Result:
+    async def write(
+        self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item
+    ) -> Result:
         return await self.store.write(operation, item)
 
-    async def batch(self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> list[Result]:
+    async def batch(
+        self,
+        operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]],
+        items: Sequence[Item],
+    ) -> list[Result]:
         """Runs an operation over several items in one transaction, whatever the committers do."""
 
         def whole(tx: Transaction, lists: Sequence[Sequence[Item]]) -> list[Sequence[Result]]:
@@ -129,7 +149,11 @@ class Subject:
         """The rows with these values, in the order of the primary key."""
 
         def query(connection: Connection) -> list[Row]:
-            statement = select(table).where(*(table.c[name] == value for name, value in where.items())).order_by(*table.primary_key)
+            statement = (
+                select(table)
+                .where(*(table.c[name] == value for name, value in where.items()))
+                .order_by(*table.primary_key)
+            )
             return list(connection.execute(statement).mappings())
 
         return await self.store.read(query)
@@ -199,7 +223,9 @@ class Subject:
         assert await self.start(grant) is not None
         return grant
 
-    async def submission(self, grant: Grant, outcome: Accepted | Again | Refused | Uncertain | Undecided) -> State:
+    async def submission(
+        self, grant: Grant, outcome: Accepted | Again | Refused | Uncertain | Undecided
+    ) -> State:
         return await self.write(record_submissions, Submission(grant, outcome))
 
     async def submitted(self, **different: Any) -> str:
@@ -210,7 +236,10 @@ class Subject:
 
     async def uncertain(self, decide_ms: int = 15 * MINUTE, **different: Any) -> str:
         grant = await self.submitting(**different)
-        assert await self.submission(grant, Uncertain("no answer in time", decide_ms)) is State.UNCERTAIN
+        assert (
+            await self.submission(grant, Uncertain("no answer in time", decide_ms))
+            is State.UNCERTAIN
+        )
         return grant.key
 
     async def cancel(self, task_id: str, owner: str | None = None) -> str | None:
@@ -231,19 +260,31 @@ class Subject:
 
         def want(tx: Transaction, keys: Sequence[str]) -> list[None]:
             for id, row in lock(tx, keys).items():
-                change(tx, row, settle_requests=row["settle_requests"] + 1, **leases.wanted(tx, stage, id, row))
+                change(
+                    tx,
+                    row,
+                    settle_requests=row["settle_requests"] + 1,
+                    **leases.wanted(tx, stage, id, row),
+                )
             return [None] * len(keys)
 
         await self.write(want, key)
         return await self.claimed(stage, key)
 
     async def settle(
-        self, task_id: str, report: Report | None, *, expires_ms: int | None = None, grant: Grant | None = None
+        self,
+        task_id: str,
+        report: Report | None,
+        *,
+        expires_ms: int | None = None,
+        grant: Grant | None = None,
     ) -> State | None:
         """Records the upstream's word on a task as it is now."""
         grant = grant or await self.asking(task_id)
         requests = (await self.task(task_id))["settle_requests"]
-        return await self.write(record_settlements, Settlement(grant, report, requests, ASK_AGAIN, DAY, expires_ms))
+        return await self.write(
+            record_settlements, Settlement(grant, report, requests, ASK_AGAIN, DAY, expires_ms)
+        )
 
     async def storing(self, *urls: str, **different: Any) -> str:
         """A task whose results, named by a query, are to be fetched."""
@@ -251,12 +292,16 @@ class Subject:
         assert await self.settle(task_id, completed(task_id, *urls)) is State.STORING
         return task_id
 
-    async def download(self, image: Row, outcome: Stored | Retry | Lost, grant: Grant | None = None) -> str | None:
+    async def download(
+        self, image: Row, outcome: Stored | Retry | Lost, grant: Grant | None = None
+    ) -> str | None:
         """Fetches the address an image has, when that is due."""
         if grant is None:
             self.clock.now = max(self.clock.now, (await self.row(images, image["id"]))["due_at"])
             grant = await self.claimed("download", image["id"])
-        return await self.write(record_downloads, Download(grant, image["task_id"], image["source_url"], outcome))
+        return await self.write(
+            record_downloads, Download(grant, image["task_id"], image["source_url"], outcome)
+        )
 
     async def completed(self, *urls: str, **different: Any) -> str:
         """A completed task with its images stored."""
@@ -266,25 +311,37 @@ class Subject:
         assert await self.state(task_id) is State.COMPLETED
         return task_id
 
-    async def endpoint(self, owner: str | None = OWNER, types: Sequence[str] = ("image.task.*",)) -> str:
-        made = Endpoint(new_id("endpoint"), owner, "https://s.test/hook", tuple(types), "", b"secret")
+    async def endpoint(
+        self, owner: str | None = OWNER, types: Sequence[str] = ("image.task.*",)
+    ) -> str:
+        made = Endpoint(
+            new_id("endpoint"), owner, "https://s.test/hook", tuple(types), "", b"secret"
+        )
         await self.write(insert_endpoints, made)
         return made.id
 
     async def replay(self, owner: str = OWNER) -> str:
         """A replay of all that there is to an endpoint of its own; its first page is due."""
-        wanted = Wanted(await self.endpoint(owner), owner, 0, self.clock.now + 1, ("image.task.*",), "all")
-        replay = Replay(new_id("replay"), owner, wanted, await self.store.read(replay_extent, wanted))
+        wanted = Wanted(
+            await self.endpoint(owner), owner, 0, self.clock.now + 1, ("image.task.*",), "all"
+        )
+        replay = Replay(
+            new_id("replay"), owner, wanted, await self.store.read(replay_extent, wanted)
+        )
         assert await self.write(insert_replays, replay)
         return replay.id
 
     async def change(self, id: str, owner: str | None = None, **values: Any) -> bool:
         return await self.write(change_endpoints, EndpointChange(id, owner, **values))
 
-    async def key(self, owner: str, callback_secret: bytes = b"callback secret", *, id: str | None = None) -> bool:
+    async def key(
+        self, owner: str, callback_secret: bytes = b"callback secret", *, id: str | None = None
+    ) -> bool:
         """Makes an API key whose hash is its id; whether it is the owner's first."""
         id = id or new_id("key")
-        return await self.write(insert_keys, NewKey(id, owner, id, "dk_hint", ("submit", "read"), callback_secret))
+        return await self.write(
+            insert_keys, NewKey(id, owner, id, "dk_hint", ("submit", "read"), callback_secret)
+        )
 
     async def attempt(self, grant: Grant, result: str, **more: Any) -> bool:
         """Records an attempt that was made."""
@@ -321,8 +378,12 @@ def error_of(code: str) -> JSON:
     return {"code": code, "message": "so it is", "type": "task_error"}
 
 
-def callback(task_id: str, report: Report | None, body: bytes = b"{}", *, id: str | None = None) -> Callback:
-    return Callback(id or new_id("callback"), "evolink", task_id, report, sha256(body).hexdigest(), body, DAY)
+def callback(
+    task_id: str, report: Report | None, body: bytes = b"{}", *, id: str | None = None
+) -> Callback:
+    return Callback(
+        id or new_id("callback"), "evolink", task_id, report, sha256(body).hexdigest(), body, DAY
+    )
 
 
 def digest(report: Report) -> str:
@@ -332,4 +393,6 @@ def digest(report: Report) -> str:
 def stored(image: Row) -> Stored:
     """A picture for an image, other bytes for each."""
     sha = sha256(image["id"].encode()).hexdigest()
-    return Stored(f"{image['task_id']}/{image['position']}-{sha}.png", "image/png", 1234, sha, 768, 512)
+    return Stored(
+        f"{image['task_id']}/{image['position']}-{sha}.png", "image/png", 1234, sha, 768, 512
+    )

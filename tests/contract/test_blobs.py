@@ -24,7 +24,9 @@ async def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
 
 
 async def test_what_was_put_is_read_back(blobs: Blobs) -> None:
-    """The bytes of several writes come back in order, in chunks of bounded size, and the size is theirs."""
+    """The bytes of several writes come back in order, in chunks of bounded size, and the size is
+    theirs.
+    """
     pieces = [bytes([number]) * 100_000 for number in range(10)]
     async with blobs.incoming() as incoming:
         for piece in pieces:
@@ -88,7 +90,9 @@ async def test_the_same_name_twice_is_harmless(blobs: Blobs) -> None:
 
 
 async def test_a_missing_blob_is_missing(blobs: Blobs) -> None:
-    """Reading what is not there is BlobMissing, its size None, its deletion fine; a folder or a way through a file is no blob."""
+    """Reading what is not there is BlobMissing, its size None, its deletion fine; a folder or a way
+    through a file is no blob.
+    """
     await put(blobs, NAME, b"x")
     for name in ("task_abc/1-00.png", "nobody/0-00.png", "task_abc", NAME + "/x"):
         with pytest.raises(BlobMissing):
@@ -143,7 +147,24 @@ async def test_what_was_not_put_leaves_nothing(blobs: Blobs) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("", "/", "/etc/passwd", "..", "../x", "a/../b", "a/..", "./a", "a/./b", "a//b", "a/", ".incoming/x", "a/.b", "-a", "a\\b", "a b"),
+        *(
+            "",
+            "/",
+            "/etc/passwd",
+            "..",
+            "../x",
+            "a/../b",
+            "a/..",
+            "./a",
+            "a/./b",
+            "a//b",
+            "a/",
+            ".incoming/x",
+            "a/.b",
+            "-a",
+            "a\\b",
+            "a b",
+        ),
         *("a\x00", "a\n", "ä", "a/b/c/d/e", "x" * 201),
     ],
 )
@@ -161,7 +182,9 @@ async def test_only_plain_names_are_names(blobs: Blobs, name: str) -> None:
 
 
 async def test_many_at_once_all_arrive(blobs: Blobs) -> None:
-    """Blobs of one task and of many, put and deleted at the same time, don't disturb one another."""
+    """Blobs of one task and of many, put and deleted at the same time, don't disturb one
+    another.
+    """
 
     async def one(task: int, index: int) -> None:
         name = f"task_{task}/{index}-00.png"
@@ -190,7 +213,9 @@ async def test_a_large_blob_arrives_whole_however_often(blobs: Blobs) -> None:
         await put(blobs, NAME, data)
         assert await blobs.size(NAME) == len(data)
     assert await read(blobs, NAME) == data
-    assert await read(blobs, NAME, (5 << 20) - 1, (5 << 20) + 1) == data[(5 << 20) - 1 : (5 << 20) + 1]
+    assert (
+        await read(blobs, NAME, (5 << 20) - 1, (5 << 20) + 1) == data[(5 << 20) - 1 : (5 << 20) + 1]
+    )
 
 
 @pytest.mark.parametrize("size", [10, 6 << 20])
@@ -217,7 +242,9 @@ async def test_every_blob_is_listed_with_its_time(blobs: Blobs) -> None:
     found: list[Blob] = [blob for page in pages for blob in page]
     assert len(found) == len(names)
     assert {blob.name for blob in found} == names
-    assert all(before - 2 < blob.modified_at / 1000 < time.time() + 2 for blob in found)  # S3 tells whole seconds
+    assert all(
+        before - 2 < blob.modified_at / 1000 < time.time() + 2 for blob in found
+    )  # S3 tells whole seconds
 
 
 async def test_a_store_that_answers_is_checked_in_peace(blobs: Blobs) -> None:

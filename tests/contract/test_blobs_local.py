@@ -14,7 +14,9 @@ from tests.waiting import wait_until
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """The system calls that decide about durability, as they are made, each with the path it concerns."""
+    """The system calls that decide about durability, as they are made, each with the path it
+    concerns.
+    """
     made: list[tuple[str, str]] = []
     data, whole, replace, opened = os.fdatasync, os.fsync, Path.replace, os.open
     paths: dict[int, str] = {}
@@ -43,12 +45,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return made
 
 
-async def test_data_is_synced_before_the_rename_and_folders_after_it(tmp_path: Path, calls: list[tuple[str, str]]) -> None:
-    """After a power cut a name leads to the whole image, and the folders that lead to it are there: new ones or not."""
+async def test_data_is_synced_before_the_rename_and_folders_after_it(
+    tmp_path: Path, calls: list[tuple[str, str]]
+) -> None:
+    """After a power cut a name leads to the whole image, and the folders that lead to it are there:
+    new ones or not.
+    """
     root = tmp_path / "deep" / "images"
     blobs = await LocalBlobs.open(root)
     assert calls[:3] == [("folder", str(folder)) for folder in (root, tmp_path / "deep", tmp_path)]
-    assert {Path(path) for _, path in calls[3:]} <= set(tmp_path.parents), "also those that were there: their maker may have died too soon"
+    assert {Path(path) for _, path in calls[3:]} <= set(tmp_path.parents), (
+        "also those that were there: their maker may have died too soon"
+    )
     for name in (NAME, "task_abc/1-00.png"):
         calls.clear()
         async with blobs.incoming() as incoming:
@@ -56,11 +64,18 @@ async def test_data_is_synced_before_the_rename_and_folders_after_it(tmp_path: P
             await blobs.put(incoming, name, "image/png")
             source = str(incoming.path)
         target = root / name
-        assert calls == [("data", source), ("rename", str(target)), ("folder", str(target.parent)), ("folder", str(root))]
+        assert calls == [
+            ("data", source),
+            ("rename", str(target)),
+            ("folder", str(target.parent)),
+            ("folder", str(root)),
+        ]
 
 
 async def test_opening_removes_what_a_dead_process_left(tmp_path: Path) -> None:
-    """Leftovers of downloads that never ended go at the next start, images stay; `spare` leaves alone what is younger."""
+    """Leftovers of downloads that never ended go at the next start, images stay; `spare` leaves
+    alone what is younger.
+    """
     blobs = await LocalBlobs.open(tmp_path)
     await put(blobs, NAME, b"x")
     old, young = tmp_path / ".incoming" / "old", tmp_path / ".incoming" / "young"
@@ -108,8 +123,12 @@ async def test_a_folder_is_gone_with_its_last_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
-async def test_a_folder_that_vanishes_under_a_put_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    """A deletion that removes the empty folder in between costs a `put` nothing, unless it never ends."""
+async def test_a_folder_that_vanishes_under_a_put_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """A deletion that removes the empty folder in between costs a `put` nothing, unless it never
+    ends.
+    """
     blobs = await LocalBlobs.open(tmp_path)
     replace, left = Path.replace, iter(range(times))
 

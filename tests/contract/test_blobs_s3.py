@@ -18,7 +18,9 @@ from tests.blobs import NAME, put, read
 
 @pytest.fixture
 async def blobs(s3_bucket: str, tmp_path: Path) -> S3Blobs:
-    return await S3Blobs.open(f"s3://{s3_bucket}/some/prefix", tmp_path / "incoming", plain_http=True)
+    return await S3Blobs.open(
+        f"s3://{s3_bucket}/some/prefix", tmp_path / "incoming", plain_http=True
+    )
 
 
 @pytest.fixture
@@ -47,13 +49,23 @@ def every(blobs: S3Blobs) -> dict[str, Callable[[], Awaitable[Any]]]:
 
 
 @pytest.mark.parametrize("size", [1, 12 << 20])
-async def test_an_object_has_its_type_and_its_name(blobs: S3Blobs, bucket: httpx.AsyncClient, size: int) -> None:
-    """What serves the bucket serves an image under the prefix and the blob's name, in one part or in several."""
+async def test_an_object_has_its_type_and_its_name(
+    blobs: S3Blobs, bucket: httpx.AsyncClient, size: int
+) -> None:
+    """What serves the bucket serves an image under the prefix and the blob's name, in one part or
+    in several.
+    """
     data = os.urandom(size)
     await put(blobs, NAME, data)
     answer = await bucket.get(f"/some/prefix/{NAME}")
-    assert (answer.status_code, answer.headers["content-type"], answer.content) == (200, "image/png", data)
-    assert answer.headers["etag"].endswith('-3"') is (size > objectstore.PART)  # as S3 marks an upload of three parts
+    assert (answer.status_code, answer.headers["content-type"], answer.content) == (
+        200,
+        "image/png",
+        data,
+    )
+    assert answer.headers["etag"].endswith('-3"') is (
+        size > objectstore.PART
+    )  # as S3 marks an upload of three parts
 
 
 @pytest.mark.parametrize("size", [1, 12 << 20])
@@ -66,7 +78,12 @@ async def test_an_object_that_is_there_is_not_written_again(blobs: S3Blobs, size
 
 async def test_objects_of_others_are_left_out(blobs: S3Blobs, bucket: httpx.AsyncClient) -> None:
     """The bucket may hold more: outside of the prefix, and under names that are no blobs'."""
-    for path in ("/other/task_a/0.png", "/some/prefixes/0.png", "/some/prefix/.hidden", "/some/prefix/a b"):
+    for path in (
+        "/other/task_a/0.png",
+        "/some/prefixes/0.png",
+        "/some/prefix/.hidden",
+        "/some/prefix/a b",
+    ):
         assert (await bucket.put(path, content=b"x")).status_code == 200
     await put(blobs, NAME, b"x")
     assert [blob.name async for page in blobs.listed() for blob in page] == [NAME]
@@ -89,7 +106,9 @@ async def test_plain_http_must_be_wanted(s3_bucket: str, tmp_path: Path) -> None
 
 @asynccontextmanager
 async def saying(answer: bytes | None, patch: pytest.MonkeyPatch) -> AsyncIterator[None]:
-    """A server in place of S3 that gives each request this answer and hangs up; None: never a word."""
+    """A server in place of S3 that gives each request this answer and hangs up; None: never a
+    word.
+    """
     over = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -114,14 +133,22 @@ async def saying(answer: bytes | None, patch: pytest.MonkeyPatch) -> AsyncIterat
     [
         (None, "did not answer in time"),
         (b"", "did not answer"),
-        (b"HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\nconnection: close\r\n\r\n", "answered 403 Forbidden"),
-        (b"HTTP/1.1 503 Slow Down\r\ncontent-length: 0\r\nconnection: close\r\n\r\n", "answered 503 Service Unavailable"),
+        (
+            b"HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+            "answered 403 Forbidden",
+        ),
+        (
+            b"HTTP/1.1 503 Slow Down\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+            "answered 503 Service Unavailable",
+        ),
     ],
 )
 async def test_a_server_that_fails_is_unavailable(
     s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes | None, said: str
 ) -> None:
-    """Whatever is asked of it, in bounded time, with a short reason; it is worth another try and never taken for a missing image."""
+    """Whatever is asked of it, in bounded time, with a short reason; it is worth another try and
+    never taken for a missing image.
+    """
     monkeypatch.setattr(objectstore, "ANSWER_S", 0.5 if answer is None else 30)
     monkeypatch.setattr(objectstore, "SLOWEST", 1 << 40)
     async with saying(answer, monkeypatch):
@@ -132,11 +159,19 @@ async def test_a_server_that_fails_is_unavailable(
             assert not isinstance(caught.value, BlobMissing)
 
 
-async def test_an_answer_that_breaks_off_is_no_end(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_that_breaks_off_is_no_end(
+    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fewer bytes than were promised are an error, not a shorter image."""
-    head = b'HTTP/1.1 206 Partial Content\r\ncontent-range: bytes 0-99/100\r\ncontent-length: 100\r\netag: "x"\r\n'
+    head = (
+        b"HTTP/1.1 206 Partial Content\r\ncontent-range: bytes 0-99/100\r\ncontent-length:"
+        b' 100\r\netag: "x"\r\n'
+    )
     monkeypatch.setattr(objectstore, "ANSWER_S", 2)
-    async with saying(head + b"last-modified: Wed, 21 Oct 2026 07:28:00 GMT\r\nconnection: close\r\n\r\nhalf", monkeypatch):
+    async with saying(
+        head + b"last-modified: Wed, 21 Oct 2026 07:28:00 GMT\r\nconnection: close\r\n\r\nhalf",
+        monkeypatch,
+    ):
         blobs = await S3Blobs.open(f"s3://{s3_bucket}", tmp_path, plain_http=True)
         with pytest.raises(BlobUnavailable):
             await read(blobs, NAME)
@@ -157,7 +192,9 @@ async def test_opening_asks_nothing_and_removes_what_a_dead_process_left(
     assert not young.exists()
 
 
-async def test_a_variable_that_is_unfit_is_told(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_variable_that_is_unfit_is_told(
+    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """obstore reads the variables; what it says against one fits a line."""
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "perhaps")
     with pytest.raises(BlobUnavailable, match="perhaps") as caught:

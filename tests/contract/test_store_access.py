@@ -5,7 +5,13 @@ import asyncio
 import pytest
 
 from service.store import queries
-from service.store.operations.access import NewKey, NewOwner, insert_keys, insert_owners, revoke_keys
+from service.store.operations.access import (
+    NewKey,
+    NewOwner,
+    insert_keys,
+    insert_owners,
+    revoke_keys,
+)
 from service.store.tables import api_keys, owners
 from tests.contract.subject import SECOND, Subject, new_id, upstream_id
 
@@ -15,11 +21,18 @@ async def test_an_owners_first_key_brings_its_callback_secret(subject: Subject) 
     assert await subject.key("painter", b"first")
     assert not await subject.key("painter", b"second")
     assert await subject.key("other", b"third")
-    assert [(row["name"], row["callback_secret"]) for row in await subject.rows(owners)] == [("other", b"third"), ("painter", b"first")]
+    assert [(row["name"], row["callback_secret"]) for row in await subject.rows(owners)] == [
+        ("other", b"third"),
+        ("painter", b"first"),
+    ]
 
 
-async def test_an_owner_without_a_key_is_made_once_and_its_first_key_replaces_the_secret(subject: Subject) -> None:
-    """Nobody was shown the secret it was made with, so the first key brings one that is shown; a later key does not."""
+async def test_an_owner_without_a_key_is_made_once_and_its_first_key_replaces_the_secret(
+    subject: Subject,
+) -> None:
+    """Nobody was shown the secret it was made with, so the first key brings one that is shown; a
+    later key does not.
+    """
     await subject.write(insert_owners, NewOwner("admin", b"never shown"))
     await subject.write(insert_owners, NewOwner("admin", b"not taken"))
     assert [row["callback_secret"] for row in await subject.rows(owners)] == [b"never shown"]
@@ -30,14 +43,21 @@ async def test_an_owner_without_a_key_is_made_once_and_its_first_key_replaces_th
 
 async def test_two_first_keys_in_one_batch_are_one_first(subject: Subject) -> None:
     """The first of them is."""
-    keys = [NewKey(new_id("key"), "painter", f"hash{n}", "dk_hint", ("read",), b"%d" % n) for n in range(2)]
+    keys = [
+        NewKey(new_id("key"), "painter", f"hash{n}", "dk_hint", ("read",), b"%d" % n)
+        for n in range(2)
+    ]
     assert await subject.batch(insert_keys, keys) == [True, False]
 
 
-async def test_two_processes_making_an_owners_first_key_make_one_owner(two: tuple[Subject, Subject]) -> None:
+async def test_two_processes_making_an_owners_first_key_make_one_owner(
+    two: tuple[Subject, Subject],
+) -> None:
     """Whoever loses is not the first; both keys are made."""
     for number in range(5):
-        made = await asyncio.gather(*(place.key(f"owner{number}", f"{place.store.process}".encode()) for place in two))
+        made = await asyncio.gather(
+            *(place.key(f"owner{number}", f"{place.store.process}".encode()) for place in two)
+        )
         assert sorted(made) == [False, True]
     assert (len(await two[0].rows(owners)), len(await two[0].rows(api_keys))) == (5, 10)
 
@@ -56,14 +76,18 @@ async def test_a_key_is_found_by_its_hash_until_it_is_revoked(subject: Subject) 
     await subject.key("painter", id="k0")
     row = await subject.store.read(queries.key_row, "k1")
     assert row is not None
-    assert (row["owner"], row["scopes"], row["hint"], row["revoked_at"]) == ("painter", ["submit", "read"], "dk_hint", None)
+    assert (row["owner"], row["scopes"], row["hint"], row["revoked_at"]) == (
+        "painter",
+        ["submit", "read"],
+        "dk_hint",
+        None,
+    )
     assert await subject.batch(revoke_keys, ["k1", "gone"]) == [True, False]
     assert await subject.store.read(queries.key_row, "k1") is None
     assert await subject.store.read(queries.key_row, "k0") is not None
-    assert [(row["id"], row["revoked_at"]) for row in await subject.store.read(queries.key_list)] == [
-        ("k1", subject.clock.now),
-        ("k0", None),
-    ]
+    assert [
+        (row["id"], row["revoked_at"]) for row in await subject.store.read(queries.key_list)
+    ] == [("k1", subject.clock.now), ("k0", None)]
 
 
 async def test_revoking_again_changes_nothing(subject: Subject) -> None:

@@ -1,4 +1,6 @@
-"""A clock that was set back: what was planned by the old one waits no longer than was meant (design, decision 1)."""
+"""A clock that was set back: what was planned by the old one waits no longer than was meant
+(design, decision 1).
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -12,16 +14,29 @@ from service.store.operations import leases
 from service.store.operations.faults import claim_suspects
 from service.store.operations.submissions import Again, Submission, record_submissions
 from service.store.tables import endpoints
-from tests.contract.subject import HOUR, LEASE, SECOND, Clock, Opener, Subject, accepted, upstream_id
+from tests.contract.subject import (
+    HOUR,
+    LEASE,
+    SECOND,
+    Clock,
+    Opener,
+    Subject,
+    accepted,
+    upstream_id,
+)
 
 
 def paused(tx: Transaction, items: Sequence[tuple[str, int]]) -> list[None]:
     for id, until in items:
-        tx.connection.execute(update(endpoints).where(endpoints.c.id == id).values(paused_until=until))
+        tx.connection.execute(
+            update(endpoints).where(endpoints.c.id == id).values(paused_until=until)
+        )
     return [None] * len(items)
 
 
-async def test_a_start_after_the_clock_went_back_waits_no_hour(sqlite_opener: Opener, clock: Clock) -> None:
+async def test_a_start_after_the_clock_went_back_waits_no_hour(
+    sqlite_opener: Opener, clock: Clock
+) -> None:
     """What was due in five seconds when the last process stopped is due in five seconds."""
     async with sqlite_opener() as store:
         subject = Subject(store, clock)
@@ -35,8 +50,12 @@ async def test_a_start_after_the_clock_went_back_waits_no_hour(sqlite_opener: Op
         assert [found.key for found in await subject.claim("submit")] == [grant.key]
 
 
-async def test_a_clock_that_goes_back_under_running_processes_puts_nothing_off(subject: Subject) -> None:
-    """What was due in five seconds, and a dead process's lease, end as soon as they would have; once, however often that is looked at."""
+async def test_a_clock_that_goes_back_under_running_processes_puts_nothing_off(
+    subject: Subject,
+) -> None:
+    """What was due in five seconds, and a dead process's lease, end as soon as they would have;
+    once, however often that is looked at.
+    """
     await subject.write(leases.keep_time, None)
     waiting, leased = await subject.submitting(), await subject.queued()
     await subject.write(record_submissions, Submission(waiting, Again("no", 5 * SECOND, HOUR)))
@@ -52,8 +71,12 @@ async def test_a_clock_that_goes_back_under_running_processes_puts_nothing_off(s
     assert leased in [grant.key for grant in await subject.claim("submit")]
 
 
-async def test_what_is_begun_after_the_clock_went_back_is_not_ended_by_that(two: tuple[Subject, Subject]) -> None:
-    """The first transaction that sees it brings nearer what was planned before; a submission under way then keeps its lease."""
+async def test_what_is_begun_after_the_clock_went_back_is_not_ended_by_that(
+    two: tuple[Subject, Subject],
+) -> None:
+    """The first transaction that sees it brings nearer what was planned before; a submission under
+    way then keeps its lease.
+    """
     one, other = two
     await one.write(leases.keep_time, None)
     one.clock.shift(-HOUR)
@@ -68,7 +91,9 @@ async def test_what_is_begun_after_the_clock_went_back_is_not_ended_by_that(two:
 async def test_nothing_is_begun_while_somebody_goes_through_what_was_planned(
     two: tuple[Subject, Subject], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever sees that the clock went back waits for it: else what it begins by the new time would be ended with the rest."""
+    """Whoever sees that the clock went back waits for it: else what it begins by the new time would
+    be ended with the rest.
+    """
     one, other = two
     for each in two:
         await each.write(leases.keep_time, None)
@@ -93,7 +118,9 @@ async def test_nothing_is_begun_while_somebody_goes_through_what_was_planned(
     assert await one.write(leases.renew, grant)
 
 
-async def test_a_process_that_starts_after_the_clock_went_back_sees_it(postgres_opener: Opener, clock: Clock) -> None:
+async def test_a_process_that_starts_after_the_clock_went_back_sees_it(
+    postgres_opener: Opener, clock: Clock
+) -> None:
     """Before it plans anything: the store knows what time it was."""
     async with postgres_opener() as store:
         subject = Subject(store, clock)
@@ -109,7 +136,9 @@ async def test_a_process_that_starts_after_the_clock_went_back_sees_it(postgres_
         assert await subject.submission(started, accepted(upstream_id(started.key))) == "submitted"
 
 
-async def test_a_pause_that_an_endpoint_asked_for_goes_back_with_the_clock(subject: Subject) -> None:
+async def test_a_pause_that_an_endpoint_asked_for_goes_back_with_the_clock(
+    subject: Subject,
+) -> None:
     """It asked for seconds, not for an hour."""
     await subject.write(leases.keep_time, None)
     endpoint = await subject.endpoint()

@@ -1,4 +1,6 @@
-"""Group commit (design, decision 2): what waits is one transaction, a bad item fails alone, no commit is no promise."""
+"""Group commit (design, decision 2): what waits is one transaction, a bad item fails alone, no
+commit is no promise.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -35,11 +37,15 @@ def echo(tx: Transaction, items: Sequence[int]) -> list[int]:
 async def test_everybody_gets_the_result_of_his_own_item(subject: Subject) -> None:
     """In whatever batches they ran."""
     numbers = [number for number in range(300) if number != 7]
-    assert await asyncio.gather(*(subject.write(echo, number) for number in numbers)) == [number * 10 for number in numbers]
+    assert await asyncio.gather(*(subject.write(echo, number) for number in numbers)) == [
+        number * 10 for number in numbers
+    ]
 
 
 async def test_a_bad_item_fails_alone(subject: Subject) -> None:
-    """Its caller gets the exception, its neighbours are committed, of the same operation and of others."""
+    """Its caller gets the exception, its neighbours are committed, of the same operation and of
+    others.
+    """
     wishes = [subject.wish() for _ in range(10)]
     wishes[3] = subject.wish(id=None)
     results = await asyncio.gather(
@@ -47,9 +53,14 @@ async def test_a_bad_item_fails_alone(subject: Subject) -> None:
         *(subject.write(echo, number) for number in range(10)),
         return_exceptions=True,
     )
-    assert [number for number, result in enumerate(results) if isinstance(result, Exception)] == [3, 17]
+    assert [number for number, result in enumerate(results) if isinstance(result, Exception)] == [
+        3,
+        17,
+    ]
     assert isinstance(results[17], ValueError)
-    assert {row["id"] for row in await subject.rows(tasks)} == {wish.id for wish in wishes if wish.id}
+    assert {row["id"] for row in await subject.rows(tasks)} == {
+        wish.id for wish in wishes if wish.id
+    }
 
 
 async def test_a_failed_batch_leaves_nothing_behind(subject: Subject) -> None:
@@ -73,7 +84,9 @@ async def test_a_write_is_visible_when_it_returns(subject: Subject) -> None:
 
 
 async def test_a_caller_who_leaves_takes_nothing_back(subject: Subject) -> None:
-    """Cancelled while it waits: the item is committed with its batch, and the others get their results."""
+    """Cancelled while it waits: the item is committed with its batch, and the others get their
+    results.
+    """
     wishes = [subject.wish() for _ in range(3)]
     writing = [asyncio.ensure_future(subject.write(insert_tasks, wish)) for wish in wishes]
     await asyncio.sleep(0)
@@ -105,7 +118,9 @@ async def full(store: SqliteStore) -> AsyncIterator[None]:
     assert driver is not None
     driver.execute("VACUUM")  # no page is left over from the tests before
     with connection.begin():
-        connection.exec_driver_sql(f"PRAGMA max_page_count={connection.exec_driver_sql('PRAGMA page_count').scalar()}")
+        connection.exec_driver_sql(
+            f"PRAGMA max_page_count={connection.exec_driver_sql('PRAGMA page_count').scalar()}"
+        )
     try:
         yield
     finally:
@@ -119,7 +134,10 @@ async def away(server: str, database: str) -> AsyncIterator[None]:
     name = database.split("?", maxsplit=1)[0].rsplit("/", 1)[1]
     await execute(server, f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
     try:
-        await execute(server, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+        await execute(
+            server,
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'",
+        )
         yield
     finally:
         await execute(server, f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
@@ -131,24 +149,37 @@ async def outage(request: pytest.FixtureRequest, subject: Subject) -> Outage:
     if isinstance(subject.store, SqliteStore):
         await subject.write(echo, 0)
         return full(subject.store)
-    return away(request.getfixturevalue("postgres_server"), request.getfixturevalue("migrated_database"))
+    return away(
+        request.getfixturevalue("postgres_server"), request.getfixturevalue("migrated_database")
+    )
 
 
-async def test_a_store_that_does_not_commit_promises_nothing_and_recovers(subject: Subject, outage: Outage) -> None:
-    """`StoreUnavailable` for everybody who waits, nothing written, no place kept; afterwards it commits without a restart."""
+async def test_a_store_that_does_not_commit_promises_nothing_and_recovers(
+    subject: Subject, outage: Outage
+) -> None:
+    """`StoreUnavailable` for everybody who waits, nothing written, no place kept; afterwards it
+    commits without a restart.
+    """
     big = [subject.wish(body=bytes(200_000)) for _ in range(30)]
     subject.places.free = {"submit": 5}
     async with outage:
-        results = await asyncio.gather(*(subject.write(insert_tasks, wish) for wish in big), return_exceptions=True)
+        results = await asyncio.gather(
+            *(subject.write(insert_tasks, wish) for wish in big), return_exceptions=True
+        )
         assert {type(result) for result in results} == {StoreUnavailable}
         assert (subject.places.free, subject.places.granted) == ({"submit": 5}, [])
     assert await subject.rows(tasks) == []
-    assert all(result.created for result in await asyncio.gather(*(subject.write(insert_tasks, wish) for wish in big)))
+    assert all(
+        result.created
+        for result in await asyncio.gather(*(subject.write(insert_tasks, wish) for wish in big))
+    )
     assert subject.places.granted
     assert len(subject.places.granted) + subject.places.free["submit"] == 5
 
 
-async def test_a_store_that_is_away_cannot_be_read(postgres_opener: Opener, migrated_database: str, postgres_server: str) -> None:
+async def test_a_store_that_is_away_cannot_be_read(
+    postgres_opener: Opener, migrated_database: str, postgres_server: str
+) -> None:
     """`StoreUnavailable` as well; the first read after it works."""
     async with postgres_opener() as store:
         async with away(postgres_server, migrated_database):
@@ -160,14 +191,20 @@ async def test_a_store_that_is_away_cannot_be_read(postgres_opener: Opener, migr
 async def test_a_query_that_fails_in_the_store_is_no_answer(subject: Subject) -> None:
     """`StoreUnavailable`, not the driver's own exception."""
     with pytest.raises(StoreUnavailable, match="cannot be read"):
-        await subject.store.read(lambda connection: connection.execute(text("SELECT * FROM nowhere")))
+        await subject.store.read(
+            lambda connection: connection.execute(text("SELECT * FROM nowhere"))
+        )
 
 
 async def test_what_is_read_cannot_write_on_sqlite(sqlite_opener: Opener) -> None:
     """There is one writer: readers' connections refuse."""
     async with sqlite_opener() as store:
         with pytest.raises(StoreUnavailable):
-            await store.read(lambda connection: connection.execute(insert(owners).values(name="x", callback_secret=b"", created_at=0)))
+            await store.read(
+                lambda connection: connection.execute(
+                    insert(owners).values(name="x", callback_secret=b"", created_at=0)
+                )
+            )
 
 
 async def test_a_slow_disk_is_waited_for_on_a_thread(sqlite_opener: Opener, clock: Clock) -> None:
@@ -187,7 +224,11 @@ async def test_the_database_tells_the_time_on_postgres(migrated_database: str) -
     async with open_postgres(migrated_database, process="one", new_id=new_id) as store:
         before = await store.read(lambda connection: connection.execute(now).scalar_one())
         tx_time = await store.write(lambda tx, items: [tx.now for _ in items], None)
-        assert before <= tx_time <= await store.read(lambda connection: connection.execute(now).scalar_one())
+        assert (
+            before
+            <= tx_time
+            <= await store.read(lambda connection: connection.execute(now).scalar_one())
+        )
 
 
 # --- the committer alone ---
@@ -219,11 +260,16 @@ async def recorder() -> AsyncIterator[tuple[Recorder, Committer]]:
 
 
 async def test_what_is_urgent_goes_first(recorder: tuple[Recorder, Committer]) -> None:
-    """Whatever waits already: urgent ones fill a batch with only a few others beside, which never starve."""
+    """Whatever waits already: urgent ones fill a batch with only a few others beside, which never
+    starve.
+    """
     record, committer = recorder
     assert committer.idle
     patient = [asyncio.ensure_future(committer.write(echo, number)) for number in range(60)]
-    urgent = [asyncio.ensure_future(committer.write(echo, 1000 + number, urgent=True)) for number in range(MAX_BATCH + 1)]
+    urgent = [
+        asyncio.ensure_future(committer.write(echo, 1000 + number, urgent=True))
+        for number in range(MAX_BATCH + 1)
+    ]
     for _ in range(10):
         record.turn.release()
     assert await asyncio.gather(*urgent) == [1000 + number for number in range(MAX_BATCH + 1)]
@@ -234,7 +280,9 @@ async def test_what_is_urgent_goes_first(recorder: tuple[Recorder, Committer]) -
     assert third == list(range(2 * BESIDE_URGENT, 2 * BESIDE_URGENT + MAX_PATIENT))
 
 
-async def test_what_comes_while_a_batch_runs_is_the_next_one(recorder: tuple[Recorder, Committer]) -> None:
+async def test_what_comes_while_a_batch_runs_is_the_next_one(
+    recorder: tuple[Recorder, Committer],
+) -> None:
     """One batch at a time; whatever waited meanwhile is gathered."""
     record, committer = recorder
     first = asyncio.ensure_future(committer.write(echo, 1))
@@ -258,7 +306,9 @@ async def test_a_batch_that_cannot_be_run_at_all_is_told_to_everybody() -> None:
 
     committer = Committer(run_batch, Signals())
     running = asyncio.ensure_future(committer.run())
-    results = await asyncio.gather(*(committer.write(echo, number) for number in range(3)), return_exceptions=True)
+    results = await asyncio.gather(
+        *(committer.write(echo, number) for number in range(3)), return_exceptions=True
+    )
     assert {type(result) for result in results} == {StoreUnavailable}
     failing = False
     assert await committer.write(echo, 1) is None
@@ -266,16 +316,24 @@ async def test_a_batch_that_cannot_be_run_at_all_is_told_to_everybody() -> None:
     await running
 
 
-async def test_a_process_that_stands_still_in_a_transaction_loses_it(two: tuple[Subject, Subject]) -> None:
-    """Its locks end with the server's patience: the others commit again, and what it began is not there."""
+async def test_a_process_that_stands_still_in_a_transaction_loses_it(
+    two: tuple[Subject, Subject],
+) -> None:
+    """Its locks end with the server's patience: the others commit again, and what it began is not
+    there.
+    """
     still = two[1].store
     assert isinstance(still, postgres.PostgresStore)
     async with still._engine.connect() as connection:
-        assert (await connection.execute(text("SHOW idle_in_transaction_session_timeout"))).scalar_one() == "10s"
+        assert (
+            await connection.execute(text("SHOW idle_in_transaction_session_timeout"))
+        ).scalar_one() == "10s"
         await connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 200"))
         await connection.execute(counters.update().values(value=counters.c.value + 1_000_000))
         task_id = await two[0].uncertain()
-        await two[0].callback(task_id, completed(task_id, "https://r.test/0"))  # an event needs the counter
+        await two[0].callback(
+            task_id, completed(task_id, "https://r.test/0")
+        )  # an event needs the counter
         await connection.invalidate()
     assert max(event["sequence"] for event in await two[0].events()) < 1_000_000
 
@@ -283,32 +341,50 @@ async def test_a_process_that_stands_still_in_a_transaction_loses_it(two: tuple[
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(postgres, "LOOK_FOR_STILL_S", 0.05)
-    monkeypatch.setattr(postgres, "STILL_MS", 3000)  # longer than this very process may stand still on a busy machine
+    monkeypatch.setattr(
+        postgres, "STILL_MS", 3000
+    )  # longer than this very process may stand still on a busy machine
 
 
 @pytest.mark.usefixtures("hasty")
-async def test_a_process_that_stands_still_within_a_statement_loses_its_locks_too(two: tuple[Subject, Subject]) -> None:
-    """The server itself would wait for the statement's other half; sessions at work, idle and in a transaction are left alone."""
+async def test_a_process_that_stands_still_within_a_statement_loses_its_locks_too(
+    two: tuple[Subject, Subject],
+) -> None:
+    """The server itself would wait for the statement's other half; sessions at work, idle and in a
+    transaction are left alone.
+    """
     still = two[1].store
     assert isinstance(still, postgres.PostgresStore)
     task_id = await two[0].uncertain()
     async with still._engine.connect() as connection, still._engine.connect() as idle:
-        mine, other = [(await each.execute(text("SELECT pg_backend_pid()"))).scalar_one() for each in (connection, idle)]
+        mine, other = [
+            (await each.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+            for each in (connection, idle)
+        ]
         await connection.execute(counters.update().values(value=counters.c.value + 1_000_000))
         driver = (await connection.get_raw_connection()).driver_connection
         assert driver is not None
         parse = b"\0SELECT 1\0\0\0"
-        driver._transport.write(b"P" + (4 + len(parse)).to_bytes(4, "big") + parse + b"H\0\0\0\4")  # and no Sync
+        driver._transport.write(
+            b"P" + (4 + len(parse)).to_bytes(4, "big") + parse + b"H\0\0\0\4"
+        )  # and no Sync
         with capture_logs() as lines:
             await two[0].callback(task_id, completed(task_id, "https://r.test/0"))
-            await wait_until(lambda: mine in [line["session"] for line in lines if line["event"] == "store.freed"], 30)
+            await wait_until(
+                lambda: (
+                    mine in [line["session"] for line in lines if line["event"] == "store.freed"]
+                ),
+                30,
+            )
         assert (await idle.execute(text("SELECT pg_backend_pid()"))).scalar_one() == other
         await connection.invalidate()
     assert max(event["sequence"] for event in await two[0].events()) < 1_000_000
 
 
 @pytest.mark.usefixtures("hasty")
-async def test_a_process_that_stands_still_while_it_takes_a_result_loses_its_locks_too(two: tuple[Subject, Subject]) -> None:
+async def test_a_process_that_stands_still_while_it_takes_a_result_loses_its_locks_too(
+    two: tuple[Subject, Subject],
+) -> None:
     """The server would wait for it to read on."""
     still = two[1].store
     assert isinstance(still, postgres.PostgresStore)
@@ -323,5 +399,10 @@ async def test_a_process_that_stands_still_while_it_takes_a_result_loses_its_loc
         driver._transport.write(b"Q" + (4 + len(query)).to_bytes(4, "big") + query)
         with capture_logs() as lines:
             await two[0].callback(task_id, completed(task_id, "https://r.test/0"))
-            await wait_until(lambda: mine in [line["session"] for line in lines if line["event"] == "store.freed"], 30)
+            await wait_until(
+                lambda: (
+                    mine in [line["session"] for line in lines if line["event"] == "store.freed"]
+                ),
+                30,
+            )
         await connection.invalidate()

@@ -1,4 +1,6 @@
-"""Deliveries: attempts, retries, the dead; endpoints paused, disabled, gone (contract section 3)."""
+"""Deliveries: attempts, retries, the dead; endpoints paused, disabled, gone (contract section
+3).
+"""
 
 import asyncio
 
@@ -23,7 +25,9 @@ FIVE_DAYS = 5 * DAY
 
 
 async def first(subject: Subject, endpoint: str) -> Grant:
-    """The grant for a new task's event at this endpoint, its only pending delivery that was never tried."""
+    """The grant for a new task's event at this endpoint, its only pending delivery that was never
+    tried.
+    """
     await subject.submitted()
     (row,) = await subject.rows(deliveries, endpoint_id=endpoint, state="pending", attempts=0)
     return await subject.claimed("deliver", row["id"])
@@ -45,21 +49,21 @@ async def test_a_delivered_event_is_done(subject: Subject) -> None:
     made = Attempt(new_id("attempt"), 204, 12, None, b"thanks")
     assert await subject.write(record_attempts, Outcome(grant, "delivered", made))
     row = await subject.row(deliveries, grant.key)
-    assert (row["state"], row["finished_at"], row["due_at"], row["lease_until"], row["attempts"]) == (
-        "delivered",
-        subject.clock.now,
-        None,
-        None,
-        1,
-    )
+    assert (
+        row["state"],
+        row["finished_at"],
+        row["due_at"],
+        row["lease_until"],
+        row["attempts"],
+    ) == ("delivered", subject.clock.now, None, None, 1)
     (attempt,) = await subject.rows(attempts)
-    assert (attempt["delivery_id"], attempt["status"], attempt["duration_ms"], attempt["error"], attempt["answer"]) == (
-        grant.key,
-        204,
-        12,
-        None,
-        b"thanks",
-    )
+    assert (
+        attempt["delivery_id"],
+        attempt["status"],
+        attempt["duration_ms"],
+        attempt["error"],
+        attempt["answer"],
+    ) == (grant.key, 204, 12, None, b"thanks")
     subject.clock.shift(FIVE_DAYS)
     assert [await subject.claim(stage) for stage in ("deliver", "redeliver")] == [[], []]
 
@@ -71,7 +75,11 @@ async def test_a_failed_attempt_is_tried_again_by_schedule(subject: Subject) -> 
         assert grant.attempts == number
         assert await subject.attempt(grant, "retry", wait_ms=5 * SECOND)
         row = await subject.row(deliveries, grant.key)
-        assert (row["state"], row["due_at"], row["finished_at"]) == ("pending", subject.clock.now + 5 * SECOND, None)
+        assert (row["state"], row["due_at"], row["finished_at"]) == (
+            "pending",
+            subject.clock.now + 5 * SECOND,
+            None,
+        )
         subject.clock.shift(5 * SECOND - 1)
         assert await subject.claim("redeliver") == []
         grant = await again(subject, grant)
@@ -87,7 +95,12 @@ async def test_after_the_last_retry_it_is_dead_and_operators_are_told(subject: S
     assert (row["state"], row["finished_at"], row["due_at"]) == ("dead", subject.clock.now, None)
     (event,) = [event for event in await subject.events() if event["type"] == "delivery.exhausted"]
     assert (event["owner"], event["task_id"]) == ("admin", row["task_id"])
-    assert event["data"] == {"delivery_id": row["id"], "endpoint_id": endpoint, "event_id": row["event_id"], "task_id": row["task_id"]}
+    assert event["data"] == {
+        "delivery_id": row["id"],
+        "endpoint_id": endpoint,
+        "event_id": row["event_id"],
+        "task_id": row["task_id"],
+    }
 
 
 async def test_a_dead_delivery_of_an_operators_event_raises_none(subject: Subject) -> None:
@@ -103,11 +116,16 @@ async def test_a_delivery_without_its_endpoint_is_dead_without_an_attempt(subjec
     """Nothing was tried: no attempt is kept, nobody is told."""
     grant = await first(subject, await subject.endpoint())
     assert await subject.write(record_attempts, Outcome(grant, "dead"))
-    assert ((await subject.row(deliveries, grant.key))["state"], await subject.rows(attempts)) == ("dead", [])
+    assert ((await subject.row(deliveries, grant.key))["state"], await subject.rows(attempts)) == (
+        "dead",
+        [],
+    )
     assert "delivery.exhausted" not in await subject.types()
 
 
-async def test_an_attempt_under_an_ended_lease_is_kept_and_decides_nothing(subject: Subject) -> None:
+async def test_an_attempt_under_an_ended_lease_is_kept_and_decides_nothing(
+    subject: Subject,
+) -> None:
     """It was made, so it is on record; the delivery's state is the new holder's."""
     late = await first(subject, await subject.endpoint())
     subject.clock.shift(LEASE)
@@ -115,11 +133,16 @@ async def test_an_attempt_under_an_ended_lease_is_kept_and_decides_nothing(subje
     assert not await subject.attempt(late, "dead")
     assert (await subject.row(deliveries, late.key))["state"] == "pending"
     assert await subject.attempt(holder, "delivered")
-    assert (len(await subject.rows(attempts)), (await subject.row(deliveries, late.key))["state"]) == (2, "delivered")
+    assert (
+        len(await subject.rows(attempts)),
+        (await subject.row(deliveries, late.key))["state"],
+    ) == (2, "delivered")
 
 
 async def test_an_attempt_recorded_again_is_kept_once(subject: Subject) -> None:
-    """After a commit whose answer was lost the operation runs again, and finds its attempt there."""
+    """After a commit whose answer was lost the operation runs again, and finds its attempt
+    there.
+    """
     grant = await first(subject, await subject.endpoint())
     outcome = Outcome(grant, "delivered", Attempt(new_id("attempt"), 204, 12, None, b""))
     assert [await subject.write(record_attempts, outcome) for _ in range(2)] == [True, False]
@@ -133,15 +156,25 @@ async def test_an_attempt_for_a_delivery_that_is_gone_is_dropped(subject: Subjec
 
 
 async def test_gone_disables_the_endpoint_and_buries_what_is_pending(subject: Subject) -> None:
-    """410: this one is dead, the others are, none are made; operators are told once, however many 410 come."""
+    """410: this one is dead, the others are, none are made; operators are told once, however many
+    410 come.
+    """
     endpoint, other = await subject.endpoint(), await subject.endpoint()
     one, two = await first(subject, endpoint), await first(subject, endpoint)
     await subject.submitted()
     assert await subject.attempt(one, "gone")
     row = await endpoint_of(subject, endpoint)
-    assert (row["status"], row["disabled_at"], row["disabled_reason"]) == ("disabled", subject.clock.now, "the endpoint answered 410 Gone")
-    assert {row["state"] for row in await subject.rows(deliveries, endpoint_id=endpoint)} == {"dead"}
-    assert {row["state"] for row in await subject.rows(deliveries, endpoint_id=other)} == {"pending"}
+    assert (row["status"], row["disabled_at"], row["disabled_reason"]) == (
+        "disabled",
+        subject.clock.now,
+        "the endpoint answered 410 Gone",
+    )
+    assert {row["state"] for row in await subject.rows(deliveries, endpoint_id=endpoint)} == {
+        "dead"
+    }
+    assert {row["state"] for row in await subject.rows(deliveries, endpoint_id=other)} == {
+        "pending"
+    }
     subject.clock.shift(SECOND)
     assert await subject.attempt(two, "gone")
     assert (await endpoint_of(subject, endpoint))["disabled_at"] == subject.clock.now - SECOND
@@ -153,7 +186,9 @@ async def test_gone_disables_the_endpoint_and_buries_what_is_pending(subject: Su
 
 
 async def test_what_was_under_way_when_its_endpoint_was_disabled(subject: Subject) -> None:
-    """A retry of what is buried is not planned; an attempt that arrived all the same is delivered."""
+    """A retry of what is buried is not planned; an attempt that arrived all the same is
+    delivered.
+    """
     endpoint = await subject.endpoint()
     failing, arriving = await first(subject, endpoint), await first(subject, endpoint)
     await subject.change(endpoint, status="disabled")
@@ -170,21 +205,32 @@ async def test_an_endpoint_that_only_failed_for_so_long_is_disabled(subject: Sub
     await subject.attempt(grant, "retry", wait_ms=FIVE_DAYS - 1, disable_after_ms=FIVE_DAYS)
     began = subject.clock.now
     assert (await endpoint_of(subject, endpoint))["failing_since"] == began
-    await subject.attempt(await again(subject, grant), "retry", wait_ms=1, disable_after_ms=FIVE_DAYS)
+    await subject.attempt(
+        await again(subject, grant), "retry", wait_ms=1, disable_after_ms=FIVE_DAYS
+    )
     assert (await endpoint_of(subject, endpoint))["status"] == "enabled"
     await subject.attempt(await first(subject, endpoint), "delivered")
     assert (await endpoint_of(subject, endpoint))["failing_since"] is None
-    await subject.attempt(await again(subject, grant), "retry", wait_ms=FIVE_DAYS, disable_after_ms=FIVE_DAYS)
+    await subject.attempt(
+        await again(subject, grant), "retry", wait_ms=FIVE_DAYS, disable_after_ms=FIVE_DAYS
+    )
     assert (await endpoint_of(subject, endpoint))["status"] == "enabled"
-    await subject.attempt(await again(subject, grant), "retry", wait_ms=1, disable_after_ms=FIVE_DAYS)
+    await subject.attempt(
+        await again(subject, grant), "retry", wait_ms=1, disable_after_ms=FIVE_DAYS
+    )
     row = await endpoint_of(subject, endpoint)
-    assert (row["status"], row["disabled_reason"][:26]) == ("disabled", "every attempt failed since")
+    assert (row["status"], row["disabled_reason"][:26]) == (
+        "disabled",
+        "every attempt failed since",
+    )
     assert (await subject.types())[-1] == "endpoint.disabled"
     assert (await subject.row(deliveries, grant.key))["state"] == "dead"
 
 
 @pytest.mark.parametrize("more", [{"ours": True, "disable_after_ms": 1}, {"disable_after_ms": 0}])
-async def test_our_own_faults_and_an_unlimited_time_disable_nobody(subject: Subject, more: dict[str, int]) -> None:
+async def test_our_own_faults_and_an_unlimited_time_disable_nobody(
+    subject: Subject, more: dict[str, int]
+) -> None:
     """A fault on this side says nothing of the endpoint; 0 means never."""
     endpoint = await subject.endpoint()
     grant = await first(subject, endpoint)
@@ -196,7 +242,9 @@ async def test_our_own_faults_and_an_unlimited_time_disable_nobody(subject: Subj
 
 
 async def test_an_endpoint_that_asks_for_peace_is_left_alone(subject: Subject) -> None:
-    """`Retry-After` pauses the whole endpoint: neither a shorter wish nor a late success of another call ends it sooner."""
+    """`Retry-After` pauses the whole endpoint: neither a shorter wish nor a late success of another
+    call ends it sooner.
+    """
     endpoint = await subject.endpoint()
     one, two, three = [await first(subject, endpoint) for _ in range(3)]
     asked = subject.clock.now
@@ -206,18 +254,26 @@ async def test_an_endpoint_that_asks_for_peace_is_left_alone(subject: Subject) -
     assert (await endpoint_of(subject, endpoint))["paused_until"] == asked + HOUR
 
 
-async def test_what_comes_while_an_endpoint_has_peace_is_put_off_without_counting(subject: Subject) -> None:
+async def test_what_comes_while_an_endpoint_has_peace_is_put_off_without_counting(
+    subject: Subject,
+) -> None:
     """`later`: due when the pause is over, still a first attempt."""
     grant = await first(subject, await subject.endpoint())
     assert await subject.write(record_attempts, Outcome(grant, "later", wait_ms=MINUTE))
     row = await subject.row(deliveries, grant.key)
-    assert (row["state"], row["due_at"], row["attempts"]) == ("pending", subject.clock.now + MINUTE, 0)
+    assert (row["state"], row["due_at"], row["attempts"]) == (
+        "pending",
+        subject.clock.now + MINUTE,
+        0,
+    )
     subject.clock.shift(MINUTE)
     assert (await subject.claimed("deliver", grant.key)).attempts == 1
 
 
 async def test_a_paused_endpoint_holds_its_deliveries_until_it_is_enabled(subject: Subject) -> None:
-    """Held, not dead and not due; enabling makes them due at once, as first attempts, and tells the workers."""
+    """Held, not dead and not due; enabling makes them due at once, as first attempts, and tells the
+    workers.
+    """
     endpoint = await subject.endpoint()
     grant = await first(subject, endpoint)
     await subject.change(endpoint, status="paused")
@@ -232,7 +288,9 @@ async def test_a_paused_endpoint_holds_its_deliveries_until_it_is_enabled(subjec
 
 
 async def test_what_is_held_too_late_is_due(subject: Subject) -> None:
-    """The endpoint was enabled while a worker was about to hold its delivery: nobody would release it any more."""
+    """The endpoint was enabled while a worker was about to hold its delivery: nobody would release
+    it any more.
+    """
     endpoint = await subject.endpoint()
     grant = await first(subject, endpoint)
     await subject.change(endpoint, status="paused")
@@ -241,32 +299,45 @@ async def test_what_is_held_too_late_is_due(subject: Subject) -> None:
     assert (await subject.row(deliveries, grant.key))["due_at"] == subject.clock.now
 
 
-async def test_holding_and_enabling_at_once_leave_nothing_behind(two: tuple[Subject, Subject]) -> None:
+async def test_holding_and_enabling_at_once_leave_nothing_behind(
+    two: tuple[Subject, Subject],
+) -> None:
     """From two processes, in any order: the delivery is due."""
     endpoint = await two[0].endpoint()
     for _ in range(10):
         grant = await first(two[0], endpoint)
         await two[0].change(endpoint, status="paused")
-        await asyncio.gather(two[0].write(record_attempts, Outcome(grant, "held")), two[1].change(endpoint, status="enabled"))
+        await asyncio.gather(
+            two[0].write(record_attempts, Outcome(grant, "held")),
+            two[1].change(endpoint, status="enabled"),
+        )
         assert (await two[0].row(deliveries, grant.key))["due_at"] == two[0].clock.now
         await two[0].attempt(await two[0].claimed("deliver", grant.key), "delivered")
 
 
 async def test_a_task_callback_that_is_gone_is_dead(subject: Subject) -> None:
-    """410 makes it dead; there is no endpoint to disable, and dead after the last retry tells operators as any other."""
+    """410 makes it dead; there is no endpoint to disable, and dead after the last retry tells
+    operators as any other.
+    """
     await subject.key("painter")
     for result, told in [("gone", 0), ("dead", 1)]:
         task_id = await subject.completed(callback_url="https://c.test/done")
         (row,) = await subject.rows(deliveries, task_id=task_id)
-        await subject.attempt(await subject.claimed("deliver", row["id"]), result, disable_after_ms=1)
+        await subject.attempt(
+            await subject.claimed("deliver", row["id"]), result, disable_after_ms=1
+        )
         assert (await subject.row(deliveries, row["id"]))["state"] == "dead"
         assert (await subject.types()).count("delivery.exhausted") == told
     assert "endpoint.disabled" not in await subject.types()
 
 
 async def test_an_endpoint_is_made_once_and_read_by_its_owner(subject: Subject) -> None:
-    """Made again with the same id it is the same; another owner does not see it, `admin` sees all."""
-    made = Endpoint(new_id("endpoint"), "painter", "https://s.test/hook", ("image.task.*",), "mine", b"secret")
+    """Made again with the same id it is the same; another owner does not see it, `admin` sees
+    all.
+    """
+    made = Endpoint(
+        new_id("endpoint"), "painter", "https://s.test/hook", ("image.task.*",), "mine", b"secret"
+    )
     await subject.batch(insert_endpoints, [made])
     await subject.batch(insert_endpoints, [made])
     everybodys = await subject.endpoint(None)
@@ -282,39 +353,57 @@ async def test_an_endpoint_is_made_once_and_read_by_its_owner(subject: Subject) 
     assert await subject.store.read(queries.endpoint_row, made.id, "other") is None
     assert await subject.store.read(queries.endpoint_row, everybodys, "painter") is None
     assert await subject.store.read(queries.endpoint_row, everybodys, None) is not None
-    assert [row["id"] for row in await subject.store.read(queries.endpoint_list, "painter", 9)] == [made.id]
-    assert [row["id"] for row in await subject.store.read(queries.endpoint_list, None, 9)] == [everybodys, made.id]
+    assert [row["id"] for row in await subject.store.read(queries.endpoint_list, "painter", 9)] == [
+        made.id
+    ]
+    assert [row["id"] for row in await subject.store.read(queries.endpoint_list, None, 9)] == [
+        everybodys,
+        made.id,
+    ]
 
 
 async def test_an_endpoint_is_changed_by_its_owner_alone(subject: Subject) -> None:
     """What is named is changed, the rest stays; nobody else's, and none that is missing."""
     endpoint = await subject.endpoint()
-    assert await subject.change(endpoint, owner="painter", url="https://new.test/", types=("*",), description="new")
+    assert await subject.change(
+        endpoint, owner="painter", url="https://new.test/", types=("*",), description="new"
+    )
     assert await subject.change(endpoint, owner="painter")
     row = await endpoint_of(subject, endpoint)
-    assert (row["url"], row["types"], row["description"], row["status"]) == ("https://new.test/", ["*"], "new", "enabled")
+    assert (row["url"], row["types"], row["description"], row["status"]) == (
+        "https://new.test/",
+        ["*"],
+        "new",
+        "enabled",
+    )
     assert not await subject.change(endpoint, owner="other", url="https://evil.test/")
     assert not await subject.change("ep_gone", url="https://new.test/")
     assert (await endpoint_of(subject, endpoint))["url"] == "https://new.test/"
 
 
 async def test_enabling_forgets_why_an_endpoint_was_disabled(subject: Subject) -> None:
-    """By its owner: dead deliveries, a reason, no operators' event; enabled again it is as new, and what died stays dead."""
+    """By its owner: dead deliveries, a reason, no operators' event; enabled again it is as new, and
+    what died stays dead.
+    """
     endpoint = await subject.endpoint()
     grant = await first(subject, endpoint)
     await subject.attempt(grant, "retry", wait_ms=MINUTE, pause_ms=HOUR)
     await subject.change(endpoint, status="disabled")
     row = await endpoint_of(subject, endpoint)
-    assert (row["status"], row["disabled_at"], row["disabled_reason"]) == ("disabled", subject.clock.now, "by its owner")
+    assert (row["status"], row["disabled_at"], row["disabled_reason"]) == (
+        "disabled",
+        subject.clock.now,
+        "by its owner",
+    )
     await subject.change(endpoint, status="enabled")
     row = await endpoint_of(subject, endpoint)
-    assert (row["status"], row["disabled_at"], row["disabled_reason"], row["failing_since"], row["paused_until"]) == (
-        "enabled",
-        None,
-        None,
-        None,
-        None,
-    )
+    assert (
+        row["status"],
+        row["disabled_at"],
+        row["disabled_reason"],
+        row["failing_since"],
+        row["paused_until"],
+    ) == ("enabled", None, None, None, None)
     assert (await subject.row(deliveries, grant.key))["state"] == "dead"
     assert "endpoint.disabled" not in await subject.types()
 
@@ -348,7 +437,8 @@ async def test_deliveries_are_listed_newest_first_with_their_attempts(subject: S
         subject.clock.shift(SECOND)
 
     async def listed(*arguments: object) -> list[tuple[str, int]]:
-        found = await subject.store.read(queries.delivery_list, *arguments)  # type: ignore[arg-type]  # each case names some
+        # # each case names some
+        found = await subject.store.read(queries.delivery_list, *arguments)  # type: ignore[arg-type]
         return [(row["id"], len(made)) for row, made in found]
 
     everything = [(grants[2].key, 0), (grants[1].key, 0), (grants[0].key, 2)]
@@ -357,6 +447,12 @@ async def test_deliveries_are_listed_newest_first_with_their_attempts(subject: S
     assert await listed("other", 9) == []
     row = await subject.row(deliveries, grants[1].key)
     assert await listed("painter", 9, (row["created_at"], row["id"])) == everything[2:]
-    assert await listed("painter", 9, None, {"task_id": row["task_id"], "state": "pending"}) == everything[1:2]
-    assert await listed("painter", 9, None, {"event_id": row["event_id"], "endpoint_id": endpoint}) == everything[1:2]
+    assert (
+        await listed("painter", 9, None, {"task_id": row["task_id"], "state": "pending"})
+        == everything[1:2]
+    )
+    assert (
+        await listed("painter", 9, None, {"event_id": row["event_id"], "endpoint_id": endpoint})
+        == everything[1:2]
+    )
     assert await listed("painter", 9, None, {"state": "dead"}) == []

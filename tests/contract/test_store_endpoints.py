@@ -8,7 +8,15 @@ from service.store import Grant
 from service.store.operations import deliveries as operations
 from service.store.operations import leases
 from service.store.operations.access import SecretChange, change_secrets
-from service.store.operations.deliveries import Attempt, ByHand, EndpointChange, Outcome, change_endpoints, record_attempts, record_by_hand
+from service.store.operations.deliveries import (
+    Attempt,
+    ByHand,
+    EndpointChange,
+    Outcome,
+    change_endpoints,
+    record_attempts,
+    record_by_hand,
+)
 from service.store.records import Row
 from service.store.tables import attempts, deliveries, endpoints, owners
 from tests.contract.subject import DAY, HOUR, MINUTE, OWNER, SECOND, Subject, new_id
@@ -20,7 +28,11 @@ TYPE = "image.task.failed"
 async def pending(subject: Subject, endpoint: str, count: int = 1) -> list[Row]:
     """New deliveries to this endpoint."""
     made = await subject.write(emit, Made(count, TYPE, OWNER))
-    return [row for row in await subject.rows(deliveries, endpoint_id=endpoint) if row["event_id"] in made]
+    return [
+        row
+        for row in await subject.rows(deliveries, endpoint_id=endpoint)
+        if row["event_id"] in made
+    ]
 
 
 async def first(subject: Subject, endpoint: str) -> Grant:
@@ -32,29 +44,53 @@ async def put_off(subject: Subject, endpoint: str, count: int, wait_ms: int) -> 
     """Deliveries that found the endpoint busy."""
     rows = await pending(subject, endpoint, count)
     for row in rows:
-        await subject.write(record_attempts, Outcome(await subject.claimed("deliver", row["id"]), "later", wait_ms=wait_ms))
+        await subject.write(
+            record_attempts,
+            Outcome(await subject.claimed("deliver", row["id"]), "later", wait_ms=wait_ms),
+        )
     return [row["id"] for row in rows]
 
 
-async def by_hand(subject: Subject, delivery_id: str, error: str | None = None, result: str | None = None, pause_ms: int = 0) -> None:
+async def by_hand(
+    subject: Subject,
+    delivery_id: str,
+    error: str | None = None,
+    result: str | None = None,
+    pause_ms: int = 0,
+) -> None:
     attempt = Attempt(new_id("attempt"), 500 if error else 204, 12, error, b"")
     made = ByHand(delivery_id, result or ("failed" if error else "delivered"), attempt, pause_ms)
     for _ in range(2):  # after a commit whose answer was lost it runs again
         await subject.write(record_by_hand, made)
 
 
-async def test_what_waited_for_a_dead_endpoint_is_due_when_it_is_back(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first success after failures: what was put off and never tried, so many at once; retries keep their schedule."""
+async def test_what_waited_for_a_dead_endpoint_is_due_when_it_is_back(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first success after failures: what was put off and never tried, so many at once; retries
+    keep their schedule.
+    """
     monkeypatch.setattr(operations, "HASTENED", 2)
     endpoint, other = await subject.endpoint(), await subject.endpoint()
     failing, retry = await first(subject, endpoint), await first(subject, endpoint)
     await subject.attempt(retry, "retry", wait_ms=HOUR)
-    late, soon, sooner = [(await put_off(subject, endpoint, 1, wait))[0] for wait in (HOUR, MINUTE, SECOND)]
-    (others,) = [row["id"] for row in await subject.rows(deliveries, endpoint_id=other) if row["event_id"] is not None][-1:]
-    await subject.write(record_attempts, Outcome(await subject.claimed("deliver", others), "later", wait_ms=MINUTE))
+    late, soon, sooner = [
+        (await put_off(subject, endpoint, 1, wait))[0] for wait in (HOUR, MINUTE, SECOND)
+    ]
+    (others,) = [
+        row["id"]
+        for row in await subject.rows(deliveries, endpoint_id=other)
+        if row["event_id"] is not None
+    ][-1:]
+    await subject.write(
+        record_attempts, Outcome(await subject.claimed("deliver", others), "later", wait_ms=MINUTE)
+    )
     await subject.attempt(failing, "delivered")
     now = subject.clock.now
-    due = [(await subject.row(deliveries, id))["due_at"] for id in (sooner, soon, late, retry.key, others)]
+    due = [
+        (await subject.row(deliveries, id))["due_at"]
+        for id in (sooner, soon, late, retry.key, others)
+    ]
     assert due == [now, now, now + HOUR, now + HOUR, now + MINUTE]
     assert subject.places.told[-1].due >= {"deliver"}
     again = await subject.claimed("deliver", sooner)
@@ -74,29 +110,42 @@ async def test_whoever_asked_for_peace_is_not_hurried(subject: Subject) -> None:
 
 @pytest.mark.parametrize("stage", ["deliver", "redeliver"])
 async def test_who_was_waited_for_tells_the_workers(subject: Subject, stage: str) -> None:
-    """Others were put off until this attempt was over: they are looked for at once, whoever holds the lease."""
+    """Others were put off until this attempt was over: they are looked for at once, whoever holds
+    the lease.
+    """
     endpoint = await subject.endpoint()
     grant = await first(subject, endpoint)
-    assert not await subject.write(record_attempts, Outcome(Grant(stage, grant.key, grant.fence + 1, 1), "retry", waited=True))
+    assert not await subject.write(
+        record_attempts, Outcome(Grant(stage, grant.key, grant.fence + 1, 1), "retry", waited=True)
+    )
     assert subject.places.told[-1].due == {stage}
     assert await subject.write(record_attempts, Outcome(grant, "retry", wait_ms=SECOND))
     assert subject.places.told[-1].due == set()
 
 
 async def test_a_new_address_begins_with_a_clean_record(subject: Subject) -> None:
-    """How long the old one failed, and what peace it asked for, is forgotten; by the same address it is not."""
+    """How long the old one failed, and what peace it asked for, is forgotten; by the same address
+    it is not.
+    """
     endpoint = await subject.endpoint()
     await subject.attempt(await first(subject, endpoint), "retry", wait_ms=HOUR, pause_ms=HOUR)
     began = subject.clock.now
-    for url, known in (("https://s.test/hook", (began, began + HOUR)), ("https://new.test/", (None, None))):
+    for url, known in (
+        ("https://s.test/hook", (began, began + HOUR)),
+        ("https://new.test/", (None, None)),
+    ):
         await subject.change(endpoint, url=url)
         row = await subject.row(endpoints, endpoint)
         assert (row["failing_since"], row["paused_until"]) == known
 
 
 @pytest.mark.parametrize("hand", [False, True], ids=["planned", "by hand"])
-async def test_what_the_old_address_says_is_not_held_against_the_new_one(subject: Subject, *, hand: bool) -> None:
-    """Who moves away answers 410, or wants peace, at the old address; an attempt was under way there. The new one gets the event."""
+async def test_what_the_old_address_says_is_not_held_against_the_new_one(
+    subject: Subject, *, hand: bool
+) -> None:
+    """Who moves away answers 410, or wants peace, at the old address; an attempt was under way
+    there. The new one gets the event.
+    """
     endpoint = await subject.endpoint()
     old = (await subject.row(endpoints, endpoint))["url"]
     gone, busy = await first(subject, endpoint), await first(subject, endpoint)
@@ -104,7 +153,10 @@ async def test_what_the_old_address_says_is_not_held_against_the_new_one(subject
     for grant, result, pause_ms in ((busy, "retry", HOUR), (gone, "gone", 0)):
         attempt = Attempt(new_id("attempt"), 410, 12, "answered 410", b"")
         if hand:
-            await subject.write(record_by_hand, ByHand(grant.key, "failed" if pause_ms else "gone", attempt, pause_ms, old))
+            await subject.write(
+                record_by_hand,
+                ByHand(grant.key, "failed" if pause_ms else "gone", attempt, pause_ms, old),
+            )
         else:
             outcome = Outcome(grant, result, attempt, 0, pause_ms, disable_after_ms=1, url=old)
             assert await subject.write(record_attempts, outcome)
@@ -125,28 +177,42 @@ async def test_a_disabled_endpoint_that_is_paused_is_disabled_no_more(subject: S
     assert len(await pending(subject, endpoint)) == 1
 
 
-async def test_of_two_who_change_a_secret_at_once_one_comes_first(two: tuple[Subject, Subject]) -> None:
+async def test_of_two_who_change_a_secret_at_once_one_comes_first(
+    two: tuple[Subject, Subject],
+) -> None:
     """An endpoint's or an owner's: the other is told, and looks again."""
     endpoint = await two[0].endpoint()
     await two[0].key(OWNER, b"first")
     for _ in range(5):
         held = (await two[0].row(endpoints, endpoint))["secret"]
-        changes = [EndpointChange(endpoint, OWNER, secrets=(held, new_id("key").encode())) for _ in two]
-        assert sorted(await asyncio.gather(*(each.write(change_endpoints, change) for each, change in zip(two, changes, strict=True)))) == [
-            False,
-            True,
+        changes = [
+            EndpointChange(endpoint, OWNER, secrets=(held, new_id("key").encode())) for _ in two
         ]
+        assert sorted(
+            await asyncio.gather(
+                *(
+                    each.write(change_endpoints, change)
+                    for each, change in zip(two, changes, strict=True)
+                )
+            )
+        ) == [False, True]
         (owner,) = await two[0].rows(owners)
         ours = [SecretChange(OWNER, owner["callback_secret"], new_id("key").encode()) for _ in two]
-        assert sorted(await asyncio.gather(*(each.write(change_secrets, change) for each, change in zip(two, ours, strict=True)))) == [
-            False,
-            True,
-        ]
+        assert sorted(
+            await asyncio.gather(
+                *(
+                    each.write(change_secrets, change)
+                    for each, change in zip(two, ours, strict=True)
+                )
+            )
+        ) == [False, True]
     assert not await two[0].write(change_secrets, SecretChange("nobody", b"", b""))
 
 
 async def test_an_attempt_by_hand_moves_nothing_unless_it_arrives(subject: Subject) -> None:
-    """A failure is on record, and what was planned goes on; a success ends the delivery, whatever became of it before."""
+    """A failure is on record, and what was planned goes on; a success ends the delivery, whatever
+    became of it before.
+    """
     endpoint = await subject.endpoint()
     grant = await first(subject, endpoint)
     await subject.attempt(grant, "retry", wait_ms=HOUR, disable_after_ms=5 * DAY)
@@ -156,7 +222,11 @@ async def test_an_attempt_by_hand_moves_nothing_unless_it_arrives(subject: Subje
     assert len(await subject.rows(attempts)) == 2
     await by_hand(subject, grant.key)
     row = await subject.row(deliveries, grant.key)
-    assert (row["state"], row["due_at"], row["finished_at"]) == ("delivered", None, subject.clock.now)
+    assert (row["state"], row["due_at"], row["finished_at"]) == (
+        "delivered",
+        None,
+        subject.clock.now,
+    )
     assert (await subject.row(endpoints, endpoint))["failing_since"] is None
     await by_hand(subject, grant.key, "answered 500")
     assert (await subject.row(deliveries, grant.key))["state"] == "delivered"
@@ -165,23 +235,34 @@ async def test_an_attempt_by_hand_moves_nothing_unless_it_arrives(subject: Subje
 
 
 async def test_an_attempt_by_hand_is_told_what_a_planned_one_is(subject: Subject) -> None:
-    """410 disables the endpoint and buries what is pending; Retry-After pauses it; a task's own address that is gone is dead."""
+    """410 disables the endpoint and buries what is pending; Retry-After pauses it; a task's own
+    address that is gone is dead.
+    """
     asking, gone = await subject.endpoint(), await subject.endpoint()
     one, other = await first(subject, asking), await first(subject, gone)
     await by_hand(subject, one.key, "answered 429", pause_ms=MINUTE)
     row = await subject.row(endpoints, asking)
-    assert (row["paused_until"], row["failing_since"]) == (subject.clock.now + MINUTE, None), "peace, and no beginning of days of failures"
+    assert (row["paused_until"], row["failing_since"]) == (subject.clock.now + MINUTE, None), (
+        "peace, and no beginning of days of failures"
+    )
     await by_hand(subject, one.key, "answered 429", pause_ms=SECOND)
     assert (await subject.row(endpoints, asking))["paused_until"] == subject.clock.now + MINUTE
     await by_hand(subject, other.key, "answered 410", "gone")
     row, delivery = await subject.row(endpoints, gone), await subject.row(deliveries, other.key)
-    assert (row["status"], row["disabled_at"], delivery["state"], delivery["due_at"]) == ("disabled", subject.clock.now, "dead", None)
+    assert (row["status"], row["disabled_at"], delivery["state"], delivery["due_at"]) == (
+        "disabled",
+        subject.clock.now,
+        "dead",
+        None,
+    )
     assert (await subject.types()).count("endpoint.disabled") == 1
     assert (await subject.row(endpoints, asking))["status"] == "enabled"
 
 
 @pytest.mark.parametrize("result", ["retry", "dead", "delivered"])
-async def test_an_attempt_by_hand_arrives_while_another_is_under_way(subject: Subject, result: str) -> None:
+async def test_an_attempt_by_hand_arrives_while_another_is_under_way(
+    subject: Subject, result: str
+) -> None:
     """Whatever comes of the other, the delivery is delivered; both are on record."""
     grant = await first(subject, await subject.endpoint())
     await by_hand(subject, grant.key)
@@ -193,7 +274,9 @@ async def test_an_attempt_by_hand_arrives_while_another_is_under_way(subject: Su
     assert "delivery.exhausted" not in await subject.types()
 
 
-async def test_an_attempt_by_hand_that_fails_leaves_the_one_under_way_alone(subject: Subject) -> None:
+async def test_an_attempt_by_hand_that_fails_leaves_the_one_under_way_alone(
+    subject: Subject,
+) -> None:
     """Its lease still holds."""
     grant = await first(subject, await subject.endpoint())
     await by_hand(subject, grant.key, "answered 500")

@@ -1,11 +1,19 @@
-"""Exceptions that nobody foresaw: counted on the row, tried again, parked at the tenth (design, decision 1)."""
+"""Exceptions that nobody foresaw: counted on the row, tried again, parked at the tenth (design,
+decision 1).
+"""
 
 import pytest
 
 from service.model import State
 from service.store import Grant, queries
 from service.store.operations import faults, leases
-from service.store.operations.faults import DEATH_LIMIT, FAULT_LIMIT, Fault, claim_suspects, record_faults
+from service.store.operations.faults import (
+    DEATH_LIMIT,
+    FAULT_LIMIT,
+    Fault,
+    claim_suspects,
+    record_faults,
+)
 from service.store.operations.images import Retry
 from service.store.tables import QUEUES, deliveries, images
 from tests.contract.subject import LEASE, MINUTE, SECOND, Subject, completed, stored
@@ -43,24 +51,35 @@ async def test_a_fault_under_an_ended_lease_is_nobodys(subject: Subject) -> None
     subject.clock.shift(LEASE)
     await subject.claimed("submit", grant.key)
     assert await subject.write(record_faults, Fault(grant, SECOND)) == 0
-    assert await subject.write(record_faults, Fault(Grant("submit", "task_gone", 1, 1), SECOND)) == 0
+    assert (
+        await subject.write(record_faults, Fault(Grant("submit", "task_gone", 1, 1), SECOND)) == 0
+    )
     assert (await subject.task(grant.key))["submit_faults"] == 0
 
 
 @pytest.mark.parametrize("stage", ["submit", "settle"])
 async def test_the_tenth_fault_of_a_task_parks_it(subject: Subject, stage: str) -> None:
-    """Failed `internal_error`, operators told, nothing due any more, what was to be fetched forgotten."""
+    """Failed `internal_error`, operators told, nothing due any more, what was to be fetched
+    forgotten.
+    """
     task_id = await subject.queued() if stage == "submit" else await subject.submitted()
     if stage == "settle":
         await subject.callback(task_id, completed(task_id, URL))
     assert await faulty(subject, stage, task_id) == list(range(1, FAULT_LIMIT + 1))
     task = await subject.task(task_id)
-    assert (task["state"], task["error"]["code"], task["submit_due_at"], task["settle_due_at"]) == ("failed", "internal_error", None, None)
+    assert (task["state"], task["error"]["code"], task["submit_due_at"], task["settle_due_at"]) == (
+        "failed",
+        "internal_error",
+        None,
+        None,
+    )
     assert (await subject.types(task_id))[-2:] == ["image.task.failed", "task.parked"]
     event = (await subject.events(task_id))[-1]
     known = {"task_id": task_id, "stage": stage, "key": task_id, "cause": f"{FAULT_LIMIT} faults"}
     assert (event["owner"], event["data"]) == ("admin", known)
-    assert [row["state"] for row in await subject.images(task_id) if row["state"] == "pending"] == []
+    assert [
+        row["state"] for row in await subject.images(task_id) if row["state"] == "pending"
+    ] == []
 
 
 async def test_the_tenth_fault_after_the_end_only_parks_the_row(subject: Subject) -> None:
@@ -68,7 +87,11 @@ async def test_the_tenth_fault_after_the_end_only_parks_the_row(subject: Subject
     task_id = await subject.completed()
     grant = await subject.wanted("settle", task_id)
     await faulty(subject, "settle", task_id, grant)
-    assert await subject.types(task_id) == ["image.task.submitted", "image.task.completed", "task.parked"]
+    assert await subject.types(task_id) == [
+        "image.task.submitted",
+        "image.task.completed",
+        "task.parked",
+    ]
     assert (await subject.task(task_id))["settle_due_at"] is None
 
 
@@ -90,7 +113,11 @@ async def test_the_last_download_to_be_parked_ends_the_task(subject: Subject) ->
     task_id = await subject.storing(URL)
     await faulty(subject, "download", (await subject.images(task_id))[0]["id"])
     assert await subject.state(task_id) is State.FAILED
-    assert await subject.types(task_id) == ["image.task.submitted", "image.task.failed", "task.parked"]
+    assert await subject.types(task_id) == [
+        "image.task.submitted",
+        "image.task.failed",
+        "task.parked",
+    ]
 
 
 async def test_the_tenth_fault_of_a_delivery_makes_it_dead(subject: Subject) -> None:
@@ -103,11 +130,17 @@ async def test_the_tenth_fault_of_a_delivery_makes_it_dead(subject: Subject) -> 
     assert (row["state"], row["finished_at"] is not None, row["due_at"]) == ("dead", True, None)
     assert await subject.state(task_id) is State.SUBMITTED
     event = (await subject.events(task_id))[-1]
-    assert (event["type"], event["data"]["stage"], event["data"]["task_id"]) == ("task.parked", "redeliver", task_id)
+    assert (event["type"], event["data"]["stage"], event["data"]["task_id"]) == (
+        "task.parked",
+        "redeliver",
+        task_id,
+    )
 
 
 async def overtaken(subject: Subject, stage: str) -> tuple[Grant, str]:
-    """A grant whose work somebody else has done meanwhile: called back, cancelled, or the endpoint disabled."""
+    """A grant whose work somebody else has done meanwhile: called back, cancelled, or the endpoint
+    disabled.
+    """
     if stage == "submit":
         grant = await subject.submitting()
         await subject.callback(grant.key, completed(grant.key, URL))
@@ -125,18 +158,27 @@ async def overtaken(subject: Subject, stage: str) -> tuple[Grant, str]:
 
 
 @pytest.mark.parametrize("stage", ["submit", "cancelled", "deliver"])
-async def test_a_fault_whose_work_was_done_by_others_is_the_end_of_it(subject: Subject, stage: str) -> None:
+async def test_a_fault_whose_work_was_done_by_others_is_the_end_of_it(
+    subject: Subject, stage: str
+) -> None:
     """Nothing is counted or due again, the lease is free."""
     grant, _ = await overtaken(subject, stage)
     assert await subject.write(record_faults, Fault(grant, SECOND)) == 0
     queue = QUEUES[grant.stage]
     row = await subject.row(queue.table, grant.key)
-    assert [row[queue.prefix + name] for name in ("due_at", "lease_until", "lease_owner", "faults", "deaths")] == [None, None, None, 0, 0]
+    assert [
+        row[queue.prefix + name]
+        for name in ("due_at", "lease_until", "lease_owner", "faults", "deaths")
+    ] == [None, None, None, 0, 0]
 
 
 @pytest.mark.parametrize("stage", ["submit", "cancelled", "deliver"])
-async def test_what_others_have_done_meanwhile_is_not_parked(subject: Subject, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the limit too: a task that a callback proved goes on to its end, and operators are told of nothing."""
+async def test_what_others_have_done_meanwhile_is_not_parked(
+    subject: Subject, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the limit too: a task that a callback proved goes on to its end, and operators are told of
+    nothing.
+    """
     monkeypatch.setattr(faults, "FAULT_LIMIT", 1)
     grant, task_id = await overtaken(subject, stage)
     state, types = await subject.state(task_id), await subject.types(task_id)
@@ -202,8 +244,12 @@ async def test_a_row_that_outlived_two_deaths_is_leased_alone(subject: Subject) 
     assert not await subject.store.read(queries.suspects)
 
 
-async def test_a_row_whose_process_dies_with_it_alone_is_due_later_each_time(subject: Subject) -> None:
-    """A burst of kills from outside parks nothing: from the first death alone to the last more than seven minutes pass."""
+async def test_a_row_whose_process_dies_with_it_alone_is_due_later_each_time(
+    subject: Subject,
+) -> None:
+    """A burst of kills from outside parks nothing: from the first death alone to the last more than
+    seven minutes pass.
+    """
     (image,) = await subject.images(await subject.storing(URL))
     await dead(subject, image["id"], 2)
     waits = []
@@ -221,7 +267,9 @@ async def test_a_row_whose_process_dies_with_it_alone_is_due_later_each_time(sub
 
 
 async def test_five_deaths_alone_park_a_row(subject: Subject) -> None:
-    """The picture is lost, the task ends with what was stored, operators are told; the processes live on."""
+    """The picture is lost, the task ends with what was stored, operators are told; the processes
+    live on.
+    """
     task_id = await subject.storing(URL)
     (image,) = await subject.images(task_id)
     await dead(subject, image["id"], DEATH_LIMIT)

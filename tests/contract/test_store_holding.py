@@ -1,4 +1,6 @@
-"""Submissions put off while our key or account is refused, and made due at once when it is taken again."""
+"""Submissions put off while our key or account is refused, and made due at once when it is taken
+again.
+"""
 
 from collections.abc import Sequence
 
@@ -24,10 +26,17 @@ async def hold(subject: Subject, grant: Grant, wait_ms: int = MINUTE) -> bool:
 
 
 async def test_a_held_task_waits_as_queued_and_no_attempt_counts(subject: Subject) -> None:
-    """Whoever waits for its first outcome is told, once; its turn is kept, and it is due by itself after its wait."""
+    """Whoever waits for its first outcome is told, once; its turn is kept, and it is due by itself
+    after its wait.
+    """
     task_id = await held(subject)
     row = await subject.task(task_id)
-    assert (row["state"], row["submit_attempts"], row["submit_outcomes"], row["submit_lease_until"]) == ("queued", 0, 1, None)
+    assert (
+        row["state"],
+        row["submit_attempts"],
+        row["submit_outcomes"],
+        row["submit_lease_until"],
+    ) == ("queued", 0, 1, None)
     assert await subject.claim("submit", 5) == []
     subject.clock.shift(MINUTE)
     (again,) = await subject.claim("submit", 5)
@@ -38,7 +47,9 @@ async def test_a_held_task_waits_as_queued_and_no_attempt_counts(subject: Subjec
 
 
 async def test_what_is_held_is_due_at_once_when_it_may_be_sent(subject: Subject) -> None:
-    """In its turn, as many as asked for; a task that waits for its own time, as after a 429, is left alone."""
+    """In its turn, as many as asked for; a task that waits for its own time, as after a 429, is
+    left alone.
+    """
     first, second = await held(subject), await held(subject)
     throttled = await subject.submitting(owner="a")
     await subject.submission(throttled, Again("429", MINUTE, HOUR))
@@ -52,23 +63,34 @@ async def test_what_is_held_is_due_at_once_when_it_may_be_sent(subject: Subject)
 
 
 async def test_a_held_task_is_tried_before_it_is_given_up(subject: Subject) -> None:
-    """It is due at the latest when it is too old; then it waits for a try, as after an absence, and ends by what that proves."""
+    """It is due at the latest when it is too old; then it waits for a try, as after an absence, and
+    ends by what that proves.
+    """
     task_id = await held(subject, wait_ms=2 * HOUR)
     subject.clock.shift(HOUR)
     assert await hold(subject, await subject.claimed("submit", task_id))
     row = await subject.task(task_id)
-    assert (row["state"], row["submit_due_at"], row["submit_lease_until"]) == ("queued", subject.clock.now + MINUTE, None)
+    assert (row["state"], row["submit_due_at"], row["submit_lease_until"]) == (
+        "queued",
+        subject.clock.now + MINUTE,
+        None,
+    )
     subject.clock.shift(MINUTE)
     grant = await subject.claimed("submit", task_id)
     assert await subject.start(grant) is not None
     assert await subject.submission(grant, Again("401 unauthorized", 0, HOUR)) is State.FAILED
     row = await subject.task(task_id)
-    assert (row["error"]["code"], "401 unauthorized" in row["error"]["message"]) == ("not_submitted", True)
+    assert (row["error"]["code"], "401 unauthorized" in row["error"]["message"]) == (
+        "not_submitted",
+        True,
+    )
     assert await subject.types(task_id) == ["image.task.failed"]
 
 
 async def test_what_is_held_is_resumed_in_its_turn(two: tuple[Subject, Subject]) -> None:
-    """Owners take turns in this too, whoever came first: of two that may go one is of who came last, however they are found."""
+    """Owners take turns in this too, whoever came first: of two that may go one is of who came
+    last, however they are found.
+    """
     subject, _ = two
 
     def resume_by_a_scan(tx: Transaction, items: Sequence[int]) -> list[int]:
@@ -79,7 +101,9 @@ async def test_what_is_held_is_resumed_in_its_turn(two: tuple[Subject, Subject])
     for owner in (*["a"] * 20, "b"):
         await held(subject, owner=owner)
     assert await subject.write(resume_by_a_scan, 2) == 2
-    owners = [(await subject.task(grant.key))["owner"] for grant in await subject.claim("submit", 5)]
+    owners = [
+        (await subject.task(grant.key))["owner"] for grant in await subject.claim("submit", 5)
+    ]
     assert sorted(owners) == ["a", "b"]
 
 
@@ -89,12 +113,18 @@ async def test_an_uncertain_task_that_was_to_be_sent_again_waits_too(subject: Su
     subject.clock.shift(2 * HOUR)
     assert await hold(subject, await subject.claimed("submit", task_id))
     row = await subject.task(task_id)
-    assert (row["state"], row["submit_outcomes"], row["submit_due_at"]) == ("uncertain", 1, subject.clock.now + MINUTE)
+    assert (row["state"], row["submit_outcomes"], row["submit_due_at"]) == (
+        "uncertain",
+        1,
+        subject.clock.now + MINUTE,
+    )
     assert await subject.write(resume_submissions, 500) == 1
 
 
 async def test_who_lost_the_lease_holds_nothing(subject: Subject) -> None:
-    """Somebody else has the task by now, or nobody has it any more: nothing is changed; nor is one made due that ended meanwhile."""
+    """Somebody else has the task by now, or nobody has it any more: nothing is changed; nor is one
+    made due that ended meanwhile.
+    """
     grant = await subject.claimed("submit", await subject.queued())
     subject.clock.shift(LEASE + 1)
     newer = await subject.claimed("submit", grant.key)
@@ -105,7 +135,11 @@ async def test_who_lost_the_lease_holds_nothing(subject: Subject) -> None:
     await subject.cancel(grant.key)
     assert await hold(subject, newer)
     row = await subject.task(grant.key)
-    assert (row["state"], row["submit_due_at"], row["submit_lease_until"]) == (State.CANCELLED, None, None)
+    assert (row["state"], row["submit_due_at"], row["submit_lease_until"]) == (
+        State.CANCELLED,
+        None,
+        None,
+    )
 
 
 async def test_another_process_takes_over_what_is_held(two: tuple[Subject, Subject]) -> None:
@@ -118,7 +152,9 @@ async def test_another_process_takes_over_what_is_held(two: tuple[Subject, Subje
     assert await one.write(resume_submissions, 500) == 0
 
 
-async def test_a_restart_on_sqlite_sends_what_was_held_after_its_wait(sqlite_opener: Opener, subject: Subject) -> None:
+async def test_a_restart_on_sqlite_sends_what_was_held_after_its_wait(
+    sqlite_opener: Opener, subject: Subject
+) -> None:
     """No lease is left behind that a new process would have to wait for."""
     async with sqlite_opener("first") as store:
         task_id = await held(Subject(store, subject.clock))

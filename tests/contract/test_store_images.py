@@ -1,4 +1,6 @@
-"""Images: expected, provisional until a query agrees, put off, lost; the end of a task that stores (contract section 3)."""
+"""Images: expected, provisional until a query agrees, put off, lost; the end of a task that stores
+(contract section 3).
+"""
 
 from dataclasses import replace
 
@@ -9,7 +11,19 @@ from service.store import queries
 from service.store.operations.images import Download, Lost, Retry, record_downloads
 from service.store.operations.inbox import accept_callbacks
 from service.store.records import Row
-from tests.contract.subject import DAY, HOUR, LEASE, LOST, MINUTE, SECOND, Subject, callback, completed, failed, stored
+from tests.contract.subject import (
+    DAY,
+    HOUR,
+    LEASE,
+    LOST,
+    MINUTE,
+    SECOND,
+    Subject,
+    callback,
+    completed,
+    failed,
+    stored,
+)
 
 URL, OTHER = "https://r.test/0", "https://r.test/other"
 BROKEN = Retry("connection lost", 5 * SECOND)
@@ -41,33 +55,49 @@ async def test_every_result_is_to_be_fetched_in_the_upstreams_order(subject: Sub
         (0, "https://r.test/b", "pending"),
         (1, "https://r.test/a", "pending"),
     ]
-    assert {(row["due_at"], row["link_dies_at"], row["confirmed"]) for row in rows} == {(subject.clock.now, subject.clock.now + DAY, True)}
+    assert {(row["due_at"], row["link_dies_at"], row["confirmed"]) for row in rows} == {
+        (subject.clock.now, subject.clock.now + DAY, True)
+    }
 
 
 async def test_a_task_is_completed_when_its_last_result_is_stored(subject: Subject) -> None:
-    """Not before; the event lists every image in the upstream's order, whatever order they came in."""
+    """Not before; the event lists every image in the upstream's order, whatever order they came
+    in.
+    """
     task_id = await subject.storing(URL, OTHER)
     first, second = await subject.images(task_id)
     assert await subject.download(second, stored(second)) == "stored"
     assert await subject.state(task_id) is State.STORING
     assert await subject.download(first, stored(first)) == "stored"
     task = await subject.task(task_id)
-    assert (task["state"], task["progress"], task["terminal_at"]) == ("completed", 100, subject.clock.now)
+    assert (task["state"], task["progress"], task["terminal_at"]) == (
+        "completed",
+        100,
+        subject.clock.now,
+    )
     event = (await subject.events(task_id))[-1]
-    assert (event["type"], [image["id"] for image in event["data"]["images"]]) == ("image.task.completed", [first["id"], second["id"]])
+    assert (event["type"], [image["id"] for image in event["data"]["images"]]) == (
+        "image.task.completed",
+        [first["id"], second["id"]],
+    )
 
 
 async def test_two_results_stored_in_one_batch_complete_the_task_once(subject: Subject) -> None:
     """The last of a batch ends the task."""
     task_id = await subject.storing(URL, OTHER)
     grants = {grant.key: grant for grant in await subject.claim("download", 2)}
-    items = [Download(grants[row["id"]], task_id, row["source_url"], stored(row)) for row in await subject.images(task_id)]
+    items = [
+        Download(grants[row["id"]], task_id, row["source_url"], stored(row))
+        for row in await subject.images(task_id)
+    ]
     assert await subject.batch(record_downloads, items) == ["stored", "stored"]
     assert await subject.types(task_id) == ["image.task.submitted", "image.task.completed"]
 
 
 async def test_what_a_callback_names_is_fetched_but_does_not_count(subject: Subject) -> None:
-    """Provisional: even when stored, it is shown to nobody until a query agrees; then it counts without being fetched again."""
+    """Provisional: even when stored, it is shown to nobody until a query agrees; then it counts
+    without being fetched again.
+    """
     task_id, (image,) = await called_back(subject, URL)
     assert (image["confirmed"], image["due_at"]) == (False, subject.clock.now)
     assert await subject.download(image, stored(image)) == "stored"
@@ -95,9 +125,17 @@ async def test_an_address_that_a_query_names_wins(subject: Subject) -> None:
     await subject.download(first, stored(first))
     await subject.download(second, GONE)
     subject.clock.shift(SECOND)
-    assert await subject.settle(task_id, completed(task_id, "https://r.test/1", "https://r.test/2")) is State.STORING
+    assert (
+        await subject.settle(task_id, completed(task_id, "https://r.test/1", "https://r.test/2"))
+        is State.STORING
+    )
     for row in await subject.images(task_id):
-        assert (row["state"], row["confirmed"], row["blob"], row["stale_count"]) == ("pending", True, None, 0)
+        assert (row["state"], row["confirmed"], row["blob"], row["stale_count"]) == (
+            "pending",
+            True,
+            None,
+            0,
+        )
         assert (row["source_url"][:-1], row["due_at"], row["link_dies_at"]) == (
             "https://r.test/",
             subject.clock.now,
@@ -106,7 +144,9 @@ async def test_an_address_that_a_query_names_wins(subject: Subject) -> None:
 
 
 async def test_results_that_only_a_callback_named_are_dropped(subject: Subject) -> None:
-    """The query names fewer: the rest never were results; the download under way finds nothing to record."""
+    """The query names fewer: the rest never were results; the download under way finds nothing to
+    record.
+    """
     task_id, (_, invented) = await called_back(subject, URL, OTHER)
     grant = await subject.claimed("download", invented["id"])
     assert await subject.settle(task_id, completed(task_id, URL)) is State.STORING
@@ -119,7 +159,12 @@ async def test_a_query_that_names_fewer_later_loses_nothing(subject: Subject) ->
     task_id = await subject.storing(URL, OTHER)
     first, _ = await subject.images(task_id)
     await subject.download(first, stored(first))
-    assert await subject.settle(task_id, completed(task_id, URL), grant=await subject.wanted("settle", task_id)) is State.STORING
+    assert (
+        await subject.settle(
+            task_id, completed(task_id, URL), grant=await subject.wanted("settle", task_id)
+        )
+        is State.STORING
+    )
     assert [row["state"] for row in await subject.images(task_id)] == ["stored", "pending"]
 
 
@@ -130,7 +175,12 @@ async def test_a_download_of_a_replaced_address_changes_nothing(subject: Subject
     await subject.settle(task_id, completed(task_id, OTHER))
     assert await subject.download(image, stored(image), grant) is None
     (row,) = await subject.images(task_id)
-    assert (row["state"], row["source_url"], row["due_at"], row["lease_until"]) == ("pending", OTHER, subject.clock.now, None)
+    assert (row["state"], row["source_url"], row["due_at"], row["lease_until"]) == (
+        "pending",
+        OTHER,
+        subject.clock.now,
+        None,
+    )
     assert await subject.download(row, stored(row)) == "stored"
 
 
@@ -142,7 +192,9 @@ async def test_a_download_under_an_ended_lease_changes_nothing(subject: Subject)
     holder = await subject.claimed("download", image["id"])
     assert await subject.download(image, LOST, late) is None
     assert await subject.download(image, stored(image), holder) == "stored"
-    assert await subject.download(image, stored(image), holder) is None, "run again after a commit whose answer was lost"
+    assert await subject.download(image, stored(image), holder) is None, (
+        "run again after a commit whose answer was lost"
+    )
 
 
 async def test_downloads_of_a_cancelled_task_are_given_up(subject: Subject) -> None:
@@ -167,7 +219,9 @@ async def test_a_final_failure_loses_the_result_and_lists_the_others(subject: Su
         "results_lost",
         "results could not be saved: 0: answered 451",
     )
-    assert [image["id"] for image in (await subject.events(task_id))[-1]["data"]["images"]] == [second["id"]]
+    assert [image["id"] for image in (await subject.events(task_id))[-1]["data"]["images"]] == [
+        second["id"]
+    ]
 
 
 async def test_what_is_lost_is_lost_for_good(subject: Subject) -> None:
@@ -176,9 +230,14 @@ async def test_what_is_lost_is_lost_for_good(subject: Subject) -> None:
     first, second = await subject.images(task_id)
     await subject.download(first, LOST)
     await subject.download(second, GONE)
-    await subject.settle(task_id, completed(task_id, "https://r.test/0?new", "https://r.test/other?new"))
+    await subject.settle(
+        task_id, completed(task_id, "https://r.test/0?new", "https://r.test/other?new")
+    )
     rows = await subject.images(task_id)
-    assert [(row["state"], row["source_url"]) for row in rows] == [("lost", URL), ("pending", "https://r.test/other?new")]
+    assert [(row["state"], row["source_url"]) for row in rows] == [
+        ("lost", URL),
+        ("pending", "https://r.test/other?new"),
+    ]
 
 
 async def test_a_passing_failure_is_tried_again_while_the_link_lives(subject: Subject) -> None:
@@ -196,7 +255,9 @@ async def test_a_passing_failure_is_tried_again_while_the_link_lives(subject: Su
 
 
 async def test_a_stale_link_gets_the_upstream_asked(subject: Subject) -> None:
-    """403, 404, 410: a fresh link is asked for at once, and tried when its turn comes: it hastens nothing. It has a life of its own."""
+    """403, 404, 410: a fresh link is asked for at once, and tried when its turn comes: it hastens
+    nothing. It has a life of its own.
+    """
     task_id, image = await one_image(subject)
     subject.clock.shift(HOUR)
     assert await subject.download(image, GONE) == "pending"
@@ -210,7 +271,9 @@ async def test_a_stale_link_gets_the_upstream_asked(subject: Subject) -> None:
 
 
 async def test_a_picture_is_fetched_as_long_as_its_fresh_link_lives(subject: Subject) -> None:
-    """What fails in passing is final not at the end of the first link's time, but of the fresh one's. The same again is no fresh one."""
+    """What fails in passing is final not at the end of the first link's time, but of the fresh
+    one's. The same again is no fresh one.
+    """
     task_id, image = await one_image(subject)
     subject.clock.now = image["link_dies_at"] - HOUR
     assert await subject.download(image, GONE) == "pending"
@@ -219,37 +282,51 @@ async def test_a_picture_is_fetched_as_long_as_its_fresh_link_lives(subject: Sub
     (fresh,) = await subject.images(task_id)
     subject.clock.now = image["link_dies_at"]
     assert await subject.download(fresh, BROKEN) == "pending"
-    await subject.settle(task_id, completed(task_id, OTHER), grant=await subject.wanted("settle", task_id))
+    await subject.settle(
+        task_id, completed(task_id, OTHER), grant=await subject.wanted("settle", task_id)
+    )
     assert (await subject.images(task_id))[0]["link_dies_at"] == fresh["link_dies_at"]
     subject.clock.now = fresh["link_dies_at"]
     assert await subject.download(fresh, BROKEN) == "lost"
 
 
 async def test_an_upstream_that_renews_for_ever_keeps_no_task_alive(subject: Subject) -> None:
-    """However often a fresh link is given, the last one's time is up two lives after the submission."""
+    """However often a fresh link is given, the last one's time is up two lives after the
+    submission.
+    """
     task_id, image = await one_image(subject)
     submitted_at = (await subject.task(task_id))["submitted_at"]
     for number in range(9):
         subject.clock.shift(12 * HOUR)
-        await subject.settle(task_id, completed(task_id, f"{OTHER}?{number}"), grant=await subject.wanted("settle", task_id))
+        await subject.settle(
+            task_id,
+            completed(task_id, f"{OTHER}?{number}"),
+            grant=await subject.wanted("settle", task_id),
+        )
         (image,) = await subject.images(task_id)
         assert image["link_dies_at"] == min(subject.clock.now, submitted_at + DAY) + DAY
     assert await subject.download(image, BROKEN) == "lost"
 
 
 async def test_a_fresh_link_never_shortens_a_life(subject: Subject) -> None:
-    """Results that are first named late have the life of a link whatever the task's age, and keep it."""
+    """Results that are first named late have the life of a link whatever the task's age, and keep
+    it.
+    """
     task_id = await subject.submitted()
     subject.clock.shift(DAY + HOUR)
     await subject.settle(task_id, completed(task_id, URL))
     (first,) = await subject.images(task_id)
-    await subject.settle(task_id, completed(task_id, OTHER), grant=await subject.wanted("settle", task_id))
+    await subject.settle(
+        task_id, completed(task_id, OTHER), grant=await subject.wanted("settle", task_id)
+    )
     (fresh,) = await subject.images(task_id)
     assert (fresh["source_url"], fresh["link_dies_at"]) == (OTHER, first["link_dies_at"])
 
 
 async def test_a_link_that_died_unseen_gets_a_fresh_one(subject: Subject) -> None:
-    """After an absence that outlasted it: 404 asks the upstream, as before the link's time was up, and is final by its count alone."""
+    """After an absence that outlasted it: 404 asks the upstream, as before the link's time was up,
+    and is final by its count alone.
+    """
     task_id, image = await one_image(subject)
     subject.clock.now = image["link_dies_at"] + HOUR
     assert await subject.download(image, GONE) == "pending"
@@ -309,11 +386,15 @@ async def test_the_same_wrong_bytes_three_times_are_final(subject: Subject) -> N
     """In a row: other wrong bytes begin anew, a broken connection between them does not count."""
     _, image = await one_image(subject)
     outcomes = [wrong("a"), wrong("a"), wrong("b"), wrong("b"), BROKEN, wrong("b")]
-    assert [await subject.download(image, outcome) for outcome in outcomes] == ["pending"] * 5 + ["lost"]
+    assert [await subject.download(image, outcome) for outcome in outcomes] == ["pending"] * 5 + [
+        "lost"
+    ]
 
 
 @pytest.mark.parametrize("outcome", [LOST, Lost("refused by the guard")])
-async def test_a_provisional_failure_that_is_final_counts_once_the_query_agrees(subject: Subject, outcome: Lost) -> None:
+async def test_a_provisional_failure_that_is_final_counts_once_the_query_agrees(
+    subject: Subject, outcome: Lost
+) -> None:
     """The same address cannot fare better: the task fails as soon as it is confirmed."""
     task_id, (image,) = await called_back(subject, URL)
     assert await subject.download(image, outcome) == "lost"
@@ -333,6 +414,8 @@ async def test_downloads_go_by_the_time_their_links_have_left(subject: Subject) 
     """Deadline first, not first come first served."""
     early, late = [await subject.submitted() for _ in range(2)]
     for task_id, ttl in [(late, DAY), (early, DAY - 1)]:
-        await subject.write(accept_callbacks, replace(callback(task_id, completed(task_id, URL)), result_ttl_ms=ttl))
+        await subject.write(
+            accept_callbacks, replace(callback(task_id, completed(task_id, URL)), result_ttl_ms=ttl)
+        )
     taken = [(await subject.claim("download"))[0].key for _ in range(2)]
     assert taken == [(await subject.images(task_id))[0]["id"] for task_id in (early, late)]

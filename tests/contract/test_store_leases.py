@@ -12,7 +12,18 @@ from service.store.operations import leases
 from service.store.operations.inbox import accept_callbacks
 from service.store.operations.tasks import NewTask, insert_tasks
 from service.store.tables import QUEUES, deliveries, tasks
-from tests.contract.subject import HOUR, LEASE, MINUTE, SECOND, Clock, Opener, Subject, callback, completed, stored
+from tests.contract.subject import (
+    HOUR,
+    LEASE,
+    MINUTE,
+    SECOND,
+    Clock,
+    Opener,
+    Subject,
+    callback,
+    completed,
+    stored,
+)
 
 URL = "https://r.test/0"
 
@@ -45,14 +56,18 @@ async def one_due(subject: Subject, stage: str) -> str:
 
 @pytest.mark.parametrize("stage", QUEUES)
 async def test_a_lease_lasts_thirty_seconds(subject: Subject, stage: str) -> None:
-    """At 29.999 s another gets nothing, once it is over everything, with the next fence and attempt, and a death counted."""
+    """At 29.999 s another gets nothing, once it is over everything, with the next fence and
+    attempt, and a death counted.
+    """
     key = await one_due(subject, stage)
     (grant,) = await subject.claim(stage)
     assert (grant.stage, grant.key) == (stage, key)
     subject.clock.shift(29_999)
     assert await subject.claim(stage) == []
     subject.clock.shift(1)
-    stage = "redeliver" if stage == "deliver" else stage  # an attempt was begun: what follows is a retry
+    stage = (
+        "redeliver" if stage == "deliver" else stage
+    )  # an attempt was begun: what follows is a retry
     (again,) = await subject.claim(stage)
     assert (again.key, again.fence, again.attempts) == (key, grant.fence + 1, grant.attempts + 1)
     queue = QUEUES[stage]
@@ -90,14 +105,20 @@ async def test_renewing_never_shortens_a_lease(subject: Subject) -> None:
     assert len(await subject.claim("submit")) == 1
 
 
-async def test_a_claim_takes_what_is_due_and_no_more_than_there_are_places(subject: Subject) -> None:
+async def test_a_claim_takes_what_is_due_and_no_more_than_there_are_places(
+    subject: Subject,
+) -> None:
     """The longest due first; the rest stays due; without a place nothing is claimed."""
     keys = []
     for _ in range(5):
         keys.append(await subject.queued())
         subject.clock.shift(SECOND)
     assert await subject.claim("submit", 0) == []
-    assert [sorted(grant.key for grant in await subject.claim("submit", 2)) for _ in range(3)] == [keys[:2], keys[2:4], keys[4:]]
+    assert [sorted(grant.key for grant in await subject.claim("submit", 2)) for _ in range(3)] == [
+        keys[:2],
+        keys[2:4],
+        keys[4:],
+    ]
     assert await subject.claim("submit", 9) == []
 
 
@@ -118,22 +139,38 @@ async def test_a_row_is_born_leased_when_a_place_is_free(subject: Subject) -> No
     assert (grant.stage, grant.key, grant.fence, grant.attempts) == ("submit", first, 1, 1)
     assert subject.places.free == {"submit": 0}
     born, due = await subject.task(first), await subject.task(second)
-    assert (born["submit_lease_until"], born["submit_lease_owner"]) == (subject.clock.now + LEASE, "one")
-    assert (due["submit_lease_until"], due["submit_due_at"], due["submit_attempts"]) == (None, subject.clock.now, 0)
-    assert [tx.due for tx in subject.places.told] == [set(), {"submit"}], "workers are told of what nobody was granted"
+    assert (born["submit_lease_until"], born["submit_lease_owner"]) == (
+        subject.clock.now + LEASE,
+        "one",
+    )
+    assert (due["submit_lease_until"], due["submit_due_at"], due["submit_attempts"]) == (
+        None,
+        subject.clock.now,
+        0,
+    )
+    assert [tx.due for tx in subject.places.told] == [set(), {"submit"}], (
+        "workers are told of what nobody was granted"
+    )
     subject.clock.shift(LEASE)
     assert {grant.key for grant in await subject.claim("submit", 9)} == {first, second}
 
 
 async def test_every_stage_is_born_leased(subject: Subject) -> None:
-    """Settling and downloads by a callback, deliveries by an event: each takes a place of its own stage."""
+    """Settling and downloads by a callback, deliveries by an event: each takes a place of its own
+    stage.
+    """
     await subject.endpoint()
     task_id = await subject.submitted()
     subject.places.free = {"settle": 1, "download": 1, "deliver": 2}
     await subject.callback(task_id, completed(task_id, URL, "https://r.test/1"))
     grants = {grant.stage: grant for grant in subject.places.taken()}
     assert sorted(grants) == ["download", "settle"]
-    assert await subject.settle(task_id, completed(task_id, URL, "https://r.test/1"), grant=grants["settle"]) is State.STORING
+    assert (
+        await subject.settle(
+            task_id, completed(task_id, URL, "https://r.test/1"), grant=grants["settle"]
+        )
+        is State.STORING
+    )
     first, second = await subject.images(task_id)
     await subject.download(first, stored(first), grants["download"])
     await subject.download(second, stored(second))
@@ -162,7 +199,9 @@ async def test_a_detached_process_is_granted_nothing(subject: Subject) -> None:
 
 
 async def test_work_given_back_counts_no_attempt(subject: Subject) -> None:
-    """A stopping process releases: due as before, for anybody at once; a second release changes nothing."""
+    """A stopping process releases: due as before, for anybody at once; a second release changes
+    nothing.
+    """
     key = await subject.queued()
     (grant,) = await subject.claim("submit")
     assert await subject.batch(leases.release, [grant]) == [True]
@@ -182,14 +221,20 @@ async def test_work_that_was_none_is_not_due_again(subject: Subject) -> None:
 
 
 async def test_asking_at_once_begins_the_schedule_anew(subject: Subject) -> None:
-    """A callback makes the row due now with no attempts; while somebody asks already it only becomes due."""
+    """A callback makes the row due now with no attempts; while somebody asks already it only
+    becomes due.
+    """
     task_id = await subject.submitted()
     for _ in range(3):
         await subject.settle(task_id, None)
     assert (await subject.task(task_id))["settle_attempts"] == 3
     await subject.callback(task_id, completed(task_id, URL))
     task = await subject.task(task_id)
-    assert (task["settle_attempts"], task["settle_due_at"], task["settle_lease_until"]) == (0, subject.clock.now, None)
+    assert (task["settle_attempts"], task["settle_due_at"], task["settle_lease_until"]) == (
+        0,
+        subject.clock.now,
+        None,
+    )
     (grant,) = await subject.claim("settle")
     subject.places.free = {"settle": 1}
     await subject.write(accept_callbacks, callback(task_id, None, b"<html>"))
@@ -198,7 +243,9 @@ async def test_asking_at_once_begins_the_schedule_anew(subject: Subject) -> None
 
 
 async def test_an_ended_lease_is_taken_by_whoever_wants_the_row(subject: Subject) -> None:
-    """A callback for a task whose settling process died is handed over at once, under a new fence."""
+    """A callback for a task whose settling process died is handed over at once, under a new
+    fence.
+    """
     task_id = await subject.submitted()
     late = await subject.asking(task_id)
     subject.clock.shift(LEASE)
@@ -213,25 +260,39 @@ async def test_first_attempts_and_retries_have_places_of_their_own(subject: Subj
     """Two queues on one table: any number of retries leaves the first attempts their places."""
     await subject.endpoint()
     await subject.submitted()
-    retry, fresh = await subject.claimed("deliver", (await subject.rows(deliveries))[0]["id"]), await subject.submitted()
+    retry, fresh = (
+        await subject.claimed("deliver", (await subject.rows(deliveries))[0]["id"]),
+        await subject.submitted(),
+    )
     await subject.attempt(retry, "retry")
     assert [grant.key for grant in await subject.claim("redeliver", 9)] == [retry.key]
     (first,) = await subject.claim("deliver", 9)
     assert (await subject.row(deliveries, first.key))["task_id"] == fresh
 
 
-async def test_what_was_asked_for_and_what_is_silent_have_places_of_their_own(subject: Subject) -> None:
-    """Two queues on one table: any number of silent tasks leaves the confirmations their places; a callback moves its task over."""
+async def test_what_was_asked_for_and_what_is_silent_have_places_of_their_own(
+    subject: Subject,
+) -> None:
+    """Two queues on one table: any number of silent tasks leaves the confirmations their places; a
+    callback moves its task over.
+    """
     silent = [await subject.submitted() for _ in range(3)]
     subject.clock.now = max([(await subject.task(task_id))["settle_due_at"] for task_id in silent])
     assert await subject.claim("settle", 9) == []
     await subject.callback(silent[1], completed(silent[1], URL))
     assert [grant.key for grant in await subject.claim("settle", 9)] == [silent[1]]
-    assert sorted(grant.key for grant in await subject.claim("reconcile", 9)) == [silent[0], silent[2]]
+    assert sorted(grant.key for grant in await subject.claim("reconcile", 9)) == [
+        silent[0],
+        silent[2],
+    ]
 
 
-async def test_reopening_a_store_on_sqlite_frees_what_the_dead_process_held(sqlite_opener: Opener, clock: Clock) -> None:
-    """The lock proves that nobody else lives: no waiting for leases; a task in `submitting` can be claimed, and was one death."""
+async def test_reopening_a_store_on_sqlite_frees_what_the_dead_process_held(
+    sqlite_opener: Opener, clock: Clock
+) -> None:
+    """The lock proves that nobody else lives: no waiting for leases; a task in `submitting` can be
+    claimed, and was one death.
+    """
     async with sqlite_opener("dead") as store:
         dead = Subject(store, clock)
         grant, image = await dead.submitting(), await dead.storing(URL)
@@ -241,10 +302,14 @@ async def test_reopening_a_store_on_sqlite_frees_what_the_dead_process_held(sqli
         again = await alive.claimed("submit", grant.key)
         assert (again.fence, await alive.state(grant.key)) == (grant.fence + 1, State.SUBMITTING)
         assert (await alive.task(grant.key))["submit_deaths"] == 1
-        assert [found.key for found in await alive.claim("download")] == [(await alive.images(image))[0]["id"]]
+        assert [found.key for found in await alive.claim("download")] == [
+            (await alive.images(image))[0]["id"]
+        ]
 
 
-async def test_opening_postgres_once_more_frees_nothing(two: tuple[Subject, Subject], postgres_opener: Opener) -> None:
+async def test_opening_postgres_once_more_frees_nothing(
+    two: tuple[Subject, Subject], postgres_opener: Opener
+) -> None:
     """Others may live: their leases stand until they end."""
     grant = await two[0].submitting()
     async with postgres_opener("three") as store:
@@ -255,15 +320,22 @@ async def test_opening_postgres_once_more_frees_nothing(two: tuple[Subject, Subj
 
 
 async def test_a_row_is_claimed_by_one_process_alone(two: tuple[Subject, Subject]) -> None:
-    """`SKIP LOCKED`: many claims at once from two processes share the rows out, each to one, none twice, none left."""
+    """`SKIP LOCKED`: many claims at once from two processes share the rows out, each to one, none
+    twice, none left.
+    """
     for _ in range(5):
         two[0].places.free.clear()  # nothing is born leased
-        keys = {inserted.task_id for inserted in await two[0].batch(insert_tasks, [two[0].wish() for _ in range(60)])}
+        keys = {
+            inserted.task_id
+            for inserted in await two[0].batch(insert_tasks, [two[0].wish() for _ in range(60)])
+        }
         taken: list[str] = []
         for _ in range(60):
             for place in two:
                 place.places.free["submit"] = 7
-            await asyncio.gather(*(place.write(leases.claim, "submit") for place in two for _ in range(3)))
+            await asyncio.gather(
+                *(place.write(leases.claim, "submit") for place in two for _ in range(3))
+            )
             grants = [place.places.taken() for place in two]
             assert all(len(got) <= 7 for got in grants), "never more than there are places"
             if not any(grants):
@@ -274,7 +346,9 @@ async def test_a_row_is_claimed_by_one_process_alone(two: tuple[Subject, Subject
         assert {row["submit_fence"] for row in await two[0].rows(tasks) if row["id"] in keys} == {1}
 
 
-async def test_no_plan_makes_postgres_claim_more_than_there_are_places(two: tuple[Subject, Subject]) -> None:
+async def test_no_plan_makes_postgres_claim_more_than_there_are_places(
+    two: tuple[Subject, Subject],
+) -> None:
     """A nested loop over the rows to choose from would choose anew for each row of the table."""
     subject = two[0]
     await subject.batch(insert_tasks, [subject.wish() for _ in range(50)])

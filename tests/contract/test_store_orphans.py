@@ -65,6 +65,8 @@ async def test_what_a_cancelled_task_had_saved_is_nobodys(subject: Subject) -> N
 
 
 async def test_what_belongs_to_an_unknown_task_is_not_ours(subject: Subject) -> None:
-    """It may be another installation's, or newer than the backup that this store was restored from."""
+    """It may be another installation's, or newer than the backup that this store was restored
+    from.
+    """
     await subject.completed()
     assert await subject.store.read(queries.orphans, [blob("task_unknown"), "nothing", "/"]) == []

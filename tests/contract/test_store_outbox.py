@@ -1,4 +1,6 @@
-"""The outbox: one order that readers can trust, one terminal event a task, deliveries in the same transaction (design, decision 9)."""
+"""The outbox: one order that readers can trust, one terminal event a task, deliveries in the same
+transaction (design, decision 9).
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -12,7 +14,17 @@ from service.store import Emitted, Transaction, queries
 from service.store.operations import outbox
 from service.store.operations.tasks import insert_tasks
 from service.store.tables import counters, deliveries, events, steps
-from tests.contract.subject import MINUTE, Opener, Subject, accepted, completed, failed, new_id, stored, upstream_id
+from tests.contract.subject import (
+    MINUTE,
+    Opener,
+    Subject,
+    accepted,
+    completed,
+    failed,
+    new_id,
+    stored,
+    upstream_id,
+)
 
 URL = "https://r.test/0"
 
@@ -25,7 +37,9 @@ def announce(tx: Transaction, types: Sequence[str]) -> list[None]:
 
 
 async def test_sequences_are_dense_and_in_the_order_of_commits(subject: Subject) -> None:
-    """From 1, without gaps in what was committed, within a batch in the order in which things happened."""
+    """From 1, without gaps in what was committed, within a batch in the order in which things
+    happened.
+    """
     for number in range(3):
         await subject.batch(announce, [f"test.{number}", f"test.{number}"])
     rows = await subject.events()
@@ -74,7 +88,9 @@ async def test_a_task_that_changes_wakes_who_waits_for_it(subject: Subject) -> N
 
 
 async def test_an_event_keeps_the_task_as_it_was(subject: Subject) -> None:
-    """A snapshot: what the task becomes later changes nothing in it; no prompt, and no links, which follow the service's address."""
+    """A snapshot: what the task becomes later changes nothing in it; no prompt, and no links, which
+    follow the service's address.
+    """
     task_id = await subject.storing(URL)
     (image,) = await subject.images(task_id)
     await subject.download(image, stored(image))
@@ -82,11 +98,24 @@ async def test_an_event_keeps_the_task_as_it_was(subject: Subject) -> None:
     found = await subject.store.read(queries.task, task_id, None)
     assert found is not None
     assert last["data"] == task_document(found[0])
-    assert (last["data"]["state"], last["data"]["status"], last["data"]["progress"]) == ("completed", "completed", 100)
+    assert (last["data"]["state"], last["data"]["status"], last["data"]["progress"]) == (
+        "completed",
+        "completed",
+        100,
+    )
     assert [image["url"] for image in last["data"]["images"]] == [None]
-    assert (first["data"]["state"], first["data"]["images"], first["data"]["upstream_id"]) == ("submitted", [], upstream_id(task_id))
+    assert (first["data"]["state"], first["data"]["images"], first["data"]["upstream_id"]) == (
+        "submitted",
+        [],
+        upstream_id(task_id),
+    )
     assert "lighthouse" not in f"{first['data']}{last['data']}"
-    assert (last["owner"], last["time"], last["terminal"], first["terminal"]) == ("painter", subject.clock.now, True, None)
+    assert (last["owner"], last["time"], last["terminal"], first["terminal"]) == (
+        "painter",
+        subject.clock.now,
+        True,
+        None,
+    )
 
 
 async def test_a_terminal_event_knows_when_the_task_was_called_back(subject: Subject) -> None:
@@ -105,7 +134,9 @@ async def test_a_task_has_one_terminal_event_by_constraint(subject: Subject) -> 
 
     def again(tx: Transaction, ids: Sequence[str]) -> list[None]:
         tx.step(task_id, "task.settled")
-        tx.emitted.append(Emitted(tx.id("event"), "painter", "image.task.failed", task_id, {}, terminal=True))
+        tx.emitted.append(
+            Emitted(tx.id("event"), "painter", "image.task.failed", task_id, {}, terminal=True)
+        )
         return [None] * len(ids)
 
     before = len(await subject.rows(steps))
@@ -115,15 +146,21 @@ async def test_a_task_has_one_terminal_event_by_constraint(subject: Subject) -> 
     assert len(await subject.rows(steps)) == before
 
 
-async def test_readers_never_see_a_number_before_the_ones_below_it(two: tuple[Subject, Subject], postgres_opener: Opener) -> None:
-    """Six committers in two processes write; a third connection that goes on after the last one seen misses none."""
+async def test_readers_never_see_a_number_before_the_ones_below_it(
+    two: tuple[Subject, Subject], postgres_opener: Opener
+) -> None:
+    """Six committers in two processes write; a third connection that goes on after the last one
+    seen misses none.
+    """
     writers = [two[n % 2].write(announce, f"test.{n}") for n in range(240)]
     async with postgres_opener("reader") as reader:
         writing = asyncio.gather(*writers)
         seen: list[int] = []
         looks = 0
         while not (writing.done() and len(seen) >= 240):
-            rows, after, _ = await reader.read(queries.event_list, None, seen[-1] if seen else 0, 1000)
+            rows, after, _ = await reader.read(
+                queries.event_list, None, seen[-1] if seen else 0, 1000
+            )
             got = [row["sequence"] for row in rows]
             assert got == list(range(len(seen) + 1, len(seen) + 1 + len(got)))
             assert after >= (got[-1] if got else 0)
@@ -135,7 +172,9 @@ async def test_readers_never_see_a_number_before_the_ones_below_it(two: tuple[Su
 
 
 async def test_an_event_is_delivered_to_those_who_asked_for_it(subject: Subject) -> None:
-    """By owner and pattern: one's own tasks' events, all owners' for an endpoint of nobody, operators' events for `admin`."""
+    """By owner and pattern: one's own tasks' events, all owners' for an endpoint of nobody,
+    operators' events for `admin`.
+    """
     ends = {
         name: await subject.endpoint(owner, types)
         for name, (owner, types) in {
@@ -166,12 +205,20 @@ async def test_an_event_is_delivered_to_those_who_asked_for_it(subject: Subject)
         ("submitted", "mine"),
         ("submitted", "mine completed"),
     ]
-    assert {(names[row["endpoint_id"]], row["owner"]) for row in rows} >= {("mine", "painter"), ("all", "admin"), ("operators", "admin")}
-    assert {(row["state"], row["due_at"] is not None, row["attempts"], row["task_id"]) for row in rows} == {("pending", True, 0, task_id)}
+    assert {(names[row["endpoint_id"]], row["owner"]) for row in rows} >= {
+        ("mine", "painter"),
+        ("all", "admin"),
+        ("operators", "admin"),
+    }
+    assert {
+        (row["state"], row["due_at"] is not None, row["attempts"], row["task_id"]) for row in rows
+    } == {("pending", True, 0, task_id)}
 
 
 async def test_a_disabled_endpoint_gets_nothing_and_a_paused_one_later(subject: Subject) -> None:
-    """None are made for the disabled one; for the paused one they are made, to be held when they are tried."""
+    """None are made for the disabled one; for the paused one they are made, to be held when they
+    are tried.
+    """
     disabled, paused = await subject.endpoint(), await subject.endpoint()
     await subject.change(disabled, status="disabled")
     await subject.change(paused, status="paused")
@@ -189,7 +236,11 @@ async def test_a_tasks_own_callback_url_gets_the_terminal_event_alone(subject: S
     parcel = await subject.store.read(queries.parcel, row["id"])
     assert parcel is not None
     assert parcel.event is not None
-    assert (parcel.endpoint, parcel.callback_url, parcel.callback_secret) == (None, "https://c.test/done", b"callback secret")
+    assert (parcel.endpoint, parcel.callback_url, parcel.callback_secret) == (
+        None,
+        "https://c.test/done",
+        b"callback secret",
+    )
     assert parcel.event["type"] == "image.task.completed"
 
 
@@ -210,18 +261,26 @@ async def test_event_state_and_deliveries_are_one_commit(subject: Subject) -> No
     def fails_late(tx: Transaction, items: Sequence[str]) -> list[None]:
         outbox.emit_operators(tx, "test.first", {})
         outbox.flush(tx)
-        tx.connection.execute(insert(events).values(sequence=1, id=new_id("event"), owner="x", type="x", time=0, data={}))
+        tx.connection.execute(
+            insert(events).values(
+                sequence=1, id=new_id("event"), owner="x", type="x", time=0, data={}
+            )
+        )
         return [None] * len(items)
 
     with pytest.raises(IntegrityError):
         await subject.write(fails_late, "x")
     assert (await subject.events(), await subject.rows(deliveries)) == ([], [])
     assert await subject.submission(grant, accepted("task-unified-1")) is State.SUBMITTED
-    assert [(row["sequence"], row["type"]) for row in await subject.events()] == [(1, "image.task.submitted")]
+    assert [(row["sequence"], row["type"]) for row in await subject.events()] == [
+        (1, "image.task.submitted")
+    ]
 
 
 async def test_events_are_listed_after_a_place_by_type_task_and_owner(subject: Subject) -> None:
-    """`next_after` is the last place examined, not the last one that fitted; a full page ends with its last event."""
+    """`next_after` is the last place examined, not the last one that fitted; a full page ends with
+    its last event.
+    """
     one = await subject.submitted()
     two = await subject.submitted(owner="other")
     await subject.cancel(one)
@@ -229,17 +288,29 @@ async def test_events_are_listed_after_a_place_by_type_task_and_owner(subject: S
     await subject.write(announce, "imagextask.odd")
 
     async def listed(*arguments: object, **more: object) -> tuple[list[str], int]:
-        rows, after, _ = await subject.store.read(queries.event_list, *arguments, **more)  # type: ignore[arg-type]  # each case names some
-        return [f"{row['type'].removeprefix('image.task.')}:{row['sequence']}" for row in rows], after
+        # # each case names some
+        rows, after, _ = await subject.store.read(queries.event_list, *arguments, **more)  # type: ignore[arg-type]
+        return [
+            f"{row['type'].removeprefix('image.task.')}:{row['sequence']}" for row in rows
+        ], after
 
-    assert await listed(None, 0, 9) == (["submitted:1", "submitted:2", "cancelled:3", "callback.conflict:4", "imagextask.odd:5"], 5)
+    assert await listed(None, 0, 9) == (
+        ["submitted:1", "submitted:2", "cancelled:3", "callback.conflict:4", "imagextask.odd:5"],
+        5,
+    )
     assert await listed("painter", 0, 9) == (["submitted:1", "cancelled:3"], 5)
     assert await listed("painter", 0, 1) == (["submitted:1"], 1)
     assert await listed("painter", 1, 1) == (["cancelled:3"], 3)
     assert await listed("painter", 3, 9) == ([], 5)
     assert await listed(None, 7, 9) == ([], 7)
-    assert await listed(None, 0, 9, ["image.task.*"]) == (["submitted:1", "submitted:2", "cancelled:3"], 5)
-    assert await listed(None, 0, 9, ["image.task.cancelled", "callback.conflict"]) == (["cancelled:3", "callback.conflict:4"], 5)
+    assert await listed(None, 0, 9, ["image.task.*"]) == (
+        ["submitted:1", "submitted:2", "cancelled:3"],
+        5,
+    )
+    assert await listed(None, 0, 9, ["image.task.cancelled", "callback.conflict"]) == (
+        ["cancelled:3", "callback.conflict:4"],
+        5,
+    )
     assert (await listed(None, 0, 9, ["*"]))[0] == (await listed(None, 0, 9))[0]
     assert await listed(None, 0, 9, (), two) == (["submitted:2"], 5)
     assert await listed("painter", 0, 9, (), two) == ([], 5)

@@ -1,4 +1,6 @@
-"""Whose a task of the upstream's may be: all owners share one account there (contract section 3: one sees what one's own tasks caused)."""
+"""Whose a task of the upstream's may be: all owners share one account there (contract section 3:
+one sees what one's own tasks caused).
+"""
 
 from service.model import State
 from service.store import queries
@@ -19,7 +21,9 @@ async def test_an_id_of_another_owners_task_is_anothers_for_ever(subject: Subjec
         assert await hidden(subject, upstream_id(task_id), created)
         assert not await hidden(subject, upstream_id(task_id), created, OWNER)
         assert not await hidden(subject, UNKNOWN, created)
-    assert not await subject.store.read(queries.may_be_anothers, "elsewhere", upstream_id(task_id), "other", None)
+    assert not await subject.store.read(
+        queries.may_be_anothers, "elsewhere", upstream_id(task_id), "other", None
+    )
 
 
 async def test_an_unknown_id_may_be_that_of_a_task_on_its_way(subject: Subject) -> None:
@@ -27,12 +31,19 @@ async def test_an_unknown_id_may_be_that_of_a_task_on_its_way(subject: Subject) 
     began = subject.clock.now
     await subject.submitting()
     subject.clock.shift(HOUR)
-    for created, may in ((began - 2 * MINUTE, False), (began - SECOND, True), (subject.clock.now, True), (None, True)):
+    for created, may in (
+        (began - 2 * MINUTE, False),
+        (began - SECOND, True),
+        (subject.clock.now, True),
+        (None, True),
+    ):
         assert await hidden(subject, UNKNOWN, created) is may
         assert not await hidden(subject, UNKNOWN, created, OWNER)
 
 
-async def test_a_task_that_ended_without_its_id_hides_what_was_made_in_its_time(subject: Subject) -> None:
+async def test_a_task_that_ended_without_its_id_hides_what_was_made_in_its_time(
+    subject: Subject,
+) -> None:
     """A cancelled one whose answer never came; what was made before or after is somebody else's."""
     began = subject.clock.now
     task_id = await subject.uncertain()
@@ -40,15 +51,25 @@ async def test_a_task_that_ended_without_its_id_hides_what_was_made_in_its_time(
     assert await subject.cancel(task_id) is None
     ended = subject.clock.now
     subject.clock.shift(DAY)
-    for created, may in ((began - HOUR, False), (began, True), (ended, True), (ended + 2 * MINUTE, False)):
+    for created, may in (
+        (began - HOUR, False),
+        (began, True),
+        (ended, True),
+        (ended + 2 * MINUTE, False),
+    ):
         assert await hidden(subject, UNKNOWN, created) is may
 
 
 async def test_a_task_that_was_never_created_upstream_hides_nothing(subject: Subject) -> None:
-    """Neither one that waits for its turn nor one that was refused; one that is sent again might have been created after all."""
+    """Neither one that waits for its turn nor one that was refused; one that is sent again might
+    have been created after all.
+    """
     await subject.queued()
     refused = await subject.submitting()
-    assert await subject.submission(refused, Refused(400, error_of("invalid_parameter"))) is State.FAILED
+    assert (
+        await subject.submission(refused, Refused(400, error_of("invalid_parameter")))
+        is State.FAILED
+    )
     assert not await hidden(subject, UNKNOWN, subject.clock.now)
     again = await subject.submitting()
     assert await subject.submission(again, Again("429", 5 * SECOND, HOUR)) is State.QUEUED

@@ -1,9 +1,22 @@
-"""What is read: lists page by page, a task's timeline, the figures of the gauges (contract sections 3 and 6)."""
+"""What is read: lists page by page, a task's timeline, the figures of the gauges (contract sections
+3 and 6).
+"""
+
+from typing import Any
 
 from service.model import State
 from service.store import queries
 from service.store.tables import QUEUES, deliveries
-from tests.contract.subject import DAY, OWNER, SECOND, Subject, completed, failed, processing, stored
+from tests.contract.subject import (
+    DAY,
+    OWNER,
+    SECOND,
+    Subject,
+    completed,
+    failed,
+    processing,
+    stored,
+)
 
 URL = "https://r.test/0"
 
@@ -31,8 +44,9 @@ async def test_tasks_are_listed_by_owner_state_model_and_metadata(subject: Subje
     two = await subject.submitted(model="other-model", metadata={"order": "8"})
     three = await subject.queued(owner="other", metadata={})
 
-    async def listed(owner: str | None, **more: object) -> list[str]:
-        return [task.id for task in await subject.store.read(queries.task_list, owner, 9, None, **more)]  # type: ignore[arg-type]  # one each
+    async def listed(owner: str | None, **more: Any) -> list[str]:
+        found = await subject.store.read(queries.task_list, owner, 9, None, **more)
+        return [task.id for task in found]
 
     assert await listed(None) == [three, two, one]
     assert await listed(OWNER) == [two, one]
@@ -51,7 +65,9 @@ async def test_a_listed_task_has_its_own_images_in_order(subject: Subject) -> No
         await subject.download(image, stored(image))
     two = await subject.queued()
     listed = {task.id: task for task in await subject.store.read(queries.task_list, OWNER, 9)}
-    assert [image.id for image in listed[one].images] == [row["id"] for row in await subject.images(one)]
+    assert [image.id for image in listed[one].images] == [
+        row["id"] for row in await subject.images(one)
+    ]
     assert [image.index for image in listed[one].images] == [0, 1]
     assert listed[two].images == ()
     found = await subject.store.read(queries.task, one, OWNER)
@@ -69,7 +85,9 @@ async def test_a_task_is_found_by_its_idempotency_key(subject: Subject) -> None:
 
 
 async def test_the_timeline_has_every_step_in_the_order_of_time(subject: Subject) -> None:
-    """From `task.queued` to each `delivery.attempted`, named as the log names them; callbacks with verdict, count and last seen."""
+    """From `task.queued` to each `delivery.attempted`, named as the log names them; callbacks with
+    verdict, count and last seen.
+    """
     endpoint = await subject.endpoint()
     await subject.endpoint("admin", ["*"])
     task_id = await subject.submitted()
@@ -107,8 +125,16 @@ async def test_the_timeline_has_every_step_in_the_order_of_time(subject: Subject
     first = lines[4]
     assert (first["verdict"], first["status"], first["count"]) == ("accepted", "completed", 2)
     assert first["last_seen_at"] > first["time"]
-    assert (lines[1]["source"], lines[8]["state"], lines[9]["type"]) == ("answer", "completed", "image.task.completed")
-    assert (lines[-1]["endpoint_id"], lines[-1]["status"], lines[-1]["duration_ms"]) == (endpoint, 204, 12)
+    assert (lines[1]["source"], lines[8]["state"], lines[9]["type"]) == (
+        "answer",
+        "completed",
+        "image.task.completed",
+    )
+    assert (lines[-1]["endpoint_id"], lines[-1]["status"], lines[-1]["duration_ms"]) == (
+        endpoint,
+        204,
+        12,
+    )
     everything = await subject.store.read(queries.timeline, task_id, None)
     assert len(everything) == len(lines) + 1, "operators see the conflict's delivery too"
 
@@ -162,15 +188,35 @@ async def test_the_figures_count_what_the_store_holds(subject: Subject) -> None:
     await subject.download(image, stored(image))
     waiting = await subject.task(await subject.queued())
     task_id = await subject.submitted()
-    assert await subject.settle(task_id, completed(task_id, URL, credits_used=1_500_000, credits_reserved=2_000_000)) is State.STORING
+    assert (
+        await subject.settle(
+            task_id, completed(task_id, URL, credits_used=1_500_000, credits_reserved=2_000_000)
+        )
+        is State.STORING
+    )
     stored_at = subject.clock.now
     (dead, retried, *_) = [row["id"] for row in await subject.rows(deliveries)]
     await subject.attempt(await subject.claimed("deliver", dead), "dead")
     await subject.attempt(await subject.claimed("deliver", retried), "retry", wait_ms=DAY)
     figures = await subject.store.read(queries.figures)
-    assert {state: count for state, count in figures["tasks"].items() if count} == {"completed": 1, "queued": 1, "storing": 1}
-    assert figures["queue_depth"] == {"submit": 1, "settle": 0, "reconcile": 0, "download": 1, "deliver": 1, "redeliver": 1, "replay": 0}
-    assert (figures["oldest_unsettled"], figures["first_link_dies"]) == (waiting["created_at"], stored_at + DAY)
+    assert {state: count for state, count in figures["tasks"].items() if count} == {
+        "completed": 1,
+        "queued": 1,
+        "storing": 1,
+    }
+    assert figures["queue_depth"] == {
+        "submit": 1,
+        "settle": 0,
+        "reconcile": 0,
+        "download": 1,
+        "deliver": 1,
+        "redeliver": 1,
+        "replay": 0,
+    }
+    assert (figures["oldest_unsettled"], figures["first_link_dies"]) == (
+        waiting["created_at"],
+        stored_at + DAY,
+    )
     (fresh,) = await subject.rows(deliveries, state="pending", attempts=0)
     assert (figures["oldest_due_delivery"], figures["dead_letters"]) == (fresh["due_at"], 1)
     assert (figures["credits_reserved"], figures["credits_used"]) == (2_000_000, 1_500_000)

@@ -8,7 +8,14 @@ import pytest
 
 from service.store import Grant
 from service.store.operations.deliveries import EndpointChange, change_endpoints
-from service.store.operations.replays import Cancelled, Page, Replay, cancel_replays, insert_replays, record_pages
+from service.store.operations.replays import (
+    Cancelled,
+    Page,
+    Replay,
+    cancel_replays,
+    insert_replays,
+    record_pages,
+)
 from service.store.operations.retention import forget_deliveries, forget_events, forget_replays
 from service.store.records import Row
 from service.store.replays import Wanted, replay_extent, replay_page, replay_row
@@ -50,7 +57,9 @@ async def end(subject: Subject, event_id: str, result: str) -> None:
 
 async def started(subject: Subject, endpoint: str, wanted: Wanted = ALL) -> str:
     wanted = replace(wanted, endpoint_id=endpoint)
-    replay = Replay(new_id("replay"), OWNER, wanted, await subject.store.read(replay_extent, wanted))
+    replay = Replay(
+        new_id("replay"), OWNER, wanted, await subject.store.read(replay_extent, wanted)
+    )
     assert await subject.batch(insert_replays, [replay, replay]) == [True, True]
     return replay.id
 
@@ -63,7 +72,9 @@ async def turn(subject: Subject, replay_id: str, limit: int = 2) -> Row:
     assert found is not None
     more = len(found.events) == limit
     position = found.events[-1]["sequence"] if more else found.last
-    assert await subject.write(record_pages, Page(grant, found.events, position, SECOND if more else None))
+    assert await subject.write(
+        record_pages, Page(grant, found.events, position, SECOND if more else None)
+    )
     return await subject.row(replays, replay_id)
 
 
@@ -72,20 +83,34 @@ def ids(rows: Sequence[Row]) -> list[str]:
 
 
 async def test_a_replay_means_what_its_endpoint_subscribes_to(subject: Subject) -> None:
-    """Its owner's events of its types, and of those the types that are asked for; an endpoint of all owners has everybody's."""
+    """Its owner's events of its types, and of those the types that are asked for; an endpoint of
+    all owners has everybody's.
+    """
     endpoint = await subject.endpoint(types=["image.task.failed", "image.task.completed"])
     everybodys = await subject.endpoint(None, types=["*"])
     failed, completed = await event(subject), await event(subject, "image.task.completed")
-    submitted, others = await event(subject, "image.task.submitted"), await event(subject, owner="other")
+    submitted, others = (
+        await event(subject, "image.task.submitted"),
+        await event(subject, owner="other"),
+    )
     assert await meant(subject, ALL, endpoint) == [failed, completed]
     assert await meant(subject, replace(ALL, types=()), endpoint) == [failed, completed]
-    assert await meant(subject, replace(ALL, types=("image.task.completed", "image.task.submitted")), endpoint) == [completed]
+    assert await meant(
+        subject, replace(ALL, types=("image.task.completed", "image.task.submitted")), endpoint
+    ) == [completed]
     assert await meant(subject, replace(ALL, types=("image.task.submitted",)), endpoint) == []
-    assert await meant(subject, replace(ALL, owner=None), everybodys) == [failed, completed, submitted, others]
+    assert await meant(subject, replace(ALL, owner=None), everybodys) == [
+        failed,
+        completed,
+        submitted,
+        others,
+    ]
 
 
 async def test_a_replay_is_from_since_until_before_until(subject: Subject) -> None:
-    """`since` is included, `until` is not; without it all that there is, also of the same millisecond."""
+    """`since` is included, `until` is not; without it all that there is, also of the same
+    millisecond.
+    """
     endpoint = await subject.endpoint()
     made, times = [], []
     for _ in range(3):
@@ -98,7 +123,9 @@ async def test_a_replay_is_from_since_until_before_until(subject: Subject) -> No
 
 
 async def test_dead_is_what_the_endpoint_never_took(subject: Subject) -> None:
-    """Not what it took, nor what is on its way; after a retry by replay that failed too it is dead again."""
+    """Not what it took, nor what is on its way; after a retry by replay that failed too it is dead
+    again.
+    """
     endpoint = await subject.endpoint()
     dead, taken, pending = [await event(subject) for _ in range(3)]
     await end(subject, dead, "dead")
@@ -114,7 +141,9 @@ async def test_dead_is_what_the_endpoint_never_took(subject: Subject) -> None:
 
 
 async def test_what_was_made_while_an_endpoint_was_disabled_it_never_took(subject: Subject) -> None:
-    """No delivery was made, the outbox has the event. What was there before the endpoint was not meant for it."""
+    """No delivery was made, the outbox has the event. What was there before the endpoint was not
+    meant for it.
+    """
     before = await event(subject)
     subject.clock.shift(SECOND)
     endpoint = await subject.endpoint()
@@ -130,22 +159,41 @@ async def test_what_was_made_while_an_endpoint_was_disabled_it_never_took(subjec
 
 
 async def test_a_replay_makes_its_deliveries_page_by_page(subject: Subject) -> None:
-    """In the order of the outbox, due at once as retries are, with the whole schedule; nothing that came after its start."""
+    """In the order of the outbox, due at once as retries are, with the whole schedule; nothing that
+    came after its start.
+    """
     endpoint = await subject.endpoint()
     made = [await event(subject) for _ in range(5)]
     replay = await started(subject, endpoint)
     row = await subject.row(replays, replay)
-    assert (row["state"], row["count"], row["made"], row["until_at"], row["finished_at"]) == ("running", 5, 0, subject.clock.now, None)
+    assert (row["state"], row["count"], row["made"], row["until_at"], row["finished_at"]) == (
+        "running",
+        5,
+        0,
+        subject.clock.now,
+        None,
+    )
     await event(subject)
     for count in (2, 4):
         row = await turn(subject, replay)
-        assert (row["state"], row["made"], row["due_at"]) == ("running", count, subject.clock.now + SECOND)
+        assert (row["state"], row["made"], row["due_at"]) == (
+            "running",
+            count,
+            subject.clock.now + SECOND,
+        )
         assert subject.places.told[-1].due >= {"redeliver"}
     row = await turn(subject, replay)
-    assert (row["state"], row["made"], row["due_at"], row["finished_at"]) == ("done", 5, None, subject.clock.now)
+    assert (row["state"], row["made"], row["due_at"], row["finished_at"]) == (
+        "done",
+        5,
+        None,
+        subject.clock.now,
+    )
     rows = sorted(await subject.rows(deliveries, replay_id=replay), key=lambda each: each["id"])
     assert ids(rows) == made
-    assert {(each["state"], each["owner"], each["endpoint_id"], each["attempts"]) for each in rows} == {("pending", OWNER, endpoint, 0)}
+    assert {
+        (each["state"], each["owner"], each["endpoint_id"], each["attempts"]) for each in rows
+    } == {("pending", OWNER, endpoint, 0)}
     grant = await subject.claimed("redeliver", rows[0]["id"])
     assert grant.attempts == 1
     await subject.attempt(grant, "delivered")
@@ -162,12 +210,24 @@ async def test_replays_to_one_endpoint_come_one_after_the_other(subject: Subject
     one, other = await subject.endpoint(), await subject.endpoint()
     await event(subject)
     first, second, elsewhere = [await started(subject, endpoint) for endpoint in (one, one, other)]
-    waits = [await subject.store.read(replay_page, replay, 9) for replay in (first, second, elsewhere)]
-    assert [found and (found.waits, len(found.events)) for found in waits] == [(False, 1), (True, 0), (False, 1)]
+    waits = [
+        await subject.store.read(replay_page, replay, 9) for replay in (first, second, elsewhere)
+    ]
+    assert [found and (found.waits, len(found.events)) for found in waits] == [
+        (False, 1),
+        (True, 0),
+        (False, 1),
+    ]
     position = (await subject.row(replays, second))["position"]
-    assert await subject.write(record_pages, Page(await subject.claimed("replay", second), (), None, SECOND))
+    assert await subject.write(
+        record_pages, Page(await subject.claimed("replay", second), (), None, SECOND)
+    )
     row = await subject.row(replays, second)
-    assert (row["state"], row["position"], row["due_at"]) == ("running", position, subject.clock.now + SECOND)
+    assert (row["state"], row["position"], row["due_at"]) == (
+        "running",
+        position,
+        subject.clock.now + SECOND,
+    )
     await turn(subject, first)
     found = await subject.store.read(replay_page, second, 9)
     assert found is not None
@@ -176,7 +236,9 @@ async def test_replays_to_one_endpoint_come_one_after_the_other(subject: Subject
 
 @pytest.mark.parametrize("how", ["disabled", "deleted"])
 async def test_a_replay_ends_with_its_endpoint(subject: Subject, how: str) -> None:
-    """Disabled or deleted in the middle: cancelled, whether the page was read before or after, and nothing more is made."""
+    """Disabled or deleted in the middle: cancelled, whether the page was read before or after, and
+    nothing more is made.
+    """
     endpoint = await subject.endpoint()
     for _ in range(3):
         await event(subject)
@@ -184,20 +246,35 @@ async def test_a_replay_ends_with_its_endpoint(subject: Subject, how: str) -> No
     grant = await subject.claimed("replay", early)
     page = await subject.store.read(replay_page, early, 2)
     assert page is not None
-    change = EndpointChange(endpoint, None, delete=how == "deleted", status=None if how == "deleted" else "disabled")
+    change = EndpointChange(
+        endpoint, None, delete=how == "deleted", status=None if how == "deleted" else "disabled"
+    )
     assert await subject.write(change_endpoints, change)
     before = len(await subject.rows(deliveries))
-    assert not await subject.write(record_pages, Page(grant, page.events, page.events[-1]["sequence"], SECOND))
-    assert not await subject.write(record_pages, Page(await subject.claimed("replay", late), (), None, None))
+    assert not await subject.write(
+        record_pages, Page(grant, page.events, page.events[-1]["sequence"], SECOND)
+    )
+    assert not await subject.write(
+        record_pages, Page(await subject.claimed("replay", late), (), None, None)
+    )
     assert [row["state"] for row in await subject.rows(replays)] == ["cancelled", "cancelled"]
     assert [row["due_at"] for row in await subject.rows(replays)] == [None, None]
     assert len(await subject.rows(deliveries)) == before
-    replay = Replay(new_id("replay"), OWNER, replace(ALL, endpoint_id=endpoint), await subject.store.read(replay_extent, ALL))
+    replay = Replay(
+        new_id("replay"),
+        OWNER,
+        replace(ALL, endpoint_id=endpoint),
+        await subject.store.read(replay_extent, ALL),
+    )
     assert not await subject.write(insert_replays, replay)
 
 
-async def test_a_cancelled_replay_makes_nothing_more_and_what_is_pending_is_dead(subject: Subject) -> None:
-    """By its owner or an admin; what was delivered stays so. Cancelled again, or after its end, it is no other."""
+async def test_a_cancelled_replay_makes_nothing_more_and_what_is_pending_is_dead(
+    subject: Subject,
+) -> None:
+    """By its owner or an admin; what was delivered stays so. Cancelled again, or after its end, it
+    is no other.
+    """
     endpoint = await subject.endpoint()
     for _ in range(4):
         await event(subject)
@@ -216,15 +293,24 @@ async def test_a_cancelled_replay_makes_nothing_more_and_what_is_pending_is_dead
         assert await subject.write(cancel_replays, Cancelled(replay, OWNER))
     assert not await subject.write(record_pages, Page(grant, found.events, found.last, None))
     row = await subject.row(replays, replay)
-    assert (row["state"], row["made"], row["due_at"], row["finished_at"]) == ("cancelled", 2, None, subject.clock.now)
-    states = [(each["state"], each["due_at"]) for each in await subject.rows(deliveries, replay_id=replay)]
+    assert (row["state"], row["made"], row["due_at"], row["finished_at"]) == (
+        "cancelled",
+        2,
+        None,
+        subject.clock.now,
+    )
+    states = [
+        (each["state"], each["due_at"]) for each in await subject.rows(deliveries, replay_id=replay)
+    ]
     assert states == [("delivered", None), ("dead", None)]
     await subject.attempt(under_way, "retry", wait_ms=SECOND)
     assert (await subject.row(deliveries, waiting["id"]))["due_at"] is None
     assert await subject.claim("replay") == []
 
 
-async def test_cancelling_while_a_page_is_recorded_leaves_nothing_pending(two: tuple[Subject, Subject]) -> None:
+async def test_cancelling_while_a_page_is_recorded_leaves_nothing_pending(
+    two: tuple[Subject, Subject],
+) -> None:
     """From two processes, in any order: either the page was not made, or it is dead."""
     for _ in range(10):
         endpoint = await two[0].endpoint()
@@ -234,13 +320,17 @@ async def test_cancelling_while_a_page_is_recorded_leaves_nothing_pending(two: t
         found = await two[0].store.read(replay_page, replay, 9)
         assert found is not None
         page = Page(grant, found.events, found.last, None)
-        await asyncio.gather(two[0].write(record_pages, page), two[1].write(cancel_replays, Cancelled(replay, None)))
+        await asyncio.gather(
+            two[0].write(record_pages, page), two[1].write(cancel_replays, Cancelled(replay, None))
+        )
         assert {row["state"] for row in await two[0].rows(deliveries, replay_id=replay)} <= {"dead"}
         await two[0].change(endpoint, status="disabled")
 
 
 async def test_a_page_counts_under_its_lease_alone(subject: Subject) -> None:
-    """Whoever was too slow makes nothing twice; a page that is recorded again after a lost answer neither."""
+    """Whoever was too slow makes nothing twice; a page that is recorded again after a lost answer
+    neither.
+    """
     endpoint = await subject.endpoint()
     await event(subject)
     replay = await started(subject, endpoint)
@@ -252,12 +342,16 @@ async def test_a_page_counts_under_its_lease_alone(subject: Subject) -> None:
     assert not await subject.write(record_pages, Page(late, found.events, found.last, None))
     page = Page(grant, found.events, found.last, None)
     assert [await subject.write(record_pages, page) for _ in range(2)] == [True, False]
-    assert not await subject.write(record_pages, Page(Grant("replay", "rpl_gone", 1, 1), (), None, None))
+    assert not await subject.write(
+        record_pages, Page(Grant("replay", "rpl_gone", 1, 1), (), None, None)
+    )
     assert len(await subject.rows(deliveries, replay_id=replay)) == 1
 
 
 async def test_what_retention_took_is_not_replayed(subject: Subject) -> None:
-    """Also between a page's reading and its recording: no delivery is made of an event that is gone."""
+    """Also between a page's reading and its recording: no delivery is made of an event that is
+    gone.
+    """
     endpoint = await subject.endpoint()
     gone, kept = await event(subject), await event(subject)
     for each in (gone, kept):
@@ -266,7 +360,9 @@ async def test_what_retention_took_is_not_replayed(subject: Subject) -> None:
     grant = await subject.claimed("replay", replay)
     found = await subject.store.read(replay_page, replay, 9)
     assert found is not None
-    await subject.write(forget_deliveries, [row["id"] for row in await subject.rows(deliveries, event_id=gone)])
+    await subject.write(
+        forget_deliveries, [row["id"] for row in await subject.rows(deliveries, event_id=gone)]
+    )
     await subject.write(forget_events, [gone])
     assert len(await subject.rows(events)) == 1
     assert await subject.write(record_pages, Page(grant, found.events, found.last, None))

@@ -1,4 +1,6 @@
-"""A store put back from a backup: nothing is sent, numbered or paid a second time because of it (design decision 9)."""
+"""A store put back from a backup: nothing is sent, numbered or paid a second time because of it
+(design decision 9).
+"""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +14,13 @@ from service.model import State
 from service.pipeline.submission import Submitter
 from service.store import Transaction
 from service.store.operations.interventions import Resolution, resolve_tasks
-from service.store.operations.restoring import PAGE, SEQUENCES, Restoration, Restored, restore_stores
+from service.store.operations.restoring import (
+    PAGE,
+    SEQUENCES,
+    Restoration,
+    Restored,
+    restore_stores,
+)
 from service.store.operations.submissions import Undecided
 from service.store.operations.tasks import insert_tasks
 from service.store.tables import counters, steps
@@ -30,19 +38,31 @@ async def restored(subject: Subject, *, moved: bool = False) -> Restored:
 
 
 async def unproved(subject: Subject) -> list[str]:
-    """A task in each state in which nothing proves what became of its submission; the last is to be sent again by hand."""
-    queued, sent, doubted = await subject.queued(), (await subject.submitting()).key, await subject.uncertain()
+    """A task in each state in which nothing proves what became of its submission; the last is to be
+    sent again by hand.
+    """
+    queued, sent, doubted = (
+        await subject.queued(),
+        (await subject.submitting()).key,
+        await subject.uncertain(),
+    )
     again = await subject.uncertain()
     assert await subject.write(resolve_tasks, Resolution(again, resubmit=True)) is None
     return [queued, sent, doubted, again]
 
 
 async def test_what_may_have_been_submitted_since_is_uncertain(subject: Subject) -> None:
-    """Also what was queued: it is not due before the time is up, and old enough by then that no setting sends it again."""
+    """Also what was queued: it is not due before the time is up, and old enough by then that no
+    setting sends it again.
+    """
     ids = await unproved(subject)
     assert (await restored(subject)).uncertain == 4
     for row in [await subject.task(task_id) for task_id in ids]:
-        assert (row["state"], row["resubmit"], row["submit_lease_until"]) == ("uncertain", False, None)
+        assert (row["state"], row["resubmit"], row["submit_lease_until"]) == (
+            "uncertain",
+            False,
+            None,
+        )
         assert row["submit_due_at"] - row["created_at"] >= HOUR
         assert row["submit_outcomes"] >= 2
         assert row["doubted_at"] is not None
@@ -54,13 +74,19 @@ async def test_what_may_have_been_submitted_since_is_uncertain(subject: Subject)
 
 
 async def test_an_uncertain_task_of_a_backup_is_not_sent_again_by_itself(subject: Subject) -> None:
-    """The worker's own rule, with DARKROOM_UNCERTAIN=resubmit: it decides, and the task fails as `submission_uncertain`."""
+    """The worker's own rule, with DARKROOM_UNCERTAIN=resubmit: it decides, and the task fails as
+    `submission_uncertain`.
+    """
     task_id = await subject.queued()
     await restored(subject)
     subject.clock.shift(HOUR)
     row = await subject.task(task_id)
-    resources: Any = SimpleNamespace(store=SimpleNamespace(clock=lambda: subject.clock.now))  # all that the rule asks of a submitter
-    submitter = Submitter(resources, cast(Any, None), cast(Any, None), (1.0,), 60.0, 3600.0, "resubmit", 900.0)
+    resources: Any = SimpleNamespace(
+        store=SimpleNamespace(clock=lambda: subject.clock.now)
+    )  # all that the rule asks of a submitter
+    submitter = Submitter(
+        resources, cast(Any, None), cast(Any, None), (1.0,), 60.0, 3600.0, "resubmit", 900.0
+    )
     assert not submitter._resubmits(row)
     grant = await subject.claimed("submit", task_id)
     assert await subject.submission(grant, Undecided()) is State.FAILED
@@ -76,7 +102,11 @@ async def test_a_callback_or_a_late_answer_still_proves_a_restored_task(subject:
 
 async def test_what_the_upstream_is_known_to_have_goes_on(subject: Subject) -> None:
     """Submitted, storing and ended tasks are left as they are."""
-    submitted, storing, completed = await subject.submitted(), await subject.storing("https://r.test/0"), await subject.completed()
+    submitted, storing, completed = (
+        await subject.submitted(),
+        await subject.storing("https://r.test/0"),
+        await subject.completed(),
+    )
     before = [await subject.task(task_id) for task_id in (submitted, storing, completed)]
     assert (await restored(subject)).uncertain == 0
     assert [await subject.task(row["id"]) for row in before] == before
@@ -91,7 +121,9 @@ async def test_a_store_that_moved_submits_what_waits(subject: Subject) -> None:
 
 
 async def test_sequences_go_on_far_above(subject: Subject) -> None:
-    """Also when the same backup is restored a second time, after the first restoration told events of its own."""
+    """Also when the same backup is restored a second time, after the first restoration told events
+    of its own.
+    """
     await subject.submitted()
     (last,) = [row["value"] for row in await subject.rows(counters, name="events")]
     made = restoration(subject)
@@ -126,9 +158,16 @@ async def test_the_statements_for_postgresql_do_the_same(two: tuple[Subject, Sub
         return [None]
 
     await subject.write(run, block)
-    assert [row["value"] for row in await subject.rows(counters, name="events")] == [last + SEQUENCES]
+    assert [row["value"] for row in await subject.rows(counters, name="events")] == [
+        last + SEQUENCES
+    ]
     for row in [await subject.task(task_id) for task_id in ids]:
-        assert (row["state"], row["resubmit"], row["submit_lease_until"], row["submit_lease_owner"]) == ("uncertain", False, None, None)
+        assert (
+            row["state"],
+            row["resubmit"],
+            row["submit_lease_until"],
+            row["submit_lease_owner"],
+        ) == ("uncertain", False, None, None)
         assert row["submit_outcomes"] >= 2
         assert row["submit_due_at"] >= row["created_at"] + HOUR
         assert row["doubted_at"] is not None

@@ -1,4 +1,6 @@
-"""What goes and what stays: a task erased by its owner, and everything whose days are over (contract sections 2 and 3)."""
+"""What goes and what stays: a task erased by its owner, and everything whose days are over
+(contract sections 2 and 3).
+"""
 
 import json
 from collections.abc import Sequence
@@ -31,7 +33,17 @@ from service.store.operations.retention import (
 from service.store.operations.tasks import Cancellation, cancel_tasks
 from service.store.postgres import open_postgres
 from service.store.tables import attempts, callbacks, deliveries, events, metadata, steps
-from tests.contract.subject import DAY, OWNER, Opener, Subject, completed, failed, new_id, stored, upstream_id
+from tests.contract.subject import (
+    DAY,
+    OWNER,
+    Opener,
+    Subject,
+    completed,
+    failed,
+    new_id,
+    stored,
+    upstream_id,
+)
 
 URL = "https://r.test/0"
 MIB = 1 << 20
@@ -46,12 +58,16 @@ PRIVATE: dict[str, Any] = {
 
 
 async def erase(subject: Subject, task_id: str, owner: str | None = OWNER) -> Erased:
-    return await subject.write(erase_tasks, Erasure(task_id, owner, await subject.store.read(erased_part, task_id, LIMIT)))
+    return await subject.write(
+        erase_tasks, Erasure(task_id, owner, await subject.store.read(erased_part, task_id, LIMIT))
+    )
 
 
 async def everything(subject: Subject) -> str:
     """Every value of every row, as text."""
-    return "\n".join([str(dict(row)) for table in metadata.sorted_tables for row in await subject.rows(table)])
+    return "\n".join(
+        [str(dict(row)) for table in metadata.sorted_tables for row in await subject.rows(table)]
+    )
 
 
 async def outbox(subject: Subject, before: int) -> tuple[int, int]:
@@ -105,13 +121,19 @@ async def test_a_task_that_ends_in_the_same_transaction_is_not_erased(subject: S
 async def test_anothers_task_is_missing(subject: Subject) -> None:
     """As one that nobody has; an admin erases anybody's."""
     task_id = await subject.completed(**PRIVATE)
-    assert await erase(subject, task_id, "other") == await erase(subject, "task_unknown") == Erased("missing")
+    assert (
+        await erase(subject, task_id, "other")
+        == await erase(subject, "task_unknown")
+        == Erased("missing")
+    )
     assert (await subject.task(task_id))["prompt"] == SECRET
     assert (await erase(subject, task_id, None)).refused is None
 
 
 async def test_nothing_of_the_content_stays(subject: Subject) -> None:
-    """Wherever it was kept: task, events, callbacks, pictures, timeline, what subscribers answered."""
+    """Wherever it was kept: task, events, callbacks, pictures, timeline, what subscribers
+    answered.
+    """
     await subject.key(OWNER)
     endpoint = await subject.endpoint()
     task_id = await subject.submitted(**PRIVATE)
@@ -124,7 +146,10 @@ async def test_nothing_of_the_content_stays(subject: Subject) -> None:
     (told,) = await subject.rows(events, task_id=task_id, terminal=True)
     (sent,) = await subject.rows(deliveries, event_id=told["id"], endpoint_id=endpoint)
     answered = Attempt(new_id("attempt"), 200, 12, None, SECRET.encode())
-    await subject.write(record_attempts, Outcome(await subject.claimed("deliver", sent["id"]), "delivered", answered))
+    await subject.write(
+        record_attempts,
+        Outcome(await subject.claimed("deliver", sent["id"]), "delivered", answered),
+    )
     assert (await everything(subject)).count(SECRET) >= 7
     assert await erase(subject, task_id) == Erased(None, (image["blob"],))
     left = await everything(subject)
@@ -134,10 +159,15 @@ async def test_nothing_of_the_content_stays(subject: Subject) -> None:
 
 
 async def test_a_line_with_its_figures_stays(subject: Subject) -> None:
-    """Ids, owner, times, model, state, credits, and the code of an error; its message may quote the prompt."""
+    """Ids, owner, times, model, state, credits, and the code of an error; its message may quote the
+    prompt.
+    """
     task_id = await subject.submitted(**PRIVATE, idempotency_key="k", idempotency_hash="h")
     report = failed(task_id)
-    await subject.settle(task_id, model.Report(report.upstream_id, report.status, (), report.error, credits_used=3_000_000))
+    await subject.settle(
+        task_id,
+        model.Report(report.upstream_id, report.status, (), report.error, credits_used=3_000_000),
+    )
     before = await subject.task(task_id)
     subject.clock.shift(DAY)
     await erase(subject, task_id)
@@ -168,13 +198,20 @@ async def test_erasing_again_changes_nothing(subject: Subject) -> None:
 
 
 async def test_an_erased_image_is_known_as_such(subject: Subject) -> None:
-    """Its row stays, with figures, so that its link can say so; the task lists it no more, and its blob is nobody's."""
+    """Its row stays, with figures, so that its link can say so; the task lists it no more, and its
+    blob is nobody's.
+    """
     task_id = await subject.completed(URL)
     (image,) = await subject.images(task_id)
     await erase(subject, task_id)
     row = await subject.store.read(queries.image_row, image["id"])
     assert row is not None
-    assert (row["state"], row["blob"], row["bytes"], row["source_url"]) == ("erased", None, image["bytes"], "")
+    assert (row["state"], row["blob"], row["bytes"], row["source_url"]) == (
+        "erased",
+        None,
+        image["bytes"],
+        "",
+    )
     found = await subject.store.read(queries.task, task_id, OWNER)
     assert found is not None
     assert found[0].images == ()
@@ -182,7 +219,9 @@ async def test_an_erased_image_is_known_as_such(subject: Subject) -> None:
 
 
 async def test_the_events_of_an_erased_task_stay_in_their_places(subject: Subject) -> None:
-    """Whoever reads them later gets the shape of always: id, state and figures, and nothing of the content."""
+    """Whoever reads them later gets the shape of always: id, state and figures, and nothing of the
+    content.
+    """
     task_id = await subject.completed(**PRIVATE)
     before = await subject.events(task_id)
     await erase(subject, task_id)
@@ -194,7 +233,9 @@ async def test_the_events_of_an_erased_task_stay_in_their_places(subject: Subjec
 
 
 async def test_pending_deliveries_go_out_without_content(subject: Subject) -> None:
-    """To endpoints; the one to the task's own callback_url is dead, as the address is erased too."""
+    """To endpoints; the one to the task's own callback_url is dead, as the address is erased
+    too.
+    """
     await subject.key(OWNER)
     await subject.endpoint()
     task_id = await subject.completed(**PRIVATE)
@@ -228,7 +269,9 @@ async def test_callbacks_of_an_erased_task_are_counted_without_bodies(subject: S
     await subject.callback(task_id, completed(task_id, URL), b"first")
     await subject.settle(task_id, failed(task_id))
     await erase(subject, task_id)
-    assert (await subject.callback(task_id, completed(task_id, URL), b"first")).verdict == "conflict"
+    assert (
+        await subject.callback(task_id, completed(task_id, URL), b"first")
+    ).verdict == "conflict"
     assert (await subject.callback(task_id, failed(task_id), b"third")).verdict == "duplicate"
     rows = await subject.rows(callbacks, task_id=task_id)
     assert sorted((row["count"], row["body"]) for row in rows) == [(1, b""), (2, b"")]
@@ -245,12 +288,18 @@ async def test_late_proof_of_an_erased_task_is_worth_its_credits_alone(subject: 
     assert await subject.images(task_id) == []
     await subject.settle(task_id, completed(task_id, URL, credits_used=2_000_000))
     task = await subject.task(task_id)
-    assert (task["state"], task["credits_used"], task["settle_due_at"]) == ("expired", 2_000_000, None)
+    assert (task["state"], task["credits_used"], task["settle_due_at"]) == (
+        "expired",
+        2_000_000,
+        None,
+    )
     assert await subject.images(task_id) == []
     assert await subject.types(task_id) == before
 
 
-async def test_a_download_under_way_while_its_task_is_erased_counts_nothing(subject: Subject) -> None:
+async def test_a_download_under_way_while_its_task_is_erased_counts_nothing(
+    subject: Subject,
+) -> None:
     """Of a late result; what it has put is nobody's."""
     task_id = await subject.submitted()
     subject.clock.shift(DAY)
@@ -269,7 +318,9 @@ async def test_a_download_under_way_while_its_task_is_erased_counts_nothing(subj
 
 
 async def test_old_tasks_lose_their_content_and_keep_their_pictures(subject: Subject) -> None:
-    """Prompt, body, metadata, callbacks and timeline go; figures, images and whatever is younger stay."""
+    """Prompt, body, metadata, callbacks and timeline go; figures, images and whatever is younger
+    stay.
+    """
     old = await subject.submitted(**PRIVATE)
     await subject.callback(old, completed(old, URL))
     await subject.settle(old, completed(old, URL))
@@ -283,8 +334,18 @@ async def test_old_tasks_lose_their_content_and_keep_their_pictures(subject: Sub
     assert await olds(subject, before) == [old]
     assert await subject.write(strip_tasks, [old]) == 1
     task = await subject.task(old)
-    assert (task["prompt"], task["request"], task["metadata"], task["body"], task["callback_url"]) == (None, {}, {}, b"", None)
-    assert (task["state"], task["upstream_id"], task["erased_at"]) == ("completed", upstream_id(old), subject.clock.now)
+    assert (
+        task["prompt"],
+        task["request"],
+        task["metadata"],
+        task["body"],
+        task["callback_url"],
+    ) == (None, {}, {}, b"", None)
+    assert (task["state"], task["upstream_id"], task["erased_at"]) == (
+        "completed",
+        upstream_id(old),
+        subject.clock.now,
+    )
     assert (await subject.rows(callbacks), await subject.rows(steps, task_id=old)) == ([], [])
     assert [row["state"] for row in await subject.images(old)] == ["stored"]
     assert (await subject.task(young))["metadata"] == {"a": "b"}
@@ -295,7 +356,9 @@ async def test_old_tasks_lose_their_content_and_keep_their_pictures(subject: Sub
 
 
 async def test_a_task_that_goes_on_keeps_its_content_however_old(subject: Subject) -> None:
-    """Not ended; ended but asked about still; its own callback to be sent; a late picture to be fetched."""
+    """Not ended; ended but asked about still; its own callback to be sent; a late picture to be
+    fetched.
+    """
     await subject.key(OWNER)
     await subject.queued()
     await subject.storing(URL)
@@ -308,7 +371,9 @@ async def test_a_task_that_goes_on_keeps_its_content_however_old(subject: Subjec
     await subject.callback(late, completed(late, URL))
     await subject.settle(late, completed(late, URL))
     assert await olds(subject, subject.clock.now + DAY) == []
-    assert await subject.write(strip_tasks, [cancelled]) == 0, "asked about: looked at again in the transaction"
+    assert await subject.write(strip_tasks, [cancelled]) == 0, (
+        "asked about: looked at again in the transaction"
+    )
     await subject.settle(cancelled, failed(cancelled))
     assert await olds(subject, subject.clock.now + DAY) == [cancelled]
 
@@ -322,7 +387,9 @@ async def test_old_tasks_come_the_oldest_first(subject: Subject) -> None:
     assert await olds(subject, subject.clock.now, 2) == made[:2]
 
 
-async def test_what_is_old_is_so_by_the_databases_clock(migrated_database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_old_is_so_by_the_databases_clock(
+    migrated_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A machine whose own clock was set forward by 30 days removes nothing for that."""
     monkeypatch.setattr("service.store.postgres.wall_clock", lambda: wall_clock() + 30 * DAY)
     async with open_postgres(migrated_database, process="ahead", new_id=new_id) as store:
@@ -339,7 +406,9 @@ async def test_a_page_of_the_outbox_has_so_many_characters(subject: Subject) -> 
     subject.clock.shift(DAY)
     sizes = []
     last = 0
-    while (page := await subject.store.read(old_events, last, subject.clock.now, 99, 1900)) is not None:
+    while (
+        page := await subject.store.read(old_events, last, subject.clock.now, 99, 1900)
+    ) is not None:
         sizes.append(len(page.events))
         last = page.last
     assert (sum(sizes), sizes[1]) == (5, 1)
@@ -351,7 +420,9 @@ async def test_old_events_go_with_their_deliveries_and_attempts(subject: Subject
     endpoint = await subject.endpoint()
     old = await subject.completed()
     for grant in await subject.claim("deliver", 9):
-        await subject.attempt(grant, "delivered" if grant.key == (await subject.rows(deliveries))[0]["id"] else "gone")
+        await subject.attempt(
+            grant, "delivered" if grant.key == (await subject.rows(deliveries))[0]["id"] else "gone"
+        )
     await subject.change(endpoint, status="paused")
     before = max(row["time"] for row in await subject.events())
     subject.clock.shift(1)
@@ -365,7 +436,9 @@ async def test_old_events_go_with_their_deliveries_and_attempts(subject: Subject
 
 
 async def test_an_event_whose_delivery_is_pending_stays(subject: Subject) -> None:
-    """With all its deliveries, however old, also while its endpoint is paused; other events go, and readers are told."""
+    """With all its deliveries, however old, also while its endpoint is paused; other events go, and
+    readers are told.
+    """
     endpoint = await subject.endpoint(types=["image.task.completed"])
     other = await subject.endpoint(types=["image.task.completed"])
     await subject.change(endpoint, status="paused")
@@ -416,9 +489,13 @@ async def test_what_is_taken_up_again_before_it_goes_stays(subject: Subject) -> 
 
 
 async def test_a_reader_is_told_what_is_no_longer_kept_and_gets_past_it(subject: Subject) -> None:
-    """The last place that was emptied never goes back; `next_after` is never before it, also when nothing is left."""
+    """The last place that was emptied never goes back; `next_after` is never before it, also when
+    nothing is left.
+    """
     await subject.completed()
-    assert await subject.store.read(old_events, 0, subject.clock.now, 1, MIB) == OldEvents([(await subject.events())[0]["id"]], 1)
+    assert await subject.store.read(old_events, 0, subject.clock.now, 1, MIB) == OldEvents(
+        [(await subject.events())[0]["id"]], 1
+    )
     await outbox(subject, subject.clock.now)
     assert await subject.store.read(queries.event_list, None, 0, 9) == ([], 2, 2)
     assert await subject.write(forget_events, []) == 0
@@ -444,7 +521,9 @@ async def test_old_images_are_erased_and_their_blobs_named_once(subject: Subject
     assert await subject.write(forget_images, old) == []
     assert {row["state"] for row in await subject.images(one)} == {"erased"}
     assert (await subject.task(one))["erased_at"] is None
-    assert len(await subject.store.read(old_images, subject.clock.now, 9)) == 1, "the task that goes on keeps its own"
+    assert len(await subject.store.read(old_images, subject.clock.now, 9)) == 1, (
+        "the task that goes on keeps its own"
+    )
 
 
 async def test_what_is_old_is_found_by_an_index(sqlite_opener: Opener) -> None:
@@ -454,8 +533,14 @@ async def test_what_is_old_is_found_by_an_index(sqlite_opener: Opener) -> None:
         def plans(connection: Connection) -> list[str]:
             found = []
             for text in (
-                "SELECT id FROM tasks WHERE terminal_at <= 5 AND erased_at IS NULL AND settle_due_at IS NULL ORDER BY terminal_at LIMIT 9",
-                "SELECT id FROM images WHERE blob IS NOT NULL AND stored_at <= 5 ORDER BY stored_at LIMIT 9",
+                (
+                    "SELECT id FROM tasks WHERE terminal_at <= 5 AND erased_at IS NULL AND"
+                    " settle_due_at IS NULL ORDER BY terminal_at LIMIT 9"
+                ),
+                (
+                    "SELECT id FROM images WHERE blob IS NOT NULL AND stored_at <= 5 ORDER BY"
+                    " stored_at LIMIT 9"
+                ),
             ):
                 (row,) = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}")
                 found.append(row.detail)

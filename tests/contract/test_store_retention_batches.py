@@ -1,4 +1,6 @@
-"""No transaction takes more than its share of what goes, and one that never came is made up for (contract, limits of the writer)."""
+"""No transaction takes more than its share of what goes, and one that never came is made up for
+(contract, limits of the writer).
+"""
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +17,15 @@ from service.pipeline.retention import Retention, erase
 from service.resources import Resources
 from service.store import Item, Result, Store, Transaction
 from service.store.operations import portions
-from service.store.operations.portions import BARE, LIMIT, Limit, Part, Weight, erased_part, stripped_part
+from service.store.operations.portions import (
+    BARE,
+    LIMIT,
+    Limit,
+    Part,
+    Weight,
+    erased_part,
+    stripped_part,
+)
 from service.store.operations.retention import (
     Erased,
     Erasure,
@@ -27,7 +37,16 @@ from service.store.operations.retention import (
     thin_deliveries,
     thin_tasks,
 )
-from service.store.tables import attempts, callbacks, deliveries, events, images, replays, steps, tasks
+from service.store.tables import (
+    attempts,
+    callbacks,
+    deliveries,
+    events,
+    images,
+    replays,
+    steps,
+    tasks,
+)
 from tests.contract.subject import DAY, OWNER, Opener, Subject, failed, new_id
 
 SMALL = Limit(7, 2000)
@@ -65,15 +84,21 @@ class Weighed:
     taken: list[Weight] = field(default_factory=list)
     between: Callable[[], Awaitable[object]] | None = None
 
-    async def write(self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item) -> Result:
+    async def write(
+        self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item
+    ) -> Result:
         if len(self.taken) == self.last:
             raise StoreUnavailable("the process is dead")
         before = await self.store.read(held)
         result = await self.store.write(operation, item)
         after = await self.store.read(held)
         gone = {name: count - after[name] for name, count in before.items()}
-        emptied = sum(max(gone[table.name], gone.get(f"{table.name} filled", 0)) for table in COUNTED)
-        self.taken.append(Weight(emptied, sum(count for name, count in gone.items() if name.endswith("bytes"))))
+        emptied = sum(
+            max(gone[table.name], gone.get(f"{table.name} filled", 0)) for table in COUNTED
+        )
+        self.taken.append(
+            Weight(emptied, sum(count for name, count in gone.items() if name.endswith("bytes")))
+        )
         if self.between:
             await self.between()
         return result
@@ -89,7 +114,9 @@ class Weighed:
         return Retention(self.resources, 30, None, lambda: now)
 
     def most(self) -> Weight:
-        return Weight(max(weight.rows for weight in self.taken), max(weight.bytes for weight in self.taken))
+        return Weight(
+            max(weight.rows for weight in self.taken), max(weight.bytes for weight in self.taken)
+        )
 
 
 class Blobs:
@@ -106,20 +133,37 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gather(tx: Transaction, items: Sequence[tuple[str, str, int]]) -> list[None]:
-    """Attempts, with what subscribers answered, and lines of the timeline: so many for a task's event."""
+    """Attempts, with what subscribers answered, and lines of the timeline: so many for a task's
+    event.
+    """
     for task_id, event_id, count in items:
         for _ in range(count):
-            delivery = {"id": new_id("delivery"), "owner": OWNER, "event_id": event_id, "task_id": task_id, "endpoint_id": "ep_gone"}
+            delivery = {
+                "id": new_id("delivery"),
+                "owner": OWNER,
+                "event_id": event_id,
+                "task_id": task_id,
+                "endpoint_id": "ep_gone",
+            }
             done = {"state": "delivered", "created_at": tx.now, "finished_at": tx.now}
             tx.connection.execute(insert(deliveries), [{**delivery, **done}])
-            tried = {"delivery_id": delivery["id"], "time": tx.now, "duration_ms": 3, "answer": b"a" * 90}
-            tx.connection.execute(insert(attempts), [{"id": new_id("attempt"), **tried} for _ in range(count)])
+            tried = {
+                "delivery_id": delivery["id"],
+                "time": tx.now,
+                "duration_ms": 3,
+                "answer": b"a" * 90,
+            }
+            tx.connection.execute(
+                insert(attempts), [{"id": new_id("attempt"), **tried} for _ in range(count)]
+            )
             tx.step(task_id, "image.stored", note="x" * 50)
     return [None] * len(items)
 
 
 async def laden(subject: Subject, count: int = 10, **different: Any) -> str:
-    """A task with as many callbacks as there may be, events with all that was asked for, and tenfold attempts at each delivery."""
+    """A task with as many callbacks as there may be, events with all that was asked for, and
+    tenfold attempts at each delivery.
+    """
     asked = {"note": "x" * 900}
     task_id = await subject.submitted(request=asked, body=b"b" * 900, **different)
     for number in range(20):
@@ -135,7 +179,9 @@ async def left(subject: Subject) -> dict[str, int]:
 
 
 def check(weighed: Weighed, at_least: int) -> None:
-    """So many transactions, none of them over the limit; a row with more than that alone is a task's or an event's."""
+    """So many transactions, none of them over the limit; a row with more than that alone is a
+    task's or an event's.
+    """
     most, alone = weighed.most(), 3000
     assert len([weight for weight in weighed.taken if weight.rows]) >= at_least
     assert most.rows <= SMALL.rows
@@ -158,7 +204,9 @@ def test_weights_fit_until_either_is_too_much() -> None:
 
 
 def test_a_transactions_share_is_far_below_what_may_be_waited_for() -> None:
-    """A callback's body fits; what is written while half a MiB is overwritten takes a tenth of 50 ms."""
+    """A callback's body fits; what is written while half a MiB is overwritten takes a tenth of 50
+    ms.
+    """
     assert 256 << 10 < LIMIT.bytes <= 1 << 19
     assert LIMIT.rows <= 100
     assert LIMIT.bytes // LIMIT.rows > BARE
@@ -172,9 +220,16 @@ async def test_one_task_with_very_much_goes_in_several_transactions(subject: Sub
     task_id = await laden(subject)
     subject.clock.shift(31 * DAY)
     weighed = Weighed(subject.store)
-    assert await weighed.job(subject.clock.now).apply() == {"events": 2, "deliveries": 20, "tasks": 1, "images": 0}
+    assert await weighed.job(subject.clock.now).apply() == {
+        "events": 2,
+        "deliveries": 20,
+        "tasks": 1,
+        "images": 0,
+    }
     check(weighed, 200 // SMALL.rows)
-    assert {name: count for name, count in (await left(subject)).items() if count} == {"tasks: bytes": len("{}")}
+    assert {name: count for name, count in (await left(subject)).items() if count} == {
+        "tasks: bytes": len("{}")
+    }
     assert (await subject.task(task_id))["erased_at"] == subject.clock.now
 
 
@@ -199,7 +254,9 @@ async def test_ordinary_tasks_share_a_transaction(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("survived", range(1, 12, 3))
-async def test_a_pass_that_dies_between_two_transactions_is_made_up_for(opener: Opener, clock: Any, survived: int) -> None:
+async def test_a_pass_that_dies_between_two_transactions_is_made_up_for(
+    opener: Opener, clock: Any, survived: int
+) -> None:
     """Whatever is left of a task then is found by the next one, also by another process."""
     async with opener() as store:
         subject = Subject(store, clock)
@@ -212,7 +269,9 @@ async def test_a_pass_that_dies_between_two_transactions_is_made_up_for(opener: 
     async with opener("two") as store:
         await Weighed(store).job(clock.now).apply()
         found = await store.read(held)
-        assert {name: count for name, count in found.items() if count} == {"tasks: bytes": len("{}")}
+        assert {name: count for name, count in found.items() if count} == {
+            "tasks: bytes": len("{}")
+        }
 
 
 async def test_a_task_that_is_taken_up_again_loses_nothing_more(subject: Subject) -> None:
@@ -301,7 +360,12 @@ async def test_one_task_with_very_much_is_erased_in_several_transactions(subject
     assert await erase(weighed.resources, task_id, OWNER) is None
     check(weighed, 200 // SMALL.rows)
     task = await subject.task(task_id)
-    assert (task["prompt"], task["request"], task["body"], task["erased_at"]) == (None, {}, b"", subject.clock.now)
+    assert (task["prompt"], task["request"], task["body"], task["erased_at"]) == (
+        None,
+        {},
+        b"",
+        subject.clock.now,
+    )
     assert {row["body"] for row in await subject.rows(callbacks)} == {b""}
     assert len(await subject.rows(callbacks)) == 20, "as counted"
     assert {row["answer"] for row in await subject.rows(attempts)} == {None}
@@ -361,8 +425,15 @@ async def test_erasures_together_take_no_more_than_one(subject: Subject) -> None
     asked = [Erasure(task_id, None, part) for task_id, part in zip(large, parts, strict=True)]
     assert await subject.batch(erase_tasks, asked) == [Erased(left=True)] * 3
     after = await left(subject)
-    assert before["callbacks filled"] - after["callbacks filled"] == len(parts[0].some(callbacks)) <= SMALL.rows
-    tiny = [Erasure(f"task_{number}", None, Part("", {}, Weight(1, 10), whole=True)) for number in range(3)]
+    assert (
+        before["callbacks filled"] - after["callbacks filled"]
+        == len(parts[0].some(callbacks))
+        <= SMALL.rows
+    )
+    tiny = [
+        Erasure(f"task_{number}", None, Part("", {}, Weight(1, 10), whole=True))
+        for number in range(3)
+    ]
     assert await subject.batch(erase_tasks, tiny) == [Erased("missing")] * 3
 
 

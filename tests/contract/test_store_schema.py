@@ -1,4 +1,6 @@
-"""The schema: brought up to date under a lock, refused when newer or not ours; one process alone on SQLite (decisions 2, 4)."""
+"""The schema: brought up to date under a lock, refused when newer or not ours; one process alone on
+SQLite (decisions 2, 4).
+"""
 
 import asyncio
 import sqlite3
@@ -51,11 +53,17 @@ class Database:
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
-    return Database(tmp_path / "new" / "darkroom.db" if request.param == "sqlite" else request.getfixturevalue("postgres_url"))
+    return Database(
+        tmp_path / "new" / "darkroom.db"
+        if request.param == "sqlite"
+        else request.getfixturevalue("postgres_url")
+    )
 
 
 async def test_the_migrated_schema_is_the_one_the_code_knows(subject: Subject) -> None:
-    """Tables, columns, types, constraints and indexes: the migrations and the metadata say the same in both dialects."""
+    """Tables, columns, types, constraints and indexes: the migrations and the metadata say the same
+    in both dialects.
+    """
 
     def compare(connection: Connection) -> list[Any]:
         return list(compare_metadata(MigrationContext.configure(connection), metadata))
@@ -71,11 +79,15 @@ async def test_the_migrated_schema_is_the_one_the_code_knows(subject: Subject) -
 async def test_whatever_belongs_to_somebody_has_its_owner() -> None:
     """From the first migration on."""
     without = {name for name, table in metadata.tables.items() if "owner" not in table.c}
-    assert without == {"owners", "counters", "sinks", "attempts", "steps"}, "attempts and steps are reached through what they belong to"
+    assert without == {"owners", "counters", "sinks", "attempts", "steps"}, (
+        "attempts and steps are reached through what they belong to"
+    )
 
 
 async def test_an_empty_database_is_migrated_and_found_again(database: Database) -> None:
-    """By itself, folder included; what was written is there after the next opening, and needs no migration then."""
+    """By itself, folder included; what was written is there after the next opening, and needs no
+    migration then.
+    """
     async with database.open() as store:
         task_id = await Subject(store, Clock()).queued()
     async with database.open(migrate=False) as store:
@@ -123,7 +135,9 @@ async def test_two_processes_that_start_together_migrate_once(postgres_url: str)
 
 
 async def test_a_held_sqlite_store_is_refused_to_a_second(sqlite_opener: Opener) -> None:
-    """One process alone, whoever asks; free as soon as it is closed, also after a failed opening."""
+    """One process alone, whoever asks; free as soon as it is closed, also after a failed
+    opening.
+    """
     async with sqlite_opener("first"):
         for _ in range(2):
             with pytest.raises(ConfigurationError, match="another darkroom process uses"):
@@ -145,25 +159,35 @@ async def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path)
 
 async def test_a_server_that_is_not_there_is_refused_in_one_line(tmp_path: Path) -> None:
     """No socket at that address."""
-    await Database(f"postgresql:///darkroom?host={tmp_path}&user=nobody").refused("DARKROOM_DATABASE_URL: PostgreSQL cannot be used")
+    await Database(f"postgresql:///darkroom?host={tmp_path}&user=nobody").refused(
+        "DARKROOM_DATABASE_URL: PostgreSQL cannot be used"
+    )
 
 
 async def test_a_database_that_is_not_there_is_refused_in_one_line(postgres_server: str) -> None:
     """The server is there and says no."""
-    await Database(postgres_server.replace("/postgres?", "/nowhere?")).refused("DARKROOM_DATABASE_URL: PostgreSQL cannot be used")
+    await Database(postgres_server.replace("/postgres?", "/nowhere?")).refused(
+        "DARKROOM_DATABASE_URL: PostgreSQL cannot be used"
+    )
 
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+asyncpg"])
 def test_every_common_form_of_the_url_is_understood(scheme: str) -> None:
     """The driver is ours to choose."""
-    assert dsns(f"{scheme}://user:p%40ss@db.test:5432/darkroom") == ["postgresql://user:p%40ss@db.test:5432/darkroom"]
-    assert dsns(f"{scheme}:///darkroom?host=/run/pg&user=u") == ["postgresql:///darkroom?host=/run/pg&user=u"]
+    assert dsns(f"{scheme}://user:p%40ss@db.test:5432/darkroom") == [
+        "postgresql://user:p%40ss@db.test:5432/darkroom"
+    ]
+    assert dsns(f"{scheme}:///darkroom?host=/run/pg&user=u") == [
+        "postgresql:///darkroom?host=/run/pg&user=u"
+    ]
     assert dsns(f"{scheme}://u@one:1,two:2/d?sslmode=require") == [
         f"postgresql://u@{host}/d?sslmode=require" for host in ("one:1", "two:2")
     ]
 
 
 def test_no_migration_takes_away_what_the_version_before_it_uses() -> None:
-    """Its processes run beside the new ones during an upgrade: not a column, and not an index either (decision 21)."""
+    """Its processes run beside the new ones during an upgrade: not a column, and not an index
+    either (decision 21).
+    """
     for path in Path(versions.__path__[0]).glob("0*.py"):
         assert "op.drop_" not in path.read_text(), path

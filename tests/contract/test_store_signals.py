@@ -53,19 +53,27 @@ async def heard_of(one: Subject, other: Subject) -> bool:
 
 
 async def test_a_process_tells_the_others_what_it_committed(two: tuple[Subject, Subject]) -> None:
-    """NOTIFY on PostgreSQL: stages with work, tasks that changed, events; a process is not told what it said itself."""
+    """NOTIFY on PostgreSQL: stages with work, tasks that changed, events; a process is not told
+    what it said itself.
+    """
     one, other = two
     await wait_until(lambda: heard_of(one, other))
     assert {"submit"} not in one.places.hints
     task_id = await one.uncertain()
-    with other.store.signals.listen(task_id) as changed, other.store.signals.listen("events") as written:
+    with (
+        other.store.signals.listen(task_id) as changed,
+        other.store.signals.listen("events") as written,
+    ):
         await one.callback(task_id, completed(task_id, "https://r.test/0"))
         assert await other.store.signals.wait(changed, 10)
         assert await other.store.signals.wait(written, 10)
 
 
 async def test_hints_come_again_after_the_server_was_away(
-    two: tuple[Subject, Subject], migrated_database: str, postgres_server: str, monkeypatch: pytest.MonkeyPatch
+    two: tuple[Subject, Subject],
+    migrated_database: str,
+    postgres_server: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Who listens connects anew, and takes it that anything may have happened meanwhile."""
     monkeypatch.setattr(postgres, "LISTEN_AGAIN_S", 0.05)

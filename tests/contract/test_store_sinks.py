@@ -40,13 +40,19 @@ async def test_a_new_sink_begins_at_the_outboxs_end(subject: Subject) -> None:
 
 
 async def test_a_sink_advances_as_far_as_was_confirmed(subject: Subject) -> None:
-    """The lag is the time of the oldest event, of the types it gets, that it lacks; none when it has all."""
+    """The lag is the time of the oldest event, of the types it gets, that it lacks; none when it
+    has all.
+    """
     mine = await held(subject)
     await subject.submitted()
     told = subject.clock.now
     subject.clock.shift(3 * SECOND)
     await subject.submitted()
-    assert (await behind(subject), await behind(subject, "image.task.*"), await behind(subject, "callback.*")) == (told, told, None)
+    assert (
+        await behind(subject),
+        await behind(subject, "image.task.*"),
+        await behind(subject, "callback.*"),
+    ) == (told, told, None)
     assert await subject.write(advance_sinks, replace(mine, position=mine.position + 1))
     assert await behind(subject) == told + 3 * SECOND
     assert await subject.write(advance_sinks, replace(mine, position=await end(subject)))
@@ -91,7 +97,9 @@ async def test_a_store_that_proves_nobody_lives_frees_its_sinks(sqlite_opener: O
 
 
 async def test_events_stay_until_every_sink_has_them(subject: Subject) -> None:
-    """However old they are; a sink at which nobody has published for all that time keeps nothing."""
+    """However old they are; a sink at which nobody has published for all that time keeps
+    nothing.
+    """
     mine = await held(subject)
     for _ in range(3):
         await subject.submitted()
@@ -106,6 +114,8 @@ async def test_events_stay_until_every_sink_has_them(subject: Subject) -> None:
     (row,) = await subject.rows(sinks)
     subject.clock.shift(31 * DAY)
     assert row["seen_at"] < subject.clock.now - 30 * DAY
-    page = await subject.store.read(retention.old_events, 0, subject.clock.now - 30 * DAY, 50, 1 << 20)
+    page = await subject.store.read(
+        retention.old_events, 0, subject.clock.now - 30 * DAY, 50, 1 << 20
+    )
     assert page is not None
     assert page.last == await end(subject)

@@ -1,4 +1,6 @@
-"""Which database files are taken for ours: what is not, or not whole, is refused in one line and left as it is, byte for byte."""
+"""Which database files are taken for ours: what is not, or not whole, is refused in one line and
+left as it is, byte for byte.
+"""
 
 import os
 import shutil
@@ -96,7 +98,9 @@ def anothers_killed(path: Path) -> None:
 
 
 def killed_in_a_transaction(path: Path, statement: str) -> None:
-    """A program is killed as it writes in SQLite's older way: the file holds half of it, its journal what was there before."""
+    """A program is killed as it writes in SQLite's older way: the file holds half of it, its
+    journal what was there before.
+    """
     script = f"""if True:
         import os, sqlite3
         connection = sqlite3.connect({str(path)!r}, isolation_level=None)
@@ -116,7 +120,9 @@ def anothers_killed_as_it_wrote(path: Path) -> None:
 
 
 def lost_to_anothers_journal(path: Path) -> None:
-    """It says nothing of the database that it belongs to: SQLite would write that one's pages into ours."""
+    """It says nothing of the database that it belongs to: SQLite would write that one's pages into
+    ours.
+    """
     kept = path.rename(path.with_name("kept"))
     path.touch()
     anothers_killed_as_it_wrote(path)
@@ -143,7 +149,10 @@ def gone_but_for_its_journal(path: Path) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """Of the files that hold data; SQLite lays an empty WAL beside what it only reads."""
     files = (path for path in folder.iterdir() if not path.name.endswith((".lock", "-shm", "-wal")))
-    found = {path.name: b"%o " % path.lstat().st_mode + (path.read_bytes() if path.is_file() else b"") for path in files}
+    found = {
+        path.name: b"%o " % path.lstat().st_mode + (path.read_bytes() if path.is_file() else b"")
+        for path in files
+    }
     wal = folder / "darkroom.db-wal"
     return found | ({wal.name: wal.read_bytes()} if wal.exists() and wal.stat().st_size else {})
 
@@ -178,7 +187,9 @@ async def test_a_file_that_is_not_ours_or_not_whole_is_refused(
     """One line that says why; not a byte is changed, also at the second try."""
     path = tmp_path / "darkroom.db"
     async with sqlite_opener() as store:
-        await Subject(store, clock).batch(insert_tasks, [Subject(store, clock).wish() for _ in range(50)])
+        await Subject(store, clock).batch(
+            insert_tasks, [Subject(store, clock).wish() for _ in range(50)]
+        )
     spoil(path)
     before = contents(tmp_path)
     for _ in range(2):
@@ -189,15 +200,24 @@ async def test_a_file_that_is_not_ours_or_not_whole_is_refused(
         assert contents(tmp_path) == before
 
 
-async def test_what_a_killed_writer_left_in_our_file_is_undone(sqlite_opener: Opener, clock: Clock, tmp_path: Path) -> None:
-    """As by any that opens it: what was committed is there, what was not is gone, and the file is ours to go on with."""
+async def test_what_a_killed_writer_left_in_our_file_is_undone(
+    sqlite_opener: Opener, clock: Clock, tmp_path: Path
+) -> None:
+    """As by any that opens it: what was committed is there, what was not is gone, and the file is
+    ours to go on with.
+    """
     async with sqlite_opener() as store:
         key = await Subject(store, clock).queued()
     killed_in_a_transaction(tmp_path / "darkroom.db", "INSERT INTO counters VALUES (?, 1)")
     async with sqlite_opener() as store:
         subject = Subject(store, clock)
         assert await subject.state(key) == "queued"
-        assert {row["name"] for row in await subject.rows(counters)} == {"clock", "events", "forgotten", "ready"}
+        assert {row["name"] for row in await subject.rows(counters)} == {
+            "clock",
+            "events",
+            "forgotten",
+            "ready",
+        }
         assert [grant.key for grant in await subject.claim("submit")] == [key]
 
 

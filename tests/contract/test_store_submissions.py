@@ -9,7 +9,19 @@ from service.store import Grant
 from service.store.operations.submissions import Accepted, Again, Refused, Uncertain, Undecided
 from service.store.operations.tasks import insert_tasks
 from service.store.tables import steps, tasks
-from tests.contract.subject import FIRST_QUERY, HOUR, LEASE, MINUTE, SECOND, Subject, accepted, completed, error_of, processing, upstream_id
+from tests.contract.subject import (
+    FIRST_QUERY,
+    HOUR,
+    LEASE,
+    MINUTE,
+    SECOND,
+    Subject,
+    accepted,
+    completed,
+    error_of,
+    processing,
+    upstream_id,
+)
 
 NOT_CREATED = Again("429", 5 * SECOND, HOUR)
 REFUSED = Refused(422, error_of("content_filter"))
@@ -17,17 +29,34 @@ TIMED_OUT = Uncertain("no answer in time", 15 * MINUTE)
 
 
 async def test_a_new_task_is_queued_and_due(subject: Subject) -> None:
-    """The row is committed as `queued` before anything else; without a free place it is simply due."""
+    """The row is committed as `queued` before anything else; without a free place it is simply
+    due.
+    """
     row = await subject.task(await subject.queued())
-    assert (row["state"], row["submit_due_at"], row["submit_lease_until"]) == ("queued", subject.clock.now, None)
-    assert (row["settle_due_at"], row["upstream_id"], row["created_at"]) == (None, None, subject.clock.now)
+    assert (row["state"], row["submit_due_at"], row["submit_lease_until"]) == (
+        "queued",
+        subject.clock.now,
+        None,
+    )
+    assert (row["settle_due_at"], row["upstream_id"], row["created_at"]) == (
+        None,
+        None,
+        subject.clock.now,
+    )
 
 
 async def test_one_idempotency_key_gives_one_task(subject: Subject) -> None:
-    """The key is unique per owner: later, in the same batch and from others at once, the first task is the answer."""
-    first, second, third = (subject.wish(idempotency_key="k", idempotency_hash="h") for _ in range(3))
+    """The key is unique per owner: later, in the same batch and from others at once, the first task
+    is the answer.
+    """
+    first, second, third = (
+        subject.wish(idempotency_key="k", idempotency_hash="h") for _ in range(3)
+    )
     made = await subject.batch(insert_tasks, [first, second])
-    assert [(inserted.task_id, inserted.created) for inserted in made] == [(first.id, True), (first.id, False)]
+    assert [(inserted.task_id, inserted.created) for inserted in made] == [
+        (first.id, True),
+        (first.id, False),
+    ]
     found = await subject.write(insert_tasks, third)
     assert (found.task_id, found.created, found.idempotency_hash) == (first.id, False, "h")
     assert len(await subject.rows(tasks)) == 1
@@ -35,23 +64,34 @@ async def test_one_idempotency_key_gives_one_task(subject: Subject) -> None:
 
 async def test_one_idempotency_key_of_two_owners_gives_two_tasks(subject: Subject) -> None:
     """Keys belong to an owner; tasks without a key are never the same."""
-    wishes = [subject.wish(owner=owner, idempotency_key=key) for owner, key in [("a", "k"), ("b", "k"), ("a", None), ("a", None)]]
+    wishes = [
+        subject.wish(owner=owner, idempotency_key=key)
+        for owner, key in [("a", "k"), ("b", "k"), ("a", None), ("a", None)]
+    ]
     assert all(inserted.created for inserted in await subject.batch(insert_tasks, wishes))
 
 
 async def test_an_insert_run_again_finds_its_own_row(subject: Subject) -> None:
-    """After a commit whose answer was lost the operation runs again: the task is there once, and counts as made."""
+    """After a commit whose answer was lost the operation runs again: the task is there once, and
+    counts as made.
+    """
     wish = subject.wish(idempotency_key="k", idempotency_hash="h")
     assert await subject.write(insert_tasks, wish) == await subject.write(insert_tasks, wish)
     assert len(await subject.rows(tasks)) == len(await subject.rows(steps)) == 1
 
 
-async def test_two_processes_with_one_idempotency_key_make_one_task(two: tuple[Subject, Subject]) -> None:
-    """Whoever loses the race for the key is answered with the winner's task, and its neighbours in the batch don't suffer."""
+async def test_two_processes_with_one_idempotency_key_make_one_task(
+    two: tuple[Subject, Subject],
+) -> None:
+    """Whoever loses the race for the key is answered with the winner's task, and its neighbours in
+    the batch don't suffer.
+    """
     for number in range(5):
         wishes = [place.wish(idempotency_key=f"k{number}") for place in two for _ in range(4)]
         others = [place.wish() for place in two]
-        made = await asyncio.gather(*(two[n % 2].write(insert_tasks, wish) for n, wish in enumerate(wishes + others)))
+        made = await asyncio.gather(
+            *(two[n % 2].write(insert_tasks, wish) for n, wish in enumerate(wishes + others))
+        )
         assert len({inserted.task_id for inserted in made[: len(wishes)]}) == 1
         assert sum(inserted.created for inserted in made[: len(wishes)]) == 1
         assert all(inserted.created for inserted in made[len(wishes) :])
@@ -59,15 +99,22 @@ async def test_two_processes_with_one_idempotency_key_make_one_task(two: tuple[S
 
 
 async def test_a_task_is_submitting_before_its_request_leaves(subject: Subject) -> None:
-    """The body is handed out with the state committed, byte for byte, under a lease that outlasts the call."""
+    """The body is handed out with the state committed, byte for byte, under a lease that outlasts
+    the call.
+    """
     grant = await subject.claimed("submit", await subject.queued(body=b"\x00\xff{"))
     assert await subject.start(grant) == b"\x00\xff{"
     row = await subject.task(grant.key)
-    assert (row["state"], row["submit_lease_until"]) == ("submitting", subject.clock.now + 70 * SECOND)
+    assert (row["state"], row["submit_lease_until"]) == (
+        "submitting",
+        subject.clock.now + 70 * SECOND,
+    )
 
 
 async def test_a_start_whose_commit_seemed_lost_may_send(subject: Subject) -> None:
-    """Run again under the same grant it gives the body again: nothing was sent, for the first run was never answered."""
+    """Run again under the same grant it gives the body again: nothing was sent, for the first run
+    was never answered.
+    """
     grant = await subject.submitting()
     assert await subject.start(grant) == b'{"prompt":"a lighthouse"}'
 
@@ -92,17 +139,37 @@ async def test_an_uncertain_task_is_sent_again_only_on_purpose(subject: Subject)
 
 
 async def test_an_answer_with_an_id_submits(subject: Subject) -> None:
-    """2xx with an id: submitted, told once, asked about after the planned time, and submitted no more."""
+    """2xx with an id: submitted, told once, asked about after the planned time, and submitted no
+    more.
+    """
     grant = await subject.submitting()
     report = Report(
-        "task-unified-1", Status.PENDING, estimated_time=45, credits_reserved=1_500_000, billing_rule="per_call", user_group="vip"
+        "task-unified-1",
+        Status.PENDING,
+        estimated_time=45,
+        credits_reserved=1_500_000,
+        billing_rule="per_call",
+        user_group="vip",
     )
     assert await subject.submission(grant, Accepted(report, FIRST_QUERY)) is State.SUBMITTED
     row = await subject.task(grant.key)
-    assert (row["upstream_id"], row["upstream_id_from"], row["submitted_at"]) == ("task-unified-1", "answer", subject.clock.now)
-    assert (row["submit_due_at"], row["submit_lease_until"], row["submit_outcomes"]) == (None, None, 1)
+    assert (row["upstream_id"], row["upstream_id_from"], row["submitted_at"]) == (
+        "task-unified-1",
+        "answer",
+        subject.clock.now,
+    )
+    assert (row["submit_due_at"], row["submit_lease_until"], row["submit_outcomes"]) == (
+        None,
+        None,
+        1,
+    )
     assert row["settle_due_at"] == subject.clock.now + FIRST_QUERY
-    assert (row["estimated_time"], row["credits_reserved"], row["billing_rule"], row["user_group"]) == (45, 1_500_000, "per_call", "vip")
+    assert (
+        row["estimated_time"],
+        row["credits_reserved"],
+        row["billing_rule"],
+        row["user_group"],
+    ) == (45, 1_500_000, "per_call", "vip")
     assert await subject.types(grant.key) == ["image.task.submitted"]
 
 
@@ -116,7 +183,9 @@ async def test_an_answer_that_is_final_already_is_still_asked_about(subject: Sub
 
 
 async def test_nothing_created_is_queued_again(subject: Subject) -> None:
-    """429, no connection, a refused account: queued again after the wait, claimed at its end and not before."""
+    """429, no connection, a refused account: queued again after the wait, claimed at its end and
+    not before.
+    """
     grant = await subject.submitting()
     assert await subject.submission(grant, NOT_CREATED) is State.QUEUED
     subject.clock.shift(5 * SECOND - 1)
@@ -141,7 +210,11 @@ async def test_a_refusal_fails_with_the_upstreams_words(subject: Subject) -> Non
     grant = await subject.submitting()
     assert await subject.submission(grant, REFUSED) is State.FAILED
     row = await subject.task(grant.key)
-    assert (row["refusal_status"], row["error"], row["terminal_at"]) == (422, REFUSED.error, subject.clock.now)
+    assert (row["refusal_status"], row["error"], row["terminal_at"]) == (
+        422,
+        REFUSED.error,
+        subject.clock.now,
+    )
     subject.clock.shift(HOUR)
     assert await subject.claim("submit") == []
 
@@ -160,11 +233,17 @@ async def test_an_unproved_outcome_waits_for_proof(subject: Subject) -> None:
 
 
 async def test_an_uncertain_task_is_proved_by_a_callback(subject: Subject) -> None:
-    """The callback's token proves the submission: submitted under its id, and nothing is left to decide."""
+    """The callback's token proves the submission: submitted under its id, and nothing is left to
+    decide.
+    """
     task_id = await subject.uncertain()
     await subject.callback(task_id, completed(task_id, "https://r.test/0"))
     row = await subject.task(task_id)
-    assert (row["state"], row["upstream_id"], row["upstream_id_from"]) == ("submitted", upstream_id(task_id), "callback")
+    assert (row["state"], row["upstream_id"], row["upstream_id_from"]) == (
+        "submitted",
+        upstream_id(task_id),
+        "callback",
+    )
     assert (row["submit_due_at"], row["settle_due_at"]) == (None, subject.clock.now)
 
 
@@ -172,7 +251,9 @@ async def test_an_uncertain_task_is_proved_by_a_callback(subject: Subject) -> No
 async def test_an_outcome_that_proves_nothing_new_changes_nothing(
     subject: Subject, outcome: Again | Refused | Uncertain | Undecided
 ) -> None:
-    """A callback proved the task while the call ran: what the call brought is outdated, only the lease ends."""
+    """A callback proved the task while the call ran: what the call brought is outdated, only the
+    lease ends.
+    """
     grant = await subject.submitting()
     await subject.callback(grant.key, completed(grant.key, "https://r.test/0"))
     assert await subject.submission(grant, outcome) is State.SUBMITTED
@@ -188,11 +269,16 @@ async def taken_over(subject: Subject) -> tuple[Grant, Grant]:
 
 
 async def test_an_accepted_answer_in_hand_is_always_recorded(subject: Subject) -> None:
-    """Whoever holds the lease: the answer that comes late binds the id, in every state before, and frees nobody else's lease."""
+    """Whoever holds the lease: the answer that comes late binds the id, in every state before, and
+    frees nobody else's lease.
+    """
     late, holder = await taken_over(subject)
     assert await subject.submission(late, accepted("task-unified-late")) is State.SUBMITTED
     row = await subject.task(late.key)
-    assert (row["upstream_id"], row["submit_lease_until"] is not None) == ("task-unified-late", True)
+    assert (row["upstream_id"], row["submit_lease_until"] is not None) == (
+        "task-unified-late",
+        True,
+    )
     assert await subject.submission(holder, TIMED_OUT) is State.SUBMITTED
     assert (await subject.task(late.key))["submit_lease_until"] is None
 
@@ -215,7 +301,9 @@ async def test_an_accepted_answer_proves_what_was_queued_again(subject: Subject)
 
 
 async def test_a_late_refusal_ends_what_was_uncertain(subject: Subject) -> None:
-    """A refusal in hand proves that nothing was created, though the lease went elsewhere meanwhile."""
+    """A refusal in hand proves that nothing was created, though the lease went elsewhere
+    meanwhile.
+    """
     late, holder = await taken_over(subject)
     assert await subject.submission(holder, TIMED_OUT) is State.UNCERTAIN
     assert await subject.submission(late, REFUSED) is State.FAILED
@@ -223,15 +311,21 @@ async def test_a_late_refusal_ends_what_was_uncertain(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("outcome", [NOT_CREATED, REFUSED, TIMED_OUT, Undecided()])
-async def test_a_late_outcome_does_not_disturb_who_sends(subject: Subject, outcome: Again | Refused | Uncertain | Undecided) -> None:
-    """While another process holds a `submitting` task, whose request may be on its way, only an accepted answer counts."""
+async def test_a_late_outcome_does_not_disturb_who_sends(
+    subject: Subject, outcome: Again | Refused | Uncertain | Undecided
+) -> None:
+    """While another process holds a `submitting` task, whose request may be on its way, only an
+    accepted answer counts.
+    """
     late, holder = await taken_over(subject)
     assert await subject.submission(late, outcome) is State.SUBMITTING
     assert await subject.submission(holder, accepted("task-unified-1")) is State.SUBMITTED
 
 
 @pytest.mark.parametrize("outcome", [NOT_CREATED, TIMED_OUT, Undecided()])
-async def test_a_late_outcome_without_proof_leaves_uncertain_as_it_is(subject: Subject, outcome: Again | Uncertain | Undecided) -> None:
+async def test_a_late_outcome_without_proof_leaves_uncertain_as_it_is(
+    subject: Subject, outcome: Again | Uncertain | Undecided
+) -> None:
     """`uncertain` ends by proof or by the one who holds its lease when the time is up."""
     late, holder = await taken_over(subject)
     assert await subject.submission(holder, TIMED_OUT) is State.UNCERTAIN
@@ -245,17 +339,36 @@ async def test_a_late_answer_only_fills_what_is_empty(subject: Subject) -> None:
     grant = await subject.submitting()
     told = processing(grant.key, credits_reserved=2_000_000, can_cancel=False, progress=40)
     await subject.callback(grant.key, told)
-    report = Report(upstream_id(grant.key), Status.PENDING, credits_reserved=1_000_000, can_cancel=True, progress=0, estimated_time=45)
+    report = Report(
+        upstream_id(grant.key),
+        Status.PENDING,
+        credits_reserved=1_000_000,
+        can_cancel=True,
+        progress=0,
+        estimated_time=45,
+    )
     assert await subject.submission(grant, Accepted(report, FIRST_QUERY)) is State.SUBMITTED
     row = await subject.task(grant.key)
-    assert (row["credits_reserved"], row["can_cancel"], row["progress"], row["estimated_time"]) == (2_000_000, False, 40, 45)
-    assert (row["upstream_status"], await subject.types(grant.key)) == ("processing", ["image.task.submitted"])
+    assert (row["credits_reserved"], row["can_cancel"], row["progress"], row["estimated_time"]) == (
+        2_000_000,
+        False,
+        40,
+        45,
+    )
+    assert (row["upstream_status"], await subject.types(grant.key)) == (
+        "processing",
+        ["image.task.submitted"],
+    )
 
 
 async def test_the_answers_id_wins_over_the_callbacks(subject: Subject) -> None:
-    """A callback that named another id bound it only until the submit answer came; the answer's is never replaced."""
+    """A callback that named another id bound it only until the submit answer came; the answer's is
+    never replaced.
+    """
     grant = await subject.submitting()
-    await subject.callback(grant.key, Report("task-unified-other", Status.COMPLETED, ("https://r.test/0",)))
+    await subject.callback(
+        grant.key, Report("task-unified-other", Status.COMPLETED, ("https://r.test/0",))
+    )
     assert (await subject.task(grant.key))["upstream_id"] == "task-unified-other"
     await subject.submission(grant, accepted("task-unified-right"))
     assert (await subject.task(grant.key))["upstream_id"] == "task-unified-right"
@@ -264,18 +377,27 @@ async def test_the_answers_id_wins_over_the_callbacks(subject: Subject) -> None:
 
 
 async def test_what_is_asked_under_the_callbacks_id_counts_no_more(subject: Subject) -> None:
-    """The answer named another id while the upstream was asked: what it says is another task's, and it is asked again at once."""
+    """The answer named another id while the upstream was asked: what it says is another task's, and
+    it is asked again at once.
+    """
     grant = await subject.submitting()
-    await subject.callback(grant.key, Report("task-unified-other", Status.COMPLETED, ("https://r.test/0",)))
+    await subject.callback(
+        grant.key, Report("task-unified-other", Status.COMPLETED, ("https://r.test/0",))
+    )
     asked = await subject.claimed("settle", grant.key)
     await subject.submission(grant, accepted("task-unified-right"))
-    assert await subject.settle(grant.key, Report("task-unified-other", Status.FAILED), grant=asked) is None
+    assert (
+        await subject.settle(grant.key, Report("task-unified-other", Status.FAILED), grant=asked)
+        is None
+    )
     assert await subject.state(grant.key) is State.SUBMITTED
     assert (await subject.task(grant.key))["settle_due_at"] == subject.clock.now
 
 
 async def test_an_answer_after_a_cancel_leaves_the_end_as_it_is(subject: Subject) -> None:
-    """The id and the charge are recorded, and what it cost in the end is asked for; state and event stand."""
+    """The id and the charge are recorded, and what it cost in the end is asked for; state and event
+    stand.
+    """
     grant = await subject.submitting()
     await subject.cancel(grant.key)
     report = Report("task-unified-1", Status.PENDING, credits_reserved=1_000_000)
@@ -290,7 +412,9 @@ async def test_an_answer_after_a_cancel_leaves_the_end_as_it_is(subject: Subject
 
 
 async def test_an_accepted_answer_without_an_id_is_our_own_defect(subject: Subject) -> None:
-    """2xx without an id proves nothing; whoever says `Accepted` then is mistaken, and nothing is recorded."""
+    """2xx without an id proves nothing; whoever says `Accepted` then is mistaken, and nothing is
+    recorded.
+    """
     grant = await subject.submitting()
     with pytest.raises(AssertionError, match="has an id"):
         await subject.submission(grant, Accepted(Report(), FIRST_QUERY))
@@ -298,7 +422,9 @@ async def test_an_accepted_answer_without_an_id_is_our_own_defect(subject: Subje
 
 
 async def test_a_start_that_is_run_again_has_the_whole_lease(subject: Subject) -> None:
-    """Its commit was not answered for a minute: the call begins only now, and its lease must outlast it."""
+    """Its commit was not answered for a minute: the call begins only now, and its lease must
+    outlast it.
+    """
     grant = await subject.submitting()
     subject.clock.shift(MINUTE)
     assert await subject.start(grant) is not None

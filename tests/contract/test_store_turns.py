@@ -17,11 +17,15 @@ from tests.contract.subject import HOUR, MINUTE, SECOND, Subject
 async def flood(subject: Subject, owner: str, count: int) -> None:
     """That many tasks of one owner, which nobody has a place for."""
     for begin in range(0, count, 200):
-        await subject.batch(insert_tasks, [subject.wish(owner=owner) for _ in range(min(200, count - begin))])
+        await subject.batch(
+            insert_tasks, [subject.wish(owner=owner) for _ in range(min(200, count - begin))]
+        )
 
 
 async def served(subject: Subject, count: int) -> list[str]:
-    """The owners of the next tasks, one claimed after the other; each is taken by the upstream at once."""
+    """The owners of the next tasks, one claimed after the other; each is taken by the upstream at
+    once.
+    """
     return [await serve(subject) for _ in range(count)]
 
 
@@ -64,7 +68,9 @@ async def test_an_owners_own_tasks_are_sent_in_their_order(subject: Subject) -> 
 
 
 async def test_nobody_saves_turns_up(subject: Subject) -> None:
-    """Who has always one task on its way and who now comes with many alternate from now on: the past counts for neither."""
+    """Who has always one task on its way and who now comes with many alternate from now on: the
+    past counts for neither.
+    """
     for _ in range(20):
         await subject.queued(owner="steady")
         await subject.claim("submit")
@@ -74,7 +80,9 @@ async def test_nobody_saves_turns_up(subject: Subject) -> None:
 
 
 async def test_a_straggler_lets_nobody_overtake(subject: Subject) -> None:
-    """An old task that waits for its time long does not set the clock back: a newcomer's burst is served alternately with who waits."""
+    """An old task that waits for its time long does not set the clock back: a newcomer's burst is
+    served alternately with who waits.
+    """
     grant = await subject.submitting(owner="old")
     assert await subject.submission(grant, Again("429", HOUR, 2 * HOUR)) is State.QUEUED
     await flood(subject, "a", 100)
@@ -85,9 +93,16 @@ async def test_a_straggler_lets_nobody_overtake(subject: Subject) -> None:
 
 @pytest.mark.parametrize("again", ["nothing was created", "uncertain", "sent again by hand"])
 async def test_a_straggler_that_is_due_lets_nobody_overtake(subject: Subject, again: str) -> None:
-    """What is sent again has a turn of long ago: once it is due, a newcomer's burst begins with those who wait for their first."""
+    """What is sent again has a turn of long ago: once it is due, a newcomer's burst begins with
+    those who wait for their first.
+    """
     grant = await subject.submitting(owner="old")
-    await subject.submission(grant, Again("429", MINUTE, HOUR) if again == "nothing was created" else Uncertain("no answer", MINUTE))
+    await subject.submission(
+        grant,
+        Again("429", MINUTE, HOUR)
+        if again == "nothing was created"
+        else Uncertain("no answer", MINUTE),
+    )
     await flood(subject, "a", 100)
     await served(subject, 50)
     if again == "sent again by hand":
@@ -99,7 +114,9 @@ async def test_a_straggler_that_is_due_lets_nobody_overtake(subject: Subject, ag
 
 
 async def test_a_straggler_on_its_way_lets_nobody_overtake(subject: Subject) -> None:
-    """All others wait for their time, and the one that is sent again has a turn of long ago: a newcomer alternates with the others."""
+    """All others wait for their time, and the one that is sent again has a turn of long ago: a
+    newcomer alternates with the others.
+    """
     grant = await subject.submitting(owner="old")
     await subject.submission(grant, Again("429", SECOND, HOUR))
     await flood(subject, "a", 60)
@@ -125,8 +142,12 @@ async def test_a_straggler_helps_none_of_its_owners_tasks_to_overtake(subject: S
     assert sorted(await served(subject, 10)) == ["a"] * 5 + ["b"] * 5
 
 
-async def test_while_all_wait_for_their_time_a_newcomer_is_among_the_first(subject: Subject) -> None:
-    """An upstream that takes nothing for a while: whoever comes then is served as soon as those who were refused."""
+async def test_while_all_wait_for_their_time_a_newcomer_is_among_the_first(
+    subject: Subject,
+) -> None:
+    """An upstream that takes nothing for a while: whoever comes then is served as soon as those who
+    were refused.
+    """
     await flood(subject, "a", 40)
     for grant in await subject.claim("submit", 40):
         await subject.start(grant)
@@ -137,7 +158,9 @@ async def test_while_all_wait_for_their_time_a_newcomer_is_among_the_first(subje
 
 
 async def test_what_was_refused_by_the_hundred_is_not_served_first(subject: Subject) -> None:
-    """Whoever is told 429 goes behind its owner's others, but keeps its place before what comes later: a newcomer waits for one turn."""
+    """Whoever is told 429 goes behind its owner's others, but keeps its place before what comes
+    later: a newcomer waits for one turn.
+    """
     await flood(subject, "a", 60)
     for grant in await subject.claim("submit", 40):
         await subject.start(grant)
@@ -146,13 +169,19 @@ async def test_what_was_refused_by_the_hundred_is_not_served_first(subject: Subj
     await subject.queued(owner="b")
     assert "b" in await served(subject, 3)
     await subject.queued(owner="a")
-    again = [row["submit_turn"] for row in await subject.rows(tasks) if row["submit_attempts"] and row["owner"] == "a"]
+    again = [
+        row["submit_turn"]
+        for row in await subject.rows(tasks)
+        if row["submit_attempts"] and row["owner"] == "a"
+    ]
     last = max(row["submit_turn"] for row in await subject.rows(tasks) if row["owner"] == "a")
     assert max(again) < last
 
 
 async def test_a_new_task_takes_no_place_before_those_that_are_due(subject: Subject) -> None:
-    """A free place goes to whoever's turn it is: new tasks are leased at birth only when nobody waits."""
+    """A free place goes to whoever's turn it is: new tasks are leased at birth only when nobody
+    waits.
+    """
     subject.places.free["submit"] = 1
     first = await subject.queued(owner="a")
     assert [grant.key for grant in subject.places.taken()] == [first]
@@ -173,14 +202,29 @@ async def test_an_uncertain_task_has_had_its_turn(subject: Subject) -> None:
 
 
 async def test_a_claim_and_an_insert_sort_nothing(sqlite_store: SqliteStore) -> None:
-    """With thousands that wait the next is found through the index on SQLite, and so is an owner's last."""
+    """With thousands that wait the next is found through the index on SQLite, and so is an owner's
+    last.
+    """
 
     def plan(connection: Connection, statements: Sequence[str]) -> list[str]:
-        return [str(row) for statement in statements for row in connection.execute(text(f"EXPLAIN QUERY PLAN {statement}"))]
+        return [
+            str(row)
+            for statement in statements
+            for row in connection.execute(text(f"EXPLAIN QUERY PLAN {statement}"))
+        ]
 
-    next_one = "SELECT id FROM tasks WHERE submit_due_at <= 1 AND (submit_lease_until IS NULL OR submit_lease_until <= 1)"
-    last = "SELECT submit_turn FROM tasks WHERE owner = 'a' AND submit_due_at IS NOT NULL AND state IN ('queued', 'submitting')"
-    statements = [f"{next_one} ORDER BY submit_turn LIMIT 3", f"{last} ORDER BY submit_turn DESC LIMIT 1"]
+    next_one = (
+        "SELECT id FROM tasks WHERE submit_due_at <= 1 AND (submit_lease_until IS NULL OR"
+        " submit_lease_until <= 1)"
+    )
+    last = (
+        "SELECT submit_turn FROM tasks WHERE owner = 'a' AND submit_due_at IS NOT NULL AND"
+        " state IN ('queued', 'submitting')"
+    )
+    statements = [
+        f"{next_one} ORDER BY submit_turn LIMIT 3",
+        f"{last} ORDER BY submit_turn DESC LIMIT 1",
+    ]
     found = await sqlite_store.read(plan, statements)
     assert len(found) == 2
     assert "ix_tasks_submit_due_at" in found[0]

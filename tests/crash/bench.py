@@ -1,4 +1,6 @@
-"""What every life needs: an upstream and a subscriber that survive it, a launcher of processes, databases."""
+"""What every life needs: an upstream and a subscriber that survive it, a launcher of processes,
+databases.
+"""
 
 import asyncio
 import json
@@ -21,17 +23,25 @@ from tests.upstream import error
 from tests.world import Subscriber, answering, subscriber
 
 SANDBOX = SandboxOptions(
-    api_key=UPSTREAM_KEY, networks=(ip_network(LOOPBACK),), delay_s=0.3, callback_timeout_s=2, callback_delays_s=(0.5,) * 200
+    api_key=UPSTREAM_KEY,
+    networks=(ip_network(LOOPBACK),),
+    delay_s=0.3,
+    callback_timeout_s=2,
+    callback_delays_s=(0.5,) * 200,
 )
 
 
 @dataclass(slots=True)
 class Upstream:
-    """A sandbox that writes down every submission it is sent; `refusals`: of a prompt so many are refused for their key, unread."""
+    """A sandbox that writes down every submission it is sent; `refusals`: of a prompt so many are
+    refused for their key, unread.
+    """
 
     app: ASGIApp
     refusals: dict[str, int] = field(default_factory=dict)
-    posts: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # idempotency keys by prompt
+    posts: defaultdict[str, list[str]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # idempotency keys by prompt
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope.get("path") != SUBMIT:
@@ -55,7 +65,9 @@ class Upstream:
 
 @dataclass(slots=True)
 class Bench:
-    """What all lives share: the upstream and the subscriber, who survive them, and the machine's two cores."""
+    """What all lives share: the upstream and the subscriber, who survive them, and the machine's
+    two cores.
+    """
 
     folder: Path
     server: str

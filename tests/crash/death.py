@@ -1,6 +1,8 @@
-"""What is durable when a process has died at a checkpoint, before anybody else is there: what the README's table says of each is true then.
+"""What is durable when a process has died at a checkpoint, before anybody else is there: what the
+README's table says of each is true then.
 
-An end that is right proves less: a client that asks again, or an upstream that calls again, may mend what was never kept.
+An end that is right proves less: a client that asks again, or an upstream that calls again, may
+mend what was never kept.
 """
 
 import asyncio
@@ -18,19 +20,23 @@ import asyncpg
 FIGURES = """
     SELECT (SELECT min(state) FROM tasks) AS state,
         (SELECT count(*) FROM tasks WHERE upstream_id IS NOT NULL) AS bound,
-        (SELECT count(*) FROM tasks WHERE submit_due_at IS NOT NULL AND submit_lease_until IS NULL) AS waiting,
+        (SELECT count(*) FROM tasks WHERE submit_due_at IS NOT NULL
+            AND submit_lease_until IS NULL) AS waiting,
         (SELECT count(*) FROM tasks WHERE erased_at IS NOT NULL AND prompt IS NULL) AS erased,
         (SELECT count(*) FROM callbacks) AS callbacks,
         (SELECT count(*) FROM images WHERE state = 'stored') AS stored
 """
 TASKS = "SELECT id FROM tasks"
-DELIVERED, PENDING = (f"SELECT event_id FROM deliveries WHERE state = '{state}'" for state in ("delivered", "pending"))
+DELIVERED, PENDING = (
+    f"SELECT event_id FROM deliveries WHERE state = '{state}'" for state in ("delivered", "pending")
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """Figures of the store, ids, and what the others know: `told` the ids of tasks that its client has, `posts` what was submitted, `heard`
-    the events that the subscriber has. `files` are pictures under their names, `unfinished` temporary ones.
+    """Figures of the store, ids, and what the others know: `told` the ids of tasks that its client
+    has, `posts` what was submitted, `heard` the events that the subscriber has. `files` are
+    pictures under their names, `unfinished` temporary ones.
     """
 
     figures: Mapping[str, Any]
@@ -53,9 +59,13 @@ TRUE_AT: Mapping[str, Callable[[Death], bool]] = {
     "submit.inserted": lambda death: not death.told and len(death.tasks) == 1,
     "submission.claimed": lambda death: death.of("state") == "queued" and death.posts == 0,
     "submission.started": lambda death: death.of("state") == "submitting" and death.posts == 0,
-    "submission.answered": lambda death: death.of("state") in ("submitting", "submitted") and death.posts == 1,
+    "submission.answered": lambda death: (
+        death.of("state") in ("submitting", "submitted") and death.posts == 1
+    ),
     "submission.recorded": lambda death: death.of("bound") == 1 and death.posts == 1,
-    "account.held": lambda death: death.of("state") == "queued" and death.of("waiting") == 1 and death.posts == 0,
+    "account.held": lambda death: (
+        death.of("state") == "queued" and death.of("waiting") == 1 and death.posts == 0
+    ),
     "account.restored": lambda death: death.of("state") == "queued" and death.posts == 0,
     "inbox.received": lambda death: death.of("callbacks") == 0,
     "inbox.committed": lambda death: death.of("callbacks") == 1,
@@ -75,16 +85,26 @@ TRUE_AT: Mapping[str, Callable[[Death], bool]] = {
 def pictures(folder: Path) -> tuple[list[Path], list[Path]]:
     """Those under their names, and temporary ones."""
     found = [path for path in (folder / "images").rglob("*") if path.is_file()]
-    return [path for path in found if ".incoming" not in path.parts], [path for path in found if ".incoming" in path.parts]
+    return [path for path in found if ".incoming" not in path.parts], [
+        path for path in found if ".incoming" in path.parts
+    ]
 
 
-async def death(data: Path, database: str | None, *, told: Sequence[str], posts: int, heard: Sequence[str]) -> Death:
+async def death(
+    data: Path, database: str | None, *, told: Sequence[str], posts: int, heard: Sequence[str]
+) -> Death:
     """`data`: the dead process's folder; `database`: the address of a store that is not there."""
     statements = (FIGURES, TASKS, DELIVERED, PENDING)
-    (figures,), *ids = await (asyncio.to_thread(embedded, data, statements) if database is None else remote(database, statements))
+    (figures,), *ids = await (
+        asyncio.to_thread(embedded, data, statements)
+        if database is None
+        else remote(database, statements)
+    )
     tasks, delivered, pending = [[str(next(iter(row.values()))) for row in rows] for rows in ids]
     files, unfinished = pictures(data)
-    return Death(figures, tasks, delivered, pending, told, posts, heard, len(files), len(unfinished))
+    return Death(
+        figures, tasks, delivered, pending, told, posts, heard, len(files), len(unfinished)
+    )
 
 
 def embedded(data: Path, statements: Sequence[str]) -> list[list[dict[str, Any]]]:
@@ -95,12 +115,16 @@ def embedded(data: Path, statements: Sequence[str]) -> list[list[dict[str, Any]]
         (name,) = Path(folder).glob("*.db")
         with closing(sqlite3.connect(name)) as connection:
             connection.row_factory = sqlite3.Row
-            return [[dict(row) for row in connection.execute(statement)] for statement in statements]
+            return [
+                [dict(row) for row in connection.execute(statement)] for statement in statements
+            ]
 
 
 async def remote(database: str, statements: Sequence[str]) -> list[list[dict[str, Any]]]:
     connection = await asyncpg.connect(database)
     try:
-        return [[dict(row) for row in await connection.fetch(statement)] for statement in statements]
+        return [
+            [dict(row) for row in await connection.fetch(statement)] for statement in statements
+        ]
     finally:
         await connection.close()

@@ -1,4 +1,6 @@
-"""Several processes of the service on one PostgreSQL: webs and workers, an upstream and a subscriber, and orders on their way."""
+"""Several processes of the service on one PostgreSQL: webs and workers, an upstream and a
+subscriber, and orders on their way.
+"""
 
 import asyncio
 import json
@@ -53,12 +55,16 @@ class Member:
 
     def lines(self) -> list[JSON]:
         """What it has logged so far."""
-        return [json.loads(line) for line in self.process.printed.splitlines() if line.startswith("{")]
+        return [
+            json.loads(line) for line in self.process.printed.splitlines() if line.startswith("{")
+        ]
 
 
 @dataclass(slots=True)
 class Group:
-    """All of them. `accepted` are the tasks that a client was told of; `kept` those of which a callback was answered with 200."""
+    """All of them. `accepted` are the tasks that a client was told of; `kept` those of which a
+    callback was answered with 200.
+    """
 
     bench: Bench
     database: str
@@ -76,14 +82,28 @@ class Group:
         self.port = self.port or port  # the first one's is where the upstream calls back
         callbacks = f"http://127.0.0.1:{self.port}"
         data = str(self.bench.folder / "data")
-        given = {**SETTINGS, "DATABASE_URL": self.database, "PORT": str(port), "CALLBACK_URL": callbacks, "DATA_DIR": data} | more
-        environment = service_settings(self.bench.upstream_url, folder, **given) | {"DARKROOM_TEST_LEASE_MS": str(LEASE_MS)}
+        given = {
+            **SETTINGS,
+            "DATABASE_URL": self.database,
+            "PORT": str(port),
+            "CALLBACK_URL": callbacks,
+            "DATA_DIR": data,
+        } | more
+        environment = service_settings(self.bench.upstream_url, folder, **given) | {
+            "DARKROOM_TEST_LEASE_MS": str(LEASE_MS)
+        }
         process = Launched(self.bench.launcher, folder, environment, *arguments)
-        await wait_until(lambda: "service.started" in process.printed or process.code is not None, PATIENCE_S)
+        await wait_until(
+            lambda: "service.started" in process.printed or process.code is not None, PATIENCE_S
+        )
         assert process.code is None, process.printed
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False, timeout=60)
-        self.members.append(Member(process, await self.stack.enter_async_context(client), folder, environment))
+        client = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False, timeout=60
+        )
+        self.members.append(
+            Member(process, await self.stack.enter_async_context(client), folder, environment)
+        )
         return self.members[-1]
 
     async def order(self, web: Member, number: int, **fields: Any) -> str:
@@ -92,7 +112,9 @@ class Group:
 
         async def taken() -> str | None:
             with suppress(httpx.TransportError):
-                answer = await web.client.post(SUBMIT, json=order(prompt=str(number), **fields), headers=headers)
+                answer = await web.client.post(
+                    SUBMIT, json=order(prompt=str(number), **fields), headers=headers
+                )
                 if answer.status_code == 200:
                     return str(answer.json()["id"])
                 if answer.status_code != 503 or "retry-after" not in answer.headers:
@@ -104,20 +126,31 @@ class Group:
         return task_id
 
     async def ended(self, web: Member) -> dict[str, str]:
-        """The state of every accepted task, once all have ended; each with one terminal event, submitted once."""
+        """The state of every accepted task, once all have ended; each with one terminal event,
+        submitted once.
+        """
 
         async def over() -> dict[str, str] | None:
-            states = {task["id"]: task["state"] for task in await listed(web.client, "tasks") if task["id"] in self.accepted}
+            states = {
+                task["id"]: task["state"]
+                for task in await listed(web.client, "tasks")
+                if task["id"] in self.accepted
+            }
             return (
                 states
                 if len(states) == len(self.accepted)
-                and not {"queued", "submitting", "submitted", "storing", "uncertain"} & set(states.values())
+                and not {"queued", "submitting", "submitted", "storing", "uncertain"}
+                & set(states.values())
                 else None
             )
 
         states: dict[str, str] = await wait_until(over, PATIENCE_S)
-        events = [event for event in await listed(web.client, "events") if event["type"] in TERMINAL]
-        assert sorted(event["subject"] for event in events) == sorted(self.accepted), "one terminal event each"
+        events = [
+            event for event in await listed(web.client, "events") if event["type"] in TERMINAL
+        ]
+        assert sorted(event["subject"] for event in events) == sorted(self.accepted), (
+            "one terminal event each"
+        )
         keys = [key for keys in self.bench.upstream.posts.values() for key in keys]
         assert len(keys) == len(set(keys)), "nothing is submitted twice"
         assert self.odd == []
@@ -125,7 +158,10 @@ class Group:
 
     async def callback(self, member: Member, task: Mapping[str, Any]) -> str:
         """The status of the answer to a callback that says the task has failed."""
-        return await post(f"{member.client.base_url}/callbacks/evolink/{task['id']}/{token(task['id'])}", task["upstream_id"])
+        return await post(
+            f"{member.client.base_url}/callbacks/evolink/{task['id']}/{token(task['id'])}",
+            task["upstream_id"],
+        )
 
     def alive(self) -> None:
         for member in self.members:
@@ -141,7 +177,9 @@ def token(task_id: str) -> str:
 async def groups(folder: Path, server: str, database: str | None = None) -> AsyncIterator[Group]:
     """Nobody yet. `database`: an address of one that is there, else a new one on the server."""
     async with benches(folder, server) as bench, AsyncExitStack() as stack:
-        url = database if database is not None else await stack.enter_async_context(bench.database())
+        url = (
+            database if database is not None else await stack.enter_async_context(bench.database())
+        )
         group = Group(bench, url, stack)
         try:
             yield group
@@ -161,10 +199,16 @@ async def ask(database: str, statement: str, *args: Any) -> list[Any]:
 
 @asynccontextmanager
 async def terminating(database: str, condition: str) -> AsyncIterator[None]:
-    """Ends the connections that meet the condition on `pg_stat_activity`, again and again, until the block ends."""
+    """Ends the connections that meet the condition on `pg_stat_activity`, again and again, until
+    the block ends.
+    """
 
     async def never() -> bool:
-        await ask(database, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND {condition}")
+        await ask(
+            database,
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname ="
+            f" current_database() AND {condition}",
+        )
         return False
 
     ending = asyncio.create_task(wait_until(never, PATIENCE_S))

@@ -1,8 +1,10 @@
-"""Starts services by the dozen: `python -m tests.crash.launcher` imports the program once and forks it for each that is wanted.
+"""Starts services by the dozen: `python -m tests.crash.launcher` imports the program once and forks
+it for each that is wanted.
 
-What is forked is a process as any other, that runs `darkroom serve`, or another command, from its first line; only its second of imports
-is saved. Each line of input is a request, each line of output its answer: {"start": [folder, environment, arguments]} its pid,
-{"poll": pid} its exit code or null. Ends with its input, and everybody with it.
+What is forked is a process as any other, that runs `darkroom serve`, or another command, from its
+first line; only its second of imports is saved. Each line of input is a request, each line of
+output its answer: {"start": [folder, environment, arguments]} its pid, {"poll": pid} its exit code
+or null. Ends with its input, and everybody with it.
 """
 
 import json
@@ -39,11 +41,19 @@ class Launcher:
 
 @contextmanager
 def launching(*before: str, sockets: Sequence[int] = ()) -> Iterator[Launcher]:
-    """`before`: a command that runs another one, as a tracer does; `sockets`: descriptors that a process may be handed by `HANDED`."""
-    environment = {name: value for name, value in clean_environment({}).items() if not name.startswith("COVERAGE_")}
+    """`before`: a command that runs another one, as a tracer does; `sockets`: descriptors that a
+    process may be handed by `HANDED`.
+    """
+    environment = {
+        name: value
+        for name, value in clean_environment({}).items()
+        if not name.startswith("COVERAGE_")
+    }
     command = [*before, sys.executable, "-m", "tests.crash.launcher"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=environment, text=True, stdin=pipe, stdout=pipe, pass_fds=sockets) as process:
+    with subprocess.Popen(
+        command, env=environment, text=True, stdin=pipe, stdout=pipe, pass_fds=sockets
+    ) as process:
         try:
             yield Launcher(process)
         finally:
@@ -53,9 +63,13 @@ def launching(*before: str, sockets: Sequence[int] = ()) -> Iterator[Launcher]:
 
 
 class Launched:
-    """A `darkroom serve`, or what else the arguments say, with what it has printed so far in `log`."""
+    """A `darkroom serve`, or what else the arguments say, with what it has printed so far in
+    `log`.
+    """
 
-    def __init__(self, launcher: Launcher, folder: Path, environment: Mapping[str, str], *arguments: str) -> None:
+    def __init__(
+        self, launcher: Launcher, folder: Path, environment: Mapping[str, str], *arguments: str
+    ) -> None:
         self.log = folder / LOG
         self.log.touch()
         self._from = self.log.stat().st_size

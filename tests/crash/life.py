@@ -1,4 +1,6 @@
-"""One task's life through real processes that die, or stop for a while, at checkpoints; what is to be seen of it at its end."""
+"""One task's life through real processes that die, or stop for a while, at checkpoints; what is to
+be seen of it at its end.
+"""
 
 import hashlib
 import socket
@@ -34,8 +36,9 @@ SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Where its processes die one after the other; `paused`: the only one stops there until another has done its work, or, on SQLite, its
-    lease is over; `late`: the other has given the task up meanwhile.
+    """Where its processes die one after the other; `paused`: the only one stops there until another
+    has done its work, or, on SQLite, its lease is over; `late`: the other has given the task up
+    meanwhile.
     """
 
     store: str
@@ -44,7 +47,8 @@ class Case:
     late: bool = False
 
     def __str__(self) -> str:
-        return f"{self.store}-{'paused-' if self.paused else ''}{'late-' if self.late else ''}{'-'.join(self.points)}"
+        words = [self.store, *["paused"] * self.paused, *["late"] * self.late, *self.points]
+        return "-".join(words)
 
     @property
     def erased(self) -> bool:
@@ -58,8 +62,9 @@ class Case:
 
 @dataclass(slots=True)
 class Ended:
-    """What is there when nothing is left to do. `posts` are the keys under which the upstream was sent the task, `answers` what its
-    callbacks brought it, `after` the state of a task that was given to the process which had been paused.
+    """What is there when nothing is left to do. `posts` are the keys under which the upstream was
+    sent the task, `answers` what its callbacks brought it, `after` the state of a task that was
+    given to the process which had been paused.
     """
 
     exits: list[int | None]
@@ -82,12 +87,16 @@ class Ended:
 class Life:
     """A case under way."""
 
-    def __init__(self, case: Case, bench: Bench, environment: dict[str, str], stack: AsyncExitStack) -> None:
+    def __init__(
+        self, case: Case, bench: Bench, environment: dict[str, str], stack: AsyncExitStack
+    ) -> None:
         self.case, self.bench, self.environment, self._stack = case, bench, environment, stack
         self.told: list[str] = []  # the ids that its client was answered
         self.deaths: list[Death] = []
         silent = case.doubted or case.late
-        self.body = order(prompt=str(case), n=PICTURES, **({"sandbox": {"drop_callback": True}} if silent else {}))
+        self.body = order(
+            prompt=str(case), n=PICTURES, **({"sandbox": {"drop_callback": True}} if silent else {})
+        )
 
     @property
     def folder(self) -> Path:
@@ -96,22 +105,36 @@ class Life:
     @property
     def heard(self) -> list[str]:
         """The ids of the events that the subscriber was sent."""
-        return [got.headers["webhook-id"] for got in self.bench.subscriber.received if got.path == f"/{self.case}"]
+        return [
+            got.headers["webhook-id"]
+            for got in self.bench.subscriber.received
+            if got.path == f"/{self.case}"
+        ]
 
     async def start(self, port: int, **more: str) -> tuple[Launched, httpx.AsyncClient]:
         async with self.bench.starting:
-            process = Launched(self.bench.launcher, self.folder, self.environment | more | {"DARKROOM_PORT": str(port)})
-            await wait_until(lambda: "service.started" in process.printed or process.code is not None, PATIENCE_S)
+            process = Launched(
+                self.bench.launcher,
+                self.folder,
+                self.environment | more | {"DARKROOM_PORT": str(port)},
+            )
+            await wait_until(
+                lambda: "service.started" in process.printed or process.code is not None, PATIENCE_S
+            )
         assert "service.started" in process.printed, process.printed
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False, timeout=100)
+        client = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False, timeout=100
+        )
         return process, await self._stack.enter_async_context(client)
 
     async def submit(self, client: httpx.AsyncClient, prefer: str = "respond-async") -> JSON:
         return got(await self.ask(client, prefer))
 
     async def ask(self, client: httpx.AsyncClient, prefer: str = "respond-async") -> httpx.Response:
-        return await client.post(SUBMIT, json=self.body, headers={"prefer": prefer, "idempotency-key": "once"})
+        return await client.post(
+            SUBMIT, json=self.body, headers={"prefer": prefer, "idempotency-key": "once"}
+        )
 
     async def subscribe(self, client: httpx.AsyncClient) -> None:
         url = f"{self.bench.subscriber.url}/{self.case}"
@@ -125,8 +148,15 @@ class Life:
                 task = await self.quiet(client)
                 await client.delete(f"/v1/tasks/{task['id']}")
         await wait_until(lambda: process.code is not None, PATIENCE_S)
-        posts, database = len(self.bench.upstream.posts[str(self.case)]), self.environment.get("DARKROOM_DATABASE_URL")
-        self.deaths.append(await death(self.folder / "data", database, told=list(self.told), posts=posts, heard=self.heard))
+        posts, database = (
+            len(self.bench.upstream.posts[str(self.case)]),
+            self.environment.get("DARKROOM_DATABASE_URL"),
+        )
+        self.deaths.append(
+            await death(
+                self.folder / "data", database, told=list(self.told), posts=posts, heard=self.heard
+            )
+        )
         return process.code
 
     async def quiet(self, client: httpx.AsyncClient) -> JSON:
@@ -134,7 +164,9 @@ class Life:
         task = await self.submit(client, "wait=90")
 
         async def told() -> bool:
-            if all(delivery["state"] == "delivered" for delivery in await listed(client, "deliveries")):
+            if all(
+                delivery["state"] == "delivered" for delivery in await listed(client, "deliveries")
+            ):
                 return True
             await passing(client)
             return False
@@ -149,9 +181,19 @@ class Life:
             assert got_nothing.status_code == 204, got_nothing.text
         tasks = await listed(client, "tasks")
         theirs = {"authorization": f"Bearer {UPSTREAM_KEY}"}
-        async with httpx.AsyncClient(base_url=self.bench.upstream_url, headers=theirs, trust_env=False, timeout=10) as upstream:
-            sources = [source for source in await listed(upstream, "tasks", "/sandbox") if source["idempotency_key"] == task["id"]]
-            originals = [(await upstream.get(link)).content for source in sources for link in source["results"]]
+        async with httpx.AsyncClient(
+            base_url=self.bench.upstream_url, headers=theirs, trust_env=False, timeout=10
+        ) as upstream:
+            sources = [
+                source
+                for source in await listed(upstream, "tasks", "/sandbox")
+                if source["idempotency_key"] == task["id"]
+            ]
+            originals = [
+                (await upstream.get(link)).content
+                for source in sources
+                for link in source["results"]
+            ]
         served = [await client.get(image["url"]) for image in tasks[0]["images"]]
         files, unfinished = pictures(self.folder / "data")
         steps = got(await client.get(f"/v1/tasks/{task['id']}/timeline"))["data"]
@@ -185,8 +227,12 @@ async def listed(client: httpx.AsyncClient, what: str, below: str = "/v1") -> li
 
 
 def free_port(stack: AsyncExitStack) -> int:
-    """A port that nobody else is given meanwhile: bound here, listened on by whoever binds it as the service does."""
-    bound = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP))
+    """A port that nobody else is given meanwhile: bound here, listened on by whoever binds it as
+    the service does.
+    """
+    bound = stack.enter_context(
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    )
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind(("127.0.0.1", 0))
     port: int = bound.getsockname()[1]

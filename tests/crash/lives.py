@@ -1,4 +1,6 @@
-"""A life from the first start to silence: of processes that die one after the other, or of one that stops for a while."""
+"""A life from the first start to silence: of processes that die one after the other, or of one that
+stops for a while.
+"""
 
 import asyncio
 import signal
@@ -18,7 +20,9 @@ async def live(case: Case, bench: Bench) -> Ended:
     folder.mkdir()
     more = dict(SETTINGS)
     if any(point.startswith("account.") for point in case.points):
-        more |= {"SUBMIT_SCHEDULE": "3"}  # nobody asks about the account before the next submission is held
+        more |= {
+            "SUBMIT_SCHEDULE": "3"
+        }  # nobody asks about the account before the next submission is held
     if case.paused:
         more |= {"RECONCILE_AFTER_S": "1"} | ({"UNCERTAIN_AFTER_S": "600"} if case.doubted else {})
     bench.upstream.refusals[str(case)] = sum(point.startswith("account.") for point in case.points)
@@ -26,13 +30,17 @@ async def live(case: Case, bench: Bench) -> Ended:
         if case.store == "postgres":
             more["DATABASE_URL"] = await stack.enter_async_context(bench.database())
         port = free_port(stack)
-        environment = service_settings(bench.upstream_url, folder, **more) | {"DARKROOM_TEST_LEASE_MS": str(LEASE_MS)}
+        environment = service_settings(bench.upstream_url, folder, **more) | {
+            "DARKROOM_TEST_LEASE_MS": str(LEASE_MS)
+        }
         one = Life(case, bench, environment, stack)
         return await (paused(one, port, free_port(stack)) if case.paused else dying(one, port))
 
 
 async def lease_over() -> None:
-    """What the dead held is free; whoever would look for it meanwhile would only take time from others' starts."""
+    """What the dead held is free; whoever would look for it meanwhile would only take time from
+    others' starts.
+    """
     clock = asyncio.get_running_loop().time
     end = clock() + LEASE_MS / 1000
     await wait_until(lambda: clock() >= end, PATIENCE_S)
@@ -55,7 +63,9 @@ async def dying(one: Life, port: int) -> Ended:
 
 
 async def paused(one: Life, port: int, other: int) -> Ended:
-    """The first process stops with work in hand; the second does it when the lease has ended; the first goes on, then alone, and ends."""
+    """The first process stops with work in hand; the second does it when the lease has ended; the
+    first goes on, then alone, and ends.
+    """
     first, client = await one.start(port, DARKROOM_TEST_PAUSE=one.case.points[0])
     await one.subscribe(client)
     asked = asyncio.create_task(one.ask(client))  # it may be the very request that is paused
@@ -75,18 +85,24 @@ async def paused(one: Life, port: int, other: int) -> Ended:
     if one.case.late:
 
         async def late() -> bool:
-            return "task.late_result" in {event["type"] for event in await listed(witness, "events")}
+            return "task.late_result" in {
+                event["type"] for event in await listed(witness, "events")
+            }
 
         await wait_until(late, PATIENCE_S)
     task = await one.quiet(witness)
     answer = await asked
-    if answer.status_code != 503:  # the server has ended a transaction that stood still: the client is to ask again
+    if (
+        answer.status_code != 503
+    ):  # the server has ended a transaction that stood still: the client is to ask again
         assert got(answer)["id"] == task["id"]
     ended = await one.seen(witness, [])
     if second is not None:
         second.signal(signal.SIGKILL)
     one.body["prompt"] += ", and another"
-    ended.after = got(await client.post(SUBMIT, json=one.body, headers={"prefer": "wait=90"}))["state"]
+    ended.after = got(await client.post(SUBMIT, json=one.body, headers={"prefer": "wait=90"}))[
+        "state"
+    ]
     first.signal(signal.SIGTERM)
     await wait_until(lambda: first.code is not None, PATIENCE_S)
     ended.exits = [first.code]

@@ -18,7 +18,10 @@ from tests.waiting import wait_until
 
 SECRET = "the secret key of the restarts that a test knows too"
 RATE = 50  # callbacks a second
-TRY_S, PATIENCE_S = 10.0, 60.0  # how long the upstream waits for an answer, and how long the tests do, which share their machine
+TRY_S, PATIENCE_S = (
+    10.0,
+    60.0,
+)  # how long the upstream waits for an answer, and how long the tests do, which share their machine
 FRESH = 5  # every so manieth is the first of its task, the others are said again
 AT_ONCE = 16
 
@@ -38,7 +41,10 @@ class Load:
         began = loop.time()
         try:
             async with asyncio.timeout(PATIENCE_S):
-                status = await post(f"{url}/callbacks/evolink/{task['id']}/{self.token('evolink', task['id'])}", task["upstream_id"])
+                status = await post(
+                    f"{url}/callbacks/evolink/{task['id']}/{self.token('evolink', task['id'])}",
+                    task["upstream_id"],
+                )
         except (OSError, EOFError, TimeoutError) as error:
             status = repr(error)
         self.slowest_s = max(self.slowest_s, loop.time() - began)
@@ -53,7 +59,11 @@ class Load:
                 while True:
                     await until(began + sent / RATE)
                     begun = min(1 + sent // FRESH, len(self.tasks))
-                    task = self.tasks[begun - 1] if sent % FRESH == 0 else random_.choice(self.tasks[:begun])
+                    task = (
+                        self.tasks[begun - 1]
+                        if sent % FRESH == 0
+                        else random_.choice(self.tasks[:begun])
+                    )
                     group.create_task(self.send(url, task))
                     sent += 1
             except asyncio.CancelledError:
@@ -68,9 +78,14 @@ async def until(time: float) -> None:
 
 async def post(url: str, upstream_id: str) -> str:
     """The status of the answer; OSError and EOFError: there was none."""
-    body = json.dumps({"id": upstream_id, "status": "failed", "error": {"code": "service_error", "message": "no"}}).encode()
+    body = json.dumps(
+        {"id": upstream_id, "status": "failed", "error": {"code": "service_error", "message": "no"}}
+    ).encode()
     target = httpx.URL(url)
-    head = f"POST {target.raw_path.decode()} HTTP/1.1\r\nhost: hooks.example\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST {target.raw_path.decode()} HTTP/1.1\r\nhost: hooks.example\r\ncontent-length:"
+        f" {len(body)}\r\n\r\n"
+    )
     async with connected(url) as (reader, writer):
         writer.write(head.encode() + body)
         answer = await reader.readuntil(b"\r\n\r\n")
@@ -83,7 +98,9 @@ async def loaded(client: httpx.AsyncClient, count: int) -> Load:
 
     async def one() -> dict[str, Any]:
         async with turn:
-            return await submitted(client, {}, sandbox={"fail": "service_error", "drop_callback": True})
+            return await submitted(
+                client, {}, sandbox={"fail": "service_error", "drop_callback": True}
+            )
 
     return Load(list(await asyncio.gather(*(one() for _ in range(count)))))
 

@@ -22,23 +22,56 @@ SHORT = ("--tasks", "50", "--kills", "8", "--restarts", "1", "--seconds", "10", 
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("store", ["sqlite", "postgres"])
 def test_a_short_chaos_run_loses_and_doubles_nothing(store: str, tmp_path: Path) -> None:
-    """Kills, pauses, restarts of the server, an upstream and a subscriber that go away: every task ends once, paid once, all told."""
+    """Kills, pauses, restarts of the server, an upstream and a subscriber that go away: every task
+    ends once, paid once, all told.
+    """
     if store == "postgres" and postgres_binaries() is None:
         missing("PostgreSQL's binaries", "PATH")
-    command = [sys.executable, "-m", "tests.crash.chaos", "--store", store, *SHORT, "--seed", "7", "--folder", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=clean_environment({}), capture_output=True, text=True, timeout=400, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.crash.chaos",
+        "--store",
+        store,
+        *SHORT,
+        "--seed",
+        "7",
+        "--folder",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = dict(re.findall(r"^\| \**([^|*]+?)\** \| ([^|]+) \|$", done.stdout, re.MULTILINE))
-    assert (rows["tasks"], rows["kills"], rows["server restarts"]) == ("50", "8", "1" if store == "postgres" else "0")
-    assert (rows["lost"], rows["doubled terminal events"], rows["submitted twice"]) == ("0", "0", "0")
+    assert (rows["tasks"], rows["kills"], rows["server restarts"]) == (
+        "50",
+        "8",
+        "1" if store == "postgres" else "0",
+    )
+    assert (rows["lost"], rows["doubled terminal events"], rows["submitted twice"]) == (
+        "0",
+        "0",
+        "0",
+    )
     assert not list(tmp_path.iterdir()), "what went well leaves nothing"
 
 
 def test_a_seed_draws_the_same_trouble_and_the_sandbox_knows_it() -> None:
-    """The orders' faults and the acts follow from the seed alone; every fault is one that the sandbox has."""
+    """The orders' faults and the acts follow from the seed alone; every fault is one that the
+    sandbox has.
+    """
     scale = Scale(10, 4, 2, 100)
     assert acts(scale, "postgres", Random(3)) == acts(scale, "postgres", Random(3))
-    assert [faults(Random(number)) for number in range(50)] == [faults(Random(number)) for number in range(50)]
+    assert [faults(Random(number)) for number in range(50)] == [
+        faults(Random(number)) for number in range(50)
+    ]
     for _, trouble in TROUBLES:
         assert read_faults(trouble(Random(1)), {})
 
@@ -49,8 +82,18 @@ def call(at: float, status: int | None) -> dict[str, Any]:
 
 def world() -> Seen:
     """One order that went well, one that failed and nobody could prove."""
-    end = {"type": "image.task.completed", "id": "evt_1", "subject": "task_1", "time": "1970-01-01T00:01:40.000Z"}
-    doubt = {"type": "image.task.failed", "id": "evt_2", "subject": "task_2", "time": "1970-01-01T00:01:40.000Z"}
+    end = {
+        "type": "image.task.completed",
+        "id": "evt_1",
+        "subject": "task_1",
+        "time": "1970-01-01T00:01:40.000Z",
+    }
+    doubt = {
+        "type": "image.task.failed",
+        "id": "evt_2",
+        "subject": "task_2",
+        "time": "1970-01-01T00:01:40.000Z",
+    }
     return Seen(
         accepted={"1": "task_1", "2": "task_2"},
         tasks=[
@@ -64,15 +107,28 @@ def world() -> Seen:
             },
         ],
         events=[end, doubt],
-        received={("evt_1", "image.task.completed", "task_1"), ("evt_2", "image.task.failed", "task_2")},
-        made={"task_1": [{"id": "u1", "status": "completed", "callbacks": [call(97, None), call(98, 200), call(99, 200)]}]},
+        received={
+            ("evt_1", "image.task.completed", "task_1"),
+            ("evt_2", "image.task.failed", "task_2"),
+        },
+        made={
+            "task_1": [
+                {
+                    "id": "u1",
+                    "status": "completed",
+                    "callbacks": [call(97, None), call(98, 200), call(99, 200)],
+                }
+            ]
+        },
         posts=[("1", "task_1", 429), ("1", "task_1", 200), ("2", "task_2", None)],
         pictures={"task_1": (["sum"], ["sum"])},
     )
 
 
 def test_a_verdict_counts_what_is_no_defect() -> None:
-    """A refused submission is sent again, a callback is answered when it comes again, doubt that nothing ended is counted."""
+    """A refused submission is sent again, a callback is answered when it comes again, doubt that
+    nothing ended is counted.
+    """
     verdict = judge(world())
     assert (verdict.lost, verdict.doubled, verdict.twice) == ({}, {}, {})
     assert (verdict.uncertain, verdict.refused, verdict.waits) == (1, 1, [2.0])
@@ -144,7 +200,17 @@ def two_tasks(seen: Seen) -> None:
     [
         *(
             (damage, "lost")
-            for damage in (still_open, unknown, eventless, untold, contradicted, other_bytes, no_pictures, other_end, proved)
+            for damage in (
+                still_open,
+                unknown,
+                eventless,
+                untold,
+                contradicted,
+                other_bytes,
+                no_pictures,
+                other_end,
+                proved,
+            )
         ),
         *((damage, "doubled") for damage in (second_end, second_delivery)),
         *((damage, "twice") for damage in (sent_again, made_again, two_tasks)),

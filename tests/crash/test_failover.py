@@ -1,4 +1,6 @@
-"""The primary server dies under load and its synchronous standby takes over: whatever was promised is there."""
+"""The primary server dies under load and its synchronous standby takes over: whatever was promised
+is there.
+"""
 
 import asyncio
 import socket
@@ -34,12 +36,18 @@ def pair(binaries: Path) -> Iterator[tuple[Server, Server]]:
 
 
 async def test_a_failover_loses_nothing(tmp_path: Path, pair: tuple[Server, Server]) -> None:
-    """Every task that a client was given ends in one event, and every callback that was answered 200 is there; no process ends."""
+    """Every task that a client was given ends in one event, and every callback that was answered
+    200 is there; no process ends.
+    """
     primary, second = pair
     url = standby.url(primary, second)
 
     async def synchronous() -> bool:
-        return bool(await ask(standby.url(primary), "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
+        return bool(
+            await ask(
+                standby.url(primary), "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
+            )
+        )
 
     await wait_until(synchronous, PATIENCE_S)
     async with groups(tmp_path, "", url) as group:
@@ -61,16 +69,26 @@ async def test_a_failover_loses_nothing(tmp_path: Path, pair: tuple[Server, Serv
         load_ids = {task["id"] for task in load.tasks}
         for task_id, times in load.said.items():
             steps = got(await web.client.get(f"/v1/tasks/{task_id}/timeline"))["data"]
-            assert sum(step["count"] for step in steps if step["step"] == "callback.received") >= times
+            assert (
+                sum(step["count"] for step in steps if step["step"] == "callback.received") >= times
+            )
         states = await group.ended(web)
         assert {states[task_id] for task_id in load_ids} == {"failed"}
-        others = [got(await web.client.get(f"/v1/tasks/{task_id}")) for task_id in states if task_id not in load_ids]
+        others = [
+            got(await web.client.get(f"/v1/tasks/{task_id}"))
+            for task_id in states
+            if task_id not in load_ids
+        ]
         assert {task["state"] for task in others} == {"completed"}
         group.alive()
 
 
-async def test_the_host_that_takes_writes_is_found_among_several(pair: tuple[Server, Server], monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that says nothing and one that only reads are passed over, each within its time; connections notice a peer that falls silent."""
+async def test_the_host_that_takes_writes_is_found_among_several(
+    pair: tuple[Server, Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that says nothing and one that only reads are passed over, each within its time;
+    connections notice a peer that falls silent.
+    """
     monkeypatch.setattr(hosts, "CONNECT_S", 1.0)
     primary, second = pair
     with socket.create_server(("127.0.0.1", 0)) as silent:

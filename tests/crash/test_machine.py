@@ -1,4 +1,6 @@
-"""The machine fails: its disk, its database file, its descriptors; and the process lives on, or says in one line why it does not."""
+"""The machine fails: its disk, its database file, its descriptors; and the process lives on, or
+says in one line why it does not.
+"""
 
 import asyncio
 import json
@@ -34,28 +36,47 @@ def upstream(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def settings(upstream: Running, folder: Path, **more: str) -> dict[str, str]:
-    usual = {"SECRET_KEY": SECRET, "RECONCILE_AFTER_S": "600", "DOWNLOAD_SCHEDULE": "0.3", "STOP_S": "2"}
+    usual = {
+        "SECRET_KEY": SECRET,
+        "RECONCILE_AFTER_S": "600",
+        "DOWNLOAD_SCHEDULE": "0.3",
+        "STOP_S": "2",
+    }
     return service_settings(upstream.address, folder, **(usual | more))
 
 
 @asynccontextmanager
-async def serving(folder: Path, environment: dict[str, str]) -> AsyncIterator[tuple[Running, httpx.AsyncClient]]:
+async def serving(
+    folder: Path, environment: dict[str, str]
+) -> AsyncIterator[tuple[Running, httpx.AsyncClient]]:
     async with AsyncExitStack() as stack:
         running = stack.enter_context(started("serve", folder=folder, **environment))
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-        client = httpx.AsyncClient(base_url=running.address, headers=headers, trust_env=False, timeout=60)
+        client = httpx.AsyncClient(
+            base_url=running.address, headers=headers, trust_env=False, timeout=60
+        )
         yield running, await stack.enter_async_context(client)
 
 
 async def silent(client: httpx.AsyncClient, count: int) -> list[JSON]:
     """Tasks that have failed at the upstream, which does not say so by itself."""
-    sent = (submitted(client, {}, sandbox={"fail": "service_error", "drop_callback": True}) for _ in range(count))
+    sent = (
+        submitted(client, {}, sandbox={"fail": "service_error", "drop_callback": True})
+        for _ in range(count)
+    )
     return list(await asyncio.gather(*sent))
 
 
 async def call_back(client: httpx.AsyncClient, task: JSON, bulk: int = 0) -> httpx.Response:
-    body = {"id": task["upstream_id"], "status": "failed", "error": {"code": "service_error", "message": "no"}, "padding": "x" * bulk}
-    return await client.post(f"/callbacks/evolink/{task['id']}/{TOKEN('evolink', task['id'])}", content=json.dumps(body))
+    body = {
+        "id": task["upstream_id"],
+        "status": "failed",
+        "error": {"code": "service_error", "message": "no"},
+        "padding": "x" * bulk,
+    }
+    return await client.post(
+        f"/callbacks/evolink/{task['id']}/{TOKEN('evolink', task['id'])}", content=json.dumps(body)
+    )
 
 
 async def ready(client: httpx.AsyncClient) -> int:
@@ -63,16 +84,22 @@ async def ready(client: httpx.AsyncClient) -> int:
 
 
 async def ended(client: httpx.AsyncClient, tasks: list[JSON]) -> bool:
-    return all([got(await client.get(f"/v1/tasks/{task['id']}"))["state"] == "failed" for task in tasks])
+    return all(
+        [got(await client.get(f"/v1/tasks/{task['id']}"))["state"] == "failed" for task in tasks]
+    )
 
 
 async def terminal_events(client: httpx.AsyncClient) -> Counter[str]:
-    events = got(await client.get("/v1/events", params={"type": "image.task.failed", "limit": 1000}))["data"]
+    events = got(
+        await client.get("/v1/events", params={"type": "image.task.failed", "limit": 1000})
+    )["data"]
     return Counter(event["subject"] for event in events)
 
 
 async def outlived(client: httpx.AsyncClient, tasks: list[JSON], running: Running) -> None:
-    """The store commits again: all that was refused is taken, and every task ends once, in the same process."""
+    """The store commits again: all that was refused is taken, and every task ends once, in the same
+    process.
+    """
     for task in tasks:
         assert (await call_back(client, task)).status_code == 200
     await wait_until(lambda: ended(client, tasks), PATIENCE_S)
@@ -94,8 +121,12 @@ async def refusing(client: httpx.AsyncClient, tasks: list[JSON], bulk: int = 0) 
     raise AssertionError("every callback was taken")
 
 
-async def test_a_full_disk_promises_nothing_and_is_outlived(tmp_path: Path, upstream: Running) -> None:
-    """Callbacks get 503 with `Retry-After`, `/readyz` 503; what was answered 200 survives a kill; with room again all goes on."""
+async def test_a_full_disk_promises_nothing_and_is_outlived(
+    tmp_path: Path, upstream: Running
+) -> None:
+    """Callbacks get 503 with `Retry-After`, `/readyz` 503; what was answered 200 survives a kill;
+    with room again all goes on.
+    """
     with small_disk(tmp_path / "disk", 16) as disk:
         environment = settings(upstream, tmp_path, DATA_DIR=str(disk))
         async with serving(tmp_path, environment) as (running, client):
@@ -109,7 +140,10 @@ async def test_a_full_disk_promises_nothing_and_is_outlived(tmp_path: Path, upst
         empty(disk)
         async with serving(tmp_path, environment) as (running, client):
             for task in taken:
-                assert json.loads((await call_back(client, task, BULK)).content)["status"] == "duplicate"
+                assert (
+                    json.loads((await call_back(client, task, BULK)).content)["status"]
+                    == "duplicate"
+                )
             fill(disk)
             await refusing(client, [task for task in tasks if task not in taken] * 2, BULK)
             empty(disk)
@@ -121,9 +155,13 @@ async def not_ready(client: httpx.AsyncClient) -> bool:
 
 
 async def test_images_wait_for_room(tmp_path: Path, upstream: Running) -> None:
-    """The disk for images alone is full: callbacks are taken, images are tried again, new submissions get 503; then all completes."""
+    """The disk for images alone is full: callbacks are taken, images are tried again, new
+    submissions get 503; then all completes.
+    """
     with small_disk(tmp_path / "disk", 4) as disk:
-        environment = settings(upstream, tmp_path, BLOB_URL=f"file://{disk}/images", MIN_FREE_BYTES="100000")
+        environment = settings(
+            upstream, tmp_path, BLOB_URL=f"file://{disk}/images", MIN_FREE_BYTES="100000"
+        )
         async with serving(tmp_path, environment) as (running, client):
             fill(disk)
             refused(await client.post("/v1/images/generations", json=order()), 503, "no_space")
@@ -138,7 +176,9 @@ async def test_images_wait_for_room(tmp_path: Path, upstream: Running) -> None:
             empty(disk)
 
             async def state() -> bool:
-                return bool(got(await client.get(f"/v1/tasks/{task['id']}"))["state"] == "completed")
+                return bool(
+                    got(await client.get(f"/v1/tasks/{task['id']}"))["state"] == "completed"
+                )
 
             await wait_until(state, PATIENCE_S)
             (image,) = got(await client.get(f"/v1/tasks/{task['id']}"))["images"]
@@ -147,7 +187,9 @@ async def test_images_wait_for_room(tmp_path: Path, upstream: Running) -> None:
 
 
 async def test_a_disk_that_turns_read_only_is_outlived(tmp_path: Path, upstream: Running) -> None:
-    """Every write fails: 503 for callbacks and `/readyz`; as soon as they succeed again everything goes on in the same process."""
+    """Every write fails: 503 for callbacks and `/readyz`; as soon as they succeed again everything
+    goes on in the same process.
+    """
     async with serving(tmp_path, settings(upstream, tmp_path)) as (running, client):
         tasks = await silent(client, 3)
         with unwritable(running.process.pid):
@@ -157,8 +199,12 @@ async def test_a_disk_that_turns_read_only_is_outlived(tmp_path: Path, upstream:
         await outlived(client, tasks, running)
 
 
-async def test_a_data_directory_that_cannot_be_written_stops_the_start(tmp_path: Path, upstream: Running) -> None:
-    """One line that names it, exit 1; nothing was changed, and with the right to write it starts."""
+async def test_a_data_directory_that_cannot_be_written_stops_the_start(
+    tmp_path: Path, upstream: Running
+) -> None:
+    """One line that names it, exit 1; nothing was changed, and with the right to write it
+    starts.
+    """
     with small_disk(tmp_path / "disk", 16) as disk:
         environment = settings(upstream, tmp_path, DATA_DIR=str(disk))
         async with serving(tmp_path, environment) as (running, client):
@@ -175,8 +221,12 @@ async def test_a_data_directory_that_cannot_be_written_stops_the_start(tmp_path:
             await outlived(client, tasks, running)
 
 
-async def test_a_file_that_breaks_under_the_service_is_not_written_any_more(tmp_path: Path, upstream: Running) -> None:
-    """Found at a read: 503 for everybody, one line of the log however many ask, counted; not a byte changes; the next start says why."""
+async def test_a_file_that_breaks_under_the_service_is_not_written_any_more(
+    tmp_path: Path, upstream: Running
+) -> None:
+    """Found at a read: 503 for everybody, one line of the log however many ask, counted; not a byte
+    changes; the next start says why.
+    """
     environment, file = settings(upstream, tmp_path), tmp_path / "data" / "darkroom.db"
     async with serving(tmp_path, environment) as (running, client):
         tasks = await silent(client, 30)
@@ -214,8 +264,13 @@ def opened(pid: int) -> int:
 
 
 async def test_a_process_without_descriptors_lives_on(tmp_path: Path, upstream: Running) -> None:
-    """Idle connections have taken all: who is connected is answered, nothing spins, few lines are logged; when they go all is as before."""
-    async with serving(tmp_path, settings(upstream, tmp_path)) as (running, client), AsyncExitStack() as stack:
+    """Idle connections have taken all: who is connected is answered, nothing spins, few lines are
+    logged; when they go all is as before.
+    """
+    async with (
+        serving(tmp_path, settings(upstream, tmp_path)) as (running, client),
+        AsyncExitStack() as stack,
+    ):
         pid = running.process.pid
         tasks = await silent(client, 2)
         assert await ready(client) == 200
@@ -236,7 +291,9 @@ async def test_a_process_without_descriptors_lives_on(tmp_path: Path, upstream: 
         assert len(running.lines) < 200
         for writer in idle:
             writer.transport.abort()
-        fresh = await stack.enter_async_context(httpx.AsyncClient(base_url=running.address, headers=client.headers, timeout=60))
+        fresh = await stack.enter_async_context(
+            httpx.AsyncClient(base_url=running.address, headers=client.headers, timeout=60)
+        )
 
         async def answered() -> bool:
             with suppress(httpx.HTTPError):

@@ -1,4 +1,6 @@
-"""Any number of webs and workers on one PostgreSQL: work moves, hints may be lost, the server may go, locks and pools are bounded."""
+"""Any number of webs and workers on one PostgreSQL: work moves, hints may be lost, the server may
+go, locks and pools are bounded.
+"""
 
 import asyncio
 import signal
@@ -32,15 +34,23 @@ def own_server() -> Iterator[str]:
 
 
 async def test_work_moves_when_its_process_is_killed(tmp_path: Path, postgres_server: str) -> None:
-    """A web and a worker of two die, with work in hand: another worker has it when the lease has ended, and submits nothing twice."""
+    """A web and a worker of two die, with work in hand: another worker has it when the lease has
+    ended, and submits nothing twice.
+    """
     async with groups(tmp_path, postgres_server) as group:
         web, other = [await group.start(WEB) for _ in range(2)]
         doomed = await group.start(WORKER, TEST_KILL="settle.answered:3")
-        await asyncio.gather(*(group.order(web if number % 2 else other, number) for number in range(12)))
+        await asyncio.gather(
+            *(group.order(web if number % 2 else other, number) for number in range(12))
+        )
         await wait_until(lambda: doomed.process.code is not None, PATIENCE_S)
         assert doomed.process.code == -signal.SIGKILL
         group.members.remove(doomed)
-        held = await ask(group.database, "SELECT id FROM tasks WHERE settle_lease_owner IS NOT NULL OR submit_lease_owner IS NOT NULL")
+        held = await ask(
+            group.database,
+            "SELECT id FROM tasks WHERE settle_lease_owner IS NOT NULL OR submit_lease_owner IS"
+            " NOT NULL",
+        )
         assert held
         began = asyncio.get_running_loop().time()
         for _ in range(2):
@@ -53,7 +63,9 @@ async def test_work_moves_when_its_process_is_killed(tmp_path: Path, postgres_se
 
 
 async def test_hints_that_are_lost_only_cost_time(tmp_path: Path, postgres_server: str) -> None:
-    """Whoever listens is cut off again and again: due work is found by looking; then they listen again."""
+    """Whoever listens is cut off again and again: due work is found by looking; then they listen
+    again.
+    """
     async with groups(tmp_path, postgres_server) as group:
         web, *_ = [await group.start(role) for role in (WEB, WORKER)]
         async with terminating(group.database, LISTENS):
@@ -61,15 +73,28 @@ async def test_hints_that_are_lost_only_cost_time(tmp_path: Path, postgres_serve
             assert set((await group.ended(web)).values()) == {"completed"}
 
         async def listening() -> bool:
-            return len(await ask(group.database, f"SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND {LISTENS}")) == 2
+            return (
+                len(
+                    await ask(
+                        group.database,
+                        "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND"
+                        f" {LISTENS}",
+                    )
+                )
+                == 2
+            )
 
         await wait_until(listening, PATIENCE_S)
         group.alive()
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
-async def test_a_restart_of_the_server_ends_no_process(tmp_path: Path, own_server: str, mode: str) -> None:
-    """Callbacks meanwhile get 503 and `Retry-After` and are taken afterwards; work goes on; each process says so in a few lines."""
+async def test_a_restart_of_the_server_ends_no_process(
+    tmp_path: Path, own_server: str, mode: str
+) -> None:
+    """Callbacks meanwhile get 503 and `Retry-After` and are taken afterwards; work goes on; each
+    process says so in a few lines.
+    """
     async with groups(tmp_path, own_server) as group:
         web, _ = [await group.start(role) for role in (WEB, WORKER)]
         known = await group.order(web, 0, sandbox={"fail": "service_error", "drop_callback": True})
@@ -99,13 +124,21 @@ async def test_a_restart_of_the_server_ends_no_process(tmp_path: Path, own_serve
         assert states.pop(known) == "failed"
         assert set(states.values()) == {"completed"}
         for member in group.members:  # beside a line for each request that met it
-            said = [line for line in member.lines() if line["level"] != "info" and not {"request_id", "task_id"} & line.keys()]
+            said = [
+                line
+                for line in member.lines()
+                if line["level"] != "info" and not {"request_id", "task_id"} & line.keys()
+            ]
             assert len(said) <= 20, said
         group.alive()
 
 
-async def test_a_lock_that_a_stranger_holds_is_waited_for_so_long_and_no_longer(tmp_path: Path, postgres_server: str) -> None:
-    """A callback is answered 503 within the time its sender has, `/readyz` says 503; both recover with the lock's end."""
+async def test_a_lock_that_a_stranger_holds_is_waited_for_so_long_and_no_longer(
+    tmp_path: Path, postgres_server: str
+) -> None:
+    """A callback is answered 503 within the time its sender has, `/readyz` says 503; both recover
+    with the lock's end.
+    """
     async with groups(tmp_path, postgres_server) as group:
         web = await group.start(WEB)
         task = {"id": await group.order(web, 0), "upstream_id": "task-unified-1"}
@@ -115,34 +148,58 @@ async def test_a_lock_that_a_stranger_holds_is_waited_for_so_long_and_no_longer(
             async with stranger.transaction():
                 await stranger.execute("LOCK TABLE tasks, counters IN ACCESS EXCLUSIVE MODE")
                 began = clock()
-                status, ready = await asyncio.gather(group.callback(web, task), web.client.get("/readyz"))
+                status, ready = await asyncio.gather(
+                    group.callback(web, task), web.client.get("/readyz")
+                )
                 assert clock() - began < 9.5, "the upstream waits for 10 s"
-                assert (status, ready.status_code, ready.json()["status"]) == ("503", 503, "unavailable")
+                assert (status, ready.status_code, ready.json()["status"]) == (
+                    "503",
+                    503,
+                    "unavailable",
+                )
                 assert ready.headers["retry-after"] == "1"
         finally:
             await stranger.close()
 
         async def recovered() -> bool:
-            return await group.callback(web, task) == "200" and (await web.client.get("/readyz")).status_code == 200
+            return (
+                await group.callback(web, task) == "200"
+                and (await web.client.get("/readyz")).status_code == 200
+            )
 
         await wait_until(recovered, PATIENCE_S)
         group.alive()
 
 
-async def test_more_load_than_connections_waits_its_turn(tmp_path: Path, postgres_server: str) -> None:
-    """A process has so many connections and no more; requests beyond that queue, and each is answered."""
+async def test_more_load_than_connections_waits_its_turn(
+    tmp_path: Path, postgres_server: str
+) -> None:
+    """A process has so many connections and no more; requests beyond that queue, and each is
+    answered.
+    """
     async with groups(tmp_path, postgres_server) as group:
         web, _ = [await group.start(role) for role in (WEB, WORKER)]
         counts: list[int] = []
 
         async def count() -> bool:
-            counts.append(len(await ask(group.database, "SELECT 1 FROM pg_stat_activity WHERE datname = current_database()")) - 1)
+            counts.append(
+                len(
+                    await ask(
+                        group.database,
+                        "SELECT 1 FROM pg_stat_activity WHERE datname = current_database()",
+                    )
+                )
+                - 1
+            )
             return False
 
         counting = asyncio.create_task(wait_until(count, PATIENCE_S))
         try:
             reading = [web.client.get("/v1/tasks") for _ in range(100)]
-            answers, _ = await asyncio.gather(asyncio.gather(*reading), asyncio.gather(*(group.order(web, number) for number in range(40))))
+            answers, _ = await asyncio.gather(
+                asyncio.gather(*reading),
+                asyncio.gather(*(group.order(web, number) for number in range(40))),
+            )
         finally:
             counting.cancel()
             await asyncio.gather(counting, return_exceptions=True)

@@ -1,6 +1,8 @@
-"""A service that is restarted again and again while callbacks come: with a socket that outlives it, and behind a proxy that tries again.
+"""A service that is restarted again and again while callbacks come: with a socket that outlives it,
+and behind a proxy that tries again.
 
-Each callback is sent once, so that a single one that is refused is a failure, though the upstream would send it thrice more.
+Each callback is sent once, so that a single one that is refused is a failure, though the upstream
+would send it thrice more.
 """
 
 import asyncio
@@ -29,7 +31,8 @@ from tests.servers import missing
 from tests.waiting import wait_until
 
 RESTARTS = int(os.environ.get("DARKROOM_TEST_RESTARTS", "8"))
-# How long a process lives. Behind the proxy longer, as it tries once a second, and would meet several restarts in a row.
+# How long a process lives. Behind the proxy longer, as it tries once a second, and would meet
+# several restarts in a row.
 UP_S, UP_BEHIND_S = (0.0, 0.5), (0.7, 1.2)
 TASKS = 120
 
@@ -46,7 +49,9 @@ class Place:
 
     async def start(self) -> Launched:
         process = Launched(self.launcher, self.folder, self.environment)
-        await wait_until(lambda: "service.started" in process.printed or process.code is not None, PATIENCE_S)
+        await wait_until(
+            lambda: "service.started" in process.printed or process.code is not None, PATIENCE_S
+        )
         assert process.code is None, process.printed
         return process
 
@@ -58,10 +63,14 @@ async def stop(process: Launched) -> None:
 
 
 async def restarted(place: Place, url: str, public: str, up_s: tuple[float, float]) -> None:
-    """The callbacks that were sent to `public` while the service at `url` was restarted: all answered at once, kept and acted upon."""
+    """The callbacks that were sent to `public` while the service at `url` was restarted: all
+    answered at once, kept and acted upon.
+    """
     clock, random_, longest = asyncio.get_running_loop().time, random.Random(), 0.0
     headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-    async with httpx.AsyncClient(base_url=url, headers=headers, trust_env=False, timeout=60) as client:
+    async with httpx.AsyncClient(
+        base_url=url, headers=headers, trust_env=False, timeout=60
+    ) as client:
         process = await place.start()
         load = await loaded(client, TASKS)
         async with sending(load, public):
@@ -72,18 +81,29 @@ async def restarted(place: Place, url: str, public: str, up_s: tuple[float, floa
                 process = await place.start()
                 longest = max(longest, clock() - began)
         assert set(load.answers) == {"200"}, load.answers
-        assert load.slowest_s < max(TRY_S, 10 * longest), "a machine so busy that a restart takes more than a second needs more"
-        print(f"{RESTARTS} restarts of up to {longest:.2f} s, {load.answers.total()} callbacks, the slowest {load.slowest_s:.2f} s")
+        assert load.slowest_s < max(TRY_S, 10 * longest), (
+            "a machine so busy that a restart takes more than a second needs more"
+        )
+        print(
+            f"{RESTARTS} restarts of up to {longest:.2f} s, {load.answers.total()} callbacks, the"
+            f" slowest {load.slowest_s:.2f} s"
+        )
 
         async def told() -> list[JSON] | None:
-            events = [event for event in await listed(client, "events") if event["type"] == "image.task.failed"]
+            events = [
+                event
+                for event in await listed(client, "events")
+                if event["type"] == "image.task.failed"
+            ]
             return events if len(events) >= len(load.said) else None
 
         events = await wait_until(told, PATIENCE_S)
         assert sorted(event["subject"] for event in events) == sorted(load.said)
         for task_id, times in load.said.items():
             steps = got(await client.get(f"/v1/tasks/{task_id}/timeline"))["data"]
-            assert sum(step["count"] for step in steps if step["step"] == "callback.received") == times
+            assert (
+                sum(step["count"] for step in steps if step["step"] == "callback.received") == times
+            )
         await stop(process)
 
 
@@ -94,7 +114,9 @@ def upstream(tmp_path: Path) -> Iterator[Running]:
 
 
 def settings(upstream: Running, folder: Path, **more: str) -> dict[str, str]:
-    return service_settings(upstream.address, folder, SECRET_KEY=SECRET, RECONCILE_AFTER_S="600", **more)
+    return service_settings(
+        upstream.address, folder, SECRET_KEY=SECRET, RECONCILE_AFTER_S="600", **more
+    )
 
 
 def listener(stack: AsyncExitStack) -> socket.socket:
@@ -104,8 +126,12 @@ def listener(stack: AsyncExitStack) -> socket.socket:
     return held
 
 
-async def test_no_callback_is_refused_while_the_socket_outlives_the_service(tmp_path: Path, upstream: Running) -> None:
-    """Restarts under load with a socket that is handed over: whoever comes in between waits in its queue, and the next process answers."""
+async def test_no_callback_is_refused_while_the_socket_outlives_the_service(
+    tmp_path: Path, upstream: Running
+) -> None:
+    """Restarts under load with a socket that is handed over: whoever comes in between waits in its
+    queue, and the next process answers.
+    """
     async with AsyncExitStack() as stack:
         held = listener(stack)
         launcher = stack.enter_context(launching(sockets=[held.fileno()]))
@@ -120,7 +146,10 @@ def haproxy(bind: str, backend: str, log: Path) -> Iterator[None]:
     program = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin") or missing("HAProxy")
     environment = clean_environment({"PROXY_BIND": bind, "PROXY_BACKEND": backend})
     command = [program, "-db", "-f", str(ROOT / "deploy" / "haproxy.cfg")]
-    with log.open("wb") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process:
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process,
+    ):
         try:
             yield
         finally:
@@ -135,14 +164,20 @@ async def open_at(address: str) -> bool:
         return False
 
 
-async def test_no_callback_is_refused_behind_a_proxy_that_tries_again(tmp_path: Path, upstream: Running) -> None:
-    """Restarts under load behind HAProxy as it is set up in deploy/: it finds nobody, waits, and tries again."""
+async def test_no_callback_is_refused_behind_a_proxy_that_tries_again(
+    tmp_path: Path, upstream: Running
+) -> None:
+    """Restarts under load behind HAProxy as it is set up in deploy/: it finds nobody, waits, and
+    tries again.
+    """
     async with AsyncExitStack() as stack:
         public, backend = (f"127.0.0.1:{free_port(stack)}" for _ in range(2))
         stack.enter_context(haproxy(public, backend, tmp_path / "haproxy.log"))
         await wait_until(lambda: open_at(public), PATIENCE_S)
         launcher = stack.enter_context(launching())
-        place = Place(launcher, tmp_path, settings(upstream, tmp_path, PORT=backend.rpartition(":")[2]))
+        place = Place(
+            launcher, tmp_path, settings(upstream, tmp_path, PORT=backend.rpartition(":")[2])
+        )
         await restarted(place, f"http://{backend}", f"http://{public}", UP_BEHIND_S)
         log = (tmp_path / "haproxy.log").read_text()
         assert re.search("status=200 .* retries=[1-9]", log), "nobody had to try again"

@@ -1,4 +1,6 @@
-"""A rolling upgrade: the next version migrates while this one works, both work side by side, and then this one leaves."""
+"""A rolling upgrade: the next version migrates while this one works, both work side by side, and
+then this one leaves.
+"""
 
 import asyncio
 import shutil
@@ -27,7 +29,8 @@ EXPANDS = """
 
     def upgrade() -> None:
         op.add_column("tasks", sa.Column("next_note", sa.Text(), nullable=True))
-        op.add_column("deliveries", sa.Column("next_count", sa.Integer(), nullable=False, server_default="0"))
+        count = sa.Column("next_count", sa.Integer(), nullable=False, server_default="0")
+        op.add_column("deliveries", count)
         op.create_table("next_things", sa.Column("id", sa.String(40), primary_key=True))
         op.create_index("ix_tasks_next_note", "tasks", ["next_note"])
 """
@@ -35,13 +38,16 @@ EXPANDS = """
 
 WAITING = """
     SELECT 1 FROM pg_stat_activity
-    WHERE datname = current_database() AND wait_event_type = 'Lock' AND state = 'active' AND query LIKE 'ALTER TABLE%'
+    WHERE datname = current_database() AND wait_event_type = 'Lock' AND state = 'active'
+    AND query LIKE 'ALTER TABLE%'
 """
 
 
 def next_version(folder: Path) -> Path:
     """A folder with a copy of the program that has one migration more."""
-    shutil.copytree(ROOT / "service", folder / "service", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "service", folder / "service", ignore=shutil.ignore_patterns("__pycache__")
+    )
     versions = folder / "service" / "store" / "migrations" / "versions"
     head = max(path.name[:4] for path in versions.glob("[0-9]*.py"))
     (versions / "9998_next.py").write_text(textwrap.dedent(EXPANDS).format(head=head))
@@ -54,7 +60,9 @@ async def schema(database: str) -> str:
 
 
 async def test_old_and_new_work_side_by_side(tmp_path: Path, postgres_server: str) -> None:
-    """The next version migrates under load: nobody is refused, no work fails, and the old processes leave when it is there."""
+    """The next version migrates under load: nobody is refused, no work fails, and the old processes
+    leave when it is there.
+    """
     async with groups(tmp_path, postgres_server) as group:
         web, worker = [await group.start(role) for role in (WEB, WORKER)]
         load = await loaded(web.client, 10)
@@ -62,12 +70,16 @@ async def test_old_and_new_work_side_by_side(tmp_path: Path, postgres_server: st
         async with sending(load, str(web.client.base_url).rstrip("/")):
             before = [asyncio.create_task(group.order(web, number)) for number in range(10)]
             new = Running(
-                *WORKER, folder=next_version(tmp_path), **worker.environment | {"PYTHONPATH": str(tmp_path), "DARKROOM_PORT": "0"}
+                *WORKER,
+                folder=next_version(tmp_path),
+                **worker.environment | {"PYTHONPATH": str(tmp_path), "DARKROOM_PORT": "0"},
             )
             try:
                 await asyncio.to_thread(lambda: new.address)
                 assert await schema(group.database) == "9998"
-                await asyncio.gather(*before, *(group.order(web, number) for number in range(10, 15)))
+                await asyncio.gather(
+                    *before, *(group.order(web, number) for number in range(10, 15))
+                )
                 worker.process.signal(signal.SIGTERM)
                 await wait_until(lambda: worker.process.code is not None, PATIENCE_S)
                 assert worker.process.code == 0
@@ -84,14 +96,20 @@ async def test_old_and_new_work_side_by_side(tmp_path: Path, postgres_server: st
             assert line["level"] in ("info", "debug"), line
         assert new.logged("worker.failed") == []
         assert new.logged("task.settled"), "the new one works too"
-        refused = await asyncio.to_thread(lambda: darkroom("worker", folder=web.folder, **worker.environment))
+        refused = await asyncio.to_thread(
+            lambda: darkroom("worker", folder=web.folder, **worker.environment)
+        )
         assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), refused.stderr
         assert "schema 9998 is newer than this program's" in refused.stderr
         group.alive()
 
 
-async def test_a_migration_that_must_wait_lets_callbacks_pass(tmp_path: Path, postgres_server: str) -> None:
-    """A table that somebody reads for long, as a dump does: the migration tries again and again, and nobody queues behind it for long."""
+async def test_a_migration_that_must_wait_lets_callbacks_pass(
+    tmp_path: Path, postgres_server: str
+) -> None:
+    """A table that somebody reads for long, as a dump does: the migration tries again and again,
+    and nobody queues behind it for long.
+    """
     async with groups(tmp_path, postgres_server) as group:
         web = await group.start(WEB)
         load = await loaded(web.client, 5)
@@ -100,7 +118,9 @@ async def test_a_migration_that_must_wait_lets_callbacks_pass(tmp_path: Path, po
             async with reader.transaction():
                 await reader.execute("SELECT count(*) FROM tasks")
                 new = Running(
-                    *WORKER, folder=next_version(tmp_path), **web.environment | {"PYTHONPATH": str(tmp_path), "DARKROOM_PORT": "0"}
+                    *WORKER,
+                    folder=next_version(tmp_path),
+                    **web.environment | {"PYTHONPATH": str(tmp_path), "DARKROOM_PORT": "0"},
                 )
                 async with sending(load, str(web.client.base_url).rstrip("/")):
 

@@ -1,4 +1,6 @@
-"""The README's tables, made from the code: `python -m tests.docs.render` writes each between its markers."""
+"""The README's tables, made from the code: `python -m tests.docs.render` writes each between its
+markers.
+"""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +25,9 @@ def routes_table() -> str:
     for spec in SPECS:
         query = f"?{'&'.join(f'{name}=' for name in spec.query)}" if spec.query else ""
         scopes = " or ".join(f"`{scope}`" for scope in spec.scopes) or "no key"
-        rows.append(f"| `{spec.method} {spec.path}{query}` | {scopes} | {spec.status}: {spec.summary} |")
+        rows.append(
+            f"| `{spec.method} {spec.path}{query}` | {scopes} | {spec.status}: {spec.summary} |"
+        )
     return "\n".join(rows)
 
 
@@ -37,7 +41,9 @@ def metrics_table() -> str:
 
 
 def labels_of(name: str) -> str:
-    """`{kind,outcome}`, or nothing: what a metric says it is labelled by, before it has any series."""
+    """`{kind,outcome}`, or nothing: what a metric says it is labelled by, before it has any
+    series.
+    """
     for metric in vars(Metrics()).values():
         known = getattr(metric, "_name", None)
         if known is not None and name in (known, f"{known}_total") and metric._labelnames:
@@ -88,9 +94,17 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
 
 
 def section(text: str, name: str) -> re.Match[str]:
-    """What stands between a section's markers, as `body`; AssertionError unless they are there once."""
-    found = list(re.finditer(rf"(?P<open><!-- {name} -->\n)(?P<body>.*?)(?P<close><!-- /{name} -->)", text, re.DOTALL))
-    assert len(found) == 1, f"README.md has {len(found)} sections <!-- {name} --> … <!-- /{name} -->"
+    """What stands between a section's markers, as `body`; AssertionError unless they are there
+    once.
+    """
+    found = list(
+        re.finditer(
+            rf"(?P<open><!-- {name} -->\n)(?P<body>.*?)(?P<close><!-- /{name} -->)", text, re.DOTALL
+        )
+    )
+    assert len(found) == 1, (
+        f"README.md has {len(found)} sections <!-- {name} --> … <!-- /{name} -->"
+    )
     return found[0]
 
 

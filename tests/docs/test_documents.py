@@ -1,4 +1,6 @@
-"""README.md and code hold together: its tables are made from the code, and what the code logs is what the table lists."""
+"""README.md and code hold together: its tables are made from the code, and what the code logs is
+what the table lists.
+"""
 
 import ast
 import re
@@ -20,14 +22,18 @@ LEVELS = {"debug", "info", "warning", "error", "exception", "critical"}
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_a_table_of_the_readme_is_what_the_code_has(name: str) -> None:
-    """Settings, commands, routes, log lines and metrics stand in the README as they are in the code (`python -m tests.docs.render`)."""
+    """Settings, commands, routes, log lines and metrics stand in the README as they are in the code
+    (`python -m tests.docs.render`).
+    """
     text = README.read_text("utf-8")
     assert section(text, name)["body"].strip() == section(rendered(text), name)["body"].strip()
 
 
 def test_rendering_changes_nothing_outside_of_the_markers() -> None:
     """The script rewrites the tables alone, and rewriting twice is rewriting once."""
-    text = "".join(f"before {name}\n<!-- {name} -->\nold\n<!-- /{name} -->\nafter\n" for name in SECTIONS)
+    text = "".join(
+        f"before {name}\n<!-- {name} -->\nold\n<!-- /{name} -->\nafter\n" for name in SECTIONS
+    )
     once = rendered(text)
     assert rendered(once) == once
     assert re.sub(r"(?s)(<!-- \w+ -->\n).*?(<!-- /)", r"\1old\n\2", once) == text
@@ -44,10 +50,14 @@ def test_the_table_of_routes_is_all_that_is_answered() -> None:
     answered = {(route.path, method) for route in routes() for method in route.methods or ()}
     listed = {(spec.path, spec.method) for spec in SPECS}
     callbacks = {("/callbacks/{upstream}/{task_id}/{token}", method) for method in ("POST", "PUT")}
-    assert answered == listed | {(path, "HEAD") for path, method in listed if method == "GET"} | callbacks
+    assert (
+        answered
+        == listed | {(path, "HEAD") for path, method in listed if method == "GET"} | callbacks
+    )
 
 
-# --- the log ---------------------------------------------------------------------------------------------------------
+# --- the log
+# --------------------------------------------------------------------------------------------------
 
 
 def logged() -> Iterator[tuple[str, str, set[str]]]:
@@ -60,14 +70,24 @@ def logged() -> Iterator[tuple[str, str, set[str]]]:
                 for call in ast.walk(function):
                     if isinstance(call, ast.Call) and is_log(call.func):
                         name = call.args[0]
-                        assert isinstance(name, ast.Constant), f"{path.name}:{call.lineno}: a line's name is fixed"
-                        yield f"{path.name}:{call.lineno}", str(name.value), fields(call, dictionaries)
+                        assert isinstance(name, ast.Constant), (
+                            f"{path.name}:{call.lineno}: a line's name is fixed"
+                        )
+                        yield (
+                            f"{path.name}:{call.lineno}",
+                            str(name.value),
+                            fields(call, dictionaries),
+                        )
 
 
 def is_log(function: ast.expr) -> bool:
     """`log.info(…)`, or `level(…)` where the level is chosen first."""
     if isinstance(function, ast.Attribute):
-        return isinstance(function.value, ast.Name) and function.value.id == "log" and function.attr in LEVELS
+        return (
+            isinstance(function.value, ast.Name)
+            and function.value.id == "log"
+            and function.attr in LEVELS
+        )
     return isinstance(function, ast.Name) and function.id == "level"
 
 
@@ -78,7 +98,9 @@ def mappings(function: ast.AST) -> dict[str, set[str]]:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             for inner in ast.walk(node.value):
                 if isinstance(inner, ast.Dict):
-                    found[node.targets[0].id] |= {str(key.value) for key in inner.keys if isinstance(key, ast.Constant)}
+                    found[node.targets[0].id] |= {
+                        str(key.value) for key in inner.keys if isinstance(key, ast.Constant)
+                    }
     return found
 
 
@@ -101,7 +123,9 @@ def test_every_line_that_is_logged_is_listed_with_its_fields() -> None:
 
 
 def test_every_line_that_is_listed_is_logged_with_its_fields() -> None:
-    """The list names no line and no field that the code never writes; what workers bind is in their lines too."""
+    """The list names no line and no field that the code never writes; what workers bind is in their
+    lines too.
+    """
     written: defaultdict[str, set[str]] = defaultdict(set)
     for _, name, given in logged():
         written[name] |= given

@@ -1,7 +1,9 @@
-"""What a disk is sure to hold, worked out from a trace: POSIX at its word, whatever a file system does of its own accord.
+"""What a disk is sure to hold, worked out from a trace: POSIX at its word, whatever a file system
+does of its own accord.
 
-What is written to a file lasts when an fsync or fdatasync of it that began afterwards is done; a name, when such a one of its folder is.
-Between two of them anything may happen to what is new: a coin decides for each write and each name.
+What is written to a file lasts when an fsync or fdatasync of it that began afterwards is done; a
+name, when such a one of its folder is. Between two of them anything may happen to what is new: a
+coin decides for each write and each name.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +26,9 @@ def kept() -> bool:
 
 @dataclass(eq=False, slots=True)
 class File:
-    """`safe` is on the disk, `pending` what was done since: (when, offset, data), data None: cut there."""
+    """`safe` is on the disk, `pending` what was done since: (when, offset, data), data None: cut
+    there.
+    """
 
     safe: bytearray = field(default_factory=bytearray)
     size: int = 0
@@ -74,14 +78,18 @@ def apply(content: bytearray, offset: int, data: bytes | None) -> None:
 
 
 class Disk:
-    """What is below `root`, a folder that is there and lasts; what is in it already as well, unless nothing is `trusted`."""
+    """What is below `root`, a folder that is there and lasts; what is in it already as well, unless
+    nothing is `trusted`.
+    """
 
     def __init__(self, root: Path, *, trusted: bool = True) -> None:
         self.root = str(root)
         self.top = loaded(root, trusted=trusted)
         self.time = 0  # so many changes were made
         self.syncs = 0  # so many syncs are done
-        self._under_way: dict[int, tuple[int, list[tuple[Folder, dict[str, Node]]], list[File]]] = {}
+        self._under_way: dict[
+            int, tuple[int, list[tuple[Folder, dict[str, Node]]], list[File]]
+        ] = {}
 
     def observe(self, moment: Moment) -> None:
         """A call that was cut counts as done, but for a sync."""
@@ -97,7 +105,9 @@ class Disk:
     # --- what makes it last
 
     def _covered(self, call: Call) -> tuple[int, list[tuple[Folder, dict[str, Node]]], list[File]]:
-        nodes = list(walked(self.top)) if call.name in ("sync", "syncfs") else [self.find(call.path)]
+        nodes = (
+            list(walked(self.top)) if call.name in ("sync", "syncfs") else [self.find(call.path)]
+        )
         folders = [(node, dict(node.live)) for node in nodes if isinstance(node, Folder)]
         return self.time, folders, [node for node in nodes if isinstance(node, File)]
 
@@ -180,8 +190,14 @@ class Disk:
     # --- what a power cut leaves
 
     def left(self, coin: Coin = lost, below: str = "") -> dict[str, bytes]:
-        """The files, by their path below the root, of which those are wanted that begin with `below`."""
-        return {path: node.content(coin) for path, node in listed(self.top, coin) if isinstance(node, File) and path.startswith(below)}
+        """The files, by their path below the root, of which those are wanted that begin with
+        `below`.
+        """
+        return {
+            path: node.content(coin)
+            for path, node in listed(self.top, coin)
+            if isinstance(node, File) and path.startswith(below)
+        }
 
     def lay(self, target: Path, coin: Coin = lost) -> None:
         """Makes `target` what the root is after a power cut."""
@@ -201,7 +217,9 @@ def loaded(path: Path, *, trusted: bool) -> Folder:
         else:
             content = entry.read_bytes()
             pending: list[tuple[int, int, bytes | None]] = [] if trusted else [(0, 0, content)]
-            folder.live[entry.name] = File(bytearray(content if trusted else b""), len(content), pending)
+            folder.live[entry.name] = File(
+                bytearray(content if trusted else b""), len(content), pending
+            )
     folder.safe = dict(folder.live) if trusted else {}
     return folder
 

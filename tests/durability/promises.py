@@ -3,7 +3,8 @@
 - An id that leaves the process names a row that lasts.
 - A callback is answered 200 when its row lasts.
 - A submission leaves when its row says that it may have left.
-- Whoever is told of an image, by a document, an event or the log's `image.stored`, finds all of its bytes after a power cut.
+- Whoever is told of an image, by a document, an event or the log's `image.stored`, finds all of its
+  bytes after a power cut.
 - The key with which all that was signed and encrypted lasts.
 """
 
@@ -29,15 +30,20 @@ TABLES = {PREFIXES["task"]: "tasks", PREFIXES["event"]: "events", PREFIXES["endp
 ID = re.compile(rb"(?<![a-z2-7_])(task_|evt_|ep_)[a-z2-7]{26}(?![a-z2-7])")
 PICTURE = re.compile(rb'"sha256": ?"([0-9a-f]{64})"')
 ANSWER = re.compile(rb"HTTP/1\.1 200 .*\r\nx-request-id: ([^\r]+)\r\n", re.DOTALL)
-SENT = re.compile(rb"POST " + SUBMIT.encode() + rb" HTTP/1\.1\r\n.*\r\nidempotency-key: (task_[a-z2-7]{26})\r\n", re.DOTALL | re.IGNORECASE)
+SENT = re.compile(
+    rb"POST " + SUBMIT.encode() + rb" HTTP/1\.1\r\n.*\r\nidempotency-key: (task_[a-z2-7]{26})\r\n",
+    re.DOTALL | re.IGNORECASE,
+)
 DATABASE, KEY, IMAGES = "data/darkroom.db", "data/secret.key", "data/images/"
 
 
 @dataclass(slots=True)
 class Watch:
-    """Reads a trace beside a disk. `callbacks`: what the log says of each request that brought one, the task's id and its status.
+    """Reads a trace beside a disk. `callbacks`: what the log says of each request that brought one,
+    the task's id and its status.
 
-    `held` counts the promises that were, `broken` says which were not, `unsure` what was cut: nobody knows whether it was done.
+    `held` counts the promises that were, `broken` says which were not, `unsure` what was cut:
+    nobody knows whether it was done.
     """
 
     disk: Disk
@@ -61,7 +67,9 @@ class Watch:
         if call.path.startswith("socket:"):
             self._told(call.data, line)
         elif call.path.endswith("/" + LOG):
-            for said in map(json.loads, filter(lambda each: each.startswith(b"{"), call.data.splitlines())):
+            for said in map(
+                json.loads, filter(lambda each: each.startswith(b"{"), call.data.splitlines())
+            ):
                 if said["event"] == "image.stored":
                     self._judge("stored", said["sha256"], self.stored(said["sha256"]), line)
 
@@ -73,12 +81,19 @@ class Watch:
             self._judge("shown", sha256, self.stored(sha256), line)
         if answer := ANSWER.match(data):
             key = self.disk.left(below=KEY).get(KEY, b"")
-            self._judge("key", "of an answer", key != b"" and key == self.disk.left(lambda: True, KEY)[KEY], line)
+            self._judge(
+                "key",
+                "of an answer",
+                key != b"" and key == self.disk.left(lambda: True, KEY)[KEY],
+                line,
+            )
             callback = self.callbacks.get(answer[1].decode())
             if callback is not None:
                 self._judge("callbacks", callback, callback in self.rows("callbacks"), line)
         if sent := SENT.match(data):
-            self._judge("submissions", sent[1].decode(), sent[1].decode() in self.rows("submitting"), line)
+            self._judge(
+                "submissions", sent[1].decode(), sent[1].decode() in self.rows("submitting"), line
+            )
 
     def _judge(self, kind: str, what: str, good: bool, line: int) -> None:
         if good:
@@ -89,11 +104,16 @@ class Watch:
     def stored(self, sha256: str) -> bool:
         """Whether a row and a file of that image last."""
         files = self.disk.left(below=IMAGES)
-        whole = any(sha256 in name and hashlib.sha256(data).hexdigest() == sha256 for name, data in files.items())
+        whole = any(
+            sha256 in name and hashlib.sha256(data).hexdigest() == sha256
+            for name, data in files.items()
+        )
         return whole and sha256 in self.rows("stored")
 
     def rows(self, kind: str) -> set[str]:
-        """The ids that a power cut would leave in a table; of tasks that may have been submitted; the sums of stored images."""
+        """The ids that a power cut would leave in a table; of tasks that may have been submitted;
+        the sums of stored images.
+        """
         if self._known_at != self.disk.syncs:
             self._known, self._known_at = rows_of(self.disk.left(below=DATABASE)), self.disk.syncs
         return self._known.get(kind, set())
@@ -114,12 +134,21 @@ def rows_of(files: dict[str, bytes]) -> dict[str, set[str]]:
             (Path(folder) / Path(path).name).write_bytes(content)
         with closing(sqlite3.connect(Path(folder) / Path(DATABASE).name)) as connection:
             try:
-                return {name: {row[0] for row in connection.execute(query)} for name, query in QUERIES.items()}
+                return {
+                    name: {row[0] for row in connection.execute(query)}
+                    for name, query in QUERIES.items()
+                }
             except sqlite3.DatabaseError:
                 return {}
 
 
 def callbacks_of(log: str) -> dict[str, str]:
     """The callbacks by their requests, from a service's log."""
-    lines: list[dict[str, Any]] = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
-    return {line["request_id"]: f"{line['task_id']} {line['status']}" for line in lines if line["event"] == "callback.received"}
+    lines: list[dict[str, Any]] = [
+        json.loads(line) for line in log.splitlines() if line.startswith("{")
+    ]
+    return {
+        line["request_id"]: f"{line['task_id']} {line['status']}"
+        for line in lines
+        if line["event"] == "callback.received"
+    }

@@ -1,4 +1,6 @@
-"""A service that is traced and killed again and again, and every time starts on what a power cut would have left."""
+"""A service that is traced and killed again and again, and every time starts on what a power cut
+would have left.
+"""
 
 import asyncio
 import random
@@ -38,7 +40,9 @@ SETTINGS = {
 
 
 def coin(seed: int) -> Coin | None:
-    """What becomes of what was not synced: all of it is lost, each part is or is not, or (None) the process alone dies."""
+    """What becomes of what was not synced: all of it is lost, each part is or is not, or (None) the
+    process alone dies.
+    """
     tossed = random.Random(seed)
     return (None, lost, lambda: tossed.random() < 0.5)[seed % 3]
 
@@ -48,7 +52,8 @@ class Rounds:
     """What came of it.
 
     `place`: below which the last one left its data.
-    `made`: the first one's trace. `answered`: the tasks that clients were told of. `differing`: files that a trace does not explain.
+    `made`: the first one's trace. `answered`: the tasks that clients were told of. `differing`:
+    files that a trace does not explain.
     """
 
     folder: Path
@@ -86,19 +91,27 @@ class Stage:
         """A service; when it has ended its trace is read."""
         settings = service_settings(self.upstream_url, self.place, **SETTINGS, PORT=str(self.port))
         process = Launched(self.launcher, self.rounds.folder, settings)
-        await wait_until(lambda: "service.started" in process.printed or process.code is not None, PATIENCE_S)
+        await wait_until(
+            lambda: "service.started" in process.printed or process.code is not None, PATIENCE_S
+        )
         assert "service.started" in process.printed, process.printed
         url, headers = f"http://127.0.0.1:{self.port}", {"authorization": f"Bearer {ADMIN_KEY}"}
-        async with httpx.AsyncClient(base_url=url, headers=headers, trust_env=False, timeout=100) as client:
+        async with httpx.AsyncClient(
+            base_url=url, headers=headers, trust_env=False, timeout=100
+        ) as client:
             yield process, client
         await wait_until(lambda: process.code is not None, PATIENCE_S)
-        await wait_until(lambda: re.search(rf"\n{process.pid} +\+\+\+ ", self.written()), PATIENCE_S)
+        await wait_until(
+            lambda: re.search(rf"\n{process.pid} +\+\+\+ ", self.written()), PATIENCE_S
+        )
         self.rounds.deaths.append(process.code)
         self.rounds.log += process.printed
         self.watch(process.printed)
 
     def written(self) -> str:
-        """The whole lines that the tracer wrote since the last process's end; children of a dead one may still be at work."""
+        """The whole lines that the tracer wrote since the last process's end; children of a dead
+        one may still be at work.
+        """
         with (self.rounds.folder / "trace").open("rb") as file:
             file.seek(self.read)
             return "\n" + file.read().decode("ascii").rpartition("\n")[0] + "\n"
@@ -115,7 +128,9 @@ class Stage:
         for moment in watch.unsure:
             if differing(there, self.disk) & {moment.call.path, moment.call.other}:
                 self.disk.observe(moment)
-        self.rounds.differing.extend(f"{name} in round {len(self.rounds.watches)}" for name in differing(there, self.disk))
+        self.rounds.differing.extend(
+            f"{name} in round {len(self.rounds.watches)}" for name in differing(there, self.disk)
+        )
 
     def cut(self, coin: Coin | None) -> None:
         """The power fails, unless there is no coin."""
@@ -128,27 +143,52 @@ class Stage:
 def differing(there: dict[str, bytes], disk: Disk) -> set[str]:
     """The files that are not what the trace says; one is written through memory."""
     known = {f"{disk.root}/{name}": content for name, content in disk.left(kept).items()}
-    return {name for name in there.keys() | known.keys() if not name.endswith("-shm") and there.get(name) != known.get(name)}
+    return {
+        name
+        for name in there.keys() | known.keys()
+        if not name.endswith("-shm") and there.get(name) != known.get(name)
+    }
 
 
 async def ordering(client: httpx.AsyncClient, answered: set[str], name: str) -> None:
-    """A client that orders again and again, until nobody answers, and waits for every other order's end."""
+    """A client that orders again and again, until nobody answers, and waits for every other order's
+    end.
+    """
     with suppress(httpx.TransportError):
         for number in range(1000):
-            headers = {"prefer": "wait=30" if number % 2 else "respond-async", "idempotency-key": f"{name}-{number}"}
-            task = got(await client.post(SUBMIT, json=order(prompt=f"{name}-{number}", n=1 + number % 2), headers=headers))
+            headers = {
+                "prefer": "wait=30" if number % 2 else "respond-async",
+                "idempotency-key": f"{name}-{number}",
+            }
+            task = got(
+                await client.post(
+                    SUBMIT, json=order(prompt=f"{name}-{number}", n=1 + number % 2), headers=headers
+                )
+            )
             answered.add(task["id"])
 
 
 async def killed(stage: Stage, seed: int) -> None:
     async with stage.serving() as (process, client):
         if not stage.rounds.watches:
-            got(await client.post("/v1/endpoints", json={"url": stage.subscriber.url, "types": ["image.task.*"]}), 201)
+            got(
+                await client.post(
+                    "/v1/endpoints", json={"url": stage.subscriber.url, "types": ["image.task.*"]}
+                ),
+                201,
+            )
         enough = random.Random(seed).randrange(MOST // 5, MOST)
-        orders = asyncio.gather(*(ordering(client, stage.rounds.answered, f"{seed}-{number}") for number in range(CLIENTS)))
+        orders = asyncio.gather(
+            *(
+                ordering(client, stage.rounds.answered, f"{seed}-{number}")
+                for number in range(CLIENTS)
+            )
+        )
         trace = stage.rounds.folder / "trace"
         begun = trace.stat().st_size
-        await wait_until(lambda: trace.stat().st_size - begun >= enough or process.code is not None, PATIENCE_S)
+        await wait_until(
+            lambda: trace.stat().st_size - begun >= enough or process.code is not None, PATIENCE_S
+        )
         process.signal(signal.SIGKILL)
         await orders
     stage.cut(coin(seed))
@@ -185,8 +225,13 @@ async def run(folder: Path) -> Rounds:
     upstream = Upstream(create_sandbox(SANDBOX))
     async with AsyncExitStack() as stack:
         launcher = stack.enter_context(launching(*tracing(folder / "trace")))
-        url, listening = await stack.enter_async_context(answering(upstream)), await stack.enter_async_context(subscriber())
-        stage = Stage(rounds, launcher, upstream, url, listening, free_port(stack), place, Disk(place))
+        url, listening = (
+            await stack.enter_async_context(answering(upstream)),
+            await stack.enter_async_context(subscriber()),
+        )
+        stage = Stage(
+            rounds, launcher, upstream, url, listening, free_port(stack), place, Disk(place)
+        )
         for seed in SEEDS:
             await killed(stage, seed)
         await finished(stage)

@@ -9,46 +9,80 @@ import pytest
 from tests.durability.disk import Disk, kept, lost
 from tests.durability.trace import moments, tracing
 
-WRITE = "file = os.open(at('new'), os.O_CREAT | os.O_WRONLY); os.write(file, b'ab'); os.write(file, b'cd')\n"
+WRITE = (
+    "file = os.open(at('new'), os.O_CREAT | os.O_WRONLY); os.write(file, b'ab');"
+    " os.write(file, b'cd')\n"
+)
 NAMES = "os.fsync(os.open(at('.'), os.O_RDONLY))\n"
 OLD = {"old": b"old"}
 CASES = {
     "a name that nobody synced": (WRITE + "os.fsync(file)", OLD),
     "data that nobody synced": (WRITE + NAMES, OLD | {"new": b""}),
     "both synced": (WRITE + "os.fdatasync(file)\n" + NAMES, OLD | {"new": b"abcd"}),
-    "written again after the sync": (WRITE + "os.fsync(file); os.pwrite(file, b'x', 1)\n" + NAMES, OLD | {"new": b"abcd"}),
+    "written again after the sync": (
+        WRITE + "os.fsync(file); os.pwrite(file, b'x', 1)\n" + NAMES,
+        OLD | {"new": b"abcd"},
+    ),
     "all synced": (WRITE + "os.sync()", OLD | {"new": b"abcd"}),
     "a rename that nobody synced": ("os.rename(at('old'), at('other'))", OLD),
     "a removal that nobody synced": ("os.unlink(at('old'))", OLD),
     "a removal": ("os.unlink(at('old'))\n" + NAMES, {}),
     "a link": ("os.link(at('old'), at('other'))\n" + NAMES, OLD | {"other": b"old"}),
-    "cut short": ("os.truncate(at('old'), 1); os.fsync(os.open(at('old'), os.O_RDONLY))", {"old": b"o"}),
-    "through another descriptor": (WRITE + "os.fsync(os.dup(os.open(at('new'), os.O_RDONLY)))\n" + NAMES, OLD | {"new": b"abcd"}),
-    "a folder whose own name nobody synced": ("os.mkdir(at('a'))\n" + (WRITE + "os.fsync(file)\n" + NAMES).replace("at('", "at('a/"), OLD),
+    "cut short": (
+        "os.truncate(at('old'), 1); os.fsync(os.open(at('old'), os.O_RDONLY))",
+        {"old": b"o"},
+    ),
+    "through another descriptor": (
+        WRITE + "os.fsync(os.dup(os.open(at('new'), os.O_RDONLY)))\n" + NAMES,
+        OLD | {"new": b"abcd"},
+    ),
+    "a folder whose own name nobody synced": (
+        "os.mkdir(at('a'))\n" + (WRITE + "os.fsync(file)\n" + NAMES).replace("at('", "at('a/"),
+        OLD,
+    ),
     "moved into another folder": (
         "os.mkdir(at('a'))\n"
         + WRITE
-        + "os.fsync(file); os.rename(at('new'), at('a/b')); os.fsync(os.open(at('a'), os.O_RDONLY))\n"
+        + (
+            "os.fsync(file); os.rename(at('new'), at('a/b')); os.fsync(os.open(at('a'),"
+            " os.O_RDONLY))\n"
+        )
         + NAMES,
         OLD | {"a/b": b"abcd"},
     ),
-    "moved out of a folder alone": ("os.mkdir(at('a'))\n" + WRITE + "os.fsync(file); os.rename(at('new'), at('a/b'))\n" + NAMES, OLD),
+    "moved out of a folder alone": (
+        "os.mkdir(at('a'))\n" + WRITE + "os.fsync(file); os.rename(at('new'), at('a/b'))\n" + NAMES,
+        OLD,
+    ),
 }
 
 
 def found(place: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(place)): path.read_bytes()
+        for path in place.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_only_what_was_synced_is_left(name: str, tmp_path: Path) -> None:
-    """Data lasts by its file's sync, a name by its folder's; with all the rest besides, the disk is what programs see."""
+    """Data lasts by its file's sync, a name by its folder's; with all the rest besides, the disk is
+    what programs see.
+    """
     program, left = CASES[name]
     place, output = tmp_path / "place", tmp_path / "trace"
     place.mkdir()
     (place / "old").write_bytes(b"old")
     disk = Disk(place)
-    command = [*tracing(output), sys.executable, "-I", "-S", "-c", f"import os\nat = {str(place)!r}.__add__('/').__add__\n{program}"]
+    command = [
+        *tracing(output),
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        f"import os\nat = {str(place)!r}.__add__('/').__add__\n{program}",
+    ]
     subprocess.run(command, check=True)
     for moment in moments(output.read_text("ascii").splitlines(), {}):
         disk.observe(moment)

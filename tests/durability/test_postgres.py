@@ -16,20 +16,34 @@ def synchronous(connection: Connection) -> str:
     return str(connection.execute(text("SHOW synchronous_commit")).scalar_one())
 
 
-@pytest.mark.parametrize(("default", "ours"), [("off", "on"), ("local", "on"), ("remote_write", "on"), ("remote_apply", "remote_apply")])
-async def test_a_commit_waits_for_the_disk_whatever_the_default_is(postgres_url: str, default: str, ours: str) -> None:
-    """`synchronous_commit` is on in every session, or what waits for more than that; a failed transaction doesn't take it back."""
-    await execute(postgres_url, f'ALTER DATABASE "{urlsplit(postgres_url).path[1:]}" SET synchronous_commit = {default}')
+@pytest.mark.parametrize(
+    ("default", "ours"),
+    [("off", "on"), ("local", "on"), ("remote_write", "on"), ("remote_apply", "remote_apply")],
+)
+async def test_a_commit_waits_for_the_disk_whatever_the_default_is(
+    postgres_url: str, default: str, ours: str
+) -> None:
+    """`synchronous_commit` is on in every session, or what waits for more than that; a failed
+    transaction doesn't take it back.
+    """
+    await execute(
+        postgres_url,
+        f'ALTER DATABASE "{urlsplit(postgres_url).path[1:]}" SET synchronous_commit = {default}',
+    )
     with capture_logs() as lines:
         async with open_postgres(postgres_url, process="one", new_id=new_id) as store:
             with pytest.raises(ZeroDivisionError):
                 await store.read(lambda _: 1 // 0)
-            assert await asyncio.gather(*(store.read(synchronous) for _ in range(10))) == [ours] * 10
+            assert (
+                await asyncio.gather(*(store.read(synchronous) for _ in range(10))) == [ours] * 10
+            )
     assert [line for line in lines if line["event"] == "store.unsafe"] == []
 
 
 async def test_a_server_that_may_lose_commits_is_told_of() -> None:
-    """With `fsync` or `full_page_writes` off nothing that a client can set keeps a commit: the log warns at every start."""
+    """With `fsync` or `full_page_writes` off nothing that a client can set keeps a commit: the log
+    warns at every start.
+    """
     binaries = postgres_binaries()
     if binaries is None:
         missing("PostgreSQL")

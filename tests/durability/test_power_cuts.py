@@ -1,4 +1,6 @@
-"""The page cache survives a kill, so that a kill shows nothing about power cuts: here what was not synced until then is thrown away."""
+"""The page cache survives a kill, so that a kill shows nothing about power cuts: here what was not
+synced until then is thrown away.
+"""
 
 import asyncio
 import hashlib
@@ -31,22 +33,30 @@ async def rounds(tmp_path_factory: pytest.TempPathFactory) -> Rounds:
 
 
 async def test_whoever_is_told_something_is_told_what_lasts(rounds: Rounds) -> None:
-    """When an answer, submission, delivery or `image.stored` leaves, what is synced holds it, the names that lead to it included."""
+    """When an answer, submission, delivery or `image.stored` leaves, what is synced holds it, the
+    names that lead to it included.
+    """
     assert [broken for watch in rounds.watches for broken in watch.broken] == []
     held = sum((watch.held for watch in rounds.watches), Counter[str]())
     done = sum(task["state"] == "completed" for task in rounds.tasks)
     for kind in ("tasks", "events", "submissions", "callbacks", "stored", "shown", "key"):
-        assert held[kind] > done / 2 > 0, kind  # a process may be killed before it says what it has done
+        assert held[kind] > done / 2 > 0, (
+            kind
+        )  # a process may be killed before it says what it has done
 
 
 async def test_the_trace_accounts_for_every_byte(rounds: Rounds) -> None:
-    """Nothing was written in a way that the trace does not show: with all that was not synced the disk is the real folder."""
+    """Nothing was written in a way that the trace does not show: with all that was not synced the
+    disk is the real folder.
+    """
     assert rounds.differing == []
     assert rounds.deaths == [-signal.SIGKILL] * len(SEEDS) + [0]
 
 
 async def test_nothing_is_lost_or_doubled_when_the_power_fails(rounds: Rounds) -> None:
-    """Tasks that were answered exist and end, by the one callback that was answered; one terminal event each, after whole pictures."""
+    """Tasks that were answered exist and end, by the one callback that was answered; one terminal
+    event each, after whole pictures.
+    """
     tasks = {task["id"]: task for task in rounds.tasks}
     assert rounds.answered <= tasks.keys()
     assert len(rounds.answered) > 0
@@ -56,16 +66,24 @@ async def test_nothing_is_lost_or_doubled_when_the_power_fails(rounds: Rounds) -
     for task in tasks.values():
         assert task["state"] == ("completed" if task["id"] in sent else "failed"), task
         assert task["error"] is None or task["error"]["code"] == "submission_uncertain"
-    assert all(hashlib.sha256(content).hexdigest() == sha256 for sha256, content in rounds.pictures.items())
+    assert all(
+        hashlib.sha256(content).hexdigest() == sha256 for sha256, content in rounds.pictures.items()
+    )
     ends = Counter(event["subject"] for event in rounds.events if event["type"] in TERMINAL)
     assert ends == Counter(tasks.keys())
-    assert [int(event["sequence"]) for event in rounds.events] == list(range(1, len(rounds.events) + 1))
-    assert set(rounds.received) == {event["id"] for event in rounds.events}, "what was told before the power failed stands"
+    assert [int(event["sequence"]) for event in rounds.events] == list(
+        range(1, len(rounds.events) + 1)
+    )
+    assert set(rounds.received) == {event["id"] for event in rounds.events}, (
+        "what was told before the power failed stands"
+    )
     assert "Traceback" not in rounds.log
 
 
 async def test_a_first_start_that_is_cut_off_is_done_again(rounds: Rounds, tmp_path: Path) -> None:
-    """Wherever the power fails while the store is made, what is left of it is opened at the next start."""
+    """Wherever the power fails while the store is made, what is left of it is opened at the next
+    start.
+    """
     (tmp_path / "before").mkdir()
     disk, tossed, opened = Disk(tmp_path / "before"), random.Random(7), 0
     disk.root = str(rounds.folder / "disk")
@@ -87,7 +105,9 @@ async def test_a_first_start_that_is_cut_off_is_done_again(rounds: Rounds, tmp_p
 
 
 async def test_a_backup_vouches_for_what_lasts(rounds: Rounds, tmp_path: Path) -> None:
-    """`backup` and `restore`, cut off anywhere: a manifest's files are all there, and so is what belongs to a database that is put back."""
+    """`backup` and `restore`, cut off anywhere: a manifest's files are all there, and so is what
+    belongs to a database that is put back.
+    """
     place = rounds.place
     pictures = len(list((place / "data" / "images").rglob("*.png")))
     assert pictures > 0
@@ -95,9 +115,29 @@ async def test_a_backup_vouches_for_what_lasts(rounds: Rounds, tmp_path: Path) -
     async def left_by(command: str, data: str, last: str) -> list[dict[str, bytes]]:
         """What power cuts would leave of it, with `last` in it."""
         disk, tossed = Disk(place), random.Random(7)
-        program = [*tracing(tmp_path / command), sys.executable, "-m", "service", command, str(place / "kept")]
-        environment = clean_environment({"DARKROOM_DATA_DIR": str(place / data), "DARKROOM_ADMIN_KEY": "admin-key-of-the-backup"})
-        await asyncio.to_thread(subprocess.run, program, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=60)
+        program = [
+            *tracing(tmp_path / command),
+            sys.executable,
+            "-m",
+            "service",
+            command,
+            str(place / "kept"),
+        ]
+        environment = clean_environment(
+            {
+                "DARKROOM_DATA_DIR": str(place / data),
+                "DARKROOM_ADMIN_KEY": "admin-key-of-the-backup",
+            }
+        )
+        await asyncio.to_thread(
+            subprocess.run,
+            program,
+            cwd=tmp_path,
+            env=environment,
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
         found = []
         for moment in moments((tmp_path / command).read_text("ascii").splitlines(), {}):
             disk.observe(moment)
@@ -111,10 +151,25 @@ async def test_a_backup_vouches_for_what_lasts(rounds: Rounds, tmp_path: Path) -
         assert manifest["files"].keys() == {"darkroom.db", "secret.key"}
         for name, told in manifest["files"].items():
             assert hashlib.sha256(files[f"kept/{name}"]).hexdigest() == told["sha256"]
-        assert manifest["images"]["count"] == sum(whole_picture(name, data) for name, data in files.items() if name.startswith("kept/")) > 0
+        assert (
+            manifest["images"]["count"]
+            == sum(
+                whole_picture(name, data)
+                for name, data in files.items()
+                if name.startswith("kept/")
+            )
+            > 0
+        )
     for files in await left_by("restore", "restored", "restored/darkroom.db"):
         assert files["restored/secret.key"] == (place / "data" / "secret.key").read_bytes()
-        assert sum(whole_picture(name, data) for name, data in files.items() if name.startswith("restored/images/")) == pictures
+        assert (
+            sum(
+                whole_picture(name, data)
+                for name, data in files.items()
+                if name.startswith("restored/images/")
+            )
+            == pictures
+        )
         assert "stored" in rows_of({"darkroom.db": files["restored/darkroom.db"]})
 
 

@@ -1,4 +1,6 @@
-"""A start trusts nothing that it finds: whoever wrote it may have been killed before it was sure to last."""
+"""A start trusts nothing that it finds: whoever wrote it may have been killed before it was sure to
+last.
+"""
 
 import sqlite3
 import subprocess
@@ -23,22 +25,30 @@ from service.settings import load_settings, secret_keys
 from service.store.sqlite import open_sqlite
 
 async def main():
-    async with open_sqlite(Path(sys.argv[1]) / "store" / "darkroom.db", process="two", new_id=new_id):
-        print(len(secret_keys(load_settings({"DARKROOM_DATA_DIR": f"{sys.argv[1]}/data"}, None))), flush=True)
+    path = Path(sys.argv[1]) / "store" / "darkroom.db"
+    async with open_sqlite(path, process="two", new_id=new_id):
+        settings = load_settings({"DARKROOM_DATA_DIR": f"{sys.argv[1]}/data"}, None)
+        print(len(secret_keys(settings)), flush=True)
         sys.stdin.read()
 
 asyncio.run(main())
 """
 
 
-async def test_what_a_killed_process_left_in_memory_lasts_before_anything_is_shown(tmp_path: Path) -> None:
-    """The store's file and its WAL are synced at the start, though there is nothing to write, and so are all names, the key's too."""
+async def test_what_a_killed_process_left_in_memory_lasts_before_anything_is_shown(
+    tmp_path: Path,
+) -> None:
+    """The store's file and its WAL are synced at the start, though there is nothing to write, and
+    so are all names, the key's too.
+    """
     place = tmp_path / "place"
     for folder in ("data", "store"):
         (place / folder).mkdir(parents=True)
     (place / "data" / "secret.key").write_text("k" * 64)
     async with open_sqlite(tmp_path / "one" / "darkroom.db", process="one", new_id=new_id):
-        with closing(sqlite3.connect(tmp_path / "one" / "darkroom.db", isolation_level=None)) as writer:
+        with closing(
+            sqlite3.connect(tmp_path / "one" / "darkroom.db", isolation_level=None)
+        ) as writer:
             writer.execute("INSERT INTO counters VALUES ('committed', 1)")
         for file in (tmp_path / "one").glob("darkroom.db*"):  # as a kill leaves them
             (place / "store" / file.name).write_bytes(file.read_bytes())
@@ -48,10 +58,16 @@ async def test_what_a_killed_process_left_in_memory_lasts_before_anything_is_sho
     with (
         closing(sqlite3.connect(place / "store" / "darkroom.db", isolation_level=None)) as reader,
         subprocess.Popen(  # noqa: ASYNC220 - nothing else is going on
-            command, env=clean_environment({}), text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            command,
+            env=clean_environment({}),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         ) as process,
     ):
-        reader.execute("BEGIN").execute("SELECT * FROM counters")  # a backup under way, which keeps SQLite from a checkpoint
+        reader.execute("BEGIN").execute(
+            "SELECT * FROM counters"
+        )  # a backup under way, which keeps SQLite from a checkpoint
         assert process.stdout is not None
         assert process.stdout.readline() == "1\n"
         for moment in moments((tmp_path / "trace").read_text("ascii").splitlines(), {}):
@@ -60,10 +76,14 @@ async def test_what_a_killed_process_left_in_memory_lasts_before_anything_is_sho
     assert "data/secret.key" in disk.left(), "its content was synced before it had this name"
     disk.lay(tmp_path / "after")
     with closing(sqlite3.connect(tmp_path / "after" / "store" / "darkroom.db")) as left:
-        assert left.execute("SELECT value FROM counters WHERE name = 'committed'").fetchall() == [(1,)]
+        assert left.execute("SELECT value FROM counters WHERE name = 'committed'").fetchall() == [
+            (1,)
+        ]
 
 
-def test_the_names_of_all_folders_that_lead_there_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_names_of_all_folders_that_lead_there_are_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Up to the file system's root; one that may not be opened is not ours to sync."""
     synced: list[Path] = []
 

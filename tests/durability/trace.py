@@ -1,4 +1,6 @@
-"""What a process asked of the kernel, by `strace`: every call that changes files, makes them last, or tells somebody something."""
+"""What a process asked of the kernel, by `strace`: every call that changes files, makes them last,
+or tells somebody something.
+"""
 
 import functools
 import os
@@ -13,8 +15,33 @@ from pathlib import Path
 from tests.servers import missing
 
 CHANGES = {
-    *("open", "openat", "creat", "write", "writev", "pwrite64", "pwritev", "pwritev2", "ftruncate", "truncate", "fallocate"),
-    *("rename", "renameat", "renameat2", "link", "linkat", "symlink", "symlinkat", "unlink", "unlinkat", "mkdir", "mkdirat", "rmdir"),
+    *(
+        "open",
+        "openat",
+        "creat",
+        "write",
+        "writev",
+        "pwrite64",
+        "pwritev",
+        "pwritev2",
+        "ftruncate",
+        "truncate",
+        "fallocate",
+    ),
+    *(
+        "rename",
+        "renameat",
+        "renameat2",
+        "link",
+        "linkat",
+        "symlink",
+        "symlinkat",
+        "unlink",
+        "unlinkat",
+        "mkdir",
+        "mkdirat",
+        "rmdir",
+    ),
     *("copy_file_range", "sendfile", "splice"),
 }
 SYNCS = {"fsync", "fdatasync", "sync", "syncfs"}
@@ -31,7 +58,9 @@ OPTIONS = (
     "trace=" + ",".join(f"?{name}" for name in sorted(CHANGES | SYNCS | TALK)),
 )
 
-LINE = re.compile(r"(\d+) +(?:(\+\+\+) (killed|exited)|<\.\.\. (\w+) resumed>(.*)|(\w+)\((.*))", re.DOTALL)
+LINE = re.compile(
+    r"(\d+) +(?:(\+\+\+) (killed|exited)|<\.\.\. (\w+) resumed>(.*)|(\w+)\((.*))", re.DOTALL
+)
 TOKEN = re.compile(r'(?:\d+|AT_FDCWD)<((?:\\x..)*)>(\(deleted\))?|"((?:\\x..)*)"')
 NUMBER = re.compile(r"(?<=, )(-?\d+)(?=[,)]|$)")
 OPENED = re.compile(r"= \d+<((?:\\x..)*)>$")
@@ -39,9 +68,11 @@ OPENED = re.compile(r"= \d+<((?:\\x..)*)>$")
 
 @dataclass(slots=True)
 class Call:
-    """A system call. `path`: of its descriptor, or the first it names; `other`: the second, as of a rename.
+    """A system call. `path`: of its descriptor, or the first it names; `other`: the second, as of a
+    rename.
 
-    `numbers` are those among its arguments; `failed` is known when it is done, unless its process was killed in it: `cut`.
+    `numbers` are those among its arguments; `failed` is known when it is done, unless its process
+    was killed in it: `cut`.
     """
 
     name: str
@@ -67,11 +98,16 @@ class Moment:
 def permitted() -> bool:
     """Whether a process can be traced here."""
     tried = ["strace", *OPTIONS, "-o", os.devnull, "true"]
-    return shutil.which("strace") is not None and subprocess.run(tried, capture_output=True, check=False).returncode == 0
+    return (
+        shutil.which("strace") is not None
+        and subprocess.run(tried, capture_output=True, check=False).returncode == 0
+    )
 
 
 def tracing(output: Path) -> tuple[str, ...]:
-    """What stands before a command that is traced, with all its descendants. Skips where that is not possible."""
+    """What stands before a command that is traced, with all its descendants. Skips where that is
+    not possible.
+    """
     if not permitted():
         missing("strace that is permitted to trace")
     return ("strace", *OPTIONS, "-o", str(output))
@@ -81,11 +117,15 @@ def text(hex: str) -> bytes:
     return bytes.fromhex(hex.replace("\\x", ""))
 
 
-Begun = dict[str, tuple[str, str, Call]]  # by thread: a call's name, what is printed of it so far, and the call
+Begun = dict[
+    str, tuple[str, str, Call]
+]  # by thread: a call's name, what is printed of it so far, and the call
 
 
 def moments(lines: Iterable[str], begun: Begun) -> Iterator[Moment]:
-    """What happened, in its order. `begun` holds what is under way before the first line, and after the last."""
+    """What happened, in its order. `begun` holds what is under way before the first line, and after
+    the last.
+    """
     for number, line in enumerate(lines):
         found = LINE.match(line)
         if found is None:
@@ -117,7 +157,10 @@ def finished(name: str, arguments: str, begun: Call | None, number: int) -> Iter
     opened = OPENED.search(arguments.rstrip("\n"))
     if opened:
         call.path = text(opened[1]).decode("utf-8", "surrogateescape")
-    call.failed, call.cut = result.startswith("-1 E"), result.startswith(("?", "-1 (errno"))  # of a process that is gone nobody knows
+    call.failed, call.cut = (
+        result.startswith("-1 E"),
+        result.startswith(("?", "-1 (errno")),
+    )  # of a process that is gone nobody knows
     yield Moment(call, done=True, line=number)
 
 

@@ -1,4 +1,5 @@
-"""The words in which `faults.py` says what an upstream does wrong: documents, answers, files, pictures.
+"""The words in which `faults.py` says what an upstream does wrong: documents, answers, files,
+pictures.
 
 Nothing of the service is used here: the wire format is that of the upstream's own pages.
 """
@@ -21,7 +22,8 @@ LARGE = 300  # pixels a side: enough to be cut in two
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`status` 0: none at all. `announced`: a content-length other than the body's. The connection ends after either.
+    """`status` 0: none at all. `announced`: a content-length other than the body's. The connection
+    ends after either.
 
     `stalls`: after that nothing more comes, and the connection stays until the other side leaves.
     """
@@ -35,7 +37,9 @@ class Answer:
 
 @dataclass(slots=True)
 class Task:
-    """A task as the upstream has it. `number` tells the tasks of one behaviour apart; `forbidden` is a link that nobody may follow."""
+    """A task as the upstream has it. `number` tells the tasks of one behaviour apart; `forbidden`
+    is a link that nobody may follow.
+    """
 
     id: str
     number: int
@@ -61,7 +65,8 @@ Step = Answer | Callable[[Task], Answer]
 File = Answer | Callable[[Task, str], Answer | None]  # for a version of a link; None: the picture
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------------
+# --- pictures
+# --------------------------------------------------------------------------------------------------
 
 
 def noise(number: int, position: int, side: int = 48, format: str = "") -> bytes:
@@ -73,38 +78,71 @@ def noise(number: int, position: int, side: int = 48, format: str = "") -> bytes
 
 
 def large(number: int, format: str) -> bytes:
-    """One that is worth going on with; JPEGs, of which halves would fit together, are of one length."""
+    """One that is worth going on with; JPEGs, of which halves would fit together, are of one
+    length.
+    """
     whole = noise(number, 0, LARGE, format)
     return whole.ljust(90_000, b"\0") if format == "JPEG" else whole
 
 
 def moving(number: int, position: int, side: int = 48, frames: int = 3) -> bytes:
-    shades = [Image.new("RGB", (side, side), (number % 256, position, 60 * frame % 256)) for frame in range(frames)]
+    shades = [
+        Image.new("RGB", (side, side), (number % 256, position, 60 * frame % 256))
+        for frame in range(frames)
+    ]
     made = io.BytesIO()
-    shades[0].save(made, ("GIF", "WEBP", "PNG")[number % 3], save_all=True, append_images=shades[1:], duration=100)
+    shades[0].save(
+        made,
+        ("GIF", "WEBP", "PNG")[number % 3],
+        save_all=True,
+        append_images=shades[1:],
+        duration=100,
+    )
     return made.getvalue()
 
 
-# --- documents ---------------------------------------------------------------------------------------------------------
+# --- documents
+# --------------------------------------------------------------------------------------------------
 
 
 def document(task: Task, status: str, **more: Any) -> JSON:
-    names = {"id": task.id, "created": 1757165031, "model": "wan2.5-text-to-image", "object": "image.generation.task", "type": "image"}
+    names = {
+        "id": task.id,
+        "created": 1757165031,
+        "model": "wan2.5-text-to-image",
+        "object": "image.generation.task",
+        "type": "image",
+    }
     return {**names, "status": status, "progress": 100, "task_info": {"can_cancel": False}} | more
 
 
 def completed(task: Task) -> JSON:
-    usage = {"billing_rule": "per_call", "credits_reserved": 2, "credits_used": 1.5, "user_group": "default"}
+    usage = {
+        "billing_rule": "per_call",
+        "credits_reserved": 2,
+        "credits_used": 1.5,
+        "user_group": "default",
+    }
     return document(task, "completed", results=[task.link(0), task.link(1)], usage=usage)
 
 
 def accepted(task: Task) -> Answer:
     usage = {"billing_rule": "per_call", "credits_reserved": 2, "user_group": "default"}
-    return ok(document(task, "pending", progress=0, task_info={"can_cancel": True, "estimated_time": 45}, usage=usage))
+    return ok(
+        document(
+            task,
+            "pending",
+            progress=0,
+            task_info={"can_cancel": True, "estimated_time": 45},
+            usage=usage,
+        )
+    )
 
 
 def failed(code: str) -> Truth:
-    return lambda task: document(task, "failed", error={"code": code, "message": f"it was {code}", "type": "task_error"})
+    return lambda task: document(
+        task, "failed", error={"code": code, "message": f"it was {code}", "type": "task_error"}
+    )
 
 
 def with_(**more: Any) -> Truth:
@@ -137,7 +175,8 @@ def twice(task: Task) -> bytes:
     return told(completed)(task)[:-1] + b', "status": "failed"}'
 
 
-# --- answers -----------------------------------------------------------------------------------------------------------
+# --- answers
+# --------------------------------------------------------------------------------------------------
 
 CUT, HANGS = Answer(0), Answer(0, stalls=True)
 NOTHING = Answer(body=b"")
@@ -167,7 +206,12 @@ def half(step: Callable[[Task], Answer]) -> Step:
 
     def cut(task: Task) -> Answer:
         whole = step(task)
-        return Answer(whole.status, whole.body[: len(whole.body) // 2], whole.headers, announced=len(whole.body))
+        return Answer(
+            whole.status,
+            whole.body[: len(whole.body) // 2],
+            whole.headers,
+            announced=len(whole.body),
+        )
 
     return cut
 
@@ -176,16 +220,28 @@ def asked(truth: Truth) -> Callable[[Task], Answer]:
     return lambda task: ok(truth(task))
 
 
-# --- files: the first result; the second is always as it should be ------------------------------------------------------
+# --- files: the first result; the second is always as it should be
+# ------------------------------------------------------
 
 
-def picture(position: int = 0, *, part: float = 1, stalls: bool = False, honest: bool = False, **headers: str) -> File:
+def picture(
+    position: int = 0,
+    *,
+    part: float = 1,
+    stalls: bool = False,
+    honest: bool = False,
+    **headers: str,
+) -> File:
     """So much of the picture; `honest`: its length is announced as that of the part."""
 
     def answer(task: Task, _: str) -> Answer:
         whole = task.pictures[position]
         sent = whole[: int(len(whole) * part)]
-        names = {"content-type": "image/png", "etag": '"v1"', **{name.replace("_", "-"): value for name, value in headers.items()}}
+        names = {
+            "content-type": "image/png",
+            "etag": '"v1"',
+            **{name.replace("_", "-"): value for name, value in headers.items()},
+        }
         return Answer(200, sent, names, None if honest else len(whole), stalls)
 
     return answer
@@ -196,7 +252,12 @@ def another(etag: str) -> File:
 
     def answer(task: Task, _: str) -> Answer:
         old = large(task.number + 7000, task.behaviour.large)  # of the same size in pixels
-        return Answer(200, old[: len(old) // 2], {"content-type": "image/png"} | ({"etag": etag} if etag else {}), announced=len(old))
+        return Answer(
+            200,
+            old[: len(old) // 2],
+            {"content-type": "image/png"} | ({"etag": etag} if etag else {}),
+            announced=len(old),
+        )
 
     return answer
 
@@ -204,15 +265,27 @@ def another(etag: str) -> File:
 def misplaced(task: Task, _: str) -> Answer:
     """All of it, called a part."""
     whole = task.pictures[0]
-    return Answer(206, whole, {"content-type": "image/png", "content-range": f"bytes 0-{len(whole) - 1}/{len(whole)}", "etag": '"v1"'})
+    return Answer(
+        206,
+        whole,
+        {
+            "content-type": "image/png",
+            "content-range": f"bytes 0-{len(whole) - 1}/{len(whole)}",
+            "etag": '"v1"',
+        },
+    )
 
 
 def short(task: Task, _: str) -> Answer:
-    return Answer(200, task.pictures[0], {"content-type": "image/png"}, announced=len(task.pictures[0]) // 2)
+    return Answer(
+        200, task.pictures[0], {"content-type": "image/png"}, announced=len(task.pictures[0]) // 2
+    )
 
 
 def leads(where: Callable[[Task], str]) -> File:
-    return lambda task, version: None if version == "moved" else Answer(302, headers={"location": where(task)})
+    return lambda task, version: (
+        None if version == "moved" else Answer(302, headers={"location": where(task)})
+    )
 
 
 def gone(task: Task, version: str) -> Answer | None:
@@ -225,10 +298,12 @@ def gone(task: Task, version: str) -> Answer | None:
 class Behaviour:
     """What is done, each request the next of its list, and what must come of it.
 
-    `submits`: answers to submissions, None: accepted; the last one creates the task if it is `created`. `when` the `callbacks` come:
-    `before` the submission's answer, with it (`now`), once the application knows of it (`submitted`) or of the end (`ended`).
-    `truth` is what queries say after `queries`. `files`: what comes instead of the first result, a `large` one, the last `for_ever`.
-    `status`: of the answer to a client; `images`: which results are kept; `tells`: log lines and operators' events with the task's id.
+    `submits`: answers to submissions, None: accepted; the last one creates the task if it is
+    `created`. `when` the `callbacks` come: `before` the submission's answer, with it (`now`), once
+    the application knows of it (`submitted`) or of the end (`ended`). `truth` is what queries say
+    after `queries`. `files`: what comes instead of the first result, a `large` one, the last
+    `for_ever`. `status`: of the answer to a client; `images`: which results are kept; `tells`: log
+    lines and operators' events with the task's id.
     """
 
     submits: tuple[Step | None, ...] = (None,)

@@ -1,4 +1,6 @@
-"""What an upstream can do wrong: a name, what is done, and what must come of it. `docs/faults.md` has a row for each name."""
+"""What an upstream can do wrong: a name, what is done, and what must come of it. `docs/faults.md`
+has a row for each name.
+"""
 
 import gzip
 from collections.abc import Mapping
@@ -38,13 +40,33 @@ from tests.e2e.behaviours import (
     with_,
 )
 
-RETRIED, UNCERTAIN, REFUSED = ("task.submission_retried",), ("task.submission_uncertain",), ("task.submission_refused",)
-CONFLICT, SILENT, RETRY, LOST = ("callback.conflict",), ("reconcile.queried",), ("image.retry",), ("image.lost",)
+RETRIED, UNCERTAIN, REFUSED = (
+    ("task.submission_retried",),
+    ("task.submission_uncertain",),
+    ("task.submission_refused",),
+)
+CONFLICT, SILENT, RETRY, LOST = (
+    ("callback.conflict",),
+    ("reconcile.queried",),
+    ("image.retry",),
+    ("image.lost",),
+)
 STORED = ("image.stored",)
 CALLED, EVERY = ("callback.received",), 50
 FAILED: Mapping[str, Any] = {"state": "failed", "images": (), "credits": None}
-CANCEL: Mapping[str, Any] = {"state": "cancelled", "code": "request_cancelled", "images": (), "credits": None}
-LOST_ONE: dict[str, Any] = {"for_ever": True, "state": "failed", "code": "results_lost", "images": (1,), "tells": LOST}
+CANCEL: Mapping[str, Any] = {
+    "state": "cancelled",
+    "code": "request_cancelled",
+    "images": (),
+    "credits": None,
+}
+LOST_ONE: dict[str, Any] = {
+    "for_ever": True,
+    "state": "failed",
+    "code": "results_lost",
+    "images": (1,),
+    "tells": LOST,
+}
 GUARD: dict[str, Any] = {"tells": ("image.lost", "egress.refused")}
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
 FRAMES = moving(1, 0, 200, 40)  # small ones, too many of them
@@ -62,7 +84,9 @@ def unproved(*submits: Any) -> Behaviour:
 
 def refused(status: int, code: object, known_as: str | None = None) -> Behaviour:
     answer = error(status, code)
-    return Behaviour((answer,), False, code=known_as or str(code), status=status, tells=REFUSED, **FAILED)
+    return Behaviour(
+        (answer,), False, code=known_as or str(code), status=status, tells=REFUSED, **FAILED
+    )
 
 
 def fails(code: str) -> Behaviour:
@@ -84,9 +108,13 @@ def serves(*files: Any, **more: Any) -> Behaviour:
 
 SUBMISSIONS = {
     "submit_429": Behaviour((error(429, "rate_limit_exceeded"),) * 2 + (None,), tells=RETRIED),
-    "submit_429_retry_after": Behaviour((error(429, "rate_limit_exceeded", retry_after="1"), None), tells=RETRIED),
+    "submit_429_retry_after": Behaviour(
+        (error(429, "rate_limit_exceeded", retry_after="1"), None), tells=RETRIED
+    ),
     "submit_429_integer_code": Behaviour((error(429, 429), None), tells=RETRIED),
-    "submit_429_for_ever": Behaviour((error(429, "rate_limit_exceeded"),), False, code="not_submitted", **FAILED, tells=RETRIED),
+    "submit_429_for_ever": Behaviour(
+        (error(429, "rate_limit_exceeded"),), False, code="not_submitted", **FAILED, tells=RETRIED
+    ),
     "submit_503_json": Behaviour((error(503, "service_unavailable"), None), tells=RETRIED),
     "submit_401": Behaviour((error(401, "unauthorized"), None), tells=RETRIED),
     "submit_403_account": Behaviour((error(403, "key_quota_exhausted"), None), tells=RETRIED),
@@ -102,7 +130,9 @@ SUBMISSIONS = {
     "submit_cut_in_answer": proved(half(accepted)),
     "submit_200_without_id": proved(Answer(body=b'{"status": "pending"}')),
     "submit_200_hostile_id": proved(Answer(body=b'{"id": "../credits", "status": "pending"}')),
-    "submit_200_duplicate_keys": proved(Answer(body=b'{"id": "task-unified-a", "id": "task-unified-b", "status": "pending"}')),
+    "submit_200_duplicate_keys": proved(
+        Answer(body=b'{"id": "task-unified-a", "id": "task-unified-b", "status": "pending"}')
+    ),
     "submit_200_html": proved(page(200)),
     "submit_500": proved(error(500, "internal_error")),
     "submit_502_upstream_error": proved(error(502, "upstream_error")),
@@ -118,7 +148,11 @@ SUBMISSIONS = {
     "submit_403_html": unproved(page(403)),
     "submit_429_then_lost": unproved(error(429, "rate_limit_exceeded"), CUT),
     "submit_proved_too_late": Behaviour(
-        (CUT,), when="ended", state="failed", code="submission_uncertain", tells=(*UNCERTAIN, "task.late_result")
+        (CUT,),
+        when="ended",
+        state="failed",
+        code="submission_uncertain",
+        tells=(*UNCERTAIN, "task.late_result"),
     ),
     "submit_failure_proved_too_late": Behaviour(
         (CUT,),
@@ -140,18 +174,32 @@ CALLBACKS = {
     "callback_true_then_contradicting": says(true, told(failed("service_error")), tells=CONFLICT),
     "callback_contradicting_then_true": says(told(failed("service_error")), true),
     "callback_contradicting_at_once": says(
-        true, told(failed("service_error")), told(with_(status="cancelled")), at_once=True, tells=CONFLICT
+        true,
+        told(failed("service_error")),
+        told(with_(status="cancelled")),
+        at_once=True,
+        tells=CONFLICT,
     ),
-    "callback_contradicting_after_settling": says(told(failed("service_error")), when="ended", tells=CONFLICT),
-    "callback_other_results": says(told(linked(lambda task: {"results": [task.link(position) for position in (7, 8, 9)]}))),
-    "callback_forbidden_results": says(told(linked(lambda task: {"results": [task.forbidden, task.forbidden]}))),
-    "callback_false": says(told(completed), truth=failed("service_error"), code="service_error", **FAILED),
+    "callback_contradicting_after_settling": says(
+        told(failed("service_error")), when="ended", tells=CONFLICT
+    ),
+    "callback_other_results": says(
+        told(linked(lambda task: {"results": [task.link(position) for position in (7, 8, 9)]}))
+    ),
+    "callback_forbidden_results": says(
+        told(linked(lambda task: {"results": [task.forbidden, task.forbidden]}))
+    ),
+    "callback_false": says(
+        told(completed), truth=failed("service_error"), code="service_error", **FAILED
+    ),
     "callback_wrong_id": says(told(foreign), tells=CONFLICT),
     "callback_wrong_id_before_answer": says(told(foreign), when="before"),
     "callback_garbage": says(raw(b"\x00\xff no json"), raw(b"<html></html>"), raw(b"")),
     "callback_wrong_types": says(raw(b'{"id": 5, "status": ["completed"], "results": {"0": 1}}')),
     "callback_deep": says(raw(b"[" * 100_000)),
-    "callback_lone_surrogate": says(raw(b'{"id": "\\ud800", "status": "completed", "results": ["\\u0000"]}')),
+    "callback_lone_surrogate": says(
+        raw(b'{"id": "\\ud800", "status": "completed", "results": ["\\u0000"]}')
+    ),
     "callback_duplicate_keys": says(twice),
     "callback_compressed": says(lambda task: gzip.compress(true(task))),
     "callback_processing_only": says(told(with_(status="processing", results=[])), tells=SILENT),
@@ -173,20 +221,44 @@ QUERIES = {
     "query_duplicate_keys": asks(lambda task: Answer(body=twice(task))),
     "query_other_task": asks(asked(foreign)),
     "query_502_until_links_die": Behaviour(
-        queries=(page(502),) * 2, files=(picture(honest=True), page(410)), for_ever=True, tells=(*STORED, "upstream.called")
+        queries=(page(502),) * 2,
+        files=(picture(honest=True), page(410)),
+        for_ever=True,
+        tells=(*STORED, "upstream.called"),
     ),
 }
 
 OUTCOMES = {
-    "results_as_objects": says(true, truth=linked(lambda task: {"results": [{"url": task.link(0)}, {"url": task.link(1), "w": 8}]})),
+    "results_as_objects": says(
+        true,
+        truth=linked(
+            lambda task: {"results": [{"url": task.link(0)}, {"url": task.link(1), "w": 8}]}
+        ),
+    ),
     "results_in_result_data": says(
-        true, truth=linked(lambda task: {"results": None, "result_data": [{"image_url": task.link(0)}, {"image_url": task.link(1)}]})
+        true,
+        truth=linked(
+            lambda task: {
+                "results": None,
+                "result_data": [{"image_url": task.link(0)}, {"image_url": task.link(1)}],
+            }
+        ),
     ),
     "results_http_links": says(true),
-    "results_fewer": says(true, truth=linked(lambda task: {"results": [task.link(0)]}), images=(0,)),
-    "results_none": says(true, truth=with_(results=[]), state="failed", code="no_results", images=()),
-    "results_no_link": says(true, truth=linked(lambda task: {"results": ["no link", task.link(1)]}), **LOST_ONE),
-    "results_forbidden_link": says(true, truth=linked(lambda task: {"results": [task.forbidden, task.link(1)]}), **LOST_ONE | GUARD),
+    "results_fewer": says(
+        true, truth=linked(lambda task: {"results": [task.link(0)]}), images=(0,)
+    ),
+    "results_none": says(
+        true, truth=with_(results=[]), state="failed", code="no_results", images=()
+    ),
+    "results_no_link": says(
+        true, truth=linked(lambda task: {"results": ["no link", task.link(1)]}), **LOST_ONE
+    ),
+    "results_forbidden_link": says(
+        true,
+        truth=linked(lambda task: {"results": [task.forbidden, task.link(1)]}),
+        **LOST_ONE | GUARD,
+    ),
     "status_in_capitals": says(true, truth=with_(status="COMPLETED")),
     "cancelled": says(true, truth=lambda task: document(task, "cancelled"), **CANCEL),
     "cancelled_with_one_l": says(true, truth=lambda task: document(task, "canceled"), **CANCEL),
@@ -194,21 +266,40 @@ OUTCOMES = {
     "failed_content_policy": fails("content_policy_violation"),
     "failed_service_error": fails("service_error"),
     "failed_unknown_code": fails("a_code_of_tomorrow"),
-    "failed_bare": says(true, truth=lambda task: {"id": task.id, "status": "failed"}, code="unknown_error", **FAILED),
-    "failed_error_as_text": says(true, truth=lambda _: {"status": "failed", "error": "broke"}, code="unknown_error", **FAILED),
-    "failed_resource_not_found": says(true, truth=failed("resource_not_found"), state="expired", code="expired", images=(), credits=None),
+    "failed_bare": says(
+        true, truth=lambda task: {"id": task.id, "status": "failed"}, code="unknown_error", **FAILED
+    ),
+    "failed_error_as_text": says(
+        true, truth=lambda _: {"status": "failed", "error": "broke"}, code="unknown_error", **FAILED
+    ),
+    "failed_resource_not_found": says(
+        true,
+        truth=failed("resource_not_found"),
+        state="expired",
+        code="expired",
+        images=(),
+        credits=None,
+    ),
     "usage_absent": says(true, truth=with_(usage=None), credits=None),
-    "usage_decimal": says(true, truth=with_(usage={"credits_reserved": 8.7, "credits_used": 0.05}), credits=0.05),
-    "usage_garbage": says(true, truth=with_(usage=["free"], progress="all", task_info=7, created="now"), credits=None),
+    "usage_decimal": says(
+        true, truth=with_(usage={"credits_reserved": 8.7, "credits_used": 0.05}), credits=0.05
+    ),
+    "usage_garbage": says(
+        true, truth=with_(usage=["free"], progress="all", task_info=7, created="now"), credits=None
+    ),
 }
 
 RESULTS = {
     "file_redirect_forbidden": serves(leads(lambda task: task.forbidden), **LOST_ONE | GUARD),
-    "file_redirect_allowed": serves(*[leads(lambda task: f"/files/{task.id}/0-moved.png")] * EVERY, tells=STORED),
+    "file_redirect_allowed": serves(
+        *[leads(lambda task: f"/files/{task.id}/0-moved.png")] * EVERY, tells=STORED
+    ),
     "file_redirect_for_ever": serves(leads(lambda task: task.link(0)), **LOST_ONE),
     "file_404_until_fresh_link": serves(
         *[gone] * EVERY,
-        truth=linked(lambda task: {"results": [task.link(0, task.asked), task.link(1, task.asked)]}),
+        truth=linked(
+            lambda task: {"results": [task.link(0, task.asked), task.link(1, task.asked)]}
+        ),
         tells=STORED,  # a link that others have replaced meanwhile is no retry
     ),
     "file_403_for_a_while": serves(page(403), page(403)),
@@ -220,18 +311,29 @@ RESULTS = {
     "file_rest_refused": serves(picture(part=0.5), page(416), tells=STORED),
     "file_stalled": serves(picture(part=0.5, stalls=True), tells=STORED),
     "file_truncated": serves(picture(part=0.7, honest=True)),
-    "file_length_too_long": serves(lambda task, _: Answer(200, task.pictures[0], announced=len(task.pictures[0]) + 1000), tells=STORED),
+    "file_length_too_long": serves(
+        lambda task, _: Answer(200, task.pictures[0], announced=len(task.pictures[0]) + 1000),
+        tells=STORED,
+    ),
     "file_length_too_short": serves(short),
     "file_empty": serves(NOTHING),
     "file_html_200": serves(page(200)),
     "file_html_200_for_ever": serves(page(200), **LOST_ONE),
     "file_svg": serves(Answer(body=SVG, headers={"content-type": "image/png"}), **LOST_ONE),
-    "file_bomb": serves(Answer(body=moving(2, 0, 1500, 1), headers={"content-type": "image/png"}), **LOST_ONE),
-    "file_bomb_of_frames": serves(Answer(body=FRAMES, headers={"content-type": "image/webp"}), **LOST_ONE),
+    "file_bomb": serves(
+        Answer(body=moving(2, 0, 1500, 1), headers={"content-type": "image/png"}), **LOST_ONE
+    ),
+    "file_bomb_of_frames": serves(
+        Answer(body=FRAMES, headers={"content-type": "image/webp"}), **LOST_ONE
+    ),
     "file_over_bytes": serves(Answer(body=b"\x89PNG\r\n\x1a\n" + bytes(MAX_BYTES)), **LOST_ONE),
-    "file_wrong_type": serves(*[picture(content_type="text/html", honest=True)] * EVERY, tells=STORED),
+    "file_wrong_type": serves(
+        *[picture(content_type="text/html", honest=True)] * EVERY, tells=STORED
+    ),
     "file_animated": serves(makes=moving, tells=STORED),
     "file_polyglot": serves(makes=lambda *picture: noise(*picture) + SVG, tells=STORED),
 }
 
-BEHAVIOURS: Mapping[str, Behaviour] = MappingProxyType({**SUBMISSIONS, **CALLBACKS, **QUERIES, **OUTCOMES, **RESULTS})
+BEHAVIOURS: Mapping[str, Behaviour] = MappingProxyType(
+    {**SUBMISSIONS, **CALLBACKS, **QUERIES, **OUTCOMES, **RESULTS}
+)

@@ -1,4 +1,6 @@
-"""An upstream that misbehaves in every way of a table at once, byte by byte over sockets, and remembers what it was sent."""
+"""An upstream that misbehaves in every way of a table at once, byte by byte over sockets, and
+remembers what it was sent.
+"""
 
 import asyncio
 import json
@@ -10,11 +12,27 @@ from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from tests.e2e.behaviours import Answer, Behaviour, Step, Task, accepted, error, large, noise, ok, page, true
+from tests.e2e.behaviours import (
+    Answer,
+    Behaviour,
+    Step,
+    Task,
+    accepted,
+    error,
+    large,
+    noise,
+    ok,
+    page,
+    true,
+)
 from tests.processes import UPSTREAM_KEY
 
 Headers = Mapping[str, str]
-FORBIDDEN = ("127.0.0.2", "localhost", "2130706434")  # outside the networks; not one of the hosts; an odd notation
+FORBIDDEN = (
+    "127.0.0.2",
+    "localhost",
+    "2130706434",
+)  # outside the networks; not one of the hosts; an odd notation
 CALLERS = 8  # callbacks under way at a time
 
 
@@ -28,7 +46,9 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Called:
-    """A callback and what was said to it; `status` 0: nothing. `seconds` from the connection's start to the status."""
+    """A callback and what was said to it; `status` 0: nothing. `seconds` from the connection's
+    start to the status.
+    """
 
     task: Task
     status: int
@@ -37,7 +57,8 @@ class Called:
 
 @dataclass(slots=True)
 class Upstream:
-    """`tasks` and `submissions` by prompt, which is a behaviour's name and a number; `trespasses`: calls to forbidden addresses.
+    """`tasks` and `submissions` by prompt, which is a behaviour's name and a number; `trespasses`:
+    calls to forbidden addresses.
 
     `resumed`: ids of tasks of which a part of a file was fetched.
     """
@@ -62,12 +83,21 @@ class Upstream:
         behaviour, serial = self.behaviours[name], 1000 + len(self.tasks)
         first = large(serial, behaviour.large) if behaviour.files else behaviour.makes(serial, 0)
         host = FORBIDDEN[int(number) % len(FORBIDDEN)]
-        forbidden = f"http://{host}:{self.forbidden_port['127.0.0.1' if host == 'localhost' else '127.0.0.2']}/secret.png"
-        made = Task(f"task-unified-1757165031-{serial}", serial, self.base, forbidden, behaviour, (first, behaviour.makes(serial, 1)))
+        port = self.forbidden_port["127.0.0.1" if host == "localhost" else "127.0.0.2"]
+        forbidden = f"http://{host}:{port}/secret.png"
+        made = Task(
+            f"task-unified-1757165031-{serial}",
+            serial,
+            self.base,
+            forbidden,
+            behaviour,
+            (first, behaviour.makes(serial, 1)),
+        )
         self.tasks[prompt] = made
         return made
 
-    # --- answering -----------------------------------------------------------------------------------------------------
+    # --- answering
+    # ----------------------------------------------------------------------------------------------
 
     async def answer(self, request: Request) -> Answer:
         if request.path.startswith("/files/"):
@@ -80,10 +110,15 @@ class Upstream:
             return await self._submit(request)
         if request.path == "/v1/credits":
             self.probes += 1
-            credits = {"success": True, "data": {"token": {"remaining_credits": 100}, "user": {"remaining_credits": 100}}}
+            credits = {
+                "success": True,
+                "data": {"token": {"remaining_credits": 100}, "user": {"remaining_credits": 100}},
+            }
             return ok(credits) if self.probes > 1 else error(401, "unauthorized")
         if found := re.fullmatch(r"/v1/tasks/([\w-]+)", request.path):
-            task = next((task for task in self.tasks.values() if task.id == found[1] and task.exists), None)
+            task = next(
+                (task for task in self.tasks.values() if task.id == found[1] and task.exists), None
+            )
             return error(404, "task_not_found") if task is None else self._query(task)
         return error(404, "not_found")
 
@@ -106,7 +141,11 @@ class Upstream:
     def _query(self, task: Task) -> Answer:
         task.asked += 1
         queries = task.behaviour.queries
-        return taken(queries[task.asked - 1], task) if task.asked <= len(queries) else ok(task.behaviour.truth(task))
+        return (
+            taken(queries[task.asked - 1], task)
+            if task.asked <= len(queries)
+            else ok(task.behaviour.truth(task))
+        )
 
     def _file(self, request: Request) -> Answer:
         found = re.fullmatch(r"/files/([\w-]+)/(\d)-(\w+)\.png", request.path)
@@ -126,21 +165,26 @@ class Upstream:
             self.resumed.add(task.id)
         return answer
 
-    # --- calling -------------------------------------------------------------------------------------------------------
+    # --- calling
+    # ----------------------------------------------------------------------------------------------
 
     async def _callbacks(self, task: Task) -> None:
         waits = {"submitted": task.submitted, "ended": task.ended}
         if task.behaviour.when in waits:
             await waits[task.behaviour.when].wait()
         if task.behaviour.at_once:
-            await asyncio.gather(*(self._call(task, body(task)) for body in task.behaviour.callbacks))
+            await asyncio.gather(
+                *(self._call(task, body(task)) for body in task.behaviour.callbacks)
+            )
         else:
             for body in task.behaviour.callbacks:
                 await self._call(task, body(task))
 
     async def repeat(self) -> None:
         """The true callback of every task once more."""
-        await asyncio.gather(*(self._call(task, true(task)) for task in self.tasks.values() if task.exists))
+        await asyncio.gather(
+            *(self._call(task, true(task)) for task in self.tasks.values() if task.exists)
+        )
 
     async def _call(self, task: Task, body: bytes) -> None:
         url, status = urlsplit(task.callback_url), 0
@@ -149,13 +193,17 @@ class Upstream:
             with suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
                 async with asyncio.timeout(10):
                     reader, writer = await asyncio.open_connection(url.hostname, url.port)
-                    head = f"POST {url.path} HTTP/1.1\r\nhost: {url.netloc}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+                    head = (
+                        f"POST {url.path} HTTP/1.1\r\nhost: {url.netloc}\r\ncontent-type:"
+                        " application/json\r\nconnection: close\r\n"
+                    )
                     writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
                     status = int((await reader.readuntil(b"\r\n")).split()[1])
                     writer.close()
             self.called.append(Called(task, status, time.perf_counter() - started))
 
-    # --- sockets -------------------------------------------------------------------------------------------------------
+    # --- sockets
+    # ----------------------------------------------------------------------------------------------
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         open = True
@@ -178,22 +226,35 @@ def taken(step: Step, task: Task) -> Answer:
 
 
 def part(whole: bytes, headers: Headers, etag: str) -> Answer:
-    """A file by RFC 9110: the rest of it where that is asked for and nothing changed since, as far as anybody can know."""
-    names = {"content-type": "image/png", "accept-ranges": "bytes"} | ({"etag": etag} if etag else {})
+    """A file by RFC 9110: the rest of it where that is asked for and nothing changed since, as far
+    as anybody can know.
+    """
+    names = {"content-type": "image/png", "accept-ranges": "bytes"} | (
+        {"etag": etag} if etag else {}
+    )
     found = re.fullmatch(r"bytes=(\d+)-", headers.get("range", ""))
     if found is None or headers.get("if-range", etag) != etag:
         return Answer(200, whole, names)
     start = int(found[1])
     if start >= len(whole):
         return Answer(416, b"", {**names, "content-range": f"bytes */{len(whole)}"})
-    return Answer(206, whole[start:], {**names, "content-range": f"bytes {start}-{len(whole) - 1}/{len(whole)}"})
+    return Answer(
+        206,
+        whole[start:],
+        {**names, "content-range": f"bytes {start}-{len(whole) - 1}/{len(whole)}"},
+    )
 
 
 async def read(reader: asyncio.StreamReader) -> Request:
     lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     method, path, _ = lines[0].split(" ")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:] if line)}
-    return Request(method, path, headers, await reader.readexactly(int(headers.get("content-length", 0))))
+    headers = {
+        name.lower(): value.strip()
+        for name, _, value in (line.partition(":") for line in lines[1:] if line)
+    }
+    return Request(
+        method, path, headers, await reader.readexactly(int(headers.get("content-length", 0)))
+    )
 
 
 def written(answer: Answer) -> bytes:
@@ -201,7 +262,12 @@ def written(answer: Answer) -> bytes:
         return b""
     length = len(answer.body) if answer.announced is None else answer.announced
     headers = {"content-length": str(length), **answer.headers}
-    lines = (f"HTTP/1.1 {answer.status} Said", *(f"{name}: {value}" for name, value in headers.items()), "", "")
+    lines = (
+        f"HTTP/1.1 {answer.status} Said",
+        *(f"{name}: {value}" for name, value in headers.items()),
+        "",
+        "",
+    )
     return "\r\n".join(lines).encode() + answer.body
 
 
@@ -211,7 +277,10 @@ async def misbehaving(behaviours: Mapping[str, Behaviour]) -> AsyncIterator[Upst
     async with asyncio.TaskGroup() as group:
         upstream = Upstream(behaviours, group)
         server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
-        canaries = [await asyncio.start_server(upstream.trespass, host, 0) for host in ("127.0.0.1", "127.0.0.2")]
+        canaries = [
+            await asyncio.start_server(upstream.trespass, host, 0)
+            for host in ("127.0.0.1", "127.0.0.2")
+        ]
         upstream.base = "http://127.0.0.1:{1}".format(*server.sockets[0].getsockname())
         upstream.forbidden_port = dict(canary.sockets[0].getsockname() for canary in canaries)
         try:

@@ -12,7 +12,9 @@ from tests.processes import ROOT, clean_environment
 
 @pytest.mark.timeout(180)
 def test_the_demo_ends_well_and_leaves_its_files(tmp_path: Path) -> None:
-    """Contract section 1, `make demo`: its last line, exit 0, the files it leaves, and a store emptied first."""
+    """Contract section 1, `make demo`: its last line, exit 0, the files it leaves, and a store
+    emptied first.
+    """
     (tmp_path / "demo-data").mkdir()
     (tmp_path / "demo-data" / "stale").touch()
     command = [sys.executable, str(ROOT / "deploy" / "demo.py")]
@@ -27,7 +29,10 @@ def test_the_demo_ends_well_and_leaves_its_files(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "demo: 5 tasks, 10 events, 6 images, 0 lost, 0 doubled"
-    assert len(re.findall(r"image\.task\.\w+ .* evt_[a-z2-7]{26}  signature verified", done.stdout)) == 10
+    assert (
+        len(re.findall(r"image\.task\.\w+ .* evt_[a-z2-7]{26}  signature verified", done.stdout))
+        == 10
+    )
     assert "雾中的灯塔" in done.stdout
     left = {path.name for path in (tmp_path / "demo-data").iterdir()}
     assert {"service.log", "sandbox.log", "images", "darkroom.db"} <= left
@@ -36,10 +41,20 @@ def test_the_demo_ends_well_and_leaves_its_files(tmp_path: Path) -> None:
 
 
 def test_a_demo_that_cannot_run_says_why_and_where_to_look(tmp_path: Path) -> None:
-    """A failure is one line with the reason and the place of the logs, and an exit code that is not zero."""
+    """A failure is one line with the reason and the place of the logs, and an exit code that is not
+    zero.
+    """
     (tmp_path / "demo-data").write_text("in the way")
     command = [sys.executable, str(ROOT / "deploy" / "demo.py")]
-    done = subprocess.run(command, cwd=tmp_path, env=clean_environment({}), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 1
     assert done.stderr.strip().startswith("demo failed: NotADirectoryError")
     assert "demo-data/service.log" in done.stderr

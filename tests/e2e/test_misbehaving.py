@@ -1,4 +1,6 @@
-"""Every way of `faults.py` to misbehave, three tasks each at once, against a real service that is watched from outside."""
+"""Every way of `faults.py` to misbehave, three tasks each at once, against a real service that is
+watched from outside.
+"""
 
 import asyncio
 import json
@@ -33,13 +35,19 @@ SETTINGS = {
     "MAX_IMAGE_PIXELS": str(MAX_PIXELS),
 }
 PATIENCE_S, LATE_S = 75, 20
-LOUD = {"image.lost", "task.submission_retried", "account.refused"}  # errors in the log, rightly: a lost picture, a refused account
+LOUD = {
+    "image.lost",
+    "task.submission_retried",
+    "account.refused",
+}  # errors in the log, rightly: a lost picture, a refused account
 TERMINAL = {f"image.task.{state}" for state in ("completed", "failed", "cancelled", "expired")}
 Json = dict[str, Any]
 
 
 class Outcome(NamedTuple):
-    """What came of a task, as its application, its upstream and its operators saw it. `images`: by position whose picture is served."""
+    """What came of a task, as its application, its upstream and its operators saw it. `images`: by
+    position whose picture is served.
+    """
 
     terminal: tuple[str, ...]
     state: str
@@ -58,10 +66,20 @@ def behaviour(prompt: str) -> Behaviour:
 def wanted(prompt: str, found: Outcome) -> Outcome:
     expected = behaviour(prompt)
     images = {position: f"{prompt}/{position}" for position in expected.images}
-    refused = expected.code == "not_submitted" and found.submissions > 2  # each of them was proved to have created nothing
+    refused = (
+        expected.code == "not_submitted" and found.submissions > 2
+    )  # each of them was proved to have created nothing
     submissions = found.submissions if refused else len(expected.submits)
     terminal = (f"image.task.{expected.state}",)
-    return Outcome(terminal, expected.state, expected.code, expected.status, images, expected.credits, submissions)
+    return Outcome(
+        terminal,
+        expected.state,
+        expected.code,
+        expected.status,
+        images,
+        expected.credits,
+        submissions,
+    )
 
 
 def order(prompt: str) -> Json:
@@ -73,14 +91,20 @@ async def submitted(client: httpx.AsyncClient, prompt: str) -> httpx.Response:
     return await client.post("/v1/images/generations", **order(prompt), headers=headers)
 
 
-async def followed(client: httpx.AsyncClient, upstream: Upstream, prompts: Mapping[str, str]) -> None:
-    """Reads the events until every task has ended, and tells the upstream what the application knows by now."""
+async def followed(
+    client: httpx.AsyncClient, upstream: Upstream, prompts: Mapping[str, str]
+) -> None:
+    """Reads the events until every task has ended, and tells the upstream what the application
+    knows by now.
+    """
     after: dict[str, str] = {}
     running = set(prompts)
     with suppress(TimeoutError):  # what has not ended by then is found below
         async with asyncio.timeout(PATIENCE_S):
             while running:
-                page = (await client.get("/v1/events", params={"limit": 1000, "wait": 2, **after})).json()
+                page = (
+                    await client.get("/v1/events", params={"limit": 1000, "wait": 2, **after})
+                ).json()
                 after = {"after": page["next_after"]}
                 for event in page["data"]:
                     if task := upstream.tasks.get(prompts.get(event["subject"], "")):
@@ -101,26 +125,53 @@ async def all_events(client: httpx.AsyncClient) -> list[Json]:
 
 async def pictures(client: httpx.AsyncClient, upstream: Upstream, task: Json) -> dict[int, str]:
     """Whose picture is served for each position; what is not served safely is nobody's."""
-    origins = {made: f"{prompt}/{at}" for prompt, each in upstream.tasks.items() for at, made in enumerate(each.pictures)}
+    origins = {
+        made: f"{prompt}/{at}"
+        for prompt, each in upstream.tasks.items()
+        for at, made in enumerate(each.pictures)
+    }
     found = {}
     for image in task["images"]:
         answer = await client.get(image["url"])
-        safe = answer.headers["content-type"].startswith("image/") and answer.headers["x-content-type-options"] == "nosniff"
-        found[image["index"]] = origins.get(answer.content, "nobody's") if safe and answer.status_code == 200 else "unsafe"
+        safe = (
+            answer.headers["content-type"].startswith("image/")
+            and answer.headers["x-content-type-options"] == "nosniff"
+        )
+        found[image["index"]] = (
+            origins.get(answer.content, "nobody's")
+            if safe and answer.status_code == 200
+            else "unsafe"
+        )
     return found
 
 
-async def seen(client: httpx.AsyncClient, upstream: Upstream, service: Running, prompts: Mapping[str, str]) -> dict[str, Outcome]:
-    answers = {prompt: await submitted(client, prompt) for prompt in prompts.values()}  # each again, under the same key
+async def seen(
+    client: httpx.AsyncClient, upstream: Upstream, service: Running, prompts: Mapping[str, str]
+) -> dict[str, Outcome]:
+    answers = {
+        prompt: await submitted(client, prompt) for prompt in prompts.values()
+    }  # each again, under the same key
     events = await all_events(client)
     lines = [json.loads(line) for line in list(service.lines) if line.startswith("{")]
-    told = {(line.get("task_id"), line["event"]) for line in lines} | {(event["data"].get("task_id"), event["type"]) for event in events}
+    told = {(line.get("task_id"), line["event"]) for line in lines} | {
+        (event["data"].get("task_id"), event["type"]) for event in events
+    }
     outcomes = {}
-    assert [event["sequence"] for event in events] == sorted({event["sequence"] for event in events})
-    often = Counter((event["subject"], event["type"]) for event in events if event["type"].startswith("image.task."))
+    assert [event["sequence"] for event in events] == sorted(
+        {event["sequence"] for event in events}
+    )
+    often = Counter(
+        (event["subject"], event["type"])
+        for event in events
+        if event["type"].startswith("image.task.")
+    )
     assert [each for each, times in often.items() if times > 1] == []
     for task_id, prompt in prompts.items():
-        terminal = tuple(event["type"] for event in events if event["subject"] == task_id and event["type"] in TERMINAL)
+        terminal = tuple(
+            event["type"]
+            for event in events
+            if event["subject"] == task_id and event["type"] in TERMINAL
+        )
         task = (await client.get(f"/v1/tasks/{task_id}")).json()
         assert answers[prompt].headers["idempotency-replayed"] == "true"
         outcomes[prompt] = Outcome(
@@ -131,7 +182,8 @@ async def seen(client: httpx.AsyncClient, upstream: Upstream, service: Running, 
             await pictures(client, upstream, task),
             task["usage"]["credits_used"],
             len(upstream.submissions[prompt]),
-            frozenset(behaviour(prompt).tells) - {event for known, event in told if known == task_id},
+            frozenset(behaviour(prompt).tells)
+            - {event for known, event in told if known == task_id},
         )
     return outcomes
 
@@ -141,8 +193,13 @@ async def late(client: httpx.AsyncClient, prompts: Mapping[str, str]) -> None:
     for task_id, prompt in prompts.items():
         expected = behaviour(prompt)
 
-        async def told(task_id: str = task_id, types: frozenset[str] = frozenset(expected.tells) & {"task.late_result"}) -> bool:
-            events = (await client.get("/v1/events", params={"task": task_id, "limit": 1000})).json()["data"]
+        async def told(
+            task_id: str = task_id,
+            types: frozenset[str] = frozenset(expected.tells) & {"task.late_result"},
+        ) -> bool:
+            events = (
+                await client.get("/v1/events", params={"task": task_id, "limit": 1000})
+            ).json()["data"]
             return types <= {event["type"] for event in events}
 
         if expected.when == "ended":
@@ -152,12 +209,16 @@ async def late(client: httpx.AsyncClient, prompts: Mapping[str, str]) -> None:
 
 def percentiles(times: list[float]) -> str:
     ordered = sorted(times)
-    return f"p50 {ordered[len(ordered) // 2]:.1f} ms, p99 {ordered[len(ordered) * 99 // 100]:.1f} ms"
+    return (
+        f"p50 {ordered[len(ordered) // 2]:.1f} ms, p99 {ordered[len(ordered) * 99 // 100]:.1f} ms"
+    )
 
 
 @pytest.mark.timeout(180)
 async def test_whatever_the_upstream_does_each_task_ends_once_and_rightly(tmp_path: Path) -> None:
-    """One right terminal event a task, its own pictures in order, nothing submitted again without proof, no forbidden call, no 500."""
+    """One right terminal event a task, its own pictures in order, nothing submitted again without
+    proof, no forbidden call, no 500.
+    """
     limits = httpx.Limits(max_connections=64)
     auth = {"authorization": f"Bearer {ADMIN_KEY}"}
     async with misbehaving(BEHAVIOURS) as upstream:
@@ -166,30 +227,53 @@ async def test_whatever_the_upstream_does_each_task_ends_once_and_rightly(tmp_pa
             upstream.order(prompt)
         settings = service_settings(upstream.base, tmp_path, **SETTINGS)
         with started("serve", folder=tmp_path, **settings) as service:
-            async with httpx.AsyncClient(base_url=service.address, headers=auth, timeout=30, limits=limits, trust_env=False) as client:
+            async with httpx.AsyncClient(
+                base_url=service.address, headers=auth, timeout=30, limits=limits, trust_env=False
+            ) as client:
                 answers = await asyncio.gather(*(submitted(client, prompt) for prompt in orders))
                 assert {answer.status_code for answer in answers} == {200}
-                prompts = {answer.json()["id"]: prompt for answer, prompt in zip(answers, orders, strict=True)}
+                prompts = {
+                    answer.json()["id"]: prompt
+                    for answer, prompt in zip(answers, orders, strict=True)
+                }
                 await followed(client, upstream, prompts)
                 await late(client, prompts)
                 await upstream.repeat()
                 outcomes = await seen(client, upstream, service, prompts)
 
     right = {prompt: wanted(prompt, outcome) for prompt, outcome in outcomes.items()}
-    wrong = {prompt: (outcome, right[prompt]) for prompt, outcome in outcomes.items() if outcome != right[prompt]}
-    assert not wrong, "\n".join(f"{prompt}\n  is     {found}\n  should {should}" for prompt, (found, should) in sorted(wrong.items()))
+    wrong = {
+        prompt: (outcome, right[prompt])
+        for prompt, outcome in outcomes.items()
+        if outcome != right[prompt]
+    }
+    assert not wrong, "\n".join(
+        f"{prompt}\n  is     {found}\n  should {should}"
+        for prompt, (found, should) in sorted(wrong.items())
+    )
     for prompt, requests in upstream.submissions.items():
         keys = {(request.headers["idempotency-key"], request.body) for request in requests}
         assert len(keys) == 1, prompt
         assert prompts[keys.pop()[0]] == prompt
-    assert {prompt for prompt, task in upstream.tasks.items() if task.id in upstream.resumed} >= {f"file_stalled {n}" for n in range(EACH)}
+    assert {prompt for prompt, task in upstream.tasks.items() if task.id in upstream.resumed} >= {
+        f"file_stalled {n}" for n in range(EACH)
+    }
     assert upstream.trespasses == []
     assert upstream.keys_given_away == []
-    assert [(called.task.id, called.status) for called in upstream.called if called.status != 200] == []
+    assert [
+        (called.task.id, called.status) for called in upstream.called if called.status != 200
+    ] == []
     lines = [json.loads(line) for line in service.lines if line.startswith("{")]
     assert {line["event"] for line in lines if line["level"] in ("error", "critical")} <= LOUD
-    assert [line for line in lines if line["event"] == "http.request" and line["status"] >= 500] == []
+    assert [
+        line for line in lines if line["event"] == "http.request" and line["status"] >= 500
+    ] == []
     assert not any(UPSTREAM_KEY in line or "Traceback" in line for line in service.lines)
     theirs = percentiles([called.seconds * 1000 for called in upstream.called])
-    ours = percentiles([line["duration_ms"] for line in lines if line["event"] == "callback.received"])
-    print(f"\n{len(orders)} tasks, {len(upstream.called)} callbacks: {theirs} as the upstream saw it, {ours} of it in the service")
+    ours = percentiles(
+        [line["duration_ms"] for line in lines if line["event"] == "callback.received"]
+    )
+    print(
+        f"\n{len(orders)} tasks, {len(upstream.called)} callbacks: {theirs} as the upstream saw"
+        f" it, {ours} of it in the service"
+    )

@@ -1,4 +1,6 @@
-"""Two hundred tasks at once through real processes: what the product promises, at the size it promises it."""
+"""Two hundred tasks at once through real processes: what the product promises, at the size it
+promises it.
+"""
 
 import asyncio
 import hashlib
@@ -17,28 +19,50 @@ Json = dict[str, Any]
 
 
 def body(number: int) -> Json:
-    return {"model": "wan2.5-text-to-image", "prompt": f"第{number}张图 number {number}", "size": "768x768", "n": 1 + number % 4}
+    return {
+        "model": "wan2.5-text-to-image",
+        "prompt": f"第{number}张图 number {number}",
+        "size": "768x768",
+        "n": 1 + number % 4,
+    }
 
 
-async def test_two_hundred_tasks_at_once_end_in_one_right_terminal_event_each(tmp_path: Path) -> None:
-    """Every picture is byte-equal to what the upstream served, still served after the upstream is gone, and no callback was refused."""
+async def test_two_hundred_tasks_at_once_end_in_one_right_terminal_event_each(
+    tmp_path: Path,
+) -> None:
+    """Every picture is byte-equal to what the upstream served, still served after the upstream is
+    gone, and no callback was refused.
+    """
     limits = httpx.Limits(max_connections=TASKS)
     with (
         sandbox("--delay", "0.5", folder=tmp_path) as upstream,
-        started("serve", folder=tmp_path, **service_settings(upstream.address, tmp_path)) as service,
+        started(
+            "serve", folder=tmp_path, **service_settings(upstream.address, tmp_path)
+        ) as service,
     ):
         async with (
             httpx.AsyncClient(
-                base_url=service.address, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=90, limits=limits, trust_env=False
+                base_url=service.address,
+                headers={"authorization": f"Bearer {ADMIN_KEY}"},
+                timeout=90,
+                limits=limits,
+                trust_env=False,
             ) as client,
-            httpx.AsyncClient(headers={"authorization": f"Bearer {UPSTREAM_KEY}"}, timeout=90, trust_env=False) as theirs,
+            httpx.AsyncClient(
+                headers={"authorization": f"Bearer {UPSTREAM_KEY}"}, timeout=90, trust_env=False
+            ) as theirs,
         ):
             headers = {"prefer": "respond-async"}
             answers = await asyncio.gather(
-                *(client.post("/v1/images/generations", json=body(number), headers=headers) for number in range(TASKS))
+                *(
+                    client.post("/v1/images/generations", json=body(number), headers=headers)
+                    for number in range(TASKS)
+                )
             )
             assert [answer.status_code for answer in answers] == [200] * TASKS
-            wanted = {answer.json()["id"]: body(number)["n"] for number, answer in enumerate(answers)}
+            wanted = {
+                answer.json()["id"]: body(number)["n"] for number, answer in enumerate(answers)
+            }
 
             async def terminal() -> list[Json] | None:
                 events = (await client.get("/v1/events", params={"limit": 1000})).json()["data"]
@@ -52,11 +76,15 @@ async def test_two_hundred_tasks_at_once_end_in_one_right_terminal_event_each(tm
 
             sources = (await theirs.get(f"{upstream.address}/sandbox/tasks")).json()["data"]
             links = {source["id"]: source["results"] for source in sources}
-            refused = [call for source in sources for call in source["callbacks"] if call["status"] != 200]
+            refused = [
+                call for source in sources for call in source["callbacks"] if call["status"] != 200
+            ]
             assert refused == []
             served = {}
             for event in ended:
-                for link, image in zip(links[event["data"]["upstream_id"]], event["data"]["images"], strict=True):
+                for link, image in zip(
+                    links[event["data"]["upstream_id"]], event["data"]["images"], strict=True
+                ):
                     original = (await theirs.get(link)).content
                     assert hashlib.sha256(original).hexdigest() == image["sha256"]
                     served[image["url"]] = original

@@ -1,4 +1,6 @@
-"""Worlds that the tests of a module share: each test has an owner, tasks or endpoints of its own in them."""
+"""Worlds that the tests of a module share: each test has an owner, tasks or endpoints of its own in
+them.
+"""
 
 from collections.abc import AsyncIterator
 

@@ -38,7 +38,9 @@ async def serving() -> AsyncIterator[tuple[str, Server, list[int]]]:
 
 
 def sent(stack: AsyncExitStack, url: str, request: bytes) -> socket.socket:
-    """A connection on which a request lies before anybody in this loop has seen the one or the other."""
+    """A connection on which a request lies before anybody in this loop has seen the one or the
+    other.
+    """
     host, port = url.removeprefix("http://").split(":")
     made = stack.enter_context(socket.create_connection((host, int(port))))
     made.sendall(request)
@@ -59,7 +61,10 @@ async def test_all_of_a_burst_are_answered(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(accepting, "TAKEN", 20)
     async with serving() as (url, _, seen), AsyncExitStack() as stack:
         connections = [sent(stack, url, REQUEST % number) for number in range(MANY)]
-        assert await asyncio.gather(*(answered(connection) for connection in connections)) == [True] * MANY
+        assert (
+            await asyncio.gather(*(answered(connection) for connection in connections))
+            == [True] * MANY
+        )
         assert sorted(seen) == list(range(MANY))
 
 
@@ -70,11 +75,16 @@ async def test_who_has_come_by_the_stop_is_answered(monkeypatch: pytest.MonkeyPa
         connections = [sent(stack, url, REQUEST % number) for number in range(MANY)]
         await server._acceptor.close()
         server.should_exit = True
-        assert await asyncio.gather(*(answered(connection) for connection in connections)) == [True] * MANY
+        assert (
+            await asyncio.gather(*(answered(connection) for connection in connections))
+            == [True] * MANY
+        )
         assert sorted(seen) == list(range(MANY))
 
 
-async def test_more_connections_than_the_process_may_hold_wait_with_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_more_connections_than_the_process_may_hold_wait_with_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """None is reset; it is served as soon as another ends."""
     monkeypatch.setattr(accepting, "most", lambda: 2)
     async with serving() as (url, server, _), AsyncExitStack() as stack:

@@ -58,7 +58,12 @@ TABLE: Mapping[tuple[str, str], set[str]] = {
 
 async def ask(client: httpx.AsyncClient, spec: Spec, **headers: str) -> httpx.Response:
     """The operation with ids that nothing has and an empty body."""
-    return await client.request(spec.method, re.sub(r"\{\w+\}", "nothing", spec.path), json={} if spec.body else None, headers=headers)
+    return await client.request(
+        spec.method,
+        re.sub(r"\{\w+\}", "nothing", spec.path),
+        json={} if spec.body else None,
+        headers=headers,
+    )
 
 
 def test_every_route_has_the_scopes_it_is_to_have() -> None:
@@ -80,7 +85,17 @@ async def test_each_scope_opens_its_routes_and_no_other(here: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "authorization", [None, "", "Bearer", "Bearer wrong", f"Basic {ADMIN_KEY}", ADMIN_KEY, f"Bearer {ADMIN_KEY}x", f"Bearer {ADMIN_KEY} x"]
+    "authorization",
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer wrong",
+        f"Basic {ADMIN_KEY}",
+        ADMIN_KEY,
+        f"Bearer {ADMIN_KEY}x",
+        f"Bearer {ADMIN_KEY} x",
+    ],
 )
 async def test_without_a_valid_key_nothing_is_shown(here: World, authorization: str | None) -> None:
     """401, before anything else is looked at, with the way to do it right."""
@@ -101,9 +116,16 @@ async def test_the_way_a_key_is_written_may_vary(here: World) -> None:
 
 
 async def test_only_the_beginning_of_a_key_of_ours_is_logged(here: World) -> None:
-    """What was shown in vain may be somebody's secret: a hint is given only of what looks like a key of ours."""
+    """What was shown in vain may be somebody's secret: a hint is given only of what looks like a
+    key of ours.
+    """
     with capture_logs() as lines:
-        for key in ("Bearer dk_abcdefghijklmnop", "Bearer sk-another-service", "Bearer short", "dk_naked"):
+        for key in (
+            "Bearer dk_abcdefghijklmnop",
+            "Bearer sk-another-service",
+            "Bearer short",
+            "dk_naked",
+        ):
             await here.stranger.get("/v1/tasks", headers={"authorization": key})
         async with here.owner("submit", name="sub") as client:
             await client.get("/v1/tasks")
@@ -113,7 +135,8 @@ async def test_only_the_beginning_of_a_key_of_ours_is_logged(here: World) -> Non
     assert told[-1]["owner"] == "sub"
 
 
-# --- owners ----------------------------------------------------------------------------------------------------------
+# --- owners
+# --------------------------------------------------------------------------------------------------
 
 
 async def test_two_keys_of_one_owner_see_the_same(here: World) -> None:
@@ -126,7 +149,9 @@ async def test_two_keys_of_one_owner_see_the_same(here: World) -> None:
 async def test_an_endpoint_for_all_owners_shows_its_deliveries_to_admins_alone(here: World) -> None:
     """An owner's timeline and deliveries tell nothing of who else subscribed."""
     async with here.owner() as client, subscriber() as takes:
-        everybodys = got(await here.client.post("/v1/endpoints", json={"url": takes.url, "owner": None}), 201)
+        everybodys = got(
+            await here.client.post("/v1/endpoints", json={"url": takes.url, "owner": None}), 201
+        )
         task = await submitted(client, UNTIL_DONE)
 
         async def delivered() -> bool:
@@ -141,7 +166,8 @@ async def test_an_endpoint_for_all_owners_shows_its_deliveries_to_admins_alone(h
         await here.client.delete(f"/v1/endpoints/{everybodys['id']}")
 
 
-# --- keys ------------------------------------------------------------------------------------------------------------
+# --- keys
+# --------------------------------------------------------------------------------------------------
 
 
 async def made(here: World, owner: str, *scopes: str) -> JSON:
@@ -149,7 +175,9 @@ async def made(here: World, owner: str, *scopes: str) -> JSON:
 
 
 async def test_a_key_is_shown_once_and_kept_as_its_hash(here: World) -> None:
-    """The list has its beginning; the owner's first key brings the callback secret, no other does."""
+    """The list has its beginning; the owner's first key brings the callback secret, no other
+    does.
+    """
     first, second = await made(here, "kim", "read"), await made(here, "kim", "submit", "subscribe")
     assert re.fullmatch("dk_[a-z2-7]{40}", first["key"])
     assert re.fullmatch("whsec_[A-Za-z0-9+/]{43}=", first["callback_secret"])
@@ -168,7 +196,10 @@ async def test_a_key_is_shown_once_and_kept_as_its_hash(here: World) -> None:
     assert re.fullmatch(TIME, first["created_at"])
     listed = await here.client.get("/v1/keys")
     shown = [key for key in got(listed)["data"] if key["owner"] == "kim"]
-    assert shown == [{name: key[name] for name in key if name not in ("key", "callback_secret")} for key in (second, first)]
+    assert shown == [
+        {name: key[name] for name in key if name not in ("key", "callback_secret")}
+        for key in (second, first)
+    ]
     assert first["key"] not in listed.text
     assert ADMIN_KEY not in listed.text
 
@@ -216,8 +247,12 @@ async def test_a_key_made_with_admin_does_everything(here: World) -> None:
         got(await root.get("/v1/keys"))
 
 
-async def test_a_revoked_key_ends_within_five_seconds(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the store said is believed for less than that; revoking again changes nothing, an unknown key is 404."""
+async def test_a_revoked_key_ends_within_five_seconds(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the store said is believed for less than that; revoking again changes nothing, an
+    unknown key is 404.
+    """
     assert access.CACHE_S < 5
     monkeypatch.setattr(access, "CACHE_S", 0.05)
     key = await made(here, "rev", "read")
@@ -230,13 +265,19 @@ async def test_a_revoked_key_ends_within_five_seconds(here: World, monkeypatch: 
             return (await client.get("/v1/tasks")).status_code == 401
 
         await wait_until(ended, 5)
-    (shown,) = [each for each in got(await here.client.get("/v1/keys"))["data"] if each["id"] == key["id"]]
+    (shown,) = [
+        each for each in got(await here.client.get("/v1/keys"))["data"] if each["id"] == key["id"]
+    ]
     assert re.fullmatch(TIME, shown["revoked_at"])
     refused(await here.client.delete("/v1/keys/key_unknown"), 404, "key_not_found")
 
 
-async def test_many_keys_do_not_fill_the_memory(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is remembered of keys, right or wrong, has a limit; beyond it the store is asked anew."""
+async def test_many_keys_do_not_fill_the_memory(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is remembered of keys, right or wrong, has a limit; beyond it the store is asked
+    anew.
+    """
     monkeypatch.setattr(access, "CACHE_KEYS", 2)
     async with here.owner() as client:
         for number in range(5):

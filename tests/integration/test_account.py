@@ -1,4 +1,6 @@
-"""Our key or account is refused: nothing more is submitted, one probe at a time asks, and what waited is sent when it is good again."""
+"""Our key or account is refused: nothing more is submitted, one probe at a time asks, and what
+waited is sent when it is good again.
+"""
 
 import asyncio
 import json
@@ -25,8 +27,12 @@ from tests.upstream import Cut, document, error, page
 from tests.waiting import wait_until
 from tests.world import World, subscriber, world
 
-SOON = ",".join(["0.1"] * 99) + ",600"  # probes come soon; what is held and not made due waits longer than any test
-CREDITS = JSONResponse({"success": True, "data": {"token": {"remaining_credits": 41.5}, "user": {}}})
+SOON = (
+    ",".join(["0.1"] * 99) + ",600"
+)  # probes come soon; what is held and not made due waits longer than any test
+CREDITS = JSONResponse(
+    {"success": True, "data": {"token": {"remaining_credits": 41.5}, "user": {}}}
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,18 +45,27 @@ def quick() -> Iterator[None]:
 
 @dataclass(slots=True)
 class Accounts:
-    """An upstream that refuses submissions as long as `refusal` is set; `credits` is what it says to the free question meanwhile."""
+    """An upstream that refuses submissions as long as `refusal` is set; `credits` is what it says
+    to the free question meanwhile.
+    """
 
     refusal: Response | None
     credits: Response
     sent: list[str] = field(default_factory=list)  # prompts, in the order of arrival
     taken: list[str] = field(default_factory=list)
     probes: int = 0
-    answers: asyncio.Event = field(default_factory=asyncio.Event)  # submissions are answered while it is set
+    answers: asyncio.Event = field(
+        default_factory=asyncio.Event
+    )  # submissions are answered while it is set
 
     @property
     def app(self) -> Starlette:
-        return Starlette(routes=[Route("/v1/images/generations", self._submit, methods=["POST"]), Route("/v1/credits", self._credits)])
+        return Starlette(
+            routes=[
+                Route("/v1/images/generations", self._submit, methods=["POST"]),
+                Route("/v1/credits", self._credits),
+            ]
+        )
 
     async def _submit(self, request: Request) -> Response:
         prompt = json.loads(await request.body())["prompt"]
@@ -73,7 +88,9 @@ def accounts(refusal: Response, credits: Response | None = None) -> Accounts:
 
 
 def alerts(lines: list[Any]) -> list[tuple[str, str]]:
-    return [(line["event"], line["log_level"]) for line in lines if line["event"].startswith("account.")]
+    return [
+        (line["event"], line["log_level"]) for line in lines if line["event"].startswith("account.")
+    ]
 
 
 async def ready(here: World) -> Any:
@@ -86,8 +103,12 @@ async def metric(here: World, name: str) -> float:
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, "unauthorized"), (403, "user_disabled")])
-async def test_a_refused_account_is_asked_for_free_until_it_is_good(status: int, code: str, tmp_path: Path) -> None:
-    """One submission tells; then tasks wait as queued, answered 200, with one alert. The credits' answer sends them all at once."""
+async def test_a_refused_account_is_asked_for_free_until_it_is_good(
+    status: int, code: str, tmp_path: Path
+) -> None:
+    """One submission tells; then tasks wait as queued, answered 200, with one alert. The credits'
+    answer sends them all at once.
+    """
     theirs, reason = accounts(error(status, code)), f"{status} {code}"
     with capture_logs() as lines:
         async with world(tmp_path, upstream=theirs.app, submit_schedule=SOON) as here:
@@ -111,11 +132,21 @@ async def test_a_refused_account_is_asked_for_free_until_it_is_good(status: int,
 
 @pytest.mark.parametrize(
     "credits",
-    [error(404, "not_found"), error(500, "internal_error"), page(502), error(403, "permission_denied"), Cut()],
+    [
+        error(404, "not_found"),
+        error(500, "internal_error"),
+        page(502),
+        error(403, "permission_denied"),
+        Cut(),
+    ],
     ids=["404", "500", "502", "403", "cut"],
 )
-async def test_where_the_credits_tell_nothing_one_submission_asks(credits: Response, tmp_path: Path) -> None:
-    """An upstream without them, or that keeps them from this key: one task that waits is sent, one at a time, until one is taken."""
+async def test_where_the_credits_tell_nothing_one_submission_asks(
+    credits: Response, tmp_path: Path
+) -> None:
+    """An upstream without them, or that keeps them from this key: one task that waits is sent, one
+    at a time, until one is taken.
+    """
     theirs = accounts(error(401, "unauthorized"), credits)
     with capture_logs() as lines:
         async with world(tmp_path, upstream=theirs.app, submit_schedule=SOON) as here:
@@ -135,11 +166,17 @@ async def test_where_the_credits_tell_nothing_one_submission_asks(credits: Respo
     assert alerts(lines) == [("account.refused", "error"), ("account.restored", "warning")]
 
 
-async def test_credits_that_answer_although_submissions_are_refused_are_asked_once(tmp_path: Path) -> None:
-    """A key whose quota is used up: what waits is not sent at each good word, but one task at a time, until one is taken."""
+async def test_credits_that_answer_although_submissions_are_refused_are_asked_once(
+    tmp_path: Path,
+) -> None:
+    """A key whose quota is used up: what waits is not sent at each good word, but one task at a
+    time, until one is taken.
+    """
     theirs = accounts(error(403, "key_quota_exhausted"), CREDITS)
     with capture_logs() as lines:
-        async with world(tmp_path, upstream=theirs.app, submit_schedule=SOON, evolink_concurrency=1) as here:
+        async with world(
+            tmp_path, upstream=theirs.app, submit_schedule=SOON, evolink_concurrency=1
+        ) as here:
             for number in range(6):
                 await here.submit(prompt=f"task {number}", headers=ASYNC)
             await wait_until(lambda: len(theirs.sent) > 6)
@@ -152,15 +189,34 @@ async def test_credits_that_answer_although_submissions_are_refused_are_asked_on
 
 
 @pytest.mark.parametrize("callback", [True, False])
-@pytest.mark.parametrize("refusal", [error(401, "unauthorized"), error(429, "rate_limit_exceeded")], ids=["account", "throttled"])
-async def test_what_was_not_submitted_in_time_fails(refusal: Response, callback: bool, tmp_path: Path) -> None:
-    """`SUBMIT_GIVE_UP_S`, with and without a callback URL: `not_submitted`, one event, its own callback; whoever waits is told then."""
+@pytest.mark.parametrize(
+    "refusal",
+    [error(401, "unauthorized"), error(429, "rate_limit_exceeded")],
+    ids=["account", "throttled"],
+)
+async def test_what_was_not_submitted_in_time_fails(
+    refusal: Response, callback: bool, tmp_path: Path
+) -> None:
+    """`SUBMIT_GIVE_UP_S`, with and without a callback URL: `not_submitted`, one event, its own
+    callback; whoever waits is told then.
+    """
     theirs = accounts(refusal)
     options = {} if callback else {"callback_url": None}
-    async with world(tmp_path, upstream=theirs.app, submit_schedule="0.05", submit_give_up_s=0.5, **options) as here, subscriber() as takes:
+    async with (
+        world(
+            tmp_path, upstream=theirs.app, submit_schedule="0.05", submit_give_up_s=0.5, **options
+        ) as here,
+        subscriber() as takes,
+    ):
         task = await here.submit(headers={"prefer": "wait=20"}, callback_url=f"{takes.url}/done")
-        assert (task["state"], task["status"], task["error"]["code"]) == ("failed", "failed", "not_submitted")
-        assert [event["type"] for event in await here.events(task=task["id"])] == ["image.task.failed"]
+        assert (task["state"], task["status"], task["error"]["code"]) == (
+            "failed",
+            "failed",
+            "not_submitted",
+        )
+        assert [event["type"] for event in await here.events(task=task["id"])] == [
+            "image.task.failed"
+        ]
         sent = len(theirs.sent)
         await wait_until(lambda: takes.received)
         assert json.loads(takes.received[0].body)["error"]["code"] == "not_submitted"
@@ -171,8 +227,14 @@ async def test_what_was_not_submitted_in_time_fails(refusal: Response, callback:
 
 
 async def test_while_the_credits_are_asked_for_no_submission_asks_too(tmp_path: Path) -> None:
-    """One probe at a time: a try that nobody took is withdrawn when the next free question is put, and a word about the key ends it."""
-    theirs, asked, answered = accounts(error(401, "unauthorized"), error(404, "not_found")), asyncio.Event(), asyncio.Event()
+    """One probe at a time: a try that nobody took is withdrawn when the next free question is put,
+    and a word about the key ends it.
+    """
+    theirs, asked, answered = (
+        accounts(error(401, "unauthorized"), error(404, "not_found")),
+        asyncio.Event(),
+        asyncio.Event(),
+    )
 
     async def credits(request: Request) -> Response:
         if theirs.probes == 0:
@@ -199,18 +261,31 @@ async def test_while_the_credits_are_asked_for_no_submission_asks_too(tmp_path: 
 
 
 async def test_nothing_is_given_up_without_a_try_after_an_absence(tmp_path: Path) -> None:
-    """Too old when a process starts whose key is refused at once: each task is sent once, then it has failed, one at a time."""
-    theirs, prompts = accounts(error(401, "unauthorized")), [f"task {number}" for number in range(4)]
+    """Too old when a process starts whose key is refused at once: each task is sent once, then it
+    has failed, one at a time.
+    """
+    theirs, prompts = (
+        accounts(error(401, "unauthorized")),
+        [f"task {number}" for number in range(4)],
+    )
     async with world(tmp_path, upstream=theirs.app, role=Role(workers=False)) as here:
         tasks = [await here.submit(prompt=prompt, headers=ASYNC) for prompt in prompts]
-    async with world(tmp_path, upstream=theirs.app, submit_schedule="0.05", submit_give_up_s=0.001, evolink_concurrency=1) as here:
+    async with world(
+        tmp_path,
+        upstream=theirs.app,
+        submit_schedule="0.05",
+        submit_give_up_s=0.001,
+        evolink_concurrency=1,
+    ) as here:
         for task in tasks:
             assert (await here.ended(task["id"]))["error"]["code"] == "not_submitted"
         assert sorted(theirs.sent) == prompts
 
 
 async def test_last_tries_are_made_one_at_a_time(tmp_path: Path) -> None:
-    """While the account is refused one submission is on its way at most, however many are too old to wait."""
+    """While the account is refused one submission is on its way at most, however many are too old
+    to wait.
+    """
     async with world(tmp_path, role=Role(workers=False)) as here:
         account = here.context.account
         account.refuse("401 unauthorized")
@@ -221,7 +296,9 @@ async def test_last_tries_are_made_one_at_a_time(tmp_path: Path) -> None:
                 assert not young
 
 
-async def test_a_submission_under_way_when_the_account_is_refused_is_recorded(tmp_path: Path) -> None:
+async def test_a_submission_under_way_when_the_account_is_refused_is_recorded(
+    tmp_path: Path,
+) -> None:
     """Its answer counts as any does, and says nothing of the key that was refused meanwhile."""
     theirs, answered = accounts(error(401, "unauthorized")), asyncio.Event()
 
@@ -249,7 +326,9 @@ async def test_a_submission_under_way_when_the_account_is_refused_is_recorded(tm
 
 
 async def test_what_is_held_as_the_account_is_good_again_does_not_wait(tmp_path: Path) -> None:
-    """Put off a moment too late to be among those that were made due: it is made due all the same."""
+    """Put off a moment too late to be among those that were made due: it is made due all the
+    same.
+    """
     async with world(tmp_path, role=Role(workers=False), submit_schedule="600") as here:
         task = await here.submit(headers=ASYNC)
         subject = Subject(here.context.resources.store, Clock())
@@ -259,7 +338,9 @@ async def test_what_is_held_as_the_account_is_good_again_does_not_wait(tmp_path:
         subject.store.detach()
 
 
-async def test_a_defect_while_probing_does_not_end_the_probing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_defect_while_probing_does_not_end_the_probing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is logged and counted as any worker's, and the next probe comes in its time."""
     theirs, ask = accounts(error(401, "unauthorized")), EvoLink.passthrough
     defects = iter([RuntimeError("nobody foresaw this")])
@@ -280,11 +361,15 @@ async def test_a_defect_while_probing_does_not_end_the_probing(tmp_path: Path, m
 
 
 async def test_a_restart_asks_anew(tmp_path: Path) -> None:
-    """A new process may have a new key: what waited is sent, and what is refused again waits again."""
+    """A new process may have a new key: what waited is sent, and what is refused again waits
+    again.
+    """
     theirs = accounts(error(401, "unauthorized"))
     async with world(tmp_path, upstream=theirs.app, submit_schedule="0.3") as here:
         task = await here.submit()
-        assert await metric(here, "darkroom_upstream_credits") != await metric(here, "darkroom_upstream_credits"), "NaN until it is known"
+        assert await metric(here, "darkroom_upstream_credits") != await metric(
+            here, "darkroom_upstream_credits"
+        ), "NaN until it is known"
     theirs.refusal = None
     async with world(tmp_path, upstream=theirs.app, submit_schedule="0.3") as here:
 
@@ -307,14 +392,39 @@ async def test_whoever_asks_for_the_credits_refreshes_the_metric(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("remaining", "credits"),
-    [("7", 7.0), ("8.25", 8.25), ('"12.5"', 12.5), ("0", 0.0), ("null", None), ("true", None), ("[]", None), ("NaN", None), ('"x"', None)],
+    [
+        ("7", 7.0),
+        ("8.25", 8.25),
+        ('"12.5"', 12.5),
+        ("0", 0.0),
+        ("null", None),
+        ("true", None),
+        ("[]", None),
+        ("NaN", None),
+        ('"x"', None),
+    ],
 )
 def test_remaining_credits_are_read_tolerantly(remaining: str, credits: float | None) -> None:
     """A number, or text of one; whatever else stands there is not known."""
-    assert remaining_credits(f'{{"data": {{"token": {{"remaining_credits": {remaining}}}}}}}'.encode()) == credits
+    assert (
+        remaining_credits(f'{{"data": {{"token": {{"remaining_credits": {remaining}}}}}}}'.encode())
+        == credits
+    )
 
 
-@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{}", b'{"data": 1}', b'{"data": {"token": []}}', b"\xff", b"[" * 10_000])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"<html>",
+        b"[]",
+        b"{}",
+        b'{"data": 1}',
+        b'{"data": {"token": []}}',
+        b"\xff",
+        b"[" * 10_000,
+    ],
+)
 def test_credits_that_are_none_raise_nothing(body: bytes) -> None:
     """Whatever the other side sends."""
     assert remaining_credits(body) is None

@@ -1,4 +1,6 @@
-"""A socket that another holds is served on; whoever starts the service is told when it serves. The units in deploy/ say the same."""
+"""A socket that another holds is served on; whoever starts the service is told when it serves. The
+units in deploy/ say the same.
+"""
 
 import asyncio
 import os
@@ -26,26 +28,38 @@ PATIENCE_S = 60.0
 
 
 def handed(**more: str) -> dict[str, str]:
-    return {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid()), "LISTEN_FDNAMES": "darkroom.socket", "OTHER": "stays", **more}
+    return {
+        "LISTEN_FDS": "1",
+        "LISTEN_PID": str(os.getpid()),
+        "LISTEN_FDNAMES": "darkroom.socket",
+        "OTHER": "stays",
+        **more,
+    }
 
 
 async def connect(port: int, path: Path | None) -> None:
     """Asks for nothing, which starts the service."""
-    _, writer = await (asyncio.open_unix_connection(path) if path else asyncio.open_connection("127.0.0.1", port))
+    _, writer = await (
+        asyncio.open_unix_connection(path) if path else asyncio.open_connection("127.0.0.1", port)
+    )
     writer.close()
     await writer.wait_closed()
 
 
 @pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
 async def test_a_service_serves_on_the_socket_it_was_handed(tmp_path: Path, unix: bool) -> None:
-    """By systemd's own program: the socket's address is announced, not the settings'; READY=1 when it serves, STOPPING=1 when it stops."""
+    """By systemd's own program: the socket's address is announced, not the settings'; READY=1 when
+    it serves, STOPPING=1 when it stops.
+    """
     program = shutil.which("systemd-socket-activate") or missing("systemd")
     async with AsyncExitStack() as stack:
         port = free_port(stack)
     path = tmp_path / "socket" if unix else None
     address = str(path) if path else f"127.0.0.1:{port}"
     told = tmp_path / "told"
-    environment = clean_environment(service_settings("https://upstream.invalid", tmp_path, PORT="1")) | {"NOTIFY_SOCKET": str(told)}
+    environment = clean_environment(
+        service_settings("https://upstream.invalid", tmp_path, PORT="1")
+    ) | {"NOTIFY_SOCKET": str(told)}
     before = [program, "-l", address, *(f"--setenv={name}" for name in environment)]
     transport = httpx.AsyncHTTPTransport(uds=str(path)) if path else None
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
@@ -53,11 +67,15 @@ async def test_a_service_serves_on_the_socket_it_was_handed(tmp_path: Path, unix
         notified.setblocking(False)
         service = Running("serve", folder=tmp_path, before=before, **environment)
         try:
-            await wait_until(lambda: any("Listening on" in line for line in service.lines), PATIENCE_S)
+            await wait_until(
+                lambda: any("Listening on" in line for line in service.lines), PATIENCE_S
+            )
             await connect(port, path)
             async with asyncio.timeout(PATIENCE_S):
                 assert await asyncio.get_running_loop().sock_recv(notified, 100) == b"READY=1"
-                async with httpx.AsyncClient(base_url="http://127.0.0.1:1" if path else service.address, transport=transport) as client:
+                async with httpx.AsyncClient(
+                    base_url="http://127.0.0.1:1" if path else service.address, transport=transport
+                ) as client:
                     assert (await client.get("/healthz")).json() == {"status": "ok"}
                 service.signal(signal.SIGTERM)
                 assert await asyncio.get_running_loop().sock_recv(notified, 100) == b"STOPPING=1"
@@ -71,8 +89,14 @@ async def test_a_service_serves_on_the_socket_it_was_handed(tmp_path: Path, unix
 
 
 def test_what_was_handed_to_another_process_is_let_be() -> None:
-    """LISTEN_PID names another process, or none was handed anything: the service binds its own. No child hears of it."""
-    for environ in (handed(LISTEN_PID=str(os.getppid())), handed(LISTEN_PID=""), {"OTHER": "stays"}):
+    """LISTEN_PID names another process, or none was handed anything: the service binds its own. No
+    child hears of it.
+    """
+    for environ in (
+        handed(LISTEN_PID=str(os.getppid())),
+        handed(LISTEN_PID=""),
+        {"OTHER": "stays"},
+    ):
         assert inherited(environ) is None
         assert environ == {"OTHER": "stays"}
 
@@ -95,8 +119,12 @@ def test_a_socket_that_was_handed_over_is_not_handed_on(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("what", ["file", "nothing", "datagram", "silent"])
-def test_what_nobody_can_be_served_on_is_refused(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file, no descriptor at all, a datagram socket, one that does not listen: each with its reason."""
+def test_what_nobody_can_be_served_on_is_refused(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file, no descriptor at all, a datagram socket, one that does not listen: each with its
+    reason.
+    """
     with ExitStack() as stack:
         if what == "file":
             fd = os.dup(stack.enter_context((tmp_path / "file").open("w")).fileno())
@@ -121,10 +149,14 @@ def test_the_units_are_what_systemd_takes(tmp_path: Path) -> None:
     """Every line is known to systemd, and a stop gets more time than the service takes for it."""
     program = shutil.which("systemd-analyze") or missing("systemd")
     for unit in UNITS.iterdir():
-        (tmp_path / unit.name).write_text(unit.read_text().replace("/opt/darkroom/bin/darkroom", shutil.which("env") or ""))
+        (tmp_path / unit.name).write_text(
+            unit.read_text().replace("/opt/darkroom/bin/darkroom", shutil.which("env") or "")
+        )
     command = [program, "verify", *(str(tmp_path / unit.name) for unit in UNITS.iterdir())]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
     lines = (UNITS / "darkroom.service").read_text().splitlines()
-    (stop_s,) = [int(line.partition("=")[2]) for line in lines if line.startswith("TimeoutStopSec=")]
+    (stop_s,) = [
+        int(line.partition("=")[2]) for line in lines if line.startswith("TimeoutStopSec=")
+    ]
     assert stop_s >= 2 * Settings.model_fields["stop_s"].default

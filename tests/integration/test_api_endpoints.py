@@ -25,7 +25,8 @@ def without_secret(endpoint: JSON) -> JSON:
     return {name: value for name, value in endpoint.items() if name != "secret"}
 
 
-# --- endpoints -------------------------------------------------------------------------------------------------------
+# --- endpoints
+# --------------------------------------------------------------------------------------------------
 
 
 async def test_an_endpoint_has_every_key_and_its_secret_once(here: World) -> None:
@@ -50,8 +51,13 @@ async def test_an_endpoint_has_every_key_and_its_secret_once(here: World) -> Non
         }
         path = f"/v1/endpoints/{made['id']}"
         assert got(await client.get(path)) == without_secret(made)
-        assert got(await client.get("/v1/endpoints")) == {"data": [without_secret(made)], "next_cursor": None}
-        assert got(await client.patch(path, json={"description": "d"})) == without_secret(made) | {"description": "d"}
+        assert got(await client.get("/v1/endpoints")) == {
+            "data": [without_secret(made)],
+            "next_cursor": None,
+        }
+        assert got(await client.patch(path, json={"description": "d"})) == without_secret(made) | {
+            "description": "d"
+        }
 
 
 async def test_endpoints_are_listed_newest_first_in_pages(here: World) -> None:
@@ -59,7 +65,9 @@ async def test_endpoints_are_listed_newest_first_in_pages(here: World) -> None:
     async with here.owner() as client:
         ids = [(await created(client))["id"] for _ in range(3)]
         first = got(await client.get("/v1/endpoints", params={"limit": 2}))
-        second = got(await client.get("/v1/endpoints", params={"limit": 2, "cursor": first["next_cursor"]}))
+        second = got(
+            await client.get("/v1/endpoints", params={"limit": 2, "cursor": first["next_cursor"]})
+        )
         assert [endpoint["id"] for endpoint in first["data"] + second["data"]] == ids[::-1]
         assert second["next_cursor"] is None
 
@@ -67,9 +75,17 @@ async def test_endpoints_are_listed_newest_first_in_pages(here: World) -> None:
 async def test_a_patch_changes_what_it_names(here: World) -> None:
     """Each field alone, and the rest stays."""
     async with here.owner() as client:
-        known = without_secret(await created(client, types=["image.task.failed"], description="first"))
+        known = without_secret(
+            await created(client, types=["image.task.failed"], description="first")
+        )
         path = f"/v1/endpoints/{known['id']}"
-        for change in ({"url": "http://127.0.0.1:10/x"}, {"types": ["*"]}, {"description": ""}, {"status": "paused"}, {}):
+        for change in (
+            {"url": "http://127.0.0.1:10/x"},
+            {"types": ["*"]},
+            {"description": ""},
+            {"status": "paused"},
+            {},
+        ):
             known |= change
             assert got(await client.patch(path, json=change)) == known
         assert got(await client.get(path)) == known
@@ -122,10 +138,14 @@ async def test_a_deleted_endpoint_is_gone(here: World) -> None:
         ({"url": "https://8.8.8.8/" + "a" * 2048}, "url"),
     ],
 )
-async def test_what_no_endpoint_can_be_is_refused_by_name(here: World, fields: JSON, param: str) -> None:
+async def test_what_no_endpoint_can_be_is_refused_by_name(
+    here: World, fields: JSON, param: str
+) -> None:
     """At its creation and at a change; nothing is made or changed."""
     async with here.owner() as client:
-        refused(await client.post("/v1/endpoints", json={"url": CLOSED, **fields}), 400, param=param)
+        refused(
+            await client.post("/v1/endpoints", json={"url": CLOSED, **fields}), 400, param=param
+        )
         assert got(await client.get("/v1/endpoints"))["data"] == []
         known = without_secret(await created(client))
         path = f"/v1/endpoints/{known['id']}"
@@ -137,28 +157,50 @@ async def test_an_endpoint_wants_a_url_and_a_known_status(here: World) -> None:
     """A missing address and a status that is none are refused by name."""
     refused(await here.client.post("/v1/endpoints", json={}), 400, "invalid_request", param="url")
     path = f"/v1/endpoints/{(await created(here.client))['id']}"
-    refused(await here.client.patch(path, json={"status": "off"}), 400, "invalid_request", param="status")
-    refused(await here.client.patch(path, json={"owner": "x"}), 400, "invalid_request", param="owner")
+    refused(
+        await here.client.patch(path, json={"status": "off"}),
+        400,
+        "invalid_request",
+        param="status",
+    )
+    refused(
+        await here.client.patch(path, json={"owner": "x"}), 400, "invalid_request", param="owner"
+    )
 
 
 async def test_only_an_admin_subscribes_for_others(here: World) -> None:
-    """`owner` null, for everybody's events, or another's name needs `admin`; one's own name does not."""
+    """`owner` null, for everybody's events, or another's name needs `admin`; one's own name does
+    not.
+    """
     async with here.owner(name="olga") as client:
         for owner in (None, "ann"):
-            refused(await client.post("/v1/endpoints", json={"url": CLOSED, "owner": owner}), 403, "permission_denied", param="owner")
+            refused(
+                await client.post("/v1/endpoints", json={"url": CLOSED, "owner": owner}),
+                403,
+                "permission_denied",
+                param="owner",
+            )
         assert (await created(client, owner="olga"))["owner"] == "olga"
     assert (await created(here.client, owner=None, types=["task.parked"]))["owner"] is None
     assert (await created(here.client, owner="olga"))["owner"] == "olga"
     assert (await created(here.client))["owner"] == "admin"
     for bad in ("", "A", "o" * 65, "a b"):
-        refused(await here.client.post("/v1/endpoints", json={"url": CLOSED, "owner": bad}), 400, "invalid_request", param="owner")
+        refused(
+            await here.client.post("/v1/endpoints", json={"url": CLOSED, "owner": bad}),
+            400,
+            "invalid_request",
+            param="owner",
+        )
 
 
-# --- deliveries ------------------------------------------------------------------------------------------------------
+# --- deliveries
+# --------------------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
-async def told(client: httpx.AsyncClient, *statuses: int, **fields: Any) -> AsyncIterator[tuple[JSON, Subscriber]]:
+async def told(
+    client: httpx.AsyncClient, *statuses: int, **fields: Any
+) -> AsyncIterator[tuple[JSON, Subscriber]]:
     """An endpoint with a subscriber that answers so, the last for ever."""
 
     def answer(number: int, _: object) -> Response:
@@ -173,7 +215,9 @@ async def delivered(client: httpx.AsyncClient, state: str, **query: Any) -> list
     """The deliveries in that state, once there are some."""
 
     async def look() -> list[JSON]:
-        page: list[JSON] = got(await client.get("/v1/deliveries", params={"state": state, **query}))["data"]
+        page: list[JSON] = got(
+            await client.get("/v1/deliveries", params={"state": state, **query})
+        )["data"]
         return page
 
     found: list[JSON] = await wait_until(look)
@@ -182,10 +226,15 @@ async def delivered(client: httpx.AsyncClient, state: str, **query: Any) -> list
 
 async def test_a_delivery_has_every_key_and_every_attempt(here: World) -> None:
     """What was tried, when, and what came of it; a delivered one is done."""
-    async with here.owner() as client, told(client, 500, 204, types=["image.task.completed"]) as (endpoint, takes):
+    async with (
+        here.owner() as client,
+        told(client, 500, 204, types=["image.task.completed"]) as (endpoint, takes),
+    ):
         task = await submitted(client, UNTIL_DONE)
         (delivery,) = await delivered(client, "delivered")
-        event = got(await client.get("/v1/events", params={"type": "image.task.completed"}))["data"][0]
+        event = got(await client.get("/v1/events", params={"type": "image.task.completed"}))[
+            "data"
+        ][0]
         assert re.fullmatch(an_id("dlv"), delivery["id"])
         assert re.fullmatch(TIME, delivery["created_at"])
         assert delivery == {
@@ -212,7 +261,10 @@ async def test_a_delivery_has_every_key_and_every_attempt(here: World) -> None:
 
 async def test_what_a_subscriber_answered_is_shown_to_admins_alone(here: World) -> None:
     """The first 2 KiB, as text whatever they are."""
-    async with here.owner() as client, told(client, 500, 200, types=["image.task.completed"]) as (endpoint, _):
+    async with (
+        here.owner() as client,
+        told(client, 500, 200, types=["image.task.completed"]) as (endpoint, _),
+    ):
         await submitted(client, UNTIL_DONE)
         (theirs,) = await delivered(client, "delivered", endpoint=endpoint["id"])
         (ours,) = await delivered(here.client, "delivered", endpoint=endpoint["id"])
@@ -234,7 +286,11 @@ async def test_an_attempt_without_an_answer_says_why(here: World) -> None:
 
 async def test_deliveries_are_filtered_by_endpoint_event_task_and_state(here: World) -> None:
     """Filters are joined by and; pages are newest first."""
-    async with here.owner() as client, told(client, 204) as (one, _), told(client, 204, types=["image.task.completed"]) as (two, _):
+    async with (
+        here.owner() as client,
+        told(client, 204) as (one, _),
+        told(client, 204, types=["image.task.completed"]) as (two, _),
+    ):
         tasks = [await submitted(client, UNTIL_DONE) for _ in range(2)]
         events = got(await client.get("/v1/events"))["data"]
 
@@ -251,11 +307,20 @@ async def test_deliveries_are_filtered_by_endpoint_event_task_and_state(here: Wo
         assert await count(event=events[0]["id"]) == 1
         assert await count(event=events[1]["id"]) == 2
         assert await count(event=events[1]["id"], endpoint=two["id"]) == 1
-        assert await count(state="dead") == await count(state="pending") == await count(endpoint="ep_x") == 0
+        assert (
+            await count(state="dead")
+            == await count(state="pending")
+            == await count(endpoint="ep_x")
+            == 0
+        )
         whole = got(await client.get("/v1/deliveries"))["data"]
-        assert [each["created_at"] for each in whole] == sorted((each["created_at"] for each in whole), reverse=True)
+        assert [each["created_at"] for each in whole] == sorted(
+            (each["created_at"] for each in whole), reverse=True
+        )
         first = got(await client.get("/v1/deliveries", params={"limit": 4}))
-        second = got(await client.get("/v1/deliveries", params={"limit": 4, "cursor": first["next_cursor"]}))
+        second = got(
+            await client.get("/v1/deliveries", params={"limit": 4, "cursor": first["next_cursor"]})
+        )
         assert first["data"] + second["data"] == whole
         assert second["next_cursor"] is None
 
@@ -263,13 +328,21 @@ async def test_deliveries_are_filtered_by_endpoint_event_task_and_state(here: Wo
 async def test_a_filter_of_deliveries_that_is_none_is_refused(here: World) -> None:
     """An unknown state, and text that no store takes."""
     for name, value in (("state", "sent"), ("endpoint", "\0"), ("event", "\0"), ("task", "\0")):
-        refused(await here.client.get("/v1/deliveries", params={name: value}), 400, "invalid_request", param=name)
+        refused(
+            await here.client.get("/v1/deliveries", params={name: value}),
+            400,
+            "invalid_request",
+            param=name,
+        )
     refused(await here.client.get("/v1/deliveries/dlv_x"), 404, "delivery_not_found")
 
 
 async def test_a_paused_endpoint_waits_and_says_when_it_is_tried(here: World) -> None:
     """What is pending shows its next attempt, or none while it is held; enabled, it goes out."""
-    async with here.owner() as client, told(client, 204, types=["image.task.completed"]) as (endpoint, _):
+    async with (
+        here.owner() as client,
+        told(client, 204, types=["image.task.completed"]) as (endpoint, _),
+    ):
         path = f"/v1/endpoints/{endpoint['id']}"
         got(await client.patch(path, json={"status": "paused"}))
         await submitted(client, UNTIL_DONE)

@@ -34,7 +34,10 @@ async def test_an_event_is_a_cloud_event_with_the_task_as_it_was(here: World) ->
     async with here.owner() as client:
         task = await submitted(client, UNTIL_DONE, metadata={"a": "b"})
         submitted_event, completed = (await read(client))["data"]
-    for event, type in ((submitted_event, "image.task.submitted"), (completed, "image.task.completed")):
+    for event, type in (
+        (submitted_event, "image.task.submitted"),
+        (completed, "image.task.completed"),
+    ):
         assert re.fullmatch(an_id("evt"), event["id"])
         assert re.fullmatch(TIME, event["time"])
         assert re.fullmatch("[0-9]{20}", event["sequence"])
@@ -50,17 +53,24 @@ async def test_an_event_is_a_cloud_event_with_the_task_as_it_was(here: World) ->
             "data": event["data"],
         }
     assert completed["data"] == {name: value for name, value in task.items() if name != "prompt"}
-    assert (submitted_event["data"]["state"], submitted_event["data"]["results"]) == ("submitted", [])
+    assert (submitted_event["data"]["state"], submitted_event["data"]["results"]) == (
+        "submitted",
+        [],
+    )
 
 
 async def test_continuing_after_the_last_one_seen_misses_and_repeats_nothing(here: World) -> None:
-    """Pages of any size, joined by `next_after`, are all events once, in the order of their sequence."""
+    """Pages of any size, joined by `next_after`, are all events once, in the order of their
+    sequence.
+    """
     async with here.owner() as client:
         for _ in range(3):
             await submitted(client, UNTIL_DONE)
         whole = (await read(client))["data"]
         assert len(whole) == 6
-        assert [event["sequence"] for event in whole] == sorted(event["sequence"] for event in whole)
+        assert [event["sequence"] for event in whole] == sorted(
+            event["sequence"] for event in whole
+        )
         for limit in (1, 4, 6, 7):
             seen, after = [], "0"
             while page := await read(client, after=after, limit=limit):
@@ -73,7 +83,9 @@ async def test_continuing_after_the_last_one_seen_misses_and_repeats_nothing(her
             assert len((await read(client, after=event["sequence"]))["data"]) == rest
 
 
-async def test_next_after_is_the_last_one_examined_whatever_the_filter_left_out(here: World) -> None:
+async def test_next_after_is_the_last_one_examined_whatever_the_filter_left_out(
+    here: World,
+) -> None:
     """Who filters does not examine the same events again; a full page ends at its last event."""
     async with here.owner() as client:
         mine = await submitted(client, UNTIL_DONE)
@@ -97,13 +109,30 @@ async def test_events_are_filtered_by_type_and_task(here: World) -> None:
         bad = await submitted(client, UNTIL_DONE, sandbox={"fail": "service_error"})
 
         async def types(**query: Any) -> list[tuple[str, str]]:
-            return [(event["subject"], event["type"].rsplit(".", 1)[-1]) for event in (await read(client, **query))["data"]]
+            return [
+                (event["subject"], event["type"].rsplit(".", 1)[-1])
+                for event in (await read(client, **query))["data"]
+            ]
 
-        whole = [(good["id"], "submitted"), (good["id"], "completed"), (bad["id"], "submitted"), (bad["id"], "failed")]
-        assert await types() == await types(type="*") == await types(type="image.*") == await types(type="image.task.*") == whole
+        whole = [
+            (good["id"], "submitted"),
+            (good["id"], "completed"),
+            (bad["id"], "submitted"),
+            (bad["id"], "failed"),
+        ]
+        assert (
+            await types()
+            == await types(type="*")
+            == await types(type="image.*")
+            == await types(type="image.task.*")
+            == whole
+        )
         assert await types(type="image.task.failed") == [whole[3]]
         assert await types(type="image.task.failed,image.task.completed") == [whole[1], whole[3]]
-        assert await types(type=["image.task.failed", "image.task.completed"]) == [whole[1], whole[3]]
+        assert await types(type=["image.task.failed", "image.task.completed"]) == [
+            whole[1],
+            whole[3],
+        ]
         assert await types(task=bad["id"]) == whole[2:]
         assert await types(task=bad["id"], type="image.task.submitted") == [whole[2]]
         assert await types(task="task_unknown") == []
@@ -147,21 +176,45 @@ async def test_a_reader_who_waits_in_vain_gets_an_empty_page_with_a_place(here: 
 @pytest.mark.parametrize("wait", ["-1", "60.1", "61", "x", "", "nan", "inf"])
 async def test_a_wait_is_0_to_60_seconds(here: World, wait: str) -> None:
     """Other waits are refused by name."""
-    refused(await here.client.get("/v1/events", params={"wait": wait}), 400, "invalid_request", param="wait")
+    refused(
+        await here.client.get("/v1/events", params={"wait": wait}),
+        400,
+        "invalid_request",
+        param="wait",
+    )
 
 
-@pytest.mark.parametrize("after", ["x", "-1", "1.0", "+1", "1" * 21, "9" * 20, str(2**63), "٣", "0x1", "%00"])
+@pytest.mark.parametrize(
+    "after", ["x", "-1", "1.0", "+1", "1" * 21, "9" * 20, str(2**63), "٣", "0x1", "%00"]
+)
 async def test_a_place_is_a_sequence_that_an_answer_gave(here: World, after: str) -> None:
     """Anything else is refused by name."""
-    refused(await here.client.get("/v1/events", params={"after": after}), 400, "invalid_request", param="after")
+    refused(
+        await here.client.get("/v1/events", params={"after": after}),
+        400,
+        "invalid_request",
+        param="after",
+    )
 
 
-@pytest.mark.parametrize("type", ["image", "image.task", "image.task.done", ".*", "image.task.*x", "\0", "imag*"])
+@pytest.mark.parametrize(
+    "type", ["image", "image.task", "image.task.done", ".*", "image.task.*x", "\0", "imag*"]
+)
 async def test_an_unknown_type_is_refused_rather_than_never_seen(here: World, type: str) -> None:
     """A slip in a type's name is told at once."""
-    refused(await here.client.get("/v1/events", params={"type": type}), 400, "invalid_request", param="type")
+    refused(
+        await here.client.get("/v1/events", params={"type": type}),
+        400,
+        "invalid_request",
+        param="type",
+    )
 
 
 async def test_a_task_filter_must_be_text(here: World) -> None:
     """NUL is refused by name."""
-    refused(await here.client.get("/v1/events", params={"task": "\0"}), 400, "invalid_request", param="task")
+    refused(
+        await here.client.get("/v1/events", params={"task": "\0"}),
+        400,
+        "invalid_request",
+        param="task",
+    )

@@ -18,7 +18,9 @@ async def test_a_list_is_filtered_by_state_model_and_metadata(still: World) -> N
     async with still.owner() as client:
         red = (await submitted(client, metadata={"colour": "red", "a.b": "1"}))["id"]
         blue = (await submitted(client, metadata={"colour": "blue", "key": "да"}))["id"]
-        other = (await submitted(client, model="another-model", metadata={"colour": "red", "size": ""}))["id"]
+        other = (
+            await submitted(client, model="another-model", metadata={"colour": "red", "size": ""})
+        )["id"]
         got(await client.post(f"/v1/tasks/{red}/cancel"))
         assert await listed(client) == [other, blue, red]
         assert await listed(client, state="cancelled") == [red]
@@ -34,13 +36,20 @@ async def test_a_list_is_filtered_by_state_model_and_metadata(still: World) -> N
 
 
 async def test_metadata_names_are_data_in_a_filter_too(still: World) -> None:
-    """A name with brackets or dots finds what it names and nothing else; one that JSON would escape is refused."""
+    """A name with brackets or dots finds what it names and nothing else; one that JSON would escape
+    is refused.
+    """
     async with still.owner() as client:
         for name in ("a'b", "a[0]", "$", "a.b.c", "%", "*", " ", "?", "a=b&c", "订单"):
             task = await submitted(client, metadata={name: "1"})
             assert await listed(client, **{f"metadata.{name}": "1"}) == [task["id"]], name
     for name in ('a"b', "a\\b", "a\nb", "\0"):
-        refused(await still.client.get("/v1/tasks", params={f"metadata.{name}": "1"}), 400, "invalid_request", param="metadata")
+        refused(
+            await still.client.get("/v1/tasks", params={f"metadata.{name}": "1"}),
+            400,
+            "invalid_request",
+            param="metadata",
+        )
 
 
 async def test_a_cursor_leads_through_all_pages_newest_first(still: World) -> None:
@@ -65,15 +74,24 @@ async def test_a_task_that_comes_meanwhile_does_not_move_the_pages(still: World)
         ids = [(await submitted(client))["id"] for _ in range(3)]
         first = got(await client.get("/v1/tasks", params={"limit": 2}))
         await submitted(client)
-        second = got(await client.get("/v1/tasks", params={"limit": 2, "cursor": first["next_cursor"]}))
+        second = got(
+            await client.get("/v1/tasks", params={"limit": 2, "cursor": first["next_cursor"]})
+        )
         assert [task["id"] for task in first["data"] + second["data"]] == ids[::-1]
 
 
-@pytest.mark.parametrize("limit", ["0", "1001", "-1", "1.5", "x", "", "1e2", "nan", "٣", "+5", "1_0", "9" * 400])
+@pytest.mark.parametrize(
+    "limit", ["0", "1001", "-1", "1.5", "x", "", "1e2", "nan", "٣", "+5", "1_0", "9" * 400]
+)
 async def test_a_limit_is_a_whole_number_from_1_to_1000(still: World, limit: str) -> None:
     """Other limits are refused by name."""
     for path in ("/v1/tasks", "/v1/events", "/v1/endpoints", "/v1/deliveries", "/v1/keys"):
-        refused(await still.client.get(path, params={"limit": limit}), 400, "invalid_request", param="limit")
+        refused(
+            await still.client.get(path, params={"limit": limit}),
+            400,
+            "invalid_request",
+            param="limit",
+        )
 
 
 async def test_a_list_has_100_unless_another_limit_is_asked_for(still: World) -> None:
@@ -96,18 +114,43 @@ def cursor(place: Any) -> str:
     return base64.urlsafe_b64encode(json.dumps(place).encode()).decode()
 
 
-STRANGE: tuple[Any, ...] = (7, None, {}, [], [1], [None, "a"], ["1", "a"], [1, 2], [1e99, "a"], [2**63, "a"], [1, "\0"], [1, "a", "b"])
+STRANGE: tuple[Any, ...] = (
+    7,
+    None,
+    {},
+    [],
+    [1],
+    [None, "a"],
+    ["1", "a"],
+    [1, 2],
+    [1e99, "a"],
+    [2**63, "a"],
+    [1, "\0"],
+    [1, "a", "b"],
+)
 DEEP = base64.urlsafe_b64encode(b"[" * 3000).decode()
 
 
-@pytest.mark.parametrize("cursor", ["", "x", "é", "e30", "e 30=", DEEP, *(cursor(place) for place in STRANGE)])
+@pytest.mark.parametrize(
+    "cursor", ["", "x", "é", "e30", "e 30=", DEEP, *(cursor(place) for place in STRANGE)]
+)
 async def test_a_cursor_that_no_answer_gave_is_refused(still: World, cursor: str) -> None:
     """400, for every list."""
     for path in ("/v1/tasks", "/v1/endpoints", "/v1/deliveries", "/v1/keys"):
-        refused(await still.client.get(path, params={"cursor": cursor}), 400, "invalid_request", param="cursor")
+        refused(
+            await still.client.get(path, params={"cursor": cursor}),
+            400,
+            "invalid_request",
+            param="cursor",
+        )
 
 
 async def test_filters_that_nothing_can_match_are_refused_by_name(still: World) -> None:
     """A state that is none, and text that no store takes."""
-    for query, param in (("state=done", "state"), ("state=", "state"), ("model=%00", "model"), ("metadata.a=%00", "metadata.a")):
+    for query, param in (
+        ("state=done", "state"),
+        ("state=", "state"),
+        ("model=%00", "model"),
+        ("metadata.a=%00", "metadata.a"),
+    ):
         refused(await still.client.get(f"/v1/tasks?{query}"), 400, "invalid_request", param=param)

@@ -19,7 +19,8 @@ from tests.world import World, world
 JSON = dict[str, Any]
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused
+# -------------------------------------------------------------------------------------------------
 
 SURROGATE = b'{"model": "m", "prompt": "a\\ud800b"}'
 
@@ -52,23 +53,40 @@ SURROGATE = b'{"model": "m", "prompt": "a\\ud800b"}'
         (b'{"model": "m", "x": "' + b"a" * (1 << 20) + b'"}', 413, "body_too_large"),
     ],
 )
-async def test_a_body_that_is_no_plain_json_object_is_refused(still: World, content: bytes, status: int, code: str) -> None:
+async def test_a_body_that_is_no_plain_json_object_is_refused(
+    still: World, content: bytes, status: int, code: str
+) -> None:
     """Whatever JSON leaves open is refused: nothing is guessed, stored or sent on."""
     for path in (SUBMIT, "/v1/endpoints"):
-        answer = await still.client.post(path, content=content, headers=ASYNC | {"content-type": "application/json"})
+        answer = await still.client.post(
+            path, content=content, headers=ASYNC | {"content-type": "application/json"}
+        )
         refused(answer, status, code)
 
 
 async def test_what_json_does_allow_is_taken_and_comes_back(still: World) -> None:
-    """Depth within the limit, large numbers, pairs of surrogates, escapes, and a body just under the limit."""
+    """Depth within the limit, large numbers, pairs of surrogates, escapes, and a body just under
+    the limit.
+    """
     deep: Any = 1
     for _ in range(90):
         deep = [deep]
-    odd = {"deep": deep, "large": 10**300, "small": 5e-324, "emoji": "😀", "control": "\x01\x7f\u2028"}
-    assert (await submitted(still.client, model="m", **odd))["request"] == {"size": "768x768", **odd}
+    odd = {
+        "deep": deep,
+        "large": 10**300,
+        "small": 5e-324,
+        "emoji": "😀",
+        "control": "\x01\x7f\u2028",
+    }
+    assert (await submitted(still.client, model="m", **odd))["request"] == {
+        "size": "768x768",
+        **odd,
+    }
     body = json.dumps({"model": "m", "x": ""})
     whole = body.replace('""', '"' + "a" * ((1 << 20) - len(body)) + '"')
-    answer = await still.client.post(SUBMIT, content=whole, headers=ASYNC | {"content-type": "application/json; charset=utf-8"})
+    answer = await still.client.post(
+        SUBMIT, content=whole, headers=ASYNC | {"content-type": "application/json; charset=utf-8"}
+    )
     assert len(got(answer)["request"]["x"]) == (1 << 20) - len(body)
 
 
@@ -95,7 +113,9 @@ async def test_what_json_does_allow_is_taken_and_comes_back(still: World) -> Non
         ({"model_params": {"task_id": "task_aaaaaaaaaaaaaaaaaaaaaaaaaa"}}, "model_params.task_id"),
     ],
 )
-async def test_a_field_over_its_limit_is_refused_by_name_and_leaves_no_task(still: World, fields: JSON, param: str) -> None:
+async def test_a_field_over_its_limit_is_refused_by_name_and_leaves_no_task(
+    still: World, fields: JSON, param: str
+) -> None:
     """400 names the field; nothing was committed."""
     async with still.owner() as client:
         answer = await client.post(SUBMIT, json=order(**fields), headers=ASYNC)
@@ -108,14 +128,18 @@ async def test_metadata_up_to_its_limits_is_taken(still: World) -> None:
     """16 pairs and 2 KiB, counted as bytes; null is none."""
     metadata = {f"{number:02}": "ü" * 63 for number in range(16)}  # 16 × (2 + 126) = 2048
     assert (await submitted(still.client, metadata=metadata))["metadata"] == metadata
-    answer = await still.client.post(SUBMIT, json=order() | {"metadata": None, "callback_url": None}, headers=ASYNC)
+    answer = await still.client.post(
+        SUBMIT, json=order() | {"metadata": None, "callback_url": None}, headers=ASYNC
+    )
     assert got(answer)["metadata"] == {}
 
 
 FORM = "multipart/form-data; boundary=x"
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", FORM, "application/jsonp", ""])
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", FORM, "application/jsonp", ""]
+)
 async def test_another_media_type_is_refused(still: World, kind: str) -> None:
     """415, before the body is looked at."""
     for path in (SUBMIT, "/v1/endpoints", "/v1/keys"):
@@ -125,11 +149,17 @@ async def test_another_media_type_is_refused(still: World, kind: str) -> None:
 
 async def test_json_under_another_of_its_names_is_taken(still: World) -> None:
     """No media type at all counts as JSON, so does a kind of JSON."""
-    for headers in ({}, {"content-type": "Application/JSON"}, {"content-type": "application/vnd.x+json"}):
+    for headers in (
+        {},
+        {"content-type": "Application/JSON"},
+        {"content-type": "application/vnd.x+json"},
+    ):
         got(await still.client.post(SUBMIT, content=json.dumps(order()), headers=ASYNC | headers))
 
 
-async def test_a_body_that_does_not_come_is_given_up(still: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_body_that_does_not_come_is_given_up(
+    still: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """408 after the limit; a sender that leaves is no defect of ours."""
     monkeypatch.setattr(bodies, "BODY_S", 0.05)
     host, port = still.url.removeprefix("http://").split(":")
@@ -147,7 +177,10 @@ async def test_a_body_that_does_not_come_is_given_up(still: World, monkeypatch: 
         writer.close()
 
         def both() -> bool:
-            return [line["status"] for line in lines if line["event"] == "http.request"] == [408, 408]
+            return [line["status"] for line in lines if line["event"] == "http.request"] == [
+                408,
+                408,
+            ]
 
         await wait_until(both)
     assert [line["event"] for line in lines] == ["http.request", "http.request"]
@@ -157,7 +190,9 @@ def key_of(client: httpx.AsyncClient) -> str:
     return f"authorization: {client.headers['authorization']}\r\n"
 
 
-async def test_a_method_that_a_path_does_not_have_is_refused_with_those_it_has(still: World) -> None:
+async def test_a_method_that_a_path_does_not_have_is_refused_with_those_it_has(
+    still: World,
+) -> None:
     """405 names every method of the path."""
     for method, path, allowed in (
         ("GET", SUBMIT, {"POST"}),
@@ -184,7 +219,8 @@ async def test_without_room_for_images_nothing_new_is_taken(tmp_path: Path) -> N
         assert await listed(here.client) == []
 
 
-# --- request ids -----------------------------------------------------------------------------------------------------
+# --- request ids
+# --------------------------------------------------------------------------------------------------
 
 
 async def test_a_plain_request_id_of_the_clients_is_kept(still: World) -> None:

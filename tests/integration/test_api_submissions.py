@@ -17,7 +17,8 @@ JSON = dict[str, Any]
 LATE = {"delay": 600}  # the task outlasts the test
 
 
-# --- idempotency -----------------------------------------------------------------------------------------------------
+# --- idempotency
+# --------------------------------------------------------------------------------------------------
 
 
 async def keyed(client: httpx.AsyncClient, key: str, body: JSON, **headers: str) -> httpx.Response:
@@ -45,7 +46,11 @@ async def test_the_same_key_and_body_answer_the_first_task(still: World) -> None
 async def test_bodies_are_compared_as_json_not_as_bytes(still: World, text: str) -> None:
     """Order of fields, spaces and escapes are no difference."""
     async with still.owner() as client:
-        first = got(await keyed(client, "k", {"model": "m", "prompt": "pear", "n": 1, "x": {"a": None, "b": [1, 2]}}))
+        first = got(
+            await keyed(
+                client, "k", {"model": "m", "prompt": "pear", "n": 1, "x": {"a": None, "b": [1, 2]}}
+            )
+        )
         headers = ASYNC | {"idempotency-key": "k", "content-type": "application/json"}
         again = await client.post(SUBMIT, content=text, headers=headers)
         assert got(again)["id"] == first["id"]
@@ -53,11 +58,24 @@ async def test_bodies_are_compared_as_json_not_as_bytes(still: World, text: str)
 
 
 async def test_another_body_under_the_same_key_is_a_conflict(still: World) -> None:
-    """409 names the header and the first task; order of a list, type and presence are differences."""
+    """409 names the header and the first task; order of a list, type and presence are
+    differences.
+    """
     async with still.owner() as client:
         task = got(await keyed(client, "k", order(x=[1, 2])))
-        for body in (order(x=[2, 1]), order(x=[1, "2"]), order(), order(x=[1, 2], y=None) | {"y": None}):
-            refused(await keyed(client, "k", body), 409, "idempotency_conflict", param="Idempotency-Key", task_id=task["id"])
+        for body in (
+            order(x=[2, 1]),
+            order(x=[1, "2"]),
+            order(),
+            order(x=[1, 2], y=None) | {"y": None},
+        ):
+            refused(
+                await keyed(client, "k", body),
+                409,
+                "idempotency_conflict",
+                param="Idempotency-Key",
+                task_id=task["id"],
+            )
         assert len(await listed(client)) == 1
 
 
@@ -66,13 +84,29 @@ async def test_a_key_is_looked_up_before_the_body_is_validated(still: World) -> 
     async with still.owner() as client:
         refused(await keyed(client, "k", order(n=99)), 400, "invalid_parameter", param="n")
         task = got(await keyed(client, "k", order(n=1)))
-        refused(await keyed(client, "k", order(n=99)), 409, "idempotency_conflict", param="Idempotency-Key", task_id=task["id"])
-        refused(await keyed(client, "k", {"model": 7}), 409, "idempotency_conflict", param="Idempotency-Key", task_id=task["id"])
+        refused(
+            await keyed(client, "k", order(n=99)),
+            409,
+            "idempotency_conflict",
+            param="Idempotency-Key",
+            task_id=task["id"],
+        )
+        refused(
+            await keyed(client, "k", {"model": 7}),
+            409,
+            "idempotency_conflict",
+            param="Idempotency-Key",
+            task_id=task["id"],
+        )
 
 
 async def test_keys_belong_to_their_owner(still: World) -> None:
     """Two owners with one key have two tasks; two keys of one owner have one."""
-    async with still.owner(name="kay") as one, still.owner(name="kay") as same, still.owner() as other:
+    async with (
+        still.owner(name="kay") as one,
+        still.owner(name="kay") as same,
+        still.owner() as other,
+    ):
         first = got(await keyed(one, "k", order()))
         assert got(await keyed(same, "k", order()))["id"] == first["id"]
         answer = await keyed(other, "k", order())
@@ -86,8 +120,12 @@ async def test_a_key_has_1_to_255_visible_ascii_characters(still: World) -> None
         for key in ("!", "~" * 255, 'a"b,c;d\\'):
             got(await keyed(client, key, order()))
         for bad in ("", "a" * 256, "a b", "a\tb"):
-            refused(await keyed(client, bad, order()), 400, "invalid_request", param="Idempotency-Key")
-        answer = await client.post(SUBMIT, json=order(), headers=[(b"idempotency-key", b"\xc3\xa9")])
+            refused(
+                await keyed(client, bad, order()), 400, "invalid_request", param="Idempotency-Key"
+            )
+        answer = await client.post(
+            SUBMIT, json=order(), headers=[(b"idempotency-key", b"\xc3\xa9")]
+        )
         refused(answer, 400, "invalid_request", param="Idempotency-Key")
 
 
@@ -103,15 +141,27 @@ async def test_a_refusal_is_replayed_with_its_status(here: World) -> None:
     """The upstream's refusal comes with its status, error and our task's id, and again the same."""
     refusal = {"submit_status": {"status": 422, "code": "moderation_blocked", "times": 1}}
     async with here.owner() as client:
-        first = await client.post(SUBMIT, json=order(sandbox=refusal), headers={"idempotency-key": "k"})
+        first = await client.post(
+            SUBMIT, json=order(sandbox=refusal), headers={"idempotency-key": "k"}
+        )
         task_id = first.json()["error"]["task_id"]
         error = refused(first, 422, "moderation_blocked", task_id=task_id)
-        again = await client.post(SUBMIT, json=order(sandbox=refusal), headers={"idempotency-key": "k", "prefer": "wait=5"})
-        assert refused(again, 422, "moderation_blocked", task_id=task_id) | {"request_id": None} == error | {"request_id": None}
+        again = await client.post(
+            SUBMIT,
+            json=order(sandbox=refusal),
+            headers={"idempotency-key": "k", "prefer": "wait=5"},
+        )
+        assert refused(again, 422, "moderation_blocked", task_id=task_id) | {
+            "request_id": None
+        } == error | {"request_id": None}
         assert again.headers["idempotency-replayed"] == "true"
         assert again.headers["preference-applied"] == "wait=5"
         task = got(await client.get(f"/v1/tasks/{task_id}"))
-        assert (task["state"], task["error"]["code"], task["upstream_id"]) == ("failed", "moderation_blocked", None)
+        assert (task["state"], task["error"]["code"], task["upstream_id"]) == (
+            "failed",
+            "moderation_blocked",
+            None,
+        )
 
 
 async def test_a_replay_waits_like_the_first(here: World) -> None:
@@ -124,7 +174,8 @@ async def test_a_replay_waits_like_the_first(here: World) -> None:
         assert (again["id"], again["state"]) == (first["id"], "completed")
 
 
-# --- how a submission is answered ------------------------------------------------------------------------------------
+# --- how a submission is answered
+# ------------------------------------------------------------------------------------
 
 
 async def test_without_a_preference_the_answer_waits_for_the_first_outcome(here: World) -> None:
@@ -149,8 +200,12 @@ async def test_without_a_preference_the_answer_waits_for_the_first_outcome(here:
         (["handling=lenient, respond-async"], "respond-async"),
     ],
 )
-async def test_a_preference_is_applied_and_named(still: World, prefer: list[str], applied: str) -> None:
-    """`wait` wins over `respond-async`; nothing moves here, so the task comes back as it was committed."""
+async def test_a_preference_is_applied_and_named(
+    still: World, prefer: list[str], applied: str
+) -> None:
+    """`wait` wins over `respond-async`; nothing moves here, so the task comes back as it was
+    committed.
+    """
     headers = [("prefer", value) for value in prefer]
     answer = await still.client.post(SUBMIT, json=order(), headers=headers)
     assert got(answer)["state"] == "queued"
@@ -159,15 +214,21 @@ async def test_a_preference_is_applied_and_named(still: World, prefer: list[str]
 
 async def test_no_answer_is_held_longer_than_two_minutes(here: World) -> None:
     """What is applied is at most 120 seconds."""
-    answer = await here.client.post(SUBMIT, json=order(), headers={"prefer": "wait=99999999999, wait=999999999"})
+    answer = await here.client.post(
+        SUBMIT, json=order(), headers={"prefer": "wait=99999999999, wait=999999999"}
+    )
     assert got(answer)["state"] == "completed"
     assert answer.headers["preference-applied"] == "wait=120"
 
 
-@pytest.mark.parametrize("prefer", ["wait", "wait=", "wait=x", "wait=-1", "wait=1.5", "wait=٣", "return=minimal", ",,;"])
+@pytest.mark.parametrize(
+    "prefer", ["wait", "wait=", "wait=x", "wait=-1", "wait=1.5", "wait=٣", "return=minimal", ",,;"]
+)
 async def test_preferences_that_say_nothing_are_ignored(here: World, prefer: str) -> None:
     """The answer is as without one, and names none."""
-    answer = await here.client.post(SUBMIT, json=order(sandbox=LATE), headers=[(b"prefer", prefer.encode())])
+    answer = await here.client.post(
+        SUBMIT, json=order(sandbox=LATE), headers=[(b"prefer", prefer.encode())]
+    )
     assert got(answer)["state"] == "submitted"
     assert "preference-applied" not in answer.headers
 
@@ -175,7 +236,9 @@ async def test_preferences_that_say_nothing_are_ignored(here: World, prefer: str
 async def test_a_client_that_leaves_changes_nothing(here: World) -> None:
     """The task goes on when nobody waits for the answer any more."""
     async with here.owner() as client:
-        waiting = asyncio.create_task(client.post(SUBMIT, json=order(sandbox={"delay": 0.3}), headers=UNTIL_DONE))
+        waiting = asyncio.create_task(
+            client.post(SUBMIT, json=order(sandbox={"delay": 0.3}), headers=UNTIL_DONE)
+        )
         task_id = (await wait_until(lambda: listed(client)))[0]
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
@@ -183,30 +246,60 @@ async def test_a_client_that_leaves_changes_nothing(here: World) -> None:
 
 
 async def test_the_upstream_gets_the_clients_fields_and_nothing_of_ours(tmp_path: Path) -> None:
-    """Unknown fields are passed on; `metadata` and the client's `callback_url` stay here; the key is our task's id."""
+    """Unknown fields are passed on; `metadata` and the client's `callback_url` stay here; the key
+    is our task's id.
+    """
     upstream = Upstream()
     async with world(tmp_path, upstream=upstream.app) as here, here.owner() as client:
-        fields = {"seed": 7, "image_urls": ["https://x.test/1.png"], "deep": {"a": [None, 1.5, "ü"]}}
+        fields = {
+            "seed": 7,
+            "image_urls": ["https://x.test/1.png"],
+            "deep": {"a": [None, 1.5, "ü"]},
+        }
         task = await submitted(
-            client, {}, prompt="plain", size=None, metadata={"a": "b"}, callback_url="http://127.0.0.1:9/x?y=z", **fields
+            client,
+            {},
+            prompt="plain",
+            size=None,
+            metadata={"a": "b"},
+            callback_url="http://127.0.0.1:9/x?y=z",
+            **fields,
         )
         (sent,) = upstream.received["plain"]
         ours = here.callback_url(task["id"])
-        assert json.loads(sent.body) == {"model": TEXT_TO_IMAGE, "prompt": "plain", **fields, "callback_url": ours}
+        assert json.loads(sent.body) == {
+            "model": TEXT_TO_IMAGE,
+            "prompt": "plain",
+            **fields,
+            "callback_url": ours,
+        }
         assert sent.headers["idempotency-key"] == task["id"]
         assert sent.headers["authorization"] == "Bearer sandbox"
         assert task["request"] == fields
-        task_two = await submitted(client, {}, prompt="two", model_params={"task_id": task["id"], "k": 1})
-        assert json.loads(upstream.received["two"][0].body)["model_params"] == {"task_id": task["upstream_id"], "k": 1}
+        task_two = await submitted(
+            client, {}, prompt="two", model_params={"task_id": task["id"], "k": 1}
+        )
+        assert json.loads(upstream.received["two"][0].body)["model_params"] == {
+            "task_id": task["upstream_id"],
+            "k": 1,
+        }
         assert task_two["request"]["model_params"] == {"task_id": task["id"], "k": 1}
 
 
 async def test_an_upstream_that_refuses_says_so_through_us(tmp_path: Path) -> None:
-    """The refusal's status, code, message, type and param are the upstream's; what proves nothing is 200."""
+    """The refusal's status, code, message, type and param are the upstream's; what proves nothing
+    is 200.
+    """
     upstream = Upstream({"no": [error(400, "invalid_parameter")], "odd": [document("pending")]})
     async with world(tmp_path, upstream=upstream.app, callback_url=None, uncertain="fail") as here:
         answer = await here.client.post(SUBMIT, json=order(prompt="no"))
-        said = refused(answer, 400, "invalid_parameter", param="size", task_id=answer.json()["error"]["task_id"])
+        said = refused(
+            answer,
+            400,
+            "invalid_parameter",
+            param="size",
+            task_id=answer.json()["error"]["task_id"],
+        )
         assert (said["message"], said["type"]) == ("said invalid_parameter", "some_error")
         odd = await submitted(here.client, {}, prompt="odd")
         assert odd["state"] in ("uncertain", "failed")

@@ -1,4 +1,6 @@
-"""`darkroom backup` beside a running service, and `darkroom restore`: real processes, real files (contract section 1)."""
+"""`darkroom backup` beside a running service, and `darkroom restore`: real processes, real files
+(contract section 1).
+"""
 
 import asyncio
 import json
@@ -34,7 +36,9 @@ import os, signal, sys
 number = [int(sys.argv.pop(1))]
 
 def watch(event, arguments):
-    if event == "os.rename" and (".before-" in str(arguments[1]) or ".restoring-" in str(arguments[0])):
+    if event == "os.rename" and (
+        ".before-" in str(arguments[1]) or ".restoring-" in str(arguments[0])
+    ):
         if number[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         number[0] -= 1
@@ -60,10 +64,14 @@ PRICE = {"credits_reserved": 2}
 
 
 def client_of(address: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=address, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=60)
+    return httpx.AsyncClient(
+        base_url=address, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=60
+    )
 
 
-async def command(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+async def command(
+    *arguments: str, folder: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return await asyncio.to_thread(darkroom, *arguments, folder=folder, **environment)
 
 
@@ -88,43 +96,82 @@ async def all_ended(client: httpx.AsyncClient) -> list[JSON] | None:
     return known if all(map(ended, known)) else None
 
 
-async def test_a_backup_under_load_restores_to_a_service_that_pays_nothing_twice(tmp_path: Path) -> None:
-    """Pictures byte for byte, sequences that nobody saw, and no submission that may have been made since, whatever UNCERTAIN says."""
+async def test_a_backup_under_load_restores_to_a_service_that_pays_nothing_twice(
+    tmp_path: Path,
+) -> None:
+    """Pictures byte for byte, sequences that nobody saw, and no submission that may have been made
+    since, whatever UNCERTAIN says.
+    """
     upstream, gate = Upstream(), asyncio.Event()
     for number in range(8):
         accepted = document("pending", id=f"task-unified-g{number}", usage=PRICE)
         upstream.submits[f"gated {number}"] = [After(gate.wait, accepted)]
     async with answering(upstream.app) as url:
-        names = [f"task-unified-{number}" for number in range(1, 200)] + [f"task-unified-g{number}" for number in range(8)]
-        upstream.queries.update({name: [document("completed", f"{url}/files/{name}")] for name in names})
-        upstream.files.update({name: [Response(picture(shade=place % 256), media_type="image/png")] for place, name in enumerate(names)})
-        settings = service_settings(url, tmp_path, RECONCILE_AFTER_S="0.05", EVOLINK_CONCURRENCY="2", SUBMIT_SCHEDULE="0.05")
+        names = [f"task-unified-{number}" for number in range(1, 200)] + [
+            f"task-unified-g{number}" for number in range(8)
+        ]
+        upstream.queries.update(
+            {name: [document("completed", f"{url}/files/{name}")] for name in names}
+        )
+        upstream.files.update(
+            {
+                name: [Response(picture(shade=place % 256), media_type="image/png")]
+                for place, name in enumerate(names)
+            }
+        )
+        settings = service_settings(
+            url, tmp_path, RECONCILE_AFTER_S="0.05", EVOLINK_CONCURRENCY="2", SUBMIT_SCHEDULE="0.05"
+        )
         settings |= {"DARKROOM_CALLBACK_URL": "", "DARKROOM_EVOLINK_RESULT_HOSTS": "127.0.0.1"}
         with started("serve", folder=tmp_path, **settings) as service:
             async with client_of(service.address) as client:
-                done = await asyncio.gather(*(submitted(client, UNTIL_DONE, prompt=f"early {number}") for number in range(5)))
+                done = await asyncio.gather(
+                    *(
+                        submitted(client, UNTIL_DONE, prompt=f"early {number}")
+                        for number in range(5)
+                    )
+                )
                 assert {task["state"] for task in done} == {"completed"}
-                gated = [await submitted(client, ASYNC, prompt=f"gated {number}") for number in range(8)]
-                await wait_until(lambda: sum(map(len, upstream.received.values())) >= 6)  # the rest waits: few calls at once
-                load = asyncio.gather(*(submitted(client, ASYNC, prompt=f"late {number}") for number in range(60)))
+                gated = [
+                    await submitted(client, ASYNC, prompt=f"gated {number}") for number in range(8)
+                ]
+                await wait_until(
+                    lambda: sum(map(len, upstream.received.values())) >= 6
+                )  # the rest waits: few calls at once
+                load = asyncio.gather(
+                    *(submitted(client, ASYNC, prompt=f"late {number}") for number in range(60))
+                )
                 made = await command("backup", "kept", "--json", folder=tmp_path, **settings)
                 assert (made.returncode, made.stderr) == (0, "")
                 await load
                 gate.set()
-                tasks = {task["id"]: task for task in await wait_until(lambda: all_ended(client), 60)}
+                tasks = {
+                    task["id"]: task for task in await wait_until(lambda: all_ended(client), 60)
+                }
                 assert {task["state"] for task in tasks.values()} == {"completed"}
                 events = await every(client, "/v1/events")
                 early = {task["id"]: await pictures(client, task) for task in done}
             service.process.kill()
             service.ended()
         manifest = json.loads(made.stdout)
-        assert (manifest["served"], manifest["images"]["count"], manifest["images"]["lost"]) == (True, 5, [])
+        assert (manifest["served"], manifest["images"]["count"], manifest["images"]["lost"]) == (
+            True,
+            5,
+            [],
+        )
         assert manifest["tasks"] >= 13
         sent = {prompt: len(requests) for prompt, requests in upstream.received.items()}
         assert set(sent.values()) == {1}
 
-        second = settings | {"DARKROOM_DATA_DIR": str(tmp_path / "second"), "DARKROOM_UNCERTAIN": "resubmit"}
-        second |= {"DARKROOM_EVOLINK_CONCURRENCY": "16", "DARKROOM_UNCERTAIN_AFTER_S": "0.1", "DARKROOM_SUBMIT_GIVE_UP_S": "0.1"}
+        second = settings | {
+            "DARKROOM_DATA_DIR": str(tmp_path / "second"),
+            "DARKROOM_UNCERTAIN": "resubmit",
+        }
+        second |= {
+            "DARKROOM_EVOLINK_CONCURRENCY": "16",
+            "DARKROOM_UNCERTAIN_AFTER_S": "0.1",
+            "DARKROOM_SUBMIT_GIVE_UP_S": "0.1",
+        }
         back = await command("restore", "kept", "--json", folder=tmp_path, **second)
         assert (back.returncode, back.stderr) == (0, "")
         account = json.loads(back.stdout)
@@ -132,7 +179,9 @@ async def test_a_backup_under_load_restores_to_a_service_that_pays_nothing_twice
         assert account["set_aside"] == []
         with started("serve", folder=tmp_path, **second) as service:
             async with client_of(service.address) as client:
-                again = {task["id"]: task for task in await wait_until(lambda: all_ended(client), 60)}
+                again = {
+                    task["id"]: task for task in await wait_until(lambda: all_ended(client), 60)
+                }
                 assert len(again) == manifest["tasks"]
                 assert again.keys() <= tasks.keys()
                 for task in gated:
@@ -153,12 +202,15 @@ async def test_a_backup_under_load_restores_to_a_service_that_pays_nothing_twice
         assert {prompt: len(requests) for prompt, requests in upstream.received.items()} == sent
 
 
-# --- refusals and options --------------------------------------------------------------------------------------------
+# --- refusals and options
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a store (`data`) that nobody serves, of a completed task, and its backup (`kept`)."""
+    """A folder with a store (`data`) that nobody serves, of a completed task, and its backup
+    (`kept`).
+    """
     folder = tmp_path_factory.mktemp("kept")
 
     async def complete_one() -> None:
@@ -202,13 +254,22 @@ def test_a_backup_is_a_folder_for_its_owner_alone(folder: Path) -> None:
     """Database, key, images and an account of them; prompts and keys are nobody else's to read."""
     files = seen(folder / "kept")
     images = {name.removeprefix("images/") for name in files if name.startswith("images/")}
-    assert files.keys() - {f"images/{name}" for name in images} == {"darkroom.db", "secret.key", "manifest.json"}
+    assert files.keys() - {f"images/{name}" for name in images} == {
+        "darkroom.db",
+        "secret.key",
+        "manifest.json",
+    }
     assert files["secret.key"] == (folder / "old/secret.key").read_bytes()
     assert images == {name for name in seen(folder / "old/images") if not name.startswith(".")}
     for name in ("darkroom.db", "secret.key"):
         assert (folder / "kept" / name).stat().st_mode & 0o777 == 0o600
     manifest = manifest_of(folder)
-    assert (manifest["format"], manifest["served"], manifest["tasks"], manifest["images"]["count"]) == (1, False, 1, 1)
+    assert (
+        manifest["format"],
+        manifest["served"],
+        manifest["tasks"],
+        manifest["images"]["count"],
+    ) == (1, False, 1, 1)
 
 
 def test_a_restored_store_is_whole(folder: Path) -> None:
@@ -218,7 +279,9 @@ def test_a_restored_store_is_whole(folder: Path) -> None:
     assert "events_go_on_after" in done.stdout
     files = seen(folder / "data")
     assert {name: files[name] for name in files if name != "darkroom.db"} == {
-        name: content for name, content in seen(folder / "kept").items() if name not in ("darkroom.db", "manifest.json")
+        name: content
+        for name, content in seen(folder / "kept").items()
+        if name not in ("darkroom.db", "manifest.json")
     }
     assert (folder / "data/secret.key").stat().st_mode & 0o777 == 0o600
     with sqlite3.connect(folder / "data/darkroom.db") as connection:
@@ -227,7 +290,9 @@ def test_a_restored_store_is_whole(folder: Path) -> None:
 
 
 def test_a_store_that_is_there_is_refused_or_set_aside(folder: Path) -> None:
-    """Never overwritten, never deleted: with --force every byte of it is found beside the restored one."""
+    """Never overwritten, never deleted: with --force every byte of it is found beside the restored
+    one.
+    """
     (folder / "old").rename(folder / "data")
     before = seen(folder / "data")
     assert "is there already" in refusal(folder, "restore", "kept")
@@ -242,7 +307,9 @@ def test_a_store_that_is_there_is_refused_or_set_aside(folder: Path) -> None:
 
 
 def test_a_restoration_that_is_killed_loses_nothing(folder: Path, tmp_path: Path) -> None:
-    """Before each of its renames: a start has the old store or the new one whole, or is told to do it again, which then succeeds."""
+    """Before each of its renames: a start has the old store or the new one whole, or is told to do
+    it again, which then succeeds.
+    """
     program = tmp_path / "killed.py"
     program.write_text(KILLED)
     states: list[str] = []
@@ -253,7 +320,14 @@ def test_a_restoration_that_is_killed_loses_nothing(folder: Path, tmp_path: Path
         before = set(seen(data).values())
         command = [sys.executable, str(program), str(len(states)), "restore", "kept", "--force"]
         given = {"DARKROOM_DATA_DIR": str(data)}
-        done = subprocess.run(command, cwd=folder, env=clean_environment(given), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=clean_environment(given),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         left = done.returncode == -signal.SIGKILL
         assert left or done.returncode == 0, done.stderr
         assert set(seen(data).values()) >= before, "nothing is overwritten"
@@ -272,7 +346,9 @@ def test_a_restoration_that_is_killed_loses_nothing(folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("reason", ["interrupted", "failed", "a damaged backup"])
-def test_a_restoration_that_breaks_off_leaves_word_of_it(folder: Path, reason: str, tmp_path: Path) -> None:
+def test_a_restoration_that_breaks_off_leaves_word_of_it(
+    folder: Path, reason: str, tmp_path: Path
+) -> None:
     """However it ends between its renames, also the second time: no start begins an empty store."""
     data = folder / "data"
     (folder / "old").rename(data)
@@ -282,8 +358,17 @@ def test_a_restoration_that_breaks_off_leaves_word_of_it(folder: Path, reason: s
         next((folder / "kept/images").rglob("*.png")).write_bytes(b"no picture")
     program = tmp_path / "broken.py"
     program.write_text(BROKEN)
-    command = [sys.executable, str(program), "KeyboardInterrupt" if reason == "interrupted" else "OSError", "restore", "kept", "--force"]
-    done = subprocess.run(command, cwd=folder, env=clean_environment({}), capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        str(program),
+        "KeyboardInterrupt" if reason == "interrupted" else "OSError",
+        "restore",
+        "kept",
+        "--force",
+    ]
+    done = subprocess.run(
+        command, cwd=folder, env=clean_environment({}), capture_output=True, text=True, check=False
+    )
     assert done.returncode in (1, 130), done.stderr
     assert "a restoration was broken off" in refusal(folder, "migrate")
     assert not (data / "darkroom.db").exists()
@@ -381,16 +466,28 @@ def with_database(statement: str) -> Callable[[Path], None]:
 
 FAULTS = {
     "no manifest": (without("manifest.json"), "no whole backup"),
-    "another manifest": (lambda kept: (kept / "manifest.json").write_text('{"format": 1}'), "no backup's manifest"),
+    "another manifest": (
+        lambda kept: (kept / "manifest.json").write_text('{"format": 1}'),
+        "no backup's manifest",
+    ),
     "newer format": (with_manifest(format=2), "another version of darkroom"),
     "changed database": (spoil("darkroom.db"), "is not what the backup's manifest says"),
     "changed key": (spoil("secret.key"), "is not what the backup's manifest says"),
     "no key": (without("secret.key"), "secret.key"),
     "changed image": (spoil("images/*/*.*"), "is missing or damaged"),
     "no image": (without("images/*/*.*"), "is missing or damaged"),
-    "newer schema": (with_database("UPDATE alembic_version SET version_num = '9999'"), "schema 9999 is newer"),
-    "another key's secrets": (with_database("UPDATE owners SET callback_secret = x'00'"), "no key of it decrypts"),
-    "a blob's name that leads out": (with_database("UPDATE images SET blob = '../../out.png'"), "no blob has a name like"),
+    "newer schema": (
+        with_database("UPDATE alembic_version SET version_num = '9999'"),
+        "schema 9999 is newer",
+    ),
+    "another key's secrets": (
+        with_database("UPDATE owners SET callback_secret = x'00'"),
+        "no key of it decrypts",
+    ),
+    "a blob's name that leads out": (
+        with_database("UPDATE images SET blob = '../../out.png'"),
+        "no blob has a name like",
+    ),
 }
 
 
@@ -404,7 +501,9 @@ def test_a_backup_that_is_not_as_it_was_is_refused(folder: Path, fault: str) -> 
 
 
 def test_an_image_that_the_store_itself_lost_does_not_stop_a_backup(folder: Path) -> None:
-    """The backup is made and can be restored; the command fails all the same, so that somebody looks."""
+    """The backup is made and can be restored; the command fails all the same, so that somebody
+    looks.
+    """
     (folder / "old").rename(folder / "data")
     next((folder / "data/images").glob("*/*.*")).unlink()
     done = darkroom("backup", "less", "--json", folder=folder)
@@ -416,7 +515,9 @@ def test_an_image_that_the_store_itself_lost_does_not_stop_a_backup(folder: Path
 
 
 def test_what_is_no_store_is_not_backed_up(tmp_path: Path) -> None:
-    """A missing, a foreign, a corrupt file, PostgreSQL, a folder that is not empty: one line, nothing left in DIR, the file as it was."""
+    """A missing, a foreign, a corrupt file, PostgreSQL, a folder that is not empty: one line,
+    nothing left in DIR, the file as it was.
+    """
     (tmp_path / "data").mkdir()
     path = tmp_path / "data/darkroom.db"
     assert "there is no store" in refusal(tmp_path, "backup", "kept")
@@ -424,14 +525,20 @@ def test_what_is_no_store_is_not_backed_up(tmp_path: Path) -> None:
     connection.execute("CREATE TABLE customers (name text)")
     connection.close()
     (tmp_path / "data/secret.key").write_text("k" * 40)
-    for content in (path.read_bytes(), b"no database at all, but long enough to look at it twice" * 100):
+    for content in (
+        path.read_bytes(),
+        b"no database at all, but long enough to look at it twice" * 100,
+    ):
         path.write_bytes(content)
         assert "cannot be copied" in refusal(tmp_path, "backup", "kept")
         assert (path.read_bytes(), seen(tmp_path / "kept")) == (content, {})
     (tmp_path / "kept/mine").write_text("mine")
     assert "is not empty" in refusal(tmp_path, "backup", "kept")
     assert seen(tmp_path / "kept") == {"mine": b"mine"}
-    postgres = {"DARKROOM_DATABASE_URL": "postgresql://127.0.0.1/darkroom", "DARKROOM_SECRET_KEY": "k" * 40}
+    postgres = {
+        "DARKROOM_DATABASE_URL": "postgresql://127.0.0.1/darkroom",
+        "DARKROOM_SECRET_KEY": "k" * 40,
+    }
     for name in ("backup", "restore"):
         assert "PostgreSQL" in refusal(tmp_path, name, "kept", **postgres)
     path.symlink_to(path.rename(tmp_path / "data/another.db"))
@@ -450,7 +557,9 @@ def test_a_damaged_store_is_not_called_a_backup(folder: Path) -> None:
 
 
 async def test_a_store_that_moves_keeps_what_waits(tmp_path: Path) -> None:
-    """--moved: queued tasks stay so. Not after a backup that was made while the store was served."""
+    """--moved: queued tasks stay so. Not after a backup that was made while the store was
+    served.
+    """
     (tmp_path / "data").mkdir()
     (tmp_path / "data/secret.key").write_text("k" * 40)
     async with open_sqlite(tmp_path / "data/darkroom.db", process="one", new_id=new_id) as store:
@@ -458,8 +567,12 @@ async def test_a_store_that_moves_keeps_what_waits(tmp_path: Path) -> None:
         assert (await command("backup", "served", folder=tmp_path)).returncode == 0
     assert (await command("backup", "kept", folder=tmp_path)).returncode == 0
     elsewhere = {"DARKROOM_DATA_DIR": str(tmp_path / "elsewhere")}
-    assert "--moved" in await asyncio.to_thread(refusal, tmp_path, "restore", "served", "--moved", **elsewhere)
+    assert "--moved" in await asyncio.to_thread(
+        refusal, tmp_path, "restore", "served", "--moved", **elsewhere
+    )
     moved = await command("restore", "kept", "--moved", "--json", folder=tmp_path, **elsewhere)
     assert json.loads(moved.stdout)["uncertain"] == 0, moved.stderr
-    async with open_sqlite(tmp_path / "elsewhere/darkroom.db", process="one", new_id=new_id) as store:
+    async with open_sqlite(
+        tmp_path / "elsewhere/darkroom.db", process="one", new_id=new_id
+    ) as store:
         assert await Subject(store, Clock()).state(task_id) is State.QUEUED

@@ -1,4 +1,6 @@
-"""Events to brokers, over real servers of this machine; Kafka's protocol over librdkafka's mock cluster."""
+"""Events to brokers, over real servers of this machine; Kafka's protocol over librdkafka's mock
+cluster.
+"""
 
 import asyncio
 import json
@@ -16,7 +18,18 @@ from service.settings import load_settings
 from service.store import Transaction
 from service.store.operations.outbox import emit_operators
 from tests.api import UNTIL_DONE, submitted
-from tests.brokers import KINDS, PASSWORD, START_S, BrokerServer, Taken, address, broker_running, free_port, kafka_running, reader
+from tests.brokers import (
+    KINDS,
+    PASSWORD,
+    START_S,
+    BrokerServer,
+    Taken,
+    address,
+    broker_running,
+    free_port,
+    kafka_running,
+    reader,
+)
 from tests.integration.test_health import figures, ready
 from tests.logs import logged
 from tests.waiting import wait_until
@@ -72,7 +85,9 @@ async def emit(here: World, numbers: Sequence[int]) -> None:
         await here.context.resources.store.write(emit_some, number)
 
 
-async def caught_up(taken: Callable[[], Any], ids: Sequence[str], timeout: float = 60) -> list[Taken]:
+async def caught_up(
+    taken: Callable[[], Any], ids: Sequence[str], timeout: float = 60
+) -> list[Taken]:
     """What the broker has once it has all of them."""
 
     async def look() -> list[Taken] | None:
@@ -90,7 +105,9 @@ async def holding(here: World) -> None:
     """Waits until the sink has its place in the outbox: what was before is not its."""
 
     async def held() -> bool:
-        return (await ready(here))["status"] == "ok" and bool(await here.context.resources.store.read(places))
+        return (await ready(here))["status"] == "ok" and bool(
+            await here.context.resources.store.read(places)
+        )
 
     await wait_until(held, START_S)
 
@@ -108,12 +125,17 @@ def places(connection: Any) -> list[Any]:
     return list(connection.exec_driver_sql("SELECT name, position, lease_owner FROM sinks"))
 
 
-# --- what arrives ----------------------------------------------------------------------------------------------------
+# --- what arrives
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_every_event_arrives_as_webhooks_send_it_under_its_id(kind: str, brokers: Brokers, target: str, tmp_path: Path) -> None:
-    """In sequence (Kafka: a task's own), once, with type and content type; the body is the CloudEvent, byte for byte as streams have it."""
+async def test_every_event_arrives_as_webhooks_send_it_under_its_id(
+    kind: str, brokers: Brokers, target: str, tmp_path: Path
+) -> None:
+    """In sequence (Kafka: a task's own), once, with type and content type; the body is the
+    CloudEvent, byte for byte as streams have it.
+    """
     port = await brokers.port(kind)
     taken = reader(kind, port, target)
     async with world(tmp_path, sinks=address(kind, port, target)) as here:
@@ -133,14 +155,21 @@ async def test_every_event_arrives_as_webhooks_send_it_under_its_id(kind: str, b
         assert [id for id in order if id in own] == own
     documents = {event["id"]: event for event in events}
     for message in got:
-        assert (json.loads(message.body), message.content_type) == (documents[message.id], "application/cloudevents+json")
+        assert (json.loads(message.body), message.content_type) == (
+            documents[message.id],
+            "application/cloudevents+json",
+        )
         assert message.type == documents[message.id]["type"]
         assert message.body.startswith(b'{"specversion":"1.0","id":"evt_')
 
 
 @pytest.mark.parametrize("kind", REAL)
-async def test_a_sink_gets_the_types_it_asks_for(kind: str, brokers: Brokers, target: str, tmp_path: Path) -> None:
-    """`types=` takes patterns; what is passed over does not lag, and what was before the sink was new is not its."""
+async def test_a_sink_gets_the_types_it_asks_for(
+    kind: str, brokers: Brokers, target: str, tmp_path: Path
+) -> None:
+    """`types=` takes patterns; what is passed over does not lag, and what was before the sink was
+    new is not its.
+    """
     port = await brokers.port(kind)
     async with world(tmp_path) as here:
         await emit(here, range(3))
@@ -150,22 +179,33 @@ async def test_a_sink_gets_the_types_it_asks_for(kind: str, brokers: Brokers, ta
         await holding(here)
         await submitted(here.client, UNTIL_DONE)
         await emit(here, [3])
-        wanted = [event["id"] for event in (await here.events())[3:] if event["type"] != "image.task.submitted"]
+        wanted = [
+            event["id"]
+            for event in (await here.events())[3:]
+            if event["type"] != "image.task.submitted"
+        ]
         assert [message.id for message in await caught_up(taken, wanted)] == wanted
         await here.context.resources.store.write(emit_some, 4)
 
         async def nothing_lags() -> bool:
-            return [value for name, value in (await figures(here)).items() if name.startswith(SERIES)] == [0]
+            return [
+                value for name, value in (await figures(here)).items() if name.startswith(SERIES)
+            ] == [0]
 
         await wait_until(nothing_lags)
 
 
-# --- when a broker is away -------------------------------------------------------------------------------------------
+# --- when a broker is away
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", REAL)
-async def test_a_broker_that_is_killed_in_the_middle_loses_nothing(kind: str, brokers: Brokers, target: str, tmp_path: Path) -> None:
-    """300 events, SIGKILL after some of them: all arrive, in sequence; JetStream drops what it has already, and so does a Redis stream."""
+async def test_a_broker_that_is_killed_in_the_middle_loses_nothing(
+    kind: str, brokers: Brokers, target: str, tmp_path: Path
+) -> None:
+    """300 events, SIGKILL after some of them: all arrive, in sequence; JetStream drops what it has
+    already, and so does a Redis stream.
+    """
     server, port = brokers.server(kind), await brokers.port(kind)
     taken = reader(kind, port, target)
     async with world(tmp_path, sinks=address(kind, port, target)) as here:
@@ -189,8 +229,12 @@ async def test_a_broker_that_is_killed_in_the_middle_loses_nothing(kind: str, br
 
 
 @pytest.mark.parametrize("kind", REAL)
-async def test_a_broker_that_is_away_at_the_start_gets_everything_later(kind: str, brokers: Brokers, target: str, tmp_path: Path) -> None:
-    """The service starts, works, tells of it once, is degraded and shows how far the broker is behind; no line has the password."""
+async def test_a_broker_that_is_away_at_the_start_gets_everything_later(
+    kind: str, brokers: Brokers, target: str, tmp_path: Path
+) -> None:
+    """The service starts, works, tells of it once, is degraded and shows how far the broker is
+    behind; no line has the password.
+    """
     server, port = brokers.server(kind), await brokers.port(kind)
     server.kill()
     taken = reader(kind, port, target)
@@ -201,7 +245,11 @@ async def test_a_broker_that_is_away_at_the_start_gets_everything_later(kind: st
             events = await here.events()
 
             async def behind() -> bool:
-                return any(value > 0.2 for name, value in (await figures(here)).items() if name.startswith(SERIES))
+                return any(
+                    value > 0.2
+                    for name, value in (await figures(here)).items()
+                    if name.startswith(SERIES)
+                )
 
             await wait_until(behind)
             await server.restarted()
@@ -210,13 +258,17 @@ async def test_a_broker_that_is_away_at_the_start_gets_everything_later(kind: st
             await holding(here)
         lines = stream.getvalue().splitlines()
     parsed = [json.loads(line) for line in lines]
-    assert [line["event"] for line in parsed if line["event"] in ("sink.failed", "sink.restored")] == ["sink.failed", "sink.restored"]
+    assert [
+        line["event"] for line in parsed if line["event"] in ("sink.failed", "sink.restored")
+    ] == ["sink.failed", "sink.restored"]
     assert "library.message" not in {line["event"] for line in parsed}
     assert not [line for line in lines if PASSWORD in line or "p%40ss" in line]
 
 
 @pytest.mark.parametrize("kind", REAL)
-async def test_a_wrong_password_is_a_broker_that_is_away(kind: str, brokers: Brokers, target: str, tmp_path: Path) -> None:
+async def test_a_wrong_password_is_a_broker_that_is_away(
+    kind: str, brokers: Brokers, target: str, tmp_path: Path
+) -> None:
     """It may be put right over there: degraded, told once, without the password."""
     port = await brokers.port(kind)
     with logged() as stream:
@@ -228,8 +280,12 @@ async def test_a_wrong_password_is_a_broker_that_is_away(kind: str, brokers: Bro
     assert not [line for line in lines if "ng-password" in line]
 
 
-async def test_a_broker_that_stops_answering_holds_up_nothing_else(brokers: Brokers, tmp_path: Path) -> None:
-    """One that takes connections and says nothing is given up in time; tasks end, and the other broker has its events."""
+async def test_a_broker_that_stops_answering_holds_up_nothing_else(
+    brokers: Brokers, tmp_path: Path
+) -> None:
+    """One that takes connections and says nothing is given up in time; tasks end, and the other
+    broker has its events.
+    """
     port, target = await brokers.port("nats"), "beside"
     held: list[asyncio.StreamWriter] = []
     silent = await asyncio.start_server(lambda _reader, writer: held.append(writer), "127.0.0.1", 0)
@@ -253,8 +309,12 @@ async def test_a_broker_that_stops_answering_holds_up_nothing_else(brokers: Brok
         await writer.wait_closed()
 
 
-async def test_an_event_that_no_queue_takes_stays(brokers: Brokers, tmp_path: Path, target: str) -> None:
-    """An exchange must be there, and an event must reach a queue by its type; until then the sink waits, and nothing is lost."""
+async def test_an_event_that_no_queue_takes_stays(
+    brokers: Brokers, tmp_path: Path, target: str
+) -> None:
+    """An exchange must be there, and an event must reach a queue by its type; until then the sink
+    waits, and nothing is lost.
+    """
     import aio_pika
 
     port = await brokers.port("amqp")
@@ -275,7 +335,9 @@ async def test_an_event_that_no_queue_takes_stays(brokers: Brokers, tmp_path: Pa
         assert [message.id for message in await caught_up(taken, ids)] == ids
 
 
-async def test_an_event_too_large_for_the_broker_holds_up_no_other(brokers: Brokers, tmp_path: Path, target: str) -> None:
+async def test_an_event_too_large_for_the_broker_holds_up_no_other(
+    brokers: Brokers, tmp_path: Path, target: str
+) -> None:
     """It goes without its `request`, which the client made so long, and a line says so."""
     port = await brokers.port("nats")
     taken = reader("nats", port, target)
@@ -285,15 +347,25 @@ async def test_an_event_too_large_for_the_broker_holds_up_no_other(brokers: Brok
             task = await submitted(here.client, UNTIL_DONE, note="x" * 1_048_000)
             events = await here.events()
             got = await caught_up(taken, [event["id"] for event in events])
-        lines = [json.loads(line) for line in stream.getvalue().splitlines() if '"sink.shortened"' in line]
-    assert [message.id for message in got] == [event["id"] for event in events] == [line["event_id"] for line in lines]
+        lines = [
+            json.loads(line)
+            for line in stream.getvalue().splitlines()
+            if '"sink.shortened"' in line
+        ]
+    assert (
+        [message.id for message in got]
+        == [event["id"] for event in events]
+        == [line["event_id"] for line in lines]
+    )
     for message, event in zip(got, events, strict=True):
         assert len(event["data"]["request"]["note"]) == 1_048_000
         assert json.loads(message.body) == {**event, "data": {**event["data"], "request": {}}}
         assert event["subject"] == task["id"]
 
 
-async def test_a_stream_that_is_there_is_left_as_it_is(brokers: Brokers, tmp_path: Path, target: str) -> None:
+async def test_a_stream_that_is_there_is_left_as_it_is(
+    brokers: Brokers, tmp_path: Path, target: str
+) -> None:
     """One that is not is made, and drops repeated ids for an hour."""
     import nats
     from nats.js.api import StreamConfig
@@ -301,34 +373,49 @@ async def test_a_stream_that_is_there_is_left_as_it_is(brokers: Brokers, tmp_pat
     from tests.brokers import USER
 
     port = await brokers.port("nats")
-    async with await nats.connect(f"nats://127.0.0.1:{port}", user=USER, password=PASSWORD) as client:
+    async with await nats.connect(
+        f"nats://127.0.0.1:{port}", user=USER, password=PASSWORD
+    ) as client:
         stream = client.jetstream()
-        await stream.add_stream(StreamConfig(target, subjects=[f"{target}.>", "more"], max_msgs=50, duplicate_window=60))
+        await stream.add_stream(
+            StreamConfig(target, subjects=[f"{target}.>", "more"], max_msgs=50, duplicate_window=60)
+        )
         for name in (target, f"{target}new"):
             async with world(tmp_path / name, sinks=address("nats", port, name)) as here:
                 await holding(here)
         config = (await stream.stream_info(target)).config
-        assert (config.subjects, config.max_msgs, config.duplicate_window) == ([f"{target}.>", "more"], 50, 60)
+        assert (config.subjects, config.max_msgs, config.duplicate_window) == (
+            [f"{target}.>", "more"],
+            50,
+            60,
+        )
         config = (await stream.stream_info(f"{target}new")).config
         assert (config.subjects, config.duplicate_window) == ([f"{target}new.>"], 3600)
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
+# --- settings
+# --------------------------------------------------------------------------------------------------
 
 
 async def test_a_type_that_nobody_emits_stops_the_start() -> None:
     """One line names the variable and the types there are."""
     sink = f"redis://127.0.0.1:{free_port()}/0?stream=x&types=image.tasks.*"
-    with pytest.raises(ConfigurationError, match=r"DARKROOM_SINKS: types= must be .*image\.task\.completed"):
+    with pytest.raises(
+        ConfigurationError, match=r"DARKROOM_SINKS: types= must be .*image\.task\.completed"
+    ):
         open_sinks(load_settings({"DARKROOM_SINKS": sink}, None))
 
 
-async def test_without_the_extra_a_sink_stops_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_the_extra_a_sink_stops_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One line names the extra; a process without workers needs none."""
     monkeypatch.setitem(sys.modules, "faststream", None)
     monkeypatch.delitem(sys.modules, "service.sinks.broker", raising=False)
     sink = f"redis://127.0.0.1:{free_port()}/0?stream=x"
-    with pytest.raises(ConfigurationError, match=r"^DARKROOM_SINKS: .*darkroom-service\[brokers\]$"):
+    with pytest.raises(
+        ConfigurationError, match=r"^DARKROOM_SINKS: .*darkroom-service\[brokers\]$"
+    ):
         open_sinks(load_settings({"DARKROOM_SINKS": sink}, None))
     async with world(tmp_path, sinks=sink, role=Role(workers=False)) as here:
         assert (await ready(here))["status"] == "ok"

@@ -1,4 +1,6 @@
-"""Processes that publish and die: started as a user starts them, over a real NATS server with JetStream on disk."""
+"""Processes that publish and die: started as a user starts them, over a real NATS server with
+JetStream on disk.
+"""
 
 import asyncio
 import os
@@ -29,11 +31,18 @@ async def server() -> AsyncIterator[BrokerServer]:
 
 
 def client_of(running: Running) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=running.address, headers={"authorization": f"Bearer {ADMIN_KEY}"}, trust_env=False, timeout=60)
+    return httpx.AsyncClient(
+        base_url=running.address,
+        headers={"authorization": f"Bearer {ADMIN_KEY}"},
+        trust_env=False,
+        timeout=60,
+    )
 
 
 async def all_told(client: httpx.AsyncClient, tasks: int) -> list[JSON]:
-    """Every event, once each task has its end: a submission that a kill cut off is given up after a second."""
+    """Every event, once each task has its end: a submission that a kill cut off is given up after a
+    second.
+    """
 
     async def look() -> list[JSON] | None:
         events: list[JSON] = (await client.get("/v1/events", params={"limit": 1000})).json()["data"]
@@ -44,11 +53,20 @@ async def all_told(client: httpx.AsyncClient, tasks: int) -> list[JSON]:
     return events
 
 
-async def test_a_service_that_is_killed_again_and_again_publishes_every_event_once(server: BrokerServer, tmp_path: Path) -> None:
-    """SIGKILL while events flow, four times: the broker ends with all of them, in sequence, none twice."""
+async def test_a_service_that_is_killed_again_and_again_publishes_every_event_once(
+    server: BrokerServer, tmp_path: Path
+) -> None:
+    """SIGKILL while events flow, four times: the broker ends with all of them, in sequence, none
+    twice.
+    """
     taken, tasks = reader("nats", server.port, TARGET), 40
     with sandbox("--delay", "0.2", folder=tmp_path) as upstream:
-        settings = service_settings(upstream.address, tmp_path, SINKS=address("nats", server.port, TARGET), UNCERTAIN_AFTER_S="1")
+        settings = service_settings(
+            upstream.address,
+            tmp_path,
+            SINKS=address("nats", server.port, TARGET),
+            UNCERTAIN_AFTER_S="1",
+        )
         for round in range(4):
             with started("serve", folder=tmp_path, **settings) as running:
                 if round == 0:
@@ -70,13 +88,24 @@ async def test_a_service_that_is_killed_again_and_again_publishes_every_event_on
     assert len(set(got)) == len(got)
 
 
-async def test_another_process_goes_on_where_a_dead_one_was(server: BrokerServer, postgres_url: str, tmp_path: Path) -> None:
-    """Two on one PostgreSQL: one publishes; when it is killed the other does so within its lease, and misses and repeats nothing."""
+async def test_another_process_goes_on_where_a_dead_one_was(
+    server: BrokerServer, postgres_url: str, tmp_path: Path
+) -> None:
+    """Two on one PostgreSQL: one publishes; when it is killed the other does so within its lease,
+    and misses and repeats nothing.
+    """
     taken = reader("nats", server.port, TARGET)
     with sandbox("--delay", "0.1", folder=tmp_path) as upstream, ExitStack() as stack:
-        more = {"DATABASE_URL": postgres_url, "SECRET_KEY": SECRET, "UNCERTAIN_AFTER_S": "1", "SINKS": address("nats", server.port, TARGET)}
+        more = {
+            "DATABASE_URL": postgres_url,
+            "SECRET_KEY": SECRET,
+            "UNCERTAIN_AFTER_S": "1",
+            "SINKS": address("nats", server.port, TARGET),
+        }
         settings = service_settings(upstream.address, tmp_path, **more)
-        both = [stack.enter_context(started("serve", folder=tmp_path, **settings)) for _ in range(2)]
+        both = [
+            stack.enter_context(started("serve", folder=tmp_path, **settings)) for _ in range(2)
+        ]
         await made(server, TARGET)
         async with client_of(both[0]) as client:
             for _ in range(5):
@@ -90,5 +119,7 @@ async def test_another_process_goes_on_where_a_dead_one_was(server: BrokerServer
             os.kill(publishing.process.pid, signal.SIGKILL)
             tasks += [await submitted(client, ASYNC) for _ in range(5)]
             events = await all_told(client, 5 + len(tasks))
-        got = [message.id for message in await caught_up(taken, [event["id"] for event in events], 120)]
+        got = [
+            message.id for message in await caught_up(taken, [event["id"] for event in events], 120)
+        ]
     assert got[: len(events)] == [event["id"] for event in events]

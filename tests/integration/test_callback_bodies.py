@@ -1,4 +1,6 @@
-"""How a callback's body may come: late, long, in pieces. With the right token it always gets an answer."""
+"""How a callback's body may come: late, long, in pieces. With the right token it always gets an
+answer.
+"""
 
 import asyncio
 import json
@@ -10,7 +12,18 @@ import httpx
 import pytest
 
 from service.web import callbacks
-from tests.callbacks import LIMIT, asked, call, chunk, counted, heard, quick_world, raw, said, verdict
+from tests.callbacks import (
+    LIMIT,
+    asked,
+    call,
+    chunk,
+    counted,
+    heard,
+    quick_world,
+    raw,
+    said,
+    verdict,
+)
 from tests.upstream import Upstream, document, failed
 from tests.waiting import wait_until
 from tests.world import World
@@ -24,32 +37,46 @@ def upstream() -> Upstream:
 
 
 @pytest.fixture(scope="module")
-async def here(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+async def here(
+    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
     async with quick_world(tmp_path_factory.mktemp("callbacks"), upstream) as made:
         yield made
 
 
 async def test_too_large_a_body_gets_the_upstream_asked(here: World, upstream: Upstream) -> None:
-    """Over 256 KiB is 413; with the right token the upstream is asked all the same. At the limit it is read."""
+    """Over 256 KiB is 413; with the right token the upstream is asked all the same. At the limit it
+    is read.
+    """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [document("processing"), failed("service_error")]
     filled = said(task, "processing", padding="")
-    assert await verdict(here, task, filled.replace(b'""', b'"' + b"x" * (LIMIT - len(filled)) + b'"')) == "accepted"
+    assert (
+        await verdict(here, task, filled.replace(b'""', b'"' + b"x" * (LIMIT - len(filled)) + b'"'))
+        == "accepted"
+    )
     answer = await call(here, task, said(task, "failed", padding="x" * LIMIT))
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
     await asked(upstream, task)
 
 
-async def partial(here: World, task: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def partial(
+    here: World, task: dict[str, Any]
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """A callback of whose body half is sent."""
     url = httpx.URL(here.callback_url(task["id"]))
     reader, writer = await asyncio.open_connection(url.host, url.port)
-    writer.write(f"POST {url.path} HTTP/1.1\r\nhost: here\r\ncontent-length: 100\r\n\r\n".encode() + b'{"status": "completed"')
+    writer.write(
+        f"POST {url.path} HTTP/1.1\r\nhost: here\r\ncontent-length: 100\r\n\r\n".encode()
+        + b'{"status": "completed"'
+    )
     await writer.drain()
     return reader, writer
 
 
-async def test_a_body_that_does_not_come_is_not_waited_for(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_body_that_does_not_come_is_not_waited_for(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """408 when the body is not complete in time (5 s; shorter here); nothing is kept."""
     monkeypatch.setattr(callbacks, "BODY_S", 0.05)
     task = await here.submit()
@@ -81,12 +108,18 @@ async def test_a_caller_that_leaves_in_the_middle_is_not_heard(here: World) -> N
     ],
     ids=["one byte over", "no end", "no end with a length", "on demand"],
 )
-async def test_a_body_over_the_limit_is_413_however_it_is_sent(headers: str, parts: list[bytes], here: World, upstream: Upstream) -> None:
-    """With a length or without: not kept in memory beyond the limit, answered before its end, and the upstream is asked."""
+async def test_a_body_over_the_limit_is_413_however_it_is_sent(
+    headers: str, parts: list[bytes], here: World, upstream: Upstream
+) -> None:
+    """With a length or without: not kept in memory beyond the limit, answered before its end, and
+    the upstream is asked.
+    """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     if "expect" in headers:
-        answer = await here.stranger.post(here.callback_url(task["id"]), content=parts[0], headers={"expect": "100-continue"})
+        answer = await here.stranger.post(
+            here.callback_url(task["id"]), content=parts[0], headers={"expect": "100-continue"}
+        )
         assert answer.status_code == 413
     else:
         status, answered, body = await raw(here.callback_url(task["id"]), *parts, headers=headers)
@@ -102,21 +135,33 @@ async def test_a_chunked_body_is_read_like_any_other(here: World, upstream: Upst
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     body = said(task, "failed", padding="x" * 1000)
     pieces = [chunk(body[place : place + 100]) for place in range(0, len(body), 100)]
-    status, _, answer = await raw(here.callback_url(task["id"]), *pieces, chunk(b""), headers="transfer-encoding: chunked\r\n")
+    status, _, answer = await raw(
+        here.callback_url(task["id"]), *pieces, chunk(b""), headers="transfer-encoding: chunked\r\n"
+    )
     assert (status, json.loads(answer)) == (200, {"status": "accepted"})
     await here.ended(task["id"])
 
 
-async def test_what_follows_a_body_that_is_longer_than_it_says_is_no_callback(here: World, upstream: Upstream) -> None:
-    """The rest is no request: 400 may overtake the answer, and the sender's next attempt finds the task as it should be."""
+async def test_what_follows_a_body_that_is_longer_than_it_says_is_no_callback(
+    here: World, upstream: Upstream
+) -> None:
+    """The rest is no request: 400 may overtake the answer, and the sender's next attempt finds the
+    task as it should be.
+    """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     body = said(task, "failed")
-    status, _, _ = await raw(here.callback_url(task["id"]), body + b"x" * 100_000, headers=f"content-length: {len(body)}\r\n")
+    status, _, _ = await raw(
+        here.callback_url(task["id"]),
+        body + b"x" * 100_000,
+        headers=f"content-length: {len(body)}\r\n",
+    )
     assert status in (200, 400)
     assert await verdict(here, task, body) in ("accepted", "duplicate")
     await here.ended(task["id"])
-    assert [(verdict, status) for verdict, status, _ in await heard(here, task)] == [("accepted", "failed")]
+    assert [(verdict, status) for verdict, status, _ in await heard(here, task)] == [
+        ("accepted", "failed")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -136,18 +181,25 @@ async def test_a_length_that_is_none_is_no_request(headers: str, here: World) ->
     assert await heard(here, task) == []
 
 
-async def test_a_body_that_comes_a_byte_at_a_time_has_one_time_limit(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """408 counts from the first byte to the last, not from one to the next; the connection ends with it."""
+async def test_a_body_that_comes_a_byte_at_a_time_has_one_time_limit(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """408 counts from the first byte to the last, not from one to the next; the connection ends
+    with it.
+    """
     monkeypatch.setattr(callbacks, "BODY_S", 0.1)
     task = await here.submit()
     url = httpx.URL(here.callback_url(task["id"]))
     reader, writer = await asyncio.open_connection(url.host, url.port)
     with closing(writer):
-        writer.write(f"POST {url.path} HTTP/1.1\r\nhost: here\r\ncontent-length: 100000\r\n\r\n".encode())
+        writer.write(
+            f"POST {url.path} HTTP/1.1\r\nhost: here\r\ncontent-length: 100000\r\n\r\n".encode()
+        )
 
         def answered() -> bytes:
             writer.write(b"x")
-            return bytes(reader._buffer)  # type: ignore[attr-defined]  # what came, without waiting for more
+            # # what came, without waiting for more
+            return bytes(reader._buffer)  # type: ignore[attr-defined]
 
         head = await wait_until(answered)
         assert head.startswith(b"HTTP/1.1 408 ")

@@ -1,4 +1,6 @@
-"""A flood of wrong tokens on a real process: it is refused, and callbacks are taken as if it were not there."""
+"""A flood of wrong tokens on a real process: it is refused, and callbacks are taken as if it were
+not there.
+"""
 
 import asyncio
 from collections import Counter
@@ -20,8 +22,12 @@ FLOODS = {
 }
 
 
-async def hammer(url: str, headers: str, parts: tuple[bytes, ...], over: asyncio.Event, seen: Counter[int]) -> None:
-    """Sends one after the other until it is over, or thirty of them; a connection that ends before its answer is seen as 0."""
+async def hammer(
+    url: str, headers: str, parts: tuple[bytes, ...], over: asyncio.Event, seen: Counter[int]
+) -> None:
+    """Sends one after the other until it is over, or thirty of them; a connection that ends before
+    its answer is seen as 0.
+    """
     for _ in range(30):
         if over.is_set():
             return
@@ -32,26 +38,47 @@ async def hammer(url: str, headers: str, parts: tuple[bytes, ...], over: asyncio
         seen[status] += 1
 
 
-@pytest.mark.parametrize(("kind", "connections"), [("small", 200), ("large", 100), ("endless", 100)])
-async def test_a_flood_of_wrong_tokens_stops_no_callback(kind: str, connections: int, tmp_path: Path) -> None:
-    """While many connections send what has no token, every callback with one is answered 200; refusals are counted, few are logged."""
+@pytest.mark.parametrize(
+    ("kind", "connections"), [("small", 200), ("large", 100), ("endless", 100)]
+)
+async def test_a_flood_of_wrong_tokens_stops_no_callback(
+    kind: str, connections: int, tmp_path: Path
+) -> None:
+    """While many connections send what has no token, every callback with one is answered 200;
+    refusals are counted, few are logged.
+    """
     keyring, over, seen = Keyring([SECRET.encode()]), asyncio.Event(), Counter[int]()
-    with started("serve", folder=tmp_path, **service_settings("http://127.0.0.1:9", tmp_path, SECRET_KEY=SECRET)) as running:
+    with started(
+        "serve",
+        folder=tmp_path,
+        **service_settings("http://127.0.0.1:9", tmp_path, SECRET_KEY=SECRET),
+    ) as running:
         admin = {"authorization": f"Bearer {ADMIN_KEY}"}
         async with httpx.AsyncClient(base_url=running.address, headers=admin, timeout=60) as client:
-            tasks = [(await submitted(client, prompt=f"a lighthouse {number}"))["id"] for number in range(5)]
-            wrong = f"{running.address}/callbacks/evolink/{tasks[0]}/{keyring.callback_token('evolink', 'another')}"
-            flood = asyncio.gather(*(hammer(wrong, *FLOODS[kind], over, seen) for _ in range(connections)))
+            tasks = [
+                (await submitted(client, prompt=f"a lighthouse {number}"))["id"]
+                for number in range(5)
+            ]
+            token = keyring.callback_token("evolink", "another")
+            wrong = f"{running.address}/callbacks/evolink/{tasks[0]}/{token}"
+            flood = asyncio.gather(
+                *(hammer(wrong, *FLOODS[kind], over, seen) for _ in range(connections))
+            )
             for number in range(60):
-                path = f"/callbacks/evolink/{tasks[number % 5]}/{keyring.callback_token('evolink', tasks[number % 5])}"
-                answer = await client.post(path, content=b'{"status": "processing", "progress": %d}' % number)
+                task_id = tasks[number % 5]
+                path = f"/callbacks/evolink/{task_id}/{keyring.callback_token('evolink', task_id)}"
+                answer = await client.post(
+                    path, content=b'{"status": "processing", "progress": %d}' % number
+                )
                 assert (answer.status_code, answer.json()) == (200, {"status": "accepted"})
             over.set()
             await flood
             metrics = (await client.get("/metrics")).text
     assert seen.keys() <= {401, 0}
     assert seen[401] >= connections
-    counted = float(metrics.split('darkroom_callbacks_total{verdict="wrong_token"} ')[1].split("\n")[0])
+    counted = float(
+        metrics.split('darkroom_callbacks_total{verdict="wrong_token"} ')[1].split("\n")[0]
+    )
     assert seen[401] <= counted <= seen.total()
     lines = [line for line in running.logged("callback.refused") if line["reason"] == "wrong_token"]
     assert 0 < len(lines) < seen.total()

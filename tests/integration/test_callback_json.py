@@ -1,4 +1,6 @@
-"""What a callback's body may say: wrong types, no JSON, nothing that can be read. With the right token it always gets an answer."""
+"""What a callback's body may say: wrong types, no JSON, nothing that can be read. With the right
+token it always gets an answer.
+"""
 
 import asyncio
 import gzip
@@ -23,7 +25,9 @@ def upstream() -> Upstream:
 
 
 @pytest.fixture(scope="module")
-async def here(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+async def here(
+    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
     async with quick_world(tmp_path_factory.mktemp("callbacks"), upstream) as made:
         yield made
 
@@ -41,8 +45,12 @@ async def here(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> 
     ],
     ids=["empty", "list", "garbage", "no status", "twice", "surrogate", "deep"],
 )
-async def test_an_unreadable_body_gets_the_upstream_asked(body: bytes, here: World, upstream: Upstream) -> None:
-    """The token proves who calls: 200 `unreadable`, kept in part, asked about once however often it comes."""
+async def test_an_unreadable_body_gets_the_upstream_asked(
+    body: bytes, here: World, upstream: Upstream
+) -> None:
+    """The token proves who calls: 200 `unreadable`, kept in part, asked about once however often it
+    comes.
+    """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     assert await verdict(here, task, body) == "unreadable"
@@ -62,13 +70,20 @@ async def test_what_is_kept_of_an_unreadable_body_is_capped(here: World) -> None
 
 def kept_bytes(connection: Connection, task_id: str) -> list[int]:
     return [
-        len(body) for body in connection.execute(select(tables.callbacks.c.body).where(tables.callbacks.c.task_id == task_id)).scalars()
+        len(body)
+        for body in connection.execute(
+            select(tables.callbacks.c.body).where(tables.callbacks.c.task_id == task_id)
+        ).scalars()
     ]
 
 
 @pytest.mark.parametrize("coding", ["gzip", "br", "identity, gzip"])
-async def test_a_compressed_body_is_unreadable(coding: str, here: World, upstream: Upstream) -> None:
-    """No coding is documented, and unpacking is a risk: the bytes are read as they are, and the upstream is asked."""
+async def test_a_compressed_body_is_unreadable(
+    coding: str, here: World, upstream: Upstream
+) -> None:
+    """No coding is documented, and unpacking is a risk: the bytes are read as they are, and the
+    upstream is asked.
+    """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     packed = gzip.compress(said(task, "completed"))
@@ -77,8 +92,18 @@ async def test_a_compressed_body_is_unreadable(coding: str, here: World, upstrea
     assert await verdict(here, task, said(task, "failed"), content_encoding=coding) == "duplicate"
 
 
-@pytest.mark.parametrize("type", ["text/plain", "application/x-www-form-urlencoded", "application/json; charset=utf-16", "x" * 5000])
-async def test_the_type_of_a_callback_is_nobodys_business(type: str, here: World, upstream: Upstream) -> None:
+@pytest.mark.parametrize(
+    "type",
+    [
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "application/json; charset=utf-16",
+        "x" * 5000,
+    ],
+)
+async def test_the_type_of_a_callback_is_nobodys_business(
+    type: str, here: World, upstream: Upstream
+) -> None:
     """No header is documented: the body says what it is."""
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
@@ -105,7 +130,17 @@ VALUES = (
     "{}",
     '{"a": [1]}',
 )
-FIELDS = ("results", "result_data", "error", "progress", "model", "created", "task_info", "usage", "type")
+FIELDS = (
+    "results",
+    "result_data",
+    "error",
+    "progress",
+    "model",
+    "created",
+    "task_info",
+    "usage",
+    "type",
+)
 NESTED = {
     "error": ("code", "message", "type"),
     "task_info": ("can_cancel", "estimated_time"),
@@ -117,30 +152,43 @@ def bodies(task: JSON, field: str, status: str) -> list[bytes]:
     """The field with every value, and as an object whose every field has every value."""
     start = f'{{"id": "{task["upstream_id"]}", "status": "{status}", "{field}": '
     inner = [f'{{"{name}": {value}}}' for name in NESTED.get(field, ("url",)) for value in VALUES]
-    return [f"{start}{value}}}".encode() for value in (*VALUES, *inner, *(f"[{value}]" for value in inner))]
+    return [
+        f"{start}{value}}}".encode()
+        for value in (*VALUES, *inner, *(f"[{value}]" for value in inner))
+    ]
 
 
 @pytest.mark.parametrize("field", FIELDS)
 async def test_a_field_may_have_any_type(field: str, here: World, upstream: Upstream) -> None:
-    """Only `id` and `status` are required: what stands in the others breaks nothing, in any state of the task."""
+    """Only `id` and `status` are required: what stands in the others breaks nothing, in any state
+    of the task.
+    """
     task = await here.submit()
     sent = bodies(task, field, "processing")
     assert set(await asyncio.gather(*(verdict(here, task, body) for body in sent))) == {"accepted"}
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     sent = [*bodies(task, field, "failed"), *bodies(task, field, "completed")]
-    assert set(await asyncio.gather(*(verdict(here, task, body) for body in sent))) <= {"accepted", "duplicate", "conflict"}
+    assert set(await asyncio.gather(*(verdict(here, task, body) for body in sent))) <= {
+        "accepted",
+        "duplicate",
+        "conflict",
+    }
     assert (await here.ended(task["id"]))["error"]["code"] == "service_error"
 
 
 @pytest.mark.parametrize("field", ["id", "status"])
-async def test_an_id_or_a_status_of_another_type_is_unreadable(field: str, here: World, upstream: Upstream) -> None:
+async def test_an_id_or_a_status_of_another_type_is_unreadable(
+    field: str, here: World, upstream: Upstream
+) -> None:
     """Without a status, or about something that cannot be a task, a body says nothing."""
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     usual = {"id": task["upstream_id"], "status": "completed"}
     values: list[object] = [7, 1.5, True, [], {}, [task["upstream_id"]]]
     for value in values:
-        assert await verdict(here, task, json.dumps(usual | {field: value}).encode()) == "unreadable"
+        assert (
+            await verdict(here, task, json.dumps(usual | {field: value}).encode()) == "unreadable"
+        )
     assert (await here.ended(task["id"]))["state"] == "failed"
 
 
@@ -149,8 +197,12 @@ async def test_an_id_or_a_status_of_another_type_is_unreadable(field: str, here:
     [b"\xef\xbb\xbf%s", b"%s\x00", b"%s{}", b"[%s]", b"\xff%s", b"/* */ %s"],
     ids=["byte order mark", "NUL behind", "twice", "in a list", "no UTF-8", "comment"],
 )
-async def test_what_is_not_quite_an_object_is_unreadable(body: bytes, here: World, upstream: Upstream) -> None:
-    """One strict reading: what another parser might take otherwise is not guessed at, the upstream is asked."""
+async def test_what_is_not_quite_an_object_is_unreadable(
+    body: bytes, here: World, upstream: Upstream
+) -> None:
+    """One strict reading: what another parser might take otherwise is not guessed at, the upstream
+    is asked.
+    """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     assert await verdict(here, task, body % said(task, "completed")) == "unreadable"
@@ -158,11 +210,15 @@ async def test_what_is_not_quite_an_object_is_unreadable(body: bytes, here: Worl
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-async def test_an_encoding_other_than_utf_8_is_unreadable(encoding: str, here: World, upstream: Upstream) -> None:
+async def test_an_encoding_other_than_utf_8_is_unreadable(
+    encoding: str, here: World, upstream: Upstream
+) -> None:
     """JSON that is sent between systems is UTF-8 (RFC 8259, 8.1)."""
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
-    assert await verdict(here, task, said(task, "completed").decode().encode(encoding)) == "unreadable"
+    assert (
+        await verdict(here, task, said(task, "completed").decode().encode(encoding)) == "unreadable"
+    )
     assert (await here.ended(task["id"]))["state"] == "failed"
 
 
@@ -181,9 +237,23 @@ async def test_an_encoding_other_than_utf_8_is_unreadable(encoding: str, here: W
         "01",
         "'x'",
     ],
-    ids=["NaN", "Infinity", "-Infinity", "digits", "NUL", "surrogate", "twice", "surrogate name", "deep", "octal", "quotes"],
+    ids=[
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "digits",
+        "NUL",
+        "surrogate",
+        "twice",
+        "surrogate name",
+        "deep",
+        "octal",
+        "quotes",
+    ],
 )
-async def test_a_value_that_no_store_takes_makes_a_body_unreadable(value: str, here: World, upstream: Upstream) -> None:
+async def test_a_value_that_no_store_takes_makes_a_body_unreadable(
+    value: str, here: World, upstream: Upstream
+) -> None:
     """Wherever it stands, known field or not: the whole body says nothing."""
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
@@ -201,14 +271,18 @@ KINDS = {"y": {"accepted"}, "n": {"unreadable"}, "i": {"accepted", "unreadable"}
 
 
 async def test_the_public_json_test_suite_as_bodies(here: World, upstream: Upstream) -> None:
-    """Each of its 318 files, as a body and as a field of one: answered by the table, what is no JSON as unreadable; the tasks end."""
+    """Each of its 318 files, as a body and as a field of one: answered by the table, what is no
+    JSON as unreadable; the tasks end.
+    """
     suite = list(json_test_suite().items())
     assert len(suite) == 318
 
     async def send(task: JSON, name: str, text: bytes) -> None:
         assert await verdict(here, task, text) == "unreadable", name  # not one of them has a status
         within = said(task, "processing", extra="?").replace(b'"?"', text)
-        assert await verdict(here, task, within) in ({"unreadable"} if name in REFUSED else KINDS[name[0]]), name
+        assert await verdict(here, task, within) in (
+            {"unreadable"} if name in REFUSED else KINDS[name[0]]
+        ), name
 
     for start in range(6):
         task = await here.submit()

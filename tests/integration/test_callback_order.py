@@ -1,4 +1,6 @@
-"""Callbacks in any order and number, at once and after every end: judged one by one, told once, settled once."""
+"""Callbacks in any order and number, at once and after every end: judged one by one, told once,
+settled once.
+"""
 
 import asyncio
 import random
@@ -25,14 +27,18 @@ def upstream() -> Upstream:
 
 
 @pytest.fixture(scope="module")
-async def here(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+async def here(
+    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
     async with quick_world(tmp_path_factory.mktemp("order"), upstream) as made:
         yield made
 
 
 @dataclass
 class Table:
-    """The contract's table for one task: what each callback is answered, by all that came before it."""
+    """The contract's table for one task: what each callback is answered, by all that came before
+    it.
+    """
 
     settled: str | None = None
     first: str | None = None
@@ -62,8 +68,12 @@ def sent(task: JSON) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-async def test_any_order_and_number_is_judged_by_the_table(seed: int, here: World, upstream: Upstream) -> None:
-    """Before the end by the first terminal callback, after it by what is settled; the upstream's word is the only one that settles."""
+async def test_any_order_and_number_is_judged_by_the_table(
+    seed: int, here: World, upstream: Upstream
+) -> None:
+    """Before the end by the first terminal callback, after it by what is settled; the upstream's
+    word is the only one that settles.
+    """
     task, answer, table = await here.submit(), asyncio.Event(), Table()
     upstream.queries[task["upstream_id"]] = [After(answer.wait, failed("service_error"))]
     bodies, order = sent(task), random.Random(seed)
@@ -77,25 +87,38 @@ async def test_any_order_and_number_is_judged_by_the_table(seed: int, here: Worl
     for name in order.choices(list(bodies), k=16):
         assert await verdict(here, task, bodies[name]) == table.says(name), name
     ends = Counter(await types(here, task))
-    assert (ends["image.task.submitted"], ends["image.task.failed"], ends.total() - ends["callback.conflict"]) == (1, 1, 2)
+    assert (
+        ends["image.task.submitted"],
+        ends["image.task.failed"],
+        ends.total() - ends["callback.conflict"],
+    ) == (1, 1, 2)
     assert sum(count for _, _, count in await heard(here, task)) == 33
 
 
-async def test_everything_at_once_for_many_tasks_is_judged_as_if_in_a_row(here: World, upstream: Upstream) -> None:
-    """Six tasks, each with five of every kind over as many connections: one is the first, its equals are counted, the others told once."""
+async def test_everything_at_once_for_many_tasks_is_judged_as_if_in_a_row(
+    here: World, upstream: Upstream
+) -> None:
+    """Six tasks, each with five of every kind over as many connections: one is the first, its
+    equals are counted, the others told once.
+    """
     tasks, answer = [await here.submit() for _ in range(6)], asyncio.Event()
     for task in tasks:
         upstream.queries[task["upstream_id"]] = [After(answer.wait, failed("service_error"))]
     calls = [(task, name) for task in tasks for name in sent(task) for _ in range(5)]
     random.Random(1).shuffle(calls)
-    verdicts = await asyncio.gather(*(verdict(here, task, sent(task)[name]) for task, name in calls))
+    verdicts = await asyncio.gather(
+        *(verdict(here, task, sent(task)[name]) for task, name in calls)
+    )
     answer.set()
     for task in tasks:
         said_to: dict[str, list[str]] = {name: [] for name in sent(task)}
         for (other, name), word in zip(calls, verdicts, strict=True):
             if other is task:
                 said_to[name].append(word)
-        assert {name: set(said_to.pop(name)) for name in ("processing", "unheard of", "unreadable", "foreign")} == {
+        assert {
+            name: set(said_to.pop(name))
+            for name in ("processing", "unheard of", "unreadable", "foreign")
+        } == {
             "processing": {"accepted"},
             "unheard of": {"accepted"},
             "unreadable": {"unreadable"},
@@ -105,11 +128,17 @@ async def test_everything_at_once_for_many_tasks_is_judged_as_if_in_a_row(here: 
         assert words == {"accepted": 1, "duplicate": 4, "conflict": 15}, said_to
         assert (await here.ended(task["id"]))["error"]["code"] == "service_error"
         ends = Counter(await types(here, task))
-        assert (ends["image.task.submitted"], ends["image.task.failed"], ends.total() - ends["callback.conflict"]) == (1, 1, 2)
+        assert (
+            ends["image.task.submitted"],
+            ends["image.task.failed"],
+            ends.total() - ends["callback.conflict"],
+        ) == (1, 1, 2)
 
 
 async def test_callbacks_race_the_submit_answer(here: World, upstream: Upstream) -> None:
-    """Ten equal ones at the very moment of the answer: one is accepted, the task is submitted once and settled once."""
+    """Ten equal ones at the very moment of the answer: one is accepted, the task is submitted once
+    and settled once.
+    """
     for number in range(5):
         prompt, arrived = f"race {number}", asyncio.Event()
         mine = f"task-unified-race-{number}"
@@ -125,9 +154,17 @@ async def test_callbacks_race_the_submit_answer(here: World, upstream: Upstream)
         assert await types(here, task) == ["image.task.submitted", "image.task.failed"]
 
 
-async def test_after_settling_by_reconcile_a_callback_is_compared_with_what_is_settled(here: World, upstream: Upstream) -> None:
-    """The first callback of all may come last: it agrees or it does not, and what is settled stands."""
-    for name, word in (("failed", "duplicate"), ("completed", "conflict"), ("cancelled", "conflict")):
+async def test_after_settling_by_reconcile_a_callback_is_compared_with_what_is_settled(
+    here: World, upstream: Upstream
+) -> None:
+    """The first callback of all may come last: it agrees or it does not, and what is settled
+    stands.
+    """
+    for name, word in (
+        ("failed", "duplicate"),
+        ("completed", "conflict"),
+        ("cancelled", "conflict"),
+    ):
         task = await here.submit()
         upstream.queries[task["upstream_id"]] = [failed("service_error")]
         assert (await here.client.post(f"/v1/tasks/{task['id']}/reconcile")).status_code == 200
@@ -139,10 +176,16 @@ async def test_after_settling_by_reconcile_a_callback_is_compared_with_what_is_s
         assert (await here.task(task["id"]))["state"] == "failed"
 
 
-async def test_after_a_local_cancel_a_callback_is_answered_and_nothing_is_kept_of_the_work(here: World, upstream: Upstream) -> None:
-    """Whatever comes, and however often: the task stays cancelled, has no image, and tells no second end."""
+async def test_after_a_local_cancel_a_callback_is_answered_and_nothing_is_kept_of_the_work(
+    here: World, upstream: Upstream
+) -> None:
+    """Whatever comes, and however often: the task stays cancelled, has no image, and tells no
+    second end.
+    """
     task = await here.submit()
-    upstream.queries[task["upstream_id"]] = [document("completed", NOWHERE[0], usage={"credits_used": 1})]
+    upstream.queries[task["upstream_id"]] = [
+        document("completed", NOWHERE[0], usage={"credits_used": 1})
+    ]
     assert (await here.client.post(f"/v1/tasks/{task['id']}/cancel")).json()["cancel"] == "local"
     bodies = sent(task)
     assert await verdict(here, task, bodies["completed"]) == "accepted"
@@ -152,21 +195,35 @@ async def test_after_a_local_cancel_a_callback_is_answered_and_nothing_is_kept_o
     assert await verdict(here, task, bodies["unreadable"]) == "unreadable"
     after = await here.task(task["id"])
     assert (after["state"], after["images"], after["results"]) == ("cancelled", [], [])
-    assert [type for type in await types(here, task) if type != "callback.conflict"] == ["image.task.submitted", "image.task.cancelled"]
+    assert [type for type in await types(here, task) if type != "callback.conflict"] == [
+        "image.task.submitted",
+        "image.task.cancelled",
+    ]
 
 
 async def test_after_expiry_a_callback_is_answered_and_the_end_stands(
     upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A task that the upstream forgot may be called back about all the same: accepted, counted, and still expired."""
+    """A task that the upstream forgot may be called back about all the same: accepted, counted, and
+    still expired.
+    """
     monkeypatch.setattr(worker, "LOOK_S", 0.05)
-    async with world(tmp_path, upstream=upstream.app, reconcile_after_s=0.05, evolink_task_ttl_s=0.05) as there:
+    async with world(
+        tmp_path, upstream=upstream.app, reconcile_after_s=0.05, evolink_task_ttl_s=0.05
+    ) as there:
         task = await there.submit(prompt="to be forgotten")
         upstream.queries[task["upstream_id"]] = [error(404, "task_not_found")]
         assert (await there.ended(task["id"]))["state"] == "expired"
         bodies = sent(task)
-        assert [await verdict(there, task, bodies["failed"]) for _ in range(3)] == ["accepted", "duplicate", "duplicate"]
+        assert [await verdict(there, task, bodies["failed"]) for _ in range(3)] == [
+            "accepted",
+            "duplicate",
+            "duplicate",
+        ]
         assert await verdict(there, task, bodies["processing"]) == "accepted"
         assert await verdict(there, task, bodies["foreign"]) == "conflict"
         assert (await there.task(task["id"]))["state"] == "expired"
-        assert [type for type in await types(there, task) if type.startswith("image.")] == ["image.task.submitted", "image.task.expired"]
+        assert [type for type in await types(there, task) if type.startswith("image.")] == [
+            "image.task.submitted",
+            "image.task.expired",
+        ]

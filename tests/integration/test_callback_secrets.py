@@ -41,48 +41,86 @@ def signs(secret: str, request: Received) -> bool:
 
 
 async def owner(here: World, name: str) -> JSON:
-    return got(await here.client.post("/v1/keys", json={"owner": name, "scopes": ["submit", "read", "subscribe"]}), 201)
+    return got(
+        await here.client.post(
+            "/v1/keys", json={"owner": name, "scopes": ["submit", "read", "subscribe"]}
+        ),
+        201,
+    )
 
 
 async def test_both_secrets_sign_while_they_overlap(here: World, shop: Subscriber) -> None:
-    """The one of the first key, then the old and the new, after the overlap the new alone; by the library of Standard Webhooks."""
+    """The one of the first key, then the old and the new, after the overlap the new alone; by the
+    library of Standard Webhooks.
+    """
     key = await owner(here, "rotating")
     async with here.with_key(key["key"]) as client:
         assert signs(key["callback_secret"], await told(client, shop))
         second = got(await client.post(ROTATE))
         assert second == {"owner": "rotating", "callback_secret": second["callback_secret"]}
         request = await told(client, shop)
-        assert [signs(secret, request) for secret in (key["callback_secret"], second["callback_secret"])] == [True, True]
+        assert [
+            signs(secret, request) for secret in (key["callback_secret"], second["callback_secret"])
+        ] == [True, True]
         third = got(await client.post(ROTATE, json={"overlap_s": 0}))
         request = await told(client, shop)
         shown = [key["callback_secret"], second["callback_secret"], third["callback_secret"]]
         assert [signs(secret, request) for secret in shown] == [False, False, True]
 
 
-async def test_an_admin_rotates_anybodys_and_an_owner_its_own(here: World, shop: Subscriber) -> None:
+async def test_an_admin_rotates_anybodys_and_an_owner_its_own(
+    here: World, shop: Subscriber
+) -> None:
     """Another's is 403, and wants `subscribe`; an owner that is not there is 404."""
     key = await owner(here, "ours")
-    async with here.with_key(key["key"]) as client, here.owner("submit", "read", name="ours") as reader:
-        assert got(await client.post(ROTATE, json={"owner": "ours", "overlap_s": 60}))["owner"] == "ours"
-        refused(await client.post(ROTATE, json={"owner": "rotating"}), 403, "permission_denied", param="owner")
+    async with (
+        here.with_key(key["key"]) as client,
+        here.owner("submit", "read", name="ours") as reader,
+    ):
+        assert (
+            got(await client.post(ROTATE, json={"owner": "ours", "overlap_s": 60}))["owner"]
+            == "ours"
+        )
+        refused(
+            await client.post(ROTATE, json={"owner": "rotating"}),
+            403,
+            "permission_denied",
+            param="owner",
+        )
         refused(await reader.post(ROTATE), 403, "permission_denied")
-        refused(await here.client.post(ROTATE, json={"owner": "nobody"}), 404, "owner_not_found", param="owner")
-        for param, value in (("owner", "NOT AN OWNER"), ("overlap_s", -1), ("overlap_s", 2592001), ("secret", "whsec_mine")):
-            refused(await client.post(ROTATE, json={param: value}), 400, "invalid_request", param=param)
+        refused(
+            await here.client.post(ROTATE, json={"owner": "nobody"}),
+            404,
+            "owner_not_found",
+            param="owner",
+        )
+        for param, value in (
+            ("owner", "NOT AN OWNER"),
+            ("overlap_s", -1),
+            ("overlap_s", 2592001),
+            ("secret", "whsec_mine"),
+        ):
+            refused(
+                await client.post(ROTATE, json={param: value}), 400, "invalid_request", param=param
+            )
         made = got(await here.client.post(ROTATE, json={"owner": "ours"}))
         request = await told(client, shop)
         assert signs(made["callback_secret"], request)
         assert signs(key["callback_secret"], request)
 
 
-async def test_the_operators_have_one_without_a_key_in_the_store(here: World, shop: Subscriber) -> None:
+async def test_the_operators_have_one_without_a_key_in_the_store(
+    here: World, shop: Subscriber
+) -> None:
     """`DARKROOM_ADMIN_KEY` alone: what was never shown is replaced by one that is."""
     made = got(await here.client.post(ROTATE))
     assert made["owner"] == "admin"
     assert signs(made["callback_secret"], await told(here.client, shop))
 
 
-async def test_who_rotates_while_others_do_is_told(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_rotates_while_others_do_is_told(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After some tries: 409, and nothing has changed."""
     key = await owner(here, "contended")
     store = here.context.resources.store
@@ -93,7 +131,9 @@ async def test_who_rotates_while_others_do_is_told(here: World, monkeypatch: pyt
         found = await read(query, *arguments)
         if query.__name__ == "callback_secret":
             count += 1
-            await store.write(set_secret, here.context.resources.keyring.encrypt(key["callback_secret"]))
+            await store.write(
+                set_secret, here.context.resources.keyring.encrypt(key["callback_secret"])
+            )
         return found
 
     async with here.with_key(key["key"]) as client:
@@ -107,5 +147,7 @@ async def test_who_rotates_while_others_do_is_told(here: World, monkeypatch: pyt
 def set_secret(tx: Transaction, secrets: Sequence[bytes]) -> list[None]:
     """An operation: somebody else was quicker."""
     for secret in secrets:
-        tx.connection.execute(owners.update().where(owners.c.name == "contended").values(callback_secret=secret))
+        tx.connection.execute(
+            owners.update().where(owners.c.name == "contended").values(callback_secret=secret)
+        )
     return [None] * len(secrets)

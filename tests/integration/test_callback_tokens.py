@@ -27,13 +27,17 @@ def upstream() -> Upstream:
 
 
 @pytest.fixture(scope="module")
-async def here(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+async def here(
+    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
     async with quick_world(tmp_path_factory.mktemp("callbacks"), upstream) as made:
         yield made
 
 
 async def test_a_wrong_token_is_refused_without_touching_the_store(tmp_path: Path) -> None:
-    """401 whatever the task: counted, logged without the token, and not one statement is sent to the store."""
+    """401 whatever the task: counted, logged without the token, and not one statement is sent to
+    the store.
+    """
     statements: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
@@ -46,8 +50,13 @@ async def test_a_wrong_token_is_refused_without_touching_the_store(tmp_path: Pat
         for engine in (store._engine, store._reading):
             event.listen(engine, "before_cursor_execute", note)
         for task_id in (task["id"], "task_unknown", "%00"):
-            for token in ("wrong", here.context.resources.keyring.callback_token("evolink", "another")):
-                answer = await here.stranger.post(here.callback_url(task_id, token), content=said(task, "completed"))
+            for token in (
+                "wrong",
+                here.context.resources.keyring.callback_token("evolink", "another"),
+            ):
+                answer = await here.stranger.post(
+                    here.callback_url(task_id, token), content=said(task, "completed")
+                )
                 assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized")
         right = here.callback_url(task["id"]).replace("/evolink/", "/other/")
         assert (await here.stranger.post(right, content=said(task, "completed"))).status_code == 401
@@ -57,13 +66,20 @@ async def test_a_wrong_token_is_refused_without_touching_the_store(tmp_path: Pat
 
 
 async def test_no_line_of_the_log_holds_a_token(here: World, upstream: Upstream) -> None:
-    """Right or wrong, accepted or refused, in our lines or a library's: the token is in none of them."""
+    """Right or wrong, accepted or refused, in our lines or a library's: the token is in none of
+    them.
+    """
     upstream.files["0.png"] = [Response(picture(), media_type="image/png")]
     result = f"{here.sandbox_url}/files/0.png"
     with logged() as stream:
         task = await here.submit()
         upstream.queries[task["upstream_id"]] = [document("completed", result)]
-        for body in (b"garbage", said(task, "processing"), said(task, "completed", results=[result]), b"x" * (LIMIT + 1)):
+        for body in (
+            b"garbage",
+            said(task, "processing"),
+            said(task, "completed", results=[result]),
+            b"x" * (LIMIT + 1),
+        ):
             await call(here, task, body)
         token = here.callback_url(task["id"]).rsplit("/", 1)[1]
         await here.stranger.post(here.callback_url(task["id"], "wrong" + token), content=b"{}")
@@ -103,17 +119,23 @@ def forged(here: World, task: dict[str, Any], other: dict[str, Any]) -> dict[str
 
 
 async def test_what_is_nearly_the_right_token_is_a_wrong_one(here: World) -> None:
-    """Another task's, another upstream's, cut, lengthened, in another case, encoded twice: 401, and the task hears nothing."""
+    """Another task's, another upstream's, cut, lengthened, in another case, encoded twice: 401, and
+    the task hears nothing.
+    """
     task, other = await here.submit(), await here.submit()
     for name, url in forged(here, task, other).items():
-        status, headers, body = await raw(url, said(task, "failed"), headers=f"content-length: {len(said(task, 'failed'))}\r\n")
+        status, headers, body = await raw(
+            url, said(task, "failed"), headers=f"content-length: {len(said(task, 'failed'))}\r\n"
+        )
         assert (status, json.loads(body)["error"]["code"]) == (401, "unauthorized"), name
         assert "connection" not in headers, name
     assert await heard(here, task) == []
 
 
 async def test_a_path_that_is_not_a_callbacks_is_not_found(here: World) -> None:
-    """A slash inside a part, as it is or encoded, a part too few or empty: 404, which says nothing about tokens."""
+    """A slash inside a part, as it is or encoded, a part too few or empty: 404, which says nothing
+    about tokens.
+    """
     task = await here.submit()
     right = here.callback_url(task["id"])
     token = right.rsplit("/", 1)[1]
@@ -128,7 +150,9 @@ async def test_a_path_that_is_not_a_callbacks_is_not_found(here: World) -> None:
 
 
 async def test_an_encoded_token_is_the_token(here: World, upstream: Upstream) -> None:
-    """Percent-encoding is another spelling of the same address, and a query behind it changes nothing."""
+    """Percent-encoding is another spelling of the same address, and a query behind it changes
+    nothing.
+    """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     right, body = here.callback_url(task["id"]), said(task, "failed")
@@ -142,14 +166,21 @@ async def test_an_encoded_token_is_the_token(here: World, upstream: Upstream) ->
 
 
 async def test_a_callback_is_sent_and_nothing_else(here: World, upstream: Upstream) -> None:
-    """POST, and PUT as nothing says which; other methods are 405 whatever the token, and tell nobody whether it was right."""
+    """POST, and PUT as nothing says which; other methods are 405 whatever the token, and tell
+    nobody whether it was right.
+    """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     right, wrong = here.callback_url(task["id"]), here.callback_url(task["id"], "wrong")
     for method in ("GET", "HEAD", "PATCH", "DELETE", "OPTIONS", "TRACE", "PURGE"):
-        answers = [await here.stranger.request(method, url, content=said(task, "failed")) for url in (right, wrong)]
+        answers = [
+            await here.stranger.request(method, url, content=said(task, "failed"))
+            for url in (right, wrong)
+        ]
         assert [answer.status_code for answer in answers] == [405, 405], method
-        assert [set(answer.headers["allow"].split(", ")) for answer in answers] == [{"POST", "PUT"}] * 2
+        assert [set(answer.headers["allow"].split(", ")) for answer in answers] == [
+            {"POST", "PUT"}
+        ] * 2
     assert await heard(here, task) == []
     assert (await here.stranger.put(wrong, content=said(task, "failed"))).status_code == 401
     put = await here.stranger.put(right, content=said(task, "failed"))
@@ -160,11 +191,19 @@ async def test_a_callback_is_sent_and_nothing_else(here: World, upstream: Upstre
 @pytest.mark.parametrize("method", ["POST", "GET"], ids=["wrong token", "wrong method"])
 @pytest.mark.parametrize(
     "headers",
-    ["transfer-encoding: chunked\r\n", "content-length: 1000000000000\r\n", "content-length: 1048577\r\nexpect: 100-continue\r\n"],
+    [
+        "transfer-encoding: chunked\r\n",
+        "content-length: 1000000000000\r\n",
+        "content-length: 1048577\r\nexpect: 100-continue\r\n",
+    ],
     ids=["without end", "huge", "on demand"],
 )
-async def test_the_body_of_a_refused_request_is_not_read(method: str, headers: str, here: World) -> None:
-    """The answer comes while the body is on its way, nobody is asked to go on, and the connection ends behind it."""
+async def test_the_body_of_a_refused_request_is_not_read(
+    method: str, headers: str, here: World
+) -> None:
+    """The answer comes while the body is on its way, nobody is asked to go on, and the connection
+    ends behind it.
+    """
     url = here.callback_url("task_x", "wrong")
     endless = chunk(b"x" * 1000) if "chunked" in headers else b"x" * 1000
     parts = () if "expect" in headers else (endless,)
@@ -174,14 +213,21 @@ async def test_the_body_of_a_refused_request_is_not_read(method: str, headers: s
 
 
 @pytest.mark.parametrize("length", [0, 2, callbacks.SMALL], ids=["none", "short", "at the limit"])
-async def test_a_connection_survives_a_refused_request_with_a_short_body(length: int, here: World) -> None:
-    """A sender with an old token loses no connection: the request behind it on the same one is answered."""
+async def test_a_connection_survives_a_refused_request_with_a_short_body(
+    length: int, here: World
+) -> None:
+    """A sender with an old token loses no connection: the request behind it on the same one is
+    answered.
+    """
     url = httpx.URL(here.callback_url("task_gone", "wrong"))
     right = httpx.URL(here.callback_url("task_gone"))
     reader, writer = await asyncio.open_connection(url.host, url.port)
     with closing(writer):
         for path, status in ((url.path, b"401"), (right.path, b"200"), (url.path, b"401")):
-            writer.write(f"POST {path} HTTP/1.1\r\nhost: here\r\ncontent-length: {length}\r\n\r\n".encode() + b"x" * length)
+            writer.write(
+                f"POST {path} HTTP/1.1\r\nhost: here\r\ncontent-length: {length}\r\n\r\n".encode()
+                + b"x" * length
+            )
             head = await reader.readuntil(b"\r\n\r\n")
             assert head.split(b" ", 2)[1] == status
             await reader.readexactly(int(head.split(b"content-length: ")[1].split(b"\r")[0]))
@@ -189,7 +235,9 @@ async def test_a_connection_survives_a_refused_request_with_a_short_body(length:
 
 @pytest.fixture
 async def flooded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    """A world where after one refusal every other one waits, and gets no line of its own for a second."""
+    """A world where after one refusal every other one waits, and gets no line of its own for a
+    second.
+    """
     monkeypatch.setattr(callbacks, "TURNS_S", 0.001)
     monkeypatch.setattr(callbacks, "BURST", 0.001)
     async with world(tmp_path, role=Role(workers=False)) as made:
@@ -197,10 +245,14 @@ async def flooded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
 
 
 async def test_refusals_in_a_flood_are_counted_and_share_few_lines(flooded: World) -> None:
-    """Every refusal is in the metric, and every one in a line: in its own, or in the number of those that got none."""
+    """Every refusal is in the metric, and every one in a line: in its own, or in the number of
+    those that got none.
+    """
     before, url = counted(flooded, "wrong_token"), flooded.callback_url("task_x", "wrong")
     with logged("info") as stream:
-        flood = await asyncio.gather(*(flooded.stranger.post(url, content=b"{}") for _ in range(60)))
+        flood = await asyncio.gather(
+            *(flooded.stranger.post(url, content=b"{}") for _ in range(60))
+        )
         assert {answer.status_code for answer in flood} == {401}
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     refusals = [line for line in lines if line["event"] == "callback.refused"]
@@ -210,7 +262,9 @@ async def test_refusals_in_a_flood_are_counted_and_share_few_lines(flooded: Worl
 
 
 async def test_a_flood_fills_no_memory(flooded: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those who wait with a long body are limited in number; who comes beyond is answered at once and loses the connection."""
+    """Those who wait with a long body are limited in number; who comes beyond is answered at once
+    and loses the connection.
+    """
     monkeypatch.setattr(callbacks, "MOST_HELD", 0)
     monkeypatch.setattr(callbacks, "WAIT_S", 600)
     url = flooded.callback_url("task_x", "wrong")

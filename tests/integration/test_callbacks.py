@@ -28,15 +28,20 @@ def upstream() -> Upstream:
 
 
 @pytest.fixture(scope="module")
-async def here(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+async def here(
+    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
     async with quick_world(tmp_path_factory.mktemp("callbacks"), upstream) as made:
         yield made
 
 
-# --- the table, row by row ---------------------------------------------------------------------------------------------
+# --- the table, row by row
+# ---------------------------------------------------------------------------------------------
 
 
-async def test_the_first_terminal_callback_is_accepted_and_settled(here: World, upstream: Upstream) -> None:
+async def test_the_first_terminal_callback_is_accepted_and_settled(
+    here: World, upstream: Upstream
+) -> None:
     """200 `accepted`; the upstream is asked, and what it says ends the task."""
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
@@ -46,11 +51,17 @@ async def test_the_first_terminal_callback_is_accepted_and_settled(here: World, 
     assert upstream.asked[task["upstream_id"]] == 1
 
 
-async def test_the_same_again_is_a_duplicate_and_nothing_else(here: World, upstream: Upstream) -> None:
-    """Ten at once and one after the end: one is accepted, the others are counted on it; one query, one terminal event."""
+async def test_the_same_again_is_a_duplicate_and_nothing_else(
+    here: World, upstream: Upstream
+) -> None:
+    """Ten at once and one after the end: one is accepted, the others are counted on it; one query,
+    one terminal event.
+    """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
-    bodies = [said(task, "failed", attempt=number) for number in range(10)]  # what says the same need not be the same bytes
+    bodies = [
+        said(task, "failed", attempt=number) for number in range(10)
+    ]  # what says the same need not be the same bytes
     verdicts = await asyncio.gather(*(verdict(here, task, body) for body in bodies))
     assert sorted(verdicts) == ["accepted"] + ["duplicate"] * 9
     await here.ended(task["id"])
@@ -66,12 +77,20 @@ async def test_every_spelling_of_cancelled_is_the_same(here: World, upstream: Up
     upstream.queries[task["upstream_id"]] = [document("canceled")]
     error = {"code": "request_cancelled", "message": "gone"}
     spelled = [said(task, "failed", error=error), said(task, "cancelled"), said(task, "canceled")]
-    assert [await verdict(here, task, body) for body in spelled] == ["accepted", "duplicate", "duplicate"]
+    assert [await verdict(here, task, body) for body in spelled] == [
+        "accepted",
+        "duplicate",
+        "duplicate",
+    ]
     assert (await here.ended(task["id"]))["state"] == "cancelled"
 
 
-async def test_another_terminal_callback_is_a_conflict_told_once(here: World, upstream: Upstream) -> None:
-    """Another status or other results: 200 `conflict`, kept, the upstream is asked, one event for operators; what is settled stands."""
+async def test_another_terminal_callback_is_a_conflict_told_once(
+    here: World, upstream: Upstream
+) -> None:
+    """Another status or other results: 200 `conflict`, kept, the upstream is asked, one event for
+    operators; what is settled stands.
+    """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error", usage={"credits_used": 0})]
     assert await verdict(here, task, said(task, "failed")) == "accepted"
@@ -80,29 +99,52 @@ async def test_another_terminal_callback_is_a_conflict_told_once(here: World, up
     contradiction = said(task, "completed", results=["https://files.evolink.ai/x.png"])
     assert [await verdict(here, task, contradiction) for _ in range(3)] == ["conflict"] * 3
     await asked(upstream, task, before + 1)
-    assert await verdict(here, task, said(task, "completed", results=["https://files.evolink.ai/y.png"])) == "conflict"
+    assert (
+        await verdict(
+            here, task, said(task, "completed", results=["https://files.evolink.ai/y.png"])
+        )
+        == "conflict"
+    )
     assert (await here.task(task["id"]))["state"] == "failed"
-    assert await types(here, task) == ["image.task.submitted", "image.task.failed", "callback.conflict", "callback.conflict"]
+    assert await types(here, task) == [
+        "image.task.submitted",
+        "image.task.failed",
+        "callback.conflict",
+        "callback.conflict",
+    ]
     assert [count for _, _, count in await heard(here, task)] == [1, 3, 1]
     conflict = (await here.events(task=task["id"], type="callback.conflict"))[0]["data"]
     assert (conflict["task_id"], conflict["upstream_id"]) == (task["id"], task["upstream_id"])
 
 
-async def test_a_conflict_before_the_end_is_decided_by_the_upstream(here: World, upstream: Upstream) -> None:
-    """Two callbacks that contradict each other while nothing is settled: the query's word counts, not the first one's."""
+async def test_a_conflict_before_the_end_is_decided_by_the_upstream(
+    here: World, upstream: Upstream
+) -> None:
+    """Two callbacks that contradict each other while nothing is settled: the query's word counts,
+    not the first one's.
+    """
     task = await here.submit()
     answer = asyncio.Event()
     upstream.queries[task["upstream_id"]] = [After(answer.wait, failed("service_error"))]
-    assert await verdict(here, task, said(task, "completed", results=["http://127.0.0.1:9/x.png"])) == "accepted"
+    assert (
+        await verdict(here, task, said(task, "completed", results=["http://127.0.0.1:9/x.png"]))
+        == "accepted"
+    )
     assert await verdict(here, task, said(task, "failed")) == "conflict"
     answer.set()
     ended = await here.ended(task["id"])
     assert (ended["state"], ended["images"]) == ("failed", [])
-    assert await types(here, task) == ["image.task.submitted", "callback.conflict", "image.task.failed"]
+    assert await types(here, task) == [
+        "image.task.submitted",
+        "callback.conflict",
+        "image.task.failed",
+    ]
 
 
 async def test_what_is_not_terminal_is_progress_only(here: World, upstream: Upstream) -> None:
-    """`processing` moves status and progress forward, never back, and asks nobody; an unknown status changes nothing."""
+    """`processing` moves status and progress forward, never back, and asks nobody; an unknown
+    status changes nothing.
+    """
     task = await here.submit()
     assert await verdict(here, task, said(task, "processing", progress=40)) == "accepted"
     shown = await here.task(task["id"])
@@ -121,12 +163,17 @@ async def test_what_is_not_terminal_is_progress_only(here: World, upstream: Upst
 
 
 async def test_a_foreign_upstream_id_is_a_conflict(here: World, upstream: Upstream) -> None:
-    """A body about another upstream task than the one known: kept, the upstream is asked, the known id stands."""
+    """A body about another upstream task than the one known: kept, the upstream is asked, the known
+    id stands.
+    """
     task = await here.submit()
     other = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     for name in ("task-unified-foreign", other["upstream_id"]):
-        assert await verdict(here, task, said({**task, "upstream_id": name}, "completed")) == "conflict"
+        assert (
+            await verdict(here, task, said({**task, "upstream_id": name}, "completed"))
+            == "conflict"
+        )
     ended = await here.ended(task["id"])
     assert (ended["upstream_id"], ended["state"]) == (task["upstream_id"], "failed")
     assert (await types(here, task)).count("callback.conflict") == 2
@@ -137,12 +184,20 @@ async def test_a_callback_for_a_task_that_is_gone_is_answered(here: World) -> No
     """The right token for a task no longer known: 200 `unknown`, logged, nothing is kept."""
     with capture_logs() as lines:
         assert await verdict(here, "task_gone", b'{"status": "completed"}') == "unknown"
-    assert [(line["verdict"], line["task_id"]) for line in lines if line["event"] == "callback.received"] == [("unknown", "task_gone")]
+    assert [
+        (line["verdict"], line["task_id"]) for line in lines if line["event"] == "callback.received"
+    ] == [("unknown", "task_gone")]
 
 
-@pytest.mark.parametrize("named", ["task-unified-early", None], ids=["with its id", "without an id"])
-async def test_a_callback_may_come_before_the_submit_answer(named: str | None, here: World, upstream: Upstream) -> None:
-    """Never a 404: it binds the id it names; the answer's id wins, and the task is settled although the callback won't come again."""
+@pytest.mark.parametrize(
+    "named", ["task-unified-early", None], ids=["with its id", "without an id"]
+)
+async def test_a_callback_may_come_before_the_submit_answer(
+    named: str | None, here: World, upstream: Upstream
+) -> None:
+    """Never a 404: it binds the id it names; the answer's id wins, and the task is settled although
+    the callback won't come again.
+    """
     prompt, answered, mine = f"early {named}", asyncio.Event(), f"task-unified-answer-{named}"
     upstream.submits[prompt] = [After(answered.wait, document("pending", id=mine))]
     upstream.queries[mine] = [failed("service_error")]
@@ -160,7 +215,9 @@ async def test_a_callback_may_come_before_the_submit_answer(named: str | None, h
 
 @contextmanager
 def commits(here: World, hook: Callable[[Connection], None]) -> Iterator[None]:
-    """Runs `hook` before each commit of the store, on the thread where a slow disk is waited for."""
+    """Runs `hook` before each commit of the store, on the thread where a slow disk is waited
+    for.
+    """
     store = here.context.resources.store
     assert isinstance(store, SqliteStore)
     store._commits.extend([1.0] * REMEMBERED)
@@ -171,8 +228,12 @@ def commits(here: World, hook: Callable[[Connection], None]) -> Iterator[None]:
         event.remove(store._engine, "commit", hook)
 
 
-async def test_a_store_that_fails_to_commit_promises_nothing(here: World, upstream: Upstream) -> None:
-    """503 with `Retry-After: 1`, and nothing is kept; the same callback is taken once the store is back."""
+async def test_a_store_that_fails_to_commit_promises_nothing(
+    here: World, upstream: Upstream
+) -> None:
+    """503 with `Retry-After: 1`, and nothing is kept; the same callback is taken once the store is
+    back.
+    """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
 
@@ -182,15 +243,23 @@ async def test_a_store_that_fails_to_commit_promises_nothing(here: World, upstre
     before = counted(here, "unavailable")
     with commits(here, full):
         answer = await call(here, task, said(task, "failed"))
-        assert (answer.status_code, answer.headers["retry-after"], answer.json()["error"]["code"]) == (503, "1", "unavailable")
+        assert (
+            answer.status_code,
+            answer.headers["retry-after"],
+            answer.json()["error"]["code"],
+        ) == (503, "1", "unavailable")
         assert counted(here, "unavailable") == before + 1
     assert await heard(here, task) == []
     assert await verdict(here, task, said(task, "failed")) == "accepted"
     await here.ended(task["id"])
 
 
-async def test_a_store_that_takes_too_long_promises_nothing(here: World, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    """503 when the commit takes over 8 s (shorter here); should it succeed after all, the callback that comes again is a duplicate."""
+async def test_a_store_that_takes_too_long_promises_nothing(
+    here: World, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """503 when the commit takes over 8 s (shorter here); should it succeed after all, the callback
+    that comes again is a duplicate.
+    """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     quick = threading.Event()
@@ -208,18 +277,25 @@ async def test_a_store_that_takes_too_long_promises_nothing(here: World, upstrea
     assert await types(here, task) == ["image.task.submitted", "image.task.failed"]
 
 
-# --- rules for all of them ---------------------------------------------------------------------------------------------
+# --- rules for all of them
+# ---------------------------------------------------------------------------------------------
 
 
 async def test_the_answer_comes_before_anything_else(here: World, upstream: Upstream) -> None:
-    """While the upstream is silent and its files stall, callbacks are answered: nothing is asked or fetched inside the request."""
+    """While the upstream is silent and its files stall, callbacks are answered: nothing is asked or
+    fetched inside the request.
+    """
     task, silence = await here.submit(), asyncio.Event()
-    upstream.queries[task["upstream_id"]] = [After(silence.wait, document("completed", f"{here.sandbox_url}/files/stalled.png"))]
+    upstream.queries[task["upstream_id"]] = [
+        After(silence.wait, document("completed", f"{here.sandbox_url}/files/stalled.png"))
+    ]
     upstream.files["stalled.png"] = [After(silence.wait, document("later"))]
     result = f"{here.sandbox_url}/files/stalled.png"
     assert await verdict(here, task, said(task, "completed", results=[result])) == "accepted"
     assert await verdict(here, task, said(task, "completed", results=[result])) == "duplicate"
-    await wait_until(lambda: upstream.asked["stalled.png"] == 1 and upstream.asked[task["upstream_id"]] == 1)
+    await wait_until(
+        lambda: upstream.asked["stalled.png"] == 1 and upstream.asked[task["upstream_id"]] == 1
+    )
     assert (await here.task(task["id"]))["state"] == "submitted"
     answer = await here.client.post(f"/v1/tasks/{task['id']}/cancel")
     assert answer.json()["state"] == "cancelled"
@@ -227,18 +303,27 @@ async def test_the_answer_comes_before_anything_else(here: World, upstream: Upst
 
 
 async def test_a_flood_of_different_bodies_is_kept_in_part(here: World) -> None:
-    """Of one task's callbacks that all differ a few are kept, the others counted; each gets its answer."""
+    """Of one task's callbacks that all differ a few are kept, the others counted; each gets its
+    answer.
+    """
     task = await here.submit()
-    verdicts = await asyncio.gather(*(verdict(here, task, b"garbage %d" % number) for number in range(40)))
+    verdicts = await asyncio.gather(
+        *(verdict(here, task, b"garbage %d" % number) for number in range(40))
+    )
     assert verdicts == ["unreadable"] * 40
     counts = [count for _, _, count in await heard(here, task)]
     assert (len(counts), sum(counts)) == (20, 40)
 
 
-async def test_a_callback_asked_for_again_while_the_query_runs_is_not_lost(here: World, upstream: Upstream) -> None:
+async def test_a_callback_asked_for_again_while_the_query_runs_is_not_lost(
+    here: World, upstream: Upstream
+) -> None:
     """What arrives during a query may be newer than its answer: the upstream is asked once more."""
     task, answer = await here.submit(), asyncio.Event()
-    upstream.queries[task["upstream_id"]] = [After(answer.wait, document("processing")), failed("service_error")]
+    upstream.queries[task["upstream_id"]] = [
+        After(answer.wait, document("processing")),
+        failed("service_error"),
+    ]
     assert await verdict(here, task, b"garbage") == "unreadable"
     await asked(upstream, task)
     assert await verdict(here, task, said(task, "failed")) == "accepted"

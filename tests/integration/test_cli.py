@@ -23,7 +23,15 @@ import pytest
 import typer
 
 from service import VERSION, cli
-from tests.processes import ADMIN_KEY, Running, clean_environment, darkroom, sandbox, service_settings, started
+from tests.processes import (
+    ADMIN_KEY,
+    Running,
+    clean_environment,
+    darkroom,
+    sandbox,
+    service_settings,
+    started,
+)
 
 TASK = r"task_[a-z2-7]{26}"
 COMMANDS = [
@@ -41,7 +49,10 @@ COMMANDS = [
         ["openapi"],
         ["asyncapi"],
     ),
-    *(["endpoints", word] for word in ("list", "create", "get", "patch", "delete", "rotate", "test")),
+    *(
+        ["endpoints", word]
+        for word in ("list", "create", "get", "patch", "delete", "rotate", "test")
+    ),
     *(["deliveries", word] for word in ("list", "get", "retry")),
     *(["replay", word] for word in ("start", "get", "cancel")),
     *(["keys", word] for word in ("create", "list", "revoke", "rotate-secret")),
@@ -87,7 +98,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 @pytest.fixture(scope="module")
 def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """`darkroom serve --sandbox --json`."""
-    with started("serve", "--sandbox", "--json", "--port", "0", folder=tmp_path_factory.mktemp("dev")) as running:
+    with started(
+        "serve", "--sandbox", "--json", "--port", "0", folder=tmp_path_factory.mktemp("dev")
+    ) as running:
         yield running
 
 
@@ -105,7 +118,8 @@ def one_line(done: Done) -> str:
     return line.removeprefix("darkroom: ")
 
 
-# --- usage -----------------------------------------------------------------------------------------------------------
+# --- usage
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -121,8 +135,13 @@ def test_the_table_of_commands_is_whole(run: Run) -> None:
     """The list these tests go through is the program's own."""
     group = typer.main.get_command(cli.program)
     known: list[list[str]] = []
-    for name, command in group.commands.items():  # type: ignore[attr-defined] # typer's own group class is private
-        known += [[name, word] for word in command.commands] if hasattr(command, "commands") else [[name]]
+    # # typer's own group class is private
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        known += (
+            [[name, word] for word in command.commands]
+            if hasattr(command, "commands")
+            else [[name]]
+        )
     assert sorted(known) == sorted(COMMANDS)
     assert run("--version").out == f"darkroom {VERSION}\n"
 
@@ -148,7 +167,9 @@ def test_the_table_of_commands_is_whole(run: Run) -> None:
     ids=" ".join,
 )
 def test_bad_usage_exits_with_two(run: Run, arguments: tuple[str, ...]) -> None:
-    """Contract section 1: 2 on bad usage, said on standard error, before anything is asked or opened."""
+    """Contract section 1: 2 on bad usage, said on standard error, before anything is asked or
+    opened.
+    """
     done = run(*arguments)
     assert done.code == 2
     assert done.out == ""
@@ -156,12 +177,16 @@ def test_bad_usage_exits_with_two(run: Run, arguments: tuple[str, ...]) -> None:
     assert not (Path.cwd() / "data").exists()
 
 
-# --- failures --------------------------------------------------------------------------------------------------------
+# --- failures
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_service_that_is_not_there_is_one_line(run: Run) -> None:
     """A refused connection names the address and the variable to look at."""
-    assert one_line(run("tasks", DARKROOM_URL="http://127.0.0.1:9")) == "no service answers at http://127.0.0.1:9: is DARKROOM_URL right?"
+    assert (
+        one_line(run("tasks", DARKROOM_URL="http://127.0.0.1:9"))
+        == "no service answers at http://127.0.0.1:9: is DARKROOM_URL right?"
+    )
 
 
 def test_a_service_that_is_something_else_is_one_line(run: Run) -> None:
@@ -194,16 +219,32 @@ def test_a_connection_that_breaks_does_not_lose_the_order(run: Run) -> None:
 
     with HTTPServer(("127.0.0.1", 0), Cut) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
-        done = run("submit", "x", "--idempotency-key", "my-order", DARKROOM_URL=f"http://127.0.0.1:{server.server_port}")
-    assert one_line(done).endswith("the task may have been taken: ask again with --idempotency-key my-order")
+        done = run(
+            "submit",
+            "x",
+            "--idempotency-key",
+            "my-order",
+            DARKROOM_URL=f"http://127.0.0.1:{server.server_port}",
+        )
+    assert one_line(done).endswith(
+        "the task may have been taken: ask again with --idempotency-key my-order"
+    )
 
 
-def test_refusals_are_told_in_the_services_words(run: Run, client: Mapping[str, str], dev: Running) -> None:
+def test_refusals_are_told_in_the_services_words(
+    run: Run, client: Mapping[str, str], dev: Running
+) -> None:
     """An error of the API is its code and its message; a key that is missing is named."""
-    assert one_line(run("submit", "x", "--size", "10x10", **client)).startswith("invalid_parameter: size must")
+    assert one_line(run("submit", "x", "--size", "10x10", **client)).startswith(
+        "invalid_parameter: size must"
+    )
     assert one_line(run("task", "task_unknown", **client)).startswith("task_not_found: ")
-    assert one_line(run("tasks", DARKROOM_URL=dev.address)).endswith("(DARKROOM_API_KEY is not set)")
-    assert one_line(run("tasks", DARKROOM_URL=dev.address, DARKROOM_API_KEY="dk_wrong")).startswith("unauthorized: ")
+    assert one_line(run("tasks", DARKROOM_URL=dev.address)).endswith(
+        "(DARKROOM_API_KEY is not set)"
+    )
+    assert one_line(run("tasks", DARKROOM_URL=dev.address, DARKROOM_API_KEY="dk_wrong")).startswith(
+        "unauthorized: "
+    )
     assert one_line(run("tasks", DARKROOM_URL="ftp://x")).startswith("DARKROOM_URL: ")
 
 
@@ -214,50 +255,83 @@ def test_a_start_that_cannot_be_is_one_line(run: Run, tmp_path: Path, dev: Runni
     assert "DARKROOM_NONSENSE is not a setting" in one_line(run("serve", DARKROOM_NONSENSE="1"))
     assert "on SQLite `darkroom serve` does both" in one_line(run("worker", "--port", "0"))
     done = darkroom("serve", "--port", "0", folder=tmp_path)
-    assert "DARKROOM_EVOLINK_API_KEY is required" in one_line(Done(done.returncode, done.stdout, done.stderr))
+    assert "DARKROOM_EVOLINK_API_KEY is required" in one_line(
+        Done(done.returncode, done.stdout, done.stderr)
+    )
     (tmp_path / "not-a-store").write_text("hello, this is no database at all")
     done = darkroom("migrate", folder=tmp_path, DARKROOM_DATABASE_URL="sqlite:///not-a-store")
     assert "cannot be used" in one_line(Done(done.returncode, done.stdout, done.stderr))
 
 
-# --- tasks -----------------------------------------------------------------------------------------------------------
+# --- tasks
+# --------------------------------------------------------------------------------------------------
 
 
 def test_submit_prints_the_id_and_waits_if_asked(run: Run, client: Mapping[str, str]) -> None:
-    """Nothing but the result on standard output: the id, the links, the files; with `--json` the whole task."""
+    """Nothing but the result on standard output: the id, the links, the files; with `--json` the
+    whole task.
+    """
     id = run("submit", "a lighthouse", **client)
     assert re.fullmatch(TASK + "\n", id.out)
     assert id.err == ""
-    links = run("submit", "灯塔", "--n", "2", "--size", "768x768", "--wait", **client).out.splitlines()
-    assert [link.startswith(client["DARKROOM_URL"] + "/images/img_") for link in links] == [True, True]
-    task = run("submit", "a gull", "--json", "--metadata", "a=b", "--metadata", "c=d=e", **client).json
-    assert (task["prompt"], task["metadata"], task["model"]) == ("a gull", {"a": "b", "c": "d=e"}, "wan2.5-text-to-image")
+    links = run(
+        "submit", "灯塔", "--n", "2", "--size", "768x768", "--wait", **client
+    ).out.splitlines()
+    assert [link.startswith(client["DARKROOM_URL"] + "/images/img_") for link in links] == [
+        True,
+        True,
+    ]
+    task = run(
+        "submit", "a gull", "--json", "--metadata", "a=b", "--metadata", "c=d=e", **client
+    ).json
+    assert (task["prompt"], task["metadata"], task["model"]) == (
+        "a gull",
+        {"a": "b", "c": "d=e"},
+        "wan2.5-text-to-image",
+    )
     image = run("submit", "a gull", "--image", "https://example.com/a.png", "--json", **client).json
-    assert (image["model"], image["request"]["image_urls"]) == ("wan2.5-image-to-image", ["https://example.com/a.png"])
+    assert (image["model"], image["request"]["image_urls"]) == (
+        "wan2.5-image-to-image",
+        ["https://example.com/a.png"],
+    )
 
 
 def test_submit_saves_the_images(run: Run, client: Mapping[str, str], tmp_path: Path) -> None:
     """`--out DIR` makes the folder, waits, and saves what was stored, byte for byte."""
-    task = run("submit", "a lighthouse", "--n", "2", "--out", "pictures/new", "--json", **client).json
+    task = run(
+        "submit", "a lighthouse", "--n", "2", "--out", "pictures/new", "--json", **client
+    ).json
     files = [tmp_path / name for name in task["files"]]
     assert sorted(files) == sorted((tmp_path / "pictures" / "new").iterdir())
-    assert [hashlib.sha256(file.read_bytes()).hexdigest() for file in files] == [image["sha256"] for image in task["images"]]
+    assert [hashlib.sha256(file.read_bytes()).hexdigest() for file in files] == [
+        image["sha256"] for image in task["images"]
+    ]
     (tmp_path / "taken").touch()
     assert run("submit", "x", "--out", "taken", **client).code == 2
 
 
 def test_the_same_idempotency_key_is_the_same_task(run: Run, client: Mapping[str, str]) -> None:
     """A repeated order is answered with the first task; another order under its key is refused."""
-    first, second = (run("submit", "once", "--idempotency-key", "order-1", **client).out for _ in range(2))
+    first, second = (
+        run("submit", "once", "--idempotency-key", "order-1", **client).out for _ in range(2)
+    )
     assert first == second
-    assert one_line(run("submit", "twice", "--idempotency-key", "order-1", **client)).startswith("idempotency_conflict: ")
+    assert one_line(run("submit", "twice", "--idempotency-key", "order-1", **client)).startswith(
+        "idempotency_conflict: "
+    )
 
 
 def test_a_task_that_fails_fails_the_command(run: Run, tmp_path: Path) -> None:
-    """Waiting for a task that ends otherwise than completed exits with 1 and says how it ended; Ctrl+C with 130."""
+    """Waiting for a task that ends otherwise than completed exits with 1 and says how it ended;
+    Ctrl+C with 130.
+    """
     with (
-        sandbox("--fault", "fail=content_policy_violation", "--delay", "0", folder=tmp_path) as upstream,
-        started("serve", folder=tmp_path, **service_settings(upstream.address, tmp_path)) as service,
+        sandbox(
+            "--fault", "fail=content_policy_violation", "--delay", "0", folder=tmp_path
+        ) as upstream,
+        started(
+            "serve", folder=tmp_path, **service_settings(upstream.address, tmp_path)
+        ) as service,
     ):
         client = {"DARKROOM_URL": service.address, "DARKROOM_API_KEY": ADMIN_KEY}
         line = one_line(run("submit", "x", "--wait", **client))
@@ -267,9 +341,19 @@ def test_a_task_that_fails_fails_the_command(run: Run, tmp_path: Path) -> None:
 
 
 def test_tasks_are_listed_and_one_is_told_in_full(run: Run, client: Mapping[str, str]) -> None:
-    """A list for people and one for programs; a task by our id and the upstream's, with its timeline."""
+    """A list for people and one for programs; a task by our id and the upstream's, with its
+    timeline.
+    """
     run("submit", "another lighthouse", "--wait", "--json", **client)
-    made = run("submit", "a \x1b[31mred\x1b[0m\nlighthouse", "--metadata", "list=this", "--wait", "--json", **client).json
+    made = run(
+        "submit",
+        "a \x1b[31mred\x1b[0m\nlighthouse",
+        "--metadata",
+        "list=this",
+        "--wait",
+        "--json",
+        **client,
+    ).json
     listed = run("tasks", "--metadata", "list=this", **client).out.splitlines()
     assert listed[0].split() == ["id", "state", "created", "images", "model", "prompt"]
     assert listed[1].startswith(f"{made['id']}  completed  ")
@@ -287,7 +371,8 @@ def test_tasks_are_listed_and_one_is_told_in_full(run: Run, client: Mapping[str,
     assert "\x1b" not in text
 
 
-# --- events ----------------------------------------------------------------------------------------------------------
+# --- events
+# --------------------------------------------------------------------------------------------------
 
 
 def test_events_are_json_lines_in_order(run: Run, client: Mapping[str, str]) -> None:
@@ -295,25 +380,50 @@ def test_events_are_json_lines_in_order(run: Run, client: Mapping[str, str]) -> 
     made = run("submit", "a lighthouse", "--wait", "--json", **client).json
     every = [json.loads(line) for line in run("events", **client).out.splitlines()]
     assert [event["sequence"] for event in every] == sorted(event["sequence"] for event in every)
-    ours = [json.loads(line) for line in run("events", "--task", made["id"], "--json", **client).out.splitlines()]
+    ours = [
+        json.loads(line)
+        for line in run("events", "--task", made["id"], "--json", **client).out.splitlines()
+    ]
     assert [event["type"] for event in ours] == ["image.task.submitted", "image.task.completed"]
-    rest = run("events", "--after", ours[0]["sequence"], "--type", "image.task.completed", "--task", made["id"], **client)
+    rest = run(
+        "events",
+        "--after",
+        ours[0]["sequence"],
+        "--type",
+        "image.task.completed",
+        "--task",
+        made["id"],
+        **client,
+    )
     assert [json.loads(line)["id"] for line in rest.out.splitlines()] == [ours[1]["id"]]
-    assert one_line(run("events", "--after", "yesterday", **client)).startswith("invalid_request: after ")
+    assert one_line(run("events", "--after", "yesterday", **client)).startswith(
+        "invalid_request: after "
+    )
 
 
 @contextmanager
-def following(client: Mapping[str, str], folder: Path, after: str) -> Iterator[subprocess.Popen[str]]:
+def following(
+    client: Mapping[str, str], folder: Path, after: str
+) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "service", "events", "--follow", "--after", after]
     environment = clean_environment(client)
-    with subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-def test_following_prints_what_comes_until_it_is_interrupted(run: Run, client: Mapping[str, str], tmp_path: Path) -> None:
+def test_following_prints_what_comes_until_it_is_interrupted(
+    run: Run, client: Mapping[str, str], tmp_path: Path
+) -> None:
     """`--follow` prints an event when it happens; Ctrl+C ends it with 130 and without a word."""
     run("submit", "a lighthouse", "--wait", **client)
     place = json.loads(run("events", **client).out.splitlines()[-1])["sequence"]
@@ -321,14 +431,21 @@ def test_following_prints_what_comes_until_it_is_interrupted(run: Run, client: M
         assert process.stdout is not None
         assert process.stderr is not None
         id = run("submit", "a lighthouse", "--wait", "--json", **client).json["id"]
-        ours = (event for event in map(json.loads, process.stdout) if event["subject"] == id)  # other tests' tasks end meanwhile
-        assert [next(ours)["type"] for _ in range(2)] == ["image.task.submitted", "image.task.completed"]
+        ours = (
+            event for event in map(json.loads, process.stdout) if event["subject"] == id
+        )  # other tests' tasks end meanwhile
+        assert [next(ours)["type"] for _ in range(2)] == [
+            "image.task.submitted",
+            "image.task.completed",
+        ]
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
         assert process.stderr.read() == ""
 
 
-def test_a_reader_that_leaves_ends_the_command_quietly(run: Run, client: Mapping[str, str], tmp_path: Path) -> None:
+def test_a_reader_that_leaves_ends_the_command_quietly(
+    run: Run, client: Mapping[str, str], tmp_path: Path
+) -> None:
     """`darkroom events --follow | head -1`: no traceback, no complaint."""
     run("submit", "a lighthouse", "--wait", **client)
     with following(client, tmp_path, "0") as process:
@@ -341,32 +458,60 @@ def test_a_reader_that_leaves_ends_the_command_quietly(run: Run, client: Mapping
         assert process.stderr.read() == ""
 
 
-# --- administration --------------------------------------------------------------------------------------------------
+# --- administration
+# --------------------------------------------------------------------------------------------------
 
 
 def test_endpoints_and_deliveries(run: Run, client: Mapping[str, str]) -> None:
     """An endpoint's whole life, and the delivery that was tried, with its attempts."""
-    made = run("endpoints", "create", "http://127.0.0.1:9/hook", "--description", "nobody there", "--json", **client).json
+    made = run(
+        "endpoints",
+        "create",
+        "http://127.0.0.1:9/hook",
+        "--description",
+        "nobody there",
+        "--json",
+        **client,
+    ).json
     assert made["secret"].startswith("whsec_")
     assert made["id"] in run("endpoints", "list", **client).out
     task = run("submit", "a lighthouse", "--wait", "--json", **client).json
-    patched = run("endpoints", "patch", made["id"], "--status", "disabled", "--type", "image.task.failed", "--json", **client).json
+    patched = run(
+        "endpoints",
+        "patch",
+        made["id"],
+        "--status",
+        "disabled",
+        "--type",
+        "image.task.failed",
+        "--json",
+        **client,
+    ).json
     assert (patched["status"], patched["types"]) == ("disabled", ["image.task.failed"])
     shown = run("endpoints", "get", made["id"], **client).out
     assert "disabled" in shown
     assert "whsec_" not in shown
-    page = run("deliveries", "list", "--endpoint", made["id"], "--task", task["id"], "--json", **client).json
+    page = run(
+        "deliveries", "list", "--endpoint", made["id"], "--task", task["id"], "--json", **client
+    ).json
     assert {delivery["task"] for delivery in page["data"]} == {task["id"]}
     delivery = run("deliveries", "get", page["data"][-1]["id"], **client).out
     assert made["id"] in delivery
     assert "NotConnected" in delivery
     assert "attempts" in run("deliveries", "list", **client).out
-    assert run("endpoints", "delete", made["id"], "--json", **client).json == {"id": made["id"], "deleted": True}
-    assert one_line(run("endpoints", "get", made["id"], **client)).startswith("endpoint_not_found: ")
+    assert run("endpoints", "delete", made["id"], "--json", **client).json == {
+        "id": made["id"],
+        "deleted": True,
+    }
+    assert one_line(run("endpoints", "get", made["id"], **client)).startswith(
+        "endpoint_not_found: "
+    )
 
 
 def test_rotating_testing_retrying_and_replaying(run: Run, client: Mapping[str, str]) -> None:
-    """What was never taken is counted, sent again, and shown; a test that was not taken fails the command."""
+    """What was never taken is counted, sent again, and shown; a test that was not taken fails the
+    command.
+    """
     made = run("endpoints", "create", "http://127.0.0.1:9/hook", "--json", **client).json
     rotated = run("endpoints", "rotate", made["id"], "--overlap", "0", "--json", **client).json
     assert rotated["secret"] not in ("", made["secret"])
@@ -374,22 +519,46 @@ def test_rotating_testing_retrying_and_replaying(run: Run, client: Mapping[str, 
     assert (tried.code, tried.json["status"]) == (1, None)
     assert "the endpoint did not take it: NotConnected" in tried.err
     task = run("submit", "a lighthouse", "--wait", "--json", **client).json
-    page = run("deliveries", "list", "--endpoint", made["id"], "--task", task["id"], "--json", **client).json
+    page = run(
+        "deliveries", "list", "--endpoint", made["id"], "--task", task["id"], "--json", **client
+    ).json
     (delivery, *_) = page["data"]
     retried = run("deliveries", "retry", delivery["id"], "--json", **client).json
     assert len(retried["attempts"]) > len(delivery["attempts"])
-    assert run("replay", "start", made["id"], "--only", "all", "--dry-run", "--json", **client).json["id"] is None
-    ending = ("--only", "all", "--type", "image.task.completed", "--since", "2026-01-01T00:00:00Z", "--json")
+    assert (
+        run("replay", "start", made["id"], "--only", "all", "--dry-run", "--json", **client).json[
+            "id"
+        ]
+        is None
+    )
+    ending = (
+        "--only",
+        "all",
+        "--type",
+        "image.task.completed",
+        "--since",
+        "2026-01-01T00:00:00Z",
+        "--json",
+    )
     replay = run("replay", "start", made["id"], *ending, **client).json
     assert replay["count"] > 0
     assert run("replay", "get", replay["id"], "--json", **client).json["endpoint"] == made["id"]
-    assert run("replay", "cancel", replay["id"], "--json", **client).json == {"id": replay["id"], "cancelled": True}
-    assert one_line(run("replay", "start", made["id"], "--only", "some", **client)).startswith("invalid_request: only: ")
+    assert run("replay", "cancel", replay["id"], "--json", **client).json == {
+        "id": replay["id"],
+        "cancelled": True,
+    }
+    assert one_line(run("replay", "start", made["id"], "--only", "some", **client)).startswith(
+        "invalid_request: only: "
+    )
     run("endpoints", "delete", made["id"], **client)
 
 
-def test_keys_are_made_in_a_store_that_nobody_serves_and_else_through_the_api(run: Run, tmp_path: Path) -> None:
-    """On SQLite the file is touched only while nobody holds its lock; standard output is the answer and nothing else."""
+def test_keys_are_made_in_a_store_that_nobody_serves_and_else_through_the_api(
+    run: Run, tmp_path: Path
+) -> None:
+    """On SQLite the file is touched only while nobody holds its lock; standard output is the answer
+    and nothing else.
+    """
     settings = service_settings("https://upstream.invalid", tmp_path)
 
     def directly(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -399,24 +568,47 @@ def test_keys_are_made_in_a_store_that_nobody_serves_and_else_through_the_api(ru
     assert made["key"].startswith("dk_")
     assert made["callback_secret"].startswith("whsec_")
     bad = directly("create", "--owner", "NOT AN OWNER", "--scopes", "read")
-    assert one_line(Done(bad.returncode, bad.stdout, bad.stderr)).startswith("invalid_request: owner: ")
+    assert one_line(Done(bad.returncode, bad.stdout, bad.stderr)).startswith(
+        "invalid_request: owner: "
+    )
     with started("serve", folder=tmp_path, **settings) as service:
         here = settings | {"DARKROOM_URL": service.address}
-        assert run("tasks", "--json", **here | {"DARKROOM_API_KEY": made["key"]}).json == {"data": [], "next_cursor": None}
-        second = run("keys", "create", "--owner", "studio", "--scopes", "read", "--json", **here).json  # by the admin key
+        assert run("tasks", "--json", **here | {"DARKROOM_API_KEY": made["key"]}).json == {
+            "data": [],
+            "next_cursor": None,
+        }
+        second = run(
+            "keys", "create", "--owner", "studio", "--scopes", "read", "--json", **here
+        ).json  # by the admin key
         assert second["callback_secret"] is None
-        other = run("keys", "rotate-secret", "--owner", "studio", "--overlap", "60", "--json", **here).json
+        other = run(
+            "keys", "rotate-secret", "--owner", "studio", "--overlap", "60", "--json", **here
+        ).json
         assert other["owner"] == "studio"
         assert other["callback_secret"] not in (None, made["callback_secret"])
-        assert one_line(run("keys", "rotate-secret", "--owner", "nobody", **here)).startswith("owner_not_found: ")
-        assert run("keys", "revoke", second["id"], **here).out.split() == ["id", second["id"], "revoked", "true"]
-        assert one_line(run("keys", "revoke", "key_unknown", **here)) == "key_not_found: no key has that id"
+        assert one_line(run("keys", "rotate-secret", "--owner", "nobody", **here)).startswith(
+            "owner_not_found: "
+        )
+        assert run("keys", "revoke", second["id"], **here).out.split() == [
+            "id",
+            second["id"],
+            "revoked",
+            "true",
+        ]
+        assert (
+            one_line(run("keys", "revoke", "key_unknown", **here))
+            == "key_not_found: no key has that id"
+        )
         listed = run("keys", "list", **here).out
         assert listed.split()[:3] == ["id", "hint", "owner"]
         assert made["key"] not in listed
         # The lock is held, and where the address points to nobody answers.
-        assert "no service answers" in one_line(run("keys", "list", **settings, DARKROOM_URL="http://127.0.0.1:9"))
-    assert json.loads(directly("rotate-secret", "--owner", "studio").stdout)["callback_secret"] not in (None, other["callback_secret"])
+        assert "no service answers" in one_line(
+            run("keys", "list", **settings, DARKROOM_URL="http://127.0.0.1:9")
+        )
+    assert json.loads(directly("rotate-secret", "--owner", "studio").stdout)[
+        "callback_secret"
+    ] not in (None, other["callback_secret"])
     assert directly("rotate-secret", "--owner", "nobody").returncode == 1
     assert directly("revoke", made["id"], DARKROOM_URL="http://127.0.0.1:9").returncode == 0
     assert all(key["revoked_at"] for key in json.loads(directly("list").stdout)["data"])
@@ -424,13 +616,17 @@ def test_keys_are_made_in_a_store_that_nobody_serves_and_else_through_the_api(ru
 
 def test_an_address_elsewhere_never_means_the_store_here(run: Run, tmp_path: Path) -> None:
     """With a DARKROOM_URL of another machine nothing is made in a store of this one."""
-    assert "no service answers" in one_line(run("keys", "list", DARKROOM_URL="http://darkroom.invalid"))
+    assert "no service answers" in one_line(
+        run("keys", "list", DARKROOM_URL="http://darkroom.invalid")
+    )
     assert not (tmp_path / "data").exists()
 
 
 def test_migrate_openapi_and_asyncapi(run: Run, tmp_path: Path) -> None:
     """What needs no service: the schema is made or kept, the documents are JSON."""
-    first, second = (darkroom("migrate", "--json", folder=tmp_path, DARKROOM_MIGRATE="off") for _ in range(2))
+    first, second = (
+        darkroom("migrate", "--json", folder=tmp_path, DARKROOM_MIGRATE="off") for _ in range(2)
+    )
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert json.loads(first.stdout) == json.loads(second.stdout)
     for command, version in (("openapi", "3.1.0"), ("asyncapi", "3.0.0")):
@@ -439,24 +635,33 @@ def test_migrate_openapi_and_asyncapi(run: Run, tmp_path: Path) -> None:
         assert document == run(command, "--json").json
 
 
-# --- for people ------------------------------------------------------------------------------------------------------
+# --- for people
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_line_that_serve_sandbox_prints_works(dev: Running) -> None:
-    """`make dev` prints an address, a key and a curl line; sent as it stands, the line brings a completed task."""
+    """`make dev` prints an address, a key and a curl line; sent as it stands, the line brings a
+    completed task.
+    """
     words = shlex.split(dev.announcement["curl"])
     assert words[:3] == ["curl", "-sS", f"{dev.address}/v1/images/generations"]
     headers = dict(word.split(": ", 1) for flag, word in pairwise(words) if flag == "-H")
-    answer = httpx.post(words[2], headers=headers, content=words[words.index("-d") + 1], timeout=40, trust_env=False)
+    answer = httpx.post(
+        words[2], headers=headers, content=words[words.index("-d") + 1], timeout=40, trust_env=False
+    )
     assert answer.json()["state"] == "completed"
 
 
-def test_a_terminal_shows_progress_and_the_start_tells_how_to_go_on(client: Mapping[str, str], tmp_path: Path) -> None:
+def test_a_terminal_shows_progress_and_the_start_tells_how_to_go_on(
+    client: Mapping[str, str], tmp_path: Path
+) -> None:
     """On a terminal the task's state is shown while it lasts; the result stands below."""
     main, terminal = pty.openpty()
     command = [sys.executable, "-m", "service", "submit", "a lighthouse", "--wait"]
     environment = clean_environment({**client, "TERM": "xterm", "COLUMNS": "200"})
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=terminal, stderr=terminal) as process:
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=terminal, stderr=terminal
+    ) as process:
         os.close(terminal)
         said = b""
         with suppress(OSError):  # how Linux tells that the other side has closed
@@ -470,7 +675,9 @@ def test_a_terminal_shows_progress_and_the_start_tells_how_to_go_on(client: Mapp
 
 
 def test_serve_sandbox_tells_people_where_it_is(tmp_path: Path) -> None:
-    """Without `--json` the address, the key and the lines to try stand between the log's; what it keeps is apart from real tasks."""
+    """Without `--json` the address, the key and the lines to try stand between the log's; what it
+    keeps is apart from real tasks.
+    """
     with started("serve", "--sandbox", folder=tmp_path, DARKROOM_PORT="0") as running:
         running.signal(signal.SIGTERM)
         assert running.ended() == 0

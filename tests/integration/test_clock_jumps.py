@@ -1,4 +1,6 @@
-"""The machine's clock jumps by an hour under a running service, and between two runs of one: nothing ends early, nobody waits for it."""
+"""The machine's clock jumps by an hour under a running service, and between two runs of one:
+nothing ends early, nobody waits for it.
+"""
 
 import asyncio
 import time
@@ -36,7 +38,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 
 @pytest.mark.parametrize("jump", [3600.0, -3600.0])
 async def test_an_hours_jump_stops_nothing(jump: float, tmp_path: Path, machine: Machine) -> None:
-    """Retries that wait are made in time, tokens count, tasks go on to their end; times in events are within minutes of the old clock."""
+    """Retries that wait are made in time, tokens count, tasks go on to their end; times in events
+    are within minutes of the old clock.
+    """
     async with world(tmp_path, download_schedule="1", delivery_schedule="1,1") as here:
         waiting = [await here.submit(headers=ASYNC, sandbox={"delay": 1}) for _ in range(3)]
         before = time.time()
@@ -51,7 +55,9 @@ async def test_an_hours_jump_stops_nothing(jump: float, tmp_path: Path, machine:
         assert (await here.ended((await here.submit())["id"]))["state"] == "completed"
 
 
-async def test_nothing_in_doubt_is_given_up_by_a_jump_that_is_undone(tmp_path: Path, machine: Machine) -> None:
+async def test_nothing_in_doubt_is_given_up_by_a_jump_that_is_undone(
+    tmp_path: Path, machine: Machine
+) -> None:
     """A task that waits for a callback to prove it waits on: the hour did not pass."""
     upstream = Upstream()
     async with quick_world(tmp_path, upstream) as here:
@@ -63,7 +69,9 @@ async def test_nothing_in_doubt_is_given_up_by_a_jump_that_is_undone(tmp_path: P
         assert (await here.task(task["id"]))["state"] == "submitted"
 
 
-async def test_who_waits_for_a_task_does_not_wait_for_the_clock(tmp_path: Path, machine: Machine) -> None:
+async def test_who_waits_for_a_task_does_not_wait_for_the_clock(
+    tmp_path: Path, machine: Machine
+) -> None:
     """`Prefer: wait` counts seconds that pass."""
     async with quick_world(tmp_path, Upstream()) as here:
         waiting = asyncio.create_task(here.submit(headers={"prefer": "wait=2"}))
@@ -72,12 +80,16 @@ async def test_who_waits_for_a_task_does_not_wait_for_the_clock(tmp_path: Path, 
         assert (await asyncio.wait_for(waiting, 20))["state"] == "submitted"
 
 
-async def test_an_endpoint_that_asks_for_a_second_is_not_left_alone_for_an_hour(tmp_path: Path, machine: Machine) -> None:
+async def test_an_endpoint_that_asks_for_a_second_is_not_left_alone_for_an_hour(
+    tmp_path: Path, machine: Machine
+) -> None:
     """What it asked for is counted by the clock that it was written down by."""
     peace = Response(status_code=503, headers={"retry-after": "1"})
     async with subscriber() as taker, world(tmp_path, delivery_schedule="1,1") as here:
         taker.answer = lambda number, _: Response(status_code=204) if number else peace
-        endpoint = await here.client.post("/v1/endpoints", json={"url": taker.url, "types": ["image.task.completed"]})
+        endpoint = await here.client.post(
+            "/v1/endpoints", json={"url": taker.url, "types": ["image.task.completed"]}
+        )
         assert endpoint.status_code == 201
         machine.off = -3600
         await here.submit(headers=UNTIL_DONE)

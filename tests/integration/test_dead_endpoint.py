@@ -20,8 +20,12 @@ from tests.world import answering, world
 PENDING, OTHERS, EVENTS = 200, 99, 3
 
 
-async def test_a_dead_endpoint_takes_no_place_from_ninety_nine_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It never answers and has 200 events pending: it holds its first few places, is seldom looked at, and all others get theirs."""
+async def test_a_dead_endpoint_takes_no_place_from_ninety_nine_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never answers and has 200 events pending: it holds its first few places, is seldom looked
+    at, and all others get theirs.
+    """
     hanging, most, arrived, released = 0, 0, Counter[str](), asyncio.Event()
     looks, enter = Counter[str](), Courtesy.enter
 
@@ -45,7 +49,12 @@ async def test_a_dead_endpoint_takes_no_place_from_ninety_nine_others(tmp_path: 
         store = here.context.resources.store
 
         async def subscribe(name: str, type: str) -> str:
-            endpoint: str = got(await here.client.post("/v1/endpoints", json={"url": f"{url}/{name}", "types": [type]}), 201)["id"]
+            endpoint: str = got(
+                await here.client.post(
+                    "/v1/endpoints", json={"url": f"{url}/{name}", "types": [type]}
+                ),
+                201,
+            )["id"]
             return endpoint
 
         dead = await subscribe("dead", "image.at_risk")
@@ -61,7 +70,13 @@ async def test_a_dead_endpoint_takes_no_place_from_ninety_nine_others(tmp_path: 
         assert looks[dead] <= PENDING * 10
 
         async def waiting() -> list[Any]:
-            return [got(await here.client.get("/v1/deliveries", params={"endpoint": dead, "state": "pending"}))["data"]]
+            return [
+                got(
+                    await here.client.get(
+                        "/v1/deliveries", params={"endpoint": dead, "state": "pending"}
+                    )
+                )["data"]
+            ]
 
         assert len((await waiting())[0]) == 100  # a page
         released.set()

@@ -1,4 +1,6 @@
-"""Deliveries over real sockets: signed, retried, recorded, and never to anybody they are not meant for."""
+"""Deliveries over real sockets: signed, retried, recorded, and never to anybody they are not meant
+for.
+"""
 
 import asyncio
 import json
@@ -49,7 +51,9 @@ def quick() -> Iterator[None]:
 
 @dataclass(slots=True)
 class Takers:
-    """A subscriber with a path for each test; `answers` by path, each request the next, the last for ever, else 204."""
+    """A subscriber with a path for each test; `answers` by path, each request the next, the last
+    for ever, else 204.
+    """
 
     subscriber: Subscriber
     answers: dict[str, list[Response]] = field(default_factory=dict)
@@ -90,14 +94,24 @@ class Owner:
     secret: str
 
     async def subscribe(self, url: str, *types: str) -> JSON:
-        answer = await self.client.post("/v1/endpoints", json={"url": url, "types": types or ["image.task.*"]})
+        answer = await self.client.post(
+            "/v1/endpoints", json={"url": url, "types": types or ["image.task.*"]}
+        )
         assert answer.status_code == 201, answer.text
         made: JSON = answer.json()
         return made
 
     async def submit(self, **fields: Any) -> JSON:
-        body = {"model": TEXT_TO_IMAGE, "prompt": "a lighthouse", "size": "768x768", "sandbox": FAIL, **fields}
-        answer = await self.client.post("/v1/images/generations", json=body, headers={"prefer": "wait=20"})
+        body = {
+            "model": TEXT_TO_IMAGE,
+            "prompt": "a lighthouse",
+            "size": "768x768",
+            "sandbox": FAIL,
+            **fields,
+        }
+        answer = await self.client.post(
+            "/v1/images/generations", json=body, headers={"prefer": "wait=20"}
+        )
         assert answer.status_code == 200, answer.text
         task: JSON = answer.json()
         return task
@@ -116,7 +130,11 @@ class Owner:
         """The deliveries once so many have ended, oldest first."""
 
         async def look() -> list[JSON] | None:
-            found = [delivery for delivery in await self.deliveries(**query) if delivery["state"] != "pending"]
+            found = [
+                delivery
+                for delivery in await self.deliveries(**query)
+                if delivery["state"] != "pending"
+            ]
             return found if len(found) >= count else None
 
         found: list[JSON] = await wait_until(look)
@@ -145,8 +163,12 @@ def verify(secret: str, request: Received) -> Any:
     return standardwebhooks.Webhook(secret).verify(request.body, headers)
 
 
-async def test_an_event_is_delivered_signed_as_the_standard_says(somebody: Owner, takers: Takers) -> None:
-    """The libraries of Standard Webhooks and of Svix accept it; the body is the very event of the outbox."""
+async def test_an_event_is_delivered_signed_as_the_standard_says(
+    somebody: Owner, takers: Takers
+) -> None:
+    """The libraries of Standard Webhooks and of Svix accept it; the body is the very event of the
+    outbox.
+    """
     endpoint = await somebody.subscribe(takers.url("/signed"))
     task = await somebody.submit(sandbox={}, prompt="一只猫", metadata={"order": "七"})
     first, last = await somebody.finished(2, endpoint=endpoint["id"])
@@ -164,28 +186,52 @@ async def test_an_event_is_delivered_signed_as_the_standard_says(somebody: Owner
     assert len(requests) == len(takers.got("/signed")) == 2
 
 
-async def test_a_failed_attempt_is_repeated_by_schedule_and_recorded(here: World, somebody: Owner, takers: Takers) -> None:
-    """The same id and bytes each time; every attempt is listed with time, status, duration and error, for admins with the answer."""
-    endpoint = await somebody.subscribe(takers.url("/retried", BROKEN, BROKEN, DONE), "image.task.failed")
+async def test_a_failed_attempt_is_repeated_by_schedule_and_recorded(
+    here: World, somebody: Owner, takers: Takers
+) -> None:
+    """The same id and bytes each time; every attempt is listed with time, status, duration and
+    error, for admins with the answer.
+    """
+    endpoint = await somebody.subscribe(
+        takers.url("/retried", BROKEN, BROKEN, DONE), "image.task.failed"
+    )
     task = await somebody.submit()
     (delivery,) = await somebody.finished(task=task["id"])
-    assert (delivery["state"], delivery["endpoint"], delivery["next_attempt_at"]) == ("delivered", endpoint["id"], None)
+    assert (delivery["state"], delivery["endpoint"], delivery["next_attempt_at"]) == (
+        "delivered",
+        endpoint["id"],
+        None,
+    )
     tried = delivery["attempts"]
-    assert [(each["status"], each["error"]) for each in tried] == [(500, "answered 500"), (500, "answered 500"), (204, None)]
+    assert [(each["status"], each["error"]) for each in tried] == [
+        (500, "answered 500"),
+        (500, "answered 500"),
+        (204, None),
+    ]
     assert all(each["duration_ms"] >= 0 and each["answer"] is None for each in tried)
     times = [datetime.fromisoformat(each["time"]) for each in tried]
     assert all(late - early >= timedelta(seconds=0.05) for early, late in pairwise(times))
     requests = takers.got("/retried")
     assert len({(request.headers["webhook-id"], request.body) for request in requests}) == 1
-    assert [verify(endpoint["secret"], request)["id"] for request in requests] == [delivery["event"]] * 3
+    assert [verify(endpoint["secret"], request)["id"] for request in requests] == [
+        delivery["event"]
+    ] * 3
     shown = (await here.client.get(f"/v1/deliveries/{delivery['id']}")).json()
     assert [each["answer"] for each in shown["attempts"]] == ["out of order", "out of order", ""]
     timeline = (await somebody.get(f"/v1/tasks/{task['id']}/timeline"))["data"]
-    assert [step["status"] for step in timeline if step["step"] == "delivery.attempted"] == [500, 500, 204]
+    assert [step["status"] for step in timeline if step["step"] == "delivery.attempted"] == [
+        500,
+        500,
+        204,
+    ]
 
 
-async def test_after_the_last_retry_a_delivery_is_dead(here: World, somebody: Owner, takers: Takers) -> None:
-    """Kept and listed; operators get `delivery.exhausted`, and a dead delivery of that event raises none."""
+async def test_after_the_last_retry_a_delivery_is_dead(
+    here: World, somebody: Owner, takers: Takers
+) -> None:
+    """Kept and listed; operators get `delivery.exhausted`, and a dead delivery of that event raises
+    none.
+    """
     wanted = {"url": takers.url("/watching", BROKEN), "types": ["delivery.*"], "owner": None}
     watching = await here.client.post("/v1/endpoints", json=wanted)
     endpoint = await somebody.subscribe(takers.url("/dead", BROKEN), "image.task.failed")
@@ -195,22 +241,38 @@ async def test_after_the_last_retry_a_delivery_is_dead(here: World, somebody: Ow
         assert (delivery["state"], len(delivery["attempts"])) == ("dead", 3)
 
         async def watched() -> Any:
-            found = (await here.client.get("/v1/deliveries", params={"endpoint": watching.json()["id"], "state": "dead"})).json()["data"]
+            found = (
+                await here.client.get(
+                    "/v1/deliveries", params={"endpoint": watching.json()["id"], "state": "dead"}
+                )
+            ).json()["data"]
             return [each for each in found if each["task"] == task["id"]]
 
         (unheard,) = await wait_until(watched)
     assert len(unheard["attempts"]) == 3
-    exhausted = [event["data"] for event in await here.events(task=task["id"], type="delivery.exhausted")]
-    told = {"delivery_id": delivery["id"], "endpoint_id": endpoint["id"], "event_id": delivery["event"], "task_id": task["id"]}
+    exhausted = [
+        event["data"] for event in await here.events(task=task["id"], type="delivery.exhausted")
+    ]
+    told = {
+        "delivery_id": delivery["id"],
+        "endpoint_id": endpoint["id"],
+        "event_id": delivery["event"],
+        "task_id": task["id"],
+    }
     assert exhausted == [told]
     logged = [line for line in lines if line["event"] == "delivery.exhausted"]
-    assert [(line["attempt"], line["endpoint_id"]) for line in logged] == [(3, endpoint["id"]), (3, watching.json()["id"])]
+    assert [(line["attempt"], line["endpoint_id"]) for line in logged] == [
+        (3, endpoint["id"]),
+        (3, watching.json()["id"]),
+    ]
     await here.client.delete(f"/v1/endpoints/{watching.json()['id']}")
 
 
 async def test_a_redirect_is_a_failure(somebody: Owner, takers: Takers) -> None:
     """3xx is not followed: the signed body goes to nobody else."""
-    await somebody.subscribe(takers.url("/moved", RedirectResponse(takers.url("/target"))), "image.task.failed")
+    await somebody.subscribe(
+        takers.url("/moved", RedirectResponse(takers.url("/target"))), "image.task.failed"
+    )
     task = await somebody.submit()
     (delivery,) = await somebody.finished(task=task["id"])
     assert [each["status"] for each in delivery["attempts"]] == [307, 307, 307]
@@ -228,7 +290,9 @@ async def test_no_answer_is_an_attempt_without_a_status(somebody: Owner) -> None
 
 
 async def test_gone_disables_the_endpoint(here: World, somebody: Owner, takers: Takers) -> None:
-    """410: no further attempt, pending deliveries are dead, none are made any more, operators are told."""
+    """410: no further attempt, pending deliveries are dead, none are made any more, operators are
+    told.
+    """
     endpoint = await somebody.subscribe(takers.url("/gone", Response(status_code=410)))
     with capture_logs() as lines:
         task = await somebody.submit()
@@ -240,18 +304,27 @@ async def test_gone_disables_the_endpoint(here: World, somebody: Owner, takers: 
         shown = await wait_until(disabled)
     assert shown["disabled_reason"] == "the endpoint answered 410 Gone"
     assert shown["disabled_at"]
-    assert {delivery["state"] for delivery in await somebody.finished(endpoint=endpoint["id"])} == {"dead"}
+    assert {delivery["state"] for delivery in await somebody.finished(endpoint=endpoint["id"])} == {
+        "dead"
+    }
     told = [event["data"] for event in await here.events(type="endpoint.disabled")]
     assert endpoint["id"] in [data["endpoint_id"] for data in told]
-    assert endpoint["id"] in [line["endpoint_id"] for line in lines if line["event"] == "endpoint.disabled"]
+    assert endpoint["id"] in [
+        line["endpoint_id"] for line in lines if line["event"] == "endpoint.disabled"
+    ]
     before = len(await somebody.deliveries())
     assert (await somebody.submit())["state"] == task["state"] == "failed"
     assert len(await somebody.deliveries()) == before
 
 
-async def test_an_endpoint_that_only_failed_for_too_long_is_disabled(tmp_path: Path, takers: Takers) -> None:
+async def test_an_endpoint_that_only_failed_for_too_long_is_disabled(
+    tmp_path: Path, takers: Takers
+) -> None:
     """`ENDPOINT_DISABLE_AFTER_S` after its first failure in a row."""
-    async with world(tmp_path, endpoint_disable_after_s=0.05) as here, owner(here, "slow") as somebody:
+    async with (
+        world(tmp_path, endpoint_disable_after_s=0.05) as here,
+        owner(here, "slow") as somebody,
+    ):
         endpoint = await somebody.subscribe(takers.url("/hopeless", BROKEN))
         await somebody.submit()
 
@@ -262,11 +335,22 @@ async def test_an_endpoint_that_only_failed_for_too_long_is_disabled(tmp_path: P
 
 
 @pytest.mark.parametrize(("status", "form"), [(429, "seconds"), (503, "date")])
-async def test_an_endpoint_that_asks_for_peace_gets_it(status: int, form: str, here: World, somebody: Owner, takers: Takers) -> None:
-    """`Retry-After` on 429 and 503 pauses the whole endpoint: the failed delivery and all others wait, no attempt is used up."""
-    asked = "600" if form == "seconds" else format_datetime(datetime.now(UTC) + timedelta(seconds=600), usegmt=True)
+async def test_an_endpoint_that_asks_for_peace_gets_it(
+    status: int, form: str, here: World, somebody: Owner, takers: Takers
+) -> None:
+    """`Retry-After` on 429 and 503 pauses the whole endpoint: the failed delivery and all others
+    wait, no attempt is used up.
+    """
+    asked = (
+        "600"
+        if form == "seconds"
+        else format_datetime(datetime.now(UTC) + timedelta(seconds=600), usegmt=True)
+    )
     path = f"/peace-{status}"
-    endpoint = await somebody.subscribe(takers.url(path, Response(status_code=status, headers={"retry-after": asked})), "image.task.failed")
+    endpoint = await somebody.subscribe(
+        takers.url(path, Response(status_code=status, headers={"retry-after": asked})),
+        "image.task.failed",
+    )
     first = await somebody.submit()
 
     async def tried() -> Any:
@@ -284,34 +368,54 @@ async def test_an_endpoint_that_asks_for_peace_gets_it(status: int, form: str, h
     waiting = await wait_until(put_off)
     assert waiting["attempts"] == []
     (failed,) = await somebody.deliveries(task=first["id"])
-    wait = datetime.fromisoformat(failed["next_attempt_at"]) - datetime.fromisoformat(failed["attempts"][0]["time"])
+    wait = datetime.fromisoformat(failed["next_attempt_at"]) - datetime.fromisoformat(
+        failed["attempts"][0]["time"]
+    )
     assert timedelta(seconds=590) < wait <= timedelta(seconds=601)
     assert len(takers.got(path)) == 1
     await here.client.delete(f"/v1/endpoints/{endpoint['id']}")
 
 
 async def test_a_paused_endpoint_holds_its_deliveries(somebody: Owner, takers: Takers) -> None:
-    """Nothing is sent while it is paused, everything once it is enabled, with the whole schedule."""
+    """Nothing is sent while it is paused, everything once it is enabled, with the whole
+    schedule.
+    """
     endpoint = await somebody.subscribe(takers.url("/paused"), "image.task.failed")
-    assert (await somebody.client.patch(f"/v1/endpoints/{endpoint['id']}", json={"status": "paused"})).json()["status"] == "paused"
+    assert (
+        await somebody.client.patch(f"/v1/endpoints/{endpoint['id']}", json={"status": "paused"})
+    ).json()["status"] == "paused"
     tasks = [await somebody.submit() for _ in range(2)]
 
     async def held() -> bool:
         found = await somebody.deliveries(endpoint=endpoint["id"])
-        return [(each["state"], each["next_attempt_at"], each["attempts"]) for each in found] == [("pending", None, [])] * 2
+        return [(each["state"], each["next_attempt_at"], each["attempts"]) for each in found] == [
+            ("pending", None, [])
+        ] * 2
 
     await wait_until(held)
     assert takers.got("/paused") == []
     await somebody.client.patch(f"/v1/endpoints/{endpoint['id']}", json={"status": "enabled"})
     found = await somebody.finished(2, endpoint=endpoint["id"])
-    assert [(each["state"], each["task"], len(each["attempts"])) for each in found] == [("delivered", task["id"], 1) for task in tasks]
+    assert [(each["state"], each["task"], len(each["attempts"])) for each in found] == [
+        ("delivered", task["id"], 1) for task in tasks
+    ]
 
 
-async def test_a_tasks_own_callback_url_gets_the_terminal_task(somebody: Owner, takers: Takers) -> None:
-    """One delivery, of the task itself, as application/json, signed with the owner's callback secret; retried like any other."""
-    task = await somebody.submit(callback_url=takers.url("/own", BROKEN, DONE), metadata={"order": "7"})
+async def test_a_tasks_own_callback_url_gets_the_terminal_task(
+    somebody: Owner, takers: Takers
+) -> None:
+    """One delivery, of the task itself, as application/json, signed with the owner's callback
+    secret; retried like any other.
+    """
+    task = await somebody.submit(
+        callback_url=takers.url("/own", BROKEN, DONE), metadata={"order": "7"}
+    )
     (delivery,) = await somebody.finished(task=task["id"])
-    assert (delivery["state"], delivery["endpoint"], len(delivery["attempts"])) == ("delivered", None, 2)
+    assert (delivery["state"], delivery["endpoint"], len(delivery["attempts"])) == (
+        "delivered",
+        None,
+        2,
+    )
     first, second = takers.got("/own")
     sent = verify(somebody.secret, second)
     assert sent == {name: value for name, value in task.items() if name != "prompt"}
@@ -320,16 +424,24 @@ async def test_a_tasks_own_callback_url_gets_the_terminal_task(somebody: Owner, 
     assert first.body == second.body
 
 
-async def test_a_tasks_own_callback_url_that_is_gone_is_left_alone(somebody: Owner, takers: Takers) -> None:
+async def test_a_tasks_own_callback_url_that_is_gone_is_left_alone(
+    somebody: Owner, takers: Takers
+) -> None:
     """410 makes that one delivery dead."""
     task = await somebody.submit(callback_url=takers.url("/own-gone", Response(status_code=410)))
     (delivery,) = await somebody.finished(task=task["id"])
     assert (delivery["state"], len(delivery["attempts"])) == ("dead", 1)
 
 
-async def test_operators_events_go_to_operators_alone(here: World, somebody: Owner, takers: Takers) -> None:
-    """An owner who wants every type gets what the own tasks caused; an admin's endpoint for all owners gets operators' events too."""
-    every = await here.client.post("/v1/endpoints", json={"url": takers.url("/operators"), "types": ["*"], "owner": None})
+async def test_operators_events_go_to_operators_alone(
+    here: World, somebody: Owner, takers: Takers
+) -> None:
+    """An owner who wants every type gets what the own tasks caused; an admin's endpoint for all
+    owners gets operators' events too.
+    """
+    every = await here.client.post(
+        "/v1/endpoints", json={"url": takers.url("/operators"), "types": ["*"], "owner": None}
+    )
     await somebody.subscribe(takers.url("/curious"), "*")
     task = await somebody.submit(sandbox={"contradict": True, **FAIL})
 
@@ -345,30 +457,46 @@ async def test_operators_events_go_to_operators_alone(here: World, somebody: Own
         await somebody.submit()
         mine = await stranger.submit()
         await stranger.finished(2, task=mine["id"])
-    assert {json.loads(request.body)["data"]["id"] for request in takers.got("/stranger")} == {mine["id"]}
+    assert {json.loads(request.body)["data"]["id"] for request in takers.got("/stranger")} == {
+        mine["id"]
+    }
     assert types("/curious") == ["image.task.failed", "image.task.submitted"]
     await here.client.delete(f"/v1/endpoints/{every.json()['id']}")
 
 
-async def test_retries_never_delay_first_attempts(tmp_path: Path, takers: Takers, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_retries_never_delay_first_attempts(
+    tmp_path: Path, takers: Takers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Retries that hang in every place of theirs leave first attempts theirs."""
     monkeypatch.setattr(app, "REDELIVERIES", 1)
     monkeypatch.setattr(app, "DELIVERIES", 1)
     released = asyncio.Event()
     async with world(tmp_path) as here, owner(here, "patient") as somebody:
-        await somebody.subscribe(takers.url("/hanging", BROKEN, After(released.wait, DONE)), "image.task.cancelled")
+        await somebody.subscribe(
+            takers.url("/hanging", BROKEN, After(released.wait, DONE)), "image.task.cancelled"
+        )
         await somebody.subscribe(takers.url("/prompt"), "image.task.failed")
         first = await somebody.submit(sandbox={"cancel": "status"})
         await wait_until(lambda: len(takers.got("/hanging")) == 2)
         second = await somebody.submit()
-        assert [each["state"] for each in await somebody.finished(task=second["id"])] == ["delivered"]
-        assert [each["state"] for each in await somebody.deliveries(task=first["id"])] == ["pending"]
+        assert [each["state"] for each in await somebody.finished(task=second["id"])] == [
+            "delivered"
+        ]
+        assert [each["state"] for each in await somebody.deliveries(task=first["id"])] == [
+            "pending"
+        ]
         released.set()
-        assert [each["state"] for each in await somebody.finished(task=first["id"])] == ["delivered"]
+        assert [each["state"] for each in await somebody.finished(task=first["id"])] == [
+            "delivered"
+        ]
 
 
-async def test_an_attempt_under_a_lease_that_ended_is_recorded_and_decides_nothing(here: World, somebody: Owner, takers: Takers) -> None:
-    """At least once: whoever was too slow has sent it all the same, so the attempt is listed; the state is somebody else's."""
+async def test_an_attempt_under_a_lease_that_ended_is_recorded_and_decides_nothing(
+    here: World, somebody: Owner, takers: Takers
+) -> None:
+    """At least once: whoever was too slow has sent it all the same, so the attempt is listed; the
+    state is somebody else's.
+    """
     endpoint = await somebody.subscribe(takers.url("/twice"), "image.task.failed")
     await somebody.client.patch(f"/v1/endpoints/{endpoint['id']}", json={"status": "paused"})
     task = await somebody.submit()
@@ -383,7 +511,9 @@ async def test_an_attempt_under_a_lease_that_ended_is_recorded_and_decides_nothi
     deliver = next(stage for stage in work if stage.name == "deliver")
     with capture_logs() as lines:
         await deliver.run(Grant("deliver", delivery["id"], 99, 1))
-    assert [line["result"] for line in lines if line["event"] == "delivery.attempted"] == ["superseded"]
+    assert [line["result"] for line in lines if line["event"] == "delivery.attempted"] == [
+        "superseded"
+    ]
     (after,) = await somebody.deliveries(task=task["id"])
     assert (after["state"], [each["status"] for each in after["attempts"]]) == ("pending", [204])
 
@@ -395,10 +525,17 @@ def enable_quietly(tx: Transaction, ids: Sequence[str]) -> list[None]:
     return [None] * len(ids)
 
 
-async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An endpoint that is gone or disabled since, an owner without a callback secret: nothing to send to, nothing to sign with."""
+async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An endpoint that is gone or disabled since, an owner without a callback secret: nothing to
+    send to, nothing to sign with.
+    """
     monkeypatch.setattr(here.context.resources.store, "clock", lambda: 1_000_000)
-    deliverer, grant = Deliverer(here.context.resources, (1.0,), 1.0), Grant("deliver", "dlv_x", 1, 1)
+    deliverer, grant = (
+        Deliverer(here.context.resources, (1.0,), 1.0),
+        Grant("deliver", "dlv_x", 1, 1),
+    )
     row, event = {"endpoint_id": "ep_x"}, {"id": "evt_x"}
     dead, held = Outcome(grant, "dead"), Outcome(grant, "held")
 
@@ -406,29 +543,45 @@ async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(here: World, m
         return Parcel(row, event, {"status": status, "paused_until": paused_until}, None, None)
 
     assert deliverer._not_now(grant, Parcel(row, event, None, None, None)) == dead
-    assert deliverer._not_now(grant, Parcel(row, event, None, "https://hooks.example", None)) == dead
-    assert deliverer._not_now(grant, Parcel(row, event, None, "https://hooks.example", b"secret")) is None
+    assert (
+        deliverer._not_now(grant, Parcel(row, event, None, "https://hooks.example", None)) == dead
+    )
+    assert (
+        deliverer._not_now(grant, Parcel(row, event, None, "https://hooks.example", b"secret"))
+        is None
+    )
     assert deliverer._not_now(grant, endpoint("disabled")) == dead
     assert deliverer._not_now(grant, endpoint("paused")) == held
     assert deliverer._not_now(grant, endpoint("enabled")) is None
     assert deliverer._not_now(grant, endpoint("enabled", 999_999)) is None
-    assert deliverer._not_now(grant, endpoint("enabled", 1_000_500)) == Outcome(grant, "later", wait_ms=500)
+    assert deliverer._not_now(grant, endpoint("enabled", 1_000_500)) == Outcome(
+        grant, "later", wait_ms=500
+    )
 
 
 def test_a_secret_signs_until_its_overlap_ends() -> None:
     """The newest has no end; an older one signs until its own."""
-    assert valid_secrets(encode_secrets([("whsec_a", None), ("whsec_b", None)]), 5) == ["whsec_a", "whsec_b"]
+    assert valid_secrets(encode_secrets([("whsec_a", None), ("whsec_b", None)]), 5) == [
+        "whsec_a",
+        "whsec_b",
+    ]
     kept = json.dumps([["whsec_new", None], ["whsec_old", 1000]])
     assert valid_secrets(kept, 999) == ["whsec_new", "whsec_old"]
     assert valid_secrets(kept, 1000) == ["whsec_new"]
 
 
 async def test_a_reader_is_held_until_an_event_is_there(somebody: Owner) -> None:
-    """`wait` answers as soon as something is written, or with an empty page and the place reached after its time."""
+    """`wait` answers as soon as something is written, or with an empty page and the place reached
+    after its time.
+    """
     start = (await somebody.get("/v1/events", wait="0.01"))["next_after"]
-    reading = asyncio.create_task(somebody.get("/v1/events", after=start, wait="20", type="image.task.failed"))
+    reading = asyncio.create_task(
+        somebody.get("/v1/events", after=start, wait="20", type="image.task.failed")
+    )
     task = await somebody.submit()
     page = await reading
-    assert [(event["type"], event["subject"]) for event in page["data"]] == [("image.task.failed", task["id"])]
+    assert [(event["type"], event["subject"]) for event in page["data"]] == [
+        ("image.task.failed", task["id"])
+    ]
     assert page["next_after"] == page["data"][0]["sequence"]
     assert (await somebody.get("/v1/events", after=page["next_after"]))["data"] == []

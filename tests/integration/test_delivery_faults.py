@@ -1,4 +1,6 @@
-"""Deliveries when something fails: the store while an attempt is recorded, our own resolver, a name that nobody has."""
+"""Deliveries when something fails: the store while an attempt is recorded, our own resolver, a name
+that nobody has.
+"""
 
 import asyncio
 import socket
@@ -58,12 +60,17 @@ async def only(here: World, **wanted: object) -> JSON:
     return found
 
 
-# --- the store -------------------------------------------------------------------------------------------------------
+# --- the store
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [204, 500])
-async def test_what_could_not_be_recorded_is_not_sent_again(tmp_path: Path, shop: Subscriber, status: int) -> None:
-    """The store is away while an attempt is recorded: told, tried again until it is there, and sent once."""
+async def test_what_could_not_be_recorded_is_not_sent_again(
+    tmp_path: Path, shop: Subscriber, status: int
+) -> None:
+    """The store is away while an attempt is recorded: told, tried again until it is there, and sent
+    once.
+    """
     async with world(tmp_path, delivery_schedule=(600,)) as here:
         store, refused = here.context.resources.store, 0
         assert isinstance(store, SqliteStore)
@@ -71,7 +78,9 @@ async def test_what_could_not_be_recorded_is_not_sent_again(tmp_path: Path, shop
         def full(_: Connection) -> None:
             nonlocal refused
             refused += 1
-            raise OperationalError("COMMIT", {}, sqlite3.OperationalError("database or disk is full"))
+            raise OperationalError(
+                "COMMIT", {}, sqlite3.OperationalError("database or disk is full")
+            )
 
         async def fill_the_disk() -> None:
             event.listen(store._engine, "commit", full)
@@ -80,7 +89,18 @@ async def test_what_could_not_be_recorded_is_not_sent_again(tmp_path: Path, shop
         await subscribed(here, shop.url)
         with capture_logs() as lines:
             await emitted(store)
-            await wait_until(lambda: len([line for line in lines if line["event"] == "worker.failed" and line["stage"] == "deliver"]) > 2)
+            await wait_until(
+                lambda: (
+                    len(
+                        [
+                            line
+                            for line in lines
+                            if line["event"] == "worker.failed" and line["stage"] == "deliver"
+                        ]
+                    )
+                    > 2
+                )
+            )
         event.remove(store._engine, "commit", full)
         found = await only(here, state="delivered" if status == 204 else "pending")
         assert refused > 2
@@ -105,7 +125,12 @@ class Away:
 def leased(tx: Transaction, grants: Sequence[Grant]) -> list[None]:
     """An operation: the rows are under these leases now."""
     for grant in grants:
-        values = {"lease_until": tx.now + 60_000, "lease_owner": tx.process, "fence": grant.fence, "attempts": grant.attempts}
+        values = {
+            "lease_until": tx.now + 60_000,
+            "lease_owner": tx.process,
+            "fence": grant.fence,
+            "attempts": grant.attempts,
+        }
         tx.connection.execute(update(deliveries).where(deliveries.c.id == grant.key).values(values))
     return [None] * len(grants)
 
@@ -114,7 +139,9 @@ async def due(still: World, shop: Subscriber) -> Grant:
     """A new delivery under a lease; there are no workers."""
     endpoint = await subscribed(still, shop.url)
     await emitted(still.context.resources.store)
-    (found,) = got(await still.client.get("/v1/deliveries", params={"endpoint": endpoint["id"]}))["data"]
+    (found,) = got(await still.client.get("/v1/deliveries", params={"endpoint": endpoint["id"]}))[
+        "data"
+    ]
     grant = Grant("deliver", found["id"], 1, 1)
     await still.context.resources.store.write(leased, grant)
     return grant
@@ -129,8 +156,13 @@ async def state(still: World, grant: Grant) -> tuple[str, int]:
 async def test_a_lease_that_ended_meanwhile_sends_nothing_twice(
     still: World, shop: Subscriber, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next lease of the same process finds what was sent, and records it; so often as leases end."""
-    store, deliverer = still.context.resources.store, Deliverer(still.context.resources, (600.0,), 0)
+    """The next lease of the same process finds what was sent, and records it; so often as leases
+    end.
+    """
+    store, deliverer = (
+        still.context.resources.store,
+        Deliverer(still.context.resources, (600.0,), 0),
+    )
     grants = [await due(still, shop)]
     away = Away(store, monkeypatch)
     jobs = [asyncio.create_task(deliverer.run(grants[0]))]
@@ -152,9 +184,14 @@ async def test_a_lease_that_ended_meanwhile_sends_nothing_twice(
     assert len([request for request in shop.received if request.path == "/"]) == 1
 
 
-async def test_what_another_process_did_meanwhile_counts(still: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_another_process_did_meanwhile_counts(
+    still: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It had a lease between ours and has planned a retry: that is sent."""
-    store, deliverer = still.context.resources.store, Deliverer(still.context.resources, (600.0,), 0)
+    store, deliverer = (
+        still.context.resources.store,
+        Deliverer(still.context.resources, (600.0,), 0),
+    )
     grant = await due(still, shop)
     away = Away(store, monkeypatch)
     job = asyncio.create_task(deliverer.run(grant))
@@ -169,7 +206,9 @@ async def test_what_another_process_did_meanwhile_counts(still: World, shop: Sub
     assert deliverer.unrecorded == {}
 
 
-async def test_what_is_kept_of_unrecorded_attempts_is_bounded(still: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_kept_of_unrecorded_attempts_is_bounded(
+    still: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The oldest goes first."""
     monkeypatch.setattr(delivery, "LATE", 2)
     deliverer = Deliverer(still.context.resources, (600.0,), 0)
@@ -187,12 +226,16 @@ def forget(tx: Transaction, ids: Sequence[str]) -> list[None]:
 
 
 async def test_a_delivery_whose_event_is_gone_is_dead(still: World, shop: Subscriber) -> None:
-    """There is nothing to send; by hand neither. One that has ended, or is not there, is left as it is."""
+    """There is nothing to send; by hand neither. One that has ended, or is not there, is left as it
+    is.
+    """
     deliverer = Deliverer(still.context.resources, (600.0,), 0)
     grant = await due(still, shop)
     found = got(await still.client.get(f"/v1/deliveries/{grant.key}"))
     await still.context.resources.store.write(forget, found["event"])
-    assert (await still.client.post(f"/v1/deliveries/{grant.key}/retry")).json()["error"]["code"] == "nothing_to_send"
+    assert (await still.client.post(f"/v1/deliveries/{grant.key}/retry")).json()["error"][
+        "code"
+    ] == "nothing_to_send"
     for _ in range(2):
         await deliverer.run(grant)
         assert await state(still, grant) == ("dead", 0)
@@ -200,11 +243,14 @@ async def test_a_delivery_whose_event_is_gone_is_dead(still: World, shop: Subscr
     assert shop.received == []
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- names
+# --------------------------------------------------------------------------------------------------
 
 
 def failing(here: World, *errors: int) -> list[str]:
-    """Endpoints' names cannot be looked up, for these reasons one after the other; the names that were asked for."""
+    """Endpoints' names cannot be looked up, for these reasons one after the other; the names that
+    were asked for.
+    """
     asked = list[str]()
 
     async def resolve(host: str) -> Sequence[str]:
@@ -219,9 +265,15 @@ def failing(here: World, *errors: int) -> list[str]:
     return asked
 
 
-async def test_our_own_resolver_is_not_the_endpoints_fault(tmp_path: Path, shop: Subscriber) -> None:
-    """No name server answered: tried again by the schedule, no clock runs against the endpoint, its places stay."""
-    async with world(tmp_path, endpoint_disable_after_s=0.01, delivery_schedule=(0.02,) * 6) as here:
+async def test_our_own_resolver_is_not_the_endpoints_fault(
+    tmp_path: Path, shop: Subscriber
+) -> None:
+    """No name server answered: tried again by the schedule, no clock runs against the endpoint, its
+    places stay.
+    """
+    async with world(
+        tmp_path, endpoint_disable_after_s=0.01, delivery_schedule=(0.02,) * 6
+    ) as here:
         url = shop.url.replace("127.0.0.1", "shop.test")
         endpoint = await subscribed(here, f"{url}/")
         failing(here, *[socket.EAI_AGAIN] * 5)
@@ -235,7 +287,9 @@ async def test_our_own_resolver_is_not_the_endpoints_fault(tmp_path: Path, shop:
 
 async def test_a_name_that_nobody_has_is_the_endpoints_fault(tmp_path: Path) -> None:
     """A name server said so: the endpoint failed, and is disabled in time."""
-    async with world(tmp_path, endpoint_disable_after_s=0.01, delivery_schedule=(0.02,) * 6) as here:
+    async with world(
+        tmp_path, endpoint_disable_after_s=0.01, delivery_schedule=(0.02,) * 6
+    ) as here:
         endpoint = await subscribed(here, "http://gone.test/")
         asked = failing(here, *[socket.EAI_NONAME] * 100)
         await emitted(here.context.resources.store)
@@ -243,10 +297,14 @@ async def test_a_name_that_nobody_has_is_the_endpoints_fault(tmp_path: Path) -> 
         assert {each["error"].partition(":")[0] for each in found["attempts"]} == {"NotConnected"}
         assert 1 < len(found["attempts"]) == len(asked) < 7
         shown = got(await here.client.get(f"/v1/endpoints/{endpoint['id']}"))
-        assert (shown["status"], shown["disabled_reason"][:26]) == ("disabled", "every attempt failed since")
+        assert (shown["status"], shown["disabled_reason"][:26]) == (
+            "disabled",
+            "every attempt failed since",
+        )
 
 
-# --- what an answer means --------------------------------------------------------------------------------------------
+# --- what an answer means
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 226, 299])
@@ -257,7 +315,11 @@ async def test_any_2xx_is_success(here: World, shop: Subscriber, status: int) ->
     await emitted(here.context.resources.store)
 
     async def look() -> Any:
-        found = got(await here.client.get("/v1/deliveries", params={"endpoint": endpoint["id"], "state": "delivered"}))["data"]
+        found = got(
+            await here.client.get(
+                "/v1/deliveries", params={"endpoint": endpoint["id"], "state": "delivered"}
+            )
+        )["data"]
         return found and found[0]
 
     assert [each["status"] for each in (await wait_until(look))["attempts"]] == [status]
@@ -286,20 +348,38 @@ async def test_retry_after_waits_at_most_an_hour_and_never_less_than_the_schedul
         await subscribed(here, shop.url)
         with capture_logs() as lines:
             await emitted(here.context.resources.store)
-            (line,) = await wait_until(lambda: [line for line in lines if line["event"] == "delivery.attempted"])
+            (line,) = await wait_until(
+                lambda: [line for line in lines if line["event"] == "delivery.attempted"]
+            )
         assert least <= line["wait_s"] <= most
 
 
 async def test_types_have_wildcards(here: World, shop: Subscriber) -> None:
-    """`*` is everything, a beginning with `.*` is all that begins so, else the type itself; one delivery an endpoint and event."""
-    wanted = {"*": 3, "image.*": 2, "image.task.*": 1, "image.task.failed": 1, "image.at_risk": 1, "endpoint.*": 1, "delivery.*": 0}
+    """`*` is everything, a beginning with `.*` is all that begins so, else the type itself; one
+    delivery an endpoint and event.
+    """
+    wanted = {
+        "*": 3,
+        "image.*": 2,
+        "image.task.*": 1,
+        "image.task.failed": 1,
+        "image.at_risk": 1,
+        "endpoint.*": 1,
+        "delivery.*": 0,
+    }
     made = {}
     for types in [[pattern] for pattern in wanted] + [["*", "image.*", "image.task.failed"]]:
-        answer = got(await here.client.post("/v1/endpoints", json={"url": f"{shop.url}/", "types": types}), 201)
+        answer = got(
+            await here.client.post("/v1/endpoints", json={"url": f"{shop.url}/", "types": types}),
+            201,
+        )
         made[answer["id"]] = wanted.get(types[0], 0) if len(types) == 1 else 3
     for type in ("image.task.failed", "image.at_risk", "endpoint.disabled"):
         await emitted(here.context.resources.store, 1, type)
     await wait_until(lambda: len(shop.received) == sum(made.values()))
     for id, count in made.items():
-        assert len(got(await here.client.get("/v1/deliveries", params={"endpoint": id}))["data"]) == count
+        assert (
+            len(got(await here.client.get("/v1/deliveries", params={"endpoint": id}))["data"])
+            == count
+        )
         await here.client.delete(f"/v1/endpoints/{id}")

@@ -43,13 +43,21 @@ class Address:
 
 async def addresses(here: World) -> dict[str, Address]:
     """Both of them: the upstream itself, and the service with a key of an ordinary owner."""
-    key = got(await here.client.post("/v1/keys", json={"owner": "client", "scopes": ["submit", "read"]}), 201)["key"]
+    key = got(
+        await here.client.post("/v1/keys", json={"owner": "client", "scopes": ["submit", "read"]}),
+        201,
+    )["key"]
     return {"upstream": Address(here.sandbox_url, KEY), "darkroom": Address(here.url, key)}
 
 
 @pytest.fixture(scope="module")
 async def both(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[dict[str, Address]]:
-    sandbox = SandboxOptions(api_key=KEY, networks=(ip_network(LOOPBACK),), delay_s=0.1, callback_delays_s=(0.05, 0.05, 0.05))
+    sandbox = SandboxOptions(
+        api_key=KEY,
+        networks=(ip_network(LOOPBACK),),
+        delay_s=0.1,
+        callback_delays_s=(0.05, 0.05, 0.05),
+    )
     async with world(tmp_path_factory.mktemp("both"), sandbox=sandbox, evolink_api_key=KEY) as here:
         yield await addresses(here)
 
@@ -65,24 +73,37 @@ async def client(address: Address) -> AsyncIterator[Client]:
         yield made
 
 
-# --- submit, poll, read ----------------------------------------------------------------------------------------------
+# --- submit, poll, read
+# ----------------------------------------------------------------------------------------------
 
 
 async def test_a_submission_is_answered_as_documented(client: Client) -> None:
     """At once with a pending task, its credits reserved, and how long it may take."""
     task = await client.submit(**ORDER, n=2, prompt_extend=True, sandbox={"delay": 600})
     assert type(task["created"]) is int
-    assert (task["object"], task["type"], task["model"]) == ("image.generation.task", "image", ORDER["model"])
+    assert (task["object"], task["type"], task["model"]) == (
+        "image.generation.task",
+        "image",
+        ORDER["model"],
+    )
     assert (task["status"], task["progress"]) == ("pending", 0)
     assert task["task_info"]["can_cancel"] is True
     assert type(task["task_info"]["estimated_time"]) is int
-    assert task["usage"] == task["usage"] | {"billing_rule": "per_call", "credits_reserved": 2 * PRICE, "user_group": "default"}
+    assert task["usage"] == task["usage"] | {
+        "billing_rule": "per_call",
+        "credits_reserved": 2 * PRICE,
+        "user_group": "default",
+    }
     assert outcome(await client.task(task["id"])) is None
 
 
 @pytest.mark.parametrize("shape", [None, "objects", "result_data"])
-async def test_four_images_are_four_links_to_pictures_of_the_size(client: Client, shape: str | None) -> None:
-    """In whatever shape results come; they are fetched without a key, and paid for by their number."""
+async def test_four_images_are_four_links_to_pictures_of_the_size(
+    client: Client, shape: str | None
+) -> None:
+    """In whatever shape results come; they are fetched without a key, and paid for by their
+    number.
+    """
     task = await client.ended((await client.submit(**ORDER, n=4, sandbox={"results": shape}))["id"])
     end = outcome(task)
     assert isinstance(end, Images)
@@ -95,7 +116,9 @@ async def test_four_images_are_four_links_to_pictures_of_the_size(client: Client
 async def test_images_are_made_from_images(client: Client) -> None:
     """`image_urls` and fields of other models go through."""
     inputs = ["https://x.test/a.png"]
-    order = await client.submit(model="wan2.5-image-to-image", prompt="at night", size="768x768", image_urls=inputs, seed=7)
+    order = await client.submit(
+        model="wan2.5-image-to-image", prompt="at night", size="768x768", image_urls=inputs, seed=7
+    )
     task = await client.ended(order["id"])
     assert isinstance(outcome(task), Images)
 
@@ -107,7 +130,8 @@ async def test_credits_are_what_is_left(client: Client) -> None:
     assert await client.credits() == before - PRICE
 
 
-# --- what goes wrong -------------------------------------------------------------------------------------------------
+# --- what goes wrong
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,13 +155,21 @@ async def test_credits_are_what_is_left(client: Client) -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-async def test_a_bad_request_is_refused_by_name(client: Client, fields: JSON, status: int, param: str) -> None:
+async def test_a_bad_request_is_refused_by_name(
+    client: Client, fields: JSON, status: int, param: str
+) -> None:
     """400 with the field, 403 for a model that is not the account's; nothing is paid."""
     before = await client.credits()
     with pytest.raises(Refusal) as caught:
         await client.submit(**{**ORDER, **fields})
     assert (caught.value.status, caught.value.param) == (status, param)
-    assert caught.value.code in {400: ("invalid_request", "invalid_parameter", "invalid_parameters"), 403: ("model_access_denied",)}[status]
+    assert (
+        caught.value.code
+        in {
+            400: ("invalid_request", "invalid_parameter", "invalid_parameters"),
+            403: ("model_access_denied",),
+        }[status]
+    )
     assert str(caught.value)
     assert await client.credits() == before
 
@@ -153,13 +185,20 @@ async def test_a_wrong_key_is_401_everywhere(address: Address, client: Client) -
     """Whatever it is used for."""
     task = await client.submit(**ORDER, sandbox={"delay": 600})
     async with address.client("wrong") as stranger:
-        for call in (stranger.submit(**ORDER), stranger.task(task["id"]), stranger.task("unknown"), stranger.credits()):
+        for call in (
+            stranger.submit(**ORDER),
+            stranger.task(task["id"]),
+            stranger.task("unknown"),
+            stranger.credits(),
+        ):
             with pytest.raises(Refusal) as caught:
                 await call
             assert (caught.value.status, caught.value.code) == (401, "unauthorized")
 
 
-@pytest.mark.parametrize("id", ["task-unified-1757165031-uyujaw3d", "task-unified-unknown", "unknown"])
+@pytest.mark.parametrize(
+    "id", ["task-unified-1757165031-uyujaw3d", "task-unified-unknown", "unknown"]
+)
 async def test_an_unknown_task_is_404(client: Client, id: str) -> None:
     """Whatever its id looks like."""
     with pytest.raises(Refusal) as caught:
@@ -184,19 +223,29 @@ async def test_an_unknown_task_is_404(client: Client, id: str) -> None:
     ],
 )
 async def test_a_failed_task_says_why_and_costs_nothing(client: Client, code: str) -> None:
-    """Every code of the pages but the one that means a cancel, and the one that means that it is gone."""
+    """Every code of the pages but the one that means a cancel, and the one that means that it is
+    gone.
+    """
     before = await client.credits()
     task = await client.ended((await client.submit(**ORDER, sandbox={"fail": code}))["id"])
     end = outcome(task)
     assert isinstance(end, Failure)
-    assert (end.code, task["error"]["type"], bool(end.message), task.get("results", [])) == (code, "task_error", True, [])
+    assert (end.code, task["error"]["type"], bool(end.message), task.get("results", [])) == (
+        code,
+        "task_error",
+        True,
+        [],
+    )
     assert await client.credits() == before
 
 
 @pytest.mark.parametrize("form", ["status", "code"])
 async def test_a_cancelled_task_is_cancelled_in_either_form(client: Client, form: str) -> None:
     """By its status or by an error's code."""
-    assert outcome(await client.ended((await client.submit(**ORDER, sandbox={"cancel": form}))["id"])) == Cancelled()
+    assert (
+        outcome(await client.ended((await client.submit(**ORDER, sandbox={"cancel": form}))["id"]))
+        == Cancelled()
+    )
 
 
 async def test_too_many_requests_are_sent_again(client: Client) -> None:
@@ -208,7 +257,9 @@ async def test_too_many_requests_are_sent_again(client: Client) -> None:
 
 async def test_without_credits_it_is_402(tmp_path_factory: pytest.TempPathFactory) -> None:
     """In both places, and what is cheap enough goes through."""
-    sandbox = SandboxOptions(api_key=KEY, networks=(ip_network(LOOPBACK),), credits=2 * PRICE, delay_s=0.05)
+    sandbox = SandboxOptions(
+        api_key=KEY, networks=(ip_network(LOOPBACK),), credits=2 * PRICE, delay_s=0.05
+    )
     async with world(tmp_path_factory.mktemp("poor"), sandbox=sandbox, evolink_api_key=KEY) as here:
         for address in (await addresses(here)).values():
             async with address.client() as client:
@@ -218,11 +269,23 @@ async def test_without_credits_it_is_402(tmp_path_factory: pytest.TempPathFactor
                 await client.submit(**ORDER)
 
 
-async def test_errors_of_the_older_pages_are_read_like_the_newer_ones(tmp_path_factory: pytest.TempPathFactory) -> None:
+async def test_errors_of_the_older_pages_are_read_like_the_newer_ones(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     """Their code is the status."""
 
     async def refuse(_: Request) -> Response:
-        return JSONResponse({"error": {"code": 400, "message": "no such size", "type": "invalid_request_error", "param": "size"}}, 400)
+        return JSONResponse(
+            {
+                "error": {
+                    "code": 400,
+                    "message": "no such size",
+                    "type": "invalid_request_error",
+                    "param": "size",
+                }
+            },
+            400,
+        )
 
     app = Starlette(routes=[Route("/v1/images/generations", refuse, methods=["POST"])])
     async with world(tmp_path_factory.mktemp("old"), upstream=app, evolink_api_key=KEY) as here:
@@ -231,10 +294,16 @@ async def test_errors_of_the_older_pages_are_read_like_the_newer_ones(tmp_path_f
                 with pytest.raises(Refusal) as caught:
                     await client.submit(**ORDER)
             said = caught.value
-            assert (said.status, said.code, said.param, str(said)) == (400, "invalid_request", "size", "no such size")
+            assert (said.status, said.code, said.param, str(said)) == (
+                400,
+                "invalid_request",
+                "size",
+                "no such size",
+            )
 
 
-# --- callbacks and idempotency ---------------------------------------------------------------------------------------
+# --- callbacks and idempotency
+# ---------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -262,10 +331,19 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 
 @pytest.mark.parametrize(
-    ("fault", "kind"), [({}, Images), ({"fail": "content_policy_violation"}, Failure), ({"cancel": "status"}, Cancelled)]
+    ("fault", "kind"),
+    [
+        ({}, Images),
+        ({"fail": "content_policy_violation"}, Failure),
+        ({"cancel": "status"}, Cancelled),
+    ],
 )
-async def test_the_end_is_called_back_with_the_querys_body(client: Client, receiver: Receiver, fault: JSON, kind: type) -> None:
-    """Completed, failed or cancelled; sent again when the receiver failed; billing is in it as in the query."""
+async def test_the_end_is_called_back_with_the_querys_body(
+    client: Client, receiver: Receiver, fault: JSON, kind: type
+) -> None:
+    """Completed, failed or cancelled; sent again when the receiver failed; billing is in it as in
+    the query.
+    """
     task = await client.submit(**ORDER, n=2, callback_url=receiver.url, sandbox=fault)
     await wait_until(lambda: task["id"] in receiver.callbacks.bodies)
     called, asked = receiver.callbacks.bodies[task["id"]], await client.ended(task["id"])

@@ -1,4 +1,6 @@
-"""Saving results over real sockets: what is saved, when it counts, and that a store that fails loses nothing."""
+"""Saving results over real sockets: what is saved, when it counts, and that a store that fails
+loses nothing.
+"""
 
 import asyncio
 import hashlib
@@ -25,24 +27,40 @@ def upstream() -> Upstream:
 
 
 @pytest.fixture(scope="module")
-async def here(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+async def here(
+    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
     async with downloading(tmp_path_factory.mktemp("download"), upstream) as made:
         yield made
 
 
 @pytest.mark.parametrize(
-    ("format", "media_type"), [("PNG", "image/png"), ("JPEG", "image/jpeg"), ("WEBP", "image/webp"), ("GIF", "image/gif")]
+    ("format", "media_type"),
+    [("PNG", "image/png"), ("JPEG", "image/jpeg"), ("WEBP", "image/webp"), ("GIF", "image/gif")],
 )
-async def test_a_result_is_kept_byte_for_byte(format: str, media_type: str, here: World, upstream: Upstream) -> None:
-    """Type and size by content, whatever name and header say; equal bytes are served, with their hash, in the upstream's order."""
+async def test_a_result_is_kept_byte_for_byte(
+    format: str, media_type: str, here: World, upstream: Upstream
+) -> None:
+    """Type and size by content, whatever name and header say; equal bytes are served, with their
+    hash, in the upstream's order.
+    """
     bodies = [picture(format, (64, 48), shade) for shade in (10, 200)]
     names = [f"{format}-{number}.bin" for number in range(2)]
-    upstream.files |= {name: [served(body, "text/plain")] for name, body in zip(names, bodies, strict=True)}
-    task = await here.ended((await made(here, upstream, *(link(here, name) for name in names)))["id"])
+    upstream.files |= {
+        name: [served(body, "text/plain")] for name, body in zip(names, bodies, strict=True)
+    }
+    task = await here.ended(
+        (await made(here, upstream, *(link(here, name) for name in names)))["id"]
+    )
     assert task["state"] == "completed"
     assert task["results"] == [image["url"] for image in task["images"]]
     for index, (image, body) in enumerate(zip(task["images"], bodies, strict=True)):
-        figures = {"index": index, "media_type": media_type, "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+        figures = {
+            "index": index,
+            "media_type": media_type,
+            "bytes": len(body),
+            "sha256": hashlib.sha256(body).hexdigest(),
+        }
         assert image | figures | {"width": 64, "height": 48} == image
         assert await bytes_of(here, image) == body
 
@@ -62,9 +80,15 @@ def no_folder(images: Path, task_id: str) -> Path:
     return images / task_id
 
 
-@pytest.mark.parametrize("place", [no_incoming, no_folder], ids=["where it is written", "where it is kept"])
-async def test_a_blob_store_that_fails_is_tried_again(place: Callable[[Path, str], Path], here: World, upstream: Upstream) -> None:
-    """A blob store's failure is nobody's fault: the result is fetched again, and saved once the store works."""
+@pytest.mark.parametrize(
+    "place", [no_incoming, no_folder], ids=["where it is written", "where it is kept"]
+)
+async def test_a_blob_store_that_fails_is_tried_again(
+    place: Callable[[Path, str], Path], here: World, upstream: Upstream
+) -> None:
+    """A blob store's failure is nobody's fault: the result is fetched again, and saved once the
+    store works.
+    """
     upstream.files["patient.png"] = [served(picture())]
     task = await here.submit()
     folder = place(here.settings.image_dir, task["id"])
@@ -85,16 +109,24 @@ async def test_a_blob_store_that_fails_is_tried_again(place: Callable[[Path, str
     if away.exists():
         away.rename(folder)
     assert (await here.ended(task["id"]))["state"] == "completed"
-    faults = here.context.resources.metrics.registry.get_sample_value("darkroom_worker_faults_total", {"stage": "download"})
+    faults = here.context.resources.metrics.registry.get_sample_value(
+        "darkroom_worker_faults_total", {"stage": "download"}
+    )
     assert not faults  # it was foreseen
 
 
-async def test_what_a_callback_names_is_fetched_at_once_and_counts_later(here: World, upstream: Upstream) -> None:
-    """The picture is saved while the confirmation runs; the task shows it only once the upstream agrees."""
+async def test_what_a_callback_names_is_fetched_at_once_and_counts_later(
+    here: World, upstream: Upstream
+) -> None:
+    """The picture is saved while the confirmation runs; the task shows it only once the upstream
+    agrees.
+    """
     agreed = asyncio.Event()
     upstream.files["early.png"] = [served(picture())]
     task = await here.submit()
-    upstream.queries[task["upstream_id"]] = [After(agreed.wait, document("completed", link(here, "early.png")))]
+    upstream.queries[task["upstream_id"]] = [
+        After(agreed.wait, document("completed", link(here, "early.png")))
+    ]
     await called(here, task, "completed", link(here, "early.png"))
 
     async def saved() -> bool:
@@ -110,7 +142,9 @@ async def test_what_a_callback_names_is_fetched_at_once_and_counts_later(here: W
 
 
 async def test_what_only_a_callback_named_is_not_shown(here: World, upstream: Upstream) -> None:
-    """A picture that was fetched for a callback counts for nothing when the upstream says that the task failed."""
+    """A picture that was fetched for a callback counts for nothing when the upstream says that the
+    task failed.
+    """
     agreed = asyncio.Event()
     upstream.files["false.png"] = [served(picture())]
     task = await here.submit()
@@ -127,9 +161,14 @@ async def test_what_only_a_callback_named_is_not_shown(here: World, upstream: Up
 
 
 async def test_the_queries_link_wins_over_the_callbacks(here: World, upstream: Upstream) -> None:
-    """A download whose address was replaced while it ran is thrown away; the confirmed address is fetched."""
+    """A download whose address was replaced while it ran is thrown away; the confirmed address is
+    fetched.
+    """
     gate = asyncio.Event()
-    upstream.files |= {"callback.png": [After(gate.wait, served(picture(shade=1)))], "query.png": [served(picture(shade=2))]}
+    upstream.files |= {
+        "callback.png": [After(gate.wait, served(picture(shade=1)))],
+        "query.png": [served(picture(shade=2))],
+    }
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [document("completed", link(here, "query.png"))]
     await called(here, task, "completed", link(here, "callback.png"))
@@ -144,7 +183,10 @@ async def test_the_queries_link_wins_over_the_callbacks(here: World, upstream: U
     assert ended["state"] == "completed"
     assert await bytes_of(here, ended["images"][0]) == picture(shade=2)
     metric = "darkroom_downloads_total"
-    assert here.context.resources.metrics.registry.get_sample_value(metric, {"outcome": "superseded"}) == 1
+    assert (
+        here.context.resources.metrics.registry.get_sample_value(metric, {"outcome": "superseded"})
+        == 1
+    )
 
 
 async def test_an_image_that_is_not_wanted_any_more_is_no_work(here: World) -> None:

@@ -27,7 +27,13 @@ class Streamed(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         for at in range(0, len(self.body), MIB):
-            await send({"type": "http.response.body", "body": self.body[at : at + MIB], "more_body": at + MIB < len(self.body)})
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": self.body[at : at + MIB],
+                    "more_body": at + MIB < len(self.body),
+                }
+            )
 
 
 def family(running: Running) -> list[int]:
@@ -36,7 +42,11 @@ def family(running: Running) -> list[int]:
 
 def memory(pids: list[int], name: str) -> int:
     """Of all of them together."""
-    lines = [line for pid in pids for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()]
+    lines = [
+        line
+        for pid in pids
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    ]
     return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
@@ -47,11 +57,15 @@ def begun(pids: list[int]) -> int:
     return memory(pids, "VmRSS")
 
 
-async def stored(client: httpx.AsyncClient, upstream: Upstream, url: str, name: str, count: int) -> None:
+async def stored(
+    client: httpx.AsyncClient, upstream: Upstream, url: str, name: str, count: int
+) -> None:
     """Waits until so many results with these bytes are stored for a new task."""
     asked = {"model": TEXT_TO_IMAGE, "prompt": name, "size": "768x768"}
     upstream.submits[name] = [document("pending", id=name)]
-    upstream.queries[name] = [document("completed", *(f"{url}/files/{name}?{number}" for number in range(count)))]
+    upstream.queries[name] = [
+        document("completed", *(f"{url}/files/{name}?{number}" for number in range(count)))
+    ]
     task = (await client.post("/v1/images/generations", json=asked)).json()
 
     async def ended() -> bool:
@@ -64,20 +78,38 @@ async def stored(client: httpx.AsyncClient, upstream: Upstream, url: str, name: 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 async def test_sixteen_downloads_at_the_limits_keep_to_the_stated_memory(tmp_path: Path) -> None:
-    """Bytes wait on the disk, one picture at a time is in memory; afterwards the service and its child are as small as before."""
+    """Bytes wait on the disk, one picture at a time is in memory; afterwards the service and its
+    child are as small as before.
+    """
     upstream = Upstream()
     whole = Image.new("RGB", (SIDE, SIDE), "teal")
     for at in range(0, SIDE, 8):
         whole.putpixel((at, at), (at % 256, 0, 0))
     whole.save(tmp_path / "largest.webp", lossless=True, quality=0, method=0)
     picture = (tmp_path / "largest.webp").read_bytes()
-    upstream.files = {"first": [Response(drawn("WEBP"))], "largest": [Streamed(picture + bytes(MAX_BYTES - len(picture)))]}
+    upstream.files = {
+        "first": [Response(drawn("WEBP"))],
+        "largest": [Streamed(picture + bytes(MAX_BYTES - len(picture)))],
+    }
     async with answering(upstream.app) as url:
-        limits = {"MAX_IMAGE_PIXELS": SIDE * SIDE, "MAX_IMAGE_BYTES": MAX_BYTES, "RECONCILE_AFTER_S": 0.1, "DOWNLOAD_CONCURRENCY": PLACES}
+        limits = {
+            "MAX_IMAGE_PIXELS": SIDE * SIDE,
+            "MAX_IMAGE_BYTES": MAX_BYTES,
+            "RECONCILE_AFTER_S": 0.1,
+            "DOWNLOAD_CONCURRENCY": PLACES,
+        }
         with started(
-            "serve", folder=tmp_path, **service_settings(url, tmp_path, **{name: str(limit) for name, limit in limits.items()})
+            "serve",
+            folder=tmp_path,
+            **service_settings(
+                url, tmp_path, **{name: str(limit) for name, limit in limits.items()}
+            ),
         ) as running:
-            async with httpx.AsyncClient(base_url=running.address, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=60) as client:
+            async with httpx.AsyncClient(
+                base_url=running.address,
+                headers={"authorization": f"Bearer {ADMIN_KEY}"},
+                timeout=60,
+            ) as client:
                 await stored(client, upstream, url, "first", 1)
                 pids = family(running)
                 before = begun(pids)
@@ -85,6 +117,9 @@ async def test_sixteen_downloads_at_the_limits_keep_to_the_stated_memory(tmp_pat
                 peak, after = memory(pids, "VmHWM") - before, memory(pids, "VmRSS") - before
                 own = memory(pids[:1], "VmHWM")
                 assert family(running) == pids
-    print(f"peak {peak / MIB:.0f} MiB of {ALLOWED / MIB:.0f}, {after / MIB:.0f} MiB kept; {own / MIB:.0f} MiB in the service itself")
+    print(
+        f"peak {peak / MIB:.0f} MiB of {ALLOWED / MIB:.0f}, {after / MIB:.0f} MiB kept;"
+        f" {own / MIB:.0f} MiB in the service itself"
+    )
     assert 16 * SIDE * SIDE < peak < ALLOWED
     assert after < 100 * MIB

@@ -14,7 +14,21 @@ from starlette.responses import RedirectResponse, Response
 from structlog.testing import capture_logs
 
 from service.pipeline.picture import FRAMES
-from tests.downloads import MAX_BYTES, MAX_PIXELS, Part, bytes_of, called, downloading, link, lost, made, noise, saved, served, steps
+from tests.downloads import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    Part,
+    bytes_of,
+    called,
+    downloading,
+    link,
+    lost,
+    made,
+    noise,
+    saved,
+    served,
+    steps,
+)
 from tests.upstream import After, Upstream, document, error, page, picture
 from tests.waiting import wait_until
 from tests.world import World
@@ -26,7 +40,9 @@ def upstream() -> Upstream:
 
 
 @pytest.fixture(scope="module")
-async def here(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+async def here(
+    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
     async with downloading(tmp_path_factory.mktemp("rules"), upstream) as made:
         yield made
 
@@ -44,11 +60,15 @@ PASSING = {
     "too many requests": error(429, "rate_limit_exceeded"),
     "a gateway's page": page(524),
     "html with 200": page(200),
-    "svg with 200": served(b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "image/svg+xml"),
+    "svg with 200": served(
+        b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>", "image/svg+xml"
+    ),
     "an empty body": served(b""),
     "no content": Response(status_code=204),
     "a redirect to nowhere": Response(status_code=302),
-    "a part nobody asked for": Part(picture(), 206, headers={"content-range": f"bytes 0-{len(picture()) - 1}/{len(picture())}"}),
+    "a part nobody asked for": Part(
+        picture(), 206, headers={"content-range": f"bytes 0-{len(picture()) - 1}/{len(picture())}"}
+    ),
     "broken off at once": Part(picture(), cut=0),
     "cut short, and said to be whole": served(picture()[:-1]),
     "another format": served(b"BM" + picture()),
@@ -57,7 +77,9 @@ PASSING = {
 
 @pytest.mark.parametrize("name", PASSING)
 async def test_a_passing_failure_is_tried_again(name: str, here: World, upstream: Upstream) -> None:
-    """An error, a broken body, something else instead of a picture: tried again, and the picture is the one that came whole."""
+    """An error, a broken body, something else instead of a picture: tried again, and the picture is
+    the one that came whole.
+    """
     upstream.files[name] = [PASSING[name], served(picture())]
     task = await here.ended((await made(here, upstream, link(here, name)))["id"])
     assert task["state"] == "completed"
@@ -67,12 +89,21 @@ async def test_a_passing_failure_is_tried_again(name: str, here: World, upstream
 
 FINAL = {
     "bytes": (served(picture() + b"\0" * MAX_BYTES), f"over {MAX_BYTES} bytes"),
-    "bytes without end": (Part(picture() + b"\0" * MAX_BYTES, length=False), f"over {MAX_BYTES} bytes"),
-    "bytes when unpacked": (Part(gzip.compress(bytes(500 * MAX_BYTES)), headers={"content-encoding": "gzip"}), f"over {MAX_BYTES} bytes"),
+    "bytes without end": (
+        Part(picture() + b"\0" * MAX_BYTES, length=False),
+        f"over {MAX_BYTES} bytes",
+    ),
+    "bytes when unpacked": (
+        Part(gzip.compress(bytes(500 * MAX_BYTES)), headers={"content-encoding": "gzip"}),
+        f"over {MAX_BYTES} bytes",
+    ),
     "pixels": (served(picture(size=(401, 250))), f"over {MAX_PIXELS} pixels"),
     "frames": (served(animation(FRAMES + 1)), f"over {FRAMES} frames"),
     "redirects": (RedirectResponse("/files/redirects"), "127.0.0.1: more than 5 redirects"),
-    "a forbidden host": (RedirectResponse("http://127.0.0.2/x.png"), "the host is not one of those allowed"),
+    "a forbidden host": (
+        RedirectResponse("http://127.0.0.2/x.png"),
+        "the host is not one of those allowed",
+    ),
 }
 
 
@@ -94,11 +125,17 @@ async def test_a_link_the_guard_refuses_is_final(here: World, upstream: Upstream
     assert upstream.asked["elsewhere.png"] == 0
 
 
-WRONG = {"html": page(200), "a picture cut by its length": Response(picture()[:40]), "half of an animation": Response(noise("GIF")[:-900])}
+WRONG = {
+    "html": page(200),
+    "a picture cut by its length": Response(picture()[:40]),
+    "half of an animation": Response(noise("GIF")[:-900]),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
-async def test_the_same_wrong_bytes_three_times_are_final(name: str, here: World, upstream: Upstream) -> None:
+async def test_the_same_wrong_bytes_three_times_are_final(
+    name: str, here: World, upstream: Upstream
+) -> None:
     """What comes a third time won't become a picture."""
     upstream.files[name] = [WRONG[name]]
     assert "picture" in await lost(here, upstream, link(here, name))
@@ -113,7 +150,11 @@ async def test_different_wrong_bytes_are_not_final(here: World, upstream: Upstre
 
 def first_retries(lines: list[Any]) -> dict[str, Any]:
     """The line of each task's first `image.retry`."""
-    return {line["task_id"]: line for line in lines if line["event"] == "image.retry" and line["attempt"] == 1}
+    return {
+        line["task_id"]: line
+        for line in lines
+        if line["event"] == "image.retry" and line["attempt"] == 1
+    }
 
 
 async def test_a_result_nobody_serves_is_tried_again(here: World, upstream: Upstream) -> None:
@@ -133,12 +174,17 @@ async def test_a_result_nobody_serves_is_tried_again(here: World, upstream: Upst
 
 
 @pytest.mark.parametrize("status", [403, 404, 410])
-async def test_a_dead_link_is_replaced_by_a_fresh_one(status: int, here: World, upstream: Upstream) -> None:
+async def test_a_dead_link_is_replaced_by_a_fresh_one(
+    status: int, here: World, upstream: Upstream
+) -> None:
     """403, 404, 410: the upstream is asked again, and the link it gives then is fetched."""
     old, new = f"old-{status}.png", f"new-{status}.png"
     upstream.files |= {old: [error(status, "not_found")], new: [served(picture())]}
     task = await here.submit()
-    upstream.queries[task["upstream_id"]] = [document("completed", link(here, old)), document("completed", link(here, new))]
+    upstream.queries[task["upstream_id"]] = [
+        document("completed", link(here, old)),
+        document("completed", link(here, new)),
+    ]
     await called(here, task, "completed", link(here, old))
     ended = await here.ended(task["id"])
     assert (ended["state"], len(ended["images"])) == ("completed", 1)
@@ -148,7 +194,9 @@ async def test_a_dead_link_is_replaced_by_a_fresh_one(status: int, here: World, 
 async def test_a_redirect_to_an_allowed_host_is_followed(here: World, upstream: Upstream) -> None:
     """At most five, each checked anew; the API key goes to no result host."""
     seen: list[dict[str, str]] = []
-    hops: dict[str, list[Response]] = {f"hop-{number}": [RedirectResponse(f"/files/hop-{number + 1}")] for number in range(5)}
+    hops: dict[str, list[Response]] = {
+        f"hop-{number}": [RedirectResponse(f"/files/hop-{number + 1}")] for number in range(5)
+    }
     upstream.files |= {**hops, "hop-5": [Part(picture(), seen=seen)]}
     await saved(here, upstream, "hop-0")
     assert seen
@@ -166,7 +214,9 @@ async def test_a_download_is_tried_until_its_link_has_died(tmp_path: Path) -> No
 
 
 async def test_the_link_that_dies_first_is_fetched_first(tmp_path: Path) -> None:
-    """With fewer places than due images it is the link's end that counts, not how long an image has been due."""
+    """With fewer places than due images it is the link's end that counts, not how long an image has
+    been due.
+    """
     upstream, gate, order = Upstream(), asyncio.Event(), list[str]()
 
     def seen(name: str) -> Response:
@@ -175,10 +225,15 @@ async def test_the_link_that_dies_first_is_fetched_first(tmp_path: Path) -> None
 
         return After(now, served(picture()))
 
-    upstream.files = {"oldest": [error(500, "internal_error"), seen("oldest")], "gate": [After(gate.wait, served(picture()))]}
+    upstream.files = {
+        "oldest": [error(500, "internal_error"), seen("oldest")],
+        "gate": [After(gate.wait, served(picture()))],
+    }
     names = [f"younger-{number}" for number in range(5)]
     upstream.files |= {name: [seen(name)] for name in names}
-    async with downloading(tmp_path, upstream, download_concurrency=1, download_schedule="1") as here:
+    async with downloading(
+        tmp_path, upstream, download_concurrency=1, download_schedule="1"
+    ) as here:
         clock = asyncio.get_running_loop().time
         tasks = [await made(here, upstream, link(here, "oldest"))]
         await wait_until(lambda: upstream.asked["oldest"])

@@ -1,4 +1,6 @@
-"""The guarded client against real servers on loopback: what it connects to, sends, follows, and how each failure is named."""
+"""The guarded client against real servers on loopback: what it connects to, sends, follows, and how
+each failure is named.
+"""
 
 import asyncio
 import datetime as dt
@@ -25,7 +27,9 @@ from tests.waiting import wait_until
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 Write = Callable[[bytes], Awaitable[None]]
-Answer = Callable[[bytes, Write], Awaitable[bool]]  # the request's bytes, a way to write; whether the connection stays
+Answer = Callable[
+    [bytes, Write], Awaitable[bool]
+]  # the request's bytes, a way to write; whether the connection stays
 
 
 @dataclass
@@ -51,7 +55,9 @@ def always(answer: bytes) -> Answer:
 
 
 def after_first(answer: Answer) -> Answer:
-    """The first request is answered well, so that a short limit on the next one runs with a connection from its beginning."""
+    """The first request is answered well, so that a short limit on the next one runs with a
+    connection from its beginning.
+    """
     count = iter(range(1))
 
     async def write(request: bytes, send: Write) -> bool:
@@ -64,7 +70,9 @@ def after_first(answer: Answer) -> Answer:
 
 
 @asynccontextmanager
-async def serving(answer: Answer | bytes = OK, tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
+async def serving(
+    answer: Answer | bytes = OK, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[Server]:
     """A server on loopback that reads whole requests and lets `answer` write."""
     server, tasks = Server(), set[asyncio.Task[None]]()
     answers = always(answer) if isinstance(answer, bytes) else answer
@@ -77,7 +85,11 @@ async def serving(answer: Answer | bytes = OK, tls: ssl.SSLContext | None = None
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
-                length = [int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+                length = [
+                    int(line[15:])
+                    for line in head.lower().split(b"\r\n")
+                    if line.startswith(b"content-length:")
+                ]
                 request = head + await reader.readexactly(length[0] if length else 0)
                 server.requests.append(request)
                 if not await answers(request, send):
@@ -106,11 +118,15 @@ async def serving(answer: Answer | bytes = OK, tls: ssl.SSLContext | None = None
 
 
 def redirect(location: str, status: int = 302) -> bytes:
-    return f"HTTP/1.1 {status} Elsewhere\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode()
+    return (
+        f"HTTP/1.1 {status} Elsewhere\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode()
+    )
 
 
 def names(*rounds: Sequence[str]) -> tuple[Resolve, list[str]]:
-    """A resolver that answers each round in turn, the last for ever, and the list of what it was asked."""
+    """A resolver that answers each round in turn, the last for ever, and the list of what it was
+    asked.
+    """
     asked: list[str] = []
 
     async def resolve(host: str) -> Sequence[str]:
@@ -121,7 +137,8 @@ def names(*rounds: Sequence[str]) -> tuple[Resolve, list[str]]:
 
 
 def open_egress(purpose: str = "sandbox", **rules: object) -> Egress:
-    return Egress(Rules(purpose, networks=LOOPBACK, **rules), keep_alive=60)  # type: ignore[arg-type]  # the keywords of Rules
+    # # the keywords of Rules
+    return Egress(Rules(purpose, networks=LOOPBACK, **rules), keep_alive=60)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -129,18 +146,36 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.S
     """A server's and a client's side of a certificate for a.test."""
     key, now = ec.generate_private_key(ec.SECP256R1()), dt.datetime.now(dt.UTC)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a.test")])
-    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
-    builder = builder.not_valid_before(now - dt.timedelta(days=1)).not_valid_after(now + dt.timedelta(days=1))
-    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("a.test"), x509.IPAddress(ip_address("127.0.0.1"))]), False)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+    )
+    builder = builder.not_valid_before(now - dt.timedelta(days=1)).not_valid_after(
+        now + dt.timedelta(days=1)
+    )
+    builder = builder.add_extension(
+        x509.SubjectAlternativeName(
+            [x509.DNSName("a.test"), x509.IPAddress(ip_address("127.0.0.1"))]
+        ),
+        False,
+    )
     file: Path = tmp_path_factory.mktemp("tls") / "both.pem"
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    file.write_bytes(private + builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    file.write_bytes(
+        private + builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+    )
     server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     server.load_cert_chain(file)
     return server, ssl.create_default_context(cafile=str(file))
 
 
-# --- what is connected to ---------------------------------------------------------------------------------------------
+# --- what is connected to
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
@@ -160,16 +195,39 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.S
             "0",
             "0.0.0.0",
         ),
-        *("[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[::127.0.0.1]", "[64:ff9b::7f00:1]", "[::1%25lo]", "[::1%lo]"),
-        *("１２７.０.０.１", "127。0。0。1", "①②⑦.0.0.1", "localhost", "LOCALHOST.", "a.test", "u@127.0.0.1", "127.0.0.1%00"),
+        *(
+            "[::1]",
+            "[::]",
+            "[::ffff:127.0.0.1]",
+            "[::ffff:7f00:1]",
+            "[::127.0.0.1]",
+            "[64:ff9b::7f00:1]",
+            "[::1%25lo]",
+            "[::1%lo]",
+        ),
+        *(
+            "１２７.０.０.１",
+            "127。0。0。1",
+            "①②⑦.0.0.1",
+            "localhost",
+            "LOCALHOST.",
+            "a.test",
+            "u@127.0.0.1",
+            "127.0.0.1%00",
+        ),
     ],
 )
 async def test_nothing_connects_to_this_machine_from_outside(host: str, scheme: str) -> None:
     """Whatever loopback is called, a purpose without it in its networks makes no connection."""
     resolve, _ = names(["127.0.0.1"])
-    async with serving() as server, Egress(Rules("endpoints", networks=(ip_network("10.0.0.0/8"),)), resolve=resolve) as egress:
+    async with (
+        serving() as server,
+        Egress(Rules("endpoints", networks=(ip_network("10.0.0.0/8"),)), resolve=resolve) as egress,
+    ):
         with pytest.raises(EgressRefused):
-            await egress.request("POST", f"{scheme}://{host}:{server.port}/", content=b"x", timeout=5)
+            await egress.request(
+                "POST", f"{scheme}://{host}:{server.port}/", content=b"x", timeout=5
+            )
         with pytest.raises(EgressRefused):
             async with egress.stream("GET", f"{scheme}://{host}:{server.port}/", timeout=5, idle=5):
                 pass
@@ -177,22 +235,35 @@ async def test_nothing_connects_to_this_machine_from_outside(host: str, scheme: 
 
 
 @pytest.mark.parametrize(
-    "addresses", [["127.0.0.1", "10.0.0.1"], ["10.0.0.1", "127.0.0.1"], ["127.0.0.1", "::ffff:127.0.0.1"], ["127.0.0.1", "1.1.1.1"]]
+    "addresses",
+    [
+        ["127.0.0.1", "10.0.0.1"],
+        ["10.0.0.1", "127.0.0.1"],
+        ["127.0.0.1", "::ffff:127.0.0.1"],
+        ["127.0.0.1", "1.1.1.1"],
+    ],
 )
 async def test_one_forbidden_address_refuses_the_whole_name(addresses: list[str]) -> None:
     """A name with an allowed and a forbidden address is not connected to at all."""
     resolve, _ = names(addresses)
-    async with serving() as server, Egress(Rules("endpoints", networks=LOOPBACK), resolve=resolve) as egress:
+    async with (
+        serving() as server,
+        Egress(Rules("endpoints", networks=LOOPBACK), resolve=resolve) as egress,
+    ):
         with pytest.raises(EgressRefused):
             await egress.request("GET", f"http://a.test:{server.port}/", timeout=5)
         assert server.connections == 0
 
 
 async def test_a_name_that_changes_after_the_check_is_judged_again() -> None:
-    """A name that was public when it was checked and is loopback when it is connected to makes no connection."""
+    """A name that was public when it was checked and is loopback when it is connected to makes no
+    connection.
+    """
     resolve, asked = names(["1.1.1.1"], ["127.0.0.1"])
     refused: list[tuple[str, str, str]] = []
-    egress = Egress(Rules("endpoints"), resolve=resolve, on_refused=lambda *what: refused.append(what))
+    egress = Egress(
+        Rules("endpoints"), resolve=resolve, on_refused=lambda *what: refused.append(what)
+    )
     async with serving() as server, egress:
         await egress.check(f"https://a.test:{server.port}/")
         with pytest.raises(EgressRefused):
@@ -202,20 +273,34 @@ async def test_a_name_that_changes_after_the_check_is_judged_again() -> None:
 
 
 async def test_the_connection_goes_to_the_address_that_was_judged() -> None:
-    """A connection asks the resolver once, so there is no second answer to be fooled by; a kept one asks no more."""
+    """A connection asks the resolver once, so there is no second answer to be fooled by; a kept one
+    asks no more.
+    """
     resolve, asked = names(["127.0.0.1"], ["10.0.0.1"])
-    async with serving() as server, Egress(Rules("endpoints", networks=LOOPBACK), resolve=resolve, keep_alive=60) as egress:
+    async with (
+        serving() as server,
+        Egress(Rules("endpoints", networks=LOOPBACK), resolve=resolve, keep_alive=60) as egress,
+    ):
         for _ in range(2):
-            assert (await egress.request("GET", f"http://a.test:{server.port}/", timeout=5)).status == 200
+            assert (
+                await egress.request("GET", f"http://a.test:{server.port}/", timeout=5)
+            ).status == 200
         assert (server.connections, len(server.requests), asked) == (1, 2, ["a.test"])
 
 
 async def test_a_connection_of_one_purpose_serves_no_other() -> None:
-    """A kept connection to a host is its purpose's own: another connects itself if it may, and is refused if it may not."""
+    """A kept connection to a host is its purpose's own: another connects itself if it may, and is
+    refused if it may not.
+    """
     resolve, _ = names(["127.0.0.1"])
-    made = [Egress(Rules(purpose, networks=LOOPBACK), resolve=resolve, keep_alive=60) for purpose in ("sandbox", "endpoints")]
+    made = [
+        Egress(Rules(purpose, networks=LOOPBACK), resolve=resolve, keep_alive=60)
+        for purpose in ("sandbox", "endpoints")
+    ]
     async with serving() as server, made[0] as one, made[1] as two:
-        async with Egress(Rules("task_callbacks", networks=(ip_network("10.0.0.0/8"),)), resolve=resolve) as closed:
+        async with Egress(
+            Rules("task_callbacks", networks=(ip_network("10.0.0.0/8"),)), resolve=resolve
+        ) as closed:
             url = f"http://a.test:{server.port}/"
             for egress in (one, two, one, two):
                 assert (await egress.request("GET", url, timeout=5)).status == 200
@@ -227,9 +312,14 @@ async def test_a_connection_of_one_purpose_serves_no_other() -> None:
 
 
 async def test_an_idle_connection_is_left_before_the_server_leaves_it() -> None:
-    """Servers close after 2 to 5 s at the soonest, and a submission that meets the close on its way may be paid for nothing."""
+    """Servers close after 2 to 5 s at the soonest, and a submission that meets the close on its way
+    may be paid for nothing.
+    """
     assert KEEP_ALIVE_S < 2
-    async with serving() as server, Egress(Rules("upstream", networks=LOOPBACK), keep_alive=0.05) as egress:
+    async with (
+        serving() as server,
+        Egress(Rules("upstream", networks=LOOPBACK), keep_alive=0.05) as egress,
+    ):
         await egress.request("POST", server.url, timeout=5)
         await wait_until(lambda: server.left)  # nobody asked for anything meanwhile
         await egress.request("POST", server.url, timeout=5)
@@ -242,7 +332,9 @@ async def test_plain_http_is_for_networks_alone() -> None:
     async with serving() as server:
         async with Egress(Rules("endpoints", networks=LOOPBACK), resolve=resolve) as egress:
             assert (await egress.request("GET", server.url, timeout=5)).body == b"ok"
-            assert (await egress.request("GET", f"http://A.test.:{server.port}", timeout=5)).body == b"ok"
+            assert (
+                await egress.request("GET", f"http://A.test.:{server.port}", timeout=5)
+            ).body == b"ok"
         assert b"host: a.test:" in server.requests[1].lower()
         async with Egress(Rules("endpoints"), resolve=resolve) as egress:
             with pytest.raises(EgressRefused, match="plain http"):
@@ -250,12 +342,23 @@ async def test_plain_http_is_for_networks_alone() -> None:
         assert len(server.requests) == 2
 
 
-async def test_an_http_link_out_of_the_networks_is_fetched_by_https(tls: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
-    """With `upgrade` the first look decides for https, and what is connected to then is judged as https."""
+async def test_an_http_link_out_of_the_networks_is_fetched_by_https(
+    tls: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    """With `upgrade` the first look decides for https, and what is connected to then is judged as
+    https.
+    """
     resolve, _ = names(["1.1.1.1"], ["127.0.0.1"])
     egress = Egress(Rules("results", networks=LOOPBACK, upgrade=True), resolve=resolve, tls=tls[1])
-    async with serving(tls=tls[0]) as server, egress, egress.stream("GET", f"http://a.test:{server.port}/x", timeout=5, idle=5) as got:
-        assert (got.url, b"".join([chunk async for chunk in got.chunks()])) == (f"https://a.test:{server.port}/x", b"ok")
+    async with (
+        serving(tls=tls[0]) as server,
+        egress,
+        egress.stream("GET", f"http://a.test:{server.port}/x", timeout=5, idle=5) as got,
+    ):
+        assert (got.url, b"".join([chunk async for chunk in got.chunks()])) == (
+            f"https://a.test:{server.port}/x",
+            b"ok",
+        )
 
 
 async def test_a_proxy_of_the_environment_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +373,8 @@ async def test_a_proxy_of_the_environment_is_ignored(monkeypatch: pytest.MonkeyP
         assert (proxy.connections, server.connections) == (0, 2)
 
 
-# --- redirects --------------------------------------------------------------------------------------------------------
+# --- redirects
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("location", ["http://10.0.0.1/", "//[bad/", "ftp://a/", "\\\\x", ""])
@@ -278,13 +382,23 @@ async def test_a_redirect_is_an_answer_unless_the_rules_follow_it(location: str)
     """With no redirects allowed a 3xx comes back as it is, whatever it points to."""
     async with serving(redirect(location)) as server, open_egress() as egress:
         response = await egress.request("POST", server.url, timeout=5)
-        assert (response.status, response.headers["location"], len(server.requests)) == (302, location, 1)
+        assert (response.status, response.headers["location"], len(server.requests)) == (
+            302,
+            location,
+            1,
+        )
 
 
 @pytest.mark.parametrize(
     "location",
     [
-        *("http://127.0.0.2:{port}/", "http://2130706433:{port}/", "http://0x7f.1:{port}/", "http://b.test:{port}/", "//127.0.0.2:{port}/"),
+        *(
+            "http://127.0.0.2:{port}/",
+            "http://2130706433:{port}/",
+            "http://0x7f.1:{port}/",
+            "http://b.test:{port}/",
+            "//127.0.0.2:{port}/",
+        ),
         *(
             "http://u@127.0.0.1:{port}/",
             "ftp://127.0.0.1:{port}/",
@@ -297,9 +411,20 @@ async def test_a_redirect_is_an_answer_unless_the_rules_follow_it(location: str)
     ],
 )
 async def test_every_redirect_is_judged_anew(location: str) -> None:
-    """A redirect to what the rules forbid (host list, address, notation, scheme) ends the call, and nothing goes there."""
-    rules = Rules("results", networks=(ip_network("127.0.0.1/32"),), hosts=("127.0.0.1", "127.0.0.2", "10.0.0.1"), redirects=5)
-    async with serving() as there, Egress(rules) as egress, serving(redirect(location.format(port=there.port))) as here:
+    """A redirect to what the rules forbid (host list, address, notation, scheme) ends the call, and
+    nothing goes there.
+    """
+    rules = Rules(
+        "results",
+        networks=(ip_network("127.0.0.1/32"),),
+        hosts=("127.0.0.1", "127.0.0.2", "10.0.0.1"),
+        redirects=5,
+    )
+    async with (
+        serving() as there,
+        Egress(rules) as egress,
+        serving(redirect(location.format(port=there.port))) as here,
+    ):
         with pytest.raises(EgressRefused):
             await egress.request("GET", here.url, timeout=5)
         assert (there.connections, len(here.requests)) == (0, 1)
@@ -322,14 +447,19 @@ async def test_a_get_follows_as_many_redirects_as_the_rules_say() -> None:
 
 
 async def test_credentials_stay_with_whom_they_were_meant_for() -> None:
-    """Across origins a redirect drops the key and every header that is not known to be harmless; within one it keeps them."""
+    """Across origins a redirect drops the key and every header that is not known to be harmless;
+    within one it keeps them.
+    """
     sent = {"Authorization": "Bearer k", "X-Api-Key": "k", "Cookie": "k", "Accept": "image/*"}
     async with serving() as other, open_egress(redirects=1) as egress:
         async with serving(redirect(f"{other.url}/")) as server:
             await egress.request("GET", server.url, headers=sent, timeout=5)
         assert b"Bearer k" in server.requests[0]
         assert b"image/*" in other.requests[0]
-        assert not any(word in other.requests[0].lower() for word in (b"authorization", b"x-api-key", b"cookie"))
+        assert not any(
+            word in other.requests[0].lower()
+            for word in (b"authorization", b"x-api-key", b"cookie")
+        )
 
     async def same(request: bytes, send: Write) -> bool:
         await send(OK if b"/there" in request else redirect("/there"))
@@ -340,14 +470,23 @@ async def test_credentials_stay_with_whom_they_were_meant_for() -> None:
         assert b"Bearer k" in server.requests[1]
 
 
-# --- what is sent and read --------------------------------------------------------------------------------------------
+# --- what is sent and read
+# --------------------------------------------------------------------------------------------
 
 
 async def test_a_request_leaves_as_it_was_written() -> None:
-    """Method, path, query, body and headers arrive unchanged; the client names itself and asks for an undecoded body."""
+    """Method, path, query, body and headers arrive unchanged; the client names itself and asks for
+    an undecoded body.
+    """
     async with serving() as server, open_egress() as egress:
         url = f"{server.url}/a%2Fb%7E//c?X=%2F%7E%40a+b%20c&d=%E4%BD%A0,;:@!$'()*"
-        response = await egress.request("POST", url, headers={"X-One": "1", "Accept-Encoding": "gzip"}, content=b'{"a":1}', timeout=5)
+        response = await egress.request(
+            "POST",
+            url,
+            headers={"X-One": "1", "Accept-Encoding": "gzip"},
+            content=b'{"a":1}',
+            timeout=5,
+        )
         head, body = server.requests[0].split(b"\r\n\r\n")
         lines = head.lower().split(b"\r\n")
         assert head.split(b" ")[:2] == [b"POST", url.removeprefix(server.url).encode()]
@@ -355,7 +494,11 @@ async def test_a_request_leaves_as_it_was_written() -> None:
         assert any(line.startswith(b"user-agent: darkroom/") for line in lines)
         assert {b"x-one: 1", b"accept-encoding: identity", b"content-length: 7"} <= set(lines)
         assert sum(line.startswith(b"host:") for line in lines) == 1
-        assert (response.status, response.headers["content-length"], response.truncated) == (200, "2", False)
+        assert (response.status, response.headers["content-length"], response.truncated) == (
+            200,
+            "2",
+            False,
+        )
         assert response.duration > 0
 
 
@@ -390,7 +533,10 @@ async def test_an_answer_that_comes_before_the_body_was_read_counts() -> None:
 
 async def test_no_cookie_is_kept() -> None:
     """What one call was told is not sent with the next: calls belong to different owners."""
-    async with serving(b"HTTP/1.1 204 No\r\nSet-Cookie: a=1\r\n\r\n") as server, open_egress() as egress:
+    async with (
+        serving(b"HTTP/1.1 204 No\r\nSet-Cookie: a=1\r\n\r\n") as server,
+        open_egress() as egress,
+    ):
         await egress.request("GET", server.url, timeout=5)
         await egress.request("GET", server.url, timeout=5)
         assert not any(b"cookie" in request.lower() for request in server.requests)
@@ -399,7 +545,10 @@ async def test_no_cookie_is_kept() -> None:
 async def test_a_compressed_body_is_left_as_it_is() -> None:
     """A body that would swell is never decoded."""
     bomb = gzip.compress(bytes(1 << 20))
-    answer = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb
+    answer = (
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb)
+        + bomb
+    )
     async with serving(answer) as server, open_egress() as egress:
         response = await egress.request("GET", server.url, timeout=5)
         assert (response.body, response.headers["content-encoding"]) == (bomb, "gzip")
@@ -430,7 +579,10 @@ async def test_an_endless_body_ends_at_the_limit() -> None:
 async def test_a_stream_gives_the_body_in_pieces() -> None:
     """All bytes arrive in order, over TLS as well; leaving early harms nothing."""
     body = bytes(range(256)) * 4096
-    answer = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    answer = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n" % len(body)
+        + body
+    )
     async with serving(answer) as server, open_egress() as egress:
         async with egress.stream("GET", server.url, timeout=5, idle=5) as got:
             assert (got.status, got.headers["content-type"]) == (200, "image/png")
@@ -439,7 +591,8 @@ async def test_a_stream_gives_the_body_in_pieces() -> None:
             assert await anext(got.chunks())
 
 
-# --- failures ---------------------------------------------------------------------------------------------------------
+# --- failures
+# --------------------------------------------------------------------------------------------------
 
 
 async def test_a_refused_connection_is_not_connected() -> None:
@@ -448,7 +601,11 @@ async def test_a_refused_connection_is_not_connected() -> None:
         taken.bind(("127.0.0.1", 0))
         async with open_egress() as egress:
             with pytest.raises(NotConnected, match=r"^127\.0\.0\.1: Connect") as caught:
-                await egress.request("POST", f"http://127.0.0.1:{taken.getsockname()[1]}/secret?key=secret", timeout=5)
+                await egress.request(
+                    "POST",
+                    f"http://127.0.0.1:{taken.getsockname()[1]}/secret?key=secret",
+                    timeout=5,
+                )
     assert "secret" not in str(caught.value)
 
 
@@ -464,17 +621,33 @@ async def test_a_name_that_cannot_be_resolved_in_time_is_not_connected() -> None
             await egress.request("POST", "https://a.test/", timeout=0.05)
 
 
-async def test_a_tls_handshake_that_fails_or_stalls_is_not_connected(tls: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
-    """An untrusted certificate, another name, a server without TLS, and one that says nothing: the request was never sent."""
+async def test_a_tls_handshake_that_fails_or_stalls_is_not_connected(
+    tls: tuple[ssl.SSLContext, ssl.SSLContext],
+) -> None:
+    """An untrusted certificate, another name, a server without TLS, and one that says nothing: the
+    request was never sent.
+    """
     resolve, _ = names(["127.0.0.1"])
 
     async def quiet(*_: object) -> bool:
         return bool(await asyncio.Event().wait())
 
-    async with serving(tls=tls[0]) as server, serving(b"no TLS here") as plain, serving(quiet) as silent:
-        async with Egress(Rules("upstream", networks=LOOPBACK), resolve=resolve, tls=tls[1]) as egress:
-            assert (await egress.request("GET", f"https://a.test:{server.port}/", timeout=5)).body == b"ok"
-            for host, port, limit in (("b.test", server.port, 5), ("a.test", plain.port, 0.1), ("a.test", silent.port, 0.1)):
+    async with (
+        serving(tls=tls[0]) as server,
+        serving(b"no TLS here") as plain,
+        serving(quiet) as silent,
+    ):
+        async with Egress(
+            Rules("upstream", networks=LOOPBACK), resolve=resolve, tls=tls[1]
+        ) as egress:
+            assert (
+                await egress.request("GET", f"https://a.test:{server.port}/", timeout=5)
+            ).body == b"ok"
+            for host, port, limit in (
+                ("b.test", server.port, 5),
+                ("a.test", plain.port, 0.1),
+                ("a.test", silent.port, 0.1),
+            ):
                 with pytest.raises(NotConnected):
                     await egress.request("POST", f"https://{host}:{port}/", timeout=limit)
         async with Egress(Rules("upstream", networks=LOOPBACK), resolve=resolve) as egress:
@@ -490,16 +663,24 @@ async def test_a_full_pool_is_not_connected() -> None:
         await send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n")
         return bool(await asyncio.Event().wait())
 
-    async with serving(answer) as server, Egress(Rules("upstream", networks=LOOPBACK), connections=1) as egress:
+    async with (
+        serving(answer) as server,
+        Egress(Rules("upstream", networks=LOOPBACK), connections=1) as egress,
+    ):
         async with egress.stream("GET", server.url, timeout=5, idle=5):
             with pytest.raises(NotConnected, match="in time"):
                 await egress.request("POST", server.url, timeout=0.05)
         assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\nContent-Le", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"])
+@pytest.mark.parametrize(
+    "begin",
+    [b"", b"HTTP/1.1 200 OK\r\nContent-Le", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"],
+)
 async def test_no_whole_answer_in_time_is_a_timeout(begin: bytes) -> None:
-    """Once the request may have left, the limit is CallTimedOut: before, in and after the head of the answer."""
+    """Once the request may have left, the limit is CallTimedOut: before, in and after the head of
+    the answer.
+    """
 
     async def answer(_: bytes, send: Write) -> bool:
         await send(begin)
@@ -521,7 +702,9 @@ async def test_no_whole_answer_in_time_is_a_timeout(begin: bytes) -> None:
     ],
 )
 async def test_a_broken_answer_is_a_lost_connection(begin: bytes) -> None:
-    """A connection that ends before, in the midst of, or instead of an answer: the other side may have acted."""
+    """A connection that ends before, in the midst of, or instead of an answer: the other side may
+    have acted.
+    """
 
     async def answer(_: bytes, send: Write) -> bool:
         await send(begin)
@@ -552,7 +735,9 @@ async def read(got: Streamed) -> bytes:
 
 @pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"])
 async def test_a_stream_that_falls_silent_is_a_timeout(begin: bytes) -> None:
-    """`idle` seconds without a byte end a stream long before its whole time is over, in the head as in the body."""
+    """`idle` seconds without a byte end a stream long before its whole time is over, in the head as
+    in the body.
+    """
 
     async def answer(_: bytes, send: Write) -> bool:
         await send(begin)
@@ -589,7 +774,11 @@ async def test_a_stream_that_breaks_is_a_lost_connection() -> None:
         await send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf")
         return False
 
-    async with serving(answer) as server, open_egress() as egress, egress.stream("GET", server.url, timeout=5, idle=5) as got:
+    async with (
+        serving(answer) as server,
+        open_egress() as egress,
+        egress.stream("GET", server.url, timeout=5, idle=5) as got,
+    ):
         chunks = got.chunks()
         assert await anext(chunks) == b"half"
         with pytest.raises(ConnectionLost):
@@ -607,7 +796,10 @@ async def test_an_error_of_the_reader_passes_unchanged() -> None:
 async def test_the_command_lines_client_sends_its_key_and_follows_nothing() -> None:
     """It talks to the service it was given, with the key if there is one."""
     async with serving(redirect("http://127.0.0.1:1/")) as server:
-        with service_client(server.url, "sk-1") as client, service_client(server.url, None) as stranger:
+        with (
+            service_client(server.url, "sk-1") as client,
+            service_client(server.url, None) as stranger,
+        ):
             assert (await asyncio.to_thread(client.get, "/v1/tasks")).status_code == 302
             await asyncio.to_thread(stranger.get, "/v1/tasks")
         assert b"Bearer sk-1" in server.requests[0]

@@ -1,4 +1,6 @@
-"""What an owner does with endpoints and deliveries by hand: other secrets, test sends, one attempt more."""
+"""What an owner does with endpoints and deliveries by hand: other secrets, test sends, one attempt
+more.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -34,7 +36,10 @@ async def shop() -> AsyncIterator[Subscriber]:
 
 
 async def subscribed(client: httpx.AsyncClient, shop: Subscriber, **more: Any) -> JSON:
-    answer = await client.post("/v1/endpoints", json={"url": f"{shop.url}/hooks", "types": ["image.task.completed"], **more})
+    answer = await client.post(
+        "/v1/endpoints",
+        json={"url": f"{shop.url}/hooks", "types": ["image.task.completed"], **more},
+    )
     return got(answer, 201)
 
 
@@ -56,11 +61,16 @@ async def received(shop: Subscriber, count: int) -> None:
 
 def signed(shop: Subscriber, number: int, secret: str) -> bool:
     got = shop.received[number]
-    return isinstance(verify_webhook([secret], got.headers, got.body, int(got.headers["webhook-timestamp"])), Verified)
+    return isinstance(
+        verify_webhook([secret], got.headers, got.body, int(got.headers["webhook-timestamp"])),
+        Verified,
+    )
 
 
 async def test_both_secrets_sign_while_they_overlap(here: World, shop: Subscriber) -> None:
-    """After `rotate` a receiver with the old secret and one with the new take the same request; after the overlap only the new."""
+    """After `rotate` a receiver with the old secret and one with the new take the same request;
+    after the overlap only the new.
+    """
     async with here.owner() as client:
         endpoint = await subscribed(client, shop)
         rotated = got(await client.post(f"/v1/endpoints/{endpoint['id']}/rotate"))
@@ -69,11 +79,19 @@ async def test_both_secrets_sign_while_they_overlap(here: World, shop: Subscribe
         await client.post(f"/v1/endpoints/{endpoint['id']}/test")
         assert signed(shop, 0, endpoint["secret"])
         assert signed(shop, 0, rotated["secret"])
-        last = got(await client.post(f"/v1/endpoints/{endpoint['id']}/rotate", json={"overlap_s": 0}))
+        last = got(
+            await client.post(f"/v1/endpoints/{endpoint['id']}/rotate", json={"overlap_s": 0})
+        )
         await client.post(f"/v1/endpoints/{endpoint['id']}/test")
-        assert [signed(shop, 1, secret) for secret in (endpoint["secret"], rotated["secret"], last["secret"])] == [False, False, True]
+        assert [
+            signed(shop, 1, secret)
+            for secret in (endpoint["secret"], rotated["secret"], last["secret"])
+        ] == [False, False, True]
         refused(
-            await client.post(f"/v1/endpoints/{endpoint['id']}/rotate", json={"overlap_s": -1}), 400, "invalid_request", param="overlap_s"
+            await client.post(f"/v1/endpoints/{endpoint['id']}/rotate", json={"overlap_s": -1}),
+            400,
+            "invalid_request",
+            param="overlap_s",
         )
 
 
@@ -86,13 +104,19 @@ async def test_a_test_send_answers_the_attempt(here: World, shop: Subscriber) ->
         assert shop.received[0].headers["webhook-id"].startswith("evt_")
         shop.answer = lambda _n, _request: Response("no", status_code=500)
         attempt = got(await here.client.post(f"/v1/endpoints/{endpoint['id']}/test"))
-        assert (attempt["status"], attempt["error"], attempt["answer"]) == (500, "answered 500", "no")
+        assert (attempt["status"], attempt["error"], attempt["answer"]) == (
+            500,
+            "answered 500",
+            "no",
+        )
         assert got(await client.get("/v1/events"))["data"] == []
         assert got(await client.get("/v1/deliveries"))["data"] == []
 
 
 async def test_a_retry_by_hand_is_one_attempt_now(here: World, shop: Subscriber) -> None:
-    """Of a dead delivery and of a delivered one: with the same id, and answered with what came of it."""
+    """Of a dead delivery and of a delivered one: with the same id, and answered with what came of
+    it.
+    """
     shop.answer = lambda n, _request: Response(status_code=500 if n < 3 else 204)
     async with here.owner() as client:
         endpoint = await subscribed(client, shop)
@@ -100,16 +124,26 @@ async def test_a_retry_by_hand_is_one_attempt_now(here: World, shop: Subscriber)
         [dead] = await deliveries(client, 1, state="dead")
         assert len(dead["attempts"]) == 2
         still = got(await client.post(f"/v1/deliveries/{dead['id']}/retry"))
-        assert (still["state"], len(still["attempts"]), still["attempts"][-1]["status"]) == ("dead", 3, 500)
+        assert (still["state"], len(still["attempts"]), still["attempts"][-1]["status"]) == (
+            "dead",
+            3,
+            500,
+        )
         for count in (4, 5):
             delivered = got(await client.post(f"/v1/deliveries/{dead['id']}/retry"))
-            assert (delivered["state"], len(delivered["attempts"]), delivered["attempts"][-1]["error"]) == ("delivered", count, None)
+            assert (
+                delivered["state"],
+                len(delivered["attempts"]),
+                delivered["attempts"][-1]["error"],
+            ) == ("delivered", count, None)
         assert len({request.headers["webhook-id"] for request in shop.received}) == 1
         assert (await client.delete(f"/v1/endpoints/{endpoint['id']}")).status_code == 204
         refused(await client.post(f"/v1/deliveries/{dead['id']}/retry"), 409, "nothing_to_send")
 
 
-async def test_what_came_of_a_retry_by_hand_is_logged_counted_and_heeded(here: World, shop: Subscriber) -> None:
+async def test_what_came_of_a_retry_by_hand_is_logged_counted_and_heeded(
+    here: World, shop: Subscriber
+) -> None:
     """As of a planned attempt: 410 disables."""
     shop.answer = lambda n, _request: Response(status_code=204 if n == 0 else 410)
     async with here.owner() as client:
@@ -119,16 +153,23 @@ async def test_what_came_of_a_retry_by_hand_is_logged_counted_and_heeded(here: W
         counter = here.context.resources.metrics.deliveries.labels("gone")
         before = counter._value.get()
         with capture_logs() as lines:
-            assert len(got(await client.post(f"/v1/deliveries/{done['id']}/retry"))["attempts"]) == 2
+            assert (
+                len(got(await client.post(f"/v1/deliveries/{done['id']}/retry"))["attempts"]) == 2
+            )
         assert counter._value.get() == before + 1
         (line,) = [line for line in lines if line["event"] == "delivery.attempted"]
-        figures = [line[name] for name in ("task_id", "endpoint_id", "event_id", "status", "result", "attempt")]
+        figures = [
+            line[name]
+            for name in ("task_id", "endpoint_id", "event_id", "status", "result", "attempt")
+        ]
         assert figures == [task["id"], endpoint["id"], done["event"], 410, "gone", 0]
         assert got(await client.get(f"/v1/endpoints/{endpoint['id']}"))["status"] == "disabled"
         assert got(await client.get(f"/v1/deliveries/{done['id']}"))["state"] == "delivered"
 
 
-async def test_of_rotations_at_once_each_answers_a_secret_that_signs(here: World, shop: Subscriber) -> None:
+async def test_of_rotations_at_once_each_answers_a_secret_that_signs(
+    here: World, shop: Subscriber
+) -> None:
     """None is lost: every secret that somebody was shown signs during the overlap."""
     async with here.owner() as client:
         endpoint = await subscribed(client, shop)
@@ -151,23 +192,39 @@ async def test_secrets_are_encrypted_at_rest(here: World, shop: Subscriber) -> N
         own = got(await client.post("/v1/keys/rotate-secret"))
     stored = b"".join(path.read_bytes() for path in here.settings.data_dir.glob("darkroom.db*"))
     assert endpoint["id"].encode() in stored
-    for secret in (endpoint["secret"], rotated["secret"], key["callback_secret"], own["callback_secret"]):
+    for secret in (
+        endpoint["secret"],
+        rotated["secret"],
+        key["callback_secret"],
+        own["callback_secret"],
+    ):
         assert secret.removeprefix("whsec_").rstrip("=").encode() not in stored
 
 
 @pytest.mark.parametrize("status", ["paused", "disabled"])
-async def test_a_retry_by_hand_is_sent_whatever_the_endpoints_status(here: World, shop: Subscriber, status: str) -> None:
-    """Of a delivery that is held, and of one that is dead because its endpoint was disabled: sent, and delivered."""
+async def test_a_retry_by_hand_is_sent_whatever_the_endpoints_status(
+    here: World, shop: Subscriber, status: str
+) -> None:
+    """Of a delivery that is held, and of one that is dead because its endpoint was disabled: sent,
+    and delivered.
+    """
     async with here.owner(name=f"hand-{status}") as client:
         path = f"/v1/endpoints/{(await subscribed(client, shop))['id']}"
         got(await client.patch(path, json={"status": "paused"}))
         await emitted(here.context.resources.store, 1, "image.task.completed", f"hand-{status}")
         [held] = await deliveries(client, 1)
         got(await client.patch(path, json={"status": status}))
-        assert got(await client.get(f"/v1/deliveries/{held['id']}"))["state"] == {"paused": "pending", "disabled": "dead"}[status]
+        assert (
+            got(await client.get(f"/v1/deliveries/{held['id']}"))["state"]
+            == {"paused": "pending", "disabled": "dead"}[status]
+        )
         got(await client.post(f"{path}/test"))
         done = got(await client.post(f"/v1/deliveries/{held['id']}/retry"))
-        assert (done["state"], done["next_attempt_at"], [each["status"] for each in done["attempts"]]) == ("delivered", None, [204])
+        assert (
+            done["state"],
+            done["next_attempt_at"],
+            [each["status"] for each in done["attempts"]],
+        ) == ("delivered", None, [204])
         assert [request.headers["webhook-id"] for request in shop.received][1:] == [held["event"]]
         assert got(await client.get(path))["status"] == status
         got(await client.patch(path, json={"status": "enabled"}))
@@ -175,16 +232,24 @@ async def test_a_retry_by_hand_is_sent_whatever_the_endpoints_status(here: World
         assert len(shop.received) == 2
 
 
-async def test_a_retry_by_hand_while_an_attempt_is_under_way_is_sent_too(here: World, shop: Subscriber) -> None:
-    """Never swallowed: it arrives, the delivery is delivered, and what comes of the other changes that no more."""
+async def test_a_retry_by_hand_while_an_attempt_is_under_way_is_sent_too(
+    here: World, shop: Subscriber
+) -> None:
+    """Never swallowed: it arrives, the delivery is delivered, and what comes of the other changes
+    that no more.
+    """
     released = asyncio.Event()
-    shop.answer = lambda n, _request: After(released.wait, Response(status_code=500)) if n == 0 else Response(status_code=204)
+    shop.answer = lambda n, _request: (
+        After(released.wait, Response(status_code=500)) if n == 0 else Response(status_code=204)
+    )
     async with here.owner(name="impatient") as client:
         await subscribed(client, shop)
         await emitted(here.context.resources.store, 1, "image.task.completed", "impatient")
         await received(shop, 1)
         [pending] = await deliveries(client, 1, state="pending")
-        assert got(await client.post(f"/v1/deliveries/{pending['id']}/retry"))["state"] == "delivered"
+        assert (
+            got(await client.post(f"/v1/deliveries/{pending['id']}/retry"))["state"] == "delivered"
+        )
         released.set()
 
         async def both() -> JSON | None:
@@ -192,18 +257,27 @@ async def test_a_retry_by_hand_while_an_attempt_is_under_way_is_sent_too(here: W
             return found if len(found["attempts"]) == 2 else None
 
         found = await wait_until(both)
-        assert (found["state"], sorted(each["status"] for each in found["attempts"])) == ("delivered", [204, 500])
+        assert (found["state"], sorted(each["status"] for each in found["attempts"])) == (
+            "delivered",
+            [204, 500],
+        )
         assert len({request.headers["webhook-id"] for request in shop.received}) == 1
 
 
-async def test_attempts_by_hand_are_bounded(here: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An owner whose subscriber hangs is told to come back, with `Retry-After`; another's are sent."""
+async def test_attempts_by_hand_are_bounded(
+    here: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An owner whose subscriber hangs is told to come back, with `Retry-After`; another's are
+    sent.
+    """
     monkeypatch.setattr(limits, "BY_HAND_EACH", 2)
     monkeypatch.setattr(limits, "BY_HAND", 3)
     released = asyncio.Event()
     shop.answer = lambda _n, _request: After(released.wait, Response(status_code=204))
     async with here.owner() as client, here.owner() as other:
-        path, others = [f"/v1/endpoints/{(await subscribed(each, shop))['id']}/test" for each in (client, other)]
+        path, others = [
+            f"/v1/endpoints/{(await subscribed(each, shop))['id']}/test" for each in (client, other)
+        ]
         hanging = [asyncio.create_task(client.post(path)) for _ in range(2)]
         await received(shop, 2)
         refused(await client.post(path), 429, "rate_limit_exceeded")
@@ -215,20 +289,38 @@ async def test_attempts_by_hand_are_bounded(here: World, shop: Subscriber, monke
         assert got(await client.post(path))["status"] == 204
 
 
-async def test_nobody_elses_endpoints_and_deliveries_are_there(here: World, shop: Subscriber) -> None:
-    """Whatever is asked: 404, and nothing is sent or changed; without `subscribe` it is 403. An admin sees everybody's."""
-    async with here.owner(name="mine") as client, here.owner() as stranger, here.owner("read", "submit", name="mine") as reader:
+async def test_nobody_elses_endpoints_and_deliveries_are_there(
+    here: World, shop: Subscriber
+) -> None:
+    """Whatever is asked: 404, and nothing is sent or changed; without `subscribe` it is 403. An
+    admin sees everybody's.
+    """
+    async with (
+        here.owner(name="mine") as client,
+        here.owner() as stranger,
+        here.owner("read", "submit", name="mine") as reader,
+    ):
         endpoint = await subscribed(client, shop)
         await emitted(here.context.resources.store, 1, "image.task.completed", "mine")
         [delivery] = await deliveries(client, 1, state="delivered")
         path, one = f"/v1/endpoints/{endpoint['id']}", f"/v1/deliveries/{delivery['id']}"
-        asked = [("GET", path), ("PATCH", path), ("DELETE", path), ("POST", f"{path}/rotate"), ("POST", f"{path}/test")]
+        asked = [
+            ("GET", path),
+            ("PATCH", path),
+            ("DELETE", path),
+            ("POST", f"{path}/rotate"),
+            ("POST", f"{path}/test"),
+        ]
         asked += [("POST", f"{path}/replay"), ("GET", one), ("POST", f"{one}/retry")]
         for method, where in asked:
             code = "endpoint_not_found" if where.startswith(path) else "delivery_not_found"
             refused(await stranger.request(method, where, json={}), 404, code)
             refused(await reader.request(method, where, json={}), 403, "permission_denied")
-        assert got(await stranger.get("/v1/endpoints"))["data"] == got(await stranger.get("/v1/deliveries"))["data"] == []
+        assert (
+            got(await stranger.get("/v1/endpoints"))["data"]
+            == got(await stranger.get("/v1/deliveries"))["data"]
+            == []
+        )
         assert len(shop.received) == 1
         assert got(await here.client.get(path))["id"] == endpoint["id"]
         assert got(await here.client.get(one))["id"] == delivery["id"]

@@ -1,4 +1,6 @@
-"""EvoLink's adapter over real connections: what is sent, and what becomes of every way an answer can fail to come."""
+"""EvoLink's adapter over real connections: what is sent, and what becomes of every way an answer
+can fail to come.
+"""
 
 import asyncio
 import json
@@ -14,7 +16,16 @@ import pytest
 from service.egress import Egress, Rules
 from service.errors import CallTimedOut, ConnectionLost, EgressRefused, NotConnected
 from service.model import Report, Status
-from service.upstreams import Accepted, Call, Found, NoAnswer, NotCreated, NotFound, Refused, Uncertain
+from service.upstreams import (
+    Accepted,
+    Call,
+    Found,
+    NoAnswer,
+    NotCreated,
+    NotFound,
+    Refused,
+    Uncertain,
+)
 from service.upstreams.evolink import EvoLink
 
 LOOPBACK = Rules("upstream", networks=(ip_network("127.0.0.0/8"),))
@@ -25,7 +36,9 @@ ODD = '{ "prompt":"雪",  "n" : 1.0 }\n'.encode()  # not as any library would wr
 
 @dataclass(frozen=True)
 class Script:
-    """What the server sends, and how it goes on: it closes, waits for the client to leave, or resets the connection."""
+    """What the server sends, and how it goes on: it closes, waits for the client to leave, or
+    resets the connection.
+    """
 
     data: bytes
     ending: Literal["close", "wait", "reset"] = "close"
@@ -37,7 +50,11 @@ def answer(status: int, body: bytes = b"", *headers: str) -> Script:
 
 
 HALF = b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n" + SUBMITTED
-HALF_CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + f"{len(SUBMITTED):x}\r\n".encode() + SUBMITTED
+HALF_CHUNKED = (
+    b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    + f"{len(SUBMITTED):x}\r\n".encode()
+    + SUBMITTED
+)
 TLS = b"\x16"  # the first byte of a handshake
 NO_HTTP = b"SSH-2.0-OpenSSH_9.2\r\n\r\n"
 
@@ -61,7 +78,9 @@ class Wire:
                 raise ConnectionError("no TLS is spoken here")
             head = (first + await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
             line, *fields = head.strip().split("\r\n")
-            headers = {name.lower(): value for name, value in (each.split(": ", 1) for each in fields)}
+            headers = {
+                name.lower(): value for name, value in (each.split(": ", 1) for each in fields)
+            }
             body = await reader.readexactly(int(headers.get("content-length", 0)))
             self.requests.append((line, headers, body))
             writer.write(self.script.data)
@@ -85,23 +104,40 @@ async def wired(script: Script) -> AsyncIterator[Wire]:
 
 
 @asynccontextmanager
-async def evolink(base_url: str, calls: list[Call] | None = None, rules: Rules = LOOPBACK, timeout: float = 10) -> AsyncIterator[EvoLink]:
+async def evolink(
+    base_url: str, calls: list[Call] | None = None, rules: Rules = LOOPBACK, timeout: float = 10
+) -> AsyncIterator[EvoLink]:
     async with Egress(rules) as egress:
-        yield EvoLink(egress, base_url, "sk-test", timeout, timeout, calls.append if calls is not None else None, now=lambda: 0.0)
+        yield EvoLink(
+            egress,
+            base_url,
+            "sk-test",
+            timeout,
+            timeout,
+            calls.append if calls is not None else None,
+            now=lambda: 0.0,
+        )
 
 
 @pytest.fixture
 def nobody() -> Iterator[str]:
-    """An address on which nobody listens: the port is taken, so that nobody else gets it meanwhile."""
+    """An address on which nobody listens: the port is taken, so that nobody else gets it
+    meanwhile.
+    """
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 async def test_a_submission_is_sent_byte_for_byte() -> None:
-    """The stored body, the task's id as idempotency key, our key; the call is told with its request id."""
+    """The stored body, the task's id as idempotency key, our key; the call is told with its request
+    id.
+    """
     calls: list[Call] = []
-    async with wired(answer(200, SUBMITTED, "X-Request-Id: r-1")) as wire, evolink(wire.url + "/", calls) as upstream:
+    async with (
+        wired(answer(200, SUBMITTED, "X-Request-Id: r-1")) as wire,
+        evolink(wire.url + "/", calls) as upstream,
+    ):
         assert await upstream.submit(ODD, "task_abc") == ACCEPTED
     ((line, headers, body),) = wire.requests
     assert line == "POST /v1/images/generations HTTP/1.1"
@@ -109,44 +145,73 @@ async def test_a_submission_is_sent_byte_for_byte() -> None:
     assert headers["authorization"] == "Bearer sk-test"
     assert headers["idempotency-key"] == "task_abc"
     assert headers["content-type"] == "application/json"
-    assert [(call.kind, call.status, call.outcome, call.request_id) for call in calls] == [("submit", 200, "accepted", "r-1")]
+    assert [(call.kind, call.status, call.outcome, call.request_id) for call in calls] == [
+        ("submit", 200, "accepted", "r-1")
+    ]
     assert 0 < calls[0].duration < 10
 
 
 async def test_a_query_asks_for_one_path_segment() -> None:
-    """Whatever the upstream's id holds, it cannot lead to another path; there is no body and no idempotency key."""
+    """Whatever the upstream's id holds, it cannot lead to another path; there is no body and no
+    idempotency key.
+    """
     calls: list[Call] = []
-    found = json.dumps({"id": "a/../b?c%2f", "status": "completed", "results": ["https://files.evolink.ai/1.png"]}).encode()
+    found = json.dumps(
+        {"id": "a/../b?c%2f", "status": "completed", "results": ["https://files.evolink.ai/1.png"]}
+    ).encode()
     async with wired(answer(200, found)) as wire, evolink(wire.url, calls) as upstream:
         outcome = await upstream.query("a/../b?c%2f")
-    assert outcome == Found(Report(upstream_id="a/../b?c%2f", status=Status.COMPLETED, results=("https://files.evolink.ai/1.png",)))
+    assert outcome == Found(
+        Report(
+            upstream_id="a/../b?c%2f",
+            status=Status.COMPLETED,
+            results=("https://files.evolink.ai/1.png",),
+        )
+    )
     ((line, headers, body),) = wire.requests
     assert (line, body) == ("GET /v1/tasks/a%2F..%2Fb%3Fc%252f HTTP/1.1", b"")
     assert headers["authorization"] == "Bearer sk-test"
     assert "idempotency-key" not in headers
-    assert [(call.kind, call.status, call.outcome, call.request_id) for call in calls] == [("query", 200, "found", None)]
+    assert [(call.kind, call.status, call.outcome, call.request_id) for call in calls] == [
+        ("query", 200, "found", None)
+    ]
 
 
 async def test_an_unknown_task_is_not_found() -> None:
     """The upstream's 404 in its own words."""
     calls: list[Call] = []
-    async with wired(answer(404, b'{"error": {"code": "task_not_found"}}')) as wire, evolink(wire.url, calls) as upstream:
+    async with (
+        wired(answer(404, b'{"error": {"code": "task_not_found"}}')) as wire,
+        evolink(wire.url, calls) as upstream,
+    ):
         assert await upstream.query("task-unified-1") == NotFound()
     assert [call.outcome for call in calls] == ["not_found"]
 
 
 @pytest.mark.parametrize(
-    ("path", "kind"), [("/v1/credits", "credits"), ("/v1/models", "models"), ("/v1/tasks/task-unified-9", "passthrough")]
+    ("path", "kind"),
+    [
+        ("/v1/credits", "credits"),
+        ("/v1/models", "models"),
+        ("/v1/tasks/task-unified-9", "passthrough"),
+    ],
 )
 @pytest.mark.parametrize("status", [200, 401, 503])
-async def test_a_passed_through_answer_is_the_upstreams_own(path: str, kind: str, status: int) -> None:
+async def test_a_passed_through_answer_is_the_upstreams_own(
+    path: str, kind: str, status: int
+) -> None:
     """Status and body as they came, whatever they say."""
     calls: list[Call] = []
-    async with wired(answer(status, b'{"success": true}')) as wire, evolink(wire.url, calls) as upstream:
+    async with (
+        wired(answer(status, b'{"success": true}')) as wire,
+        evolink(wire.url, calls) as upstream,
+    ):
         response = await upstream.passthrough("GET", path)
     assert (response.status, response.body) == (status, b'{"success": true}')
     assert wire.requests[0][0] == f"GET {path} HTTP/1.1"
-    assert [(call.kind, call.status, call.outcome) for call in calls] == [(kind, status, "answered")]
+    assert [(call.kind, call.status, call.outcome) for call in calls] == [
+        (kind, status, "answered")
+    ]
 
 
 @pytest.mark.parametrize("path", ["@evil.example/", ".evil.example", "", "v1/credits"])
@@ -175,14 +240,20 @@ async def test_nobody_listening_created_nothing(nobody: str) -> None:
 
 async def test_a_failed_handshake_created_nothing() -> None:
     """Without TLS nothing of the request has left."""
-    async with wired(Script(NO_HTTP)) as wire, evolink(wire.url.replace("http:", "https:")) as upstream:
+    async with (
+        wired(Script(NO_HTTP)) as wire,
+        evolink(wire.url.replace("http:", "https:")) as upstream,
+    ):
         assert await upstream.submit(ODD, "task_abc") == NotCreated("not connected")
     assert wire.requests == []
 
 
 async def test_the_guards_refusal_created_nothing() -> None:
     """An address outside the networks is not connected to."""
-    async with wired(answer(200, SUBMITTED)) as wire, evolink(wire.url, rules=Rules("upstream")) as upstream:
+    async with (
+        wired(answer(200, SUBMITTED)) as wire,
+        evolink(wire.url, rules=Rules("upstream")) as upstream,
+    ):
         assert await upstream.submit(ODD, "task_abc") == NotCreated("refused by the guard")
         assert await upstream.query("task-unified-1") == NoAnswer("refused by the guard")
         with pytest.raises(EgressRefused):
@@ -190,7 +261,10 @@ async def test_the_guards_refusal_created_nothing() -> None:
     assert wire.requests == []
 
 
-@pytest.mark.parametrize("script", [Script(b""), Script(HALF), Script(HALF_CHUNKED), Script(HALF, "reset"), Script(NO_HTTP)])
+@pytest.mark.parametrize(
+    "script",
+    [Script(b""), Script(HALF), Script(HALF_CHUNKED), Script(HALF, "reset"), Script(NO_HTTP)],
+)
 async def test_a_broken_connection_leaves_a_submission_uncertain(script: Script) -> None:
     """The upstream has seen it, so it is sent once and never again by itself."""
     calls: list[Call] = []
@@ -200,7 +274,11 @@ async def test_a_broken_connection_leaves_a_submission_uncertain(script: Script)
         assert await upstream.query("task-unified-1") == NoAnswer("connection lost")
         with pytest.raises(ConnectionLost):
             await upstream.passthrough("GET", "/v1/models")
-    assert [(call.status, call.outcome) for call in calls] == [(None, "uncertain"), (None, "no_answer"), (None, "no_answer")]
+    assert [(call.status, call.outcome) for call in calls] == [
+        (None, "uncertain"),
+        (None, "no_answer"),
+        (None, "no_answer"),
+    ]
 
 
 @pytest.mark.parametrize("script", [Script(b"", "wait"), Script(HALF, "wait")])
@@ -225,7 +303,9 @@ async def test_a_redirect_is_not_followed() -> None:
         wired(answer(307, b"", f"location: {other.url}/v1/images/generations")) as wire,
         evolink(wire.url) as upstream,
     ):
-        assert await upstream.submit(ODD, "task_abc") == Uncertain("307 without an error of its own")
+        assert await upstream.submit(ODD, "task_abc") == Uncertain(
+            "307 without an error of its own"
+        )
         assert await upstream.query("task-unified-1") == NoAnswer("307")
     assert other.requests == []
 
@@ -239,12 +319,28 @@ async def test_an_endless_answer_is_cut_and_proves_nothing() -> None:
 
 
 async def test_answers_over_the_wire_are_judged_by_the_table() -> None:
-    """Status, headers and body reach the judgement as they came, and each outcome has its name in the log."""
+    """Status, headers and body reach the judgement as they came, and each outcome has its name in
+    the log.
+    """
     calls: list[Call] = []
-    refusal = b'{"error": {"code": "content_filter", "message": "no", "type": "invalid_request_error", "param": "prompt"}}'
-    refused = Refused(400, {"code": "content_filter", "message": "no", "type": "invalid_request_error", "param": "prompt"})
+    refusal = (
+        b'{"error": {"code": "content_filter", "message": "no", "type":'
+        b' "invalid_request_error", "param": "prompt"}}'
+    )
+    refused = Refused(
+        400,
+        {
+            "code": "content_filter",
+            "message": "no",
+            "type": "invalid_request_error",
+            "param": "prompt",
+        },
+    )
     table = [
-        (answer(429, b"", "Retry-After: 7"), NotCreated("429 without an error of its own", 7.0, throttled=True)),
+        (
+            answer(429, b"", "Retry-After: 7"),
+            NotCreated("429 without an error of its own", 7.0, throttled=True),
+        ),
         (
             answer(429, b"", "Retry-After: Thu, 01 Jan 1970 00:01:00 GMT"),
             NotCreated("429 without an error of its own", 60.0, throttled=True),
@@ -273,6 +369,10 @@ async def test_a_callback_is_read_like_an_answer(nobody: str) -> None:
 async def test_calls_share_one_client() -> None:
     """Many at once, each with its own answer, without anybody who listens."""
     async with wired(answer(200, SUBMITTED)) as wire, evolink(wire.url) as upstream:
-        outcomes = await asyncio.gather(*(upstream.submit(ODD, f"task_{number}") for number in range(32)))
+        outcomes = await asyncio.gather(
+            *(upstream.submit(ODD, f"task_{number}") for number in range(32))
+        )
     assert outcomes == [ACCEPTED] * 32
-    assert {headers["idempotency-key"] for _, headers, _ in wire.requests} == {f"task_{number}" for number in range(32)}
+    assert {headers["idempotency-key"] for _, headers, _ in wire.requests} == {
+        f"task_{number}" for number in range(32)
+    }

@@ -1,4 +1,6 @@
-"""Pictures are judged in other processes: what becomes of a download when one of those dies or hangs, and of them when we do."""
+"""Pictures are judged in other processes: what becomes of a download when one of those dies or
+hangs, and of them when we do.
+"""
 
 import asyncio
 import gzip
@@ -66,29 +68,41 @@ async def test_one_child_judges_one_file_after_the_other(judges: Examiner, file:
 
 
 async def test_what_came_packed_is_unpacked_in_its_file(judges: Examiner, file: Path) -> None:
-    """The file then holds the picture; what is not packed after all stays as it is, and what swells over the limit is final."""
+    """The file then holds the picture; what is not packed after all stays as it is, and what swells
+    over the limit is final.
+    """
     plain = file.read_bytes()
     file.write_bytes(gzip.compress(plain))
     for _ in range(2):
         found = await judges.examine(file, packed=True)
         assert (found.verdict, found.bytes, file.read_bytes()) == (SMALL, len(plain), plain)
     file.write_bytes(gzip.compress(bytes(10_001)))
-    assert (await judges.examine(file, packed=True)).verdict == NoPicture("over 10000 bytes", final=True)
+    assert (await judges.examine(file, packed=True)).verdict == NoPicture(
+        "over 10000 bytes", final=True
+    )
 
 
 @pytest.mark.parametrize("packing", [gzip.compress, zlib.compress])
 def test_a_child_unpacks_within_the_limit(packing: Callable[[bytes], bytes], file: Path) -> None:
-    """Both ways of packing; what is not packed counts as it is, and what swells over the limit is never written."""
+    """Both ways of packing; what is not packed counts as it is, and what swells over the limit is
+    never written.
+    """
     plain = file.read_bytes()
     packed = packing(plain)
     for content in (packed, plain):
         file.write_bytes(content)
         found = examined(str(file), packed=True, max_bytes=10_000, max_pixels=10_000)
-        assert (found["bytes"], found["picture"], file.read_bytes()) == (len(plain), asdict(SMALL), plain)
+        assert (found["bytes"], found["picture"], file.read_bytes()) == (
+            len(plain),
+            asdict(SMALL),
+            plain,
+        )
     file.write_bytes(bomb := packing(bytes(10_001)))
     found = examined(str(file), packed=True, max_bytes=10_000, max_pixels=10_000)
     assert (found["no_picture"]["final"], file.read_bytes()) == (True, bomb)
-    assert examined(str(file.parent), packed=False, max_bytes=1, max_pixels=1) == {"unavailable": "Is a directory"}
+    assert examined(str(file.parent), packed=False, max_bytes=1, max_pixels=1) == {
+        "unavailable": "Is a directory"
+    }
 
 
 async def test_limits_hold_in_the_child(judges: Examiner, file: Path) -> None:
@@ -98,7 +112,9 @@ async def test_limits_hold_in_the_child(judges: Examiner, file: Path) -> None:
     assert isinstance(found.verdict, NoPicture)
     assert found.verdict.final
     file.write_bytes(b"<html>")
-    assert (await judges.examine(file, packed=False)).verdict == NoPicture("the bytes are no picture")
+    assert (await judges.examine(file, packed=False)).verdict == NoPicture(
+        "the bytes are no picture"
+    )
 
 
 async def test_a_file_that_cannot_be_read_is_the_stores_fault(judges: Examiner, file: Path) -> None:
@@ -110,8 +126,12 @@ async def test_a_file_that_cannot_be_read_is_the_stores_fault(judges: Examiner, 
     assert judges.idle == [child]
 
 
-async def test_no_child_is_the_machines_fault(judges: Examiner, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """BlobUnavailable, as when the disk is full: the download is tried again, and the row is not to blame."""
+async def test_no_child_is_the_machines_fault(
+    judges: Examiner, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BlobUnavailable, as when the disk is full: the download is tried again, and the row is not to
+    blame.
+    """
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(file))
         with pytest.raises(BlobUnavailable, match="no process"):
@@ -127,13 +147,20 @@ async def test_a_child_that_died_idle_is_replaced(judges: Examiner, file: Path) 
     assert (await judges.examine(file, packed=False)).verdict == SMALL
 
 
-async def test_want_of_memory_is_no_fault_of_the_bytes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bytes three times would be final: what does not fit into memory now is tried again."""
+async def test_want_of_memory_is_no_fault_of_the_bytes(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes three times would be final: what does not fit into memory now is tried
+    again.
+    """
     start = subprocess.Popen
 
     def small(*args: object, **more: object) -> "subprocess.Popen[bytes]":
-        limit = 120 << 20
-        return start(*args, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)), **more)  # type: ignore[call-overload,no-any-return]
+        def limited() -> None:
+            resource.setrlimit(resource.RLIMIT_AS, (120 << 20, 120 << 20))
+
+        made: subprocess.Popen[bytes] = start(*args, preexec_fn=limited, **more)  # type: ignore[call-overload]
+        return made
 
     monkeypatch.setattr(subprocess, "Popen", small)
     file.write_bytes(drawn("PNG", size=(8000, 8000)))
@@ -142,7 +169,9 @@ async def test_want_of_memory_is_no_fault_of_the_bytes(file: Path, monkeypatch: 
     assert (found.sha256, found.verdict) == ("", NoPicture("its decoder broke down"))
 
 
-async def test_a_picture_that_kills_its_child_is_worth_another_try(judges: Examiner, file: Path) -> None:
+async def test_a_picture_that_kills_its_child_is_worth_another_try(
+    judges: Examiner, file: Path
+) -> None:
     """Nothing is known of the bytes, and the next file has a child of its own."""
     pid, call = await waiting(judges, file)
     os.kill(pid, signal.SIGKILL)
@@ -151,7 +180,9 @@ async def test_a_picture_that_kills_its_child_is_worth_another_try(judges: Exami
     assert (await judges.examine(file, packed=False)).verdict == SMALL
 
 
-async def test_a_picture_that_never_ends_is_given_up(judges: Examiner, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_picture_that_never_ends_is_given_up(
+    judges: Examiner, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its child is killed, as it may not come back."""
     await judges.examine(file, packed=False)  # starting takes longer
     monkeypatch.setattr(examiner, "EXAMINE_S", 0.5)
@@ -180,7 +211,9 @@ async def test_children_leave_with_the_examiner(file: Path) -> None:
 
 
 async def test_callbacks_are_answered_while_a_picture_is_decoded(tmp_path: Path) -> None:
-    """The decoder has a process of its own, so nobody waits for it; what it decodes is stored once it gets on."""
+    """The decoder has a process of its own, so nobody waits for it; what it decodes is stored once
+    it gets on.
+    """
     upstream = Upstream()
     upstream.files = {"a.png": [served(picture())], "b.png": [served(picture())]}
     async with downloading(tmp_path, upstream) as here:
@@ -213,7 +246,13 @@ async def main():
 
 asyncio.run(main())
 """
-    parent = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, check=False)
+    parent = await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        check=False,
+    )
     assert parent.returncode == -signal.SIGKILL
     pid = int(parent.stdout)
 

@@ -1,4 +1,6 @@
-"""The guard around the running service: whatever is written into a URL, a name or a redirect, nothing forbidden is connected to."""
+"""The guard around the running service: whatever is written into a URL, a name or a redirect,
+nothing forbidden is connected to.
+"""
 
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -32,41 +34,71 @@ async def there(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guard
 
 @pytest.fixture
 def here(there: Guarded) -> Iterator[World]:
-    """The world, in a test that ends with no connection made but to the service and its upstream."""
+    """The world, in a test that ends with no connection made but to the service and its
+    upstream.
+    """
     with there.watched():
         yield there.world
 
 
-# --- one table for each purpose ---------------------------------------------------------------------------------------
+# --- one table for each purpose
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("url", HOSTILE)
 async def test_no_endpoint_leads_inside(url: str, here: World, there: Guarded) -> None:
-    """An endpoint with a forbidden URL is neither made nor changed to, and what sends deliveries and test sends refuses it itself."""
+    """An endpoint with a forbidden URL is neither made nor changed to, and what sends deliveries
+    and test sends refuses it itself.
+    """
     url, before = url.format(port=there.trap.port), there.refusals("endpoints")
-    refused(await here.client.post("/v1/endpoints", json={"url": url}), 400, "invalid_parameter", param="url")
+    refused(
+        await here.client.post("/v1/endpoints", json={"url": url}),
+        400,
+        "invalid_parameter",
+        param="url",
+    )
     kept = got(await here.client.post("/v1/endpoints", json={"url": "https://unknown.test/"}), 201)
-    refused(await here.client.patch(f"/v1/endpoints/{kept['id']}", json={"url": url}), 400, "invalid_parameter", param="url")
+    refused(
+        await here.client.patch(f"/v1/endpoints/{kept['id']}", json={"url": url}),
+        400,
+        "invalid_parameter",
+        param="url",
+    )
     assert (await here.client.delete(f"/v1/endpoints/{kept['id']}")).status_code == 204
-    sent = await here.context.resources.webhooks.send(url, "evt_x", 0, b"{}", "application/json", ["whsec_" + "A" * 32])
+    sent = await here.context.resources.webhooks.send(
+        url, "evt_x", 0, b"{}", "application/json", ["whsec_" + "A" * 32]
+    )
     assert (sent.status, (sent.error or "").split(":")[0]) == (None, "EgressRefused")
     assert there.refusals("endpoints") == before + 3
 
 
 @pytest.mark.parametrize("url", HOSTILE)
-async def test_no_callback_url_of_a_task_leads_inside(url: str, here: World, there: Guarded) -> None:
-    """A submission with a forbidden `callback_url` is refused before anything is kept or paid, and the sender refuses it itself."""
+async def test_no_callback_url_of_a_task_leads_inside(
+    url: str, here: World, there: Guarded
+) -> None:
+    """A submission with a forbidden `callback_url` is refused before anything is kept or paid, and
+    the sender refuses it itself.
+    """
     url, before = url.format(port=there.trap.port), there.refusals("task_callbacks")
-    refused(await here.client.post(SUBMIT, json=order(prompt="hostile", callback_url=url)), 400, "invalid_parameter", param="callback_url")
+    refused(
+        await here.client.post(SUBMIT, json=order(prompt="hostile", callback_url=url)),
+        400,
+        "invalid_parameter",
+        param="callback_url",
+    )
     assert "hostile" not in there.upstream.received
-    sent = await here.context.resources.task_callbacks.send(url, "evt_x", 0, b"{}", "application/json", ["whsec_" + "A" * 32])
+    sent = await here.context.resources.task_callbacks.send(
+        url, "evt_x", 0, b"{}", "application/json", ["whsec_" + "A" * 32]
+    )
     assert (sent.status, (sent.error or "").split(":")[0]) == (None, "EgressRefused")
     assert there.refusals("task_callbacks") == before + 2
 
 
 @pytest.mark.parametrize("url", [url for url in HOSTILE if "\r" not in url])
 async def test_no_call_to_the_upstream_leads_inside(url: str, here: World, there: Guarded) -> None:
-    """At a forbidden address nothing is submitted, asked for or passed through: nothing was created, and the key went nowhere."""
+    """At a forbidden address nothing is submitted, asked for or passed through: nothing was
+    created, and the key went nowhere.
+    """
     usual = here.context.resources.upstream
     assert isinstance(usual, EvoLink)
     upstream = EvoLink(usual._egress, url.format(port=there.trap.port), "sk-secret", 5, 5)
@@ -87,72 +119,114 @@ async def test_no_result_leads_inside(urls: Sequence[str], here: World, there: G
     before = there.refusals("results")
     links = [url.format(port=there.trap.port) for url in urls]
     task = await there.completed(f"{here.sandbox_url}/files/good", *links)
-    assert (task["state"], task["error"]["code"], len(task["images"])) == ("failed", "results_lost", 1)
+    assert (task["state"], task["error"]["code"], len(task["images"])) == (
+        "failed",
+        "results_lost",
+        1,
+    )
     assert there.refusals("results") == before + len(links)
 
 
-@pytest.mark.parametrize("urls", chunked([url for url in HOSTILE if not re.search(r"[\r\t]|^//|^https:12", url)]))
-async def test_no_redirect_of_a_result_leads_inside(urls: Sequence[str], here: World, there: Guarded) -> None:
-    """A result that sends us on to a forbidden address, at once or by way of another, is lost, whatever the status of the redirect."""
+@pytest.mark.parametrize(
+    "urls", chunked([url for url in HOSTILE if not re.search(r"[\r\t]|^//|^https:12", url)])
+)
+async def test_no_redirect_of_a_result_leads_inside(
+    urls: Sequence[str], here: World, there: Guarded
+) -> None:
+    """A result that sends us on to a forbidden address, at once or by way of another, is lost,
+    whatever the status of the redirect.
+    """
     before, links = there.refusals("results"), []
-    for number, (url, status) in enumerate(zip(urls, cycle((301, 302, 303, 307, 308)), strict=False)):
+    for number, (url, status) in enumerate(
+        zip(urls, cycle((301, 302, 303, 307, 308)), strict=False)
+    ):
         location = url.format(port=there.trap.port).encode().decode("latin-1")
-        there.upstream.files[f"there-{number}"] = [Response(status_code=status, headers={"location": location})]
-        there.upstream.files[f"here-{number}"] = [Response(status_code=status, headers={"location": f"/files/there-{number}"})]
+        there.upstream.files[f"there-{number}"] = [
+            Response(status_code=status, headers={"location": location})
+        ]
+        there.upstream.files[f"here-{number}"] = [
+            Response(status_code=status, headers={"location": f"/files/there-{number}"})
+        ]
         links.append(f"{here.sandbox_url}/files/{('here', 'there')[number % 2]}-{number}")
     task = await there.completed(*links)
     assert (task["state"], task["error"]["code"], task["images"]) == ("failed", "results_lost", [])
     assert there.refusals("results") == before + len(links)
 
 
-# --- names that change, redirects, keys -------------------------------------------------------------------------------
+# --- names that change, redirects, keys
+# -------------------------------------------------------------------------------
 
 
 async def failed_deliveries(here: World, count: int, **query: str) -> list[JSON]:
     """The deliveries that were found dead, once there are so many."""
 
     async def look() -> list[JSON]:
-        found = got(await here.client.get("/v1/deliveries", params={**query, "state": "dead"}))["data"]
+        found = got(await here.client.get("/v1/deliveries", params={**query, "state": "dead"}))[
+            "data"
+        ]
         return found if len(found) == count else []
 
     found: list[JSON] = await wait_until(look)
     return found
 
 
-async def test_a_name_that_changes_after_its_check_is_not_delivered_to(here: World, there: Guarded) -> None:
-    """Public when the endpoint and the task were made, private when they are delivered to: refused at every attempt."""
-    there.names.zone |= {"turn.test": [["1.1.1.1"], ["127.0.0.2"]], "turned.test": [["1.1.1.1"], ["1.1.1.1", "127.0.0.2"]]}
+async def test_a_name_that_changes_after_its_check_is_not_delivered_to(
+    here: World, there: Guarded
+) -> None:
+    """Public when the endpoint and the task were made, private when they are delivered to: refused
+    at every attempt.
+    """
+    there.names.zone |= {
+        "turn.test": [["1.1.1.1"], ["127.0.0.2"]],
+        "turned.test": [["1.1.1.1"], ["1.1.1.1", "127.0.0.2"]],
+    }
     endpoint = got(
-        await here.client.post("/v1/endpoints", json={"url": f"https://turn.test:{there.trap.port}/", "types": ["image.task.failed"]}), 201
+        await here.client.post(
+            "/v1/endpoints",
+            json={"url": f"https://turn.test:{there.trap.port}/", "types": ["image.task.failed"]},
+        ),
+        201,
     )
     task = await here.submit(callback_url=f"https://turned.test:{there.trap.port}/")
     await there.calls_back(task, failed("service_error"))
     found = await failed_deliveries(here, 2, task=task["id"])
     assert {each["endpoint"] for each in found} == {endpoint["id"], None}
     for each in found:
-        assert [attempt["error"].split(":")[0] for attempt in each["attempts"]] == ["EgressRefused"] * 3
+        assert [attempt["error"].split(":")[0] for attempt in each["attempts"]] == [
+            "EgressRefused"
+        ] * 3
     assert (await here.client.delete(f"/v1/endpoints/{endpoint['id']}")).status_code == 204
 
 
 @pytest.mark.usefixtures("here")
 async def test_a_result_whose_name_changes_is_not_fetched(there: Guarded) -> None:
-    """An http link is looked up to choose the scheme, and once more to connect: the second look is judged too."""
+    """An http link is looked up to choose the scheme, and once more to connect: the second look is
+    judged too.
+    """
     there.names.zone["turn.evil.test"] = [["1.1.1.1"], ["127.0.0.2"]]
     task = await there.completed(f"http://turn.evil.test:{there.trap.port}/x")
     assert (task["state"], task["error"]["code"]) == ("failed", "results_lost")
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-async def test_calls_to_the_upstream_follow_no_redirect(status: int, here: World, there: Guarded) -> None:
-    """Not even to an address that is allowed: the key is for who was asked. A submission that is sent on is uncertain."""
-    away = Response(status_code=status, headers={"location": f"http://127.0.0.1:{there.trap.port}/v1/tasks/task-unified-x"})
+async def test_calls_to_the_upstream_follow_no_redirect(
+    status: int, here: World, there: Guarded
+) -> None:
+    """Not even to an address that is allowed: the key is for who was asked. A submission that is
+    sent on is uncertain.
+    """
+    away = Response(
+        status_code=status,
+        headers={"location": f"http://127.0.0.1:{there.trap.port}/v1/tasks/task-unified-x"},
+    )
     there.upstream.submits["sent on"], there.upstream.queries["task-unified-away"] = [away], [away]
     task = await here.submit(prompt="sent on")
     assert task["state"] == "uncertain"
     refused(await here.client.get("/v1/tasks/task-unified-away"), 503)
 
 
-# --- the proof itself -------------------------------------------------------------------------------------------------
+# --- the proof itself
+# -------------------------------------------------------------------------------------------------
 
 
 async def test_a_guard_that_allows_this_machine_is_seen_to_connect() -> None:
@@ -160,6 +234,13 @@ async def test_a_guard_that_allows_this_machine_is_seen_to_connect() -> None:
     async with trap() as other:
         with connects() as trail:
             async with Egress(Rules("endpoints", networks=(ip_network("127.0.0.1"),))) as egress:
-                sent = await WebhookSink(egress, 5).send(f"http://127.0.0.1:{other.port}/", "evt_x", 0, b"{}", "text/plain", ["whsec_AAAA"])
+                sent = await WebhookSink(egress, 5).send(
+                    f"http://127.0.0.1:{other.port}/",
+                    "evt_x",
+                    0,
+                    b"{}",
+                    "text/plain",
+                    ["whsec_AAAA"],
+                )
         assert (sent.error or "").startswith("ConnectionLost")
         assert (trail, other.connections) == ({("127.0.0.1", other.port)}, 1)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from starlette.applications import Starlette
@@ -18,9 +19,14 @@ from tests.world import World
 REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
-@pytest.mark.parametrize("start", [b"POST /callbacks/", b"GET /healthz HTTP/1.1\r\nx: ", b"GET /healthz HTTP/1.1\r\nhost: x\r\n"])
+@pytest.mark.parametrize(
+    "start",
+    [b"POST /callbacks/", b"GET /healthz HTTP/1.1\r\nx: ", b"GET /healthz HTTP/1.1\r\nhost: x\r\n"],
+)
 async def test_a_head_without_end_is_no_request(start: bytes, still: World) -> None:
-    """A path, a header or headers that go on and on: 400 or the end of the connection, after some hundred kilobytes at most."""
+    """A path, a header or headers that go on and on: 400 or the end of the connection, after some
+    hundred kilobytes at most.
+    """
     more = b"x: y\r\n" * 1000 if start.endswith(b"host: x\r\n") else b"a" * 6000
     written = 0
     async with connected(still.url) as (reader, writer):
@@ -50,8 +56,12 @@ async def test_a_long_head_that_ends_is_a_request(still: World) -> None:
             await reader.readuntil(b"}")
 
 
-async def test_a_head_that_does_not_come_ends_the_connection(still: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time counts from its first byte; a request that came whole has all the time its answer needs."""
+async def test_a_head_that_does_not_come_ends_the_connection(
+    still: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time counts from its first byte; a request that came whole has all the time its answer
+    needs.
+    """
     monkeypatch.setattr(protocol, "HEAD_S", 0.05)
     async with connected(still.url) as (reader, writer):
         writer.write(b"GET /healthz HT")
@@ -59,11 +69,17 @@ async def test_a_head_that_does_not_come_ends_the_connection(still: World, monke
     after = (await still.client.get("/v1/events")).json()["next_after"]
     async with connected(still.url) as (reader, writer):
         key = still.client.headers["authorization"]
-        writer.write(f"GET /v1/events?wait=0.3&after={after} HTTP/1.1\r\nhost: x\r\nauthorization: {key}\r\n\r\nGET /hea".encode())
+        writer.write(
+            (
+                f"GET /v1/events?wait=0.3&after={after} HTTP/1.1\r\nhost: x\r\nauthorization:"
+                f" {key}\r\n\r\nGET /hea"
+            ).encode()
+        )
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
 
 
-# --- at a stop -------------------------------------------------------------------------------------------------------
+# --- at a stop
+# --------------------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -84,8 +100,12 @@ async def answer(reader: asyncio.StreamReader) -> str:
 
 
 @pytest.mark.parametrize("begun", [0, 10], ids=["not begun", "begun"])
-async def test_the_request_of_a_connection_is_answered_though_it_comes_after_the_stop(begun: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever was let in is not sent away: a callback has few tries. The answer is the last on its connection."""
+async def test_the_request_of_a_connection_is_answered_though_it_comes_after_the_stop(
+    begun: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever was let in is not sent away: a callback has few tries. The answer is the last on its
+    connection.
+    """
     monkeypatch.setattr(protocol, "LAST_S", 60)
     async with serving() as (url, server), connected(url) as (reader, writer):
         (connection,) = await wait_until(lambda: server.server_state.connections)
@@ -97,7 +117,9 @@ async def test_the_request_of_a_connection_is_answered_though_it_comes_after_the
         assert await reader.read() == b""
 
 
-async def test_a_connection_that_says_nothing_does_not_hold_up_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_that_says_nothing_does_not_hold_up_the_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It is ended after a second, here a tenth of that."""
     monkeypatch.setattr(protocol, "LAST_S", 0.1)
     async with serving() as (url, server), connected(url) as (reader, _):
@@ -106,10 +128,16 @@ async def test_a_connection_that_says_nothing_does_not_hold_up_the_stop(monkeypa
         assert await reader.read() == b""
 
 
-async def test_an_idle_connection_ends_with_the_stop_but_for_a_request_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_connection_ends_with_the_stop_but_for_a_request_that_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What has been sent on it by then is answered; else it ends at once."""
     monkeypatch.setattr(protocol, "LAST_S", 60)
-    async with serving() as (url, server), connected(url) as (reader, writer), connected(url) as (idle, asking):
+    async with (
+        serving() as (url, server),
+        connected(url) as (reader, writer),
+        connected(url) as (idle, asking),
+    ):
         for each in (writer, asking):
             each.write(REQUEST)
         for stream in (reader, idle):
@@ -121,7 +149,9 @@ async def test_an_idle_connection_ends_with_the_stop_but_for_a_request_that_is_t
         assert (await reader.read(), await idle.read()) == (b"", b"")
 
 
-async def test_a_request_that_waits_in_the_line_is_answered_though_the_stop_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_that_waits_in_the_line_is_answered_though_the_stop_comes_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It came before the stop: nobody takes its connection for one that says nothing."""
     monkeypatch.setattr(protocol, "LAST_S", 0.01)
     monkeypatch.setattr(protocol, "BEGUN", 0)
@@ -139,15 +169,22 @@ async def test_a_request_that_waits_in_the_line_is_answered_though_the_stop_come
     assert not line._waiting
 
 
-# --- connections without a request ----------------------------------------------------------------------------------
+# --- connections without a request
+# ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("first", "then"),
-    [(b"", b"\r\n"), (REQUEST, b"\r\n"), (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n", b"rest")],
+    [
+        (b"", b"\r\n"),
+        (REQUEST, b"\r\n"),
+        (b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n", b"rest"),
+    ],
     ids=["an empty line", "one after a request", "a body that nobody reads"],
 )
-async def test_what_begins_no_request_holds_no_connection(first: bytes, then: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_begins_no_request_holds_no_connection(
+    first: bytes, then: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It lasts as long as an idle one: two bytes must not take a descriptor for ever."""
     monkeypatch.setattr(server, "KEEP_ALIVE_S", 0.5)
     async with serving() as (url, _), connected(url) as (reader, writer):
@@ -159,7 +196,9 @@ async def test_what_begins_no_request_holds_no_connection(first: bytes, then: by
             await reader.read()
 
 
-async def test_a_request_that_breaks_off_stops_nobody_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_that_breaks_off_stops_nobody_behind_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Those in the line are begun all the same: it has no other who would move it."""
     monkeypatch.setattr(protocol, "BEGUN", 1)
     line, begun = protocol.Line(), list[int]()
@@ -174,7 +213,9 @@ async def test_a_request_that_breaks_off_stops_nobody_behind_it(monkeypatch: pyt
                 raise MemoryError
 
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)
-    assert [line.passes(Waiting(number), callback=False) for number in range(4)] == [True, False, False, False]  # type: ignore[arg-type]
+    waiting: list[Any] = [Waiting(number) for number in range(4)]
+    passed = [line.passes(one, callback=False) for one in waiting]
+    assert passed == [True, False, False, False]
     await wait_until(lambda: begun == [1, 2, 3])
     await asyncio.sleep(0)
     assert line.passes(Waiting(4), callback=False)  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
-"""What a process tells of itself: whether it lives, whether it can take a callback, and its figures."""
+"""What a process tells of itself: whether it lives, whether it can take a callback, and its
+figures.
+"""
 
 import asyncio
 import shutil
@@ -34,13 +36,16 @@ async def figures(here: World) -> dict[str, float]:
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     return {
-        ",".join([sample.name, *(f"{name}={value}" for name, value in sorted(sample.labels.items()))]): sample.value
+        ",".join(
+            [sample.name, *(f"{name}={value}" for name, value in sorted(sample.labels.items()))]
+        ): sample.value
         for family in text_string_to_metric_families(answer.text)
         for sample in family.samples
     }
 
 
-# --- lives, is ready -------------------------------------------------------------------------------------------------
+# --- lives, is ready
+# -------------------------------------------------------------------------------------------------
 
 
 async def test_a_process_that_lives_says_so_to_everybody(here: World) -> None:
@@ -52,7 +57,9 @@ async def test_a_process_that_can_commit_is_ready(here: World) -> None:
     """Causes, none here, are shown to a key of any scope; to nobody else."""
     assert await ready(here) == {"status": "ok", "causes": []}
     assert got(await here.stranger.get("/readyz")) == {"status": "ok"}
-    assert got(await here.stranger.get("/readyz", headers={"authorization": "Bearer wrong"})) == {"status": "ok"}
+    assert got(await here.stranger.get("/readyz", headers={"authorization": "Bearer wrong"})) == {
+        "status": "ok"
+    }
     for scope in ("submit", "read", "subscribe", "admin"):
         async with here.owner(scope) as client:
             assert got(await client.get("/readyz")) == {"status": "ok", "causes": []}
@@ -82,7 +89,9 @@ async def test_without_room_for_images_a_process_is_degraded(tmp_path: Path) -> 
         assert await ready(here) == {"status": "degraded", "causes": ["blobs"]}
 
 
-async def test_without_its_image_store_a_process_is_degraded_and_takes_no_submission(tmp_path: Path) -> None:
+async def test_without_its_image_store_a_process_is_degraded_and_takes_no_submission(
+    tmp_path: Path,
+) -> None:
     """503 in the one form for what needs it; the figures are still told."""
     async with world(tmp_path, role=WITHOUT_WORKERS) as here:
         shutil.rmtree(here.settings.image_dir)
@@ -92,17 +101,23 @@ async def test_without_its_image_store_a_process_is_degraded_and_takes_no_submis
 
 
 async def test_an_upstream_that_does_not_answer_degrades_until_it_does(tmp_path: Path) -> None:
-    """Silence, a 5xx or a refused key is a cause; any other answer, even a 404 or 429, is an answer."""
+    """Silence, a 5xx or a refused key is a cause; any other answer, even a 404 or 429, is an
+    answer.
+    """
     statuses = iter([503, 200, 401, 429])
 
     async def credits(_: Request) -> Response:
         return JSONResponse({}, next(statuses))
 
-    async with world(tmp_path, role=WITHOUT_WORKERS, upstream=Starlette(routes=[Route("/v1/credits", credits)])) as here:
+    async with world(
+        tmp_path, role=WITHOUT_WORKERS, upstream=Starlette(routes=[Route("/v1/credits", credits)])
+    ) as here:
         for status, answering_now in ((503, False), (200, True), (401, False), (429, True)):
             assert (await here.client.get("/v1/credits")).status_code == status
             assert ("upstream" in (await ready(here))["causes"]) is not answering_now
-    async with world(tmp_path / "2", role=WITHOUT_WORKERS, evolink_base_url="http://127.0.0.1:9") as here:
+    async with world(
+        tmp_path / "2", role=WITHOUT_WORKERS, evolink_base_url="http://127.0.0.1:9"
+    ) as here:
         refused(await here.client.get("/v1/credits"), 503, "upstream_unavailable")
         assert (await ready(here))["causes"] == ["upstream"]
 
@@ -115,26 +130,35 @@ async def test_a_process_that_stops_says_so(tmp_path: Path) -> None:
 
 
 async def test_only_a_store_that_does_not_commit_makes_a_process_unready(tmp_path: Path) -> None:
-    """503 with `Retry-After` and the cause for a key; what wants the store says 503 too, and no more than that."""
+    """503 with `Retry-After` and the cause for a key; what wants the store says 503 too, and no
+    more than that.
+    """
     async with world(tmp_path, role=WITHOUT_WORKERS) as here:
         got(await here.client.get("/v1/tasks"))
-        here.context.resources.store.close()  # type: ignore[attr-defined]  # of the embedded store: from now on nothing is committed
+        # # of the embedded store: from now on nothing is committed
+        here.context.resources.store.close()  # type: ignore[attr-defined]
         answer = await here.client.get("/readyz")
-        assert (answer.status_code, answer.json()) == (503, {"status": "unavailable", "causes": ["store"]})
+        assert (answer.status_code, answer.json()) == (
+            503,
+            {"status": "unavailable", "causes": ["store"]},
+        )
         assert answer.headers["retry-after"] == "1"
         assert (await here.stranger.get("/readyz")).json() == {"status": "unavailable"}
         refused(await here.client.post(SUBMIT, json=order(), headers=ASYNC), 503, "unavailable")
         assert (await here.stranger.get("/healthz")).status_code == 200
 
 
-async def test_a_store_that_takes_too_long_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_store_that_takes_too_long_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The probe is answered within its time."""
     monkeypatch.setattr(health, "READY_S", 0.0)
     async with world(tmp_path, role=WITHOUT_WORKERS) as here:
         assert (await here.stranger.get("/readyz")).status_code == 503
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
+# --- figures
+# --------------------------------------------------------------------------------------------------
 
 NAMES = {
     "darkroom_callbacks_total",
@@ -163,17 +187,33 @@ async def test_the_metrics_have_their_names_and_count_what_happened(tmp_path: Pa
     async with world(tmp_path) as here, here.owner() as client, subscriber() as takes:
         empty = await figures(here)
         assert empty["darkroom_result_seconds_left"] == float("inf")
-        assert empty["darkroom_oldest_unsettled_seconds"] == empty["darkroom_oldest_due_delivery_seconds"] == 0
+        assert (
+            empty["darkroom_oldest_unsettled_seconds"]
+            == empty["darkroom_oldest_due_delivery_seconds"]
+            == 0
+        )
         for url in (takes.url, "http://127.0.0.1:9/"):
-            got(await client.post("/v1/endpoints", json={"url": url, "types": ["image.task.completed"]}), 201)
+            got(
+                await client.post(
+                    "/v1/endpoints", json={"url": url, "types": ["image.task.completed"]}
+                ),
+                201,
+            )
         task = await submitted(client, UNTIL_DONE, n=2, sandbox={"repeat_callback": 3})
-        await submitted(client, UNTIL_DONE, sandbox={"fail": "service_error", "drop_callback": False})
+        await submitted(
+            client, UNTIL_DONE, sandbox={"fail": "service_error", "drop_callback": False}
+        )
         late = await submitted(client, {}, sandbox={"delay": 600})
         await here.stranger.post(here.callback_url(task["id"], "wrong"), json={})
 
         async def told() -> dict[str, float] | None:
             known = await figures(here)
-            return known if known["darkroom_dead_letters"] == 1 and known.get("darkroom_callbacks_total,verdict=duplicate") == 2 else None
+            return (
+                known
+                if known["darkroom_dead_letters"] == 1
+                and known.get("darkroom_callbacks_total,verdict=duplicate") == 2
+                else None
+            )
 
         known: dict[str, float] = await wait_until(told)
     assert {name.split(",")[0].removesuffix("_count") for name in known} >= NAMES
@@ -209,12 +249,23 @@ async def test_the_metrics_have_their_names_and_count_what_happened(tmp_path: Pa
 
 
 async def test_the_gauges_tell_how_old_what_waits_is(tmp_path: Path) -> None:
-    """Seconds, from the store's times: until a link dies, since a delivery is due, since a task was taken; unknown room is NaN."""
+    """Seconds, from the store's times: until a link dies, since a delivery is due, since a task was
+    taken; unknown room is NaN.
+    """
     async with world(tmp_path, role=WITHOUT_WORKERS) as here:
         counted = await here.context.resources.store.read(queries.figures)
-        waiting = counted | {"first_link_dies": 90_000, "oldest_unsettled": 20_000, "oldest_due_delivery": 29_500, "sinks_behind": {}}
+        waiting = counted | {
+            "first_link_dies": 90_000,
+            "oldest_unsettled": 20_000,
+            "oldest_due_delivery": 29_500,
+            "sinks_behind": {},
+        }
         text = here.context.resources.metrics.show(waiting, 30_000, None).decode()
-    samples = {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+    samples = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
     assert samples["darkroom_result_seconds_left"] == 60
     assert samples["darkroom_oldest_unsettled_seconds"] == 10
     assert samples["darkroom_oldest_due_delivery_seconds"] == 0.5

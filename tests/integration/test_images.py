@@ -27,8 +27,12 @@ async def stored(here: World) -> tuple[JSON, bytes]:
     return image, (await here.stranger.get(image["url"])).content
 
 
-async def test_an_image_is_served_whole_and_can_do_no_harm(here: World, stored: tuple[JSON, bytes]) -> None:
-    """No key is needed; the type is the stored one, nothing is guessed, nothing in it runs, and it never changes."""
+async def test_an_image_is_served_whole_and_can_do_no_harm(
+    here: World, stored: tuple[JSON, bytes]
+) -> None:
+    """No key is needed; the type is the stored one, nothing is guessed, nothing in it runs, and it
+    never changes.
+    """
     image, content = stored
     answer = await here.stranger.get(image["url"])
     assert answer.status_code == 200
@@ -51,12 +55,20 @@ async def test_head_has_the_headers_and_no_body(here: World, stored: tuple[JSON,
     for headers in ({}, {"range": "bytes=0-1"}):
         answer = await here.stranger.head(image["url"], headers=headers)
         assert (answer.status_code, answer.content) == (200, b"")
-        for name in ("content-length", "content-type", "etag", "cache-control", "content-security-policy"):
+        for name in (
+            "content-length",
+            "content-type",
+            "etag",
+            "cache-control",
+            "content-security-policy",
+        ):
             assert answer.headers[name] == whole.headers[name]
 
 
 @pytest.mark.parametrize("tags", ["{}", "W/{}", '"other", {}', '"a",W/"b" , {}', "*"])
-async def test_a_reader_who_has_it_is_not_sent_it_again(here: World, stored: tuple[JSON, bytes], tags: str) -> None:
+async def test_a_reader_who_has_it_is_not_sent_it_again(
+    here: World, stored: tuple[JSON, bytes], tags: str
+) -> None:
     """304 without a body, by GET and HEAD, and a range does not matter."""
     image, _ = stored
     headers = {"if-none-match": tags.format(f'"{image["sha256"]}"'), "range": "bytes=0-0"}
@@ -90,7 +102,9 @@ async def test_a_reader_who_has_another_is_sent_it(here: World, stored: tuple[JS
         ("Bytes=0-9", 0, 9),
     ],
 )
-async def test_a_range_is_served_alone(here: World, stored: tuple[JSON, bytes], asked: str, first: int, last: int) -> None:
+async def test_a_range_is_served_alone(
+    here: World, stored: tuple[JSON, bytes], asked: str, first: int, last: int
+) -> None:
     """First, middle, open and last bytes; an end beyond the image is its end."""
     image, content = stored
     first, last = first % len(content), last % len(content)
@@ -102,8 +116,13 @@ async def test_a_range_is_served_alone(here: World, stored: tuple[JSON, bytes], 
     assert answer.headers["etag"] == f'"{image["sha256"]}"'
 
 
-@pytest.mark.parametrize("asked", ["bytes=9-1", "bytes=-", "bytes=0-1,5-6", "items=0-1", "bytes=a-b", "0-1", "bytes=٣-", ""])
-async def test_a_range_that_is_none_is_ignored(here: World, stored: tuple[JSON, bytes], asked: str) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    ["bytes=9-1", "bytes=-", "bytes=0-1,5-6", "items=0-1", "bytes=a-b", "0-1", "bytes=٣-", ""],
+)
+async def test_a_range_that_is_none_is_ignored(
+    here: World, stored: tuple[JSON, bytes], asked: str
+) -> None:
     """The whole image, as RFC 9110 allows for several ranges and wants for bad ones."""
     image, content = stored
     answer = await here.stranger.get(image["url"], headers=[(b"range", asked.encode())])
@@ -111,24 +130,42 @@ async def test_a_range_that_is_none_is_ignored(here: World, stored: tuple[JSON, 
 
 
 @pytest.mark.parametrize("asked", ["bytes={}-", "bytes={}-{}", "bytes=999999999-", "bytes=-0"])
-async def test_a_range_outside_of_the_image_is_refused(here: World, stored: tuple[JSON, bytes], asked: str) -> None:
+async def test_a_range_outside_of_the_image_is_refused(
+    here: World, stored: tuple[JSON, bytes], asked: str
+) -> None:
     """416 says how many bytes there are."""
     image, content = stored
-    answer = await here.stranger.get(image["url"], headers={"range": asked.replace("{}", str(len(content)))})
+    answer = await here.stranger.get(
+        image["url"], headers={"range": asked.replace("{}", str(len(content)))}
+    )
     refused(answer, 416, "range_not_satisfiable", param="Range")
     assert answer.headers["content-range"] == f"bytes */{len(content)}"
 
 
-async def test_a_range_of_another_version_is_the_whole(here: World, stored: tuple[JSON, bytes]) -> None:
+async def test_a_range_of_another_version_is_the_whole(
+    here: World, stored: tuple[JSON, bytes]
+) -> None:
     """`If-Range` must name this image, strongly; a date never does."""
     image, content = stored
     etag = f'"{image["sha256"]}"'
-    for given, status in ((etag, 206), (f"W/{etag}", 200), ('"other"', 200), ("Wed, 21 Oct 2026 07:28:00 GMT", 200)):
-        answer = await here.stranger.get(image["url"], headers={"range": "bytes=0-9", "if-range": given})
-        assert (answer.status_code, answer.content) == (status, content[:10] if status == 206 else content)
+    for given, status in (
+        (etag, 206),
+        (f"W/{etag}", 200),
+        ('"other"', 200),
+        ("Wed, 21 Oct 2026 07:28:00 GMT", 200),
+    ):
+        answer = await here.stranger.get(
+            image["url"], headers={"range": "bytes=0-9", "if-range": given}
+        )
+        assert (answer.status_code, answer.content) == (
+            status,
+            content[:10] if status == 206 else content,
+        )
 
 
-@pytest.mark.parametrize("id", ["img_aaaaaaaaaaaaaaaaaaaaaaaaaa", "x", "%00", "..%2f..%2fdarkroom.db", "a" * 300])
+@pytest.mark.parametrize(
+    "id", ["img_aaaaaaaaaaaaaaaaaaaaaaaaaa", "x", "%00", "..%2f..%2fdarkroom.db", "a" * 300]
+)
 async def test_an_unknown_image_is_not_found(here: World, id: str) -> None:
     """404 in the one form."""
     refused(await here.stranger.get(f"/images/{id}"), 404)
@@ -151,11 +188,15 @@ async def test_a_missing_or_short_image_is_an_error_not_a_broken_picture(here: W
 async def test_an_image_that_vanishes_while_it_is_sent_is_cut_off(tmp_path: Path) -> None:
     """Its reader sees that it is not whole; the log says why."""
     upstream = Upstream({PROMPT: [document("pending", id="large")]})
-    upstream.files["large"] = [served(noise(size=(3000, 2000), compress_level=0))]  # 18 MB: more than the sockets hold
+    upstream.files["large"] = [
+        served(noise(size=(3000, 2000), compress_level=0))
+    ]  # 18 MB: more than the sockets hold
     async with world(tmp_path, upstream=upstream.app) as here:
         upstream.queries["large"] = [document("completed", f"{here.sandbox_url}/files/large")]
         task = await submitted(here.client, {}, prompt=PROMPT)
-        await here.stranger.post(here.callback_url(task["id"]), json={"id": "large", "status": "completed"})
+        await here.stranger.post(
+            here.callback_url(task["id"]), json={"id": "large", "status": "completed"}
+        )
         (image,) = (await here.ended(task["id"]))["images"]
         (path,) = here.settings.image_dir.rglob("*.png")
         with capture_logs() as lines:

@@ -1,4 +1,6 @@
-"""Requests limited for each key by `DARKROOM_KEY_REQUESTS`: 429 with `Retry-After`, and nothing limited that must not be."""
+"""Requests limited for each key by `DARKROOM_KEY_REQUESTS`: 429 with `Retry-After`, and nothing
+limited that must not be.
+"""
 
 import sys
 import time
@@ -16,36 +18,63 @@ from tests.world import world
 
 
 async def test_one_request_too_many_is_told_when_to_come_again(tmp_path: Path) -> None:
-    """429 in the form of every error; another key is not touched by it, of the same owner neither, and a refused request does nothing."""
-    async with world(tmp_path, key_requests="3/year") as here, here.owner(name="acme") as client, here.owner(name="acme") as other:
+    """429 in the form of every error; another key is not touched by it, of the same owner neither,
+    and a refused request does nothing.
+    """
+    async with (
+        world(tmp_path, key_requests="3/year") as here,
+        here.owner(name="acme") as client,
+        here.owner(name="acme") as other,
+    ):
         task = got(await client.post(SUBMIT, json=order()))
         for _ in range(2):
             assert got(await client.get(f"/v1/tasks/{task['id']}"))["id"] == task["id"]
-        for answer in (await client.get("/v1/tasks"), await client.post(SUBMIT, json=order(prompt="one too many"))):
+        for answer in (
+            await client.get("/v1/tasks"),
+            await client.post(SUBMIT, json=order(prompt="one too many")),
+        ):
             refused(answer, 429, "rate_limit_exceeded")
             assert 1 <= int(answer.headers["retry-after"]) <= 366 * 86_400
-        assert [task["prompt"] for task in got(await other.get("/v1/tasks"))["data"]] == ["a lighthouse"]
+        assert [task["prompt"] for task in got(await other.get("/v1/tasks"))["data"]] == [
+            "a lighthouse"
+        ]
 
 
 async def test_who_must_not_be_kept_out_is_not(tmp_path: Path) -> None:
-    """The upstream's callbacks, images, health and metrics, with a key that has made its requests or without one."""
+    """The upstream's callbacks, images, health and metrics, with a key that has made its requests
+    or without one.
+    """
     theirs = Upstream()
     async with world(tmp_path, upstream=theirs.app, key_requests="3/year") as here:
         task = await here.submit()
         url = f"{here.sandbox_url}/files/0"
-        theirs.files["0"], theirs.queries[task["upstream_id"]] = [Response(picture(), media_type="image/png")], [document("completed", url)]
-        called = await here.stranger.post(here.callback_url(task["id"]), json={"status": "completed", "results": [url]})
+        theirs.files["0"], theirs.queries[task["upstream_id"]] = (
+            [Response(picture(), media_type="image/png")],
+            [document("completed", url)],
+        )
+        called = await here.stranger.post(
+            here.callback_url(task["id"]), json={"status": "completed", "results": [url]}
+        )
         assert called.json() == {"status": "accepted"}
-        image = (await here.client.get("/v1/events", params={"wait": 20, "type": "image.task.completed"})).json()["data"][0]
+        image = (
+            await here.client.get("/v1/events", params={"wait": 20, "type": "image.task.completed"})
+        ).json()["data"][0]
         await here.client.get("/v1/tasks")
         refused(await here.client.get("/v1/tasks"), 429, "rate_limit_exceeded")
-        for path in ("/healthz", "/readyz", "/metrics", f"/images/{image['data']['images'][0]['id']}"):
+        for path in (
+            "/healthz",
+            "/readyz",
+            "/metrics",
+            f"/images/{image['data']['images'][0]['id']}",
+        ):
             for _ in range(5):
                 assert (await here.client.get(path)).status_code == 200
         assert (await here.client.get("/readyz")).json()["causes"] == []
         for _ in range(5):
             assert (
-                await here.stranger.post(here.callback_url(task["id"]), json={"status": "completed", "results": [url]})
+                await here.stranger.post(
+                    here.callback_url(task["id"]), json={"status": "completed", "results": [url]}
+                )
             ).status_code == 200
         refused(await here.stranger.get("/v1/tasks"), 401, "unauthorized")
 
@@ -55,7 +84,9 @@ async def test_a_wait_counts_once(tmp_path: Path) -> None:
     async with world(tmp_path, key_requests="2/year") as here:
         task = await here.submit(headers={"prefer": "wait=20"})
         assert task["state"] == "completed"
-        async with here.client.stream("GET", "/v1/events", params={"after": "0"}, headers={"accept": "text/event-stream"}) as events:
+        async with here.client.stream(
+            "GET", "/v1/events", params={"after": "0"}, headers={"accept": "text/event-stream"}
+        ) as events:
             assert events.status_code == 200
         refused(await here.client.get("/v1/tasks"), 429)
 
@@ -68,8 +99,12 @@ async def test_without_the_setting_there_is_no_limit() -> None:
 
 
 @pytest.mark.parametrize("requests", ["1/second", "7/minute", "100 per 3 minutes", "600/minute"])
-async def test_after_retry_after_a_request_is_allowed(requests: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is at least a second, and true: who waits for so long is let in, whenever in its time the limit was reached."""
+async def test_after_retry_after_a_request_is_allowed(
+    requests: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is at least a second, and true: who waits for so long is let in, whenever in its time the
+    limit was reached.
+    """
     now = 1_750_000_000.0
     monkeypatch.setattr(time, "time", lambda: now)
     limits = KeyLimits(requests)
@@ -107,12 +142,17 @@ async def test_after_retry_after_a_request_is_allowed(requests: str, monkeypatch
 )
 def test_a_bad_limit_stops_the_start(value: str) -> None:
     """One line that names the setting and says how it is written, not what was there."""
-    with pytest.raises(ConfigurationError, match=r"^DARKROOM_KEY_REQUESTS: should be requests per time, such as 600/minute$"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"^DARKROOM_KEY_REQUESTS: should be requests per time, such as 600/minute$",
+    ):
         load_settings({"DARKROOM_KEY_REQUESTS": value}, None)
 
 
 def test_a_limit_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the library is not installed the start says so; without the setting nobody misses it."""
+    """Where the library is not installed the start says so; without the setting nobody misses
+    it.
+    """
     monkeypatch.setitem(sys.modules, "limits", None)
     with pytest.raises(ConfigurationError, match="DARKROOM_KEY_REQUESTS: needs the extra limits"):
         load_settings({"DARKROOM_KEY_REQUESTS": "600/minute"}, None)

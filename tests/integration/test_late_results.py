@@ -34,16 +34,27 @@ def upstream() -> Upstream:
 
 
 @pytest.fixture(scope="module")
-async def here(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+async def here(
+    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
     """Whether a submission was created is decided soon."""
-    async with world(tmp_path_factory.mktemp("late"), upstream=upstream.app, uncertain_after_s=0.05) as made:
+    async with world(
+        tmp_path_factory.mktemp("late"), upstream=upstream.app, uncertain_after_s=0.05
+    ) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-async def patient(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+async def patient(
+    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
     """What is uncertain stays so until somebody decides."""
-    async with world(tmp_path_factory.mktemp("patient"), upstream=upstream.app, uncertain_after_s=600, download_schedule="600") as made:
+    async with world(
+        tmp_path_factory.mktemp("patient"),
+        upstream=upstream.app,
+        uncertain_after_s=600,
+        download_schedule="600",
+    ) as made:
         yield made
 
 
@@ -76,15 +87,28 @@ async def told_late(here: World, task: Task) -> Task:
     return event
 
 
-async def test_a_picture_proved_after_submission_uncertain_is_saved_and_listed(here: World, upstream: Upstream) -> None:
-    """The task stays failed with its one terminal event; the picture that was paid for is there, and operators know."""
+async def test_a_picture_proved_after_submission_uncertain_is_saved_and_listed(
+    here: World, upstream: Upstream
+) -> None:
+    """The task stays failed with its one terminal event; the picture that was paid for is there,
+    and operators know.
+    """
     task = await in_state(here, (await doubtful(here, upstream, "late proof"))["id"], "failed")
     assert task["error"]["code"] == "submission_uncertain"
     link = f"{here.sandbox_url}/files/0.png"
-    upstream.queries["task-unified-late"] = [document("completed", link, usage={"credits_used": 1.5})]
-    assert await call(here, task, id="task-unified-late", status="completed", results=[link]) == "accepted"
+    upstream.queries["task-unified-late"] = [
+        document("completed", link, usage={"credits_used": 1.5})
+    ]
+    assert (
+        await call(here, task, id="task-unified-late", status="completed", results=[link])
+        == "accepted"
+    )
     event = await told_late(here, task)
-    assert (event["data"]["stored"], event["data"]["lost"], event["data"]["credits_used"]) == (1, 0, 1.5)
+    assert (event["data"]["stored"], event["data"]["lost"], event["data"]["credits_used"]) == (
+        1,
+        0,
+        1.5,
+    )
     late = await here.task(task["id"])
     assert [late[name] for name in ("state", "error", "results")] == ["failed", task["error"], []]
     assert late["usage"]["credits_used"] == 1.5
@@ -93,50 +117,88 @@ async def test_a_picture_proved_after_submission_uncertain_is_saved_and_listed(h
     types = [event["type"] for event in await here.events(task=task["id"])]
     assert types == ["image.task.failed", "task.late_result"]
     assert "task.late_result" in [step["step"] for step in await here.steps(task["id"])]
-    assert await call(here, task, id="task-unified-late", status="completed", results=[link]) == "duplicate"
+    assert (
+        await call(here, task, id="task-unified-late", status="completed", results=[link])
+        == "duplicate"
+    )
 
 
-async def test_a_picture_proved_after_expiry_is_saved_and_listed(upstream: Upstream, tmp_path: Path) -> None:
-    """The upstream knew nothing of the task for longer than it keeps one; then its callback comes after all."""
-    async with world(tmp_path, upstream=upstream.app, evolink_task_ttl_s=0.2, reconcile_after_s=0.05) as here:
+async def test_a_picture_proved_after_expiry_is_saved_and_listed(
+    upstream: Upstream, tmp_path: Path
+) -> None:
+    """The upstream knew nothing of the task for longer than it keeps one; then its callback comes
+    after all.
+    """
+    async with world(
+        tmp_path, upstream=upstream.app, evolink_task_ttl_s=0.2, reconcile_after_s=0.05
+    ) as here:
         upstream.submits["expiring"] = [document("pending", id="task-unified-exp")]
         upstream.queries["task-unified-exp"] = [error(404, "task_not_found")]
         task = await here.submit(prompt="expiring")
         task = await in_state(here, task["id"], "expired")
         link = f"{here.sandbox_url}/files/0.png"
         upstream.queries["task-unified-exp"] = [document("completed", link)]
-        assert await call(here, task, id="task-unified-exp", status="completed", results=[link]) == "accepted"
+        assert (
+            await call(here, task, id="task-unified-exp", status="completed", results=[link])
+            == "accepted"
+        )
         await told_late(here, task)
         late = await here.task(task["id"])
-        assert (late["state"], late["error"]["code"], len(late["images"])) == ("expired", "expired", 1)
+        assert (late["state"], late["error"]["code"], len(late["images"])) == (
+            "expired",
+            "expired",
+            1,
+        )
 
 
-async def test_an_operator_gives_an_uncertain_task_its_id(patient: World, upstream: Upstream) -> None:
+async def test_an_operator_gives_an_uncertain_task_its_id(
+    patient: World, upstream: Upstream
+) -> None:
     """The upstream is asked at once under it, and the task goes its usual way."""
-    task = await in_state(patient, (await doubtful(patient, upstream, "by hand"))["id"], "uncertain")
-    upstream.queries["task-unified-hand"] = [document("completed", f"{patient.sandbox_url}/files/0.png")]
-    answer = await patient.client.post(f"/v1/tasks/{task['id']}/resolve", json={"upstream_id": "task-unified-hand"})
+    task = await in_state(
+        patient, (await doubtful(patient, upstream, "by hand"))["id"], "uncertain"
+    )
+    upstream.queries["task-unified-hand"] = [
+        document("completed", f"{patient.sandbox_url}/files/0.png")
+    ]
+    answer = await patient.client.post(
+        f"/v1/tasks/{task['id']}/resolve", json={"upstream_id": "task-unified-hand"}
+    )
     assert (answer.status_code, answer.json()["upstream_id"]) == (200, "task-unified-hand")
     assert len((await patient.ended(task["id"]))["images"]) == 1
-    other = await in_state(patient, (await doubtful(patient, upstream, "by hand, too"))["id"], "uncertain")
-    taken = await patient.client.post(f"/v1/tasks/{other['id']}/resolve", json={"upstream_id": "task-unified-hand"})
+    other = await in_state(
+        patient, (await doubtful(patient, upstream, "by hand, too"))["id"], "uncertain"
+    )
+    taken = await patient.client.post(
+        f"/v1/tasks/{other['id']}/resolve", json={"upstream_id": "task-unified-hand"}
+    )
     assert (taken.status_code, taken.json()["error"]["param"]) == (409, "upstream_id")
 
 
 async def test_an_operator_corrects_a_mistyped_id(patient: World, upstream: Upstream) -> None:
     """As long as the upstream knows nothing under it; what it has answered to stands."""
-    task = await in_state(patient, (await doubtful(patient, upstream, "mistyped"))["id"], "uncertain")
+    task = await in_state(
+        patient, (await doubtful(patient, upstream, "mistyped"))["id"], "uncertain"
+    )
     upstream.queries["task-unified-slip"] = [error(404, "task_not_found")]
-    upstream.queries["task-unified-meant"] = [document("completed", f"{patient.sandbox_url}/files/0.png")]
+    upstream.queries["task-unified-meant"] = [
+        document("completed", f"{patient.sandbox_url}/files/0.png")
+    ]
     for given in ("task-unified-slip", "task-unified-meant"):
-        answer = await patient.client.post(f"/v1/tasks/{task['id']}/resolve", json={"upstream_id": given})
+        answer = await patient.client.post(
+            f"/v1/tasks/{task['id']}/resolve", json={"upstream_id": given}
+        )
         assert (answer.status_code, answer.json()["upstream_id"]) == (200, given)
     assert len((await patient.ended(task["id"]))["images"]) == 1
-    late = await patient.client.post(f"/v1/tasks/{task['id']}/resolve", json={"upstream_id": "task-unified-slip"})
+    late = await patient.client.post(
+        f"/v1/tasks/{task['id']}/resolve", json={"upstream_id": "task-unified-slip"}
+    )
     assert (late.status_code, late.json()["error"]["code"]) == (409, "task_not_uncertain")
 
 
-async def test_an_answer_with_anothers_id_waits_for_proof_like_any_doubt(patient: World, upstream: Upstream) -> None:
+async def test_an_answer_with_anothers_id_waits_for_proof_like_any_doubt(
+    patient: World, upstream: Upstream
+) -> None:
     """`DARKROOM_UNCERTAIN_AFTER_S`, not the time of a first question."""
     for prompt in ("one id", "the same id"):
         upstream.submits[prompt] = [document("pending", id="task-unified-shared")]
@@ -150,15 +212,23 @@ async def test_an_answer_with_anothers_id_waits_for_proof_like_any_doubt(patient
 
 
 @pytest.mark.parametrize(("decision", "state"), [("failed", "failed"), ("resubmit", "submitted")])
-async def test_an_operator_decides_an_uncertain_task(decision: str, state: str, patient: World, upstream: Upstream) -> None:
-    """`failed` ends it as `submission_uncertain`; `resubmit` sends the same body again under the same idempotency key."""
+async def test_an_operator_decides_an_uncertain_task(
+    decision: str, state: str, patient: World, upstream: Upstream
+) -> None:
+    """`failed` ends it as `submission_uncertain`; `resubmit` sends the same body again under the
+    same idempotency key.
+    """
     prompt = f"decided as {decision}"
-    task = await doubtful(patient, upstream, prompt, document("pending", id=f"task-unified-{decision}"))
+    task = await doubtful(
+        patient, upstream, prompt, document("pending", id=f"task-unified-{decision}")
+    )
     await in_state(patient, task["id"], "uncertain")
     answer = await patient.client.post(f"/v1/tasks/{task['id']}/resolve", json={"as": decision})
     assert answer.status_code == 200, answer.text
     task = await in_state(patient, task["id"], state)
-    assert (task["error"] or {"code": None})["code"] == ("submission_uncertain" if decision == "failed" else None)
+    assert (task["error"] or {"code": None})["code"] == (
+        "submission_uncertain" if decision == "failed" else None
+    )
     sent = upstream.received[prompt]
     assert len(sent) == (1 if decision == "failed" else 2)
     assert len({(request.headers["idempotency-key"], request.body) for request in sent}) == 1
@@ -176,19 +246,30 @@ async def test_an_operator_decides_an_uncertain_task(decision: str, state: str, 
         *({"upstream_id": id} for id in ("", "a b", "..", ".hidden", "x\n", "ü", "x" * 201)),
     ],
 )
-async def test_a_decision_is_one_of_three(body: dict[str, str], patient: World, upstream: Upstream) -> None:
+async def test_a_decision_is_one_of_three(
+    body: dict[str, str], patient: World, upstream: Upstream
+) -> None:
     """Anything else is refused by name and changes nothing."""
-    task = await in_state(patient, (await doubtful(patient, upstream, f"undecided {body}"))["id"], "uncertain")
+    task = await in_state(
+        patient, (await doubtful(patient, upstream, f"undecided {body}"))["id"], "uncertain"
+    )
     answer = await patient.client.post(f"/v1/tasks/{task['id']}/resolve", json=body)
     assert answer.status_code == 400, answer.text
     assert (await patient.task(task["id"]))["state"] == "uncertain"
 
 
-async def test_reconcile_asks_the_upstream_and_fetches_pictures_now(patient: World, upstream: Upstream) -> None:
+async def test_reconcile_asks_the_upstream_and_fetches_pictures_now(
+    patient: World, upstream: Upstream
+) -> None:
     """What would have waited for its time is done at once, by an operator's word."""
     upstream.submits["now"] = [document("pending", id="task-unified-now")]
-    upstream.queries["task-unified-now"] = [document("completed", f"{patient.sandbox_url}/files/now.png")]
-    upstream.files["now.png"] = [error(500, "server_error"), Response(picture(), media_type="image/png")]
+    upstream.queries["task-unified-now"] = [
+        document("completed", f"{patient.sandbox_url}/files/now.png")
+    ]
+    upstream.files["now.png"] = [
+        error(500, "server_error"),
+        Response(picture(), media_type="image/png"),
+    ]
     task = await patient.submit(prompt="now")
     assert (await patient.client.post(f"/v1/tasks/{task['id']}/reconcile")).status_code == 200
     await wait_until(lambda: upstream.asked["now.png"] == 1)  # the next try would be in ten minutes
@@ -202,17 +283,31 @@ async def test_reconcile_asks_the_upstream_and_fetches_pictures_now(patient: Wor
     assert (await patient.ended(task["id"]))["state"] == "completed"
 
 
-async def test_there_is_nothing_to_reconcile_without_an_id(patient: World, upstream: Upstream) -> None:
+async def test_there_is_nothing_to_reconcile_without_an_id(
+    patient: World, upstream: Upstream
+) -> None:
     """A task that the upstream never named cannot be asked for."""
-    task = await in_state(patient, (await doubtful(patient, upstream, "nameless"))["id"], "uncertain")
+    task = await in_state(
+        patient, (await doubtful(patient, upstream, "nameless"))["id"], "uncertain"
+    )
     answer = await patient.client.post(f"/v1/tasks/{task['id']}/reconcile")
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "task_not_submitted")
 
 
-async def test_a_late_failure_is_told_and_nothing_is_listed(here: World, upstream: Upstream) -> None:
-    """Operators learn that what was given up for uncertain was created and failed: nothing was charged."""
+async def test_a_late_failure_is_told_and_nothing_is_listed(
+    here: World, upstream: Upstream
+) -> None:
+    """Operators learn that what was given up for uncertain was created and failed: nothing was
+    charged.
+    """
     task = await in_state(here, (await doubtful(here, upstream, "late failure"))["id"], "failed")
     upstream.queries["task-unified-failed"] = [failed("service_error")]
-    await call(here, task, id="task-unified-failed", status="failed", error={"code": "service_error", "message": "no"})
+    await call(
+        here,
+        task,
+        id="task-unified-failed",
+        status="failed",
+        error={"code": "service_error", "message": "no"},
+    )
     assert (await told_late(here, task))["data"]["status"] == "failed"
     assert (await here.task(task["id"]))["images"] == []

@@ -29,8 +29,13 @@ TOKEN = "token-of-an-address"
 
 
 def made_trouble(upstream: Upstream, url: str) -> None:
-    """Tasks that are refused, late, unanswered, good after a while, not pictures, and at an address that is not allowed."""
-    pictures = {"good": f"{url}/files/good?Signature={SIGNATURE}", "bad": f"{url}/files/bad?Signature={SIGNATURE}"}
+    """Tasks that are refused, late, unanswered, good after a while, not pictures, and at an address
+    that is not allowed.
+    """
+    pictures = {
+        "good": f"{url}/files/good?Signature={SIGNATURE}",
+        "bad": f"{url}/files/bad?Signature={SIGNATURE}",
+    }
     upstream.submits = {
         f"{PROMPT} refused": [error(422, "moderation_blocked")],
         f"{PROMPT} busy": [error(429, "rate_limit_exceeded"), page(502)],
@@ -42,23 +47,38 @@ def made_trouble(upstream: Upstream, url: str) -> None:
         "bad": [document("completed", pictures["bad"])],
         "away": [document("completed", f"https://10.0.0.1/x.png?Signature={SIGNATURE}")],
     }
-    upstream.files = {"good": [error(503, "busy"), Response(picture(), media_type="image/png")], "bad": [page(200)]}
+    upstream.files = {
+        "good": [error(503, "busy"), Response(picture(), media_type="image/png")],
+        "bad": [page(200)],
+    }
 
 
 async def trouble(here: World, client: httpx.AsyncClient, takes: str) -> list[str]:
     """Meets all of it, and strangers with wrong tokens and keys; the secrets that came up."""
     urls = (f"{takes}/x?token={TOKEN}", f"http://127.0.0.1:9/{TOKEN}?token={TOKEN}")
-    secrets = [got(await client.post("/v1/endpoints", json={"url": url}), 201)["secret"] for url in urls]
-    refused(await client.post("/v1/endpoints", json={"url": f"https://10.0.0.1/{TOKEN}?token={TOKEN}"}), 400, param="url")
+    secrets = [
+        got(await client.post("/v1/endpoints", json={"url": url}), 201)["secret"] for url in urls
+    ]
+    refused(
+        await client.post("/v1/endpoints", json={"url": f"https://10.0.0.1/{TOKEN}?token={TOKEN}"}),
+        400,
+        param="url",
+    )
     no = await client.post(SUBMIT, json=order(prompt=f"{PROMPT} refused"))
     refused(no, 422, param="size", task_id=no.json()["error"]["task_id"])
     ids = {}
     for name in ("busy", "account", "good", "bad", "away"):
-        task = await submitted(client, {}, prompt=f"{PROMPT} {name}", callback_url=f"http://127.0.0.1:9/?token={TOKEN}")
+        task = await submitted(
+            client, {}, prompt=f"{PROMPT} {name}", callback_url=f"http://127.0.0.1:9/?token={TOKEN}"
+        )
         ids[name] = task["id"]
         secrets.append(here.callback_url(task["id"]).rpartition("/")[2])
     for name in ("good", "bad", "away"):
-        told = {"id": name, "status": "completed", "results": [f"{here.sandbox_url}/files/{name}?Signature={SIGNATURE}"]}
+        told = {
+            "id": name,
+            "status": "completed",
+            "results": [f"{here.sandbox_url}/files/{name}?Signature={SIGNATURE}"],
+        }
         for said in (told, told, {**told, "status": "failed"}, "nothing"):
             await here.stranger.post(here.callback_url(ids[name]), json=said)
     right = here.callback_url(ids["good"])
@@ -91,12 +111,21 @@ async def garbage(url: str, path: str) -> None:
 async def test_no_line_of_a_troubled_run_tells_a_secret_and_each_is_as_the_list_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One JSON object a line, of ours and of libraries, with a name and fields of the list; no token, key, secret, prompt, signature."""
+    """One JSON object a line, of ours and of libraries, with a name and fields of the list; no
+    token, key, secret, prompt, signature.
+    """
     upstream = Upstream()
     secrets = [ADMIN_KEY, UPSTREAM_KEY, SECRET_KEY, PROMPT, SIGNATURE, TOKEN]
-    settings: dict[str, Any] = {"evolink_api_key": UPSTREAM_KEY, "secret_key": SECRET_KEY, "delivery_schedule": "0.05"}
+    settings: dict[str, Any] = {
+        "evolink_api_key": UPSTREAM_KEY,
+        "secret_key": SECRET_KEY,
+        "delivery_schedule": "0.05",
+    }
     with logged() as stream:
-        async with world(tmp_path, upstream=upstream.app, **settings) as here, subscriber() as takes:
+        async with (
+            world(tmp_path, upstream=upstream.app, **settings) as here,
+            subscriber() as takes,
+        ):
             made_trouble(upstream, here.sandbox_url)
             body = {"owner": "ann", "scopes": ["submit", "read", "subscribe"]}
             key = got(await here.client.post("/v1/keys", json=body), 201)
@@ -112,7 +141,9 @@ async def test_no_line_of_a_troubled_run_tells_a_secret_and_each_is_as_the_list_
     for line in parsed:
         assert set(ALWAYS) <= line.keys()
         assert (line["service"], line["version"]) == ("darkroom", VERSION)
-        assert line.keys() - {*ALWAYS, *WHERE_KNOWN} <= documented(LINES[line["event"]]) | {"image_id"}, line
+        assert line.keys() - {*ALWAYS, *WHERE_KNOWN} <= documented(LINES[line["event"]]) | {
+            "image_id"
+        }, line
     seldom = {
         "endpoint.disabled",
         "store.failed",
@@ -126,12 +157,24 @@ async def test_no_line_of_a_troubled_run_tells_a_secret_and_each_is_as_the_list_
         "store.freed",
     }
     seldom |= {name for name in LINES if name.startswith("sink.")}  # test_brokers
-    seldom |= {"blobs.swept", "retention.applied", "task.erased", "http.shed", "store.damaged", "store.unsafe", "store.waiting"}
+    seldom |= {
+        "blobs.swept",
+        "retention.applied",
+        "task.erased",
+        "http.shed",
+        "store.damaged",
+        "store.unsafe",
+        "store.waiting",
+    }
     assert {line["event"] for line in parsed} >= LINES.keys() - seldom
 
 
-async def test_a_defect_of_ours_is_one_line_and_an_answer_in_the_one_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """500 with the request's id, under which the log has the traceback; the next request is answered as ever."""
+async def test_a_defect_of_ours_is_one_line_and_an_answer_in_the_one_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """500 with the request's id, under which the log has the traceback; the next request is
+    answered as ever.
+    """
     with logged() as stream:
         async with world(tmp_path) as here:
             with monkeypatch.context() as broken:
@@ -141,13 +184,19 @@ async def test_a_defect_of_ours_is_one_line_and_an_answer_in_the_one_form(tmp_pa
             got(await here.client.get("/v1/tasks"))
         parsed = [json.loads(line) for line in stream.getvalue().splitlines()]
     (failed,) = [line for line in parsed if line["event"] == "http.failed"]
-    assert (failed["request_id"], failed["route"], failed["method"]) == (said["request_id"], "/v1/tasks", "GET")
+    assert (failed["request_id"], failed["route"], failed["method"]) == (
+        said["request_id"],
+        "/v1/tasks",
+        "GET",
+    )
     assert "TypeError" in failed["exception"]
     assert "TypeError" not in answer.text
 
 
 async def test_a_requests_line_tells_who_asked_for_what(tmp_path: Path) -> None:
-    """The route's pattern, never the path; the caller's owner, the task. Probes and callbacks are told at debug alone."""
+    """The route's pattern, never the path; the caller's owner, the task. Probes and callbacks are
+    told at debug alone.
+    """
     with logged("info") as stream:
         async with world(tmp_path) as here, here.owner(name="ann") as client:
             task = await submitted(client, UNTIL_DONE)
@@ -157,7 +206,12 @@ async def test_a_requests_line_tells_who_asked_for_what(tmp_path: Path) -> None:
         parsed = [json.loads(line) for line in stream.getvalue().splitlines()]
     requests = {line["request_id"]: line for line in parsed if line["event"] == "http.request"}
     line = requests[answer.headers["x-request-id"]]
-    assert (line["owner"], line["task_id"], line["route"], line["status"]) == ("ann", task["id"], "/v1/tasks/{task_id}", 200)
+    assert (line["owner"], line["task_id"], line["route"], line["status"]) == (
+        "ann",
+        task["id"],
+        "/v1/tasks/{task_id}",
+        200,
+    )
     assert line["bytes"] == len(answer.content)
     routes = [line["route"] for line in requests.values()]
     assert {None, "/v1/keys", "/v1/images/generations"} <= set(routes)

@@ -9,11 +9,15 @@ from tests.world import subscriber, world
 
 
 async def test_a_task_becomes_stored_images_and_one_signed_terminal_event(tmp_path: Path) -> None:
-    """Submit, callback, settle, save, emit: the event's pictures are those that the upstream served."""
+    """Submit, callback, settle, save, emit: the event's pictures are those that the upstream
+    served.
+    """
     async with world(tmp_path) as here, subscriber() as takes:
         made = await here.client.post("/v1/endpoints", json={"url": takes.url})
         assert made.status_code == 201
-        task = await here.submit(n=2, prompt="一只猫", metadata={"order": "7"}, headers={"prefer": "wait=20"})
+        task = await here.submit(
+            n=2, prompt="一只猫", metadata={"order": "7"}, headers={"prefer": "wait=20"}
+        )
         assert task["state"] == "completed"
         assert len(task["results"]) == 2
         assert task["metadata"] == {"order": "7"}
@@ -26,15 +30,23 @@ async def test_a_task_becomes_stored_images_and_one_signed_terminal_event(tmp_pa
         assert types == ["image.task.submitted", "image.task.completed"]
 
 
-async def test_two_hundred_tasks_at_once_end_in_one_right_terminal_event_each(tmp_path: Path) -> None:
+async def test_two_hundred_tasks_at_once_end_in_one_right_terminal_event_each(
+    tmp_path: Path,
+) -> None:
     """Each of many tasks with 1 to 4 images ends once, with as many images as were asked for."""
     async with world(tmp_path) as here:
         wanted = {}
-        answers = await asyncio.gather(*(here.submit(n=1 + i % 4, headers={"prefer": "respond-async"}) for i in range(40)))
+        answers = await asyncio.gather(
+            *(here.submit(n=1 + i % 4, headers={"prefer": "respond-async"}) for i in range(40))
+        )
         for i, task in enumerate(answers):
             wanted[task["id"]] = 1 + i % 4
         for task_id, count in wanted.items():
             task = await here.ended(task_id, 60)
             assert (task["state"], len(task["images"])) == ("completed", count)
-        terminal = Counter(event["subject"] for event in await here.events() if event["type"] == "image.task.completed")
+        terminal = Counter(
+            event["subject"]
+            for event in await here.events()
+            if event["type"] == "image.task.completed"
+        )
         assert terminal == dict.fromkeys(wanted, 1)

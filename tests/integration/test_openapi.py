@@ -21,7 +21,9 @@ OPTIONAL = {"causes"}  # for keys
 
 
 def closed(schema: Any) -> Any:
-    """The schema with every object closed to fields that it does not name, unless it says that there may be others."""
+    """The schema with every object closed to fields that it does not name, unless it says that
+    there may be others.
+    """
     if isinstance(schema, list):
         return [closed(item) for item in schema]
     if not isinstance(schema, dict):
@@ -39,13 +41,20 @@ def described() -> JSON:
 
 @cache
 def validator_of(model: str) -> OAS31Validator:
-    return OAS31Validator({"$ref": f"#/components/schemas/{model}", "components": closed(described()["components"])})
+    return OAS31Validator(
+        {"$ref": f"#/components/schemas/{model}", "components": closed(described()["components"])}
+    )
 
 
 def check(answer: JSON, model: str) -> None:
-    """AssertionError unless the answer is what the document says of it, no field more and none less."""
+    """AssertionError unless the answer is what the document says of it, no field more and none
+    less.
+    """
     validator = validator_of(model)
-    problems = [f"{list(problem.absolute_path)}: {problem.message}" for problem in validator.iter_errors(answer)]
+    problems = [
+        f"{list(problem.absolute_path)}: {problem.message}"
+        for problem in validator.iter_errors(answer)
+    ]
     assert not problems, problems
 
 
@@ -66,14 +75,21 @@ def operation(spec: Spec) -> JSON:
 def test_every_route_is_in_the_document_with_its_parameters_and_scopes() -> None:
     """Nothing that is answered is left out, and nothing is described that is not there."""
     paths = described()["paths"]
-    assert {(method.upper(), path) for path, methods in paths.items() for method in methods} == {(spec.method, spec.path) for spec in SPECS}
+    assert {(method.upper(), path) for path, methods in paths.items() for method in methods} == {
+        (spec.method, spec.path) for spec in SPECS
+    }
     assert len({operation(spec)["operationId"] for spec in SPECS}) == len(SPECS)
     for spec in SPECS:
         made = operation(spec)
         named = {(parameter["name"], parameter["in"]) for parameter in made["parameters"]}
-        headers = {("Idempotency-Key", "header"), ("Prefer", "header")} if spec.path == SUBMIT else set()
+        headers = (
+            {("Idempotency-Key", "header"), ("Prefer", "header")} if spec.path == SUBMIT else set()
+        )
         assert (
-            named == {(name, "path") for name in re.findall(r"\{(\w+)\}", spec.path)} | {(name, "query") for name in spec.query} | headers
+            named
+            == {(name, "path") for name in re.findall(r"\{(\w+)\}", spec.path)}
+            | {(name, "query") for name in spec.query}
+            | headers
         )
         assert ("security" in made) == bool(spec.scopes)
         assert all(scope in made.get("description", "") for scope in spec.scopes)
@@ -105,16 +121,25 @@ async def test_real_answers_are_what_the_document_says(here: World) -> None:
         task = await submitted(client, UNTIL_DONE, metadata={"a": "b"})
         await submitted(client, UNTIL_DONE, sandbox={"fail": "service_error"})
         late = await submitted(client, {}, sandbox={"delay": 600})
-        doubtful = await submitted(here.client, {}, sandbox={"lose_answer": True, "drop_callback": True})
+        doubtful = await submitted(
+            here.client, {}, sandbox={"lose_answer": True, "drop_callback": True}
+        )
 
         async def deliveries() -> list[JSON] | None:
-            found: list[JSON] = got(await client.get("/v1/deliveries", params={"state": "delivered"}))["data"]
+            found: list[JSON] = got(
+                await client.get("/v1/deliveries", params={"state": "delivered"})
+            )["data"]
             return found if len(found) == 5 else None
 
         delivery = (await wait_until(deliveries))[0]
         key = got(await here.client.post("/v1/keys", json={"owner": "x", "scopes": ["read"]}), 201)
         replay = got(await client.post(f"/v1/endpoints/{endpoint['id']}/replay"))
-        ids = {"task_id": task["id"], "endpoint_id": endpoint["id"], "delivery_id": delivery["id"], "key_id": key["id"]}
+        ids = {
+            "task_id": task["id"],
+            "endpoint_id": endpoint["id"],
+            "delivery_id": delivery["id"],
+            "key_id": key["id"],
+        }
         ids["replay_id"] = replay["id"]
         bodies: dict[type[Any], JSON] = {
             schemas.Submission: order(),
@@ -134,7 +159,9 @@ async def test_real_answers_are_what_the_document_says(here: World) -> None:
             for asking in (client, here.client) if "admin" not in spec.scopes else (here.client,):
                 if spec.path.endswith("/cancel") and asking is here.client:
                     continue
-                answer = await asking.request(spec.method, path, json=bodies[spec.body] if spec.body else None)
+                answer = await asking.request(
+                    spec.method, path, json=bodies[spec.body] if spec.body else None
+                )
                 check(got(answer, spec.status), spec.answer.__name__)
 
 

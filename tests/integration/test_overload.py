@@ -1,4 +1,6 @@
-"""More at once than a process can do at once: callbacks are answered in time, clients are told to come again (contract section 4)."""
+"""More at once than a process can do at once: callbacks are answered in time, clients are told to
+come again (contract section 4).
+"""
 
 import asyncio
 import json
@@ -26,12 +28,21 @@ from tests.processes import ADMIN_KEY, Running, clean_environment, service_setti
 from tests.waiting import wait_until
 from tests.world import answering
 
-FULL = "DARKROOM_TEST_CALLBACKS" in os.environ  # 20000, by hand: as much at once as the processor can do; in the suite what it always can
+FULL = (
+    "DARKROOM_TEST_CALLBACKS" in os.environ
+)  # 20000, by hand: as much at once as the processor can do; in the suite what it always can
 CALLBACKS = int(os.environ.get("DARKROOM_TEST_CALLBACKS", "2000"))
-ALL = min(CALLBACKS - 100, resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 500)  # connections: no process may have more
+ALL = min(
+    CALLBACKS - 100, resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 500
+)  # connections: no process may have more
 UPSTREAMS_PATIENCE_S = 10.0
 AT_ONCE = 300  # connections
-ACCEPTED, DUPLICATE, AGAIN, LATE = '200 {"status":"accepted"}', '200 {"status":"duplicate"}', "503", "timeout"
+ACCEPTED, DUPLICATE, AGAIN, LATE = (
+    '200 {"status":"accepted"}',
+    '200 {"status":"duplicate"}',
+    "503",
+    "timeout",
+)
 ENDED_S = 60.0 + CALLBACKS / 50
 
 pytestmark = pytest.mark.timeout(120 + CALLBACKS / 25)
@@ -45,10 +56,15 @@ async def failed(request: Request) -> Response:
 
 @pytest.fixture(scope="module")
 def waiting(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a store of so many tasks that wait for their callbacks, and these in `requests`."""
+    """A folder with a store of so many tasks that wait for their callbacks, and these in
+    `requests`.
+    """
     folder = tmp_path_factory.mktemp("waiting")
     asyncio.run(prepare(folder, "http://upstream.invalid", CALLBACKS))
-    lines = (json.loads(line)["path"].split("/")[3] for line in (folder / "requests").read_text().splitlines())
+    lines = (
+        json.loads(line)["path"].split("/")[3]
+        for line in (folder / "requests").read_text().splitlines()
+    )
     (folder / "requests").write_text("\n".join(json.dumps(callback(task_id)) for task_id in lines))
     return folder
 
@@ -58,13 +74,17 @@ async def burdened(folder: Path, waiting: Path) -> AsyncIterator[Running]:
     """A process with that store."""
     await asyncio.to_thread(shutil.copytree, waiting / "template", folder / "data")
     async with answering(Starlette(routes=[Route("/v1/tasks/{task_id}", failed)])) as url:
-        with started("serve", folder=folder, **service_settings(url, folder, SECRET_KEY=SECRET_KEY)) as running:
+        with started(
+            "serve", folder=folder, **service_settings(url, folder, SECRET_KEY=SECRET_KEY)
+        ) as running:
             yield running
 
 
 async def burst(address: str, file: Path, connections: int) -> dict[str, Any]:
     command = (sys.executable, "-m", "tests.overload", address, str(file), str(connections))
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, env=clean_environment({}))
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, env=clean_environment({})
+    )
     output, _ = await process.communicate()
     assert process.returncode == 0
     told: dict[str, Any] = json.loads(output)
@@ -79,29 +99,42 @@ async def keep_asking(client: httpx.AsyncClient, over: asyncio.Event, seen: Coun
 
 
 @pytest.mark.parametrize("connections", [AT_ONCE, ALL])
-async def test_a_burst_of_callbacks_is_answered_in_time(connections: int, tmp_path: Path, waiting: Path) -> None:
-    """Each within the upstream's patience, or it is told so in time and is taken when it comes again, while clients go on.
+async def test_a_burst_of_callbacks_is_answered_in_time(
+    connections: int, tmp_path: Path, waiting: Path
+) -> None:
+    """Each within the upstream's patience, or it is told so in time and is taken when it comes
+    again, while clients go on.
 
     No connection is reset, none ends without an answer, and each task ends once.
     """
     async with burdened(tmp_path, waiting) as running:
         over, seen = asyncio.Event(), Counter[str]()
-        async with httpx.AsyncClient(base_url=running.address, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=60) as client:
+        async with httpx.AsyncClient(
+            base_url=running.address, headers={"authorization": f"Bearer {ADMIN_KEY}"}, timeout=60
+        ) as client:
             asking = [asyncio.create_task(keep_asking(client, over, seen)) for _ in range(4)]
             told = await burst(running.address, waiting / "requests", connections)
             over.set()
             await asyncio.gather(*asking)
             print(dict(seen))
             assert told["lost"] == 0
-            assert told["seen"].keys() <= ({ACCEPTED, AGAIN} if FULL else {ACCEPTED, DUPLICATE, AGAIN, LATE})
+            assert told["seen"].keys() <= (
+                {ACCEPTED, AGAIN} if FULL else {ACCEPTED, DUPLICATE, AGAIN, LATE}
+            )
             assert told["seen"].get(LATE, 0) <= (0 if connections == AT_ONCE else CALLBACKS // 100)
             assert told["seen"][ACCEPTED] + told["seen"].get(DUPLICATE, 0) == CALLBACKS
             assert told["max"] < UPSTREAMS_PATIENCE_S
             assert seen.keys() <= {"200", "404", "503 1"}  # its upstream knows no submissions
             own = seen["200"] + seen["404"]
             if not FULL:  # settling needs two minutes for 20,000
-                await wait_until(lambda: len(running.logged("task.settled")) >= CALLBACKS + own, ENDED_S)
-    taken = [line["task_id"] for line in running.logged("callback.received") if line["verdict"] == "accepted"]
+                await wait_until(
+                    lambda: len(running.logged("task.settled")) >= CALLBACKS + own, ENDED_S
+                )
+    taken = [
+        line["task_id"]
+        for line in running.logged("callback.received")
+        if line["verdict"] == "accepted"
+    ]
     assert len(set(taken)) == len(taken) == CALLBACKS
     settled = Counter(line["task_id"] for line in running.logged("task.settled"))
     assert set(settled.values()) == {1}

@@ -1,6 +1,8 @@
-"""Two owners: whatever one asks for, by any route, it learns nothing of the other's, not even that it is there.
+"""Two owners: whatever one asks for, by any route, it learns nothing of the other's, not even that
+it is there.
 
-The cases are made from the table of routes: a route, parameter or body that is new there has to be given its case here.
+The cases are made from the table of routes: a route, parameter or body that is new there has to be
+given its case here.
 """
 
 import base64
@@ -52,7 +54,8 @@ class Watched:
 class Two:
     """Ann's things, Bob who asks and changes nothing, Carl who does.
 
-    `told` are texts that only Ann may be shown; `pairs` by the name of a parameter, `bodies` by route.
+    `told` are texts that only Ann may be shown; `pairs` by the name of a parameter, `bodies` by
+    route.
     """
 
     ann: httpx.AsyncClient
@@ -77,8 +80,18 @@ async def lists(client: httpx.AsyncClient) -> list[list[JSON]]:
 
 
 async def active(client: httpx.AsyncClient, owner: str, hook: str, late: int) -> str:
-    """Gives an owner two endpoints, a task that is done, `late` ones that are not, and what comes of them; a replay's id."""
-    hooks = [got(await client.post("/v1/endpoints", json={"url": hook, "description": f"{owner}'s hook"}), 201) for _ in range(2)]
+    """Gives an owner two endpoints, a task that is done, `late` ones that are not, and what comes
+    of them; a replay's id.
+    """
+    hooks = [
+        got(
+            await client.post(
+                "/v1/endpoints", json={"url": hook, "description": f"{owner}'s hook"}
+            ),
+            201,
+        )
+        for _ in range(2)
+    ]
     words = {"prompt": f"{owner}'s prompt", "metadata": {"of": owner}, "callback_url": hook}
     await submitted(client, UNTIL_DONE | {"idempotency-key": f"{owner}-key"}, **words)
     inputs = {"model": "wan2.5-image-to-image", "image_urls": [f"https://x.test/{owner}.png"]}
@@ -96,16 +109,22 @@ async def active(client: httpx.AsyncClient, owner: str, hook: str, late: int) ->
 
 def ids_of(documents: object) -> list[str]:
     """Whatever in them looks like an id that one may ask for, or have."""
-    return sorted(set(re.findall(r"\b[a-z]+_[a-z2-7]{26}\b|task-unified-[\w-]+", json.dumps(documents))))
+    return sorted(
+        set(re.findall(r"\b[a-z]+_[a-z2-7]{26}\b|task-unified-[\w-]+", json.dumps(documents)))
+    )
 
 
 def elsewhere(cursor: str) -> str:
     """A cursor for the same moment that leads on from something nobody has."""
     time, id = json.loads(base64.urlsafe_b64decode(cursor))
-    return base64.urlsafe_b64encode(json.dumps([time, id.partition("_")[0] + "_" + NOTHING]).encode()).decode()
+    return base64.urlsafe_b64encode(
+        json.dumps([time, id.partition("_")[0] + "_" + NOTHING]).encode()
+    ).decode()
 
 
-async def parameters(ann: httpx.AsyncClient, documents: list[list[JSON]], replay: str) -> dict[str, tuple[Pair, ...]]:
+async def parameters(
+    ann: httpx.AsyncClient, documents: list[list[JSON]], replay: str
+) -> dict[str, tuple[Pair, ...]]:
     """For each name in a path or a query Ann's values, each with one that nobody has."""
     tasks, endpoints, deliveries, events = documents
     ours = [(task["id"], f"task_{NOTHING}") for task in tasks]
@@ -134,7 +153,9 @@ async def parameters(ann: httpx.AsyncClient, documents: list[list[JSON]], replay
 
 @pytest.fixture(scope="module")
 async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
-    """What happens while workers run is over; then the same store answers without them, and nothing stirs but what is asked."""
+    """What happens while workers run is over; then the same store answers without them, and nothing
+    stirs but what is asked.
+    """
     folder, asked = tmp_path_factory.mktemp("two"), list[str]()
     sandbox = create_sandbox(SandboxOptions(networks=(ip_network(LOOPBACK),), delay_s=0.05))
     upstream = Watched(sandbox, asked)
@@ -148,15 +169,24 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
             metrics = (await bob.get("/metrics")).text
     async with AsyncExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(access, "CACHE_S", 3600)  # a key is looked up once: not in the middle of a comparison
-        here = await stack.enter_async_context(world(folder, upstream=upstream, role=Role(workers=False)))
+        patch.setattr(
+            access, "CACHE_S", 3600
+        )  # a key is looked up once: not in the middle of a comparison
+        here = await stack.enter_async_context(
+            world(folder, upstream=upstream, role=Role(workers=False))
+        )
         ann, bob, carl = [await stack.enter_async_context(here.with_key(key)) for key in keys]
         before, bobs, _ = [await lists(client) for client in (ann, bob, carl)]
         task = before[0][0]
         named = [(task["id"], f"task_{NOTHING}"), (task["upstream_id"], UNKNOWN)]
         bodies = {
-            ("POST", SUBMIT): tuple((order(model_params={"task_id": a}), order(model_params={"task_id": b})) for a, b in named),
-            ("POST", "/v1/endpoints"): (({"url": takes.url, "owner": "ann"}, {"url": takes.url, "owner": "nobody"}),),
+            ("POST", SUBMIT): tuple(
+                (order(model_params={"task_id": a}), order(model_params={"task_id": b}))
+                for a, b in named
+            ),
+            ("POST", "/v1/endpoints"): (
+                ({"url": takes.url, "owner": "ann"}, {"url": takes.url, "owner": "nobody"}),
+            ),
             ("PATCH", "/v1/endpoints/{endpoint_id}"): (({"status": "paused"},) * 2,),
             ("POST", "/v1/endpoints/{endpoint_id}/rotate"): (({"overlap_s": 0},) * 2,),
             ("POST", "/v1/endpoints/{endpoint_id}/replay"): (({"dry_run": True},) * 2,),
@@ -165,7 +195,19 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
         told = ("ann", "ann's prompt", "ann-key", replay, *ids_of(before))
         counts = {path: len(each) for path, each in zip(LISTS, bobs, strict=True)}
         asked.clear()
-        yield Two(ann, bob, carl, counts, told, await parameters(ann, before, replay), bodies, "ann-key", metrics, asked, before)
+        yield Two(
+            ann,
+            bob,
+            carl,
+            counts,
+            told,
+            await parameters(ann, before, replay),
+            bodies,
+            "ann-key",
+            metrics,
+            asked,
+            before,
+        )
 
 
 @contextmanager
@@ -185,7 +227,9 @@ def statements() -> Iterator[list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """All that an answer tells: what it says, and the work that was done for it, of which its time is a measure."""
+    """All that an answer tells: what it says, and the work that was done for it, of which its time
+    is a measure.
+    """
 
     status: int
     headers: Mapping[str, str]
@@ -198,7 +242,11 @@ async def ask(two: Two, method: str, path: str, **more: Any) -> Said:
     two.asked.clear()
     with statements() as seen:
         answer = await two.bob.request(method, path, **more)
-    headers = {name: value for name, value in answer.headers.items() if name not in ("x-request-id", "date")}
+    headers = {
+        name: value
+        for name, value in answer.headers.items()
+        if name not in ("x-request-id", "date")
+    }
     asked = tuple(re.sub(r"task-unified-[\w-]+", "task-unified", each) for each in two.asked)
     assert not [id for id in two.told if any(id in each for each in two.asked)]
     text = answer.text.replace(answer.headers["x-request-id"], "")
@@ -211,18 +259,24 @@ def told(two: Two, text: str) -> list[str]:
 
 
 def cases(two: Two, spec: Spec) -> Iterator[tuple[tuple[str, JSON], tuple[str, JSON]]]:
-    """Paths and what goes with them, for Ann's and for nobody's; KeyError: nobody has thought of this route yet."""
+    """Paths and what goes with them, for Ann's and for nobody's; KeyError: nobody has thought of
+    this route yet.
+    """
     names = re.findall(r"\{(\w+)\}", spec.path)
     body = two.bodies[spec.method, spec.path] if spec.body and spec.scopes != ("admin",) else ()
     for name in names:
         for pair in two.pairs[name]:
             sent = {"json": body[0][0]} if body else {}
-            yield tuple((spec.path.replace(f"{{{name}}}", value), sent) for value in pair)  # type: ignore[misc]  # of two
+            # # of two
+            yield tuple((spec.path.replace(f"{{{name}}}", value), sent) for value in pair)  # type: ignore[misc]
     for pair in () if names else body:
-        yield tuple((spec.path, {"json": value, "headers": ASYNC}) for value in pair)  # type: ignore[misc]  # of two
+        # # of two
+        yield tuple((spec.path, {"json": value, "headers": ASYNC}) for value in pair)  # type: ignore[misc]
     for name in spec.query:
         for pair in two.pairs.get(f"{spec.path}?{name}") or two.pairs[name]:
-            yield tuple((spec.path, {"params": {name.replace("KEY", "of"): value}}) for value in pair)  # type: ignore[misc]  # of two
+            yield tuple(
+                (spec.path, {"params": {name.replace("KEY", "of"): value}}) for value in pair
+            )  # type: ignore[misc]  # of two
 
 
 ASKED = [spec for spec in SPECS if spec.scopes]
@@ -230,16 +284,24 @@ ASKED = [spec for spec in SPECS if spec.scopes]
 
 @pytest.mark.parametrize("spec", ASKED, ids=[f"{spec.method} {spec.path}" for spec in ASKED])
 async def test_what_is_anothers_is_answered_like_what_nobody_has(two: Two, spec: Spec) -> None:
-    """The same status, headers and bytes after the same statements and calls, on every route with every id, filter and body."""
+    """The same status, headers and bytes after the same statements and calls, on every route with
+    every id, filter and body.
+    """
     for (anothers, sent), (nobodys, same) in cases(two, spec):
         said = await ask(two, spec.method, anothers, **sent)
         assert said == await ask(two, spec.method, nobodys, **same), anothers
         assert not told(two, said.text.replace(anothers, "")), anothers
-        assert said.status in ((404,) if "{" in spec.path else (200, 400, 403)) or spec.scopes == ("admin",), anothers
+        assert said.status in ((404,) if "{" in spec.path else (200, 400, 403)) or spec.scopes == (
+            "admin",
+        ), anothers
     assert await lists(two.ann) == two.before
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.method == "GET" and "{" not in spec.path], ids=lambda spec: spec.path)
+@pytest.mark.parametrize(
+    "spec",
+    [spec for spec in SPECS if spec.method == "GET" and "{" not in spec.path],
+    ids=lambda spec: spec.path,
+)
 async def test_what_is_shown_without_an_id_has_nothing_of_anothers(two: Two, spec: Spec) -> None:
     """Bob's lists are as long as what is his; nothing that he is shown names anything of Ann's."""
     said = await ask(two, "GET", spec.path)
@@ -248,7 +310,11 @@ async def test_what_is_shown_without_an_id_has_nothing_of_anothers(two: Two, spe
         assert len(json.loads(said.text)["data"]) == two.bobs[spec.path] > 0
 
 
-@pytest.mark.parametrize("spec", [spec for spec in ASKED if spec.method == "GET" and spec.scopes != ("admin",)], ids=lambda spec: spec.path)
+@pytest.mark.parametrize(
+    "spec",
+    [spec for spec in ASKED if spec.method == "GET" and spec.scopes != ("admin",)],
+    ids=lambda spec: spec.path,
+)
 async def test_its_owner_is_shown_all_of_it(two: Two, spec: Spec) -> None:
     """Or else these tests would hold of a service that shows nothing."""
     for (path, sent), _ in cases(two, spec):
@@ -269,7 +335,9 @@ async def test_one_idempotency_key_of_two_owners_makes_two_tasks(two: Two) -> No
     answers = []
     for key in (two.key, "nobodys-key"):
         with statements() as seen:
-            answer = await two.carl.post(SUBMIT, json=order(), headers=ASYNC | {"idempotency-key": key})
+            answer = await two.carl.post(
+                SUBMIT, json=order(), headers=ASYNC | {"idempotency-key": key}
+            )
         answers.append((got(answer).keys(), answer.headers.keys(), tuple(seen)))
         assert answer.json()["id"] not in two.told
         assert "idempotency-replayed" not in answer.headers
@@ -278,8 +346,14 @@ async def test_one_idempotency_key_of_two_owners_makes_two_tasks(two: Two) -> No
 
 
 async def test_no_label_of_the_metrics_names_anybody_or_anything(two: Two) -> None:
-    """They are everybody's sums, by kinds that are known beforehand; after deliveries, downloads and calls."""
-    samples = [sample for family in text_string_to_metric_families(two.metrics) for sample in family.samples]
+    """They are everybody's sums, by kinds that are known beforehand; after deliveries, downloads
+    and calls.
+    """
+    samples = [
+        sample
+        for family in text_string_to_metric_families(two.metrics)
+        for sample in family.samples
+    ]
     assert {name for sample in samples for name in sample.labels} <= LABELS
     assert sum(sample.value for sample in samples if sample.name == "darkroom_deliveries_total") > 0
     assert not told(two, two.metrics)

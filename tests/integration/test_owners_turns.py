@@ -1,4 +1,6 @@
-"""Owners take turns at the upstream over real sockets, and a full disk keeps nothing out that has been paid for."""
+"""Owners take turns at the upstream over real sockets, and a full disk keeps nothing out that has
+been paid for.
+"""
 
 import asyncio
 from pathlib import Path
@@ -14,11 +16,19 @@ FLOOD = 120
 
 
 async def test_one_owners_flood_delays_anothers_task_by_a_round(tmp_path: Path) -> None:
-    """A hundred tasks of one owner wait, and more keep coming: another's single one is sent with the next few, all once."""
+    """A hundred tasks of one owner wait, and more keep coming: another's single one is sent with
+    the next few, all once.
+    """
     theirs, gate = Upstream(), asyncio.Event()
     for number in range(4):
-        theirs.submits[f"flood {number}"] = [After(gate.wait, document("pending", id=f"task-unified-first-{number}"))]
-    async with world(tmp_path, upstream=theirs.app, evolink_concurrency=4) as here, here.owner() as crowd, here.owner() as modest:
+        theirs.submits[f"flood {number}"] = [
+            After(gate.wait, document("pending", id=f"task-unified-first-{number}"))
+        ]
+    async with (
+        world(tmp_path, upstream=theirs.app, evolink_concurrency=4) as here,
+        here.owner() as crowd,
+        here.owner() as modest,
+    ):
         for number in range(FLOOD):
             await submitted(crowd, ASYNC, prompt=f"flood {number}")
         await wait_until(lambda: len(theirs.received) == 3)  # three quarters of the places
@@ -28,12 +38,16 @@ async def test_one_owners_flood_delays_anothers_task_by_a_round(tmp_path: Path) 
         gate.set()
         await wait_until(lambda: len(theirs.received) == FLOOD + 21, timeout=30)
         order_of_arrival = list(theirs.received)
-        assert order_of_arrival.index("modest") < 3 + 1 + 4, "on their way; leased already; the next round"
+        assert order_of_arrival.index("modest") < 3 + 1 + 4, (
+            "on their way; leased already; the next round"
+        )
         assert {len(requests) for requests in theirs.received.values()} == {1}
 
 
 async def test_without_space_only_new_submissions_are_refused(tmp_path: Path) -> None:
-    """Below `MIN_FREE_BYTES`: 503 with a time to come back; callbacks are answered 200, their pictures stored, replays found."""
+    """Below `MIN_FREE_BYTES`: 503 with a time to come back; callbacks are answered 200, their
+    pictures stored, replays found.
+    """
     theirs, key = Upstream(), {"idempotency-key": "first"}
     async with world(tmp_path, upstream=theirs.app) as here:
         task = got(await here.client.post(SUBMIT, json=order(), headers=key))
@@ -44,8 +58,13 @@ async def test_without_space_only_new_submissions_are_refused(tmp_path: Path) ->
         answer = await here.client.post(SUBMIT, json=order())
         refused(answer, 503, "no_space")
         assert int(answer.headers["retry-after"]) >= 1
-        assert (await here.client.get("/readyz")).json() == {"status": "degraded", "causes": ["blobs"]}
-        called = await here.stranger.post(here.callback_url(task["id"]), json={"status": "completed", "results": [url]})
+        assert (await here.client.get("/readyz")).json() == {
+            "status": "degraded",
+            "causes": ["blobs"],
+        }
+        called = await here.stranger.post(
+            here.callback_url(task["id"]), json={"status": "completed", "results": [url]}
+        )
         assert (called.status_code, called.json()) == (200, {"status": "accepted"})
         again = got(await here.client.post(SUBMIT, json=order(), headers=key | UNTIL_DONE))
         assert (again["id"], again["state"]) == (task["id"], "completed")

@@ -1,4 +1,6 @@
-"""Calls to the upstream over real sockets: as many as it is told, in the right order, fewer where it says that they are too many."""
+"""Calls to the upstream over real sockets: as many as it is told, in the right order, fewer where
+it says that they are too many.
+"""
 
 import asyncio
 from collections import Counter
@@ -53,9 +55,11 @@ async def a_while(_call: str) -> None:
 
 @dataclass(slots=True)
 class Slow:
-    """An upstream that counts the calls it has in hand: `running` now, at `most` at once. Calls are named by the end of their path.
+    """An upstream that counts the calls it has in hand: `running` now, at `most` at once. Calls are
+    named by the end of their path.
 
-    It answers once `ready` returns: every task has failed, every submission is taken, unless `busy`: then all is 429.
+    It answers once `ready` returns: every task has failed, every submission is taken, unless
+    `busy`: then all is 429.
     """
 
     ready: Callable[[str], Awaitable[None]] = a_while
@@ -86,18 +90,29 @@ class Slow:
 
 
 async def submitted(folder: Path, count: int, first_query_ms: int = DAY_MS) -> list[str]:
-    """So many tasks that the upstream has, in the store of a world that is not open yet; their ids."""
+    """So many tasks that the upstream has, in the store of a world that is not open yet; their
+    ids.
+    """
     ids = [new_id("task", wall_clock()) for _ in range(count)]
     make_secret_file(folder / "data" / "secret.key")
-    async with open_sqlite(folder / "data" / "darkroom.db", process="before", new_id=new_id) as store:
+    async with open_sqlite(
+        folder / "data" / "darkroom.db", process="before", new_id=new_id
+    ) as store:
         for start in range(0, count, CHUNK):
             chunk = ids[start : start + CHUNK]
-            await asyncio.gather(*(store.write(insert_tasks, waiting(task_id), urgent=True) for task_id in chunk))
+            await asyncio.gather(
+                *(store.write(insert_tasks, waiting(task_id), urgent=True) for task_id in chunk)
+            )
             taken = [
-                Submission(Grant("submit", task_id, 0, 0), Accepted(Report(upstream_id=f"u-{task_id}"), first_query_ms))
+                Submission(
+                    Grant("submit", task_id, 0, 0),
+                    Accepted(Report(upstream_id=f"u-{task_id}"), first_query_ms),
+                )
                 for task_id in chunk
             ]
-            await asyncio.gather(*(store.write(record_submissions, each, urgent=True) for each in taken))
+            await asyncio.gather(
+                *(store.write(record_submissions, each, urgent=True) for each in taken)
+            )
     return ids
 
 
@@ -107,7 +122,9 @@ async def call_back(here: World, ids: Sequence[str], at_once: int = 32) -> None:
 
     async def one(task_id: str) -> None:
         async with connections:
-            answer = await here.stranger.post(here.callback_url(task_id), json={"id": f"u-{task_id}", "status": "failed"})
+            answer = await here.stranger.post(
+                here.callback_url(task_id), json={"id": f"u-{task_id}", "status": "failed"}
+            )
         assert (answer.status_code, answer.json()["status"]) == (200, "accepted")
 
     await asyncio.gather(*(one(task_id) for task_id in ids))
@@ -127,17 +144,24 @@ async def all_settled(here: World, timeout: float = 60) -> None:
     await wait_until(none_left, timeout)
 
 
-# --- as many as it is told ---------------------------------------------------------------------------------------------
+# --- as many as it is told
+# ---------------------------------------------------------------------------------------------
 
 
-async def flood(folder: Path, callbacks: int, silent: int, concurrency: int, timeout: float = 60) -> Slow:
-    """Callbacks for so many tasks while others are silent for too long and clients ask and submit; all settles, each once."""
+async def flood(
+    folder: Path, callbacks: int, silent: int, concurrency: int, timeout: float = 60
+) -> Slow:
+    """Callbacks for so many tasks while others are silent for too long and clients ask and submit;
+    all settles, each once.
+    """
     upstream = Slow()
     called = await submitted(folder, callbacks)
     await submitted(folder, silent, first_query_ms=0)
     async with world(folder, upstream=upstream.app, evolink_concurrency=concurrency) as here:
         passed = asyncio.gather(*(here.client.get("/v1/credits") for _ in range(20)))
-        sent = asyncio.gather(*(here.submit(headers={"prefer": "respond-async"}) for _ in range(20)))
+        sent = asyncio.gather(
+            *(here.submit(headers={"prefer": "respond-async"}) for _ in range(20))
+        )
         await call_back(here, called)
         assert {answer.status_code for answer in await passed} == {200}
         await call_back_later(here, [task["id"] for task in await sent])
@@ -147,7 +171,9 @@ async def flood(folder: Path, callbacks: int, silent: int, concurrency: int, tim
 
 
 async def call_back_later(here: World, ids: Sequence[str]) -> None:
-    """Once the upstream has them: it calls back without its id, which the submission's answer told."""
+    """Once the upstream has them: it calls back without its id, which the submission's answer
+    told.
+    """
 
     async def all_there() -> bool:
         return await count_of(here, tasks.c.id.in_(ids), tasks.c.upstream_id.is_(None)) == 0
@@ -158,20 +184,31 @@ async def call_back_later(here: World, ids: Sequence[str]) -> None:
         assert answer.status_code == 200
 
 
-async def test_a_batch_of_callbacks_makes_no_more_calls_than_the_setting_says(tmp_path: Path) -> None:
-    """Confirmations, reconciling, submissions and what is passed through together never exceed `EVOLINK_CONCURRENCY`; all settles."""
+async def test_a_batch_of_callbacks_makes_no_more_calls_than_the_setting_says(
+    tmp_path: Path,
+) -> None:
+    """Confirmations, reconciling, submissions and what is passed through together never exceed
+    `EVOLINK_CONCURRENCY`; all settles.
+    """
     upstream = await flood(tmp_path, callbacks=200, silent=100, concurrency=5)
     assert upstream.most == 5
     assert (upstream.calls["generations"], upstream.calls["credits"]) == (20, 20)
-    assert {task: count for task, count in upstream.calls.items() if task.startswith("u-") and count > 1} == {}
+    assert {
+        task: count for task, count in upstream.calls.items() if task.startswith("u-") and count > 1
+    } == {}
 
 
-# --- in the right order ------------------------------------------------------------------------------------------------
+# --- in the right order
+# ------------------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
-async def backlog(folder: Path, silent: int) -> AsyncIterator[tuple[World, Slow, list[str], list[str]]]:
-    """A world whose upstream answers nothing about tasks that are silent, many of which are due; those, and five others."""
+async def backlog(
+    folder: Path, silent: int
+) -> AsyncIterator[tuple[World, Slow, list[str], list[str]]]:
+    """A world whose upstream answers nothing about tasks that are silent, many of which are due;
+    those, and five others.
+    """
     answered = asyncio.Event()
     others = await submitted(folder, 5)
     quiet = await submitted(folder, silent, first_query_ms=0)
@@ -191,7 +228,9 @@ async def backlog(folder: Path, silent: int) -> AsyncIterator[tuple[World, Slow,
 
 
 async def test_a_backlog_of_silent_tasks_delays_no_confirmation(tmp_path: Path) -> None:
-    """While hundreds are due for reconciling, and all that are asked about hang, callbacks are confirmed one after another."""
+    """While hundreds are due for reconciling, and all that are asked about hang, callbacks are
+    confirmed one after another.
+    """
     async with backlog(tmp_path, 300) as (here, upstream, _silent, others):
         for task_id in others:
             await call_back(here, [task_id])
@@ -203,7 +242,9 @@ async def test_a_backlog_of_silent_tasks_delays_no_confirmation(tmp_path: Path) 
 
 
 async def test_a_callback_for_a_task_that_waits_to_be_reconciled_goes_first(tmp_path: Path) -> None:
-    """Who reconciles and finds no place gives the row back: its callback's confirmation waits for no silent task."""
+    """Who reconciles and finds no place gives the row back: its callback's confirmation waits for
+    no silent task.
+    """
     async with backlog(tmp_path, 8) as (here, upstream, silent, _others):
         (last,) = (task_id for task_id in silent if not upstream.calls[f"u-{task_id}"])
         await wait_until(lambda: here.context.resources.pace.waiting("reconcile") == 1)
@@ -212,11 +253,16 @@ async def test_a_callback_for_a_task_that_waits_to_be_reconciled_goes_first(tmp_
         assert [upstream.running, here.context.resources.pace.used("confirm")] == [8, 1]
 
 
-# --- fewer where it says so --------------------------------------------------------------------------------------------
+# --- fewer where it says so
+# --------------------------------------------------------------------------------------------
 
 
-async def test_an_upstream_that_is_too_busy_sees_fewer_calls_until_it_is_not(tmp_path: Path) -> None:
-    """429 upon 429: one call at a time; once they are answered as many as before; in the end nothing is lost."""
+async def test_an_upstream_that_is_too_busy_sees_fewer_calls_until_it_is_not(
+    tmp_path: Path,
+) -> None:
+    """429 upon 429: one call at a time; once they are answered as many as before; in the end
+    nothing is lost.
+    """
     upstream = Slow(busy=True)
     called = await submitted(tmp_path, 300)
     async with world(tmp_path, upstream=upstream.app, evolink_concurrency=8) as here:
@@ -234,23 +280,41 @@ async def test_an_upstream_that_is_too_busy_sees_fewer_calls_until_it_is_not(tmp
 
 
 async def test_a_429_is_heard_wherever_it_comes(tmp_path: Path) -> None:
-    """Submitting, confirming, reconciling, passing through: each halves its own kind, and the gauge shows it."""
+    """Submitting, confirming, reconciling, passing through: each halves its own kind, and the gauge
+    shows it.
+    """
     upstream = Slow(busy=True)
     (called,), _ = await submitted(tmp_path, 1), await submitted(tmp_path, 1, first_query_ms=0)
     async with world(tmp_path, upstream=upstream.app, submit_schedule="600") as here:
         pace = here.context.resources.pace
         await wait_until(lambda: pace.limit("reconcile") == 7)
-        assert [pace.limit("confirm"), pace.limit("submit"), pace.limit("passthrough")] == [16, 12, 4]
+        assert [pace.limit("confirm"), pace.limit("submit"), pace.limit("passthrough")] == [
+            16,
+            12,
+            4,
+        ]
         await here.submit()
-        assert [pace.limit("confirm"), pace.limit("submit"), pace.limit("passthrough")] == [16, 6, 4]
+        assert [pace.limit("confirm"), pace.limit("submit"), pace.limit("passthrough")] == [
+            16,
+            6,
+            4,
+        ]
         assert (await here.client.get("/v1/credits")).status_code == 429
-        assert [pace.limit("confirm"), pace.limit("submit"), pace.limit("passthrough")] == [16, 6, 2]
+        assert [pace.limit("confirm"), pace.limit("submit"), pace.limit("passthrough")] == [
+            16,
+            6,
+            2,
+        ]
         await call_back(here, [called])
         await wait_until(lambda: pace.limit("confirm") <= 8)
-        assert 'darkroom_upstream_limit{kind="submit"} 6.0' in (await here.client.get("/metrics")).text
+        assert (
+            'darkroom_upstream_limit{kind="submit"} 6.0' in (await here.client.get("/metrics")).text
+        )
 
 
-async def test_what_is_passed_through_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_passed_through_does_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No place in time: 503 with `Retry-After`, and the upstream is not asked; with one it is."""
     upstream = Slow()
     async with world(tmp_path, upstream=upstream.app, evolink_concurrency=2) as here:
@@ -260,7 +324,10 @@ async def test_what_is_passed_through_does_not_wait_for_ever(tmp_path: Path, mon
                 await places.enter_async_context(here.context.resources.pace.place("confirm"))
             for path in ("/v1/credits", "/v1/models", "/v1/tasks/task-unified-nobody"):
                 answer = await here.client.get(path)
-                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "upstream_unavailable")
+                assert (answer.status_code, answer.json()["error"]["code"]) == (
+                    503,
+                    "upstream_unavailable",
+                )
                 assert answer.headers["retry-after"] == "5"
         assert upstream.calls.total() == 0
         monkeypatch.setattr(passthrough, "PLACE_S", 5.0)

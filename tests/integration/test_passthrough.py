@@ -1,4 +1,6 @@
-"""What is the upstream's to answer: its credits and models, its tasks that were not submitted here, and ids in `model_params`."""
+"""What is the upstream's to answer: its credits and models, its tasks that were not submitted here,
+and ids in `model_params`.
+"""
 
 import json
 from collections.abc import AsyncIterator
@@ -27,7 +29,9 @@ EVERY_PATH = pytest.mark.parametrize("path", ["/v1/credits", "/v1/models", QUERY
 
 @dataclass(slots=True)
 class Elsewhere:
-    """An upstream with one answer to everything; `asked` are the targets of its requests as they were sent."""
+    """An upstream with one answer to everything; `asked` are the targets of its requests as they
+    were sent.
+    """
 
     answer: Response = field(default_factory=Response)
     asked: list[str] = field(default_factory=list)
@@ -45,9 +49,13 @@ def elsewhere() -> Elsewhere:
 
 
 @pytest.fixture(scope="module")
-async def there(elsewhere: Elsewhere, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+async def there(
+    elsewhere: Elsewhere, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
     app = Starlette(routes=[Route("/{path:path}", elsewhere.take)])
-    async with world(tmp_path_factory.mktemp("there"), role=Role(workers=False), upstream=app) as made:
+    async with world(
+        tmp_path_factory.mktemp("there"), role=Role(workers=False), upstream=app
+    ) as made:
         yield made
 
 
@@ -57,7 +65,8 @@ async def reader(there: World) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-# --- credits and models ----------------------------------------------------------------------------------------------
+# --- credits and models
+# ----------------------------------------------------------------------------------------------
 
 
 async def test_credits_and_models_are_the_sandboxs_own_answers(here: World) -> None:
@@ -73,11 +82,19 @@ async def test_credits_and_models_are_the_sandboxs_own_answers(here: World) -> N
 async def test_an_answer_in_json_keeps_its_status_and_its_bytes(
     elsewhere: Elsewhere, reader: httpx.AsyncClient, path: str, status: int
 ) -> None:
-    """Of its headers nothing comes through: no cookie, no media type but JSON's; our key goes along, the client's does not."""
+    """Of its headers nothing comes through: no cookie, no media type but JSON's; our key goes
+    along, the client's does not.
+    """
     body = b'{"error": {"code":401,\n "message":"\xc3\xbc"}}'
-    elsewhere.answer = Response(body, status, {"set-cookie": "a=b", "content-type": "text/html", "x-secret": "1"})
+    elsewhere.answer = Response(
+        body, status, {"set-cookie": "a=b", "content-type": "text/html", "x-secret": "1"}
+    )
     answer = await reader.get(path, headers={"cookie": "c=d", "x-request-id": "mine"})
-    assert (answer.status_code, answer.content, answer.headers["content-type"]) == (status, body, "application/json")
+    assert (answer.status_code, answer.content, answer.headers["content-type"]) == (
+        status,
+        body,
+        "application/json",
+    )
     assert not {"set-cookie", "x-secret"} & answer.headers.keys()
     assert ("retry-after" in answer.headers) is (status == 429)
     assert elsewhere.asked[-1] == path
@@ -106,7 +123,9 @@ async def test_an_answer_in_json_keeps_its_status_and_its_bytes(
 async def test_what_is_no_answer_is_503_in_the_one_form(
     elsewhere: Elsewhere, reader: httpx.AsyncClient, path: str, answer: Response
 ) -> None:
-    """Faults of the upstream, pages of a gateway, redirects and what breaks off: come again, and no 5xx that would be ours."""
+    """Faults of the upstream, pages of a gateway, redirects and what breaks off: come again, and no
+    5xx that would be ours.
+    """
     elsewhere.answer = answer
     refused(await reader.get(path), 503, "upstream_unavailable")
 
@@ -114,28 +133,48 @@ async def test_what_is_no_answer_is_503_in_the_one_form(
 @EVERY_PATH
 @pytest.mark.parametrize(
     ("status", "said", "told"),
-    [(429, "7", "7"), (429, None, "60"), (429, "0", "1"), (503, "9", "9"), (503, None, "30"), (502, "soon", "5")],
+    [
+        (429, "7", "7"),
+        (429, None, "60"),
+        (429, "0", "1"),
+        (503, "9", "9"),
+        (503, None, "30"),
+        (502, "soon", "5"),
+    ],
 )
 async def test_when_to_come_again_is_the_upstreams_word(
-    elsewhere: Elsewhere, reader: httpx.AsyncClient, path: str, status: int, said: str | None, told: str
+    elsewhere: Elsewhere,
+    reader: httpx.AsyncClient,
+    path: str,
+    status: int,
+    said: str | None,
+    told: str,
 ) -> None:
     """`Retry-After` comes through; without one it is what the upstream's pages say."""
     elsewhere.answer = error(status, "busy", **({} if said is None else {"retry_after": said}))
     answer = await reader.get(path)
-    assert (answer.status_code, answer.headers["retry-after"]) == (429 if status == 429 else 503, told)
+    assert (answer.status_code, answer.headers["retry-after"]) == (
+        429 if status == 429 else 503,
+        told,
+    )
 
 
 async def test_without_an_upstream_the_answer_is_503(tmp_path: Path) -> None:
     """No connection is nothing a client could have done wrong."""
-    async with world(tmp_path, role=Role(workers=False), evolink_base_url="http://127.0.0.1:9") as alone:
+    async with world(
+        tmp_path, role=Role(workers=False), evolink_base_url="http://127.0.0.1:9"
+    ) as alone:
         for path in ("/v1/credits", "/v1/models", QUERY):
             refused(await alone.client.get(path), 503, "upstream_unavailable")
 
 
-# --- tasks -----------------------------------------------------------------------------------------------------------
+# --- tasks
+# --------------------------------------------------------------------------------------------------
 
 
-async def test_a_task_that_was_submitted_past_this_service_is_shown_as_the_upstream_shows_it(here: World) -> None:
+async def test_a_task_that_was_submitted_past_this_service_is_shown_as_the_upstream_shows_it(
+    here: World,
+) -> None:
     """Byte for byte, to whoever has its id; it is none of our tasks."""
     theirs = (await here.sandbox.post(SUBMIT, json=order(sandbox={"delay": 600}))).json()["id"]
     async with here.owner("read", "submit") as client:
@@ -154,36 +193,69 @@ async def test_a_task_that_nobody_has_is_404_in_the_one_form(here: World) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["1%3fa=b", "%2e%2e", "1;a", "1%3ba", "1.json", "1%23", "1%5c..", "1%25", "%c3%bc", "1%0d", "", "1%20", "1:2"]
+    "name",
+    [
+        "1%3fa=b",
+        "%2e%2e",
+        "1;a",
+        "1%3ba",
+        "1.json",
+        "1%23",
+        "1%5c..",
+        "1%25",
+        "%c3%bc",
+        "1%0d",
+        "",
+        "1%20",
+        "1:2",
+    ],
 )
-async def test_a_name_that_could_be_read_as_more_is_never_sent(there: World, elsewhere: Elsewhere, name: str) -> None:
+async def test_a_name_that_could_be_read_as_more_is_never_sent(
+    there: World, elsewhere: Elsewhere, name: str
+) -> None:
     """No path, query or parameter of a path goes upstream in an id: 404 without a call."""
     before = len(elsewhere.asked)
     refused(await there.client.get(f"/v1/tasks/task-unified-{name}"), 404)
     assert len(elsewhere.asked) == before
 
 
-@pytest.mark.parametrize("id", [None, "task-unified-1757165031-UYUJAW3D", "task-unified-1757165031-other000", 7])
-async def test_an_answer_about_another_task_is_none(elsewhere: Elsewhere, reader: httpx.AsyncClient, id: object) -> None:
+@pytest.mark.parametrize(
+    "id", [None, "task-unified-1757165031-UYUJAW3D", "task-unified-1757165031-other000", 7]
+)
+async def test_an_answer_about_another_task_is_none(
+    elsewhere: Elsewhere, reader: httpx.AsyncClient, id: object
+) -> None:
     """An upstream that finds more than was asked for shows nobody another owner's task."""
-    elsewhere.answer = JSONResponse({"id": id, "status": "completed", "results": ["https://files.evolink.ai/secret.png"]})
+    elsewhere.answer = JSONResponse(
+        {"id": id, "status": "completed", "results": ["https://files.evolink.ai/secret.png"]}
+    )
     refused(await reader.get(QUERY), 404, "task_not_found")
     elsewhere.answer = JSONResponse({"id": THEIRS, "status": "completed"})
     assert got(await reader.get(QUERY)) == {"id": THEIRS, "status": "completed"}
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 422])
-async def test_a_refusal_to_show_a_task_is_404_or_our_fault(elsewhere: Elsewhere, reader: httpx.AsyncClient, status: int) -> None:
-    """That there is no such task, in whatever words, is 404; that our key may not look is nothing a client could mend."""
+async def test_a_refusal_to_show_a_task_is_404_or_our_fault(
+    elsewhere: Elsewhere, reader: httpx.AsyncClient, status: int
+) -> None:
+    """That there is no such task, in whatever words, is 404; that our key may not look is nothing a
+    client could mend.
+    """
     elsewhere.answer = error(status, "whatever")
-    refused(await reader.get(QUERY), *((503, "upstream_unavailable") if status in (401, 403) else (404, "task_not_found")))
+    refused(
+        await reader.get(QUERY),
+        *((503, "upstream_unavailable") if status in (401, 403) else (404, "task_not_found")),
+    )
 
 
-# --- a task whose id is not known yet --------------------------------------------------------------------------------
+# --- a task whose id is not known yet
+# --------------------------------------------------------------------------------
 
 
 async def test_nobody_else_sees_a_task_whose_submission_brought_no_answer(tmp_path: Path) -> None:
-    """The upstream knows it and we do not: it may be anybody's who has such a task, and is shown to its owner and admins alone."""
+    """The upstream knows it and we do not: it may be anybody's who has such a task, and is shown to
+    its owner and admins alone.
+    """
     async with world(tmp_path) as here, here.owner() as ann, here.owner() as bob:
         task = await submitted(ann, {}, sandbox={"lose_answer": True, "delay": 600})
         assert (task["state"], task["upstream_id"]) == ("uncertain", None)
@@ -194,11 +266,18 @@ async def test_nobody_else_sees_a_task_whose_submission_brought_no_answer(tmp_pa
         refused(await bob.get(path), 404, "task_not_found")
 
 
-# --- model_params.task_id --------------------------------------------------------------------------------------------
+# --- model_params.task_id
+# --------------------------------------------------------------------------------------------
 
 
-async def naming(client: httpx.AsyncClient, task_id: object, headers: dict[str, str] = ASYNC) -> httpx.Response:
-    return await client.post(SUBMIT, json=order(prompt="follows", model_params={"task_id": task_id, "k": 1}), headers=headers)
+async def naming(
+    client: httpx.AsyncClient, task_id: object, headers: dict[str, str] = ASYNC
+) -> httpx.Response:
+    return await client.post(
+        SUBMIT,
+        json=order(prompt="follows", model_params={"task_id": task_id, "k": 1}),
+        headers=headers,
+    )
 
 
 async def test_a_task_is_built_on_by_either_id(tmp_path: Path) -> None:
@@ -209,25 +288,40 @@ async def test_a_task_is_built_on_by_either_id(tmp_path: Path) -> None:
         for number, name in enumerate((first["id"], first["upstream_id"])):
             task = got(await naming(client, name, {}))
             assert task["request"]["model_params"] == {"task_id": name, "k": 1}
-            assert json.loads(upstream.received["follows"][number].body)["model_params"] == {"task_id": first["upstream_id"], "k": 1}
+            assert json.loads(upstream.received["follows"][number].body)["model_params"] == {
+                "task_id": first["upstream_id"],
+                "k": 1,
+            }
 
 
 async def test_a_task_that_the_upstream_does_not_have_yet_cannot_be_built_on(still: World) -> None:
     """409 while it waits, 400 once it never will be."""
     async with still.owner() as client:
         task = await submitted(client)
-        refused(await naming(client, task["id"]), 409, "task_not_submitted", param="model_params.task_id")
+        refused(
+            await naming(client, task["id"]),
+            409,
+            "task_not_submitted",
+            param="model_params.task_id",
+        )
         got(await client.post(f"/v1/tasks/{task['id']}/cancel"))
-        refused(await naming(client, task["id"]), 400, "invalid_parameter", param="model_params.task_id")
+        refused(
+            await naming(client, task["id"]), 400, "invalid_parameter", param="model_params.task_id"
+        )
         assert len(got(await client.get("/v1/tasks"))["data"]) == 1
 
 
 async def test_nothing_but_ones_own_can_be_built_on(here: World) -> None:
-    """Another owner's task and one that nobody has are refused in the same words, by either id; nothing is kept or sent."""
+    """Another owner's task and one that nobody has are refused in the same words, by either id;
+    nothing is kept or sent.
+    """
     async with here.owner() as ann, here.owner() as bob:
         task = await submitted(ann, {}, sandbox={"delay": 600})
         names = (task["id"], task["upstream_id"], "task_aaaaaaaaaaaaaaaaaaaaaaaaaa", THEIRS)
-        said = [refused(await naming(bob, name), 400, "invalid_parameter", param="model_params.task_id") for name in names]
+        said = [
+            refused(await naming(bob, name), 400, "invalid_parameter", param="model_params.task_id")
+            for name in names
+        ]
         assert len({each["message"] for each in said}) == 1
         assert got(await bob.get("/v1/tasks"))["data"] == []
         got(await naming(bob, 7, {}))
@@ -240,7 +334,10 @@ async def test_an_admin_builds_on_anybodys(tmp_path: Path) -> None:
         task = await submitted(client, {})
 
         def sent() -> set[str]:
-            return {json.loads(each.body)["model_params"]["task_id"] for each in upstream.received["follows"]}
+            return {
+                json.loads(each.body)["model_params"]["task_id"]
+                for each in upstream.received["follows"]
+            }
 
         for name in (task["id"], THEIRS):
             got(await naming(here.client, name))

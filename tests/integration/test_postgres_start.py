@@ -20,7 +20,9 @@ SAID = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"
 
 @asynccontextmanager
 async def starting(url: str, refusals: int) -> AsyncIterator[str]:
-    """The address of something that says what a server says while it starts, to so many; then it passes on to the server."""
+    """The address of something that says what a server says while it starts, to so many; then it
+    passes on to the server.
+    """
     parts, left = urlsplit(url), [None] * refusals
     folder, user = (dict(parse_qsl(parts.query)).get(name) for name in ("host", "user"))
 
@@ -39,33 +41,52 @@ async def starting(url: str, refusals: int) -> AsyncIterator[str]:
             writer.write(b"E" + struct.pack("!i", len(SAID) + 4) + SAID)
             writer.close()
             return
-        to = asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432") if folder else asyncio.open_connection(parts.hostname, parts.port)
+        to = (
+            asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432")
+            if folder
+            else asyncio.open_connection(parts.hostname, parts.port)
+        )
         theirs, ours = await to
         await asyncio.gather(pipe(reader, ours), pipe(theirs, writer))
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     try:
-        yield parts._replace(netloc=f"{parts.netloc.rpartition('@')[0] or user}@127.0.0.1:{port}", query="sslmode=disable").geturl()
+        yield parts._replace(
+            netloc=f"{parts.netloc.rpartition('@')[0] or user}@127.0.0.1:{port}",
+            query="sslmode=disable",
+        ).geturl()
     finally:
         server.close()
 
 
-async def test_a_start_waits_for_a_server_that_starts_up(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As after a power cut, when both begin at once; it is said once, and what is committed then is committed."""
+async def test_a_start_waits_for_a_server_that_starts_up(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a power cut, when both begin at once; it is said once, and what is committed then is
+    committed.
+    """
     monkeypatch.setattr(postgres, "BETWEEN_S", 0.01)
     with capture_logs() as lines:
-        async with starting(postgres_url, 3) as url, open_postgres(url, process="one", new_id=new_id) as store:
+        async with (
+            starting(postgres_url, 3) as url,
+            open_postgres(url, process="one", new_id=new_id) as store,
+        ):
             await store.write(mark, None)
     (waiting,) = [line for line in lines if line["event"] == "store.waiting"]
     assert "starting up" in waiting["reason"]
 
 
-async def test_a_server_that_goes_on_starting_up_is_given_up(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_goes_on_starting_up_is_given_up(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With one clear line, for whoever watches over the process."""
     monkeypatch.setattr(postgres, "BETWEEN_S", 0.01)
     monkeypatch.setattr(postgres, "TURNS", 3)
     async with starting(postgres_url, 1000) as url:
-        with pytest.raises(ConfigurationError, match=r"DARKROOM_DATABASE_URL: .* the database system is starting up"):
+        with pytest.raises(
+            ConfigurationError,
+            match=r"DARKROOM_DATABASE_URL: .* the database system is starting up",
+        ):
             async with open_postgres(url, process="one", new_id=new_id):
                 pass

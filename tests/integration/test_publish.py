@@ -1,4 +1,6 @@
-"""Publishing to a sink that is played: leases that are lost or run out, faults that nobody foresaw, events that are gone."""
+"""Publishing to a sink that is played: leases that are lost or run out, faults that nobody foresaw,
+events that are gone.
+"""
 
 import asyncio
 import json
@@ -25,7 +27,9 @@ from tests.world import World, world
 
 
 class Played:
-    """A broker in memory; `on` is called with how many messages it has, before it takes the next."""
+    """A broker in memory; `on` is called with how many messages it has, before it takes the
+    next.
+    """
 
     def __init__(self, on: Callable[[int], Any] = lambda _count: None) -> None:
         self.name, self.on = "played", on
@@ -80,14 +84,22 @@ def give(tx: Transaction, items: Sequence[None]) -> list[None]:
 
 
 def forget(tx: Transaction, items: Sequence[int]) -> list[None]:
-    tx.connection.execute(update(counters).where(counters.c.name == "forgotten").values(value=max(items)))
+    tx.connection.execute(
+        update(counters).where(counters.c.name == "forgotten").values(value=max(items))
+    )
     return [None] * len(items)
 
 
-async def test_no_message_goes_when_the_lease_may_be_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow broker's page ends early, what was confirmed is noted, and the lease is renewed before the next message."""
+async def test_no_message_goes_when_the_lease_may_be_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow broker's page ends early, what was confirmed is noted, and the lease is renewed before
+    the next message.
+    """
     monkeypatch.setattr(publish, "RENEW_S", 0.0)
-    slow = Played(lambda count: monkeypatch.setattr(publish, "SPARE_S", -1.0 if count % 3 == 2 else 5.0))
+    slow = Played(
+        lambda count: monkeypatch.setattr(publish, "SPARE_S", -1.0 if count % 3 == 2 else 5.0)
+    )
     plain = slow.open
 
     async def opened() -> None:
@@ -101,7 +113,9 @@ async def test_no_message_goes_when_the_lease_may_be_over(tmp_path: Path, monkey
         assert slow.opened >= 4
 
 
-async def test_who_lost_its_lease_notes_nothing_and_leaves_the_rest_to_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_lost_its_lease_notes_nothing_and_leaves_the_rest_to_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it sent meanwhile is sent again by the next, under the same ids."""
     monkeypatch.setattr(publish, "OTHERS_S", 0.05)
     monkeypatch.setattr(publish, "RENEW_S", 0.05)
@@ -123,7 +137,9 @@ async def test_who_lost_its_lease_notes_nothing_and_leaves_the_rest_to_another(t
 
 
 async def test_a_fault_that_nobody_foresaw_is_told_and_does_not_end_it(tmp_path: Path) -> None:
-    """With its traceback, and counted; a broker's own fault is told in one line, and once however often it comes."""
+    """With its traceback, and counted; a broker's own fault is told in one line, and once however
+    often it comes.
+    """
     faults: list[Exception] = [SinkUnavailable("away"), SinkUnavailable("away"), ValueError("odd")]
 
     def fail(_count: int) -> None:
@@ -143,7 +159,9 @@ async def test_a_fault_that_nobody_foresaw_is_told_and_does_not_end_it(tmp_path:
     assert (counted, len(lines(captured, "sink.restored"))) == (1, 1)
 
 
-async def test_a_store_that_is_away_is_no_brokers_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_store_that_is_away_is_no_brokers_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever promised something says it; the sink goes on when the store does."""
     asked: list[str] = []
 
@@ -166,7 +184,9 @@ async def test_a_store_that_is_away_is_no_brokers_fault(tmp_path: Path, monkeypa
 
 
 class Small(Played):
-    """It takes no message that has what the client asked for; of those without a task, none while `full`."""
+    """It takes no message that has what the client asked for; of those without a task, none while
+    `full`.
+    """
 
     full = True
 
@@ -179,7 +199,9 @@ class Small(Played):
 
 
 async def test_what_is_too_large_goes_without_what_its_client_asked_for(tmp_path: Path) -> None:
-    """An event that has no such thing is tried as it is until the broker takes it: its fields are its schema's."""
+    """An event that has no such thing is tried as it is until the broker takes it: its fields are
+    its schema's.
+    """
     broker = Small()
     broker.types = ("*",)
     async with world(tmp_path) as here:
@@ -189,12 +211,16 @@ async def test_what_is_too_large_goes_without_what_its_client_asked_for(tmp_path
             with capture_logs() as lines:
                 await emit(here, [1])
                 await wait_until(lambda: len(broker.ids) == 3)
-            assert [line["event"] for line in lines if line["event"].startswith("sink.")][:1] == ["sink.failed"]
+            assert [line["event"] for line in lines if line["event"].startswith("sink.")][:1] == [
+                "sink.failed"
+            ]
         assert broker.ids == [event["id"] for event in await here.events()]
 
 
 async def test_events_that_are_gone_are_told(tmp_path: Path) -> None:
-    """A sink at which nobody published for longer than events are kept goes on with the oldest there is, and a line says what it missed."""
+    """A sink at which nobody published for longer than events are kept goes on with the oldest
+    there is, and a line says what it missed.
+    """
     broker = Played()
     with capture_logs() as captured:
         async with world(tmp_path) as here:

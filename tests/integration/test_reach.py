@@ -1,4 +1,6 @@
-"""What a key, above all one that may only submit, can make the service reach: nothing that an outsider could not reach himself."""
+"""What a key, above all one that may only submit, can make the service reach: nothing that an
+outsider could not reach himself.
+"""
 
 import asyncio
 import json
@@ -22,13 +24,17 @@ async def there(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guard
 
 @pytest.fixture
 def here(there: Guarded) -> Iterator[World]:
-    """The world, in a test that ends with no connection made but to the service and its upstream."""
+    """The world, in a test that ends with no connection made but to the service and its
+    upstream.
+    """
     with there.watched():
         yield there.world
 
 
 async def test_the_key_stays_with_the_upstream(here: World, there: Guarded) -> None:
-    """Neither a result's host nor one that it redirects to sees the key, though one of them is the upstream's own."""
+    """Neither a result's host nor one that it redirects to sees the key, though one of them is the
+    upstream's own.
+    """
     there.upstream.files["last"] = [Response(picture(), media_type="image/png")]
 
     def onward(_number: int, _request: object) -> Response:
@@ -39,45 +45,81 @@ async def test_the_key_stays_with_the_upstream(here: World, there: Guarded) -> N
         files.answer = onward
         task = await there.completed(f"{files.url}/first")
         assert task["state"] == "completed"
-        fetched = [headers for target, headers in there.recorded.requests if target == "GET /files/last"]
+        fetched = [
+            headers for target, headers in there.recorded.requests if target == "GET /files/last"
+        ]
         for headers in (files.received[0].headers, fetched[-1]):
             assert not {"authorization", "cookie", "idempotency-key"} & headers.keys()
             assert "sandbox" not in " ".join(headers.values())
-    asked = [headers for target, headers in there.recorded.requests if not target.startswith("GET /files/")]
+    asked = [
+        headers
+        for target, headers in there.recorded.requests
+        if not target.startswith("GET /files/")
+    ]
     assert {headers["authorization"] for headers in asked} == {"Bearer sandbox"}
 
 
-async def test_no_call_goes_by_a_proxy_of_the_environment(here: World, there: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy would resolve names itself and see the key: none is used to submit, to ask or to fetch, nor its password from a netrc."""
+async def test_no_call_goes_by_a_proxy_of_the_environment(
+    here: World, there: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy would resolve names itself and see the key: none is used to submit, to ask or to
+    fetch, nor its password from a netrc.
+    """
     netrc = here.settings.data_dir / "netrc"
     netrc.write_text("machine 127.0.0.1 login nobody password hidden\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+    for name in (
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+    ):
         monkeypatch.setenv(name, f"http://127.0.0.1:{there.trap.port}")
     there.upstream.files["direct"] = [Response(picture(), media_type="image/png")]
     assert (await there.completed(f"{here.sandbox_url}/files/direct"))["state"] == "completed"
     assert "authorization" not in dict(there.recorded.requests)["GET /files/direct"]
 
 
-# --- what a submit key can cause --------------------------------------------------------------------------------------
+# --- what a submit key can cause
+# --------------------------------------------------------------------------------------
 
 
 async def test_what_is_passed_on_is_not_looked_at(here: World, there: Guarded) -> None:
-    """Links in any field but `callback_url` are the upstream's affair; it is told our own callback_url, whatever the client calls his."""
+    """Links in any field but `callback_url` are the upstream's affair; it is told our own
+    callback_url, whatever the client calls his.
+    """
     link, known = f"http://127.0.0.2:{there.trap.port}/a.png", len(there.recorded.requests)
-    fields = {"image_urls": [link], "mask_url": link, "webhook": link, "Callback_URL": link, "callbackUrl": link, "base_url": link}
+    fields = {
+        "image_urls": [link],
+        "mask_url": link,
+        "webhook": link,
+        "Callback_URL": link,
+        "callbackUrl": link,
+        "base_url": link,
+    }
     inside = {"callback_url": link, "url": link}
     async with here.owner("submit") as client:
-        task = await submitted(client, {}, model="another", prompt="passed on", model_params=inside, **fields)
+        task = await submitted(
+            client, {}, model="another", prompt="passed on", model_params=inside, **fields
+        )
     sent = json.loads(there.upstream.received["passed on"][0].body)
     assert sent.items() >= (fields | {"model_params": inside}).items()
     assert list(sent)[-1] == "callback_url"  # a reader that ignores case takes the last
     assert sent["callback_url"].startswith(f"{here.url}/callbacks/evolink/{task['id']}/")
-    assert [target for target, _ in there.recorded.requests[known:]] == ["POST /v1/images/generations"]
+    assert [target for target, _ in there.recorded.requests[known:]] == [
+        "POST /v1/images/generations"
+    ]
 
 
 PATHS = (
-    *("task-unified-../../v1/credits", "task-unified-/../../credits", "task-unified-%2F..%2F..%2Fcredits", "task-unified-%2e%2e%2fx"),
+    *(
+        "task-unified-../../v1/credits",
+        "task-unified-/../../credits",
+        "task-unified-%2F..%2F..%2Fcredits",
+        "task-unified-%2e%2e%2fx",
+    ),
     *(
         "task-unified-%252F..%252Fcredits",
         "task-unified-..%5C..%5Ccredits",
@@ -85,8 +127,22 @@ PATHS = (
         "task-unified-x%23",
         "task-unified-x;a=b",
     ),
-    *("task-unified-x%00", "task-unified-x%0d%0aX:%20y", "task-unified-x%20HTTP/1.1", "task-unified-@127.0.0.2", "task-unified-%C3%BC"),
-    *("../credits", "%2e%2e/credits", "..%2Fcredits", "task-unified-x/timeline", "task-unified-", "TASK-UNIFIED-x", "task-unified-.."),
+    *(
+        "task-unified-x%00",
+        "task-unified-x%0d%0aX:%20y",
+        "task-unified-x%20HTTP/1.1",
+        "task-unified-@127.0.0.2",
+        "task-unified-%C3%BC",
+    ),
+    *(
+        "../credits",
+        "%2e%2e/credits",
+        "..%2Fcredits",
+        "task-unified-x/timeline",
+        "task-unified-",
+        "TASK-UNIFIED-x",
+        "task-unified-..",
+    ),
 )
 
 
@@ -94,7 +150,12 @@ async def asked(here: World, target: str, host: str, key: str) -> int:
     """The status of a GET whose target and Host are sent as they are."""
     place = here.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(place[0], int(place[1]))
-    writer.write(f"GET {target} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\nConnection: close\r\n\r\n".encode())
+    writer.write(
+        (
+            f"GET {target} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\nConnection:"
+            " close\r\n\r\n"
+        ).encode()
+    )
     answer = await reader.read()
     writer.close()
     await writer.wait_closed()
@@ -102,31 +163,59 @@ async def asked(here: World, target: str, host: str, key: str) -> int:
 
 
 @pytest.mark.parametrize("path", PATHS)
-async def test_no_id_reaches_past_the_upstreams_tasks(path: str, here: World, there: Guarded) -> None:
-    """An id that could be more than an id to anybody on the way is never sent upstream, by whichever route it comes."""
+async def test_no_id_reaches_past_the_upstreams_tasks(
+    path: str, here: World, there: Guarded
+) -> None:
+    """An id that could be more than an id to anybody on the way is never sent upstream, by
+    whichever route it comes.
+    """
     known = len(there.recorded.requests)
     for ending in ("", "/timeline"):
-        assert await asked(here, f"/v1/tasks/{path}{ending}", "darkroom.test", ADMIN_KEY) in (400, 404)
+        assert await asked(here, f"/v1/tasks/{path}{ending}", "darkroom.test", ADMIN_KEY) in (
+            400,
+            404,
+        )
     for target in (f"/v1/tasks/{path}?url=http://127.0.0.2/", f"http://127.0.0.2/v1/tasks/{path}"):
         assert await asked(here, target, "127.0.0.2", ADMIN_KEY) in (400, 404)
     assert there.recorded.requests[known:] == []
 
 
 async def test_an_unknown_task_is_asked_for_by_its_id_alone(here: World, there: Guarded) -> None:
-    """Query, Host, forwarding headers and an absolute target change nothing of where and for what the upstream is asked."""
-    there.upstream.queries["task-unified-1-aB_9"] = [document("processing", id="task-unified-1-aB_9")]
+    """Query, Host, forwarding headers and an absolute target change nothing of where and for what
+    the upstream is asked.
+    """
+    there.upstream.queries["task-unified-1-aB_9"] = [
+        document("processing", id="task-unified-1-aB_9")
+    ]
     known, elsewhere = len(there.recorded.requests), f"127.0.0.2:{there.trap.port}"
-    for target in ("/v1/tasks/task-unified-1-aB_9?id=2", f"http://{elsewhere}/v1/tasks/task-unified-1-aB_9"):
-        assert await asked(here, target, f"{elsewhere}\r\nX-Forwarded-Host: {elsewhere}\r\nForwarded: host={elsewhere}", ADMIN_KEY) == 200
-    assert [target for target, _ in there.recorded.requests[known:]] == ["GET /v1/tasks/task-unified-1-aB_9"] * 2
-    assert {headers["host"] for _, headers in there.recorded.requests[known:]} == {here.sandbox_url.removeprefix("http://")}
+    for target in (
+        "/v1/tasks/task-unified-1-aB_9?id=2",
+        f"http://{elsewhere}/v1/tasks/task-unified-1-aB_9",
+    ):
+        assert (
+            await asked(
+                here,
+                target,
+                f"{elsewhere}\r\nX-Forwarded-Host: {elsewhere}\r\nForwarded: host={elsewhere}",
+                ADMIN_KEY,
+            )
+            == 200
+        )
+    assert [target for target, _ in there.recorded.requests[known:]] == [
+        "GET /v1/tasks/task-unified-1-aB_9"
+    ] * 2
+    assert {headers["host"] for _, headers in there.recorded.requests[known:]} == {
+        here.sandbox_url.removeprefix("http://")
+    }
 
 
 async def test_links_do_not_follow_the_host_header(here: World, there: Guarded) -> None:
     """A task's links lead to the service's address, whatever name it was called by."""
     there.upstream.files["linked"] = [Response(picture(), media_type="image/png")]
     task = await there.completed(f"{here.sandbox_url}/files/linked")
-    answer = await here.client.get(f"/v1/tasks/{task['id']}", headers={"host": "evil.test", "x-forwarded-host": "evil.test"})
+    answer = await here.client.get(
+        f"/v1/tasks/{task['id']}", headers={"host": "evil.test", "x-forwarded-host": "evil.test"}
+    )
     assert re.fullmatch(f"{here.url}/images/{an_id('img')}", got(answer)["results"][0])
 
 
@@ -136,8 +225,12 @@ async def test_nobody_builds_on_another_owners_task(here: World, there: Guarded)
         task = await submitted(mine, {}, prompt="mine")
         assert task["upstream_id"]
         for name in (task["id"], task["upstream_id"]):
-            stolen = await yours.post(SUBMIT, json=order(prompt="stolen", model_params={"task_id": name}), headers=ASYNC)
+            stolen = await yours.post(
+                SUBMIT, json=order(prompt="stolen", model_params={"task_id": name}), headers=ASYNC
+            )
             refused(stolen, 400, "invalid_parameter", param="model_params.task_id")
             await submitted(mine, {}, prompt=f"own {name}", model_params={"task_id": name})
-            assert json.loads(there.upstream.received[f"own {name}"][0].body)["model_params"] == {"task_id": task["upstream_id"]}
+            assert json.loads(there.upstream.received[f"own {name}"][0].body)["model_params"] == {
+                "task_id": task["upstream_id"]
+            }
     assert "stolen" not in there.upstream.received

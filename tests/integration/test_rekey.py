@@ -1,4 +1,6 @@
-"""`DARKROOM_SECRET_KEY`: rotated, what is encrypted in the store comes under the new key; lost, nothing takes its place."""
+"""`DARKROOM_SECRET_KEY`: rotated, what is encrypted in the store comes under the new key; lost,
+nothing takes its place.
+"""
 
 import secrets
 from pathlib import Path
@@ -24,21 +26,40 @@ OLD, NEW = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
 
 async def at_rest(here: World) -> list[bytes]:
     read = here.context.resources.store.read
-    return [secret for table in ("endpoints", "owners") for _, secret in await read(queries.secrets, table, "", 100)]
+    return [
+        secret
+        for table in ("endpoints", "owners")
+        for _, secret in await read(queries.secrets, table, "", 100)
+    ]
 
 
 def signed(shop: Subscriber, path: str, secret: str) -> bool:
     (request,) = [request for request in shop.received if request.path == path]
-    return isinstance(verify_webhook([secret], request.headers, request.body, int(request.headers["webhook-timestamp"])), Verified)
+    return isinstance(
+        verify_webhook(
+            [secret], request.headers, request.body, int(request.headers["webhook-timestamp"])
+        ),
+        Verified,
+    )
 
 
-async def test_the_old_key_can_be_dropped_after_a_start_with_the_new_one_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three starts: the old key, the new one before it, the new one alone. The secrets are the same, and sign to the end."""
+async def test_the_old_key_can_be_dropped_after_a_start_with_the_new_one_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three starts: the old key, the new one before it, the new one alone. The secrets are the
+    same, and sign to the end.
+    """
     monkeypatch.setattr(rekey, "PAGE", 2)
     async with subscriber() as shop:
         async with world(tmp_path, secret_key=OLD) as here:
-            made = [got(await here.client.post("/v1/endpoints", json={"url": f"{shop.url}/{n}"}), 201) for n in range(3)]
-            key = got(await here.client.post("/v1/keys", json={"owner": "studio", "scopes": ["submit"]}), 201)
+            made = [
+                got(await here.client.post("/v1/endpoints", json={"url": f"{shop.url}/{n}"}), 201)
+                for n in range(3)
+            ]
+            key = got(
+                await here.client.post("/v1/keys", json={"owner": "studio", "scopes": ["submit"]}),
+                201,
+            )
             before = await at_rest(here)
         with capture_logs() as lines:
             async with world(tmp_path, secret_key=f"{NEW},{OLD}") as here:
@@ -47,17 +68,26 @@ async def test_the_old_key_can_be_dropped_after_a_start_with_the_new_one_first(t
                 assert await Rekeying(here.context.resources).rekey() == 0
         assert len(before) == len(after)
         assert not set(before) & set(after)
-        assert {line["event"]: line["count"] for line in lines if line["event"].startswith("secrets.")} == {"secrets.rekeyed": len(after)}
+        assert {
+            line["event"]: line["count"] for line in lines if line["event"].startswith("secrets.")
+        } == {"secrets.rekeyed": len(after)}
         async with world(tmp_path, secret_key=NEW) as here:
             await submitted(here.client, UNTIL_DONE)
             async with here.with_key(key["key"]) as client:
                 await submitted(client, UNTIL_DONE, callback_url=f"{shop.url}/own")
-            await wait_until(lambda: {request.path for request in shop.received} >= {"/0", "/1", "/2", "/own"})
+            await wait_until(
+                lambda: {request.path for request in shop.received} >= {"/0", "/1", "/2", "/own"}
+            )
         assert signed(shop, "/own", key["callback_secret"])
         hooks = [request for request in shop.received if request.path == "/1"]
         assert hooks
         for request in hooks:
-            verdict = verify_webhook([made[1]["secret"]], request.headers, request.body, int(request.headers["webhook-timestamp"]))
+            verdict = verify_webhook(
+                [made[1]["secret"]],
+                request.headers,
+                request.body,
+                int(request.headers["webhook-timestamp"]),
+            )
             assert isinstance(verdict, Verified)
 
 
@@ -75,20 +105,37 @@ async def test_secrets_that_no_key_fits_are_told_and_left_alone(tmp_path: Path) 
 
 
 async def test_where_a_key_is_lost_for_good_other_secrets_are_the_way_out(tmp_path: Path) -> None:
-    """Nothing is sent that nobody could verify, and the endpoint is not to blame; rotated, both secrets sign again."""
+    """Nothing is sent that nobody could verify, and the endpoint is not to blame; rotated, both
+    secrets sign again.
+    """
     async with subscriber() as shop:
         async with world(tmp_path, secret_key=OLD) as here:
-            path = f"/v1/endpoints/{got(await here.client.post('/v1/endpoints', json={'url': f'{shop.url}/hook'}), 201)['id']}"
-            key = got(await here.client.post("/v1/keys", json={"owner": "studio", "scopes": ["submit", "subscribe"]}), 201)
-        async with world(tmp_path, secret_key=NEW, delivery_schedule="0.1,600") as here, here.with_key(key["key"]) as studio:
+            made = await here.client.post("/v1/endpoints", json={"url": f"{shop.url}/hook"})
+            path = f"/v1/endpoints/{got(made, 201)['id']}"
+            key = got(
+                await here.client.post(
+                    "/v1/keys", json={"owner": "studio", "scopes": ["submit", "subscribe"]}
+                ),
+                201,
+            )
+        async with (
+            world(tmp_path, secret_key=NEW, delivery_schedule="0.1,600") as here,
+            here.with_key(key["key"]) as studio,
+        ):
             attempt = got(await here.client.post(f"{path}/test"))
-            assert (attempt["status"], attempt["error"].partition(":")[0]) == (None, "not sent, its secret cannot be read")
+            assert (attempt["status"], attempt["error"].partition(":")[0]) == (
+                None,
+                "not sent, its secret cannot be read",
+            )
             await submitted(here.client, UNTIL_DONE)
             await submitted(studio, UNTIL_DONE, callback_url=f"{shop.url}/own")
 
             async def tried() -> bool:
                 found = got(await here.client.get("/v1/deliveries"))["data"]
-                return all(len(each["attempts"]) == 2 and each["state"] == "pending" for each in found) and len(found) == 3
+                return (
+                    all(len(each["attempts"]) == 2 and each["state"] == "pending" for each in found)
+                    and len(found) == 3
+                )
 
             await wait_until(tried)
             assert shop.received == []
@@ -104,7 +151,9 @@ async def test_where_a_key_is_lost_for_good_other_secrets_are_the_way_out(tmp_pa
 async def test_a_secret_that_was_rotated_meanwhile_stays_as_it_is_now(tmp_path: Path) -> None:
     """What was read before counts for nothing."""
     async with world(tmp_path, secret_key=OLD) as here:
-        endpoint = got(await here.client.post("/v1/endpoints", json={"url": "http://127.0.0.1:9/"}), 201)["id"]
+        endpoint = got(
+            await here.client.post("/v1/endpoints", json={"url": "http://127.0.0.1:9/"}), 201
+        )["id"]
     async with world(tmp_path, secret_key=f"{NEW},{OLD}", role=Role(workers=False)) as here:
         resources = here.context.resources
         (held, *_) = await at_rest(here)
@@ -122,7 +171,9 @@ async def test_a_secret_that_was_rotated_meanwhile_stays_as_it_is_now(tmp_path: 
 
 
 async def test_a_key_that_is_lost_is_not_replaced_by_another(tmp_path: Path) -> None:
-    """With another none of the callbacks under way would be believed: it is to be put back. A store that nobody used gets a new one."""
+    """With another none of the callbacks under way would be believed: it is to be put back. A store
+    that nobody used gets a new one.
+    """
     async with world(tmp_path, role=Role(workers=False)) as here:
         key = here.settings.key_file
     key.unlink()

@@ -1,4 +1,6 @@
-"""Replays over real sockets: counted, sent again under the same ids, followed, ended; for whom they are."""
+"""Replays over real sockets: counted, sent again under the same ids, followed, ended; for whom they
+are.
+"""
 
 import json
 import re
@@ -64,7 +66,9 @@ async def made(here: World, owner: str, count: int = 1, type: str = FAILED) -> l
 
 
 async def subscribed(client: httpx.AsyncClient, shop: Subscriber, **more: Any) -> str:
-    endpoint: str = got(await client.post("/v1/endpoints", json={"url": f"{shop.url}/", **more}), 201)["id"]
+    endpoint: str = got(
+        await client.post("/v1/endpoints", json={"url": f"{shop.url}/", **more}), 201
+    )["id"]
     return endpoint
 
 
@@ -78,7 +82,9 @@ async def deliveries(client: httpx.AsyncClient, count: int, **query: str) -> lis
 
 
 async def counted(client: httpx.AsyncClient, endpoint: str, **body: Any) -> int:
-    answer = got(await client.post(f"/v1/endpoints/{endpoint}/replay", json={"dry_run": True, **body}))
+    answer = got(
+        await client.post(f"/v1/endpoints/{endpoint}/replay", json={"dry_run": True, **body})
+    )
     assert answer == {"id": None, "count": answer["count"]}
     count: int = answer["count"]
     return count
@@ -106,14 +112,20 @@ def ids(shop: Subscriber) -> list[str]:
     return [request.headers["webhook-id"] for request in shop.received]
 
 
-async def disabled(here: World, client: httpx.AsyncClient, owner: str, endpoint: str, count: int) -> tuple[JSON, list[str]]:
+async def disabled(
+    here: World, client: httpx.AsyncClient, owner: str, endpoint: str, count: int
+) -> tuple[JSON, list[str]]:
     """The endpoint disabled, and so many events that it misses."""
     off = got(await client.patch(f"/v1/endpoints/{endpoint}", json={"status": "disabled"}))
     return off, await made(here, owner, count)
 
 
-async def test_the_dead_are_sent_again(here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber) -> None:
-    """What it took is not; each of the dead once more under its id, with the whole schedule; then none is dead."""
+async def test_the_dead_are_sent_again(
+    here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber
+) -> None:
+    """What it took is not; each of the dead once more under its id, with the whole schedule; then
+    none is dead.
+    """
     shop.answer = lambda n, _request: BROKEN if n < 6 else DONE
     endpoint = await subscribed(client, shop)
     dead = await made(here, owner, 3)
@@ -148,7 +160,9 @@ async def test_the_dead_are_sent_again(here: World, client: httpx.AsyncClient, o
     assert await counted(client, endpoint, only="all") == 4
 
 
-async def test_all_are_sent_again_by_time_and_type(here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber) -> None:
+async def test_all_are_sent_again_by_time_and_type(
+    here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber
+) -> None:
     """`since` is included, `until` is not; `types` are some of those that the endpoint has."""
     endpoint = await subscribed(client, shop, types=[FAILED, COMPLETED])
     await made(here, owner, 2)
@@ -163,30 +177,60 @@ async def test_all_are_sent_again_by_time_and_type(here: World, client: httpx.As
     beyond = (datetime.fromisoformat(last) + timedelta(milliseconds=1)).isoformat()
     assert await counted(client, endpoint, only="all", until=beyond) == 3
     assert await counted(client, endpoint, only="all", since=beyond) == 0
-    assert await counted(client, endpoint, only="all", since=beyond.replace("+00:00", "-05:00")) == 0
+    assert (
+        await counted(client, endpoint, only="all", since=beyond.replace("+00:00", "-05:00")) == 0
+    )
     assert await counted(client, endpoint, only="all", types=["image.task.submitted"]) == 0
     shop.received.clear()
-    replay = await replayed(client, endpoint, only="all", types=[COMPLETED, "image.task.submitted"], since=first)
+    replay = await replayed(
+        client, endpoint, only="all", types=[COMPLETED, "image.task.submitted"], since=first
+    )
     shown = await reached(client, replay, delivered=1)
-    assert (shown["since"], shown["types"], shown["state"]) == (first, [COMPLETED, "image.task.submitted"], "done")
+    assert (shown["since"], shown["types"], shown["state"]) == (
+        first,
+        [COMPLETED, "image.task.submitted"],
+        "done",
+    )
     assert ids(shop) == completed
-    assert {delivery["endpoint"] for delivery in await deliveries(client, 2, event=completed[0])} == {endpoint}
+    assert {
+        delivery["endpoint"] for delivery in await deliveries(client, 2, event=completed[0])
+    } == {endpoint}
 
 
-async def test_what_no_replay_can_be_is_refused_by_name(client: httpx.AsyncClient, shop: Subscriber) -> None:
+async def test_what_no_replay_can_be_is_refused_by_name(
+    client: httpx.AsyncClient, shop: Subscriber
+) -> None:
     """Nothing is sent; times at the ends of what can be written are times."""
     path = f"/v1/endpoints/{await subscribed(client, shop)}/replay"
-    bad = [("since", "yesterday"), ("until", "2026-01-01T00:00:00"), ("types", []), ("types.0", ["image"]), ("only", "some")]
+    bad = [
+        ("since", "yesterday"),
+        ("until", "2026-01-01T00:00:00"),
+        ("types", []),
+        ("types.0", ["image"]),
+        ("only", "some"),
+    ]
     for param, value in [*bad, ("dry_run", "perhaps"), ("url", "https://x.test/")]:
-        refused(await client.post(path, json={param.partition(".")[0]: value}), 400, "invalid_request", param=param)
+        refused(
+            await client.post(path, json={param.partition(".")[0]: value}),
+            400,
+            "invalid_request",
+            param=param,
+        )
     ends = {"since": "0001-01-01T00:00:00+14:00", "until": "9999-12-31T23:59:59-14:00"}
     shown = await reached(client, got(await client.post(path, json=ends))["id"], state="done")
-    assert (shown["since"], shown["until"]) == ("1970-01-01T00:00:00.000Z", "9999-12-31T23:59:59.999Z")
+    assert (shown["since"], shown["until"]) == (
+        "1970-01-01T00:00:00.000Z",
+        "9999-12-31T23:59:59.999Z",
+    )
     assert shop.received == []
 
 
 async def test_a_replay_has_a_bounded_rate_and_tells_how_far_it_is(
-    here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber, monkeypatch: pytest.MonkeyPatch
+    here: World,
+    client: httpx.AsyncClient,
+    owner: str,
+    shop: Subscriber,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A page at a time, one each `EVERY_MS`; a second replay waits for the first."""
     monkeypatch.setattr(pipeline, "PAGE", 2)
@@ -209,8 +253,12 @@ async def test_a_replay_has_a_bounded_rate_and_tells_how_far_it_is(
     assert sorted(ids(shop)[-5:]) == sorted(events)
 
 
-async def test_a_cancelled_replay_sends_nothing_more(here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber) -> None:
-    """What it has not delivered yet is dead, kept and listed; cancelled again, or after its end, it is the same."""
+async def test_a_cancelled_replay_sends_nothing_more(
+    here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber
+) -> None:
+    """What it has not delivered yet is dead, kept and listed; cancelled again, or after its end, it
+    is the same.
+    """
     endpoint = await subscribed(client, shop)
     await made(here, owner, 2)
     await deliveries(client, 2, state="delivered")
@@ -252,7 +300,9 @@ async def test_a_paused_endpoint_gets_its_replay_when_it_is_enabled(
 async def test_enabling_a_disabled_endpoint_offers_what_it_missed(
     here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber
 ) -> None:
-    """Since `disabled_at`, with a count; that replay sends just this. Every other answer has no offer."""
+    """Since `disabled_at`, with a count; that replay sends just this. Every other answer has no
+    offer.
+    """
     endpoint = await subscribed(client, shop)
     path = f"/v1/endpoints/{endpoint}"
     await made(here, owner)
@@ -264,7 +314,11 @@ async def test_enabling_a_disabled_endpoint_offers_what_it_missed(
     assert await counted(client, endpoint, since=off["disabled_at"]) == 3
     on = got(await client.patch(path, json={"status": "enabled"}))
     assert on["replay"] == {"since": off["disabled_at"], "count": 3}
-    for answer in (await client.get(path), await client.patch(path, json={"status": "enabled"}), await client.post(f"{path}/rotate")):
+    for answer in (
+        await client.get(path),
+        await client.patch(path, json={"status": "enabled"}),
+        await client.post(f"{path}/rotate"),
+    ):
         assert got(answer)["replay"] is None
     assert [each["replay"] for each in got(await client.get("/v1/endpoints"))["data"]] == [None]
     (since,) = await made(here, owner)
@@ -292,7 +346,12 @@ async def test_a_dead_delivery_that_was_retried_by_hand_is_not_replayed(
 
 @pytest.mark.parametrize("how", ["disable", "delete"])
 async def test_a_replay_ends_with_its_endpoint(
-    here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber, how: str, monkeypatch: pytest.MonkeyPatch
+    here: World,
+    client: httpx.AsyncClient,
+    owner: str,
+    shop: Subscriber,
+    how: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Disabled or deleted in the middle: cancelled, and nothing more is sent."""
     monkeypatch.setattr(pipeline, "PAGE", 1)
@@ -303,7 +362,9 @@ async def test_a_replay_ends_with_its_endpoint(
     await deliveries(client, 100, state="delivered", endpoint=endpoint)
     replay = await replayed(client, endpoint, only="all")
     await reached(client, replay, state="running")
-    answer = await (client.delete(path) if how == "delete" else client.patch(path, json={"status": "disabled"}))
+    answer = await (
+        client.delete(path) if how == "delete" else client.patch(path, json={"status": "disabled"})
+    )
     assert answer.is_success
     shown = await reached(client, replay, state="cancelled")
     assert re.fullmatch(TIME, shown["finished_at"])
@@ -313,15 +374,23 @@ async def test_a_replay_ends_with_its_endpoint(
         refused(await client.post(f"{path}/replay"), 404, "endpoint_not_found")
 
 
-async def test_nobody_elses_replays_and_endpoints_are_there(here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber) -> None:
-    """404 for every request of another owner; an admin may, and the replay is its endpoint's owner's."""
+async def test_nobody_elses_replays_and_endpoints_are_there(
+    here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber
+) -> None:
+    """404 for every request of another owner; an admin may, and the replay is its endpoint's
+    owner's.
+    """
     endpoint = await subscribed(client, shop)
     await made(here, owner)
     await deliveries(client, 1, state="delivered")
     async with here.owner() as stranger:
         for dry_run in (True, False):
             body = {"dry_run": dry_run, "only": "all"}
-            refused(await stranger.post(f"/v1/endpoints/{endpoint}/replay", json=body), 404, "endpoint_not_found")
+            refused(
+                await stranger.post(f"/v1/endpoints/{endpoint}/replay", json=body),
+                404,
+                "endpoint_not_found",
+            )
         replay = await replayed(here.client, endpoint, only="all")
         refused(await stranger.get(f"/v1/replays/{replay}"), 404, "replay_not_found")
         refused(await stranger.delete(f"/v1/replays/{replay}"), 404, "replay_not_found")
@@ -330,21 +399,30 @@ async def test_nobody_elses_replays_and_endpoints_are_there(here: World, client:
     refused(await here.client.get("/v1/replays/rpl_unknown"), 404, "replay_not_found")
 
 
-async def test_an_endpoint_for_all_owners_is_replayed_by_an_admin(here: World, owner: str, shop: Subscriber) -> None:
+async def test_an_endpoint_for_all_owners_is_replayed_by_an_admin(
+    here: World, owner: str, shop: Subscriber
+) -> None:
     """Everybody's events and the operators'; no owner sees it."""
-    endpoint = await subscribed(here.client, shop, owner=None, types=["image.task.failed", "task.parked"])
+    endpoint = await subscribed(
+        here.client, shop, owner=None, types=["image.task.failed", "task.parked"]
+    )
     theirs = await made(here, owner) + await emitted(here.context.resources.store, 1, "task.parked")
     await deliveries(here.client, 2, state="delivered", endpoint=endpoint)
     since = got(await here.client.get(f"/v1/endpoints/{endpoint}"))["created_at"]
     replay = await replayed(here.client, endpoint, only="all", since=since)
     await reached(here.client, replay, delivered=2)
     assert set(theirs) == set(ids(shop)[2:])
-    assert {json.loads(request.body)["type"] for request in shop.received} == {"image.task.failed", "task.parked"}
+    assert {json.loads(request.body)["type"] for request in shop.received} == {
+        "image.task.failed",
+        "task.parked",
+    }
     async with here.owner() as stranger:
         refused(await stranger.get(f"/v1/replays/{replay}"), 404, "replay_not_found")
 
 
-async def test_a_replay_that_ended_is_kept_like_its_deliveries(tmp_path: Path, shop: Subscriber) -> None:
+async def test_a_replay_that_ended_is_kept_like_its_deliveries(
+    tmp_path: Path, shop: Subscriber
+) -> None:
     """Until retention takes it: then it is 404."""
     async with world(tmp_path) as there:
         endpoint = await subscribed(there.client, shop)

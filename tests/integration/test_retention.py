@@ -25,7 +25,11 @@ JSON = dict[str, Any]
 @pytest.fixture(params=["local", "s3"])
 async def place(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
     """A world that keeps its images there."""
-    more: dict[str, Any] = {} if request.param == "local" else {"blob_url": f"s3://{request.getfixturevalue('s3_bucket')}/images"}
+    more: dict[str, Any] = (
+        {}
+        if request.param == "local"
+        else {"blob_url": f"s3://{request.getfixturevalue('s3_bucket')}/images"}
+    )
     async with world(tmp_path, **more) as made:
         yield made
 
@@ -42,11 +46,15 @@ def later(here: World, ms: int, days: float = 30, image_days: float | None = Non
 
 
 async def pages(here: World, after: str | None = None) -> JSON:
-    return got(await here.client.get("/v1/events", params={} if after is None else {"after": after}))
+    return got(
+        await here.client.get("/v1/events", params={} if after is None else {"after": after})
+    )
 
 
 async def test_an_erased_task_has_no_content_and_its_images_are_gone(place: World) -> None:
-    """204; the line with its figures stays; links say 410; no blob is left; a second time is 204 too."""
+    """204; the line with its figures stays; links say 410; no blob is left; a second time is 204
+    too.
+    """
     task = await submitted(place.client, UNTIL_DONE, n=2, prompt=PROMPT, metadata={"customer": "7"})
     assert len(await kept(place)) == 2
     with capture_logs() as lines:
@@ -57,24 +65,40 @@ async def test_an_erased_task_has_no_content_and_its_images_are_gone(place: Worl
     assert await kept(place) == set()
     bare: JSON = {"prompt": None, "metadata": {}, "request": {}, "images": [], "results": []}
     assert await place.task(task["id"]) == {**task, **bare}
-    assert (task["state"], task["usage"]["credits_used"]) == ("completed", (await place.task(task["id"]))["usage"]["credits_used"])
+    assert (task["state"], task["usage"]["credits_used"]) == (
+        "completed",
+        (await place.task(task["id"]))["usage"]["credits_used"],
+    )
     for image in task["images"]:
         for headers in ({}, {"if-none-match": f'"{image["sha256"]}"'}, {"range": "bytes=0-1"}):
             refused(await place.stranger.get(image["url"], headers=headers), 410, "gone")
         assert (await place.stranger.head(image["url"])).status_code == 410
     for event in await place.events(task=task["id"]):
-        assert (event["data"]["metadata"], event["data"]["request"], event["data"]["results"]) == ({}, {}, [])
+        assert (event["data"]["metadata"], event["data"]["request"], event["data"]["results"]) == (
+            {},
+            {},
+            [],
+        )
     assert [step["step"] for step in await place.steps(task["id"])][-1] == "task.erased"
 
 
 async def test_only_a_task_that_has_ended_is_erased_and_only_by_its_owner(here: World) -> None:
-    """409 until then, also by the upstream's id; another owner's is 404, like one that nobody has; reading is not enough."""
+    """409 until then, also by the upstream's id; another owner's is 404, like one that nobody has;
+    reading is not enough.
+    """
     async with here.owner() as client, here.owner() as other, here.owner("read") as reader:
         task = await submitted(client, {}, sandbox={"delay": 600})
         for task_id in (task["id"], task["upstream_id"]):
-            refused(await client.delete(f"/v1/tasks/{task_id}"), 409, "task_not_ended", task_id=task["id"])
+            refused(
+                await client.delete(f"/v1/tasks/{task_id}"),
+                409,
+                "task_not_ended",
+                task_id=task["id"],
+            )
             refused(await other.delete(f"/v1/tasks/{task_id}"), 404, "task_not_found")
-        refused(await other.delete("/v1/tasks/task-unified-1757165031-unknown"), 404, "task_not_found")
+        refused(
+            await other.delete("/v1/tasks/task-unified-1757165031-unknown"), 404, "task_not_found"
+        )
         refused(await reader.delete(f"/v1/tasks/{task['id']}"), 403)
         refused(await here.stranger.delete(f"/v1/tasks/{task['id']}"), 401)
         got(await client.post(f"/v1/tasks/{task['id']}/cancel"))
@@ -83,14 +107,22 @@ async def test_only_a_task_that_has_ended_is_erased_and_only_by_its_owner(here: 
 
 
 async def test_the_same_order_again_is_the_erased_task(here: World) -> None:
-    """Its idempotency key is kept as long as its line: nothing is paid twice; a refusal comes again without its words."""
+    """Its idempotency key is kept as long as its line: nothing is paid twice; a refusal comes again
+    without its words.
+    """
     for more in ({}, {"sandbox": {"submit_status": 422}}):
-        body, headers = order(prompt=PROMPT, **more), {**UNTIL_DONE, "idempotency-key": f"order-{len(more)}"}
+        body, headers = (
+            order(prompt=PROMPT, **more),
+            {**UNTIL_DONE, "idempotency-key": f"order-{len(more)}"},
+        )
         first = await here.client.post(SUBMIT, json=body, headers=headers)
         task_id = first.json()["id"] if not more else first.json()["error"]["task_id"]
         assert (await here.client.delete(f"/v1/tasks/{task_id}")).status_code == 204
         again = await here.client.post(SUBMIT, json=body, headers=headers)
-        assert (again.status_code, again.headers["idempotency-replayed"]) == (first.status_code, "true")
+        assert (again.status_code, again.headers["idempotency-replayed"]) == (
+            first.status_code,
+            "true",
+        )
         if more:
             error = refused(again, 422, first.json()["error"]["code"], task_id=task_id)
             assert error["message"] == "erased"
@@ -99,14 +131,23 @@ async def test_the_same_order_again_is_the_erased_task(here: World) -> None:
 
 
 async def test_an_event_that_is_still_to_be_delivered_goes_out_bare(tmp_path: Path) -> None:
-    """To an endpoint that failed so far: signed, the same id, the terminal event, without content."""
+    """To an endpoint that failed so far: signed, the same id, the terminal event, without
+    content.
+    """
     async with world(tmp_path, delivery_schedule="0.3") as here, subscriber() as takes:
         takes.answer = lambda n, _: Response(status_code=500 if n == 0 else 204)
-        got(await here.client.post("/v1/endpoints", json={"url": takes.url, "types": ["image.task.completed"]}), 201)
+        got(
+            await here.client.post(
+                "/v1/endpoints", json={"url": takes.url, "types": ["image.task.completed"]}
+            ),
+            201,
+        )
         task = await submitted(here.client, UNTIL_DONE, prompt=PROMPT, metadata={"customer": "7"})
         await wait_until(lambda: takes.received)
         assert (await here.client.delete(f"/v1/tasks/{task['id']}")).status_code == 204
-        first, second = await wait_until(lambda: takes.received if len(takes.received) == 2 else None)
+        first, second = await wait_until(
+            lambda: takes.received if len(takes.received) == 2 else None
+        )
         assert first.headers["webhook-id"] == second.headers["webhook-id"]
         assert b'"customer"' in first.body
         assert b'"customer"' not in second.body
@@ -114,7 +155,9 @@ async def test_an_event_that_is_still_to_be_delivered_goes_out_bare(tmp_path: Pa
 
 
 async def test_images_that_the_store_cannot_delete_are_left_to_the_sweep(tmp_path: Path) -> None:
-    """The erasure stands, which is logged; no link leads to them, and they go once the sweep meets them."""
+    """The erasure stands, which is logged; no link leads to them, and they go once the sweep meets
+    them.
+    """
     async with world(tmp_path) as here:
         task = await submitted(here.client, UNTIL_DONE)
         (name,) = await kept(here)
@@ -123,17 +166,26 @@ async def test_images_that_the_store_cannot_delete_are_left_to_the_sweep(tmp_pat
         path.mkdir()  # no file
         with capture_logs() as lines:
             assert (await here.client.delete(f"/v1/tasks/{task['id']}")).status_code == 204
-        assert [line["event"] for line in lines if line["event"] in ("task.erased", "blobs.failed")] == ["task.erased", "blobs.failed"]
+        assert [
+            line["event"] for line in lines if line["event"] in ("task.erased", "blobs.failed")
+        ] == ["task.erased", "blobs.failed"]
         path.rmdir()
         aside.rename(path)
         refused(await here.stranger.get(task["images"][0]["url"]), 410, "gone")
         assert await kept(here) == {name}
         resources = here.context.resources
-        assert await Sweeper(replace(resources, clock=lambda: resources.clock() + AGE_MS + 60_000)).sweep() == 1
+        assert (
+            await Sweeper(
+                replace(resources, clock=lambda: resources.clock() + AGE_MS + 60_000)
+            ).sweep()
+            == 1
+        )
 
 
 async def test_what_is_old_goes_and_readers_are_told(tmp_path: Path) -> None:
-    """Events, deliveries, prompts and timelines after their days, not a minute before; images stay; `resync` says it once."""
+    """Events, deliveries, prompts and timelines after their days, not a minute before; images stay;
+    `resync` says it once.
+    """
     async with world(tmp_path) as here, subscriber() as takes:
         got(await here.client.post("/v1/endpoints", json={"url": takes.url}), 201)
         task = await submitted(here.client, UNTIL_DONE, prompt=PROMPT, metadata={"customer": "7"})
@@ -144,29 +196,66 @@ async def test_what_is_old_goes_and_readers_are_told(tmp_path: Path) -> None:
 
         await wait_until(delivered)
         before, page = await here.task(task["id"]), await pages(here)
-        assert await later(here, 30 * DAY_MS - 60_000).apply() == {"events": 0, "deliveries": 0, "tasks": 0, "images": 0}
+        assert await later(here, 30 * DAY_MS - 60_000).apply() == {
+            "events": 0,
+            "deliveries": 0,
+            "tasks": 0,
+            "images": 0,
+        }
         assert (await here.task(task["id"]), await pages(here)) == (before, page)
         with capture_logs() as lines:
-            assert await later(here, 30 * DAY_MS + 1).apply() == {"events": 2, "deliveries": 2, "tasks": 1, "images": 0}
+            assert await later(here, 30 * DAY_MS + 1).apply() == {
+                "events": 2,
+                "deliveries": 2,
+                "tasks": 1,
+                "images": 0,
+            }
         (line,) = [line for line in lines if line["event"] == "retention.applied"]
         assert (line["events"], line["deliveries"], line["tasks"], line["images"]) == (2, 2, 1, 0)
-        assert await here.task(task["id"]) == {**before, "prompt": None, "metadata": {}, "request": {}}
+        assert await here.task(task["id"]) == {
+            **before,
+            "prompt": None,
+            "metadata": {},
+            "request": {},
+        }
         assert [step["step"] for step in await here.steps(task["id"])] == ["task.erased"]
         assert got(await here.client.get("/v1/deliveries"))["data"] == []
         assert (await here.stranger.get(task["images"][0]["url"])).status_code == 200
         first = page["data"][0]["sequence"]
-        assert await pages(here, first) == {"data": [], "next_after": page["next_after"], "resync": True}
-        assert await pages(here) == {"data": [], "next_after": page["next_after"], "resync": False}, "from the oldest there is"
+        assert await pages(here, first) == {
+            "data": [],
+            "next_after": page["next_after"],
+            "resync": True,
+        }
+        assert await pages(here) == {
+            "data": [],
+            "next_after": page["next_after"],
+            "resync": False,
+        }, "from the oldest there is"
         assert (await pages(here, page["next_after"]))["resync"] is False
-        held = await asyncio.wait_for(here.client.get("/v1/events", params={"after": first, "wait": 60}), 30)
+        held = await asyncio.wait_for(
+            here.client.get("/v1/events", params={"after": first, "wait": 60}), 30
+        )
         assert got(held)["resync"] is True, "at once: nothing is waited for"
-        assert await later(here, 31 * DAY_MS).apply() == {"events": 0, "deliveries": 0, "tasks": 0, "images": 0}
+        assert await later(here, 31 * DAY_MS).apply() == {
+            "events": 0,
+            "deliveries": 0,
+            "tasks": 0,
+            "images": 0,
+        }
 
 
 async def test_a_delivery_that_is_held_keeps_its_event(here: World) -> None:
-    """A paused endpoint gets it with all its content, however late; the task's own line has lost it long since."""
+    """A paused endpoint gets it with all its content, however late; the task's own line has lost it
+    long since.
+    """
     async with here.owner() as client, subscriber() as takes:
-        endpoint = got(await client.post("/v1/endpoints", json={"url": takes.url, "types": ["image.task.completed"]}), 201)
+        endpoint = got(
+            await client.post(
+                "/v1/endpoints", json={"url": takes.url, "types": ["image.task.completed"]}
+            ),
+            201,
+        )
         got(await client.patch(f"/v1/endpoints/{endpoint['id']}", json={"status": "paused"}))
         task = await submitted(client, UNTIL_DONE, metadata={"customer": "7"})
         await later(here, 99 * DAY_MS).apply()
@@ -178,7 +267,9 @@ async def test_a_delivery_that_is_held_keeps_its_event(here: World) -> None:
 
 
 async def test_images_go_after_days_of_their_own(place: World) -> None:
-    """410 then, and no blob; by default they stay for ever, and the task's content is not touched."""
+    """410 then, and no blob; by default they stay for ever, and the task's content is not
+    touched.
+    """
     task = await submitted(place.client, UNTIL_DONE, n=2, metadata={"customer": "7"})
     assert (await later(place, 5 * DAY_MS, days=30).apply())["images"] == 0
     assert (await later(place, 5 * DAY_MS - 60_000, days=30, image_days=5).apply())["images"] == 0
@@ -198,21 +289,34 @@ async def test_several_at_once_do_no_harm(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(retention, "PAUSE_S", 0)
     async with world(tmp_path) as here:
         tasks = [await submitted(here.client, UNTIL_DONE) for _ in range(4)]
-        passes = await asyncio.gather(*(later(here, 99 * DAY_MS, image_days=1).apply() for _ in range(3)))
-        assert {name: sum(each[name] for each in passes) for name in passes[0]} == {"events": 8, "deliveries": 0, "tasks": 4, "images": 4}
+        passes = await asyncio.gather(
+            *(later(here, 99 * DAY_MS, image_days=1).apply() for _ in range(3))
+        )
+        assert {name: sum(each[name] for each in passes) for name in passes[0]} == {
+            "events": 8,
+            "deliveries": 0,
+            "tasks": 4,
+            "images": 4,
+        }
         for task in tasks:
             assert (await here.task(task["id"]))["prompt"] is None
         assert await kept(here) == set()
 
 
-async def test_processes_with_workers_apply_it_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_processes_with_workers_apply_it_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the days that the settings say."""
     monkeypatch.setattr(sweep, "EVERY_S", 0.05)
     async with world(tmp_path, retention_days=1e-6, image_retention_days=1e-6) as here:
         task = await submitted(here.client, UNTIL_DONE, prompt=PROMPT)
 
         async def gone() -> bool:
-            return not await kept(here) and (await here.task(task["id"]))["prompt"] is None and not await here.events()
+            return (
+                not await kept(here)
+                and (await here.task(task["id"]))["prompt"] is None
+                and not await here.events()
+            )
 
         await wait_until(gone)
 

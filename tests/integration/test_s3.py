@@ -20,7 +20,11 @@ from tests.world import ADMIN_KEY, World, subscriber, world
 def files(here: World) -> list[Path]:
     """What lies below the data folder, but for the store's own."""
     own = ("darkroom.", "secret.key")
-    return [path for path in here.settings.data_dir.rglob("*") if path.is_file() and not path.name.startswith(own)]
+    return [
+        path
+        for path in here.settings.data_dir.rglob("*")
+        if path.is_file() and not path.name.startswith(own)
+    ]
 
 
 async def test_images_on_s3_are_served_as_any_others(s3_bucket: str, tmp_path: Path) -> None:
@@ -34,10 +38,14 @@ async def test_images_on_s3_are_served_as_any_others(s3_bucket: str, tmp_path: P
             assert (whole.status_code, whole.headers["content-type"]) == (200, "image/png")
             assert hashlib.sha256(whole.content).hexdigest() == image["sha256"]
             assert whole.headers["etag"] == f'"{image["sha256"]}"'
-            part = await here.stranger.get(image["url"], headers={"range": "bytes=10-99", "if-range": whole.headers["etag"]})
+            part = await here.stranger.get(
+                image["url"], headers={"range": "bytes=10-99", "if-range": whole.headers["etag"]}
+            )
             assert (part.status_code, part.content) == (206, whole.content[10:100])
             assert part.headers["content-range"] == f"bytes 10-99/{image['bytes']}"
-            again = await here.stranger.get(image["url"], headers={"if-none-match": whole.headers["etag"]})
+            again = await here.stranger.get(
+                image["url"], headers={"if-none-match": whole.headers["etag"]}
+            )
             assert (again.status_code, again.content) == (304, b"")
             head = await here.stranger.head(image["url"])
             assert (head.status_code, head.headers["content-length"]) == (200, str(image["bytes"]))
@@ -45,8 +53,12 @@ async def test_images_on_s3_are_served_as_any_others(s3_bucket: str, tmp_path: P
         assert got(await here.client.get("/readyz"))["status"] == "ok"
 
 
-async def test_links_lead_to_what_serves_the_same_names(s3_server: str, s3_bucket: str, tmp_path: Path) -> None:
-    """In tasks, results, events and deliveries; anybody can follow one; the service's own links still work."""
+async def test_links_lead_to_what_serves_the_same_names(
+    s3_server: str, s3_bucket: str, tmp_path: Path
+) -> None:
+    """In tasks, results, events and deliveries; anybody can follow one; the service's own links
+    still work.
+    """
     base = f"{s3_server}/{s3_bucket}/pictures"
     async with (
         world(tmp_path, blob_url=f"s3://{s3_bucket}/pictures", image_base_url=f"{base}/") as here,
@@ -55,13 +67,18 @@ async def test_links_lead_to_what_serves_the_same_names(s3_server: str, s3_bucke
     ):
         got(await here.client.post("/v1/endpoints", json={"url": takes.url}), 201)
         task = await submitted(here.client, UNTIL_DONE, n=2, callback_url=f"{takes.url}/own")
-        links = [f"{base}/{task['id']}/{image['index']}-{image['sha256']}.png" for image in task["images"]]
+        links = [
+            f"{base}/{task['id']}/{image['index']}-{image['sha256']}.png"
+            for image in task["images"]
+        ]
         assert [image["url"] for image in task["images"]] == task["results"] == links
         assert (await here.task(task["id"]))["results"] == links
         (event,) = await here.events(type="image.task.completed")
         assert event["data"]["results"] == links
         assert event["source"] == here.url
-        await wait_until(lambda: len([each for each in takes.received if links[1].encode() in each.body]) == 2)
+        await wait_until(
+            lambda: len([each for each in takes.received if links[1].encode() in each.body]) == 2
+        )
         for link, image in zip(links, task["images"], strict=True):
             answer = await anybody.get(link)
             assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
@@ -73,15 +90,24 @@ async def test_a_folder_can_be_served_by_another_too(tmp_path: Path) -> None:
     async with world(tmp_path, image_base_url="https://cdn.example/i") as here:
         task = await submitted(here.client, UNTIL_DONE)
         (path,) = here.settings.image_dir.rglob("*.png")
-        assert task["results"] == [f"https://cdn.example/i/{path.relative_to(here.settings.image_dir)}"]
+        assert task["results"] == [
+            f"https://cdn.example/i/{path.relative_to(here.settings.image_dir)}"
+        ]
 
 
-async def test_a_bucket_that_is_away_delays_images_and_nothing_else(s3_server: str, s3_bucket: str, tmp_path: Path) -> None:
-    """The service starts, takes submissions and callbacks, says what is missing, and saves once the bucket is there."""
+async def test_a_bucket_that_is_away_delays_images_and_nothing_else(
+    s3_server: str, s3_bucket: str, tmp_path: Path
+) -> None:
+    """The service starts, takes submissions and callbacks, says what is missing, and saves once the
+    bucket is there.
+    """
     late = f"late-{s3_bucket}"
     with capture_logs() as lines:
         async with world(tmp_path, blob_url=f"s3://{late}") as here:
-            assert got(await here.client.get("/readyz")) == {"status": "degraded", "causes": ["blobs"]}
+            assert got(await here.client.get("/readyz")) == {
+                "status": "degraded",
+                "causes": ["blobs"],
+            }
             task = got(await here.client.post(SUBMIT, json=order()))
             await wait_until(lambda: any(line["event"] == "image.retry" for line in lines))
             assert (await here.task(task["id"]))["state"] == "storing"
@@ -94,7 +120,9 @@ async def test_a_bucket_that_is_away_delays_images_and_nothing_else(s3_server: s
     assert all(reason.endswith("the object store answered 404 Not Found") for reason in reasons)
 
 
-async def test_an_image_that_vanished_from_s3_is_an_error_not_a_broken_picture(s3_bucket: str, tmp_path: Path) -> None:
+async def test_an_image_that_vanished_from_s3_is_an_error_not_a_broken_picture(
+    s3_bucket: str, tmp_path: Path
+) -> None:
     """503 before the first byte."""
     async with world(tmp_path, blob_url=f"s3://{s3_bucket}") as here:
         (image,) = (await submitted(here.client, UNTIL_DONE))["images"]
@@ -104,30 +132,48 @@ async def test_an_image_that_vanished_from_s3_is_an_error_not_a_broken_picture(s
         refused(await here.stranger.get(image["url"]), 503, "unavailable")
 
 
-def test_a_sandbox_keeps_its_images_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the environment says: no real bucket gets them, no real address is named for them."""
+def test_a_sandbox_keeps_its_images_to_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the environment says: no real bucket gets them, no real address is named for
+    them.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DARKROOM_BLOB_URL", "s3://bucket")
     monkeypatch.setenv("DARKROOM_IMAGE_BASE_URL", "https://cdn.example")
     settings = dev_settings(load_settings(), "http://127.0.0.1:9", {})
-    assert (settings.blob_url, settings.image_base_url) == (f"file://{tmp_path}/data/sandbox/images", None)
+    assert (settings.blob_url, settings.image_base_url) == (
+        f"file://{tmp_path}/data/sandbox/images",
+        None,
+    )
 
 
 async def test_a_missing_extra_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line that names the setting and what to install, before anything is opened; who keeps images in a folder needs none."""
+    """One line that names the setting and what to install, before anything is opened; who keeps
+    images in a folder needs none.
+    """
     monkeypatch.delitem(sys.modules, "service.blobs.objectstore", raising=False)
     monkeypatch.setitem(sys.modules, "obstore", None)
     settings = load_settings({}, None, data_dir=tmp_path, blob_url="s3://bucket")
-    with pytest.raises(ConfigurationError, match=r"^DARKROOM_BLOB_URL: s3:// needs the extra s3: darkroom-service\[s3\]$"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"^DARKROOM_BLOB_URL: s3:// needs the extra s3: darkroom-service\[s3\]$",
+    ):
         await open_blobs(settings, {})
     async with world(tmp_path, role=Role(workers=False)) as here:
-        assert (await here.stranger.get("/readyz", headers={"authorization": f"Bearer {ADMIN_KEY}"})).json()["status"] == "ok"
+        assert (
+            await here.stranger.get("/readyz", headers={"authorization": f"Bearer {ADMIN_KEY}"})
+        ).json()["status"] == "ok"
 
 
-async def test_unfit_variables_stop_the_start_with_a_line(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_unfit_variables_stop_the_start_with_a_line(
+    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It names the setting they belong to, and no key."""
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "perhaps")
     settings = load_settings({}, None, data_dir=tmp_path, blob_url=f"s3://{s3_bucket}")
-    with pytest.raises(ConfigurationError, match=r"^DARKROOM_BLOB_URL: s3://bucket-\w+ cannot be used: .*perhaps") as caught:
+    with pytest.raises(
+        ConfigurationError, match=r"^DARKROOM_BLOB_URL: s3://bucket-\w+ cannot be used: .*perhaps"
+    ) as caught:
         await open_blobs(settings, {})
     assert "secret" not in str(caught.value)

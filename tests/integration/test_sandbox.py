@@ -21,7 +21,8 @@ async def receiver() -> AsyncIterator[Receiver]:
         yield receiver
 
 
-# --- the wire format -------------------------------------------------------------------------------------------------
+# --- the wire format
+# -------------------------------------------------------------------------------------------------
 
 
 async def test_a_submission_is_answered_as_documented() -> None:
@@ -45,14 +46,22 @@ async def test_a_submission_is_answered_as_documented() -> None:
 
 
 async def test_a_completed_task_links_to_real_images_and_is_charged() -> None:
-    """As many images as asked for, of the asked size and a decimal price; the links live at the address that was called."""
+    """As many images as asked for, of the asked size and a decimal price; the links live at the
+    address that was called.
+    """
     async with sandbox() as client:
         task = await finished(client, n=3)
         files = [await client.get(url) for url in task["results"]]
         credits = (await client.get("/v1/credits")).json()
-    assert (task["status"], task["progress"], task["usage"]["credits_used"]) == ("completed", 100, 4.5)
+    assert (task["status"], task["progress"], task["usage"]["credits_used"]) == (
+        "completed",
+        100,
+        4.5,
+    )
     assert all(url.startswith(str(client.base_url)) for url in task["results"])
-    assert [(file.status_code, file.headers["content-type"]) for file in files] == [(200, "image/png")] * 3
+    assert [(file.status_code, file.headers["content-type"]) for file in files] == [
+        (200, "image/png")
+    ] * 3
     assert {Image.open(io.BytesIO(file.content)).size for file in files} == {(768, 768)}
     assert len({file.content for file in files}) == 3
     assert credits["success"] is True
@@ -63,7 +72,10 @@ async def test_models_are_listed() -> None:
     """The two documented ones."""
     async with sandbox() as client:
         models = (await client.get("/v1/models")).json()
-    assert [model["id"] for model in models["data"]] == ["wan2.5-text-to-image", "wan2.5-image-to-image"]
+    assert [model["id"] for model in models["data"]] == [
+        "wan2.5-text-to-image",
+        "wan2.5-image-to-image",
+    ]
 
 
 @pytest.mark.parametrize("header", ["", "Basic sk-test", "Bearer", "Bearer sk-wrong"])
@@ -77,7 +89,9 @@ async def test_a_missing_or_wrong_key_is_401(header: str) -> None:
 
 
 async def test_errors_have_the_documented_shape() -> None:
-    """Code, message and type always, the field where there is one; also for what no route answers."""
+    """Code, message and type always, the field where there is one; also for what no route
+    answers.
+    """
     async with sandbox() as client:
         refused = await submit(client, n=9)
         large = await client.post("/v1/images/generations", content=b" " * (1 << 20) + b"{}")
@@ -85,15 +99,37 @@ async def test_errors_have_the_documented_shape() -> None:
         nowhere = await client.get("/v1/nothing")
         wrong_method = await client.get("/v1/images/generations")
     assert refused.json() == {
-        "error": {"code": "invalid_parameter", "message": "n must be an integer from 1 to 4", "type": "invalid_request_error", "param": "n"}
+        "error": {
+            "code": "invalid_parameter",
+            "message": "n must be an integer from 1 to 4",
+            "type": "invalid_request_error",
+            "param": "n",
+        }
     }
-    answers = [(answer.status_code, answer.json()["error"]["code"]) for answer in (large, lost, nowhere, wrong_method)]
-    assert answers == [(413, "request_too_large"), (404, "task_not_found"), (404, "not_found"), (405, "method_not_allowed")]
+    answers = [
+        (answer.status_code, answer.json()["error"]["code"])
+        for answer in (large, lost, nowhere, wrong_method)
+    ]
+    assert answers == [
+        (413, "request_too_large"),
+        (404, "task_not_found"),
+        (404, "not_found"),
+        (405, "method_not_allowed"),
+    ]
     assert wrong_method.headers["allow"] == "POST"
 
 
 @pytest.mark.parametrize(
-    "url", ["http://8.8.8.8/cb", "https://10.0.0.1/cb", "https://[::1]/cb", "https://169.254.169.254/cb", "ftp://8.8.8.8/", "", "//x"]
+    "url",
+    [
+        "http://8.8.8.8/cb",
+        "https://10.0.0.1/cb",
+        "https://[::1]/cb",
+        "https://169.254.169.254/cb",
+        "ftp://8.8.8.8/",
+        "",
+        "//x",
+    ],
 )
 async def test_a_callback_url_must_be_https_and_public(url: str) -> None:
     """Plain http, private and link-local addresses are refused before anything is created."""
@@ -107,7 +143,11 @@ async def test_loopback_is_refused_unless_it_is_allowed(receiver: Receiver) -> N
     """The options' networks lift the rules, and nothing else does."""
     async with sandbox(replace(QUICK, networks=())) as client:
         assert (await submit(client, callback_url=receiver.url)).status_code == 400
-        assert (await submit(client, callback_url="https://name.invalid/cb", sandbox={"drop_callback": True})).status_code == 200
+        assert (
+            await submit(
+                client, callback_url="https://name.invalid/cb", sandbox={"drop_callback": True}
+            )
+        ).status_code == 200
 
 
 async def test_an_empty_account_is_402_and_nothing_is_created() -> None:
@@ -121,23 +161,32 @@ async def test_an_empty_account_is_402_and_nothing_is_created() -> None:
 
 
 async def test_an_idempotency_key_creates_one_task() -> None:
-    """The same body is answered with the first task, whatever the order of its fields; another body is a conflict."""
+    """The same body is answered with the first task, whatever the order of its fields; another body
+    is a conflict.
+    """
     key = {"idempotency-key": "task_0123456789abcdef"}
     async with sandbox() as client:
         first = await submit(client, key)
-        again = await client.post("/v1/images/generations", json=dict(reversed(ORDER.items())), headers=key)
+        again = await client.post(
+            "/v1/images/generations", json=dict(reversed(ORDER.items())), headers=key
+        )
         other = await submit(client, key, prompt="a dog")
         bad = await submit(client, {"idempotency-key": "short"})
         tasks = (await client.get("/sandbox/tasks")).json()["data"]
     assert again.json() == first.json()
-    assert (first.headers.get("idempotency-replayed"), again.headers["idempotency-replayed"]) == (None, "true")
+    assert (first.headers.get("idempotency-replayed"), again.headers["idempotency-replayed"]) == (
+        None,
+        "true",
+    )
     assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_conflict")
     assert bad.status_code == 400
     assert [task["idempotency_key"] for task in tasks] == ["task_0123456789abcdef"]
 
 
 async def test_tasks_and_links_die_in_their_time() -> None:
-    """A link lives `result_ttl_s` after the end, a task `task_ttl_s` after its creation, its idempotency key with it."""
+    """A link lives `result_ttl_s` after the end, a task `task_ttl_s` after its creation, its
+    idempotency key with it.
+    """
     now = [1000.0]
     async with sandbox(replace(QUICK, result_ttl_s=60, task_ttl_s=120), lambda: now[0]) as client:
         task = await finished(client)
@@ -170,10 +219,15 @@ async def test_a_running_task_is_pending_and_stops_with_the_sandbox() -> None:
         async with sandbox() as client:
             task = (await submit(client, sandbox={"delay": 3600})).json()
             waiting = (await client.get(f"/v1/tasks/{task['id']}")).json()
-    assert (waiting["status"], waiting["task_info"], "results" in waiting) == ("pending", {"can_cancel": True}, False)
+    assert (waiting["status"], waiting["task_info"], "results" in waiting) == (
+        "pending",
+        {"can_cancel": True},
+        False,
+    )
 
 
-# --- callbacks -------------------------------------------------------------------------------------------------------
+# --- callbacks
+# --------------------------------------------------------------------------------------------------
 
 
 async def test_a_callback_is_the_body_of_the_query(receiver: Receiver) -> None:
@@ -182,7 +236,9 @@ async def test_a_callback_is_the_body_of_the_query(receiver: Receiver) -> None:
         task_id = (await submit(client, callback_url=receiver.url)).json()["id"]
         body = await receiver.next()
         assert body == (await client.get(f"/v1/tasks/{task_id}")).json()
-    assert [request.headers["content-type"] for request in receiver.requests] == ["application/json"]
+    assert [request.headers["content-type"] for request in receiver.requests] == [
+        "application/json"
+    ]
 
 
 async def test_a_callback_is_retried_three_times_and_then_lost(receiver: Receiver) -> None:
@@ -193,7 +249,9 @@ async def test_a_callback_is_retried_three_times_and_then_lost(receiver: Receive
         assert [(await receiver.next())["id"] for _ in range(4)] == [task["id"]] * 4
 
         async def all_calls() -> list[dict[str, Any]] | None:
-            calls: list[dict[str, Any]] = (await client.get("/sandbox/tasks")).json()["data"][0]["callbacks"]
+            calls: list[dict[str, Any]] = (await client.get("/sandbox/tasks")).json()["data"][0][
+                "callbacks"
+            ]
             return calls if len(calls) == 4 else None
 
         calls = await wait_until(all_calls) or []
@@ -217,12 +275,16 @@ async def test_a_receiver_that_is_not_there_is_tried_as_often() -> None:
         async with sandbox(replace(QUICK, callback_delays_s=())) as client:
             await finished(client, callback_url=f"http://127.0.0.1:{closed.getsockname()[1]}/cb")
             (task,) = (await client.get("/sandbox/tasks")).json()["data"]
-    assert [(call["status"], call["problem"].split(":")[0]) for call in task["callbacks"]] == [(None, "NotConnected")]
+    assert [(call["status"], call["problem"].split(":")[0]) for call in task["callbacks"]] == [
+        (None, "NotConnected")
+    ]
 
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_slow_callback_dribbles_its_body(way: str, receiver: Receiver) -> None:
-    """The head and a byte come at once, the rest in its time; a sandbox that stops does not wait for it."""
+    """The head and a byte come at once, the rest in its time; a sandbox that stops does not wait
+    for it.
+    """
     heads: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue()
 
     async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -232,7 +294,11 @@ async def test_slow_callback_dribbles_its_body(way: str, receiver: Receiver) -> 
         heads.put_nowait((b"", b""))
         writer.close()
 
-    async with asyncio.timeout(20), await asyncio.start_server(take, "127.0.0.1", 0) as stalled, faulty(way, slow_callback=0.2) as here:
+    async with (
+        asyncio.timeout(20),
+        await asyncio.start_server(take, "127.0.0.1", 0) as stalled,
+        faulty(way, slow_callback=0.2) as here,
+    ):
         assert await here.finished(callback_url=receiver.url) == await receiver.next()
         url = f"http://127.0.0.1:{stalled.sockets[0].getsockname()[1]}/"
         await here.submit(callback_url=url, sandbox={"slow_callback": 86400})

@@ -25,7 +25,8 @@ async def receiver() -> AsyncIterator[Receiver]:
         yield receiver
 
 
-# --- how a task ends -------------------------------------------------------------------------------------------------
+# --- how a task ends
+# -------------------------------------------------------------------------------------------------
 
 
 async def test_delay_is_how_long_a_task_takes(way: str) -> None:
@@ -37,11 +38,17 @@ async def test_delay_is_how_long_a_task_takes(way: str) -> None:
 
 
 async def test_images_is_how_many_a_task_brings(way: str) -> None:
-    """Completed with fewer than asked for, and charged for those; with none it is completed all the same."""
+    """Completed with fewer than asked for, and charged for those; with none it is completed all the
+    same.
+    """
     async with faulty(way, images=1) as here:
         task = await here.finished(n=3)
         none = await here.finished(sandbox={"images": 0})
-    assert (task["status"], len(task["results"]), task["usage"]["credits_used"]) == ("completed", 1, 1.5)
+    assert (task["status"], len(task["results"]), task["usage"]["credits_used"]) == (
+        "completed",
+        1,
+        1.5,
+    )
     assert (none["status"], none["results"], none["usage"]["credits_used"]) == ("completed", [], 0)
 
 
@@ -50,17 +57,32 @@ async def test_fail_ends_a_task_with_each_documented_code(way: str) -> None:
     async with faulty(way, fail="service_error") as here:
         for code in ("service_error", *TASK_ERRORS):
             task = await here.finished(sandbox={} if code == "service_error" else {"fail": code})
-            assert task["error"] == {"code": code, "message": TASK_ERRORS[code], "type": "task_error"}
+            assert task["error"] == {
+                "code": code,
+                "message": TASK_ERRORS[code],
+                "type": "task_error",
+            }
             assert (task["status"], "results" in task) == ("failed", False)
-        assert (await here.client.get("/v1/credits")).json()["data"]["token"]["remaining_credits"] == 10000
+        assert (await here.client.get("/v1/credits")).json()["data"]["token"][
+            "remaining_credits"
+        ] == 10000
 
 
-@pytest.mark.parametrize(("form", "status", "code"), [("status", "cancelled", None), ("code", "failed", "request_cancelled")])
-async def test_cancel_ends_a_task_in_both_forms(way: str, form: str, status: str, code: str | None) -> None:
+@pytest.mark.parametrize(
+    ("form", "status", "code"),
+    [("status", "cancelled", None), ("code", "failed", "request_cancelled")],
+)
+async def test_cancel_ends_a_task_in_both_forms(
+    way: str, form: str, status: str, code: str | None
+) -> None:
     """By a status nobody lists, or as failed with a code."""
     async with faulty(way, cancel=form) as here:
         task = await here.finished()
-    assert (task["status"], task.get("error", {}).get("code"), "results" in task) == (status, code, False)
+    assert (task["status"], task.get("error", {}).get("code"), "results" in task) == (
+        status,
+        code,
+        False,
+    )
 
 
 async def test_results_can_be_objects_or_result_data(way: str, receiver: Receiver) -> None:
@@ -68,14 +90,18 @@ async def test_results_can_be_objects_or_result_data(way: str, receiver: Receive
     async with faulty(way, results="objects") as here:
         objects = await here.finished(n=2, callback_url=receiver.url)
         data = await here.finished(n=2, sandbox={"results": "result_data"})
-        links = [entry["url"] for entry in objects["results"]] + [entry["image_url"] for entry in data["result_data"]]
+        links = [entry["url"] for entry in objects["results"]] + [
+            entry["image_url"] for entry in data["result_data"]
+        ]
         assert [(await here.client.get(link)).status_code for link in links] == [200] * 4
         assert await receiver.next() == objects
     assert "results" not in data
 
 
 async def test_usage_can_be_absent_or_any_decimal(way: str) -> None:
-    """Absent it is in the answer to the submission too; a number is the credits that a completed task says it cost."""
+    """Absent it is in the answer to the submission too; a number is the credits that a completed
+    task says it cost.
+    """
     async with faulty(way, usage="absent") as here:
         assert "usage" not in (await here.submit()).json()
         assert "usage" not in await here.finished()
@@ -83,11 +109,18 @@ async def test_usage_can_be_absent_or_any_decimal(way: str) -> None:
         assert "usage" not in await here.finished(sandbox={"usage": 8.7, "fail": "service_error"})
 
 
-# --- submissions -----------------------------------------------------------------------------------------------------
+# --- submissions
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("status", "code"), [(402, "insufficient_quota"), (429, "rate_limit_exceeded"), (500, "internal_error"), (503, "service_unavailable")]
+    ("status", "code"),
+    [
+        (402, "insufficient_quota"),
+        (429, "rate_limit_exceeded"),
+        (500, "internal_error"),
+        (503, "service_unavailable"),
+    ],
 )
 async def test_submit_status_refuses_with_json(way: str, status: int, code: str) -> None:
     """The documented error; nothing is created."""
@@ -99,10 +132,18 @@ async def test_submit_status_refuses_with_json(way: str, status: int, code: str)
 
 @pytest.mark.parametrize("status", [502, 503, 524])
 async def test_submit_status_refuses_with_a_page_so_many_times(way: str, status: int) -> None:
-    """A gateway's page of several kilobytes; `times` counts what comes under one key, or with one body."""
-    async with faulty(way, submit_status={"status": status, "html": True, "retry_after": 2, "times": 1}) as here:
+    """A gateway's page of several kilobytes; `times` counts what comes under one key, or with one
+    body.
+    """
+    async with faulty(
+        way, submit_status={"status": status, "html": True, "retry_after": 2, "times": 1}
+    ) as here:
         first, second, third = await here.submit(), await here.submit(), await here.submit(KEYED)
-    assert (first.status_code, first.headers["retry-after"], first.text[:15]) == (status, "2", "<!DOCTYPE html>")
+    assert (first.status_code, first.headers["retry-after"], first.text[:15]) == (
+        status,
+        "2",
+        "<!DOCTYPE html>",
+    )
     assert len(first.content) > 2048
     assert (second.status_code, third.status_code) == (200, status)
 
@@ -130,14 +171,18 @@ async def test_lose_answer_cuts_the_connection_after_the_task_was_created(way: s
 async def test_submit_cut_breaks_the_answer_off_in_the_middle(way: str) -> None:
     """The head and so many bytes come, the task was created."""
     async with faulty(way, submit_cut=30) as here:
-        body, whole = await taken(here.client, "POST", "/v1/images/generations", json=ORDER | {"sandbox": here.asked})
+        body, whole = await taken(
+            here.client, "POST", "/v1/images/generations", json=ORDER | {"sandbox": here.asked}
+        )
         (task,) = await here.created()
     assert (len(body), whole) == (30, False)
     assert body.startswith(f'{{"created":{task["created"]},'.encode())
 
 
 async def test_submit_delay_lets_a_submission_time_out(way: str) -> None:
-    """The task was created; refusals are as late; a client that gave up does not keep the sandbox from stopping."""
+    """The task was created; refusals are as late; a client that gave up does not keep the sandbox
+    from stopping.
+    """
     async with asyncio.timeout(10), faulty(way, submit_delay=3600) as here:
         here.client.timeout = httpx.Timeout(0.2)
         with pytest.raises(httpx.ReadTimeout):
@@ -149,7 +194,9 @@ async def test_submit_delay_lets_a_submission_time_out(way: str) -> None:
         assert (await here.submit(sandbox={"submit_delay": 0.01})).status_code == 200
 
 
-async def test_callback_first_answers_a_submission_after_its_callback(way: str, receiver: Receiver) -> None:
+async def test_callback_first_answers_a_submission_after_its_callback(
+    way: str, receiver: Receiver
+) -> None:
     """The submission is answered only after the receiver has answered."""
     async with faulty(way, callback_first=True) as here:
         answer = await here.submit(callback_url=receiver.url)
@@ -158,7 +205,8 @@ async def test_callback_first_answers_a_submission_after_its_callback(way: str, 
     assert answer.json()["status"] == "pending"
 
 
-# --- queries ---------------------------------------------------------------------------------------------------------
+# --- queries
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("html", [True, False])
@@ -198,7 +246,8 @@ async def test_query_times_ends_the_faults_of_queries(way: str) -> None:
             assert [(await here.client.get(url)).status_code for _ in range(3)] == [503, 200, 200]
 
 
-# --- callbacks -------------------------------------------------------------------------------------------------------
+# --- callbacks
+# --------------------------------------------------------------------------------------------------
 
 
 async def test_drop_callback_sends_none(way: str, receiver: Receiver) -> None:
@@ -219,8 +268,13 @@ async def test_repeat_callback_sends_it_so_many_times(way: str, receiver: Receiv
     assert receiver.bodies.empty()
 
 
-@pytest.mark.parametrize(("fault", "told"), [({}, ["completed", "failed"]), ({"fail": "service_error"}, ["failed", "completed"])])
-async def test_contradict_sends_the_opposite_after_the_truth(way: str, receiver: Receiver, fault: dict[str, Any], told: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [({}, ["completed", "failed"]), ({"fail": "service_error"}, ["failed", "completed"])],
+)
+async def test_contradict_sends_the_opposite_after_the_truth(
+    way: str, receiver: Receiver, fault: dict[str, Any], told: list[str]
+) -> None:
     """The query keeps the truth."""
     async with faulty(way, contradict=True) as here:
         task = await here.finished(callback_url=receiver.url, sandbox=fault)

@@ -24,12 +24,18 @@ def opened(content: bytes) -> Image.Image:
 
 
 async def connected(link: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, dict[str, str]]:
-    """A connection on which a file is asked for, after the head of the answer, and the head's fields."""
+    """A connection on which a file is asked for, after the head of the answer, and the head's
+    fields.
+    """
     url = httpx.URL(link)
     reader, writer = await asyncio.open_connection(url.host, url.port)
     writer.write(f"GET {url.raw_path.decode()} HTTP/1.1\r\nhost: {url.host}\r\n\r\n".encode())
     head = (await reader.readuntil(b"\r\n\r\n")).decode().splitlines()[1:-1]
-    return reader, writer, {name: value for name, _, value in (line.partition(": ") for line in head)}
+    return (
+        reader,
+        writer,
+        {name: value for name, _, value in (line.partition(": ") for line in head)},
+    )
 
 
 async def on_the_wire(link: str) -> tuple[int, bytes]:
@@ -40,7 +46,8 @@ async def on_the_wire(link: str) -> tuple[int, bytes]:
     return int(headers["content-length"]), content
 
 
-# --- contents --------------------------------------------------------------------------------------------------------
+# --- contents
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
@@ -48,28 +55,47 @@ async def test_format_is_that_of_the_files(way: str, format: str) -> None:
     """Name, media type and content agree."""
     async with faulty(way, format=format) as here:
         file = await here.file()
-    assert (str(file.url)[-len(format) :], file.headers["content-type"]) == (format, f"image/{format}")
+    assert (str(file.url)[-len(format) :], file.headers["content-type"]) == (
+        format,
+        f"image/{format}",
+    )
     assert (opened(file.content).format, opened(file.content).size) == (format.upper(), (768, 768))
 
 
 @pytest.mark.parametrize(
     ("content", "type", "begins"),
-    [("html", "text/html; charset=utf-8", b"<!DOCTYPE html>"), ("svg", "image/svg+xml", b"<svg "), ("empty", "image/png", b"")],
+    [
+        ("html", "text/html; charset=utf-8", b"<!DOCTYPE html>"),
+        ("svg", "image/svg+xml", b"<svg "),
+        ("empty", "image/png", b""),
+    ],
 )
-async def test_a_file_can_be_no_picture_at_all(way: str, content: str, type: str, begins: bytes) -> None:
+async def test_a_file_can_be_no_picture_at_all(
+    way: str, content: str, type: str, begins: bytes
+) -> None:
     """HTML with 200, SVG, both with a script in them, or nothing."""
     async with faulty(way, file_content=content) as here:
         file = await here.file()
-    assert (file.status_code, file.headers["content-type"], file.content[: len(begins)]) == (200, type, begins)
+    assert (file.status_code, file.headers["content-type"], file.content[: len(begins)]) == (
+        200,
+        type,
+        begins,
+    )
     assert (b"<script>" in file.content) == (file.content != b"")
 
 
 @pytest.mark.parametrize("content", ["noise", "truncated"])
 async def test_a_file_can_be_a_broken_picture(way: str, content: str) -> None:
-    """All is right but the bytes: they are noise, or end in the middle with a length that agrees."""
+    """All is right but the bytes: they are noise, or end in the middle with a length that
+    agrees.
+    """
     async with faulty(way, file_content=content) as here:
         file = await here.file()
-    assert (file.status_code, file.headers["content-type"], int(file.headers["content-length"])) == (200, "image/png", len(file.content))
+    assert (
+        file.status_code,
+        file.headers["content-type"],
+        int(file.headers["content-length"]),
+    ) == (200, "image/png", len(file.content))
     with pytest.raises(UnidentifiedImageError if content == "noise" else OSError):
         opened(file.content)
 
@@ -110,7 +136,11 @@ async def test_a_file_can_be_animated(way: str, format: str) -> None:
     async with faulty(way, file_content=f"animated_{format}") as here:
         file = await here.file()
     picture: Any = opened(file.content)
-    assert (file.headers["content-type"], picture.format, picture.n_frames) == (f"image/{format}", format.upper(), 3)
+    assert (file.headers["content-type"], picture.format, picture.n_frames) == (
+        f"image/{format}",
+        format.upper(),
+        3,
+    )
 
 
 async def test_a_polyglot_is_a_picture_and_a_page(way: str) -> None:
@@ -131,12 +161,15 @@ async def test_file_type_lies_about_the_type(way: str, type: str) -> None:
     assert (opened(file.content).format, forged.content[:4]) == ("PNG", b"<svg")
 
 
-# --- the wire --------------------------------------------------------------------------------------------------------
+# --- the wire
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("excess", [1, 5000, -1, -5000, -(1 << 30)])
 async def test_file_length_lies_about_the_length(way: str, excess: int) -> None:
-    """More or fewer bytes are announced than come; all that there are come, then the connection ends."""
+    """More or fewer bytes are announced than come; all that there are come, then the connection
+    ends.
+    """
     async with faulty(way, file_length=excess) as here:
         (link,) = (await here.finished())["results"]
         announced, content = await on_the_wire(link)
@@ -146,7 +179,9 @@ async def test_file_length_lies_about_the_length(way: str, excess: int) -> None:
 
 @pytest.mark.parametrize("cut", [0, 1, 1000])
 async def test_file_cut_breaks_files_off(way: str, cut: int) -> None:
-    """The whole is announced, so many bytes come, the connection ends; one that is shorter comes whole."""
+    """The whole is announced, so many bytes come, the connection ends; one that is shorter comes
+    whole.
+    """
     async with faulty(way, file_cut=cut) as here:
         (link,) = (await here.finished())["results"]
         announced, content = await on_the_wire(link)
@@ -156,7 +191,9 @@ async def test_file_cut_breaks_files_off(way: str, cut: int) -> None:
 
 
 async def test_file_stall_stops_in_the_middle(way: str) -> None:
-    """Half of the file comes, then nothing, on a connection that stays open; who leaves does not keep the sandbox from stopping."""
+    """Half of the file comes, then nothing, on a connection that stays open; who leaves does not
+    keep the sandbox from stopping.
+    """
     async with asyncio.timeout(20), faulty(way, file_stall=3600) as here:
         (link,) = (await here.finished())["results"]
         reader, writer, headers = await connected(link)
@@ -170,7 +207,9 @@ async def test_file_stall_stops_in_the_middle(way: str) -> None:
 
 async def test_file_status_fails_each_file_for_a_while(way: str) -> None:
     """Each counts for itself; with the given code."""
-    async with faulty(way, file_status={"status": 403, "code": "access_denied", "times": 1}) as here:
+    async with faulty(
+        way, file_status={"status": 403, "code": "access_denied", "times": 1}
+    ) as here:
         for link in (await here.finished(n=2))["results"]:
             answers = [await here.client.get(link) for _ in range(2)]
             assert [answer.status_code for answer in answers] == [403, 200]
@@ -192,7 +231,8 @@ async def test_link_ttl_lets_links_die_early(way: str) -> None:
         assert (await here.file(sandbox={"link_ttl": None})).status_code == 200
 
 
-# --- redirects -------------------------------------------------------------------------------------------------------
+# --- redirects
+# --------------------------------------------------------------------------------------------------
 
 
 async def test_a_link_can_redirect_to_another_path_of_the_file(way: str) -> None:
@@ -200,7 +240,11 @@ async def test_a_link_can_redirect_to_another_path_of_the_file(way: str) -> None
     async with faulty(way, file_redirect="path", file_type="image/gif") as here:
         first = await here.file()
         file = await here.client.get(first.headers["location"])
-    assert (first.status_code, file.status_code, file.headers["content-type"]) == (302, 200, "image/gif")
+    assert (first.status_code, file.status_code, file.headers["content-type"]) == (
+        302,
+        200,
+        "image/gif",
+    )
     assert file.url.path == first.url.path.replace("/files/", "/moved/")
     assert opened(file.content).size == (768, 768)
 
@@ -231,7 +275,8 @@ async def test_a_link_can_redirect_anywhere(way: str, aim: str, scheme: str, hos
     assert (answer.status_code, location.scheme, location.host) == (302, scheme, host)
 
 
-# --- ranges ----------------------------------------------------------------------------------------------------------
+# --- ranges
+# --------------------------------------------------------------------------------------------------
 
 
 async def test_a_file_that_broke_off_is_resumed_by_range(way: str) -> None:
@@ -241,10 +286,14 @@ async def test_a_file_that_broke_off_is_resumed_by_range(way: str) -> None:
         content, size = b"", 1
         for _ in range(100):
             try:
-                async with here.client.stream("GET", link, headers={"range": f"bytes={len(content)}-"}) as answer:
+                async with here.client.stream(
+                    "GET", link, headers={"range": f"bytes={len(content)}-"}
+                ) as answer:
                     size = int(answer.headers["content-range"].rpartition("/")[2])
                     assert answer.status_code == 206
-                    assert answer.headers["content-range"] == f"bytes {len(content)}-{size - 1}/{size}"
+                    assert (
+                        answer.headers["content-range"] == f"bytes {len(content)}-{size - 1}/{size}"
+                    )
                     async for chunk in answer.aiter_raw():
                         content += chunk
             except httpx.RemoteProtocolError:
@@ -262,4 +311,8 @@ async def test_other_ranges_are_ignored_and_one_behind_the_end_is_416() -> None:
             assert (await here.client.get(link, headers={"range": wanted})).status_code == 200
         size = len((await here.client.get(link)).content)
         behind = await here.client.get(link, headers={"range": f"bytes={size}-"})
-    assert (behind.status_code, behind.headers["content-range"], behind.content) == (416, f"bytes */{size}", b"")
+    assert (behind.status_code, behind.headers["content-range"], behind.content) == (
+        416,
+        f"bytes */{size}",
+        b"",
+    )

@@ -13,7 +13,19 @@ from PIL import Image
 from service.upstreams.sandbox import FAULTS, create_sandbox
 from tests.processes import UPSTREAM_KEY, darkroom
 from tests.processes import sandbox as process
-from tests.sandbox import ORDER, QUICK, WAYS, Receiver, created, faulty, finished, receiving, sandbox, submit, taken
+from tests.sandbox import (
+    ORDER,
+    QUICK,
+    WAYS,
+    Receiver,
+    created,
+    faulty,
+    finished,
+    receiving,
+    sandbox,
+    submit,
+    taken,
+)
 
 KEYED = {"idempotency-key": "task_0123456789abcdef"}
 
@@ -26,7 +38,9 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_faults_of_all_places_combine(way: str, receiver: Receiver) -> None:
-    """A submission is refused, then lost, then created and lost; its callback repeats and lies; queries fail; its files do."""
+    """A submission is refused, then lost, then created and lost; its callback repeats and lies;
+    queries fail; its files do.
+    """
     faults: dict[str, Any] = {
         "submit_status": {"status": 503, "times": 1},
         "lose_submission": 2,
@@ -65,7 +79,9 @@ async def test_a_request_goes_over_the_flags() -> None:
     """Its value wins, null takes a default away, the others stay."""
     async with faulty("flag", fail="service_error", usage="absent") as here:
         assert (await here.finished())["error"]["code"] == "service_error"
-        assert (await here.finished(sandbox={"fail": "unknown_error"}))["error"]["code"] == "unknown_error"
+        assert (await here.finished(sandbox={"fail": "unknown_error"}))["error"][
+            "code"
+        ] == "unknown_error"
         task = await here.finished(sandbox={"fail": None})
     assert (task["status"], "usage" in task) == ("completed", False)
 
@@ -80,17 +96,27 @@ async def test_an_unknown_fault_is_refused_by_name() -> None:
         create_sandbox(replace(QUICK, faults={"explode": 1}))
 
 
-# --- by chance, and again --------------------------------------------------------------------------------------------
+# --- by chance, and again
+# --------------------------------------------------------------------------------------------
 
-CHANCES = replace(QUICK, faults={"fail": "service_error", "images": 2, "submit_status": 503}, shares={"fail": 0.3, "submit_status": 0.3})
+CHANCES = replace(
+    QUICK,
+    faults={"fail": "service_error", "images": 2, "submit_status": 503},
+    shares={"fail": 0.3, "submit_status": 0.3},
+)
 
 
 async def story(client: httpx.AsyncClient, prompts: list[str]) -> dict[str, list[Any]]:
-    """By prompt: the status of each submission's answer, or all that the task shows with its files' bytes."""
+    """By prompt: the status of each submission's answer, or all that the task shows with its files'
+    bytes.
+    """
     told: dict[str, list[Any]] = {prompt: [] for prompt in prompts}
     for prompt in prompts:
         answer = await submit(
-            client, prompt=prompt, sandbox={"callback_first": True}, callback_url=f"https://8.8.8.8/{len(told)}/{id(told)}"
+            client,
+            prompt=prompt,
+            sandbox={"callback_first": True},
+            callback_url=f"https://8.8.8.8/{len(told)}/{id(told)}",
         )
         if answer.status_code != 200:
             told[prompt].append(answer.status_code)
@@ -102,14 +128,24 @@ async def story(client: httpx.AsyncClient, prompts: list[str]) -> dict[str, list
 
 
 async def test_the_same_seed_and_requests_give_the_same_run() -> None:
-    """Ids, faults and bytes, in whatever order the requests come and wherever they are called back; another seed gives others."""
+    """Ids, faults and bytes, in whatever order the requests come and wherever they are called back;
+    another seed gives others.
+    """
     prompts = ["a", "b", "c", "d", "e", "f", "a", "a"]
     quiet = replace(CHANCES, faults={**CHANCES.faults, "drop_callback": True})
-    async with sandbox(quiet) as first, sandbox(quiet) as second, sandbox(replace(quiet, seed=8)) as third:
+    async with (
+        sandbox(quiet) as first,
+        sandbox(quiet) as second,
+        sandbox(replace(quiet, seed=8)) as third,
+    ):
         told = await story(first, prompts)
         assert await story(second, prompts[::-1]) == told
         assert await story(third, prompts) != told
-    kinds = {entry if isinstance(entry, int) else entry[0]["status"] for entries in told.values() for entry in entries}
+    kinds = {
+        entry if isinstance(entry, int) else entry[0]["status"]
+        for entries in told.values()
+        for entry in entries
+    }
     assert kinds == {503, "failed", "completed"}
     tasks = [entry for entries in told.values() for entry in entries if not isinstance(entry, int)]
     assert len({task["id"] for task, _ in tasks}) == len(tasks)
@@ -126,11 +162,18 @@ async def test_without_a_seed_every_run_is_another() -> None:
 
 
 async def test_a_fault_strikes_its_share_of_the_tasks() -> None:
-    """Of many tasks about so many, and more with a larger share: none that a smaller one struck is let off; 0 is none, 1 is all."""
+    """Of many tasks about so many, and more with a larger share: none that a smaller one struck is
+    let off; 0 is none, 1 is all.
+    """
     struck: list[set[str]] = []
     for share in (0, 0.3, 0.6, 1):
-        async with sandbox(replace(QUICK, faults={"submit_status": 503}, shares={"submit_status": share})) as client:
-            answers = {str(number): await submit(client, prompt=str(number), sandbox={"delay": 3600}) for number in range(60)}
+        async with sandbox(
+            replace(QUICK, faults={"submit_status": 503}, shares={"submit_status": share})
+        ) as client:
+            answers = {
+                str(number): await submit(client, prompt=str(number), sandbox={"delay": 3600})
+                for number in range(60)
+            }
         struck.append({prompt for prompt, answer in answers.items() if answer.status_code == 503})
     assert (len(struck[0]), len(struck[3])) == (0, 60)
     assert struck[0] < struck[1] < struck[2] < struck[3]
@@ -138,39 +181,63 @@ async def test_a_fault_strikes_its_share_of_the_tasks() -> None:
 
 
 async def test_a_submission_made_again_meets_the_same_fate() -> None:
-    """Under one key a task is struck or it is not, however often it is tried; one that asks for a fault gets it."""
+    """Under one key a task is struck or it is not, however often it is tried; one that asks for a
+    fault gets it.
+    """
     async with sandbox(replace(CHANCES, shares={"submit_status": 0.5, "fail": 0})) as client:
         keys = [{"idempotency-key": f"task_{number:020}"} for number in range(12)]
         first = [(await submit(client, key)).status_code for key in keys]
         assert [(await submit(client, key)).status_code for key in keys] == first
         assert set(first) == {200, 503}
         assert (await submit(client, sandbox={"submit_status": 500})).status_code == 500
-        assert (await finished(client, sandbox={"submit_status": None, "fail": "unknown_error"}))["status"] == "failed"
+        assert (await finished(client, sandbox={"submit_status": None, "fail": "unknown_error"}))[
+            "status"
+        ] == "failed"
         assert len({task["id"] for task in await created(client)}) == first.count(200) + 1
 
 
-@pytest.mark.parametrize(("shares", "named"), [({"fail": 1.5}, "fail"), ({"fail": float("nan")}, "fail"), ({"delay": 0.5}, "delay")])
+@pytest.mark.parametrize(
+    ("shares", "named"),
+    [({"fail": 1.5}, "fail"), ({"fail": float("nan")}, "fail"), ({"delay": 0.5}, "delay")],
+)
 def test_a_share_that_cannot_be_is_refused(shares: dict[str, float], named: str) -> None:
     """From 0 to 1, of a fault that is a default."""
     with pytest.raises(ValueError, match=named):
         create_sandbox(replace(CHANCES, shares=shares))
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_flags_of_the_command_combine_and_repeat(tmp_path: Path) -> None:
     """Several faults, a share and a seed by flags: two processes answer the same requests alike."""
-    flags = ["--seed", "7", "--delay", "0", "--fault", "fail=service_error", "--fault", 'query_status={"status": 404, "times": 1}']
+    flags = [
+        "--seed",
+        "7",
+        "--delay",
+        "0",
+        "--fault",
+        "fail=service_error",
+        "--fault",
+        'query_status={"status": 404, "times": 1}',
+    ]
     runs = []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        upstream = process(*flags, "--fault", "callback_first=true", "--share", "fail=0.5", folder=tmp_path / name)
+        upstream = process(
+            *flags, "--fault", "callback_first=true", "--share", "fail=0.5", folder=tmp_path / name
+        )
         headers = {"authorization": f"Bearer {UPSTREAM_KEY}"}
-        with upstream as running, httpx.Client(base_url=running.address, headers=headers, trust_env=False) as client:
+        with (
+            upstream as running,
+            httpx.Client(base_url=running.address, headers=headers, trust_env=False) as client,
+        ):
             told = []
             for number in range(8):
-                task = client.post("/v1/images/generations", json=ORDER | {"prompt": str(number)}).json()
+                task = client.post(
+                    "/v1/images/generations", json=ORDER | {"prompt": str(number)}
+                ).json()
                 answers = [client.get(f"/v1/tasks/{task['id']}") for _ in range(2)]
                 told.append((task["id"], answers[0].status_code, answers[1].json()["status"]))
             runs.append(told)
@@ -183,10 +250,16 @@ def test_the_help_of_the_command_lists_every_fault(tmp_path: Path) -> None:
     """With what it does and the values it takes, from the table."""
     done = darkroom("sandbox", "--help", folder=tmp_path)
     shown = " ".join(done.stdout.split())
-    assert [name for name, fault in FAULTS.items() if f"{name} {fault.about}: {fault.takes.words}" not in shown] == []
+    assert [
+        name
+        for name, fault in FAULTS.items()
+        if f"{name} {fault.about}: {fault.takes.words}" not in shown
+    ] == []
 
 
-@pytest.mark.parametrize("flags", [("--share", "fail=0.5"), ("--fault", "fail=service_error", "--share", "fail=half")])
+@pytest.mark.parametrize(
+    "flags", [("--share", "fail=0.5"), ("--fault", "fail=service_error", "--share", "fail=half")]
+)
 def test_a_wrong_share_is_bad_usage(tmp_path: Path, flags: tuple[str, ...]) -> None:
     """2, said on standard error."""
     done = darkroom("sandbox", *flags, folder=tmp_path)

@@ -26,7 +26,11 @@ def quick() -> Iterator[None]:
         patch.setattr(worker, "LOOK_S", 0.05)
         patch.setattr(reconcile, "confirm_wait", lambda _: 0.05)
         patch.setattr(reconcile, "next_query_wait", lambda *_: 0.05)
-        patch.setattr(reconcile, "first_query_wait", lambda _, with_callback, override: override if with_callback else 0.1)
+        patch.setattr(
+            reconcile,
+            "first_query_wait",
+            lambda _, with_callback, override: override if with_callback else 0.1,
+        )
         yield
 
 
@@ -43,10 +47,14 @@ def upstream() -> Upstream:
 
 
 @pytest.fixture(scope="module")
-async def told(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+async def told(
+    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
     """The upstream says what a test wants, and calls back when a test does."""
     upstream.files["0.png"] = [Response(picture(), media_type="image/png")]
-    async with world(tmp_path_factory.mktemp("told"), upstream=upstream.app, reconcile_after_s=600) as made:
+    async with world(
+        tmp_path_factory.mktemp("told"), upstream=upstream.app, reconcile_after_s=600
+    ) as made:
         yield made
 
 
@@ -73,11 +81,15 @@ ENDS = [
 
 
 @pytest.mark.parametrize("heard", ["by callback", "by asking"])
-@pytest.mark.parametrize(("faults", "state", "status", "code"), ENDS, ids=[json.dumps(end[0]) for end in ENDS])
+@pytest.mark.parametrize(
+    ("faults", "state", "status", "code"), ENDS, ids=[json.dumps(end[0]) for end in ENDS]
+)
 async def test_a_task_ends_as_the_upstream_says(
     faults: dict[str, Any], state: str, status: str, code: str | None, heard: str, here: World
 ) -> None:
-    """Every end of the upstream's is one of ours, with one terminal event and what was charged, callback or not."""
+    """Every end of the upstream's is one of ours, with one terminal event and what was charged,
+    callback or not.
+    """
     silent = {"drop_callback": True} if heard == "by asking" else {}
     task = await here.ended((await here.submit(sandbox=faults | silent))["id"])
     assert (task["state"], task["status"]) == (state, status)
@@ -102,11 +114,21 @@ async def test_without_a_callback_url_tasks_are_settled_by_asking(tmp_path: Path
 @pytest.mark.parametrize("callback", [True, False])
 @pytest.mark.parametrize(
     "answer",
-    [error(404, "task_not_found"), error(500, "internal_error"), page(502), error(429, "rate_limit_exceeded"), document("teleporting")],
+    [
+        error(404, "task_not_found"),
+        error(500, "internal_error"),
+        page(502),
+        error(429, "rate_limit_exceeded"),
+        document("teleporting"),
+    ],
     ids=["404", "500", "gateway", "429", "unknown status"],
 )
-async def test_an_answer_that_settles_nothing_is_asked_again(answer: Response, callback: bool, told: World, upstream: Upstream) -> None:
-    """404, an error or a status nobody documented is no verdict: the upstream is asked until it says one."""
+async def test_an_answer_that_settles_nothing_is_asked_again(
+    answer: Response, callback: bool, told: World, upstream: Upstream
+) -> None:
+    """404, an error or a status nobody documented is no verdict: the upstream is asked until it
+    says one.
+    """
     task = await told.submit()
     upstream.queries[task["upstream_id"]] = [answer, answer, failed("service_error")]
     if callback:
@@ -129,11 +151,19 @@ def make_due(tx: Transaction, ids: Sequence[str]) -> list[None]:
     return [None] * len(ids)
 
 
-async def test_a_callback_before_its_time_is_asked_about_soon(told: World, upstream: Upstream) -> None:
-    """The callback says completed, the query still says processing: nothing is settled until the query agrees."""
+async def test_a_callback_before_its_time_is_asked_about_soon(
+    told: World, upstream: Upstream
+) -> None:
+    """The callback says completed, the query still says processing: nothing is settled until the
+    query agrees.
+    """
     task = await told.submit()
     result = f"{told.sandbox_url}/files/0.png"
-    upstream.queries[task["upstream_id"]] = [document("processing", progress=50), document("processing"), document("completed", result)]
+    upstream.queries[task["upstream_id"]] = [
+        document("processing", progress=50),
+        document("processing"),
+        document("completed", result),
+    ]
     assert await call(told, task, "completed", results=[result]) == "accepted"
     ended = await told.ended(task["id"])
     assert (ended["state"], len(ended["images"])) == ("completed", 1)
@@ -141,40 +171,74 @@ async def test_a_callback_before_its_time_is_asked_about_soon(told: World, upstr
 
 
 def test_the_waits_are_those_of_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a callback first after `RECONCILE_AFTER_S` or max(60, 2 × estimate), then 1 to 15 min; without 3 s, then 5 to 60 s."""
+    """With a callback first after `RECONCILE_AFTER_S` or max(60, 2 × estimate), then 1 to 15 min;
+    without 3 s, then 5 to 60 s.
+    """
     for name in ("confirm_wait", "next_query_wait", "first_query_wait"):
         monkeypatch.setattr(reconcile, name, getattr(retry, name))
     called, silent = Plan(True, None, lambda: 0.0), Plan(False, 7.0, lambda: 0.0)
     assert [called.first(estimate) for estimate in (None, 20, 45)] == [60_000, 60_000, 90_000]
     assert Plan(True, 7.0, lambda: 0.0).first(45) == 7_000
     assert [silent.first(estimate) for estimate in (None, 4, 45)] == [3_000, 3_000, 22_500]
-    assert [called.again(attempt, called_back=False) for attempt in (1, 2, 9)] == [60_000, 120_000, 750_000]
-    assert [silent.again(attempt, called_back=False) for attempt in (1, 2, 9)] == [5_000, 7_500, 50_000]
-    assert [silent.again(attempt, called_back=True) for attempt in (1, 2, 9)] == [2_000, 4_000, 60_000]
+    assert [called.again(attempt, called_back=False) for attempt in (1, 2, 9)] == [
+        60_000,
+        120_000,
+        750_000,
+    ]
+    assert [silent.again(attempt, called_back=False) for attempt in (1, 2, 9)] == [
+        5_000,
+        7_500,
+        50_000,
+    ]
+    assert [silent.again(attempt, called_back=True) for attempt in (1, 2, 9)] == [
+        2_000,
+        4_000,
+        60_000,
+    ]
     assert called.again(1, called_back=True, retry_after=30.0) == 30_000
 
 
 async def test_a_task_the_upstream_forgot_is_expired_after_its_time(tmp_path: Path) -> None:
     """404 is believed only once the task is older than `TASK_TTL_S`."""
     upstream = Upstream()
-    async with world(tmp_path, upstream=upstream.app, reconcile_after_s=0.05, evolink_task_ttl_s=0.5) as here:
+    async with world(
+        tmp_path, upstream=upstream.app, reconcile_after_s=0.05, evolink_task_ttl_s=0.5
+    ) as here:
         task = await here.submit()
         upstream.queries[task["upstream_id"]] = [error(404, "task_not_found")]
         ended = await here.ended(task["id"])
-        assert (ended["state"], ended["status"], ended["error"]["code"]) == ("expired", "failed", "expired")
+        assert (ended["state"], ended["status"], ended["error"]["code"]) == (
+            "expired",
+            "failed",
+            "expired",
+        )
         assert upstream.asked[task["upstream_id"]] >= 2
         assert await types(here, task["id"]) == ["submitted", "expired"]
 
 
 async def test_the_tokens_word_is_enough_where_no_query_is_wanted(tmp_path: Path) -> None:
-    """`EVOLINK_CONFIRM=never`: settled by the callback, without a query; only what contradicts it is asked about."""
+    """`EVOLINK_CONFIRM=never`: settled by the callback, without a query; only what contradicts it
+    is asked about.
+    """
     upstream = Upstream()
     upstream.files["0.png"] = [Response(picture(), media_type="image/png")]
-    async with world(tmp_path, upstream=upstream.app, evolink_confirm="never", reconcile_after_s=600) as here:
+    async with world(
+        tmp_path, upstream=upstream.app, evolink_confirm="never", reconcile_after_s=600
+    ) as here:
         task = await here.submit()
-        await call(here, task, "completed", results=[f"{here.sandbox_url}/files/0.png"], usage={"credits_used": 2})
+        await call(
+            here,
+            task,
+            "completed",
+            results=[f"{here.sandbox_url}/files/0.png"],
+            usage={"credits_used": 2},
+        )
         ended = await here.ended(task["id"])
-        assert (ended["state"], len(ended["images"]), ended["usage"]["credits_used"]) == ("completed", 1, 2)
+        assert (ended["state"], len(ended["images"]), ended["usage"]["credits_used"]) == (
+            "completed",
+            1,
+            2,
+        )
         assert upstream.asked[task["upstream_id"]] == 0
         assert await call(here, task, "failed") == "conflict"
         await wait_until(lambda: upstream.asked[task["upstream_id"]] == 1)
@@ -187,13 +251,23 @@ async def test_the_tokens_word_is_enough_where_no_query_is_wanted(tmp_path: Path
         assert upstream.asked[doubted["upstream_id"]] == 1
 
 
-async def test_charges_after_a_local_cancel_are_recorded_and_nothing_else(told: World, upstream: Upstream) -> None:
-    """We stop waiting and keep nothing that comes; what the upstream charged all the same is in the task's usage."""
+async def test_charges_after_a_local_cancel_are_recorded_and_nothing_else(
+    told: World, upstream: Upstream
+) -> None:
+    """We stop waiting and keep nothing that comes; what the upstream charged all the same is in the
+    task's usage.
+    """
     task = await told.submit()
     cancelled = (await told.client.post(f"/v1/tasks/{task['id']}/cancel")).json()
-    assert (cancelled["state"], cancelled["cancel"], cancelled["error"]["code"]) == ("cancelled", "local", "request_cancelled")
+    assert (cancelled["state"], cancelled["cancel"], cancelled["error"]["code"]) == (
+        "cancelled",
+        "local",
+        "request_cancelled",
+    )
     result = f"{told.sandbox_url}/files/late.png"
-    upstream.queries[task["upstream_id"]] = [document("completed", result, usage={"credits_used": 8.7})]
+    upstream.queries[task["upstream_id"]] = [
+        document("completed", result, usage={"credits_used": 8.7})
+    ]
     assert await call(told, task, "completed", results=[result]) == "accepted"
 
     async def charged() -> bool:
@@ -208,7 +282,9 @@ async def test_charges_after_a_local_cancel_are_recorded_and_nothing_else(told: 
 
 
 async def test_contradictory_callbacks_change_nothing_that_is_settled(here: World) -> None:
-    """The upstream calls twice and contradicts itself: its answer to the query stands, operators are told once."""
+    """The upstream calls twice and contradicts itself: its answer to the query stands, operators
+    are told once.
+    """
     task = await here.ended((await here.submit(sandbox={"contradict": True}))["id"])
     assert task["state"] == "completed"
 
@@ -219,10 +295,18 @@ async def test_contradictory_callbacks_change_nothing_that_is_settled(here: Worl
     assert (await here.task(task["id"])) == task
 
 
-async def test_each_question_that_nobody_called_for_is_one_line(told: World, upstream: Upstream) -> None:
+async def test_each_question_that_nobody_called_for_is_one_line(
+    told: World, upstream: Upstream
+) -> None:
     """`reconcile.queried` says what the answer was, whatever it was."""
     task = await told.submit()
-    answers = [document("processing"), document("teleporting"), error(404, "task_not_found"), page(502), failed("service_error")]
+    answers = [
+        document("processing"),
+        document("teleporting"),
+        error(404, "task_not_found"),
+        page(502),
+        failed("service_error"),
+    ]
     upstream.queries[task["upstream_id"]] = [*answers]
     with capture_logs() as lines:
         await ask(told, task)
@@ -231,7 +315,9 @@ async def test_each_question_that_nobody_called_for_is_one_line(told: World, ups
     assert words == ["processing", "undocumented", "not_found", "502", "failed"]
 
 
-async def test_an_answer_under_a_lease_that_ended_changes_nothing(told: World, upstream: Upstream) -> None:
+async def test_an_answer_under_a_lease_that_ended_changes_nothing(
+    told: World, upstream: Upstream
+) -> None:
     """Whoever was too slow records nothing: the row is somebody else's by now."""
     task = await told.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
@@ -243,7 +329,9 @@ async def test_an_answer_under_a_lease_that_ended_changes_nothing(told: World, u
     assert "task.confirmed" not in [line["event"] for line in lines]
 
 
-async def test_a_task_without_an_upstream_id_is_not_asked_about(told: World, upstream: Upstream) -> None:
+async def test_a_task_without_an_upstream_id_is_not_asked_about(
+    told: World, upstream: Upstream
+) -> None:
     """There is nothing to ask for: the work ends, the row is not due any more."""
     upstream.submits["lost"] = [page(502)]
     task = await told.submit(prompt="lost")
@@ -257,13 +345,19 @@ async def test_a_task_without_an_upstream_id_is_not_asked_about(told: World, ups
     assert (await told.task(task["id"]))["state"] == "uncertain"
 
 
-async def test_a_task_whose_id_was_anothers_waits_without_a_question(told: World, upstream: Upstream) -> None:
-    """A callback named an id that the answer to another submission proves to be that one's: nobody is asked under it any more."""
+async def test_a_task_whose_id_was_anothers_waits_without_a_question(
+    told: World, upstream: Upstream
+) -> None:
+    """A callback named an id that the answer to another submission proves to be that one's: nobody
+    is asked under it any more.
+    """
     upstream.submits["robbed"] = [page(502)]
     upstream.submits["rightful"] = [document("pending", id="task-unified-shared")]
     robbed = await told.submit(prompt="robbed")
     body = json.dumps({"id": "task-unified-shared", "status": "processing"})
-    assert (await told.stranger.post(told.callback_url(robbed["id"]), content=body)).json() == {"status": "accepted"}
+    assert (await told.stranger.post(told.callback_url(robbed["id"]), content=body)).json() == {
+        "status": "accepted"
+    }
     await wait_until(lambda: upstream.asked["task-unified-shared"])
     assert (await told.submit(prompt="rightful"))["upstream_id"] == "task-unified-shared"
 
@@ -285,4 +379,6 @@ async def test_a_task_whose_id_was_anothers_waits_without_a_question(told: World
     await wait_until(looked_at)
     assert upstream.asked["task-unified-shared"] == asked
     assert (await told.task(robbed["id"]))["state"] == "submitted"
-    assert (await told.client.post(f"/v1/tasks/{robbed['id']}/cancel")).status_code == 200  # or it would be looked at all through the tests
+    assert (
+        await told.client.post(f"/v1/tasks/{robbed['id']}/cancel")
+    ).status_code == 200  # or it would be looked at all through the tests

@@ -23,8 +23,12 @@ async def called(here: World, task: JSON) -> int:
     return (await here.stranger.post(here.callback_url(task["id"]), content=body)).status_code
 
 
-async def test_clients_are_shed_before_callbacks(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a flood of callbacks is taken clients get 503 with `Retry-After`, reads too; callbacks, probes and metrics their answers."""
+async def test_clients_are_shed_before_callbacks(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a flood of callbacks is taken clients get 503 with `Retry-After`, reads too; callbacks,
+    probes and metrics their answers.
+    """
     task = await submitted(here.client, UNTIL_DONE)
     monkeypatch.setattr(limits, "FLOOD", 1)
     monkeypatch.setattr(limits, "TOLD_S", 1e9)
@@ -46,8 +50,12 @@ async def test_clients_are_shed_before_callbacks(here: World, monkeypatch: pytes
     got(await here.client.get(f"/v1/tasks/{task['id']}"))
 
 
-async def test_callbacks_that_wait_to_be_begun_count_as_a_flood(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By how their requests begin; clients' that wait with them don't count: a thousand may open their streams at once."""
+async def test_callbacks_that_wait_to_be_begun_count_as_a_flood(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By how their requests begin; clients' that wait with them don't count: a thousand may open
+    their streams at once.
+    """
     task = await submitted(here.client, UNTIL_DONE)
     monkeypatch.setattr(protocol, "BEGUN", 1)
     line = Line.of(asyncio.get_running_loop())
@@ -60,8 +68,14 @@ async def test_callbacks_that_wait_to_be_begun_count_as_a_flood(here: World, mon
 
     monkeypatch.setattr(Line, "_next", watched)
     body = json.dumps({"id": task["upstream_id"], "status": "processing"}).encode()
-    head = f"POST {here.callback_url(task['id']).removeprefix(here.url)} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
-    for request, most in ((head.encode() + body, 20), (b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n", 0)):
+    head = (
+        f"POST {here.callback_url(task['id']).removeprefix(here.url)} HTTP/1.1\r\nhost:"
+        f" x\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    for request, most in (
+        (head.encode() + body, 20),
+        (b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n", 0),
+    ):
         waited.clear()
         async with AsyncExitStack() as stack:
             opened = [await stack.enter_async_context(connected(here.url)) for _ in range(20)]
@@ -77,8 +91,12 @@ async def test_callbacks_that_wait_to_be_begun_count_as_a_flood(here: World, mon
     got(await here.client.get("/v1/tasks"))
 
 
-async def test_clients_requests_in_hand_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those at work, and those that only wait for an event; whoever leaves makes room, and callbacks never count."""
+async def test_clients_requests_in_hand_are_limited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those at work, and those that only wait for an event; whoever leaves makes room, and
+    callbacks never count.
+    """
     async with world(tmp_path) as here:
         task = await submitted(here.client, UNTIL_DONE)
         last = got(await here.client.get("/v1/events"))["next_after"]
@@ -86,7 +104,9 @@ async def test_clients_requests_in_hand_are_limited(tmp_path: Path, monkeypatch:
         refused(await here.client.get("/v1/tasks"), 503, "overloaded")
         assert await called(here, task) == 200
         monkeypatch.setattr(limits, "BUSY", 1)
-        held = asyncio.create_task(here.client.get("/v1/events", params={"after": last, "wait": 30}))
+        held = asyncio.create_task(
+            here.client.get("/v1/events", params={"after": last, "wait": 30})
+        )
         await wait_until(lambda: here.context.admission.waiting == 1)
         got(await here.client.get("/v1/tasks"))
         monkeypatch.setattr(limits, "WAITING", 1)
@@ -98,8 +118,12 @@ async def test_clients_requests_in_hand_are_limited(tmp_path: Path, monkeypatch:
         assert (here.context.admission.busy, here.context.admission.waiting) == (0, 0)
 
 
-async def test_callbacks_that_are_told_to_come_again_are_logged_together(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """503 with `Retry-After`: the first has its line at once, all others one a second; none goes uncounted."""
+async def test_callbacks_that_are_told_to_come_again_are_logged_together(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """503 with `Retry-After`: the first has its line at once, all others one a second; none goes
+    uncounted.
+    """
     task = await submitted(here.client, UNTIL_DONE)
     monkeypatch.setattr(precedence, "MOST", 0)
     monkeypatch.setattr(limits, "TOLD_S", 0.2)
@@ -109,7 +133,12 @@ async def test_callbacks_that_are_told_to_come_again_are_logged_together(here: W
         assert [await called(here, task) for _ in range(3)] == [503] * 3
         monkeypatch.undo()
         told = [line for line in lines if line["event"] == "callback.overloaded"]
-        await wait_until(lambda: sum(line["refused"] for line in lines if line["event"] == "callback.overloaded") == 3)
+        await wait_until(
+            lambda: (
+                sum(line["refused"] for line in lines if line["event"] == "callback.overloaded")
+                == 3
+            )
+        )
     assert (told[0]["refused"], told[0]["callbacks"]) == (1, 1)
     assert counted() - before == 3
     assert await called(here, task) == 200

@@ -32,7 +32,9 @@ def slow_upstream(tmp_path: Path) -> Iterator[Running]:
 @asynccontextmanager
 async def client_of(running: Running) -> AsyncIterator[httpx.AsyncClient]:
     headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-    async with httpx.AsyncClient(base_url=running.address, headers=headers, timeout=90, trust_env=False) as client:
+    async with httpx.AsyncClient(
+        base_url=running.address, headers=headers, timeout=90, trust_env=False
+    ) as client:
         yield client
 
 
@@ -47,14 +49,20 @@ def leases(path: Path) -> list[Any]:
     with closing(sqlite3.connect(path)) as connection:
         for queue in QUEUES.values():
             column = queue.column("lease_until").name
-            found += connection.execute(f"SELECT {column} FROM {queue.table.name} WHERE {column} IS NOT NULL").fetchall()
+            found += connection.execute(
+                f"SELECT {column} FROM {queue.table.name} WHERE {column} IS NOT NULL"
+            ).fetchall()
     return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_service_ends_with_zero(tmp_path: Path, number: int) -> None:
-    """SIGTERM, and Ctrl+C as well, is a clean end: the last line is `service.stopped`, the exit code 0."""
-    with started("serve", folder=tmp_path, **service_settings("https://upstream.invalid", tmp_path)) as service:
+    """SIGTERM, and Ctrl+C as well, is a clean end: the last line is `service.stopped`, the exit
+    code 0.
+    """
+    with started(
+        "serve", folder=tmp_path, **service_settings("https://upstream.invalid", tmp_path)
+    ) as service:
         service.signal(number)
         assert await ended(service, 20) == 0
         assert service.logged("service.stopped")[0]["unfinished"] == 0
@@ -74,14 +82,24 @@ async def test_a_sandbox_ends_with_zero(tmp_path: Path) -> None:
             await wait_until(created)
             upstream.signal(signal.SIGTERM)
             assert await ended(upstream, 20) == 0
-            await asyncio.gather(held, return_exceptions=True)  # cut off or 500: nobody promised an answer
+            await asyncio.gather(
+                held, return_exceptions=True
+            )  # cut off or 500: nobody promised an answer
 
 
-async def test_who_waits_for_a_task_is_answered_with_it_as_it_is(tmp_path: Path, slow_upstream: Running) -> None:
-    """A stop does not wait for `Prefer: wait=60` nor for `GET /v1/events?wait=60`: both are answered at once."""
-    with started("serve", folder=tmp_path, **service_settings(slow_upstream.address, tmp_path)) as service:
+async def test_who_waits_for_a_task_is_answered_with_it_as_it_is(
+    tmp_path: Path, slow_upstream: Running
+) -> None:
+    """A stop does not wait for `Prefer: wait=60` nor for `GET /v1/events?wait=60`: both are
+    answered at once.
+    """
+    with started(
+        "serve", folder=tmp_path, **service_settings(slow_upstream.address, tmp_path)
+    ) as service:
         async with client_of(service) as client:
-            held = asyncio.create_task(client.post(SUBMIT, json=ORDER, headers={"prefer": "wait=60"}))
+            held = asyncio.create_task(
+                client.post(SUBMIT, json=ORDER, headers={"prefer": "wait=60"})
+            )
 
             async def submitted() -> bool:
                 tasks = (await client.get("/v1/tasks")).json()["data"]
@@ -89,7 +107,9 @@ async def test_who_waits_for_a_task_is_answered_with_it_as_it_is(tmp_path: Path,
 
             await wait_until(submitted)
             last = (await client.get("/v1/events")).json()["next_after"]
-            reader = asyncio.create_task(client.get("/v1/events", params={"after": last, "wait": 60}))
+            reader = asyncio.create_task(
+                client.get("/v1/events", params={"after": last, "wait": 60})
+            )
             await wait_until(lambda: len(service.logged("http.request")) >= 2)
             service.signal(signal.SIGTERM)
             async with asyncio.timeout(10):
@@ -103,9 +123,15 @@ async def test_who_waits_for_a_task_is_answered_with_it_as_it_is(tmp_path: Path,
     assert leases(tmp_path / "data" / "darkroom.db") == []
 
 
-async def test_work_that_cannot_be_finished_is_given_back(tmp_path: Path, slow_upstream: Running) -> None:
-    """After `STOP_S` what is in flight is cancelled and its lease freed: the next start takes it up, and no death is counted."""
-    settings = service_settings(slow_upstream.address, tmp_path, STOP_S="1", RECONCILE_AFTER_S="0.1", QUERY_TIMEOUT_S="300")
+async def test_work_that_cannot_be_finished_is_given_back(
+    tmp_path: Path, slow_upstream: Running
+) -> None:
+    """After `STOP_S` what is in flight is cancelled and its lease freed: the next start takes it
+    up, and no death is counted.
+    """
+    settings = service_settings(
+        slow_upstream.address, tmp_path, STOP_S="1", RECONCILE_AFTER_S="0.1", QUERY_TIMEOUT_S="300"
+    )
     with started("serve", folder=tmp_path, **settings) as service:
         async with client_of(service) as client:
             task = (await client.post(SUBMIT, json=ORDER)).json()
@@ -117,13 +143,26 @@ async def test_work_that_cannot_be_finished_is_given_back(tmp_path: Path, slow_u
     assert leases(path) == []
     with closing(sqlite3.connect(path)) as connection:
         deaths = QUEUES["settle"].column("deaths").name
-        assert connection.execute(f"SELECT state, {deaths} FROM tasks WHERE id = ?", [task["id"]]).fetchall() == [("submitted", 0)]
+        assert connection.execute(
+            f"SELECT state, {deaths} FROM tasks WHERE id = ?", [task["id"]]
+        ).fetchall() == [("submitted", 0)]
 
 
-async def test_callbacks_are_taken_until_the_work_in_flight_is_done(tmp_path: Path, slow_upstream: Running) -> None:
-    """Whoever starts next is not there before this process has ended: till then it answers, and holds nobody who waits for events."""
-    more = {"STOP_S": "60", "RECONCILE_AFTER_S": "0.1", "QUERY_TIMEOUT_S": "300", "SECRET_KEY": SECRET}
-    with started("serve", folder=tmp_path, **service_settings(slow_upstream.address, tmp_path, **more)) as service:
+async def test_callbacks_are_taken_until_the_work_in_flight_is_done(
+    tmp_path: Path, slow_upstream: Running
+) -> None:
+    """Whoever starts next is not there before this process has ended: till then it answers, and
+    holds nobody who waits for events.
+    """
+    more = {
+        "STOP_S": "60",
+        "RECONCILE_AFTER_S": "0.1",
+        "QUERY_TIMEOUT_S": "300",
+        "SECRET_KEY": SECRET,
+    }
+    with started(
+        "serve", folder=tmp_path, **service_settings(slow_upstream.address, tmp_path, **more)
+    ) as service:
         async with client_of(service) as client:
             task = (await client.post(SUBMIT, json=ORDER)).json()
             await wait_until(lambda: leases(tmp_path / "data" / "darkroom.db"))
@@ -137,22 +176,40 @@ async def test_callbacks_are_taken_until_the_work_in_flight_is_done(tmp_path: Pa
         await wait_until(told)
         async with client_of(service) as client:
             token = Keyring([SECRET.encode()]).callback_token("evolink", task["id"])
-            body = {"id": task["upstream_id"], "status": "completed", "results": ["http://127.0.0.1/1.png"]}
+            body = {
+                "id": task["upstream_id"],
+                "status": "completed",
+                "results": ["http://127.0.0.1/1.png"],
+            }
             answer = await client.post(f"/callbacks/evolink/{task['id']}/{token}", json=body)
             assert (answer.status_code, answer.json()) == (200, {"status": "accepted"})
             began = time.monotonic()
-            assert (await client.get("/v1/events", params={"after": last, "wait": 60})).json()["data"] == []
+            assert (await client.get("/v1/events", params={"after": last, "wait": 60})).json()[
+                "data"
+            ] == []
             assert 0.9 < time.monotonic() - began < 30, "at once would have it ask again and again"
         assert service.process.poll() is None
 
 
 async def test_a_second_interrupt_ends_it_at_once(tmp_path: Path, slow_upstream: Running) -> None:
     """Who presses Ctrl+C again does not wait for work in flight: exit code 130, no traceback."""
-    settings = service_settings(slow_upstream.address, tmp_path, STOP_S="300", RECONCILE_AFTER_S="0.1", QUERY_TIMEOUT_S="300")
+    settings = service_settings(
+        slow_upstream.address,
+        tmp_path,
+        STOP_S="300",
+        RECONCILE_AFTER_S="0.1",
+        QUERY_TIMEOUT_S="300",
+    )
     with started("serve", folder=tmp_path, **settings) as service:
         async with client_of(service) as client:
-            held = asyncio.create_task(client.post(SUBMIT, json=ORDER, headers={"prefer": "wait=60"}))
-            await wait_until(lambda: leases(tmp_path / "data" / "darkroom.db") and service.logged("task.submitted"))
+            held = asyncio.create_task(
+                client.post(SUBMIT, json=ORDER, headers={"prefer": "wait=60"})
+            )
+            await wait_until(
+                lambda: (
+                    leases(tmp_path / "data" / "darkroom.db") and service.logged("task.submitted")
+                )
+            )
             await wait_until(lambda: leases(tmp_path / "data" / "darkroom.db"))
             service.signal(signal.SIGINT)
             assert (await held).status_code == 200
@@ -162,16 +219,22 @@ async def test_a_second_interrupt_ends_it_at_once(tmp_path: Path, slow_upstream:
 
 
 async def test_web_and_worker_apart_stop_cleanly(tmp_path: Path, postgres_url: str) -> None:
-    """On PostgreSQL `serve --no-worker` takes what `worker` does; each ends with 0, and a worker listens for probes alone."""
+    """On PostgreSQL `serve --no-worker` takes what `worker` does; each ends with 0, and a worker
+    listens for probes alone.
+    """
     secret = "x" * 32
     with sandbox("--delay", "0.2", folder=tmp_path) as upstream:
         common = {"DATABASE_URL": postgres_url, "SECRET_KEY": secret}
         web = service_settings(upstream.address, tmp_path, **common)
         with started("serve", "--no-worker", folder=tmp_path, **web) as serving:
-            work = service_settings(upstream.address, tmp_path, **common, CALLBACK_URL=serving.address)
+            work = service_settings(
+                upstream.address, tmp_path, **common, CALLBACK_URL=serving.address
+            )
             with started("worker", folder=tmp_path, **work) as working:
                 async with client_of(serving) as client, client_of(working) as probe:
-                    task = (await client.post(SUBMIT, json=ORDER, headers={"prefer": "wait=30"})).json()
+                    task = (
+                        await client.post(SUBMIT, json=ORDER, headers={"prefer": "wait=30"})
+                    ).json()
                     assert task["state"] == "completed"
                     assert (await probe.get("/readyz")).json()["status"] == "ok"
                     assert (await probe.get("/v1/tasks")).status_code == 404

@@ -1,4 +1,6 @@
-"""Events as server-sent events: from a place on, in sequence, for as long as reader, key and process last."""
+"""Events as server-sent events: from a place on, in sequence, for as long as reader, key and
+process last.
+"""
 
 import asyncio
 import json
@@ -30,7 +32,9 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One of a stream; `id` and `event` None: it had none. A comment has its text as `data` and the event ":"."""
+    """One of a stream; `id` and `event` None: it had none. A comment has its text as `data` and the
+    event ":".
+    """
 
     id: str | None
     event: str | None
@@ -50,14 +54,22 @@ async def messages(answer: httpx.Response) -> AsyncIterator[Message]:
             fields[name] = value
         elif fields:
             comment = fields.get("")
-            yield Message(fields.get("id"), ":" if comment else fields.get("event"), comment or fields.get("data", ""))
+            yield Message(
+                fields.get("id"),
+                ":" if comment else fields.get("event"),
+                comment or fields.get("data", ""),
+            )
             fields = {}
 
 
 @asynccontextmanager
-async def following(client: httpx.AsyncClient, headers: Mapping[str, str] = SSE, **query: Any) -> AsyncIterator[AsyncIterator[Message]]:
+async def following(
+    client: httpx.AsyncClient, headers: Mapping[str, str] = SSE, **query: Any
+) -> AsyncIterator[AsyncIterator[Message]]:
     """A stream's messages, behind the hint how soon to come back."""
-    async with client.stream("GET", "/v1/events", params=query, headers={**SSE, **headers}) as answer:
+    async with client.stream(
+        "GET", "/v1/events", params=query, headers={**SSE, **headers}
+    ) as answer:
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
         assert answer.headers["cache-control"] == "no-store"
@@ -85,7 +97,9 @@ def seen(stream: list[Message]) -> list[tuple[str | None, str | None, Json]]:
 
 
 async def test_a_stream_shows_what_happens_from_now_on(here: World) -> None:
-    """`id` is the sequence, `event` the type, `data` the event as pull shows it; nothing from before."""
+    """`id` is the sequence, `event` the type, `data` the event as pull shows it; nothing from
+    before.
+    """
     async with here.owner() as client:
         await submitted(client, UNTIL_DONE)
         async with following(client) as stream:
@@ -96,7 +110,9 @@ async def test_a_stream_shows_what_happens_from_now_on(here: World) -> None:
 
 
 async def test_a_stream_goes_on_where_a_reader_was(here: World) -> None:
-    """After `after`, or after `Last-Event-ID`, which a browser sends to the same address when it comes back."""
+    """After `after`, or after `Last-Event-ID`, which a browser sends to the same address when it
+    comes back.
+    """
     async with here.owner() as client:
         for _ in range(2):
             await submitted(client, UNTIL_DONE)
@@ -108,11 +124,18 @@ async def test_a_stream_goes_on_where_a_reader_was(here: World) -> None:
         async with following(client, {"last-event-id": whole[2]["sequence"]}, after="0") as stream:
             assert seen(await next_of(stream, 1)) == sent(whole[3:])
         for bad in ("x", "9" * 21, str(2**63)):
-            refused(await client.get("/v1/events", headers={**SSE, "last-event-id": bad}), 400, "invalid_request", param="Last-Event-ID")
+            refused(
+                await client.get("/v1/events", headers={**SSE, "last-event-id": bad}),
+                400,
+                "invalid_request",
+                param="Last-Event-ID",
+            )
 
 
 async def test_a_stream_shows_what_was_asked_for(here: World) -> None:
-    """By type and by task, and to each owner its own; an admin sees everybody's. The same from the store and as it happens."""
+    """By type and by task, and to each owner its own; an admin sees everybody's. The same from the
+    store and as it happens.
+    """
     async with here.owner() as client, here.owner() as other:
         first = await submitted(client, UNTIL_DONE)
         place = (await pulled(client))[-1]["sequence"]
@@ -124,15 +147,22 @@ async def test_a_stream_shows_what_was_asked_for(here: World) -> None:
         ):
             await submitted(other, UNTIL_DONE)
             second = await submitted(client, UNTIL_DONE)
-            assert [m.document["subject"] for m in await next_of(completed, 2)] == [first["id"], second["id"]]
+            assert [m.document["subject"] for m in await next_of(completed, 2)] == [
+                first["id"],
+                second["id"],
+            ]
             assert [m.event for m in await next_of(one, 2)] == BOTH
             assert [m.document["subject"] for m in await next_of(mine, 2)] == [second["id"]] * 2
             assert len({m.document["subject"] for m in await next_of(everybody, 4)}) == 2
 
 
 @pytest.mark.parametrize(("page", "kept", "size"), [(2, 3, 1 << 20), (100, 3, 1), (100, 2000, 1)])
-async def test_a_reader_who_is_far_behind_catches_up(here: World, page: int, kept: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Piece by piece from the store, then with the others; whatever does not fit in memory is read again. No event twice, none left out."""
+async def test_a_reader_who_is_far_behind_catches_up(
+    here: World, page: int, kept: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Piece by piece from the store, then with the others; whatever does not fit in memory is read
+    again. No event twice, none left out.
+    """
     monkeypatch.setattr(tail, "PAGE", page)
     monkeypatch.setattr(tail, "KEPT", kept)
     monkeypatch.setattr(tail, "SENT_SIZE", size)
@@ -147,7 +177,9 @@ async def test_a_reader_who_is_far_behind_catches_up(here: World, page: int, kep
             assert seen(await next_of(stream, 2)) == rest == seen(await next_of(leading, 2))
 
 
-async def test_what_is_kept_is_limited_by_size_too(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_kept_is_limited_by_size_too(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Large events do not fill the memory."""
     monkeypatch.setattr(tail, "KEPT_SIZE", 1)
     async with here.owner() as client, following(client) as stream:
@@ -165,13 +197,19 @@ async def test_a_reader_whose_place_is_gone_is_told(tmp_path: Path) -> None:
 
         def forget(tx: Transaction, items: Sequence[int]) -> list[None]:
             tx.connection.execute(events.delete().where(events.c.sequence <= items[0]))
-            tx.connection.execute(counters.update().where(counters.c.name == "forgotten").values(value=items[0]))
+            tx.connection.execute(
+                counters.update().where(counters.c.name == "forgotten").values(value=items[0])
+            )
             return [None]
 
         await here.context.resources.store.write(forget, int(whole[1]["sequence"]))
         async with following(here.client, after=whole[0]["sequence"]) as stream:
             told, *rest = await next_of(stream, 3)
-        assert (told.id, told.event, told.document) == (None, "resync", {"sequence": whole[2]["sequence"]})
+        assert (told.id, told.event, told.document) == (
+            None,
+            "resync",
+            {"sequence": whole[2]["sequence"]},
+        )
         assert seen(rest) == sent(whole[2:])
         await here.context.resources.store.write(forget, int(whole[3]["sequence"]))
         async with following(here.client, after=whole[0]["sequence"]) as stream:
@@ -179,8 +217,12 @@ async def test_a_reader_whose_place_is_gone_is_told(tmp_path: Path) -> None:
         assert int(told.document["sequence"]) == int(whole[3]["sequence"]) + 1
 
 
-async def test_a_reader_is_told_once_that_its_place_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many pages there are of what some subscriber still has to get; the oldest is the oldest of these."""
+async def test_a_reader_is_told_once_that_its_place_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many pages there are of what some subscriber still has to get; the oldest is the
+    oldest of these.
+    """
     monkeypatch.setattr(tail, "PAGE", 2)
     async with world(tmp_path) as here:
         await emitted(here.context.resources.store, 12)
@@ -188,7 +230,9 @@ async def test_a_reader_is_told_once_that_its_place_is_gone(tmp_path: Path, monk
 
         def thin(tx: Transaction, items: Sequence[Sequence[int]]) -> list[None]:
             tx.connection.execute(events.delete().where(events.c.sequence.in_(items[0])))
-            tx.connection.execute(counters.update().where(counters.c.name == "forgotten").values(value=max(items[0])))
+            tx.connection.execute(
+                counters.update().where(counters.c.name == "forgotten").values(value=max(items[0]))
+            )
             return [None]
 
         await here.context.resources.store.write(thin, [2, 9])
@@ -198,7 +242,9 @@ async def test_a_reader_is_told_once_that_its_place_is_gone(tmp_path: Path, monk
         assert seen(rest) == sent([whole[place] for place in (2, 3, 4, 5, 6, 7, 9, 10, 11)])
 
 
-async def test_a_comment_comes_when_nothing_else_does(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_comment_comes_when_nothing_else_does(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So that whoever stands in between keeps the connection."""
     monkeypatch.setattr(streams, "CHECK_S", 0.02)
     monkeypatch.setattr(streams, "COMMENT_S", 0.1)
@@ -219,7 +265,9 @@ async def test_a_stream_ends_with_its_key(tmp_path: Path, monkeypatch: pytest.Mo
             refused(await client.get("/v1/events", headers=SSE), 401, "unauthorized")
 
 
-async def test_what_others_do_hides_neither_silence_nor_the_end_of_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_others_do_hides_neither_silence_nor_the_end_of_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Events that a reader is not shown: it gets its comments beside them, and is looked after."""
     monkeypatch.setattr(streams, "CHECK_S", 0.2)
     monkeypatch.setattr(streams, "COMMENT_S", 0.4)
@@ -240,11 +288,16 @@ async def test_what_others_do_hides_neither_silence_nor_the_end_of_a_key(tmp_pat
         noise.cancel()
 
 
-async def test_a_held_answer_shows_nothing_to_a_key_that_was_revoked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_held_answer_shows_nothing_to_a_key_that_was_revoked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is looked at again before events are told that came while it was held."""
     monkeypatch.setattr("service.web.access.CACHE_S", 0.0)
     async with world(tmp_path) as here:
-        made = got(await here.client.post("/v1/keys", json={"owner": "x", "scopes": ["read", "admin"]}), 201)
+        made = got(
+            await here.client.post("/v1/keys", json={"owner": "x", "scopes": ["read", "admin"]}),
+            201,
+        )
         async with here.with_key(made["key"]) as client:
             held = asyncio.create_task(client.get("/v1/events", params={"after": "0", "wait": 30}))
             await wait_until(lambda: here.context.admission.waiting)
@@ -264,7 +317,9 @@ async def test_a_stop_ends_streams(tmp_path: Path) -> None:
 
 
 async def test_streams_are_limited(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """503 with `Retry-After`, not a process without memory; a reader who left makes room. HEAD holds nothing."""
+    """503 with `Retry-After`, not a process without memory; a reader who left makes room. HEAD
+    holds nothing.
+    """
     async with here.owner() as client:
         async with following(client):
             monkeypatch.setattr(streams, "STREAMS", 1)
@@ -281,11 +336,19 @@ async def test_streams_are_limited(here: World, monkeypatch: pytest.MonkeyPatch)
         assert (answer.status_code, answer.content) == (200, b"")
 
 
-async def test_a_store_that_is_away_ends_those_who_need_it(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is up to date waits until it is back; a fault that nobody foresaw is logged, and the next look comes all the same."""
+async def test_a_store_that_is_away_ends_those_who_need_it(
+    here: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is up to date waits until it is back; a fault that nobody foresaw is logged, and the
+    next look comes all the same.
+    """
     monkeypatch.setattr(tail, "LOOK_S", 0.05)
     monkeypatch.setattr(outbox, "LOOK_S", 0.05)
-    store, read, faults = here.context.resources.store, here.context.resources.store.read, [StoreUnavailable("away"), ValueError("odd")]
+    store, read, faults = (
+        here.context.resources.store,
+        here.context.resources.store.read,
+        [StoreUnavailable("away"), ValueError("odd")],
+    )
 
     async def failing(query: Any, *args: Any) -> Any:
         if faults and query is queries.event_list and args[0] is None:
@@ -298,7 +361,9 @@ async def test_a_store_that_is_away_ends_those_who_need_it(here: World, monkeypa
                 monkeypatch.setattr(store, "read", failing)
                 task = await submitted(client, UNTIL_DONE)
                 assert seen(await next_of(stream, 2)) == sent(await pulled(client, task=task["id"]))
-        assert [line["exception"] for line in lines if line["event"] == "worker.failed"] == ["ValueError('odd')"]
+        assert [line["exception"] for line in lines if line["event"] == "worker.failed"] == [
+            "ValueError('odd')"
+        ]
         faults.append(StoreUnavailable("away"))
         with pytest.raises(StoreUnavailable):
             await anext(Tail(store, here.context.resources.links).follow(0, Wanted(None), 1))

@@ -1,4 +1,6 @@
-"""Streams of real processes: a thousand at once, readers that do not read, and two processes on one PostgreSQL."""
+"""Streams of real processes: a thousand at once, readers that do not read, and two processes on one
+PostgreSQL.
+"""
 
 import asyncio
 import re
@@ -29,22 +31,35 @@ SEQUENCE = re.compile(rb"^id: (\d{20})$", re.MULTILINE)
 
 def resident(service: Running) -> int:
     """Bytes of memory."""
-    (line,) = [line for line in Path(f"/proc/{service.process.pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
+    (line,) = [
+        line
+        for line in Path(f"/proc/{service.process.pid}/status").read_text().splitlines()
+        if line.startswith("VmRSS")
+    ]
     return int(line.split()[1]) * 1024
 
 
 @asynccontextmanager
 async def serving(folder: Path) -> AsyncIterator[tuple[Running, httpx.AsyncClient]]:
     """A service on a sandbox, at rest, and a client."""
-    with sandbox(folder=folder) as upstream, started("serve", folder=folder, **service_settings(upstream.address, folder)) as service:
+    with (
+        sandbox(folder=folder) as upstream,
+        started("serve", folder=folder, **service_settings(upstream.address, folder)) as service,
+    ):
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-        async with httpx.AsyncClient(base_url=service.address, headers=headers, timeout=60, trust_env=False) as client:
+        async with httpx.AsyncClient(
+            base_url=service.address, headers=headers, timeout=60, trust_env=False
+        ) as client:
             await ended(client, [await submitted(client)])
             yield service, client
 
 
 async def submitted(client: httpx.AsyncClient, **fields: Any) -> str:
-    task: dict[str, Any] = got(await client.post(SUBMIT, json=order(size="768x768", **fields), headers={"prefer": "respond-async"}))
+    task: dict[str, Any] = got(
+        await client.post(
+            SUBMIT, json=order(size="768x768", **fields), headers={"prefer": "respond-async"}
+        )
+    )
     return str(task["id"])
 
 
@@ -56,8 +71,12 @@ async def ended(client: httpx.AsyncClient, ids: list[str]) -> None:
     await wait_until(over, PATIENCE_S)
 
 
-async def opened(address: str, after: str, receive: int | None = None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A stream that was asked for, on a socket that keeps `receive` bytes unread, else as many as the system thinks."""
+async def opened(
+    address: str, after: str, receive: int | None = None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A stream that was asked for, on a socket that keeps `receive` bytes unread, else as many as
+    the system thinks.
+    """
     host, _, port = address.removeprefix("http://").partition(":")
     made = socket.socket()
     if receive is not None:
@@ -65,7 +84,10 @@ async def opened(address: str, after: str, receive: int | None = None) -> tuple[
     made.setblocking(False)
     await asyncio.get_running_loop().sock_connect(made, (host, int(port)))
     reader, writer = await asyncio.open_connection(sock=made, limit=1 << 16)
-    head = f"GET /v1/events?after={after} HTTP/1.1\r\nhost: x\r\naccept: text/event-stream\r\nauthorization: Bearer {ADMIN_KEY}\r\n\r\n"
+    head = (
+        f"GET /v1/events?after={after} HTTP/1.1\r\nhost: x\r\naccept:"
+        f" text/event-stream\r\nauthorization: Bearer {ADMIN_KEY}\r\n\r\n"
+    )
     writer.write(head.encode())
     return reader, writer
 
@@ -84,7 +106,9 @@ async def numbers(reader: asyncio.StreamReader, count: int) -> list[bytes]:
 
 
 async def test_a_thousand_streams_fit(tmp_path: Path) -> None:
-    """Contract, events: 1,000 open streams on one process, each shown everything, take less than 150 MiB more than none."""
+    """Contract, events: 1,000 open streams on one process, each shown everything, take less than
+    150 MiB more than none.
+    """
     async with serving(tmp_path) as (service, client), AsyncExitStack() as stack:
         idle = resident(service)
         readers = []
@@ -104,7 +128,9 @@ async def test_a_thousand_streams_fit(tmp_path: Path) -> None:
 
 
 async def test_readers_that_do_not_read_hold_no_memory_and_nobody_up(tmp_path: Path) -> None:
-    """Events of 300 KB: who reads has them all at once; who does not costs little, and has them all later, in their sequence."""
+    """Events of 300 KB: who reads has them all at once; who does not costs little, and has them all
+    later, in their sequence.
+    """
     async with serving(tmp_path) as (service, client), AsyncExitStack() as stack:
         await ended(client, [await submitted(client, note="x" * LARGE) for _ in range(TASKS)])
         before, slow = resident(service), []
@@ -112,7 +138,8 @@ async def test_readers_that_do_not_read_hold_no_memory_and_nobody_up(tmp_path: P
             reader, writer = await opened(service.address, "0" * 20, receive=1 << 14)
             stack.callback(writer.close)
             slow.append(reader)
-        await wait_until(lambda: all(reader._buffer for reader in slow), PATIENCE_S)  # type: ignore[attr-defined] # they are served
+        # # they are served
+        await wait_until(lambda: all(reader._buffer for reader in slow), PATIENCE_S)  # type: ignore[attr-defined]
         quick, writer = await opened(service.address, "0" * 20)
         stack.callback(writer.close)
         async with asyncio.timeout(PATIENCE_S):
@@ -121,11 +148,18 @@ async def test_readers_that_do_not_read_hold_no_memory_and_nobody_up(tmp_path: P
         print(f"{SLOW} readers that do not read: {took / MIB:.0f} MiB")
         assert took < SLOW * TASKS * 2 * LARGE / 2
         async with asyncio.timeout(PATIENCE_S):
-            assert await asyncio.gather(*(numbers(reader, len(shown)) for reader in slow[:2])) == [shown] * 2
+            assert (
+                await asyncio.gather(*(numbers(reader, len(shown)) for reader in slow[:2]))
+                == [shown] * 2
+            )
 
 
-async def test_a_reader_at_one_process_sees_what_others_wrote(tmp_path: Path, postgres_server: str) -> None:
-    """Contract, events: on PostgreSQL within a second, and nothing is left out while two of them write."""
+async def test_a_reader_at_one_process_sees_what_others_wrote(
+    tmp_path: Path, postgres_server: str
+) -> None:
+    """Contract, events: on PostgreSQL within a second, and nothing is left out while two of them
+    write.
+    """
     async with groups(tmp_path, postgres_server) as group:
         web, *others = [await group.start(arguments) for arguments in (WEB, ("serve",), ("serve",))]
         reader, writer = await opened(str(web.client.base_url).rstrip("/"), "0" * 20)
@@ -141,7 +175,9 @@ async def test_a_reader_at_one_process_sees_what_others_wrote(tmp_path: Path, po
             await group.order(others[number % 2], number)
             await group.ended(web)
         apart = len(shown)
-        await asyncio.gather(*(group.order(others[number % 2], 100 + number) for number in range(60)))
+        await asyncio.gather(
+            *(group.order(others[number % 2], 100 + number) for number in range(60))
+        )
         await group.ended(web)
         stored = got(await web.client.get("/v1/events", params={"limit": 1000}))["data"]
         await wait_until(lambda: len(shown) >= len(stored), PATIENCE_S)
@@ -149,7 +185,8 @@ async def test_a_reader_at_one_process_sees_what_others_wrote(tmp_path: Path, po
         writer.close()
         assert [sequence for sequence, _ in shown] == [event["sequence"] for event in stored]
         waits = sorted(
-            at - datetime.fromisoformat(event["time"]).timestamp() for event, (_, at) in zip(stored[:apart], shown, strict=False)
+            at - datetime.fromisoformat(event["time"]).timestamp()
+            for event, (_, at) in zip(stored[:apart], shown, strict=False)
         )
         print("seconds:", [round(wait, 3) for wait in waits])
         assert waits[len(waits) // 2] < 1  # of most: a machine under load may stop for longer

@@ -1,4 +1,6 @@
-"""Submissions over real sockets: each row of the contract's table of outcomes, and what a client is told of it."""
+"""Submissions over real sockets: each row of the contract's table of outcomes, and what a client is
+told of it.
+"""
 
 import asyncio
 import json
@@ -51,14 +53,20 @@ def upstream() -> Upstream:
 
 
 @pytest.fixture(scope="module")
-async def here(upstream: Upstream, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+async def here(
+    upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[World]:
     async with world(tmp_path_factory.mktemp("submit"), upstream=upstream.app) as made:
         yield made
 
 
 async def post(here: World, body: dict[str, Any], **headers: str) -> httpx.Response:
     whole = {"model": TEXT_TO_IMAGE, "prompt": "a lighthouse", "size": "768x768", **body}
-    return await here.client.post("/v1/images/generations", json=whole, headers={name.replace("_", "-"): v for name, v in headers.items()})
+    return await here.client.post(
+        "/v1/images/generations",
+        json=whole,
+        headers={name.replace("_", "-"): v for name, v in headers.items()},
+    )
 
 
 async def in_state(here: World, task_id: str, state: str) -> Any:
@@ -75,12 +83,18 @@ async def row(here: World, task_id: str) -> Any:
 
 async def waiting(here: World, task_id: str) -> float | None:
     """Seconds until a task is tried again, once that lies ahead."""
-    wait: float = ((await row(here, task_id))["submit_due_at"] - here.context.resources.clock()) / 1000
+    wait: float = (
+        (await row(here, task_id))["submit_due_at"] - here.context.resources.clock()
+    ) / 1000
     return wait if wait > 0 else None
 
 
-async def test_an_answer_in_hand_is_kept_until_the_store_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store that is away when the upstream answers costs no proof: one submission, one task, no uncertainty."""
+async def test_an_answer_in_hand_is_kept_until_the_store_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that is away when the upstream answers costs no proof: one submission, one task, no
+    uncertainty.
+    """
     monkeypatch.setattr(submission, "RECORD_AGAIN_S", 0.01)
     theirs = Upstream()
     async with world(tmp_path, upstream=theirs.app) as there:
@@ -91,7 +105,9 @@ async def test_an_answer_in_hand_is_kept_until_the_store_has_it(tmp_path: Path, 
         def full(_: Connection) -> None:
             nonlocal refused
             refused += 1
-            raise OperationalError("COMMIT", {}, sqlite3.OperationalError("database or disk is full"))
+            raise OperationalError(
+                "COMMIT", {}, sqlite3.OperationalError("database or disk is full")
+            )
 
         async def fill_the_disk() -> None:
             event.listen(store._engine, "commit", full)
@@ -104,7 +120,9 @@ async def test_an_answer_in_hand_is_kept_until_the_store_has_it(tmp_path: Path, 
         assert len(theirs.received["away"]) == 1
 
 
-async def test_a_process_that_stood_still_before_the_call_does_not_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_process_that_stood_still_before_the_call_does_not_send(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Somebody else may have its lease, and have decided: nothing leaves under the old one."""
     late = list[float]()
 
@@ -121,11 +139,17 @@ async def test_a_process_that_stood_still_before_the_call_does_not_send(tmp_path
         await in_state(there, task["id"], "submitted")
         assert len(theirs.received["still"]) == 1
         found = await row(there, task["id"])
-        assert (found["submit_attempts"], found["submit_outcomes"], found["doubted_at"]) == (2, 2, None)
+        assert (found["submit_attempts"], found["submit_outcomes"], found["doubted_at"]) == (
+            2,
+            2,
+            None,
+        )
 
 
 async def test_a_stop_sends_nothing_that_waits_for_a_place(tmp_path: Path) -> None:
-    """Of two calls to the upstream one may be a submission: the second, leased already, is given back as `queued`."""
+    """Of two calls to the upstream one may be a submission: the second, leased already, is given
+    back as `queued`.
+    """
     theirs, answered = Upstream(), asyncio.Event()
     theirs.submits["first"] = [After(answered.wait, ACCEPTED)]
     async with world(tmp_path, upstream=theirs.app, evolink_concurrency=2) as there:
@@ -135,7 +159,9 @@ async def test_a_stop_sends_nothing_that_waits_for_a_place(tmp_path: Path) -> No
         assert (await row(there, second["id"]))["submit_lease_until"] is not None
         there.context.quiesce()
         answered.set()
-        assert (await in_state(there, first["id"], "submitted"))["upstream_id"] == "task-unified-own"
+        assert (await in_state(there, first["id"], "submitted"))[
+            "upstream_id"
+        ] == "task-unified-own"
 
         async def given_back() -> bool:
             return (await row(there, second["id"]))["submit_lease_until"] is None
@@ -145,28 +171,46 @@ async def test_a_stop_sends_nothing_that_waits_for_a_place(tmp_path: Path) -> No
         assert theirs.received["second"] == []
 
 
-# --- what the upstream's answer proves ---------------------------------------------------------------------------------
+# --- what the upstream's answer proves
+# ---------------------------------------------------------------------------------
 
 
 async def test_an_answer_with_an_id_makes_a_task_submitted(here: World) -> None:
-    """2xx with an id: the client gets the task as it is, with the upstream's id and what it said of the cost."""
+    """2xx with an id: the client gets the task as it is, with the upstream's id and what it said of
+    the cost.
+    """
     task = await here.submit(prompt="accepted")
     assert task["state"] == "submitted"
     assert task["status"] == "pending"
     assert task["upstream_id"].startswith("task-unified-")
     assert task["usage"]["credits_reserved"] == 2
-    assert [event["type"] for event in await here.events(task=task["id"])] == ["image.task.submitted"]
+    assert [event["type"] for event in await here.events(task=task["id"])] == [
+        "image.task.submitted"
+    ]
 
 
 @pytest.mark.parametrize(
     "answer",
-    [error(429, "rate_limit_exceeded"), error(503, "service_unavailable"), error(401, "unauthorized"), error(403, "key_disabled")],
+    [
+        error(429, "rate_limit_exceeded"),
+        error(503, "service_unavailable"),
+        error(401, "unauthorized"),
+        error(403, "key_disabled"),
+    ],
     ids=["429", "503 of its own", "401", "403 about the key"],
 )
-async def test_where_nothing_was_created_it_is_sent_again_the_same(answer: Response, here: World, upstream: Upstream) -> None:
-    """Proof that nothing was created: queued again, and every request is the same byte for byte under the same key."""
+async def test_where_nothing_was_created_it_is_sent_again_the_same(
+    answer: Response, here: World, upstream: Upstream
+) -> None:
+    """Proof that nothing was created: queued again, and every request is the same byte for byte
+    under the same key.
+    """
     prompt = f"not created {answer.body!r} 猫"
-    upstream.submits[prompt] = [answer, answer, document("pending", id=f"task-unified-{answer.status_code}")]
+    upstream.submits[prompt] = [
+        answer,
+        answer,
+        document("pending", id=f"task-unified-{answer.status_code}"),
+    ]
     task = await here.submit(prompt=prompt, exotic={"b": 1, "a": [None, 0.1]})
     assert task["error"] is None
     await in_state(here, task["id"], "submitted")
@@ -178,7 +222,9 @@ async def test_where_nothing_was_created_it_is_sent_again_the_same(answer: Respo
 
 
 async def test_an_upstream_that_cannot_be_reached_got_nothing(tmp_path: Path) -> None:
-    """A refused connection is proof that nothing was created: the task waits and is sent once somebody listens."""
+    """A refused connection is proof that nothing was created: the task waits and is sent once
+    somebody listens.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as place:
         place.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         address = f"http://127.0.0.1:{place.getsockname()[1]}"
@@ -187,13 +233,17 @@ async def test_an_upstream_that_cannot_be_reached_got_nothing(tmp_path: Path) ->
             assert (task["state"], task["error"]) in [("queued", None), ("submitting", None)]
             place.listen()
             place.setblocking(False)
-            sandbox = create_sandbox(SandboxOptions(networks=here.settings.upstream_networks, delay_s=0.05))
+            sandbox = create_sandbox(
+                SandboxOptions(networks=here.settings.upstream_networks, delay_s=0.05)
+            )
             async with listening(Server(sandbox, place, 1), asyncio.Event()):
                 assert (await here.ended(task["id"]))["state"] == "completed"
 
 
 async def test_waits_between_submissions_keep_to_schedule_and_retry_after(tmp_path: Path) -> None:
-    """The client gets 200 with the waiting task; an account's refusal is an alert and counted; Retry-After may lengthen the schedule."""
+    """The client gets 200 with the waiting task; an account's refusal is an alert and counted;
+    Retry-After may lengthen the schedule.
+    """
     upstream = Upstream()
     upstream.submits = {
         "schedule": [error(429, "rate_limit_exceeded", retry_after="5")],
@@ -211,8 +261,14 @@ async def test_waits_between_submissions_keep_to_schedule_and_retry_after(tmp_pa
         assert 1190 < waits["asked"] <= 1200
         assert 590 < waits["account"] <= 720
         retried = [line for line in lines if line["event"] == "task.submission_retried"]
-        assert [(line["account"], line["log_level"]) for line in retried] == [(False, "warning"), (False, "warning"), (True, "warning")]
-        assert [line["log_level"] for line in lines if line["event"] == "account.refused"] == ["error"]
+        assert [(line["account"], line["log_level"]) for line in retried] == [
+            (False, "warning"),
+            (False, "warning"),
+            (True, "warning"),
+        ]
+        assert [line["log_level"] for line in lines if line["event"] == "account.refused"] == [
+            "error"
+        ]
         metrics = (await here.client.get("/metrics")).text
         assert "darkroom_account_refusals_total 1.0" in metrics
         assert await here.events() == []
@@ -229,8 +285,12 @@ async def test_waits_between_submissions_keep_to_schedule_and_retry_after(tmp_pa
         (422, "odd"),
     ],
 )
-async def test_a_refusal_is_the_clients_and_final(status: int, code: str, here: World, upstream: Upstream) -> None:
-    """The client gets the upstream's status and error with our task's id, again on a replay; the task is failed, nothing is sent again."""
+async def test_a_refusal_is_the_clients_and_final(
+    status: int, code: str, here: World, upstream: Upstream
+) -> None:
+    """The client gets the upstream's status and error with our task's id, again on a replay; the
+    task is failed, nothing is sent again.
+    """
     prompt = f"refused {status}"
     upstream.submits[prompt] = [error(status, code)]
     answer = await post(here, {"prompt": prompt}, idempotency_key=prompt.replace(" ", "-"))
@@ -266,8 +326,12 @@ UNPROVED = {
 
 
 @pytest.mark.parametrize("name", UNPROVED)
-async def test_what_proves_nothing_is_uncertain_and_not_sent_again(name: str, here: World, upstream: Upstream) -> None:
-    """It may have been charged: the task waits for a callback, the client gets 200, no event is written."""
+async def test_what_proves_nothing_is_uncertain_and_not_sent_again(
+    name: str, here: World, upstream: Upstream
+) -> None:
+    """It may have been charged: the task waits for a callback, the client gets 200, no event is
+    written.
+    """
     upstream.submits[name] = [UNPROVED[name]]
     task = await here.submit(prompt=name)
     assert (task["state"], task["status"], task["error"]) == ("uncertain", "pending", None)
@@ -277,12 +341,18 @@ async def test_what_proves_nothing_is_uncertain_and_not_sent_again(name: str, he
 
 
 async def test_a_callback_proves_an_uncertain_submission(tmp_path: Path) -> None:
-    """The answer was lost, the task was created: its callback binds it, and it ends like any other, paid once."""
+    """The answer was lost, the task was created: its callback binds it, and it ends like any other,
+    paid once.
+    """
     async with world(tmp_path) as here:
         task = await here.submit(sandbox={"lose_answer": True, "delay": 0.2})
         assert (await here.ended(task["id"]))["state"] == "completed"
         steps = [step["step"] for step in await here.steps(task["id"])]
-        assert steps.index("task.submission_uncertain") < steps.index("task.submitted") < steps.index("task.settled")
+        assert (
+            steps.index("task.submission_uncertain")
+            < steps.index("task.submitted")
+            < steps.index("task.settled")
+        )
         assert len((await here.sandbox.get("/sandbox/tasks")).json()["data"]) == 1
 
 
@@ -290,7 +360,9 @@ async def test_no_answer_and_no_callback_end_as_submission_uncertain(tmp_path: P
     """After `UNCERTAIN_AFTER_S` without proof the task fails; it is never sent again."""
     upstream, forever = Upstream(), asyncio.Event()
     upstream.submits["silence"] = [After(forever.wait, ACCEPTED)]
-    async with world(tmp_path, upstream=upstream.app, submit_timeout_s=0.1, uncertain_after_s=0.1) as here:
+    async with world(
+        tmp_path, upstream=upstream.app, submit_timeout_s=0.1, uncertain_after_s=0.1
+    ) as here:
         task = await here.ended((await here.submit(prompt="silence"))["id"])
     assert (task["state"], task["error"]["code"]) == ("failed", "submission_uncertain")
     assert len(upstream.received["silence"]) == 1
@@ -307,13 +379,22 @@ async def test_without_a_callback_url_the_uncertain_is_decided_at_once(tmp_path:
 
 
 @pytest.mark.parametrize("callback", [True, False])
-async def test_resubmitting_the_uncertain_uses_the_same_key_and_ends(callback: bool, tmp_path: Path) -> None:
-    """`DARKROOM_UNCERTAIN=resubmit`: the same bytes under the same key until something is proved, no longer than submissions last."""
+async def test_resubmitting_the_uncertain_uses_the_same_key_and_ends(
+    callback: bool, tmp_path: Path
+) -> None:
+    """`DARKROOM_UNCERTAIN=resubmit`: the same bytes under the same key until something is proved,
+    no longer than submissions last.
+    """
     upstream = Upstream()
     upstream.submits = {"lost": [Cut(), ACCEPTED], "for ever": [page(502)]}
     options = {} if callback else {"callback_url": None}
     async with world(
-        tmp_path, upstream=upstream.app, uncertain="resubmit", uncertain_after_s=0.05, submit_give_up_s=0.4, **options
+        tmp_path,
+        upstream=upstream.app,
+        uncertain="resubmit",
+        uncertain_after_s=0.05,
+        submit_give_up_s=0.4,
+        **options,
     ) as here:
         task = await here.submit(prompt="lost")
         await in_state(here, task["id"], "submitted")
@@ -326,7 +407,9 @@ async def test_resubmitting_the_uncertain_uses_the_same_key_and_ends(callback: b
 
 
 async def test_giving_up_is_not_submitted(tmp_path: Path) -> None:
-    """When the upstream took nothing for `SUBMIT_GIVE_UP_S` the task fails; the client that waits is told."""
+    """When the upstream took nothing for `SUBMIT_GIVE_UP_S` the task fails; the client that waits
+    is told.
+    """
     upstream = Upstream()
     upstream.submits["busy"] = [error(429, "rate_limit_exceeded")]
     async with world(tmp_path, upstream=upstream.app, submit_give_up_s=0.2) as here:
@@ -345,17 +428,27 @@ async def test_a_sender_that_died_leaves_an_uncertain_submission(tmp_path: Path)
         await wait_until(lambda: upstream.received["dying"])
     async with world(tmp_path, upstream=upstream.app) as here:
         task = await in_state(here, task["id"], "uncertain")
-        reasons = [step["reason"] for step in await here.steps(task["id"]) if step["step"] == "task.submission_uncertain"]
+        reasons = [
+            step["reason"]
+            for step in await here.steps(task["id"])
+            if step["step"] == "task.submission_uncertain"
+        ]
         assert reasons == ["its sender died before the answer was recorded"]
     assert len(upstream.received["dying"]) == 1
 
 
-async def test_the_row_is_submitting_before_the_request_leaves(here: World, upstream: Upstream) -> None:
-    """What the upstream sees coming is in the store already: a crash can't make it look as if nothing was sent."""
+async def test_the_row_is_submitting_before_the_request_leaves(
+    here: World, upstream: Upstream
+) -> None:
+    """What the upstream sees coming is in the store already: a crash can't make it look as if
+    nothing was sent.
+    """
     states: list[str] = []
 
     async def look() -> None:
-        states.append((await row(here, upstream.received["look"][0].headers["idempotency-key"]))["state"])
+        states.append(
+            (await row(here, upstream.received["look"][0].headers["idempotency-key"]))["state"]
+        )
 
     upstream.submits["look"] = [After(look, document("pending", id="task-unified-look"))]
     assert (await here.submit(prompt="look"))["state"] == "submitted"
@@ -371,7 +464,9 @@ async def crowded(here: World) -> AsyncIterator[None]:
         yield
 
 
-async def test_a_task_cancelled_before_its_turn_is_not_sent(here: World, upstream: Upstream) -> None:
+async def test_a_task_cancelled_before_its_turn_is_not_sent(
+    here: World, upstream: Upstream
+) -> None:
     """Cancelled between the claim and a free place at the upstream: nothing leaves."""
     async with crowded(here):
         task = await here.submit(prompt="too late", headers={"prefer": "respond-async"})
@@ -387,8 +482,12 @@ async def test_a_task_cancelled_before_its_turn_is_not_sent(here: World, upstrea
     assert upstream.received["too late"] == []
 
 
-async def test_a_submission_that_waits_for_a_place_at_a_stop_is_left_to_the_next_process(tmp_path: Path) -> None:
-    """What has not been sent is not sent any more: it stays queued, due, and no attempt is counted."""
+async def test_a_submission_that_waits_for_a_place_at_a_stop_is_left_to_the_next_process(
+    tmp_path: Path,
+) -> None:
+    """What has not been sent is not sent any more: it stays queued, due, and no attempt is
+    counted.
+    """
     theirs = Upstream()
     async with world(tmp_path, upstream=theirs.app) as there:
         async with crowded(there):
@@ -401,7 +500,11 @@ async def test_a_submission_that_waits_for_a_place_at_a_stop_is_left_to_the_next
             return known["submit_lease_until"] is None and known
 
         known = await wait_until(free)
-        assert (known["state"], known["submit_attempts"], known["submit_due_at"] is not None) == ("queued", 0, True)
+        assert (known["state"], known["submit_attempts"], known["submit_due_at"] is not None) == (
+            "queued",
+            0,
+            True,
+        )
         assert theirs.received["later"] == []
     async with world(tmp_path, upstream=theirs.app) as there:
         await in_state(there, task["id"], "submitted")
@@ -409,16 +512,23 @@ async def test_a_submission_that_waits_for_a_place_at_a_stop_is_left_to_the_next
 
 
 async def test_work_on_what_is_gone_ends_quietly(here: World) -> None:
-    """A grant for a row that is no longer there, at any stage, changes nothing and raises nothing."""
-    for stage in stages(here.settings, here.context.resources, here.context.account, Examiner(1, 1, 1)):
+    """A grant for a row that is no longer there, at any stage, changes nothing and raises
+    nothing.
+    """
+    for stage in stages(
+        here.settings, here.context.resources, here.context.account, Examiner(1, 1, 1)
+    ):
         await stage.run(Grant(stage.name, "gone", 1, 1))
 
 
-# --- what the client is told, and when ---------------------------------------------------------------------------------
+# --- what the client is told, and when
+# ---------------------------------------------------------------------------------
 
 
 async def test_respond_async_answers_after_the_commit(here: World, upstream: Upstream) -> None:
-    """`respond-async`: nothing of the upstream is waited for, and the answer says what was applied."""
+    """`respond-async`: nothing of the upstream is waited for, and the answer says what was
+    applied.
+    """
     answered = asyncio.Event()
     upstream.submits["async"] = [After(answered.wait, document("pending", id="task-unified-async"))]
     answer = await post(here, {"prompt": "async"}, prefer="respond-async")
@@ -429,7 +539,9 @@ async def test_respond_async_answers_after_the_commit(here: World, upstream: Ups
 
 
 async def test_waiting_ends_with_the_task_or_with_the_time(tmp_path: Path) -> None:
-    """`wait=N` answers when the task is terminal, or after N seconds with the task as it is; it wins over `respond-async`."""
+    """`wait=N` answers when the task is terminal, or after N seconds with the task as it is; it
+    wins over `respond-async`.
+    """
     async with world(tmp_path) as here:
         done = await post(here, {}, prefer="respond-async, wait=30")
         assert done.headers["preference-applied"] == "wait=30"
@@ -442,8 +554,12 @@ async def test_waiting_ends_with_the_task_or_with_the_time(tmp_path: Path) -> No
         assert plain.json()["state"] == "submitted"
 
 
-async def test_a_slow_upstream_is_not_waited_for_beyond_the_limit(here: World, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first attempt is waited for at most 10 s (shorter here): then the task is answered as it is."""
+async def test_a_slow_upstream_is_not_waited_for_beyond_the_limit(
+    here: World, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt is waited for at most 10 s (shorter here): then the task is answered as it
+    is.
+    """
     monkeypatch.setattr(api, "FIRST_OUTCOME_S", 0.1)
     answered = asyncio.Event()
     upstream.submits["slow"] = [After(answered.wait, document("pending", id="task-unified-slow"))]
@@ -456,7 +572,9 @@ async def test_a_slow_upstream_is_not_waited_for_beyond_the_limit(here: World, u
 async def test_a_client_that_leaves_changes_nothing(here: World, upstream: Upstream) -> None:
     """The call lives in a worker: whoever asked for it may go."""
     answered = asyncio.Event()
-    upstream.submits["left alone"] = [After(answered.wait, document("pending", id="task-unified-left"))]
+    upstream.submits["left alone"] = [
+        After(answered.wait, document("pending", id="task-unified-left"))
+    ]
     asking = asyncio.create_task(here.submit(prompt="left alone"))
     await wait_until(lambda: upstream.received["left alone"])
     asking.cancel()
@@ -473,12 +591,20 @@ async def test_nobody_waits_for_a_task_that_is_gone(here: World) -> None:
     assert caught.value.status == 404
 
 
-# --- idempotency -------------------------------------------------------------------------------------------------------
+# --- idempotency
+# --------------------------------------------------------------------------------------------------
 
 
 async def test_one_key_is_one_task(here: World, upstream: Upstream) -> None:
-    """The same key and body, in whatever spelling and at once, is the first task; another body is 409, even one that is not valid."""
-    answers = await asyncio.gather(*(post(here, {"prompt": "once"}, idempotency_key="once", prefer="respond-async") for _ in range(5)))
+    """The same key and body, in whatever spelling and at once, is the first task; another body is
+    409, even one that is not valid.
+    """
+    answers = await asyncio.gather(
+        *(
+            post(here, {"prompt": "once"}, idempotency_key="once", prefer="respond-async")
+            for _ in range(5)
+        )
+    )
     assert len({answer.json()["id"] for answer in answers}) == 1
     assert sum("idempotency-replayed" in answer.headers for answer in answers) == 4
     body = '{"size":"768x768", "prompt" : "\\u006fnce","model":"wan2.5-text-to-image"}'
@@ -489,18 +615,26 @@ async def test_one_key_is_one_task(here: World, upstream: Upstream) -> None:
     for other in ({"prompt": "twice"}, {"n": 99}):
         conflict = await post(here, {"prompt": "once", **other}, idempotency_key="once")
         told = conflict.json()["error"]
-        assert (conflict.status_code, told["code"], told["task_id"]) == (409, "idempotency_conflict", answers[0].json()["id"])
+        assert (conflict.status_code, told["code"], told["task_id"]) == (
+            409,
+            "idempotency_conflict",
+            answers[0].json()["id"],
+        )
     assert len(upstream.received["once"]) == 1
 
 
 async def test_a_key_lost_in_a_race_finds_the_winners_task(here: World) -> None:
-    """Two submissions that both found the key unused: one row is made, the other caller gets it, or 409 for another body."""
+    """Two submissions that both found the key unused: one row is made, the other caller gets it, or
+    409 for another body.
+    """
     intake = here.context.intake
     body = {"model": TEXT_TO_IMAGE, "prompt": "race", "size": "768x768"}
     same = await asyncio.gather(*(intake.accept("racer", body, "race") for _ in range(4)))
     assert len({task_id for task_id, _ in same}) == 1
     assert [replayed for _, replayed in same].count(False) == 1
-    mixed = [intake.accept("racer", {**body, "prompt": f"race {number}"}, "mixed") for number in range(2)]
+    mixed = [
+        intake.accept("racer", {**body, "prompt": f"race {number}"}, "mixed") for number in range(2)
+    ]
     outcomes = await asyncio.gather(*mixed, return_exceptions=True)
     assert [outcome.status for outcome in outcomes if isinstance(outcome, ApiError)] == [409]
 
@@ -508,11 +642,14 @@ async def test_a_key_lost_in_a_race_finds_the_winners_task(here: World) -> None:
 @pytest.mark.parametrize("key", [b"", b"with space", b"x" * 256, "ümlaut".encode("latin-1")])
 async def test_a_key_must_be_visible_ascii(key: bytes, here: World) -> None:
     """1 to 255 visible ASCII characters; anything else is refused by name."""
-    answer = await here.client.post("/v1/images/generations", json={}, headers={b"idempotency-key": key})
+    answer = await here.client.post(
+        "/v1/images/generations", json={}, headers={b"idempotency-key": key}
+    )
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")
 
 
-# --- what is refused before money is spent -----------------------------------------------------------------------------
+# --- what is refused before money is spent
+# -----------------------------------------------------------------------------
 
 LIMITS = [
     ({"model": None}, "model", "200"),
@@ -539,7 +676,9 @@ LIMITS = [
 ]
 
 
-@pytest.mark.parametrize(("body", "param", "words"), LIMITS, ids=[f"{param}-{words}" for _, param, words in LIMITS])
+@pytest.mark.parametrize(
+    ("body", "param", "words"), LIMITS, ids=[f"{param}-{words}" for _, param, words in LIMITS]
+)
 async def test_what_breaks_a_limit_is_refused_by_name(
     body: dict[str, Any], param: str, words: str, here: World, upstream: Upstream
 ) -> None:
@@ -553,7 +692,9 @@ async def test_what_breaks_a_limit_is_refused_by_name(
 
 
 async def test_an_owner_without_a_key_may_have_its_tasks_called_back(tmp_path: Path) -> None:
-    """`admin` with `DARKROOM_ADMIN_KEY` alone: the terminal task arrives signed; its first key brings a secret that is shown."""
+    """`admin` with `DARKROOM_ADMIN_KEY` alone: the terminal task arrives signed; its first key
+    brings a secret that is shown.
+    """
     async with world(tmp_path) as there, subscriber() as takes:
         task = await there.submit(callback_url=takes.url, headers={"prefer": "wait=20"})
         await wait_until(lambda: takes.received)
@@ -561,13 +702,17 @@ async def test_an_owner_without_a_key_may_have_its_tasks_called_back(tmp_path: P
         made = await there.client.post("/v1/keys", json={"owner": "admin", "scopes": ["admin"]})
         again = await there.submit(callback_url=takes.url, headers={"prefer": "wait=20"})
         await wait_until(lambda: len(takes.received) == 2)
-        sent = Webhook(made.json()["callback_secret"]).verify(takes.received[1].body, dict(takes.received[1].headers))
+        sent = Webhook(made.json()["callback_secret"]).verify(
+            takes.received[1].body, dict(takes.received[1].headers)
+        )
         assert sent["id"] == again["id"]
 
 
 async def test_metadata_and_callback_url_stay_here(here: World, upstream: Upstream) -> None:
     """They come back in the task and are not sent on; what is null counts as absent."""
-    task = await here.submit(prompt="kept", metadata={"order": "7", "": "x" * 2042}, callback_url=None)
+    task = await here.submit(
+        prompt="kept", metadata={"order": "7", "": "x" * 2042}, callback_url=None
+    )
     assert task["metadata"]["order"] == "7"
     sent = json.loads(upstream.received["kept"][0].body)
     assert "metadata" not in sent
@@ -577,20 +722,35 @@ async def test_metadata_and_callback_url_stay_here(here: World, upstream: Upstre
 
 
 async def test_an_id_of_ours_is_sent_as_the_upstreams(here: World, upstream: Upstream) -> None:
-    """`model_params.task_id` names a task of the caller's; the upstream's own ids and other values pass as they are."""
+    """`model_params.task_id` names a task of the caller's; the upstream's own ids and other values
+    pass as they are.
+    """
     first = await here.submit(prompt="first")
-    for value, sent in [(first["id"], first["upstream_id"]), ("task-unified-theirs", "task-unified-theirs"), (7, 7)]:
+    for value, sent in [
+        (first["id"], first["upstream_id"]),
+        ("task-unified-theirs", "task-unified-theirs"),
+        (7, 7),
+    ]:
         prompt = f"follows {value}"
         await here.submit(prompt=prompt, model_params={"task_id": value, "strength": 1})
-        assert json.loads(upstream.received[prompt][0].body)["model_params"] == {"task_id": sent, "strength": 1}
+        assert json.loads(upstream.received[prompt][0].body)["model_params"] == {
+            "task_id": sent,
+            "strength": 1,
+        }
 
 
 async def test_too_little_space_refuses_new_submissions(here: World) -> None:
-    """Below `MIN_FREE_BYTES` a submission gets 503 with a time to come back, before anything is kept."""
+    """Below `MIN_FREE_BYTES` a submission gets 503 with a time to come back, before anything is
+    kept.
+    """
     intake = replace(here.context.intake, min_free_bytes=1 << 62)
     with pytest.raises(ApiError) as caught:
         await intake.accept("acme", {"model": "any"}, None)
-    assert (caught.value.status, caught.value.code, caught.value.retry_after) == (503, "no_space", 60)
+    assert (caught.value.status, caught.value.code, caught.value.retry_after) == (
+        503,
+        "no_space",
+        60,
+    )
 
 
 async def test_prompts_are_logged_only_when_asked_for(here: World) -> None:
@@ -598,7 +758,11 @@ async def test_prompts_are_logged_only_when_asked_for(here: World) -> None:
     body = {"model": "any-model", "prompt": "a secret lighthouse"}
     for log_prompts in (False, True):
         with capture_logs() as lines:
-            task_id, _ = await replace(here.context.intake, log_prompts=log_prompts).accept("acme", body, None)
+            task_id, _ = await replace(here.context.intake, log_prompts=log_prompts).accept(
+                "acme", body, None
+            )
         assert ("secret lighthouse" in repr(lines)) is log_prompts
-        queued = next(line for line in lines if line["event"] == "task.queued" and line["task_id"] == task_id)
+        queued = next(
+            line for line in lines if line["event"] == "task.queued" and line["task_id"] == task_id
+        )
         assert (queued["model"], queued["owner"]) == ("any-model", "acme")

@@ -23,7 +23,9 @@ ORPHAN = "0-" + "0f" * 32 + ".png"
 @pytest.fixture(params=["local", "s3"])
 async def here(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
     """A world that keeps its images there."""
-    place = None if request.param == "local" else f"s3://{request.getfixturevalue('s3_bucket')}/images"
+    place = (
+        None if request.param == "local" else f"s3://{request.getfixturevalue('s3_bucket')}/images"
+    )
     async with world(tmp_path, blob_url=place) as made:
         yield made
 
@@ -40,7 +42,9 @@ def later(here: World, ms: int) -> Sweeper:
 
 
 async def test_what_no_row_names_goes_after_a_day(here: World) -> None:
-    """Not before, and nothing else: images are still served; what is not ours, or of no task of ours, is not touched."""
+    """Not before, and nothing else: images are still served; what is not ours, or of no task of
+    ours, is not touched.
+    """
     task = await submitted(here.client, UNTIL_DONE, n=2)
     images = await kept(here)
     others = {f"task_{'a' * 26}/{ORPHAN}", f"{task['id']}/notes.txt", "elsewhere/0.png"}
@@ -72,19 +76,27 @@ async def test_two_at_once_do_no_harm(here: World) -> None:
     assert await kept(here) == images
 
 
-async def test_what_is_named_in_the_last_moment_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_named_in_the_last_moment_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A late result that comes between the look at a page and a removal: it is looked at again."""
     async with world(tmp_path) as here:
         task = await submitted(here.client, UNTIL_DONE)
         name = f"{task['id']}/{ORPHAN}"
         await put(here.context.resources.blobs, name, b"x")
         orphans, looks = queries.orphans, iter([True])
-        monkeypatch.setattr(queries, "orphans", lambda connection, blobs: orphans(connection, blobs) if next(looks, False) else [])
+        monkeypatch.setattr(
+            queries,
+            "orphans",
+            lambda connection, blobs: orphans(connection, blobs) if next(looks, False) else [],
+        )
         assert await later(here, AGE_MS + 60_000).sweep() == 0
         assert name in await kept(here)
 
 
-async def test_processes_with_workers_sweep_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_processes_with_workers_sweep_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Again and again, and on after a failure, which is told."""
     monkeypatch.setattr(sweep, "EVERY_S", 0.05)
     monkeypatch.setattr(sweep, "AGE_MS", -60_000)
@@ -94,8 +106,14 @@ async def test_processes_with_workers_sweep_by_themselves(tmp_path: Path, monkey
             root, aside = here.settings.image_dir, tmp_path / "aside"
             root.rename(aside)
             root.write_bytes(b"")  # no folder
-            (failure,) = await wait_until(lambda: [line for line in lines if line["event"] == "worker.failed"][:1])
-            assert (failure["stage"], failure["key"], failure["exception"]) == ("sweep", None, "BlobUnavailable('Not a directory')")
+            (failure,) = await wait_until(
+                lambda: [line for line in lines if line["event"] == "worker.failed"][:1]
+            )
+            assert (failure["stage"], failure["key"], failure["exception"]) == (
+                "sweep",
+                None,
+                "BlobUnavailable('Not a directory')",
+            )
             root.unlink()
             aside.rename(root)
             images = await kept(here)

@@ -1,8 +1,11 @@
-"""The whole life of tasks as a state machine: clients, operators, workers, the upstream, time and death in any order.
+"""The whole life of tasks as a state machine: clients, operators, workers, the upstream, time and
+death in any order.
 
-One example is the life of some tasks on an empty store; at its end the upstream tells the truth and the clock runs until nothing is
-due. Rules draw small numbers: `pick` chooses among what there is, `luck` what comes of it (0 is the best). No rule has a condition,
-for a database may break ties one way or the other, and what is drawn must not depend on it; where there is nothing to do, work is found.
+One example is the life of some tasks on an empty store; at its end the upstream tells the truth and
+the clock runs until nothing is due. Rules draw small numbers: `pick` chooses among what there is,
+`luck` what comes of it (0 is the best). No rule has a condition, for a database may break ties one
+way or the other, and what is drawn must not depend on it; where there is nothing to do, work is
+found.
 """
 
 import hypothesis.strategies as st
@@ -10,13 +13,24 @@ from hypothesis.stateful import initialize, rule
 
 from service.model import State
 from service.store.operations import leases
-from service.store.operations.deliveries import Endpoint, EndpointChange, change_endpoints, insert_endpoints
+from service.store.operations.deliveries import (
+    Endpoint,
+    EndpointChange,
+    change_endpoints,
+    insert_endpoints,
+)
 from service.store.operations.faults import Fault, record_faults
 from service.store.operations.holding import resume_submissions
 from service.store.operations.interventions import Resolution, reconcile_tasks, resolve_tasks
 from service.store.operations.retention import Erasure, erase_tasks, strip_tasks
 from service.store.operations.submissions import Start
-from service.store.operations.tasks import Cancellation, Inserted, NewTask, cancel_tasks, insert_tasks
+from service.store.operations.tasks import (
+    Cancellation,
+    Inserted,
+    NewTask,
+    cancel_tasks,
+    insert_tasks,
+)
 from service.store.tables import QUEUES
 from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, new_id
 from tests.property.life_end import next_due
@@ -27,7 +41,18 @@ from tests.property.life_upstream import ENDS, SAYS
 from tests.property.life_work import Read, Write
 
 TASKS = 6  # at most, or nothing much happens to any of them
-LEAPS = (SECOND, 5 * SECOND, 31 * SECOND, 90 * SECOND, 15 * MINUTE, HOUR, 6 * HOUR, DAY, 3 * DAY, -HOUR)
+LEAPS = (
+    SECOND,
+    5 * SECOND,
+    31 * SECOND,
+    90 * SECOND,
+    15 * MINUTE,
+    HOUR,
+    6 * HOUR,
+    DAY,
+    3 * DAY,
+    -HOUR,
+)
 INTERVENTIONS = ("cancel", "reconcile", "id", "another's id", "failed", "resubmit", "erase")
 MEANT = {  # those that an intervention does something to, where there are any
     **dict.fromkeys(("id", "failed", "resubmit"), (State.UNCERTAIN,)),
@@ -36,7 +61,16 @@ MEANT = {  # those that an intervention does something to, where there are any
 }
 MISHAPS = ("fault", "release", "renew", "death")
 STATUSES = ("enabled", "paused", "disabled")
-HAPPENS = ("submit", *INTERVENTIONS, *MISHAPS, *STATUSES, "fault", "resubmit", "the account is good again", "strip")
+HAPPENS = (
+    "submit",
+    *INTERVENTIONS,
+    *MISHAPS,
+    *STATUSES,
+    "fault",
+    "resubmit",
+    "the account is good again",
+    "strip",
+)
 PICK, LUCK = st.integers(0, 15), st.integers(0, 11)
 LUCKS = st.lists(LUCK, max_size=8)
 YES = st.booleans()
@@ -46,24 +80,52 @@ STAGES = st.sets(st.sampled_from(sorted(QUEUES)), min_size=1)
 class TaskLife(Living):
     # --- the service, as it is set up ---
 
-    @initialize(flags=st.tuples(YES, YES, YES, YES), places=st.integers(0, 2), listener=PICK, last=LUCKS, first=st.integers(1, 3))
-    def set_up(self, flags: tuple[bool, bool, bool, bool], places: int, listener: int, last: list[int], first: int) -> None:
-        self.upstream.honest, self.shop.resubmits, self.shop.with_callback, self.shop.confirms = flags
+    @initialize(
+        flags=st.tuples(YES, YES, YES, YES),
+        places=st.integers(0, 2),
+        listener=PICK,
+        last=LUCKS,
+        first=st.integers(1, 3),
+    )
+    def set_up(
+        self,
+        flags: tuple[bool, bool, bool, bool],
+        places: int,
+        listener: int,
+        last: list[int],
+        first: int,
+    ) -> None:
+        self.upstream.honest, self.shop.resubmits, self.shop.with_callback, self.shop.confirms = (
+            flags
+        )
         self.places, self.last = places, last
         tell(f"honest, resubmits, with_callback, confirms: {flags}")
         if listener > 11:
             self.endpoint = new_id("endpoint")
-            self.write(0, Write(insert_endpoints, Endpoint(self.endpoint, None, "https://s.test", ("*",), "", b"secret")))
+            self.write(
+                0,
+                Write(
+                    insert_endpoints,
+                    Endpoint(self.endpoint, None, "https://s.test", ("*",), "", b"secret"),
+                ),
+            )
         for _ in range(first):
             self.submit(0, 0)
 
     # --- workers ---
 
-    @rule(process=PICK, stages=STAGES, places=st.sampled_from([1, 100]), leap=st.sampled_from((0, 0, *LEAPS)))
+    @rule(
+        process=PICK,
+        stages=STAGES,
+        places=st.sampled_from([1, 100]),
+        leap=st.sampled_from((0, 0, *LEAPS)),
+    )
     def look(self, process: int, stages: set[str], places: int, leap: int) -> None:
         """Some stages of a process look for work, later."""
         self.bench.clock.shift(leap)
-        if process % 3 == 0 or leap < 0:  # as each process does before it plans anything by the new time
+        if (
+            process % 3 == 0 or leap < 0
+        ):  # as each process does before it plans anything by the new time
             for each in range(self.bench.processes):
                 self.write(each, Write(leases.keep_time, None))
         elif process % 3 == 1:
@@ -80,7 +142,9 @@ class TaskLife(Living):
                 self.go_on([job])
 
     def find(self, pick: int, process: int = 0) -> Job | None:
-        """A job in hand, else one that is waited for; None: there is nothing to do, or it is to run alone and not yet."""
+        """A job in hand, else one that is waited for; None: there is nothing to do, or it is to run
+        alone and not yet.
+        """
         if not self.jobs and next_due(self.seen) is None:
             self.submit(process, pick)
         if not self.jobs and next_due(self.seen) is not None:
@@ -94,12 +158,21 @@ class TaskLife(Living):
         job, self.shop.luck = self.find(pick), luck
         self.go_on([job] if job else [], twice=twice > 13)
 
-    @rule(pick=PICK, luck=LUCK, said=st.lists(st.tuples(PICK, st.sampled_from(SAYS)), max_size=2), twice=YES)
+    @rule(
+        pick=PICK,
+        luck=LUCK,
+        said=st.lists(st.tuples(PICK, st.sampled_from(SAYS)), max_size=2),
+        twice=YES,
+    )
     def work_together(self, pick: int, luck: int, said: list[tuple[int, str]], twice: bool) -> None:
         """All jobs of a process, and what is called back meanwhile, in one transaction."""
         first, self.shop.luck = self.find(pick), luck
         callbacks = [self.said(which, kind) for which, kind in said if self.sent]
-        self.go_on([job for job in self.jobs if first and job.process == first.process], *callbacks, twice=twice)
+        self.go_on(
+            [job for job in self.jobs if first and job.process == first.process],
+            *callbacks,
+            twice=twice,
+        )
 
     @rule(
         pick=PICK,
@@ -109,16 +182,24 @@ class TaskLife(Living):
         leap=st.sampled_from((0, 31 * SECOND, 90 * SECOND)),
         word=st.sampled_from(("", "", "unreadable", "end", "nobody's id", "resubmit", "cancel")),
     )
-    def come_late(self, pick: int, luck: int, lucks: list[int], process: int, leap: int, word: str) -> None:
-        """One job has its answer in hand; before it is recorded its task is called back about, or decided by hand, or others go on, maybe
-        after the lease has ended.
+    def come_late(
+        self, pick: int, luck: int, lucks: list[int], process: int, leap: int, word: str
+    ) -> None:
+        """One job has its answer in hand; before it is recorded its task is called back about, or
+        decided by hand, or others go on, maybe after the lease has ended.
         """
         job, self.shop.luck = self.find(pick, process), luck
-        while job and job in self.jobs and (isinstance(job.wants, Read) or isinstance(job.wants.item, Start)):
+        while (
+            job
+            and job in self.jobs
+            and (isinstance(job.wants, Read) or isinstance(job.wants.item, Start))
+        ):
             self.go_on([job])
         task_id = job.grant.key if job and job.grant.key in self.seen.tasks else ""
         if word in SAYS and task_id in self.sent:
-            self.hear(process, [self.a_callback(task_id, self.upstream.says(task_id, word, pick), pick)])
+            self.hear(
+                process, [self.a_callback(task_id, self.upstream.says(task_id, word, pick), pick)]
+            )
         elif word in INTERVENTIONS and task_id:
             self.intervene(process, task_id, word, 0)
         self.bench.clock.shift(leap)
@@ -137,7 +218,12 @@ class TaskLife(Living):
         task_id = among(self.sent, pick)
         return self.a_callback(task_id, self.upstream.says(task_id, kind, pick), pick)
 
-    @rule(process=PICK, pick=PICK, kinds=st.lists(st.sampled_from(SAYS), min_size=1, max_size=3), twice=PICK)
+    @rule(
+        process=PICK,
+        pick=PICK,
+        kinds=st.lists(st.sampled_from(SAYS), min_size=1, max_size=3),
+        twice=PICK,
+    )
     def call_back(self, process: int, pick: int, kinds: list[str], twice: int) -> None:
         if not self.sent:
             self.work_on(process, pick, [0, 0, 0])
@@ -162,7 +248,11 @@ class TaskLife(Living):
     @rule(what=st.sampled_from(HAPPENS), process=PICK, pick=PICK, other=PICK)
     def happen(self, what: str, process: int, pick: int, other: int) -> None:
         if what in INTERVENTIONS:
-            fit = [row for row in self.tasks if row["state"] in MEANT.get(what, ()) and row["settled_digest"] is None]
+            fit = [
+                row
+                for row in self.tasks
+                if row["state"] in MEANT.get(what, ()) and row["settled_digest"] is None
+            ]
             self.intervene(process, among(fit or self.tasks, pick)["id"], what, other)
         elif what in STATUSES and self.endpoint:
             self.write(0, Write(change_endpoints, EndpointChange(self.endpoint, None, status=what)))
@@ -170,20 +260,42 @@ class TaskLife(Living):
             self.write(process, Write(resume_submissions, 100))
         elif what == "strip":  # what was old when somebody looked may be asked about again
             self.write(process, Write(strip_tasks, self.old))
-            self.old = [row["id"] for row in self.tasks if row["terminal_at"] and not row["erased_at"] and row["settle_due_at"] is None][:2]
+            self.old = [
+                row["id"]
+                for row in self.tasks
+                if row["terminal_at"] and not row["erased_at"] and row["settle_due_at"] is None
+            ][:2]
         elif what in MISHAPS and self.jobs:
             self.go_wrong(self.job(pick), what, among([0, SECOND, HOUR], other))
         else:
             self.submit(process, other)
 
     def submit(self, process: int, pick: int) -> None:
-        """A client comes, with a key that may be known, or submits twice under one id, as after a lost COMMIT."""
+        """A client comes, with a key that may be known, or submits twice under one id, as after a
+        lost COMMIT.
+        """
         if len(self.tasks) >= TASKS:
             return
-        owner, key, digest = among(["painter", "printer"], pick), among([None, None, "a", "b"], pick // 2), str(pick // 8)
-        earlier = [row for row in self.tasks if key and (row["owner"], row["idempotency_key"]) == (owner, key)]
+        owner, key, digest = (
+            among(["painter", "printer"], pick),
+            among([None, None, "a", "b"], pick // 2),
+            str(pick // 8),
+        )
+        earlier = [
+            row
+            for row in self.tasks
+            if key and (row["owner"], row["idempotency_key"]) == (owner, key)
+        ]
         wish = NewTask(
-            *(new_id("task"), owner, "evolink", "wan2.5-text-to-image", "a lighthouse", {"size": "1280x1280", "n": 1}, {}),
+            *(
+                new_id("task"),
+                owner,
+                "evolink",
+                "wan2.5-text-to-image",
+                "a lighthouse",
+                {"size": "1280x1280", "n": 1},
+                {},
+            ),
             body=b'{"prompt":"a lighthouse"}',
             callback_url="https://c.test" if pick % 5 == 0 else None,
             idempotency_key=key,
@@ -192,16 +304,24 @@ class TaskLife(Living):
         (inserted,) = self.write(process, Write(insert_tasks, wish), twice=pick % 3 == 0)
         tell(inserted)
         if earlier:
-            assert inserted == Inserted(earlier[0]["id"], False, earlier[0]["idempotency_hash"]), "an idempotency key made a second task"
+            assert inserted == Inserted(earlier[0]["id"], False, earlier[0]["idempotency_hash"]), (
+                "an idempotency key made a second task"
+            )
         else:
             assert inserted == Inserted(wish.id, True, digest)
 
     def intervene(self, process: int, task_id: str, word: str, other: int) -> None:
         mine = [real.id for real in self.upstream.of(task_id)]
-        named = among(mine, other) if mine and word == "id" else among([*self.upstream.reals, "task-unified-nobody"], other)
+        named = (
+            among(mine, other)
+            if mine and word == "id"
+            else among([*self.upstream.reals, "task-unified-nobody"], other)
+        )
         match word:
             case "cancel":
-                write = Write(cancel_tasks, Cancellation(task_id, among([None, "painter", "printer"], other)))
+                write = Write(
+                    cancel_tasks, Cancellation(task_id, among([None, "painter", "printer"], other))
+                )
             case "erase":
                 write = Write(erase_tasks, Erasure(task_id, None))
             case "reconcile":
@@ -215,7 +335,10 @@ class TaskLife(Living):
         if word == "resubmit" and answer is None:
             self.shop.permitted.add(task_id)
         if word == "erase" and task_id in self.sent and other % 2:
-            self.hear(process, [self.a_callback(task_id, self.upstream.says(task_id, "end", other // 2), other)])
+            self.hear(
+                process,
+                [self.a_callback(task_id, self.upstream.says(task_id, "end", other // 2), other)],
+            )
         if word in ("id", "another's id") and answer is None and named not in mine:
             self.upstream.lied_about.add(task_id)
 
@@ -223,7 +346,11 @@ class TaskLife(Living):
         tell(job.grant)
         if what == "renew":
             self.write(job.process, Write(leases.renew, job.grant))
-        elif what == "death":  # what it held in its hands is gone, its leases are not: unless nobody else can have the store
+        elif (
+            what == "death"
+            # what it held in its hands is gone, its leases are not: unless nobody else can have the
+            # store
+        ):
             self.jobs = [other for other in self.jobs if other.process != job.process]
             if self.bench.exclusive:
                 before = self.seen
@@ -232,10 +359,19 @@ class TaskLife(Living):
                 self.write(0)  # nothing: to see it
                 check_freed(before, self.seen)
         else:
-            self.write(job.process, Write(leases.release, job.grant) if what == "release" else Write(record_faults, Fault(job.grant, wait)))
+            self.write(
+                job.process,
+                Write(leases.release, job.grant)
+                if what == "release"
+                else Write(record_faults, Fault(job.grant, wait)),
+            )
             self.jobs.remove(job)
             if what == "fault" and wait == 0:  # it is a bad one, and is tried again
                 self.look_for_work(job.process, (job.grant.stage,), 100)
-                again = [other for other in self.jobs if (other.grant.stage, other.grant.key) == (job.grant.stage, job.grant.key)]
+                again = [
+                    other
+                    for other in self.jobs
+                    if (other.grant.stage, other.grant.key) == (job.grant.stage, job.grant.key)
+                ]
                 if again and again[-1].grant.fence > job.grant.fence:
                     self.go_wrong(again[-1], "fault", wait)

@@ -1,4 +1,6 @@
-"""The store of one machine, open from life to life, as each of its processes has it, with a loop to run it."""
+"""The store of one machine, open from life to life, as each of its processes has it, with a loop to
+run it.
+"""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -23,9 +25,11 @@ Backend = SqliteStore | PostgresStore
 
 @dataclass(slots=True)
 class Bench:
-    """One store as each of its processes has it open. `exclusive`: the next process must open the file again, which frees all leases.
+    """One store as each of its processes has it open. `exclusive`: the next process must open the
+    file again, which frees all leases.
 
-    A write is one transaction of the store's own, without the queue before it, and is looked at from inside, just before its commit.
+    A write is one transaction of the store's own, without the queue before it, and is looked at
+    from inside, just before its commit.
     """
 
     openers: Sequence[Callable[[], AbstractAsyncContextManager[Backend]]]
@@ -50,7 +54,9 @@ class Bench:
     @contextmanager
     def opened(self) -> Iterator["Bench"]:
         try:
-            self._open = [self.run(self._stores.enter_async_context(opener())) for opener in self.openers]
+            self._open = [
+                self.run(self._stores.enter_async_context(opener())) for opener in self.openers
+            ]
             yield self
         finally:
             self.run(self._stores.aclose())
@@ -69,14 +75,19 @@ class Bench:
         for process in range(self.processes):  # each is to know that the clock was set back
             self.write(process, [Write(wipe, None)], {}, Seen())
 
-    def write(self, process: int, writes: Sequence[Write], places: dict[str, int], before: Seen) -> tuple[list[Any], list[Grant], Seen]:
+    def write(
+        self, process: int, writes: Sequence[Write], places: dict[str, int], before: Seen
+    ) -> tuple[list[Any], list[Grant], Seen]:
         """Results, what was granted, and what there is now."""
         store = self._open[process]
-        calls = [Call(write.operation, write.item, None) for write in writes]  # type: ignore[arg-type]  # nobody waits for it
+        # # nobody waits for it
+        calls = [Call(write.operation, write.item, None) for write in writes]  # type: ignore[arg-type]
 
         def whole(connection: Connection) -> tuple[list[Any], Transaction]:
             results, tx = apply(connection, store._begin, calls, places)
-            return [results, tx.granted, look(connection, before)], Transaction(connection, tx.now, tx.process, tx.new_id)  # no NOTIFY
+            return [results, tx.granted, look(connection, before)], Transaction(
+                connection, tx.now, tx.process, tx.new_id
+            )  # no NOTIFY
 
         results, granted, seen = self._transact(store, whole)
         return results, granted, seen
@@ -84,7 +95,9 @@ class Bench:
     def read(self, process: int, read: Read) -> Any:
         return self.run(self._open[process % self.processes].read(read.query, *read.arguments))
 
-    def _transact(self, store: Backend, whole: Callable[[Connection], tuple[list[Any], Transaction]]) -> list[Any]:
+    def _transact(
+        self, store: Backend, whole: Callable[[Connection], tuple[list[Any], Transaction]]
+    ) -> list[Any]:
         async def transact() -> list[Any]:
             async with store._transaction() as run:
                 found, _ = await run(whole)

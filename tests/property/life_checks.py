@@ -1,4 +1,6 @@
-"""What holds of any task at any moment of its life, seen from outside: rows and events before and after a step."""
+"""What holds of any task at any moment of its life, seen from outside: rows and events before and
+after a step.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +39,10 @@ class Seen:
         return self.table(QUEUES[grant.stage].table).get(grant.key)
 
     def of(self, task_id: str) -> list[Row]:
-        return sorted((row for row in self.images.values() if row["task_id"] == task_id), key=lambda row: row["position"])
+        return sorted(
+            (row for row in self.images.values() if row["task_id"] == task_id),
+            key=lambda row: row["position"],
+        )
 
     def terminal(self, task_id: str) -> list[Row]:
         return [event for event in self.events if event["task_id"] == task_id and event["terminal"]]
@@ -47,7 +52,11 @@ class Seen:
 
     def holds(self, grant: Grant) -> bool:
         row, prefix = self.row(grant), QUEUES[grant.stage].prefix
-        return row is not None and row[prefix + "fence"] == grant.fence and row[prefix + "lease_until"] is not None
+        return (
+            row is not None
+            and row[prefix + "fence"] == grant.fence
+            and row[prefix + "lease_until"] is not None
+        )
 
 
 WHOLE = [select(table) for table in (tasks, images, deliveries, replays)]
@@ -60,7 +69,9 @@ def look(connection: Connection, before: Seen) -> Seen:
     def rows(statement: Select[Any]) -> Rows:
         return {row["id"]: row for row in connection.execute(statement).mappings()}
 
-    new = connection.execute(LATER, {"last": before.events[-1]["sequence"] if before.events else 0}).mappings()
+    new = connection.execute(
+        LATER, {"last": before.events[-1]["sequence"] if before.events else 0}
+    ).mappings()
     found = [rows(statement) for statement in WHOLE]
     return Seen(found[0], found[1], found[2], found[3], [*before.events, *new])
 
@@ -83,13 +94,28 @@ def check(before: Seen, now: Seen, heard: Heard, *, alone: bool) -> None:
     for task_id, row in now.tasks.items():
         if (was := before.tasks.get(task_id)) is not None:
             check_step(was, row)
-            check_told(was, row, now, [event for event in now.events[len(before.events) :] if event["task_id"] == task_id], alone=alone)
+            check_told(
+                was,
+                row,
+                now,
+                [
+                    event
+                    for event in now.events[len(before.events) :]
+                    if event["task_id"] == task_id
+                ],
+                alone=alone,
+            )
         check_events(row, now)
         check_way_on(row, now)
     for image_id, image in now.images.items():
         check_link(image, before.images.get(image_id), now.tasks[image["task_id"]], heard)
     for image_id, image in before.images.items():
-        check_image(image, now.images.get(image_id), now.tasks[image["task_id"]], before.tasks[image["task_id"]])
+        check_image(
+            image,
+            now.images.get(image_id),
+            now.tasks[image["task_id"]],
+            before.tasks[image["task_id"]],
+        )
     if len(now.events) > len(before.events):
         assert len({event["id"] for event in now.events}) == len(now.events), "an event twice"
         delivered = [(row["event_id"], row["endpoint_id"]) for row in now.deliveries.values()]
@@ -100,8 +126,18 @@ def check_step(was: Row, row: Row) -> None:
     """One task: no move outside the table, and what is settled stands."""
     before, after = State(was["state"]), State(row["state"])
     assert after in reachable(before), f"{before} became {after}"
-    assert not (row["doubted_at"] and after is State.QUEUED), "doubted, and yet as if nothing were created"
-    fixed = ["created_at", "owner", "idempotency_key", "submitted_at", "terminal_at", "doubted_at", "erased_at"]
+    assert not (row["doubted_at"] and after is State.QUEUED), (
+        "doubted, and yet as if nothing were created"
+    )
+    fixed = [
+        "created_at",
+        "owner",
+        "idempotency_key",
+        "submitted_at",
+        "terminal_at",
+        "doubted_at",
+        "erased_at",
+    ]
     fixed += ["refusal_status", "settled_digest"] if before in TERMINAL else []
     fixed += ["body", "called_back_at"] if row["erased_at"] is None else []
     fixed += ["error"] if before in TERMINAL and row["erased_at"] is None else []
@@ -111,7 +147,10 @@ def check_step(was: Row, row: Row) -> None:
         assert was[name] in (None, row[name]), f"{name} was {was[name]} and is {row[name]}"
     renamed = was["upstream_id"] not in (None, row["upstream_id"])
     assert (
-        not renamed or was["settle_lease_until"] is None or row["settle_fence"] > was["settle_fence"] or row["settle_lease_until"] is None
+        not renamed
+        or was["settle_lease_until"] is None
+        or row["settle_fence"] > was["settle_fence"]
+        or row["settle_lease_until"] is None
     ), "the answer about another id will count"
     for name in ("settled_digest", "credits_reserved", "credits_used", "estimated_time"):
         assert was[name] is None or row[name] is not None, f"{name} is forgotten"
@@ -120,42 +159,72 @@ def check_step(was: Row, row: Row) -> None:
 
 
 def check_events(row: Row, now: Seen) -> None:
-    """One terminal event if and only if the task has ended, with the pictures that were stored by then."""
+    """One terminal event if and only if the task has ended, with the pictures that were stored by
+    then.
+    """
     ends, types, state = now.terminal(row["id"]), now.types(row["id"]), State(row["state"])
     assert sum(type in ENDINGS for type in types) == len(ends), f"ended more than once: {types}"
     assert len(ends) == (state in TERMINAL), f"{len(ends)} terminal events while {state}"
     assert all(types.count(type) <= 1 for type in ONCE), f"told twice: {types}"
     assert ("image.task.submitted" in types) == (row["submitted_at"] is not None)
     for event in ends:
-        assert (event["type"], event["data"]["state"], event["time"]) == (f"image.task.{state}", state, row["terminal_at"])
+        assert (event["type"], event["data"]["state"], event["time"]) == (
+            f"image.task.{state}",
+            state,
+            row["terminal_at"],
+        )
         if row["erased_at"] is not None:
             continue
-        stored = {image["id"]: image for image in now.of(row["id"]) if image["state"] == "stored" and image["confirmed"]}
+        stored = {
+            image["id"]: image
+            for image in now.of(row["id"])
+            if image["state"] == "stored" and image["confirmed"]
+        }
         for image in event["data"]["images"]:
             assert image["id"] in stored, "an event names a picture that is not stored"
             assert image["sha256"] == stored[image["id"]]["sha256"]
         if state is State.COMPLETED:
             named = [image["id"] for image in event["data"]["images"]]
-            assert named == [image["id"] for image in now.of(row["id"])] != [], "completed without a picture"
+            assert named == [image["id"] for image in now.of(row["id"])] != [], (
+                "completed without a picture"
+            )
 
 
 def check_told(was: Row, row: Row, now: Seen, told: Sequence[Row], *, alone: bool) -> None:
-    """Each callback that contradicts gets the upstream asked, once. The end is told with all that is stored by then."""
-    conflicts = [event for event in told if event["type"] == "callback.conflict" and event["data"]["callback_id"]]
-    assert row["settle_requests"] - was["settle_requests"] >= len(conflicts), "a conflict, and nobody is asked"
+    """Each callback that contradicts gets the upstream asked, once. The end is told with all that
+    is stored by then.
+    """
+    conflicts = [
+        event
+        for event in told
+        if event["type"] == "callback.conflict" and event["data"]["callback_id"]
+    ]
+    assert row["settle_requests"] - was["settle_requests"] >= len(conflicts), (
+        "a conflict, and nobody is asked"
+    )
     for event in told if alone else ():
         if event["terminal"]:
             rows = now.of(row["id"])
             over = all(image["confirmed"] and image["state"] != "pending" for image in rows)
-            assert over or row["state"] == State.EXPIRED, "ended, and still something is awaited"  # there a callback may be right yet
-            stored = [image["id"] for image in rows if image["state"] == "stored" and image["confirmed"]]
-            assert [image["id"] for image in event["data"]["images"]] == stored, "what was stored is not listed"
+            assert over or row["state"] == State.EXPIRED, (
+                "ended, and still something is awaited"
+            )  # there a callback may be right yet
+            stored = [
+                image["id"] for image in rows if image["state"] == "stored" and image["confirmed"]
+            ]
+            assert [image["id"] for image in event["data"]["images"]] == stored, (
+                "what was stored is not listed"
+            )
             own = [
-                delivery for delivery in now.deliveries.values() if delivery["event_id"] == event["id"] and delivery["endpoint_id"] is None
+                delivery
+                for delivery in now.deliveries.values()
+                if delivery["event_id"] == event["id"] and delivery["endpoint_id"] is None
             ]
             assert len(own) == (was["callback_url"] is not None), "the task's own callback_url"
         if event["type"] == "task.parked" and event["data"]["stage"] == "submit":
-            assert was["state"] in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN), f"parked, for a submission, while {was['state']}"
+            assert was["state"] in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN), (
+                f"parked, for a submission, while {was['state']}"
+            )
 
 
 def check_way_on(row: Row, now: Seen) -> None:
@@ -166,51 +235,87 @@ def check_way_on(row: Row, now: Seen) -> None:
     elif state is State.SUBMITTED:
         assert row["settle_due_at"] is not None, "submitted, and nobody will ask"
     for image in now.of(row["id"]):
-        assert image["state"] != "stored" or image["sha256"] == sha256(image["source_url"].encode()).hexdigest(), "another link's picture"
+        assert (
+            image["state"] != "stored"
+            or image["sha256"] == sha256(image["source_url"].encode()).hexdigest()
+        ), "another link's picture"
     awaited = [image for image in now.of(row["id"]) if image["state"] == "pending"]
     assert state is not State.STORING or awaited, "storing, and nothing is awaited"
-    assert all(image["due_at"] is not None for image in awaited), "a picture is awaited that nobody will fetch"
-    assert state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN) or row["submit_due_at"] is None, f"{state}, and due to be submitted"
-    assert state is not State.CANCELLED or not now.of(row["id"]), "cancelled, and a picture is there"
+    assert all(image["due_at"] is not None for image in awaited), (
+        "a picture is awaited that nobody will fetch"
+    )
+    assert (
+        state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN) or row["submit_due_at"] is None
+    ), f"{state}, and due to be submitted"
+    assert state is not State.CANCELLED or not now.of(row["id"]), (
+        "cancelled, and a picture is there"
+    )
     if row["erased_at"] is not None:
         assert state in TERMINAL, f"erased while {state}"
 
 
 def check_link(image: Row, was: Row | None, task: Row, heard: Heard) -> None:
-    """A picture counts once the upstream's answer named it; a link lives a day, but not past two from the submission."""
-    assert not image["confirmed"] or image["source_url"] in heard.links or image["state"] == "erased", "no answer ever named it"
-    assert task["id"] not in heard.erased or image["state"] == "erased", "a picture of an erased task"
+    """A picture counts once the upstream's answer named it; a link lives a day, but not past two
+    from the submission.
+    """
+    assert (
+        not image["confirmed"] or image["source_url"] in heard.links or image["state"] == "erased"
+    ), "no answer ever named it"
+    assert task["id"] not in heard.erased or image["state"] == "erased", (
+        "a picture of an erased task"
+    )
     if was and was["source_url"] != image["source_url"]:
-        assert was["confirmed"] or image["stale_count"] == image["wrong_count"] == 0, "blamed for what another link did"
+        assert was["confirmed"] or image["stale_count"] == image["wrong_count"] == 0, (
+            "blamed for what another link did"
+        )
     if was and was["confirmed"] and was["link_dies_at"] != image["link_dies_at"]:
-        assert image["link_dies_at"] <= (task["submitted_at"] or task["created_at"]) + LIVES * DAY, "its link is said to live for ever"
+        assert (
+            image["link_dies_at"] <= (task["submitted_at"] or task["created_at"]) + LIVES * DAY
+        ), "its link is said to live for ever"
 
 
 def check_image(was: Row, row: Row | None, task: Row, before: Row) -> None:
-    """What is stored and counts, or is lost for good, stays so; only a local cancel takes pictures away, and erasure."""
+    """What is stored and counts, or is lost for good, stays so; only a local cancel takes pictures
+    away, and erasure.
+    """
     if not was["confirmed"] or was["state"] == "pending" or task["erased_at"] is not None:
         return
     if row is None:
         assert task["state"] == State.CANCELLED != before["state"], "a confirmed picture is gone"
         return
     for name in ("state", "blob", "sha256", "source_url", "confirmed", "position"):
-        assert was[name] == row[name], f"a {was['state']} picture's {name} was {was[name]} and is {row[name]}"
+        assert was[name] == row[name], (
+            f"a {was['state']} picture's {name} was {was[name]} and is {row[name]}"
+        )
 
 
 def check_grant(grant: Grant, writes: Sequence[Write], before: Seen, after: Seen, now: int) -> None:
-    """Whoever is granted a row is alone with it: nobody held it, or who did finishes, or asks by an id of before."""
+    """Whoever is granted a row is alone with it: nobody held it, or who did finishes, or asks by an
+    id of before.
+    """
     queue = QUEUES[grant.stage]
     row = before.table(queue.table).get(grant.key)
     if row is not None:
         until = row[queue.prefix + "lease_until"]
         held = (write.grant for write in writes if write.grant and before.holds(write.grant))
-        finished = any((QUEUES[old.stage].prefix, old.key) == (queue.prefix, grant.key) for old in held)
-        finished |= queue.prefix == "settle_" and row["upstream_id"] not in (None, after.tasks[grant.key]["upstream_id"])
+        finished = any(
+            (QUEUES[old.stage].prefix, old.key) == (queue.prefix, grant.key) for old in held
+        )
+        finished |= queue.prefix == "settle_" and row["upstream_id"] not in (
+            None,
+            after.tasks[grant.key]["upstream_id"],
+        )
         assert until is None or until <= now or finished, f"{grant} while somebody else holds it"
-        assert grant.fence > row[queue.prefix + "fence"], f"{grant} does not fence off the one before"
+        assert grant.fence > row[queue.prefix + "fence"], (
+            f"{grant} does not fence off the one before"
+        )
 
 
 def check_sent(task: Row, earlier: Sequence[Sent], *, permitted: bool) -> None:
-    """Sent again only when all before created nothing, or when somebody said so while it was uncertain."""
+    """Sent again only when all before created nothing, or when somebody said so while it was
+    uncertain.
+    """
     proved = all(sent.nothing for sent in earlier)
-    assert proved or (permitted and task["state"] == State.UNCERTAIN), f"{task['id']} was submitted twice"
+    assert proved or (permitted and task["state"] == State.UNCERTAIN), (
+        f"{task['id']} was submitted twice"
+    )

@@ -13,28 +13,48 @@ from tests.property.life_step import Step
 def check_download(step: Step, item: Download) -> None:
     was = step.before.images.get(item.grant.key)
     row = step.now.images.get(item.grant.key)
-    if not step.held or was is None or row is None or was["state"] != "pending" or was["source_url"] != item.source_url:
+    if (
+        not step.held
+        or was is None
+        or row is None
+        or was["state"] != "pending"
+        or was["source_url"] != item.source_url
+    ):
         assert step.result is None
         return
     outcome = item.outcome
     state = "lost" if isinstance(outcome, Lost) else "stored"
     if isinstance(outcome, Retry):
         state = "lost" if is_final(was, outcome, step.time) else "pending"
-        asks = state == "pending" and outcome.stale and step.before.tasks[item.task_id]["settled_digest"] is not None
+        asks = (
+            state == "pending"
+            and outcome.stale
+            and step.before.tasks[item.task_id]["settled_digest"] is not None
+        )
         if asks:
             step.is_asked(item.task_id)
         else:
-            assert step.now.tasks[item.task_id]["settle_requests"] == step.before.tasks[item.task_id]["settle_requests"]
-        dying = step.time >= row["link_dies_at"] - images.AT_RISK_MS or row["stale_count"] >= images.AT_RISK_STALE
+            assert (
+                step.now.tasks[item.task_id]["settle_requests"]
+                == step.before.tasks[item.task_id]["settle_requests"]
+            )
+        dying = (
+            step.time >= row["link_dies_at"] - images.AT_RISK_MS
+            or row["stale_count"] >= images.AT_RISK_STALE
+        )
         risks = state == "pending" and dying and was["at_risk_at"] is None
         assert len(step.told("image.at_risk")) == risks, "at risk, and told too often or not at all"
     assert (step.result, row["state"]) == (state, state), f"{outcome} left it {row['state']}"
 
 
 def is_final(was: Row, retry: Retry, time: int) -> bool:
-    """The link's time is up; or dead links ten times over half an hour; or the same wrong bytes three times."""
+    """The link's time is up; or dead links ten times over half an hour; or the same wrong bytes
+    three times.
+    """
     since = time if was["stale_since"] is None else was["stale_since"]
-    stale = retry.stale and was["stale_count"] + 1 >= images.STALE_LIMIT and time - since >= 30 * MINUTE
+    stale = (
+        retry.stale and was["stale_count"] + 1 >= images.STALE_LIMIT and time - since >= 30 * MINUTE
+    )
     same = retry.wrong_sha256 is not None and retry.wrong_sha256 == was["wrong_sha256"]
     wrong = same and was["wrong_count"] + 1 >= images.WRONG_LIMIT
     return stale or wrong or (not retry.stale and time >= was["link_dies_at"])
@@ -54,14 +74,18 @@ def check_resolution(step: Step, item: Resolution) -> None:
         assert was["state"] == "uncertain", f"settled by hand while {was['state']}"
         due, until = row["submit_due_at"], row["submit_lease_until"]
         wanted = row["state"] == "uncertain" and row["resubmit"] and due <= step.time
-        assert (wanted or until) if item.resubmit else row["error"]["code"] == "submission_uncertain", "decided by hand, and not done"
+        assert (
+            (wanted or until) if item.resubmit else row["error"]["code"] == "submission_uncertain"
+        ), "decided by hand, and not done"
 
 
 def check_reconciled(step: Step, task_id: str) -> None:
     if step.result is None:
         step.is_asked(task_id)
         awaited = [image for image in step.now.of(task_id) if image["state"] == "pending"]
-        assert all(image["due_at"] is not None and image["due_at"] <= step.time for image in awaited), "a picture is not fetched now"
+        assert all(
+            image["due_at"] is not None and image["due_at"] <= step.time for image in awaited
+        ), "a picture is not fetched now"
 
 
 def check_erased(step: Step, item: Erasure) -> None:
@@ -70,18 +94,31 @@ def check_erased(step: Step, item: Erasure) -> None:
     if step.result.refused is None:
         blobs = {image["blob"] for image in step.before.of(item.task_id) if image["blob"]}
         assert set(step.result.blobs) == blobs, "a blob is left"
-        assert all(image["blob"] is None and image["state"] == "erased" for image in step.now.of(item.task_id)), "a picture is left"
+        assert all(
+            image["blob"] is None and image["state"] == "erased"
+            for image in step.now.of(item.task_id)
+        ), "a picture is left"
         check_bare(row)
 
 
 def check_bare(row: Row) -> None:
-    assert (row["prompt"], row["body"], row["request"], row["callback_url"]) == (None, b"", {}, None), "erased, and there still"
+    assert (row["prompt"], row["body"], row["request"], row["callback_url"]) == (
+        None,
+        b"",
+        {},
+        None,
+    ), "erased, and there still"
     assert row["erased_at"] is not None
 
 
 def check_stripped(step: Step, ids: list[str]) -> None:
     """Nothing is taken from a task while the upstream is asked about it."""
-    may = [id for id in ids if step.before.tasks[id]["erased_at"] is None and step.before.tasks[id]["settle_due_at"] is None]
+    may = [
+        id
+        for id in ids
+        if step.before.tasks[id]["erased_at"] is None
+        and step.before.tasks[id]["settle_due_at"] is None
+    ]
     assert step.result == len(set(may))
     for id in ids:
         was, row = step.task(id)

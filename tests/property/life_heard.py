@@ -1,4 +1,6 @@
-"""What the service was told of each task, kept beside it, and from that what contract section 4 answers to a callback."""
+"""What the service was told of each task, kept beside it, and from that what contract section 4
+answers to a callback.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +19,9 @@ Key = tuple[Any, ...]
 
 @dataclass(slots=True)
 class Heard:
-    """By task: the first terminal callback, what was settled, which callbacks are kept and which of them contradicted."""
+    """By task: the first terminal callback, what was settled, which callbacks are kept and which of
+    them contradicted.
+    """
 
     first: dict[str, Key] = field(default_factory=dict)
     settled: dict[str, Key] = field(default_factory=dict)
@@ -26,7 +30,9 @@ class Heard:
     links: set[str] = field(default_factory=set)  # that an answer of the upstream named
     erased: set[str] = field(default_factory=set)
     calls: set[str] = field(default_factory=set)  # their ids
-    blurred: set[str] = field(default_factory=set)  # tasks with a conflict that was not alone: against what is not known
+    blurred: set[str] = field(
+        default_factory=set
+    )  # tasks with a conflict that was not alone: against what is not known
 
     def answered(self, item: Settlement, before: Row, now: Row) -> None:
         if item.report and before["settled_digest"] is None is not now["settled_digest"]:
@@ -53,7 +59,9 @@ class Heard:
     def crowded(self, item: Callback, *, foreign: bool) -> bool:
         """Whether there may be no room for it, so that it is counted on another."""
         kept = self.kept.get(item.task_id, set())
-        return item.task_id in self.blurred or (len(kept) >= inbox.KEPT and key_of(item, foreign=foreign) not in kept)
+        return item.task_id in self.blurred or (
+            len(kept) >= inbox.KEPT and key_of(item, foreign=foreign) not in kept
+        )
 
     def expected(self, item: Callback, tasks: Mapping[str, Row]) -> str:
         """The verdict on a callback of a task that is known."""
@@ -67,7 +75,9 @@ class Heard:
         first, settled = self.first.get(item.task_id), self.settled.get(item.task_id)
         if settled is None:
             return "accepted" if first is None else "duplicate" if key == first else "conflict"
-        return "duplicate" if key == settled or (key == first and key[0] == settled[0]) else "conflict"
+        return (
+            "duplicate" if key == settled or (key == first and key[0] == settled[0]) else "conflict"
+        )
 
 
 def key_of(item: Callback, *, foreign: bool) -> Key:
@@ -80,7 +90,10 @@ def key_of(item: Callback, *, foreign: bool) -> Key:
 
 def names_another(item: Callback, tasks: Mapping[str, Row]) -> bool:
     """Whether it names an id that is not the task's, or that is another task's."""
-    named, known = item.report.upstream_id if item.report else None, tasks[item.task_id]["upstream_id"]
+    named, known = (
+        item.report.upstream_id if item.report else None,
+        tasks[item.task_id]["upstream_id"],
+    )
     taken = any(row["upstream_id"] == named for key, row in tasks.items() if key != item.task_id)
     return named is not None and (taken if known is None else named != known)
 

@@ -17,13 +17,33 @@ from service.store.operations.submissions import record_submissions, start_submi
 from service.store.operations.tasks import cancel_tasks
 from service.store.tables import QUEUES
 from tests.property.life_checks import Seen
-from tests.property.life_hands import check_download, check_erased, check_reconciled, check_resolution, check_stripped
+from tests.property.life_hands import (
+    check_download,
+    check_erased,
+    check_reconciled,
+    check_resolution,
+    check_stripped,
+)
 from tests.property.life_heard import ENDED
 from tests.property.life_step import Step, check_late
-from tests.property.life_writes import check_accept, check_cancellation, check_hold, check_settlement, check_start, check_submission
+from tests.property.life_writes import (
+    check_accept,
+    check_cancellation,
+    check_hold,
+    check_settlement,
+    check_start,
+    check_submission,
+)
 
 ALONE = 2  # deaths after which a row runs alone
-FINISHING = (record_submissions, record_settlements, record_downloads, record_attempts, hold_submissions, leases.done)
+FINISHING = (
+    record_submissions,
+    record_settlements,
+    record_downloads,
+    record_attempts,
+    hold_submissions,
+    leases.done,
+)
 
 
 def lease_of(seen: Seen, grant: Grant) -> dict[str, Any]:
@@ -58,7 +78,11 @@ def check_claim(step: Step, stage: str) -> None:
         assert was["due_at"] <= step.time, "not due yet"
         died = was["lease_until"] is not None
         assert was["deaths"] + died < ALONE, "it is to run alone"
-        assert (now["deaths"], now["attempts"], grant.attempts) == (was["deaths"] + died, was["attempts"] + 1, was["attempts"] + 1)
+        assert (now["deaths"], now["attempts"], grant.attempts) == (
+            was["deaths"] + died,
+            was["attempts"] + 1,
+            was["attempts"] + 1,
+        )
         assert now["lease_until"] == step.time + LEASE_MS
 
 
@@ -70,12 +94,16 @@ def check_suspect(step: Step, stage: str) -> None:
         return
     was, now = lease_of(step.before, found.grant), lease_of(step.now, found.grant)
     assert found.grant.stage == stage
-    assert found.deaths == was["deaths"] + (was["lease_until"] is not None) >= ALONE, "deaths are not counted"
+    assert found.deaths == was["deaths"] + (was["lease_until"] is not None) >= ALONE, (
+        "deaths are not counted"
+    )
     assert found.parked == (found.deaths >= faults.DEATH_LIMIT), "parked, or not, before its time"
     if found.parked:
         check_parked(step, found.grant)
     else:
-        assert now["due_at"] == step.time + leases.SUSPECT_WAITS_MS.get(found.deaths, leases.LONGEST_WAIT_MS), "not put off"
+        assert now["due_at"] == step.time + leases.SUSPECT_WAITS_MS.get(
+            found.deaths, leases.LONGEST_WAIT_MS
+        ), "not put off"
 
 
 def check_fault(step: Step, item: Fault) -> None:
@@ -106,7 +134,9 @@ def check_parked(step: Step, grant: Grant) -> None:
     match QUEUES[grant.stage].table.name:
         case "tasks":
             stands = was["state"] == "storing" or was["state"] in ENDED
-            assert row["state"] == (was["state"] if stands else "failed"), "parking took away what others go on with"
+            assert row["state"] == (was["state"] if stands else "failed"), (
+                "parking took away what others go on with"
+            )
             assert stands or row["error"]["code"] == "internal_error"
         case "images":
             assert (row["state"], row["error"]) == ("lost", "internal_error")
@@ -118,7 +148,9 @@ def check_renewal(step: Step, grant: Grant) -> None:
     assert step.result == step.held
     if step.held:
         was, now = lease_of(step.before, grant), lease_of(step.now, grant)
-        assert now == was | {"lease_until": max(was["lease_until"], step.time + LEASE_MS)}, "a lease made shorter"
+        assert now == was | {"lease_until": max(was["lease_until"], step.time + LEASE_MS)}, (
+            "a lease made shorter"
+        )
 
 
 def check_release(step: Step, grant: Grant) -> None:
@@ -126,13 +158,20 @@ def check_release(step: Step, grant: Grant) -> None:
     if step.held:
         was = lease_of(step.before, grant)
         due = None if was["due_at"] is None else min(was["due_at"], step.time)
-        freed = {"lease_until": None, "lease_owner": None, "attempts": was["attempts"] - 1, "due_at": due}
+        freed = {
+            "lease_until": None,
+            "lease_owner": None,
+            "attempts": was["attempts"] - 1,
+            "due_at": due,
+        }
         assert lease_of(step.now, grant) == was | freed, "given back, and not untouched"
 
 
 def check_done(step: Step, grant: Grant) -> None:
     assert step.result == step.held
-    assert not step.held or lease_of(step.now, grant).get("due_at") is None, "nothing is to be done, and due"
+    assert not step.held or lease_of(step.now, grant).get("due_at") is None, (
+        "nothing is to be done, and due"
+    )
 
 
 def check_freed(before: Seen, now: Seen) -> None:
@@ -141,15 +180,23 @@ def check_freed(before: Seen, now: Seen) -> None:
         until, deaths = queue.prefix + "lease_until", queue.prefix + "deaths"
         for key, row in now.table(queue.table).items():
             was = before.table(queue.table)[key]
-            assert (row[until], row[deaths]) == (None, was[deaths] + (was[until] is not None)), "a death that is not counted"
+            assert (row[until], row[deaths]) == (None, was[deaths] + (was[until] is not None)), (
+                "a death that is not counted"
+            )
 
 
 def check_resumed(step: Step, most: int) -> None:
     process = step.process
     for key, row in step.now.tasks.items():
         was = step.before.tasks[key]
-        held = was["submit_lease_until"] is None and was["submit_lease_owner"] == process and (was["submit_due_at"] or 0) > step.time
-        assert row["submit_due_at"] == (step.time if held else was["submit_due_at"]), "resumed another's, or not one's own"
+        held = (
+            was["submit_lease_until"] is None
+            and was["submit_lease_owner"] == process
+            and (was["submit_due_at"] or 0) > step.time
+        )
+        assert row["submit_due_at"] == (step.time if held else was["submit_due_at"]), (
+            "resumed another's, or not one's own"
+        )
     assert step.result <= most
 
 
@@ -160,7 +207,9 @@ def check_clock(step: Step, _: None) -> None:
         for key, row in step.now.table(queue.table).items():
             for name in (queue.prefix + "due_at", queue.prefix + "lease_until"):
                 was = step.before.table(queue.table)[key][name]
-                assert row[name] == (was - back if was is not None and was > step.time else was), f"{name} after a clock that went back"
+                assert row[name] == (was - back if was is not None and was > step.time else was), (
+                    f"{name} after a clock that went back"
+                )
 
 
 CHECKS: dict[Callable[..., Any], Callable[[Step, Any], None]] = {

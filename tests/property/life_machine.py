@@ -77,13 +77,27 @@ class Living(RuleBasedStateMachine):
 
     @property
     def sent(self) -> list[str]:
-        """Those whose callback URL the upstream has; an honest one calls about what it has created."""
-        return sorted({real.task_id for real in self.upstream.reals.values()} if self.upstream.honest else self.shop.sent)
+        """Those whose callback URL the upstream has; an honest one calls about what it has
+        created.
+        """
+        return sorted(
+            {real.task_id for real in self.upstream.reals.values()}
+            if self.upstream.honest
+            else self.shop.sent
+        )
 
     # --- the store ---
 
-    def write(self, process: int, *writes: Write, twice: bool = False, places: dict[str, int] | None = None) -> list[Any]:
-        """Commits writes together, `twice` when the answer to the first COMMIT was lost, and looks. What is granted becomes jobs."""
+    def write(
+        self,
+        process: int,
+        *writes: Write,
+        twice: bool = False,
+        places: dict[str, int] | None = None,
+    ) -> list[Any]:
+        """Commits writes together, `twice` when the answer to the first COMMIT was lost, and looks.
+        What is granted becomes jobs.
+        """
         process %= self.bench.processes
         first: list[Any] = []
         free = dict.fromkeys(QUEUES, self.places) if places is None else places
@@ -99,17 +113,31 @@ class Living(RuleBasedStateMachine):
         return results
 
     def see(
-        self, process: str, writes: Sequence[Write], results: Sequence[Any], granted: Sequence[Grant], before: Seen, places: dict[str, int]
+        self,
+        process: str,
+        writes: Sequence[Write],
+        results: Sequence[Any],
+        granted: Sequence[Grant],
+        before: Seen,
+        places: dict[str, int],
     ) -> None:
-        """Looks at what was done, and remembers what was heard. What one write does is known when it was alone, or none met another."""
+        """Looks at what was done, and remembers what was heard. What one write does is known when
+        it was alone, or none met another.
+        """
         now, alone = self.bench.clock.now, len(writes) == 1
         for write in writes:
-            if isinstance(write.item, Settlement) and write.item.report and before.holds(write.item.grant):
+            if (
+                isinstance(write.item, Settlement)
+                and write.item.report
+                and before.holds(write.item.grant)
+            ):
                 self.heard.links |= set(write.item.report.results)
         check(before, self.seen, self.heard, alone=alone)
         found = [result for result in results if result is not None]
         for write, result in zip(writes, results, strict=True):
-            claims = write.operation is leases.claim or (write.operation is claim_suspects and len(found) <= 1)
+            claims = write.operation is leases.claim or (
+                write.operation is claim_suspects and len(found) <= 1
+            )
             if alone or claims:
                 mine = [grant for grant in granted if not claims or grant.stage == write.item]
                 check_write(
@@ -132,14 +160,20 @@ class Living(RuleBasedStateMachine):
     def remember(self, write: Write, result: Any, before: Seen, *, alone: bool) -> None:
         item = write.item
         if isinstance(item, Callback):
-            self.heard.called(item, result.verdict, foreign=names_another(item, before.tasks), alone=alone)
+            self.heard.called(
+                item, result.verdict, foreign=names_another(item, before.tasks), alone=alone
+            )
         elif isinstance(item, Settlement):
             self.heard.answered(item, before.tasks[item.grant.key], self.seen.tasks[item.grant.key])
         elif isinstance(item, Erasure) and result.refused is None:
             self.heard.erased.add(item.task_id)
         elif write.operation is strip_tasks:
             for task_id in item:
-                if before.tasks[task_id]["erased_at"] is None is not self.seen.tasks[task_id]["erased_at"]:
+                if (
+                    before.tasks[task_id]["erased_at"]
+                    is None
+                    is not self.seen.tasks[task_id]["erased_at"]
+                ):
                     self.heard.stripped(task_id)
         elif write.operation is leases.keep_time:
             self.note_time()
@@ -151,10 +185,20 @@ class Living(RuleBasedStateMachine):
     def look_for_work(self, process: int, stages: Iterable[str], places: int) -> None:
         """Claims what is due, and then what brought its process down before and is to run alone."""
         before = len(self.jobs)
-        self.write(process, *(Write(leases.claim, stage) for stage in sorted(stages)), places=dict.fromkeys(stages, places))
-        if any(row[queue.prefix + "deaths"] for queue in QUEUES.values() for row in self.seen.table(queue.table).values()):
+        self.write(
+            process,
+            *(Write(leases.claim, stage) for stage in sorted(stages)),
+            places=dict.fromkeys(stages, places),
+        )
+        if any(
+            row[queue.prefix + "deaths"]
+            for queue in QUEUES.values()
+            for row in self.seen.table(queue.table).values()
+        ):
             earlier = self.seen
-            suspects = self.write(process, *(Write(claim_suspects, stage) for stage in sorted(stages)), places={})
+            suspects = self.write(
+                process, *(Write(claim_suspects, stage) for stage in sorted(stages)), places={}
+            )
             for suspect in suspects:
                 if suspect is not None and not suspect.parked:
                     self.hire(process, suspect.grant, (), earlier)
@@ -166,7 +210,9 @@ class Living(RuleBasedStateMachine):
         self.jobs.append(Job(process % self.bench.processes, grant, life, next(life)))
 
     def go_on(self, jobs: Sequence[Job], *more: Write, twice: bool = False) -> list[Any]:
-        """Gives jobs of one process what they want next, what they write in one transaction with `more`, whose results are returned."""
+        """Gives jobs of one process what they want next, what they write in one transaction with
+        `more`, whose results are returned.
+        """
         process = jobs[0].process if jobs else 0
         reading = [(job, job.wants) for job in jobs if isinstance(job.wants, Read)]
         writing = [(job, job.wants) for job in jobs if isinstance(job.wants, Write)]
@@ -180,9 +226,19 @@ class Living(RuleBasedStateMachine):
             if not self.quiet:
                 tell((write.operation.__name__, write.item, result))
             if isinstance(write.item, Start) and result is not None:
-                permitted = write.item.resubmit and (self.shop.resubmits or job.grant.key in self.shop.permitted)
-                check_sent(before.tasks[job.grant.key], self.shop.sent.get(job.grant.key, ()), permitted=permitted)
-            if isinstance(write.item, Submission) and isinstance(write.item.outcome, Uncertain) and result is State.UNCERTAIN:
+                permitted = write.item.resubmit and (
+                    self.shop.resubmits or job.grant.key in self.shop.permitted
+                )
+                check_sent(
+                    before.tasks[job.grant.key],
+                    self.shop.sent.get(job.grant.key, ()),
+                    permitted=permitted,
+                )
+            if (
+                isinstance(write.item, Submission)
+                and isinstance(write.item.outcome, Uncertain)
+                and result is State.UNCERTAIN
+            ):
                 self.shop.permitted -= {job.grant.key} if before.holds(job.grant) else set()
             self.give(job, result)
         return results[len(writing) :]
@@ -206,7 +262,12 @@ class Living(RuleBasedStateMachine):
         for write, verdict in zip(writes, self.write(process, *writes, twice=twice), strict=True):
             tell(verdict)
             said, task = write.item.report, before.tasks[write.item.task_id]
-            if verdict.verdict == "accepted" and said is not None and said.final and State(task["state"]) in TERMINAL:
+            if (
+                verdict.verdict == "accepted"
+                and said is not None
+                and said.final
+                and State(task["state"]) in TERMINAL
+            ):
                 self.shop.proved_late.add(task["id"])
 
     @invariant()
@@ -223,13 +284,21 @@ class Living(RuleBasedStateMachine):
             self.jobs.clear()
             self.places = 0
             self.tell_the_truth()
-            self.hear(0, [self.a_callback(real.task_id, real.truth) for real in self.upstream.reals.values()])
+            self.hear(
+                0,
+                [
+                    self.a_callback(real.task_id, real.truth)
+                    for real in self.upstream.reals.values()
+                ],
+            )
             self.tell_the_truth()
 
     def tell_the_truth(self) -> None:
         """From now on everything works, until nothing is due; then everything is decided."""
         if self.endpoint:
-            self.write(0, Write(change_endpoints, EndpointChange(self.endpoint, None, status="enabled")))
+            self.write(
+                0, Write(change_endpoints, EndpointChange(self.endpoint, None, status="enabled"))
+            )
         for count in range(ROUNDS):
             self.quiet = count > 10
             self.look_for_work(0, QUEUES, 1000)
@@ -240,7 +309,12 @@ class Living(RuleBasedStateMachine):
                 self.go_on(list(self.jobs))
             if next_due(self.seen) is None:
                 check_end(self.seen, self.shop, self.bench.clock.now + HOUR)
-                assert not self.bench.read(0, Read(remains, (sorted(self.heard.erased),))), "kept after erasure"
+                assert not self.bench.read(0, Read(remains, (sorted(self.heard.erased),))), (
+                    "kept after erasure"
+                )
                 return
             self.bench.clock.shift(max(1, self.due_in()) + (DAY if count > PATIENT_ROUNDS else 0))
-        raise AssertionError(f"due for ever: {[row['id'] for row in self.tasks if row['settle_due_at'] or row['submit_due_at']]}")
+        raise AssertionError(
+            "due for ever:"
+            f" {[row['id'] for row in self.tasks if row['settle_due_at'] or row['submit_due_at']]}"
+        )

@@ -14,8 +14,8 @@ from tests.property.life_work import Write
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A process's write, its result and what it was granted of so many places; all that there was and is; what was heard before, and
-    what time it was when that was last noted.
+    """A process's write, its result and what it was granted of so many places; all that there was
+    and is; what was heard before, and what time it was when that was last noted.
     """
 
     process: str
@@ -37,21 +37,27 @@ class Step:
         return self.before.tasks[task_id], self.now.tasks[task_id]
 
     def told(self, type: str) -> list[Row]:
-        return [event for event in self.now.events[len(self.before.events) :] if event["type"] == type]
+        return [
+            event for event in self.now.events[len(self.before.events) :] if event["type"] == type
+        ]
 
     def is_asked(self, task_id: str) -> None:
         """The upstream is to be asked, and at once if there is an id to ask for."""
         was, row = self.task(task_id)
         assert row["settle_requests"] == was["settle_requests"] + 1, "nobody is asked"
         due = row["settle_due_at"]
-        assert row["upstream_id"] is None or (due is not None and due <= self.time), "asked, but later"
+        assert row["upstream_id"] is None or (due is not None and due <= self.time), (
+            "asked, but later"
+        )
 
 
 def check_late(step: Step) -> None:
     """A write after its lease changes nothing but by a submission's answer in hand."""
     item = step.write.item
     outcome = item.outcome if isinstance(item, Submission) else None
-    if isinstance(outcome, Accepted) or (isinstance(outcome, Refused) and step.before.tasks[item.grant.key]["state"] == "uncertain"):
+    if isinstance(outcome, Accepted) or (
+        isinstance(outcome, Refused) and step.before.tasks[item.grant.key]["state"] == "uncertain"
+    ):
         return
     counted = {"submit_outcomes"} if outcome is not None else set()
     assert len(step.before.events) == len(step.now.events), "an event of nobody's"

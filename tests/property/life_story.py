@@ -10,13 +10,17 @@ Chosen = TypeVar("Chosen")
 
 
 class Line:
-    """A line below the step in the story of a failure, without what is nothing; written when it is read."""
+    """A line below the step in the story of a failure, without what is nothing; written when it is
+    read.
+    """
 
     def __init__(self, what: object) -> None:
         self.what = what
 
     def __repr__(self) -> str:
-        return "    " + re.sub(r"_0{9,}", "_", re.sub(r"(, )?\w+=(None|\(\)|'')", "", str(self.what)))
+        return "    " + re.sub(
+            r"_0{9,}", "_", re.sub(r"(, )?\w+=(None|\(\)|'')", "", str(self.what))
+        )
 
 
 def tell(what: object) -> None:

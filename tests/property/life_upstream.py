@@ -1,6 +1,8 @@
-"""The upstream as the machine of `life` knows it: which tasks it really has, what became of them, and what it says of them.
+"""The upstream as the machine of `life` knows it: which tasks it really has, what became of them,
+and what it says of them.
 
-`luck` 0 is the plain truth; other numbers are faults, and some of them lies. Our tasks that were lied about are remembered.
+`luck` 0 is the plain truth; other numbers are faults, and some of them lies. Our tasks that were
+lied about are remembered.
 """
 
 from dataclasses import dataclass, field, replace
@@ -10,7 +12,17 @@ from service.upstreams import Found, NoAnswer, NotFound, QueryOutcome
 
 ENDS = ("completed", "failed", "completed", "cancelled", "completed", "empty", "completed", "gone")
 SAYS = (
-    *("truth", "end", "processing", "without id", "unreadable", "another end", "other links", "another's id", "nobody's id"),
+    *(
+        "truth",
+        "end",
+        "processing",
+        "without id",
+        "unreadable",
+        "another end",
+        "other links",
+        "another's id",
+        "nobody's id",
+    ),
     *("no status", "again", "again"),
 )
 LIES = ("another end", "another's id", "nobody's id")
@@ -34,12 +46,20 @@ class Upstream:
     reals: dict[str, Real] = field(default_factory=dict)
     lied_about: set[str] = field(default_factory=set)
     honest: bool = False  # never lies
-    said: dict[str, list[Report | None]] = field(default_factory=dict)  # in callbacks, by task of ours
+    said: dict[str, list[Report | None]] = field(
+        default_factory=dict
+    )  # in callbacks, by task of ours
     _links: int = 0
 
     def create(self, task_id: str) -> Real:
         name = f"task-unified-{len(self.reals)}-{task_id[-6:]}"
-        self.reals[name] = Real(name, task_id, Report(name, Status.PENDING, estimated_time=45 + len(self.reals), credits_reserved=CREDITS))
+        self.reals[name] = Real(
+            name,
+            task_id,
+            Report(
+                name, Status.PENDING, estimated_time=45 + len(self.reals), credits_reserved=CREDITS
+            ),
+        )
         return self.reals[name]
 
     def of(self, task_id: str) -> list[Real]:
@@ -58,7 +78,12 @@ class Upstream:
                 return Report(id, Status.CANCELLED)
             case "gone":
                 return Report(id, Status.FAILED, (), error("resource_not_found"))
-        return Report(id, Status.COMPLETED, () if kind == "empty" else self.links(results), credits_used=CREDITS)
+        return Report(
+            id,
+            Status.COMPLETED,
+            () if kind == "empty" else self.links(results),
+            credits_used=CREDITS,
+        )
 
     def links(self, count: int) -> tuple[str, ...]:
         self._links += 1
@@ -91,19 +116,30 @@ class Upstream:
         return NotFound() if truth is None else Found(truth)
 
     def says(self, task_id: str, kind: str, pick: int) -> Report | None:
-        """A callback for a task of ours, or `again` the first that said how it ended; None: unreadable."""
+        """A callback for a task of ours, or `again` the first that said how it ended; None:
+        unreadable.
+        """
         before = self.said.setdefault(task_id, [])
         ends = [report for report in before if report and report.final]
         before.append(ends[0] if kind == "again" and ends else self._says(task_id, kind, pick))
         return before[-1]
 
     def _says(self, task_id: str, kind: str, pick: int) -> Report | None:
-        mine, others = self.of(task_id), [real for real in self.reals.values() if real.task_id != task_id]
+        mine, others = (
+            self.of(task_id),
+            [real for real in self.reals.values() if real.task_id != task_id],
+        )
         if self.honest and kind in LIES:
             kind = "end"
         if not mine or kind in LIES:
             self.lied_about.add(task_id)
-        real = mine[pick % len(mine)] if mine else Real("task-unified-ghost", task_id, Report("task-unified-ghost", Status.PROCESSING))
+        real = (
+            mine[pick % len(mine)]
+            if mine
+            else Real(
+                "task-unified-ghost", task_id, Report("task-unified-ghost", Status.PROCESSING)
+            )
+        )
         if kind in ("end", "without id", "other links") or (kind == "truth" and pick % 2):
             self.end(real, ENDS[pick % len(ENDS)], 1 + pick % 3)
         match kind:

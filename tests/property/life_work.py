@@ -1,7 +1,9 @@
-"""What a worker does under a grant, transaction by transaction, as the stages in `service.pipeline` do it.
+"""What a worker does under a grant, transaction by transaction, as the stages in `service.pipeline`
+do it.
 
-Each life is a generator that asks for one read or write after another: between any two of them anything may happen, and its
-process may die. The upstream is called where a real one would be; what comes of that depends on `luck`.
+Each life is a generator that asks for one read or write after another: between any two of them
+anything may happen, and its process may die. The upstream is called where a real one would be; what
+comes of that depends on `luck`.
 """
 
 from collections.abc import Callable, Generator
@@ -56,7 +58,9 @@ Life = Generator[Read | Write, Any, None]
 
 @dataclass(slots=True)
 class Sent:
-    """A request that left for the upstream; `nothing`: its answer was recorded, and proved that nothing was created."""
+    """A request that left for the upstream; `nothing`: its answer was recorded, and proved that
+    nothing was created.
+    """
 
     grant: Grant
     nothing: bool = False
@@ -73,7 +77,9 @@ class Workshop:
     confirms: bool = True
     luck: int = 0  # of whoever goes on next
     sent: dict[str, list[Sent]] = field(default_factory=dict)
-    permitted: set[str] = field(default_factory=set)  # sent again because an operator said so, until that is doubtful too
+    permitted: set[str] = field(
+        default_factory=set
+    )  # sent again because an operator said so, until that is doubtful too
     proved_late: set[str] = field(default_factory=set)  # called back after an end of our own making
     said: dict[bytes, Report] = field(default_factory=dict)  # callbacks by body
 
@@ -82,7 +88,12 @@ class Workshop:
         return Plan(self.with_callback, None, lambda: 0.5)
 
     def life(self, grant: Grant) -> Life:
-        lives = {"submit": self.submit, "settle": self.settle, "reconcile": self.settle, "download": self.download}
+        lives = {
+            "submit": self.submit,
+            "settle": self.settle,
+            "reconcile": self.settle,
+            "download": self.download,
+        }
         return lives.get(grant.stage, self.deliver)(grant)
 
     # --- submit ---
@@ -98,7 +109,9 @@ class Workshop:
             yield Write(leases.done, grant)
         elif row and self.luck in (1, 11) and (state is State.UNCERTAIN or self._young(row)):
             yield Write(hold_submissions, Hold(grant, MINUTE, HOUR))
-        elif (yield Write(start_submissions, Start(grant, 70 * SECOND, state is State.UNCERTAIN))) is None:
+        elif (
+            yield Write(start_submissions, Start(grant, 70 * SECOND, state is State.UNCERTAIN))
+        ) is None:
             yield Write(leases.done, grant)
         else:
             sent = Sent(grant)
@@ -114,11 +127,18 @@ class Workshop:
         return bool(self.clock() - row["created_at"] < HOUR)
 
     def _uncertain(self, reason: str) -> Uncertain:
-        return Uncertain(reason, 15 * MINUTE if self.with_callback else 5 * SECOND if self.resubmits else 0, resend=self.resubmits)
+        return Uncertain(
+            reason,
+            15 * MINUTE if self.with_callback else 5 * SECOND if self.resubmits else 0,
+            resend=self.resubmits,
+        )
 
     def _call(self, task_id: str) -> Accepted | Again | Refused | Uncertain:
         """What really happens upstream, and what is heard of it."""
-        mine, others = self.upstream.of(task_id), [real for real in self.upstream.reals.values() if real.task_id != task_id]
+        mine, others = (
+            self.upstream.of(task_id),
+            [real for real in self.upstream.reals.values() if real.task_id != task_id],
+        )
         match 0 if self.upstream.honest and self.luck in (6, 7) else self.luck:
             case 1 | 10 | 11:
                 self.upstream.create(task_id)
@@ -148,21 +168,38 @@ class Workshop:
 
     def settle(self, grant: Grant) -> Life:
         found: tuple[Row, Row | None] | None = yield Read(queries.settling, (grant.key,))
-        if found is None or (found[0]["upstream_id"] is None and State(found[0]["state"]) is not State.SUBMITTED):
+        if found is None or (
+            found[0]["upstream_id"] is None and State(found[0]["state"]) is not State.SUBMITTED
+        ):
             yield Write(leases.done, grant)
             return
         row, callback = found
-        believed = not self.confirms and callback and row["settle_requests"] == 1 and row["state"] == State.SUBMITTED
+        believed = (
+            not self.confirms
+            and callback
+            and row["settle_requests"] == 1
+            and row["state"] == State.SUBMITTED
+        )
         if believed and callback:
             answer: Any = Found(self.said[callback["body"]])
         else:
-            answer = NotFound() if row["upstream_id"] is None else self.upstream.query(row["upstream_id"], self.luck)
+            answer = (
+                NotFound()
+                if row["upstream_id"] is None
+                else self.upstream.query(row["upstream_id"], self.luck)
+            )
         if answer is None:
             yield Write(leases.release, grant)
             return
-        report, expires = answer.report if isinstance(answer, Found) else None, DAY if isinstance(answer, NotFound) else None
+        report, expires = (
+            answer.report if isinstance(answer, Found) else None,
+            DAY if isinstance(answer, NotFound) else None,
+        )
         wait = self.plan.again(grant.attempts, called_back=callback is not None)
-        yield Write(record_settlements, Settlement(grant, report, row["settle_requests"], wait, DAY, expires))
+        yield Write(
+            record_settlements,
+            Settlement(grant, report, row["settle_requests"], wait, DAY, expires),
+        )
 
     # --- download ---
 
@@ -171,11 +208,16 @@ class Workshop:
         if row is None or row["state"] != "pending":
             yield Write(leases.done, grant)
         else:
-            yield Write(record_downloads, Download(grant, row["task_id"], row["source_url"], self._fetched(row)))
+            yield Write(
+                record_downloads,
+                Download(grant, row["task_id"], row["source_url"], self._fetched(row)),
+            )
 
     def _fetched(self, row: Row) -> Stored | Retry | Lost:
         sha = sha256(row["source_url"].encode()).hexdigest()
-        bad = 4 if row["wrong_count"] else 2 if row["stale_count"] else self.luck  # what is bad mostly stays so
+        bad = (
+            4 if row["wrong_count"] else 2 if row["stale_count"] else self.luck
+        )  # what is bad mostly stays so
         match bad if self.luck > 4 else self.luck:
             case 1:
                 return Retry("answered 500", SECOND)
@@ -189,7 +231,9 @@ class Workshop:
                 return Lost("refused")
             case 6:
                 return Retry("answered 503", 6 * HOUR)
-        return Stored(f"{row['task_id']}/{row['position']}-{sha}.png", "image/png", 1234, sha, 768, 512)
+        return Stored(
+            f"{row['task_id']}/{row['position']}-{sha}.png", "image/png", 1234, sha, 768, 512
+        )
 
     # --- deliver ---
 
@@ -197,11 +241,15 @@ class Workshop:
         parcel: Parcel | None = yield Read(queries.parcel, (grant.key,))
         if parcel is None or parcel.delivery["state"] != "pending" or parcel.event is None:
             yield Write(leases.done, grant)
-        elif parcel.callback_url is None and (parcel.endpoint is None or parcel.endpoint["status"] == "disabled"):
+        elif parcel.callback_url is None and (
+            parcel.endpoint is None or parcel.endpoint["status"] == "disabled"
+        ):
             yield Write(record_attempts, Outcome(grant, "dead"))
         elif parcel.endpoint and parcel.endpoint["status"] == "paused":
             yield Write(record_attempts, Outcome(grant, "held"))
-        elif parcel.endpoint and (left := (parcel.endpoint["paused_until"] or 0) - self.clock()) > 0:
+        elif (
+            parcel.endpoint and (left := (parcel.endpoint["paused_until"] or 0) - self.clock()) > 0
+        ):
             yield Write(record_attempts, Outcome(grant, "later", wait_ms=left))
         else:
             yield Write(record_attempts, self._delivered(grant))

@@ -1,4 +1,6 @@
-"""No bytes make the reading of the upstream raise, and nothing unfit for a store comes out of it."""
+"""No bytes make the reading of the upstream raise, and nothing unfit for a store comes out of
+it.
+"""
 
 import json
 import re
@@ -21,17 +23,41 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 IDS = st.sampled_from(["task-unified-1", "task-unified-2"]) | VALUES
-STATUSES = st.sampled_from(["pending", "processing", "completed", "failed", "canceled", "CANCELLED"]) | VALUES
-CODES = st.sampled_from(["request_cancelled", "paid_outcome_unknown", "key_disabled", "rate_limit_exceeded", 403]) | VALUES
-ERRORS = st.fixed_dictionaries({}, optional={"code": CODES, "message": VALUES, "type": VALUES, "param": VALUES}) | VALUES
-USAGE = st.dictionaries(st.sampled_from(["credits_used", "credits_reserved", "billing_rule", "user_group"]), DECIMALS | VALUES) | VALUES
+STATUSES = (
+    st.sampled_from(["pending", "processing", "completed", "failed", "canceled", "CANCELLED"])
+    | VALUES
+)
+CODES = (
+    st.sampled_from(
+        ["request_cancelled", "paid_outcome_unknown", "key_disabled", "rate_limit_exceeded", 403]
+    )
+    | VALUES
+)
+ERRORS = (
+    st.fixed_dictionaries(
+        {}, optional={"code": CODES, "message": VALUES, "type": VALUES, "param": VALUES}
+    )
+    | VALUES
+)
+USAGE = (
+    st.dictionaries(
+        st.sampled_from(["credits_used", "credits_reserved", "billing_rule", "user_group"]),
+        DECIMALS | VALUES,
+    )
+    | VALUES
+)
 INFO = st.dictionaries(st.sampled_from(["estimated_time", "can_cancel"]), VALUES) | VALUES
 OTHERS = dict.fromkeys(("results", "result_data", "progress", "created", "model"), VALUES)
 HOSTILE = {"extra": ANY | st.floats() | st.dictionaries(ANY, ANY, max_size=2)}
 TASKS = st.fixed_dictionaries(
-    {}, optional={"id": IDS, "status": STATUSES, "error": ERRORS, "usage": USAGE, "task_info": INFO} | OTHERS | HOSTILE
+    {},
+    optional={"id": IDS, "status": STATUSES, "error": ERRORS, "usage": USAGE, "task_info": INFO}
+    | OTHERS
+    | HOSTILE,
 )
-BODIES = st.binary() | (TASKS | st.lists(TASKS, max_size=1)).map(lambda document: json.dumps(document).encode())
+BODIES = st.binary() | (TASKS | st.lists(TASKS, max_size=1)).map(
+    lambda document: json.dumps(document).encode()
+)
 HTTP = st.sampled_from([200, 307, 400, 401, 403, 408, 429, 500, 502, 503]) | st.integers(0, 999)
 
 
@@ -40,7 +66,9 @@ def texts(value: object) -> list[str]:
         return [value]
     if isinstance(value, dict):
         return [text for item in value.items() for text in texts(item)]
-    return [text for item in value for text in texts(item)] if isinstance(value, tuple | list) else []
+    return (
+        [text for item in value for text in texts(item)] if isinstance(value, tuple | list) else []
+    )
 
 
 def assert_fit(report: Report) -> None:
@@ -49,7 +77,12 @@ def assert_fit(report: Report) -> None:
         assert len(text) <= 4096
     assert len(report.results) <= 64
     assert report.progress is None or 0 <= report.progress <= 100
-    for number in (report.created, report.estimated_time, report.credits_reserved, report.credits_used):
+    for number in (
+        report.created,
+        report.estimated_time,
+        report.credits_reserved,
+        report.credits_used,
+    ):
         assert number is None or 0 <= number < 2**63
 
 
@@ -61,12 +94,20 @@ def test_no_body_makes_parse_task_raise(body: bytes) -> None:
         assert_fit(report)
 
 
-@example(200, {}, b'{"id": "task-unified-1", "status": "failed", "results": ["x"], "error": {"code": "c"}}')
+@example(
+    200,
+    {},
+    b'{"id": "task-unified-1", "status": "failed", "results": ["x"], "error": {"code": "c"}}',
+)
 @example(400, {}, b'{"error": {"code": "content_filter"}}')
 @example(401, {"retry-after": "junk"}, b"")
 @given(HTTP, st.dictionaries(st.sampled_from(["retry-after", "x-request-id"]), ANY), BODIES)
-def test_every_answer_to_a_submission_proves_one_thing(status: int, headers: dict[str, str], body: bytes) -> None:
-    """Nothing raises; accepted is only 2xx with an id, created nothing only 401, 403, 429 and 503, refused only 4xx."""
+def test_every_answer_to_a_submission_proves_one_thing(
+    status: int, headers: dict[str, str], body: bytes
+) -> None:
+    """Nothing raises; accepted is only 2xx with an id, created nothing only 401, 403, 429 and 503,
+    refused only 4xx.
+    """
     outcome = classify_submit(status, headers, body, 0.0)
     if isinstance(outcome, Accepted):
         assert 200 <= status < 300
@@ -84,6 +125,8 @@ def test_every_answer_to_a_submission_proves_one_thing(status: int, headers: dic
 
 
 @given(HTTP, st.dictionaries(st.just("retry-after"), ANY), BODIES, ANY)
-def test_no_answer_to_a_query_raises(status: int, headers: dict[str, str], body: bytes, upstream_id: str) -> None:
+def test_no_answer_to_a_query_raises(
+    status: int, headers: dict[str, str], body: bytes, upstream_id: str
+) -> None:
     """Whatever was asked for and whatever comes back."""
     classify_query(status, headers, body, 0.0, upstream_id)

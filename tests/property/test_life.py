@@ -1,7 +1,8 @@
 """The whole life of a task on both stores, in any order of whatever may happen (see `life`).
 
-10,000 steps by default, always the same ones, so that a change is refused for what it broke alone. DARKROOM_TEST_STEPS: so many in all,
-with a random seed, which finds what nobody has met yet. DARKROOM_TEST_SEED: begins with this one; each run prints its own.
+10,000 steps by default, always the same ones, so that a change is refused for what it broke alone.
+DARKROOM_TEST_STEPS: so many in all, with a random seed, which finds what nobody has met yet.
+DARKROOM_TEST_SEED: begins with this one; each run prints its own.
 """
 
 import asyncio
@@ -31,10 +32,15 @@ from tests.servers import execute, postgres_database
 
 STEPS = int(os.environ.get("DARKROOM_TEST_STEPS", "10000"))
 RANDOM = "DARKROOM_TEST_STEPS" in os.environ
-SEED = int(os.environ.get("DARKROOM_TEST_SEED") or (random.SystemRandom().randrange(10**9) if RANDOM else 1))
+SEED = int(
+    os.environ.get("DARKROOM_TEST_SEED")
+    or (random.SystemRandom().randrange(10**9) if RANDOM else 1)
+)
 LENGTH = 80  # steps of one life
 TRACED = 600
-pytestmark = pytest.mark.timeout(900 + STEPS // 20)  # a failure is made shorter for minutes; the steps themselves take less than one
+pytestmark = pytest.mark.timeout(
+    900 + STEPS // 20
+)  # a failure is made shorter for minutes; the steps themselves take less than one
 QUICK = settings(
     max_examples=20,
     stateful_step_count=LENGTH,
@@ -50,9 +56,15 @@ QUICK = settings(
 @contextmanager
 def on_sqlite() -> Iterator[Bench]:
     memory = Path("/dev/shm")  # no power is cut here, so no disk need be waited for
-    folder = Path(tempfile.mkdtemp(prefix="darkroom-life-", dir=memory if os.access(memory, os.W_OK) else None))
+    folder = Path(
+        tempfile.mkdtemp(
+            prefix="darkroom-life-", dir=memory if os.access(memory, os.W_OK) else None
+        )
+    )
     clock = Clock()
-    opener = partial(open_sqlite, folder / "darkroom.db", process="one", new_id=new_id, clock=lambda: clock.now)
+    opener = partial(
+        open_sqlite, folder / "darkroom.db", process="one", new_id=new_id, clock=lambda: clock.now
+    )
     try:
         with Bench([opener], clock, exclusive=True).opened() as bench:
             yield bench
@@ -65,15 +77,22 @@ def on_postgres(server: str) -> Iterator[Bench]:
     """Two processes on one database, whose commits need not outlive the server."""
     clock = Clock()
     with postgres_database(server) as url:
-        asyncio.run(execute(url, f'ALTER DATABASE "{urlsplit(url).path[1:]}" SET synchronous_commit = off'))
-        openers = [partial(open_postgres, url, process=name, new_id=new_id, clock=lambda _now: clock.now) for name in ("one", "two")]
+        asyncio.run(
+            execute(url, f'ALTER DATABASE "{urlsplit(url).path[1:]}" SET synchronous_commit = off')
+        )
+        openers = [
+            partial(open_postgres, url, process=name, new_id=new_id, clock=lambda _now: clock.now)
+            for name in ("one", "two")
+        ]
         with Bench(openers, clock, exclusive=False).opened() as bench:
             yield bench
 
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """What lines are reached is soon known; to follow each of them again costs more than the lives do."""
+    """What lines are reached is soon known; to follow each of them again costs more than the lives
+    do.
+    """
     tracer = sys.gettrace()
     sys.settrace(None)
     try:
@@ -83,16 +102,23 @@ def untraced() -> Iterator[None]:
 
 
 def live(bench: Bench, steps: int) -> None:
-    """So many steps, in lives of 80; a failure ends with the shortest life that shows it, and the seed that leads there."""
+    """So many steps, in lives of 80; a failure ends with the shortest life that shows it, and the
+    seed that leads there.
+    """
     machine = type("TaskLife", (TaskLife,), {"bench": bench})
     numbers = itertools.count(SEED)
 
     def until(wanted: int) -> None:
         while bench.steps < wanted:
             number = next(numbers)
-            print(f"DARKROOM_TEST_SEED={number} DARKROOM_TEST_STEPS={STEPS}, {bench.steps} steps so far")
+            print(
+                f"DARKROOM_TEST_SEED={number} DARKROOM_TEST_STEPS={STEPS}, {bench.steps} steps so"
+                " far"
+            )
             examples = min(100, (wanted - bench.steps) // LENGTH + 1)
-            run_state_machine_as_test(seed(number)(machine), settings=settings(QUICK, max_examples=examples))
+            run_state_machine_as_test(
+                seed(number)(machine), settings=settings(QUICK, max_examples=examples)
+            )
 
     until(TRACED)
     with untraced():
@@ -109,7 +135,9 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_life_breaks_the_rules_on_sqlite() -> None:
-    """One terminal event, never before its pictures; no move outside the table; nothing sent twice; nothing due for ever."""
+    """One terminal event, never before its pictures; no move outside the table; nothing sent twice;
+    nothing due for ever.
+    """
     with on_sqlite() as bench:
         live(bench, STEPS * 13 // 20)
 

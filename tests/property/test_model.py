@@ -31,7 +31,8 @@ RANDOM = st.binary(min_size=10, max_size=10)
 KINDS = st.sampled_from(sorted(PREFIXES))
 WORDS = st.from_regex(r"[a-z_]{1,8}(\.[a-z_]{1,8}){0,3}", fullmatch=True)
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.decimals() | st.text(), lambda inner: st.lists(inner, max_size=2)
+    st.none() | st.booleans() | st.integers() | st.floats() | st.decimals() | st.text(),
+    lambda inner: st.lists(inner, max_size=2),
 )
 
 
@@ -93,9 +94,19 @@ def test_nothing_that_claims_to_be_credits_raises(value: object) -> None:
     assert result is None or 0 <= result <= MAX_CREDITS * 1_000_000 < 2**63
 
 
-@given(*[st.tuples(st.none() | st.sampled_from(Status), st.lists(st.text(), max_size=3), st.none() | st.text())] * 2)
+@given(
+    *[
+        st.tuples(
+            st.none() | st.sampled_from(Status),
+            st.lists(st.text(), max_size=3),
+            st.none() | st.text(),
+        )
+    ]
+    * 2
+)
 def test_two_outcomes_are_one_only_if_all_of_them_is_equal(
-    one: tuple[Status | None, list[str], str | None], other: tuple[Status | None, list[str], str | None]
+    one: tuple[Status | None, list[str], str | None],
+    other: tuple[Status | None, list[str], str | None],
 ) -> None:
     """No way of cutting results apart makes two of them look alike."""
     assert (outcome_digest(*one) == outcome_digest(*other)) is (one == other)
@@ -106,15 +117,26 @@ def test_a_pattern_takes_itself_and_what_is_below_it(pattern: str, type: str) ->
     """`*` takes all; a name takes itself; a name with `.*` what has it as its first words."""
     assert type_matches("*", type)
     assert type_matches(pattern, type) is (pattern == type)
-    assert type_matches(f"{pattern}.*", type) is (type.split(".")[: pattern.count(".") + 1] == pattern.split(".") and type != pattern)
+    assert type_matches(f"{pattern}.*", type) is (
+        type.split(".")[: pattern.count(".") + 1] == pattern.split(".") and type != pattern
+    )
     assert type_matches(f"{pattern}.*", f"{pattern}.{type}")
 
 
 @given(st.sampled_from(State), st.integers(0, 100), st.booleans(), TIMES)
-def test_every_tasks_document_is_json_with_the_same_keys(state: State, progress: int, can_cancel: bool, created: int) -> None:
+def test_every_tasks_document_is_json_with_the_same_keys(
+    state: State, progress: int, can_cancel: bool, created: int
+) -> None:
     """All keys always present, whatever the state."""
-    document = task_document(Task("task_1", "x", created, "m", state, "evolink", progress=progress, can_cancel=can_cancel))
+    document = task_document(
+        Task(
+            "task_1", "x", created, "m", state, "evolink", progress=progress, can_cancel=can_cancel
+        )
+    )
     assert json.loads(json.dumps(document)) == document
     assert set(document) == set(task_document(Task("task_2", "y", 0, "m", State.QUEUED, "evolink")))
-    assert (document["task_info"]["can_cancel"], document["created"]) == (can_cancel and state not in TERMINAL, created // 1000)
+    assert (document["task_info"]["can_cancel"], document["created"]) == (
+        can_cancel and state not in TERMINAL,
+        created // 1000,
+    )
     assert document["progress"] == (100 if state is State.COMPLETED else progress)

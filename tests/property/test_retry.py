@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.pipeline.retry import confirm_wait, fault_wait, first_query_wait, next_query_wait, retry_after, wait_before
+from service.pipeline.retry import (
+    confirm_wait,
+    fault_wait,
+    first_query_wait,
+    next_query_wait,
+    retry_after,
+    wait_before,
+)
 
 RANDOM = st.floats(0, 1, exclude_max=True)
 COUNTS = st.integers(1, 10**6)
@@ -18,7 +25,9 @@ SCHEDULES = st.lists(st.floats(0, 86400), max_size=10)
 def test_a_wait_lies_between_its_base_and_the_spread(
     schedule: list[float], attempt: int, repeat_last: bool, random: float, spread: float
 ) -> None:
-    """Never shorter than the schedule says, never longer than by the spread; None exactly when it is exhausted."""
+    """Never shorter than the schedule says, never longer than by the spread; None exactly when it
+    is exhausted.
+    """
     wait = wait_before(schedule, attempt, repeat_last=repeat_last, random=random, spread=spread)
     if attempt > len(schedule) and not (repeat_last and schedule):
         assert wait is None
@@ -29,7 +38,9 @@ def test_a_wait_lies_between_its_base_and_the_spread(
 
 
 @given(
-    st.text(st.characters(codec=None)) | st.from_regex(r"[A-Za-z]{3}, [0-9]+ [A-Za-z]{3} [0-9]+ [0-9:]+ [-+0-9A-Z]+"), st.floats(0, 1e11)
+    st.text(st.characters(codec=None))
+    | st.from_regex(r"[A-Za-z]{3}, [0-9]+ [A-Za-z]{3} [0-9]+ [0-9:]+ [-+0-9A-Z]+"),
+    st.floats(0, 1e11),
 )
 def test_no_header_makes_retry_after_raise(value: str, now: float) -> None:
     """Whatever the other side sends is a wait within the bounds, or nothing."""
@@ -40,7 +51,11 @@ def test_no_header_makes_retry_after_raise(value: str, now: float) -> None:
 @given(st.integers(0, 3600), st.integers(0, 4 * 10**9))
 def test_both_forms_say_the_same(seconds: int, now: int) -> None:
     """A date in n seconds and n seconds are the same wait."""
-    assert retry_after(formatdate(now + seconds, usegmt=True), now) == retry_after(str(seconds), now) == seconds
+    assert (
+        retry_after(formatdate(now + seconds, usegmt=True), now)
+        == retry_after(str(seconds), now)
+        == seconds
+    )
 
 
 @given(st.none() | st.integers(-(10**6), 10**6), st.booleans())
@@ -50,8 +65,12 @@ def test_the_first_query_is_never_early(estimated: int | None, with_callback: bo
 
 
 @given(COUNTS, st.booleans(), RANDOM, RANDOM)
-def test_query_waits_stay_within_their_bounds(queries: int, with_callback: bool, random: float, other: float) -> None:
-    """60 s to 15 min with callbacks, 5 s to 60 s without, jitter included; with the same luck never shorter than the one before."""
+def test_query_waits_stay_within_their_bounds(
+    queries: int, with_callback: bool, random: float, other: float
+) -> None:
+    """60 s to 15 min with callbacks, 5 s to 60 s without, jitter included; with the same luck never
+    shorter than the one before.
+    """
     low, high = (60, 900) if with_callback else (5, 60)
     wait = next_query_wait(queries, with_callback, random)
     assert low <= wait <= high + 1e-9
@@ -61,6 +80,8 @@ def test_query_waits_stay_within_their_bounds(queries: int, with_callback: bool,
 
 @pytest.mark.parametrize(("wait", "low", "high"), [(confirm_wait, 2, 60), (fault_wait, 1, 300)])
 @given(count=COUNTS)
-def test_other_waits_grow_within_their_bounds(wait: Callable[[int], float], low: float, high: float, count: int) -> None:
+def test_other_waits_grow_within_their_bounds(
+    wait: Callable[[int], float], low: float, high: float, count: int
+) -> None:
     """They never shrink and never pass their cap."""
     assert low <= wait(count) <= wait(count + 1) <= high

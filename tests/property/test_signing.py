@@ -7,7 +7,15 @@ import standardwebhooks
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.signing import Keyring, Rejected, Verified, canonical_json, new_secret, sign_webhook, verify_webhook
+from service.signing import (
+    Keyring,
+    Rejected,
+    Verified,
+    canonical_json,
+    new_secret,
+    sign_webhook,
+    verify_webhook,
+)
 
 KEYRING = Keyring([b"k" * 32, b"l" * 32])
 ANY = st.text(st.characters(codec=None))  # NUL and lone surrogates too
@@ -15,7 +23,11 @@ IDS = st.from_regex("[A-Za-z0-9_-]{1,40}", fullmatch=True)
 SECRETS = st.binary(min_size=24, max_size=64).map(new_secret)
 TIMES = st.integers(0, 10**12 - 1)
 JSON_VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | ANY,
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | ANY,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY, inner, max_size=4),
     max_leaves=20,
 )
@@ -43,9 +55,15 @@ def test_encryption_keeps_any_text(text: str) -> None:
 
 
 @given(st.lists(SECRETS, min_size=1, max_size=3), IDS, TIMES, st.binary())
-def test_what_is_signed_verifies_with_each_secret(secrets: list[str], id: str, timestamp: int, body: bytes) -> None:
+def test_what_is_signed_verifies_with_each_secret(
+    secrets: list[str], id: str, timestamp: int, body: bytes
+) -> None:
     """Each secret of a rotation verifies the header that all of them signed, on any bytes."""
-    headers = {"Webhook-Id": id, "Webhook-Timestamp": str(timestamp), "Webhook-Signature": sign_webhook(secrets, id, timestamp, body)}
+    headers = {
+        "Webhook-Id": id,
+        "Webhook-Timestamp": str(timestamp),
+        "Webhook-Signature": sign_webhook(secrets, id, timestamp, body),
+    }
     for secret in secrets:
         assert verify_webhook([secret], headers, body, timestamp) == Verified()
 
@@ -58,11 +76,17 @@ def test_our_signature_is_the_librarys(secret: str, id: str, timestamp: int, tex
 
 
 @given(
-    st.dictionaries(st.sampled_from(["webhook-id", "Webhook-ID", "webhook-timestamp", "webhook-signature"]) | ANY, ANY | TIMES.map(str)),
+    st.dictionaries(
+        st.sampled_from(["webhook-id", "Webhook-ID", "webhook-timestamp", "webhook-signature"])
+        | ANY,
+        ANY | TIMES.map(str),
+    ),
     st.binary(),
     st.floats(),
 )
-def test_no_request_makes_verification_raise(headers: dict[str, str], body: bytes, now: float) -> None:
+def test_no_request_makes_verification_raise(
+    headers: dict[str, str], body: bytes, now: float
+) -> None:
     """Hostile headers and bodies are answered by a value, and never with yes."""
     assert isinstance(verify_webhook([new_secret(b"s" * 24)], headers, body, now), Rejected)
 

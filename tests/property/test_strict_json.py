@@ -1,4 +1,6 @@
-"""Strict JSON: what is taken is taken whole, and nothing that is sent raises anything but ValueError."""
+"""Strict JSON: what is taken is taken whole, and nothing that is sent raises anything but
+ValueError.
+"""
 
 import json
 from contextlib import suppress
@@ -14,7 +16,9 @@ from tests.callbacks import json_test_suite
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
 VALUES = st.recursive(
-    st.none() | st.booleans() | NUMBERS | TEXT, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner), max_leaves=20
+    st.none() | st.booleans() | NUMBERS | TEXT,
+    lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner),
+    max_leaves=20,
 )
 
 
@@ -73,7 +77,9 @@ OURS = {
 
 @pytest.mark.parametrize(("name", "text"), json_test_suite().items())
 def test_the_public_json_test_suite_is_read_as_it_says(name: str, text: bytes) -> None:
-    """What it calls JSON is read, with four exceptions of our own; what it does not is refused; of the rest nothing crashes."""
+    """What it calls JSON is read, with four exceptions of our own; what it does not is refused; of
+    the rest nothing crashes.
+    """
     body = b'{"a": ' + text + b"}"
     if name[0] == "n" or name in OURS:
         with pytest.raises(ValueError, match=OURS.get(name)):

@@ -10,7 +10,14 @@ LINKS = ["https://example.com/1.png"]
 
 
 def check(model: str = TEXT, **fields: object) -> Violation | None:
-    return CATALOGUE.check({"model": model, "prompt": "a cat", **({"image_urls": LINKS} if model == IMAGE else {}), **fields})
+    return CATALOGUE.check(
+        {
+            "model": model,
+            "prompt": "a cat",
+            **({"image_urls": LINKS} if model == IMAGE else {}),
+            **fields,
+        }
+    )
 
 
 def broken(field: str, *words: str, model: str = TEXT, **fields: object) -> None:
@@ -29,7 +36,17 @@ def test_the_catalogue_has_the_two_models_with_prices() -> None:
 def test_its_own_defaults_keep_to_its_limits(model: str) -> None:
     """The default size is one that may be asked for."""
     assert check(model) is None
-    assert check(model, size=CATALOGUE.models[model].size_default, n=1, negative_prompt="", prompt_extend=True, seed=7) is None
+    assert (
+        check(
+            model,
+            size=CATALOGUE.models[model].size_default,
+            n=1,
+            negative_prompt="",
+            prompt_extend=True,
+            seed=7,
+        )
+        is None
+    )
 
 
 @pytest.mark.parametrize("model", ["z-image-turbo", None, 7, ["wan2.5-text-to-image"], {}])
@@ -69,7 +86,9 @@ def test_a_negative_prompt_is_a_text_within_its_limit(prompt: object) -> None:
     broken("negative_prompt", "500", negative_prompt=prompt)
 
 
-@pytest.mark.parametrize("size", ["768x768", "1440x1440", "1280x1280", "2880x720", "720x2880", "1536x384", "384x1536"])
+@pytest.mark.parametrize(
+    "size", ["768x768", "1440x1440", "1280x1280", "2880x720", "720x2880", "1536x384", "384x1536"]
+)
 def test_sizes_within_the_limits_pass(size: str) -> None:
     """Totals and aspects include their ends."""
     assert check(size=size) is None
@@ -88,7 +107,21 @@ def test_the_aspect_has_limits(size: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "size", ["axb", "1280", "1280X1280", "1280*1280", "0x1280", "1280x0", "-1x1", " 1280x1280", "1280x1280\n", "١٢٨٠x1280", "", "1e3x1e3"]
+    "size",
+    [
+        "axb",
+        "1280",
+        "1280X1280",
+        "1280*1280",
+        "0x1280",
+        "1280x0",
+        "-1x1",
+        " 1280x1280",
+        "1280x1280\n",
+        "١٢٨٠x1280",
+        "",
+        "1e3x1e3",
+    ],
 )
 def test_a_size_has_one_form(size: str) -> None:
     """WIDTHxHEIGHT, whole numbers from 1."""
@@ -114,7 +147,9 @@ def test_n_is_a_whole_number_from_1_to_4(n: object) -> None:
     broken("n", "1 to 4", n=n)
 
 
-@pytest.mark.parametrize("urls", [None, [], LINKS * 6, "https://example.com/1.png", [7], [""], [None], {"url": LINKS[0]}])
+@pytest.mark.parametrize(
+    "urls", [None, [], LINKS * 6, "https://example.com/1.png", [7], [""], [None], {"url": LINKS[0]}]
+)
 def test_an_image_is_made_from_one_to_five_others(urls: object) -> None:
     """One page says two, another five: the larger number is checked."""
     assert all(check(IMAGE, image_urls=LINKS * count) is None for count in range(1, 6))

@@ -21,7 +21,10 @@ def test_nothing_is_armed_without_its_variable() -> None:
 def test_the_variables_name_a_checkpoint_and_how_often_it_is_passed() -> None:
     """`name` or `name:count`; a count that is no number is an error."""
     given = {"DARKROOM_TEST_KILL": "settle.answered", "DARKROOM_TEST_PAUSE": "download.saved:2"}
-    assert shots(given) == {"settle.answered": Shot(signal.SIGKILL, 1), "download.saved": Shot(signal.SIGSTOP, 2)}
+    assert shots(given) == {
+        "settle.answered": Shot(signal.SIGKILL, 1),
+        "download.saved": Shot(signal.SIGSTOP, 2),
+    }
     with pytest.raises(ValueError, match="twice"):
         shots({"DARKROOM_TEST_KILL": "settle.answered:twice"})
 
@@ -43,7 +46,16 @@ def test_the_signal_comes_once_when_the_count_is_reached() -> None:
 
 def test_a_process_that_is_armed_dies_there() -> None:
     """`DARKROOM_TEST_KILL` is read when a process starts."""
-    code = "from service.pipeline.checkpoints import checkpoint; checkpoint('settle.claimed'); print('on'); checkpoint('settle.answered')"
+    code = (
+        "from service.pipeline.checkpoints import checkpoint; checkpoint('settle.claimed');"
+        " print('on'); checkpoint('settle.answered')"
+    )
     environment = clean_environment({"DARKROOM_TEST_KILL": "settle.answered"})
-    done = subprocess.run([sys.executable, "-uc", code], env=environment, stdout=subprocess.PIPE, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-uc", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        timeout=60,
+        check=False,
+    )
     assert (done.returncode, done.stdout) == (-signal.SIGKILL, b"on" + os.linesep.encode())

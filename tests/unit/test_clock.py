@@ -24,7 +24,9 @@ class Machine:
 
 @pytest.mark.parametrize("jump", [HOUR, -HOUR])
 def test_a_jump_that_is_undone_was_none(jump: int) -> None:
-    """Between the two the clock goes at most a tenth faster or slower; afterwards it is right again within as long."""
+    """Between the two the clock goes at most a tenth faster or slower; afterwards it is right again
+    within as long.
+    """
     machine = Machine()
     machine.wall += jump
     for _ in range(60):
@@ -48,8 +50,12 @@ def test_a_jump_that_lasts_is_made_up_for() -> None:
     assert machine.clock() == machine.wall // 1_000_000
 
 
-@given(st.lists(st.tuples(st.integers(0, 10 * SECOND), st.integers(-2 * HOUR, 2 * HOUR)), max_size=50))
-def test_it_never_goes_back_and_never_far_ahead_of_the_time_that_passes(moves: list[tuple[int, int]]) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 10 * SECOND), st.integers(-2 * HOUR, 2 * HOUR)), max_size=50)
+)
+def test_it_never_goes_back_and_never_far_ahead_of_the_time_that_passes(
+    moves: list[tuple[int, int]],
+) -> None:
     """Whatever the machine's clock does: within a tenth of the time that really passed."""
     machine, passed, before = Machine(), 0, START
     for ns, jump in moves:

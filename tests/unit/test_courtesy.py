@@ -58,7 +58,9 @@ def shop() -> Place:
         (((True,) * 12 + (False,)), MOST / 2),
     ],
 )
-def test_success_adds_a_place_and_trouble_halves_them(shop: Place, ends: tuple[bool | None, ...], count: float) -> None:
+def test_success_adds_a_place_and_trouble_halves_them(
+    shop: Place, ends: tuple[bool | None, ...], count: float
+) -> None:
     """Never below one, never above the most; a fault of our own says nothing."""
     assert shop.after(*ends) == count
 
@@ -72,7 +74,9 @@ def test_one_subscriber_takes_no_place_of_anothers(shop: Place) -> None:
 
 
 def test_first_attempts_never_wait_for_retries(shop: Place) -> None:
-    """Retries that hang in every place leave the first attempts theirs, and do not stand before them in the line."""
+    """Retries that hang in every place leave the first attempts theirs, and do not stand before
+    them in the line.
+    """
     assert shop.fill(first=False) == FIRST
     waits = [shop.enter(first=False) for _ in range(50)]
     assert all(wait is not None for wait in waits)
@@ -90,7 +94,9 @@ def test_retries_have_what_first_attempts_leave_and_at_least_one_place(shop: Pla
 
 
 def test_who_waits_comes_one_after_the_other(shop: Place) -> None:
-    """By the rate that the subscriber shows, within bounds, so that a long line is not asked again and again."""
+    """By the rate that the subscriber shows, within bounds, so that a long line is not asked again
+    and again.
+    """
     shop.fill()
     waits = [shop.enter() or 0 for _ in range(500_000)]
     assert waits[0] == SHORTEST_S
@@ -126,7 +132,9 @@ def test_whoever_is_back_after_trouble_has_no_line(shop: Place) -> None:
 
 
 def test_a_dead_subscriber_is_looked_at_seldom() -> None:
-    """200 deliveries to one that never answers, attempts of 15 s, for ten minutes: looks are few, and fewer as it is silent longer."""
+    """200 deliveries to one that never answers, attempts of 15 s, for ten minutes: looks are few,
+    and fewer as it is silent longer.
+    """
     shop, looks = Place(), list[float]()
     line: list[tuple[float, int, bool]] = [(1000.0, number, False) for number in range(200)]
     ends: list[tuple[float, int, bool]] = []
@@ -147,7 +155,9 @@ def test_a_dead_subscriber_is_looked_at_seldom() -> None:
     assert len([look for look in looks if look >= 1300]) <= 2 * 200 * 300 / LONGEST_S
 
 
-def test_what_is_known_of_subscribers_is_bounded(shop: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_known_of_subscribers_is_bounded(
+    shop: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those that nothing is sent to are forgotten first; who is busy stays."""
     monkeypatch.setattr(courtesy, "KNOWN", 10)
     assert shop.fill() == FIRST

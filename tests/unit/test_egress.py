@@ -19,16 +19,86 @@ from service.egress.transport import LOOKUPS
 from service.errors import EgressRefused, NotConnected
 from tests.waiting import wait_until
 
-PUBLIC = ("1.1.1.1", "93.184.216.34", "100.63.255.255", "100.128.0.0", "172.32.0.1", "2606:4700::1111", "2a00:1450:4001:81b::200e")
+PUBLIC = (
+    "1.1.1.1",
+    "93.184.216.34",
+    "100.63.255.255",
+    "100.128.0.0",
+    "172.32.0.1",
+    "2606:4700::1111",
+    "2a00:1450:4001:81b::200e",
+)
 PRIVATE = (
-    *("0.0.0.0", "0.1.2.3", "10.0.0.1", "100.64.0.1", "100.127.255.255", "127.0.0.1", "127.255.255.254", "169.254.169.254"),
-    *("172.16.0.1", "172.31.255.255", "192.0.0.1", "192.0.0.9", "192.0.0.170", "192.0.2.1", "192.88.99.1", "192.168.0.1"),
-    *("198.18.0.1", "198.19.255.255", "198.51.100.1", "203.0.113.1", "224.0.0.1", "233.252.0.1", "239.255.255.255"),
+    *(
+        "0.0.0.0",
+        "0.1.2.3",
+        "10.0.0.1",
+        "100.64.0.1",
+        "100.127.255.255",
+        "127.0.0.1",
+        "127.255.255.254",
+        "169.254.169.254",
+    ),
+    *(
+        "172.16.0.1",
+        "172.31.255.255",
+        "192.0.0.1",
+        "192.0.0.9",
+        "192.0.0.170",
+        "192.0.2.1",
+        "192.88.99.1",
+        "192.168.0.1",
+    ),
+    *(
+        "198.18.0.1",
+        "198.19.255.255",
+        "198.51.100.1",
+        "203.0.113.1",
+        "224.0.0.1",
+        "233.252.0.1",
+        "239.255.255.255",
+    ),
     *("240.0.0.1", "255.255.255.255", "168.63.129.16"),
-    *("::", "::1", "fc00::1", "fd12:3456::1", "fe80::1", "fe80::1%eth0", "fec0::1", "ff02::1", "ff0e::1", "100::1", "5f00::1", "4000::1"),
-    *("2001:db8::1", "3fff::1", "2001::1", "2001:2::1", "2001:10::1", "2001:20::1", "2606:4700::1%1"),
-    *("::ffff:127.0.0.1", "::ffff:1.1.1.1", "::127.0.0.1", "::1.1.1.1", "::ffff:0:1.1.1.1", "64:ff9b::7f00:1", "64:ff9b::101:101"),
-    *("64:ff9b:1::1", "64:ff9b:1:fffe::a00:1", "2002:7f00:1::1", "2002:101:101::1", "2001:0:7f00:1::1", "2606:4700::5efe:a00:1"),
+    *(
+        "::",
+        "::1",
+        "fc00::1",
+        "fd12:3456::1",
+        "fe80::1",
+        "fe80::1%eth0",
+        "fec0::1",
+        "ff02::1",
+        "ff0e::1",
+        "100::1",
+        "5f00::1",
+        "4000::1",
+    ),
+    *(
+        "2001:db8::1",
+        "3fff::1",
+        "2001::1",
+        "2001:2::1",
+        "2001:10::1",
+        "2001:20::1",
+        "2606:4700::1%1",
+    ),
+    *(
+        "::ffff:127.0.0.1",
+        "::ffff:1.1.1.1",
+        "::127.0.0.1",
+        "::1.1.1.1",
+        "::ffff:0:1.1.1.1",
+        "64:ff9b::7f00:1",
+        "64:ff9b::101:101",
+    ),
+    *(
+        "64:ff9b:1::1",
+        "64:ff9b:1:fffe::a00:1",
+        "2002:7f00:1::1",
+        "2002:101:101::1",
+        "2001:0:7f00:1::1",
+        "2606:4700::5efe:a00:1",
+    ),
 )
 
 
@@ -41,14 +111,18 @@ def test_a_routable_address_may_be_reached_with_tls_alone(text: str) -> None:
 
 @pytest.mark.parametrize("text", PRIVATE)
 def test_an_address_that_is_not_routable_is_refused_by_name(text: str) -> None:
-    """Every special-purpose address is refused, also one that only carries an IPv4 address inside, and the reason names it."""
+    """Every special-purpose address is refused, also one that only carries an IPv4 address inside,
+    and the reason names it.
+    """
     reason = forbidden(ip_address(text), (), plain=False)
     assert reason is not None
     assert str(ip_address(text)) in reason
 
 
 def test_networks_open_themselves_for_plain_http_and_nothing_beside_them() -> None:
-    """An address in the purpose's networks may be reached with and without TLS; its neighbour stays refused."""
+    """An address in the purpose's networks may be reached with and without TLS; its neighbour stays
+    refused.
+    """
     networks = (ip_network("10.1.0.0/16"), ip_network("fd00::/8"), ip_network("93.184.216.0/24"))
     for text in ("10.1.2.3", "fd00::1", "93.184.216.34"):
         assert forbidden(ip_address(text), networks, plain=True) is None
@@ -58,7 +132,9 @@ def test_networks_open_themselves_for_plain_http_and_nothing_beside_them() -> No
 
 @pytest.mark.parametrize("prefix", ["::ffff:0:0/96", "64:ff9b::/96", "2002::/16", "64:ff9b:1::/48"])
 def test_an_open_gateway_does_not_open_what_lies_behind_it(prefix: str) -> None:
-    """With a translating prefix among the networks the IPv4 address inside is judged all the same."""
+    """With a translating prefix among the networks the IPv4 address inside is judged all the
+    same.
+    """
     network = ip_network(prefix)
     shift = 80 if prefix.startswith("2002") else 0
 
@@ -78,7 +154,9 @@ def test_loopback_of_both_families_can_be_opened() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_address_of_a_private_network_passes(seed: int) -> None:
-    """Wherever in a private range an address lies, it is refused, bare and inside each translating prefix."""
+    """Wherever in a private range an address lies, it is refused, bare and inside each translating
+    prefix.
+    """
     dice = random.Random(seed)
     for text in (
         "0.0.0.0/8",
@@ -94,18 +172,60 @@ def test_no_address_of_a_private_network_passes(seed: int) -> None:
         address = network[dice.randrange(network.num_addresses)]
         assert forbidden(address, (), plain=False) is not None
         for prefix in ("::ffff:0:0", "64:ff9b::", "2606:4700::5efe:0:0"):
-            assert forbidden(IPv6Address(int(IPv6Address(prefix)) | int(address)), (), plain=False) is not None
+            assert (
+                forbidden(IPv6Address(int(IPv6Address(prefix)) | int(address)), (), plain=False)
+                is not None
+            )
 
 
-# --- URLs -------------------------------------------------------------------------------------------------------------
+# --- URLs
+# --------------------------------------------------------------------------------------------------
 
 UNFIT = (
-    *("", "x", "//a.test/", "http:a.test", "http:/a.test", "https:///x", "https://", "https://:443/", "https://?a", "https://#a"),
-    *("ftp://a.test/", "file:///etc/passwd", "gopher://a.test/", "javascript:alert(1)", "data:,x", "unix:///run/x", " https://a.test/"),
-    *("https://u@a.test/", "https://u:p@a.test/", "https://@a.test/", "https://a.test@127.0.0.1/", "https://a%40b.test/"),
-    *("https://a.test:0/", "https://a.test:65536/", "https://a.test:/", "https://a.test:x/", "https://a.test:-1/", "https://a.test:８０/"),
+    *(
+        "",
+        "x",
+        "//a.test/",
+        "http:a.test",
+        "http:/a.test",
+        "https:///x",
+        "https://",
+        "https://:443/",
+        "https://?a",
+        "https://#a",
+    ),
+    *(
+        "ftp://a.test/",
+        "file:///etc/passwd",
+        "gopher://a.test/",
+        "javascript:alert(1)",
+        "data:,x",
+        "unix:///run/x",
+        " https://a.test/",
+    ),
+    *(
+        "https://u@a.test/",
+        "https://u:p@a.test/",
+        "https://@a.test/",
+        "https://a.test@127.0.0.1/",
+        "https://a%40b.test/",
+    ),
+    *(
+        "https://a.test:0/",
+        "https://a.test:65536/",
+        "https://a.test:/",
+        "https://a.test:x/",
+        "https://a.test:-1/",
+        "https://a.test:８０/",
+    ),
     *("https://a.test:443:80/", "https://a.test:100000/", "https://a.test: 80/"),
-    *("https://a.test:22/", "https://a.test:25/", "http://1.1.1.1:0025/", "https://a.test:6667/", "https://[::1]:587/"),
+    *(
+        "https://a.test:22/",
+        "https://a.test:25/",
+        "http://1.1.1.1:0025/",
+        "https://a.test:6667/",
+        "https://[::1]:587/",
+    ),
     *(
         "https://a.test/\n",
         "https://a.test/\r\nHost: b",
@@ -132,8 +252,22 @@ UNFIT = (
         "https://a,b.test/",
     ),
     *(f"https://{'a' * 64}.test/", f"https://{'a.' * 127}test/", "https://a.test/" + "x" * 2034),
-    *("https://2130706433/", "https://0x7f000001/", "https://0x7f.1/", "https://0177.0.0.1/", "https://127.1/", "https://127.0.1/"),
-    *("https://017700000001/", "https://127.0.0.01/", "https://127.0.0.0x1/", "https://0x/", "https://256.1.1.1/", "https://1.1.1.1.1/"),
+    *(
+        "https://2130706433/",
+        "https://0x7f000001/",
+        "https://0x7f.1/",
+        "https://0177.0.0.1/",
+        "https://127.1/",
+        "https://127.0.1/",
+    ),
+    *(
+        "https://017700000001/",
+        "https://127.0.0.01/",
+        "https://127.0.0.0x1/",
+        "https://0x/",
+        "https://256.1.1.1/",
+        "https://1.1.1.1.1/",
+    ),
     *(
         "https://127.0.0.1../",
         "https://1.1.1/",
@@ -143,7 +277,13 @@ UNFIT = (
         "https://１２７.0.0.1/",
         "https://①②⑦.0.0.1/",
     ),
-    *("https://ａ.test/", "https://a\u00ad.test/", "https://\u200ba.test/", "https://[::1%25lo]/", "https://[fe80::1%eth0]/"),
+    *(
+        "https://ａ.test/",
+        "https://a\u00ad.test/",
+        "https://\u200ba.test/",
+        "https://[::1%25lo]/",
+        "https://[fe80::1%eth0]/",
+    ),
     *(
         "https://[::1/",
         "https://::1/",
@@ -159,7 +299,9 @@ UNFIT = (
 
 @pytest.mark.parametrize("url", UNFIT)
 def test_an_ambiguous_url_is_refused(url: str) -> None:
-    """What is no plain http or https URL, or names its host in a way two parsers might read differently, is refused with a reason."""
+    """What is no plain http or https URL, or names its host in a way two parsers might read
+    differently, is refused with a reason.
+    """
     with pytest.raises(ValueError, match=r"^(a|the|only) "):
         parse_url(url)
     refused: list[tuple[str, str, str]] = []
@@ -175,7 +317,12 @@ def test_an_ambiguous_url_is_refused(url: str) -> None:
         ("https://A.Test", "a.test", None, "https://a.test"),
         ("HTTPS://a.test./x", "a.test", None, "https://a.test/x"),
         ("https://a.test:8443/x#part", "a.test", 8443, "https://a.test:8443/x"),
-        ("https://a.test/%7E%2F?s=a%2Fb%20c+%3D", "a.test", None, "https://a.test/%7E%2F?s=a%2Fb%20c+%3D"),
+        (
+            "https://a.test/%7E%2F?s=a%2Fb%20c+%3D",
+            "a.test",
+            None,
+            "https://a.test/%7E%2F?s=a%2Fb%20c+%3D",
+        ),
         ("https://a_b-c.test/ü x", "a_b-c.test", None, "https://a_b-c.test/%C3%BC%20x"),
         ("https://bücher.test/", "xn--bcher-kva.test", None, "https://xn--bcher-kva.test/"),
         ("https://图.test/", "xn--wcs.test", None, "https://xn--wcs.test/"),
@@ -185,7 +332,9 @@ def test_an_ambiguous_url_is_refused(url: str) -> None:
     ],
 )
 def test_a_url_is_brought_to_one_form(url: str, host: str, port: int | None, normal: str) -> None:
-    """A host is ASCII, lower case, without its last dot; path and query stay as they were written."""
+    """A host is ASCII, lower case, without its last dot; path and query stay as they were
+    written.
+    """
     target = parse_url(url)
     assert (target.host, target.port) == (host, port)
     assert target.url.removesuffix("/") == normal.removesuffix("/")
@@ -194,15 +343,24 @@ def test_a_url_is_brought_to_one_form(url: str, host: str, port: int | None, nor
 @given(
     st.sampled_from(["http://", "https://", "HTTPS://"]),
     st.sampled_from(["", "a.b", "1.1.1.1", "[::1]", "[::1]:8"]),
-    st.text("ab.:/@[]?#%\\ 0127xX-_é。１ßı\u0130\u200d\xad;&=+|^`{}<>\"'~*,!$()你\U0001f600", max_size=12),
+    st.text(
+        "ab.:/@[]?#%\\ 0127xX-_é。１ßı\u0130\u200d\xad;&=+|^`{}<>\"'~*,!$()你\U0001f600",
+        max_size=12,
+    ),
 )
 def test_all_parsers_read_an_accepted_url_alike(scheme: str, begin: str, rest: str) -> None:
-    """Judge, httpx, aiohttp's yarl and the standard library see one host, one port and one path in every URL that is let through."""
+    """Judge, httpx, aiohttp's yarl and the standard library see one host, one port and one path in
+    every URL that is let through.
+    """
     try:
         target = parse_url(scheme + begin + rest)
     except ValueError:
         return
-    by_httpx, by_yarl, by_urllib = httpx.URL(target.url), yarl.URL(target.url, encoded=True), urlsplit(target.url)
+    by_httpx, by_yarl, by_urllib = (
+        httpx.URL(target.url),
+        yarl.URL(target.url, encoded=True),
+        urlsplit(target.url),
+    )
     assert {by_httpx.raw_host.decode(), by_yarl.raw_host, by_urllib.hostname} == {target.host}
     assert {by_yarl.port, by_urllib.port or by_yarl.port} == {target.origin[2]}
     assert by_yarl.raw_path_qs.rstrip("?") == by_httpx.raw_path.decode().rstrip("?")
@@ -210,7 +368,9 @@ def test_all_parsers_read_an_accepted_url_alike(scheme: str, begin: str, rest: s
 
 
 def test_a_full_stop_of_another_script_hides_no_address() -> None:
-    """An ideographic full stop separates labels, so the host is the address it spells, and is judged as that."""
+    """An ideographic full stop separates labels, so the host is the address it spells, and is
+    judged as that.
+    """
     assert parse_url("https://127。0。0。1/").address == ip_address("127.0.0.1")
     with pytest.raises(EgressRefused, match="not globally routable"):
         Egress(Rules("endpoints")).check_url("https://127。0。0。1/")
@@ -240,7 +400,9 @@ def test_a_literal_address_is_judged_in_the_url(text: str) -> None:
     ],
 )
 def test_only_listed_hosts_are_allowed(host: str, allowed: bool) -> None:
-    """`.x` is every subdomain of x and not x, `x` is exactly x; a literal address must be listed too."""
+    """`.x` is every subdomain of x and not x, `x` is exactly x; a literal address must be listed
+    too.
+    """
     egress = Egress(Rules("results", hosts=(".x.test", "y.test", "8.8.8.8")))
     if allowed:
         egress.check_url(f"https://{host}/")
@@ -250,7 +412,9 @@ def test_only_listed_hosts_are_allowed(host: str, allowed: bool) -> None:
 
 
 def test_plain_http_needs_networks_or_an_upgrade() -> None:
-    """Without either an http URL is refused by its text; with networks a literal outside them is; an upgrade judges it as https."""
+    """Without either an http URL is refused by its text; with networks a literal outside them is;
+    an upgrade judges it as https.
+    """
     inside = (ip_network("10.0.0.0/8"),)
     with pytest.raises(EgressRefused, match="plain http"):
         Egress(Rules("endpoints")).check_url("http://a.test/")
@@ -268,7 +432,8 @@ def test_an_upgrade_leaves_the_old_port_behind() -> None:
     assert parse_url("http://a.test:8080/x").upgraded.url == "https://a.test:8080/x"
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
+# --- names
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -288,7 +453,9 @@ async def test_every_address_of_a_name_is_judged(addresses: Sequence[str], refus
     async def resolve(_: str) -> Sequence[str]:
         return addresses
 
-    egress = Egress(Rules("endpoints"), resolve=resolve, on_refused=lambda *what: heard.append(what))
+    egress = Egress(
+        Rules("endpoints"), resolve=resolve, on_refused=lambda *what: heard.append(what)
+    )
     if refused:
         with pytest.raises(EgressRefused):
             await egress.check("https://a.test/")
@@ -298,8 +465,15 @@ async def test_every_address_of_a_name_is_judged(addresses: Sequence[str], refus
 
 
 async def test_a_name_may_use_plain_http_only_with_all_addresses_inside() -> None:
-    """For http each address must be in the networks; with `upgrade` a name outside them is judged as https."""
-    known = {"in.test": ["10.0.0.1"], "both.test": ["10.0.0.1", "1.1.1.1"], "out.test": ["1.1.1.1"], "bad.test": ["192.168.0.1"]}
+    """For http each address must be in the networks; with `upgrade` a name outside them is judged
+    as https.
+    """
+    known = {
+        "in.test": ["10.0.0.1"],
+        "both.test": ["10.0.0.1", "1.1.1.1"],
+        "out.test": ["1.1.1.1"],
+        "bad.test": ["192.168.0.1"],
+    }
 
     async def resolve(host: str) -> Sequence[str]:
         return known[host]
@@ -318,7 +492,9 @@ async def test_a_name_may_use_plain_http_only_with_all_addresses_inside() -> Non
 
 
 async def test_an_http_link_is_judged_as_https_where_no_network_is_open() -> None:
-    """With `upgrade` alone http is never used, so a public name or address behind an http link passes."""
+    """With `upgrade` alone http is never used, so a public name or address behind an http link
+    passes.
+    """
 
     async def resolve(_: str) -> Sequence[str]:
         return ["1.1.1.1"]
@@ -328,8 +504,12 @@ async def test_an_http_link_is_judged_as_https_where_no_network_is_open() -> Non
     await egress.check("http://1.1.1.1/")
 
 
-async def test_name_servers_that_never_answer_hold_up_their_own_purpose_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many names of subscribers hang in the system's resolver, the upstream's is looked up."""
+async def test_name_servers_that_never_answer_hold_up_their_own_purpose_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many names of subscribers hang in the system's resolver, the upstream's is looked
+    up.
+    """
     answered, asked = threading.Event(), list[str]()
 
     def look_up(host: str, *_: object, **__: object) -> list[object]:
@@ -339,7 +519,10 @@ async def test_name_servers_that_never_answer_hold_up_their_own_purpose_alone(mo
         return [(2, 1, 6, "", ("1.1.1.1", 0))]
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    hanging = [asyncio.create_task(Egress(Rules("endpoints")).check("https://dead.test/")) for _ in range(LOOKUPS + 1)]
+    hanging = [
+        asyncio.create_task(Egress(Rules("endpoints")).check("https://dead.test/"))
+        for _ in range(LOOKUPS + 1)
+    ]
     try:
         await wait_until(lambda: len(asked) == LOOKUPS)
         await Egress(Rules("upstream")).check("https://alive.test/")
@@ -351,7 +534,9 @@ async def test_name_servers_that_never_answer_hold_up_their_own_purpose_alone(mo
 
 @pytest.mark.parametrize(("count", "refused"), [(64, False), (65, True), (5000, True)])
 async def test_a_name_with_very_many_addresses_is_refused(count: int, refused: bool) -> None:
-    """All addresses are judged, so their number is limited; of those that pass only the first few are ever tried."""
+    """All addresses are judged, so their number is limited; of those that pass only the first few
+    are ever tried.
+    """
 
     async def resolve(_: str) -> Sequence[str]:
         return [str(IPv4Address("8.0.0.0") + number) for number in range(count)]
@@ -375,7 +560,9 @@ async def test_the_last_of_many_addresses_is_judged() -> None:
 
 
 def test_how_long_a_url_may_be_is_the_purposes_affair() -> None:
-    """2048 characters for an endpoint or a callback_url, more for a result, whose link may carry a session's token."""
+    """2048 characters for an endpoint or a callback_url, more for a result, whose link may carry a
+    session's token.
+    """
     url = "https://a.test/" + "x" * 4000
     Egress(Rules("results", max_url=4095)).check_url(url)
     with pytest.raises(EgressRefused, match="2048"):
@@ -397,6 +584,8 @@ async def test_a_name_without_addresses_is_not_connected(answer: list[str] | OSE
 
 async def test_the_system_knows_this_machine() -> None:
     """Without a resolver of one's own the operating system's is asked, and its answer judged."""
-    await Egress(Rules("sandbox", networks=(ip_network("127.0.0.0/8"), ip_network("::1/128")))).check("http://localhost/")
+    await Egress(
+        Rules("sandbox", networks=(ip_network("127.0.0.0/8"), ip_network("::1/128")))
+    ).check("http://localhost/")
     with pytest.raises(EgressRefused):
         await Egress(Rules("endpoints")).check("https://localhost/")

@@ -7,7 +7,16 @@ import pytest
 
 from service.errors import CallTimedOut, ConnectionLost, EgressError, EgressRefused, NotConnected
 from service.model import Report, Status
-from service.upstreams import Accepted, Found, NoAnswer, NotCreated, NotFound, Refused, SubmitOutcome, Uncertain
+from service.upstreams import (
+    Accepted,
+    Found,
+    NoAnswer,
+    NotCreated,
+    NotFound,
+    Refused,
+    SubmitOutcome,
+    Uncertain,
+)
 from service.upstreams.evolink import classify_query, classify_submit, parse_task, unanswered_submit
 
 NOW = 784_111_777.0  # Sun, 06 Nov 1994 08:49:37 GMT
@@ -23,7 +32,11 @@ SUBMITTED = {
     "task_info": {"can_cancel": True, "estimated_time": 45},
     "usage": {"billing_rule": "per_call", "credits_reserved": 1, "user_group": "default"},
 }
-PAGE = b"<!DOCTYPE html><html><head><title>502 Bad Gateway</title></head><body>" + b"<p>x</p>" * 500 + b"</body></html>"
+PAGE = (
+    b"<!DOCTYPE html><html><head><title>502 Bad Gateway</title></head><body>"
+    + b"<p>x</p>" * 500
+    + b"</body></html>"
+)
 
 
 def body(document: object) -> bytes:
@@ -45,7 +58,8 @@ def error(code: object, **fields: object) -> dict[str, Any]:
     return {"error": {"code": code, "message": "m", "type": "t", **fields}}
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_documented_answer_is_read_whole() -> None:
@@ -95,7 +109,9 @@ def test_failed_by_request_cancelled_is_cancelled() -> None:
     """The upstream has two forms of a cancellation; the other codes fail."""
     assert task(status="failed", error={"code": "request_cancelled"}).status is Status.CANCELLED
     assert task(status="failed", error={"code": "service_error"}).status is Status.FAILED
-    assert task(status="processing", error={"code": "request_cancelled"}).status is Status.PROCESSING
+    assert (
+        task(status="processing", error={"code": "request_cancelled"}).status is Status.PROCESSING
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +137,14 @@ def test_what_is_no_list_has_no_results(results: object) -> None:
 
 def test_a_result_that_is_no_link_keeps_its_place() -> None:
     """It is told as lost later, instead of vanishing."""
-    assert task(results=["https://a/1", 7, None, {"url": 7}, {}, []]).results == ("https://a/1", "", "", "", "", "")
+    assert task(results=["https://a/1", 7, None, {"url": 7}, {}, []]).results == (
+        "https://a/1",
+        "",
+        "",
+        "",
+        "",
+        "",
+    )
 
 
 def test_texts_and_lists_are_cut() -> None:
@@ -135,17 +158,31 @@ def test_texts_and_lists_are_cut() -> None:
     )
     assert (len(report.results), {len(link) for link in report.results}) == (64, {4096})
     assert report.error is not None
-    assert {name: len(text) for name, text in report.error.items()} == {"code": 200, "message": 2000, "type": 200}
-    assert [len(text or "") for text in (report.model, report.billing_rule, report.user_group)] == [200, 64, 64], "as long as their columns"
+    assert {name: len(text) for name, text in report.error.items()} == {
+        "code": 200,
+        "message": 2000,
+        "type": 200,
+    }
+    assert [len(text or "") for text in (report.model, report.billing_rule, report.user_group)] == [
+        200,
+        64,
+        64,
+    ], "as long as their columns"
 
 
 @pytest.mark.parametrize(
     ("given", "read"),
     [
-        ({"code": "x", "message": "m", "type": "task_error"}, {"code": "x", "message": "m", "type": "task_error"}),
+        (
+            {"code": "x", "message": "m", "type": "task_error"},
+            {"code": "x", "message": "m", "type": "task_error"},
+        ),
         ({"code": "x"}, {"code": "x", "message": "x", "type": "task_error"}),
         ({"code": 500, "message": "m"}, {"code": "500", "message": "m", "type": "task_error"}),
-        ({"code": True, "message": ["m"]}, {"code": "unknown_error", "message": "unknown_error", "type": "task_error"}),
+        (
+            {"code": True, "message": ["m"]},
+            {"code": "unknown_error", "message": "unknown_error", "type": "task_error"},
+        ),
         ("boom", {"code": "unknown_error", "message": "boom", "type": "task_error"}),
         ({}, None),
         (None, None),
@@ -160,11 +197,24 @@ def test_a_tasks_error_is_all_text(given: object, read: object) -> None:
 
 @pytest.mark.parametrize(
     ("given", "read"),
-    [(0, 0), (45, 45), (45.9, 45), (-5, 0), (250, 100), (1e400, 100), (-1e400, 0), ("50", None), (True, None), (None, None)],
+    [
+        (0, 0),
+        (45, 45),
+        (45.9, 45),
+        (-5, 0),
+        (250, 100),
+        (1e400, 100),
+        (-1e400, 0),
+        ("50", None),
+        (True, None),
+        (None, None),
+    ],
 )
 def test_progress_lies_between_0_and_100(given: object, read: int | None) -> None:
     """It is shown to clients as it is."""
-    report = parse_task(json.dumps({"status": "pending", "progress": given}).replace("Infinity", "1e400").encode())
+    report = parse_task(
+        json.dumps({"status": "pending", "progress": given}).replace("Infinity", "1e400").encode()
+    )
     assert report is not None
     assert report.progress == read
 
@@ -172,7 +222,11 @@ def test_progress_lies_between_0_and_100(given: object, read: int | None) -> Non
 @pytest.mark.parametrize("value", [-1, 10**30, True, "1", None, [], 1e400])
 def test_numbers_out_of_reason_are_not_known(value: object) -> None:
     """Times and estimates that no clock could use are absent."""
-    fields = {"status": "pending", "created": value, "task_info": {"estimated_time": value, "can_cancel": "yes"}}
+    fields = {
+        "status": "pending",
+        "created": value,
+        "task_info": {"estimated_time": value, "can_cancel": "yes"},
+    }
     report = parse_task(json.dumps(fields).replace("Infinity", "1e400").encode())
     assert report == Report(status=Status.PENDING)
 
@@ -184,7 +238,10 @@ def test_an_estimate_is_believed_up_to_six_hours() -> None:
     assert task(created=1757165031.5).created == 1757165031
 
 
-@pytest.mark.parametrize(("given", "read"), [(8.7, 8_700_000), (0.05, 50_000), ("1.5", 1_500_000), (-1, None), (True, None), ([], None)])
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [(8.7, 8_700_000), (0.05, 50_000), ("1.5", 1_500_000), (-1, None), (True, None), ([], None)],
+)
 def test_credits_are_millionths(given: object, read: int | None) -> None:
     """Decimals without loss, junk is unknown."""
     report = task(usage={"credits_reserved": given, "credits_used": given})
@@ -194,7 +251,9 @@ def test_credits_are_millionths(given: object, read: int | None) -> None:
 @pytest.mark.parametrize("section", [None, [], "x", 7])
 def test_a_section_that_is_no_object_is_empty(section: object) -> None:
     """Nothing but the status is demanded."""
-    assert task(usage=section, task_info=section) == Report(upstream_id=ID, status=Status.PROCESSING)
+    assert task(usage=section, task_info=section) == Report(
+        upstream_id=ID, status=Status.PROCESSING
+    )
 
 
 @pytest.mark.parametrize("id", ["", 7, [], "a b", "a\n", "é", ".", "..", "x" * 201])
@@ -204,27 +263,67 @@ def test_an_id_that_cannot_be_asked_for_is_unreadable(id: object) -> None:
 
 
 UNREADABLE = [
-    *(b"", b" ", b"null", b"[]", b'"x"', b"7", b"{", b"{}", b'{"status": null}', b'{"status": 7}', b'{"id": "x"}', b"\xff\xfe{", PAGE),
-    *(b'{"status": "failed", "status": "completed"}', b'{"status": "completed", "error": {"code": 1, "code": 2}}'),
-    *(b'{"status": "completed", "x": NaN}', b'{"status": "completed", "x": -Infinity}', b'{"status": "failed", "x": ' + b"9" * 5000 + b"}"),
-    *(b'{"status": "completed", "x": "\\u0000"}', b'{"status": "completed", "x": [["\\ud800"]]}', b'{"status": "completed", "\\u0000": 1}'),
-    *(b'{"status": "completed", "x": "\0"}', b'{"status": "completed", "x": "\xed\xa0\x80"}', '{"status": "completed"}'.encode("utf-16")),
-    *(b'{"x": ' * 100_000, b"[" * 100_000, b'{"status": "completed", "x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
+    *(
+        b"",
+        b" ",
+        b"null",
+        b"[]",
+        b'"x"',
+        b"7",
+        b"{",
+        b"{}",
+        b'{"status": null}',
+        b'{"status": 7}',
+        b'{"id": "x"}',
+        b"\xff\xfe{",
+        PAGE,
+    ),
+    *(
+        b'{"status": "failed", "status": "completed"}',
+        b'{"status": "completed", "error": {"code": 1, "code": 2}}',
+    ),
+    *(
+        b'{"status": "completed", "x": NaN}',
+        b'{"status": "completed", "x": -Infinity}',
+        b'{"status": "failed", "x": ' + b"9" * 5000 + b"}",
+    ),
+    *(
+        b'{"status": "completed", "x": "\\u0000"}',
+        b'{"status": "completed", "x": [["\\ud800"]]}',
+        b'{"status": "completed", "\\u0000": 1}',
+    ),
+    *(
+        b'{"status": "completed", "x": "\0"}',
+        b'{"status": "completed", "x": "\xed\xa0\x80"}',
+        '{"status": "completed"}'.encode("utf-16"),
+    ),
+    *(
+        b'{"x": ' * 100_000,
+        b"[" * 100_000,
+        b'{"status": "completed", "x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    ),
 ]
 
 
 @pytest.mark.parametrize("data", UNREADABLE, ids=range(len(UNREADABLE)))
 def test_what_is_ambiguous_or_cannot_be_kept_is_unreadable(data: bytes) -> None:
-    """Not an object, no status, a key twice, NaN, NUL, lone surrogates, endless nesting: unreadable, never raised."""
+    """Not an object, no status, a key twice, NaN, NUL, lone surrogates, endless nesting:
+    unreadable, never raised.
+    """
     assert parse_task(data) is None
 
 
 def test_text_beyond_ascii_is_kept() -> None:
     """A surrogate pair is a character, not two lone surrogates."""
-    assert task(error={"code": "x", "message": "雪\U0001f4a5"}).error == {"code": "x", "message": "雪\U0001f4a5", "type": "task_error"}
+    assert task(error={"code": "x", "message": "雪\U0001f4a5"}).error == {
+        "code": "x",
+        "message": "雪\U0001f4a5",
+        "type": "task_error",
+    }
 
 
-# --- what a submission's answer proves ---------------------------------------------------------------------------------
+# --- what a submission's answer proves
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [200, 201, 202])
@@ -240,19 +339,36 @@ def test_an_id_without_a_status_is_accepted_too() -> None:
     assert submit(200, {"id": ID}) == Accepted(Report(upstream_id=ID))
 
 
-@pytest.mark.parametrize(("retry_after", "wait"), [(None, None), ("7", 7.0), ("Sun, 06 Nov 1994 08:50:37 GMT", 60.0), ("junk", None)])
+@pytest.mark.parametrize(
+    ("retry_after", "wait"),
+    [(None, None), ("7", 7.0), ("Sun, 06 Nov 1994 08:50:37 GMT", 60.0), ("junk", None)],
+)
 def test_429_created_nothing(retry_after: str | None, wait: float | None) -> None:
     """Whoever sends it, it is sent instead of creating; `Retry-After` is kept."""
-    assert submit(429, error("rate_limit_exceeded"), retry_after) == NotCreated("429 rate_limit_exceeded", wait, throttled=True)
-    assert submit(429, None, retry_after) == NotCreated("429 without an error of its own", wait, throttled=True)
+    assert submit(429, error("rate_limit_exceeded"), retry_after) == NotCreated(
+        "429 rate_limit_exceeded", wait, throttled=True
+    )
+    assert submit(429, None, retry_after) == NotCreated(
+        "429 without an error of its own", wait, throttled=True
+    )
 
 
 def test_503_created_nothing_only_in_the_upstreams_own_words() -> None:
     """Its own JSON error says so; a gateway's page may hide an answer that was another."""
-    assert submit(503, error("service_unavailable"), "30") == NotCreated("503 service_unavailable", 30.0)
+    assert submit(503, error("service_unavailable"), "30") == NotCreated(
+        "503 service_unavailable", 30.0
+    )
     assert submit(503, error(503)) == NotCreated("503 503")
     assert submit(503, {"error": {"message": "busy"}}) == NotCreated("503 busy")
-    pages: list[object] = [None, {}, {"error": "busy"}, {"error": {}}, {"error": {"x": 1}}, {"message": "Service Unavailable"}, []]
+    pages: list[object] = [
+        None,
+        {},
+        {"error": "busy"},
+        {"error": {}},
+        {"error": {"x": 1}},
+        {"message": "Service Unavailable"},
+        [],
+    ]
     for document in pages:
         assert submit(503, document) == Uncertain("503 without an error of its own")
 
@@ -261,7 +377,16 @@ def test_503_created_nothing_only_in_the_upstreams_own_words() -> None:
     ("status", "code"),
     [
         *((401, code) for code in ("unauthorized", "key_disabled", "permission_denied", 401)),
-        *((403, code) for code in ("key_disabled", "key_expired", "key_quota_exhausted", "user_disabled", "ip_restricted")),
+        *(
+            (403, code)
+            for code in (
+                "key_disabled",
+                "key_expired",
+                "key_quota_exhausted",
+                "user_disabled",
+                "ip_restricted",
+            )
+        ),
     ],
 )
 def test_a_refusal_of_our_key_or_account_created_nothing(status: int, code: object) -> None:
@@ -277,7 +402,16 @@ def test_401_needs_no_words() -> None:
 @pytest.mark.parametrize(
     ("status", "code"),
     [
-        *((400, code) for code in ("invalid_request", "invalid_parameters", "content_filter", "sensitive_content", "moderation_blocked")),
+        *(
+            (400, code)
+            for code in (
+                "invalid_request",
+                "invalid_parameters",
+                "content_filter",
+                "sensitive_content",
+                "moderation_blocked",
+            )
+        ),
         *((402, code) for code in ("insufficient_quota", "quota_exceeded")),
         *((403, code) for code in ("model_access_denied", "permission_denied", "never_heard")),
         *((404, "model_not_found"), (413, "request_too_large"), (422, "invalid_parameter")),
@@ -301,7 +435,9 @@ def test_other_4xx_refuse_the_request(status: int, code: str) -> None:
         (422, "invalid_request", "invalid_request_error"),
     ],
 )
-def test_an_integer_code_falls_back_to_the_class_of_its_status(status: int, code: str, type: str) -> None:
+def test_an_integer_code_falls_back_to_the_class_of_its_status(
+    status: int, code: str, type: str
+) -> None:
     """Older pages answer the status as code; clients see one form."""
     assert submit(status, {"error": {"code": status, "message": "m"}}) == Refused(
         status, {"code": code, "message": "m", "type": type, "param": None}
@@ -311,9 +447,14 @@ def test_an_integer_code_falls_back_to_the_class_of_its_status(status: int, code
 def test_a_refusal_without_words_has_ours() -> None:
     """No page of a gateway is shown to a client; another integer than the status is kept."""
     message = "the upstream refused the request with status 404"
-    assert submit(404) == Refused(404, {"code": "not_found", "message": message, "type": "not_found_error", "param": None})
+    assert submit(404) == Refused(
+        404, {"code": "not_found", "message": message, "type": "not_found_error", "param": None}
+    )
     kept = submit(400, {"error": {"code": 40013, "message": "m" * 9999, "type": 7, "param": ["n"]}})
-    assert kept == Refused(400, {"code": "40013", "message": "m" * 2000, "type": "invalid_request_error", "param": None})
+    assert kept == Refused(
+        400,
+        {"code": "40013", "message": "m" * 2000, "type": "invalid_request_error", "param": None},
+    )
 
 
 @pytest.mark.parametrize("status", [400, 402, 403, 409, 429, 500, 502, 503])
@@ -323,14 +464,20 @@ def test_two_codes_prove_nothing_whatever_their_status(status: int, code: str) -
     assert submit(status, error(code)) == Uncertain(f"{status} {code}")
 
 
-@pytest.mark.parametrize("status", [100, 199, 300, 301, 302, 307, 308, 399, 408, 500, 501, 502, 504, 520, 524, 599, 600])
-@pytest.mark.parametrize("document", [None, error("upstream_error"), error("service_error"), SUBMITTED])
+@pytest.mark.parametrize(
+    "status", [100, 199, 300, 301, 302, 307, 308, 399, 408, 500, 501, 502, 504, 520, 524, 599, 600]
+)
+@pytest.mark.parametrize(
+    "document", [None, error("upstream_error"), error("service_error"), SUBMITTED]
+)
 def test_everything_else_is_uncertain(status: int, document: object) -> None:
     """3xx, 408, other 5xx: in the upstream's words, as a gateway's page, even with an id."""
     assert isinstance(submit(status, document), Uncertain)
 
 
-@pytest.mark.parametrize("document", [None, {}, [], {"id": None, "status": "pending"}, {"id": ""}, {"id": 7}, error("x")])
+@pytest.mark.parametrize(
+    "document", [None, {}, [], {"id": None, "status": "pending"}, {"id": ""}, {"id": 7}, error("x")]
+)
 def test_2xx_without_an_id_is_uncertain(document: object) -> None:
     """A page with 200 neither proves nor refutes a task."""
     assert submit(200, document) == Uncertain("200 without an id")
@@ -351,27 +498,40 @@ def test_a_403_page_is_uncertain() -> None:
         (EgressError("x"), Uncertain("connection lost")),
     ],
 )
-def test_without_an_answer_only_an_unsent_request_created_nothing(fault: EgressError, outcome: SubmitOutcome) -> None:
+def test_without_an_answer_only_an_unsent_request_created_nothing(
+    fault: EgressError, outcome: SubmitOutcome
+) -> None:
     """DNS, refused, TLS, the guard: nothing left. All else may have arrived."""
     assert unanswered_submit(fault) == outcome
 
 
-# --- what a query's answer says ----------------------------------------------------------------------------------------
+# --- what a query's answer says
+# ----------------------------------------------------------------------------------------
 
 
 def test_a_readable_answer_is_found() -> None:
     """With the id asked for, or without one."""
     assert classify_query(200, {}, body(SUBMITTED), NOW, ID) == Found(task(**SUBMITTED))
-    assert classify_query(200, {}, b'{"status": "failed"}', NOW, ID) == Found(Report(status=Status.FAILED))
+    assert classify_query(200, {}, b'{"status": "failed"}', NOW, ID) == Found(
+        Report(status=Status.FAILED)
+    )
 
 
 def test_resource_not_found_is_a_failed_task() -> None:
     """The upstream found the task and says that its result is gone."""
-    answer = {"id": ID, "status": "failed", "error": {"code": "resource_not_found", "message": "gone"}}
+    answer = {
+        "id": ID,
+        "status": "failed",
+        "error": {"code": "resource_not_found", "message": "gone"},
+    }
     outcome = classify_query(200, {}, body(answer), NOW, ID)
     assert isinstance(outcome, Found)
     assert outcome.report.status is Status.FAILED
-    assert outcome.report.error == {"code": "resource_not_found", "message": "gone", "type": "task_error"}
+    assert outcome.report.error == {
+        "code": "resource_not_found",
+        "message": "gone",
+        "type": "task_error",
+    }
 
 
 @pytest.mark.parametrize("page", [PAGE, body(error("task_not_found"))])
@@ -382,14 +542,18 @@ def test_404_is_not_found(page: bytes) -> None:
 
 def test_an_answer_about_another_task_says_nothing() -> None:
     """Someone else's pictures are worse than none."""
-    assert classify_query(200, {}, body({"id": "task-unified-other", "status": "completed"}), NOW, ID) == NoAnswer("200 for another task")
+    assert classify_query(
+        200, {}, body({"id": "task-unified-other", "status": "completed"}), NOW, ID
+    ) == NoAnswer("200 for another task")
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 403, 408, 429, 500, 502, 503, 524])
 def test_other_statuses_are_no_answer(status: int) -> None:
     """Whatever the body; `Retry-After` is kept."""
     throttled = status == 429
-    assert classify_query(status, {"retry-after": "9"}, body(SUBMITTED), NOW, ID) == NoAnswer(f"{status}", 9.0, throttled)
+    assert classify_query(status, {"retry-after": "9"}, body(SUBMITTED), NOW, ID) == NoAnswer(
+        f"{status}", 9.0, throttled
+    )
     assert classify_query(status, {}, PAGE, NOW, ID) == NoAnswer(f"{status}", throttled=throttled)
 
 

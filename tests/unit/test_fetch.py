@@ -40,13 +40,22 @@ def test_a_version_is_what_can_be_proved(headers: dict[str, str], known: Version
         (Version(), 400, None),
     ],
 )
-def test_the_rest_is_asked_for_if_it_can_be_known(version: Version, held: int, headers: dict[str, str] | None) -> None:
-    """By the tag, else the date; two pictures may have one length, so without them, or with nothing in hand, the whole is asked for."""
+def test_the_rest_is_asked_for_if_it_can_be_known(
+    version: Version, held: int, headers: dict[str, str] | None
+) -> None:
+    """By the tag, else the date; two pictures may have one length, so without them, or with nothing
+    in hand, the whole is asked for.
+    """
     assert version.rest(held) == headers
 
 
 @pytest.mark.parametrize(
-    ("changed", "version"), [({}, WHOLE), ({"content-range": "Bytes 400-400/*"}, WHOLE), ({"last-modified": NOW, "date": NOW}, WHOLE)]
+    ("changed", "version"),
+    [
+        ({}, WHOLE),
+        ({"content-range": "Bytes 400-400/*"}, WHOLE),
+        ({"last-modified": NOW, "date": NOW}, WHOLE),
+    ],
 )
 def test_a_part_that_fits_goes_on(changed: dict[str, Any], version: Version) -> None:
     """What it does not say, but for the tag, is not held against it."""

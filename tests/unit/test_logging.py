@@ -45,7 +45,12 @@ def test_a_line_is_one_json_object_with_what_every_line_has() -> None:
     structlog.get_logger().info("task.queued", model="m\nn", text="é" * 5000, odd=object)
     (line,) = lines_of(stream)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", line["timestamp"])
-    assert (line["level"], line["event"], line["service"], line["version"]) == ("info", "task.queued", "darkroom", VERSION)
+    assert (line["level"], line["event"], line["service"], line["version"]) == (
+        "info",
+        "task.queued",
+        "darkroom",
+        VERSION,
+    )
     assert (line["model"], line["text"]) == ("m\nn", "é" * 5000)
     assert "object" in line["odd"]
 
@@ -61,18 +66,24 @@ def test_what_is_bound_stands_in_every_line() -> None:
     assert "request_id" not in free
 
 
-@pytest.mark.parametrize(("level", "seen"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])
+@pytest.mark.parametrize(
+    ("level", "seen"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)]
+)
 def test_a_level_leaves_out_what_is_below_it(level: str, seen: int) -> None:
     """Four levels, in their order."""
     stream = configured(level)
     log = structlog.get_logger()
     for write in (log.debug, log.info, log.warning, log.error):
         write("task.queued")
-    assert [line["level"] for line in lines_of(stream)] == ["debug", "info", "warning", "error"][-seen:]
+    assert [line["level"] for line in lines_of(stream)] == ["debug", "info", "warning", "error"][
+        -seen:
+    ]
 
 
 def test_a_librarys_warning_is_a_line_like_any_other() -> None:
-    """Its sentence is a field, its event a name of ours; what it says below a warning is left out, at debug too."""
+    """Its sentence is a field, its event a name of ours; what it says below a warning is left out,
+    at debug too.
+    """
     stream = configured("debug")
     library = logging.getLogger("some.library")
     library.debug("detail")
@@ -114,8 +125,14 @@ def test_an_exception_is_in_its_line() -> None:
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ("POST /callbacks/evolink/task_a/abcdefgh234567 HTTP/1.1", "POST /callbacks/evolink/task_a/*** HTTP/1.1"),
-        ("GET https://f.test/a.png?Expires=1&Signature=s failed", "GET https://f.test/a.png?*** failed"),
+        (
+            "POST /callbacks/evolink/task_a/abcdefgh234567 HTTP/1.1",
+            "POST /callbacks/evolink/task_a/*** HTTP/1.1",
+        ),
+        (
+            "GET https://f.test/a.png?Expires=1&Signature=s failed",
+            "GET https://f.test/a.png?*** failed",
+        ),
         ("url='http://127.0.0.1:9/x?token=t'", "url='http://127.0.0.1:9/x?***'"),
         ("Authorization: Bearer dk_abc", "Authorization: Bearer ***"),
         ("key dk_abcdef and whsec_AAAA/+= (sk-123)", "key dk_*** and whsec_*** (sk-***)"),

@@ -48,26 +48,37 @@ TABLE = {
 
 
 def task(state: State = State.SUBMITTED, **different: object) -> Task:
-    usual: dict[str, object] = {"id": "task_1", "owner": "painter", "created_at": 1757165031999, "model": "wan2.5-text-to-image"}
-    return Task(state=state, upstream="evolink", **(usual | different))  # type: ignore[arg-type]  # each test names a few
+    usual: dict[str, object] = {
+        "id": "task_1",
+        "owner": "painter",
+        "created_at": 1757165031999,
+        "model": "wan2.5-text-to-image",
+    }
+    # # each test names a few
+    return Task(state=state, upstream="evolink", **(usual | different))  # type: ignore[arg-type]
 
 
 def test_every_move_is_the_contracts() -> None:
     """The table of states in the contract, all 81 pairs of it."""
-    assert {before.value: {after.value for after in State if may_become(before, after)} for before in State} == {
-        before: set(after.split()) for before, after in TABLE.items()
-    }
+    assert {
+        before.value: {after.value for after in State if may_become(before, after)}
+        for before in State
+    } == {before: set(after.split()) for before, after in TABLE.items()}
 
 
 def test_a_terminal_state_becomes_nothing() -> None:
     """Exactly those without a move are terminal, and a task says so of itself."""
-    assert {state for state in State if not any(may_become(state, after) for after in State)} == TERMINAL
+    assert {
+        state for state in State if not any(may_become(state, after) for after in State)
+    } == TERMINAL
     assert [task(state).terminal for state in State] == [state in TERMINAL for state in State]
 
 
 @pytest.mark.parametrize("state", State)
 def test_the_upstreams_clients_see_its_own_statuses(state: State) -> None:
-    """The right column of the contract's table; only `submitted` shows what the upstream said last."""
+    """The right column of the contract's table; only `submitted` shows what the upstream said
+    last.
+    """
     shown = {status_of(state, told) for told in (None, *Status)}
     assert (
         shown
@@ -152,12 +163,19 @@ def test_a_sequence_is_twenty_digits() -> None:
     ],
 )
 def test_credits_are_millionths(value: object, expected: int | None) -> None:
-    """Decimal, in every form the upstream writes; what is no sensible number is unknown, never an error."""
+    """Decimal, in every form the upstream writes; what is no sensible number is unknown, never an
+    error.
+    """
     assert millionths(value) == expected
 
 
-@pytest.mark.parametrize(("value", "shown"), [(None, None), (0, 0), (1_000_000, 1), (8_700_000, 8.7), (50_000, 0.05), (1, 0.000001)])
-def test_credits_are_shown_as_the_upstream_writes_them(value: int | None, shown: float | None) -> None:
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, None), (0, 0), (1_000_000, 1), (8_700_000, 8.7), (50_000, 0.05), (1, 0.000001)],
+)
+def test_credits_are_shown_as_the_upstream_writes_them(
+    value: int | None, shown: float | None
+) -> None:
     """Whole ones as integers, others as decimals."""
     assert credits_number(value) == shown
     assert type(credits_number(value)) is type(shown)
@@ -193,7 +211,12 @@ def test_a_new_tasks_document_has_every_key() -> None:
         "status": "pending",
         "progress": 0,
         "task_info": {"can_cancel": True, "estimated_time": None},
-        "usage": {"billing_rule": None, "credits_reserved": None, "credits_used": None, "user_group": None},
+        "usage": {
+            "billing_rule": None,
+            "credits_reserved": None,
+            "credits_used": None,
+            "user_group": None,
+        },
         "results": [],
         "error": None,
         "state": "queued",
@@ -223,8 +246,16 @@ def test_a_completed_tasks_document_has_its_images_and_no_prompt() -> None:
             images=(IMAGE,),
         )
     )
-    assert (document["progress"], document["task_info"]) == (100, {"can_cancel": False, "estimated_time": 45})
-    assert document["usage"] == {"billing_rule": "per_call", "credits_reserved": 2, "credits_used": 1.5, "user_group": "default"}
+    assert (document["progress"], document["task_info"]) == (
+        100,
+        {"can_cancel": False, "estimated_time": 45},
+    )
+    assert document["usage"] == {
+        "billing_rule": "per_call",
+        "credits_reserved": 2,
+        "credits_used": 1.5,
+        "user_group": "default",
+    }
     image = {
         "id": "img_1",
         "index": 0,
@@ -240,24 +271,49 @@ def test_a_completed_tasks_document_has_its_images_and_no_prompt() -> None:
 
 
 def test_links_are_added_for_a_reader() -> None:
-    """Every image gets one; `results` are those links, in order, of a completed task alone; the kept document stays as it is."""
+    """Every image gets one; `results` are those links, in order, of a completed task alone; the
+    kept document stays as it is.
+    """
     second = Image("img_2", 1, "task_1/1-cd.png", "image/png", 1, "cd", 1, 1)
-    for state, results in [(State.COMPLETED, [f"{BASE}/images/img_1", f"{BASE}/images/img_2"]), (State.FAILED, [])]:
+    for state, results in [
+        (State.COMPLETED, [f"{BASE}/images/img_1", f"{BASE}/images/img_2"]),
+        (State.FAILED, []),
+    ]:
         kept = task_document(task(state, images=(IMAGE, second)))
         shown = with_links(kept, Links(BASE))
         assert shown["results"] == results
-        assert [image["url"] for image in shown["images"]] == [f"{BASE}/images/img_1", f"{BASE}/images/img_2"]
+        assert [image["url"] for image in shown["images"]] == [
+            f"{BASE}/images/img_1",
+            f"{BASE}/images/img_2",
+        ]
         assert [image["url"] for image in kept["images"]] == [None, None]
         assert {**shown, "results": [], "images": []} == {**kept, "images": []}
 
 
 def test_links_to_images_may_lead_elsewhere() -> None:
-    """To what serves the blobs under their names, which a kept document tells; whatever else there is stays the service's."""
+    """To what serves the blobs under their names, which a kept document tells; whatever else there
+    is stays the service's.
+    """
     links = Links(BASE, "https://cdn.test/i")
     for number, (media_type, extension) in enumerate(EXTENSIONS.items()):
-        image = Image("img_1", number, blob_name("task_1", number, "ab", media_type), media_type, 1, "ab", 1, 1)
-        (link,) = with_links(task_document(task(State.COMPLETED, images=(image,))), links)["results"]
-        assert link == f"https://cdn.test/i/{image.blob}" == f"https://cdn.test/i/task_1/{number}-ab.{extension}"
+        image = Image(
+            "img_1",
+            number,
+            blob_name("task_1", number, "ab", media_type),
+            media_type,
+            1,
+            "ab",
+            1,
+            1,
+        )
+        (link,) = with_links(task_document(task(State.COMPLETED, images=(image,))), links)[
+            "results"
+        ]
+        assert (
+            link
+            == f"https://cdn.test/i/{image.blob}"
+            == f"https://cdn.test/i/task_1/{number}-ab.{extension}"
+        )
     assert BLOB.fullmatch(blob_name(make_id("task", 0, bytes(10)), 0, "0f" * 32, "image/png"))
 
 
@@ -265,7 +321,13 @@ def test_a_tasks_event_is_a_structured_cloudevent() -> None:
     """With the task and its links as data."""
     kept = task_document(task(State.COMPLETED, images=(IMAGE,)))
     event = event_document(
-        event_id="evt_1", sequence=42, type="image.task.completed", subject="task_1", time=1757165031999, data=kept, links=Links(BASE)
+        event_id="evt_1",
+        sequence=42,
+        type="image.task.completed",
+        subject="task_1",
+        time=1757165031999,
+        data=kept,
+        links=Links(BASE),
     )
     assert event == {
         "specversion": "1.0",
@@ -281,9 +343,19 @@ def test_a_tasks_event_is_a_structured_cloudevent() -> None:
 
 
 def test_an_operators_event_keeps_its_data() -> None:
-    """It is no task: nothing is added to it, and without one its subject is what it names: the libraries refuse null."""
+    """It is no task: nothing is added to it, and without one its subject is what it names: the
+    libraries refuse null.
+    """
     data = {"endpoint_id": "ep_1"}
-    event = event_document(event_id="evt_1", sequence=1, type="endpoint.disabled", subject=None, time=0, data=data, links=Links(BASE))
+    event = event_document(
+        event_id="evt_1",
+        sequence=1,
+        type="endpoint.disabled",
+        subject=None,
+        time=0,
+        data=data,
+        links=Links(BASE),
+    )
     assert (event["data"], event["subject"]) == (data, "ep_1")
 
 

@@ -1,4 +1,6 @@
-"""Turns at the upstream: never too many calls, the most urgent first, fewer of a kind after a 429."""
+"""Turns at the upstream: never too many calls, the most urgent first, fewer of a kind after a
+429.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -22,13 +24,17 @@ TOO_MANY, SUCCESS = NoAnswer("429", throttled=True), NotFound()
 
 @dataclass(slots=True)
 class Callers:
-    """Calls that take a place and keep it until they are told to end; `entered` are their kinds in the order of their turns."""
+    """Calls that take a place and keep it until they are told to end; `entered` are their kinds in
+    the order of their turns.
+    """
 
     pace: Pace
     entered: list[Kind] = field(default_factory=list)
     most: int = 0  # calls that ran at once
     calls: list["asyncio.Task[None]"] = field(default_factory=list)
-    heard: dict[int, Callable[[Any], None]] = field(default_factory=dict)  # of those that hold a place
+    heard: dict[int, Callable[[Any], None]] = field(
+        default_factory=dict
+    )  # of those that hold a place
     ends: dict[int, asyncio.Event] = field(default_factory=dict)
 
     def enter(self, *kinds: Kind, times: int = 1) -> None:
@@ -79,18 +85,32 @@ async def calling(pace: Pace) -> AsyncIterator[Callers]:
         for call in callers.calls:
             call.cancel()
         await asyncio.gather(*callers.calls, return_exceptions=True)
-        assert (pace.used(), [pace.waiting(kind) for kind in KINDS]) == (0, [0] * 4), "no place is lost, nobody is forgotten"
+        assert (pace.used(), [pace.waiting(kind) for kind in KINDS]) == (0, [0] * 4), (
+            "no place is lost, nobody is forgotten"
+        )
 
 
-# --- how many ----------------------------------------------------------------------------------------------------------
+# --- how many
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("concurrency", "submit", "passthrough", "both", "reconcile", "patient"),
-    [(1, 1, 1, 1, 1, 1), (2, 1, 1, 1, 2, 2), (3, 2, 1, 2, 3, 3), (4, 3, 1, 3, 4, 4), (8, 6, 2, 6, 7, 7), (16, 12, 4, 12, 14, 14)],
+    [
+        (1, 1, 1, 1, 1, 1),
+        (2, 1, 1, 1, 2, 2),
+        (3, 2, 1, 2, 3, 3),
+        (4, 3, 1, 3, 4, 4),
+        (8, 6, 2, 6, 7, 7),
+        (16, 12, 4, 12, 14, 14),
+    ],
 )
-async def test_each_kind_has_its_share(concurrency: int, submit: int, passthrough: int, both: int, reconcile: int, patient: int) -> None:
-    """Clients' calls hold three quarters at most, an eighth is for confirmations alone, and those may have everything."""
+async def test_each_kind_has_its_share(
+    concurrency: int, submit: int, passthrough: int, both: int, reconcile: int, patient: int
+) -> None:
+    """Clients' calls hold three quarters at most, an eighth is for confirmations alone, and those
+    may have everything.
+    """
     table: list[tuple[tuple[Kind, ...], int]] = [
         (("submit",), submit),
         (("passthrough",), passthrough),
@@ -119,8 +139,12 @@ async def test_each_kind_has_its_share(concurrency: int, submit: int, passthroug
         max_size=60,
     ),
 )
-async def test_whatever_happens_there_are_never_more_calls_than_places(concurrency: int, script: list[tuple[str, Any]]) -> None:
-    """Arrivals, ends, cancellations and 429s in any order and in one turn of the loop: the limit holds, and no place is lost."""
+async def test_whatever_happens_there_are_never_more_calls_than_places(
+    concurrency: int, script: list[tuple[str, Any]]
+) -> None:
+    """Arrivals, ends, cancellations and 429s in any order and in one turn of the loop: the limit
+    holds, and no place is lost.
+    """
     pace = Pace(concurrency)
     async with calling(pace) as callers:
         for act, which in script:
@@ -140,23 +164,46 @@ async def test_whatever_happens_there_are_never_more_calls_than_places(concurren
             assert max(pace.used(), callers.most) <= concurrency
             for kind in KINDS:
                 assert 1 <= pace.limit(kind) <= concurrency
-                assert pace.used(kind) <= max(pace.limit(kind), before[kind]), "nobody is let in beyond a limit"
+                assert pace.used(kind) <= max(pace.limit(kind), before[kind]), (
+                    "nobody is let in beyond a limit"
+                )
         await callers.turns()
         if pace.used() < concurrency and pace.used("confirm") < pace.limit("confirm"):
             assert pace.waiting("confirm") == 0, "nobody waits for a place that is free"
 
 
-# --- whose turn --------------------------------------------------------------------------------------------------------
+# --- whose turn
+# --------------------------------------------------------------------------------------------------
 
 
 async def test_confirmations_go_first_and_reconciling_last() -> None:
-    """Whoever came first: confirm, then submissions and what is passed through as they came, then reconcile."""
+    """Whoever came first: confirm, then submissions and what is passed through as they came, then
+    reconcile.
+    """
     async with calling(Pace(1)) as callers:
-        callers.enter("submit", "reconcile", "reconcile", "passthrough", "submit", "confirm", "passthrough", "confirm")
+        callers.enter(
+            "submit",
+            "reconcile",
+            "reconcile",
+            "passthrough",
+            "submit",
+            "confirm",
+            "passthrough",
+            "confirm",
+        )
         for _ in callers.calls:
             await callers.turns()
             callers.say(SUCCESS)
-    assert callers.entered == ["submit", "confirm", "confirm", "passthrough", "submit", "passthrough", "reconcile", "reconcile"]
+    assert callers.entered == [
+        "submit",
+        "confirm",
+        "confirm",
+        "passthrough",
+        "submit",
+        "passthrough",
+        "reconcile",
+        "reconcile",
+    ]
 
 
 async def test_a_kind_that_may_not_run_more_holds_up_nobody() -> None:
@@ -196,7 +243,9 @@ async def test_what_fails_in_its_place_gives_the_place_back() -> None:
 
 @pytest.mark.parametrize("first", ["given", "cancelled"])
 async def test_a_cancellation_that_meets_the_turn_loses_no_place(first: str) -> None:
-    """The place is freed and the waiter cancelled in one turn of the loop, in either order: the next one has it."""
+    """The place is freed and the waiter cancelled in one turn of the loop, in either order: the
+    next one has it.
+    """
     async with calling(Pace(1)) as callers:
         async with callers.pace.place("confirm"):
             callers.enter("confirm", "submit")
@@ -209,11 +258,14 @@ async def test_a_cancellation_that_meets_the_turn_loses_no_place(first: str) -> 
         assert (callers.entered, callers.pace.used()) == (["submit"], 1)
 
 
-# --- how fast ----------------------------------------------------------------------------------------------------------
+# --- how fast
+# --------------------------------------------------------------------------------------------------
 
 
 async def test_429s_of_calls_that_ran_together_halve_once() -> None:
-    """Sixteen at once say the same thing once: half as many run then, and a quarter after the next 429; one always may."""
+    """Sixteen at once say the same thing once: half as many run then, and a quarter after the next
+    429; one always may.
+    """
     async with calling(Pace(16)) as callers:
         rounds = [await callers.round("confirm", TOO_MANY) for _ in range(7)]
     assert rounds == [16, 8, 4, 2, 1, 1, 1]
@@ -295,14 +347,29 @@ def answered(status: int) -> Response:
         (answered(429), True),
         *(
             (answer, False)
-            for answer in (Accepted(Report("x")), Refused(400, {}), Found(Report()), NotFound(), answered(200), answered(404))
+            for answer in (
+                Accepted(Report("x")),
+                Refused(400, {}),
+                Found(Report()),
+                NotFound(),
+                answered(200),
+                answered(404),
+            )
         ),
         *(
             (answer, None)
-            for answer in (NotCreated("503"), NotCreated("401", account=True), NoAnswer("502"), Uncertain("504"), answered(503))
+            for answer in (
+                NotCreated("503"),
+                NotCreated("401", account=True),
+                NoAnswer("502"),
+                Uncertain("504"),
+                answered(503),
+            )
         ),
     ],
 )
 def test_what_an_answer_says_of_the_pace(answer: Any, verdict: bool | None) -> None:
-    """429 is too much; what was understood and answered is not; silence and an upstream's own trouble say nothing of it."""
+    """429 is too much; what was understood and answered is not; silence and an upstream's own
+    trouble say nothing of it.
+    """
     assert throttled(answer) is verdict

@@ -8,7 +8,19 @@ import pytest
 from PIL import Image
 
 from service.pipeline.picture import FRAMES, KINDS, NoPicture, Picture, inspect
-from tests.pictures import SIZE, chunk, drawn, frame, gif, header, png, samples, scans, segment, with_segments
+from tests.pictures import (
+    SIZE,
+    chunk,
+    drawn,
+    frame,
+    gif,
+    header,
+    png,
+    samples,
+    scans,
+    segment,
+    with_segments,
+)
 
 LIMIT = SIZE[0] * SIZE[1] * 3
 SAMPLES = samples()
@@ -30,10 +42,14 @@ def test_a_whole_picture_is_known_by_its_content(name: str) -> None:
 def test_a_picture_cut_at_any_byte_is_none(name: str) -> None:
     """Not even when its pixels are all there: the rest may come with another try."""
     whole = SAMPLES[name]
-    assert [length for length in range(len(whole)) if not passing(inspect(whole[:length], LIMIT))] == []
+    assert [
+        length for length in range(len(whole)) if not passing(inspect(whole[:length], LIMIT))
+    ] == []
 
 
-@pytest.mark.parametrize("tail", [b"<html><script>alert(1)</script>", b"PK\x03\x04", b"\0" * 5000, b"\xff\xd9", b";"])
+@pytest.mark.parametrize(
+    "tail", [b"<html><script>alert(1)</script>", b"PK\x03\x04", b"\0" * 5000, b"\xff\xd9", b";"]
+)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_what_stands_behind_a_picture_means_nothing(name: str, tail: bytes) -> None:
     """It is what its beginning says, and is kept as it came."""
@@ -55,14 +71,18 @@ def test_what_stands_behind_a_picture_means_nothing(name: str, tail: bytes) -> N
     ],
 )
 def test_other_bytes_are_no_picture(data: bytes) -> None:
-    """HTML with 200, SVG, documents, and formats that not every reader shows: tried again, as the same link may bring the picture."""
+    """HTML with 200, SVG, documents, and formats that not every reader shows: tried again, as the
+    same link may bring the picture.
+    """
     assert inspect(data, LIMIT) == NoPicture("the bytes are no picture")
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        SAMPLES["png"][:16] + b"\xff" + SAMPLES["png"][17:],  # a size that its checksum does not fit
+        SAMPLES["png"][:16]
+        + b"\xff"
+        + SAMPLES["png"][17:],  # a size that its checksum does not fit
         png(pixels=b""),
         png(b"\0\0\0\1\0\0\0\0"),
         header(1, 1) + chunk(b"IEND", b""),
@@ -84,11 +104,14 @@ def test_what_only_begins_like_a_picture_is_none(data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "frames"), [(format, frames) for format in KINDS for frames in (1, 4) if (format, frames) != ("JPEG", 4)]
+    ("format", "frames"),
+    [(format, frames) for format in KINDS for frames in (1, 4) if (format, frames) != ("JPEG", 4)],
 )
 def test_too_many_pixels_are_final(format: str, frames: int) -> None:
     """All frames together: the frame that goes over is not decoded any more."""
-    verdict = inspect(drawn(format, size=SIZE if frames > 1 else (SIZE[0], SIZE[1] * 3 + 1), frames=frames), LIMIT)
+    verdict = inspect(
+        drawn(format, size=SIZE if frames > 1 else (SIZE[0], SIZE[1] * 3 + 1), frames=frames), LIMIT
+    )
     assert isinstance(verdict, NoPicture)
     assert verdict.final
     assert f"over {LIMIT} pixels" in verdict.reason
@@ -104,13 +127,17 @@ def test_a_header_over_the_limit_is_final(size: tuple[int, int]) -> None:
 def test_frames_are_limited(frames: int, whole: bool) -> None:
     """Each costs time, however small it is."""
     verdict = inspect(gif(*[b"!\xf9\x04\0\0\0\0\0" + frame()] * frames), LIMIT)
-    assert verdict == (Picture("image/gif", 1, 1) if whole else NoPicture(f"over {FRAMES} frames", final=True))
+    assert verdict == (
+        Picture("image/gif", 1, 1) if whole else NoPicture(f"over {FRAMES} frames", final=True)
+    )
 
 
 def test_an_index_is_limited() -> None:
     """The decoder of an AVIF goes through it again and again."""
     index = (1 << 20).to_bytes(4, "big") + b"meta" + bytes(1 << 20)
-    assert inspect(SAMPLES["avif"][:32] + index, LIMIT) == NoPicture("over 262144 bytes of index", final=True)
+    assert inspect(SAMPLES["avif"][:32] + index, LIMIT) == NoPicture(
+        "over 262144 bytes of index", final=True
+    )
 
 
 def test_scans_are_limited() -> None:
@@ -133,7 +160,11 @@ def interlaced() -> bytes:
 
 def deep() -> bytes:
     """A PNG pixel of three times 16 bits."""
-    return header(1, 1, 16, 2) + chunk(b"IDAT", zlib.compress(b"\0" + b"\1\2" * 3)) + chunk(b"IEND", b"")
+    return (
+        header(1, 1, 16, 2)
+        + chunk(b"IDAT", zlib.compress(b"\0" + b"\1\2" * 3))
+        + chunk(b"IEND", b"")
+    )
 
 
 ODD = {
@@ -146,29 +177,41 @@ ODD = {
     "jpeg with a broken exif": with_segments(segment(0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff")),
     "jpeg with a broken profile": with_segments(segment(0xE2, b"ICC_PROFILE\0\2\1x")),
     "jpeg with junk in its header": SAMPLES["jpeg"][:20] + b"junk" + SAMPLES["jpeg"][20:],
-    "jpeg with a comment between its scans": SAMPLES["jpeg progressive"].replace(b"\xff\xda", segment(0xFE, b"\xff\xda") + b"\xff\xda"),
+    "jpeg with a comment between its scans": SAMPLES["jpeg progressive"].replace(
+        b"\xff\xda", segment(0xFE, b"\xff\xda") + b"\xff\xda"
+    ),
     "png with a broken profile": png(chunk(b"iCCP", b"x\0\0no profile")),
     "png with broken text": png(chunk(b"zTXt", b"key\0\0no text")),
     "gif with a comment": gif(b"!\xfe\x02hi\0", frame()),
-    "webp with metadata": encoded("RGB", "WEBP", exif=b"Exif\0\0II*\0", xmp=b"<x/>", icc_profile=b"none"),
+    "webp with metadata": encoded(
+        "RGB", "WEBP", exif=b"Exif\0\0II*\0", xmp=b"<x/>", icc_profile=b"none"
+    ),
     "avif with exif": encoded("RGB", "AVIF", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"),
-    "avif that lasts to the end of the file": re.sub(rb"....mdat", b"\0\0\0\0mdat", SAMPLES["avif"], flags=re.DOTALL),
+    "avif that lasts to the end of the file": re.sub(
+        rb"....mdat", b"\0\0\0\0mdat", SAMPLES["avif"], flags=re.DOTALL
+    ),
     "a jpeg with others behind it": drawn("MPO", frames=3),
 }
 
 
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_picture_is_one(name: str) -> None:
-    """Depths, colours, orders, and metadata that nobody can read: what counts is that the pixels decode."""
+    """Depths, colours, orders, and metadata that nobody can read: what counts is that the pixels
+    decode.
+    """
     assert isinstance(inspect(ODD[name], LIMIT), Picture)
 
 
 def test_a_jpeg_with_others_behind_it_is_whole_when_they_are() -> None:
-    """Gain maps and previews ride behind some JPEGs (MPO): a JPEG all the same. Cut right behind a picture it is one with fewer."""
+    """Gain maps and previews ride behind some JPEGs (MPO): a JPEG all the same. Cut right behind a
+    picture it is one with fewer.
+    """
     whole = ODD["a jpeg with others behind it"]
     assert inspect(whole, LIMIT) == Picture("image/jpeg", *SIZE)
     ends = [length for length in range(len(whole)) if not passing(inspect(whole[:length], LIMIT))]
-    assert {whole[:length].removesuffix(b"\xff\xd8").removesuffix(b"\xff")[-2:] for length in ends} == {b"\xff\xd9"}
+    assert {
+        whole[:length].removesuffix(b"\xff\xd8").removesuffix(b"\xff")[-2:] for length in ends
+    } == {b"\xff\xd9"}
     assert len(ends) <= 6
 
 

@@ -1,4 +1,6 @@
-"""Pictures made to do harm: judged in a process of their own, whose memory and time are looked at."""
+"""Pictures made to do harm: judged in a process of their own, whose memory and time are looked
+at.
+"""
 
 import json
 import os
@@ -21,9 +23,19 @@ SAFE = {"image/png", "image/jpeg", "image/webp", "image/gif", "image/avif"}
 
 
 def judged(what: str) -> dict[str, Any]:
-    """What `tests.judge` tells; every picture kept its limits of time and memory, and has a type that is safe to serve."""
+    """What `tests.judge` tells; every picture kept its limits of time and memory, and has a type
+    that is safe to serve.
+    """
     command = [sys.executable, "-m", "tests.judge", what, str(MAX_PIXELS)]
-    done = subprocess.run(command, cwd=ROOT, env=clean_environment({}), capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     told: dict[str, Any] = json.loads(done.stdout)
     assert {name: peak for name, peak in told["peaks"].items() if peak > PIXEL * MAX_PIXELS} == {}
@@ -41,7 +53,11 @@ def test_a_bomb_costs_what_its_pixels_would() -> None:
     """What swells is not read, what is too much is refused, and neither takes memory or time."""
     told, names = judged("bombs"), bombs().keys()
     assert told["judged"] == len(names)
-    harmless = {"png whose pixels swell", "png with text that swells", "png with foreign text that swells"}
+    harmless = {
+        "png whose pixels swell",
+        "png with text that swells",
+        "png with foreign text that swells",
+    }
     harmless |= {"png with profiles that swell", "jpeg with exif that swells", "jpeg of comments"}
     assert names - told["said"].keys() == harmless
 

@@ -53,8 +53,12 @@ async def test_waiting_work_can_be_cancelled() -> None:
         await work
 
 
-async def test_a_callback_that_gets_no_turn_in_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its sender hears so while it still listens; whoever has had a turn makes room for the next."""
+async def test_a_callback_that_gets_no_turn_in_time_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its sender hears so while it still listens; whoever has had a turn makes room for the
+    next.
+    """
     monkeypatch.setattr(precedence, "TURN_S", 0.05)
     monkeypatch.setattr(precedence, "AT_ONCE", 1)
     order, refused = Precedence(), list[str]()
@@ -69,7 +73,9 @@ async def test_a_callback_that_gets_no_turn_in_time_is_refused(monkeypatch: pyte
         assert refused == ["second"]
 
 
-async def test_more_callbacks_than_may_wait_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_more_callbacks_than_may_wait_are_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Nobody's memory is filled by a line that is never served in time."""
     monkeypatch.setattr(precedence, "MOST", 1)
     order, refused = Precedence(), list[None]()

@@ -4,20 +4,33 @@ from email.utils import formatdate
 
 import pytest
 
-from service.pipeline.retry import confirm_wait, fault_wait, first_query_wait, next_query_wait, retry_after, wait_before
+from service.pipeline.retry import (
+    confirm_wait,
+    fault_wait,
+    first_query_wait,
+    next_query_wait,
+    retry_after,
+    wait_before,
+)
 
 NOW = 784_111_777.0  # Sun, 06 Nov 1994 08:49:37 GMT
 
 
 def test_each_attempt_has_its_wait_of_the_schedule() -> None:
     """The first retry waits the first entry; after the last one the schedule is exhausted."""
-    waits = [wait_before([5, 300, 1800], attempt, repeat_last=False, random=0.0, spread=0.2) for attempt in range(1, 6)]
+    waits = [
+        wait_before([5, 300, 1800], attempt, repeat_last=False, random=0.0, spread=0.2)
+        for attempt in range(1, 6)
+    ]
     assert waits == [5, 300, 1800, None, None]
 
 
 def test_the_last_wait_repeats_if_asked() -> None:
     """Submissions are tried by the last wait until they are given up."""
-    assert [wait_before([1, 2], attempt, repeat_last=True, random=0.0, spread=0.0) for attempt in (2, 3, 1000)] == [2, 2, 2]
+    assert [
+        wait_before([1, 2], attempt, repeat_last=True, random=0.0, spread=0.0)
+        for attempt in (2, 3, 1000)
+    ] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("repeat_last", [True, False])
@@ -54,7 +67,9 @@ def test_retries_count_from_one(attempt: int) -> None:
     ],
 )
 def test_retry_after_is_seconds_or_a_date(value: str, wait: float) -> None:
-    """RFC 9110: digits, or a date in any of the three forms; the past is now, and an hour is the most."""
+    """RFC 9110: digits, or a date in any of the three forms; the past is now, and an hour is the
+    most.
+    """
     assert retry_after(value, NOW) == wait
 
 
@@ -62,7 +77,11 @@ def test_retry_after_is_seconds_or_a_date(value: str, wait: float) -> None:
     "value",
     [
         *(None, "", " ", "-5", "1.5", "soon", "1e3", "٣", "²", "\0", "\ud800", "x" * 100_000),
-        *("Sun, 99 Nov 1994 08:50:37 GMT", "Sun, 06 Nov 99999999999999999999 08:50:37 GMT", "Sun, 06 Nov 1994 08:50:37 +999999999"),
+        *(
+            "Sun, 99 Nov 1994 08:50:37 GMT",
+            "Sun, 06 Nov 99999999999999999999 08:50:37 GMT",
+            "Sun, 06 Nov 1994 08:50:37 +999999999",
+        ),
     ],
 )
 def test_junk_asks_for_nothing(value: str | None) -> None:
@@ -100,17 +119,45 @@ def test_the_first_query_waits_for_the_callback_or_comes_at_half_time(
 
 def test_queries_become_rare() -> None:
     """60 s doubling towards 15 min with callbacks, 5 s growing towards 60 s without."""
-    assert [next_query_wait(queries, True, 0.0) for queries in (1, 2, 3, 4, 5, 99)] == [60, 120, 240, 480, 750, 750]
-    assert [next_query_wait(queries, False, 0.0) for queries in (1, 2, 3, 99)] == [5, 7.5, 11.25, 50]
+    assert [next_query_wait(queries, True, 0.0) for queries in (1, 2, 3, 4, 5, 99)] == [
+        60,
+        120,
+        240,
+        480,
+        750,
+        750,
+    ]
+    assert [next_query_wait(queries, False, 0.0) for queries in (1, 2, 3, 99)] == [
+        5,
+        7.5,
+        11.25,
+        50,
+    ]
     assert next_query_wait(99, True, 1.0) == pytest.approx(900)
     assert next_query_wait(99, False, 1.0) == pytest.approx(60)
 
 
 def test_a_confirmation_is_asked_for_soon() -> None:
     """2, 4, 8 … capped at 60 s."""
-    assert [confirm_wait(queries) for queries in (0, 1, 2, 3, 5, 6, 10_000)] == [2, 2, 4, 8, 32, 60, 60]
+    assert [confirm_wait(queries) for queries in (0, 1, 2, 3, 5, 6, 10_000)] == [
+        2,
+        2,
+        4,
+        8,
+        32,
+        60,
+        60,
+    ]
 
 
 def test_faults_back_off_to_five_minutes() -> None:
     """1, 2, 4 … capped at 300 s."""
-    assert [fault_wait(faults) for faults in (0, 1, 2, 3, 9, 10, 10_000)] == [1, 1, 2, 4, 256, 300, 300]
+    assert [fault_wait(faults) for faults in (0, 1, 2, 3, 9, 10, 10_000)] == [
+        1,
+        1,
+        2,
+        4,
+        256,
+        300,
+        300,
+    ]

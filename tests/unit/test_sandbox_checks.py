@@ -9,7 +9,11 @@ from service.upstreams.sandbox.checks import KEY, Order, read_body, read_key, re
 from service.upstreams.sandbox.faults import contradicting, read_faults
 
 TEXT = {"model": "wan2.5-text-to-image", "prompt": "a cat"}
-EDIT = {"model": "wan2.5-image-to-image", "prompt": "a cat", "image_urls": ["https://files.example.com/a.png"]}
+EDIT = {
+    "model": "wan2.5-image-to-image",
+    "prompt": "a cat",
+    "image_urls": ["https://files.example.com/a.png"],
+}
 
 
 def test_a_bare_order_gets_the_documented_defaults() -> None:
@@ -63,7 +67,9 @@ def test_what_lies_on_the_limits_is_taken(body: dict[str, Any]) -> None:
         (EDIT | {"image_urls": [7]}, 400, "image_urls"),
     ],
 )
-def test_what_the_upstream_would_refuse_is_refused(body: dict[str, Any], status: int, param: str) -> None:
+def test_what_the_upstream_would_refuse_is_refused(
+    body: dict[str, Any], status: int, param: str
+) -> None:
     """Every refusal carries its documented status and names the field."""
     with pytest.raises(ApiError) as refusal:
         read_order(body)
@@ -130,7 +136,9 @@ def test_a_fault_that_does_not_exist_is_named(asked: object, named: str) -> None
 
 def test_a_request_overrides_the_default_faults() -> None:
     """Its values win, null takes a default away, and the table's order holds."""
-    faults = read_faults({"fail": None, "delay": 2}, {"repeat_callback": 3, "fail": "service_error", "delay": 1})
+    faults = read_faults(
+        {"fail": None, "delay": 2}, {"repeat_callback": 3, "fail": "service_error", "delay": 1}
+    )
     assert list(faults.items()) == [("delay", 2.0), ("repeat_callback", 3)]
 
 
@@ -139,13 +147,21 @@ def test_a_contradiction_is_terminal_and_of_the_other_kind() -> None:
     assert contradicting({"id": "t", "status": "completed", "results": ["x"]})["status"] == "failed"
     completed = contradicting({"id": "t", "status": "failed", "error": {}})
     assert (completed["id"], completed["status"], "error" in completed) == ("t", "completed", False)
-    assert "result_data" not in contradicting({"id": "t", "status": "completed", "result_data": [{"image_url": "x"}]})
+    assert "result_data" not in contradicting(
+        {"id": "t", "status": "completed", "result_data": [{"image_url": "x"}]}
+    )
 
 
 def test_a_page_is_shown_only_so_many_times() -> None:
     """`times` lets a second try succeed; html is a page of several kilobytes, 524 included."""
-    page = read_faults({"submit_status": {"status": 524, "html": True, "times": 1, "retry_after": 3}}, {})["submit_status"]
+    page = read_faults(
+        {"submit_status": {"status": 524, "html": True, "times": 1, "retry_after": 3}}, {}
+    )["submit_status"]
     first = page.shown(0)
-    assert (first.status, first.headers["content-type"], first.headers["retry-after"]) == (524, "text/html; charset=utf-8", "3")
+    assert (first.status, first.headers["content-type"], first.headers["retry-after"]) == (
+        524,
+        "text/html; charset=utf-8",
+        "3",
+    )
     assert len(first.body) > 2048
     assert page.shown(1) is None

@@ -32,7 +32,12 @@ def test_a_picture_depends_on_its_name_alone_and_the_prompt() -> None:
 @pytest.mark.parametrize("prompt", ["a cat", "一只戴着红围巾的橘猫，麒麟与鹦鹉。"])
 def test_the_prompt_is_visible(prompt: str) -> None:
     """There is dark ink on the light panel, Latin or Chinese."""
-    dark = opened(draw("task/0", prompt, 768, 768, "png")).convert("L").crop((80, 80, 688, 688)).histogram()
+    dark = (
+        opened(draw("task/0", prompt, 768, 768, "png"))
+        .convert("L")
+        .crop((80, 80, 688, 688))
+        .histogram()
+    )
     assert sum(dark[:40]) > 500
 
 
@@ -43,10 +48,16 @@ def test_every_character_of_gb_2312_and_ascii_has_a_shape_of_its_own() -> None:
     rows = [bytes([high, low]) for high in range(0xB0, 0xF8) for low in range(0xA1, 0xFF)]
     characters = "".join(row.decode("gb2312", "ignore") for row in rows)
     assert len(characters) == 6763
-    assert [character for character in characters + "".join(map(chr, range(33, 127))) if bytes(face.getmask(character)) == missing] == []
+    assert [
+        character
+        for character in characters + "".join(map(chr, range(33, 127)))
+        if bytes(face.getmask(character)) == missing
+    ] == []
 
 
-@pytest.mark.parametrize("prompt", ["字" * 2000, "word " * 400, "x" * 2000, "😀\x00\ud800\t\n\n end", " "])
+@pytest.mark.parametrize(
+    "prompt", ["字" * 2000, "word " * 400, "x" * 2000, "😀\x00\ud800\t\n\n end", " "]
+)
 def test_any_prompt_fits_into_the_picture(prompt: str) -> None:
     """Lines stay inside the width and the height, however long the text is."""
     size, lines = fitted(prompt, 600, 600)

@@ -14,7 +14,9 @@ ORDER = Order("wan2.5-text-to-image", "a cat", 768, 768, 2, None)
 
 def test_a_task_at_work_shows_progress_and_nothing_else_yet() -> None:
     """Pending and processing tasks have no results, no error and no bill."""
-    task = Ledger(SandboxOptions(), lambda: 5.5).create(ORDER, {}, "http://sandbox", "lot", None, "")
+    task = Ledger(SandboxOptions(), lambda: 5.5).create(
+        ORDER, {}, "http://sandbox", "lot", None, ""
+    )
     assert (document(task)["status"], document(task)["progress"]) == ("pending", 0)
     task.status = Status.PROCESSING
     assert document(task) == {
@@ -36,15 +38,25 @@ def test_a_completed_task_may_have_fewer_images_than_asked_for() -> None:
     assert ledger.credits == 7
     ledger.end(task)
     shown = document(task)
-    assert (shown["status"], shown["results"], shown["usage"]["credits_used"]) == ("completed", [], 0)
+    assert (shown["status"], shown["results"], shown["usage"]["credits_used"]) == (
+        "completed",
+        [],
+        0,
+    )
     assert ledger.credits == 10
 
 
 def test_a_lot_is_the_submissions_own() -> None:
-    """The seed, the body without its callback's address, the number of its like; a key keeps its lot until its task is forgotten."""
+    """The seed, the body without its callback's address, the number of its like; a key keeps its
+    lot until its task is forgotten.
+    """
     now = [0.0]
     ledger = Ledger(SandboxOptions(seed=1, task_ttl_s=60), lambda: now[0])
-    lots = [ledger.lot(None, {"prompt": prompt, "callback_url": prompt + url}) for url in "xy" for prompt in "ab"]
+    lots = [
+        ledger.lot(None, {"prompt": prompt, "callback_url": prompt + url})
+        for url in "xy"
+        for prompt in "ab"
+    ]
     again = Ledger(SandboxOptions(seed=1), lambda: now[0])
     assert lots == [
         again.lot(None, {"prompt": "a"}),

@@ -13,7 +13,10 @@ def test_a_missing_server_skips_at_a_desk_and_is_counted(monkeypatch: pytest.Mon
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception) as caught:
         missing("PostgreSQL", "DARKROOM_TEST_POSTGRES_URL")
-    reports = [SimpleNamespace(longrepr=("file", 1, f"Skipped: {reason}")) for reason in (caught.value, caught.value, "no such thing")]
+    reports = [
+        SimpleNamespace(longrepr=("file", 1, f"Skipped: {reason}"))
+        for reason in (caught.value, caught.value, "no such thing")
+    ]
     assert missing_counted([*reports, SimpleNamespace(longrepr=None)]) == {"PostgreSQL": 2}
 
 

@@ -1,4 +1,6 @@
-"""What the environment may say, what it becomes, and what is said when it is wrong (contract section 2)."""
+"""What the environment may say, what it becomes, and what is said when it is wrong (contract
+section 2).
+"""
 
 import os
 import re
@@ -10,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from service.errors import ConfigurationError
-from service.settings import CALLBACK_URL_CHARS, Settings, load_settings, masked, secret_keys, settings_table
+from service.settings import (
+    CALLBACK_URL_CHARS,
+    Settings,
+    load_settings,
+    masked,
+    secret_keys,
+    settings_table,
+)
 
 KEY = "k" * 32
 
@@ -27,31 +36,74 @@ def complaint_about(**variables: str) -> str:
     return text
 
 
-# --- defaults and forms ----------------------------------------------------------------------------------------------
+# --- defaults and forms
+# ----------------------------------------------------------------------------------------------
 
 
-def test_an_empty_environment_gives_the_defaults_of_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_environment_gives_the_defaults_of_the_contract(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every default is the one of the contract's table."""
     monkeypatch.chdir(tmp_path)
     got = load_settings({})
-    assert (got.host, got.port, got.base_url, got.callback_url) == ("127.0.0.1", 8080, "http://127.0.0.1:8080", None)
+    assert (got.host, got.port, got.base_url, got.callback_url) == (
+        "127.0.0.1",
+        8080,
+        "http://127.0.0.1:8080",
+        None,
+    )
     assert got.data_dir == tmp_path / "data"
     assert got.database_url == f"sqlite:///{tmp_path}/data/darkroom.db"
     assert got.sqlite_path == tmp_path / "data" / "darkroom.db"
     assert got.image_dir == tmp_path / "data" / "images"
     assert got.blob_url == f"file://{tmp_path}/data/images"
-    assert (got.secret_key, got.admin_key, got.evolink_api_key, got.metrics_port, got.reconcile_after_s) == (None,) * 5
-    assert (got.evolink_base_url, got.evolink_result_hosts, got.evolink_confirm) == ("https://api.evolink.ai", (".evolink.ai",), "always")
-    assert (got.evolink_concurrency, got.evolink_task_ttl_s, got.evolink_result_ttl_s) == (16, 86400, 86400)
-    assert (got.upstream_networks, got.endpoint_networks, got.task_callback_networks) == ((), (), ())
-    assert (got.submit_timeout_s, got.submit_schedule, got.submit_give_up_s) == (60, (1, 2, 5, 15, 30, 60), 3600)
+    assert (
+        got.secret_key,
+        got.admin_key,
+        got.evolink_api_key,
+        got.metrics_port,
+        got.reconcile_after_s,
+    ) == (None,) * 5
+    assert (got.evolink_base_url, got.evolink_result_hosts, got.evolink_confirm) == (
+        "https://api.evolink.ai",
+        (".evolink.ai",),
+        "always",
+    )
+    assert (got.evolink_concurrency, got.evolink_task_ttl_s, got.evolink_result_ttl_s) == (
+        16,
+        86400,
+        86400,
+    )
+    assert (got.upstream_networks, got.endpoint_networks, got.task_callback_networks) == (
+        (),
+        (),
+        (),
+    )
+    assert (got.submit_timeout_s, got.submit_schedule, got.submit_give_up_s) == (
+        60,
+        (1, 2, 5, 15, 30, 60),
+        3600,
+    )
     assert (got.uncertain, got.uncertain_after_s, got.query_timeout_s) == ("fail", 900, 15)
-    assert (got.download_schedule, got.download_concurrency, got.decode_concurrency) == ((1, 2, 5, 15, 60, 300, 900), 16, 1)
-    assert (got.max_image_bytes, got.max_image_pixels, got.min_free_bytes) == (52428800, 67108864, 1073741824)
+    assert (got.download_schedule, got.download_concurrency, got.decode_concurrency) == (
+        (1, 2, 5, 15, 60, 300, 900),
+        16,
+        1,
+    )
+    assert (got.max_image_bytes, got.max_image_pixels, got.min_free_bytes) == (
+        52428800,
+        67108864,
+        1073741824,
+    )
     assert list(got.delivery_schedule) == [5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400]
     assert (got.delivery_timeout_s, got.endpoint_disable_after_s) == (15, 432000)
     assert (got.retention_days, got.image_retention_days) == (30, None)
-    assert (got.log_format, got.log_level, got.log_prompts, got.migrate) == ("json", "info", False, "on")
+    assert (got.log_format, got.log_level, got.log_prompts, got.migrate) == (
+        "json",
+        "info",
+        False,
+        "on",
+    )
     assert (got.url, got.api_key) == ("http://127.0.0.1:8080", None)
 
 
@@ -65,7 +117,11 @@ def test_an_empty_environment_gives_the_defaults_of_the_contract(tmp_path: Path,
             "127.0.0.0/8, fd00::/8,10.1.2.3",
             (ip_network("127.0.0.0/8"), ip_network("fd00::/8"), ip_network("10.1.2.3")),
         ),
-        ("EVOLINK_RESULT_HOSTS", ".Example.com,127.0.0.1,::1,localhost", (".example.com", "127.0.0.1", "::1", "localhost")),
+        (
+            "EVOLINK_RESULT_HOSTS",
+            ".Example.com,127.0.0.1,::1,localhost",
+            (".example.com", "127.0.0.1", "::1", "localhost"),
+        ),
         ("LOG_LEVEL", "DEBUG", "debug"),
         ("LOG_PROMPTS", "true", True),
         ("MIGRATE", "off", "off"),
@@ -106,7 +162,9 @@ def test_places_follow_the_data_folder(tmp_path: Path) -> None:
 
 def test_on_s3_images_pass_through_the_data_folder(tmp_path: Path) -> None:
     """What is on its way there lies in a folder of its own."""
-    assert settings(DATA_DIR=str(tmp_path), BLOB_URL="s3://bucket").image_dir == tmp_path / "incoming"
+    assert (
+        settings(DATA_DIR=str(tmp_path), BLOB_URL="s3://bucket").image_dir == tmp_path / "incoming"
+    )
 
 
 def test_postgresql_has_no_file() -> None:
@@ -114,16 +172,30 @@ def test_postgresql_has_no_file() -> None:
     assert settings(DATABASE_URL="postgresql://db/darkroom").sqlite_path is None
 
 
-# --- where values come from ------------------------------------------------------------------------------------------
+# --- where values come from
+# ------------------------------------------------------------------------------------------
 
 
 def test_the_environment_wins_over_the_file_and_overrides_over_both(tmp_path: Path) -> None:
     """Order: `.env`, environment, overrides."""
     file = tmp_path / ".env"
-    file.write_text("# ours\nDARKROOM_PORT=1\nDARKROOM_HOST='0.0.0.0'\nexport DARKROOM_LOG_LEVEL=error\nOTHER=x\n")
+    file.write_text(
+        "# ours\nDARKROOM_PORT=1\nDARKROOM_HOST='0.0.0.0'\nexport"
+        " DARKROOM_LOG_LEVEL=error\nOTHER=x\n"
+    )
     network = ip_network("127.0.0.0/8")
-    got = load_settings({"DARKROOM_PORT": "2", "DARKROOM_HOST": "::", "HOME": "/"}, file, host="localhost", upstream_networks=(network,))
-    assert (got.host, got.port, got.log_level, got.upstream_networks) == ("localhost", 2, "error", (network,))
+    got = load_settings(
+        {"DARKROOM_PORT": "2", "DARKROOM_HOST": "::", "HOME": "/"},
+        file,
+        host="localhost",
+        upstream_networks=(network,),
+    )
+    assert (got.host, got.port, got.log_level, got.upstream_networks) == (
+        "localhost",
+        2,
+        "error",
+        (network,),
+    )
 
 
 def test_without_a_mapping_the_process_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,28 +231,42 @@ def test_an_empty_variable_is_one_that_is_not_set(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("in_file", [True, False])
-def test_what_a_cluster_or_a_test_run_sets_is_ignored(name: str, value: str, in_file: bool, tmp_path: Path) -> None:
-    """Service links and DARKROOM_TEST_ are no settings, neither in the environment nor in `.env`."""
+def test_what_a_cluster_or_a_test_run_sets_is_ignored(
+    name: str, value: str, in_file: bool, tmp_path: Path
+) -> None:
+    """Service links and DARKROOM_TEST_ are no settings, neither in the environment nor in
+    `.env`.
+    """
     file = tmp_path / ".env"
     file.write_text(f"{name}={value}\n" if in_file else "DARKROOM_PORT=9000\n")
     got = load_settings({} if in_file else {name: value}, file)
     assert (got.port, got.metrics_port) == (8080 if in_file else 9000, None)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"), [("DARKROOM_PROT", "DARKROOM_PORT"), ("darkroom_port", "DARKROOM_PORT"), ("DARKROOM_XYZZY_QUUX", "")]
+    ("name", "hint"),
+    [
+        ("DARKROOM_PROT", "DARKROOM_PORT"),
+        ("darkroom_port", "DARKROOM_PORT"),
+        ("DARKROOM_XYZZY_QUUX", ""),
+    ],
 )
 @pytest.mark.parametrize("in_file", [True, False])
-def test_an_unknown_name_stops_the_start(name: str, hint: str, in_file: bool, tmp_path: Path) -> None:
+def test_an_unknown_name_stops_the_start(
+    name: str, hint: str, in_file: bool, tmp_path: Path
+) -> None:
     """A typing error is named, with the setting that may have been meant."""
     file = tmp_path / ".env"
     file.write_text(f"{name}=1\n" if in_file else "")
     with pytest.raises(ConfigurationError) as caught:
         load_settings({} if in_file else {name: "1"}, file)
-    assert str(caught.value) == f"{name} is not a setting" + (f"; did you mean {hint}?" if hint else "")
+    assert str(caught.value) == f"{name} is not a setting" + (
+        f"; did you mean {hint}?" if hint else ""
+    )
 
 
 def test_a_name_without_a_value_in_the_file_stops_the_start(tmp_path: Path) -> None:
@@ -216,7 +302,11 @@ def test_an_unreadable_file_stops_the_start(tmp_path: Path) -> None:
         ("CALLBACK_URL", "http://10.0.0.1", "DARKROOM_UPSTREAM_NETWORKS"),
         ("CALLBACK_URL", "https://hooks.example/?a=b", "query"),
         ("CALLBACK_URL", "https://hooks.example/#a", "fragment"),
-        ("CALLBACK_URL", "https://hooks.example/" + "a" * CALLBACK_URL_CHARS, str(CALLBACK_URL_CHARS)),
+        (
+            "CALLBACK_URL",
+            "https://hooks.example/" + "a" * CALLBACK_URL_CHARS,
+            str(CALLBACK_URL_CHARS),
+        ),
         ("DATA_DIR", "~nobody-of-that-name/x", "user that exists"),
         ("DATABASE_URL", "mysql://db/x", "postgresql://"),
         ("DATABASE_URL", "sqlite://", "sqlite:///FILE"),
@@ -256,7 +346,9 @@ def test_an_unreadable_file_stops_the_start(tmp_path: Path) -> None:
         ("MIGRATE", "later", "'on' or 'off'"),
     ],
 )
-def test_a_bad_value_is_one_line_with_variable_and_limit(variable: str, text: str, limit: str) -> None:
+def test_a_bad_value_is_one_line_with_variable_and_limit(
+    variable: str, text: str, limit: str
+) -> None:
     """Whoever reads the line knows which variable to change and to what."""
     said = complaint_about(**{variable: text})
     assert said.startswith(f"DARKROOM_{variable}: ")
@@ -265,7 +357,9 @@ def test_a_bad_value_is_one_line_with_variable_and_limit(variable: str, text: st
 
 def test_every_complaint_stands_in_the_one_line() -> None:
     """Two mistakes are mended at once, not one start after the other."""
-    assert re.fullmatch(r"DARKROOM_PORT: .*; DARKROOM_MIGRATE: .*", complaint_about(PORT="x", MIGRATE="x"))
+    assert re.fullmatch(
+        r"DARKROOM_PORT: .*; DARKROOM_MIGRATE: .*", complaint_about(PORT="x", MIGRATE="x")
+    )
 
 
 @pytest.mark.parametrize(
@@ -301,19 +395,28 @@ def test_a_complaint_never_repeats_a_secret(variable: str, text: str) -> None:
         ("127.0.0.0/8", "https://hooks.example", True),
     ],
 )
-def test_plain_callbacks_need_a_literal_address_inside_the_networks(networks: str, url: str, fine: bool) -> None:
+def test_plain_callbacks_need_a_literal_address_inside_the_networks(
+    networks: str, url: str, fine: bool
+) -> None:
     """An http callback address is for an upstream in our own network, whose host is spelled out."""
     if fine:
         assert settings(UPSTREAM_NETWORKS=networks, CALLBACK_URL=url).callback_url == url
     else:
-        assert complaint_about(UPSTREAM_NETWORKS=networks, CALLBACK_URL=url).startswith("DARKROOM_CALLBACK_URL: should be https")
+        assert complaint_about(UPSTREAM_NETWORKS=networks, CALLBACK_URL=url).startswith(
+            "DARKROOM_CALLBACK_URL: should be https"
+        )
 
 
-@pytest.mark.parametrize(("url", "fine"), [("http://127.0.0.1:1", True), ("http://sandbox:1", True), ("http://10.0.0.1:1", False)])
+@pytest.mark.parametrize(
+    ("url", "fine"),
+    [("http://127.0.0.1:1", True), ("http://sandbox:1", True), ("http://10.0.0.1:1", False)],
+)
 def test_a_plain_upstream_must_be_able_to_lie_inside_the_networks(url: str, fine: bool) -> None:
     """A name may resolve into them and is checked when it does; an address is checked here."""
     if fine:
-        assert settings(UPSTREAM_NETWORKS="127.0.0.0/8", EVOLINK_BASE_URL=url).evolink_base_url == url
+        assert (
+            settings(UPSTREAM_NETWORKS="127.0.0.0/8", EVOLINK_BASE_URL=url).evolink_base_url == url
+        )
     else:
         assert "https" in complaint_about(UPSTREAM_NETWORKS="127.0.0.0/8", EVOLINK_BASE_URL=url)
 
@@ -324,13 +427,19 @@ def test_an_unknown_override_is_refused() -> None:
         load_settings({}, None, prot=1)
 
 
-# --- what is told ----------------------------------------------------------------------------------------------------
+# --- what is told
+# --------------------------------------------------------------------------------------------------
 
 
 def test_no_secret_is_shown_anywhere() -> None:
     """Neither the log's settings nor the text of the object hold a secret or a store's password."""
-    secret = {name: f"pa55word-{name}-" + "x" * 32 for name in ("SECRET_KEY", "ADMIN_KEY", "EVOLINK_API_KEY", "API_KEY")}
-    got = settings(**secret, DATABASE_URL="postgresql://user:pa55word@db:5432/darkroom?password=pa55word")
+    secret = {
+        name: f"pa55word-{name}-" + "x" * 32
+        for name in ("SECRET_KEY", "ADMIN_KEY", "EVOLINK_API_KEY", "API_KEY")
+    }
+    got = settings(
+        **secret, DATABASE_URL="postgresql://user:pa55word@db:5432/darkroom?password=pa55word"
+    )
     shown = masked(got)
     assert [shown[name.lower()] for name in secret] == ["***"] * 4
     assert shown["database_url"] == "postgresql://***@db:5432/darkroom"
@@ -339,18 +448,31 @@ def test_no_secret_is_shown_anywhere() -> None:
 
 def test_masked_settings_are_plain_values(tmp_path: Path) -> None:
     """The log line holds every setting in the form in which it is written."""
-    shown = masked(settings(DATA_DIR=str(tmp_path), UPSTREAM_NETWORKS="127.0.0.0/8,::1", SUBMIT_SCHEDULE="0.5,2"))
+    shown = masked(
+        settings(
+            DATA_DIR=str(tmp_path), UPSTREAM_NETWORKS="127.0.0.0/8,::1", SUBMIT_SCHEDULE="0.5,2"
+        )
+    )
     assert shown.keys() == Settings.model_fields.keys()
     assert all(value is None or isinstance(value, int | float | str) for value in shown.values())
-    assert (shown["data_dir"], shown["upstream_networks"], shown["submit_schedule"]) == (str(tmp_path), "127.0.0.0/8,::1/128", "0.5,2")
+    assert (shown["data_dir"], shown["upstream_networks"], shown["submit_schedule"]) == (
+        str(tmp_path),
+        "127.0.0.0/8,::1/128",
+        "0.5,2",
+    )
     assert shown["database_url"] == f"sqlite:///{tmp_path}/darkroom.db"
-    assert masked(settings(DATABASE_URL="postgresql://db/darkroom"))["database_url"] == "postgresql://db/darkroom"
+    assert (
+        masked(settings(DATABASE_URL="postgresql://db/darkroom"))["database_url"]
+        == "postgresql://db/darkroom"
+    )
 
 
 def test_the_table_has_a_row_for_every_setting() -> None:
     """The README's table is made from the fields, so it cannot fall behind."""
     rows = settings_table().splitlines()
-    assert [row.split("`")[1] for row in rows[2:]] == [f"DARKROOM_{name.upper()}" for name in Settings.model_fields]
+    assert [row.split("`")[1] for row in rows[2:]] == [
+        f"DARKROOM_{name.upper()}" for name in Settings.model_fields
+    ]
     assert all(row.count("|") == 4 for row in rows)
     assert "| `DARKROOM_PORT` | `8080` | port to listen on; 0: any free one |" in rows
     assert any(row.startswith("| `DARKROOM_UPSTREAM_NETWORKS` | empty |") for row in rows)
@@ -359,12 +481,16 @@ def test_the_table_has_a_row_for_every_setting() -> None:
     assert any(row.startswith("| `DARKROOM_SUBMIT_SCHEDULE` | `1,2,5,15,30,60` |") for row in rows)
 
 
-# --- the secret key --------------------------------------------------------------------------------------------------
+# --- the secret key
+# --------------------------------------------------------------------------------------------------
 
 
 def test_given_keys_are_used_in_their_order(tmp_path: Path) -> None:
     """The first signs; nothing is written."""
-    assert secret_keys(settings(DATA_DIR=str(tmp_path), SECRET_KEY=f" {KEY} , {'n' * 33}")) == [KEY.encode(), b"n" * 33]
+    assert secret_keys(settings(DATA_DIR=str(tmp_path), SECRET_KEY=f" {KEY} , {'n' * 33}")) == [
+        KEY.encode(),
+        b"n" * 33,
+    ]
     assert list(tmp_path.iterdir()) == []
 
 

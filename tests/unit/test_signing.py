@@ -1,4 +1,6 @@
-"""Tokens, secrets at rest, Standard Webhooks signatures with its own library and Svix's as judges."""
+"""Tokens, secrets at rest, Standard Webhooks signatures with its own library and Svix's as
+judges.
+"""
 
 import base64
 import json
@@ -31,7 +33,8 @@ HEADERS = {"webhook-id": ID, "webhook-timestamp": str(AT), "webhook-signature": 
 HOSTILE = ["", "\0", "é", "\ud800", "a" * 1_000_000, "=" * 32, " ", "v1,"]
 
 
-# --- callback tokens ---------------------------------------------------------------------------------------------------
+# --- callback tokens
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_token_is_lower_case_base32_of_160_bits() -> None:
@@ -52,8 +55,13 @@ def test_a_token_is_good_for_its_task_and_upstream_alone() -> None:
     assert not Keyring([NEW]).callback_token_valid("evolink", "task_1", token)
 
 
-@pytest.mark.parametrize(("one", "other"), [(("a|bc", ""), ("a", "bc")), (("a", "bc"), ("ab", "c")), (("a|b", "c"), ("a", "b|c"))])
-def test_parts_cannot_be_shifted_into_each_other(one: tuple[str, str], other: tuple[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(("a|bc", ""), ("a", "bc")), (("a", "bc"), ("ab", "c")), (("a|b", "c"), ("a", "b|c"))],
+)
+def test_parts_cannot_be_shifted_into_each_other(
+    one: tuple[str, str], other: tuple[str, str]
+) -> None:
     """What is hashed together is delimited by length."""
     keyring = Keyring([OLD])
     assert keyring.callback_token(*one) != keyring.callback_token(*other)
@@ -87,7 +95,8 @@ def test_a_missing_or_short_key_stops_the_start(keys: list[bytes]) -> None:
     assert "short" not in str(caught.value)
 
 
-# --- secrets at rest ---------------------------------------------------------------------------------------------------
+# --- secrets at rest
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -131,7 +140,8 @@ def test_the_time_of_encryption_is_not_kept() -> None:
     assert base64.urlsafe_b64decode(Keyring([OLD]).encrypt("x"))[1:9] == bytes(8)
 
 
-# --- Standard Webhooks -------------------------------------------------------------------------------------------------
+# --- Standard Webhooks
+# -------------------------------------------------------------------------------------------------
 
 
 def test_the_published_vector_is_signed_as_published() -> None:
@@ -142,12 +152,20 @@ def test_the_published_vector_is_signed_as_published() -> None:
 
 @pytest.mark.parametrize("judge", [standardwebhooks.Webhook, svix.webhooks.Webhook])
 @pytest.mark.parametrize("size", [24, 32, 33, 64])
-def test_the_libraries_accept_our_signatures(judge: Callable[[str], standardwebhooks.Webhook], size: int) -> None:
-    """A subscriber with either library verifies what we send, with the old secret and with the new one."""
+def test_the_libraries_accept_our_signatures(
+    judge: Callable[[str], standardwebhooks.Webhook], size: int
+) -> None:
+    """A subscriber with either library verifies what we send, with the old secret and with the new
+    one.
+    """
     old, new = new_secret(bytes(range(size))), new_secret(bytes(range(1, size + 1)))
     at = int(time.time())
     body = json.dumps({"prompt": "雪 \N{SNOWMAN}"}, ensure_ascii=False).encode()
-    headers = {"webhook-id": "evt_1", "webhook-timestamp": str(at), "webhook-signature": sign_webhook([new, old], "evt_1", at, body)}
+    headers = {
+        "webhook-id": "evt_1",
+        "webhook-timestamp": str(at),
+        "webhook-signature": sign_webhook([new, old], "evt_1", at, body),
+    }
     for secret in (old, new):
         judge(secret).verify(body, headers)
     with pytest.raises(standardwebhooks.WebhookVerificationError):
@@ -155,14 +173,21 @@ def test_the_libraries_accept_our_signatures(judge: Callable[[str], standardwebh
 
 
 @pytest.mark.parametrize("judge", [standardwebhooks.Webhook, svix.webhooks.Webhook])
-def test_we_accept_the_libraries_signatures(judge: Callable[[str], standardwebhooks.Webhook]) -> None:
+def test_we_accept_the_libraries_signatures(
+    judge: Callable[[str], standardwebhooks.Webhook],
+) -> None:
     """Verification agrees with both libraries as senders."""
     signature = judge(SECRET).sign(ID, datetime.fromtimestamp(AT, UTC), BODY.decode())
-    assert verify_webhook([SECRET], {**HEADERS, "webhook-signature": signature}, BODY, AT) == Verified()
+    assert (
+        verify_webhook([SECRET], {**HEADERS, "webhook-signature": signature}, BODY, AT)
+        == Verified()
+    )
 
 
 def test_one_good_signature_and_one_good_secret_suffice() -> None:
-    """During a rotation several secrets sign, and other versions of signatures may stand among them."""
+    """During a rotation several secrets sign, and other versions of signatures may stand among
+    them.
+    """
     other = new_secret(b"x" * 24)
     headers = {**HEADERS, "webhook-signature": f"v1a,AAAA v1,AAAA {SIGNATURE}"}
     assert verify_webhook([other, SECRET], headers, BODY, AT) == Verified()
@@ -171,26 +196,38 @@ def test_one_good_signature_and_one_good_secret_suffice() -> None:
 
 def test_header_names_count_whatever_their_case() -> None:
     """HTTP names have no case."""
-    assert verify_webhook([SECRET], {key.title(): value for key, value in HEADERS.items()}, BODY, AT) == Verified()
+    assert (
+        verify_webhook([SECRET], {key.title(): value for key, value in HEADERS.items()}, BODY, AT)
+        == Verified()
+    )
 
 
 @pytest.mark.parametrize("name", sorted(HEADERS))
 def test_each_missing_or_empty_header_rejects(name: str) -> None:
     """Fail closed on each part."""
-    assert verify_webhook([SECRET], {key: value for key, value in HEADERS.items() if key != name}, BODY, AT) == Rejected(name)
+    assert verify_webhook(
+        [SECRET], {key: value for key, value in HEADERS.items() if key != name}, BODY, AT
+    ) == Rejected(name)
     assert verify_webhook([SECRET], {**HEADERS, name: ""}, BODY, AT) == Rejected(name)
 
 
 @pytest.mark.parametrize("name", sorted(HEADERS))
 def test_a_header_that_is_there_twice_rejects(name: str) -> None:
     """Of two values nobody knows which one the rest of a program believes."""
-    assert verify_webhook([SECRET], {**HEADERS, name.title(): HEADERS[name]}, BODY, AT) == Rejected(name)
+    assert verify_webhook([SECRET], {**HEADERS, name.title(): HEADERS[name]}, BODY, AT) == Rejected(
+        name
+    )
 
 
-@pytest.mark.parametrize("timestamp", ["x", "-1", "1.5", "1_6", " 1614265330", "١٦١٤٢٦٥٣٣٠", "9" * 5000, "1614265330\n", "nan"])
+@pytest.mark.parametrize(
+    "timestamp",
+    ["x", "-1", "1.5", "1_6", " 1614265330", "١٦١٤٢٦٥٣٣٠", "9" * 5000, "1614265330\n", "nan"],
+)
 def test_a_timestamp_is_plain_digits(timestamp: str) -> None:
     """Whatever `int` or `float` would also read is rejected."""
-    assert verify_webhook([SECRET], {**HEADERS, "webhook-timestamp": timestamp}, BODY, AT) == Rejected("webhook-timestamp")
+    assert verify_webhook(
+        [SECRET], {**HEADERS, "webhook-timestamp": timestamp}, BODY, AT
+    ) == Rejected("webhook-timestamp")
 
 
 @pytest.mark.parametrize(
@@ -232,10 +269,16 @@ def test_without_a_secret_nothing_verifies() -> None:
 
 
 def test_an_id_with_a_full_stop_is_neither_signed_nor_believed() -> None:
-    """The delimiter could move: id `a`, time 1, body `2.b` would be signed like id `a.1`, time 2, body `b`."""
+    """The delimiter could move: id `a`, time 1, body `2.b` would be signed like id `a.1`, time 2,
+    body `b`.
+    """
     with pytest.raises(ValueError, match="full stop"):
         sign_webhook([SECRET], "a.1", AT, b"b")
-    shifted = {**HEADERS, "webhook-id": f"a.{AT - 1}", "webhook-signature": sign_webhook([SECRET], "a", AT - 1, f"{AT}.b".encode())}
+    shifted = {
+        **HEADERS,
+        "webhook-id": f"a.{AT - 1}",
+        "webhook-signature": sign_webhook([SECRET], "a", AT - 1, f"{AT}.b".encode()),
+    }
     assert verify_webhook([SECRET], shifted, b"b", AT) == Rejected("webhook-id")
 
 
@@ -260,7 +303,8 @@ def test_nothing_is_signed_without_a_secret_or_an_id(secrets: list[str], id: str
         sign_webhook(secrets, id, AT, BODY)
 
 
-# --- digests and comparisons -------------------------------------------------------------------------------------------
+# --- digests and comparisons
+# -------------------------------------------------------------------------------------------
 
 
 def test_an_api_key_is_kept_as_its_sha256() -> None:
@@ -271,7 +315,10 @@ def test_an_api_key_is_kept_as_its_sha256() -> None:
 
 def test_equal_json_has_one_spelling() -> None:
     """Order of keys and white space make no difference; types do."""
-    assert canonical_json(json.loads('{ "b": [1, null], "a": "\u00e9" }')) == b'{"a":"\\u00e9","b":[1,null]}'
+    assert (
+        canonical_json(json.loads('{ "b": [1, null], "a": "\u00e9" }'))
+        == b'{"a":"\\u00e9","b":[1,null]}'
+    )
     assert canonical_json({"n": 1}) != canonical_json({"n": "1"})
     assert canonical_json({"n": 1}) != canonical_json({"n": True})
 

@@ -10,8 +10,16 @@ from service.sinks.broker import BrokerSink
 
 def test_an_address_has_its_parts() -> None:
     """User and password percent-encoded, the usual port, types repeated or joined."""
-    got = sink_address("nats+tls://us%40er:p%3Aw@Host,b:1/darkroom.events?stream=EVENTS&types=image.task.*&types=callback.conflict,*")
-    assert (got.kind, got.tls, got.hosts, got.user, got.password) == ("nats", True, ("host:4222", "b:1"), "us@er", "p:w")
+    got = sink_address(
+        "nats+tls://us%40er:p%3Aw@Host,b:1/darkroom.events?stream=EVENTS&types=image.task.*&types=callback.conflict,*"
+    )
+    assert (got.kind, got.tls, got.hosts, got.user, got.password) == (
+        "nats",
+        True,
+        ("host:4222", "b:1"),
+        "us@er",
+        "p:w",
+    )
     assert (got.path, got.option, got.target) == ("darkroom.events", "stream", "EVENTS")
     assert got.types == ("image.task.*", "callback.conflict", "*")
     assert sink_address(got) is got
@@ -69,7 +77,9 @@ def test_a_wrong_address_is_one_line_that_says_what_is_wrong(text: str, said: st
 
 def test_the_settings_take_several_and_never_tell_a_password() -> None:
     """A comma parts addresses, or the hosts of one; each address once."""
-    got = load_settings({"DARKROOM_SINKS": "kafka://u:pa55word@a:1,b:2/t, nats://x:pa55word@h/s?stream=S"}, None)
+    got = load_settings(
+        {"DARKROOM_SINKS": "kafka://u:pa55word@a:1,b:2/t, nats://x:pa55word@h/s?stream=S"}, None
+    )
     assert all(isinstance(address, SinkAddress) for address in got.sinks)
     assert masked(got)["sinks"] == "kafka://a:1,b:2/t,nats://h:4222/s?stream=S"
     assert "pa55word" not in f"{got!r} {masked(got)}"
@@ -93,4 +103,7 @@ def test_the_settings_take_several_and_never_tell_a_password() -> None:
 def test_every_form_of_an_address_is_one_the_library_takes(text: str) -> None:
     """TLS, tokens and Kafka's users are put together as it wants them; nothing is connected."""
     address = sink_address(text)
-    assert (BrokerSink(address).name, address.tls) == (address.name, text.partition("://")[0] in SECURE)
+    assert (BrokerSink(address).name, address.tls) == (
+        address.name,
+        text.partition("://")[0] in SECURE,
+    )

@@ -20,7 +20,9 @@ def test_a_few_refusals_pass_at_once_and_each_has_its_line() -> None:
     turnstile = Turnstile()
     assert [turnstile.turn(1000.0) for _ in range(BURST)] == [(0.0, 0)] * BURST
     steady = Turnstile()
-    assert {steady.turn(1000.0 + number * 1.01 / TURNS_S) for number in range(5 * TURNS_S)} == {(0.0, 0)}
+    assert {steady.turn(1000.0 + number * 1.01 / TURNS_S) for number in range(5 * TURNS_S)} == {
+        (0.0, 0)
+    }
 
 
 def test_whoever_comes_faster_waits_longer_and_never_over_a_second() -> None:
@@ -33,9 +35,13 @@ def test_whoever_comes_faster_waits_longer_and_never_over_a_second() -> None:
 
 
 def test_a_flood_has_a_line_a_second_which_tells_of_the_others() -> None:
-    """Each refusal is in a line of its own or in the number of those withheld before the next line."""
+    """Each refusal is in a line of its own or in the number of those withheld before the next
+    line.
+    """
     turnstile = Turnstile()
-    told = [turnstile.turn(1000.0 + number / 5000)[1] for number in range(50_001)]  # 10 s of 5000 a second
+    told = [
+        turnstile.turn(1000.0 + number / 5000)[1] for number in range(50_001)
+    ]  # 10 s of 5000 a second
     lines = [withheld for withheld in told if withheld is not None]
     assert BURST <= len(lines) < BURST + 130
     assert sum(lines) + len(lines) <= len(told)
@@ -75,12 +81,19 @@ class Loop(asyncio.SelectorEventLoop):
         return self.leaping.now
 
 
-async def hammer(route: CallbackRoute, resources: object, headers: dict[str, str], answered: list[float]) -> None:
+async def hammer(
+    route: CallbackRoute, resources: object, headers: dict[str, str], answered: list[float]
+) -> None:
     """One connection that sends wrong tokens one after the other; when each was answered."""
     clock = asyncio.get_running_loop().time
     path = {"upstream": "evolink", "task_id": "task_none", "token": "wrong"}
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    scope = {"state": {"context": SimpleNamespace(resources=resources)}, "path_params": path, "headers": raw, "request_id": "req_1"}
+    scope = {
+        "state": {"context": SimpleNamespace(resources=resources)},
+        "path_params": path,
+        "headers": raw,
+        "request_id": "req_1",
+    }
 
     async def receive() -> Message:
         raise AssertionError("the body of a stranger is read")
@@ -94,15 +107,21 @@ async def hammer(route: CallbackRoute, resources: object, headers: dict[str, str
         await route(scope, receive, send)
 
 
-@pytest.mark.parametrize("headers", [{"content-length": "2"}, {"content-length": "200000"}], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "headers", [{"content-length": "2"}, {"content-length": "200000"}], ids=["short", "long"]
+)
 def test_whoever_sends_one_after_the_other_is_slowed_down(headers: dict[str, str]) -> None:
-    """However quick fifty connections are: so many are refused in a time as it has turns, and all of them in the end."""
+    """However quick fifty connections are: so many are refused in a time as it has turns, and all
+    of them in the end.
+    """
     answered: list[float] = []
     resources = SimpleNamespace(keyring=Keyring([b"k" * 32]), metrics=Metrics())
 
     async def flood() -> None:
         route = CallbackRoute()
-        await asyncio.gather(*(hammer(route, resources, headers, answered) for _ in range(CONNECTIONS)))
+        await asyncio.gather(
+            *(hammer(route, resources, headers, answered) for _ in range(CONNECTIONS))
+        )
 
     with asyncio.Runner(loop_factory=Loop) as runner, capture_logs():
         runner.run(flood())

@@ -1,4 +1,6 @@
-"""The workers of a process over a real embedded store: nothing is worked on twice, dropped, or tried for ever."""
+"""The workers of a process over a real embedded store: nothing is worked on twice, dropped, or
+tried for ever.
+"""
 
 import asyncio
 import threading
@@ -54,20 +56,30 @@ class Shop:
 
     async def types(self) -> list[str]:
         def read(connection: Connection) -> list[str]:
-            return list(connection.execute(select(events.c.type).order_by(events.c.sequence)).scalars())
+            return list(
+                connection.execute(select(events.c.type).order_by(events.c.sequence)).scalars()
+            )
 
         return await self.store.read(read)
 
     @asynccontextmanager
     async def working(
-        self, run: Callable[[Grant], Awaitable[None]], places: int = 2, turn: Callable[[], Awaitable[None]] = at_once
+        self,
+        run: Callable[[Grant], Awaitable[None]],
+        places: int = 2,
+        turn: Callable[[], Awaitable[None]] = at_once,
     ) -> AsyncIterator[WorkerPool]:
-        pool = WorkerPool(self.store, [Stage("submit", places, run)], self.metrics, self.told.append, turn)
+        pool = WorkerPool(
+            self.store, [Stage("submit", places, run)], self.metrics, self.told.append, turn
+        )
         async with at_work(pool):
             yield pool
 
     def counted(self, stage: str) -> float:
-        return self.metrics.registry.get_sample_value("darkroom_worker_faults_total", {"stage": stage}) or 0
+        return (
+            self.metrics.registry.get_sample_value("darkroom_worker_faults_total", {"stage": stage})
+            or 0
+        )
 
 
 @asynccontextmanager
@@ -87,7 +99,9 @@ async def at_work(pool: WorkerPool) -> AsyncIterator[None]:
 async def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Shop]:
     monkeypatch.setattr(worker, "LOOK_S", 0.02)
     now = [START]
-    async with open_sqlite(tmp_path / "shop.db", process="here", new_id=new_id, clock=lambda: now[0]) as store:
+    async with open_sqlite(
+        tmp_path / "shop.db", process="here", new_id=new_id, clock=lambda: now[0]
+    ) as store:
         yield Shop(store, now)
 
 
@@ -109,7 +123,9 @@ async def test_a_grant_that_is_given_twice_costs_no_place(shop: Shop) -> None:
 
 
 async def test_all_that_is_due_is_worked_on_once(shop: Shop) -> None:
-    """Work that was there before, work that is born leased and work beyond the places are each done once."""
+    """Work that was there before, work that is born leased and work beyond the places are each done
+    once.
+    """
     done: list[str] = []
     await shop.queue("task_a", "task_b", "task_c")
     async with shop.working(finishing(shop.store, done)):
@@ -119,8 +135,12 @@ async def test_all_that_is_due_is_worked_on_once(shop: Shop) -> None:
     assert sum(len(tx.due) for tx in shop.told) > 0  # what committed was told
 
 
-async def test_a_busy_stage_keeps_no_other_from_looking(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes due by time alone is claimed within a look, while another stage's backlog wakes the workers all the time."""
+async def test_a_busy_stage_keeps_no_other_from_looking(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes due by time alone is claimed within a look, while another stage's backlog wakes
+    the workers all the time.
+    """
     monkeypatch.setattr(worker, "LOOK_S", 0.2)
     clock, reconciled = asyncio.get_running_loop().time, asyncio.Event()
     jobs, busy_until = [0], clock() + 5
@@ -136,9 +156,17 @@ async def test_a_busy_stage_keeps_no_other_from_looking(shop: Shop, monkeypatch:
         reconciled.set()
 
     await shop.queue("task_silent", "task_a", "task_b", "task_c")
-    pool = WorkerPool(shop.store, [Stage("submit", 1, submit), Stage("reconcile", 1, run)], shop.metrics, shop.told.append, at_once)
+    pool = WorkerPool(
+        shop.store,
+        [Stage("submit", 1, submit), Stage("reconcile", 1, run)],
+        shop.metrics,
+        shop.told.append,
+        at_once,
+    )
     async with at_work(pool):
-        accepted = Submission(Grant("submit", "task_silent", 0, 0), Accepted(Report(upstream_id="u-1"), 0))
+        accepted = Submission(
+            Grant("submit", "task_silent", 0, 0), Accepted(Report(upstream_id="u-1"), 0)
+        )
         await shop.store.write(record_submissions, accepted)
         await reconciled.wait()
     assert clock() < busy_until
@@ -167,8 +195,12 @@ async def test_a_stage_never_has_more_work_than_places(shop: Shop) -> None:
     assert most == [2]
 
 
-async def test_places_that_a_transaction_did_not_need_go_to_waiting_work(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a transaction holds every place nothing can be claimed; once they are back the next look isn't waited for."""
+async def test_places_that_a_transaction_did_not_need_go_to_waiting_work(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a transaction holds every place nothing can be claimed; once they are back the next
+    look isn't waited for.
+    """
     monkeypatch.setattr(worker, "LOOK_S", 60)
     done: list[str] = []
     async with shop.working(finishing(shop.store, done)) as pool:
@@ -182,7 +214,9 @@ async def test_places_that_a_transaction_did_not_need_go_to_waiting_work(shop: S
 
 
 async def test_an_exception_nobody_foresaw_is_logged_counted_and_tried_again(shop: Shop) -> None:
-    """Each is one line with its traceback and one count; the row is due again later, and the tenth parks it."""
+    """Each is one line with its traceback and one count; the row is due again later, and the tenth
+    parks it.
+    """
     tried: list[int] = []
 
     async def run(grant: Grant) -> None:
@@ -219,7 +253,9 @@ async def wait_for_faults(shop: Shop, count: int) -> Any:
 
 
 async def test_a_store_that_is_away_is_no_fault_of_the_row(shop: Shop) -> None:
-    """Nothing can be recorded then: it is given back when that goes again and worked on anew, unblamed, before its lease ends."""
+    """Nothing can be recorded then: it is given back when that goes again and worked on anew,
+    unblamed, before its lease ends.
+    """
     tried: list[int] = []
 
     async def run(grant: Grant) -> None:
@@ -238,7 +274,9 @@ async def test_a_store_that_is_away_is_no_fault_of_the_row(shop: Shop) -> None:
 
 
 async def test_what_cannot_be_recorded_during_a_stop_is_given_back(shop: Shop) -> None:
-    """The store was away for a moment only: nobody waits for the lease's end, and no death is counted."""
+    """The store was away for a moment only: nobody waits for the lease's end, and no death is
+    counted.
+    """
     stopped = asyncio.Event()
 
     async def run(_: Grant) -> None:
@@ -259,8 +297,12 @@ def refuse(_tx: Transaction, _items: Sequence[Any]) -> list[Any]:
     raise StoreUnavailable("away")
 
 
-async def test_a_row_whose_fault_cannot_be_recorded_is_given_back(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The store goes away between the exception and its record: it is worked on anew as soon as that commits, and no death is counted."""
+async def test_a_row_whose_fault_cannot_be_recorded_is_given_back(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store goes away between the exception and its record: it is worked on anew as soon as
+    that commits, and no death is counted.
+    """
     tried: list[int] = []
     monkeypatch.setattr(worker, "record_faults", refuse)
 
@@ -277,8 +319,12 @@ async def test_a_row_whose_fault_cannot_be_recorded_is_given_back(shop: Shop, mo
     assert (shop.counted("submit"), row["submit_faults"], row["submit_deaths"]) == (1, 0, 0)
 
 
-async def test_rows_that_the_store_will_not_take_down_keep_no_others_waiting(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as the stage has places fail as if the store were away: the one behind them has its turn all the same."""
+async def test_rows_that_the_store_will_not_take_down_keep_no_others_waiting(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as the stage has places fail as if the store were away: the one behind them has its
+    turn all the same.
+    """
     monkeypatch.setattr(worker, "LOOK_S", 0.02)
     done: list[str] = []
 
@@ -296,8 +342,12 @@ async def test_rows_that_the_store_will_not_take_down_keep_no_others_waiting(sho
 
 
 @pytest.mark.parametrize("trouble", [StoreUnavailable("away"), RuntimeError("nobody foresaw")])
-async def test_claiming_outlives_whatever_the_store_does(trouble: Exception, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A claim that fails is logged, counted and made again at the next look; only the unforeseen has a traceback."""
+async def test_claiming_outlives_whatever_the_store_does(
+    trouble: Exception, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim that fails is logged, counted and made again at the next look; only the unforeseen
+    has a traceback.
+    """
     failing = [True]
 
     def claim(tx: Transaction, stages: Sequence[str]) -> list[int]:
@@ -315,7 +365,9 @@ async def test_claiming_outlives_whatever_the_store_does(trouble: Exception, sho
             await wait_until(lambda: done == ["task_a"])
     logged = [line for line in lines if line["event"] == "worker.failed"]
     assert {line["stage"] for line in logged} == {"claim"}
-    assert {line["exc_info"] for line in logged} == {None if isinstance(trouble, StoreUnavailable) else trouble}
+    assert {line["exc_info"] for line in logged} == {
+        None if isinstance(trouble, StoreUnavailable) else trouble
+    }
 
 
 async def test_work_in_flight_is_finished_at_a_stop(shop: Shop) -> None:
@@ -341,7 +393,9 @@ async def test_work_in_flight_is_finished_at_a_stop(shop: Shop) -> None:
 
 
 async def test_what_is_not_finished_at_a_stop_is_given_back(shop: Shop) -> None:
-    """After the limit work is cancelled and its lease freed: another process begins at once, and the attempt does not count."""
+    """After the limit work is cancelled and its lease freed: another process begins at once, and
+    the attempt does not count.
+    """
     started = asyncio.Event()
 
     async def run(_: Grant) -> None:
@@ -354,7 +408,12 @@ async def test_what_is_not_finished_at_a_stop_is_given_back(shop: Shop) -> None:
         assert (await shop.row("task_a"))["submit_lease_owner"] == "here"
         assert await pool.stop(0.01) == 1
     row = await shop.row("task_a")
-    assert (row["submit_lease_until"], row["submit_lease_owner"], row["submit_due_at"], row["submit_attempts"]) == (None, None, START, 0)
+    assert (
+        row["submit_lease_until"],
+        row["submit_lease_owner"],
+        row["submit_due_at"],
+        row["submit_attempts"],
+    ) == (None, None, START, 0)
 
 
 async def test_work_that_waits_for_its_turn_at_a_stop_is_not_begun(shop: Shop) -> None:
@@ -373,11 +432,17 @@ async def test_work_that_waits_for_its_turn_at_a_stop_is_not_begun(shop: Shop) -
         assert await pool.stop(10) == 0
     row = await shop.row("task_a")
     assert done == []
-    assert (row["submit_lease_until"], row["submit_due_at"], row["submit_attempts"]) == (None, START, 0)
+    assert (row["submit_lease_until"], row["submit_due_at"], row["submit_attempts"]) == (
+        None,
+        START,
+        0,
+    )
 
 
 async def test_what_a_transaction_under_way_grants_after_a_stop_is_given_back(shop: Shop) -> None:
-    """The store may still be committing when the stop begins: what it grants then is nobody's, and is freed."""
+    """The store may still be committing when the stop begins: what it grants then is nobody's, and
+    is freed.
+    """
     done, under_way, go_on = list[str](), threading.Event(), threading.Event()
 
     def wait(connection: Connection) -> None:
@@ -398,10 +463,16 @@ async def test_what_a_transaction_under_way_grants_after_a_stop_is_given_back(sh
         await stopping
     row = await shop.row("task_a")
     assert done == []
-    assert (row["submit_lease_until"], row["submit_due_at"], row["submit_attempts"]) == (None, START, 0)
+    assert (row["submit_lease_until"], row["submit_due_at"], row["submit_attempts"]) == (
+        None,
+        START,
+        0,
+    )
 
 
-async def test_leases_are_renewed_while_a_call_runs(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_leases_are_renewed_while_a_call_runs(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A call longer than a lease keeps its row: nobody else may begin it."""
     monkeypatch.setattr(worker, "RENEW_S", 0.01)
     gate, began = asyncio.Event(), list[int]()
@@ -446,7 +517,11 @@ async def test_a_job_knows_in_its_log_lines_what_it_works_on(shop: Shop) -> None
 def deadly(tx: Transaction, items: Sequence[tuple[int, int]]) -> list[None]:
     """Gives the task `task_deadly` so many deaths, and makes it due then."""
     for deaths, due_at in items:
-        tx.connection.execute(tasks.update().where(tasks.c.id == "task_deadly").values(submit_deaths=deaths, submit_due_at=due_at))
+        tx.connection.execute(
+            tasks.update()
+            .where(tasks.c.id == "task_deadly")
+            .values(submit_deaths=deaths, submit_due_at=due_at)
+        )
     return [None] * len(items)
 
 
@@ -471,7 +546,9 @@ async def test_what_outlived_deaths_of_its_process_runs_alone(shop: Shop) -> Non
         await wait_until(lambda: running)
         await shop.store.write(deadly, (2, START))
         await wait_until(lambda: pool._alone)
-        assert (await shop.row("task_deadly"))["submit_lease_until"] is None, "no death before it is begun is its own"
+        assert (await shop.row("task_deadly"))["submit_lease_until"] is None, (
+            "no death before it is begun is its own"
+        )
         await shop.queue("task_new")
         assert beside == [{"task_busy"}]
         release.set()
@@ -491,10 +568,14 @@ async def test_what_brought_its_process_down_too_often_is_parked(shop: Shop) -> 
         async with shop.working(run):
             await wait_until(lambda: any(line["event"] == "task.parked" for line in lines))
     assert await shop.types() == ["image.task.failed", "task.parked"]
-    assert [line["cause"] for line in lines if line["event"] == "task.parked"] == [f"{DEATH_LIMIT} deaths"]
+    assert [line["cause"] for line in lines if line["event"] == "task.parked"] == [
+        f"{DEATH_LIMIT} deaths"
+    ]
 
 
-async def test_a_suspect_that_another_process_took_is_left_to_it(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_suspect_that_another_process_took_is_left_to_it(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between the look and the claim it may be gone: nobody is alone then, and work goes on."""
     done, looked = list[str](), asyncio.Event()
 
@@ -510,8 +591,12 @@ async def test_a_suspect_that_another_process_took_is_left_to_it(shop: Shop, mon
         await wait_until(lambda: done == ["task_a"])
 
 
-async def test_what_could_not_be_recorded_at_a_stop_is_left_to_its_lease(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stop does not wait for a store that is away; what came back before is not remembered for ever."""
+async def test_what_could_not_be_recorded_at_a_stop_is_left_to_its_lease(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop does not wait for a store that is away; what came back before is not remembered for
+    ever.
+    """
     monkeypatch.setattr(worker, "RETURNED", 1)
     pool = WorkerPool(shop.store, [], shop.metrics, shop.told.append, at_once)
     pool.quiesce()

@@ -23,7 +23,9 @@ class NewKey:
 
 @dataclass(frozen=True, slots=True)
 class NewOwner:
-    """An owner that has no key yet, like `admin` with `DARKROOM_ADMIN_KEY` alone; `callback_secret` is encrypted."""
+    """An owner that has no key yet, like `admin` with `DARKROOM_ADMIN_KEY` alone; `callback_secret`
+    is encrypted.
+    """
 
     name: str
     callback_secret: bytes
@@ -32,8 +34,15 @@ class NewOwner:
 def insert_owners(tx: Transaction, items: Sequence[NewOwner]) -> list[None]:
     """Makes owners that are not there, so that their tasks' callbacks can be signed."""
     for item in items:
-        if tx.connection.execute(select(owners.c.name).where(owners.c.name == item.name)).first() is None:
-            tx.connection.execute(insert(owners).values(name=item.name, callback_secret=item.callback_secret, created_at=tx.now))
+        if (
+            tx.connection.execute(select(owners.c.name).where(owners.c.name == item.name)).first()
+            is None
+        ):
+            tx.connection.execute(
+                insert(owners).values(
+                    name=item.name, callback_secret=item.callback_secret, created_at=tx.now
+                )
+            )
     return [None] * len(items)
 
 
@@ -43,14 +52,31 @@ def insert_keys(tx: Transaction, items: Sequence[NewKey]) -> list[bool]:
     for item in items:
         insert_owners(tx, [NewOwner(item.owner, item.callback_secret)])
         mine = owners.c.name == item.owner
-        kept = tx.connection.execute(select(owners.c.callback_secret).where(mine).with_for_update()).scalar_one()
-        keyless = tx.connection.execute(select(api_keys.c.id).where(api_keys.c.owner == item.owner)).first() is None
+        kept = tx.connection.execute(
+            select(owners.c.callback_secret).where(mine).with_for_update()
+        ).scalar_one()
+        keyless = (
+            tx.connection.execute(
+                select(api_keys.c.id).where(api_keys.c.owner == item.owner)
+            ).first()
+            is None
+        )
         if keyless:  # nobody was shown the one it has
-            tx.connection.execute(update(owners).where(mine).values(callback_secret=item.callback_secret))
-        if tx.connection.execute(select(api_keys.c.id).where(api_keys.c.id == item.id)).first() is None:
+            tx.connection.execute(
+                update(owners).where(mine).values(callback_secret=item.callback_secret)
+            )
+        if (
+            tx.connection.execute(select(api_keys.c.id).where(api_keys.c.id == item.id)).first()
+            is None
+        ):
             tx.connection.execute(
                 insert(api_keys).values(
-                    id=item.id, owner=item.owner, hash=item.hash, hint=item.hint, scopes=list(item.scopes), created_at=tx.now
+                    id=item.id,
+                    owner=item.owner,
+                    hash=item.hash,
+                    hint=item.hint,
+                    scopes=list(item.scopes),
+                    created_at=tx.now,
                 )
             )
         results.append(keyless or kept == item.callback_secret)
@@ -59,15 +85,23 @@ def insert_keys(tx: Transaction, items: Sequence[NewKey]) -> list[bool]:
 
 def revoke_keys(tx: Transaction, ids: Sequence[str]) -> list[bool]:
     """Ends keys; False for ids that are not there. Revoking again changes nothing."""
-    statement = update(api_keys).where(api_keys.c.id.in_(ids), api_keys.c.revoked_at.is_(None)).values(revoked_at=tx.now)
+    statement = (
+        update(api_keys)
+        .where(api_keys.c.id.in_(ids), api_keys.c.revoked_at.is_(None))
+        .values(revoked_at=tx.now)
+    )
     tx.connection.execute(statement)
-    known = set(tx.connection.execute(select(api_keys.c.id).where(api_keys.c.id.in_(ids))).scalars())
+    known = set(
+        tx.connection.execute(select(api_keys.c.id).where(api_keys.c.id.in_(ids))).scalars()
+    )
     return [id in known for id in ids]
 
 
 @dataclass(frozen=True, slots=True)
 class SecretChange:
-    """An owner's callback secrets, encrypted: those it has, which must be so still, and the new ones."""
+    """An owner's callback secrets, encrypted: those it has, which must be so still, and the new
+    ones.
+    """
 
     owner: str
     before: bytes
@@ -79,5 +113,10 @@ def change_secrets(tx: Transaction, items: Sequence[SecretChange]) -> list[bool]
     results = []
     for item in items:
         as_it_was = (owners.c.name == item.owner, owners.c.callback_secret == item.before)
-        results.append(tx.connection.execute(update(owners).where(*as_it_was).values(callback_secret=item.after)).rowcount == 1)
+        results.append(
+            tx.connection.execute(
+                update(owners).where(*as_it_was).values(callback_secret=item.after)
+            ).rowcount
+            == 1
+        )
     return results

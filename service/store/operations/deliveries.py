@@ -16,7 +16,9 @@ HASTENED = 1000  # deliveries of an endpoint that is back
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One request to a subscriber. `status` None: no answer. `answer` is at most its first 2 KiB."""
+    """One request to a subscriber. `status` None: no answer. `answer` is at most its first 2
+    KiB.
+    """
 
     id: str
     status: int | None
@@ -27,12 +29,13 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What an attempt leads to: `delivered`, `retry` after `wait_ms`, `dead`, `gone` (the endpoint wants no more),
-    `held` (it is paused), `later` (not tried, due again after `wait_ms`).
+    """What an attempt leads to: `delivered`, `retry` after `wait_ms`, `dead`, `gone` (the endpoint
+    wants no more), `held` (it is paused), `later` (not tried, due again after `wait_ms`).
 
-    `pause_ms`: the endpoint asked for peace. `ours`: the fault was on this side, the endpoint is not to blame.
-    `waited`: others have been put off until this one was over, and may be due. `url`: where the endpoint was when it was sent there; what
-    an old address says is not held against the new one.
+    `pause_ms`: the endpoint asked for peace. `ours`: the fault was on this side, the endpoint is
+    not to blame. `waited`: others have been put off until this one was over, and may be due. `url`:
+    where the endpoint was when it was sent there; what an old address says is not held against the
+    new one.
     """
 
     grant: Grant
@@ -47,14 +50,27 @@ class Outcome:
 
 
 def record_attempts(tx: Transaction, items: Sequence[Outcome]) -> list[bool]:
-    """Records attempts; False where the lease had ended: the attempt is kept, the delivery's state is somebody else's."""
+    """Records attempts; False where the lease had ended: the attempt is kept, the delivery's state
+    is somebody else's.
+    """
     statement = (
-        select(deliveries).where(deliveries.c.id.in_([item.grant.key for item in items])).order_by(deliveries.c.id).with_for_update()
+        select(deliveries)
+        .where(deliveries.c.id.in_([item.grant.key for item in items]))
+        .order_by(deliveries.c.id)
+        .with_for_update()
     )
     rows = {row["id"]: dict(row) for row in tx.connection.execute(statement).mappings()}
     ids = [item.attempt.id for item in items if item.attempt]
-    known = set(tx.connection.execute(select(attempts.c.id).where(attempts.c.id.in_(ids))).scalars()) if ids else set()
-    written = [item for item in items if item.attempt and item.grant.key in rows and item.attempt.id not in known]
+    known = (
+        set(tx.connection.execute(select(attempts.c.id).where(attempts.c.id.in_(ids))).scalars())
+        if ids
+        else set()
+    )
+    written = [
+        item
+        for item in items
+        if item.attempt and item.grant.key in rows and item.attempt.id not in known
+    ]
     if written:
         tx.connection.execute(insert(attempts), [_attempt_row(tx, item) for item in written])
     results = []
@@ -89,10 +105,15 @@ def _record(tx: Transaction, row: dict[str, Any], item: Outcome) -> None:
         item = replace(item, result="retry")
     finished = item.result in ("delivered", "dead", "gone")
     held = item.result == "held" and _paused(tx, endpoint_id)
-    due = None if finished or held or row["state"] != "pending" else tx.now + item.wait_ms  # buried meanwhile: not tried again
+    due = (
+        None if finished or held or row["state"] != "pending" else tx.now + item.wait_ms
+    )  # buried meanwhile: not tried again
     values = leases.freed(item.grant.stage, due)
     if finished:
-        values |= {"state": "delivered" if item.result == "delivered" else "dead", "finished_at": tx.now}
+        values |= {
+            "state": "delivered" if item.result == "delivered" else "dead",
+            "finished_at": tx.now,
+        }
     elif item.result in ("held", "later"):  # nothing was tried: the schedule is not shortened
         values["attempts"] = row["attempts"] - 1
     row.update(values)
@@ -105,8 +126,8 @@ def _record(tx: Transaction, row: dict[str, Any], item: Outcome) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ByHand:
-    """An attempt that somebody asked for: `delivered`, `gone` or `failed`. What was planned goes on, unless this one brought it there or
-    the subscriber wants no more. Else as in an `Outcome`.
+    """An attempt that somebody asked for: `delivered`, `gone` or `failed`. What was planned goes
+    on, unless this one brought it there or the subscriber wants no more. Else as in an `Outcome`.
     """
 
     delivery_id: str
@@ -118,18 +139,40 @@ class ByHand:
 
 def record_by_hand(tx: Transaction, items: Sequence[ByHand]) -> list[None]:
     for item in items:
-        row = tx.connection.execute(select(deliveries).where(deliveries.c.id == item.delivery_id).with_for_update()).mappings().first()
-        if row is None or tx.connection.execute(select(attempts.c.id).where(attempts.c.id == item.attempt.id)).first():
+        row = (
+            tx.connection.execute(
+                select(deliveries).where(deliveries.c.id == item.delivery_id).with_for_update()
+            )
+            .mappings()
+            .first()
+        )
+        if (
+            row is None
+            or tx.connection.execute(
+                select(attempts.c.id).where(attempts.c.id == item.attempt.id)
+            ).first()
+        ):
             continue
         grant = Grant("deliver", item.delivery_id, row["fence"], row["attempts"])
         outcome = Outcome(grant, item.result, item.attempt, pause_ms=item.pause_ms, url=item.url)
         tx.connection.execute(insert(attempts), [_attempt_row(tx, outcome)])
-        if item.result == "delivered" or (item.result == "gone" and row["state"] == "pending" and row["endpoint_id"] is None):
-            values = leases.freed("deliver", None, state="dead" if item.result == "gone" else "delivered", finished_at=tx.now)
-            tx.connection.execute(update(deliveries).where(deliveries.c.id == item.delivery_id).values(values))
+        if item.result == "delivered" or (
+            item.result == "gone" and row["state"] == "pending" and row["endpoint_id"] is None
+        ):
+            values = leases.freed(
+                "deliver",
+                None,
+                state="dead" if item.result == "gone" else "delivered",
+                finished_at=tx.now,
+            )
+            tx.connection.execute(
+                update(deliveries).where(deliveries.c.id == item.delivery_id).values(values)
+            )
         if row["endpoint_id"] is not None and item.result != "failed":
             _judge(tx, row["endpoint_id"], outcome)
-        elif row["endpoint_id"] is not None and item.pause_ms:  # and no beginning of a time in which all failed
+        elif (
+            row["endpoint_id"] is not None and item.pause_ms
+        ):  # and no beginning of a time in which all failed
             until = tx.now + item.pause_ms
             mine = and_(endpoints.c.id == row["endpoint_id"], endpoints.c.status != "disabled")
             mine = and_(mine, endpoints.c.url == item.url) if item.url else mine
@@ -151,16 +194,34 @@ def _moved(tx: Transaction, endpoint_id: str | None, url: str | None) -> bool:
 
 
 def _exhausted(tx: Transaction, row: dict[str, Any]) -> None:
-    type = tx.connection.execute(select(events.c.type).where(events.c.id == row["event_id"])).scalar()
-    if type is not None and type.startswith("image.task."):  # a dead delivery of an operators' event raises none
-        data = {"delivery_id": row["id"], "endpoint_id": row["endpoint_id"], "event_id": row["event_id"], "task_id": row["task_id"]}
+    type = tx.connection.execute(
+        select(events.c.type).where(events.c.id == row["event_id"])
+    ).scalar()
+    if type is not None and type.startswith(
+        "image.task."
+    ):  # a dead delivery of an operators' event raises none
+        data = {
+            "delivery_id": row["id"],
+            "endpoint_id": row["endpoint_id"],
+            "event_id": row["event_id"],
+            "task_id": row["task_id"],
+        }
         outbox.emit_operators(tx, "delivery.exhausted", data, task_id=row["task_id"])
 
 
 def _judge(tx: Transaction, endpoint_id: str, item: Outcome) -> None:
-    """Keeps what the attempt says of its endpoint, and disables one that is gone or only failed for too long."""
-    columns = (endpoints.c.status, endpoints.c.failing_since, endpoints.c.paused_until, endpoints.c.url)
-    endpoint = tx.connection.execute(select(*columns).where(endpoints.c.id == endpoint_id).with_for_update()).first()
+    """Keeps what the attempt says of its endpoint, and disables one that is gone or only failed for
+    too long.
+    """
+    columns = (
+        endpoints.c.status,
+        endpoints.c.failing_since,
+        endpoints.c.paused_until,
+        endpoints.c.url,
+    )
+    endpoint = tx.connection.execute(
+        select(*columns).where(endpoints.c.id == endpoint_id).with_for_update()
+    ).first()
     if endpoint is None or endpoint.status == "disabled" or item.url not in (None, endpoint.url):
         return
     if item.result == "delivered":
@@ -182,19 +243,35 @@ def _judge(tx: Transaction, endpoint_id: str, item: Outcome) -> None:
 
 
 def _hasten(tx: Transaction, endpoint_id: str) -> None:
-    """An endpoint takes deliveries again: what was put off meanwhile, and never tried, is due now, at most `HASTENED` of it."""
-    mine = and_(deliveries.c.endpoint_id == endpoint_id, deliveries.c.state == "pending", deliveries.c.attempts == ZERO)
-    waiting = select(deliveries.c.id).where(mine, deliveries.c.lease_until.is_(None), deliveries.c.due_at > tx.now)
+    """An endpoint takes deliveries again: what was put off meanwhile, and never tried, is due now,
+    at most `HASTENED` of it.
+    """
+    mine = and_(
+        deliveries.c.endpoint_id == endpoint_id,
+        deliveries.c.state == "pending",
+        deliveries.c.attempts == ZERO,
+    )
+    waiting = select(deliveries.c.id).where(
+        mine, deliveries.c.lease_until.is_(None), deliveries.c.due_at > tx.now
+    )
     locked = waiting.order_by(deliveries.c.due_at).limit(HASTENED).with_for_update(skip_locked=True)
-    tx.connection.execute(update(deliveries).where(deliveries.c.id.in_(locked)).values(due_at=tx.now))
+    tx.connection.execute(
+        update(deliveries).where(deliveries.c.id.in_(locked)).values(due_at=tx.now)
+    )
     tx.due.update(("deliver", "redeliver"))
 
 
 def disable(tx: Transaction, endpoint_id: str, reason: str) -> None:
-    """Switches an endpoint off: what is pending for it is dead, and nothing new is made until it is enabled again."""
+    """Switches an endpoint off: what is pending for it is dead, and nothing new is made until it is
+    enabled again.
+    """
     _change(tx, endpoint_id, status="disabled", disabled_at=tx.now, disabled_reason=reason)
     bury(tx, endpoint_id)
-    outbox.emit_operators(tx, "endpoint.disabled", {"endpoint_id": endpoint_id, "reason": reason, "disabled_at": model.rfc3339(tx.now)})
+    outbox.emit_operators(
+        tx,
+        "endpoint.disabled",
+        {"endpoint_id": endpoint_id, "reason": reason, "disabled_at": model.rfc3339(tx.now)},
+    )
 
 
 def bury(tx: Transaction, endpoint_id: str) -> None:
@@ -223,7 +300,11 @@ class Endpoint:
 
 
 def insert_endpoints(tx: Transaction, items: Sequence[Endpoint]) -> list[None]:
-    known = set(tx.connection.execute(select(endpoints.c.id).where(endpoints.c.id.in_([item.id for item in items]))).scalars())
+    known = set(
+        tx.connection.execute(
+            select(endpoints.c.id).where(endpoints.c.id.in_([item.id for item in items]))
+        ).scalars()
+    )
     for item in items:
         if item.id not in known:
             tx.connection.execute(
@@ -243,7 +324,9 @@ def insert_endpoints(tx: Transaction, items: Sequence[Endpoint]) -> list[None]:
 
 @dataclass(frozen=True, slots=True)
 class EndpointChange:
-    """New values for an endpoint, or with `delete` its end. `owner` None: whoever owns it (admin)."""
+    """New values for an endpoint, or with `delete` its end. `owner` None: whoever owns it
+    (admin).
+    """
 
     id: str
     owner: str | None
@@ -252,17 +335,23 @@ class EndpointChange:
     description: str | None = None
     status: str | None = None  # enabled | paused | disabled
     delete: bool = False
-    secrets: tuple[bytes, bytes] | None = None  # encrypted: those it has, which must be so still, and the new ones
+    secrets: tuple[bytes, bytes] | None = (
+        None  # encrypted: those it has, which must be so still, and the new ones
+    )
 
 
 def change_endpoints(tx: Transaction, items: Sequence[EndpointChange]) -> list[bool]:
-    """Changes endpoints; False for those that are not there for this owner, or whose secrets have changed meanwhile."""
+    """Changes endpoints; False for those that are not there for this owner, or whose secrets have
+    changed meanwhile.
+    """
     return [_change_endpoint(tx, item) for item in items]
 
 
 def _change_endpoint(tx: Transaction, item: EndpointChange) -> bool:
     statement = select(endpoints).where(endpoints.c.id == item.id).with_for_update()
-    if item.owner is not None:  # nobody waits for the lock of another's: how long it took would tell that it is there
+    if (
+        item.owner is not None
+    ):  # nobody waits for the lock of another's: how long it took would tell that it is there
         statement = statement.where(endpoints.c.owner == item.owner)
     row = tx.connection.execute(statement).mappings().first()
     if row is None or (item.secrets is not None and row["secret"] != item.secrets[0]):
@@ -271,7 +360,11 @@ def _change_endpoint(tx: Transaction, item: EndpointChange) -> bool:
         bury(tx, item.id)
         tx.connection.execute(delete(endpoints).where(endpoints.c.id == item.id))
         return True
-    told = {"url": item.url, "types": list(item.types) if item.types is not None else None, "description": item.description}
+    told = {
+        "url": item.url,
+        "types": list(item.types) if item.types is not None else None,
+        "description": item.description,
+    }
     values: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
     if item.url not in (None, row["url"]):  # what the old address did is not the new one's
         values |= {"failing_since": None, "paused_until": None}
@@ -283,7 +376,11 @@ def _change_endpoint(tx: Transaction, item: EndpointChange) -> bool:
             values |= {"failing_since": None, "paused_until": None}
             tx.connection.execute(  # what was held while it was paused
                 update(deliveries)
-                .where(deliveries.c.endpoint_id == item.id, deliveries.c.state == "pending", deliveries.c.due_at.is_(None))
+                .where(
+                    deliveries.c.endpoint_id == item.id,
+                    deliveries.c.state == "pending",
+                    deliveries.c.due_at.is_(None),
+                )
                 .values(due_at=tx.now)
             )
             tx.due.update(("deliver", "redeliver"))

@@ -1,6 +1,8 @@
-"""Rows that bring down what works on them, by exceptions that nobody foresaw or whole processes: counted, tried again, parked in the end.
+"""Rows that bring down what works on them, by exceptions that nobody foresaw or whole processes:
+counted, tried again, parked in the end.
 
-A process that is killed from outside takes many rows with it: a row that outlived two deaths is worked on alone.
+A process that is killed from outside takes many rows with it: a row that outlived two deaths is
+worked on alone.
 """
 
 from collections.abc import Sequence
@@ -28,8 +30,9 @@ class Fault:
 
 
 def record_faults(tx: Transaction, items: Sequence[Fault]) -> list[int]:
-    """Counts faults: how many the row has now. At `FAULT_LIMIT` it is parked. 0: nothing is counted, for the lease had ended, or nobody
-    wants the work any more: others moved the task on meanwhile, and the lease ends as if it were done.
+    """Counts faults: how many the row has now. At `FAULT_LIMIT` it is parked. 0: nothing is
+    counted, for the lease had ended, or nobody wants the work any more: others moved the task on
+    meanwhile, and the lease ends as if it were done.
     """
     return [_record(tx, item) for item in items]
 
@@ -37,13 +40,20 @@ def record_faults(tx: Transaction, items: Sequence[Fault]) -> list[int]:
 def _record(tx: Transaction, item: Fault) -> int:
     queue = QUEUES[item.grant.stage]
     columns = (queue.column("due_at"), queue.column("faults"))
-    row = tx.connection.execute(select(*columns).where(queue.table.c.id == item.grant.key).with_for_update()).first()
+    row = tx.connection.execute(
+        select(*columns).where(queue.table.c.id == item.grant.key).with_for_update()
+    ).first()
     if row is None or row[0] is None:
         leases.done(tx, [item.grant])
         return 0
     count: int = row[1] + 1
     parked = count >= FAULT_LIMIT
-    values = {"lease_until": None, "lease_owner": None, "due_at": None if parked else tx.now + item.wait_ms, "faults": count}
+    values = {
+        "lease_until": None,
+        "lease_owner": None,
+        "due_at": None if parked else tx.now + item.wait_ms,
+        "faults": count,
+    }
     if not leases.change(tx, item.grant, values):
         return 0
     if parked:
@@ -77,26 +87,46 @@ def _suspect(tx: Transaction, found: tuple[Grant, int] | None) -> Suspect | None
 
 
 def _park(tx: Transaction, grant: Grant, cause: str) -> None:
-    """Takes a row out of its queue for good: its task fails, its image is lost or its delivery is dead; operators are told.
+    """Takes a row out of its queue for good: its task fails, its image is lost or its delivery is
+    dead; operators are told.
 
-    A task that is storing is settled, and goes on with its pictures: what they wait for is in a queue of their own.
+    A task that is storing is settled, and goes on with its pictures: what they wait for is in a
+    queue of their own.
     """
     task_id: str | None = grant.key
     if grant.stage in ("deliver", "redeliver"):
-        task_id = tx.connection.execute(select(deliveries.c.task_id).where(deliveries.c.id == grant.key)).scalar()
+        task_id = tx.connection.execute(
+            select(deliveries.c.task_id).where(deliveries.c.id == grant.key)
+        ).scalar()
         tx.change(deliveries, grant.key, {"state": "dead", "finished_at": tx.now})
     elif grant.stage == "replay":
         task_id = None
         tx.change(replays, grant.key, {"state": "cancelled", "finished_at": tx.now})
     elif grant.stage == "download":
-        task_id = tx.connection.execute(select(images.c.task_id).where(images.c.id == grant.key)).scalar_one()
+        task_id = tx.connection.execute(
+            select(images.c.task_id).where(images.c.id == grant.key)
+        ).scalar_one()
         task = lock(tx, [task_id])[task_id]
         tx.change(images, grant.key, {"state": "lost", "error": "internal_error"})
         finish_if_done(tx, task)
     else:
         task = lock(tx, [grant.key])[grant.key]
-        if State(task["state"]) in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN, State.SUBMITTED):
+        if State(task["state"]) in (
+            State.QUEUED,
+            State.SUBMITTING,
+            State.UNCERTAIN,
+            State.SUBMITTED,
+        ):
             forget_downloads(tx, grant.key)
-            error = {"code": "internal_error", "message": f"parked after {cause}", "type": "server_error"}
+            error = {
+                "code": "internal_error",
+                "message": f"parked after {cause}",
+                "type": "server_error",
+            }
             end(tx, task, State.FAILED, error)
-    outbox.emit_operators(tx, "task.parked", {"task_id": task_id, "stage": grant.stage, "key": grant.key, "cause": cause}, task_id=task_id)
+    outbox.emit_operators(
+        tx,
+        "task.parked",
+        {"task_id": task_id, "stage": grant.stage, "key": grant.key, "cause": cause},
+        task_id=task_id,
+    )

@@ -14,22 +14,31 @@ from service.store.tables import images
 
 STALE_LIMIT, STALE_MS = 10, 30 * 60 * 1000
 WRONG_LIMIT = 3
-LIVES = 2  # a link lives a day, and the upstream gives links for a day after the submission: the last one dies after two (upstream.md)
-AT_RISK_MS, AT_RISK_STALE = 2 * 3600 * 1000, 3  # time for somebody to act: this little left, or the link dead so often
+# a link lives a day, and the upstream gives links for a day after the submission: the last one dies
+# after two (upstream.md)
+LIVES = 2
+AT_RISK_MS, AT_RISK_STALE = (
+    2 * 3600 * 1000,
+    3,
+)  # time for somebody to act: this little left, or the link dead so often
 
 
 def anticipate(tx: Transaction, task: Row, urls: Sequence[str], ttl_ms: int) -> None:
-    """Starts fetching what only a callback named, for a task without results yet; it counts once a query agrees."""
+    """Starts fetching what only a callback named, for a task without results yet; it counts once a
+    query agrees.
+    """
     for position, url in enumerate(urls):
         _insert(tx, task, position, url, confirmed=False, ttl_ms=ttl_ms)
 
 
 def expect(tx: Transaction, task: Row, urls: Sequence[str], ttl_ms: int) -> None:
-    """Makes one row a result that a query named, in the upstream's order, and gets the missing ones fetched.
+    """Makes one row a result that a query named, in the upstream's order, and gets the missing ones
+    fetched.
 
-    A row that a callback named counts now if the address is the same; another address wins over it. What is confirmed
-    stays: a link may be renewed while the picture is missing, but what was stored or lost is so for good. Another address is a
-    fresh link: it lives `ttl_ms` from now, but not past `LIVES` such lives from the submission, however often one is given.
+    A row that a callback named counts now if the address is the same; another address wins over it.
+    What is confirmed stays: a link may be renewed while the picture is missing, but what was stored
+    or lost is so for good. Another address is a fresh link: it lives `ttl_ms` from now, but not
+    past `LIVES` such lives from the submission, however often one is given.
     """
     last_ms = (task["submitted_at"] or task["created_at"]) + LIVES * ttl_ms
     statement = select(images).where(images.c.task_id == task["id"]).with_for_update()
@@ -39,13 +48,35 @@ def expect(tx: Transaction, task: Row, urls: Sequence[str], ttl_ms: int) -> None
         if row is None:
             _insert(tx, task, position, url, confirmed=True, ttl_ms=ttl_ms)
         elif row["source_url"] == url:
-            retry = {} if row["state"] != "pending" or row["due_at"] is not None else leases.wanted(tx, "download", row["id"], row)
+            retry = (
+                {}
+                if row["state"] != "pending" or row["due_at"] is not None
+                else leases.wanted(tx, "download", row["id"], row)
+            )
             tx.change(images, row["id"], {"confirmed": True, **retry})
         elif not row["confirmed"]:  # what went wrong was another address's fault
-            fresh = {"source_url": url, "confirmed": True, "state": "pending", "blob": None, "error": None, "link_dies_at": tx.now + ttl_ms}
-            blameless = {"stale_since": None, "stale_count": 0, "wrong_sha256": None, "wrong_count": 0}
-            tx.change(images, row["id"], {**fresh, **blameless, **leases.wanted(tx, "download", row["id"], row)})
-        elif row["state"] == "pending":  # a fresh link; tried when its turn comes, or each answer would start the next try
+            fresh = {
+                "source_url": url,
+                "confirmed": True,
+                "state": "pending",
+                "blob": None,
+                "error": None,
+                "link_dies_at": tx.now + ttl_ms,
+            }
+            blameless = {
+                "stale_since": None,
+                "stale_count": 0,
+                "wrong_sha256": None,
+                "wrong_count": 0,
+            }
+            tx.change(
+                images,
+                row["id"],
+                {**fresh, **blameless, **leases.wanted(tx, "download", row["id"], row)},
+            )
+        elif (
+            row["state"] == "pending"
+        ):  # a fresh link; tried when its turn comes, or each answer would start the next try
             again = leases.wanted(tx, "download", row["id"], row) if row["due_at"] is None else {}
             dies_at = max(row["link_dies_at"], min(tx.now + ttl_ms, last_ms))
             tx.change(images, row["id"], {"source_url": url, "link_dies_at": dies_at, **again})
@@ -56,16 +87,27 @@ def expect(tx: Transaction, task: Row, urls: Sequence[str], ttl_ms: int) -> None
 def awaited(tx: Transaction, task_id: str) -> bool:
     """Whether a picture of the task is still to be fetched."""
     tx.write()
-    return tx.connection.execute(select(images.c.id).where(images.c.task_id == task_id, images.c.state == "pending")).first() is not None
+    return (
+        tx.connection.execute(
+            select(images.c.id).where(images.c.task_id == task_id, images.c.state == "pending")
+        ).first()
+        is not None
+    )
 
 
 def finish_if_done(tx: Transaction, task: Row) -> None:
-    """Ends a task that is `storing` when each of its results is stored or lost; tells of those that came after its end."""
+    """Ends a task that is `storing` when each of its results is stored or lost; tells of those that
+    came after its end.
+    """
     late = State(task["state"]) in TERMINAL
     if task["settled_digest"] is None or not (late or State(task["state"]) is State.STORING):
         return
     tx.write()
-    statement = select(images.c.position, images.c.state, images.c.error).where(images.c.task_id == task["id"]).order_by(images.c.position)
+    statement = (
+        select(images.c.position, images.c.state, images.c.error)
+        .where(images.c.task_id == task["id"])
+        .order_by(images.c.position)
+    )
     rows = list(tx.connection.execute(statement))
     if any(row.state == "pending" for row in rows):
         return
@@ -77,15 +119,30 @@ def finish_if_done(tx: Transaction, task: Row) -> None:
         end(tx, task, State.COMPLETED, progress=100)
         return
     which = "; ".join(f"{row.position}: {row.error}" for row in lost)
-    end(tx, task, State.FAILED, {"code": "results_lost", "message": f"results could not be saved: {which}"[:2000], "type": "task_error"})
+    end(
+        tx,
+        task,
+        State.FAILED,
+        {
+            "code": "results_lost",
+            "message": f"results could not be saved: {which}"[:2000],
+            "type": "task_error",
+        },
+    )
 
 
 def tell_late(tx: Transaction, task: Row, stored: int = 0, lost: int = 0) -> None:
-    """Tells operators what the upstream said of a task that we had given up: its state and its event stand."""
+    """Tells operators what the upstream said of a task that we had given up: its state and its
+    event stand.
+    """
     told = {"status": task["upstream_status"], "stored": stored, "lost": lost}
     tx.step(task["id"], "task.late_result", **told)
-    known = {name: task[name] for name in ("owner", "state", "upstream_id")} | {"credits_used": credits_number(task["credits_used"])}
-    outbox.emit_operators(tx, "task.late_result", {"task_id": task["id"], **known, **told}, task_id=task["id"])
+    known = {name: task[name] for name in ("owner", "state", "upstream_id")} | {
+        "credits_used": credits_number(task["credits_used"])
+    }
+    outbox.emit_operators(
+        tx, "task.late_result", {"task_id": task["id"], **known, **told}, task_id=task["id"]
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +159,9 @@ class Stored:
 class Retry:
     """A passing failure: tried again after `wait_ms` while the link lives.
 
-    `stale` (403, 404, 410): the upstream is asked for a fresh link, also when the link's time is up; final after 10 over
-    30 minutes. `wrong_sha256`: what came was no image; the same bytes three times are final.
+    `stale` (403, 404, 410): the upstream is asked for a fresh link, also when the link's time is
+    up; final after 10 over 30 minutes. `wrong_sha256`: what came was no image; the same bytes three
+    times are final.
     """
 
     reason: str
@@ -130,9 +188,16 @@ class Download:
 
 
 def record_downloads(tx: Transaction, items: Sequence[Download]) -> list[str | None]:
-    """Records downloads; the images' states, or None where the lease had ended or the address was replaced: nothing changed."""
+    """Records downloads; the images' states, or None where the lease had ended or the address was
+    replaced: nothing changed.
+    """
     tasks = lock(tx, (item.task_id for item in items))
-    statement = select(images).where(images.c.id.in_([item.grant.key for item in items])).order_by(images.c.id).with_for_update()
+    statement = (
+        select(images)
+        .where(images.c.id.in_([item.grant.key for item in items]))
+        .order_by(images.c.id)
+        .with_for_update()
+    )
     rows = {row["id"]: row for row in tx.connection.execute(statement).mappings()}
     results = []
     for item in items:
@@ -144,20 +209,35 @@ def record_downloads(tx: Transaction, items: Sequence[Download]) -> list[str | N
 
 def _record(tx: Transaction, task: Row, row: Row, item: Download) -> str | None:
     if row["state"] != "pending" or row["source_url"] != item.source_url:
-        tx.change(images, row["id"], leases.freed("download", tx.now if row["state"] == "pending" else None))
+        tx.change(
+            images,
+            row["id"],
+            leases.freed("download", tx.now if row["state"] == "pending" else None),
+        )
         return None
     step = {"image_id": row["id"], "index": row["position"]}
     values: dict[str, Any]
     match item.outcome:
         case Stored() as stored:
             figures = {name: getattr(stored, name) for name in Stored.__slots__}
-            values = {"state": "stored", "stored_at": tx.now, "error": None, **figures, **leases.freed("download", None)}
+            values = {
+                "state": "stored",
+                "stored_at": tx.now,
+                "error": None,
+                **figures,
+                **leases.freed("download", None),
+            }
             tx.step(task["id"], "image.stored", **step, bytes=stored.bytes, sha256=stored.sha256)
         case Retry() as retry:
             values = {**_blame(tx, row, retry), **leases.freed("download", tx.now + retry.wait_ms)}
             if values["state"] == "lost":
                 values["due_at"] = None
-            tx.step(task["id"], "image.lost" if values["state"] == "lost" else "image.retry", **step, reason=retry.reason)
+            tx.step(
+                task["id"],
+                "image.lost" if values["state"] == "lost" else "image.retry",
+                **step,
+                reason=retry.reason,
+            )
             if values["state"] == "pending":
                 values |= _at_risk(tx, task, row | values)
             if retry.stale and values["state"] == "pending" and task["settled_digest"] is not None:
@@ -171,7 +251,9 @@ def _record(tx: Transaction, task: Row, row: Row, item: Download) -> str | None:
 
 
 def _blame(tx: Transaction, row: Row, retry: Retry) -> dict[str, Any]:
-    """What a passing failure leaves in the row; final when it came too often, or when the link's time is up and no other was asked for."""
+    """What a passing failure leaves in the row; final when it came too often, or when the link's
+    time is up and no other was asked for.
+    """
     values: dict[str, Any] = {"error": retry.reason, "state": "pending"}
     final = tx.now >= row["link_dies_at"] and not retry.stale
     if retry.stale:
@@ -180,22 +262,40 @@ def _blame(tx: Transaction, row: Row, retry: Retry) -> dict[str, Any]:
         final |= values["stale_count"] >= STALE_LIMIT and tx.now - since >= STALE_MS
     if retry.wrong_sha256 is not None:
         again = retry.wrong_sha256 == row["wrong_sha256"]
-        values |= {"wrong_sha256": retry.wrong_sha256, "wrong_count": row["wrong_count"] + 1 if again else 1}
+        values |= {
+            "wrong_sha256": retry.wrong_sha256,
+            "wrong_count": row["wrong_count"] + 1 if again else 1,
+        }
         final |= values["wrong_count"] >= WRONG_LIMIT
     return values | ({"state": "lost"} if final else {})
 
 
 def _at_risk(tx: Transaction, task: Row, row: Row) -> dict[str, Any]:
-    """Operators are told once, while there is time, of a picture that could not be fetched so far and whose link dies soon."""
+    """Operators are told once, while there is time, of a picture that could not be fetched so far
+    and whose link dies soon.
+    """
     dying = tx.now >= row["link_dies_at"] - AT_RISK_MS or row["stale_count"] >= AT_RISK_STALE
     if row["at_risk_at"] is not None or not dying:
         return {}
-    data = {"task_id": task["id"], "owner": task["owner"], "image_id": row["id"], "index": row["position"], "reason": row["error"]}
-    outbox.emit_operators(tx, "image.at_risk", data | {"link_dies_at": rfc3339(row["link_dies_at"])}, task_id=task["id"])
+    data = {
+        "task_id": task["id"],
+        "owner": task["owner"],
+        "image_id": row["id"],
+        "index": row["position"],
+        "reason": row["error"],
+    }
+    outbox.emit_operators(
+        tx,
+        "image.at_risk",
+        data | {"link_dies_at": rfc3339(row["link_dies_at"])},
+        task_id=task["id"],
+    )
     return {"at_risk_at": tx.now}
 
 
-def _insert(tx: Transaction, task: Row, position: int, url: str, *, confirmed: bool, ttl_ms: int) -> None:
+def _insert(
+    tx: Transaction, task: Row, position: int, url: str, *, confirmed: bool, ttl_ms: int
+) -> None:
     image_id = tx.id("image")
     row = {
         "id": image_id,

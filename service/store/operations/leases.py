@@ -1,4 +1,6 @@
-"""Leases: who works on which row, until when. A claim is one statement; a finish checks the fence."""
+"""Leases: who works on which row, until when. A claim is one statement; a finish checks the
+fence.
+"""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -11,28 +13,45 @@ from service.store import LEASE_MS, Grant, Transaction
 from service.store.records import Row
 from service.store.tables import QUEUES, ZERO, Queue, counters, endpoints, sinks
 
-# Times of different processes differ by less: a transaction reads its own at its beginning, and may then wait for its turn.
+# Times of different processes differ by less: a transaction reads its own at its beginning, and may
+# then wait for its turn.
 TOLERANCE_MS = 15_000
 
-# From a try alone to the next, by the deaths before it: kills from outside come in bursts, and what takes long meets them all.
+# From a try alone to the next, by the deaths before it: kills from outside come in bursts, and what
+# takes long meets them all.
 SUSPECT_WAITS_MS = {2: 5_000, 3: 20_000, 4: 80_000}
 LONGEST_WAIT_MS = 320_000
 
 
 def born(tx: Transaction, stage: str, key: str, *, behind: bool = False) -> dict[str, Any]:
-    """Values of a new row that wants work now: leased to this process if it has a free place, else, or `behind` others, simply due."""
+    """Values of a new row that wants work now: leased to this process if it has a free place, else,
+    or `behind` others, simply due.
+    """
     queue = QUEUES[stage]
-    values: dict[str, Any] = {"due_at": tx.now, "lease_until": None, "lease_owner": None, "fence": 0, "attempts": 0}
+    values: dict[str, Any] = {
+        "due_at": tx.now,
+        "lease_until": None,
+        "lease_owner": None,
+        "fence": 0,
+        "attempts": 0,
+    }
     if behind:
         tx.due.add(stage)
     elif take_slot(tx, stage):
-        values |= {"lease_until": tx.now + LEASE_MS, "lease_owner": tx.process, "fence": 1, "attempts": 1}
+        values |= {
+            "lease_until": tx.now + LEASE_MS,
+            "lease_owner": tx.process,
+            "fence": 1,
+            "attempts": 1,
+        }
         tx.granted.append(Grant(stage, key, 1, 1))
     return {queue.prefix + name: value for name, value in values.items()}
 
 
 def wanted(tx: Transaction, stage: str, key: str, row: Row) -> dict[str, Any]:
-    """New values of a row that wants work now, whatever was planned; like `born`, unless somebody works on it already."""
+    """New values of a row that wants work now, whatever was planned; like `born`, unless somebody
+    works on it already.
+    """
     queue = QUEUES[stage]
     prefix = queue.prefix
     values: dict[str, Any] = {"due_at": tx.now, "attempts": 0}
@@ -41,7 +60,12 @@ def wanted(tx: Transaction, stage: str, key: str, row: Row) -> dict[str, Any]:
         del values["attempts"]
     elif take_slot(tx, stage):
         fence = row[prefix + "fence"] + 1
-        values |= {"lease_until": tx.now + LEASE_MS, "lease_owner": tx.process, "fence": fence, "attempts": 1}
+        values |= {
+            "lease_until": tx.now + LEASE_MS,
+            "lease_owner": tx.process,
+            "fence": fence,
+            "attempts": 1,
+        }
         tx.granted.append(Grant(stage, key, fence, 1))
     return {prefix + name: value for name, value in values.items()}
 
@@ -55,7 +79,9 @@ def take_slot(tx: Transaction, stage: str) -> bool:
 
 
 def freed(stage: str, due_at: int | None, **more: Any) -> dict[str, Any]:
-    """Values that end a lease whose work was done; the row is due again at `due_at`, or not at all."""
+    """Values that end a lease whose work was done; the row is due again at `due_at`, or not at
+    all.
+    """
     values = {"lease_until": None, "lease_owner": None, "due_at": due_at, "deaths": 0, **more}
     return {QUEUES[stage].prefix + name: value for name, value in values.items()}
 
@@ -67,7 +93,9 @@ def holds(grant: Grant, row: Row) -> bool:
 
 
 def claim(tx: Transaction, stages: Sequence[str]) -> list[int]:
-    """Leases due rows of a stage to this process, as many as it has free places; how many there were."""
+    """Leases due rows of a stage to this process, as many as it has free places; how many there
+    were.
+    """
     counts = []
     for stage in stages:
         free = tx.slots.get(stage, 0)
@@ -82,22 +110,32 @@ def claim(tx: Transaction, stages: Sequence[str]) -> list[int]:
 
 
 def claim_suspect(tx: Transaction, stage: str) -> tuple[Grant, int] | None:
-    """Leases one due row that outlived two deaths of its process, which `claim` leaves alone; with how many it outlived.
+    """Leases one due row that outlived two deaths of its process, which `claim` leaves alone; with
+    how many it outlived.
 
     If the process dies again the row is due later each time.
     """
-    for *grant, deaths in tx.connection.execute(_claiming(QUEUES[stage], suspect=True), _figures(tx, 1)):
+    for *grant, deaths in tx.connection.execute(
+        _claiming(QUEUES[stage], suspect=True), _figures(tx, 1)
+    ):
         return Grant(stage, *grant), deaths
     return None
 
 
 def suspected(tx: Transaction, stages: Sequence[str]) -> list[bool]:
     """Whether a stage has a row that `claim_suspect` would lease."""
-    return [tx.connection.execute(_ready(QUEUES[stage], suspect=True), _figures(tx, 1)).first() is not None for stage in stages]
+    return [
+        tx.connection.execute(_ready(QUEUES[stage], suspect=True), _figures(tx, 1)).first()
+        is not None
+        for stage in stages
+    ]
 
 
 def _claim(tx: Transaction, queue: Queue, limit: int) -> list[Grant]:
-    return [Grant(queue.stage, *row[:-1]) for row in tx.connection.execute(_claiming(queue), _figures(tx, limit))]
+    return [
+        Grant(queue.stage, *row[:-1])
+        for row in tx.connection.execute(_claiming(queue), _figures(tx, limit))
+    ]
 
 
 def _figures(tx: Transaction, limit: int) -> dict[str, Any]:
@@ -110,7 +148,11 @@ def _ready(queue: Queue, *, suspect: bool) -> Select[Any]:
     until, deaths = queue.column("lease_until"), queue.column("deaths")
     now: BindParameter[int] = bindparam("now")
     # A lease that ran out is a death that is not counted yet.
-    died = and_(deaths > ZERO, or_(deaths > 1, until.is_not(None))) if suspect else or_(deaths < 1, and_(deaths < 2, until.is_(None)))
+    died = (
+        and_(deaths > ZERO, or_(deaths > 1, until.is_not(None)))
+        if suspect
+        else or_(deaths < 1, and_(deaths < 2, until.is_(None)))
+    )
     ready = (
         select(queue.table.c.id)
         .where(queue.column("due_at") <= now, or_(until.is_(None), until <= now), died)
@@ -134,10 +176,23 @@ def _claiming(queue: Queue, *, suspect: bool = False) -> ReturningUpdate[Any]:
         deaths: count,
     }
     if suspect:
-        values[queue.column("due_at")] = now + case(SUSPECT_WAITS_MS, value=count, else_=LONGEST_WAIT_MS)
-    # Materialised: a plan that ran the subquery once for each row would lease more than there are places.
-    chosen = _ready(queue, suspect=suspect).with_for_update(skip_locked=True).cte("ready").prefix_with("MATERIALIZED")
-    return update(queue.table).where(key.in_(select(chosen.c.id))).values(values).returning(key, fence, attempts, deaths)
+        values[queue.column("due_at")] = now + case(
+            SUSPECT_WAITS_MS, value=count, else_=LONGEST_WAIT_MS
+        )
+    # Materialised: a plan that ran the subquery once for each row would lease more than there are
+    # places.
+    chosen = (
+        _ready(queue, suspect=suspect)
+        .with_for_update(skip_locked=True)
+        .cte("ready")
+        .prefix_with("MATERIALIZED")
+    )
+    return (
+        update(queue.table)
+        .where(key.in_(select(chosen.c.id)))
+        .values(values)
+        .returning(key, fence, attempts, deaths)
+    )
 
 
 def renew(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
@@ -157,39 +212,56 @@ def release(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
 
 def _release(tx: Transaction, grant: Grant, queue: Queue, wait_ms: int = 0) -> bool:
     due_at, attempts = queue.column("due_at"), queue.column("attempts")
-    at_once = case((due_at > tx.now, tx.now), else_=due_at)  # a suspect's was put off for the case that it dies
+    at_once = case(
+        (due_at > tx.now, tx.now), else_=due_at
+    )  # a suspect's was put off for the case that it dies
     values = {"attempts": attempts - 1, "due_at": tx.now + wait_ms if wait_ms else at_once}
     return change(tx, grant, {"lease_until": None, "lease_owner": None, **values})
 
 
 def put_off(tx: Transaction, items: Sequence[tuple[Grant, int]]) -> list[bool]:
-    """`release` of work that the store would not take down, due again after so many milliseconds: others come first meanwhile."""
+    """`release` of work that the store would not take down, due again after so many milliseconds:
+    others come first meanwhile.
+    """
     return [_release(tx, grant, QUEUES[grant.stage], wait_ms) for grant, wait_ms in items]
 
 
 def done(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
     """Ends work that turned out to be none: the row is not due any more."""
-    return [change(tx, grant, {"lease_until": None, "lease_owner": None, "due_at": None, "deaths": 0}) for grant in grants]
+    return [
+        change(tx, grant, {"lease_until": None, "lease_owner": None, "due_at": None, "deaths": 0})
+        for grant in grants
+    ]
 
 
 def change(tx: Transaction, grant: Grant, values: Mapping[str, Any]) -> bool:
-    """Writes lease columns (without their prefix) of a row that is held under this grant; False when it is not."""
+    """Writes lease columns (without their prefix) of a row that is held under this grant; False
+    when it is not.
+    """
     queue = QUEUES[grant.stage]
     statement = (
         update(queue.table)
-        .where(queue.table.c.id == grant.key, queue.column("fence") == grant.fence, queue.column("lease_until").is_not(None))
+        .where(
+            queue.table.c.id == grant.key,
+            queue.column("fence") == grant.fence,
+            queue.column("lease_until").is_not(None),
+        )
         .values({queue.column(name): value for name, value in values.items()})
     )
     return tx.connection.execute(statement).rowcount == 1
 
 
 def keep_time(tx: Transaction, items: Sequence[None], *, wait: bool = False) -> list[None]:
-    """Notes what time it is. Was it later when that was last done, the clock went back: what is planned comes nearer by as much.
+    """Notes what time it is. Was it later when that was last done, the clock went back: what is
+    planned comes nearer by as much.
 
-    `wait` for somebody who is about it, as whoever has seen that must, before anything is planned by the new time.
+    `wait` for somebody who is about it, as whoever has seen that must, before anything is planned
+    by the new time.
     """
     noted = counters.c.name == "clock"
-    last = tx.connection.execute(select(counters.c.value).where(noted).with_for_update(skip_locked=not wait)).scalar()
+    last = tx.connection.execute(
+        select(counters.c.value).where(noted).with_for_update(skip_locked=not wait)
+    ).scalar()
     if last is None:  # somebody else is about it; who stands still meanwhile holds nobody up
         return [None] * len(items)
     if last - tx.now > TOLERANCE_MS:
@@ -204,20 +276,28 @@ def _set_back(tx: Transaction, by_ms: int) -> None:
     """Nobody waits for the clock, and no lease lasts longer for it."""
     planned = [queue.column(name) for queue in _own_columns() for name in ("due_at", "lease_until")]
     for column in (*planned, endpoints.c.paused_until):
-        tx.connection.execute(update(column.table).where(column > tx.now).values({column: column - by_ms}))
+        tx.connection.execute(
+            update(column.table).where(column > tx.now).values({column: column - by_ms})
+        )
     tx.due.update(QUEUES)
 
 
 def _own_columns() -> list[Queue]:
-    """A queue for each set of lease columns: retries and reconciling share those of what they are about."""
+    """A queue for each set of lease columns: retries and reconciling share those of what they are
+    about.
+    """
     return list({(queue.table.name, queue.prefix): queue for queue in QUEUES.values()}.values())
 
 
 def free_all(tx: Transaction) -> None:
-    """Ends every lease. Only for a store whose lock proves that nobody else lives (SQLite, at the start)."""
+    """Ends every lease. Only for a store whose lock proves that nobody else lives (SQLite, at the
+    start).
+    """
     for queue in _own_columns():
         until, deaths = queue.column("lease_until"), queue.column("deaths")
         tx.connection.execute(
-            update(queue.table).where(until.is_not(None)).values({until: None, queue.column("lease_owner"): None, deaths: deaths + 1})
+            update(queue.table)
+            .where(until.is_not(None))
+            .values({until: None, queue.column("lease_owner"): None, deaths: deaths + 1})
         )
     tx.connection.execute(update(sinks).values(lease_until=None, lease_owner=None))

@@ -1,7 +1,9 @@
-"""The outbox: events and the deliveries derived from them, written last in the transaction that caused them.
+"""The outbox: events and the deliveries derived from them, written last in the transaction that
+caused them.
 
-The sequence comes from one counter row that stays locked to the commit, so numbers become visible in their own order:
-a reader who continues after the last one it saw misses nothing, with any number of writers.
+The sequence comes from one counter row that stays locked to the commit, so numbers become visible
+in their own order: a reader who continues after the last one it saw misses nothing, with any number
+of writers.
 """
 
 from collections.abc import Mapping
@@ -17,7 +19,9 @@ from service.store.tables import counters, deliveries, endpoints, events, steps
 OPERATORS = "admin"
 
 
-def emit(tx: Transaction, type: str, task: model.Task, row: Mapping[str, Any], *, terminal: bool = False) -> None:
+def emit(
+    tx: Transaction, type: str, task: model.Task, row: Mapping[str, Any], *, terminal: bool = False
+) -> None:
     """Adds an event of a task, with the task as it is now."""
     tx.emitted.append(
         Emitted(
@@ -33,13 +37,19 @@ def emit(tx: Transaction, type: str, task: model.Task, row: Mapping[str, Any], *
     )
 
 
-def emit_operators(tx: Transaction, type: str, data: model.JSON, *, task_id: str | None = None) -> None:
+def emit_operators(
+    tx: Transaction, type: str, data: model.JSON, *, task_id: str | None = None
+) -> None:
     """Adds an operators' event."""
-    tx.emitted.append(Emitted(id=tx.id("event"), owner=OPERATORS, type=type, task_id=task_id, data=data))
+    tx.emitted.append(
+        Emitted(id=tx.id("event"), owner=OPERATORS, type=type, task_id=task_id, data=data)
+    )
 
 
 def flush(tx: Transaction) -> None:
-    """Writes what the transaction's operations left: timeline steps, events in sequence, their deliveries."""
+    """Writes what the transaction's operations left: timeline steps, events in sequence, their
+    deliveries.
+    """
     if tx.steps:
         tx.connection.execute(insert(steps), tx.steps)
     if not tx.emitted:
@@ -47,9 +57,14 @@ def flush(tx: Transaction) -> None:
     takers = _takers(tx)
     rows = [row for event in tx.emitted for row in _deliveries(tx, event, takers)]
     last = tx.connection.execute(
-        update(counters).where(counters.c.name == "events").values(value=counters.c.value + len(tx.emitted)).returning(counters.c.value)
+        update(counters)
+        .where(counters.c.name == "events")
+        .values(value=counters.c.value + len(tx.emitted))
+        .returning(counters.c.value)
     ).scalar_one()
-    for event, sequence in zip(tx.emitted, range(last - len(tx.emitted) + 1, last + 1), strict=True):
+    for event, sequence in zip(
+        tx.emitted, range(last - len(tx.emitted) + 1, last + 1), strict=True
+    ):
         event.sequence = sequence
     tx.connection.execute(
         insert(events),
@@ -75,7 +90,8 @@ def flush(tx: Transaction) -> None:
 def _takers(tx: Transaction) -> list[RowMapping]:
     owners = {event.owner for event in tx.emitted}
     statement = select(endpoints.c.id, endpoints.c.owner, endpoints.c.types).where(
-        endpoints.c.status != "disabled", or_(endpoints.c.owner.is_(None), endpoints.c.owner.in_(owners))
+        endpoints.c.status != "disabled",
+        or_(endpoints.c.owner.is_(None), endpoints.c.owner.in_(owners)),
     )
     return list(tx.connection.execute(statement).mappings())
 
@@ -84,7 +100,8 @@ def _deliveries(tx: Transaction, event: Emitted, takers: list[RowMapping]) -> li
     targets: list[tuple[str | None, str]] = [
         (taker["id"], taker["owner"] or OPERATORS)
         for taker in takers
-        if taker["owner"] in (None, event.owner) and any(model.type_matches(pattern, event.type) for pattern in taker["types"])
+        if taker["owner"] in (None, event.owner)
+        and any(model.type_matches(pattern, event.type) for pattern in taker["types"])
     ]
     if event.task_callback:
         targets.append((None, event.owner))

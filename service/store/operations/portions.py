@@ -1,14 +1,28 @@
-"""How much of what goes a transaction takes: so many rows, so many bytes, however much a single task has gathered.
+"""How much of what goes a transaction takes: so many rows, so many bytes, however much a single
+task has gathered.
 
-What has more goes in several, its callbacks, timeline and answers first and its own row last: dying in between leaves something that is
-found again. All is weighed by reading, while others write. A row that is larger by itself, as a request of a MiB and its event, goes alone.
+What has more goes in several, its callbacks, timeline and answers first and its own row last: dying
+in between leaves something that is found again. All is weighed by reading, while others write. A
+row that is larger by itself, as a request of a MiB and its event, goes alone.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, Table, Text, cast, delete, func, literal_column, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Select,
+    Table,
+    Text,
+    cast,
+    delete,
+    func,
+    literal_column,
+    select,
+    update,
+)
 
 from service.model import JSON
 from service.store import Transaction
@@ -26,7 +40,9 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Limit(Weight):
-    """What a transaction takes. SQLite may overwrite what it deletes, so that bytes cost what writing them does."""
+    """What a transaction takes. SQLite may overwrite what it deletes, so that bytes cost what
+    writing them does.
+    """
 
     def fits(self, weights: Iterable[Weight]) -> int:
         """How many of the first are within it together."""
@@ -44,7 +60,9 @@ LIMIT = Limit(100, 512 << 10)  # so that nobody waits 50 ms for the writer, on a
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows of a task or a delivery, by the names of their tables: all of them (`whole`), or as many as fit."""
+    """Rows of a task or a delivery, by the names of their tables: all of them (`whole`), or as many
+    as fit.
+    """
 
     of: str
     ids: Mapping[str, Sequence[Any]]
@@ -57,7 +75,9 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Old:
-    """What a transaction is to take: these with all that they have; or, as the first has too much, a part of that before."""
+    """What a transaction is to take: these with all that they have; or, as the first has too much,
+    a part of that before.
+    """
 
     whole: list[str]
     part: Part | None = None
@@ -74,16 +94,29 @@ def text_length(column: ColumnElement[Any]) -> ColumnElement[int]:
     return func.length(cast(column, Text))
 
 
-OWN = length(tasks.c.body) + length(tasks.c.prompt) + text_length(tasks.c.request) + text_length(tasks.c.metadata)  # of a task's row
+OWN = (
+    length(tasks.c.body)
+    + length(tasks.c.prompt)
+    + text_length(tasks.c.request)
+    + text_length(tasks.c.metadata)
+)  # of a task's row
 
 
 def _read(connection: Connection, limit: Limit, *sources: tuple[Table, Select[Any]]) -> list[Sized]:
-    """Rows that may go before what they belong to: at most one more than are within the limit of each table."""
-    return [(table, id, size) for table, found in sources for id, size in connection.execute(found.limit(limit.rows + 1))]
+    """Rows that may go before what they belong to: at most one more than are within the limit of
+    each table.
+    """
+    return [
+        (table, id, size)
+        for table, found in sources
+        for id, size in connection.execute(found.limit(limit.rows + 1))
+    ]
 
 
 def _part(of: str, found: Sequence[Sized], own: Weight, limit: Limit) -> Part:
-    """All that was found, if it fits with its owner's own row; else as much as fits alone, and one at least."""
+    """All that was found, if it fits with its owner's own row; else as much as fits alone, and one
+    at least.
+    """
     weights = [Weight(1, size) for _, _, size in found]
     whole = not found or limit.fits([*weights, own]) > len(found)
     taken = found if whole else found[: max(1, limit.fits(weights))]
@@ -96,30 +129,48 @@ def _part(of: str, found: Sequence[Sized], own: Weight, limit: Limit) -> Part:
 
 def _own(connection: Connection, task_id: str) -> Weight:
     many = select(func.count()).select_from(images).where(images.c.task_id == task_id)
-    return Weight(1 + connection.execute(many).scalar_one(), connection.execute(select(OWN).where(tasks.c.id == task_id)).scalar() or 0)
+    return Weight(
+        1 + connection.execute(many).scalar_one(),
+        connection.execute(select(OWN).where(tasks.c.id == task_id)).scalar() or 0,
+    )
 
 
 def stripped_part(connection: Connection, task_id: str, limit: Limit) -> Part:
     """What goes with the content of an old task: callbacks and timeline."""
     called = select(callbacks.c.id, length(callbacks.c.body)).where(callbacks.c.task_id == task_id)
     noted = select(steps.c.id, text_length(steps.c.detail)).where(steps.c.task_id == task_id)
-    return _part(task_id, _read(connection, limit, (callbacks, called), (steps, noted)), _own(connection, task_id), limit)
+    return _part(
+        task_id,
+        _read(connection, limit, (callbacks, called), (steps, noted)),
+        _own(connection, task_id),
+        limit,
+    )
 
 
 def erased_part(connection: Connection, task_id: str, limit: Limit) -> Part:
-    """What goes with the content of an erased task: bodies of callbacks, timeline, answers of subscribers, what events tell."""
-    called = select(callbacks.c.id, length(callbacks.c.body)).where(callbacks.c.task_id == task_id, length(callbacks.c.body) > 0)
+    """What goes with the content of an erased task: bodies of callbacks, timeline, answers of
+    subscribers, what events tell.
+    """
+    called = select(callbacks.c.id, length(callbacks.c.body)).where(
+        callbacks.c.task_id == task_id, length(callbacks.c.body) > 0
+    )
     noted = select(steps.c.id, text_length(steps.c.detail)).where(steps.c.task_id == task_id)
-    told = select(attempts.c.id, length(attempts.c.answer)).join(deliveries, deliveries.c.id == attempts.c.delivery_id)
+    told = select(attempts.c.id, length(attempts.c.answer)).join(
+        deliveries, deliveries.c.id == attempts.c.delivery_id
+    )
     answered = told.where(deliveries.c.task_id == task_id, attempts.c.answer.is_not(None))
     found = _read(connection, limit, (callbacks, called), (steps, noted), (attempts, answered))
-    return _part(task_id, found + _telling(connection, task_id, limit), _own(connection, task_id), limit)
+    return _part(
+        task_id, found + _telling(connection, task_id, limit), _own(connection, task_id), limit
+    )
 
 
 def _telling(connection: Connection, task_id: str, limit: Limit) -> list[Sized]:
     """A task's events that are larger than without content."""
     size = text_length(events.c.data)
-    about = select(events.c.id, size).where(events.c.task_id == task_id, events.c.type.startswith("image.task."), size > BARE)
+    about = select(events.c.id, size).where(
+        events.c.task_id == task_id, events.c.type.startswith("image.task."), size > BARE
+    )
     found = []
     for row in _read(connection, limit, (events, about.order_by(events.c.sequence))):
         data = connection.execute(select(events.c.data).where(events.c.id == row[1])).scalar_one()
@@ -130,12 +181,21 @@ def _telling(connection: Connection, task_id: str, limit: Limit) -> list[Sized]:
 
 def attempts_part(connection: Connection, delivery_id: str, limit: Limit) -> Part:
     """The attempts of a delivery."""
-    made = select(attempts.c.id, length(attempts.c.answer) + length(attempts.c.error)).where(attempts.c.delivery_id == delivery_id)
+    made = select(attempts.c.id, length(attempts.c.answer) + length(attempts.c.error)).where(
+        attempts.c.delivery_id == delivery_id
+    )
     return _part(delivery_id, _read(connection, limit, (attempts, made)), Weight(1, 0), limit)
 
 
-def first(connection: Connection, found: Select[Any], limit: Limit, part_of: Callable[[Connection, str, Limit], Part]) -> Old | None:
-    """The first of what a statement finds, as id, rows and bytes, that are within the limit together."""
+def first(
+    connection: Connection,
+    found: Select[Any],
+    limit: Limit,
+    part_of: Callable[[Connection, str, Limit], Part],
+) -> Old | None:
+    """The first of what a statement finds, as id, rows and bytes, that are within the limit
+    together.
+    """
     rows = list(connection.execute(found))
     if not rows:
         return None
@@ -146,10 +206,14 @@ def first(connection: Connection, found: Select[Any], limit: Limit, part_of: Cal
     return Old([part.of]) if part.whole else Old([], part)
 
 
-def counted(table: Table, of: ColumnElement[bool], size: ColumnElement[int] | None = None) -> list[ColumnElement[int]]:
+def counted(
+    table: Table, of: ColumnElement[bool], size: ColumnElement[int] | None = None
+) -> list[ColumnElement[int]]:
     """How many rows of a table belong to another's, and how many bytes they have."""
     total = func.coalesce(func.sum(literal_column("0") if size is None else size), 0)
-    return [select(number).where(of).scalar_subquery() for number in (func.count(table.c.id), total)]
+    return [
+        select(number).where(of).scalar_subquery() for number in (func.count(table.c.id), total)
+    ]
 
 
 # --- taking a part ---
@@ -160,12 +224,20 @@ def take_stripped(tx: Transaction, part: Part) -> int:
     removed = 0
     for table in (callbacks, steps):
         ids = part.some(table)
-        removed += tx.connection.execute(delete(table).where(table.c.id.in_(ids), table.c.task_id == part.of)).rowcount if ids else 0
+        removed += (
+            tx.connection.execute(
+                delete(table).where(table.c.id.in_(ids), table.c.task_id == part.of)
+            ).rowcount
+            if ids
+            else 0
+        )
     return removed
 
 
 def take_erased(tx: Transaction, part: Part) -> None:
-    """Removes a part of what a task has that is erased. Callbacks stay as counted, events in their places, attempts as made."""
+    """Removes a part of what a task has that is erased. Callbacks stay as counted, events in their
+    places, attempts as made.
+    """
     execute = tx.connection.execute
     if ids := part.some(callbacks):
         execute(update(callbacks).where(callbacks.c.id.in_(ids)).values(body=b""))
@@ -188,4 +260,10 @@ def bare_error(error: JSON | None) -> JSON | None:
 
 def bare_document(document: JSON) -> JSON:
     """An event's task without content: ids, times, state and figures."""
-    return {**document, "error": bare_error(document["error"]), "metadata": {}, "request": {}, "images": []}
+    return {
+        **document,
+        "error": bare_error(document["error"]),
+        "metadata": {},
+        "request": {},
+        "images": [],
+    }

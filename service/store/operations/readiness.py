@@ -10,5 +10,7 @@ from service.store.tables import counters
 
 def mark(tx: Transaction, items: Sequence[None]) -> list[None]:
     """Writes for real, as a callback does: a full disk or a read-only server fails it."""
-    tx.connection.execute(update(counters).where(counters.c.name == "ready").values(value=counters.c.value + 1))
+    tx.connection.execute(
+        update(counters).where(counters.c.name == "ready").values(value=counters.c.value + 1)
+    )
     return [None] * len(items)

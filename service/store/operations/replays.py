@@ -30,7 +30,9 @@ def insert_replays(tx: Transaction, items: Sequence[Replay]) -> list[bool]:
 
 def _insert(tx: Transaction, item: Replay) -> bool:
     wanted, extent = item.wanted, item.extent
-    status = tx.connection.execute(select(endpoints.c.status).where(endpoints.c.id == wanted.endpoint_id).with_for_update()).scalar()
+    status = tx.connection.execute(
+        select(endpoints.c.status).where(endpoints.c.id == wanted.endpoint_id).with_for_update()
+    ).scalar()
     if status is None or status == "disabled":
         return False
     if tx.connection.execute(select(replays.c.id).where(replays.c.id == item.id)).first() is None:
@@ -56,7 +58,9 @@ def _insert(tx: Transaction, item: Replay) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """The next events of a replay; `position`: the last that was examined, None: none; due again after `wait_ms`, None: that was all."""
+    """The next events of a replay; `position`: the last that was examined, None: none; due again
+    after `wait_ms`, None: that was all.
+    """
 
     grant: Grant
     events: Sequence[Row]
@@ -70,25 +74,45 @@ def record_pages(tx: Transaction, items: Sequence[Page]) -> list[bool]:
 
 
 def _record(tx: Transaction, item: Page) -> bool:
-    row = tx.connection.execute(select(replays).where(replays.c.id == item.grant.key).with_for_update()).mappings().first()
+    row = (
+        tx.connection.execute(
+            select(replays).where(replays.c.id == item.grant.key).with_for_update()
+        )
+        .mappings()
+        .first()
+    )
     if row is None or not leases.holds(item.grant, row):
         return False
     if row["state"] != "running":
         leases.done(tx, [item.grant])
         return False
-    endpoint = select(endpoints.c.status, endpoints.c.owner).where(endpoints.c.id == row["endpoint_id"]).with_for_update()
+    endpoint = (
+        select(endpoints.c.status, endpoints.c.owner)
+        .where(endpoints.c.id == row["endpoint_id"])
+        .with_for_update()
+    )
     found = tx.connection.execute(endpoint).first()
     if found is None or found.status == "disabled":
         finish(tx, row["id"], "cancelled")
         return False
     if known := _kept(tx, item.events):
         born = {"due_at": tx.now, "attempts": 0, "fence": 0, "deaths": 0, "faults": 0}
-        of = {"owner": found.owner or OPERATORS, "endpoint_id": row["endpoint_id"], "replay_id": row["id"]}
-        made = [{"event_id": event["id"], "task_id": event["task_id"], "id": tx.id("delivery")} for event in known]
+        of = {
+            "owner": found.owner or OPERATORS,
+            "endpoint_id": row["endpoint_id"],
+            "replay_id": row["id"],
+        }
+        made = [
+            {"event_id": event["id"], "task_id": event["task_id"], "id": tx.id("delivery")}
+            for event in known
+        ]
         rows = [{**each, **of, **born, "state": "pending", "created_at": tx.now} for each in made]
         tx.connection.execute(insert(deliveries), rows)
         tx.due.add("redeliver")
-    values = {"made": row["made"] + len(known), "position": row["position"] if item.position is None else item.position}
+    values = {
+        "made": row["made"] + len(known),
+        "position": row["position"] if item.position is None else item.position,
+    }
     if item.wait_ms is None:
         finish(tx, row["id"], "done", **values)
     else:
@@ -99,7 +123,9 @@ def _record(tx: Transaction, item: Page) -> bool:
 
 def _kept(tx: Transaction, found: Sequence[Row]) -> list[Row]:
     """Those that retention has not taken meanwhile; it does not take them before the commit."""
-    statement = select(events.c.sequence).where(events.c.sequence.in_([row["sequence"] for row in found]))
+    statement = select(events.c.sequence).where(
+        events.c.sequence.in_([row["sequence"] for row in found])
+    )
     known = set(tx.connection.execute(statement.with_for_update()).scalars()) if found else set()
     return [row for row in found if row["sequence"] in known]
 
@@ -113,7 +139,9 @@ class Cancelled:
 
 
 def cancel_replays(tx: Transaction, items: Sequence[Cancelled]) -> list[bool]:
-    """Ends replays, with what they have not yet delivered; False for those that are not there for this owner."""
+    """Ends replays, with what they have not yet delivered; False for those that are not there for
+    this owner.
+    """
     results = []
     for item in items:
         statement = select(replays).where(replays.c.id == item.id).with_for_update()
@@ -123,7 +151,9 @@ def cancel_replays(tx: Transaction, items: Sequence[Cancelled]) -> list[bool]:
         if row is not None:
             if row["state"] == "running":
                 finish(tx, item.id, "cancelled")
-            pending = update(deliveries).where(deliveries.c.replay_id == item.id, deliveries.c.state == "pending")
+            pending = update(deliveries).where(
+                deliveries.c.replay_id == item.id, deliveries.c.state == "pending"
+            )
             tx.connection.execute(pending.values(state="dead", finished_at=tx.now, due_at=None))
         results.append(row is not None)
     return results

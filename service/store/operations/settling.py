@@ -1,4 +1,6 @@
-"""Settling: what the upstream said of a task is recorded once, by the only function that may do it."""
+"""Settling: what the upstream said of a task is recorded once, by the only function that may do
+it.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +10,25 @@ from service.model import Report, State, Status
 from service.store import Grant, Transaction
 from service.store.operations import leases
 from service.store.operations.images import awaited, expect, finish_if_done, tell_late
-from service.store.operations.tasks import Row, change, end, fill, forget_downloads, lock, move, submitted
+from service.store.operations.tasks import (
+    Row,
+    change,
+    end,
+    fill,
+    forget_downloads,
+    lock,
+    move,
+    submitted,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
     """An answer about a task, or none.
 
-    `report` None: nobody answered, or, with `expires_ms`, the upstream does not know the task: it is expired once it is
-    older than that. `requests` is the task's `settle_requests` when the question was asked: a callback since asks again.
+    `report` None: nobody answered, or, with `expires_ms`, the upstream does not know the task: it
+    is expired once it is older than that. `requests` is the task's `settle_requests` when the
+    question was asked: a callback since asks again.
     """
 
     grant: Grant
@@ -28,7 +40,9 @@ class Settlement:
 
 
 def record_settlements(tx: Transaction, items: Sequence[Settlement]) -> list[State | None]:
-    """Records answers; the states after it, or None where the lease had ended and nothing changed."""
+    """Records answers; the states after it, or None where the lease had ended and nothing
+    changed.
+    """
     rows = lock(tx, (item.grant.key for item in items))
     results: list[State | None] = []
     for item in items:
@@ -55,17 +69,23 @@ def _record(tx: Transaction, row: Row, item: Settlement) -> int | None:
             end(tx, row, State.EXPIRED, _error("expired", "the upstream no longer knows the task"))
             return None
         given_up = state in model.TERMINAL and (
-            row["settled_digest"] is not None or (item.expires_ms is not None and age >= item.expires_ms)
+            row["settled_digest"] is not None
+            or (item.expires_ms is not None and age >= item.expires_ms)
         )
         return None if given_up else tx.now + item.wait_ms
     told = fill(row, report)
-    if row["upstream_id_from"] == "hand":  # it was no slip of the pen: the upstream has something under it
+    if (
+        row["upstream_id_from"] == "hand"
+    ):  # it was no slip of the pen: the upstream has something under it
         told["upstream_id_from"] = "query"
     if told:
         change(tx, row, **told)
     if state in model.TERMINAL:
         return _ended(tx, row, report, item)
-    if state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN) and row["upstream_id"] is not None:
+    if (
+        state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN)
+        and row["upstream_id"] is not None
+    ):
         submitted(tx, row, row["upstream_id"], row["upstream_id_from"], report, None)
     if not report.final:
         if report.status is not None and state is not State.STORING:
@@ -75,14 +95,26 @@ def _record(tx: Transaction, row: Row, item: Settlement) -> int | None:
 
 
 def _ended(tx: Transaction, row: Row, report: Report, item: Settlement) -> int | None:
-    """What is settled stands. After an end of our own making the upstream is asked until it has ended the task too: then its
-    pictures are saved, which a cancelled or erased task's are not, and operators are told (contract section 3).
+    """What is settled stands. After an end of our own making the upstream is asked until it has
+    ended the task too: then its pictures are saved, which a cancelled or erased task's are not, and
+    operators are told (contract section 3).
     """
-    late = row["settled_digest"] is None and State(row["state"]) is not State.CANCELLED and row["erased_at"] is None
+    late = (
+        row["settled_digest"] is None
+        and State(row["state"]) is not State.CANCELLED
+        and row["erased_at"] is None
+    )
     if report.final and late:
-        if _gone(report) and State(row["state"]) is State.EXPIRED:  # which is what we said: proof may come yet
+        if (
+            _gone(report) and State(row["state"]) is State.EXPIRED
+        ):  # which is what we said: proof may come yet
             return None
-        change(tx, row, settled_digest=model.outcome_digest(report.status, report.results), upstream_status=report.status)
+        change(
+            tx,
+            row,
+            settled_digest=model.outcome_digest(report.status, report.results),
+            upstream_status=report.status,
+        )
         if not (report.status is Status.COMPLETED and report.results):
             forget_downloads(tx, row["id"])
             tell_late(tx, row)
@@ -95,11 +127,18 @@ def _ended(tx: Transaction, row: Row, report: Report, item: Settlement) -> int |
 
 def _gone(report: Report) -> bool:
     """Whether the upstream says that it keeps the task no more."""
-    return report.status is Status.FAILED and report.error is not None and report.error["code"] == "resource_not_found"
+    return (
+        report.status is Status.FAILED
+        and report.error is not None
+        and report.error["code"] == "resource_not_found"
+    )
 
 
 def _final(tx: Transaction, row: Row, report: Report, item: Settlement) -> int | None:
-    settled = {"settled_digest": model.outcome_digest(report.status, report.results), "upstream_status": report.status}
+    settled = {
+        "settled_digest": model.outcome_digest(report.status, report.results),
+        "upstream_status": report.status,
+    }
     if row["state"] == State.SUBMITTED:
         tx.step(row["id"], "task.confirmed", status=report.status)
     if report.status is Status.COMPLETED and report.results:
@@ -109,16 +148,41 @@ def _final(tx: Transaction, row: Row, report: Report, item: Settlement) -> int |
         finish_if_done(tx, row)
         return None
     if State(row["state"]) is State.STORING:
-        return None  # what is settled stands: each picture is stored, or lost by the rules for the link it has
+        # what is settled stands: each picture is stored, or lost by the rules for the link it has
+        return None
     forget_downloads(tx, row["id"])
     if report.status is Status.COMPLETED:
-        end(tx, row, State.FAILED, _error("no_results", "the upstream completed the task without any result"), **settled)
+        end(
+            tx,
+            row,
+            State.FAILED,
+            _error("no_results", "the upstream completed the task without any result"),
+            **settled,
+        )
     elif report.status is Status.CANCELLED:
-        end(tx, row, State.CANCELLED, report.error or _error("request_cancelled", "cancelled by the upstream"), **settled)
+        end(
+            tx,
+            row,
+            State.CANCELLED,
+            report.error or _error("request_cancelled", "cancelled by the upstream"),
+            **settled,
+        )
     elif report.error and _gone(report):  # not settled: proof may come yet
-        end(tx, row, State.EXPIRED, {**report.error, "code": "expired"}, upstream_status=report.status)
+        end(
+            tx,
+            row,
+            State.EXPIRED,
+            {**report.error, "code": "expired"},
+            upstream_status=report.status,
+        )
     else:
-        end(tx, row, State.FAILED, report.error or _error("unknown_error", "the upstream gave no reason"), **settled)
+        end(
+            tx,
+            row,
+            State.FAILED,
+            report.error or _error("unknown_error", "the upstream gave no reason"),
+            **settled,
+        )
     return None
 
 

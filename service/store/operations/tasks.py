@@ -15,7 +15,12 @@ from service.store.records import counts, image_record, task_record
 from service.store.tables import images, tasks
 
 Row = dict[str, Any]
-RENAMES = {("callback", "answer"), ("hand", "answer"), ("query", "answer"), ("hand", "hand")}  # from where an id was, and is
+RENAMES = {
+    ("callback", "answer"),
+    ("hand", "answer"),
+    ("query", "answer"),
+    ("hand", "hand"),
+}  # from where an id was, and is
 
 
 def lock(tx: Transaction, ids: Iterable[str]) -> dict[str, Row]:
@@ -47,20 +52,34 @@ def fill(row: Row, report: model.Report) -> dict[str, Any]:
         "credits_reserved": report.credits_reserved,
         "credits_used": report.credits_used,
         "can_cancel": report.can_cancel,
-        "progress": report.progress if report.progress is not None and report.progress > row["progress"] else None,
+        "progress": report.progress
+        if report.progress is not None and report.progress > row["progress"]
+        else None,
     }
     return {name: value for name, value in told.items() if value is not None}
 
 
-def submitted(tx: Transaction, row: Row, upstream_id: str, source: str, report: model.Report, first_query_ms: int | None) -> None:
+def submitted(
+    tx: Transaction,
+    row: Row,
+    upstream_id: str,
+    source: str,
+    report: model.Report,
+    first_query_ms: int | None,
+) -> None:
     """The upstream has the task: binds its id and, on the way from `queued`, tells everybody once.
 
-    An id from the submit answer wins over one from a callback or by hand (`source`: answer | callback | hand), and one by hand
-    over one by hand before it. Who asks about the old one meanwhile loses the lease: the answer would be another task's.
-    `first_query_ms` None: settling is planned already.
+    An id from the submit answer wins over one from a callback or by hand (`source`: answer |
+    callback | hand), and one by hand over one by hand before it. Who asks about the old one
+    meanwhile loses the lease: the answer would be another task's. `first_query_ms` None: settling
+    is planned already.
     """
     values = fill(row, report)
-    if State(row["state"]) not in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN):  # an answer that comes late knows nothing better
+    if State(row["state"]) not in (
+        State.QUEUED,
+        State.SUBMITTING,
+        State.UNCERTAIN,
+    ):  # an answer that comes late knows nothing better
         values = {name: value for name, value in values.items() if row[name] is None}
     if row["upstream_id"] is None or (row["upstream_id_from"], source) in RENAMES:
         values |= {"upstream_id": upstream_id, "upstream_id_from": source}
@@ -70,15 +89,26 @@ def submitted(tx: Transaction, row: Row, upstream_id: str, source: str, report: 
         first_query_ms is not None
         and row["settle_due_at"] is None
         and (
-            State(row["state"]) not in model.TERMINAL or row["settled_digest"] is None  # after an end of our own making, for its credits
+            State(row["state"]) not in model.TERMINAL
+            or row["settled_digest"] is None  # after an end of our own making, for its credits
         )
     ):
         values["settle_due_at"] = tx.now + first_query_ms
-    if State(row["state"]) is State.QUEUED:  # proof of a submission that looked as if it had created nothing
+    if (
+        State(row["state"]) is State.QUEUED
+    ):  # proof of a submission that looked as if it had created nothing
         move(tx, row, State.SUBMITTING)
     if State(row["state"]) in (State.SUBMITTING, State.UNCERTAIN):
         status = None if report.final or report.status is None else report.status.value
-        move(tx, row, State.SUBMITTED, submitted_at=tx.now, upstream_status=status, submit_due_at=None, **values)
+        move(
+            tx,
+            row,
+            State.SUBMITTED,
+            submitted_at=tx.now,
+            upstream_status=status,
+            submit_due_at=None,
+            **values,
+        )
         tx.step(row["id"], "task.submitted", upstream_id=row["upstream_id"], source=source)
         outbox.emit(tx, "image.task.submitted", task_record(row), row)
     elif values:
@@ -86,21 +116,40 @@ def submitted(tx: Transaction, row: Row, upstream_id: str, source: str, report: 
 
 
 def ask(tx: Transaction, row: Row) -> None:
-    """The upstream is asked about the task as soon as somebody is free and its id is known; an answer under way does not count."""
+    """The upstream is asked about the task as soon as somebody is free and its id is known; an
+    answer under way does not count.
+    """
     due = leases.wanted(tx, "settle", row["id"], row) if row["upstream_id"] is not None else {}
     change(tx, row, settle_requests=row["settle_requests"] + 1, **due)
 
 
 def end(tx: Transaction, row: Row, state: State, error: JSON | None = None, **values: Any) -> None:
     """Ends a task: its one terminal event is written in this transaction."""
-    move(tx, row, state, error=error, terminal_at=tx.now, submit_due_at=None, settle_due_at=None, **values)
+    move(
+        tx,
+        row,
+        state,
+        error=error,
+        terminal_at=tx.now,
+        submit_due_at=None,
+        settle_due_at=None,
+        **values,
+    )
     tx.step(row["id"], "task.settled", state=state.value, error=error["code"] if error else None)
-    outbox.emit(tx, f"image.task.{state}", task_record(row, stored_images(tx, row["id"])), row, terminal=True)
+    outbox.emit(
+        tx,
+        f"image.task.{state}",
+        task_record(row, stored_images(tx, row["id"])),
+        row,
+        terminal=True,
+    )
 
 
 def stored_images(tx: Transaction, task_id: str) -> list[model.Image]:
     tx.write()
-    statement = select(images).where(images.c.task_id == task_id, counts).order_by(images.c.position)
+    statement = (
+        select(images).where(images.c.task_id == task_id, counts).order_by(images.c.position)
+    )
     return [image_record(row) for row in tx.connection.execute(statement).mappings()]
 
 
@@ -123,7 +172,9 @@ class NewTask:
 
 @dataclass(frozen=True, slots=True)
 class Inserted:
-    """`created` False: an earlier task has this owner and idempotency key, with the body of that hash."""
+    """`created` False: an earlier task has this owner and idempotency key, with the body of that
+    hash.
+    """
 
     task_id: str
     created: bool
@@ -131,7 +182,9 @@ class Inserted:
 
 
 def insert_tasks(tx: Transaction, items: Sequence[NewTask]) -> list[Inserted]:
-    """Accepts submissions as `queued`. Run again after a lost commit, or with a key that exists, it finds the first row."""
+    """Accepts submissions as `queued`. Run again after a lost commit, or with a key that exists, it
+    finds the first row.
+    """
     known = _known(tx, items)
     turns = Turns(tx)
     results = []
@@ -153,10 +206,14 @@ def _known(tx: Transaction, items: Sequence[NewTask]) -> dict[Any, Inserted]:
     columns = (tasks.c.id, tasks.c.owner, tasks.c.idempotency_key, tasks.c.idempotency_hash)
     names = [(item.owner, item.idempotency_key) for item in items if item.idempotency_key]
     known: dict[Any, Inserted] = {}
-    for row in tx.connection.execute(select(*columns).where(tasks.c.id.in_([item.id for item in items]))):
+    for row in tx.connection.execute(
+        select(*columns).where(tasks.c.id.in_([item.id for item in items]))
+    ):
         known[row.id] = Inserted(row.id, True, row.idempotency_hash)
     if names:
-        statement = select(*columns).where(tuple_(tasks.c.owner, tasks.c.idempotency_key).in_(names))
+        statement = select(*columns).where(
+            tuple_(tasks.c.owner, tasks.c.idempotency_key).in_(names)
+        )
         for row in tx.connection.execute(statement):
             known[row.owner, row.idempotency_key] = Inserted(row.id, False, row.idempotency_hash)
     return known
@@ -189,7 +246,9 @@ class Cancellation:
 
 
 def cancel_tasks(tx: Transaction, items: Sequence[Cancellation]) -> list[str | None]:
-    """Stops waiting for tasks, here alone: None, or why not: `missing`, or the terminal state that was there first."""
+    """Stops waiting for tasks, here alone: None, or why not: `missing`, or the terminal state that
+    was there first.
+    """
     rows = lock(tx, (item.task_id for item in items))
     results: list[str | None] = []
     for item in items:
@@ -199,7 +258,11 @@ def cancel_tasks(tx: Transaction, items: Sequence[Cancellation]) -> list[str | N
         elif State(row["state"]) in model.TERMINAL:
             results.append(str(row["state"]))
         else:
-            error = {"code": "request_cancelled", "message": "cancelled by its owner", "type": "task_error"}
+            error = {
+                "code": "request_cancelled",
+                "message": "cancelled by its owner",
+                "type": "task_error",
+            }
             asked = row["settle_due_at"] if row["upstream_id"] is not None else None
             tx.connection.execute(delete(images).where(images.c.task_id == row["id"]))
             end(tx, row, State.CANCELLED, error)
@@ -209,7 +272,12 @@ def cancel_tasks(tx: Transaction, items: Sequence[Cancellation]) -> list[str | N
 
 
 def forget_downloads(tx: Transaction, task_id: str) -> None:
-    """Results on their way are not fetched any more, and what only a callback named does not count."""
+    """Results on their way are not fetched any more, and what only a callback named does not
+    count.
+    """
     tx.connection.execute(
-        delete(images).where(images.c.task_id == task_id, or_(images.c.state == "pending", images.c.confirmed.is_(False)))
+        delete(images).where(
+            images.c.task_id == task_id,
+            or_(images.c.state == "pending", images.c.confirmed.is_(False)),
+        )
     )

@@ -1,6 +1,8 @@
-"""The sandbox upstream: an emulator of the EvoLink image API, strict, with real images and faults on demand (contract section 7).
+"""The sandbox upstream: an emulator of the EvoLink image API, strict, with real images and faults
+on demand (contract section 7).
 
-`create_sandbox(SandboxOptions(...))` is an ASGI application with its own lifespan; its state lives in memory and dies with it.
+`create_sandbox(SandboxOptions(...))` is an ASGI application with its own lifespan; its state lives
+in memory and dies with it.
 """
 
 from service.upstreams.sandbox.app import create_sandbox

@@ -1,4 +1,6 @@
-"""What the sandbox sends: JSON, the documented errors, a gateway's pages, and answers that come late or not whole."""
+"""What the sandbox sends: JSON, the documented errors, a gateway's pages, and answers that come
+late or not whole.
+"""
 
 import json
 from collections.abc import Mapping
@@ -27,8 +29,9 @@ HTTP_ERRORS: Mapping[int, str] = {
 class Answer:
     """What goes over the wire.
 
-    `wait`: seconds before it; `lost`: the connection ends instead; `cut`: it ends after so many bytes of the body; `stall`: seconds in
-    the middle of the body; `excess`: bytes that Content-Length claims over what the body has, or under it.
+    `wait`: seconds before it; `lost`: the connection ends instead; `cut`: it ends after so many
+    bytes of the body; `stall`: seconds in the middle of the body; `excess`: bytes that
+    Content-Length claims over what the body has, or under it.
     """
 
     status: int
@@ -42,12 +45,22 @@ class Answer:
 
 
 def json_answer(status: int, document: object, headers: Mapping[str, str] | None = None) -> Answer:
-    return Answer(status, encoded(document), {"content-type": "application/json", **(headers or {})})
+    return Answer(
+        status, encoded(document), {"content-type": "application/json", **(headers or {})}
+    )
 
 
-def error_answer(status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None) -> Answer:
+def error_answer(
+    status: int,
+    code: str,
+    message: str,
+    param: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Answer:
     """The upstream's documented error."""
-    error = {"code": code, "message": message, "type": type_of(status)} | ({} if param is None else {"param": param})
+    error = {"code": code, "message": message, "type": type_of(status)} | (
+        {} if param is None else {"param": param}
+    )
     return json_answer(status, {"error": error}, headers)
 
 
@@ -62,12 +75,15 @@ def html_page(status: int) -> bytes:
     except ValueError:
         title = f"{status} A timeout occurred"  # 524 and its like have no registered phrase
     filler = "<p>The web server reported an error. Please try again in a few minutes.</p>\n" * 50
-    return f"<!DOCTYPE html>\n<html><head><title>{title}</title></head><body><h1>{title}</h1>\n{filler}</body></html>\n".encode()
+    head = f"<!DOCTYPE html>\n<html><head><title>{title}</title></head>"
+    return f"{head}<body><h1>{title}</h1>\n{filler}</body></html>\n".encode()
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """An error instead of an answer, the first `times` times; `retry_after` in seconds, `code` instead of the status's usual one."""
+    """An error instead of an answer, the first `times` times; `retry_after` in seconds, `code`
+    instead of the status's usual one.
+    """
 
     status: int
     code: str | None = None
@@ -80,6 +96,10 @@ class Page:
             return None
         extra = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
         if self.html:
-            return Answer(self.status, html_page(self.status), {"content-type": "text/html; charset=utf-8", **extra})
+            return Answer(
+                self.status,
+                html_page(self.status),
+                {"content-type": "text/html; charset=utf-8", **extra},
+            )
         code = self.code or HTTP_ERRORS.get(self.status, "unknown_error")
         return error_answer(self.status, code, "asked for by a fault", headers=extra)

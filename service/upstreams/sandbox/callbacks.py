@@ -1,4 +1,6 @@
-"""Sending callbacks as the upstream says it does: POST, 10 s for an answer, any 2xx is success, at most 3 retries, after 1, 2 and 4 s."""
+"""Sending callbacks as the upstream says it does: POST, 10 s for an answer, any 2xx is success, at
+most 3 retries, after 1, 2 and 4 s.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -11,7 +13,9 @@ from service.upstreams.sandbox.faults import Waves
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One attempt at a callback: when (Unix seconds), and the status it brought or what went wrong."""
+    """One attempt at a callback: when (Unix seconds), and the status it brought or what went
+    wrong.
+    """
 
     at: float
     status: int | None
@@ -27,8 +31,11 @@ class Caller:
     delays: Sequence[float]
     clock: Callable[[], float]
 
-    async def send(self, url: str, waves: Waves, record: Callable[[Call], None], slow: float = 0) -> None:
-        """All of them: the waves one after another, those of a wave at once. Every attempt is recorded when it ends.
+    async def send(
+        self, url: str, waves: Waves, record: Callable[[Call], None], slow: float = 0
+    ) -> None:
+        """All of them: the waves one after another, those of a wave at once. Every attempt is
+        recorded when it ends.
 
         `slow`: seconds over which each body comes.
         """
@@ -37,7 +44,9 @@ class Caller:
                 for body in wave:
                     group.create_task(self._insist(url, body, record, slow))
 
-    async def _insist(self, url: str, body: bytes, record: Callable[[Call], None], slow: float) -> None:
+    async def _insist(
+        self, url: str, body: bytes, record: Callable[[Call], None], slow: float
+    ) -> None:
         for wait in (0, *self.delays):
             await asyncio.sleep(wait)
             call = await self._attempt(url, body, slow)
@@ -50,7 +59,12 @@ class Caller:
         headers = {"content-type": "application/json", "content-length": str(len(body))}
         try:
             response = await self.egress.request(
-                "POST", url, headers=headers, content=content, timeout=self.timeout + slow, max_bytes=1 << 16
+                "POST",
+                url,
+                headers=headers,
+                content=content,
+                timeout=self.timeout + slow,
+                max_bytes=1 << 16,
             )
         except EgressError as error:
             return Call(at, None, f"{type(error).__name__}: {error}")

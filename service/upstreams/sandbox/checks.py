@@ -1,4 +1,6 @@
-"""What the upstream refuses, as its pages say (see the limits below). Pure: every refusal is an `ApiError` that names the field."""
+"""What the upstream refuses, as its pages say (see the limits below). Pure: every refusal is an
+`ApiError` that names the field.
+"""
 
 import json
 import re
@@ -73,15 +75,24 @@ def read_order(body: JSON) -> Order:
     if not isinstance(model, str) or not model:
         raise invalid("model", "model is required")
     if model not in MODELS:
-        raise ApiError(403, "model_access_denied", f"no access to model {model[:100]!r}", param="model")
+        raise ApiError(
+            403, "model_access_denied", f"no access to model {model[:100]!r}", param="model"
+        )
     limits = MODELS[model]
     prompt = text(body, "prompt", PROMPT_LENGTH)
     if prompt is None or not prompt.strip():
         raise invalid("prompt", "prompt is required")
     text(body, "negative_prompt", NEGATIVE_PROMPT_LENGTH)
     optional(body, "prompt_extend", lambda value: isinstance(value, bool), "true or false")
-    n = optional(body, "n", lambda value: type(value) is int and value in IMAGE_COUNT, "an integer from 1 to 4")
-    width, height = read_size(DEFAULT_SIZE if body.get("size") is None else body["size"], limits.max_pixels)
+    n = optional(
+        body,
+        "n",
+        lambda value: type(value) is int and value in IMAGE_COUNT,
+        "an integer from 1 to 4",
+    )
+    width, height = read_size(
+        DEFAULT_SIZE if body.get("size") is None else body["size"], limits.max_pixels
+    )
     check_inputs(body.get("image_urls"), limits.inputs)
     callback_url = text(body, "callback_url", CALLBACK_URL_LENGTH)
     return Order(model, prompt, width, height, 1 if n is None else n, callback_url)
@@ -107,12 +118,19 @@ def text(body: JSON, param: str, longest: int) -> str | None:
 
 def read_size(size: object, max_pixels: int) -> tuple[int, int]:
     """Width and height in pixels. The total is limited, not the sides; the aspect is 1:4 to 4:1."""
-    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size) if isinstance(size, str) else None
+    match = (
+        re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
+        if isinstance(size, str)
+        else None
+    )
     if match is None:
         raise invalid("size", "size must be WIDTHxHEIGHT in pixels, like 1280x1280")
     width, height = int(match[1]), int(match[2])
     if not MIN_PIXELS <= width * height <= max_pixels:
-        raise invalid("size", f"size must have {MIN_PIXELS} to {max_pixels} pixels in all, not {width * height}")
+        raise invalid(
+            "size",
+            f"size must have {MIN_PIXELS} to {max_pixels} pixels in all, not {width * height}",
+        )
     if max(width, height) > 4 * min(width, height):
         raise invalid("size", "size must have an aspect from 1:4 to 4:1")
     return width, height
@@ -123,6 +141,11 @@ def check_inputs(urls: object, counts: range) -> None:
     if counts.stop == 1:
         return
     if not isinstance(urls, list) or len(urls) not in counts:
-        raise invalid("image_urls", f"image_urls must be a list of {counts.start} to {counts.stop - 1} links")
-    if not all(isinstance(url, str) and re.match(r"https?://[^/\s]", url) and len(url) <= 2048 for url in urls):
+        raise invalid(
+            "image_urls", f"image_urls must be a list of {counts.start} to {counts.stop - 1} links"
+        )
+    if not all(
+        isinstance(url, str) and re.match(r"https?://[^/\s]", url) and len(url) <= 2048
+        for url in urls
+    ):
         raise invalid("image_urls", "every one of image_urls must be an http or https link")

@@ -1,14 +1,16 @@
-"""The faults of contract section 7: one table. A fault is asked for by an object `sandbox` in a submission, or by default.
+"""The faults of contract section 7: one table. A fault is asked for by an object `sandbox` in a
+submission, or by default.
 
-An entry of `FAULTS` says which values it takes and, where it acts, a pure function for that place; it gets the fault's value first:
+An entry of `FAULTS` says which values it takes and, where it acts, a pure function for that place;
+it gets the fault's value first:
 
     refuse(value, times before) -> Answer | None       instead of creating a task
     outcome(value, outcome) -> Outcome                 how the task ends
     shown(value, document) -> document                 the task in every answer and callback
-    answer(value, answer) -> Answer                    the answer to the submission that created the task
-    query(value, asked, answer) -> Answer              the answer to a query
-    file(value, asked, answer) -> Answer               a result file
-    calls(value, waves, truth) -> waves                bodies of callbacks: the waves one after another, those of a wave at once
+    answer(value, answer) -> Answer                    the answer to the submission that created the
+    task query(value, asked, answer) -> Answer              the answer to a query file(value, asked,
+    answer) -> Answer               a result file calls(value, waves, truth) -> waves
+    bodies of callbacks: the waves one after another, those of a wave at once
 
 Those without one are read by name. Faults act in the order of the table.
 """
@@ -22,7 +24,18 @@ from service.model import JSON, Status
 from service.upstreams.sandbox.answers import Answer, Page, encoded
 from service.upstreams.sandbox.forgeries import FORGERIES
 from service.upstreams.sandbox.pictures import FORMATS
-from service.upstreams.sandbox.values import BYTES, CREDITS, FLAG, MEDIA_TYPE, PAGE, SECONDS, URL, Value, one_of, whole
+from service.upstreams.sandbox.values import (
+    BYTES,
+    CREDITS,
+    FLAG,
+    MEDIA_TYPE,
+    PAGE,
+    SECONDS,
+    URL,
+    Value,
+    one_of,
+    whole,
+)
 
 Waves = list[list[bytes]]
 Faults = Mapping[str, Any]
@@ -55,18 +68,29 @@ TASK_ERRORS: Mapping[str, str] = {
 
 
 def failed(code: str) -> Outcome:
-    return Outcome(Status.FAILED, error={"code": code, "message": TASK_ERRORS[code], "type": "task_error"})
+    return Outcome(
+        Status.FAILED, error={"code": code, "message": TASK_ERRORS[code], "type": "task_error"}
+    )
 
 
 def contradicting(truth: JSON) -> JSON:
     """A terminal document that says the opposite of the true one."""
-    bare = {key: value for key, value in truth.items() if key not in ("results", "result_data", "error", "usage")}
+    bare = {
+        key: value
+        for key, value in truth.items()
+        if key not in ("results", "result_data", "error", "usage")
+    }
     if truth["status"] == Status.COMPLETED:
         return bare | {"status": "failed", "progress": 0, "error": failed("service_error").error}
-    return bare | {"status": "completed", "progress": 100, "results": ["https://files.evolink.ai/contradiction/0.png"]}
+    return bare | {
+        "status": "completed",
+        "progress": 100,
+        "results": ["https://files.evolink.ai/contradiction/0.png"],
+    }
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
+# --- the table
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +133,11 @@ def shaped(form: str, shown: JSON) -> JSON:
 def billed(credits: str | float, shown: JSON) -> JSON:
     if credits == "absent":
         return {key: value for key, value in shown.items() if key != "usage"}
-    return shown | {"usage": shown["usage"] | {"credits_used": credits}} if "credits_used" in shown.get("usage", {}) else shown
+    return (
+        shown | {"usage": shown["usage"] | {"credits_used": credits}}
+        if "credits_used" in shown.get("usage", {})
+        else shown
+    )
 
 
 def instead(value: Page, asked: Asked, answer: Answer) -> Answer:
@@ -128,8 +156,14 @@ def typed(type: str, _: Asked, answer: Answer) -> Answer:
     return replace(answer, headers=others if type == "absent" else others | {"content-type": type})
 
 
-# Where a redirect leads: the same path behind this. The file itself, a host nobody has, an address no outsider may reach, the link itself.
-AIMS: Mapping[str, str] = {"path": "/moved", "host": "https://results.example", "private": "http://10.0.0.1", "loop": "/files"}
+# Where a redirect leads: the same path behind this. The file itself, a host nobody has, an address
+# no outsider may reach, the link itself.
+AIMS: Mapping[str, str] = {
+    "path": "/moved",
+    "host": "https://results.example",
+    "private": "http://10.0.0.1",
+    "loop": "/files",
+}
 
 
 def redirected(aim: str, asked: Asked, answer: Answer) -> Answer:
@@ -141,9 +175,19 @@ def redirected(aim: str, asked: Asked, answer: Answer) -> Answer:
 
 FAULTS: Mapping[str, Fault] = {
     "delay": Fault("seconds the task takes", SECONDS),
-    "images": Fault("how many images a completed task has, whatever n says", whole(0, 4), outcome=lambda n, end: replace(end, images=n)),
-    "fail": Fault("the task fails with this code", one_of(*TASK_ERRORS), outcome=lambda code, _: failed(code)),
-    "cancel": Fault("the task is cancelled, by its status or by an error code", one_of("status", "code"), outcome=cancelled),
+    "images": Fault(
+        "how many images a completed task has, whatever n says",
+        whole(0, 4),
+        outcome=lambda n, end: replace(end, images=n),
+    ),
+    "fail": Fault(
+        "the task fails with this code", one_of(*TASK_ERRORS), outcome=lambda code, _: failed(code)
+    ),
+    "cancel": Fault(
+        "the task is cancelled, by its status or by an error code",
+        one_of("status", "code"),
+        outcome=cancelled,
+    ),
     "format": Fault("the format of the result files", one_of(*FORMATS)),
     "results": Fault(
         "results come as objects with url, or in result_data with image_url, instead of as links",
@@ -151,64 +195,113 @@ FAULTS: Mapping[str, Fault] = {
         shown=shaped,
     ),
     "usage": Fault(
-        "the credits a completed task says it cost; absent: no usage in any answer", one_of("absent", otherwise=CREDITS), shown=billed
+        "the credits a completed task says it cost; absent: no usage in any answer",
+        one_of("absent", otherwise=CREDITS),
+        shown=billed,
     ),
-    "submit_status": Fault("the submission is refused: nothing is created", PAGE, refuse=lambda value, before: value.shown(before)),
+    "submit_status": Fault(
+        "the submission is refused: nothing is created",
+        PAGE,
+        refuse=lambda value, before: value.shown(before),
+    ),
     "lose_submission": Fault(
         "nothing is created and the connection is cut, the first so many times",
         whole(0, 1000),
         refuse=lambda times, before: Answer(500, b"", lost=True) if before < times else None,
     ),
-    "submit_delay": Fault("seconds until a submission is answered", SECONDS, answer=lambda wait, answer: replace(answer, wait=wait)),
-    "submit_cut": Fault(
-        "the answer to a submission breaks off after so many bytes", BYTES, answer=lambda cut, answer: replace(answer, cut=cut)
+    "submit_delay": Fault(
+        "seconds until a submission is answered",
+        SECONDS,
+        answer=lambda wait, answer: replace(answer, wait=wait),
     ),
-    "lose_answer": Fault("the task is created and the connection is cut", FLAG, answer=lambda on, answer: replace(answer, lost=on)),
+    "submit_cut": Fault(
+        "the answer to a submission breaks off after so many bytes",
+        BYTES,
+        answer=lambda cut, answer: replace(answer, cut=cut),
+    ),
+    "lose_answer": Fault(
+        "the task is created and the connection is cut",
+        FLAG,
+        answer=lambda on, answer: replace(answer, lost=on),
+    ),
     "callback_first": Fault("the callback comes before the answer to the submission", FLAG),
     "query_status": Fault("queries get this error", PAGE, query=instead),
-    "query_delay": Fault("seconds until a query is answered", SECONDS, query=lambda wait, _, answer: replace(answer, wait=wait)),
-    "query_cut": Fault("answers to queries break off after so many bytes", BYTES, query=lambda cut, _, answer: replace(answer, cut=cut)),
+    "query_delay": Fault(
+        "seconds until a query is answered",
+        SECONDS,
+        query=lambda wait, _, answer: replace(answer, wait=wait),
+    ),
+    "query_cut": Fault(
+        "answers to queries break off after so many bytes",
+        BYTES,
+        query=lambda cut, _, answer: replace(answer, cut=cut),
+    ),
     "query_times": Fault("only so many queries of a task meet its faults", whole(0, 1000)),
     "file_status": Fault("requests for result files get this error", PAGE, file=instead),
-    "file_content": Fault("result files are something else than the picture", one_of(*FORGERIES), file=forged),
-    "file_type": Fault("the media type of result files, whatever they are", one_of("absent", otherwise=MEDIA_TYPE), file=typed),
+    "file_content": Fault(
+        "result files are something else than the picture", one_of(*FORGERIES), file=forged
+    ),
+    "file_type": Fault(
+        "the media type of result files, whatever they are",
+        one_of("absent", otherwise=MEDIA_TYPE),
+        file=typed,
+    ),
     "file_length": Fault(
         "result files announce so many bytes more than they have, or fewer",
         whole(-(1 << 30), 1 << 30),
         file=lambda excess, _, answer: replace(answer, excess=excess),
     ),
-    "file_cut": Fault("result files break off after so many bytes", BYTES, file=lambda cut, _, answer: replace(answer, cut=cut)),
+    "file_cut": Fault(
+        "result files break off after so many bytes",
+        BYTES,
+        file=lambda cut, _, answer: replace(answer, cut=cut),
+    ),
     "file_stall": Fault(
-        "seconds without a byte in the middle of a result file", SECONDS, file=lambda s, _, answer: replace(answer, stall=s)
+        "seconds without a byte in the middle of a result file",
+        SECONDS,
+        file=lambda s, _, answer: replace(answer, stall=s),
     ),
     "file_redirect": Fault(
-        "result links redirect: to another path of the file, another host, a private address, themselves; or there",
+        "result links redirect: to another path of the file, another host, a private address,"
+        " themselves; or there",
         one_of(*AIMS, otherwise=URL),
         file=redirected,
     ),
     "file_times": Fault("only so many requests for a result file meet its faults", whole(0, 1000)),
     "link_ttl": Fault("seconds until the result links die", SECONDS),
-    "drop_callback": Fault("no callback is sent", FLAG, calls=lambda on, waves, _: [] if on else waves),
-    "repeat_callback": Fault(
-        "the callback is sent so many times at once", whole(1, 100), calls=lambda times, waves, _: [wave * times for wave in waves]
+    "drop_callback": Fault(
+        "no callback is sent", FLAG, calls=lambda on, waves, _: [] if on else waves
     ),
-    "slow_callback": Fault("seconds over which a callback's body comes, a byte at a time; its head comes at once", SECONDS),
+    "repeat_callback": Fault(
+        "the callback is sent so many times at once",
+        whole(1, 100),
+        calls=lambda times, waves, _: [wave * times for wave in waves],
+    ),
+    "slow_callback": Fault(
+        "seconds over which a callback's body comes, a byte at a time; its head comes at once",
+        SECONDS,
+    ),
     "contradict": Fault(
         "a second callback says the opposite",
         FLAG,
         calls=lambda on, waves, truth: [*waves, [encoded(contradicting(truth))]] if on else waves,
     ),
     "garbage_callback": Fault(
-        "one more callback that nobody can read", FLAG, calls=lambda on, waves, _: [*waves, [b"\x00{not json"]] if on else waves
+        "one more callback that nobody can read",
+        FLAG,
+        calls=lambda on, waves, _: [*waves, [b"\x00{not json"]] if on else waves,
     ),
 }
 
 
 def read_faults(asked: object, defaults: Faults) -> Faults:
-    """The faults of a submission over the default ones, in the table's order; null takes a default away. ValueError names what is wrong."""
+    """The faults of a submission over the default ones, in the table's order; null takes a default
+    away. ValueError names what is wrong.
+    """
     asked = {} if asked is None else asked
     if not isinstance(asked, dict):
-        raise ValueError("sandbox must be an object")  # noqa: TRY004 - a value among others, all told the same way
+        # a value among others, all told the same way
+        raise ValueError("sandbox must be an object")  # noqa: TRY004
     given = {**defaults, **asked}
     for name in given:
         if name not in FAULTS:
@@ -224,8 +317,14 @@ def take(name: str, value: object) -> Any:
 
 
 def struck(defaults: Faults, shares: Mapping[str, float], lot: str) -> Faults:
-    """The default faults that this lot draws: each strikes its share of lots, 1 unless `shares` says otherwise."""
-    return {name: value for name, value in defaults.items() if Random(f"{lot}/{name}").random() < shares.get(name, 1)}
+    """The default faults that this lot draws: each strikes its share of lots, 1 unless `shares`
+    says otherwise.
+    """
+    return {
+        name: value
+        for name, value in defaults.items()
+        if Random(f"{lot}/{name}").random() < shares.get(name, 1)
+    }
 
 
 def check_shares(shares: Mapping[str, float], defaults: Faults) -> None:

@@ -1,4 +1,6 @@
-"""What result files may be instead of the asked picture. Each is made of the true file: its bytes, and its media type."""
+"""What result files may be instead of the asked picture. Each is made of the true file: its bytes,
+and its media type.
+"""
 
 import io
 import struct
@@ -10,8 +12,16 @@ from random import Random
 from PIL import Image, ImageOps
 
 SCRIPT = b"<script>document.title = 'forged'</script>"
-HTML = b"<!DOCTYPE html>\n<html><head><title>Not an image</title></head><body>" + SCRIPT + b"</body></html>\n"
-SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="768" height="768">' + SCRIPT + b'<rect width="768" height="768"/></svg>\n'
+HTML = (
+    b"<!DOCTYPE html>\n<html><head><title>Not an image</title></head><body>"
+    + SCRIPT
+    + b"</body></html>\n"
+)
+SVG = (
+    b'<svg xmlns="http://www.w3.org/2000/svg" width="768" height="768">'
+    + SCRIPT
+    + b'<rect width="768" height="768"/></svg>\n'
+)
 BOMB_SIDE = 30_000  # pixels: 900 million in all, 2.7 GB once they are colours
 
 
@@ -21,7 +31,9 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 @cache
 def bomb(rows: int) -> bytes:
-    """A PNG that claims 30,000 × 30,000 pixels of one bit, with so many black rows of them: all, and it decodes, from some 100 kB."""
+    """A PNG that claims 30,000 × 30,000 pixels of one bit, with so many black rows of them: all,
+    and it decodes, from some 100 kB.
+    """
     packer = zlib.compressobj(9)
     row = bytes(1 + BOMB_SIDE // 8)
     pixels = b"".join([*(packer.compress(row) for _ in range(rows)), packer.flush()])

@@ -11,10 +11,11 @@ from typing import Any
 class SandboxOptions:
     """The defaults are the documented ones, but for the time a task takes (60 s upstream).
 
-    `base_url` is the address in result links; None: the one the submission came to. `api_key` None: any Bearer key will do.
-    Callbacks go to public https addresses, and to whatever is in `networks`. Times are seconds, prices whole credits.
-    `faults` are the default of every request's `sandbox` object (see `faults.FAULTS`); one in `shares` strikes that share of the tasks,
-    0 to 1. With a `seed` the same requests get the same ids, faults and files, in whatever order they come.
+    `base_url` is the address in result links; None: the one the submission came to. `api_key` None:
+    any Bearer key will do. Callbacks go to public https addresses, and to whatever is in
+    `networks`. Times are seconds, prices whole credits. `faults` are the default of every request's
+    `sandbox` object (see `faults.FAULTS`); one in `shares` strikes that share of the tasks, 0 to 1.
+    With a `seed` the same requests get the same ids, faults and files, in whatever order they come.
     """
 
     base_url: str | None = None

@@ -1,4 +1,6 @@
-"""The sandbox's images: a picture for a name, with the prompt drawn in. Pure: the same arguments give the same bytes."""
+"""The sandbox's images: a picture for a name, with the prompt drawn in. Pure: the same arguments
+give the same bytes.
+"""
 
 import hashlib
 import io
@@ -9,13 +11,18 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 # speed before size: the picture is drawn anew for every request
-SAVE: dict[str, dict[str, int]] = {"png": {"compress_level": 1}, "jpeg": {"quality": 85}, "webp": {"quality": 80, "method": 0}}
+SAVE: dict[str, dict[str, int]] = {
+    "png": {"compress_level": 1},
+    "jpeg": {"quality": 85},
+    "webp": {"quality": 80, "method": 0},
+}
 SMALLEST = 10
 NO_LINE_START = set("，。、；：？！）》」』】〉…,.;:?!)]}%")
 
 
 def draw(name: str, prompt: str, width: int, height: int, format: str) -> bytes:
-    """An image file of that size in pixels; `name` decides the colours, `format` is a key of `FORMATS`.
+    """An image file of that size in pixels; `name` decides the colours, `format` is a key of
+    `FORMATS`.
 
     1440 × 1440 takes some tens of milliseconds: call it in a thread.
     """
@@ -28,11 +35,20 @@ def draw(name: str, prompt: str, width: int, height: int, format: str) -> bytes:
     top = (height - step * len(lines)) // 2
     pen = ImageDraw.Draw(picture)
     pen.rounded_rectangle(
-        (margin, max(margin, top - margin), width - margin, min(height - margin, top + step * len(lines) + margin)), margin, (250, 250, 246)
+        (
+            margin,
+            max(margin, top - margin),
+            width - margin,
+            min(height - margin, top + step * len(lines) + margin),
+        ),
+        margin,
+        (250, 250, 246),
     )
     for row, line in enumerate(lines):
         pen.text((2 * margin, top + row * step), line, (24, 24, 28), face)
-    pen.text((margin, height - margin), name, (250, 250, 246), font(max(12, margin // 2)), anchor="ls")
+    pen.text(
+        (margin, height - margin), name, (250, 250, 246), font(max(12, margin // 2)), anchor="ls"
+    )
     file = io.BytesIO()
     picture.save(file, format.upper(), **SAVE[format])
     return file.getvalue()
@@ -41,7 +57,11 @@ def draw(name: str, prompt: str, width: int, height: int, format: str) -> bytes:
 def background(shades: bytes, width: int, height: int) -> Image.Image:
     """A gradient from one dark colour to another with three discs on it."""
     dark, light = ((shades[at] // 3, shades[at + 1] // 3, shades[at + 2] // 3) for at in (0, 3))
-    column = ImageOps.colorize(Image.linear_gradient("L").resize((1, height)), dark, (light[0] + 90, light[1] + 90, light[2] + 90))
+    column = ImageOps.colorize(
+        Image.linear_gradient("L").resize((1, height)),
+        dark,
+        (light[0] + 90, light[1] + 90, light[2] + 90),
+    )
     gradient = column.resize((width, height), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(gradient)
     for at in (6, 12, 18):
@@ -66,8 +86,12 @@ def line_height(size: int) -> int:
 
 
 def fitted(text: str, width: int, height: int) -> tuple[int, list[str]]:
-    """The largest type size at which the text fits into that many pixels, and its lines; at the smallest size it is cut off."""
-    shown = "".join(character if character.isprintable() or character == "\n" else " " for character in text).strip()
+    """The largest type size at which the text fits into that many pixels, and its lines; at the
+    smallest size it is cut off.
+    """
+    shown = "".join(
+        character if character.isprintable() or character == "\n" else " " for character in text
+    ).strip()
     face = font(100)
     widths = {character: face.getlength(character) for character in set(shown)}
     size = max(SMALLEST, min(width, height) // 8)
@@ -82,7 +106,9 @@ def fitted(text: str, width: int, height: int) -> tuple[int, list[str]]:
 
 
 def wrapped(text: str, widths: dict[str, float], width: float) -> list[str]:
-    """Lines of at most `width`: broken at spaces, between ideographs, and inside a word only if it is longer than a line."""
+    """Lines of at most `width`: broken at spaces, between ideographs, and inside a word only if it
+    is longer than a line.
+    """
     lines: list[str] = []
     for paragraph in text.splitlines():
         line, used = "", 0.0
@@ -103,11 +129,15 @@ def wrapped(text: str, widths: dict[str, float], width: float) -> list[str]:
 
 
 def words(text: str) -> list[str]:
-    """Pieces that stay together: a Latin word, a space, one ideograph with the punctuation after it."""
+    """Pieces that stay together: a Latin word, a space, one ideograph with the punctuation after
+    it.
+    """
     pieces: list[str] = []
     for character in text:
         joins = pieces and not character.isspace() and not pieces[-1].isspace()
-        if joins and (character in NO_LINE_START or (ord(character) < 0x2E80 and ord(pieces[-1][-1]) < 0x2E80)):
+        if joins and (
+            character in NO_LINE_START or (ord(character) < 0x2E80 and ord(pieces[-1][-1]) < 0x2E80)
+        ):
             pieces[-1] += character
         else:
             pieces.append(character)

@@ -1,4 +1,6 @@
-"""The sandbox's tasks: made, looked up and charged in memory; each lives from `pending` to its end and then calls back."""
+"""The sandbox's tasks: made, looked up and charged in memory; each lives from `pending` to its end
+and then calls back.
+"""
 
 import asyncio
 import hashlib
@@ -20,13 +22,16 @@ from service.upstreams.sandbox.options import SandboxOptions
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 USAGE = {"billing_rule": "per_call", "user_group": "default"}
-SEEDED_CREATED = 1_757_165_031  # what seeded tasks say of their creation: the clock would make every run another
+SEEDED_CREATED = (
+    1_757_165_031  # what seeded tasks say of their creation: the clock would make every run another
+)
 UNFINISHED = Outcome(Status.PENDING)
 
 
 @dataclass(slots=True)
 class SandboxTask:
-    """One paid task. `created` and `ended` are Unix seconds, `stamp` those that it shows as its creation.
+    """One paid task. `created` and `ended` are Unix seconds, `stamp` those that it shows as its
+    creation.
 
     `called`: after the first callback's first attempt, or when none is sent.
     """
@@ -62,7 +67,9 @@ class SandboxTask:
 
 
 class Ledger:
-    """Every task by its id and by its idempotency key, and the account they are charged to. Tasks are forgotten after `task_ttl_s`."""
+    """Every task by its id and by its idempotency key, and the account they are charged to. Tasks
+    are forgotten after `task_ttl_s`.
+    """
 
     def __init__(self, options: SandboxOptions, clock: Callable[[], float]) -> None:
         self.clock = clock
@@ -92,13 +99,19 @@ class Ledger:
         self._forget()
         task = None if key is None else self._keys.get(key)
         if task is not None and task.digest != digest:
-            raise ApiError(409, "idempotency_conflict", "the Idempotency-Key was used with another body")
+            raise ApiError(
+                409, "idempotency_conflict", "the Idempotency-Key was used with another body"
+            )
         return task
 
     def lot(self, key: str | None, body: JSON) -> str:
-        """What chance goes by: the seed, a body but for its callback's address, how many like it came before. A key keeps its first."""
+        """What chance goes by: the seed, a body but for its callback's address, how many like it
+        came before. A key keeps its first.
+        """
         if key is None or key not in self._lots:
-            like = digest_of({name: value for name, value in body.items() if name != "callback_url"})
+            like = digest_of(
+                {name: value for name, value in body.items() if name != "callback_url"}
+            )
             lot = f"{self._seed}/{like}/{self._seen[like]}"
             self._seen[like] += 1
             if key is None:
@@ -106,11 +119,17 @@ class Ledger:
             self._lots[key] = lot
         return self._lots[key]
 
-    def create(self, order: Order, faults: Faults, base_url: str, lot: str, key: str | None, digest: str) -> SandboxTask:
+    def create(
+        self, order: Order, faults: Faults, base_url: str, lot: str, key: str | None, digest: str
+    ) -> SandboxTask:
         """A task, its price reserved for `n` images; 402 when the account has less."""
         price = self._options.price
         if order.n * price > self.credits:
-            raise ApiError(402, "insufficient_quota", f"the task needs {order.n * price} credits, {self.credits} are left")
+            raise ApiError(
+                402,
+                "insufficient_quota",
+                f"the task needs {order.n * price} credits, {self.credits} are left",
+            )
         self.credits -= order.n * price
         now = self.clock()
         stamp = int(now) if self._options.seed is None else SEEDED_CREATED
@@ -132,7 +151,9 @@ class Ledger:
 
     def _forget(self) -> None:
         oldest = self.clock() - self._options.task_ttl_s
-        while self._tasks and (task := next(iter(self._tasks.values()))).created <= oldest:  # the first is the oldest
+        while (
+            self._tasks and (task := next(iter(self._tasks.values()))).created <= oldest
+        ):  # the first is the oldest
             del self._tasks[task.id]
             if task.key is not None:
                 self._keys.pop(task.key, None)
@@ -140,7 +161,9 @@ class Ledger:
 
 
 async def live(task: SandboxTask, ledger: Ledger, caller: Caller, delay: float) -> None:
-    """A task's whole life: a tenth of its seconds pending, the rest processing, then charged, then the callbacks."""
+    """A task's whole life: a tenth of its seconds pending, the rest processing, then charged, then
+    the callbacks.
+    """
     seconds = task.faults.get("delay", delay)
     try:
         await asyncio.sleep(seconds / 10)
@@ -148,7 +171,12 @@ async def live(task: SandboxTask, ledger: Ledger, caller: Caller, delay: float) 
         await asyncio.sleep(seconds * 9 / 10)
         ledger.end(task)
         if task.order.callback_url is not None:
-            await caller.send(task.order.callback_url, callbacks(task), task.record, task.faults.get("slow_callback", 0))
+            await caller.send(
+                task.order.callback_url,
+                callbacks(task),
+                task.record,
+                task.faults.get("slow_callback", 0),
+            )
     finally:
         task.called.set()
 
@@ -164,7 +192,9 @@ def callbacks(task: SandboxTask) -> Waves:
 
 
 def submitted(task: SandboxTask, delay: float) -> JSON:
-    """The answer to a submission, also to a replayed one: the task as it was when it was created."""
+    """The answer to a submission, also to a replayed one: the task as it was when it was
+    created.
+    """
     shown = {
         **frame(task),
         "progress": 0,
@@ -177,10 +207,18 @@ def submitted(task: SandboxTask, delay: float) -> JSON:
 
 def document(task: SandboxTask) -> JSON:
     """A task as a query and a callback show it."""
-    shown = frame(task) | {"progress": 0, "status": task.status.value, "task_info": {"can_cancel": task.ended is None}}
+    shown = frame(task) | {
+        "progress": 0,
+        "status": task.status.value,
+        "task_info": {"can_cancel": task.ended is None},
+    }
     match task.status:
         case Status.COMPLETED:
-            shown |= {"progress": 100, "results": links(task), "usage": USAGE | {"credits_used": number(task.used)}}
+            shown |= {
+                "progress": 100,
+                "results": links(task),
+                "usage": USAGE | {"credits_used": number(task.used)},
+            }
         case Status.FAILED:
             shown |= {"error": task.outcome.error}
         case Status.PROCESSING:
@@ -196,11 +234,20 @@ def as_faults_have_it(task: SandboxTask, shown: JSON) -> JSON:
 
 
 def frame(task: SandboxTask) -> JSON:
-    return {"created": task.stamp, "id": task.id, "model": task.order.model, "object": "image.generation.task", "type": "image"}
+    return {
+        "created": task.stamp,
+        "id": task.id,
+        "model": task.order.model,
+        "object": "image.generation.task",
+        "type": "image",
+    }
 
 
 def links(task: SandboxTask) -> list[str]:
-    return [f"{task.base_url}/files/{task.id}/{index}.{task.format}" for index in range(task.outcome.images)]
+    return [
+        f"{task.base_url}/files/{task.id}/{index}.{task.format}"
+        for index in range(task.outcome.images)
+    ]
 
 
 def number(credits: Decimal) -> int | float:

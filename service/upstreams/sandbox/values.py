@@ -18,23 +18,37 @@ class Value:
 
 
 def whole(least: int, most: int) -> Value:
-    return Value(f"an integer from {least} to {most}", lambda value: type(value) is int and least <= value <= most)
+    return Value(
+        f"an integer from {least} to {most}",
+        lambda value: type(value) is int and least <= value <= most,
+    )
 
 
 def one_of(*words: str, otherwise: Value | None = None) -> Value:
     """One of these words; or what `otherwise` accepts."""
     if otherwise is None:
-        return Value("one of " + ", ".join(words), lambda value: isinstance(value, str) and value in words)
+        return Value(
+            "one of " + ", ".join(words), lambda value: isinstance(value, str) and value in words
+        )
     known = ", ".join([*words, f"or {otherwise.words}"])
-    return Value(known, lambda value: (isinstance(value, str) and value in words) or otherwise.accepts(value))
+    return Value(
+        known, lambda value: (isinstance(value, str) and value in words) or otherwise.accepts(value)
+    )
 
 
 def matching(words: str, pattern: str) -> Value:
-    return Value(words, lambda value: isinstance(value, str) and re.fullmatch(pattern, value, re.ASCII) is not None)
+    return Value(
+        words,
+        lambda value: isinstance(value, str) and re.fullmatch(pattern, value, re.ASCII) is not None,
+    )
 
 
 def up_to(most: int, of: str) -> Value:
-    return Value(f"{of} from 0 to {most}", lambda value: type(value) in (int, float) and 0 <= value <= most, float)
+    return Value(
+        f"{of} from 0 to {most}",
+        lambda value: type(value) in (int, float) and 0 <= value <= most,
+        float,
+    )
 
 
 FLAG = Value("true or false", lambda value: isinstance(value, bool))
@@ -61,7 +75,11 @@ def fields(value: Any) -> Mapping[str, Any]:
 PAGE = Value(
     "a status from 300 to 599, or an object with status, code, html, retry_after, times",
     lambda value: (
-        "status" in fields(value) and all(name in PAGE_FIELDS and PAGE_FIELDS[name].accepts(v) for name, v in fields(value).items())
+        "status" in fields(value)
+        and all(
+            name in PAGE_FIELDS and PAGE_FIELDS[name].accepts(v)
+            for name, v in fields(value).items()
+        )
     ),
     lambda value: Page(**fields(value)),
 )

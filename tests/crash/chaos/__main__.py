@@ -1,7 +1,9 @@
-"""`make chaos`: what becomes of tasks while everything that can die does. Ends with a table; exit code 1 if anything is lost or doubled.
+"""`make chaos`: what becomes of tasks while everything that can die does. Ends with a table; exit
+code 1 if anything is lost or doubled.
 
-On SQLite one `darkroom serve` is killed and paused; on PostgreSQL two `serve --no-worker` and two `worker`, and the server is restarted.
-The upstream is a sandbox with faults, which like the subscriber goes away and comes back.
+On SQLite one `darkroom serve` is killed and paused; on PostgreSQL two `serve --no-worker` and two
+`worker`, and the server is restarted. The upstream is a sandbox with faults, which like the
+subscriber goes away and comes back.
 """
 
 import argparse
@@ -25,13 +27,18 @@ from tests.crash.chaos.weather import Scale
 from tests.processes import ROOT
 from tests.servers import postgres_binaries, postgres_running
 
-NAMES = {"sqlite": "SQLite: one `serve`", "postgres": "PostgreSQL: 2 `serve --no-worker`, 2 `worker`"}
+NAMES = {
+    "sqlite": "SQLite: one `serve`",
+    "postgres": "PostgreSQL: 2 `serve --no-worker`, 2 `worker`",
+}
 NOTED = ("task.parked", "worker.failed", "http.failed", "store.failed")
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One run's column of the table; `broken` is what must not be, in words, `notes` what is worth a look."""
+    """One run's column of the table; `broken` is what must not be, in words, `notes` what is worth
+    a look.
+    """
 
     column: Mapping[str, str]
     broken: list[str]
@@ -45,14 +52,25 @@ async def run(store: str, scale: Scale, seed: int, folder: Path, database: str =
         verdict = judge(await seen(storm))
         members = storm.members
         notes = [f"{event}: {count}" for event in NOTED if (count := logs(members, event))]
-        notes += [f"{member.folder.name} ended by itself: {dict(Counter(member.ends))}" for member in members if member.ends]
+        notes += [
+            f"{member.folder.name} ended by itself: {dict(Counter(member.ends))}"
+            for member in members
+            if member.ends
+        ]
         kinds = {"lost": verdict.lost, "doubled": verdict.doubled, "submitted twice": verdict.twice}
-        broken = [f"{kind}: {name}: {about}" for kind, found in kinds.items() for name, about in found.items()]
+        broken = [
+            f"{kind}: {name}: {about}"
+            for kind, found in kinds.items()
+            for name, about in found.items()
+        ]
         broken += storm.odd + ([] if in_time else [f"not quiet after {scale.patience} s"])
         if "Traceback" in (said := (folder / "upstream.log").read_text()):
             broken.append(f"the upstream had a fault of its own: {said[-1000:]}")
         figures = {"tasks": len(storm.accepted), "kills": sum(member.kills for member in members)}
-        figures |= {"pauses": sum(member.pauses for member in members), "server restarts": storm.restarts}
+        figures |= {
+            "pauses": sum(member.pauses for member in members),
+            "server restarts": storm.restarts,
+        }
         return Report(column(figures, verdict, time.monotonic() - started, seed), broken, notes)
 
 
@@ -64,7 +82,9 @@ def column(figures: Mapping[str, int], verdict: Verdict, took: float, seed: int)
         "**doubled terminal events**": str(len(verdict.doubled)),
         "**submitted twice**": str(len(verdict.twice)),
         "callbacks refused, and sent again": str(verdict.refused),
-        "uncertain: proof never reached us": f"{verdict.uncertain}, of which nothing was made: {verdict.unmade}",
+        "uncertain: proof never reached us": (
+            f"{verdict.uncertain}, of which nothing was made: {verdict.unmade}"
+        ),
         "callback to event, p50": f"{percentile(waits, 0.5):.2f} s",
         "callback to event, p99": f"{percentile(waits, 0.99):.1f} s",
         "duration": f"{took:.0f} s",
@@ -74,8 +94,17 @@ def column(figures: Mapping[str, int], verdict: Verdict, took: float, seed: int)
 
 def table(columns: Mapping[str, Mapping[str, str]]) -> str:
     first = next(iter(columns.values()))
-    lines = ["| | " + " | ".join(NAMES[store] for store in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    return "\n".join(lines + [f"| {row} | " + " | ".join(column[row] for column in columns.values()) + " |" for row in first])
+    lines = [
+        "| | " + " | ".join(NAMES[store] for store in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    return "\n".join(
+        lines
+        + [
+            f"| {row} | " + " | ".join(column[row] for column in columns.values()) + " |"
+            for row in first
+        ]
+    )
 
 
 def ran(store: str, scale: Scale, seed: int, folder: Path) -> Report:
@@ -89,15 +118,32 @@ def ran(store: str, scale: Scale, seed: int, folder: Path) -> Report:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(prog="python -m tests.crash.chaos", description="Kill, pause and restart; print a table.")
+    options = argparse.ArgumentParser(
+        prog="python -m tests.crash.chaos", description="Kill, pause and restart; print a table."
+    )
     options.add_argument("--store", choices=[*LAYOUTS, "both"], default="both")
-    options.add_argument("--tasks", type=int, default=200, help="how many are ordered, on each store")
+    options.add_argument(
+        "--tasks", type=int, default=200, help="how many are ordered, on each store"
+    )
     options.add_argument("--kills", type=int, default=16)
     options.add_argument("--restarts", type=int, default=2, help="of the PostgreSQL server")
-    options.add_argument("--seconds", type=float, default=16, help="of trouble, on each store; then all ends in peace")
-    options.add_argument("--patience", type=float, default=600, help="seconds until what has not ended then is lost")
-    options.add_argument("--seed", type=int, help="of the faults and the moments; what happens then is a matter of timing all the same")
-    options.add_argument("--folder", type=Path, default=ROOT, help="on which disk (default: the checkout's)")
+    options.add_argument(
+        "--seconds",
+        type=float,
+        default=16,
+        help="of trouble, on each store; then all ends in peace",
+    )
+    options.add_argument(
+        "--patience", type=float, default=600, help="seconds until what has not ended then is lost"
+    )
+    options.add_argument(
+        "--seed",
+        type=int,
+        help="of the faults and the moments; what happens then is a matter of timing all the same",
+    )
+    options.add_argument(
+        "--folder", type=Path, default=ROOT, help="on which disk (default: the checkout's)"
+    )
     options.add_argument("--write", action="store_true", help="put the table into the README")
     asked = options.parse_args()
     seed = SystemRandom().randrange(1 << 32) if asked.seed is None else asked.seed
@@ -109,8 +155,12 @@ def main() -> None:
         reports[store] = ran(store, scale, seed, folder / store)
     text = table({store: report.column for store, report in reports.items()})
     print(text)
-    broken = [f"{store}: {problem}" for store, report in reports.items() for problem in report.broken]
-    for line in [f"{store}: {note}" for store, report in reports.items() for note in report.notes] + broken:
+    broken = [
+        f"{store}: {problem}" for store, report in reports.items() for problem in report.broken
+    ]
+    for line in [
+        f"{store}: {note}" for store, report in reports.items() for note in report.notes
+    ] + broken:
         print(line, file=sys.stderr)
     if broken:
         raise SystemExit(f"{len(broken)} problems; logs and stores are in {folder}")

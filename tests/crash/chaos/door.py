@@ -8,7 +8,12 @@ from contextlib import AsyncExitStack, suppress
 from random import Random, SystemRandom
 
 CHUNK = 1 << 16
-PORTS = range(20_000, 32_000)  # below those that Linux gives to whoever connects, who would keep one that is closed for a moment
+PORTS = range(
+    20_000,
+    32_000,
+    # below those that Linux gives to whoever connects, who would keep one that is closed for a
+    # moment
+)
 
 
 def kept_port(stack: AsyncExitStack) -> int:
@@ -27,7 +32,9 @@ def kept_port(stack: AsyncExitStack) -> int:
 
 
 class Door:
-    """Passes connections on to any of the ports `behind` that takes them, as a load balancer does; while closed, nobody listens."""
+    """Passes connections on to any of the ports `behind` that takes them, as a load balancer does;
+    while closed, nobody listens.
+    """
 
     def __init__(self, behind: Sequence[int], random: Random, stack: AsyncExitStack) -> None:
         self.port = kept_port(stack)
@@ -75,7 +82,10 @@ class Door:
                     break
             else:
                 return
-            ways = {asyncio.create_task(pump(reader, other)), asyncio.create_task(pump(answers, writer))}
+            ways = {
+                asyncio.create_task(pump(reader, other)),
+                asyncio.create_task(pump(answers, writer)),
+            }
             try:
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
             finally:

@@ -18,7 +18,9 @@ LOOK_S, AGAIN_S, DEAD_S = 0.1, 0.5, 60.0
 
 @dataclass(slots=True)
 class Member:
-    """One process of the service, started again whenever it has ended; its log is in `folder`. `ends`: exit codes it chose itself."""
+    """One process of the service, started again whenever it has ended; its log is in `folder`.
+    `ends`: exit codes it chose itself.
+    """
 
     launcher: Launcher
     folder: Path
@@ -51,7 +53,9 @@ class Member:
                     self.start()
 
     async def kill(self, down: float) -> None:
-        """SIGKILL, wherever it is, also while it starts; `down` seconds later it is started again."""
+        """SIGKILL, wherever it is, also while it starts; `down` seconds later it is started
+        again.
+        """
         async with self._lock:
             if (code := self.process.code) is not None:
                 self.ends.append(code)
@@ -85,13 +89,35 @@ class Member:
 
 
 def restart(url: str, mode: str) -> None:
-    """Restarts the server of `tests.servers.postgres_running`: `immediate` is a crash and a recovery, `fast` a stop and a start."""
+    """Restarts the server of `tests.servers.postgres_running`: `immediate` is a crash and a
+    recovery, `fast` a stop and a start.
+    """
     folder, binaries = Path(parse_qs(urlsplit(url).query)["host"][0]), postgres_binaries()
     assert binaries is not None
     owner = folder.stat().st_uid if os.geteuid() == 0 else None
-    command = [str(binaries / "pg_ctl"), "-w", "-t", "300", "-D", str(folder / "data"), "-l", str(folder / "log"), "-m", mode, "restart"]
+    command = [
+        str(binaries / "pg_ctl"),
+        "-w",
+        "-t",
+        "300",
+        "-D",
+        str(folder / "data"),
+        "-l",
+        str(folder / "log"),
+        "-m",
+        mode,
+        "restart",
+    ]
     with (folder / "output").open("ab") as output:
         done = subprocess.run(
-            command, cwd=folder, env={"PATH": os.defpath, "LC_ALL": "C"}, stdout=output, stderr=output, check=False, user=owner
+            command,
+            cwd=folder,
+            env={"PATH": os.defpath, "LC_ALL": "C"},
+            stdout=output,
+            stderr=output,
+            check=False,
+            user=owner,
         )
-    assert done.returncode == 0, (folder / "output").read_text()[-1000:] + (folder / "log").read_text()[-1000:]
+    assert done.returncode == 0, (folder / "output").read_text()[-1000:] + (
+        folder / "log"
+    ).read_text()[-1000:]

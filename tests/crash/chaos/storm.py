@@ -1,4 +1,6 @@
-"""A run: clients order, an upstream makes, processes die and pause, servers go and come back; then all is well until all is done."""
+"""A run: clients order, an upstream makes, processes die and pause, servers go and come back; then
+all is well until all is done.
+"""
 
 import asyncio
 import os
@@ -49,7 +51,9 @@ SETTINGS = {
 
 @dataclass(slots=True)
 class Storm:
-    """A run under way. `accepted` are the tasks by order, as each client was told; `odd` what no client should be told."""
+    """A run under way. `accepted` are the tasks by order, as each client was told; `odd` what no
+    client should be told.
+    """
 
     store: str
     scale: Scale
@@ -72,8 +76,16 @@ class Storm:
     async def order(self, number: int) -> None:
         """Insists, as a client does, until it is answered."""
         name, chance = f"{number:05}", Random(f"{self.seed}/{number}")
-        body = order(prompt=name, n=chance.choice([1, 1, 2]), metadata={"order": name}, sandbox=faults(chance))
-        headers = {"idempotency-key": f"order-{name}", "prefer": chance.choice(["respond-async", "wait=1", "wait=5"])}
+        body = order(
+            prompt=name,
+            n=chance.choice([1, 1, 2]),
+            metadata={"order": name},
+            sandbox=faults(chance),
+        )
+        headers = {
+            "idempotency-key": f"order-{name}",
+            "prefer": chance.choice(["respond-async", "wait=1", "wait=5"]),
+        }
 
         async def answered() -> bool:
             with suppress(httpx.TransportError):
@@ -101,7 +113,9 @@ class Storm:
                 await victim.pause(act.lasts)
             case "restart":
                 async with self.restarting:
-                    await asyncio.to_thread(restart, self.database, "immediate" if act.choice < 0.5 else "fast")
+                    await asyncio.to_thread(
+                        restart, self.database, "immediate" if act.choice < 0.5 else "fast"
+                    )
                     self.restarts += 1
             case "freeze":
                 os.kill(self.upstream_pid, signal.SIGSTOP)
@@ -127,7 +141,9 @@ class Storm:
         return document
 
     async def hurry(self) -> None:
-        """In a run of less than a minute, asks about what would else be silent for minutes: its callback is lost, its query failed."""
+        """In a run of less than a minute, asks about what would else be silent for minutes: its
+        callback is lost, its query failed.
+        """
         while self.scale.seconds < HURRY_BELOW_S:
             await asyncio.sleep(HURRY_S)
             for task in (await self.page("/v1/tasks", state="submitted", limit=1000))["data"]:
@@ -136,7 +152,10 @@ class Storm:
 
     async def quiet(self) -> bool:
         """Nothing is left to do: every task has ended, every delivery has arrived."""
-        busy = [(f"/v1/{'deliveries' if state == 'pending' else 'tasks'}", state) for state in (*OPEN, "pending")]
+        busy = [
+            (f"/v1/{'deliveries' if state == 'pending' else 'tasks'}", state)
+            for state in (*OPEN, "pending")
+        ]
         for path, state in busy:
             if (await self.page(path, state=state, limit=1))["data"]:
                 await asyncio.sleep(RETRY_S)
@@ -144,10 +163,16 @@ class Storm:
         return True
 
     async def blow(self, group: asyncio.TaskGroup) -> None:
-        """Orders and acts, each at its time. Time stands still while a process is awaited that is to be killed at work."""
+        """Orders and acts, each at its time. Time stands still while a process is awaited that is
+        to be killed at work.
+        """
         chance, now = Random(f"{self.seed}/times"), asyncio.get_running_loop().time
-        plan: list[tuple[float, Act | int]] = [(act.at, act) for act in acts(self.scale, self.store, Random(f"{self.seed}/acts"))]
-        plan += [(chance.uniform(0, self.scale.seconds), number) for number in range(self.scale.tasks)]
+        plan: list[tuple[float, Act | int]] = [
+            (act.at, act) for act in acts(self.scale, self.store, Random(f"{self.seed}/acts"))
+        ]
+        plan += [
+            (chance.uniform(0, self.scale.seconds), number) for number in range(self.scale.tasks)
+        ]
         started = now()
         for at, what in sorted(plan, key=lambda each: each[0]):
             await asyncio.sleep(max(0.0, started + at - now()))
@@ -156,7 +181,9 @@ class Storm:
                 if what.what == "kill" and not victim.ready() and chance.random() > EARLY:
                     began = now()
                     await wait_until(victim.ready, self.scale.patience)
-                    await asyncio.sleep(chance.uniform(0, 2 * self.scale.seconds / self.scale.kills))
+                    await asyncio.sleep(
+                        chance.uniform(0, 2 * self.scale.seconds / self.scale.kills)
+                    )
                     started += now() - began
                 group.create_task(self.act(what, victim))
             else:
@@ -183,8 +210,12 @@ class Storm:
 
 
 @asynccontextmanager
-async def storms(store: str, scale: Scale, seed: int, folder: Path, database: str = "") -> AsyncIterator[Storm]:
-    """Everything stands, and an endpoint is subscribed; `database` is the URL of a server that may be restarted."""
+async def storms(
+    store: str, scale: Scale, seed: int, folder: Path, database: str = ""
+) -> AsyncIterator[Storm]:
+    """Everything stands, and an endpoint is subscribed; `database` is the URL of a server that may
+    be restarted.
+    """
     storm = Storm(store, scale, seed, folder, database)
     chance = Random(f"{seed}/doors")
     async with AsyncExitStack() as stack:
@@ -195,7 +226,11 @@ async def storms(store: str, scale: Scale, seed: int, folder: Path, database: st
         storm.subscriber.answer = stumbling(chance)
         layout = LAYOUTS[store]
         ports = [kept_port(stack) for _ in layout]
-        storm.front = Door([port for port, (command, *_) in zip(ports, layout, strict=True) if command == "serve"], chance, stack)
+        storm.front = Door(
+            [port for port, (command, *_) in zip(ports, layout, strict=True) if command == "serve"],
+            chance,
+            stack,
+        )
         storm.upstream = Door([storm.upstream_port], chance, stack)
         storm.subscription = Door([int(storm.subscriber.url.rpartition(":")[2])], chance, stack)
         settings = SETTINGS | {"CALLBACK_URL": storm.front.url, "BASE_URL": storm.front.url}
@@ -203,7 +238,12 @@ async def storms(store: str, scale: Scale, seed: int, folder: Path, database: st
             settings |= {"DATABASE_URL": database}
         environment = service_settings(storm.upstream.url, folder, **settings)
         storm.members = [
-            Member(launcher, folder / f"{number}-{command[0]}", environment | {"DARKROOM_PORT": str(port)}, command)
+            Member(
+                launcher,
+                folder / f"{number}-{command[0]}",
+                environment | {"DARKROOM_PORT": str(port)},
+                command,
+            )
             for number, (command, port) in enumerate(zip(layout, ports, strict=True))
         ]
         for member in storm.members:
@@ -240,4 +280,8 @@ def logs(members: Sequence[Member], event: str) -> int:
     """How often that stands in the logs."""
     needle = f'"event":"{event}"'.encode()
     spaced = f'"event": "{event}"'.encode()
-    return sum(text.count(needle) + text.count(spaced) for member in members for text in [member.process.log.read_bytes()])
+    return sum(
+        text.count(needle) + text.count(spaced)
+        for member in members
+        for text in [member.process.log.read_bytes()]
+    )

@@ -1,7 +1,7 @@
 """The upstream of a chaos run, a process of its own: `python -m tests.crash.chaos.upstream SEED`.
 
-The sandbox, with every submission that it read at `GET /chaos/posts`: `[[prompt, idempotency key, status or null], …]`. That list and the
-sandbox's own are the truth about what was paid.
+The sandbox, with every submission that it read at `GET /chaos/posts`: `[[prompt, idempotency key,
+status or null], …]`. That list and the sandbox's own are the truth about what was paid.
 """
 
 import asyncio
@@ -32,18 +32,26 @@ DELAY_S = 0.5
 
 
 class Again:
-    """A request whose body was read: it is there once more. `transport` is uvicorn's, which the sandbox ends to lose an answer."""
+    """A request whose body was read: it is there once more. `transport` is uvicorn's, which the
+    sandbox ends to lose an answer.
+    """
 
     def __init__(self, receive: Receive, body: bytes) -> None:
         self.transport: asyncio.Transport = attrgetter("__self__.transport")(receive)
         self._receive, self._unread = receive, [body]
 
     async def receive(self) -> Message:
-        return {"type": "http.request", "body": self._unread.pop()} if self._unread else await self._receive()
+        return (
+            {"type": "http.request", "body": self._unread.pop()}
+            if self._unread
+            else await self._receive()
+        )
 
 
 class Noting:
-    """Writes down what is submitted before the sandbox has it, and the status it answers, if it does."""
+    """Writes down what is submitted before the sandbox has it, and the status it answers, if it
+    does.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -74,7 +82,11 @@ class Noting:
 
 async def serve(seed: int) -> None:
     options = SandboxOptions(
-        api_key=UPSTREAM_KEY, networks=(ip_network(LOOPBACK),), delay_s=DELAY_S, credits=Decimal(1_000_000), seed=seed
+        api_key=UPSTREAM_KEY,
+        networks=(ip_network(LOOPBACK),),
+        delay_s=DELAY_S,
+        credits=Decimal(1_000_000),
+        seed=seed,
     )  # callbacks as documented: 10 s for an answer, again after 1, 2 and 4 s, then never
     logging.configure("json", "warning", sys.stderr)
     bound = bind("127.0.0.1", 0)
@@ -90,7 +102,9 @@ def upstream(seed: int, folder: Path) -> Iterator[tuple[int, int]]:
     """It runs; its pid and its port. What it says goes to `upstream.log`."""
     command = [sys.executable, "-m", "tests.crash.chaos.upstream", str(seed)]
     with (folder / "upstream.log").open("wb") as log:
-        process = subprocess.Popen(command, env=clean_environment({}), stdout=subprocess.PIPE, stderr=log)
+        process = subprocess.Popen(
+            command, env=clean_environment({}), stdout=subprocess.PIPE, stderr=log
+        )
     try:
         assert process.stdout is not None
         with process.stdout:

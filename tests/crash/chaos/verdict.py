@@ -25,7 +25,9 @@ FETCHES, TRIES = 8, 5
 
 @dataclass(slots=True)
 class Seen:
-    """Who was told what. `pictures`: by task the sums of what the service serves, and of what the upstream has, in order."""
+    """Who was told what. `pictures`: by task the sums of what the service serves, and of what the
+    upstream has, in order.
+    """
 
     accepted: Mapping[str, str]
     tasks: list[JSON]
@@ -38,7 +40,8 @@ class Seen:
 
 @dataclass(slots=True)
 class Verdict:
-    """By task or order what is wrong with it; `unmade`: of the uncertain ones the upstream has none.
+    """By task or order what is wrong with it; `unmade`: of the uncertain ones the upstream has
+    none.
 
     `waits` are seconds from the first callback taken to the terminal event.
     """
@@ -58,7 +61,9 @@ async def seen(storm: Storm) -> Seen:
     theirs = {"authorization": f"Bearer {UPSTREAM_KEY}"}
     address = f"http://127.0.0.1:{storm.upstream_port}"
     made: dict[str, list[JSON]] = defaultdict(list)
-    async with httpx.AsyncClient(base_url=address, headers=theirs, trust_env=False, timeout=60) as upstream:
+    async with httpx.AsyncClient(
+        base_url=address, headers=theirs, trust_env=False, timeout=60
+    ) as upstream:
         for source in (await upstream.get("/sandbox/tasks")).raise_for_status().json()["data"]:
             made[source["idempotency_key"]].append(source)
         posts = (await upstream.get(POSTS)).raise_for_status().json()
@@ -70,7 +75,9 @@ async def seen(storm: Storm) -> Seen:
 
         async def both(task: JSON) -> tuple[list[str], list[str]]:
             links = [link for source in made[task["id"]] for link in source.get("results", [])]
-            return await sums(storm.client, [image["url"] for image in task["images"]]), await sums(upstream, links)
+            return await sums(storm.client, [image["url"] for image in task["images"]]), await sums(
+                upstream, links
+            )
 
         completed = [task for task in tasks if task["state"] == "completed"]
         pairs = await asyncio.gather(*map(both, completed))
@@ -79,7 +86,9 @@ async def seen(storm: Storm) -> Seen:
         event = json.loads(request.body)
         received.add((request.headers["webhook-id"], event["type"], event["subject"]))
     pictures = {task["id"]: pair for task, pair in zip(completed, pairs, strict=True)}
-    return Seen(storm.accepted, tasks, events, received, dict(made), [(*post,) for post in posts], pictures)
+    return Seen(
+        storm.accepted, tasks, events, received, dict(made), [(*post,) for post in posts], pictures
+    )
 
 
 async def everything(storm: Storm, path: str, following: str, told: str) -> list[JSON]:
@@ -107,7 +116,9 @@ async def digest(client: httpx.AsyncClient, link: str) -> str:
 
 
 def judge(seen: Seen) -> Verdict:
-    """Lost, doubled and submitted twice, by what the clients, the subscriber, the reader of events and the upstream each know."""
+    """Lost, doubled and submitted twice, by what the clients, the subscriber, the reader of events
+    and the upstream each know.
+    """
     verdict = Verdict()
     ends: dict[str, list[JSON]] = defaultdict(list)
     for event in seen.events:
@@ -125,7 +136,10 @@ def judge(seen: Seen) -> Verdict:
         if problem := loss(task, ends[name], told[name], seen):
             verdict.lost[name] = problem
         if len(ends[name]) > 1 or len(told[name]) > 1:
-            verdict.doubled[name] = f"terminal events {[event['id'] for event in ends[name]]}, delivered {sorted(told[name])}"
+            verdict.doubled[name] = (
+                f"terminal events {[event['id'] for event in ends[name]]}, delivered"
+                f" {sorted(told[name])}"
+            )
         verdict.uncertain += is_uncertain(task)
         verdict.unmade += is_uncertain(task) and not seen.made.get(name)
         calls = [call for source in seen.made.get(name, []) for call in source["callbacks"]]
@@ -148,11 +162,21 @@ def loss(task: JSON, ends: Sequence[JSON], told: set[tuple[str, str]], seen: See
         return f"it is {task['state']}, and its event says {ends[0]['type']}"
     if is_uncertain(task):
         end = seconds(ends[0]["time"])
-        proofs = [call for source in sources for call in source["callbacks"] if took(call) and call["at"] + PROVED_S < end]
-        proofs = proofs[:-1] if "garbage_callback" in task["request"]["sandbox"] else proofs  # the last says nothing: nobody can read it
+        proofs = [
+            call
+            for source in sources
+            for call in source["callbacks"]
+            if took(call) and call["at"] + PROVED_S < end
+        ]
+        proofs = (
+            proofs[:-1] if "garbage_callback" in task["request"]["sandbox"] else proofs
+        )  # the last says nothing: nobody can read it
         return f"it failed as uncertain after proof: {proofs}" if proofs else None
     if [source["status"] for source in sources] != [task["state"]]:
-        return f"it is {task['state']} ({task['error']}); the upstream has {[(source['id'], source['status']) for source in sources]}"
+        return (
+            f"it is {task['state']} ({task['error']}); the upstream has"
+            f" {[(source['id'], source['status']) for source in sources]}"
+        )
     if task["state"] == "completed":
         served, originals = seen.pictures[task["id"]]
         if not originals or served != originals:
@@ -161,7 +185,9 @@ def loss(task: JSON, ends: Sequence[JSON], told: set[tuple[str, str]], seen: See
 
 
 def paid_twice(seen: Seen) -> dict[str, str]:
-    """Orders that are more than one task, or were sent upstream again after an answer that did not prove that nothing was created."""
+    """Orders that are more than one task, or were sent upstream again after an answer that did not
+    prove that nothing was created.
+    """
     twice: dict[str, str] = {}
     orders = Counter(task["metadata"].get("order") for task in seen.tasks)
     tries: dict[str, list[tuple[str, int | None]]] = defaultdict(list)
@@ -171,7 +197,10 @@ def paid_twice(seen: Seen) -> dict[str, str]:
     for order, name in seen.accepted.items():
         made = [source["id"] for source in seen.made.get(name, [])]
         if orders[order] != 1 or len(tries[order]) > 1 or len(made) > 1:
-            twice[name] = f"order {order}: {orders[order]} tasks, submissions (key, status) {tries[order]}, upstream has {made}"
+            twice[name] = (
+                f"order {order}: {orders[order]} tasks, submissions (key, status) {tries[order]},"
+                f" upstream has {made}"
+            )
     return twice
 
 

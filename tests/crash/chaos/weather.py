@@ -1,4 +1,6 @@
-"""What happens in a run and when, drawn from its seed: the orders' faults, and the acts against the processes."""
+"""What happens in a run and when, drawn from its seed: the orders' faults, and the acts against the
+processes.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +16,9 @@ LONG_S = LEASE_MS / 1000 + 3
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much of everything: `seconds` of trouble, over which orders and acts are spread; then all is well, `patience` seconds at most."""
+    """How much of everything: `seconds` of trouble, over which orders and acts are spread; then all
+    is well, `patience` seconds at most.
+    """
 
     tasks: int
     kills: int
@@ -42,16 +46,41 @@ TROUBLES: tuple[tuple[float, Callable[[Random], Faults]], ...] = (
     (0.04, lambda _: {"callback_first": True}),
     (0.03, lambda _: {"contradict": True}),
     (0.03, lambda _: {"garbage_callback": True}),
-    (0.05, lambda chance: {"submit_status": {"status": 429, "times": chance.randint(1, 2), "retry_after": 1}}),
+    (
+        0.05,
+        lambda chance: {
+            "submit_status": {"status": 429, "times": chance.randint(1, 2), "retry_after": 1}
+        },
+    ),
     (0.03, lambda _: {"submit_status": {"status": 503, "times": 1}}),
-    (0.01, lambda chance: {"submit_status": {"status": chance.choice([500, 502, 524]), "html": True, "times": 1}}),
+    (
+        0.01,
+        lambda chance: {
+            "submit_status": {"status": chance.choice([500, 502, 524]), "html": True, "times": 1}
+        },
+    ),
     (0.01, lambda _: {"lose_submission": 1}),
     (0.02, lambda _: {"lose_answer": True}),
     (0.02, lambda _: {"submit_cut": 20}),
-    (0.02, lambda chance: {"submit_delay": chance.choice([1, 5])}),  # the second is a timeout after the task was created
-    (0.04, lambda chance: {"query_status": chance.choice([404, 429, 500]), "query_times": chance.randint(1, 2)}),
+    (
+        0.02,
+        lambda chance: {"submit_delay": chance.choice([1, 5])},
+    ),  # the second is a timeout after the task was created
+    (
+        0.04,
+        lambda chance: {
+            "query_status": chance.choice([404, 429, 500]),
+            "query_times": chance.randint(1, 2),
+        },
+    ),
     (0.02, lambda _: {"query_delay": 5, "query_times": 1}),
-    (0.04, lambda chance: {"file_status": chance.choice([403, 404, 500]), "file_times": chance.randint(1, 2)}),
+    (
+        0.04,
+        lambda chance: {
+            "file_status": chance.choice([403, 404, 500]),
+            "file_times": chance.randint(1, 2),
+        },
+    ),
     (0.03, lambda _: {"file_cut": 2000, "file_times": 1}),
     (0.03, lambda chance: {"file_stall": chance.choice([1, 3]), "file_times": 1}),
     (0.03, lambda chance: {"fail": chance.choice(["content_policy_violation", "service_error"])}),
@@ -79,9 +108,21 @@ def acts(scale: Scale, store: str, chance: Random) -> list[Act]:
         "freeze": away,
         "unsubscribe": away,
     }
-    longest = {"kill": 0.5, "pause": 3.0, "restart": 0.0, "refuse": 3.0, "freeze": 4.0, "unsubscribe": 4.0}
+    longest = {
+        "kill": 0.5,
+        "pause": 3.0,
+        "restart": 0.0,
+        "refuse": 3.0,
+        "freeze": 4.0,
+        "unsubscribe": 4.0,
+    }
     return sorted(
-        Act(chance.uniform(0, scale.seconds), what, lasting(what, longest[what], scale, chance), chance.random())
+        Act(
+            chance.uniform(0, scale.seconds),
+            what,
+            lasting(what, longest[what], scale, chance),
+            chance.random(),
+        )
         for what, count in counts.items()
         for _ in range(count)
     )

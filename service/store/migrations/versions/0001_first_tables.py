@@ -91,9 +91,19 @@ def upgrade() -> None:
         sqlite_where=sa.text("due_at IS NOT NULL AND attempts > 0"),
         postgresql_where=sa.text("due_at IS NOT NULL AND attempts > 0"),
     )
-    op.create_index(op.f("ix_deliveries_endpoint_id_state"), "deliveries", ["endpoint_id", "state"], unique=False)
+    op.create_index(
+        op.f("ix_deliveries_endpoint_id_state"),
+        "deliveries",
+        ["endpoint_id", "state"],
+        unique=False,
+    )
     op.create_index(op.f("ix_deliveries_event_id"), "deliveries", ["event_id"], unique=False)
-    op.create_index(op.f("ix_deliveries_owner_created_at_id"), "deliveries", ["owner", "created_at", "id"], unique=False)
+    op.create_index(
+        op.f("ix_deliveries_owner_created_at_id"),
+        "deliveries",
+        ["owner", "created_at", "id"],
+        unique=False,
+    )
     op.create_index(
         "ix_deliveries_deaths",
         "deliveries",
@@ -170,7 +180,12 @@ def upgrade() -> None:
         sa.UniqueConstraint("task_id", "position", name=op.f("uq_images_task_id_position")),
     )
     op.create_index(
-        "ix_images_deaths", "images", ["deaths"], unique=False, sqlite_where=sa.text("deaths > 0"), postgresql_where=sa.text("deaths > 0")
+        "ix_images_deaths",
+        "images",
+        ["deaths"],
+        unique=False,
+        sqlite_where=sa.text("deaths > 0"),
+        postgresql_where=sa.text("deaths > 0"),
     )
     op.create_index(
         "ix_images_download_due_at",
@@ -249,10 +264,14 @@ def upgrade() -> None:
         sa.Column("settle_deaths", sa.Integer(), nullable=False),
         sa.Column("settle_faults", sa.Integer(), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_tasks")),
-        sa.UniqueConstraint("owner", "idempotency_key", name=op.f("uq_tasks_owner_idempotency_key")),
+        sa.UniqueConstraint(
+            "owner", "idempotency_key", name=op.f("uq_tasks_owner_idempotency_key")
+        ),
         sa.UniqueConstraint("upstream_id", "upstream", name=op.f("uq_tasks_upstream_id_upstream")),
     )
-    op.create_index(op.f("ix_tasks_owner_created_at_id"), "tasks", ["owner", "created_at", "id"], unique=False)
+    op.create_index(
+        op.f("ix_tasks_owner_created_at_id"), "tasks", ["owner", "created_at", "id"], unique=False
+    )
     op.create_index(
         "ix_tasks_owner_submit_turn",
         "tasks",
@@ -318,4 +337,6 @@ def upgrade() -> None:
         sqlite_where=sa.text("blob IS NOT NULL"),
         postgresql_where=sa.text("blob IS NOT NULL"),
     )
-    op.execute("INSERT INTO counters (name, value) VALUES ('events', 0), ('forgotten', 0), ('ready', 0)")
+    op.execute(
+        "INSERT INTO counters (name, value) VALUES ('events', 0), ('forgotten', 0), ('ready', 0)"
+    )

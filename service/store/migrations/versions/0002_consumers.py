@@ -37,15 +37,37 @@ def upgrade() -> None:
         ("ix_replays_replay_due_at", ["due_at"], "due_at IS NOT NULL"),
         ("ix_replays_deaths", ["deaths"], "deaths > 0"),
     ):
-        op.create_index(name, "replays", columns, unique=False, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
+        op.create_index(
+            name,
+            "replays",
+            columns,
+            unique=False,
+            sqlite_where=sa.text(where),
+            postgresql_where=sa.text(where),
+        )
     op.create_index(op.f("ix_replays_endpoint_id"), "replays", ["endpoint_id"], unique=False)
     op.execute("INSERT INTO counters (name, value) VALUES ('clock', 0)")
     op.add_column("deliveries", sa.Column("replay_id", sa.String(length=40), nullable=True))
     made = sa.text("replay_id IS NOT NULL")
-    op.create_index("ix_deliveries_replay_id", "deliveries", ["replay_id", "state"], unique=False, sqlite_where=made, postgresql_where=made)
-    for stage, wanting in (("deliver", "attempts = 0 AND replay_id IS NULL"), ("redeliver", "(attempts > 0 OR replay_id IS NOT NULL)")):
-        name, due = f"ix_deliveries_{stage}_next_due_at", sa.text(f"due_at IS NOT NULL AND {wanting}")
-        op.create_index(name, "deliveries", ["due_at"], unique=False, sqlite_where=due, postgresql_where=due)
+    op.create_index(
+        "ix_deliveries_replay_id",
+        "deliveries",
+        ["replay_id", "state"],
+        unique=False,
+        sqlite_where=made,
+        postgresql_where=made,
+    )
+    for stage, wanting in (
+        ("deliver", "attempts = 0 AND replay_id IS NULL"),
+        ("redeliver", "(attempts > 0 OR replay_id IS NOT NULL)"),
+    ):
+        name, due = (
+            f"ix_deliveries_{stage}_next_due_at",
+            sa.text(f"due_at IS NOT NULL AND {wanting}"),
+        )
+        op.create_index(
+            name, "deliveries", ["due_at"], unique=False, sqlite_where=due, postgresql_where=due
+        )
     op.create_table(
         "sinks",
         sa.Column("name", sa.String(length=200), nullable=False),
