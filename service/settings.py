@@ -2,7 +2,7 @@
 what is built from them.
 
 A field's name is its variable's name in lower case without the prefix; its description is its row
-in the README's table. An empty variable is the same as one that is not set.
+in the table of docs/settings.md. An empty variable is the same as one that is not set.
 """
 
 import contextlib
@@ -378,7 +378,7 @@ def plain(value: object) -> object:
 
 
 def settings_table() -> str:
-    """The README's table: one Markdown row a variable, in the order of the fields."""
+    """The table of docs/settings.md: one Markdown row a variable, in the order of the fields."""
     rows = ["| variable | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
         extra = field.json_schema_extra

@@ -37,7 +37,7 @@ def embedded(settings: "Settings") -> Path:
     if settings.sqlite_path is None:
         raise CommandFailed(
             "this command is for the embedded store; PostgreSQL is backed up by its own tools: see"
-            " the README"
+            " docs/backup.md"
         )
     refuse_no_file(settings.sqlite_path)
     return settings.sqlite_path

@@ -42,12 +42,12 @@ def machine(folder: Path) -> str:
     )
 
 
-def written(readme: str, table: str, mark: str = "bench") -> str:
-    """The README with the table between the markers of that name; ValueError if it has none."""
-    before, start, rest = readme.partition(f"<!-- {mark} -->")
+def written(page: str, table: str, mark: str = "bench") -> str:
+    """The page with the table between the markers of that name. ValueError if it has none."""
+    before, start, rest = page.partition(f"<!-- {mark} -->")
     _, end, after = rest.partition(f"<!-- /{mark} -->")
     if not start or not end:
-        raise ValueError(f"the README has no {mark} markers")
+        raise ValueError(f"the page has no {mark} markers")
     return f"{before}{start}\n{table}\n{end}{after}"
 
 
@@ -58,7 +58,9 @@ def main() -> None:
     options.add_argument(
         "--quick", action="store_true", help="only to see that it runs: its figures mean nothing"
     )
-    options.add_argument("--write", action="store_true", help="put the table into the README")
+    options.add_argument(
+        "--write", action="store_true", help="put the table into docs/benchmarks.md"
+    )
     options.add_argument(
         "--folder", type=Path, default=ROOT, help="on which disk (default: the checkout's)"
     )
@@ -70,8 +72,8 @@ def main() -> None:
     table = "\n\n".join(parts)
     print(table)
     if asked.write:
-        readme = ROOT / "README.md"
-        readme.write_text(written(readme.read_text("utf-8"), table), "utf-8")
+        page = ROOT / "docs" / "benchmarks.md"
+        page.write_text(written(page.read_text("utf-8"), table), "utf-8")
 
 
 if __name__ == "__main__":

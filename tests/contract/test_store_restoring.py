@@ -26,7 +26,7 @@ from service.store.operations.tasks import insert_tasks
 from service.store.tables import counters, steps
 from tests.contract.subject import HOUR, MINUTE, SECOND, Subject, accepted, upstream_id
 
-README = Path(__file__).parents[2] / "README.md"
+BACKUP_PAGE = Path(__file__).parents[2] / "docs" / "backup.md"
 
 
 def restoration(subject: Subject, *, moved: bool = False) -> Restoration:
@@ -144,12 +144,12 @@ async def test_thousands_that_wait_are_all_marked(subject: Subject) -> None:
 
 
 async def test_the_statements_for_postgresql_do_the_same(two: tuple[Subject, Subject]) -> None:
-    """The README's, for a database that the server's own tools put back."""
+    """Those of docs/backup.md, for a database that the server's own tools put back."""
     subject, _ = two
     ids = await unproved(subject)
     submitted = await subject.submitted()
     (last,) = [row["value"] for row in await subject.rows(counters, name="events")]
-    (block,) = re.findall(r"```sql\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+    (block,) = re.findall(r"```sql\n(.*?)```", BACKUP_PAGE.read_text("utf-8"), re.DOTALL)
 
     def run(tx: Transaction, items: Sequence[str]) -> list[None]:
         for statement in (part.strip() for part in items[0].split(";")):

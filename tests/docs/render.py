@@ -1,10 +1,12 @@
-"""The README's tables, made from the code: `python -m tests.docs.render` writes each between its
-markers.
+"""The tables of the documentation that are made from the code.
+
+`python -m tests.docs.render` writes each table between its markers on its page.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from typer.main import get_command
@@ -16,12 +18,14 @@ from service.pipeline import checkpoints
 from service.settings import settings_table
 from service.web.routes import SPECS
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 
 
 def routes_table() -> str:
     """Every operation, in the order of the table of routes."""
-    rows = ["| request | scope | answer |", "|---|---|---|"]
+    rows = ["| request | scope | response |", "|---|---|---|"]
     for spec in SPECS:
         query = f"?{'&'.join(f'{name}=' for name in spec.query)}" if spec.query else ""
         scopes = " or ".join(f"`{scope}`" for scope in spec.scopes) or "no key"
@@ -32,7 +36,7 @@ def routes_table() -> str:
 
 
 def metrics_table() -> str:
-    """Every metric as it is exposed: histograms by the name their series begin with."""
+    """Every metric under its exposed name. A histogram has the common prefix of its series."""
     rows = ["| metric | kind | meaning |", "|---|---|---|"]
     for family in Metrics().registry.collect():
         name = family.name + ("_total" if family.type == "counter" else "")
@@ -41,9 +45,7 @@ def metrics_table() -> str:
 
 
 def labels_of(name: str) -> str:
-    """`{kind,outcome}`, or nothing: what a metric says it is labelled by, before it has any
-    series.
-    """
+    """The declared labels of a metric as `{kind,outcome}`, or an empty text."""
     for metric in vars(Metrics()).values():
         known = getattr(metric, "_name", None)
         if known is not None and name in (known, f"{known}_total") and metric._labelnames:
@@ -52,7 +54,7 @@ def labels_of(name: str) -> str:
 
 
 def commands(command: Any, name: str = "darkroom") -> Iterator[tuple[str, Any]]:
-    """Every command that does something, with its whole name."""
+    """Every command that can be run, with its whole name."""
     if hasattr(command, "commands"):
         for word, inner in command.commands.items():
             yield from commands(inner, f"{name} {word}")
@@ -61,7 +63,7 @@ def commands(command: Any, name: str = "darkroom") -> Iterator[tuple[str, Any]]:
 
 
 def commands_table() -> str:
-    """Every command with its arguments and options; `--help` is everybody's."""
+    """Every command with its arguments and options, except `--help`, which all of them have."""
     rows = ["| command | does |", "|---|---|"]
     for name, command in commands(get_command(program)):
         takes = [usage(parameter) for parameter in command.params if parameter.name != "help"]
@@ -83,38 +85,42 @@ def documented(fields: str) -> set[str]:
     return set(re.findall(r"`([a-z_0-9]+)`", fields))
 
 
-SECTIONS: Mapping[str, Callable[[], str]] = {
-    "settings": settings_table,
-    "commands": commands_table,
-    "routes": routes_table,
-    "log": lines.markdown,
-    "metrics": metrics_table,
-    "checkpoints": checkpoints.markdown,
-}
+# Marker -> its page under docs/ and the function that makes the table.
+SECTIONS: Mapping[str, tuple[str, Callable[[], str]]] = MappingProxyType(
+    {
+        "routes": ("api.md", routes_table),
+        "settings": ("settings.md", settings_table),
+        "commands": ("cli.md", commands_table),
+        "log": ("observability.md", lines.markdown),
+        "metrics": ("observability.md", metrics_table),
+        "checkpoints": ("reliability.md", checkpoints.markdown),
+    }
+)
 
 
 def section(text: str, name: str) -> re.Match[str]:
-    """What stands between a section's markers, as `body`; AssertionError unless they are there
-    once.
+    """The text between a section's markers, as `body`. AssertionError unless the page has the
+    markers exactly once.
     """
     found = list(
         re.finditer(
             rf"(?P<open><!-- {name} -->\n)(?P<body>.*?)(?P<close><!-- /{name} -->)", text, re.DOTALL
         )
     )
-    assert len(found) == 1, (
-        f"README.md has {len(found)} sections <!-- {name} --> … <!-- /{name} -->"
-    )
+    assert len(found) == 1, f"the page has {len(found)} sections <!-- {name} --> … <!-- /{name} -->"
     return found[0]
 
 
-def rendered(text: str) -> str:
-    """The README with every table as the code has it."""
-    for name, table in SECTIONS.items():
-        place = section(text, name)
-        text = f"{text[: place.start('body')]}{table().strip()}\n{text[place.end('body') :]}"
+def rendered(text: str, page: str) -> str:
+    """The text of a page with every table of that page as the code has it."""
+    for name, (home, table) in SECTIONS.items():
+        if home == page:
+            place = section(text, name)
+            text = f"{text[: place.start('body')]}{table().strip()}\n{text[place.end('body') :]}"
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text("utf-8")), "utf-8")
+    for page in sorted({home for home, _ in SECTIONS.values()}):
+        path = DOCS / page
+        path.write_text(rendered(path.read_text("utf-8"), page), "utf-8")

@@ -1,5 +1,5 @@
-"""README.md and code hold together: its tables are made from the code, and what the code logs is
-what the table lists.
+"""The documentation and the code agree: tables are made from the code, and every logged line is in
+the table of log lines.
 """
 
 import ast
@@ -14,35 +14,71 @@ import service
 from service.ops.lines import ALWAYS, LINES, WHERE_KNOWN
 from service.settings import Settings
 from service.web.routes import SPECS, routes
-from tests.docs.render import README, SECTIONS, documented, rendered, section
+from tests.docs.pages import PAGES, anchors, links
+from tests.docs.render import DOCS, README, SECTIONS, documented, rendered, section
 
 ANY_LINE = {*ALWAYS, *WHERE_KNOWN}
 LEVELS = {"debug", "info", "warning", "error", "exception", "critical"}
 
 
+README_LINES = 160
+
+
 @pytest.mark.parametrize("name", SECTIONS)
-def test_a_table_of_the_readme_is_what_the_code_has(name: str) -> None:
-    """Settings, commands, routes, log lines and metrics stand in the README as they are in the code
+def test_a_table_of_the_documentation_is_what_the_code_has(name: str) -> None:
+    """Settings, commands, routes, log lines, metrics and checkpoints on their pages
     (`python -m tests.docs.render`).
     """
-    text = README.read_text("utf-8")
-    assert section(text, name)["body"].strip() == section(rendered(text), name)["body"].strip()
-
-
-def test_rendering_changes_nothing_outside_of_the_markers() -> None:
-    """The script rewrites the tables alone, and rewriting twice is rewriting once."""
-    text = "".join(
-        f"before {name}\n<!-- {name} -->\nold\n<!-- /{name} -->\nafter\n" for name in SECTIONS
+    page, _ = SECTIONS[name]
+    text = (DOCS / page).read_text("utf-8")
+    assert (
+        section(text, name)["body"].strip() == section(rendered(text, page), name)["body"].strip()
     )
-    once = rendered(text)
-    assert rendered(once) == once
+
+
+@pytest.mark.parametrize("page", sorted({page for page, _ in SECTIONS.values()}))
+def test_rendering_changes_nothing_outside_of_the_markers(page: str) -> None:
+    """The script rewrites the tables alone. A second run changes nothing."""
+    names = [name for name, (home, _) in SECTIONS.items() if home == page]
+    text = "".join(
+        f"before {name}\n<!-- {name} -->\nold\n<!-- /{name} -->\nafter\n" for name in names
+    )
+    once = rendered(text, page)
+    assert rendered(once, page) == once
     assert re.sub(r"(?s)(<!-- \w+ -->\n).*?(<!-- /)", r"\1old\n\2", once) == text
 
 
-def test_every_setting_the_readme_names_exists() -> None:
-    """A variable in the README's text is one of the settings."""
-    named = set(re.findall(r"\bDARKROOM_(?!TEST_)[A-Z0-9_]*[A-Z0-9]\b", README.read_text("utf-8")))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_setting_a_page_names_exists(page: Path) -> None:
+    """A `DARKROOM_` variable in the text of a page is one of the settings."""
+    text = page.read_text("utf-8")
+    named = set(re.findall(r"\bDARKROOM_(?!TEST_)[A-Z0-9_]*[A-Z0-9]\b", text))
     assert named <= {f"DARKROOM_{name.upper()}" for name in Settings.model_fields}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_between_pages_resolves(page: Path) -> None:
+    """The file exists, and a fragment is one of its headings."""
+    for target in links(page):
+        name, _, fragment = target.partition("#")
+        other = (page.parent / name).resolve() if name else page
+        assert other.exists(), target
+        assert not fragment or fragment in anchors(other), target
+
+
+def test_every_page_is_linked_from_the_index() -> None:
+    """docs/index.md names each page of docs/, and docs/decisions.md each decision."""
+    for index, pages in (
+        (DOCS / "index.md", DOCS.glob("*.md")),
+        (DOCS / "decisions.md", (DOCS / "decisions").glob("*.md")),
+    ):
+        linked = {(DOCS / target).resolve() for target in links(index)}
+        assert set(pages) - linked <= {index}
+
+
+def test_the_readme_is_short() -> None:
+    """The README introduces, and the pages of docs/ explain."""
+    assert len(README.read_text("utf-8").splitlines()) <= README_LINES
 
 
 def test_the_table_of_routes_is_all_that_is_answered() -> None:

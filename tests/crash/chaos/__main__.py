@@ -144,7 +144,9 @@ def main() -> None:
     options.add_argument(
         "--folder", type=Path, default=ROOT, help="on which disk (default: the checkout's)"
     )
-    options.add_argument("--write", action="store_true", help="put the table into the README")
+    options.add_argument(
+        "--write", action="store_true", help="put the table into docs/reliability.md"
+    )
     asked = options.parse_args()
     seed = SystemRandom().randrange(1 << 32) if asked.seed is None else asked.seed
     scale = Scale(asked.tasks, asked.kills, asked.restarts, asked.seconds, asked.patience)
@@ -166,8 +168,8 @@ def main() -> None:
         raise SystemExit(f"{len(broken)} problems; logs and stores are in {folder}")
     shutil.rmtree(folder)
     if asked.write:
-        readme = ROOT / "README.md"
-        readme.write_text(written(readme.read_text("utf-8"), text, "chaos"), "utf-8")
+        page = ROOT / "docs" / "reliability.md"
+        page.write_text(written(page.read_text("utf-8"), text, "chaos"), "utf-8")
 
 
 if __name__ == "__main__":
