@@ -7,7 +7,7 @@ transaction, only tells of it sooner.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from typing import Any, Concatenate
 
@@ -41,6 +41,8 @@ LIMITS = {
     "idle_in_transaction_session_timeout": str(STILL_MS),
 }
 LOOK_FOR_STILL_S = 5.0
+# A migration may run and wait for long. If its process stops, the server still ends its session.
+MIGRATION_UNLIMITED = ("lock_timeout", "statement_timeout")
 TURN_MS, BETWEEN_S, TURNS = 2000, 2.0, 150  # a migration's: for ten minutes
 LOCKED, NOT_YET = "55P03", "57P03"  # somebody else has the table; the server is starting up
 MIGRATION_LOCK = (
@@ -153,9 +155,12 @@ class PostgresStore:
         if self._workers and hint.get("due", True):
             self._workers.hinted(hint.get("due"))
 
-    async def _end_still(self) -> None:
-        """Ends sessions of processes that stand still in the middle of a statement, with the locks
-        they have, for ever.
+    async def end_stalled_sessions(self) -> None:
+        """Ends sessions of stopped processes, and so releases their locks, until it is cancelled.
+
+        A starting process needs this before it can migrate. A stopped process may hold the lock of
+        the migration, or the row with the time. If all other processes are starting too, no
+        process at work is there to end that session.
         """
         while True:
             await asyncio.sleep(LOOK_FOR_STILL_S)
@@ -221,7 +226,7 @@ class PostgresStore:
                     == "off"
                 ):
                     log.warning("store.unsafe", setting=name)
-            for name in LIMITS:  # a migration takes as long as it takes
+            for name in MIGRATION_UNLIMITED:
                 connection.execute(text(f"SET LOCAL {name} = 0"))
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
             connection.execute(
@@ -246,21 +251,24 @@ class PostgresStore:
             await asyncio.sleep(BETWEEN_S)
 
     async def run(self) -> None:
-        jobs = [
-            asyncio.create_task(self._listen(), name="listen"),
-            asyncio.create_task(self._end_still(), name="still"),
-        ]
-        try:
+        async with until_done(self._listen()):
             await asyncio.gather(*(committer.run() for committer in self._committers))
-        finally:
-            for job in jobs:
-                job.cancel()
-                with suppress(asyncio.CancelledError):
-                    await job
 
     def close(self) -> None:
         for committer in self._committers:
             committer.close()
+
+
+@asynccontextmanager
+async def until_done(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Runs `work` beside the body and cancels it at the end."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 def reason(error: Exception) -> str:
@@ -296,19 +304,20 @@ async def open_postgres(
             cursor.execute(DURABLE)
         connection.commit()
 
+    store = PostgresStore(engine, process=process, new_id=new_id, clock=clock)
     try:
-        store = PostgresStore(engine, process=process, new_id=new_id, clock=clock)
-        try:
-            await store.prepare(migrate=migrate)
-        except (DBAPIError, OSError) as error:
-            raise ConfigurationError(
-                f"DARKROOM_DATABASE_URL: PostgreSQL cannot be used: {reason(error)}"
-            ) from error
-        committing = asyncio.create_task(store.run(), name="committers")
-        try:
-            yield store
-        finally:
-            store.close()
-            await committing
+        async with until_done(store.end_stalled_sessions()):
+            try:
+                await store.prepare(migrate=migrate)
+            except (DBAPIError, OSError) as error:
+                raise ConfigurationError(
+                    f"DARKROOM_DATABASE_URL: PostgreSQL cannot be used: {reason(error)}"
+                ) from error
+            committing = asyncio.create_task(store.run(), name="committers")
+            try:
+                yield store
+            finally:
+                store.close()
+                await committing
     finally:
         await engine.dispose()

@@ -4,16 +4,20 @@ import asyncio
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+import asyncpg
 import pytest
+from sqlalchemy import Connection
+from sqlalchemy.util import await_only
 from structlog.testing import capture_logs
 
 from service.errors import ConfigurationError
 from service.resources import new_id
-from service.store import postgres
+from service.store import postgres, schema
 from service.store.operations.readiness import mark
-from service.store.postgres import open_postgres
+from service.store.postgres import MIGRATION_LOCK, open_postgres
 
 SAID = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"
 
@@ -90,3 +94,73 @@ async def test_a_server_that_goes_on_starting_up_is_given_up(
         ):
             async with open_postgres(url, process="one", new_id=new_id):
                 pass
+
+
+STOPPED_WITH = {
+    "the row with the time": "SELECT value FROM counters WHERE name = 'clock' FOR UPDATE",
+    "the lock of the migration": f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})",
+}
+
+
+async def stop_within_statement(connection: "asyncpg.Connection[Any]") -> None:
+    """Sends the first half of a statement, as a process does that is stopped before the second."""
+    parse = b"\0SELECT 1\0\0\0"
+    transport = connection._transport  # type: ignore[attr-defined]
+    transport.write(b"P" + (4 + len(parse)).to_bytes(4, "big") + parse + b"H\0\0\0\4")
+
+
+@pytest.mark.parametrize("lock", STOPPED_WITH.values(), ids=STOPPED_WITH)
+async def test_a_start_ends_the_session_of_a_stopped_process(
+    postgres_url: str, lock: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stopped process holds what a start needs, and no process at work is there to end its
+    session.
+
+    The server waits for the other half of a statement without a limit.
+    """
+    monkeypatch.setattr(postgres, "LOOK_FOR_STILL_S", 0.05)
+    monkeypatch.setattr(postgres, "STILL_MS", 500)
+    monkeypatch.setattr(postgres, "BETWEEN_S", 0.05)
+    async with open_postgres(postgres_url, process="first", new_id=new_id):
+        pass
+    stopped = await asyncpg.connect(postgres_url, server_settings={"application_name": "darkroom"})
+    try:
+        await stopped.execute(f"BEGIN; {lock}")
+        await stop_within_statement(stopped)
+        with capture_logs() as lines:
+            async with open_postgres(postgres_url, process="second", new_id=new_id) as store:
+                await store.write(mark, None)
+        freed = [line["session"] for line in lines if line["event"] == "store.freed"]
+        assert freed == [stopped.get_server_pid()]
+    finally:
+        stopped.terminate()
+
+
+async def test_a_start_outlasts_a_process_that_is_stopped_while_it_migrates(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process is stopped between two statements. The server ends its session and releases the
+    lock. The process cannot start when it goes on.
+    """
+    migrate, stopped, resumed = schema.migrate, asyncio.Event(), asyncio.Event()
+
+    def stop_once(connection: Connection, *, allowed: bool) -> str:
+        if stopped.is_set():
+            return migrate(connection, allowed=allowed)
+        stopped.set()
+        await_only(resumed.wait())
+        return migrate(connection, allowed=allowed)
+
+    monkeypatch.setitem(postgres.LIMITS, "idle_in_transaction_session_timeout", "500")
+    monkeypatch.setattr(schema, "migrate", stop_once)
+
+    async def start(process: str) -> None:
+        async with open_postgres(postgres_url, process=process, new_id=new_id) as store:
+            await store.write(mark, None)
+
+    first = asyncio.create_task(start("first"))
+    await stopped.wait()
+    await start("second")
+    resumed.set()
+    with pytest.raises(ConfigurationError, match="connection"):
+        await first
