@@ -81,138 +81,165 @@ class Settings(BaseSettings):
         arbitrary_types_allowed=True,
     )
 
-    host: str = told("127.0.0.1", "address to listen on", pattern=r"^[A-Za-z0-9._:%-]+$")
-    port: Port = told(8080, "port to listen on; 0: any free one")
-    base_url: str = told("http://{host}:{port}", "the address in links and in events' `source`")
+    host: str = told("127.0.0.1", "Address to listen on.", pattern=r"^[A-Za-z0-9._:%-]+$")
+    port: Port = told(8080, "Port to listen on. 0 takes any free port.")
+    base_url: str = told(
+        "http://{host}:{port}", "The service's own address in links and in the `source` of events."
+    )
     upstream_networks: Networks = told(
         (),
-        "CIDRs, not globally routable, that calls to the upstream and its results may reach, with"
-        " plain http",
+        "Comma-separated CIDRs outside the public internet that calls to the upstream and"
+        " downloads of results may reach, also with plain http.",
     )
-    endpoint_networks: Networks = told((), "the same for endpoints")
-    task_callback_networks: Networks = told((), "the same for tasks' own `callback_url`s")
+    endpoint_networks: Networks = told((), "The same for deliveries to endpoints.")
+    task_callback_networks: Networks = told(
+        (), "The same for deliveries to a task's own `callback_url`."
+    )
     callback_url: str | None = told(
         None,
-        "public https prefix under which the upstream reaches `/callbacks/…`; unset: tasks are"
-        " settled by asking the upstream alone",
+        "Public https prefix under which the upstream reaches `/callbacks/…`. Without it the"
+        " service sends no `callback_url` and settles tasks by queries alone.",
     )
     data_dir: Folder = told(
-        Path("./data"), "home of the embedded store and of images", shown="`./data`"
+        Path("./data"), "Directory of the embedded store and of the images.", shown="`./data`"
     )
     database_url: str = told(
         "sqlite:///{data_dir}/darkroom.db",
-        "the store: `sqlite:///FILE` or `postgresql://…`",
+        "The store: `sqlite:///FILE` or `postgresql://…`.",
         repr=False,
     )
     blob_url: str = told(
         "file://{data_dir}/images",
-        "where images are kept: `file:///FOLDER`, or `s3://BUCKET/PREFIX` with the extra `s3` and"
-        " the usual variables `AWS_…`",
+        "Where images are stored: `file:///FOLDER`, or `s3://BUCKET/PREFIX` with the extra"
+        " `s3` and the usual `AWS_…` variables.",
     )
     image_base_url: str | None = told(
         None,
-        "links to images begin with this instead: a CDN or public bucket that serves the same"
-        " names",
+        "Prefix of image links instead of `{base_url}/images`: a CDN or a public bucket that"
+        " serves the same names.",
     )
     image_link_ttl_s: Annotated[float, NOT_YET] = told(
-        0, "how long a link to an image lives; 0: as long as the image, and nothing else yet"
+        0,
+        "Lifetime of image links. 0 means that a link lives as long as its image. Other"
+        " values are not supported yet.",
     )
     secret_key: SecretKeys | None = told(
         None,
-        "comma-separated keys of at least 32 bytes: the first signs and encrypts, all verify and"
-        " decrypt",
-        shown="created in `{data_dir}/secret.key` (mode 600) on SQLite; else required",
+        "Comma-separated keys of at least 32 bytes. The first key signs and encrypts. All"
+        " keys verify and decrypt.",
+        shown="on SQLite a new key in `{data_dir}/secret.key`, mode 600; on PostgreSQL required",
     )
     admin_key: AdminKey | None = told(
         None,
-        "an API key of the owner `admin` with every scope, for first use; at least 16 characters",
+        "An API key of the owner `admin` with every scope, for first use. At least 16 characters.",
     )
     evolink_api_key: Token | None = told(
-        None, "the upstream's API key", shown="required by workers"
+        None, "API key of the upstream.", shown="required by workers"
     )
-    evolink_base_url: str = told("https://api.evolink.ai", "the upstream's address")
+    evolink_base_url: str = told("https://api.evolink.ai", "Address of the upstream.")
     evolink_result_hosts: Hosts = told(
         (".evolink.ai",),
-        "hosts results may be fetched from: `.x` is every subdomain of x, `x` exactly x",
+        "Comma-separated hosts from which results may be downloaded. `.x` is every subdomain"
+        " of x. `x` is exactly x.",
     )
     evolink_confirm: Annotated[Literal["always", "never"], Lower] = told(
         "always",
-        "`always`: a callback is believed when a query agrees; `never`: the token in its URL is"
-        " enough",
+        "`always`: the service believes a callback only when a query agrees. `never`: the"
+        " token in the callback's URL is enough.",
     )
-    evolink_concurrency: Slots = told(16, "calls to the upstream at once")
-    evolink_task_ttl_s: Seconds = told(86400, "how long the upstream keeps a task")
-    evolink_result_ttl_s: Seconds = told(86400, "how long the upstream keeps a result's link")
+    evolink_concurrency: Slots = told(16, "Concurrent calls to the upstream.")
+    evolink_task_ttl_s: Seconds = told(86400, "How long the upstream keeps a task.")
+    evolink_result_ttl_s: Seconds = told(
+        86400, "How long the link of a result lives at the upstream."
+    )
     submit_timeout_s: Annotated[float, Field(gt=0, le=1500, allow_inf_nan=False)] = told(
-        60, "one submission's call"
+        60, "Timeout of one submission call."
     )
     submit_schedule: Schedule = told(
-        (1, 2, 5, 15, 30, 60), "waits between calls when nothing was created; the last repeats"
+        (1, 2, 5, 15, 30, 60),
+        "Waits between submission calls when nothing was created. The last wait repeats.",
     )
-    submit_give_up_s: Seconds = told(3600, "after that the task fails with `not_submitted`")
+    submit_give_up_s: Seconds = told(
+        3600, "After this time a task that could not be submitted fails with `not_submitted`."
+    )
     uncertain: Annotated[Literal["fail", "resubmit"], Lower] = told(
         "fail",
-        "what becomes of a submission whose outcome nothing proved: `fail`, or `resubmit` under"
-        " the same idempotency key",
+        "Decision on a submission whose outcome stays unproved: `fail`, or `resubmit` under"
+        " the same idempotency key.",
     )
-    uncertain_after_s: Seconds = told(900, "how long a callback may still prove it")
-    query_timeout_s: Seconds = told(15, "one query's call")
+    uncertain_after_s: Seconds = told(
+        900, "How long a callback may still prove the outcome of a submission."
+    )
+    query_timeout_s: Seconds = told(15, "Timeout of one query call.")
     reconcile_after_s: Seconds | None = told(
         None,
-        "silence before a task is first asked about; without a callback URL `max(3, estimated_time"
-        " / 2)`",
+        "Silence before the first query of a task. Without a callback URL the default is"
+        " `max(3, estimated_time / 2)`.",
         shown="`max(60, 2 × estimated_time)`",
     )
     download_schedule: Schedule = told(
-        (1, 2, 5, 15, 60, 300, 900), "waits before a download is tried again; the last repeats"
+        (1, 2, 5, 15, 60, 300, 900), "Waits between attempts of a download. The last wait repeats."
     )
-    download_concurrency: Slots = told(16, "downloads at once")
+    download_concurrency: Slots = told(16, "Concurrent downloads.")
     decode_concurrency: Slots = told(
-        1, "images decoded at once; each may take 24 bytes a pixel and three times its file"
+        1,
+        "Images decoded at once. Each takes up to 24 bytes a pixel and three times its file size.",
     )
-    max_image_bytes: int = told(52_428_800, "largest result that is kept, in bytes", ge=1024)
-    max_image_pixels: int = told(67_108_864, "largest result that is kept, in pixels", ge=1024)
+    max_image_bytes: int = told(
+        52_428_800, "Largest result that the service stores, in bytes.", ge=1024
+    )
+    max_image_pixels: int = told(
+        67_108_864, "Largest result that the service stores, in pixels.", ge=1024
+    )
     delivery_schedule: Schedule = told(
         (5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400),
-        "waits before each retry of a delivery, +0–20 %",
+        "Waits before each retry of a delivery. Each wait is extended by 0 to 20 %.",
     )
-    delivery_timeout_s: Seconds = told(15, "one attempt of a delivery")
+    delivery_timeout_s: Seconds = told(15, "Timeout of one delivery attempt.")
     endpoint_disable_after_s: Seconds = told(
-        432_000, "an endpoint that only failed for so long is disabled"
+        432_000, "The service disables an endpoint whose attempts have only failed for this long."
     )
     sinks: Sinks = told(
         (),
-        "brokers that get every event, such as `nats://HOST:4222/SUBJECT?stream=NAME`,"
-        " comma-separated; needs the extra `brokers`",
+        "Comma-separated addresses of brokers that get every event, such as"
+        " `nats://HOST:4222/SUBJECT?stream=NAME`. Needs the extra `brokers`.",
     )
-    retention_days: Days = told(30, "how long events, callbacks, deliveries and prompts are kept")
+    retention_days: Days = told(
+        30, "How long the service keeps events, callbacks, deliveries and prompts."
+    )
     image_retention_days: Days | None = told(
-        None, "how long images are kept, then their links answer 410; unset: for ever"
+        None, "How long the service keeps images. Links then answer 410. Unset keeps them forever."
     )
     min_free_bytes: int = told(
-        1_073_741_824, "with less free space new submissions get 503, callbacks never", ge=0
+        1_073_741_824,
+        "Below this free disk space new submissions get 503. Callbacks never do.",
+        ge=0,
     )
     key_requests: Requests | None = told(
         None,
-        "requests that an API key may make of each process, such as `600/minute`; needs the extra"
-        " `limits`; unset: as many as it likes",
+        "Requests that one API key may send to each process, such as `600/minute`. Needs the"
+        " extra `limits`. Unset means no limit.",
     )
     log_format: Annotated[Literal["json", "console"], Lower] = told(
-        "json", "`json`, or `console` for people"
+        "json", "`json`, or `console` for people."
     )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Lower] = told(
-        "info", "`debug`, `info`, `warning` or `error`"
+        "info", "`debug`, `info`, `warning` or `error`."
     )
-    log_prompts: bool = told(False, "whether prompts may stand in the log")
+    log_prompts: bool = told(False, "Whether log lines may contain prompts.")
     metrics_port: Port | None = told(
-        None, "serves `/metrics` there without a key; on the main port it needs one with `read`"
+        None,
+        "Port that serves `/metrics` without a key. On the main port `/metrics` needs a key"
+        " with `read`.",
     )
-    stop_s: Seconds = told(20, "at a stop, how long requests and work in flight may still take")
+    stop_s: Seconds = told(
+        20, "After SIGTERM, how long requests and work in flight may still take."
+    )
     migrate: Annotated[Literal["on", "off"], Lower] = told(
-        "on", "`off`: stop on an old schema instead of migrating it"
+        "on", "`off`: a start stops on an old schema instead of migrating it."
     )
-    url: str = told("http://127.0.0.1:8080", "client commands: the service's address")
-    api_key: Token | None = told(None, "client commands: the key they show it")
+    url: str = told("http://127.0.0.1:8080", "For client commands: the address of the service.")
+    api_key: Token | None = told(None, "For client commands: the key that they send.")
 
     @classmethod
     def settings_customise_sources(

@@ -1,6 +1,4 @@
-"""Every line of the log: its name and its fields beyond those that any line may have. A test holds
-this list and the code together.
-"""
+"""Every log line: its name and its own fields. A test compares this list with the code."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -23,34 +21,40 @@ WHERE_KNOWN = (
 LINES: Mapping[str, str] = MappingProxyType(
     {
         "service.started": "`role`, `address`, `settings` (secrets masked)",
-        "service.stopped": "`role`, `unfinished` (work given back)",
+        "service.stopped": "`role`, `unfinished` (jobs released at the stop)",
         "http.request": "`method`, `route`, `status`, `duration_ms`, `bytes`",
         "http.shed": (
-            "`busy`, `waiting`, `callbacks` (in hand), `withheld` (requests shed since"
-            " the last line): answered 503"
+            "`busy`, `waiting`, `callbacks` (in hand), `withheld` (requests shed since the"
+            " last line). The client got 503."
         ),
-        "http.failed": "`method`, `route`, `exception`: a defect of ours, answered 500",
-        "auth.refused": "`reason`, `hint` (the first characters of what looks like a key of ours)",
+        "http.failed": (
+            "`method`, `route`, `exception`. A defect of the service. The client got 500."
+        ),
+        "auth.refused": (
+            "`reason`, `hint` (the first characters, if the text looks like a key of this service)"
+        ),
         "admin.action": "`action`, `subject`",
-        "task.queued": "`model`, `replayed`, `prompt` (with `LOG_PROMPTS`)",
-        "task.submitted": "`attempt`, `estimated_time`, `state` (after it)",
-        "task.submission_retried": "`attempt`, `reason`, `account`, `wait_s`",
-        "task.submission_refused": "`status`, `code`",
-        "task.submission_uncertain": "`reason`, `decide_s`",
-        "account.refused": (
-            "`reason`: the upstream takes our key or account no more; nothing is"
-            " submitted until it does"
+        "task.queued": "`model`, `replayed`, `prompt` (only with `LOG_PROMPTS`)",
+        "task.submitted": "`attempt`, `estimated_time`, `state` (after the submission)",
+        "task.submission_retried": (
+            "`attempt`, `reason`, `account`, `wait_s`. Nothing was created at the upstream."
         ),
-        "account.restored": "`seconds` (since it was refused): what waited is sent",
+        "task.submission_refused": "`status`, `code`. The task is failed.",
+        "task.submission_uncertain": "`reason`, `decide_s` (until `DARKROOM_UNCERTAIN` decides)",
+        "account.refused": (
+            "`reason`. The upstream refuses the service's key or account. Submissions wait"
+            " until it accepts them again."
+        ),
+        "account.restored": "`seconds` (since `account.refused`). Waiting submissions are sent.",
         "upstream.called": "`kind`, `status`, `outcome`, `duration_ms`, `upstream_request_id`",
         "callback.received": "`verdict`, `status`, `bytes`, `duration_ms`",
         "callback.refused": (
-            "`reason`, `duration_ms`, `withheld` (wrong tokens since the last"
-            " line, in a flood): nothing was kept"
+            "`reason`, `duration_ms`, `withheld` (wrong tokens since the last line, in a"
+            " flood). Nothing was stored."
         ),
         "callback.overloaded": (
-            "`refused` (since the last line, a second before), `callbacks` (in"
-            " hand): told by 503 to come again"
+            "`refused` (since the last line, a second ago), `callbacks` (in hand). The"
+            " upstream got 503 and retries."
         ),
         "task.confirmed": "`status`, `results`",
         "image.stored": (
@@ -63,71 +67,72 @@ LINES: Mapping[str, str] = MappingProxyType(
         "task.settled": "`state`, `code`, `images`, `seconds` (since it was queued)",
         "event.emitted": "`type`, `sequence`, `deliveries`",
         "delivery.attempted": (
-            "`status`, `result`, `attempt` (0: by hand), `duration_ms`, `error`, `wait_s`"
+            "`status`, `result`, `attempt` (0 for an attempt by hand), `duration_ms`, `error`,"
+            " `wait_s`"
         ),
         "delivery.exhausted": "`attempt`",
         "endpoint.disabled": "`reason`",
         "sink.published": (
-            "`sink`, `events`, `sequence` (of the last), `duration_ms`: the broker"
-            " has confirmed them"
+            "`sink`, `events`, `sequence` (of the last event), `duration_ms`. The broker has"
+            " confirmed them."
         ),
         "sink.failed": (
-            "`sink`, `wait_s`, `exception`: told once; the broker did not confirm, it"
-            " is tried until it does"
+            "`sink`, `wait_s`, `exception`. The broker did not confirm. The service retries"
+            " until it does, and logs this line once."
         ),
-        "sink.restored": "`sink`, `seconds` (since it failed)",
+        "sink.restored": "`sink`, `seconds` (since `sink.failed`)",
         "sink.shortened": (
-            "`sink`, `bytes`: too large for the broker, so published without what"
-            " its client asked for"
+            "`sink`, `bytes`. The event was too large for the broker and was published without"
+            " the request of its task."
         ),
         "sink.missed": (
-            "`sink`, `after`, `until` (sequences): events that went by their days while"
-            " nobody published to this sink"
+            "`sink`, `after`, `until` (sequences). Retention removed these events while no"
+            " process published to this sink."
         ),
         "secrets.rekeyed": (
-            "`count`: secrets of endpoints and owners that are now under the first"
-            " key of `DARKROOM_SECRET_KEY`"
+            "`count` (secrets of endpoints and owners that are now encrypted under the first"
+            " key of `DARKROOM_SECRET_KEY`)"
         ),
         "secrets.unreadable": (
-            "`count`: no key of `DARKROOM_SECRET_KEY` decrypts them, and what"
-            " they sign is not sent: put it back"
+            "`count` (secrets that no key of `DARKROOM_SECRET_KEY` decrypts). Deliveries"
+            " signed with them wait. Add the missing key."
         ),
         "reconcile.queried": "`attempt`, `answer`, `wait_s`",
-        "store.damaged": "`message`: nothing more is written to the file; put a backup back",
+        "store.damaged": (
+            "`message`. The service writes nothing more to the file. Restore a backup."
+        ),
         "store.waiting": (
-            "`reason`: the server starts up, or somebody has a table that is to be"
-            " migrated; `limit_s`: how long it is tried"
+            "`reason` (the server is starting, or another session holds a table that the"
+            " migration needs), `limit_s` (how long the process keeps trying)"
         ),
         "store.unsafe": (
-            "`setting`: off at the PostgreSQL server, which may lose what it committed"
-            " when its power fails"
+            "`setting` (off at the PostgreSQL server). The server may lose commits in a power cut."
         ),
         "store.freed": (
-            "`session`: of a process that stood still in the middle of a statement;"
-            " what it had locked is free"
+            "`session` (of a process that stalled inside a statement). Its locks are released."
         ),
         "store.failed": (
-            "`message`, `exception`: the store did not commit or answer; the caller got 503"
+            "`message`, `exception`. The store did not commit or respond. The caller got 503."
         ),
         "blobs.failed": (
-            "`message`, `exception`: the image store failed or lacks an image: 503, or"
-            " left to the sweep"
+            "`message`, `exception`. The image store failed or lacks an image. The client got"
+            " 503, or the sweep retries."
         ),
         "blobs.swept": "`seen`, `removed` (images that no row names), `duration_ms`",
         "retention.applied": (
-            "`events`, `deliveries`, `tasks` (whose content went), `images`, `duration_ms`"
+            "`events`, `deliveries`, `tasks` (whose content was removed), `images`, `duration_ms`"
         ),
         "worker.failed": "`stage`, `key`, `attempt`, `wait_s`, `exception`",
-        "task.parked": "`stage`, `cause` (so many faults or deaths)",
-        "library.message": "`logger`, `message`: from a library, warnings and worse",
+        "task.parked": "`stage`, `cause` (the number of faults or crashes)",
+        "library.message": "`logger`, `message`. A warning or error from a library.",
     }
 )
 
 
 def markdown() -> str:
-    """The list as the README shows it."""
+    """The table of docs/observability.md."""
     always, known = (", ".join(f"`{name}`" for name in names) for names in (ALWAYS, WHERE_KNOWN))
     rows = [f"| `{name}` | {fields} |" for name, fields in LINES.items()]
     return "\n".join(
-        ["| `event` | fields |", "|---|---|", f"| any | {always}, and where known {known} |", *rows]
+        ["| `event` | fields |", "|---|---|", f"| any | {always}, and if known {known} |", *rows]
     )

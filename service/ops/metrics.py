@@ -25,77 +25,77 @@ class Metrics:
         # # a second series for each, which nobody asked for
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self.callbacks = self._counter("callbacks", "Callbacks answered, by verdict", "verdict")
+        self.callbacks = self._counter("callbacks", "Callbacks by verdict", "verdict")
         self.callback_commit = self._histogram(
-            "callback_commit_seconds", "From a callback's last byte to its commit"
+            "callback_commit_seconds", "Time from a callback's last byte to its commit"
         )
         self.upstream_requests = self._counter(
             "upstream_requests", "Calls to the upstream", "kind", "outcome"
         )
         self.upstream_seconds = self._histogram(
-            "upstream_request_seconds", "How long the upstream took", "kind"
+            "upstream_request_seconds", "Time until the upstream responded", "kind"
         )
         self.upstream_limit = self._gauge(
-            "upstream_limit",
-            "Calls to the upstream that may run at once, by kind; 429 halves it",
-            "kind",
+            "upstream_limit", "Limit of concurrent calls to the upstream. A 429 halves it", "kind"
         )
         self.upstream_credits = self._gauge(
             "upstream_credits",
-            "Credits that remain at the upstream, when last told; NaN until then",
+            "Credits left at the upstream, as last reported. NaN before the first report",
         )
         self.upstream_credits.set(float("nan"))
-        self.downloads = self._counter("downloads", "Downloads of results, by outcome", "outcome")
-        self.download_bytes = self._counter("download_bytes", "Bytes of results that were stored")
-        self.deliveries = self._counter(
-            "deliveries", "Attempts of deliveries, by outcome", "outcome"
-        )
+        self.downloads = self._counter("downloads", "Downloads of results by outcome", "outcome")
+        self.download_bytes = self._counter("download_bytes", "Bytes of stored results")
+        self.deliveries = self._counter("deliveries", "Delivery attempts by outcome", "outcome")
         self.delivery_seconds = self._histogram(
-            "delivery_seconds", "How long subscribers took to answer"
+            "delivery_seconds", "Time until a subscriber responded"
         )
         self.callback_to_event = self._histogram(
-            "callback_to_event_seconds", "From the first terminal callback to the terminal event"
+            "callback_to_event_seconds",
+            "Time from the first terminal callback to the terminal event",
         )
         self.callback_to_delivery = self._histogram(
             "callback_to_delivery_seconds",
-            "From the first terminal callback to its event's delivery",
+            "Time from the first terminal callback to the delivery of its event",
         )
         self.egress_refused = self._counter(
-            "egress_refused", "Requests that the guard refused", "purpose"
+            "egress_refused", "Outgoing requests that the address guard refused", "purpose"
         )
         self.requests_shed = self._counter(
-            "requests_shed",
-            "Clients' requests answered 503, as there were too many or callbacks came first",
+            "requests_shed", "Client requests answered with 503 under overload"
         )
         self.store_failures = self._counter(
-            "store_failures", "Requests answered 503, as the store did not commit or answer"
+            "store_failures", "Requests answered with 503 because the store failed"
         )
         self.worker_faults = self._counter(
-            "worker_faults", "Exceptions that nobody foresaw", "stage"
+            "worker_faults", "Unexpected exceptions in workers", "stage"
         )
         self.account_refusals = self._counter(
-            "account_refusals", "Submissions the upstream refused because of our key or account"
+            "account_refusals",
+            "Submissions that the upstream refused because of the service's key or account",
         )
-        self.tasks = self._gauge("tasks", "Tasks, by state", "state")
-        self.queue_depth = self._gauge("queue_depth", "Rows that want work, by stage", "stage")
+        self.tasks = self._gauge("tasks", "Tasks by state", "state")
+        self.queue_depth = self._gauge("queue_depth", "Rows that wait for work, by stage", "stage")
         self.result_seconds_left = self._gauge(
-            "result_seconds_left", "Before the oldest unsaved link dies; +Inf without one"
+            "result_seconds_left",
+            "Time left before the first unsaved link expires. +Inf without such a link",
         )
         self.oldest_unsettled = self._gauge(
-            "oldest_unsettled_seconds", "Age of the oldest task that has not ended"
+            "oldest_unsettled_seconds", "Age of the oldest task that is not terminal"
         )
         self.oldest_due_delivery = self._gauge(
-            "oldest_due_delivery_seconds", "For how long the oldest due delivery has waited"
+            "oldest_due_delivery_seconds", "Waiting time of the oldest due delivery"
         )
-        self.dead_letters = self._gauge("dead_letters", "Deliveries that are dead")
-        self.credits = self._gauge("credits_total", "Credits of all tasks", "kind")
+        self.dead_letters = self._gauge("dead_letters", "Dead deliveries")
+        self.credits = self._gauge(
+            "credits_total", "Credits of all tasks, reserved or used", "kind"
+        )
         self.sink_lag = self._gauge(
             "sink_lag",
-            "Age in seconds of the oldest event that a broker has not confirmed; 0 without one",
+            "Seconds since the oldest event that the broker has not confirmed. 0 without one",
             "sink",
         )
         self.blob_free = self._gauge(
-            "blob_free_bytes", "Free space of the blob store; NaN where nobody knows"
+            "blob_free_bytes", "Free space of the blob store. NaN if unknown"
         )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

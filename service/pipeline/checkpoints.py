@@ -1,8 +1,8 @@
-"""Where a process may die: named places in every stage, each with what comes of a death there.
+"""Named places in every stage at which a test may kill the process, each with the effect of a kill.
 
-The README's table and the crash tests are made from this. In the service a checkpoint does nothing;
-a test that starts a process with `DARKROOM_TEST_KILL=name` or `name:count` has it kill itself the
-nth time it gets there (`DARKROOM_TEST_PAUSE`: stop until SIGCONT).
+The table of docs/reliability.md and the crash tests are made from this. In production a checkpoint
+does nothing. With `DARKROOM_TEST_KILL=name` or `name:count` the process kills itself the nth time
+it reaches the checkpoint. `DARKROOM_TEST_PAUSE` stops it there until SIGCONT.
 """
 
 import os
@@ -12,52 +12,57 @@ from dataclasses import dataclass
 
 CHECKPOINTS: Mapping[str, str] = {
     "submit.checked": (
-        "The client gets no answer and nothing is kept: it submits again, and a new task is made."
+        "The client gets no response and nothing is stored. The client submits again and"
+        " gets a new task."
     ),
     "submit.inserted": (
-        "The client gets no answer, but the task goes on; the same"
-        " `Idempotency-Key` is answered with it."
+        "The client gets no response, but the task goes on. The same `Idempotency-Key` returns it."
     ),
-    "submission.claimed": "Nothing was sent: the next worker sends it.",
+    "submission.claimed": "Nothing was sent. The next worker sends the submission.",
     "submission.started": (
-        "Nothing was sent, but nobody can know: `uncertain`, not sent again,"
-        " then failed `submission_uncertain`."
+        "Nothing was sent, but the store cannot tell. The task is `uncertain`, is not sent"
+        " again, and fails with `submission_uncertain`."
     ),
     "submission.answered": (
-        "The answer is lost: `uncertain`, not sent again; the callback proves"
-        " the task, and it goes on."
+        "The upstream's response is lost. The task is `uncertain` and is not sent again. The"
+        " callback proves it, and the task goes on."
     ),
-    "submission.recorded": "Not sent again; the task goes on with its callback or a query.",
+    "submission.recorded": (
+        "The submission is not sent again. The task goes on with its callback or a query."
+    ),
     "account.held": (
-        "What waits for the account is due by itself after its wait, and is tried by whoever lives."
+        "The waiting submissions become due after their wait. Any living worker tries them."
     ),
-    "account.restored": "The same: what waits is due by itself.",
+    "account.restored": "The waiting submissions become due after their wait.",
     "inbox.received": (
-        "The upstream gets no 200 and sends the callback again; else a query finds the end."
+        "The upstream gets no 200 and sends the callback again. If it stops, a query finds"
+        " the outcome."
     ),
     "inbox.committed": (
-        "The upstream gets no 200 and sends the callback again: `duplicate`. The"
-        " first one is settled."
+        "The upstream gets no 200 and sends the callback again, which is a `duplicate`. The"
+        " first one settles the task."
     ),
-    "settle.claimed": "The upstream is asked by the next worker.",
-    "settle.answered": "The upstream is asked again: a query is free and changes nothing.",
-    "settle.recorded": (
-        "What the answer led to, downloads or the terminal event, is in the store and goes on."
+    "settle.claimed": "The next worker queries the upstream.",
+    "settle.answered": (
+        "The next worker queries the upstream again. A query is free and changes nothing."
     ),
+    "settle.recorded": "The downloads or the terminal event are committed and go on.",
     "download.fetched": (
-        "The picture is fetched again; the temporary file is removed at a later start."
+        "The next worker downloads the image again. A later start removes the temporary file."
     ),
-    "download.saved": "The picture is fetched again, and is found under its name.",
+    "download.saved": (
+        "The next worker downloads the image again and finds it stored under the same name."
+    ),
     "download.recorded": (
-        "What is stored stays; other pictures are fetched, or the terminal event,"
-        " committed with the last, is delivered."
+        "The stored image stays. The other images are downloaded. The terminal event,"
+        " committed with the last image, is delivered."
     ),
-    "delivery.claimed": "The event is sent by the next worker.",
-    "delivery.answered": "The event is sent again under the same `webhook-id`.",
-    "delivery.recorded": "Not sent again.",
+    "delivery.claimed": "The next worker sends the event.",
+    "delivery.answered": "The next worker sends the event again under the same `webhook-id`.",
+    "delivery.recorded": "The event is not sent again.",
     "erase.committed": (
-        "Nothing shows the task's content any more; the sweep removes the pictures'"
-        " files within a day or so."
+        "The task's content is gone from every response. The sweep removes the image files"
+        " within about a day."
     ),
 }
 SIGNALS = {"DARKROOM_TEST_KILL": signal.SIGKILL, "DARKROOM_TEST_PAUSE": signal.SIGSTOP}
@@ -91,7 +96,7 @@ def checkpoint(name: str, armed: Mapping[str, Shot] = ARMED) -> None:
 
 
 def markdown() -> str:
-    """The README's table."""
+    """The table of docs/reliability.md."""
     return "\n".join(
         [
             "| killed here | what happens |",

@@ -468,13 +468,13 @@ def test_masked_settings_are_plain_values(tmp_path: Path) -> None:
 
 
 def test_the_table_has_a_row_for_every_setting() -> None:
-    """The README's table is made from the fields, so it cannot fall behind."""
+    """The table of docs/settings.md is made from the fields."""
     rows = settings_table().splitlines()
     assert [row.split("`")[1] for row in rows[2:]] == [
         f"DARKROOM_{name.upper()}" for name in Settings.model_fields
     ]
     assert all(row.count("|") == 4 for row in rows)
-    assert "| `DARKROOM_PORT` | `8080` | port to listen on; 0: any free one |" in rows
+    assert "| `DARKROOM_PORT` | `8080` | Port to listen on. 0 takes any free port. |" in rows
     assert any(row.startswith("| `DARKROOM_UPSTREAM_NETWORKS` | empty |") for row in rows)
     assert any(row.startswith("| `DARKROOM_CALLBACK_URL` | unset |") for row in rows)
     assert any(row.startswith("| `DARKROOM_LOG_PROMPTS` | `false` |") for row in rows)
