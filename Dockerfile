@@ -5,13 +5,14 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=igno
 WORKDIR /src
 RUN python -m venv --without-pip /venv && mkdir -m 700 /data
 COPY requirements.lock ./
-RUN pip --python /venv/bin/python install --require-hashes -r requirements.lock
+RUN pip --python /venv/bin/python install --no-deps --require-hashes -r requirements.lock
 COPY requirements-build.lock ./
-RUN pip install --require-hashes -r requirements-build.lock
+RUN pip install --no-deps --require-hashes -r requirements-build.lock
 COPY pyproject.toml README.md ./
 COPY service ./service
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheel . \
- && pip --python /venv/bin/python install --no-index --no-deps /wheel/*.whl
+ && pip --python /venv/bin/python install --no-index --no-deps /wheel/*.whl \
+ && pip --python /venv/bin/python check
 
 FROM python:${PYTHON}
 RUN rm -rf /usr/local/bin/pip* /usr/local/lib/python3*/site-packages/pip* /usr/local/lib/python3*/ensurepip

@@ -5,8 +5,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 UV ?= uv
-COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate $(ARGS)
+COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-strip-extras --no-emit-index-url --no-header --no-annotate $(ARGS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# pip installs a lock without resolving it, so it does not notice what a lock lacks.
+COMPLETE = found=$$($(BIN)/python -m pip check 2>&1) \
+  || { echo "$$found" >&2; echo "$(VENV) is incomplete: run make lock, then make clean" >&2; exit 1; }
 # Much of a test waits: more workers than two cores. A file stays whole, for what its tests share.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -72,11 +75,13 @@ $(VENV)/.run: requirements.lock requirements-build.lock pyproject.toml
 	@$(PIP) install --no-deps --require-hashes -r requirements.lock
 	@$(PIP) install --no-deps --require-hashes -r requirements-build.lock
 	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(COMPLETE)
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.run
 	@echo "installing what testing needs into $(VENV) ..."
 	@$(PIP) install --no-deps --require-hashes -r requirements-dev.lock
+	@$(COMPLETE)
 	@touch $@
 
 # What JavaScript consumers use. Without npm, or without its packages, the tests that want them are skipped; where CI is set they fail.

@@ -1,0 +1,112 @@
+"""The lock files name all packages with all extras, and no index."""
+
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any, cast
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.processes import ROOT
+
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+RUN: list[str] = [
+    *PROJECT["project"]["dependencies"],
+    *(text for extra in PROJECT["project"]["optional-dependencies"].values() for text in extra),
+]
+GROUPS: dict[str, list[str]] = PROJECT["dependency-groups"]
+WANTED = {
+    "requirements.lock": RUN,
+    "requirements-dev.lock": [*RUN, *GROUPS["dev"]],
+    "requirements-build.lock": GROUPS["build"],
+}
+
+
+def locked(lock: str) -> list[Requirement]:
+    """The packages that a lock file pins."""
+    return [Requirement(line) for line in re.findall(r"^(\S.*) \\$", lock, re.MULTILINE)]
+
+
+def applies(
+    requirement: Requirement, environment: Mapping[str, str], extras: Iterable[str] = ()
+) -> bool:
+    marker = requirement.marker
+    return marker is None or any(
+        marker.evaluate({**environment, "extra": extra}) for extra in ("", *extras)
+    )
+
+
+def problems(lock: str, wanted: Sequence[str], python: str | None = None) -> Iterator[str]:
+    """What a lock lacks on a Python, on this one by default: a sentence for each requirement.
+
+    The installed packages tell their requirements. For another Python the lock may pin another
+    version of a package. It is not installed here, so its requirements are unknown.
+    """
+    environment = cast("dict[str, str]", default_environment())
+    if python:
+        environment |= {"python_version": python, "python_full_version": f"{python}.0"}
+    pins = {canonicalize_name(pin.name): pin for pin in locked(lock) if applies(pin, environment)}
+    required = [("the project", Requirement(text)) for text in wanted]
+    for name, pin in pins.items():
+        try:
+            same = pin.specifier.contains(version(name), prereleases=True)
+        except PackageNotFoundError:
+            same = False
+        if same:
+            required += [
+                (name, requirement)
+                for requirement in map(Requirement, requires(name) or ())
+                if applies(requirement, environment, pin.extras)
+            ]
+        elif not python:
+            yield f"{pin} is not installed"
+    for package, requirement in required:
+        found = pins.get(canonicalize_name(requirement.name))
+        if (
+            found is None
+            or not requirement.specifier.contains(str(found.specifier)[2:], prereleases=True)
+            or not requirement.extras <= found.extras
+        ):
+            yield f"{package} requires {requirement}, the lock has {found}"
+
+
+@pytest.mark.parametrize("python", [None, "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("name", WANTED)
+def test_a_lock_satisfies_every_requirement(name: str, python: str | None) -> None:
+    """pip does not resolve a lock: it has to hold what the project, its packages and their extras
+    require.
+    """
+    assert list(problems((ROOT / name).read_text(), WANTED[name], python)) == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "problem"),
+    [
+        (r"^coverage\[toml\]==\S+", "coverage[toml]==7.10.1", "pytest-cov requires coverage"),
+        (r"^coverage\[toml\]==", "coverage==", "pytest-cov requires coverage"),
+        (r"^moto\[server\]==", "moto==", "the project requires moto"),
+        (r"^flask-cors==.*\n(    .*\n)+", "", "moto requires flask-cors"),
+    ],
+    ids=["version", "extra of a package", "extra of the project", "package that an extra requires"],
+)
+def test_what_a_lock_lacks_is_found(pattern: str, replacement: str, problem: str) -> None:
+    """A version that is too low, a lost extra, and a package that only an extra requires."""
+    name = "requirements-dev.lock"
+    broken, count = re.subn(pattern, replacement, (ROOT / name).read_text(), flags=re.MULTILINE)
+    assert count == 1
+    assert any(found.startswith(problem) for found in problems(broken, WANTED[name], "3.11"))
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_a_lock_names_no_index(name: str) -> None:
+    """A machine takes the packages from the index that it is set up for. The hashes tell that they
+    are the same.
+    """
+    text = (ROOT / name).read_text()
+    assert "://" not in text
+    assert not re.search(r"^-", text, re.MULTILINE)
+    assert len(locked(text)) == len(re.findall(r"^\S", text, re.MULTILINE))
