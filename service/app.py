@@ -16,49 +16,50 @@ import structlog
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from service.blobs import Blobs
+from service.blobs.base import Blobs
 from service.blobs.local import LocalBlobs
-from service.catalogue import load_catalogue
-from service.egress import Egress, Rules
+from service.db.clock import wall_clock
+from service.db.postgres import open_postgres
+from service.db.sqlite import open_sqlite
+from service.db.store import Store
 from service.errors import BlobUnavailable, ConfigurationError
-from service.model import Links
+from service.events.broker_worker import Publisher
+from service.events.delivery_worker import Deliverer
+from service.events.feed import tell
+from service.events.replay_worker import Replayer
+from service.events.sinks import Broker
+from service.events.tail import Tail
+from service.events.webhook import WebhookSink
+from service.images.download_worker import Downloader
+from service.images.sweep import Sweeper
+from service.images.validator import Examiner, examining
+from service.links import Links
+from service.net import Egress, Rules
 from service.ops.metrics import Metrics
-from service.pipeline.account import Account
-from service.pipeline.delivery import Deliverer
-from service.pipeline.download import Downloader
-from service.pipeline.examiner import Examiner, examining
-from service.pipeline.outbox import tell
-from service.pipeline.precedence import Precedence
-from service.pipeline.publish import Publisher
-from service.pipeline.reconcile import Plan
-from service.pipeline.rekey import Rekeying
-from service.pipeline.replay import Replayer
-from service.pipeline.retention import Retention
-from service.pipeline.settle import Settler
-from service.pipeline.submission import Submitter
-from service.pipeline.submit import Intake
-from service.pipeline.sweep import Sweeper
-from service.pipeline.tail import Tail
-from service.pipeline.worker import Stage, WorkerPool
+from service.queue.worker import Stage, WorkerPool
 from service.resources import Resources, new_id
 from service.settings import Settings, masked, secret_keys
 from service.signing import Keyring
-from service.sinks import Broker
-from service.sinks.webhook import WebhookSink
-from service.store import Store, queries
-from service.store.clock import wall_clock
-from service.store.postgres import open_postgres
-from service.store.sqlite import open_sqlite
-from service.upstreams import Call
+from service.tasks import owner_keys
+from service.tasks.accept import Intake
+from service.tasks.account_breaker import Account
+from service.tasks.confirm_worker import Settler
+from service.tasks.reconcile import Plan
+from service.tasks.submit_worker import Submitter
+from service.upkeep.rekey import Rekeying
+from service.upkeep.retention import Retention
+from service.upstreams.base import Call
+from service.upstreams.catalogue import load_catalogue
 from service.upstreams.evolink import EvoLink
 from service.upstreams.pace import Pace
-from service.web.access import Access
 from service.web.activation import notify
+from service.web.auth import Access
 from service.web.context import Context
-from service.web.errors import HANDLERS
-from service.web.limits import BY_HAND, Admission, KeyLimits
+from service.web.error_responses import HANDLERS
 from service.web.middleware import Requests
-from service.web.routes import operators_routes, routes
+from service.web.overload import BY_HAND, Admission, KeyLimits
+from service.web.precedence import Precedence
+from service.web.routes.table import operators_routes, routes
 from service.web.schemas import known_pattern
 from service.web.server import Server, bind, listening
 
@@ -105,7 +106,7 @@ async def open_blobs(settings: Settings, environ: Mapping[str, str]) -> Blobs:
     try:
         if settings.blob_url.startswith("file:"):
             return await LocalBlobs.open(settings.image_dir, spare)
-        from service.blobs.objectstore import S3Blobs
+        from service.blobs.s3 import S3Blobs
 
         plain = any(environ.get(name, "").startswith("http://") for name in S3_ADDRESS)
         return await S3Blobs.open(
@@ -131,7 +132,7 @@ def open_sinks(settings: Settings) -> list[Broker]:
         except ValueError as error:
             raise ConfigurationError(f"DARKROOM_SINKS: types= {error}") from None
     try:
-        from service.sinks.broker import BrokerSink
+        from service.events.brokers import BrokerSink
 
         return [BrokerSink(address) for address in settings.sinks]
     except ImportError:
@@ -142,7 +143,7 @@ def open_sinks(settings: Settings) -> list[Broker]:
 
 async def new_keyring(settings: Settings, store: Store) -> Keyring:
     """Of a key that is made now; ConfigurationError: the store was used with another."""
-    if settings.key_is_missing and await store.read(queries.needs_its_key):
+    if settings.key_is_missing and await store.read(owner_keys.needs_its_key):
         raise ConfigurationError(
             f"{settings.key_file} is missing, and DARKROOM_SECRET_KEY is not set: put back the key"
             " that the store was used with."

@@ -7,20 +7,21 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from service import model
-from service.blobs import Blobs
-from service.egress import Egress
+from service.blobs.base import Blobs
+from service.db.store import Store
+from service.events.sinks import Webhooks
+from service.ids import make_id
+from service.links import Links
+from service.net import Egress
 from service.ops.metrics import Metrics
 from service.signing import Keyring
-from service.sinks import Webhooks
-from service.store import Store
-from service.upstreams import Upstream
+from service.upstreams.base import Upstream
 from service.upstreams.pace import Pace
 
 
 def new_id(kind: str, now: int) -> str:
     """An id with this process's randomness."""
-    return model.make_id(kind, now, os.urandom(10))
+    return make_id(kind, now, os.urandom(10))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Resources:
     task_callbacks: Webhooks  # to tasks' own callback_url
     keyring: Keyring
     metrics: Metrics
-    links: model.Links
+    links: Links
     clock: Callable[[], int]  # milliseconds since 1970 UTC
     new_id: Callable[[str, int], str] = new_id
     random: Callable[[], float] = field(default=random.random)

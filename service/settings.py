@@ -21,7 +21,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from service.errors import ConfigurationError
 from service.folders import make_folder
-from service.variables import (
+from service.setting_types import (
     BUCKET,
     NOT_YET,
     PREFIX,

@@ -7,7 +7,8 @@ import math
 import re
 from typing import Any, NoReturn
 
-from service.model import JSON
+JSON = dict[str, Any]
+
 
 MAX_DEPTH = 100  # far from where an encoder or a database gives up
 NO_TEXT = re.compile("[\0\ud800-\udfff]")

@@ -1,6 +1,6 @@
 """Blobs, put and read whole."""
 
-from service.blobs import Blobs
+from service.blobs.base import Blobs
 
 NAME = "task_abc/0-" + "0f" * 32 + ".png"
 

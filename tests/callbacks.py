@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.pipeline import worker
+from service.queue import worker
 from tests.upstream import Upstream
 from tests.waiting import wait_until
 from tests.world import World, world

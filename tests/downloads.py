@@ -16,7 +16,8 @@ from PIL import Image
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.pipeline import reconcile, worker
+from service.queue import worker
+from service.tasks import reconcile
 from tests.upstream import Upstream, document, picture
 from tests.world import JSON, World, world
 
@@ -89,7 +90,7 @@ def examiners(pid: int) -> list[int]:
     return [
         int(child)
         for child in found
-        if b"service.pipeline.examiner" in Path(f"/proc/{child}/cmdline").read_bytes()
+        if b"service.images.validator" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]
 
 

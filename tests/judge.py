@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from service.pipeline.container import known
-from service.pipeline.picture import KINDS, Picture, inspect
+from service.images.formats import known
+from service.images.inspect_image import KINDS, Picture, inspect
 from tests.pictures import bombs, broken, samples
 
 BROKEN = 400  # of each kind

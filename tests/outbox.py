@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.store import Emitted, Store, Transaction
-from service.store.operations.outbox import OPERATORS
+from service.db.store import Store
+from service.db.transaction import Emitted, Transaction
+from service.events.outbox import OPERATORS
 
 
 @dataclass(frozen=True, slots=True)

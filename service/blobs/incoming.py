@@ -13,7 +13,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import ParamSpec, TypeVar
 
-from service.blobs import Incoming
+from service.blobs.base import Incoming
 from service.errors import BlobUnavailable
 
 P = ParamSpec("P")

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Self
 
-from service.blobs import CHUNK, NAME, PAGE, Blob, Incoming, check_name
+from service.blobs.base import CHUNK, NAME, PAGE, Blob, Incoming, check_name
 from service.blobs.incoming import in_thread, incoming_in, opened, remove_leftovers
 from service.errors import BlobMissing
 from service.folders import make_folder, sync

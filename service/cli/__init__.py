@@ -12,7 +12,16 @@ from typing import Annotated
 import typer
 
 from service import VERSION
-from service.cli import backup, events, keys, processes, replays, restore, subscriptions, tasks
+from service.cli import (
+    backup,
+    endpoint_commands,
+    event_commands,
+    key_commands,
+    replay_commands,
+    restore,
+    serve,
+    task_commands,
+)
 from service.cli.output import plain
 from service.errors import DarkroomError
 
@@ -24,26 +33,26 @@ program = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    processes.serve,
-    processes.worker,
-    processes.sandbox,
-    tasks.submit,
-    tasks.tasks,
-    tasks.task,
-    events.events,
+    serve.serve,
+    serve.worker,
+    serve.sandbox,
+    task_commands.submit,
+    task_commands.tasks,
+    task_commands.task,
+    event_commands.events,
     backup.backup,
     restore.restore,
-    processes.migrate,
-    processes.openapi,
-    processes.asyncapi,
+    serve.migrate,
+    serve.openapi,
+    serve.asyncapi,
 ):
-    program.command(cls=processes.SandboxCommand if command is processes.sandbox else None)(command)
+    program.command(cls=serve.SandboxCommand if command is serve.sandbox else None)(command)
 
 GROUPS = {
-    "endpoints": ("Who is told of events.", subscriptions.ENDPOINTS),
-    "deliveries": ("What endpoints were sent, with every attempt.", subscriptions.DELIVERIES),
-    "replay": ("Send an endpoint its events again.", replays.REPLAYS),
-    "keys": ("API keys: made, listed, revoked.", keys.KEYS),
+    "endpoints": ("Who is told of events.", endpoint_commands.ENDPOINTS),
+    "deliveries": ("What endpoints were sent, with every attempt.", endpoint_commands.DELIVERIES),
+    "replay": ("Send an endpoint its events again.", replay_commands.REPLAYS),
+    "keys": ("API keys: made, listed, revoked.", key_commands.KEYS),
 }
 for name, (about, commands) in GROUPS.items():
     group = typer.Typer(help=about, no_args_is_help=True, rich_markup_mode=None)

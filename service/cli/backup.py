@@ -32,7 +32,7 @@ CHUNK = 1 << 20
 
 def embedded(settings: "Settings") -> Path:
     """The store's file; CommandFailed on PostgreSQL, ConfigurationError: it is a link."""
-    from service.store.soundness import refuse_no_file
+    from service.db.integrity import refuse_no_file
 
     if settings.sqlite_path is None:
         raise CommandFailed(
@@ -93,11 +93,11 @@ def backup(dir: Folder, as_json: Json = False) -> None:
 
 
 def made(settings: "Settings", path: Path, folder: Path) -> "Manifest":
-    from service.cli.keys import free
+    from service.cli.key_commands import free
     from service.cli.manifest import FORMAT, Images, Manifest, Sum
-    from service.model import sequence_text
-    from service.store.backup import copy_database, figures, reading
-    from service.store.clock import wall_clock
+    from service.db.clock import wall_clock
+    from service.db.snapshot import copy_database, figures, reading
+    from service.ids import sequence_text
 
     served, now = (
         not free(settings),
@@ -145,7 +145,7 @@ def with_images(path: Path, source: Path, folder: Path) -> "Images":
     twice is lost.
     """
     from service.cli.manifest import Images
-    from service.store.backup import copy_database, reading, stored_images
+    from service.db.snapshot import copy_database, reading, stored_images
 
     kept: dict[str, int] = {}
     missing: list[str] = []

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import typer
 
 from service.errors import DarkroomError, NotConnected
-from service.model import JSON
+from service.strict_json import JSON
 
 if TYPE_CHECKING:
     import httpx
@@ -32,7 +32,7 @@ class Service:
     """One command's client. `admin`: without an API key the admin key will do."""
 
     def __init__(self, settings: "Settings", *, admin: bool = False) -> None:
-        from service.egress import service_client
+        from service.net import service_client
 
         key = settings.api_key or (settings.admin_key if admin else None)
         self.url = settings.url
@@ -72,7 +72,7 @@ class Service:
         return document
 
     def send(self, method: str, path: str, **options: Any) -> "httpx.Response":
-        from service.egress import service_call
+        from service.net import service_call
 
         try:
             return service_call(self._client, method, path, **options)

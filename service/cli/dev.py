@@ -7,12 +7,12 @@ from typing import Any
 
 from service.app import Role, serve
 from service.cli.output import put, put_json, terminal
-from service.cli.processes import LOOPBACK, LOOPBACKS, bound_settings, run
+from service.cli.serve import LOOPBACK, LOOPBACKS, bound_settings, run
 from service.settings import Settings, load_settings
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
-from service.web.access import SCOPES
+from service.web.auth import SCOPES
 from service.web.context import Context
-from service.web.keys import create_key
+from service.web.routes.key_routes import create_key
 from service.web.server import Server, bind, listening
 
 KEY = "sk-sandbox"

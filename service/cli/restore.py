@@ -20,7 +20,7 @@ from service.cli.output import Json, plain, put_fields, put_json
 if TYPE_CHECKING:
     from service.cli.manifest import Manifest
     from service.settings import Settings
-    from service.store.operations.restoring import Restored
+    from service.upkeep.restoring import Restored
 
 
 def restore(
@@ -41,8 +41,8 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Check a backup and put it back where the settings say. Nobody may serve there meanwhile."""
+    from service.db.sqlite import FileLock
     from service.settings import load_settings
-    from service.store.sqlite import FileLock
 
     settings = load_settings()
     path = embedded(settings)
@@ -109,8 +109,8 @@ def put_back(
     """What was done, in fields for people and programs. Before the first rename nothing of what was
     there is touched.
     """
-    from service.model import rfc3339, sequence_text
-    from service.store.clock import wall_clock
+    from service.db.clock import wall_clock
+    from service.ids import rfc3339, sequence_text
 
     with_images = manifest.images.kept_at is None
     known = there(settings, path)
@@ -181,7 +181,7 @@ def staging(place: Path, name: str, store: Path | None = None) -> Iterator[Path]
     But the one beside a `store` that was there, or was to be, and is not: a start is told by it
     that a restoration was broken off.
     """
-    from service.store.soundness import RESTORING
+    from service.db.integrity import RESTORING
 
     folder = place / (RESTORING + name)
     awaited = store is not None and (store.exists() or folder.exists())
@@ -202,11 +202,11 @@ def servable(
     damaged, newer, or under another key.
     """
     from service.app import open_store
+    from service.db.snapshot import check_database, secrets
     from service.ops import logging
     from service.settings import secret_keys
     from service.signing import Keyring
-    from service.store.backup import check_database, secrets
-    from service.store.operations.restoring import Restoration, restore_stores
+    from service.upkeep.restoring import Restoration, restore_stores
 
     logging.configure("console", "warning", sys.stderr)
     check_database(database, "the backup's database")
@@ -235,8 +235,8 @@ def copied_images(source: Path, target: Path, database: Path, lost: Sequence[str
     """Copies every image the database names and checks its sum; how many. CommandFailed: one is
     missing that was not `lost` before.
     """
-    from service.blobs import check_name
-    from service.store.backup import reading, stored_images
+    from service.blobs.base import check_name
+    from service.db.snapshot import reading, stored_images
 
     count = 0
     with reading(database) as connection:

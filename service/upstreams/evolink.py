@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Mapping
 from urllib.parse import quote
 
-from service.egress import Egress, Response
+from service.credits import millionths
 from service.errors import CallTimedOut, EgressError, EgressRefused, NotConnected, type_of
-from service.model import JSON, UPSTREAM_ID, Report, Status, millionths
-from service.retry_after import retry_after
-from service.strict_json import read_object
-from service.upstreams import (
+from service.ids import UPSTREAM_ID
+from service.net import Egress, Response
+from service.net.retry_after import retry_after
+from service.strict_json import JSON, read_object
+from service.upstreams.base import (
     Accepted,
     Call,
     Found,
@@ -24,6 +25,8 @@ from service.upstreams import (
     NotFound,
     QueryOutcome,
     Refused,
+    Report,
+    Status,
     SubmitOutcome,
     Uncertain,
 )

@@ -14,9 +14,9 @@ from functools import partial
 from itertools import count
 from typing import Literal
 
-from service.egress import Response
 from service.errors import NoPlace
-from service.upstreams import NoAnswer, NotCreated, QueryOutcome, SubmitOutcome, Uncertain
+from service.net import Response
+from service.upstreams.base import NoAnswer, NotCreated, QueryOutcome, SubmitOutcome, Uncertain
 
 Kind = Literal["confirm", "submit", "passthrough", "reconcile"]
 Answer = SubmitOutcome | QueryOutcome | Response

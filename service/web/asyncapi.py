@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service import VERSION
-from service.model import JSON
+from service.strict_json import JSON
 from service.web.event_schemas import EVENT_TYPES, TEST_TYPE, EndpointTest, Event, EventTask
 
 ABOUT = """What happens to tasks, as structured CloudEvents 1.0. Each comes at least once; `id`

@@ -13,10 +13,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from service.db.rows import Row
 from service.errors import ApiError
-from service.model import JSON
-from service.store.records import Row
-from service.strict_json import check_text, read_object
+from service.strict_json import JSON, check_text, read_object
 
 Model = TypeVar("Model", bound=BaseModel)
 Item = TypeVar("Item")

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from service.pipeline.account import Account
-from service.pipeline.precedence import Precedence
-from service.pipeline.submit import Intake
-from service.pipeline.tail import Tail
+from service.events.tail import Tail
 from service.resources import Resources
-from service.web.access import Access
-from service.web.limits import Admission, KeyLimits
+from service.tasks.accept import Intake
+from service.tasks.account_breaker import Account
+from service.web.auth import Access
+from service.web.overload import Admission, KeyLimits
+from service.web.precedence import Precedence
 
 
 @dataclass(frozen=True, slots=True)

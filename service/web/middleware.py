@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from service.resources import new_id
-from service.web.errors import error_body
+from service.web.error_responses import error_body
 
 log = structlog.get_logger()
 

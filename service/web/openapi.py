@@ -8,12 +8,12 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from service import VERSION
-from service.model import JSON
+from service.strict_json import JSON
 from service.web import schemas
 from service.web.event_schemas import Event, EventTask
 
 if TYPE_CHECKING:
-    from service.web.routes import Spec
+    from service.web.routes.table import Spec
 
 SUBMIT_HEADERS = ("Idempotency-Key", "Prefer")
 ABOUT = (

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from service.model import UPSTREAM_ID
+from service.ids import UPSTREAM_ID
 from service.web.event_schemas import EVENT_TYPES, EventTask
 
 

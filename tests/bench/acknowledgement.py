@@ -11,14 +11,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.model import Report
+from service.db.clock import wall_clock
+from service.db.sqlite import open_sqlite
+from service.db.transaction import Grant
 from service.resources import new_id
 from service.signing import Keyring
-from service.store import Grant
-from service.store.clock import wall_clock
-from service.store.operations.submissions import Accepted, Submission, record_submissions
-from service.store.operations.tasks import NewTask, insert_tasks
-from service.store.sqlite import open_sqlite
+from service.tasks.new_tasks import NewTask, insert_tasks
+from service.tasks.submissions import Accepted, Submission, record_submissions
+from service.upstreams.base import Report
 from tests.bench.processes import MEASURED, MEASURING, measure, server
 from tests.processes import service_settings
 

@@ -19,15 +19,15 @@ from typing import Any, cast
 import pytest
 from sqlalchemy import Connection, func, insert, select
 
-from service.pipeline import retention
-from service.pipeline.retention import Retention, erase
+from service.db.batching import Run
+from service.db.clock import wall_clock
+from service.db.readiness import mark
+from service.db.sqlite import SqliteStore, open_sqlite
+from service.db.tables import attempts, callbacks, deliveries, events, steps, tasks
+from service.db.transaction import Transaction
 from service.resources import Resources, new_id
-from service.store import Transaction
-from service.store.clock import wall_clock
-from service.store.committer import Run
-from service.store.operations.readiness import mark
-from service.store.sqlite import SqliteStore, open_sqlite
-from service.store.tables import attempts, callbacks, deliveries, events, steps, tasks
+from service.upkeep import retention
+from service.upkeep.retention import Retention, erase
 
 OLD = 1_600_000_000_000
 LARGEST, BODY = 1 << 20, 256 << 10

@@ -23,7 +23,7 @@ from service.app import Role, serve
 from service.ops import logging
 from service.settings import load_settings
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
-from service.upstreams.sandbox.pictures import draw
+from service.upstreams.sandbox.renderer import draw
 from service.web.server import Server, bind, listening, stopping
 
 HOST = "127.0.0.1"

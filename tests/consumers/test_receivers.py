@@ -9,10 +9,10 @@ from typing import Any
 import httpx
 import pytest
 
+from service.db.tables import counters
+from service.db.tables import events as outbox
+from service.db.transaction import Transaction
 from service.signing import sign_webhook
-from service.store import Transaction
-from service.store.tables import counters
-from service.store.tables import events as outbox
 from tests.api import ASYNC, UNTIL_DONE, got, submitted
 from tests.consumers.programs import LIBRARIES, free_port, listening, running, written
 from tests.waiting import wait_until

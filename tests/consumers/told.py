@@ -10,9 +10,9 @@ from typing import Any
 
 from starlette.responses import Response
 
-from service.store import Grant, Transaction
-from service.store.operations.faults import FAULT_LIMIT, Fault, record_faults
-from service.store.tables import deliveries
+from service.db.tables import deliveries
+from service.db.transaction import Grant, Transaction
+from service.queue.crashes import FAULT_LIMIT, Fault, record_faults
 from service.web.event_schemas import EVENT_TYPES
 from tests.api import ASYNC, got
 from tests.upstream import Cut, Upstream, document, failed, picture

@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, update
 
-from service.store import Store, Transaction
-from service.store.postgres import PostgresStore, open_postgres
-from service.store.sqlite import SqliteStore, open_sqlite
-from service.store.tables import counters, metadata
+from service.db.postgres import PostgresStore, open_postgres
+from service.db.sqlite import SqliteStore, open_sqlite
+from service.db.store import Store
+from service.db.tables import counters, metadata
+from service.db.transaction import Transaction
 from tests.contract.subject import Clock, Opener, Subject, new_id
 from tests.servers import postgres_database
 

@@ -11,25 +11,26 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, select
 
-from service.model import JSON, PREFIXES, Report, State, Status, outcome_digest
-from service.store import Grant, Item, Result, Store, Transaction
-from service.store.operations import leases
-from service.store.operations.access import NewKey, insert_keys
-from service.store.operations.deliveries import (
-    Attempt,
-    Endpoint,
-    EndpointChange,
-    Outcome,
-    change_endpoints,
-    insert_endpoints,
-    record_attempts,
-)
-from service.store.operations.images import Download, Lost, Retry, Stored, record_downloads
-from service.store.operations.inbox import Callback, Verdict, accept_callbacks
-from service.store.operations.leases import claim
-from service.store.operations.replays import Replay, insert_replays
-from service.store.operations.settling import Settlement, record_settlements
-from service.store.operations.submissions import (
+from service.db.rows import Row
+from service.db.store import Item, Result, Store
+from service.db.tables import events, images, tasks
+from service.db.transaction import Grant, Transaction
+from service.events.deliveries import Attempt, Outcome, record_attempts
+from service.events.endpoints import Endpoint, EndpointChange, change_endpoints, insert_endpoints
+from service.events.replay_queries import Wanted, replay_extent
+from service.events.replays import Replay, insert_replays
+from service.ids import PREFIXES
+from service.images.downloads import Download, Lost, Retry, Stored, record_downloads
+from service.queue import leases
+from service.queue.leases import claim
+from service.strict_json import JSON
+from service.tasks.cancel import Cancellation, cancel_tasks
+from service.tasks.inbox import Callback, Verdict, accept_callbacks
+from service.tasks.new_tasks import Inserted, NewTask, insert_tasks
+from service.tasks.owner_keys import NewKey, insert_keys
+from service.tasks.settling import Settlement, record_settlements
+from service.tasks.state import State
+from service.tasks.submissions import (
     Accepted,
     Again,
     Refused,
@@ -40,18 +41,8 @@ from service.store.operations.submissions import (
     record_submissions,
     start_submissions,
 )
-from service.store.operations.tasks import (
-    Cancellation,
-    Inserted,
-    NewTask,
-    cancel_tasks,
-    change,
-    insert_tasks,
-    lock,
-)
-from service.store.records import Row
-from service.store.replays import Wanted, replay_extent
-from service.store.tables import events, images, tasks
+from service.tasks.transitions import change, lock
+from service.upstreams.base import Report, Status, outcome_digest
 
 SECOND, MINUTE, HOUR = 1_000, 60_000, 3_600_000
 DAY = 24 * HOUR

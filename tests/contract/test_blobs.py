@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from service.blobs import CHUNK, PAGE, Blob, Blobs
+from service.blobs.base import CHUNK, PAGE, Blob, Blobs
 from service.blobs.local import LocalBlobs
-from service.blobs.objectstore import S3Blobs
+from service.blobs.s3 import S3Blobs
 from service.errors import BlobMissing
 from tests.blobs import NAME, put, read
 

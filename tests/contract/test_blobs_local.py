@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from service.blobs import PAGE
+from service.blobs.base import PAGE
 from service.blobs.local import LocalBlobs
 from service.errors import BlobUnavailable
 from tests.blobs import NAME, put, read

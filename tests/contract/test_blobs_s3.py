@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from service.blobs import objectstore
-from service.blobs.objectstore import S3Blobs
+from service.blobs import s3
+from service.blobs.s3 import S3Blobs
 from service.errors import BlobMissing, BlobUnavailable
 from tests.blobs import NAME, put, read
 
@@ -64,7 +64,7 @@ async def test_an_object_has_its_type_and_its_name(
         data,
     )
     assert answer.headers["etag"].endswith('-3"') is (
-        size > objectstore.PART
+        size > s3.PART
     )  # as S3 marks an upload of three parts
 
 
@@ -149,8 +149,8 @@ async def test_a_server_that_fails_is_unavailable(
     """Whatever is asked of it, in bounded time, with a short reason; it is worth another try and
     never taken for a missing image.
     """
-    monkeypatch.setattr(objectstore, "ANSWER_S", 0.5 if answer is None else 30)
-    monkeypatch.setattr(objectstore, "SLOWEST", 1 << 40)
+    monkeypatch.setattr(s3, "ANSWER_S", 0.5 if answer is None else 30)
+    monkeypatch.setattr(s3, "SLOWEST", 1 << 40)
     async with saying(answer, monkeypatch):
         blobs = await S3Blobs.open(f"s3://{s3_bucket}", tmp_path, plain_http=True)
         for ask in every(blobs).values():
@@ -167,7 +167,7 @@ async def test_an_answer_that_breaks_off_is_no_end(
         b"HTTP/1.1 206 Partial Content\r\ncontent-range: bytes 0-99/100\r\ncontent-length:"
         b' 100\r\netag: "x"\r\n'
     )
-    monkeypatch.setattr(objectstore, "ANSWER_S", 2)
+    monkeypatch.setattr(s3, "ANSWER_S", 2)
     async with saying(
         head + b"last-modified: Wed, 21 Oct 2026 07:28:00 GMT\r\nconnection: close\r\n\r\nhalf",
         monkeypatch,

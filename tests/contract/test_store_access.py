@@ -4,15 +4,9 @@ import asyncio
 
 import pytest
 
-from service.store import queries
-from service.store.operations.access import (
-    NewKey,
-    NewOwner,
-    insert_keys,
-    insert_owners,
-    revoke_keys,
-)
-from service.store.tables import api_keys, owners
+from service.db.tables import api_keys, owners
+from service.tasks import owner_keys, task_queries
+from service.tasks.owner_keys import NewKey, NewOwner, insert_keys, insert_owners, revoke_keys
 from tests.contract.subject import SECOND, Subject, new_id, upstream_id
 
 
@@ -74,7 +68,7 @@ async def test_a_key_is_found_by_its_hash_until_it_is_revoked(subject: Subject) 
     await subject.key("painter", id="k1")
     subject.clock.shift(SECOND)
     await subject.key("painter", id="k0")
-    row = await subject.store.read(queries.key_row, "k1")
+    row = await subject.store.read(owner_keys.key_row, "k1")
     assert row is not None
     assert (row["owner"], row["scopes"], row["hint"], row["revoked_at"]) == (
         "painter",
@@ -83,10 +77,10 @@ async def test_a_key_is_found_by_its_hash_until_it_is_revoked(subject: Subject) 
         None,
     )
     assert await subject.batch(revoke_keys, ["k1", "gone"]) == [True, False]
-    assert await subject.store.read(queries.key_row, "k1") is None
-    assert await subject.store.read(queries.key_row, "k0") is not None
+    assert await subject.store.read(owner_keys.key_row, "k1") is None
+    assert await subject.store.read(owner_keys.key_row, "k0") is not None
     assert [
-        (row["id"], row["revoked_at"]) for row in await subject.store.read(queries.key_list)
+        (row["id"], row["revoked_at"]) for row in await subject.store.read(owner_keys.key_list)
     ] == [("k1", subject.clock.now), ("k0", None)]
 
 
@@ -106,7 +100,7 @@ async def test_a_task_is_its_owners(subject: Subject, by: str) -> None:
     task_id = await subject.submitted()
     name = task_id if by == "our id" else upstream_id(task_id)
     for owner, seen in [("painter", True), (None, True), ("other", False)]:
-        found = await subject.store.read(queries.task, name, owner)
+        found = await subject.store.read(task_queries.task, name, owner)
         assert (found is not None) is seen
-        assert (await subject.store.read(queries.task_row, name, owner) is not None) is seen
-    assert await subject.store.read(queries.task, "task_gone", None) is None
+        assert (await subject.store.read(task_queries.task_row, name, owner) is not None) is seen
+    assert await subject.store.read(task_queries.task, "task_gone", None) is None

@@ -9,11 +9,11 @@ import pytest
 from sqlalchemy import update
 from sqlalchemy.util import await_only
 
-from service.store import Transaction
-from service.store.operations import leases
-from service.store.operations.faults import claim_suspects
-from service.store.operations.submissions import Again, Submission, record_submissions
-from service.store.tables import endpoints
+from service.db.tables import endpoints
+from service.db.transaction import Transaction
+from service.queue import leases
+from service.queue.crashes import claim_suspects
+from service.tasks.submissions import Again, Submission, record_submissions
 from tests.contract.subject import (
     HOUR,
     LEASE,

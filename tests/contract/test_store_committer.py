@@ -11,13 +11,17 @@ import pytest
 from sqlalchemy import insert, text
 from structlog.testing import capture_logs
 
+from service.db import postgres
+from service.db.batching import BESIDE_URGENT, MAX_BATCH, MAX_PATIENT, Batch, Call, Committer
+from service.db.postgres import open_postgres
+from service.db.sqlite import QUICK_S, SqliteStore
+from service.db.store import Signals
+from service.db.tables import counters, owners, tasks
+from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
-from service.store import Signals, Transaction, postgres, queries
-from service.store.committer import BESIDE_URGENT, MAX_BATCH, MAX_PATIENT, Batch, Call, Committer
-from service.store.operations.tasks import NewTask, insert_tasks
-from service.store.postgres import open_postgres
-from service.store.sqlite import QUICK_S, SqliteStore
-from service.store.tables import counters, owners, tasks
+from service.tasks import task_queries
+from service.tasks.new_tasks import NewTask, insert_tasks
+from service.upkeep import store_figures
 from tests.contract.subject import Clock, Opener, Subject, completed, new_id
 from tests.servers import execute
 from tests.waiting import wait_until
@@ -80,7 +84,7 @@ async def test_a_write_is_visible_when_it_returns(subject: Subject) -> None:
     """A read that begins after a write sees it, on any connection."""
     for _ in range(20):
         task_id = await subject.queued()
-        assert await subject.store.read(queries.task_row, task_id, None) is not None
+        assert await subject.store.read(task_queries.task_row, task_id, None) is not None
 
 
 async def test_a_caller_who_leaves_takes_nothing_back(subject: Subject) -> None:
@@ -93,7 +97,7 @@ async def test_a_caller_who_leaves_takes_nothing_back(subject: Subject) -> None:
     writing[1].cancel()
     assert [(await writing[number]).task_id for number in (0, 2)] == [wishes[0].id, wishes[2].id]
     assert writing[1].cancelled()
-    await wait_until(lambda: subject.store.read(queries.task_row, wishes[1].id, None))
+    await wait_until(lambda: subject.store.read(task_queries.task_row, wishes[1].id, None))
 
 
 async def test_what_waits_at_the_close_is_committed(opener: Opener, clock: Clock) -> None:
@@ -184,8 +188,8 @@ async def test_a_store_that_is_away_cannot_be_read(
     async with postgres_opener() as store:
         async with away(postgres_server, migrated_database):
             with pytest.raises(StoreUnavailable, match="cannot be read"):
-                await store.read(queries.figures)
-        assert (await store.read(queries.figures))["dead_letters"] == 0
+                await store.read(store_figures.figures)
+        assert (await store.read(store_figures.figures))["dead_letters"] == 0
 
 
 async def test_a_query_that_fails_in_the_store_is_no_answer(subject: Subject) -> None:

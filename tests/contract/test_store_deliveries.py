@@ -6,19 +6,13 @@ import asyncio
 
 import pytest
 
-from service.store import Grant, queries
-from service.store.operations import leases
-from service.store.operations.deliveries import (
-    Attempt,
-    Endpoint,
-    EndpointChange,
-    Outcome,
-    change_endpoints,
-    insert_endpoints,
-    record_attempts,
-)
-from service.store.records import Row
-from service.store.tables import attempts, deliveries, endpoints
+from service.db.rows import Row
+from service.db.tables import attempts, deliveries, endpoints
+from service.db.transaction import Grant
+from service.events import event_queries
+from service.events.deliveries import Attempt, Outcome, record_attempts
+from service.events.endpoints import Endpoint, EndpointChange, change_endpoints, insert_endpoints
+from service.queue import leases
 from tests.contract.subject import DAY, HOUR, LEASE, MINUTE, SECOND, Subject, new_id
 
 FIVE_DAYS = 5 * DAY
@@ -341,7 +335,7 @@ async def test_an_endpoint_is_made_once_and_read_by_its_owner(subject: Subject) 
     await subject.batch(insert_endpoints, [made])
     await subject.batch(insert_endpoints, [made])
     everybodys = await subject.endpoint(None)
-    row = await subject.store.read(queries.endpoint_row, made.id, "painter")
+    row = await subject.store.read(event_queries.endpoint_row, made.id, "painter")
     assert row is not None
     assert (row["url"], row["types"], row["description"], row["status"], row["secret"]) == (
         "https://s.test/hook",
@@ -350,16 +344,15 @@ async def test_an_endpoint_is_made_once_and_read_by_its_owner(subject: Subject) 
         "enabled",
         b"secret",
     )
-    assert await subject.store.read(queries.endpoint_row, made.id, "other") is None
-    assert await subject.store.read(queries.endpoint_row, everybodys, "painter") is None
-    assert await subject.store.read(queries.endpoint_row, everybodys, None) is not None
-    assert [row["id"] for row in await subject.store.read(queries.endpoint_list, "painter", 9)] == [
-        made.id
-    ]
-    assert [row["id"] for row in await subject.store.read(queries.endpoint_list, None, 9)] == [
-        everybodys,
-        made.id,
-    ]
+    assert await subject.store.read(event_queries.endpoint_row, made.id, "other") is None
+    assert await subject.store.read(event_queries.endpoint_row, everybodys, "painter") is None
+    assert await subject.store.read(event_queries.endpoint_row, everybodys, None) is not None
+    assert [
+        row["id"] for row in await subject.store.read(event_queries.endpoint_list, "painter", 9)
+    ] == [made.id]
+    assert [
+        row["id"] for row in await subject.store.read(event_queries.endpoint_list, None, 9)
+    ] == [everybodys, made.id]
 
 
 async def test_an_endpoint_is_changed_by_its_owner_alone(subject: Subject) -> None:
@@ -416,12 +409,12 @@ async def test_a_deleted_endpoints_deliveries_are_dead_and_readable(subject: Sub
     await subject.write(leases.release, waiting)
     assert await subject.write(change_endpoints, EndpointChange(endpoint, "painter", delete=True))
     assert await subject.rows(endpoints) == []
-    parcel = await subject.store.read(queries.parcel, waiting.key)
+    parcel = await subject.store.read(event_queries.parcel, waiting.key)
     assert parcel is not None
     assert (parcel.delivery["state"], parcel.endpoint, parcel.callback_url) == ("dead", None, None)
     assert await subject.attempt(grant, "retry", wait_ms=1)
     assert await subject.claim("redeliver", 9) == []
-    assert await subject.store.read(queries.parcel, "dlv_gone") is None
+    assert await subject.store.read(event_queries.parcel, "dlv_gone") is None
 
 
 async def test_deliveries_are_listed_newest_first_with_their_attempts(subject: Subject) -> None:
@@ -438,7 +431,7 @@ async def test_deliveries_are_listed_newest_first_with_their_attempts(subject: S
 
     async def listed(*arguments: object) -> list[tuple[str, int]]:
         # # each case names some
-        found = await subject.store.read(queries.delivery_list, *arguments)  # type: ignore[arg-type]
+        found = await subject.store.read(event_queries.delivery_list, *arguments)  # type: ignore[arg-type]
         return [(row["id"], len(made)) for row, made in found]
 
     everything = [(grants[2].key, 0), (grants[1].key, 0), (grants[0].key, 2)]

@@ -4,21 +4,13 @@ import asyncio
 
 import pytest
 
-from service.store import Grant
-from service.store.operations import deliveries as operations
-from service.store.operations import leases
-from service.store.operations.access import SecretChange, change_secrets
-from service.store.operations.deliveries import (
-    Attempt,
-    ByHand,
-    EndpointChange,
-    Outcome,
-    change_endpoints,
-    record_attempts,
-    record_by_hand,
-)
-from service.store.records import Row
-from service.store.tables import attempts, deliveries, endpoints, owners
+from service.db.rows import Row
+from service.db.tables import attempts, deliveries, endpoints, owners
+from service.db.transaction import Grant
+from service.events.deliveries import Attempt, ByHand, Outcome, record_attempts, record_by_hand
+from service.events.endpoints import EndpointChange, change_endpoints
+from service.queue import leases
+from service.tasks.owner_keys import SecretChange, change_secrets
 from tests.contract.subject import DAY, HOUR, MINUTE, OWNER, SECOND, Subject, new_id
 from tests.outbox import Made, emit
 
@@ -70,7 +62,7 @@ async def test_what_waited_for_a_dead_endpoint_is_due_when_it_is_back(
     """The first success after failures: what was put off and never tried, so many at once; retries
     keep their schedule.
     """
-    monkeypatch.setattr(operations, "HASTENED", 2)
+    monkeypatch.setattr(deliveries, "HASTENED", 2)
     endpoint, other = await subject.endpoint(), await subject.endpoint()
     failing, retry = await first(subject, endpoint), await first(subject, endpoint)
     await subject.attempt(retry, "retry", wait_ms=HOUR)

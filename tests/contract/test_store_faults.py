@@ -4,18 +4,12 @@ decision 1).
 
 import pytest
 
-from service.model import State
-from service.store import Grant, queries
-from service.store.operations import faults, leases
-from service.store.operations.faults import (
-    DEATH_LIMIT,
-    FAULT_LIMIT,
-    Fault,
-    claim_suspects,
-    record_faults,
-)
-from service.store.operations.images import Retry
-from service.store.tables import QUEUES, deliveries, images
+from service.db.tables import QUEUES, deliveries, images
+from service.db.transaction import Grant
+from service.images.downloads import Retry
+from service.queue import crashes, leases
+from service.queue.crashes import DEATH_LIMIT, FAULT_LIMIT, Fault, claim_suspects, record_faults
+from service.tasks.state import State
 from tests.contract.subject import LEASE, MINUTE, SECOND, Subject, completed, stored
 
 URL = "https://r.test/0"
@@ -179,7 +173,7 @@ async def test_what_others_have_done_meanwhile_is_not_parked(
     """At the limit too: a task that a callback proved goes on to its end, and operators are told of
     nothing.
     """
-    monkeypatch.setattr(faults, "FAULT_LIMIT", 1)
+    monkeypatch.setattr(crashes, "FAULT_LIMIT", 1)
     grant, task_id = await overtaken(subject, stage)
     state, types = await subject.state(task_id), await subject.types(task_id)
     await subject.write(record_faults, Fault(grant, SECOND))
@@ -233,7 +227,7 @@ async def test_a_row_that_outlived_two_deaths_is_leased_alone(subject: Subject) 
     assert await subject.write(claim_suspects, "download") is None
     await dead(subject, first["id"], 2)
     assert await subject.claim("download", 9) == []
-    assert await subject.store.read(queries.suspects)
+    assert await subject.store.read(crashes.suspects)
     suspect = await subject.write(claim_suspects, "download")
     assert suspect is not None
     assert (suspect.grant.key, suspect.deaths, suspect.parked) == (first["id"], 2, False)
@@ -241,7 +235,7 @@ async def test_a_row_that_outlived_two_deaths_is_leased_alone(subject: Subject) 
     assert await subject.download(first, Retry("answered 500", SECOND), suspect.grant) == "pending"
     subject.clock.shift(SECOND)
     assert [grant.key for grant in await subject.claim("download", 9)] == [first["id"]]
-    assert not await subject.store.read(queries.suspects)
+    assert not await subject.store.read(crashes.suspects)
 
 
 async def test_a_row_whose_process_dies_with_it_alone_is_due_later_each_time(
@@ -279,4 +273,4 @@ async def test_five_deaths_alone_park_a_row(subject: Subject) -> None:
     assert await subject.state(task_id) is State.FAILED
     assert (await subject.types(task_id))[-2:] == ["image.task.failed", "task.parked"]
     assert await subject.write(claim_suspects, "download") is None
-    assert not await subject.store.read(queries.suspects)
+    assert not await subject.store.read(crashes.suspects)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from sqlalchemy import text
 
-from service.model import State
-from service.store import Grant, Transaction
-from service.store.operations.holding import Hold, hold_submissions, resume_submissions
-from service.store.operations.submissions import Again
-from service.store.tables import tasks
+from service.db.tables import tasks
+from service.db.transaction import Grant, Transaction
+from service.tasks.held_submissions import Hold, hold_submissions, resume_submissions
+from service.tasks.state import State
+from service.tasks.submissions import Again
 from tests.contract.subject import HOUR, LEASE, MINUTE, Opener, Subject
 
 

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from service.model import Report, State, Status
-from service.store import queries
-from service.store.operations.images import Download, Lost, Retry, record_downloads
-from service.store.operations.inbox import accept_callbacks
-from service.store.records import Row
+from service.db.rows import Row
+from service.images import image_queries
+from service.images.downloads import Download, Lost, Retry, record_downloads
+from service.tasks import task_queries
+from service.tasks.inbox import accept_callbacks
+from service.tasks.state import State
+from service.upstreams.base import Report, Status
 from tests.contract.subject import (
     DAY,
     HOUR,
@@ -102,12 +104,12 @@ async def test_what_a_callback_names_is_fetched_but_does_not_count(subject: Subj
     assert (image["confirmed"], image["due_at"]) == (False, subject.clock.now)
     assert await subject.download(image, stored(image)) == "stored"
     assert await subject.state(task_id) is State.SUBMITTED
-    found = await subject.store.read(queries.task, task_id, None)
+    found = await subject.store.read(task_queries.task, task_id, None)
     assert found is not None
     assert found[0].images == ()
-    assert await subject.store.read(queries.image_row, image["id"]) is None
+    assert await subject.store.read(image_queries.image_row, image["id"]) is None
     assert await subject.settle(task_id, completed(task_id, URL)) is State.COMPLETED
-    assert await subject.store.read(queries.image_row, image["id"]) is not None
+    assert await subject.store.read(image_queries.image_row, image["id"]) is not None
     assert len((await subject.events(task_id))[-1]["data"]["images"]) == 1
 
 

@@ -5,11 +5,12 @@ from itertools import permutations
 
 import pytest
 
-from service.model import Report, State, Status
-from service.store.operations.images import Lost
-from service.store.operations.inbox import KEPT, accept_callbacks
-from service.store.operations.submissions import Accepted, Undecided
-from service.store.tables import callbacks, tasks
+from service.db.tables import callbacks, tasks
+from service.images.downloads import Lost
+from service.tasks.inbox import KEPT, accept_callbacks
+from service.tasks.state import State
+from service.tasks.submissions import Accepted, Undecided
+from service.upstreams.base import Report, Status
 from tests.contract.subject import (
     FIRST_QUERY,
     LOST,

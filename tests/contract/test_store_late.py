@@ -4,12 +4,13 @@ credits, pictures and operators get it.
 
 import pytest
 
-from service.model import Report, State, Status
-from service.store.operations.faults import FAULT_LIMIT, Fault, record_faults
-from service.store.operations.images import AT_RISK_MS, Retry
-from service.store.operations.interventions import Resolution, reconcile_tasks, resolve_tasks
-from service.store.operations.submissions import Accepted, Again, Refused, Uncertain, Undecided
-from service.store.tables import events, images
+from service.db.tables import events, images
+from service.images.downloads import AT_RISK_MS, Retry
+from service.queue.crashes import FAULT_LIMIT, Fault, record_faults
+from service.tasks.admin import Resolution, reconcile_tasks, resolve_tasks
+from service.tasks.state import State
+from service.tasks.submissions import Accepted, Again, Refused, Uncertain, Undecided
+from service.upstreams.base import Report, Status
 from tests.contract.subject import (
     DAY,
     HOUR,

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import pytest
 from sqlalchemy import text
 
-from service.model import State
-from service.store import Transaction
-from service.store.operations import leases
-from service.store.operations.inbox import accept_callbacks
-from service.store.operations.tasks import NewTask, insert_tasks
-from service.store.tables import QUEUES, deliveries, tasks
+from service.db.tables import QUEUES, deliveries, tasks
+from service.db.transaction import Transaction
+from service.queue import leases
+from service.tasks.inbox import accept_callbacks
+from service.tasks.new_tasks import NewTask, insert_tasks
+from service.tasks.state import State
 from tests.contract.subject import (
     HOUR,
     LEASE,

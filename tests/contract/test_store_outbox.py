@@ -9,11 +9,14 @@ import pytest
 from sqlalchemy import insert
 from sqlalchemy.exc import IntegrityError
 
-from service.model import State, sequence_text, task_document
-from service.store import Emitted, Transaction, queries
-from service.store.operations import outbox
-from service.store.operations.tasks import insert_tasks
-from service.store.tables import counters, deliveries, events, steps
+from service.db.tables import counters, deliveries, events, steps
+from service.db.transaction import Emitted, Transaction
+from service.events import event_queries, outbox
+from service.ids import sequence_text
+from service.tasks import task_queries
+from service.tasks.document import task_document
+from service.tasks.new_tasks import insert_tasks
+from service.tasks.state import State
 from tests.contract.subject import (
     MINUTE,
     Opener,
@@ -95,7 +98,7 @@ async def test_an_event_keeps_the_task_as_it_was(subject: Subject) -> None:
     (image,) = await subject.images(task_id)
     await subject.download(image, stored(image))
     first, last = await subject.events(task_id)
-    found = await subject.store.read(queries.task, task_id, None)
+    found = await subject.store.read(task_queries.task, task_id, None)
     assert found is not None
     assert last["data"] == task_document(found[0])
     assert (last["data"]["state"], last["data"]["status"], last["data"]["progress"]) == (
@@ -159,7 +162,7 @@ async def test_readers_never_see_a_number_before_the_ones_below_it(
         looks = 0
         while not (writing.done() and len(seen) >= 240):
             rows, after, _ = await reader.read(
-                queries.event_list, None, seen[-1] if seen else 0, 1000
+                event_queries.event_list, None, seen[-1] if seen else 0, 1000
             )
             got = [row["sequence"] for row in rows]
             assert got == list(range(len(seen) + 1, len(seen) + 1 + len(got)))
@@ -233,7 +236,7 @@ async def test_a_tasks_own_callback_url_gets_the_terminal_event_alone(subject: S
     (row,) = await subject.rows(deliveries)
     assert (row["endpoint_id"], row["owner"], row["task_id"]) == (None, "painter", task_id)
     assert row["event_id"] == (await subject.events(task_id))[-1]["id"]
-    parcel = await subject.store.read(queries.parcel, row["id"])
+    parcel = await subject.store.read(event_queries.parcel, row["id"])
     assert parcel is not None
     assert parcel.event is not None
     assert (parcel.endpoint, parcel.callback_url, parcel.callback_secret) == (
@@ -289,7 +292,7 @@ async def test_events_are_listed_after_a_place_by_type_task_and_owner(subject: S
 
     async def listed(*arguments: object, **more: object) -> tuple[list[str], int]:
         # # each case names some
-        rows, after, _ = await subject.store.read(queries.event_list, *arguments, **more)  # type: ignore[arg-type]
+        rows, after, _ = await subject.store.read(event_queries.event_list, *arguments, **more)  # type: ignore[arg-type]
         return [
             f"{row['type'].removeprefix('image.task.')}:{row['sequence']}" for row in rows
         ], after
@@ -319,6 +322,6 @@ async def test_events_are_listed_after_a_place_by_type_task_and_owner(subject: S
 
 async def test_the_outbox_of_an_empty_store_is_at_its_beginning(subject: Subject) -> None:
     """Nothing, and the place that was asked for."""
-    assert await subject.store.read(queries.event_list, None, 0, 9) == ([], 0, 0)
+    assert await subject.store.read(event_queries.event_list, None, 0, 9) == ([], 0, 0)
     assert len(await subject.batch(insert_tasks, [subject.wish()])) == 1
-    assert await subject.store.read(queries.event_list, None, 0, 9) == ([], 0, 0)
+    assert await subject.store.read(event_queries.event_list, None, 0, 9) == ([], 0, 0)

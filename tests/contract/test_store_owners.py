@@ -2,16 +2,17 @@
 one sees what one's own tasks caused).
 """
 
-from service.model import State
-from service.store import queries
-from service.store.operations.submissions import Again, Refused
+from service.events import event_queries
+from service.tasks import task_queries
+from service.tasks.state import State
+from service.tasks.submissions import Again, Refused
 from tests.contract.subject import DAY, HOUR, MINUTE, OWNER, SECOND, Subject, error_of, upstream_id
 
 UNKNOWN = "task-unified-1757165031-uyujaw3d"
 
 
 async def hidden(subject: Subject, id: str, created: int | None, owner: str = "other") -> bool:
-    return await subject.store.read(queries.may_be_anothers, "evolink", id, owner, created)
+    return await subject.store.read(task_queries.may_be_anothers, "evolink", id, owner, created)
 
 
 async def test_an_id_of_another_owners_task_is_anothers_for_ever(subject: Subject) -> None:
@@ -22,7 +23,7 @@ async def test_an_id_of_another_owners_task_is_anothers_for_ever(subject: Subjec
         assert not await hidden(subject, upstream_id(task_id), created, OWNER)
         assert not await hidden(subject, UNKNOWN, created)
     assert not await subject.store.read(
-        queries.may_be_anothers, "elsewhere", upstream_id(task_id), "other", None
+        task_queries.may_be_anothers, "elsewhere", upstream_id(task_id), "other", None
     )
 
 
@@ -82,7 +83,7 @@ async def test_nobody_changes_anothers_endpoint(subject: Subject) -> None:
     for id in (endpoint_id, "ep_unknown"):
         assert not await subject.change(id, "other", status="paused")
         assert not await subject.change(id, "other", delete=True)
-    row = await subject.store.read(queries.endpoint_row, endpoint_id, OWNER)
+    row = await subject.store.read(event_queries.endpoint_row, endpoint_id, OWNER)
     assert row is not None
     assert row["status"] == "enabled"
     assert await subject.change(endpoint_id, OWNER, status="paused")

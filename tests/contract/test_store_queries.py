@@ -4,9 +4,12 @@
 
 from typing import Any
 
-from service.model import State
-from service.store import queries
-from service.store.tables import QUEUES, deliveries
+from service.db import rows
+from service.db.tables import QUEUES, deliveries
+from service.images import image_queries
+from service.tasks import task_queries
+from service.tasks.state import State
+from service.upkeep import store_figures
 from tests.contract.subject import (
     DAY,
     OWNER,
@@ -28,14 +31,14 @@ async def test_tasks_are_listed_newest_first_page_by_page(subject: Subject) -> N
         ids.append(await subject.queued())
         subject.clock.shift(number % 2)
     seen: list[str] = []
-    after: queries.After = None
+    after: rows.After = None
     for size in (3, 3, 1):
-        page = await subject.store.read(queries.task_list, OWNER, 3, after)
+        page = await subject.store.read(task_queries.task_list, OWNER, 3, after)
         assert len(page) == size
         seen += [task.id for task in page]
         after = (page[-1].created_at, page[-1].id)
     assert seen == ids[::-1]
-    assert await subject.store.read(queries.task_list, OWNER, 3, after) == []
+    assert await subject.store.read(task_queries.task_list, OWNER, 3, after) == []
 
 
 async def test_tasks_are_listed_by_owner_state_model_and_metadata(subject: Subject) -> None:
@@ -45,7 +48,7 @@ async def test_tasks_are_listed_by_owner_state_model_and_metadata(subject: Subje
     three = await subject.queued(owner="other", metadata={})
 
     async def listed(owner: str | None, **more: Any) -> list[str]:
-        found = await subject.store.read(queries.task_list, owner, 9, None, **more)
+        found = await subject.store.read(task_queries.task_list, owner, 9, None, **more)
         return [task.id for task in found]
 
     assert await listed(None) == [three, two, one]
@@ -64,13 +67,13 @@ async def test_a_listed_task_has_its_own_images_in_order(subject: Subject) -> No
     for image in reversed(await subject.images(one)):
         await subject.download(image, stored(image))
     two = await subject.queued()
-    listed = {task.id: task for task in await subject.store.read(queries.task_list, OWNER, 9)}
+    listed = {task.id: task for task in await subject.store.read(task_queries.task_list, OWNER, 9)}
     assert [image.id for image in listed[one].images] == [
         row["id"] for row in await subject.images(one)
     ]
     assert [image.index for image in listed[one].images] == [0, 1]
     assert listed[two].images == ()
-    found = await subject.store.read(queries.task, one, OWNER)
+    found = await subject.store.read(task_queries.task, one, OWNER)
     assert found is not None
     assert found[0] == listed[one]
 
@@ -78,10 +81,10 @@ async def test_a_listed_task_has_its_own_images_in_order(subject: Subject) -> No
 async def test_a_task_is_found_by_its_idempotency_key(subject: Subject) -> None:
     """Per owner."""
     task_id = await subject.queued(idempotency_key="k", idempotency_hash="h")
-    row = await subject.store.read(queries.task_by_key, OWNER, "k")
+    row = await subject.store.read(task_queries.task_by_key, OWNER, "k")
     assert row is not None
     assert (row["id"], row["idempotency_hash"]) == (task_id, "h")
-    assert await subject.store.read(queries.task_by_key, "other", "k") is None
+    assert await subject.store.read(task_queries.task_by_key, "other", "k") is None
 
 
 async def test_the_timeline_has_every_step_in_the_order_of_time(subject: Subject) -> None:
@@ -106,7 +109,7 @@ async def test_the_timeline_has_every_step_in_the_order_of_time(subject: Subject
     subject.clock.shift(SECOND)
     for row in await subject.rows(deliveries):
         await subject.attempt(await subject.claimed("deliver", row["id"]), "delivered")
-    lines = await subject.store.read(queries.timeline, task_id, OWNER)
+    lines = await subject.store.read(task_queries.timeline, task_id, OWNER)
     assert [line["step"] for line in lines] == [
         "task.queued",
         "task.submitted",
@@ -135,39 +138,39 @@ async def test_the_timeline_has_every_step_in_the_order_of_time(subject: Subject
         204,
         12,
     )
-    everything = await subject.store.read(queries.timeline, task_id, None)
+    everything = await subject.store.read(task_queries.timeline, task_id, None)
     assert len(everything) == len(lines) + 1, "operators see the conflict's delivery too"
 
 
 async def test_what_settling_needs_is_the_task_and_its_first_callback(subject: Subject) -> None:
     """The first terminal one, whatever came before or after it."""
     task_id = await subject.submitted()
-    found = await subject.store.read(queries.settling, task_id)
+    found = await subject.store.read(task_queries.settling, task_id)
     assert found is not None
     assert (found[0]["id"], found[1]) == (task_id, None)
     await subject.callback(task_id, processing(task_id), b"0")
     await subject.callback(task_id, failed(task_id), b"1")
     await subject.callback(task_id, completed(task_id, URL), b"2")
-    found = await subject.store.read(queries.settling, task_id)
+    found = await subject.store.read(task_queries.settling, task_id)
     assert found is not None
     assert found[1] is not None
     assert found[1]["body"] == b"1"
-    assert await subject.store.read(queries.settling, "task_gone") is None
+    assert await subject.store.read(task_queries.settling, "task_gone") is None
 
 
 async def test_what_a_download_needs_is_the_image_with_its_task(subject: Subject) -> None:
     """Its address, its time, the task's state."""
     task_id = await subject.storing(URL)
     (image,) = await subject.images(task_id)
-    row = await subject.store.read(queries.download, image["id"])
+    row = await subject.store.read(image_queries.download, image["id"])
     assert row is not None
     assert (row["source_url"], row["task_state"], row["task_id"]) == (URL, "storing", task_id)
-    assert await subject.store.read(queries.download, "img_gone") is None
+    assert await subject.store.read(image_queries.download, "img_gone") is None
 
 
 async def test_the_figures_of_an_empty_store_are_zero(subject: Subject) -> None:
     """Every state and every stage is there; times are unknown."""
-    figures = await subject.store.read(queries.figures)
+    figures = await subject.store.read(store_figures.figures)
     assert figures == {
         "tasks": {state.value: 0 for state in State},
         "queue_depth": dict.fromkeys(QUEUES, 0),
@@ -198,7 +201,7 @@ async def test_the_figures_count_what_the_store_holds(subject: Subject) -> None:
     (dead, retried, *_) = [row["id"] for row in await subject.rows(deliveries)]
     await subject.attempt(await subject.claimed("deliver", dead), "dead")
     await subject.attempt(await subject.claimed("deliver", retried), "retry", wait_ms=DAY)
-    figures = await subject.store.read(queries.figures)
+    figures = await subject.store.read(store_figures.figures)
     assert {state: count for state, count in figures["tasks"].items() if count} == {
         "completed": 1,
         "queued": 1,

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from service.store import Grant
-from service.store.operations.deliveries import EndpointChange, change_endpoints
-from service.store.operations.replays import (
+from service.db.rows import Row
+from service.db.tables import deliveries, endpoints, events, replays
+from service.db.transaction import Grant
+from service.events.endpoints import EndpointChange, change_endpoints
+from service.events.replay_queries import Wanted, replay_extent, replay_page, replay_row
+from service.events.replays import (
     Cancelled,
     Page,
     Replay,
@@ -16,10 +19,7 @@ from service.store.operations.replays import (
     insert_replays,
     record_pages,
 )
-from service.store.operations.retention import forget_deliveries, forget_events, forget_replays
-from service.store.records import Row
-from service.store.replays import Wanted, replay_extent, replay_page, replay_row
-from service.store.tables import deliveries, endpoints, events, replays
+from service.upkeep.expiry import forget_deliveries, forget_events, forget_replays
 from tests.contract.subject import DAY, LEASE, OWNER, SECOND, Subject, new_id
 from tests.outbox import Made, emit
 

@@ -10,20 +10,14 @@ from typing import Any, cast
 
 from sqlalchemy import text
 
-from service.model import State
-from service.pipeline.submission import Submitter
-from service.store import Transaction
-from service.store.operations.interventions import Resolution, resolve_tasks
-from service.store.operations.restoring import (
-    PAGE,
-    SEQUENCES,
-    Restoration,
-    Restored,
-    restore_stores,
-)
-from service.store.operations.submissions import Undecided
-from service.store.operations.tasks import insert_tasks
-from service.store.tables import counters, steps
+from service.db.tables import counters, steps
+from service.db.transaction import Transaction
+from service.tasks.admin import Resolution, resolve_tasks
+from service.tasks.new_tasks import insert_tasks
+from service.tasks.state import State
+from service.tasks.submissions import Undecided
+from service.tasks.submit_worker import Submitter
+from service.upkeep.restoring import PAGE, SEQUENCES, Restoration, Restored, restore_stores
 from tests.contract.subject import HOUR, MINUTE, SECOND, Subject, accepted, upstream_id
 
 BACKUP_PAGE = Path(__file__).parents[2] / "docs" / "backup.md"

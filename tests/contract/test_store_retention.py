@@ -9,14 +9,19 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from service import model
-from service.model import State
-from service.store import Transaction, queries
-from service.store.clock import wall_clock
-from service.store.operations.deliveries import Attempt, Outcome, record_attempts
-from service.store.operations.portions import LIMIT, Limit, erased_part
-from service.store.operations.readiness import mark
-from service.store.operations.retention import (
+from service.db.clock import wall_clock
+from service.db.postgres import open_postgres
+from service.db.readiness import mark
+from service.db.tables import attempts, callbacks, deliveries, events, metadata, steps
+from service.db.transaction import Transaction
+from service.events import event_queries
+from service.events.deliveries import Attempt, Outcome, record_attempts
+from service.images import image_queries
+from service.tasks import task_queries
+from service.tasks.cancel import Cancellation, cancel_tasks
+from service.tasks.state import State
+from service.upkeep.batches import LIMIT, Limit, erased_part
+from service.upkeep.expiry import (
     Erased,
     Erasure,
     OldEvents,
@@ -30,9 +35,7 @@ from service.store.operations.retention import (
     old_tasks,
     strip_tasks,
 )
-from service.store.operations.tasks import Cancellation, cancel_tasks
-from service.store.postgres import open_postgres
-from service.store.tables import attempts, callbacks, deliveries, events, metadata, steps
+from service.upstreams.base import Report
 from tests.contract.subject import (
     DAY,
     OWNER,
@@ -89,7 +92,7 @@ async def olds(subject: Subject, before: int, most: int = 9, limit: Limit = LIMI
 
 async def forgotten(subject: Subject) -> int:
     """Up to where the outbox has holes, as a reader is told."""
-    return (await subject.store.read(queries.event_list, None, 0, 1))[2]
+    return (await subject.store.read(event_queries.event_list, None, 0, 1))[2]
 
 
 # --- erasure ---
@@ -165,8 +168,7 @@ async def test_a_line_with_its_figures_stays(subject: Subject) -> None:
     task_id = await subject.submitted(**PRIVATE, idempotency_key="k", idempotency_hash="h")
     report = failed(task_id)
     await subject.settle(
-        task_id,
-        model.Report(report.upstream_id, report.status, (), report.error, credits_used=3_000_000),
+        task_id, Report(report.upstream_id, report.status, (), report.error, credits_used=3_000_000)
     )
     before = await subject.task(task_id)
     subject.clock.shift(DAY)
@@ -183,7 +185,7 @@ async def test_a_line_with_its_figures_stays(subject: Subject) -> None:
     error = {"code": "content_policy_violation", "message": "erased", "type": "task_error"}
     assert dict(after) == {**before, **lost, "error": error}
     assert after["credits_used"] == 3_000_000
-    lines = await subject.store.read(queries.timeline, task_id, None)
+    lines = await subject.store.read(task_queries.timeline, task_id, None)
     assert [line["step"] for line in lines] == ["event.emitted", "event.emitted", "task.erased"]
 
 
@@ -204,7 +206,7 @@ async def test_an_erased_image_is_known_as_such(subject: Subject) -> None:
     task_id = await subject.completed(URL)
     (image,) = await subject.images(task_id)
     await erase(subject, task_id)
-    row = await subject.store.read(queries.image_row, image["id"])
+    row = await subject.store.read(image_queries.image_row, image["id"])
     assert row is not None
     assert (row["state"], row["blob"], row["bytes"], row["source_url"]) == (
         "erased",
@@ -212,10 +214,10 @@ async def test_an_erased_image_is_known_as_such(subject: Subject) -> None:
         image["bytes"],
         "",
     )
-    found = await subject.store.read(queries.task, task_id, OWNER)
+    found = await subject.store.read(task_queries.task, task_id, OWNER)
     assert found is not None
     assert found[0].images == ()
-    assert await subject.store.read(queries.orphans, [image["blob"]]) == [image["blob"]]
+    assert await subject.store.read(image_queries.orphans, [image["blob"]]) == [image["blob"]]
 
 
 async def test_the_events_of_an_erased_task_stay_in_their_places(subject: Subject) -> None:
@@ -244,7 +246,7 @@ async def test_pending_deliveries_go_out_without_content(subject: Subject) -> No
     assert (own["state"], own["due_at"], own["finished_at"]) == ("dead", None, subject.clock.now)
     *_, to_endpoint = await subject.rows(deliveries, task_id=task_id, state="pending")
     grant = await subject.claimed("deliver", to_endpoint["id"])
-    parcel = await subject.store.read(queries.parcel, grant.key)
+    parcel = await subject.store.read(event_queries.parcel, grant.key)
     assert parcel is not None
     assert parcel.event is not None
     assert parcel.event["data"]["metadata"] == {}
@@ -311,7 +313,7 @@ async def test_a_download_under_way_while_its_task_is_erased_counts_nothing(
     assert await subject.download(image, stored(image), grant) is None
     assert await subject.images(task_id) == []
     name = stored(image).blob
-    assert await subject.store.read(queries.orphans, [name]) == [name]
+    assert await subject.store.read(image_queries.orphans, [name]) == [name]
 
 
 # --- by time ---
@@ -391,7 +393,7 @@ async def test_what_is_old_is_so_by_the_databases_clock(
     migrated_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine whose own clock was set forward by 30 days removes nothing for that."""
-    monkeypatch.setattr("service.store.postgres.wall_clock", lambda: wall_clock() + 30 * DAY)
+    monkeypatch.setattr("service.db.postgres.wall_clock", lambda: wall_clock() + 30 * DAY)
     async with open_postgres(migrated_database, process="ahead", new_id=new_id) as store:
         assert abs(store.clock() - wall_clock()) < DAY
         first = store.clock()
@@ -497,11 +499,11 @@ async def test_a_reader_is_told_what_is_no_longer_kept_and_gets_past_it(subject:
         [(await subject.events())[0]["id"]], 1
     )
     await outbox(subject, subject.clock.now)
-    assert await subject.store.read(queries.event_list, None, 0, 9) == ([], 2, 2)
+    assert await subject.store.read(event_queries.event_list, None, 0, 9) == ([], 2, 2)
     assert await subject.write(forget_events, []) == 0
     assert await forgotten(subject) == 2
     await subject.submitted()
-    rows, last, gone = await subject.store.read(queries.event_list, None, 2, 9)
+    rows, last, gone = await subject.store.read(event_queries.event_list, None, 2, 9)
     assert ([row["sequence"] for row in rows], last, gone) == ([3], 3, 2)
 
 

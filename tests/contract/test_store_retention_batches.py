@@ -11,22 +11,14 @@ import pytest
 from sqlalchemy import ColumnElement, Connection, Text, func, insert, select, update
 from sqlalchemy import cast as sql_cast
 
+from service.db.store import Item, Result, Store
+from service.db.tables import attempts, callbacks, deliveries, events, images, replays, steps, tasks
+from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
-from service.pipeline import retention
-from service.pipeline.retention import Retention, erase
 from service.resources import Resources
-from service.store import Item, Result, Store, Transaction
-from service.store.operations import portions
-from service.store.operations.portions import (
-    BARE,
-    LIMIT,
-    Limit,
-    Part,
-    Weight,
-    erased_part,
-    stripped_part,
-)
-from service.store.operations.retention import (
+from service.upkeep import batches, retention
+from service.upkeep.batches import BARE, LIMIT, Limit, Part, Weight, erased_part, stripped_part
+from service.upkeep.expiry import (
     Erased,
     Erasure,
     erase_tasks,
@@ -37,16 +29,7 @@ from service.store.operations.retention import (
     thin_deliveries,
     thin_tasks,
 )
-from service.store.tables import (
-    attempts,
-    callbacks,
-    deliveries,
-    events,
-    images,
-    replays,
-    steps,
-    tasks,
-)
+from service.upkeep.retention import Retention, erase
 from tests.contract.subject import DAY, OWNER, Opener, Subject, failed, new_id
 
 SMALL = Limit(7, 2000)
@@ -127,8 +110,8 @@ class Blobs:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit that a few rows reach."""
-    monkeypatch.setattr(portions, "LIMIT", SMALL)
-    monkeypatch.setattr(portions, "BARE", 300)
+    monkeypatch.setattr(batches, "LIMIT", SMALL)
+    monkeypatch.setattr(batches, "BARE", 300)
     monkeypatch.setattr(retention, "PAUSE_S", 0)
 
 
@@ -327,7 +310,7 @@ async def test_a_pass_takes_nothing_that_is_taken_up_again_and_comes_to_its_end(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, limit: Limit
 ) -> None:
     """Whether it would have gone in parts or as a whole."""
-    monkeypatch.setattr(portions, "LIMIT", limit)
+    monkeypatch.setattr(batches, "LIMIT", limit)
     await laden(subject)
     subject.clock.shift(31 * DAY)
     before = await left(subject)

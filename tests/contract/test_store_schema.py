@@ -13,13 +13,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, inspect
 
+from service.db.failover import dsns
+from service.db.migrations import versions
+from service.db.postgres import open_postgres
+from service.db.sqlite import open_sqlite
+from service.db.store import Store
+from service.db.tables import counters, metadata
 from service.errors import ConfigurationError
-from service.store import Store
-from service.store.hosts import dsns
-from service.store.migrations import versions
-from service.store.postgres import open_postgres
-from service.store.sqlite import open_sqlite
-from service.store.tables import counters, metadata
 from tests.contract.subject import Clock, Opener, Subject, new_id
 from tests.servers import execute
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from service.model import TERMINAL, Report, State, Status, may_become
-from service.store import Transaction
-from service.store.operations.images import Retry
-from service.store.operations.settling import Settlement, record_settlements
-from service.store.operations.submissions import Uncertain, Undecided
-from service.store.operations.tasks import change, lock, move
+from service.db.transaction import Transaction
+from service.images.downloads import Retry
+from service.tasks.settling import Settlement, record_settlements
+from service.tasks.state import TERMINAL, State, may_become
+from service.tasks.submissions import Uncertain, Undecided
+from service.tasks.transitions import change, lock, move
+from service.upstreams.base import Report, Status
 from tests.contract.subject import (
     ASK_AGAIN,
     DAY,

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from service.store import Signals, Transaction, postgres
+from service.db import postgres
+from service.db.store import Signals
+from service.db.transaction import Transaction
 from tests.contract.subject import Subject, completed, new_id
 from tests.contract.test_store_committer import away
 from tests.waiting import wait_until

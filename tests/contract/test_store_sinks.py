@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from service.store import queries
-from service.store.operations import retention
-from service.store.operations.sinks import Hold, advance_sinks, hold_sinks, release_sinks
-from service.store.tables import sinks
+from service.db.tables import sinks
+from service.events import event_queries
+from service.events.broker_positions import Hold, advance_sinks, hold_sinks, release_sinks
+from service.upkeep import expiry
 from tests.contract.subject import DAY, LEASE, SECOND, Opener, Subject
 
 NAME = "nats://127.0.0.1:4222/darkroom?stream=EVENTS"
@@ -22,11 +22,11 @@ async def held(subject: Subject) -> Hold:
 
 
 async def end(subject: Subject) -> int:
-    return await subject.store.read(queries.outbox_end)
+    return await subject.store.read(event_queries.outbox_end)
 
 
 async def behind(subject: Subject, *types: str) -> int | None:
-    return (await subject.store.read(queries.sinks_behind, {NAME: types}))[NAME]
+    return (await subject.store.read(event_queries.sinks_behind, {NAME: types}))[NAME]
 
 
 async def test_a_new_sink_begins_at_the_outboxs_end(subject: Subject) -> None:
@@ -108,14 +108,12 @@ async def test_events_stay_until_every_sink_has_them(subject: Subject) -> None:
     subject.clock.shift(40 * DAY)
     before = subject.clock.now - 30 * DAY
     assert await hold(subject) is not None
-    page = await subject.store.read(retention.old_events, 0, before, 50, 1 << 20)
+    page = await subject.store.read(expiry.old_events, 0, before, 50, 1 << 20)
     assert page is not None
     assert page.last == mine.position
     (row,) = await subject.rows(sinks)
     subject.clock.shift(31 * DAY)
     assert row["seen_at"] < subject.clock.now - 30 * DAY
-    page = await subject.store.read(
-        retention.old_events, 0, subject.clock.now - 30 * DAY, 50, 1 << 20
-    )
+    page = await subject.store.read(expiry.old_events, 0, subject.clock.now - 30 * DAY, 50, 1 << 20)
     assert page is not None
     assert page.last == await end(subject)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from service.db.sqlite import open_sqlite
+from service.db.tables import counters
 from service.errors import ConfigurationError
-from service.store.operations.tasks import insert_tasks
-from service.store.sqlite import open_sqlite
-from service.store.tables import counters
+from service.tasks.new_tasks import insert_tasks
 from tests.contract.subject import Clock, Opener, Subject, new_id
 
 

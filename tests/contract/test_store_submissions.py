@@ -4,11 +4,12 @@ import asyncio
 
 import pytest
 
-from service.model import Report, State, Status
-from service.store import Grant
-from service.store.operations.submissions import Accepted, Again, Refused, Uncertain, Undecided
-from service.store.operations.tasks import insert_tasks
-from service.store.tables import steps, tasks
+from service.db.tables import steps, tasks
+from service.db.transaction import Grant
+from service.tasks.new_tasks import insert_tasks
+from service.tasks.state import State
+from service.tasks.submissions import Accepted, Again, Refused, Uncertain, Undecided
+from service.upstreams.base import Report, Status
 from tests.contract.subject import (
     FIRST_QUERY,
     HOUR,

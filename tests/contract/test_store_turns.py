@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import pytest
 from sqlalchemy import Connection, text
 
-from service.model import State
-from service.store.operations.interventions import Resolution, resolve_tasks
-from service.store.operations.submissions import Again, Uncertain
-from service.store.operations.tasks import insert_tasks
-from service.store.sqlite import SqliteStore
-from service.store.tables import tasks
+from service.db.sqlite import SqliteStore
+from service.db.tables import tasks
+from service.tasks.admin import Resolution, resolve_tasks
+from service.tasks.new_tasks import insert_tasks
+from service.tasks.state import State
+from service.tasks.submissions import Again, Uncertain
 from tests.contract.subject import HOUR, MINUTE, SECOND, Subject
 
 

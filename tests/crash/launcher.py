@@ -101,8 +101,7 @@ class Launched:
 def serve(folder: str, environment: Mapping[str, str], arguments: Sequence[str]) -> NoReturn:
     """What the fork does."""
     from service.cli import main
-    from service.pipeline import checkpoints, worker
-    from service.store.operations import leases
+    from service.queue import checkpoints, leases, worker
 
     os.chdir(folder)
     os.environ.update(environment)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from service.store import hosts
-from service.store.postgres import open_postgres
+from service.db import failover
+from service.db.postgres import open_postgres
 from tests import standby
 from tests.api import got
 from tests.contract.subject import Clock, Subject, new_id
@@ -89,20 +89,22 @@ async def test_the_host_that_takes_writes_is_found_among_several(
     """One that says nothing and one that only reads are passed over, each within its time;
     connections notice a peer that falls silent.
     """
-    monkeypatch.setattr(hosts, "CONNECT_S", 1.0)
+    monkeypatch.setattr(failover, "CONNECT_S", 1.0)
     primary, second = pair
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = standby.url(second, primary).replace("@", f"@127.0.0.1:{silent.getsockname()[1]},")
         async with open_postgres(url, process="one", new_id=new_id) as store:
             task_id = await Subject(store, Clock()).queued()
             assert await Subject(store, Clock()).state(task_id) == "queued"
-    connection: Any = await hosts.connecting(standby.url(second, primary), {})()
+    connection: Any = await failover.connecting(standby.url(second, primary), {})()
     try:
         held = connection._transport.get_extra_info("socket")
         assert held.getpeername()[1] == primary.port
-        assert held.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == hosts.SILENT_S * 1000
+        assert (
+            held.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == failover.SILENT_S * 1000
+        )
         assert held.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
     finally:
         await connection.close()
     with pytest.raises(ConnectionError, match="no host is a primary"):
-        await hosts.connecting(standby.url(second), {})()
+        await failover.connecting(standby.url(second), {})()

@@ -10,7 +10,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from service.store.postgres import COMMITTERS, READERS
+from service.db.postgres import COMMITTERS, READERS
 from tests.api import got
 from tests.crash.chaos.members import restart
 from tests.crash.group import LEASE_MS, PATIENCE_S, WEB, WORKER, ask, groups, terminating

@@ -14,9 +14,9 @@ from typer.main import get_command
 from service.cli import program
 from service.ops import lines
 from service.ops.metrics import Metrics
-from service.pipeline import checkpoints
+from service.queue import checkpoints
 from service.settings import settings_table
-from service.web.routes import SPECS
+from service.web.routes.table import SPECS
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

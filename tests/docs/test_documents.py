@@ -13,7 +13,7 @@ import pytest
 import service
 from service.ops.lines import ALWAYS, LINES, WHERE_KNOWN
 from service.settings import Settings
-from service.web.routes import SPECS, routes
+from service.web.routes.table import SPECS, routes
 from tests.docs.pages import PAGES, anchors, links
 from tests.docs.render import DOCS, README, SECTIONS, documented, rendered, section
 

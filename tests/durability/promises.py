@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from service.model import PREFIXES
+from service.ids import PREFIXES
 from tests.api import SUBMIT
 from tests.crash.launcher import LOG
 from tests.durability.disk import Disk

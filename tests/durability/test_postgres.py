@@ -7,8 +7,8 @@ import pytest
 from sqlalchemy import Connection, text
 from structlog.testing import capture_logs
 
+from service.db.postgres import open_postgres
 from service.resources import new_id
-from service.store.postgres import open_postgres
 from tests.servers import execute, missing, postgres_binaries, postgres_database, postgres_running
 
 

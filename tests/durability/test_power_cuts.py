@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from service.db.sqlite import open_sqlite
 from service.errors import ConfigurationError
 from service.resources import new_id
-from service.store.sqlite import open_sqlite
 from tests.crash.life import TERMINAL
 from tests.durability.disk import Disk
 from tests.durability.promises import rows_of

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from service.db.sqlite import open_sqlite
 from service.folders import make_folder
 from service.resources import new_id
-from service.store.sqlite import open_sqlite
 from tests.durability.disk import Disk
 from tests.durability.trace import moments, tracing
 from tests.processes import clean_environment
@@ -22,7 +22,7 @@ import asyncio, sys
 from pathlib import Path
 from service.resources import new_id
 from service.settings import load_settings, secret_keys
-from service.store.sqlite import open_sqlite
+from service.db.sqlite import open_sqlite
 
 async def main():
     path = Path(sys.argv[1]) / "store" / "darkroom.db"

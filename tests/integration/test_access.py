@@ -9,9 +9,9 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from service.web import access
-from service.web.access import SCOPES
-from service.web.routes import SPECS, Spec
+from service.web import auth
+from service.web.auth import SCOPES
+from service.web.routes.table import SPECS, Spec
 from tests.api import TIME, UNTIL_DONE, an_id, got, refused, submitted
 from tests.waiting import wait_until
 from tests.world import ADMIN_KEY, World, subscriber, world
@@ -253,8 +253,8 @@ async def test_a_revoked_key_ends_within_five_seconds(
     """What the store said is believed for less than that; revoking again changes nothing, an
     unknown key is 404.
     """
-    assert access.CACHE_S < 5
-    monkeypatch.setattr(access, "CACHE_S", 0.05)
+    assert auth.CACHE_S < 5
+    monkeypatch.setattr(auth, "CACHE_S", 0.05)
     key = await made(here, "rev", "read")
     async with here.with_key(key["key"]) as client:
         got(await client.get("/v1/tasks"))
@@ -278,7 +278,7 @@ async def test_many_keys_do_not_fill_the_memory(
     """What is remembered of keys, right or wrong, has a limit; beyond it the store is asked
     anew.
     """
-    monkeypatch.setattr(access, "CACHE_KEYS", 2)
+    monkeypatch.setattr(auth, "CACHE_KEYS", 2)
     async with here.owner() as client:
         for number in range(5):
             await here.stranger.get("/v1/tasks", headers={"authorization": f"Bearer dk_{number}"})

@@ -17,9 +17,9 @@ from starlette.routing import Route
 from structlog.testing import capture_logs
 
 from service.app import Role
-from service.egress import Response as Answer
-from service.pipeline import worker
-from service.pipeline.account import remaining_credits
+from service.net import Response as Answer
+from service.queue import worker
+from service.tasks.account_breaker import remaining_credits
 from service.upstreams.evolink import EvoLink
 from tests.api import ASYNC
 from tests.contract.subject import Clock, Subject

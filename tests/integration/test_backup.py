@@ -19,9 +19,9 @@ import pytest
 from starlette.responses import Response
 
 from service.cli.backup import summed
-from service.model import State
-from service.store.operations.restoring import SEQUENCES
-from service.store.sqlite import FileLock, open_sqlite
+from service.db.sqlite import FileLock, open_sqlite
+from service.tasks.state import State
+from service.upkeep.restoring import SEQUENCES
 from tests.api import ASYNC, JSON, UNTIL_DONE, got, submitted
 from tests.contract.subject import Clock, Subject, new_id
 from tests.disks import BALLAST, empty, fill, small_disk

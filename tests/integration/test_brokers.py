@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from service.app import Role, open_sinks
+from service.db.transaction import Transaction
 from service.errors import ConfigurationError
+from service.events.outbox import emit_operators
 from service.settings import load_settings
-from service.store import Transaction
-from service.store.operations.outbox import emit_operators
 from tests.api import UNTIL_DONE, submitted
 from tests.brokers import (
     KINDS,
@@ -411,7 +411,7 @@ async def test_without_the_extra_a_sink_stops_the_start(
 ) -> None:
     """One line names the extra; a process without workers needs none."""
     monkeypatch.setitem(sys.modules, "faststream", None)
-    monkeypatch.delitem(sys.modules, "service.sinks.broker", raising=False)
+    monkeypatch.delitem(sys.modules, "service.events.brokers", raising=False)
     sink = f"redis://127.0.0.1:{free_port()}/0?stream=x"
     with pytest.raises(
         ConfigurationError, match=r"^DARKROOM_SINKS: .*darkroom-service\[brokers\]$"

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.web import callbacks
+from service.web.routes import callback_route
 from tests.callbacks import (
     LIMIT,
     asked,
@@ -78,7 +78,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """408 when the body is not complete in time (5 s; shorter here); nothing is kept."""
-    monkeypatch.setattr(callbacks, "BODY_S", 0.05)
+    monkeypatch.setattr(callback_route, "BODY_S", 0.05)
     task = await here.submit()
     before = counted(here, "incomplete")
     reader, writer = await partial(here, task)
@@ -187,7 +187,7 @@ async def test_a_body_that_comes_a_byte_at_a_time_has_one_time_limit(
     """408 counts from the first byte to the last, not from one to the next; the connection ends
     with it.
     """
-    monkeypatch.setattr(callbacks, "BODY_S", 0.1)
+    monkeypatch.setattr(callback_route, "BODY_S", 0.1)
     task = await here.submit()
     url = httpx.URL(here.callback_url(task["id"]))
     reader, writer = await asyncio.open_connection(url.host, url.port)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, select
 
-from service.store import tables
+from service.db import tables
 from tests.callbacks import heard, json_test_suite, quick_world, said, verdict
 from tests.upstream import Upstream, failed
 from tests.world import World

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from service.pipeline import worker
+from service.queue import worker
 from tests.callbacks import asked, heard, quick_world, said, types, verdict
 from tests.upstream import After, Upstream, document, error, failed
 from tests.world import World, world

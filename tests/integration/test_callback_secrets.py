@@ -7,8 +7,8 @@ import httpx
 import pytest
 import standardwebhooks
 
-from service.store import Transaction
-from service.store.tables import owners
+from service.db.tables import owners
+from service.db.transaction import Transaction
 from tests.api import UNTIL_DONE, got, refused, submitted
 from tests.waiting import wait_until
 from tests.world import Received, Subscriber, World, subscriber

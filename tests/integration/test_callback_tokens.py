@@ -13,8 +13,8 @@ from sqlalchemy import event
 from starlette.responses import Response
 
 from service.app import Role
-from service.store.sqlite import SqliteStore
-from service.web import callbacks
+from service.db.sqlite import SqliteStore
+from service.web.routes import callback_route
 from tests.callbacks import LIMIT, call, chunk, counted, heard, quick_world, raw, said
 from tests.logs import logged
 from tests.upstream import Upstream, document, failed, picture
@@ -212,7 +212,9 @@ async def test_the_body_of_a_refused_request_is_not_read(
     assert answered["connection"] == "close"
 
 
-@pytest.mark.parametrize("length", [0, 2, callbacks.SMALL], ids=["none", "short", "at the limit"])
+@pytest.mark.parametrize(
+    "length", [0, 2, callback_route.SMALL], ids=["none", "short", "at the limit"]
+)
 async def test_a_connection_survives_a_refused_request_with_a_short_body(
     length: int, here: World
 ) -> None:
@@ -238,8 +240,8 @@ async def flooded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     """A world where after one refusal every other one waits, and gets no line of its own for a
     second.
     """
-    monkeypatch.setattr(callbacks, "TURNS_S", 0.001)
-    monkeypatch.setattr(callbacks, "BURST", 0.001)
+    monkeypatch.setattr(callback_route, "TURNS_S", 0.001)
+    monkeypatch.setattr(callback_route, "BURST", 0.001)
     async with world(tmp_path, role=Role(workers=False)) as made:
         yield made
 
@@ -265,8 +267,8 @@ async def test_a_flood_fills_no_memory(flooded: World, monkeypatch: pytest.Monke
     """Those who wait with a long body are limited in number; who comes beyond is answered at once
     and loses the connection.
     """
-    monkeypatch.setattr(callbacks, "MOST_HELD", 0)
-    monkeypatch.setattr(callbacks, "WAIT_S", 600)
+    monkeypatch.setattr(callback_route, "MOST_HELD", 0)
+    monkeypatch.setattr(callback_route, "WAIT_S", 600)
     url = flooded.callback_url("task_x", "wrong")
     for _ in range(3):
         status, answered, _ = await raw(url, chunk(b"x"), headers="transfer-encoding: chunked\r\n")

@@ -13,9 +13,10 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import OperationalError
 from structlog.testing import capture_logs
 
-from service.pipeline import inbox, precedence
-from service.store.operations.inbox import accept_callbacks
-from service.store.sqlite import REMEMBERED, SqliteStore
+from service.db.sqlite import REMEMBERED, SqliteStore
+from service.tasks import callbacks
+from service.tasks.inbox import accept_callbacks
+from service.web import precedence
 from tests.callbacks import asked, call, counted, heard, quick_world, said, types, verdict
 from tests.upstream import After, Upstream, document, failed
 from tests.waiting import wait_until
@@ -268,7 +269,7 @@ async def test_a_store_that_takes_too_long_promises_nothing(
         quick.wait(20)
 
     with commits(here, wait), monkeypatch.context() as patch:
-        patch.setattr(inbox, "COMMIT_S", 0.05)
+        patch.setattr(callbacks, "COMMIT_S", 0.05)
         answer = await call(here, task, said(task, "failed"))
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         quick.set()
@@ -335,7 +336,7 @@ async def test_waiting_for_a_turn_is_of_the_time_to_commit(
     tmp_path_factory: pytest.TempPathFactory, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """503 after 8 s in all: the upstream gives up after ten."""
-    monkeypatch.setattr(inbox, "COMMIT_S", 0.8)
+    monkeypatch.setattr(callbacks, "COMMIT_S", 0.8)
     monkeypatch.setattr(precedence, "TURN_S", 0.5)
     monkeypatch.setattr(precedence, "AT_ONCE", 1)
     real = SqliteStore.write

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from starlette.responses import Response
 
-from service.model import rfc3339
+from service.ids import rfc3339
 from tests.api import ASYNC, UNTIL_DONE
 from tests.callbacks import quick_world, said, verdict
 from tests.upstream import Upstream

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.pipeline.courtesy import FIRST, Courtesy
+from service.events.courtesy import FIRST, Courtesy
 from tests.api import got
 from tests.outbox import emitted
 from tests.waiting import wait_until

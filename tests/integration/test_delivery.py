@@ -23,14 +23,14 @@ from structlog.testing import capture_logs
 
 from service import app
 from service.app import stages
-from service.pipeline import worker
-from service.pipeline.delivery import Deliverer
-from service.pipeline.examiner import Examiner
-from service.pipeline.secrets import encode_secrets, valid_secrets
-from service.store import Grant, Transaction
-from service.store.operations.deliveries import Outcome
-from service.store.queries import Parcel
-from service.store.tables import endpoints
+from service.db.tables import endpoints
+from service.db.transaction import Grant, Transaction
+from service.events.deliveries import Outcome
+from service.events.delivery_worker import Deliverer
+from service.events.event_queries import Parcel
+from service.events.secrets import encode_secrets, valid_secrets
+from service.images.validator import Examiner
+from service.queue import worker
 from tests.upstream import After, nth
 from tests.waiting import wait_until
 from tests.world import TEXT_TO_IMAGE, Received, Subscriber, World, subscriber, world

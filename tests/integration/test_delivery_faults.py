@@ -15,14 +15,16 @@ from sqlalchemy.exc import OperationalError
 from starlette.responses import Response
 from structlog.testing import capture_logs
 
+from service.db.sqlite import SqliteStore
+from service.db.store import Store
+from service.db.tables import deliveries, events
+from service.db.transaction import Grant, Transaction
 from service.errors import StoreUnavailable
-from service.pipeline import delivery, worker
-from service.pipeline.delivery import Deliverer
-from service.sinks.webhook import WebhookSink
-from service.store import Grant, Store, Transaction
-from service.store.operations.deliveries import record_attempts
-from service.store.sqlite import SqliteStore
-from service.store.tables import deliveries, events
+from service.events import delivery_worker
+from service.events.deliveries import record_attempts
+from service.events.delivery_worker import Deliverer
+from service.events.webhook import WebhookSink
+from service.queue import worker
 from tests.api import got
 from tests.outbox import emitted
 from tests.upstream import After
@@ -36,7 +38,7 @@ DONE, BROKEN = Response(status_code=204), Response(status_code=500)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "LOOK_S", 0.05)
-    monkeypatch.setattr(delivery, "RECORD_S", 0.05)
+    monkeypatch.setattr(delivery_worker, "RECORD_S", 0.05)
 
 
 @pytest.fixture
@@ -210,7 +212,7 @@ async def test_what_is_kept_of_unrecorded_attempts_is_bounded(
     still: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The oldest goes first."""
-    monkeypatch.setattr(delivery, "LATE", 2)
+    monkeypatch.setattr(delivery_worker, "LATE", 2)
     deliverer = Deliverer(still.context.resources, (600.0,), 0)
     grants = [await due(still, shop) for _ in range(3)]
     for grant in grants:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from service.blobs import CHUNK
-from service.pipeline.download import Downloader
-from service.pipeline.examiner import Examiner
-from service.store import Grant
+from service.blobs.base import CHUNK
+from service.db.transaction import Grant
+from service.images.download_worker import Downloader
+from service.images.validator import Examiner
 from tests.downloads import bytes_of, called, downloading, link, made, noise, saved, served, steps
 from tests.upstream import After, Upstream, document, failed, picture
 from tests.waiting import wait_until

@@ -13,7 +13,7 @@ import pytest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from service.pipeline.fetch import REQUESTS
+from service.images.fetch import REQUESTS
 from tests.downloads import (
     NOTHING,
     Part,

@@ -13,7 +13,7 @@ from PIL import Image
 from starlette.responses import RedirectResponse, Response
 from structlog.testing import capture_logs
 
-from service.pipeline.picture import FRAMES
+from service.images.inspect_image import FRAMES
 from tests.downloads import (
     MAX_BYTES,
     MAX_PIXELS,

@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from service.egress import Egress, Resolve, Rules, Streamed, service_client
-from service.egress.transport import KEEP_ALIVE_S
 from service.errors import CallTimedOut, ConnectionLost, EgressRefused, NotConnected
+from service.net import Egress, Resolve, Rules, Streamed, service_client
+from service.net.transport import KEEP_ALIVE_S
 from tests.waiting import wait_until
 
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))

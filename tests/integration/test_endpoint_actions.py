@@ -13,7 +13,7 @@ from starlette.responses import Response
 from structlog.testing import capture_logs
 
 from service.signing import Verified, verify_webhook
-from service.web import limits
+from service.web import overload
 from tests.api import UNTIL_DONE, got, refused, submitted
 from tests.outbox import emitted
 from tests.upstream import After
@@ -270,8 +270,8 @@ async def test_attempts_by_hand_are_bounded(
     """An owner whose subscriber hangs is told to come back, with `Retry-After`; another's are
     sent.
     """
-    monkeypatch.setattr(limits, "BY_HAND_EACH", 2)
-    monkeypatch.setattr(limits, "BY_HAND", 3)
+    monkeypatch.setattr(overload, "BY_HAND_EACH", 2)
+    monkeypatch.setattr(overload, "BY_HAND", 3)
     released = asyncio.Event()
     shop.answer = lambda _n, _request: After(released.wait, Response(status_code=204))
     async with here.owner() as client, here.owner() as other:

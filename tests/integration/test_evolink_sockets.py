@@ -13,10 +13,9 @@ from typing import Literal
 
 import pytest
 
-from service.egress import Egress, Rules
 from service.errors import CallTimedOut, ConnectionLost, EgressRefused, NotConnected
-from service.model import Report, Status
-from service.upstreams import (
+from service.net import Egress, Rules
+from service.upstreams.base import (
     Accepted,
     Call,
     Found,
@@ -24,6 +23,8 @@ from service.upstreams import (
     NotCreated,
     NotFound,
     Refused,
+    Report,
+    Status,
     Uncertain,
 )
 from service.upstreams.evolink import EvoLink

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from service.errors import BlobUnavailable
-from service.pipeline import examiner
-from service.pipeline.examiner import Examiner, examined, examining
-from service.pipeline.picture import NoPicture, Picture
+from service.images import validator
+from service.images.inspect_image import NoPicture, Picture
+from service.images.validator import Examiner, examined, examining
 from tests.downloads import called, downloading, examiners, link, made, served
 from tests.pictures import drawn
 from tests.processes import ROOT
@@ -42,7 +42,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-async def waiting(judges: Examiner, file: Path) -> tuple[int, "asyncio.Task[examiner.Examined]"]:
+async def waiting(judges: Examiner, file: Path) -> tuple[int, "asyncio.Task[validator.Examined]"]:
     """A child that is stopped, and a call that waits for it."""
     await judges.examine(file, packed=False)
     pid = judges.idle[0].pid
@@ -175,7 +175,7 @@ async def test_a_picture_that_kills_its_child_is_worth_another_try(
     """Nothing is known of the bytes, and the next file has a child of its own."""
     pid, call = await waiting(judges, file)
     os.kill(pid, signal.SIGKILL)
-    assert await call == examiner.Examined("", 0, NoPicture("its decoder broke down"))
+    assert await call == validator.Examined("", 0, NoPicture("its decoder broke down"))
     assert gone(pid)
     assert (await judges.examine(file, packed=False)).verdict == SMALL
 
@@ -185,7 +185,7 @@ async def test_a_picture_that_never_ends_is_given_up(
 ) -> None:
     """Its child is killed, as it may not come back."""
     await judges.examine(file, packed=False)  # starting takes longer
-    monkeypatch.setattr(examiner, "EXAMINE_S", 0.5)
+    monkeypatch.setattr(validator, "EXAMINE_S", 0.5)
     pid, call = await waiting(judges, file)
     assert (await call).verdict == NoPicture("it was not decoded within 0.5 s")
     assert gone(pid)
@@ -236,7 +236,7 @@ async def test_children_do_not_outlive_a_killed_parent(file: Path) -> None:
     """They end with their input, although nobody could tell them."""
     program = f"""
 import asyncio, os, pathlib
-from service.pipeline.examiner import examining
+from service.images.validator import examining
 
 async def main():
     async with examining(1, 10_000, 10_000) as judges:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from starlette.responses import Response
 
-from service.egress import Egress, Rules
 from service.errors import EgressRefused
-from service.sinks.webhook import WebhookSink
-from service.upstreams import NoAnswer, NotCreated
+from service.events.webhook import WebhookSink
+from service.net import Egress, Rules
+from service.upstreams.base import NoAnswer, NotCreated
 from service.upstreams.evolink import EvoLink
 from tests.api import SUBMIT, got, order, refused
 from tests.hostile import HOSTILE, Guarded, guarded

@@ -15,8 +15,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from service.app import Role, create_app
-from service.store import queries
-from service.web import health
+from service.upkeep import store_figures
+from service.web.routes import health_routes
 from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, refused, submitted
 from tests.waiting import wait_until
 from tests.world import World, answering, subscriber, world
@@ -152,7 +152,7 @@ async def test_a_store_that_takes_too_long_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The probe is answered within its time."""
-    monkeypatch.setattr(health, "READY_S", 0.0)
+    monkeypatch.setattr(health_routes, "READY_S", 0.0)
     async with world(tmp_path, role=WITHOUT_WORKERS) as here:
         assert (await here.stranger.get("/readyz")).status_code == 503
 
@@ -253,7 +253,7 @@ async def test_the_gauges_tell_how_old_what_waits_is(tmp_path: Path) -> None:
     taken; unknown room is NaN.
     """
     async with world(tmp_path, role=WITHOUT_WORKERS) as here:
-        counted = await here.context.resources.store.read(queries.figures)
+        counted = await here.context.resources.store.read(store_figures.figures)
         waiting = counted | {
             "first_link_dies": 90_000,
             "oldest_unsettled": 20_000,

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from starlette.responses import Response
 
-from service.pipeline import reconcile, worker
-from service.store import queries
+from service.queue import worker
+from service.tasks import reconcile, task_queries
 from tests.upstream import Cut, Upstream, document, error, failed, picture
 from tests.waiting import wait_until
 from tests.world import World, world
@@ -206,7 +206,7 @@ async def test_an_answer_with_anothers_id_waits_for_proof_like_any_doubt(
     task = await patient.submit(prompt="the same id")
     assert task["state"] == "uncertain"
     resources = patient.context.resources
-    row = await resources.store.read(queries.task_row, task["id"], None)
+    row = await resources.store.read(task_queries.task_row, task["id"], None)
     assert row is not None
     assert row["submit_due_at"] - resources.clock() > 500_000
 

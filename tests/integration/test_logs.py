@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from service import VERSION
 from service.ops.lines import ALWAYS, LINES, WHERE_KNOWN
-from service.web import api
+from service.web.routes import task_routes
 from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, refused, submitted
 from tests.docs.render import documented
 from tests.logs import logged
@@ -132,7 +132,7 @@ async def test_no_line_of_a_troubled_run_tells_a_secret_and_each_is_as_the_list_
             secrets += [key["key"], key["callback_secret"]]
             async with here.with_key(key["key"]) as client:
                 secrets += await trouble(here, client, takes.url)
-                monkeypatch.setattr(api, "page", None)
+                monkeypatch.setattr(task_routes, "page", None)
                 refused(await client.get("/v1/tasks"), 500, "internal_error")
             await here.client.delete(f"/v1/keys/{key['id']}")
         told = stream.getvalue().splitlines()
@@ -178,7 +178,7 @@ async def test_a_defect_of_ours_is_one_line_and_an_answer_in_the_one_form(
     with logged() as stream:
         async with world(tmp_path) as here:
             with monkeypatch.context() as broken:
-                broken.setattr(api, "page", None)
+                broken.setattr(task_routes, "page", None)
                 answer = await here.client.get("/v1/tasks")
             said = refused(answer, 500, "internal_error")
             got(await here.client.get("/v1/tasks"))

@@ -11,7 +11,7 @@ from openapi_spec_validator import validate
 from service import VERSION
 from service.web import schemas
 from service.web.openapi import document
-from service.web.routes import SPECS, Spec
+from service.web.routes.table import SPECS, Spec
 from tests.api import SUBMIT, UNTIL_DONE, got, order, submitted
 from tests.waiting import wait_until
 from tests.world import World, subscriber

@@ -22,8 +22,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.app import Role
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
-from service.web import access
-from service.web.routes import SPECS, Spec
+from service.web import auth
+from service.web.routes.table import SPECS, Spec
 from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, submitted
 from tests.waiting import wait_until
 from tests.world import LOOPBACK, subscriber, world
@@ -170,7 +170,7 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
     async with AsyncExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(
-            access, "CACHE_S", 3600
+            auth, "CACHE_S", 3600
         )  # a key is looked up once: not in the middle of a comparison
         here = await stack.enter_async_context(
             world(folder, upstream=upstream, role=Role(workers=False))

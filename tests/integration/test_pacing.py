@@ -17,17 +17,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from service.model import Report, State
-from service.pipeline import reconcile, settle, worker
+from service.db.clock import wall_clock
+from service.db.sqlite import open_sqlite
+from service.db.tables import events, tasks
+from service.db.transaction import Grant
+from service.queue import worker
 from service.resources import new_id
 from service.settings import make_secret_file
-from service.store import Grant
-from service.store.clock import wall_clock
-from service.store.operations.submissions import Accepted, Submission, record_submissions
-from service.store.operations.tasks import insert_tasks
-from service.store.sqlite import open_sqlite
-from service.store.tables import events, tasks
-from service.web import passthrough
+from service.tasks import confirm_worker, reconcile
+from service.tasks.new_tasks import insert_tasks
+from service.tasks.state import State
+from service.tasks.submissions import Accepted, Submission, record_submissions
+from service.upstreams.base import Report
+from service.web.routes import upstream_routes
 from tests.bench.acknowledgement import CHUNK, waiting
 from tests.upstream import document, error, failed
 from tests.waiting import wait_until
@@ -43,7 +45,7 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LOOK_S", 0.05)
         patch.setattr(reconcile, "confirm_wait", lambda _queries: 0.05)
-        patch.setattr(settle, "PATIENCE_S", 0.1)
+        patch.setattr(confirm_worker, "PATIENCE_S", 0.1)
         yield
 
 
@@ -318,7 +320,7 @@ async def test_what_is_passed_through_does_not_wait_for_ever(
     """No place in time: 503 with `Retry-After`, and the upstream is not asked; with one it is."""
     upstream = Slow()
     async with world(tmp_path, upstream=upstream.app, evolink_concurrency=2) as here:
-        monkeypatch.setattr(passthrough, "PLACE_S", 0.05)
+        monkeypatch.setattr(upstream_routes, "PLACE_S", 0.05)
         async with AsyncExitStack() as places:
             for _ in range(2):
                 await places.enter_async_context(here.context.resources.pace.place("confirm"))
@@ -330,5 +332,5 @@ async def test_what_is_passed_through_does_not_wait_for_ever(
                 )
                 assert answer.headers["retry-after"] == "5"
         assert upstream.calls.total() == 0
-        monkeypatch.setattr(passthrough, "PLACE_S", 5.0)
+        monkeypatch.setattr(upstream_routes, "PLACE_S", 5.0)
         assert (await here.client.get("/v1/credits")).status_code == 200

@@ -13,11 +13,11 @@ from sqlalchemy import Connection
 from sqlalchemy.util import await_only
 from structlog.testing import capture_logs
 
+from service.db import postgres, schema
+from service.db.postgres import MIGRATION_LOCK, open_postgres
+from service.db.readiness import mark
 from service.errors import ConfigurationError
 from service.resources import new_id
-from service.store import postgres, schema
-from service.store.operations.readiness import mark
-from service.store.postgres import MIGRATION_LOCK, open_postgres
 
 SAID = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"
 

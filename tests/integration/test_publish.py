@@ -13,13 +13,13 @@ import pytest
 from sqlalchemy import update
 from structlog.testing import capture_logs
 
+from service.db.tables import counters, sinks
+from service.db.transaction import Transaction
 from service.errors import MessageTooLarge, SinkUnavailable, StoreUnavailable
-from service.pipeline import publish
-from service.pipeline.publish import Publisher
-from service.sinks import Message
-from service.store import Transaction
-from service.store.operations.sinks import Hold, hold_sinks
-from service.store.tables import counters, sinks
+from service.events import broker_worker
+from service.events.broker_positions import Hold, hold_sinks
+from service.events.broker_worker import Publisher
+from service.events.sinks import Message
 from tests.api import UNTIL_DONE, submitted
 from tests.integration.test_brokers import emit
 from tests.waiting import wait_until
@@ -96,14 +96,14 @@ async def test_no_message_goes_when_the_lease_may_be_over(
     """A slow broker's page ends early, what was confirmed is noted, and the lease is renewed before
     the next message.
     """
-    monkeypatch.setattr(publish, "RENEW_S", 0.0)
+    monkeypatch.setattr(broker_worker, "RENEW_S", 0.0)
     slow = Played(
-        lambda count: monkeypatch.setattr(publish, "SPARE_S", -1.0 if count % 3 == 2 else 5.0)
+        lambda count: monkeypatch.setattr(broker_worker, "SPARE_S", -1.0 if count % 3 == 2 else 5.0)
     )
     plain = slow.open
 
     async def opened() -> None:
-        monkeypatch.setattr(publish, "SPARE_S", 5.0)
+        monkeypatch.setattr(broker_worker, "SPARE_S", 5.0)
         await plain()
 
     monkeypatch.setattr(slow, "open", opened)
@@ -117,8 +117,8 @@ async def test_who_lost_its_lease_notes_nothing_and_leaves_the_rest_to_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it sent meanwhile is sent again by the next, under the same ids."""
-    monkeypatch.setattr(publish, "OTHERS_S", 0.05)
-    monkeypatch.setattr(publish, "RENEW_S", 0.05)
+    monkeypatch.setattr(broker_worker, "OTHERS_S", 0.05)
+    monkeypatch.setattr(broker_worker, "RENEW_S", 0.05)
     async with world(tmp_path) as here:
         store = here.context.resources.store
         broker = Played(lambda count: store.write(steal, None) if count == 2 else None)
@@ -171,8 +171,8 @@ async def test_a_store_that_is_away_is_no_brokers_fault(
             raise StoreUnavailable("away")
         return hold_sinks(tx, names)
 
-    monkeypatch.setattr(publish, "hold_sinks", failing)
-    monkeypatch.setattr(publish, "LOOK_S", 0.05)
+    monkeypatch.setattr(broker_worker, "hold_sinks", failing)
+    monkeypatch.setattr(broker_worker, "LOOK_S", 0.05)
     broker = Played()
     with capture_logs() as captured:
         async with world(tmp_path) as here, publishing(here, broker) as publisher:

@@ -12,11 +12,11 @@ from structlog.testing import capture_logs
 
 from service.app import Role, running
 from service.errors import ConfigurationError
-from service.pipeline import rekey
-from service.pipeline.rekey import Rekeying
+from service.events.endpoints import EndpointChange, change_endpoints
+from service.events.secrets import secrets as secrets_of
 from service.signing import Verified, verify_webhook
-from service.store import queries
-from service.store.operations.deliveries import EndpointChange, change_endpoints
+from service.upkeep import rekey
+from service.upkeep.rekey import Rekeying
 from tests.api import ASYNC, UNTIL_DONE, got, submitted
 from tests.waiting import wait_until
 from tests.world import Subscriber, World, subscriber, world
@@ -29,7 +29,7 @@ async def at_rest(here: World) -> list[bytes]:
     return [
         secret
         for table in ("endpoints", "owners")
-        for _, secret in await read(queries.secrets, table, "", 100)
+        for _, secret in await read(secrets_of, table, "", 100)
     ]
 
 

@@ -13,9 +13,9 @@ import httpx
 import pytest
 from starlette.responses import Response
 
-from service.pipeline import replay as pipeline
-from service.pipeline import worker
-from service.store.operations.retention import forget_replays
+from service.events import replay_worker as pipeline
+from service.queue import worker
+from service.upkeep.expiry import forget_replays
 from tests.api import TIME, got, refused
 from tests.outbox import emitted
 from tests.waiting import wait_until

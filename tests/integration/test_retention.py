@@ -11,9 +11,10 @@ from starlette.responses import Response
 from structlog.testing import capture_logs
 
 from service.app import Role
-from service.pipeline import retention, sweep
-from service.pipeline.retention import DAY_MS, Retention
-from service.pipeline.sweep import AGE_MS, Sweeper
+from service.images import sweep
+from service.images.sweep import AGE_MS, Sweeper
+from service.upkeep import retention
+from service.upkeep.retention import DAY_MS, Retention
 from tests.api import SUBMIT, UNTIL_DONE, got, order, refused, submitted
 from tests.waiting import wait_until
 from tests.world import World, subscriber, world

@@ -152,7 +152,7 @@ async def test_a_missing_extra_is_told(tmp_path: Path, monkeypatch: pytest.Monke
     """One line that names the setting and what to install, before anything is opened; who keeps
     images in a folder needs none.
     """
-    monkeypatch.delitem(sys.modules, "service.blobs.objectstore", raising=False)
+    monkeypatch.delitem(sys.modules, "service.blobs.s3", raising=False)
     monkeypatch.setitem(sys.modules, "obstore", None)
     settings = load_settings({}, None, data_dir=tmp_path, blob_url="s3://bucket")
     with pytest.raises(

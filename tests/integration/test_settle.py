@@ -10,10 +10,12 @@ from starlette.responses import Response
 from structlog.testing import capture_logs
 
 from service.app import stages
-from service.pipeline import reconcile, retry, worker
-from service.pipeline.examiner import Examiner
-from service.pipeline.reconcile import Plan
-from service.store import Grant, Transaction, queries, tables
+from service.db import tables
+from service.db.transaction import Grant, Transaction
+from service.images.validator import Examiner
+from service.queue import backoff, worker
+from service.tasks import reconcile, task_queries
+from service.tasks.reconcile import Plan
 from tests.upstream import Upstream, document, error, failed, page, picture
 from tests.waiting import wait_until
 from tests.world import World, world
@@ -175,7 +177,7 @@ def test_the_waits_are_those_of_the_contract(monkeypatch: pytest.MonkeyPatch) ->
     without 3 s, then 5 to 60 s.
     """
     for name in ("confirm_wait", "next_query_wait", "first_query_wait"):
-        monkeypatch.setattr(reconcile, name, getattr(retry, name))
+        monkeypatch.setattr(reconcile, name, getattr(backoff, name))
     called, silent = Plan(True, None, lambda: 0.0), Plan(False, 7.0, lambda: 0.0)
     assert [called.first(estimate) for estimate in (None, 20, 45)] == [60_000, 60_000, 90_000]
     assert Plan(True, 7.0, lambda: 0.0).first(45) == 7_000
@@ -338,7 +340,7 @@ async def test_a_task_without_an_upstream_id_is_not_asked_about(
     await ask(told, task)
 
     async def idle() -> bool:
-        row = await told.context.resources.store.read(queries.task_row, task["id"], None)
+        row = await told.context.resources.store.read(task_queries.task_row, task["id"], None)
         return row is not None and row["settle_due_at"] is None
 
     await wait_until(idle)
@@ -362,7 +364,7 @@ async def test_a_task_whose_id_was_anothers_waits_without_a_question(
     assert (await told.submit(prompt="rightful"))["upstream_id"] == "task-unified-shared"
 
     async def row() -> Any:
-        return await told.context.resources.store.read(queries.task_row, robbed["id"], None)
+        return await told.context.resources.store.read(task_queries.task_row, robbed["id"], None)
 
     async def waits() -> bool:
         now = await row()

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from service.pipeline import precedence
-from service.web import limits, protocol
+from service.web import overload, precedence, protocol
 from service.web.protocol import Line
 from tests.api import SUBMIT, UNTIL_DONE, got, order, refused, submitted
 from tests.callbacks import connected
@@ -30,8 +29,8 @@ async def test_clients_are_shed_before_callbacks(
     probes and metrics their answers.
     """
     task = await submitted(here.client, UNTIL_DONE)
-    monkeypatch.setattr(limits, "FLOOD", 1)
-    monkeypatch.setattr(limits, "TOLD_S", 1e9)
+    monkeypatch.setattr(overload, "FLOOD", 1)
+    monkeypatch.setattr(overload, "TOLD_S", 1e9)
     monkeypatch.setattr(here.context.admission, "_told", -math.inf)  # nobody was shed before
     shed = here.context.resources.metrics.requests_shed._value.get
     before = shed()
@@ -84,7 +83,7 @@ async def test_callbacks_that_wait_to_be_begun_count_as_a_flood(
             for reader, _ in opened:
                 assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
         assert (max(waited) > 5, max(waited) <= most, line.callbacks) == (most > 0, True, 0)
-    monkeypatch.setattr(limits, "FLOOD", 1)
+    monkeypatch.setattr(overload, "FLOOD", 1)
     with monkeypatch.context() as full:
         full.setattr(line, "callbacks", 1)
         refused(await here.client.get("/v1/tasks"), 503, "overloaded")
@@ -100,19 +99,19 @@ async def test_clients_requests_in_hand_are_limited(
     async with world(tmp_path) as here:
         task = await submitted(here.client, UNTIL_DONE)
         last = got(await here.client.get("/v1/events"))["next_after"]
-        monkeypatch.setattr(limits, "BUSY", 0)
+        monkeypatch.setattr(overload, "BUSY", 0)
         refused(await here.client.get("/v1/tasks"), 503, "overloaded")
         assert await called(here, task) == 200
-        monkeypatch.setattr(limits, "BUSY", 1)
+        monkeypatch.setattr(overload, "BUSY", 1)
         held = asyncio.create_task(
             here.client.get("/v1/events", params={"after": last, "wait": 30})
         )
         await wait_until(lambda: here.context.admission.waiting == 1)
         got(await here.client.get("/v1/tasks"))
-        monkeypatch.setattr(limits, "WAITING", 1)
+        monkeypatch.setattr(overload, "WAITING", 1)
         refused(await here.client.get("/v1/tasks"), 503, "overloaded")
         assert await called(here, task) == 200
-        monkeypatch.setattr(limits, "WAITING", 2)
+        monkeypatch.setattr(overload, "WAITING", 2)
         await submitted(here.client)
         assert got(await held)["data"]
         assert (here.context.admission.busy, here.context.admission.waiting) == (0, 0)
@@ -126,7 +125,7 @@ async def test_callbacks_that_are_told_to_come_again_are_logged_together(
     """
     task = await submitted(here.client, UNTIL_DONE)
     monkeypatch.setattr(precedence, "MOST", 0)
-    monkeypatch.setattr(limits, "TOLD_S", 0.2)
+    monkeypatch.setattr(overload, "TOLD_S", 0.2)
     counted = here.context.resources.metrics.callbacks.labels("overloaded")._value.get
     before = counted()
     with capture_logs() as lines:

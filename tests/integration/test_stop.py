@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
+from service.db.tables import QUEUES
 from service.signing import Keyring
-from service.store.tables import QUEUES
 from tests.processes import ADMIN_KEY, UPSTREAM_KEY, Running, sandbox, service_settings, started
 from tests.waiting import wait_until
 

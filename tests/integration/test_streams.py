@@ -14,12 +14,12 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
+from service.db.tables import counters, events
+from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
-from service.pipeline import outbox, tail
-from service.pipeline.tail import Tail, Wanted
-from service.store import Transaction, queries
-from service.store.tables import counters, events
-from service.web import streams
+from service.events import event_queries, feed, tail
+from service.events.tail import Tail, Wanted
+from service.web import event_stream
 from tests.api import UNTIL_DONE, got, refused, submitted
 from tests.outbox import emitted
 from tests.waiting import wait_until
@@ -246,16 +246,16 @@ async def test_a_comment_comes_when_nothing_else_does(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that whoever stands in between keeps the connection."""
-    monkeypatch.setattr(streams, "CHECK_S", 0.02)
-    monkeypatch.setattr(streams, "COMMENT_S", 0.1)
+    monkeypatch.setattr(event_stream, "CHECK_S", 0.02)
+    monkeypatch.setattr(event_stream, "COMMENT_S", 0.1)
     async with here.owner() as client, following(client) as stream:
         assert {message.event for message in await next_of(stream, 3)} == {":"}
 
 
 async def test_a_stream_ends_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A key that is revoked shows nothing more; the reader is told when it comes back."""
-    monkeypatch.setattr(streams, "CHECK_S", 0.05)
-    monkeypatch.setattr("service.web.access.CACHE_S", 0.0)
+    monkeypatch.setattr(event_stream, "CHECK_S", 0.05)
+    monkeypatch.setattr("service.web.auth.CACHE_S", 0.0)
     async with world(tmp_path) as here:
         made = got(await here.client.post("/v1/keys", json={"owner": "x", "scopes": ["read"]}), 201)
         async with here.with_key(made["key"]) as client, following(client) as stream:
@@ -269,9 +269,9 @@ async def test_what_others_do_hides_neither_silence_nor_the_end_of_a_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Events that a reader is not shown: it gets its comments beside them, and is looked after."""
-    monkeypatch.setattr(streams, "CHECK_S", 0.2)
-    monkeypatch.setattr(streams, "COMMENT_S", 0.4)
-    monkeypatch.setattr("service.web.access.CACHE_S", 0.0)
+    monkeypatch.setattr(event_stream, "CHECK_S", 0.2)
+    monkeypatch.setattr(event_stream, "COMMENT_S", 0.4)
+    monkeypatch.setattr("service.web.auth.CACHE_S", 0.0)
     async with world(tmp_path) as here:
 
         async def others() -> None:
@@ -292,7 +292,7 @@ async def test_a_held_answer_shows_nothing_to_a_key_that_was_revoked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is looked at again before events are told that came while it was held."""
-    monkeypatch.setattr("service.web.access.CACHE_S", 0.0)
+    monkeypatch.setattr("service.web.auth.CACHE_S", 0.0)
     async with world(tmp_path) as here:
         made = got(
             await here.client.post("/v1/keys", json={"owner": "x", "scopes": ["read", "admin"]}),
@@ -322,7 +322,7 @@ async def test_streams_are_limited(here: World, monkeypatch: pytest.MonkeyPatch)
     """
     async with here.owner() as client:
         async with following(client):
-            monkeypatch.setattr(streams, "STREAMS", 1)
+            monkeypatch.setattr(event_stream, "STREAMS", 1)
             refused(await client.get("/v1/events", headers=SSE), 503, "overloaded")
 
         async def left() -> bool:
@@ -343,7 +343,7 @@ async def test_a_store_that_is_away_ends_those_who_need_it(
     next look comes all the same.
     """
     monkeypatch.setattr(tail, "LOOK_S", 0.05)
-    monkeypatch.setattr(outbox, "LOOK_S", 0.05)
+    monkeypatch.setattr(feed, "LOOK_S", 0.05)
     store, read, faults = (
         here.context.resources.store,
         here.context.resources.store.read,
@@ -351,7 +351,7 @@ async def test_a_store_that_is_away_ends_those_who_need_it(
     )
 
     async def failing(query: Any, *args: Any) -> Any:
-        if faults and query is queries.event_list and args[0] is None:
+        if faults and query is event_queries.event_list and args[0] is None:
             raise faults.pop(0)
         return await read(query, *args)
 

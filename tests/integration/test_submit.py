@@ -22,15 +22,16 @@ from starlette.responses import Response
 from structlog.testing import capture_logs
 
 from service.app import stages
+from service.db.clock import steady_ns
+from service.db.sqlite import SqliteStore
+from service.db.transaction import Grant
 from service.errors import ApiError
-from service.pipeline import submission, worker
-from service.pipeline.examiner import Examiner
-from service.pipeline.submit import ended, wait_for
-from service.store import Grant, queries
-from service.store.clock import steady_ns
-from service.store.sqlite import SqliteStore
+from service.images.validator import Examiner
+from service.queue import worker
+from service.tasks import submit_worker, task_queries
+from service.tasks.accept import ended, wait_for
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
-from service.web import api
+from service.web.routes import task_routes
 from service.web.server import Server, listening
 from tests.upstream import After, Cut, Upstream, document, error, page
 from tests.waiting import wait_until
@@ -78,7 +79,7 @@ async def in_state(here: World, task_id: str, state: str) -> Any:
 
 
 async def row(here: World, task_id: str) -> Any:
-    return await here.context.resources.store.read(queries.task_row, task_id, None)
+    return await here.context.resources.store.read(task_queries.task_row, task_id, None)
 
 
 async def waiting(here: World, task_id: str) -> float | None:
@@ -95,7 +96,7 @@ async def test_an_answer_in_hand_is_kept_until_the_store_has_it(
     """A store that is away when the upstream answers costs no proof: one submission, one task, no
     uncertainty.
     """
-    monkeypatch.setattr(submission, "RECORD_AGAIN_S", 0.01)
+    monkeypatch.setattr(submit_worker, "RECORD_AGAIN_S", 0.01)
     theirs = Upstream()
     async with world(tmp_path, upstream=theirs.app) as there:
         store = there.context.resources.store
@@ -128,10 +129,10 @@ async def test_a_process_that_stood_still_before_the_call_does_not_send(
 
     def stand_still(name: str) -> None:
         if name == "submission.started" and not late:
-            late.append((submission.MARGIN_S + 1) * 1e9)
+            late.append((submit_worker.MARGIN_S + 1) * 1e9)
 
-    monkeypatch.setattr(submission, "checkpoint", stand_still)
-    monkeypatch.setattr(submission, "steady_ns", lambda: steady_ns() + sum(late))
+    monkeypatch.setattr(submit_worker, "checkpoint", stand_still)
+    monkeypatch.setattr(submit_worker, "steady_ns", lambda: steady_ns() + sum(late))
     theirs = Upstream()
     theirs.submits["still"] = [ACCEPTED]
     async with world(tmp_path, upstream=theirs.app) as there:
@@ -560,7 +561,7 @@ async def test_a_slow_upstream_is_not_waited_for_beyond_the_limit(
     """The first attempt is waited for at most 10 s (shorter here): then the task is answered as it
     is.
     """
-    monkeypatch.setattr(api, "FIRST_OUTCOME_S", 0.1)
+    monkeypatch.setattr(task_routes, "FIRST_OUTCOME_S", 0.1)
     answered = asyncio.Event()
     upstream.submits["slow"] = [After(answered.wait, document("pending", id="task-unified-slow"))]
     task = await here.submit(prompt="slow")

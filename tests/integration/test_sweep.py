@@ -9,9 +9,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.app import Role
-from service.pipeline import sweep
-from service.pipeline.sweep import AGE_MS, Sweeper
-from service.store import queries
+from service.images import image_queries, sweep
+from service.images.sweep import AGE_MS, Sweeper
 from tests.api import UNTIL_DONE, submitted
 from tests.blobs import put
 from tests.waiting import wait_until
@@ -84,9 +83,9 @@ async def test_what_is_named_in_the_last_moment_is_kept(
         task = await submitted(here.client, UNTIL_DONE)
         name = f"{task['id']}/{ORPHAN}"
         await put(here.context.resources.blobs, name, b"x")
-        orphans, looks = queries.orphans, iter([True])
+        orphans, looks = image_queries.orphans, iter([True])
         monkeypatch.setattr(
-            queries,
+            image_queries,
             "orphans",
             lambda connection, blobs: orphans(connection, blobs) if next(looks, False) else [],
         )

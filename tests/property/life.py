@@ -11,27 +11,17 @@ found.
 import hypothesis.strategies as st
 from hypothesis.stateful import initialize, rule
 
-from service.model import State
-from service.store.operations import leases
-from service.store.operations.deliveries import (
-    Endpoint,
-    EndpointChange,
-    change_endpoints,
-    insert_endpoints,
-)
-from service.store.operations.faults import Fault, record_faults
-from service.store.operations.holding import resume_submissions
-from service.store.operations.interventions import Resolution, reconcile_tasks, resolve_tasks
-from service.store.operations.retention import Erasure, erase_tasks, strip_tasks
-from service.store.operations.submissions import Start
-from service.store.operations.tasks import (
-    Cancellation,
-    Inserted,
-    NewTask,
-    cancel_tasks,
-    insert_tasks,
-)
-from service.store.tables import QUEUES
+from service.db.tables import QUEUES
+from service.events.endpoints import Endpoint, EndpointChange, change_endpoints, insert_endpoints
+from service.queue import leases
+from service.queue.crashes import Fault, record_faults
+from service.tasks.admin import Resolution, reconcile_tasks, resolve_tasks
+from service.tasks.cancel import Cancellation, cancel_tasks
+from service.tasks.held_submissions import resume_submissions
+from service.tasks.new_tasks import Inserted, NewTask, insert_tasks
+from service.tasks.state import State
+from service.tasks.submissions import Start
+from service.upkeep.expiry import Erasure, erase_tasks, strip_tasks
 from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, new_id
 from tests.property.life_end import next_due
 from tests.property.life_leases import check_freed

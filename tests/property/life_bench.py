@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
-from service.store import Grant, Transaction
-from service.store.committer import Call, apply
-from service.store.postgres import PostgresStore
-from service.store.sqlite import SqliteStore
+from service.db.batching import Call, apply
+from service.db.postgres import PostgresStore
+from service.db.sqlite import SqliteStore
+from service.db.transaction import Grant, Transaction
 from tests.contract.conftest import wipe
 from tests.contract.subject import Clock
 from tests.property.life_checks import Seen, look

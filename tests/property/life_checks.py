@@ -9,11 +9,11 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, Table, bindparam, select
 
-from service.model import MOVES, TERMINAL, State
-from service.store import Grant
-from service.store.operations.images import LIVES
-from service.store.records import Row
-from service.store.tables import QUEUES, deliveries, events, images, replays, tasks
+from service.db.rows import Row
+from service.db.tables import QUEUES, deliveries, events, images, replays, tasks
+from service.db.transaction import Grant
+from service.tasks.results import LIVES
+from service.tasks.state import MOVES, TERMINAL, State
 from tests.contract.subject import DAY
 from tests.property.life_heard import Heard
 from tests.property.life_work import Sent, Write

@@ -5,8 +5,8 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
-from service.model import TERMINAL, State
-from service.store.tables import QUEUES, callbacks, events, tasks
+from service.db.tables import QUEUES, callbacks, events, tasks
+from service.tasks.state import TERMINAL, State
 from tests.contract.subject import SECOND
 from tests.property.life_checks import Seen
 from tests.property.life_upstream import error

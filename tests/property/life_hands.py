@@ -1,10 +1,17 @@
 """What one write alone does to pictures, and what it does by hand."""
 
-from service.store.operations import images
-from service.store.operations.images import Download, Lost, Retry
-from service.store.operations.interventions import Resolution
-from service.store.operations.retention import Erasure
-from service.store.records import Row
+from service.db.rows import Row
+from service.images.downloads import (
+    AT_RISK_MS,
+    AT_RISK_STALE,
+    STALE_LIMIT,
+    WRONG_LIMIT,
+    Download,
+    Lost,
+    Retry,
+)
+from service.tasks.admin import Resolution
+from service.upkeep.expiry import Erasure
 from tests.contract.subject import MINUTE
 from tests.property.life_heard import ENDED
 from tests.property.life_step import Step
@@ -38,10 +45,7 @@ def check_download(step: Step, item: Download) -> None:
                 step.now.tasks[item.task_id]["settle_requests"]
                 == step.before.tasks[item.task_id]["settle_requests"]
             )
-        dying = (
-            step.time >= row["link_dies_at"] - images.AT_RISK_MS
-            or row["stale_count"] >= images.AT_RISK_STALE
-        )
+        dying = step.time >= row["link_dies_at"] - AT_RISK_MS or row["stale_count"] >= AT_RISK_STALE
         risks = state == "pending" and dying and was["at_risk_at"] is None
         assert len(step.told("image.at_risk")) == risks, "at risk, and told too often or not at all"
     assert (step.result, row["state"]) == (state, state), f"{outcome} left it {row['state']}"
@@ -52,11 +56,9 @@ def is_final(was: Row, retry: Retry, time: int) -> bool:
     three times.
     """
     since = time if was["stale_since"] is None else was["stale_since"]
-    stale = (
-        retry.stale and was["stale_count"] + 1 >= images.STALE_LIMIT and time - since >= 30 * MINUTE
-    )
+    stale = retry.stale and was["stale_count"] + 1 >= STALE_LIMIT and time - since >= 30 * MINUTE
     same = retry.wrong_sha256 is not None and retry.wrong_sha256 == was["wrong_sha256"]
-    wrong = same and was["wrong_count"] + 1 >= images.WRONG_LIMIT
+    wrong = same and was["wrong_count"] + 1 >= WRONG_LIMIT
     return stale or wrong or (not retry.stale and time >= was["link_dies_at"])
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.model import Status
-from service.store.operations import inbox
-from service.store.operations.inbox import Callback, Verdict
-from service.store.operations.settling import Settlement
-from service.store.records import Row
+from service.db.rows import Row
+from service.tasks import inbox
+from service.tasks.inbox import Callback, Verdict
+from service.tasks.settling import Settlement
+from service.upstreams.base import Status
 
 FINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 ENDED = ("completed", "failed", "cancelled", "expired")

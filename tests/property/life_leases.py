@@ -3,19 +3,20 @@
 from collections.abc import Callable
 from typing import Any
 
-from service.store import LEASE_MS, Grant
-from service.store.operations import faults, leases
-from service.store.operations.deliveries import record_attempts
-from service.store.operations.faults import Fault, claim_suspects, record_faults
-from service.store.operations.holding import hold_submissions, resume_submissions
-from service.store.operations.images import record_downloads
-from service.store.operations.inbox import accept_callbacks
-from service.store.operations.interventions import reconcile_tasks, resolve_tasks
-from service.store.operations.retention import erase_tasks, strip_tasks
-from service.store.operations.settling import record_settlements
-from service.store.operations.submissions import record_submissions, start_submissions
-from service.store.operations.tasks import cancel_tasks
-from service.store.tables import QUEUES
+from service.db.tables import QUEUES
+from service.db.transaction import Grant
+from service.events.deliveries import record_attempts
+from service.images.downloads import record_downloads
+from service.queue import crashes, leases
+from service.queue.crashes import Fault, claim_suspects, record_faults
+from service.queue.leases import LEASE_MS
+from service.tasks.admin import reconcile_tasks, resolve_tasks
+from service.tasks.cancel import cancel_tasks
+from service.tasks.held_submissions import hold_submissions, resume_submissions
+from service.tasks.inbox import accept_callbacks
+from service.tasks.settling import record_settlements
+from service.tasks.submissions import record_submissions, start_submissions
+from service.upkeep.expiry import erase_tasks, strip_tasks
 from tests.property.life_checks import Seen
 from tests.property.life_hands import (
     check_download,
@@ -97,7 +98,7 @@ def check_suspect(step: Step, stage: str) -> None:
     assert found.deaths == was["deaths"] + (was["lease_until"] is not None) >= ALONE, (
         "deaths are not counted"
     )
-    assert found.parked == (found.deaths >= faults.DEATH_LIMIT), "parked, or not, before its time"
+    assert found.parked == (found.deaths >= crashes.DEATH_LIMIT), "parked, or not, before its time"
     if found.parked:
         check_parked(step, found.grant)
     else:
@@ -116,7 +117,7 @@ def check_fault(step: Step, item: Fault) -> None:
     if was["due_at"] is None:  # somebody else has done what there was to do
         assert (step.result, now["due_at"], now["faults"], told) == (0, None, was["faults"], [])
         return
-    parked = was["faults"] + 1 >= faults.FAULT_LIMIT
+    parked = was["faults"] + 1 >= crashes.FAULT_LIMIT
     assert (step.result, now["faults"], len(told)) == (was["faults"] + 1, was["faults"] + 1, parked)
     if parked:
         check_parked(step, item.grant)

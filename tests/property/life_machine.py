@@ -7,17 +7,18 @@ from typing import Any, ClassVar
 
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
-from service.model import TERMINAL, Report, State
-from service.store import Grant
-from service.store.operations import leases
-from service.store.operations.deliveries import EndpointChange, change_endpoints
-from service.store.operations.faults import claim_suspects
-from service.store.operations.inbox import Callback, accept_callbacks
-from service.store.operations.retention import Erasure, strip_tasks
-from service.store.operations.settling import Settlement
-from service.store.operations.submissions import Start, Submission, Uncertain
-from service.store.records import Row
-from service.store.tables import QUEUES
+from service.db.rows import Row
+from service.db.tables import QUEUES
+from service.db.transaction import Grant
+from service.events.endpoints import EndpointChange, change_endpoints
+from service.queue import leases
+from service.queue.crashes import claim_suspects
+from service.tasks.inbox import Callback, accept_callbacks
+from service.tasks.settling import Settlement
+from service.tasks.state import TERMINAL, State
+from service.tasks.submissions import Start, Submission, Uncertain
+from service.upkeep.expiry import Erasure, strip_tasks
+from service.upstreams.base import Report
 from tests.contract.subject import DAY, HOUR, callback
 from tests.property.life_bench import Bench
 from tests.property.life_checks import Seen, check, check_grant, check_sent

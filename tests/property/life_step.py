@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.store import Grant
-from service.store.operations.submissions import Accepted, Refused, Submission
-from service.store.records import Row
+from service.db.rows import Row
+from service.db.transaction import Grant
+from service.tasks.submissions import Accepted, Refused, Submission
 from tests.property.life_checks import Seen
 from tests.property.life_heard import Heard
 from tests.property.life_work import Write

@@ -7,8 +7,8 @@ lied about are remembered.
 
 from dataclasses import dataclass, field, replace
 
-from service.model import JSON, Report, Status
-from service.upstreams import Found, NoAnswer, NotFound, QueryOutcome
+from service.strict_json import JSON
+from service.upstreams.base import Found, NoAnswer, NotFound, QueryOutcome, Report, Status
 
 ENDS = ("completed", "failed", "completed", "cancelled", "completed", "empty", "completed", "gone")
 SAYS = (

@@ -1,4 +1,4 @@
-"""What a worker does under a grant, transaction by transaction, as the stages in `service.pipeline`
+"""What a worker does under a grant, transaction by transaction, as the stages in the steps
 do it.
 
 Each life is a generator that asks for one read or write after another: between any two of them
@@ -11,15 +11,20 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-from service.model import Report, State
-from service.pipeline.reconcile import Plan
-from service.store import Grant, queries
-from service.store.operations import leases
-from service.store.operations.deliveries import Attempt, Outcome, record_attempts
-from service.store.operations.holding import Hold, hold_submissions
-from service.store.operations.images import Download, Lost, Retry, Stored, record_downloads
-from service.store.operations.settling import Settlement, record_settlements
-from service.store.operations.submissions import (
+from service.db.rows import Row
+from service.db.transaction import Grant
+from service.events import event_queries
+from service.events.deliveries import Attempt, Outcome, record_attempts
+from service.events.event_queries import Parcel
+from service.images import image_queries
+from service.images.downloads import Download, Lost, Retry, Stored, record_downloads
+from service.queue import leases
+from service.tasks import task_queries
+from service.tasks.held_submissions import Hold, hold_submissions
+from service.tasks.reconcile import Plan
+from service.tasks.settling import Settlement, record_settlements
+from service.tasks.state import State
+from service.tasks.submissions import (
     Accepted,
     Again,
     Refused,
@@ -30,9 +35,7 @@ from service.store.operations.submissions import (
     record_submissions,
     start_submissions,
 )
-from service.store.queries import Parcel
-from service.store.records import Row
-from service.upstreams import Found, NotFound
+from service.upstreams.base import Found, NotFound, Report
 from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, new_id
 from tests.property.life_upstream import Upstream, error
 
@@ -99,7 +102,7 @@ class Workshop:
     # --- submit ---
 
     def submit(self, grant: Grant) -> Life:
-        row: Row | None = yield Read(queries.task_row, (grant.key, None))
+        row: Row | None = yield Read(task_queries.task_row, (grant.key, None))
         state = State(row["state"]) if row else None
         if state is State.SUBMITTING:
             yield Write(record_submissions, Submission(grant, self._uncertain("its sender died")))
@@ -167,7 +170,7 @@ class Workshop:
     # --- settle ---
 
     def settle(self, grant: Grant) -> Life:
-        found: tuple[Row, Row | None] | None = yield Read(queries.settling, (grant.key,))
+        found: tuple[Row, Row | None] | None = yield Read(task_queries.settling, (grant.key,))
         if found is None or (
             found[0]["upstream_id"] is None and State(found[0]["state"]) is not State.SUBMITTED
         ):
@@ -204,7 +207,7 @@ class Workshop:
     # --- download ---
 
     def download(self, grant: Grant) -> Life:
-        row: Row | None = yield Read(queries.download, (grant.key,))
+        row: Row | None = yield Read(image_queries.download, (grant.key,))
         if row is None or row["state"] != "pending":
             yield Write(leases.done, grant)
         else:
@@ -238,7 +241,7 @@ class Workshop:
     # --- deliver ---
 
     def deliver(self, grant: Grant) -> Life:
-        parcel: Parcel | None = yield Read(queries.parcel, (grant.key,))
+        parcel: Parcel | None = yield Read(event_queries.parcel, (grant.key,))
         if parcel is None or parcel.delivery["state"] != "pending" or parcel.event is None:
             yield Write(leases.done, grant)
         elif parcel.callback_url is None and (

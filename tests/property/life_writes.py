@@ -2,11 +2,13 @@
 sections 3 and 4).
 """
 
-from service.model import State, Status
-from service.store.operations.holding import Hold
-from service.store.operations.inbox import Callback
-from service.store.operations.settling import Settlement
-from service.store.operations.submissions import (
+from service.db.rows import Row
+from service.tasks.cancel import Cancellation
+from service.tasks.held_submissions import Hold
+from service.tasks.inbox import Callback
+from service.tasks.settling import Settlement
+from service.tasks.state import State
+from service.tasks.submissions import (
     Accepted,
     Again,
     Refused,
@@ -15,8 +17,7 @@ from service.store.operations.submissions import (
     Uncertain,
     Undecided,
 )
-from service.store.operations.tasks import Cancellation
-from service.store.records import Row
+from service.upstreams.base import Status
 from tests.property.life_heard import ENDED, FINAL, key_of, names_another
 from tests.property.life_step import Step
 from tests.property.life_upstream import error

@@ -9,8 +9,7 @@ from dataclasses import astuple
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from service.model import Report
-from service.upstreams import Accepted, NotCreated, Refused, Uncertain
+from service.upstreams.base import Accepted, NotCreated, Refused, Report, Uncertain
 from service.upstreams.evolink import classify_query, classify_submit, parse_task
 
 ANY = st.text(st.characters(codec=None))  # NUL and lone surrogates too

@@ -22,9 +22,11 @@ import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from service.store.operations import faults, images, inbox
-from service.store.postgres import open_postgres
-from service.store.sqlite import open_sqlite
+from service.db.postgres import open_postgres
+from service.db.sqlite import open_sqlite
+from service.images import downloads
+from service.queue import crashes
+from service.tasks import inbox
 from tests.contract.subject import Clock, new_id
 from tests.property.life import TaskLife
 from tests.property.life_bench import Bench
@@ -128,10 +130,10 @@ def live(bench: Bench, steps: int) -> None:
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that a short life reaches."""
-    monkeypatch.setattr(faults, "FAULT_LIMIT", 2)
-    monkeypatch.setattr(faults, "DEATH_LIMIT", 4)
+    monkeypatch.setattr(crashes, "FAULT_LIMIT", 2)
+    monkeypatch.setattr(crashes, "DEATH_LIMIT", 4)
     monkeypatch.setattr(inbox, "KEPT", 4)
-    monkeypatch.setattr(images, "STALE_LIMIT", 3)
+    monkeypatch.setattr(downloads, "STALE_LIMIT", 3)
 
 
 def test_no_life_breaks_the_rules_on_sqlite() -> None:

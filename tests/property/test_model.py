@@ -7,24 +7,12 @@ from decimal import Decimal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.model import (
-    MAX_CREDITS,
-    PREFIXES,
-    TERMINAL,
-    State,
-    Status,
-    Task,
-    credits_number,
-    make_id,
-    may_become,
-    millionths,
-    outcome_digest,
-    rfc3339,
-    sequence_text,
-    status_of,
-    task_document,
-    type_matches,
-)
+from service.credits import MAX_CREDITS, credits_number, millionths
+from service.events.documents import type_matches
+from service.ids import PREFIXES, make_id, rfc3339, sequence_text
+from service.tasks.document import Task, task_document
+from service.tasks.state import TERMINAL, State, may_become, status_of
+from service.upstreams.base import Status, outcome_digest
 
 TIMES = st.integers(0, 253_402_300_799_999)  # up to the year 9999
 RANDOM = st.binary(min_size=10, max_size=10)

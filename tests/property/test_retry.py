@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.pipeline.retry import (
+from service.queue.backoff import (
     confirm_wait,
     fault_wait,
     first_query_wait,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.catalogue import Violation, load_catalogue
+from service.upstreams.catalogue import Violation, load_catalogue
 
 CATALOGUE = load_catalogue()
 TEXT, IMAGE = "wan2.5-text-to-image", "wan2.5-image-to-image"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from service.pipeline.checkpoints import ARMED, Shot, checkpoint, shots
+from service.queue.checkpoints import ARMED, Shot, checkpoint, shots
 from tests.processes import clean_environment
 
 
@@ -47,7 +47,7 @@ def test_the_signal_comes_once_when_the_count_is_reached() -> None:
 def test_a_process_that_is_armed_dies_there() -> None:
     """`DARKROOM_TEST_KILL` is read when a process starts."""
     code = (
-        "from service.pipeline.checkpoints import checkpoint; checkpoint('settle.claimed');"
+        "from service.queue.checkpoints import checkpoint; checkpoint('settle.claimed');"
         " print('on'); checkpoint('settle.answered')"
     )
     environment = clean_environment({"DARKROOM_TEST_KILL": "settle.answered"})

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.store.clock import SLEW, SteadyClock
+from service.db.clock import SLEW, SteadyClock
 
 START = 1_757_165_031_000
 SECOND, HOUR = 1_000_000_000, 3_600_000_000_000  # nanoseconds

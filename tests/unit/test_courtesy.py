@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from service.pipeline import courtesy
-from service.pipeline.courtesy import FIRST, LONGEST_S, MOST, SHORTEST_S, Courtesy
+from service.events import courtesy
+from service.events.courtesy import FIRST, LONGEST_S, MOST, SHORTEST_S, Courtesy
 
 
 @dataclass(slots=True)

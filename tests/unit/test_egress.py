@@ -14,9 +14,9 @@ import yarl
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.egress import Egress, Rules, forbidden, parse_url
-from service.egress.transport import LOOKUPS
 from service.errors import EgressRefused, NotConnected
+from service.net import Egress, Rules, forbidden, parse_url
+from service.net.transport import LOOKUPS
 from tests.waiting import wait_until
 
 PUBLIC = (

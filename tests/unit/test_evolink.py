@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 
 from service.errors import CallTimedOut, ConnectionLost, EgressError, EgressRefused, NotConnected
-from service.model import Report, Status
-from service.upstreams import (
+from service.upstreams.base import (
     Accepted,
     Found,
     NoAnswer,
     NotCreated,
     NotFound,
     Refused,
+    Report,
+    Status,
     SubmitOutcome,
     Uncertain,
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from service.pipeline.fetch import Version
+from service.images.fetch import Version
 
 DAY, NOW = "Tue, 14 Nov 2023 22:13:20 GMT", "Fri, 15 Jan 2027 08:00:00 GMT"
 WHOLE = Version('"a"', DAY, "", 1000)

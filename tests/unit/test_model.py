@@ -4,33 +4,13 @@ from decimal import Decimal
 
 import pytest
 
-from service.model import (
-    BLOB,
-    EXTENSIONS,
-    FINAL,
-    MAX_CREDITS,
-    PREFIXES,
-    TERMINAL,
-    Image,
-    Links,
-    Report,
-    State,
-    Status,
-    Task,
-    blob_name,
-    credits_number,
-    event_document,
-    make_id,
-    may_become,
-    millionths,
-    outcome_digest,
-    rfc3339,
-    sequence_text,
-    status_of,
-    task_document,
-    type_matches,
-    with_links,
-)
+from service.credits import MAX_CREDITS, credits_number, millionths
+from service.events.documents import event_document, type_matches
+from service.ids import BLOB, EXTENSIONS, PREFIXES, blob_name, make_id, rfc3339, sequence_text
+from service.links import Links, with_links
+from service.tasks.document import Image, Task, task_document
+from service.tasks.state import TERMINAL, State, may_become, status_of
+from service.upstreams.base import FINAL, Report, Status, outcome_digest
 
 BASE = "https://d.test"
 IMAGE = Image("img_1", 0, "task_1/0-ab.png", "image/png", 1954330, "ab", 1280, 1024)

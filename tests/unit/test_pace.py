@@ -12,10 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.egress import Response
 from service.errors import NoPlace
-from service.model import Report
-from service.upstreams import Accepted, Found, NoAnswer, NotCreated, NotFound, Refused, Uncertain
+from service.net import Response
+from service.upstreams.base import (
+    Accepted,
+    Found,
+    NoAnswer,
+    NotCreated,
+    NotFound,
+    Refused,
+    Report,
+    Uncertain,
+)
 from service.upstreams.pace import RANK, Kind, Pace, throttled
 
 KINDS: tuple[Kind, ...] = tuple(RANK)

@@ -7,7 +7,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from service.pipeline.picture import FRAMES, KINDS, NoPicture, Picture, inspect
+from service.images.inspect_image import FRAMES, KINDS, NoPicture, Picture, inspect
 from tests.pictures import (
     SIZE,
     chunk,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from service.model import EXTENSIONS
-from service.pipeline.picture import KINDS
+from service.ids import EXTENSIONS
+from service.images.inspect_image import KINDS
 from tests.judge import BROKEN
 from tests.pictures import bombs, samples
 from tests.processes import ROOT, clean_environment

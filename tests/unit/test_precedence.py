@@ -6,8 +6,8 @@ import time
 import pytest
 
 from service.errors import StoreUnavailable
-from service.pipeline import precedence
-from service.pipeline.precedence import Precedence
+from service.web import precedence
+from service.web.precedence import Precedence
 from tests.waiting import wait_until
 
 

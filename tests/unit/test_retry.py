@@ -4,7 +4,7 @@ from email.utils import formatdate
 
 import pytest
 
-from service.pipeline.retry import (
+from service.queue.backoff import (
     confirm_wait,
     fault_wait,
     first_query_wait,

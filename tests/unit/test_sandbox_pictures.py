@@ -5,7 +5,7 @@ import io
 import pytest
 from PIL import Image
 
-from service.upstreams.sandbox.pictures import FORMATS, draw, fitted, font, wrapped
+from service.upstreams.sandbox.renderer import FORMATS, draw, fitted, font, wrapped
 
 
 def opened(data: bytes) -> Image.Image:

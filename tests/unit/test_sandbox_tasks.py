@@ -4,10 +4,10 @@ from decimal import Decimal
 
 import pytest
 
-from service.model import Status
+from service.upstreams.base import Status
 from service.upstreams.sandbox.checks import Order
+from service.upstreams.sandbox.lifecycle import Ledger, document, number
 from service.upstreams.sandbox.options import SandboxOptions
-from service.upstreams.sandbox.tasks import Ledger, document, number
 
 ORDER = Order("wan2.5-text-to-image", "a cat", 768, 768, 2, None)
 

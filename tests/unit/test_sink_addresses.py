@@ -3,9 +3,9 @@
 import pytest
 
 from service.errors import ConfigurationError
+from service.events.broker_addresses import SECURE, SinkAddress, sink_address
+from service.events.brokers import BrokerSink
 from service.settings import load_settings, masked
-from service.sinks.addresses import SECURE, SinkAddress, sink_address
-from service.sinks.broker import BrokerSink
 
 
 def test_an_address_has_its_parts() -> None:

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from service.ops.metrics import Metrics
 from service.signing import Keyring
-from service.web.callbacks import BURST, TURNS_S, WAIT_S, CallbackRoute, Turnstile
+from service.web.routes.callback_route import BURST, TURNS_S, WAIT_S, CallbackRoute, Turnstile
 
 CONNECTIONS, REQUESTS = 50, 30
 

@@ -15,19 +15,20 @@ import structlog
 from sqlalchemy import Connection, event, select
 from structlog.testing import capture_logs
 
+from service.db.sqlite import REMEMBERED, SqliteStore, open_sqlite
+from service.db.tables import events, tasks
+from service.db.transaction import Grant, Transaction
 from service.errors import StoreUnavailable
-from service.model import Report
 from service.ops.metrics import Metrics
-from service.pipeline import worker
-from service.pipeline.worker import Stage, WorkerPool
+from service.queue import crashes, leases, worker
+from service.queue.crashes import DEATH_LIMIT
+from service.queue.leases import LEASE_MS
+from service.queue.worker import Stage, WorkerPool
 from service.resources import new_id
-from service.store import LEASE_MS, Grant, Transaction, queries
-from service.store.operations import leases
-from service.store.operations.faults import DEATH_LIMIT
-from service.store.operations.submissions import Accepted, Submission, record_submissions
-from service.store.operations.tasks import NewTask, insert_tasks
-from service.store.sqlite import REMEMBERED, SqliteStore, open_sqlite
-from service.store.tables import events, tasks
+from service.tasks import task_queries
+from service.tasks.new_tasks import NewTask, insert_tasks
+from service.tasks.submissions import Accepted, Submission, record_submissions
+from service.upstreams.base import Report
 from tests.waiting import wait_until
 
 START = 1_757_165_031_000
@@ -52,7 +53,7 @@ class Shop:
         await asyncio.gather(*(self.store.write(insert_tasks, task) for task in made))
 
     async def row(self, task_id: str) -> Any:
-        return await self.store.read(queries.task_row, task_id, None)
+        return await self.store.read(task_queries.task_row, task_id, None)
 
     async def types(self) -> list[str]:
         def read(connection: Connection) -> list[str]:
@@ -583,7 +584,7 @@ async def test_a_suspect_that_another_process_took_is_left_to_it(
         looked.set()
         return [True for _ in stages]
 
-    monkeypatch.setattr(queries, "suspects", lambda _: True)
+    monkeypatch.setattr(crashes, "suspects", lambda _: True)
     monkeypatch.setattr(worker, "suspected", suspected)
     async with shop.working(finishing(shop.store, done)):
         await looked.wait()

@@ -5,7 +5,7 @@ on demand (contract section 7).
 in memory and dies with it.
 """
 
-from service.upstreams.sandbox.app import create_sandbox
+from service.upstreams.sandbox.emulator import create_sandbox
 from service.upstreams.sandbox.faults import FAULTS
 from service.upstreams.sandbox.options import SandboxOptions
 

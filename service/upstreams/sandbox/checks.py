@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.errors import ApiError
-from service.model import JSON
+from service.strict_json import JSON
 
 MAX_BODY = 1 << 20
 PROMPT_LENGTH = 2000

@@ -20,10 +20,11 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-from service.model import JSON, Status
+from service.strict_json import JSON
+from service.upstreams.base import Status
 from service.upstreams.sandbox.answers import Answer, Page, encoded
 from service.upstreams.sandbox.forgeries import FORGERIES
-from service.upstreams.sandbox.pictures import FORMATS
+from service.upstreams.sandbox.renderer import FORMATS
 from service.upstreams.sandbox.values import (
     BYTES,
     CREDITS,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from service.store import LEASE_MS
+from service.queue.leases import LEASE_MS
 
 Faults = dict[str, Any]
 LONG = 0.1  # the share of pauses that outlast a lease, in a run that is long enough

@@ -1,0 +1,296 @@
+"""The embedded store: one SQLite file, one writer, one process.
+
+WAL with `synchronous=FULL`: a commit that returned survives a power cut. One connection writes and
+checkpoints (SQLite before 3.51.3 can corrupt a WAL with two writers); readers are read-only. A
+batch's statements run in the event loop's thread: a thread of their own would wait for the
+interpreter's lock after each of them. So does the commit while the disk is quick; a slow disk is
+waited for by a thread.
+"""
+
+import asyncio
+import fcntl
+import json
+import os
+import sqlite3
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Concatenate
+
+import structlog
+from sqlalchemy import Connection, Engine, RootTransaction, create_engine, event
+from sqlalchemy.exc import DatabaseError
+from sqlalchemy.pool import NullPool, QueuePool
+
+from service.db import schema
+from service.db.batching import Batch, Call, Committer, Run, execute
+from service.db.clock import SteadyClock
+from service.db.integrity import begin, connecting, damaged, examine
+from service.db.store import Item, P, Result, Signals, Workers
+from service.db.transaction import Transaction
+from service.errors import ConfigurationError, StoreUnavailable
+from service.folders import make_folder
+from service.queue import leases
+
+READERS = 2
+QUICK_S = 0.003  # a disk that syncs in less is not worth a thread
+REMEMBERED = 16
+STALL_S = 0.05  # one such commit is enough to go to the thread
+
+
+log = structlog.get_logger()
+
+
+class FileLock:
+    """The proof that this process alone uses the store; the kernel frees it when the process ends,
+    however it ends.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = -1
+
+    def acquire(self) -> bool:
+        try:
+            make_folder(self.path.parent)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigurationError(
+                f"{self.path} cannot be written: {error.strerror}; DARKROOM_DATA_DIR must be a"
+                " folder that can"
+            ) from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            return False
+        return True
+
+    def release(self) -> None:
+        os.close(self._file)
+
+
+def engine(path: Path, *, readonly: bool) -> Engine:
+    made = create_engine(
+        "sqlite+pysqlite://",
+        creator=connecting(path, "ro" if readonly else "rw"),
+        poolclass=QueuePool if readonly else NullPool,
+        json_serializer=partial(
+            json.dumps, ensure_ascii=False
+        ),  # SQLite compares the text of names as it stands
+        hide_parameters=True,  # they hold prompts and tokens, and errors are logged
+        **({"pool_size": READERS, "max_overflow": 0} if readonly else {}),
+    )
+
+    @event.listens_for(made, "connect")
+    def prepare(connection: Any, _: object) -> None:
+        statements = [
+            # the writer runs on the loop, which waits for nobody
+            f"PRAGMA busy_timeout={5000 if readonly else 0}",
+            "PRAGMA foreign_keys=ON",
+            "PRAGMA cache_size=-16384",
+        ]
+        statements += (
+            ["PRAGMA query_only=ON"]
+            if readonly
+            else ["PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL"]
+        )
+        for statement in statements:
+            connection.execute(statement)
+
+    @event.listens_for(made, "begin")
+    def immediate(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN" if readonly else "BEGIN IMMEDIATE")
+
+    return made
+
+
+class SqliteStore:
+    """`Store` on one SQLite file; made by `open_sqlite`.
+
+    Once the file turns out to be damaged nothing more is written to it, until it was put right and
+    the process started anew.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        process: str,
+        new_id: Callable[[str, int], str],
+        clock: Callable[[], int],
+    ) -> None:
+        self.signals = Signals()
+        self.process = process
+        self.damaged = False
+        self._path = path
+        self.clock = clock
+        self._new_id = new_id
+        self._committing = ThreadPoolExecutor(1, "store-commit")
+        self._readers = ThreadPoolExecutor(READERS, "store-reader")
+        self._engine = engine(path, readonly=False)
+        self._reading = engine(path, readonly=True)
+        self._connection: Connection | None = None
+        self._commits = deque(
+            [1.0], REMEMBERED
+        )  # seconds; the first is made up, so that a slow disk is met on the thread
+        self._committer = Committer(self._run_batch, self.signals)
+
+    def _begin(self, connection: Connection, slots: dict[str, int]) -> Transaction:
+        return Transaction(connection, self.clock(), self.process, self._new_id, slots)
+
+    async def _run_batch(self, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
+        return await execute(self._transaction, self._begin, calls, slots)
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[Run]:
+        if self.damaged:
+            raise StoreUnavailable("the store is damaged")
+        if self._connection is None:
+            self._connection = self._engine.connect()
+        connection = self._connection
+
+        async def run(function: Callable[..., Any], *arguments: Any) -> Any:
+            return function(connection, *arguments)
+
+        transaction = connection.begin()
+        try:
+            yield run
+            await self._commit(transaction)
+        except BaseException as error:
+            self._judge(error)
+            transaction.rollback()
+            raise
+
+    def _judge(self, error: BaseException) -> None:
+        """Takes an error of SQLite's to heart: a damaged file is told of once."""
+        if damaged(error) and not self.damaged:
+            self.damaged = True
+            log.critical(
+                "store.damaged",
+                message=(
+                    f"{self._path}: {getattr(error, 'orig', error)}; nothing more is written to it"
+                ),
+            )
+
+    async def _commit(self, transaction: RootTransaction) -> None:
+        """Commits here while the disk is quick, else on a thread.
+
+        The quick quarter of the latest commits decides: the others tell of a busy processor, not of
+        the disk.
+        """
+
+        def commit() -> None:
+            started = time.perf_counter()
+            transaction.commit()
+            took = time.perf_counter() - started
+            self._commits.extend([took] * (REMEMBERED if took > STALL_S else 1))
+
+        if sorted(self._commits)[len(self._commits) // 4] <= QUICK_S:
+            commit()
+        else:
+            await asyncio.get_running_loop().run_in_executor(self._committing, commit)
+
+    async def write(
+        self,
+        operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]],
+        item: Item,
+        *,
+        urgent: bool = False,
+    ) -> Result:
+        return await self._committer.write(operation, item, urgent=urgent)
+
+    async def read(
+        self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
+    ) -> Result:
+        def run() -> Result:
+            try:
+                with self._reading.begin() as connection:
+                    return query(connection, *args, **kwargs)
+            except DatabaseError as error:
+                self._judge(error)
+                raise StoreUnavailable(
+                    f"the store cannot be read: {type(error.orig).__name__}"
+                ) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+
+    def attach(self, workers: Workers) -> None:
+        self._committer.workers = workers
+
+    def detach(self) -> None:
+        self._committer.workers = None
+
+    def prepare(self, *, migrate: bool) -> None:
+        """Migrates the schema and ends the leases of the process that had the store before."""
+        with self._engine.connect() as connection, connection.begin():
+            schema.migrate(connection, allowed=migrate)
+            tx = self._begin(connection, {})
+            leases.free_all(tx)
+            leases.keep_time(tx, [None])
+
+    async def run(self) -> None:
+        await self._committer.run()
+
+    def close(self) -> None:
+        self._committer.close()
+
+    def dispose(self) -> None:
+        """Closes the connections. The writer's, as the last, checkpoints; into a damaged file it
+        must not.
+        """
+        self._committing.shutdown()
+        self._readers.shutdown()
+        if not self.damaged:
+            self._reading.dispose()
+        if self._connection is not None:
+            self._connection.close()
+        self._reading.dispose()
+        self._engine.dispose()
+
+
+@asynccontextmanager
+async def open_sqlite(
+    path: Path,
+    *,
+    process: str,
+    new_id: Callable[[str, int], str],
+    clock: Callable[[], int] | None = None,
+    migrate: bool = True,
+) -> AsyncIterator[SqliteStore]:
+    """Opens the store for this process alone; ConfigurationError when another has it or the file is
+    not ours.
+    """
+    lock = FileLock(path.with_name(path.name + ".lock"))
+    if not lock.acquire():
+        raise ConfigurationError(f"another darkroom process uses {path}: only one may on SQLite")
+    try:
+        try:
+            await asyncio.to_thread(examine, path)
+            await asyncio.to_thread(begin, path)
+        except (DatabaseError, sqlite3.Error, OSError) as error:
+            raise ConfigurationError(
+                f"DARKROOM_DATABASE_URL: {path} cannot be used: {getattr(error, 'orig', error)}"
+            ) from error
+        store = SqliteStore(path, process=process, new_id=new_id, clock=clock or SteadyClock())
+        try:
+            try:
+                await asyncio.to_thread(store.prepare, migrate=migrate)
+            except DatabaseError as error:
+                raise ConfigurationError(
+                    f"DARKROOM_DATABASE_URL: {path} cannot be used: {error.orig}"
+                ) from error
+            committing = asyncio.create_task(store.run(), name="committer")
+            try:
+                yield store
+            finally:
+                store.close()
+                await committing
+        finally:
+            await asyncio.to_thread(store.dispose)
+    finally:
+        lock.release()

@@ -1,0 +1,94 @@
+"""The transaction that operations work with."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, Table, bindparam, insert, update
+
+from service.strict_json import JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The right to work on one row until the lease ends; a finish with an old `fence` changes
+    nothing.
+    """
+
+    stage: str
+    key: str
+    fence: int
+    attempts: int
+
+
+@dataclass(slots=True)
+class Emitted:
+    """An event of this transaction; it has its `sequence` once the transaction is committed."""
+
+    id: str
+    owner: str
+    type: str
+    task_id: str | None
+    data: JSON
+    terminal: bool = False
+    task_callback: bool = False  # the task has a callback_url of its own
+    called_back_at: int | None = None
+    sequence: int = 0
+    deliveries: int = 0
+
+
+@dataclass(slots=True)
+class Transaction:
+    """What an operation works with. `now` is the store's clock; `slots` are the free places of this
+    process's workers.
+    """
+
+    connection: Connection
+    now: int
+    process: str
+    new_id: Callable[[str, int], str]
+    slots: dict[str, int] = field(default_factory=dict)
+    granted: list[Grant] = field(default_factory=list)
+    emitted: list[Emitted] = field(default_factory=list)
+    steps: list[JSON] = field(default_factory=list)
+    touched: set[str] = field(
+        default_factory=set
+    )  # ids of tasks that changed, for those who wait for them
+    due: set[str] = field(default_factory=set)  # stages that have work which nobody was granted
+
+    inserts: dict[Table, list[JSON]] = field(default_factory=dict)
+    changes: dict[Table, dict[str, JSON]] = field(default_factory=dict)
+
+    def id(self, kind: str) -> str:
+        return self.new_id(kind, self.now)
+
+    def step(self, task_id: str, step: str, **detail: Any) -> None:
+        """Adds a line to the task's timeline."""
+        self.steps.append({"task_id": task_id, "time": self.now, "step": step, "detail": detail})
+
+    def insert(self, table: Table, row: JSON) -> None:
+        """Adds a row, at the next `write`; rows of one table must name the same columns."""
+        self.inserts.setdefault(table, []).append(row)
+
+    def change(self, table: Table, id: str, values: Mapping[str, Any]) -> None:
+        """Changes the row with this id, at the next `write`."""
+        if values:
+            self.changes.setdefault(table, {}).setdefault(id, {}).update(values)
+
+    def write(self) -> None:
+        """Sends what is gathered, a statement for many rows; after each operation, and before one
+        reads what it wrote.
+        """
+        for table, rows in self.inserts.items():
+            self.connection.execute(insert(table), rows)
+        self.inserts.clear()
+        for table, changed in self.changes.items():
+            alike: dict[frozenset[str], list[JSON]] = {}
+            for id in sorted(changed):
+                alike.setdefault(frozenset(changed[id]), []).append({"row_id": id, **changed[id]})
+            for names, parameters in alike.items():
+                statement = update(table).where(table.c.id == bindparam("row_id"))
+                self.connection.execute(
+                    statement.values({name: bindparam(name) for name in sorted(names)}), parameters
+                )
+        self.changes.clear()

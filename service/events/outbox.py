@@ -1,0 +1,124 @@
+"""The outbox: events and the deliveries derived from them, written last in the transaction that
+caused them.
+
+The sequence comes from one counter row that stays locked to the commit, so numbers become visible
+in their own order: a reader who continues after the last one it saw misses nothing, with any number
+of writers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import RowMapping, insert, or_, select, update
+
+from service.db.tables import counters, deliveries, endpoints, events, steps
+from service.db.transaction import Emitted, Transaction
+from service.events.documents import type_matches
+from service.queue import leases
+from service.strict_json import JSON
+from service.tasks.document import Task, task_document
+
+OPERATORS = "admin"
+
+
+def emit(
+    tx: Transaction, type: str, task: Task, row: Mapping[str, Any], *, terminal: bool = False
+) -> None:
+    """Adds an event of a task, with the task as it is now."""
+    tx.emitted.append(
+        Emitted(
+            id=tx.id("event"),
+            owner=task.owner,
+            type=type,
+            task_id=task.id,
+            data=task_document(task),
+            terminal=terminal,
+            task_callback=terminal and row["callback_url"] is not None,
+            called_back_at=row["called_back_at"] if terminal else None,
+        )
+    )
+
+
+def emit_operators(tx: Transaction, type: str, data: JSON, *, task_id: str | None = None) -> None:
+    """Adds an operators' event."""
+    tx.emitted.append(
+        Emitted(id=tx.id("event"), owner=OPERATORS, type=type, task_id=task_id, data=data)
+    )
+
+
+def flush(tx: Transaction) -> None:
+    """Writes what the transaction's operations left: timeline steps, events in sequence, their
+    deliveries.
+    """
+    if tx.steps:
+        tx.connection.execute(insert(steps), tx.steps)
+    if not tx.emitted:
+        return
+    takers = _takers(tx)
+    rows = [row for event in tx.emitted for row in _deliveries(tx, event, takers)]
+    last = tx.connection.execute(
+        update(counters)
+        .where(counters.c.name == "events")
+        .values(value=counters.c.value + len(tx.emitted))
+        .returning(counters.c.value)
+    ).scalar_one()
+    for event, sequence in zip(
+        tx.emitted, range(last - len(tx.emitted) + 1, last + 1), strict=True
+    ):
+        event.sequence = sequence
+    tx.connection.execute(
+        insert(events),
+        [
+            {
+                "sequence": event.sequence,
+                "id": event.id,
+                "owner": event.owner,
+                "type": event.type,
+                "task_id": event.task_id,
+                "terminal": event.terminal or None,
+                "time": tx.now,
+                "called_back_at": event.called_back_at,
+                "data": event.data,
+            }
+            for event in tx.emitted
+        ],
+    )
+    if rows:
+        tx.connection.execute(insert(deliveries), rows)
+
+
+def _takers(tx: Transaction) -> list[RowMapping]:
+    owners = {event.owner for event in tx.emitted}
+    statement = select(endpoints.c.id, endpoints.c.owner, endpoints.c.types).where(
+        endpoints.c.status != "disabled",
+        or_(endpoints.c.owner.is_(None), endpoints.c.owner.in_(owners)),
+    )
+    return list(tx.connection.execute(statement).mappings())
+
+
+def _deliveries(tx: Transaction, event: Emitted, takers: list[RowMapping]) -> list[dict[str, Any]]:
+    targets: list[tuple[str | None, str]] = [
+        (taker["id"], taker["owner"] or OPERATORS)
+        for taker in takers
+        if taker["owner"] in (None, event.owner)
+        and any(type_matches(pattern, event.type) for pattern in taker["types"])
+    ]
+    if event.task_callback:
+        targets.append((None, event.owner))
+    rows = []
+    for endpoint_id, owner in targets:
+        delivery_id = tx.id("delivery")
+        rows.append(
+            {
+                "id": delivery_id,
+                "owner": owner,
+                "endpoint_id": endpoint_id,
+                "event_id": event.id,
+                "task_id": event.task_id,
+                "state": "pending",
+                "created_at": tx.now,
+                **leases.born(tx, "deliver", delivery_id),
+            }
+        )
+    event.deliveries = len(rows)
+    return rows

@@ -1,0 +1,62 @@
+"""Ids, the names of stored images, and times as text."""
+
+import base64
+import re
+from datetime import UTC, datetime
+
+PREFIXES = {
+    "task": "task_",
+    "image": "img_",
+    "event": "evt_",
+    "callback": "cb_",
+    "endpoint": "ep_",
+    "delivery": "dlv_",
+    "replay": "rpl_",
+    "attempt": "att_",
+    "key": "key_",
+    "request": "req_",
+}
+
+
+def make_id(kind: str, now: int, random: bytes) -> str:
+    """An id: prefix and 26 lower-case base32 characters of 48 bits of `now` and 80 random bits.
+
+    The time in front keeps neighbours in time neighbours in an index. `random` must be 10 bytes.
+    """
+    if len(random) != 10:
+        raise ValueError("an id wants 10 random bytes")
+    raw = (now % 2**48).to_bytes(6, "big") + random
+    return PREFIXES[kind] + base64.b32encode(raw).decode("ascii").rstrip("=").lower()
+
+
+def rfc3339(ms: int) -> str:
+    """`2026-01-31T23:59:59.123Z`."""
+    return (
+        datetime.fromtimestamp(ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{ms % 1000:03d}Z"
+    )
+
+
+def sequence_text(sequence: int) -> str:
+    """A place in the outbox as readers see it: 20 digits, so that text order is number order."""
+    return f"{sequence:020d}"
+
+
+EXTENSIONS = {
+    "image/png": "png",
+    "image/jpeg": "jpg",
+    "image/webp": "webp",
+    "image/gif": "gif",
+    "image/avif": "avif",
+}
+
+
+# asked for by URL: visible ASCII, no dot in front, at most 200 characters
+UPSTREAM_ID = r"[!-\-/-~][!-~]{0,199}"
+
+
+BLOB = re.compile(r"task_[a-z2-7]{26}/[0-9]{1,9}-[0-9a-f]{64}\.[a-z]{1,8}", re.ASCII)
+
+
+def blob_name(task_id: str, index: int, sha256: str, media_type: str) -> str:
+    """What an image is kept as: the same after a crash, and nothing is shared between tasks."""
+    return f"{task_id}/{index}-{sha256}.{EXTENSIONS[media_type]}"

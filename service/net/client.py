@@ -1,0 +1,307 @@
+"""The guarded client of one purpose."""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from ipaddress import ip_address
+from types import MappingProxyType
+from typing import Self
+
+import httpx
+from httpx_aiohttp import AiohttpTransport
+
+from service.errors import EgressRefused, NotConnected
+from service.net.addresses import Address, Network, forbidden
+from service.net.transport import (
+    CONNECT,
+    KEEP_ALIVE_S,
+    Call,
+    Content,
+    Judge,
+    Resolve,
+    not_connected,
+    open_transport,
+    send,
+    system,
+    translated,
+)
+from service.net.urls import MAX_URL, Target, parse_url
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+MANY = 64  # addresses of a name; more are an attack on whoever judges them
+TRIED = 8  # of them in one call: nobody's name makes us knock at dozens of doors
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+KEPT_ACROSS_ORIGINS = frozenset({"accept", "if-range", "range", "user-agent"})
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What one purpose may reach.
+
+    `networks`: not globally routable, reached all the same, with plain http too. `hosts`: None is
+    any, `.x` every subdomain of x, `x` exactly x; it holds for literal addresses as well.
+    `redirects`: how many a GET or HEAD follows, 0 makes a 3xx an answer like any other. `upgrade`:
+    an http link to a host outside `networks` is fetched by https. `max_url`: in characters.
+    """
+
+    purpose: str
+    networks: tuple[Network, ...] = ()
+    hosts: tuple[str, ...] | None = None
+    redirects: int = 0
+    upgrade: bool = False
+    max_url: int = MAX_URL
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """An answer: header names in lower case, the body as sent (never decoded), cut at the caller's
+    limit; `duration` in seconds.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    truncated: bool
+    duration: float
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """An answer whose body is still to come; `url` is the one that was fetched in the end. `chunks`
+    may be iterated once.
+    """
+
+    status: int
+    headers: Mapping[str, str]
+    url: str
+    chunks: Callable[[], AsyncIterator[bytes]]
+
+
+class Egress:
+    """The guarded client of one purpose, an async context manager.
+
+    Raises EgressRefused (also told to `on_refused`: purpose, host, reason), NotConnected,
+    CallTimedOut, ConnectionLost. On a kept connection that the other side closes a GET is sent once
+    more; a POST is ConnectionLost, as it may have been seen. `resolve` replaces the system's, `tls`
+    the usual trust (`SSL_CERT_FILE`, else certifi's); idle connections live `keep_alive` seconds.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        *,
+        connections: int = 64,
+        on_refused: Callable[[str, str, str], None] | None = None,
+        resolve: Resolve | None = None,
+        tls: ssl.SSLContext | None = None,
+        keep_alive: float = KEEP_ALIVE_S,
+    ) -> None:
+        self.rules = rules
+        self._connections = connections
+        self._on_refused = on_refused
+        self._resolve = resolve or partial(system, rules.purpose)
+        self._tls = tls
+        self._keep_alive = keep_alive
+        self._transports: dict[str, AiohttpTransport] = {}
+
+    async def __aenter__(self) -> Self:
+        tls = self._tls or httpx.create_ssl_context()
+        for scheme in ("https", "http"):
+            judge = Judge(partial(self._judged_addresses, plain=scheme == "http"))
+            self._transports[scheme] = open_transport(
+                judge, tls, self._connections, self._keep_alive
+            )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for transport in self._transports.values():
+            await transport.aclose()
+
+    def check_url(self, url: str) -> None:
+        """Judge a URL by its text alone; EgressRefused."""
+        self._target(url)
+
+    async def check(self, url: str) -> None:
+        """Judge a URL by its text and by every address its name has now; EgressRefused,
+        NotConnected when it has none.
+        """
+        target = self._target(url)
+        try:
+            async with asyncio.timeout(CONNECT):
+                target = await self._ready(target)
+                if target.address is None:
+                    await self._judged_addresses(target.host, plain=target.scheme == "http")
+        except TimeoutError as error:
+            raise NotConnected("the name was not looked up in time") from error
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] = NOTHING,
+        content: Content | None = None,
+        timeout: float,
+        max_bytes: int = 1 << 20,
+    ) -> Response:
+        """One call, whole within `timeout` seconds. Of a body over `max_bytes` the beginning comes
+        back.
+        """
+        started = asyncio.get_running_loop().time()
+        call, body = Call(), bytearray()
+        with translated(call):
+            async with asyncio.timeout(timeout):
+                response = await self._answer(call, method, url, headers, content)
+                try:
+                    async for chunk in response.aiter_raw():
+                        body += chunk
+                        if len(body) > max_bytes:
+                            break
+                finally:
+                    await response.aclose()
+        duration = asyncio.get_running_loop().time() - started
+        return Response(
+            response.status_code,
+            dict(response.headers),
+            bytes(body[:max_bytes]),
+            len(body) > max_bytes,
+            duration,
+        )
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] = NOTHING,
+        timeout: float,
+        idle: float,
+    ) -> AsyncIterator[Streamed]:
+        """One call whose body is read in pieces: whole within `timeout` seconds, with never `idle`
+        seconds without a byte.
+        """
+        clock = asyncio.get_running_loop().time
+        end, call = clock() + timeout, Call()
+        with translated(call):
+            async with asyncio.timeout_at(end):
+                response = await self._answer(call, method, url, headers, None, idle)
+
+        async def chunks() -> AsyncIterator[bytes]:
+            raw, chunk = response.aiter_raw(), b""
+            while True:
+                with translated(call):
+                    async with asyncio.timeout_at(min(end, clock() + idle)):
+                        chunk = await anext(raw, b"")
+                if not chunk:
+                    return
+                yield chunk
+
+        try:
+            yield Streamed(response.status_code, dict(response.headers), call.url, chunks)
+        finally:
+            await response.aclose()
+
+    async def _answer(
+        self,
+        call: Call,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        content: Content | None,
+        idle: float | None = None,
+    ) -> httpx.Response:
+        """The head of the last answer, after redirects; its body is unread and the caller closes
+        it.
+        """
+        target = await self._ready(self._target(url))
+        for _ in range(self.rules.redirects + 1):
+            call.url, call.host = target.url, target.host
+            async with asyncio.timeout(idle):
+                response = await send(
+                    self._transports[target.scheme], call, method, headers, content
+                )
+            location = response.headers.get("location")
+            follow = (
+                self.rules.redirects
+                and method in ("GET", "HEAD")
+                and response.status_code in REDIRECTS
+            )
+            if not follow or location is None:
+                return response
+            await response.aclose()
+            following = await self._ready(self._target(location, call.url))
+            if following.origin != target.origin:  # a key or a cookie is meant for who was asked
+                headers = {
+                    name: value
+                    for name, value in headers.items()
+                    if name.lower() in KEPT_ACROSS_ORIGINS
+                }
+            target = following
+        raise self._refused(target.host, f"more than {self.rules.redirects} redirects")
+
+    def _target(self, url: str, base: str = "") -> Target:
+        """A URL judged by its text."""
+        try:
+            target = parse_url(url, base, self.rules.max_url)
+        except ValueError as error:
+            raise self._refused("", str(error)) from error
+        rules, host, address = self.rules, target.host, target.address
+        if rules.hosts is not None and not any(
+            host == known or (known[:1] == "." and host.endswith(known)) for known in rules.hosts
+        ):
+            raise self._refused(host, "the host is not one of those allowed")
+        if target.scheme == "http" and not rules.networks:
+            if not rules.upgrade:
+                raise self._refused(host, "plain http is not allowed")
+            target = target.upgraded
+        if address is not None:
+            target = self._upgraded(target, (address,))
+            self._judge(host, (address,), plain=target.scheme == "http")
+        return target
+
+    def _upgraded(self, target: Target, addresses: Iterable[Address]) -> Target:
+        """An http link as https, if the rules say so and it leads out of the networks."""
+        upgrade = self.rules.upgrade and target.scheme == "http"
+        outside = upgrade and any(
+            forbidden(address, self.rules.networks, plain=True) for address in addresses
+        )
+        return target.upgraded if outside else target
+
+    def _judge(self, host: str, addresses: Iterable[Address], *, plain: bool) -> None:
+        """All addresses of a host; one that is forbidden refuses them all, as the name is in
+        somebody else's hands.
+        """
+        for address in addresses:
+            if (reason := forbidden(address, self.rules.networks, plain=plain)) is not None:
+                raise self._refused(host, reason)
+
+    async def _ready(self, target: Target) -> Target:
+        if target.scheme == "http" and self.rules.upgrade and target.address is None:
+            return self._upgraded(target, await self._addresses(target.host))
+        return target
+
+    async def _addresses(self, host: str) -> Sequence[Address]:
+        try:
+            found = [ip_address(text) for text in (await self._resolve(host))[: MANY + 1]]
+        except OSError as error:
+            raise not_connected(error)(f"{host}: {error.strerror or 'no address'}") from error
+        if not found:
+            raise NotConnected(f"{host}: no address")
+        if len(found) > MANY:
+            raise self._refused(host, f"the name has more than {MANY} addresses")
+        return found
+
+    async def _judged_addresses(self, host: str, *, plain: bool) -> Sequence[Address]:
+        found = await self._addresses(host)
+        self._judge(host, found, plain=plain)
+        return found[:TRIED]
+
+    def _refused(self, host: str, reason: str) -> EgressRefused:
+        if self._on_refused is not None:
+            self._on_refused(self.rules.purpose, host, reason)
+        return EgressRefused(f"{host}: {reason}" if host else reason)

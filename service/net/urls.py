@@ -1,0 +1,195 @@
+"""URLs read so that no two parsers could differ over them."""
+
+import re
+import unicodedata
+from dataclasses import dataclass, replace
+from ipaddress import AddressValueError, IPv4Address, IPv6Address
+from urllib.parse import urljoin
+
+import httpx
+
+from service.net.addresses import Address
+
+MAX_URL = 2048  # what the upstream takes of a callback_url; characters
+URL = re.compile(r"(https?)://([^/?#]*)([^#]*)(?:#.*)?", re.IGNORECASE | re.DOTALL)
+SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE | re.ASCII)
+# The Fetch standard's bad ports (section 2.9), other protocols' whose servers might act on parts of
+# a request, but for 1 and 9, which nobody serves: addresses that are meant to answer nothing are
+# written with them.
+OTHERS_PORTS = frozenset(
+    (
+        *(
+            7,
+            11,
+            13,
+            15,
+            17,
+            19,
+            20,
+            21,
+            22,
+            23,
+            25,
+            37,
+            42,
+            43,
+            53,
+            69,
+            77,
+            79,
+            87,
+            95,
+            101,
+            102,
+            103,
+            104,
+            109,
+            110,
+            111,
+            113,
+            115,
+        ),
+        *(
+            117,
+            119,
+            123,
+            135,
+            137,
+            139,
+            143,
+            161,
+            179,
+            389,
+            427,
+            465,
+            512,
+            513,
+            514,
+            515,
+            526,
+            530,
+            531,
+            532,
+            540,
+            548,
+            554,
+            556,
+            563,
+            587,
+        ),
+        *(
+            601,
+            636,
+            989,
+            990,
+            993,
+            995,
+            1719,
+            1720,
+            1723,
+            2049,
+            3659,
+            4045,
+            4190,
+            5060,
+            5061,
+            6000,
+            6566,
+            6665,
+            6666,
+            6667,
+            6668,
+            6669,
+        ),
+        *(6679, 6697, 10080),
+    )
+)
+AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::([0-9]{1,5}))?", re.IGNORECASE | re.ASCII)
+LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
+NUMBER = re.compile(
+    r"[0-9]+|0x[0-9a-f]*", re.ASCII
+)  # a host that ends so is an IPv4 address (WHATWG URL)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A URL taken apart without a doubt: `host` in ASCII, lower case, without brackets or last dot;
+    `address` when it is a literal.
+    """
+
+    scheme: str
+    host: str
+    port: int | None
+    path: str
+    address: Address | None
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port is None else f":{self.port}"
+        return str(httpx.URL(f"{self.scheme}://{host}{port}{self.path}"))
+
+    @property
+    def upgraded(self) -> "Target":
+        return replace(self, scheme="https", port=None if self.port == 80 else self.port)
+
+    @property
+    def origin(self) -> tuple[str, str, int]:
+        return self.scheme, self.host, self.port or (443 if self.scheme == "https" else 80)
+
+
+def parse_url(text: str, base: str = "", longest: int = MAX_URL) -> Target:
+    """Take a URL apart (relative to `base`); ValueError, with the reason, for everything two
+    parsers might read differently.
+    """
+    if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in text):
+        raise ValueError("a URL has no control characters")
+    url = (
+        text if not base or SCHEME.match(text) else urljoin(base, text)
+    )  # alone, `urljoin` would read `http:///x` as a path
+    if len(url) > longest:
+        raise ValueError(f"a URL has at most {longest} characters")
+    if (parts := URL.fullmatch(url)) is None:
+        raise ValueError("only http and https URLs are fetched")
+    scheme, authority, path = parts[1].lower(), parts[2], parts[3]
+    if "@" in authority:
+        raise ValueError("a URL has no user name or password")
+    if (place := AUTHORITY.fullmatch(authority)) is None:
+        raise ValueError("the host or port of the URL is not valid")
+    port = None if place[2] is None else int(place[2])
+    if port is not None and not 0 < port < 65536:
+        raise ValueError("the port of the URL is not valid")
+    if port in OTHERS_PORTS:
+        raise ValueError("the port of the URL is another protocol's")
+    host, address = parse_host(place[1])
+    return Target(scheme, host, port, path, address)
+
+
+def parse_host(text: str) -> tuple[str, Address | None]:
+    """A URL's host as ASCII, with its address if it is a literal; ValueError for every notation of
+    an address but the plain one.
+    """
+    if text.startswith("["):
+        try:
+            literal = IPv6Address(text[1:-1])
+        except AddressValueError as error:
+            raise ValueError("the host of the URL is not valid") from error
+        return str(literal), literal
+    host = text
+    if not host.isascii():
+        if unicodedata.normalize("NFKC", host) != host:  # full-width digits and their like
+            raise ValueError("the host of the URL is not in normal form")
+        try:
+            host = httpx.URL(f"https://{host}/").raw_host.decode("ascii")
+        except httpx.InvalidURL as error:
+            raise ValueError("the host of the URL is not valid") from error
+    host = host.lower().removesuffix(".")
+    labels = host.split(".")
+    if NUMBER.fullmatch(labels[-1]):
+        try:
+            return host, IPv4Address(host)
+        except AddressValueError as error:
+            raise ValueError("the host of the URL is an address in an odd notation") from error
+    if len(host) > 253 or not all(LABEL.fullmatch(label) for label in labels):
+        raise ValueError("the host of the URL is not valid")
+    return host, None

@@ -1,0 +1,217 @@
+"""The outside of the settings: which variables are ours, and what may stand in one."""
+
+import re
+from collections.abc import Mapping
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import SplitResult, urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+from pydantic_settings import BaseSettings, DotEnvSettingsSource
+
+from service.errors import ConfigurationError
+from service.events.broker_addresses import SinkAddress, distinct, sink_address, split_addresses
+
+PREFIX = "DARKROOM_"
+ADMIN_KEY_CHARS = 16
+SECRET_KEY_BYTES = 32
+TEN_YEARS_S = 10 * 366 * 86_400
+
+# What a cluster sets for a Service called "darkroom" or "darkroom-…", by name and by value.
+SERVICE_LINK_NAME = re.compile(
+    r"DARKROOM_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
+
+VISIBLE = re.compile(r"[!-~]+")
+HOST = re.compile(r"[a-z0-9_.:-]+")
+BUCKET = re.compile(
+    r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9._-]{0,99}){0,8}"
+)
+RESULT_HOST = re.compile(r"\.?[a-z0-9_]([a-z0-9_.-]*[a-z0-9])?")
+
+Network = IPv4Network | IPv6Network
+
+
+def variables_of(env_file: Path | None) -> Mapping[str, str | None]:
+    """What the file sets; nothing when it is not there."""
+    try:
+        return DotEnvSettingsSource(
+            BaseSettings, env_file=env_file, env_file_encoding="utf-8", case_sensitive=True
+        ).env_vars
+    except (OSError, UnicodeError) as error:
+        raise ConfigurationError(f"{env_file} cannot be read: {type(error).__name__}") from None
+
+
+def ours(name: str, value: str | None) -> bool:
+    """Whether a variable is meant as a setting: by its prefix in any case, unless a cluster or a
+    test run has set it.
+    """
+    link = SERVICE_LINK_NAME.fullmatch(name) or (
+        name.endswith("PORT") and SERVICE_LINK_VALUE.match(value or "")
+    )
+    return name.upper().startswith(PREFIX) and not name.startswith(PREFIX + "TEST_") and not link
+
+
+def split(value: object) -> object:
+    """A comma-separated text as its parts; anything else as it is."""
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip())
+        if isinstance(value, str)
+        else value
+    )
+
+
+def lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+def network(value: object) -> Network:
+    if isinstance(value, IPv4Network | IPv6Network):
+        return value
+    try:
+        return ip_network(str(value))
+    except ValueError:
+        raise ValueError(
+            "should be a network like 10.0.0.0/8 or fd00::/8, without host bits"
+        ) from None
+
+
+def literal(host: str) -> IPv4Address | IPv6Address | None:
+    """The address that a URL's host spells out; None for a name."""
+    try:
+        return ip_address(host)
+    except ValueError:
+        return None
+
+
+def result_host(value: str) -> str:
+    value = value.lower()
+    if not RESULT_HOST.fullmatch(value) and not literal(value):
+        raise ValueError(
+            "should be a host, or .name for every subdomain, without scheme, port or path"
+        )
+    return value
+
+
+def token(value: SecretStr) -> SecretStr:
+    if not VISIBLE.fullmatch(value.get_secret_value()):  # it travels in a header
+        raise ValueError("should be visible ASCII characters without spaces")
+    return value
+
+
+def long_enough(value: SecretStr) -> SecretStr:
+    if len(value.get_secret_value()) < ADMIN_KEY_CHARS:
+        raise ValueError(f"should have at least {ADMIN_KEY_CHARS} characters")
+    return value
+
+
+def address(value: str) -> SplitResult:
+    """The parts of an http(s) URL that paths can be put behind; ValueError says what is wrong with
+    it.
+    """
+    if not VISIBLE.fullmatch(value):
+        raise ValueError("should be visible ASCII characters without spaces")
+    try:
+        parts = urlsplit(value)
+        _ = parts.port
+    except ValueError:
+        raise ValueError("should be a URL with a valid host and port") from None
+    if parts.scheme not in ("http", "https") or not HOST.fullmatch(parts.hostname or ""):
+        raise ValueError("should be an http or https URL with a host")
+    if "@" in parts.netloc or "?" in value or "#" in value:
+        raise ValueError("should have no user, password, query or fragment")
+    return parts
+
+
+def postgres(value: str) -> SplitResult:
+    """The parts of a PostgreSQL URL; ValueError, without a word of it, when it is none or hides a
+    password in a wrong place.
+    """
+    try:
+        parts = urlsplit(value)
+        for host in parts.netloc.rpartition("@")[2].split(","):
+            _ = urlsplit(f"//{host}").port
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme != "postgresql" or "@" in parts.path + parts.query or parts.fragment:
+        raise ValueError(
+            "should be sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/NAME, special"
+            " characters percent-encoded"
+        )
+    return parts
+
+
+def folder(value: Path) -> Path:
+    try:
+        return value.expanduser().absolute()
+    except RuntimeError:  # ~ of nobody
+        raise ValueError("should be a folder of a user that exists") from None
+
+
+def requests(value: str) -> str:
+    """Requests per time as the library `limits` writes them; of several `Retry-After` would be true
+    for one alone.
+    """
+    try:
+        from limits import parse_many
+    except ImportError:
+        raise ValueError("needs the extra limits: darkroom-service[limits]") from None
+    try:
+        possible = [limit.amount > 0 for limit in parse_many(value)] == [True]
+    except ValueError:
+        possible = False
+    if not possible:
+        raise ValueError("should be requests per time, such as 600/minute")
+    return value
+
+
+def not_yet(value: object) -> object:
+    if value:
+        raise ValueError("is not supported by this version: it should be unset")
+    return value
+
+
+def keys_of(text: str) -> list[bytes]:
+    """The comma-separated keys of a secret; ValueError when one is short or none is there."""
+    keys = [part.strip().encode() for part in text.split(",")]
+    if any(len(key) < SECRET_KEY_BYTES for key in keys):
+        raise ValueError(
+            f"should be comma-separated keys of at least {SECRET_KEY_BYTES} bytes each"
+        )
+    return keys
+
+
+def long_keys(value: SecretStr) -> SecretStr:
+    keys_of(value.get_secret_value())
+    return value
+
+
+Seconds = Annotated[float, Field(gt=0, le=TEN_YEARS_S, allow_inf_nan=False)]
+Days = Annotated[float, Field(gt=0, le=TEN_YEARS_S // 86_400, allow_inf_nan=False)]
+Schedule = Annotated[
+    tuple[Seconds, ...], BeforeValidator(split), Field(min_length=1, max_length=100)
+]
+Networks = Annotated[
+    tuple[Annotated[Network, BeforeValidator(network)], ...], BeforeValidator(split)
+]
+Hosts = Annotated[
+    tuple[Annotated[str, AfterValidator(result_host)], ...],
+    BeforeValidator(split),
+    Field(min_length=1),
+]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Slots = Annotated[int, Field(ge=1, le=1024)]
+Token = Annotated[SecretStr, AfterValidator(token)]
+AdminKey = Annotated[SecretStr, AfterValidator(token), AfterValidator(long_enough)]
+SecretKeys = Annotated[SecretStr, AfterValidator(long_keys)]
+Folder = Annotated[Path, AfterValidator(folder)]
+NOT_YET = AfterValidator(not_yet)
+Sinks = Annotated[
+    tuple[Annotated[SinkAddress, BeforeValidator(sink_address)], ...],
+    BeforeValidator(split_addresses),
+    AfterValidator(distinct),
+]
+Requests = Annotated[str, AfterValidator(requests)]
+Lower = BeforeValidator(lower)

@@ -1,0 +1,1 @@
+"""The steps of a task: accepted, submitted, called back, confirmed, ended."""

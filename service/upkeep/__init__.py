@@ -1,0 +1,1 @@
+"""Housekeeping: retention, new encryption keys, restored stores, figures."""

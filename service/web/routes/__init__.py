@@ -1,0 +1,1 @@
+"""The URLs of the service, and what answers each."""

@@ -1,0 +1,94 @@
+"""Whether the process lives, whether it can take a callback, and its figures."""
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service.db.readiness import mark
+from service.errors import ApiError, BlobUnavailable, StoreUnavailable
+from service.events import event_queries
+from service.ops.metrics import CONTENT_TYPE
+from service.upkeep import store_figures
+from service.web.auth import SCOPES
+from service.web.context import Context, context_of
+
+READY_S = 5.0
+SINK_LATE_MS = 60_000  # a broker that is further behind degrades
+
+
+async def healthz(_: Request) -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def readyz(request: Request) -> Response:
+    """503 only when the store cannot commit; causes are shown to a key alone."""
+    context = context_of(request)
+    try:
+        async with asyncio.timeout(READY_S):
+            await context.resources.store.write(mark, None, urgent=True)
+    except (StoreUnavailable, TimeoutError):
+        return JSONResponse(
+            {"status": "unavailable", **await _causes(request, context, ["store"])},
+            503,
+            headers={"Retry-After": "1"},
+        )
+    causes = []
+    if context.resources.store.signals.stopping:
+        causes.append("stopping")
+    if not await _blobs_answer(context):
+        causes.append("blobs")
+    if context.workers_alive is not None and not context.workers_alive():
+        causes.append("workers")
+    if not context.resources.upstream.answering or context.account.refused:
+        causes.append("upstream")
+    if context.sinks and (context.sinks_failing() or await _sinks_late(context)):
+        causes.append("brokers")
+    return JSONResponse(
+        {"status": "degraded" if causes else "ok", **await _causes(request, context, causes)}
+    )
+
+
+async def _blobs_answer(context: Context) -> bool:
+    """Whether the store for images answers, and has the room it should have."""
+    try:
+        async with asyncio.timeout(READY_S):
+            await context.resources.blobs.check()
+    except (BlobUnavailable, TimeoutError):
+        return False
+    free = await _free_bytes(context)
+    return free is None or free >= max(1, context.intake.min_free_bytes)
+
+
+async def _sinks_late(context: Context) -> bool:
+    store = context.resources.store
+    behind = await store.read(event_queries.sinks_behind, context.sinks)
+    return any(
+        oldest is not None and oldest < store.clock() - SINK_LATE_MS for oldest in behind.values()
+    )
+
+
+async def _free_bytes(context: Context) -> int | None:
+    """The room for images, 0 where there is no store for them; None: nobody knows."""
+    try:
+        return await context.resources.blobs.free_bytes()
+    except BlobUnavailable:
+        return 0
+
+
+async def _causes(request: Request, context: Context, causes: list[str]) -> dict[str, list[str]]:
+    if "authorization" not in request.headers:
+        return {}
+    try:
+        await context.access.caller(request, *SCOPES)
+    except (ApiError, StoreUnavailable):
+        return {}
+    return {"causes": causes}
+
+
+async def metrics(request: Request) -> Response:
+    context, resources = context_of(request), context_of(request).resources
+    figures = await resources.store.read(store_figures.figures)
+    figures["sinks_behind"] = await resources.store.read(event_queries.sinks_behind, context.sinks)
+    body = resources.metrics.show(figures, resources.clock(), await _free_bytes(context))
+    return Response(body, headers={"content-type": CONTENT_TYPE})
