@@ -13,7 +13,13 @@ from service.db.transaction import Grant
 from service.errors import ConfigurationError, StoreUnavailable
 from service.events import event_queries
 from service.events.courtesy import Courtesy
-from service.events.deliveries import Attempt, ByHand, Outcome, record_attempts, record_by_hand
+from service.events.delivery_records import (
+    Attempt,
+    ByHand,
+    Outcome,
+    record_attempts,
+    record_by_hand,
+)
 from service.events.documents import event_document
 from service.events.event_queries import Parcel
 from service.events.feed import render, written

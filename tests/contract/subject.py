@@ -15,7 +15,7 @@ from service.db.rows import Row
 from service.db.store import Item, Result, Store
 from service.db.tables import events, images, tasks
 from service.db.transaction import Grant, Transaction
-from service.events.deliveries import Attempt, Outcome, record_attempts
+from service.events.delivery_records import Attempt, Outcome, record_attempts
 from service.events.endpoints import Endpoint, EndpointChange, change_endpoints, insert_endpoints
 from service.events.replay_queries import Wanted, replay_extent
 from service.events.replays import Replay, insert_replays

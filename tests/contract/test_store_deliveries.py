@@ -10,7 +10,7 @@ from service.db.rows import Row
 from service.db.tables import attempts, deliveries, endpoints
 from service.db.transaction import Grant
 from service.events import event_queries
-from service.events.deliveries import Attempt, Outcome, record_attempts
+from service.events.delivery_records import Attempt, Outcome, record_attempts
 from service.events.endpoints import Endpoint, EndpointChange, change_endpoints, insert_endpoints
 from service.queue import leases
 from tests.contract.subject import DAY, HOUR, LEASE, MINUTE, SECOND, Subject, new_id

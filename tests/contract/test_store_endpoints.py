@@ -7,7 +7,14 @@ import pytest
 from service.db.rows import Row
 from service.db.tables import attempts, deliveries, endpoints, owners
 from service.db.transaction import Grant
-from service.events.deliveries import Attempt, ByHand, Outcome, record_attempts, record_by_hand
+from service.events import delivery_records
+from service.events.delivery_records import (
+    Attempt,
+    ByHand,
+    Outcome,
+    record_attempts,
+    record_by_hand,
+)
 from service.events.endpoints import EndpointChange, change_endpoints
 from service.queue import leases
 from service.tasks.owner_keys import SecretChange, change_secrets
@@ -62,7 +69,7 @@ async def test_what_waited_for_a_dead_endpoint_is_due_when_it_is_back(
     """The first success after failures: what was put off and never tried, so many at once; retries
     keep their schedule.
     """
-    monkeypatch.setattr(deliveries, "HASTENED", 2)
+    monkeypatch.setattr(delivery_records, "HASTENED", 2)
     endpoint, other = await subject.endpoint(), await subject.endpoint()
     failing, retry = await first(subject, endpoint), await first(subject, endpoint)
     await subject.attempt(retry, "retry", wait_ms=HOUR)

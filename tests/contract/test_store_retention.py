@@ -15,7 +15,7 @@ from service.db.readiness import mark
 from service.db.tables import attempts, callbacks, deliveries, events, metadata, steps
 from service.db.transaction import Transaction
 from service.events import event_queries
-from service.events.deliveries import Attempt, Outcome, record_attempts
+from service.events.delivery_records import Attempt, Outcome, record_attempts
 from service.images import image_queries
 from service.tasks import task_queries
 from service.tasks.cancel import Cancellation, cancel_tasks

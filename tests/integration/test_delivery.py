@@ -25,7 +25,7 @@ from service import app
 from service.app import stages
 from service.db.tables import endpoints
 from service.db.transaction import Grant, Transaction
-from service.events.deliveries import Outcome
+from service.events.delivery_records import Outcome
 from service.events.delivery_worker import Deliverer
 from service.events.event_queries import Parcel
 from service.events.secrets import encode_secrets, valid_secrets

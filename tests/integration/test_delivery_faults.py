@@ -21,7 +21,7 @@ from service.db.tables import deliveries, events
 from service.db.transaction import Grant, Transaction
 from service.errors import StoreUnavailable
 from service.events import delivery_worker
-from service.events.deliveries import record_attempts
+from service.events.delivery_records import record_attempts
 from service.events.delivery_worker import Deliverer
 from service.events.webhook import WebhookSink
 from service.queue import worker

@@ -5,7 +5,7 @@ from typing import Any
 
 from service.db.tables import QUEUES
 from service.db.transaction import Grant
-from service.events.deliveries import record_attempts
+from service.events.delivery_records import record_attempts
 from service.images.downloads import record_downloads
 from service.queue import crashes, leases
 from service.queue.crashes import Fault, claim_suspects, record_faults

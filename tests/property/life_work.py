@@ -14,7 +14,7 @@ from typing import Any
 from service.db.rows import Row
 from service.db.transaction import Grant
 from service.events import event_queries
-from service.events.deliveries import Attempt, Outcome, record_attempts
+from service.events.delivery_records import Attempt, Outcome, record_attempts
 from service.events.event_queries import Parcel
 from service.images import image_queries
 from service.images.downloads import Download, Lost, Retry, Stored, record_downloads
