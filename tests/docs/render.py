@@ -16,6 +16,7 @@ from service.ops import lines
 from service.ops.metrics import Metrics
 from service.queue import checkpoints
 from service.settings import settings_table
+from service.upstreams.sandbox import FAULTS
 from service.web.routes.table import SPECS
 
 ROOT = Path(__file__).parents[2]
@@ -80,6 +81,14 @@ def usage(parameter: Any) -> str:
     return word if parameter.required else f"[{word}]"
 
 
+def faults_table() -> str:
+    """Every fault of the sandbox with the values that it takes."""
+    rows = ["| fault | value | effect |", "|---|---|---|"]
+    for name, fault in FAULTS.items():
+        rows.append(f"| `{name}` | {fault.takes.words} | {fault.about} |")
+    return "\n".join(rows)
+
+
 def documented(fields: str) -> set[str]:
     """The names in a log line's row."""
     return set(re.findall(r"`([a-z_0-9]+)`", fields))
@@ -93,6 +102,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[], str]]] = MappingProxyType(
         "commands": ("cli.md", commands_table),
         "log": ("observability.md", lines.markdown),
         "metrics": ("observability.md", metrics_table),
+        "faults": ("sandbox.md", faults_table),
         "checkpoints": ("reliability.md", checkpoints.markdown),
     }
 )

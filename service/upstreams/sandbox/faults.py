@@ -177,7 +177,7 @@ def redirected(aim: str, asked: Asked, answer: Answer) -> Answer:
 FAULTS: Mapping[str, Fault] = {
     "delay": Fault("seconds the task takes", SECONDS),
     "images": Fault(
-        "how many images a completed task has, whatever n says",
+        "number of images of a completed task, regardless of n",
         whole(0, 4),
         outcome=lambda n, end: replace(end, images=n),
     ),
@@ -191,32 +191,32 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "format": Fault("the format of the result files", one_of(*FORMATS)),
     "results": Fault(
-        "results come as objects with url, or in result_data with image_url, instead of as links",
+        "results come as objects with url, or in result_data with image_url, instead of links",
         one_of("objects", "result_data"),
         shown=shaped,
     ),
     "usage": Fault(
-        "the credits a completed task says it cost; absent: no usage in any answer",
+        "credits that a completed task reports. absent leaves usage out of every response",
         one_of("absent", otherwise=CREDITS),
         shown=billed,
     ),
     "submit_status": Fault(
-        "the submission is refused: nothing is created",
+        "the submission is refused and nothing is created",
         PAGE,
         refuse=lambda value, before: value.shown(before),
     ),
     "lose_submission": Fault(
-        "nothing is created and the connection is cut, the first so many times",
+        "the first N attempts of a submission create nothing and lose their connection",
         whole(0, 1000),
         refuse=lambda times, before: Answer(500, b"", lost=True) if before < times else None,
     ),
     "submit_delay": Fault(
-        "seconds until a submission is answered",
+        "seconds until a submission gets its response",
         SECONDS,
         answer=lambda wait, answer: replace(answer, wait=wait),
     ),
     "submit_cut": Fault(
-        "the answer to a submission breaks off after so many bytes",
+        "the response to a submission breaks off after N bytes",
         BYTES,
         answer=lambda cut, answer: replace(answer, cut=cut),
     ),
@@ -225,35 +225,33 @@ FAULTS: Mapping[str, Fault] = {
         FLAG,
         answer=lambda on, answer: replace(answer, lost=on),
     ),
-    "callback_first": Fault("the callback comes before the answer to the submission", FLAG),
+    "callback_first": Fault("the callback comes before the response to the submission", FLAG),
     "query_status": Fault("queries get this error", PAGE, query=instead),
     "query_delay": Fault(
-        "seconds until a query is answered",
+        "seconds until a query gets its response",
         SECONDS,
         query=lambda wait, _, answer: replace(answer, wait=wait),
     ),
     "query_cut": Fault(
-        "answers to queries break off after so many bytes",
+        "responses to queries break off after N bytes",
         BYTES,
         query=lambda cut, _, answer: replace(answer, cut=cut),
     ),
-    "query_times": Fault("only so many queries of a task meet its faults", whole(0, 1000)),
+    "query_times": Fault("only the first N queries of a task meet its faults", whole(0, 1000)),
     "file_status": Fault("requests for result files get this error", PAGE, file=instead),
     "file_content": Fault(
-        "result files are something else than the picture", one_of(*FORGERIES), file=forged
+        "the content of result files is replaced", one_of(*FORGERIES), file=forged
     ),
     "file_type": Fault(
-        "the media type of result files, whatever they are",
-        one_of("absent", otherwise=MEDIA_TYPE),
-        file=typed,
+        "the media type of result files", one_of("absent", otherwise=MEDIA_TYPE), file=typed
     ),
     "file_length": Fault(
-        "result files announce so many bytes more than they have, or fewer",
+        "result files announce N bytes more than they have, or fewer",
         whole(-(1 << 30), 1 << 30),
         file=lambda excess, _, answer: replace(answer, excess=excess),
     ),
     "file_cut": Fault(
-        "result files break off after so many bytes",
+        "result files break off after N bytes",
         BYTES,
         file=lambda cut, _, answer: replace(answer, cut=cut),
     ),
@@ -264,23 +262,24 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "file_redirect": Fault(
         "result links redirect: to another path of the file, another host, a private address,"
-        " themselves; or there",
+        " themselves, or the given URL",
         one_of(*AIMS, otherwise=URL),
         file=redirected,
     ),
-    "file_times": Fault("only so many requests for a result file meet its faults", whole(0, 1000)),
-    "link_ttl": Fault("seconds until the result links die", SECONDS),
+    "file_times": Fault(
+        "only the first N requests for a result file meet its faults", whole(0, 1000)
+    ),
+    "link_ttl": Fault("seconds until the result links expire", SECONDS),
     "drop_callback": Fault(
         "no callback is sent", FLAG, calls=lambda on, waves, _: [] if on else waves
     ),
     "repeat_callback": Fault(
-        "the callback is sent so many times at once",
+        "the callback is sent N times at once",
         whole(1, 100),
         calls=lambda times, waves, _: [wave * times for wave in waves],
     ),
     "slow_callback": Fault(
-        "seconds over which a callback's body comes, a byte at a time; its head comes at once",
-        SECONDS,
+        "seconds over which the body of a callback comes, byte by byte, after its head", SECONDS
     ),
     "contradict": Fault(
         "a second callback says the opposite",
@@ -288,7 +287,7 @@ FAULTS: Mapping[str, Fault] = {
         calls=lambda on, waves, truth: [*waves, [encoded(contradicting(truth))]] if on else waves,
     ),
     "garbage_callback": Fault(
-        "one more callback that nobody can read",
+        "one more callback with an unreadable body",
         FLAG,
         calls=lambda on, waves, _: [*waves, [b"\x00{not json"]] if on else waves,
     ),
