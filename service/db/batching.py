@@ -220,7 +220,7 @@ class Committer:
             else:
                 call.future.set_result(result)
         if workers:
-            workers.take([grant for tx in batch.committed for grant in tx.granted], batch.slots)
+            workers.take([lease for tx in batch.committed for lease in tx.leased], batch.slots)
         for tx in batch.committed:
             self._signals.notify(tx.touched)
             self._signals.notify(["events"] if tx.emitted else [])

@@ -7,7 +7,7 @@ from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from sqlalchemy import Connection
 
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 
 Item = TypeVar("Item")
 
@@ -26,7 +26,7 @@ class Workers(Protocol):
         `take`.
         """
 
-    def take(self, granted: Iterable[Grant], unused: Mapping[str, int]) -> None:
+    def take(self, leased: Iterable[Lease], unused: Mapping[str, int]) -> None:
         """Starts the granted work and frees the unused places."""
 
     def committed(self, tx: Transaction) -> None:

@@ -10,7 +10,7 @@ from service.strict_json import JSON
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
+class Lease:
     """The right to work on one row until the lease ends; a finish with an old `fence` changes
     nothing.
     """
@@ -48,7 +48,7 @@ class Transaction:
     process: str
     new_id: Callable[[str, int], str]
     slots: dict[str, int] = field(default_factory=dict)
-    granted: list[Grant] = field(default_factory=list)
+    leased: list[Lease] = field(default_factory=list)
     emitted: list[Emitted] = field(default_factory=list)
     steps: list[JSON] = field(default_factory=list)
     touched: set[str] = field(

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import structlog
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.errors import MessageTooLarge, SinkUnavailable, StoreUnavailable
 from service.events import event_queries
 from service.events.broker_positions import Hold, advance_sinks, hold_sinks, release_sinks

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import and_, insert, or_, select, update
 
 from service.db.tables import ZERO, attempts, deliveries, endpoints, events
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.events import outbox
 from service.events.endpoints import _change, disable
 from service.ids import rfc3339
@@ -40,7 +40,7 @@ class Outcome:
     new one.
     """
 
-    grant: Grant
+    lease: Lease
     result: str
     attempt: Attempt | None = None
     wait_ms: int = 0
@@ -57,7 +57,7 @@ def record_attempts(tx: Transaction, items: Sequence[Outcome]) -> list[bool]:
     """
     statement = (
         select(deliveries)
-        .where(deliveries.c.id.in_([item.grant.key for item in items]))
+        .where(deliveries.c.id.in_([item.lease.key for item in items]))
         .order_by(deliveries.c.id)
         .with_for_update()
     )
@@ -71,16 +71,16 @@ def record_attempts(tx: Transaction, items: Sequence[Outcome]) -> list[bool]:
     written = [
         item
         for item in items
-        if item.attempt and item.grant.key in rows and item.attempt.id not in known
+        if item.attempt and item.lease.key in rows and item.attempt.id not in known
     ]
     if written:
         tx.connection.execute(insert(attempts), [_attempt_row(tx, item) for item in written])
     results = []
     for item in items:
-        row = rows.get(item.grant.key)
-        held = row is not None and leases.holds(item.grant, row)
+        row = rows.get(item.lease.key)
+        held = row is not None and leases.holds(item.lease, row)
         if item.waited:
-            tx.due.add(item.grant.stage)
+            tx.due.add(item.lease.stage)
         if row is not None and held:
             _record(tx, row, item)
         results.append(held)
@@ -92,7 +92,7 @@ def _attempt_row(tx: Transaction, item: Outcome) -> dict[str, Any]:
     assert attempt is not None
     return {
         "id": attempt.id,
-        "delivery_id": item.grant.key,
+        "delivery_id": item.lease.key,
         "time": tx.now,
         "status": attempt.status,
         "duration_ms": attempt.duration_ms,
@@ -110,7 +110,7 @@ def _record(tx: Transaction, row: dict[str, Any], item: Outcome) -> None:
     due = (
         None if finished or held or row["state"] != "pending" else tx.now + item.wait_ms
     )  # buried meanwhile: not tried again
-    values = leases.freed(item.grant.stage, due)
+    values = leases.release(item.lease.stage, due)
     if finished:
         values |= {
             "state": "delivered" if item.result == "delivered" else "dead",
@@ -155,13 +155,13 @@ def record_by_hand(tx: Transaction, items: Sequence[ByHand]) -> list[None]:
             ).first()
         ):
             continue
-        grant = Grant("deliver", item.delivery_id, row["fence"], row["attempts"])
-        outcome = Outcome(grant, item.result, item.attempt, pause_ms=item.pause_ms, url=item.url)
+        lease = Lease("deliver", item.delivery_id, row["fence"], row["attempts"])
+        outcome = Outcome(lease, item.result, item.attempt, pause_ms=item.pause_ms, url=item.url)
         tx.connection.execute(insert(attempts), [_attempt_row(tx, outcome)])
         if item.result == "delivered" or (
             item.result == "gone" and row["state"] == "pending" and row["endpoint_id"] is None
         ):
-            values = leases.freed(
+            values = leases.release(
                 "deliver",
                 None,
                 state="dead" if item.result == "gone" else "delivered",

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 import structlog
 
-from service.db.rows import Row
-from service.db.transaction import Grant
+from service.db.paging import Row
+from service.db.transaction import Lease
 from service.errors import ConfigurationError, StoreUnavailable
 from service.events import event_queries
 from service.events.courtesy import Courtesy
@@ -49,27 +49,27 @@ class Deliverer:
     courtesy: Courtesy = field(default_factory=lambda: Courtesy(time.monotonic))
     unrecorded: dict[str, Outcome] = field(default_factory=dict)
 
-    async def run(self, grant: Grant) -> None:
-        parcel = await self.resources.store.read(event_queries.parcel, grant.key)
+    async def run(self, lease: Lease) -> None:
+        parcel = await self.resources.store.read(event_queries.parcel, lease.key)
         if parcel is None or parcel.delivery["state"] != "pending":
-            await self.resources.store.write(leases.done, grant)
+            await self.resources.store.write(leases.done, lease)
             return
         checkpoint("delivery.claimed")
-        known = self.unrecorded.get(grant.key)
+        known = self.unrecorded.get(lease.key)
         if (
-            known and known.grant.fence == grant.fence - 1
+            known and known.lease.fence == lease.fence - 1
         ):  # it was sent, but its lease ended before the store took that down
-            await self._record(replace(known, grant=grant))
+            await self._record(replace(known, lease=lease))
             return
-        outcome = self._not_now(grant, parcel)
+        outcome = self._not_now(lease, parcel)
         if outcome is not None or parcel.event is None:
-            await self.resources.store.write(record_attempts, outcome or Outcome(grant, "dead"))
+            await self.resources.store.write(record_attempts, outcome or Outcome(lease, "dead"))
             return
-        subscriber, first = subscriber_of(parcel), grant.stage == "deliver"
+        subscriber, first = subscriber_of(parcel), lease.stage == "deliver"
         wait = self.courtesy.enter(subscriber, first=first)
         if wait is not None:
             await self.resources.store.write(
-                record_attempts, Outcome(grant, "later", wait_ms=round(wait * 1000))
+                record_attempts, Outcome(lease, "later", wait_ms=round(wait * 1000))
             )
             return
         began, well, waited = time.monotonic(), None, False
@@ -81,10 +81,10 @@ class Deliverer:
                 subscriber, time.monotonic() - began, first=first, well=well
             )
         checkpoint("delivery.answered")
-        outcome = replace(self._judge(grant, parcel, sent), waited=waited, url=address_of(parcel))
+        outcome = replace(self._judge(lease, parcel, sent), waited=waited, url=address_of(parcel))
         held = await self._record(outcome)
         checkpoint("delivery.recorded")
-        self._tell(grant, parcel, parcel.event, sent, outcome, held)
+        self._tell(lease, parcel, parcel.event, sent, outcome, held)
 
     async def _record(self, outcome: Outcome) -> bool:
         """Until the store takes it down: what was sent must not be sent again because that failed.
@@ -92,7 +92,7 @@ class Deliverer:
         Where the lease has ended the outcome is kept for whoever of this process has the next one:
         it may be about to look.
         """
-        key = outcome.grant.key
+        key = outcome.lease.key
         self.unrecorded.pop(key, None)
         self.unrecorded[key] = outcome
         if len(self.unrecorded) > LATE:
@@ -101,7 +101,7 @@ class Deliverer:
             try:
                 held = await self.resources.store.write(record_attempts, outcome)
             except StoreUnavailable as error:
-                known = lost(outcome.grant, error)
+                known = lost(outcome.lease, error)
                 # a store that is away needs no traceback
                 log.error("worker.failed", **known)  # noqa: TRY400
                 await asyncio.sleep(RECORD_S)
@@ -110,58 +110,58 @@ class Deliverer:
                     self.unrecorded.pop(key, None)
                 return held
 
-    def _not_now(self, grant: Grant, parcel: Parcel) -> Outcome | None:
+    def _not_now(self, lease: Lease, parcel: Parcel) -> Outcome | None:
         """An endpoint that is gone, paused, or asked for peace."""
         endpoint = parcel.endpoint
         if endpoint is None:
             return (
-                None if parcel.callback_url and parcel.callback_secret else Outcome(grant, "dead")
+                None if parcel.callback_url and parcel.callback_secret else Outcome(lease, "dead")
             )
         if endpoint["status"] == "disabled":
-            return Outcome(grant, "dead")
+            return Outcome(lease, "dead")
         if endpoint["status"] == "paused":
-            return Outcome(grant, "held")
+            return Outcome(lease, "held")
         left = (endpoint["paused_until"] or 0) - self.resources.store.clock()
-        return Outcome(grant, "later", wait_ms=left) if left > 0 else None
+        return Outcome(lease, "later", wait_ms=left) if left > 0 else None
 
-    def _judge(self, grant: Grant, parcel: Parcel, sent: Sent) -> Outcome:
+    def _judge(self, lease: Lease, parcel: Parcel, sent: Sent) -> Outcome:
         attempt = attempt_of(self.resources, sent)
         disable_after_ms = round(self.disable_after_s * 1000)
         if sent.error is None:
-            return Outcome(grant, "delivered", attempt)
+            return Outcome(lease, "delivered", attempt)
         if sent.status == 410:
-            return Outcome(grant, "gone", attempt)
+            return Outcome(lease, "gone", attempt)
         wait = wait_before(
             self.schedule,
-            grant.attempts,
+            lease.attempts,
             repeat_last=False,
             random=self.resources.random(),
             spread=0.2,
         )
         pause_ms = asked_for(self.resources, sent)
         if wait is None:
-            return Outcome(grant, "dead", attempt, 0, pause_ms, sent.ours, disable_after_ms)
+            return Outcome(lease, "dead", attempt, 0, pause_ms, sent.ours, disable_after_ms)
         wait_ms = max(round(wait * 1000), pause_ms)
-        return Outcome(grant, "retry", attempt, wait_ms, pause_ms, sent.ours, disable_after_ms)
+        return Outcome(lease, "retry", attempt, wait_ms, pause_ms, sent.ours, disable_after_ms)
 
     def _tell(
-        self, grant: Grant, parcel: Parcel, event: Row, sent: Sent, outcome: Outcome, held: bool
+        self, lease: Lease, parcel: Parcel, event: Row, sent: Sent, outcome: Outcome, held: bool
     ) -> None:
         metrics = self.resources.metrics
         if (
             outcome.result == "delivered"
             and event["called_back_at"] is not None
-            and grant.stage == "deliver"
+            and lease.stage == "deliver"
         ):
             metrics.callback_to_delivery.observe(
                 max(0, self.resources.clock() - event["called_back_at"]) / 1000
             )
         known = _measured(self.resources, parcel, event, sent, outcome.result)
         _attempted(
-            known, sent, outcome.result if held else "superseded", grant.attempts, outcome.wait_ms
+            known, sent, outcome.result if held else "superseded", lease.attempts, outcome.wait_ms
         )
         if held and outcome.result == "dead":
-            log.error("delivery.exhausted", **known, attempt=grant.attempts)
+            log.error("delivery.exhausted", **known, attempt=lease.attempts)
 
 
 def _measured(resources: Resources, parcel: Parcel, event: Row, sent: Sent, result: str) -> JSON:
@@ -301,8 +301,8 @@ def attempt_of(resources: Resources, sent: Sent) -> Attempt:
     )
 
 
-def lost(grant: Grant, error: Exception) -> JSON:
-    known = {"stage": grant.stage, "key": grant.key, "attempt": grant.attempts, "wait_s": RECORD_S}
+def lost(lease: Lease, error: Exception) -> JSON:
+    known = {"stage": lease.stage, "key": lease.key, "attempt": lease.attempts, "wait_s": RECORD_S}
     return {**known, "exception": f"{type(error).__name__}: {error}"}
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, func, or_, select
 
-from service.db.rows import After, Row
-from service.db.rows import page as _page
+from service.db.paging import After, Row
+from service.db.paging import page as _page
 from service.db.tables import attempts, counters, deliveries, endpoints, events, sinks, tasks
 from service.events.secrets import callback_secret
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.store import Store
 from service.db.transaction import Transaction
 from service.events import event_queries

@@ -117,7 +117,7 @@ def _deliveries(tx: Transaction, event: Emitted, takers: list[RowMapping]) -> li
                 "task_id": event.task_id,
                 "state": "pending",
                 "created_at": tx.now,
-                **leases.born(tx, "deliver", delivery_id),
+                **leases.enqueue(tx, "deliver", delivery_id),
             }
         )
     event.deliveries = len(rows)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Connection, and_, exists, func, or_, select
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.tables import deliveries, events, replays
 from service.events.event_queries import endpoint_row, type_conditions
 

@@ -7,8 +7,8 @@ many are asked for.
 
 from dataclasses import dataclass
 
-from service.db.rows import Row
-from service.db.transaction import Grant
+from service.db.paging import Row
+from service.db.transaction import Lease
 from service.events.replay_queries import replay_page
 from service.events.replays import Page, record_pages
 from service.ids import rfc3339
@@ -24,17 +24,17 @@ class Replayer:
 
     resources: Resources
 
-    async def run(self, grant: Grant) -> None:
+    async def run(self, lease: Lease) -> None:
         store = self.resources.store
-        found = await store.read(replay_page, grant.key, PAGE)
+        found = await store.read(replay_page, lease.key, PAGE)
         if found is None:
-            page = Page(grant, (), None, None)
+            page = Page(lease, (), None, None)
         elif found.waits:
-            page = Page(grant, (), None, EVERY_MS)
+            page = Page(lease, (), None, EVERY_MS)
         elif len(found.events) == PAGE and found.events[-1]["sequence"] < found.last:
-            page = Page(grant, found.events, found.events[-1]["sequence"], EVERY_MS)
+            page = Page(lease, found.events, found.events[-1]["sequence"], EVERY_MS)
         else:
-            page = Page(grant, found.events, found.last, None)
+            page = Page(lease, found.events, found.last, None)
         await store.write(record_pages, page)
 
 

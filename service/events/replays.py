@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import insert, select, update
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.tables import deliveries, endpoints, events, replays
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.events.outbox import OPERATORS
 from service.events.replay_queries import Extent, Wanted
 from service.queue import leases
@@ -50,7 +50,7 @@ def _insert(tx: Transaction, item: Replay) -> bool:
             "position": extent.position,
             "last": extent.last,
             "created_at": tx.now,
-            **leases.born(tx, "replay", item.id),
+            **leases.enqueue(tx, "replay", item.id),
         }
         tx.connection.execute(insert(replays).values(row))
     return True
@@ -62,7 +62,7 @@ class Page:
     after `wait_ms`, None: that was all.
     """
 
-    grant: Grant
+    lease: Lease
     events: Sequence[Row]
     position: int | None
     wait_ms: int | None
@@ -76,15 +76,15 @@ def record_pages(tx: Transaction, items: Sequence[Page]) -> list[bool]:
 def _record(tx: Transaction, item: Page) -> bool:
     row = (
         tx.connection.execute(
-            select(replays).where(replays.c.id == item.grant.key).with_for_update()
+            select(replays).where(replays.c.id == item.lease.key).with_for_update()
         )
         .mappings()
         .first()
     )
-    if row is None or not leases.holds(item.grant, row):
+    if row is None or not leases.holds(item.lease, row):
         return False
     if row["state"] != "running":
-        leases.done(tx, [item.grant])
+        leases.done(tx, [item.lease])
         return False
     endpoint = (
         select(endpoints.c.status, endpoints.c.owner)
@@ -116,7 +116,7 @@ def _record(tx: Transaction, item: Page) -> bool:
     if item.wait_ms is None:
         finish(tx, row["id"], "done", **values)
     else:
-        values |= leases.freed("replay", tx.now + item.wait_ms, attempts=0)
+        values |= leases.release("replay", tx.now + item.wait_ms, attempts=0)
         tx.connection.execute(update(replays).where(replays.c.id == row["id"]).values(values))
     return True
 
@@ -160,5 +160,5 @@ def cancel_replays(tx: Transaction, items: Sequence[Cancelled]) -> list[bool]:
 
 
 def finish(tx: Transaction, replay_id: str, state: str, **more: int) -> None:
-    values = {**leases.freed("replay", None), "state": state, "finished_at": tx.now, **more}
+    values = {**leases.release("replay", None), "state": state, "finished_at": tx.now, **more}
     tx.connection.execute(update(replays).where(replays.c.id == replay_id).values(values))

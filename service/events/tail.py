@@ -14,7 +14,7 @@ from operator import attrgetter
 
 import structlog
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.store import Store
 from service.errors import StoreUnavailable
 from service.events import event_queries

@@ -15,8 +15,8 @@ import structlog
 from structlog.contextvars import bind_contextvars
 
 from service.blobs.base import Incoming
-from service.db.rows import Row
-from service.db.transaction import Grant
+from service.db.paging import Row
+from service.db.transaction import Lease
 from service.errors import BlobUnavailable, EgressError, EgressRefused
 from service.ids import blob_name
 from service.images import image_queries
@@ -43,10 +43,10 @@ class Downloader:
     schedule: tuple[float, ...]
     max_bytes: int
 
-    async def run(self, grant: Grant) -> None:
-        row = await self.resources.store.read(image_queries.download, grant.key)
+    async def run(self, lease: Lease) -> None:
+        row = await self.resources.store.read(image_queries.download, lease.key)
         if row is None or row["state"] != "pending":
-            await self.resources.store.write(leases.done, grant)
+            await self.resources.store.write(leases.done, lease)
             return
         bind_contextvars(
             task_id=row["task_id"], owner=row["owner"]
@@ -59,7 +59,7 @@ class Downloader:
             outcome = Failure(str(error), final=True)
         except (EgressError, BlobUnavailable) as error:
             outcome = Failure(f"{type(error).__name__}: {error}")
-        await self._record(grant, row, outcome, time.perf_counter() - started)
+        await self._record(lease, row, outcome, time.perf_counter() - started)
 
     async def _save(self, row: Row, file: Incoming) -> Stored | Failure:
         fetched = await fetch(
@@ -84,7 +84,7 @@ class Downloader:
         )
 
     async def _record(
-        self, grant: Grant, row: Row, outcome: Stored | Failure, seconds: float
+        self, lease: Lease, row: Row, outcome: Stored | Failure, seconds: float
     ) -> None:
         known = {"task_id": row["task_id"], "owner": row["owner"], "index": row["position"]}
         wait = 0.0
@@ -96,14 +96,14 @@ class Downloader:
             random = self.resources.random()
             wait = max(
                 wait_before(
-                    self.schedule, grant.attempts, repeat_last=True, random=random, spread=0.2
+                    self.schedule, lease.attempts, repeat_last=True, random=random, spread=0.2
                 )
                 or 0,
                 outcome.retry_after or 0,
             )
             result = Retry(outcome.reason, round(wait * 1000), outcome.stale, outcome.wrong_sha256)
         state = await self.resources.store.write(
-            record_downloads, Download(grant, row["task_id"], row["source_url"], result)
+            record_downloads, Download(lease, row["task_id"], row["source_url"], result)
         )
         checkpoint("download.recorded")
         metrics = self.resources.metrics
@@ -123,12 +123,12 @@ class Downloader:
                 duration_ms=round(seconds * 1000),
             )
         elif state == "lost" and isinstance(outcome, Failure):
-            log.error("image.lost", **known, reason=outcome.reason, attempt=grant.attempts)
+            log.error("image.lost", **known, reason=outcome.reason, attempt=lease.attempts)
         elif state == "pending" and isinstance(outcome, Failure):
             log.warning(
                 "image.retry",
                 **known,
                 reason=outcome.reason,
-                attempt=grant.attempts,
+                attempt=lease.attempts,
                 wait_s=round(wait, 3),
             )

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import select
 
 from service.db.tables import images
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.events import outbox
 from service.ids import rfc3339
 from service.queue import leases
@@ -62,7 +62,7 @@ class Lost:
 class Download:
     """What came of fetching `source_url` for one image."""
 
-    grant: Grant
+    lease: Lease
     task_id: str
     source_url: str
     outcome: Stored | Retry | Lost
@@ -75,15 +75,15 @@ def record_downloads(tx: Transaction, items: Sequence[Download]) -> list[str | N
     tasks = lock(tx, (item.task_id for item in items))
     statement = (
         select(images)
-        .where(images.c.id.in_([item.grant.key for item in items]))
+        .where(images.c.id.in_([item.lease.key for item in items]))
         .order_by(images.c.id)
         .with_for_update()
     )
     rows = {row["id"]: row for row in tx.connection.execute(statement).mappings()}
     results = []
     for item in items:
-        row, task = rows.get(item.grant.key), tasks.get(item.task_id)
-        known = row is not None and task is not None and leases.holds(item.grant, row)
+        row, task = rows.get(item.lease.key), tasks.get(item.task_id)
+        known = row is not None and task is not None and leases.holds(item.lease, row)
         results.append(_record(tx, task, dict(row), item) if known and row and task else None)
     return results
 
@@ -93,7 +93,7 @@ def _record(tx: Transaction, task: Row, row: Row, item: Download) -> str | None:
         tx.change(
             images,
             row["id"],
-            leases.freed("download", tx.now if row["state"] == "pending" else None),
+            leases.release("download", tx.now if row["state"] == "pending" else None),
         )
         return None
     step = {"image_id": row["id"], "index": row["position"]}
@@ -106,11 +106,14 @@ def _record(tx: Transaction, task: Row, row: Row, item: Download) -> str | None:
                 "stored_at": tx.now,
                 "error": None,
                 **figures,
-                **leases.freed("download", None),
+                **leases.release("download", None),
             }
             tx.step(task["id"], "image.stored", **step, bytes=stored.bytes, sha256=stored.sha256)
         case Retry() as retry:
-            values = {**_blame(tx, row, retry), **leases.freed("download", tx.now + retry.wait_ms)}
+            values = {
+                **_blame(tx, row, retry),
+                **leases.release("download", tx.now + retry.wait_ms),
+            }
             if values["state"] == "lost":
                 values["due_at"] = None
             tx.step(
@@ -124,7 +127,7 @@ def _record(tx: Transaction, task: Row, row: Row, item: Download) -> str | None:
             if retry.stale and values["state"] == "pending" and task["settled_digest"] is not None:
                 ask(tx, task)
         case Lost() as lost:
-            values = {"state": "lost", "error": lost.reason, **leases.freed("download", None)}
+            values = {"state": "lost", "error": lost.reason, **leases.release("download", None)}
             tx.step(task["id"], "image.lost", **step, reason=lost.reason)
     tx.change(images, row["id"], values)
     finish_if_done(tx, task)

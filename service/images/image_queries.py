@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection, or_, select
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.tables import images, tasks
 from service.tasks.rows import counts
 from service.tasks.state import TERMINAL

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, select
 
 from service.db.tables import QUEUES, ZERO, deliveries, images, replays
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.events import outbox
 from service.queue import leases
 from service.tasks.results import finish_if_done
@@ -19,14 +19,14 @@ from service.tasks.state import State
 from service.tasks.transitions import end, forget_downloads, lock
 
 FAULT_LIMIT = 10
-DEATH_LIMIT = 2 + 5  # among others, then alone
+CRASH_LIMIT = 2 + 5  # among others, then alone
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """An exception while working under a grant; tried again after `wait_ms`."""
+    """An exception while working under a lease; tried again after `wait_ms`."""
 
-    grant: Grant
+    lease: Lease
     wait_ms: int
 
 
@@ -39,86 +39,86 @@ def record_faults(tx: Transaction, items: Sequence[Fault]) -> list[int]:
 
 
 def _record(tx: Transaction, item: Fault) -> int:
-    queue = QUEUES[item.grant.stage]
+    queue = QUEUES[item.lease.stage]
     columns = (queue.column("due_at"), queue.column("faults"))
     row = tx.connection.execute(
-        select(*columns).where(queue.table.c.id == item.grant.key).with_for_update()
+        select(*columns).where(queue.table.c.id == item.lease.key).with_for_update()
     ).first()
     if row is None or row[0] is None:
-        leases.done(tx, [item.grant])
+        leases.done(tx, [item.lease])
         return 0
     count: int = row[1] + 1
-    parked = count >= FAULT_LIMIT
+    dead_lettered = count >= FAULT_LIMIT
     values = {
         "lease_until": None,
         "lease_owner": None,
-        "due_at": None if parked else tx.now + item.wait_ms,
+        "due_at": None if dead_lettered else tx.now + item.wait_ms,
         "faults": count,
     }
-    if not leases.change(tx, item.grant, values):
+    if not leases.change(tx, item.lease, values):
         return 0
-    if parked:
-        _park(tx, item.grant, f"{count} faults")
+    if dead_lettered:
+        _dead_letter(tx, item.lease, f"{count} faults")
     return count
 
 
 @dataclass(frozen=True, slots=True)
-class Suspect:
+class PoisonCandidate:
     """A row leased to run alone, or `parked`: it brought its process down too often."""
 
-    grant: Grant
-    deaths: int
-    parked: bool
+    lease: Lease
+    crashes: int
+    dead_lettered: bool
 
 
-def claim_suspects(tx: Transaction, stages: Sequence[str]) -> list[Suspect | None]:
+def claim_candidates(tx: Transaction, stages: Sequence[str]) -> list[PoisonCandidate | None]:
     """Leases a row of each stage that is to run alone, if there is one."""
-    return [_suspect(tx, leases.claim_suspect(tx, stage)) for stage in stages]
+    return [_candidate(tx, leases.claim_candidate(tx, stage)) for stage in stages]
 
 
-def _suspect(tx: Transaction, found: tuple[Grant, int] | None) -> Suspect | None:
+def _candidate(tx: Transaction, found: tuple[Lease, int] | None) -> PoisonCandidate | None:
     if found is None:
         return None
-    grant, deaths = found
-    parked = deaths >= DEATH_LIMIT
-    if parked:
-        leases.done(tx, [grant])
-        _park(tx, grant, f"{deaths} deaths")
-    return Suspect(grant, deaths, parked)
+    lease, crashes = found
+    dead_lettered = crashes >= CRASH_LIMIT
+    if dead_lettered:
+        leases.done(tx, [lease])
+        _dead_letter(tx, lease, f"{crashes} deaths")
+    return PoisonCandidate(lease, crashes, dead_lettered)
 
 
-def _park(tx: Transaction, grant: Grant, cause: str) -> None:
+def _dead_letter(tx: Transaction, lease: Lease, cause: str) -> None:
     """Takes a row out of its queue for good: its task fails, its image is lost or its delivery is
     dead; operators are told.
 
     A task that is storing is settled, and goes on with its pictures: what they wait for is in a
     queue of their own.
     """
-    task_id: str | None = grant.key
-    if grant.stage in ("deliver", "redeliver"):
+    task_id: str | None = lease.key
+    if lease.stage in ("deliver", "redeliver"):
         task_id = tx.connection.execute(
-            select(deliveries.c.task_id).where(deliveries.c.id == grant.key)
+            select(deliveries.c.task_id).where(deliveries.c.id == lease.key)
         ).scalar()
-        tx.change(deliveries, grant.key, {"state": "dead", "finished_at": tx.now})
-    elif grant.stage == "replay":
+        tx.change(deliveries, lease.key, {"state": "dead", "finished_at": tx.now})
+    elif lease.stage == "replay":
         task_id = None
-        tx.change(replays, grant.key, {"state": "cancelled", "finished_at": tx.now})
-    elif grant.stage == "download":
+        tx.change(replays, lease.key, {"state": "cancelled", "finished_at": tx.now})
+    elif lease.stage == "download":
         task_id = tx.connection.execute(
-            select(images.c.task_id).where(images.c.id == grant.key)
+            select(images.c.task_id).where(images.c.id == lease.key)
         ).scalar_one()
         task = lock(tx, [task_id])[task_id]
-        tx.change(images, grant.key, {"state": "lost", "error": "internal_error"})
+        tx.change(images, lease.key, {"state": "lost", "error": "internal_error"})
         finish_if_done(tx, task)
     else:
-        task = lock(tx, [grant.key])[grant.key]
+        task = lock(tx, [lease.key])[lease.key]
         if State(task["state"]) in (
             State.QUEUED,
             State.SUBMITTING,
             State.UNCERTAIN,
             State.SUBMITTED,
         ):
-            forget_downloads(tx, grant.key)
+            forget_downloads(tx, lease.key)
             error = {
                 "code": "internal_error",
                 "message": f"parked after {cause}",
@@ -128,12 +128,12 @@ def _park(tx: Transaction, grant: Grant, cause: str) -> None:
     outbox.emit_operators(
         tx,
         "task.parked",
-        {"task_id": task_id, "stage": grant.stage, "key": grant.key, "cause": cause},
+        {"task_id": task_id, "stage": lease.stage, "key": lease.key, "cause": cause},
         task_id=task_id,
     )
 
 
-def suspects(connection: Connection) -> bool:
+def any_candidate(connection: Connection) -> bool:
     """Whether a row outlived a death of its process and waits to be worked on."""
     for queue in QUEUES.values():
         statement = (

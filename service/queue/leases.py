@@ -9,9 +9,9 @@ from typing import Any
 from sqlalchemy import BindParameter, Select, and_, bindparam, case, or_, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.tables import QUEUES, ZERO, Queue, counters, endpoints, sinks
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 
 LEASE_MS = 30_000
 
@@ -25,11 +25,11 @@ TOLERANCE_MS = 15_000
 
 # From a try alone to the next, by the deaths before it: kills from outside come in bursts, and what
 # takes long meets them all.
-SUSPECT_WAITS_MS = {2: 5_000, 3: 20_000, 4: 80_000}
+CANDIDATE_WAITS_MS = {2: 5_000, 3: 20_000, 4: 80_000}
 LONGEST_WAIT_MS = 320_000
 
 
-def born(tx: Transaction, stage: str, key: str, *, behind: bool = False) -> dict[str, Any]:
+def enqueue(tx: Transaction, stage: str, key: str, *, behind: bool = False) -> dict[str, Any]:
     """Values of a new row that wants work now: leased to this process if it has a free place, else,
     or `behind` others, simply due.
     """
@@ -50,11 +50,11 @@ def born(tx: Transaction, stage: str, key: str, *, behind: bool = False) -> dict
             "fence": 1,
             "attempts": 1,
         }
-        tx.granted.append(Grant(stage, key, 1, 1))
+        tx.leased.append(Lease(stage, key, 1, 1))
     return {queue.prefix + name: value for name, value in values.items()}
 
 
-def wanted(tx: Transaction, stage: str, key: str, row: Row) -> dict[str, Any]:
+def requeue(tx: Transaction, stage: str, key: str, row: Row) -> dict[str, Any]:
     """New values of a row that wants work now, whatever was planned; like `born`, unless somebody
     works on it already.
     """
@@ -72,7 +72,7 @@ def wanted(tx: Transaction, stage: str, key: str, row: Row) -> dict[str, Any]:
             "fence": fence,
             "attempts": 1,
         }
-        tx.granted.append(Grant(stage, key, fence, 1))
+        tx.leased.append(Lease(stage, key, fence, 1))
     return {prefix + name: value for name, value in values.items()}
 
 
@@ -84,7 +84,7 @@ def take_slot(tx: Transaction, stage: str) -> bool:
     return False
 
 
-def freed(stage: str, due_at: int | None, **more: Any) -> dict[str, Any]:
+def release(stage: str, due_at: int | None, **more: Any) -> dict[str, Any]:
     """Values that end a lease whose work was done; the row is due again at `due_at`, or not at
     all.
     """
@@ -92,10 +92,10 @@ def freed(stage: str, due_at: int | None, **more: Any) -> dict[str, Any]:
     return {QUEUES[stage].prefix + name: value for name, value in values.items()}
 
 
-def holds(grant: Grant, row: Row) -> bool:
-    """Whether the row is still leased under this grant."""
-    prefix = QUEUES[grant.stage].prefix
-    return bool(row[prefix + "fence"] == grant.fence and row[prefix + "lease_until"] is not None)
+def holds(lease: Lease, row: Row) -> bool:
+    """Whether the row is still leased under this lease."""
+    prefix = QUEUES[lease.stage].prefix
+    return bool(row[prefix + "fence"] == lease.fence and row[prefix + "lease_until"] is not None)
 
 
 def claim(tx: Transaction, stages: Sequence[str]) -> list[int]:
@@ -105,41 +105,41 @@ def claim(tx: Transaction, stages: Sequence[str]) -> list[int]:
     counts = []
     for stage in stages:
         free = tx.slots.get(stage, 0)
-        grants = _claim(tx, QUEUES[stage], free) if free > 0 else []
-        if len(grants) == free:
+        leases = _claim(tx, QUEUES[stage], free) if free > 0 else []
+        if len(leases) == free:
             tx.due.add(stage)  # there may be more
         if free > 0:
-            tx.slots[stage] = free - len(grants)
-        tx.granted += grants
-        counts.append(len(grants))
+            tx.slots[stage] = free - len(leases)
+        tx.leased += leases
+        counts.append(len(leases))
     return counts
 
 
-def claim_suspect(tx: Transaction, stage: str) -> tuple[Grant, int] | None:
+def claim_candidate(tx: Transaction, stage: str) -> tuple[Lease, int] | None:
     """Leases one due row that outlived two deaths of its process, which `claim` leaves alone; with
     how many it outlived.
 
     If the process dies again the row is due later each time.
     """
-    for *grant, deaths in tx.connection.execute(
-        _claiming(QUEUES[stage], suspect=True), _figures(tx, 1)
+    for *lease, deaths in tx.connection.execute(
+        _claiming(QUEUES[stage], candidate=True), _figures(tx, 1)
     ):
-        return Grant(stage, *grant), deaths
+        return Lease(stage, *lease), deaths
     return None
 
 
-def suspected(tx: Transaction, stages: Sequence[str]) -> list[bool]:
+def has_candidate(tx: Transaction, stages: Sequence[str]) -> list[bool]:
     """Whether a stage has a row that `claim_suspect` would lease."""
     return [
-        tx.connection.execute(_ready(QUEUES[stage], suspect=True), _figures(tx, 1)).first()
+        tx.connection.execute(_ready(QUEUES[stage], candidate=True), _figures(tx, 1)).first()
         is not None
         for stage in stages
     ]
 
 
-def _claim(tx: Transaction, queue: Queue, limit: int) -> list[Grant]:
+def _claim(tx: Transaction, queue: Queue, limit: int) -> list[Lease]:
     return [
-        Grant(queue.stage, *row[:-1])
+        Lease(queue.stage, *row[:-1])
         for row in tx.connection.execute(_claiming(queue), _figures(tx, limit))
     ]
 
@@ -149,14 +149,14 @@ def _figures(tx: Transaction, limit: int) -> dict[str, Any]:
 
 
 @cache
-def _ready(queue: Queue, *, suspect: bool) -> Select[Any]:
+def _ready(queue: Queue, *, candidate: bool) -> Select[Any]:
     """The rows that may be claimed, first things first."""
     until, deaths = queue.column("lease_until"), queue.column("deaths")
     now: BindParameter[int] = bindparam("now")
     # A lease that ran out is a death that is not counted yet.
     died = (
         and_(deaths > ZERO, or_(deaths > 1, until.is_not(None)))
-        if suspect
+        if candidate
         else or_(deaths < 1, and_(deaths < 2, until.is_(None)))
     )
     ready = (
@@ -169,7 +169,7 @@ def _ready(queue: Queue, *, suspect: bool) -> Select[Any]:
 
 
 @cache
-def _claiming(queue: Queue, *, suspect: bool = False) -> ReturningUpdate[Any]:
+def _claiming(queue: Queue, *, candidate: bool = False) -> ReturningUpdate[Any]:
     until, key = queue.column("lease_until"), queue.table.c.id
     fence, attempts, deaths = (queue.column(name) for name in ("fence", "attempts", "deaths"))
     now: BindParameter[int] = bindparam("now")
@@ -181,14 +181,14 @@ def _claiming(queue: Queue, *, suspect: bool = False) -> ReturningUpdate[Any]:
         attempts: attempts + 1,
         deaths: count,
     }
-    if suspect:
+    if candidate:
         values[queue.column("due_at")] = now + case(
-            SUSPECT_WAITS_MS, value=count, else_=LONGEST_WAIT_MS
+            CANDIDATE_WAITS_MS, value=count, else_=LONGEST_WAIT_MS
         )
     # Materialised: a plan that ran the subquery once for each row would lease more than there are
     # places.
     chosen = (
-        _ready(queue, suspect=suspect)
+        _ready(queue, candidate=candidate)
         .with_for_update(skip_locked=True)
         .cte("ready")
         .prefix_with("MATERIALIZED")
@@ -201,55 +201,55 @@ def _claiming(queue: Queue, *, suspect: bool = False) -> ReturningUpdate[Any]:
     )
 
 
-def renew(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
+def renew(tx: Transaction, leases: Sequence[Lease]) -> list[bool]:
     """Extends leases that still hold, and never shortens one; False for those that do not."""
     until = tx.now + LEASE_MS
-    columns = [QUEUES[grant.stage].column("lease_until") for grant in grants]
+    columns = [QUEUES[lease.stage].column("lease_until") for lease in leases]
     return [
-        change(tx, grant, {"lease_until": case((column > until, column), else_=until)})
-        for grant, column in zip(grants, columns, strict=True)
+        change(tx, lease, {"lease_until": case((column > until, column), else_=until)})
+        for lease, column in zip(leases, columns, strict=True)
     ]
 
 
-def release(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
+def give_back(tx: Transaction, leases: Sequence[Lease]) -> list[bool]:
     """Gives work back untouched, as a stopping process does: the attempt does not count."""
-    return [_release(tx, grant, QUEUES[grant.stage]) for grant in grants]
+    return [_give_back(tx, lease, QUEUES[lease.stage]) for lease in leases]
 
 
-def _release(tx: Transaction, grant: Grant, queue: Queue, wait_ms: int = 0) -> bool:
+def _give_back(tx: Transaction, lease: Lease, queue: Queue, wait_ms: int = 0) -> bool:
     due_at, attempts = queue.column("due_at"), queue.column("attempts")
     at_once = case(
         (due_at > tx.now, tx.now), else_=due_at
     )  # a suspect's was put off for the case that it dies
     values = {"attempts": attempts - 1, "due_at": tx.now + wait_ms if wait_ms else at_once}
-    return change(tx, grant, {"lease_until": None, "lease_owner": None, **values})
+    return change(tx, lease, {"lease_until": None, "lease_owner": None, **values})
 
 
-def put_off(tx: Transaction, items: Sequence[tuple[Grant, int]]) -> list[bool]:
+def snooze(tx: Transaction, items: Sequence[tuple[Lease, int]]) -> list[bool]:
     """`release` of work that the store would not take down, due again after so many milliseconds:
     others come first meanwhile.
     """
-    return [_release(tx, grant, QUEUES[grant.stage], wait_ms) for grant, wait_ms in items]
+    return [_give_back(tx, lease, QUEUES[lease.stage], wait_ms) for lease, wait_ms in items]
 
 
-def done(tx: Transaction, grants: Sequence[Grant]) -> list[bool]:
+def done(tx: Transaction, leases: Sequence[Lease]) -> list[bool]:
     """Ends work that turned out to be none: the row is not due any more."""
     return [
-        change(tx, grant, {"lease_until": None, "lease_owner": None, "due_at": None, "deaths": 0})
-        for grant in grants
+        change(tx, lease, {"lease_until": None, "lease_owner": None, "due_at": None, "deaths": 0})
+        for lease in leases
     ]
 
 
-def change(tx: Transaction, grant: Grant, values: Mapping[str, Any]) -> bool:
-    """Writes lease columns (without their prefix) of a row that is held under this grant; False
+def change(tx: Transaction, lease: Lease, values: Mapping[str, Any]) -> bool:
+    """Writes lease columns (without their prefix) of a row that is held under this lease; False
     when it is not.
     """
-    queue = QUEUES[grant.stage]
+    queue = QUEUES[lease.stage]
     statement = (
         update(queue.table)
         .where(
-            queue.table.c.id == grant.key,
-            queue.column("fence") == grant.fence,
+            queue.table.c.id == lease.key,
+            queue.column("fence") == lease.fence,
             queue.column("lease_until").is_not(None),
         )
         .values({queue.column(name): value for name, value in values.items()})

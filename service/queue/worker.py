@@ -15,13 +15,13 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from service.db.store import Store
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.errors import StoreUnavailable
 from service.ops.metrics import Metrics
 from service.queue import crashes
 from service.queue.backoff import fault_wait
-from service.queue.crashes import FAULT_LIMIT, Fault, claim_suspects, record_faults
-from service.queue.leases import RENEW_S, claim, keep_time, put_off, release, renew, suspected
+from service.queue.crashes import FAULT_LIMIT, Fault, claim_candidates, record_faults
+from service.queue.leases import RENEW_S, claim, give_back, has_candidate, keep_time, renew, snooze
 
 log = structlog.get_logger()
 
@@ -38,11 +38,11 @@ KEYS = {
 
 @dataclass(slots=True)
 class Stage:
-    """One kind of work: `run` does it under a grant and records what came of it."""
+    """One kind of work: `run` does it under a lease and records what came of it."""
 
     name: str
     places: int
-    run: Callable[[Grant], Awaitable[None]]
+    run: Callable[[Lease], Awaitable[None]]
     free: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,11 +65,11 @@ class WorkerPool:
         self._metrics = metrics
         self._tell = tell
         self._turn = turn  # waits until a job may start
-        self._jobs: dict[Grant, asyncio.Task[None]] = {}
+        self._jobs: dict[Lease, asyncio.Task[None]] = {}
         self._backlog: set[str] = set()
         self._alone = False  # a row that is suspected of bringing processes down runs alone
         self._stopping = False
-        self._late: list[Grant] = []  # what a transaction that was under way granted after the stop
+        self._late: list[Lease] = []  # what a transaction that was under way granted after the stop
         self._wake = asyncio.Event()
         self._away = False  # the store, and that was logged
         self._returned: Counter[str] = (
@@ -87,20 +87,20 @@ class WorkerPool:
             stage.free = 0
         return free
 
-    def take(self, granted: Iterable[Grant], unused: Mapping[str, int]) -> None:
+    def take(self, leased: Iterable[Lease], unused: Mapping[str, int]) -> None:
         for name, places in unused.items():
             self._stages[name].free += places
             if places and name in self._backlog:  # they were not free when somebody looked
                 self._wake.set()
         if self._stopping:
-            self._late += granted
+            self._late += leased
             return
-        for grant in granted:
-            self._jobs[grant] = self._started(grant)
+        for lease in leased:
+            self._jobs[lease] = self._started(lease)
 
-    def _started(self, grant: Grant) -> "asyncio.Task[None]":
+    def _started(self, lease: Lease) -> "asyncio.Task[None]":
         return asyncio.create_task(
-            self._work(self._stages[grant.stage], grant), name=f"{grant.stage}:{grant.key}"
+            self._work(self._stages[lease.stage], lease), name=f"{lease.stage}:{lease.key}"
         )
 
     def committed(self, tx: Transaction) -> None:
@@ -147,9 +147,9 @@ class WorkerPool:
             if (
                 names
                 and len(wanted) == len(self._stages)
-                and await self._store.read(crashes.suspects)
+                and await self._store.read(crashes.any_candidate)
             ):
-                await self._suspects(names)
+                await self._work_on_candidates(names)
             self._away = False
         except (
             Exception
@@ -169,7 +169,7 @@ class WorkerPool:
             self._metrics.worker_faults.labels("claim").inc()
             await asyncio.sleep(LOOK_S)
 
-    async def _suspects(self, names: Iterable[str]) -> None:
+    async def _work_on_candidates(self, names: Iterable[str]) -> None:
         """Works alone on rows that outlived deaths of their process, for `ALONE_S` at most each, so
         that the next death has one cause.
 
@@ -177,90 +177,90 @@ class WorkerPool:
         before it was begun.
         """
         for name in names:
-            if not await self._store.write(suspected, name):
+            if not await self._store.write(has_candidate, name):
                 continue
             self._alone = True
             try:
                 await self.drained(ALONE_S)
-                suspect = (
-                    await self._store.write(claim_suspects, name)
+                candidate = (
+                    await self._store.write(claim_candidates, name)
                     if self._stages[name].free
                     else None
                 )
-                if suspect is not None and suspect.parked:
-                    log.error("task.parked", stage=name, cause=f"{suspect.deaths} deaths")
-                elif suspect is not None:
+                if candidate is not None and candidate.dead_lettered:
+                    log.error("task.parked", stage=name, cause=f"{candidate.crashes} deaths")
+                elif candidate is not None:
                     self._stages[name].free -= 1
-                    job = self._jobs[suspect.grant] = self._started(suspect.grant)
+                    job = self._jobs[candidate.lease] = self._started(candidate.lease)
                     await asyncio.wait([job], timeout=ALONE_S)
             finally:
                 self._alone = False
                 self._wake.set()
 
-    async def _work(self, stage: Stage, grant: Grant) -> None:
+    async def _work(self, stage: Stage, lease: Lease) -> None:
         try:
-            with bound_contextvars(**{KEYS[stage.name]: grant.key}):
+            with bound_contextvars(**{KEYS[stage.name]: lease.key}):
                 try:
                     await self._turn()
                     if self._stopping:
-                        await self._store.write(release, grant)
+                        await self._store.write(give_back, lease)
                     else:
-                        await stage.run(grant)
-                        self._returned.pop(grant.key, None)
+                        await stage.run(lease)
+                        self._returned.pop(lease.key, None)
                 # the one broad except of the workers: logged once, counted, tried again
                 except Exception as error:  # noqa: BLE001
-                    await self._failed(grant, error)
+                    await self._failed(lease, error)
         finally:
-            self._jobs.pop(grant, None)
+            self._jobs.pop(lease, None)
             stage.free += 1
             if stage.name in self._backlog:
                 self._wake.set()
 
-    async def _failed(self, grant: Grant, error: Exception) -> None:
-        wait = fault_wait(grant.attempts)
-        self._metrics.worker_faults.labels(grant.stage).inc()
+    async def _failed(self, lease: Lease, error: Exception) -> None:
+        wait = fault_wait(lease.attempts)
+        self._metrics.worker_faults.labels(lease.stage).inc()
         unforeseen = not isinstance(error, StoreUnavailable)
         log.error(
             "worker.failed",
-            stage=grant.stage,
-            key=grant.key,
-            attempt=grant.attempts,
+            stage=lease.stage,
+            key=lease.key,
+            attempt=lease.attempts,
             wait_s=wait,
             exception=f"{type(error).__name__}: {error}",
             exc_info=error if unforeseen else None,
         )
         if not unforeseen:
-            await self._give_back(grant)
+            await self._give_back(lease)
             return
         try:
-            faults = await self._store.write(record_faults, Fault(grant, round(wait * 1000)))
+            faults = await self._store.write(record_faults, Fault(lease, round(wait * 1000)))
         except StoreUnavailable:
-            await self._give_back(grant)
+            await self._give_back(lease)
             return
         if faults >= FAULT_LIMIT:
-            log.error("task.parked", stage=grant.stage, cause=f"{faults} faults")
+            log.error("task.parked", stage=lease.stage, cause=f"{faults} faults")
 
-    async def _give_back(self, grant: Grant) -> None:
+    async def _give_back(self, lease: Lease) -> None:
         """Gives up work that could not be recorded, as soon as the store commits again; from the
         third time on others go first, as it may be this row that the store cannot read or write.
         """
         if len(self._returned) > RETURNED:
             self._returned.clear()
-        self._returned[grant.key] += 1
-        again = self._returned[grant.key] - 2
+        self._returned[lease.key] += 1
+        again = self._returned[lease.key] - 2
         wait_ms = round(fault_wait(again) * 1000) if again > 0 else 0
         given = False
         while not given:
             await asyncio.sleep(LOOK_S)
             given = self._stopping  # then once more, or a death that was none is counted
             with suppress(StoreUnavailable):
-                await self._store.write(put_off, (grant, wait_ms))
+                await self._store.write(snooze, (lease, wait_ms))
                 given = True
 
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(RENEW_S)
-            renewals = [self._store.write(renew, grant) for grant in self._jobs]
+            renewals = [self._store.write(renew, lease) for lease in self._jobs]
             await asyncio.gather(
                 self._store.write(keep_time, None), *renewals, return_exceptions=True
             )
@@ -284,15 +284,15 @@ class WorkerPool:
         for job in left.values():
             job.cancel()
         await asyncio.gather(*left.values(), return_exceptions=True)
-        nothing = Grant(
+        nothing = Lease(
             "submit", "", 0, 0
         )  # its release changes no row, and comes after the transaction that is under way
         await asyncio.gather(
-            *(self._store.write(release, grant) for grant in (*left, nothing)),
+            *(self._store.write(give_back, lease) for lease in (*left, nothing)),
             return_exceptions=True,
         )
         late, self._late = self._late, []
         await asyncio.gather(
-            *(self._store.write(release, grant) for grant in late), return_exceptions=True
+            *(self._store.write(give_back, lease) for lease in late), return_exceptions=True
         )
         return len(left) + len(late)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.errors import ApiError, EgressRefused
 from service.events import secrets
 from service.ids import PREFIXES

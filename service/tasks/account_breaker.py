@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import structlog
 
 from service.credits import millionths
-from service.db.transaction import Grant
+from service.db.transaction import Lease
 from service.errors import EgressError, StoreUnavailable
 from service.net import Response
 from service.ops.metrics import Metrics
@@ -74,13 +74,13 @@ class Account:
         self._outage.set()
         log.error("account.refused", reason=reason)
 
-    async def hold(self, grant: Grant, give_up_s: float) -> None:
+    async def hold(self, lease: Lease, give_up_s: float) -> None:
         """Puts a task off that may not be sent now; the wait is for the case that this process
         dies: else `_restore` ends it.
         """
         wait = self._wait(len(self._schedule))
         await self._resources.store.write(
-            hold_submissions, Hold(grant, round(wait * 1000), round(give_up_s * 1000))
+            hold_submissions, Hold(lease, round(wait * 1000), round(give_up_s * 1000))
         )
         checkpoint("account.held")
         if not self.refused:  # any more

@@ -57,7 +57,7 @@ def _resolve(tx: Transaction, row: Row, item: Resolution) -> str | None:
         tx.write()  # the next item may name the same id
         ask(tx, row)
     elif item.resubmit:
-        change(tx, row, resubmit=True, **leases.wanted(tx, "submit", row["id"], row))
+        change(tx, row, resubmit=True, **leases.requeue(tx, "submit", row["id"], row))
     else:
         end_uncertain(tx, row)
     return None
@@ -96,6 +96,6 @@ def reconcile_tasks(tx: Transaction, items: Sequence[str]) -> list[str | None]:
             .with_for_update()
         )
         for image in tx.connection.execute(pending).mappings().all():
-            tx.change(images, image["id"], leases.wanted(tx, "download", image["id"], image))
+            tx.change(images, image["id"], leases.requeue(tx, "download", image["id"], image))
         results.append(None)
     return results

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import structlog
 
-from service.db.rows import Row
-from service.db.transaction import Grant
+from service.db.paging import Row
+from service.db.transaction import Lease
 from service.errors import NoPlace
 from service.queue import leases
 from service.queue.checkpoints import checkpoint
@@ -39,12 +39,12 @@ class Settler:
     task_ttl_s: float
     result_ttl_s: float
 
-    async def run(self, grant: Grant) -> None:
-        found = await self.resources.store.read(task_queries.settling, grant.key)
+    async def run(self, lease: Lease) -> None:
+        found = await self.resources.store.read(task_queries.settling, lease.key)
         if found is None or (
             found[0]["upstream_id"] is None and State(found[0]["state"]) is not State.SUBMITTED
         ):
-            await self.resources.store.write(leases.done, grant)
+            await self.resources.store.write(leases.done, lease)
             return
         row, callback = found
         checkpoint("settle.claimed")
@@ -58,25 +58,25 @@ class Settler:
             answer = NotFound()
         else:
             try:
-                answer = await self._query(grant, row["upstream_id"])
+                answer = await self._query(lease, row["upstream_id"])
             except NoPlace:
-                await self.resources.store.write(leases.release, grant)
+                await self.resources.store.write(leases.give_back, lease)
                 return
         retry_after = answer.retry_after if isinstance(answer, NoAnswer) else None
         wait_ms = self.plan.again(
-            grant.attempts, called_back=callback is not None, retry_after=retry_after
+            lease.attempts, called_back=callback is not None, retry_after=retry_after
         )
         if callback is None:
             log.info(
                 "reconcile.queried",
-                attempt=grant.attempts,
+                attempt=lease.attempts,
                 answer=_word(answer),
                 wait_s=wait_ms / 1000,
             )
         checkpoint("settle.answered")
         report = answer.report if isinstance(answer, Found) else None
         settlement = Settlement(
-            grant,
+            lease,
             report,
             requests=row["settle_requests"],
             wait_ms=wait_ms,
@@ -99,11 +99,11 @@ class Settler:
                 results=len(report.results),
             )
 
-    async def _query(self, grant: Grant, upstream_id: str) -> QueryOutcome:
+    async def _query(self, lease: Lease, upstream_id: str) -> QueryOutcome:
         """NoPlace: reconciling, which comes last, found none in time; a callback may ask for the
         same row meanwhile.
         """
-        kind: Kind = "confirm" if grant.stage == "settle" else "reconcile"
+        kind: Kind = "confirm" if lease.stage == "settle" else "reconcile"
         async with self.resources.pace.place(
             kind, None if kind == "confirm" else PATIENCE_S
         ) as heard:

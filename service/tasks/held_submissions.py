@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import select, update
 
 from service.db.tables import tasks
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.queue import leases
 from service.tasks.state import State
 from service.tasks.transitions import Row, change, lock
@@ -24,7 +24,7 @@ class Hold:
     is tried before it is given up.
     """
 
-    grant: Grant
+    lease: Lease
     wait_ms: int
     give_up_ms: int
 
@@ -33,11 +33,11 @@ def hold_submissions(tx: Transaction, items: Sequence[Hold]) -> list[bool]:
     """Puts tasks off, the attempt uncounted; whoever waits for the first outcome is told. False:
     the lease was lost.
     """
-    rows = lock(tx, (item.grant.key for item in items))
+    rows = lock(tx, (item.lease.key for item in items))
     results = []
     for item in items:
-        row = rows.get(item.grant.key)
-        held = row is not None and leases.holds(item.grant, row)
+        row = rows.get(item.lease.key)
+        held = row is not None and leases.holds(item.lease, row)
         results.append(held)
         if row is not None and held:
             change(tx, row, **_held(tx, row, item))
@@ -51,11 +51,11 @@ def _held(tx: Transaction, row: Row, item: Hold) -> dict[str, Any]:
         tx.now + item.wait_ms,
     )
     if state not in (State.QUEUED, State.UNCERTAIN):  # cancelled meanwhile, or proved to be there
-        return leases.freed("submit", row["submit_due_at"])
+        return leases.release("submit", row["submit_due_at"])
     if state is State.QUEUED and tx.now < give_up_at:
         due_at = min(due_at, give_up_at)
     more = {"lease_owner": tx.process, "attempts": row["submit_attempts"] - 1}
-    return leases.freed("submit", due_at, **more) | {
+    return leases.release("submit", due_at, **more) | {
         "submit_outcomes": max(1, row["submit_outcomes"])
     }
 

@@ -97,5 +97,5 @@ def _new_row(tx: Transaction, item: NewTask, turns: Turns) -> Row:
         "idempotency_key": item.idempotency_key,
         "idempotency_hash": item.idempotency_hash,
         "submit_turn": turns.next(item.owner),
-        **leases.born(tx, "submit", item.id, behind=turns.behind),
+        **leases.enqueue(tx, "submit", item.id, behind=turns.behind),
     }

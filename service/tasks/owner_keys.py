@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, insert, select, update
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.tables import api_keys, endpoints, owners, tasks
 from service.db.transaction import Transaction
 

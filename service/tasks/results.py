@@ -45,7 +45,7 @@ def expect(tx: Transaction, task: Row, urls: Sequence[str], ttl_ms: int) -> None
             retry = (
                 {}
                 if row["state"] != "pending" or row["due_at"] is not None
-                else leases.wanted(tx, "download", row["id"], row)
+                else leases.requeue(tx, "download", row["id"], row)
             )
             tx.change(images, row["id"], {"confirmed": True, **retry})
         elif not row["confirmed"]:  # what went wrong was another address's fault
@@ -66,12 +66,12 @@ def expect(tx: Transaction, task: Row, urls: Sequence[str], ttl_ms: int) -> None
             tx.change(
                 images,
                 row["id"],
-                {**fresh, **blameless, **leases.wanted(tx, "download", row["id"], row)},
+                {**fresh, **blameless, **leases.requeue(tx, "download", row["id"], row)},
             )
         elif (
             row["state"] == "pending"
         ):  # a fresh link; tried when its turn comes, or each answer would start the next try
-            again = leases.wanted(tx, "download", row["id"], row) if row["due_at"] is None else {}
+            again = leases.requeue(tx, "download", row["id"], row) if row["due_at"] is None else {}
             dies_at = max(row["link_dies_at"], min(tx.now + ttl_ms, last_ms))
             tx.change(images, row["id"], {"source_url": url, "link_dies_at": dies_at, **again})
     if invented := [row["id"] for row in known.values() if not row["confirmed"]]:
@@ -153,4 +153,4 @@ def _insert(
         "source_url": url,
         "link_dies_at": tx.now + ttl_ms,
     }
-    tx.insert(images, row | leases.born(tx, "download", image_id))
+    tx.insert(images, row | leases.enqueue(tx, "download", image_id))

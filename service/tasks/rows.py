@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import and_
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.tables import images as image_rows
 from service.tasks.document import Image, Task
 from service.tasks.state import State

@@ -5,7 +5,7 @@ it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.queue import leases
 from service.strict_json import JSON
 from service.tasks.results import awaited, expect, finish_if_done, tell_late
@@ -32,7 +32,7 @@ class Settlement:
     question was asked: a callback since asks again.
     """
 
-    grant: Grant
+    lease: Lease
     report: Report | None
     requests: int
     wait_ms: int
@@ -44,19 +44,19 @@ def record_settlements(tx: Transaction, items: Sequence[Settlement]) -> list[Sta
     """Records answers; the states after it, or None where the lease had ended and nothing
     changed.
     """
-    rows = lock(tx, (item.grant.key for item in items))
+    rows = lock(tx, (item.lease.key for item in items))
     results: list[State | None] = []
     for item in items:
-        row = rows[item.grant.key]
-        if not leases.holds(item.grant, row):
+        row = rows[item.lease.key]
+        if not leases.holds(item.lease, row):
             results.append(None)
             continue
         due = _record(tx, row, item)
         settled = State(row["state"]) in TERMINAL and row["settled_digest"] is not None
         asked_again = row["settle_requests"] != item.requests and not settled
-        change(tx, row, **leases.freed("settle", tx.now if asked_again else due))
+        change(tx, row, **leases.release("settle", tx.now if asked_again else due))
         if asked_again:
-            change(tx, row, **leases.wanted(tx, "settle", row["id"], row))
+            change(tx, row, **leases.requeue(tx, "settle", row["id"], row))
         results.append(State(row["state"]))
     return results
 

@@ -9,7 +9,7 @@ from functools import cache
 from sqlalchemy import select
 
 from service.db.tables import tasks
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.events import outbox
 from service.queue import leases
 from service.strict_json import JSON
@@ -23,24 +23,24 @@ from service.upstreams.base import Report
 class Start:
     """Asks for the right to send: the lease is made to outlast a call of `call_ms`."""
 
-    grant: Grant
+    lease: Lease
     call_ms: int
     resubmit: bool = False  # an uncertain task may be sent again
 
 
 def start_submissions(tx: Transaction, items: Sequence[Start]) -> list[bytes | None]:
     """Moves tasks to `submitting`; the body to send, or None when this process must not send."""
-    rows = lock(tx, (item.grant.key for item in items))
+    rows = lock(tx, (item.lease.key for item in items))
     results: list[bytes | None] = []
     for item in items:
-        row = rows[item.grant.key]
+        row = rows[item.lease.key]
         state = State(row["state"])
-        if leases.holds(item.grant, row) and (
+        if leases.holds(item.lease, row) and (
             state is State.QUEUED or (state is State.UNCERTAIN and item.resubmit)
         ):
             move(tx, row, State.SUBMITTING)
         elif (
-            not leases.holds(item.grant, row) or state is not State.SUBMITTING
+            not leases.holds(item.lease, row) or state is not State.SUBMITTING
         ):  # else: this very start, run again
             results.append(None)
             continue
@@ -99,7 +99,7 @@ class Undecided:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    grant: Grant
+    lease: Lease
     outcome: Accepted | Again | Refused | Uncertain | Undecided
 
 
@@ -112,13 +112,13 @@ def record_submissions(tx: Transaction, items: Sequence[Submission]) -> list[Sta
     rows, turns = lock(tx, _concerned(tx, items)), cache(lambda: Turns(tx))
     results = []
     for item in items:
-        row = rows[item.grant.key]
-        held = leases.holds(item.grant, row)
+        row = rows[item.lease.key]
+        held = leases.holds(item.lease, row)
         if isinstance(item.outcome, Accepted):
             _accepted(tx, row, item.outcome, rows.values(), turns)
         elif row["state"] in ((State.SUBMITTING, State.UNCERTAIN) if held else (State.UNCERTAIN,)):
             _not_accepted(tx, row, item.outcome, turns, held=held)
-        done = leases.freed("submit", row["submit_due_at"]) if held else {}
+        done = leases.release("submit", row["submit_due_at"]) if held else {}
         change(tx, row, submit_outcomes=row["submit_outcomes"] + 1, **done)
         results.append(State(row["state"]))
     return results
@@ -126,7 +126,7 @@ def record_submissions(tx: Transaction, items: Sequence[Submission]) -> list[Sta
 
 def _concerned(tx: Transaction, items: Sequence[Submission]) -> set[str]:
     """The tasks of submissions, and those that have the id which one of these was given."""
-    keys = {item.grant.key for item in items}
+    keys = {item.lease.key for item in items}
     names = {
         item.outcome.report.upstream_id for item in items if isinstance(item.outcome, Accepted)
     }
@@ -177,14 +177,14 @@ def _accepted(
             holder,
             upstream_id=None,
             upstream_id_from=None,
-            **leases.freed("settle", tx.now + outcome.first_query_ms),
+            **leases.release("settle", tx.now + outcome.first_query_ms),
         )
         tx.write()  # it is free before it is given again
     submitted(tx, row, outcome.report.upstream_id, "answer", outcome.report, outcome.first_query_ms)
     if (
         row["settle_requests"] and State(row["state"]) is State.SUBMITTED
     ):  # somebody asked before there was an id to ask for
-        change(tx, row, **leases.wanted(tx, "settle", row["id"], row))
+        change(tx, row, **leases.requeue(tx, "settle", row["id"], row))
 
 
 def _not_accepted(

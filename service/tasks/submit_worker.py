@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import structlog
 
 from service.db.clock import steady_ns
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.store import Item, Result
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.errors import StoreUnavailable
 from service.queue import leases
 from service.queue.backoff import wait_before
@@ -43,23 +43,23 @@ class Submitter:
     uncertain: str  # fail | resubmit
     uncertain_after_s: float
 
-    async def run(self, grant: Grant) -> None:
-        row = await self.resources.store.read(task_queries.task_row, grant.key, None)
+    async def run(self, lease: Lease) -> None:
+        row = await self.resources.store.read(task_queries.task_row, lease.key, None)
         state = State(row["state"]) if row else None
         if state is State.SUBMITTING:  # whoever sent it died, and its answer with it
             await self._record(
-                grant, self._uncertain(grant, "its sender died before the answer was recorded")
+                lease, self._uncertain(lease, "its sender died before the answer was recorded")
             )
         elif row and state is State.UNCERTAIN and not self._resubmits(row):
-            await self._record(grant, store.Undecided())
+            await self._record(lease, store.Undecided())
         elif row and state in (State.QUEUED, State.UNCERTAIN):
             await self._send(
-                grant,
+                lease,
                 resubmit=state is State.UNCERTAIN,
                 last=state is State.QUEUED and not self._young(row),
             )
         else:
-            await self.resources.store.write(leases.done, grant)
+            await self.resources.store.write(leases.done, lease)
 
     def _resubmits(self, row: Row) -> bool:
         """Whether an uncertain task is sent again: as was decided for it, or for as long as one of
@@ -70,7 +70,7 @@ class Submitter:
     def _young(self, row: Row) -> bool:
         return bool(self.resources.store.clock() - row["created_at"] < self.give_up_s * 1000)
 
-    async def _send(self, grant: Grant, *, resubmit: bool, last: bool) -> None:
+    async def _send(self, lease: Lease, *, resubmit: bool, last: bool) -> None:
         """`last`: it is too old to wait on, but is not given up without a try."""
         async with self.resources.pace.place(
             "submit"
@@ -78,56 +78,56 @@ class Submitter:
             if (
                 self.resources.store.signals.stopping
             ):  # while it waited: whoever comes next sends it
-                await self.resources.store.write(leases.release, grant)
+                await self.resources.store.write(leases.give_back, lease)
                 return
             trial = self.account.refused
             with self.account.sending(last=last) as may:
                 if not may:
-                    await self.account.hold(grant, self.give_up_s)
+                    await self.account.hold(lease, self.give_up_s)
                     return
                 checkpoint("submission.claimed")
                 asked = steady_ns()
-                start = store.Start(grant, round((self.timeout_s + MARGIN_S) * 1000), resubmit)
+                start = store.Start(lease, round((self.timeout_s + MARGIN_S) * 1000), resubmit)
                 body = await self._kept(store.start_submissions, start)
                 if body is None:
-                    await self.resources.store.write(leases.done, grant)
+                    await self.resources.store.write(leases.done, lease)
                     return
                 checkpoint("submission.started")
                 if (
                     steady_ns() - asked > MARGIN_S * 1e9
                 ):  # it stood still: the lease, if it still is ours, would not outlast the call
                     await self._record(
-                        grant,
+                        lease,
                         store.Again("the process stood still", 0, round(self.give_up_s * 1000)),
                     )
                     return
-                answer = await self.resources.upstream.submit(body, grant.key)
+                answer = await self.resources.upstream.submit(body, lease.key)
                 checkpoint("submission.answered")
                 heard(answer)
-        await self._record(grant, self._outcome(grant, answer))
+        await self._record(lease, self._outcome(lease, answer))
         checkpoint("submission.recorded")
         if isinstance(answer, base.Accepted | base.Refused):
             await self.account.taken(trial=trial)
 
     def _outcome(
-        self, grant: Grant, answer: base.SubmitOutcome
+        self, lease: Lease, answer: base.SubmitOutcome
     ) -> store.Accepted | store.Again | store.Refused | store.Uncertain:
         match answer:
             case base.Accepted(report):
                 return store.Accepted(
                     report,
                     self.plan.first(report.estimated_time),
-                    round(self._decide_s(grant) * 1000),
+                    round(self._decide_s(lease) * 1000),
                 )
             case base.NotCreated(reason, retry_after, account):
                 if account:
                     self.account.refuse(reason)
                 wait = (
-                    0.0 if account else max(self._wait(grant), retry_after or 0)
+                    0.0 if account else max(self._wait(lease), retry_after or 0)
                 )  # what comes then is held, until the account is good
                 log.warning(
                     "task.submission_retried",
-                    attempt=grant.attempts,
+                    attempt=lease.attempts,
                     reason=reason,
                     account=account,
                     wait_s=round(wait, 3),
@@ -136,12 +136,12 @@ class Submitter:
             case base.Refused(status, error):
                 log.info("task.submission_refused", status=status, code=error["code"])
                 return store.Refused(status, error)
-        return self._uncertain(grant, answer.reason)
+        return self._uncertain(lease, answer.reason)
 
-    def _wait(self, grant: Grant) -> float:
+    def _wait(self, lease: Lease) -> float:
         wait = wait_before(
             self.schedule,
-            grant.attempts,
+            lease.attempts,
             repeat_last=True,
             random=self.resources.random(),
             spread=0.2,
@@ -149,30 +149,30 @@ class Submitter:
         assert wait is not None  # the last wait repeats
         return wait
 
-    def _decide_s(self, grant: Grant) -> float:
+    def _decide_s(self, lease: Lease) -> float:
         """Without a callback URL nothing can prove it any more: it is decided at once; what is sent
         again keeps to the schedule.
         """
-        at_once = self._wait(grant) if self.uncertain == "resubmit" else 0.0
+        at_once = self._wait(lease) if self.uncertain == "resubmit" else 0.0
         return self.uncertain_after_s if self.plan.with_callback else at_once
 
-    def _uncertain(self, grant: Grant, reason: str) -> store.Uncertain:
-        decide_s = self._decide_s(grant)
+    def _uncertain(self, lease: Lease, reason: str) -> store.Uncertain:
+        decide_s = self._decide_s(lease)
         log.warning("task.submission_uncertain", reason=reason, decide_s=decide_s)
         return store.Uncertain(reason, round(decide_s * 1000), resend=self.uncertain == "resubmit")
 
     async def _record(
         self,
-        grant: Grant,
+        lease: Lease,
         outcome: store.Accepted | store.Again | store.Refused | store.Uncertain | store.Undecided,
     ) -> None:
-        state = await self._kept(store.record_submissions, store.Submission(grant, outcome))
+        state = await self._kept(store.record_submissions, store.Submission(lease, outcome))
         if isinstance(outcome, store.Accepted):
             report = outcome.report
             log.info(
                 "task.submitted",
                 upstream_id=report.upstream_id,
-                attempt=grant.attempts,
+                attempt=lease.attempts,
                 estimated_time=report.estimated_time,
                 state=state,
             )

@@ -5,8 +5,8 @@ from typing import Any
 
 from sqlalchemy import Connection, or_, select
 
-from service.db.rows import After, Row
-from service.db.rows import page as _page
+from service.db.paging import After, Row
+from service.db.paging import page as _page
 from service.db.tables import attempts, callbacks, deliveries, events, images, steps, tasks
 from service.ids import PREFIXES, rfc3339, sequence_text
 from service.strict_json import JSON

@@ -87,7 +87,7 @@ def submitted(
     if row["upstream_id"] is None or (row["upstream_id_from"], source) in RENAMES:
         values |= {"upstream_id": upstream_id, "upstream_id_from": source}
         if row["upstream_id"] not in (None, upstream_id):
-            values |= leases.freed("settle", tx.now)
+            values |= leases.release("settle", tx.now)
     if (
         first_query_ms is not None
         and row["settle_due_at"] is None
@@ -122,7 +122,7 @@ def ask(tx: Transaction, row: Row) -> None:
     """The upstream is asked about the task as soon as somebody is free and its id is known; an
     answer under way does not count.
     """
-    due = leases.wanted(tx, "settle", row["id"], row) if row["upstream_id"] is not None else {}
+    due = leases.requeue(tx, "settle", row["id"], row) if row["upstream_id"] is not None else {}
     change(tx, row, settle_requests=row["settle_requests"] + 1, **due)
 
 

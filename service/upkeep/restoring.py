@@ -89,7 +89,7 @@ def _doubt_one(tx: Transaction, row: Row, item: Restoration) -> None:
         "resubmit": False,
         "submit_outcomes": max(2, row["submit_outcomes"]),
     }
-    change(tx, row, **doubt, **leases.freed("submit", due_at))
+    change(tx, row, **doubt, **leases.release("submit", due_at))
     tx.step(
         row["id"],
         "task.submission_uncertain",

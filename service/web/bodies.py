@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.errors import ApiError
 from service.strict_json import JSON, check_text, read_object
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from service.db.clock import wall_clock
 from service.db.sqlite import open_sqlite
-from service.db.transaction import Grant
+from service.db.transaction import Lease
 from service.resources import new_id
 from service.signing import Keyring
 from service.tasks.new_tasks import NewTask, insert_tasks
@@ -90,7 +90,7 @@ def waiting(task_id: str) -> NewTask:
 def taken(task_id: str) -> Submission:
     """Its submission's outcome; it is asked about when the benchmark is long over."""
     return Submission(
-        Grant("submit", task_id, 0, 0), Accepted(Report(upstream_id=f"upstream-{task_id}"), DAY_MS)
+        Lease("submit", task_id, 0, 0), Accepted(Report(upstream_id=f"upstream-{task_id}"), DAY_MS)
     )
 
 

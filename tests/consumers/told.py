@@ -11,7 +11,7 @@ from typing import Any
 from starlette.responses import Response
 
 from service.db.tables import deliveries
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.queue.crashes import FAULT_LIMIT, Fault, record_faults
 from service.web.event_schemas import EVENT_TYPES
 from tests.api import ASYNC, got
@@ -173,7 +173,7 @@ def park(tx: Transaction, items: Sequence[str]) -> list[None]:
         }
         tx.change(deliveries, key, held)
         tx.write()
-        assert record_faults(tx, [Fault(Grant("deliver", key, 1, 1), 0)]) == [FAULT_LIMIT]
+        assert record_faults(tx, [Fault(Lease("deliver", key, 1, 1), 0)]) == [FAULT_LIMIT]
     return [None] * len(items)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, select
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.store import Item, Result, Store
 from service.db.tables import events, images, tasks
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.events.delivery_records import Attempt, Outcome, record_attempts
 from service.events.endpoints import Endpoint, EndpointChange, change_endpoints, insert_endpoints
 from service.events.replay_queries import Wanted, replay_extent
@@ -70,12 +70,12 @@ class Clock:
 
 @dataclass(slots=True)
 class Places:
-    """`Workers` with as many free places as the test says; keeps what it is granted and told, and
+    """`Workers` with as many free places as the test says; keeps what it is leased and told, and
     works on nothing.
     """
 
     free: dict[str, int] = field(default_factory=dict)
-    granted: list[Grant] = field(default_factory=list)
+    leased: list[Lease] = field(default_factory=list)
     told: list[Transaction] = field(default_factory=list)
     hints: list[set[str] | None] = field(default_factory=list)
 
@@ -84,8 +84,8 @@ class Places:
         self.free = dict.fromkeys(self.free, 0)
         return reserved
 
-    def take(self, granted: Iterable[Grant], unused: Mapping[str, int]) -> None:
-        self.granted += granted
+    def take(self, leased: Iterable[Lease], unused: Mapping[str, int]) -> None:
+        self.leased += leased
         for stage, places in unused.items():
             self.free[stage] += places
 
@@ -95,10 +95,10 @@ class Places:
     def hinted(self, stages: Iterable[str] | None) -> None:
         self.hints.append(None if stages is None else set(stages))
 
-    def taken(self) -> list[Grant]:
+    def taken(self) -> list[Lease]:
         """What was granted since the last look."""
-        granted, self.granted = self.granted, []
-        return granted
+        leased, self.leased = self.leased, []
+        return leased
 
 
 Opener = Callable[
@@ -170,7 +170,7 @@ class Subject:
 
     # --- leases ---
 
-    async def claim(self, stage: str, places: int = 1) -> list[Grant]:
+    async def claim(self, stage: str, places: int = 1) -> list[Lease]:
         """What this process gets of a stage with so many free places."""
         self.places.taken()
         self.places.free[stage] = places
@@ -178,12 +178,12 @@ class Subject:
         self.places.free[stage] = 0
         return self.places.taken()
 
-    async def claimed(self, stage: str, key: str) -> Grant:
-        """The grant for one row, which must be due; what else is due is given back."""
-        grants = {grant.key: grant for grant in await self.claim(stage, 1000)}
-        grant = grants.pop(key)
-        await self.batch(leases.release, list(grants.values()))
-        return grant
+    async def claimed(self, stage: str, key: str) -> Lease:
+        """The lease for one row, which must be due; what else is due is given back."""
+        claimed = {lease.key: lease for lease in await self.claim(stage, 1000)}
+        lease = claimed.pop(key)
+        await self.batch(leases.give_back, list(claimed.values()))
+        return lease
 
     # --- a task's life ---
 
@@ -205,33 +205,33 @@ class Subject:
         inserted: Inserted = await self.write(insert_tasks, self.wish(**different))
         return inserted.task_id
 
-    async def start(self, grant: Grant, *, resubmit: bool = False) -> bytes | None:
-        return await self.write(start_submissions, Start(grant, 70 * SECOND, resubmit))
+    async def start(self, lease: Lease, *, resubmit: bool = False) -> bytes | None:
+        return await self.write(start_submissions, Start(lease, 70 * SECOND, resubmit))
 
-    async def submitting(self, **different: Any) -> Grant:
-        """A new task whose request is on its way, and the grant under which it is."""
-        grant = await self.claimed("submit", await self.queued(**different))
-        assert await self.start(grant) is not None
-        return grant
+    async def submitting(self, **different: Any) -> Lease:
+        """A new task whose request is on its way, and the lease under which it is."""
+        lease = await self.claimed("submit", await self.queued(**different))
+        assert await self.start(lease) is not None
+        return lease
 
     async def submission(
-        self, grant: Grant, outcome: Accepted | Again | Refused | Uncertain | Undecided
+        self, lease: Lease, outcome: Accepted | Again | Refused | Uncertain | Undecided
     ) -> State:
-        return await self.write(record_submissions, Submission(grant, outcome))
+        return await self.write(record_submissions, Submission(lease, outcome))
 
     async def submitted(self, **different: Any) -> str:
         """A task that the upstream has under the id `upstream_id(task)`."""
-        grant = await self.submitting(**different)
-        assert await self.submission(grant, accepted(upstream_id(grant.key))) is State.SUBMITTED
-        return grant.key
+        lease = await self.submitting(**different)
+        assert await self.submission(lease, accepted(upstream_id(lease.key))) is State.SUBMITTED
+        return lease.key
 
     async def uncertain(self, decide_ms: int = 15 * MINUTE, **different: Any) -> str:
-        grant = await self.submitting(**different)
+        lease = await self.submitting(**different)
         assert (
-            await self.submission(grant, Uncertain("no answer in time", decide_ms))
+            await self.submission(lease, Uncertain("no answer in time", decide_ms))
             is State.UNCERTAIN
         )
-        return grant.key
+        return lease.key
 
     async def cancel(self, task_id: str, owner: str | None = None) -> str | None:
         return await self.write(cancel_tasks, Cancellation(task_id, owner))
@@ -239,15 +239,15 @@ class Subject:
     async def callback(self, task_id: str, report: Report | None, body: bytes = b"{}") -> Verdict:
         return await self.write(accept_callbacks, callback(task_id, report, body))
 
-    async def asking(self, task_id: str) -> Grant:
-        """The grant to ask the upstream about a task, whenever that is due."""
+    async def asking(self, task_id: str) -> Lease:
+        """The lease to ask the upstream about a task, whenever that is due."""
         task = await self.task(task_id)
         assert task["settle_due_at"] is not None
         self.clock.now = max(self.clock.now, task["settle_due_at"])
         return await self.claimed("settle" if task["settle_requests"] else "reconcile", task_id)
 
-    async def wanted(self, stage: str, key: str) -> Grant:
-        """The grant for one row that is made due now, as a callback would."""
+    async def requeued(self, stage: str, key: str) -> Lease:
+        """The lease for one row that is made due now, as a callback would."""
 
         def want(tx: Transaction, keys: Sequence[str]) -> list[None]:
             for id, row in lock(tx, keys).items():
@@ -255,7 +255,7 @@ class Subject:
                     tx,
                     row,
                     settle_requests=row["settle_requests"] + 1,
-                    **leases.wanted(tx, stage, id, row),
+                    **leases.requeue(tx, stage, id, row),
                 )
             return [None] * len(keys)
 
@@ -268,13 +268,13 @@ class Subject:
         report: Report | None,
         *,
         expires_ms: int | None = None,
-        grant: Grant | None = None,
+        lease: Lease | None = None,
     ) -> State | None:
         """Records the upstream's word on a task as it is now."""
-        grant = grant or await self.asking(task_id)
+        lease = lease or await self.asking(task_id)
         requests = (await self.task(task_id))["settle_requests"]
         return await self.write(
-            record_settlements, Settlement(grant, report, requests, ASK_AGAIN, DAY, expires_ms)
+            record_settlements, Settlement(lease, report, requests, ASK_AGAIN, DAY, expires_ms)
         )
 
     async def storing(self, *urls: str, **different: Any) -> str:
@@ -284,14 +284,14 @@ class Subject:
         return task_id
 
     async def download(
-        self, image: Row, outcome: Stored | Retry | Lost, grant: Grant | None = None
+        self, image: Row, outcome: Stored | Retry | Lost, lease: Lease | None = None
     ) -> str | None:
         """Fetches the address an image has, when that is due."""
-        if grant is None:
+        if lease is None:
             self.clock.now = max(self.clock.now, (await self.row(images, image["id"]))["due_at"])
-            grant = await self.claimed("download", image["id"])
+            lease = await self.claimed("download", image["id"])
         return await self.write(
-            record_downloads, Download(grant, image["task_id"], image["source_url"], outcome)
+            record_downloads, Download(lease, image["task_id"], image["source_url"], outcome)
         )
 
     async def completed(self, *urls: str, **different: Any) -> str:
@@ -334,10 +334,10 @@ class Subject:
             insert_keys, NewKey(id, owner, id, "dk_hint", ("submit", "read"), callback_secret)
         )
 
-    async def attempt(self, grant: Grant, result: str, **more: Any) -> bool:
+    async def attempt(self, lease: Lease, result: str, **more: Any) -> bool:
         """Records an attempt that was made."""
         made = Attempt(new_id("attempt"), 204 if result == "delivered" else 500, 12, None, b"")
-        return await self.write(record_attempts, Outcome(grant, result, made, **more))
+        return await self.write(record_attempts, Outcome(lease, result, made, **more))
 
 
 # --- what the upstream says ---

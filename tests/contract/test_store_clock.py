@@ -12,7 +12,7 @@ from sqlalchemy.util import await_only
 from service.db.tables import endpoints
 from service.db.transaction import Transaction
 from service.queue import leases
-from service.queue.crashes import claim_suspects
+from service.queue.crashes import claim_candidates
 from service.tasks.submissions import Again, Submission, record_submissions
 from tests.contract.subject import (
     HOUR,
@@ -40,14 +40,14 @@ async def test_a_start_after_the_clock_went_back_waits_no_hour(
     """What was due in five seconds when the last process stopped is due in five seconds."""
     async with sqlite_opener() as store:
         subject = Subject(store, clock)
-        grant = await subject.submitting()
-        await subject.write(record_submissions, Submission(grant, Again("no", 5 * SECOND, HOUR)))
+        lease = await subject.submitting()
+        await subject.write(record_submissions, Submission(lease, Again("no", 5 * SECOND, HOUR)))
     clock.shift(-HOUR)
     async with sqlite_opener() as store:
         subject = Subject(store, clock)
         assert await subject.claim("submit") == []
         clock.shift(5 * SECOND)
-        assert [found.key for found in await subject.claim("submit")] == [grant.key]
+        assert [found.key for found in await subject.claim("submit")] == [lease.key]
 
 
 async def test_a_clock_that_goes_back_under_running_processes_puts_nothing_off(
@@ -66,9 +66,9 @@ async def test_a_clock_that_goes_back_under_running_processes_puts_nothing_off(
         await subject.write(leases.keep_time, None)
     assert await subject.claim("submit") == []
     subject.clock.shift(5 * SECOND)
-    assert [grant.key for grant in await subject.claim("submit")] == [waiting.key]
+    assert [lease.key for lease in await subject.claim("submit")] == [waiting.key]
     subject.clock.shift(LEASE - 5 * SECOND)
-    assert leased in [grant.key for grant in await subject.claim("submit")]
+    assert leased in [lease.key for lease in await subject.claim("submit")]
 
 
 async def test_what_is_begun_after_the_clock_went_back_is_not_ended_by_that(
@@ -80,12 +80,12 @@ async def test_what_is_begun_after_the_clock_went_back_is_not_ended_by_that(
     one, other = two
     await one.write(leases.keep_time, None)
     one.clock.shift(-HOUR)
-    grant = await one.submitting()
+    lease = await one.submitting()
     one.clock.shift(2 * SECOND)
     for subject in two:
         await subject.write(leases.keep_time, None)
     assert await other.claim("submit") == []
-    assert await one.submission(grant, accepted(upstream_id(grant.key))) == "submitted"
+    assert await one.submission(lease, accepted(upstream_id(lease.key))) == "submitted"
 
 
 async def test_nothing_is_begun_while_somebody_goes_through_what_was_planned(
@@ -113,9 +113,9 @@ async def test_nothing_is_begun_while_somebody_goes_through_what_was_planned(
     assert not begun.done()
     go.set()
     await setting
-    grant = await begun
+    lease = await begun
     assert await other.claim("submit") == []
-    assert await one.write(leases.renew, grant)
+    assert await one.write(leases.renew, lease)
 
 
 async def test_a_process_that_starts_after_the_clock_went_back_sees_it(
@@ -125,14 +125,14 @@ async def test_a_process_that_starts_after_the_clock_went_back_sees_it(
     async with postgres_opener() as store:
         subject = Subject(store, clock)
         await subject.write(leases.keep_time, None)
-        grant = await subject.submitting()
-        await subject.write(record_submissions, Submission(grant, Again("no", 60 * SECOND, HOUR)))
+        lease = await subject.submitting()
+        await subject.write(record_submissions, Submission(lease, Again("no", 60 * SECOND, HOUR)))
     clock.shift(-HOUR)
     async with postgres_opener("two") as store:
         subject = Subject(store, clock)
         started = await subject.submitting()
         clock.shift(60 * SECOND)
-        assert [found.key for found in await subject.claim("submit", 9)] == [grant.key]
+        assert [found.key for found in await subject.claim("submit", 9)] == [lease.key]
         assert await subject.submission(started, accepted(upstream_id(started.key))) == "submitted"
 
 
@@ -152,14 +152,14 @@ async def test_a_pause_that_an_endpoint_asked_for_goes_back_with_the_clock(
 async def test_times_that_differ_by_a_little_are_no_jump(subject: Subject) -> None:
     """A transaction that waited for its turn read its time earlier."""
     await subject.write(leases.keep_time, None)
-    grant = await subject.submitting()
-    await subject.write(record_submissions, Submission(grant, Again("no", 60 * SECOND, HOUR)))
+    lease = await subject.submitting()
+    await subject.write(record_submissions, Submission(lease, Again("no", 60 * SECOND, HOUR)))
     subject.clock.shift(-leases.TOLERANCE_MS)
     await subject.write(leases.keep_time, None)
     subject.clock.shift(60 * SECOND)
     assert await subject.claim("submit") == []
     subject.clock.shift(leases.TOLERANCE_MS)
-    assert [found.key for found in await subject.claim("submit")] == [grant.key]
+    assert [found.key for found in await subject.claim("submit")] == [lease.key]
 
 
 async def test_work_that_a_suspect_gave_back_is_due_at_once(subject: Subject) -> None:
@@ -168,9 +168,9 @@ async def test_work_that_a_suspect_gave_back_is_due_at_once(subject: Subject) ->
     for _ in range(2):
         await subject.claim("submit")
         subject.clock.shift(LEASE)
-    suspect = await subject.write(claim_suspects, "submit")
-    assert suspect is not None
-    assert await subject.write(leases.release, suspect.grant)
-    again = await subject.write(claim_suspects, "submit")
+    candidate = await subject.write(claim_candidates, "submit")
+    assert candidate is not None
+    assert await subject.write(leases.give_back, candidate.lease)
+    again = await subject.write(claim_candidates, "submit")
     assert again is not None
-    assert (again.grant.attempts, again.deaths) == (suspect.grant.attempts, suspect.deaths)
+    assert (again.lease.attempts, again.crashes) == (candidate.lease.attempts, candidate.crashes)

@@ -171,14 +171,14 @@ async def test_a_store_that_does_not_commit_promises_nothing_and_recovers(
             *(subject.write(insert_tasks, wish) for wish in big), return_exceptions=True
         )
         assert {type(result) for result in results} == {StoreUnavailable}
-        assert (subject.places.free, subject.places.granted) == ({"submit": 5}, [])
+        assert (subject.places.free, subject.places.leased) == ({"submit": 5}, [])
     assert await subject.rows(tasks) == []
     assert all(
         result.created
         for result in await asyncio.gather(*(subject.write(insert_tasks, wish) for wish in big))
     )
-    assert subject.places.granted
-    assert len(subject.places.granted) + subject.places.free["submit"] == 5
+    assert subject.places.leased
+    assert len(subject.places.leased) + subject.places.free["submit"] == 5
 
 
 async def test_a_store_that_is_away_cannot_be_read(

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.tables import attempts, deliveries, endpoints
-from service.db.transaction import Grant
+from service.db.transaction import Lease
 from service.events import event_queries
 from service.events.delivery_records import Attempt, Outcome, record_attempts
 from service.events.endpoints import Endpoint, EndpointChange, change_endpoints, insert_endpoints
@@ -18,8 +18,8 @@ from tests.contract.subject import DAY, HOUR, LEASE, MINUTE, SECOND, Subject, ne
 FIVE_DAYS = 5 * DAY
 
 
-async def first(subject: Subject, endpoint: str) -> Grant:
-    """The grant for a new task's event at this endpoint, its only pending delivery that was never
+async def first(subject: Subject, endpoint: str) -> Lease:
+    """The lease for a new task's event at this endpoint, its only pending delivery that was never
     tried.
     """
     await subject.submitted()
@@ -27,10 +27,10 @@ async def first(subject: Subject, endpoint: str) -> Grant:
     return await subject.claimed("deliver", row["id"])
 
 
-async def again(subject: Subject, grant: Grant) -> Grant:
-    """The grant for the retry, when it is due."""
-    subject.clock.now = max(subject.clock.now, (await subject.row(deliveries, grant.key))["due_at"])
-    return await subject.claimed("redeliver", grant.key)
+async def again(subject: Subject, lease: Lease) -> Lease:
+    """The lease for the retry, when it is due."""
+    subject.clock.now = max(subject.clock.now, (await subject.row(deliveries, lease.key))["due_at"])
+    return await subject.claimed("redeliver", lease.key)
 
 
 async def endpoint_of(subject: Subject, id: str) -> Row:
@@ -39,10 +39,10 @@ async def endpoint_of(subject: Subject, id: str) -> Row:
 
 async def test_a_delivered_event_is_done(subject: Subject) -> None:
     """Any 2xx: delivered, with its attempt on record; never due again."""
-    grant = await first(subject, await subject.endpoint())
+    lease = await first(subject, await subject.endpoint())
     made = Attempt(new_id("attempt"), 204, 12, None, b"thanks")
-    assert await subject.write(record_attempts, Outcome(grant, "delivered", made))
-    row = await subject.row(deliveries, grant.key)
+    assert await subject.write(record_attempts, Outcome(lease, "delivered", made))
+    row = await subject.row(deliveries, lease.key)
     assert (
         row["state"],
         row["finished_at"],
@@ -57,18 +57,18 @@ async def test_a_delivered_event_is_done(subject: Subject) -> None:
         attempt["duration_ms"],
         attempt["error"],
         attempt["answer"],
-    ) == (grant.key, 204, 12, None, b"thanks")
+    ) == (lease.key, 204, 12, None, b"thanks")
     subject.clock.shift(FIVE_DAYS)
     assert [await subject.claim(stage) for stage in ("deliver", "redeliver")] == [[], []]
 
 
 async def test_a_failed_attempt_is_tried_again_by_schedule(subject: Subject) -> None:
     """Pending, due after the wait and not before; each attempt counts and is kept."""
-    grant = await first(subject, await subject.endpoint())
+    lease = await first(subject, await subject.endpoint())
     for number in range(1, 4):
-        assert grant.attempts == number
-        assert await subject.attempt(grant, "retry", wait_ms=5 * SECOND)
-        row = await subject.row(deliveries, grant.key)
+        assert lease.attempts == number
+        assert await subject.attempt(lease, "retry", wait_ms=5 * SECOND)
+        row = await subject.row(deliveries, lease.key)
         assert (row["state"], row["due_at"], row["finished_at"]) == (
             "pending",
             subject.clock.now + 5 * SECOND,
@@ -76,16 +76,16 @@ async def test_a_failed_attempt_is_tried_again_by_schedule(subject: Subject) -> 
         )
         subject.clock.shift(5 * SECOND - 1)
         assert await subject.claim("redeliver") == []
-        grant = await again(subject, grant)
-    assert len(await subject.rows(attempts, delivery_id=grant.key)) == 3
+        lease = await again(subject, lease)
+    assert len(await subject.rows(attempts, delivery_id=lease.key)) == 3
 
 
 async def test_after_the_last_retry_it_is_dead_and_operators_are_told(subject: Subject) -> None:
     """Kept, listed, `delivery.exhausted` once."""
     endpoint = await subject.endpoint()
-    grant = await first(subject, endpoint)
-    await subject.attempt(grant, "dead")
-    row = await subject.row(deliveries, grant.key)
+    lease = await first(subject, endpoint)
+    await subject.attempt(lease, "dead")
+    row = await subject.row(deliveries, lease.key)
     assert (row["state"], row["finished_at"], row["due_at"]) == ("dead", subject.clock.now, None)
     (event,) = [event for event in await subject.events() if event["type"] == "delivery.exhausted"]
     assert (event["owner"], event["task_id"]) == ("admin", row["task_id"])
@@ -108,9 +108,9 @@ async def test_a_dead_delivery_of_an_operators_event_raises_none(subject: Subjec
 
 async def test_a_delivery_without_its_endpoint_is_dead_without_an_attempt(subject: Subject) -> None:
     """Nothing was tried: no attempt is kept, nobody is told."""
-    grant = await first(subject, await subject.endpoint())
-    assert await subject.write(record_attempts, Outcome(grant, "dead"))
-    assert ((await subject.row(deliveries, grant.key))["state"], await subject.rows(attempts)) == (
+    lease = await first(subject, await subject.endpoint())
+    assert await subject.write(record_attempts, Outcome(lease, "dead"))
+    assert ((await subject.row(deliveries, lease.key))["state"], await subject.rows(attempts)) == (
         "dead",
         [],
     )
@@ -137,15 +137,15 @@ async def test_an_attempt_recorded_again_is_kept_once(subject: Subject) -> None:
     """After a commit whose answer was lost the operation runs again, and finds its attempt
     there.
     """
-    grant = await first(subject, await subject.endpoint())
-    outcome = Outcome(grant, "delivered", Attempt(new_id("attempt"), 204, 12, None, b""))
+    lease = await first(subject, await subject.endpoint())
+    outcome = Outcome(lease, "delivered", Attempt(new_id("attempt"), 204, 12, None, b""))
     assert [await subject.write(record_attempts, outcome) for _ in range(2)] == [True, False]
     assert len(await subject.rows(attempts)) == 1
 
 
 async def test_an_attempt_for_a_delivery_that_is_gone_is_dropped(subject: Subject) -> None:
     """Nothing to keep it for."""
-    assert not await subject.attempt(Grant("deliver", "dlv_gone", 1, 1), "delivered")
+    assert not await subject.attempt(Lease("deliver", "dlv_gone", 1, 1), "delivered")
     assert await subject.rows(attempts) == []
 
 
@@ -188,29 +188,29 @@ async def test_what_was_under_way_when_its_endpoint_was_disabled(subject: Subjec
     await subject.change(endpoint, status="disabled")
     await subject.attempt(failing, "retry", wait_ms=SECOND)
     await subject.attempt(arriving, "delivered")
-    rows = [await subject.row(deliveries, grant.key) for grant in (failing, arriving)]
+    rows = [await subject.row(deliveries, lease.key) for lease in (failing, arriving)]
     assert [(row["state"], row["due_at"]) for row in rows] == [("dead", None), ("delivered", None)]
 
 
 async def test_an_endpoint_that_only_failed_for_so_long_is_disabled(subject: Subject) -> None:
     """Counted from the first failure after the last success; one success begins anew."""
     endpoint = await subject.endpoint()
-    grant = await first(subject, endpoint)
-    await subject.attempt(grant, "retry", wait_ms=FIVE_DAYS - 1, disable_after_ms=FIVE_DAYS)
+    lease = await first(subject, endpoint)
+    await subject.attempt(lease, "retry", wait_ms=FIVE_DAYS - 1, disable_after_ms=FIVE_DAYS)
     began = subject.clock.now
     assert (await endpoint_of(subject, endpoint))["failing_since"] == began
     await subject.attempt(
-        await again(subject, grant), "retry", wait_ms=1, disable_after_ms=FIVE_DAYS
+        await again(subject, lease), "retry", wait_ms=1, disable_after_ms=FIVE_DAYS
     )
     assert (await endpoint_of(subject, endpoint))["status"] == "enabled"
     await subject.attempt(await first(subject, endpoint), "delivered")
     assert (await endpoint_of(subject, endpoint))["failing_since"] is None
     await subject.attempt(
-        await again(subject, grant), "retry", wait_ms=FIVE_DAYS, disable_after_ms=FIVE_DAYS
+        await again(subject, lease), "retry", wait_ms=FIVE_DAYS, disable_after_ms=FIVE_DAYS
     )
     assert (await endpoint_of(subject, endpoint))["status"] == "enabled"
     await subject.attempt(
-        await again(subject, grant), "retry", wait_ms=1, disable_after_ms=FIVE_DAYS
+        await again(subject, lease), "retry", wait_ms=1, disable_after_ms=FIVE_DAYS
     )
     row = await endpoint_of(subject, endpoint)
     assert (row["status"], row["disabled_reason"][:26]) == (
@@ -218,7 +218,7 @@ async def test_an_endpoint_that_only_failed_for_so_long_is_disabled(subject: Sub
         "every attempt failed since",
     )
     assert (await subject.types())[-1] == "endpoint.disabled"
-    assert (await subject.row(deliveries, grant.key))["state"] == "dead"
+    assert (await subject.row(deliveries, lease.key))["state"] == "dead"
 
 
 @pytest.mark.parametrize("more", [{"ours": True, "disable_after_ms": 1}, {"disable_after_ms": 0}])
@@ -227,10 +227,10 @@ async def test_our_own_faults_and_an_unlimited_time_disable_nobody(
 ) -> None:
     """A fault on this side says nothing of the endpoint; 0 means never."""
     endpoint = await subject.endpoint()
-    grant = await first(subject, endpoint)
+    lease = await first(subject, endpoint)
     for _ in range(3):
-        await subject.attempt(grant, "retry", wait_ms=DAY, **more)
-        grant = await again(subject, grant)
+        await subject.attempt(lease, "retry", wait_ms=DAY, **more)
+        lease = await again(subject, lease)
     row = await endpoint_of(subject, endpoint)
     assert (row["status"], row["failing_since"] is None) == ("enabled", "ours" in more)
 
@@ -252,16 +252,16 @@ async def test_what_comes_while_an_endpoint_has_peace_is_put_off_without_countin
     subject: Subject,
 ) -> None:
     """`later`: due when the pause is over, still a first attempt."""
-    grant = await first(subject, await subject.endpoint())
-    assert await subject.write(record_attempts, Outcome(grant, "later", wait_ms=MINUTE))
-    row = await subject.row(deliveries, grant.key)
+    lease = await first(subject, await subject.endpoint())
+    assert await subject.write(record_attempts, Outcome(lease, "later", wait_ms=MINUTE))
+    row = await subject.row(deliveries, lease.key)
     assert (row["state"], row["due_at"], row["attempts"]) == (
         "pending",
         subject.clock.now + MINUTE,
         0,
     )
     subject.clock.shift(MINUTE)
-    assert (await subject.claimed("deliver", grant.key)).attempts == 1
+    assert (await subject.claimed("deliver", lease.key)).attempts == 1
 
 
 async def test_a_paused_endpoint_holds_its_deliveries_until_it_is_enabled(subject: Subject) -> None:
@@ -269,16 +269,16 @@ async def test_a_paused_endpoint_holds_its_deliveries_until_it_is_enabled(subjec
     workers.
     """
     endpoint = await subject.endpoint()
-    grant = await first(subject, endpoint)
+    lease = await first(subject, endpoint)
     await subject.change(endpoint, status="paused")
-    assert await subject.write(record_attempts, Outcome(grant, "held"))
-    row = await subject.row(deliveries, grant.key)
+    assert await subject.write(record_attempts, Outcome(lease, "held"))
+    row = await subject.row(deliveries, lease.key)
     assert (row["state"], row["due_at"], row["attempts"]) == ("pending", None, 0)
     subject.clock.shift(FIVE_DAYS)
     assert await subject.claim("deliver") == []
     await subject.change(endpoint, status="enabled")
     assert subject.places.told[-1].due == {"deliver", "redeliver"}
-    assert (await subject.claimed("deliver", grant.key)).attempts == 1
+    assert (await subject.claimed("deliver", lease.key)).attempts == 1
 
 
 async def test_what_is_held_too_late_is_due(subject: Subject) -> None:
@@ -286,11 +286,11 @@ async def test_what_is_held_too_late_is_due(subject: Subject) -> None:
     it any more.
     """
     endpoint = await subject.endpoint()
-    grant = await first(subject, endpoint)
+    lease = await first(subject, endpoint)
     await subject.change(endpoint, status="paused")
     await subject.change(endpoint, status="enabled")
-    assert await subject.write(record_attempts, Outcome(grant, "held"))
-    assert (await subject.row(deliveries, grant.key))["due_at"] == subject.clock.now
+    assert await subject.write(record_attempts, Outcome(lease, "held"))
+    assert (await subject.row(deliveries, lease.key))["due_at"] == subject.clock.now
 
 
 async def test_holding_and_enabling_at_once_leave_nothing_behind(
@@ -299,14 +299,14 @@ async def test_holding_and_enabling_at_once_leave_nothing_behind(
     """From two processes, in any order: the delivery is due."""
     endpoint = await two[0].endpoint()
     for _ in range(10):
-        grant = await first(two[0], endpoint)
+        lease = await first(two[0], endpoint)
         await two[0].change(endpoint, status="paused")
         await asyncio.gather(
-            two[0].write(record_attempts, Outcome(grant, "held")),
+            two[0].write(record_attempts, Outcome(lease, "held")),
             two[1].change(endpoint, status="enabled"),
         )
-        assert (await two[0].row(deliveries, grant.key))["due_at"] == two[0].clock.now
-        await two[0].attempt(await two[0].claimed("deliver", grant.key), "delivered")
+        assert (await two[0].row(deliveries, lease.key))["due_at"] == two[0].clock.now
+        await two[0].attempt(await two[0].claimed("deliver", lease.key), "delivered")
 
 
 async def test_a_task_callback_that_is_gone_is_dead(subject: Subject) -> None:
@@ -379,8 +379,8 @@ async def test_enabling_forgets_why_an_endpoint_was_disabled(subject: Subject) -
     what died stays dead.
     """
     endpoint = await subject.endpoint()
-    grant = await first(subject, endpoint)
-    await subject.attempt(grant, "retry", wait_ms=MINUTE, pause_ms=HOUR)
+    lease = await first(subject, endpoint)
+    await subject.attempt(lease, "retry", wait_ms=MINUTE, pause_ms=HOUR)
     await subject.change(endpoint, status="disabled")
     row = await endpoint_of(subject, endpoint)
     assert (row["status"], row["disabled_at"], row["disabled_reason"]) == (
@@ -397,22 +397,22 @@ async def test_enabling_forgets_why_an_endpoint_was_disabled(subject: Subject) -
         row["failing_since"],
         row["paused_until"],
     ) == ("enabled", None, None, None, None)
-    assert (await subject.row(deliveries, grant.key))["state"] == "dead"
+    assert (await subject.row(deliveries, lease.key))["state"] == "dead"
     assert "endpoint.disabled" not in await subject.types()
 
 
 async def test_a_deleted_endpoints_deliveries_are_dead_and_readable(subject: Subject) -> None:
     """An attempt under way is still recorded, and finds no endpoint to judge."""
     endpoint = await subject.endpoint()
-    grant = await first(subject, endpoint)
+    lease = await first(subject, endpoint)
     waiting = await first(subject, endpoint)
-    await subject.write(leases.release, waiting)
+    await subject.write(leases.give_back, waiting)
     assert await subject.write(change_endpoints, EndpointChange(endpoint, "painter", delete=True))
     assert await subject.rows(endpoints) == []
     parcel = await subject.store.read(event_queries.parcel, waiting.key)
     assert parcel is not None
     assert (parcel.delivery["state"], parcel.endpoint, parcel.callback_url) == ("dead", None, None)
-    assert await subject.attempt(grant, "retry", wait_ms=1)
+    assert await subject.attempt(lease, "retry", wait_ms=1)
     assert await subject.claim("redeliver", 9) == []
     assert await subject.store.read(event_queries.parcel, "dlv_gone") is None
 
@@ -420,13 +420,13 @@ async def test_a_deleted_endpoints_deliveries_are_dead_and_readable(subject: Sub
 async def test_deliveries_are_listed_newest_first_with_their_attempts(subject: Subject) -> None:
     """By owner and any of the columns; page by page, each once."""
     endpoint = await subject.endpoint()
-    grants = []
+    claimed = []
     for _ in range(3):
-        grants.append(await first(subject, endpoint))
+        claimed.append(await first(subject, endpoint))
         subject.clock.shift(SECOND)
     for _ in range(2):
-        await subject.attempt(grants[0], "retry")
-        grants[0] = await again(subject, grants[0])
+        await subject.attempt(claimed[0], "retry")
+        claimed[0] = await again(subject, claimed[0])
         subject.clock.shift(SECOND)
 
     async def listed(*arguments: object) -> list[tuple[str, int]]:
@@ -434,11 +434,11 @@ async def test_deliveries_are_listed_newest_first_with_their_attempts(subject: S
         found = await subject.store.read(event_queries.delivery_list, *arguments)  # type: ignore[arg-type]
         return [(row["id"], len(made)) for row, made in found]
 
-    everything = [(grants[2].key, 0), (grants[1].key, 0), (grants[0].key, 2)]
+    everything = [(claimed[2].key, 0), (claimed[1].key, 0), (claimed[0].key, 2)]
     assert await listed("painter", 9) == everything
     assert await listed(None, 9) == everything
     assert await listed("other", 9) == []
-    row = await subject.row(deliveries, grants[1].key)
+    row = await subject.row(deliveries, claimed[1].key)
     assert await listed("painter", 9, (row["created_at"], row["id"])) == everything[2:]
     assert (
         await listed("painter", 9, None, {"task_id": row["task_id"], "state": "pending"})

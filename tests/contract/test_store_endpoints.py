@@ -4,9 +4,9 @@ import asyncio
 
 import pytest
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.tables import attempts, deliveries, endpoints, owners
-from service.db.transaction import Grant
+from service.db.transaction import Lease
 from service.events import delivery_records
 from service.events.delivery_records import (
     Attempt,
@@ -34,12 +34,12 @@ async def pending(subject: Subject, endpoint: str, count: int = 1) -> list[Row]:
     ]
 
 
-async def first(subject: Subject, endpoint: str) -> Grant:
+async def first(subject: Subject, endpoint: str) -> Lease:
     (row,) = await pending(subject, endpoint)
     return await subject.claimed("deliver", row["id"])
 
 
-async def put_off(subject: Subject, endpoint: str, count: int, wait_ms: int) -> list[str]:
+async def snoozed(subject: Subject, endpoint: str, count: int, wait_ms: int) -> list[str]:
     """Deliveries that found the endpoint busy."""
     rows = await pending(subject, endpoint, count)
     for row in rows:
@@ -74,7 +74,7 @@ async def test_what_waited_for_a_dead_endpoint_is_due_when_it_is_back(
     failing, retry = await first(subject, endpoint), await first(subject, endpoint)
     await subject.attempt(retry, "retry", wait_ms=HOUR)
     late, soon, sooner = [
-        (await put_off(subject, endpoint, 1, wait))[0] for wait in (HOUR, MINUTE, SECOND)
+        (await snoozed(subject, endpoint, 1, wait))[0] for wait in (HOUR, MINUTE, SECOND)
     ]
     (others,) = [
         row["id"]
@@ -102,7 +102,7 @@ async def test_whoever_asked_for_peace_is_not_hurried(subject: Subject) -> None:
     endpoint = await subject.endpoint()
     failing, arriving = await first(subject, endpoint), await first(subject, endpoint)
     await subject.attempt(failing, "retry", wait_ms=HOUR, pause_ms=HOUR)
-    (waiting,) = await put_off(subject, endpoint, 1, HOUR)
+    (waiting,) = await snoozed(subject, endpoint, 1, HOUR)
     await subject.attempt(arriving, "delivered")
     assert (await subject.row(deliveries, waiting))["due_at"] == subject.clock.now + HOUR
 
@@ -113,12 +113,12 @@ async def test_who_was_waited_for_tells_the_workers(subject: Subject, stage: str
     the lease.
     """
     endpoint = await subject.endpoint()
-    grant = await first(subject, endpoint)
+    lease = await first(subject, endpoint)
     assert not await subject.write(
-        record_attempts, Outcome(Grant(stage, grant.key, grant.fence + 1, 1), "retry", waited=True)
+        record_attempts, Outcome(Lease(stage, lease.key, lease.fence + 1, 1), "retry", waited=True)
     )
     assert subject.places.told[-1].due == {stage}
-    assert await subject.write(record_attempts, Outcome(grant, "retry", wait_ms=SECOND))
+    assert await subject.write(record_attempts, Outcome(lease, "retry", wait_ms=SECOND))
     assert subject.places.told[-1].due == set()
 
 
@@ -149,18 +149,18 @@ async def test_what_the_old_address_says_is_not_held_against_the_new_one(
     old = (await subject.row(endpoints, endpoint))["url"]
     gone, busy = await first(subject, endpoint), await first(subject, endpoint)
     await subject.change(endpoint, url="https://new.test/")
-    for grant, result, pause_ms in ((busy, "retry", HOUR), (gone, "gone", 0)):
+    for lease, result, pause_ms in ((busy, "retry", HOUR), (gone, "gone", 0)):
         attempt = Attempt(new_id("attempt"), 410, 12, "answered 410", b"")
         if hand:
             await subject.write(
                 record_by_hand,
-                ByHand(grant.key, "failed" if pause_ms else "gone", attempt, pause_ms, old),
+                ByHand(lease.key, "failed" if pause_ms else "gone", attempt, pause_ms, old),
             )
         else:
-            outcome = Outcome(grant, result, attempt, 0, pause_ms, disable_after_ms=1, url=old)
+            outcome = Outcome(lease, result, attempt, 0, pause_ms, disable_after_ms=1, url=old)
             assert await subject.write(record_attempts, outcome)
-            assert (await subject.row(deliveries, grant.key))["due_at"] == subject.clock.now
-        assert (await subject.row(deliveries, grant.key))["state"] == "pending"
+            assert (await subject.row(deliveries, lease.key))["due_at"] == subject.clock.now
+        assert (await subject.row(deliveries, lease.key))["state"] == "pending"
     row = await subject.row(endpoints, endpoint)
     assert (row["status"], row["paused_until"], row["failing_since"]) == ("enabled", None, None)
 
@@ -213,22 +213,22 @@ async def test_an_attempt_by_hand_moves_nothing_unless_it_arrives(subject: Subje
     became of it before.
     """
     endpoint = await subject.endpoint()
-    grant = await first(subject, endpoint)
-    await subject.attempt(grant, "retry", wait_ms=HOUR, disable_after_ms=5 * DAY)
-    before = await subject.row(deliveries, grant.key)
-    await by_hand(subject, grant.key, "answered 500")
-    assert await subject.row(deliveries, grant.key) == before
+    lease = await first(subject, endpoint)
+    await subject.attempt(lease, "retry", wait_ms=HOUR, disable_after_ms=5 * DAY)
+    before = await subject.row(deliveries, lease.key)
+    await by_hand(subject, lease.key, "answered 500")
+    assert await subject.row(deliveries, lease.key) == before
     assert len(await subject.rows(attempts)) == 2
-    await by_hand(subject, grant.key)
-    row = await subject.row(deliveries, grant.key)
+    await by_hand(subject, lease.key)
+    row = await subject.row(deliveries, lease.key)
     assert (row["state"], row["due_at"], row["finished_at"]) == (
         "delivered",
         None,
         subject.clock.now,
     )
     assert (await subject.row(endpoints, endpoint))["failing_since"] is None
-    await by_hand(subject, grant.key, "answered 500")
-    assert (await subject.row(deliveries, grant.key))["state"] == "delivered"
+    await by_hand(subject, lease.key, "answered 500")
+    assert (await subject.row(deliveries, lease.key))["state"] == "delivered"
     await by_hand(subject, "dlv_gone")
     assert len(await subject.rows(attempts)) == 4
 
@@ -263,10 +263,10 @@ async def test_an_attempt_by_hand_arrives_while_another_is_under_way(
     subject: Subject, result: str
 ) -> None:
     """Whatever comes of the other, the delivery is delivered; both are on record."""
-    grant = await first(subject, await subject.endpoint())
-    await by_hand(subject, grant.key)
-    assert not await subject.attempt(grant, result, wait_ms=1)
-    row = await subject.row(deliveries, grant.key)
+    lease = await first(subject, await subject.endpoint())
+    await by_hand(subject, lease.key)
+    assert not await subject.attempt(lease, result, wait_ms=1)
+    row = await subject.row(deliveries, lease.key)
     assert (row["state"], row["due_at"]) == ("delivered", None)
     assert len(await subject.rows(attempts)) == 2
     assert await subject.claim("redeliver") == []
@@ -277,10 +277,10 @@ async def test_an_attempt_by_hand_that_fails_leaves_the_one_under_way_alone(
     subject: Subject,
 ) -> None:
     """Its lease still holds."""
-    grant = await first(subject, await subject.endpoint())
-    await by_hand(subject, grant.key, "answered 500")
-    assert await subject.attempt(grant, "delivered")
-    assert (await subject.row(deliveries, grant.key))["state"] == "delivered"
+    lease = await first(subject, await subject.endpoint())
+    await by_hand(subject, lease.key, "answered 500")
+    assert await subject.attempt(lease, "delivered")
+    assert (await subject.row(deliveries, lease.key))["state"] == "delivered"
 
 
 async def test_an_attempt_by_hand_of_a_tasks_own_address_judges_nobody(subject: Subject) -> None:
@@ -288,6 +288,6 @@ async def test_an_attempt_by_hand_of_a_tasks_own_address_judges_nobody(subject: 
     await subject.key(OWNER)
     task_id = await subject.completed(callback_url="https://c.test/done")
     (row,) = await subject.rows(deliveries, task_id=task_id)
-    await subject.write(leases.release, await subject.claimed("deliver", row["id"]))
+    await subject.write(leases.give_back, await subject.claimed("deliver", row["id"]))
     await by_hand(subject, row["id"])
     assert (await subject.row(deliveries, row["id"]))["state"] == "delivered"

@@ -5,24 +5,24 @@ decision 1).
 import pytest
 
 from service.db.tables import QUEUES, deliveries, images
-from service.db.transaction import Grant
+from service.db.transaction import Lease
 from service.images.downloads import Retry
 from service.queue import crashes, leases
-from service.queue.crashes import DEATH_LIMIT, FAULT_LIMIT, Fault, claim_suspects, record_faults
+from service.queue.crashes import CRASH_LIMIT, FAULT_LIMIT, Fault, claim_candidates, record_faults
 from service.tasks.state import State
 from tests.contract.subject import LEASE, MINUTE, SECOND, Subject, completed, stored
 
 URL = "https://r.test/0"
 
 
-async def faulty(subject: Subject, stage: str, key: str, grant: Grant | None = None) -> list[int]:
+async def faulty(subject: Subject, stage: str, key: str, lease: Lease | None = None) -> list[int]:
     """Faults until the row is parked; what each count was."""
     counts = []
     for _ in range(FAULT_LIMIT):
-        grant = grant or await subject.claimed(stage, key)
-        counts.append(await subject.write(record_faults, Fault(grant, SECOND)))
+        lease = lease or await subject.claimed(stage, key)
+        counts.append(await subject.write(record_faults, Fault(lease, SECOND)))
         subject.clock.shift(SECOND)
-        grant = None
+        lease = None
         stage = "redeliver" if stage == "deliver" else stage
     return counts
 
@@ -30,8 +30,8 @@ async def faulty(subject: Subject, stage: str, key: str, grant: Grant | None = N
 async def test_a_fault_is_tried_again_after_its_wait(subject: Subject) -> None:
     """Counted, not due before the wait is over, and the attempt counts."""
     key = await subject.queued()
-    grant = await subject.claimed("submit", key)
-    assert await subject.write(record_faults, Fault(grant, SECOND)) == 1
+    lease = await subject.claimed("submit", key)
+    assert await subject.write(record_faults, Fault(lease, SECOND)) == 1
     subject.clock.shift(SECOND - 1)
     assert await subject.claim("submit") == []
     subject.clock.shift(1)
@@ -41,14 +41,14 @@ async def test_a_fault_is_tried_again_after_its_wait(subject: Subject) -> None:
 
 async def test_a_fault_under_an_ended_lease_is_nobodys(subject: Subject) -> None:
     """Somebody else works on the row: nothing is counted."""
-    grant = await subject.claimed("submit", await subject.queued())
+    lease = await subject.claimed("submit", await subject.queued())
     subject.clock.shift(LEASE)
-    await subject.claimed("submit", grant.key)
-    assert await subject.write(record_faults, Fault(grant, SECOND)) == 0
+    await subject.claimed("submit", lease.key)
+    assert await subject.write(record_faults, Fault(lease, SECOND)) == 0
     assert (
-        await subject.write(record_faults, Fault(Grant("submit", "task_gone", 1, 1), SECOND)) == 0
+        await subject.write(record_faults, Fault(Lease("submit", "task_gone", 1, 1), SECOND)) == 0
     )
-    assert (await subject.task(grant.key))["submit_faults"] == 0
+    assert (await subject.task(lease.key))["submit_faults"] == 0
 
 
 @pytest.mark.parametrize("stage", ["submit", "settle"])
@@ -79,8 +79,8 @@ async def test_the_tenth_fault_of_a_task_parks_it(subject: Subject, stage: str) 
 async def test_the_tenth_fault_after_the_end_only_parks_the_row(subject: Subject) -> None:
     """The state stands, there is no second terminal event; operators are told."""
     task_id = await subject.completed()
-    grant = await subject.wanted("settle", task_id)
-    await faulty(subject, "settle", task_id, grant)
+    lease = await subject.requeued("settle", task_id)
+    await faulty(subject, "settle", task_id, lease)
     assert await subject.types(task_id) == [
         "image.task.submitted",
         "image.task.completed",
@@ -131,24 +131,24 @@ async def test_the_tenth_fault_of_a_delivery_makes_it_dead(subject: Subject) -> 
     )
 
 
-async def overtaken(subject: Subject, stage: str) -> tuple[Grant, str]:
-    """A grant whose work somebody else has done meanwhile: called back, cancelled, or the endpoint
+async def overtaken(subject: Subject, stage: str) -> tuple[Lease, str]:
+    """A lease whose work somebody else has done meanwhile: called back, cancelled, or the endpoint
     disabled.
     """
     if stage == "submit":
-        grant = await subject.submitting()
-        await subject.callback(grant.key, completed(grant.key, URL))
-        return grant, grant.key
+        lease = await subject.submitting()
+        await subject.callback(lease.key, completed(lease.key, URL))
+        return lease, lease.key
     if stage == "cancelled":
-        grant = await subject.submitting()
-        assert await subject.cancel(grant.key) is None
-        return grant, grant.key
+        lease = await subject.submitting()
+        assert await subject.cancel(lease.key) is None
+        return lease, lease.key
     endpoint_id = await subject.endpoint()
     task_id = await subject.submitted()
     (row,) = await subject.rows(deliveries)
-    grant = await subject.claimed("deliver", row["id"])
+    lease = await subject.claimed("deliver", row["id"])
     await subject.change(endpoint_id, status="disabled")
-    return grant, task_id
+    return lease, task_id
 
 
 @pytest.mark.parametrize("stage", ["submit", "cancelled", "deliver"])
@@ -156,10 +156,10 @@ async def test_a_fault_whose_work_was_done_by_others_is_the_end_of_it(
     subject: Subject, stage: str
 ) -> None:
     """Nothing is counted or due again, the lease is free."""
-    grant, _ = await overtaken(subject, stage)
-    assert await subject.write(record_faults, Fault(grant, SECOND)) == 0
-    queue = QUEUES[grant.stage]
-    row = await subject.row(queue.table, grant.key)
+    lease, _ = await overtaken(subject, stage)
+    assert await subject.write(record_faults, Fault(lease, SECOND)) == 0
+    queue = QUEUES[lease.stage]
+    row = await subject.row(queue.table, lease.key)
     assert [
         row[queue.prefix + name]
         for name in ("due_at", "lease_until", "lease_owner", "faults", "deaths")
@@ -174,9 +174,9 @@ async def test_what_others_have_done_meanwhile_is_not_parked(
     nothing.
     """
     monkeypatch.setattr(crashes, "FAULT_LIMIT", 1)
-    grant, task_id = await overtaken(subject, stage)
+    lease, task_id = await overtaken(subject, stage)
     state, types = await subject.state(task_id), await subject.types(task_id)
-    await subject.write(record_faults, Fault(grant, SECOND))
+    await subject.write(record_faults, Fault(lease, SECOND))
     assert (await subject.state(task_id), await subject.types(task_id)) == (state, types)
     if state is State.SUBMITTED and stage == "submit":
         assert await subject.settle(task_id, completed(task_id, URL)) is State.STORING
@@ -204,8 +204,8 @@ async def test_a_fault_frees_the_lease(subject: Subject, stage: str) -> None:
         key = str((await subject.rows(deliveries))[0]["id"])
         if stage == "redeliver":
             await subject.attempt(await subject.claimed("deliver", key), "retry")
-    grant = await subject.claimed(stage, key)
-    assert await subject.write(record_faults, Fault(grant, 0)) == 1
+    lease = await subject.claimed(stage, key)
+    assert await subject.write(record_faults, Fault(lease, 0)) == 1
     queue = QUEUES[stage]
     assert (await subject.row(queue.table, key))[queue.prefix + "lease_until"] is None
 
@@ -213,29 +213,35 @@ async def test_a_fault_frees_the_lease(subject: Subject, stage: str) -> None:
 async def dead(subject: Subject, key: str, times: int) -> None:
     """Processes that work on this image die: its lease ends, so many times."""
     for _ in range(times):
-        grants = await subject.claim("download", 9)
-        if key not in [grant.key for grant in grants]:
-            suspect = await subject.write(claim_suspects, "download")
-            assert suspect is not None
-            assert (suspect.grant.key, suspect.parked) == (key, False)
+        claimed = await subject.claim("download", 9)
+        if key not in [lease.key for lease in claimed]:
+            candidate = await subject.write(claim_candidates, "download")
+            assert candidate is not None
+            assert (candidate.lease.key, candidate.dead_lettered) == (key, False)
         subject.clock.shift(LEASE + leases.LONGEST_WAIT_MS)
 
 
 async def test_a_row_that_outlived_two_deaths_is_leased_alone(subject: Subject) -> None:
     """`claim` passes over it; one that was worked on to its end is as good as new."""
     (first,) = await subject.images(await subject.storing(URL))
-    assert await subject.write(claim_suspects, "download") is None
+    assert await subject.write(claim_candidates, "download") is None
     await dead(subject, first["id"], 2)
     assert await subject.claim("download", 9) == []
-    assert await subject.store.read(crashes.suspects)
-    suspect = await subject.write(claim_suspects, "download")
-    assert suspect is not None
-    assert (suspect.grant.key, suspect.deaths, suspect.parked) == (first["id"], 2, False)
-    assert await subject.write(claim_suspects, "download") is None
-    assert await subject.download(first, Retry("answered 500", SECOND), suspect.grant) == "pending"
+    assert await subject.store.read(crashes.any_candidate)
+    candidate = await subject.write(claim_candidates, "download")
+    assert candidate is not None
+    assert (candidate.lease.key, candidate.crashes, candidate.dead_lettered) == (
+        first["id"],
+        2,
+        False,
+    )
+    assert await subject.write(claim_candidates, "download") is None
+    assert (
+        await subject.download(first, Retry("answered 500", SECOND), candidate.lease) == "pending"
+    )
     subject.clock.shift(SECOND)
-    assert [grant.key for grant in await subject.claim("download", 9)] == [first["id"]]
-    assert not await subject.store.read(crashes.suspects)
+    assert [lease.key for lease in await subject.claim("download", 9)] == [first["id"]]
+    assert not await subject.store.read(crashes.any_candidate)
 
 
 async def test_a_row_whose_process_dies_with_it_alone_is_due_later_each_time(
@@ -247,14 +253,14 @@ async def test_a_row_whose_process_dies_with_it_alone_is_due_later_each_time(
     (image,) = await subject.images(await subject.storing(URL))
     await dead(subject, image["id"], 2)
     waits = []
-    for _ in range(DEATH_LIMIT - 2):
-        suspect = await subject.write(claim_suspects, "download")
-        assert suspect is not None
-        assert not suspect.parked
+    for _ in range(CRASH_LIMIT - 2):
+        candidate = await subject.write(claim_candidates, "download")
+        assert candidate is not None
+        assert not candidate.dead_lettered
         began, due = subject.clock.now, (await subject.row(images, image["id"]))["due_at"]
         waits.append(due - began)
         subject.clock.now = began + max(waits[-1], LEASE) - 1
-        assert await subject.write(claim_suspects, "download") is None
+        assert await subject.write(claim_candidates, "download") is None
         subject.clock.shift(1)
     assert waits == sorted(waits)
     assert sum(waits[:-1]) > 7 * MINUTE
@@ -266,11 +272,11 @@ async def test_five_deaths_alone_park_a_row(subject: Subject) -> None:
     """
     task_id = await subject.storing(URL)
     (image,) = await subject.images(task_id)
-    await dead(subject, image["id"], DEATH_LIMIT)
-    suspect = await subject.write(claim_suspects, "download")
-    assert suspect is not None
-    assert (suspect.deaths, suspect.parked) == (DEATH_LIMIT, True)
+    await dead(subject, image["id"], CRASH_LIMIT)
+    candidate = await subject.write(claim_candidates, "download")
+    assert candidate is not None
+    assert (candidate.crashes, candidate.dead_lettered) == (CRASH_LIMIT, True)
     assert await subject.state(task_id) is State.FAILED
     assert (await subject.types(task_id))[-2:] == ["image.task.failed", "task.parked"]
-    assert await subject.write(claim_suspects, "download") is None
-    assert not await subject.store.read(crashes.suspects)
+    assert await subject.write(claim_candidates, "download") is None
+    assert not await subject.store.read(crashes.any_candidate)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from sqlalchemy import text
 
 from service.db.tables import tasks
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.tasks.held_submissions import Hold, hold_submissions, resume_submissions
 from service.tasks.state import State
 from service.tasks.submissions import Again
@@ -16,13 +16,13 @@ from tests.contract.subject import HOUR, LEASE, MINUTE, Opener, Subject
 
 async def held(subject: Subject, wait_ms: int = MINUTE, owner: str = "a") -> str:
     """A new task that is put off before it is sent."""
-    grant = await subject.claimed("submit", await subject.queued(owner=owner))
-    assert await hold(subject, grant, wait_ms)
-    return grant.key
+    lease = await subject.claimed("submit", await subject.queued(owner=owner))
+    assert await hold(subject, lease, wait_ms)
+    return lease.key
 
 
-async def hold(subject: Subject, grant: Grant, wait_ms: int = MINUTE) -> bool:
-    return await subject.write(hold_submissions, Hold(grant, wait_ms, HOUR))
+async def hold(subject: Subject, lease: Lease, wait_ms: int = MINUTE) -> bool:
+    return await subject.write(hold_submissions, Hold(lease, wait_ms, HOUR))
 
 
 async def test_a_held_task_waits_as_queued_and_no_attempt_counts(subject: Subject) -> None:
@@ -55,9 +55,9 @@ async def test_what_is_held_is_due_at_once_when_it_may_be_sent(subject: Subject)
     await subject.submission(throttled, Again("429", MINUTE, HOUR))
     assert await subject.write(resume_submissions, 1) == 1
     assert "submit" in subject.places.told[-1].due
-    assert [grant.key for grant in await subject.claim("submit", 5)] == [first]
+    assert [lease.key for lease in await subject.claim("submit", 5)] == [first]
     assert await subject.write(resume_submissions, 500) == 1
-    assert [grant.key for grant in await subject.claim("submit", 5)] == [second]
+    assert [lease.key for lease in await subject.claim("submit", 5)] == [second]
     assert await subject.write(resume_submissions, 500) == 0
     assert "submit" not in subject.places.told[-1].due
 
@@ -76,9 +76,9 @@ async def test_a_held_task_is_tried_before_it_is_given_up(subject: Subject) -> N
         None,
     )
     subject.clock.shift(MINUTE)
-    grant = await subject.claimed("submit", task_id)
-    assert await subject.start(grant) is not None
-    assert await subject.submission(grant, Again("401 unauthorized", 0, HOUR)) is State.FAILED
+    lease = await subject.claimed("submit", task_id)
+    assert await subject.start(lease) is not None
+    assert await subject.submission(lease, Again("401 unauthorized", 0, HOUR)) is State.FAILED
     row = await subject.task(task_id)
     assert (row["error"]["code"], "401 unauthorized" in row["error"]["message"]) == (
         "not_submitted",
@@ -102,7 +102,7 @@ async def test_what_is_held_is_resumed_in_its_turn(two: tuple[Subject, Subject])
         await held(subject, owner=owner)
     assert await subject.write(resume_by_a_scan, 2) == 2
     owners = [
-        (await subject.task(grant.key))["owner"] for grant in await subject.claim("submit", 5)
+        (await subject.task(lease.key))["owner"] for lease in await subject.claim("submit", 5)
     ]
     assert sorted(owners) == ["a", "b"]
 
@@ -125,16 +125,16 @@ async def test_who_lost_the_lease_holds_nothing(subject: Subject) -> None:
     """Somebody else has the task by now, or nobody has it any more: nothing is changed; nor is one
     made due that ended meanwhile.
     """
-    grant = await subject.claimed("submit", await subject.queued())
+    lease = await subject.claimed("submit", await subject.queued())
     subject.clock.shift(LEASE + 1)
-    newer = await subject.claimed("submit", grant.key)
-    before = await subject.task(grant.key)
-    assert not await hold(subject, grant)
-    assert await subject.task(grant.key) == before
-    assert not await hold(subject, Grant("submit", "gone", 1, 1))
-    await subject.cancel(grant.key)
+    newer = await subject.claimed("submit", lease.key)
+    before = await subject.task(lease.key)
+    assert not await hold(subject, lease)
+    assert await subject.task(lease.key) == before
+    assert not await hold(subject, Lease("submit", "gone", 1, 1))
+    await subject.cancel(lease.key)
     assert await hold(subject, newer)
-    row = await subject.task(grant.key)
+    row = await subject.task(lease.key)
     assert (row["state"], row["submit_due_at"], row["submit_lease_until"]) == (
         State.CANCELLED,
         None,
@@ -148,7 +148,7 @@ async def test_another_process_takes_over_what_is_held(two: tuple[Subject, Subje
     task_id = await held(one)
     assert await other.write(resume_submissions, 500) == 0
     one.clock.shift(MINUTE)
-    assert [grant.key for grant in await other.claim("submit", 5)] == [task_id]
+    assert [lease.key for lease in await other.claim("submit", 5)] == [task_id]
     assert await one.write(resume_submissions, 500) == 0
 
 
@@ -161,5 +161,5 @@ async def test_a_restart_on_sqlite_sends_what_was_held_after_its_wait(
     subject.clock.shift(MINUTE)
     async with sqlite_opener("second") as store:
         again = Subject(store, subject.clock)
-        assert [grant.key for grant in await again.claim("submit", 5)] == [task_id]
+        assert [lease.key for lease in await again.claim("submit", 5)] == [task_id]
         assert (await again.rows(tasks, id=task_id))[0]["submit_deaths"] == 0

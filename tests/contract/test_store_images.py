@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.images import image_queries
 from service.images.downloads import Download, Lost, Retry, record_downloads
 from service.tasks import task_queries
@@ -87,9 +87,9 @@ async def test_a_task_is_completed_when_its_last_result_is_stored(subject: Subje
 async def test_two_results_stored_in_one_batch_complete_the_task_once(subject: Subject) -> None:
     """The last of a batch ends the task."""
     task_id = await subject.storing(URL, OTHER)
-    grants = {grant.key: grant for grant in await subject.claim("download", 2)}
+    claimed = {lease.key: lease for lease in await subject.claim("download", 2)}
     items = [
-        Download(grants[row["id"]], task_id, row["source_url"], stored(row))
+        Download(claimed[row["id"]], task_id, row["source_url"], stored(row))
         for row in await subject.images(task_id)
     ]
     assert await subject.batch(record_downloads, items) == ["stored", "stored"]
@@ -150,10 +150,10 @@ async def test_results_that_only_a_callback_named_are_dropped(subject: Subject) 
     record.
     """
     task_id, (_, invented) = await called_back(subject, URL, OTHER)
-    grant = await subject.claimed("download", invented["id"])
+    lease = await subject.claimed("download", invented["id"])
     assert await subject.settle(task_id, completed(task_id, URL)) is State.STORING
     assert [row["source_url"] for row in await subject.images(task_id)] == [URL]
-    assert await subject.download(invented, stored(invented), grant) is None
+    assert await subject.download(invented, stored(invented), lease) is None
 
 
 async def test_a_query_that_names_fewer_later_loses_nothing(subject: Subject) -> None:
@@ -163,7 +163,7 @@ async def test_a_query_that_names_fewer_later_loses_nothing(subject: Subject) ->
     await subject.download(first, stored(first))
     assert (
         await subject.settle(
-            task_id, completed(task_id, URL), grant=await subject.wanted("settle", task_id)
+            task_id, completed(task_id, URL), lease=await subject.requeued("settle", task_id)
         )
         is State.STORING
     )
@@ -173,9 +173,9 @@ async def test_a_query_that_names_fewer_later_loses_nothing(subject: Subject) ->
 async def test_a_download_of_a_replaced_address_changes_nothing(subject: Subject) -> None:
     """It ends its lease alone; the new address is fetched at once."""
     task_id, (image,) = await called_back(subject, URL)
-    grant = await subject.claimed("download", image["id"])
+    lease = await subject.claimed("download", image["id"])
     await subject.settle(task_id, completed(task_id, OTHER))
-    assert await subject.download(image, stored(image), grant) is None
+    assert await subject.download(image, stored(image), lease) is None
     (row,) = await subject.images(task_id)
     assert (row["state"], row["source_url"], row["due_at"], row["lease_until"]) == (
         "pending",
@@ -202,9 +202,9 @@ async def test_a_download_under_an_ended_lease_changes_nothing(subject: Subject)
 async def test_downloads_of_a_cancelled_task_are_given_up(subject: Subject) -> None:
     """We keep nothing that comes."""
     task_id, image = await one_image(subject)
-    grant = await subject.claimed("download", image["id"])
+    lease = await subject.claimed("download", image["id"])
     await subject.cancel(task_id)
-    assert await subject.download(image, stored(image), grant) is None
+    assert await subject.download(image, stored(image), lease) is None
     assert await subject.images(task_id) == []
 
 
@@ -285,7 +285,7 @@ async def test_a_picture_is_fetched_as_long_as_its_fresh_link_lives(subject: Sub
     subject.clock.now = image["link_dies_at"]
     assert await subject.download(fresh, BROKEN) == "pending"
     await subject.settle(
-        task_id, completed(task_id, OTHER), grant=await subject.wanted("settle", task_id)
+        task_id, completed(task_id, OTHER), lease=await subject.requeued("settle", task_id)
     )
     assert (await subject.images(task_id))[0]["link_dies_at"] == fresh["link_dies_at"]
     subject.clock.now = fresh["link_dies_at"]
@@ -303,7 +303,7 @@ async def test_an_upstream_that_renews_for_ever_keeps_no_task_alive(subject: Sub
         await subject.settle(
             task_id,
             completed(task_id, f"{OTHER}?{number}"),
-            grant=await subject.wanted("settle", task_id),
+            lease=await subject.requeued("settle", task_id),
         )
         (image,) = await subject.images(task_id)
         assert image["link_dies_at"] == min(subject.clock.now, submitted_at + DAY) + DAY
@@ -319,7 +319,7 @@ async def test_a_fresh_link_never_shortens_a_life(subject: Subject) -> None:
     await subject.settle(task_id, completed(task_id, URL))
     (first,) = await subject.images(task_id)
     await subject.settle(
-        task_id, completed(task_id, OTHER), grant=await subject.wanted("settle", task_id)
+        task_id, completed(task_id, OTHER), lease=await subject.requeued("settle", task_id)
     )
     (fresh,) = await subject.images(task_id)
     assert (fresh["source_url"], fresh["link_dies_at"]) == (OTHER, first["link_dies_at"])

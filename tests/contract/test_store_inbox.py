@@ -249,9 +249,9 @@ async def test_an_unreadable_callback_before_the_id_is_known_has_nothing_to_ask_
     subject: Subject,
 ) -> None:
     """It is kept; the question waits for an id."""
-    grant = await subject.submitting()
-    assert (await subject.callback(grant.key, None, b"<html>")).verdict == "unreadable"
-    assert (await subject.task(grant.key))["settle_due_at"] is None
+    lease = await subject.submitting()
+    assert (await subject.callback(lease.key, None, b"<html>")).verdict == "unreadable"
+    assert (await subject.task(lease.key))["settle_due_at"] is None
 
 
 async def test_a_foreign_upstream_id_is_a_conflict(subject: Subject) -> None:
@@ -281,17 +281,17 @@ async def test_the_id_of_another_task_of_ours_is_a_conflict(subject: Subject) ->
     the batch.
     """
     taken = upstream_id(await subject.submitted())
-    grants = [await subject.submitting() for _ in range(3)]
+    claimed = [await subject.submitting() for _ in range(3)]
     reports = [
         Report(name, Status.COMPLETED, (URL,))
         for name in (taken, "task-unified-new", "task-unified-new")
     ]
     verdicts = await subject.batch(
         accept_callbacks,
-        [callback(grant.key, report) for grant, report in zip(grants, reports, strict=True)],
+        [callback(lease.key, report) for lease, report in zip(claimed, reports, strict=True)],
     )
     assert [verdict.verdict for verdict in verdicts] == ["conflict", "accepted", "conflict"]
-    rows = [await subject.task(grant.key) for grant in grants]
+    rows = [await subject.task(lease.key) for lease in claimed]
     assert [(row["state"], row["upstream_id"]) for row in rows] == [
         ("submitting", None),
         ("submitted", "task-unified-new"),
@@ -303,19 +303,19 @@ async def test_a_callback_before_the_submit_answer_binds_the_id(subject: Subject
     """It is never refused for coming early: the task is submitted by it, and the answer that
     follows changes nothing.
     """
-    grant = await subject.submitting()
-    assert (await subject.callback(grant.key, completed(grant.key, URL))).verdict == "accepted"
-    task = await subject.task(grant.key)
+    lease = await subject.submitting()
+    assert (await subject.callback(lease.key, completed(lease.key, URL))).verdict == "accepted"
+    task = await subject.task(lease.key)
     assert (task["state"], task["upstream_id"], task["upstream_id_from"]) == (
         "submitted",
-        upstream_id(grant.key),
+        upstream_id(lease.key),
         "callback",
     )
     assert task["settle_due_at"] == subject.clock.now
-    assert await subject.submission(grant, accepted(upstream_id(grant.key))) is State.SUBMITTED
-    assert (await subject.task(grant.key))["settle_due_at"] == subject.clock.now
-    assert await subject.types(grant.key) == ["image.task.submitted"]
-    assert await subject.settle(grant.key, completed(grant.key, URL)) is State.STORING
+    assert await subject.submission(lease, accepted(upstream_id(lease.key))) is State.SUBMITTED
+    assert (await subject.task(lease.key))["settle_due_at"] == subject.clock.now
+    assert await subject.types(lease.key) == ["image.task.submitted"]
+    assert await subject.settle(lease.key, completed(lease.key, URL)) is State.STORING
 
 
 async def test_progress_before_the_submit_answer_gets_the_task_asked_about(
@@ -324,21 +324,21 @@ async def test_progress_before_the_submit_answer_gets_the_task_asked_about(
     """The answer that would have planned the first question may never come: nothing else would ever
     ask.
     """
-    grant = await subject.submitting()
-    assert (await subject.callback(grant.key, processing(grant.key))).verdict == "accepted"
-    assert (await subject.task(grant.key))["settle_due_at"] == subject.clock.now
-    assert (await subject.task(grant.key))["upstream_status"] == "processing"
+    lease = await subject.submitting()
+    assert (await subject.callback(lease.key, processing(lease.key))).verdict == "accepted"
+    assert (await subject.task(lease.key))["settle_due_at"] == subject.clock.now
+    assert (await subject.task(lease.key))["upstream_status"] == "processing"
 
 
 async def test_a_callback_without_an_id_waits_for_the_answer(subject: Subject) -> None:
     """There is nothing to ask for yet; the answer's id gets the task settled at once."""
-    grant = await subject.submitting()
+    lease = await subject.submitting()
     assert (
-        await subject.callback(grant.key, Report(None, Status.COMPLETED, (URL,)))
+        await subject.callback(lease.key, Report(None, Status.COMPLETED, (URL,)))
     ).verdict == "accepted"
-    assert (await subject.task(grant.key))["settle_due_at"] is None
-    assert await subject.submission(grant, accepted(upstream_id(grant.key))) is State.SUBMITTED
-    assert (await subject.task(grant.key))["settle_due_at"] == subject.clock.now
+    assert (await subject.task(lease.key))["settle_due_at"] is None
+    assert await subject.submission(lease, accepted(upstream_id(lease.key))) is State.SUBMITTED
+    assert (await subject.task(lease.key))["settle_due_at"] == subject.clock.now
 
 
 async def test_a_callback_proves_what_looked_as_if_nothing_was_created(subject: Subject) -> None:
@@ -528,10 +528,10 @@ async def test_two_processes_judge_one_tasks_callbacks_one_after_another(
 async def test_two_processes_cannot_bind_one_id_to_two_tasks(two: tuple[Subject, Subject]) -> None:
     """The constraint decides who was first; the other is a conflict, not an error."""
     for number in range(5):
-        grants = [await place.submitting() for place in two]
+        claimed = [await place.submitting() for place in two]
         report = Report(f"task-unified-{number}", Status.COMPLETED, (URL,))
         verdicts = await asyncio.gather(
-            *(place.callback(grant.key, report) for place, grant in zip(two, grants, strict=True))
+            *(place.callback(lease.key, report) for place, lease in zip(two, claimed, strict=True))
         )
         assert sorted(verdict.verdict for verdict in verdicts) == ["accepted", "conflict"]
         assert len(await two[0].rows(tasks, upstream_id=report.upstream_id)) == 1
@@ -542,17 +542,17 @@ async def test_callback_and_answer_at_once_from_two_processes_agree(
 ) -> None:
     """Whichever is first: submitted once, told once, the first question planned."""
     for _ in range(5):
-        grant = await two[0].submitting()
-        report = Report(upstream_id(grant.key), Status.PENDING, estimated_time=45)
+        lease = await two[0].submitting()
+        report = Report(upstream_id(lease.key), Status.PENDING, estimated_time=45)
         await asyncio.gather(
-            two[0].submission(grant, Accepted(report, FIRST_QUERY)),
-            two[1].callback(grant.key, completed(grant.key, URL)),
+            two[0].submission(lease, Accepted(report, FIRST_QUERY)),
+            two[1].callback(lease.key, completed(lease.key, URL)),
         )
-        task = await two[0].task(grant.key)
+        task = await two[0].task(lease.key)
         assert (task["state"], task["upstream_id"], task["estimated_time"]) == (
             "submitted",
-            upstream_id(grant.key),
+            upstream_id(lease.key),
             45,
         )
         assert task["settle_due_at"] == two[0].clock.now
-        assert await two[0].types(grant.key) == ["image.task.submitted"]
+        assert await two[0].types(lease.key) == ["image.task.submitted"]

@@ -210,9 +210,9 @@ async def test_a_submission_sent_again_after_a_doubtful_one_is_never_taken_for_n
     """
     task_id = await subject.uncertain(SECOND)
     subject.clock.shift(2 * HOUR)
-    grant = await subject.claimed("submit", task_id)
-    assert await subject.start(grant, resubmit=True) is not None
-    assert await subject.submission(grant, NOTHING_CREATED) is State.UNCERTAIN
+    lease = await subject.claimed("submit", task_id)
+    assert await subject.start(lease, resubmit=True) is not None
+    assert await subject.submission(lease, NOTHING_CREATED) is State.UNCERTAIN
     subject.clock.shift(5 * SECOND)
     assert (
         await subject.submission(await subject.claimed("submit", task_id), Undecided())
@@ -225,22 +225,22 @@ async def test_two_tasks_with_one_id_the_answer_wins_over_the_callback(subject: 
     """The id goes to the task whose submit answer has it; the other loses it, is asked about no
     more, and operators are told.
     """
-    grant = await subject.submitting()
+    lease = await subject.submitting()
     robbed = await subject.submitting()
-    shared = upstream_id(grant.key)
+    shared = upstream_id(lease.key)
     assert (
         await subject.callback(robbed.key, Report(shared, Status.COMPLETED, URLS))
     ).verdict == "accepted"
     asked = await subject.claimed("settle", robbed.key)
-    assert await subject.submission(grant, accepted(shared)) is State.SUBMITTED
-    assert [(await subject.task(key))["upstream_id"] for key in (grant.key, robbed.key)] == [
+    assert await subject.submission(lease, accepted(shared)) is State.SUBMITTED
+    assert [(await subject.task(key))["upstream_id"] for key in (lease.key, robbed.key)] == [
         shared,
         None,
     ]
-    assert await subject.settle(robbed.key, completed(robbed.key, *URLS), grant=asked) is None, (
+    assert await subject.settle(robbed.key, completed(robbed.key, *URLS), lease=asked) is None, (
         "that was said of the other"
     )
-    assert "callback.conflict" in await subject.types(grant.key)
+    assert "callback.conflict" in await subject.types(lease.key)
     assert await subject.submission(robbed, accepted("task-unified-own")) is State.SUBMITTED
     assert (await subject.task(robbed.key))["upstream_id"] == "task-unified-own"
 
@@ -300,7 +300,7 @@ async def test_a_mistyped_id_is_corrected_until_the_upstream_answers_to_it(
         "task-unified-right",
         subject.clock.now,
     )
-    assert await subject.settle(task_id, completed(task_id, URLS[0]), grant=wrong) is None
+    assert await subject.settle(task_id, completed(task_id, URLS[0]), lease=wrong) is None
     assert await subject.settle(task_id, processing(task_id)) is State.SUBMITTED
     assert (
         await subject.write(resolve_tasks, Resolution(task_id, "task-unified-other")) == "submitted"
@@ -330,31 +330,31 @@ async def test_a_mistyped_id_is_corrected_when_the_task_has_expired_under_it(
 
 async def test_what_was_refused_takes_no_id(subject: Subject) -> None:
     """Nothing was created and nothing was ever in doubt: there is no task to name."""
-    grant = await subject.submitting()
+    lease = await subject.submitting()
     assert (
-        await subject.submission(grant, Refused(400, error_of("invalid_request"))) is State.FAILED
+        await subject.submission(lease, Refused(400, error_of("invalid_request"))) is State.FAILED
     )
-    assert await subject.write(resolve_tasks, Resolution(grant.key, "task-unified-1")) == "failed"
-    assert (await subject.task(grant.key))["upstream_id"] is None
+    assert await subject.write(resolve_tasks, Resolution(lease.key, "task-unified-1")) == "failed"
+    assert (await subject.task(lease.key))["upstream_id"] is None
 
 
 async def test_a_task_parked_while_submitting_gets_its_id_by_hand(subject: Subject) -> None:
     """A defect of ours ended it while its request was on its way: it may have been created."""
-    grant = await subject.submitting()
+    lease = await subject.submitting()
     for _ in range(FAULT_LIMIT):
-        await subject.write(record_faults, Fault(grant, 0))
-        grant = next(iter(await subject.claim("submit")), grant)
-    assert (await subject.task(grant.key))["error"]["code"] == "internal_error"
-    assert await subject.write(resolve_tasks, Resolution(grant.key, upstream_id(grant.key))) is None
-    assert await subject.settle(grant.key, completed(grant.key, URLS[0])) is State.FAILED
-    assert len(await subject.images(grant.key)) == 1
+        await subject.write(record_faults, Fault(lease, 0))
+        lease = next(iter(await subject.claim("submit")), lease)
+    assert (await subject.task(lease.key))["error"]["code"] == "internal_error"
+    assert await subject.write(resolve_tasks, Resolution(lease.key, upstream_id(lease.key))) is None
+    assert await subject.settle(lease.key, completed(lease.key, URLS[0])) is State.FAILED
+    assert len(await subject.images(lease.key)) == 1
 
 
 async def test_a_task_parked_while_storing_keeps_its_pictures(subject: Subject) -> None:
     """It is asked about no more, and ends by what becomes of the links that are known."""
     task_id = await subject.storing(URLS[0])
     for _ in range(FAULT_LIMIT):
-        await subject.write(record_faults, Fault(await subject.wanted("settle", task_id), 0))
+        await subject.write(record_faults, Fault(await subject.requeued("settle", task_id), 0))
     assert (await subject.types(task_id))[-1] == "task.parked"
     (image,) = await subject.images(task_id)
     assert await subject.download(image, stored(image)) == "stored"
@@ -386,18 +386,18 @@ async def test_an_uncertain_task_is_sent_again_by_hand(subject: Subject) -> None
     """
     task_id = await subject.uncertain(HOUR)
     assert await subject.write(resolve_tasks, Resolution(task_id, resubmit=True)) is None
-    grant = await subject.claimed("submit", task_id)
-    assert await subject.start(grant, resubmit=True) is not None
-    assert await subject.submission(grant, NOTHING_CREATED) is State.UNCERTAIN
+    lease = await subject.claimed("submit", task_id)
+    assert await subject.start(lease, resubmit=True) is not None
+    assert await subject.submission(lease, NOTHING_CREATED) is State.UNCERTAIN
     assert (await subject.task(task_id))["resubmit"]
     subject.clock.shift(5 * SECOND)
-    grant = await subject.claimed("submit", task_id)
+    lease = await subject.claimed("submit", task_id)
     assert (
-        await subject.submission(grant, Undecided()) is State.UNCERTAIN
+        await subject.submission(lease, Undecided()) is State.UNCERTAIN
     )  # a verdict by time that met the operator's word
-    grant = await subject.claimed("submit", task_id)
-    assert await subject.start(grant, resubmit=True) is not None
-    assert await subject.submission(grant, Uncertain("no answer", HOUR)) is State.UNCERTAIN
+    lease = await subject.claimed("submit", task_id)
+    assert await subject.start(lease, resubmit=True) is not None
+    assert await subject.submission(lease, Uncertain("no answer", HOUR)) is State.UNCERTAIN
     assert not (await subject.task(task_id))["resubmit"]
 
 
@@ -407,10 +407,10 @@ async def test_a_resubmission_may_be_refused(subject: Subject) -> None:
     """
     task_id = await subject.uncertain(SECOND)
     subject.clock.shift(SECOND)
-    grant = await subject.claimed("submit", task_id)
-    await subject.start(grant, resubmit=True)
+    lease = await subject.claimed("submit", task_id)
+    await subject.start(lease, resubmit=True)
     assert (
-        await subject.submission(grant, Refused(400, error_of("invalid_request"))) is State.FAILED
+        await subject.submission(lease, Refused(400, error_of("invalid_request"))) is State.FAILED
     )
     assert (await subject.callback(task_id, completed(task_id, URLS[0]))).verdict == "accepted"
     assert await subject.settle(task_id, completed(task_id, URLS[0])) is State.FAILED
@@ -436,7 +436,7 @@ async def test_a_task_reconciled_twice_at_once_is_granted_once(subject: Subject)
     await subject.download(image, Retry("answered 500", HOUR))
     subject.places.free = {"settle": 3, "download": 3}
     await subject.batch(reconcile_tasks, [task_id, task_id])
-    assert sorted(grant.stage for grant in subject.places.taken()) == ["download", "settle"]
+    assert sorted(lease.stage for lease in subject.places.taken()) == ["download", "settle"]
     assert subject.places.free == {"settle": 2, "download": 2}
 
 
@@ -444,25 +444,25 @@ async def test_the_first_doubt_may_be_sent_again_however_old_the_task_is(subject
     """Once: after a second doubt, or when nothing was created of what was too old to be sent, the
     permission is used up.
     """
-    grant = await subject.submitting()
+    lease = await subject.submitting()
     assert (
-        await subject.submission(grant, Uncertain("no answer", SECOND, resend=True))
+        await subject.submission(lease, Uncertain("no answer", SECOND, resend=True))
         is State.UNCERTAIN
     )
-    assert (await subject.task(grant.key))["resubmit"]
+    assert (await subject.task(lease.key))["resubmit"]
     subject.clock.shift(HOUR)
-    again = await subject.claimed("submit", grant.key)
+    again = await subject.claimed("submit", lease.key)
     assert await subject.start(again, resubmit=True) is not None
     assert await subject.submission(again, NOTHING_CREATED) is State.UNCERTAIN
-    assert not (await subject.task(grant.key))["resubmit"]
+    assert not (await subject.task(lease.key))["resubmit"]
     subject.clock.shift(5 * SECOND)
-    last = await subject.claimed("submit", grant.key)
+    last = await subject.claimed("submit", lease.key)
     assert await subject.start(last, resubmit=True) is not None
     assert (
         await subject.submission(last, Uncertain("no answer", SECOND, resend=True))
         is State.UNCERTAIN
     )
-    assert not (await subject.task(grant.key))["resubmit"]
+    assert not (await subject.task(lease.key))["resubmit"]
 
 
 # --- at risk ---

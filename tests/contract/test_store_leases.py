@@ -60,8 +60,8 @@ async def test_a_lease_lasts_thirty_seconds(subject: Subject, stage: str) -> Non
     attempt, and a death counted.
     """
     key = await one_due(subject, stage)
-    (grant,) = await subject.claim(stage)
-    assert (grant.stage, grant.key) == (stage, key)
+    (lease,) = await subject.claim(stage)
+    assert (lease.stage, lease.key) == (stage, key)
     subject.clock.shift(29_999)
     assert await subject.claim(stage) == []
     subject.clock.shift(1)
@@ -69,7 +69,7 @@ async def test_a_lease_lasts_thirty_seconds(subject: Subject, stage: str) -> Non
         "redeliver" if stage == "deliver" else stage
     )  # an attempt was begun: what follows is a retry
     (again,) = await subject.claim(stage)
-    assert (again.key, again.fence, again.attempts) == (key, grant.fence + 1, grant.attempts + 1)
+    assert (again.key, again.fence, again.attempts) == (key, lease.fence + 1, lease.attempts + 1)
     queue = QUEUES[stage]
     row = await subject.row(queue.table, key)
     assert (row[queue.prefix + "deaths"], row[queue.prefix + "lease_owner"]) == (1, "one")
@@ -79,26 +79,26 @@ async def test_a_lease_lasts_thirty_seconds(subject: Subject, stage: str) -> Non
 async def test_a_renewed_lease_lasts_thirty_seconds_more(subject: Subject, stage: str) -> None:
     """Renewed every 10 s while a call runs; who lost it is told, and gets it back by nothing."""
     await one_due(subject, stage)
-    (grant,) = await subject.claim(stage)
+    (lease,) = await subject.claim(stage)
     for _ in range(5):
         subject.clock.shift(10 * SECOND)
-        assert await subject.write(leases.renew, grant)
+        assert await subject.write(leases.renew, lease)
     stage = "redeliver" if stage == "deliver" else stage
     subject.clock.shift(LEASE - 1)
     assert await subject.claim(stage) == []
     subject.clock.shift(1)
     assert len(await subject.claim(stage)) == 1
-    assert not await subject.write(leases.renew, grant)
+    assert not await subject.write(leases.renew, lease)
 
 
 async def test_renewing_never_shortens_a_lease(subject: Subject) -> None:
     """A submission's lease outlasts its call, whether it can be renewed in that time or not."""
-    grant = await subject.submitting()
+    lease = await subject.submitting()
     subject.clock.shift(10 * SECOND)
-    assert await subject.write(leases.renew, grant)
+    assert await subject.write(leases.renew, lease)
     subject.clock.shift(60 * SECOND - 1)
     assert await subject.claim("submit") == []
-    assert await subject.write(leases.renew, grant)
+    assert await subject.write(leases.renew, lease)
     subject.clock.shift(LEASE - 1)
     assert await subject.claim("submit") == []
     subject.clock.shift(1)
@@ -114,7 +114,7 @@ async def test_a_claim_takes_what_is_due_and_no_more_than_there_are_places(
         keys.append(await subject.queued())
         subject.clock.shift(SECOND)
     assert await subject.claim("submit", 0) == []
-    assert [sorted(grant.key for grant in await subject.claim("submit", 2)) for _ in range(3)] == [
+    assert [sorted(lease.key for lease in await subject.claim("submit", 2)) for _ in range(3)] == [
         keys[:2],
         keys[2:4],
         keys[4:],
@@ -135,8 +135,8 @@ async def test_a_row_is_born_leased_when_a_place_is_free(subject: Subject) -> No
     """Handed over in memory after the commit: no claim, no waiting; the place is taken."""
     subject.places.free = {"submit": 1}
     first, second = await subject.queued(), await subject.queued()
-    (grant,) = subject.places.taken()
-    assert (grant.stage, grant.key, grant.fence, grant.attempts) == ("submit", first, 1, 1)
+    (lease,) = subject.places.taken()
+    assert (lease.stage, lease.key, lease.fence, lease.attempts) == ("submit", first, 1, 1)
     assert subject.places.free == {"submit": 0}
     born, due = await subject.task(first), await subject.task(second)
     assert (born["submit_lease_until"], born["submit_lease_owner"]) == (
@@ -152,7 +152,7 @@ async def test_a_row_is_born_leased_when_a_place_is_free(subject: Subject) -> No
         "workers are told of what nobody was granted"
     )
     subject.clock.shift(LEASE)
-    assert {grant.key for grant in await subject.claim("submit", 9)} == {first, second}
+    assert {lease.key for lease in await subject.claim("submit", 9)} == {first, second}
 
 
 async def test_every_stage_is_born_leased(subject: Subject) -> None:
@@ -163,18 +163,18 @@ async def test_every_stage_is_born_leased(subject: Subject) -> None:
     task_id = await subject.submitted()
     subject.places.free = {"settle": 1, "download": 1, "deliver": 2}
     await subject.callback(task_id, completed(task_id, URL, "https://r.test/1"))
-    grants = {grant.stage: grant for grant in subject.places.taken()}
-    assert sorted(grants) == ["download", "settle"]
+    claimed = {lease.stage: lease for lease in subject.places.taken()}
+    assert sorted(claimed) == ["download", "settle"]
     assert (
         await subject.settle(
-            task_id, completed(task_id, URL, "https://r.test/1"), grant=grants["settle"]
+            task_id, completed(task_id, URL, "https://r.test/1"), lease=claimed["settle"]
         )
         is State.STORING
     )
     first, second = await subject.images(task_id)
-    await subject.download(first, stored(first), grants["download"])
+    await subject.download(first, stored(first), claimed["download"])
     await subject.download(second, stored(second))
-    assert [grant.stage for grant in subject.places.taken()] == ["deliver"]
+    assert [lease.stage for lease in subject.places.taken()] == ["deliver"]
 
 
 async def test_a_batch_that_fails_keeps_no_place(subject: Subject) -> None:
@@ -187,7 +187,7 @@ async def test_a_batch_that_fails_keeps_no_place(subject: Subject) -> None:
     subject.places.free = {"submit": 2}
     with pytest.raises(ZeroDivisionError):
         await subject.write(defect, subject.wish())
-    assert (subject.places.granted, subject.places.free) == ([], {"submit": 2})
+    assert (subject.places.leased, subject.places.free) == ([], {"submit": 2})
 
 
 async def test_a_detached_process_is_granted_nothing(subject: Subject) -> None:
@@ -195,7 +195,7 @@ async def test_a_detached_process_is_granted_nothing(subject: Subject) -> None:
     subject.places.free = {"submit": 9}
     subject.store.detach()
     assert (await subject.task(await subject.queued()))["submit_lease_until"] is None
-    assert subject.places.granted == []
+    assert subject.places.leased == []
 
 
 async def test_work_given_back_counts_no_attempt(subject: Subject) -> None:
@@ -203,9 +203,9 @@ async def test_work_given_back_counts_no_attempt(subject: Subject) -> None:
     nothing.
     """
     key = await subject.queued()
-    (grant,) = await subject.claim("submit")
-    assert await subject.batch(leases.release, [grant]) == [True]
-    assert await subject.batch(leases.release, [grant]) == [False]
+    (lease,) = await subject.claim("submit")
+    assert await subject.batch(leases.give_back, [lease]) == [True]
+    assert await subject.batch(leases.give_back, [lease]) == [False]
     (again,) = await subject.claim("submit")
     assert (again.key, again.attempts) == (key, 1)
     assert (await subject.task(key))["submit_deaths"] == 0
@@ -213,11 +213,11 @@ async def test_work_given_back_counts_no_attempt(subject: Subject) -> None:
 
 async def test_work_that_was_none_is_not_due_again(subject: Subject) -> None:
     """`done` ends lease and due time under the fence."""
-    grant = await subject.claimed("submit", await subject.queued())
-    assert await subject.write(leases.done, grant)
+    lease = await subject.claimed("submit", await subject.queued())
+    assert await subject.write(leases.done, lease)
     subject.clock.shift(HOUR)
     assert await subject.claim("submit") == []
-    assert not await subject.write(leases.done, grant)
+    assert not await subject.write(leases.done, lease)
 
 
 async def test_asking_at_once_begins_the_schedule_anew(subject: Subject) -> None:
@@ -235,11 +235,11 @@ async def test_asking_at_once_begins_the_schedule_anew(subject: Subject) -> None
         subject.clock.now,
         None,
     )
-    (grant,) = await subject.claim("settle")
+    (lease,) = await subject.claim("settle")
     subject.places.free = {"settle": 1}
     await subject.write(accept_callbacks, callback(task_id, None, b"<html>"))
-    assert subject.places.granted == [], "one worker a row"
-    assert (await subject.task(task_id))["settle_fence"] == grant.fence
+    assert subject.places.leased == [], "one worker a row"
+    assert (await subject.task(task_id))["settle_fence"] == lease.fence
 
 
 async def test_an_ended_lease_is_taken_by_whoever_wants_the_row(subject: Subject) -> None:
@@ -251,9 +251,9 @@ async def test_an_ended_lease_is_taken_by_whoever_wants_the_row(subject: Subject
     subject.clock.shift(LEASE)
     subject.places.free = {"settle": 1, "download": 0}
     await subject.callback(task_id, completed(task_id, URL))
-    (grant,) = subject.places.taken()
-    assert (grant.key, grant.fence, grant.attempts) == (task_id, late.fence + 1, 1)
-    assert await subject.settle(task_id, completed(task_id, URL), grant=late) is None
+    (lease,) = subject.places.taken()
+    assert (lease.key, lease.fence, lease.attempts) == (task_id, late.fence + 1, 1)
+    assert await subject.settle(task_id, completed(task_id, URL), lease=late) is None
 
 
 async def test_first_attempts_and_retries_have_places_of_their_own(subject: Subject) -> None:
@@ -265,7 +265,7 @@ async def test_first_attempts_and_retries_have_places_of_their_own(subject: Subj
         await subject.submitted(),
     )
     await subject.attempt(retry, "retry")
-    assert [grant.key for grant in await subject.claim("redeliver", 9)] == [retry.key]
+    assert [lease.key for lease in await subject.claim("redeliver", 9)] == [retry.key]
     (first,) = await subject.claim("deliver", 9)
     assert (await subject.row(deliveries, first.key))["task_id"] == fresh
 
@@ -280,8 +280,8 @@ async def test_what_was_asked_for_and_what_is_silent_have_places_of_their_own(
     subject.clock.now = max([(await subject.task(task_id))["settle_due_at"] for task_id in silent])
     assert await subject.claim("settle", 9) == []
     await subject.callback(silent[1], completed(silent[1], URL))
-    assert [grant.key for grant in await subject.claim("settle", 9)] == [silent[1]]
-    assert sorted(grant.key for grant in await subject.claim("reconcile", 9)) == [
+    assert [lease.key for lease in await subject.claim("settle", 9)] == [silent[1]]
+    assert sorted(lease.key for lease in await subject.claim("reconcile", 9)) == [
         silent[0],
         silent[2],
     ]
@@ -295,13 +295,13 @@ async def test_reopening_a_store_on_sqlite_frees_what_the_dead_process_held(
     """
     async with sqlite_opener("dead") as store:
         dead = Subject(store, clock)
-        grant, image = await dead.submitting(), await dead.storing(URL)
+        lease, image = await dead.submitting(), await dead.storing(URL)
         await dead.claim("download")
     async with sqlite_opener("alive") as store:
         alive = Subject(store, clock)
-        again = await alive.claimed("submit", grant.key)
-        assert (again.fence, await alive.state(grant.key)) == (grant.fence + 1, State.SUBMITTING)
-        assert (await alive.task(grant.key))["submit_deaths"] == 1
+        again = await alive.claimed("submit", lease.key)
+        assert (again.fence, await alive.state(lease.key)) == (lease.fence + 1, State.SUBMITTING)
+        assert (await alive.task(lease.key))["submit_deaths"] == 1
         assert [found.key for found in await alive.claim("download")] == [
             (await alive.images(image))[0]["id"]
         ]
@@ -311,12 +311,12 @@ async def test_opening_postgres_once_more_frees_nothing(
     two: tuple[Subject, Subject], postgres_opener: Opener
 ) -> None:
     """Others may live: their leases stand until they end."""
-    grant = await two[0].submitting()
+    lease = await two[0].submitting()
     async with postgres_opener("three") as store:
         third = Subject(store, two[0].clock)
         assert await third.claim("submit", 9) == []
         third.clock.shift(70 * SECOND)
-        assert [found.key for found in await third.claim("submit", 9)] == [grant.key]
+        assert [found.key for found in await third.claim("submit", 9)] == [lease.key]
 
 
 async def test_a_row_is_claimed_by_one_process_alone(two: tuple[Subject, Subject]) -> None:
@@ -336,11 +336,11 @@ async def test_a_row_is_claimed_by_one_process_alone(two: tuple[Subject, Subject
             await asyncio.gather(
                 *(place.write(leases.claim, "submit") for place in two for _ in range(3))
             )
-            grants = [place.places.taken() for place in two]
-            assert all(len(got) <= 7 for got in grants), "never more than there are places"
-            if not any(grants):
+            claimed = [place.places.taken() for place in two]
+            assert all(len(got) <= 7 for got in claimed), "never more than there are places"
+            if not any(claimed):
                 break
-            taken += [grant.key for got in grants for grant in got]
+            taken += [lease.key for got in claimed for lease in got]
         assert len(taken) == 60
         assert set(taken) == keys
         assert {row["submit_fence"] for row in await two[0].rows(tasks) if row["id"] in keys} == {1}
@@ -367,7 +367,7 @@ async def test_a_lease_that_ends_is_no_fault_of_the_next_in_line(subject: Subjec
     """Deaths count leases that ran out, not those that were finished or given back."""
     key = await subject.queued()
     for _ in range(3):
-        await subject.write(leases.release, await subject.claimed("submit", key))
+        await subject.write(leases.give_back, await subject.claimed("submit", key))
     await subject.claim("submit")
     subject.clock.shift(LEASE)
     assert len(await subject.claim("submit")) == 1

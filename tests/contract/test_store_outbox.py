@@ -259,7 +259,7 @@ async def test_operators_events_of_a_task_go_to_no_task_callback(subject: Subjec
 async def test_event_state_and_deliveries_are_one_commit(subject: Subject) -> None:
     """A transaction that fails after the outbox was written leaves neither."""
     await subject.endpoint()
-    grant = await subject.submitting()
+    lease = await subject.submitting()
 
     def fails_late(tx: Transaction, items: Sequence[str]) -> list[None]:
         outbox.emit_operators(tx, "test.first", {})
@@ -274,7 +274,7 @@ async def test_event_state_and_deliveries_are_one_commit(subject: Subject) -> No
     with pytest.raises(IntegrityError):
         await subject.write(fails_late, "x")
     assert (await subject.events(), await subject.rows(deliveries)) == ([], [])
-    assert await subject.submission(grant, accepted("task-unified-1")) is State.SUBMITTED
+    assert await subject.submission(lease, accepted("task-unified-1")) is State.SUBMITTED
     assert [(row["sequence"], row["type"]) for row in await subject.events()] == [
         (1, "image.task.submitted")
     ]

@@ -4,7 +4,7 @@
 
 from typing import Any
 
-from service.db import rows
+from service.db.paging import After
 from service.db.tables import QUEUES, deliveries
 from service.images import image_queries
 from service.tasks import task_queries
@@ -31,7 +31,7 @@ async def test_tasks_are_listed_newest_first_page_by_page(subject: Subject) -> N
         ids.append(await subject.queued())
         subject.clock.shift(number % 2)
     seen: list[str] = []
-    after: rows.After = None
+    after: After = None
     for size in (3, 3, 1):
         page = await subject.store.read(task_queries.task_list, OWNER, 3, after)
         assert len(page) == size

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.tables import deliveries, endpoints, events, replays
-from service.db.transaction import Grant
+from service.db.transaction import Lease
 from service.events.endpoints import EndpointChange, change_endpoints
 from service.events.replay_queries import Wanted, replay_extent, replay_page, replay_row
 from service.events.replays import (
@@ -67,13 +67,13 @@ async def started(subject: Subject, endpoint: str, wanted: Wanted = ALL) -> str:
 async def turn(subject: Subject, replay_id: str, limit: int = 2) -> Row:
     """One page of a replay, when it is due; the replay afterwards."""
     subject.clock.now = max(subject.clock.now, (await subject.row(replays, replay_id))["due_at"])
-    grant = await subject.claimed("replay", replay_id)
+    lease = await subject.claimed("replay", replay_id)
     found = await subject.store.read(replay_page, replay_id, limit)
     assert found is not None
     more = len(found.events) == limit
     position = found.events[-1]["sequence"] if more else found.last
     assert await subject.write(
-        record_pages, Page(grant, found.events, position, SECOND if more else None)
+        record_pages, Page(lease, found.events, position, SECOND if more else None)
     )
     return await subject.row(replays, replay_id)
 
@@ -194,9 +194,9 @@ async def test_a_replay_makes_its_deliveries_page_by_page(subject: Subject) -> N
     assert {
         (each["state"], each["owner"], each["endpoint_id"], each["attempts"]) for each in rows
     } == {("pending", OWNER, endpoint, 0)}
-    grant = await subject.claimed("redeliver", rows[0]["id"])
-    assert grant.attempts == 1
-    await subject.attempt(grant, "delivered")
+    lease = await subject.claimed("redeliver", rows[0]["id"])
+    assert lease.attempts == 1
+    await subject.attempt(lease, "delivered")
     found = await subject.store.read(replay_row, replay, OWNER)
     assert found is not None
     assert found[1] == {"pending": 4, "delivered": 1}
@@ -243,7 +243,7 @@ async def test_a_replay_ends_with_its_endpoint(subject: Subject, how: str) -> No
     for _ in range(3):
         await event(subject)
     early, late = await started(subject, endpoint), await started(subject, endpoint)
-    grant = await subject.claimed("replay", early)
+    lease = await subject.claimed("replay", early)
     page = await subject.store.read(replay_page, early, 2)
     assert page is not None
     change = EndpointChange(
@@ -252,7 +252,7 @@ async def test_a_replay_ends_with_its_endpoint(subject: Subject, how: str) -> No
     assert await subject.write(change_endpoints, change)
     before = len(await subject.rows(deliveries))
     assert not await subject.write(
-        record_pages, Page(grant, page.events, page.events[-1]["sequence"], SECOND)
+        record_pages, Page(lease, page.events, page.events[-1]["sequence"], SECOND)
     )
     assert not await subject.write(
         record_pages, Page(await subject.claimed("replay", late), (), None, None)
@@ -286,12 +286,12 @@ async def test_a_cancelled_replay_makes_nothing_more_and_what_is_pending_is_dead
     assert not await subject.write(cancel_replays, Cancelled(replay, "other"))
     assert not await subject.write(cancel_replays, Cancelled("rpl_gone", None))
     subject.clock.shift(SECOND)
-    grant = await subject.claimed("replay", replay)
+    lease = await subject.claimed("replay", replay)
     found = await subject.store.read(replay_page, replay, 2)
     assert found is not None
     for _ in range(2):
         assert await subject.write(cancel_replays, Cancelled(replay, OWNER))
-    assert not await subject.write(record_pages, Page(grant, found.events, found.last, None))
+    assert not await subject.write(record_pages, Page(lease, found.events, found.last, None))
     row = await subject.row(replays, replay)
     assert (row["state"], row["made"], row["due_at"], row["finished_at"]) == (
         "cancelled",
@@ -316,10 +316,10 @@ async def test_cancelling_while_a_page_is_recorded_leaves_nothing_pending(
         endpoint = await two[0].endpoint()
         await event(two[0])
         replay = await started(two[0], endpoint)
-        grant = await two[0].claimed("replay", replay)
+        lease = await two[0].claimed("replay", replay)
         found = await two[0].store.read(replay_page, replay, 9)
         assert found is not None
-        page = Page(grant, found.events, found.last, None)
+        page = Page(lease, found.events, found.last, None)
         await asyncio.gather(
             two[0].write(record_pages, page), two[1].write(cancel_replays, Cancelled(replay, None))
         )
@@ -338,12 +338,12 @@ async def test_a_page_counts_under_its_lease_alone(subject: Subject) -> None:
     found = await subject.store.read(replay_page, replay, 9)
     assert found is not None
     subject.clock.shift(LEASE)
-    grant = await subject.claimed("replay", replay)
+    lease = await subject.claimed("replay", replay)
     assert not await subject.write(record_pages, Page(late, found.events, found.last, None))
-    page = Page(grant, found.events, found.last, None)
+    page = Page(lease, found.events, found.last, None)
     assert [await subject.write(record_pages, page) for _ in range(2)] == [True, False]
     assert not await subject.write(
-        record_pages, Page(Grant("replay", "rpl_gone", 1, 1), (), None, None)
+        record_pages, Page(Lease("replay", "rpl_gone", 1, 1), (), None, None)
     )
     assert len(await subject.rows(deliveries, replay_id=replay)) == 1
 
@@ -357,7 +357,7 @@ async def test_what_retention_took_is_not_replayed(subject: Subject) -> None:
     for each in (gone, kept):
         await end(subject, each, "delivered")
     replay = await started(subject, endpoint)
-    grant = await subject.claimed("replay", replay)
+    lease = await subject.claimed("replay", replay)
     found = await subject.store.read(replay_page, replay, 9)
     assert found is not None
     await subject.write(
@@ -365,7 +365,7 @@ async def test_what_retention_took_is_not_replayed(subject: Subject) -> None:
     )
     await subject.write(forget_events, [gone])
     assert len(await subject.rows(events)) == 1
-    assert await subject.write(record_pages, Page(grant, found.events, found.last, None))
+    assert await subject.write(record_pages, Page(lease, found.events, found.last, None))
     row = await subject.row(replays, replay)
     assert (row["state"], row["count"], row["made"]) == ("done", 2, 1)
     assert ids(await subject.rows(deliveries, replay_id=replay)) == [kept]

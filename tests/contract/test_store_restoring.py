@@ -64,7 +64,7 @@ async def test_what_may_have_been_submitted_since_is_uncertain(subject: Subject)
     subject.clock.shift(HOUR - SECOND)
     assert await subject.claim("submit", 9) == []
     subject.clock.shift(SECOND)
-    assert {grant.key for grant in await subject.claim("submit", 9)} == set(ids)
+    assert {lease.key for lease in await subject.claim("submit", 9)} == set(ids)
 
 
 async def test_an_uncertain_task_of_a_backup_is_not_sent_again_by_itself(subject: Subject) -> None:
@@ -82,16 +82,16 @@ async def test_an_uncertain_task_of_a_backup_is_not_sent_again_by_itself(subject
         resources, cast(Any, None), cast(Any, None), (1.0,), 60.0, 3600.0, "resubmit", 900.0
     )
     assert not submitter._resubmits(row)
-    grant = await subject.claimed("submit", task_id)
-    assert await subject.submission(grant, Undecided()) is State.FAILED
+    lease = await subject.claimed("submit", task_id)
+    assert await subject.submission(lease, Undecided()) is State.FAILED
     assert (await subject.task(task_id))["error"]["code"] == "submission_uncertain"
 
 
 async def test_a_callback_or_a_late_answer_still_proves_a_restored_task(subject: Subject) -> None:
     """What was submitted after the backup is found again as soon as the upstream tells of it."""
-    grant = await subject.submitting()
+    lease = await subject.submitting()
     await restored(subject)
-    assert await subject.submission(grant, accepted(upstream_id(grant.key))) is State.SUBMITTED
+    assert await subject.submission(lease, accepted(upstream_id(lease.key))) is State.SUBMITTED
 
 
 async def test_what_the_upstream_is_known_to_have_goes_on(subject: Subject) -> None:
@@ -110,7 +110,7 @@ async def test_a_store_that_moved_submits_what_waits(subject: Subject) -> None:
     """Nobody served it after the backup: nothing is in doubt but what was."""
     queued, doubted = await subject.queued(), await subject.uncertain()
     assert (await restored(subject, moved=True)).uncertain == 0
-    assert [grant.key for grant in await subject.claim("submit", 9)] == [queued]
+    assert [lease.key for lease in await subject.claim("submit", 9)] == [queued]
     assert await subject.state(doubted) is State.UNCERTAIN
 
 

@@ -245,12 +245,12 @@ async def test_pending_deliveries_go_out_without_content(subject: Subject) -> No
     (own,) = await subject.rows(deliveries, task_id=task_id, endpoint_id=None)
     assert (own["state"], own["due_at"], own["finished_at"]) == ("dead", None, subject.clock.now)
     *_, to_endpoint = await subject.rows(deliveries, task_id=task_id, state="pending")
-    grant = await subject.claimed("deliver", to_endpoint["id"])
-    parcel = await subject.store.read(event_queries.parcel, grant.key)
+    lease = await subject.claimed("deliver", to_endpoint["id"])
+    parcel = await subject.store.read(event_queries.parcel, lease.key)
     assert parcel is not None
     assert parcel.event is not None
     assert parcel.event["data"]["metadata"] == {}
-    assert await subject.attempt(grant, "delivered")
+    assert await subject.attempt(lease, "delivered")
 
 
 async def test_an_attempt_under_way_while_its_task_is_erased_ends_well(subject: Subject) -> None:
@@ -258,9 +258,9 @@ async def test_an_attempt_under_way_while_its_task_is_erased_ends_well(subject: 
     await subject.key(OWNER)
     task_id = await subject.completed(**PRIVATE)
     (row,) = await subject.rows(deliveries, task_id=task_id)
-    grant = await subject.claimed("deliver", row["id"])
+    lease = await subject.claimed("deliver", row["id"])
     await erase(subject, task_id)
-    assert await subject.attempt(grant, "retry", wait_ms=1)
+    assert await subject.attempt(lease, "retry", wait_ms=1)
     after = await subject.row(deliveries, row["id"])
     assert (after["state"], after["due_at"]) == ("dead", None)
 
@@ -308,9 +308,9 @@ async def test_a_download_under_way_while_its_task_is_erased_counts_nothing(
     await subject.settle(task_id, None, expires_ms=DAY)
     await subject.callback(task_id, completed(task_id, URL))
     (image,) = await subject.images(task_id)
-    grant = await subject.claimed("download", image["id"])
+    lease = await subject.claimed("download", image["id"])
     await erase(subject, task_id)
-    assert await subject.download(image, stored(image), grant) is None
+    assert await subject.download(image, stored(image), lease) is None
     assert await subject.images(task_id) == []
     name = stored(image).blob
     assert await subject.store.read(image_queries.orphans, [name]) == [name]
@@ -421,9 +421,9 @@ async def test_old_events_go_with_their_deliveries_and_attempts(subject: Subject
     """Delivered or dead; younger ones stay; a task cannot end twice for it."""
     endpoint = await subject.endpoint()
     old = await subject.completed()
-    for grant in await subject.claim("deliver", 9):
+    for lease in await subject.claim("deliver", 9):
         await subject.attempt(
-            grant, "delivered" if grant.key == (await subject.rows(deliveries))[0]["id"] else "gone"
+            lease, "delivered" if lease.key == (await subject.rows(deliveries))[0]["id"] else "gone"
         )
     await subject.change(endpoint, status="paused")
     before = max(row["time"] for row in await subject.events())

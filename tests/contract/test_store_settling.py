@@ -123,9 +123,9 @@ async def test_no_answer_and_an_undocumented_one_change_nothing(
     """Asked again after the wait; the attempts are counted for the plan."""
     task_id = await subject.submitted()
     for attempts in (1, 2, 3):
-        grant = await subject.asking(task_id)
-        assert grant.attempts == attempts
-        assert await subject.settle(task_id, report, grant=grant) is State.SUBMITTED
+        lease = await subject.asking(task_id)
+        assert lease.attempts == attempts
+        assert await subject.settle(task_id, report, lease=lease) is State.SUBMITTED
     assert (await subject.task(task_id))["upstream_status"] == "pending"
 
 
@@ -146,9 +146,9 @@ async def test_an_unknown_task_expires_only_when_it_is_old(subject: Subject) -> 
 async def test_a_task_that_is_storing_does_not_expire(subject: Subject) -> None:
     """Its results are known; `storing` may not become `expired`."""
     task_id = await subject.storing(URL)
-    grant = await subject.wanted("settle", task_id)
+    lease = await subject.requeued("settle", task_id)
     subject.clock.shift(2 * DAY)
-    assert await subject.settle(task_id, None, expires_ms=HOUR, grant=grant) is State.STORING
+    assert await subject.settle(task_id, None, expires_ms=HOUR, lease=lease) is State.STORING
 
 
 async def test_an_answer_under_an_ended_lease_changes_nothing(subject: Subject) -> None:
@@ -158,30 +158,30 @@ async def test_an_answer_under_an_ended_lease_changes_nothing(subject: Subject) 
     subject.clock.shift(LEASE)
     holder = await subject.claimed("reconcile", task_id)
     before = await subject.task(task_id)
-    assert await subject.settle(task_id, failed(task_id), grant=late) is None
+    assert await subject.settle(task_id, failed(task_id), lease=late) is None
     assert await subject.task(task_id) == before
-    assert await subject.settle(task_id, completed(task_id, URL), grant=holder) is State.STORING
+    assert await subject.settle(task_id, completed(task_id, URL), lease=holder) is State.STORING
 
 
 async def test_an_answer_under_a_lease_that_nobody_took_still_counts(subject: Subject) -> None:
     """The fence decides, not the clock: an answer a little late is better than asking again."""
     task_id = await subject.submitted()
-    grant = await subject.asking(task_id)
+    lease = await subject.asking(task_id)
     subject.clock.shift(LEASE + SECOND)
-    assert await subject.settle(task_id, failed(task_id), grant=grant) is State.FAILED
+    assert await subject.settle(task_id, failed(task_id), lease=lease) is State.FAILED
 
 
 async def test_what_is_settled_stands(subject: Subject) -> None:
     """After the end only credits are recorded; no state, no event, no further question."""
     task_id = await subject.completed(URL)
-    grant = await subject.wanted("settle", task_id)
+    lease = await subject.requeued("settle", task_id)
     report = replace(failed(task_id), credits_used=500_000)
-    assert await subject.settle(task_id, report, grant=grant) is State.COMPLETED
+    assert await subject.settle(task_id, report, lease=lease) is State.COMPLETED
     task = await subject.task(task_id)
     assert (task["credits_used"], task["error"], task["settle_due_at"]) == (500_000, None, None)
     assert await subject.types(task_id) == ["image.task.submitted", "image.task.completed"]
-    grant = await subject.wanted("settle", task_id)
-    assert await subject.settle(task_id, None, grant=grant) is State.COMPLETED
+    lease = await subject.requeued("settle", task_id)
+    assert await subject.settle(task_id, None, lease=lease) is State.COMPLETED
     assert (await subject.task(task_id))["settle_due_at"] is None
 
 
@@ -220,11 +220,11 @@ async def test_a_callback_during_a_question_gets_it_asked_again(subject: Subject
     more at once.
     """
     task_id = await subject.submitted()
-    grant = await subject.asking(task_id)
+    lease = await subject.asking(task_id)
     asked = (await subject.task(task_id))["settle_requests"]
     await subject.callback(task_id, completed(task_id, URL))
     assert await subject.claim("settle") == [], "somebody is asking already"
-    settlement = Settlement(grant, processing(task_id), asked, ASK_AGAIN, DAY)
+    settlement = Settlement(lease, processing(task_id), asked, ASK_AGAIN, DAY)
     assert await subject.write(record_settlements, settlement) is State.SUBMITTED
     assert (await subject.task(task_id))["settle_due_at"] == subject.clock.now
     (again,) = await subject.claim("settle")
@@ -236,12 +236,12 @@ async def test_a_callback_during_a_question_that_ends_the_task_asks_no_more(
 ) -> None:
     """There is nothing left to ask about."""
     task_id = await subject.submitted()
-    grant = await subject.asking(task_id)
+    lease = await subject.asking(task_id)
     asked = (await subject.task(task_id))["settle_requests"]
     await subject.callback(task_id, failed(task_id))
     assert (
         await subject.write(
-            record_settlements, Settlement(grant, failed(task_id), asked, ASK_AGAIN, DAY)
+            record_settlements, Settlement(lease, failed(task_id), asked, ASK_AGAIN, DAY)
         )
         is State.FAILED
     )
@@ -252,11 +252,11 @@ async def test_settling_and_submitting_are_leased_apart(subject: Subject) -> Non
     """A callback never waits for a submission: a task whose submit call still runs is settled to
     its end.
     """
-    grant = await subject.submitting()
-    await subject.callback(grant.key, failed(grant.key))
-    assert await subject.settle(grant.key, failed(grant.key)) is State.FAILED
-    assert await subject.submission(grant, Uncertain("no answer in time", MINUTE)) is State.FAILED
-    assert await subject.types(grant.key) == ["image.task.submitted", "image.task.failed"]
+    lease = await subject.submitting()
+    await subject.callback(lease.key, failed(lease.key))
+    assert await subject.settle(lease.key, failed(lease.key)) is State.FAILED
+    assert await subject.submission(lease, Uncertain("no answer in time", MINUTE)) is State.FAILED
+    assert await subject.types(lease.key) == ["image.task.submitted", "image.task.failed"]
 
 
 async def test_a_query_proves_an_uncertain_task(subject: Subject) -> None:
@@ -306,10 +306,10 @@ async def test_a_cancel_ends_a_task_in_every_state_before_its_end(subject: Subje
     """Local: we stop waiting; no download and no submission is due any more, and no question but
     for the charge.
     """
-    grant = await subject.submitting()
+    lease = await subject.submitting()
     waiting = [
         await subject.queued(),
-        grant.key,
+        lease.key,
         await subject.uncertain(),
         await subject.submitted(),
         await subject.storing(URL),
@@ -326,7 +326,7 @@ async def test_a_cancel_ends_a_task_in_every_state_before_its_end(subject: Subje
     assert await subject.images(waiting[-1]) == []
     subject.clock.shift(DAY)
     assert [await subject.claim(stage, 9) for stage in ("submit", "download")] == [[], []]
-    assert [grant.key for grant in await subject.claim("reconcile", 9)] == [waiting[3]]
+    assert [lease.key for lease in await subject.claim("reconcile", 9)] == [waiting[3]]
 
 
 async def test_a_cancelled_task_is_asked_about_until_its_charge_is_known(subject: Subject) -> None:
@@ -391,9 +391,9 @@ async def test_cancel_and_settle_at_once_from_two_processes_end_a_task_once(
     """Whoever locks the row first ends it; the other finds it ended; one terminal event."""
     for _ in range(5):
         task_id = await two[0].submitted()
-        grant = await two[0].asking(task_id)
+        lease = await two[0].asking(task_id)
         cancelled, settled = await asyncio.gather(
-            two[1].cancel(task_id), two[0].settle(task_id, failed(task_id), grant=grant)
+            two[1].cancel(task_id), two[0].settle(task_id, failed(task_id), lease=lease)
         )
         assert (cancelled, settled) in [(None, State.CANCELLED), ("failed", State.FAILED)]
         assert len(await two[0].types(task_id)) == 2
@@ -404,7 +404,7 @@ async def test_an_upstream_id_names_one_task(subject: Subject) -> None:
     the first stays.
     """
     task_id = await subject.submitted()
-    grant = await subject.submitting()
+    lease = await subject.submitting()
 
     def steal(tx: Transaction, ids: Sequence[str]) -> list[None]:
         for row in lock(tx, ids).values():
@@ -412,8 +412,8 @@ async def test_an_upstream_id_names_one_task(subject: Subject) -> None:
         return [None] * len(ids)
 
     with pytest.raises(Exception, match=r"(?i)unique"):
-        await subject.write(steal, grant.key)
-    assert (await subject.task(grant.key))["upstream_id"] is None
+        await subject.write(steal, lease.key)
+    assert (await subject.task(lease.key))["upstream_id"] is None
 
 
 async def test_a_callback_while_the_upstream_answers_asks_again_after_an_end_of_our_own(
@@ -424,11 +424,11 @@ async def test_a_callback_while_the_upstream_answers_asks_again_after_an_end_of_
     """
     task_id = await subject.submitted()
     await subject.cancel(task_id)
-    grant = await subject.asking(task_id)
+    lease = await subject.asking(task_id)
     before = (await subject.task(task_id))["settle_requests"]
     await subject.callback(task_id, completed(task_id, URL))
     answer = Settlement(
-        grant, processing(task_id), requests=before, wait_ms=ASK_AGAIN, result_ttl_ms=DAY
+        lease, processing(task_id), requests=before, wait_ms=ASK_AGAIN, result_ttl_ms=DAY
     )
     assert await subject.write(record_settlements, answer) is State.CANCELLED
     assert (await subject.task(task_id))["settle_due_at"] == subject.clock.now
@@ -439,8 +439,8 @@ async def test_after_an_unproved_end_the_charge_is_still_asked_for(subject: Subj
     until it has ended the task too.
     """
     task_id = await subject.uncertain(0)
-    grant = await subject.claimed("submit", task_id)
-    assert await subject.submission(grant, Undecided()) is State.FAILED
+    lease = await subject.claimed("submit", task_id)
+    assert await subject.submission(lease, Undecided()) is State.FAILED
     await subject.callback(task_id, processing(task_id))
     assert await subject.settle(task_id, processing(task_id)) is State.FAILED
     assert (await subject.task(task_id))["settle_due_at"] is not None
@@ -475,8 +475,8 @@ async def test_an_unreadable_callback_before_the_answer_is_asked_about_once_ther
     subject: Subject,
 ) -> None:
     """The token proved who called: the question waits for the id, not for the plan."""
-    grant = await subject.submitting()
-    assert (await subject.callback(grant.key, None)).verdict == "unreadable"
-    assert (await subject.task(grant.key))["settle_due_at"] is None
-    await subject.submission(grant, accepted("task-unified-early"))
-    assert (await subject.task(grant.key))["settle_due_at"] == subject.clock.now
+    lease = await subject.submitting()
+    assert (await subject.callback(lease.key, None)).verdict == "unreadable"
+    assert (await subject.task(lease.key))["settle_due_at"] is None
+    await subject.submission(lease, accepted("task-unified-early"))
+    assert (await subject.task(lease.key))["settle_due_at"] == subject.clock.now

@@ -218,7 +218,7 @@ async def test_what_a_killed_writer_left_in_our_file_is_undone(
             "forgotten",
             "ready",
         }
-        assert [grant.key for grant in await subject.claim("submit")] == [key]
+        assert [lease.key for lease in await subject.claim("submit")] == [key]
 
 
 async def test_a_start_that_was_killed_at_once_leaves_no_empty_file(tmp_path: Path) -> None:

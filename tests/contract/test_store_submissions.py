@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from service.db.tables import steps, tasks
-from service.db.transaction import Grant
+from service.db.transaction import Lease
 from service.tasks.new_tasks import insert_tasks
 from service.tasks.state import State
 from service.tasks.submissions import Accepted, Again, Refused, Uncertain, Undecided
@@ -103,9 +103,9 @@ async def test_a_task_is_submitting_before_its_request_leaves(subject: Subject) 
     """The body is handed out with the state committed, byte for byte, under a lease that outlasts
     the call.
     """
-    grant = await subject.claimed("submit", await subject.queued(body=b"\x00\xff{"))
-    assert await subject.start(grant) == b"\x00\xff{"
-    row = await subject.task(grant.key)
+    lease = await subject.claimed("submit", await subject.queued(body=b"\x00\xff{"))
+    assert await subject.start(lease) == b"\x00\xff{"
+    row = await subject.task(lease.key)
     assert (row["state"], row["submit_lease_until"]) == (
         "submitting",
         subject.clock.now + 70 * SECOND,
@@ -113,29 +113,29 @@ async def test_a_task_is_submitting_before_its_request_leaves(subject: Subject) 
 
 
 async def test_a_start_whose_commit_seemed_lost_may_send(subject: Subject) -> None:
-    """Run again under the same grant it gives the body again: nothing was sent, for the first run
+    """Run again under the same lease it gives the body again: nothing was sent, for the first run
     was never answered.
     """
-    grant = await subject.submitting()
-    assert await subject.start(grant) == b'{"prompt":"a lighthouse"}'
+    lease = await subject.submitting()
+    assert await subject.start(lease) == b'{"prompt":"a lighthouse"}'
 
 
 async def test_a_worker_without_the_lease_does_not_send(subject: Subject) -> None:
     """A lease that ended and went elsewhere gives no right to send."""
-    grant = await subject.claimed("submit", await subject.queued())
+    lease = await subject.claimed("submit", await subject.queued())
     subject.clock.shift(LEASE)
-    again = await subject.claimed("submit", grant.key)
-    assert await subject.start(grant) is None
+    again = await subject.claimed("submit", lease.key)
+    assert await subject.start(lease) is None
     assert await subject.start(again) is not None
-    assert await subject.start(grant) is None
+    assert await subject.start(lease) is None
 
 
 async def test_an_uncertain_task_is_sent_again_only_on_purpose(subject: Subject) -> None:
     """`submitting` may follow `uncertain` when resubmitting is wanted, else never."""
     task_id = await subject.uncertain(decide_ms=0)
-    grant = await subject.claimed("submit", task_id)
-    assert await subject.start(grant) is None
-    assert await subject.start(grant, resubmit=True) is not None
+    lease = await subject.claimed("submit", task_id)
+    assert await subject.start(lease) is None
+    assert await subject.start(lease, resubmit=True) is not None
     assert await subject.state(task_id) is State.SUBMITTING
 
 
@@ -143,7 +143,7 @@ async def test_an_answer_with_an_id_submits(subject: Subject) -> None:
     """2xx with an id: submitted, told once, asked about after the planned time, and submitted no
     more.
     """
-    grant = await subject.submitting()
+    lease = await subject.submitting()
     report = Report(
         "task-unified-1",
         Status.PENDING,
@@ -152,8 +152,8 @@ async def test_an_answer_with_an_id_submits(subject: Subject) -> None:
         billing_rule="per_call",
         user_group="vip",
     )
-    assert await subject.submission(grant, Accepted(report, FIRST_QUERY)) is State.SUBMITTED
-    row = await subject.task(grant.key)
+    assert await subject.submission(lease, Accepted(report, FIRST_QUERY)) is State.SUBMITTED
+    row = await subject.task(lease.key)
     assert (row["upstream_id"], row["upstream_id_from"], row["submitted_at"]) == (
         "task-unified-1",
         "answer",
@@ -171,46 +171,46 @@ async def test_an_answer_with_an_id_submits(subject: Subject) -> None:
         row["billing_rule"],
         row["user_group"],
     ) == (45, 1_500_000, "per_call", "vip")
-    assert await subject.types(grant.key) == ["image.task.submitted"]
+    assert await subject.types(lease.key) == ["image.task.submitted"]
 
 
 async def test_an_answer_that_is_final_already_is_still_asked_about(subject: Subject) -> None:
     """What the submit answer says of the outcome is for the query to confirm."""
-    grant = await subject.submitting()
-    outcome = Accepted(completed(grant.key, "https://r.test/0"), 0)
-    assert await subject.submission(grant, outcome) is State.SUBMITTED
-    assert (await subject.task(grant.key))["settle_due_at"] == subject.clock.now
-    assert (await subject.task(grant.key))["upstream_status"] is None
+    lease = await subject.submitting()
+    outcome = Accepted(completed(lease.key, "https://r.test/0"), 0)
+    assert await subject.submission(lease, outcome) is State.SUBMITTED
+    assert (await subject.task(lease.key))["settle_due_at"] == subject.clock.now
+    assert (await subject.task(lease.key))["upstream_status"] is None
 
 
 async def test_nothing_created_is_queued_again(subject: Subject) -> None:
     """429, no connection, a refused account: queued again after the wait, claimed at its end and
     not before.
     """
-    grant = await subject.submitting()
-    assert await subject.submission(grant, NOT_CREATED) is State.QUEUED
+    lease = await subject.submitting()
+    assert await subject.submission(lease, NOT_CREATED) is State.QUEUED
     subject.clock.shift(5 * SECOND - 1)
     assert await subject.claim("submit") == []
     subject.clock.shift(1)
     (again,) = await subject.claim("submit")
-    assert (again.key, again.attempts, again.fence) == (grant.key, 2, grant.fence + 1)
-    assert await subject.types(grant.key) == []
+    assert (again.key, again.attempts, again.fence) == (lease.key, 2, lease.fence + 1)
+    assert await subject.types(lease.key) == []
 
 
 async def test_who_is_never_taken_fails_in_the_end(subject: Subject) -> None:
     """Older than the limit: failed `not_submitted`."""
-    grant = await subject.submitting()
+    lease = await subject.submitting()
     subject.clock.shift(HOUR)
-    assert await subject.submission(grant, NOT_CREATED) is State.FAILED
-    assert (await subject.task(grant.key))["error"]["code"] == "not_submitted"
-    assert await subject.types(grant.key) == ["image.task.failed"]
+    assert await subject.submission(lease, NOT_CREATED) is State.FAILED
+    assert (await subject.task(lease.key))["error"]["code"] == "not_submitted"
+    assert await subject.types(lease.key) == ["image.task.failed"]
 
 
 async def test_a_refusal_fails_with_the_upstreams_words(subject: Subject) -> None:
     """400, 402, 422 and their like: failed with status and error, never sent again."""
-    grant = await subject.submitting()
-    assert await subject.submission(grant, REFUSED) is State.FAILED
-    row = await subject.task(grant.key)
+    lease = await subject.submitting()
+    assert await subject.submission(lease, REFUSED) is State.FAILED
+    row = await subject.task(lease.key)
     assert (row["refusal_status"], row["error"], row["terminal_at"]) == (
         422,
         REFUSED.error,
@@ -222,15 +222,15 @@ async def test_a_refusal_fails_with_the_upstreams_words(subject: Subject) -> Non
 
 async def test_an_unproved_outcome_waits_for_proof(subject: Subject) -> None:
     """A timeout and its like: uncertain, decided when the time is up and not before."""
-    grant = await subject.submitting()
-    assert await subject.submission(grant, TIMED_OUT) is State.UNCERTAIN
+    lease = await subject.submitting()
+    assert await subject.submission(lease, TIMED_OUT) is State.UNCERTAIN
     subject.clock.shift(15 * MINUTE - 1)
     assert await subject.claim("submit") == []
     subject.clock.shift(1)
-    decided = await subject.claimed("submit", grant.key)
+    decided = await subject.claimed("submit", lease.key)
     assert await subject.submission(decided, Undecided()) is State.FAILED
-    assert (await subject.task(grant.key))["error"]["code"] == "submission_uncertain"
-    assert await subject.types(grant.key) == ["image.task.failed"]
+    assert (await subject.task(lease.key))["error"]["code"] == "submission_uncertain"
+    assert await subject.types(lease.key) == ["image.task.failed"]
 
 
 async def test_an_uncertain_task_is_proved_by_a_callback(subject: Subject) -> None:
@@ -255,18 +255,18 @@ async def test_an_outcome_that_proves_nothing_new_changes_nothing(
     """A callback proved the task while the call ran: what the call brought is outdated, only the
     lease ends.
     """
-    grant = await subject.submitting()
-    await subject.callback(grant.key, completed(grant.key, "https://r.test/0"))
-    assert await subject.submission(grant, outcome) is State.SUBMITTED
-    row = await subject.task(grant.key)
+    lease = await subject.submitting()
+    await subject.callback(lease.key, completed(lease.key, "https://r.test/0"))
+    assert await subject.submission(lease, outcome) is State.SUBMITTED
+    row = await subject.task(lease.key)
     assert (row["error"], row["submit_due_at"], row["submit_lease_until"]) == (None, None, None)
 
 
-async def taken_over(subject: Subject) -> tuple[Grant, Grant]:
-    """A call that outlasted its lease, and the grant of whoever claimed the task then."""
-    grant = await subject.submitting()
+async def taken_over(subject: Subject) -> tuple[Lease, Lease]:
+    """A call that outlasted its lease, and the lease of whoever claimed the task then."""
+    lease = await subject.submitting()
     subject.clock.shift(70 * SECOND)
-    return grant, await subject.claimed("submit", grant.key)
+    return lease, await subject.claimed("submit", lease.key)
 
 
 async def test_an_accepted_answer_in_hand_is_always_recorded(subject: Subject) -> None:
@@ -337,26 +337,26 @@ async def test_a_late_outcome_without_proof_leaves_uncertain_as_it_is(
 
 async def test_a_late_answer_only_fills_what_is_empty(subject: Subject) -> None:
     """What a query or callback said since is newer than the submit answer."""
-    grant = await subject.submitting()
-    told = processing(grant.key, credits_reserved=2_000_000, can_cancel=False, progress=40)
-    await subject.callback(grant.key, told)
+    lease = await subject.submitting()
+    told = processing(lease.key, credits_reserved=2_000_000, can_cancel=False, progress=40)
+    await subject.callback(lease.key, told)
     report = Report(
-        upstream_id(grant.key),
+        upstream_id(lease.key),
         Status.PENDING,
         credits_reserved=1_000_000,
         can_cancel=True,
         progress=0,
         estimated_time=45,
     )
-    assert await subject.submission(grant, Accepted(report, FIRST_QUERY)) is State.SUBMITTED
-    row = await subject.task(grant.key)
+    assert await subject.submission(lease, Accepted(report, FIRST_QUERY)) is State.SUBMITTED
+    row = await subject.task(lease.key)
     assert (row["credits_reserved"], row["can_cancel"], row["progress"], row["estimated_time"]) == (
         2_000_000,
         False,
         40,
         45,
     )
-    assert (row["upstream_status"], await subject.types(grant.key)) == (
+    assert (row["upstream_status"], await subject.types(lease.key)) == (
         "processing",
         ["image.task.submitted"],
     )
@@ -366,67 +366,67 @@ async def test_the_answers_id_wins_over_the_callbacks(subject: Subject) -> None:
     """A callback that named another id bound it only until the submit answer came; the answer's is
     never replaced.
     """
-    grant = await subject.submitting()
+    lease = await subject.submitting()
     await subject.callback(
-        grant.key, Report("task-unified-other", Status.COMPLETED, ("https://r.test/0",))
+        lease.key, Report("task-unified-other", Status.COMPLETED, ("https://r.test/0",))
     )
-    assert (await subject.task(grant.key))["upstream_id"] == "task-unified-other"
-    await subject.submission(grant, accepted("task-unified-right"))
-    assert (await subject.task(grant.key))["upstream_id"] == "task-unified-right"
-    await subject.submission(grant, accepted("task-unified-third"))
-    assert (await subject.task(grant.key))["upstream_id"] == "task-unified-right"
+    assert (await subject.task(lease.key))["upstream_id"] == "task-unified-other"
+    await subject.submission(lease, accepted("task-unified-right"))
+    assert (await subject.task(lease.key))["upstream_id"] == "task-unified-right"
+    await subject.submission(lease, accepted("task-unified-third"))
+    assert (await subject.task(lease.key))["upstream_id"] == "task-unified-right"
 
 
 async def test_what_is_asked_under_the_callbacks_id_counts_no_more(subject: Subject) -> None:
     """The answer named another id while the upstream was asked: what it says is another task's, and
     it is asked again at once.
     """
-    grant = await subject.submitting()
+    lease = await subject.submitting()
     await subject.callback(
-        grant.key, Report("task-unified-other", Status.COMPLETED, ("https://r.test/0",))
+        lease.key, Report("task-unified-other", Status.COMPLETED, ("https://r.test/0",))
     )
-    asked = await subject.claimed("settle", grant.key)
-    await subject.submission(grant, accepted("task-unified-right"))
+    asked = await subject.claimed("settle", lease.key)
+    await subject.submission(lease, accepted("task-unified-right"))
     assert (
-        await subject.settle(grant.key, Report("task-unified-other", Status.FAILED), grant=asked)
+        await subject.settle(lease.key, Report("task-unified-other", Status.FAILED), lease=asked)
         is None
     )
-    assert await subject.state(grant.key) is State.SUBMITTED
-    assert (await subject.task(grant.key))["settle_due_at"] == subject.clock.now
+    assert await subject.state(lease.key) is State.SUBMITTED
+    assert (await subject.task(lease.key))["settle_due_at"] == subject.clock.now
 
 
 async def test_an_answer_after_a_cancel_leaves_the_end_as_it_is(subject: Subject) -> None:
     """The id and the charge are recorded, and what it cost in the end is asked for; state and event
     stand.
     """
-    grant = await subject.submitting()
-    await subject.cancel(grant.key)
+    lease = await subject.submitting()
+    await subject.cancel(lease.key)
     report = Report("task-unified-1", Status.PENDING, credits_reserved=1_000_000)
-    assert await subject.submission(grant, Accepted(report, FIRST_QUERY)) is State.CANCELLED
-    row = await subject.task(grant.key)
+    assert await subject.submission(lease, Accepted(report, FIRST_QUERY)) is State.CANCELLED
+    row = await subject.task(lease.key)
     assert (row["upstream_id"], row["credits_reserved"], row["settle_due_at"]) == (
         "task-unified-1",
         1_000_000,
         subject.clock.now + FIRST_QUERY,
     )
-    assert await subject.types(grant.key) == ["image.task.cancelled"]
+    assert await subject.types(lease.key) == ["image.task.cancelled"]
 
 
 async def test_an_accepted_answer_without_an_id_is_our_own_defect(subject: Subject) -> None:
     """2xx without an id proves nothing; whoever says `Accepted` then is mistaken, and nothing is
     recorded.
     """
-    grant = await subject.submitting()
+    lease = await subject.submitting()
     with pytest.raises(AssertionError, match="has an id"):
-        await subject.submission(grant, Accepted(Report(), FIRST_QUERY))
-    assert await subject.state(grant.key) is State.SUBMITTING
+        await subject.submission(lease, Accepted(Report(), FIRST_QUERY))
+    assert await subject.state(lease.key) is State.SUBMITTING
 
 
 async def test_a_start_that_is_run_again_has_the_whole_lease(subject: Subject) -> None:
     """Its commit was not answered for a minute: the call begins only now, and its lease must
     outlast it.
     """
-    grant = await subject.submitting()
+    lease = await subject.submitting()
     subject.clock.shift(MINUTE)
-    assert await subject.start(grant) is not None
-    assert (await subject.task(grant.key))["submit_lease_until"] == subject.clock.now + 70 * SECOND
+    assert await subject.start(lease) is not None
+    assert (await subject.task(lease.key))["submit_lease_until"] == subject.clock.now + 70 * SECOND

@@ -30,9 +30,9 @@ async def served(subject: Subject, count: int) -> list[str]:
 
 
 async def serve(subject: Subject) -> str:
-    (grant,) = await subject.claim("submit")
-    await subject.cancel(grant.key)
-    owner: str = (await subject.task(grant.key))["owner"]
+    (lease,) = await subject.claim("submit")
+    await subject.cancel(lease.key)
+    owner: str = (await subject.task(lease.key))["owner"]
     return owner
 
 
@@ -60,8 +60,8 @@ async def test_an_owners_own_tasks_are_sent_in_their_order(subject: Subject) -> 
         mine.append(await subject.queued(owner="a"))
         await flood(subject, "b", 3)
         subject.clock.shift(1)
-    grants = await subject.claim("submit", 20)
-    rows = [await subject.task(grant.key) for grant in grants]
+    claimed = await subject.claim("submit", 20)
+    rows = [await subject.task(lease.key) for lease in claimed]
     turns = {row["id"]: row["submit_turn"] for row in rows if row["owner"] == "a"}
     assert sorted(turns, key=turns.__getitem__) == mine
     assert len(set(turns.values())) == 5
@@ -83,8 +83,8 @@ async def test_a_straggler_lets_nobody_overtake(subject: Subject) -> None:
     """An old task that waits for its time long does not set the clock back: a newcomer's burst is
     served alternately with who waits.
     """
-    grant = await subject.submitting(owner="old")
-    assert await subject.submission(grant, Again("429", HOUR, 2 * HOUR)) is State.QUEUED
+    lease = await subject.submitting(owner="old")
+    assert await subject.submission(lease, Again("429", HOUR, 2 * HOUR)) is State.QUEUED
     await flood(subject, "a", 100)
     await served(subject, 50)
     await flood(subject, "b", 100)
@@ -96,9 +96,9 @@ async def test_a_straggler_that_is_due_lets_nobody_overtake(subject: Subject, ag
     """What is sent again has a turn of long ago: once it is due, a newcomer's burst begins with
     those who wait for their first.
     """
-    grant = await subject.submitting(owner="old")
+    lease = await subject.submitting(owner="old")
     await subject.submission(
-        grant,
+        lease,
         Again("429", MINUTE, HOUR)
         if again == "nothing was created"
         else Uncertain("no answer", MINUTE),
@@ -106,7 +106,7 @@ async def test_a_straggler_that_is_due_lets_nobody_overtake(subject: Subject, ag
     await flood(subject, "a", 100)
     await served(subject, 50)
     if again == "sent again by hand":
-        assert await subject.write(resolve_tasks, Resolution(grant.key, resubmit=True)) is None
+        assert await subject.write(resolve_tasks, Resolution(lease.key, resubmit=True)) is None
     subject.clock.shift(MINUTE)
     await flood(subject, "b", 100)
     assert await served(subject, 1) == ["old"]
@@ -117,15 +117,15 @@ async def test_a_straggler_on_its_way_lets_nobody_overtake(subject: Subject) -> 
     """All others wait for their time, and the one that is sent again has a turn of long ago: a
     newcomer alternates with the others.
     """
-    grant = await subject.submitting(owner="old")
-    await subject.submission(grant, Again("429", SECOND, HOUR))
+    lease = await subject.submitting(owner="old")
+    await subject.submission(lease, Again("429", SECOND, HOUR))
     await flood(subject, "a", 60)
     await served(subject, 40)
     for refused in await subject.claim("submit", 20):
         await subject.start(refused)
         await subject.submission(refused, Again("429", MINUTE, HOUR))
     subject.clock.shift(SECOND)
-    again = await subject.claimed("submit", grant.key)
+    again = await subject.claimed("submit", lease.key)
     await flood(subject, "b", 20)
     await subject.cancel(again.key)
     subject.clock.shift(MINUTE)
@@ -134,8 +134,8 @@ async def test_a_straggler_on_its_way_lets_nobody_overtake(subject: Subject) -> 
 
 async def test_a_straggler_helps_none_of_its_owners_tasks_to_overtake(subject: Subject) -> None:
     """An owner's burst stands behind its own last, and not before where submitting stands."""
-    grant = await subject.submitting(owner="b")
-    assert await subject.submission(grant, Again("429", HOUR, 2 * HOUR)) is State.QUEUED
+    lease = await subject.submitting(owner="b")
+    assert await subject.submission(lease, Again("429", HOUR, 2 * HOUR)) is State.QUEUED
     await flood(subject, "a", 100)
     await served(subject, 50)
     await flood(subject, "b", 100)
@@ -149,9 +149,9 @@ async def test_while_all_wait_for_their_time_a_newcomer_is_among_the_first(
     were refused.
     """
     await flood(subject, "a", 40)
-    for grant in await subject.claim("submit", 40):
-        await subject.start(grant)
-        await subject.submission(grant, Again("429", MINUTE, HOUR))
+    for lease in await subject.claim("submit", 40):
+        await subject.start(lease)
+        await subject.submission(lease, Again("429", MINUTE, HOUR))
     await subject.queued(owner="b")
     subject.clock.shift(MINUTE)
     assert "b" in await served(subject, 2)
@@ -162,9 +162,9 @@ async def test_what_was_refused_by_the_hundred_is_not_served_first(subject: Subj
     later: a newcomer waits for one turn.
     """
     await flood(subject, "a", 60)
-    for grant in await subject.claim("submit", 40):
-        await subject.start(grant)
-        await subject.submission(grant, Again("429", MINUTE, HOUR))
+    for lease in await subject.claim("submit", 40):
+        await subject.start(lease)
+        await subject.submission(lease, Again("429", MINUTE, HOUR))
     subject.clock.shift(MINUTE)
     await subject.queued(owner="b")
     assert "b" in await served(subject, 3)
@@ -184,14 +184,14 @@ async def test_a_new_task_takes_no_place_before_those_that_are_due(subject: Subj
     """
     subject.places.free["submit"] = 1
     first = await subject.queued(owner="a")
-    assert [grant.key for grant in subject.places.taken()] == [first]
+    assert [lease.key for lease in subject.places.taken()] == [first]
     waiting = await subject.queued(owner="b")
     subject.places.free["submit"] = 2
     late = await subject.queued(owner="a")
     assert subject.places.taken() == []
     assert "submit" in subject.places.told[-1].due
     for key in (waiting, late):
-        assert [grant.key for grant in await subject.claim("submit")] == [key]
+        assert [lease.key for lease in await subject.claim("submit")] == [key]
 
 
 async def test_an_uncertain_task_has_had_its_turn(subject: Subject) -> None:

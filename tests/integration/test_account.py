@@ -332,9 +332,9 @@ async def test_what_is_held_as_the_account_is_good_again_does_not_wait(tmp_path:
     async with world(tmp_path, role=Role(workers=False), submit_schedule="600") as here:
         task = await here.submit(headers=ASYNC)
         subject = Subject(here.context.resources.store, Clock())
-        grant = await subject.claimed("submit", task["id"])
-        await here.context.account.hold(grant, 3600)
-        assert [again.key for again in await subject.claim("submit")] == [grant.key]
+        lease = await subject.claimed("submit", task["id"])
+        await here.context.account.hold(lease, 3600)
+        assert [again.key for again in await subject.claim("submit")] == [lease.key]
         subject.store.detach()
 
 

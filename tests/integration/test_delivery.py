@@ -24,7 +24,7 @@ from structlog.testing import capture_logs
 from service import app
 from service.app import stages
 from service.db.tables import endpoints
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.events.delivery_records import Outcome
 from service.events.delivery_worker import Deliverer
 from service.events.event_queries import Parcel
@@ -360,12 +360,12 @@ async def test_an_endpoint_that_asks_for_peace_gets_it(
     await wait_until(tried)
     second = await somebody.submit()
 
-    async def put_off() -> Any:
+    async def snoozed() -> Any:
         (delivery,) = await somebody.deliveries(task=second["id"])
         due = datetime.fromisoformat(delivery["next_attempt_at"])
         return due > datetime.now(UTC) + timedelta(seconds=500) and delivery
 
-    waiting = await wait_until(put_off)
+    waiting = await wait_until(snoozed)
     assert waiting["attempts"] == []
     (failed,) = await somebody.deliveries(task=first["id"])
     wait = datetime.fromisoformat(failed["next_attempt_at"]) - datetime.fromisoformat(
@@ -510,7 +510,7 @@ async def test_an_attempt_under_a_lease_that_ended_is_recorded_and_decides_nothi
     work = stages(here.settings, here.context.resources, here.context.account, Examiner(1, 1, 1))
     deliver = next(stage for stage in work if stage.name == "deliver")
     with capture_logs() as lines:
-        await deliver.run(Grant("deliver", delivery["id"], 99, 1))
+        await deliver.run(Lease("deliver", delivery["id"], 99, 1))
     assert [line["result"] for line in lines if line["event"] == "delivery.attempted"] == [
         "superseded"
     ]
@@ -532,30 +532,30 @@ async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(
     send to, nothing to sign with.
     """
     monkeypatch.setattr(here.context.resources.store, "clock", lambda: 1_000_000)
-    deliverer, grant = (
+    deliverer, lease = (
         Deliverer(here.context.resources, (1.0,), 1.0),
-        Grant("deliver", "dlv_x", 1, 1),
+        Lease("deliver", "dlv_x", 1, 1),
     )
     row, event = {"endpoint_id": "ep_x"}, {"id": "evt_x"}
-    dead, held = Outcome(grant, "dead"), Outcome(grant, "held")
+    dead, held = Outcome(lease, "dead"), Outcome(lease, "held")
 
     def endpoint(status: str, paused_until: int | None = None) -> Parcel:
         return Parcel(row, event, {"status": status, "paused_until": paused_until}, None, None)
 
-    assert deliverer._not_now(grant, Parcel(row, event, None, None, None)) == dead
+    assert deliverer._not_now(lease, Parcel(row, event, None, None, None)) == dead
     assert (
-        deliverer._not_now(grant, Parcel(row, event, None, "https://hooks.example", None)) == dead
+        deliverer._not_now(lease, Parcel(row, event, None, "https://hooks.example", None)) == dead
     )
     assert (
-        deliverer._not_now(grant, Parcel(row, event, None, "https://hooks.example", b"secret"))
+        deliverer._not_now(lease, Parcel(row, event, None, "https://hooks.example", b"secret"))
         is None
     )
-    assert deliverer._not_now(grant, endpoint("disabled")) == dead
-    assert deliverer._not_now(grant, endpoint("paused")) == held
-    assert deliverer._not_now(grant, endpoint("enabled")) is None
-    assert deliverer._not_now(grant, endpoint("enabled", 999_999)) is None
-    assert deliverer._not_now(grant, endpoint("enabled", 1_000_500)) == Outcome(
-        grant, "later", wait_ms=500
+    assert deliverer._not_now(lease, endpoint("disabled")) == dead
+    assert deliverer._not_now(lease, endpoint("paused")) == held
+    assert deliverer._not_now(lease, endpoint("enabled")) is None
+    assert deliverer._not_now(lease, endpoint("enabled", 999_999)) is None
+    assert deliverer._not_now(lease, endpoint("enabled", 1_000_500)) == Outcome(
+        lease, "later", wait_ms=500
     )
 
 

@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 from service.db.sqlite import SqliteStore
 from service.db.store import Store
 from service.db.tables import deliveries, events
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.errors import StoreUnavailable
 from service.events import delivery_worker
 from service.events.delivery_records import record_attempts
@@ -124,33 +124,33 @@ class Away:
         return await self._write(operation, item, urgent=urgent)
 
 
-def leased(tx: Transaction, grants: Sequence[Grant]) -> list[None]:
+def leased(tx: Transaction, claimed: Sequence[Lease]) -> list[None]:
     """An operation: the rows are under these leases now."""
-    for grant in grants:
+    for lease in claimed:
         values = {
             "lease_until": tx.now + 60_000,
             "lease_owner": tx.process,
-            "fence": grant.fence,
-            "attempts": grant.attempts,
+            "fence": lease.fence,
+            "attempts": lease.attempts,
         }
-        tx.connection.execute(update(deliveries).where(deliveries.c.id == grant.key).values(values))
-    return [None] * len(grants)
+        tx.connection.execute(update(deliveries).where(deliveries.c.id == lease.key).values(values))
+    return [None] * len(claimed)
 
 
-async def due(still: World, shop: Subscriber) -> Grant:
+async def due(still: World, shop: Subscriber) -> Lease:
     """A new delivery under a lease; there are no workers."""
     endpoint = await subscribed(still, shop.url)
     await emitted(still.context.resources.store)
     (found,) = got(await still.client.get("/v1/deliveries", params={"endpoint": endpoint["id"]}))[
         "data"
     ]
-    grant = Grant("deliver", found["id"], 1, 1)
-    await still.context.resources.store.write(leased, grant)
-    return grant
+    lease = Lease("deliver", found["id"], 1, 1)
+    await still.context.resources.store.write(leased, lease)
+    return lease
 
 
-async def state(still: World, grant: Grant) -> tuple[str, int]:
-    found = got(await still.client.get(f"/v1/deliveries/{grant.key}"))
+async def state(still: World, lease: Lease) -> tuple[str, int]:
+    found = got(await still.client.get(f"/v1/deliveries/{lease.key}"))
     return found["state"], len(found["attempts"])
 
 
@@ -165,23 +165,23 @@ async def test_a_lease_that_ended_meanwhile_sends_nothing_twice(
         still.context.resources.store,
         Deliverer(still.context.resources, (600.0,), 0),
     )
-    grants = [await due(still, shop)]
+    claimed = [await due(still, shop)]
     away = Away(store, monkeypatch)
-    jobs = [asyncio.create_task(deliverer.run(grants[0]))]
+    jobs = [asyncio.create_task(deliverer.run(claimed[0]))]
     await wait_until(lambda: deliverer.unrecorded)
-    grants.append(Grant("redeliver", grants[0].key, 2, 2))
-    await store.write(leased, grants[1])
+    claimed.append(Lease("redeliver", claimed[0].key, 2, 2))
+    await store.write(leased, claimed[1])
     if order == "both at once":
-        jobs.append(asyncio.create_task(deliverer.run(grants[1])))
-        await wait_until(lambda: deliverer.unrecorded[grants[0].key].grant == grants[1])
+        jobs.append(asyncio.create_task(deliverer.run(claimed[1])))
+        await wait_until(lambda: deliverer.unrecorded[claimed[0].key].lease == claimed[1])
         away.away = False
     else:
         away.away = False
         await jobs[0]
-        assert await state(still, grants[0]) == ("pending", 1)
-        await deliverer.run(grants[1])
+        assert await state(still, claimed[0]) == ("pending", 1)
+        await deliverer.run(claimed[1])
     await asyncio.gather(*jobs)
-    assert await state(still, grants[0]) == ("delivered", 1)
+    assert await state(still, claimed[0]) == ("delivered", 1)
     assert deliverer.unrecorded == {}
     assert len([request for request in shop.received if request.path == "/"]) == 1
 
@@ -194,16 +194,16 @@ async def test_what_another_process_did_meanwhile_counts(
         still.context.resources.store,
         Deliverer(still.context.resources, (600.0,), 0),
     )
-    grant = await due(still, shop)
+    lease = await due(still, shop)
     away = Away(store, monkeypatch)
-    job = asyncio.create_task(deliverer.run(grant))
+    job = asyncio.create_task(deliverer.run(lease))
     await wait_until(lambda: deliverer.unrecorded)
-    later = Grant("redeliver", grant.key, 3, 3)
+    later = Lease("redeliver", lease.key, 3, 3)
     await store.write(leased, later)
     away.away = False
     await job
     await deliverer.run(later)
-    assert await state(still, grant) == ("delivered", 2)
+    assert await state(still, lease) == ("delivered", 2)
     assert len(shop.received) == 2
     assert deliverer.unrecorded == {}
 
@@ -214,11 +214,11 @@ async def test_what_is_kept_of_unrecorded_attempts_is_bounded(
     """The oldest goes first."""
     monkeypatch.setattr(delivery_worker, "LATE", 2)
     deliverer = Deliverer(still.context.resources, (600.0,), 0)
-    grants = [await due(still, shop) for _ in range(3)]
-    for grant in grants:
-        await still.context.resources.store.write(leased, Grant("redeliver", grant.key, 2, 2))
-        await deliverer.run(grant)
-    assert list(deliverer.unrecorded) == [grant.key for grant in grants[1:]]
+    claimed = [await due(still, shop) for _ in range(3)]
+    for lease in claimed:
+        await still.context.resources.store.write(leased, Lease("redeliver", lease.key, 2, 2))
+        await deliverer.run(lease)
+    assert list(deliverer.unrecorded) == [lease.key for lease in claimed[1:]]
 
 
 def forget(tx: Transaction, ids: Sequence[str]) -> list[None]:
@@ -232,16 +232,16 @@ async def test_a_delivery_whose_event_is_gone_is_dead(still: World, shop: Subscr
     is.
     """
     deliverer = Deliverer(still.context.resources, (600.0,), 0)
-    grant = await due(still, shop)
-    found = got(await still.client.get(f"/v1/deliveries/{grant.key}"))
+    lease = await due(still, shop)
+    found = got(await still.client.get(f"/v1/deliveries/{lease.key}"))
     await still.context.resources.store.write(forget, found["event"])
-    assert (await still.client.post(f"/v1/deliveries/{grant.key}/retry")).json()["error"][
+    assert (await still.client.post(f"/v1/deliveries/{lease.key}/retry")).json()["error"][
         "code"
     ] == "nothing_to_send"
     for _ in range(2):
-        await deliverer.run(grant)
-        assert await state(still, grant) == ("dead", 0)
-    await deliverer.run(Grant("deliver", "dlv_gone", 1, 1))
+        await deliverer.run(lease)
+        assert await state(still, lease) == ("dead", 0)
+    await deliverer.run(Lease("deliver", "dlv_gone", 1, 1))
     assert shop.received == []
 
 

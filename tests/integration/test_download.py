@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.blobs.base import CHUNK
-from service.db.transaction import Grant
+from service.db.transaction import Lease
 from service.images.download_worker import Downloader
 from service.images.validator import Examiner
 from tests.downloads import bytes_of, called, downloading, link, made, noise, saved, served, steps
@@ -193,5 +193,5 @@ async def test_an_image_that_is_not_wanted_any_more_is_no_work(here: World) -> N
     """What was leased before its row changed is given back, and nobody is asked for it."""
     downloader = Downloader(here.context.resources, Examiner(1, 1, 1), (1.0,), 1)
     with capture_logs() as lines:
-        await downloader.run(Grant("download", "img_nobody", 1, 1))
+        await downloader.run(Lease("download", "img_nobody", 1, 1))
     assert lines == []

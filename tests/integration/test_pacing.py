@@ -20,7 +20,7 @@ from starlette.routing import Route
 from service.db.clock import wall_clock
 from service.db.sqlite import open_sqlite
 from service.db.tables import events, tasks
-from service.db.transaction import Grant
+from service.db.transaction import Lease
 from service.queue import worker
 from service.resources import new_id
 from service.settings import make_secret_file
@@ -107,7 +107,7 @@ async def submitted(folder: Path, count: int, first_query_ms: int = DAY_MS) -> l
             )
             taken = [
                 Submission(
-                    Grant("submit", task_id, 0, 0),
+                    Lease("submit", task_id, 0, 0),
                     Accepted(Report(upstream_id=f"u-{task_id}"), first_query_ms),
                 )
                 for task_id in chunk

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from service.app import stages
 from service.db import tables
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.images.validator import Examiner
 from service.queue import backoff, worker
 from service.tasks import reconcile, task_queries
@@ -326,7 +326,7 @@ async def test_an_answer_under_a_lease_that_ended_changes_nothing(
     work = stages(told.settings, told.context.resources, told.context.account, Examiner(1, 1, 1))
     settle = next(stage for stage in work if stage.name == "settle")
     with capture_logs() as lines:
-        await settle.run(Grant("settle", task["id"], 99, 1))
+        await settle.run(Lease("settle", task["id"], 99, 1))
     assert (await told.task(task["id"]))["state"] == "submitted"
     assert "task.confirmed" not in [line["event"] for line in lines]
 

@@ -24,7 +24,7 @@ from structlog.testing import capture_logs
 from service.app import stages
 from service.db.clock import steady_ns
 from service.db.sqlite import SqliteStore
-from service.db.transaction import Grant
+from service.db.transaction import Lease
 from service.errors import ApiError
 from service.images.validator import Examiner
 from service.queue import worker
@@ -513,13 +513,13 @@ async def test_a_submission_that_waits_for_a_place_at_a_stop_is_left_to_the_next
 
 
 async def test_work_on_what_is_gone_ends_quietly(here: World) -> None:
-    """A grant for a row that is no longer there, at any stage, changes nothing and raises
+    """A lease for a row that is no longer there, at any stage, changes nothing and raises
     nothing.
     """
     for stage in stages(
         here.settings, here.context.resources, here.context.account, Examiner(1, 1, 1)
     ):
-        await stage.run(Grant(stage.name, "gone", 1, 1))
+        await stage.run(Lease(stage.name, "gone", 1, 1))
 
 
 # --- what the client is told, and when

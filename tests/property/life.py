@@ -185,7 +185,7 @@ class TaskLife(Living):
             and (isinstance(job.wants, Read) or isinstance(job.wants.item, Start))
         ):
             self.go_on([job])
-        task_id = job.grant.key if job and job.grant.key in self.seen.tasks else ""
+        task_id = job.lease.key if job and job.lease.key in self.seen.tasks else ""
         if word in SAYS and task_id in self.sent:
             self.hear(
                 process, [self.a_callback(task_id, self.upstream.says(task_id, word, pick), pick)]
@@ -333,9 +333,9 @@ class TaskLife(Living):
             self.upstream.lied_about.add(task_id)
 
     def go_wrong(self, job: Job, what: str, wait: int) -> None:
-        tell(job.grant)
+        tell(job.lease)
         if what == "renew":
-            self.write(job.process, Write(leases.renew, job.grant))
+            self.write(job.process, Write(leases.renew, job.lease))
         elif (
             what == "death"
             # what it held in its hands is gone, its leases are not: unless nobody else can have the
@@ -351,17 +351,17 @@ class TaskLife(Living):
         else:
             self.write(
                 job.process,
-                Write(leases.release, job.grant)
+                Write(leases.give_back, job.lease)
                 if what == "release"
-                else Write(record_faults, Fault(job.grant, wait)),
+                else Write(record_faults, Fault(job.lease, wait)),
             )
             self.jobs.remove(job)
             if what == "fault" and wait == 0:  # it is a bad one, and is tried again
-                self.look_for_work(job.process, (job.grant.stage,), 100)
+                self.look_for_work(job.process, (job.lease.stage,), 100)
                 again = [
                     other
                     for other in self.jobs
-                    if (other.grant.stage, other.grant.key) == (job.grant.stage, job.grant.key)
+                    if (other.lease.stage, other.lease.key) == (job.lease.stage, job.lease.key)
                 ]
-                if again and again[-1].grant.fence > job.grant.fence:
+                if again and again[-1].lease.fence > job.lease.fence:
                     self.go_wrong(again[-1], "fault", wait)

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from service.db.batching import Call, apply
 from service.db.postgres import PostgresStore
 from service.db.sqlite import SqliteStore
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from tests.contract.conftest import wipe
 from tests.contract.subject import Clock
 from tests.property.life_checks import Seen, look
@@ -77,7 +77,7 @@ class Bench:
 
     def write(
         self, process: int, writes: Sequence[Write], places: dict[str, int], before: Seen
-    ) -> tuple[list[Any], list[Grant], Seen]:
+    ) -> tuple[list[Any], list[Lease], Seen]:
         """Results, what was granted, and what there is now."""
         store = self._open[process]
         # # nobody waits for it
@@ -85,12 +85,12 @@ class Bench:
 
         def whole(connection: Connection) -> tuple[list[Any], Transaction]:
             results, tx = apply(connection, store._begin, calls, places)
-            return [results, tx.granted, look(connection, before)], Transaction(
+            return [results, tx.leased, look(connection, before)], Transaction(
                 connection, tx.now, tx.process, tx.new_id
             )  # no NOTIFY
 
-        results, granted, seen = self._transact(store, whole)
-        return results, granted, seen
+        results, leased, seen = self._transact(store, whole)
+        return results, leased, seen
 
     def read(self, process: int, read: Read) -> Any:
         return self.run(self._open[process % self.processes].read(read.query, *read.arguments))

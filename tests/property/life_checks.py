@@ -9,9 +9,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, Table, bindparam, select
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.tables import QUEUES, deliveries, events, images, replays, tasks
-from service.db.transaction import Grant
+from service.db.transaction import Lease
 from service.tasks.results import LIVES
 from service.tasks.state import MOVES, TERMINAL, State
 from tests.contract.subject import DAY
@@ -35,8 +35,8 @@ class Seen:
         rows: Rows = getattr(self, table.name)
         return rows
 
-    def row(self, grant: Grant) -> Row | None:
-        return self.table(QUEUES[grant.stage].table).get(grant.key)
+    def row(self, lease: Lease) -> Row | None:
+        return self.table(QUEUES[lease.stage].table).get(lease.key)
 
     def of(self, task_id: str) -> list[Row]:
         return sorted(
@@ -50,11 +50,11 @@ class Seen:
     def types(self, task_id: str) -> list[str]:
         return [event["type"] for event in self.events if event["task_id"] == task_id]
 
-    def holds(self, grant: Grant) -> bool:
-        row, prefix = self.row(grant), QUEUES[grant.stage].prefix
+    def holds(self, lease: Lease) -> bool:
+        row, prefix = self.row(lease), QUEUES[lease.stage].prefix
         return (
             row is not None
-            and row[prefix + "fence"] == grant.fence
+            and row[prefix + "fence"] == lease.fence
             and row[prefix + "lease_until"] is not None
         )
 
@@ -289,25 +289,25 @@ def check_image(was: Row, row: Row | None, task: Row, before: Row) -> None:
         )
 
 
-def check_grant(grant: Grant, writes: Sequence[Write], before: Seen, after: Seen, now: int) -> None:
+def check_grant(lease: Lease, writes: Sequence[Write], before: Seen, after: Seen, now: int) -> None:
     """Whoever is granted a row is alone with it: nobody held it, or who did finishes, or asks by an
     id of before.
     """
-    queue = QUEUES[grant.stage]
-    row = before.table(queue.table).get(grant.key)
+    queue = QUEUES[lease.stage]
+    row = before.table(queue.table).get(lease.key)
     if row is not None:
         until = row[queue.prefix + "lease_until"]
-        held = (write.grant for write in writes if write.grant and before.holds(write.grant))
+        held = (write.lease for write in writes if write.lease and before.holds(write.lease))
         finished = any(
-            (QUEUES[old.stage].prefix, old.key) == (queue.prefix, grant.key) for old in held
+            (QUEUES[old.stage].prefix, old.key) == (queue.prefix, lease.key) for old in held
         )
         finished |= queue.prefix == "settle_" and row["upstream_id"] not in (
             None,
-            after.tasks[grant.key]["upstream_id"],
+            after.tasks[lease.key]["upstream_id"],
         )
-        assert until is None or until <= now or finished, f"{grant} while somebody else holds it"
-        assert grant.fence > row[queue.prefix + "fence"], (
-            f"{grant} does not fence off the one before"
+        assert until is None or until <= now or finished, f"{lease} while somebody else holds it"
+        assert lease.fence > row[queue.prefix + "fence"], (
+            f"{lease} does not fence off the one before"
         )
 
 

@@ -1,6 +1,6 @@
 """What one write alone does to pictures, and what it does by hand."""
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.images.downloads import (
     AT_RISK_MS,
     AT_RISK_STALE,
@@ -18,8 +18,8 @@ from tests.property.life_step import Step
 
 
 def check_download(step: Step, item: Download) -> None:
-    was = step.before.images.get(item.grant.key)
-    row = step.now.images.get(item.grant.key)
+    was = step.before.images.get(item.lease.key)
+    row = step.now.images.get(item.lease.key)
     if (
         not step.held
         or was is None

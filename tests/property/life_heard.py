@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.tasks import inbox
 from service.tasks.inbox import Callback, Verdict
 from service.tasks.settling import Settlement
@@ -36,7 +36,7 @@ class Heard:
 
     def answered(self, item: Settlement, before: Row, now: Row) -> None:
         if item.report and before["settled_digest"] is None is not now["settled_digest"]:
-            self.settled[item.grant.key] = (item.report.status, item.report.results)
+            self.settled[item.lease.key] = (item.report.status, item.report.results)
 
     def called(self, item: Callback, verdict: str, *, foreign: bool, alone: bool) -> None:
         self.calls.add(item.id)

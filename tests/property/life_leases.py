@@ -4,11 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from service.db.tables import QUEUES
-from service.db.transaction import Grant
+from service.db.transaction import Lease
 from service.events.delivery_records import record_attempts
 from service.images.downloads import record_downloads
 from service.queue import crashes, leases
-from service.queue.crashes import Fault, claim_suspects, record_faults
+from service.queue.crashes import Fault, claim_candidates, record_faults
 from service.queue.leases import LEASE_MS
 from service.tasks.admin import reconcile_tasks, resolve_tasks
 from service.tasks.cancel import cancel_tasks
@@ -47,21 +47,21 @@ FINISHING = (
 )
 
 
-def lease_of(seen: Seen, grant: Grant) -> dict[str, Any]:
+def lease_of(seen: Seen, lease: Lease) -> dict[str, Any]:
     """The row's lease columns, without their prefix."""
-    prefix, row = QUEUES[grant.stage].prefix, seen.row(grant)
+    prefix, row = QUEUES[lease.stage].prefix, seen.row(lease)
     names = ("due_at", "lease_until", "lease_owner", "fence", "attempts", "deaths", "faults")
     return {name: row[prefix + name] for name in names} if row else {}
 
 
 def check_write(step: Step) -> None:
-    operation, grant = step.write.operation, step.write.grant
-    if grant is not None and not step.held:
+    operation, lease = step.write.operation, step.write.lease
+    if lease is not None and not step.held:
         check_late(step)
-    if grant is not None and step.held and operation in FINISHING:
-        lease = lease_of(step.now, grant)
-        assert not step.now.holds(grant), "the work is done, and leased still"
-        assert not lease or not lease["deaths"], "worked on to its end, and suspected still"
+    if lease is not None and step.held and operation in FINISHING:
+        now = lease_of(step.now, lease)
+        assert not step.now.holds(lease), "the work is done, and leased still"
+        assert not now or not now["deaths"], "worked on to its end, and suspected still"
     if operation in CHECKS:
         CHECKS[operation](step, step.write.item)
 
@@ -71,15 +71,15 @@ def check_write(step: Step) -> None:
 
 def check_claim(step: Step, stage: str) -> None:
     """No more than there are places for, only what is due, and not what is to run alone."""
-    assert len(step.granted) <= step.places, "more than there are places for"
-    for grant in step.granted:
-        was, now = lease_of(step.before, grant), lease_of(step.now, grant)
-        assert grant.stage == stage
+    assert len(step.leased) <= step.places, "more than there are places for"
+    for lease in step.leased:
+        was, now = lease_of(step.before, lease), lease_of(step.now, lease)
+        assert lease.stage == stage
         assert was["due_at"] is not None
         assert was["due_at"] <= step.time, "not due yet"
         died = was["lease_until"] is not None
         assert was["deaths"] + died < ALONE, "it is to run alone"
-        assert (now["deaths"], now["attempts"], grant.attempts) == (
+        assert (now["deaths"], now["attempts"], lease.attempts) == (
             was["deaths"] + died,
             was["attempts"] + 1,
             was["attempts"] + 1,
@@ -87,23 +87,25 @@ def check_claim(step: Step, stage: str) -> None:
         assert now["lease_until"] == step.time + LEASE_MS
 
 
-def check_suspect(step: Step, stage: str) -> None:
+def check_candidate(step: Step, stage: str) -> None:
     found = step.result
     told = [event for event in step.told("task.parked") if event["data"]["stage"] == stage]
-    assert len(told) == (found is not None and found.parked), "parked, and nobody is told"
+    assert len(told) == (found is not None and found.dead_lettered), "parked, and nobody is told"
     if found is None:
         return
-    was, now = lease_of(step.before, found.grant), lease_of(step.now, found.grant)
-    assert found.grant.stage == stage
-    assert found.deaths == was["deaths"] + (was["lease_until"] is not None) >= ALONE, (
+    was, now = lease_of(step.before, found.lease), lease_of(step.now, found.lease)
+    assert found.lease.stage == stage
+    assert found.crashes == was["deaths"] + (was["lease_until"] is not None) >= ALONE, (
         "deaths are not counted"
     )
-    assert found.parked == (found.deaths >= crashes.DEATH_LIMIT), "parked, or not, before its time"
-    if found.parked:
-        check_parked(step, found.grant)
+    assert found.dead_lettered == (found.crashes >= crashes.CRASH_LIMIT), (
+        "parked, or not, before its time"
+    )
+    if found.dead_lettered:
+        check_parked(step, found.lease)
     else:
-        assert now["due_at"] == step.time + leases.SUSPECT_WAITS_MS.get(
-            found.deaths, leases.LONGEST_WAIT_MS
+        assert now["due_at"] == step.time + leases.CANDIDATE_WAITS_MS.get(
+            found.crashes, leases.LONGEST_WAIT_MS
         ), "not put off"
 
 
@@ -111,28 +113,28 @@ def check_fault(step: Step, item: Fault) -> None:
     if not step.held:
         assert step.result == 0
         return
-    was, now = lease_of(step.before, item.grant), lease_of(step.now, item.grant)
+    was, now = lease_of(step.before, item.lease), lease_of(step.now, item.lease)
     told = step.told("task.parked")
-    assert not step.now.holds(item.grant)
+    assert not step.now.holds(item.lease)
     if was["due_at"] is None:  # somebody else has done what there was to do
         assert (step.result, now["due_at"], now["faults"], told) == (0, None, was["faults"], [])
         return
     parked = was["faults"] + 1 >= crashes.FAULT_LIMIT
     assert (step.result, now["faults"], len(told)) == (was["faults"] + 1, was["faults"] + 1, parked)
     if parked:
-        check_parked(step, item.grant)
+        check_parked(step, item.lease)
     else:
         assert now["due_at"] == step.time + item.wait_ms
 
 
-def check_parked(step: Step, grant: Grant) -> None:
+def check_parked(step: Step, lease: Lease) -> None:
     """Its work is over: nothing is due, and what waited for it goes on without."""
-    was, row = step.before.row(grant), step.now.row(grant)
+    was, row = step.before.row(lease), step.now.row(lease)
     assert was
     assert row
-    assert not step.now.holds(grant)
-    assert row[QUEUES[grant.stage].prefix + "due_at"] is None, "parked, and due"
-    match QUEUES[grant.stage].table.name:
+    assert not step.now.holds(lease)
+    assert row[QUEUES[lease.stage].prefix + "due_at"] is None, "parked, and due"
+    match QUEUES[lease.stage].table.name:
         case "tasks":
             stands = was["state"] == "storing" or was["state"] in ENDED
             assert row["state"] == (was["state"] if stands else "failed"), (
@@ -145,19 +147,19 @@ def check_parked(step: Step, grant: Grant) -> None:
             assert row["state"] in ("dead", "cancelled")
 
 
-def check_renewal(step: Step, grant: Grant) -> None:
+def check_renewal(step: Step, lease: Lease) -> None:
     assert step.result == step.held
     if step.held:
-        was, now = lease_of(step.before, grant), lease_of(step.now, grant)
+        was, now = lease_of(step.before, lease), lease_of(step.now, lease)
         assert now == was | {"lease_until": max(was["lease_until"], step.time + LEASE_MS)}, (
             "a lease made shorter"
         )
 
 
-def check_release(step: Step, grant: Grant) -> None:
+def check_release(step: Step, lease: Lease) -> None:
     assert step.result == step.held
     if step.held:
-        was = lease_of(step.before, grant)
+        was = lease_of(step.before, lease)
         due = None if was["due_at"] is None else min(was["due_at"], step.time)
         freed = {
             "lease_until": None,
@@ -165,12 +167,12 @@ def check_release(step: Step, grant: Grant) -> None:
             "attempts": was["attempts"] - 1,
             "due_at": due,
         }
-        assert lease_of(step.now, grant) == was | freed, "given back, and not untouched"
+        assert lease_of(step.now, lease) == was | freed, "given back, and not untouched"
 
 
-def check_done(step: Step, grant: Grant) -> None:
+def check_done(step: Step, lease: Lease) -> None:
     assert step.result == step.held
-    assert not step.held or lease_of(step.now, grant).get("due_at") is None, (
+    assert not step.held or lease_of(step.now, lease).get("due_at") is None, (
         "nothing is to be done, and due"
     )
 
@@ -223,10 +225,10 @@ CHECKS: dict[Callable[..., Any], Callable[[Step, Any], None]] = {
     accept_callbacks: check_accept,
     cancel_tasks: check_cancellation,
     leases.claim: check_claim,
-    claim_suspects: check_suspect,
+    claim_candidates: check_candidate,
     record_faults: check_fault,
     leases.renew: check_renewal,
-    leases.release: check_release,
+    leases.give_back: check_release,
     leases.done: check_done,
     leases.keep_time: check_clock,
     resolve_tasks: check_resolution,

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.tables import QUEUES
-from service.db.transaction import Grant
+from service.db.transaction import Lease
 from service.events.endpoints import EndpointChange, change_endpoints
 from service.queue import leases
-from service.queue.crashes import claim_suspects
+from service.queue.crashes import claim_candidates
 from service.tasks.inbox import Callback, accept_callbacks
 from service.tasks.settling import Settlement
 from service.tasks.state import TERMINAL, State
@@ -37,10 +37,10 @@ HANDS = 8  # jobs in hand; whoever has held one for longest is gone
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A grant in the hands of a process, and what is wanted next under it."""
+    """A lease in the hands of a process, and what is wanted next under it."""
 
     process: int
-    grant: Grant
+    lease: Lease
     life: Life
     wants: Read | Write
 
@@ -97,7 +97,7 @@ class Living(RuleBasedStateMachine):
         places: dict[str, int] | None = None,
     ) -> list[Any]:
         """Commits writes together, `twice` when the answer to the first COMMIT was lost, and looks.
-        What is granted becomes jobs.
+        What is leased becomes jobs.
         """
         process %= self.bench.processes
         first: list[Any] = []
@@ -105,10 +105,10 @@ class Living(RuleBasedStateMachine):
         results: list[Any] = []
         for _ in range(1 + twice):
             before = self.seen
-            results, granted, self.seen = self.bench.write(process, writes, free, before)
-            self.see(self.bench.names[process], writes, results, granted, before, free)
-            for grant in sorted(granted, key=lambda grant: grant.key):
-                self.hire(process, grant, writes, before)
+            results, leased, self.seen = self.bench.write(process, writes, free, before)
+            self.see(self.bench.names[process], writes, results, leased, before, free)
+            for lease in sorted(leased, key=lambda lease: lease.key):
+                self.hire(process, lease, writes, before)
             first = first or verdicts(results)
             assert verdicts(results) == first, "run again, and judged anew"
         return results
@@ -118,7 +118,7 @@ class Living(RuleBasedStateMachine):
         process: str,
         writes: Sequence[Write],
         results: Sequence[Any],
-        granted: Sequence[Grant],
+        leased: Sequence[Lease],
         before: Seen,
         places: dict[str, int],
     ) -> None:
@@ -130,17 +130,17 @@ class Living(RuleBasedStateMachine):
             if (
                 isinstance(write.item, Settlement)
                 and write.item.report
-                and before.holds(write.item.grant)
+                and before.holds(write.item.lease)
             ):
                 self.heard.links |= set(write.item.report.results)
         check(before, self.seen, self.heard, alone=alone)
         found = [result for result in results if result is not None]
         for write, result in zip(writes, results, strict=True):
             claims = write.operation is leases.claim or (
-                write.operation is claim_suspects and len(found) <= 1
+                write.operation is claim_candidates and len(found) <= 1
             )
             if alone or claims:
-                mine = [grant for grant in granted if not claims or grant.stage == write.item]
+                mine = [lease for lease in leased if not claims or lease.stage == write.item]
                 check_write(
                     Step(
                         process,
@@ -165,7 +165,7 @@ class Living(RuleBasedStateMachine):
                 item, result.verdict, foreign=names_another(item, before.tasks), alone=alone
             )
         elif isinstance(item, Settlement):
-            self.heard.answered(item, before.tasks[item.grant.key], self.seen.tasks[item.grant.key])
+            self.heard.answered(item, before.tasks[item.lease.key], self.seen.tasks[item.lease.key])
         elif isinstance(item, Erasure) and result.refused is None:
             self.heard.erased.add(item.task_id)
         elif write.operation is strip_tasks:
@@ -197,18 +197,18 @@ class Living(RuleBasedStateMachine):
             for row in self.seen.table(queue.table).values()
         ):
             earlier = self.seen
-            suspects = self.write(
-                process, *(Write(claim_suspects, stage) for stage in sorted(stages)), places={}
+            candidates = self.write(
+                process, *(Write(claim_candidates, stage) for stage in sorted(stages)), places={}
             )
-            for suspect in suspects:
-                if suspect is not None and not suspect.parked:
-                    self.hire(process, suspect.grant, (), earlier)
-        tell([job.grant for job in self.jobs[before:]])
+            for candidate in candidates:
+                if candidate is not None and not candidate.dead_lettered:
+                    self.hire(process, candidate.lease, (), earlier)
+        tell([job.lease for job in self.jobs[before:]])
 
-    def hire(self, process: int, grant: Grant, writes: Sequence[Write], before: Seen) -> None:
-        check_grant(grant, writes, before, self.seen, self.bench.clock.now)
-        life = self.shop.life(grant)
-        self.jobs.append(Job(process % self.bench.processes, grant, life, next(life)))
+    def hire(self, process: int, lease: Lease, writes: Sequence[Write], before: Seen) -> None:
+        check_grant(lease, writes, before, self.seen, self.bench.clock.now)
+        life = self.shop.life(lease)
+        self.jobs.append(Job(process % self.bench.processes, lease, life, next(life)))
 
     def go_on(self, jobs: Sequence[Job], *more: Write, twice: bool = False) -> list[Any]:
         """Gives jobs of one process what they want next, what they write in one transaction with
@@ -228,11 +228,11 @@ class Living(RuleBasedStateMachine):
                 tell((write.operation.__name__, write.item, result))
             if isinstance(write.item, Start) and result is not None:
                 permitted = write.item.resubmit and (
-                    self.shop.resubmits or job.grant.key in self.shop.permitted
+                    self.shop.resubmits or job.lease.key in self.shop.permitted
                 )
                 check_sent(
-                    before.tasks[job.grant.key],
-                    self.shop.sent.get(job.grant.key, ()),
+                    before.tasks[job.lease.key],
+                    self.shop.sent.get(job.lease.key, ()),
                     permitted=permitted,
                 )
             if (
@@ -240,7 +240,7 @@ class Living(RuleBasedStateMachine):
                 and isinstance(write.item.outcome, Uncertain)
                 and result is State.UNCERTAIN
             ):
-                self.shop.permitted -= {job.grant.key} if before.holds(job.grant) else set()
+                self.shop.permitted -= {job.lease.key} if before.holds(job.lease) else set()
             self.give(job, result)
         return results[len(writing) :]
 

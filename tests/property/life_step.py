@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.db.rows import Row
-from service.db.transaction import Grant
+from service.db.paging import Row
+from service.db.transaction import Lease
 from service.tasks.submissions import Accepted, Refused, Submission
 from tests.property.life_checks import Seen
 from tests.property.life_heard import Heard
@@ -21,7 +21,7 @@ class Step:
     process: str
     write: Write
     result: Any
-    granted: Sequence[Grant]
+    leased: Sequence[Lease]
     places: int
     before: Seen
     now: Seen
@@ -31,7 +31,7 @@ class Step:
 
     @property
     def held(self) -> bool:
-        return self.write.grant is not None and self.before.holds(self.write.grant)
+        return self.write.lease is not None and self.before.holds(self.write.lease)
 
     def task(self, task_id: str) -> tuple[Row, Row]:
         return self.before.tasks[task_id], self.now.tasks[task_id]
@@ -56,7 +56,7 @@ def check_late(step: Step) -> None:
     item = step.write.item
     outcome = item.outcome if isinstance(item, Submission) else None
     if isinstance(outcome, Accepted) or (
-        isinstance(outcome, Refused) and step.before.tasks[item.grant.key]["state"] == "uncertain"
+        isinstance(outcome, Refused) and step.before.tasks[item.lease.key]["state"] == "uncertain"
     ):
         return
     counted = {"submit_outcomes"} if outcome is not None else set()

@@ -1,4 +1,4 @@
-"""What a worker does under a grant, transaction by transaction, as the stages in the steps
+"""What a worker does under a lease, transaction by transaction, as the stages in the steps
 do it.
 
 Each life is a generator that asks for one read or write after another: between any two of them
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
-from service.db.rows import Row
-from service.db.transaction import Grant
+from service.db.paging import Row
+from service.db.transaction import Lease
 from service.events import event_queries
 from service.events.delivery_records import Attempt, Outcome, record_attempts
 from service.events.event_queries import Parcel
@@ -52,8 +52,8 @@ class Write:
     item: Any
 
     @property
-    def grant(self) -> Grant | None:
-        return self.item if isinstance(self.item, Grant) else getattr(self.item, "grant", None)
+    def lease(self) -> Lease | None:
+        return self.item if isinstance(self.item, Lease) else getattr(self.item, "lease", None)
 
 
 Life = Generator[Read | Write, Any, None]
@@ -65,7 +65,7 @@ class Sent:
     nothing was created.
     """
 
-    grant: Grant
+    lease: Lease
     nothing: bool = False
 
 
@@ -90,37 +90,37 @@ class Workshop:
     def plan(self) -> Plan:
         return Plan(self.with_callback, None, lambda: 0.5)
 
-    def life(self, grant: Grant) -> Life:
+    def life(self, lease: Lease) -> Life:
         lives = {
             "submit": self.submit,
             "settle": self.settle,
             "reconcile": self.settle,
             "download": self.download,
         }
-        return lives.get(grant.stage, self.deliver)(grant)
+        return lives.get(lease.stage, self.deliver)(lease)
 
     # --- submit ---
 
-    def submit(self, grant: Grant) -> Life:
-        row: Row | None = yield Read(task_queries.task_row, (grant.key, None))
+    def submit(self, lease: Lease) -> Life:
+        row: Row | None = yield Read(task_queries.task_row, (lease.key, None))
         state = State(row["state"]) if row else None
         if state is State.SUBMITTING:
-            yield Write(record_submissions, Submission(grant, self._uncertain("its sender died")))
+            yield Write(record_submissions, Submission(lease, self._uncertain("its sender died")))
         elif row and state is State.UNCERTAIN and not self._again(row):
-            yield Write(record_submissions, Submission(grant, Undecided()))
+            yield Write(record_submissions, Submission(lease, Undecided()))
         elif state not in (State.QUEUED, State.UNCERTAIN):
-            yield Write(leases.done, grant)
+            yield Write(leases.done, lease)
         elif row and self.luck in (1, 11) and (state is State.UNCERTAIN or self._young(row)):
-            yield Write(hold_submissions, Hold(grant, MINUTE, HOUR))
+            yield Write(hold_submissions, Hold(lease, MINUTE, HOUR))
         elif (
-            yield Write(start_submissions, Start(grant, 70 * SECOND, state is State.UNCERTAIN))
+            yield Write(start_submissions, Start(lease, 70 * SECOND, state is State.UNCERTAIN))
         ) is None:
-            yield Write(leases.done, grant)
+            yield Write(leases.done, lease)
         else:
-            sent = Sent(grant)
-            self.sent.setdefault(grant.key, []).append(sent)
-            outcome = self._call(grant.key)
-            yield Write(record_submissions, Submission(grant, outcome))
+            sent = Sent(lease)
+            self.sent.setdefault(lease.key, []).append(sent)
+            outcome = self._call(lease.key)
+            yield Write(record_submissions, Submission(lease, outcome))
             sent.nothing = isinstance(outcome, Again)
 
     def _again(self, row: Row) -> bool:
@@ -169,12 +169,12 @@ class Workshop:
 
     # --- settle ---
 
-    def settle(self, grant: Grant) -> Life:
-        found: tuple[Row, Row | None] | None = yield Read(task_queries.settling, (grant.key,))
+    def settle(self, lease: Lease) -> Life:
+        found: tuple[Row, Row | None] | None = yield Read(task_queries.settling, (lease.key,))
         if found is None or (
             found[0]["upstream_id"] is None and State(found[0]["state"]) is not State.SUBMITTED
         ):
-            yield Write(leases.done, grant)
+            yield Write(leases.done, lease)
             return
         row, callback = found
         believed = (
@@ -192,28 +192,28 @@ class Workshop:
                 else self.upstream.query(row["upstream_id"], self.luck)
             )
         if answer is None:
-            yield Write(leases.release, grant)
+            yield Write(leases.give_back, lease)
             return
         report, expires = (
             answer.report if isinstance(answer, Found) else None,
             DAY if isinstance(answer, NotFound) else None,
         )
-        wait = self.plan.again(grant.attempts, called_back=callback is not None)
+        wait = self.plan.again(lease.attempts, called_back=callback is not None)
         yield Write(
             record_settlements,
-            Settlement(grant, report, row["settle_requests"], wait, DAY, expires),
+            Settlement(lease, report, row["settle_requests"], wait, DAY, expires),
         )
 
     # --- download ---
 
-    def download(self, grant: Grant) -> Life:
-        row: Row | None = yield Read(image_queries.download, (grant.key,))
+    def download(self, lease: Lease) -> Life:
+        row: Row | None = yield Read(image_queries.download, (lease.key,))
         if row is None or row["state"] != "pending":
-            yield Write(leases.done, grant)
+            yield Write(leases.done, lease)
         else:
             yield Write(
                 record_downloads,
-                Download(grant, row["task_id"], row["source_url"], self._fetched(row)),
+                Download(lease, row["task_id"], row["source_url"], self._fetched(row)),
             )
 
     def _fetched(self, row: Row) -> Stored | Retry | Lost:
@@ -240,32 +240,32 @@ class Workshop:
 
     # --- deliver ---
 
-    def deliver(self, grant: Grant) -> Life:
-        parcel: Parcel | None = yield Read(event_queries.parcel, (grant.key,))
+    def deliver(self, lease: Lease) -> Life:
+        parcel: Parcel | None = yield Read(event_queries.parcel, (lease.key,))
         if parcel is None or parcel.delivery["state"] != "pending" or parcel.event is None:
-            yield Write(leases.done, grant)
+            yield Write(leases.done, lease)
         elif parcel.callback_url is None and (
             parcel.endpoint is None or parcel.endpoint["status"] == "disabled"
         ):
-            yield Write(record_attempts, Outcome(grant, "dead"))
+            yield Write(record_attempts, Outcome(lease, "dead"))
         elif parcel.endpoint and parcel.endpoint["status"] == "paused":
-            yield Write(record_attempts, Outcome(grant, "held"))
+            yield Write(record_attempts, Outcome(lease, "held"))
         elif (
             parcel.endpoint and (left := (parcel.endpoint["paused_until"] or 0) - self.clock()) > 0
         ):
-            yield Write(record_attempts, Outcome(grant, "later", wait_ms=left))
+            yield Write(record_attempts, Outcome(lease, "later", wait_ms=left))
         else:
-            yield Write(record_attempts, self._delivered(grant))
+            yield Write(record_attempts, self._delivered(lease))
 
-    def _delivered(self, grant: Grant) -> Outcome:
+    def _delivered(self, lease: Lease) -> Outcome:
         attempt = Attempt(new_id("attempt"), 500 if self.luck else 204, 12, None, b"")
         match self.luck:
             case 1 | 2:
-                return Outcome(grant, "retry", attempt, wait_ms=5 * SECOND, disable_after_ms=DAY)
+                return Outcome(lease, "retry", attempt, wait_ms=5 * SECOND, disable_after_ms=DAY)
             case 3:
-                return Outcome(grant, "retry", attempt, wait_ms=HOUR, pause_ms=HOUR)
+                return Outcome(lease, "retry", attempt, wait_ms=HOUR, pause_ms=HOUR)
             case 4:
-                return Outcome(grant, "dead", attempt)
+                return Outcome(lease, "dead", attempt)
             case 5:
-                return Outcome(grant, "gone", attempt)
-        return Outcome(grant, "delivered", attempt)
+                return Outcome(lease, "gone", attempt)
+        return Outcome(lease, "delivered", attempt)

@@ -2,7 +2,7 @@
 sections 3 and 4).
 """
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.tasks.cancel import Cancellation
 from service.tasks.held_submissions import Hold
 from service.tasks.inbox import Callback
@@ -29,7 +29,7 @@ SUBMITTABLE = (State.QUEUED, State.SUBMITTING, State.UNCERTAIN)
 
 
 def check_start(step: Step, item: Start) -> None:
-    was, row = step.task(item.grant.key)
+    was, row = step.task(item.lease.key)
     may = was["state"] in (State.QUEUED, State.SUBMITTING) or (
         was["state"] == State.UNCERTAIN and item.resubmit
     )
@@ -42,7 +42,7 @@ def check_start(step: Step, item: Start) -> None:
 
 
 def check_submission(step: Step, item: Submission) -> None:
-    was, row = step.task(item.grant.key)
+    was, row = step.task(item.lease.key)
     outcome, state = item.outcome, State(was["state"])
     assert row["submit_outcomes"] == was["submit_outcomes"] + 1, (
         "whoever waits for an outcome is not told"
@@ -98,13 +98,13 @@ def check_submission(step: Step, item: Submission) -> None:
 
 
 def check_accepted(step: Step, item: Submission, outcome: Accepted) -> None:
-    was, row = step.task(item.grant.key)
+    was, row = step.task(item.lease.key)
     id = outcome.report.upstream_id
     holder = next(
         (
             other
             for key, other in step.before.tasks.items()
-            if other["upstream_id"] == id and key != item.grant.key
+            if other["upstream_id"] == id and key != item.lease.key
         ),
         None,
     )
@@ -126,7 +126,7 @@ def check_accepted(step: Step, item: Submission, outcome: Accepted) -> None:
 
 
 def check_hold(step: Step, item: Hold) -> None:
-    was, row = step.task(item.grant.key)
+    was, row = step.task(item.lease.key)
     if not step.held or was["state"] not in (State.QUEUED, State.UNCERTAIN):
         assert row["submit_due_at"] == was["submit_due_at"]
         return
@@ -148,7 +148,7 @@ def check_hold(step: Step, item: Hold) -> None:
 def check_settlement(step: Step, item: Settlement) -> None:
     if not step.held:
         return
-    was, row = step.task(item.grant.key)
+    was, row = step.task(item.lease.key)
     report, ended = item.report, was["state"] in ENDED
     asked = was["settle_requests"] != item.requests and not (
         row["settled_digest"] and row["state"] in ENDED
@@ -236,8 +236,8 @@ def check_after_the_end(step: Step, item: Settlement, was: Row, row: Row) -> Non
 def check_expected(step: Step, item: Settlement, *, fresh: bool) -> None:
     """Each result has its row, and what is still awaited the link that was just given."""
     assert item.report is not None
-    rows = step.now.of(item.grant.key)
-    settled = step.before.tasks[item.grant.key]["settled_digest"]
+    rows = step.now.of(item.lease.key)
+    settled = step.before.tasks[item.lease.key]["settled_digest"]
     if fresh and not settled:
         assert [row["position"] for row in rows] == list(range(len(item.report.results))), (
             "not a row a result"

@@ -131,7 +131,7 @@ def live(bench: Bench, steps: int) -> None:
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that a short life reaches."""
     monkeypatch.setattr(crashes, "FAULT_LIMIT", 2)
-    monkeypatch.setattr(crashes, "DEATH_LIMIT", 4)
+    monkeypatch.setattr(crashes, "CRASH_LIMIT", 4)
     monkeypatch.setattr(inbox, "KEPT", 4)
     monkeypatch.setattr(downloads, "STALE_LIMIT", 3)
 

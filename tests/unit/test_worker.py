@@ -17,11 +17,11 @@ from structlog.testing import capture_logs
 
 from service.db.sqlite import REMEMBERED, SqliteStore, open_sqlite
 from service.db.tables import events, tasks
-from service.db.transaction import Grant, Transaction
+from service.db.transaction import Lease, Transaction
 from service.errors import StoreUnavailable
 from service.ops.metrics import Metrics
 from service.queue import crashes, leases, worker
-from service.queue.crashes import DEATH_LIMIT
+from service.queue.crashes import CRASH_LIMIT
 from service.queue.leases import LEASE_MS
 from service.queue.worker import Stage, WorkerPool
 from service.resources import new_id
@@ -66,7 +66,7 @@ class Shop:
     @asynccontextmanager
     async def working(
         self,
-        run: Callable[[Grant], Awaitable[None]],
+        run: Callable[[Lease], Awaitable[None]],
         places: int = 2,
         turn: Callable[[], Awaitable[None]] = at_once,
     ) -> AsyncIterator[WorkerPool]:
@@ -106,10 +106,10 @@ async def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
         yield Shop(store, now)
 
 
-def finishing(store: SqliteStore, done: list[str]) -> Callable[[Grant], Awaitable[None]]:
-    async def run(grant: Grant) -> None:
-        done.append(grant.key)
-        await store.write(leases.done, grant)
+def finishing(store: SqliteStore, done: list[str]) -> Callable[[Lease], Awaitable[None]]:
+    async def run(lease: Lease) -> None:
+        done.append(lease.key)
+        await store.write(leases.done, lease)
 
     return run
 
@@ -119,7 +119,7 @@ async def test_a_grant_that_is_given_twice_costs_no_place(shop: Shop) -> None:
     stage = Stage("submit", 2, lambda _: at_once())
     pool = WorkerPool(shop.store, [stage], shop.metrics, shop.told.append, at_once)
     assert pool.reserve() == {"submit": 2}
-    pool.take([Grant("submit", "task", 1, 1)] * 2, {})
+    pool.take([Lease("submit", "task", 1, 1)] * 2, {})
     await wait_until(lambda: stage.free == 2)
 
 
@@ -146,14 +146,14 @@ async def test_a_busy_stage_keeps_no_other_from_looking(
     clock, reconciled = asyncio.get_running_loop().time, asyncio.Event()
     jobs, busy_until = [0], clock() + 5
 
-    async def submit(grant: Grant) -> None:
+    async def submit(lease: Lease) -> None:
         jobs[0] += 1
         if not reconciled.is_set() and clock() < busy_until:
             await shop.queue(f"task_more_{jobs[0]}")
-        await shop.store.write(leases.done, grant)
+        await shop.store.write(leases.done, lease)
 
-    async def run(grant: Grant) -> None:
-        await shop.store.write(leases.done, grant)
+    async def run(lease: Lease) -> None:
+        await shop.store.write(leases.done, lease)
         reconciled.set()
 
     await shop.queue("task_silent", "task_a", "task_b", "task_c")
@@ -166,7 +166,7 @@ async def test_a_busy_stage_keeps_no_other_from_looking(
     )
     async with at_work(pool):
         accepted = Submission(
-            Grant("submit", "task_silent", 0, 0), Accepted(Report(upstream_id="u-1"), 0)
+            Lease("submit", "task_silent", 0, 0), Accepted(Report(upstream_id="u-1"), 0)
         )
         await shop.store.write(record_submissions, accepted)
         await reconciled.wait()
@@ -177,12 +177,12 @@ async def test_a_stage_never_has_more_work_than_places(shop: Shop) -> None:
     """Two places: of ten rows two are leased, and each that ends makes room for one more."""
     gate, started, most = asyncio.Event(), set[str](), [0]
 
-    async def run(grant: Grant) -> None:
-        started.add(grant.key)
+    async def run(lease: Lease) -> None:
+        started.add(lease.key)
         most[0] = max(most[0], len(started))
         await gate.wait()
-        started.discard(grant.key)
-        await shop.store.write(leases.done, grant)
+        started.discard(lease.key)
+        await shop.store.write(leases.done, lease)
 
     async with shop.working(run):
         await shop.queue(*(f"task_{number}" for number in range(10)))
@@ -220,8 +220,8 @@ async def test_an_exception_nobody_foresaw_is_logged_counted_and_tried_again(sho
     """
     tried: list[int] = []
 
-    async def run(grant: Grant) -> None:
-        tried.append(grant.attempts)
+    async def run(lease: Lease) -> None:
+        tried.append(lease.attempts)
         raise KeyError("nobody thought of this")
 
     with capture_logs() as lines:
@@ -259,11 +259,11 @@ async def test_a_store_that_is_away_is_no_fault_of_the_row(shop: Shop) -> None:
     """
     tried: list[int] = []
 
-    async def run(grant: Grant) -> None:
-        tried.append(grant.attempts)
+    async def run(lease: Lease) -> None:
+        tried.append(lease.attempts)
         if len(tried) == 1:
             raise StoreUnavailable("away")
-        await shop.store.write(leases.done, grant)
+        await shop.store.write(leases.done, lease)
 
     with capture_logs() as lines:
         async with shop.working(run):
@@ -280,7 +280,7 @@ async def test_what_cannot_be_recorded_during_a_stop_is_given_back(shop: Shop) -
     """
     stopped = asyncio.Event()
 
-    async def run(_: Grant) -> None:
+    async def run(_: Lease) -> None:
         await stopped.wait()
         raise StoreUnavailable("away")
 
@@ -307,11 +307,11 @@ async def test_a_row_whose_fault_cannot_be_recorded_is_given_back(
     tried: list[int] = []
     monkeypatch.setattr(worker, "record_faults", refuse)
 
-    async def run(grant: Grant) -> None:
-        tried.append(grant.attempts)
+    async def run(lease: Lease) -> None:
+        tried.append(lease.attempts)
         if len(tried) == 1:
-            raise KeyError(grant.key)
-        await shop.store.write(leases.done, grant)
+            raise KeyError(lease.key)
+        await shop.store.write(leases.done, lease)
 
     async with shop.working(run):
         await shop.queue("task_a")
@@ -329,11 +329,11 @@ async def test_rows_that_the_store_will_not_take_down_keep_no_others_waiting(
     monkeypatch.setattr(worker, "LOOK_S", 0.02)
     done: list[str] = []
 
-    async def run(grant: Grant) -> None:
-        if grant.key != "task_good":
+    async def run(lease: Lease) -> None:
+        if lease.key != "task_good":
             raise StoreUnavailable("away")
-        done.append(grant.key)
-        await shop.store.write(leases.done, grant)
+        done.append(lease.key)
+        await shop.store.write(leases.done, lease)
 
     async with shop.working(run):
         await shop.queue("task_bad_1", "task_bad_2")
@@ -375,10 +375,10 @@ async def test_work_in_flight_is_finished_at_a_stop(shop: Shop) -> None:
     """What ends within the limit is recorded; nothing new is begun."""
     gate, started, done = asyncio.Event(), asyncio.Event(), list[str]()
 
-    async def run(grant: Grant) -> None:
+    async def run(lease: Lease) -> None:
         started.set()
         await gate.wait()
-        await finishing(shop.store, done)(grant)
+        await finishing(shop.store, done)(lease)
 
     async with shop.working(run) as pool:
         await shop.queue("task_a")
@@ -399,7 +399,7 @@ async def test_what_is_not_finished_at_a_stop_is_given_back(shop: Shop) -> None:
     """
     started = asyncio.Event()
 
-    async def run(_: Grant) -> None:
+    async def run(_: Lease) -> None:
         started.set()
         await asyncio.Event().wait()
 
@@ -478,10 +478,10 @@ async def test_leases_are_renewed_while_a_call_runs(
     monkeypatch.setattr(worker, "RENEW_S", 0.01)
     gate, began = asyncio.Event(), list[int]()
 
-    async def run(grant: Grant) -> None:
-        began.append(grant.fence)
+    async def run(lease: Lease) -> None:
+        began.append(lease.fence)
         await gate.wait()
-        await shop.store.write(leases.done, grant)
+        await shop.store.write(leases.done, lease)
 
     async with shop.working(run):
         await shop.queue("task_a")
@@ -505,9 +505,9 @@ async def test_a_job_knows_in_its_log_lines_what_it_works_on(shop: Shop) -> None
     """Whatever is logged inside a job carries the row's id."""
     seen: list[dict[str, Any]] = []
 
-    async def run(grant: Grant) -> None:
+    async def run(lease: Lease) -> None:
         seen.append(structlog.contextvars.get_contextvars())
-        await shop.store.write(leases.done, grant)
+        await shop.store.write(leases.done, lease)
 
     async with shop.working(run):
         await shop.queue("task_a")
@@ -532,13 +532,13 @@ async def test_what_outlived_deaths_of_its_process_runs_alone(shop: Shop) -> Non
     running: set[str] = set()
     release = asyncio.Event()
 
-    async def run(grant: Grant) -> None:
-        running.add(grant.key)
+    async def run(lease: Lease) -> None:
+        running.add(lease.key)
         beside.append(set(running))
-        if grant.key == "task_busy":
+        if lease.key == "task_busy":
             await release.wait()
-        running.discard(grant.key)
-        await shop.store.write(leases.done, grant)
+        running.discard(lease.key)
+        await shop.store.write(leases.done, lease)
 
     await shop.queue("task_deadly")
     await shop.store.write(deadly, (2, START + 1_000_000))
@@ -560,17 +560,17 @@ async def test_what_outlived_deaths_of_its_process_runs_alone(shop: Shop) -> Non
 async def test_what_brought_its_process_down_too_often_is_parked(shop: Shop) -> None:
     """It runs no more; its task has failed, and a line says so."""
 
-    async def run(_: Grant) -> None:
+    async def run(_: Lease) -> None:
         raise AssertionError("it was to run no more")
 
     await shop.queue("task_deadly")
-    await shop.store.write(deadly, (DEATH_LIMIT, START))
+    await shop.store.write(deadly, (CRASH_LIMIT, START))
     with capture_logs() as lines:
         async with shop.working(run):
             await wait_until(lambda: any(line["event"] == "task.parked" for line in lines))
     assert await shop.types() == ["image.task.failed", "task.parked"]
     assert [line["cause"] for line in lines if line["event"] == "task.parked"] == [
-        f"{DEATH_LIMIT} deaths"
+        f"{CRASH_LIMIT} deaths"
     ]
 
 
@@ -580,12 +580,12 @@ async def test_a_suspect_that_another_process_took_is_left_to_it(
     """Between the look and the claim it may be gone: nobody is alone then, and work goes on."""
     done, looked = list[str](), asyncio.Event()
 
-    def suspected(_: Transaction, stages: Sequence[str]) -> list[bool]:
+    def has_candidate(_: Transaction, stages: Sequence[str]) -> list[bool]:
         looked.set()
         return [True for _ in stages]
 
-    monkeypatch.setattr(crashes, "suspects", lambda _: True)
-    monkeypatch.setattr(worker, "suspected", suspected)
+    monkeypatch.setattr(crashes, "any_candidate", lambda _: True)
+    monkeypatch.setattr(worker, "has_candidate", has_candidate)
     async with shop.working(finishing(shop.store, done)):
         await looked.wait()
         await shop.queue("task_a")
@@ -602,5 +602,5 @@ async def test_what_could_not_be_recorded_at_a_stop_is_left_to_its_lease(
     pool = WorkerPool(shop.store, [], shop.metrics, shop.told.append, at_once)
     pool.quiesce()
     for key in ("task_a", "task_b", "task_c"):
-        await asyncio.wait_for(pool._give_back(Grant("submit", key, 1, 1)), 10)
+        await asyncio.wait_for(pool._give_back(Lease("submit", key, 1, 1)), 10)
     assert set(pool._returned) == {"task_c"}

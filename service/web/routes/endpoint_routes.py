@@ -6,7 +6,7 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.errors import ApiError, EgressRefused
 from service.events import event_queries
 from service.events.delivery_worker import attempt_document, send_test

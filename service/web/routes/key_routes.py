@@ -10,7 +10,7 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.db.store import Store
 from service.errors import ApiError
 from service.events import secrets

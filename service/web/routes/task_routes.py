@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from structlog.contextvars import bind_contextvars
 
-from service.db.rows import Row
+from service.db.paging import Row
 from service.errors import ApiError
 from service.links import with_links
 from service.strict_json import JSON
