@@ -29,7 +29,7 @@ from service.events.feed import tell
 from service.events.replay_worker import Replayer
 from service.events.sinks import Broker
 from service.events.tail import Tail
-from service.events.webhook import WebhookSink
+from service.events.webhooks import WebhookSender
 from service.images.download_worker import Downloader
 from service.images.sweep import Sweeper
 from service.images.validator import Examiner, examining
@@ -223,8 +223,8 @@ async def open_resources(
                 lambda kind, limit: metrics.upstream_limit.labels(kind).set(limit),
             ),
             results=results,
-            webhooks=WebhookSink(endpoints, settings.delivery_timeout_s),
-            task_callbacks=WebhookSink(callbacks, settings.delivery_timeout_s),
+            endpoints=endpoints,
+            task_callbacks=callbacks,
             keyring=keyring,
             metrics=metrics,
             links=Links(settings.base_url, settings.image_base_url),
@@ -257,7 +257,8 @@ def stages(
     downloader = Downloader(
         resources, examiner, settings.download_schedule, settings.max_image_bytes
     )
-    deliverer = Deliverer(resources, settings.delivery_schedule, settings.endpoint_disable_after_s)
+    sender = WebhookSender(resources, settings.delivery_timeout_s)
+    deliverer = Deliverer(sender, settings.delivery_schedule, settings.endpoint_disable_after_s)
     return [
         Stage("submit", settings.evolink_concurrency, submitter.run),
         Stage("settle", settings.evolink_concurrency, settler.run),
@@ -307,6 +308,7 @@ async def running(
 
         context = Context(
             resources=resources,
+            sender=WebhookSender(resources, settings.delivery_timeout_s),
             intake=Intake(
                 resources,
                 load_catalogue(),

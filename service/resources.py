@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from service.blobs.base import Blobs
 from service.db.store import Store
-from service.events.sinks import Webhooks
 from service.ids import make_id
 from service.links import Links
 from service.net import Egress
@@ -33,8 +32,8 @@ class Resources:
     upstream: Upstream
     pace: Pace  # every call to the upstream has a place there
     results: Egress  # fetches what the upstream made
-    webhooks: Webhooks  # to endpoints
-    task_callbacks: Webhooks  # to tasks' own callback_url
+    endpoints: Egress  # sends webhooks
+    task_callbacks: Egress  # sends webhooks to tasks' own callback_url
     keyring: Keyring
     metrics: Metrics
     links: Links

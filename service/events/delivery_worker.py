@@ -10,7 +10,7 @@ import structlog
 
 from service.db.paging import Row
 from service.db.transaction import Lease
-from service.errors import ConfigurationError, StoreUnavailable
+from service.errors import StoreUnavailable
 from service.events import event_queries
 from service.events.courtesy import Courtesy
 from service.events.delivery_records import (
@@ -20,11 +20,8 @@ from service.events.delivery_records import (
     record_attempts,
     record_by_hand,
 )
-from service.events.documents import event_document
 from service.events.event_queries import Parcel
-from service.events.feed import render, written
-from service.events.secrets import valid_secrets
-from service.events.sinks import Sent
+from service.events.webhooks import SendResult, WebhookSender
 from service.ids import rfc3339
 from service.queue import leases
 from service.queue.backoff import retry_after, wait_before
@@ -43,11 +40,15 @@ LATE = 1000  # outcomes under leases that had ended
 class Deliverer:
     """Stages `deliver` and `redeliver`."""
 
-    resources: Resources
+    sender: WebhookSender
     schedule: tuple[float, ...]
     disable_after_s: float
     courtesy: Courtesy = field(default_factory=lambda: Courtesy(time.monotonic))
     unrecorded: dict[str, Outcome] = field(default_factory=dict)
+
+    @property
+    def resources(self) -> Resources:
+        return self.sender.resources
 
     async def run(self, lease: Lease) -> None:
         parcel = await self.resources.store.read(event_queries.parcel, lease.key)
@@ -74,7 +75,7 @@ class Deliverer:
             return
         began, well, waited = time.monotonic(), None, False
         try:
-            sent = await send(self.resources, parcel, parcel.event)
+            sent = await self.sender.send(parcel, parcel.event)
             well = None if sent.ours else sent.status not in (None, 429, 503)
         finally:
             waited = self.courtesy.leave(
@@ -124,7 +125,7 @@ class Deliverer:
         left = (endpoint["paused_until"] or 0) - self.resources.store.clock()
         return Outcome(lease, "later", wait_ms=left) if left > 0 else None
 
-    def _judge(self, lease: Lease, parcel: Parcel, sent: Sent) -> Outcome:
+    def _judge(self, lease: Lease, parcel: Parcel, sent: SendResult) -> Outcome:
         attempt = attempt_of(self.resources, sent)
         disable_after_ms = round(self.disable_after_s * 1000)
         if sent.error is None:
@@ -145,7 +146,13 @@ class Deliverer:
         return Outcome(lease, "retry", attempt, wait_ms, pause_ms, sent.ours, disable_after_ms)
 
     def _tell(
-        self, lease: Lease, parcel: Parcel, event: Row, sent: Sent, outcome: Outcome, held: bool
+        self,
+        lease: Lease,
+        parcel: Parcel,
+        event: Row,
+        sent: SendResult,
+        outcome: Outcome,
+        held: bool,
     ) -> None:
         metrics = self.resources.metrics
         if (
@@ -164,7 +171,9 @@ class Deliverer:
             log.error("delivery.exhausted", **known, attempt=lease.attempts)
 
 
-def _measured(resources: Resources, parcel: Parcel, event: Row, sent: Sent, result: str) -> JSON:
+def _measured(
+    resources: Resources, parcel: Parcel, event: Row, sent: SendResult, result: str
+) -> JSON:
     """Counts an attempt; what its lines have in common."""
     resources.metrics.deliveries.labels(result).inc()
     resources.metrics.delivery_seconds.observe(sent.duration)
@@ -173,7 +182,7 @@ def _measured(resources: Resources, parcel: Parcel, event: Row, sent: Sent, resu
     return {**known, "event_id": event["id"]}
 
 
-def _attempted(known: JSON, sent: Sent, result: str, attempt: int, wait_ms: int) -> None:
+def _attempted(known: JSON, sent: SendResult, result: str, attempt: int, wait_ms: int) -> None:
     figures = {
         "status": sent.status,
         "duration_ms": round(sent.duration * 1000),
@@ -189,7 +198,7 @@ def _attempted(known: JSON, sent: Sent, result: str, attempt: int, wait_ms: int)
     )
 
 
-def asked_for(resources: Resources, sent: Sent) -> int:
+def asked_for(resources: Resources, sent: SendResult) -> int:
     """How long the subscriber wants peace, in milliseconds."""
     asked = (
         retry_after(sent.retry_after, resources.clock() / 1000, PAUSE_LIMIT_S)
@@ -211,55 +220,11 @@ def subscriber_of(parcel: Parcel) -> str:
     return str(parcel.delivery["endpoint_id"] or "/".join(str(parcel.callback_url).split("/")[:3]))
 
 
-async def send(resources: Resources, parcel: Parcel, event: Row) -> Sent:
-    """One attempt, signed over the bytes sent."""
-    now = resources.clock()
-    document = render(event, resources.links)
-    if parcel.endpoint is not None:
-        return await send_to(resources, parcel.endpoint, document)
-    assert parcel.callback_url is not None
-    assert parcel.callback_secret is not None
-    secrets = secrets_of(resources, parcel.callback_secret)
-    if isinstance(secrets, Sent):
-        return secrets
-    return await resources.task_callbacks.send(
-        parcel.callback_url,
-        event["id"],
-        now // 1000,
-        written(document["data"]).encode(),
-        "application/json",
-        secrets,
-    )
-
-
-def secrets_of(resources: Resources, encrypted: bytes) -> list[str] | Sent:
-    """Those that sign now; else why nothing is sent, which is not the subscriber's fault."""
-    try:
-        return valid_secrets(resources.keyring.decrypt(encrypted), resources.clock())
-    except ConfigurationError as error:
-        return Sent(None, 0.0, f"not sent, its secret cannot be read: {error}", ours=True)
-
-
-async def send_to(resources: Resources, endpoint: Row, document: JSON) -> Sent:
-    """One event to an endpoint."""
-    now = resources.clock()
-    secrets = secrets_of(resources, endpoint["secret"])
-    if isinstance(secrets, Sent):
-        return secrets
-    return await resources.webhooks.send(
-        endpoint["url"],
-        document["id"],
-        now // 1000,
-        written(document).encode(),
-        "application/cloudevents+json",
-        secrets,
-    )
-
-
-async def send_by_hand(resources: Resources, delivery_id: str) -> bool:
+async def send_by_hand(sender: WebhookSender, delivery_id: str) -> bool:
     """One attempt now, beside whatever is planned; False: there is nothing to send, or nobody to
     send it to.
     """
+    resources = sender.resources
     parcel = await resources.store.read(event_queries.parcel, delivery_id)
     if (
         parcel is None
@@ -267,7 +232,7 @@ async def send_by_hand(resources: Resources, delivery_id: str) -> bool:
         or (parcel.endpoint is None and not (parcel.callback_url and parcel.callback_secret))
     ):
         return False
-    sent = await send(resources, parcel, parcel.event)
+    sent = await sender.send(parcel, parcel.event)
     result = "delivered" if sent.error is None else "gone" if sent.status == 410 else "failed"
     _attempted(_measured(resources, parcel, parcel.event, sent, result), sent, result, 0, 0)
     attempt, pause_ms = attempt_of(resources, sent), asked_for(resources, sent)
@@ -277,25 +242,14 @@ async def send_by_hand(resources: Resources, delivery_id: str) -> bool:
     return True
 
 
-async def send_test(resources: Resources, endpoint: Row) -> JSON:
+async def send_test(sender: WebhookSender, endpoint: Row) -> JSON:
     """An event of no task, which is in no outbox, by the path of a real one."""
-    now = resources.clock()
-    document = event_document(
-        event_id=resources.id("event"),
-        sequence=0,
-        type="endpoint.test",
-        subject=None,
-        time=now,
-        data={"endpoint_id": endpoint["id"]},
-        links=resources.links,
-    )
-    return {
-        "time": now,
-        **asdict(attempt_of(resources, await send_to(resources, endpoint, document))),
-    }
+    now = sender.resources.clock()
+    sent = await sender.send_test(endpoint)
+    return {"time": now, **asdict(attempt_of(sender.resources, sent))}
 
 
-def attempt_of(resources: Resources, sent: Sent) -> Attempt:
+def attempt_of(resources: Resources, sent: SendResult) -> Attempt:
     return Attempt(
         resources.id("attempt"), sent.status, round(sent.duration * 1000), sent.error, sent.answer
     )

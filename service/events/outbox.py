@@ -6,7 +6,6 @@ in their own order: a reader who continues after the last one it saw misses noth
 of writers.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import RowMapping, insert, or_, select, update
@@ -16,25 +15,36 @@ from service.db.transaction import Emitted, Transaction
 from service.events.documents import type_matches
 from service.queue import leases
 from service.strict_json import JSON
-from service.tasks.document import Task, task_document
 
 OPERATORS = "admin"
 
 
 def emit(
-    tx: Transaction, type: str, task: Task, row: Mapping[str, Any], *, terminal: bool = False
+    tx: Transaction,
+    type: str,
+    *,
+    owner: str,
+    task_id: str,
+    data: JSON,
+    terminal: bool = False,
+    task_callback: bool = False,
+    called_back_at: int | None = None,
 ) -> None:
-    """Adds an event of a task, with the task as it is now."""
+    """Adds an event of a task. `data` is the task's document as it is now.
+
+    `task_callback`: the event also goes to the task's own callback_url. `called_back_at`: when
+    the upstream's first terminal callback arrived.
+    """
     tx.emitted.append(
         Emitted(
             id=tx.id("event"),
-            owner=task.owner,
+            owner=owner,
             type=type,
-            task_id=task.id,
-            data=task_document(task),
+            task_id=task_id,
+            data=data,
             terminal=terminal,
-            task_callback=terminal and row["callback_url"] is not None,
-            called_back_at=row["called_back_at"] if terminal else None,
+            task_callback=task_callback,
+            called_back_at=called_back_at,
         )
     )
 

@@ -7,12 +7,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
 
 from service.db.paging import Row
-from service.errors import ApiError, EgressRefused
+from service.errors import ApiError, EgressRefused, NotConnected
 from service.events import secrets
 from service.ids import PREFIXES
 from service.queue.checkpoints import checkpoint
@@ -112,7 +113,8 @@ class Intake:
                     400, "invalid_parameter", "callback_url must be text", param="callback_url"
                 )
             try:
-                await self.resources.task_callbacks.check(url)
+                with suppress(NotConnected):  # a name that does not resolve now may do so later
+                    await self.resources.task_callbacks.check(url)
             except EgressRefused as error:
                 raise ApiError(
                     400, "invalid_parameter", f"callback_url: {error}", param="callback_url"

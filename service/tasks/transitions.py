@@ -10,7 +10,7 @@ from service.db.transaction import Transaction
 from service.events import outbox
 from service.queue import leases
 from service.strict_json import JSON
-from service.tasks.document import Image
+from service.tasks.document import Image, task_document
 from service.tasks.rows import counts, image_record, task_record
 from service.tasks.state import TERMINAL, State, may_become
 from service.upstreams.base import Report
@@ -113,7 +113,13 @@ def submitted(
             **values,
         )
         tx.step(row["id"], "task.submitted", upstream_id=row["upstream_id"], source=source)
-        outbox.emit(tx, "image.task.submitted", task_record(row), row)
+        outbox.emit(
+            tx,
+            "image.task.submitted",
+            owner=row["owner"],
+            task_id=row["id"],
+            data=task_document(task_record(row)),
+        )
     elif values:
         change(tx, row, **values)
 
@@ -142,9 +148,12 @@ def end(tx: Transaction, row: Row, state: State, error: JSON | None = None, **va
     outbox.emit(
         tx,
         f"image.task.{state}",
-        task_record(row, stored_images(tx, row["id"])),
-        row,
+        owner=row["owner"],
+        task_id=row["id"],
+        data=task_document(task_record(row, stored_images(tx, row["id"]))),
         terminal=True,
+        task_callback=row["callback_url"] is not None,
+        called_back_at=row["called_back_at"],
     )
 
 

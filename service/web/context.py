@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from starlette.requests import Request
 
 from service.events.tail import Tail
+from service.events.webhooks import WebhookSender
 from service.resources import Resources
 from service.tasks.accept import Intake
 from service.tasks.account_breaker import Account
@@ -19,6 +20,7 @@ class Context:
     """`workers_alive` None: this process has no workers."""
 
     resources: Resources
+    sender: WebhookSender
     intake: Intake
     tail: Tail
     precedence: Precedence

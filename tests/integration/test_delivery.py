@@ -533,7 +533,7 @@ async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(
     """
     monkeypatch.setattr(here.context.resources.store, "clock", lambda: 1_000_000)
     deliverer, lease = (
-        Deliverer(here.context.resources, (1.0,), 1.0),
+        Deliverer(here.context.sender, (1.0,), 1.0),
         Lease("deliver", "dlv_x", 1, 1),
     )
     row, event = {"endpoint_id": "ep_x"}, {"id": "evt_x"}

@@ -12,7 +12,7 @@ import pytest
 from starlette.responses import Response
 
 from service.errors import EgressRefused
-from service.events.webhook import WebhookSink
+from service.events.webhooks import post_webhook
 from service.net import Egress, Rules
 from service.upstreams.base import NoAnswer, NotCreated
 from service.upstreams.evolink import EvoLink
@@ -24,6 +24,7 @@ from tests.waiting import wait_until
 from tests.world import World
 
 JSON = dict[str, Any]
+SECRETS = ["whsec_" + "A" * 32]
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,8 @@ async def test_no_endpoint_leads_inside(url: str, here: World, there: Guarded) -
         param="url",
     )
     assert (await here.client.delete(f"/v1/endpoints/{kept['id']}")).status_code == 204
-    sent = await here.context.resources.webhooks.send(
-        url, "evt_x", 0, b"{}", "application/json", ["whsec_" + "A" * 32]
+    sent = await post_webhook(
+        here.context.resources.endpoints, url, "evt_x", 0, b"{}", "application/json", SECRETS, 5
     )
     assert (sent.status, (sent.error or "").split(":")[0]) == (None, "EgressRefused")
     assert there.refusals("endpoints") == before + 3
@@ -87,8 +88,15 @@ async def test_no_callback_url_of_a_task_leads_inside(
         param="callback_url",
     )
     assert "hostile" not in there.upstream.received
-    sent = await here.context.resources.task_callbacks.send(
-        url, "evt_x", 0, b"{}", "application/json", ["whsec_" + "A" * 32]
+    sent = await post_webhook(
+        here.context.resources.task_callbacks,
+        url,
+        "evt_x",
+        0,
+        b"{}",
+        "application/json",
+        SECRETS,
+        5,
     )
     assert (sent.status, (sent.error or "").split(":")[0]) == (None, "EgressRefused")
     assert there.refusals("task_callbacks") == before + 2
@@ -234,13 +242,15 @@ async def test_a_guard_that_allows_this_machine_is_seen_to_connect() -> None:
     async with trap() as other:
         with connects() as trail:
             async with Egress(Rules("endpoints", networks=(ip_network("127.0.0.1"),))) as egress:
-                sent = await WebhookSink(egress, 5).send(
+                sent = await post_webhook(
+                    egress,
                     f"http://127.0.0.1:{other.port}/",
                     "evt_x",
                     0,
                     b"{}",
                     "text/plain",
                     ["whsec_AAAA"],
+                    5,
                 )
         assert (sent.error or "").startswith("ConnectionLost")
         assert (trail, other.connections) == ({("127.0.0.1", other.port)}, 1)

@@ -57,7 +57,7 @@ async def retry(request: Request) -> Response:
     shown = await _shown(request)
     context = context_of(request)
     with context.admission.by_hand_of(caller_of(request).owner):
-        sent = await send_by_hand(context.resources, shown["id"])
+        sent = await send_by_hand(context.sender, shown["id"])
     if not sent:
         raise ApiError(
             409, "nothing_to_send", "its event is no longer kept, or its endpoint is gone"

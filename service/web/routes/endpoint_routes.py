@@ -1,13 +1,14 @@
 """Endpoints: who gets which events, and where."""
 
 import os
+from contextlib import suppress
 
 import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.db.paging import Row
-from service.errors import ApiError, EgressRefused
+from service.errors import ApiError, EgressRefused, NotConnected
 from service.events import event_queries
 from service.events.delivery_worker import attempt_document, send_test
 from service.events.endpoints import Endpoint, EndpointChange, change_endpoints, insert_endpoints
@@ -44,7 +45,8 @@ def shown(row: Row, replay: JSON | None = None) -> JSON:
 
 async def check_url(resources: Resources, url: str) -> None:
     try:
-        await resources.webhooks.check(url)
+        with suppress(NotConnected):  # a name that does not resolve now may do so later
+            await resources.endpoints.check(url)
     except EgressRefused as error:
         raise ApiError(400, "invalid_parameter", f"url: {error}", param="url") from error
 
@@ -176,6 +178,6 @@ async def test(request: Request) -> Response:
     """
     context, caller, row = context_of(request), caller_of(request), await endpoint_of(request)
     with context.admission.by_hand_of(caller.owner):
-        attempt = await send_test(context.resources, row)
+        attempt = await send_test(context.sender, row)
     log.info("admin.action", action="endpoint.test", subject=row["id"])
     return JSONResponse(attempt_document(attempt, answers=caller.sees is None))
