@@ -386,7 +386,8 @@ def masked(settings: Settings) -> dict[str, Any]:
     store's address but where it is.
     """
     shown = {
-        name: "***" if isinstance(value, SecretStr) else plain(value) for name, value in settings
+        name: "***" if isinstance(value, SecretStr) else log_value(value)
+        for name, value in settings
     }
     if not settings.sqlite_path:
         parts = urlsplit(settings.database_url)
@@ -396,24 +397,14 @@ def masked(settings: Settings) -> dict[str, Any]:
     return shown
 
 
-def plain(value: object) -> object:
+def log_value(value: object) -> object:
+    if isinstance(value, SecretStr):
+        return "***"
     if isinstance(value, tuple):
-        return ",".join(str(plain(each)) for each in value)
+        return ",".join(str(log_value(each)) for each in value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int | float | str | None) else str(value)
-
-
-def settings_table() -> str:
-    """The table of docs/settings.md: one Markdown row a variable, in the order of the fields."""
-    rows = ["| variable | default | meaning |", "|---|---|---|"]
-    for name, field in Settings.model_fields.items():
-        extra = field.json_schema_extra
-        value = plain(field.default)
-        usual = "unset" if value is None else f"`{str(value).lower()}`" if value != "" else "empty"
-        default = extra["shown"] if isinstance(extra, dict) else usual
-        rows.append(f"| `{PREFIX}{name.upper()}` | {default} | {field.description} |")
-    return "\n".join(rows) + "\n"
 
 
 # --- the secret key

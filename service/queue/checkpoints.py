@@ -93,14 +93,3 @@ def checkpoint(name: str, armed: Mapping[str, Shot] = ARMED) -> None:
         shot.left -= 1
         if shot.left == 0:
             os.kill(os.getpid(), shot.signal)
-
-
-def markdown() -> str:
-    """The table of docs/reliability.md."""
-    return "\n".join(
-        [
-            "| killed here | what happens |",
-            "|---|---|",
-            *(f"| `{name}` | {says} |" for name, says in CHECKPOINTS.items()),
-        ]
-    )

@@ -12,12 +12,12 @@ from typing import Any
 from typer.main import get_command
 
 from service.cli import program
-from service.ops import lines
 from service.ops.metrics import Metrics
-from service.queue import checkpoints
-from service.settings import settings_table
+from service.queue.checkpoints import CHECKPOINTS
+from service.settings import Settings, log_value
 from service.upstreams.sandbox import FAULTS
 from service.web.routes.table import SPECS
+from tests.docs.log_lines import ALWAYS, LINES, WHERE_KNOWN
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -81,6 +81,33 @@ def usage(parameter: Any) -> str:
     return word if parameter.required else f"[{word}]"
 
 
+def settings_table() -> str:
+    """Every setting, in the order of the fields."""
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        extra = field.json_schema_extra
+        value = log_value(field.default)
+        usual = "unset" if value is None else f"`{str(value).lower()}`" if value != "" else "empty"
+        default = extra["shown"] if isinstance(extra, dict) else usual
+        rows.append(f"| `DARKROOM_{name.upper()}` | {default} | {field.description} |")
+    return "\n".join(rows)
+
+
+def log_lines_table() -> str:
+    """Every log line with its own fields, below the fields that any line may have."""
+    always, known = (", ".join(f"`{name}`" for name in names) for names in (ALWAYS, WHERE_KNOWN))
+    rows = [f"| `{name}` | {fields} |" for name, fields in LINES.items()]
+    return "\n".join(
+        ["| `event` | fields |", "|---|---|", f"| any | {always}, and if known {known} |", *rows]
+    )
+
+
+def checkpoints_table() -> str:
+    """Every checkpoint, and what follows when the process dies there."""
+    rows = [f"| `{name}` | {effect} |" for name, effect in CHECKPOINTS.items()]
+    return "\n".join(["| killed here | what happens |", "|---|---|", *rows])
+
+
 def faults_table() -> str:
     """Every fault of the sandbox with the values that it takes."""
     rows = ["| fault | value | effect |", "|---|---|---|"]
@@ -100,10 +127,10 @@ SECTIONS: Mapping[str, tuple[str, Callable[[], str]]] = MappingProxyType(
         "routes": ("api.md", routes_table),
         "settings": ("settings.md", settings_table),
         "commands": ("cli.md", commands_table),
-        "log": ("observability.md", lines.markdown),
+        "log": ("observability.md", log_lines_table),
         "metrics": ("observability.md", metrics_table),
         "faults": ("sandbox.md", faults_table),
-        "checkpoints": ("reliability.md", checkpoints.markdown),
+        "checkpoints": ("reliability.md", checkpoints_table),
     }
 )
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import service
-from service.ops.lines import ALWAYS, LINES, WHERE_KNOWN
 from service.settings import Settings
 from service.web.routes.table import SPECS, routes
+from tests.docs.log_lines import ALWAYS, LINES, WHERE_KNOWN
 from tests.docs.pages import PAGES, anchors, links
 from tests.docs.render import DOCS, README, SECTIONS, documented, rendered, section
 

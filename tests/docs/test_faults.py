@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from service.ops.lines import LINES
 from service.ops.metrics import Metrics
 from service.settings import Settings
 from service.web.event_schemas import EVENT_TYPES
+from tests.docs.log_lines import LINES
 from tests.e2e.faults import BEHAVIOURS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "faults.md").read_text("utf-8")

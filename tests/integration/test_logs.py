@@ -10,9 +10,9 @@ import pytest
 from starlette.responses import Response
 
 from service import VERSION
-from service.ops.lines import ALWAYS, LINES, WHERE_KNOWN
 from service.web.routes import task_routes
 from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, refused, submitted
+from tests.docs.log_lines import ALWAYS, LINES, WHERE_KNOWN
 from tests.docs.render import documented
 from tests.logs import logged
 from tests.upstream import Upstream, document, error, page, picture

@@ -12,14 +12,8 @@ from pathlib import Path
 import pytest
 
 from service.errors import ConfigurationError
-from service.settings import (
-    CALLBACK_URL_CHARS,
-    Settings,
-    load_settings,
-    masked,
-    secret_keys,
-    settings_table,
-)
+from service.settings import CALLBACK_URL_CHARS, Settings, load_settings, masked, secret_keys
+from tests.docs.render import settings_table
 
 KEY = "k" * 32
 

@@ -127,12 +127,3 @@ LINES: Mapping[str, str] = MappingProxyType(
         "library.message": "`logger`, `message`. A warning or error from a library.",
     }
 )
-
-
-def markdown() -> str:
-    """The table of docs/observability.md."""
-    always, known = (", ".join(f"`{name}`" for name in names) for names in (ALWAYS, WHERE_KNOWN))
-    rows = [f"| `{name}` | {fields} |" for name, fields in LINES.items()]
-    return "\n".join(
-        ["| `event` | fields |", "|---|---|", f"| any | {always}, and if known {known} |", *rows]
-    )
