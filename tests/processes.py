@@ -1,46 +1,62 @@
 """Darkroom as processes, started as a user starts it."""
 
+import atexit
 import json
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, TextIO
 
-ROOT = Path(__file__).parents[1]
-START_S, STOP_S = 60, 60
+from tests.environment import START_S, STOP_S, clean_environment
+from tests.launcher import Forked, Launcher, launching
+
 ADMIN_KEY = "admin-key-of-the-tests"
 UPSTREAM_KEY = "sk-upstream"
 LOOPBACK = "127.0.0.0/8"
 
 
-def clean_environment(given: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment without settings of its own, and the checkout first on the
-    path.
-    """
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.upper().startswith("DARKROOM_")
-    }
-    return {**inherited, "PYTHONPATH": str(ROOT), **given}
+@cache
+def _launcher() -> Launcher:
+    """One launcher for all commands of this test process: a command starts without its imports."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(launching(coverage=True))
 
 
-def darkroom(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command of the program, to its end, in `folder`."""
-    command = [sys.executable, "-m", "service", *arguments]
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env=clean_environment(environment),
-        capture_output=True,
-        text=True,
-        timeout=STOP_S,
-        check=False,
-    )
+def forked(
+    arguments: Sequence[str],
+    folder: Path,
+    stdout: Path,
+    stderr: Path,
+    environment: Mapping[str, str],
+    prelude: str = "",
+) -> Forked:
+    """A command of the program in a process of its own, with its output in the named files."""
+    launcher, environment = _launcher(), clean_environment(environment)
+    pid = launcher.start(arguments, folder, environment, str(stdout), str(stderr), prelude)
+    return Forked(launcher, pid)
+
+
+def darkroom(
+    *arguments: str, folder: Path, prelude: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A command of the program, to its end, in `folder`, after the Python text `prelude`."""
+    with TemporaryDirectory() as place:
+        out, err = Path(place) / "out", Path(place) / "err"
+        process = forked(arguments, folder, out, err, environment, prelude)
+        try:
+            code = process.wait(STOP_S)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(
+            ["darkroom", *arguments], code, out.read_text(), err.read_text()
+        )
 
 
 class Running:
@@ -54,15 +70,24 @@ class Running:
         self.lines: list[str] = []
         self.announcement: dict[str, Any] = {}
         self._told = threading.Event()
-        command = [*before, sys.executable, "-m", "service", *arguments]
-        self.process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=clean_environment(environment),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        self.process: Forked | subprocess.Popen[str]
+        if before:
+            self.process = subprocess.Popen(
+                [*before, sys.executable, "-m", "service", *arguments],
+                cwd=folder,
+                env=clean_environment(environment),
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            assert self.process.stdout is not None
+            self._output: TextIO = self.process.stdout  # type: ignore[assignment]
+        else:
+            with TemporaryDirectory() as place:
+                pipe = Path(place) / "output"
+                os.mkfifo(pipe)
+                self.process = forked(arguments, folder, pipe, pipe, environment)
+                self._output = pipe.open()  # waits until the process has opened its end
         self._reader = threading.Thread(
             target=self._read,
             args=("sandbox" in arguments or {"--sandbox", "--json"} <= set(arguments),),
@@ -74,9 +99,8 @@ class Running:
         """`plain`: the address stands in a line of its own (`--json`), else in the log's
         `service.started`.
         """
-        assert self.process.stdout is not None
         event = None if plain else "service.started"
-        for line in self.process.stdout:
+        for line in self._output:
             self.lines.append(line.rstrip("\n"))
             said = json.loads(line) if line.startswith("{") else {}
             if "address" in said and said.get("event") == event:
@@ -98,8 +122,7 @@ class Running:
         """Its exit code."""
         code = self.process.wait(STOP_S)
         self._reader.join(STOP_S)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self._output.close()
         return code
 
     def logged(self, event: str) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.bench.acknowledgement import Scale, acknowledgement
 from tests.bench.delivery import delivery
 from tests.bench.processes import CORES
-from tests.processes import ROOT
+from tests.environment import ROOT
 
 FULL = Scale(rounds=5, tasks=20_000, connections=64, warm_up=1, seconds=4)
 QUICK = Scale(rounds=1, tasks=1_000, connections=8, warm_up=0.1, seconds=0.4)

@@ -27,7 +27,8 @@ from service.web.server import Server, bind, listening
 from tests.bench.acknowledgement import spread
 from tests.bench.load import percentile
 from tests.bench.processes import MEASURED, MEASURING, pinned, server
-from tests.processes import ADMIN_KEY, ROOT, service_settings
+from tests.environment import ROOT
+from tests.processes import ADMIN_KEY, service_settings
 
 OTHERS, SHARE = 99, 10  # endpoints; so many times as often as another has the last one an event
 END_S = 60.0

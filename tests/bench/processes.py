@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.processes import ROOT, clean_environment
+from tests.environment import ROOT, clean_environment
 
 START_S, RUN_S = 60.0, 60.0
 CORES = sorted(os.sched_getaffinity(0))

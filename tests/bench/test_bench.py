@@ -12,7 +12,7 @@ from tests.bench.__main__ import written
 from tests.bench.acknowledgement import spread
 from tests.bench.dead_endpoint import turns
 from tests.bench.delivery import covered
-from tests.processes import ROOT, clean_environment
+from tests.environment import ROOT, clean_environment
 
 
 @pytest.mark.timeout(180)

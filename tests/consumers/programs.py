@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from tests.processes import ROOT, clean_environment
+from tests.environment import ROOT, clean_environment
 from tests.servers import missing
 from tests.waiting import wait_until
 

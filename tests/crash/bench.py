@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from tests.api import SUBMIT
-from tests.crash.launcher import Launcher, launching
+from tests.launcher import Launcher, launching
 from tests.processes import LOOPBACK, UPSTREAM_KEY
 from tests.servers import postgres_database
 from tests.upstream import error

@@ -17,9 +17,9 @@ import httpx
 from service.signing import Keyring
 from tests.api import SUBMIT, order
 from tests.crash.bench import Bench, benches
-from tests.crash.launcher import Launched
 from tests.crash.life import TERMINAL, free_port, listed
 from tests.crash.load import SECRET, post
+from tests.launcher import Launched
 from tests.processes import ADMIN_KEY, service_settings
 from tests.waiting import wait_until
 

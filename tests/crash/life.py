@@ -14,7 +14,7 @@ import httpx
 from tests.api import SUBMIT, got, order
 from tests.crash.bench import Bench
 from tests.crash.death import Death, death, pictures
-from tests.crash.launcher import LOG, Launched
+from tests.launcher import LOG, Launched
 from tests.processes import ADMIN_KEY, UPSTREAM_KEY
 from tests.waiting import wait_until
 

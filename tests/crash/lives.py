@@ -8,8 +8,8 @@ from contextlib import AsyncExitStack
 
 from tests.api import SUBMIT, got
 from tests.crash.bench import Bench
-from tests.crash.launcher import LOG
 from tests.crash.life import LEASE_MS, PATIENCE_S, SETTINGS, Case, Ended, Life, free_port, listed
+from tests.launcher import LOG
 from tests.processes import service_settings
 from tests.waiting import wait_until
 

@@ -13,7 +13,7 @@ import pytest
 from service.upstreams.sandbox.faults import read_faults
 from tests.crash.chaos.verdict import Seen, judge
 from tests.crash.chaos.weather import TROUBLES, Scale, acts, faults
-from tests.processes import ROOT, clean_environment
+from tests.environment import ROOT, clean_environment
 from tests.servers import missing, postgres_binaries
 
 SHORT = ("--tasks", "50", "--kills", "8", "--restarts", "1", "--seconds", "10", "--patience", "240")

@@ -23,10 +23,11 @@ import pytest
 
 from tests.api import JSON, got
 from tests.callbacks import connected
-from tests.crash.launcher import Launched, Launcher, launching
 from tests.crash.life import free_port, listed
 from tests.crash.load import PATIENCE_S, SECRET, TRY_S, loaded, sending, until
-from tests.processes import ADMIN_KEY, ROOT, Running, clean_environment, sandbox, service_settings
+from tests.environment import ROOT, clean_environment
+from tests.launcher import Launched, Launcher, launching
+from tests.processes import ADMIN_KEY, Running, sandbox, service_settings
 from tests.servers import missing
 from tests.waiting import wait_until
 

@@ -13,7 +13,8 @@ import pytest
 
 from tests.crash.group import PATIENCE_S, WEB, WORKER, ask, groups
 from tests.crash.load import loaded, sending
-from tests.processes import ROOT, Running, darkroom
+from tests.environment import ROOT
+from tests.processes import Running, darkroom
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(180)

@@ -22,9 +22,9 @@ from typing import Any
 
 from service.ids import PREFIXES
 from tests.api import SUBMIT
-from tests.crash.launcher import LOG
 from tests.durability.disk import Disk
 from tests.durability.trace import Call, Moment
+from tests.launcher import LOG
 
 TABLES = {PREFIXES["task"]: "tasks", PREFIXES["event"]: "events", PREFIXES["endpoint"]: "endpoints"}
 ID = re.compile(rb"(?<![a-z2-7_])(task_|evt_|ep_)[a-z2-7]{26}(?![a-z2-7])")

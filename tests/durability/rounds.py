@@ -17,11 +17,11 @@ import httpx
 from service.upstreams.sandbox import create_sandbox
 from tests.api import SUBMIT, got, order
 from tests.crash.bench import SANDBOX, Upstream
-from tests.crash.launcher import Launched, Launcher, launching
 from tests.crash.life import PATIENCE_S, free_port, listed, passing
 from tests.durability.disk import Coin, Disk, kept, lost
 from tests.durability.promises import Watch, callbacks_of
 from tests.durability.trace import Begun, Moment, moments, tracing
+from tests.launcher import Launched, Launcher, launching
 from tests.processes import ADMIN_KEY, service_settings
 from tests.waiting import wait_until
 from tests.world import Subscriber, answering, subscriber

@@ -22,7 +22,7 @@ from tests.durability.disk import Disk
 from tests.durability.promises import rows_of
 from tests.durability.rounds import SEEDS, Rounds, run
 from tests.durability.trace import SYNCS, moments, tracing
-from tests.processes import clean_environment
+from tests.environment import clean_environment
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -15,7 +15,7 @@ from service.folders import make_folder
 from service.resources import new_id
 from tests.durability.disk import Disk
 from tests.durability.trace import moments, tracing
-from tests.processes import clean_environment
+from tests.environment import clean_environment
 
 OPEN = """
 import asyncio, sys

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT, clean_environment
+from tests.environment import ROOT, clean_environment
 
 
 @pytest.mark.timeout(180)

@@ -19,7 +19,8 @@ from service.settings import Settings
 from service.web import activation
 from service.web.activation import inherited
 from tests.crash.life import free_port
-from tests.processes import ROOT, Running, clean_environment, service_settings
+from tests.environment import ROOT, clean_environment
+from tests.processes import Running, service_settings
 from tests.servers import missing
 from tests.waiting import wait_until
 

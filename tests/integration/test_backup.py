@@ -9,7 +9,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,15 @@ from service.upkeep.restoring import SEQUENCES
 from tests.api import ASYNC, JSON, UNTIL_DONE, got, submitted
 from tests.contract.subject import Clock, Subject, new_id
 from tests.disks import BALLAST, empty, fill, small_disk
-from tests.processes import ADMIN_KEY, clean_environment, darkroom, service_settings, started
+from tests.processes import ADMIN_KEY, darkroom, service_settings, started
 from tests.upstream import After, Upstream, document, picture
 from tests.waiting import wait_until
 from tests.world import answering, world
 
-# The program, killed before its so manieth rename of what is no draft of its own.
+# The process kills itself before rename number {number} of a file that is no draft of its own.
 KILLED = """
 import os, signal, sys
-number = [int(sys.argv.pop(1))]
+number = [{number}]
 
 def watch(event, arguments):
     if event == "os.rename" and (
@@ -44,21 +43,16 @@ def watch(event, arguments):
         number[0] -= 1
 
 sys.addaudithook(watch)
-from service.cli import main
-main()
 """
-# The program, broken off as it puts the key in its place.
+# The restoration breaks off as it puts the key in its place.
 BROKEN = """
-import builtins, sys
-error = getattr(builtins, sys.argv.pop(1))
+import sys
 
 def watch(event, arguments):
     if event == "os.rename" and ".restoring-secret.key" in str(arguments[0]):
-        raise error
+        raise {error}
 
 sys.addaudithook(watch)
-from service.cli import main
-main()
 """
 PRICE = {"credits_reserved": 2}
 
@@ -306,28 +300,19 @@ def test_a_store_that_is_there_is_refused_or_set_aside(folder: Path) -> None:
     assert darkroom("keys", "list", folder=folder).returncode == 0
 
 
-def test_a_restoration_that_is_killed_loses_nothing(folder: Path, tmp_path: Path) -> None:
+def test_a_restoration_that_is_killed_loses_nothing(folder: Path) -> None:
     """Before each of its renames: a start has the old store or the new one whole, or is told to do
     it again, which then succeeds.
     """
-    program = tmp_path / "killed.py"
-    program.write_text(KILLED)
     states: list[str] = []
     left = True
     while left:
         (data := folder / f"data-{len(states)}").mkdir()
         shutil.copytree(folder / "old", data, dirs_exist_ok=True)
         before = set(seen(data).values())
-        command = [sys.executable, str(program), str(len(states)), "restore", "kept", "--force"]
         given = {"DARKROOM_DATA_DIR": str(data)}
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env=clean_environment(given),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        prelude = KILLED.format(number=len(states))
+        done = darkroom("restore", "kept", "--force", folder=folder, prelude=prelude, **given)
         left = done.returncode == -signal.SIGKILL
         assert left or done.returncode == 0, done.stderr
         assert set(seen(data).values()) >= before, "nothing is overwritten"
@@ -346,9 +331,7 @@ def test_a_restoration_that_is_killed_loses_nothing(folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("reason", ["interrupted", "failed", "a damaged backup"])
-def test_a_restoration_that_breaks_off_leaves_word_of_it(
-    folder: Path, reason: str, tmp_path: Path
-) -> None:
+def test_a_restoration_that_breaks_off_leaves_word_of_it(folder: Path, reason: str) -> None:
     """However it ends between its renames, also the second time: no start begins an empty store."""
     data = folder / "data"
     (folder / "old").rename(data)
@@ -356,19 +339,8 @@ def test_a_restoration_that_breaks_off_leaves_word_of_it(
         (data / "darkroom.db").unlink()
         (data / ".restoring-darkroom.db").mkdir()
         next((folder / "kept/images").rglob("*.png")).write_bytes(b"no picture")
-    program = tmp_path / "broken.py"
-    program.write_text(BROKEN)
-    command = [
-        sys.executable,
-        str(program),
-        "KeyboardInterrupt" if reason == "interrupted" else "OSError",
-        "restore",
-        "kept",
-        "--force",
-    ]
-    done = subprocess.run(
-        command, cwd=folder, env=clean_environment({}), capture_output=True, text=True, check=False
-    )
+    prelude = BROKEN.format(error="KeyboardInterrupt" if reason == "interrupted" else "OSError")
+    done = darkroom("restore", "kept", "--force", folder=folder, prelude=prelude)
     assert done.returncode in (1, 130), done.stderr
     assert "a restoration was broken off" in refusal(folder, "migrate")
     assert not (data / "darkroom.db").exists()

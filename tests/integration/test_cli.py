@@ -23,15 +23,8 @@ import pytest
 import typer
 
 from service import VERSION, cli
-from tests.processes import (
-    ADMIN_KEY,
-    Running,
-    clean_environment,
-    darkroom,
-    sandbox,
-    service_settings,
-    started,
-)
+from tests.environment import clean_environment
+from tests.processes import ADMIN_KEY, Running, darkroom, sandbox, service_settings, started
 
 TASK = r"task_[a-z2-7]{26}"
 COMMANDS = [

@@ -21,8 +21,8 @@ from service.images import validator
 from service.images.inspect_image import NoPicture, Picture
 from service.images.validator import Examiner, examined, examining
 from tests.downloads import called, downloading, examiners, link, made, served
+from tests.environment import ROOT
 from tests.pictures import drawn
-from tests.processes import ROOT
 from tests.upstream import Upstream, picture
 from tests.waiting import wait_until
 

@@ -23,8 +23,9 @@ from starlette.routing import Route
 
 from tests.api import SUBMIT, order
 from tests.bench.acknowledgement import SECRET_KEY, prepare
+from tests.environment import clean_environment
 from tests.overload import callback
-from tests.processes import ADMIN_KEY, Running, clean_environment, service_settings, started
+from tests.processes import ADMIN_KEY, Running, service_settings, started
 from tests.waiting import wait_until
 from tests.world import answering
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from service.queue.checkpoints import ARMED, Shot, checkpoint, shots
-from tests.processes import clean_environment
+from tests.environment import clean_environment
 
 
 def test_nothing_is_armed_without_its_variable() -> None:

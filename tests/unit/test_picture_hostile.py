@@ -12,9 +12,9 @@ import pytest
 
 from service.ids import EXTENSIONS
 from service.images.inspect_image import KINDS
+from tests.environment import ROOT, clean_environment
 from tests.judge import BROKEN
 from tests.pictures import bombs, samples
-from tests.processes import ROOT, clean_environment
 
 MAX_PIXELS = 1 << 22
 PIXEL = 24  # bytes, as the README says

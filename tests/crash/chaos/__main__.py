@@ -24,7 +24,7 @@ from tests.bench.load import percentile
 from tests.crash.chaos.storm import LAYOUTS, logs, storms
 from tests.crash.chaos.verdict import Verdict, judge, seen
 from tests.crash.chaos.weather import Scale
-from tests.processes import ROOT
+from tests.environment import ROOT
 from tests.servers import postgres_binaries, postgres_running
 
 NAMES = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from tests.crash.launcher import Launched, Launcher
+from tests.launcher import Launched, Launcher
 from tests.servers import postgres_binaries
 from tests.waiting import wait_until
 

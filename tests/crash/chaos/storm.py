@@ -20,8 +20,9 @@ from tests.crash.chaos.door import Door, kept_port
 from tests.crash.chaos.members import Member, restart
 from tests.crash.chaos.upstream import upstream
 from tests.crash.chaos.weather import Act, Scale, acts, faults
-from tests.crash.launcher import launching
-from tests.processes import ADMIN_KEY, START_S, service_settings
+from tests.environment import START_S
+from tests.launcher import launching
+from tests.processes import ADMIN_KEY, service_settings
 from tests.waiting import wait_until
 from tests.world import Received, Subscriber, subscriber
 

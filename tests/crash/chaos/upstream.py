@@ -25,7 +25,8 @@ from service.ops import logging
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from service.web.server import Server, bind, listening, stopping
 from tests.api import SUBMIT
-from tests.processes import LOOPBACK, UPSTREAM_KEY, clean_environment
+from tests.environment import clean_environment
+from tests.processes import LOOPBACK, UPSTREAM_KEY
 
 POSTS = "/chaos/posts"
 DELAY_S = 0.5

@@ -1,0 +1,243 @@
+"""Starts services by the dozen: `python -m tests.launcher` imports the program once and forks
+itself for each command.
+
+A fork is an ordinary process that runs `darkroom` with the given arguments from its first line.
+Only the second that the imports take is saved. Each line of input is a request and each line of
+output its answer. `{"start": {...}}` is answered with a pid, `{"poll": pid}` with an exit code or
+null. The launcher ends with its input and kills the processes that still run.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tests.environment import STOP_S, clean_environment
+
+LOG = "service.log"
+
+
+class Launcher:
+    """The requesting end."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+        self._lock = threading.Lock()
+
+    def ask(self, **request: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._lock:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
+
+    def start(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        stdout: str,
+        stderr: str,
+        prelude: str = "",
+    ) -> int:
+        """The pid of a `darkroom` with these arguments, whose output goes to the named files.
+
+        The process executes the Python text `prelude` before the program.
+        """
+        request = {
+            "arguments": list(arguments),
+            "folder": str(folder),
+            "environment": dict(environment),
+            "stdout": stdout,
+            "stderr": stderr,
+            "prelude": prelude,
+        }
+        pid: int = self.ask(start=request)
+        return pid
+
+
+class Forked:
+    """A process that a launcher started, with the methods of `subprocess.Popen` that tests use."""
+
+    def __init__(self, launcher: Launcher, pid: int) -> None:
+        self._launcher = launcher
+        self._code: int | None = None
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        if self._code is None:
+            self._code = self._launcher.ask(poll=self.pid)
+        return self._code
+
+    def wait(self, timeout: float) -> int:
+        """Its exit code. TimeoutExpired if it runs longer than `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(["darkroom"], timeout)
+            time.sleep(0.005)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+@contextmanager
+def launching(
+    *before: str, sockets: Sequence[int] = (), coverage: bool = False
+) -> Iterator[Launcher]:
+    """Runs a launcher, under the command `before` if there is one (a tracer).
+
+    A process may be handed a descriptor of `sockets` by `HANDED`. Without `coverage` the processes
+    are not measured.
+    """
+    environment = clean_environment({})
+    if not coverage:
+        environment = {
+            name: value for name, value in environment.items() if not name.startswith("COVERAGE_")
+        }
+    command = [*before, sys.executable, "-m", "tests.launcher"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, env=environment, text=True, stdin=pipe, stdout=pipe, pass_fds=sockets
+    ) as process:
+        try:
+            yield Launcher(process)
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait(STOP_S)
+
+
+class Launched:
+    """A `darkroom serve`, or what else the arguments say, with what it has printed so far in
+    `log`.
+    """
+
+    def __init__(
+        self, launcher: Launcher, folder: Path, environment: Mapping[str, str], *arguments: str
+    ) -> None:
+        self.log = folder / LOG
+        self.log.touch()
+        self._from = self.log.stat().st_size
+        self.pid = launcher.start(
+            arguments or ["serve"],
+            folder,
+            clean_environment(environment),
+            str(self.log),
+            str(self.log),
+        )
+        self._process = Forked(launcher, self.pid)
+
+    def signal(self, number: int) -> None:
+        assert self.code is None, self.printed
+        os.kill(self.pid, number)
+
+    @property
+    def printed(self) -> str:
+        return self.log.read_bytes()[self._from :].decode()
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code, None while it lives."""
+        return self._process.poll()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether SIGSTOP has it."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].startswith("T")
+
+
+def run(
+    arguments: Sequence[str],
+    folder: str,
+    environment: Mapping[str, str],
+    stdout: str,
+    stderr: str,
+    prelude: str,
+) -> NoReturn:
+    """Runs the program in the forked process. `stdout` and `stderr` may be named pipes."""
+    from service.cli import main
+    from service.queue import checkpoints, leases, worker
+
+    random.seed()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    checkpoints.ARMED.update(checkpoints.shots(os.environ))  # as at the import
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    out = os.open(stdout, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(out, 1)
+    same = stdout == stderr
+    os.dup2(out if same else os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
+    sys.stdout = os.fdopen(1, "w", closefd=False)  # the inherited objects know other files
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    if "DARKROOM_TEST_LEASE_MS" in environment:  # half a minute is long for a test
+        lease_ms = int(environment["DARKROOM_TEST_LEASE_MS"])
+        vars(leases)["LEASE_MS"], vars(worker)["RENEW_S"] = lease_ms, lease_ms / 3000
+    if "HANDED" in environment:  # as systemd does it
+        os.dup2(int(environment["HANDED"]), 3)
+        os.environ |= {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}
+    sys.argv = ["darkroom", *arguments]
+    code = 1
+    try:
+        exec(prelude, {})
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # noqa: BLE001 - as the interpreter does at its end
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def launch() -> None:
+    import asyncpg  # noqa: F401
+    import uvloop  # noqa: F401
+
+    import service.app
+    import service.ops.logging
+    import service.web.server  # noqa: F401
+
+    codes: dict[int, int | None] = {}
+    answer: int | None
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            pid = os.fork()
+            if pid == 0:
+                run(**request["start"])
+            codes[pid], answer = None, pid
+        else:
+            pid = request["poll"]
+            if codes[pid] is None:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                codes[pid] = os.waitstatus_to_exitcode(status) if done else None
+            answer = codes[pid]
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    for pid, code in codes.items():
+        if code is None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+if __name__ == "__main__":
+    launch()
