@@ -116,6 +116,17 @@ def faults_table() -> str:
     return "\n".join(rows)
 
 
+def decisions_table() -> str:
+    """Every decision, by its number and title."""
+    rows = ["| | decision |", "|---|---|"]
+    for path in sorted((DOCS / "decisions").glob("*.md")):
+        number, _, title = (
+            path.read_text("utf-8").splitlines()[0].removeprefix("# ").partition(". ")
+        )
+        rows.append(f"| {number} | [{title}](decisions/{path.name}) |")
+    return "\n".join(rows)
+
+
 def documented(fields: str) -> set[str]:
     """The names in a log line's row."""
     return set(re.findall(r"`([a-z_0-9]+)`", fields))
@@ -131,6 +142,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[], str]]] = MappingProxyType(
         "metrics": ("observability.md", metrics_table),
         "faults": ("sandbox.md", faults_table),
         "checkpoints": ("reliability.md", checkpoints_table),
+        "decisions": ("decisions.md", decisions_table),
     }
 )
 
