@@ -8,7 +8,7 @@ COPY requirements.lock ./
 RUN pip --python /venv/bin/python install --no-deps --require-hashes -r requirements.lock
 COPY requirements-build.lock ./
 RUN pip install --no-deps --require-hashes -r requirements-build.lock
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY service ./service
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheel . \
  && pip --python /venv/bin/python install --no-index --no-deps /wheel/*.whl \

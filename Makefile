@@ -15,14 +15,18 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test check bench chaos pictures lock clean
+.PHONY: help setup demo dev test check bench chaos pictures lock sbom clean
 
 help:
-	@echo "make demo    see it work: an upstream, the service and a subscriber on this machine"
-	@echo "make dev     a service on its own sandbox upstream, to try requests on"
-	@echo "make test    the tests; make check: lint, types, import rules and tests as CI runs them"
-	@echo "make setup   the environments alone; make bench: the benchmark; make lock: new locks"
-	@echo "make chaos   processes are killed and paused under load: two minutes, then what was lost or doubled"
+	@echo "make demo     show it at work: an upstream, the service and a subscriber on this machine"
+	@echo "make dev      serve on a sandbox upstream, to try requests on"
+	@echo "make test     run all tests"
+	@echo "make check    run what CI runs: lint, types, import rules, all tests, coverage"
+	@echo "make bench    measure, and print the tables of the benchmarks"
+	@echo "make chaos    kill and pause processes under load, and look for what is lost or doubled"
+	@echo "make setup    create .venv and nothing else"
+	@echo "make lock     write the locks; make sbom: list all packages as CycloneDX"
+	@echo "make clean    remove .venv, caches and the files of the demo"
 
 setup: $(VENV)/.run $(VENV)/.dev $(VENV)/.node
 
@@ -53,6 +57,10 @@ check: $(VENV)/.dev $(VENV)/.node
 # The image library's own test pictures, hostile ones among them: they come with its sources, checked by the hash in the lock.
 pictures: $(VENV)/.pictures
 
+sbom: $(VENV)/.dev
+	@$(BIN)/python deploy/sbom.py >sbom.json
+	@echo "sbom.json lists the packages of requirements.lock"
+
 # Newest versions: make lock ARGS=--upgrade. The packages for JavaScript: npm install --prefix tests/consumers \
 # --package-lock-only --omit-lockfile-registry-resolved
 lock:
@@ -61,7 +69,7 @@ lock:
 	$(COMPILE) --group build --constraint requirements-dev.lock --output-file requirements-build.lock
 
 clean:
-	rm -rf $(VENV) demo-data .coverage .coverage.* htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) sbom.json demo-data .coverage .coverage.* htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 # Each stamp is written last: a set-up that was broken off is done again.
 

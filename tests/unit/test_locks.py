@@ -2,15 +2,16 @@
 
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, requires, version
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.metadata import requires
+from typing import Any
 
 import pytest
-from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from deploy.sbom import applies, installed, locked
 from tests.environment import ROOT
 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -25,19 +26,7 @@ WANTED = {
     "requirements-build.lock": GROUPS["build"],
 }
 
-
-def locked(lock: str) -> list[Requirement]:
-    """The packages that a lock file pins."""
-    return [Requirement(line) for line in re.findall(r"^(\S.*) \\$", lock, re.MULTILINE)]
-
-
-def applies(
-    requirement: Requirement, environment: Mapping[str, str], extras: Iterable[str] = ()
-) -> bool:
-    marker = requirement.marker
-    return marker is None or any(
-        marker.evaluate({**environment, "extra": extra}) for extra in ("", *extras)
-    )
+told = cache(requires)
 
 
 def problems(lock: str, wanted: Sequence[str], python: str | None = None) -> Iterator[str]:
@@ -46,21 +35,15 @@ def problems(lock: str, wanted: Sequence[str], python: str | None = None) -> Ite
     The installed packages tell their requirements. For another Python the lock may pin another
     version of a package. It is not installed here, so its requirements are unknown.
     """
-    environment = cast("dict[str, str]", default_environment())
-    if python:
-        environment |= {"python_version": python, "python_full_version": f"{python}.0"}
-    pins = {canonicalize_name(pin.name): pin for pin in locked(lock) if applies(pin, environment)}
+    environment = {"python_version": python, "python_full_version": f"{python}.0"} if python else {}
+    pins = {pin.name: pin for pin in locked(lock) if applies(pin, (), environment)}
     required = [("the project", Requirement(text)) for text in wanted]
     for name, pin in pins.items():
-        try:
-            same = pin.specifier.contains(version(name), prereleases=True)
-        except PackageNotFoundError:
-            same = False
-        if same:
+        if installed(pin):
             required += [
                 (name, requirement)
-                for requirement in map(Requirement, requires(name) or ())
-                if applies(requirement, environment, pin.extras)
+                for requirement in map(Requirement, told(name) or ())
+                if applies(requirement, pin.extras, environment)
             ]
         elif not python:
             yield f"{pin} is not installed"
