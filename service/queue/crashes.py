@@ -112,12 +112,7 @@ def _dead_letter(tx: Transaction, lease: Lease, cause: str) -> None:
         finish_if_done(tx, task)
     else:
         task = lock(tx, [lease.key])[lease.key]
-        if State(task["state"]) in (
-            State.QUEUED,
-            State.SUBMITTING,
-            State.UNCERTAIN,
-            State.SUBMITTED,
-        ):
+        if task.state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN, State.SUBMITTED):
             forget_downloads(tx, lease.key)
             error = {
                 "code": "internal_error",

@@ -9,7 +9,6 @@ from typing import Any
 from sqlalchemy import BindParameter, Select, and_, bindparam, case, or_, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from service.db.paging import Row
 from service.db.tables import QUEUES, ZERO, Queue, counters, endpoints, sinks
 from service.db.transaction import Lease, Transaction
 
@@ -54,18 +53,22 @@ def enqueue(tx: Transaction, stage: str, key: str, *, behind: bool = False) -> d
     return {queue.prefix + name: value for name, value in values.items()}
 
 
-def requeue(tx: Transaction, stage: str, key: str, row: Row) -> dict[str, Any]:
+def _value(row: object, name: str) -> Any:
+    return row[name] if isinstance(row, Mapping) else getattr(row, name)
+
+
+def requeue(tx: Transaction, stage: str, key: str, row: object) -> dict[str, Any]:
     """New values of a row that wants work now, whatever was planned; like `born`, unless somebody
     works on it already.
     """
     queue = QUEUES[stage]
     prefix = queue.prefix
     values: dict[str, Any] = {"due_at": tx.now, "attempts": 0}
-    until = row[prefix + "lease_until"]
+    until = _value(row, prefix + "lease_until")
     if until is not None and tx.now < until:
         del values["attempts"]
     elif take_slot(tx, stage):
-        fence = row[prefix + "fence"] + 1
+        fence = _value(row, prefix + "fence") + 1
         values |= {
             "lease_until": tx.now + LEASE_MS,
             "lease_owner": tx.process,
@@ -92,10 +95,13 @@ def release(stage: str, due_at: int | None, **more: Any) -> dict[str, Any]:
     return {QUEUES[stage].prefix + name: value for name, value in values.items()}
 
 
-def holds(lease: Lease, row: Row) -> bool:
+def holds(lease: Lease, row: object) -> bool:
     """Whether the row is still leased under this lease."""
     prefix = QUEUES[lease.stage].prefix
-    return bool(row[prefix + "fence"] == lease.fence and row[prefix + "lease_until"] is not None)
+    return bool(
+        _value(row, prefix + "fence") == lease.fence
+        and _value(row, prefix + "lease_until") is not None
+    )
 
 
 def claim(tx: Transaction, stages: Sequence[str]) -> list[int]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import structlog
 
-from service.db.paging import Row
 from service.errors import ApiError, EgressRefused, NotConnected
 from service.events import secrets
 from service.ids import PREFIXES
@@ -21,10 +20,10 @@ from service.resources import Resources
 from service.signing import canonical_json, new_secret
 from service.strict_json import JSON
 from service.tasks import task_queries
-from service.tasks.document import Task
 from service.tasks.new_tasks import NewTask, insert_tasks
 from service.tasks.owner_keys import NewOwner, insert_owners
-from service.tasks.state import TERMINAL, State
+from service.tasks.rows import ImageRow, TaskRow
+from service.tasks.state import State
 from service.upstreams.catalogue import Catalogue
 
 log = structlog.get_logger()
@@ -140,18 +139,18 @@ class Intake:
         if row is None and admin and not named.startswith(PREFIXES["task"]):
             return body  # from before us or from elsewhere
         param = "model_params.task_id"
-        if row is None or (row["upstream_id"] is None and State(row["state"]) in TERMINAL):
+        if row is None or (row.upstream_id is None and row.terminal):
             raise ApiError(
                 400, "invalid_parameter", f"{param} names no submitted task of yours", param=param
             )
-        if row["upstream_id"] is None:
+        if row.upstream_id is None:
             raise ApiError(
                 409,
                 "task_not_submitted",
                 f"{param} names a task that the upstream does not have yet",
                 param=param,
             )
-        return {**body, "model_params": {**body["model_params"], "task_id": row["upstream_id"]}}
+        return {**body, "model_params": {**body["model_params"], "task_id": row.upstream_id}}
 
     def _task(
         self, owner: str, body: JSON, upstream_body: JSON, idempotency_key: str | None, digest: str
@@ -212,18 +211,18 @@ def check_metadata(metadata: object) -> None:
         )
 
 
-def attempted(task: Task, row: Row) -> bool:
+def attempted(row: TaskRow) -> bool:
     """Whether the first submission has an outcome."""
-    return row["submit_outcomes"] > 0 or task.state not in (State.QUEUED, State.SUBMITTING)
+    return row.submit_outcomes > 0 or row.state not in (State.QUEUED, State.SUBMITTING)
 
 
-def ended(task: Task, _: Row) -> bool:
-    return task.terminal
+def ended(row: TaskRow) -> bool:
+    return row.terminal
 
 
 async def wait_for(
-    resources: Resources, task_id: str, done: Callable[[Task, Row], bool], seconds: float
-) -> tuple[Task, Row]:
+    resources: Resources, task_id: str, done: Callable[[TaskRow], bool], seconds: float
+) -> tuple[TaskRow, list[ImageRow]]:
     """The task once `done` says so, or as it is after the time or when the process stops."""
     signals = resources.store.signals
     clock = asyncio.get_running_loop().time
@@ -235,6 +234,6 @@ async def wait_for(
             if found is None:
                 raise ApiError(404, "task_not_found", "the task was deleted meanwhile")
             left = deadline - clock()
-            if done(*found) or left <= 0 or signals.stopping:
+            if done(found[0]) or left <= 0 or signals.stopping:
                 return found
             await signals.wait(changed, min(left, LOOK_S))

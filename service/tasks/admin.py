@@ -10,9 +10,10 @@ from sqlalchemy import select
 from service.db.tables import images, tasks
 from service.db.transaction import Transaction
 from service.queue import leases
+from service.tasks.rows import TaskRow, image_rows, select_images
 from service.tasks.state import State
 from service.tasks.submissions import end_uncertain
-from service.tasks.transitions import Row, ask, change, lock, submitted
+from service.tasks.transitions import ask, change, lock, submitted
 from service.upstreams.base import Report
 
 
@@ -43,37 +44,37 @@ def resolve_tasks(tx: Transaction, items: Sequence[Resolution]) -> list[str | No
     return results
 
 
-def _resolve(tx: Transaction, row: Row, item: Resolution) -> str | None:
-    state = State(row["state"])
+def _resolve(tx: Transaction, row: TaskRow, item: Resolution) -> str | None:
+    state = row.state
     if state is not State.UNCERTAIN and not (item.upstream_id and _nameless(row)):
         return state.value
     if item.upstream_id is not None:
         taken = select(tasks.c.id).where(
-            tasks.c.upstream == row["upstream"], tasks.c.upstream_id == item.upstream_id
+            tasks.c.upstream == row.upstream, tasks.c.upstream_id == item.upstream_id
         )
-        if tx.connection.scalar(taken.where(tasks.c.id != row["id"])) is not None:
+        if tx.connection.scalar(taken.where(tasks.c.id != row.id)) is not None:
             return "taken"
         submitted(tx, row, item.upstream_id, "hand", Report(upstream_id=item.upstream_id), None)
         tx.write()  # the next item may name the same id
         ask(tx, row)
     elif item.resubmit:
-        change(tx, row, resubmit=True, **leases.requeue(tx, "submit", row["id"], row))
+        change(tx, row, resubmit=True, **leases.requeue(tx, "submit", row.id, row))
     else:
         end_uncertain(tx, row)
     return None
 
 
-def _nameless(row: Row) -> bool:
+def _nameless(row: TaskRow) -> bool:
     """Whether a task that is not uncertain may be given an id: it may have been created before it
     was given up, or has one by hand.
     """
-    parked = row["error"] is not None and row["error"]["code"] == "internal_error"
+    parked = row.error is not None and row.error["code"] == "internal_error"
     given_up = (
-        row["state"] == State.FAILED
-        and row["upstream_id"] is None
-        and (row["doubted_at"] is not None or parked)
+        row.state == State.FAILED
+        and row.upstream_id is None
+        and (row.doubted_at is not None or parked)
     )
-    return given_up or row["upstream_id_from"] == "hand"
+    return given_up or row.upstream_id_from == "hand"
 
 
 def reconcile_tasks(tx: Transaction, items: Sequence[str]) -> list[str | None]:
@@ -84,18 +85,13 @@ def reconcile_tasks(tx: Transaction, items: Sequence[str]) -> list[str | None]:
     results: list[str | None] = []
     for task_id in items:
         row = rows.get(task_id)
-        if row is None or row["upstream_id"] is None:
+        if row is None or row.upstream_id is None:
             results.append("unsubmitted" if row else "missing")
             continue
         ask(tx, row)
         tx.write()  # what is granted here is granted once, though the same task be named twice
-        pending = (
-            select(images)
-            .where(images.c.task_id == task_id, images.c.state == "pending")
-            .order_by(images.c.id)
-            .with_for_update()
-        )
-        for image in tx.connection.execute(pending).mappings().all():
-            tx.change(images, image["id"], leases.requeue(tx, "download", image["id"], image))
+        pending = select_images(images.c.task_id == task_id, images.c.state == "pending")
+        for image in image_rows(tx.connection, pending.order_by(images.c.id).with_for_update()):
+            change(tx, image, **leases.requeue(tx, "download", image.id, image))
         results.append(None)
     return results

@@ -25,18 +25,18 @@ def cancel_tasks(tx: Transaction, items: Sequence[Cancellation]) -> list[str | N
     results: list[str | None] = []
     for item in items:
         row = rows.get(item.task_id)
-        if row is None or item.owner not in (None, row["owner"]):
+        if row is None or item.owner not in (None, row.owner):
             results.append("missing")
-        elif State(row["state"]) in TERMINAL:
-            results.append(str(row["state"]))
+        elif row.state in TERMINAL:
+            results.append(str(row.state))
         else:
             error = {
                 "code": "request_cancelled",
                 "message": "cancelled by its owner",
                 "type": "task_error",
             }
-            asked = row["settle_due_at"] if row["upstream_id"] is not None else None
-            tx.connection.execute(delete(images).where(images.c.task_id == row["id"]))
+            asked = row.settle_due_at if row.upstream_id is not None else None
+            tx.connection.execute(delete(images).where(images.c.task_id == row.id))
             end(tx, row, State.CANCELLED, error)
             change(tx, row, settle_due_at=asked)  # what it cost is still recorded
             results.append(None)

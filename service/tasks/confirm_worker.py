@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import structlog
 
-from service.db.paging import Row
 from service.db.transaction import Lease
 from service.errors import NoPlace
 from service.queue import leases
@@ -14,6 +13,7 @@ from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.tasks import task_queries
 from service.tasks.reconcile import Plan
+from service.tasks.rows import TaskRow
 from service.tasks.settling import Settlement, record_settlements
 from service.tasks.state import TERMINAL, State
 from service.upstreams.base import Found, NoAnswer, NotFound, QueryOutcome, Report
@@ -42,7 +42,7 @@ class Settler:
     async def run(self, lease: Lease) -> None:
         found = await self.resources.store.read(task_queries.settling, lease.key)
         if found is None or (
-            found[0]["upstream_id"] is None and State(found[0]["state"]) is not State.SUBMITTED
+            found[0].upstream_id is None and found[0].state is not State.SUBMITTED
         ):
             await self.resources.store.write(leases.done, lease)
             return
@@ -53,12 +53,12 @@ class Settler:
         if believed:
             answer = Found(believed)
         elif (
-            row["upstream_id"] is None
+            row.upstream_id is None
         ):  # another task proved that the id was its own: nobody to ask, until its own answer comes
             answer = NotFound()
         else:
             try:
-                answer = await self._query(lease, row["upstream_id"])
+                answer = await self._query(lease, row.upstream_id)
             except NoPlace:
                 await self.resources.store.write(leases.give_back, lease)
                 return
@@ -78,7 +78,7 @@ class Settler:
         settlement = Settlement(
             lease,
             report,
-            requests=row["settle_requests"],
+            requests=row.settle_requests,
             wait_ms=wait_ms,
             result_ttl_ms=round(self.result_ttl_s * 1000),
             expires_ms=round(self.task_ttl_s * 1000) if isinstance(answer, NotFound) else None,
@@ -89,12 +89,12 @@ class Settler:
             recorded is not None
             and report is not None
             and report.final
-            and State(row["state"]) not in TERMINAL
+            and row.state not in TERMINAL
         ):
             log.info(
                 "task.confirmed",
-                owner=row["owner"],
-                upstream_id=row["upstream_id"],
+                owner=row.owner,
+                upstream_id=row.upstream_id,
                 status=report.status,
                 results=len(report.results),
             )
@@ -111,18 +111,18 @@ class Settler:
             heard(answer)
         return answer
 
-    def _believed(self, row: Row, callback: Row | None) -> Report | None:
+    def _believed(self, row: TaskRow, callback: bytes | None) -> Report | None:
         """What the first callback said, where no query is wanted and nothing contradicted it
         yet.
         """
         if (
             self.confirm
             or callback is None
-            or row["settle_requests"] != 1
-            or State(row["state"]) is not State.SUBMITTED
+            or row.settle_requests != 1
+            or row.state is not State.SUBMITTED
         ):
             return None
-        return self.resources.upstream.read_callback(callback["body"])
+        return self.resources.upstream.read_callback(callback)
 
 
 def _word(answer: QueryOutcome) -> str:

@@ -14,8 +14,9 @@ from sqlalchemy import select, update
 from service.db.tables import tasks
 from service.db.transaction import Lease, Transaction
 from service.queue import leases
+from service.tasks.rows import TaskRow
 from service.tasks.state import State
-from service.tasks.transitions import Row, change, lock
+from service.tasks.transitions import change, lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +45,15 @@ def hold_submissions(tx: Transaction, items: Sequence[Hold]) -> list[bool]:
     return results
 
 
-def _held(tx: Transaction, row: Row, item: Hold) -> dict[str, Any]:
-    state, give_up_at, due_at = (
-        State(row["state"]),
-        row["created_at"] + item.give_up_ms,
-        tx.now + item.wait_ms,
-    )
+def _held(tx: Transaction, row: TaskRow, item: Hold) -> dict[str, Any]:
+    state, give_up_at, due_at = (row.state, row.created_at + item.give_up_ms, tx.now + item.wait_ms)
     if state not in (State.QUEUED, State.UNCERTAIN):  # cancelled meanwhile, or proved to be there
-        return leases.release("submit", row["submit_due_at"])
+        return leases.release("submit", row.submit_due_at)
     if state is State.QUEUED and tx.now < give_up_at:
         due_at = min(due_at, give_up_at)
-    more = {"lease_owner": tx.process, "attempts": row["submit_attempts"] - 1}
+    more = {"lease_owner": tx.process, "attempts": row.submit_attempts - 1}
     return leases.release("submit", due_at, **more) | {
-        "submit_outcomes": max(1, row["submit_outcomes"])
+        "submit_outcomes": max(1, row.submit_outcomes)
     }
 
 

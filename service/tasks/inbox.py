@@ -12,8 +12,9 @@ from service.db.tables import callbacks, tasks
 from service.db.transaction import Transaction
 from service.events import outbox
 from service.tasks.results import anticipate
+from service.tasks.rows import TaskRow
 from service.tasks.state import TERMINAL, State
-from service.tasks.transitions import Row, ask, change, fill, lock, submitted
+from service.tasks.transitions import ask, change, fill, lock, submitted
 from service.upstreams.base import Report, Status, outcome_digest
 
 # distinct callbacks of one task, and the first terminal one; further ones are answered and counted
@@ -70,7 +71,7 @@ def accept_callbacks(tx: Transaction, items: Sequence[Callback]) -> list[Verdict
     return verdicts
 
 
-def _taken(tx: Transaction, items: Sequence[Callback], rows: dict[str, Row]) -> dict[str, str]:
+def _taken(tx: Transaction, items: Sequence[Callback], rows: dict[str, TaskRow]) -> dict[str, str]:
     """Which task has an upstream id that a callback names for a task without one."""
     names = {
         (item.upstream, item.report.upstream_id)
@@ -78,7 +79,7 @@ def _taken(tx: Transaction, items: Sequence[Callback], rows: dict[str, Row]) -> 
         if item.report
         and item.report.upstream_id
         and item.task_id in rows
-        and rows[item.task_id]["upstream_id"] is None
+        and rows[item.task_id].upstream_id is None
     }
     if not names:
         return {}
@@ -88,7 +89,9 @@ def _taken(tx: Transaction, items: Sequence[Callback], rows: dict[str, Row]) -> 
     return {row.upstream_id: row.id for row in tx.connection.execute(statement)}
 
 
-def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[str, str]) -> Verdict:
+def _judge(
+    tx: Transaction, row: TaskRow, kept: Kept, item: Callback, taken: dict[str, str]
+) -> Verdict:
     report = item.report
     if any(callback["id"] == item.id for callback in kept.values()):  # this very call, run again
         return _verdict(
@@ -101,17 +104,13 @@ def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[st
             ask(tx, row)
         return _verdict("unreadable", item, row)
     named = report.upstream_id
-    if named and (
-        taken.get(named, row["id"]) != row["id"] or row["upstream_id"] not in (None, named)
-    ):
+    if named and (taken.get(named, row.id) != row.id or row.upstream_id not in (None, named)):
         digest = outcome_digest(report.status, report.results, named)
-        return _conflict(
-            tx, row, kept, item, digest, f"names {named}, known is {row['upstream_id']}"
-        )
+        return _conflict(tx, row, kept, item, digest, f"names {named}, known is {row.upstream_id}")
     digest = outcome_digest(report.status, report.results)
     first = next((callback["digest"] for callback in kept.values() if callback["first"]), None)
-    if named and row["upstream_id"] is None:
-        taken[named] = row["id"]
+    if named and row.upstream_id is None:
+        taken[named] = row.id
         submitted(tx, row, named, "callback", report, None)
         if not report.final or first == digest:
             ask(
@@ -124,13 +123,12 @@ def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[st
         _keep(tx, row, kept, item, digest, "accepted")
         _progress(tx, row, report)
         return _verdict("accepted", item, row)
-    settled = row["settled_digest"]
+    settled = row.settled_digest
     if settled is None and first is None:
         _keep(tx, row, kept, item, digest, "accepted", first=True)
         change(tx, row, called_back_at=tx.now)
         wanted = (
-            State(row["state"]) in (State.SUBMITTED, State.FAILED, State.EXPIRED)
-            and row["erased_at"] is None
+            row.state in (State.SUBMITTED, State.FAILED, State.EXPIRED) and row.erased_at is None
         )
         if report.status is Status.COMPLETED and wanted:
             anticipate(tx, row, report.results, item.result_ttl_ms)
@@ -139,7 +137,7 @@ def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[st
     agrees = (
         digest == first
         if settled is None
-        else digest == settled or (digest == first and report.status == row["upstream_status"])
+        else digest == settled or (digest == first and report.status == row.upstream_status)
     )
     if agrees:  # the first callback still agrees when only the links were others than the query's
         _keep(tx, row, kept, item, digest, "duplicate", first=True if first is None else None)
@@ -148,23 +146,23 @@ def _judge(tx: Transaction, row: Row, kept: Kept, item: Callback, taken: dict[st
 
 
 def _conflict(
-    tx: Transaction, row: Row, kept: Kept, item: Callback, digest: str, reason: str
+    tx: Transaction, row: TaskRow, kept: Kept, item: Callback, digest: str, reason: str
 ) -> Verdict:
     if callback_id := _keep(tx, row, kept, item, digest, "conflict"):
         ask(tx, row)
         data = {
-            "task_id": row["id"],
+            "task_id": row.id,
             "callback_id": callback_id,
-            "upstream_id": row["upstream_id"],
+            "upstream_id": row.upstream_id,
             "reason": reason,
         }
-        outbox.emit_operators(tx, "callback.conflict", data, task_id=row["id"])
+        outbox.emit_operators(tx, "callback.conflict", data, task_id=row.id)
     return _verdict("conflict", item, row)
 
 
 def _keep(
     tx: Transaction,
-    row: Row,
+    row: TaskRow,
     kept: Kept,
     item: Callback,
     digest: str,
@@ -191,8 +189,8 @@ def _keep(
         return str(known["id"]) if turned else None
     callback = {
         "id": item.id,
-        "task_id": row["id"],
-        "owner": row["owner"],
+        "task_id": row.id,
+        "owner": row.owner,
         "received_at": tx.now,
         "last_seen_at": tx.now,
         "count": 1,
@@ -201,20 +199,20 @@ def _keep(
         "upstream_id": item.report.upstream_id if item.report else None,
         "digest": digest,
         "first": first,
-        "body": item.body if row["erased_at"] is None else b"",
+        "body": item.body if row.erased_at is None else b"",
     }
     kept[digest] = callback
     tx.insert(callbacks, callback)
     return item.id
 
 
-def _progress(tx: Transaction, row: Row, report: Report) -> None:
+def _progress(tx: Transaction, row: TaskRow, report: Report) -> None:
     values = fill(row, report)
-    if report.status is Status.PROCESSING and State(row["state"]) is State.SUBMITTED:
+    if report.status is Status.PROCESSING and row.state is State.SUBMITTED:
         values["upstream_status"] = Status.PROCESSING.value
-    if values and State(row["state"]) not in TERMINAL:
+    if values and row.state not in TERMINAL:
         change(tx, row, **values)
 
 
-def _verdict(verdict: str, item: Callback, row: Row) -> Verdict:
-    return Verdict(verdict, item.id, row["owner"], row["upstream_id"])
+def _verdict(verdict: str, item: Callback, row: TaskRow) -> Verdict:
+    return Verdict(verdict, item.id, row.owner, row.upstream_id)

@@ -12,7 +12,6 @@ from service.queue import leases
 from service.strict_json import JSON
 from service.tasks.fair_queue import Turns
 from service.tasks.state import State
-from service.tasks.transitions import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ def _known(tx: Transaction, items: Sequence[NewTask]) -> dict[Any, Inserted]:
     return known
 
 
-def _new_row(tx: Transaction, item: NewTask, turns: Turns) -> Row:
+def _new_row(tx: Transaction, item: NewTask, turns: Turns) -> dict[str, Any]:
     return {
         "id": item.id,
         "owner": item.owner,

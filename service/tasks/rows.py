@@ -1,56 +1,143 @@
-"""Rows of tasks and images as records."""
+"""Rows of the tables `tasks` and `images` as typed, mutable records."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from sqlalchemy import and_
+from sqlalchemy import Connection, Select, and_, select
 
-from service.db.paging import Row
-from service.db.tables import images as image_rows
-from service.tasks.document import Image, Task
-from service.tasks.state import State
+from service.db.tables import images as image_table
+from service.db.tables import tasks as task_table
+from service.strict_json import JSON
+from service.tasks.state import TERMINAL, State
 from service.upstreams.base import Status
 
-counts = and_(
-    image_rows.c.state == "stored", image_rows.c.confirmed
-)  # what only a callback named is shown to nobody
+
+@dataclass(slots=True)
+class TaskRow:
+    """A row of `tasks`, one attribute per column. `db.tables` says what each column means."""
+
+    id: str
+    owner: str
+    upstream: str
+    model: str
+    state: State
+    created_at: int
+    upstream_id: str | None = None
+    upstream_id_from: str | None = None
+    upstream_status: Status | None = None
+    settled_digest: str | None = None
+    submitted_at: int | None = None
+    called_back_at: int | None = None
+    terminal_at: int | None = None
+    prompt: str | None = None
+    request: JSON = field(default_factory=dict)
+    metadata: JSON = field(default_factory=dict)
+    body: bytes = b""
+    callback_url: str | None = None
+    idempotency_key: str | None = None
+    idempotency_hash: str | None = None
+    progress: int = 0
+    can_cancel: bool = True
+    estimated_time: int | None = None
+    billing_rule: str | None = None
+    user_group: str | None = None
+    credits_reserved: int | None = None
+    credits_used: int | None = None
+    error: JSON | None = None
+    refusal_status: int | None = None
+    submit_outcomes: int = 0
+    doubted_at: int | None = None
+    resubmit: bool = False
+    settle_requests: int = 0
+    submit_turn: int = 0
+    erased_at: int | None = None
+    submit_due_at: int | None = None
+    submit_attempts: int = 0
+    submit_lease_until: int | None = None
+    submit_lease_owner: str | None = None
+    submit_fence: int = 0
+    submit_deaths: int = 0
+    submit_faults: int = 0
+    settle_due_at: int | None = None
+    settle_attempts: int = 0
+    settle_lease_until: int | None = None
+    settle_lease_owner: str | None = None
+    settle_fence: int = 0
+    settle_deaths: int = 0
+    settle_faults: int = 0
+
+    def __post_init__(self) -> None:
+        self.state = State(self.state)
+        if self.upstream_status is not None:
+            self.upstream_status = Status(self.upstream_status)
+
+    @property
+    def terminal(self) -> bool:
+        return self.state in TERMINAL
 
 
-def task_record(row: Row, images: Sequence[Image] = ()) -> Task:
-    """A row of `tasks` and its stored images, in the upstream's order."""
-    status = row["upstream_status"]
-    return Task(
-        id=row["id"],
-        owner=row["owner"],
-        created_at=row["created_at"],
-        model=row["model"],
-        state=State(row["state"]),
-        upstream=row["upstream"],
-        upstream_id=row["upstream_id"],
-        upstream_status=Status(status) if status else None,
-        progress=row["progress"],
-        can_cancel=row["can_cancel"],
-        estimated_time=row["estimated_time"],
-        billing_rule=row["billing_rule"],
-        user_group=row["user_group"],
-        credits_reserved=row["credits_reserved"],
-        credits_used=row["credits_used"],
-        error=row["error"],
-        metadata=row["metadata"],
-        request=row["request"],
-        prompt=row["prompt"],
-        images=tuple(images),
-    )
+@dataclass(slots=True)
+class ImageRow:
+    """A row of `images`, one attribute per column. `db.tables` says what each column means."""
+
+    id: str
+    task_id: str
+    owner: str
+    position: int
+    state: str  # pending | stored | lost | erased
+    confirmed: bool
+    source_url: str
+    link_dies_at: int
+    blob: str | None = None
+    media_type: str | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+    width: int | None = None
+    height: int | None = None
+    stored_at: int | None = None
+    error: str | None = None
+    wrong_sha256: str | None = None
+    wrong_count: int = 0
+    stale_since: int | None = None
+    stale_count: int = 0
+    at_risk_at: int | None = None
+    due_at: int | None = None
+    attempts: int = 0
+    lease_until: int | None = None
+    lease_owner: str | None = None
+    fence: int = 0
+    deaths: int = 0
+    faults: int = 0
 
 
-def image_record(row: Row) -> Image:
-    """A row of `images` whose state is `stored`."""
-    return Image(
-        id=row["id"],
-        index=row["position"],
-        blob=row["blob"],
-        media_type=row["media_type"],
-        bytes=row["bytes"],
-        sha256=row["sha256"],
-        width=row["width"],
-        height=row["height"],
-    )
+TASK_COLUMNS = [task_table.c[column.name] for column in fields(TaskRow)]
+IMAGE_COLUMNS = [image_table.c[column.name] for column in fields(ImageRow)]
+
+# An image that only a callback named is not shown until a query confirms it.
+counts = and_(image_table.c.state == "stored", image_table.c.confirmed)
+
+
+def select_tasks(*where: Any) -> Select[Any]:
+    return select(*TASK_COLUMNS).where(*where)
+
+
+def select_images(*where: Any) -> Select[Any]:
+    return select(*IMAGE_COLUMNS).where(*where)
+
+
+def task_rows(connection: Connection, statement: Select[Any]) -> list[TaskRow]:
+    return [TaskRow(*row) for row in connection.execute(statement)]
+
+
+def image_rows(connection: Connection, statement: Select[Any]) -> list[ImageRow]:
+    return [ImageRow(*row) for row in connection.execute(statement)]
+
+
+def stored_images(connection: Connection, task_ids: Iterable[str]) -> dict[str, list[ImageRow]]:
+    """The images that tasks show, by task, in the upstream's order."""
+    statement = select_images(image_table.c.task_id.in_(list(task_ids)), counts)
+    images: dict[str, list[ImageRow]] = {}
+    for image in image_rows(connection, statement.order_by(image_table.c.position)):
+        images.setdefault(image.task_id, []).append(image)
+    return images

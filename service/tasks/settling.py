@@ -9,17 +9,9 @@ from service.db.transaction import Lease, Transaction
 from service.queue import leases
 from service.strict_json import JSON
 from service.tasks.results import awaited, expect, finish_if_done, tell_late
+from service.tasks.rows import TaskRow
 from service.tasks.state import TERMINAL, State
-from service.tasks.transitions import (
-    Row,
-    change,
-    end,
-    fill,
-    forget_downloads,
-    lock,
-    move,
-    submitted,
-)
+from service.tasks.transitions import change, end, fill, forget_downloads, lock, move, submitted
 from service.upstreams.base import Report, Status, outcome_digest
 
 
@@ -52,42 +44,39 @@ def record_settlements(tx: Transaction, items: Sequence[Settlement]) -> list[Sta
             results.append(None)
             continue
         due = _record(tx, row, item)
-        settled = State(row["state"]) in TERMINAL and row["settled_digest"] is not None
-        asked_again = row["settle_requests"] != item.requests and not settled
+        settled = row.state in TERMINAL and row.settled_digest is not None
+        asked_again = row.settle_requests != item.requests and not settled
         change(tx, row, **leases.release("settle", tx.now if asked_again else due))
         if asked_again:
-            change(tx, row, **leases.requeue(tx, "settle", row["id"], row))
-        results.append(State(row["state"]))
+            change(tx, row, **leases.requeue(tx, "settle", row.id, row))
+        results.append(row.state)
     return results
 
 
-def _record(tx: Transaction, row: Row, item: Settlement) -> int | None:
+def _record(tx: Transaction, row: TaskRow, item: Settlement) -> int | None:
     """When to ask again, if at all."""
-    report, state = item.report, State(row["state"])
+    report, state = item.report, row.state
     if report is None:
-        age = tx.now - (row["submitted_at"] or row["created_at"])
+        age = tx.now - (row.submitted_at or row.created_at)
         if item.expires_ms is not None and age >= item.expires_ms and state is State.SUBMITTED:
             end(tx, row, State.EXPIRED, _error("expired", "the upstream no longer knows the task"))
             return None
         given_up = state in TERMINAL and (
-            row["settled_digest"] is not None
+            row.settled_digest is not None
             or (item.expires_ms is not None and age >= item.expires_ms)
         )
         return None if given_up else tx.now + item.wait_ms
     told = fill(row, report)
     if (
-        row["upstream_id_from"] == "hand"
+        row.upstream_id_from == "hand"
     ):  # it was no slip of the pen: the upstream has something under it
         told["upstream_id_from"] = "query"
     if told:
         change(tx, row, **told)
     if state in TERMINAL:
         return _ended(tx, row, report, item)
-    if (
-        state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN)
-        and row["upstream_id"] is not None
-    ):
-        submitted(tx, row, row["upstream_id"], row["upstream_id_from"], report, None)
+    if state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN) and row.upstream_id is not None:
+        submitted(tx, row, row.upstream_id, row.upstream_id_from or "", report)
     if not report.final:
         if report.status is not None and state is not State.STORING:
             change(tx, row, upstream_status=report.status.value)
@@ -95,19 +84,15 @@ def _record(tx: Transaction, row: Row, item: Settlement) -> int | None:
     return _final(tx, row, report, item)
 
 
-def _ended(tx: Transaction, row: Row, report: Report, item: Settlement) -> int | None:
+def _ended(tx: Transaction, row: TaskRow, report: Report, item: Settlement) -> int | None:
     """What is settled stands. After an end of our own making the upstream is asked until it has
     ended the task too: then its pictures are saved, which a cancelled or erased task's are not, and
     operators are told (contract section 3).
     """
-    late = (
-        row["settled_digest"] is None
-        and State(row["state"]) is not State.CANCELLED
-        and row["erased_at"] is None
-    )
+    late = row.settled_digest is None and row.state is not State.CANCELLED and row.erased_at is None
     if report.final and late:
         if (
-            _gone(report) and State(row["state"]) is State.EXPIRED
+            _gone(report) and row.state is State.EXPIRED
         ):  # which is what we said: proof may come yet
             return None
         change(
@@ -117,13 +102,13 @@ def _ended(tx: Transaction, row: Row, report: Report, item: Settlement) -> int |
             upstream_status=report.status,
         )
         if not (report.status is Status.COMPLETED and report.results):
-            forget_downloads(tx, row["id"])
+            forget_downloads(tx, row.id)
             tell_late(tx, row)
             return None
-    if report.status is Status.COMPLETED and (late or awaited(tx, row["id"])):
+    if report.status is Status.COMPLETED and (late or awaited(tx, row.id)):
         expect(tx, row, report.results, item.result_ttl_ms)
         finish_if_done(tx, row)
-    return None if report.final or row["settled_digest"] is not None else tx.now + item.wait_ms
+    return None if report.final or row.settled_digest is not None else tx.now + item.wait_ms
 
 
 def _gone(report: Report) -> bool:
@@ -135,23 +120,23 @@ def _gone(report: Report) -> bool:
     )
 
 
-def _final(tx: Transaction, row: Row, report: Report, item: Settlement) -> int | None:
+def _final(tx: Transaction, row: TaskRow, report: Report, item: Settlement) -> int | None:
     settled = {
         "settled_digest": outcome_digest(report.status, report.results),
         "upstream_status": report.status,
     }
-    if row["state"] == State.SUBMITTED:
-        tx.step(row["id"], "task.confirmed", status=report.status)
+    if row.state == State.SUBMITTED:
+        tx.step(row.id, "task.confirmed", status=report.status)
     if report.status is Status.COMPLETED and report.results:
         expect(tx, row, report.results, item.result_ttl_ms)
-        if State(row["state"]) is State.SUBMITTED:
+        if row.state is State.SUBMITTED:
             move(tx, row, State.STORING, **settled)
         finish_if_done(tx, row)
         return None
-    if State(row["state"]) is State.STORING:
+    if row.state is State.STORING:
         # what is settled stands: each picture is stored, or lost by the rules for the link it has
         return None
-    forget_downloads(tx, row["id"])
+    forget_downloads(tx, row.id)
     if report.status is Status.COMPLETED:
         end(
             tx,

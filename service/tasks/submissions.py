@@ -14,8 +14,9 @@ from service.events import outbox
 from service.queue import leases
 from service.strict_json import JSON
 from service.tasks.fair_queue import Turns
+from service.tasks.rows import TaskRow
 from service.tasks.state import State
-from service.tasks.transitions import Row, change, end, lock, move, submitted
+from service.tasks.transitions import change, end, lock, move, submitted
 from service.upstreams.base import Report
 
 
@@ -34,7 +35,7 @@ def start_submissions(tx: Transaction, items: Sequence[Start]) -> list[bytes | N
     results: list[bytes | None] = []
     for item in items:
         row = rows[item.lease.key]
-        state = State(row["state"])
+        state = row.state
         if leases.holds(item.lease, row) and (
             state is State.QUEUED or (state is State.UNCERTAIN and item.resubmit)
         ):
@@ -47,7 +48,7 @@ def start_submissions(tx: Transaction, items: Sequence[Start]) -> list[bytes | N
         change(
             tx, row, submit_lease_until=tx.now + item.call_ms
         )  # also then: the call has not begun yet
-        results.append(row["body"])
+        results.append(row.body)
     return results
 
 
@@ -116,11 +117,11 @@ def record_submissions(tx: Transaction, items: Sequence[Submission]) -> list[Sta
         held = leases.holds(item.lease, row)
         if isinstance(item.outcome, Accepted):
             _accepted(tx, row, item.outcome, rows.values(), turns)
-        elif row["state"] in ((State.SUBMITTING, State.UNCERTAIN) if held else (State.UNCERTAIN,)):
+        elif row.state in ((State.SUBMITTING, State.UNCERTAIN) if held else (State.UNCERTAIN,)):
             _not_accepted(tx, row, item.outcome, turns, held=held)
-        done = leases.release("submit", row["submit_due_at"]) if held else {}
-        change(tx, row, submit_outcomes=row["submit_outcomes"] + 1, **done)
-        results.append(State(row["state"]))
+        done = leases.release("submit", row.submit_due_at) if held else {}
+        change(tx, row, submit_outcomes=row.submit_outcomes + 1, **done)
+        results.append(row.state)
     return results
 
 
@@ -138,31 +139,35 @@ def _concerned(tx: Transaction, items: Sequence[Submission]) -> set[str]:
 
 
 def _accepted(
-    tx: Transaction, row: Row, outcome: Accepted, rows: Iterable[Row], turns: Callable[[], Turns]
+    tx: Transaction,
+    row: TaskRow,
+    outcome: Accepted,
+    rows: Iterable[TaskRow],
+    turns: Callable[[], Turns],
 ) -> None:
     """Binds the task to its id. Two may be told the same one: an answer wins over a callback, and
     the first answer over the second.
     """
     if outcome.report.upstream_id is None:
         raise AssertionError("an accepted submission has an id")
-    name = (row["upstream"], outcome.report.upstream_id)
+    name = (row.upstream, outcome.report.upstream_id)
     holder = next(
         (
             other
             for other in rows
-            if other is not row and (other["upstream"], other["upstream_id"]) == name
+            if other is not row and (other.upstream, other.upstream_id) == name
         ),
         None,
     )
     if holder is not None:
         data = {
-            "task_id": row["id"],
+            "task_id": row.id,
             "upstream_id": name[1],
             "callback_id": None,
-            "reason": f"{holder['id']} has the same upstream id",
+            "reason": f"{holder.id} has the same upstream id",
         }
-        outbox.emit_operators(tx, "callback.conflict", data, task_id=row["id"])
-        if holder["upstream_id_from"] == "answer":
+        outbox.emit_operators(tx, "callback.conflict", data, task_id=row.id)
+        if holder.upstream_id_from == "answer":
             _not_accepted(
                 tx,
                 row,
@@ -182,36 +187,36 @@ def _accepted(
         tx.write()  # it is free before it is given again
     submitted(tx, row, outcome.report.upstream_id, "answer", outcome.report, outcome.first_query_ms)
     if (
-        row["settle_requests"] and State(row["state"]) is State.SUBMITTED
+        row.settle_requests and row.state is State.SUBMITTED
     ):  # somebody asked before there was an id to ask for
-        change(tx, row, **leases.requeue(tx, "settle", row["id"], row))
+        change(tx, row, **leases.requeue(tx, "settle", row.id, row))
 
 
 def _not_accepted(
     tx: Transaction,
-    row: Row,
+    row: TaskRow,
     outcome: Again | Refused | Uncertain | Undecided,
     turns: Callable[[], Turns],
     *,
     held: bool,
 ) -> None:
-    state = State(row["state"])
+    state = row.state
     match outcome:
         case Again() if (
-            state is State.SUBMITTING and row["doubted_at"] is not None
+            state is State.SUBMITTING and row.doubted_at is not None
         ):  # of this call nothing came; of an earlier one?
-            young = tx.now - row["created_at"] < outcome.give_up_ms
+            young = tx.now - row.created_at < outcome.give_up_ms
             move(
                 tx,
                 row,
                 State.UNCERTAIN,
                 submit_due_at=tx.now + outcome.wait_ms,
-                resubmit=row["resubmit"] and young,
+                resubmit=row.resubmit and young,
             )
         case Again() if (
             state is State.SUBMITTING
         ):  # behind its owner's others: what was refused by the hundred is not served first
-            if tx.now - row["created_at"] >= outcome.give_up_ms:
+            if tx.now - row.created_at >= outcome.give_up_ms:
                 end(
                     tx,
                     row,
@@ -224,15 +229,13 @@ def _not_accepted(
                     row,
                     State.QUEUED,
                     submit_due_at=tx.now + outcome.wait_ms,
-                    submit_turn=turns().next(row["owner"]),
+                    submit_turn=turns().next(row.owner),
                 )
         case Refused():
             end(tx, row, State.FAILED, outcome.error, refusal_status=outcome.status)
         case Uncertain() if state is State.SUBMITTING:
             resend, doubted_at = (
-                (outcome.resend, tx.now)
-                if row["doubted_at"] is None
-                else (False, row["doubted_at"])
+                (outcome.resend, tx.now) if row.doubted_at is None else (False, row.doubted_at)
             )
             move(
                 tx,
@@ -242,14 +245,14 @@ def _not_accepted(
                 doubted_at=doubted_at,
                 resubmit=resend,
             )
-            tx.step(row["id"], "task.submission_uncertain", reason=outcome.reason)
-        case Undecided() if held and state is State.UNCERTAIN and not row["resubmit"]:
+            tx.step(row.id, "task.submission_uncertain", reason=outcome.reason)
+        case Undecided() if held and state is State.UNCERTAIN and not row.resubmit:
             end_uncertain(tx, row)
         case _:
             pass  # somebody else moved it on while the call ran
 
 
-def end_uncertain(tx: Transaction, row: Row) -> None:
+def end_uncertain(tx: Transaction, row: TaskRow) -> None:
     end(
         tx,
         row,

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import structlog
 
 from service.db.clock import steady_ns
-from service.db.paging import Row
 from service.db.store import Item, Result
 from service.db.transaction import Lease, Transaction
 from service.errors import StoreUnavailable
@@ -21,6 +20,7 @@ from service.tasks import submissions as store
 from service.tasks import task_queries
 from service.tasks.account_breaker import Account
 from service.tasks.reconcile import Plan
+from service.tasks.rows import TaskRow
 from service.tasks.state import State
 from service.upstreams import base
 
@@ -45,7 +45,7 @@ class Submitter:
 
     async def run(self, lease: Lease) -> None:
         row = await self.resources.store.read(task_queries.task_row, lease.key, None)
-        state = State(row["state"]) if row else None
+        state = row.state if row else None
         if state is State.SUBMITTING:  # whoever sent it died, and its answer with it
             await self._record(
                 lease, self._uncertain(lease, "its sender died before the answer was recorded")
@@ -61,14 +61,14 @@ class Submitter:
         else:
             await self.resources.store.write(leases.done, lease)
 
-    def _resubmits(self, row: Row) -> bool:
+    def _resubmits(self, row: TaskRow) -> bool:
         """Whether an uncertain task is sent again: as was decided for it, or for as long as one of
         which nothing was created.
         """
-        return row["resubmit"] or (self.uncertain == "resubmit" and self._young(row))
+        return row.resubmit or (self.uncertain == "resubmit" and self._young(row))
 
-    def _young(self, row: Row) -> bool:
-        return bool(self.resources.store.clock() - row["created_at"] < self.give_up_s * 1000)
+    def _young(self, row: TaskRow) -> bool:
+        return self.resources.store.clock() - row.created_at < self.give_up_s * 1000
 
     async def _send(self, lease: Lease, *, resubmit: bool, last: bool) -> None:
         """`last`: it is too old to wait on, but is not given up without a try."""

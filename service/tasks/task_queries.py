@@ -1,47 +1,36 @@
 """Queries about tasks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import Connection, or_, select
 
 from service.db.paging import After, Row
 from service.db.paging import page as _page
-from service.db.tables import attempts, callbacks, deliveries, events, images, steps, tasks
+from service.db.tables import attempts, callbacks, deliveries, events, steps, tasks
 from service.ids import PREFIXES, rfc3339, sequence_text
 from service.strict_json import JSON
-from service.tasks.document import Image, Task
-from service.tasks.rows import counts, image_record, task_record
+from service.tasks.rows import ImageRow, TaskRow, select_tasks, stored_images, task_rows
 from service.tasks.state import State
 
 CLOCKS_MS = 60_000  # so far the upstream's clock and ours may be apart
 
 
-def _images(connection: Connection, task_ids: Sequence[str]) -> dict[str, list[Image]]:
-    statement = (
-        select(images).where(images.c.task_id.in_(task_ids), counts).order_by(images.c.position)
-    )
-    found: dict[str, list[Image]] = {}
-    for row in connection.execute(statement).mappings():
-        found.setdefault(row["task_id"], []).append(image_record(row))
-    return found
-
-
-def task_row(connection: Connection, task_id: str, owner: str | None) -> Row | None:
-    """A task's row by our id or the upstream's."""
+def task_row(connection: Connection, task_id: str, owner: str | None) -> TaskRow | None:
+    """A task by the service's id or the upstream's. `owner` None: any owner's."""
     column = tasks.c.id if task_id.startswith(PREFIXES["task"]) else tasks.c.upstream_id
-    statement = select(tasks).where(column == task_id)
+    statement = select_tasks(column == task_id)
     if owner is not None:
         statement = statement.where(tasks.c.owner == owner)
-    return connection.execute(statement).mappings().first()
+    return next(iter(task_rows(connection, statement)), None)
 
 
-def task(connection: Connection, task_id: str, owner: str | None) -> tuple[Task, Row] | None:
-    """A task as it is shown, and its row."""
+def task(
+    connection: Connection, task_id: str, owner: str | None
+) -> tuple[TaskRow, list[ImageRow]] | None:
+    """A task and its stored images."""
     row = task_row(connection, task_id, owner)
-    if row is None:
-        return None
-    return task_record(row, _images(connection, [row["id"]]).get(row["id"], ())), row
+    return None if row is None else (row, stored_images(connection, [row.id]).get(row.id, []))
 
 
 def may_be_anothers(
@@ -77,8 +66,9 @@ def task_list(
     state: str | None = None,
     model_name: str | None = None,
     metadata: Mapping[str, str] | None = None,
-) -> list[Task]:
-    statement = select(tasks)
+) -> list[tuple[TaskRow, list[ImageRow]]]:
+    """Tasks with their stored images, newest first."""
+    statement = select_tasks()
     if owner is not None:
         statement = statement.where(tasks.c.owner == owner)
     if state is not None:
@@ -87,9 +77,9 @@ def task_list(
         statement = statement.where(tasks.c.model == model_name)
     for key, value in (metadata or {}).items():
         statement = statement.where(tasks.c.metadata[key].as_string() == value)
-    rows = list(connection.execute(_page(statement, tasks, after, limit)).mappings())
-    found = _images(connection, [row["id"] for row in rows])
-    return [task_record(row, found.get(row["id"], ())) for row in rows]
+    rows = task_rows(connection, _page(statement, tasks, after, limit))
+    images = stored_images(connection, [row.id for row in rows])
+    return [(row, images.get(row.id, [])) for row in rows]
 
 
 def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -> list[JSON]:
@@ -150,10 +140,10 @@ def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -
     return [line for _, _, line in sorted(lines, key=lambda line: line[:2])]
 
 
-def settling(connection: Connection, task_id: str) -> tuple[Row, Row | None] | None:
-    """A task's row and its first terminal callback, for whoever settles it."""
-    row = connection.execute(select(tasks).where(tasks.c.id == task_id)).mappings().first()
-    if row is None:
-        return None
-    first = select(callbacks).where(callbacks.c.task_id == task_id, callbacks.c.first.is_(True))
-    return row, connection.execute(first).mappings().first()
+def settling(connection: Connection, task_id: str) -> tuple[TaskRow, bytes | None] | None:
+    """A task and the body of its first terminal callback."""
+    row = task_row(connection, task_id, None)
+    first = select(callbacks.c.body).where(
+        callbacks.c.task_id == task_id, callbacks.c.first.is_(True)
+    )
+    return None if row is None else (row, connection.execute(first).scalar())

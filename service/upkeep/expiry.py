@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, and_, delete, exists, func, select, update
 
+from service.db.paging import Row
 from service.db.tables import (
     attempts,
     callbacks,
@@ -25,7 +26,6 @@ from service.db.tables import (
 )
 from service.db.transaction import Transaction
 from service.tasks.state import TERMINAL, State
-from service.tasks.transitions import Row, change
 from service.upkeep import batches
 from service.upkeep.batches import ERASED, Limit, Old, Part, Weight, bare_document, bare_error
 
@@ -167,7 +167,9 @@ def _bare(tx: Transaction, row: Row) -> None:
         "body": b"",
         "callback_url": None,
     }
-    change(tx, row, **values, error=bare_error(row["error"]), erased_at=erased_at)
+    values |= {"error": bare_error(row["error"]), "erased_at": erased_at}
+    tx.change(tasks, row["id"], values)
+    tx.touched.add(row["id"])
 
 
 # --- by time

@@ -10,8 +10,9 @@ from sqlalchemy import select, update
 from service.db.tables import counters, tasks
 from service.db.transaction import Transaction
 from service.queue import leases
+from service.tasks.rows import TaskRow
 from service.tasks.state import State
-from service.tasks.transitions import Row, change, lock, move
+from service.tasks.transitions import change, lock, move
 
 SEQUENCES = 10**9
 PAGE = 500
@@ -76,22 +77,22 @@ def _doubt(tx: Transaction, item: Restoration) -> int:
     return len(ids)
 
 
-def _doubt_one(tx: Transaction, row: Row, item: Restoration) -> None:
-    if State(row["state"]) is State.QUEUED:
+def _doubt_one(tx: Transaction, row: TaskRow, item: Restoration) -> None:
+    if row.state is State.QUEUED:
         move(tx, row, State.SUBMITTING)
-    if State(row["state"]) is State.SUBMITTING:
+    if row.state is State.SUBMITTING:
         move(tx, row, State.UNCERTAIN)
-    due_at = max(tx.now + item.decide_ms, row["created_at"] + item.give_up_ms)
+    due_at = max(tx.now + item.decide_ms, row.created_at + item.give_up_ms)
     # Old enough by then, and with two outcomes: DARKROOM_UNCERTAIN=resubmit does not send it
     # either.
     doubt = {
-        "doubted_at": row["doubted_at"] or tx.now,
+        "doubted_at": row.doubted_at or tx.now,
         "resubmit": False,
-        "submit_outcomes": max(2, row["submit_outcomes"]),
+        "submit_outcomes": max(2, row.submit_outcomes),
     }
     change(tx, row, **doubt, **leases.release("submit", due_at))
     tx.step(
-        row["id"],
+        row.id,
         "task.submission_uncertain",
         reason="restored from a backup: it may have been submitted since",
     )

@@ -254,7 +254,7 @@ class Subject:
                 change(
                     tx,
                     row,
-                    settle_requests=row["settle_requests"] + 1,
+                    settle_requests=row.settle_requests + 1,
                     **leases.requeue(tx, stage, id, row),
                 )
             return [None] * len(keys)

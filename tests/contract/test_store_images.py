@@ -106,7 +106,7 @@ async def test_what_a_callback_names_is_fetched_but_does_not_count(subject: Subj
     assert await subject.state(task_id) is State.SUBMITTED
     found = await subject.store.read(task_queries.task, task_id, None)
     assert found is not None
-    assert found[0].images == ()
+    assert found[1] == []
     assert await subject.store.read(image_queries.image_row, image["id"]) is None
     assert await subject.settle(task_id, completed(task_id, URL)) is State.COMPLETED
     assert await subject.store.read(image_queries.image_row, image["id"]) is not None

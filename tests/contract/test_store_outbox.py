@@ -100,7 +100,7 @@ async def test_an_event_keeps_the_task_as_it_was(subject: Subject) -> None:
     first, last = await subject.events(task_id)
     found = await subject.store.read(task_queries.task, task_id, None)
     assert found is not None
-    assert last["data"] == task_document(found[0])
+    assert last["data"] == task_document(*found)
     assert (last["data"]["state"], last["data"]["status"], last["data"]["progress"]) == (
         "completed",
         "completed",

@@ -35,8 +35,8 @@ async def test_tasks_are_listed_newest_first_page_by_page(subject: Subject) -> N
     for size in (3, 3, 1):
         page = await subject.store.read(task_queries.task_list, OWNER, 3, after)
         assert len(page) == size
-        seen += [task.id for task in page]
-        after = (page[-1].created_at, page[-1].id)
+        seen += [task.id for task, _ in page]
+        after = (page[-1][0].created_at, page[-1][0].id)
     assert seen == ids[::-1]
     assert await subject.store.read(task_queries.task_list, OWNER, 3, after) == []
 
@@ -49,7 +49,7 @@ async def test_tasks_are_listed_by_owner_state_model_and_metadata(subject: Subje
 
     async def listed(owner: str | None, **more: Any) -> list[str]:
         found = await subject.store.read(task_queries.task_list, owner, 9, None, **more)
-        return [task.id for task in found]
+        return [task.id for task, _ in found]
 
     assert await listed(None) == [three, two, one]
     assert await listed(OWNER) == [two, one]
@@ -67,15 +67,12 @@ async def test_a_listed_task_has_its_own_images_in_order(subject: Subject) -> No
     for image in reversed(await subject.images(one)):
         await subject.download(image, stored(image))
     two = await subject.queued()
-    listed = {task.id: task for task in await subject.store.read(task_queries.task_list, OWNER, 9)}
-    assert [image.id for image in listed[one].images] == [
-        row["id"] for row in await subject.images(one)
-    ]
-    assert [image.index for image in listed[one].images] == [0, 1]
-    assert listed[two].images == ()
-    found = await subject.store.read(task_queries.task, one, OWNER)
-    assert found is not None
-    assert found[0] == listed[one]
+    tasks = await subject.store.read(task_queries.task_list, OWNER, 9)
+    listed = {task.id: images for task, images in tasks}
+    assert [image.id for image in listed[one]] == [row["id"] for row in await subject.images(one)]
+    assert [image.position for image in listed[one]] == [0, 1]
+    assert listed[two] == []
+    assert await subject.store.read(task_queries.task, one, OWNER) in tasks
 
 
 async def test_a_task_is_found_by_its_idempotency_key(subject: Subject) -> None:
@@ -147,14 +144,13 @@ async def test_what_settling_needs_is_the_task_and_its_first_callback(subject: S
     task_id = await subject.submitted()
     found = await subject.store.read(task_queries.settling, task_id)
     assert found is not None
-    assert (found[0]["id"], found[1]) == (task_id, None)
+    assert (found[0].id, found[1]) == (task_id, None)
     await subject.callback(task_id, processing(task_id), b"0")
     await subject.callback(task_id, failed(task_id), b"1")
     await subject.callback(task_id, completed(task_id, URL), b"2")
     found = await subject.store.read(task_queries.settling, task_id)
     assert found is not None
-    assert found[1] is not None
-    assert found[1]["body"] == b"1"
+    assert found[1] == b"1"
     assert await subject.store.read(task_queries.settling, "task_gone") is None
 
 

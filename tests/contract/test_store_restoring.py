@@ -12,6 +12,7 @@ from sqlalchemy import text
 
 from service.db.tables import counters, steps
 from service.db.transaction import Transaction
+from service.tasks import task_queries
 from service.tasks.admin import Resolution, resolve_tasks
 from service.tasks.new_tasks import insert_tasks
 from service.tasks.state import State
@@ -74,7 +75,8 @@ async def test_an_uncertain_task_of_a_backup_is_not_sent_again_by_itself(subject
     task_id = await subject.queued()
     await restored(subject)
     subject.clock.shift(HOUR)
-    row = await subject.task(task_id)
+    row = await subject.store.read(task_queries.task_row, task_id, None)
+    assert row is not None
     resources: Any = SimpleNamespace(
         store=SimpleNamespace(clock=lambda: subject.clock.now)
     )  # all that the rule asks of a submitter

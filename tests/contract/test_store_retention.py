@@ -216,7 +216,7 @@ async def test_an_erased_image_is_known_as_such(subject: Subject) -> None:
     )
     found = await subject.store.read(task_queries.task, task_id, OWNER)
     assert found is not None
-    assert found[0].images == ()
+    assert found[1] == []
     assert await subject.store.read(image_queries.orphans, [image["blob"]]) == [image["blob"]]
 
 

@@ -341,7 +341,7 @@ async def test_a_task_without_an_upstream_id_is_not_asked_about(
 
     async def idle() -> bool:
         row = await told.context.resources.store.read(task_queries.task_row, task["id"], None)
-        return row is not None and row["settle_due_at"] is None
+        return row is not None and row.settle_due_at is None
 
     await wait_until(idle)
     assert (await told.task(task["id"]))["state"] == "uncertain"

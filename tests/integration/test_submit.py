@@ -84,9 +84,7 @@ async def row(here: World, task_id: str) -> Any:
 
 async def waiting(here: World, task_id: str) -> float | None:
     """Seconds until a task is tried again, once that lies ahead."""
-    wait: float = (
-        (await row(here, task_id))["submit_due_at"] - here.context.resources.clock()
-    ) / 1000
+    wait: float = ((await row(here, task_id)).submit_due_at - here.context.resources.clock()) / 1000
     return wait if wait > 0 else None
 
 
@@ -140,11 +138,7 @@ async def test_a_process_that_stood_still_before_the_call_does_not_send(
         await in_state(there, task["id"], "submitted")
         assert len(theirs.received["still"]) == 1
         found = await row(there, task["id"])
-        assert (found["submit_attempts"], found["submit_outcomes"], found["doubted_at"]) == (
-            2,
-            2,
-            None,
-        )
+        assert (found.submit_attempts, found.submit_outcomes, found.doubted_at) == (2, 2, None)
 
 
 async def test_a_stop_sends_nothing_that_waits_for_a_place(tmp_path: Path) -> None:
@@ -157,7 +151,7 @@ async def test_a_stop_sends_nothing_that_waits_for_a_place(tmp_path: Path) -> No
         first = await there.submit(prompt="first", headers={"prefer": "respond-async"})
         await wait_until(lambda: len(theirs.received["first"]) == 1)
         second = await there.submit(prompt="second", headers={"prefer": "respond-async"})
-        assert (await row(there, second["id"]))["submit_lease_until"] is not None
+        assert (await row(there, second["id"])).submit_lease_until is not None
         there.context.quiesce()
         answered.set()
         assert (await in_state(there, first["id"], "submitted"))[
@@ -165,7 +159,7 @@ async def test_a_stop_sends_nothing_that_waits_for_a_place(tmp_path: Path) -> No
         ] == "task-unified-own"
 
         async def given_back() -> bool:
-            return (await row(there, second["id"]))["submit_lease_until"] is None
+            return (await row(there, second["id"])).submit_lease_until is None
 
         await wait_until(given_back)
         assert (await there.task(second["id"]))["state"] == "queued"
@@ -448,7 +442,7 @@ async def test_the_row_is_submitting_before_the_request_leaves(
 
     async def look() -> None:
         states.append(
-            (await row(here, upstream.received["look"][0].headers["idempotency-key"]))["state"]
+            (await row(here, upstream.received["look"][0].headers["idempotency-key"])).state
         )
 
     upstream.submits["look"] = [After(look, document("pending", id="task-unified-look"))]
@@ -477,7 +471,7 @@ async def test_a_task_cancelled_before_its_turn_is_not_sent(
 
     async def idle() -> bool:
         known = await row(here, task["id"])
-        return known["submit_lease_until"] is None and known["submit_due_at"] is None
+        return known.submit_lease_until is None and known.submit_due_at is None
 
     await wait_until(idle)
     assert upstream.received["too late"] == []
@@ -498,10 +492,10 @@ async def test_a_submission_that_waits_for_a_place_at_a_stop_is_left_to_the_next
 
         async def free() -> Any:
             known = await row(there, task["id"])
-            return known["submit_lease_until"] is None and known
+            return known.submit_lease_until is None and known
 
         known = await wait_until(free)
-        assert (known["state"], known["submit_attempts"], known["submit_due_at"] is not None) == (
+        assert (known.state, known.submit_attempts, known.submit_due_at is not None) == (
             "queued",
             0,
             True,

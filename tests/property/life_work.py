@@ -22,6 +22,7 @@ from service.queue import leases
 from service.tasks import task_queries
 from service.tasks.held_submissions import Hold, hold_submissions
 from service.tasks.reconcile import Plan
+from service.tasks.rows import TaskRow
 from service.tasks.settling import Settlement, record_settlements
 from service.tasks.state import State
 from service.tasks.submissions import (
@@ -102,8 +103,8 @@ class Workshop:
     # --- submit ---
 
     def submit(self, lease: Lease) -> Life:
-        row: Row | None = yield Read(task_queries.task_row, (lease.key, None))
-        state = State(row["state"]) if row else None
+        row: TaskRow | None = yield Read(task_queries.task_row, (lease.key, None))
+        state = row.state if row else None
         if state is State.SUBMITTING:
             yield Write(record_submissions, Submission(lease, self._uncertain("its sender died")))
         elif row and state is State.UNCERTAIN and not self._again(row):
@@ -123,11 +124,11 @@ class Workshop:
             yield Write(record_submissions, Submission(lease, outcome))
             sent.nothing = isinstance(outcome, Again)
 
-    def _again(self, row: Row) -> bool:
-        return bool(row["resubmit"] or (self.resubmits and self._young(row)))
+    def _again(self, row: TaskRow) -> bool:
+        return bool(row.resubmit or (self.resubmits and self._young(row)))
 
-    def _young(self, row: Row) -> bool:
-        return bool(self.clock() - row["created_at"] < HOUR)
+    def _young(self, row: TaskRow) -> bool:
+        return bool(self.clock() - row.created_at < HOUR)
 
     def _uncertain(self, reason: str) -> Uncertain:
         return Uncertain(
@@ -170,9 +171,9 @@ class Workshop:
     # --- settle ---
 
     def settle(self, lease: Lease) -> Life:
-        found: tuple[Row, Row | None] | None = yield Read(task_queries.settling, (lease.key,))
+        found: tuple[TaskRow, bytes | None] | None = yield Read(task_queries.settling, (lease.key,))
         if found is None or (
-            found[0]["upstream_id"] is None and State(found[0]["state"]) is not State.SUBMITTED
+            found[0].upstream_id is None and found[0].state is not State.SUBMITTED
         ):
             yield Write(leases.done, lease)
             return
@@ -180,16 +181,16 @@ class Workshop:
         believed = (
             not self.confirms
             and callback
-            and row["settle_requests"] == 1
-            and row["state"] == State.SUBMITTED
+            and row.settle_requests == 1
+            and row.state == State.SUBMITTED
         )
         if believed and callback:
-            answer: Any = Found(self.said[callback["body"]])
+            answer: Any = Found(self.said[callback])
         else:
             answer = (
                 NotFound()
-                if row["upstream_id"] is None
-                else self.upstream.query(row["upstream_id"], self.luck)
+                if row.upstream_id is None
+                else self.upstream.query(row.upstream_id, self.luck)
             )
         if answer is None:
             yield Write(leases.give_back, lease)
@@ -200,8 +201,7 @@ class Workshop:
         )
         wait = self.plan.again(lease.attempts, called_back=callback is not None)
         yield Write(
-            record_settlements,
-            Settlement(lease, report, row["settle_requests"], wait, DAY, expires),
+            record_settlements, Settlement(lease, report, row.settle_requests, wait, DAY, expires)
         )
 
     # --- download ---

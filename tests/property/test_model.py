@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from service.credits import MAX_CREDITS, credits_number, millionths
 from service.events.documents import type_matches
 from service.ids import PREFIXES, make_id, rfc3339, sequence_text
-from service.tasks.document import Task, task_document
+from service.tasks.document import task_document
+from service.tasks.rows import TaskRow
 from service.tasks.state import TERMINAL, State, may_become, status_of
 from service.upstreams.base import Status, outcome_digest
 
@@ -117,12 +118,14 @@ def test_every_tasks_document_is_json_with_the_same_keys(
 ) -> None:
     """All keys always present, whatever the state."""
     document = task_document(
-        Task(
-            "task_1", "x", created, "m", state, "evolink", progress=progress, can_cancel=can_cancel
+        TaskRow(
+            "task_1", "x", "evolink", "m", state, created, progress=progress, can_cancel=can_cancel
         )
     )
     assert json.loads(json.dumps(document)) == document
-    assert set(document) == set(task_document(Task("task_2", "y", 0, "m", State.QUEUED, "evolink")))
+    assert set(document) == set(
+        task_document(TaskRow("task_2", "y", "evolink", "m", State.QUEUED, 0))
+    )
     assert (document["task_info"]["can_cancel"], document["created"]) == (
         can_cancel and state not in TERMINAL,
         created // 1000,

@@ -5,15 +5,39 @@ from decimal import Decimal
 import pytest
 
 from service.credits import MAX_CREDITS, credits_number, millionths
+from service.db.tables import images, tasks
 from service.events.documents import event_document, type_matches
 from service.ids import BLOB, EXTENSIONS, PREFIXES, blob_name, make_id, rfc3339, sequence_text
 from service.links import Links, with_links
-from service.tasks.document import Image, Task, task_document
+from service.tasks.document import task_document
+from service.tasks.rows import IMAGE_COLUMNS, TASK_COLUMNS, ImageRow, TaskRow
 from service.tasks.state import TERMINAL, State, may_become, status_of
 from service.upstreams.base import FINAL, Report, Status, outcome_digest
 
 BASE = "https://d.test"
-IMAGE = Image("img_1", 0, "task_1/0-ab.png", "image/png", 1954330, "ab", 1280, 1024)
+
+
+def image(id: str, index: int, blob: str, media_type: str, *figures: int, sha256: str) -> ImageRow:
+    size, width, height = figures
+    return ImageRow(
+        id,
+        "task_1",
+        "painter",
+        index,
+        "stored",
+        True,
+        "",
+        0,
+        blob,
+        media_type,
+        size,
+        sha256,
+        width,
+        height,
+    )
+
+
+IMAGE = image("img_1", 0, "task_1/0-ab.png", "image/png", 1954330, 1280, 1024, sha256="ab")
 TABLE = {
     "queued": "submitting failed cancelled",
     "submitting": "submitted queued uncertain failed cancelled",
@@ -27,15 +51,21 @@ TABLE = {
 }
 
 
-def task(state: State = State.SUBMITTED, **different: object) -> Task:
+def task(state: State = State.SUBMITTED, **different: object) -> TaskRow:
     usual: dict[str, object] = {
         "id": "task_1",
         "owner": "painter",
         "created_at": 1757165031999,
         "model": "wan2.5-text-to-image",
     }
-    # # each test names a few
-    return Task(state=state, upstream="evolink", **(usual | different))  # type: ignore[arg-type]
+    # each test names a few
+    return TaskRow(state=state, upstream="evolink", **(usual | different))  # type: ignore[arg-type]
+
+
+def test_the_rows_have_an_attribute_for_every_column() -> None:
+    """A column that a migration adds is in the record too."""
+    assert {column.name for column in TASK_COLUMNS} == set(tasks.c.keys())
+    assert {column.name for column in IMAGE_COLUMNS} == set(images.c.keys())
 
 
 def test_every_move_is_the_contracts() -> None:
@@ -223,8 +253,8 @@ def test_a_completed_tasks_document_has_its_images_and_no_prompt() -> None:
             metadata={"order": "7"},
             request={"n": 1},
             prompt="a secret lighthouse",
-            images=(IMAGE,),
-        )
+        ),
+        [IMAGE],
     )
     assert (document["progress"], document["task_info"]) == (
         100,
@@ -236,7 +266,7 @@ def test_a_completed_tasks_document_has_its_images_and_no_prompt() -> None:
         "credits_used": 1.5,
         "user_group": "default",
     }
-    image = {
+    shown = {
         "id": "img_1",
         "index": 0,
         "url": None,
@@ -246,7 +276,7 @@ def test_a_completed_tasks_document_has_its_images_and_no_prompt() -> None:
         "width": 1280,
         "height": 1024,
     }
-    assert document["images"] == [image]
+    assert document["images"] == [shown]
     assert "lighthouse" not in str(document)
 
 
@@ -254,12 +284,12 @@ def test_links_are_added_for_a_reader() -> None:
     """Every image gets one; `results` are those links, in order, of a completed task alone; the
     kept document stays as it is.
     """
-    second = Image("img_2", 1, "task_1/1-cd.png", "image/png", 1, "cd", 1, 1)
+    second = image("img_2", 1, "task_1/1-cd.png", "image/png", 1, 1, 1, sha256="cd")
     for state, results in [
         (State.COMPLETED, [f"{BASE}/images/img_1", f"{BASE}/images/img_2"]),
         (State.FAILED, []),
     ]:
-        kept = task_document(task(state, images=(IMAGE, second)))
+        kept = task_document(task(state), [IMAGE, second])
         shown = with_links(kept, Links(BASE))
         assert shown["results"] == results
         assert [image["url"] for image in shown["images"]] == [
@@ -276,22 +306,12 @@ def test_links_to_images_may_lead_elsewhere() -> None:
     """
     links = Links(BASE, "https://cdn.test/i")
     for number, (media_type, extension) in enumerate(EXTENSIONS.items()):
-        image = Image(
-            "img_1",
-            number,
-            blob_name("task_1", number, "ab", media_type),
-            media_type,
-            1,
-            "ab",
-            1,
-            1,
-        )
-        (link,) = with_links(task_document(task(State.COMPLETED, images=(image,))), links)[
-            "results"
-        ]
+        blob = blob_name("task_1", number, "ab", media_type)
+        stored = image("img_1", number, blob, media_type, 1, 1, 1, sha256="ab")
+        (link,) = with_links(task_document(task(State.COMPLETED), [stored]), links)["results"]
         assert (
             link
-            == f"https://cdn.test/i/{image.blob}"
+            == f"https://cdn.test/i/{stored.blob}"
             == f"https://cdn.test/i/task_1/{number}-ab.{extension}"
         )
     assert BLOB.fullmatch(blob_name(make_id("task", 0, bytes(10)), 0, "0f" * 32, "image/png"))
@@ -299,7 +319,7 @@ def test_links_to_images_may_lead_elsewhere() -> None:
 
 def test_a_tasks_event_is_a_structured_cloudevent() -> None:
     """With the task and its links as data."""
-    kept = task_document(task(State.COMPLETED, images=(IMAGE,)))
+    kept = task_document(task(State.COMPLETED), [IMAGE])
     event = event_document(
         event_id="evt_1",
         sequence=42,

@@ -189,7 +189,7 @@ async def test_a_stage_never_has_more_work_than_places(shop: Shop) -> None:
         await wait_until(lambda: len(started) == 2)
         await shop.queue("task_later")
         assert len(started) == 2
-        leased = [(await shop.row(f"task_{number}"))["submit_lease_owner"] for number in range(10)]
+        leased = [(await shop.row(f"task_{number}")).submit_lease_owner for number in range(10)]
         assert leased.count("here") == 2
         gate.set()
         await wait_until(lambda: not started)
@@ -229,13 +229,13 @@ async def test_an_exception_nobody_foresaw_is_logged_counted_and_tried_again(sho
             await shop.queue("task_a")
             for count in range(1, 10):
                 row = await wait_for_faults(shop, count)
-                assert row["submit_due_at"] == shop.now[0] + min(2 ** (count - 1), 300) * 1000
-                shop.now[0] = row["submit_due_at"]
+                assert row.submit_due_at == shop.now[0] + min(2 ** (count - 1), 300) * 1000
+                shop.now[0] = row.submit_due_at
             row = await wait_for_faults(shop, 10)
     assert tried == list(range(1, 11))
-    assert row["state"] == "failed"
-    assert row["error"]["code"] == "internal_error"
-    assert row["submit_due_at"] is None
+    assert row.state == "failed"
+    assert row.error["code"] == "internal_error"
+    assert row.submit_due_at is None
     assert await shop.types() == ["image.task.failed", "task.parked"]
     failures = [line for line in lines if line["event"] == "worker.failed"]
     assert [line["attempt"] for line in failures] == tried
@@ -248,7 +248,7 @@ async def test_an_exception_nobody_foresaw_is_logged_counted_and_tried_again(sho
 async def wait_for_faults(shop: Shop, count: int) -> Any:
     async def look() -> Any:
         row = await shop.row("task_a")
-        return row if row["submit_faults"] == count else None
+        return row if row.submit_faults == count else None
 
     return await wait_until(look)
 
@@ -270,7 +270,7 @@ async def test_a_store_that_is_away_is_no_fault_of_the_row(shop: Shop) -> None:
             await shop.queue("task_a")
             await wait_until(lambda: len(tried) == 2)
     row = await shop.row("task_a")
-    assert (row["submit_faults"], row["submit_deaths"]) == (0, 0)
+    assert (row.submit_faults, row.submit_deaths) == (0, 0)
     assert [line["exc_info"] for line in lines if line["event"] == "worker.failed"] == [None]
 
 
@@ -290,7 +290,7 @@ async def test_what_cannot_be_recorded_during_a_stop_is_given_back(shop: Shop) -
         pool.quiesce()
         stopped.set()
     row = await shop.row("task_a")
-    assert (row["submit_lease_until"], row["submit_attempts"]) == (None, 0)
+    assert (row.submit_lease_until, row.submit_attempts) == (None, 0)
 
 
 def refuse(_tx: Transaction, _items: Sequence[Any]) -> list[Any]:
@@ -317,7 +317,7 @@ async def test_a_row_whose_fault_cannot_be_recorded_is_given_back(
         await shop.queue("task_a")
         await wait_until(lambda: len(tried) == 2)
     row = await shop.row("task_a")
-    assert (shop.counted("submit"), row["submit_faults"], row["submit_deaths"]) == (1, 0, 0)
+    assert (shop.counted("submit"), row.submit_faults, row.submit_deaths) == (1, 0, 0)
 
 
 async def test_rows_that_the_store_will_not_take_down_keep_no_others_waiting(
@@ -339,7 +339,7 @@ async def test_rows_that_the_store_will_not_take_down_keep_no_others_waiting(
         await shop.queue("task_bad_1", "task_bad_2")
         await shop.queue("task_good")
         await wait_until(lambda: done)
-    assert (await shop.row("task_bad_1"))["submit_faults"] == 0
+    assert (await shop.row("task_bad_1")).submit_faults == 0
 
 
 @pytest.mark.parametrize("trouble", [StoreUnavailable("away"), RuntimeError("nobody foresaw")])
@@ -390,7 +390,7 @@ async def test_work_in_flight_is_finished_at_a_stop(shop: Shop) -> None:
         assert await stopping == 0
     assert done == ["task_a"]
     row = await shop.row("task_b")
-    assert (row["submit_lease_until"], row["submit_due_at"]) == (None, START)
+    assert (row.submit_lease_until, row.submit_due_at) == (None, START)
 
 
 async def test_what_is_not_finished_at_a_stop_is_given_back(shop: Shop) -> None:
@@ -406,14 +406,14 @@ async def test_what_is_not_finished_at_a_stop_is_given_back(shop: Shop) -> None:
     async with shop.working(run) as pool:
         await shop.queue("task_a")
         await started.wait()
-        assert (await shop.row("task_a"))["submit_lease_owner"] == "here"
+        assert (await shop.row("task_a")).submit_lease_owner == "here"
         assert await pool.stop(0.01) == 1
     row = await shop.row("task_a")
     assert (
-        row["submit_lease_until"],
-        row["submit_lease_owner"],
-        row["submit_due_at"],
-        row["submit_attempts"],
+        row.submit_lease_until,
+        row.submit_lease_owner,
+        row.submit_due_at,
+        row.submit_attempts,
     ) == (None, None, START, 0)
 
 
@@ -433,11 +433,7 @@ async def test_work_that_waits_for_its_turn_at_a_stop_is_not_begun(shop: Shop) -
         assert await pool.stop(10) == 0
     row = await shop.row("task_a")
     assert done == []
-    assert (row["submit_lease_until"], row["submit_due_at"], row["submit_attempts"]) == (
-        None,
-        START,
-        0,
-    )
+    assert (row.submit_lease_until, row.submit_due_at, row.submit_attempts) == (None, START, 0)
 
 
 async def test_what_a_transaction_under_way_grants_after_a_stop_is_given_back(shop: Shop) -> None:
@@ -464,11 +460,7 @@ async def test_what_a_transaction_under_way_grants_after_a_stop_is_given_back(sh
         await stopping
     row = await shop.row("task_a")
     assert done == []
-    assert (row["submit_lease_until"], row["submit_due_at"], row["submit_attempts"]) == (
-        None,
-        START,
-        0,
-    )
+    assert (row.submit_lease_until, row.submit_due_at, row.submit_attempts) == (None, START, 0)
 
 
 async def test_leases_are_renewed_while_a_call_runs(
@@ -495,7 +487,7 @@ async def test_leases_are_renewed_while_a_call_runs(
 
 def renewed(shop: Shop) -> Callable[[], Awaitable[bool]]:
     async def look() -> bool:
-        until: int = (await shop.row("task_a"))["submit_lease_until"]
+        until: int = (await shop.row("task_a")).submit_lease_until
         return until == shop.now[0] + LEASE_MS
 
     return look
@@ -547,7 +539,7 @@ async def test_what_outlived_deaths_of_its_process_runs_alone(shop: Shop) -> Non
         await wait_until(lambda: running)
         await shop.store.write(deadly, (2, START))
         await wait_until(lambda: pool._alone)
-        assert (await shop.row("task_deadly"))["submit_lease_until"] is None, (
+        assert (await shop.row("task_deadly")).submit_lease_until is None, (
             "no death before it is begun is its own"
         )
         await shop.queue("task_new")

@@ -34,7 +34,7 @@ async def resolve(request: Request) -> Response:
         )
         raise ApiError(409, "task_not_uncertain", message, task_id=task.id)
     log.info("admin.action", action="task.resolve", subject=task.id)
-    return JSONResponse(shown(context, (await known_task(request))[0]))
+    return JSONResponse(shown(context, *await known_task(request)))
 
 
 async def reconcile(request: Request) -> Response:
@@ -47,4 +47,4 @@ async def reconcile(request: Request) -> Response:
             task_id=task.id,
         )
     log.info("admin.action", action="task.reconcile", subject=task.id)
-    return JSONResponse(shown(context, (await known_task(request))[0]))
+    return JSONResponse(shown(context, *await known_task(request)))

@@ -3,20 +3,20 @@ clients work here.
 """
 
 import re
-from functools import partial
+from collections.abc import Sequence
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from structlog.contextvars import bind_contextvars
 
-from service.db.paging import Row
 from service.errors import ApiError
 from service.links import with_links
 from service.strict_json import JSON
 from service.tasks import task_queries
 from service.tasks.accept import attempted, ended, wait_for
 from service.tasks.cancel import Cancellation, cancel_tasks
-from service.tasks.document import Task, task_document
+from service.tasks.document import task_document
+from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State
 from service.upkeep.retention import erase
 from service.web.auth import Caller
@@ -34,9 +34,9 @@ ODD_NAME = re.compile(
 )  # JSON escapes them, and SQLite looks for names as they are written
 
 
-def shown(context: Context, task: Task) -> JSON:
-    document = with_links(task_document(task), context.resources.links)
-    return {**document, "prompt": task.prompt}
+def shown(context: Context, row: TaskRow, images: Sequence[ImageRow]) -> JSON:
+    document = with_links(task_document(row, images), context.resources.links)
+    return {**document, "prompt": row.prompt}
 
 
 def preferences(request: Request) -> tuple[float | None, str | None]:
@@ -72,22 +72,22 @@ async def submit(request: Request) -> Response:
         headers["Idempotency-Replayed"] = "true"
     done = attempted if wait_s is None else ended
     with context.admission.wait():
-        task, row = await wait_for(
+        row, images = await wait_for(
             context.resources, task_id, done, FIRST_OUTCOME_S if wait_s is None else wait_s
         )
-    if row["refusal_status"] is not None:  # the upstream's own refusal, with our task's id
-        assert task.error is not None
-        more = {name: task.error.get(name) for name in ("type", "param")}
+    if row.refusal_status is not None:  # the upstream's own refusal, with our task's id
+        assert row.error is not None
+        more = {name: row.error.get(name) for name in ("type", "param")}
         return answer(
             request,
-            row["refusal_status"],
-            task.error["code"],
-            task.error["message"],
+            row.refusal_status,
+            row.error["code"],
+            row.error["message"],
             headers,
             **more,
-            task_id=task.id,
+            task_id=row.id,
         )
-    return JSONResponse(shown(context, task), headers=headers)
+    return JSONResponse(shown(context, row, images), headers=headers)
 
 
 def caller_of(request: Request) -> Caller:
@@ -95,7 +95,7 @@ def caller_of(request: Request) -> Caller:
     return caller
 
 
-async def known_task(request: Request) -> tuple[Task, Row]:
+async def known_task(request: Request) -> tuple[TaskRow, list[ImageRow]]:
     store, task_id = context_of(request).resources.store, request.path_params["task_id"]
     found = await store.read(task_queries.task, task_id, caller_of(request).sees)
     if found is None:
@@ -114,7 +114,7 @@ async def task(request: Request) -> Response:
     if found is None:
         return await upstream_routes.task(context, owner, task_id)
     bind_contextvars(task_id=found[0].id)
-    return JSONResponse(shown(context, found[0]))
+    return JSONResponse(shown(context, *found))
 
 
 async def tasks(request: Request) -> Response:
@@ -134,7 +134,12 @@ async def tasks(request: Request) -> Response:
         query_text(request, "model"),
         {name.removeprefix(METADATA): query_text(request, name) or "" for name in named},
     )
-    return page(found, limit, lambda task: (task.created_at, task.id), partial(shown, context))
+    return page(
+        found,
+        limit,
+        lambda item: (item[0].created_at, item[0].id),
+        lambda item: shown(context, *item),
+    )
 
 
 async def timeline(request: Request) -> Response:
@@ -153,8 +158,7 @@ async def cancel(request: Request) -> Response:
         raise ApiError(
             409, "task_ended", f"the task is {ended_as}: nothing is left to cancel", task_id=task.id
         )
-    cancelled, _ = await known_task(request)
-    return JSONResponse({**shown(context, cancelled), "cancel": "local"})
+    return JSONResponse({**shown(context, *await known_task(request)), "cancel": "local"})
 
 
 async def delete(request: Request) -> Response:
