@@ -27,11 +27,12 @@ from typing import Any
 
 import httpx
 
-from service.signing import Rejected, verify_webhook
+from service.signing import sign_webhook
 
 FOLDER = Path("demo-data")
 START_S, TASKS_S, STOP_S = 60.0, 60.0, 30.0  # limits for a slow machine; it takes some 10 s in all
 RECONCILE_AFTER_S = 3
+TOLERANCE_S = 300  # of a signature's timestamp
 LOOPBACK = "127.0.0.0/8"
 JSON = dict[str, Any]
 
@@ -158,12 +159,16 @@ class Receive(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
-        verdict = verify_webhook(self.server.secrets, dict(self.headers.items()), body, time.time())
-        if isinstance(verdict, Rejected):
-            self.server.refused.append(verdict.reason)
+        id, timestamp = self.headers["webhook-id"], int(self.headers["webhook-timestamp"])
+        given = self.headers["webhook-signature"].split()
+        valid = abs(time.time() - timestamp) <= TOLERANCE_S and any(
+            sign_webhook([secret], id, timestamp, body) in given for secret in self.server.secrets
+        )
+        if valid:
+            self.server.received.put((id, body))
         else:
-            self.server.received.put((self.headers["webhook-id"], body))
-        self.send_response(400 if isinstance(verdict, Rejected) else 200)
+            self.server.refused.append(id)
+        self.send_response(200 if valid else 400)
         self.send_header("content-length", "0")
         self.end_headers()
 

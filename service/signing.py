@@ -10,9 +10,7 @@ import binascii
 import hashlib
 import hmac
 import json
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -23,7 +21,6 @@ from service.errors import ConfigurationError
 KEY_BYTES = 32
 TOKEN_BYTES = 20  # 160 bits: 32 base32 characters without padding
 SECRET_PREFIX = "whsec_"  # noqa: S105 - a prefix, no secret
-MOST_SIGNATURES = 32  # looked at in one header: far more secrets than a rotation has
 
 
 def _bytes(text: str) -> bytes:
@@ -110,18 +107,6 @@ def _token(key: bytes, upstream: str, task_id: str) -> bytes:
 # ----------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """The request is from a holder of the secret, whole, and of this time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """`reason` is fit for a log: it holds nothing of the request."""
-
-    reason: str
-
-
 def new_secret(random: bytes) -> str:
     """`whsec_…` of 24 to 64 random bytes, the lengths the standard allows (ValueError)."""
     if not 24 <= len(random) <= 64:
@@ -156,46 +141,6 @@ def sign_webhook(secrets: Sequence[str], id: str, timestamp: int, body: bytes) -
     return b" ".join(_signature(secret, id, str(timestamp), body) for secret in secrets).decode(
         "ascii"
     )
-
-
-def verify_webhook(
-    secrets: Sequence[str],
-    headers: Mapping[str, str],
-    body: bytes,
-    now: float,
-    tolerance: float = 300,
-) -> Verified | Rejected:
-    """The verdict on a request that claims to be signed with one of our secrets; `now` and
-    `tolerance` in seconds.
-
-    Header names count whatever their case; one that is missing, empty or there twice rejects.
-    Whatever the request holds is answered by a value; only a malformed secret raises ValueError.
-    """
-    id, timestamp, signatures = (
-        _only(headers, name) for name in ("webhook-id", "webhook-timestamp", "webhook-signature")
-    )
-    if not id or "." in id:
-        return Rejected("webhook-id")
-    if not timestamp or not re.fullmatch("[0-9]{1,12}", timestamp):
-        return Rejected("webhook-timestamp")
-    if not abs(now - int(timestamp)) <= tolerance:
-        return Rejected("too old" if int(timestamp) < now else "too new")
-    if not signatures:
-        return Rejected("webhook-signature")
-    given, valid = (
-        [_bytes(each) for each in signatures.split(" ", MOST_SIGNATURES)[:MOST_SIGNATURES]],
-        False,
-    )
-    for secret in secrets:
-        expected = _signature(secret, id, timestamp, body)
-        for each in given:
-            valid |= hmac.compare_digest(expected, each)
-    return Verified() if valid else Rejected("no signature matches")
-
-
-def _only(headers: Mapping[str, str], name: str) -> str | None:
-    values = [value for key, value in headers.items() if key.lower() == name]
-    return values[0] if len(values) == 1 else None
 
 
 # --- digests and comparisons

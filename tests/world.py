@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import standardwebhooks
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -46,6 +47,14 @@ class Received:
     path: str
     headers: Mapping[str, str]
     body: bytes
+
+    def signed_by(self, secret: str) -> bool:
+        """Whether the library of Standard Webhooks accepts it."""
+        try:
+            standardwebhooks.Webhook(secret).verify(self.body, dict(self.headers))
+        except standardwebhooks.WebhookVerificationError:
+            return False
+        return True
 
 
 @dataclass(slots=True)

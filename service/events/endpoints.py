@@ -86,15 +86,10 @@ class EndpointChange:
     description: str | None = None
     status: str | None = None  # enabled | paused | disabled
     delete: bool = False
-    secrets: tuple[bytes, bytes] | None = (
-        None  # encrypted: those it has, which must be so still, and the new ones
-    )
 
 
 def change_endpoints(tx: Transaction, items: Sequence[EndpointChange]) -> list[bool]:
-    """Changes endpoints; False for those that are not there for this owner, or whose secrets have
-    changed meanwhile.
-    """
+    """Changes endpoints. False: this owner has no such endpoint."""
     return [_change_endpoint(tx, item) for item in items]
 
 
@@ -105,7 +100,7 @@ def _change_endpoint(tx: Transaction, item: EndpointChange) -> bool:
     ):  # nobody waits for the lock of another's: how long it took would tell that it is there
         statement = statement.where(endpoints.c.owner == item.owner)
     row = tx.connection.execute(statement).mappings().first()
-    if row is None or (item.secrets is not None and row["secret"] != item.secrets[0]):
+    if row is None:
         return False
     if item.delete:
         bury(tx, item.id)
@@ -119,8 +114,6 @@ def _change_endpoint(tx: Transaction, item: EndpointChange) -> bool:
     values: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
     if item.url not in (None, row["url"]):  # what the old address did is not the new one's
         values |= {"failing_since": None, "paused_until": None}
-    if item.secrets is not None:
-        values["secret"] = item.secrets[1]
     if item.status is not None and item.status != row["status"]:
         values |= {"status": item.status, "disabled_at": None, "disabled_reason": None}
         if item.status == "enabled":

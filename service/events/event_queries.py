@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, Connection, func, or_, select
 from service.db.paging import After, Row
 from service.db.paging import page as _page
 from service.db.tables import attempts, counters, deliveries, endpoints, events, sinks, tasks
-from service.events.secrets import callback_secret
+from service.events.secrets import stored_secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def parcel(connection: Connection, delivery_id: str) -> Parcel | None:
     url = connection.execute(
         select(tasks.c.callback_url).where(tasks.c.id == row["task_id"])
     ).scalar()
-    return Parcel(row, event, None, url, callback_secret(connection, row["owner"]))
+    return Parcel(row, event, None, url, stored_secret(connection, "owners", row["owner"]))
 
 
 def event_list(

@@ -1,74 +1,103 @@
-"""Secrets that sign what is sent: an endpoint's, an owner's. Several at once while one takes over
-from another.
+"""Signing secrets of endpoints and owners. After a rotation, the old and the new secret both sign
+until the overlap ends.
+
+The store keeps an encrypted list, newest secret first, each with the time (milliseconds) its
+overlap ends. A secret that was never rotated is kept alone, without a list.
 """
 
 import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Column, Connection, select, update
 
+from service.db.store import Store
 from service.db.tables import endpoints, owners
-from service.errors import ConfigurationError
-from service.signing import SECRET_PREFIX, Keyring
+from service.db.transaction import Transaction
+from service.errors import ApiError, ConfigurationError
+from service.signing import SECRET_PREFIX, Keyring, new_secret
 
-MOST = 8  # in overlaps
+MAX_SECRETS = 8  # of one endpoint or owner, overlaps included
+ROTATION_TRIES = 5
+COLUMNS: dict[str, tuple[Column[Any], Column[Any]]] = {
+    "endpoints": (endpoints.c.id, endpoints.c.secret),
+    "owners": (owners.c.name, owners.c.callback_secret),
+}
 
 
-def encode_secrets(secrets: Sequence[tuple[str, int | None]]) -> str:
-    """Secrets as they are encrypted: the newest first, each with the time (milliseconds) its
-    overlap ends.
-    """
-    return json.dumps(secrets)
-
-
-def _known(text: str) -> list[tuple[str, int | None]]:
-    """An owner's that was never rotated stands alone."""
+def _decode(text: str) -> list[tuple[str, int | None]]:
     return [(text, None)] if text.startswith(SECRET_PREFIX) else json.loads(text)
 
 
 def valid_secrets(text: str, now: int) -> list[str]:
-    """Those that sign now."""
-    return [secret for secret, until in _known(text) if until is None or until > now]
-
-
-def rotation(keyring: Keyring, held: bytes, new: str, now: int, overlap_ms: int) -> bytes:
-    """`rotated` as it is encrypted; secrets that no key of ours decrypts have no overlap."""
-    try:
-        known = keyring.decrypt(held)
-    except ConfigurationError:
-        return keyring.encrypt(encode_secrets([(new, None)]))
-    return keyring.encrypt(rotated(known, new, now, overlap_ms))
+    """The secrets that sign now."""
+    return [secret for secret, until in _decode(text) if until is None or until > now]
 
 
 def rotated(text: str, new: str, now: int, overlap_ms: int) -> str:
-    """The secrets with a new one in front; those before it sign until the overlap ends, and no
-    longer than they would have.
+    """Puts a new secret first. The secrets before it sign until the overlap ends, and no longer
+    than they would have.
     """
     ends = now + overlap_ms
-    old = [(secret, ends if until is None else min(until, ends)) for secret, until in _known(text)]
-    return encode_secrets([(new, None), *[each for each in old if each[1] > now][: MOST - 1]])
+    old = [(secret, ends if until is None else min(until, ends)) for secret, until in _decode(text)]
+    return json.dumps([(new, None), *[item for item in old if item[1] > now][: MAX_SECRETS - 1]])
 
 
-def callback_secret(connection: Connection, owner: str) -> bytes | None:
-    """What an owner's tasks' own callbacks are signed with, encrypted; None before the owner's
-    first key.
+async def rotate_secret(
+    store: Store, keyring: Keyring, now: int, table: str, key: str, overlap_s: float
+) -> str | None:
+    """Gives an endpoint or owner a new secret and returns it, or None if the row does not exist.
+
+    An old secret that no key decrypts gets no overlap. Raises ApiError 409 if other rotations of
+    the same secret win `ROTATION_TRIES` times.
     """
-    return connection.execute(
-        select(owners.c.callback_secret).where(owners.c.name == owner)
-    ).scalar()
+    for _ in range(ROTATION_TRIES):
+        before = await store.read(stored_secret, table, key)
+        if before is None:
+            return None
+        text = secret = new_secret(os.urandom(32))
+        with suppress(ConfigurationError):
+            text = rotated(keyring.decrypt(before), secret, now, round(overlap_s * 1000))
+        change = SecretChange(table, key, before, keyring.encrypt(text))
+        if await store.write(change_secrets, change):
+            return secret
+    raise ApiError(409, "conflict", "the secret is being rotated by other requests")
 
 
-def secrets(connection: Connection, table: str, after: str, limit: int) -> list[tuple[str, bytes]]:
-    """Encrypted secrets of `endpoints` (by id) or `owners` (by name), from the one after
-    `after`.
-    """
-    key, secret = {
-        "endpoints": (endpoints.c.id, endpoints.c.secret),
-        "owners": (owners.c.name, owners.c.callback_secret),
-    }[table]
-    return [
-        (row[0], row[1])
-        for row in connection.execute(
-            select(key, secret).where(key > after).order_by(key).limit(limit)
-        )
-    ]
+@dataclass(frozen=True, slots=True)
+class SecretChange:
+    """Replaces the encrypted secret `before` of a row of `table`."""
+
+    table: str  # endpoints | owners
+    key: str
+    before: bytes
+    after: bytes
+
+
+def change_secrets(tx: Transaction, items: Sequence[SecretChange]) -> list[bool]:
+    """Changes secrets. False: the row is gone, or its secret is no longer `before`."""
+    return [_change(tx, item) for item in items]
+
+
+def _change(tx: Transaction, item: SecretChange) -> bool:
+    key, secret = COLUMNS[item.table]
+    statement = update(key.table).where(key == item.key, secret == item.before)
+    return tx.connection.execute(statement.values({secret: item.after})).rowcount == 1
+
+
+def stored_secret(connection: Connection, table: str, key: str) -> bytes | None:
+    """The encrypted secret of an endpoint (by id) or an owner (by name)."""
+    column, secret = COLUMNS[table]
+    return connection.execute(select(secret).where(column == key)).scalar()
+
+
+def stored_secrets(
+    connection: Connection, table: str, after: str, limit: int
+) -> list[tuple[str, bytes]]:
+    """A page of ids or names with their encrypted secrets, in order, from the one after `after`."""
+    key, secret = COLUMNS[table]
+    rows = connection.execute(select(key, secret).where(key > after).order_by(key).limit(limit))
+    return [(row[0], row[1]) for row in rows]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import structlog
 
 from service.errors import ApiError, EgressRefused, NotConnected
-from service.events import secrets
+from service.events.secrets import stored_secret
 from service.ids import PREFIXES
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
@@ -119,7 +119,7 @@ class Intake:
                     400, "invalid_parameter", f"callback_url: {error}", param="callback_url"
                 ) from error
             if (
-                await self.resources.store.read(secrets.callback_secret, owner) is None
+                await self.resources.store.read(stored_secret, "owners", owner) is None
             ):  # as with DARKROOM_ADMIN_KEY alone
                 secret = self.resources.keyring.encrypt(new_secret(os.urandom(32)))
                 await self.resources.store.write(insert_owners, NewOwner(owner, secret))

@@ -98,31 +98,6 @@ def revoke_keys(tx: Transaction, ids: Sequence[str]) -> list[bool]:
     return [id in known for id in ids]
 
 
-@dataclass(frozen=True, slots=True)
-class SecretChange:
-    """An owner's callback secrets, encrypted: those it has, which must be so still, and the new
-    ones.
-    """
-
-    owner: str
-    before: bytes
-    after: bytes
-
-
-def change_secrets(tx: Transaction, items: Sequence[SecretChange]) -> list[bool]:
-    """Changes callback secrets; False where they have changed meanwhile."""
-    results = []
-    for item in items:
-        as_it_was = (owners.c.name == item.owner, owners.c.callback_secret == item.before)
-        results.append(
-            tx.connection.execute(
-                update(owners).where(*as_it_was).values(callback_secret=item.after)
-            ).rowcount
-            == 1
-        )
-    return results
-
-
 def key_row(connection: Connection, hash: str) -> Row | None:
     return (
         connection.execute(

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 import structlog
 
 from service.errors import ConfigurationError
-from service.events import secrets
-from service.events.endpoints import EndpointChange, change_endpoints
+from service.events.secrets import SecretChange, change_secrets, stored_secrets
 from service.queue.periodic import hourly
 from service.resources import Resources
-from service.tasks.owner_keys import SecretChange, change_secrets
 
 log = structlog.get_logger()
 
@@ -39,7 +37,7 @@ class Rekeying:
         renewed, unreadable = 0, 0
         for table in ("endpoints", "owners"):
             last = ""
-            while page := await self.resources.store.read(secrets.secrets, table, last, PAGE):
+            while page := await self.resources.store.read(stored_secrets, table, last, PAGE):
                 for key, secret in page:
                     try:
                         after = self.resources.keyring.renewed(secret)
@@ -47,7 +45,8 @@ class Rekeying:
                         unreadable += 1
                         continue
                     if after is not None:
-                        renewed += await self._changed(table, key, secret, after)
+                        change = SecretChange(table, key, secret, after)
+                        renewed += await self.resources.store.write(change_secrets, change)
                 last = page[-1][0]
                 await asyncio.sleep(PAUSE_S)
         if renewed:
@@ -55,10 +54,3 @@ class Rekeying:
         if unreadable:
             log.error("secrets.unreadable", count=unreadable)
         return renewed
-
-    async def _changed(self, table: str, key: str, before: bytes, after: bytes) -> bool:
-        """False: it was rotated or deleted meanwhile."""
-        write = self.resources.store.write
-        if table == "endpoints":
-            return await write(change_endpoints, EndpointChange(key, None, secrets=(before, after)))
-        return await write(change_secrets, SecretChange(key, before, after))

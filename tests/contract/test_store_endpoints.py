@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from service.db.paging import Row
-from service.db.tables import attempts, deliveries, endpoints, owners
+from service.db.tables import attempts, deliveries, endpoints
 from service.db.transaction import Lease
 from service.events import delivery_records
 from service.events.delivery_records import (
@@ -15,9 +15,8 @@ from service.events.delivery_records import (
     record_attempts,
     record_by_hand,
 )
-from service.events.endpoints import EndpointChange, change_endpoints
+from service.events.secrets import SecretChange, change_secrets, stored_secret
 from service.queue import leases
-from service.tasks.owner_keys import SecretChange, change_secrets
 from tests.contract.subject import DAY, HOUR, MINUTE, OWNER, SECOND, Subject, new_id
 from tests.outbox import Made, emit
 
@@ -183,29 +182,19 @@ async def test_of_two_who_change_a_secret_at_once_one_comes_first(
     endpoint = await two[0].endpoint()
     await two[0].key(OWNER, b"first")
     for _ in range(5):
-        held = (await two[0].row(endpoints, endpoint))["secret"]
-        changes = [
-            EndpointChange(endpoint, OWNER, secrets=(held, new_id("key").encode())) for _ in two
-        ]
-        assert sorted(
-            await asyncio.gather(
-                *(
-                    each.write(change_endpoints, change)
-                    for each, change in zip(two, changes, strict=True)
+        for table, key in (("endpoints", endpoint), ("owners", OWNER)):
+            held = await two[0].store.read(stored_secret, table, key)
+            assert held is not None
+            changes = [SecretChange(table, key, held, new_id("key").encode()) for _ in two]
+            assert sorted(
+                await asyncio.gather(
+                    *(
+                        each.write(change_secrets, change)
+                        for each, change in zip(two, changes, strict=True)
+                    )
                 )
-            )
-        ) == [False, True]
-        (owner,) = await two[0].rows(owners)
-        ours = [SecretChange(OWNER, owner["callback_secret"], new_id("key").encode()) for _ in two]
-        assert sorted(
-            await asyncio.gather(
-                *(
-                    each.write(change_secrets, change)
-                    for each, change in zip(two, ours, strict=True)
-                )
-            )
-        ) == [False, True]
-    assert not await two[0].write(change_secrets, SecretChange("nobody", b"", b""))
+            ) == [False, True]
+    assert not await two[0].write(change_secrets, SecretChange("owners", "nobody", b"", b""))
 
 
 async def test_an_attempt_by_hand_moves_nothing_unless_it_arrives(subject: Subject) -> None:

@@ -28,7 +28,7 @@ from service.db.transaction import Lease, Transaction
 from service.events.delivery_records import Outcome
 from service.events.delivery_worker import Deliverer
 from service.events.event_queries import Parcel
-from service.events.secrets import encode_secrets, valid_secrets
+from service.events.secrets import valid_secrets
 from service.images.validator import Examiner
 from service.queue import worker
 from tests.upstream import After, nth
@@ -561,7 +561,7 @@ async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(
 
 def test_a_secret_signs_until_its_overlap_ends() -> None:
     """The newest has no end; an older one signs until its own."""
-    assert valid_secrets(encode_secrets([("whsec_a", None), ("whsec_b", None)]), 5) == [
+    assert valid_secrets(json.dumps([("whsec_a", None), ("whsec_b", None)]), 5) == [
         "whsec_a",
         "whsec_b",
     ]

@@ -6,30 +6,18 @@ import base64
 import json
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 import pytest
 import standardwebhooks
 import svix.webhooks
 
 from service.errors import ConfigurationError
-from service.signing import (
-    MOST_SIGNATURES,
-    Keyring,
-    Rejected,
-    Verified,
-    canonical_json,
-    hash_api_key,
-    new_secret,
-    sign_webhook,
-    verify_webhook,
-)
+from service.signing import Keyring, canonical_json, hash_api_key, new_secret, sign_webhook
 
 OLD, NEW = b"o" * 32, b"n" * 40
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 ID, AT, BODY = "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}'
 SIGNATURE = "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
-HEADERS = {"webhook-id": ID, "webhook-timestamp": str(AT), "webhook-signature": SIGNATURE}
 HOSTILE = ["", "\0", "é", "\ud800", "a" * 1_000_000, "=" * 32, " ", "v1,"]
 
 
@@ -147,7 +135,6 @@ def test_the_time_of_encryption_is_not_kept() -> None:
 def test_the_published_vector_is_signed_as_published() -> None:
     """The known example of the standard's own test suite."""
     assert sign_webhook([SECRET], ID, AT, BODY) == SIGNATURE
-    assert verify_webhook([SECRET], HEADERS, BODY, AT) == Verified()
 
 
 @pytest.mark.parametrize("judge", [standardwebhooks.Webhook, svix.webhooks.Webhook])
@@ -172,114 +159,12 @@ def test_the_libraries_accept_our_signatures(
         judge(new_secret(bytes(size))).verify(body, headers)
 
 
-@pytest.mark.parametrize("judge", [standardwebhooks.Webhook, svix.webhooks.Webhook])
-def test_we_accept_the_libraries_signatures(
-    judge: Callable[[str], standardwebhooks.Webhook],
-) -> None:
-    """Verification agrees with both libraries as senders."""
-    signature = judge(SECRET).sign(ID, datetime.fromtimestamp(AT, UTC), BODY.decode())
-    assert (
-        verify_webhook([SECRET], {**HEADERS, "webhook-signature": signature}, BODY, AT)
-        == Verified()
-    )
-
-
-def test_one_good_signature_and_one_good_secret_suffice() -> None:
-    """During a rotation several secrets sign, and other versions of signatures may stand among
-    them.
-    """
-    other = new_secret(b"x" * 24)
-    headers = {**HEADERS, "webhook-signature": f"v1a,AAAA v1,AAAA {SIGNATURE}"}
-    assert verify_webhook([other, SECRET], headers, BODY, AT) == Verified()
-    assert verify_webhook([other], headers, BODY, AT) == Rejected("no signature matches")
-
-
-def test_header_names_count_whatever_their_case() -> None:
-    """HTTP names have no case."""
-    assert (
-        verify_webhook([SECRET], {key.title(): value for key, value in HEADERS.items()}, BODY, AT)
-        == Verified()
-    )
-
-
-@pytest.mark.parametrize("name", sorted(HEADERS))
-def test_each_missing_or_empty_header_rejects(name: str) -> None:
-    """Fail closed on each part."""
-    assert verify_webhook(
-        [SECRET], {key: value for key, value in HEADERS.items() if key != name}, BODY, AT
-    ) == Rejected(name)
-    assert verify_webhook([SECRET], {**HEADERS, name: ""}, BODY, AT) == Rejected(name)
-
-
-@pytest.mark.parametrize("name", sorted(HEADERS))
-def test_a_header_that_is_there_twice_rejects(name: str) -> None:
-    """Of two values nobody knows which one the rest of a program believes."""
-    assert verify_webhook([SECRET], {**HEADERS, name.title(): HEADERS[name]}, BODY, AT) == Rejected(
-        name
-    )
-
-
-@pytest.mark.parametrize(
-    "timestamp",
-    ["x", "-1", "1.5", "1_6", " 1614265330", "١٦١٤٢٦٥٣٣٠", "9" * 5000, "1614265330\n", "nan"],
-)
-def test_a_timestamp_is_plain_digits(timestamp: str) -> None:
-    """Whatever `int` or `float` would also read is rejected."""
-    assert verify_webhook(
-        [SECRET], {**HEADERS, "webhook-timestamp": timestamp}, BODY, AT
-    ) == Rejected("webhook-timestamp")
-
-
-@pytest.mark.parametrize(
-    ("now", "verdict"),
-    [
-        (AT + 300, Verified()),
-        (AT - 300, Verified()),
-        (AT + 301, Rejected("too old")),
-        (AT - 301, Rejected("too new")),
-        (float("nan"), Rejected("too new")),
-    ],
-)
-def test_the_timestamp_lies_within_the_tolerance(now: float, verdict: Verified | Rejected) -> None:
-    """Five minutes, both ways."""
-    assert verify_webhook([SECRET], HEADERS, BODY, now) == verdict
-
-
-@pytest.mark.parametrize(
-    ("headers", "body"),
-    [
-        ({**HEADERS, "webhook-id": "msg_2"}, BODY),
-        ({**HEADERS, "webhook-timestamp": str(AT + 1)}, BODY),
-        (HEADERS, BODY + b" "),
-        (HEADERS, b""),
-        ({**HEADERS, "webhook-signature": SIGNATURE.lower()}, BODY),
-        ({**HEADERS, "webhook-signature": SIGNATURE[3:]}, BODY),
-        ({**HEADERS, "webhook-signature": "v1,é v1 , \ud800"}, BODY),
-        ({**HEADERS, "webhook-signature": "v1,A " * MOST_SIGNATURES + SIGNATURE}, BODY),
-    ],
-)
-def test_whatever_was_changed_matches_no_more(headers: dict[str, str], body: bytes) -> None:
-    """Id, time and body are all signed; only the first 32 signatures are looked at."""
-    assert verify_webhook([SECRET], headers, body, AT) == Rejected("no signature matches")
-
-
-def test_without_a_secret_nothing_verifies() -> None:
-    """An empty list is no licence."""
-    assert verify_webhook([], HEADERS, BODY, AT) == Rejected("no signature matches")
-
-
-def test_an_id_with_a_full_stop_is_neither_signed_nor_believed() -> None:
+def test_an_id_with_a_full_stop_is_not_signed() -> None:
     """The delimiter could move: id `a`, time 1, body `2.b` would be signed like id `a.1`, time 2,
     body `b`.
     """
     with pytest.raises(ValueError, match="full stop"):
         sign_webhook([SECRET], "a.1", AT, b"b")
-    shifted = {
-        **HEADERS,
-        "webhook-id": f"a.{AT - 1}",
-        "webhook-signature": sign_webhook([SECRET], "a", AT - 1, f"{AT}.b".encode()),
-    }
-    assert verify_webhook([SECRET], shifted, b"b", AT) == Rejected("webhook-id")
 
 
 @pytest.mark.parametrize("secret", ["", "whsec_", "whsec_!!!!", "whsec_AAA", "whsec_é", "\ud800"])

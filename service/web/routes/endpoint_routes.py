@@ -13,7 +13,7 @@ from service.events import event_queries
 from service.events.delivery_worker import attempt_document, send_test
 from service.events.endpoints import Endpoint, EndpointChange, change_endpoints, insert_endpoints
 from service.events.replay_queries import Wanted, replay_extent
-from service.events.secrets import encode_secrets, rotation
+from service.events.secrets import rotate_secret
 from service.ids import rfc3339
 from service.resources import Resources
 from service.signing import new_secret
@@ -24,8 +24,6 @@ from service.web.routes.task_routes import caller_of
 from service.web.schemas import EndpointPatch, NewEndpoint, Rotation
 
 log = structlog.get_logger()
-
-ROTATIONS = 5  # tries
 
 
 def shown(row: Row, replay: JSON | None = None) -> JSON:
@@ -66,7 +64,7 @@ async def create(request: Request) -> Response:
         owner = body.owner
     await check_url(resources, body.url)
     secret = new_secret(os.urandom(32))
-    encrypted = resources.keyring.encrypt(encode_secrets([(secret, None)]))
+    encrypted = resources.keyring.encrypt(secret)
     endpoint = Endpoint(
         resources.id("endpoint"), owner, body.url, tuple(body.types), body.description, encrypted
     )
@@ -151,25 +149,18 @@ async def _change(request: Request, change: EndpointChange, action: str) -> None
 
 async def rotate(request: Request) -> Response:
     """Another secret; the one before it signs too for as long as is asked."""
-    resources, caller, endpoint_id = (
-        context_of(request).resources,
-        caller_of(request),
-        request.path_params["endpoint_id"],
-    )
+    resources, row = context_of(request).resources, await endpoint_of(request)
     body = validated(Rotation, await read_json(request, empty=True))
-    for _ in range(ROTATIONS):  # somebody else may do the same
-        held = (await endpoint_of(request, endpoint_id))["secret"]
-        secret = new_secret(os.urandom(32))
-        secrets = rotation(
-            resources.keyring, held, secret, resources.clock(), round(body.overlap_s * 1000)
-        )
-        change = EndpointChange(endpoint_id, caller.sees, secrets=(held, secrets))
-        if await resources.store.write(change_endpoints, change):
-            log.info("admin.action", action="endpoint.rotate", subject=endpoint_id)
-            return JSONResponse(
-                {**shown(await endpoint_of(request, endpoint_id)), "secret": secret}
-            )
-    raise ApiError(409, "conflict", "the endpoint's secret is being rotated by others")
+    secret = await rotate_secret(
+        resources.store,
+        resources.keyring,
+        resources.clock(),
+        "endpoints",
+        row["id"],
+        body.overlap_s,
+    )
+    log.info("admin.action", action="endpoint.rotate", subject=row["id"])
+    return JSONResponse({**shown(await endpoint_of(request)), "secret": secret})
 
 
 async def test(request: Request) -> Response:

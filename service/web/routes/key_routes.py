@@ -13,23 +13,15 @@ from starlette.responses import JSONResponse, Response
 from service.db.paging import Row
 from service.db.store import Store
 from service.errors import ApiError
-from service.events import secrets
 from service.events.outbox import OPERATORS
-from service.events.secrets import rotation
+from service.events.secrets import rotate_secret
 from service.ids import rfc3339
 from service.resources import new_id
 from service.signing import Keyring, hash_api_key, new_secret
 from service.strict_json import JSON
 from service.tasks import owner_keys
 from service.tasks.owner_keys import NewKey as StoredKey
-from service.tasks.owner_keys import (
-    NewOwner,
-    SecretChange,
-    change_secrets,
-    insert_keys,
-    insert_owners,
-    revoke_keys,
-)
+from service.tasks.owner_keys import NewOwner, insert_keys, insert_owners, revoke_keys
 from service.web.auth import HINT_CHARS, KEY_PREFIX
 from service.web.bodies import page, place_of, query_limit, read_cursor, read_json, validated
 from service.web.context import context_of
@@ -37,8 +29,6 @@ from service.web.routes.task_routes import caller_of
 from service.web.schemas import NewKey, SecretRotation
 
 log = structlog.get_logger()
-
-ROTATIONS = 5  # tries
 
 
 async def create_key(
@@ -88,27 +78,16 @@ async def rotate_callback_secret(
     """Another callback secret; those before it sign too for so many seconds. ApiError 404: there is
     no such owner.
     """
-    for _ in range(ROTATIONS):  # somebody else may do the same
-        held = await store.read(secrets.callback_secret, owner)
-        secret = new_secret(os.urandom(32))
-        if held is None:
-            if owner != OPERATORS:
-                raise ApiError(404, "owner_not_found", "no owner has that name", param="owner")
-            await store.write(
-                insert_owners, NewOwner(owner, keyring.encrypt(secret))
-            )  # it may have DARKROOM_ADMIN_KEY alone
-            continue
-        if await store.write(
-            change_secrets,
-            SecretChange(
-                owner, held, rotation(keyring, held, secret, now, round(overlap_s * 1000))
-            ),
-        ):
-            return {"owner": owner, "callback_secret": secret}
-    raise ApiError(409, "conflict", "the owner's callback secret is being rotated by others")
+    if owner == OPERATORS:  # the owner of DARKROOM_ADMIN_KEY may have no row yet
+        first = keyring.encrypt(new_secret(os.urandom(32)))
+        await store.write(insert_owners, NewOwner(owner, first))
+    secret = await rotate_secret(store, keyring, now, "owners", owner, overlap_s)
+    if secret is None:
+        raise ApiError(404, "owner_not_found", "no owner has that name", param="owner")
+    return {"owner": owner, "callback_secret": secret}
 
 
-async def rotate_secret(request: Request) -> Response:
+async def rotate(request: Request) -> Response:
     resources, caller = context_of(request).resources, caller_of(request)
     body = validated(SecretRotation, await read_json(request, empty=True))
     owner = body.owner or caller.owner

@@ -268,7 +268,7 @@ SPECS = (
     Spec(
         "POST",
         "/v1/keys/rotate-secret",
-        key_routes.rotate_secret,
+        key_routes.rotate,
         ("subscribe",),
         "Create a new callback secret. Both secrets sign during the overlap",
         schemas.CallbackSecret,
