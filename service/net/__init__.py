@@ -1,15 +1,15 @@
-"""Every request that leaves: one guarded client a purpose, over httpx's aiohttp transport.
+"""All outgoing HTTP requests: one guarded client per purpose, over httpx's aiohttp transport.
 
-A URL is judged by its text (scheme, host list, port, literal address), its name by every address it
-has now, each redirect like a first request. The transport's resolver is the judge itself, so a
-connection goes to an address that was judged and no second look-up exists. The transports are
-driven without `httpx.AsyncClient`: no cookies are kept, no redirect is prepared, and no proxy or
-netrc of the environment is read (a proxy would resolve names itself, behind the guard's back).
+The client checks the text of a URL (scheme, host list, port, literal address), then every address
+that its host name has. It checks each redirect like a first request. The transport's resolver is
+the guard itself. A connection therefore goes to a checked address, without a second look-up. The
+transports run without `httpx.AsyncClient`. It would keep cookies, prepare redirects and read a
+proxy or netrc from the environment, and a proxy resolves names itself, behind the guard's back.
 """
 
 from service.net.addresses import forbidden
-from service.net.client import Egress, Response, Rules, Streamed
-from service.net.command import service_call, service_client
+from service.net.egress_client import Egress, Response, Rules, Streamed
+from service.net.service_client import service_call, service_client
 from service.net.transport import Resolve
 from service.net.urls import Target, parse_url
 

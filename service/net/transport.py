@@ -1,5 +1,5 @@
-"""aiohttp as it is used here: with the judge as its resolver, URLs as they were written, and a word
-on whether there was a connection.
+"""The aiohttp transport: the guard as its resolver, URLs sent exactly as written, and a record of
+whether there was a connection.
 """
 
 import asyncio
@@ -23,92 +23,84 @@ from service import VERSION
 from service.errors import CallTimedOut, ConnectionLost, EgressError, NoRoute, NotConnected
 from service.net.addresses import Address
 
-Resolve = Callable[[str], Awaitable[Sequence[str]]]  # a host's addresses; OSError when it has none
-
-Content = (
-    bytes | AsyncIterator[bytes]
-)  # in pieces it is sent as they come; its content-length is the caller's to say
+Resolve = Callable[[str], Awaitable[Sequence[str]]]  # a host's addresses, OSError without any
+# An iterator's pieces are sent as they come. Its content-length header is the caller's duty.
+Content = bytes | AsyncIterator[bytes]
 USER_AGENT = f"Darkroom/{VERSION}"
-# seconds for TCP and TLS to one address; a black hole must not eat a long call's whole time
+# Seconds for TCP and TLS to one address. An address that drops packets must not use up the whole
+# time of a long call.
 CONNECT = 10.0
 PIECE = 1 << 18  # bytes
-LOOKUPS = 64  # at once for a purpose
-OURS = {
-    *(socket.EAI_AGAIN, socket.EAI_MEMORY, socket.EAI_SYSTEM),  # no name server answered
-    *(
-        errno.ENETUNREACH,
-        errno.ENETDOWN,
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.ENOBUFS,
-        errno.ENOMEM,
-        errno.EADDRNOTAVAIL,
-    ),
+LOOKUPS = 64  # at once, per purpose
+# Failures of this machine: no name server answered, no network, no free port or descriptor.
+LOCAL_ERRORS = {
+    *(socket.EAI_AGAIN, socket.EAI_MEMORY, socket.EAI_SYSTEM),
+    *(errno.ENETUNREACH, errno.ENETDOWN, errno.EMFILE, errno.ENFILE),
+    *(errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL),
 }
-# Shorter than servers keep an idle connection (5 s: Node, uvicorn, Apache; 2 s: gunicorn): a
-# request that meets the server's close on its way is lost, and a lost submission may have been
-# paid.
+# Shorter than servers keep an idle connection (Node, uvicorn and Apache 5 s, gunicorn 2 s). A
+# request that crosses the server's close is lost, and a lost submission may have been paid.
 KEEP_ALIVE_S = 1.5
 
 
 @cache
-def lookups(purpose: str) -> ThreadPoolExecutor:
-    """Threads for `getaddrinfo` alone, a pool a purpose: a subscriber's name server that never
-    answers holds up no call upstream.
+def lookup_threads(purpose: str) -> ThreadPoolExecutor:
+    """Threads for `getaddrinfo`, one pool per purpose. A subscriber's name server that never
+    answers therefore delays no call to the upstream.
     """
     return ThreadPoolExecutor(LOOKUPS, thread_name_prefix=f"lookup-{purpose}")
 
 
-async def system(purpose: str, host: str) -> Sequence[str]:
-    """The addresses the operating system knows for a host."""
-    threads = lookups(purpose)
-    found = await asyncio.get_running_loop().run_in_executor(
-        threads, lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+async def system_resolve(purpose: str, host: str) -> Sequence[str]:
+    """The operating system's addresses of a host."""
+    entries = await asyncio.get_running_loop().run_in_executor(
+        lookup_threads(purpose), lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     )
-    return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
+    return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in entries))
 
 
 @dataclass(slots=True)
-class Call:
-    """What the transport must know of the request it carries, and tell of it."""
+class CallState:
+    """The state that the caller and aiohttp's hooks share during a call. `connected`: the request
+    may have been sent.
+    """
 
     url: str = ""
     host: str = ""
     connected: bool = False
 
 
-CALL: ContextVar[Call] = ContextVar("call")  # httpx passes nothing through to aiohttp's hooks
+# httpx passes nothing through to aiohttp's hooks.
+CALL: ContextVar[CallState] = ContextVar("call")
 
 
-async def exact(
+async def send_exact_url(
     request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
 ) -> aiohttp.ClientResponse:
-    """Send the URL as it was written: aiohttp would decode `%2F` and `%7E` in it, which breaks
-    links signed over their text.
+    """Sends the URL as written. aiohttp would decode `%2F` and `%7E` in it, which breaks links
+    signed over their text.
     """
     request.url = yarl.URL(CALL.get().url, encoded=True)
     return await handler(request)
 
 
-async def connected(*_: object) -> None:
-    """aiohttp has a connection for the request, new (TLS done) or used before: from here on it may
-    have been sent.
-    """
+async def mark_connected(*_: object) -> None:
+    """aiohttp has a connection for the request, either new (TLS done) or reused."""
     CALL.get().connected = True
 
 
 async def pieces(content: bytes) -> AsyncIterator[bytes]:
-    """A large body in parts: aiohttp writes one piece of bytes at a stroke, which holds up
-    everybody else.
-    """
+    """A large body in parts. aiohttp writes a single piece at once, which blocks the event loop."""
     for start in range(0, len(content), PIECE):
         yield content[start : start + PIECE]
 
 
 @contextmanager
-def translated(call: Call) -> Iterator[None]:
-    """Lower errors as ours. What counts is whether there was a connection: the class of
-    httpx-aiohttp's errors does not tell.
+def translated(call: CallState) -> Iterator[None]:
+    """Turns the libraries' errors into EgressErrors.
+
+    `call.connected` decides, because the class of httpx-aiohttp's errors does not say whether
+    there was a connection. The libraries' messages may contain the URL and are dropped.
     """
     try:
         yield
@@ -118,25 +110,22 @@ def translated(call: Call) -> Iterator[None]:
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
-        late = isinstance(
-            root, TimeoutError | asyncio.CancelledError
-        )  # asyncio's own limit is a cancellation at its root
-        reason = (
-            "no answer in time" if late else getattr(root, "strerror", None) or type(root).__name__
-        )  # their texts may show the URL
-        kind = (
-            not_connected(root) if not call.connected else CallTimedOut if late else ConnectionLost
-        )
-        raise kind(f"{call.host}: {reason}") from error
+        # The root of asyncio's own timeout is a cancellation.
+        late = isinstance(root, TimeoutError | asyncio.CancelledError)
+        detail = getattr(root, "strerror", None) or type(root).__name__
+        lost = CallTimedOut if late else ConnectionLost
+        kind = lost if call.connected else not_connected(root)
+        raise kind(f"{call.host}: {'no answer in time' if late else detail}") from error
 
 
 def not_connected(error: BaseException) -> type[NotConnected]:
-    """Whose fault it is that there was no connection."""
-    return NoRoute if isinstance(error, OSError) and error.errno in OURS else NotConnected
+    """NoRoute when this machine is the cause."""
+    local = isinstance(error, OSError) and error.errno in LOCAL_ERRORS
+    return NoRoute if local else NotConnected
 
 
-class Judge(AbstractResolver):
-    """The transport's resolver: it gives out no address that was not judged."""
+class GuardedResolver(AbstractResolver):
+    """The transport's resolver. It returns checked addresses only."""
 
     def __init__(self, addresses: Callable[[str], Awaitable[Sequence[Address]]]) -> None:
         self._addresses = addresses
@@ -145,40 +134,42 @@ class Judge(AbstractResolver):
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         families = {4: socket.AF_INET, 6: socket.AF_INET6}
-        found = await self._addresses(host)
         return [
             ResolveResult(
                 hostname=host,
-                host=str(a),
+                host=str(address),
                 port=port,
-                family=families[a.version],
+                family=families[address.version],
                 proto=0,
                 flags=socket.AI_NUMERICHOST,
             )
-            for a in found
+            for address in await self._addresses(host)
         ]
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """The resolver holds no resources."""
 
 
 def open_transport(
-    judge: Judge, tls: ssl.SSLContext, connections: int, keep_alive: float
+    resolver: GuardedResolver, tls: ssl.SSLContext, connections: int, keep_alive: float
 ) -> AiohttpTransport:
-    """A pool of its own: what is connected to for one purpose, or one scheme, serves no other."""
+    """A transport with its own pool, so that a connection for one purpose or scheme serves no
+    other.
+    """
     trace = aiohttp.TraceConfig()
-    trace.on_connection_create_end.append(connected)
-    trace.on_connection_reuseconn.append(connected)
+    trace.on_connection_create_end.append(mark_connected)
+    trace.on_connection_reuseconn.append(mark_connected)
+    connector = aiohttp.TCPConnector(
+        resolver=resolver,
+        use_dns_cache=False,
+        limit=connections,
+        keepalive_timeout=keep_alive,
+        ssl=tls,
+    )
     session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(
-            resolver=judge,
-            use_dns_cache=False,
-            limit=connections,
-            keepalive_timeout=keep_alive,
-            ssl=tls,
-        ),
+        connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
-        middlewares=(exact,),
+        middlewares=(send_exact_url,),
         trace_configs=[trace],
     )
     return AiohttpTransport(verify=tls, client=session)
@@ -186,22 +177,20 @@ def open_transport(
 
 async def send(
     transport: AiohttpTransport,
-    call: Call,
+    call: CallState,
     method: str,
     headers: Mapping[str, str],
     content: Content | None,
 ) -> httpx.Response:
-    """One request, no redirect followed; the answer's body is unread and the caller closes it."""
-    sent = {"user-agent": USER_AGENT, "accept": "*/*"} | {
-        name.lower(): value for name, value in headers.items()
-    }
-    sent["accept-encoding"] = "identity"  # nothing is decoded here, so nothing can swell
-    body = content
+    """One request, without redirects. The caller reads and closes the response's body."""
+    sent = {"user-agent": USER_AGENT, "accept": "*/*"}
+    sent |= {name.lower(): value for name, value in headers.items()}
+    sent["accept-encoding"] = "identity"  # without decoding, no body can grow in memory
     if isinstance(content, bytes) and len(content) > PIECE:
-        body, sent["content-length"] = pieces(content), str(len(content))
-    request = httpx.Request(
-        method, call.url, headers=sent, content=body, extensions={"timeout": {"connect": CONNECT}}
-    )
+        sent["content-length"] = str(len(content))
+        content = pieces(content)
+    timeout = {"timeout": {"connect": CONNECT}}
+    request = httpx.Request(method, call.url, headers=sent, content=content, extensions=timeout)
     token = CALL.set(call)
     try:
         return await transport.handle_async_request(request)

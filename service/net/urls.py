@@ -1,4 +1,4 @@
-"""URLs read so that no two parsers could differ over them."""
+"""Parsing of URLs that leaves no room for a difference between two parsers."""
 
 import re
 import unicodedata
@@ -10,111 +10,29 @@ import httpx
 
 from service.net.addresses import Address
 
-MAX_URL = 2048  # what the upstream takes of a callback_url; characters
+MAX_URL = 2048  # characters, the upstream's limit for a callback_url
 URL = re.compile(r"(https?)://([^/?#]*)([^#]*)(?:#.*)?", re.IGNORECASE | re.DOTALL)
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE | re.ASCII)
-# The Fetch standard's bad ports (section 2.9), other protocols' whose servers might act on parts of
-# a request, but for 1 and 9, which nobody serves: addresses that are meant to answer nothing are
-# written with them.
-OTHERS_PORTS = frozenset(
-    (
-        *(
-            7,
-            11,
-            13,
-            15,
-            17,
-            19,
-            20,
-            21,
-            22,
-            23,
-            25,
-            37,
-            42,
-            43,
-            53,
-            69,
-            77,
-            79,
-            87,
-            95,
-            101,
-            102,
-            103,
-            104,
-            109,
-            110,
-            111,
-            113,
-            115,
-        ),
-        *(
-            117,
-            119,
-            123,
-            135,
-            137,
-            139,
-            143,
-            161,
-            179,
-            389,
-            427,
-            465,
-            512,
-            513,
-            514,
-            515,
-            526,
-            530,
-            531,
-            532,
-            540,
-            548,
-            554,
-            556,
-            563,
-            587,
-        ),
-        *(
-            601,
-            636,
-            989,
-            990,
-            993,
-            995,
-            1719,
-            1720,
-            1723,
-            2049,
-            3659,
-            4045,
-            4190,
-            5060,
-            5061,
-            6000,
-            6566,
-            6665,
-            6666,
-            6667,
-            6668,
-            6669,
-        ),
-        *(6679, 6697, 10080),
-    )
-)
+# The Fetch standard's bad ports (section 2.9). A server of another protocol there might act on
+# parts of a request. Ports 1 and 9 are left out: they have no server, and serve as addresses that
+# are meant never to answer.
+_BAD_PORTS = """
+7 11 13 15 17 19 20 21 22 23 25 37 42 43 53 69 77 79 87 95 101 102 103 104 109 110 111 113 115
+117 119 123 135 137 139 143 161 179 389 427 465 512 513 514 515 526 530 531 532 540 548 554 556
+563 587 601 636 989 990 993 995 1719 1720 1723 2049 3659 4045 4190 5060 5061 6000 6566 6665 6666
+6667 6668 6669 6679 6697 10080
+"""
+BAD_PORTS = frozenset(int(port) for port in _BAD_PORTS.split())
 AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::([0-9]{1,5}))?", re.IGNORECASE | re.ASCII)
 LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
-NUMBER = re.compile(
-    r"[0-9]+|0x[0-9a-f]*", re.ASCII
-)  # a host that ends so is an IPv4 address (WHATWG URL)
+# A host whose last label matches is an IPv4 address (WHATWG URL).
+NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A URL taken apart without a doubt: `host` in ASCII, lower case, without brackets or last dot;
-    `address` when it is a literal.
+    """A parsed URL. `host` is ASCII, in lower case, without brackets and without a last dot.
+    `address` is set when the host is a literal address.
     """
 
     scheme: str
@@ -139,14 +57,13 @@ class Target:
 
 
 def parse_url(text: str, base: str = "", longest: int = MAX_URL) -> Target:
-    """Take a URL apart (relative to `base`); ValueError, with the reason, for everything two
+    """Parses a URL, relative to `base`. Raises ValueError with the reason for everything that two
     parsers might read differently.
     """
     if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in text):
         raise ValueError("a URL has no control characters")
-    url = (
-        text if not base or SCHEME.match(text) else urljoin(base, text)
-    )  # alone, `urljoin` would read `http:///x` as a path
+    # `urljoin` alone would read `http:///x` as a path
+    url = text if not base or SCHEME.match(text) else urljoin(base, text)
     if len(url) > longest:
         raise ValueError(f"a URL has at most {longest} characters")
     if (parts := URL.fullmatch(url)) is None:
@@ -159,15 +76,15 @@ def parse_url(text: str, base: str = "", longest: int = MAX_URL) -> Target:
     port = None if place[2] is None else int(place[2])
     if port is not None and not 0 < port < 65536:
         raise ValueError("the port of the URL is not valid")
-    if port in OTHERS_PORTS:
+    if port in BAD_PORTS:
         raise ValueError("the port of the URL is another protocol's")
     host, address = parse_host(place[1])
     return Target(scheme, host, port, path, address)
 
 
 def parse_host(text: str) -> tuple[str, Address | None]:
-    """A URL's host as ASCII, with its address if it is a literal; ValueError for every notation of
-    an address but the plain one.
+    """A URL's host as ASCII, and its address if it is a literal. Raises ValueError for every
+    notation of an address except the plain one.
     """
     if text.startswith("["):
         try:
@@ -177,7 +94,7 @@ def parse_host(text: str) -> tuple[str, Address | None]:
         return str(literal), literal
     host = text
     if not host.isascii():
-        if unicodedata.normalize("NFKC", host) != host:  # full-width digits and their like
+        if unicodedata.normalize("NFKC", host) != host:  # full-width digits, for example
             raise ValueError("the host of the URL is not in normal form")
         try:
             host = httpx.URL(f"https://{host}/").raw_host.decode("ascii")

@@ -1,4 +1,4 @@
-"""The command line's way to the service itself."""
+"""The command line's HTTP client for the service itself."""
 
 from typing import Any
 
@@ -7,30 +7,26 @@ import httpx
 from service.errors import CallTimedOut, ConnectionLost, NotConnected
 from service.net.transport import CONNECT, USER_AGENT
 
+READ_S = 150.0  # `Prefer: wait` holds a response for up to 120 s
+
 
 def service_client(base_url: str, api_key: str | None) -> httpx.Client:
-    """The command line's own client of the service: no guard, follows nothing; reads for as long as
-    an answer may be held back.
+    """A client without a guard. It follows no redirect and ignores proxies of the environment,
+    which would see the key.
     """
-    headers = {"user-agent": USER_AGENT} | (
-        {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-    )
+    key = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
     return httpx.Client(
         base_url=base_url,
-        headers=headers,
-        timeout=httpx.Timeout(
-            150, connect=CONNECT
-        ),  # `Prefer: wait` holds an answer for up to 120 s
+        headers={"user-agent": USER_AGENT, **key},
+        timeout=httpx.Timeout(READ_S, connect=CONNECT),
         follow_redirects=False,
-        trust_env=False,  # the service is near; a proxy of the environment would see the key
+        trust_env=False,
         verify=httpx.create_ssl_context(),
     )
 
 
 def service_call(client: httpx.Client, method: str, path: str, **options: Any) -> httpx.Response:
-    """One request of `service_client`, whatever its status; NotConnected, CallTimedOut,
-    ConnectionLost.
-    """
+    """One request, with any status. Raises NotConnected, CallTimedOut, ConnectionLost."""
     try:
         return client.request(method, path, **options)
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:

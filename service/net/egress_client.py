@@ -1,4 +1,4 @@
-"""The guarded client of one purpose."""
+"""The guarded HTTP client of one purpose."""
 
 import asyncio
 import ssl
@@ -18,34 +18,35 @@ from service.net.addresses import Address, Network, forbidden
 from service.net.transport import (
     CONNECT,
     KEEP_ALIVE_S,
-    Call,
+    CallState,
     Content,
-    Judge,
+    GuardedResolver,
     Resolve,
     not_connected,
     open_transport,
     send,
-    system,
+    system_resolve,
     translated,
 )
 from service.net.urls import MAX_URL, Target, parse_url
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
-MANY = 64  # addresses of a name; more are an attack on whoever judges them
-TRIED = 8  # of them in one call: nobody's name makes us knock at dozens of doors
+MAX_ADDRESSES = 64  # of a name, as an attacker may return very many
+MAX_TRIED = 8  # addresses in one call, so that no name makes the service probe dozens of hosts
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 KEPT_ACROSS_ORIGINS = frozenset({"accept", "if-range", "range", "user-agent"})
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What one purpose may reach.
+    """The rules for one purpose.
 
-    `networks`: not globally routable, reached all the same, with plain http too. `hosts`: None is
-    any, `.x` every subdomain of x, `x` exactly x; it holds for literal addresses as well.
-    `redirects`: how many a GET or HEAD follows, 0 makes a 3xx an answer like any other. `upgrade`:
-    an http link to a host outside `networks` is fetched by https. `max_url`: in characters.
+    `networks`: reachable although not globally routable, with plain http too. `hosts`: None allows
+    every host, `.x` every subdomain of x, `x` exactly x, and the list also binds literal addresses.
+    `redirects`: the most that a GET or HEAD follows. With 0, a 3xx is an ordinary response.
+    `upgrade`: the client fetches an http link to a host outside `networks` by https. `max_url`: in
+    characters.
     """
 
     purpose: str
@@ -58,8 +59,8 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """An answer: header names in lower case, the body as sent (never decoded), cut at the caller's
-    limit; `duration` in seconds.
+    """Header names are in lower case. The body is as sent (never decoded), cut at the caller's
+    limit. `duration` is in seconds.
     """
 
     status: int
@@ -71,8 +72,8 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """An answer whose body is still to come; `url` is the one that was fetched in the end. `chunks`
-    may be iterated once.
+    """A response with an unread body. `url` is the last one after redirects. `chunks` may be
+    iterated once.
     """
 
     status: int
@@ -84,10 +85,11 @@ class Streamed:
 class Egress:
     """The guarded client of one purpose, an async context manager.
 
-    Raises EgressRefused (also told to `on_refused`: purpose, host, reason), NotConnected,
-    CallTimedOut, ConnectionLost. On a kept connection that the other side closes a GET is sent once
-    more; a POST is ConnectionLost, as it may have been seen. `resolve` replaces the system's, `tls`
-    the usual trust (`SSL_CERT_FILE`, else certifi's); idle connections live `keep_alive` seconds.
+    Raises EgressRefused (also reported to `on_refused`: purpose, host, reason), NotConnected,
+    CallTimedOut, ConnectionLost. If the other side closes a reused connection, the client sends a
+    GET once more. A POST raises ConnectionLost, as the other side may have seen it. `resolve`
+    replaces the system's resolver, `tls` the usual trust (`SSL_CERT_FILE`, else certifi's). Idle
+    connections live `keep_alive` seconds.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class Egress:
         self.rules = rules
         self._connections = connections
         self._on_refused = on_refused
-        self._resolve = resolve or partial(system, rules.purpose)
+        self._resolve = resolve or partial(system_resolve, rules.purpose)
         self._tls = tls
         self._keep_alive = keep_alive
         self._transports: dict[str, AiohttpTransport] = {}
@@ -111,9 +113,9 @@ class Egress:
     async def __aenter__(self) -> Self:
         tls = self._tls or httpx.create_ssl_context()
         for scheme in ("https", "http"):
-            judge = Judge(partial(self._judged_addresses, plain=scheme == "http"))
+            resolver = GuardedResolver(partial(self._allowed_addresses, plain=scheme == "http"))
             self._transports[scheme] = open_transport(
-                judge, tls, self._connections, self._keep_alive
+                resolver, tls, self._connections, self._keep_alive
             )
         return self
 
@@ -122,19 +124,19 @@ class Egress:
             await transport.aclose()
 
     def check_url(self, url: str) -> None:
-        """Judge a URL by its text alone; EgressRefused."""
+        """Checks the text of a URL. Raises EgressRefused."""
         self._target(url)
 
     async def check(self, url: str) -> None:
-        """Judge a URL by its text and by every address its name has now; EgressRefused,
-        NotConnected when it has none.
+        """Checks the text of a URL and every current address of its name. Raises EgressRefused, or
+        NotConnected when the name has no address.
         """
         target = self._target(url)
         try:
             async with asyncio.timeout(CONNECT):
                 target = await self._ready(target)
                 if target.address is None:
-                    await self._judged_addresses(target.host, plain=target.scheme == "http")
+                    await self._allowed_addresses(target.host, plain=target.scheme == "http")
         except TimeoutError as error:
             raise NotConnected("the name was not looked up in time") from error
 
@@ -148,11 +150,9 @@ class Egress:
         timeout: float,
         max_bytes: int = 1 << 20,
     ) -> Response:
-        """One call, whole within `timeout` seconds. Of a body over `max_bytes` the beginning comes
-        back.
-        """
-        started = asyncio.get_running_loop().time()
-        call, body = Call(), bytearray()
+        """One call, complete within `timeout` seconds. A body over `max_bytes` is cut off."""
+        clock = asyncio.get_running_loop().time
+        started, call, body = clock(), CallState(), bytearray()
         with translated(call):
             async with asyncio.timeout(timeout):
                 response = await self._answer(call, method, url, headers, content)
@@ -163,13 +163,9 @@ class Egress:
                             break
                 finally:
                     await response.aclose()
-        duration = asyncio.get_running_loop().time() - started
+        cut, headers = len(body) > max_bytes, dict(response.headers)
         return Response(
-            response.status_code,
-            dict(response.headers),
-            bytes(body[:max_bytes]),
-            len(body) > max_bytes,
-            duration,
+            response.status_code, headers, bytes(body[:max_bytes]), cut, clock() - started
         )
 
     @asynccontextmanager
@@ -182,11 +178,11 @@ class Egress:
         timeout: float,
         idle: float,
     ) -> AsyncIterator[Streamed]:
-        """One call whose body is read in pieces: whole within `timeout` seconds, with never `idle`
-        seconds without a byte.
+        """One call whose body is read in pieces. It must be complete within `timeout` seconds, with
+        no pause of `idle` seconds between bytes.
         """
         clock = asyncio.get_running_loop().time
-        end, call = clock() + timeout, Call()
+        end, call = clock() + timeout, CallState()
         with translated(call):
             async with asyncio.timeout_at(end):
                 response = await self._answer(call, method, url, headers, None, idle)
@@ -208,16 +204,14 @@ class Egress:
 
     async def _answer(
         self,
-        call: Call,
+        call: CallState,
         method: str,
         url: str,
         headers: Mapping[str, str],
         content: Content | None,
         idle: float | None = None,
     ) -> httpx.Response:
-        """The head of the last answer, after redirects; its body is unread and the caller closes
-        it.
-        """
+        """The head of the last response, after redirects. The caller reads and closes its body."""
         target = await self._ready(self._target(url))
         for _ in range(self.rules.redirects + 1):
             call.url, call.host = target.url, target.host
@@ -226,16 +220,12 @@ class Egress:
                     self._transports[target.scheme], call, method, headers, content
                 )
             location = response.headers.get("location")
-            follow = (
-                self.rules.redirects
-                and method in ("GET", "HEAD")
-                and response.status_code in REDIRECTS
-            )
-            if not follow or location is None:
+            redirected = method in ("GET", "HEAD") and response.status_code in REDIRECTS
+            if not redirected or location is None or not self.rules.redirects:
                 return response
             await response.aclose()
             following = await self._ready(self._target(location, call.url))
-            if following.origin != target.origin:  # a key or a cookie is meant for who was asked
+            if following.origin != target.origin:  # a key or cookie is for the first origin alone
                 headers = {
                     name: value
                     for name, value in headers.items()
@@ -245,7 +235,7 @@ class Egress:
         raise self._refused(target.host, f"more than {self.rules.redirects} redirects")
 
     def _target(self, url: str, base: str = "") -> Target:
-        """A URL judged by its text."""
+        """The parsed URL, after all checks of its text. Raises EgressRefused."""
         try:
             target = parse_url(url, base, self.rules.max_url)
         except ValueError as error:
@@ -261,21 +251,19 @@ class Egress:
             target = target.upgraded
         if address is not None:
             target = self._upgraded(target, (address,))
-            self._judge(host, (address,), plain=target.scheme == "http")
+            self._check_addresses(host, (address,), plain=target.scheme == "http")
         return target
 
     def _upgraded(self, target: Target, addresses: Iterable[Address]) -> Target:
-        """An http link as https, if the rules say so and it leads out of the networks."""
+        """An http link as https, if the rules say so and it leads outside the networks."""
         upgrade = self.rules.upgrade and target.scheme == "http"
         outside = upgrade and any(
             forbidden(address, self.rules.networks, plain=True) for address in addresses
         )
         return target.upgraded if outside else target
 
-    def _judge(self, host: str, addresses: Iterable[Address], *, plain: bool) -> None:
-        """All addresses of a host; one that is forbidden refuses them all, as the name is in
-        somebody else's hands.
-        """
+    def _check_addresses(self, host: str, addresses: Iterable[Address], *, plain: bool) -> None:
+        """One forbidden address refuses the whole host, because its owner controls the name."""
         for address in addresses:
             if (reason := forbidden(address, self.rules.networks, plain=plain)) is not None:
                 raise self._refused(host, reason)
@@ -287,19 +275,19 @@ class Egress:
 
     async def _addresses(self, host: str) -> Sequence[Address]:
         try:
-            found = [ip_address(text) for text in (await self._resolve(host))[: MANY + 1]]
+            texts = (await self._resolve(host))[: MAX_ADDRESSES + 1]
         except OSError as error:
             raise not_connected(error)(f"{host}: {error.strerror or 'no address'}") from error
-        if not found:
+        if not texts:
             raise NotConnected(f"{host}: no address")
-        if len(found) > MANY:
-            raise self._refused(host, f"the name has more than {MANY} addresses")
-        return found
+        if len(texts) > MAX_ADDRESSES:
+            raise self._refused(host, f"the name has more than {MAX_ADDRESSES} addresses")
+        return [ip_address(text) for text in texts]
 
-    async def _judged_addresses(self, host: str, *, plain: bool) -> Sequence[Address]:
-        found = await self._addresses(host)
-        self._judge(host, found, plain=plain)
-        return found[:TRIED]
+    async def _allowed_addresses(self, host: str, *, plain: bool) -> Sequence[Address]:
+        addresses = await self._addresses(host)
+        self._check_addresses(host, addresses, plain=plain)
+        return addresses[:MAX_TRIED]
 
     def _refused(self, host: str, reason: str) -> EgressRefused:
         if self._on_refused is not None:
