@@ -31,11 +31,12 @@ from service.events.sinks import Broker
 from service.events.tail import Tail
 from service.events.webhooks import WebhookSender
 from service.images.download_worker import Downloader
-from service.images.sweep import Sweeper
+from service.images.sweep import sweep
 from service.images.validator import Examiner, examining
 from service.links import Links
 from service.net import Egress, Rules
 from service.ops.metrics import Metrics
+from service.queue.periodic import hourly
 from service.queue.worker import Stage, WorkerPool
 from service.resources import Resources, new_id
 from service.settings import Settings, masked, secret_keys
@@ -46,7 +47,7 @@ from service.tasks.account_breaker import Account
 from service.tasks.confirm_worker import Settler
 from service.tasks.reconcile import Plan
 from service.tasks.submit_worker import Submitter
-from service.upkeep.rekey import Rekeying
+from service.upkeep.rekey import rekey
 from service.upkeep.retention import Retention
 from service.upstreams.base import Call
 from service.upstreams.catalogue import load_catalogue
@@ -341,12 +342,14 @@ async def running(
                 settings.image_retention_days,
                 resources.store.clock,
             )
-            hourly = {
-                "sweep": Sweeper(resources).run,
-                "retention": retention.run,
-                "rekey": Rekeying(resources).run,
+            hourly_jobs: dict[str, Callable[[], Awaitable[object]]] = {
+                "sweep": partial(sweep, resources),
+                "retention": retention.apply,
+                "rekey": partial(rekey, resources),
             }
-            jobs += [asyncio.create_task(run(), name=name) for name, run in hourly.items()]
+            for name, work_of in hourly_jobs.items():
+                run = hourly(name, work_of, resources.random, metrics, at_once=name == "rekey")
+                jobs.append(asyncio.create_task(run, name=name))
             jobs += [
                 asyncio.create_task(publisher.run(), name="publish") for publisher in publishers
             ]

@@ -1,4 +1,4 @@
-"""Jobs that run every hour."""
+"""Jobs that each process with workers runs about every hour."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from service.errors import BlobUnavailable, StoreUnavailable
-from service.resources import Resources
+from service.ops.metrics import Metrics
 
 log = structlog.get_logger()
 
@@ -14,26 +14,34 @@ EVERY_S = 3600.0
 
 
 async def hourly(
-    resources: Resources, stage: str, job: Callable[[], Awaitable[object]], *, at_once: bool = False
+    stage: str,
+    job: Callable[[], Awaitable[object]],
+    random: Callable[[], float],
+    metrics: Metrics,
+    *,
+    at_once: bool = False,
 ) -> None:
-    """Does a job until cancelled: within the first hour or `at_once`, then about every hour, so
-    that processes don't all do it together.
+    """Runs a job until cancelled: first within an hour or `at_once`, then about every hour.
+
+    The random waits keep several processes from running it at the same moment. A run that fails
+    is logged and counted, and the next one comes all the same.
     """
-    wait = 0.0 if at_once else EVERY_S * resources.random()
+    wait = 0.0 if at_once else EVERY_S * random()
     while True:
         await asyncio.sleep(wait)
-        wait = EVERY_S * (0.9 + 0.2 * resources.random())
+        wait = EVERY_S * (0.9 + 0.2 * random())
         try:
             await job()
-        except Exception as error:  # the next one must come whatever became of this one
-            known = {
-                "stage": stage,
-                "key": None,
-                "attempt": 1,
-                "wait_s": round(wait),
-                "exception": repr(error),
-            }
-            unforeseen = None if isinstance(error, BlobUnavailable | StoreUnavailable) else error
-            # a store that is away needs no traceback
-            log.error("worker.failed", **known, exc_info=unforeseen)  # noqa: TRY400
-            resources.metrics.worker_faults.labels(stage).inc()
+        except Exception as error:
+            # An outage of a store needs no traceback.
+            expected = isinstance(error, BlobUnavailable | StoreUnavailable)
+            log.error(  # noqa: TRY400
+                "worker.failed",
+                stage=stage,
+                key=None,
+                attempt=1,
+                wait_s=round(wait),
+                exception=repr(error),
+                exc_info=None if expected else error,
+            )
+            metrics.worker_faults.labels(stage).inc()

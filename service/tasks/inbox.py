@@ -20,6 +20,9 @@ from service.upstreams.base import Report, Status, outcome_digest
 # distinct callbacks of one task, and the first terminal one; further ones are answered and counted
 # on the last
 KEPT = 20
+# How many of them keep their bodies, and how many bytes of each. The first terminal callback keeps
+# all of its own (at most 256 KiB): without a confirming query, its body is the task's result.
+BODIES, BODY_BYTES = 5, 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,11 +202,20 @@ def _keep(
         "upstream_id": item.report.upstream_id if item.report else None,
         "digest": digest,
         "first": first,
-        "body": item.body if row.erased_at is None else b"",
+        "body": _body(row, kept, item, whole=bool(first)),
     }
     kept[digest] = callback
     tx.insert(callbacks, callback)
     return item.id
+
+
+def _body(row: TaskRow, kept: Kept, item: Callback, *, whole: bool) -> bytes:
+    if row.erased_at is not None:
+        return b""
+    if whole:
+        return item.body
+    bodies = sum(1 for callback in kept.values() if callback["body"])
+    return item.body[:BODY_BYTES] if bodies < BODIES else b""
 
 
 def _progress(tx: Transaction, row: TaskRow, report: Report) -> None:

@@ -17,7 +17,6 @@ from service.db.store import Item, Result
 from service.db.transaction import Transaction
 from service.errors import BlobUnavailable
 from service.queue.checkpoints import checkpoint
-from service.queue.periodic import hourly
 from service.resources import Resources
 from service.upkeep import batches, expiry
 
@@ -65,9 +64,6 @@ class Retention:
     days: float
     image_days: float | None
     clock: Callable[[], int]  # the store's: milliseconds
-
-    async def run(self) -> None:
-        await hourly(self.resources, "retention", self.apply)
 
     async def apply(self) -> dict[str, int]:
         """Removes what is old, the oldest first; how many of each. BlobUnavailable,

@@ -7,7 +7,7 @@ import pytest
 
 from service.db.tables import callbacks, tasks
 from service.images.downloads import Lost
-from service.tasks.inbox import KEPT, accept_callbacks
+from service.tasks.inbox import BODIES, BODY_BYTES, KEPT, accept_callbacks
 from service.tasks.state import State
 from service.tasks.submissions import Accepted, Undecided
 from service.upstreams.base import Report, Status
@@ -494,6 +494,19 @@ async def test_a_flood_of_distinct_callbacks_is_kept_in_bounds(subject: Subject)
     assert (await subject.callback(task_id, failed(task_id))).verdict == "conflict"
     assert len(await subject.rows(callbacks)) == KEPT + 1
     assert [row["count"] for row in await subject.rows(callbacks, first=True)] == [3]
+
+
+async def test_few_bodies_are_kept_and_the_first_terminal_one_whole(subject: Subject) -> None:
+    """The row of each callback stays. Only the first terminal body is ever read again."""
+    task_id = await subject.submitted()
+    for number in range(BODIES + 2):
+        await subject.callback(task_id, None, b"%d" % number * (BODY_BYTES + 1))
+        subject.clock.shift(1)
+    large = b"x" * (BODY_BYTES + 1)
+    await subject.callback(task_id, completed(task_id, URL), large)
+    *rows, first = await subject.rows(callbacks)
+    assert [len(row["body"]) for row in rows] == [BODY_BYTES] * BODIES + [0] * 2
+    assert (first["first"], first["body"]) == (True, large)
 
 
 async def test_two_processes_judge_one_tasks_callbacks_one_after_another(

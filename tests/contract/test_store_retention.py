@@ -17,6 +17,7 @@ from service.db.transaction import Transaction
 from service.events import event_queries
 from service.events.delivery_records import Attempt, Outcome, record_attempts
 from service.images import image_queries
+from service.images.sweep import orphans
 from service.tasks import task_queries
 from service.tasks.cancel import Cancellation, cancel_tasks
 from service.tasks.state import State
@@ -217,7 +218,7 @@ async def test_an_erased_image_is_known_as_such(subject: Subject) -> None:
     found = await subject.store.read(task_queries.task, task_id, OWNER)
     assert found is not None
     assert found[1] == []
-    assert await subject.store.read(image_queries.orphans, [image["blob"]]) == [image["blob"]]
+    assert await subject.store.read(orphans, [image["blob"]]) == [image["blob"]]
 
 
 async def test_the_events_of_an_erased_task_stay_in_their_places(subject: Subject) -> None:
@@ -313,7 +314,7 @@ async def test_a_download_under_way_while_its_task_is_erased_counts_nothing(
     assert await subject.download(image, stored(image), lease) is None
     assert await subject.images(task_id) == []
     name = stored(image).blob
-    assert await subject.store.read(image_queries.orphans, [name]) == [name]
+    assert await subject.store.read(orphans, [name]) == [name]
 
 
 # --- by time ---

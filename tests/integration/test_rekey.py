@@ -14,7 +14,6 @@ from service.app import Role, running
 from service.errors import ConfigurationError
 from service.events.secrets import SecretChange, change_secrets, stored_secrets
 from service.upkeep import rekey
-from service.upkeep.rekey import Rekeying
 from tests.api import ASYNC, UNTIL_DONE, got, submitted
 from tests.waiting import wait_until
 from tests.world import Subscriber, World, subscriber, world
@@ -58,7 +57,7 @@ async def test_the_old_key_can_be_dropped_after_a_start_with_the_new_one_first(
             async with world(tmp_path, secret_key=f"{NEW},{OLD}") as here:
                 await wait_until(lambda: any(line["event"] == "secrets.rekeyed" for line in lines))
                 after = await at_rest(here)
-                assert await Rekeying(here.context.resources).rekey() == 0
+                assert await rekey.rekey(here.context.resources) == 0
         assert len(before) == len(after)
         assert not set(before) & set(after)
         assert {
@@ -152,7 +151,7 @@ async def test_a_secret_that_was_rotated_meanwhile_stays_as_it_is_now(tmp_path: 
             return await write(operation, item)
 
         with patch.object(resources.store, "write", late):
-            assert await Rekeying(resources).rekey() == len(await at_rest(here)) - 1
+            assert await rekey.rekey(resources) == len(await at_rest(here)) - 1
         assert (await at_rest(here))[0] == now
 
 

@@ -11,8 +11,8 @@ from starlette.responses import Response
 from structlog.testing import capture_logs
 
 from service.app import Role
-from service.images import sweep
-from service.images.sweep import AGE_MS, Sweeper
+from service.images.sweep import AGE_MS, sweep
+from service.queue import periodic
 from service.upkeep import retention
 from service.upkeep.retention import DAY_MS, Retention
 from tests.api import SUBMIT, UNTIL_DONE, got, order, refused, submitted
@@ -176,10 +176,7 @@ async def test_images_that_the_store_cannot_delete_are_left_to_the_sweep(tmp_pat
         assert await kept(here) == {name}
         resources = here.context.resources
         assert (
-            await Sweeper(
-                replace(resources, clock=lambda: resources.clock() + AGE_MS + 60_000)
-            ).sweep()
-            == 1
+            await sweep(replace(resources, clock=lambda: resources.clock() + AGE_MS + 60_000)) == 1
         )
 
 
@@ -308,7 +305,7 @@ async def test_processes_with_workers_apply_it_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the days that the settings say."""
-    monkeypatch.setattr(sweep, "EVERY_S", 0.05)
+    monkeypatch.setattr(periodic, "EVERY_S", 0.05)
     async with world(tmp_path, retention_days=1e-6, image_retention_days=1e-6) as here:
         task = await submitted(here.client, UNTIL_DONE, prompt=PROMPT)
 

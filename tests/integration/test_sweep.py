@@ -9,8 +9,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.app import Role
-from service.images import image_queries, sweep
-from service.images.sweep import AGE_MS, Sweeper
+from service.images import sweep
+from service.images.sweep import AGE_MS
+from service.queue import periodic
 from tests.api import UNTIL_DONE, submitted
 from tests.blobs import put
 from tests.waiting import wait_until
@@ -34,10 +35,10 @@ async def kept(here: World) -> set[str]:
     return {blob.name async for page in here.context.resources.blobs.listed() for blob in page}
 
 
-def later(here: World, ms: int) -> Sweeper:
-    """A sweeper whose clock is so far ahead."""
+async def swept(here: World, ms: int) -> int:
+    """How many blobs a sweep removes whose clock is so far ahead."""
     resources = here.context.resources
-    return Sweeper(replace(resources, clock=lambda: resources.clock() + ms))
+    return await sweep.sweep(replace(resources, clock=lambda: resources.clock() + ms))
 
 
 async def test_what_no_row_names_goes_after_a_day(here: World) -> None:
@@ -51,16 +52,16 @@ async def test_what_no_row_names_goes_after_a_day(here: World) -> None:
         await put(here.context.resources.blobs, name, b"x")
     everything = await kept(here)
     assert (len(images), len(everything)) == (2, 6)
-    assert await later(here, AGE_MS - 60_000).sweep() == 0
+    assert await swept(here, AGE_MS - 60_000) == 0
     assert await kept(here) == everything
     with capture_logs() as lines:
-        assert await later(here, AGE_MS + 60_000).sweep() == 1
+        assert await swept(here, AGE_MS + 60_000) == 1
     assert await kept(here) == images | others
     for image in task["images"]:
         assert (await here.stranger.get(image["url"])).status_code == 200
     (line,) = [line for line in lines if line["event"] == "blobs.swept"]
     assert (line["seen"], line["removed"]) == (6, 1)
-    assert await later(here, AGE_MS + 60_000).sweep() == 0
+    assert await swept(here, AGE_MS + 60_000) == 0
 
 
 async def test_two_at_once_do_no_harm(here: World) -> None:
@@ -70,7 +71,7 @@ async def test_two_at_once_do_no_harm(here: World) -> None:
     images = await kept(here)
     for name in orphans:
         await put(here.context.resources.blobs, name, b"x")
-    counts = await asyncio.gather(*(later(here, AGE_MS + 60_000).sweep() for _ in range(3)))
+    counts = await asyncio.gather(*(swept(here, AGE_MS + 60_000) for _ in range(3)))
     assert sum(counts) >= len(orphans)
     assert await kept(here) == images
 
@@ -83,13 +84,13 @@ async def test_what_is_named_in_the_last_moment_is_kept(
         task = await submitted(here.client, UNTIL_DONE)
         name = f"{task['id']}/{ORPHAN}"
         await put(here.context.resources.blobs, name, b"x")
-        orphans, looks = image_queries.orphans, iter([True])
+        orphans, looks = sweep.orphans, iter([True])
         monkeypatch.setattr(
-            image_queries,
+            sweep,
             "orphans",
             lambda connection, blobs: orphans(connection, blobs) if next(looks, False) else [],
         )
-        assert await later(here, AGE_MS + 60_000).sweep() == 0
+        assert await swept(here, AGE_MS + 60_000) == 0
         assert name in await kept(here)
 
 
@@ -97,7 +98,7 @@ async def test_processes_with_workers_sweep_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Again and again, and on after a failure, which is told."""
-    monkeypatch.setattr(sweep, "EVERY_S", 0.05)
+    monkeypatch.setattr(periodic, "EVERY_S", 0.05)
     monkeypatch.setattr(sweep, "AGE_MS", -60_000)
     with capture_logs() as lines:
         async with world(tmp_path) as here:
