@@ -142,16 +142,21 @@ def open_sinks(settings: Settings) -> list[Broker]:
         ) from None
 
 
-async def new_keyring(settings: Settings, store: Store) -> Keyring:
-    """Of a key that is made now; ConfigurationError: the store was used with another."""
-    if settings.key_is_missing and await store.read(owner_keys.needs_its_key):
-        raise ConfigurationError(
-            f"{settings.key_file} is missing, and DARKROOM_SECRET_KEY is not set: put back the key"
-            " that the store was used with."
-            " With another in DARKROOM_SECRET_KEY callbacks under way are refused, and the secrets"
-            " of endpoints and owners want rotating"
-        )
-    return Keyring(secret_keys(settings))
+@asynccontextmanager
+async def open_store_and_keys(settings: Settings) -> AsyncIterator[tuple[Store, Keyring]]:
+    """The store and the keys of its secrets. Keys that exist are read before the store is opened.
+
+    ConfigurationError: the keys are missing although the store has secrets.
+    """
+    keyring = None if settings.key_is_missing else Keyring(secret_keys(settings))
+    async with open_store(settings) as store:
+        if keyring is None and await store.read(owner_keys.needs_its_key):
+            raise ConfigurationError(
+                f"{settings.key_file} is missing, and DARKROOM_SECRET_KEY is not set: put back the"
+                " key that the store was used with. With another in DARKROOM_SECRET_KEY callbacks"
+                " under way are refused, and the secrets of endpoints and owners want rotating"
+            )
+        yield store, keyring or Keyring(secret_keys(settings))
 
 
 @asynccontextmanager
@@ -163,7 +168,6 @@ async def open_resources(
     """
     if role.workers and settings.evolink_api_key is None:
         raise ConfigurationError("DARKROOM_EVOLINK_API_KEY is required by workers")
-    keyring = None if settings.key_is_missing else Keyring(secret_keys(settings))
 
     def refused(purpose: str, host: str, reason: str) -> None:
         metrics.egress_refused.labels(purpose).inc()
@@ -183,8 +187,7 @@ async def open_resources(
 
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
-        store = await enter(open_store(settings))
-        keyring = keyring or await new_keyring(settings, store)
+        store, keyring = await enter(open_store_and_keys(settings))
         networks = settings.upstream_networks
         upstream = await enter(Egress(Rules("upstream", networks), on_refused=refused))
         rules = Rules(

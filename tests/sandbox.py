@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.cli.serve import default_faults
+from service.cli.sandbox_commands import default_faults
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from tests.world import answering
 

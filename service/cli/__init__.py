@@ -1,7 +1,7 @@
-"""The program `darkroom`: every command in one table, and what becomes of errors.
+"""The program `darkroom`: its commands, and its exit codes on errors.
 
-Client commands find a service by DARKROOM_URL and DARKROOM_API_KEY. What is heavy is imported by
-the command that needs it.
+Client commands find a service by DARKROOM_URL and DARKROOM_API_KEY. A command imports heavy modules
+when it runs.
 """
 
 import io
@@ -12,17 +12,9 @@ from typing import Annotated
 import typer
 
 from service import VERSION
-from service.cli import (
-    backup,
-    endpoint_commands,
-    event_commands,
-    key_commands,
-    replay_commands,
-    restore,
-    serve,
-    task_commands,
-)
+from service.cli import backup, restore, sandbox_commands, serve, task_commands
 from service.cli.output import plain
+from service.cli.verbs import GROUPS, TASKS
 from service.errors import DarkroomError
 
 program = typer.Typer(
@@ -32,32 +24,22 @@ program = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (
-    serve.serve,
-    serve.worker,
-    serve.sandbox,
-    task_commands.submit,
-    task_commands.tasks,
-    task_commands.task,
-    event_commands.events,
-    backup.backup,
-    restore.restore,
-    serve.migrate,
-    serve.openapi,
-    serve.asyncapi,
-):
-    program.command(cls=serve.SandboxCommand if command is serve.sandbox else None)(command)
-
-GROUPS = {
-    "endpoints": ("Who is told of events.", endpoint_commands.ENDPOINTS),
-    "deliveries": ("What endpoints were sent, with every attempt.", endpoint_commands.DELIVERIES),
-    "replay": ("Send an endpoint its events again.", replay_commands.REPLAYS),
-    "keys": ("API keys: made, listed, revoked.", key_commands.KEYS),
-}
-for name, (about, commands) in GROUPS.items():
-    group = typer.Typer(help=about, no_args_is_help=True, rich_markup_mode=None)
-    for word, act in commands.items():
-        group.command(word)(act)
+program.command()(serve.serve)
+program.command()(serve.worker)
+program.command(cls=sandbox_commands.SandboxCommand)(sandbox_commands.sandbox)
+program.command()(task_commands.submit)
+program.command("tasks")(TASKS.command())
+program.command()(task_commands.task)
+program.command()(task_commands.events)
+program.command()(backup.backup)
+program.command()(restore.restore)
+program.command()(serve.migrate)
+program.command()(serve.openapi)
+program.command()(serve.asyncapi)
+for name, (help, verbs) in GROUPS.items():
+    group = typer.Typer(help=help, no_args_is_help=True, rich_markup_mode=None)
+    for word, verb in verbs.items():
+        group.command(word)(verb.command())
     program.add_typer(group, name=name)
 
 
@@ -76,29 +58,26 @@ def about_darkroom(
         ),
     ] = False,
 ) -> None:
-    """Submit image tasks and forget them: callbacks are proved, pictures saved, events
-    delivered.
+    """Submit image tasks and forget them: Darkroom proves callbacks, saves images and delivers
+    events.
     """
 
 
 def main() -> None:
-    """Runs the program. Exit codes: 0, 2 on bad usage, 1 with one line on standard error, 130 when
-    interrupted.
+    """Runs the program. It exits with 0, with 2 on bad usage, with 1 and one line on standard error
+    on failure, and with 130 when interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # a prompt may hold what the terminal's encoding does not
+            stream.reconfigure(errors="replace")  # a terminal's encoding may lack a character
     try:
         try:
             program(prog_name="darkroom")
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # nobody reads: the exit's own flush must not say so
+        # The reader has gone. The interpreter flushes standard output once more at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -108,7 +87,7 @@ def main() -> None:
 
 
 def complaint(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """The error in one line."""
     if isinstance(error, DarkroomError):
         return plain(error)
     if isinstance(error, OSError):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service import VERSION
-from service.cli.client import CommandFailed
+from service.cli.api_client import CommandFailed
 from service.cli.output import Json, put_fields, put_json
 
 if TYPE_CHECKING:
@@ -93,14 +93,14 @@ def backup(dir: Folder, as_json: Json = False) -> None:
 
 
 def made(settings: "Settings", path: Path, folder: Path) -> "Manifest":
-    from service.cli.key_commands import free
+    from service.cli.direct_keys import is_unserved
     from service.cli.manifest import FORMAT, Images, Manifest, Sum
     from service.db.clock import wall_clock
     from service.db.snapshot import copy_database, figures, reading
     from service.ids import sequence_text
 
     served, now = (
-        not free(settings),
+        not is_unserved(settings),
         wall_clock(),
     )  # before the copy: whatever comes after it is younger
     key = settings.data_dir / KEY
@@ -118,7 +118,7 @@ def made(settings: "Settings", path: Path, folder: Path) -> "Manifest":
         format=FORMAT,
         darkroom=VERSION,
         made_at=datetime.fromtimestamp(now / 1000, UTC),
-        served=served or not free(settings),
+        served=served or not is_unserved(settings),
         schema_version=found.schema,
         tasks=found.tasks,
         events=found.events,

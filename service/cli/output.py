@@ -1,5 +1,6 @@
-"""What commands print: JSON for programs, columns for people; never a control character that came
-from somebody else.
+"""What commands print: JSON for programs, fields and columns for people.
+
+Text from a service is shown without control characters.
 """
 
 import json
@@ -13,7 +14,7 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 def plain(text: object) -> str:
-    """One line that a terminal takes for text and nothing else."""
+    """The text as one line of printable characters."""
     return "".join(char if char.isprintable() else " " for char in str(text)).strip()
 
 
@@ -22,24 +23,19 @@ def terminal() -> bool:
 
 
 def put(line: str) -> None:
-    """A line, out at once: somebody may read it from a pipe and wait."""
+    """Prints a line and flushes it: a program may read it from a pipe while this one runs."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def put_json(value: object) -> None:
-    """One document a line; JSON's escapes keep it plain."""
-    put(
-        json.dumps(
-            value,
-            ensure_ascii=not sys.stdout.encoding.lower().startswith("utf"),
-            separators=(",", ":"),
-        )
-    )
+    """Prints a JSON document on one line. JSON escapes control characters."""
+    ascii_only = not sys.stdout.encoding.lower().startswith("utf")
+    put(json.dumps(value, ensure_ascii=ascii_only, separators=(",", ":")))
 
 
 def put_fields(fields: Mapping[str, Any]) -> None:
-    """`name  value` lines of what is known; a nested value as JSON."""
+    """Prints `name  value` lines without the empty values. Nested values are JSON."""
     width = max(map(len, fields), default=0)
     for name, value in fields.items():
         if value not in (None, "", [], {}):
@@ -48,22 +44,26 @@ def put_fields(fields: Mapping[str, Any]) -> None:
 
 
 def put_table(rows: Sequence[Mapping[str, Any]], *columns: str) -> None:
-    """Columns under their names; the last may be long."""
-    table = [
-        columns,
-        *(
-            [plain("-" if row.get(name) in (None, "") else row[name]) for name in columns]
-            for row in rows
-        ),
-    ]
-    widths = [max(len(line[place]) for line in table) for place in range(len(columns) - 1)] + [0]
+    """Prints columns under their names. The last column is not padded."""
+    table = [list(columns)]
+    for row in rows:
+        values = (row.get(name) for name in columns)
+        table.append(["-" if value in (None, "") else plain(value) for value in values])
+    widths = [max(len(line[index]) for line in table) for index in range(len(columns) - 1)] + [0]
     for line in table:
-        put(
-            "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
-        )
+        cells = [f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)]
+        put("  ".join(cells).rstrip())
+
+
+def show(document: Mapping[str, Any], as_json: bool) -> None:
+    """Prints a document as JSON or as fields."""
+    if as_json:
+        put_json(document)
+    else:
+        put_fields(document)
 
 
 def remark(text: str) -> None:
-    """A word to whoever sits at the terminal, beside the output."""
+    """Prints a line on standard error if that is a terminal."""
     if sys.stderr.isatty():
         sys.stderr.write(text + "\n")

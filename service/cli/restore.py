@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from service.cli.api_client import CommandFailed
 from service.cli.backup import DATABASE, IMAGES, KEY, MANIFEST, Folder, embedded, summed
-from service.cli.client import CommandFailed
 from service.cli.output import Json, plain, put_fields, put_json
 
 if TYPE_CHECKING:

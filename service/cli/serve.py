@@ -1,16 +1,11 @@
-"""The commands that serve, and those that need no service: `serve`, `worker`, `sandbox`, `migrate`,
-`openapi`, `asyncapi`.
-"""
+"""The commands that need no service: `serve`, `worker`, `migrate`, `openapi` and `asyncapi`."""
 
 import json
-import sys
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
-from service.cli.client import pairs
 from service.cli.output import Json, put, put_json
 from service.errors import ConfigurationError
 from service.strict_json import JSON
@@ -18,48 +13,40 @@ from service.strict_json import JSON
 if TYPE_CHECKING:
     import asyncio
     import socket
-    from ipaddress import IPv4Network, IPv6Network
 
     from sqlalchemy import Connection
 
     from service.app import Role
     from service.settings import Settings
-    from service.upstreams.sandbox import SandboxOptions
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on (DARKROOM_HOST).")]
 Port = Annotated[
     int | None,
-    typer.Option(help="Port to listen on; 0: any free one (DARKROOM_PORT).", min=0, max=65535),
+    typer.Option(
+        help="Port to listen on. 0 takes any free port (DARKROOM_PORT).", min=0, max=65535
+    ),
 ]
-LOOPBACK = "127.0.0.1"
-LOOPBACKS = "127.0.0.0/8,::1/128"
 
 
 def serve(
     no_worker: Annotated[
-        bool,
-        typer.Option(
-            "--no-worker", help="Only the web: `darkroom worker` does the work (PostgreSQL)."
-        ),
+        bool, typer.Option("--no-worker", help="Without workers: they run elsewhere (PostgreSQL).")
     ] = False,
     sandbox: Annotated[
         bool,
-        typer.Option(
-            "--sandbox",
-            help="On an upstream of its own, to try requests on; keeps what is real apart.",
-        ),
+        typer.Option("--sandbox", help="On a sandbox upstream of its own, with a store apart."),
     ] = False,
     host: Host = None,
     port: Port = None,
     as_json: Json = False,
 ) -> None:
-    """Serve: web and workers in one process, until SIGTERM."""
+    """Run web and workers in one process, until SIGTERM."""
     from service.app import Role
 
     if sandbox and no_worker:
         raise typer.BadParameter("goes without --no-worker", param_hint="--sandbox")
     if sandbox:
-        from service.cli.dev import serve_on_sandbox
+        from service.cli.sandbox_commands import serve_on_sandbox
 
         serve_on_sandbox(given(host, port, as_json), as_json)
     else:
@@ -67,8 +54,8 @@ def serve(
 
 
 def worker(host: Host = None, port: Port = None, as_json: Json = False) -> None:
-    """Do the work of `serve --no-worker` processes (PostgreSQL); listens too, for /healthz, /readyz
-    and /metrics.
+    """Run workers for `serve --no-worker` processes (PostgreSQL). Serves /healthz, /readyz and
+    /metrics.
     """
     from service.app import Role
 
@@ -76,7 +63,7 @@ def worker(host: Host = None, port: Port = None, as_json: Json = False) -> None:
 
 
 def given(host: str | None, port: int | None, as_json: bool) -> dict[str, Any]:
-    """The options as settings that go over the environment's."""
+    """The options as settings. They win over the environment."""
     options = {"host": host, "port": port, "log_format": "json" if as_json else None}
     return {name: value for name, value in options.items() if value is not None}
 
@@ -96,8 +83,9 @@ def start(role: "Role", given: dict[str, Any]) -> None:
 
 
 def bound_settings(settings: "Settings", given: dict[str, Any]) -> "tuple[Settings, socket.socket]":
-    """The settings with the address that is really listened on, and its socket: the one that was
-    handed over, else one of its own.
+    """The listening socket, and the settings with its real address.
+
+    A socket that the parent process hands over wins over a new one.
     """
     import os
     import socket
@@ -107,11 +95,8 @@ def bound_settings(settings: "Settings", given: dict[str, Any]) -> "tuple[Settin
     from service.web.server import bind
 
     if bound := inherited(os.environ):
-        real = (
-            {}
-            if bound.family == socket.AF_UNIX
-            else dict(zip(("host", "port"), bound.getsockname(), strict=False))
-        )
+        address = () if bound.family == socket.AF_UNIX else bound.getsockname()
+        real = dict(zip(("host", "port"), address, strict=False))
     else:
         bound = bind(settings.host, settings.port)
         real = {"port": bound.getsockname()[1]}
@@ -119,7 +104,7 @@ def bound_settings(settings: "Settings", given: dict[str, Any]) -> "tuple[Settin
 
 
 def run(settings: "Settings", work: "Callable[[asyncio.Event], Coroutine[Any, Any, None]]") -> None:
-    """Runs `work` on uvloop until SIGTERM or SIGINT; it is handed the event that they set."""
+    """Runs `work` on uvloop. SIGTERM and SIGINT set the event that it is given."""
     import uvloop
 
     from service.ops import logging
@@ -134,143 +119,12 @@ def run(settings: "Settings", work: "Callable[[asyncio.Event], Coroutine[Any, An
     uvloop.run(until_stopped())
 
 
-class SandboxCommand(TyperCommand):
-    """`darkroom sandbox`, whose help ends with the table of faults."""
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        from service.upstreams.sandbox import FAULTS
-
-        with formatter.section(
-            "Faults, by --fault NAME=VALUE or by an object `sandbox` in a submission"
-        ):
-            formatter.write_dl(
-                [(name, f"{fault.about}: {fault.takes.words}") for name, fault in FAULTS.items()]
-            )
-
-
-def sandbox(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = LOOPBACK,
-    port: Annotated[
-        int, typer.Option(help="Port to listen on; 0: any free one.", min=0, max=65535)
-    ] = 8090,
-    api_key: Annotated[
-        str | None, typer.Option(help="The only key it takes; without it any will do.")
-    ] = None,
-    allow_networks: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Where callbacks may go besides public https addresses; may be repeated.",
-            metavar="CIDR",
-        ),
-    ] = None,
-    delay: Annotated[float, typer.Option(help="Seconds a task takes.", min=0)] = 1.0,
-    seed: Annotated[
-        int | None,
-        typer.Option(help="For the same ids, faults and files in every run of the same requests."),
-    ] = None,
-    fault: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A fault of every task unless it says otherwise; may be repeated.",
-            metavar="NAME=VALUE",
-        ),
-    ] = None,
-    share: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What share of the tasks, 0 to 1, a fault by --fault strikes; may be repeated.",
-            metavar="NAME=SHARE",
-        ),
-    ] = None,
-    base_url: Annotated[
-        str | None,
-        typer.Option(help="The address in result links; without it the one that was asked."),
-    ] = None,
-    task_ttl: Annotated[
-        float, typer.Option(help="Seconds until a task is forgotten.", min=0)
-    ] = 86400,
-    result_ttl: Annotated[
-        float, typer.Option(help="Seconds until result links die.", min=0)
-    ] = 86400,
-    as_json: Json = False,
-) -> None:
-    """Run the upstream's emulator, until SIGTERM."""
-    from service.upstreams.sandbox import SandboxOptions
-
-    options = SandboxOptions(
-        base_url=base_url,
-        api_key=api_key,
-        networks=networks(allow_networks or []),
-        delay_s=delay,
-        task_ttl_s=task_ttl,
-        result_ttl_s=result_ttl,
-        seed=seed,
-        faults=default_faults(fault),
-        shares=shares(share),
-    )
-    serve_sandbox(options, host, port, as_json)
-
-
-def serve_sandbox(options: "SandboxOptions", host: str, port: int, as_json: bool) -> None:
-    import uvloop
-
-    from service.ops import logging
-    from service.upstreams.sandbox import create_sandbox
-    from service.web.server import Server, bind, listening, stopping
-
-    try:
-        app = create_sandbox(options)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--fault, --share") from None
-    bound = bind(host, port)
-    logging.configure("json" if as_json else "console", "warning", sys.stderr)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-
-    async def until_stopped() -> None:
-        with stopping() as stop:
-            async with listening(Server(app, bound, stop_s=1), stop):
-                if as_json:
-                    put_json({"address": address})
-                else:
-                    put(f"sandbox upstream at {address}")
-                await stop.wait()
-
-    uvloop.run(until_stopped())
-
-
-def default_faults(texts: list[str] | None) -> dict[str, Any]:
-    """NAME=VALUE texts as faults: a value is JSON, or the text itself."""
-    return {name: json_or_text(value) for name, value in pairs(texts, "--fault").items()}
-
-
-def shares(texts: list[str] | None) -> dict[str, float]:
-    try:
-        return {name: float(value) for name, value in pairs(texts, "--share").items()}
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--share") from None
-
-
-def networks(texts: list[str]) -> "tuple[IPv4Network | IPv6Network, ...]":
-    from ipaddress import ip_network
-
-    try:
-        return tuple(ip_network(part.strip()) for text in texts for part in text.split(","))
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--allow-networks") from None
-
-
-def json_or_text(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
-
-
 def migrate(as_json: Json = False) -> None:
-    """Bring the store's schema to this program's version. A start does so by itself unless
-    DARKROOM_MIGRATE is off.
+    """Migrate the store's schema to this version. A start does the same unless DARKROOM_MIGRATE is
+    off.
     """
     import asyncio
+    import sys
 
     from alembic.migration import MigrationContext
 
@@ -284,11 +138,11 @@ def migrate(as_json: Json = False) -> None:
     def revision(connection: "Connection") -> str | None:
         return MigrationContext.configure(connection).get_current_revision()
 
-    async def act() -> str | None:
+    async def migrated() -> str | None:
         async with open_store(settings) as store:
             return await store.read(revision)
 
-    schema = asyncio.run(act())
+    schema = asyncio.run(migrated())
     if as_json:
         put_json({"schema": schema})
     else:
@@ -296,7 +150,7 @@ def migrate(as_json: Json = False) -> None:
 
 
 def openapi(as_json: Json = False) -> None:
-    """Print the OpenAPI document; with --json in one line."""
+    """Print the OpenAPI document. With --json it is one line."""
     from service.web.openapi import document
     from service.web.routes.table import SPECS
 
@@ -304,14 +158,14 @@ def openapi(as_json: Json = False) -> None:
 
 
 def asyncapi(as_json: Json = False) -> None:
-    """Print the AsyncAPI document, of events; with --json in one line."""
+    """Print the AsyncAPI document of the events. With --json it is one line."""
     from service.web.asyncapi import document
 
     put_document(document(), as_json)
 
 
-def put_document(made: JSON, as_json: bool) -> None:
+def put_document(document: JSON, as_json: bool) -> None:
     if as_json:
-        put_json(made)
+        put_json(document)
     else:
-        put(json.dumps(made, indent=2))
+        put(json.dumps(document, indent=2))

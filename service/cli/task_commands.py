@@ -1,99 +1,88 @@
-"""`darkroom submit`, `darkroom tasks`, `darkroom task`."""
+"""`darkroom submit`, `darkroom task` and `darkroom events`."""
 
 import hashlib
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from service.cli.client import CommandFailed, Service, call, pairs, segment, service
-from service.cli.endpoint_commands import Cursor, Limit
-from service.cli.output import Json, plain, put, put_fields, put_json, put_table, remark, terminal
+from service.cli.api_client import (
+    ApiClient,
+    CommandFailed,
+    ServiceUnreachable,
+    api_client,
+    pairs,
+    segment,
+)
+from service.cli.output import Json, plain, put, put_fields, put_json, remark, terminal
+from service.cli.verb import named
+from service.cli.verbs import Metadata, date
 from service.errors import EgressError
 from service.strict_json import JSON
 from service.tasks.state import TERMINAL
 
-HOLD_S, LOOK_S = (
-    60,
-    1,
-)  # how long one call waits for the end: alone, and under a display that shows progress
-Metadata = Annotated[list[str] | None, typer.Option(help="May be repeated.", metavar="KEY=VALUE")]
+SUBMIT_WAIT_S = 60  # how long one call waits for the end of the task
+PROGRESS_WAIT_S = 1  # the same while a terminal shows progress
+SHOWN = ("id", "state", "upstream_id", "model", "prompt", "request", "metadata", "usage", "error")
+EVENTS_PAGE = 1000
+EVENTS_WAIT_S = 30
+# A follower waits 1 + 2 + 4 + … + 64 = 127 s between eight failed calls: a restart of the service.
+MAX_FAILURES = 8
 
 
 def submit(
-    prompt: Annotated[str, typer.Argument(help="What the pictures are to show.", metavar="PROMPT")],
+    prompt: Annotated[str, typer.Argument(help="What the images show.", metavar="PROMPT")],
     model: Annotated[
         str | None,
         typer.Option(help="Default: wan2.5-text-to-image, with --image wan2.5-image-to-image."),
     ] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, like 1280x1280.", metavar="WxH")] = None,
-    n: Annotated[int | None, typer.Option("--n", "-n", help="How many pictures.", min=1)] = None,
+    n: Annotated[int | None, typer.Option("--n", "-n", help="Number of images.", min=1)] = None,
     image: Annotated[
-        list[str] | None, typer.Option(help="An input picture; may be repeated.", metavar="URL")
+        list[str] | None, typer.Option(help="An input image; may be repeated.", metavar="URL")
     ] = None,
     metadata: Metadata = None,
     callback_url: Annotated[
-        str | None, typer.Option(help="Gets the task when it has ended, signed.", metavar="URL")
+        str | None, typer.Option(help="Gets the terminal task, signed.", metavar="URL")
     ] = None,
     idempotency_key: Annotated[
         str | None,
-        typer.Option(help="The same key and order is the same task, paid once.", metavar="KEY"),
+        typer.Option(help="The same key and request are the same task, paid once.", metavar="KEY"),
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Until the task has ended.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until the task is terminal.")] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Save the pictures there; waits for them.", file_okay=False, metavar="DIR"
+            help="Wait, and save the images in this folder.", file_okay=False, metavar="DIR"
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Submit a task. Prints its id; with --wait the links of its pictures, with --out the files.
+    """Submit a task. Prints its id; with --wait the links of its images, with --out the files.
     Fails if the task does.
     """
-    for text in image or []:
-        if not text.startswith(("http://", "https://")):
-            raise typer.BadParameter(
-                f"{text!r} is no URL, and files cannot be sent yet", param_hint="--image"
-            )
-    order: JSON = {
-        "model": model or ("wan2.5-image-to-image" if image else "wan2.5-text-to-image"),
-        "prompt": prompt,
-    }
-    wishes = {
-        "size": size,
-        "n": n,
-        "image_urls": image,
-        "metadata": pairs(metadata, "--metadata"),
-        "callback_url": callback_url,
-    }
-    order |= {name: value for name, value in wishes.items() if value not in (None, [], {})}
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    key = idempotency_key or secrets.token_hex(16)
-    with service() as client:
-        task = ask(client, order, key, None)
-        if wait or out is not None:
-            task = ended(client, order, key, task)
-        files = (
-            [str(saved(client, each, task["id"], out)) for each in task["images"]]
-            if out is not None
-            else []
-        )
+    order = named(
+        {
+            "model": model or ("wan2.5-image-to-image" if image else "wan2.5-text-to-image"),
+            "prompt": prompt,
+            "size": size,
+            "n": n,
+            "image_urls": links(image),
+            "metadata": pairs(metadata, "--metadata") or None,
+            "callback_url": callback_url,
+        }
+    )
+    task, files = submitted(order, idempotency_key or secrets.token_hex(16), wait, out)
     if as_json:
-        put_json({**task, "files": files} if out is not None else task)
+        put_json(task if files is None else {**task, "files": files})
     else:
-        lines = (
-            (files if out is not None else task["results"])
-            if wait or out is not None
-            else [task["id"]]
-        )
-        for line in lines:
+        results = task["results"] if files is None else files
+        for line in results if wait or out is not None else [task["id"]]:
             put(line)
     if task["state"] in TERMINAL and task["state"] != "completed":
         error = task["error"] or {}
@@ -102,11 +91,31 @@ def submit(
         )
 
 
-def ask(client: Service, order: JSON, key: str, hold_s: int | None) -> JSON:
-    """The task, as it is after `hold_s` seconds at most or its end; the same task for the same key
-    however often it is asked for.
-    """
-    headers = {"idempotency-key": key} | ({} if hold_s is None else {"prefer": f"wait={hold_s}"})
+def links(images: list[str] | None) -> list[str] | None:
+    for text in images or []:
+        if not text.startswith(("http://", "https://")):
+            raise typer.BadParameter(
+                f"{text!r} is no URL, and files cannot be sent yet", param_hint="--image"
+            )
+    return images
+
+
+def submitted(order: JSON, key: str, wait: bool, out: Path | None) -> tuple[JSON, list[str] | None]:
+    """The task, terminal if asked for, and the files of its images if they have a folder."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    with api_client() as client:
+        task = post(client, order, key)
+        if wait or out is not None:
+            task = wait_for_end(client, order, key, task)
+        if out is None:
+            return task, None
+        return task, [str(save(client, image, task["id"], out)) for image in task["images"]]
+
+
+def post(client: ApiClient, order: JSON, key: str, wait_s: int | None = None) -> JSON:
+    """The task after at most `wait_s` seconds. The same key gets the same task in every call."""
+    headers = {"idempotency-key": key} | ({} if wait_s is None else {"prefer": f"wait={wait_s}"})
     try:
         return client.call("POST", "/v1/images/generations", body=order, headers=headers)
     except EgressError as error:
@@ -115,19 +124,19 @@ def ask(client: Service, order: JSON, key: str, hold_s: int | None) -> JSON:
         ) from None
 
 
-def ended(client: Service, order: JSON, key: str, task: JSON) -> JSON:
-    """The task at its end; meanwhile its state on the terminal, if there is one."""
-    hold_s = LOOK_S if terminal() else HOLD_S
-    with progress(task) as show:
+def wait_for_end(client: ApiClient, order: JSON, key: str, task: JSON) -> JSON:
+    """The terminal task. Meanwhile a terminal shows the task's progress."""
+    wait_s = PROGRESS_WAIT_S if terminal() else SUBMIT_WAIT_S
+    with progress(task) as update:
         while task["state"] not in TERMINAL:
-            task = ask(client, order, key, hold_s)
-            show(task)
+            task = post(client, order, key, wait_s)
+            update(task)
     return task
 
 
 @contextmanager
 def progress(task: JSON) -> Iterator[Callable[[JSON], None]]:
-    """A line that lives while the task does; nothing where nobody looks."""
+    """A line of progress on standard error. Without a terminal there is none."""
     if not terminal():
         yield lambda _: None
         return
@@ -142,8 +151,8 @@ def progress(task: JSON) -> Iterator[Callable[[JSON], None]]:
         )
 
 
-def saved(client: Service, image: JSON, task_id: str, folder: Path) -> Path:
-    """The image in the folder, checked, whole or not at all."""
+def save(client: ApiClient, image: JSON, task_id: str, folder: Path) -> Path:
+    """Saves an image whose checksum is right, by a rename of the whole file."""
     content = client.fetch(f"/images/{segment(image['id'])}")
     if hashlib.sha256(content).hexdigest() != image["sha256"]:
         raise CommandFailed(f"{image['id']}: what came is not what was stored")
@@ -158,80 +167,62 @@ def saved(client: Service, image: JSON, task_id: str, folder: Path) -> Path:
     return path
 
 
-def tasks(
-    state: Annotated[
-        str | None, typer.Option(help="queued, submitted, completed, failed, …")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Of this model.")] = None,
-    metadata: Metadata = None,
-    limit: Limit = 100,
-    cursor: Cursor = None,
-    as_json: Json = False,
-) -> None:
-    """List tasks, newest first."""
-    asked = {"state": state, "model": model, "limit": limit, "cursor": cursor}
-    asked |= {f"metadata.{name}": value for name, value in pairs(metadata, "--metadata").items()}
-    page = call("GET", "/v1/tasks", params=asked)
-    if as_json:
-        put_json(page)
-        return
-    rows = [
-        {
-            **task,
-            "created": date(task["created"]),
-            "images": len(task["images"]),
-            "prompt": plain(task["prompt"] or "")[:60],
-        }
-        for task in page["data"]
-    ]
-    put_table(rows, "id", "state", "created", "images", "model", "prompt")
-    if page["next_cursor"]:
-        remark(f"more: --cursor {page['next_cursor']}")
-
-
 def task(
-    id: Annotated[str, typer.Argument(help="Ours or the upstream's.", metavar="ID")],
+    id: Annotated[str, typer.Argument(help="Darkroom's id or the upstream's.", metavar="ID")],
     as_json: Json = False,
 ) -> None:
     """Show a task with its timeline."""
-    with service() as client:
+    with api_client() as client:
         task = client.call("GET", f"/v1/tasks/{segment(id)}")
-        steps = (
-            client.call("GET", f"/v1/tasks/{segment(task['id'])}/timeline")["data"]
-            if "state" in task
-            else []
-        )
+        steps = []
+        if "state" in task:  # the upstream's own task has neither
+            steps = client.call("GET", f"/v1/tasks/{segment(task['id'])}/timeline")["data"]
     if as_json:
         put_json({**task, "timeline": steps})
         return
-    shown = {
-        name: task.get(name)
-        for name in (
-            "id",
-            "state",
-            "upstream_id",
-            "model",
-            "prompt",
-            "request",
-            "metadata",
-            "usage",
-            "error",
-        )
-    }
-    put_fields(
-        shown
-        | {"created": date(task["created"])}
-        | {f"image {each['index']}": each["url"] for each in task.get("images", ())}
-    )
+    fields = {name: task.get(name) for name in SHOWN} | {"created": date(task["created"])}
+    put_fields(fields | {f"image {each['index']}": each["url"] for each in task.get("images", ())})
     put("")
     for step in steps:
-        details = " ".join(
-            f"{name}={value}"
-            for name, value in step.items()
-            if name not in ("time", "step") and value is not None
-        )
-        put(f"{plain(step['time'])}  {plain(step['step']):<24} {plain(details)}".rstrip())
+        time, name = plain(step.pop("time")), plain(step.pop("step"))
+        details = " ".join(f"{key}={value}" for key, value in step.items() if value is not None)
+        put(f"{time}  {name:<24} {plain(details)}".rstrip())
 
 
-def date(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+def events(
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print new events until interrupted.")
+    ] = False,
+    after: Annotated[
+        str, typer.Option(help="Start after this sequence.", metavar="SEQ", show_default=False)
+    ] = "0",
+    type: Annotated[
+        list[str] | None,
+        typer.Option(help="image.task.*, a type, or *; may be repeated.", metavar="TYPE"),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Of this task.", metavar="ID")] = None,
+    as_json: Json = False,  # noqa: ARG001 - every command has it
+) -> None:
+    """Print events in their order, as JSON lines with and without --json."""
+    query = {"type": ",".join(type or []) or None, "task": task, "limit": EVENTS_PAGE}
+    if follow:
+        query["wait"] = EVENTS_WAIT_S
+    with api_client() as client:
+        last, failures = after, 0
+        while True:
+            try:
+                page = client.call("GET", "/v1/events", params={**query, "after": last})
+                failures = 0
+            except (ServiceUnreachable, EgressError):
+                failures += 1
+                if not follow or last == after or failures == MAX_FAILURES:
+                    raise
+                time.sleep(2 ** (failures - 1))
+                continue
+            if page["resync"]:
+                remark(f"events after {last} are no longer all kept")
+            for event in page["data"]:
+                put_json(event)
+            last = page["next_after"]
+            if not follow and len(page["data"]) < EVENTS_PAGE:
+                return

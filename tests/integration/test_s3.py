@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from service.app import Role, open_blobs
-from service.cli.dev import dev_settings
+from service.cli.sandbox_commands import dev_settings
 from service.errors import ConfigurationError
 from service.settings import load_settings
 from tests.api import SUBMIT, UNTIL_DONE, got, order, refused, submitted

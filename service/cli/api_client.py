@@ -1,0 +1,119 @@
+"""The client commands' connection to the API, by DARKROOM_URL and DARKROOM_API_KEY."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import typer
+
+from service.errors import DarkroomError, NotConnected
+from service.strict_json import JSON
+
+if TYPE_CHECKING:
+    import httpx
+
+    from service.settings import Settings
+
+
+class CommandFailed(DarkroomError):
+    """The command failed. The text is its one line on standard error."""
+
+
+class ServiceUnreachable(CommandFailed):
+    """No connection to the service was made."""
+
+
+class ApiClient:
+    """One command's client. With `admin` the admin key stands in for a missing API key."""
+
+    def __init__(self, settings: "Settings", *, admin: bool = False) -> None:
+        from service.net import service_client
+
+        key = settings.api_key or (settings.admin_key if admin else None)
+        self.url = settings.url
+        self._has_key = key is not None
+        self._client = service_client(settings.url, key.get_secret_value() if key else None)
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        body: JSON | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> JSON:
+        """The response's JSON object, {} for 204. CommandFailed says why there is none.
+
+        Parameters that are None are left out of the query.
+        """
+        query = {name: value for name, value in (params or {}).items() if value is not None}
+        response = self._send(method, path, params=query, json=body, headers=dict(headers or {}))
+        if response.status_code == 204:
+            return {}
+        try:
+            document = response.json()
+            error = document["error"] if response.is_error else None
+            reason = f"{error['code']}: {error['message']}" if error else ""
+        except (ValueError, LookupError, TypeError):
+            raise CommandFailed(
+                f"{self.url} answered {response.status_code}, but not as the service does:"
+                " is DARKROOM_URL right?"
+            ) from None
+        if response.is_success and isinstance(document, dict):
+            return document
+        keyless = response.status_code == 401 and not self._has_key
+        raise CommandFailed(
+            (reason or f"{self.url} answered {response.status_code}")
+            + (" (DARKROOM_API_KEY is not set)" if keyless else "")
+        )
+
+    def fetch(self, path: str) -> bytes:
+        """The bytes of a stored image."""
+        response = self._send("GET", path)
+        if response.status_code != 200:
+            raise CommandFailed(f"{self.url}{path} answered {response.status_code}")
+        return response.content
+
+    def _send(self, method: str, path: str, **options: Any) -> "httpx.Response":
+        from service.net import service_call
+
+        try:
+            return service_call(self._client, method, path, **options)
+        except NotConnected:
+            raise ServiceUnreachable(
+                f"no service answers at {self.url}: is DARKROOM_URL right?"
+            ) from None
+
+    def close(self) -> None:
+        self._client.close()
+
+
+@contextmanager
+def api_client() -> Iterator[ApiClient]:
+    from service.settings import load_settings
+
+    client = ApiClient(load_settings())
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def segment(text: str) -> str:
+    """An id of the command line as one segment of a path."""
+    if text in ("", ".", ".."):
+        raise typer.BadParameter(f"{text!r} is no id")
+    return quote(text, safe="")
+
+
+def pairs(texts: list[str] | None, option: str) -> dict[str, str]:
+    """KEY=VALUE texts as a mapping."""
+    values = {}
+    for text in texts or []:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint=option)
+        values[name] = value
+    return values

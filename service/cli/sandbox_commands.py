@@ -1,0 +1,230 @@
+"""`darkroom sandbox`, and `darkroom serve --sandbox` on a sandbox upstream of its own."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from service.cli.api_client import pairs
+from service.cli.output import Json, put, put_json, terminal
+
+if TYPE_CHECKING:
+    import asyncio
+    from ipaddress import IPv4Network, IPv6Network
+
+    from service.settings import Settings
+    from service.upstreams.sandbox import SandboxOptions
+    from service.web.context import Context
+
+LOOPBACK = "127.0.0.1"
+LOOPBACKS = "127.0.0.0/8,::1/128"
+KEY = "sk-sandbox"
+BODY = '{"model": "wan2.5-text-to-image", "prompt": "a lighthouse in the fog"}'
+
+
+class SandboxCommand(TyperCommand):
+    """`darkroom sandbox`. Its help ends with the table of faults."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        from service.upstreams.sandbox import FAULTS
+
+        title = "Faults, by --fault NAME=VALUE or by an object `sandbox` in a submission"
+        rows = [(name, f"{fault.about}: {fault.takes.words}") for name, fault in FAULTS.items()]
+        with formatter.section(title):
+            formatter.write_dl(rows)
+
+
+def sandbox(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = LOOPBACK,
+    port: Annotated[
+        int, typer.Option(help="Port to listen on. 0 takes any free port.", min=0, max=65535)
+    ] = 8090,
+    api_key: Annotated[
+        str | None, typer.Option(help="The only key it accepts. Default: any key.")
+    ] = None,
+    allow_networks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Callbacks may also go to these networks, with http; may be repeated.",
+            metavar="CIDR",
+        ),
+    ] = None,
+    delay: Annotated[float, typer.Option(help="Seconds a task takes.", min=0)] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed gives the same ids, faults and files.")
+    ] = None,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(help="A default fault of every task; may be repeated.", metavar="NAME=VALUE"),
+    ] = None,
+    share: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Share of the tasks with a default fault, 0 to 1; may be repeated.",
+            metavar="NAME=SHARE",
+        ),
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option(help="Address in result links. Default: as requested.")
+    ] = None,
+    task_ttl: Annotated[float, typer.Option(help="Seconds a task is kept.", min=0)] = 86400,
+    result_ttl: Annotated[float, typer.Option(help="Seconds result links live.", min=0)] = 86400,
+    as_json: Json = False,
+) -> None:
+    """Run the emulator of the upstream, until SIGTERM."""
+    from service.upstreams.sandbox import SandboxOptions
+
+    options = SandboxOptions(
+        base_url=base_url,
+        api_key=api_key,
+        networks=networks(allow_networks or []),
+        delay_s=delay,
+        task_ttl_s=task_ttl,
+        result_ttl_s=result_ttl,
+        seed=seed,
+        faults=default_faults(fault),
+        shares=shares(share),
+    )
+    serve_sandbox(options, host, port, as_json)
+
+
+def serve_sandbox(options: "SandboxOptions", host: str, port: int, as_json: bool) -> None:
+    import uvloop
+
+    from service.ops import logging
+    from service.upstreams.sandbox import create_sandbox
+    from service.web.server import Server, bind, listening, stopping
+
+    try:
+        app = create_sandbox(options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--fault, --share") from None
+    bound = bind(host, port)
+    logging.configure("json" if as_json else "console", "warning", sys.stderr)
+    address = http_address(host, bound.getsockname()[1])
+
+    async def until_stopped() -> None:
+        with stopping() as stop:
+            async with listening(Server(app, bound, stop_s=1), stop):
+                if as_json:
+                    put_json({"address": address})
+                else:
+                    put(f"sandbox upstream at {address}")
+                await stop.wait()
+
+    uvloop.run(until_stopped())
+
+
+def default_faults(texts: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE texts as faults. A value is JSON, or the text itself."""
+    return {name: json_or_text(value) for name, value in pairs(texts, "--fault").items()}
+
+
+def json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def shares(texts: list[str] | None) -> dict[str, float]:
+    try:
+        return {name: float(value) for name, value in pairs(texts, "--share").items()}
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--share") from None
+
+
+def networks(texts: list[str]) -> "tuple[IPv4Network | IPv6Network, ...]":
+    from ipaddress import ip_network
+
+    try:
+        return tuple(ip_network(part.strip()) for text in texts for part in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--allow-networks") from None
+
+
+def http_address(host: str, port: int) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def own_address(settings: "Settings") -> str:
+    """The service's address as this machine reaches it."""
+    # Compared with the setting, not listened on.
+    everywhere = ("0.0.0.0", "::", "localhost")  # noqa: S104
+    return http_address(LOOPBACK if settings.host in everywhere else settings.host, settings.port)
+
+
+def dev_settings(settings: "Settings", upstream: str, options: dict[str, Any]) -> "Settings":
+    """The settings of `serve --sandbox`.
+
+    The store is in a folder of its own, so that no real task is ever queried at a sandbox.
+    """
+    from service.settings import load_settings
+
+    people = terminal() and "log_format" not in settings.model_fields_set
+    loopbacks = LOOPBACKS if settings.host == "localhost" else f"{LOOPBACKS},{settings.host}"
+    own = {
+        "port": settings.port,
+        "data_dir": settings.data_dir / "sandbox",
+        "database_url": "sqlite:///{data_dir}/darkroom.db",
+        "blob_url": "file://{data_dir}/images",
+        "image_base_url": None,
+        "evolink_base_url": upstream,
+        "evolink_api_key": KEY,
+        "evolink_result_hosts": LOOPBACK,
+        "upstream_networks": loopbacks,
+        "endpoint_networks": loopbacks,
+        "task_callback_networks": loopbacks,
+        "callback_url": own_address(settings),
+        "log_format": "console" if people else settings.log_format,
+    }
+    return load_settings(**options | own)
+
+
+def serve_on_sandbox(given: dict[str, Any], as_json: bool) -> None:
+    from service.app import Role, serve
+    from service.cli.serve import bound_settings, run
+    from service.settings import load_settings
+    from service.upstreams.sandbox import SandboxOptions, create_sandbox
+    from service.web.auth import SCOPES
+    from service.web.routes.key_routes import create_key
+    from service.web.server import Server, bind, listening
+
+    settings, bound = bound_settings(load_settings(**given), given)
+    upstream = bind(LOOPBACK, 0)
+    address = http_address(LOOPBACK, upstream.getsockname()[1])
+    settings = dev_settings(settings, address, given)
+    options = SandboxOptions(api_key=KEY, networks=settings.upstream_networks)
+
+    async def ready(context: "Context") -> None:
+        resources = context.resources
+        store, keyring, now = resources.store, resources.keyring, resources.clock()
+        created = await create_key(store, keyring, now, "dev", SCOPES)
+        announce(settings, address, created["key"], as_json)
+
+    async def work(stop: "asyncio.Event") -> None:
+        async with listening(Server(create_sandbox(options), upstream, stop_s=1), stop):
+            await serve(settings, Role(), bound, stop, ready=ready)
+
+    run(settings, work)
+
+
+def announce(settings: "Settings", upstream: str, key: str, as_json: bool) -> None:
+    """Prints the address, a key and a request that works."""
+    address = own_address(settings)
+    curl = (
+        f"curl -sS {address}/v1/images/generations -H 'Authorization: Bearer {key}'"
+        f" -H 'Content-Type: application/json' -H 'Prefer: wait=30' -d '{BODY}'"
+    )
+    if as_json:
+        put_json({"address": address, "upstream": upstream, "key": key, "curl": curl})
+        return
+    put(f"\ndarkroom  {address}  (sandbox upstream {upstream}, files in {settings.data_dir})")
+    put(f"key       {key}")
+    put(f"try       {curl}")
+    put(
+        f"or        export DARKROOM_URL={address} DARKROOM_API_KEY={key};"
+        " darkroom submit 'a lighthouse in the fog' --wait\n"
+    )

@@ -1,0 +1,98 @@
+"""The form of a client command that sends one request."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, get_args
+
+from service.cli import direct_keys
+from service.cli.api_client import ApiClient, CommandFailed, api_client, segment
+from service.cli.output import Json, put_fields, put_table, remark, show
+from service.strict_json import JSON
+
+DEFAULTS = {"limit": 100, "only": "dead", "dry_run": False}
+
+
+def named(given: JSON) -> JSON:
+    """The fields that the command line names."""
+    return {name: value for name, value in given.items() if value not in (None, [])}
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One command.
+
+    Parameters that the path names fill it. `fields` arranges the others as the query of a GET, or
+    as the JSON body of any other method. A response with a list shows the `columns` of each `row`.
+    The list is in `data`, or in `listed` beside fields of its own. An empty response shows the id
+    and `done`. A response with an error fails the command with the words of `failed`. `directly`
+    does the same in the store itself when no process serves it.
+    """
+
+    help: str
+    request: str
+    takes: Mapping[str, Any] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+    fields: Callable[[JSON], JSON] = named
+    listed: str = "data"
+    row: Callable[[JSON], JSON] = dict
+    done: str | None = None
+    failed: str | None = None
+    directly: direct_keys.Action | None = None
+
+    def command(self) -> Callable[..., None]:
+        """The function from which typer takes the parameters and the help."""
+
+        def run(as_json: bool, **given: Any) -> None:
+            self.run(given, as_json)
+
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [
+            inspect.Parameter(name, keyword, annotation=kind, default=default(name, kind))
+            for name, kind in self.takes.items()
+        ]
+        parameters.append(inspect.Parameter("as_json", keyword, annotation=Json, default=False))
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__doc__ = self.help
+        return run
+
+    def run(self, given: JSON, as_json: bool) -> None:
+        ids = {name: given.pop(name) for name in re.findall(r"{(\w+)}", self.request)}
+        fields = self.fields(given)
+        send = partial(self.send, ids=ids, fields=fields if given else None)
+        if self.directly is None:
+            with api_client() as client:
+                document = send(client)
+        else:
+            document = direct_keys.administer(send, self.directly, ids | fields)
+        if self.done is not None:
+            document = {**ids, self.done: True}
+        self.show(document, as_json)
+        if self.failed is not None and document["error"] is not None:
+            raise CommandFailed(f"{self.failed}: {document['error']}")
+
+    def send(self, client: ApiClient, *, ids: JSON, fields: JSON | None) -> JSON:
+        method, path = self.request.split()
+        path = path.format_map({name: segment(value) for name, value in ids.items()})
+        if method == "GET":
+            return client.call(method, path, params=fields)
+        return client.call(method, path, body=fields)
+
+    def show(self, document: JSON, as_json: bool) -> None:
+        if as_json or not self.columns:
+            show(document, as_json)
+            return
+        if self.listed != "data":
+            put_fields({name: value for name, value in document.items() if name != self.listed})
+        put_table([self.row(each) for each in document[self.listed]], *self.columns)
+        if document.get("next_cursor"):
+            remark(f"more: --cursor {document['next_cursor']}")
+
+
+def default(name: str, kind: Any) -> Any:
+    """A parameter's default. A text that may not be None has none."""
+    required = get_args(kind)[0] is str and name not in DEFAULTS
+    return inspect.Parameter.empty if required else DEFAULTS.get(name)

@@ -1,0 +1,237 @@
+"""The client commands that send one request, as a table: help, request, parameters, columns."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+
+from service.cli import direct_keys
+from service.cli.api_client import pairs
+from service.cli.output import plain
+from service.cli.verb import Verb, named
+from service.strict_json import JSON
+
+SCOPES = ("submit", "read", "subscribe", "admin")
+
+Id = Annotated[str, typer.Argument(metavar="ID")]
+Limit = Annotated[int, typer.Option(help="Maximum length of the list.", min=1, max=1000)]
+Cursor = Annotated[str | None, typer.Option(help="Continues a list that was longer.")]
+Types = Annotated[
+    list[str] | None,
+    typer.Option("--type", help="image.task.*, a type, or *; may be repeated.", metavar="TYPE"),
+]
+Metadata = Annotated[list[str] | None, typer.Option(help="May be repeated.", metavar="KEY=VALUE")]
+Time = Annotated[str | None, typer.Option(help="A time like 2026-02-01T09:00:00Z.", metavar="TIME")]
+Overlap = Annotated[
+    float | None,
+    typer.Option(
+        "--overlap", help="How long the old secret also signs: 86400.", min=0, metavar="SECONDS"
+    ),
+]
+Flag = Annotated[bool, typer.Option("--dry-run", help="Only count.")]
+
+
+def text(help: str, metavar: str | None = None) -> Any:
+    """The type of an optional text."""
+    return Annotated[str | None, typer.Option(help=help, metavar=metavar)]
+
+
+def required(help: str, metavar: str | None = None) -> Any:
+    """The type of a text that must be given."""
+    return Annotated[str, typer.Option(help=help, metavar=metavar)]
+
+
+def with_metadata(given: JSON) -> JSON:
+    metadata = pairs(given.pop("metadata"), "--metadata")
+    return named(given) | {f"metadata.{name}": value for name, value in metadata.items()}
+
+
+def task_row(task: JSON) -> JSON:
+    shown = {
+        "created": date(task["created"]),
+        "images": len(task["images"]),
+        "prompt": plain(task["prompt"] or "")[:60],
+    }
+    return task | shown
+
+
+def date(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def with_owner(given: JSON) -> JSON:
+    """An owner of `*` is null: the endpoint gets the events of every owner."""
+    return named(given) | ({"owner": None} if given["owner"] == "*" else {})
+
+
+def some_change(given: JSON) -> JSON:
+    if not named(given):
+        raise typer.BadParameter(
+            "name something to change: --url, --type, --description or --status"
+        )
+    return named(given)
+
+
+def with_scopes(given: JSON) -> JSON:
+    parts = given["scopes"].split(",")
+    scopes = list(dict.fromkeys(scope.strip() for scope in parts if scope.strip()))
+    if not scopes or not set(scopes) <= set(SCOPES):
+        raise typer.BadParameter(f"wants some of {', '.join(SCOPES)}", param_hint="--scopes")
+    return given | {"scopes": scopes}
+
+
+PAGE = {"limit": Limit, "cursor": Cursor}
+DESCRIPTION = text("What the endpoint is for.")
+
+TASKS = Verb(
+    "List tasks, newest first.",
+    "GET /v1/tasks",
+    {
+        "state": text("queued, submitted, completed, failed, …"),
+        "model": text("Of this model."),
+        "metadata": Metadata,
+        **PAGE,
+    },
+    ("id", "state", "created", "images", "model", "prompt"),
+    with_metadata,
+    row=task_row,
+)
+
+ENDPOINTS = {
+    "list": Verb(
+        "List endpoints, newest first.",
+        "GET /v1/endpoints",
+        PAGE,
+        ("id", "status", "created_at", "owner", "url"),
+    ),
+    "create": Verb(
+        "Create an endpoint. Its secret is shown only here.",
+        "POST /v1/endpoints",
+        {
+            "url": Annotated[str, typer.Argument(help="A public https address.", metavar="URL")],
+            "types": Types,
+            "description": DESCRIPTION,
+            "owner": text("Admin: whose events; '*' for every owner's."),
+        },
+        fields=with_owner,
+    ),
+    "get": Verb("Show an endpoint.", "GET /v1/endpoints/{id}", {"id": Id}),
+    "patch": Verb(
+        "Change the named fields of an endpoint.",
+        "PATCH /v1/endpoints/{id}",
+        {
+            "id": Id,
+            "url": text("Where events are sent."),
+            "types": Types,
+            "description": DESCRIPTION,
+            "status": text("enabled, paused or disabled."),
+        },
+        fields=some_change,
+    ),
+    "delete": Verb("Delete an endpoint.", "DELETE /v1/endpoints/{id}", {"id": Id}, done="deleted"),
+    "rotate": Verb(
+        "Give an endpoint a new secret. It is shown only here.",
+        "POST /v1/endpoints/{id}/rotate",
+        {"id": Id, "overlap_s": Overlap},
+    ),
+    "test": Verb(
+        "Send a test event to an endpoint now, and show the attempt.",
+        "POST /v1/endpoints/{id}/test",
+        {"id": Id},
+        failed="the endpoint did not take it",
+    ),
+}
+
+DELIVERIES = {
+    "list": Verb(
+        "List deliveries, newest first.",
+        "GET /v1/deliveries",
+        {
+            "endpoint": text("Of this endpoint.", "ID"),
+            "event": text("Of this event.", "ID"),
+            "task": text("Of this task.", "ID"),
+            "state": text("pending, delivered or dead."),
+            **PAGE,
+        },
+        ("id", "state", "attempts", "created_at", "event", "endpoint"),
+        row=lambda delivery: delivery | {"attempts": len(delivery["attempts"])},
+    ),
+    "get": Verb(
+        "Show a delivery with every attempt.",
+        "GET /v1/deliveries/{id}",
+        {"id": Id},
+        ("time", "status", "duration_ms", "error"),
+        listed="attempts",
+    ),
+    "retry": Verb(
+        "Make one attempt now, also of a delivered or dead delivery.",
+        "POST /v1/deliveries/{id}/retry",
+        {"id": Id},
+    ),
+}
+
+REPLAYS = {
+    "start": Verb(
+        "Send past events to an endpoint again. Without times, all that are kept.",
+        "POST /v1/endpoints/{endpoint}/replay",
+        {
+            "endpoint": Annotated[str, typer.Argument(metavar="ENDPOINT")],
+            "since": Time,
+            "until": Time,
+            "types": Types,
+            "only": Annotated[
+                str, typer.Option(help="dead: events with a dead delivery; all: every event.")
+            ],
+            "dry_run": Flag,
+        },
+    ),
+    "get": Verb("Show the progress of a replay.", "GET /v1/replays/{id}", {"id": Id}),
+    "cancel": Verb(
+        "Cancel a replay. What it has not delivered yet is not sent.",
+        "DELETE /v1/replays/{id}",
+        {"id": Id},
+        done="cancelled",
+    ),
+}
+
+KEYS = {
+    "create": Verb(
+        "Create a key, and with an owner's first key a callback secret. They are shown only here.",
+        "POST /v1/keys",
+        {
+            "owner": required("Owner of the key, and of the tasks and endpoints that it creates."),
+            "scopes": required(f"Comma-separated: {', '.join(SCOPES)}."),
+        },
+        fields=with_scopes,
+        directly=direct_keys.create,
+    ),
+    "list": Verb(
+        "List keys, each with its first characters.",
+        "GET /v1/keys",
+        {},
+        ("id", "hint", "owner", "scopes", "created_at", "revoked_at"),
+        row=lambda key: key | {"scopes": ",".join(key["scopes"])},
+        directly=direct_keys.listed,
+    ),
+    "revoke": Verb(
+        "Revoke a key, within 5 seconds in every process.",
+        "DELETE /v1/keys/{id}",
+        {"id": Id},
+        done="revoked",
+        directly=direct_keys.revoke,
+    ),
+    "rotate-secret": Verb(
+        "Give an owner a new callback secret. It is shown only here.",
+        "POST /v1/keys/rotate-secret",
+        {"owner": text("Admin: the owner; otherwise the key's own."), "overlap_s": Overlap},
+        directly=direct_keys.rotate_secret,
+    ),
+}
+
+GROUPS: Mapping[str, tuple[str, Mapping[str, Verb]]] = {
+    "endpoints": ("Endpoints that get events.", ENDPOINTS),
+    "deliveries": ("Deliveries to endpoints, with every attempt.", DELIVERIES),
+    "replay": ("Send past events to an endpoint again.", REPLAYS),
+    "keys": ("API keys: create, list, revoke.", KEYS),
+}
