@@ -75,6 +75,23 @@ def test_the_benchmark_of_a_dead_endpoint_runs(tmp_path: Path) -> None:
     assert re.search(r"^p99 with the dead one: [+-]\d+ %\.$", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.timeout(180)
+def test_the_benchmark_of_retention_runs(tmp_path: Path) -> None:
+    """A row for each kind of transaction, with its figures."""
+    arguments = ("--ordinary", "100", "--large", "2", "--folder", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.retention", *arguments],
+        cwd=ROOT,
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\| forget_events \| \d+ \|( \d+\.\d ms \|){3}$", done.stdout, re.MULTILINE)
+
+
 def test_one_of_a_hundred_has_as_many_events_as_ten_others() -> None:
     """Evenly among them."""
     assert Counter(turns(1090)) == {**dict.fromkeys(range(99), 10), 99: 100}

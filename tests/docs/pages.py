@@ -17,6 +17,9 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`[^`\n]*`")
+INDENTED = re.compile(
+    r"^ {4}((?:make|darkroom|curl|docker|python3?|pip|uvx?|\.venv/\S+|\.ci/run)\b.*)$", re.MULTILINE
+)
 
 
 @cache
@@ -43,10 +46,34 @@ def links(page: Path) -> Iterator[str]:
             yield target
 
 
+def blocks(page: Path) -> Iterator[str]:
+    """Every `sh` block of the page, and every indented line that begins with a program."""
+    text = page.read_text("utf-8")
+    yield from (block for language, block in FENCE.findall(text) if language == "sh")
+    yield from INDENTED.findall(prose(page))
+
+
 def commands(page: Path) -> Iterator[str]:
-    """Every shell command of the page's `sh` blocks, continuation lines joined."""
-    for language, block in FENCE.findall(page.read_text("utf-8")):
-        if language == "sh":
-            for line in block.replace("\\\n", " ").splitlines():
-                if line.strip() and not line.startswith("#"):
-                    yield line
+    """Every shell command of the page, with its continuation lines and here-documents."""
+    for block in blocks(page):
+        lines = iter(block.splitlines())
+        for line in lines:
+            command = re.sub(r"\s+# .*", "", line).strip()
+            while command.endswith("\\"):
+                command = command[:-1] + next(lines).strip()
+            if (here := re.search(r"<<'(\w+)'", command)) is not None:
+                for inner in lines:
+                    command += f"\n{inner}"
+                    if inner == here[1]:
+                        break
+            if command:
+                yield command
+
+
+def program_lines(page: Path) -> Iterator[str]:
+    """Every `darkroom …` that the page names, in a block or inside a sentence."""
+    for command in commands(page):
+        yield from re.findall(r"(?:^|\s)(darkroom [^&|;>]+)", command)
+    for code in CODE.findall(prose(page)):
+        if re.match(r"`darkroom [a-z]", code):
+            yield code.strip("`")

@@ -1,0 +1,38 @@
+"""Which test runs the commands of the documentation.
+
+tests/e2e/test_documented_commands.py runs the commands of the pages in `RUN_BY_STORIES`, in the
+order of the page. `RUN_ELSEWHERE` lists the exceptions, each with the test that runs it or the
+reason why no test can.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+RUN_BY_STORIES = (
+    "README.md",
+    "docs/backup.md",
+    "docs/consuming.md",
+    "docs/operations.md",
+    "docs/sandbox.md",
+)
+# The set-ups need root, Docker and a package index. tests/crash/test_restarts.py runs the units and
+# the HAProxy configuration without them.
+NOT_RUN = ("deploy/README.md",)
+SETS_UP = "this set-up is what runs the tests"
+IS_THE_SUITE = "this is the suite itself"
+BENCHMARKS = "tests/bench/test_bench.py"
+
+RUN_ELSEWHERE: Mapping[str, str] = MappingProxyType(
+    {
+        "make setup": SETS_UP,
+        "make demo": "tests/e2e/test_demo.py",
+        "make dev": "tests/integration/test_cli.py",
+        "make test": IS_THE_SUITE,
+        "make check": IS_THE_SUITE,
+        "make bench": BENCHMARKS,
+        "make chaos": "tests/crash/test_chaos.py",
+        ".venv/bin/python -m tests.bench.dead_endpoint": BENCHMARKS,
+        ".venv/bin/python -m tests.bench.retention --ordinary 4000 --large 100": BENCHMARKS,
+        ".venv/bin/python -m pytest tests/crash": IS_THE_SUITE,
+    }
+)
