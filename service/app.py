@@ -24,13 +24,17 @@ from service.db.sqlite import open_sqlite
 from service.db.store import Store
 from service.errors import BlobUnavailable, ConfigurationError
 from service.events.broker_worker import Publisher
+from service.events.delivery_records import dead_letter_delivery
 from service.events.delivery_worker import Deliverer
 from service.events.feed import tell
+from service.events.outbox import flush
 from service.events.replay_worker import Replayer
+from service.events.replays import dead_letter_replay
 from service.events.sinks import Broker
 from service.events.tail import Tail
 from service.events.webhooks import WebhookSender
 from service.images.download_worker import Downloader
+from service.images.downloads import dead_letter_image
 from service.images.sweep import sweep
 from service.images.validator import Examiner, examining
 from service.links import Links
@@ -47,6 +51,7 @@ from service.tasks.account_breaker import Account
 from service.tasks.confirm_worker import Settler
 from service.tasks.reconcile import Plan
 from service.tasks.submit_worker import Submitter
+from service.tasks.transitions import dead_letter_task
 from service.upkeep.rekey import rekey
 from service.upkeep.retention import Retention
 from service.upstreams.base import Call
@@ -94,9 +99,8 @@ def open_store(settings: Settings) -> AbstractAsyncContextManager[Store]:
     process = f"{socket.gethostname()[:32]}:{os.getpid()}:{os.urandom(4).hex()}"
     migrate = settings.migrate == "on"
     path = settings.sqlite_path
-    if path is None:
-        return open_postgres(settings.database_url, process=process, new_id=new_id, migrate=migrate)
-    return open_sqlite(path, process=process, new_id=new_id, migrate=migrate)
+    open_it = partial(open_sqlite, path) if path else partial(open_postgres, settings.database_url)
+    return open_it(process=process, new_id=new_id, flush=flush, migrate=migrate)
 
 
 async def open_blobs(settings: Settings, environ: Mapping[str, str]) -> Blobs:
@@ -264,13 +268,13 @@ def stages(
     sender = WebhookSender(resources, settings.delivery_timeout_s)
     deliverer = Deliverer(sender, settings.delivery_schedule, settings.endpoint_disable_after_s)
     return [
-        Stage("submit", settings.evolink_concurrency, submitter.run),
-        Stage("settle", settings.evolink_concurrency, settler.run),
-        Stage("reconcile", settings.evolink_concurrency, settler.run),
-        Stage("download", settings.download_concurrency, downloader.run),
-        Stage("deliver", DELIVERIES, deliverer.run),
-        Stage("redeliver", REDELIVERIES, deliverer.run),
-        Stage("replay", REPLAYS, Replayer(resources).run),
+        Stage("submit", settings.evolink_concurrency, submitter.run, dead_letter_task),
+        Stage("settle", settings.evolink_concurrency, settler.run, dead_letter_task),
+        Stage("reconcile", settings.evolink_concurrency, settler.run, dead_letter_task),
+        Stage("download", settings.download_concurrency, downloader.run, dead_letter_image),
+        Stage("deliver", DELIVERIES, deliverer.run, dead_letter_delivery),
+        Stage("redeliver", REDELIVERIES, deliverer.run, dead_letter_delivery),
+        Stage("replay", REPLAYS, Replayer(resources).run, dead_letter_replay),
     ]
 
 

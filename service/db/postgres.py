@@ -7,7 +7,7 @@ transaction, only tells of it sooner.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, closing, suppress
 from typing import Any, Concatenate
 
@@ -19,14 +19,13 @@ from sqlalchemy.exc import TimeoutError as NoConnection
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from service.db import schema
-from service.db.batching import Batch, Call, Committer, Run, execute
+from service.db.batching import BatchingStore, Run
 from service.db.clock import steady_ns, wall_clock
 from service.db.failover import connecting
 from service.db.stalled_sessions import NAME, end_still
-from service.db.store import Item, P, Result, Signals, Workers
+from service.db.store import P, Result
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError, StoreUnavailable
-from service.queue import leases
 
 log = structlog.get_logger()
 
@@ -60,8 +59,10 @@ DURABLE = """SELECT set_config('synchronous_commit',
 NOW = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")
 
 
-class PostgresStore:
+class PostgresStore(BatchingStore):
     """`Store` on PostgreSQL; made by `open_postgres`."""
+
+    committers = COMMITTERS
 
     def __init__(
         self,
@@ -69,48 +70,29 @@ class PostgresStore:
         *,
         process: str,
         new_id: Callable[[str, int], str],
+        flush: Callable[[Transaction], None],
         clock: Callable[[int], int] = lambda now: now,
     ) -> None:
-        self.signals = Signals()
-        self.process = process
+        super().__init__(process, new_id, flush)
         self._engine = engine
-        self._new_id = new_id
         self._clock = clock  # what to make of the database's time; a test shifts it
-        self._committers = [
-            Committer(self._run_batch, self.signals, self._busy_ones) for _ in range(COMMITTERS)
-        ]
-        self._workers: Workers | None = None
-        self._turn = 0
         self._looked = (wall_clock(), steady_ns())  # the database's time, and when it said so
-        self._latest = 0  # the database's time when the last transaction began that was committed
         self._reading = asyncio.Semaphore(
             READERS
         )  # slow reads leave the committers their connections
 
-    def _begin(self, connection: Connection, slots: dict[str, int]) -> Transaction:
+    def now(self, connection: Connection) -> int:
         self._looked = (connection.execute(NOW).scalar_one(), steady_ns())
-        now = self._clock(self._looked[0])
-        tx = Transaction(connection, now, self.process, self._new_id, slots)
-        if (
-            now < self._latest - leases.TOLERANCE_MS
-        ):  # before anything is planned by the new time, which is not to come nearer too
-            leases.keep_time(tx, [None], wait=True)
-        return tx
-
-    async def _run_batch(self, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
-        return await execute(self._transaction, self._begin, calls, slots)
+        return self._clock(self._looked[0])
 
     @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[Run]:
-        began = self._latest
+    async def transaction(self) -> AsyncIterator[Run]:
         async with self._engine.begin() as connection:
 
             async def run(
                 function: Callable[..., tuple[list[Any], Transaction]], *args: Any
             ) -> tuple[list[Any], Transaction]:
-                nonlocal began
                 results, tx = await connection.run_sync(function, *args)
-                began = tx.now
                 if tx.touched or tx.emitted or tx.due:
                     hint = {
                         "from": self.process,
@@ -125,7 +107,6 @@ class PostgresStore:
                 return results, tx
 
             yield run
-        self._latest = began
 
     async def _listen(self) -> None:
         """Passes on what other processes tell, on a connection of its own, for ever."""
@@ -154,8 +135,8 @@ class PostgresStore:
         self.signals.notify(hint.get("tasks", ()))
         if hint.get("events", True):
             self.signals.notify(["events"])
-        if self._workers and hint.get("due", True):
-            self._workers.hinted(hint.get("due"))
+        if self.workers and hint.get("due", True):
+            self.workers.hinted(hint.get("due"))
 
     async def end_stalled_sessions(self) -> None:
         """Ends sessions of stopped processes, and so releases their locks, until it is cancelled.
@@ -170,18 +151,6 @@ class PostgresStore:
                 for pid in await self.read(end_still, STILL_MS / 1000):
                     log.warning("store.freed", session=pid)
 
-    async def write(
-        self,
-        operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]],
-        item: Item,
-        *,
-        urgent: bool = False,
-    ) -> Result:
-        committers = self._committers
-        idle = next((committer for committer in committers if committer.idle), None)
-        self._turn = (self._turn + 1) % len(committers)
-        return await (idle or committers[self._turn]).write(operation, item, urgent=urgent)
-
     async def read(
         self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
     ) -> Result:
@@ -194,24 +163,11 @@ class PostgresStore:
         except (DBAPIError, NoConnection, OSError) as error:
             raise StoreUnavailable(f"the store cannot be read: {type(error).__name__}") from error
 
-    def _busy_ones(self) -> int:
-        return sum(not committer.idle for committer in self._committers)
-
     def clock(self) -> int:
         seen, when = self._looked
         return self._clock(
             seen + (steady_ns() - when) // 1_000_000
         )  # the server is not asked for it
-
-    def attach(self, workers: Workers) -> None:
-        self._workers = workers
-        for committer in self._committers:
-            committer.workers = workers
-
-    def detach(self) -> None:
-        self._workers = None
-        for committer in self._committers:
-            committer.workers = None
 
     async def prepare(self, *, migrate: bool) -> None:
         """Migrates the schema; processes that start together do it one after another.
@@ -235,7 +191,6 @@ class PostgresStore:
                 text(f"SET LOCAL lock_timeout = {TURN_MS}")
             )  # who works queues behind whoever waits for a table
             schema.migrate(connection, allowed=migrate)
-            leases.keep_time(self._begin(connection, {}), [None], wait=True)
 
         for turn in range(TURNS):
             try:
@@ -254,11 +209,7 @@ class PostgresStore:
 
     async def run(self) -> None:
         async with until_done(self._listen()):
-            await asyncio.gather(*(committer.run() for committer in self._committers))
-
-    def close(self) -> None:
-        for committer in self._committers:
-            committer.close()
+            await super().run()
 
 
 @asynccontextmanager
@@ -284,6 +235,7 @@ async def open_postgres(
     *,
     process: str,
     new_id: Callable[[str, int], str],
+    flush: Callable[[Transaction], None],
     clock: Callable[[int], int] = lambda now: now,
     migrate: bool = True,
 ) -> AsyncIterator[PostgresStore]:
@@ -306,7 +258,7 @@ async def open_postgres(
             cursor.execute(DURABLE)
         connection.commit()
 
-    store = PostgresStore(engine, process=process, new_id=new_id, clock=clock)
+    store = PostgresStore(engine, process=process, new_id=new_id, flush=flush, clock=clock)
     try:
         async with until_done(store.end_stalled_sessions()):
             try:

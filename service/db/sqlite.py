@@ -14,7 +14,7 @@ import os
 import sqlite3
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -27,14 +27,14 @@ from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool, QueuePool
 
 from service.db import schema
-from service.db.batching import Batch, Call, Committer, Run, execute
+from service.db.batching import BatchingStore, Run
 from service.db.clock import SteadyClock
 from service.db.integrity import begin, connecting, damaged, examine
-from service.db.store import Item, P, Result, Signals, Workers
+from service.db.queues import release_all
+from service.db.store import P, Result
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError, StoreUnavailable
 from service.folders import make_folder
-from service.queue import leases
 
 READERS = 2
 QUICK_S = 0.003  # a disk that syncs in less is not worth a thread
@@ -109,7 +109,7 @@ def engine(path: Path, *, readonly: bool) -> Engine:
     return made
 
 
-class SqliteStore:
+class SqliteStore(BatchingStore):
     """`Store` on one SQLite file; made by `open_sqlite`.
 
     Once the file turns out to be damaged nothing more is written to it, until it was put right and
@@ -122,14 +122,13 @@ class SqliteStore:
         *,
         process: str,
         new_id: Callable[[str, int], str],
+        flush: Callable[[Transaction], None],
         clock: Callable[[], int],
     ) -> None:
-        self.signals = Signals()
-        self.process = process
+        super().__init__(process, new_id, flush)
         self.damaged = False
         self._path = path
         self.clock = clock
-        self._new_id = new_id
         self._committing = ThreadPoolExecutor(1, "store-commit")
         self._readers = ThreadPoolExecutor(READERS, "store-reader")
         self._engine = engine(path, readonly=False)
@@ -138,16 +137,12 @@ class SqliteStore:
         self._commits = deque(
             [1.0], REMEMBERED
         )  # seconds; the first is made up, so that a slow disk is met on the thread
-        self._committer = Committer(self._run_batch, self.signals)
 
-    def _begin(self, connection: Connection, slots: dict[str, int]) -> Transaction:
-        return Transaction(connection, self.clock(), self.process, self._new_id, slots)
-
-    async def _run_batch(self, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
-        return await execute(self._transaction, self._begin, calls, slots)
+    def now(self, connection: Connection) -> int:
+        return self.clock()
 
     @asynccontextmanager
-    async def _transaction(self) -> AsyncIterator[Run]:
+    async def transaction(self) -> AsyncIterator[Run]:
         if self.damaged:
             raise StoreUnavailable("the store is damaged")
         if self._connection is None:
@@ -160,7 +155,7 @@ class SqliteStore:
         transaction = connection.begin()
         try:
             yield run
-            await self._commit(transaction)
+            await self._end(transaction)
         except BaseException as error:
             self._judge(error)
             transaction.rollback()
@@ -177,7 +172,7 @@ class SqliteStore:
                 ),
             )
 
-    async def _commit(self, transaction: RootTransaction) -> None:
+    async def _end(self, transaction: RootTransaction) -> None:
         """Commits here while the disk is quick, else on a thread.
 
         The quick quarter of the latest commits decides: the others tell of a busy processor, not of
@@ -195,15 +190,6 @@ class SqliteStore:
         else:
             await asyncio.get_running_loop().run_in_executor(self._committing, commit)
 
-    async def write(
-        self,
-        operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]],
-        item: Item,
-        *,
-        urgent: bool = False,
-    ) -> Result:
-        return await self._committer.write(operation, item, urgent=urgent)
-
     async def read(
         self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
     ) -> Result:
@@ -219,25 +205,11 @@ class SqliteStore:
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)
 
-    def attach(self, workers: Workers) -> None:
-        self._committer.workers = workers
-
-    def detach(self) -> None:
-        self._committer.workers = None
-
     def prepare(self, *, migrate: bool) -> None:
         """Migrates the schema and ends the leases of the process that had the store before."""
         with self._engine.connect() as connection, connection.begin():
             schema.migrate(connection, allowed=migrate)
-            tx = self._begin(connection, {})
-            leases.free_all(tx)
-            leases.keep_time(tx, [None])
-
-    async def run(self) -> None:
-        await self._committer.run()
-
-    def close(self) -> None:
-        self._committer.close()
+            release_all(connection)
 
     def dispose(self) -> None:
         """Closes the connections. The writer's, as the last, checkpoints; into a damaged file it
@@ -259,6 +231,7 @@ async def open_sqlite(
     *,
     process: str,
     new_id: Callable[[str, int], str],
+    flush: Callable[[Transaction], None],
     clock: Callable[[], int] | None = None,
     migrate: bool = True,
 ) -> AsyncIterator[SqliteStore]:
@@ -276,7 +249,9 @@ async def open_sqlite(
             raise ConfigurationError(
                 f"DARKROOM_DATABASE_URL: {path} cannot be used: {getattr(error, 'orig', error)}"
             ) from error
-        store = SqliteStore(path, process=process, new_id=new_id, clock=clock or SteadyClock())
+        store = SqliteStore(
+            path, process=process, new_id=new_id, flush=flush, clock=clock or SteadyClock()
+        )
         try:
             try:
                 await asyncio.to_thread(store.prepare, migrate=migrate)

@@ -5,7 +5,6 @@ State is the queue: a row that wants work carries `due_at`, `attempts`, `lease_u
 and `fence`; see `Queue` and `operations.leases`. Whatever belongs to somebody has its `owner`.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import (
@@ -22,10 +21,11 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
-    and_,
     literal_column,
-    or_,
 )
+
+# A bound value would not match the condition of a partial index.
+ZERO: ColumnElement[int] = literal_column("0")
 
 metadata = MetaData(
     naming_convention={
@@ -295,121 +295,4 @@ steps = Table(
     Column("time", BigInteger, nullable=False),
     Column("step", String(40), nullable=False),
     Column("detail", JSON, nullable=False),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Queue:
-    """One kind of work: which rows of which table want it, and in which order."""
-
-    stage: str
-    table: Table
-    prefix: str
-    order: ColumnElement[Any]
-    where: ColumnElement[bool] | None = None
-
-    def column(self, name: str) -> Column[Any]:
-        return self.table.c[self.prefix + name]
-
-
-ZERO: ColumnElement[int] = literal_column(
-    "0"
-)  # a bound value would not match the index's condition
-
-QUEUES = {
-    queue.stage: queue
-    for queue in (
-        Queue("submit", tasks, "submit_", tasks.c.submit_turn),
-        # Two queues on one table: what nobody asked for has places of its own and never holds up
-        # what somebody did.
-        Queue("settle", tasks, "settle_", tasks.c.settle_due_at, tasks.c.settle_requests > ZERO),
-        Queue(
-            "reconcile", tasks, "settle_", tasks.c.settle_due_at, tasks.c.settle_requests == ZERO
-        ),
-        Queue("download", images, "", images.c.link_dies_at),
-        # As here: retries and replays never starve first attempts.
-        Queue(
-            "deliver",
-            deliveries,
-            "",
-            deliveries.c.due_at,
-            and_(deliveries.c.attempts == ZERO, deliveries.c.replay_id.is_(None)),
-        ),
-        Queue(
-            "redeliver",
-            deliveries,
-            "",
-            deliveries.c.due_at,
-            or_(deliveries.c.attempts > ZERO, deliveries.c.replay_id.is_not(None)),
-        ),
-        Queue("replay", replays, "", replays.c.due_at),
-    )
-}
-
-# each has its own index: thousands that are due in one are not passed over by a claim in the other
-for queue in QUEUES.values():
-    due = queue.column("due_at")
-    wanting = due.is_not(None) if queue.where is None else and_(due.is_not(None), queue.where)
-    turn = (
-        [queue.order] if queue.stage == "submit" else []
-    )  # owners' turns: the next one is the first that is due
-    name = f"{queue.stage}_next" if queue.table is deliveries else queue.stage
-    Index(
-        f"ix_{queue.table.name}_{name}_due_at",
-        *turn,
-        due,
-        sqlite_where=wanting,
-        postgresql_where=wanting,
-    )
-
-for name, tried in (
-    ("deliver", deliveries.c.attempts == ZERO),
-    ("redeliver", deliveries.c.attempts > ZERO),
-):
-    waiting = and_(
-        deliveries.c.due_at.is_not(None), tried
-    )  # of schema 0001, whose processes may run beside: the next migration takes them
-    Index(
-        f"ix_deliveries_{name}_due_at",
-        deliveries.c.due_at,
-        sqlite_where=waiting,
-        postgresql_where=waiting,
-    )
-
-for table, prefix in (
-    (tasks, "submit_"),
-    (tasks, "settle_"),
-    (images, ""),
-    (deliveries, ""),
-    (replays, ""),
-):
-    deaths = table.c[f"{prefix}deaths"]
-    Index(
-        f"ix_{table.name}_{prefix}deaths",
-        deaths,
-        sqlite_where=deaths > ZERO,
-        postgresql_where=deaths > ZERO,
-    )
-
-made = deliveries.c.replay_id.is_not(None)
-Index(
-    "ix_deliveries_replay_id",
-    deliveries.c.replay_id,
-    deliveries.c.state,
-    sqlite_where=made,
-    postgresql_where=made,
-)
-
-ended = and_(tasks.c.terminal_at.is_not(None), tasks.c.erased_at.is_(None))
-Index("ix_tasks_terminal_at", tasks.c.terminal_at, sqlite_where=ended, postgresql_where=ended)
-kept = images.c.blob.is_not(None)
-Index("ix_images_stored_at", images.c.stored_at, sqlite_where=kept, postgresql_where=kept)
-
-waits = tasks.c.submit_due_at.is_not(None)
-Index(
-    "ix_tasks_owner_submit_turn",
-    tasks.c.owner,
-    tasks.c.submit_turn,
-    sqlite_where=waits,
-    postgresql_where=waits,
 )

@@ -261,3 +261,11 @@ def _hasten(tx: Transaction, endpoint_id: str) -> None:
         update(deliveries).where(deliveries.c.id.in_(locked)).values(due_at=tx.now)
     )
     tx.due.update(("deliver", "redeliver"))
+
+
+def dead_letter_delivery(tx: Transaction, lease: Lease, cause: str) -> None:
+    """Ends a delivery whose row is out of its queue for good, and tells operators."""
+    statement = select(deliveries.c.task_id).where(deliveries.c.id == lease.key)
+    task_id = tx.connection.execute(statement).scalar()
+    tx.change(deliveries, lease.key, {"state": "dead", "finished_at": tx.now})
+    outbox.emit_dead_letter(tx, lease, cause, task_id)

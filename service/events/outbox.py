@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import RowMapping, insert, or_, select, update
 
 from service.db.tables import counters, deliveries, endpoints, events, steps
-from service.db.transaction import Emitted, Transaction
+from service.db.transaction import Emitted, Lease, Transaction
 from service.events.documents import type_matches
 from service.queue import leases
 from service.strict_json import JSON
@@ -54,6 +54,12 @@ def emit_operators(tx: Transaction, type: str, data: JSON, *, task_id: str | Non
     tx.emitted.append(
         Emitted(id=tx.id("event"), owner=OPERATORS, type=type, task_id=task_id, data=data)
     )
+
+
+def emit_dead_letter(tx: Transaction, lease: Lease, cause: str, task_id: str | None) -> None:
+    """Adds the operators' event of a row that left its queue for good."""
+    data = {"task_id": task_id, "stage": lease.stage, "key": lease.key, "cause": cause}
+    emit_operators(tx, "task.parked", data, task_id=task_id)
 
 
 def flush(tx: Transaction) -> None:

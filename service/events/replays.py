@@ -8,6 +8,7 @@ from sqlalchemy import insert, select, update
 from service.db.paging import Row
 from service.db.tables import deliveries, endpoints, events, replays
 from service.db.transaction import Lease, Transaction
+from service.events import outbox
 from service.events.outbox import OPERATORS
 from service.events.replay_queries import Extent, Wanted
 from service.queue import leases
@@ -162,3 +163,9 @@ def cancel_replays(tx: Transaction, items: Sequence[Cancelled]) -> list[bool]:
 def finish(tx: Transaction, replay_id: str, state: str, **more: int) -> None:
     values = {**leases.release("replay", None), "state": state, "finished_at": tx.now, **more}
     tx.connection.execute(update(replays).where(replays.c.id == replay_id).values(values))
+
+
+def dead_letter_replay(tx: Transaction, lease: Lease, cause: str) -> None:
+    """Cancels a replay whose row is out of its queue for good, and tells operators."""
+    tx.change(replays, lease.key, {"state": "cancelled", "finished_at": tx.now})
+    outbox.emit_dead_letter(tx, lease, cause, None)

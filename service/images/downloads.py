@@ -163,3 +163,13 @@ def _at_risk(tx: Transaction, task: TaskRow, row: ImageRow) -> dict[str, Any]:
         tx, "image.at_risk", data | {"link_dies_at": rfc3339(row.link_dies_at)}, task_id=task.id
     )
     return {"at_risk_at": tx.now}
+
+
+def dead_letter_image(tx: Transaction, lease: Lease, cause: str) -> None:
+    """Gives up an image whose row is out of its queue for good, and tells operators."""
+    statement = select(images.c.task_id).where(images.c.id == lease.key)
+    task_id = tx.connection.execute(statement).scalar_one()
+    task = lock(tx, [task_id])[task_id]
+    tx.change(images, lease.key, {"state": "lost", "error": "internal_error"})
+    finish_if_done(tx, task)
+    outbox.emit_dead_letter(tx, lease, cause, task_id)

@@ -1,38 +1,46 @@
-"""Leases: who works on which row, until when. A claim is one statement; a finish checks the
-fence.
+"""Leases: which process works on which row, and until when. A claim is one statement. A finish
+checks the fence.
 """
 
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import BindParameter, Select, and_, bindparam, case, or_, select, update
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    Select,
+    and_,
+    bindparam,
+    case,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from service.db.tables import QUEUES, ZERO, Queue, counters, endpoints, sinks
+from service.db.queues import QUEUES, Queue
+from service.db.tables import ZERO
 from service.db.transaction import Lease, Transaction
 
 LEASE_MS = 30_000
-
-
 RENEW_S = 10.0
-
-
-# Times of different processes differ by less: a transaction reads its own at its beginning, and may
-# then wait for its turn.
+# The longest lease is that of a submission with the longest `SUBMIT_TIMEOUT_S` (25 minutes). A
+# lease that ends later was written before a clock went back, and counts as ended.
+LONGEST_LEASE_MS = 1_800_000
+# A transaction reads the time when it begins and may then wait for a lock. Times of concurrent
+# transactions differ by less than this.
 TOLERANCE_MS = 15_000
-
-# From a try alone to the next, by the deaths before it: kills from outside come in bursts, and what
-# takes long meets them all.
+# Waits between runs of a poison candidate, by its crashes so far. Kills from outside come in
+# bursts, and a row that takes long meets all of them.
 CANDIDATE_WAITS_MS = {2: 5_000, 3: 20_000, 4: 80_000}
 LONGEST_WAIT_MS = 320_000
 
 
 def enqueue(tx: Transaction, stage: str, key: str, *, behind: bool = False) -> dict[str, Any]:
-    """Values of a new row that wants work now: leased to this process if it has a free place, else,
-    or `behind` others, simply due.
+    """Values of a new row that is due now. This process leases it if it has a free slot, unless
+    other rows must go first (`behind`).
     """
-    queue = QUEUES[stage]
     values: dict[str, Any] = {
         "due_at": tx.now,
         "lease_until": None,
@@ -42,44 +50,25 @@ def enqueue(tx: Transaction, stage: str, key: str, *, behind: bool = False) -> d
     }
     if behind:
         tx.due.add(stage)
-    elif take_slot(tx, stage):
-        values |= {
-            "lease_until": tx.now + LEASE_MS,
-            "lease_owner": tx.process,
-            "fence": 1,
-            "attempts": 1,
-        }
-        tx.leased.append(Lease(stage, key, 1, 1))
-    return {queue.prefix + name: value for name, value in values.items()}
-
-
-def _value(row: object, name: str) -> Any:
-    return row[name] if isinstance(row, Mapping) else getattr(row, name)
+    elif _take_slot(tx, stage):
+        values |= _lease(tx, stage, key, 1)
+    return _prefixed(stage, values)
 
 
 def requeue(tx: Transaction, stage: str, key: str, row: object) -> dict[str, Any]:
-    """New values of a row that wants work now, whatever was planned; like `born`, unless somebody
-    works on it already.
+    """New values of a row that is due now, whatever was planned. Like `enqueue`, unless a process
+    holds a lease on it.
     """
-    queue = QUEUES[stage]
-    prefix = queue.prefix
+    until = _value(stage, row, "lease_until")
+    if until is not None and tx.now < until <= tx.now + LONGEST_LEASE_MS:
+        return _prefixed(stage, {"due_at": tx.now})
     values: dict[str, Any] = {"due_at": tx.now, "attempts": 0}
-    until = _value(row, prefix + "lease_until")
-    if until is not None and tx.now < until:
-        del values["attempts"]
-    elif take_slot(tx, stage):
-        fence = _value(row, prefix + "fence") + 1
-        values |= {
-            "lease_until": tx.now + LEASE_MS,
-            "lease_owner": tx.process,
-            "fence": fence,
-            "attempts": 1,
-        }
-        tx.leased.append(Lease(stage, key, fence, 1))
-    return {prefix + name: value for name, value in values.items()}
+    if _take_slot(tx, stage):
+        values |= _lease(tx, stage, key, _value(stage, row, "fence") + 1)
+    return _prefixed(stage, values)
 
 
-def take_slot(tx: Transaction, stage: str) -> bool:
+def _take_slot(tx: Transaction, stage: str) -> bool:
     if tx.slots.get(stage, 0) > 0:
         tx.slots[stage] -= 1
         return True
@@ -87,87 +76,93 @@ def take_slot(tx: Transaction, stage: str) -> bool:
     return False
 
 
+def _lease(tx: Transaction, stage: str, key: str, fence: int) -> dict[str, Any]:
+    tx.leased.append(Lease(stage, key, fence, 1))
+    until = tx.now + LEASE_MS
+    return {"lease_until": until, "lease_owner": tx.process, "fence": fence, "attempts": 1}
+
+
+def _prefixed(stage: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = QUEUES[stage].prefix
+    return {prefix + name: value for name, value in values.items()}
+
+
 def release(stage: str, due_at: int | None, **more: Any) -> dict[str, Any]:
-    """Values that end a lease whose work was done; the row is due again at `due_at`, or not at
-    all.
-    """
-    values = {"lease_until": None, "lease_owner": None, "due_at": due_at, "deaths": 0, **more}
-    return {QUEUES[stage].prefix + name: value for name, value in values.items()}
+    """Values that end a lease after its work. The row is due again at `due_at`, or not at all."""
+    ended = {"lease_until": None, "lease_owner": None, "due_at": due_at, "deaths": 0}
+    return _prefixed(stage, ended | more)
 
 
 def holds(lease: Lease, row: object) -> bool:
-    """Whether the row is still leased under this lease."""
-    prefix = QUEUES[lease.stage].prefix
-    return bool(
-        _value(row, prefix + "fence") == lease.fence
-        and _value(row, prefix + "lease_until") is not None
-    )
+    """Whether the row is still held under this lease."""
+    stage = lease.stage
+    held = _value(stage, row, "lease_until") is not None
+    return held and _value(stage, row, "fence") == lease.fence
+
+
+def _value(stage: str, row: object, name: str) -> Any:
+    """A lease column of a typed row or of a mapping."""
+    column = QUEUES[stage].prefix + name
+    return row[column] if isinstance(row, Mapping) else getattr(row, column)
 
 
 def claim(tx: Transaction, stages: Sequence[str]) -> list[int]:
-    """Leases due rows of a stage to this process, as many as it has free places; how many there
-    were.
-    """
+    """Leases due rows of each stage to this process, up to its free slots. Returns their number."""
     counts = []
     for stage in stages:
         free = tx.slots.get(stage, 0)
-        leases = _claim(tx, QUEUES[stage], free) if free > 0 else []
+        leases = []
+        if free > 0:
+            rows = tx.connection.execute(_claiming(QUEUES[stage]), _bound(tx, free))
+            leases = [Lease(stage, *row[:-1]) for row in rows]
+            tx.slots[stage] = free - len(leases)
         if len(leases) == free:
             tx.due.add(stage)  # there may be more
-        if free > 0:
-            tx.slots[stage] = free - len(leases)
         tx.leased += leases
         counts.append(len(leases))
     return counts
 
 
 def claim_candidate(tx: Transaction, stage: str) -> tuple[Lease, int] | None:
-    """Leases one due row that outlived two deaths of its process, which `claim` leaves alone; with
-    how many it outlived.
+    """Leases one due poison candidate, which `claim` passes over. Returns it with its crashes.
 
-    If the process dies again the row is due later each time.
+    After each further crash the row is due later.
     """
-    for *lease, deaths in tx.connection.execute(
-        _claiming(QUEUES[stage], candidate=True), _figures(tx, 1)
-    ):
-        return Lease(stage, *lease), deaths
-    return None
+    row = tx.connection.execute(_claiming(QUEUES[stage], candidate=True), _bound(tx, 1)).first()
+    return None if row is None else (Lease(stage, *row[:-1]), row[-1])
 
 
 def has_candidate(tx: Transaction, stages: Sequence[str]) -> list[bool]:
-    """Whether a stage has a row that `claim_suspect` would lease."""
-    return [
-        tx.connection.execute(_ready(QUEUES[stage], candidate=True), _figures(tx, 1)).first()
-        is not None
-        for stage in stages
-    ]
+    """Whether `claim_candidate` would lease a row of the stage."""
+    ready = (_ready(QUEUES[stage], candidate=True) for stage in stages)
+    return [tx.connection.execute(each, _bound(tx, 1)).first() is not None for each in ready]
 
 
-def _claim(tx: Transaction, queue: Queue, limit: int) -> list[Lease]:
-    return [
-        Lease(queue.stage, *row[:-1])
-        for row in tx.connection.execute(_claiming(queue), _figures(tx, limit))
-    ]
-
-
-def _figures(tx: Transaction, limit: int) -> dict[str, Any]:
-    return {"now": tx.now, "until": tx.now + LEASE_MS, "process": tx.process, "free": limit}
+def _bound(tx: Transaction, limit: int) -> dict[str, Any]:
+    return {
+        "now": tx.now,
+        "until": tx.now + LEASE_MS,
+        "longest": tx.now + LONGEST_LEASE_MS,
+        "process": tx.process,
+        "free": limit,
+    }
 
 
 @cache
 def _ready(queue: Queue, *, candidate: bool) -> Select[Any]:
-    """The rows that may be claimed, first things first."""
-    until, deaths = queue.column("lease_until"), queue.column("deaths")
+    """The rows that may be claimed, in the order of their queue."""
+    until, crashes = queue.column("lease_until"), queue.column("deaths")
     now: BindParameter[int] = bindparam("now")
-    # A lease that ran out is a death that is not counted yet.
-    died = (
-        and_(deaths > ZERO, or_(deaths > 1, until.is_not(None)))
-        if candidate
-        else or_(deaths < 1, and_(deaths < 2, until.is_(None)))
-    )
+    # A lease that ended by itself is a crash that is not counted yet.
+    poison: ColumnElement[bool]
+    if candidate:
+        poison = and_(crashes > ZERO, or_(crashes > 1, until.is_not(None)))
+    else:
+        poison = or_(crashes < 1, and_(crashes < 2, until.is_(None)))
+    ended = or_(until.is_(None), until <= now, until > bindparam("longest"))
     ready = (
         select(queue.table.c.id)
-        .where(queue.column("due_at") <= now, or_(until.is_(None), until <= now), died)
+        .where(queue.column("due_at") <= now, ended, poison)
         .order_by(queue.order)
         .limit(bindparam("free"))
     )
@@ -177,22 +172,20 @@ def _ready(queue: Queue, *, candidate: bool) -> Select[Any]:
 @cache
 def _claiming(queue: Queue, *, candidate: bool = False) -> ReturningUpdate[Any]:
     until, key = queue.column("lease_until"), queue.table.c.id
-    fence, attempts, deaths = (queue.column(name) for name in ("fence", "attempts", "deaths"))
+    fence, attempts, crashes = (queue.column(name) for name in ("fence", "attempts", "deaths"))
     now: BindParameter[int] = bindparam("now")
-    count = case((until.is_not(None), deaths + 1), else_=deaths)
+    count = case((until.is_not(None), crashes + 1), else_=crashes)
     values = {
         until: bindparam("until"),
         queue.column("lease_owner"): bindparam("process"),
         fence: fence + 1,
         attempts: attempts + 1,
-        deaths: count,
+        crashes: count,
     }
     if candidate:
-        values[queue.column("due_at")] = now + case(
-            CANDIDATE_WAITS_MS, value=count, else_=LONGEST_WAIT_MS
-        )
-    # Materialised: a plan that ran the subquery once for each row would lease more than there are
-    # places.
+        wait = case(CANDIDATE_WAITS_MS, value=count, else_=LONGEST_WAIT_MS)
+        values[queue.column("due_at")] = now + wait
+    # Materialised: a plan that runs the subquery once for each row leases more rows than `free`.
     chosen = (
         _ready(queue, candidate=candidate)
         .with_for_update(skip_locked=True)
@@ -203,52 +196,51 @@ def _claiming(queue: Queue, *, candidate: bool = False) -> ReturningUpdate[Any]:
         update(queue.table)
         .where(key.in_(select(chosen.c.id)))
         .values(values)
-        .returning(key, fence, attempts, deaths)
+        .returning(key, fence, attempts, crashes)
     )
 
 
 def renew(tx: Transaction, leases: Sequence[Lease]) -> list[bool]:
-    """Extends leases that still hold, and never shortens one; False for those that do not."""
+    """Extends leases and never shortens one. False for a lease that no longer holds."""
     until = tx.now + LEASE_MS
-    columns = [QUEUES[lease.stage].column("lease_until") for lease in leases]
-    return [
-        change(tx, lease, {"lease_until": case((column > until, column), else_=until)})
-        for lease, column in zip(leases, columns, strict=True)
-    ]
+    results = []
+    for lease in leases:
+        column = QUEUES[lease.stage].column("lease_until")
+        longer = case((column.between(until, tx.now + LONGEST_LEASE_MS), column), else_=until)
+        results.append(change(tx, lease, {"lease_until": longer}))
+    return results
 
 
 def give_back(tx: Transaction, leases: Sequence[Lease]) -> list[bool]:
-    """Gives work back untouched, as a stopping process does: the attempt does not count."""
-    return [_give_back(tx, lease, QUEUES[lease.stage]) for lease in leases]
+    """Returns work untouched, as a stopping process does. The attempt does not count."""
+    return [_give_back(tx, lease, 0) for lease in leases]
 
 
-def _give_back(tx: Transaction, lease: Lease, queue: Queue, wait_ms: int = 0) -> bool:
+def snooze(tx: Transaction, items: Sequence[tuple[Lease, int]]) -> list[bool]:
+    """Returns work that the store could not record. It is due again after so many milliseconds, so
+    that other rows go first.
+    """
+    return [_give_back(tx, lease, wait_ms) for lease, wait_ms in items]
+
+
+def _give_back(tx: Transaction, lease: Lease, wait_ms: int) -> bool:
+    queue = QUEUES[lease.stage]
     due_at, attempts = queue.column("due_at"), queue.column("attempts")
-    at_once = case(
-        (due_at > tx.now, tx.now), else_=due_at
-    )  # a suspect's was put off for the case that it dies
+    # The due time of a poison candidate lies ahead, in case it crashes.
+    at_once = case((due_at > tx.now, tx.now), else_=due_at)
     values = {"attempts": attempts - 1, "due_at": tx.now + wait_ms if wait_ms else at_once}
     return change(tx, lease, {"lease_until": None, "lease_owner": None, **values})
 
 
-def snooze(tx: Transaction, items: Sequence[tuple[Lease, int]]) -> list[bool]:
-    """`release` of work that the store would not take down, due again after so many milliseconds:
-    others come first meanwhile.
-    """
-    return [_give_back(tx, lease, QUEUES[lease.stage], wait_ms) for lease, wait_ms in items]
-
-
 def done(tx: Transaction, leases: Sequence[Lease]) -> list[bool]:
-    """Ends work that turned out to be none: the row is not due any more."""
-    return [
-        change(tx, lease, {"lease_until": None, "lease_owner": None, "due_at": None, "deaths": 0})
-        for lease in leases
-    ]
+    """Ends leases on rows that turned out to need no work. They are not due any more."""
+    ended = {"lease_until": None, "lease_owner": None, "due_at": None, "deaths": 0}
+    return [change(tx, lease, ended) for lease in leases]
 
 
 def change(tx: Transaction, lease: Lease, values: Mapping[str, Any]) -> bool:
-    """Writes lease columns (without their prefix) of a row that is held under this lease; False
-    when it is not.
+    """Writes lease columns (named without their prefix) of a row. False if the lease no longer
+    holds.
     """
     queue = QUEUES[lease.stage]
     statement = (
@@ -261,55 +253,3 @@ def change(tx: Transaction, lease: Lease, values: Mapping[str, Any]) -> bool:
         .values({queue.column(name): value for name, value in values.items()})
     )
     return tx.connection.execute(statement).rowcount == 1
-
-
-def keep_time(tx: Transaction, items: Sequence[None], *, wait: bool = False) -> list[None]:
-    """Notes what time it is. Was it later when that was last done, the clock went back: what is
-    planned comes nearer by as much.
-
-    `wait` for somebody who is about it, as whoever has seen that must, before anything is planned
-    by the new time.
-    """
-    noted = counters.c.name == "clock"
-    last = tx.connection.execute(
-        select(counters.c.value).where(noted).with_for_update(skip_locked=not wait)
-    ).scalar()
-    if last is None:  # somebody else is about it; who stands still meanwhile holds nobody up
-        return [None] * len(items)
-    if last - tx.now > TOLERANCE_MS:
-        _set_back(tx, last - tx.now)
-    elif last > tx.now:
-        return [None] * len(items)
-    tx.connection.execute(update(counters).where(noted).values(value=tx.now))
-    return [None] * len(items)
-
-
-def _set_back(tx: Transaction, by_ms: int) -> None:
-    """Nobody waits for the clock, and no lease lasts longer for it."""
-    planned = [queue.column(name) for queue in _own_columns() for name in ("due_at", "lease_until")]
-    for column in (*planned, endpoints.c.paused_until):
-        tx.connection.execute(
-            update(column.table).where(column > tx.now).values({column: column - by_ms})
-        )
-    tx.due.update(QUEUES)
-
-
-def _own_columns() -> list[Queue]:
-    """A queue for each set of lease columns: retries and reconciling share those of what they are
-    about.
-    """
-    return list({(queue.table.name, queue.prefix): queue for queue in QUEUES.values()}.values())
-
-
-def free_all(tx: Transaction) -> None:
-    """Ends every lease. Only for a store whose lock proves that nobody else lives (SQLite, at the
-    start).
-    """
-    for queue in _own_columns():
-        until, deaths = queue.column("lease_until"), queue.column("deaths")
-        tx.connection.execute(
-            update(queue.table)
-            .where(until.is_not(None))
-            .values({until: None, queue.column("lease_owner"): None, deaths: deaths + 1})
-        )
-    tx.connection.execute(update(sinks).values(lease_until=None, lease_owner=None))

@@ -20,8 +20,8 @@ from service.errors import StoreUnavailable
 from service.ops.metrics import Metrics
 from service.queue import crashes
 from service.queue.backoff import fault_wait
-from service.queue.crashes import FAULT_LIMIT, Fault, claim_candidates, record_faults
-from service.queue.leases import RENEW_S, claim, give_back, has_candidate, keep_time, renew, snooze
+from service.queue.crashes import FAULT_LIMIT, DeadLetter, Fault, claim_candidates, record_faults
+from service.queue.leases import RENEW_S, claim, give_back, has_candidate, renew, snooze
 
 log = structlog.get_logger()
 
@@ -43,6 +43,7 @@ class Stage:
     name: str
     places: int
     run: Callable[[Lease], Awaitable[None]]
+    dead_letter: DeadLetter
     free: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -183,7 +184,9 @@ class WorkerPool:
             try:
                 await self.drained(ALONE_S)
                 candidate = (
-                    await self._store.write(claim_candidates, name)
+                    await self._store.write(
+                        claim_candidates, (name, self._stages[name].dead_letter)
+                    )
                     if self._stages[name].free
                     else None
                 )
@@ -232,8 +235,11 @@ class WorkerPool:
         if not unforeseen:
             await self._give_back(lease)
             return
+        dead_letter = self._stages[lease.stage].dead_letter
         try:
-            faults = await self._store.write(record_faults, Fault(lease, round(wait * 1000)))
+            faults = await self._store.write(
+                record_faults, Fault(lease, round(wait * 1000), dead_letter)
+            )
         except StoreUnavailable:
             await self._give_back(lease)
             return
@@ -261,9 +267,7 @@ class WorkerPool:
         while True:
             await asyncio.sleep(RENEW_S)
             renewals = [self._store.write(renew, lease) for lease in self._jobs]
-            await asyncio.gather(
-                self._store.write(keep_time, None), *renewals, return_exceptions=True
-            )
+            await asyncio.gather(*renewals, return_exceptions=True)
 
     def quiesce(self) -> None:
         """Starts nothing new from now on; what is in flight goes on until `stop`."""

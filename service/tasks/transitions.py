@@ -6,7 +6,7 @@ from typing import Any
 from sqlalchemy import delete, or_
 
 from service.db.tables import images, tasks
-from service.db.transaction import Transaction
+from service.db.transaction import Lease, Transaction
 from service.events import outbox
 from service.queue import leases
 from service.strict_json import JSON
@@ -152,3 +152,17 @@ def forget_downloads(tx: Transaction, task_id: str) -> None:
     """Deletes results that are not fetched yet, or that only a callback named."""
     unwanted = or_(images.c.state == "pending", images.c.confirmed.is_(False))
     tx.connection.execute(delete(images).where(images.c.task_id == task_id, unwanted))
+
+
+def dead_letter_task(tx: Transaction, lease: Lease, cause: str) -> None:
+    """Fails a task whose row is out of its queue for good, and tells operators.
+
+    A task that is storing or has ended keeps its state. Its images have a queue of their own.
+    """
+    task = lock(tx, [lease.key])[lease.key]
+    if task.state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN, State.SUBMITTED):
+        forget_downloads(tx, lease.key)
+        message = f"parked after {cause}"
+        error = {"code": "internal_error", "message": message, "type": "server_error"}
+        end(tx, task, State.FAILED, error)
+    outbox.emit_dead_letter(tx, lease, cause, lease.key)

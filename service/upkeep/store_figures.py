@@ -4,7 +4,8 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select
 
-from service.db.tables import QUEUES, deliveries, images, tasks
+from service.db.queues import QUEUES
+from service.db.tables import deliveries, images, tasks
 from service.tasks.state import TERMINAL, State
 
 

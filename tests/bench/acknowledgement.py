@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from service.db.clock import wall_clock
-from service.db.sqlite import open_sqlite
 from service.db.transaction import Lease
 from service.resources import new_id
 from service.signing import Keyring
@@ -21,6 +20,7 @@ from service.tasks.submissions import Accepted, Submission, record_submissions
 from service.upstreams.base import Report
 from tests.bench.processes import MEASURED, MEASURING, measure, server
 from tests.processes import service_settings
+from tests.stores import open_sqlite
 
 SECRET_KEY = "a secret key for benchmarks alone"
 DAY_MS = 86_400_000

@@ -22,12 +22,13 @@ from sqlalchemy import Connection, func, insert, select
 from service.db.batching import Run
 from service.db.clock import wall_clock
 from service.db.readiness import mark
-from service.db.sqlite import SqliteStore, open_sqlite
+from service.db.sqlite import SqliteStore
 from service.db.tables import attempts, callbacks, deliveries, events, steps, tasks
 from service.db.transaction import Transaction
 from service.resources import Resources, new_id
 from service.upkeep import retention
 from service.upkeep.retention import Retention, erase
+from tests.stores import open_sqlite
 
 OLD = 1_600_000_000_000
 LARGEST, BODY = 1 << 20, 256 << 10
@@ -152,7 +153,7 @@ async def measured(folder: Path, ordinary: int, large: int) -> dict[str, list[fl
     did.
     """
     held: dict[str, list[float]] = {}
-    original = SqliteStore._transaction
+    original = SqliteStore.transaction
 
     @asynccontextmanager
     async def timed(self: SqliteStore) -> AsyncIterator[Run]:
@@ -175,7 +176,7 @@ async def measured(folder: Path, ordinary: int, large: int) -> dict[str, list[fl
         for number in range(ordinary, ordinary + large):
             await store.write(fill, (number, number + 1, True))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(SqliteStore, "_transaction", timed)
+            patch.setattr(SqliteStore, "transaction", timed)
             patch.setattr(retention, "PAUSE_S", 0.002)
             resources = cast("Resources", SimpleNamespace(store=store))
 

@@ -12,9 +12,10 @@ from starlette.responses import Response
 
 from service.db.tables import deliveries
 from service.db.transaction import Lease, Transaction
-from service.queue.crashes import FAULT_LIMIT, Fault, record_faults
+from service.queue.crashes import FAULT_LIMIT, record_faults
 from service.web.event_schemas import EVENT_TYPES
 from tests.api import ASYNC, got
+from tests.stores import fault
 from tests.upstream import Cut, Upstream, document, failed, picture
 from tests.waiting import wait_until
 from tests.world import World, subscriber, world
@@ -173,7 +174,7 @@ def park(tx: Transaction, items: Sequence[str]) -> list[None]:
         }
         tx.change(deliveries, key, held)
         tx.write()
-        assert record_faults(tx, [Fault(Lease("deliver", key, 1, 1), 0)]) == [FAULT_LIMIT]
+        assert record_faults(tx, [fault(Lease("deliver", key, 1, 1), 0)]) == [FAULT_LIMIT]
     return [None] * len(items)
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, update
 
-from service.db.postgres import PostgresStore, open_postgres
-from service.db.sqlite import SqliteStore, open_sqlite
+from service.db.postgres import PostgresStore
+from service.db.sqlite import SqliteStore
 from service.db.store import Store
 from service.db.tables import counters, metadata
 from service.db.transaction import Transaction
 from tests.contract.subject import Clock, Opener, Subject, new_id
 from tests.servers import postgres_database
+from tests.stores import open_postgres, open_sqlite
 
 CLOCK = Clock()
 

@@ -12,10 +12,8 @@ from sqlalchemy import insert, text
 from structlog.testing import capture_logs
 
 from service.db import postgres
-from service.db.batching import BESIDE_URGENT, MAX_BATCH, MAX_PATIENT, Batch, Call, Committer
-from service.db.postgres import open_postgres
+from service.db.batching import BESIDE_URGENT, MAX_BATCH, MAX_PATIENT, Batch, BatchingStore, Call
 from service.db.sqlite import QUICK_S, SqliteStore
-from service.db.store import Signals
 from service.db.tables import counters, owners, tasks
 from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
@@ -24,6 +22,7 @@ from service.tasks.new_tasks import NewTask, insert_tasks
 from service.upkeep import store_figures
 from tests.contract.subject import Clock, Opener, Subject, completed, new_id
 from tests.servers import execute
+from tests.stores import open_postgres
 from tests.waiting import wait_until
 
 Outage = AbstractAsyncContextManager[None]
@@ -235,43 +234,44 @@ async def test_the_database_tells_the_time_on_postgres(migrated_database: str) -
         )
 
 
-# --- the committer alone ---
+# --- the queue alone ---
 
 
-class Recorder:
-    """Batches as they were run; each waits for its turn."""
+class Recorder(SqliteStore):
+    """A store that writes nothing: it keeps the batches, and each waits for its turn."""
 
     def __init__(self) -> None:
+        BatchingStore.__init__(self, "one", lambda kind, _: kind, lambda _: None)
         self.batches: list[list[Any]] = []
         self.turn = asyncio.Semaphore(0)
+        self.failing = False
 
-    async def run_batch(self, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
+    async def execute(self, calls: Sequence[Call], slots: dict[str, int]) -> Batch:
+        if self.failing:
+            raise OSError("no server")
         await self.turn.acquire()
         self.batches.append([call.item for call in calls])
         return Batch([call.item for call in calls], [], slots)
 
 
 @pytest.fixture
-async def recorder() -> AsyncIterator[tuple[Recorder, Committer]]:
-    recorder = Recorder()
-    committer = Committer(recorder.run_batch, Signals())
-    running = asyncio.ensure_future(committer.run())
-    yield recorder, committer
+async def record() -> AsyncIterator[Recorder]:
+    record = Recorder()
+    running = asyncio.ensure_future(record.run())
+    yield record
     for _ in range(100):
-        recorder.turn.release()
-    committer.close()
+        record.turn.release()
+    record.close()
     await running
 
 
-async def test_what_is_urgent_goes_first(recorder: tuple[Recorder, Committer]) -> None:
+async def test_what_is_urgent_goes_first(record: Recorder) -> None:
     """Whatever waits already: urgent ones fill a batch with only a few others beside, which never
     starve.
     """
-    record, committer = recorder
-    assert committer.idle
-    patient = [asyncio.ensure_future(committer.write(echo, number)) for number in range(60)]
+    patient = [asyncio.ensure_future(record.write(echo, number)) for number in range(60)]
     urgent = [
-        asyncio.ensure_future(committer.write(echo, 1000 + number, urgent=True))
+        asyncio.ensure_future(record.write(echo, 1000 + number, urgent=True))
         for number in range(MAX_BATCH + 1)
     ]
     for _ in range(10):
@@ -284,14 +284,11 @@ async def test_what_is_urgent_goes_first(recorder: tuple[Recorder, Committer]) -
     assert third == list(range(2 * BESIDE_URGENT, 2 * BESIDE_URGENT + MAX_PATIENT))
 
 
-async def test_what_comes_while_a_batch_runs_is_the_next_one(
-    recorder: tuple[Recorder, Committer],
-) -> None:
+async def test_what_comes_while_a_batch_runs_is_the_next_one(record: Recorder) -> None:
     """One batch at a time; whatever waited meanwhile is gathered."""
-    record, committer = recorder
-    first = asyncio.ensure_future(committer.write(echo, 1))
-    await wait_until(lambda: committer._busy)
-    others = [asyncio.ensure_future(committer.write(echo, number)) for number in range(2, 6)]
+    first = asyncio.ensure_future(record.write(echo, 1))
+    await wait_until(lambda: record.busy)
+    others = [asyncio.ensure_future(record.write(echo, number)) for number in range(2, 6)]
     record.turn.release()
     await first
     record.turn.release()
@@ -299,25 +296,16 @@ async def test_what_comes_while_a_batch_runs_is_the_next_one(
     assert record.batches == [[1], [2, 3, 4, 5]]
 
 
-async def test_a_batch_that_cannot_be_run_at_all_is_told_to_everybody() -> None:
+async def test_a_batch_that_cannot_be_run_at_all_is_told_to_everybody(record: Recorder) -> None:
     """No connection to be had: nobody waits for ever, and the next batch is tried anew."""
-    failing = True
-
-    async def run_batch(calls: Sequence[Call], slots: dict[str, int]) -> Batch:
-        if failing:
-            raise OSError("no server")
-        return Batch([None] * len(calls), [], slots)
-
-    committer = Committer(run_batch, Signals())
-    running = asyncio.ensure_future(committer.run())
+    record.failing = True
     results = await asyncio.gather(
-        *(committer.write(echo, number) for number in range(3)), return_exceptions=True
+        *(record.write(echo, number) for number in range(3)), return_exceptions=True
     )
     assert {type(result) for result in results} == {StoreUnavailable}
-    failing = False
-    assert await committer.write(echo, 1) is None
-    committer.close()
-    await running
+    record.failing = False
+    record.turn.release()
+    assert await record.write(echo, 1) == 1
 
 
 async def test_a_process_that_stands_still_in_a_transaction_loses_it(

@@ -4,13 +4,15 @@ decision 1).
 
 import pytest
 
-from service.db.tables import QUEUES, deliveries, images
+from service.db.queues import QUEUES
+from service.db.tables import deliveries, images
 from service.db.transaction import Lease
 from service.images.downloads import Retry
 from service.queue import crashes, leases
-from service.queue.crashes import CRASH_LIMIT, FAULT_LIMIT, Fault, claim_candidates, record_faults
+from service.queue.crashes import CRASH_LIMIT, FAULT_LIMIT, claim_candidates, record_faults
 from service.tasks.state import State
 from tests.contract.subject import LEASE, MINUTE, SECOND, Subject, completed, stored
+from tests.stores import candidate_of, fault
 
 URL = "https://r.test/0"
 
@@ -20,7 +22,7 @@ async def faulty(subject: Subject, stage: str, key: str, lease: Lease | None = N
     counts = []
     for _ in range(FAULT_LIMIT):
         lease = lease or await subject.claimed(stage, key)
-        counts.append(await subject.write(record_faults, Fault(lease, SECOND)))
+        counts.append(await subject.write(record_faults, fault(lease, SECOND)))
         subject.clock.shift(SECOND)
         lease = None
         stage = "redeliver" if stage == "deliver" else stage
@@ -31,7 +33,7 @@ async def test_a_fault_is_tried_again_after_its_wait(subject: Subject) -> None:
     """Counted, not due before the wait is over, and the attempt counts."""
     key = await subject.queued()
     lease = await subject.claimed("submit", key)
-    assert await subject.write(record_faults, Fault(lease, SECOND)) == 1
+    assert await subject.write(record_faults, fault(lease, SECOND)) == 1
     subject.clock.shift(SECOND - 1)
     assert await subject.claim("submit") == []
     subject.clock.shift(1)
@@ -44,9 +46,9 @@ async def test_a_fault_under_an_ended_lease_is_nobodys(subject: Subject) -> None
     lease = await subject.claimed("submit", await subject.queued())
     subject.clock.shift(LEASE)
     await subject.claimed("submit", lease.key)
-    assert await subject.write(record_faults, Fault(lease, SECOND)) == 0
+    assert await subject.write(record_faults, fault(lease, SECOND)) == 0
     assert (
-        await subject.write(record_faults, Fault(Lease("submit", "task_gone", 1, 1), SECOND)) == 0
+        await subject.write(record_faults, fault(Lease("submit", "task_gone", 1, 1), SECOND)) == 0
     )
     assert (await subject.task(lease.key))["submit_faults"] == 0
 
@@ -157,7 +159,7 @@ async def test_a_fault_whose_work_was_done_by_others_is_the_end_of_it(
 ) -> None:
     """Nothing is counted or due again, the lease is free."""
     lease, _ = await overtaken(subject, stage)
-    assert await subject.write(record_faults, Fault(lease, SECOND)) == 0
+    assert await subject.write(record_faults, fault(lease, SECOND)) == 0
     queue = QUEUES[lease.stage]
     row = await subject.row(queue.table, lease.key)
     assert [
@@ -176,7 +178,7 @@ async def test_what_others_have_done_meanwhile_is_not_parked(
     monkeypatch.setattr(crashes, "FAULT_LIMIT", 1)
     lease, task_id = await overtaken(subject, stage)
     state, types = await subject.state(task_id), await subject.types(task_id)
-    await subject.write(record_faults, Fault(lease, SECOND))
+    await subject.write(record_faults, fault(lease, SECOND))
     assert (await subject.state(task_id), await subject.types(task_id)) == (state, types)
     if state is State.SUBMITTED and stage == "submit":
         assert await subject.settle(task_id, completed(task_id, URL)) is State.STORING
@@ -205,7 +207,7 @@ async def test_a_fault_frees_the_lease(subject: Subject, stage: str) -> None:
         if stage == "redeliver":
             await subject.attempt(await subject.claimed("deliver", key), "retry")
     lease = await subject.claimed(stage, key)
-    assert await subject.write(record_faults, Fault(lease, 0)) == 1
+    assert await subject.write(record_faults, fault(lease, 0)) == 1
     queue = QUEUES[stage]
     assert (await subject.row(queue.table, key))[queue.prefix + "lease_until"] is None
 
@@ -215,7 +217,7 @@ async def dead(subject: Subject, key: str, times: int) -> None:
     for _ in range(times):
         claimed = await subject.claim("download", 9)
         if key not in [lease.key for lease in claimed]:
-            candidate = await subject.write(claim_candidates, "download")
+            candidate = await subject.write(claim_candidates, candidate_of("download"))
             assert candidate is not None
             assert (candidate.lease.key, candidate.dead_lettered) == (key, False)
         subject.clock.shift(LEASE + leases.LONGEST_WAIT_MS)
@@ -224,18 +226,18 @@ async def dead(subject: Subject, key: str, times: int) -> None:
 async def test_a_row_that_outlived_two_deaths_is_leased_alone(subject: Subject) -> None:
     """`claim` passes over it; one that was worked on to its end is as good as new."""
     (first,) = await subject.images(await subject.storing(URL))
-    assert await subject.write(claim_candidates, "download") is None
+    assert await subject.write(claim_candidates, candidate_of("download")) is None
     await dead(subject, first["id"], 2)
     assert await subject.claim("download", 9) == []
     assert await subject.store.read(crashes.any_candidate)
-    candidate = await subject.write(claim_candidates, "download")
+    candidate = await subject.write(claim_candidates, candidate_of("download"))
     assert candidate is not None
     assert (candidate.lease.key, candidate.crashes, candidate.dead_lettered) == (
         first["id"],
         2,
         False,
     )
-    assert await subject.write(claim_candidates, "download") is None
+    assert await subject.write(claim_candidates, candidate_of("download")) is None
     assert (
         await subject.download(first, Retry("answered 500", SECOND), candidate.lease) == "pending"
     )
@@ -254,13 +256,13 @@ async def test_a_row_whose_process_dies_with_it_alone_is_due_later_each_time(
     await dead(subject, image["id"], 2)
     waits = []
     for _ in range(CRASH_LIMIT - 2):
-        candidate = await subject.write(claim_candidates, "download")
+        candidate = await subject.write(claim_candidates, candidate_of("download"))
         assert candidate is not None
         assert not candidate.dead_lettered
         began, due = subject.clock.now, (await subject.row(images, image["id"]))["due_at"]
         waits.append(due - began)
         subject.clock.now = began + max(waits[-1], LEASE) - 1
-        assert await subject.write(claim_candidates, "download") is None
+        assert await subject.write(claim_candidates, candidate_of("download")) is None
         subject.clock.shift(1)
     assert waits == sorted(waits)
     assert sum(waits[:-1]) > 7 * MINUTE
@@ -273,10 +275,10 @@ async def test_five_deaths_alone_park_a_row(subject: Subject) -> None:
     task_id = await subject.storing(URL)
     (image,) = await subject.images(task_id)
     await dead(subject, image["id"], CRASH_LIMIT)
-    candidate = await subject.write(claim_candidates, "download")
+    candidate = await subject.write(claim_candidates, candidate_of("download"))
     assert candidate is not None
     assert (candidate.crashes, candidate.dead_lettered) == (CRASH_LIMIT, True)
     assert await subject.state(task_id) is State.FAILED
     assert (await subject.types(task_id))[-2:] == ["image.task.failed", "task.parked"]
-    assert await subject.write(claim_candidates, "download") is None
+    assert await subject.write(claim_candidates, candidate_of("download")) is None
     assert not await subject.store.read(crashes.any_candidate)

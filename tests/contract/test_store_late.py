@@ -6,7 +6,7 @@ import pytest
 
 from service.db.tables import events, images
 from service.images.downloads import AT_RISK_MS, Retry
-from service.queue.crashes import FAULT_LIMIT, Fault, record_faults
+from service.queue.crashes import FAULT_LIMIT, record_faults
 from service.tasks.admin import Resolution, reconcile_tasks, resolve_tasks
 from service.tasks.state import State
 from service.tasks.submissions import Accepted, Again, Refused, Uncertain, Undecided
@@ -26,6 +26,7 @@ from tests.contract.subject import (
     stored,
     upstream_id,
 )
+from tests.stores import fault
 
 URLS = ("https://r.test/0", "https://r.test/1")
 NOTHING_CREATED = Again("429", 5 * SECOND, HOUR)
@@ -342,7 +343,7 @@ async def test_a_task_parked_while_submitting_gets_its_id_by_hand(subject: Subje
     """A defect of ours ended it while its request was on its way: it may have been created."""
     lease = await subject.submitting()
     for _ in range(FAULT_LIMIT):
-        await subject.write(record_faults, Fault(lease, 0))
+        await subject.write(record_faults, fault(lease, 0))
         lease = next(iter(await subject.claim("submit")), lease)
     assert (await subject.task(lease.key))["error"]["code"] == "internal_error"
     assert await subject.write(resolve_tasks, Resolution(lease.key, upstream_id(lease.key))) is None
@@ -354,7 +355,7 @@ async def test_a_task_parked_while_storing_keeps_its_pictures(subject: Subject) 
     """It is asked about no more, and ends by what becomes of the links that are known."""
     task_id = await subject.storing(URLS[0])
     for _ in range(FAULT_LIMIT):
-        await subject.write(record_faults, Fault(await subject.requeued("settle", task_id), 0))
+        await subject.write(record_faults, fault(await subject.requeued("settle", task_id), 0))
     assert (await subject.types(task_id))[-1] == "task.parked"
     (image,) = await subject.images(task_id)
     assert await subject.download(image, stored(image)) == "stored"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import pytest
 from sqlalchemy import text
 
-from service.db.tables import QUEUES, deliveries, tasks
+from service.db.queues import QUEUES
+from service.db.tables import deliveries, tasks
 from service.db.transaction import Transaction
 from service.queue import leases
 from service.tasks.inbox import accept_callbacks

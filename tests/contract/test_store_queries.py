@@ -5,7 +5,8 @@
 from typing import Any
 
 from service.db.paging import After
-from service.db.tables import QUEUES, deliveries
+from service.db.queues import QUEUES
+from service.db.tables import deliveries
 from service.images import image_queries
 from service.tasks import task_queries
 from service.tasks.state import State

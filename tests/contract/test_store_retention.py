@@ -10,7 +10,6 @@ import pytest
 from sqlalchemy import Connection
 
 from service.db.clock import wall_clock
-from service.db.postgres import open_postgres
 from service.db.readiness import mark
 from service.db.tables import attempts, callbacks, deliveries, events, metadata, steps
 from service.db.transaction import Transaction
@@ -48,6 +47,7 @@ from tests.contract.subject import (
     stored,
     upstream_id,
 )
+from tests.stores import open_postgres
 
 URL = "https://r.test/0"
 MIB = 1 << 20

@@ -15,13 +15,12 @@ from sqlalchemy import Connection, inspect
 
 from service.db.failover import dsns
 from service.db.migrations import versions
-from service.db.postgres import open_postgres
-from service.db.sqlite import open_sqlite
 from service.db.store import Store
 from service.db.tables import counters, metadata
 from service.errors import ConfigurationError
 from tests.contract.subject import Clock, Opener, Subject, new_id
 from tests.servers import execute
+from tests.stores import open_postgres, open_sqlite
 
 
 class Database:

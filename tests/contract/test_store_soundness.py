@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from service.db.sqlite import open_sqlite
 from service.db.tables import counters
 from service.errors import ConfigurationError
 from service.tasks.new_tasks import insert_tasks
 from tests.contract.subject import Clock, Opener, Subject, new_id
+from tests.stores import open_sqlite
 
 
 def folder(path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from service.db import failover
-from service.db.postgres import open_postgres
 from tests import standby
 from tests.api import got
 from tests.contract.subject import Clock, Subject, new_id
@@ -19,6 +18,7 @@ from tests.crash.group import PATIENCE_S, WEB, WORKER, ask, groups
 from tests.crash.load import loaded, sending
 from tests.servers import missing, postgres_binaries
 from tests.standby import Server
+from tests.stores import open_postgres
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(180)

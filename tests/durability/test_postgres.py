@@ -7,9 +7,9 @@ import pytest
 from sqlalchemy import Connection, text
 from structlog.testing import capture_logs
 
-from service.db.postgres import open_postgres
 from service.resources import new_id
 from tests.servers import execute, missing, postgres_binaries, postgres_database, postgres_running
+from tests.stores import open_postgres
 
 
 def synchronous(connection: Connection) -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from service.db.sqlite import open_sqlite
 from service.errors import ConfigurationError
 from service.resources import new_id
 from tests.crash.life import TERMINAL
@@ -23,6 +22,7 @@ from tests.durability.promises import rows_of
 from tests.durability.rounds import SEEDS, Rounds, run
 from tests.durability.trace import SYNCS, moments, tracing
 from tests.environment import clean_environment
+from tests.stores import open_sqlite
 
 pytestmark = pytest.mark.timeout(240)
 

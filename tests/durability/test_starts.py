@@ -10,23 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from service.db.sqlite import open_sqlite
 from service.folders import make_folder
 from service.resources import new_id
 from tests.durability.disk import Disk
 from tests.durability.trace import moments, tracing
 from tests.environment import clean_environment
+from tests.stores import open_sqlite
 
 OPEN = """
 import asyncio, sys
 from pathlib import Path
+from service.db.sqlite import open_sqlite
+from service.events.outbox import flush
 from service.resources import new_id
 from service.settings import load_settings, secret_keys
-from service.db.sqlite import open_sqlite
 
 async def main():
     path = Path(sys.argv[1]) / "store" / "darkroom.db"
-    async with open_sqlite(path, process="two", new_id=new_id):
+    async with open_sqlite(path, process="two", new_id=new_id, flush=flush):
         settings = load_settings({"DARKROOM_DATA_DIR": f"{sys.argv[1]}/data"}, None)
         print(len(secret_keys(settings)), flush=True)
         sys.stdin.read()

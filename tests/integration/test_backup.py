@@ -18,13 +18,14 @@ import pytest
 from starlette.responses import Response
 
 from service.cli.backup import summed
-from service.db.sqlite import FileLock, open_sqlite
+from service.db.sqlite import FileLock
 from service.tasks.state import State
 from service.upkeep.restoring import SEQUENCES
 from tests.api import ASYNC, JSON, UNTIL_DONE, got, submitted
 from tests.contract.subject import Clock, Subject, new_id
 from tests.disks import BALLAST, empty, fill, small_disk
 from tests.processes import ADMIN_KEY, darkroom, service_settings, started
+from tests.stores import open_sqlite
 from tests.upstream import After, Upstream, document, picture
 from tests.waiting import wait_until
 from tests.world import answering, world

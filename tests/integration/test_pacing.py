@@ -18,7 +18,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from service.db.clock import wall_clock
-from service.db.sqlite import open_sqlite
 from service.db.tables import events, tasks
 from service.db.transaction import Lease
 from service.queue import worker
@@ -31,6 +30,7 @@ from service.tasks.submissions import Accepted, Submission, record_submissions
 from service.upstreams.base import Report
 from service.web.routes import upstream_routes
 from tests.bench.acknowledgement import CHUNK, waiting
+from tests.stores import open_sqlite
 from tests.upstream import document, error, failed
 from tests.waiting import wait_until
 from tests.world import World, world

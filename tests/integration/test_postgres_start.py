@@ -14,10 +14,11 @@ from sqlalchemy.util import await_only
 from structlog.testing import capture_logs
 
 from service.db import postgres, schema
-from service.db.postgres import MIGRATION_LOCK, open_postgres
+from service.db.postgres import MIGRATION_LOCK
 from service.db.readiness import mark
 from service.errors import ConfigurationError
 from service.resources import new_id
+from tests.stores import open_postgres
 
 SAID = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"
 
@@ -97,7 +98,7 @@ async def test_a_server_that_goes_on_starting_up_is_given_up(
 
 
 STOPPED_WITH = {
-    "the row with the time": "SELECT value FROM counters WHERE name = 'clock' FOR UPDATE",
+    "a row that a write needs": "SELECT value FROM counters WHERE name = 'ready' FOR UPDATE",
     "the lock of the migration": f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})",
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.db.tables import QUEUES
+from service.db.queues import QUEUES
 from service.signing import Keyring
 from tests.processes import ADMIN_KEY, UPSTREAM_KEY, Running, sandbox, service_settings, started
 from tests.waiting import wait_until

@@ -11,10 +11,10 @@ found.
 import hypothesis.strategies as st
 from hypothesis.stateful import initialize, rule
 
-from service.db.tables import QUEUES
+from service.db.queues import QUEUES
 from service.events.endpoints import Endpoint, EndpointChange, change_endpoints, insert_endpoints
 from service.queue import leases
-from service.queue.crashes import Fault, record_faults
+from service.queue.crashes import record_faults
 from service.tasks.admin import Resolution, reconcile_tasks, resolve_tasks
 from service.tasks.cancel import Cancellation, cancel_tasks
 from service.tasks.held_submissions import resume_submissions
@@ -29,6 +29,7 @@ from tests.property.life_machine import Job, Living
 from tests.property.life_story import among, tell
 from tests.property.life_upstream import ENDS, SAYS
 from tests.property.life_work import Read, Write
+from tests.stores import fault
 
 TASKS = 6  # at most, or nothing much happens to any of them
 LEAPS = (
@@ -113,12 +114,7 @@ class TaskLife(Living):
     def look(self, process: int, stages: set[str], places: int, leap: int) -> None:
         """Some stages of a process look for work, later."""
         self.bench.clock.shift(leap)
-        if (
-            process % 3 == 0 or leap < 0
-        ):  # as each process does before it plans anything by the new time
-            for each in range(self.bench.processes):
-                self.write(each, Write(leases.keep_time, None))
-        elif process % 3 == 1:
+        if process % 3 == 1:
             self.write(process, Write(resume_submissions, 100))
         self.look_for_work(process, stages, places)
 
@@ -345,7 +341,6 @@ class TaskLife(Living):
             if self.bench.exclusive:
                 before = self.seen
                 self.bench.reopen()
-                self.note_time()
                 self.write(0)  # nothing: to see it
                 check_freed(before, self.seen)
         else:
@@ -353,7 +348,7 @@ class TaskLife(Living):
                 job.process,
                 Write(leases.give_back, job.lease)
                 if what == "release"
-                else Write(record_faults, Fault(job.lease, wait)),
+                else Write(record_faults, fault(job.lease, wait)),
             )
             self.jobs.remove(job)
             if what == "fault" and wait == 0:  # it is a bad one, and is tried again

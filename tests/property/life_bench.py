@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
-from service.db.batching import Call, apply
+from service.db.batching import Call
 from service.db.postgres import PostgresStore
 from service.db.sqlite import SqliteStore
 from service.db.transaction import Lease, Transaction
@@ -84,7 +84,7 @@ class Bench:
         calls = [Call(write.operation, write.item, None) for write in writes]  # type: ignore[arg-type]
 
         def whole(connection: Connection) -> tuple[list[Any], Transaction]:
-            results, tx = apply(connection, store._begin, calls, places)
+            results, tx = store.apply(connection, calls, places)
             return [results, tx.leased, look(connection, before)], Transaction(
                 connection, tx.now, tx.process, tx.new_id
             )  # no NOTIFY
@@ -99,7 +99,7 @@ class Bench:
         self, store: Backend, whole: Callable[[Connection], tuple[list[Any], Transaction]]
     ) -> list[Any]:
         async def transact() -> list[Any]:
-            async with store._transaction() as run:
+            async with store.transaction() as run:
                 found, _ = await run(whole)
             return found
 

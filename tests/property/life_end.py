@@ -5,7 +5,8 @@ from typing import Any
 
 from sqlalchemy import Connection, select
 
-from service.db.tables import QUEUES, callbacks, events, tasks
+from service.db.queues import QUEUES
+from service.db.tables import callbacks, events, tasks
 from service.tasks.state import TERMINAL, State
 from tests.contract.subject import SECOND
 from tests.property.life_checks import Seen

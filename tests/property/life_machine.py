@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 from service.db.paging import Row
-from service.db.tables import QUEUES
+from service.db.queues import QUEUES
 from service.db.transaction import Lease
 from service.events.endpoints import EndpointChange, change_endpoints
 from service.queue import leases
@@ -29,6 +29,7 @@ from tests.property.life_step import Step
 from tests.property.life_story import tell
 from tests.property.life_upstream import Upstream
 from tests.property.life_work import Life, Read, Workshop, Write
+from tests.stores import candidate_of
 
 ROUNDS = 60  # of claims at the end, before something is due for ever
 PATIENT_ROUNDS = 20  # afterwards the clock leaps: an upstream that knows nothing is asked for a day
@@ -140,19 +141,19 @@ class Living(RuleBasedStateMachine):
                 write.operation is claim_candidates and len(found) <= 1
             )
             if alone or claims:
-                mine = [lease for lease in leased if not claims or lease.stage == write.item]
+                stage = write.item[0] if write.operation is claim_candidates else write.item
+                mine = [lease for lease in leased if not claims or lease.stage == stage]
                 check_write(
                     Step(
                         process,
                         write,
                         result,
                         mine,
-                        places.get(write.item, 0) if claims else 0,
+                        places.get(stage, 0) if claims else 0,
                         before,
                         self.seen,
                         now,
                         self.heard,
-                        self.noted,
                     )
                 )
         for write, result in zip(writes, results, strict=True):
@@ -176,12 +177,6 @@ class Living(RuleBasedStateMachine):
                     is not self.seen.tasks[task_id]["erased_at"]
                 ):
                     self.heard.stripped(task_id)
-        elif write.operation is leases.keep_time:
-            self.note_time()
-
-    def note_time(self) -> None:
-        if not 0 < self.noted - self.bench.clock.now <= leases.TOLERANCE_MS:
-            self.noted = self.bench.clock.now
 
     def look_for_work(self, process: int, stages: Iterable[str], places: int) -> None:
         """Claims what is due, and then what brought its process down before and is to run alone."""
@@ -198,7 +193,9 @@ class Living(RuleBasedStateMachine):
         ):
             earlier = self.seen
             candidates = self.write(
-                process, *(Write(claim_candidates, stage) for stage in sorted(stages)), places={}
+                process,
+                *(Write(claim_candidates, candidate_of(stage)) for stage in sorted(stages)),
+                places={},
             )
             for candidate in candidates:
                 if candidate is not None and not candidate.dead_lettered:

@@ -15,7 +15,7 @@ from tests.property.life_work import Write
 @dataclass(frozen=True, slots=True)
 class Step:
     """A process's write, its result and what it was granted of so many places; all that there was
-    and is; what was heard before, and what time it was when that was last noted.
+    and is; what was heard before.
     """
 
     process: str
@@ -27,7 +27,6 @@ class Step:
     now: Seen
     time: int
     heard: Heard
-    noted: int
 
     @property
     def held(self) -> bool:

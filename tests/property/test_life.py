@@ -22,8 +22,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from service.db.postgres import open_postgres
-from service.db.sqlite import open_sqlite
 from service.images import downloads
 from service.queue import crashes
 from service.tasks import inbox
@@ -31,6 +29,7 @@ from tests.contract.subject import Clock, new_id
 from tests.property.life import TaskLife
 from tests.property.life_bench import Bench
 from tests.servers import execute, postgres_database
+from tests.stores import open_postgres, open_sqlite
 
 STEPS = int(os.environ.get("DARKROOM_TEST_STEPS", "10000"))
 RANDOM = "DARKROOM_TEST_STEPS" in os.environ

@@ -15,7 +15,7 @@ import structlog
 from sqlalchemy import Connection, event, select
 from structlog.testing import capture_logs
 
-from service.db.sqlite import REMEMBERED, SqliteStore, open_sqlite
+from service.db.sqlite import REMEMBERED, SqliteStore
 from service.db.tables import events, tasks
 from service.db.transaction import Lease, Transaction
 from service.errors import StoreUnavailable
@@ -28,7 +28,9 @@ from service.resources import new_id
 from service.tasks import task_queries
 from service.tasks.new_tasks import NewTask, insert_tasks
 from service.tasks.submissions import Accepted, Submission, record_submissions
+from service.tasks.transitions import dead_letter_task
 from service.upstreams.base import Report
+from tests.stores import open_sqlite
 from tests.waiting import wait_until
 
 START = 1_757_165_031_000
@@ -71,7 +73,11 @@ class Shop:
         turn: Callable[[], Awaitable[None]] = at_once,
     ) -> AsyncIterator[WorkerPool]:
         pool = WorkerPool(
-            self.store, [Stage("submit", places, run)], self.metrics, self.told.append, turn
+            self.store,
+            [Stage("submit", places, run, dead_letter_task)],
+            self.metrics,
+            self.told.append,
+            turn,
         )
         async with at_work(pool):
             yield pool
@@ -116,7 +122,7 @@ def finishing(store: SqliteStore, done: list[str]) -> Callable[[Lease], Awaitabl
 
 async def test_a_grant_that_is_given_twice_costs_no_place(shop: Shop) -> None:
     """Whatever granted it again: both jobs end, and each frees the place it had."""
-    stage = Stage("submit", 2, lambda _: at_once())
+    stage = Stage("submit", 2, lambda _: at_once(), dead_letter_task)
     pool = WorkerPool(shop.store, [stage], shop.metrics, shop.told.append, at_once)
     assert pool.reserve() == {"submit": 2}
     pool.take([Lease("submit", "task", 1, 1)] * 2, {})
@@ -159,7 +165,10 @@ async def test_a_busy_stage_keeps_no_other_from_looking(
     await shop.queue("task_silent", "task_a", "task_b", "task_c")
     pool = WorkerPool(
         shop.store,
-        [Stage("submit", 1, submit), Stage("reconcile", 1, run)],
+        [
+            Stage("submit", 1, submit, dead_letter_task),
+            Stage("reconcile", 1, run, dead_letter_task),
+        ],
         shop.metrics,
         shop.told.append,
         at_once,

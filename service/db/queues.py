@@ -1,0 +1,96 @@
+"""The queues: which rows of which table are work, in which order, and the indexes for them.
+
+A row is work while its `due_at` is set. It carries `due_at`, `attempts`, `lease_until`,
+`lease_owner`, `fence`, `deaths` and `faults`; `service/queue/leases.py` writes them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Column, ColumnElement, Connection, Index, Table, and_, or_, update
+
+from service.db.tables import ZERO, deliveries, images, replays, sinks, tasks
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """One kind of work: its rows, their order, and the prefix of their lease columns."""
+
+    stage: str
+    table: Table
+    prefix: str
+    order: ColumnElement[Any]
+    where: ColumnElement[bool] | None = None
+
+    def column(self, name: str) -> Column[Any]:
+        return self.table.c[self.prefix + name]
+
+
+# Two pairs of queues share the columns of one table, so that unsolicited work never delays other
+# work: reconciling never delays a requested query, and retries and replays never delay a first
+# attempt.
+_first_attempt = and_(deliveries.c.attempts == ZERO, deliveries.c.replay_id.is_(None))
+_later_attempt = or_(deliveries.c.attempts > ZERO, deliveries.c.replay_id.is_not(None))
+_settle_at, _requests = tasks.c.settle_due_at, tasks.c.settle_requests
+QUEUES = {
+    queue.stage: queue
+    for queue in (
+        Queue("submit", tasks, "submit_", tasks.c.submit_turn),
+        Queue("settle", tasks, "settle_", _settle_at, _requests > ZERO),
+        Queue("reconcile", tasks, "settle_", _settle_at, _requests == ZERO),
+        Queue("download", images, "", images.c.link_dies_at),
+        Queue("deliver", deliveries, "", deliveries.c.due_at, _first_attempt),
+        Queue("redeliver", deliveries, "", deliveries.c.due_at, _later_attempt),
+        Queue("replay", replays, "", replays.c.due_at),
+    )
+}
+# One queue for each set of lease columns.
+LEASED = {(queue.table.name, queue.prefix): queue for queue in QUEUES.values()}.values()
+
+
+def _partial(name: str, where: ColumnElement[bool], *columns: ColumnElement[Any]) -> None:
+    Index(name, *columns, sqlite_where=where, postgresql_where=where)
+
+
+# Each queue has an index of its own, so that a claim in one does not read thousands of due rows of
+# another. The index of `submit` begins with the order, because owners take turns.
+for queue in QUEUES.values():
+    due = queue.column("due_at")
+    columns = [queue.order, due] if queue.stage == "submit" else [due]
+    waiting = due.is_not(None) if queue.where is None else and_(due.is_not(None), queue.where)
+    name = f"{queue.stage}_next" if queue.table is deliveries else queue.stage
+    _partial(f"ix_{queue.table.name}_{name}_due_at", waiting, *columns)
+
+for queue in LEASED:
+    deaths = queue.column("deaths")
+    _partial(f"ix_{queue.table.name}_{queue.prefix}deaths", deaths > ZERO, deaths)
+
+# Processes of schema 0001 still claim by these two during an upgrade. A later migration drops them.
+for name, tried in (
+    ("deliver", deliveries.c.attempts == ZERO),
+    ("redeliver", deliveries.c.attempts > ZERO),
+):
+    due = deliveries.c.due_at
+    _partial(f"ix_deliveries_{name}_due_at", and_(due.is_not(None), tried), due)
+
+_replayed = deliveries.c.replay_id.is_not(None)
+_partial("ix_deliveries_replay_id", _replayed, deliveries.c.replay_id, deliveries.c.state)
+_retained = and_(tasks.c.terminal_at.is_not(None), tasks.c.erased_at.is_(None))
+_partial("ix_tasks_terminal_at", _retained, tasks.c.terminal_at)
+_partial("ix_images_stored_at", images.c.blob.is_not(None), images.c.stored_at)
+_unsubmitted = tasks.c.submit_due_at.is_not(None)
+_partial("ix_tasks_owner_submit_turn", _unsubmitted, tasks.c.owner, tasks.c.submit_turn)
+
+
+def release_all(connection: Connection) -> None:
+    """Ends every lease and counts it as a crash. Only for a store whose lock proves that no other
+    process uses it (SQLite, at the start).
+    """
+    for queue in LEASED:
+        until, deaths = queue.column("lease_until"), queue.column("deaths")
+        connection.execute(
+            update(queue.table)
+            .where(until.is_not(None))
+            .values({until: None, queue.column("lease_owner"): None, deaths: deaths + 1})
+        )
+    connection.execute(update(sinks).values(lease_until=None, lease_owner=None))
