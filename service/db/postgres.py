@@ -191,6 +191,7 @@ class PostgresStore(BatchingStore):
                 text(f"SET LOCAL lock_timeout = {TURN_MS}")
             )  # who works queues behind whoever waits for a table
             schema.migrate(connection, allowed=migrate)
+            self.now(connection)
 
         for turn in range(TURNS):
             try:
