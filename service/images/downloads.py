@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sqlalchemy import select
+
 from service.db.tables import images
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
