@@ -16,7 +16,7 @@ from tests.servers import (
     postgres_running,
 )
 
-LONG = {"crash", "e2e", "bench", "durability", "consumers"}
+LONG = {"crash", "e2e", "bench", "durability", "consumers", "property"}
 
 hypothesis.settings.register_profile("darkroom", deadline=None)  # a slow machine is no defect
 hypothesis.settings.load_profile("darkroom")

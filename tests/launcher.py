@@ -162,6 +162,18 @@ class Launched:
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].startswith("T")
 
 
+def shorten_leases(lease_ms: int) -> None:
+    """Leases of half a minute, and the waits of rows that outlived crashes, are long for a test."""
+    from service.events import broker_positions
+    from service.queue import leases, worker
+
+    part = lease_ms / leases.LEASE_MS
+    waits = {crashes: round(wait * part) for crashes, wait in leases.CANDIDATE_WAITS_MS.items()}
+    vars(leases)["CANDIDATE_WAITS_MS"] = waits
+    vars(leases)["LEASE_MS"] = vars(broker_positions)["LEASE_MS"] = lease_ms
+    vars(worker)["RENEW_S"] = lease_ms / 3000
+
+
 def run(
     arguments: Sequence[str],
     folder: str,
@@ -172,7 +184,7 @@ def run(
 ) -> NoReturn:
     """Runs the program in the forked process. `stdout` and `stderr` may be named pipes."""
     from service.cli import main
-    from service.queue import checkpoints, leases, worker
+    from service.queue import checkpoints
 
     random.seed()
     os.chdir(folder)
@@ -186,9 +198,8 @@ def run(
     os.dup2(out if same else os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
     sys.stdout = os.fdopen(1, "w", closefd=False)  # the inherited objects know other files
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    if "DARKROOM_TEST_LEASE_MS" in environment:  # half a minute is long for a test
-        lease_ms = int(environment["DARKROOM_TEST_LEASE_MS"])
-        vars(leases)["LEASE_MS"], vars(worker)["RENEW_S"] = lease_ms, lease_ms / 3000
+    if "DARKROOM_TEST_LEASE_MS" in environment:
+        shorten_leases(int(environment["DARKROOM_TEST_LEASE_MS"]))
     if "HANDED" in environment:  # as systemd does it
         os.dup2(int(environment["HANDED"]), 3)
         os.environ |= {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid())}

@@ -71,7 +71,7 @@ class Running:
         self.announcement: dict[str, Any] = {}
         self._told = threading.Event()
         self.process: Forked | subprocess.Popen[str]
-        if before:
+        if before or "PYTHONPATH" in environment:  # another program, or another version of ours
             self.process = subprocess.Popen(
                 [*before, sys.executable, "-m", "service", *arguments],
                 cwd=folder,

@@ -49,7 +49,7 @@ def next_version(folder: Path) -> Path:
     shutil.copytree(
         ROOT / "service", folder / "service", ignore=shutil.ignore_patterns("__pycache__")
     )
-    versions = folder / "service" / "store" / "migrations" / "versions"
+    versions = folder / "service" / "db" / "migrations" / "versions"
     head = max(path.name[:4] for path in versions.glob("[0-9]*.py"))
     (versions / "9998_next.py").write_text(textwrap.dedent(EXPANDS).format(head=head))
     return folder

@@ -66,6 +66,8 @@ async def test_a_service_that_is_killed_again_and_again_publishes_every_event_on
             tmp_path,
             SINKS=address("nats", server.port, TARGET),
             UNCERTAIN_AFTER_S="1",
+            RECONCILE_AFTER_S="2",
+            TEST_LEASE_MS="5000",
         )
         for round in range(4):
             with started("serve", folder=tmp_path, **settings) as running:
@@ -101,6 +103,7 @@ async def test_another_process_goes_on_where_a_dead_one_was(
             "SECRET_KEY": SECRET,
             "UNCERTAIN_AFTER_S": "1",
             "SINKS": address("nats", server.port, TARGET),
+            "TEST_LEASE_MS": "5000",
         }
         settings = service_settings(upstream.address, tmp_path, **more)
         both = [

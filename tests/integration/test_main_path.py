@@ -1,8 +1,6 @@
 """The main path, end to end over real sockets."""
 
-import asyncio
 import hashlib
-from collections import Counter
 from pathlib import Path
 
 from tests.world import subscriber, world
@@ -28,25 +26,3 @@ async def test_a_task_becomes_stored_images_and_one_signed_terminal_event(tmp_pa
             assert hashlib.sha256(served).hexdigest() == ours["sha256"]
         types = [event["type"] for event in await here.events()]
         assert types == ["image.task.submitted", "image.task.completed"]
-
-
-async def test_two_hundred_tasks_at_once_end_in_one_right_terminal_event_each(
-    tmp_path: Path,
-) -> None:
-    """Each of many tasks with 1 to 4 images ends once, with as many images as were asked for."""
-    async with world(tmp_path) as here:
-        wanted = {}
-        answers = await asyncio.gather(
-            *(here.submit(n=1 + i % 4, headers={"prefer": "respond-async"}) for i in range(40))
-        )
-        for i, task in enumerate(answers):
-            wanted[task["id"]] = 1 + i % 4
-        for task_id, count in wanted.items():
-            task = await here.ended(task_id, 60)
-            assert (task["state"], len(task["images"])) == ("completed", count)
-        terminal = Counter(
-            event["subject"]
-            for event in await here.events()
-            if event["type"] == "image.task.completed"
-        )
-        assert terminal == dict.fromkeys(wanted, 1)
