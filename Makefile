@@ -15,11 +15,12 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev test check bench chaos pictures lock sbom clean
+.PHONY: help setup demo dev quick test check bench chaos pictures lock sbom clean
 
 help:
 	@echo "make demo     show it at work: an upstream, the service and a subscriber on this machine"
 	@echo "make dev      serve on a sandbox upstream, to try requests on"
+	@echo "make quick    run the tests that need no server and start no process, for every change"
 	@echo "make test     run all tests"
 	@echo "make check    run what CI runs: lint, types, import rules, all tests, coverage"
 	@echo "make bench    measure, and print the tables of the benchmarks"
@@ -35,6 +36,9 @@ demo: $(VENV)/.run
 
 dev: $(VENV)/.run
 	@$(BIN)/darkroom serve --sandbox
+
+quick: $(VENV)/.dev
+	@$(PYTEST) -m quick
 
 test: $(VENV)/.dev $(VENV)/.node
 	@$(PYTEST)

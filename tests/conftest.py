@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -17,6 +18,15 @@ from tests.servers import (
 )
 
 LONG = {"crash", "e2e", "bench", "durability", "consumers", "property"}
+SERVERS = {"postgres", "s3", "brokers"}  # fixtures and parameters begin with one of these words
+STARTERS = {
+    "subprocess",
+    "tests.brokers",
+    "tests.crash",
+    "tests.disks",
+    "tests.launcher",
+    "tests.processes",
+}
 
 hypothesis.settings.register_profile("darkroom", deadline=None)  # a slow machine is no defect
 hypothesis.settings.load_profile("darkroom")
@@ -70,6 +80,30 @@ def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     names.
     """
     return with_bucket(s3_server, monkeypatch)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if isinstance(item, pytest.Function) and is_quick(item):
+        item.add_marker("quick")
+
+
+def is_quick(test: pytest.Function) -> bool:
+    """Whether a test needs no server and starts no process: `make quick` runs it.
+
+    A test counts as one that starts processes if its module imports a function that does.
+    """
+    callspec = getattr(test, "callspec", None)
+    words = [*test.fixturenames, *map(str, callspec.params.values() if callspec else ())]
+    imported = {
+        str(getattr(value, "__module__", None) or getattr(value, "__name__", ""))
+        for value in vars(test.module).values()
+        if callable(value) or isinstance(value, ModuleType)
+    }
+    return (
+        test.path.parent.name not in LONG
+        and not SERVERS & {word.partition("_")[0] for word in words}
+        and not any(name.startswith(tuple(STARTERS)) for name in imported)
+    )
 
 
 @pytest.hookimpl(trylast=True)
