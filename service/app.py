@@ -40,6 +40,7 @@ from service.images.validator import Examiner, examining
 from service.links import Links
 from service.net import Egress, Rules
 from service.ops.metrics import Metrics
+from service.queue.limiter import ConcurrencyLimiter
 from service.queue.periodic import hourly
 from service.queue.worker import Stage, WorkerPool
 from service.resources import Resources, new_id
@@ -57,7 +58,6 @@ from service.upkeep.retention import Retention
 from service.upstreams.base import Call
 from service.upstreams.catalogue import load_catalogue
 from service.upstreams.evolink import EvoLink
-from service.upstreams.pace import Pace
 from service.web.activation import notify
 from service.web.auth import Access
 from service.web.context import Context
@@ -226,7 +226,7 @@ async def open_resources(
                 settings.query_timeout_s,
                 called,
             ),
-            pace=Pace(
+            limiter=ConcurrencyLimiter(
                 settings.evolink_concurrency,
                 lambda kind, limit: metrics.upstream_limit.labels(kind).set(limit),
             ),

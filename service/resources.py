@@ -13,9 +13,9 @@ from service.ids import make_id
 from service.links import Links
 from service.net import Egress
 from service.ops.metrics import Metrics
+from service.queue.limiter import ConcurrencyLimiter
 from service.signing import Keyring
 from service.upstreams.base import Upstream
-from service.upstreams.pace import Pace
 
 
 def new_id(kind: str, now: int) -> str:
@@ -30,7 +30,7 @@ class Resources:
     store: Store
     blobs: Blobs
     upstream: Upstream
-    pace: Pace  # every call to the upstream has a place there
+    limiter: ConcurrencyLimiter  # gives every call to the upstream its slot
     results: Egress  # fetches what the upstream made
     endpoints: Egress  # sends webhooks
     task_callbacks: Egress  # sends webhooks to tasks' own callback_url

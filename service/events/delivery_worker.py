@@ -12,7 +12,6 @@ from service.db.paging import Row
 from service.db.transaction import Lease
 from service.errors import StoreUnavailable
 from service.events import event_queries
-from service.events.courtesy import Courtesy
 from service.events.delivery_records import (
     Attempt,
     ByHand,
@@ -26,6 +25,7 @@ from service.ids import rfc3339
 from service.queue import leases
 from service.queue.backoff import retry_after, wait_before
 from service.queue.checkpoints import checkpoint
+from service.queue.limiter import EndpointLimiter
 from service.resources import Resources
 from service.strict_json import JSON
 
@@ -43,7 +43,7 @@ class Deliverer:
     sender: WebhookSender
     schedule: tuple[float, ...]
     disable_after_s: float
-    courtesy: Courtesy = field(default_factory=lambda: Courtesy(time.monotonic))
+    limiter: EndpointLimiter = field(default_factory=lambda: EndpointLimiter(time.monotonic))
     unrecorded: dict[str, Outcome] = field(default_factory=dict)
 
     @property
@@ -67,7 +67,7 @@ class Deliverer:
             await self.resources.store.write(record_attempts, outcome or Outcome(lease, "dead"))
             return
         subscriber, first = subscriber_of(parcel), lease.stage == "deliver"
-        wait = self.courtesy.enter(subscriber, first=first)
+        wait = self.limiter.acquire(subscriber, first=first)
         if wait is not None:
             await self.resources.store.write(
                 record_attempts, Outcome(lease, "later", wait_ms=round(wait * 1000))
@@ -78,8 +78,8 @@ class Deliverer:
             sent = await self.sender.send(parcel, parcel.event)
             well = None if sent.ours else sent.status not in (None, 429, 503)
         finally:
-            waited = self.courtesy.leave(
-                subscriber, time.monotonic() - began, first=first, well=well
+            waited = self.limiter.record(
+                subscriber, time.monotonic() - began, first=first, healthy=well
             )
         checkpoint("delivery.answered")
         outcome = replace(self._judge(lease, parcel, sent), waited=waited, url=address_of(parcel))

@@ -23,6 +23,7 @@ from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.strict_json import JSON, read_object
 from service.tasks.held_submissions import Hold, hold_submissions, resume_submissions
+from service.upstreams.base import throttled
 
 log = structlog.get_logger()
 
@@ -138,9 +139,9 @@ class Account:
 
     async def _credits(self) -> Response | None:
         try:
-            async with self._resources.pace.place("passthrough", PLACE_S) as heard:
+            async with self._resources.limiter.slot("passthrough", PLACE_S) as record:
                 answer = await self._resources.upstream.passthrough("GET", CREDITS)
-                heard(answer)
+                record(throttled(answer))
         except EgressError:
             return None
         note_credits(self._resources.metrics, answer.status, answer.body)

@@ -10,14 +10,14 @@ from service.db.transaction import Lease
 from service.errors import NoPlace
 from service.queue import leases
 from service.queue.checkpoints import checkpoint
+from service.queue.limiter import Kind
 from service.resources import Resources
 from service.tasks import task_queries
 from service.tasks.reconcile import Plan
 from service.tasks.rows import TaskRow
 from service.tasks.settling import Settlement, record_settlements
 from service.tasks.state import TERMINAL, State
-from service.upstreams.base import Found, NoAnswer, NotFound, QueryOutcome, Report
-from service.upstreams.pace import Kind
+from service.upstreams.base import Found, NoAnswer, NotFound, QueryOutcome, Report, throttled
 
 log = structlog.get_logger()
 
@@ -104,11 +104,11 @@ class Settler:
         same row meanwhile.
         """
         kind: Kind = "confirm" if lease.stage == "settle" else "reconcile"
-        async with self.resources.pace.place(
+        async with self.resources.limiter.slot(
             kind, None if kind == "confirm" else PATIENCE_S
-        ) as heard:
+        ) as record:
             answer = await self.resources.upstream.query(upstream_id)
-            heard(answer)
+            record(throttled(answer))
         return answer
 
     def _believed(self, row: TaskRow, callback: bytes | None) -> Report | None:

@@ -23,6 +23,7 @@ from service.tasks.reconcile import Plan
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
 from service.upstreams import base
+from service.upstreams.base import throttled
 
 log = structlog.get_logger()
 
@@ -72,9 +73,9 @@ class Submitter:
 
     async def _send(self, lease: Lease, *, resubmit: bool, last: bool) -> None:
         """`last`: it is too old to wait on, but is not given up without a try."""
-        async with self.resources.pace.place(
+        async with self.resources.limiter.slot(
             "submit"
-        ) as heard:  # a place first: what is `submitting` is on its way
+        ) as record:  # a place first: what is `submitting` is on its way
             if (
                 self.resources.store.signals.stopping
             ):  # while it waited: whoever comes next sends it
@@ -103,7 +104,7 @@ class Submitter:
                     return
                 answer = await self.resources.upstream.submit(body, lease.key)
                 checkpoint("submission.answered")
-                heard(answer)
+                record(throttled(answer))
         await self._record(lease, self._outcome(lease, answer))
         checkpoint("submission.recorded")
         if isinstance(answer, base.Accepted | base.Refused):

@@ -128,6 +128,18 @@ SubmitOutcome = Accepted | NotCreated | Refused | Uncertain
 QueryOutcome = Found | NotFound | NoAnswer
 
 
+def throttled(answer: SubmitOutcome | QueryOutcome | Response) -> bool | None:
+    """Whether the upstream found these too many calls. None: it did not say."""
+    match answer:
+        case NotCreated() | NoAnswer():
+            return answer.throttled or None
+        case Response():
+            return answer.status == 429 or (None if answer.status >= 500 else False)
+        case Uncertain():
+            return None
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One request to an upstream, for log and metrics: `status` None if no answer came; `duration`

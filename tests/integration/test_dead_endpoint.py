@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.events.courtesy import FIRST, Courtesy
+from service.queue.limiter import FIRST, EndpointLimiter
 from tests.api import got
 from tests.outbox import emitted
 from tests.waiting import wait_until
@@ -27,11 +27,11 @@ async def test_a_dead_endpoint_takes_no_place_from_ninety_nine_others(
     at, and all others get theirs.
     """
     hanging, most, arrived, released = 0, 0, Counter[str](), asyncio.Event()
-    looks, enter = Counter[str](), Courtesy.enter
+    looks, acquire = Counter[str](), EndpointLimiter.acquire
 
-    def counted(courtesy: Courtesy, subscriber: str, *, first: bool) -> float | None:
+    def counted(limiter: EndpointLimiter, subscriber: str, *, first: bool) -> float | None:
         looks[subscriber] += 1
-        return enter(courtesy, subscriber, first=first)
+        return acquire(limiter, subscriber, first=first)
 
     async def take(request: Request) -> Response:
         nonlocal hanging, most
@@ -43,7 +43,7 @@ async def test_a_dead_endpoint_takes_no_place_from_ninety_nine_others(
         await released.wait()
         return Response(status_code=204)
 
-    monkeypatch.setattr(Courtesy, "enter", counted)
+    monkeypatch.setattr(EndpointLimiter, "acquire", counted)
     app = Starlette(routes=[Route("/{name}", take, methods=["POST"])])
     async with answering(app) as url, world(tmp_path, delivery_timeout_s=60) as here:
         store = here.context.resources.store

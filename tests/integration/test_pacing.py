@@ -249,10 +249,10 @@ async def test_a_callback_for_a_task_that_waits_to_be_reconciled_goes_first(tmp_
     """
     async with backlog(tmp_path, 8) as (here, upstream, silent, _others):
         (last,) = (task_id for task_id in silent if not upstream.calls[f"u-{task_id}"])
-        await wait_until(lambda: here.context.resources.pace.waiting("reconcile") == 1)
+        await wait_until(lambda: here.context.resources.limiter.waiting("reconcile") == 1)
         await call_back(here, [last])
         await wait_until(lambda: upstream.calls[f"u-{last}"])
-        assert [upstream.running, here.context.resources.pace.used("confirm")] == [8, 1]
+        assert [upstream.running, here.context.resources.limiter.used("confirm")] == [8, 1]
 
 
 # --- fewer where it says so
@@ -268,9 +268,9 @@ async def test_an_upstream_that_is_too_busy_sees_fewer_calls_until_it_is_not(
     upstream = Slow(busy=True)
     called = await submitted(tmp_path, 300)
     async with world(tmp_path, upstream=upstream.app, evolink_concurrency=8) as here:
-        pace = here.context.resources.pace
+        limiter = here.context.resources.limiter
         await call_back(here, called)
-        await wait_until(lambda: pace.limit("confirm") == 1 and upstream.running <= 1)
+        await wait_until(lambda: limiter.limit("confirm") == 1 and upstream.running <= 1)
         assert upstream.most == 8
         upstream.most, before = 0, upstream.calls.total()
         await wait_until(lambda: upstream.calls.total() > before + 10)
@@ -278,7 +278,7 @@ async def test_an_upstream_that_is_too_busy_sees_fewer_calls_until_it_is_not(
         upstream.busy = False
         await wait_until(lambda: upstream.most == 8)
         await all_settled(here)
-        assert pace.limit("confirm") == 8
+        assert limiter.limit("confirm") == 8
 
 
 async def test_a_429_is_heard_wherever_it_comes(tmp_path: Path) -> None:
@@ -288,27 +288,27 @@ async def test_a_429_is_heard_wherever_it_comes(tmp_path: Path) -> None:
     upstream = Slow(busy=True)
     (called,), _ = await submitted(tmp_path, 1), await submitted(tmp_path, 1, first_query_ms=0)
     async with world(tmp_path, upstream=upstream.app, submit_schedule="600") as here:
-        pace = here.context.resources.pace
-        await wait_until(lambda: pace.limit("reconcile") == 7)
-        assert [pace.limit("confirm"), pace.limit("submit"), pace.limit("passthrough")] == [
-            16,
-            12,
-            4,
-        ]
+        limiter = here.context.resources.limiter
+        await wait_until(lambda: limiter.limit("reconcile") == 7)
+        assert [
+            limiter.limit("confirm"),
+            limiter.limit("submit"),
+            limiter.limit("passthrough"),
+        ] == [16, 12, 4]
         await here.submit()
-        assert [pace.limit("confirm"), pace.limit("submit"), pace.limit("passthrough")] == [
-            16,
-            6,
-            4,
-        ]
+        assert [
+            limiter.limit("confirm"),
+            limiter.limit("submit"),
+            limiter.limit("passthrough"),
+        ] == [16, 6, 4]
         assert (await here.client.get("/v1/credits")).status_code == 429
-        assert [pace.limit("confirm"), pace.limit("submit"), pace.limit("passthrough")] == [
-            16,
-            6,
-            2,
-        ]
+        assert [
+            limiter.limit("confirm"),
+            limiter.limit("submit"),
+            limiter.limit("passthrough"),
+        ] == [16, 6, 2]
         await call_back(here, [called])
-        await wait_until(lambda: pace.limit("confirm") <= 8)
+        await wait_until(lambda: limiter.limit("confirm") <= 8)
         assert (
             'darkroom_upstream_limit{kind="submit"} 6.0' in (await here.client.get("/metrics")).text
         )
@@ -323,7 +323,7 @@ async def test_what_is_passed_through_does_not_wait_for_ever(
         monkeypatch.setattr(upstream_routes, "PLACE_S", 0.05)
         async with AsyncExitStack() as places:
             for _ in range(2):
-                await places.enter_async_context(here.context.resources.pace.place("confirm"))
+                await places.enter_async_context(here.context.resources.limiter.slot("confirm"))
             for path in ("/v1/credits", "/v1/models", "/v1/tasks/task-unified-nobody"):
                 answer = await here.client.get(path)
                 assert (answer.status_code, answer.json()["error"]["code"]) == (

@@ -455,7 +455,7 @@ async def crowded(here: World) -> AsyncIterator[None]:
     """Every place at the upstream is taken meanwhile."""
     async with AsyncExitStack() as places:
         for _ in range(here.settings.evolink_concurrency):
-            await places.enter_async_context(here.context.resources.pace.place("confirm", 5.0))
+            await places.enter_async_context(here.context.resources.limiter.slot("confirm", 5.0))
         yield
 
 
@@ -465,7 +465,7 @@ async def test_a_task_cancelled_before_its_turn_is_not_sent(
     """Cancelled between the claim and a free place at the upstream: nothing leaves."""
     async with crowded(here):
         task = await here.submit(prompt="too late", headers={"prefer": "respond-async"})
-        await wait_until(lambda: here.context.resources.pace.waiting("submit"))
+        await wait_until(lambda: here.context.resources.limiter.waiting("submit"))
         answer = await here.client.post(f"/v1/tasks/{task['id']}/cancel")
         assert answer.json()["state"] == "cancelled"
 
@@ -487,7 +487,7 @@ async def test_a_submission_that_waits_for_a_place_at_a_stop_is_left_to_the_next
     async with world(tmp_path, upstream=theirs.app) as there:
         async with crowded(there):
             task = await there.submit(prompt="later", headers={"prefer": "respond-async"})
-            await wait_until(lambda: there.context.resources.pace.waiting("submit"))
+            await wait_until(lambda: there.context.resources.limiter.waiting("submit"))
             there.context.quiesce()
 
         async def free() -> Any:

@@ -20,6 +20,7 @@ from service.net.retry_after import retry_after
 from service.strict_json import JSON
 from service.tasks import task_queries
 from service.tasks.account_breaker import CREDITS, note_credits
+from service.upstreams.base import throttled
 from service.web.context import Context, context_of
 
 PLACE_S = 10.0  # so long it waits for its turn at the upstream
@@ -75,9 +76,9 @@ async def task(context: Context, owner: str | None, task_id: str) -> Response:
 
 
 async def _asked(context: Context, path: str) -> net.Response:
-    async with context.resources.pace.place("passthrough", PLACE_S) as heard:
+    async with context.resources.limiter.slot("passthrough", PLACE_S) as record:
         answer = await context.resources.upstream.passthrough("GET", path)
-        heard(answer)
+        record(throttled(answer))
     return answer
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from service.events import courtesy
-from service.events.courtesy import FIRST, LONGEST_S, MOST, SHORTEST_S, Courtesy
+from service.queue import limiter
+from service.queue.limiter import FIRST, LONGEST_S, MOST, SHORTEST_S, EndpointLimiter
 
 
 @dataclass(slots=True)
@@ -14,16 +14,16 @@ class Place:
     """A subscriber, and what it is sent."""
 
     now: float = 1000.0
-    courtesy: Courtesy = field(init=False)
+    limiter: EndpointLimiter = field(init=False)
 
     def __post_init__(self) -> None:
-        self.courtesy = Courtesy(lambda: self.now)
+        self.limiter = EndpointLimiter(lambda: self.now)
 
     def enter(self, *, first: bool = True, subscriber: str = "shop") -> float | None:
-        return self.courtesy.enter(subscriber, first=first)
+        return self.limiter.acquire(subscriber, first=first)
 
     def leave(self, *, first: bool = True, well: bool | None = True, seconds: float = 0.1) -> bool:
-        return self.courtesy.leave("shop", seconds, first=first, well=well)
+        return self.limiter.record("shop", seconds, first=first, healthy=well)
 
     def fill(self, *, first: bool = True) -> int:
         """As many as are let in."""
@@ -89,7 +89,7 @@ def test_retries_have_what_first_attempts_leave_and_at_least_one_place(shop: Pla
     for count in (3, 2, 1, 1):
         assert shop.enter() is None
         assert shop.fill(first=False) == count
-        while shop.courtesy._loads["shop"].again.busy:
+        while shop.limiter._loads["shop"].again.busy:
             shop.leave(first=False, well=None)
 
 
@@ -159,10 +159,10 @@ def test_what_is_known_of_subscribers_is_bounded(
     shop: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that nothing is sent to are forgotten first; who is busy stays."""
-    monkeypatch.setattr(courtesy, "KNOWN", 10)
+    monkeypatch.setattr(limiter, "KNOWN", 10)
     assert shop.fill() == FIRST
     for number in range(100):
         assert shop.enter(subscriber=f"s{number}") is None
-        shop.courtesy.leave(f"s{number}", 0.1, first=True, well=True)
-        assert len(shop.courtesy._loads) <= 10
+        shop.limiter.record(f"s{number}", 0.1, first=True, healthy=True)
+        assert len(shop.limiter._loads) <= 10
     assert shop.enter() is not None

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from service.errors import NoPlace
 from service.net import Response
+from service.queue.limiter import RANK, ConcurrencyLimiter, Kind
 from service.upstreams.base import (
     Accepted,
     Found,
@@ -23,8 +24,8 @@ from service.upstreams.base import (
     Refused,
     Report,
     Uncertain,
+    throttled,
 )
-from service.upstreams.pace import RANK, Kind, Pace, throttled
 
 KINDS: tuple[Kind, ...] = tuple(RANK)
 TOO_MANY, SUCCESS = NoAnswer("429", throttled=True), NotFound()
@@ -36,7 +37,7 @@ class Callers:
     the order of their turns.
     """
 
-    pace: Pace
+    limiter: ConcurrencyLimiter
     entered: list[Kind] = field(default_factory=list)
     most: int = 0  # calls that ran at once
     calls: list["asyncio.Task[None]"] = field(default_factory=list)
@@ -52,9 +53,9 @@ class Callers:
             self.calls.append(asyncio.create_task(self._call(number, kind)))
 
     async def _call(self, number: int, kind: Kind) -> None:
-        async with self.pace.place(kind) as heard:
+        async with self.limiter.slot(kind) as record:
             self.entered.append(kind)
-            self.heard[number] = heard
+            self.heard[number] = record
             self.most = max(self.most, len(self.heard))
             try:
                 await self.ends[number].wait()
@@ -64,7 +65,7 @@ class Callers:
     def say(self, answer: Any, numbers: Sequence[int] | None = None) -> None:
         """What comes of these calls, or of all that run; they end with it."""
         for number in list(self.heard) if numbers is None else numbers:
-            self.heard[number](answer)
+            self.heard[number](throttled(answer))
             self.ends[number].set()
 
     async def turns(self) -> None:
@@ -85,15 +86,15 @@ class Callers:
 
 
 @asynccontextmanager
-async def calling(pace: Pace) -> AsyncIterator[Callers]:
-    callers = Callers(pace)
+async def calling(limiter: ConcurrencyLimiter) -> AsyncIterator[Callers]:
+    callers = Callers(limiter)
     try:
         yield callers
     finally:
         for call in callers.calls:
             call.cancel()
         await asyncio.gather(*callers.calls, return_exceptions=True)
-        assert (pace.used(), [pace.waiting(kind) for kind in KINDS]) == (0, [0] * 4), (
+        assert (limiter.used(), [limiter.waiting(kind) for kind in KINDS]) == (0, [0] * 4), (
             "no place is lost, nobody is forgotten"
         )
 
@@ -129,11 +130,11 @@ async def test_each_kind_has_its_share(
         (("submit", "reconcile", "confirm"), concurrency),
     ]
     for kinds, most in table:
-        async with calling(Pace(concurrency)) as callers:
+        async with calling(ConcurrencyLimiter(concurrency)) as callers:
             for kind in kinds:
                 callers.enter(kind, times=40)
                 await callers.turns()
-            assert callers.pace.used() == len(callers.heard) == most, kinds
+            assert callers.limiter.used() == len(callers.heard) == most, kinds
 
 
 @given(
@@ -153,31 +154,31 @@ async def test_whatever_happens_there_are_never_more_calls_than_places(
     """Arrivals, ends, cancellations and 429s in any order and in one turn of the loop: the limit
     holds, and no place is lost.
     """
-    pace = Pace(concurrency)
-    async with calling(pace) as callers:
+    limiter = ConcurrencyLimiter(concurrency)
+    async with calling(limiter) as callers:
         for act, which in script:
-            before = {kind: pace.used(kind) for kind in KINDS}
+            before = {kind: limiter.used(kind) for kind in KINDS}
             match act:
                 case "enter":
                     callers.enter(which)
                 case "turn":
                     await callers.turns()
-                    assert pace.used() == len(callers.heard)
+                    assert limiter.used() == len(callers.heard)
                 case "cancel" if callers.calls:
                     callers.calls[which % len(callers.calls)].cancel()
                 case "end" | "429" | "success" if callers.heard:
                     number = sorted(callers.heard)[which % len(callers.heard)]
                     answer = {"end": Uncertain("502"), "429": TOO_MANY, "success": SUCCESS}[act]
                     callers.say(answer, [number])
-            assert max(pace.used(), callers.most) <= concurrency
+            assert max(limiter.used(), callers.most) <= concurrency
             for kind in KINDS:
-                assert 1 <= pace.limit(kind) <= concurrency
-                assert pace.used(kind) <= max(pace.limit(kind), before[kind]), (
+                assert 1 <= limiter.limit(kind) <= concurrency
+                assert limiter.used(kind) <= max(limiter.limit(kind), before[kind]), (
                     "nobody is let in beyond a limit"
                 )
         await callers.turns()
-        if pace.used() < concurrency and pace.used("confirm") < pace.limit("confirm"):
-            assert pace.waiting("confirm") == 0, "nobody waits for a place that is free"
+        if limiter.used() < concurrency and limiter.used("confirm") < limiter.limit("confirm"):
+            assert limiter.waiting("confirm") == 0, "nobody waits for a place that is free"
 
 
 # --- whose turn
@@ -188,7 +189,7 @@ async def test_confirmations_go_first_and_reconciling_last() -> None:
     """Whoever came first: confirm, then submissions and what is passed through as they came, then
     reconcile.
     """
-    async with calling(Pace(1)) as callers:
+    async with calling(ConcurrencyLimiter(1)) as callers:
         callers.enter(
             "submit",
             "reconcile",
@@ -216,37 +217,37 @@ async def test_confirmations_go_first_and_reconciling_last() -> None:
 
 async def test_a_kind_that_may_not_run_more_holds_up_nobody() -> None:
     """Submissions that wait for their three quarters leave the rest to those behind them."""
-    async with calling(Pace(4)) as callers:
+    async with calling(ConcurrencyLimiter(4)) as callers:
         callers.enter("submit", times=9)
         callers.enter("reconcile", times=2)
         await callers.turns()
-        assert [callers.pace.used(kind) for kind in KINDS] == [0, 3, 0, 1]
+        assert [callers.limiter.used(kind) for kind in KINDS] == [0, 3, 0, 1]
         callers.enter("confirm")
         callers.say(SUCCESS, [9])
         await callers.turns()
-        assert [callers.pace.used(kind) for kind in KINDS] == [1, 3, 0, 0]
+        assert [callers.limiter.used(kind) for kind in KINDS] == [1, 3, 0, 0]
 
 
 async def test_who_finds_no_place_in_time_is_told() -> None:
     """Nothing was done, and nobody waits on."""
-    pace = Pace(1)
-    async with pace.place("submit"):
+    limiter = ConcurrencyLimiter(1)
+    async with limiter.slot("submit"):
         with pytest.raises(NoPlace):
-            async with pace.place("passthrough", 0.0):
+            async with limiter.slot("passthrough", 0.0):
                 pytest.fail("there was no place")
-        assert pace.waiting("passthrough") == 0
-    async with pace.place("passthrough", 0.0):
-        assert pace.used() == 1
+        assert limiter.waiting("passthrough") == 0
+    async with limiter.slot("passthrough", 0.0):
+        assert limiter.used() == 1
 
 
 async def test_what_fails_in_its_place_gives_the_place_back() -> None:
     """Whatever the call raises, even a time limit of its own, reaches who made it."""
-    pace = Pace(1)
+    limiter = ConcurrencyLimiter(1)
     for _ in range(2):
         with pytest.raises(TimeoutError):
-            async with pace.place("confirm"):
+            async with limiter.slot("confirm"):
                 raise TimeoutError
-    assert pace.used() == 0
+    assert limiter.used() == 0
 
 
 @pytest.mark.parametrize("first", ["given", "cancelled"])
@@ -254,8 +255,8 @@ async def test_a_cancellation_that_meets_the_turn_loses_no_place(first: str) -> 
     """The place is freed and the waiter cancelled in one turn of the loop, in either order: the
     next one has it.
     """
-    async with calling(Pace(1)) as callers:
-        async with callers.pace.place("confirm"):
+    async with calling(ConcurrencyLimiter(1)) as callers:
+        async with callers.limiter.slot("confirm"):
             callers.enter("confirm", "submit")
             await callers.turns()
             if first == "cancelled":
@@ -263,7 +264,7 @@ async def test_a_cancellation_that_meets_the_turn_loses_no_place(first: str) -> 
         if first == "given":
             callers.calls[0].cancel()
         await callers.turns()
-        assert (callers.entered, callers.pace.used()) == (["submit"], 1)
+        assert (callers.entered, callers.limiter.used()) == (["submit"], 1)
 
 
 # --- how fast
@@ -274,23 +275,23 @@ async def test_429s_of_calls_that_ran_together_halve_once() -> None:
     """Sixteen at once say the same thing once: half as many run then, and a quarter after the next
     429; one always may.
     """
-    async with calling(Pace(16)) as callers:
+    async with calling(ConcurrencyLimiter(16)) as callers:
         rounds = [await callers.round("confirm", TOO_MANY) for _ in range(7)]
     assert rounds == [16, 8, 4, 2, 1, 1, 1]
 
 
 async def test_a_429_halves_its_own_kind_alone() -> None:
     """Queries may be too many when submissions are not."""
-    pace = Pace(16)
-    async with calling(pace) as callers:
+    limiter = ConcurrencyLimiter(16)
+    async with calling(limiter) as callers:
         await callers.round("reconcile", TOO_MANY)
-    assert [pace.limit(kind) for kind in KINDS] == [16, 12, 4, 7]
+    assert [limiter.limit(kind) for kind in KINDS] == [16, 12, 4, 7]
 
 
 async def test_successes_restore_what_a_429_took_step_by_step() -> None:
     """As many successes as may run at once add one more, back to all and not beyond."""
-    pace = Pace(8)
-    async with calling(pace) as callers:
+    limiter = ConcurrencyLimiter(8)
+    async with calling(limiter) as callers:
         for _ in range(3):
             await callers.round("confirm", TOO_MANY)
         rounds = [await callers.round("confirm", SUCCESS) for _ in range(9)]
@@ -299,47 +300,47 @@ async def test_successes_restore_what_a_429_took_step_by_step() -> None:
 
 async def test_calls_from_before_a_429_say_nothing_of_the_time_after_it() -> None:
     """Neither their successes restore nor their 429s halve."""
-    pace = Pace(8)
-    async with calling(pace) as callers:
+    limiter = ConcurrencyLimiter(8)
+    async with calling(limiter) as callers:
         callers.enter("confirm", times=8)
         await callers.turns()
         callers.say(TOO_MANY, [0])
         for answer, number in zip([SUCCESS] * 6 + [TOO_MANY], range(1, 8), strict=True):
             callers.say(answer, [number])
-        assert pace.limit("confirm") == 4
+        assert limiter.limit("confirm") == 4
 
 
 async def test_who_runs_when_a_limit_falls_goes_on() -> None:
     """And nobody follows until fewer run than may."""
-    async with calling(Pace(8)) as callers:
+    async with calling(ConcurrencyLimiter(8)) as callers:
         callers.enter("confirm", times=12)
         await callers.turns()
         for number, running in [(0, 7), (1, 6), (2, 5), (3, 4), (4, 4)]:
             callers.say(TOO_MANY, [number])
             await callers.turns()
-            assert callers.pace.used() == running
+            assert callers.limiter.used() == running
 
 
 async def test_a_limit_that_rises_lets_in_who_waits() -> None:
     """Two follow the one whose success made room for one more."""
-    async with calling(Pace(2)) as callers:
+    async with calling(ConcurrencyLimiter(2)) as callers:
         await callers.round("confirm", TOO_MANY)
         callers.enter("confirm", times=3)
         await callers.turns()
-        assert callers.pace.used() == 1
+        assert callers.limiter.used() == 1
         callers.say(SUCCESS)
         await callers.turns()
-        assert callers.pace.used() == 2
+        assert callers.limiter.used() == 2
 
 
 async def test_limits_are_told() -> None:
     """At the start and whenever one changes, for a gauge."""
     told: list[tuple[Kind, int]] = []
-    pace = Pace(4, lambda kind, limit: told.append((kind, limit)))
+    limiter = ConcurrencyLimiter(4, lambda kind, limit: told.append((kind, limit)))
     assert told == [("confirm", 4), ("submit", 3), ("passthrough", 1), ("reconcile", 4)]
     for answer in (SUCCESS, TOO_MANY, SUCCESS, SUCCESS, Uncertain("x"), SUCCESS):
-        async with pace.place("submit") as heard:
-            heard(answer)
+        async with limiter.slot("submit") as record:
+            record(throttled(answer))
     assert told[4:] == [("submit", 1), ("submit", 2), ("submit", 3)]
 
 
