@@ -1,5 +1,5 @@
 """What is durable when a process has died at a checkpoint, before anybody else is there: what the
-README's table says of each is true then.
+table of docs/reliability.md says of each is true then.
 
 An end that is right proves less: a client that asks again, or an upstream that calls again, may
 mend what was never kept.

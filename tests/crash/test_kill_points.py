@@ -137,8 +137,8 @@ def check(found: Ended, case: Case) -> None:
 
 @pytest.mark.parametrize("case", KILLS, ids=str)
 async def test_a_process_that_is_killed_loses_and_doubles_nothing(lives: Lives, case: Case) -> None:
-    """README, "killed here": one terminal event after durable pictures, submitted once, delivered
-    under one id, nothing left over.
+    """docs/reliability.md, "killed here": one terminal event after durable images, submitted once,
+    delivered under one id, nothing left over.
     """
     found = ended(lives, case)
     assert found.exits == [-signal.SIGKILL] * len(case.points)

@@ -18,7 +18,7 @@ from tests.world import TEXT_TO_IMAGE, answering
 
 MIB = 1 << 20
 SIDE, MAX_BYTES, PLACES = 2048, 16 * MIB, 16
-ALLOWED = 24 * SIDE * SIDE + 3 * MAX_BYTES + PLACES * 4 * MIB  # the figure of the README
+ALLOWED = 24 * SIDE * SIDE + 3 * MAX_BYTES + PLACES * 4 * MIB  # the figure of docs/operations.md
 
 
 class Streamed(Response):

@@ -17,7 +17,7 @@ from tests.judge import BROKEN
 from tests.pictures import bombs, samples
 
 MAX_PIXELS = 1 << 22
-PIXEL = 24  # bytes, as the README says
+PIXEL = 24  # bytes, as docs/operations.md says
 SECONDS = 10  # of the processor; most take a millisecond
 SAFE = {"image/png", "image/jpeg", "image/webp", "image/gif", "image/avif"}
 
