@@ -1,18 +1,23 @@
-# One virtual environment, two stages: what running needs (demo, dev), and what testing needs besides (test, check, bench).
-# Every package is pinned and hashed. The project itself is installed from the checkout, so the program is .venv/bin/darkroom.
+# One virtual environment in two stages: the packages that the service needs, then those of its tests.
+# Every package is pinned and hashed. The project is installed in place: .venv/bin/darkroom runs it.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 UV ?= uv
-COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-strip-extras --no-emit-index-url --no-header --no-annotate $(ARGS)
+COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+  --no-strip-extras --no-emit-index-url --no-header --no-annotate $(ARGS)
+EXTRAS := --extra brokers --extra postgres --extra limits --extra s3
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # pip installs a lock without resolving it, so it does not notice what a lock lacks.
 COMPLETE = found=$$($(BIN)/python -m pip check 2>&1) \
   || { echo "$$found" >&2; echo "$(VENV) is incomplete: run make lock, then make clean" >&2; exit 1; }
-# Much of a test waits: more workers than two cores. A file stays whole, for what its tests share.
+# One process runs all tests of a file, because they share servers.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Every branch of these modules is covered.
+COVERED := 'service/signing.py,service/tasks/*,service/images/*,service/events/*,service/upkeep/*'
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo dev quick test check bench chaos pictures lock sbom clean
@@ -56,34 +61,40 @@ check: $(VENV)/.dev $(VENV)/.node
 	$(BIN)/lint-imports
 	$(PYTEST) --cov --cov-report=
 	$(BIN)/coverage report --fail-under=95
-	$(BIN)/coverage report --fail-under=100 --include='service/signing.py,service/tasks/*,service/images/*,service/events/*,service/upkeep/*'
+	$(BIN)/coverage report --fail-under=100 --include=$(COVERED)
 
-# The image library's own test pictures, hostile ones among them: they come with its sources, checked by the hash in the lock.
+# Pillow's own test images, damaged ones among them. They are in its source distribution, which pip
+# checks by the hash in the lock.
 pictures: $(VENV)/.pictures
 
 sbom: $(VENV)/.dev
 	@$(BIN)/python deploy/sbom.py >sbom.json
 	@echo "sbom.json lists the packages of requirements.lock"
 
-# Newest versions: make lock ARGS=--upgrade. The packages for JavaScript: npm install --prefix tests/consumers \
-# --package-lock-only --omit-lockfile-registry-resolved
+# make lock ARGS=--upgrade takes the newest versions. This updates the packages for JavaScript:
+# npm install --prefix tests/consumers --package-lock-only --omit-lockfile-registry-resolved
 lock:
-	$(COMPILE) --extra brokers --extra postgres --extra limits --extra s3 pyproject.toml --output-file requirements.lock
-	$(COMPILE) --extra brokers --extra postgres --extra limits --extra s3 --group dev --constraint requirements.lock pyproject.toml --output-file requirements-dev.lock
+	$(COMPILE) $(EXTRAS) pyproject.toml --output-file requirements.lock
+	$(COMPILE) $(EXTRAS) pyproject.toml --group dev --constraint requirements.lock \
+	  --output-file requirements-dev.lock
 	$(COMPILE) --group build --constraint requirements-dev.lock --output-file requirements-build.lock
 
 clean:
-	rm -rf $(VENV) sbom.json demo-data .coverage .coverage.* htmlcov .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) sbom.json demo-data .coverage .coverage.* htmlcov .hypothesis
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
-# Each stamp is written last: a set-up that was broken off is done again.
+# A stamp is written last, so the next run repeats a set-up that did not finish.
 
 $(VENV)/.run: requirements.lock requirements-build.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-	  || { echo "darkroom needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing): try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	  || { echo "darkroom needs Python 3.11 or newer, and $(PYTHON) is" \
+	    "$$($(PYTHON) --version 2>/dev/null || echo missing): try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+	    exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
-	  || { echo "darkroom needs Python's venv module, which this system packs apart: apt-get install python3-venv, or set PYTHON" >&2; exit 1; }
+	  || { echo "darkroom needs Python's venv module: apt-get install python3-venv, or set PYTHON" >&2; \
+	    exit 1; }
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@echo "installing what running needs into $(VENV) ..."
+	@echo "installing the packages of requirements.lock into $(VENV) ..."
 	@$(PIP) install --no-deps --require-hashes -r requirements.lock
 	@$(PIP) install --no-deps --require-hashes -r requirements-build.lock
 	@$(PIP) install --no-deps --no-build-isolation --editable .
@@ -91,24 +102,27 @@ $(VENV)/.run: requirements.lock requirements-build.lock pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.lock $(VENV)/.run
-	@echo "installing what testing needs into $(VENV) ..."
+	@echo "installing the packages of requirements-dev.lock into $(VENV) ..."
 	@$(PIP) install --no-deps --require-hashes -r requirements-dev.lock
 	@$(COMPLETE)
 	@touch $@
 
-# What JavaScript consumers use. Without npm, or without its packages, the tests that want them are skipped; where CI is set they fail.
+# The packages of the JavaScript consumers. Without npm or without these packages, the tests that need
+# them are skipped, and fail if CI is set.
 $(VENV)/.node: tests/consumers/package.json tests/consumers/package-lock.json | $(VENV)/.run
 	@command -v npm >/dev/null || { echo "npm is missing: tests of JavaScript consumers are skipped" >&2; exit 0; }; \
-	  echo "installing what JavaScript consumers use into $(VENV)/node ..."; \
+	  echo "installing the packages of JavaScript consumers into $(VENV)/node ..."; \
 	  mkdir -p $(VENV)/node && cp tests/consumers/package.json tests/consumers/package-lock.json $(VENV)/node \
 	  && npm ci --prefix $(VENV)/node --ignore-scripts --no-audit --no-fund --silent && touch $@ \
 	  || echo "npm ci failed: tests of JavaScript consumers are skipped" >&2
 
 $(VENV)/.pictures: requirements.lock $(VENV)/.dev
-	@echo "fetching test pictures into $(VENV)/pictures ..."
+	@echo "fetching Pillow's test images into $(VENV)/pictures ..."
 	@rm -rf $(VENV)/pictures && mkdir -p $(VENV)/pictures
 	@sed -n '/^pillow==/,/[^\\]$$/p' requirements.lock >$(VENV)/pictures/wanted.txt
-	@$(PIP) download --no-deps --no-binary :all: --require-hashes -r $(VENV)/pictures/wanted.txt --dest $(VENV)/pictures
-	@cd $(VENV)/pictures && tar -xzf pillow-*.tar.gz --strip-components=3 "$$(basename pillow-*.tar.gz .tar.gz)/Tests/images" \
+	@$(PIP) download --no-deps --no-binary :all: --require-hashes \
+	  -r $(VENV)/pictures/wanted.txt --dest $(VENV)/pictures
+	@cd $(VENV)/pictures && tar -xzf pillow-*.tar.gz --strip-components=3 \
+	    "$$(basename pillow-*.tar.gz .tar.gz)/Tests/images" \
 	  && rm pillow-*.tar.gz wanted.txt
 	@touch $@
