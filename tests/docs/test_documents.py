@@ -12,6 +12,7 @@ import pytest
 
 import service
 from service.settings import Settings
+from service.web.event_schemas import EVENT_TYPES
 from service.web.routes.table import SPECS, routes
 from tests.docs.log_lines import ALWAYS, LINES, WHERE_KNOWN
 from tests.docs.pages import PAGES, anchors, links
@@ -71,6 +72,12 @@ def test_every_page_is_linked_from_the_index() -> None:
     index = DOCS / "index.md"
     linked = {(DOCS / target).resolve() for target in links(index)}
     assert set(DOCS.glob("*.md")) - linked == {index}
+
+
+def test_every_event_type_is_explained() -> None:
+    """docs/api.md names each type of event."""
+    text = (DOCS / "api.md").read_text("utf-8")
+    assert {f"`{name}`" for name in EVENT_TYPES} <= set(re.findall(r"`[^`\n]+`", text))
 
 
 def test_the_readme_is_short() -> None:
