@@ -23,14 +23,11 @@ from service.db.postgres import open_postgres
 from service.db.sqlite import open_sqlite
 from service.db.store import Store
 from service.errors import BlobUnavailable, ConfigurationError
-from service.events.broker_worker import Publisher
-from service.events.delivery_records import dead_letter_delivery
-from service.events.delivery_worker import Deliverer
-from service.events.feed import tell
-from service.events.outbox import flush
-from service.events.replay_worker import Replayer
-from service.events.replays import dead_letter_replay
-from service.events.sinks import Broker
+from service.events.broker_worker import Broker, BrokerWorker
+from service.events.deliveries import dead_letter_delivery
+from service.events.delivery_worker import DeliveryWorker
+from service.events.outbox import flush, log_emitted
+from service.events.replays import ReplayWorker, dead_letter_replay
 from service.events.tail import Tail
 from service.events.webhooks import WebhookSender
 from service.images.download_worker import Downloader
@@ -266,7 +263,9 @@ def stages(
         resources, examiner, settings.download_schedule, settings.max_image_bytes
     )
     sender = WebhookSender(resources, settings.delivery_timeout_s)
-    deliverer = Deliverer(sender, settings.delivery_schedule, settings.endpoint_disable_after_s)
+    deliverer = DeliveryWorker(
+        sender, settings.delivery_schedule, settings.endpoint_disable_after_s
+    )
     return [
         Stage("submit", settings.evolink_concurrency, submitter.run, dead_letter_task),
         Stage("settle", settings.evolink_concurrency, settler.run, dead_letter_task),
@@ -274,7 +273,7 @@ def stages(
         Stage("download", settings.download_concurrency, downloader.run, dead_letter_image),
         Stage("deliver", DELIVERIES, deliverer.run, dead_letter_delivery),
         Stage("redeliver", REDELIVERIES, deliverer.run, dead_letter_delivery),
-        Stage("replay", REPLAYS, Replayer(resources).run, dead_letter_replay),
+        Stage("replay", REPLAYS, ReplayWorker(resources).run, dead_letter_replay),
     ]
 
 
@@ -291,14 +290,14 @@ async def running(
     )
     async with open_resources(settings, role, metrics) as resources, pictures as examiner:
         publishers = [
-            Publisher(resources, sink)
+            BrokerWorker(resources, sink)
             for sink in (open_sinks(settings) if role.workers and settings.sinks else ())
         ]
         precedence = Precedence()
         account = Account(resources, settings.submit_schedule)
         work = stages(settings, resources, account, examiner) if role.workers else []
         pool = WorkerPool(
-            resources.store, work, metrics, partial(tell, metrics=metrics), precedence.wait
+            resources.store, work, metrics, partial(log_emitted, metrics=metrics), precedence.wait
         )
         deadline = math.inf
 

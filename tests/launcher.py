@@ -164,13 +164,13 @@ class Launched:
 
 def shorten_leases(lease_ms: int) -> None:
     """Leases of half a minute, and the waits of rows that outlived crashes, are long for a test."""
-    from service.events import broker_positions
+    from service.events import broker_worker
     from service.queue import leases, worker
 
     part = lease_ms / leases.LEASE_MS
     waits = {crashes: round(wait * part) for crashes, wait in leases.CANDIDATE_WAITS_MS.items()}
     vars(leases)["CANDIDATE_WAITS_MS"] = waits
-    vars(leases)["LEASE_MS"] = vars(broker_positions)["LEASE_MS"] = lease_ms
+    vars(leases)["LEASE_MS"] = vars(broker_worker)["LEASE_MS"] = lease_ms
     vars(worker)["RENEW_S"] = lease_ms / 3000
 
 

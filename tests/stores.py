@@ -4,7 +4,7 @@ from functools import partial
 
 from service.db import postgres, sqlite
 from service.db.transaction import Lease
-from service.events.delivery_records import dead_letter_delivery
+from service.events.deliveries import dead_letter_delivery
 from service.events.outbox import flush
 from service.events.replays import dead_letter_replay
 from service.images.downloads import dead_letter_image

@@ -1,20 +1,13 @@
-"""Where brokers are: addresses as `DARKROOM_SINKS` has them, checked, and told without what is
-secret. Pure.
-"""
+"""Addresses of brokers, as `DARKROOM_SINKS` has them."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from urllib.parse import parse_qs, unquote, urlsplit
 
 SECURE = {"nats+tls": "nats", "kafka+tls": "kafka", "amqps": "amqp", "rediss": "redis"}
 SASL = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
-TEXT, NAME, SUBJECT = (
-    re.compile(r"[!-~]+"),
-    re.compile(r"[A-Za-z0-9._:-]{1,100}"),
-    re.compile(r"[\w-]+", re.ASCII),
-)
+TEXT, NAME = re.compile(r"[!-~]+"), re.compile(r"[A-Za-z0-9._:-]{1,100}")
+SUBJECT = re.compile(r"[\w-]+", re.ASCII)
 TYPE = re.compile(r"\*|[a-z_]+(\.[a-z_]+)*(\.\*)?")
 HOST = re.compile(r"[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]")
 NAME_CHARS = 200
@@ -22,50 +15,30 @@ NAME_CHARS = 200
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One kind's form: its port, how many hosts it may have, what its path and the option that
-    names the target must look like.
-    """
+    """What an address of one kind of broker looks like."""
 
     port: int
     example: str
     path: re.Pattern[str]
-    target: tuple[str, ...]  # the option is one of these; none: the path says it all
+    target: tuple[str, ...]  # options, one of which names the target
     hosts: int = 16
     options: tuple[str, ...] = ()
 
 
-FORMS: Mapping[str, Form] = MappingProxyType(
-    {
-        "nats": Form(
-            4222,
-            "nats://HOST:4222/SUBJECT?stream=NAME",
-            re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII),
-            ("stream",),
-        ),
-        "kafka": Form(
-            9092,
-            "kafka://HOST:9092/TOPIC",
-            re.compile(r"[\w.-]{1,249}", re.ASCII),
-            (),
-            options=("sasl",),
-        ),
-        "amqp": Form(
-            5672,
-            "amqp://HOST:5672/VHOST?queue=NAME, or exchange=NAME",
-            re.compile(r"[^\s]*"),
-            ("queue", "exchange"),
-            hosts=1,
-        ),
-        "redis": Form(
-            6379, "redis://HOST:6379/0?stream=KEY", re.compile(r"\d{0,4}"), ("stream",), hosts=1
-        ),
-    }
-)
+SUBJECTS, TOPIC = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII), re.compile(r"[\w.-]{1,249}", re.ASCII)
+VHOST, DATABASE = re.compile(r"[^\s]*"), re.compile(r"\d{0,4}")
+AMQP_EXAMPLE = "amqp://HOST:5672/VHOST?queue=NAME, or exchange=NAME"
+FORMS = {
+    "nats": Form(4222, "nats://HOST:4222/SUBJECT?stream=NAME", SUBJECTS, ("stream",)),
+    "kafka": Form(9092, "kafka://HOST:9092/TOPIC", TOPIC, (), options=("sasl",)),
+    "amqp": Form(5672, AMQP_EXAMPLE, VHOST, ("queue", "exchange"), hosts=1),
+    "redis": Form(6379, "redis://HOST:6379/0?stream=KEY", DATABASE, ("stream",), hosts=1),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class SinkAddress:
-    """`name` is the sink's own in the store and in metrics: `?name=`, or the address without user,
+    """`name` is the sink's name in the store and in metrics: `?name=`, or the address without user,
     password and other options.
     """
 
@@ -86,7 +59,7 @@ class SinkAddress:
 
 
 def sink_address(value: object) -> SinkAddress:
-    """The parts of an address; ValueError says what is wrong with it, and nothing of a password."""
+    """Parses an address. The ValueError says what is wrong, without a part of the password."""
     if isinstance(value, SinkAddress):
         return value
     text = str(value)
@@ -119,12 +92,11 @@ def sink_address(value: object) -> SinkAddress:
     user, colon, password = login.partition(":")
     if "sasl" in options and not (colon and options["sasl"] in SASL):
         raise ValueError(f"should have sasl= {', '.join(SASL)}, with a user and a password")
+    shown = f"?{option}={target}" if option else ""
+    name = f"{kind}://{','.join(hosts)}/{parts.path[1:]}{shown}"[:NAME_CHARS]
     return SinkAddress(
         kind,
-        options.get("name")
-        or f"{kind}://{','.join(hosts)}/{parts.path[1:]}{f'?{option}={target}' if option else ''}"[
-            :NAME_CHARS
-        ],
+        options.get("name") or name,
         scheme in SECURE,
         hosts,
         unquote(user) or None,
@@ -138,7 +110,7 @@ def sink_address(value: object) -> SinkAddress:
 
 
 def _options(query: str, form: Form) -> dict[str, str]:
-    """The options by name, each once; `types` are joined by commas."""
+    """The options by name. `types` are joined by commas, any other option is there once."""
     given = parse_qs(query, keep_blank_values=True)
     known = (*form.target, *form.options, "types", "name")
     for name, values in given.items():
@@ -168,12 +140,10 @@ def _host(text: str, port: int) -> str:
 
 
 def split_addresses(value: object) -> object:
-    """Comma-separated addresses; a comma inside of one parts its hosts."""
-    return (
-        tuple(part.strip() for part in re.split(r",(?=\s*[A-Za-z+]+://)", value))
-        if isinstance(value, str)
-        else value
-    )
+    """Splits at commas before a scheme. Other commas separate the hosts of one address."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in re.split(r",(?=\s*[A-Za-z+]+://)", value))
 
 
 def distinct(addresses: tuple[SinkAddress, ...]) -> tuple[SinkAddress, ...]:

@@ -1,51 +1,163 @@
-"""From the outbox to brokers: one process at a time publishes to each, in sequence, and goes on
-where the last one was confirmed.
+"""Publishes the outbox to brokers. One process at a time publishes to each broker, in sequence,
+under a lease with a fence.
 
-What a broker has taken and a crash kept from being noted is published again, under the same id.
+After a crash the next process continues after the last recorded position. A message that the broker
+took before the crash may be published again, under the same id.
 """
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import structlog
+from sqlalchemy import Connection, Update, insert, select, update
 
 from service.db.paging import Row
+from service.db.tables import counters, events, sinks
+from service.db.transaction import Transaction
 from service.errors import MessageTooLarge, SinkUnavailable, StoreUnavailable
-from service.events import event_queries
-from service.events.broker_positions import Hold, advance_sinks, hold_sinks, release_sinks
-from service.events.feed import LOOK_S, render, written
-from service.events.sinks import Broker, Message
+from service.events.documents import compact_json, event_document
+from service.events.feed import LOOK_S, event_list, outbox_end, type_conditions
 from service.ids import sequence_text
 from service.queue.backoff import broker_wait
-from service.queue.leases import RENEW_S
+from service.queue.leases import LEASE_MS, RENEW_S, TOLERANCE_MS
 from service.resources import Resources
 
 log = structlog.get_logger()
 
 PAGE = 100  # events
-# the last message goes 10 s + 5 s after its lease began, and is confirmed or given up within 5 s:
-# 20 of 30
+# The last message is sent at most 10 s + 5 s after the lease began, and is confirmed or given up
+# within 5 s. That is 20 s of the lease's 30 s.
 SPARE_S = 5.0
-OTHERS_S = 5.0  # so often a process looks whether the one that publishes is still there
+OTHERS_S = 5.0  # between looks whether the process that publishes is still there
 
 
-class Publisher:
+@dataclass(frozen=True, slots=True)
+class Message:
+    """An event on its way to a broker. Events with the same `key` keep their order. `body`: the
+    CloudEvent as structured JSON.
+    """
+
+    id: str
+    type: str
+    key: str
+    body: bytes
+
+
+class Broker(Protocol):
+    """What the worker needs of a message broker. Each failure is a SinkUnavailable, after which
+    the broker may or may not have the message.
+    """
+
+    name: str
+    types: Sequence[str]  # of events it gets; none: all
+
+    async def open(self) -> None:
+        """Connects, or checks the connection."""
+
+    async def publish(self, message: Message) -> None:
+        """Returns once the broker has confirmed the message, under the event's id."""
+
+    async def close(self) -> None:
+        """Ends the connection, whatever its state."""
+
+
+@dataclass(frozen=True, slots=True)
+class SinkLease:
+    """The right to publish events after `position` until the lease ends."""
+
+    name: str
+    fence: int
+    position: int
+
+
+def lease_sinks(tx: Transaction, names: Sequence[str]) -> list[SinkLease | None]:
+    """Leases sinks to this process, or renews its leases. None: another process has the lease. A
+    new sink begins at the end of the outbox.
+    """
+    return [_lease(tx, name) for name in names]
+
+
+def _lease(tx: Transaction, name: str) -> SinkLease | None:
+    locked = select(sinks).where(sinks.c.name == name).with_for_update()
+    row = tx.connection.execute(locked).first()
+    if row is None:  # of two processes that start together, one inserts the row
+        tx.connection.execute(select(counters).where(counters.c.name == "clock").with_for_update())
+        row = tx.connection.execute(locked).first()
+    lease: dict[str, Any] = {
+        "lease_until": tx.now + LEASE_MS,
+        "lease_owner": tx.process,
+        "seen_at": tx.now,
+    }
+    if row is None:
+        position = outbox_end(tx.connection)
+        tx.connection.execute(insert(sinks).values(name=name, position=position, fence=1, **lease))
+        return SinkLease(name, 1, position)
+    # A lease that ends later than any lease can was set before the clock went back.
+    latest = tx.now + LEASE_MS + TOLERANCE_MS
+    held = row.lease_until is not None and tx.now < row.lease_until <= latest
+    if held and row.lease_owner != tx.process:
+        return None
+    fence = row.fence if held else row.fence + 1
+    tx.connection.execute(update(sinks).where(sinks.c.name == name).values(fence=fence, **lease))
+    return SinkLease(name, fence, row.position)
+
+
+def advance_sinks(tx: Transaction, items: Sequence[SinkLease]) -> list[bool]:
+    """Records that brokers have all events up to `position`. False: another process has the
+    lease.
+    """
+    return [
+        tx.connection.execute(_under(item).values(position=item.position)).rowcount == 1
+        for item in items
+    ]
+
+
+def release_sinks(tx: Transaction, items: Sequence[SinkLease]) -> list[bool]:
+    """Ends leases, so that another process can lease the sinks at once."""
+    values = {"lease_until": None, "lease_owner": None}
+    return [tx.connection.execute(_under(item).values(values)).rowcount == 1 for item in items]
+
+
+def _under(lease: SinkLease) -> Update:
+    mine = (sinks.c.name == lease.name, sinks.c.fence == lease.fence)
+    return update(sinks).where(*mine, sinks.c.lease_until.is_not(None))
+
+
+def sinks_behind(
+    connection: Connection, wanted: Mapping[str, Sequence[str]]
+) -> dict[str, int | None]:
+    """The time of each sink's oldest unpublished event, or None. `wanted`: the sinks' event types,
+    by name.
+    """
+    behind: dict[str, int | None] = dict.fromkeys(wanted)
+    known = select(sinks.c.name, sinks.c.position).where(sinks.c.name.in_(wanted))
+    for row in connection.execute(known) if wanted else ():
+        statement = select(events.c.time).where(events.c.sequence > row.position)
+        if wanted[row.name]:
+            statement = statement.where(type_conditions(wanted[row.name]))
+        oldest = statement.order_by(events.c.sequence).limit(1)
+        behind[row.name] = connection.execute(oldest).scalar()
+    return behind
+
+
+class BrokerWorker:
     """A job of every process with workers, one for each sink."""
 
     def __init__(self, resources: Resources, sink: Broker) -> None:
         self._resources = resources
         self._sink = sink
-        self._hold: Hold | None = None
+        self._lease: SinkLease | None = None
         self._renew_at = 0.0
-        self._faults = 0  # since the broker last took what there was
+        self._faults = 0  # since the last success
         self._failing_since = 0.0
 
     @property
     def failing(self) -> bool:
-        """Whether the last that this process tried there came to nothing."""
+        """Whether this process's last try failed."""
         return self._faults > 0
 
     async def run(self) -> None:
@@ -56,59 +168,46 @@ class Publisher:
                 while not signals.stopping:
                     emitted.clear()
                     try:
-                        wait_s = await self._turn()
+                        wait_s = await self._step()
                     except Exception as error:  # noqa: BLE001 - logged once, counted, tried again
                         await signals.wait(nothing, await self._failed(error))
                     else:
-                        await signals.wait(emitted if self._hold else nothing, wait_s)
+                        await signals.wait(emitted if self._lease else nothing, wait_s)
             finally:
-                if self._hold is not None:
+                if self._lease is not None:
                     with suppress(StoreUnavailable):  # the lease ends by itself
-                        await self._resources.store.write(release_sinks, self._hold)
+                        await self._resources.store.write(release_sinks, self._lease)
                 await self._sink.close()
 
-    async def _turn(self) -> float:
-        """Publishes a page, if this is the process that does; how long to wait for more."""
+    async def _step(self) -> float:
+        """Publishes a page if this process has the lease. Returns how long to wait for more."""
         store, now = self._resources.store, asyncio.get_running_loop().time()
-        if self._hold is None or now >= self._renew_at:
-            self._hold = await store.write(hold_sinks, self._sink.name)
-            if self._hold is None:
+        if self._lease is None or now >= self._renew_at:
+            self._lease = await store.write(lease_sinks, self._sink.name)
+            if self._lease is None:
                 self._faults = 0
                 await self._sink.close()
                 return OTHERS_S
             self._renew_at = now + RENEW_S
             await self._sink.open()
-        hold = self._hold
-        rows, last, forgotten = await store.read(
-            event_queries.event_list, None, hold.position, PAGE, self._sink.types
-        )
-        if hold.position < forgotten:
-            log.error(
-                "sink.missed",
-                sink=hold.name,
-                after=sequence_text(hold.position),
-                until=sequence_text(forgotten),
-            )
-        count = await self._publish(hold, rows, last)
+        lease = self._lease
+        page = await store.read(event_list, None, lease.position, PAGE, self._sink.types)
+        if lease.position < page.forgotten:
+            after, until = sequence_text(lease.position), sequence_text(page.forgotten)
+            log.error("sink.missed", sink=lease.name, after=after, until=until)
+        count = await self._publish(lease, page.rows, page.last)
         if self._faults:
-            log.info(
-                "sink.restored",
-                sink=hold.name,
-                seconds=round(time.monotonic() - self._failing_since, 1),
-            )
+            seconds = round(time.monotonic() - self._failing_since, 1)
+            log.info("sink.restored", sink=lease.name, seconds=seconds)
             self._faults = 0
         return 0 if count else LOOK_S
 
-    async def _publish(self, hold: Hold, rows: Sequence[Row], last: int) -> int:
-        """Publishes in sequence while the lease lets it, and notes how far that came, whatever ends
-        it; how many.
+    async def _publish(self, lease: SinkLease, rows: Sequence[Row], last: int) -> int:
+        """Publishes in sequence while the lease lasts, and records the position, also after a
+        failure. Returns how many events were published.
         """
-        clock, started, place, count = (
-            asyncio.get_running_loop().time,
-            time.perf_counter(),
-            hold.position,
-            0,
-        )
+        clock, started = asyncio.get_running_loop().time, time.perf_counter()
+        place, count = lease.position, 0
         try:
             for row in rows:
                 if clock() >= self._renew_at + SPARE_S:
@@ -118,47 +217,42 @@ class Publisher:
             else:
                 place = last
         finally:
-            if place > hold.position:
-                moved = replace(hold, position=place)
-                self._hold = (
-                    moved if await self._resources.store.write(advance_sinks, moved) else None
-                )
+            if place > lease.position:
+                moved = replace(lease, position=place)
+                advanced = await self._resources.store.write(advance_sinks, moved)
+                self._lease = moved if advanced else None
             if count:
-                took = round((time.perf_counter() - started) * 1000)
                 log.info(
                     "sink.published",
-                    sink=hold.name,
+                    sink=lease.name,
                     events=count,
                     sequence=sequence_text(place),
-                    duration_ms=took,
+                    duration_ms=round((time.perf_counter() - started) * 1000),
                 )
         return count
 
     async def _send(self, row: Row) -> None:
-        """One event that is too large must not hold up all that follow: its task's `request`, which
-        alone can be long, stays behind.
+        """Publishes one event. If the message is too large, it goes without its task's `request`,
+        the only part that can be long, so that it does not block the events after it.
         """
-        message = Message(
-            row["id"],
-            row["type"],
-            row["task_id"] or row["id"],
-            written(document := render(row, self._resources.links)).encode(),
-        )
+        document = event_document(row, self._resources.links)
+        body = compact_json(document).encode()
+        message = Message(row["id"], row["type"], row["task_id"] or row["id"], body)
         try:
             await self._sink.publish(message)
         except MessageTooLarge:
             if "request" not in document["data"]:
                 raise
             log.warning(
-                "sink.shortened", sink=self._sink.name, event_id=message.id, bytes=len(message.body)
+                "sink.shortened", sink=self._sink.name, event_id=message.id, bytes=len(body)
             )
             shorter = {**document, "data": {**document["data"], "request": {}}}
-            await self._sink.publish(replace(message, body=written(shorter).encode()))
+            await self._sink.publish(replace(message, body=compact_json(shorter).encode()))
 
     async def _failed(self, error: Exception) -> float:
-        """Says it once, and gives the connection up; how long to wait."""
+        """Logs the first failure and closes the connection. Returns how long to wait."""
         self._renew_at = 0.0
-        if isinstance(error, StoreUnavailable):  # said by whoever promised something
+        if isinstance(error, StoreUnavailable):  # logged by the workers
             return LOOK_S
         if not self._faults:
             self._failing_since = time.monotonic()
@@ -166,14 +260,9 @@ class Publisher:
         wait_s = broker_wait(self._faults, self._resources.random())
         unforeseen = None if isinstance(error, SinkUnavailable) else error
         if self._faults == 1 or unforeseen:
-            words = f"{type(error).__name__}: {error}" if unforeseen else str(error)
-            log.error(
-                "sink.failed",
-                sink=self._sink.name,
-                wait_s=round(wait_s, 1),
-                exception=words,
-                exc_info=unforeseen,
-            )
+            text = f"{type(error).__name__}: {error}" if unforeseen else str(error)
+            fields = {"sink": self._sink.name, "wait_s": round(wait_s, 1), "exception": text}
+            log.error("sink.failed", **fields, exc_info=unforeseen)
         if unforeseen:
             self._resources.metrics.worker_faults.labels("publish").inc()
         await self._sink.close()

@@ -1,57 +1,53 @@
-"""Brokers through FastStream: each event is one message, confirmed by the broker before the next
+"""Brokers through FastStream. Each event is one message, which the broker confirms before the next
 one goes, under the event's id.
 
-After any fault the connection is given up and made anew by whoever publishes: the libraries' own
-reconnecting, which would keep messages or send them twice unseen, is off or ended. What they log is
-silenced (`ops.logging`); a fault's words are in its SinkUnavailable.
+After any fault the broker worker closes the connection and opens a new one. The libraries' own
+reconnecting is off, because it keeps messages or sends them twice unseen. Their logs are silenced
+(`ops.logging`). What they say about a fault is in its SinkUnavailable.
 """
 
 import asyncio
 import logging
 import ssl
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 import faststream
 
 from service.errors import MessageTooLarge, SinkUnavailable
 from service.events.broker_addresses import SinkAddress
-from service.events.sinks import Message
+from service.events.broker_worker import Message
 
 TIMEOUT_S = 5.0  # for a broker to confirm a message, to answer, to be connected to
 CLOSE_S = 2.0
 CONTENT_TYPE = "application/cloudevents+json"
-DUPLICATES_S = 3600  # for so long a stream that is made here knows the ids it has
-KEPT_S = 30 * 86_400  # and its messages
-REMEMBERED = 1000  # entries of a Redis stream whose ids are looked at
-TOO_LARGE = (
-    "MaxPayloadError",
-    "MessageSizeTooLargeError",
-)  # JetStream's and Kafka's, whose limit is 1 MiB unless it is set
-LARGEST = 64 << 20  # bytes of a message: the broker's own limit is to be met first
+DUPLICATES_S = 3600  # how long a stream that is made here remembers ids
+KEPT_S = 30 * 86_400  # and how long it keeps messages
+REMEMBERED = 1000  # entries at the end of a Redis stream whose ids are compared
+# JetStream's and Kafka's errors. Their limit is 1 MiB unless it is set.
+TOO_LARGE = ("MaxPayloadError", "MessageSizeTooLargeError")
+LARGEST = 64 << 20  # bytes of a message, so that the broker's own limit is met first
 
-logging.getLogger(
-    faststream.__name__
-).handlers.clear()  # it would write to standard error by itself
+logging.getLogger(faststream.__name__).handlers.clear()  # FastStream writes to standard error
 
 
-class Channel(Protocol):
-    """One connection to one kind of broker: `broker` is FastStream's, not connected yet."""
+class Channel(ABC):
+    """One connection to one kind of broker. `broker` is FastStream's, not connected yet."""
 
     broker: Any
 
-    async def prepare(self, connection: Any) -> None:
-        """Sees to it that there is something that takes messages; what is there is left as it
-        is.
-        """
+    async def prepare(self, connection: Any) -> None:  # noqa: B027 - Kafka makes topics itself
+        """Makes the stream or queue if it is missing. Leaves it as it is if it exists."""
 
+    @abstractmethod
     async def send(self, message: Message) -> None: ...
 
 
-class Nats:
-    """JetStream. The subject is the address's and the event's type; `Nats-Msg-Id` is the event's
+class Nats(Channel):
+    """JetStream. The subject is the address's and the event's type. `Nats-Msg-Id` is the event's
     id.
     """
 
@@ -60,10 +56,8 @@ class Nats:
         from faststream.nats.security import NatsSecurity, NatsToken, NatsUserPassword
         from nats.aio.client import Client
 
-        class Closing(NatsBroker):
-            """Leaves no socket behind when a server takes the connection and refuses the
-            password.
-            """
+        class ClosingNatsBroker(NatsBroker):
+            """Closes its socket when the server accepts the connection but not the password."""
 
             async def _connect(self) -> Client:
                 client = Client()
@@ -76,19 +70,16 @@ class Nats:
                 return client
 
         security: NatsSecurity | None = None
-        if address.user is not None:
-            known = (address.user, address.password)
-            security = (
-                NatsToken(known[0]) if known[1] is None else NatsUserPassword(known[0], known[1])
-            )
+        user, password = address.user, address.password
+        if user is not None:
+            security = NatsToken(user) if password is None else NatsUserPassword(user, password)
         self._address = address
-        self.broker = Closing(
+        self.broker = ClosingNatsBroker(
             [f"{'tls' if address.tls else 'nats'}://{host}" for host in address.hosts],
             security=security,
             name="darkroom",
             allow_reconnect=False,
-            # unless it is limited, the first connection is tried for ever
-            max_reconnect_attempts=1,
+            max_reconnect_attempts=1,  # else the first connection is tried for ever
             reconnect_time_wait=0,
             connect_timeout=round(TIMEOUT_S),
             drain_timeout=round(CLOSE_S),
@@ -103,15 +94,9 @@ class Nats:
         try:
             await stream.stream_info(self._address.target)
         except NotFoundError:
+            kept: Any = {"duplicate_window": DUPLICATES_S, "max_age": KEPT_S}
             subjects = [f"{self._address.path}.>"]
-            await stream.add_stream(
-                StreamConfig(
-                    self._address.target,
-                    subjects=subjects,
-                    duplicate_window=DUPLICATES_S,
-                    max_age=KEPT_S,
-                )
-            )
+            await stream.add_stream(StreamConfig(self._address.target, subjects=subjects, **kept))
 
     async def send(self, message: Message) -> None:
         await self.broker.publish(
@@ -124,9 +109,9 @@ class Nats:
         )
 
 
-class Kafka:
-    """An idempotent producer with `acks=all`. The key is the event's task, or its own id; the
-    header `ce_id` is its id.
+class Kafka(Channel):
+    """An idempotent producer with `acks=all`. The key is the message's. The header `ce_id` is the
+    event's id.
     """
 
     def __init__(self, address: SinkAddress) -> None:
@@ -134,17 +119,12 @@ class Kafka:
         from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
 
         context = ssl.create_default_context() if address.tls else None
-        security = BaseSecurity(ssl_context=context, use_ssl=address.tls)
+        tls: Any = {"ssl_context": context, "use_ssl": address.tls}
+        security = BaseSecurity(**tls)
         if address.user is not None:
-            made = dict(
-                zip(
-                    ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"),
-                    (SASLPlaintext, SASLScram256, SASLScram512),
-                    strict=True,
-                )
-            )
-            known = {"username": address.user, "password": address.password or ""}
-            security = made[address.sasl](**known, ssl_context=context, use_ssl=address.tls)
+            mechanisms = {"SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
+            mechanism = mechanisms.get(address.sasl, SASLPlaintext)
+            security = mechanism(address.user, address.password or "", **tls)
         self._topic = address.path
         self.broker = KafkaBroker(
             list(address.hosts),
@@ -157,22 +137,18 @@ class Kafka:
             logger=None,
         )
 
-    async def prepare(self, connection: Any) -> None:
-        pass
-
     async def send(self, message: Message) -> None:
-        headers = {"ce_id": message.id, "ce_type": message.type, "content-type": CONTENT_TYPE}
         await self.broker.publish(
             message.body,
             self._topic,
             key=message.key.encode(),
-            headers=headers,
+            headers={"ce_id": message.id, "ce_type": message.type, "content-type": CONTENT_TYPE},
             correlation_id=message.id,
         )
 
 
-class Amqp:
-    """Publisher confirms; messages are persistent and must reach a queue. `message_id` is the
+class Amqp(Channel):
+    """Publisher confirms. Messages are persistent and must reach a queue. `message_id` is the
     event's id, `type` its type.
     """
 
@@ -181,8 +157,8 @@ class Amqp:
         from faststream.rabbit import Channel as Options
         from faststream.rabbit import RabbitBroker
 
-        class Closing(RabbitBroker):
-            """Leaves no connection behind that was not made to its end."""
+        class ClosingRabbitBroker(RabbitBroker):
+            """Closes a connection that fails while it is being opened."""
 
             async def _connect(self) -> RobustConnection:
                 begun: list[RobustConnection] = []
@@ -199,15 +175,13 @@ class Amqp:
                         await each.close()
                     raise
 
-        user, password = (
-            quote(address.user or "guest", safe=""),
-            quote(address.password or "guest", safe=""),
-        )
+        user = quote(address.user or "guest", safe="")
+        password = quote(address.password or "guest", safe="")
+        host, path = address.hosts[0], quote(address.path, safe="")
         self._address = address
         self._queue = address.target if address.option == "queue" else None
-        self.broker = Closing(
-            f"amqp{'s' * address.tls}://{user}:{password}@{address.hosts[0]}"
-            f"/{quote(address.path, safe='')}",
+        self.broker = ClosingRabbitBroker(
+            f"amqp{'s' * address.tls}://{user}:{password}@{host}/{path}",
             timeout=TIMEOUT_S,
             default_channel=Options(publisher_confirms=True, on_return_raises=True),
             app_id="darkroom",
@@ -223,7 +197,7 @@ class Amqp:
                 return
             try:
                 await channel.declare_queue(self._queue, passive=True)
-            except ChannelNotFoundEntity:
+            except ChannelNotFoundEntity:  # which has closed the channel
                 async with connection.channel() as another:
                     await another.declare_queue(self._queue, durable=True)
 
@@ -242,51 +216,41 @@ class Amqp:
         )
 
 
-class Redis:
-    """A stream's entry has the fields `id`, `type`, `content-type` and `event`. An id among the
-    last entries is not added again.
-
-    FastStream would wrap the bytes in a form of its own, so entries go through the client it
-    connects.
+class Redis(Channel):
+    """An entry has the fields `id`, `type`, `content-type` and `event`. An id among the last
+    entries is not added again. FastStream wraps the bytes, so entries go through its client.
     """
 
     def __init__(self, address: SinkAddress) -> None:
         from faststream.redis import RedisBroker
 
-        known = (
-            f"{quote(address.user or '', safe='')}:{quote(address.password, safe='')}@"
-            if address.password is not None
-            else ""
-        )
+        user, login = quote(address.user or "", safe=""), ""
+        if address.password is not None:
+            login = f"{user}:{quote(address.password, safe='')}@"
         self._stream = address.target
         self._client: Any = None
-        self._there = set[bytes]()
-        url = f"redis{'s' * address.tls}://{known}{address.hosts[0]}/{address.path or 0}"
-        quiet: Any = None  # the annotation lacks what the documentation has
+        self._known = set[bytes]()
+        quiet: Any = None  # RedisBroker's annotation does not allow None, its documentation does
         self.broker = RedisBroker(
-            url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, logger=quiet
+            f"redis{'s' * address.tls}://{login}{address.hosts[0]}/{address.path or 0}",
+            socket_timeout=TIMEOUT_S,
+            socket_connect_timeout=TIMEOUT_S,
+            logger=quiet,
         )
 
     async def prepare(self, connection: Any) -> None:
         self._client = connection
-        self._there = {
-            fields.get(b"id", b"")
-            for _, fields in await connection.xrevrange(self._stream, count=REMEMBERED)
-        }
+        last = await connection.xrevrange(self._stream, count=REMEMBERED)
+        self._known = {fields.get(b"id", b"") for _, fields in last}
 
     async def send(self, message: Message) -> None:
-        if message.id.encode() not in self._there:
-            fields = {
-                "id": message.id,
-                "type": message.type,
-                "content-type": CONTENT_TYPE,
-                "event": message.body,
-            }
-            await self._client.xadd(self._stream, fields)
+        if message.id.encode() not in self._known:
+            fields = {"id": message.id, "type": message.type, "content-type": CONTENT_TYPE}
+            await self._client.xadd(self._stream, {**fields, "event": message.body})
 
 
 class BrokerSink:
-    """`Broker` at an address. ImportError: the extra is not installed."""
+    """The broker at an address. ImportError: the extra is not installed."""
 
     KINDS: ClassVar[Mapping[str, Callable[[SinkAddress], Channel]]] = {
         "nats": Nats,
@@ -326,12 +290,13 @@ class BrokerSink:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
+        """Raises SinkUnavailable, without the password, for the errors of four libraries."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - four libraries, each with a tree of its own
-            words = f"{type(error).__name__}: {error}".replace("\n", " ")
+        except Exception as error:  # noqa: BLE001 - each library has a tree of its own
+            text = f"{type(error).__name__}: {error}".replace("\n", " ")
             kind = MessageTooLarge if type(error).__name__ in TOO_LARGE else SinkUnavailable
             secret = self._address.password or self._address.user  # a token stands alone
             for each in (secret, quote(secret, safe="")) if secret else ():
-                words = words.replace(each, "***")
-            raise kind(words[:500]) from None
+                text = text.replace(each, "***")
+            raise kind(text[:500]) from None

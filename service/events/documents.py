@@ -1,40 +1,82 @@
-"""Events as readers get them."""
+"""Events, deliveries and replays as their readers get them (docs/api.md)."""
 
+import json
+from collections.abc import Mapping, Sequence
+
+from service.db.paging import Row
 from service.ids import rfc3339, sequence_text
 from service.links import Links, with_links
 from service.strict_json import JSON
 
 
-def event_document(
-    *,
-    event_id: str,
-    sequence: int,
-    type: str,
-    subject: str | None,
-    time: int,
-    data: JSON,
-    links: Links,
-) -> JSON:
-    """An event of contract section 3, a structured CloudEvent 1.0; `data` as the outbox keeps it.
+def event_document(row: Row, links: Links) -> JSON:
+    """An event from its row, as a structured CloudEvent 1.0.
 
-    One of no task is about the endpoint or the row that it names: CloudEvents' libraries refuse a
-    subject that is null.
+    Links are made now, so that they follow the settings. An event without a task has the endpoint
+    or the row that it names as its subject, because CloudEvents libraries refuse a null subject.
     """
+    data = row["data"]
     return {
         "specversion": "1.0",
-        "id": event_id,
+        "id": row["id"],
         "source": links.base_url,
-        "type": type,
-        "subject": subject or data.get("endpoint_id") or data["key"],
-        "time": rfc3339(time),
+        "type": row["type"],
+        "subject": row["task_id"] or data.get("endpoint_id") or data["key"],
+        "time": rfc3339(row["time"]),
         "datacontenttype": "application/json",
-        "sequence": sequence_text(sequence),
+        "sequence": sequence_text(row["sequence"]),
         "data": with_links(data, links) if "images" in data else data,
     }
 
 
+def compact_json(document: JSON) -> str:
+    return json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+
+
 def type_matches(pattern: str, type: str) -> bool:
-    """Whether an endpoint's pattern (`*`, `image.task.*`, or a type itself) takes an event type."""
-    if pattern in ("*", type):
-        return True
-    return pattern.endswith(".*") and type.startswith(pattern[:-1])
+    """Whether an endpoint's pattern (`*`, `image.task.*` or a type itself) takes an event type."""
+    return pattern in ("*", type) or (pattern.endswith(".*") and type.startswith(pattern[:-1]))
+
+
+def delivery_document(row: Row, attempts: Sequence[Row], *, answers: bool) -> JSON:
+    """A delivery as clients see it. `answers`: with the start of the subscriber's responses."""
+    due_at = row["due_at"] if row["state"] == "pending" else None
+    return {
+        "id": row["id"],
+        "endpoint": row["endpoint_id"],
+        "event": row["event_id"],
+        "task": row["task_id"],
+        "state": row["state"],
+        "created_at": rfc3339(row["created_at"]),
+        "next_attempt_at": rfc3339(due_at) if due_at else None,
+        "attempts": [attempt_document(attempt, answers=answers) for attempt in attempts],
+    }
+
+
+def attempt_document(attempt: Row, *, answers: bool) -> JSON:
+    return {
+        "id": attempt["id"],
+        "time": rfc3339(attempt["time"]),
+        "status": attempt["status"],
+        "duration_ms": attempt["duration_ms"],
+        "error": attempt["error"],
+        "answer": (attempt["answer"] or b"").decode("utf-8", "replace") if answers else None,
+    }
+
+
+def replay_document(row: Row, states: Mapping[str, int]) -> JSON:
+    """A replay as clients see it. `states` counts its deliveries by state."""
+    return {
+        "id": row["id"],
+        "endpoint": row["endpoint_id"],
+        "state": row["state"],
+        "since": rfc3339(row["since_at"]),
+        "until": rfc3339(row["until_at"]),
+        "types": row["types"],
+        "only": row["only"],
+        "count": row["count"],
+        "made": row["made"],
+        **{state: states.get(state, 0) for state in ("pending", "delivered", "dead")},
+        "created_at": rfc3339(row["created_at"]),
+        "finished_at": rfc3339(row["finished_at"]) if row["finished_at"] is not None else None,
+    }

@@ -1,88 +1,180 @@
-"""Endpoints: inserted, changed, disabled."""
+"""Endpoints: rows, changes, and the deliveries that wait for an endpoint."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import Connection, Select, and_, delete, insert, select, update
 
-from service.db.tables import deliveries, endpoints
+from service.db.paging import After, Row, page
+from service.db.tables import ZERO, deliveries, endpoints
 from service.db.transaction import Transaction
 from service.events import outbox
 from service.ids import rfc3339
 
-
-def disable(tx: Transaction, endpoint_id: str, reason: str) -> None:
-    """Switches an endpoint off: what is pending for it is dead, and nothing new is made until it is
-    enabled again.
-    """
-    _change(tx, endpoint_id, status="disabled", disabled_at=tx.now, disabled_reason=reason)
-    bury(tx, endpoint_id)
-    outbox.emit_operators(
-        tx,
-        "endpoint.disabled",
-        {"endpoint_id": endpoint_id, "reason": reason, "disabled_at": rfc3339(tx.now)},
-    )
-
-
-def bury(tx: Transaction, endpoint_id: str) -> None:
-    """Makes every pending delivery of an endpoint dead."""
-    tx.connection.execute(
-        update(deliveries)
-        .where(deliveries.c.endpoint_id == endpoint_id, deliveries.c.state == "pending")
-        .values(state="dead", finished_at=tx.now, due_at=None)
-    )
-
-
-def _change(tx: Transaction, endpoint_id: str, **values: Any) -> None:
-    tx.connection.execute(update(endpoints).where(endpoints.c.id == endpoint_id).values(values))
+BACK_TO_NORMAL = 1000  # deliveries that are due at once when their endpoint recovers
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
-    """A subscription to be made; `secret` is encrypted. `owner` None: every owner's events."""
+class EndpointRow:
+    """What decides about an endpoint's deliveries and replays. `owner` None: all owners' events."""
 
     id: str
     owner: str | None
     url: str
-    types: tuple[str, ...]
+    types: Sequence[str]
+    status: str  # enabled | paused | disabled
+    created_at: int
+    failing_since: int | None  # every attempt has failed since
+    paused_until: int | None  # asked for by Retry-After
+
+
+COLUMNS = [endpoints.c[field.name] for field in fields(EndpointRow)]
+
+
+def _owned(statement: Select[Any], endpoint_id: str | None, owner: str | None) -> Select[Any]:
+    statement = statement.where(endpoints.c.id == endpoint_id)
+    return statement if owner is None else statement.where(endpoints.c.owner == owner)
+
+
+def lock_endpoint(
+    tx: Transaction, endpoint_id: str | None, owner: str | None = None
+) -> EndpointRow | None:
+    """Locks an endpoint's row. `owner` None: any owner's (admin).
+
+    The row of another owner is not locked, because the time of the wait would tell that it exists.
+    """
+    statement = _owned(select(*COLUMNS), endpoint_id, owner).with_for_update()
+    row = tx.connection.execute(statement).first()
+    return EndpointRow(*row) if row is not None else None
+
+
+def endpoint_row(connection: Connection, endpoint_id: str, owner: str | None) -> Row | None:
+    return connection.execute(_owned(select(endpoints), endpoint_id, owner)).mappings().first()
+
+
+def endpoint_list(
+    connection: Connection, owner: str | None, limit: int, after: After = None
+) -> list[Row]:
+    statement = select(endpoints)
+    if owner is not None:
+        statement = statement.where(endpoints.c.owner == owner)
+    return list(connection.execute(page(statement, endpoints, after, limit)).mappings())
+
+
+def update_endpoint(tx: Transaction, endpoint_id: str, **values: Any) -> None:
+    if values:
+        tx.connection.execute(update(endpoints).where(endpoints.c.id == endpoint_id).values(values))
+
+
+def disable(tx: Transaction, endpoint_id: str, reason: str) -> None:
+    """Disables an endpoint: its pending deliveries are dead, and it gets no new ones."""
+    update_endpoint(tx, endpoint_id, status="disabled", disabled_at=tx.now, disabled_reason=reason)
+    end_pending_deliveries(tx, endpoint_id)
+    data = {"endpoint_id": endpoint_id, "reason": reason, "disabled_at": rfc3339(tx.now)}
+    outbox.emit_operators(tx, "endpoint.disabled", data)
+
+
+def end_pending_deliveries(tx: Transaction, endpoint_id: str) -> None:
+    mine = and_(deliveries.c.endpoint_id == endpoint_id, deliveries.c.state == "pending")
+    values = {"state": "dead", "finished_at": tx.now, "due_at": None}
+    tx.connection.execute(update(deliveries).where(mine).values(values))
+
+
+def _release_held_deliveries(tx: Transaction, endpoint_id: str) -> None:
+    """Makes due what was held while the endpoint was paused."""
+    mine = and_(deliveries.c.endpoint_id == endpoint_id, deliveries.c.state == "pending")
+    held = and_(mine, deliveries.c.due_at.is_(None))
+    tx.connection.execute(update(deliveries).where(held).values(due_at=tx.now))
+    tx.due.update(("deliver", "redeliver"))
+
+
+def record_result(
+    tx: Transaction,
+    endpoint_id: str,
+    result: str,
+    url: str | None,
+    pause_ms: int,
+    disable_after_ms: int = 0,
+    *,
+    manual: bool = False,
+) -> None:
+    """Notes success and failure on the endpoint. Disables it after 410, or when every attempt has
+    failed for `disable_after_ms`. A failed manual attempt does not start that time.
+    """
+    endpoint = lock_endpoint(tx, endpoint_id)
+    if endpoint is None or endpoint.status == "disabled" or url not in (None, endpoint.url):
+        return
+    if result == "delivered":
+        if endpoint.failing_since is not None:
+            update_endpoint(tx, endpoint_id, failing_since=None)
+            if (endpoint.paused_until or 0) <= tx.now:
+                _make_due(tx, endpoint_id)
+        return
+    since = endpoint.failing_since
+    values = {"failing_since": tx.now} if since is None and not manual else {}
+    if pause_ms:
+        values["paused_until"] = max(tx.now + pause_ms, endpoint.paused_until or 0)
+    update_endpoint(tx, endpoint_id, **values)
+    if result == "gone":
+        disable(tx, endpoint_id, "the endpoint answered 410 Gone")
+    elif since is not None and tx.now - since >= disable_after_ms > 0:
+        disable(tx, endpoint_id, f"every attempt failed since {rfc3339(since)}")
+
+
+def _make_due(tx: Transaction, endpoint_id: str) -> None:
+    """An endpoint recovered: deliveries that were snoozed and never tried are due now, at most
+    `BACK_TO_NORMAL` of them.
+    """
+    waiting = (
+        select(deliveries.c.id)
+        .where(
+            deliveries.c.endpoint_id == endpoint_id,
+            deliveries.c.state == "pending",
+            deliveries.c.attempts == ZERO,
+            deliveries.c.lease_until.is_(None),
+            deliveries.c.due_at > tx.now,
+        )
+        .order_by(deliveries.c.due_at)
+        .limit(BACK_TO_NORMAL)
+        .with_for_update(skip_locked=True)
+    )
+    tx.connection.execute(
+        update(deliveries).where(deliveries.c.id.in_(waiting)).values(due_at=tx.now)
+    )
+    tx.due.update(("deliver", "redeliver"))
+
+
+@dataclass(frozen=True, slots=True)
+class NewEndpointRow:
+    """An endpoint to insert. `secret` is encrypted."""
+
+    id: str
+    owner: str | None
+    url: str
+    types: Sequence[str]
     description: str
     secret: bytes
 
 
-def insert_endpoints(tx: Transaction, items: Sequence[Endpoint]) -> list[None]:
-    known = set(
-        tx.connection.execute(
-            select(endpoints.c.id).where(endpoints.c.id.in_([item.id for item in items]))
-        ).scalars()
-    )
-    for item in items:
-        if item.id not in known:
-            tx.connection.execute(
-                insert(endpoints).values(
-                    id=item.id,
-                    owner=item.owner,
-                    url=item.url,
-                    types=list(item.types),
-                    description=item.description,
-                    status="enabled",
-                    secret=item.secret,
-                    created_at=tx.now,
-                )
-            )
+def insert_endpoints(tx: Transaction, items: Sequence[NewEndpointRow]) -> list[None]:
+    mine = endpoints.c.id.in_([item.id for item in items])
+    known = set(tx.connection.execute(select(endpoints.c.id).where(mine)).scalars())
+    new = [asdict(item) for item in items if item.id not in known]
+    rows = [{**row, "status": "enabled", "created_at": tx.now} for row in new]
+    if rows:
+        tx.connection.execute(insert(endpoints), rows)
     return [None] * len(items)
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointChange:
-    """New values for an endpoint, or with `delete` its end. `owner` None: whoever owns it
-    (admin).
-    """
+    """New values for an endpoint, or its deletion. `owner` None: any owner's (admin)."""
 
     id: str
     owner: str | None
     url: str | None = None
-    types: tuple[str, ...] | None = None
+    types: Sequence[str] | None = None
     description: str | None = None
     status: str | None = None  # enabled | paused | disabled
     delete: bool = False
@@ -90,47 +182,28 @@ class EndpointChange:
 
 def change_endpoints(tx: Transaction, items: Sequence[EndpointChange]) -> list[bool]:
     """Changes endpoints. False: this owner has no such endpoint."""
-    return [_change_endpoint(tx, item) for item in items]
+    return [_change(tx, item) for item in items]
 
 
-def _change_endpoint(tx: Transaction, item: EndpointChange) -> bool:
-    statement = select(endpoints).where(endpoints.c.id == item.id).with_for_update()
-    if (
-        item.owner is not None
-    ):  # nobody waits for the lock of another's: how long it took would tell that it is there
-        statement = statement.where(endpoints.c.owner == item.owner)
-    row = tx.connection.execute(statement).mappings().first()
+def _change(tx: Transaction, item: EndpointChange) -> bool:
+    row = lock_endpoint(tx, item.id, item.owner)
     if row is None:
         return False
     if item.delete:
-        bury(tx, item.id)
+        end_pending_deliveries(tx, item.id)
         tx.connection.execute(delete(endpoints).where(endpoints.c.id == item.id))
         return True
-    told = {
-        "url": item.url,
-        "types": list(item.types) if item.types is not None else None,
-        "description": item.description,
-    }
-    values: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
-    if item.url not in (None, row["url"]):  # what the old address did is not the new one's
+    named = {"url": item.url, "types": item.types, "description": item.description}
+    values: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    status = item.status if item.status != row.status else None
+    if status is not None:
+        values |= {"status": status, "disabled_at": None, "disabled_reason": None}
+    if status == "enabled" or item.url not in (None, row.url):  # failures of the old URL
         values |= {"failing_since": None, "paused_until": None}
-    if item.status is not None and item.status != row["status"]:
-        values |= {"status": item.status, "disabled_at": None, "disabled_reason": None}
-        if item.status == "enabled":
-            values |= {"failing_since": None, "paused_until": None}
-            tx.connection.execute(  # what was held while it was paused
-                update(deliveries)
-                .where(
-                    deliveries.c.endpoint_id == item.id,
-                    deliveries.c.state == "pending",
-                    deliveries.c.due_at.is_(None),
-                )
-                .values(due_at=tx.now)
-            )
-            tx.due.update(("deliver", "redeliver"))
-        if item.status == "disabled":
-            values |= {"disabled_at": tx.now, "disabled_reason": "by its owner"}
-            bury(tx, item.id)
-    if values:
-        _change(tx, item.id, **values)
+    if status == "enabled":
+        _release_held_deliveries(tx, item.id)
+    if status == "disabled":
+        values |= {"disabled_at": tx.now, "disabled_reason": "by its owner"}
+        end_pending_deliveries(tx, item.id)
+    update_endpoint(tx, item.id, **values)
     return True

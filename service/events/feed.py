@@ -1,52 +1,93 @@
-"""Reading the outbox: events as readers get them, and waiting for what is not there yet."""
+"""Reads the outbox in sequence: one page, or a page that waits for its first event."""
 
 import asyncio
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import structlog
+from sqlalchemy import ColumnElement, Connection, func, or_, select
 
 from service.db.paging import Row
 from service.db.store import Store
-from service.db.transaction import Transaction
-from service.events import event_queries
+from service.db.tables import counters, events
 from service.events.documents import event_document
-from service.ids import sequence_text
 from service.links import Links
-from service.ops.metrics import Metrics
 from service.strict_json import JSON
 
-log = structlog.get_logger()
-
-LOOK_S = 0.5  # what another process wrote is seen within a second, also where its NOTIFY was lost
+LOOK_S = 0.5  # between reads, because a hint that there is something new may be lost
 
 
-def render(row: Row, links: Links) -> JSON:
-    """An event of contract section 3 from its row; links are made now, so that they follow the
-    settings.
+class EventRows(NamedTuple):
+    """Events after a place. `last`: the last place that was examined. `forgotten`: the last place
+    whose event retention has deleted, 0 if it has deleted none.
     """
-    return event_document(
-        event_id=row["id"],
-        sequence=row["sequence"],
-        type=row["type"],
-        subject=row["task_id"],
-        time=row["time"],
-        data=row["data"],
-        links=links,
-    )
+
+    rows: list[Row]
+    last: int
+    forgotten: int
 
 
-def written(document: JSON) -> str:
-    """JSON as readers get it, in as few characters as it takes."""
-    return json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+def event_list(
+    connection: Connection,
+    owner: str | None,
+    after: int,
+    limit: int,
+    types: Sequence[str] = (),
+    task_id: str | None = None,
+) -> EventRows:
+    """Events after a place, in sequence.
+
+    `forgotten` is read twice: before the events, so that a reader of an empty outbox moves on, and
+    after them, so that a deletion in between is reported.
+    """
+    last = outbox_end(connection)
+    statement = select(events).where(events.c.sequence > after, events.c.sequence <= last)
+    if owner is not None:
+        statement = statement.where(events.c.owner == owner)
+    if task_id is not None:
+        statement = statement.where(events.c.task_id == task_id)
+    if types:
+        statement = statement.where(type_conditions(types))
+    statement = statement.order_by(events.c.sequence).limit(limit)
+    rows: list[Row] = list(connection.execute(statement).mappings())
+    place = rows[-1]["sequence"] if len(rows) == limit else max(last, after)
+    return EventRows(rows, place, _forgotten(connection))
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+def outbox_begin(connection: Connection) -> int:
+    """The place of the oldest event, or the next place if there is no event."""
+    oldest = connection.execute(select(func.min(events.c.sequence))).scalar()
+    return outbox_end(connection) + 1 if oldest is None else oldest
+
+
+def outbox_end(connection: Connection) -> int:
+    """The last place that readers have been able to see."""
+    last = connection.execute(select(func.max(events.c.sequence))).scalar()
+    return max(_forgotten(connection), last or 0)
+
+
+def _forgotten(connection: Connection) -> int:
+    mine = counters.c.name == "forgotten"
+    value: int = connection.execute(select(counters.c.value).where(mine)).scalar_one()
+    return value
+
+
+def type_conditions(patterns: Sequence[str]) -> ColumnElement[bool]:
+    """`type_matches` of `documents` in SQL, for any of the patterns."""
+    return or_(*(_type_condition(pattern) for pattern in patterns))
+
+
+def _type_condition(pattern: str) -> ColumnElement[bool]:
+    if pattern == "*":
+        return events.c.sequence > 0
+    if pattern.endswith(".*"):
+        return events.c.type.startswith(pattern[:-1], autoescape=True)
+    return events.c.type == pattern
+
+
+class EventPage(NamedTuple):
     events: list[JSON]
     next_after: int
-    resync: bool
+    resync: bool  # events after the reader's place have been deleted
 
 
 async def read_events(
@@ -58,53 +99,19 @@ async def read_events(
     types: Sequence[str],
     task_id: str | None,
     wait_s: float,
-) -> Page:
-    """Events after a place, None: from the oldest; an empty page is held until something is there,
-    at most `wait_s` seconds.
+) -> EventPage:
+    """Events after a place, or from the oldest. An empty page waits up to `wait_s` seconds for an
+    event.
     """
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + wait_s
-    with store.signals.listen("events") as written:
+    clock = asyncio.get_running_loop().time
+    deadline = clock() + wait_s
+    with store.signals.listen("events") as emitted:
         while True:
-            written.clear()
-            rows, last, forgotten = await store.read(
-                event_queries.event_list, owner, after or 0, limit, types, task_id
-            )
-            resync = after is not None and after < forgotten
-            left = deadline - loop.time()
-            if rows or resync or left <= 0 or store.signals.stopping:
-                return Page([render(row, links) for row in rows], last, resync)
-            await store.signals.wait(written, min(left, LOOK_S))
-
-
-def tell(tx: Transaction, metrics: Metrics) -> None:
-    """Logs and measures what a committed transaction's events say."""
-    for event in tx.emitted:
-        known = {"owner": event.owner, "task_id": event.task_id}
-        if event.terminal:
-            document = event.data
-            log.info(
-                "task.settled",
-                **known,
-                upstream_id=document["upstream_id"],
-                state=document["state"],
-                code=document["error"]["code"] if document["error"] else None,
-                images=len(document["images"]),
-                seconds=round(tx.now / 1000 - document["created"], 1),
-            )
-            if event.called_back_at is not None:
-                metrics.callback_to_event.observe(max(0, tx.now - event.called_back_at) / 1000)
-        if event.type == "endpoint.disabled":
-            log.warning(
-                "endpoint.disabled",
-                endpoint_id=event.data["endpoint_id"],
-                reason=event.data["reason"],
-            )
-        log.info(
-            "event.emitted",
-            **known,
-            event_id=event.id,
-            type=event.type,
-            sequence=sequence_text(event.sequence),
-            deliveries=event.deliveries,
-        )
+            emitted.clear()
+            page = await store.read(event_list, owner, after or 0, limit, types, task_id)
+            resync = after is not None and after < page.forgotten
+            left = deadline - clock()
+            if page.rows or resync or left <= 0 or store.signals.stopping:
+                documents = [event_document(row, links) for row in page.rows]
+                return EventPage(documents, page.last, resync)
+            await store.signals.wait(emitted, min(left, LOOK_S))

@@ -1,20 +1,24 @@
-"""The outbox: events and the deliveries derived from them, written last in the transaction that
-caused them.
+"""The outbox: events and their deliveries, written last in the transaction that causes them.
 
-The sequence comes from one counter row that stays locked to the commit, so numbers become visible
-in their own order: a reader who continues after the last one it saw misses nothing, with any number
-of writers.
+The sequence comes from one counter row, which stays locked until the commit. So events become
+visible in the order of their sequence, and a reader that continues after the last event it saw
+misses none, with any number of writers.
 """
 
 from typing import Any
 
+import structlog
 from sqlalchemy import RowMapping, insert, or_, select, update
 
 from service.db.tables import counters, deliveries, endpoints, events, steps
 from service.db.transaction import Emitted, Lease, Transaction
 from service.events.documents import type_matches
+from service.ids import sequence_text
+from service.ops.metrics import Metrics
 from service.queue import leases
 from service.strict_json import JSON
+
+log = structlog.get_logger()
 
 OPERATORS = "admin"
 
@@ -35,25 +39,15 @@ def emit(
     `task_callback`: the event also goes to the task's own callback_url. `called_back_at`: when
     the upstream's first terminal callback arrived.
     """
+    id = tx.id("event")
     tx.emitted.append(
-        Emitted(
-            id=tx.id("event"),
-            owner=owner,
-            type=type,
-            task_id=task_id,
-            data=data,
-            terminal=terminal,
-            task_callback=task_callback,
-            called_back_at=called_back_at,
-        )
+        Emitted(id, owner, type, task_id, data, terminal, task_callback, called_back_at)
     )
 
 
 def emit_operators(tx: Transaction, type: str, data: JSON, *, task_id: str | None = None) -> None:
     """Adds an operators' event."""
-    tx.emitted.append(
-        Emitted(id=tx.id("event"), owner=OPERATORS, type=type, task_id=task_id, data=data)
-    )
+    tx.emitted.append(Emitted(tx.id("event"), OPERATORS, type, task_id, data))
 
 
 def emit_dead_letter(tx: Transaction, lease: Lease, cause: str, task_id: str | None) -> None:
@@ -63,24 +57,20 @@ def emit_dead_letter(tx: Transaction, lease: Lease, cause: str, task_id: str | N
 
 
 def flush(tx: Transaction) -> None:
-    """Writes what the transaction's operations left: timeline steps, events in sequence, their
-    deliveries.
-    """
+    """Inserts the transaction's timeline steps, its events in sequence, and their deliveries."""
     if tx.steps:
         tx.connection.execute(insert(steps), tx.steps)
     if not tx.emitted:
         return
-    takers = _takers(tx)
-    rows = [row for event in tx.emitted for row in _deliveries(tx, event, takers)]
+    subscribers = _subscribers(tx)
+    rows = [row for event in tx.emitted for row in _deliveries(tx, event, subscribers)]
     last = tx.connection.execute(
         update(counters)
         .where(counters.c.name == "events")
         .values(value=counters.c.value + len(tx.emitted))
         .returning(counters.c.value)
     ).scalar_one()
-    for event, sequence in zip(
-        tx.emitted, range(last - len(tx.emitted) + 1, last + 1), strict=True
-    ):
+    for sequence, event in enumerate(tx.emitted, last - len(tx.emitted) + 1):
         event.sequence = sequence
     tx.connection.execute(
         insert(events),
@@ -103,7 +93,7 @@ def flush(tx: Transaction) -> None:
         tx.connection.execute(insert(deliveries), rows)
 
 
-def _takers(tx: Transaction) -> list[RowMapping]:
+def _subscribers(tx: Transaction) -> list[RowMapping]:
     owners = {event.owner for event in tx.emitted}
     statement = select(endpoints.c.id, endpoints.c.owner, endpoints.c.types).where(
         endpoints.c.status != "disabled",
@@ -112,29 +102,59 @@ def _takers(tx: Transaction) -> list[RowMapping]:
     return list(tx.connection.execute(statement).mappings())
 
 
-def _deliveries(tx: Transaction, event: Emitted, takers: list[RowMapping]) -> list[dict[str, Any]]:
+def _deliveries(
+    tx: Transaction, event: Emitted, subscribers: list[RowMapping]
+) -> list[dict[str, Any]]:
     targets: list[tuple[str | None, str]] = [
-        (taker["id"], taker["owner"] or OPERATORS)
-        for taker in takers
-        if taker["owner"] in (None, event.owner)
-        and any(type_matches(pattern, event.type) for pattern in taker["types"])
+        (endpoint["id"], endpoint["owner"] or OPERATORS)
+        for endpoint in subscribers
+        if endpoint["owner"] in (None, event.owner)
+        and any(type_matches(pattern, event.type) for pattern in endpoint["types"])
     ]
     if event.task_callback:
         targets.append((None, event.owner))
     rows = []
     for endpoint_id, owner in targets:
         delivery_id = tx.id("delivery")
-        rows.append(
-            {
-                "id": delivery_id,
-                "owner": owner,
-                "endpoint_id": endpoint_id,
-                "event_id": event.id,
-                "task_id": event.task_id,
-                "state": "pending",
-                "created_at": tx.now,
-                **leases.enqueue(tx, "deliver", delivery_id),
-            }
-        )
+        row = {
+            "id": delivery_id,
+            "owner": owner,
+            "endpoint_id": endpoint_id,
+            "event_id": event.id,
+            "task_id": event.task_id,
+            "state": "pending",
+            "created_at": tx.now,
+        }
+        rows.append(row | leases.enqueue(tx, "deliver", delivery_id))
     event.deliveries = len(rows)
     return rows
+
+
+def log_emitted(tx: Transaction, metrics: Metrics) -> None:
+    """Logs and measures the events of a committed transaction."""
+    for event in tx.emitted:
+        fields = {"owner": event.owner, "task_id": event.task_id}
+        if event.terminal:
+            task = event.data
+            log.info(
+                "task.settled",
+                **fields,
+                upstream_id=task["upstream_id"],
+                state=task["state"],
+                code=task["error"]["code"] if task["error"] else None,
+                images=len(task["images"]),
+                seconds=round(tx.now / 1000 - task["created"], 1),
+            )
+            if event.called_back_at is not None:
+                metrics.callback_to_event.observe(max(0, tx.now - event.called_back_at) / 1000)
+        if event.type == "endpoint.disabled":
+            endpoint_id, reason = event.data["endpoint_id"], event.data["reason"]
+            log.warning("endpoint.disabled", endpoint_id=endpoint_id, reason=reason)
+        log.info(
+            "event.emitted",
+            **fields,
+            event_id=event.id,
+            type=event.type,
+            sequence=sequence_text(event.sequence),
+            deliveries=event.deliveries,
+        )

@@ -1,40 +1,155 @@
-"""Replays: an endpoint gets events again, some a second, by deliveries of their own."""
+"""Replays: an endpoint gets past events again, by new deliveries of the same events.
+
+The worker makes the deliveries of one page per `EVERY_MS`, in the order of the outbox, up to the
+last event that was there at the start. Replays to one endpoint run one after the other, so that the
+rate is bounded per endpoint.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, or_, select, update
 
 from service.db.paging import Row
-from service.db.tables import deliveries, endpoints, events, replays
+from service.db.tables import deliveries, events, replays
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
+from service.events.endpoints import endpoint_row, lock_endpoint
+from service.events.feed import type_conditions
 from service.events.outbox import OPERATORS
-from service.events.replay_queries import Extent, Wanted
 from service.queue import leases
+from service.resources import Resources
+
+PAGE, EVERY_MS = 100, 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Replay:
-    """One that somebody asked for; `owner`: whose it is, the endpoint's."""
+class ReplayFilter:
+    """Events of an endpoint's owner that the endpoint subscribes to, by time (milliseconds, `until`
+    not included) and type.
+
+    `only`: `all`, or `dead` for events that the endpoint has not received and that are not on their
+    way to it. Such an event was emitted while the endpoint was disabled, or all its deliveries are
+    dead.
+    """
+
+    endpoint_id: str
+    owner: str | None  # None: every owner's
+    since: int
+    until: int | None  # None: no end
+    types: Sequence[str]  # none: all that the endpoint subscribes to
+    only: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayExtent:
+    """How many events a replay means. They are after `position` in the outbox, up to `last`."""
+
+    count: int
+    position: int
+    last: int
+
+
+def _conditions(wanted: ReplayFilter, endpoint: Row) -> list[ColumnElement[bool]]:
+    types = (endpoint["types"], wanted.types)
+    conditions = [events.c.time >= wanted.since, *(type_conditions(each) for each in types if each)]
+    if wanted.until is not None:
+        conditions.append(events.c.time < wanted.until)
+    if wanted.owner is not None:
+        conditions.append(events.c.owner == wanted.owner)
+    if wanted.only == "dead":
+        mine = deliveries.c.endpoint_id == wanted.endpoint_id
+        to_it = and_(deliveries.c.event_id == events.c.id, mine)
+        # A disabled endpoint gets no deliveries, so an event without one counts as dead.
+        conditions.append(or_(events.c.time > endpoint["created_at"], exists().where(to_it)))
+        conditions.append(~exists().where(to_it, deliveries.c.state != "dead"))
+    return conditions
+
+
+def replay_extent(connection: Connection, wanted: ReplayFilter) -> ReplayExtent:
+    endpoint = endpoint_row(connection, wanted.endpoint_id, None)
+    if endpoint is None:
+        return ReplayExtent(0, 0, 0)
+    place = events.c.sequence
+    statement = select(func.count(), func.min(place), func.max(place))
+    count, first, last = connection.execute(statement.where(*_conditions(wanted, endpoint))).one()
+    return ReplayExtent(count, (first or 1) - 1, last or 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayEvents:
+    """The next events of a replay (id, task_id, sequence), and the place of its last event.
+    `waits`: an earlier replay to its endpoint is running.
+    """
+
+    events: Sequence[Row]
+    last: int
+    waits: bool
+
+
+def replay_page(connection: Connection, replay_id: str, limit: int) -> ReplayEvents | None:
+    """None: the replay is over, or its endpoint is gone."""
+    running = replays.c.state == "running"
+    statement = select(replays).where(replays.c.id == replay_id, running)
+    row = connection.execute(statement).mappings().first()
+    endpoint = endpoint_row(connection, row["endpoint_id"], None) if row is not None else None
+    if row is None or endpoint is None:
+        return None
+    mine = and_(replays.c.endpoint_id == endpoint["id"], running)
+    earlier = select(replays.c.id).where(mine, replays.c.id < replay_id).limit(1)
+    if connection.execute(earlier).first() is not None:
+        return ReplayEvents((), row["last"], waits=True)
+    # If `until` was not in the past at the start, `last` is the only limit.
+    until = row["until_at"] if row["until_at"] < row["created_at"] else None
+    wanted = ReplayFilter(
+        endpoint["id"], endpoint["owner"], row["since_at"], until, row["types"], row["only"]
+    )
+    page = select(events.c.id, events.c.task_id, events.c.sequence).where(
+        *_conditions(wanted, endpoint),
+        events.c.sequence > row["position"],
+        events.c.sequence <= row["last"],
+    )
+    found = connection.execute(page.order_by(events.c.sequence).limit(limit)).mappings()
+    return ReplayEvents(list(found), row["last"], waits=False)
+
+
+def replay_row(
+    connection: Connection, replay_id: str, owner: str | None
+) -> tuple[Row, dict[str, int]] | None:
+    """A replay, and how many of its deliveries are in each state."""
+    row = connection.execute(_owned(replay_id, owner)).mappings().first()
+    if row is None:
+        return None
+    states = select(deliveries.c.state, func.count()).where(deliveries.c.replay_id == replay_id)
+    counts = connection.execute(states.group_by(deliveries.c.state))
+    return row, {each.state: each[1] for each in counts}
+
+
+def _owned(replay_id: str, owner: str | None) -> Any:
+    statement = select(replays).where(replays.c.id == replay_id)
+    return statement if owner is None else statement.where(replays.c.owner == owner)
+
+
+@dataclass(frozen=True, slots=True)
+class NewReplayRow:
+    """A replay to start. `owner`: the endpoint's."""
 
     id: str
     owner: str
-    wanted: Wanted
-    extent: Extent
+    wanted: ReplayFilter
+    extent: ReplayExtent
 
 
-def insert_replays(tx: Transaction, items: Sequence[Replay]) -> list[bool]:
-    """Starts replays; False where the endpoint takes nothing now, or is gone."""
+def insert_replays(tx: Transaction, items: Sequence[NewReplayRow]) -> list[bool]:
+    """Starts replays. False: the endpoint is disabled or gone."""
     return [_insert(tx, item) for item in items]
 
 
-def _insert(tx: Transaction, item: Replay) -> bool:
+def _insert(tx: Transaction, item: NewReplayRow) -> bool:
     wanted, extent = item.wanted, item.extent
-    status = tx.connection.execute(
-        select(endpoints.c.status).where(endpoints.c.id == wanted.endpoint_id).with_for_update()
-    ).scalar()
-    if status is None or status == "disabled":
+    endpoint = lock_endpoint(tx, wanted.endpoint_id)
+    if endpoint is None or endpoint.status == "disabled":
         return False
     if tx.connection.execute(select(replays.c.id).where(replays.c.id == item.id)).first() is None:
         row = {
@@ -51,16 +166,16 @@ def _insert(tx: Transaction, item: Replay) -> bool:
             "position": extent.position,
             "last": extent.last,
             "created_at": tx.now,
-            **leases.enqueue(tx, "replay", item.id),
         }
+        row |= leases.enqueue(tx, "replay", item.id)
         tx.connection.execute(insert(replays).values(row))
     return True
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
-    """The next events of a replay; `position`: the last that was examined, None: none; due again
-    after `wait_ms`, None: that was all.
+class ReplayPage:
+    """Events to deliver. `position`: the last place that was examined, None: none. The replay is
+    due again after `wait_ms`, None: it is done.
     """
 
     lease: Lease
@@ -69,99 +184,88 @@ class Page:
     wait_ms: int | None
 
 
-def record_pages(tx: Transaction, items: Sequence[Page]) -> list[bool]:
-    """Makes the deliveries; False where the lease had ended or the replay is over."""
+def record_pages(tx: Transaction, items: Sequence[ReplayPage]) -> list[bool]:
+    """Makes the deliveries. False: the lease had ended, or the replay is over."""
     return [_record(tx, item) for item in items]
 
 
-def _record(tx: Transaction, item: Page) -> bool:
-    row = (
-        tx.connection.execute(
-            select(replays).where(replays.c.id == item.lease.key).with_for_update()
-        )
-        .mappings()
-        .first()
-    )
+def _record(tx: Transaction, item: ReplayPage) -> bool:
+    mine = replays.c.id == item.lease.key
+    row = tx.connection.execute(select(replays).where(mine).with_for_update()).mappings().first()
     if row is None or not leases.holds(item.lease, row):
         return False
     if row["state"] != "running":
         leases.done(tx, [item.lease])
         return False
-    endpoint = (
-        select(endpoints.c.status, endpoints.c.owner)
-        .where(endpoints.c.id == row["endpoint_id"])
-        .with_for_update()
-    )
-    found = tx.connection.execute(endpoint).first()
-    if found is None or found.status == "disabled":
-        finish(tx, row["id"], "cancelled")
+    endpoint = lock_endpoint(tx, row["endpoint_id"])
+    if endpoint is None or endpoint.status == "disabled":
+        _finish(tx, row["id"], "cancelled")
         return False
-    if known := _kept(tx, item.events):
-        born = {"due_at": tx.now, "attempts": 0, "fence": 0, "deaths": 0, "faults": 0}
-        of = {
-            "owner": found.owner or OPERATORS,
-            "endpoint_id": row["endpoint_id"],
+    kept = _still_there(tx, item.events)
+    rows = [
+        {
+            "id": tx.id("delivery"),
+            "owner": endpoint.owner or OPERATORS,
+            "endpoint_id": endpoint.id,
+            "event_id": event["id"],
+            "task_id": event["task_id"],
+            "state": "pending",
+            "created_at": tx.now,
             "replay_id": row["id"],
+            "due_at": tx.now,
+            "attempts": 0,
+            "fence": 0,
+            "deaths": 0,
+            "faults": 0,
         }
-        made = [
-            {"event_id": event["id"], "task_id": event["task_id"], "id": tx.id("delivery")}
-            for event in known
-        ]
-        rows = [{**each, **of, **born, "state": "pending", "created_at": tx.now} for each in made]
+        for event in kept
+    ]
+    if rows:
         tx.connection.execute(insert(deliveries), rows)
         tx.due.add("redeliver")
-    values = {
-        "made": row["made"] + len(known),
-        "position": row["position"] if item.position is None else item.position,
-    }
+    values = {"made": row["made"] + len(kept)}
+    if item.position is not None:
+        values["position"] = item.position
     if item.wait_ms is None:
-        finish(tx, row["id"], "done", **values)
+        _finish(tx, row["id"], "done", **values)
     else:
         values |= leases.release("replay", tx.now + item.wait_ms, attempts=0)
-        tx.connection.execute(update(replays).where(replays.c.id == row["id"]).values(values))
+        tx.connection.execute(update(replays).where(mine).values(values))
     return True
 
 
-def _kept(tx: Transaction, found: Sequence[Row]) -> list[Row]:
-    """Those that retention has not taken meanwhile; it does not take them before the commit."""
-    statement = select(events.c.sequence).where(
-        events.c.sequence.in_([row["sequence"] for row in found])
+def _still_there(tx: Transaction, found: Sequence[Row]) -> list[Row]:
+    """The events that retention has not deleted. Locks them until the commit."""
+    if not found:
+        return []
+    mine = events.c.sequence.in_([row["sequence"] for row in found])
+    known = set(
+        tx.connection.execute(select(events.c.sequence).where(mine).with_for_update()).scalars()
     )
-    known = set(tx.connection.execute(statement.with_for_update()).scalars()) if found else set()
     return [row for row in found if row["sequence"] in known]
 
 
-@dataclass(frozen=True, slots=True)
-class Cancelled:
-    """A replay that is to end; `owner` None: whoever owns it (admin)."""
-
-    id: str
-    owner: str | None
-
-
-def cancel_replays(tx: Transaction, items: Sequence[Cancelled]) -> list[bool]:
-    """Ends replays, with what they have not yet delivered; False for those that are not there for
-    this owner.
+def cancel_replays(tx: Transaction, items: Sequence[tuple[str, str | None]]) -> list[bool]:
+    """Ends replays and their pending deliveries, by id and owner (None: any owner's). False: this
+    owner has no such replay.
     """
-    results = []
-    for item in items:
-        statement = select(replays).where(replays.c.id == item.id).with_for_update()
-        if item.owner is not None:
-            statement = statement.where(replays.c.owner == item.owner)
-        row = tx.connection.execute(statement).mappings().first()
-        if row is not None:
-            if row["state"] == "running":
-                finish(tx, item.id, "cancelled")
-            pending = update(deliveries).where(
-                deliveries.c.replay_id == item.id, deliveries.c.state == "pending"
-            )
-            tx.connection.execute(pending.values(state="dead", finished_at=tx.now, due_at=None))
-        results.append(row is not None)
-    return results
+    return [_cancel(tx, replay_id, owner) for replay_id, owner in items]
 
 
-def finish(tx: Transaction, replay_id: str, state: str, **more: int) -> None:
-    values = {**leases.release("replay", None), "state": state, "finished_at": tx.now, **more}
+def _cancel(tx: Transaction, replay_id: str, owner: str | None) -> bool:
+    row = tx.connection.execute(_owned(replay_id, owner).with_for_update()).first()
+    if row is None:
+        return False
+    if row.state == "running":
+        _finish(tx, replay_id, "cancelled")
+    mine = and_(deliveries.c.replay_id == replay_id, deliveries.c.state == "pending")
+    values = {"state": "dead", "finished_at": tx.now, "due_at": None}
+    tx.connection.execute(update(deliveries).where(mine).values(values))
+    return True
+
+
+def _finish(tx: Transaction, replay_id: str, state: str, **more: int) -> None:
+    values = leases.release("replay", None, state=state, finished_at=tx.now, **more)
     tx.connection.execute(update(replays).where(replays.c.id == replay_id).values(values))
 
 
@@ -169,3 +273,23 @@ def dead_letter_replay(tx: Transaction, lease: Lease, cause: str) -> None:
     """Cancels a replay whose row is out of its queue for good, and tells operators."""
     tx.change(replays, lease.key, {"state": "cancelled", "finished_at": tx.now})
     outbox.emit_dead_letter(tx, lease, cause, None)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayWorker:
+    """Stage `replay`."""
+
+    resources: Resources
+
+    async def run(self, lease: Lease) -> None:
+        store = self.resources.store
+        found = await store.read(replay_page, lease.key, PAGE)
+        if found is None:
+            page = ReplayPage(lease, (), None, None)
+        elif found.waits:
+            page = ReplayPage(lease, (), None, EVERY_MS)
+        elif len(found.events) == PAGE and found.events[-1]["sequence"] < found.last:
+            page = ReplayPage(lease, found.events, found.events[-1]["sequence"], EVERY_MS)
+        else:
+            page = ReplayPage(lease, found.events, found.last, None)
+        await store.write(record_pages, page)

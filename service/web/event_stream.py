@@ -11,7 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Send
 
 from service.errors import ApiError, StoreUnavailable
-from service.events.tail import Gone, Tail, Wanted
+from service.events.tail import Gone, StreamFilter, Tail
 from service.ids import sequence_text
 
 STREAMS = 2000  # of one process
@@ -37,7 +37,7 @@ def stream(
     request: Request,
     tail: Tail,
     after: int | None,
-    wanted: Wanted,
+    wanted: StreamFilter,
     allowed: Callable[[], Awaitable[object]],
 ) -> Response:
     """`allowed` raises ApiError once the reader's key does not count any more. ApiError 503: there
@@ -53,7 +53,7 @@ def stream(
 
 
 async def frames(
-    tail: Tail, after: int | None, wanted: Wanted, allowed: Callable[[], Awaitable[object]]
+    tail: Tail, after: int | None, wanted: StreamFilter, allowed: Callable[[], Awaitable[object]]
 ) -> AsyncIterator[str]:
     clock = asyncio.get_running_loop().time
     with (

@@ -15,10 +15,14 @@ from service.db.paging import Row
 from service.db.store import Item, Result, Store
 from service.db.tables import events, images, tasks
 from service.db.transaction import Lease, Transaction
-from service.events.delivery_records import Attempt, Outcome, record_attempts
-from service.events.endpoints import Endpoint, EndpointChange, change_endpoints, insert_endpoints
-from service.events.replay_queries import Wanted, replay_extent
-from service.events.replays import Replay, insert_replays
+from service.events.deliveries import DeliveryAttempt, DeliveryOutcome, record_attempts
+from service.events.endpoints import (
+    EndpointChange,
+    NewEndpointRow,
+    change_endpoints,
+    insert_endpoints,
+)
+from service.events.replays import NewReplayRow, ReplayFilter, insert_replays, replay_extent
 from service.ids import PREFIXES
 from service.images.downloads import Download, Lost, Retry, Stored, record_downloads
 from service.queue import leases
@@ -305,7 +309,7 @@ class Subject:
     async def endpoint(
         self, owner: str | None = OWNER, types: Sequence[str] = ("image.task.*",)
     ) -> str:
-        made = Endpoint(
+        made = NewEndpointRow(
             new_id("endpoint"), owner, "https://s.test/hook", tuple(types), "", b"secret"
         )
         await self.write(insert_endpoints, made)
@@ -313,10 +317,10 @@ class Subject:
 
     async def replay(self, owner: str = OWNER) -> str:
         """A replay of all that there is to an endpoint of its own; its first page is due."""
-        wanted = Wanted(
+        wanted = ReplayFilter(
             await self.endpoint(owner), owner, 0, self.clock.now + 1, ("image.task.*",), "all"
         )
-        replay = Replay(
+        replay = NewReplayRow(
             new_id("replay"), owner, wanted, await self.store.read(replay_extent, wanted)
         )
         assert await self.write(insert_replays, replay)
@@ -336,8 +340,10 @@ class Subject:
 
     async def attempt(self, lease: Lease, result: str, **more: Any) -> bool:
         """Records an attempt that was made."""
-        made = Attempt(new_id("attempt"), 204 if result == "delivered" else 500, 12, None, b"")
-        return await self.write(record_attempts, Outcome(lease, result, made, **more))
+        made = DeliveryAttempt(
+            new_id("attempt"), 204 if result == "delivered" else 500, 12, None, b""
+        )
+        return await self.write(record_attempts, DeliveryOutcome(lease, result, made, **more))
 
 
 # --- what the upstream says ---

@@ -9,9 +9,21 @@ import pytest
 from service.db.paging import Row
 from service.db.tables import attempts, deliveries, endpoints
 from service.db.transaction import Lease
-from service.events import event_queries
-from service.events.delivery_records import Attempt, Outcome, record_attempts
-from service.events.endpoints import Endpoint, EndpointChange, change_endpoints, insert_endpoints
+from service.events.deliveries import (
+    DeliveryAttempt,
+    DeliveryOutcome,
+    delivery_list,
+    delivery_to_send,
+    record_attempts,
+)
+from service.events.endpoints import (
+    EndpointChange,
+    NewEndpointRow,
+    change_endpoints,
+    endpoint_list,
+    endpoint_row,
+    insert_endpoints,
+)
 from service.queue import leases
 from tests.contract.subject import DAY, HOUR, LEASE, MINUTE, SECOND, Subject, new_id
 
@@ -40,8 +52,8 @@ async def endpoint_of(subject: Subject, id: str) -> Row:
 async def test_a_delivered_event_is_done(subject: Subject) -> None:
     """Any 2xx: delivered, with its attempt on record; never due again."""
     lease = await first(subject, await subject.endpoint())
-    made = Attempt(new_id("attempt"), 204, 12, None, b"thanks")
-    assert await subject.write(record_attempts, Outcome(lease, "delivered", made))
+    made = DeliveryAttempt(new_id("attempt"), 204, 12, None, b"thanks")
+    assert await subject.write(record_attempts, DeliveryOutcome(lease, "delivered", made))
     row = await subject.row(deliveries, lease.key)
     assert (
         row["state"],
@@ -109,7 +121,7 @@ async def test_a_dead_delivery_of_an_operators_event_raises_none(subject: Subjec
 async def test_a_delivery_without_its_endpoint_is_dead_without_an_attempt(subject: Subject) -> None:
     """Nothing was tried: no attempt is kept, nobody is told."""
     lease = await first(subject, await subject.endpoint())
-    assert await subject.write(record_attempts, Outcome(lease, "dead"))
+    assert await subject.write(record_attempts, DeliveryOutcome(lease, "dead"))
     assert ((await subject.row(deliveries, lease.key))["state"], await subject.rows(attempts)) == (
         "dead",
         [],
@@ -138,7 +150,9 @@ async def test_an_attempt_recorded_again_is_kept_once(subject: Subject) -> None:
     there.
     """
     lease = await first(subject, await subject.endpoint())
-    outcome = Outcome(lease, "delivered", Attempt(new_id("attempt"), 204, 12, None, b""))
+    outcome = DeliveryOutcome(
+        lease, "delivered", DeliveryAttempt(new_id("attempt"), 204, 12, None, b"")
+    )
     assert [await subject.write(record_attempts, outcome) for _ in range(2)] == [True, False]
     assert len(await subject.rows(attempts)) == 1
 
@@ -253,7 +267,7 @@ async def test_what_comes_while_an_endpoint_has_peace_is_put_off_without_countin
 ) -> None:
     """`later`: due when the pause is over, still a first attempt."""
     lease = await first(subject, await subject.endpoint())
-    assert await subject.write(record_attempts, Outcome(lease, "later", wait_ms=MINUTE))
+    assert await subject.write(record_attempts, DeliveryOutcome(lease, "snooze", wait_ms=MINUTE))
     row = await subject.row(deliveries, lease.key)
     assert (row["state"], row["due_at"], row["attempts"]) == (
         "pending",
@@ -271,7 +285,7 @@ async def test_a_paused_endpoint_holds_its_deliveries_until_it_is_enabled(subjec
     endpoint = await subject.endpoint()
     lease = await first(subject, endpoint)
     await subject.change(endpoint, status="paused")
-    assert await subject.write(record_attempts, Outcome(lease, "held"))
+    assert await subject.write(record_attempts, DeliveryOutcome(lease, "held"))
     row = await subject.row(deliveries, lease.key)
     assert (row["state"], row["due_at"], row["attempts"]) == ("pending", None, 0)
     subject.clock.shift(FIVE_DAYS)
@@ -289,7 +303,7 @@ async def test_what_is_held_too_late_is_due(subject: Subject) -> None:
     lease = await first(subject, endpoint)
     await subject.change(endpoint, status="paused")
     await subject.change(endpoint, status="enabled")
-    assert await subject.write(record_attempts, Outcome(lease, "held"))
+    assert await subject.write(record_attempts, DeliveryOutcome(lease, "held"))
     assert (await subject.row(deliveries, lease.key))["due_at"] == subject.clock.now
 
 
@@ -302,7 +316,7 @@ async def test_holding_and_enabling_at_once_leave_nothing_behind(
         lease = await first(two[0], endpoint)
         await two[0].change(endpoint, status="paused")
         await asyncio.gather(
-            two[0].write(record_attempts, Outcome(lease, "held")),
+            two[0].write(record_attempts, DeliveryOutcome(lease, "held")),
             two[1].change(endpoint, status="enabled"),
         )
         assert (await two[0].row(deliveries, lease.key))["due_at"] == two[0].clock.now
@@ -329,13 +343,13 @@ async def test_an_endpoint_is_made_once_and_read_by_its_owner(subject: Subject) 
     """Made again with the same id it is the same; another owner does not see it, `admin` sees
     all.
     """
-    made = Endpoint(
+    made = NewEndpointRow(
         new_id("endpoint"), "painter", "https://s.test/hook", ("image.task.*",), "mine", b"secret"
     )
     await subject.batch(insert_endpoints, [made])
     await subject.batch(insert_endpoints, [made])
     everybodys = await subject.endpoint(None)
-    row = await subject.store.read(event_queries.endpoint_row, made.id, "painter")
+    row = await subject.store.read(endpoint_row, made.id, "painter")
     assert row is not None
     assert (row["url"], row["types"], row["description"], row["status"], row["secret"]) == (
         "https://s.test/hook",
@@ -344,15 +358,14 @@ async def test_an_endpoint_is_made_once_and_read_by_its_owner(subject: Subject) 
         "enabled",
         b"secret",
     )
-    assert await subject.store.read(event_queries.endpoint_row, made.id, "other") is None
-    assert await subject.store.read(event_queries.endpoint_row, everybodys, "painter") is None
-    assert await subject.store.read(event_queries.endpoint_row, everybodys, None) is not None
-    assert [
-        row["id"] for row in await subject.store.read(event_queries.endpoint_list, "painter", 9)
-    ] == [made.id]
-    assert [
-        row["id"] for row in await subject.store.read(event_queries.endpoint_list, None, 9)
-    ] == [everybodys, made.id]
+    assert await subject.store.read(endpoint_row, made.id, "other") is None
+    assert await subject.store.read(endpoint_row, everybodys, "painter") is None
+    assert await subject.store.read(endpoint_row, everybodys, None) is not None
+    assert [row["id"] for row in await subject.store.read(endpoint_list, "painter", 9)] == [made.id]
+    assert [row["id"] for row in await subject.store.read(endpoint_list, None, 9)] == [
+        everybodys,
+        made.id,
+    ]
 
 
 async def test_an_endpoint_is_changed_by_its_owner_alone(subject: Subject) -> None:
@@ -409,12 +422,12 @@ async def test_a_deleted_endpoints_deliveries_are_dead_and_readable(subject: Sub
     await subject.write(leases.give_back, waiting)
     assert await subject.write(change_endpoints, EndpointChange(endpoint, "painter", delete=True))
     assert await subject.rows(endpoints) == []
-    parcel = await subject.store.read(event_queries.parcel, waiting.key)
-    assert parcel is not None
-    assert (parcel.delivery["state"], parcel.endpoint, parcel.callback_url) == ("dead", None, None)
+    delivery = await subject.store.read(delivery_to_send, waiting.key)
+    assert delivery is not None
+    assert (delivery.state, delivery.endpoint_status, delivery.url) == ("dead", None, None)
     assert await subject.attempt(lease, "retry", wait_ms=1)
     assert await subject.claim("redeliver", 9) == []
-    assert await subject.store.read(event_queries.parcel, "dlv_gone") is None
+    assert await subject.store.read(delivery_to_send, "dlv_gone") is None
 
 
 async def test_deliveries_are_listed_newest_first_with_their_attempts(subject: Subject) -> None:
@@ -431,7 +444,7 @@ async def test_deliveries_are_listed_newest_first_with_their_attempts(subject: S
 
     async def listed(*arguments: object) -> list[tuple[str, int]]:
         # # each case names some
-        found = await subject.store.read(event_queries.delivery_list, *arguments)  # type: ignore[arg-type]
+        found = await subject.store.read(delivery_list, *arguments)  # type: ignore[arg-type]
         return [(row["id"], len(made)) for row, made in found]
 
     everything = [(claimed[2].key, 0), (claimed[1].key, 0), (claimed[0].key, 2)]

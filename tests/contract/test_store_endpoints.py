@@ -7,13 +7,13 @@ import pytest
 from service.db.paging import Row
 from service.db.tables import attempts, deliveries, endpoints
 from service.db.transaction import Lease
-from service.events import delivery_records
-from service.events.delivery_records import (
-    Attempt,
-    ByHand,
-    Outcome,
+from service.events import endpoints as endpoint_store
+from service.events.deliveries import (
+    DeliveryAttempt,
+    DeliveryOutcome,
+    ManualAttempt,
     record_attempts,
-    record_by_hand,
+    record_manual_attempts,
 )
 from service.events.secrets import SecretChange, change_secrets, stored_secret
 from service.queue import leases
@@ -44,7 +44,7 @@ async def snoozed(subject: Subject, endpoint: str, count: int, wait_ms: int) -> 
     for row in rows:
         await subject.write(
             record_attempts,
-            Outcome(await subject.claimed("deliver", row["id"]), "later", wait_ms=wait_ms),
+            DeliveryOutcome(await subject.claimed("deliver", row["id"]), "snooze", wait_ms=wait_ms),
         )
     return [row["id"] for row in rows]
 
@@ -56,10 +56,12 @@ async def by_hand(
     result: str | None = None,
     pause_ms: int = 0,
 ) -> None:
-    attempt = Attempt(new_id("attempt"), 500 if error else 204, 12, error, b"")
-    made = ByHand(delivery_id, result or ("failed" if error else "delivered"), attempt, pause_ms)
+    attempt = DeliveryAttempt(new_id("attempt"), 500 if error else 204, 12, error, b"")
+    made = ManualAttempt(
+        delivery_id, result or ("failed" if error else "delivered"), attempt, pause_ms
+    )
     for _ in range(2):  # after a commit whose answer was lost it runs again
-        await subject.write(record_by_hand, made)
+        await subject.write(record_manual_attempts, made)
 
 
 async def test_what_waited_for_a_dead_endpoint_is_due_when_it_is_back(
@@ -68,7 +70,7 @@ async def test_what_waited_for_a_dead_endpoint_is_due_when_it_is_back(
     """The first success after failures: what was put off and never tried, so many at once; retries
     keep their schedule.
     """
-    monkeypatch.setattr(delivery_records, "HASTENED", 2)
+    monkeypatch.setattr(endpoint_store, "BACK_TO_NORMAL", 2)
     endpoint, other = await subject.endpoint(), await subject.endpoint()
     failing, retry = await first(subject, endpoint), await first(subject, endpoint)
     await subject.attempt(retry, "retry", wait_ms=HOUR)
@@ -81,7 +83,8 @@ async def test_what_waited_for_a_dead_endpoint_is_due_when_it_is_back(
         if row["event_id"] is not None
     ][-1:]
     await subject.write(
-        record_attempts, Outcome(await subject.claimed("deliver", others), "later", wait_ms=MINUTE)
+        record_attempts,
+        DeliveryOutcome(await subject.claimed("deliver", others), "snooze", wait_ms=MINUTE),
     )
     await subject.attempt(failing, "delivered")
     now = subject.clock.now
@@ -114,10 +117,11 @@ async def test_who_was_waited_for_tells_the_workers(subject: Subject, stage: str
     endpoint = await subject.endpoint()
     lease = await first(subject, endpoint)
     assert not await subject.write(
-        record_attempts, Outcome(Lease(stage, lease.key, lease.fence + 1, 1), "retry", waited=True)
+        record_attempts,
+        DeliveryOutcome(Lease(stage, lease.key, lease.fence + 1, 1), "retry", wake=True),
     )
     assert subject.places.told[-1].due == {stage}
-    assert await subject.write(record_attempts, Outcome(lease, "retry", wait_ms=SECOND))
+    assert await subject.write(record_attempts, DeliveryOutcome(lease, "retry", wait_ms=SECOND))
     assert subject.places.told[-1].due == set()
 
 
@@ -149,14 +153,16 @@ async def test_what_the_old_address_says_is_not_held_against_the_new_one(
     gone, busy = await first(subject, endpoint), await first(subject, endpoint)
     await subject.change(endpoint, url="https://new.test/")
     for lease, result, pause_ms in ((busy, "retry", HOUR), (gone, "gone", 0)):
-        attempt = Attempt(new_id("attempt"), 410, 12, "answered 410", b"")
+        attempt = DeliveryAttempt(new_id("attempt"), 410, 12, "answered 410", b"")
         if hand:
             await subject.write(
-                record_by_hand,
-                ByHand(lease.key, "failed" if pause_ms else "gone", attempt, pause_ms, old),
+                record_manual_attempts,
+                ManualAttempt(lease.key, "failed" if pause_ms else "gone", attempt, pause_ms, old),
             )
         else:
-            outcome = Outcome(lease, result, attempt, 0, pause_ms, disable_after_ms=1, url=old)
+            outcome = DeliveryOutcome(
+                lease, result, attempt, 0, pause_ms, disable_after_ms=1, url=old
+            )
             assert await subject.write(record_attempts, outcome)
             assert (await subject.row(deliveries, lease.key))["due_at"] == subject.clock.now
         assert (await subject.row(deliveries, lease.key))["state"] == "pending"

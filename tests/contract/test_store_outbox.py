@@ -11,7 +11,9 @@ from sqlalchemy.exc import IntegrityError
 
 from service.db.tables import counters, deliveries, events, steps
 from service.db.transaction import Emitted, Transaction
-from service.events import event_queries, outbox
+from service.events import outbox
+from service.events.deliveries import delivery_to_send
+from service.events.feed import event_list
 from service.ids import sequence_text
 from service.tasks import task_queries
 from service.tasks.document import task_document
@@ -161,9 +163,7 @@ async def test_readers_never_see_a_number_before_the_ones_below_it(
         seen: list[int] = []
         looks = 0
         while not (writing.done() and len(seen) >= 240):
-            rows, after, _ = await reader.read(
-                event_queries.event_list, None, seen[-1] if seen else 0, 1000
-            )
+            rows, after, _ = await reader.read(event_list, None, seen[-1] if seen else 0, 1000)
             got = [row["sequence"] for row in rows]
             assert got == list(range(len(seen) + 1, len(seen) + 1 + len(got)))
             assert after >= (got[-1] if got else 0)
@@ -236,15 +236,15 @@ async def test_a_tasks_own_callback_url_gets_the_terminal_event_alone(subject: S
     (row,) = await subject.rows(deliveries)
     assert (row["endpoint_id"], row["owner"], row["task_id"]) == (None, "painter", task_id)
     assert row["event_id"] == (await subject.events(task_id))[-1]["id"]
-    parcel = await subject.store.read(event_queries.parcel, row["id"])
-    assert parcel is not None
-    assert parcel.event is not None
-    assert (parcel.endpoint, parcel.callback_url, parcel.callback_secret) == (
+    delivery = await subject.store.read(delivery_to_send, row["id"])
+    assert delivery is not None
+    assert delivery.event is not None
+    assert (delivery.endpoint_status, delivery.url, delivery.secret) == (
         None,
         "https://c.test/done",
         b"callback secret",
     )
-    assert parcel.event["type"] == "image.task.completed"
+    assert delivery.event["type"] == "image.task.completed"
 
 
 async def test_operators_events_of_a_task_go_to_no_task_callback(subject: Subject) -> None:
@@ -292,7 +292,7 @@ async def test_events_are_listed_after_a_place_by_type_task_and_owner(subject: S
 
     async def listed(*arguments: object, **more: object) -> tuple[list[str], int]:
         # # each case names some
-        rows, after, _ = await subject.store.read(event_queries.event_list, *arguments, **more)  # type: ignore[arg-type]
+        rows, after, _ = await subject.store.read(event_list, *arguments, **more)  # type: ignore[arg-type]
         return [
             f"{row['type'].removeprefix('image.task.')}:{row['sequence']}" for row in rows
         ], after
@@ -322,6 +322,6 @@ async def test_events_are_listed_after_a_place_by_type_task_and_owner(subject: S
 
 async def test_the_outbox_of_an_empty_store_is_at_its_beginning(subject: Subject) -> None:
     """Nothing, and the place that was asked for."""
-    assert await subject.store.read(event_queries.event_list, None, 0, 9) == ([], 0, 0)
+    assert await subject.store.read(event_list, None, 0, 9) == ([], 0, 0)
     assert len(await subject.batch(insert_tasks, [subject.wish()])) == 1
-    assert await subject.store.read(event_queries.event_list, None, 0, 9) == ([], 0, 0)
+    assert await subject.store.read(event_list, None, 0, 9) == ([], 0, 0)

@@ -2,7 +2,7 @@
 one sees what one's own tasks caused).
 """
 
-from service.events import event_queries
+from service.events.endpoints import endpoint_row
 from service.tasks import task_queries
 from service.tasks.state import State
 from service.tasks.submissions import Again, Refused
@@ -83,7 +83,7 @@ async def test_nobody_changes_anothers_endpoint(subject: Subject) -> None:
     for id in (endpoint_id, "ep_unknown"):
         assert not await subject.change(id, "other", status="paused")
         assert not await subject.change(id, "other", delete=True)
-    row = await subject.store.read(event_queries.endpoint_row, endpoint_id, OWNER)
+    row = await subject.store.read(endpoint_row, endpoint_id, OWNER)
     assert row is not None
     assert row["status"] == "enabled"
     assert await subject.change(endpoint_id, OWNER, status="paused")

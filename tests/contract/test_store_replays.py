@@ -10,21 +10,23 @@ from service.db.paging import Row
 from service.db.tables import deliveries, endpoints, events, replays
 from service.db.transaction import Lease
 from service.events.endpoints import EndpointChange, change_endpoints
-from service.events.replay_queries import Wanted, replay_extent, replay_page, replay_row
 from service.events.replays import (
-    Cancelled,
-    Page,
-    Replay,
+    NewReplayRow,
+    ReplayFilter,
+    ReplayPage,
     cancel_replays,
     insert_replays,
     record_pages,
+    replay_extent,
+    replay_page,
+    replay_row,
 )
 from service.upkeep.expiry import forget_deliveries, forget_events, forget_replays
 from tests.contract.subject import DAY, LEASE, OWNER, SECOND, Subject, new_id
 from tests.outbox import Made, emit
 
 TYPE = "image.task.failed"
-ALL = Wanted("", OWNER, 0, None, ("*",), "all")
+ALL = ReplayFilter("", OWNER, 0, None, ("*",), "all")
 DEAD = replace(ALL, only="dead")
 
 
@@ -35,17 +37,17 @@ async def event(subject: Subject, type: str = TYPE, owner: str = OWNER) -> str:
     return id
 
 
-async def meant(subject: Subject, wanted: Wanted, endpoint: str) -> list[str]:
+async def meant(subject: Subject, wanted: ReplayFilter, endpoint: str) -> list[str]:
     """The events of a replay, as counted and as its one page has them; the replay is taken back."""
     wanted = replace(wanted, endpoint_id=endpoint)
     extent = await subject.store.read(replay_extent, wanted)
-    replay = Replay(new_id("replay"), OWNER, wanted, extent)
+    replay = NewReplayRow(new_id("replay"), OWNER, wanted, extent)
     assert await subject.write(insert_replays, replay)
     found = await subject.store.read(replay_page, replay.id, 100)
     assert found is not None
     assert not found.waits
     assert len(found.events) == extent.count
-    assert await subject.write(cancel_replays, Cancelled(replay.id, None))
+    assert await subject.write(cancel_replays, (replay.id, None))
     return [row["id"] for row in found.events]
 
 
@@ -55,9 +57,9 @@ async def end(subject: Subject, event_id: str, result: str) -> None:
     await subject.attempt(await subject.claimed("deliver", row["id"]), result)
 
 
-async def started(subject: Subject, endpoint: str, wanted: Wanted = ALL) -> str:
+async def started(subject: Subject, endpoint: str, wanted: ReplayFilter = ALL) -> str:
     wanted = replace(wanted, endpoint_id=endpoint)
-    replay = Replay(
+    replay = NewReplayRow(
         new_id("replay"), OWNER, wanted, await subject.store.read(replay_extent, wanted)
     )
     assert await subject.batch(insert_replays, [replay, replay]) == [True, True]
@@ -73,7 +75,7 @@ async def turn(subject: Subject, replay_id: str, limit: int = 2) -> Row:
     more = len(found.events) == limit
     position = found.events[-1]["sequence"] if more else found.last
     assert await subject.write(
-        record_pages, Page(lease, found.events, position, SECOND if more else None)
+        record_pages, ReplayPage(lease, found.events, position, SECOND if more else None)
     )
     return await subject.row(replays, replay_id)
 
@@ -220,7 +222,7 @@ async def test_replays_to_one_endpoint_come_one_after_the_other(subject: Subject
     ]
     position = (await subject.row(replays, second))["position"]
     assert await subject.write(
-        record_pages, Page(await subject.claimed("replay", second), (), None, SECOND)
+        record_pages, ReplayPage(await subject.claimed("replay", second), (), None, SECOND)
     )
     row = await subject.row(replays, second)
     assert (row["state"], row["position"], row["due_at"]) == (
@@ -252,15 +254,15 @@ async def test_a_replay_ends_with_its_endpoint(subject: Subject, how: str) -> No
     assert await subject.write(change_endpoints, change)
     before = len(await subject.rows(deliveries))
     assert not await subject.write(
-        record_pages, Page(lease, page.events, page.events[-1]["sequence"], SECOND)
+        record_pages, ReplayPage(lease, page.events, page.events[-1]["sequence"], SECOND)
     )
     assert not await subject.write(
-        record_pages, Page(await subject.claimed("replay", late), (), None, None)
+        record_pages, ReplayPage(await subject.claimed("replay", late), (), None, None)
     )
     assert [row["state"] for row in await subject.rows(replays)] == ["cancelled", "cancelled"]
     assert [row["due_at"] for row in await subject.rows(replays)] == [None, None]
     assert len(await subject.rows(deliveries)) == before
-    replay = Replay(
+    replay = NewReplayRow(
         new_id("replay"),
         OWNER,
         replace(ALL, endpoint_id=endpoint),
@@ -283,15 +285,15 @@ async def test_a_cancelled_replay_makes_nothing_more_and_what_is_pending_is_dead
     taken, waiting = await subject.rows(deliveries, replay_id=replay)
     await subject.attempt(await subject.claimed("redeliver", taken["id"]), "delivered")
     under_way = await subject.claimed("redeliver", waiting["id"])
-    assert not await subject.write(cancel_replays, Cancelled(replay, "other"))
-    assert not await subject.write(cancel_replays, Cancelled("rpl_gone", None))
+    assert not await subject.write(cancel_replays, (replay, "other"))
+    assert not await subject.write(cancel_replays, ("rpl_gone", None))
     subject.clock.shift(SECOND)
     lease = await subject.claimed("replay", replay)
     found = await subject.store.read(replay_page, replay, 2)
     assert found is not None
     for _ in range(2):
-        assert await subject.write(cancel_replays, Cancelled(replay, OWNER))
-    assert not await subject.write(record_pages, Page(lease, found.events, found.last, None))
+        assert await subject.write(cancel_replays, (replay, OWNER))
+    assert not await subject.write(record_pages, ReplayPage(lease, found.events, found.last, None))
     row = await subject.row(replays, replay)
     assert (row["state"], row["made"], row["due_at"], row["finished_at"]) == (
         "cancelled",
@@ -319,9 +321,9 @@ async def test_cancelling_while_a_page_is_recorded_leaves_nothing_pending(
         lease = await two[0].claimed("replay", replay)
         found = await two[0].store.read(replay_page, replay, 9)
         assert found is not None
-        page = Page(lease, found.events, found.last, None)
+        page = ReplayPage(lease, found.events, found.last, None)
         await asyncio.gather(
-            two[0].write(record_pages, page), two[1].write(cancel_replays, Cancelled(replay, None))
+            two[0].write(record_pages, page), two[1].write(cancel_replays, (replay, None))
         )
         assert {row["state"] for row in await two[0].rows(deliveries, replay_id=replay)} <= {"dead"}
         await two[0].change(endpoint, status="disabled")
@@ -339,11 +341,11 @@ async def test_a_page_counts_under_its_lease_alone(subject: Subject) -> None:
     assert found is not None
     subject.clock.shift(LEASE)
     lease = await subject.claimed("replay", replay)
-    assert not await subject.write(record_pages, Page(late, found.events, found.last, None))
-    page = Page(lease, found.events, found.last, None)
+    assert not await subject.write(record_pages, ReplayPage(late, found.events, found.last, None))
+    page = ReplayPage(lease, found.events, found.last, None)
     assert [await subject.write(record_pages, page) for _ in range(2)] == [True, False]
     assert not await subject.write(
-        record_pages, Page(Lease("replay", "rpl_gone", 1, 1), (), None, None)
+        record_pages, ReplayPage(Lease("replay", "rpl_gone", 1, 1), (), None, None)
     )
     assert len(await subject.rows(deliveries, replay_id=replay)) == 1
 
@@ -365,7 +367,7 @@ async def test_what_retention_took_is_not_replayed(subject: Subject) -> None:
     )
     await subject.write(forget_events, [gone])
     assert len(await subject.rows(events)) == 1
-    assert await subject.write(record_pages, Page(lease, found.events, found.last, None))
+    assert await subject.write(record_pages, ReplayPage(lease, found.events, found.last, None))
     row = await subject.row(replays, replay)
     assert (row["state"], row["count"], row["made"]) == ("done", 2, 1)
     assert ids(await subject.rows(deliveries, replay_id=replay)) == [kept]
@@ -388,9 +390,9 @@ async def test_a_replay_that_ended_long_ago_is_forgotten(subject: Subject) -> No
     """Those that run, and those that ended since, stay."""
     endpoint = await subject.endpoint()
     old, new, running = [await started(subject, endpoint) for _ in range(3)]
-    await subject.write(cancel_replays, Cancelled(old, None))
+    await subject.write(cancel_replays, (old, None))
     subject.clock.shift(DAY)
     before = subject.clock.now - 1
-    await subject.write(cancel_replays, Cancelled(new, None))
+    await subject.write(cancel_replays, (new, None))
     assert await subject.write(forget_replays, before) == 1
     assert [row["id"] for row in await subject.rows(replays)] == [new, running]

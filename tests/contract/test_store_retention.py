@@ -13,8 +13,13 @@ from service.db.clock import wall_clock
 from service.db.readiness import mark
 from service.db.tables import attempts, callbacks, deliveries, events, metadata, steps
 from service.db.transaction import Transaction
-from service.events import event_queries
-from service.events.delivery_records import Attempt, Outcome, record_attempts
+from service.events.deliveries import (
+    DeliveryAttempt,
+    DeliveryOutcome,
+    delivery_to_send,
+    record_attempts,
+)
+from service.events.feed import event_list
 from service.images import image_queries
 from service.images.sweep import orphans
 from service.tasks import task_queries
@@ -93,7 +98,7 @@ async def olds(subject: Subject, before: int, most: int = 9, limit: Limit = LIMI
 
 async def forgotten(subject: Subject) -> int:
     """Up to where the outbox has holes, as a reader is told."""
-    return (await subject.store.read(event_queries.event_list, None, 0, 1))[2]
+    return (await subject.store.read(event_list, None, 0, 1))[2]
 
 
 # --- erasure ---
@@ -149,10 +154,10 @@ async def test_nothing_of_the_content_stays(subject: Subject) -> None:
     (image,) = await subject.images(task_id)
     (told,) = await subject.rows(events, task_id=task_id, terminal=True)
     (sent,) = await subject.rows(deliveries, event_id=told["id"], endpoint_id=endpoint)
-    answered = Attempt(new_id("attempt"), 200, 12, None, SECRET.encode())
+    answered = DeliveryAttempt(new_id("attempt"), 200, 12, None, SECRET.encode())
     await subject.write(
         record_attempts,
-        Outcome(await subject.claimed("deliver", sent["id"]), "delivered", answered),
+        DeliveryOutcome(await subject.claimed("deliver", sent["id"]), "delivered", answered),
     )
     assert (await everything(subject)).count(SECRET) >= 7
     assert await erase(subject, task_id) == Erased(None, (image["blob"],))
@@ -247,7 +252,7 @@ async def test_pending_deliveries_go_out_without_content(subject: Subject) -> No
     assert (own["state"], own["due_at"], own["finished_at"]) == ("dead", None, subject.clock.now)
     *_, to_endpoint = await subject.rows(deliveries, task_id=task_id, state="pending")
     lease = await subject.claimed("deliver", to_endpoint["id"])
-    parcel = await subject.store.read(event_queries.parcel, lease.key)
+    parcel = await subject.store.read(delivery_to_send, lease.key)
     assert parcel is not None
     assert parcel.event is not None
     assert parcel.event["data"]["metadata"] == {}
@@ -500,11 +505,11 @@ async def test_a_reader_is_told_what_is_no_longer_kept_and_gets_past_it(subject:
         [(await subject.events())[0]["id"]], 1
     )
     await outbox(subject, subject.clock.now)
-    assert await subject.store.read(event_queries.event_list, None, 0, 9) == ([], 2, 2)
+    assert await subject.store.read(event_list, None, 0, 9) == ([], 2, 2)
     assert await subject.write(forget_events, []) == 0
     assert await forgotten(subject) == 2
     await subject.submitted()
-    rows, last, gone = await subject.store.read(event_queries.event_list, None, 2, 9)
+    rows, last, gone = await subject.store.read(event_list, None, 2, 9)
     assert ([row["sequence"] for row in rows], last, gone) == ([3], 3, 2)
 
 

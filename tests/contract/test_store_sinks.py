@@ -3,30 +3,36 @@
 from dataclasses import replace
 
 from service.db.tables import sinks
-from service.events import event_queries
-from service.events.broker_positions import Hold, advance_sinks, hold_sinks, release_sinks
+from service.events.broker_worker import (
+    SinkLease,
+    advance_sinks,
+    lease_sinks,
+    release_sinks,
+    sinks_behind,
+)
+from service.events.feed import outbox_end
 from service.upkeep import expiry
 from tests.contract.subject import DAY, LEASE, SECOND, Opener, Subject
 
 NAME = "nats://127.0.0.1:4222/darkroom?stream=EVENTS"
 
 
-async def hold(subject: Subject) -> Hold | None:
-    return await subject.write(hold_sinks, NAME)
+async def hold(subject: Subject) -> SinkLease | None:
+    return await subject.write(lease_sinks, NAME)
 
 
-async def held(subject: Subject) -> Hold:
+async def held(subject: Subject) -> SinkLease:
     found = await hold(subject)
     assert found is not None
     return found
 
 
 async def end(subject: Subject) -> int:
-    return await subject.store.read(event_queries.outbox_end)
+    return await subject.store.read(outbox_end)
 
 
 async def behind(subject: Subject, *types: str) -> int | None:
-    return (await subject.store.read(event_queries.sinks_behind, {NAME: types}))[NAME]
+    return (await subject.store.read(sinks_behind, {NAME: types}))[NAME]
 
 
 async def test_a_new_sink_begins_at_the_outboxs_end(subject: Subject) -> None:
@@ -34,7 +40,7 @@ async def test_a_new_sink_begins_at_the_outboxs_end(subject: Subject) -> None:
     assert await behind(subject) is None
     await subject.submitted()
     first = await held(subject)
-    assert first == Hold(NAME, 1, await end(subject))
+    assert first == SinkLease(NAME, 1, await end(subject))
     await subject.submitted()
     assert (await held(subject)).position == first.position < await end(subject)
 
@@ -89,9 +95,9 @@ async def test_a_clock_that_went_back_keeps_no_sink(two: tuple[Subject, Subject]
 async def test_a_store_that_proves_nobody_lives_frees_its_sinks(sqlite_opener: Opener) -> None:
     """SQLite, at the start: the next process goes on at once."""
     async with sqlite_opener() as store:
-        first = await store.write(hold_sinks, NAME)
+        first = await store.write(lease_sinks, NAME)
     async with sqlite_opener("two") as store:
-        second = await store.write(hold_sinks, NAME)
+        second = await store.write(lease_sinks, NAME)
     assert first is not None
     assert second == replace(first, fence=first.fence + 1)
 

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from itertools import pairwise
@@ -25,9 +25,8 @@ from service import app
 from service.app import stages
 from service.db.tables import endpoints
 from service.db.transaction import Lease, Transaction
-from service.events.delivery_records import Outcome
-from service.events.delivery_worker import Deliverer
-from service.events.event_queries import Parcel
+from service.events.deliveries import DeliveryOutcome, DeliveryToSend
+from service.events.delivery_worker import DeliveryWorker
 from service.events.secrets import valid_secrets
 from service.images.validator import Examiner
 from service.queue import worker
@@ -533,29 +532,27 @@ async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(
     """
     monkeypatch.setattr(here.context.resources.store, "clock", lambda: 1_000_000)
     deliverer, lease = (
-        Deliverer(here.context.sender, (1.0,), 1.0),
+        DeliveryWorker(here.context.sender, (1.0,), 1.0),
         Lease("deliver", "dlv_x", 1, 1),
     )
-    row, event = {"endpoint_id": "ep_x"}, {"id": "evt_x"}
-    dead, held = Outcome(lease, "dead"), Outcome(lease, "held")
-
-    def endpoint(status: str, paused_until: int | None = None) -> Parcel:
-        return Parcel(row, event, {"status": status, "paused_until": paused_until}, None, None)
-
-    assert deliverer._not_now(lease, Parcel(row, event, None, None, None)) == dead
-    assert (
-        deliverer._not_now(lease, Parcel(row, event, None, "https://hooks.example", None)) == dead
+    dead, held = DeliveryOutcome(lease, "dead"), DeliveryOutcome(lease, "held")
+    own = DeliveryToSend(
+        "dlv_x", "painter", None, "task_x", "pending", "https://x.test", b"", None, None, {}
     )
-    assert (
-        deliverer._not_now(lease, Parcel(row, event, None, "https://hooks.example", b"secret"))
-        is None
-    )
-    assert deliverer._not_now(lease, endpoint("disabled")) == dead
-    assert deliverer._not_now(lease, endpoint("paused")) == held
-    assert deliverer._not_now(lease, endpoint("enabled")) is None
-    assert deliverer._not_now(lease, endpoint("enabled", 999_999)) is None
-    assert deliverer._not_now(lease, endpoint("enabled", 1_000_500)) == Outcome(
-        lease, "later", wait_ms=500
+
+    def endpoint(status: str, paused_until: int | None = None) -> DeliveryToSend:
+        return replace(own, endpoint_id="ep_x", endpoint_status=status, paused_until=paused_until)
+
+    decide = deliverer._without_request
+    assert decide(lease, replace(own, url=None, secret=None)) == dead
+    assert decide(lease, replace(own, secret=None)) == dead
+    assert decide(lease, own) is None
+    assert decide(lease, endpoint("disabled")) == dead
+    assert decide(lease, endpoint("paused")) == held
+    assert decide(lease, endpoint("enabled")) is None
+    assert decide(lease, endpoint("enabled", 999_999)) is None
+    assert decide(lease, endpoint("enabled", 1_000_500)) == DeliveryOutcome(
+        lease, "snooze", wait_ms=500
     )
 
 

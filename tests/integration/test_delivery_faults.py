@@ -21,8 +21,8 @@ from service.db.tables import deliveries, events
 from service.db.transaction import Lease, Transaction
 from service.errors import StoreUnavailable
 from service.events import delivery_worker
-from service.events.delivery_records import record_attempts
-from service.events.delivery_worker import Deliverer
+from service.events.deliveries import record_attempts
+from service.events.delivery_worker import DeliveryWorker
 from service.queue import worker
 from tests.api import got
 from tests.outbox import emitted
@@ -160,7 +160,10 @@ async def test_a_lease_that_ended_meanwhile_sends_nothing_twice(
     """The next lease of the same process finds what was sent, and records it; so often as leases
     end.
     """
-    store, deliverer = (still.context.resources.store, Deliverer(still.context.sender, (600.0,), 0))
+    store, deliverer = (
+        still.context.resources.store,
+        DeliveryWorker(still.context.sender, (600.0,), 0),
+    )
     claimed = [await due(still, shop)]
     away = Away(store, monkeypatch)
     jobs = [asyncio.create_task(deliverer.run(claimed[0]))]
@@ -186,7 +189,10 @@ async def test_what_another_process_did_meanwhile_counts(
     still: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It had a lease between ours and has planned a retry: that is sent."""
-    store, deliverer = (still.context.resources.store, Deliverer(still.context.sender, (600.0,), 0))
+    store, deliverer = (
+        still.context.resources.store,
+        DeliveryWorker(still.context.sender, (600.0,), 0),
+    )
     lease = await due(still, shop)
     away = Away(store, monkeypatch)
     job = asyncio.create_task(deliverer.run(lease))
@@ -206,7 +212,7 @@ async def test_what_is_kept_of_unrecorded_attempts_is_bounded(
 ) -> None:
     """The oldest goes first."""
     monkeypatch.setattr(delivery_worker, "LATE", 2)
-    deliverer = Deliverer(still.context.sender, (600.0,), 0)
+    deliverer = DeliveryWorker(still.context.sender, (600.0,), 0)
     claimed = [await due(still, shop) for _ in range(3)]
     for lease in claimed:
         await still.context.resources.store.write(leased, Lease("redeliver", lease.key, 2, 2))
@@ -224,7 +230,7 @@ async def test_a_delivery_whose_event_is_gone_is_dead(still: World, shop: Subscr
     """There is nothing to send; by hand neither. One that has ended, or is not there, is left as it
     is.
     """
-    deliverer = Deliverer(still.context.sender, (600.0,), 0)
+    deliverer = DeliveryWorker(still.context.sender, (600.0,), 0)
     lease = await due(still, shop)
     found = got(await still.client.get(f"/v1/deliveries/{lease.key}"))
     await still.context.resources.store.write(forget, found["event"])

@@ -17,9 +17,7 @@ from service.db.tables import counters, sinks
 from service.db.transaction import Transaction
 from service.errors import MessageTooLarge, SinkUnavailable, StoreUnavailable
 from service.events import broker_worker
-from service.events.broker_positions import Hold, hold_sinks
-from service.events.broker_worker import Publisher
-from service.events.sinks import Message
+from service.events.broker_worker import BrokerWorker, Message, SinkLease, lease_sinks
 from tests.api import UNTIL_DONE, submitted
 from tests.integration.test_brokers import emit
 from tests.waiting import wait_until
@@ -51,10 +49,10 @@ class Played:
 
 
 @asynccontextmanager
-async def publishing(here: World, broker: Played) -> AsyncIterator[Publisher]:
+async def publishing(here: World, broker: Played) -> AsyncIterator[BrokerWorker]:
     """A publisher at work, with its place in the outbox."""
-    await here.context.resources.store.write(hold_sinks, broker.name)
-    publisher = Publisher(here.context.resources, broker)
+    await here.context.resources.store.write(lease_sinks, broker.name)
+    publisher = BrokerWorker(here.context.resources, broker)
     job = asyncio.create_task(publisher.run())
     try:
         yield publisher
@@ -124,14 +122,14 @@ async def test_who_lost_its_lease_notes_nothing_and_leaves_the_rest_to_another(
         broker = Played(lambda count: store.write(steal, None) if count == 2 else None)
         async with publishing(here, broker) as publisher:
             gone = asyncio.create_task(emit(here, range(5)))
-            await wait_until(lambda: publisher._hold is None and len(broker.ids) >= 3)
+            await wait_until(lambda: publisher._lease is None and len(broker.ids) >= 3)
             await gone
             before = len(broker.ids)
             await store.write(give, None)
             ids = await all_taken(here, broker)
             await wait_until(lambda: broker.ids[before:] and broker.ids[-1] == ids[-1])
             await store.write(steal, None)
-            await wait_until(lambda: publisher._hold is None)
+            await wait_until(lambda: publisher._lease is None)
     assert list(dict.fromkeys(broker.ids)) == ids
     assert set(broker.ids[before:]) & set(broker.ids[:before])
 
@@ -165,13 +163,13 @@ async def test_a_store_that_is_away_is_no_brokers_fault(
     """Whoever promised something says it; the sink goes on when the store does."""
     asked: list[str] = []
 
-    def failing(tx: Transaction, names: Sequence[str]) -> list[Hold | None]:
+    def failing(tx: Transaction, names: Sequence[str]) -> list[SinkLease | None]:
         asked.extend(names)
         if len(asked) <= 4:  # a batch is tried again one by one
             raise StoreUnavailable("away")
-        return hold_sinks(tx, names)
+        return lease_sinks(tx, names)
 
-    monkeypatch.setattr(broker_worker, "hold_sinks", failing)
+    monkeypatch.setattr(broker_worker, "lease_sinks", failing)
     monkeypatch.setattr(broker_worker, "LOOK_S", 0.05)
     broker = Played()
     with capture_logs() as captured:
@@ -225,7 +223,7 @@ async def test_events_that_are_gone_are_told(tmp_path: Path) -> None:
     with capture_logs() as captured:
         async with world(tmp_path) as here:
             store = here.context.resources.store
-            await store.write(hold_sinks, broker.name)
+            await store.write(lease_sinks, broker.name)
             await emit(here, range(2))
             await store.write(forget, 1)
             async with publishing(here, broker):

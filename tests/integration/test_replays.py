@@ -13,7 +13,7 @@ import httpx
 import pytest
 from starlette.responses import Response
 
-from service.events import replay_worker as pipeline
+from service.events import replays as pipeline
 from service.queue import worker
 from service.upkeep.expiry import forget_replays
 from tests.api import TIME, got, refused

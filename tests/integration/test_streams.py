@@ -17,8 +17,9 @@ from structlog.testing import capture_logs
 from service.db.tables import counters, events
 from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
-from service.events import event_queries, feed, tail
-from service.events.tail import Tail, Wanted
+from service.events import feed, tail
+from service.events.feed import event_list
+from service.events.tail import StreamFilter, Tail
 from service.web import event_stream
 from tests.api import UNTIL_DONE, got, refused, submitted
 from tests.outbox import emitted
@@ -351,7 +352,7 @@ async def test_a_store_that_is_away_ends_those_who_need_it(
     )
 
     async def failing(query: Any, *args: Any) -> Any:
-        if faults and query is event_queries.event_list and args[0] is None:
+        if faults and query is event_list and args[0] is None:
             raise faults.pop(0)
         return await read(query, *args)
 
@@ -366,5 +367,5 @@ async def test_a_store_that_is_away_ends_those_who_need_it(
         ]
         faults.append(StoreUnavailable("away"))
         with pytest.raises(StoreUnavailable):
-            await anext(Tail(store, here.context.resources.links).follow(0, Wanted(None), 1))
+            await anext(Tail(store, here.context.resources.links).follow(0, StreamFilter(None), 1))
         assert faults == []

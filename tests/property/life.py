@@ -12,7 +12,12 @@ import hypothesis.strategies as st
 from hypothesis.stateful import initialize, rule
 
 from service.db.queues import QUEUES
-from service.events.endpoints import Endpoint, EndpointChange, change_endpoints, insert_endpoints
+from service.events.endpoints import (
+    EndpointChange,
+    NewEndpointRow,
+    change_endpoints,
+    insert_endpoints,
+)
 from service.queue import leases
 from service.queue.crashes import record_faults
 from service.tasks.admin import Resolution, reconcile_tasks, resolve_tasks
@@ -97,7 +102,7 @@ class TaskLife(Living):
                 0,
                 Write(
                     insert_endpoints,
-                    Endpoint(self.endpoint, None, "https://s.test", ("*",), "", b"secret"),
+                    NewEndpointRow(self.endpoint, None, "https://s.test", ("*",), "", b"secret"),
                 ),
             )
         for _ in range(first):

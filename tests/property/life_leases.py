@@ -5,7 +5,7 @@ from typing import Any
 
 from service.db.queues import QUEUES
 from service.db.transaction import Lease
-from service.events.delivery_records import record_attempts
+from service.events.deliveries import record_attempts
 from service.images.downloads import record_downloads
 from service.queue import crashes, leases
 from service.queue.crashes import DeadLetter, Fault, claim_candidates, record_faults

@@ -13,9 +13,13 @@ from typing import Any
 
 from service.db.paging import Row
 from service.db.transaction import Lease
-from service.events import event_queries
-from service.events.delivery_records import Attempt, Outcome, record_attempts
-from service.events.event_queries import Parcel
+from service.events.deliveries import (
+    DeliveryAttempt,
+    DeliveryOutcome,
+    DeliveryToSend,
+    delivery_to_send,
+    record_attempts,
+)
 from service.images import image_queries
 from service.images.downloads import Download, Lost, Retry, Stored, record_downloads
 from service.queue import leases
@@ -241,31 +245,29 @@ class Workshop:
     # --- deliver ---
 
     def deliver(self, lease: Lease) -> Life:
-        parcel: Parcel | None = yield Read(event_queries.parcel, (lease.key,))
-        if parcel is None or parcel.delivery["state"] != "pending" or parcel.event is None:
+        delivery: DeliveryToSend | None = yield Read(delivery_to_send, (lease.key,))
+        if delivery is None or delivery.state != "pending" or delivery.event is None:
             yield Write(leases.done, lease)
-        elif parcel.callback_url is None and (
-            parcel.endpoint is None or parcel.endpoint["status"] == "disabled"
-        ):
-            yield Write(record_attempts, Outcome(lease, "dead"))
-        elif parcel.endpoint and parcel.endpoint["status"] == "paused":
-            yield Write(record_attempts, Outcome(lease, "held"))
-        elif (
-            parcel.endpoint and (left := (parcel.endpoint["paused_until"] or 0) - self.clock()) > 0
-        ):
-            yield Write(record_attempts, Outcome(lease, "later", wait_ms=left))
+        elif delivery.url is None or delivery.endpoint_status == "disabled":
+            yield Write(record_attempts, DeliveryOutcome(lease, "dead"))
+        elif delivery.endpoint_status == "paused":
+            yield Write(record_attempts, DeliveryOutcome(lease, "held"))
+        elif (left := (delivery.paused_until or 0) - self.clock()) > 0:
+            yield Write(record_attempts, DeliveryOutcome(lease, "snooze", wait_ms=left))
         else:
             yield Write(record_attempts, self._delivered(lease))
 
-    def _delivered(self, lease: Lease) -> Outcome:
-        attempt = Attempt(new_id("attempt"), 500 if self.luck else 204, 12, None, b"")
+    def _delivered(self, lease: Lease) -> DeliveryOutcome:
+        attempt = DeliveryAttempt(new_id("attempt"), 500 if self.luck else 204, 12, None, b"")
         match self.luck:
             case 1 | 2:
-                return Outcome(lease, "retry", attempt, wait_ms=5 * SECOND, disable_after_ms=DAY)
+                return DeliveryOutcome(
+                    lease, "retry", attempt, wait_ms=5 * SECOND, disable_after_ms=DAY
+                )
             case 3:
-                return Outcome(lease, "retry", attempt, wait_ms=HOUR, pause_ms=HOUR)
+                return DeliveryOutcome(lease, "retry", attempt, wait_ms=HOUR, pause_ms=HOUR)
             case 4:
-                return Outcome(lease, "dead", attempt)
+                return DeliveryOutcome(lease, "dead", attempt)
             case 5:
-                return Outcome(lease, "gone", attempt)
-        return Outcome(lease, "delivered", attempt)
+                return DeliveryOutcome(lease, "gone", attempt)
+        return DeliveryOutcome(lease, "delivered", attempt)

@@ -320,15 +320,15 @@ def test_links_to_images_may_lead_elsewhere() -> None:
 def test_a_tasks_event_is_a_structured_cloudevent() -> None:
     """With the task and its links as data."""
     kept = task_document(task(State.COMPLETED), [IMAGE])
-    event = event_document(
-        event_id="evt_1",
-        sequence=42,
-        type="image.task.completed",
-        subject="task_1",
-        time=1757165031999,
-        data=kept,
-        links=Links(BASE),
-    )
+    row = {
+        "id": "evt_1",
+        "sequence": 42,
+        "type": "image.task.completed",
+        "task_id": "task_1",
+        "time": 1757165031999,
+        "data": kept,
+    }
+    event = event_document(row, Links(BASE))
     assert event == {
         "specversion": "1.0",
         "id": "evt_1",
@@ -347,15 +347,15 @@ def test_an_operators_event_keeps_its_data() -> None:
     libraries refuse null.
     """
     data = {"endpoint_id": "ep_1"}
-    event = event_document(
-        event_id="evt_1",
-        sequence=1,
-        type="endpoint.disabled",
-        subject=None,
-        time=0,
-        data=data,
-        links=Links(BASE),
-    )
+    row = {
+        "id": "evt_1",
+        "sequence": 1,
+        "type": "endpoint.disabled",
+        "task_id": None,
+        "time": 0,
+        "data": data,
+    }
+    event = event_document(row, Links(BASE))
     assert (event["data"], event["subject"]) == (data, "ep_1")
 
 

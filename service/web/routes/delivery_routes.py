@@ -5,8 +5,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.errors import ApiError
-from service.events import event_queries
-from service.events.delivery_worker import delivery_document, send_by_hand
+from service.events.deliveries import delivery_list
+from service.events.delivery_worker import send_manually
+from service.events.documents import delivery_document
 from service.strict_json import JSON
 from service.web.bodies import page, place_of, query_limit, query_text, read_cursor
 from service.web.context import context_of
@@ -25,9 +26,7 @@ async def deliveries(request: Request) -> Response:
     }
     where = {name: value for name, value in asked.items() if value is not None}
     store = context_of(request).resources.store
-    found = await store.read(
-        event_queries.delivery_list, caller.sees, limit + 1, read_cursor(request), where
-    )
+    found = await store.read(delivery_list, caller.sees, limit + 1, read_cursor(request), where)
     return page(
         found,
         limit,
@@ -43,7 +42,7 @@ async def delivery(request: Request) -> Response:
 async def _shown(request: Request) -> JSON:
     caller, where = caller_of(request), {"id": request.path_params["delivery_id"]}
     found = await context_of(request).resources.store.read(
-        event_queries.delivery_list, caller.sees, 1, None, where
+        delivery_list, caller.sees, 1, None, where
     )
     if not found:
         raise ApiError(404, "delivery_not_found", "no delivery of yours has that id")
@@ -57,7 +56,7 @@ async def retry(request: Request) -> Response:
     shown = await _shown(request)
     context = context_of(request)
     with context.admission.by_hand_of(caller_of(request).owner):
-        sent = await send_by_hand(context.sender, shown["id"])
+        sent = await send_manually(context.sender, shown["id"])
     if not sent:
         raise ApiError(
             409, "nothing_to_send", "its event is no longer kept, or its endpoint is gone"

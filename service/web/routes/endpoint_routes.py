@@ -9,10 +9,17 @@ from starlette.responses import JSONResponse, Response
 
 from service.db.paging import Row
 from service.errors import ApiError, EgressRefused, NotConnected
-from service.events import event_queries
-from service.events.delivery_worker import attempt_document, send_test
-from service.events.endpoints import Endpoint, EndpointChange, change_endpoints, insert_endpoints
-from service.events.replay_queries import Wanted, replay_extent
+from service.events.delivery_worker import send_test
+from service.events.documents import attempt_document
+from service.events.endpoints import (
+    EndpointChange,
+    NewEndpointRow,
+    change_endpoints,
+    endpoint_list,
+    endpoint_row,
+    insert_endpoints,
+)
+from service.events.replays import ReplayFilter, replay_extent
 from service.events.secrets import rotate_secret
 from service.ids import rfc3339
 from service.resources import Resources
@@ -65,7 +72,7 @@ async def create(request: Request) -> Response:
     await check_url(resources, body.url)
     secret = new_secret(os.urandom(32))
     encrypted = resources.keyring.encrypt(secret)
-    endpoint = Endpoint(
+    endpoint = NewEndpointRow(
         resources.id("endpoint"), owner, body.url, tuple(body.types), body.description, encrypted
     )
     await resources.store.write(insert_endpoints, endpoint)
@@ -76,7 +83,7 @@ async def create(request: Request) -> Response:
 async def endpoint_of(request: Request, endpoint_id: str | None = None) -> Row:
     wanted = endpoint_id or request.path_params["endpoint_id"]
     row = await context_of(request).resources.store.read(
-        event_queries.endpoint_row, wanted, caller_of(request).sees
+        endpoint_row, wanted, caller_of(request).sees
     )
     if row is None:
         raise ApiError(404, "endpoint_not_found", "no endpoint of yours has that id")
@@ -91,7 +98,7 @@ async def listed(request: Request) -> Response:
     limit = query_limit(request)
     store, owner = context_of(request).resources.store, caller_of(request).sees
     return page(
-        await store.read(event_queries.endpoint_list, owner, limit + 1, read_cursor(request)),
+        await store.read(endpoint_list, owner, limit + 1, read_cursor(request)),
         limit,
         place_of,
         shown,
@@ -127,7 +134,7 @@ async def _offer(resources: Resources, row: Row, since: int) -> JSON:
     `only` the dead.
     """
     extent = await resources.store.read(
-        replay_extent, Wanted(row["id"], row["owner"], since, None, (), "dead")
+        replay_extent, ReplayFilter(row["id"], row["owner"], since, None, (), "dead")
     )
     return {"since": rfc3339(since), "count": extent.count}
 

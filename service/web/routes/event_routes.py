@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from service.errors import ApiError
 from service.events.feed import read_events
-from service.events.tail import Wanted
+from service.events.tail import StreamFilter
 from service.ids import sequence_text
 from service.web.bodies import query_limit, query_seconds, query_text
 from service.web.context import context_of
@@ -53,7 +53,7 @@ async def events(request: Request) -> Response:
         last = sequence(
             request.headers.get("last-event-id"), "Last-Event-ID"
         )  # of a reader that comes back to the same URL
-        wanted = Wanted(sees, types, task_id)
+        wanted = StreamFilter(sees, types, task_id)
         return stream(
             request,
             context.tail,

@@ -7,7 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from service.db.readiness import mark
 from service.errors import ApiError, BlobUnavailable, StoreUnavailable
-from service.events import event_queries
+from service.events.broker_worker import sinks_behind
 from service.ops.metrics import CONTENT_TYPE
 from service.upkeep import store_figures
 from service.web.auth import SCOPES
@@ -62,7 +62,7 @@ async def _blobs_answer(context: Context) -> bool:
 
 async def _sinks_late(context: Context) -> bool:
     store = context.resources.store
-    behind = await store.read(event_queries.sinks_behind, context.sinks)
+    behind = await store.read(sinks_behind, context.sinks)
     return any(
         oldest is not None and oldest < store.clock() - SINK_LATE_MS for oldest in behind.values()
     )
@@ -89,6 +89,6 @@ async def _causes(request: Request, context: Context, causes: list[str]) -> dict
 async def metrics(request: Request) -> Response:
     context, resources = context_of(request), context_of(request).resources
     figures = await resources.store.read(store_figures.figures)
-    figures["sinks_behind"] = await resources.store.read(event_queries.sinks_behind, context.sinks)
+    figures["sinks_behind"] = await resources.store.read(sinks_behind, context.sinks)
     body = resources.metrics.show(figures, resources.clock(), await _free_bytes(context))
     return Response(body, headers={"content-type": CONTENT_TYPE})

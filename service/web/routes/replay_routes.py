@@ -7,10 +7,16 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.errors import ApiError
+from service.events.documents import replay_document
 from service.events.outbox import OPERATORS
-from service.events.replay_queries import Wanted, replay_extent, replay_row
-from service.events.replay_worker import replay_document
-from service.events.replays import Cancelled, Replay, cancel_replays, insert_replays
+from service.events.replays import (
+    NewReplayRow,
+    ReplayFilter,
+    cancel_replays,
+    insert_replays,
+    replay_extent,
+    replay_row,
+)
 from service.web.bodies import read_json, validated
 from service.web.context import context_of
 from service.web.routes.endpoint_routes import endpoint_of
@@ -34,13 +40,13 @@ async def create(request: Request) -> Response:
         await endpoint_of(request),
     )
     since, until = milliseconds(body.since) or 0, milliseconds(body.until)
-    wanted = Wanted(
+    wanted = ReplayFilter(
         endpoint["id"], endpoint["owner"], since, until, body.types or endpoint["types"], body.only
     )
     extent = await resources.store.read(replay_extent, wanted)
     if body.dry_run:
         return JSONResponse({"id": None, "count": extent.count})
-    replay = Replay(resources.id("replay"), endpoint["owner"] or OPERATORS, wanted, extent)
+    replay = NewReplayRow(resources.id("replay"), endpoint["owner"] or OPERATORS, wanted, extent)
     if not await resources.store.write(insert_replays, replay):
         await endpoint_of(request)
         raise ApiError(409, "endpoint_disabled", "the endpoint is disabled: enable it first")
@@ -59,7 +65,7 @@ async def read(request: Request) -> Response:
 async def cancel(request: Request) -> Response:
     replay_id = request.path_params["replay_id"]
     if not await context_of(request).resources.store.write(
-        cancel_replays, Cancelled(replay_id, caller_of(request).sees)
+        cancel_replays, (replay_id, caller_of(request).sees)
     ):
         raise _missing()
     log.info("admin.action", action="replay.cancel", subject=replay_id)

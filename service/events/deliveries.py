@@ -1,0 +1,242 @@
+"""Deliveries: what an attempt needs, and the record of what came of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from sqlalchemy import Connection, and_, bindparam, func, insert, select, update
+
+from service.db.paging import After, Row, page
+from service.db.tables import attempts, deliveries, endpoints, events, owners, tasks
+from service.db.transaction import Lease, Transaction
+from service.events import outbox
+from service.events.endpoints import lock_endpoint, record_result
+from service.queue import leases
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryToSend:
+    """A delivery with all that an attempt needs.
+
+    `url` None: the endpoint or the task is gone. `secret` None: the owner has no callback secret
+    yet. `event` None: retention has deleted it.
+    """
+
+    id: str
+    owner: str
+    endpoint_id: str | None  # None: the task's own callback_url
+    task_id: str | None
+    state: str  # pending | delivered | dead
+    url: str | None
+    secret: bytes | None  # encrypted
+    endpoint_status: str | None
+    paused_until: int | None
+    event: Row | None
+
+
+_to_callback = deliveries.c.endpoint_id.is_(None)
+_DELIVERY_TO_SEND = (
+    select(
+        deliveries.c.id,
+        deliveries.c.owner,
+        deliveries.c.endpoint_id,
+        deliveries.c.task_id,
+        deliveries.c.state,
+        func.coalesce(endpoints.c.url, tasks.c.callback_url).label("url"),
+        func.coalesce(endpoints.c.secret, owners.c.callback_secret).label("secret"),
+        endpoints.c.status.label("endpoint_status"),
+        endpoints.c.paused_until,
+        deliveries.c.event_id,
+    )
+    .select_from(
+        deliveries.outerjoin(endpoints, endpoints.c.id == deliveries.c.endpoint_id)
+        .outerjoin(tasks, and_(_to_callback, tasks.c.id == deliveries.c.task_id))
+        .outerjoin(owners, and_(_to_callback, owners.c.name == deliveries.c.owner))
+    )
+    .where(deliveries.c.id == bindparam("delivery_id"))
+)
+
+
+def delivery_to_send(connection: Connection, delivery_id: str) -> DeliveryToSend | None:
+    row = connection.execute(_DELIVERY_TO_SEND, {"delivery_id": delivery_id}).mappings().first()
+    if row is None:
+        return None
+    values = dict(row)
+    mine = events.c.id == values.pop("event_id")
+    event = connection.execute(select(events).where(mine)).mappings().first()
+    return DeliveryToSend(**values, event=event)
+
+
+def delivery_list(
+    connection: Connection,
+    owner: str | None,
+    limit: int,
+    after: After = None,
+    where: Mapping[str, str] | None = None,
+) -> list[tuple[Row, list[Row]]]:
+    """Deliveries with their attempts. `where` names columns (`id`, `endpoint_id`, `event_id`,
+    `task_id`, `state`).
+    """
+    statement = select(deliveries)
+    for name, value in {"owner": owner, **(where or {})}.items():
+        if value is not None:
+            statement = statement.where(deliveries.c[name] == value)
+    rows = list(connection.execute(page(statement, deliveries, after, limit)).mappings())
+    made: dict[str, list[Row]] = {row["id"]: [] for row in rows}
+    tried = select(attempts).where(attempts.c.delivery_id.in_(made))
+    tried = tried.order_by(attempts.c.time, attempts.c.id)
+    for attempt in connection.execute(tried).mappings():
+        made[attempt["delivery_id"]].append(attempt)
+    return [(row, made[row["id"]]) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryAttempt:
+    """One request to a subscriber. `status` None: no response came."""
+
+    id: str
+    status: int | None
+    duration_ms: int
+    error: str | None
+    answer: bytes  # the first 2 KiB of the response
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryOutcome:
+    """What an attempt leads to: `delivered`, `retry` after `wait_ms`, `dead`, `gone` (410), `held`
+    (the endpoint is paused) or `snooze` (not tried, due again after `wait_ms`).
+
+    `pause_ms`: the endpoint sent Retry-After. `ours`: the fault is on this side and is not counted
+    against the endpoint. `wake`: other deliveries snoozed until this attempt ended. `url`: where
+    the request went. A response from an old address is not counted against the endpoint's new one.
+    """
+
+    lease: Lease
+    result: str
+    attempt: DeliveryAttempt | None = None
+    wait_ms: int = 0
+    pause_ms: int = 0
+    ours: bool = False
+    disable_after_ms: int = 0
+    wake: bool = False
+    url: str | None = None
+
+
+def record_attempts(tx: Transaction, items: Sequence[DeliveryOutcome]) -> list[bool]:
+    """Records attempts. False: the lease had ended. The attempt is kept, and the holder of the
+    next lease decides about the delivery.
+    """
+    mine = deliveries.c.id.in_([item.lease.key for item in items])
+    locked = select(deliveries).where(mine).order_by(deliveries.c.id).with_for_update()
+    rows = {row["id"]: row for row in tx.connection.execute(locked).mappings()}
+    made = [(item.lease.key, item.attempt) for item in items if item.lease.key in rows]
+    _insert_attempts(tx, [(key, attempt) for key, attempt in made if attempt is not None])
+    results = []
+    for item in items:
+        row = rows.get(item.lease.key)
+        held = row is not None and leases.holds(item.lease, row)
+        if item.wake:
+            tx.due.add(item.lease.stage)
+        if row is not None and held:
+            _record(tx, row, item)
+            del rows[item.lease.key]  # its lease has ended
+        results.append(held)
+    return results
+
+
+def _insert_attempts(
+    tx: Transaction, made: Sequence[tuple[str, DeliveryAttempt]]
+) -> list[dict[str, object]]:
+    """Inserts attempts that are not there yet. An operation runs again if the answer to its commit
+    was lost.
+    """
+    ids = [attempt.id for _, attempt in made]
+    if not ids:
+        return []
+    known = set(
+        tx.connection.execute(select(attempts.c.id).where(attempts.c.id.in_(ids))).scalars()
+    )
+    rows = [
+        {"delivery_id": delivery_id, "time": tx.now, **asdict(attempt)}
+        for delivery_id, attempt in made
+        if attempt.id not in known
+    ]
+    if rows:
+        tx.connection.execute(insert(attempts), rows)
+    return rows
+
+
+def _record(tx: Transaction, row: Row, item: DeliveryOutcome) -> None:
+    endpoint = lock_endpoint(tx, row["endpoint_id"]) if item.result in ("gone", "held") else None
+    result = item.result
+    if result == "gone" and endpoint is not None and item.url not in (None, endpoint.url):
+        result = "retry"
+    finished = result in ("delivered", "dead", "gone")
+    # A held delivery has no due time: it is released when the endpoint is enabled. If the endpoint
+    # was enabled meanwhile, nothing would release it, so it is due at once.
+    held = result == "held" and endpoint is not None and endpoint.status == "paused"
+    ended = finished or held or row["state"] != "pending"
+    values = leases.release(item.lease.stage, None if ended else tx.now + item.wait_ms)
+    if finished:
+        state = "delivered" if result == "delivered" else "dead"
+        values |= {"state": state, "finished_at": tx.now}
+    elif result in ("held", "snooze"):  # no request was made, so the attempt does not count
+        values["attempts"] = row["attempts"] - 1
+    tx.connection.execute(update(deliveries).where(deliveries.c.id == row["id"]).values(values))
+    if item.attempt is None:
+        return
+    if result == "dead":
+        _emit_exhausted(tx, row)
+    if row["endpoint_id"] is not None and not item.ours:
+        record_result(
+            tx, row["endpoint_id"], result, item.url, item.pause_ms, item.disable_after_ms
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ManualAttempt:
+    """An attempt that a client asked for: `delivered`, `gone` or `failed`. Planned retries go on
+    unless this one was delivered, or a task's own callback_url answered 410.
+    """
+
+    delivery_id: str
+    result: str
+    attempt: DeliveryAttempt
+    pause_ms: int = 0
+    url: str | None = None
+
+
+def record_manual_attempts(tx: Transaction, items: Sequence[ManualAttempt]) -> list[None]:
+    for item in items:
+        mine = deliveries.c.id == item.delivery_id
+        row = tx.connection.execute(select(deliveries).where(mine).with_for_update()).first()
+        if row is None or not _insert_attempts(tx, [(item.delivery_id, item.attempt)]):
+            continue
+        gone = item.result == "gone" and row.state == "pending" and row.endpoint_id is None
+        if item.result == "delivered" or gone:
+            state = "dead" if gone else "delivered"
+            values = leases.release("deliver", None, state=state, finished_at=tx.now)
+            tx.connection.execute(update(deliveries).where(mine).values(values))
+        if row.endpoint_id is not None:
+            record_result(tx, row.endpoint_id, item.result, item.url, item.pause_ms, manual=True)
+    return [None] * len(items)
+
+
+def _emit_exhausted(tx: Transaction, row: Row) -> None:
+    """A dead delivery of an operators' event emits none, or a dead operators' endpoint would feed
+    itself for ever.
+    """
+    type = tx.connection.execute(
+        select(events.c.type).where(events.c.id == row["event_id"])
+    ).scalar()
+    if type is not None and type.startswith("image.task."):
+        data = {name: row[name] for name in ("endpoint_id", "event_id", "task_id")}
+        data["delivery_id"] = row["id"]
+        outbox.emit_operators(tx, "delivery.exhausted", data, task_id=row["task_id"])
+
+
+def dead_letter_delivery(tx: Transaction, lease: Lease, cause: str) -> None:
+    """Ends a delivery whose row is out of its queue for good, and tells operators."""
+    statement = select(deliveries.c.task_id).where(deliveries.c.id == lease.key)
+    task_id = tx.connection.execute(statement).scalar()
+    tx.change(deliveries, lease.key, {"state": "dead", "finished_at": tx.now})
+    outbox.emit_dead_letter(tx, lease, cause, task_id)
