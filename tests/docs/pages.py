@@ -15,7 +15,7 @@ PAGES = (
 )
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
-LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"`[^`\n]*`")
 INDENTED = re.compile(
     r"^ {4}((?:make|darkroom|curl|docker|python3?|pip|uvx?|\.venv/\S+|\.ci/run)\b.*)$", re.MULTILINE
