@@ -1,4 +1,4 @@
-"""The outside of the settings: which variables are ours, and what may stand in one."""
+"""Types of the settings: what a variable may contain, and which variables are settings."""
 
 import re
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ ADMIN_KEY_CHARS = 16
 SECRET_KEY_BYTES = 32
 TEN_YEARS_S = 10 * 366 * 86_400
 
-# What a cluster sets for a Service called "darkroom" or "darkroom-…", by name and by value.
+# A cluster sets these variables for a Service called "darkroom" or "darkroom-…".
 SERVICE_LINK_NAME = re.compile(
     r"DARKROOM_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
@@ -35,7 +35,7 @@ Network = IPv4Network | IPv6Network
 
 
 def variables_of(env_file: Path | None) -> Mapping[str, str | None]:
-    """What the file sets; nothing when it is not there."""
+    """The variables of the file. A missing file has none."""
     try:
         return DotEnvSettingsSource(
             BaseSettings, env_file=env_file, env_file_encoding="utf-8", case_sensitive=True
@@ -44,10 +44,8 @@ def variables_of(env_file: Path | None) -> Mapping[str, str | None]:
         raise ConfigurationError(f"{env_file} cannot be read: {type(error).__name__}") from None
 
 
-def ours(name: str, value: str | None) -> bool:
-    """Whether a variable is meant as a setting: by its prefix in any case, unless a cluster or a
-    test run has set it.
-    """
+def is_setting(name: str, value: str | None) -> bool:
+    """Whether a variable has the prefix, in any case, and is not set by a cluster or a test run."""
     link = SERVICE_LINK_NAME.fullmatch(name) or (
         name.endswith("PORT") and SERVICE_LINK_VALUE.match(value or "")
     )
@@ -55,12 +53,9 @@ def ours(name: str, value: str | None) -> bool:
 
 
 def split(value: object) -> object:
-    """A comma-separated text as its parts; anything else as it is."""
-    return (
-        tuple(part.strip() for part in value.split(",") if part.strip())
-        if isinstance(value, str)
-        else value
-    )
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def lower(value: object) -> object:
@@ -78,25 +73,25 @@ def network(value: object) -> Network:
         ) from None
 
 
-def literal(host: str) -> IPv4Address | IPv6Address | None:
-    """The address that a URL's host spells out; None for a name."""
+def ip_literal(host: str | None) -> IPv4Address | IPv6Address | None:
+    """The address that a URL's host spells out. None for a name."""
     try:
-        return ip_address(host)
+        return ip_address(host or "")
     except ValueError:
         return None
 
 
 def result_host(value: str) -> str:
     value = value.lower()
-    if not RESULT_HOST.fullmatch(value) and not literal(value):
+    if not RESULT_HOST.fullmatch(value) and not ip_literal(value):
         raise ValueError(
             "should be a host, or .name for every subdomain, without scheme, port or path"
         )
     return value
 
 
-def token(value: SecretStr) -> SecretStr:
-    if not VISIBLE.fullmatch(value.get_secret_value()):  # it travels in a header
+def header_token(value: SecretStr) -> SecretStr:
+    if not VISIBLE.fullmatch(value.get_secret_value()):
         raise ValueError("should be visible ASCII characters without spaces")
     return value
 
@@ -107,10 +102,8 @@ def long_enough(value: SecretStr) -> SecretStr:
     return value
 
 
-def address(value: str) -> SplitResult:
-    """The parts of an http(s) URL that paths can be put behind; ValueError says what is wrong with
-    it.
-    """
+def http_address(value: str) -> SplitResult:
+    """The parts of an http or https URL to which paths can be appended."""
     if not VISIBLE.fullmatch(value):
         raise ValueError("should be visible ASCII characters without spaces")
     try:
@@ -125,10 +118,8 @@ def address(value: str) -> SplitResult:
     return parts
 
 
-def postgres(value: str) -> SplitResult:
-    """The parts of a PostgreSQL URL; ValueError, without a word of it, when it is none or hides a
-    password in a wrong place.
-    """
+def check_postgres_url(value: str) -> None:
+    """ValueError, without a part of the value, for another URL or one with a misplaced password."""
     try:
         parts = urlsplit(value)
         for host in parts.netloc.rpartition("@")[2].split(","):
@@ -140,41 +131,32 @@ def postgres(value: str) -> SplitResult:
             "should be sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/NAME, special"
             " characters percent-encoded"
         )
-    return parts
 
 
 def folder(value: Path) -> Path:
     try:
         return value.expanduser().absolute()
-    except RuntimeError:  # ~ of nobody
+    except RuntimeError:
         raise ValueError("should be a folder of a user that exists") from None
 
 
-def requests(value: str) -> str:
-    """Requests per time as the library `limits` writes them; of several `Retry-After` would be true
-    for one alone.
-    """
+def request_rate(value: str) -> str:
+    """One rate in the notation of the library `limits`. `Retry-After` could not serve several."""
     try:
         from limits import parse_many
     except ImportError:
         raise ValueError("needs the extra limits: darkroom-service[limits]") from None
     try:
-        possible = [limit.amount > 0 for limit in parse_many(value)] == [True]
+        valid = [limit.amount > 0 for limit in parse_many(value)] == [True]
     except ValueError:
-        possible = False
-    if not possible:
+        valid = False
+    if not valid:
         raise ValueError("should be requests per time, such as 600/minute")
     return value
 
 
-def not_yet(value: object) -> object:
-    if value:
-        raise ValueError("is not supported by this version: it should be unset")
-    return value
-
-
 def keys_of(text: str) -> list[bytes]:
-    """The comma-separated keys of a secret; ValueError when one is short or none is there."""
+    """The comma-separated keys of a secret. ValueError if one is short."""
     keys = [part.strip().encode() for part in text.split(",")]
     if any(len(key) < SECRET_KEY_BYTES for key in keys):
         raise ValueError(
@@ -203,15 +185,14 @@ Hosts = Annotated[
 ]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Slots = Annotated[int, Field(ge=1, le=1024)]
-Token = Annotated[SecretStr, AfterValidator(token)]
-AdminKey = Annotated[SecretStr, AfterValidator(token), AfterValidator(long_enough)]
+Token = Annotated[SecretStr, AfterValidator(header_token)]
+AdminKey = Annotated[Token, AfterValidator(long_enough)]
 SecretKeys = Annotated[SecretStr, AfterValidator(long_keys)]
 Folder = Annotated[Path, AfterValidator(folder)]
-NOT_YET = AfterValidator(not_yet)
 Sinks = Annotated[
     tuple[Annotated[SinkAddress, BeforeValidator(sink_address)], ...],
     BeforeValidator(split_addresses),
     AfterValidator(distinct),
 ]
-Requests = Annotated[str, AfterValidator(requests)]
+Requests = Annotated[str, AfterValidator(request_rate)]
 Lower = BeforeValidator(lower)

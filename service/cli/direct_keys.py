@@ -68,7 +68,7 @@ def in_store(settings: "Settings", action: Action, asked: JSON) -> JSON:
     """Runs an action in the store. Log lines go to standard error, beside the command's output."""
     import asyncio
 
-    from service.app import open_store_and_keys
+    from service.backends import open_store_and_keys
     from service.ops import logging
 
     logging.configure("console", "warning", sys.stderr)

@@ -201,10 +201,9 @@ def servable(
     """Checks and migrates the copy, and marks what may have happened since; ConfigurationError:
     damaged, newer, or under another key.
     """
-    from service.app import open_store
+    from service.backends import open_store, secret_keys
     from service.db.snapshot import check_database, secrets
     from service.ops import logging
-    from service.settings import secret_keys
     from service.signing import Keyring
     from service.upkeep.restoring import Restoration, restore_stores
 

@@ -128,7 +128,7 @@ def migrate(as_json: Json = False) -> None:
 
     from alembic.migration import MigrationContext
 
-    from service.app import open_store
+    from service.backends import open_store
     from service.ops import logging
     from service.settings import load_settings
 

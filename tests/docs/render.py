@@ -3,9 +3,13 @@
 `python -m tests.docs.render` writes each table between its markers on its page.
 """
 
+import ast
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
+from textwrap import dedent
 from types import MappingProxyType
 from typing import Any
 
@@ -81,15 +85,30 @@ def usage(parameter: Any) -> str:
     return word if parameter.required else f"[{word}]"
 
 
+# Defaults of the table that are no plain values.
+DEFAULTS: Mapping[str, str] = MappingProxyType(
+    {
+        "data_dir": "`./data`",
+        "secret_key": (
+            "on SQLite a new key in `{data_dir}/secret.key`, mode 600; on PostgreSQL required"
+        ),
+        "evolink_api_key": "required by workers",
+        "reconcile_after_s": "`max(60, 2 × estimated_time)`",
+    }
+)
+
+
 def settings_table() -> str:
-    """Every setting, in the order of the fields."""
+    """Every setting, in the order of the fields. The text below a field is its meaning."""
     rows = ["| variable | default | meaning |", "|---|---|---|"]
-    for name, field in Settings.model_fields.items():
-        extra = field.json_schema_extra
-        value = log_value(field.default)
-        usual = "unset" if value is None else f"`{str(value).lower()}`" if value != "" else "empty"
-        default = extra["shown"] if isinstance(extra, dict) else usual
-        rows.append(f"| `DARKROOM_{name.upper()}` | {default} | {field.description} |")
+    body = ast.parse(dedent(inspect.getsource(Settings))).body[0].body  # type: ignore[attr-defined]
+    for field, text in pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            name = ast.unparse(field.target)
+            value = log_value(Settings.model_fields[name].default)
+            usual = "unset" if value is None else f"`{value}`".lower() if value != "" else "empty"
+            meaning = " ".join(ast.literal_eval(text.value).split())
+            rows.append(f"| `DARKROOM_{name.upper()}` | {DEFAULTS.get(name, usual)} | {meaning} |")
     return "\n".join(rows)
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 from service.db.sqlite import open_sqlite
 from service.events.outbox import flush
 from service.resources import new_id
-from service.settings import load_settings, secret_keys
+from service.backends import secret_keys
+from service.settings import load_settings
 
 async def main():
     path = Path(sys.argv[1]) / "store" / "darkroom.db"

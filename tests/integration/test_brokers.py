@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from service.app import Role, open_sinks
+from service.app import Role
+from service.backends import open_sinks
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError
 from service.events.outbox import emit_operators

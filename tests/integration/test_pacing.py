@@ -17,12 +17,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from service.backends import make_secret_file
 from service.db.clock import wall_clock
 from service.db.tables import events, tasks
 from service.db.transaction import Lease
 from service.queue import worker
 from service.resources import new_id
-from service.settings import make_secret_file
 from service.tasks import confirm_worker, reconcile
 from service.tasks.new_tasks import insert_tasks
 from service.tasks.state import State

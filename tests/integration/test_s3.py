@@ -8,7 +8,8 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from service.app import Role, open_blobs
+from service.app import Role
+from service.backends import open_blobs
 from service.cli.sandbox_commands import dev_settings
 from service.errors import ConfigurationError
 from service.settings import load_settings

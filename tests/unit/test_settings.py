@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from service.backends import secret_keys
 from service.errors import ConfigurationError
-from service.settings import CALLBACK_URL_CHARS, Settings, load_settings, masked, secret_keys
+from service.settings import CALLBACK_URL_CHARS, Settings, load_settings, masked
 from tests.docs.render import settings_table
 
 KEY = "k" * 32
@@ -123,7 +124,6 @@ def test_an_empty_environment_gives_the_defaults_of_the_contract(
         ("RECONCILE_AFTER_S", "2.5", 2.5),
         ("METRICS_PORT", "9090", 9090),
         ("IMAGE_RETENTION_DAYS", "7", 7),
-        ("IMAGE_LINK_TTL_S", "0", 0),
         ("BASE_URL", "https://darkroom.example/sub/", "https://darkroom.example/sub"),
         ("CALLBACK_URL", "https://hooks.example:8443/a/", "https://hooks.example:8443/a"),
         (
@@ -313,7 +313,6 @@ def test_an_unreadable_file_stops_the_start(tmp_path: Path) -> None:
         ("BLOB_URL", "file://images", "absolute"),
         ("IMAGE_BASE_URL", "cdn.example", "http or https"),
         ("IMAGE_BASE_URL", "https://cdn.example/?v=1", "query"),
-        ("IMAGE_LINK_TTL_S", "60", "not supported"),
         ("SECRET_KEY", "short", "32 bytes"),
         ("SECRET_KEY", f"{KEY},", "32 bytes"),
         ("ADMIN_KEY", "fifteen-chars..", "16 characters"),

@@ -1,0 +1,239 @@
+"""Opens what the settings name: the store and its keys, images, brokers, the upstream."""
+
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+from service.blobs.base import Blobs
+from service.blobs.local import LocalBlobs
+from service.db.clock import wall_clock
+from service.db.postgres import open_postgres
+from service.db.sqlite import open_sqlite
+from service.db.store import Store
+from service.errors import BlobUnavailable, ConfigurationError
+from service.events.broker_worker import Broker
+from service.events.outbox import flush
+from service.folders import make_folder
+from service.links import Links
+from service.net import Egress, Rules
+from service.ops.metrics import Metrics
+from service.queue.limiter import ConcurrencyLimiter
+from service.resources import Resources, new_id
+from service.setting_types import SECRET_KEY_BYTES, keys_of
+from service.settings import Settings
+from service.signing import Keyring
+from service.tasks import owner_keys
+from service.upstreams.base import Call
+from service.upstreams.evolink import EvoLink
+from service.web.overload import BY_HAND
+from service.web.schemas import known_pattern
+
+log = structlog.get_logger()
+
+DELIVERIES, REDELIVERIES = 64, 32  # concurrent first attempts and retries
+S3_ADDRESS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+OTHERS_S = 3600  # how long a temporary file may belong to another process that is at work
+RESULT_REDIRECTS = 5
+# A link that is signed with a session's token has about 2000 characters. Longer links are kept in
+# part.
+MAX_RESULT_URL = 4095
+
+
+def open_store(settings: Settings) -> AbstractAsyncContextManager[Store]:
+    """The store, migrated. ConfigurationError: it cannot be used."""
+    process = f"{socket.gethostname()[:32]}:{os.getpid()}:{os.urandom(4).hex()}"
+    migrate = settings.migrate == "on"
+    path = settings.sqlite_path
+    opened = partial(open_sqlite, path) if path else partial(open_postgres, settings.database_url)
+    return opened(process=process, new_id=new_id, flush=flush, migrate=migrate)
+
+
+@asynccontextmanager
+async def open_store_and_keys(settings: Settings) -> AsyncIterator[tuple[Store, Keyring]]:
+    """The store and the keys of its secrets. Keys that exist are read before the store is opened.
+
+    ConfigurationError: the keys are missing although the store was used with some.
+    """
+    is_new = not settings.secret_key and settings.sqlite_path and not settings.key_file.exists()
+    keyring = None if is_new else Keyring(secret_keys(settings))
+    async with open_store(settings) as store:
+        if keyring is None and await store.read(owner_keys.needs_its_key):
+            raise ConfigurationError(
+                f"{settings.key_file} is missing, and DARKROOM_SECRET_KEY is not set: put back the"
+                " key that the store was used with. With another in DARKROOM_SECRET_KEY callbacks"
+                " under way are refused, and the secrets of endpoints and owners want rotating"
+            )
+        yield store, keyring or Keyring(secret_keys(settings))
+
+
+def secret_keys(settings: Settings) -> list[bytes]:
+    """The keys of `secret_key`, or on SQLite those of `{data_dir}/secret.key`.
+
+    The first call creates the file. ConfigurationError: there is no key, a key is short, or the
+    file cannot be written or read.
+    """
+    if settings.secret_key:
+        return keys_of(settings.secret_key.get_secret_value())
+    if not settings.sqlite_path:
+        raise ConfigurationError(
+            f"DARKROOM_SECRET_KEY is required with PostgreSQL: {SECRET_KEY_BYTES} bytes or more,"
+            " the same in every process"
+        )
+    path = settings.key_file
+    try:
+        if not path.exists():
+            make_secret_file(path)
+        # Also for a file that exists: its process may have died before the name was durable.
+        make_folder(path.parent)
+        return keys_of(path.read_text("ascii").strip())
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path}: {error.strerror}; set DARKROOM_SECRET_KEY, or make the folder writable"
+        ) from None
+    except ValueError:
+        raise ConfigurationError(
+            f"{path} should hold comma-separated keys of at least {SECRET_KEY_BYTES} bytes each,"
+            " in ASCII"
+        ) from None
+
+
+def make_secret_file(path: Path) -> None:
+    """Creates the file with its content on disk. Of several processes one wins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(48) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+async def open_blobs(settings: Settings, environ: Mapping[str, str]) -> Blobs:
+    """The image store. Only the address of S3 comes from `environ`.
+
+    ConfigurationError: it cannot be used.
+    """
+    spare = 0 if settings.sqlite_path else OTHERS_S
+    try:
+        if settings.blob_url.startswith("file:"):
+            return await LocalBlobs.open(settings.image_dir, spare)
+        from service.blobs.s3 import S3Blobs
+
+        plain = any(environ.get(name, "").startswith("http://") for name in S3_ADDRESS)
+        return await S3Blobs.open(
+            settings.blob_url, settings.image_dir, plain_http=plain, spare=spare
+        )
+    except ImportError:
+        raise ConfigurationError(
+            "DARKROOM_BLOB_URL: s3:// needs the extra s3: darkroom-service[s3]"
+        ) from None
+    except BlobUnavailable as error:
+        raise ConfigurationError(
+            f"DARKROOM_BLOB_URL: {settings.blob_url} cannot be used: {error}"
+        ) from error
+
+
+def open_sinks(settings: Settings) -> list[Broker]:
+    """The brokers, not connected yet. ConfigurationError: a type of no event, or no extra."""
+    for pattern in (pattern for address in settings.sinks for pattern in address.types):
+        try:
+            known_pattern(pattern)
+        except ValueError as error:
+            raise ConfigurationError(f"DARKROOM_SINKS: types= {error}") from None
+    if not settings.sinks:
+        return []
+    try:
+        from service.events.brokers import BrokerSink
+    except ImportError:
+        raise ConfigurationError(
+            "DARKROOM_SINKS: brokers need the extra brokers: darkroom-service[brokers]"
+        ) from None
+    return [BrokerSink(address) for address in settings.sinks]
+
+
+@asynccontextmanager
+async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[Resources]:
+    """Opens what a process needs, and closes it in the reverse order."""
+
+    def refused(purpose: str, host: str, reason: str) -> None:
+        metrics.egress_refused.labels(purpose).inc()
+        log.warning("egress.refused", purpose=purpose, host=host, reason=reason)
+
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        store, keyring = await enter(open_store_and_keys(settings))
+
+        async def egress(rules: Rules, connections: int = 64) -> Egress:
+            return await enter(Egress(rules, connections=connections, on_refused=refused))
+
+        hooks = DELIVERIES + REDELIVERIES + BY_HAND
+        upstream = await egress(Rules("upstream", settings.upstream_networks))
+        results = await egress(result_rules(settings), settings.download_concurrency)
+        endpoints = await egress(Rules("endpoints", settings.endpoint_networks), hooks)
+        task_callbacks = await egress(
+            Rules("task_callbacks", settings.task_callback_networks), hooks
+        )
+        yield Resources(
+            store=store,
+            blobs=await open_blobs(settings, os.environ),
+            upstream=evolink(settings, upstream, metrics),
+            limiter=ConcurrencyLimiter(
+                settings.evolink_concurrency,
+                lambda kind, limit: metrics.upstream_limit.labels(kind).set(limit),
+            ),
+            results=results,
+            endpoints=endpoints,
+            task_callbacks=task_callbacks,
+            keyring=keyring,
+            metrics=metrics,
+            links=Links(settings.base_url, settings.image_base_url),
+            clock=wall_clock,
+        )
+
+
+def result_rules(settings: Settings) -> Rules:
+    return Rules(
+        "results",
+        settings.upstream_networks,
+        settings.evolink_result_hosts,
+        redirects=RESULT_REDIRECTS,
+        upgrade=True,
+        max_url=MAX_RESULT_URL,
+    )
+
+
+def evolink(settings: Settings, egress: Egress, metrics: Metrics) -> EvoLink:
+    """The upstream, whose calls are logged and counted."""
+
+    def called(call: Call) -> None:
+        metrics.upstream_requests.labels(call.kind, call.outcome).inc()
+        metrics.upstream_seconds.labels(call.kind).observe(call.duration)
+        log.info(
+            "upstream.called",
+            kind=call.kind,
+            duration_ms=round(call.duration * 1000),
+            status=call.status,
+            outcome=call.outcome,
+            upstream_request_id=call.request_id,
+        )
+
+    key = settings.evolink_api_key
+    return EvoLink(
+        egress,
+        settings.evolink_base_url,
+        key.get_secret_value() if key else "",
+        settings.submit_timeout_s,
+        settings.query_timeout_s,
+        called,
+    )
