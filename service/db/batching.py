@@ -9,8 +9,8 @@ operation again therefore changes nothing.
 import asyncio
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,13 +113,17 @@ class BatchingStore(ABC):
         result: Result = await call.future
         return result
 
-    async def run(self) -> None:
-        """Commits batches until `close`, and then whatever still waits."""
-        await asyncio.gather(*(self._commit_batches() for _ in range(self.committers)))
-
-    def close(self) -> None:
-        self._closing = True
-        self._wake.set()
+    @asynccontextmanager
+    async def committing(self) -> AsyncIterator[None]:
+        """Commits batches until the end of the block, and then all writes that still wait."""
+        committers = (self._commit_batches() for _ in range(self.committers))
+        running = asyncio.gather(*committers)
+        try:
+            yield
+        finally:
+            self._closing = True
+            self._wake.set()
+            await running
 
     async def _commit_batches(self) -> None:
         while True:

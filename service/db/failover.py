@@ -1,5 +1,8 @@
-"""Which PostgreSQL server: of several hosts the one that takes writes, also after another has taken
-over.
+"""Connects to the PostgreSQL server that accepts writes, also after a failover.
+
+asyncpg knows several hosts and `target_session_attrs`. Its timeout covers all hosts together, so a
+host that accepts connections and stays silent would hide the next one. Each host therefore gets a
+timeout of its own here (see docs/decisions/0026).
 """
 
 import socket
@@ -13,14 +16,12 @@ from asyncpg.connect_utils import SessionAttribute
 from asyncpg.exceptions import TargetServerAttributeNotMatched
 
 CONNECT_S = 10.0  # to one host
-# a host that has not acknowledged anything for so long is gone: its machine died, and nobody closes
-# its connections
-SILENT_S = 15
+SILENT_S = 15  # without an acknowledgement, after which the host counts as gone
 
 
 def dsns(url: str) -> list[str]:
-    """The servers of `postgresql://…`, `postgres://…` or one with a driver's name: one URL for each
-    of its comma-separated hosts.
+    """One URL for each comma-separated host of `postgresql://…` or `postgres://…`. A driver in the
+    scheme (`postgresql+asyncpg://…`) is dropped.
     """
     parts = urlsplit(url)
     user, at, hosts = parts.netloc.rpartition("@")
@@ -31,48 +32,40 @@ def dsns(url: str) -> list[str]:
 def connecting(
     url: str, server_settings: dict[str, str]
 ) -> Callable[[], Awaitable["asyncpg.Connection[Any]"]]:
-    """What connects to the first of the hosts that is there and takes writes, beginning with the
-    last that did; else OSError.
+    """Returns a function that connects to the first host that accepts writes. It begins with the
+    host of the last connection. OSError, CannotConnectNowError: no host accepts writes.
     """
-    places = dsns(url)
+    hosts = dsns(url)
 
     async def connect() -> "asyncpg.Connection[Any]":
-        failure: Exception | None = None
-        for place in list(places):
+        failure: Exception = ConnectionError("no host")
+        for host in list(hosts):
             try:
                 connection = await asyncpg.connect(
-                    place,
+                    host,
                     timeout=CONNECT_S,
                     server_settings=server_settings,
                     target_session_attrs=SessionAttribute.primary,
                 )
-            except (
-                OSError,
-                asyncpg.CannotConnectNowError,
-                TargetServerAttributeNotMatched,
-            ) as error:
+            except TargetServerAttributeNotMatched:
+                failure = ConnectionError("no host is a primary server")
+            except (OSError, asyncpg.CannotConnectNowError) as error:
                 failure = error
-                continue
-            places.remove(place)
-            places.insert(0, place)
-            transport = connection._transport  # type: ignore[attr-defined]  # noqa: SLF001
-            notice_silence(transport.get_extra_info("socket"))
-            return connection
-        if isinstance(failure, TargetServerAttributeNotMatched):
-            raise ConnectionError("no host is a primary server") from failure
-        assert failure is not None
+            else:
+                hosts.remove(host)
+                hosts.insert(0, host)
+                transport = connection._transport  # type: ignore[attr-defined]  # noqa: SLF001
+                notice_silence(transport.get_extra_info("socket"))
+                return connection
         raise failure
 
     return connect
 
 
 def notice_silence(connected: socket.socket) -> None:
-    """Ends a connection to a machine that is gone, whether or not anything is under way on it."""
+    """Ends the connection when its peer's machine is gone, also while the connection is idle."""
     if connected.family != socket.AF_UNIX and sys.platform == "linux":
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (
-            (socket.TCP_KEEPIDLE, 5),
-            (socket.TCP_KEEPINTVL, 5),
-            (socket.TCP_USER_TIMEOUT, SILENT_S * 1000),
-        ):
-            connected.setsockopt(socket.IPPROTO_TCP, option, value)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_S * 1000)

@@ -1,15 +1,13 @@
-"""What a database file has to be before anything is written to it: ours, and whole. What is not is
-left as it is, byte for byte.
+"""Checks a SQLite file before anything is written to it: it must be whole and hold our tables.
 
-It is looked at through a connection that only reads, so that not even SQLite's own recovery touches
-it.
+The check uses a connection with `mode=ro`, so that not even SQLite's own recovery changes a file
+that is refused (see docs/decisions/0025).
 """
 
-import shutil
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,18 +19,17 @@ from service.db import schema
 from service.errors import ConfigurationError
 from service.folders import sync
 
-# about a gigabyte of a file in memory: a start is not to take longer, callbacks wait for it
-CHECK_S = 1.0
-STEPS = 10_000  # of SQLite's, between two looks at the clock
+CHECK_S = 1.0  # about a gigabyte in memory; callbacks wait for a start
+STEPS = 10_000  # of SQLite, between two looks at the clock
 DAMAGE = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
-BESIDE = ("-wal", "-journal")  # what SQLite keeps beside a file and needs to read it
+BESIDE = ("-wal", "-journal")  # files that SQLite keeps beside a database and needs to read it
 ADVICE = "put a backup back (darkroom restore)"
-# and the file's name: the folder beside it from which a restoration puts it in its place
+# With the file's name: the folder beside it from which a restore moves the file into its place.
 RESTORING = ".restoring-"
 
 
 def connecting(path: Path, mode: str) -> Callable[[], sqlite3.Connection]:
-    """Opens the file, which is there, with SQLite's `mode`: `ro` or `rw`."""
+    """Opens an existing file with SQLite's `mode`: `ro` or `rw`."""
     uri = f"file:{quote(str(path))}?mode={mode}"
     return lambda: sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
 
@@ -44,8 +41,8 @@ def damaged(error: BaseException | None) -> bool:
 
 
 def refuse_no_file(path: Path) -> None:
-    """ConfigurationError: something else has the name. A link would have a lock and a WAL of its
-    own beside each of its two names.
+    """ConfigurationError: the path is not a regular file. A link would have a lock beside each of
+    its two names.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise ConfigurationError(
@@ -55,10 +52,8 @@ def refuse_no_file(path: Path) -> None:
 
 
 def examine(path: Path) -> None:
-    """ConfigurationError: the file is another's, or broken, or what belongs to it is missing. A
-    file that is not there is no defect.
-
-    OSError, DatabaseError: it cannot be looked at.
+    """ConfigurationError: the file is damaged, holds other tables, or a part of it is missing. A
+    missing file is fine. OSError, DatabaseError: the file cannot be read.
     """
     refuse_no_file(path)
     if not path.exists() and path.with_name(RESTORING + path.name).exists():
@@ -66,7 +61,7 @@ def examine(path: Path) -> None:
             f"{path} is missing: a restoration was broken off. Do it again (darkroom restore"
             " --force), which loses nothing"
         )
-    if not path.exists() or path.stat().st_size <= 1:  # SQLite takes one byte for none
+    if not path.exists() or path.stat().st_size <= 1:  # to SQLite one byte is an empty database
         for beside in (path.with_name(path.name + end) for end in BESIDE):
             if beside.exists() and beside.stat().st_size:
                 raise ConfigurationError(
@@ -78,55 +73,28 @@ def examine(path: Path) -> None:
                 f"{path} is empty, which no store is: {ADVICE}, or remove it to begin a new one"
             )
         return
+    engine = create_engine("sqlite+pysqlite://", creator=connecting(path, "ro"), poolclass=NullPool)
     try:
-        found = defect(path)
+        with engine.connect() as connection:
+            schema.refuse_foreign(connection)
+            driver = connection.connection.driver_connection
+            assert driver is not None
+            found = quick_check(driver)
     except DatabaseError as error:
-        if not damaged(error):
-            raise
         found = str(error.orig)
+        if getattr(error.orig, "sqlite_errorname", "") == "SQLITE_READONLY_ROLLBACK":
+            # Our files are in WAL mode from their first byte. This journal is another program's.
+            found = "a journal beside it holds an unfinished transaction"
+        elif not damaged(error):
+            raise
     if found != "ok":
         raise ConfigurationError(
             f"DARKROOM_DATABASE_URL: {path} cannot be used: it is damaged ({found}): {ADVICE}"
         )
 
 
-def defect(path: Path) -> str:
-    """The first defect of a file that is ours, or `ok`.
-
-    A transaction whose writer was killed is undone by the first who writes, from a journal that
-    does not say whose it is: it is tried on a copy, since another database's would destroy ours.
-    """
-    try:
-        return looked_at(path, "ro")
-    except DatabaseError as error:
-        if getattr(error.orig, "sqlite_errorname", "") != "SQLITE_READONLY_ROLLBACK":
-            raise
-    trial = path.with_name(f".trial-{path.name}")
-    shutil.rmtree(trial, ignore_errors=True)
-    trial.mkdir(mode=0o700)
-    try:
-        for each in (path, *(path.with_name(path.name + end) for end in BESIDE)):
-            if each.exists():
-                shutil.copyfile(each, trial / each.name)
-        return looked_at(trial / path.name, "rw")
-    finally:
-        shutil.rmtree(trial, ignore_errors=True)
-
-
-def looked_at(path: Path, mode: str) -> str:
-    """The same, with SQLite's `mode`; DatabaseError: it cannot be read so."""
-    looking = create_engine(
-        "sqlite+pysqlite://", creator=connecting(path, mode), poolclass=NullPool
-    )
-    with looking.connect() as connection:
-        schema.refuse_foreign(connection)
-        driver = connection.connection.driver_connection
-        assert driver is not None
-        return quick_check(driver)
-
-
 def quick_check(driver: sqlite3.Connection) -> str:
-    """The first defect in one line, `ok`: none was found within `CHECK_S`."""
+    """The first defect in one line, or `ok` if none was found within `CHECK_S`."""
     end = time.monotonic() + CHECK_S
     driver.set_progress_handler(lambda: time.monotonic() > end, STEPS)
     try:
@@ -138,10 +106,11 @@ def quick_check(driver: sqlite3.Connection) -> str:
 
 
 def begin(path: Path) -> None:
-    """Makes a new file, in SQLite's WAL mode, whole or not at all: an empty one is never ours.
+    """Makes a new file in SQLite's WAL mode. A rename puts it in place, so that an empty file is
+    never ours.
 
-    Of one that is there, what a killed process committed without waiting for the disk is made to
-    last: SQLite would show it, and lose it.
+    An existing file is synced first. A killed process may have committed without waiting for the
+    disk: SQLite would show that commit, and a power cut would lose it.
     """
     if path.exists():
         for each in (path, path.with_name(path.name + "-wal")):
@@ -151,11 +120,8 @@ def begin(path: Path) -> None:
     draft = path.with_name(path.name + ".new")
     for leftover in (draft, draft.with_name(draft.name + "-journal")):
         leftover.unlink(missing_ok=True)
-    made = sqlite3.connect(draft, isolation_level=None)
-    try:
-        made.execute("PRAGMA journal_mode=WAL")
-    finally:
-        made.close()
+    with closing(sqlite3.connect(draft, isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
     draft.replace(path)
     with suppress(PermissionError):
         sync(path.parent)

@@ -1,13 +1,13 @@
-"""PostgreSQL: the engine at scale. The same operations run on asyncpg connections, several
-committers at once.
+"""PostgreSQL: several processes and several committers. The same operations run on asyncpg
+connections.
 
-Times are the database's. What another process committed is found by polling; NOTIFY, once a
-transaction, only tells of it sooner.
+Times are the database's. Polling finds what another process committed. NOTIFY, sent once a
+transaction, only shortens the wait.
 """
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing, suppress
 from typing import Any, Concatenate
 
@@ -22,7 +22,6 @@ from service.db import schema
 from service.db.batching import BatchingStore, Run
 from service.db.clock import steady_ns, wall_clock
 from service.db.failover import connecting
-from service.db.stalled_sessions import NAME, end_still
 from service.db.store import P, Result
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError, StoreUnavailable
@@ -31,28 +30,35 @@ log = structlog.get_logger()
 
 COMMITTERS = 3
 READERS = 5
-CHANNEL, HINT_BYTES = "darkroom", 7999  # PostgreSQL's limit
-LISTEN_AGAIN_S = 1.0
-# Milliseconds. A process that stands still inside a transaction, whose locks others wait for, loses
-# it; a callback waits 8 s at most.
-STILL_MS = 10_000
-LIMITS = {
+CHANNEL, HINT_BYTES = "darkroom", 7999  # PostgreSQL's limit of a notification
+WATCH_AGAIN_S = 1.0
+STALLED_MS = 10_000
+STALLED_LOOK_S = 5.0
+SESSION = {
+    "application_name": "darkroom",
     "lock_timeout": "5000",
     "statement_timeout": "30000",
-    "idle_in_transaction_session_timeout": str(STILL_MS),
+    "idle_in_transaction_session_timeout": str(STALLED_MS),
 }
-LOOK_FOR_STILL_S = 5.0
+# A process that stops (SIGSTOP, a virtual machine that is moved) keeps its locks. Between two
+# statements the server ends its session after `idle_in_transaction_session_timeout`. Within a
+# statement it waits for the client without a limit, so every living process looks for such
+# sessions. `transaction_timeout` of PostgreSQL 17 would do the same (see docs/decisions/0026).
+END_STALLED = """SELECT pid FROM (
+    SELECT pid, pg_terminate_backend(pid) AS ended FROM pg_stat_activity
+    WHERE datname = current_database() AND usename = current_user
+    AND application_name = 'darkroom' AND state = 'active'
+    AND wait_event IN ('ClientRead', 'ClientWrite')
+    AND state_change < clock_timestamp() - make_interval(secs => $1)) AS stalled WHERE ended"""
 # A migration may run and wait for long. If its process stops, the server still ends its session.
 MIGRATION_UNLIMITED = ("lock_timeout", "statement_timeout")
-TURN_MS, BETWEEN_S, TURNS = 2000, 2.0, 150  # a migration's: for ten minutes
-LOCKED, NOT_YET = "55P03", "57P03"  # somebody else has the table; the server is starting up
-MIGRATION_LOCK = (
-    0x6461726B726F6F6D  # "darkroom": any constant that nobody else in this database takes
-)
+# Milliseconds that a migration waits for a table, seconds between its tries, and their number.
+TURN_MS, BETWEEN_S, TURNS = 2000, 2.0, 150
+LOCKED, NOT_YET = "55P03", "57P03"  # another session has the table; the server is starting up
+MIGRATION_LOCK = 0x6461726B726F6F6D  # "darkroom": no other program in this database takes it
 NOTIFY = text(f"SELECT pg_notify('{CHANNEL}', :hint)")
-# What was answered 200 outlives the server, whatever the role, the database or the server has as
-# its default. Said in every session, also where it is the default: that may be changed while the
-# session lasts.
+# An acknowledged commit outlives the server, whatever default the role, the database or the server
+# has. Every session sets it, because a default may change while the session lasts.
 DURABLE = """SELECT set_config('synchronous_commit',
     CASE current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply'
     ELSE 'on' END, false)"""
@@ -60,30 +66,31 @@ NOW = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")
 
 
 class PostgresStore(BatchingStore):
-    """`Store` on PostgreSQL; made by `open_postgres`."""
+    """`Store` on PostgreSQL. `open_postgres` makes it."""
 
     committers = COMMITTERS
 
     def __init__(
         self,
         engine: AsyncEngine,
-        *,
         process: str,
         new_id: Callable[[str, int], str],
         flush: Callable[[Transaction], None],
-        clock: Callable[[int], int] = lambda now: now,
+        clock: Callable[[int], int],
     ) -> None:
         super().__init__(process, new_id, flush)
         self._engine = engine
-        self._clock = clock  # what to make of the database's time; a test shifts it
-        self._looked = (wall_clock(), steady_ns())  # the database's time, and when it said so
-        self._reading = asyncio.Semaphore(
-            READERS
-        )  # slow reads leave the committers their connections
+        self._clock = clock  # of the database's time; a test shifts it
+        self._looked = (wall_clock(), steady_ns())  # the database's time, and when it was read
+        self._reading = asyncio.Semaphore(READERS)  # slow reads leave the committers connections
 
     def now(self, connection: Connection) -> int:
         self._looked = (connection.execute(NOW).scalar_one(), steady_ns())
         return self._clock(self._looked[0])
+
+    def clock(self) -> int:
+        time, when = self._looked
+        return self._clock(time + (steady_ns() - when) // 1_000_000)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Run]:
@@ -94,41 +101,23 @@ class PostgresStore(BatchingStore):
             ) -> tuple[list[Any], Transaction]:
                 results, tx = await connection.run_sync(function, *args)
                 if tx.touched or tx.emitted or tx.due:
-                    hint = {
-                        "from": self.process,
-                        "tasks": sorted(tx.touched),
-                        "events": bool(tx.emitted),
-                        "due": sorted(tx.due),
-                    }
-                    text = json.dumps(hint, separators=(",", ":"))
-                    await connection.execute(
-                        NOTIFY, {"hint": text if len(text) <= HINT_BYTES else "{}"}
-                    )
+                    await connection.execute(NOTIFY, {"hint": self._hint(tx)})
                 return results, tx
 
             yield run
 
-    async def _listen(self) -> None:
-        """Passes on what other processes tell, on a connection of its own, for ever."""
-        while True:
-            with suppress(
-                DBAPIError, NoConnection, OSError, asyncpg.PostgresError, asyncpg.InterfaceError
-            ):  # the last two from LISTEN
-                async with self._engine.connect() as connection:
-                    driver = (await connection.get_raw_connection()).driver_connection
-                    assert driver is not None
-                    lost = asyncio.Event()
-                    driver.add_termination_listener(lambda _, lost=lost: lost.set())
-                    await driver.add_listener(
-                        CHANNEL, lambda _connection, _pid, _channel, hint: self._told(hint)
-                    )
-                    self._told("{}")  # who knows what was missed
-                    await lost.wait()
-                    await connection.invalidate()
-            await asyncio.sleep(LISTEN_AGAIN_S)
+    def _hint(self, tx: Transaction) -> str:
+        """What other processes may want to know of a transaction. `{}` stands for everything."""
+        hint = {
+            "from": self.process,
+            "tasks": sorted(tx.touched),
+            "events": bool(tx.emitted),
+            "due": sorted(tx.due),
+        }
+        text = json.dumps(hint, separators=(",", ":"))
+        return text if len(text) <= HINT_BYTES else "{}"
 
-    def _told(self, text: str) -> None:
-        """A hint from a process, maybe this one; one that says nothing stands for everything."""
+    def _take_hint(self, text: str) -> None:
         hint = json.loads(text)
         if hint.get("from") == self.process:
             return
@@ -137,19 +126,6 @@ class PostgresStore(BatchingStore):
             self.signals.notify(["events"])
         if self.workers and hint.get("due", True):
             self.workers.hinted(hint.get("due"))
-
-    async def end_stalled_sessions(self) -> None:
-        """Ends sessions of stopped processes, and so releases their locks, until it is cancelled.
-
-        A starting process needs this before it can migrate. A stopped process may hold the lock of
-        the migration, or the row with the time. If all other processes are starting too, no
-        process at work is there to end that session.
-        """
-        while True:
-            await asyncio.sleep(LOOK_FOR_STILL_S)
-            with suppress(StoreUnavailable):
-                for pid in await self.read(end_still, STILL_MS / 1000):
-                    log.warning("store.freed", session=pid)
 
     async def read(
         self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
@@ -163,70 +139,66 @@ class PostgresStore(BatchingStore):
         except (DBAPIError, NoConnection, OSError) as error:
             raise StoreUnavailable(f"the store cannot be read: {type(error).__name__}") from error
 
-    def clock(self) -> int:
-        seen, when = self._looked
-        return self._clock(
-            seen + (steady_ns() - when) // 1_000_000
-        )  # the server is not asked for it
+    async def watch(self) -> None:
+        """Listens for hints and ends stalled sessions, on a connection of its own, until cancelled.
+
+        A starting process needs this before it migrates. A stopped process may hold the lock of
+        the migration while no process at work is there to end its session.
+        """
+        lost_errors = (DBAPIError, NoConnection, OSError, asyncpg.PostgresError)
+        while True:
+            with suppress(*lost_errors, asyncpg.InterfaceError):
+                async with self._engine.connect() as connection:
+                    driver = (await connection.get_raw_connection()).driver_connection
+                    assert driver is not None
+                    lost = asyncio.Event()
+                    driver.add_termination_listener(lambda _, lost=lost: lost.set())
+                    await driver.add_listener(CHANNEL, lambda *args: self._take_hint(args[-1]))
+                    self._take_hint("{}")  # hints may have been missed
+                    try:
+                        while not lost.is_set():
+                            for row in await driver.fetch(END_STALLED, STALLED_MS / 1000):
+                                log.warning("store.freed", session=row["pid"])
+                            with suppress(TimeoutError):
+                                async with asyncio.timeout(STALLED_LOOK_S):
+                                    await lost.wait()
+                    finally:
+                        await connection.invalidate()
+            await asyncio.sleep(WATCH_AGAIN_S)
 
     async def prepare(self, *, migrate: bool) -> None:
-        """Migrates the schema; processes that start together do it one after another.
-
-        Waits for a server that starts up, and for whoever has a table. Warns of a server that may
-        lose what it committed."""
-
-        def run(connection: Connection) -> None:
-            for name in ("fsync", "full_page_writes"):  # the server's alone to set
-                if (
-                    connection.execute(
-                        text("SELECT current_setting(:name)"), {"name": name}
-                    ).scalar_one()
-                    == "off"
-                ):
-                    log.warning("store.unsafe", setting=name)
-            for name in MIGRATION_UNLIMITED:
-                connection.execute(text(f"SET LOCAL {name} = 0"))
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
-            connection.execute(
-                text(f"SET LOCAL lock_timeout = {TURN_MS}")
-            )  # who works queues behind whoever waits for a table
-            schema.migrate(connection, allowed=migrate)
-            self.now(connection)
-
+        """Migrates the schema, one process after another. Waits for a server that starts up, and
+        for a session that has locked a table.
+        """
         for turn in range(TURNS):
             try:
                 async with self._engine.begin() as connection:
-                    await connection.run_sync(run)
+                    await connection.run_sync(self._migrate, allowed=migrate)
                     return
             except DBAPIError as error:
-                if (
-                    getattr(error.orig, "sqlstate", None) not in (LOCKED, NOT_YET)
-                    or turn == TURNS - 1
-                ):
+                passing = getattr(error.orig, "sqlstate", None) in (LOCKED, NOT_YET)
+                if not passing or turn == TURNS - 1:
                     raise
                 if turn == 0:
                     log.warning("store.waiting", reason=reason(error), limit_s=TURNS * BETWEEN_S)
             await asyncio.sleep(BETWEEN_S)
 
-    async def run(self) -> None:
-        async with until_done(self._listen()):
-            await super().run()
-
-
-@asynccontextmanager
-async def until_done(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Runs `work` beside the body and cancels it at the end."""
-    task = asyncio.create_task(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+    def _migrate(self, connection: Connection, *, allowed: bool) -> None:
+        for name in ("fsync", "full_page_writes"):  # without them a commit may be lost
+            current = text("SELECT current_setting(:name)")
+            if connection.execute(current, {"name": name}).scalar_one() == "off":
+                log.warning("store.unsafe", setting=name)
+        for name in MIGRATION_UNLIMITED:
+            connection.execute(text(f"SET LOCAL {name} = 0"))
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+        # Every statement of other processes queues behind a migration that waits for a table.
+        connection.execute(text(f"SET LOCAL lock_timeout = {TURN_MS}"))
+        schema.migrate(connection, allowed=allowed)
+        self.now(connection)
 
 
 def reason(error: Exception) -> str:
-    """The server's own words, in one line."""
+    """The server's own message, in one line."""
     return str(getattr(error, "orig", None) or error).partition("\n")[0].rpartition(">: ")[2]
 
 
@@ -240,39 +212,38 @@ async def open_postgres(
     clock: Callable[[int], int] = lambda now: now,
     migrate: bool = True,
 ) -> AsyncIterator[PostgresStore]:
-    """Connects and migrates; ConfigurationError when the server cannot be reached or the database
-    is not ours.
+    """Connects and migrates. ConfigurationError: the server cannot be reached, or the database
+    holds other tables.
     """
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=connecting(url, {**LIMITS, "application_name": NAME}),
-        pool_size=COMMITTERS + READERS + 1,  # who listens
+        async_creator=connecting(url, SESSION),
+        pool_size=COMMITTERS + READERS + 1,  # one more to watch
         max_overflow=0,
         pool_timeout=5,
         pool_pre_ping=True,
-        hide_parameters=True,  # they hold prompts and tokens, and errors are logged
+        hide_parameters=True,  # errors are logged, and parameters hold prompts and tokens
     )
 
     @event.listens_for(engine.sync_engine, "connect")
-    def prepare(connection: Any, _: object) -> None:
+    def make_durable(connection: Any, _: object) -> None:
         with closing(connection.cursor()) as cursor:
             cursor.execute(DURABLE)
         connection.commit()
 
-    store = PostgresStore(engine, process=process, new_id=new_id, flush=flush, clock=clock)
+    store = PostgresStore(engine, process, new_id, flush, clock)
+    watching = asyncio.create_task(store.watch(), name="watch-store")
     try:
-        async with until_done(store.end_stalled_sessions()):
-            try:
-                await store.prepare(migrate=migrate)
-            except (DBAPIError, OSError) as error:
-                raise ConfigurationError(
-                    f"DARKROOM_DATABASE_URL: PostgreSQL cannot be used: {reason(error)}"
-                ) from error
-            committing = asyncio.create_task(store.run(), name="committers")
-            try:
-                yield store
-            finally:
-                store.close()
-                await committing
+        try:
+            await store.prepare(migrate=migrate)
+        except (DBAPIError, OSError) as error:
+            raise ConfigurationError(
+                f"DARKROOM_DATABASE_URL: PostgreSQL cannot be used: {reason(error)}"
+            ) from error
+        async with store.committing():
+            yield store
     finally:
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
         await engine.dispose()

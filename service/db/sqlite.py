@@ -1,10 +1,11 @@
 """The embedded store: one SQLite file, one writer, one process.
 
 WAL with `synchronous=FULL`: a commit that returned survives a power cut. One connection writes and
-checkpoints (SQLite before 3.51.3 can corrupt a WAL with two writers); readers are read-only. A
-batch's statements run in the event loop's thread: a thread of their own would wait for the
-interpreter's lock after each of them. So does the commit while the disk is quick; a slow disk is
-waited for by a thread.
+checkpoints, because SQLite before 3.51.3 can corrupt a WAL with two writers. Readers are read-only.
+
+Statements of a batch run in the thread of the event loop. A thread of their own would wait for the
+interpreter's lock after each statement. The commit runs there too while the disk is quick. A thread
+waits for a slow disk.
 """
 
 import asyncio
@@ -38,17 +39,14 @@ from service.folders import make_folder
 
 READERS = 2
 QUICK_S = 0.003  # a disk that syncs in less is not worth a thread
-REMEMBERED = 16
+REMEMBERED = 16  # commits
 STALL_S = 0.05  # one such commit is enough to go to the thread
-
 
 log = structlog.get_logger()
 
 
 class FileLock:
-    """The proof that this process alone uses the store; the kernel frees it when the process ends,
-    however it ends.
-    """
+    """Proves that this process alone uses the store. The kernel frees it when the process ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -74,52 +72,43 @@ class FileLock:
         os.close(self._file)
 
 
-def engine(path: Path, *, readonly: bool) -> Engine:
-    made = create_engine(
+def new_engine(path: Path, *, readonly: bool) -> Engine:
+    engine = create_engine(
         "sqlite+pysqlite://",
         creator=connecting(path, "ro" if readonly else "rw"),
         poolclass=QueuePool if readonly else NullPool,
-        json_serializer=partial(
-            json.dumps, ensure_ascii=False
-        ),  # SQLite compares the text of names as it stands
-        hide_parameters=True,  # they hold prompts and tokens, and errors are logged
+        # SQLite compares the text of names as it stands.
+        json_serializer=partial(json.dumps, ensure_ascii=False),
+        hide_parameters=True,  # errors are logged, and parameters hold prompts and tokens
         **({"pool_size": READERS, "max_overflow": 0} if readonly else {}),
     )
 
-    @event.listens_for(made, "connect")
+    @event.listens_for(engine, "connect")
     def prepare(connection: Any, _: object) -> None:
-        statements = [
-            # the writer runs on the loop, which waits for nobody
-            f"PRAGMA busy_timeout={5000 if readonly else 0}",
-            "PRAGMA foreign_keys=ON",
-            "PRAGMA cache_size=-16384",
-        ]
-        statements += (
-            ["PRAGMA query_only=ON"]
-            if readonly
-            else ["PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL"]
-        )
-        for statement in statements:
-            connection.execute(statement)
+        if readonly:
+            settings = ["busy_timeout=5000", "query_only=ON"]
+        else:  # the writer runs in the event loop, which must not wait
+            settings = ["busy_timeout=0", "journal_mode=WAL", "synchronous=FULL"]
+        for setting in (*settings, "foreign_keys=ON", "cache_size=-16384"):
+            connection.execute(f"PRAGMA {setting}")
 
-    @event.listens_for(made, "begin")
+    @event.listens_for(engine, "begin")
     def immediate(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN" if readonly else "BEGIN IMMEDIATE")
 
-    return made
+    return engine
 
 
 class SqliteStore(BatchingStore):
-    """`Store` on one SQLite file; made by `open_sqlite`.
+    """`Store` on one SQLite file. `open_sqlite` makes it.
 
-    Once the file turns out to be damaged nothing more is written to it, until it was put right and
-    the process started anew.
+    After SQLite has reported damage, the store writes nothing more until the file is repaired and
+    the process restarts.
     """
 
     def __init__(
         self,
         path: Path,
-        *,
         process: str,
         new_id: Callable[[str, int], str],
         flush: Callable[[Transaction], None],
@@ -127,16 +116,16 @@ class SqliteStore(BatchingStore):
     ) -> None:
         super().__init__(process, new_id, flush)
         self.damaged = False
-        self._path = path
         self.clock = clock
+        self._path = path
         self._committing = ThreadPoolExecutor(1, "store-commit")
         self._readers = ThreadPoolExecutor(READERS, "store-reader")
-        self._engine = engine(path, readonly=False)
-        self._reading = engine(path, readonly=True)
+        self._engine = new_engine(path, readonly=False)
+        self._reading = new_engine(path, readonly=True)
         self._connection: Connection | None = None
-        self._commits = deque(
-            [1.0], REMEMBERED
-        )  # seconds; the first is made up, so that a slow disk is met on the thread
+        # Seconds of the latest commits. The first is invented, so that a slow disk is met on the
+        # thread.
+        self._commits = deque([1.0], REMEMBERED)
 
     def now(self, connection: Connection) -> int:
         return self.clock()
@@ -157,26 +146,23 @@ class SqliteStore(BatchingStore):
             yield run
             await self._end(transaction)
         except BaseException as error:
-            self._judge(error)
+            self._note_damage(error)
             transaction.rollback()
             raise
 
-    def _judge(self, error: BaseException) -> None:
-        """Takes an error of SQLite's to heart: a damaged file is told of once."""
+    def _note_damage(self, error: BaseException) -> None:
         if damaged(error) and not self.damaged:
             self.damaged = True
-            log.critical(
-                "store.damaged",
-                message=(
-                    f"{self._path}: {getattr(error, 'orig', error)}; nothing more is written to it"
-                ),
+            message = (
+                f"{self._path}: {getattr(error, 'orig', error)}; nothing more is written to it"
             )
+            log.critical("store.damaged", message=message)
 
     async def _end(self, transaction: RootTransaction) -> None:
-        """Commits here while the disk is quick, else on a thread.
+        """Commits here while the disk is quick, and otherwise on a thread.
 
-        The quick quarter of the latest commits decides: the others tell of a busy processor, not of
-        the disk.
+        The quickest quarter of the latest commits decides. The other commits measure a busy
+        processor and not the disk.
         """
 
         def commit() -> None:
@@ -198,7 +184,7 @@ class SqliteStore(BatchingStore):
                 with self._reading.begin() as connection:
                     return query(connection, *args, **kwargs)
             except DatabaseError as error:
-                self._judge(error)
+                self._note_damage(error)
                 raise StoreUnavailable(
                     f"the store cannot be read: {type(error.orig).__name__}"
                 ) from error
@@ -212,8 +198,8 @@ class SqliteStore(BatchingStore):
             release_all(connection)
 
     def dispose(self) -> None:
-        """Closes the connections. The writer's, as the last, checkpoints; into a damaged file it
-        must not.
+        """Closes the connections. The writer's comes last and checkpoints, except into a damaged
+        file.
         """
         self._committing.shutdown()
         self._readers.shutdown()
@@ -235,37 +221,26 @@ async def open_sqlite(
     clock: Callable[[], int] | None = None,
     migrate: bool = True,
 ) -> AsyncIterator[SqliteStore]:
-    """Opens the store for this process alone; ConfigurationError when another has it or the file is
-    not ours.
+    """Opens the store for this process alone. ConfigurationError: another process has it, or the
+    file cannot be used.
     """
     lock = FileLock(path.with_name(path.name + ".lock"))
     if not lock.acquire():
         raise ConfigurationError(f"another darkroom process uses {path}: only one may on SQLite")
+    store = None
     try:
         try:
             await asyncio.to_thread(examine, path)
             await asyncio.to_thread(begin, path)
+            store = SqliteStore(path, process, new_id, flush, clock or SteadyClock())
+            await asyncio.to_thread(store.prepare, migrate=migrate)
         except (DatabaseError, sqlite3.Error, OSError) as error:
             raise ConfigurationError(
                 f"DARKROOM_DATABASE_URL: {path} cannot be used: {getattr(error, 'orig', error)}"
             ) from error
-        store = SqliteStore(
-            path, process=process, new_id=new_id, flush=flush, clock=clock or SteadyClock()
-        )
-        try:
-            try:
-                await asyncio.to_thread(store.prepare, migrate=migrate)
-            except DatabaseError as error:
-                raise ConfigurationError(
-                    f"DARKROOM_DATABASE_URL: {path} cannot be used: {error.orig}"
-                ) from error
-            committing = asyncio.create_task(store.run(), name="committer")
-            try:
-                yield store
-            finally:
-                store.close()
-                await committing
-        finally:
-            await asyncio.to_thread(store.dispose)
+        async with store.committing():
+            yield store
     finally:
+        if store is not None:
+            await asyncio.to_thread(store.dispose)
         lock.release()

@@ -257,12 +257,10 @@ class Recorder(SqliteStore):
 @pytest.fixture
 async def record() -> AsyncIterator[Recorder]:
     record = Recorder()
-    running = asyncio.ensure_future(record.run())
-    yield record
-    for _ in range(100):
-        record.turn.release()
-    record.close()
-    await running
+    async with record.committing():
+        yield record
+        for _ in range(100):
+            record.turn.release()
 
 
 async def test_what_is_urgent_goes_first(record: Recorder) -> None:
@@ -332,9 +330,9 @@ async def test_a_process_that_stands_still_in_a_transaction_loses_it(
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(postgres, "LOOK_FOR_STILL_S", 0.05)
+    monkeypatch.setattr(postgres, "STALLED_LOOK_S", 0.05)
     monkeypatch.setattr(
-        postgres, "STILL_MS", 3000
+        postgres, "STALLED_MS", 3000
     )  # longer than this very process may stand still on a busy machine
 
 

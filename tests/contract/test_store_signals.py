@@ -78,7 +78,7 @@ async def test_hints_come_again_after_the_server_was_away(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Who listens connects anew, and takes it that anything may have happened meanwhile."""
-    monkeypatch.setattr(postgres, "LISTEN_AGAIN_S", 0.05)
+    monkeypatch.setattr(postgres, "WATCH_AGAIN_S", 0.05)
     one, other = two
     await wait_until(lambda: heard_of(one, other))
     async with away(postgres_server, migrated_database):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from service.db.tables import counters
 from service.errors import ConfigurationError
 from service.tasks.new_tasks import insert_tasks
 from tests.contract.subject import Clock, Opener, Subject, new_id
@@ -174,8 +173,8 @@ def contents(folder: Path) -> dict[str, bytes]:
         (random_head, "file is not a database"),
         (anothers, "tables that are not darkroom's"),
         (anothers_killed, "tables that are not darkroom's"),
-        (anothers_killed_as_it_wrote, "tables that are not darkroom's"),
-        (lost_to_anothers_journal, "tables that are not darkroom's"),
+        (anothers_killed_as_it_wrote, "an unfinished transaction"),
+        (lost_to_anothers_journal, "an unfinished transaction"),
         (lost_to_anothers_wal, "tables that are not darkroom's"),
         (gone_but_for_its_wal, "is missing or empty"),
         (gone_but_for_its_journal, "is missing or empty"),
@@ -198,27 +197,6 @@ async def test_a_file_that_is_not_ours_or_not_whole_is_refused(
                 pass
         assert "\n" not in str(refused.value)
         assert contents(tmp_path) == before
-
-
-async def test_what_a_killed_writer_left_in_our_file_is_undone(
-    sqlite_opener: Opener, clock: Clock, tmp_path: Path
-) -> None:
-    """As by any that opens it: what was committed is there, what was not is gone, and the file is
-    ours to go on with.
-    """
-    async with sqlite_opener() as store:
-        key = await Subject(store, clock).queued()
-    killed_in_a_transaction(tmp_path / "darkroom.db", "INSERT INTO counters VALUES (?, 1)")
-    async with sqlite_opener() as store:
-        subject = Subject(store, clock)
-        assert await subject.state(key) == "queued"
-        assert {row["name"] for row in await subject.rows(counters)} == {
-            "clock",
-            "events",
-            "forgotten",
-            "ready",
-        }
-        assert [lease.key for lease in await subject.claim("submit")] == [key]
 
 
 async def test_a_start_that_was_killed_at_once_leaves_no_empty_file(tmp_path: Path) -> None:

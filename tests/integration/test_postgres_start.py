@@ -119,8 +119,8 @@ async def test_a_start_ends_the_session_of_a_stopped_process(
 
     The server waits for the other half of a statement without a limit.
     """
-    monkeypatch.setattr(postgres, "LOOK_FOR_STILL_S", 0.05)
-    monkeypatch.setattr(postgres, "STILL_MS", 500)
+    monkeypatch.setattr(postgres, "STALLED_LOOK_S", 0.05)
+    monkeypatch.setattr(postgres, "STALLED_MS", 500)
     monkeypatch.setattr(postgres, "BETWEEN_S", 0.05)
     async with open_postgres(postgres_url, process="first", new_id=new_id):
         pass
@@ -152,7 +152,7 @@ async def test_a_start_outlasts_a_process_that_is_stopped_while_it_migrates(
         await_only(resumed.wait())
         return migrate(connection, allowed=allowed)
 
-    monkeypatch.setitem(postgres.LIMITS, "idle_in_transaction_session_timeout", "500")
+    monkeypatch.setitem(postgres.SESSION, "idle_in_transaction_session_timeout", "500")
     monkeypatch.setattr(schema, "migrate", stop_once)
 
     async def start(process: str) -> None:
