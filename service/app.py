@@ -47,8 +47,7 @@ from service.web.auth import Access
 from service.web.context import Context
 from service.web.error_responses import HANDLERS
 from service.web.middleware import Requests
-from service.web.overload import Admission, KeyLimits
-from service.web.precedence import Precedence
+from service.web.overload import KeyLimits, LoadShedder, PriorityGate
 from service.web.routes.table import operators_routes, routes
 from service.web.server import Server, bind, listening
 
@@ -166,14 +165,12 @@ async def running(
     async with open_resources(settings, metrics) as resources, pictures as examiner:
         brokers = open_sinks(settings) if role.workers else []
         broker_workers = {broker.name: BrokerWorker(resources, broker) for broker in brokers}
-        account, precedence = Account(resources, settings.submit_schedule), Precedence()
+        account, gate = Account(resources, settings.submit_schedule), PriorityGate()
         work = stages(settings, resources, account, examiner) if role.workers else []
         after_commit = partial(log_emitted, metrics=metrics)
-        pool = WorkerPool(resources.store, work, metrics, after_commit, precedence.wait)
+        pool = WorkerPool(resources.store, work, metrics, after_commit, gate.wait)
         stopping = Stopping(resources.store, pool, settings.stop_s)
-        context = make_context(
-            settings, role, resources, account, precedence, broker_workers, stopping
-        )
+        context = make_context(settings, role, resources, account, gate, broker_workers, stopping)
         jobs = {"workers": pool.run(), "account": account.run(), "tail": context.tail.run()}
         if role.workers:
             jobs |= hourly_jobs(settings, resources)
@@ -202,7 +199,7 @@ def make_context(
     role: Role,
     resources: Resources,
     account: Account,
-    precedence: Precedence,
+    gate: PriorityGate,
     broker_workers: Mapping[str, BrokerWorker],
     stopping: Stopping,
 ) -> Context:
@@ -220,11 +217,11 @@ def make_context(
             settings.log_prompts,
         ),
         tail=Tail(resources.store, resources.links),
-        precedence=precedence,
+        gate=gate,
         account=account,
         access=Access(resources.store, admin_key),
         limits=KeyLimits(settings.key_requests),
-        admission=Admission(precedence, resources.metrics),
+        shedder=LoadShedder(gate, resources.metrics),
         result_ttl_s=settings.evolink_result_ttl_s,
         sinks={address.name: address.types for address in settings.sinks},
         sinks_failing=lambda: any(each.failing for each in broker_workers.values()),
@@ -267,7 +264,7 @@ async def serve(
             operators = create_app(context, role, metrics_open=True)
             metrics_port = Server(operators, bind(settings.host, settings.metrics_port), 1)
             await stack.enter_async_context(listening(metrics_port, stop))
-        server = Server(create_app(context, role), bound, settings.stop_s)
+        server = Server(create_app(context, role), bound, settings.stop_s, context.gate)
         await stack.enter_async_context(listening(server, stop))
         if ready is not None:
             await ready(context)

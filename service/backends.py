@@ -31,7 +31,7 @@ from service.signing import Keyring
 from service.tasks import owner_keys
 from service.upstreams.base import Call
 from service.upstreams.evolink import EvoLink
-from service.web.overload import BY_HAND
+from service.web.overload import MANUAL
 from service.web.schemas import known_pattern
 
 log = structlog.get_logger()
@@ -177,7 +177,7 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
         async def egress(rules: Rules, connections: int = 64) -> Egress:
             return await enter(Egress(rules, connections=connections, on_refused=refused))
 
-        hooks = DELIVERIES + REDELIVERIES + BY_HAND
+        hooks = DELIVERIES + REDELIVERIES + MANUAL
         upstream = await egress(Rules("upstream", settings.upstream_networks))
         results = await egress(result_rules(settings), settings.download_concurrency)
         endpoints = await egress(Rules("endpoints", settings.endpoint_networks), hooks)

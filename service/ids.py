@@ -16,12 +16,22 @@ PREFIXES = {
     "key": "key_",
     "request": "req_",
 }
+EXTENSIONS = {
+    "image/png": "png",
+    "image/jpeg": "jpg",
+    "image/webp": "webp",
+    "image/gif": "gif",
+    "image/avif": "avif",
+}
+# An upstream's id becomes part of a URL: visible ASCII, no dot in front, at most 200 characters.
+UPSTREAM_ID = r"[!-\-/-~][!-~]{0,199}"
+BLOB = re.compile(r"task_[a-z2-7]{26}/[0-9]{1,9}-[0-9a-f]{64}\.[a-z]{1,8}", re.ASCII)
 
 
 def make_id(kind: str, now: int, random: bytes) -> str:
-    """An id: prefix and 26 lower-case base32 characters of 48 bits of `now` and 80 random bits.
+    """A prefix and 26 lower-case base32 characters of 48 bits of `now` and 80 random bits.
 
-    The time in front keeps neighbours in time neighbours in an index. `random` must be 10 bytes.
+    The time comes first, so that ids of the same time are close in an index. `random` is 10 bytes.
     """
     if len(random) != 10:
         raise ValueError("an id wants 10 random bytes")
@@ -31,32 +41,19 @@ def make_id(kind: str, now: int, random: bytes) -> str:
 
 def rfc3339(ms: int) -> str:
     """`2026-01-31T23:59:59.123Z`."""
-    return (
-        datetime.fromtimestamp(ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S") + f".{ms % 1000:03d}Z"
-    )
+    time = datetime.fromtimestamp(ms // 1000, UTC)
+    return f"{time:%Y-%m-%dT%H:%M:%S}.{ms % 1000:03d}Z"
+
+
+def rfc3339_or_none(ms: int | None) -> str | None:
+    return None if ms is None else rfc3339(ms)
 
 
 def sequence_text(sequence: int) -> str:
-    """A place in the outbox as readers see it: 20 digits, so that text order is number order."""
+    """A sequence of the outbox as readers see it: 20 digits, so that text order is number order."""
     return f"{sequence:020d}"
 
 
-EXTENSIONS = {
-    "image/png": "png",
-    "image/jpeg": "jpg",
-    "image/webp": "webp",
-    "image/gif": "gif",
-    "image/avif": "avif",
-}
-
-
-# asked for by URL: visible ASCII, no dot in front, at most 200 characters
-UPSTREAM_ID = r"[!-\-/-~][!-~]{0,199}"
-
-
-BLOB = re.compile(r"task_[a-z2-7]{26}/[0-9]{1,9}-[0-9a-f]{64}\.[a-z]{1,8}", re.ASCII)
-
-
 def blob_name(task_id: str, index: int, sha256: str, media_type: str) -> str:
-    """What an image is kept as: the same after a crash, and nothing is shared between tasks."""
+    """The blob of an image. The name is the same after a crash, and tasks share no blob."""
     return f"{task_id}/{index}-{sha256}.{EXTENSIONS[media_type]}"

@@ -1,5 +1,5 @@
-"""JSON objects from outside, by the rules of one parser for everybody who sends some: what is taken
-can be stored, signed and sent on.
+"""JSON objects from outside, parsed by one set of rules. The service can store, sign and send on
+every accepted object.
 """
 
 import json
@@ -9,47 +9,45 @@ from typing import Any, NoReturn
 
 JSON = dict[str, Any]
 
-
-MAX_DEPTH = 100  # far from where an encoder or a database gives up
-NO_TEXT = re.compile("[\0\ud800-\udfff]")
+MAX_DEPTH = 100  # levels, far below the limits of encoders and databases
+FORBIDDEN_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def read_object(body: bytes | bytearray, *, finite: bool = False) -> JSON:
-    """The object in UTF-8. ValueError, with a reason fit for the sender: anything else, a field
-    that is there twice, NaN, more than 100 levels, text that `check_text` refuses, and if all is to
-    be `finite`, so that it can be written again, 1e400 and the like.
+    """The object in UTF-8. Raises ValueError with a reason for the sender.
+
+    The rules exclude a duplicate field, NaN, more than 100 levels, and text that `check_text`
+    rejects. `finite` also excludes numbers such as 1e400, which no JSON can represent again.
     """
-    number = _finite if finite else float
     try:
         value = json.loads(
             body.decode("utf-8"),
             object_pairs_hook=_unique,
-            parse_constant=_no_number,
-            parse_float=number,
+            parse_constant=_not_json,
+            parse_float=_finite if finite else float,
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
-        # one kind of error for whatever is wrong with it
-        raise ValueError("it is no object")  # noqa: TRY004
+        raise ValueError("it is no object")  # noqa: TRY004 - callers catch one type of error
     _check(value)
     return value
 
 
 def check_text(text: str) -> None:
-    """ValueError for NUL or a lone surrogate: no database and no upstream takes them."""
-    if NO_TEXT.search(text):
+    """Raises ValueError for NUL or a lone surrogate, which databases and upstreams reject."""
+    if FORBIDDEN_TEXT.search(text):
         raise ValueError("text must not hold NUL or a lone surrogate")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> JSON:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
         raise ValueError("an object names a field twice")
-    return made
+    return fields
 
 
-def _no_number(name: str) -> NoReturn:
+def _not_json(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
@@ -61,7 +59,7 @@ def _finite(text: str) -> float:
 
 
 def _check(document: JSON) -> None:
-    """Level by level, so that depth costs no stack."""
+    """Walks level by level, so that depth uses no stack."""
     level: list[object] = [document]
     for _ in range(MAX_DEPTH):
         below: list[object] = []

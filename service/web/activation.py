@@ -1,8 +1,7 @@
-"""The listening socket that systemd hands over, and what systemd is told: sd_listen_fds(3),
-sd_notify(3).
+"""Socket activation and notification of systemd: sd_listen_fds(3), sd_notify(3).
 
-The socket outlives the process. While none serves, connections wait in its queue, and the next
-process answers them.
+An inherited socket outlives the process. While no process serves, connections wait in its queue,
+and the next process answers them.
 """
 
 import os
@@ -17,10 +16,10 @@ FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 
 
 def inherited(environ: MutableMapping[str, str]) -> socket.socket | None:
-    """The socket that this process was handed, None: it was handed none; ConfigurationError: nobody
-    can be served on what it was handed.
+    """The inherited socket, or None. Raises ConfigurationError if the descriptor is no listening
+    socket.
 
-    What says so leaves `environ`: it is meant for this process and for no child.
+    The variables leave `environ`, because they are meant for this process and not for its children.
     """
     count, pid, _ = (
         environ.pop(name, None) for name in ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
@@ -31,29 +30,24 @@ def inherited(environ: MutableMapping[str, str]) -> socket.socket | None:
         raise ConfigurationError(
             f"{count} sockets were handed over (LISTEN_FDS), and darkroom listens on one"
         )
+    handed = f"descriptor {FIRST}, handed over by LISTEN_FDS,"
     try:
-        found = socket.socket(fileno=FIRST)
+        bound = socket.socket(fileno=FIRST)
     except OSError as error:
-        raise ConfigurationError(
-            f"descriptor {FIRST}, handed over by LISTEN_FDS, is no socket: {error.strerror}"
-        ) from error
-    listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    if not listens or found.type != socket.SOCK_STREAM or found.family not in FAMILIES:
-        found.close()
-        raise ConfigurationError(
-            f"descriptor {FIRST}, handed over by LISTEN_FDS, is no listening stream socket"
-            " (Accept=no)"
-        )
-    found.set_inheritable(False)
-    found.setblocking(False)
-    return found
+        raise ConfigurationError(f"{handed} is no socket: {error.strerror}") from error
+    listens = bound.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    if not listens or bound.type != socket.SOCK_STREAM or bound.family not in FAMILIES:
+        bound.close()
+        raise ConfigurationError(f"{handed} is no listening stream socket (Accept=no)")
+    bound.set_inheritable(False)
+    bound.setblocking(False)
+    return bound
 
 
 def notify(state: str) -> None:
-    """Tells whoever started the process and asked for it, as systemd does for `Type=notify`:
-    `READY=1` or `STOPPING=1`.
-    """
+    """Sends `READY=1` or `STOPPING=1` to the supervisor, if it asked for it (`Type=notify`)."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told, suppress(OSError):
-            told.sendto(state.encode(), f"\0{address[1:]}" if address.startswith("@") else address)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor, suppress(OSError):
+            path = f"\0{address[1:]}" if address.startswith("@") else address
+            supervisor.sendto(state.encode(), path)

@@ -1,6 +1,4 @@
-"""The AsyncAPI 3.0 document: every type of event with its schema, and the ways in which events
-come.
-"""
+"""The AsyncAPI 3.0 document: the schema of each event type, and the channels of events."""
 
 from collections.abc import Iterable, Mapping
 
@@ -11,16 +9,13 @@ from service import VERSION
 from service.strict_json import JSON
 from service.web.event_schemas import EVENT_TYPES, TEST_TYPE, EndpointTest, Event, EventTask
 
-ABOUT = """What happens to tasks, as structured CloudEvents 1.0. Each comes at least once; `id`
-tells repetitions, `sequence` the order.
-The JSON Schema of a type of event is `components.schemas` under the type's name. Schemas only grow:
-ignore fields that you do not know."""
+ABOUT = """Events about tasks, as structured CloudEvents 1.0. Each event comes at least once. A
+repeated event has the same `id`. `sequence` is the order.
+`components.schemas` has the JSON Schema of each event type under the type's name. Schemas only
+grow: ignore unknown fields."""
 CLOUD_EVENT = "application/cloudevents+json"
 TASK, RESYNC = "task", "resync"
-SENT: Mapping[str, type[BaseModel]] = {
-    **EVENT_TYPES,
-    TEST_TYPE: EndpointTest,
-}  # every document that is a CloudEvent
+SENT: Mapping[str, type[BaseModel]] = {**EVENT_TYPES, TEST_TYPE: EndpointTest}
 CHANNELS: Mapping[str, tuple[str | None, str, Iterable[str]]] = {
     "webhooks": (None, "POST to an endpoint's `url`, signed by Standard Webhooks.", SENT),
     "stream": (
@@ -34,23 +29,23 @@ CHANNELS: Mapping[str, tuple[str | None, str, Iterable[str]]] = {
     "pull": (
         "/v1/events",
         (
-            "GET: pages of events after a sequence, held until something is there; a page's"
-            " `data` has them."
+            "GET: pages of events after a sequence. `wait` holds the response until an event is"
+            " available. `data` contains the events."
         ),
         EVENT_TYPES,
     ),
     "taskCallbacks": (
         None,
         (
-            "POST of a task that has ended to its own `callback_url`, signed by"
-            " Standard Webhooks with its owner's callback secret."
+            "POST of a terminal task to its own `callback_url`, signed by Standard Webhooks with"
+            " its owner's callback secret."
         ),
         (TASK,),
     ),
 }
 SIGNED = ("webhooks", "taskCallbacks")
 HEADERS = {
-    "webhook-id": "the event's id, however often it comes",
+    "webhook-id": "the event's id, the same in each delivery",
     "webhook-timestamp": "of this attempt, in seconds since 1970 UTC",
     "webhook-signature": "`v1,…` for each valid secret, space-separated",
 }
@@ -58,7 +53,8 @@ SEQUENCE = {"type": "string", "pattern": "^[0-9]{20}$"}
 RESYNC_SCHEMA = {
     "type": "object",
     "description": (
-        "Events after the reader's place are no longer kept; what follows begins with this one."
+        "The service no longer keeps the events after the reader's position. The stream continues"
+        " with this sequence."
     ),
     "required": ["sequence"],
     "properties": {"sequence": SEQUENCE},
@@ -66,16 +62,15 @@ RESYNC_SCHEMA = {
 
 
 def document() -> JSON:
-    """The whole document."""
     kinds = sorted(set(SENT.values()), key=lambda kind: kind.__name__)
-    _, shapes = models_json_schema(
+    _, models = models_json_schema(
         [(kind, "serialization") for kind in kinds], ref_template="#/components/schemas/{model}"
     )
+    schemas = {**models["$defs"], **{type: event_schema(type) for type in SENT}}
     messages = {type: message(type, CLOUD_EVENT, type) for type in SENT}
-    messages |= {
-        TASK: message(TASK, "application/json", EventTask.__name__),
-        RESYNC: message(RESYNC, "application/json", RESYNC),
-    }
+    messages[TASK] = message(TASK, "application/json", EventTask.__name__)
+    messages[RESYNC] = message(RESYNC, "application/json", RESYNC)
+    signed_messages = {f"{name}.signed": signed(messages[name]) for name in (*SENT, TASK)}
     return {
         "asyncapi": "3.0.0",
         "info": {"title": "Darkroom", "version": VERSION, "description": ABOUT},
@@ -85,15 +80,8 @@ def document() -> JSON:
             name: {"action": "send", "channel": {"$ref": f"#/channels/{name}"}} for name in CHANNELS
         },
         "components": {
-            "schemas": {
-                **shapes["$defs"],
-                **{type: event_schema(type) for type in SENT},
-                RESYNC: RESYNC_SCHEMA,
-            },
-            "messages": {
-                **messages,
-                **{f"{name}.signed": signed(messages[name]) for name in (*SENT, TASK)},
-            },
+            "schemas": {**schemas, RESYNC: RESYNC_SCHEMA},
+            "messages": {**messages, **signed_messages},
         },
     }
 
@@ -101,34 +89,26 @@ def document() -> JSON:
 def channel(name: str) -> JSON:
     address, about, types = CHANNELS[name]
     form = ".signed" if name in SIGNED else ""
-    return {
-        "address": address,
-        "description": about,
-        "messages": {type: {"$ref": f"#/components/messages/{type}{form}"} for type in types},
-    }
+    messages = {type: {"$ref": f"#/components/messages/{type}{form}"} for type in types}
+    return {"address": address, "description": about, "messages": messages}
 
 
 def message(name: str, content_type: str, schema: str) -> JSON:
-    return {
-        "name": name,
-        "contentType": content_type,
-        "payload": {"$ref": f"#/components/schemas/{schema}"},
-    }
+    payload = {"$ref": f"#/components/schemas/{schema}"}
+    return {"name": name, "contentType": content_type, "payload": payload}
 
 
 def signed(message: JSON) -> JSON:
     headers = {
         header: {"type": "string", "description": about} for header, about in HEADERS.items()
     }
-    return {
-        **message,
-        "headers": {"type": "object", "required": list(headers), "properties": headers},
-    }
+    schema = {"type": "object", "required": list(headers), "properties": headers}
+    return {**message, "headers": schema}
 
 
 def event_schema(type: str) -> JSON:
-    """The JSON Schema of a type of event: that of any, with its own type and data."""
-    shape = Event.model_json_schema(mode="serialization")
+    """The JSON Schema of an event type: the general schema with its own type and data."""
+    schema = Event.model_json_schema(mode="serialization")
     special: JSON = {
         "source": {"type": "string", "format": "uri-reference"},
         "type": {"const": type},
@@ -136,8 +116,5 @@ def event_schema(type: str) -> JSON:
         "sequence": SEQUENCE,
         "data": {"$ref": f"#/components/schemas/{SENT[type].__name__}"},
     }
-    return {
-        "type": "object",
-        "required": shape["required"],
-        "properties": {**shape["properties"], **special},
-    }
+    properties = {**schema["properties"], **special}
+    return {"type": "object", "required": schema["required"], "properties": properties}

@@ -1,4 +1,4 @@
-"""Who calls: API keys, their owners and scopes."""
+"""API keys: the caller of a request, its owner and its scopes."""
 
 import hmac
 import time
@@ -15,38 +15,33 @@ from service.tasks import owner_keys
 log = structlog.get_logger()
 
 SCOPES = ("submit", "read", "subscribe", "admin")
-CACHE_S = 3.0  # revocation acts within 5 s in every process
+CACHE_S = 3.0  # revocation must take effect within 5 s in every process
 CACHE_KEYS = 10_000
 KEY_PREFIX = "dk_"
 HINT_CHARS = 8
 
 
-def hint_of(key: str) -> str | None:
-    """The beginning of what looks like a key of ours, for people; of anything else, which may be
-    another's secret, nothing.
-    """
-    return key[:HINT_CHARS] if key.startswith(KEY_PREFIX) else None
-
-
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """`admin` has every scope and sees every owner."""
+    """The scope `admin` includes every scope and every owner's data."""
 
     owner: str
     scopes: frozenset[str]
     key: str  # its id
 
-    def may(self, *scopes: str) -> bool:
-        return "admin" in self.scopes or not self.scopes.isdisjoint(scopes)
-
     @property
     def sees(self) -> str | None:
-        """The owner whose things are shown; None: everybody's."""
+        """The owner whose data the caller sees. None: every owner's."""
         return None if "admin" in self.scopes else self.owner
 
 
+def caller_of(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
 class Access:
-    """Looks keys up; what the store said is believed for `CACHE_S`."""
+    """Looks up API keys, and caches the store's answers for `CACHE_S`."""
 
     def __init__(self, store: Store, admin_key: str | None) -> None:
         self._store = store
@@ -54,26 +49,25 @@ class Access:
         self._cache: dict[str, tuple[float, Caller | None]] = {}
 
     async def caller(self, request: Request, *scopes: str) -> Caller:
-        """The caller, who has one of the scopes; ApiError 401 without a valid key, 403 without the
+        """A caller with one of the scopes. Raises ApiError 401 without a valid key, 403 without the
         scope.
         """
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        found = (
-            await self._known(key.strip()) if scheme.lower() == "bearer" and key.strip() else None
-        )
-        if found is None:
-            log.warning("auth.refused", reason="no valid key", hint=hint_of(key.strip()))
-            raise ApiError(
-                401, "unauthorized", "a valid API key is needed: Authorization: Bearer KEY"
-            )
-        if not found.may(*scopes):
-            log.warning("auth.refused", reason=f"needs {' or '.join(scopes)}", owner=found.owner)
-            raise ApiError(
-                403, "permission_denied", f"the key needs the scope {' or '.join(scopes)}"
-            )
-        return found
+        scheme, _, text = request.headers.get("authorization", "").partition(" ")
+        key = text.strip()
+        caller = await self._lookup(key) if scheme.lower() == "bearer" and key else None
+        if caller is None:
+            # Any other text may be a secret of another service.
+            hint = key[:HINT_CHARS] if key.startswith(KEY_PREFIX) else None
+            log.warning("auth.refused", reason="no valid key", hint=hint)
+            message = "a valid API key is needed: Authorization: Bearer KEY"
+            raise ApiError(401, "unauthorized", message)
+        if caller.scopes.isdisjoint({"admin", *scopes}):
+            log.warning("auth.refused", reason=f"needs {' or '.join(scopes)}", owner=caller.owner)
+            message = f"the key needs the scope {' or '.join(scopes)}"
+            raise ApiError(403, "permission_denied", message)
+        return caller
 
-    async def _known(self, key: str) -> Caller | None:
+    async def _lookup(self, key: str) -> Caller | None:
         hash = hash_api_key(key)
         if self._admin is not None and hmac.compare_digest(hash, self._admin):
             return Caller("admin", frozenset(SCOPES), "DARKROOM_ADMIN_KEY")

@@ -1,4 +1,4 @@
-"""What the routes share; the application's lifespan makes it and yields it as state."""
+"""The objects that all routes share. The application's lifespan yields them as state."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,33 +11,37 @@ from service.resources import Resources
 from service.tasks.accept import Intake
 from service.tasks.account_breaker import Account
 from service.web.auth import Access
-from service.web.overload import Admission, KeyLimits
-from service.web.precedence import Precedence
+from service.web.overload import KeyLimits, LoadShedder, PriorityGate
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """`workers_alive` None: this process has no workers."""
+    """`sinks`: brokers by name with their event types. `drained` waits for work in flight, within
+    the stop's limit, and returns the seconds that are left of it. `workers_alive` None: the process
+    has no workers.
+    """
 
     resources: Resources
     sender: WebhookSender
     intake: Intake
     tail: Tail
-    precedence: Precedence
+    gate: PriorityGate
     account: Account
     access: Access
     limits: KeyLimits
-    admission: Admission
+    shedder: LoadShedder
     result_ttl_s: float
-    sinks: Mapping[str, Sequence[str]]  # brokers by name, with the types that each gets
-    sinks_failing: Callable[[], bool]  # in this process
-    quiesce: Callable[[], None]  # a stop was asked for: no new work is started
-    drained: Callable[
-        [], Awaitable[float]
-    ]  # waits for work in flight, within the stop's limit; how many seconds are left of that
+    sinks: Mapping[str, Sequence[str]]
+    sinks_failing: Callable[[], bool]
+    quiesce: Callable[[], None]
+    drained: Callable[[], Awaitable[float]]
     workers_alive: Callable[[], bool] | None
 
 
 def context_of(request: Request) -> Context:
     context: Context = request.state.context
     return context
+
+
+def resources_of(request: Request) -> Resources:
+    return context_of(request).resources

@@ -1,4 +1,4 @@
-"""Errors as clients get them (contract section 3), whoever raised them."""
+"""Exceptions as error responses (docs/api.md)."""
 
 from collections.abc import Mapping
 
@@ -19,24 +19,12 @@ CODES = {404: "not_found", 405: "method_not_allowed"}
 def error_body(
     status: int, code: str | None, message: str | None, request_id: str | None, **more: object
 ) -> JSON:
-    """The one form of an error; `more` are values for `type`, `param` and `task_id`."""
-    fields = {
-        "code": code,
-        "message": message,
-        "type": type_of(status),
-        "param": None,
-        "request_id": request_id,
-        "task_id": None,
-    }
-    return {"error": fields | more}
+    """The one form of an error. `more` are values for `type`, `param` and `task_id`."""
+    fields: JSON = {"code": code, "message": message, "type": type_of(status), "param": None}
+    return {"error": {**fields, "request_id": request_id, "task_id": None, **more}}
 
 
-def request_id_of(request: Request) -> str:
-    value: str = request.scope["request_id"]
-    return value
-
-
-def answer(
+def error_response(
     request: Request,
     status: int,
     code: str,
@@ -44,9 +32,8 @@ def answer(
     headers: Mapping[str, str] | None = None,
     **more: object,
 ) -> Response:
-    return JSONResponse(
-        error_body(status, code, message, request_id_of(request), **more), status, headers
-    )
+    body = error_body(status, code, message, request.scope["request_id"], **more)
+    return JSONResponse(body, status, headers)
 
 
 async def api_error(request: Request, error: Exception) -> Response:
@@ -57,40 +44,37 @@ async def api_error(request: Request, error: Exception) -> Response:
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     more = {"param": error.param, "task_id": error.task_id, "type": error.type}
-    return answer(request, error.status, error.code, error.message, headers, **more)
+    return error_response(request, error.status, error.code, error.message, headers, **more)
 
 
 async def http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = CODES.get(error.status_code, "invalid_request")
-    return answer(request, error.status_code, code, error.detail, error.headers)
+    return error_response(request, error.status_code, code, error.detail, error.headers)
 
 
 async def store_unavailable(request: Request, error: Exception) -> Response:
     context_of(request).resources.metrics.store_failures.inc()
     log.error("store.failed", message=str(error), exception=cause_of(error))
-    return answer(request, 503, "unavailable", str(error), {"Retry-After": "1"})
+    return unavailable(request, "unavailable", str(error), 1)
 
 
 async def blob_unavailable(request: Request, error: Exception) -> Response:
     log.error("blobs.failed", message=str(error), exception=cause_of(error))
-    return answer(
-        request, 503, "unavailable", f"the image store failed: {error}", {"Retry-After": "5"}
-    )
+    return unavailable(request, "unavailable", f"the image store failed: {error}", 5)
 
 
-async def upstream_silent(request: Request, error: Exception) -> Response:
-    return answer(
-        request,
-        503,
-        "upstream_unavailable",
-        f"the upstream gave no answer: {error}",
-        {"Retry-After": "5"},
-    )
+async def upstream_unavailable(request: Request, error: Exception) -> Response:
+    message = f"the upstream gave no answer: {error}"
+    return unavailable(request, "upstream_unavailable", message, 5)
+
+
+def unavailable(request: Request, code: str, message: str, retry_after: int) -> Response:
+    return error_response(request, 503, code, message, {"Retry-After": str(retry_after)})
 
 
 def cause_of(error: Exception) -> str | None:
-    """What the driver said: never the statement, whose values are clients' own."""
+    """The driver's message, without the statement, which contains clients' values."""
     cause = error.__cause__
     return repr(getattr(cause, "orig", cause)) if cause else None
 
@@ -100,5 +84,5 @@ HANDLERS = {
     HTTPException: http_error,
     StoreUnavailable: store_unavailable,
     BlobUnavailable: blob_unavailable,
-    EgressError: upstream_silent,
+    EgressError: upstream_unavailable,
 }

@@ -1,6 +1,4 @@
-"""The shapes of events: their types, the task as they carry it, and what the operators' events
-say.
-"""
+"""The schemas of events: their types, the task in them, and the data of operators' events."""
 
 from typing import Any, Literal
 
@@ -39,7 +37,7 @@ class TaskError(BaseModel):
 
 
 class EventTask(BaseModel):
-    """A task as events carry it: without its prompt."""
+    """A task in an event, without its prompt."""
 
     id: str
     object: Literal["image.generation.task"]
@@ -75,13 +73,11 @@ class Event(BaseModel):
     id: str
     source: str
     type: str
-    subject: str = Field(
-        description="the task's id; of what is about no task, the endpoint's or row's"
-    )
+    subject: str = Field(description="the task's id, else the id of the endpoint or row")
     time: str
     datacontenttype: Literal["application/json"]
     sequence: str
-    data: dict[str, Any] = Field(description="of `image.task.*`: the task as it was then")
+    data: dict[str, Any] = Field(description="for `image.task.*`: the task at that time")
 
 
 class EventPage(BaseModel):
@@ -91,7 +87,7 @@ class EventPage(BaseModel):
 
 
 class Conflict(BaseModel):
-    """A callback, or an answer without one, that contradicts what is known of its task."""
+    """A callback or a query's response that contradicts the task's earlier data."""
 
     task_id: str
     callback_id: str | None
@@ -100,8 +96,8 @@ class Conflict(BaseModel):
 
 
 class LateResult(BaseModel):
-    """What the upstream proved of a task that had been given up: state and event stand, credits and
-    pictures count.
+    """The upstream's proof about a task that the service had ended. State and event stand, credits
+    and images are recorded.
     """
 
     task_id: str
@@ -115,7 +111,7 @@ class LateResult(BaseModel):
 
 
 class Parked(BaseModel):
-    """A row that brought its work down too often; nothing tries it again."""
+    """A row that crashed its worker too often. No worker tries it again."""
 
     task_id: str | None
     stage: str
@@ -124,7 +120,7 @@ class Parked(BaseModel):
 
 
 class AtRisk(BaseModel):
-    """A picture that could not be fetched so far, and whose link dies soon."""
+    """An image that is not downloaded yet and whose link expires soon."""
 
     task_id: str
     owner: str
@@ -141,13 +137,13 @@ class EndpointDisabled(BaseModel):
 
 
 class EndpointTest(BaseModel):
-    """Asked for by the endpoint's owner; it is in no list of events."""
+    """Requested by the endpoint's owner. No list of events contains it."""
 
     endpoint_id: str
 
 
 class DeliveryExhausted(BaseModel):
-    """A delivery that failed to its last retry; it is kept, and may be replayed."""
+    """A delivery whose last retry failed. The service keeps it, and a replay can send it again."""
 
     delivery_id: str
     endpoint_id: str | None
@@ -155,12 +151,9 @@ class DeliveryExhausted(BaseModel):
     task_id: str | None
 
 
-TASK_TYPES = {
-    f"image.task.{state}": EventTask
-    for state in ("submitted", "completed", "failed", "cancelled", "expired")
-}
+TASK_STATES = ("submitted", "completed", "failed", "cancelled", "expired")
 EVENT_TYPES: dict[str, type[BaseModel]] = {
-    **TASK_TYPES,
+    **{f"image.task.{state}": EventTask for state in TASK_STATES},
     "callback.conflict": Conflict,
     "task.late_result": LateResult,
     "task.parked": Parked,

@@ -1,5 +1,5 @@
-"""Events as server-sent events (WHATWG HTML, 9.2): for as long as the reader stays, its key counts
-and the process runs.
+"""Events as server-sent events (WHATWG HTML, 9.2), until the reader leaves, its key is revoked or
+the process stops.
 """
 
 import asyncio
@@ -8,16 +8,16 @@ from contextlib import suppress
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from service.errors import ApiError, StoreUnavailable
 from service.events.tail import Gone, StreamFilter, Tail
 from service.ids import sequence_text
 
 STREAMS = 2000  # of one process
-CHECK_S, COMMENT_S = 1.5, 15.0  # the first: how often a stream asks whether its key still counts
-STALL_S = 60.0  # a reader that takes nothing for so long is gone
-RETRY_MS = 1000  # before a reader comes back
+CHECK_S, COMMENT_S = 1.5, 15.0  # CHECK_S: interval of the checks that the key is still valid
+STALL_S = 60.0  # a reader that reads nothing for so long is gone
+RETRY_MS = 1000  # before a reader reconnects
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
@@ -25,12 +25,12 @@ class Stream(StreamingResponse):
     media_type = "text/event-stream"
 
     async def stream_response(self, send: Send) -> None:
-        async def in_time(message: object) -> None:
+        async def send_in_time(message: Message) -> None:
             async with asyncio.timeout(STALL_S):
-                await send(message)  # type: ignore[arg-type]
+                await send(message)
 
         with suppress(TimeoutError):
-            await super().stream_response(in_time)
+            await super().stream_response(send_in_time)
 
 
 def stream(
@@ -38,44 +38,41 @@ def stream(
     tail: Tail,
     after: int | None,
     wanted: StreamFilter,
-    allowed: Callable[[], Awaitable[object]],
+    check_key: Callable[[], Awaitable[object]],
 ) -> Response:
-    """`allowed` raises ApiError once the reader's key does not count any more. ApiError 503: there
-    are too many streams already.
+    """`check_key` raises ApiError once the reader's key is invalid. Raises ApiError 503 if there
+    are too many streams.
     """
     if tail.streams >= STREAMS:
-        raise ApiError(
-            503, "overloaded", f"this process has {STREAMS} streams already", retry_after=1
-        )
+        message = f"this process has {STREAMS} streams already"
+        raise ApiError(503, "overloaded", message, retry_after=1)
     if request.method == "HEAD":
         return Response(headers=HEADERS, media_type=Stream.media_type)
-    return Stream(frames(tail, after, wanted, allowed), headers=HEADERS)
+    return Stream(frames(tail, after, wanted, check_key), headers=HEADERS)
 
 
 async def frames(
-    tail: Tail, after: int | None, wanted: StreamFilter, allowed: Callable[[], Awaitable[object]]
+    tail: Tail, after: int | None, wanted: StreamFilter, check_key: Callable[[], Awaitable[object]]
 ) -> AsyncIterator[str]:
     clock = asyncio.get_running_loop().time
-    with (
-        tail.open(),
-        suppress(ApiError, StoreUnavailable),
-    ):  # the reader comes back, and is told then
+    # On an error the stream ends. The reader reconnects, and gets the error as a response.
+    with tail.open(), suppress(ApiError, StoreUnavailable):
         yield f"retry: {RETRY_MS}\n\n"
-        said = checked = clock()
-        async for found in tail.follow(after, wanted, CHECK_S):
+        sent = checked = clock()
+        async for entries in tail.follow(after, wanted, CHECK_S):
             if clock() - checked >= CHECK_S:
-                await allowed()
+                await check_key()
                 checked = clock()
-            if isinstance(found, Gone):
-                yield f'event: resync\ndata: {{"sequence":"{sequence_text(found.oldest)}"}}\n\n'
-            elif found:
+            if isinstance(entries, Gone):
+                yield f'event: resync\ndata: {{"sequence":"{sequence_text(entries.oldest)}"}}\n\n'
+            elif entries:
                 yield "".join(
-                    f"id: {sequence_text(each.sequence)}\nevent: {each.type}\ndata:"
-                    f" {each.document}\n\n"
-                    for each in found
+                    f"id: {sequence_text(entry.sequence)}\nevent: {entry.type}\n"
+                    f"data: {entry.document}\n\n"
+                    for entry in entries
                 )
-            elif clock() - said < COMMENT_S - CHECK_S / 2:
+            elif clock() - sent < COMMENT_S - CHECK_S / 2:
                 continue
             else:
                 yield ": nothing new\n\n"
-            said = clock()
+            sent = clock()

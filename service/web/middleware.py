@@ -1,4 +1,4 @@
-"""Around every request: an id, one log line, and the answer when a defect of ours comes through."""
+"""Around every request: an id, one log line, and the response to a defect of the service."""
 
 import json
 import re
@@ -15,100 +15,92 @@ log = structlog.get_logger()
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 CLOSE = (b"connection", b"close")
-SWALLOWED = (
-    1 << 20
-    # so much of a body that nobody wants is thrown away by the server; behind a longer one the
-    # connection ends
-)
-SILENT = (
-    "/healthz",
-    "/readyz",
-    "/metrics",
-    "/callbacks/",
-)  # asked every few seconds, or with a line of their own; at debug level
+# The server discards an unread body up to here. Behind a longer one, the connection ends.
+MAX_DISCARDED = 1 << 20
+# Logged at debug level: asked for every few seconds, or with a log line of their own.
+QUIET = ("/healthz", "/readyz", "/metrics", "/callbacks/")
 
 
 class Requests:
-    """Gives each request its `X-Request-Id` (the caller's own if it is plain) and logs it by its
-    route, never by its path.
+    """Gives each request its `X-Request-Id` (the client's own if it is plain) and logs it.
 
-    Whatever an endpoint binds, as its caller's `owner` or a `task_id`, stands in that line too.
+    The line contains the route instead of the path, and everything that the endpoint binds, such
+    as `owner` and `task_id`.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "http":
+            await Exchange(scope, receive, send).run(self.app)
+        else:
             await self.app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = (
-            given if REQUEST_ID.fullmatch(given) else new_id("request", time.time_ns() // 1_000_000)
-        )
-        scope["request_id"] = request_id
-        started, status, sent, unread = time.perf_counter(), 0, 0, True
 
-        async def read() -> Message:
-            nonlocal unread
-            message = await receive()
-            unread = message.get("more_body", False)
-            return message
 
-        async def answer(message: Message) -> None:
-            nonlocal status, sent
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"x-request-id", request_id.encode()),
-                ]
-                if (status == 408 or (unread and endless(scope))) and CLOSE not in message[
-                    "headers"
-                ]:
-                    message["headers"].append(CLOSE)
-            sent += len(message.get("body", b""))
-            await send(message)
+class Exchange:
+    """One request and its response."""
 
-        clear_contextvars()  # a pipelined request begins where the one before it ended
-        bind_contextvars(request_id=request_id)
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope, self._receive, self._send = scope, receive, send
+        self._headers = dict(scope["headers"])
+        given = self._headers.get(b"x-request-id", b"").decode("latin-1")
+        valid = REQUEST_ID.fullmatch(given)
+        scope["request_id"] = given if valid else new_id("request", time.time_ns() // 1_000_000)
+        self._started, self._status, self._sent, self._unread = time.perf_counter(), 0, 0, True
+
+    async def run(self, app: ASGIApp) -> None:
+        scope = self._scope
+        clear_contextvars()  # a pipelined request runs in the context of the one before it
+        bind_contextvars(request_id=scope["request_id"])
         try:
-            await self.app(scope, read, answer)
+            await app(scope, self._read, self._answer)
         except Exception as error:
-            log.exception(
-                "http.failed", method=scope["method"], route=route_of(scope), exception=repr(error)
-            )
-            if not status:
-                await _failed(scope, answer)
-        level = log.debug if scope["path"].startswith(SILENT) else log.info
+            where = {"method": scope["method"], "route": route_of(scope)}
+            log.exception("http.failed", **where, exception=repr(error))
+            if not self._status:
+                await self._internal_error()
+        level = log.debug if scope["path"].startswith(QUIET) else log.info
         level(
             "http.request",
             method=scope["method"],
             route=route_of(scope),
-            status=status,
-            duration_ms=round((time.perf_counter() - started) * 1000, 1),
-            bytes=sent,
+            status=self._status,
+            duration_ms=round((time.perf_counter() - self._started) * 1000, 1),
+            bytes=self._sent,
         )
 
+    async def _read(self) -> Message:
+        message = await self._receive()
+        self._unread = message.get("more_body", False)
+        return message
 
-def endless(scope: Scope) -> bool:
-    """Whether a body is announced that is not worth throwing away."""
-    headers = dict(scope["headers"])
-    return b"transfer-encoding" in headers or int(headers.get(b"content-length", 0)) > SWALLOWED
+    async def _answer(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._status = message["status"]
+            headers = list(message.get("headers", ()))
+            headers.append((b"x-request-id", self._scope["request_id"].encode()))
+            unread = self._unread and self._has_endless_body()
+            if (self._status == 408 or unread) and CLOSE not in headers:
+                headers.append(CLOSE)
+            message["headers"] = headers
+        self._sent += len(message.get("body", b""))
+        await self._send(message)
+
+    def _has_endless_body(self) -> bool:
+        length = int(self._headers.get(b"content-length", 0))
+        return b"transfer-encoding" in self._headers or length > MAX_DISCARDED
+
+    async def _internal_error(self) -> None:
+        message = "a defect of the service; it was logged"
+        error = error_body(500, "internal_error", message, self._scope["request_id"])
+        body = json.dumps(error).encode()
+        length = (b"content-length", str(len(body)).encode())
+        headers = [(b"content-type", b"application/json"), length]
+        await self._answer({"type": "http.response.start", "status": 500, "headers": headers})
+        await self._answer({"type": "http.response.body", "body": body})
 
 
 def route_of(scope: Scope) -> str | None:
-    """The pattern that matched, never the path: paths hold tokens."""
-    route = scope.get("route")
-    return getattr(route, "path", None)
-
-
-async def _failed(scope: Scope, send: Send) -> None:
-    body = json.dumps(
-        error_body(
-            500, "internal_error", "a defect of the service; it was logged", scope["request_id"]
-        )
-    ).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 500, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    """The pattern that matched. Paths contain tokens."""
+    return getattr(scope.get("route"), "path", None)

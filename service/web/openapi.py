@@ -22,7 +22,6 @@ ABOUT = (
 
 
 def document(specs: "Sequence[Spec]") -> JSON:
-    """The whole document."""
     models: set[type[BaseModel]] = {schemas.Error, Event, EventTask}
     models.update(model for spec in specs for model in (spec.answer, spec.body) if model)
     ordered = sorted(models, key=lambda model: model.__name__)
@@ -48,24 +47,22 @@ def operation(spec: "Spec") -> JSON:
     parameters += [_parameter(name, "query") for name in spec.query]
     if spec.body is schemas.Submission:
         parameters += [_parameter(name, "header") for name in SUBMIT_HEADERS]
-    good: JSON = {"description": spec.summary}
+    success: JSON = {"description": spec.summary}
     if spec.answer:
-        good["content"] = _content(spec.answer.__name__)
-    made: JSON = {
+        success["content"] = _content(spec.answer.__name__)
+    failure = {"description": "An error", "content": _content("Error")}
+    document: JSON = {
         "operationId": spec.endpoint.__module__.rsplit(".", 1)[-1] + "_" + spec.endpoint.__name__,
         "summary": spec.summary,
         "parameters": parameters,
-        "responses": {
-            str(spec.status): good,
-            "default": {"description": "An error", "content": _content("Error")},
-        },
+        "responses": {str(spec.status): success, "default": failure},
     }
     if spec.scopes:
-        made["security"] = [{"key": []}]
-        made["description"] = f"Needs the scope {' or '.join(spec.scopes)}."
+        document["security"] = [{"key": []}]
+        document["description"] = f"Needs the scope {' or '.join(spec.scopes)}."
     if spec.body:
-        made["requestBody"] = {"required": True, "content": _content(spec.body.__name__)}
-    return made
+        document["requestBody"] = {"required": True, "content": _content(spec.body.__name__)}
+    return document
 
 
 def _parameter(name: str, place: str) -> JSON:

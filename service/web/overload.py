@@ -1,154 +1,238 @@
-"""What holds clients back: how many requests a key may make, and how many a process has in hand.
-Callbacks are held back by neither.
+"""Overload protection: callbacks go before clients, and both have limits.
+
+The upstream sends a callback at most four times, but a client can wait and come again. The figures
+are in docs/overload.md.
 """
 
 import asyncio
 import math
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import structlog
 
 from service.errors import ApiError
 from service.ops.metrics import Metrics
-from service.web.precedence import Precedence
-from service.web.protocol import Line
 
 log = structlog.get_logger()
 
-BUSY, WAITING = (
-    500,
-    5000,
-)  # clients' requests at work, and those that only wait for a task or an event
-FLOOD = 250  # callbacks in hand, and those that wait to be begun: some 0.1 s of work
-TOLD_S = 1.0
-BY_HAND, BY_HAND_EACH = (
-    32,
-    16,
-)  # requests to subscribers that clients asked for, and those of an owner
+LOG_EVERY_S = 1.0  # lines about refusals
+
+
+@dataclass(slots=True)
+class LogSampler:
+    """At most one line per second, with the number of lines that it withheld before."""
+
+    _last: float = -math.inf
+    _withheld: int = 0
+
+    def take(self, now: float, *, force: bool = False) -> int | None:
+        """How many lines were withheld since the last one. None: this one is withheld too."""
+        if not force and now - self._last < LOG_EVERY_S:
+            self._withheld += 1
+            return None
+        withheld, self._withheld, self._last = self._withheld, 0, now
+        return withheld
+
+
+# --- callbacks before clients and workers ---
+
+# Requests that begin in one turn of the event loop: as many callbacks go into one commit.
+BEGIN_PER_TURN = 100
+# Callbacks in hand. A further callback gets 503 at once, and the upstream retries it.
+MAX_CALLBACKS = 5000
+WORKER_WAIT_S = 0.25  # at most, as a flood of callbacks must not stop the workers
+
+
+class PriorityGate:
+    """Counts callbacks in hand, holds workers back meanwhile, and queues requests in order.
+
+    The event loop reads from every ready connection before it runs anything else. Without the
+    queue, thousands of requests of a burst would all begin before the first is answered, and every
+    answer would come too late.
+    """
+
+    def __init__(self) -> None:
+        self.callbacks = 0  # in hand
+        self.queued_callbacks = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._begun = 0  # in this turn of the loop
+        self._queue: deque[tuple[Callable[[], None], bool]] = deque()
+
+    def admit(self, begin: Callable[[], None], *, callback: bool) -> bool:
+        """Whether a request may begin now. If not, the gate calls `begin` at its turn."""
+        if not self._begun and not self._queue:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        if self._queue or self._begun >= BEGIN_PER_TURN:
+            self._queue.append((begin, callback))
+            self.queued_callbacks += callback
+            return False
+        self._begun += 1
+        return True
+
+    def _next_turn(self) -> None:
+        self._begun = min(BEGIN_PER_TURN, len(self._queue))
+        # Scheduled first: if one `begin` raised, the requests behind it would wait for ever.
+        if self._begun:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        for _ in range(self._begun):
+            begin, callback = self._queue.popleft()
+            self.queued_callbacks -= callback
+            begin()
+
+    @contextmanager
+    def callback(self) -> Iterator[None]:
+        """Around one callback, from its token to its answer."""
+        self.callbacks += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.callbacks -= 1
+            if not self.callbacks:
+                self._idle.set()
+
+    async def wait(self) -> None:
+        """Returns when no callback is in hand, or after `WORKER_WAIT_S`."""
+        if not self._idle.is_set():
+            # `wait_for` of Python 3.11 loses a cancellation that coincides with the event
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WORKER_WAIT_S):
+                    await self._idle.wait()
+
+
+# --- load shedding of clients ---
+
+MAX_ACTIVE, MAX_WAITING = 500, 5000  # requests at work, requests that wait for a task or an event
+SHED_AT = 250  # callbacks in hand or queued, about 0.1 s of work
+# Attempts that clients ask for by hand: of the process, of one owner.
+MANUAL, MANUAL_PER_OWNER = 32, 16
+
+
+@dataclass(slots=True)
+class LoadShedder:
+    """Sheds clients' requests with 503 while too many are in hand, or during a burst of
+    callbacks.
+    """
+
+    gate: PriorityGate
+    metrics: Metrics
+    active: int = 0
+    waiting: int = 0
+    manual: Counter[str] = field(default_factory=Counter)
+    log_sampler: LogSampler = field(default_factory=LogSampler)
+    _refused: int = 0  # callbacks since the last line
+    _logging: bool = False
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Around a client's request. Raises ApiError 503."""
+        burst = self.gate.callbacks + self.gate.queued_callbacks
+        if self.active >= MAX_ACTIVE or self.waiting >= MAX_WAITING or burst >= SHED_AT:
+            self.metrics.requests_shed.inc()
+            if (withheld := self.log_sampler.take(time.monotonic())) is not None:
+                figures = {"busy": self.active, "waiting": self.waiting, "withheld": withheld}
+                log.warning("http.shed", **figures, callbacks=self.gate.callbacks)
+            raise ApiError(503, "overloaded", "the service has too much in hand", retry_after=1)
+        self.active += 1
+        try:
+            yield
+        finally:
+            self.active -= 1
+
+    @contextmanager
+    def wait(self) -> Iterator[None]:
+        """Inside a request, while it only waits for a task or an event."""
+        self.active -= 1
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+            self.active += 1
+
+    @contextmanager
+    def manual_attempt(self, owner: str) -> Iterator[None]:
+        """Around a test event or a retry by hand. Subscribers that hang delay no other owner.
+        Raises ApiError 429.
+        """
+        if self.manual[owner] >= MANUAL_PER_OWNER or self.manual.total() >= MANUAL:
+            message = "too many attempts by hand are under way"
+            raise ApiError(429, "rate_limit_exceeded", message, retry_after=1)
+        self.manual[owner] += 1
+        try:
+            yield
+        finally:
+            self.manual[owner] -= 1
+            if not self.manual[owner]:
+                del self.manual[owner]
+
+    def callback_refused(self) -> None:
+        """Counts a callback that gets 503. The first has its own line at once. One line per second
+        covers the following ones, to the last.
+        """
+        self.metrics.callbacks.labels("overloaded").inc()
+        self._refused += 1
+        if not self._logging:
+            self._log_refused()
+
+    def _log_refused(self) -> None:
+        self._logging = self._refused > 0
+        if self._logging:
+            callbacks = self.gate.callbacks
+            log.warning("callback.overloaded", refused=self._refused, callbacks=callbacks)
+            self._refused = 0
+            asyncio.get_running_loop().call_later(LOG_EVERY_S, self._log_refused)
 
 
 class KeyLimits:
-    """`requests` in the notation of the library `limits`, such as `600/minute`; None: no limit."""
+    """A limit of requests per API key, in the notation of the library `limits`, such as
+    `600/minute`. None: no limit.
+    """
 
     def __init__(self, requests: str | None) -> None:
         self._limit = None
         if requests is not None:
             from limits import parse
             from limits.aio.storage import MemoryStorage
-            from limits.aio.strategies import (
-                SlidingWindowCounterRateLimiter,
-            )  # two numbers a key, however many its requests
+            from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
+            # It keeps two numbers per key, independent of the number of requests.
             self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
             self._limit = parse(requests)
 
     async def count(self, key: str) -> None:
-        """Counts a request; ApiError 429 with the seconds until the next is allowed when it is one
-        too many, which does not count.
-        """
+        """Counts a request. Raises ApiError 429 over the limit, and does not count the request."""
         if self._limit is not None and not await self._limiter.hit(self._limit, key):
             allowed_at, _ = await self._limiter.get_window_stats(self._limit, key)
             wait = max(1, math.ceil(allowed_at - time.time()))
-            raise ApiError(
-                429,
-                "rate_limit_exceeded",
-                f"the key's limit is reached: {self._limit}",
-                retry_after=wait,
-            )
+            message = f"the key's limit is reached: {self._limit}"
+            raise ApiError(429, "rate_limit_exceeded", message, retry_after=wait)
 
 
-@dataclass(slots=True)
-class Admission:
-    """Sheds clients' requests before callbacks have to wait for them: while there are too many, or
-    a flood of callbacks is being taken.
+# --- wrong tokens ---
+
+RATE, BURST, MAX_DELAY_S = 100, 100, 1.0
+
+
+class TokenBucket:
+    """Token bucket: 100 refusals per second, burst of 100. A refusal without a token in the bucket
+    is delayed, by at most a second.
+
+    The delay slows down a client that sends one request after the other, and leaves the processor
+    to callbacks.
     """
 
-    precedence: Precedence
-    metrics: Metrics
-    busy: int = 0
-    waiting: int = 0
-    by_hand: Counter[str] = field(default_factory=Counter)
-    _told: float = -math.inf
-    _withheld: int = 0
-    _refused: int = 0  # callbacks that nobody told of yet
-    _telling: bool = False
+    def __init__(self) -> None:
+        self._next_token = -math.inf
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Around a client's request; ApiError 503 when it is shed."""
-        burst = self.precedence.in_hand + Line.of(asyncio.get_running_loop()).callbacks
-        if self.busy >= BUSY or self.waiting >= WAITING or burst >= FLOOD:
-            self._tell()
-            raise ApiError(503, "overloaded", "the service has too much in hand", retry_after=1)
-        self.busy += 1
-        try:
-            yield
-        finally:
-            self.busy -= 1
-
-    @contextmanager
-    def wait(self) -> Iterator[None]:
-        """Around a time in which an admitted request only waits: it takes nobody's place meanwhile,
-        and comes back without asking.
-        """
-        self.busy -= 1
-        self.waiting += 1
-        try:
-            yield
-        finally:
-            self.waiting -= 1
-            self.busy += 1
-
-    @contextmanager
-    def by_hand_of(self, owner: str) -> Iterator[None]:
-        """Around a test send or a retry by hand: subscribers that hang hold up nobody else's.
-        ApiError 429: too many are under way.
-        """
-        if self.by_hand[owner] >= BY_HAND_EACH or self.by_hand.total() >= BY_HAND:
-            raise ApiError(
-                429, "rate_limit_exceeded", "too many attempts by hand are under way", retry_after=1
-            )
-        self.by_hand[owner] += 1
-        try:
-            yield
-        finally:
-            self.by_hand[owner] -= 1
-            if not self.by_hand[owner]:
-                del self.by_hand[owner]
-
-    def refused(self) -> None:
-        """A callback that is told to come again: the first is logged at once, those of the next
-        second together, and so on to the last.
-        """
-        self.metrics.callbacks.labels("overloaded").inc()
-        self._refused += 1
-        if not self._telling:
-            self._tell_of_refused()
-
-    def _tell_of_refused(self) -> None:
-        self._telling = self._refused > 0
-        if self._telling:
-            log.warning(
-                "callback.overloaded", refused=self._refused, callbacks=self.precedence.in_hand
-            )
-            self._refused = 0
-            asyncio.get_running_loop().call_later(TOLD_S, self._tell_of_refused)
-
-    def _tell(self) -> None:
-        self.metrics.requests_shed.inc()
-        now = time.monotonic()
-        if now - self._told < TOLD_S:
-            self._withheld += 1
-            return
-        figures = {
-            "busy": self.busy,
-            "waiting": self.waiting,
-            "callbacks": self.precedence.in_hand,
-            "withheld": self._withheld,
-        }
-        log.warning("http.shed", **figures)
-        self._told, self._withheld = now, 0
+    def delay(self, now: float) -> float:
+        """Takes a token, and returns how many seconds the refusal waits for it."""
+        wait = max(0.0, self._next_token - now)
+        if wait < MAX_DELAY_S:
+            self._next_token = max(self._next_token, now - BURST / RATE) + 1 / RATE
+        return min(wait, MAX_DELAY_S)

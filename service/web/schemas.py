@@ -1,8 +1,6 @@
-"""The shapes of the clients' API: what bodies are checked by, and what the OpenAPI document
-shows.
-"""
+"""The schemas of the clients' API. They check bodies, and the OpenAPI document shows them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -11,6 +9,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationInfo,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -20,31 +19,36 @@ from service.web.event_schemas import EVENT_TYPES, EventTask
 
 
 def known_pattern(value: str) -> str:
-    known = (
-        value == "*"
-        or value in EVENT_TYPES
-        or (value.endswith(".*") and any(name.startswith(value[:-1]) for name in EVENT_TYPES))
+    prefix = value.removesuffix("*")
+    wildcard = value == "*" or value.endswith(".*")
+    if value in EVENT_TYPES or (wildcard and any(name.startswith(prefix) for name in EVENT_TYPES)):
+        return value
+    raise ValueError(
+        f"must be *, an event type, or the beginning of some and .*: {', '.join(EVENT_TYPES)}"
     )
-    if not known:
-        raise ValueError(
-            f"must be *, an event type, or the beginning of some and .*: {', '.join(EVENT_TYPES)}"
-        )
-    return value
 
 
 Pattern = Annotated[str, AfterValidator(known_pattern)]
+Patterns = Annotated[list[Pattern], Field(min_length=1, max_length=32)]
 Owner = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Scope = Literal["submit", "read", "subscribe", "admin"]
+EndpointStatus = Literal["enabled", "paused", "disabled"]
+
+
+def list_of(item: Any) -> type[BaseModel]:
+    fields: Any = {"data": (list[item], ...), "next_cursor": (str | None, ...)}
+    return create_model(f"{item.__name__}List", **fields)
 
 
 class Body(BaseModel):
-    """A body that knows its fields: others are refused."""
+    """A body without unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Submission(BaseModel):
-    """The upstream's fields, and any others it may know; `callback_url` and `metadata` stay
-    here.
+    """The upstream's fields, and unknown ones, which the service passes on. `callback_url` and
+    `metadata` stay in the service.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -56,7 +60,7 @@ class Submission(BaseModel):
     prompt_extend: bool | None = None
     image_urls: list[str] | None = None
     callback_url: str | None = Field(
-        None, description="gets the terminal task, signed; https and public"
+        None, description="receives the terminal task, signed; https and public"
     )
     metadata: dict[str, str] | None = Field(
         None, description="up to 16 pairs, 2 KiB; comes back in the task and its events"
@@ -64,9 +68,7 @@ class Submission(BaseModel):
 
 
 class Resolution(Body):
-    """What became of an uncertain submission: the upstream's id of it, or what to do without
-    one.
-    """
+    """The outcome of an uncertain submission: the upstream's id, or a decision without one."""
 
     upstream_id: Annotated[str, Field(pattern=f"^{UPSTREAM_ID}$")] | None = None
     decision: Literal["failed", "resubmit"] | None = Field(None, alias="as")
@@ -86,11 +88,6 @@ class CancelledTask(Task):
     cancel: Literal["upstream", "local"]
 
 
-class TaskList(BaseModel):
-    data: list[Task]
-    next_cursor: str | None
-
-
 class Step(BaseModel):
     model_config = ConfigDict(extra="allow")
 
@@ -104,34 +101,34 @@ class Timeline(BaseModel):
 
 class NewEndpoint(Body):
     url: str
-    types: list[Pattern] = Field(default=["image.task.*"], min_length=1, max_length=32)
+    types: Patterns = ["image.task.*"]
     description: str = Field("", max_length=500)
     owner: Owner | None = Field(
-        None, description="admin: null for every owner's events, else that owner's"
+        None, description="admin: an owner's name, or null for the events of all owners"
     )
 
 
 class EndpointPatch(Body):
     url: str | None = None
-    types: list[Pattern] | None = Field(None, min_length=1, max_length=32)
+    types: Patterns | None = None
     description: str | None = Field(None, max_length=500)
-    status: Literal["enabled", "paused", "disabled"] | None = None
+    status: EndpointStatus | None = None
 
 
 class Rotation(Body):
     overlap_s: float = Field(
-        86_400, ge=0, le=30 * 86_400, description="for how long the secret before it signs too"
+        86_400, ge=0, le=30 * 86_400, description="for how long the old secret signs too"
     )
 
 
 class NewReplay(Body):
-    since: AwareDatetime | None = Field(None, description="from the oldest event that is kept")
-    until: AwareDatetime | None = Field(None, description="now")
-    types: list[Pattern] | None = Field(
-        None, min_length=1, max_length=32, description="of those of the endpoint; all of them"
+    since: AwareDatetime | None = Field(None, description="by default the oldest event")
+    until: AwareDatetime | None = Field(None, description="by default now")
+    types: Patterns | None = Field(
+        None, description="a subset of the endpoint's types; by default all of them"
     )
     only: Literal["dead", "all"] = Field(
-        "dead", description="dead: what it never took, and is not on its way to it"
+        "dead", description="dead: events without a delivery that succeeded or is pending"
     )
     dry_run: bool = Field(False, description="only count")
 
@@ -150,7 +147,7 @@ class Replay(BaseModel):
     types: list[str]
     only: Literal["dead", "all"]
     count: int
-    made: int = Field(description="so many of these have deliveries, which are")
+    made: int = Field(description="deliveries made so far, of which the next three are parts")
     pending: int
     delivered: int
     dead: int
@@ -159,7 +156,7 @@ class Replay(BaseModel):
 
 
 class Missed(BaseModel):
-    """What an endpoint missed while it was disabled: `POST …/replay` with this `since` sends it."""
+    """The events that a disabled endpoint missed. `POST …/replay` with this `since` sends them."""
 
     since: str
     count: int
@@ -171,22 +168,17 @@ class Endpoint(BaseModel):
     url: str
     types: list[str]
     description: str
-    status: Literal["enabled", "paused", "disabled"]
+    status: EndpointStatus
     created_at: str
     disabled_at: str | None
     disabled_reason: str | None
     replay: Missed | None = Field(
-        description="in the answer that enables one which was disabled, else null"
+        description="in the response that enables a disabled endpoint, else null"
     )
 
 
 class EndpointWithSecret(Endpoint):
     secret: str
-
-
-class EndpointList(BaseModel):
-    data: list[Endpoint]
-    next_cursor: str | None
 
 
 class Attempt(BaseModel):
@@ -195,7 +187,7 @@ class Attempt(BaseModel):
     status: int | None
     duration_ms: int
     error: str | None
-    answer: str | None = Field(description="admin: the first 2 KiB of what the subscriber said")
+    answer: str | None = Field(description="admin: the first 2 KiB of the subscriber's response")
 
 
 class Delivery(BaseModel):
@@ -209,18 +201,13 @@ class Delivery(BaseModel):
     attempts: list[Attempt]
 
 
-class DeliveryList(BaseModel):
-    data: list[Delivery]
-    next_cursor: str | None
-
-
 class NewKey(Body):
     owner: Owner
-    scopes: list[Literal["submit", "read", "subscribe", "admin"]] = Field(min_length=1)
+    scopes: list[Scope] = Field(min_length=1)
 
     @field_validator("scopes")
     @classmethod
-    def _operators(cls, value: list[str], info: ValidationInfo) -> list[str]:
+    def _operators(cls, value: list[Scope], info: ValidationInfo) -> list[Scope]:
         if info.data.get("owner") == "admin" and "admin" not in value:
             raise ValueError(
                 "the owner admin, who has the operators' events, is for keys with the scope admin"
@@ -240,22 +227,17 @@ class Key(BaseModel):
 class CreatedKey(Key):
     key: str = Field(description="shown here only")
     callback_secret: str | None = Field(
-        description="with the owner's first key: signs what its tasks' callback_urls get"
+        description="with the owner's first key: signs deliveries to its tasks' callback_urls"
     )
 
 
 class SecretRotation(Rotation):
-    owner: Owner | None = Field(None, description="admin: whose; else the caller's own")
+    owner: Owner | None = Field(None, description="admin: an owner; by default the caller's own")
 
 
 class CallbackSecret(BaseModel):
     owner: str
     callback_secret: str = Field(description="shown here only")
-
-
-class KeyList(BaseModel):
-    data: list[Key]
-    next_cursor: str | None
 
 
 class Health(BaseModel):
@@ -280,3 +262,7 @@ class ErrorDetail(BaseModel):
 
 class Error(BaseModel):
     error: ErrorDetail
+
+
+TaskList, EndpointList = list_of(Task), list_of(Endpoint)
+DeliveryList, KeyList = list_of(Delivery), list_of(Key)

@@ -5,43 +5,49 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from service.errors import ConfigurationError
-from service.web.accepting import MOST_KEPT, Acceptor
-from service.web.protocol import BoundedHeads
+from service.web.overload import PriorityGate
+from service.web.server_protocol import BoundedProtocol
 
-# Longer than the idle connections that clients and load balancers keep (5 to 60 s as a rule):
-# whoever may reuse a connection is the one to close it, or a request meets our close on its way and
-# is lost.
+# Longer than clients and load balancers keep an idle connection (usually 5 to 60 s). The side that
+# reuses a connection must also close it. Otherwise a request crosses our close and is lost.
 KEEP_ALIVE_S = 75
-OPEN_MAX = 10_240  # where the hard limit is none, macOS takes no more than this
+OPEN_MAX = 10_240  # macOS accepts no higher limit, even without a hard limit
+
+BACKLOG = 16_384  # the kernel lowers it to `net.core.somaxconn`
+ACCEPT_PER_TURN = 500  # about 50 ms
+SPARE_DESCRIPTORS = 512  # for files and outgoing connections, half of a small limit
+RETRY_S = 0.1  # after which descriptors may be free again
 
 
 class Server(uvicorn.Server):
     """uvicorn on a bound socket, without its signals (see `stopping`)."""
 
-    def __init__(self, app: ASGIApp, bound: socket.socket, stop_s: float) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                loop="none",
-                http=BoundedHeads,
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                backlog=MOST_KEPT,
-                timeout_graceful_shutdown=max(1, round(stop_s)),
-            )
+    def __init__(
+        self, app: ASGIApp, bound: socket.socket, stop_s: float, gate: PriorityGate | None = None
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            loop="none",
+            http=BoundedProtocol,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            backlog=BACKLOG,
+            timeout_graceful_shutdown=max(1, round(stop_s)),
         )
+        super().__init__(config)
         self._bound = bound
+        self._gate = gate or PriorityGate()
 
     async def run_bound(self) -> None:
         allow_descriptors()
@@ -49,34 +55,107 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup([])
-        self._bound.listen(MOST_KEPT)  # one that was handed over listens with another's
+        self._bound.listen(BACKLOG)  # an inherited socket has the backlog of its creator
         connections = self.server_state.connections
-        self._acceptor = Acceptor(self._bound, self._connection, lambda: len(connections))
+        self._accept_loop = AcceptLoop(self._bound, self._connection, lambda: len(connections))
 
-    def _connection(self) -> BoundedHeads:
-        return BoundedHeads(self.config, self.server_state, self.lifespan.state)
+    def _connection(self) -> BoundedProtocol:
+        return BoundedProtocol(self.config, self.server_state, self.lifespan.state, self._gate)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self._acceptor.close()
+        await self._accept_loop.close()
         await super().shutdown(sockets)
 
 
-def allow_descriptors() -> None:
-    """As many open connections and files as the process may have at all: a usual limit of 1024
-    would turn callbacks of a burst away.
+def max_connections() -> int:
+    """How many connections the process may hold."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return BACKLOG
+    return limit - min(SPARE_DESCRIPTORS, limit // 2)
+
+
+class AcceptLoop:
+    """Accepts hundreds of connections in one turn of the event loop.
+
+    The loop's own server accepts one per turn. The callbacks of a burst would then be committed one
+    by one, and the kernel would drop connections beyond its backlog (docs/decisions/0034). At the
+    limit of descriptors, further connections wait in the kernel. `held` counts open connections.
     """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limit in (most, OPEN_MAX):
+
+    def __init__(
+        self, bound: socket.socket, make: Callable[[], asyncio.Protocol], held: Callable[[], int]
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._bound, self._make, self._held = bound, make, held
+        self._opening = set[asyncio.Task[None]]()
+        self._retry: asyncio.TimerHandle | None = None
+        self._listen()
+
+    async def close(self) -> None:
+        """Accepts the connections that are in the kernel's queue, and returns when all are open."""
+        self._cancel_retry()  # descriptors may be free by now
+        while self._retry is None and self._accept() == ACCEPT_PER_TURN:
+            pass
+        self._cancel_retry()
+        self._loop.remove_reader(self._bound)
+        await asyncio.gather(*self._opening)
+
+    def _cancel_retry(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+
+    def _listen(self) -> None:
+        self._retry = None
+        self._loop.add_reader(self._bound, self._accept)
+
+    def _pause(self) -> None:
+        self._loop.remove_reader(self._bound)
+        self._retry = self._loop.call_later(RETRY_S, self._listen)
+
+    def _accept(self) -> int:
+        """The number of connections."""
+        room = max_connections() - self._held() - len(self._opening)
+        for count in range(min(ACCEPT_PER_TURN, room)):
+            try:
+                connection, _ = self._bound.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return count
+            except OSError:  # no descriptor or no kernel memory is left
+                self._pause()
+                return count
+            connection.setblocking(False)
+            opening = self._loop.create_task(self._open(connection))
+            self._opening.add(opening)
+            opening.add_done_callback(self._opening.discard)
+        if room < ACCEPT_PER_TURN:
+            self._pause()
+        return ACCEPT_PER_TURN
+
+    async def _open(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._make, connection)
+        except OSError:  # the client has closed it already
+            connection.close()
+
+
+def allow_descriptors() -> None:
+    """Raises the soft limit of open files to the hard one. The usual 1024 would turn callbacks of a
+    burst away.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (hard, OPEN_MAX):
         with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             break
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; ConfigurationError when the address is taken."""
+    """A listening socket. Raises ConfigurationError when the address is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named because asyncio sets TCP_NODELAY only on sockets that say they are TCP:
-    # 40 ms an answer otherwise.
+    # asyncio sets TCP_NODELAY only on a socket with the protocol TCP. Without it, an answer takes
+    # 40 ms longer.
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -86,23 +165,21 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigurationError(
             f"{host}:{port} cannot be listened on: {error.strerror} (DARKROOM_HOST, DARKROOM_PORT)"
         ) from error
-    bound.listen(MOST_KEPT)
+    bound.listen(BACKLOG)
     bound.setblocking(False)
     return bound
 
 
 @contextmanager
 def stopping() -> Iterator[asyncio.Event]:
-    """Set by SIGTERM or SIGINT, from here to the end of the block; a second SIGINT interrupts at
-    once.
+    """An event that SIGTERM or SIGINT sets. A second SIGINT ends the process at once with 130: the
+    store is safe at every moment.
     """
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
     def interrupted() -> None:
         if stop.is_set():
-            os._exit(
-                130
-            )  # whoever insists does not wait for a tidy end; the store is safe at every moment
+            os._exit(130)
         stop.set()
 
     loop.add_signal_handler(signal.SIGTERM, stop.set)
@@ -116,9 +193,7 @@ def stopping() -> Iterator[asyncio.Event]:
 
 @asynccontextmanager
 async def listening(server: Server, stop: asyncio.Event) -> AsyncIterator[None]:
-    """A server that answers for as long as the block runs; should it end by itself, it asks for the
-    stop.
-    """
+    """A server that answers while the block runs. If the server ends by itself, it sets `stop`."""
     serving = asyncio.create_task(server.run_bound(), name="server")
     serving.add_done_callback(lambda _: stop.set())
     try:

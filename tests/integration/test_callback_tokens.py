@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from service.app import Role
 from service.db.sqlite import SqliteStore
+from service.web import overload
 from service.web.routes import callback_route
 from tests.callbacks import LIMIT, call, chunk, counted, heard, quick_world, raw, said
 from tests.logs import logged
@@ -213,7 +214,7 @@ async def test_the_body_of_a_refused_request_is_not_read(
 
 
 @pytest.mark.parametrize(
-    "length", [0, 2, callback_route.SMALL], ids=["none", "short", "at the limit"]
+    "length", [0, 2, callback_route.SMALL_BODY], ids=["none", "short", "at the limit"]
 )
 async def test_a_connection_survives_a_refused_request_with_a_short_body(
     length: int, here: World
@@ -240,8 +241,8 @@ async def flooded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     """A world where after one refusal every other one waits, and gets no line of its own for a
     second.
     """
-    monkeypatch.setattr(callback_route, "TURNS_S", 0.001)
-    monkeypatch.setattr(callback_route, "BURST", 0.001)
+    monkeypatch.setattr(overload, "RATE", 0.001)
+    monkeypatch.setattr(overload, "BURST", 0.001)
     async with world(tmp_path, role=Role(workers=False)) as made:
         yield made
 
@@ -267,8 +268,8 @@ async def test_a_flood_fills_no_memory(flooded: World, monkeypatch: pytest.Monke
     """Those who wait with a long body are limited in number; who comes beyond is answered at once
     and loses the connection.
     """
-    monkeypatch.setattr(callback_route, "MOST_HELD", 0)
-    monkeypatch.setattr(callback_route, "WAIT_S", 600)
+    monkeypatch.setattr(callback_route, "MAX_DELAYED_BODIES", 0)
+    monkeypatch.setattr(overload, "MAX_DELAY_S", 600)
     url = flooded.callback_url("task_x", "wrong")
     for _ in range(3):
         status, answered, _ = await raw(url, chunk(b"x"), headers="transfer-encoding: chunked\r\n")

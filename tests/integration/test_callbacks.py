@@ -6,7 +6,6 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 from sqlalchemy import Connection, event
@@ -15,8 +14,6 @@ from structlog.testing import capture_logs
 
 from service.db.sqlite import REMEMBERED, SqliteStore
 from service.tasks import callbacks
-from service.tasks.inbox import accept_callbacks
-from service.web import precedence
 from tests.callbacks import asked, call, counted, heard, quick_world, said, types, verdict
 from tests.upstream import After, Upstream, document, failed
 from tests.waiting import wait_until
@@ -330,28 +327,3 @@ async def test_a_callback_asked_for_again_while_the_query_runs_is_not_lost(
     assert await verdict(here, task, said(task, "failed")) == "accepted"
     answer.set()
     assert (await here.ended(task["id"]))["error"]["code"] == "service_error"
-
-
-async def test_waiting_for_a_turn_is_of_the_time_to_commit(
-    tmp_path_factory: pytest.TempPathFactory, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """503 after 8 s in all: the upstream gives up after ten."""
-    monkeypatch.setattr(callbacks, "COMMIT_S", 0.8)
-    monkeypatch.setattr(precedence, "TURN_S", 0.5)
-    monkeypatch.setattr(precedence, "AT_ONCE", 1)
-    real = SqliteStore.write
-
-    async def stuck(self: SqliteStore, operation: Any, item: Any, **more: Any) -> Any:
-        if operation is accept_callbacks:
-            await asyncio.sleep(10)
-        return await real(self, operation, item, **more)
-
-    async with quick_world(tmp_path_factory.mktemp("stuck"), upstream) as world:
-        task = await world.submit()
-        monkeypatch.setattr(SqliteStore, "write", stuck)
-        first = asyncio.create_task(call(world, task, said(task, "failed")))
-        await asyncio.sleep(0.45)
-        began = asyncio.get_running_loop().time()
-        second = await call(world, task, said(task, "failed"))
-        assert asyncio.get_running_loop().time() - began < 1.05
-        assert [(await first).status_code, second.status_code] == [503, 503]

@@ -75,7 +75,7 @@ async def test_who_waits_for_a_task_does_not_wait_for_the_clock(
     """`Prefer: wait` counts seconds that pass."""
     async with quick_world(tmp_path, Upstream()) as here:
         waiting = asyncio.create_task(here.submit(headers={"prefer": "wait=2"}))
-        await wait_until(lambda: here.context.admission.waiting, 10)
+        await wait_until(lambda: here.context.shedder.waiting, 10)
         machine.off = -3600
         assert (await asyncio.wait_for(waiting, 20))["state"] == "submitted"
 

@@ -265,8 +265,8 @@ async def test_attempts_by_hand_are_bounded(
     """An owner whose subscriber hangs is told to come back, with `Retry-After`; another's are
     sent.
     """
-    monkeypatch.setattr(overload, "BY_HAND_EACH", 2)
-    monkeypatch.setattr(overload, "BY_HAND", 3)
+    monkeypatch.setattr(overload, "MANUAL_PER_OWNER", 2)
+    monkeypatch.setattr(overload, "MANUAL", 3)
     released = asyncio.Event()
     shop.answer = lambda _n, _request: After(released.wait, Response(status_code=204))
     async with here.owner() as client, here.owner() as other:

@@ -1,16 +1,16 @@
 """What may be sent before there is a request: the head has an end, in bytes and in seconds."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import pytest
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from service.web import protocol, server
+from service.web import overload, server, server_protocol
+from service.web.overload import PriorityGate
 from service.web.server import Server, bind, listening
 from tests.callbacks import connected
 from tests.waiting import wait_until
@@ -62,7 +62,7 @@ async def test_a_head_that_does_not_come_ends_the_connection(
     """The time counts from its first byte; a request that came whole has all the time its answer
     needs.
     """
-    monkeypatch.setattr(protocol, "HEAD_S", 0.05)
+    monkeypatch.setattr(server_protocol, "HEAD_S", 0.05)
     async with connected(still.url) as (reader, writer):
         writer.write(b"GET /healthz HT")
         assert await reader.read() == b""
@@ -106,7 +106,7 @@ async def test_the_request_of_a_connection_is_answered_though_it_comes_after_the
     """Whoever was let in is not sent away: a callback has few tries. The answer is the last on its
     connection.
     """
-    monkeypatch.setattr(protocol, "LAST_S", 60)
+    monkeypatch.setattr(server_protocol, "FIRST_S", 60)
     async with serving() as (url, server), connected(url) as (reader, writer):
         (connection,) = await wait_until(lambda: server.server_state.connections)
         writer.write(REQUEST[:begun])
@@ -121,7 +121,7 @@ async def test_a_connection_that_says_nothing_does_not_hold_up_the_stop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is ended after a second, here a tenth of that."""
-    monkeypatch.setattr(protocol, "LAST_S", 0.1)
+    monkeypatch.setattr(server_protocol, "FIRST_S", 0.1)
     async with serving() as (url, server), connected(url) as (reader, _):
         await wait_until(lambda: server.server_state.connections)
         server.should_exit = True
@@ -132,7 +132,7 @@ async def test_an_idle_connection_ends_with_the_stop_but_for_a_request_that_is_t
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What has been sent on it by then is answered; else it ends at once."""
-    monkeypatch.setattr(protocol, "LAST_S", 60)
+    monkeypatch.setattr(server_protocol, "FIRST_S", 60)
     async with (
         serving() as (url, server),
         connected(url) as (reader, writer),
@@ -153,20 +153,20 @@ async def test_a_request_that_waits_in_the_line_is_answered_though_the_stop_come
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It came before the stop: nobody takes its connection for one that says nothing."""
-    monkeypatch.setattr(protocol, "LAST_S", 0.01)
-    monkeypatch.setattr(protocol, "BEGUN", 0)
-    line = protocol.Line.of(asyncio.get_running_loop())
+    monkeypatch.setattr(server_protocol, "FIRST_S", 0.01)
+    monkeypatch.setattr(overload, "BEGIN_PER_TURN", 0)
     async with serving() as (url, served), connected(url) as (reader, writer):
+        gate = served._gate
         (connection,) = await wait_until(lambda: served.server_state.connections)
         writer.write(REQUEST)
-        await wait_until(lambda: len(line._waiting) == 1)
+        await wait_until(lambda: len(gate._queue) == 1)
         served.should_exit = True
         await wait_until(lambda: connection._stopping)
         await asyncio.sleep(0.1)
-        monkeypatch.setattr(protocol, "BEGUN", 100)
-        line._next()
+        monkeypatch.setattr(overload, "BEGIN_PER_TURN", 100)
+        gate._next_turn()
         assert "connection: close" in await answer(reader)
-    assert not line._waiting
+    assert not gate._queue
 
 
 # --- connections without a request
@@ -200,22 +200,20 @@ async def test_a_request_that_breaks_off_stops_nobody_behind_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Those in the line are begun all the same: it has no other who would move it."""
-    monkeypatch.setattr(protocol, "BEGUN", 1)
-    line, begun = protocol.Line(), list[int]()
+    monkeypatch.setattr(overload, "BEGIN_PER_TURN", 1)
+    gate, begun = PriorityGate(), list[int]()
 
-    class Waiting:
-        def __init__(self, number: int) -> None:
-            self.number = number
-
-        def begin(self) -> None:
-            begun.append(self.number)
-            if self.number == 1:
+    def waiting(number: int) -> Callable[[], None]:
+        def begin() -> None:
+            begun.append(number)
+            if number == 1:
                 raise MemoryError
 
+        return begin
+
     asyncio.get_running_loop().set_exception_handler(lambda *_: None)
-    waiting: list[Any] = [Waiting(number) for number in range(4)]
-    passed = [line.passes(one, callback=False) for one in waiting]
+    passed = [gate.admit(waiting(number), callback=False) for number in range(4)]
     assert passed == [True, False, False, False]
     await wait_until(lambda: begun == [1, 2, 3])
     await asyncio.sleep(0)
-    assert line.passes(Waiting(4), callback=False)  # type: ignore[arg-type]
+    assert gate.admit(waiting(4), callback=False)

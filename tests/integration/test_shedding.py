@@ -2,15 +2,15 @@
 
 import asyncio
 import json
-import math
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
-from service.web import overload, precedence, protocol
-from service.web.protocol import Line
+from service.web import overload
+from service.web.overload import LogSampler, PriorityGate
+from service.web.routes import callback_route
 from tests.api import SUBMIT, UNTIL_DONE, got, order, refused, submitted
 from tests.callbacks import connected
 from tests.waiting import wait_until
@@ -29,12 +29,12 @@ async def test_clients_are_shed_before_callbacks(
     probes and metrics their answers.
     """
     task = await submitted(here.client, UNTIL_DONE)
-    monkeypatch.setattr(overload, "FLOOD", 1)
-    monkeypatch.setattr(overload, "TOLD_S", 1e9)
-    monkeypatch.setattr(here.context.admission, "_told", -math.inf)  # nobody was shed before
+    monkeypatch.setattr(overload, "SHED_AT", 1)
+    monkeypatch.setattr(overload, "LOG_EVERY_S", 1e9)
+    monkeypatch.setattr(here.context.shedder, "log_sampler", LogSampler())  # nobody was shed before
     shed = here.context.resources.metrics.requests_shed._value.get
     before = shed()
-    with capture_logs() as lines, here.context.precedence.callback():
+    with capture_logs() as lines, here.context.gate.callback():
         for _ in range(3):
             answer = await here.client.post(SUBMIT, json=order())
             refused(answer, 503, "overloaded")
@@ -56,16 +56,16 @@ async def test_callbacks_that_wait_to_be_begun_count_as_a_flood(
     their streams at once.
     """
     task = await submitted(here.client, UNTIL_DONE)
-    monkeypatch.setattr(protocol, "BEGUN", 1)
-    line = Line.of(asyncio.get_running_loop())
+    monkeypatch.setattr(overload, "BEGIN_PER_TURN", 1)
+    gate = here.context.gate
     waited = list[int]()
-    next_ = Line._next
+    next_ = PriorityGate._next_turn
 
-    def watched(self: Line) -> None:
-        waited.append(self.callbacks)
+    def watched(self: PriorityGate) -> None:
+        waited.append(self.queued_callbacks)
         next_(self)
 
-    monkeypatch.setattr(Line, "_next", watched)
+    monkeypatch.setattr(PriorityGate, "_next_turn", watched)
     body = json.dumps({"id": task["upstream_id"], "status": "processing"}).encode()
     head = (
         f"POST {here.callback_url(task['id']).removeprefix(here.url)} HTTP/1.1\r\nhost:"
@@ -82,10 +82,10 @@ async def test_callbacks_that_wait_to_be_begun_count_as_a_flood(
                 writer.write(request)
             for reader, _ in opened:
                 assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
-        assert (max(waited) > 5, max(waited) <= most, line.callbacks) == (most > 0, True, 0)
-    monkeypatch.setattr(overload, "FLOOD", 1)
+        assert (max(waited) > 5, max(waited) <= most, gate.queued_callbacks) == (most > 0, True, 0)
+    monkeypatch.setattr(overload, "SHED_AT", 1)
     with monkeypatch.context() as full:
-        full.setattr(line, "callbacks", 1)
+        full.setattr(gate, "queued_callbacks", 1)
         refused(await here.client.get("/v1/tasks"), 503, "overloaded")
     got(await here.client.get("/v1/tasks"))
 
@@ -99,22 +99,22 @@ async def test_clients_requests_in_hand_are_limited(
     async with world(tmp_path) as here:
         task = await submitted(here.client, UNTIL_DONE)
         last = got(await here.client.get("/v1/events"))["next_after"]
-        monkeypatch.setattr(overload, "BUSY", 0)
+        monkeypatch.setattr(overload, "MAX_ACTIVE", 0)
         refused(await here.client.get("/v1/tasks"), 503, "overloaded")
         assert await called(here, task) == 200
-        monkeypatch.setattr(overload, "BUSY", 1)
+        monkeypatch.setattr(overload, "MAX_ACTIVE", 1)
         held = asyncio.create_task(
             here.client.get("/v1/events", params={"after": last, "wait": 30})
         )
-        await wait_until(lambda: here.context.admission.waiting == 1)
+        await wait_until(lambda: here.context.shedder.waiting == 1)
         got(await here.client.get("/v1/tasks"))
-        monkeypatch.setattr(overload, "WAITING", 1)
+        monkeypatch.setattr(overload, "MAX_WAITING", 1)
         refused(await here.client.get("/v1/tasks"), 503, "overloaded")
         assert await called(here, task) == 200
-        monkeypatch.setattr(overload, "WAITING", 2)
+        monkeypatch.setattr(overload, "MAX_WAITING", 2)
         await submitted(here.client)
         assert got(await held)["data"]
-        assert (here.context.admission.busy, here.context.admission.waiting) == (0, 0)
+        assert (here.context.shedder.active, here.context.shedder.waiting) == (0, 0)
 
 
 async def test_callbacks_that_are_told_to_come_again_are_logged_together(
@@ -124,8 +124,8 @@ async def test_callbacks_that_are_told_to_come_again_are_logged_together(
     uncounted.
     """
     task = await submitted(here.client, UNTIL_DONE)
-    monkeypatch.setattr(precedence, "MOST", 0)
-    monkeypatch.setattr(overload, "TOLD_S", 0.2)
+    monkeypatch.setattr(callback_route, "MAX_CALLBACKS", 0)
+    monkeypatch.setattr(overload, "LOG_EVERY_S", 0.2)
     counted = here.context.resources.metrics.callbacks.labels("overloaded")._value.get
     before = counted()
     with capture_logs() as lines:

@@ -301,7 +301,7 @@ async def test_a_held_answer_shows_nothing_to_a_key_that_was_revoked(
         )
         async with here.with_key(made["key"]) as client:
             held = asyncio.create_task(client.get("/v1/events", params={"after": "0", "wait": 30}))
-            await wait_until(lambda: here.context.admission.waiting)
+            await wait_until(lambda: here.context.shedder.waiting)
             assert (await here.client.delete(f"/v1/keys/{made['id']}")).status_code == 204
             await emitted(here.context.resources.store, type="task.parked")
             refused(await held, 401, "unauthorized")

@@ -1,4 +1,4 @@
-"""What operators do to a task by hand."""
+"""Operators' actions on a task."""
 
 import structlog
 from starlette.requests import Request
@@ -7,26 +7,22 @@ from starlette.responses import JSONResponse, Response
 from service.errors import ApiError
 from service.tasks.admin import Resolution, reconcile_tasks, resolve_tasks
 from service.web import schemas
-from service.web.bodies import read_json, validated
-from service.web.context import context_of
+from service.web.bodies import read_model
+from service.web.context import resources_of
 from service.web.routes.task_routes import known_task, shown
 
 log = structlog.get_logger()
 
 
 async def resolve(request: Request) -> Response:
-    context, (task, _) = context_of(request), await known_task(request)
-    body = validated(schemas.Resolution, await read_json(request))
+    """Settle an uncertain submission by hand."""
+    task, _ = await known_task(request)
+    body = await read_model(request, schemas.Resolution)
     resolution = Resolution(task.id, body.upstream_id, resubmit=body.decision == "resubmit")
-    refused = await context.resources.store.write(resolve_tasks, resolution)
+    refused = await resources_of(request).store.write(resolve_tasks, resolution)
     if refused == "taken":
-        raise ApiError(
-            409,
-            "id_taken",
-            "another task has this upstream_id",
-            param="upstream_id",
-            task_id=task.id,
-        )
+        message, param = "another task has this upstream_id", "upstream_id"
+        raise ApiError(409, "id_taken", message, param=param, task_id=task.id)
     if refused is not None:
         message = (
             f"the task is {refused}: only an uncertain submission is resolved, or an id"
@@ -34,17 +30,14 @@ async def resolve(request: Request) -> Response:
         )
         raise ApiError(409, "task_not_uncertain", message, task_id=task.id)
     log.info("admin.action", action="task.resolve", subject=task.id)
-    return JSONResponse(shown(context, *await known_task(request)))
+    return JSONResponse(shown(request, *await known_task(request)))
 
 
 async def reconcile(request: Request) -> Response:
-    context, (task, _) = context_of(request), await known_task(request)
-    if await context.resources.store.write(reconcile_tasks, task.id) is not None:
-        raise ApiError(
-            409,
-            "task_not_submitted",
-            "the upstream's id of the task is not known yet: nothing to ask for",
-            task_id=task.id,
-        )
+    """Query the upstream and retry downloads now."""
+    task, _ = await known_task(request)
+    if await resources_of(request).store.write(reconcile_tasks, task.id) is not None:
+        message = "the upstream's id of the task is not known yet: nothing to ask for"
+        raise ApiError(409, "task_not_submitted", message, task_id=task.id)
     log.info("admin.action", action="task.reconcile", subject=task.id)
-    return JSONResponse(shown(context, *await known_task(request)))
+    return JSONResponse(shown(request, *await known_task(request)))

@@ -1,65 +1,63 @@
-"""What was delivered, to whom, and how it went."""
+"""Deliveries and their attempts."""
 
 import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from service.db.paging import Row
 from service.errors import ApiError
 from service.events.deliveries import delivery_list
 from service.events.delivery_worker import send_manually
 from service.events.documents import delivery_document
 from service.strict_json import JSON
-from service.web.bodies import page, place_of, query_limit, query_text, read_cursor
-from service.web.context import context_of
-from service.web.routes.task_routes import caller_of
+from service.web.auth import caller_of
+from service.web.bodies import Position, page, position_of, query_text
+from service.web.context import context_of, resources_of
 
 log = structlog.get_logger()
 
 
 async def deliveries(request: Request) -> Response:
-    limit, caller = query_limit(request), caller_of(request)
-    asked = {
+    """List deliveries, newest first."""
+    caller, store = caller_of(request), resources_of(request).store
+    filters = {
         "endpoint_id": query_text(request, "endpoint"),
         "event_id": query_text(request, "event"),
         "task_id": query_text(request, "task"),
         "state": query_text(request, "state", ("pending", "delivered", "dead")),
     }
-    where = {name: value for name, value in asked.items() if value is not None}
-    store = context_of(request).resources.store
-    found = await store.read(delivery_list, caller.sees, limit + 1, read_cursor(request), where)
-    return page(
-        found,
-        limit,
-        lambda each: place_of(each[0]),
-        lambda each: delivery_document(*each, answers=caller.sees is None),
-    )
+    where = {name: value for name, value in filters.items() if value is not None}
+
+    async def rows(limit: int, after: Position | None) -> list[tuple[Row, list[Row]]]:
+        return await store.read(delivery_list, caller.sees, limit, after, where)
+
+    def shown(item: tuple[Row, list[Row]]) -> JSON:
+        return delivery_document(*item, answers=caller.sees is None)
+
+    return await page(request, rows, lambda item: position_of(item[0]), shown)
 
 
 async def delivery(request: Request) -> Response:
-    return JSONResponse(await _shown(request))
-
-
-async def _shown(request: Request) -> JSON:
-    caller, where = caller_of(request), {"id": request.path_params["delivery_id"]}
-    found = await context_of(request).resources.store.read(
-        delivery_list, caller.sees, 1, None, where
-    )
-    if not found:
-        raise ApiError(404, "delivery_not_found", "no delivery of yours has that id")
-    return delivery_document(*found[0], answers=caller.sees is None)
+    """Show a delivery with every attempt."""
+    return JSONResponse(await _document(request))
 
 
 async def retry(request: Request) -> Response:
-    """One attempt now, whatever became of those before it and whatever is planned; answers the
-    delivery with it.
-    """
-    shown = await _shown(request)
-    context = context_of(request)
-    with context.admission.by_hand_of(caller_of(request).owner):
-        sent = await send_manually(context.sender, shown["id"])
+    """Make one attempt now."""
+    delivery_id, context = (await _document(request))["id"], context_of(request)
+    with context.shedder.manual_attempt(caller_of(request).owner):
+        sent = await send_manually(context.sender, delivery_id)
     if not sent:
-        raise ApiError(
-            409, "nothing_to_send", "its event is no longer kept, or its endpoint is gone"
-        )
-    log.info("admin.action", action="delivery.retry", subject=shown["id"])
-    return JSONResponse(await _shown(request))
+        message = "its event is no longer kept, or its endpoint is gone"
+        raise ApiError(409, "nothing_to_send", message)
+    log.info("admin.action", action="delivery.retry", subject=delivery_id)
+    return JSONResponse(await _document(request))
+
+
+async def _document(request: Request) -> JSON:
+    caller, where = caller_of(request), {"id": request.path_params["delivery_id"]}
+    store = resources_of(request).store
+    rows = await store.read(delivery_list, caller.sees, 1, None, where)
+    if not rows:
+        raise ApiError(404, "delivery_not_found", "no delivery of yours has that id")
+    return delivery_document(*rows[0], answers=caller.sees is None)

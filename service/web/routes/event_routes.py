@@ -1,20 +1,18 @@
-"""Events from a place on, in sequence: by pull, held until something is there if the reader wants,
-or as a stream.
-"""
+"""Events after a sequence, as pages or as a stream."""
 
 import asyncio
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.errors import ApiError
+from service.errors import invalid_request
 from service.events.feed import read_events
 from service.events.tail import StreamFilter
 from service.ids import sequence_text
+from service.web.auth import caller_of
 from service.web.bodies import query_limit, query_seconds, query_text
 from service.web.context import context_of
 from service.web.event_stream import stream
-from service.web.routes.task_routes import caller_of
 from service.web.schemas import known_pattern
 
 MAX_WAIT_S = 60
@@ -25,58 +23,42 @@ def sequence(text: str | None, param: str) -> int | None:
     if not text:
         return None
     if not (text.isascii() and text.isdigit()) or len(text) > 20 or int(text) >= 2**63:
-        raise ApiError(
-            400,
-            "invalid_request",
-            f"{param} must be a sequence that an answer gave: up to 20 digits",
-            param=param,
-        )
+        message = f"{param} must be a sequence that an answer gave: up to 20 digits"
+        raise invalid_request(message, param)
     return int(text)
 
 
-async def events(request: Request) -> Response:
-    context = context_of(request)
-    resources, access = context.resources, context.access
-    after = sequence(query_text(request, "after"), "after")
-    types = [
-        pattern
-        for text in request.query_params.getlist("type")
-        for pattern in text.split(",")
-        if pattern
-    ]
+def event_types(request: Request) -> list[str]:
+    types = ",".join(request.query_params.getlist("type")).split(",")
     try:
-        types = [known_pattern(pattern) for pattern in types]
+        return [known_pattern(pattern) for pattern in types if pattern]
     except ValueError as error:
-        raise ApiError(400, "invalid_request", f"type {error}", param="type") from None
-    sees, task_id = caller_of(request).sees, query_text(request, "task")
+        raise invalid_request(f"type {error}", "type") from None
+
+
+async def events(request: Request) -> Response:
+    """List events after a sequence."""
+    context, owner = context_of(request), caller_of(request).sees
+    after, types = sequence(query_text(request, "after"), "after"), event_types(request)
+    task_id = query_text(request, "task")
+
+    async def check_key() -> None:
+        await context.access.caller(request, *request.state.scopes)
+
     if "text/event-stream" in request.headers.get("accept", ""):
-        last = sequence(
-            request.headers.get("last-event-id"), "Last-Event-ID"
-        )  # of a reader that comes back to the same URL
-        wanted = StreamFilter(sees, types, task_id)
-        return stream(
-            request,
-            context.tail,
-            after if last is None else last,
-            wanted,
-            lambda: access.caller(request, *request.state.scopes),
-        )
-    stopping, wait_s = resources.store.signals.stopping, query_seconds(request, "wait", MAX_WAIT_S)
+        # A reader that reconnects sends the last id, along with the `after` of its first request.
+        last = sequence(request.headers.get("last-event-id"), "Last-Event-ID")
+        wanted = StreamFilter(owner, types, task_id)
+        return stream(request, context.tail, after if last is None else last, wanted, check_key)
+    store, links = context.resources.store, context.resources.links
+    stopping, wait_s = store.signals.stopping, query_seconds(request, "wait", MAX_WAIT_S)
     limit = query_limit(request)
-    with context.admission.wait():
-        page = await read_events(
-            resources.store, resources.links, sees, after, limit, types, task_id, wait_s
-        )
-        if (
-            stopping and not page.events
-            # nobody is held any longer, and nobody is to ask again and again until the process has
-            # ended
-        ):
+    with context.shedder.wait():
+        page = await read_events(store, links, owner, after, limit, types, task_id, wait_s)
+        # During a stop no response is held. An immediate one would make the client ask in a loop.
+        if stopping and not page.events:
             await asyncio.sleep(min(wait_s, STOPPING_S))
     if wait_s:
-        await access.caller(
-            request, *request.state.scopes
-        )  # the key may have been revoked while it was held
-    return JSONResponse(
-        {"data": page.events, "next_after": sequence_text(page.next_after), "resync": page.resync}
-    )
+        await check_key()  # the key may have been revoked meanwhile
+    next_after = sequence_text(page.next_after)
+    return JSONResponse({"data": page.events, "next_after": next_after, "resync": page.resync})

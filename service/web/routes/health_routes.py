@@ -1,4 +1,4 @@
-"""Whether the process lives, whether it can take a callback, and its figures."""
+"""Liveness, readiness and metrics."""
 
 import asyncio
 
@@ -14,25 +14,23 @@ from service.web.auth import SCOPES
 from service.web.context import Context, context_of
 
 READY_S = 5.0
-SINK_LATE_MS = 60_000  # a broker that is further behind degrades
+SINK_LATE_MS = 60_000  # beyond this, a late broker is a cause of `degraded`
 
 
 async def healthz(_: Request) -> Response:
+    """Report that the process is alive."""
     return JSONResponse({"status": "ok"})
 
 
 async def readyz(request: Request) -> Response:
-    """503 only when the store cannot commit; causes are shown to a key alone."""
+    """Report that this process can commit a callback."""
     context = context_of(request)
     try:
         async with asyncio.timeout(READY_S):
             await context.resources.store.write(mark, None, urgent=True)
     except (StoreUnavailable, TimeoutError):
-        return JSONResponse(
-            {"status": "unavailable", **await _causes(request, context, ["store"])},
-            503,
-            headers={"Retry-After": "1"},
-        )
+        body = {"status": "unavailable", **await _shown(request, context, ["store"])}
+        return JSONResponse(body, 503, headers={"Retry-After": "1"})
     causes = []
     if context.resources.store.signals.stopping:
         causes.append("stopping")
@@ -44,13 +42,12 @@ async def readyz(request: Request) -> Response:
         causes.append("upstream")
     if context.sinks and (context.sinks_failing() or await _sinks_late(context)):
         causes.append("brokers")
-    return JSONResponse(
-        {"status": "degraded" if causes else "ok", **await _causes(request, context, causes)}
-    )
+    status = "degraded" if causes else "ok"
+    return JSONResponse({"status": status, **await _shown(request, context, causes)})
 
 
 async def _blobs_answer(context: Context) -> bool:
-    """Whether the store for images answers, and has the room it should have."""
+    """Whether the blob store answers and has enough free space."""
     try:
         async with asyncio.timeout(READY_S):
             await context.resources.blobs.check()
@@ -69,14 +66,15 @@ async def _sinks_late(context: Context) -> bool:
 
 
 async def _free_bytes(context: Context) -> int | None:
-    """The room for images, 0 where there is no store for them; None: nobody knows."""
+    """The free space for images, 0 if the blob store fails. None: unknown."""
     try:
         return await context.resources.blobs.free_bytes()
     except BlobUnavailable:
         return 0
 
 
-async def _causes(request: Request, context: Context, causes: list[str]) -> dict[str, list[str]]:
+async def _shown(request: Request, context: Context, causes: list[str]) -> dict[str, list[str]]:
+    """The causes, if the request has a valid key."""
     if "authorization" not in request.headers:
         return {}
     try:
@@ -87,6 +85,7 @@ async def _causes(request: Request, context: Context, causes: list[str]) -> dict
 
 
 async def metrics(request: Request) -> Response:
+    """Show metrics in Prometheus format."""
     context, resources = context_of(request), context_of(request).resources
     figures = await resources.store.read(store_figures.figures)
     figures["sinks_behind"] = await resources.store.read(sinks_behind, context.sinks)

@@ -1,4 +1,4 @@
-"""Replays: events that an endpoint is to get again."""
+"""Replays: an endpoint receives past events again."""
 
 from datetime import datetime
 
@@ -7,20 +7,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.errors import ApiError
+from service.events import replays
 from service.events.documents import replay_document
 from service.events.outbox import OPERATORS
-from service.events.replays import (
-    NewReplayRow,
-    ReplayFilter,
-    cancel_replays,
-    insert_replays,
-    replay_extent,
-    replay_row,
-)
-from service.web.bodies import read_json, validated
-from service.web.context import context_of
+from service.events.replays import NewReplayRow, ReplayFilter
+from service.web.auth import caller_of
+from service.web.bodies import read_model
+from service.web.context import resources_of
 from service.web.routes.endpoint_routes import endpoint_of
-from service.web.routes.task_routes import caller_of
 from service.web.schemas import NewReplay
 
 log = structlog.get_logger()
@@ -29,48 +23,45 @@ LAST_MS = 253_402_300_799_999  # of the year 9999
 
 
 def milliseconds(time: datetime | None) -> int | None:
-    """Within what can be written again."""
+    """Within the years that `rfc3339` can write."""
     return None if time is None else min(max(round(time.timestamp() * 1000), 0), LAST_MS)
 
 
 async def create(request: Request) -> Response:
-    resources = context_of(request).resources
-    body, endpoint = (
-        validated(NewReplay, await read_json(request, empty=True)),
-        await endpoint_of(request),
-    )
+    """Replay events, or count them."""
+    resources, body = resources_of(request), await read_model(request, NewReplay, empty=True)
+    endpoint = await endpoint_of(request)
+    id, owner, types = endpoint["id"], endpoint["owner"], body.types or endpoint["types"]
     since, until = milliseconds(body.since) or 0, milliseconds(body.until)
-    wanted = ReplayFilter(
-        endpoint["id"], endpoint["owner"], since, until, body.types or endpoint["types"], body.only
-    )
-    extent = await resources.store.read(replay_extent, wanted)
+    wanted = ReplayFilter(id, owner, since, until, types, body.only)
+    extent = await resources.store.read(replays.replay_extent, wanted)
     if body.dry_run:
         return JSONResponse({"id": None, "count": extent.count})
-    replay = NewReplayRow(resources.id("replay"), endpoint["owner"] or OPERATORS, wanted, extent)
-    if not await resources.store.write(insert_replays, replay):
-        await endpoint_of(request)
+    replay = NewReplayRow(resources.id("replay"), owner or OPERATORS, wanted, extent)
+    if not await resources.store.write(replays.insert_replays, replay):
+        await endpoint_of(request)  # 404 if it was deleted
         raise ApiError(409, "endpoint_disabled", "the endpoint is disabled: enable it first")
-    log.info("admin.action", action="endpoint.replay", subject=endpoint["id"])
+    log.info("admin.action", action="endpoint.replay", subject=id)
     return JSONResponse({"id": replay.id, "count": extent.count})
 
 
 async def read(request: Request) -> Response:
-    store, replay_id = context_of(request).resources.store, request.path_params["replay_id"]
-    found = await store.read(replay_row, replay_id, caller_of(request).sees)
-    if found is None:
-        raise _missing()
-    return JSONResponse(replay_document(*found))
+    """Show the progress of a replay."""
+    store, replay_id = resources_of(request).store, request.path_params["replay_id"]
+    row = await store.read(replays.replay_row, replay_id, caller_of(request).sees)
+    if row is None:
+        raise replay_not_found()
+    return JSONResponse(replay_document(*row))
 
 
 async def cancel(request: Request) -> Response:
-    replay_id = request.path_params["replay_id"]
-    if not await context_of(request).resources.store.write(
-        cancel_replays, (replay_id, caller_of(request).sees)
-    ):
-        raise _missing()
+    """Cancel a replay."""
+    store, replay_id = resources_of(request).store, request.path_params["replay_id"]
+    if not await store.write(replays.cancel_replays, (replay_id, caller_of(request).sees)):
+        raise replay_not_found()
     log.info("admin.action", action="replay.cancel", subject=replay_id)
     return Response(status_code=204)
 
 
-def _missing() -> ApiError:
+def replay_not_found() -> ApiError:
     return ApiError(404, "replay_not_found", "no replay of yours has that id")

@@ -1,6 +1,4 @@
-"""The whole table of URLs: method, path, what answers, who may, and what the OpenAPI document says
-of it.
-"""
+"""The table of all URLs: method and path, endpoint, scopes and schemas."""
 
 import re
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,7 +15,7 @@ from service.web import schemas
 from service.web.asyncapi import document as asyncapi_document
 from service.web.context import context_of
 from service.web.event_schemas import EventPage
-from service.web.openapi import document
+from service.web.openapi import document as openapi_document
 from service.web.routes import (
     admin_routes,
     delivery_routes,
@@ -32,302 +30,182 @@ from service.web.routes import (
 )
 from service.web.routes.callback_route import CallbackRoute
 
-Endpoint = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Response]]
+Model = type[BaseModel]
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One operation. Without `scopes` no key is needed; one of them is enough. `query`: its
-    parameters.
+    """One operation. A key needs one of the scopes. Without scopes, no key is needed. `query`:
+    names of the parameters.
     """
 
     method: str
     path: str
-    endpoint: Endpoint
+    endpoint: Handler
     scopes: tuple[str, ...]
-    summary: str
-    answer: type[BaseModel] | None = None
-    body: type[BaseModel] | None = None
-    query: tuple[str, ...] = ()
-    status: int = 200
+    answer: Model | None
+    body: Model | None
+    query: tuple[str, ...]
+    status: int
+
+    @property
+    def summary(self) -> str:
+        """The endpoint's docstring, on one line."""
+        return " ".join((self.endpoint.__doc__ or "").split()).removesuffix(".")
+
+
+def spec(
+    operation: str,
+    endpoint: Handler,
+    scopes: str,
+    answer: Model | None = None,
+    body: Model | None = None,
+    status: int | None = None,
+) -> Spec:
+    """A Spec in short notation: spaces separate scopes, and `?` and `&` parameters."""
+    method, _, url = operation.partition(" ")
+    path, _, query = url.partition("?")
+    parameters = tuple(query.split("&")) if query else ()
+    status = status or (204 if method == "DELETE" else 200)
+    needs = tuple(scopes.split())
+    return Spec(method, path, endpoint, needs, answer, body, parameters, status)
 
 
 async def asyncapi(_: Request) -> Response:
+    """Show the AsyncAPI document, which describes events."""
     return JSONResponse(asyncapi_document())
 
 
 async def openapi(_: Request) -> Response:
-    return JSONResponse(document(SPECS))
+    """Show the OpenAPI document."""
+    return JSONResponse(openapi_document(SPECS))
 
 
 ID = re.compile("[!-~]{1,200}")
 OPERATORS = ("/healthz", "/readyz", "/metrics")
-PAGE = ("limit", "cursor")
-SUBMISSIONS = "/v1/images/generations"
 
 SPECS = (
-    Spec(
-        "POST",
-        SUBMISSIONS,
+    spec(
+        "POST /v1/images/generations",
         task_routes.submit,
-        ("submit",),
-        "Submit a task",
+        "submit",
         schemas.Task,
         schemas.Submission,
     ),
-    Spec(
-        "GET",
-        "/v1/tasks",
+    spec(
+        "GET /v1/tasks?state&model&metadata.KEY&limit&cursor",
         task_routes.tasks,
-        ("read",),
-        "List tasks, newest first",
+        "read",
         schemas.TaskList,
-        query=("state", "model", "metadata.KEY", *PAGE),
     ),
-    Spec(
-        "GET",
-        "/v1/tasks/{task_id}",
-        task_routes.task,
-        ("read",),
-        "Show a task, by its own id or the upstream's id",
-        schemas.Task,
-    ),
-    Spec(
-        "DELETE",
-        "/v1/tasks/{task_id}",
-        task_routes.delete,
-        ("submit",),
-        "Erase a terminal task. A row with its figures stays",
-        status=204,
-    ),
-    Spec(
-        "GET",
-        "/v1/tasks/{task_id}/timeline",
-        task_routes.timeline,
-        ("read",),
-        "Show every step of a task",
-        schemas.Timeline,
-    ),
-    Spec(
-        "POST",
-        "/v1/tasks/{task_id}/cancel",
-        task_routes.cancel,
-        ("submit",),
-        "Cancel a task",
-        schemas.CancelledTask,
-    ),
-    Spec(
-        "POST",
-        "/v1/tasks/{task_id}/reconcile",
-        admin_routes.reconcile,
-        ("admin",),
-        "Query the upstream and retry downloads now",
-        schemas.Task,
-    ),
-    Spec(
-        "POST",
-        "/v1/tasks/{task_id}/resolve",
+    spec("GET /v1/tasks/{task_id}", task_routes.task, "read", schemas.Task),
+    spec("DELETE /v1/tasks/{task_id}", task_routes.delete, "submit"),
+    spec("GET /v1/tasks/{task_id}/timeline", task_routes.timeline, "read", schemas.Timeline),
+    spec("POST /v1/tasks/{task_id}/cancel", task_routes.cancel, "submit", schemas.CancelledTask),
+    spec("POST /v1/tasks/{task_id}/reconcile", admin_routes.reconcile, "admin", schemas.Task),
+    spec(
+        "POST /v1/tasks/{task_id}/resolve",
         admin_routes.resolve,
-        ("admin",),
-        "Settle an uncertain submission by hand",
+        "admin",
         schemas.Task,
         schemas.Resolution,
     ),
-    Spec("GET", "/v1/credits", upstream_routes.credits, ("read",), "Show the upstream's credits"),
-    Spec("GET", "/v1/models", upstream_routes.models, ("read",), "Show the upstream's models"),
-    Spec(
-        "GET",
-        "/v1/events",
+    spec("GET /v1/credits", upstream_routes.credits, "read"),
+    spec("GET /v1/models", upstream_routes.models, "read"),
+    spec(
+        "GET /v1/events?after&type&task&wait&limit",
         event_routes.events,
-        ("subscribe", "read"),
-        "List events after a sequence",
+        "subscribe read",
         EventPage,
-        query=("after", "type", "task", "wait", "limit"),
     ),
-    Spec(
-        "POST",
-        "/v1/endpoints",
+    spec(
+        "POST /v1/endpoints",
         endpoint_routes.create,
-        ("subscribe",),
-        "Create an endpoint",
+        "subscribe",
         schemas.EndpointWithSecret,
         schemas.NewEndpoint,
         status=201,
     ),
-    Spec(
-        "GET",
-        "/v1/endpoints",
-        endpoint_routes.listed,
-        ("subscribe",),
-        "List endpoints, newest first",
-        schemas.EndpointList,
-        query=PAGE,
+    spec(
+        "GET /v1/endpoints?limit&cursor", endpoint_routes.listed, "subscribe", schemas.EndpointList
     ),
-    Spec(
-        "GET",
-        "/v1/endpoints/{endpoint_id}",
-        endpoint_routes.read,
-        ("subscribe",),
-        "Show an endpoint",
-        schemas.Endpoint,
-    ),
-    Spec(
-        "PATCH",
-        "/v1/endpoints/{endpoint_id}",
+    spec("GET /v1/endpoints/{endpoint_id}", endpoint_routes.read, "subscribe", schemas.Endpoint),
+    spec(
+        "PATCH /v1/endpoints/{endpoint_id}",
         endpoint_routes.patch,
-        ("subscribe",),
-        "Change an endpoint",
+        "subscribe",
         schemas.Endpoint,
         schemas.EndpointPatch,
     ),
-    Spec(
-        "DELETE",
-        "/v1/endpoints/{endpoint_id}",
-        endpoint_routes.delete,
-        ("subscribe",),
-        "Delete an endpoint",
-        status=204,
-    ),
-    Spec(
-        "POST",
-        "/v1/endpoints/{endpoint_id}/rotate",
+    spec("DELETE /v1/endpoints/{endpoint_id}", endpoint_routes.delete, "subscribe"),
+    spec(
+        "POST /v1/endpoints/{endpoint_id}/rotate",
         endpoint_routes.rotate,
-        ("subscribe",),
-        "Create a new secret. Both secrets sign during the overlap",
+        "subscribe",
         schemas.EndpointWithSecret,
         schemas.Rotation,
     ),
-    Spec(
-        "POST",
-        "/v1/endpoints/{endpoint_id}/replay",
+    spec(
+        "POST /v1/endpoints/{endpoint_id}/replay",
         replay_routes.create,
-        ("subscribe",),
-        "Replay events, or count them",
+        "subscribe",
         schemas.Counted,
         schemas.NewReplay,
     ),
-    Spec(
-        "GET",
-        "/v1/replays/{replay_id}",
-        replay_routes.read,
-        ("subscribe",),
-        "Show the progress of a replay",
-        schemas.Replay,
+    spec("GET /v1/replays/{replay_id}", replay_routes.read, "subscribe", schemas.Replay),
+    spec("DELETE /v1/replays/{replay_id}", replay_routes.cancel, "subscribe"),
+    spec(
+        "POST /v1/endpoints/{endpoint_id}/test", endpoint_routes.test, "subscribe", schemas.Attempt
     ),
-    Spec(
-        "DELETE",
-        "/v1/replays/{replay_id}",
-        replay_routes.cancel,
-        ("subscribe",),
-        "Cancel a replay",
-        status=204,
-    ),
-    Spec(
-        "POST",
-        "/v1/endpoints/{endpoint_id}/test",
-        endpoint_routes.test,
-        ("subscribe",),
-        "Send a test event now",
-        schemas.Attempt,
-    ),
-    Spec(
-        "GET",
-        "/v1/deliveries",
+    spec(
+        "GET /v1/deliveries?endpoint&event&task&state&limit&cursor",
         delivery_routes.deliveries,
-        ("subscribe",),
-        "List deliveries, newest first",
+        "subscribe",
         schemas.DeliveryList,
-        query=("endpoint", "event", "task", "state", *PAGE),
     ),
-    Spec(
-        "GET",
-        "/v1/deliveries/{delivery_id}",
-        delivery_routes.delivery,
-        ("subscribe",),
-        "Show a delivery with every attempt",
-        schemas.Delivery,
+    spec(
+        "GET /v1/deliveries/{delivery_id}", delivery_routes.delivery, "subscribe", schemas.Delivery
     ),
-    Spec(
-        "POST",
-        "/v1/deliveries/{delivery_id}/retry",
+    spec(
+        "POST /v1/deliveries/{delivery_id}/retry",
         delivery_routes.retry,
-        ("subscribe",),
-        "Make one attempt now",
+        "subscribe",
         schemas.Delivery,
     ),
-    Spec(
-        "POST",
-        "/v1/keys",
-        key_routes.create,
-        ("admin",),
-        "Create an API key",
-        schemas.CreatedKey,
-        schemas.NewKey,
-        status=201,
+    spec(
+        "POST /v1/keys", key_routes.create, "admin", schemas.CreatedKey, schemas.NewKey, status=201
     ),
-    Spec(
-        "POST",
-        "/v1/keys/rotate-secret",
-        key_routes.rotate,
-        ("subscribe",),
-        "Create a new callback secret. Both secrets sign during the overlap",
+    spec(
+        "POST /v1/keys/rotate-secret",
+        key_routes.rotate_secret,
+        "subscribe",
         schemas.CallbackSecret,
         schemas.SecretRotation,
     ),
-    Spec(
-        "GET",
-        "/v1/keys",
-        key_routes.listed,
-        ("admin",),
-        "List API keys, newest first",
-        schemas.KeyList,
-        query=PAGE,
-    ),
-    Spec(
-        "DELETE",
-        "/v1/keys/{key_id}",
-        key_routes.revoke,
-        ("admin",),
-        "Revoke an API key",
-        status=204,
-    ),
-    Spec("GET", "/images/{image_id}", image_routes.image, (), "Show a stored image"),
-    Spec(
-        "GET",
-        "/healthz",
-        health_routes.healthz,
-        (),
-        "Report that the process is alive",
-        schemas.Health,
-    ),
-    Spec(
-        "GET",
-        "/readyz",
-        health_routes.readyz,
-        (),
-        "Report that this process can commit a callback",
-        schemas.Readiness,
-    ),
-    Spec("GET", "/metrics", health_routes.metrics, ("read",), "Show metrics in Prometheus format"),
-    Spec("GET", "/openapi.json", openapi, (), "Show the OpenAPI document"),
-    Spec(
-        "GET", "/asyncapi.json", asyncapi, (), "Show the AsyncAPI document, which describes events"
-    ),
+    spec("GET /v1/keys?limit&cursor", key_routes.listed, "admin", schemas.KeyList),
+    spec("DELETE /v1/keys/{key_id}", key_routes.revoke, "admin"),
+    spec("GET /images/{image_id}", image_routes.image, ""),
+    spec("GET /healthz", health_routes.healthz, "", schemas.Health),
+    spec("GET /readyz", health_routes.readyz, "", schemas.Readiness),
+    spec("GET /metrics", health_routes.metrics, "read"),
+    spec("GET /openapi.json", openapi, ""),
+    spec("GET /asyncapi.json", asyncapi, ""),
 )
 
 
-def guarded(spec: Spec) -> Endpoint:
-    """The endpoint behind its scopes; an id that nothing can have is 404 before anybody looks for
-    it.
+def guarded(spec: Spec) -> Handler:
+    """The endpoint behind load shedding, its scopes and limits. An impossible id is 404 without a
+    look-up.
     """
 
     async def endpoint(request: Request) -> Response:
         if spec.path in OPERATORS:
-            return await admitted(request)
-        with context_of(request).admission.request():
-            return await admitted(request)
+            return await authorised(request)
+        with context_of(request).shedder.request():
+            return await authorised(request)
 
-    async def admitted(request: Request) -> Response:
+    async def authorised(request: Request) -> Response:
         if spec.scopes:
             caller = await context_of(request).access.caller(request, *spec.scopes)
             request.state.caller, request.state.scopes = caller, spec.scopes
@@ -341,8 +219,8 @@ def guarded(spec: Spec) -> Endpoint:
     return endpoint
 
 
-def table(endpoints: Mapping[Spec, Endpoint]) -> list[Route]:
-    """A route a path, so that a 405 names every method that the path has."""
+def table(endpoints: Mapping[Spec, Handler]) -> list[Route]:
+    """One route per path, so that a 405 names every method of the path."""
 
     def route(path: str) -> Route:
         methods = {
@@ -358,16 +236,13 @@ def table(endpoints: Mapping[Spec, Endpoint]) -> list[Route]:
 
 
 def routes() -> list[Route]:
-    """Everything a web process answers."""
-    callbacks = Route(
-        "/callbacks/{upstream}/{task_id}/{token}", CallbackRoute(), methods=["POST", "PUT"]
-    )
+    """All routes of a web process."""
+    path = "/callbacks/{upstream}/{task_id}/{token}"
+    callbacks = Route(path, CallbackRoute(), methods=["POST", "PUT"])
     return [callbacks, *table({spec: guarded(spec) for spec in SPECS})]
 
 
 def operators_routes(*, metrics_open: bool) -> list[Route]:
-    """What a worker without the clients' API answers, and, `metrics_open`, what the metrics port
-    does.
-    """
+    """The routes of a worker without the clients' API, or of the metrics port (`metrics_open`)."""
     specs = [spec for spec in SPECS if spec.path in OPERATORS]
     return table({spec: spec.endpoint if metrics_open else guarded(spec) for spec in specs})

@@ -1,15 +1,12 @@
-"""Tasks for clients: submitted, shown, listed, cancelled. The shape is the upstream's, so that its
-clients work here.
-"""
+"""Tasks for clients. Their shape is the upstream's, so that the upstream's clients work here."""
 
 import re
-from collections.abc import Sequence
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from structlog.contextvars import bind_contextvars
 
-from service.errors import ApiError
+from service.errors import ApiError, invalid_request
 from service.links import with_links
 from service.strict_json import JSON
 from service.tasks import task_queries
@@ -19,28 +16,29 @@ from service.tasks.document import task_document
 from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State
 from service.upkeep.retention import erase
-from service.web.auth import Caller
-from service.web.bodies import page, query_limit, query_text, read_cursor, read_json
-from service.web.context import Context, context_of
-from service.web.error_responses import answer
+from service.web.auth import caller_of
+from service.web.bodies import Position, page, query_text, read_json
+from service.web.context import context_of, resources_of
+from service.web.error_responses import error_response
 from service.web.routes import upstream_routes
 
 FIRST_OUTCOME_S = 10.0
 MAX_WAIT_S = 120
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 METADATA = "metadata."
-ODD_NAME = re.compile(
-    r'["\\\x00-\x1f]'
-)  # JSON escapes them, and SQLite looks for names as they are written
+# JSON escapes these characters, and SQLite compares names as written.
+ESCAPED = re.compile(r'["\\\x00-\x1f]')
+
+Found = tuple[TaskRow, list[ImageRow]]
 
 
-def shown(context: Context, row: TaskRow, images: Sequence[ImageRow]) -> JSON:
-    document = with_links(task_document(row, images), context.resources.links)
+def shown(request: Request, row: TaskRow, images: list[ImageRow]) -> JSON:
+    document = with_links(task_document(row, images), resources_of(request).links)
     return {**document, "prompt": row.prompt}
 
 
 def preferences(request: Request) -> tuple[float | None, str | None]:
-    """Seconds to wait by `Prefer` (None: not asked), and what was applied; `wait` wins over
+    """Seconds to wait by `Prefer` (None: by default), and the applied preference. `wait` wins over
     `respond-async`.
     """
     wait, asynchronous = None, False
@@ -56,118 +54,95 @@ def preferences(request: Request) -> tuple[float | None, str | None]:
 
 
 async def submit(request: Request) -> Response:
+    """Submit a task."""
     context, caller = context_of(request), caller_of(request)
     key = request.headers.get("idempotency-key")
     if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
         message = "Idempotency-Key must be 1 to 255 visible ASCII characters"
-        raise ApiError(400, "invalid_request", message, param="Idempotency-Key")
+        raise invalid_request(message, "Idempotency-Key")
     wait_s, applied = preferences(request)
-    body = await read_json(request)
-    task_id, replayed = await context.intake.accept(
-        caller.owner, body, key, admin=caller.sees is None
-    )
+    body, admin = await read_json(request), caller.sees is None
+    task_id, replayed = await context.intake.accept(caller.owner, body, key, admin=admin)
     bind_contextvars(task_id=task_id)
     headers = {"Preference-Applied": applied} if applied else {}
     if replayed:
         headers["Idempotency-Replayed"] = "true"
-    done = attempted if wait_s is None else ended
-    with context.admission.wait():
-        row, images = await wait_for(
-            context.resources, task_id, done, FIRST_OUTCOME_S if wait_s is None else wait_s
-        )
-    if row.refusal_status is not None:  # the upstream's own refusal, with our task's id
-        assert row.error is not None
-        more = {name: row.error.get(name) for name in ("type", "param")}
-        return answer(
-            request,
-            row.refusal_status,
-            row.error["code"],
-            row.error["message"],
-            headers,
-            **more,
-            task_id=row.id,
-        )
-    return JSONResponse(shown(context, row, images), headers=headers)
+    done, wait_s = (attempted, FIRST_OUTCOME_S) if wait_s is None else (ended, wait_s)
+    with context.shedder.wait():
+        row, images = await wait_for(context.resources, task_id, done, wait_s)
+    if row.refusal_status is None:
+        return JSONResponse(shown(request, row, images), headers=headers)
+    error = row.error  # the upstream's own
+    assert error is not None
+    more = {"type": error.get("type"), "param": error.get("param"), "task_id": row.id}
+    status, code, message = row.refusal_status, error["code"], error["message"]
+    return error_response(request, status, code, message, headers, **more)
 
 
-def caller_of(request: Request) -> Caller:
-    caller: Caller = request.state.caller
-    return caller
-
-
-async def known_task(request: Request) -> tuple[TaskRow, list[ImageRow]]:
-    store, task_id = context_of(request).resources.store, request.path_params["task_id"]
+async def find_task(request: Request) -> Found | None:
+    store, task_id = resources_of(request).store, request.path_params["task_id"]
     found = await store.read(task_queries.task, task_id, caller_of(request).sees)
-    if found is None:
+    if found is not None:
+        bind_contextvars(task_id=found[0].id)
+    return found
+
+
+async def known_task(request: Request) -> Found:
+    if (found := await find_task(request)) is None:
         raise upstream_routes.unknown_task()
-    bind_contextvars(task_id=found[0].id)
     return found
 
 
 async def task(request: Request) -> Response:
-    context, owner, task_id = (
-        context_of(request),
-        caller_of(request).sees,
-        request.path_params["task_id"],
-    )
-    found = await context.resources.store.read(task_queries.task, task_id, owner)
-    if found is None:
-        return await upstream_routes.task(context, owner, task_id)
-    bind_contextvars(task_id=found[0].id)
-    return JSONResponse(shown(context, *found))
+    """Show a task, by its own id or the upstream's id."""
+    if (found := await find_task(request)) is not None:
+        return JSONResponse(shown(request, *found))
+    owner, task_id = caller_of(request).sees, request.path_params["task_id"]
+    return await upstream_routes.task(context_of(request), owner, task_id)
 
 
 async def tasks(request: Request) -> Response:
-    context, limit = context_of(request), query_limit(request)
-    named = [name for name in request.query_params if name.startswith(METADATA)]
-    if any(ODD_NAME.search(name) for name in named):
-        message = (
-            "metadata names with quotes, backslashes or control characters cannot be searched for"
-        )
-        raise ApiError(400, "invalid_request", message, param="metadata")
-    found = await context.resources.store.read(
-        task_queries.task_list,
-        caller_of(request).sees,
-        limit + 1,
-        read_cursor(request),
-        query_text(request, "state", [state.value for state in State]),
-        query_text(request, "model"),
-        {name.removeprefix(METADATA): query_text(request, name) or "" for name in named},
-    )
-    return page(
-        found,
-        limit,
-        lambda item: (item[0].created_at, item[0].id),
-        lambda item: shown(context, *item),
-    )
+    """List tasks, newest first."""
+    store, owner = resources_of(request).store, caller_of(request).sees
+    names = [name for name in request.query_params if name.startswith(METADATA)]
+    if any(ESCAPED.search(name) for name in names):
+        message = "metadata names with quotes, backslashes or control characters cannot be"
+        raise invalid_request(f"{message} searched for", "metadata")
+    metadata = {name.removeprefix(METADATA): query_text(request, name) or "" for name in names}
+    state = query_text(request, "state", [state.value for state in State])
+    model = query_text(request, "model")
+
+    async def rows(limit: int, after: Position | None) -> list[Found]:
+        query = task_queries.task_list
+        return await store.read(query, owner, limit, after, state, model, metadata)
+
+    def position(item: Found) -> Position:
+        return item[0].created_at, item[0].id
+
+    return await page(request, rows, position, lambda item: shown(request, *item))
 
 
 async def timeline(request: Request) -> Response:
-    task, _ = await known_task(request)
-    lines = await context_of(request).resources.store.read(
-        task_queries.timeline, task.id, caller_of(request).sees
-    )
-    return JSONResponse({"data": lines})
+    """Show every step of a task."""
+    store, task_id = resources_of(request).store, (await known_task(request))[0].id
+    steps = await store.read(task_queries.timeline, task_id, caller_of(request).sees)
+    return JSONResponse({"data": steps})
 
 
 async def cancel(request: Request) -> Response:
-    context, caller = context_of(request), caller_of(request)
-    task, _ = await known_task(request)
-    ended_as = await context.resources.store.write(cancel_tasks, Cancellation(task.id, caller.sees))
+    """Cancel a task."""
+    task_id, owner = (await known_task(request))[0].id, caller_of(request).sees
+    ended_as = await resources_of(request).store.write(cancel_tasks, Cancellation(task_id, owner))
     if ended_as is not None:
-        raise ApiError(
-            409, "task_ended", f"the task is {ended_as}: nothing is left to cancel", task_id=task.id
-        )
-    return JSONResponse({**shown(context, *await known_task(request)), "cancel": "local"})
+        message = f"the task is {ended_as}: nothing is left to cancel"
+        raise ApiError(409, "task_ended", message, task_id=task_id)
+    return JSONResponse({**shown(request, *await known_task(request)), "cancel": "local"})
 
 
 async def delete(request: Request) -> Response:
-    context, (task, _) = context_of(request), await known_task(request)
-    if await erase(context.resources, task.id, caller_of(request).sees) is not None:
-        raise ApiError(
-            409,
-            "task_not_ended",
-            "the task has not ended: cancel it first, or wait for its end",
-            task_id=task.id,
-        )
+    """Erase a terminal task. A row with its figures stays."""
+    task_id = (await known_task(request))[0].id
+    if await erase(resources_of(request), task_id, caller_of(request).sees) is not None:
+        message = "the task has not ended: cancel it first, or wait for its end"
+        raise ApiError(409, "task_not_ended", message, task_id=task_id)
     return Response(status_code=204)

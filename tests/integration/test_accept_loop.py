@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from service.web import accepting
+from service.web import server as servers
 from service.web.server import Server, bind, listening
 from tests.callbacks import connected
 from tests.waiting import wait_until
@@ -33,7 +33,7 @@ async def serving() -> AsyncIterator[tuple[str, Server, list[int]]]:
     bound = bind("127.0.0.1", 0)
     server = Server(Starlette(routes=[Route("/{number:int}", answer)]), bound, 60)
     async with asyncio.timeout(60), listening(server, asyncio.Event()):
-        await wait_until(lambda: server.started and hasattr(server, "_acceptor"))
+        await wait_until(lambda: server.started and hasattr(server, "_accept_loop"))
         yield f"http://127.0.0.1:{bound.getsockname()[1]}", server, seen
 
 
@@ -58,7 +58,7 @@ async def answered(connection: socket.socket) -> bool:
 
 async def test_all_of_a_burst_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when more come than are taken in a turn."""
-    monkeypatch.setattr(accepting, "TAKEN", 20)
+    monkeypatch.setattr(servers, "ACCEPT_PER_TURN", 20)
     async with serving() as (url, _, seen), AsyncExitStack() as stack:
         connections = [sent(stack, url, REQUEST % number) for number in range(MANY)]
         assert (
@@ -70,10 +70,10 @@ async def test_all_of_a_burst_are_answered(monkeypatch: pytest.MonkeyPatch) -> N
 
 async def test_who_has_come_by_the_stop_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though nobody had taken the connection yet."""
-    monkeypatch.setattr(accepting, "TAKEN", 20)
+    monkeypatch.setattr(servers, "ACCEPT_PER_TURN", 20)
     async with serving() as (url, server, seen), AsyncExitStack() as stack:
         connections = [sent(stack, url, REQUEST % number) for number in range(MANY)]
-        await server._acceptor.close()
+        await server._accept_loop.close()
         server.should_exit = True
         assert (
             await asyncio.gather(*(answered(connection) for connection in connections))
@@ -86,12 +86,12 @@ async def test_more_connections_than_the_process_may_hold_wait_with_the_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """None is reset; it is served as soon as another ends."""
-    monkeypatch.setattr(accepting, "most", lambda: 2)
+    monkeypatch.setattr(servers, "max_connections", lambda: 2)
     async with serving() as (url, server, _), AsyncExitStack() as stack:
         async with connected(url), connected(url):
             await wait_until(lambda: len(server.server_state.connections) == 2)
             third = sent(stack, url, REQUEST % 3)
-            await wait_until(lambda: server._acceptor._later)
+            await wait_until(lambda: server._accept_loop._retry)
             assert len(server.server_state.connections) == 2
         assert await answered(third)
 
@@ -115,8 +115,8 @@ class Short:
 async def test_when_descriptors_are_used_up_it_looks_again() -> None:
     """A stop while it waits for some ends it as ever."""
     async with serving() as (url, server, _), AsyncExitStack() as stack:
-        acceptor = server._acceptor
-        acceptor._bound = short = Short(acceptor._bound, 2)  # type: ignore[assignment]
+        accept_loop = server._accept_loop
+        accept_loop._bound = short = Short(accept_loop._bound, 2)  # type: ignore[assignment]
         assert await answered(sent(stack, url, REQUEST % 1))
         assert short.times == 0
         short.times = 1
@@ -140,7 +140,7 @@ async def test_a_connection_that_has_gone_harms_nobody(monkeypatch: pytest.Monke
                 raise OSError(errno.ENOTCONN, "not connected")
             return await opened(make, taken)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(server._acceptor._loop, "connect_accepted_socket", gone)
+        monkeypatch.setattr(server._accept_loop._loop, "connect_accepted_socket", gone)
         sent(stack, url, REQUEST % 1)
         await wait_until(lambda: failed and failed[0].fileno() == -1)
         assert await answered(sent(stack, url, REQUEST % 2))

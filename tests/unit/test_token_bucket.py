@@ -1,4 +1,4 @@
-"""Refusals at the turnstile: the first ones pass, a flood waits, and its lines are few."""
+"""Wrong tokens at the token bucket: a burst passes, a flood is delayed, and its lines are few."""
 
 import asyncio
 import selectors
@@ -10,53 +10,57 @@ from structlog.testing import capture_logs
 
 from service.ops.metrics import Metrics
 from service.signing import Keyring
-from service.web.routes.callback_route import BURST, TURNS_S, WAIT_S, CallbackRoute, Turnstile
+from service.web.overload import BURST, MAX_DELAY_S, RATE, LogSampler, TokenBucket
+from service.web.routes.callback_route import CallbackRoute
 
 CONNECTIONS, REQUESTS = 50, 30
 
 
+def refused(bucket: TokenBucket, sampler: LogSampler, now: float) -> tuple[float, int | None]:
+    """The delay of a refusal, and the number of withheld lines if it has a line."""
+    delay = bucket.delay(now)
+    return delay, sampler.take(now, force=not delay)
+
+
 def test_a_few_refusals_pass_at_once_and_each_has_its_line() -> None:
     """As many as the burst at one moment, and for ever at the steady rate."""
-    turnstile = Turnstile()
-    assert [turnstile.turn(1000.0) for _ in range(BURST)] == [(0.0, 0)] * BURST
-    steady = Turnstile()
-    assert {steady.turn(1000.0 + number * 1.01 / TURNS_S) for number in range(5 * TURNS_S)} == {
-        (0.0, 0)
-    }
+    bucket, sampler = TokenBucket(), LogSampler()
+    assert [refused(bucket, sampler, 1000.0) for _ in range(BURST)] == [(0.0, 0)] * BURST
+    steady = TokenBucket()
+    assert {
+        refused(steady, sampler, 1000.0 + number * 1.01 / RATE) for number in range(5 * RATE)
+    } == {(0.0, 0)}
 
 
-def test_whoever_comes_faster_waits_longer_and_never_over_a_second() -> None:
-    """Waits grow one place at a time up to the limit."""
-    turnstile = Turnstile()
-    waits = [turnstile.turn(1000.0)[0] for _ in range(BURST + 3 * TURNS_S)]
+def test_refusals_above_the_rate_wait_longer_and_never_over_a_second() -> None:
+    """Delays grow by one token at a time up to the limit."""
+    bucket = TokenBucket()
+    waits = [bucket.delay(1000.0) for _ in range(BURST + 3 * RATE)]
     assert waits == sorted(waits)
-    assert waits[-1] == WAIT_S
-    assert 0 < min(wait for wait in waits if wait) <= 1.5 / TURNS_S
+    assert waits[-1] == MAX_DELAY_S
+    assert 0 < min(wait for wait in waits if wait) <= 1.5 / RATE
 
 
-def test_a_flood_has_a_line_a_second_which_tells_of_the_others() -> None:
-    """Each refusal is in a line of its own or in the number of those withheld before the next
-    line.
-    """
-    turnstile = Turnstile()
-    told = [
-        turnstile.turn(1000.0 + number / 5000)[1] for number in range(50_001)
-    ]  # 10 s of 5000 a second
+def test_a_flood_has_a_line_a_second_which_counts_the_withheld_ones() -> None:
+    """Each refusal has a line of its own or counts in the next line."""
+    bucket, sampler = TokenBucket(), LogSampler()
+    # 10 s of 5000 a second
+    told = [refused(bucket, sampler, 1000.0 + number / 5000)[1] for number in range(50_001)]
     lines = [withheld for withheld in told if withheld is not None]
     assert BURST <= len(lines) < BURST + 130
     assert sum(lines) + len(lines) <= len(told)
-    assert turnstile.turn(2000.0) == (0.0, len(told) - sum(lines) - len(lines))
+    assert refused(bucket, sampler, 2000.0) == (0.0, len(told) - sum(lines) - len(lines))
 
 
-def test_after_a_flood_the_turnstile_is_as_it_was() -> None:
-    """Two seconds later nobody waits."""
-    turnstile = Turnstile()
+def test_after_a_flood_the_bucket_is_full_again() -> None:
+    """Two seconds later no refusal is delayed."""
+    bucket = TokenBucket()
     for _ in range(10_000):
-        turnstile.turn(1000.0)
-    assert turnstile.turn(1002.1 + BURST / TURNS_S)[0] == 0.0
+        bucket.delay(1000.0)
+    assert bucket.delay(1002.1 + BURST / RATE) == 0.0
 
 
-# --- what passes through it ---
+# --- on the route ---
 
 
 class Leaping(selectors.SelectSelector):
@@ -128,4 +132,4 @@ def test_whoever_sends_one_after_the_other_is_slowed_down(headers: dict[str, str
     assert len(answered) == CONNECTIONS * REQUESTS
     for seconds in (1, 5, 10):
         within = sum(time < 1000.0 + seconds for time in answered)
-        assert seconds * TURNS_S - CONNECTIONS <= within <= seconds * TURNS_S + BURST + CONNECTIONS
+        assert seconds * RATE - CONNECTIONS <= within <= seconds * RATE + BURST + CONNECTIONS

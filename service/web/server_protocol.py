@@ -1,0 +1,117 @@
+"""uvicorn's HTTP protocol, with limits on everything before a request's headers are complete."""
+
+import asyncio
+from typing import Any
+
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from service.web.overload import PriorityGate
+
+MAX_HEAD = 64 * 1024  # bytes, plus the rest of one read, at most 256 KiB
+HEAD_S = 10.0
+# At a stop, the time for the first request of a connection, and for a further one in transit.
+FIRST_S, NEXT_S = 1.0, 0.05
+CALLBACK = b"POST /callbacks/"
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """Limits a request's head in bytes (400) and in seconds (the connection ends).
+
+    A connection without a first byte lasts as long as an idle one. At a stop, a connection still
+    gets the answer to the request that it was opened for.
+    """
+
+    def __init__(
+        self, config: Config, state: ServerState, app_state: dict[str, Any], gate: PriorityGate
+    ) -> None:
+        super().__init__(config, state, app_state)
+        self._gate = gate
+        self._head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None  # set while a head is incomplete
+        self._stopping = False
+        self._queued = b""  # the beginning of a request that waits at the gate
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
+        super().connection_made(transport)
+        self._start_idle_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        self._unset_keepalive_if_required()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._queued:
+            self._queued += data
+        elif (
+            self._head_timer
+            or not self._idle
+            or self._gate.admit(self._begin, callback=data.startswith(CALLBACK))
+        ):
+            self._read(data)
+        else:
+            self._queued = data
+            self._unset_keepalive_if_required()
+            self.transport.pause_reading()
+
+    def _begin(self) -> None:
+        data, self._queued = self._queued, b""
+        if not self.transport.is_closing():
+            self.transport.resume_reading()
+            self._read(data)
+
+    @property
+    def _idle(self) -> bool:
+        cycle: Any = self.cycle
+        return cycle is None or cycle.response_complete
+
+    def _read(self, data: bytes) -> None:
+        timer = self._head_timer
+        super().data_received(data)
+        if self._head_timer is not None and self._head_timer is timer:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD:
+                self._end_head()
+                self.send_400_response("The request's line and headers are too long.")
+        # The bytes may have begun no request: an empty line, or an unread body.
+        if self._idle and self._head_timer is None and self.timeout_keep_alive_task is None:
+            self._start_idle_timer()
+
+    def _start_idle_timer(self) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_bytes, self._head_timer = 0, self.loop.call_later(HEAD_S, self._close_if_idle)
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+        if self._stopping:
+            self.cycle.keep_alive = False
+
+    def shutdown(self) -> None:
+        """Ends an idle connection after a short time. Closing it at once would lose a request in
+        transit, and with it one of a callback's few tries.
+        """
+        self._stopping = True
+        cycle: Any = self.cycle  # None before the first request
+        if self._idle:
+            first = cycle is None or self._head_timer is not None
+            self.loop.call_later(FIRST_S if first else NEXT_S, self._close_if_idle)
+        else:
+            super().shutdown()
+
+    def _end_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _close_if_idle(self) -> None:
+        """Without an answer in progress and without a request at the gate."""
+        if self._idle and not self._queued:
+            self.transport.close()

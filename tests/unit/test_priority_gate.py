@@ -1,0 +1,52 @@
+"""Callbacks before work: the upstream gives up after half a minute, work does not."""
+
+import asyncio
+import time
+
+import pytest
+
+from service.web import overload
+from service.web.overload import PriorityGate
+from tests.waiting import wait_until
+
+
+async def test_work_starts_at_once_when_no_callback_is_in_hand() -> None:
+    """Nobody waits for what is over, nor for what failed."""
+    gate = PriorityGate()
+    await gate.wait()
+    with pytest.raises(KeyError), gate.callback():
+        raise KeyError
+    await gate.wait()
+
+
+async def test_work_waits_for_every_callback_in_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last one to be answered lets it go on."""
+    monkeypatch.setattr(overload, "WORKER_WAIT_S", 60)
+    gate = PriorityGate()
+    with gate.callback():
+        with gate.callback():
+            work = asyncio.create_task(gate.wait())
+            await wait_until(lambda: gate._idle._waiters)
+        await asyncio.sleep(0)
+        assert not work.done()
+    await work
+
+
+async def test_a_flood_of_callbacks_does_not_stop_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its patience work begins all the same."""
+    monkeypatch.setattr(overload, "WORKER_WAIT_S", 0.05)
+    gate, started = PriorityGate(), time.monotonic()
+    with gate.callback():
+        await gate.wait()
+    assert time.monotonic() - started >= 0.04
+
+
+async def test_waiting_work_can_be_cancelled() -> None:
+    """A stop meets work that waits, at whatever moment."""
+    gate = PriorityGate()
+    with gate.callback():
+        work = asyncio.create_task(gate.wait())
+        await wait_until(lambda: gate._idle._waiters)
+        work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
