@@ -1,7 +1,7 @@
 """Deliveries: what an attempt needs, and the record of what came of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from sqlalchemy import Connection, and_, bindparam, func, insert, select, update
 
@@ -33,6 +33,7 @@ class DeliveryToSend:
     event: Row | None
 
 
+COLUMNS = ("id", "status", "duration_ms", "error", "answer")  # of an attempt
 _to_callback = deliveries.c.endpoint_id.is_(None)
 _DELIVERY_TO_SEND = (
     select(
@@ -91,34 +92,37 @@ def delivery_list(
 
 @dataclass(frozen=True, slots=True)
 class DeliveryAttempt:
-    """One request to a subscriber. `status` None: no response came."""
+    """One request to a subscriber. `status` None: no response came, and `error` says why.
+
+    `ours`: the fault is on this side and says nothing about the subscriber. `pause_ms`: how long
+    the response's Retry-After pauses the endpoint. `url`: where the request went. The response of
+    an old address is not counted against the endpoint's new one.
+    """
 
     id: str
     status: int | None
     duration_ms: int
     error: str | None
-    answer: bytes  # the first 2 KiB of the response
+    answer: bytes = b""  # the first 2 KiB of the response
+    ours: bool = False
+    pause_ms: int = 0
+    url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DeliveryOutcome:
-    """What an attempt leads to: `delivered`, `retry` after `wait_ms`, `dead`, `gone` (410), `held`
+    """What a lease leads to: `delivered`, `retry` after `wait_ms`, `dead`, `gone` (410), `held`
     (the endpoint is paused) or `snooze` (not tried, due again after `wait_ms`).
 
-    `pause_ms`: the endpoint sent Retry-After. `ours`: the fault is on this side and is not counted
-    against the endpoint. `wake`: other deliveries snoozed until this attempt ended. `url`: where
-    the request went. A response from an old address is not counted against the endpoint's new one.
+    `wake`: other deliveries snoozed until this attempt ended.
     """
 
     lease: Lease
     result: str
     attempt: DeliveryAttempt | None = None
     wait_ms: int = 0
-    pause_ms: int = 0
-    ours: bool = False
     disable_after_ms: int = 0
     wake: bool = False
-    url: str | None = None
 
 
 def record_attempts(tx: Transaction, items: Sequence[DeliveryOutcome]) -> list[bool]:
@@ -143,33 +147,28 @@ def record_attempts(tx: Transaction, items: Sequence[DeliveryOutcome]) -> list[b
     return results
 
 
-def _insert_attempts(
-    tx: Transaction, made: Sequence[tuple[str, DeliveryAttempt]]
-) -> list[dict[str, object]]:
-    """Inserts attempts that are not there yet. An operation runs again if the answer to its commit
-    was lost.
+def _insert_attempts(tx: Transaction, made: Sequence[tuple[str, DeliveryAttempt]]) -> bool:
+    """Inserts attempts that are not there yet. False: there is none to insert.
+
+    An operation runs again if the answer to its commit was lost.
     """
-    ids = [attempt.id for _, attempt in made]
-    if not ids:
-        return []
-    known = set(
-        tx.connection.execute(select(attempts.c.id).where(attempts.c.id.in_(ids))).scalars()
-    )
+    mine = attempts.c.id.in_([attempt.id for _, attempt in made])
+    known = tx.connection.execute(select(attempts.c.id).where(mine)).scalars().all() if made else ()
     rows = [
-        {"delivery_id": delivery_id, "time": tx.now, **asdict(attempt)}
-        for delivery_id, attempt in made
+        {"delivery_id": key, "time": tx.now, **{name: getattr(attempt, name) for name in COLUMNS}}
+        for key, attempt in made
         if attempt.id not in known
     ]
     if rows:
         tx.connection.execute(insert(attempts), rows)
-    return rows
+    return bool(rows)
 
 
 def _record(tx: Transaction, row: Row, item: DeliveryOutcome) -> None:
     endpoint = lock_endpoint(tx, row["endpoint_id"]) if item.result in ("gone", "held") else None
     result = item.result
-    if result == "gone" and endpoint is not None and item.url not in (None, endpoint.url):
-        result = "retry"
+    if item.attempt is not None and endpoint is not None and result == "gone":
+        result = "gone" if item.attempt.url in (None, endpoint.url) else "retry"
     finished = result in ("delivered", "dead", "gone")
     # A held delivery has no due time: it is released when the endpoint is enabled. If the endpoint
     # was enabled meanwhile, nothing would release it, so it is due at once.
@@ -182,14 +181,12 @@ def _record(tx: Transaction, row: Row, item: DeliveryOutcome) -> None:
     elif result in ("held", "snooze"):  # no request was made, so the attempt does not count
         values["attempts"] = row["attempts"] - 1
     tx.connection.execute(update(deliveries).where(deliveries.c.id == row["id"]).values(values))
-    if item.attempt is None:
-        return
-    if result == "dead":
+    attempt, endpoint_id = item.attempt, row["endpoint_id"]
+    if attempt is not None and result == "dead":
         _emit_exhausted(tx, row)
-    if row["endpoint_id"] is not None and not item.ours:
-        record_result(
-            tx, row["endpoint_id"], result, item.url, item.pause_ms, item.disable_after_ms
-        )
+    if attempt is not None and endpoint_id is not None and not attempt.ours:
+        after_ms = item.disable_after_ms
+        record_result(tx, endpoint_id, result, attempt.url, attempt.pause_ms, after_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +198,6 @@ class ManualAttempt:
     delivery_id: str
     result: str
     attempt: DeliveryAttempt
-    pause_ms: int = 0
-    url: str | None = None
 
 
 def record_manual_attempts(tx: Transaction, items: Sequence[ManualAttempt]) -> list[None]:
@@ -217,7 +212,8 @@ def record_manual_attempts(tx: Transaction, items: Sequence[ManualAttempt]) -> l
             values = leases.release("deliver", None, state=state, finished_at=tx.now)
             tx.connection.execute(update(deliveries).where(mine).values(values))
         if row.endpoint_id is not None:
-            record_result(tx, row.endpoint_id, item.result, item.url, item.pause_ms, manual=True)
+            url, pause_ms = item.attempt.url, item.attempt.pause_ms
+            record_result(tx, row.endpoint_id, item.result, url, pause_ms, manual=True)
     return [None] * len(items)
 
 
@@ -225,9 +221,8 @@ def _emit_exhausted(tx: Transaction, row: Row) -> None:
     """A dead delivery of an operators' event emits none, or a dead operators' endpoint would feed
     itself for ever.
     """
-    type = tx.connection.execute(
-        select(events.c.type).where(events.c.id == row["event_id"])
-    ).scalar()
+    mine = events.c.id == row["event_id"]
+    type = tx.connection.execute(select(events.c.type).where(mine)).scalar()
     if type is not None and type.startswith("image.task."):
         data = {name: row[name] for name in ("endpoint_id", "event_id", "task_id")}
         data["delivery_id"] = row["id"]

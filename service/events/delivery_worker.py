@@ -20,9 +20,9 @@ from service.events.deliveries import (
     record_attempts,
     record_manual_attempts,
 )
-from service.events.webhooks import WebhookResult, WebhookSender
+from service.events.webhooks import WebhookSender
 from service.queue import leases
-from service.queue.backoff import retry_after, wait_before
+from service.queue.backoff import wait_before
 from service.queue.checkpoints import checkpoint
 from service.queue.limiter import EndpointLimiter
 from service.resources import Resources
@@ -30,7 +30,6 @@ from service.strict_json import JSON
 
 log = structlog.get_logger()
 
-PAUSE_LIMIT_S = 3600.0
 RECORD_S = 1.0  # between tries to record an outcome while the store is unavailable
 LATE = 1000  # outcomes that are kept after their lease had ended
 
@@ -57,27 +56,31 @@ class DeliveryWorker:
             # The request was sent, but its lease ended before the store committed the outcome.
             await self._record(replace(late, lease=lease))
             return
-        subscriber, first = subscriber_key(delivery), lease.stage == "deliver"
         outcome = self._without_request(lease, delivery)
         if outcome is None:
-            wait = self.limiter.acquire(subscriber, first=first)
-            if wait is not None:
-                outcome = DeliveryOutcome(lease, "snooze", wait_ms=round(wait * 1000))
-        if outcome is not None:
+            outcome = await self._attempt(lease, delivery)
+        if outcome.attempt is None:
             await store.write(record_attempts, outcome)
             return
+        checkpoint("delivery.answered")
+        held = await self._record(outcome)
+        checkpoint("delivery.recorded")
+        self._report(delivery, outcome, held)
+
+    async def _attempt(self, lease: Lease, delivery: DeliveryToSend) -> DeliveryOutcome:
+        """Sends the delivery. It is snoozed if its subscriber has no free slot."""
+        subscriber, first = subscriber_key(delivery), lease.stage == "deliver"
+        wait = self.limiter.acquire(subscriber, first=first)
+        if wait is not None:
+            return DeliveryOutcome(lease, "snooze", wait_ms=round(wait * 1000))
         began, healthy, wake = time.monotonic(), None, False
         try:
-            sent = await self.sender.send(delivery)
-            healthy = None if sent.ours else sent.status not in (None, 429, 503)
+            attempt = await self.sender.send(delivery)
+            healthy = None if attempt.ours else attempt.status not in (None, 429, 503)
         finally:
             seconds = time.monotonic() - began
             wake = self.limiter.record(subscriber, seconds, first=first, healthy=healthy)
-        checkpoint("delivery.answered")
-        outcome = replace(self._outcome(lease, delivery, sent), wake=wake)
-        held = await self._record(outcome)
-        checkpoint("delivery.recorded")
-        self._report(delivery, sent, outcome, held)
+        return self._outcome(lease, attempt, wake=wake)
 
     async def _record(self, outcome: DeliveryOutcome) -> bool:
         """Tries until the store commits, so that a failing store causes no second request.
@@ -117,43 +120,31 @@ class DeliveryWorker:
         left = (delivery.paused_until or 0) - self.sender.resources.store.clock()
         return DeliveryOutcome(lease, "snooze", wait_ms=left) if left > 0 else None
 
-    def _outcome(
-        self, lease: Lease, delivery: DeliveryToSend, sent: WebhookResult
-    ) -> DeliveryOutcome:
-        resources = self.sender.resources
-        outcome = DeliveryOutcome(
-            lease,
-            "delivered" if sent.error is None else "gone" if sent.status == 410 else "dead",
-            new_attempt(resources, sent),
-            pause_ms=pause_asked_ms(resources, sent),
-            ours=sent.ours,
-            disable_after_ms=round(self.disable_after_s * 1000),
-            url=delivery.url,
-        )
-        random = resources.random()
-        wait = wait_before(
-            self.schedule, lease.attempts, repeat_last=False, random=random, spread=0.2
-        )
-        if outcome.result != "dead" or wait is None:
-            return outcome
-        return replace(outcome, result="retry", wait_ms=max(round(wait * 1000), outcome.pause_ms))
+    def _outcome(self, lease: Lease, attempt: DeliveryAttempt, *, wake: bool) -> DeliveryOutcome:
+        result, wait_ms = result_of(attempt) or "dead", 0
+        if result == "dead":
+            random = self.sender.resources.random()
+            wait = wait_before(
+                self.schedule, lease.attempts, repeat_last=False, random=random, spread=0.2
+            )
+            if wait is not None:
+                result, wait_ms = "retry", max(round(wait * 1000), attempt.pause_ms)
+        after_ms = round(self.disable_after_s * 1000)
+        return DeliveryOutcome(lease, result, attempt, wait_ms, after_ms, wake)
 
-    def _report(
-        self, delivery: DeliveryToSend, sent: WebhookResult, outcome: DeliveryOutcome, held: bool
-    ) -> None:
-        resources, lease = self.sender.resources, outcome.lease
-        event = delivery.event
-        assert event is not None
-        called_back_at = event["called_back_at"]
-        first = outcome.result == "delivered" and lease.stage == "deliver"
-        if first and called_back_at is not None:
+    def _report(self, delivery: DeliveryToSend, outcome: DeliveryOutcome, held: bool) -> None:
+        assert outcome.attempt is not None
+        assert delivery.event is not None
+        resources, lease, result = self.sender.resources, outcome.lease, outcome.result
+        called_back_at = delivery.event["called_back_at"]
+        if result == "delivered" and lease.stage == "deliver" and called_back_at is not None:
             seconds = max(0, resources.clock() - called_back_at) / 1000
             resources.metrics.callback_to_delivery.observe(seconds)
-        measure(resources, sent, outcome.result)
-        fields = log_fields(delivery)
-        result = outcome.result if held else "superseded"
-        log_attempt(delivery, sent, result, lease.attempts, outcome.wait_ms)
-        if held and outcome.result == "dead":
+        measure(resources, outcome.attempt, result)
+        shown = result if held else "superseded"
+        log_attempt(delivery, outcome.attempt, shown, lease.attempts, outcome.wait_ms)
+        if held and result == "dead":
+            fields = log_fields(delivery)
             log.error("delivery.exhausted", **fields, attempt=lease.attempts)
 
 
@@ -166,47 +157,33 @@ def subscriber_key(delivery: DeliveryToSend) -> str:
     return str(delivery.endpoint_id or "/".join(str(delivery.url).split("/")[:3]))
 
 
-def new_attempt(resources: Resources, sent: WebhookResult) -> DeliveryAttempt:
-    duration_ms = round(sent.duration * 1000)
-    return DeliveryAttempt(
-        resources.id("attempt"), sent.status, duration_ms, sent.error, sent.answer
-    )
+def result_of(attempt: DeliveryAttempt) -> str | None:
+    """None: the attempt failed, and may be tried again."""
+    return "delivered" if attempt.error is None else "gone" if attempt.status == 410 else None
 
 
-def pause_asked_ms(resources: Resources, sent: WebhookResult) -> int:
-    """How long the subscriber's Retry-After pauses the endpoint, in milliseconds."""
-    if sent.status not in (429, 503):
-        return 0
-    asked = retry_after(sent.retry_after, resources.clock() / 1000, PAUSE_LIMIT_S)
-    return round((asked or 0) * 1000)
-
-
-def measure(resources: Resources, sent: WebhookResult, result: str) -> None:
+def measure(resources: Resources, attempt: DeliveryAttempt, result: str) -> None:
     resources.metrics.deliveries.labels(result).inc()
-    resources.metrics.delivery_seconds.observe(sent.duration)
+    resources.metrics.delivery_seconds.observe(attempt.duration_ms / 1000)
 
 
 def log_fields(delivery: DeliveryToSend) -> JSON:
-    return {
-        "owner": delivery.owner,
-        "task_id": delivery.task_id,
-        "endpoint_id": delivery.endpoint_id,
-        "event_id": delivery.event["id"] if delivery.event else None,
-    }
+    fields = {name: getattr(delivery, name) for name in ("owner", "task_id", "endpoint_id")}
+    return {**fields, "event_id": delivery.event["id"] if delivery.event else None}
 
 
 def log_attempt(
-    delivery: DeliveryToSend, sent: WebhookResult, result: str, attempt: int, wait_ms: int
+    delivery: DeliveryToSend, attempt: DeliveryAttempt, result: str, number: int, wait_ms: int
 ) -> None:
     fields = log_fields(delivery)
     log.info(
         "delivery.attempted",
         **fields,
-        status=sent.status,
-        duration_ms=round(sent.duration * 1000),
-        error=sent.error,
+        status=attempt.status,
+        duration_ms=attempt.duration_ms,
+        error=attempt.error,
         result=result,
-        attempt=attempt,
+        attempt=number,
         wait_s=wait_ms / 1000,
     )
 
@@ -217,28 +194,23 @@ async def send_manually(sender: WebhookSender, delivery_id: str) -> bool:
     delivery = await resources.store.read(delivery_to_send, delivery_id)
     if delivery is None or not is_sendable(delivery):
         return False
-    sent = await sender.send(delivery)
-    result = "delivered" if sent.error is None else "gone" if sent.status == 410 else "failed"
-    measure(resources, sent, result)
-    log_attempt(delivery, sent, result, 0, 0)
-    pause_ms = pause_asked_ms(resources, sent)
-    attempt = ManualAttempt(
-        delivery_id, result, new_attempt(resources, sent), pause_ms, delivery.url
-    )
-    await resources.store.write(record_manual_attempts, attempt)
+    attempt = await sender.send(delivery)
+    result = result_of(attempt) or "failed"
+    measure(resources, attempt, result)
+    log_attempt(delivery, attempt, result, 0, 0)
+    await resources.store.write(record_manual_attempts, ManualAttempt(delivery_id, result, attempt))
     return True
 
 
 async def send_test(sender: WebhookSender, endpoint: Row) -> JSON:
     """Sends an event that has no task and is not in the outbox, and returns the attempt."""
-    resources = sender.resources
     event = {
-        "id": resources.id("event"),
+        "id": sender.resources.id("event"),
         "sequence": 0,
         "type": "endpoint.test",
         "task_id": None,
-        "time": resources.clock(),
+        "time": sender.resources.clock(),
         "data": {"endpoint_id": endpoint["id"]},
     }
-    sent = await sender.send_event(event, endpoint["url"], endpoint["secret"])
-    return {"time": event["time"], **asdict(new_attempt(resources, sent))}
+    attempt = await sender.send_event(event, endpoint["url"], endpoint["secret"])
+    return {"time": event["time"], **asdict(attempt)}

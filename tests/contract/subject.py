@@ -340,9 +340,9 @@ class Subject:
 
     async def attempt(self, lease: Lease, result: str, **more: Any) -> bool:
         """Records an attempt that was made."""
-        made = DeliveryAttempt(
-            new_id("attempt"), 204 if result == "delivered" else 500, 12, None, b""
-        )
+        said = {name: more.pop(name) for name in ("ours", "pause_ms", "url") if name in more}
+        status = 204 if result == "delivered" else 500
+        made = DeliveryAttempt(new_id("attempt"), status, 12, None, b"", **said)
         return await self.write(record_attempts, DeliveryOutcome(lease, result, made, **more))
 
 

@@ -56,10 +56,9 @@ async def by_hand(
     result: str | None = None,
     pause_ms: int = 0,
 ) -> None:
-    attempt = DeliveryAttempt(new_id("attempt"), 500 if error else 204, 12, error, b"")
-    made = ManualAttempt(
-        delivery_id, result or ("failed" if error else "delivered"), attempt, pause_ms
-    )
+    status = 500 if error else 204
+    attempt = DeliveryAttempt(new_id("attempt"), status, 12, error, pause_ms=pause_ms)
+    made = ManualAttempt(delivery_id, result or ("failed" if error else "delivered"), attempt)
     for _ in range(2):  # after a commit whose answer was lost it runs again
         await subject.write(record_manual_attempts, made)
 
@@ -153,16 +152,14 @@ async def test_what_the_old_address_says_is_not_held_against_the_new_one(
     gone, busy = await first(subject, endpoint), await first(subject, endpoint)
     await subject.change(endpoint, url="https://new.test/")
     for lease, result, pause_ms in ((busy, "retry", HOUR), (gone, "gone", 0)):
-        attempt = DeliveryAttempt(new_id("attempt"), 410, 12, "answered 410", b"")
+        attempt = DeliveryAttempt(
+            new_id("attempt"), 410, 12, "answered 410", pause_ms=pause_ms, url=old
+        )
         if hand:
-            await subject.write(
-                record_manual_attempts,
-                ManualAttempt(lease.key, "failed" if pause_ms else "gone", attempt, pause_ms, old),
-            )
+            manual = ManualAttempt(lease.key, "failed" if pause_ms else "gone", attempt)
+            await subject.write(record_manual_attempts, manual)
         else:
-            outcome = DeliveryOutcome(
-                lease, result, attempt, 0, pause_ms, disable_after_ms=1, url=old
-            )
+            outcome = DeliveryOutcome(lease, result, attempt, 0, disable_after_ms=1)
             assert await subject.write(record_attempts, outcome)
             assert (await subject.row(deliveries, lease.key))["due_at"] == subject.clock.now
         assert (await subject.row(deliveries, lease.key))["state"] == "pending"

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from starlette.responses import Response
 
-from service.errors import EgressRefused
-from service.events.webhooks import post_webhook
+from service.errors import ConnectionLost, EgressRefused
+from service.events.deliveries import DeliveryAttempt, DeliveryToSend
 from service.net import Egress, Rules
 from service.upstreams.base import NoAnswer, NotCreated
 from service.upstreams.evolink import EvoLink
@@ -24,7 +24,23 @@ from tests.waiting import wait_until
 from tests.world import World
 
 JSON = dict[str, Any]
-SECRETS = ["whsec_" + "A" * 32]
+
+
+async def sent_to(here: World, url: str, *, endpoint_id: str | None) -> DeliveryAttempt:
+    """A delivery to an endpoint, or to a task's own address, whatever the store says."""
+    secret = here.context.resources.keyring.encrypt("whsec_" + "A" * 32)
+    event = {
+        "id": "evt_x",
+        "sequence": 1,
+        "type": "endpoint.test",
+        "task_id": None,
+        "time": 0,
+        "data": {"endpoint_id": "ep_x"},
+    }
+    delivery = DeliveryToSend(
+        "dlv_x", "admin", endpoint_id, None, "pending", url, secret, None, None, event
+    )
+    return await here.context.sender.send(delivery)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +82,7 @@ async def test_no_endpoint_leads_inside(url: str, here: World, there: Guarded) -
         param="url",
     )
     assert (await here.client.delete(f"/v1/endpoints/{kept['id']}")).status_code == 204
-    sent = await post_webhook(
-        here.context.resources.endpoints, url, "evt_x", 0, b"{}", "application/json", SECRETS, 5
-    )
+    sent = await sent_to(here, url, endpoint_id="ep_x")
     assert (sent.status, (sent.error or "").split(":")[0]) == (None, "EgressRefused")
     assert there.refusals("endpoints") == before + 3
 
@@ -88,16 +102,7 @@ async def test_no_callback_url_of_a_task_leads_inside(
         param="callback_url",
     )
     assert "hostile" not in there.upstream.received
-    sent = await post_webhook(
-        here.context.resources.task_callbacks,
-        url,
-        "evt_x",
-        0,
-        b"{}",
-        "application/json",
-        SECRETS,
-        5,
-    )
+    sent = await sent_to(here, url, endpoint_id=None)
     assert (sent.status, (sent.error or "").split(":")[0]) == (None, "EgressRefused")
     assert there.refusals("task_callbacks") == before + 2
 
@@ -242,15 +247,6 @@ async def test_a_guard_that_allows_this_machine_is_seen_to_connect() -> None:
     async with trap() as other:
         with connects() as trail:
             async with Egress(Rules("endpoints", networks=(ip_network("127.0.0.1"),))) as egress:
-                sent = await post_webhook(
-                    egress,
-                    f"http://127.0.0.1:{other.port}/",
-                    "evt_x",
-                    0,
-                    b"{}",
-                    "text/plain",
-                    ["whsec_AAAA"],
-                    5,
-                )
-        assert (sent.error or "").startswith("ConnectionLost")
+                with pytest.raises(ConnectionLost):
+                    await egress.request("POST", f"http://127.0.0.1:{other.port}/", timeout=5)
         assert (trail, other.connections) == ({("127.0.0.1", other.port)}, 1)

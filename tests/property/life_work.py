@@ -7,7 +7,7 @@ comes of that depends on `luck`.
 """
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
@@ -265,7 +265,8 @@ class Workshop:
                     lease, "retry", attempt, wait_ms=5 * SECOND, disable_after_ms=DAY
                 )
             case 3:
-                return DeliveryOutcome(lease, "retry", attempt, wait_ms=HOUR, pause_ms=HOUR)
+                paused = replace(attempt, pause_ms=HOUR)
+                return DeliveryOutcome(lease, "retry", paused, wait_ms=HOUR)
             case 4:
                 return DeliveryOutcome(lease, "dead", attempt)
             case 5:
