@@ -33,15 +33,14 @@ from service.queue.periodic import hourly
 from service.queue.worker import Stage, WorkerPool
 from service.resources import Resources
 from service.settings import Settings, masked
-from service.tasks.accept import Intake
-from service.tasks.account_breaker import Account
-from service.tasks.confirm_worker import Settler
-from service.tasks.reconcile import Plan
-from service.tasks.submit_worker import Submitter
+from service.tasks.accept import TaskIntake
+from service.tasks.account_breaker import AccountBreaker
+from service.tasks.confirm_worker import ConfirmWorker, QueryPlan
+from service.tasks.submit_worker import SubmitWorker
 from service.tasks.transitions import dead_letter_task
 from service.upkeep.rekey import rekey
 from service.upkeep.retention import Retention
-from service.upstreams.catalogue import load_catalogue
+from service.upstreams.catalogue import DEFAULT_UPSTREAM, load_catalogue
 from service.web.activation import notify
 from service.web.auth import Access
 from service.web.context import Context
@@ -70,21 +69,23 @@ class Role:
 
 
 def stages(
-    settings: Settings, resources: Resources, account: Account, examiner: Examiner
+    settings: Settings, resources: Resources, breaker: AccountBreaker, examiner: Examiner
 ) -> list[Stage]:
     """The workers' stages, in the order of the data."""
-    plan = Plan(settings.callback_url is not None, settings.reconcile_after_s, resources.random)
-    submitter = Submitter(
+    plan = QueryPlan(
+        settings.callback_url is not None, settings.reconcile_after_s, resources.random
+    )
+    submitter = SubmitWorker(
         resources,
         plan,
-        account,
+        breaker,
         settings.submit_schedule,
         settings.submit_timeout_s,
         settings.submit_give_up_s,
         settings.uncertain,
         settings.uncertain_after_s,
     )
-    settler = Settler(
+    settler = ConfirmWorker(
         resources,
         plan,
         settings.evolink_confirm == "always",
@@ -165,13 +166,14 @@ async def running(
     async with open_resources(settings, metrics) as resources, pictures as examiner:
         brokers = open_sinks(settings) if role.workers else []
         broker_workers = {broker.name: BrokerWorker(resources, broker) for broker in brokers}
-        account, gate = Account(resources, settings.submit_schedule), PriorityGate()
-        work = stages(settings, resources, account, examiner) if role.workers else []
+        upstream, gate = resources.upstreams[DEFAULT_UPSTREAM], PriorityGate()
+        breaker = AccountBreaker(resources, upstream, settings.submit_schedule)
+        work = stages(settings, resources, breaker, examiner) if role.workers else []
         after_commit = partial(log_emitted, metrics=metrics)
         pool = WorkerPool(resources.store, work, metrics, after_commit, gate.wait)
         stopping = Stopping(resources.store, pool, settings.stop_s)
-        context = make_context(settings, role, resources, account, gate, broker_workers, stopping)
-        jobs = {"workers": pool.run(), "account": account.run(), "tail": context.tail.run()}
+        context = make_context(settings, role, resources, breaker, gate, broker_workers, stopping)
+        jobs = {"workers": pool.run(), "account": breaker.run(), "tail": context.tail.run()}
         if role.workers:
             jobs |= hourly_jobs(settings, resources)
             jobs |= {f"publish {name}": each.run() for name, each in broker_workers.items()}
@@ -198,7 +200,7 @@ def make_context(
     settings: Settings,
     role: Role,
     resources: Resources,
-    account: Account,
+    breaker: AccountBreaker,
     gate: PriorityGate,
     broker_workers: Mapping[str, BrokerWorker],
     stopping: Stopping,
@@ -209,7 +211,7 @@ def make_context(
     return Context(
         resources=resources,
         sender=WebhookSender(resources, settings.delivery_timeout_s),
-        intake=Intake(
+        intake=TaskIntake(
             resources,
             load_catalogue(),
             settings.callback_url,
@@ -218,7 +220,7 @@ def make_context(
         ),
         tail=Tail(resources.store, resources.links),
         gate=gate,
-        account=account,
+        breaker=breaker,
         access=Access(resources.store, admin_key),
         limits=KeyLimits(settings.key_requests),
         shedder=LoadShedder(gate, resources.metrics),

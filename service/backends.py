@@ -29,7 +29,7 @@ from service.setting_types import SECRET_KEY_BYTES, keys_of
 from service.settings import Settings
 from service.signing import Keyring
 from service.tasks import owner_keys
-from service.upstreams.base import Call
+from service.upstreams.base import Upstream, UpstreamCall
 from service.upstreams.evolink import EvoLink
 from service.web.overload import MANUAL
 from service.web.schemas import known_pattern
@@ -187,7 +187,7 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
         yield Resources(
             store=store,
             blobs=await open_blobs(settings, os.environ),
-            upstream=evolink(settings, upstream, metrics),
+            upstreams=open_upstreams(settings, upstream, metrics),
             limiter=ConcurrencyLimiter(
                 settings.evolink_concurrency,
                 lambda kind, limit: metrics.upstream_limit.labels(kind).set(limit),
@@ -213,10 +213,12 @@ def result_rules(settings: Settings) -> Rules:
     )
 
 
-def evolink(settings: Settings, egress: Egress, metrics: Metrics) -> EvoLink:
-    """The upstream, whose calls are logged and counted."""
+def open_upstreams(settings: Settings, egress: Egress, metrics: Metrics) -> dict[str, Upstream]:
+    """The upstreams by name, whose calls are logged and counted. `catalogue.upstream_for` says
+    which models each serves.
+    """
 
-    def called(call: Call) -> None:
+    def called(call: UpstreamCall) -> None:
         metrics.upstream_requests.labels(call.kind, call.outcome).inc()
         metrics.upstream_seconds.labels(call.kind).observe(call.duration)
         log.info(
@@ -229,7 +231,7 @@ def evolink(settings: Settings, egress: Egress, metrics: Metrics) -> EvoLink:
         )
 
     key = settings.evolink_api_key
-    return EvoLink(
+    evolink = EvoLink(
         egress,
         settings.evolink_base_url,
         key.get_secret_value() if key else "",
@@ -237,3 +239,4 @@ def evolink(settings: Settings, egress: Egress, metrics: Metrics) -> EvoLink:
         settings.query_timeout_s,
         called,
     )
+    return {evolink.name: evolink}

@@ -4,7 +4,7 @@ types.
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from service.blobs.base import Blobs
@@ -29,7 +29,7 @@ class Resources:
 
     store: Store
     blobs: Blobs
-    upstream: Upstream
+    upstreams: Mapping[str, Upstream]  # by name
     limiter: ConcurrencyLimiter  # gives every call to the upstream its slot
     results: Egress  # fetches what the upstream made
     endpoints: Egress  # sends webhooks

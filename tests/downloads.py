@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.queue import worker
-from service.tasks import reconcile
+from service.tasks import confirm_worker
 from tests.upstream import Upstream, document, picture
 from tests.world import JSON, World, world
 
@@ -30,7 +30,7 @@ def quick() -> Iterator[None]:
     """Due work is looked for, and questions are asked again, more often than in earnest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LOOK_S", 0.05)
-        patch.setattr(reconcile, "confirm_wait", lambda _: 0.05)
+        patch.setattr(confirm_worker, "confirm_wait", lambda _: 0.05)
         yield
 
 

@@ -1,44 +1,45 @@
-"""Taking a client's submission: checked before money is spent, committed as `queued`, answered when
-its first outcome is known.
-"""
+"""Accepts submissions: checks them before money is spent and commits them as `queued`."""
 
 import asyncio
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
+from sqlalchemy import select, tuple_
 
+from service.db.tables import tasks
+from service.db.transaction import Transaction
 from service.errors import ApiError, EgressRefused, NotConnected
 from service.events.secrets import stored_secret
 from service.ids import PREFIXES
+from service.queue import leases
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.signing import canonical_json, new_secret
 from service.strict_json import JSON
 from service.tasks import task_queries
-from service.tasks.new_tasks import NewTask, insert_tasks
+from service.tasks.fair_queue import FairQueue
 from service.tasks.owner_keys import NewOwner, insert_owners
 from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State
-from service.upstreams.catalogue import Catalogue
+from service.upstreams.catalogue import Catalogue, upstream_for
 
 log = structlog.get_logger()
 
-OURS = ("callback_url", "metadata")
+OWN_FIELDS = ("callback_url", "metadata")  # which the upstream does not get
 METADATA_PAIRS, METADATA_BYTES = 16, 2048
 MODEL_CHARS = 200
-LOOK_S = 1.0  # what another process did is seen within this
+LOOK_S = 1.0  # how late a request sees the work of another process
 
 
 @dataclass(frozen=True, slots=True)
-class Intake:
-    """What taking a submission needs to know. `callback_prefix` None: no callback_url is sent
-    upstream.
-    """
+class TaskIntake:
+    """Accepts submissions. `callback_prefix` None: the upstream gets no callback_url."""
 
     resources: Resources
     catalogue: Catalogue
@@ -49,131 +50,96 @@ class Intake:
     async def accept(
         self, owner: str, body: JSON, idempotency_key: str | None, *, admin: bool = False
     ) -> tuple[str, bool]:
-        """The task's id, durable, and whether it was there before. Raises ApiError 400, 409,
-        503.
+        """The id of the durable task, and whether the task existed before. Raises ApiError 400,
+        409 or 503.
         """
+        store = self.resources.store
         digest = hashlib.sha256(canonical_json(body)).hexdigest()
         if idempotency_key is not None:
-            known = await self.resources.store.read(
-                task_queries.task_by_key, owner, idempotency_key
-            )
-            if known is not None:
-                return self._replayed(known["id"], known["idempotency_hash"], digest), True
+            earlier = await store.read(task_queries.task_by_key, owner, idempotency_key)
+            if earlier is not None:
+                return _replayed(*earlier, digest), True
         await self._check(owner, body)
-        upstream_body = await self._translated(
-            owner, {name: value for name, value in body.items() if name not in OURS}, admin=admin
-        )
+        upstream_body = await self._translated(owner, body, admin=admin)
         free = await self.resources.blobs.free_bytes()
         if free is not None and free < self.min_free_bytes:
-            raise ApiError(
-                503, "no_space", "there is too little space left for new images", retry_after=60
-            )
+            message = "there is too little space left for new images"
+            raise ApiError(503, "no_space", message, retry_after=60)
         task = self._task(owner, body, upstream_body, idempotency_key, digest)
         checkpoint("submit.checked")
-        inserted = await self.resources.store.write(insert_tasks, task)
+        inserted = await store.write(insert_tasks, task)
         checkpoint("submit.inserted")
         if not inserted.created:
-            return self._replayed(inserted.task_id, inserted.idempotency_hash, digest), True
+            return _replayed(inserted.task_id, inserted.idempotency_hash, digest), True
+        known = {"owner": owner, "task_id": task.id, "model": task.model}
         prompt = {"prompt": task.prompt} if self.log_prompts else {}
-        log.info(
-            "task.queued", owner=owner, task_id=task.id, model=task.model, replayed=False, **prompt
-        )
+        log.info("task.queued", **known, replayed=False, **prompt)
         return task.id, False
-
-    def _replayed(self, task_id: str, known: str | None, digest: str) -> str:
-        if known != digest:
-            raise ApiError(
-                409,
-                "idempotency_conflict",
-                "this Idempotency-Key was used with another body",
-                param="Idempotency-Key",
-                task_id=task_id,
-            )
-        log.info("task.queued", task_id=task_id, replayed=True)
-        return task_id
 
     async def _check(self, owner: str, body: JSON) -> None:
         name = body.get("model")
         if not isinstance(name, str) or not 0 < len(name) <= MODEL_CHARS:
-            raise ApiError(
-                400,
-                "invalid_request",
-                f"model must be text of 1 to {MODEL_CHARS} characters",
-                param="model",
-            )
+            message = f"model must be text of 1 to {MODEL_CHARS} characters"
+            raise ApiError(400, "invalid_request", message, param="model")
         check_metadata(body.get("metadata"))
         violation = self.catalogue.check(body)
         if violation is not None:
-            raise ApiError(400, "invalid_parameter", violation.message, param=violation.param)
-        url = body.get("callback_url")
-        if url is not None:
-            if not isinstance(url, str):
-                raise ApiError(
-                    400, "invalid_parameter", "callback_url must be text", param="callback_url"
-                )
-            try:
-                with suppress(NotConnected):  # a name that does not resolve now may do so later
-                    await self.resources.task_callbacks.check(url)
-            except EgressRefused as error:
-                raise ApiError(
-                    400, "invalid_parameter", f"callback_url: {error}", param="callback_url"
-                ) from error
-            if (
-                await self.resources.store.read(stored_secret, "owners", owner) is None
-            ):  # as with DARKROOM_ADMIN_KEY alone
-                secret = self.resources.keyring.encrypt(new_secret(os.urandom(32)))
-                await self.resources.store.write(insert_owners, NewOwner(owner, secret))
+            raise _invalid(violation.param, violation.message)
+        if body.get("callback_url") is not None:
+            await self._check_callback_url(owner, body["callback_url"])
+
+    async def _check_callback_url(self, owner: str, url: object) -> None:
+        """Checks the address, and gives an owner without any key a secret to sign with."""
+        if not isinstance(url, str):
+            raise _invalid("callback_url", "callback_url must be text")
+        try:
+            with suppress(NotConnected):  # a name that does not resolve now may do so later
+                await self.resources.task_callbacks.check(url)
+        except EgressRefused as error:
+            raise _invalid("callback_url", f"callback_url: {error}") from error
+        if await self.resources.store.read(stored_secret, "owners", owner) is None:
+            secret = self.resources.keyring.encrypt(new_secret(os.urandom(32)))
+            await self.resources.store.write(insert_owners, NewOwner(owner, secret))
 
     async def _translated(self, owner: str, body: JSON, *, admin: bool) -> JSON:
-        """The body with an id of ours in `model_params.task_id` as the upstream's. It names a task
-        of the owner's, by either id; only an admin may name any that is the upstream's: all owners
-        share one account there. Raises ApiError 400, 409.
+        """The upstream's part of the body, with its own id in `model_params.task_id`.
+
+        An owner may name only its own tasks there, because all owners share one account at the
+        upstream. An admin may name any id of the upstream's. Raises ApiError 400 or 409.
         """
+        upstream_body = {name: value for name, value in body.items() if name not in OWN_FIELDS}
         parameters = body.get("model_params")
-        named = parameters.get("task_id") if isinstance(parameters, dict) else None
-        if not isinstance(named, str):
-            return body
-        row = await self.resources.store.read(
-            task_queries.task_row, named, None if admin else owner
-        )
-        if row is None and admin and not named.startswith(PREFIXES["task"]):
-            return body  # from before us or from elsewhere
+        task_id = parameters.get("task_id") if isinstance(parameters, dict) else None
+        if not isinstance(task_id, str):
+            return upstream_body
+        sees = None if admin else owner
+        row = await self.resources.store.read(task_queries.task_row, task_id, sees)
+        if row is None and admin and not task_id.startswith(PREFIXES["task"]):
+            return upstream_body  # a task that was not submitted here
         param = "model_params.task_id"
         if row is None or (row.upstream_id is None and row.terminal):
-            raise ApiError(
-                400, "invalid_parameter", f"{param} names no submitted task of yours", param=param
-            )
+            raise _invalid(param, f"{param} names no submitted task of yours")
         if row.upstream_id is None:
-            raise ApiError(
-                409,
-                "task_not_submitted",
-                f"{param} names a task that the upstream does not have yet",
-                param=param,
-            )
-        return {**body, "model_params": {**body["model_params"], "task_id": row.upstream_id}}
+            message = f"{param} names a task that the upstream does not have yet"
+            raise ApiError(409, "task_not_submitted", message, param=param)
+        return upstream_body | {"model_params": body["model_params"] | {"task_id": row.upstream_id}}
 
     def _task(
         self, owner: str, body: JSON, upstream_body: JSON, idempotency_key: str | None, digest: str
-    ) -> NewTask:
-        task_id, upstream = self.resources.id("task"), self.resources.upstream.name
+    ) -> "NewTask":
+        task_id, upstream = self.resources.id("task"), upstream_for(body["model"])
         if self.callback_prefix is not None:
             token = self.resources.keyring.callback_token(upstream, task_id)
-            upstream_body = {
-                **upstream_body,
-                "callback_url": f"{self.callback_prefix}/callbacks/{upstream}/{task_id}/{token}",
-            }
-        prompt = body.get("prompt")
+            path = f"/callbacks/{upstream}/{task_id}/{token}"
+            upstream_body = {**upstream_body, "callback_url": self.callback_prefix + path}
+        prompt, hidden = body.get("prompt"), ("prompt", "model", *OWN_FIELDS)
         return NewTask(
             id=task_id,
             owner=owner,
             upstream=upstream,
             model=body["model"],
             prompt=prompt if isinstance(prompt, str) else None,
-            request={
-                name: value
-                for name, value in body.items()
-                if name not in ("prompt", "model", *OURS)
-            },
+            request={name: value for name, value in body.items() if name not in hidden},
             metadata=body.get("metadata") or {},
             body=json.dumps(upstream_body, ensure_ascii=False, separators=(",", ":")).encode(),
             callback_url=body.get("callback_url"),
@@ -182,33 +148,114 @@ class Intake:
         )
 
 
+def _invalid(param: str, message: str) -> ApiError:
+    return ApiError(400, "invalid_parameter", message, param=param)
+
+
+def _replayed(task_id: str, stored_digest: str | None, digest: str) -> str:
+    if stored_digest != digest:
+        raise ApiError(
+            409,
+            "idempotency_conflict",
+            "this Idempotency-Key was used with another body",
+            param="Idempotency-Key",
+            task_id=task_id,
+        )
+    log.info("task.queued", task_id=task_id, replayed=True)
+    return task_id
+
+
 def check_metadata(metadata: object) -> None:
-    """Up to 16 pairs of text, 2 KiB in all (contract section 3)."""
+    """Up to 16 pairs of text, 2 KiB in all. Raises ApiError 400."""
     if metadata is None:
         return
-    if not isinstance(metadata, Mapping) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
-        raise ApiError(
-            400, "invalid_parameter", "metadata must be an object of texts", param="metadata"
-        )
+    texts = isinstance(metadata, Mapping) and all(isinstance(x, str) for x in metadata.values())
+    if not isinstance(metadata, Mapping) or not texts:
+        raise _invalid("metadata", "metadata must be an object of texts")
     if len(metadata) > METADATA_PAIRS:
-        raise ApiError(
-            400,
-            "invalid_parameter",
-            f"metadata has at most {METADATA_PAIRS} pairs",
-            param="metadata",
-        )
-    if (
-        sum(len(name.encode()) + len(value.encode()) for name, value in metadata.items())
-        > METADATA_BYTES
-    ):
-        raise ApiError(
-            400,
-            "invalid_parameter",
-            f"metadata has at most {METADATA_BYTES} bytes",
-            param="metadata",
-        )
+        raise _invalid("metadata", f"metadata has at most {METADATA_PAIRS} pairs")
+    size = sum(len(name.encode()) + len(value.encode()) for name, value in metadata.items())
+    if size > METADATA_BYTES:
+        raise _invalid("metadata", f"metadata has at most {METADATA_BYTES} bytes")
+
+
+# --- the row
+
+
+@dataclass(frozen=True, slots=True)
+class NewTask:
+    """A checked submission. `body` is what the upstream gets, byte for byte."""
+
+    id: str
+    owner: str
+    upstream: str
+    model: str
+    prompt: str | None
+    request: JSON
+    metadata: Mapping[str, str]
+    body: bytes
+    callback_url: str | None = None
+    idempotency_key: str | None = None
+    idempotency_hash: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inserted:
+    """`created` False: an earlier task of the owner has this idempotency key. Its body has the hash
+    `idempotency_hash`.
+    """
+
+    task_id: str
+    created: bool
+    idempotency_hash: str | None
+
+
+def insert_tasks(tx: Transaction, items: Sequence[NewTask]) -> list[Inserted]:
+    """Inserts tasks as `queued`. A second run after a lost commit, and a key that exists, find the
+    first row.
+    """
+    existing, queue = _existing(tx, items), FairQueue(tx)
+    results = []
+    for item in items:
+        key = (item.owner, item.idempotency_key)
+        earlier = existing.get(item.id) or (existing.get(key) if item.idempotency_key else None)
+        if earlier is None:
+            earlier = existing[item.id] = Inserted(item.id, True, item.idempotency_hash)
+            existing[key] = Inserted(item.id, False, item.idempotency_hash)
+            tx.insert(tasks, _columns(tx, item, queue))
+            tx.step(item.id, "task.queued", model=item.model)
+        results.append(earlier)
+    return results
+
+
+def _existing(tx: Transaction, items: Sequence[NewTask]) -> dict[Any, Inserted]:
+    """Rows of these tasks by id, and earlier rows by owner and idempotency key."""
+    columns = select(tasks.c.id, tasks.c.owner, tasks.c.idempotency_key, tasks.c.idempotency_hash)
+    ids = [item.id for item in items]
+    keys = [(item.owner, item.idempotency_key) for item in items if item.idempotency_key]
+    existing: dict[Any, Inserted] = {}
+    for row in tx.connection.execute(columns.where(tasks.c.id.in_(ids))):
+        existing[row.id] = Inserted(row.id, True, row.idempotency_hash)
+    if keys:
+        same = tuple_(tasks.c.owner, tasks.c.idempotency_key).in_(keys)
+        for row in tx.connection.execute(columns.where(same)):
+            existing[row.owner, row.idempotency_key] = Inserted(row.id, False, row.idempotency_hash)
+    return existing
+
+
+def _columns(tx: Transaction, item: NewTask, queue: FairQueue) -> dict[str, Any]:
+    columns = {name: getattr(item, name) for name in NewTask.__slots__}
+    return {
+        **columns,
+        "metadata": dict(item.metadata),
+        "state": State.QUEUED.value,
+        "created_at": tx.now,
+        "submit_turn": queue.next_turn(item.owner),
+        **leases.enqueue(tx, "submit", item.id, behind=queue.behind),
+    }
+
+
+# --- the response
 
 
 def attempted(row: TaskRow) -> bool:
@@ -223,17 +270,16 @@ def ended(row: TaskRow) -> bool:
 async def wait_for(
     resources: Resources, task_id: str, done: Callable[[TaskRow], bool], seconds: float
 ) -> tuple[TaskRow, list[ImageRow]]:
-    """The task once `done` says so, or as it is after the time or when the process stops."""
-    signals = resources.store.signals
-    clock = asyncio.get_running_loop().time
+    """The task as soon as `done` is true, or its state after the time or when the process stops."""
+    signals, clock = resources.store.signals, asyncio.get_running_loop().time
     deadline = clock() + seconds
     with signals.listen(task_id) as changed:
         while True:
             changed.clear()
-            found = await resources.store.read(task_queries.task, task_id, None)
-            if found is None:
+            task = await resources.store.read(task_queries.task, task_id, None)
+            if task is None:
                 raise ApiError(404, "task_not_found", "the task was deleted meanwhile")
             left = deadline - clock()
-            if done(found[0]) or left <= 0 or signals.stopping:
-                return found
+            if done(task[0]) or left <= 0 or signals.stopping:
+                return task
             await signals.wait(changed, min(left, LOOK_S))

@@ -1,192 +1,222 @@
-"""Whether the upstream takes our key and account. While it does not, nothing is submitted and one
-probe at a time asks.
-
-The probe is `GET /v1/credits`, which is free. Where that tells nothing (an upstream without it, a
-gateway's page, no answer at all), or said yes although the next submission was refused again, one
-task that waits is sent instead. So is, one at a time, what has waited too long: nothing is given up
-for its age without a try, as it would be after a long absence.
-"""
+"""The circuit breaker of submissions, for the service's key and account at the upstream."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import structlog
+from sqlalchemy import select, update
 
 from service.credits import millionths
-from service.db.transaction import Lease
+from service.db.tables import tasks
+from service.db.transaction import Lease, Transaction
 from service.errors import EgressError, StoreUnavailable
 from service.net import Response
 from service.ops.metrics import Metrics
+from service.queue import leases
 from service.queue.backoff import wait_before
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
-from service.strict_json import JSON, read_object
-from service.tasks.held_submissions import Hold, hold_submissions, resume_submissions
-from service.upstreams.base import throttled
+from service.tasks.rows import TaskRow
+from service.tasks.state import State
+from service.tasks.transitions import change, lock
+from service.upstreams.base import Upstream, throttled
+from service.upstreams.lenient import document_of, section_of
 
 log = structlog.get_logger()
 
 CREDITS = "/v1/credits"
-PLACE_S = 10.0  # so long a probe waits for its place among the calls to the upstream
-AT_ONCE = 500  # tasks that are made due in one transaction
+PATIENCE_S = 10.0  # how long a trial request waits for a slot
+AT_ONCE = 500  # tasks that become due in one transaction
 
 
-class Account:
-    """What this process knows of the account; `run` asks while it is refused. Waits between probes
-    are those of `schedule`, in seconds.
+class AccountBreaker:
+    """Opens when the upstream refuses the key or the account. While it is open, tasks are held, and
+    `run` sends a trial request after each wait of `schedule`, in seconds.
+
+    The trial is `GET /v1/credits`, which is free. If that tells nothing, or answered although the
+    next submission was refused again, one held task is sent instead (half-open). A task that is too
+    old to wait is sent once as well, one at a time: the service ends no task by its age alone.
     """
 
-    def __init__(self, resources: Resources, schedule: Sequence[float]) -> None:
-        self._resources = resources
-        self._schedule = schedule
-        self._outage = asyncio.Event()
-        self._since = 0
-        self._reason = ""
-        self._probes = 0
-        self._proved = True  # False: the credits were told, but no submission was taken since
-        self._may_try = False
-        self._trying = False
+    def __init__(self, resources: Resources, upstream: Upstream, schedule: Sequence[float]) -> None:
+        self._resources, self._upstream, self._schedule = resources, upstream, schedule
+        self._opened = asyncio.Event()
+        self._opened_at, self._reason = 0, ""
+        self._trials = 0  # since the upstream took a submission
+        self._credits_count = True  # False: they answered, and no submission was taken since
+        self._half_open = False  # one held task may be sent
+        self._sending = False  # it is under way
 
     @property
-    def refused(self) -> bool:
-        return self._outage.is_set()
+    def is_open(self) -> bool:
+        return self._opened.is_set()
+
+    def open(self, reason: str) -> None:
+        """The upstream refused a submission because of the key or the account."""
+        self._resources.metrics.account_refusals.inc()
+        if not self.is_open:
+            self._opened_at, self._reason = self._resources.clock(), reason
+            self._opened.set()
+            log.error("account.refused", reason=reason)
 
     @contextmanager
-    def sending(self, *, last: bool) -> Iterator[bool]:
-        """Around one submission: whether it may be sent. While the account is refused that is one
-        at a time: it probes, if that is wanted, or is the `last` try of what is too old to wait.
-        """
-        if not self.refused or self._trying or not (self._may_try or last):
-            yield not self.refused
+    def allow(self, *, last: bool) -> Iterator[bool]:
+        """Whether a submission may be sent inside. `last`: the task is too old to wait."""
+        if not self.is_open or self._sending or not (self._half_open or last):
+            yield not self.is_open
             return
-        self._may_try, self._trying = False, True
+        self._half_open, self._sending = False, True
         try:
             yield True
         finally:
-            self._trying = False
+            self._sending = False
 
-    def refuse(self, reason: str) -> None:
-        """A submission was refused because of our key or account."""
-        self._resources.metrics.account_refusals.inc()
-        if self.refused:
-            return
-        self._since, self._reason = self._resources.clock(), reason
-        self._outage.set()
-        log.error("account.refused", reason=reason)
+    async def succeeded(self, *, trial: bool) -> None:
+        """The upstream took a submission, or refused the request itself. `trial`: the breaker was
+        open when the task was sent.
+        """
+        if trial and self.is_open:
+            await self._close()
+        if not self.is_open:
+            self._trials, self._credits_count = 0, True
 
     async def hold(self, lease: Lease, give_up_s: float) -> None:
-        """Puts a task off that may not be sent now; the wait is for the case that this process
-        dies: else `_restore` ends it.
+        """Holds a task unsent until the breaker closes. If this process dies, the task is due after
+        the longest wait of the schedule.
         """
-        wait = self._wait(len(self._schedule))
-        await self._resources.store.write(
-            hold_submissions, Hold(lease, round(wait * 1000), round(give_up_s * 1000))
-        )
+        wait_ms, give_up_ms = self._wait(len(self._schedule)) * 1000, give_up_s * 1000
+        hold = SubmissionHold(lease, round(wait_ms), round(give_up_ms))
+        await self._resources.store.write(hold_submissions, hold)
         checkpoint("account.held")
-        if not self.refused:  # any more
+        if not self.is_open:  # it closed meanwhile
             await self._resources.store.write(resume_submissions, AT_ONCE)
 
-    async def taken(self, *, trial: bool) -> None:
-        """A submission was taken, or refused for its own sake: our key was good when it was sent,
-        `trial`: after it had been refused.
-        """
-        if trial and self.refused:
-            await self._restore()
-        if not self.refused:
-            self._probes, self._proved = 0, True
-
     async def run(self) -> None:
-        """Probes until cancelled."""
+        """Sends trial requests until cancelled."""
         while True:
-            await self._outage.wait()
-            self._probes += 1
-            await asyncio.sleep(self._wait(self._probes))
+            await self._opened.wait()
+            self._trials += 1
+            await asyncio.sleep(self._wait(self._trials))
             try:
-                if self.refused and not self._trying:
-                    await self._probe()
-            # the next probe must come whatever became of this one; what waits is due by itself,
-            # later
-            except Exception as error:
-                known = {
-                    "stage": "account",
-                    "key": None,
-                    "attempt": self._probes,
-                    "wait_s": None,
-                    "exception": repr(error),
-                }
-                unforeseen = None if isinstance(error, StoreUnavailable) else error
-                # a store that is away needs no traceback
-                log.error("worker.failed", **known, exc_info=unforeseen)  # noqa: TRY400
+                if self.is_open and not self._sending:
+                    await self._try()
+            except Exception as error:  # the next trial request comes all the same
+                known = {"stage": "account", "key": None, "attempt": self._trials, "wait_s": None}
+                fault = None if isinstance(error, StoreUnavailable) else error
+                log.error("worker.failed", **known, exception=repr(error), exc_info=fault)  # noqa: TRY400
                 self._resources.metrics.worker_faults.labels("account").inc()
 
     def _wait(self, attempt: int) -> float:
-        wait = wait_before(
-            self._schedule, attempt, repeat_last=True, random=self._resources.random(), spread=0.2
-        )
+        random = self._resources.random()
+        wait = wait_before(self._schedule, attempt, repeat_last=True, random=random, spread=0.2)
         assert wait is not None  # the last wait repeats
         return wait
 
-    async def _probe(self) -> None:
-        self._may_try = False  # while the credits are asked for
-        answer = await self._credits() if self._proved else None
+    async def _try(self) -> None:
+        self._half_open = False  # while the credits are asked for
+        answer = await self._credits() if self._credits_count else None
         if answer is not None and 200 <= answer.status < 300:
-            self._proved = False
-            await self._restore()
-        elif answer is None or not self._same(answer):
-            self._may_try = True
+            self._credits_count = False
+            await self._close()
+        elif answer is None or not self._same_refusal(answer):
+            self._half_open = True
             await self._resources.store.write(resume_submissions, 1)
 
     async def _credits(self) -> Response | None:
         try:
-            async with self._resources.limiter.slot("passthrough", PLACE_S) as record:
-                answer = await self._resources.upstream.passthrough("GET", CREDITS)
+            async with self._resources.limiter.slot("passthrough", PATIENCE_S) as record:
+                answer = await self._upstream.passthrough("GET", CREDITS)
                 record(throttled(answer))
         except EgressError:
             return None
         note_credits(self._resources.metrics, answer.status, answer.body)
         return answer
 
-    def _same(self, answer: Response) -> bool:
-        """Whether it is the refusal that submissions got."""
-        code = _section(_object(answer.body), "error").get("code")
+    def _same_refusal(self, answer: Response) -> bool:
+        code = section_of(document_of(answer.body), "error").get("code")
         return answer.status == 401 or (answer.status == 403 and f"403 {code}" == self._reason)
 
-    async def _restore(self) -> None:
-        """Submissions are sent again, those that wait at once."""
-        self._outage.clear()
-        self._may_try = False
-        log.warning(
-            "account.restored", seconds=round((self._resources.clock() - self._since) / 1000, 1)
-        )
+    async def _close(self) -> None:
+        """Held tasks are due at once."""
+        self._opened.clear()
+        self._half_open = False
+        seconds = round((self._resources.clock() - self._opened_at) / 1000, 1)
+        log.warning("account.restored", seconds=seconds)
         checkpoint("account.restored")
         more = True
-        while more and not self._outage.is_set():
+        while more and not self.is_open:
             more = await self._resources.store.write(resume_submissions, AT_ONCE) == AT_ONCE
 
 
 def note_credits(metrics: Metrics, status: int, body: bytes) -> None:
-    """Shows what remains, if an answer to `GET /v1/credits` says it."""
+    """Sets the metric from a response to `GET /v1/credits`, if it has the figure."""
     remaining = remaining_credits(body) if 200 <= status < 300 else None
     if remaining is not None:
         metrics.upstream_credits.set(remaining)
 
 
 def remaining_credits(body: bytes) -> float | None:
-    """`data.token.remaining_credits`; None where it is not there or no sensible number."""
-    credits = millionths(
-        _section(_section(_object(body), "data"), "token").get("remaining_credits")
-    )
+    """`data.token.remaining_credits`. None: it is missing or malformed."""
+    token = section_of(section_of(document_of(body), "data"), "token")
+    credits = millionths(token.get("remaining_credits"))
     return None if credits is None else credits / 1_000_000
 
 
-def _object(body: bytes) -> JSON:
-    try:
-        return read_object(body)
-    except ValueError:
-        return {}
+# --- held tasks
 
 
-def _section(document: JSON, name: str) -> JSON:
-    value = document.get(name)
-    return value if isinstance(value, dict) else {}
+@dataclass(frozen=True, slots=True)
+class SubmissionHold:
+    """Nothing was sent. The task is due after `wait_ms`, and once when it is `give_up_ms` old."""
+
+    lease: Lease
+    wait_ms: int
+    give_up_ms: int
+
+
+def hold_submissions(tx: Transaction, items: Sequence[SubmissionHold]) -> list[bool]:
+    """Holds tasks, without counting the attempt. A request that waits for the first outcome gets
+    its response. False: the lease was lost.
+
+    A held row has no lease, but names this process in `submit_lease_owner`.
+    """
+    rows = lock(tx, (item.lease.key for item in items))
+    results = []
+    for item in items:
+        row = rows.get(item.lease.key)
+        held = row is not None and leases.holds(item.lease, row)
+        if row is not None and held:
+            _hold(tx, row, item)
+        results.append(held)
+    return results
+
+
+def _hold(tx: Transaction, row: TaskRow, item: SubmissionHold) -> None:
+    give_up_at, due_at = row.created_at + item.give_up_ms, tx.now + item.wait_ms
+    if row.state not in (State.QUEUED, State.UNCERTAIN):  # cancelled meanwhile, or proved
+        change(tx, row, **leases.release("submit", row.submit_due_at))
+        return
+    if row.state is State.QUEUED and tx.now < give_up_at:
+        due_at = min(due_at, give_up_at)
+    columns = {"lease_owner": tx.process, "attempts": row.submit_attempts - 1}
+    outcomes = max(1, row.submit_outcomes)
+    change(tx, row, submit_outcomes=outcomes, **leases.release("submit", due_at, **columns))
+
+
+def resume_submissions(tx: Transaction, items: Sequence[int]) -> list[int]:
+    """Makes up to so many tasks that this process holds due, in their turn. Returns how many."""
+    due, lease, owner = (tasks.c[f"submit_{x}"] for x in ("due_at", "lease_until", "lease_owner"))
+    counts = []
+    for limit in items:
+        held = select(tasks.c.id).where(due > tx.now, lease.is_(None), owner == tx.process)
+        held = held.order_by(tasks.c.submit_turn).limit(limit).with_for_update(skip_locked=True)
+        # Materialized: a plan that ran the subquery for each row would take more than the limit.
+        chosen = held.cte("held").prefix_with("MATERIALIZED")
+        resumed = update(tasks).where(tasks.c.id.in_(select(chosen.c.id)))
+        resumed = resumed.values({due: tx.now, owner: None})
+        counts.append(len(tx.connection.execute(resumed.returning(tasks.c.id)).all()))
+        if counts[-1]:
+            tx.due.add("submit")
+    return counts

@@ -1,6 +1,4 @@
-"""What an operator decides by hand: what became of an uncertain submission, and that a task is
-looked after now.
-"""
+"""Decisions of an operator: the outcome of an uncertain submission, and a query now."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +16,9 @@ from service.upstreams.base import Report
 
 
 @dataclass(frozen=True, slots=True)
-class Resolution:
-    """`upstream_id`: the upstream has it under this id. Without one it failed or, with `resubmit`,
-    is sent again.
+class TaskResolution:
+    """With `upstream_id`, the upstream has the task under that id. Without one the task failed or,
+    with `resubmit`, is sent again.
     """
 
     task_id: str
@@ -28,13 +26,12 @@ class Resolution:
     resubmit: bool = False
 
 
-def resolve_tasks(tx: Transaction, items: Sequence[Resolution]) -> list[str | None]:
-    """Settles uncertain tasks; None, or why not: `missing`, `taken` (another task has the id), or
-    the state the task is in.
+def resolve_tasks(tx: Transaction, items: Sequence[TaskResolution]) -> list[str | None]:
+    """Settles uncertain tasks. Returns None, or the reason against it: `missing`, `taken` (another
+    task has the id), or the state of the task.
 
-    A task that ended without proof that nothing was created (`submission_uncertain`, parked) may be
-    given its id still: its pictures are then saved as a late result. An id by hand may be given
-    anew, whatever the state, until the upstream answers to it.
+    A task that failed without proof that nothing was created may still get its id. Its images are
+    then saved as a late result. An id by hand may be replaced until the upstream answers to it.
     """
     rows = lock(tx, (item.task_id for item in items))
     results: list[str | None] = []
@@ -44,17 +41,14 @@ def resolve_tasks(tx: Transaction, items: Sequence[Resolution]) -> list[str | No
     return results
 
 
-def _resolve(tx: Transaction, row: TaskRow, item: Resolution) -> str | None:
-    state = row.state
-    if state is not State.UNCERTAIN and not (item.upstream_id and _nameless(row)):
-        return state.value
+def _resolve(tx: Transaction, row: TaskRow, item: TaskResolution) -> str | None:
+    if row.state is not State.UNCERTAIN and not (item.upstream_id and _nameable(row)):
+        return row.state.value
     if item.upstream_id is not None:
-        taken = select(tasks.c.id).where(
-            tasks.c.upstream == row.upstream, tasks.c.upstream_id == item.upstream_id
-        )
-        if tx.connection.scalar(taken.where(tasks.c.id != row.id)) is not None:
+        same = (tasks.c.upstream == row.upstream, tasks.c.upstream_id == item.upstream_id)
+        if tx.connection.scalar(select(tasks.c.id).where(*same, tasks.c.id != row.id)) is not None:
             return "taken"
-        submitted(tx, row, item.upstream_id, "hand", Report(upstream_id=item.upstream_id), None)
+        submitted(tx, row, item.upstream_id, "hand", Report(upstream_id=item.upstream_id))
         tx.write()  # the next item may name the same id
         ask(tx, row)
     elif item.resubmit:
@@ -64,22 +58,19 @@ def _resolve(tx: Transaction, row: TaskRow, item: Resolution) -> str | None:
     return None
 
 
-def _nameless(row: TaskRow) -> bool:
-    """Whether a task that is not uncertain may be given an id: it may have been created before it
-    was given up, or has one by hand.
+def _nameable(row: TaskRow) -> bool:
+    """Whether a task that is not uncertain may get an id: it failed without proof that nothing was
+    created, or has an id by hand to which the upstream has not answered.
     """
     parked = row.error is not None and row.error["code"] == "internal_error"
-    given_up = (
-        row.state == State.FAILED
-        and row.upstream_id is None
-        and (row.doubted_at is not None or parked)
-    )
-    return given_up or row.upstream_id_from == "hand"
+    unnamed = row.state is State.FAILED and row.upstream_id is None
+    unproved = unnamed and (row.doubted_at is not None or parked)
+    return unproved or row.upstream_id_from == "hand"
 
 
 def reconcile_tasks(tx: Transaction, items: Sequence[str]) -> list[str | None]:
-    """The upstream is asked about tasks and their missing pictures are fetched, both now;
-    `missing`, `unsubmitted`: without an id yet.
+    """Queries tasks and fetches their missing images now. Returns None, `missing`, or `unsubmitted`
+    for a task without an upstream id.
     """
     rows = lock(tx, items)
     results: list[str | None] = []
@@ -89,7 +80,7 @@ def reconcile_tasks(tx: Transaction, items: Sequence[str]) -> list[str | None]:
             results.append("unsubmitted" if row else "missing")
             continue
         ask(tx, row)
-        tx.write()  # what is granted here is granted once, though the same task be named twice
+        tx.write()  # one lease, even if the same task is named twice
         pending = select_images(images.c.task_id == task_id, images.c.state == "pending")
         for image in image_rows(tx.connection, pending.order_by(images.c.id).with_for_update()):
             change(tx, image, **leases.requeue(tx, "download", image.id, image))

@@ -1,43 +1,81 @@
-"""Taking callbacks: one commit, then the answer; no query, no download, no delivery here (contract
-section 4).
+"""Callbacks whose token was right: one commit, then the response (docs/callbacks.md).
+
+Nothing here queries, downloads or delivers. The commit makes the task due for its confirmation.
 """
 
 import asyncio
 import hashlib
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import structlog
+from sqlalchemy import func, select, tuple_
 
+from service.db.tables import callbacks, tasks
+from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
+from service.events import outbox
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
-from service.tasks.inbox import Callback, Verdict, accept_callbacks
+from service.tasks.results import anticipate
+from service.tasks.rows import TaskRow
+from service.tasks.state import State
+from service.tasks.transitions import ask, change, fill, lock, submitted
+from service.upstreams.base import Report, Status, outcome_digest
 
 log = structlog.get_logger()
 
 COMMIT_S = 8.0  # the upstream gives up after 10 s
-UNREADABLE_BYTES = 16 * 1024  # of a body that says nothing, so much is kept
+UNREADABLE_BYTES = 16 * 1024  # kept of a body that nobody can read
+KEPT = 20  # different callbacks of one task. Later ones are counted on the last row
+# How many of them keep their bodies, and how many bytes of each. The first terminal callback keeps
+# its whole body (at most 256 KiB): without a confirming query, that body is the task's result.
+BODIES, BODY_BYTES = 5, 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Callback:
+    """A callback whose token was right. `report` None: unreadable. `digest` is the body's hash."""
+
+    id: str
+    upstream: str
+    task_id: str
+    report: Report | None
+    digest: str
+    body: bytes
+    result_ttl_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`verdict` is `accepted`, `duplicate`, `conflict`, `unreadable` or `unknown`."""
+
+    verdict: str
+    callback_id: str | None = None
+    owner: str | None = None
+    upstream_id: str | None = None
 
 
 async def receive(
     resources: Resources,
+    upstream: str,
     task_id: str,
     body: bytes,
     result_ttl_s: float,
-    came: float,
+    arrived: float,
     *,
     whole: bool = True,
 ) -> Verdict:
-    """Judges a callback whose token was right and commits it; StoreUnavailable: nothing was
-    promised.
+    """Commits a callback and returns its verdict. StoreUnavailable: nothing was promised.
 
-    A body that is not `whole` says nothing, but its token still proves who calls. It `came`, by the
-    monotonic clock, before its turn: what it waited for that is of its time.
+    A body that is not `whole` is unreadable, but its token still proves the caller. `arrived` is
+    the monotonic time of the request, so that its wait for the store counts.
     """
-    report = resources.upstream.read_callback(body) if whole else None
+    report = resources.upstreams[upstream].read_callback(body) if whole else None
     callback = Callback(
         id=resources.id("callback"),
-        upstream=resources.upstream.name,
+        upstream=upstream,
         task_id=task_id,
         report=report,
         digest=hashlib.sha256(body).hexdigest(),
@@ -46,13 +84,13 @@ async def receive(
     )
     checkpoint("inbox.received")
     try:
-        async with asyncio.timeout_at(came + COMMIT_S):
+        async with asyncio.timeout_at(arrived + COMMIT_S):
             verdict = await resources.store.write(accept_callbacks, callback, urgent=True)
     except (TimeoutError, StoreUnavailable) as error:
-        refused(resources, "unavailable", task_id, time.monotonic() - came)
+        refused(resources, "unavailable", task_id, time.monotonic() - arrived)
         raise StoreUnavailable("the callback could not be committed in time") from error
     checkpoint("inbox.committed")
-    seconds = time.monotonic() - came
+    seconds = time.monotonic() - arrived
     resources.metrics.callbacks.labels(verdict.verdict).inc()
     resources.metrics.callback_commit.observe(seconds)
     log.info(
@@ -70,10 +108,192 @@ async def receive(
 
 
 def refused(resources: Resources, reason: str, task_id: str | None, seconds: float) -> None:
-    """A callback that was not kept: counted and logged, its token never; `task_id` only when the
+    """Counts and logs a callback that was not kept, without its token. `task_id` is None unless the
     token proved it.
     """
     resources.metrics.callbacks.labels(reason).inc()
-    log.warning(
-        "callback.refused", reason=reason, task_id=task_id, duration_ms=round(seconds * 1000, 1)
+    duration_ms = round(seconds * 1000, 1)
+    log.warning("callback.refused", reason=reason, task_id=task_id, duration_ms=duration_ms)
+
+
+# --- the verdict
+
+
+@dataclass(slots=True)
+class CallbackRow:
+    """What a verdict needs of a row of `callbacks`. `first` is True on the first terminal one."""
+
+    id: str
+    task_id: str
+    digest: str
+    verdict: str
+    count: int
+    first: bool | None
+    has_body: bool
+
+
+@dataclass(slots=True)
+class Inbox:
+    """The locked task of a callback, its earlier callbacks by digest, and which task has an
+    upstream id that a callback names.
+    """
+
+    tx: Transaction
+    row: TaskRow
+    owners_of: dict[str, str]
+    kept: dict[str, CallbackRow] = field(default_factory=dict)
+
+    @property
+    def first(self) -> str | None:
+        """The digest of the first terminal callback."""
+        return next((callback.digest for callback in self.kept.values() if callback.first), None)
+
+
+def accept_callbacks(tx: Transaction, items: Sequence[Callback]) -> list[Verdict]:
+    """Judges callbacks and keeps them. An accepted one makes its task due for a confirmation."""
+    rows = lock(tx, (item.task_id for item in items))
+    owners_of = _owners_of(tx, items, rows)
+    inboxes = {task_id: Inbox(tx, row, owners_of) for task_id, row in rows.items()}
+    has_body = (func.length(callbacks.c.body) > 0).label("has_body")
+    columns = [*(callbacks.c[name] for name in CallbackRow.__slots__[:-1]), has_body]
+    earlier = select(*columns).where(callbacks.c.task_id.in_(rows))
+    for row in tx.connection.execute(earlier.order_by(callbacks.c.received_at)):
+        inboxes[row.task_id].kept[row.digest] = CallbackRow(*row)
+    verdicts = []
+    for item in items:
+        inbox = inboxes.get(item.task_id)
+        if inbox is None:
+            verdicts.append(Verdict("unknown"))
+            continue
+        verdict = _judge(inbox, item)
+        verdicts.append(Verdict(verdict, item.id, inbox.row.owner, inbox.row.upstream_id))
+    return verdicts
+
+
+def _owners_of(
+    tx: Transaction, items: Sequence[Callback], rows: dict[str, TaskRow]
+) -> dict[str, str]:
+    """Which task has an upstream id that a callback names for a task without one."""
+    unnamed = {task_id for task_id, row in rows.items() if row.upstream_id is None}
+    names = {
+        (item.upstream, item.report.upstream_id)
+        for item in items
+        if item.report and item.report.upstream_id and item.task_id in unnamed
+    }
+    if not names:
+        return {}
+    statement = select(tasks.c.upstream_id, tasks.c.id).where(
+        tuple_(tasks.c.upstream, tasks.c.upstream_id).in_(names)
     )
+    return {row.upstream_id: row.id for row in tx.connection.execute(statement)}
+
+
+def _judge(inbox: Inbox, item: Callback) -> str:
+    row, report = inbox.row, item.report
+    for callback in inbox.kept.values():
+        if callback.id == item.id:  # a second run of this very call, after a lost commit
+            return callback.verdict
+    if report is None:
+        if _keep(inbox, item, item.digest, "unreadable"):
+            ask(inbox.tx, row)
+        return "unreadable"
+    named = report.upstream_id
+    if named and (
+        inbox.owners_of.get(named, row.id) != row.id or row.upstream_id not in (None, named)
+    ):
+        digest = outcome_digest(report.status, report.results, named)
+        return _conflict(inbox, item, digest, f"names {named}, known is {row.upstream_id}")
+    digest = outcome_digest(report.status, report.results)
+    if named and row.upstream_id is None:
+        inbox.owners_of[named] = row.id
+        submitted(inbox.tx, row, named, "callback", report)
+        if not report.final or inbox.first == digest:
+            # The submit response, which plans the first query, may never come, and the first
+            # terminal callback found no id to query.
+            ask(inbox.tx, row)
+    if report.final:
+        return _judge_outcome(inbox, item, report, digest)
+    _keep(inbox, item, digest, "accepted")
+    values = fill(row, report)
+    if report.status is Status.PROCESSING and row.state is State.SUBMITTED:
+        values["upstream_status"] = Status.PROCESSING
+    if not row.terminal:
+        change(inbox.tx, row, **values)
+    return "accepted"
+
+
+def _judge_outcome(inbox: Inbox, item: Callback, report: Report, digest: str) -> str:
+    """Compares a terminal callback with the settled state, or else with the first terminal one."""
+    tx, row, first, settled = inbox.tx, inbox.row, inbox.first, inbox.row.settled_digest
+    if settled is None and first is None:
+        _keep(inbox, item, digest, "accepted", first=True)
+        change(tx, row, called_back_at=tx.now)
+        wanted = row.state in (State.SUBMITTED, State.FAILED, State.EXPIRED)
+        if report.status is Status.COMPLETED and wanted and row.erased_at is None:
+            anticipate(tx, row, report.results, item.result_ttl_ms)
+        ask(tx, row)
+        return "accepted"
+    # The query's links may differ from those of the first callback, which agrees all the same.
+    same_status = digest == first and report.status == row.upstream_status
+    if digest == (settled or first) or (settled is not None and same_status):
+        _keep(inbox, item, digest, "duplicate", first=True if first is None else None)
+        return "duplicate"
+    return _conflict(inbox, item, digest, f"says {report.status}, other than before")
+
+
+def _conflict(inbox: Inbox, item: Callback, digest: str, reason: str) -> str:
+    row = inbox.row
+    if callback_id := _keep(inbox, item, digest, "conflict"):
+        ask(inbox.tx, row)
+        data = {
+            "task_id": row.id,
+            "callback_id": callback_id,
+            "upstream_id": row.upstream_id,
+            "reason": reason,
+        }
+        outbox.emit_operators(inbox.tx, "callback.conflict", data, task_id=row.id)
+    return "conflict"
+
+
+def _keep(
+    inbox: Inbox, item: Callback, digest: str, verdict: str, *, first: bool | None = None
+) -> str | None:
+    """Inserts a callback, or counts it on the row that says the same. Returns the row's id if this
+    verdict is new on it.
+    """
+    tx, row, kept = inbox.tx, inbox.row, inbox.kept
+    same = kept.get(digest)
+    turned = same is not None and verdict == "conflict" != same.verdict  # it agreed before
+    if same is None and len(kept) >= KEPT and not first:
+        same = next(reversed(kept.values()))
+    if same is not None:
+        same.count += 1
+        same.verdict = verdict if turned else same.verdict
+        values = {"count": same.count, "verdict": same.verdict, "last_seen_at": tx.now}
+        tx.change(callbacks, same.id, values)
+        return same.id if turned else None
+    body, report = _body(inbox, item, whole=bool(first)), item.report or Report()
+    kept[digest] = CallbackRow(item.id, row.id, digest, verdict, 1, first, bool(body))
+    columns = {
+        "id": item.id,
+        "task_id": row.id,
+        "owner": row.owner,
+        "received_at": tx.now,
+        "last_seen_at": tx.now,
+        "count": 1,
+        "verdict": verdict,
+        "status": report.status,
+        "upstream_id": report.upstream_id,
+        "digest": digest,
+        "first": first,
+        "body": body,
+    }
+    tx.insert(callbacks, columns)
+    return item.id
+
+
+def _body(inbox: Inbox, item: Callback, *, whole: bool) -> bytes:
+    if inbox.row.erased_at is not None:
+        return b""
+    bodies = sum(callback.has_body for callback in inbox.kept.values())
+    return item.body if whole else item.body[:BODY_BYTES] if bodies < BODIES else b""

@@ -1,9 +1,9 @@
-"""Turns between owners in submitting: start-time fair queueing (Goyal, Vin, Cheng 1996), its tags
-kept in the rows.
+"""Fair queueing among owners: start-time fair queueing (Goyal, Vin, Cheng 1996) for submissions.
 
-A new task's turn is the one after its owner's last that still waits, but no earlier than where
-submitting stands. So whoever has ten thousand waiting and whoever has one are served alternately,
-and nobody saves turns up by having waited for none.
+The tag of a task is its column `submit_turn`. A new task gets the turn after its owner's last
+waiting task, but no earlier turn than the queue has reached. An owner with ten thousand waiting
+tasks and an owner with one are therefore served alternately, and an owner without waiting tasks
+saves no turns up.
 """
 
 from sqlalchemy import ColumnElement, func, or_, select
@@ -14,15 +14,13 @@ from service.tasks.state import State
 
 turn, due, lease = tasks.c.submit_turn, tasks.c.submit_due_at, tasks.c.submit_lease_until
 waits = due.is_not(None)
-unsent = tasks.c.state.in_(
-    [State.QUEUED.value, State.SUBMITTING.value]
-)  # an uncertain task has had its turn
-untried = tasks.c.submit_attempts == 0  # what is sent again keeps a turn of long ago
+unsent = tasks.c.state.in_([State.QUEUED.value, State.SUBMITTING.value])  # not yet served
+untried = tasks.c.submit_attempts == 0  # a task that is sent again keeps an old turn
 
 
-class Turns:
-    """The turns of a transaction's new tasks. `behind`: others are due already, and none of these
-    may be sent before them.
+class FairQueue:
+    """Gives turns to the tasks of one transaction. `behind` means that other tasks are due, so that
+    none of these may be sent before them.
     """
 
     def __init__(self, tx: Transaction) -> None:
@@ -31,29 +29,23 @@ class Turns:
         ready = select(turn).where(due <= tx.now, free).order_by(turn).limit(1)
         first = self._connection.scalar(ready.where(unsent, untried))
         self.behind = first is not None or self._connection.scalar(ready) is not None
-        self._now: int = self._idle(free) if first is None else first
+        self._reached: int = self._idle(free) if first is None else first
         self._last: dict[str, int] = {}
 
     def _idle(self, free: ColumnElement[bool]) -> int:
-        """Where submitting stands while nobody is due for the first time: at the last that is on
-        its way, or, if that is further, at the first that waits for its time, of the owner who is
-        furthest.
+        """The turn that the queue has reached while no new task is due: the last turn under a
+        lease, or the first waiting turn of the owner who is furthest, if that is later.
         """
-        on_its_way, first = func.max(turn).filter(~free), func.min(turn).filter(free)
+        leased, first = func.max(turn).filter(~free), func.min(turn).filter(free)
         rows = self._connection.execute(
-            select(on_its_way, first).where(waits, unsent).group_by(tasks.c.owner)
+            select(leased, first).where(waits, unsent).group_by(tasks.c.owner)
         )
         return max((value for row in rows for value in row if value is not None), default=0)
 
-    def next(self, owner: str) -> int:
+    def next_turn(self, owner: str) -> int:
         if owner not in self._last:
-            mine = (
-                select(turn)
-                .where(tasks.c.owner == owner, waits, unsent)
-                .order_by(turn.desc())
-                .limit(1)
-            )
-            last = self._connection.scalar(mine)
-            self._last[owner] = self._now - 1 if last is None else max(self._now - 1, last)
+            own = select(turn).where(tasks.c.owner == owner, waits, unsent)
+            last = self._connection.scalar(own.order_by(turn.desc()).limit(1))
+            self._last[owner] = max(self._reached - 1, self._reached - 1 if last is None else last)
         self._last[owner] += 1
         return self._last[owner]

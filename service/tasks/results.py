@@ -11,16 +11,16 @@ from service.db.transaction import Transaction
 from service.events import outbox
 from service.queue import leases
 from service.tasks.rows import ImageRow, TaskRow, image_rows, select_images
-from service.tasks.state import TERMINAL, State
+from service.tasks.state import State
 from service.tasks.transitions import change, end, task_error
 
-# a link lives a day, and the upstream gives links for a day after the submission: the last one dies
-# after two (upstream.md)
+# A link lives one such time, and the upstream gives links for one more: the last one dies after
+# two.
 LIVES = 2
 
 
 def anticipate(tx: Transaction, task: TaskRow, urls: Sequence[str], ttl_ms: int) -> None:
-    """Starts fetching what only a callback named, for a task without results yet; it counts once a
+    """Starts the downloads of a task whose results only a callback named so far. They count once a
     query agrees.
     """
     for position, url in enumerate(urls):
@@ -28,13 +28,12 @@ def anticipate(tx: Transaction, task: TaskRow, urls: Sequence[str], ttl_ms: int)
 
 
 def expect(tx: Transaction, task: TaskRow, urls: Sequence[str], ttl_ms: int) -> None:
-    """Makes one row a result that a query named, in the upstream's order, and gets the missing ones
-    fetched.
+    """Makes the rows of `images` agree with the results of a query, in the upstream's order.
 
-    A row that a callback named counts now if the address is the same; another address wins over it.
-    What is confirmed stays: a link may be renewed while the picture is missing, but what was stored
-    or lost is so for good. Another address is a fresh link: it lives `ttl_ms` from now, but not
-    past `LIVES` such lives from the submission, however often one is given.
+    A row that a callback named is confirmed if the address is the same, and fetched anew if not. A
+    confirmed row keeps its outcome, but a missing image gets the fresh link. The link lives
+    `ttl_ms` from now, and at most `LIVES` times that from the submission, however often the
+    upstream renews it.
     """
     last_ms = (task.submitted_at or task.created_at) + LIVES * ttl_ms
     statement = select_images(images.c.task_id == task.id).with_for_update()
@@ -74,61 +73,6 @@ def _replace(tx: Transaction, row: ImageRow, url: str, dies_at: int) -> None:
     change(tx, row, **values, **cleared, **counts, **leases.requeue(tx, "download", row.id, row))
 
 
-def awaited(tx: Transaction, task_id: str) -> bool:
-    """Whether a picture of the task is still to be fetched."""
-    tx.write()
-    return (
-        tx.connection.execute(
-            select(images.c.id).where(images.c.task_id == task_id, images.c.state == "pending")
-        ).first()
-        is not None
-    )
-
-
-def finish_if_done(tx: Transaction, task: TaskRow) -> None:
-    """Ends a task that is `storing` when each of its results is stored or lost; tells of those that
-    came after its end.
-    """
-    late = task.state in TERMINAL
-    if task.settled_digest is None or not (late or task.state is State.STORING):
-        return
-    tx.write()
-    statement = (
-        select(images.c.position, images.c.state, images.c.error)
-        .where(images.c.task_id == task.id)
-        .order_by(images.c.position)
-    )
-    rows = list(tx.connection.execute(statement))
-    if any(row.state == "pending" for row in rows):
-        return
-    lost = [row for row in rows if row.state == "lost"]
-    if late:
-        tell_late(tx, task, stored=len(rows) - len(lost), lost=len(lost))
-        return
-    if not lost:
-        end(tx, task, State.COMPLETED, progress=100)
-        return
-    which = "; ".join(f"{row.position}: {row.error}" for row in lost)
-    error = task_error("results_lost", f"results could not be saved: {which}"[:2000])
-    end(tx, task, State.FAILED, error)
-
-
-def tell_late(tx: Transaction, task: TaskRow, stored: int = 0, lost: int = 0) -> None:
-    """Tells operators what the upstream said of a task that we had given up: its state and its
-    event stand.
-    """
-    outcome = {"status": task.upstream_status, "stored": stored, "lost": lost}
-    tx.step(task.id, "task.late_result", **outcome)
-    data = {
-        "task_id": task.id,
-        "owner": task.owner,
-        "state": task.state,
-        "upstream_id": task.upstream_id,
-        "credits_used": credits_number(task.credits_used),
-    }
-    outbox.emit_operators(tx, "task.late_result", data | outcome, task_id=task.id)
-
-
 def _insert(
     tx: Transaction, task: TaskRow, position: int, url: str, *, confirmed: bool, ttl_ms: int
 ) -> None:
@@ -144,3 +88,49 @@ def _insert(
         "link_dies_at": tx.now + ttl_ms,
     }
     tx.insert(images, row | leases.enqueue(tx, "download", image_id))
+
+
+def awaited(tx: Transaction, task_id: str) -> bool:
+    """Whether an image of the task is still to be fetched."""
+    tx.write()
+    pending = select(images.c.id).where(images.c.task_id == task_id, images.c.state == "pending")
+    return tx.connection.execute(pending).first() is not None
+
+
+def finish_if_done(tx: Transaction, task: TaskRow) -> None:
+    """Ends a `storing` task when each of its images is stored or lost. If the task ended before,
+    tells operators of the late result.
+    """
+    if task.settled_digest is None or not (task.terminal or task.state is State.STORING):
+        return
+    tx.write()
+    statement = select(images.c.position, images.c.state, images.c.error)
+    of_task = statement.where(images.c.task_id == task.id).order_by(images.c.position)
+    rows = list(tx.connection.execute(of_task))
+    if any(row.state == "pending" for row in rows):
+        return
+    lost = [row for row in rows if row.state == "lost"]
+    if task.terminal:
+        tell_late(tx, task, stored=len(rows) - len(lost), lost=len(lost))
+    elif lost:
+        which = "; ".join(f"{row.position}: {row.error}" for row in lost)
+        message = f"results could not be saved: {which}"[:2000]
+        end(tx, task, State.FAILED, task_error("results_lost", message))
+    else:
+        end(tx, task, State.COMPLETED, progress=100)
+
+
+def tell_late(tx: Transaction, task: TaskRow, stored: int = 0, lost: int = 0) -> None:
+    """Tells operators the upstream's word on a task that the service had given up. The task's
+    state and event stand.
+    """
+    outcome = {"status": task.upstream_status, "stored": stored, "lost": lost}
+    tx.step(task.id, "task.late_result", **outcome)
+    data = {
+        "task_id": task.id,
+        "owner": task.owner,
+        "state": task.state,
+        "upstream_id": task.upstream_id,
+        "credits_used": credits_number(task.credits_used),
+    }
+    outbox.emit_operators(tx, "task.late_result", data | outcome, task_id=task.id)

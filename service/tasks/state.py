@@ -1,4 +1,4 @@
-"""The states of a task and the moves between them."""
+"""The states of a task and the moves between them. docs/concepts.md draws them."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -7,8 +7,6 @@ from service.upstreams.base import Status
 
 
 class State(StrEnum):
-    """Where a task is (contract section 3)."""
-
     QUEUED = "queued"
     SUBMITTING = "submitting"
     UNCERTAIN = "uncertain"
@@ -21,8 +19,7 @@ class State(StrEnum):
 
 
 TERMINAL = frozenset({State.COMPLETED, State.FAILED, State.CANCELLED, State.EXPIRED})
-
-
+UNPROVED = frozenset({State.QUEUED, State.SUBMITTING, State.UNCERTAIN})
 MOVES: Mapping[State, frozenset[State]] = {
     State.QUEUED: frozenset({State.SUBMITTING, State.FAILED, State.CANCELLED}),
     State.SUBMITTING: frozenset(
@@ -31,29 +28,25 @@ MOVES: Mapping[State, frozenset[State]] = {
     State.UNCERTAIN: frozenset({State.SUBMITTED, State.FAILED, State.CANCELLED, State.SUBMITTING}),
     State.SUBMITTED: frozenset({State.STORING, State.FAILED, State.CANCELLED, State.EXPIRED}),
     State.STORING: frozenset({State.COMPLETED, State.FAILED, State.CANCELLED}),
-    State.COMPLETED: frozenset(),
-    State.FAILED: frozenset(),
-    State.CANCELLED: frozenset(),
-    State.EXPIRED: frozenset(),
+    **dict.fromkeys(TERMINAL, frozenset()),
+}
+STATUSES: Mapping[State, Status] = {
+    **dict.fromkeys(UNPROVED, Status.PENDING),
+    State.SUBMITTED: Status.PENDING,
+    State.STORING: Status.PROCESSING,
+    State.COMPLETED: Status.COMPLETED,
+    State.FAILED: Status.FAILED,
+    State.CANCELLED: Status.CANCELLED,
+    State.EXPIRED: Status.FAILED,
 }
 
 
 def may_become(before: State, after: State) -> bool:
-    """Whether the contract's table of states allows the move."""
     return after in MOVES[before]
 
 
 def status_of(state: State, upstream_status: Status | None) -> Status:
-    """What the upstream's own clients are shown for a state of ours."""
-    if state is State.SUBMITTED:
-        return Status.PROCESSING if upstream_status is Status.PROCESSING else Status.PENDING
-    return {
-        State.QUEUED: Status.PENDING,
-        State.SUBMITTING: Status.PENDING,
-        State.UNCERTAIN: Status.PENDING,
-        State.STORING: Status.PROCESSING,
-        State.COMPLETED: Status.COMPLETED,
-        State.FAILED: Status.FAILED,
-        State.CANCELLED: Status.CANCELLED,
-        State.EXPIRED: Status.FAILED,
-    }[state]
+    """The status that the upstream's own clients see."""
+    if state is State.SUBMITTED and upstream_status is Status.PROCESSING:
+        return Status.PROCESSING
+    return STATUSES[state]

@@ -1,5 +1,5 @@
-"""Submitting: `submitting` is in the store before the request leaves, and an answer in hand is
-always recorded.
+"""Submissions in the store: a task is `submitting` before its request leaves, and a response in
+hand is always recorded.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,257 +12,162 @@ from service.db.tables import tasks
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
 from service.queue import leases
-from service.strict_json import JSON
-from service.tasks.fair_queue import Turns
+from service.tasks.fair_queue import FairQueue
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
-from service.tasks.transitions import change, end, lock, move, submitted
-from service.upstreams.base import Report
+from service.tasks.transitions import change, end, lock, move, submitted, task_error
+from service.upstreams.base import Accepted, NotCreated, Refused, Report, SubmitOutcome, Uncertain
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
-    """Asks for the right to send: the lease is made to outlast a call of `call_ms`."""
+class SubmissionStart:
+    """Asks for the right to send. The lease is extended to outlast a call of `call_ms`."""
 
     lease: Lease
     call_ms: int
     resubmit: bool = False  # an uncertain task may be sent again
 
 
-def start_submissions(tx: Transaction, items: Sequence[Start]) -> list[bytes | None]:
-    """Moves tasks to `submitting`; the body to send, or None when this process must not send."""
+def start_submissions(tx: Transaction, items: Sequence[SubmissionStart]) -> list[bytes | None]:
+    """Moves tasks to `submitting`. Returns the body to send, or None if this process must not."""
     rows = lock(tx, (item.lease.key for item in items))
-    results: list[bytes | None] = []
+    bodies: list[bytes | None] = []
     for item in items:
         row = rows[item.lease.key]
-        state = row.state
-        if leases.holds(item.lease, row) and (
-            state is State.QUEUED or (state is State.UNCERTAIN and item.resubmit)
-        ):
-            move(tx, row, State.SUBMITTING)
-        elif (
-            not leases.holds(item.lease, row) or state is not State.SUBMITTING
-        ):  # else: this very start, run again
-            results.append(None)
+        unsent = row.state is State.QUEUED or (row.state is State.UNCERTAIN and item.resubmit)
+        if not leases.holds(item.lease, row) or not (unsent or row.state is State.SUBMITTING):
+            bodies.append(None)
             continue
-        change(
-            tx, row, submit_lease_until=tx.now + item.call_ms
-        )  # also then: the call has not begun yet
-        results.append(row.body)
-    return results
+        if unsent:  # otherwise this start runs a second time, because its commit got no answer
+            move(tx, row, State.SUBMITTING)
+        change(tx, row, submit_lease_until=tx.now + item.call_ms)
+        bodies.append(row.body)
+    return bodies
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
-    """The upstream has it: asked again after `first_query_ms` if nothing is heard. `decide_ms` as
-    in `Uncertain`, which it is when its id is another task's.
+class SubmissionResult:
+    """The outcome of one call and the times that follow from it. `outcome` None: the time for a
+    proof is up.
+
+    `wait_ms` is the time to the next call after NotCreated, to the first query after Accepted.
+    After `decide_ms` an uncertain task is decided: sent again if `resend`, once, else failed. A
+    task older than `give_up_ms` is not sent again.
     """
 
-    report: Report
-    first_query_ms: int
+    lease: Lease
+    outcome: SubmitOutcome | None
+    wait_ms: int = 0
     decide_ms: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Again:
-    """Nothing was created: sent again after `wait_ms`, or failed `not_submitted` once older than
-    `give_up_ms`.
-    """
-
-    reason: str
-    wait_ms: int
-    give_up_ms: int
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The upstream will not do it: `status` is its HTTP status."""
-
-    status: int
-    error: JSON
-
-
-@dataclass(frozen=True, slots=True)
-class Uncertain:
-    """It may have been created and charged; decided after `decide_ms` unless a callback proves it;
-    `resend`: by sending again, once.
-    """
-
-    reason: str
-    decide_ms: int
+    give_up_ms: int = 0
     resend: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Undecided:
-    """The time is up and nothing was proved: failed `submission_uncertain`."""
+def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> list[State]:
+    """Records the outcomes of calls. Returns the states after it.
 
-
-@dataclass(frozen=True, slots=True)
-class Submission:
-    lease: Lease
-    outcome: Accepted | Again | Refused | Uncertain | Undecided
-
-
-def record_submissions(tx: Transaction, items: Sequence[Submission]) -> list[State]:
-    """Records what came of submissions; the tasks' states after it.
-
-    An answer counts whoever holds the lease by now: an accepted one always, a refusal while nothing
-    else is known or on its way.
+    An acceptance counts even if the lease has ended since. Any other outcome counts under the
+    lease, or while the task is uncertain.
     """
-    rows, turns = lock(tx, _concerned(tx, items)), cache(lambda: Turns(tx))
-    results = []
+    rows, queue = lock(tx, _concerned(tx, items)), cache(lambda: FairQueue(tx))
+    states = []
     for item in items:
         row = rows[item.lease.key]
         held = leases.holds(item.lease, row)
-        if isinstance(item.outcome, Accepted):
-            _accepted(tx, row, item.outcome, rows.values(), turns)
-        elif row.state in ((State.SUBMITTING, State.UNCERTAIN) if held else (State.UNCERTAIN,)):
-            _not_accepted(tx, row, item.outcome, turns, held=held)
-        done = leases.release("submit", row.submit_due_at) if held else {}
-        change(tx, row, submit_outcomes=row.submit_outcomes + 1, **done)
-        results.append(row.state)
-    return results
+        submitting = held and row.state is State.SUBMITTING
+        match item.outcome:
+            case Accepted(report):
+                _accept(tx, row, item, report, rows.values())
+            case Refused(status, error) if submitting or row.state is State.UNCERTAIN:
+                end(tx, row, State.FAILED, error, refusal_status=status)
+            case NotCreated(reason) if submitting:
+                _retry(tx, row, item, reason, queue)
+            case Uncertain(reason) if submitting:
+                _doubt(tx, row, item, reason, resend=item.resend)
+            case None if held and row.state is State.UNCERTAIN and not row.resubmit:
+                end_uncertain(tx, row)
+        released = leases.release("submit", row.submit_due_at) if held else {}
+        change(tx, row, submit_outcomes=row.submit_outcomes + 1, **released)
+        states.append(row.state)
+    return states
 
 
-def _concerned(tx: Transaction, items: Sequence[Submission]) -> set[str]:
-    """The tasks of submissions, and those that have the id which one of these was given."""
+def _concerned(tx: Transaction, items: Sequence[SubmissionResult]) -> set[str]:
+    """The tasks of these calls, and other tasks that already have an id given to one of these."""
     keys = {item.lease.key for item in items}
-    names = {
-        item.outcome.report.upstream_id for item in items if isinstance(item.outcome, Accepted)
-    }
+    ids = {item.outcome.report.upstream_id for item in items if isinstance(item.outcome, Accepted)}
     upstreams = select(tasks.c.upstream).where(tasks.c.id.in_(keys))
     holders = select(tasks.c.id).where(
-        tasks.c.upstream.in_(upstreams), tasks.c.upstream_id.in_(names)
+        tasks.c.upstream.in_(upstreams), tasks.c.upstream_id.in_(ids)
     )
-    return keys | set(tx.connection.execute(holders).scalars()) if names else keys
+    return keys | set(tx.connection.execute(holders).scalars()) if ids else keys
 
 
-def _accepted(
-    tx: Transaction,
-    row: TaskRow,
-    outcome: Accepted,
-    rows: Iterable[TaskRow],
-    turns: Callable[[], Turns],
+def _accept(
+    tx: Transaction, row: TaskRow, item: SubmissionResult, report: Report, rows: Iterable[TaskRow]
 ) -> None:
-    """Binds the task to its id. Two may be told the same one: an answer wins over a callback, and
-    the first answer over the second.
+    """Binds the upstream's id. If two tasks got the same id, a submit response wins over a
+    callback, and the first response over the second.
     """
-    if outcome.report.upstream_id is None:
+    if report.upstream_id is None:
         raise AssertionError("an accepted submission has an id")
-    name = (row.upstream, outcome.report.upstream_id)
-    holder = next(
-        (
-            other
-            for other in rows
-            if other is not row and (other.upstream, other.upstream_id) == name
-        ),
-        None,
-    )
+    named = (row.upstream, report.upstream_id)
+    others = (other for other in rows if (other.upstream, other.upstream_id) == named)
+    holder = next((other for other in others if other is not row), None)
     if holder is not None:
         data = {
             "task_id": row.id,
-            "upstream_id": name[1],
+            "upstream_id": report.upstream_id,
             "callback_id": None,
             "reason": f"{holder.id} has the same upstream id",
         }
         outbox.emit_operators(tx, "callback.conflict", data, task_id=row.id)
         if holder.upstream_id_from == "answer":
-            _not_accepted(
-                tx,
-                row,
-                Uncertain("the id in the answer is another task's", outcome.decide_ms),
-                turns,
-                held=True,
-            )
+            if row.state is State.SUBMITTING:
+                _doubt(tx, row, item, "the id in the answer is another task's", resend=False)
             return
-        # Whoever asks about it meanwhile loses the lease: the answer is the other task's.
-        change(
-            tx,
-            holder,
-            upstream_id=None,
-            upstream_id_from=None,
-            **leases.release("settle", tx.now + outcome.first_query_ms),
-        )
-        tx.write()  # it is free before it is given again
-    submitted(tx, row, outcome.report.upstream_id, "answer", outcome.report, outcome.first_query_ms)
-    if (
-        row.settle_requests and row.state is State.SUBMITTED
-    ):  # somebody asked before there was an id to ask for
+        # A worker that queries the id for the holder loses its lease: the answer is about `row`.
+        due = leases.release("settle", tx.now + item.wait_ms)
+        change(tx, holder, upstream_id=None, upstream_id_from=None, **due)
+        tx.write()  # the id is unique: it is released before it is bound again
+    submitted(tx, row, report.upstream_id, "answer", report, item.wait_ms)
+    if row.settle_requests and row.state is State.SUBMITTED:  # requested before the id was known
         change(tx, row, **leases.requeue(tx, "settle", row.id, row))
 
 
-def _not_accepted(
+def _retry(
     tx: Transaction,
     row: TaskRow,
-    outcome: Again | Refused | Uncertain | Undecided,
-    turns: Callable[[], Turns],
-    *,
-    held: bool,
+    item: SubmissionResult,
+    reason: str,
+    queue: Callable[[], FairQueue],
 ) -> None:
-    state = row.state
-    match outcome:
-        case Again() if (
-            state is State.SUBMITTING and row.doubted_at is not None
-        ):  # of this call nothing came; of an earlier one?
-            young = tx.now - row.created_at < outcome.give_up_ms
-            move(
-                tx,
-                row,
-                State.UNCERTAIN,
-                submit_due_at=tx.now + outcome.wait_ms,
-                resubmit=row.resubmit and young,
-            )
-        case Again() if (
-            state is State.SUBMITTING
-        ):  # behind its owner's others: what was refused by the hundred is not served first
-            if tx.now - row.created_at >= outcome.give_up_ms:
-                end(
-                    tx,
-                    row,
-                    State.FAILED,
-                    _error("not_submitted", f"the upstream took no submission: {outcome.reason}"),
-                )
-            else:
-                move(
-                    tx,
-                    row,
-                    State.QUEUED,
-                    submit_due_at=tx.now + outcome.wait_ms,
-                    submit_turn=turns().next(row.owner),
-                )
-        case Refused():
-            end(tx, row, State.FAILED, outcome.error, refusal_status=outcome.status)
-        case Uncertain() if state is State.SUBMITTING:
-            resend, doubted_at = (
-                (outcome.resend, tx.now) if row.doubted_at is None else (False, row.doubted_at)
-            )
-            move(
-                tx,
-                row,
-                State.UNCERTAIN,
-                submit_due_at=tx.now + outcome.decide_ms,
-                doubted_at=doubted_at,
-                resubmit=resend,
-            )
-            tx.step(row.id, "task.submission_uncertain", reason=outcome.reason)
-        case Undecided() if held and state is State.UNCERTAIN and not row.resubmit:
-            end_uncertain(tx, row)
-        case _:
-            pass  # somebody else moved it on while the call ran
+    """Sends a task again after the wait, behind its owner's other tasks: a hundred refused tasks
+    must not be served first.
+    """
+    due_at, young = tx.now + item.wait_ms, tx.now - row.created_at < item.give_up_ms
+    if row.doubted_at is not None:  # this call created nothing, but an earlier one may have
+        again = row.resubmit and young
+        move(tx, row, State.UNCERTAIN, submit_due_at=due_at, resubmit=again)
+    elif young:
+        turn = queue().next_turn(row.owner)
+        move(tx, row, State.QUEUED, submit_due_at=due_at, submit_turn=turn)
+    else:
+        message = f"the upstream took no submission: {reason}"
+        end(tx, row, State.FAILED, task_error("not_submitted", message))
+
+
+def _doubt(
+    tx: Transaction, row: TaskRow, item: SubmissionResult, reason: str, *, resend: bool
+) -> None:
+    """Makes a task uncertain. Only the first doubt may lead to a second call."""
+    values = {"doubted_at": tx.now, "resubmit": resend}
+    if row.doubted_at is not None:
+        values = {"resubmit": False}
+    move(tx, row, State.UNCERTAIN, submit_due_at=tx.now + item.decide_ms, **values)
+    tx.step(row.id, "task.submission_uncertain", reason=reason)
 
 
 def end_uncertain(tx: Transaction, row: TaskRow) -> None:
-    end(
-        tx,
-        row,
-        State.FAILED,
-        _error(
-            "submission_uncertain",
-            "whether the upstream created and charged this task could not be proved",
-        ),
-    )
-
-
-def _error(code: str, message: str) -> JSON:
-    return {"code": code, "message": message, "type": "task_error"}
+    message = "whether the upstream created and charged this task could not be proved"
+    end(tx, row, State.FAILED, task_error("submission_uncertain", message))

@@ -1,5 +1,5 @@
-"""The worker that submits: at most once, by the table "What a submission's outcome proves"
-(contract section 3).
+"""The worker that submits tasks. It sends a task at most once, unless a response proves that
+nothing was created. docs/api.md says which response proves what.
 """
 
 import asyncio
@@ -16,28 +16,39 @@ from service.queue import leases
 from service.queue.backoff import wait_before
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
-from service.tasks import submissions as store
 from service.tasks import task_queries
-from service.tasks.account_breaker import Account
-from service.tasks.reconcile import Plan
+from service.tasks.account_breaker import AccountBreaker
+from service.tasks.confirm_worker import QueryPlan
 from service.tasks.rows import TaskRow
-from service.tasks.state import State
-from service.upstreams import base
-from service.upstreams.base import throttled
+from service.tasks.state import UNPROVED, State
+from service.tasks.submissions import (
+    SubmissionResult,
+    SubmissionStart,
+    record_submissions,
+    start_submissions,
+)
+from service.upstreams.base import (
+    Accepted,
+    NotCreated,
+    Refused,
+    SubmitOutcome,
+    Uncertain,
+    throttled,
+)
 
 log = structlog.get_logger()
 
 RECORD_AGAIN_S = 0.5
-MARGIN_S = 10.0  # the lease outlasts the call by so much, for recording its answer
+MARGIN_S = 10.0  # the lease outlasts the call by this, so that the outcome can be recorded
 
 
 @dataclass(frozen=True, slots=True)
-class Submitter:
-    """Stage `submit`."""
+class SubmitWorker:
+    """The stage `submit`."""
 
     resources: Resources
-    plan: Plan
-    account: Account
+    plan: QueryPlan
+    breaker: AccountBreaker
     schedule: tuple[float, ...]
     timeout_s: float
     give_up_s: float
@@ -46,151 +57,148 @@ class Submitter:
 
     async def run(self, lease: Lease) -> None:
         row = await self.resources.store.read(task_queries.task_row, lease.key, None)
-        state = row.state if row else None
-        if state is State.SUBMITTING:  # whoever sent it died, and its answer with it
-            await self._record(
-                lease, self._uncertain(lease, "its sender died before the answer was recorded")
-            )
-        elif row and state is State.UNCERTAIN and not self._resubmits(row):
-            await self._record(lease, store.Undecided())
-        elif row and state in (State.QUEUED, State.UNCERTAIN):
-            await self._send(
-                lease,
-                resubmit=state is State.UNCERTAIN,
-                last=state is State.QUEUED and not self._young(row),
-            )
-        else:
+        if row is None or row.state not in UNPROVED:
             await self.resources.store.write(leases.done, lease)
+        elif row.state is State.SUBMITTING:  # its worker died, and the response is lost
+            lost = Uncertain("its sender died before the answer was recorded")
+            await self._record(lease, lost)
+        elif row.state is State.UNCERTAIN and not self._resubmits(row):
+            await self._record(lease, None)
+        else:
+            await self._send(lease, row)
 
     def _resubmits(self, row: TaskRow) -> bool:
-        """Whether an uncertain task is sent again: as was decided for it, or for as long as one of
-        which nothing was created.
+        """Whether an uncertain task is sent again: by an earlier decision, or by the setting while
+        the task is young.
         """
         return row.resubmit or (self.uncertain == "resubmit" and self._young(row))
 
     def _young(self, row: TaskRow) -> bool:
         return self.resources.store.clock() - row.created_at < self.give_up_s * 1000
 
-    async def _send(self, lease: Lease, *, resubmit: bool, last: bool) -> None:
-        """`last`: it is too old to wait on, but is not given up without a try."""
-        async with self.resources.limiter.slot(
-            "submit"
-        ) as record:  # a place first: what is `submitting` is on its way
-            if (
-                self.resources.store.signals.stopping
-            ):  # while it waited: whoever comes next sends it
-                await self.resources.store.write(leases.give_back, lease)
+    async def _send(self, lease: Lease, row: TaskRow) -> None:
+        """Sends the task once a slot is free. The state changes after that, so that a task that is
+        `submitting` has a call under way.
+        """
+        resources, breaker = self.resources, self.breaker
+        last = row.state is State.QUEUED and not self._young(row)  # one try before giving up
+        async with resources.limiter.slot("submit") as record:
+            if resources.store.signals.stopping:
+                await resources.store.write(leases.give_back, lease)
                 return
-            trial = self.account.refused
-            with self.account.sending(last=last) as may:
-                if not may:
-                    await self.account.hold(lease, self.give_up_s)
+            trial = breaker.is_open
+            with breaker.allow(last=last) as allowed:
+                if not allowed:
+                    await breaker.hold(lease, self.give_up_s)
                     return
-                checkpoint("submission.claimed")
-                asked = steady_ns()
-                start = store.Start(lease, round((self.timeout_s + MARGIN_S) * 1000), resubmit)
-                body = await self._kept(store.start_submissions, start)
+                body = await self._start(lease, resubmit=row.state is State.UNCERTAIN)
                 if body is None:
-                    await self.resources.store.write(leases.done, lease)
                     return
-                checkpoint("submission.started")
-                if (
-                    steady_ns() - asked > MARGIN_S * 1e9
-                ):  # it stood still: the lease, if it still is ours, would not outlast the call
-                    await self._record(
-                        lease,
-                        store.Again("the process stood still", 0, round(self.give_up_s * 1000)),
-                    )
-                    return
-                answer = await self.resources.upstream.submit(body, lease.key)
+                outcome = await resources.upstreams[row.upstream].submit(body, lease.key)
                 checkpoint("submission.answered")
-                record(throttled(answer))
-        await self._record(lease, self._outcome(lease, answer))
+                record(throttled(outcome))
+        await self._record(lease, outcome)
         checkpoint("submission.recorded")
-        if isinstance(answer, base.Accepted | base.Refused):
-            await self.account.taken(trial=trial)
+        if isinstance(outcome, Accepted | Refused):
+            await breaker.succeeded(trial=trial)
 
-    def _outcome(
-        self, lease: Lease, answer: base.SubmitOutcome
-    ) -> store.Accepted | store.Again | store.Refused | store.Uncertain:
-        match answer:
-            case base.Accepted(report):
-                return store.Accepted(
-                    report,
-                    self.plan.first(report.estimated_time),
-                    round(self._decide_s(lease) * 1000),
-                )
-            case base.NotCreated(reason, retry_after, account):
+    async def _start(self, lease: Lease, *, resubmit: bool) -> bytes | None:
+        """The body to send, once the task is `submitting`. None: this process must not send it."""
+        checkpoint("submission.claimed")
+        asked, call_ms = steady_ns(), round((self.timeout_s + MARGIN_S) * 1000)
+        body = await self._until_stored(
+            start_submissions, SubmissionStart(lease, call_ms, resubmit)
+        )
+        if body is None:
+            await self.resources.store.write(leases.done, lease)
+            return None
+        checkpoint("submission.started")
+        if steady_ns() - asked > MARGIN_S * 1e9:  # the lease would not outlast the call any more
+            await self._record(lease, NotCreated("the process stood still"), wait_s=0.0)
+            return None
+        return body
+
+    async def _record(
+        self, lease: Lease, outcome: SubmitOutcome | None, wait_s: float | None = None
+    ) -> None:
+        decide_s = self._decide_s(lease)
+        if wait_s is None:
+            wait_s = self._wait_s(lease, outcome)
+            self._log(lease, outcome, wait_s, decide_s)
+        result = SubmissionResult(
+            lease,
+            outcome,
+            wait_ms=round(wait_s * 1000),
+            decide_ms=round(decide_s * 1000),
+            give_up_ms=round(self.give_up_s * 1000),
+            resend=self.uncertain == "resubmit",
+        )
+        state = await self._until_stored(record_submissions, result)
+        if isinstance(outcome, Accepted):
+            log.info(
+                "task.submitted",
+                upstream_id=outcome.report.upstream_id,
+                attempt=lease.attempts,
+                estimated_time=outcome.report.estimated_time,
+                state=state,
+            )
+
+    def _log(
+        self, lease: Lease, outcome: SubmitOutcome | None, wait_s: float, decide_s: float
+    ) -> None:
+        match outcome:
+            case NotCreated(reason, account=account):
                 if account:
-                    self.account.refuse(reason)
-                wait = (
-                    0.0 if account else max(self._wait(lease), retry_after or 0)
-                )  # what comes then is held, until the account is good
+                    self.breaker.open(reason)
                 log.warning(
                     "task.submission_retried",
                     attempt=lease.attempts,
                     reason=reason,
                     account=account,
-                    wait_s=round(wait, 3),
+                    wait_s=round(wait_s, 3),
                 )
-                return store.Again(reason, round(wait * 1000), round(self.give_up_s * 1000))
-            case base.Refused(status, error):
+            case Refused(status, error):
                 log.info("task.submission_refused", status=status, code=error["code"])
-                return store.Refused(status, error)
-        return self._uncertain(lease, answer.reason)
+            case Uncertain(reason):
+                log.warning("task.submission_uncertain", reason=reason, decide_s=decide_s)
 
-    def _wait(self, lease: Lease) -> float:
+    def _wait_s(self, lease: Lease, outcome: SubmitOutcome | None) -> float:
+        match outcome:
+            case Accepted(report):
+                return self.plan.first(report.estimated_time) / 1000
+            case NotCreated(account=False):
+                return max(self._scheduled_s(lease), outcome.retry_after or 0)
+        return 0.0  # after a refusal of the account the breaker holds the task
+
+    def _scheduled_s(self, lease: Lease) -> float:
+        random = self.resources.random()
         wait = wait_before(
-            self.schedule,
-            lease.attempts,
-            repeat_last=True,
-            random=self.resources.random(),
-            spread=0.2,
+            self.schedule, lease.attempts, repeat_last=True, random=random, spread=0.2
         )
         assert wait is not None  # the last wait repeats
         return wait
 
     def _decide_s(self, lease: Lease) -> float:
-        """Without a callback URL nothing can prove it any more: it is decided at once; what is sent
-        again keeps to the schedule.
+        """When an uncertain task is decided. Without a callback URL no proof can come any more: it
+        fails at once, or is sent again by the schedule.
         """
-        at_once = self._wait(lease) if self.uncertain == "resubmit" else 0.0
-        return self.uncertain_after_s if self.plan.with_callback else at_once
+        if self.plan.with_callback:
+            return self.uncertain_after_s
+        return self._scheduled_s(lease) if self.uncertain == "resubmit" else 0.0
 
-    def _uncertain(self, lease: Lease, reason: str) -> store.Uncertain:
-        decide_s = self._decide_s(lease)
-        log.warning("task.submission_uncertain", reason=reason, decide_s=decide_s)
-        return store.Uncertain(reason, round(decide_s * 1000), resend=self.uncertain == "resubmit")
-
-    async def _record(
-        self,
-        lease: Lease,
-        outcome: store.Accepted | store.Again | store.Refused | store.Uncertain | store.Undecided,
-    ) -> None:
-        state = await self._kept(store.record_submissions, store.Submission(lease, outcome))
-        if isinstance(outcome, store.Accepted):
-            report = outcome.report
-            log.info(
-                "task.submitted",
-                upstream_id=report.upstream_id,
-                attempt=lease.attempts,
-                estimated_time=report.estimated_time,
-                state=state,
-            )
-
-    async def _kept(
+    async def _until_stored(
         self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item
     ) -> Result:
-        """A write's result once the store has it. What the upstream said cannot be asked for again;
-        and a start whose commit was not answered may be in the store, where nobody could tell it
-        from one that was sent.
+        """Repeats a write until the store has it. The upstream's response cannot be asked for
+        again. A start whose commit got no answer may be in the store, where it looks like one that
+        was sent.
         """
-        told = False
+        logged = False
         while True:
             try:
                 return await self.resources.store.write(operation, item)
             except StoreUnavailable as error:
-                if not told:
+                if not logged:
                     log.warning("store.failed", message=str(error), exception=repr(error.__cause__))
-                told = True
+                logged = True
                 await asyncio.sleep(RECORD_AGAIN_S)

@@ -12,12 +12,12 @@ from service.queue import leases
 from service.strict_json import JSON
 from service.tasks.document import task_document
 from service.tasks.rows import ImageRow, TaskRow, select_tasks, stored_images, task_rows
-from service.tasks.state import TERMINAL, State, may_become
+from service.tasks.state import UNPROVED, State, may_become
 from service.upstreams.base import Report
 
-UNPROVED = (State.QUEUED, State.SUBMITTING, State.UNCERTAIN)
-# An id from the second source replaces one from the first.
-RENAMES = {("callback", "answer"), ("hand", "answer"), ("query", "answer"), ("hand", "hand")}
+# An id from the second source replaces one from the first. `query`: an id by hand to which the
+# upstream has answered, so that it is no slip of the pen.
+REPLACES = {("callback", "answer"), ("hand", "answer"), ("query", "answer"), ("hand", "hand")}
 
 
 def lock(tx: Transaction, ids: Iterable[str]) -> dict[str, TaskRow]:
@@ -28,6 +28,8 @@ def lock(tx: Transaction, ids: Iterable[str]) -> dict[str, TaskRow]:
 
 def change(tx: Transaction, row: TaskRow | ImageRow, **values: Any) -> None:
     """Sets columns of a locked row, in the record and in the database."""
+    if not values:
+        return
     for name, value in values.items():
         setattr(row, name, value)
     if isinstance(row, TaskRow):
@@ -70,14 +72,14 @@ def submitted(
     """Binds the upstream's id to the task and, unless that happened before, emits
     `image.task.submitted`.
 
-    `source` is `answer`, `callback` or `hand`, and `RENAMES` says which wins. `first_query_ms` None
-    means that the next query is planned already.
+    `source` is `answer`, `callback` or `hand`, and `REPLACES` says which wins. `first_query_ms`
+    None: the next query is planned already.
     """
     values = fill(row, report)
     if row.state not in UNPROVED:  # this answer is late: a query may have filled newer values
         values = {name: value for name, value in values.items() if getattr(row, name) is None}
     values |= _named(tx, row, upstream_id, source)
-    unsettled = row.state not in TERMINAL or row.settled_digest is None  # its credits are unknown
+    unsettled = not row.terminal or row.settled_digest is None  # its credits are still unknown
     if first_query_ms is not None and row.settle_due_at is None and unsettled:
         values["settle_due_at"] = tx.now + first_query_ms
     if (
@@ -98,9 +100,9 @@ def _named(tx: Transaction, row: TaskRow, upstream_id: str, source: str) -> dict
     """The columns that bind an id. A new id ends the lease of a worker that queries the old one,
     because the answer would be about another task.
     """
-    if row.upstream_id is not None and (row.upstream_id_from, source) not in RENAMES:
+    if row.upstream_id is not None and (row.upstream_id_from, source) not in REPLACES:
         return {}
-    values = {"upstream_id": upstream_id, "upstream_id_from": source}
+    values: dict[str, Any] = {"upstream_id": upstream_id, "upstream_id_from": source}
     if row.upstream_id not in (None, upstream_id):
         values |= leases.release("settle", tx.now)
     return values

@@ -1,8 +1,12 @@
-"""The image APIs behind the service: what each must be able to do, and what can come of it."""
+"""An image API behind the service: its operations and their outcomes.
+
+The outcomes are the same for every upstream and are used down to the store. docs/api.md says which
+response of an upstream proves which outcome.
+"""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -12,8 +16,8 @@ from service.strict_json import JSON
 
 
 class Status(StrEnum):
-    """A task's status in the upstream's words, normalised: `canceled` and `failed` with
-    `request_cancelled` are `cancelled`.
+    """The upstream's status of a task, normalised: `canceled`, and `failed` with
+    `request_cancelled`, are `cancelled`.
     """
 
     PENDING = "pending"
@@ -28,10 +32,10 @@ FINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A task as the upstream describes it in a submit answer, a query or a callback, normalised.
+    """A task as the upstream describes it in a response or a callback, normalised.
 
-    `status` None: a status nobody documented (not terminal). `error` has `code`, `message`, `type`,
-    all text.
+    `status` None is an undocumented status, which is not final. `error` has the texts `code`,
+    `message` and `type`. Credits are millionths.
     """
 
     upstream_id: str | None = None
@@ -39,8 +43,6 @@ class Report:
     results: tuple[str, ...] = ()
     error: JSON | None = None
     progress: int | None = None
-    model: str | None = None
-    created: int | None = None
     can_cancel: bool | None = None
     estimated_time: int | None = None
     billing_rule: str | None = None
@@ -56,16 +58,16 @@ class Report:
 def outcome_digest(
     status: Status | None, results: Sequence[str], upstream_id: str | None = None
 ) -> str:
-    """What makes two callbacks say the same: status and results, for one that names a foreign
-    upstream id that id too.
+    """Equal for callbacks that agree in status and results. A callback that names another task's
+    upstream id adds that id.
     """
     return hashlib.sha256(json.dumps([status, list(results), upstream_id]).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The upstream has the task under `report.upstream_id`, which is never None here; `report` may
-    be final already.
+    """The upstream has the task under `report.upstream_id`, which is never None here. The report
+    may be final already.
     """
 
     report: Report
@@ -73,9 +75,9 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class NotCreated:
-    """Proof that nothing was created: it may be sent again. `retry_after` in seconds.
+    """Proof that nothing was created, so the task may be sent again after `retry_after` seconds.
 
-    `account`: our key or account is the cause; `throttled`: that there were too many calls is.
+    `account`: the upstream refused the service's key or account. `throttled`: too many calls.
     """
 
     reason: str
@@ -86,8 +88,8 @@ class NotCreated:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The request itself was refused for good; `error` has `code`, `message`, `type`, all text, and
-    `param`, text or None.
+    """The upstream refused the request for good. `error` has the texts `code`, `message` and
+    `type`, and `param`, which may be None.
     """
 
     status: int
@@ -96,14 +98,14 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Uncertain:
-    """Nothing is proved: the task may exist and may have been charged."""
+    """Nothing is proved: the upstream may have created and charged the task."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The upstream's word on the task."""
+    """The upstream's report on the task that was queried."""
 
     report: Report
 
@@ -115,9 +117,7 @@ class NotFound:
 
 @dataclass(frozen=True, slots=True)
 class NoAnswer:
-    """Nothing was learned; `retry_after` in seconds; `throttled`: because there were too many
-    calls.
-    """
+    """The query told nothing. `retry_after` is in seconds. `throttled`: too many calls."""
 
     reason: str
     retry_after: float | None = None
@@ -126,6 +126,15 @@ class NoAnswer:
 
 SubmitOutcome = Accepted | NotCreated | Refused | Uncertain
 QueryOutcome = Found | NotFound | NoAnswer
+OUTCOME_NAMES: Mapping[type[object], str] = {  # as log and metrics name them
+    Accepted: "accepted",
+    NotCreated: "not_created",
+    Refused: "refused",
+    Uncertain: "uncertain",
+    Found: "found",
+    NotFound: "not_found",
+    Response: "answered",
+}
 
 
 def throttled(answer: SubmitOutcome | QueryOutcome | Response) -> bool | None:
@@ -141,9 +150,9 @@ def throttled(answer: SubmitOutcome | QueryOutcome | Response) -> bool | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One request to an upstream, for log and metrics: `status` None if no answer came; `duration`
-    in seconds.
+class UpstreamCall:
+    """One request to an upstream, for log and metrics. `status` None means that no response came.
+    `duration` is in seconds.
     """
 
     kind: str
@@ -154,23 +163,21 @@ class Call:
 
 
 class Upstream(Protocol):
-    """Safe for many calls at once. `submit` and `query` raise nothing that a network can cause: it
-    is in their outcome.
+    """An image API. Its methods may run concurrently. `submit` and `query` raise nothing that a
+    network can cause, because their outcomes tell it.
     """
 
     name: str
-    answering: (
-        bool  # False: the last call brought no answer, a 5xx or the word that our key is not taken
-    )
+    answering: bool  # False after a call that got no response, a 5xx, or a refusal of our key
 
     async def submit(self, body: bytes, idempotency_key: str) -> SubmitOutcome:
         """Sends the body byte for byte, once."""
 
     async def query(self, upstream_id: str) -> QueryOutcome:
-        """What the upstream says of the task now."""
+        """Asks for the task's current state."""
 
     async def passthrough(self, method: str, path: str) -> Response:
-        """The upstream's own answer to a path that begins with `/`. EgressError: there was none."""
+        """The upstream's own response to a path that begins with `/`. EgressError: none came."""
 
     def read_callback(self, body: bytes) -> Report | None:
-        """What a callback says; None: unreadable. Never raises."""
+        """The report in a callback's body. None means unreadable. Never raises."""

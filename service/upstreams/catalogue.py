@@ -1,5 +1,6 @@
-"""What the upstream documents of its models, so that a request it would refuse costs nothing
-(contract section 8).
+"""The models: which upstream serves them, and the limits that it documents (`catalogue.toml`).
+
+A request over a limit is refused here, before the upstream charges for it.
 """
 
 import re
@@ -8,19 +9,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 
+DEFAULT_UPSTREAM = "evolink"
+
+
+def upstream_for(model: str) -> str:
+    """The name of the upstream that serves a model. One upstream serves all of them so far."""
+    del model
+    return DEFAULT_UPSTREAM
+
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A field of the request that breaks a limit; the message names the limit."""
+    """A field of the request that breaks a limit. The message names the limit."""
 
     param: str
     message: str
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ModelLimits:
     """A model of `catalogue.toml`: lengths in characters, sizes in pixels, `aspect` = width /
-    height, `price` in credits an image.
+    height, `price` in credits per image.
     """
 
     prompt_max: int
@@ -38,98 +47,79 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Limits by model."""
-
-    models: Mapping[str, Limits]
+    models: Mapping[str, ModelLimits]
 
     def check(self, request: Mapping[str, object]) -> Violation | None:
-        """The first limit a submission breaks. A field that is null counts as absent; a model that
-        is not here passes through.
+        """The first limit that a submission breaks. A null field counts as absent. A model that is
+        not in the catalogue passes.
         """
         model = request.get("model")
         limits = self.models.get(model) if isinstance(model, str) else None
         if limits is None:
             return None
-        return (
-            _prompt(request, limits)
-            or _negative_prompt(request, limits)
-            or _size(request, limits)
-            or _n(request, limits)
-            or _image_urls(request, limits)
-        )
+        for param, check in CHECKS.items():
+            if message := check(request.get(param), limits):
+                return Violation(param, message)
+        return None
 
 
 def load_catalogue() -> Catalogue:
     """The catalogue that comes with the package."""
     tables = tomllib.loads(files("service").joinpath("catalogue.toml").read_text("utf-8"))
-    return Catalogue({name: Limits(**table) for name, table in tables["models"].items()})
+    return Catalogue({name: ModelLimits(**table) for name, table in tables["models"].items()})
 
 
-def _prompt(request: Mapping[str, object], limits: Limits) -> Violation | None:
-    prompt = request.get("prompt")
+def _prompt(prompt: object, limits: ModelLimits) -> str | None:
     if isinstance(prompt, str) and 1 <= len(prompt) <= limits.prompt_max:
         return None
-    found = f"; this one has {len(prompt)}" if isinstance(prompt, str) else ""
-    return Violation(
-        "prompt", f"prompt is required: a text of 1 to {limits.prompt_max} characters{found}"
-    )
+    length = f"; this one has {len(prompt)}" if isinstance(prompt, str) else ""
+    return f"prompt is required: a text of 1 to {limits.prompt_max} characters{length}"
 
 
-def _negative_prompt(request: Mapping[str, object], limits: Limits) -> Violation | None:
-    prompt = request.get("negative_prompt")
-    if prompt is None or (isinstance(prompt, str) and len(prompt) <= limits.negative_prompt_max):
+def _negative_prompt(prompt: object, limits: ModelLimits) -> str | None:
+    most = limits.negative_prompt_max
+    if prompt is None or (isinstance(prompt, str) and len(prompt) <= most):
         return None
-    found = f"; this one has {len(prompt)}" if isinstance(prompt, str) else ""
-    return Violation(
-        "negative_prompt",
-        f"negative_prompt must be a text of at most {limits.negative_prompt_max} characters{found}",
-    )
+    length = f"; this one has {len(prompt)}" if isinstance(prompt, str) else ""
+    return f"negative_prompt must be a text of at most {most} characters{length}"
 
 
-def _size(request: Mapping[str, object], limits: Limits) -> Violation | None:
-    size = request.get("size")
+def _size(size: object, limits: ModelLimits) -> str | None:
     if size is None:
         return None
-    match = (
-        re.fullmatch("([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", size) if isinstance(size, str) else None
-    )
+    form = "([1-9][0-9]{0,5})x([1-9][0-9]{0,5})"
+    match = re.fullmatch(form, size) if isinstance(size, str) else None
     if match is None:
-        return Violation(
-            "size", f"size must be WIDTHxHEIGHT in pixels, such as {limits.size_default}"
-        )
+        return f"size must be WIDTHxHEIGHT in pixels, such as {limits.size_default}"
     width, height = int(match[1]), int(match[2])
-    if not limits.total_min <= width * height <= limits.total_max:
-        return Violation(
-            "size",
-            f"size must have {limits.total_min} to {limits.total_max} pixels in all; {size} has"
-            f" {width * height}",
-        )
-    if not limits.aspect_min * height <= width <= limits.aspect_max * height:
-        return Violation(
-            "size",
-            f"size must be {limits.aspect_min:g} to {limits.aspect_max:g} times as wide as high;"
-            f" {size} is not",
-        )
+    least, most = limits.total_min, limits.total_max
+    if not least <= width * height <= most:
+        return f"size must have {least} to {most} pixels in all; {size} has {width * height}"
+    low, high = limits.aspect_min, limits.aspect_max
+    if not low * height <= width <= high * height:
+        return f"size must be {low:g} to {high:g} times as wide as high; {size} is not"
     return None
 
 
-def _n(request: Mapping[str, object], limits: Limits) -> Violation | None:
-    n = request.get("n")
-    if n is None or (isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= limits.n_max):
+def _n(n: object, limits: ModelLimits) -> str | None:
+    if n is None or (type(n) is int and 1 <= n <= limits.n_max):
         return None
-    return Violation("n", f"n must be a whole number from 1 to {limits.n_max}")
+    return f"n must be a whole number from 1 to {limits.n_max}"
 
 
-def _image_urls(request: Mapping[str, object], limits: Limits) -> Violation | None:
-    urls = request.get("image_urls")
-    if limits.image_urls_max is None:
-        return None
+def _image_urls(urls: object, limits: ModelLimits) -> str | None:
+    least, most = limits.image_urls_min, limits.image_urls_max
     links = urls if isinstance(urls, list) else []
-    if limits.image_urls_min <= len(links) <= limits.image_urls_max and all(
-        isinstance(url, str) and url for url in links
-    ):
+    texts = all(isinstance(url, str) and url for url in links)
+    if most is None or (least <= len(links) <= most and texts):
         return None
-    return Violation(
-        "image_urls",
-        f"image_urls must be a list of {limits.image_urls_min} to {limits.image_urls_max} links",
-    )
+    return f"image_urls must be a list of {least} to {most} links"
+
+
+CHECKS = {
+    "prompt": _prompt,
+    "negative_prompt": _negative_prompt,
+    "size": _size,
+    "n": _n,
+    "image_urls": _image_urls,
+}

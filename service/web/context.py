@@ -8,8 +8,8 @@ from starlette.requests import Request
 from service.events.tail import Tail
 from service.events.webhooks import WebhookSender
 from service.resources import Resources
-from service.tasks.accept import Intake
-from service.tasks.account_breaker import Account
+from service.tasks.accept import TaskIntake
+from service.tasks.account_breaker import AccountBreaker
 from service.web.auth import Access
 from service.web.overload import KeyLimits, LoadShedder, PriorityGate
 
@@ -23,10 +23,10 @@ class Context:
 
     resources: Resources
     sender: WebhookSender
-    intake: Intake
+    intake: TaskIntake
     tail: Tail
     gate: PriorityGate
-    account: Account
+    breaker: AccountBreaker
     access: Access
     limits: KeyLimits
     shedder: LoadShedder

@@ -15,9 +15,9 @@ from service.db.clock import wall_clock
 from service.db.transaction import Lease
 from service.resources import new_id
 from service.signing import Keyring
-from service.tasks.new_tasks import NewTask, insert_tasks
-from service.tasks.submissions import Accepted, Submission, record_submissions
-from service.upstreams.base import Report
+from service.tasks.accept import NewTask, insert_tasks
+from service.tasks.submissions import SubmissionResult, record_submissions
+from service.upstreams.base import Accepted, Report
 from tests.bench.processes import MEASURED, MEASURING, measure, server
 from tests.processes import service_settings
 from tests.stores import open_sqlite
@@ -87,10 +87,12 @@ def waiting(task_id: str) -> NewTask:
     )
 
 
-def taken(task_id: str) -> Submission:
+def taken(task_id: str) -> SubmissionResult:
     """Its submission's outcome; it is asked about when the benchmark is long over."""
-    return Submission(
-        Lease("submit", task_id, 0, 0), Accepted(Report(upstream_id=f"upstream-{task_id}"), DAY_MS)
+    return SubmissionResult(
+        Lease("submit", task_id, 0, 0),
+        Accepted(Report(upstream_id=f"upstream-{task_id}")),
+        wait_ms=DAY_MS,
     )
 
 

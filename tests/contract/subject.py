@@ -5,7 +5,7 @@ its states.
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
@@ -28,25 +28,28 @@ from service.images.downloads import Download, Lost, Retry, Stored, record_downl
 from service.queue import leases
 from service.queue.leases import claim
 from service.strict_json import JSON
+from service.tasks.accept import Inserted, NewTask, insert_tasks
+from service.tasks.callbacks import Callback, Verdict, accept_callbacks
 from service.tasks.cancel import Cancellation, cancel_tasks
-from service.tasks.inbox import Callback, Verdict, accept_callbacks
-from service.tasks.new_tasks import Inserted, NewTask, insert_tasks
+from service.tasks.confirm_worker import Settlement, record_settlements
 from service.tasks.owner_keys import NewKey, insert_keys
-from service.tasks.settling import Settlement, record_settlements
 from service.tasks.state import State
 from service.tasks.submissions import (
-    Accepted,
-    Again,
-    Refused,
-    Start,
-    Submission,
-    Uncertain,
-    Undecided,
+    SubmissionResult,
+    SubmissionStart,
     record_submissions,
     start_submissions,
 )
 from service.tasks.transitions import change, lock
-from service.upstreams.base import Report, Status, outcome_digest
+from service.upstreams.base import (
+    Accepted,
+    NotCreated,
+    Refused,
+    Report,
+    Status,
+    Uncertain,
+    outcome_digest,
+)
 
 SECOND, MINUTE, HOUR = 1_000, 60_000, 3_600_000
 DAY = 24 * HOUR
@@ -210,7 +213,7 @@ class Subject:
         return inserted.task_id
 
     async def start(self, lease: Lease, *, resubmit: bool = False) -> bytes | None:
-        return await self.write(start_submissions, Start(lease, 70 * SECOND, resubmit))
+        return await self.write(start_submissions, SubmissionStart(lease, 70 * SECOND, resubmit))
 
     async def submitting(self, **different: Any) -> Lease:
         """A new task whose request is on its way, and the lease under which it is."""
@@ -218,10 +221,8 @@ class Subject:
         assert await self.start(lease) is not None
         return lease
 
-    async def submission(
-        self, lease: Lease, outcome: Accepted | Again | Refused | Uncertain | Undecided
-    ) -> State:
-        return await self.write(record_submissions, Submission(lease, outcome))
+    async def submission(self, lease: Lease, result: SubmissionResult) -> State:
+        return await self.write(record_submissions, replace(result, lease=lease))
 
     async def submitted(self, **different: Any) -> str:
         """A task that the upstream has under the id `upstream_id(task)`."""
@@ -232,8 +233,7 @@ class Subject:
     async def uncertain(self, decide_ms: int = 15 * MINUTE, **different: Any) -> str:
         lease = await self.submitting(**different)
         assert (
-            await self.submission(lease, Uncertain("no answer in time", decide_ms))
-            is State.UNCERTAIN
+            await self.submission(lease, doubts("no answer in time", decide_ms)) is State.UNCERTAIN
         )
         return lease.key
 
@@ -355,8 +355,30 @@ def upstream_id(task_id: str) -> str:
     return f"task-unified-{task_id[-6:]}"
 
 
-def accepted(id: str, **more: Any) -> Accepted:
-    return Accepted(Report(id, Status.PENDING, **more), FIRST_QUERY)
+NOBODYS = Lease("submit", "", 0, 0)  # `Subject.submission` sets the lease of a result
+
+
+def accepts(report: Report, first_query_ms: int, decide_ms: int = 0) -> SubmissionResult:
+    return SubmissionResult(NOBODYS, Accepted(report), wait_ms=first_query_ms, decide_ms=decide_ms)
+
+
+def creates_nothing(reason: str, wait_ms: int, give_up_ms: int) -> SubmissionResult:
+    return SubmissionResult(NOBODYS, NotCreated(reason), wait_ms=wait_ms, give_up_ms=give_up_ms)
+
+
+def refuses(status: int, error: JSON) -> SubmissionResult:
+    return SubmissionResult(NOBODYS, Refused(status, error))
+
+
+def doubts(reason: str, decide_ms: int, *, resend: bool = False) -> SubmissionResult:
+    return SubmissionResult(NOBODYS, Uncertain(reason), decide_ms=decide_ms, resend=resend)
+
+
+UNDECIDED = SubmissionResult(NOBODYS, None)
+
+
+def accepted(id: str, **more: Any) -> SubmissionResult:
+    return accepts(Report(id, Status.PENDING, **more), FIRST_QUERY)
 
 
 def completed(task_id: str, *urls: str, **more: Any) -> Report:

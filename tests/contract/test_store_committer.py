@@ -18,7 +18,7 @@ from service.db.tables import counters, owners, tasks
 from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
 from service.tasks import task_queries
-from service.tasks.new_tasks import NewTask, insert_tasks
+from service.tasks.accept import NewTask, insert_tasks
 from service.upkeep import store_figures
 from tests.contract.subject import Clock, Opener, Subject, completed, new_id
 from tests.servers import execute

@@ -8,10 +8,9 @@ from sqlalchemy import text
 
 from service.db.tables import tasks
 from service.db.transaction import Lease, Transaction
-from service.tasks.held_submissions import Hold, hold_submissions, resume_submissions
+from service.tasks.account_breaker import SubmissionHold, hold_submissions, resume_submissions
 from service.tasks.state import State
-from service.tasks.submissions import Again
-from tests.contract.subject import HOUR, LEASE, MINUTE, Opener, Subject
+from tests.contract.subject import HOUR, LEASE, MINUTE, Opener, Subject, creates_nothing
 
 
 async def held(subject: Subject, wait_ms: int = MINUTE, owner: str = "a") -> str:
@@ -22,7 +21,7 @@ async def held(subject: Subject, wait_ms: int = MINUTE, owner: str = "a") -> str
 
 
 async def hold(subject: Subject, lease: Lease, wait_ms: int = MINUTE) -> bool:
-    return await subject.write(hold_submissions, Hold(lease, wait_ms, HOUR))
+    return await subject.write(hold_submissions, SubmissionHold(lease, wait_ms, HOUR))
 
 
 async def test_a_held_task_waits_as_queued_and_no_attempt_counts(subject: Subject) -> None:
@@ -52,7 +51,7 @@ async def test_what_is_held_is_due_at_once_when_it_may_be_sent(subject: Subject)
     """
     first, second = await held(subject), await held(subject)
     throttled = await subject.submitting(owner="a")
-    await subject.submission(throttled, Again("429", MINUTE, HOUR))
+    await subject.submission(throttled, creates_nothing("429", MINUTE, HOUR))
     assert await subject.write(resume_submissions, 1) == 1
     assert "submit" in subject.places.told[-1].due
     assert [lease.key for lease in await subject.claim("submit", 5)] == [first]
@@ -78,7 +77,10 @@ async def test_a_held_task_is_tried_before_it_is_given_up(subject: Subject) -> N
     subject.clock.shift(MINUTE)
     lease = await subject.claimed("submit", task_id)
     assert await subject.start(lease) is not None
-    assert await subject.submission(lease, Again("401 unauthorized", 0, HOUR)) is State.FAILED
+    assert (
+        await subject.submission(lease, creates_nothing("401 unauthorized", 0, HOUR))
+        is State.FAILED
+    )
     row = await subject.task(task_id)
     assert (row["error"]["code"], "401 unauthorized" in row["error"]["message"]) == (
         "not_submitted",

@@ -10,7 +10,7 @@ from service.db.paging import Row
 from service.images import image_queries
 from service.images.downloads import Download, Lost, Retry, record_downloads
 from service.tasks import task_queries
-from service.tasks.inbox import accept_callbacks
+from service.tasks.callbacks import accept_callbacks
 from service.tasks.state import State
 from service.upstreams.base import Report, Status
 from tests.contract.subject import (

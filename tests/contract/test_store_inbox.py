@@ -7,16 +7,17 @@ import pytest
 
 from service.db.tables import callbacks, tasks
 from service.images.downloads import Lost
-from service.tasks.inbox import BODIES, BODY_BYTES, KEPT, accept_callbacks
+from service.tasks.callbacks import BODIES, BODY_BYTES, KEPT, accept_callbacks
 from service.tasks.state import State
-from service.tasks.submissions import Accepted, Undecided
 from service.upstreams.base import Report, Status
 from tests.contract.subject import (
     FIRST_QUERY,
     LOST,
     SECOND,
+    UNDECIDED,
     Subject,
     accepted,
+    accepts,
     callback,
     completed,
     digest,
@@ -384,7 +385,7 @@ async def test_a_callback_after_an_end_of_our_own_making_is_kept_and_asked_about
     """
     task_id = await subject.uncertain(decide_ms=0)
     assert (
-        await subject.submission(await subject.claimed("submit", task_id), Undecided())
+        await subject.submission(await subject.claimed("submit", task_id), UNDECIDED)
         is State.FAILED
     )
     assert (await subject.callback(task_id, completed(task_id, URL))).verdict == "accepted"
@@ -558,7 +559,7 @@ async def test_callback_and_answer_at_once_from_two_processes_agree(
         lease = await two[0].submitting()
         report = Report(upstream_id(lease.key), Status.PENDING, estimated_time=45)
         await asyncio.gather(
-            two[0].submission(lease, Accepted(report, FIRST_QUERY)),
+            two[0].submission(lease, accepts(report, FIRST_QUERY)),
             two[1].callback(lease.key, completed(lease.key, URL)),
         )
         task = await two[0].task(lease.key)

@@ -7,9 +7,8 @@ import pytest
 from service.db.tables import events, images
 from service.images.downloads import AT_RISK_MS, Retry
 from service.queue.crashes import FAULT_LIMIT, record_faults
-from service.tasks.admin import Resolution, reconcile_tasks, resolve_tasks
+from service.tasks.admin import TaskResolution, reconcile_tasks, resolve_tasks
 from service.tasks.state import State
-from service.tasks.submissions import Accepted, Again, Refused, Uncertain, Undecided
 from service.upstreams.base import Report, Status
 from tests.contract.subject import (
     DAY,
@@ -17,19 +16,24 @@ from tests.contract.subject import (
     LOST,
     MINUTE,
     SECOND,
+    UNDECIDED,
     Subject,
     accepted,
+    accepts,
     completed,
+    creates_nothing,
+    doubts,
     error_of,
     failed,
     processing,
+    refuses,
     stored,
     upstream_id,
 )
 from tests.stores import fault
 
 URLS = ("https://r.test/0", "https://r.test/1")
-NOTHING_CREATED = Again("429", 5 * SECOND, HOUR)
+NOTHING_CREATED = creates_nothing("429", 5 * SECOND, HOUR)
 
 
 async def given_up(subject: Subject) -> str:
@@ -37,7 +41,7 @@ async def given_up(subject: Subject) -> str:
     task_id = await subject.uncertain(15 * MINUTE)
     subject.clock.shift(15 * MINUTE)
     assert (
-        await subject.submission(await subject.claimed("submit", task_id), Undecided())
+        await subject.submission(await subject.claimed("submit", task_id), UNDECIDED)
         is State.FAILED
     )
     return task_id
@@ -216,7 +220,7 @@ async def test_a_submission_sent_again_after_a_doubtful_one_is_never_taken_for_n
     assert await subject.submission(lease, NOTHING_CREATED) is State.UNCERTAIN
     subject.clock.shift(5 * SECOND)
     assert (
-        await subject.submission(await subject.claimed("submit", task_id), Undecided())
+        await subject.submission(await subject.claimed("submit", task_id), UNDECIDED)
         is State.FAILED
     )
     assert (await subject.task(task_id))["error"]["code"] == "submission_uncertain"
@@ -250,7 +254,7 @@ async def test_two_answers_with_one_id_leave_the_second_uncertain(subject: Subje
     """An id belongs to one task; what was created for the other is not known."""
     first, second = await subject.submitting(), await subject.submitting()
     assert await subject.submission(first, accepted("task-unified-one")) is State.SUBMITTED
-    answer = Accepted(Report("task-unified-one", Status.PENDING), SECOND, decide_ms=HOUR)
+    answer = accepts(Report("task-unified-one", Status.PENDING), SECOND, decide_ms=HOUR)
     assert await subject.submission(second, answer) is State.UNCERTAIN
     assert "callback.conflict" in await subject.types(second.key)
     assert (await subject.task(second.key))["submit_due_at"] == subject.clock.now + HOUR, (
@@ -264,7 +268,7 @@ async def test_two_answers_with_one_id_leave_the_second_uncertain(subject: Subje
 async def test_an_uncertain_task_gets_its_id_by_hand(subject: Subject) -> None:
     """It is submitted, and the upstream is asked at once."""
     task_id = await subject.uncertain()
-    assert await subject.write(resolve_tasks, Resolution(task_id, "task-unified-found")) is None
+    assert await subject.write(resolve_tasks, TaskResolution(task_id, "task-unified-found")) is None
     task = await subject.task(task_id)
     assert (task["state"], task["upstream_id"], task["settle_due_at"]) == (
         "submitted",
@@ -277,9 +281,13 @@ async def test_an_uncertain_task_gets_its_id_by_hand(subject: Subject) -> None:
 async def test_an_id_of_another_task_is_taken(subject: Subject) -> None:
     """Two tasks never share an id, whoever says so."""
     other, task_id = await subject.submitted(), await subject.uncertain()
-    assert await subject.write(resolve_tasks, Resolution(task_id, upstream_id(other))) == "taken"
+    assert (
+        await subject.write(resolve_tasks, TaskResolution(task_id, upstream_id(other))) == "taken"
+    )
     assert await subject.state(task_id) is State.UNCERTAIN
-    wishes = [Resolution(key, "task-unified-one") for key in (task_id, await subject.uncertain())]
+    wishes = [
+        TaskResolution(key, "task-unified-one") for key in (task_id, await subject.uncertain())
+    ]
     assert await subject.batch(resolve_tasks, wishes) == [None, "taken"]
 
 
@@ -290,11 +298,15 @@ async def test_a_mistyped_id_is_corrected_until_the_upstream_answers_to_it(
     asked under the wrong id counts no more.
     """
     task_id = await subject.uncertain()
-    assert await subject.write(resolve_tasks, Resolution(task_id, "task-unified-mistyped")) is None
-    assert await subject.write(resolve_tasks, Resolution(task_id, "task-unified-mistyped")) is None
+    assert (
+        await subject.write(resolve_tasks, TaskResolution(task_id, "task-unified-mistyped")) is None
+    )
+    assert (
+        await subject.write(resolve_tasks, TaskResolution(task_id, "task-unified-mistyped")) is None
+    )
     wrong = await subject.claimed("settle", task_id)
-    assert await subject.write(resolve_tasks, Resolution(task_id, resubmit=True)) == "submitted"
-    assert await subject.write(resolve_tasks, Resolution(task_id, "task-unified-right")) is None
+    assert await subject.write(resolve_tasks, TaskResolution(task_id, resubmit=True)) == "submitted"
+    assert await subject.write(resolve_tasks, TaskResolution(task_id, "task-unified-right")) is None
     task = await subject.task(task_id)
     assert (task["state"], task["upstream_id"], task["settle_due_at"]) == (
         "submitted",
@@ -304,7 +316,8 @@ async def test_a_mistyped_id_is_corrected_until_the_upstream_answers_to_it(
     assert await subject.settle(task_id, completed(task_id, URLS[0]), lease=wrong) is None
     assert await subject.settle(task_id, processing(task_id)) is State.SUBMITTED
     assert (
-        await subject.write(resolve_tasks, Resolution(task_id, "task-unified-other")) == "submitted"
+        await subject.write(resolve_tasks, TaskResolution(task_id, "task-unified-other"))
+        == "submitted"
     )
     assert await subject.types(task_id) == ["image.task.submitted"]
 
@@ -316,16 +329,17 @@ async def test_a_mistyped_id_is_corrected_when_the_task_has_expired_under_it(
     result.
     """
     task_id = await subject.uncertain()
-    await subject.write(resolve_tasks, Resolution(task_id, "task-unified-mistyped"))
+    await subject.write(resolve_tasks, TaskResolution(task_id, "task-unified-mistyped"))
     subject.clock.shift(DAY)
     assert await subject.settle(task_id, None, expires_ms=DAY) is State.EXPIRED
-    assert await subject.write(resolve_tasks, Resolution(task_id, "task-unified-right")) is None
+    assert await subject.write(resolve_tasks, TaskResolution(task_id, "task-unified-right")) is None
     assert await subject.settle(task_id, completed(task_id, URLS[0])) is State.EXPIRED
     (image,) = await subject.images(task_id)
     await subject.download(image, stored(image))
     assert (await subject.types(task_id))[-1] == "task.late_result"
     assert (
-        await subject.write(resolve_tasks, Resolution(task_id, "task-unified-other")) == "expired"
+        await subject.write(resolve_tasks, TaskResolution(task_id, "task-unified-other"))
+        == "expired"
     )
 
 
@@ -333,9 +347,11 @@ async def test_what_was_refused_takes_no_id(subject: Subject) -> None:
     """Nothing was created and nothing was ever in doubt: there is no task to name."""
     lease = await subject.submitting()
     assert (
-        await subject.submission(lease, Refused(400, error_of("invalid_request"))) is State.FAILED
+        await subject.submission(lease, refuses(400, error_of("invalid_request"))) is State.FAILED
     )
-    assert await subject.write(resolve_tasks, Resolution(lease.key, "task-unified-1")) == "failed"
+    assert (
+        await subject.write(resolve_tasks, TaskResolution(lease.key, "task-unified-1")) == "failed"
+    )
     assert (await subject.task(lease.key))["upstream_id"] is None
 
 
@@ -346,7 +362,10 @@ async def test_a_task_parked_while_submitting_gets_its_id_by_hand(subject: Subje
         await subject.write(record_faults, fault(lease, 0))
         lease = next(iter(await subject.claim("submit")), lease)
     assert (await subject.task(lease.key))["error"]["code"] == "internal_error"
-    assert await subject.write(resolve_tasks, Resolution(lease.key, upstream_id(lease.key))) is None
+    assert (
+        await subject.write(resolve_tasks, TaskResolution(lease.key, upstream_id(lease.key)))
+        is None
+    )
     assert await subject.settle(lease.key, completed(lease.key, URLS[0])) is State.FAILED
     assert len(await subject.images(lease.key)) == 1
 
@@ -365,7 +384,7 @@ async def test_a_task_parked_while_storing_keeps_its_pictures(subject: Subject) 
 async def test_a_task_given_up_gets_its_id_by_hand_for_its_pictures(subject: Subject) -> None:
     """The end stands; what was paid for is saved as a late result."""
     task_id = await given_up(subject)
-    assert await subject.write(resolve_tasks, Resolution(task_id, upstream_id(task_id))) is None
+    assert await subject.write(resolve_tasks, TaskResolution(task_id, upstream_id(task_id))) is None
     assert await subject.settle(task_id, completed(task_id, URLS[0])) is State.FAILED
     (image,) = await subject.images(task_id)
     await subject.download(image, stored(image))
@@ -375,10 +394,10 @@ async def test_a_task_given_up_gets_its_id_by_hand_for_its_pictures(subject: Sub
 async def test_an_uncertain_task_is_failed_by_hand(subject: Subject) -> None:
     """It ends as the time would have ended it."""
     task_id = await subject.uncertain()
-    assert await subject.write(resolve_tasks, Resolution(task_id)) is None
+    assert await subject.write(resolve_tasks, TaskResolution(task_id)) is None
     assert (await subject.task(task_id))["error"]["code"] == "submission_uncertain"
-    assert await subject.write(resolve_tasks, Resolution(task_id)) == "failed"
-    assert await subject.write(resolve_tasks, Resolution("task_none")) == "missing"
+    assert await subject.write(resolve_tasks, TaskResolution(task_id)) == "failed"
+    assert await subject.write(resolve_tasks, TaskResolution("task_none")) == "missing"
 
 
 async def test_an_uncertain_task_is_sent_again_by_hand(subject: Subject) -> None:
@@ -386,7 +405,7 @@ async def test_an_uncertain_task_is_sent_again_by_hand(subject: Subject) -> None
     permission.
     """
     task_id = await subject.uncertain(HOUR)
-    assert await subject.write(resolve_tasks, Resolution(task_id, resubmit=True)) is None
+    assert await subject.write(resolve_tasks, TaskResolution(task_id, resubmit=True)) is None
     lease = await subject.claimed("submit", task_id)
     assert await subject.start(lease, resubmit=True) is not None
     assert await subject.submission(lease, NOTHING_CREATED) is State.UNCERTAIN
@@ -394,11 +413,11 @@ async def test_an_uncertain_task_is_sent_again_by_hand(subject: Subject) -> None
     subject.clock.shift(5 * SECOND)
     lease = await subject.claimed("submit", task_id)
     assert (
-        await subject.submission(lease, Undecided()) is State.UNCERTAIN
+        await subject.submission(lease, UNDECIDED) is State.UNCERTAIN
     )  # a verdict by time that met the operator's word
     lease = await subject.claimed("submit", task_id)
     assert await subject.start(lease, resubmit=True) is not None
-    assert await subject.submission(lease, Uncertain("no answer", HOUR)) is State.UNCERTAIN
+    assert await subject.submission(lease, doubts("no answer", HOUR)) is State.UNCERTAIN
     assert not (await subject.task(task_id))["resubmit"]
 
 
@@ -411,7 +430,7 @@ async def test_a_resubmission_may_be_refused(subject: Subject) -> None:
     lease = await subject.claimed("submit", task_id)
     await subject.start(lease, resubmit=True)
     assert (
-        await subject.submission(lease, Refused(400, error_of("invalid_request"))) is State.FAILED
+        await subject.submission(lease, refuses(400, error_of("invalid_request"))) is State.FAILED
     )
     assert (await subject.callback(task_id, completed(task_id, URLS[0]))).verdict == "accepted"
     assert await subject.settle(task_id, completed(task_id, URLS[0])) is State.FAILED
@@ -447,8 +466,7 @@ async def test_the_first_doubt_may_be_sent_again_however_old_the_task_is(subject
     """
     lease = await subject.submitting()
     assert (
-        await subject.submission(lease, Uncertain("no answer", SECOND, resend=True))
-        is State.UNCERTAIN
+        await subject.submission(lease, doubts("no answer", SECOND, resend=True)) is State.UNCERTAIN
     )
     assert (await subject.task(lease.key))["resubmit"]
     subject.clock.shift(HOUR)
@@ -460,8 +478,7 @@ async def test_the_first_doubt_may_be_sent_again_however_old_the_task_is(subject
     last = await subject.claimed("submit", lease.key)
     assert await subject.start(last, resubmit=True) is not None
     assert (
-        await subject.submission(last, Uncertain("no answer", SECOND, resend=True))
-        is State.UNCERTAIN
+        await subject.submission(last, doubts("no answer", SECOND, resend=True)) is State.UNCERTAIN
     )
     assert not (await subject.task(lease.key))["resubmit"]
 

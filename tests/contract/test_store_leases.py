@@ -10,8 +10,8 @@ from service.db.queues import QUEUES
 from service.db.tables import deliveries, tasks
 from service.db.transaction import Transaction
 from service.queue import leases
-from service.tasks.inbox import accept_callbacks
-from service.tasks.new_tasks import NewTask, insert_tasks
+from service.tasks.accept import NewTask, insert_tasks
+from service.tasks.callbacks import accept_callbacks
 from service.tasks.state import State
 from tests.contract.subject import (
     HOUR,

@@ -16,8 +16,8 @@ from service.events.deliveries import delivery_to_send
 from service.events.feed import event_list
 from service.ids import sequence_text
 from service.tasks import task_queries
+from service.tasks.accept import insert_tasks
 from service.tasks.document import task_document
-from service.tasks.new_tasks import insert_tasks
 from service.tasks.state import State
 from tests.contract.subject import (
     MINUTE,

@@ -5,8 +5,18 @@ one sees what one's own tasks caused).
 from service.events.endpoints import endpoint_row
 from service.tasks import task_queries
 from service.tasks.state import State
-from service.tasks.submissions import Again, Refused
-from tests.contract.subject import DAY, HOUR, MINUTE, OWNER, SECOND, Subject, error_of, upstream_id
+from tests.contract.subject import (
+    DAY,
+    HOUR,
+    MINUTE,
+    OWNER,
+    SECOND,
+    Subject,
+    creates_nothing,
+    error_of,
+    refuses,
+    upstream_id,
+)
 
 UNKNOWN = "task-unified-1757165031-uyujaw3d"
 
@@ -68,12 +78,12 @@ async def test_a_task_that_was_never_created_upstream_hides_nothing(subject: Sub
     await subject.queued()
     refused = await subject.submitting()
     assert (
-        await subject.submission(refused, Refused(400, error_of("invalid_parameter")))
+        await subject.submission(refused, refuses(400, error_of("invalid_parameter")))
         is State.FAILED
     )
     assert not await hidden(subject, UNKNOWN, subject.clock.now)
     again = await subject.submitting()
-    assert await subject.submission(again, Again("429", 5 * SECOND, HOUR)) is State.QUEUED
+    assert await subject.submission(again, creates_nothing("429", 5 * SECOND, HOUR)) is State.QUEUED
     assert await hidden(subject, UNKNOWN, subject.clock.now)
 
 

@@ -80,8 +80,7 @@ async def test_a_task_is_found_by_its_idempotency_key(subject: Subject) -> None:
     """Per owner."""
     task_id = await subject.queued(idempotency_key="k", idempotency_hash="h")
     row = await subject.store.read(task_queries.task_by_key, OWNER, "k")
-    assert row is not None
-    assert (row["id"], row["idempotency_hash"]) == (task_id, "h")
+    assert row == (task_id, "h")
     assert await subject.store.read(task_queries.task_by_key, "other", "k") is None
 
 
@@ -143,16 +142,15 @@ async def test_the_timeline_has_every_step_in_the_order_of_time(subject: Subject
 async def test_what_settling_needs_is_the_task_and_its_first_callback(subject: Subject) -> None:
     """The first terminal one, whatever came before or after it."""
     task_id = await subject.submitted()
-    found = await subject.store.read(task_queries.settling, task_id)
-    assert found is not None
-    assert (found[0].id, found[1]) == (task_id, None)
+    row, body = await subject.store.read(task_queries.settling, task_id)
+    assert row is not None
+    assert (row.id, body) == (task_id, None)
     await subject.callback(task_id, processing(task_id), b"0")
     await subject.callback(task_id, failed(task_id), b"1")
     await subject.callback(task_id, completed(task_id, URL), b"2")
-    found = await subject.store.read(task_queries.settling, task_id)
-    assert found is not None
-    assert found[1] == b"1"
-    assert await subject.store.read(task_queries.settling, "task_gone") is None
+    _, body = await subject.store.read(task_queries.settling, task_id)
+    assert body == b"1"
+    assert await subject.store.read(task_queries.settling, "task_gone") == (None, None)
 
 
 async def test_what_a_download_needs_is_the_image_with_its_task(subject: Subject) -> None:

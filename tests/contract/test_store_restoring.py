@@ -13,13 +13,12 @@ from sqlalchemy import text
 from service.db.tables import counters, steps
 from service.db.transaction import Transaction
 from service.tasks import task_queries
-from service.tasks.admin import Resolution, resolve_tasks
-from service.tasks.new_tasks import insert_tasks
+from service.tasks.accept import insert_tasks
+from service.tasks.admin import TaskResolution, resolve_tasks
 from service.tasks.state import State
-from service.tasks.submissions import Undecided
-from service.tasks.submit_worker import Submitter
+from service.tasks.submit_worker import SubmitWorker
 from service.upkeep.restoring import PAGE, SEQUENCES, Restoration, Restored, restore_stores
-from tests.contract.subject import HOUR, MINUTE, SECOND, Subject, accepted, upstream_id
+from tests.contract.subject import HOUR, MINUTE, SECOND, UNDECIDED, Subject, accepted, upstream_id
 
 BACKUP_PAGE = Path(__file__).parents[2] / "docs" / "backup.md"
 
@@ -42,7 +41,7 @@ async def unproved(subject: Subject) -> list[str]:
         await subject.uncertain(),
     )
     again = await subject.uncertain()
-    assert await subject.write(resolve_tasks, Resolution(again, resubmit=True)) is None
+    assert await subject.write(resolve_tasks, TaskResolution(again, resubmit=True)) is None
     return [queued, sent, doubted, again]
 
 
@@ -80,12 +79,12 @@ async def test_an_uncertain_task_of_a_backup_is_not_sent_again_by_itself(subject
     resources: Any = SimpleNamespace(
         store=SimpleNamespace(clock=lambda: subject.clock.now)
     )  # all that the rule asks of a submitter
-    submitter = Submitter(
+    submitter = SubmitWorker(
         resources, cast(Any, None), cast(Any, None), (1.0,), 60.0, 3600.0, "resubmit", 900.0
     )
     assert not submitter._resubmits(row)
     lease = await subject.claimed("submit", task_id)
-    assert await subject.submission(lease, Undecided()) is State.FAILED
+    assert await subject.submission(lease, UNDECIDED) is State.FAILED
     assert (await subject.task(task_id))["error"]["code"] == "submission_uncertain"
 
 

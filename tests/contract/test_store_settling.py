@@ -10,9 +10,8 @@ import pytest
 
 from service.db.transaction import Transaction
 from service.images.downloads import Retry
-from service.tasks.settling import Settlement, record_settlements
+from service.tasks.confirm_worker import Settlement, record_settlements
 from service.tasks.state import TERMINAL, State, may_become
-from service.tasks.submissions import Uncertain, Undecided
 from service.tasks.transitions import change, lock, move
 from service.upstreams.base import Report, Status
 from tests.contract.subject import (
@@ -23,10 +22,12 @@ from tests.contract.subject import (
     LOST,
     MINUTE,
     SECOND,
+    UNDECIDED,
     Subject,
     accepted,
     completed,
     digest,
+    doubts,
     error_of,
     failed,
     processing,
@@ -255,7 +256,7 @@ async def test_settling_and_submitting_are_leased_apart(subject: Subject) -> Non
     lease = await subject.submitting()
     await subject.callback(lease.key, failed(lease.key))
     assert await subject.settle(lease.key, failed(lease.key)) is State.FAILED
-    assert await subject.submission(lease, Uncertain("no answer in time", MINUTE)) is State.FAILED
+    assert await subject.submission(lease, doubts("no answer in time", MINUTE)) is State.FAILED
     assert await subject.types(lease.key) == ["image.task.submitted", "image.task.failed"]
 
 
@@ -440,7 +441,7 @@ async def test_after_an_unproved_end_the_charge_is_still_asked_for(subject: Subj
     """
     task_id = await subject.uncertain(0)
     lease = await subject.claimed("submit", task_id)
-    assert await subject.submission(lease, Undecided()) is State.FAILED
+    assert await subject.submission(lease, UNDECIDED) is State.FAILED
     await subject.callback(task_id, processing(task_id))
     assert await subject.settle(task_id, processing(task_id)) is State.FAILED
     assert (await subject.task(task_id))["settle_due_at"] is not None

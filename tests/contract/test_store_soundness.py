@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import ConfigurationError
-from service.tasks.new_tasks import insert_tasks
+from service.tasks.accept import insert_tasks
 from tests.contract.subject import Clock, Opener, Subject, new_id
 from tests.stores import open_sqlite
 

@@ -6,9 +6,9 @@ import pytest
 
 from service.db.tables import steps, tasks
 from service.db.transaction import Lease
-from service.tasks.new_tasks import insert_tasks
+from service.tasks.accept import insert_tasks
 from service.tasks.state import State
-from service.tasks.submissions import Accepted, Again, Refused, Uncertain, Undecided
+from service.tasks.submissions import SubmissionResult
 from service.upstreams.base import Report, Status
 from tests.contract.subject import (
     FIRST_QUERY,
@@ -16,17 +16,23 @@ from tests.contract.subject import (
     LEASE,
     MINUTE,
     SECOND,
+    UNDECIDED,
     Subject,
     accepted,
+    accepts,
     completed,
+    creates_nothing,
+    doubts,
     error_of,
     processing,
+    refuses,
     upstream_id,
 )
 
-NOT_CREATED = Again("429", 5 * SECOND, HOUR)
-REFUSED = Refused(422, error_of("content_filter"))
-TIMED_OUT = Uncertain("no answer in time", 15 * MINUTE)
+NOT_CREATED = creates_nothing("429", 5 * SECOND, HOUR)
+ERROR = error_of("content_filter")
+REFUSED = refuses(422, ERROR)
+TIMED_OUT = doubts("no answer in time", 15 * MINUTE)
 
 
 async def test_a_new_task_is_queued_and_due(subject: Subject) -> None:
@@ -152,7 +158,7 @@ async def test_an_answer_with_an_id_submits(subject: Subject) -> None:
         billing_rule="per_call",
         user_group="vip",
     )
-    assert await subject.submission(lease, Accepted(report, FIRST_QUERY)) is State.SUBMITTED
+    assert await subject.submission(lease, accepts(report, FIRST_QUERY)) is State.SUBMITTED
     row = await subject.task(lease.key)
     assert (row["upstream_id"], row["upstream_id_from"], row["submitted_at"]) == (
         "task-unified-1",
@@ -177,7 +183,7 @@ async def test_an_answer_with_an_id_submits(subject: Subject) -> None:
 async def test_an_answer_that_is_final_already_is_still_asked_about(subject: Subject) -> None:
     """What the submit answer says of the outcome is for the query to confirm."""
     lease = await subject.submitting()
-    outcome = Accepted(completed(lease.key, "https://r.test/0"), 0)
+    outcome = accepts(completed(lease.key, "https://r.test/0"), 0)
     assert await subject.submission(lease, outcome) is State.SUBMITTED
     assert (await subject.task(lease.key))["settle_due_at"] == subject.clock.now
     assert (await subject.task(lease.key))["upstream_status"] is None
@@ -213,7 +219,7 @@ async def test_a_refusal_fails_with_the_upstreams_words(subject: Subject) -> Non
     row = await subject.task(lease.key)
     assert (row["refusal_status"], row["error"], row["terminal_at"]) == (
         422,
-        REFUSED.error,
+        ERROR,
         subject.clock.now,
     )
     subject.clock.shift(HOUR)
@@ -228,7 +234,7 @@ async def test_an_unproved_outcome_waits_for_proof(subject: Subject) -> None:
     assert await subject.claim("submit") == []
     subject.clock.shift(1)
     decided = await subject.claimed("submit", lease.key)
-    assert await subject.submission(decided, Undecided()) is State.FAILED
+    assert await subject.submission(decided, UNDECIDED) is State.FAILED
     assert (await subject.task(lease.key))["error"]["code"] == "submission_uncertain"
     assert await subject.types(lease.key) == ["image.task.failed"]
 
@@ -248,9 +254,9 @@ async def test_an_uncertain_task_is_proved_by_a_callback(subject: Subject) -> No
     assert (row["submit_due_at"], row["settle_due_at"]) == (None, subject.clock.now)
 
 
-@pytest.mark.parametrize("outcome", [NOT_CREATED, REFUSED, TIMED_OUT, Undecided()])
+@pytest.mark.parametrize("outcome", [NOT_CREATED, REFUSED, TIMED_OUT, UNDECIDED])
 async def test_an_outcome_that_proves_nothing_new_changes_nothing(
-    subject: Subject, outcome: Again | Refused | Uncertain | Undecided
+    subject: Subject, outcome: SubmissionResult
 ) -> None:
     """A callback proved the task while the call ran: what the call brought is outdated, only the
     lease ends.
@@ -311,9 +317,9 @@ async def test_a_late_refusal_ends_what_was_uncertain(subject: Subject) -> None:
     assert (await subject.task(late.key))["refusal_status"] == 422
 
 
-@pytest.mark.parametrize("outcome", [NOT_CREATED, REFUSED, TIMED_OUT, Undecided()])
+@pytest.mark.parametrize("outcome", [NOT_CREATED, REFUSED, TIMED_OUT, UNDECIDED])
 async def test_a_late_outcome_does_not_disturb_who_sends(
-    subject: Subject, outcome: Again | Refused | Uncertain | Undecided
+    subject: Subject, outcome: SubmissionResult
 ) -> None:
     """While another process holds a `submitting` task, whose request may be on its way, only an
     accepted answer counts.
@@ -323,9 +329,9 @@ async def test_a_late_outcome_does_not_disturb_who_sends(
     assert await subject.submission(holder, accepted("task-unified-1")) is State.SUBMITTED
 
 
-@pytest.mark.parametrize("outcome", [NOT_CREATED, TIMED_OUT, Undecided()])
+@pytest.mark.parametrize("outcome", [NOT_CREATED, TIMED_OUT, UNDECIDED])
 async def test_a_late_outcome_without_proof_leaves_uncertain_as_it_is(
-    subject: Subject, outcome: Again | Uncertain | Undecided
+    subject: Subject, outcome: SubmissionResult
 ) -> None:
     """`uncertain` ends by proof or by the one who holds its lease when the time is up."""
     late, holder = await taken_over(subject)
@@ -348,7 +354,7 @@ async def test_a_late_answer_only_fills_what_is_empty(subject: Subject) -> None:
         progress=0,
         estimated_time=45,
     )
-    assert await subject.submission(lease, Accepted(report, FIRST_QUERY)) is State.SUBMITTED
+    assert await subject.submission(lease, accepts(report, FIRST_QUERY)) is State.SUBMITTED
     row = await subject.task(lease.key)
     assert (row["credits_reserved"], row["can_cancel"], row["progress"], row["estimated_time"]) == (
         2_000_000,
@@ -402,7 +408,7 @@ async def test_an_answer_after_a_cancel_leaves_the_end_as_it_is(subject: Subject
     lease = await subject.submitting()
     await subject.cancel(lease.key)
     report = Report("task-unified-1", Status.PENDING, credits_reserved=1_000_000)
-    assert await subject.submission(lease, Accepted(report, FIRST_QUERY)) is State.CANCELLED
+    assert await subject.submission(lease, accepts(report, FIRST_QUERY)) is State.CANCELLED
     row = await subject.task(lease.key)
     assert (row["upstream_id"], row["credits_reserved"], row["settle_due_at"]) == (
         "task-unified-1",
@@ -418,7 +424,7 @@ async def test_an_accepted_answer_without_an_id_is_our_own_defect(subject: Subje
     """
     lease = await subject.submitting()
     with pytest.raises(AssertionError, match="has an id"):
-        await subject.submission(lease, Accepted(Report(), FIRST_QUERY))
+        await subject.submission(lease, accepts(Report(), FIRST_QUERY))
     assert await subject.state(lease.key) is State.SUBMITTING
 
 

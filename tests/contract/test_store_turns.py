@@ -7,11 +7,10 @@ from sqlalchemy import Connection, text
 
 from service.db.sqlite import SqliteStore
 from service.db.tables import tasks
-from service.tasks.admin import Resolution, resolve_tasks
-from service.tasks.new_tasks import insert_tasks
+from service.tasks.accept import insert_tasks
+from service.tasks.admin import TaskResolution, resolve_tasks
 from service.tasks.state import State
-from service.tasks.submissions import Again, Uncertain
-from tests.contract.subject import HOUR, MINUTE, SECOND, Subject
+from tests.contract.subject import HOUR, MINUTE, SECOND, Subject, creates_nothing, doubts
 
 
 async def flood(subject: Subject, owner: str, count: int) -> None:
@@ -84,7 +83,7 @@ async def test_a_straggler_lets_nobody_overtake(subject: Subject) -> None:
     served alternately with who waits.
     """
     lease = await subject.submitting(owner="old")
-    assert await subject.submission(lease, Again("429", HOUR, 2 * HOUR)) is State.QUEUED
+    assert await subject.submission(lease, creates_nothing("429", HOUR, 2 * HOUR)) is State.QUEUED
     await flood(subject, "a", 100)
     await served(subject, 50)
     await flood(subject, "b", 100)
@@ -99,14 +98,14 @@ async def test_a_straggler_that_is_due_lets_nobody_overtake(subject: Subject, ag
     lease = await subject.submitting(owner="old")
     await subject.submission(
         lease,
-        Again("429", MINUTE, HOUR)
+        creates_nothing("429", MINUTE, HOUR)
         if again == "nothing was created"
-        else Uncertain("no answer", MINUTE),
+        else doubts("no answer", MINUTE),
     )
     await flood(subject, "a", 100)
     await served(subject, 50)
     if again == "sent again by hand":
-        assert await subject.write(resolve_tasks, Resolution(lease.key, resubmit=True)) is None
+        assert await subject.write(resolve_tasks, TaskResolution(lease.key, resubmit=True)) is None
     subject.clock.shift(MINUTE)
     await flood(subject, "b", 100)
     assert await served(subject, 1) == ["old"]
@@ -118,12 +117,12 @@ async def test_a_straggler_on_its_way_lets_nobody_overtake(subject: Subject) -> 
     newcomer alternates with the others.
     """
     lease = await subject.submitting(owner="old")
-    await subject.submission(lease, Again("429", SECOND, HOUR))
+    await subject.submission(lease, creates_nothing("429", SECOND, HOUR))
     await flood(subject, "a", 60)
     await served(subject, 40)
     for refused in await subject.claim("submit", 20):
         await subject.start(refused)
-        await subject.submission(refused, Again("429", MINUTE, HOUR))
+        await subject.submission(refused, creates_nothing("429", MINUTE, HOUR))
     subject.clock.shift(SECOND)
     again = await subject.claimed("submit", lease.key)
     await flood(subject, "b", 20)
@@ -135,7 +134,7 @@ async def test_a_straggler_on_its_way_lets_nobody_overtake(subject: Subject) -> 
 async def test_a_straggler_helps_none_of_its_owners_tasks_to_overtake(subject: Subject) -> None:
     """An owner's burst stands behind its own last, and not before where submitting stands."""
     lease = await subject.submitting(owner="b")
-    assert await subject.submission(lease, Again("429", HOUR, 2 * HOUR)) is State.QUEUED
+    assert await subject.submission(lease, creates_nothing("429", HOUR, 2 * HOUR)) is State.QUEUED
     await flood(subject, "a", 100)
     await served(subject, 50)
     await flood(subject, "b", 100)
@@ -151,7 +150,7 @@ async def test_while_all_wait_for_their_time_a_newcomer_is_among_the_first(
     await flood(subject, "a", 40)
     for lease in await subject.claim("submit", 40):
         await subject.start(lease)
-        await subject.submission(lease, Again("429", MINUTE, HOUR))
+        await subject.submission(lease, creates_nothing("429", MINUTE, HOUR))
     await subject.queued(owner="b")
     subject.clock.shift(MINUTE)
     assert "b" in await served(subject, 2)
@@ -164,7 +163,7 @@ async def test_what_was_refused_by_the_hundred_is_not_served_first(subject: Subj
     await flood(subject, "a", 60)
     for lease in await subject.claim("submit", 40):
         await subject.start(lease)
-        await subject.submission(lease, Again("429", MINUTE, HOUR))
+        await subject.submission(lease, creates_nothing("429", MINUTE, HOUR))
     subject.clock.shift(MINUTE)
     await subject.queued(owner="b")
     assert "b" in await served(subject, 3)

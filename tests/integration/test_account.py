@@ -287,12 +287,12 @@ async def test_last_tries_are_made_one_at_a_time(tmp_path: Path) -> None:
     to wait.
     """
     async with world(tmp_path, role=Role(workers=False)) as here:
-        account = here.context.account
-        account.refuse("401 unauthorized")
+        account = here.context.breaker
+        account.open("401 unauthorized")
         for _ in range(2):
-            with account.sending(last=True) as first, account.sending(last=True) as second:
+            with account.allow(last=True) as first, account.allow(last=True) as second:
                 assert (first, second) == (True, False)
-            with account.sending(last=False) as young:
+            with account.allow(last=False) as young:
                 assert not young
 
 
@@ -322,7 +322,7 @@ async def test_a_submission_under_way_when_the_account_is_refused_is_recorded(
             return bool((await here.task(first["id"]))["state"] == "submitted")
 
         await wait_until(submitted)
-        assert here.context.account.refused
+        assert here.context.breaker.is_open
 
 
 async def test_what_is_held_as_the_account_is_good_again_does_not_wait(tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ async def test_what_is_held_as_the_account_is_good_again_does_not_wait(tmp_path:
         task = await here.submit(headers=ASYNC)
         subject = Subject(here.context.resources.store, Clock())
         lease = await subject.claimed("submit", task["id"])
-        await here.context.account.hold(lease, 3600)
+        await here.context.breaker.hold(lease, 3600)
         assert [again.key for again in await subject.claim("submit")] == [lease.key]
         subject.store.detach()
 

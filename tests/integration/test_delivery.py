@@ -506,7 +506,7 @@ async def test_an_attempt_under_a_lease_that_ended_is_recorded_and_decides_nothi
 
     delivery = await wait_until(held)
     await here.context.resources.store.write(enable_quietly, endpoint["id"])
-    work = stages(here.settings, here.context.resources, here.context.account, Examiner(1, 1, 1))
+    work = stages(here.settings, here.context.resources, here.context.breaker, Examiner(1, 1, 1))
     deliver = next(stage for stage in work if stage.name == "deliver")
     with capture_logs() as lines:
         await deliver.run(Lease("deliver", delivery["id"], 99, 1))

@@ -17,7 +17,6 @@ from service.errors import CallTimedOut, ConnectionLost, EgressRefused, NotConne
 from service.net import Egress, Rules
 from service.upstreams.base import (
     Accepted,
-    Call,
     Found,
     NoAnswer,
     NotCreated,
@@ -26,6 +25,7 @@ from service.upstreams.base import (
     Report,
     Status,
     Uncertain,
+    UpstreamCall,
 )
 from service.upstreams.evolink import EvoLink
 
@@ -106,7 +106,10 @@ async def wired(script: Script) -> AsyncIterator[Wire]:
 
 @asynccontextmanager
 async def evolink(
-    base_url: str, calls: list[Call] | None = None, rules: Rules = LOOPBACK, timeout: float = 10
+    base_url: str,
+    calls: list[UpstreamCall] | None = None,
+    rules: Rules = LOOPBACK,
+    timeout: float = 10,
 ) -> AsyncIterator[EvoLink]:
     async with Egress(rules) as egress:
         yield EvoLink(
@@ -134,7 +137,7 @@ async def test_a_submission_is_sent_byte_for_byte() -> None:
     """The stored body, the task's id as idempotency key, our key; the call is told with its request
     id.
     """
-    calls: list[Call] = []
+    calls: list[UpstreamCall] = []
     async with (
         wired(answer(200, SUBMITTED, "X-Request-Id: r-1")) as wire,
         evolink(wire.url + "/", calls) as upstream,
@@ -156,7 +159,7 @@ async def test_a_query_asks_for_one_path_segment() -> None:
     """Whatever the upstream's id holds, it cannot lead to another path; there is no body and no
     idempotency key.
     """
-    calls: list[Call] = []
+    calls: list[UpstreamCall] = []
     found = json.dumps(
         {"id": "a/../b?c%2f", "status": "completed", "results": ["https://files.evolink.ai/1.png"]}
     ).encode()
@@ -180,7 +183,7 @@ async def test_a_query_asks_for_one_path_segment() -> None:
 
 async def test_an_unknown_task_is_not_found() -> None:
     """The upstream's 404 in its own words."""
-    calls: list[Call] = []
+    calls: list[UpstreamCall] = []
     async with (
         wired(answer(404, b'{"error": {"code": "task_not_found"}}')) as wire,
         evolink(wire.url, calls) as upstream,
@@ -202,7 +205,7 @@ async def test_a_passed_through_answer_is_the_upstreams_own(
     path: str, kind: str, status: int
 ) -> None:
     """Status and body as they came, whatever they say."""
-    calls: list[Call] = []
+    calls: list[UpstreamCall] = []
     async with (
         wired(answer(status, b'{"success": true}')) as wire,
         evolink(wire.url, calls) as upstream,
@@ -226,7 +229,7 @@ async def test_a_path_cannot_become_a_host(path: str) -> None:
 
 async def test_nobody_listening_created_nothing(nobody: str) -> None:
     """A refused connection proves that nothing was sent."""
-    calls: list[Call] = []
+    calls: list[UpstreamCall] = []
     async with evolink(nobody, calls) as upstream:
         assert await upstream.submit(ODD, "task_abc") == NotCreated("not connected")
         assert await upstream.query("task-unified-1") == NoAnswer("not connected")
@@ -268,7 +271,7 @@ async def test_the_guards_refusal_created_nothing() -> None:
 )
 async def test_a_broken_connection_leaves_a_submission_uncertain(script: Script) -> None:
     """The upstream has seen it, so it is sent once and never again by itself."""
-    calls: list[Call] = []
+    calls: list[UpstreamCall] = []
     async with wired(script) as wire, evolink(wire.url, calls) as upstream:
         assert await upstream.submit(ODD, "task_abc") == Uncertain("connection lost")
         assert len(wire.requests) == 1
@@ -323,7 +326,7 @@ async def test_answers_over_the_wire_are_judged_by_the_table() -> None:
     """Status, headers and body reach the judgement as they came, and each outcome has its name in
     the log.
     """
-    calls: list[Call] = []
+    calls: list[UpstreamCall] = []
     refusal = (
         b'{"error": {"code": "content_filter", "message": "no", "type":'
         b' "invalid_request_error", "param": "prompt"}}'

@@ -112,7 +112,7 @@ async def test_no_call_to_the_upstream_leads_inside(url: str, here: World, there
     """At a forbidden address nothing is submitted, asked for or passed through: nothing was
     created, and the key went nowhere.
     """
-    usual = here.context.resources.upstream
+    usual = here.context.resources.upstreams["evolink"]
     assert isinstance(usual, EvoLink)
     upstream = EvoLink(usual._egress, url.format(port=there.trap.port), "sk-secret", 5, 5)
     assert await upstream.submit(b"{}", "task_x") == NotCreated("refused by the guard")

@@ -9,7 +9,7 @@ import pytest
 from starlette.responses import Response
 
 from service.queue import worker
-from service.tasks import reconcile, task_queries
+from service.tasks import confirm_worker, task_queries
 from tests.upstream import Cut, Upstream, document, error, failed, picture
 from tests.waiting import wait_until
 from tests.world import World, world
@@ -22,7 +22,7 @@ def quick() -> Iterator[None]:
     """Due work is looked for, and questions are asked again, more often than in earnest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LOOK_S", 0.05)
-        patch.setattr(reconcile, "next_query_wait", lambda *_: 0.05)
+        patch.setattr(confirm_worker, "next_query_wait", lambda *_: 0.05)
         yield
 
 

@@ -23,11 +23,11 @@ from service.db.tables import events, tasks
 from service.db.transaction import Lease
 from service.queue import worker
 from service.resources import new_id
-from service.tasks import confirm_worker, reconcile
-from service.tasks.new_tasks import insert_tasks
+from service.tasks import confirm_worker
+from service.tasks.accept import insert_tasks
 from service.tasks.state import State
-from service.tasks.submissions import Accepted, Submission, record_submissions
-from service.upstreams.base import Report
+from service.tasks.submissions import SubmissionResult, record_submissions
+from service.upstreams.base import Accepted, Report
 from service.web.routes import upstream_routes
 from tests.bench.acknowledgement import CHUNK, waiting
 from tests.stores import open_sqlite
@@ -44,7 +44,7 @@ def quick() -> Iterator[None]:
     """Due work is looked for, and asked about again, sooner than in earnest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LOOK_S", 0.05)
-        patch.setattr(reconcile, "confirm_wait", lambda _queries: 0.05)
+        patch.setattr(confirm_worker, "confirm_wait", lambda _queries: 0.05)
         patch.setattr(confirm_worker, "PATIENCE_S", 0.1)
         yield
 
@@ -106,9 +106,10 @@ async def submitted(folder: Path, count: int, first_query_ms: int = DAY_MS) -> l
                 *(store.write(insert_tasks, waiting(task_id), urgent=True) for task_id in chunk)
             )
             taken = [
-                Submission(
+                SubmissionResult(
                     Lease("submit", task_id, 0, 0),
-                    Accepted(Report(upstream_id=f"u-{task_id}"), first_query_ms),
+                    Accepted(Report(upstream_id=f"u-{task_id}")),
+                    wait_ms=first_query_ms,
                 )
                 for task_id in chunk
             ]

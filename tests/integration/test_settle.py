@@ -14,8 +14,8 @@ from service.db import tables
 from service.db.transaction import Lease, Transaction
 from service.images.validator import Examiner
 from service.queue import backoff, worker
-from service.tasks import reconcile, task_queries
-from service.tasks.reconcile import Plan
+from service.tasks import confirm_worker, task_queries
+from service.tasks.confirm_worker import QueryPlan
 from tests.upstream import Upstream, document, error, failed, page, picture
 from tests.waiting import wait_until
 from tests.world import World, world
@@ -26,10 +26,10 @@ def quick() -> Iterator[None]:
     """Due work is looked for, and questions are asked again, more often than in earnest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LOOK_S", 0.05)
-        patch.setattr(reconcile, "confirm_wait", lambda _: 0.05)
-        patch.setattr(reconcile, "next_query_wait", lambda *_: 0.05)
+        patch.setattr(confirm_worker, "confirm_wait", lambda _: 0.05)
+        patch.setattr(confirm_worker, "next_query_wait", lambda *_: 0.05)
         patch.setattr(
-            reconcile,
+            confirm_worker,
             "first_query_wait",
             lambda _, with_callback, override: override if with_callback else 0.1,
         )
@@ -177,10 +177,10 @@ def test_the_waits_are_those_of_the_contract(monkeypatch: pytest.MonkeyPatch) ->
     without 3 s, then 5 to 60 s.
     """
     for name in ("confirm_wait", "next_query_wait", "first_query_wait"):
-        monkeypatch.setattr(reconcile, name, getattr(backoff, name))
-    called, silent = Plan(True, None, lambda: 0.0), Plan(False, 7.0, lambda: 0.0)
+        monkeypatch.setattr(confirm_worker, name, getattr(backoff, name))
+    called, silent = QueryPlan(True, None, lambda: 0.0), QueryPlan(False, 7.0, lambda: 0.0)
     assert [called.first(estimate) for estimate in (None, 20, 45)] == [60_000, 60_000, 90_000]
-    assert Plan(True, 7.0, lambda: 0.0).first(45) == 7_000
+    assert QueryPlan(True, 7.0, lambda: 0.0).first(45) == 7_000
     assert [silent.first(estimate) for estimate in (None, 4, 45)] == [3_000, 3_000, 22_500]
     assert [called.again(attempt, called_back=False) for attempt in (1, 2, 9)] == [
         60_000,
@@ -323,7 +323,7 @@ async def test_an_answer_under_a_lease_that_ended_changes_nothing(
     """Whoever was too slow records nothing: the row is somebody else's by now."""
     task = await told.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
-    work = stages(told.settings, told.context.resources, told.context.account, Examiner(1, 1, 1))
+    work = stages(told.settings, told.context.resources, told.context.breaker, Examiner(1, 1, 1))
     settle = next(stage for stage in work if stage.name == "settle")
     with capture_logs() as lines:
         await settle.run(Lease("settle", task["id"], 99, 1))
@@ -368,15 +368,15 @@ async def test_a_task_whose_id_was_anothers_waits_without_a_question(
 
     async def waits() -> bool:
         now = await row()
-        return now["upstream_id"] is None and now["settle_lease_until"] is None
+        return now.upstream_id is None and now.settle_lease_until is None
 
     await wait_until(waits)
-    attempts, asked = (await row())["settle_attempts"], upstream.asked["task-unified-shared"]
+    attempts, asked = (await row()).settle_attempts, upstream.asked["task-unified-shared"]
     assert (await told.client.post(f"/v1/tasks/{robbed['id']}/reconcile")).status_code == 409
     await ask(told, robbed)
 
     async def looked_at() -> bool:
-        return bool((await row())["settle_attempts"] != attempts) and await waits()
+        return bool((await row()).settle_attempts != attempts) and await waits()
 
     await wait_until(looked_at)
     assert upstream.asked["task-unified-shared"] == asked

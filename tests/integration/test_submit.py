@@ -511,7 +511,7 @@ async def test_work_on_what_is_gone_ends_quietly(here: World) -> None:
     nothing.
     """
     for stage in stages(
-        here.settings, here.context.resources, here.context.account, Examiner(1, 1, 1)
+        here.settings, here.context.resources, here.context.breaker, Examiner(1, 1, 1)
     ):
         await stage.run(Lease(stage.name, "gone", 1, 1))
 

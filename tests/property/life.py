@@ -20,12 +20,12 @@ from service.events.endpoints import (
 )
 from service.queue import leases
 from service.queue.crashes import record_faults
-from service.tasks.admin import Resolution, reconcile_tasks, resolve_tasks
+from service.tasks.accept import Inserted, NewTask, insert_tasks
+from service.tasks.account_breaker import resume_submissions
+from service.tasks.admin import TaskResolution, reconcile_tasks, resolve_tasks
 from service.tasks.cancel import Cancellation, cancel_tasks
-from service.tasks.held_submissions import resume_submissions
-from service.tasks.new_tasks import Inserted, NewTask, insert_tasks
 from service.tasks.state import State
-from service.tasks.submissions import Start
+from service.tasks.submissions import SubmissionStart
 from service.upkeep.expiry import Erasure, erase_tasks, strip_tasks
 from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, new_id
 from tests.property.life_end import next_due
@@ -183,7 +183,7 @@ class TaskLife(Living):
         while (
             job
             and job in self.jobs
-            and (isinstance(job.wants, Read) or isinstance(job.wants.item, Start))
+            and (isinstance(job.wants, Read) or isinstance(job.wants.item, SubmissionStart))
         ):
             self.go_on([job])
         task_id = job.lease.key if job and job.lease.key in self.seen.tasks else ""
@@ -318,9 +318,9 @@ class TaskLife(Living):
             case "reconcile":
                 write = Write(reconcile_tasks, task_id)
             case "failed" | "resubmit":
-                write = Write(resolve_tasks, Resolution(task_id, resubmit=word == "resubmit"))
+                write = Write(resolve_tasks, TaskResolution(task_id, resubmit=word == "resubmit"))
             case _:
-                write = Write(resolve_tasks, Resolution(task_id, named))
+                write = Write(resolve_tasks, TaskResolution(task_id, named))
         (answer,) = self.write(process, write)
         tell((task_id, named, answer))
         if word == "resubmit" and answer is None:

@@ -10,7 +10,7 @@ from service.images.downloads import (
     Lost,
     Retry,
 )
-from service.tasks.admin import Resolution
+from service.tasks.admin import TaskResolution
 from service.upkeep.expiry import Erasure
 from tests.contract.subject import MINUTE
 from tests.property.life_heard import ENDED
@@ -65,7 +65,7 @@ def is_final(was: Row, retry: Retry, time: int) -> bool:
 # --- by hand ---
 
 
-def check_resolution(step: Step, item: Resolution) -> None:
+def check_resolution(step: Step, item: TaskResolution) -> None:
     was, row = step.task(item.task_id)
     if step.result is not None:
         assert was == row, "refused, and changed"

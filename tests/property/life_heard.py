@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.db.paging import Row
-from service.tasks import inbox
-from service.tasks.inbox import Callback, Verdict
-from service.tasks.settling import Settlement
+from service.tasks import callbacks
+from service.tasks.callbacks import Callback, Verdict
+from service.tasks.confirm_worker import Settlement
 from service.upstreams.base import Status
 
 FINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
@@ -44,7 +44,7 @@ class Heard:
             self.blurred.add(item.task_id)
         kept, key = self.kept.setdefault(item.task_id, set()), key_of(item, foreign=foreign)
         first = verdict == "accepted" and item.report is not None and item.report.status in FINAL
-        if first or len(kept) < inbox.KEPT:
+        if first or len(kept) < callbacks.KEPT:
             kept.add(key)
         if first:
             self.first[item.task_id] = key
@@ -60,7 +60,7 @@ class Heard:
         """Whether there may be no room for it, so that it is counted on another."""
         kept = self.kept.get(item.task_id, set())
         return item.task_id in self.blurred or (
-            len(kept) >= inbox.KEPT and key_of(item, foreign=foreign) not in kept
+            len(kept) >= callbacks.KEPT and key_of(item, foreign=foreign) not in kept
         )
 
     def expected(self, item: Callback, tasks: Mapping[str, Row]) -> str:

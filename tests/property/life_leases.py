@@ -10,11 +10,11 @@ from service.images.downloads import record_downloads
 from service.queue import crashes, leases
 from service.queue.crashes import DeadLetter, Fault, claim_candidates, record_faults
 from service.queue.leases import LEASE_MS
+from service.tasks.account_breaker import hold_submissions, resume_submissions
 from service.tasks.admin import reconcile_tasks, resolve_tasks
+from service.tasks.callbacks import accept_callbacks
 from service.tasks.cancel import cancel_tasks
-from service.tasks.held_submissions import hold_submissions, resume_submissions
-from service.tasks.inbox import accept_callbacks
-from service.tasks.settling import record_settlements
+from service.tasks.confirm_worker import record_settlements
 from service.tasks.submissions import record_submissions, start_submissions
 from service.upkeep.expiry import erase_tasks, strip_tasks
 from tests.property.life_checks import Seen

@@ -13,12 +13,12 @@ from service.db.transaction import Lease
 from service.events.endpoints import EndpointChange, change_endpoints
 from service.queue import leases
 from service.queue.crashes import claim_candidates
-from service.tasks.inbox import Callback, accept_callbacks
-from service.tasks.settling import Settlement
+from service.tasks.callbacks import Callback, accept_callbacks
+from service.tasks.confirm_worker import Settlement
 from service.tasks.state import TERMINAL, State
-from service.tasks.submissions import Start, Submission, Uncertain
+from service.tasks.submissions import SubmissionResult, SubmissionStart
 from service.upkeep.expiry import Erasure, strip_tasks
-from service.upstreams.base import Report
+from service.upstreams.base import Report, Uncertain
 from tests.contract.subject import DAY, HOUR, callback
 from tests.property.life_bench import Bench
 from tests.property.life_checks import Seen, check, check_grant, check_sent
@@ -223,7 +223,7 @@ class Living(RuleBasedStateMachine):
         for (job, write), result in zip(writing, results, strict=False):
             if not self.quiet:
                 tell((write.operation.__name__, write.item, result))
-            if isinstance(write.item, Start) and result is not None:
+            if isinstance(write.item, SubmissionStart) and result is not None:
                 permitted = write.item.resubmit and (
                     self.shop.resubmits or job.lease.key in self.shop.permitted
                 )
@@ -233,7 +233,7 @@ class Living(RuleBasedStateMachine):
                     permitted=permitted,
                 )
             if (
-                isinstance(write.item, Submission)
+                isinstance(write.item, SubmissionResult)
                 and isinstance(write.item.outcome, Uncertain)
                 and result is State.UNCERTAIN
             ):

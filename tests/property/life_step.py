@@ -6,7 +6,8 @@ from typing import Any
 
 from service.db.paging import Row
 from service.db.transaction import Lease
-from service.tasks.submissions import Accepted, Refused, Submission
+from service.tasks.submissions import SubmissionResult
+from service.upstreams.base import Accepted, Refused
 from tests.property.life_checks import Seen
 from tests.property.life_heard import Heard
 from tests.property.life_work import Write
@@ -53,7 +54,7 @@ class Step:
 def check_late(step: Step) -> None:
     """A write after its lease changes nothing but by a submission's answer in hand."""
     item = step.write.item
-    outcome = item.outcome if isinstance(item, Submission) else None
+    outcome = item.outcome if isinstance(item, SubmissionResult) else None
     if isinstance(outcome, Accepted) or (
         isinstance(outcome, Refused) and step.before.tasks[item.lease.key]["state"] == "uncertain"
     ):

@@ -24,24 +24,29 @@ from service.images import image_queries
 from service.images.downloads import Download, Lost, Retry, Stored, record_downloads
 from service.queue import leases
 from service.tasks import task_queries
-from service.tasks.held_submissions import Hold, hold_submissions
-from service.tasks.reconcile import Plan
+from service.tasks.account_breaker import SubmissionHold, hold_submissions
+from service.tasks.confirm_worker import QueryPlan, Settlement, record_settlements
 from service.tasks.rows import TaskRow
-from service.tasks.settling import Settlement, record_settlements
 from service.tasks.state import State
 from service.tasks.submissions import (
-    Accepted,
-    Again,
-    Refused,
-    Start,
-    Submission,
-    Uncertain,
-    Undecided,
+    SubmissionResult,
+    SubmissionStart,
     record_submissions,
     start_submissions,
 )
-from service.upstreams.base import Found, NotFound, Report
-from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, new_id
+from service.upstreams.base import Found, NotCreated, NotFound, Report
+from tests.contract.subject import (
+    DAY,
+    HOUR,
+    MINUTE,
+    SECOND,
+    UNDECIDED,
+    accepts,
+    creates_nothing,
+    doubts,
+    new_id,
+    refuses,
+)
 from tests.property.life_upstream import Upstream, error
 
 
@@ -92,8 +97,8 @@ class Workshop:
     said: dict[bytes, Report] = field(default_factory=dict)  # callbacks by body
 
     @property
-    def plan(self) -> Plan:
-        return Plan(self.with_callback, None, lambda: 0.5)
+    def plan(self) -> QueryPlan:
+        return QueryPlan(self.with_callback, None, lambda: 0.5)
 
     def life(self, lease: Lease) -> Life:
         lives = {
@@ -110,23 +115,27 @@ class Workshop:
         row: TaskRow | None = yield Read(task_queries.task_row, (lease.key, None))
         state = row.state if row else None
         if state is State.SUBMITTING:
-            yield Write(record_submissions, Submission(lease, self._uncertain("its sender died")))
+            yield Write(
+                record_submissions, replace(self._uncertain("its sender died"), lease=lease)
+            )
         elif row and state is State.UNCERTAIN and not self._again(row):
-            yield Write(record_submissions, Submission(lease, Undecided()))
+            yield Write(record_submissions, replace(UNDECIDED, lease=lease))
         elif state not in (State.QUEUED, State.UNCERTAIN):
             yield Write(leases.done, lease)
         elif row and self.luck in (1, 11) and (state is State.UNCERTAIN or self._young(row)):
-            yield Write(hold_submissions, Hold(lease, MINUTE, HOUR))
+            yield Write(hold_submissions, SubmissionHold(lease, MINUTE, HOUR))
         elif (
-            yield Write(start_submissions, Start(lease, 70 * SECOND, state is State.UNCERTAIN))
+            yield Write(
+                start_submissions, SubmissionStart(lease, 70 * SECOND, state is State.UNCERTAIN)
+            )
         ) is None:
             yield Write(leases.done, lease)
         else:
             sent = Sent(lease)
             self.sent.setdefault(lease.key, []).append(sent)
-            outcome = self._call(lease.key)
-            yield Write(record_submissions, Submission(lease, outcome))
-            sent.nothing = isinstance(outcome, Again)
+            result = self._call(lease.key)
+            yield Write(record_submissions, replace(result, lease=lease))
+            sent.nothing = isinstance(result.outcome, NotCreated)
 
     def _again(self, row: TaskRow) -> bool:
         return bool(row.resubmit or (self.resubmits and self._young(row)))
@@ -134,14 +143,14 @@ class Workshop:
     def _young(self, row: TaskRow) -> bool:
         return bool(self.clock() - row.created_at < HOUR)
 
-    def _uncertain(self, reason: str) -> Uncertain:
-        return Uncertain(
+    def _uncertain(self, reason: str) -> SubmissionResult:
+        return doubts(
             reason,
             15 * MINUTE if self.with_callback else 5 * SECOND if self.resubmits else 0,
             resend=self.resubmits,
         )
 
-    def _call(self, task_id: str) -> Accepted | Again | Refused | Uncertain:
+    def _call(self, task_id: str) -> SubmissionResult:
         """What really happens upstream, and what is heard of it."""
         mine, others = (
             self.upstream.of(task_id),
@@ -154,34 +163,31 @@ class Workshop:
             case 2:
                 return self._uncertain("the request was lost")
             case 3 | 4:
-                return Again("429", 5 * SECOND * (4 - self.luck), HOUR)
+                return creates_nothing("429", 5 * SECOND * (4 - self.luck), HOUR)
             case 5:
-                return Refused(400, error("invalid_request"))
+                return refuses(400, error("invalid_request"))
             case 6 if others:
                 taken = others[-1]
                 self.upstream.lied_about |= {task_id, taken.task_id}
-                return Accepted(taken.truth, self.plan.first(None))
+                return accepts(taken.truth, self.plan.first(None))
             case 7:
                 self.upstream.create(task_id)
                 self.upstream.lied_about.add(task_id)
-                return Again("a lie", SECOND, HOUR)
+                return creates_nothing("a lie", SECOND, HOUR)
             case 8:
                 self.upstream.end(self.upstream.create(task_id), "completed", 2)
-                return Accepted(self.upstream.of(task_id)[-1].truth, self.plan.first(None))
+                return accepts(self.upstream.of(task_id)[-1].truth, self.plan.first(None))
             case 9 if mine:  # it knew the idempotency key
-                return Accepted(mine[-1].truth, self.plan.first(45))
-        return Accepted(self.upstream.create(task_id).truth, self.plan.first(45))
+                return accepts(mine[-1].truth, self.plan.first(45))
+        return accepts(self.upstream.create(task_id).truth, self.plan.first(45))
 
     # --- settle ---
 
     def settle(self, lease: Lease) -> Life:
-        found: tuple[TaskRow, bytes | None] | None = yield Read(task_queries.settling, (lease.key,))
-        if found is None or (
-            found[0].upstream_id is None and found[0].state is not State.SUBMITTED
-        ):
+        row, callback = yield Read(task_queries.settling, (lease.key,))
+        if row is None or (row.upstream_id is None and row.state is not State.SUBMITTED):
             yield Write(leases.done, lease)
             return
-        row, callback = found
         believed = (
             not self.confirms
             and callback

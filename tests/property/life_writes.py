@@ -3,21 +3,13 @@ sections 3 and 4).
 """
 
 from service.db.paging import Row
+from service.tasks.account_breaker import SubmissionHold
+from service.tasks.callbacks import Callback
 from service.tasks.cancel import Cancellation
-from service.tasks.held_submissions import Hold
-from service.tasks.inbox import Callback
-from service.tasks.settling import Settlement
+from service.tasks.confirm_worker import Settlement
 from service.tasks.state import State
-from service.tasks.submissions import (
-    Accepted,
-    Again,
-    Refused,
-    Start,
-    Submission,
-    Uncertain,
-    Undecided,
-)
-from service.upstreams.base import Status
+from service.tasks.submissions import SubmissionResult, SubmissionStart
+from service.upstreams.base import Accepted, NotCreated, Refused, Status, Uncertain
 from tests.property.life_heard import ENDED, FINAL, key_of, names_another
 from tests.property.life_step import Step
 from tests.property.life_upstream import error
@@ -28,7 +20,7 @@ SUBMITTABLE = (State.QUEUED, State.SUBMITTING, State.UNCERTAIN)
 # --- submitting ---
 
 
-def check_start(step: Step, item: Start) -> None:
+def check_start(step: Step, item: SubmissionStart) -> None:
     was, row = step.task(item.lease.key)
     may = was["state"] in (State.QUEUED, State.SUBMITTING) or (
         was["state"] == State.UNCERTAIN and item.resubmit
@@ -41,7 +33,7 @@ def check_start(step: Step, item: Start) -> None:
         )
 
 
-def check_submission(step: Step, item: Submission) -> None:
+def check_submission(step: Step, item: SubmissionResult) -> None:
     was, row = step.task(item.lease.key)
     outcome, state = item.outcome, State(was["state"])
     assert row["submit_outcomes"] == was["submit_outcomes"] + 1, (
@@ -61,33 +53,30 @@ def check_submission(step: Step, item: Submission) -> None:
                 outcome.error,
             ), "a refusal lost"
             return
-        case Again() if open_ and state is State.SUBMITTING:
-            young = step.time - was["created_at"] < outcome.give_up_ms
+        case NotCreated() if open_ and state is State.SUBMITTING:
+            young = step.time - was["created_at"] < item.give_up_ms
             if was["doubted_at"] is not None:
                 assert (*got, due, row["resubmit"]) == (
                     State.UNCERTAIN,
                     None,
-                    outcome.wait_ms,
+                    item.wait_ms,
                     was["resubmit"] and young,
                 )
             elif young:
-                assert (*got, due) == (State.QUEUED, None, outcome.wait_ms), (
+                assert (*got, due) == (State.QUEUED, None, item.wait_ms), (
                     "nothing was created, and not sent again in time"
                 )
             else:
                 assert got == (State.FAILED, "not_submitted"), "tried for ever"
             return
         case Uncertain() if open_ and state is State.SUBMITTING:
-            again = outcome.resend and was["doubted_at"] is None
-            assert (*got, due, row["resubmit"]) == (
-                State.UNCERTAIN,
-                None,
-                outcome.decide_ms,
-                again,
-            ), "uncertain, and not as it should be"
+            again = item.resend and was["doubted_at"] is None
+            assert (*got, due, row["resubmit"]) == (State.UNCERTAIN, None, item.decide_ms, again), (
+                "uncertain, and not as it should be"
+            )
             assert row["doubted_at"] is not None, "a doubt that nobody knows of"
             return
-        case Undecided() if step.held and state is State.UNCERTAIN and not was["resubmit"]:
+        case None if step.held and state is State.UNCERTAIN and not was["resubmit"]:
             assert got == (State.FAILED, "submission_uncertain"), (
                 "time is up, and nothing is decided"
             )
@@ -97,7 +86,7 @@ def check_submission(step: Step, item: Submission) -> None:
     )
 
 
-def check_accepted(step: Step, item: Submission, outcome: Accepted) -> None:
+def check_accepted(step: Step, item: SubmissionResult, outcome: Accepted) -> None:
     was, row = step.task(item.lease.key)
     id = outcome.report.upstream_id
     holder = next(
@@ -125,7 +114,7 @@ def check_accepted(step: Step, item: Submission, outcome: Accepted) -> None:
         )
 
 
-def check_hold(step: Step, item: Hold) -> None:
+def check_hold(step: Step, item: SubmissionHold) -> None:
     was, row = step.task(item.lease.key)
     if not step.held or was["state"] not in (State.QUEUED, State.UNCERTAIN):
         assert row["submit_due_at"] == was["submit_due_at"]

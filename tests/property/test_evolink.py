@@ -76,12 +76,7 @@ def assert_fit(report: Report) -> None:
         assert len(text) <= 4096
     assert len(report.results) <= 64
     assert report.progress is None or 0 <= report.progress <= 100
-    for number in (
-        report.created,
-        report.estimated_time,
-        report.credits_reserved,
-        report.credits_used,
-    ):
+    for number in (report.estimated_time, report.credits_reserved, report.credits_used):
         assert number is None or 0 <= number < 2**63
 
 

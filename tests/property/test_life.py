@@ -24,7 +24,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from service.images import downloads
 from service.queue import crashes
-from service.tasks import inbox
+from service.tasks import callbacks
 from tests.contract.subject import Clock, new_id
 from tests.property.life import TaskLife
 from tests.property.life_bench import Bench
@@ -131,7 +131,7 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits that a short life reaches."""
     monkeypatch.setattr(crashes, "FAULT_LIMIT", 2)
     monkeypatch.setattr(crashes, "CRASH_LIMIT", 4)
-    monkeypatch.setattr(inbox, "KEPT", 4)
+    monkeypatch.setattr(callbacks, "KEPT", 4)
     monkeypatch.setattr(downloads, "STALE_LIMIT", 3)
 
 

@@ -26,10 +26,10 @@ from service.queue.leases import LEASE_MS
 from service.queue.worker import Stage, WorkerPool
 from service.resources import new_id
 from service.tasks import task_queries
-from service.tasks.new_tasks import NewTask, insert_tasks
-from service.tasks.submissions import Accepted, Submission, record_submissions
+from service.tasks.accept import NewTask, insert_tasks
+from service.tasks.submissions import SubmissionResult, record_submissions
 from service.tasks.transitions import dead_letter_task
-from service.upstreams.base import Report
+from service.upstreams.base import Accepted, Report
 from tests.stores import open_sqlite
 from tests.waiting import wait_until
 
@@ -174,8 +174,8 @@ async def test_a_busy_stage_keeps_no_other_from_looking(
         at_once,
     )
     async with at_work(pool):
-        accepted = Submission(
-            Lease("submit", "task_silent", 0, 0), Accepted(Report(upstream_id="u-1"), 0)
+        accepted = SubmissionResult(
+            Lease("submit", "task_silent", 0, 0), Accepted(Report(upstream_id="u-1")), wait_ms=0
         )
         await shop.store.write(record_submissions, accepted)
         await reconciled.wait()

@@ -5,7 +5,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.errors import ApiError
-from service.tasks.admin import Resolution, reconcile_tasks, resolve_tasks
+from service.tasks.admin import TaskResolution, reconcile_tasks, resolve_tasks
 from service.web import schemas
 from service.web.bodies import read_model
 from service.web.context import resources_of
@@ -18,7 +18,7 @@ async def resolve(request: Request) -> Response:
     """Settle an uncertain submission by hand."""
     task, _ = await known_task(request)
     body = await read_model(request, schemas.Resolution)
-    resolution = Resolution(task.id, body.upstream_id, resubmit=body.decision == "resubmit")
+    resolution = TaskResolution(task.id, body.upstream_id, resubmit=body.decision == "resubmit")
     refused = await resources_of(request).store.write(resolve_tasks, resolution)
     if refused == "taken":
         message, param = "another task has this upstream_id", "upstream_id"

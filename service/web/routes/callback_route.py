@@ -52,12 +52,13 @@ class CallbackRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         context, path = scope["state"]["context"], scope["path_params"]
-        resources, task_id = context.resources, path["task_id"]
-        if not resources.keyring.callback_token_valid(path["upstream"], task_id, path["token"]):
+        resources, upstream, task_id = context.resources, path["upstream"], path["task_id"]
+        valid = resources.keyring.callback_token_valid(upstream, task_id, path["token"])
+        if not valid or upstream not in resources.upstreams:
             await self._refuse_token(resources, scope, send)
             return
         with context.gate.callback():
-            await self._take(context, task_id, scope, receive, send)
+            await self._take(context, upstream, task_id, scope, receive, send)
 
     async def _refuse_token(self, resources: Resources, scope: Scope, send: Send) -> None:
         """Does not read the body. Behind a long one, the connection ends."""
@@ -77,7 +78,13 @@ class CallbackRoute:
         await refuse(scope, send, 401, *[CLOSE] * long)
 
     async def _take(
-        self, context: Context, task_id: str, scope: Scope, receive: Receive, send: Send
+        self,
+        context: Context,
+        upstream: str,
+        task_id: str,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
     ) -> None:
         resources, started = context.resources, time.monotonic()
         try:
@@ -96,7 +103,13 @@ class CallbackRoute:
         whole = len(body) <= MAX_BODY
         try:
             verdict = await callbacks.receive(
-                resources, task_id, body, context.result_ttl_s, time.monotonic(), whole=whole
+                resources,
+                upstream,
+                task_id,
+                body,
+                context.result_ttl_s,
+                time.monotonic(),
+                whole=whole,
             )
         except StoreUnavailable:
             await refuse(scope, send, 503, RETRY)

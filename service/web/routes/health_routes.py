@@ -38,7 +38,8 @@ async def readyz(request: Request) -> Response:
         causes.append("blobs")
     if context.workers_alive is not None and not context.workers_alive():
         causes.append("workers")
-    if not context.resources.upstream.answering or context.account.refused:
+    upstreams = context.resources.upstreams.values()
+    if context.breaker.is_open or not all(upstream.answering for upstream in upstreams):
         causes.append("upstream")
     if context.sinks and (context.sinks_failing() or await _sinks_late(context)):
         causes.append("brokers")

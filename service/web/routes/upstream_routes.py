@@ -21,6 +21,7 @@ from service.strict_json import JSON
 from service.tasks import task_queries
 from service.tasks.account_breaker import CREDITS, note_credits
 from service.upstreams.base import throttled
+from service.upstreams.catalogue import DEFAULT_UPSTREAM
 from service.web.context import Context, context_of
 
 SLOT_S = 10.0  # the longest wait for a slot of the concurrency limit
@@ -57,7 +58,7 @@ async def task(context: Context, owner: str | None, task_id: str) -> Response:
     match = UPSTREAM_ID.fullmatch(task_id)
     if match is None:
         raise unknown_task()
-    asked, upstream = task_id, context.resources.upstream.name
+    asked, upstream = task_id, DEFAULT_UPSTREAM
     if owner is not None:
         created = int(match[1]) * 1000 if match[1] else None
         query = task_queries.may_be_anothers
@@ -75,7 +76,7 @@ async def task(context: Context, owner: str | None, task_id: str) -> Response:
 
 async def _get(context: Context, path: str) -> net.Response:
     async with context.resources.limiter.slot("passthrough", SLOT_S) as record:
-        answer = await context.resources.upstream.passthrough("GET", path)
+        answer = await context.resources.upstreams[DEFAULT_UPSTREAM].passthrough("GET", path)
         record(throttled(answer))
     return answer
 
