@@ -1,10 +1,9 @@
-"""`darkroom backup`: the embedded store, its key and its images as a folder. `restore` puts it
-back.
+"""`darkroom backup`: the embedded store, its key and its images in a folder.
 
-DIR/darkroom.db     the store at one moment
-DIR/secret.key      unless DARKROOM_SECRET_KEY holds the key
-DIR/images/…        what that store names, as hard links where the file system allows it: an image
-never changes DIR/manifest.json   written last: a folder without it is no backup
+DIR/darkroom.db    the store of one moment
+DIR/secret.key     unless the key is in DARKROOM_SECRET_KEY
+DIR/images/…       the images that this store names, as hard links where the file system has them
+DIR/manifest.json  written last: a folder without it is no backup
 """
 
 import hashlib
@@ -31,7 +30,7 @@ CHUNK = 1 << 20
 
 
 def embedded(settings: "Settings") -> Path:
-    """The store's file; CommandFailed on PostgreSQL, ConfigurationError: it is a link."""
+    """The file of the embedded store. CommandFailed on PostgreSQL."""
     from service.db.integrity import refuse_no_file
 
     if settings.sqlite_path is None:
@@ -44,7 +43,7 @@ def embedded(settings: "Settings") -> Path:
 
 
 def summed(source: Path, target: Path | None = None) -> tuple[int, str]:
-    """A file's length and sum; copied to `target` on the way."""
+    """The length and the SHA-256 of a file, which is copied to `target`."""
     sha256, size = hashlib.sha256(), 0
     with source.open("rb") as file, (target or Path(os.devnull)).open("wb") as copy:
         while chunk := file.read(CHUNK):
@@ -53,12 +52,16 @@ def summed(source: Path, target: Path | None = None) -> tuple[int, str]:
     return size, sha256.hexdigest()
 
 
-# --- making one
-# --------------------------------------------------------------------------------------------------
+def clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def backup(dir: Folder, as_json: Json = False) -> None:
-    """Copy the embedded store into a new folder: database, key and images of one moment. The
+    """Copy the embedded store of one moment into a new folder: database, key and images. The
     service may run meanwhile.
     """
     from service.settings import load_settings
@@ -71,20 +74,16 @@ def backup(dir: Folder, as_json: Json = False) -> None:
     if any(dir.iterdir()):
         raise CommandFailed(f"{dir} is not empty: a backup wants a new folder")
     try:
-        manifest = made(settings, path, dir)
+        manifest = write_backup(settings, path, dir)
     except BaseException:
-        emptied(dir)
+        clear(dir)
         raise
-    shown = manifest.model_dump(mode="json")
+    document = manifest.model_dump(mode="json")
     if as_json:
-        put_json(shown)
+        put_json(document)
     else:
-        put_fields(
-            {
-                "backup": str(dir),
-                **{name: shown[name] for name in ("made_at", "tasks", "events", "images")},
-            }
-        )
+        fields = {name: document[name] for name in ("made_at", "tasks", "events", "images")}
+        put_fields({"backup": str(dir)} | fields)
     if lost := manifest.images.lost:
         raise CommandFailed(
             f"the backup is made, but {len(lost)} images that the store names are not in"
@@ -92,57 +91,48 @@ def backup(dir: Folder, as_json: Json = False) -> None:
         )
 
 
-def made(settings: "Settings", path: Path, folder: Path) -> "Manifest":
+def write_backup(settings: "Settings", path: Path, folder: Path) -> "Manifest":
+    """Copies the key, the database and the images, and vouches for them with the manifest."""
     from service.cli.direct_keys import is_unserved
     from service.cli.manifest import FORMAT, Images, Manifest, Sum
     from service.db.clock import wall_clock
     from service.db.snapshot import copy_database, figures, reading
-    from service.ids import sequence_text
 
-    served, now = (
-        not is_unserved(settings),
-        wall_clock(),
-    )  # before the copy: whatever comes after it is younger
-    key = settings.data_dir / KEY
+    # Read before the copy, so that all that the copy lacks is younger.
+    served, now = not is_unserved(settings), wall_clock()
     if not settings.secret_key:
         (folder / KEY).touch(0o600)
-        summed(key, folder / KEY)
+        summed(settings.key_file, folder / KEY)
     if settings.blob_url.startswith("file:"):
-        images = with_images(path, settings.image_dir, folder)
+        images = copy_with_images(path, settings.image_dir, folder)
     else:
         copy_database(path, folder / DATABASE)
         images = Images(kept_at=settings.blob_url)
+    files = [name for name in (DATABASE, KEY) if (folder / name).exists()]
     with reading(folder / DATABASE) as connection:
-        found = figures(connection)
-    manifest = Manifest(
-        format=FORMAT,
-        darkroom=VERSION,
-        made_at=datetime.fromtimestamp(now / 1000, UTC),
-        served=served or not is_unserved(settings),
-        schema_version=found.schema,
-        tasks=found.tasks,
-        events=found.events,
-        sequence=sequence_text(found.sequence),
-        files={
-            name: Sum.of(*summed(folder / name))
-            for name in (DATABASE, KEY)
-            if (folder / name).exists()
-        },
-        images=images,
-    )
+        manifest = Manifest(
+            format=FORMAT,
+            darkroom=VERSION,
+            made_at=datetime.fromtimestamp(now / 1000, UTC),
+            served=served or not is_unserved(settings),
+            files={name: Sum.of(*summed(folder / name)) for name in files},
+            images=images,
+            **figures(connection),
+        )
     draft = folder / f".{MANIFEST}"
     draft.write_text(manifest.model_dump_json(indent=2) + "\n", "utf-8")
-    os.sync()  # everything above, folders included, before the file that vouches for it
+    os.sync()  # everything that the manifest vouches for, folders included
     draft.rename(folder / MANIFEST)
     os.sync()
     return manifest
 
 
-def with_images(path: Path, source: Path, folder: Path) -> "Images":
-    """Copies the database, then every image it names: each was durable before it was named.
+def copy_with_images(path: Path, source: Path, folder: Path) -> "Images":
+    """Copies the database, then every image that it names.
 
-    One that was erased in between sends us back to copy the database again. One that is missing
-    twice is lost.
+    An image is durable before the database names it. So an image is missing because it was erased
+    after the copy, or because the store has lost it. The database is copied again until no image is
+    missing, or the same images are missing twice.
     """
     from service.cli.manifest import Images
     from service.db.snapshot import copy_database, reading, stored_images
@@ -153,16 +143,14 @@ def with_images(path: Path, source: Path, folder: Path) -> "Images":
         copy_database(path, folder / DATABASE)
         before, missing, named = missing, [], set[str]()
         with reading(folder / DATABASE) as connection:
-            for image in stored_images(connection):
-                named.add(image.blob)
-                if image.blob in kept:
+            for blob, size, sha256 in stored_images(connection):
+                named.add(blob)
+                if blob in kept:
                     continue
-                if same(
-                    source / image.blob, folder / IMAGES / image.blob, image.bytes, image.sha256
-                ):
-                    kept[image.blob] = image.bytes
+                if copy_image(source / blob, folder / IMAGES / blob, size, sha256):
+                    kept[blob] = size
                 else:
-                    missing.append(image.blob)
+                    missing.append(blob)
         for blob in kept.keys() - named:
             (folder / IMAGES / blob).unlink()
             del kept[blob]
@@ -171,8 +159,8 @@ def with_images(path: Path, source: Path, folder: Path) -> "Images":
     return Images(count=len(kept), bytes=sum(kept.values()), lost=missing)
 
 
-def same(source: Path, target: Path, size: int, sha256: str) -> bool:
-    """Links or copies an image; False if there is none, or another one."""
+def copy_image(source: Path, target: Path, size: int, sha256: str) -> bool:
+    """Links or copies an image. False if it is missing or another one."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         if source.stat().st_size != size:
@@ -181,18 +169,10 @@ def same(source: Path, target: Path, size: int, sha256: str) -> bool:
             os.link(source, target)
         except FileNotFoundError:
             raise
-        except OSError:  # another file system, or one without links, or too many of them
+        except OSError:  # another file system, or a limit of links
             if summed(source, target) != (size, sha256):
                 target.unlink()
                 return False
     except FileNotFoundError:
         return False
     return True
-
-
-def emptied(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import closing
 from functools import partial
 from ipaddress import ip_address
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -14,6 +15,7 @@ from service.errors import ApiError
 from service.strict_json import JSON
 
 if TYPE_CHECKING:
+    from service.db.sqlite import FileLock
     from service.db.store import Store
     from service.settings import Settings
     from service.signing import Keyring
@@ -51,13 +53,17 @@ def is_local(url: str) -> bool:
         return host == "localhost"
 
 
-def is_unserved(settings: "Settings") -> bool:
-    """Whether no process holds the lock of the embedded store at this moment."""
+def store_lock(path: Path) -> "FileLock":
+    """The lock that the process holds that serves the store."""
     from service.db.sqlite import FileLock
 
-    path = settings.sqlite_path
-    assert path is not None
-    lock = FileLock(path.with_name(path.name + ".lock"))
+    return FileLock(path.with_name(path.name + ".lock"))
+
+
+def is_unserved(settings: "Settings") -> bool:
+    """Whether no process holds the lock of the embedded store at this moment."""
+    assert settings.sqlite_path is not None
+    lock = store_lock(settings.sqlite_path)
     if lock.acquire():
         lock.release()
         return True

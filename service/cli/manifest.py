@@ -1,4 +1,4 @@
-"""What a backup says of itself, in `manifest.json`."""
+"""The manifest of a backup, `manifest.json`."""
 
 from typing import Self
 
@@ -17,8 +17,8 @@ class Sum(BaseModel):
 
 
 class Images(BaseModel):
-    """`kept_at`: they stay in that bucket; `lost`: the store named them, and its folder had not got
-    them.
+    """`lost` are named by the store and were not in its folder. `kept_at` is the bucket of images
+    that are not in the backup.
     """
 
     count: NonNegativeInt = 0
@@ -28,8 +28,8 @@ class Images(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a backup says of itself. The sums of images are in the database. `served`: while it was
-    made.
+    """`served`: a process served the store while the backup was made. The checksums of images are
+    in the database.
     """
 
     format: int

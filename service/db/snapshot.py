@@ -1,62 +1,39 @@
-"""Copies of the embedded store: taken while it is served, and looked into.
+"""Copies of the embedded store: made while it is served, and read.
 
-A copy is read on a read-only connection in one transaction. That is safe beside the process that
-serves: see docs/decisions/0018.
+A copy is read on a read-only connection in one transaction. docs/decisions/0018 says why that is
+safe beside the serving process.
 """
 
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, func, select
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool
 
+from service.db.integrity import connecting
 from service.db.tables import counters, endpoints, events, images, owners, tasks
 from service.errors import ConfigurationError
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """What a copy holds; `sequence` is that of its last event."""
-
-    schema: str | None
-    tasks: int
-    events: int
-    sequence: int
-
-
-@dataclass(frozen=True, slots=True)
-class StoredImage:
-    blob: str
-    bytes: int
-    sha256: str
+from service.ids import sequence_text
 
 
 def copy_database(source: Path, target: Path) -> None:
-    """A consistent copy of a store that may be served meanwhile, as one whole file.
-    ConfigurationError: it cannot be.
-    """
+    """Copies a store that may be served meanwhile into one whole file."""
     target.unlink(missing_ok=True)
     target.touch(0o600)
     try:
         with (
-            closing(
-                sqlite3.connect(
-                    f"{source.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None
-                )
-            ) as live,
-            closing(sqlite3.connect(target)) as made,
+            closing(connecting(source.absolute(), "ro")()) as live,
+            closing(sqlite3.connect(target)) as copy,
         ):
             live.execute("BEGIN")
-            live.execute(
-                "SELECT 1 FROM alembic_version"
-            ).fetchone()  # from here on it is one moment's store
-            live.backup(made)
-            made.execute("PRAGMA journal_mode=DELETE")
+            live.execute("SELECT 1 FROM alembic_version").fetchone()  # takes the snapshot
+            live.backup(copy)
+            copy.execute("PRAGMA journal_mode=DELETE")
     except sqlite3.DatabaseError as error:
         raise ConfigurationError(
             f"{source} cannot be copied to {target.parent}: {error}"
@@ -65,7 +42,7 @@ def copy_database(source: Path, target: Path) -> None:
 
 
 def check_database(path: Path, name: Path | str) -> None:
-    """ConfigurationError: what is called `name` is damaged."""
+    """ConfigurationError with this `name`: the database is damaged."""
     try:
         with closing(sqlite3.connect(path)) as connection:
             damage = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
@@ -77,7 +54,7 @@ def check_database(path: Path, name: Path | str) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[Connection]:
-    """A connection to a copy that nobody writes. ConfigurationError: it is none of ours."""
+    """A connection to a copy. ConfigurationError: it is no store."""
     engine = create_engine(
         "sqlite+pysqlite://",
         creator=lambda: sqlite3.connect(path),
@@ -91,29 +68,30 @@ def reading(path: Path) -> Iterator[Connection]:
         raise ConfigurationError(f"{path} cannot be read: {error.orig}") from error
 
 
-def figures(connection: Connection) -> Figures:
-    schema = MigrationContext.configure(connection).get_current_revision()
-    counts = (
-        select(func.count()).select_from(table).scalar_subquery() for table in (tasks, events)
-    )
-    sequence = select(counters.c.value).where(counters.c.name == "events").scalar_subquery()
-    return Figures(schema, *map(int, connection.execute(select(*counts, sequence)).one()))
+def figures(connection: Connection) -> dict[str, Any]:
+    """The version of a copy's schema, its tasks and events, and the sequence of its last event."""
+    last = select(counters.c.value).where(counters.c.name == "events")
+    return {
+        "schema_version": MigrationContext.configure(connection).get_current_revision(),
+        "tasks": connection.execute(select(func.count()).select_from(tasks)).scalar_one(),
+        "events": connection.execute(select(func.count()).select_from(events)).scalar_one(),
+        "sequence": sequence_text(connection.execute(last).scalar_one()),
+    }
 
 
-def stored_images(connection: Connection) -> Iterator[StoredImage]:
-    """Every image that a copy names, in the order of the names."""
-    columns = (images.c.blob, images.c.bytes, images.c.sha256)
+def stored_images(connection: Connection) -> Iterator[tuple[str, int, str]]:
+    """Name, length and SHA-256 of every image of a copy, in the order of the names."""
     statement = (
-        select(*columns)
+        select(images.c.blob, images.c.bytes, images.c.sha256)
         .where(images.c.state == "stored", images.c.blob.is_not(None))
         .order_by(images.c.blob)
     )
     for row in connection.execution_options(yield_per=1000).execute(statement):
-        yield StoredImage(*row)
+        yield row.blob, row.bytes, row.sha256
 
 
 def secrets(connection: Connection) -> list[bytes]:
-    """What is encrypted in a store."""
+    """The encrypted secrets of a store."""
     return [
         secret
         for column in (owners.c.callback_secret, endpoints.c.secret)
