@@ -27,7 +27,7 @@ from service.events.webhooks import WebhookSender
 from service.images.download_worker import Downloader
 from service.images.downloads import dead_letter_image
 from service.images.sweep import sweep
-from service.images.validator import Examiner, examining
+from service.images.validator import ImageValidator, open_validator
 from service.ops.metrics import Metrics
 from service.queue.periodic import hourly
 from service.queue.worker import Stage, WorkerPool
@@ -69,7 +69,7 @@ class Role:
 
 
 def stages(
-    settings: Settings, resources: Resources, breaker: AccountBreaker, examiner: Examiner
+    settings: Settings, resources: Resources, breaker: AccountBreaker, validator: ImageValidator
 ) -> list[Stage]:
     """The workers' stages, in the order of the data."""
     plan = QueryPlan(
@@ -93,7 +93,7 @@ def stages(
         settings.evolink_result_ttl_s,
     )
     downloader = Downloader(
-        resources, examiner, settings.download_schedule, settings.max_image_bytes
+        resources, validator, settings.download_schedule, settings.max_image_bytes
     )
     sender = WebhookSender(resources, settings.delivery_timeout_s)
     deliverer = DeliveryWorker(
@@ -160,15 +160,15 @@ async def running(
     if role.workers and settings.evolink_api_key is None:
         raise ConfigurationError("DARKROOM_EVOLINK_API_KEY is required by workers")
     metrics = Metrics()
-    pictures = examining(
+    opened_validator = open_validator(
         settings.decode_concurrency, settings.max_image_bytes, settings.max_image_pixels
     )
-    async with open_resources(settings, metrics) as resources, pictures as examiner:
+    async with open_resources(settings, metrics) as resources, opened_validator as validator:
         brokers = open_sinks(settings) if role.workers else []
         broker_workers = {broker.name: BrokerWorker(resources, broker) for broker in brokers}
         upstream, gate = resources.upstreams[DEFAULT_UPSTREAM], PriorityGate()
         breaker = AccountBreaker(resources, upstream, settings.submit_schedule)
-        work = stages(settings, resources, breaker, examiner) if role.workers else []
+        work = stages(settings, resources, breaker, validator) if role.workers else []
         after_commit = partial(log_emitted, metrics=metrics)
         pool = WorkerPool(resources.store, work, metrics, after_commit, gate.wait)
         stopping = Stopping(resources.store, pool, settings.stop_s)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from service.blobs.base import Blobs
+from service.blobs.blob_store import Blobs
 from service.blobs.local import LocalBlobs
 from service.db.clock import wall_clock
 from service.db.postgres import open_postgres

@@ -1,4 +1,4 @@
-"""Folders that last: after a power cut what was made durable in them is found by its name."""
+"""Durable folders: after a power cut, what was synced in them is found by its name."""
 
 import os
 from contextlib import suppress
@@ -6,22 +6,21 @@ from pathlib import Path
 
 
 def make_folder(folder: Path) -> None:
-    """Makes it where it is missing, and its name last, and the names of all that lead to it on its
-    file system. OSError.
+    """Makes the folder and syncs its name and the names of all folders above it on its file
+    system. OSError.
 
-    Those that are there already as well: whoever made them may have died before they were made to
-    last.
+    Existing folders are synced too: the process that made one may have died before it synced it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for each in (folder.absolute(), *folder.absolute().parents):
-        with suppress(PermissionError):  # it isn't ours, and older than we are
+        with suppress(PermissionError):  # another user's folder, and older than this process
             sync(each)
         if each.is_mount():
             break
 
 
 def sync(path: Path) -> None:
-    """Makes what is in a file last, or the names in a folder."""
+    """Syncs the content of a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Links to stored images, made when a document is shown."""
+"""Links to stored images. They are made when a document is shown."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,8 @@ from service.strict_json import JSON
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """What links begin with: the service's address, and for images that of what serves the blob
-    store under the same names.
+    """`image_base_url` serves the blob store under the same names. Without it, the service serves
+    images.
     """
 
     base_url: str
@@ -23,7 +23,7 @@ class Links:
 
 
 def with_links(document: JSON, links: Links) -> JSON:
-    """A task's document with the links of its images, and with `results` when it is completed."""
+    """A task's document with links of its images, and with `results` if it is completed."""
     images = [{**image, "url": links.image(document["id"], image)} for image in document["images"]]
     results = [image["url"] for image in images] if document["state"] == "completed" else []
     return {**document, "images": images, "results": results}

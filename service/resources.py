@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from service.blobs.base import Blobs
+from service.blobs.blob_store import Blobs
 from service.db.store import Store
 from service.ids import make_id
 from service.links import Links

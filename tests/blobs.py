@@ -1,6 +1,6 @@
 """Blobs, put and read whole."""
 
-from service.blobs.base import Blobs
+from service.blobs.blob_store import Blobs
 
 NAME = "task_abc/0-" + "0f" * 32 + ".png"
 

@@ -80,8 +80,8 @@ class Part(Response):
         )
 
 
-def examiners(pid: int) -> list[int]:
-    """The children of a process that judge its pictures. Linux."""
+def validator_children(pid: int) -> list[int]:
+    """The children of a process that validate its images. Linux."""
     found = [
         child
         for task in Path(f"/proc/{pid}/task").iterdir()
@@ -90,7 +90,7 @@ def examiners(pid: int) -> list[int]:
     return [
         int(child)
         for child in found
-        if b"service.images.validator" in Path(f"/proc/{child}/cmdline").read_bytes()
+        if b"service.images.validator_child" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]
 
 

@@ -1,22 +1,30 @@
-"""Blobs as files under one folder, durable when `put` returns.
+"""Blobs as files in one folder, durable when `put` returns.
 
-A new file is written in `.incoming`, its data synced, then it is renamed, then the folders that
-lead to it are synced: after a power cut a name leads to the whole image or to nothing.
+A new file is written in `.incoming` and its data is synced. Then it is renamed, and the folders
+that lead to it are synced. After a power cut a name leads to the whole image or to nothing.
 """
 
-import math
 import os
 import shutil
 import stat
-import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Self
 
-from service.blobs.base import CHUNK, NAME, PAGE, Blob, Incoming, check_name
-from service.blobs.incoming import in_thread, incoming_in, opened, remove_leftovers
+from service.blobs.blob_store import (
+    CHUNK,
+    NAME,
+    PAGE,
+    Blob,
+    Incoming,
+    check_name,
+    in_thread,
+    incoming_in,
+    opened,
+    remove_leftovers,
+)
 from service.errors import BlobMissing
 from service.folders import make_folder, sync
 
@@ -24,21 +32,21 @@ INCOMING = ".incoming"
 
 
 class LocalBlobs:
-    """Blobs below `root`; use `open`. Safe for many tasks and processes on one folder."""
+    """Blobs below `root`. Several tasks and processes may use one folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
 
     @classmethod
     async def open(cls, root: Path, spare: float = 0) -> Self:
-        """Make the folder and remove what a dead process left in `.incoming`, but for what is
+        """Makes the folder and removes what a dead process left in `.incoming`, except files
         younger than `spare` seconds.
 
-        A live process whose file is removed gets BlobUnavailable and tries again; `spare` saves it
-        the trouble.
+        A live process whose file is removed gets BlobUnavailable and tries again. `spare` avoids
+        that.
         """
         blobs = cls(root)
-        await in_thread(prepare, blobs.root, time.time() - spare if spare else math.inf)
+        await in_thread(prepare, blobs.root, spare)
         return blobs
 
     def incoming(self) -> AbstractAsyncContextManager[Incoming]:
@@ -50,9 +58,8 @@ class LocalBlobs:
     async def read(self, name: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
         path = self._path(name)
         while end is None or start < end:
-            chunk = await in_thread(
-                read_at, path, start, CHUNK if end is None else min(CHUNK, end - start)
-            )
+            count = CHUNK if end is None else min(CHUNK, end - start)
+            chunk = await in_thread(read_at, path, start, count)
             if not chunk:
                 return
             start += len(chunk)
@@ -65,8 +72,8 @@ class LocalBlobs:
         await in_thread(remove, self._path(name), self.root)
 
     async def listed(self) -> AsyncIterator[Sequence[Blob]]:
-        found = walk(self.root)
-        while page := await in_thread(lambda: list(islice(found, PAGE))):
+        blobs = walk(self.root)
+        while page := await in_thread(lambda: list(islice(blobs, PAGE))):
             yield page
 
     async def check(self) -> None:
@@ -79,45 +86,33 @@ class LocalBlobs:
         return self.root / check_name(name)
 
 
-def prepare(root: Path, before: float) -> None:
-    """Make the folders, so that they last, and remove leftovers last written until `before`
-    (seconds since 1970).
-    """
+def prepare(root: Path, spare: float) -> None:
     make_folder(root)
     (root / INCOMING).mkdir(exist_ok=True)
-    remove_leftovers(root / INCOMING, before)
+    remove_leftovers(root / INCOMING, spare)
 
 
 def keep(source: Path, target: Path, root: Path) -> None:
     with opened(source, os.O_RDONLY) as descriptor:
-        sync_data(descriptor)
+        (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(descriptor)
     rename(source, target)
-    # All of them, not only those just made: another `put` may have made one and not synced it yet.
-    sync_folders(target.parent, root)
+    # Every folder up to the root, also one that exists: another `put` may have made it without
+    # having synced it yet.
+    for folder in (target.parent, *target.parent.parents):
+        sync(folder)
+        if folder == root:
+            break
 
 
 def rename(source: Path, target: Path, tries: int = 3) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         source.replace(target)
-    except (
-        FileNotFoundError,
-        FileExistsError,
-    ):  # a `remove` found the folder empty and took it away in between
+    except (FileNotFoundError, FileExistsError):
+        # A `remove` found the folder empty and took it away in between.
         if tries == 1:
             raise
         rename(source, target, tries - 1)
-
-
-def sync_data(descriptor: int) -> None:
-    (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(descriptor)
-
-
-def sync_folders(folder: Path, top: Path) -> None:
-    """Make the entries of a folder and of all that lead to it from `top` last."""
-    folders = [folder, *folder.parents]
-    for each in folders[: folders.index(top) + 1]:
-        sync(each)
 
 
 def read_at(path: Path, start: int, count: int) -> bytes:
@@ -130,23 +125,23 @@ def read_at(path: Path, start: int, count: int) -> bytes:
 
 def file_size(path: Path) -> int | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def remove(path: Path, root: Path) -> None:
     with suppress(NotADirectoryError):
         path.unlink(missing_ok=True)
-    with suppress(OSError):  # the first folder that holds something else ends it
+    with suppress(OSError):  # the first folder that is not empty ends it
         for folder in path.relative_to(root).parents[:-1]:
             (root / folder).rmdir()
 
 
 def walk(root: Path, folder: str = "") -> Iterator[Blob]:
-    """Every blob below `folder` (empty, or with a slash at its end); what vanishes meanwhile is
-    passed over.
+    """Every blob below `folder`, which is empty or ends with a slash. Skips what vanishes
+    meanwhile.
     """
     with suppress(FileNotFoundError), os.scandir(root / folder) as entries:
         for entry in entries:

@@ -1,19 +1,16 @@
-"""Blobs as objects of an S3 bucket, by obstore (extra `s3`); durable when `put` returns, as S3
-promises for its answer.
+"""Blobs as objects of an S3 bucket, by obstore (extra `s3`), durable when `put` returns.
 
-A new file is written to a folder of this machine first: an image is known by its hash only when it
-is whole. It leaves that folder in parts, so memory holds few of them (18 MiB an upload, measured).
-S3 makes an object of one part only if its name is free (`If-None-Match`); obstore cannot ask that
-of several parts, so there the name is looked up before. A name says its content's hash, so at the
-worst the same bytes are written twice.
+A new file is written to a local folder first, because an image's hash is known only when the file
+is whole. It is uploaded in parts, so an upload takes 18 MiB of memory (measured). S3 makes an
+object of one part only if its name is free (`If-None-Match`). obstore cannot ask that for several
+parts, so there the name is looked up first. A name contains the content's hash, so at worst the
+same bytes are written twice.
 """
 
-import math
 import re
-import time
 from asyncio import timeout
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Self, TypeVar
@@ -22,29 +19,31 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
-from service.blobs.base import CHUNK, NAME, PAGE, Blob, Incoming, check_name
-from service.blobs.incoming import in_thread, incoming_in, remove_leftovers
+from service.blobs.blob_store import (
+    CHUNK,
+    NAME,
+    PAGE,
+    Blob,
+    Incoming,
+    check_name,
+    in_thread,
+    incoming_in,
+    remove_leftovers,
+)
 from service.errors import BlobMissing, BlobUnavailable
 
 T = TypeVar("T")
-PART = 5 << 20  # bytes: S3 takes no smaller ones, but for the last
+PART = 5 << 20  # bytes: S3 takes no smaller part, except the last
 PARTS_AT_ONCE = 2
 BEYOND = 1 << 50  # bytes: more than an object can have
 ANSWER_S = 15.0
-SLOWEST = 1 << 18  # bytes a second: an upload at half of that speed is given up
-CONNECT = timedelta(seconds=5)
-RETRIES, RETRY_FOR, FIRST_WAIT, LONGEST_WAIT = (
-    2,
-    timedelta(seconds=10),
-    timedelta(milliseconds=100),
-    timedelta(seconds=2),
-)
+SLOWEST = 1 << 18  # bytes per second: a slower upload is cancelled
 STATUS = re.compile(r"status code: (\d{3}(?: [A-Za-z]+)*)")
 
 
 class S3Blobs:
-    """Blobs below a prefix of a bucket; use `open`. Temporary files lie in `folder`, which is made
-    when one is needed.
+    """Blobs below a prefix of a bucket. Temporary files are in `folder`, which is made when it is
+    first needed.
     """
 
     def __init__(self, store: S3Store, folder: Path) -> None:
@@ -55,10 +54,10 @@ class S3Blobs:
     async def open(
         cls, url: str, folder: Path, *, plain_http: bool = False, spare: float = 0
     ) -> Self:
-        """For `s3://BUCKET/PREFIX`; all else is in obstore's variables `AWS_…`. Nothing is asked of
-        S3 yet: it may be away for now.
+        """For `s3://BUCKET/PREFIX`. obstore's variables `AWS_…` configure the rest. This sends no
+        request, because S3 may be away for now.
 
-        Removes what a dead process left in `folder`, but for what is younger than `spare` seconds.
+        Removes what a dead process left in `folder`, except files younger than `spare` seconds.
         BlobUnavailable: the folder or a variable is unfit.
         """
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
@@ -66,23 +65,25 @@ class S3Blobs:
             store = S3Store(
                 bucket,
                 prefix=prefix or None,
-                config={
-                    "disable_bulk_delete": True
-                },  # not every S3 knows it, and one at a time needs none
+                config={"disable_bulk_delete": True},  # not every S3 knows it
                 client_options={
                     "allow_http": plain_http,
-                    "connect_timeout": CONNECT,
-                    "timeout": timedelta(days=1),
-                },  # the limits are ours
+                    "connect_timeout": timedelta(seconds=5),
+                    "timeout": timedelta(days=1),  # `answered` limits the time of a call
+                },
                 retry_config={
-                    "max_retries": RETRIES,
-                    "retry_timeout": RETRY_FOR,
-                    "backoff": {"init_backoff": FIRST_WAIT, "max_backoff": LONGEST_WAIT, "base": 2},
+                    "max_retries": 2,
+                    "retry_timeout": timedelta(seconds=10),
+                    "backoff": {
+                        "init_backoff": timedelta(milliseconds=100),
+                        "max_backoff": timedelta(seconds=2),
+                        "base": 2,
+                    },
                 },
             )
         except (BaseError, ValueError) as error:
             raise BlobUnavailable(str(error).partition("\n")[0]) from error
-        await in_thread(remove_leftovers, folder, time.time() - spare if spare else math.inf)
+        await in_thread(remove_leftovers, folder, spare)
         return cls(store, folder)
 
     @asynccontextmanager
@@ -94,15 +95,12 @@ class S3Blobs:
     async def put(self, incoming: Incoming, name: str, media_type: str) -> None:
         check_name(name)
         size = (await in_thread(incoming.path.stat)).st_size
-        try:
-            if size > PART:
-                if await self.size(name) != size:
-                    await self._put(incoming.path, size, name, media_type)
-            else:
+        with suppress(AlreadyExistsError):
+            if size <= PART:
                 await self._put(incoming.path, size, name, media_type, create=True)
-        except AlreadyExistsError:
-            if await self.size(name) != size:
-                await self._put(incoming.path, size, name, media_type)
+                return
+        if await self.size(name) != size:
+            await self._put(incoming.path, size, name, media_type)
 
     async def _put(
         self, path: Path, size: int, name: str, media_type: str, *, create: bool = False
@@ -129,7 +127,7 @@ class S3Blobs:
                 )
         except BlobMissing:
             raise
-        except BlobUnavailable:  # S3 refuses a range that begins at the end or behind it
+        except BlobUnavailable:  # S3 refuses a range that begins at the end or later
             size = await self.size(name)
             if size is None or size > start:
                 raise
@@ -177,8 +175,8 @@ async def next_of(stream: AsyncIterator[T]) -> T | None:
 
 @asynccontextmanager
 async def answered(seconds: float, *expected: type[Exception]) -> AsyncIterator[None]:
-    """One call of obstore: its errors and too long a silence come back as BlobMissing and
-    BlobUnavailable, `expected` ones as they are.
+    """One call of obstore. Its errors and a timeout become BlobMissing and BlobUnavailable, except
+    the `expected` ones.
     """
     try:
         async with timeout(seconds):
@@ -192,10 +190,8 @@ async def answered(seconds: float, *expected: type[Exception]) -> AsyncIterator[
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, without addresses and names."""
-    status = STATUS.search(str(error))
-    if status:
+    """Without addresses and names."""
+    if status := STATUS.search(str(error)):
         return f"the object store answered {status[1]}"
-    return "the object store did not answer" + (
-        " in time" if isinstance(error, TimeoutError) else ""
-    )
+    in_time = " in time" if isinstance(error, TimeoutError) else ""
+    return f"the object store did not answer{in_time}"

@@ -220,7 +220,7 @@ def copy_images(source: Path, target: Path, database: Path, lost: Sequence[str])
 
     CommandFailed: an image is missing or damaged that was not `lost` at the backup.
     """
-    from service.blobs.base import check_name
+    from service.blobs.blob_store import check_name
     from service.db.snapshot import reading, stored_images
 
     count = 0

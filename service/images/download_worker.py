@@ -1,37 +1,38 @@
-"""Saving results: fetched through the guard, checked, hashed, made durable; the link that dies
-first goes first.
+"""The download worker fetches results, validates them and stores them. The link that expires first
+goes first.
 
-A blob's name is the same after a crash, so a download that is done again changes nothing. Memory:
-each place of `DOWNLOAD_CONCURRENCY` takes up to 4 MiB while it fetches; each of
-`DECODE_CONCURRENCY`, in a process of its own, 40 MiB, and while it decodes up to 24 bytes for a
-pixel of the largest picture (16 for WEBP, 12 for JPEG, 6 for PNG, the most for deep AVIF) and three
-times `MAX_IMAGE_BYTES`: 1.8 GiB at the limits' defaults, given back afterwards.
+A blob's name is made from its content, so a download that runs again after a crash changes nothing.
+
+Memory: each slot of `DOWNLOAD_CONCURRENCY` takes up to 4 MiB while it fetches. Each child of
+`DECODE_CONCURRENCY` takes 40 MiB, and while it decodes three times `MAX_IMAGE_BYTES` and up to 24
+bytes per pixel of the largest image (16 for WEBP, 12 for JPEG, 6 for PNG). With the default limits
+that is 1.8 GiB, which is freed afterwards.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 from structlog.contextvars import bind_contextvars
 
-from service.blobs.base import Incoming
-from service.db.paging import Row
+from service.blobs.blob_store import CHUNK, Incoming
 from service.db.transaction import Lease
 from service.errors import BlobUnavailable, EgressError, EgressRefused
 from service.ids import blob_name
-from service.images import image_queries
-from service.images.downloads import Download, Lost, Retry, Stored, record_downloads
-from service.images.fetch import Failure, fetch
-from service.images.inspect_image import NoPicture
-from service.images.validator import Examiner
+from service.images.downloads import Download, Lost, Retry, Stored, image_row, record_downloads
+from service.images.validator import ImageValidator, InvalidImage
+from service.net.retry_after import retry_after
 from service.queue import leases
 from service.queue.backoff import wait_before
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
+from service.tasks.rows import ImageRow
 
 log = structlog.get_logger()
 
-PACKED = ("gzip", "x-gzip", "deflate")
+FETCH_S, IDLE_S = 300.0, 15.0
+STALE = (403, 404, 410)
+COMPRESSED = ("gzip", "x-gzip", "deflate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,96 +40,100 @@ class Downloader:
     """Stage `download`."""
 
     resources: Resources
-    examiner: Examiner
+    validator: ImageValidator
     schedule: tuple[float, ...]
     max_bytes: int
 
     async def run(self, lease: Lease) -> None:
-        row = await self.resources.store.read(image_queries.download, lease.key)
-        if row is None or row["state"] != "pending":
+        row = await self.resources.store.read(image_row, lease.key)
+        if row is None or row.state != "pending":
             await self.resources.store.write(leases.done, lease)
             return
-        bind_contextvars(
-            task_id=row["task_id"], owner=row["owner"]
-        )  # for what the guard refuses; this job has a context of its own
+        # For the lines of the egress client. This job has a context of its own.
+        bind_contextvars(task_id=row.task_id, owner=row.owner)
         started = time.perf_counter()
+        outcome: Stored | Retry | Lost
         try:
             async with self.resources.blobs.incoming() as file:
                 outcome = await self._save(row, file)
         except EgressRefused as error:
-            outcome = Failure(str(error), final=True)
+            outcome = Lost(str(error))
         except (EgressError, BlobUnavailable) as error:
-            outcome = Failure(f"{type(error).__name__}: {error}")
+            outcome = Retry(f"{type(error).__name__}: {error}")
         await self._record(lease, row, outcome, time.perf_counter() - started)
 
-    async def _save(self, row: Row, file: Incoming) -> Stored | Failure:
-        fetched = await fetch(
-            self.resources.results,
-            row["source_url"],
-            file,
-            self.max_bytes,
-            self.resources.clock() / 1000,
-        )
-        if isinstance(fetched, Failure):
-            return fetched
+    async def _save(self, row: ImageRow, file: Incoming) -> Stored | Retry | Lost:
+        encoding = await self._fetch(row.source_url, file)
+        if not isinstance(encoding, str):
+            return encoding
         checkpoint("download.fetched")
-        examined = await self.examiner.examine(file.path, packed=fetched in PACKED)
-        sha256, picture = examined.sha256, examined.verdict
-        if isinstance(picture, NoPicture):
-            return Failure(picture.reason, final=picture.final, wrong_sha256=sha256 or None)
-        blob = blob_name(row["task_id"], row["position"], sha256, picture.media_type)
-        await self.resources.blobs.put(file, blob, picture.media_type)
+        found = await self.validator.validate(file.path, compressed=encoding in COMPRESSED)
+        image, sha256 = found.result, found.sha256
+        if isinstance(image, InvalidImage):
+            if image.final:
+                return Lost(image.reason)
+            return Retry(image.reason, wrong_sha256=sha256 or None)
+        blob = blob_name(row.task_id, row.position, sha256, image.media_type)
+        await self.resources.blobs.put(file, blob, image.media_type)
         checkpoint("download.saved")
-        return Stored(
-            blob, picture.media_type, examined.bytes, sha256, picture.width, picture.height
-        )
+        return Stored(blob, image.media_type, found.bytes, sha256, image.width, image.height)
+
+    async def _fetch(self, url: str, file: Incoming) -> str | Retry | Lost:
+        """Writes the body into the file and returns its content encoding.
+
+        The type that the response names is ignored. A body shorter than its `Content-Length` is
+        ConnectionLost. EgressError, BlobUnavailable.
+        """
+        stream = self.resources.results.stream("GET", url, timeout=FETCH_S, idle=IDLE_S)
+        async with stream as response:
+            if response.status != 200:
+                now = self.resources.clock() / 1000
+                wait = retry_after(response.headers.get("retry-after"), now) or 0
+                reason, stale = f"answered {response.status}", response.status in STALE
+                return Retry(reason, round(wait * 1000), stale)
+            buffer = bytearray()  # each write goes to a thread and back, so pieces are large
+            async for chunk in response.chunks():
+                buffer += chunk
+                if file.size + len(buffer) > self.max_bytes:
+                    return Lost(f"over {self.max_bytes} bytes")
+                if len(buffer) >= CHUNK:
+                    await file.write(bytes(buffer))
+                    buffer.clear()
+            await file.write(bytes(buffer))
+            return response.headers.get("content-encoding", "").strip().lower()
 
     async def _record(
-        self, lease: Lease, row: Row, outcome: Stored | Failure, seconds: float
+        self, lease: Lease, row: ImageRow, outcome: Stored | Retry | Lost, seconds: float
     ) -> None:
-        known = {"task_id": row["task_id"], "owner": row["owner"], "index": row["position"]}
-        wait = 0.0
-        if isinstance(outcome, Stored):
-            result: Stored | Retry | Lost = outcome
-        elif outcome.final:
-            result = Lost(outcome.reason)
-        else:
+        if isinstance(outcome, Retry):
             random = self.resources.random()
-            wait = max(
-                wait_before(
-                    self.schedule, lease.attempts, repeat_last=True, random=random, spread=0.2
-                )
-                or 0,
-                outcome.retry_after or 0,
+            wait = wait_before(
+                self.schedule, lease.attempts, repeat_last=True, random=random, spread=0.2
             )
-            result = Retry(outcome.reason, round(wait * 1000), outcome.stale, outcome.wrong_sha256)
-        state = await self.resources.store.write(
-            record_downloads, Download(lease, row["task_id"], row["source_url"], result)
-        )
+            outcome = replace(outcome, wait_ms=max(round((wait or 0) * 1000), outcome.wait_ms))
+        download = Download(lease, row.task_id, row.source_url, outcome)
+        state = await self.resources.store.write(record_downloads, download)
         checkpoint("download.recorded")
         metrics = self.resources.metrics
-        metrics.downloads.labels(
-            {"stored": "stored", "lost": "lost", "pending": "retry"}.get(state or "", "superseded")
-        ).inc()
-        if state == "stored" and isinstance(outcome, Stored):
+        counted = {"stored": "stored", "lost": "lost", "pending": "retry", None: "superseded"}
+        metrics.downloads.labels(counted[state]).inc()
+        fields = {"task_id": row.task_id, "owner": row.owner, "index": row.position}
+        if state is None:
+            return
+        if isinstance(outcome, Stored):
             metrics.download_bytes.inc(outcome.bytes)
-            log.info(
-                "image.stored",
-                **known,
-                media_type=outcome.media_type,
-                bytes=outcome.bytes,
-                width=outcome.width,
-                height=outcome.height,
-                sha256=outcome.sha256,
-                duration_ms=round(seconds * 1000),
-            )
-        elif state == "lost" and isinstance(outcome, Failure):
-            log.error("image.lost", **known, reason=outcome.reason, attempt=lease.attempts)
-        elif state == "pending" and isinstance(outcome, Failure):
-            log.warning(
-                "image.retry",
-                **known,
-                reason=outcome.reason,
-                attempt=lease.attempts,
-                wait_s=round(wait, 3),
-            )
+            image = {
+                "media_type": outcome.media_type,
+                "bytes": outcome.bytes,
+                "width": outcome.width,
+                "height": outcome.height,
+                "sha256": outcome.sha256,
+            }
+            log.info("image.stored", **fields, **image, duration_ms=round(seconds * 1000))
+            return
+        failure = {"reason": outcome.reason, "attempt": lease.attempts}
+        if state == "lost":
+            log.error("image.lost", **fields, **failure)
+        elif isinstance(outcome, Retry):
+            wait_s = round(outcome.wait_ms / 1000, 3)
+            log.warning("image.retry", **fields, **failure, wait_s=wait_s)

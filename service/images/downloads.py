@@ -1,10 +1,10 @@
-"""Records what came of downloads."""
+"""Images in the store: what a download reads, and how its outcome is recorded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import Connection, or_, select
 
 from service.db.tables import images
 from service.db.transaction import Lease, Transaction
@@ -12,19 +12,13 @@ from service.events import outbox
 from service.ids import rfc3339
 from service.queue import leases
 from service.tasks.results import finish_if_done
-from service.tasks.rows import ImageRow, TaskRow, image_rows, select_images
+from service.tasks.rows import ImageRow, TaskRow, counts, image_rows, select_images
 from service.tasks.transitions import ask, change, lock
 
 STALE_LIMIT, STALE_MS = 10, 30 * 60 * 1000
-
-
 WRONG_LIMIT = 3
-
-
-AT_RISK_MS, AT_RISK_STALE = (
-    2 * 3600 * 1000,
-    3,
-)  # time for somebody to act: this little left, or the link dead so often
+# An image is at risk when its link dies this soon, or was dead so often.
+AT_RISK_MS, AT_RISK_STALE = 2 * 3600 * 1000, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +33,15 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """A passing failure: tried again after `wait_ms` while the link lives.
+    """A failure that is retried after `wait_ms`, as long as the link lives.
 
     `stale` (403, 404, 410): the upstream is asked for a fresh link, also when the link's time is
-    up; final after 10 over 30 minutes. `wrong_sha256`: what came was no image; the same bytes three
-    times are final.
+    up. Ten of them over at least 30 minutes are final. `wrong_sha256`: the bytes were no image. The
+    same bytes three times are final.
     """
 
     reason: str
-    wait_ms: int
+    wait_ms: int = 0
     stale: bool = False
     wrong_sha256: str | None = None
 
@@ -61,7 +55,7 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """What came of fetching `source_url` for one image."""
+    """The outcome of fetching `source_url` for one image."""
 
     lease: Lease
     task_id: str
@@ -69,102 +63,90 @@ class Download:
     outcome: Stored | Retry | Lost
 
 
+def image_row(connection: Connection, image_id: str) -> ImageRow | None:
+    return next(iter(image_rows(connection, select_images(images.c.id == image_id))), None)
+
+
+def shown_image(connection: Connection, image_id: str) -> ImageRow | None:
+    """An image that a task shows, or showed before it was erased."""
+    shown = or_(counts, images.c.state == "erased")
+    return next(iter(image_rows(connection, select_images(images.c.id == image_id, shown))), None)
+
+
 def record_downloads(tx: Transaction, items: Sequence[Download]) -> list[str | None]:
-    """Records downloads; the images' states, or None where the lease had ended or the address was
-    replaced: nothing changed.
+    """Records downloads and returns the images' states.
+
+    None: the lease had ended or the address was replaced, so the outcome does not count.
     """
     tasks = lock(tx, (item.task_id for item in items))
     ids = [item.lease.key for item in items]
     statement = select_images(images.c.id.in_(ids)).order_by(images.c.id).with_for_update()
     rows = {row.id: row for row in image_rows(tx.connection, statement)}
-    results = []
-    for item in items:
-        row, task = rows.get(item.lease.key), tasks.get(item.task_id)
-        known = row is not None and task is not None and leases.holds(item.lease, row)
-        results.append(_record(tx, task, row, item) if known and row and task else None)
-    return results
+    return [_record(tx, tasks.get(item.task_id), rows.get(item.lease.key), item) for item in items]
 
 
-def _record(tx: Transaction, task: TaskRow, row: ImageRow, item: Download) -> str | None:
+def _record(
+    tx: Transaction, task: TaskRow | None, row: ImageRow | None, item: Download
+) -> str | None:
+    if row is None or task is None or not leases.holds(item.lease, row):
+        return None
     if row.state != "pending" or row.source_url != item.source_url:
         change(tx, row, **leases.release("download", tx.now if row.state == "pending" else None))
         return None
-    step = {"image_id": row.id, "index": row.position}
-    values: dict[str, Any]
-    match item.outcome:
-        case Stored() as stored:
-            figures = {name: getattr(stored, name) for name in Stored.__slots__}
-            values = {
-                "state": "stored",
-                "stored_at": tx.now,
-                "error": None,
-                **figures,
-                **leases.release("download", None),
-            }
-            tx.step(task.id, "image.stored", **step, bytes=stored.bytes, sha256=stored.sha256)
-        case Retry() as retry:
-            values = {
-                **_blame(tx, row, retry),
-                **leases.release("download", tx.now + retry.wait_ms),
-            }
-            if values["state"] == "lost":
-                values["due_at"] = None
-            tx.step(
-                task.id,
-                "image.lost" if values["state"] == "lost" else "image.retry",
-                **step,
-                reason=retry.reason,
-            )
-            if values["state"] == "pending":
-                values |= _at_risk(tx, task, replace(row, **values))
-            if retry.stale and values["state"] == "pending" and task.settled_digest is not None:
-                ask(tx, task)
-        case Lost() as lost:
-            values = {"state": "lost", "error": lost.reason, **leases.release("download", None)}
-            tx.step(task.id, "image.lost", **step, reason=lost.reason)
-    change(tx, row, **values)
+    outcome = item.outcome
+    retry = outcome if isinstance(outcome, Retry) else None
+    if isinstance(outcome, Stored):
+        change(tx, row, state="stored", stored_at=tx.now, error=None, **asdict(outcome))
+        detail: dict[str, Any] = {"bytes": outcome.bytes, "sha256": outcome.sha256}
+    else:
+        values = _count_failure(tx, row, retry) if retry else {"state": "lost"}
+        change(tx, row, error=outcome.reason, **values)
+        detail = {"reason": outcome.reason}
+    step = "image.retry" if row.state == "pending" else f"image.{row.state}"
+    tx.step(task.id, step, image_id=row.id, index=row.position, **detail)
+    due_at = None
+    if retry and row.state == "pending":
+        due_at = tx.now + retry.wait_ms
+        _warn_of_loss(tx, task, row)
+        if retry.stale and task.settled_digest is not None:
+            ask(tx, task)
+    change(tx, row, **leases.release("download", due_at))
     finish_if_done(tx, task)
-    return str(values["state"])
+    return row.state
 
 
-def _blame(tx: Transaction, row: ImageRow, retry: Retry) -> dict[str, Any]:
-    """What a passing failure leaves in the row; final when it came too often, or when the link's
-    time is up and no other was asked for.
+def _count_failure(tx: Transaction, row: ImageRow, retry: Retry) -> dict[str, Any]:
+    """The columns that count failures. The image is lost if there were too many, or if the link's
+    time is up and no fresh link was asked for.
     """
-    values: dict[str, Any] = {"error": retry.reason, "state": "pending"}
+    values: dict[str, Any] = {}
     final = tx.now >= row.link_dies_at and not retry.stale
     if retry.stale:
         since = tx.now if row.stale_since is None else row.stale_since
         values |= {"stale_since": since, "stale_count": row.stale_count + 1}
         final |= values["stale_count"] >= STALE_LIMIT and tx.now - since >= STALE_MS
     if retry.wrong_sha256 is not None:
-        again = retry.wrong_sha256 == row.wrong_sha256
-        values |= {
-            "wrong_sha256": retry.wrong_sha256,
-            "wrong_count": row.wrong_count + 1 if again else 1,
-        }
-        final |= values["wrong_count"] >= WRONG_LIMIT
+        count = row.wrong_count + 1 if retry.wrong_sha256 == row.wrong_sha256 else 1
+        values |= {"wrong_sha256": retry.wrong_sha256, "wrong_count": count}
+        final |= count >= WRONG_LIMIT
     return values | ({"state": "lost"} if final else {})
 
 
-def _at_risk(tx: Transaction, task: TaskRow, row: ImageRow) -> dict[str, Any]:
-    """Operators are told once, while there is time, of a picture that could not be fetched so far
-    and whose link dies soon.
-    """
+def _warn_of_loss(tx: Transaction, task: TaskRow, row: ImageRow) -> None:
+    """Emits `image.at_risk` once for an image whose link dies soon, while there is time to act."""
     dying = tx.now >= row.link_dies_at - AT_RISK_MS or row.stale_count >= AT_RISK_STALE
     if row.at_risk_at is not None or not dying:
-        return {}
+        return
     data = {
         "task_id": task.id,
         "owner": task.owner,
         "image_id": row.id,
         "index": row.position,
         "reason": row.error,
+        "link_dies_at": rfc3339(row.link_dies_at),
     }
-    outbox.emit_operators(
-        tx, "image.at_risk", data | {"link_dies_at": rfc3339(row.link_dies_at)}, task_id=task.id
-    )
-    return {"at_risk_at": tx.now}
+    outbox.emit_operators(tx, "image.at_risk", data, task_id=task.id)
+    change(tx, row, at_risk_at=tx.now)
 
 
 def dead_letter_image(tx: Transaction, lease: Lease, cause: str) -> None:

@@ -1,8 +1,9 @@
 """How long retention holds the writer of an embedded store: `python -m tests.bench.retention`. No
 goal: figures of one machine.
 
-Two kinds of tasks are old: ordinary ones, and some with as much as they can have: 21 callbacks of
-256 KiB, a request and events of 1 MiB, and 40 attempts at each delivery, with answers of 2 KiB.
+Two kinds of tasks are old: ordinary ones, and some with as much as they can have: 21 callbacks, of
+which one keeps 256 KiB and five 64 KiB, a request and events of 1 MiB, and 40 attempts at each
+delivery, with answers of 2 KiB.
 Half of the latter are erased by their owner before.
 """
 
@@ -126,7 +127,8 @@ def fill(tx: Transaction, items: Sequence[tuple[int, int, bool]]) -> list[None]:
                     "status": "completed",
                     "digest": f"d{count}",
                 }
-                body = b"z" * (BODY if large else 1500)
+                sizes = [BODY, *[BODY // 4] * 5] if large else [1500]
+                body = b"z" * (sizes[count] if count < len(sizes) else 0)
                 rows[callbacks].append(
                     {
                         "id": new_id("callback", OLD),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from service.blobs.base import CHUNK, PAGE, Blob, Blobs
+from service.blobs.blob_store import CHUNK, PAGE, Blob, Blobs
 from service.blobs.local import LocalBlobs
 from service.blobs.s3 import S3Blobs
 from service.errors import BlobMissing
@@ -40,17 +40,15 @@ async def test_what_was_put_is_read_back(blobs: Blobs) -> None:
     assert await blobs.size(NAME) == 1_000_000
 
 
-async def test_a_file_can_be_read_and_begun_again(blobs: Blobs) -> None:
-    """What was written can be looked at as a whole; after `clear` only what comes then counts."""
+async def test_a_file_can_be_read_while_it_is_written(blobs: Blobs) -> None:
+    """What was written can be looked at as a whole, between any two pieces."""
     async with blobs.incoming() as incoming:
         await incoming.write(b"a longer beginning")
         assert incoming.path.read_bytes() == b"a longer beginning"
-        await incoming.clear()
-        assert (incoming.size, incoming.path.read_bytes()) == (0, b"")
-        await incoming.write(b"anew")
-        assert (incoming.size, incoming.path.read_bytes()) == (4, b"anew")
+        await incoming.write(b", and more")
+        assert (incoming.size, incoming.path.read_bytes()) == (28, b"a longer beginning, and more")
         await blobs.put(incoming, NAME, "image/png")
-    assert await read(blobs, NAME) == b"anew"
+    assert await read(blobs, NAME) == b"a longer beginning, and more"
 
 
 @pytest.mark.parametrize(

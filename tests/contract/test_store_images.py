@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from service.db.paging import Row
-from service.images import image_queries
-from service.images.downloads import Download, Lost, Retry, record_downloads
+from service.images.downloads import Download, Lost, Retry, record_downloads, shown_image
 from service.tasks import task_queries
 from service.tasks.callbacks import accept_callbacks
 from service.tasks.state import State
@@ -107,9 +106,9 @@ async def test_what_a_callback_names_is_fetched_but_does_not_count(subject: Subj
     found = await subject.store.read(task_queries.task, task_id, None)
     assert found is not None
     assert found[1] == []
-    assert await subject.store.read(image_queries.image_row, image["id"]) is None
+    assert await subject.store.read(shown_image, image["id"]) is None
     assert await subject.settle(task_id, completed(task_id, URL)) is State.COMPLETED
-    assert await subject.store.read(image_queries.image_row, image["id"]) is not None
+    assert await subject.store.read(shown_image, image["id"]) is not None
     assert len((await subject.events(task_id))[-1]["data"]["images"]) == 1
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from service.db.paging import After
 from service.db.queues import QUEUES
 from service.db.tables import deliveries
-from service.images import image_queries
+from service.images.downloads import image_row
 from service.tasks import task_queries
 from service.tasks.state import State
 from service.upkeep import store_figures
@@ -153,14 +153,14 @@ async def test_what_settling_needs_is_the_task_and_its_first_callback(subject: S
     assert await subject.store.read(task_queries.settling, "task_gone") == (None, None)
 
 
-async def test_what_a_download_needs_is_the_image_with_its_task(subject: Subject) -> None:
-    """Its address, its time, the task's state."""
+async def test_what_a_download_needs_is_the_images_row(subject: Subject) -> None:
+    """Its address, its time, its task."""
     task_id = await subject.storing(URL)
     (image,) = await subject.images(task_id)
-    row = await subject.store.read(image_queries.download, image["id"])
+    row = await subject.store.read(image_row, image["id"])
     assert row is not None
-    assert (row["source_url"], row["task_state"], row["task_id"]) == (URL, "storing", task_id)
-    assert await subject.store.read(image_queries.download, "img_gone") is None
+    assert (row.source_url, row.state, row.task_id) == (URL, "pending", task_id)
+    assert await subject.store.read(image_row, "img_gone") is None
 
 
 async def test_the_figures_of_an_empty_store_are_zero(subject: Subject) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Connection, update
 
 from service.db.clock import wall_clock
 from service.db.readiness import mark
-from service.db.tables import attempts, callbacks, deliveries, events, metadata, steps
+from service.db.tables import attempts, callbacks, deliveries, events, metadata, replays, steps
 from service.db.transaction import Transaction
 from service.events.deliveries import (
     DeliveryAttempt,
@@ -20,12 +20,12 @@ from service.events.deliveries import (
     record_attempts,
 )
 from service.events.feed import event_list
-from service.images import image_queries
+from service.images.downloads import shown_image
 from service.images.sweep import orphans
 from service.tasks import task_queries
 from service.tasks.cancel import Cancellation, cancel_tasks
 from service.tasks.state import State
-from service.upkeep.batches import LIMIT, Limit, erased_part
+from service.upkeep import expiry
 from service.upkeep.expiry import (
     Erased,
     Erasure,
@@ -34,10 +34,8 @@ from service.upkeep.expiry import (
     forget_deliveries,
     forget_events,
     forget_images,
-    old_deliveries,
+    forget_replays,
     old_events,
-    old_images,
-    old_tasks,
     strip_tasks,
 )
 from service.upstreams.base import Report
@@ -55,7 +53,6 @@ from tests.contract.subject import (
 from tests.stores import open_postgres
 
 URL = "https://r.test/0"
-MIB = 1 << 20
 SECRET = "a very private lighthouse"
 PRIVATE: dict[str, Any] = {
     "prompt": SECRET,
@@ -67,9 +64,7 @@ PRIVATE: dict[str, Any] = {
 
 
 async def erase(subject: Subject, task_id: str, owner: str | None = OWNER) -> Erased:
-    return await subject.write(
-        erase_tasks, Erasure(task_id, owner, await subject.store.read(erased_part, task_id, LIMIT))
-    )
+    return await subject.write(erase_tasks, Erasure(task_id, owner))
 
 
 async def everything(subject: Subject) -> str:
@@ -80,20 +75,21 @@ async def everything(subject: Subject) -> str:
 
 
 async def outbox(subject: Subject, before: int) -> tuple[int, int]:
-    """Removes old deliveries and events, in pages of two; how many of each."""
+    """Removes old deliveries and events; how many of each."""
     last, counts = 0, [0, 0]
-    while (page := await subject.store.read(old_events, last, before, 2, MIB)) is not None:
-        while (old := await subject.store.read(old_deliveries, page.events, LIMIT)) is not None:
-            counts[0] += await subject.write(forget_deliveries, old.whole)
+    while (page := await subject.store.read(old_events, last, before)) is not None:
+        while gone := await subject.write(forget_deliveries, page.events):
+            counts[0] += gone
         counts[1] += await subject.write(forget_events, page.events)
         last = page.last
     return counts[0], counts[1]
 
 
-async def olds(subject: Subject, before: int, most: int = 9, limit: Limit = LIMIT) -> list[str]:
-    """The tasks that ended by then whose content a transaction takes."""
-    old = await subject.store.read(old_tasks, before, limit, most)
-    return [] if old is None else old.whole
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits that a few rows reach."""
+    monkeypatch.setattr(expiry, "EVENTS", 2)
+    monkeypatch.setattr(expiry, "DELIVERIES", 2)
 
 
 async def forgotten(subject: Subject) -> int:
@@ -212,14 +208,9 @@ async def test_an_erased_image_is_known_as_such(subject: Subject) -> None:
     task_id = await subject.completed(URL)
     (image,) = await subject.images(task_id)
     await erase(subject, task_id)
-    row = await subject.store.read(image_queries.image_row, image["id"])
+    row = await subject.store.read(shown_image, image["id"])
     assert row is not None
-    assert (row["state"], row["blob"], row["bytes"], row["source_url"]) == (
-        "erased",
-        None,
-        image["bytes"],
-        "",
-    )
+    assert (row.state, row.blob, row.bytes, row.source_url) == ("erased", None, image["bytes"], "")
     found = await subject.store.read(task_queries.task, task_id, OWNER)
     assert found is not None
     assert found[1] == []
@@ -339,8 +330,7 @@ async def test_old_tasks_lose_their_content_and_keep_their_pictures(subject: Sub
     before = subject.clock.now
     subject.clock.shift(1)
     young = await subject.completed(metadata={"a": "b"})
-    assert await olds(subject, before) == [old]
-    assert await subject.write(strip_tasks, [old]) == 1
+    assert await subject.write(strip_tasks, before) == 1
     task = await subject.task(old)
     assert (
         task["prompt"],
@@ -358,8 +348,7 @@ async def test_old_tasks_lose_their_content_and_keep_their_pictures(subject: Sub
     assert [row["state"] for row in await subject.images(old)] == ["stored"]
     assert (await subject.task(young))["metadata"] == {"a": "b"}
     assert await subject.rows(steps, task_id=young) != []
-    assert await olds(subject, before) == []
-    assert await subject.write(strip_tasks, [old]) == 0
+    assert await subject.write(strip_tasks, before) == 0
     assert len((await erase(subject, old)).blobs) == 1  # by its owner, later
 
 
@@ -378,21 +367,25 @@ async def test_a_task_that_goes_on_keeps_its_content_however_old(subject: Subjec
     await subject.settle(late, None, expires_ms=DAY)
     await subject.callback(late, completed(late, URL))
     await subject.settle(late, completed(late, URL))
-    assert await olds(subject, subject.clock.now + DAY) == []
-    assert await subject.write(strip_tasks, [cancelled]) == 0, (
-        "asked about: looked at again in the transaction"
-    )
+    assert await subject.write(strip_tasks, subject.clock.now + DAY) == 0
     await subject.settle(cancelled, failed(cancelled))
-    assert await olds(subject, subject.clock.now + DAY) == [cancelled]
+    assert await subject.write(strip_tasks, subject.clock.now + DAY) == 1
+    assert (await subject.task(cancelled))["erased_at"] == subject.clock.now
 
 
-async def test_old_tasks_come_the_oldest_first(subject: Subject) -> None:
-    """So many at a time."""
+async def test_old_tasks_go_the_oldest_first(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many in a transaction, until none is left."""
+    monkeypatch.setattr(expiry, "TASKS", 2)
     made = []
     for _ in range(3):
         made.append(await subject.completed())
         subject.clock.shift(1)
-    assert await olds(subject, subject.clock.now, 2) == made[:2]
+    assert await subject.write(strip_tasks, subject.clock.now) == 2
+    erased = [(await subject.task(task_id))["erased_at"] is not None for task_id in made]
+    assert erased == [True, True, False]
+    assert [await subject.write(strip_tasks, subject.clock.now) for _ in range(2)] == [1, 0]
 
 
 async def test_what_is_old_is_so_by_the_databases_clock(
@@ -405,22 +398,6 @@ async def test_what_is_old_is_so_by_the_databases_clock(
         first = store.clock()
         await store.write(mark, None)
         assert first <= store.clock() < wall_clock() + DAY
-
-
-async def test_a_page_of_the_outbox_has_so_many_characters(subject: Subject) -> None:
-    """Events carry what was asked for: up to a mebibyte each."""
-    for number in range(5):
-        await subject.submitted(request={"note": "x" * (2000 if number == 1 else 10)})
-    subject.clock.shift(DAY)
-    sizes = []
-    last = 0
-    while (
-        page := await subject.store.read(old_events, last, subject.clock.now, 99, 1900)
-    ) is not None:
-        sizes.append(len(page.events))
-        last = page.last
-    assert (sum(sizes), sizes[1]) == (5, 1)
-    assert max(sizes) > 1
 
 
 async def test_old_events_go_with_their_deliveries_and_attempts(subject: Subject) -> None:
@@ -484,16 +461,47 @@ async def test_what_is_taken_up_again_before_it_goes_stays(subject: Subject) -> 
     await subject.completed()
     (row,) = await subject.rows(deliveries)
     await subject.attempt(await subject.claimed("deliver", row["id"]), "gone")
-    page = await subject.store.read(old_events, 0, subject.clock.now, 99, MIB)
+    page = await subject.store.read(old_events, 0, subject.clock.now)
     assert page is not None
-    old = await subject.store.read(old_deliveries, page.events, LIMIT)
-    assert old is not None
-    assert old.whole == [row["id"]]
+    assert len(page.events) == 2
     await subject.write(again, row["id"])
-    assert await subject.store.read(old_deliveries, page.events, LIMIT) is None
-    assert await subject.write(forget_deliveries, old.whole) == 0
-    assert await subject.write(forget_events, page.events) == len(page.events) - 1
-    assert [event["id"] for event in await subject.events()] == [row["event_id"]]
+    assert await subject.write(forget_deliveries, page.events) == 0
+    assert await subject.write(forget_events, page.events) == 1
+    kept = {event["id"] for event in await subject.events()}
+    assert kept & set(page.events) == {row["event_id"]}
+
+
+async def test_deliveries_go_in_batches(subject: Subject) -> None:
+    """Of one event as well: it goes after the last of them."""
+    for _ in range(5):
+        await subject.endpoint(types=["image.task.submitted"])
+    await subject.submitted()
+    for lease in await subject.claim("deliver", 9):
+        await subject.attempt(lease, "delivered")
+    page = await subject.store.read(old_events, 0, subject.clock.now)
+    assert page is not None
+    assert await subject.write(forget_events, page.events) == 0
+    counts = [await subject.write(forget_deliveries, page.events) for _ in range(4)]
+    assert counts == [2, 2, 1, 0]
+    assert await subject.rows(attempts) == []
+    assert await subject.write(forget_events, page.events) == 1
+
+
+async def test_no_more_replays_go_at_once_than_fit(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them in the end."""
+    monkeypatch.setattr(expiry, "REPLAYS", 7)
+    for _ in range(9):
+        await subject.replay()
+
+    def ended(tx: Transaction, items: Sequence[None]) -> list[None]:
+        tx.connection.execute(update(replays).values(finished_at=tx.now))
+        return [None] * len(items)
+
+    await subject.write(ended, None)
+    counts = [await subject.write(forget_replays, subject.clock.now) for _ in range(3)]
+    assert counts == [7, 2, 0]
 
 
 async def test_a_reader_is_told_what_is_no_longer_kept_and_gets_past_it(subject: Subject) -> None:
@@ -501,8 +509,8 @@ async def test_a_reader_is_told_what_is_no_longer_kept_and_gets_past_it(subject:
     nothing is left.
     """
     await subject.completed()
-    assert await subject.store.read(old_events, 0, subject.clock.now, 1, MIB) == OldEvents(
-        [(await subject.events())[0]["id"]], 1
+    assert await subject.store.read(old_events, 0, subject.clock.now) == OldEvents(
+        [event["id"] for event in await subject.events()], 2
     )
     await outbox(subject, subject.clock.now)
     assert await subject.store.read(event_list, None, 0, 9) == ([], 2, 2)
@@ -522,14 +530,12 @@ async def test_old_images_are_erased_and_their_blobs_named_once(subject: Subject
     going = await subject.storing("https://r.test/2", "https://r.test/3")
     first, _ = await subject.images(going)
     await subject.download(first, stored(first))
-    old = await subject.store.read(old_images, before, 9)
-    assert set(old) == {row["id"] for row in await subject.images(one)}
     names = {row["blob"] for row in await subject.images(one)}
-    assert set(await subject.write(forget_images, old)) == names
-    assert await subject.write(forget_images, old) == []
+    assert set(await subject.write(forget_images, before)) == names
+    assert await subject.write(forget_images, before) == []
     assert {row["state"] for row in await subject.images(one)} == {"erased"}
     assert (await subject.task(one))["erased_at"] is None
-    assert len(await subject.store.read(old_images, subject.clock.now, 9)) == 1, (
+    assert len(await subject.write(forget_images, subject.clock.now)) == 1, (
         "the task that goes on keeps its own"
     )
 

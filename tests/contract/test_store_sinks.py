@@ -114,12 +114,12 @@ async def test_events_stay_until_every_sink_has_them(subject: Subject) -> None:
     subject.clock.shift(40 * DAY)
     before = subject.clock.now - 30 * DAY
     assert await hold(subject) is not None
-    page = await subject.store.read(expiry.old_events, 0, before, 50, 1 << 20)
+    page = await subject.store.read(expiry.old_events, 0, before)
     assert page is not None
     assert page.last == mine.position
     (row,) = await subject.rows(sinks)
     subject.clock.shift(31 * DAY)
     assert row["seen_at"] < subject.clock.now - 30 * DAY
-    page = await subject.store.read(expiry.old_events, 0, subject.clock.now - 30 * DAY, 50, 1 << 20)
+    page = await subject.store.read(expiry.old_events, 0, subject.clock.now - 30 * DAY)
     assert page is not None
     assert page.last == await end(subject)

@@ -28,7 +28,7 @@ from service.db.transaction import Lease, Transaction
 from service.events.deliveries import DeliveryOutcome, DeliveryToSend
 from service.events.delivery_worker import DeliveryWorker
 from service.events.secrets import valid_secrets
-from service.images.validator import Examiner
+from service.images.validator import ImageValidator
 from service.queue import worker
 from tests.upstream import After, nth
 from tests.waiting import wait_until
@@ -506,7 +506,9 @@ async def test_an_attempt_under_a_lease_that_ended_is_recorded_and_decides_nothi
 
     delivery = await wait_until(held)
     await here.context.resources.store.write(enable_quietly, endpoint["id"])
-    work = stages(here.settings, here.context.resources, here.context.breaker, Examiner(1, 1, 1))
+    work = stages(
+        here.settings, here.context.resources, here.context.breaker, ImageValidator(1, 1, 1)
+    )
     deliver = next(stage for stage in work if stage.name == "deliver")
     with capture_logs() as lines:
         await deliver.run(Lease("deliver", delivery["id"], 99, 1))

@@ -9,7 +9,7 @@ from PIL import Image
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tests.downloads import examiners
+from tests.downloads import validator_children
 from tests.pictures import drawn
 from tests.processes import ADMIN_KEY, Running, service_settings, started
 from tests.upstream import Upstream, document
@@ -37,7 +37,7 @@ class Streamed(Response):
 
 
 def family(running: Running) -> list[int]:
-    return [running.process.pid, *examiners(running.process.pid)]
+    return [running.process.pid, *validator_children(running.process.pid)]
 
 
 def memory(pids: list[int], name: str) -> int:

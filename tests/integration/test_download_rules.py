@@ -13,7 +13,7 @@ from PIL import Image
 from starlette.responses import RedirectResponse, Response
 from structlog.testing import capture_logs
 
-from service.images.inspect_image import FRAMES
+from service.images.validator_child import FRAMES
 from tests.downloads import (
     MAX_BYTES,
     MAX_PIXELS,
@@ -70,6 +70,7 @@ PASSING = {
         picture(), 206, headers={"content-range": f"bytes 0-{len(picture()) - 1}/{len(picture())}"}
     ),
     "broken off at once": Part(picture(), cut=0),
+    "broken off in the middle": Part(noise(), cut=50_000, headers={"etag": '"one"'}),
     "cut short, and said to be whole": served(picture()[:-1]),
     "another format": served(b"BM" + picture()),
 }
@@ -146,6 +147,25 @@ async def test_different_wrong_bytes_are_not_final(here: World, upstream: Upstre
     """As long as something else comes each time, the picture may still come."""
     answers = [served(f"page {number}".encode()) for number in (1, 2, 1, 2)]
     await saved(here, upstream, "odd.png", *answers, served(picture()))
+
+
+@pytest.mark.parametrize("coding", ["gzip", "x-gzip", "GZIP"])
+async def test_what_comes_packed_is_unpacked(coding: str, here: World, upstream: Upstream) -> None:
+    """Some servers pack what was asked for as it is: lengths are the packed body's, what is kept is
+    the picture.
+    """
+    packed = gzip.compress(noise(), mtime=0)
+    image = await saved(here, upstream, coding, Part(packed, headers={"content-encoding": coding}))
+    assert await bytes_of(here, image) == noise()
+    assert image["bytes"] == len(noise())
+
+
+async def test_a_coding_that_is_a_lie_changes_nothing(here: World, upstream: Upstream) -> None:
+    """A picture is one by its content."""
+    image = await saved(
+        here, upstream, "lie", Part(picture(), headers={"content-encoding": "gzip"})
+    )
+    assert await bytes_of(here, image) == picture()
 
 
 def first_retries(lines: list[Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from service.app import Role
 from service.images.sweep import AGE_MS, sweep
 from service.queue import periodic
-from service.upkeep import retention
+from service.upkeep import expiry, retention
 from service.upkeep.retention import DAY_MS, Retention
 from tests.api import SUBMIT, UNTIL_DONE, got, order, refused, submitted
 from tests.waiting import wait_until
@@ -282,8 +282,9 @@ async def test_images_go_after_days_of_their_own(place: World) -> None:
 
 async def test_several_at_once_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In small batches, each row goes once."""
-    monkeypatch.setattr(retention, "BATCH", 2)
-    monkeypatch.setattr(retention, "TASKS", 1)
+    for limit in ("EVENTS", "DELIVERIES", "IMAGES"):
+        monkeypatch.setattr(expiry, limit, 2)
+    monkeypatch.setattr(expiry, "TASKS", 1)
     monkeypatch.setattr(retention, "PAUSE_S", 0)
     async with world(tmp_path) as here:
         tasks = [await submitted(here.client, UNTIL_DONE) for _ in range(4)]

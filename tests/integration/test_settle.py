@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from service.app import stages
 from service.db import tables
 from service.db.transaction import Lease, Transaction
-from service.images.validator import Examiner
+from service.images.validator import ImageValidator
 from service.queue import backoff, worker
 from service.tasks import confirm_worker, task_queries
 from service.tasks.confirm_worker import QueryPlan
@@ -323,7 +323,9 @@ async def test_an_answer_under_a_lease_that_ended_changes_nothing(
     """Whoever was too slow records nothing: the row is somebody else's by now."""
     task = await told.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
-    work = stages(told.settings, told.context.resources, told.context.breaker, Examiner(1, 1, 1))
+    work = stages(
+        told.settings, told.context.resources, told.context.breaker, ImageValidator(1, 1, 1)
+    )
     settle = next(stage for stage in work if stage.name == "settle")
     with capture_logs() as lines:
         await settle.run(Lease("settle", task["id"], 99, 1))

@@ -26,7 +26,7 @@ from service.db.clock import steady_ns
 from service.db.sqlite import SqliteStore
 from service.db.transaction import Lease
 from service.errors import ApiError
-from service.images.validator import Examiner
+from service.images.validator import ImageValidator
 from service.queue import worker
 from service.tasks import submit_worker, task_queries
 from service.tasks.accept import ended, wait_for
@@ -511,7 +511,7 @@ async def test_work_on_what_is_gone_ends_quietly(here: World) -> None:
     nothing.
     """
     for stage in stages(
-        here.settings, here.context.resources, here.context.breaker, Examiner(1, 1, 1)
+        here.settings, here.context.resources, here.context.breaker, ImageValidator(1, 1, 1)
     ):
         await stage.run(Lease(stage.name, "gone", 1, 1))
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
-from service.db.paging import Row
 from service.db.transaction import Lease
 from service.events.deliveries import (
     DeliveryAttempt,
@@ -20,13 +19,12 @@ from service.events.deliveries import (
     delivery_to_send,
     record_attempts,
 )
-from service.images import image_queries
-from service.images.downloads import Download, Lost, Retry, Stored, record_downloads
+from service.images.downloads import Download, Lost, Retry, Stored, image_row, record_downloads
 from service.queue import leases
 from service.tasks import task_queries
 from service.tasks.account_breaker import SubmissionHold, hold_submissions
 from service.tasks.confirm_worker import QueryPlan, Settlement, record_settlements
-from service.tasks.rows import TaskRow
+from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State
 from service.tasks.submissions import (
     SubmissionResult,
@@ -217,25 +215,24 @@ class Workshop:
     # --- download ---
 
     def download(self, lease: Lease) -> Life:
-        row: Row | None = yield Read(image_queries.download, (lease.key,))
-        if row is None or row["state"] != "pending":
+        row: ImageRow | None = yield Read(image_row, (lease.key,))
+        if row is None or row.state != "pending":
             yield Write(leases.done, lease)
         else:
             yield Write(
-                record_downloads,
-                Download(lease, row["task_id"], row["source_url"], self._fetched(row)),
+                record_downloads, Download(lease, row.task_id, row.source_url, self._fetched(row))
             )
 
-    def _fetched(self, row: Row) -> Stored | Retry | Lost:
-        sha = sha256(row["source_url"].encode()).hexdigest()
+    def _fetched(self, row: ImageRow) -> Stored | Retry | Lost:
+        sha = sha256(row.source_url.encode()).hexdigest()
         bad = (
-            4 if row["wrong_count"] else 2 if row["stale_count"] else self.luck
+            4 if row.wrong_count else 2 if row.stale_count else self.luck
         )  # what is bad mostly stays so
         match bad if self.luck > 4 else self.luck:
             case 1:
                 return Retry("answered 500", SECOND)
             case 2 | 3:  # the upstream gives fresh links to whoever asks
-                for real in self.upstream.of(row["task_id"]):
+                for real in self.upstream.of(row.task_id):
                     real.truth = self.upstream.renewed(real.truth)
                 return Retry("answered 404", 5 * SECOND, stale=True)
             case 4:
@@ -244,9 +241,7 @@ class Workshop:
                 return Lost("refused")
             case 6:
                 return Retry("answered 503", 6 * HOUR)
-        return Stored(
-            f"{row['task_id']}/{row['position']}-{sha}.png", "image/png", 1234, sha, 768, 512
-        )
+        return Stored(f"{row.task_id}/{row.position}-{sha}.png", "image/png", 1234, sha, 768, 512)
 
     # --- deliver ---
 

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from service.errors import ApiError, BlobMissing
-from service.images import image_queries
+from service.images.downloads import shown_image
 from service.web.context import resources_of
 from service.web.error_responses import error_response
 
@@ -44,17 +44,17 @@ def has_tag(tags: str, etag: str) -> bool:
 async def image(request: Request) -> Response:
     """Show a stored image."""
     resources = resources_of(request)
-    row = await resources.store.read(image_queries.image_row, request.path_params["image_id"])
+    row = await resources.store.read(shown_image, request.path_params["image_id"])
     if row is None:
         raise ApiError(404, "image_not_found", "no image has that id")
-    if row["state"] == "erased":
+    if row.state == "erased" or row.blob is None or row.bytes is None:
         raise ApiError(410, "gone", "the image was erased, or its days are over")
-    size, media_type, etag = row["bytes"], row["media_type"], f'"{row["sha256"]}"'
+    size, media_type, etag = row.bytes, row.media_type, f'"{row.sha256}"'
     headers = {**HEADERS, "ETag": etag}
     if has_tag(request.headers.get("if-none-match", ""), etag):
         return Response(status_code=304, headers=headers)
-    if await resources.blobs.size(row["blob"]) != size:
-        raise BlobMissing(f"the image {row['id']} is not as it was stored")
+    if await resources.blobs.size(row.blob) != size:
+        raise BlobMissing(f"the image {row.id} is not as it was stored")
     if request.method == "HEAD":
         return Response(headers={**headers, "Content-Length": str(size)}, media_type=media_type)
     same = request.headers.get("if-range", etag) == etag
@@ -66,5 +66,5 @@ async def image(request: Request) -> Response:
     headers["Content-Length"] = str(end - start)
     if asked:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-    chunks = resources.blobs.read(row["blob"], start, end)
+    chunks = resources.blobs.read(row.blob, start, end)
     return StreamingResponse(chunks, 206 if asked else 200, headers, media_type=media_type)

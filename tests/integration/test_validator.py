@@ -18,20 +18,20 @@ import pytest
 
 from service.errors import BlobUnavailable
 from service.images import validator
-from service.images.inspect_image import NoPicture, Picture
-from service.images.validator import Examiner, examined, examining
-from tests.downloads import called, downloading, examiners, link, made, served
+from service.images.validator import ImageValidator, InvalidImage, ValidImage, open_validator
+from service.images.validator_child import validate_file
+from tests.downloads import called, downloading, link, made, served, validator_children
 from tests.environment import ROOT
 from tests.pictures import drawn
 from tests.upstream import Upstream, picture
 from tests.waiting import wait_until
 
-SMALL = Picture("image/png", 64, 48)
+SMALL = ValidImage("image/png", 64, 48)
 
 
 @pytest.fixture
-async def judges() -> AsyncIterator[Examiner]:
-    async with examining(1, 10_000, 10_000) as made:
+async def pool() -> AsyncIterator[ImageValidator]:
+    async with open_validator(1, 10_000, 10_000) as made:
         yield made
 
 
@@ -42,14 +42,16 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-async def waiting(judges: Examiner, file: Path) -> tuple[int, "asyncio.Task[validator.Examined]"]:
+async def waiting(
+    pool: ImageValidator, file: Path
+) -> tuple[int, "asyncio.Task[validator.Validation]"]:
     """A child that is stopped, and a call that waits for it."""
-    await judges.examine(file, packed=False)
-    pid = judges.idle[0].pid
+    await pool.validate(file, compressed=False)
+    pid = pool.idle[0].pid
     os.kill(pid, signal.SIGSTOP)
-    call = asyncio.create_task(judges.examine(file, packed=False))
+    call = asyncio.create_task(pool.validate(file, compressed=False))
     await asyncio.sleep(0)  # it has taken the child
-    assert not judges.idle
+    assert not pool.idle
     return pid, call
 
 
@@ -57,27 +59,27 @@ def gone(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
-async def test_one_child_judges_one_file_after_the_other(judges: Examiner, file: Path) -> None:
+async def test_one_child_pool_one_file_after_the_other(pool: ImageValidator, file: Path) -> None:
     """It is started when it is first needed, and kept."""
-    assert judges.idle == []
-    first, second = [await judges.examine(file, packed=False) for _ in range(2)]
-    assert (first, first.verdict, first.bytes) == (second, SMALL, file.stat().st_size)
-    [child] = judges.idle
+    assert pool.idle == []
+    first, second = [await pool.validate(file, compressed=False) for _ in range(2)]
+    assert (first, first.result, first.bytes) == (second, SMALL, file.stat().st_size)
+    [child] = pool.idle
     assert child.pid != os.getpid()
     assert child.poll() is None
 
 
-async def test_what_came_packed_is_unpacked_in_its_file(judges: Examiner, file: Path) -> None:
+async def test_what_came_packed_is_unpacked_in_its_file(pool: ImageValidator, file: Path) -> None:
     """The file then holds the picture; what is not packed after all stays as it is, and what swells
     over the limit is final.
     """
     plain = file.read_bytes()
     file.write_bytes(gzip.compress(plain))
     for _ in range(2):
-        found = await judges.examine(file, packed=True)
-        assert (found.verdict, found.bytes, file.read_bytes()) == (SMALL, len(plain), plain)
+        found = await pool.validate(file, compressed=True)
+        assert (found.result, found.bytes, file.read_bytes()) == (SMALL, len(plain), plain)
     file.write_bytes(gzip.compress(bytes(10_001)))
-    assert (await judges.examine(file, packed=True)).verdict == NoPicture(
+    assert (await pool.validate(file, compressed=True)).result == InvalidImage(
         "over 10000 bytes", final=True
     )
 
@@ -91,43 +93,45 @@ def test_a_child_unpacks_within_the_limit(packing: Callable[[bytes], bytes], fil
     packed = packing(plain)
     for content in (packed, plain):
         file.write_bytes(content)
-        found = examined(str(file), packed=True, max_bytes=10_000, max_pixels=10_000)
-        assert (found["bytes"], found["picture"], file.read_bytes()) == (
+        found = validate_file(str(file), compressed=True, max_bytes=10_000, max_pixels=10_000)
+        assert (found["bytes"], found["valid"], file.read_bytes()) == (
             len(plain),
             asdict(SMALL),
             plain,
         )
     file.write_bytes(bomb := packing(bytes(10_001)))
-    found = examined(str(file), packed=True, max_bytes=10_000, max_pixels=10_000)
-    assert (found["no_picture"]["final"], file.read_bytes()) == (True, bomb)
-    assert examined(str(file.parent), packed=False, max_bytes=1, max_pixels=1) == {
+    found = validate_file(str(file), compressed=True, max_bytes=10_000, max_pixels=10_000)
+    assert (found["invalid"]["final"], file.read_bytes()) == (True, bomb)
+    assert validate_file(str(file.parent), compressed=False, max_bytes=1, max_pixels=1) == {
         "unavailable": "Is a directory"
     }
 
 
-async def test_limits_hold_in_the_child(judges: Examiner, file: Path) -> None:
+async def test_limits_hold_in_the_child(pool: ImageValidator, file: Path) -> None:
     """Too many pixels are final, bytes that are no picture are not."""
     file.write_bytes(drawn("PNG", size=(101, 100)))
-    found = await judges.examine(file, packed=False)
-    assert isinstance(found.verdict, NoPicture)
-    assert found.verdict.final
+    found = await pool.validate(file, compressed=False)
+    assert isinstance(found.result, InvalidImage)
+    assert found.result.final
     file.write_bytes(b"<html>")
-    assert (await judges.examine(file, packed=False)).verdict == NoPicture(
+    assert (await pool.validate(file, compressed=False)).result == InvalidImage(
         "the bytes are no picture"
     )
 
 
-async def test_a_file_that_cannot_be_read_is_the_stores_fault(judges: Examiner, file: Path) -> None:
+async def test_a_file_that_cannot_be_read_is_the_stores_fault(
+    pool: ImageValidator, file: Path
+) -> None:
     """BlobUnavailable, and the child goes on."""
-    await judges.examine(file, packed=False)
-    [child] = judges.idle
+    await pool.validate(file, compressed=False)
+    [child] = pool.idle
     with pytest.raises(BlobUnavailable, match="No such file"):
-        await judges.examine(file.with_name("missing"), packed=False)
-    assert judges.idle == [child]
+        await pool.validate(file.with_name("missing"), compressed=False)
+    assert pool.idle == [child]
 
 
 async def test_no_child_is_the_machines_fault(
-    judges: Examiner, file: Path, monkeypatch: pytest.MonkeyPatch
+    pool: ImageValidator, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """BlobUnavailable, as when the disk is full: the download is tried again, and the row is not to
     blame.
@@ -135,16 +139,16 @@ async def test_no_child_is_the_machines_fault(
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(file))
         with pytest.raises(BlobUnavailable, match="no process"):
-            await judges.examine(file, packed=False)
-    assert (await judges.examine(file, packed=False)).verdict == SMALL
+            await pool.validate(file, compressed=False)
+    assert (await pool.validate(file, compressed=False)).result == SMALL
 
 
-async def test_a_child_that_died_idle_is_replaced(judges: Examiner, file: Path) -> None:
+async def test_a_child_that_died_idle_is_replaced(pool: ImageValidator, file: Path) -> None:
     """The machine may have wanted its memory: no try is lost for that."""
-    await judges.examine(file, packed=False)
-    judges.idle[0].kill()
-    judges.idle[0].wait()
-    assert (await judges.examine(file, packed=False)).verdict == SMALL
+    await pool.validate(file, compressed=False)
+    pool.idle[0].kill()
+    pool.idle[0].wait()
+    assert (await pool.validate(file, compressed=False)).result == SMALL
 
 
 async def test_want_of_memory_is_no_fault_of_the_bytes(
@@ -164,48 +168,79 @@ async def test_want_of_memory_is_no_fault_of_the_bytes(
 
     monkeypatch.setattr(subprocess, "Popen", small)
     file.write_bytes(drawn("PNG", size=(8000, 8000)))
-    async with examining(1, 1 << 30, 1 << 30) as narrow:
-        found = await narrow.examine(file, packed=False)
-    assert (found.sha256, found.verdict) == ("", NoPicture("its decoder broke down"))
+    async with open_validator(1, 1 << 30, 1 << 30) as pool:
+        found = await pool.validate(file, compressed=False)
+    assert (found.sha256, found.result) == ("", InvalidImage("its decoder broke down"))
 
 
 async def test_a_picture_that_kills_its_child_is_worth_another_try(
-    judges: Examiner, file: Path
+    pool: ImageValidator, file: Path
 ) -> None:
     """Nothing is known of the bytes, and the next file has a child of its own."""
-    pid, call = await waiting(judges, file)
+    pid, call = await waiting(pool, file)
     os.kill(pid, signal.SIGKILL)
-    assert await call == validator.Examined("", 0, NoPicture("its decoder broke down"))
+    assert await call == validator.Validation("", 0, InvalidImage("its decoder broke down"))
     assert gone(pid)
-    assert (await judges.examine(file, packed=False)).verdict == SMALL
+    assert (await pool.validate(file, compressed=False)).result == SMALL
+
+
+async def test_a_picture_that_takes_too_much_processor_time_is_final(
+    pool: ImageValidator, file: Path
+) -> None:
+    """The kernel ends its child. Another download would bring the same work."""
+    pid, call = await waiting(pool, file)
+    os.kill(pid, signal.SIGXCPU)
+    os.kill(pid, signal.SIGCONT)
+    assert (await call).result == InvalidImage(
+        "it takes too much processor time to decode", final=True
+    )
+    assert gone(pid)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_a_child_has_limits_and_no_secrets(
+    pool: ImageValidator, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory, processor time, files and descriptors; nothing of the service's environment."""
+    monkeypatch.setenv("DARKROOM_SECRET_KEY", "a secret")
+    await pool.validate(file, compressed=False)
+    process = Path(f"/proc/{pool.idle[0].pid}")
+    assert b"secret" not in (process / "environ").read_bytes()
+    limits = {
+        line[:26].strip(): line[26:].split()[0]
+        for line in (process / "limits").read_text(encoding="ascii").splitlines()[1:]
+    }
+    assert int(limits["Max address space"]) == (512 << 20) + 24 * 10_000 + 3 * 10_000
+    assert 60 < int(limits["Max cpu time"]) < 120
+    assert (limits["Max file size"], limits["Max open files"]) == ("10000", "64")
 
 
 async def test_a_picture_that_never_ends_is_given_up(
-    judges: Examiner, file: Path, monkeypatch: pytest.MonkeyPatch
+    pool: ImageValidator, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its child is killed, as it may not come back."""
-    await judges.examine(file, packed=False)  # starting takes longer
-    monkeypatch.setattr(validator, "EXAMINE_S", 0.5)
-    pid, call = await waiting(judges, file)
-    assert (await call).verdict == NoPicture("it was not decoded within 0.5 s")
+    await pool.validate(file, compressed=False)  # starting takes longer
+    monkeypatch.setattr(validator, "WALL_S", 0.5)
+    pid, call = await waiting(pool, file)
+    assert (await call).result == InvalidImage("it was not decoded within 0.5 s")
     assert gone(pid)
 
 
-async def test_a_call_that_is_cancelled_leaves_no_child(judges: Examiner, file: Path) -> None:
+async def test_a_call_that_is_cancelled_leaves_no_child(pool: ImageValidator, file: Path) -> None:
     """Its answer would be taken for the next file's."""
-    pid, call = await waiting(judges, file)
+    pid, call = await waiting(pool, file)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
     assert gone(pid)
-    assert judges.idle == []
+    assert pool.idle == []
 
 
-async def test_children_leave_with_the_examiner(file: Path) -> None:
+async def test_children_leave_with_the_validator(file: Path) -> None:
     """At its exit none is left."""
-    async with examining(2, 10_000, 10_000) as judges:
-        await asyncio.gather(*(judges.examine(file, packed=False) for _ in range(4)))
-        pids = [child.pid for child in judges.idle]
+    async with open_validator(2, 10_000, 10_000) as pool:
+        await asyncio.gather(*(pool.validate(file, compressed=False) for _ in range(4)))
+        pids = [child.pid for child in pool.idle]
         assert len(pids) == 2
     assert all(map(gone, pids))
 
@@ -218,7 +253,7 @@ async def test_callbacks_are_answered_while_a_picture_is_decoded(tmp_path: Path)
     upstream.files = {"a.png": [served(picture())], "b.png": [served(picture())]}
     async with downloading(tmp_path, upstream) as here:
         await here.ended((await made(here, upstream, link(here, "a.png")))["id"])
-        [pid] = examiners(os.getpid())
+        [pid] = validator_children(os.getpid())
         os.kill(pid, signal.SIGSTOP)
         second = await made(here, upstream, link(here, "b.png"))
 
@@ -236,12 +271,12 @@ async def test_children_do_not_outlive_a_killed_parent(file: Path) -> None:
     """They end with their input, although nobody could tell them."""
     program = f"""
 import asyncio, os, pathlib
-from service.images.validator import examining
+from service.images.validator import open_validator
 
 async def main():
-    async with examining(1, 10_000, 10_000) as judges:
-        await judges.examine(pathlib.Path({str(file)!r}), packed=False)
-        print(judges.idle[0].pid, flush=True)
+    async with open_validator(1, 10_000, 10_000) as pool:
+        await pool.validate(pathlib.Path({str(file)!r}), compressed=False)
+        print(pool.idle[0].pid, flush=True)
         os.kill(os.getpid(), 9)
 
 asyncio.run(main())

@@ -1,4 +1,4 @@
-"""Judges pictures in a process of its own and prints what that cost: `python -m tests.judge
+"""Judges pictures in a process of its own and prints what that cost: `python -m tests.image_costs
 bombs|broken|FOLDER MAX_PIXELS`.
 """
 
@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from service.images.formats import known
-from service.images.inspect_image import KINDS, Picture, inspect
+from service.images.validator import ValidImage
+from service.images.validator_child import MEDIA_TYPES, check_image
 from tests.pictures import bombs, broken, samples
 
 BROKEN = 400  # of each kind
@@ -41,7 +41,7 @@ def memory(name: str) -> int:
 
 def main(what: str, max_pixels: int) -> None:
     for sample in samples().values():  # what the decoders keep for good
-        inspect(sample, max_pixels)
+        check_image(sample, max_pixels)
     resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + (1 << 30), resource.RLIM_INFINITY))
     wanted = list(files(what))
     peaks, seconds, said = dict[str, int](), dict[str, float](), dict[str, str]()
@@ -49,15 +49,13 @@ def main(what: str, max_pixels: int) -> None:
     for name, data in wanted:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins again
         before, started = memory("VmRSS"), time.process_time()
-        verdict = inspect(data, max_pixels)
+        verdict = check_image(data, max_pixels)
         seconds[name], peaks[name] = (
             time.process_time() - started,
             memory("VmHWM") - before - 3 * len(data),
         )
-        if isinstance(verdict, Picture):
-            found = known(data)
-            assert found is not None
-            assert KINDS[found[0]] == verdict.media_type
+        if isinstance(verdict, ValidImage):
+            assert verdict.media_type in MEDIA_TYPES.values()
             assert 0 < verdict.width * verdict.height <= max_pixels
             kinds[verdict.media_type] += 1
         else:

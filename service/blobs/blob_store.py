@@ -1,0 +1,146 @@
+"""The interface of a blob store, and the temporary files that every store begins with.
+
+A blob's name is `{task_id}/{index}-{sha256}.{ext}`, so its bytes never change.
+"""
+
+import asyncio
+import math
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_hex
+from typing import ParamSpec, Protocol, TypeVar
+
+from service.errors import BlobUnavailable
+
+P = ParamSpec("P")
+T = TypeVar("T")
+NAME = re.compile(
+    r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}(?:/[A-Za-z0-9_][A-Za-z0-9._-]{0,199}){0,3}", re.ASCII
+)
+CHUNK = 1 << 18  # bytes
+PAGE = 200  # blobs
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """`modified_at` is in milliseconds since 1970 UTC, by the store's clock."""
+
+    name: str
+    modified_at: int
+
+
+@dataclass(slots=True)
+class Incoming:
+    """A temporary file that is being written. Each write opens and closes it, so a cancelled call
+    leaves no descriptor open.
+    """
+
+    path: Path
+    size: int = 0
+
+    async def write(self, data: bytes) -> None:
+        """Appends. Each call goes to a thread and back, so pieces should be large.
+        BlobUnavailable.
+        """
+        await in_thread(append, self.path, data)
+        self.size += len(data)
+
+
+class Blobs(Protocol):
+    """A blob store. Every method raises BlobUnavailable when the store fails, and ValueError for a
+    name that no blob can have.
+    """
+
+    def incoming(self) -> AbstractAsyncContextManager[Incoming]:
+        """A temporary local file. It is removed at the exit, unless it was put."""
+
+    async def put(self, incoming: Incoming, name: str, media_type: str) -> None:
+        """Keeps the file under the name. Once this returns, the blob survives a power cut. Putting
+        the same name again is harmless.
+        """
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        """The bytes from `start` to before `end`, in chunks of at most CHUNK. BlobMissing."""
+
+    async def size(self, name: str) -> int | None:
+        """In bytes, or None if there is no such blob."""
+
+    async def delete(self, name: str) -> None:
+        """A missing blob is no error."""
+
+    def listed(self) -> AsyncIterator[Sequence[Blob]]:
+        """Every blob, in pages of at most PAGE, in no order. A blob that is put or deleted
+        meanwhile may be missing.
+        """
+
+    async def check(self) -> None:
+        """Returns if the store answers now."""
+
+    async def free_bytes(self) -> int | None:
+        """None if the store does not know."""
+
+
+def check_name(name: str) -> str:
+    """The name itself. ValueError: it could lead out of the store or to the store's own files
+    (`..`, `/x`, `.incoming/x`).
+    """
+    if NAME.fullmatch(name) is None:
+        raise ValueError(f"no blob has a name like {name!r}")
+    return name
+
+
+@asynccontextmanager
+async def incoming_in(folder: Path) -> AsyncIterator[Incoming]:
+    """A new file in the folder. It is removed at the exit, unless it was moved. BlobUnavailable."""
+    path = folder / token_hex(16)
+    try:
+        await in_thread(create, path)
+        yield Incoming(path)
+    finally:
+        with suppress(BlobUnavailable):  # the next start removes it
+            await in_thread(path.unlink, True)
+
+
+async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Runs a blocking function. An OSError becomes BlobUnavailable, without the path."""
+    try:
+        return await asyncio.to_thread(work, *args, **kwargs)
+    except OSError as error:
+        raise BlobUnavailable(error.strerror or type(error).__name__) from error
+
+
+def remove_leftovers(folder: Path, spare: float) -> None:
+    """Removes files that a dead process left in the folder, except files younger than `spare`
+    seconds. Without `spare`, every file goes.
+    """
+    before = time.time() - spare if spare else math.inf
+    for leftover in folder.iterdir() if folder.exists() else ():
+        with suppress(FileNotFoundError):  # a live process removed its own
+            if leftover.stat().st_mtime <= before:
+                leftover.unlink()
+
+
+def create(path: Path) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+
+
+def append(path: Path, data: bytes) -> None:
+    """Without O_CREAT: a write that outlives its cancelled caller must not create the file."""
+    with opened(path, os.O_WRONLY | os.O_APPEND) as descriptor:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+
+
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,188 @@
+"""The child process that decodes images: `python -m service.images.validator_child`.
+
+The type counts by content. The header's pixels are checked before a frame is decoded, then every
+frame is decoded. An image is kept byte for byte, with its metadata and any bytes behind its end.
+It is served under a name made from its content, with `nosniff` and a sandboxing policy.
+
+The kernel limits the child's memory, processor time, files and descriptors (decision 30).
+"""
+
+import hashlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+import warnings
+import zlib
+from contextlib import suppress
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import AvifImagePlugin, Image, UnidentifiedImageError
+
+from service.images.validator import InvalidImage, ValidImage
+
+MEDIA_TYPES = {
+    "PNG": "image/png",
+    "JPEG": "image/jpeg",
+    "WEBP": "image/webp",
+    "GIF": "image/gif",
+    "AVIF": "image/avif",
+}
+FRAMES = 1000  # of an animation: each costs time, however small it is
+GIF_BLOCKS = 500_000  # twice as many as a GIF of 50 MiB needs
+CPU_S = 60  # the largest image takes some seconds of one core
+# Address space: what the decoders need beside the image, and the most that a pixel needs.
+BASE_BYTES, PIXEL_BYTES = 512 << 20, 24
+NICE = 10
+
+
+def main(max_bytes: int, max_pixels: int) -> None:
+    # A supervisor may send SIGTERM to the whole group. The parent still needs the answer.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.nice(NICE)
+    with suppress(OSError):  # Linux: this process is the first to go when memory runs out
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    limit(resource.RLIMIT_AS, BASE_BYTES + PIXEL_BYTES * max_pixels + 3 * max_bytes)
+    limit(resource.RLIMIT_FSIZE, max_bytes)
+    limit(resource.RLIMIT_NOFILE, 64)
+    limit(resource.RLIMIT_CORE, 0)
+    for line in sys.stdin.buffer:
+        limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + CPU_S)
+        answer = validate_file(**json.loads(line), max_bytes=max_bytes, max_pixels=max_pixels)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def limit(kind: int, value: int) -> None:
+    """Sets the soft limit, at most to the hard one."""
+    hard = resource.getrlimit(kind)[1]
+    soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
+    resource.setrlimit(kind, (soft, hard))
+
+
+def validate_file(
+    path: str, *, compressed: bool, max_bytes: int, max_pixels: int
+) -> dict[str, Any]:
+    """The child's answer."""
+    try:
+        data = Path(path).read_bytes()
+        if compressed and (plain := decompress(data, max_bytes)) is not None:
+            if len(plain) > max_bytes:
+                invalid = InvalidImage(f"over {max_bytes} bytes", final=True)
+                return {"sha256": "", "bytes": 0, "invalid": asdict(invalid)}
+            Path(path).write_bytes(plain)
+            data = plain
+    except OSError as error:
+        return {"unavailable": error.strerror}
+    result = check_image(data, max_pixels)
+    kind = "valid" if isinstance(result, ValidImage) else "invalid"
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), kind: asdict(result)}
+
+
+def decompress(data: bytes, max_bytes: int) -> bytes | None:
+    """At most one byte over the limit, or None if the data is neither gzip nor zlib."""
+    try:
+        return zlib.decompressobj(wbits=47).decompress(data, max_bytes + 1)  # 47: gzip or zlib
+    except zlib.error:
+        return None
+
+
+def check_image(data: bytes, max_pixels: int) -> ValidImage | InvalidImage:
+    """Decodes every frame. The limit holds for the pixels of all frames together."""
+    # Some decoders allocate memory for all pixels before a header can be looked at.
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            # Without this, Pillow refuses only images of twice as many pixels as allowed.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return decode(data, max_pixels)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return InvalidImage(f"over {max_pixels} pixels", final=True)
+    except UnidentifiedImageError:
+        return InvalidImage("the bytes are no picture")
+    except MemoryError:
+        raise  # The machine's fault, not the image's: the child ends and the file is tried again.
+    # Pillow's decoders raise all kinds of errors on hostile bytes (struct, Syntax, Overflow …).
+    except Exception as error:  # noqa: BLE001
+        return InvalidImage(f"the picture does not decode: {type(error).__name__}")
+
+
+def decode(data: bytes, max_pixels: int) -> ValidImage | InvalidImage:
+    if data.startswith((b"GIF87a", b"GIF89a")) and (invalid := check_gif(data)):
+        return invalid
+    with Image.open(BytesIO(data), formats=tuple(MEDIA_TYPES)) as image:
+        (width, height), pixels = image.size, 0
+        # A JPEG with further images behind it (a gain map) is one of Pillow's format MPO.
+        format = "JPEG" if image.format == "MPO" else str(image.format)
+        if not is_whole(format, data):
+            return InvalidImage("the picture is not whole")
+        # GIF does not state its number of frames, and counting them would read all of them.
+        frames = {"JPEG": 1, "GIF": FRAMES + 1}.get(format) or int(getattr(image, "n_frames", 1))
+        if frames > FRAMES and format != "GIF":
+            return InvalidImage(f"over {FRAMES} frames", final=True)
+        for frame in range(frames):
+            try:
+                image.seek(frame)
+            except EOFError:
+                if format != "GIF":
+                    raise
+                break
+            if frame == FRAMES:
+                return InvalidImage(f"over {FRAMES} frames", final=True)
+            pixels += image.width * image.height
+            if pixels > max_pixels:
+                size = f"{width}x{height}, up to frame {frame + 1},"
+                return InvalidImage(f"{size} is over {max_pixels} pixels", final=True)
+            image.load()
+        return ValidImage(MEDIA_TYPES[format], width, height)
+
+
+def is_whole(format: str, data: bytes) -> bool:
+    """Whether the file has its format's end: Pillow decodes some images that are cut.
+
+    A GIF's end is checked before. The decoder of AVIF needs every byte.
+    """
+    match format:
+        case "PNG":
+            return b"IEND\xae\x42\x60\x82" in data
+        case "JPEG":
+            return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")  # an end behind the last scan
+        case "WEBP":
+            return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    return True
+
+
+def check_gif(data: bytes) -> InvalidImage | None:
+    """Walks a GIF's blocks to its end. Pillow keeps every block of a comment in a list."""
+
+    def palette(flags: int) -> int:
+        return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+    broken, blocks = InvalidImage("the picture is not whole"), 0
+    try:
+        at = 13 + palette(data[10])
+        while (kind := data[at]) != 0x3B:  # the trailer
+            if kind not in (0x21, 0x2C):
+                return broken
+            # An extension has a label. An image has its place, a palette and the size of its codes.
+            at += 2 if kind == 0x21 else 11 + palette(data[at + 9])
+            while size := data[at]:
+                at += size + 1
+                blocks += 1
+                if blocks > GIF_BLOCKS:
+                    return InvalidImage(f"over {GIF_BLOCKS} blocks", final=True)
+            at += 1
+    except IndexError:
+        return broken
+    return None
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
