@@ -1,18 +1,19 @@
-"""The embedded store's clock: no jump of the machine's clock makes work due, or puts it off.
+"""The clock of the embedded store: a jump of the machine's clock neither makes work due nor delays
+it (see docs/decisions/0024).
 
-Between two looks it moves by the time that really passed, a machine's sleep included, and by a
-tenth of that, at most, towards the machine's clock: an hour's jump is made up for in ten hours, or
-at the next start. It never goes back.
+Between two readings the clock moves by the time that passed, including a machine's sleep, and by at
+most a tenth of that towards the machine's clock. An hour's jump is made up for in ten hours, or at
+the next start. The clock never goes back.
 """
 
 import time
 from collections.abc import Callable
 
-SLEW = 10  # one part in so many
+SLEW = 10  # the share of the passed time that corrects the clock is one in ten
 
 
 def wall_clock() -> int:
-    """The machine's: milliseconds since 1970 UTC."""
+    """The machine's time: milliseconds since 1970 UTC."""
     return time.time_ns() // 1_000_000
 
 
@@ -21,8 +22,8 @@ def wall_ns() -> int:
 
 
 def steady_ns() -> int:
-    """Time that passes, whatever anybody sets: since the machine's start, where the system says it,
-    its sleep included.
+    """Time that passes, including a machine's sleep where the system counts it. No setting of the
+    clock changes it.
     """
     return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
@@ -39,7 +40,7 @@ class SteadyClock:
     def __call__(self) -> int:
         looked = self._steady()
         passed = max(0, looked - self._looked)
-        if passed >= SLEW:  # less could not be told from nothing
+        if passed >= SLEW:  # a shorter time would round to no correction
             most = passed // SLEW
             self._looked = looked
             self._now += passed

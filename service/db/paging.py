@@ -5,19 +5,14 @@ from typing import Any
 
 from sqlalchemy import RowMapping, Select, and_, or_
 
-After = tuple[int, str] | None  # where a list goes on: time and id of the last one seen
+Row = RowMapping | Mapping[str, Any]
+After = tuple[int, str] | None  # time and id of the last row of the page before
 
 
 def page(statement: Select[Any], table: Any, after: After, limit: int) -> Select[Any]:
-    """Newest first, from `after` on: by key, so that a page costs the same however far down it
-    is.
-    """
+    """Newest first, after a key. A page costs the same at any depth of the list."""
     created, key = table.c.created_at, table.c.id
     if after is not None:
-        statement = statement.where(
-            or_(created < after[0], and_(created == after[0], key < after[1]))
-        )
+        time, id = after
+        statement = statement.where(or_(created < time, and_(created == time, key < id)))
     return statement.order_by(created.desc(), key.desc()).limit(limit)
-
-
-Row = RowMapping | Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""A commit that means nothing but that the store can: if this is durable, a callback would be."""
+"""A durable commit without meaning. If it succeeds, the store can commit a callback."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,7 @@ from service.db.transaction import Transaction
 
 
 def mark(tx: Transaction, items: Sequence[None]) -> list[None]:
-    """Writes for real, as a callback does: a full disk or a read-only server fails it."""
-    tx.connection.execute(
-        update(counters).where(counters.c.name == "ready").values(value=counters.c.value + 1)
-    )
+    """Writes like a callback, so that a full disk or a read-only server fails it."""
+    ready = update(counters).where(counters.c.name == "ready")
+    tx.connection.execute(ready.values(value=counters.c.value + 1))
     return [None] * len(items)

@@ -1,6 +1,4 @@
-"""The schema's version: brought up to date under a lock, and refused when it is newer than this
-program.
-"""
+"""The schema's version: migrated under a lock, and refused when it is newer than this program."""
 
 from pathlib import Path
 
@@ -14,19 +12,20 @@ from service.errors import ConfigurationError
 
 
 def config(connection: Connection | None = None) -> Config:
-    """Alembic's configuration; there is no ini file, the connection comes from whoever migrates."""
+    """Alembic's configuration, without an ini file."""
     made = Config()
     made.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     made.attributes["connection"] = connection
     return made
 
 
+def revision(connection: Connection) -> str | None:
+    return MigrationContext.configure(connection).get_current_revision()
+
+
 def refuse_foreign(connection: Connection) -> None:
-    """ConfigurationError: the database is somebody else's."""
-    if (
-        MigrationContext.configure(connection).get_current_revision() is None
-        and inspect(connection).get_table_names()
-    ):
+    """ConfigurationError: the database belongs to another program."""
+    if revision(connection) is None and inspect(connection).get_table_names():
         raise ConfigurationError(
             "the database holds tables that are not darkroom's: DARKROOM_DATABASE_URL must name"
             " one of its own"
@@ -34,20 +33,17 @@ def refuse_foreign(connection: Connection) -> None:
 
 
 def migrate(connection: Connection, *, allowed: bool) -> str:
-    """Brings the schema to this program's version and returns it. The caller holds the lock and the
-    transaction.
+    """Migrates to this program's version and returns it, within the caller's lock and transaction.
 
-    Raises ConfigurationError for a newer schema, for foreign tables, and for an old one unless
-    `allowed`.
+    ConfigurationError: the schema is newer, the tables are another program's, or the schema is old
+    and a migration is not `allowed`.
     """
     script = ScriptDirectory.from_config(config())
-    current = MigrationContext.configure(connection).get_current_revision()
-    head = script.get_current_head()
+    current, head = revision(connection), script.get_current_head()
     assert head is not None
     if current == head:
         return head
-    known = {revision.revision for revision in script.walk_revisions()}
-    if current is not None and current not in known:
+    if current is not None and current not in {each.revision for each in script.walk_revisions()}:
         raise ConfigurationError(
             f"the store's schema {current} is newer than this program's {head}: start a newer"
             " version of darkroom"

@@ -10,12 +10,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from alembic.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, func, select
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool
 
 from service.db.integrity import connecting
+from service.db.schema import revision
 from service.db.tables import counters, endpoints, events, images, owners, tasks
 from service.errors import ConfigurationError
 from service.ids import sequence_text
@@ -72,7 +72,7 @@ def figures(connection: Connection) -> dict[str, Any]:
     """The version of a copy's schema, its tasks and events, and the sequence of its last event."""
     last = select(counters.c.value).where(counters.c.name == "events")
     return {
-        "schema_version": MigrationContext.configure(connection).get_current_revision(),
+        "schema_version": revision(connection),
         "tasks": connection.execute(select(func.count()).select_from(tasks)).scalar_one(),
         "events": connection.execute(select(func.count()).select_from(events)).scalar_one(),
         "sequence": sequence_text(connection.execute(last).scalar_one()),

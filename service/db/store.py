@@ -1,4 +1,4 @@
-"""What a store can do."""
+"""What the steps see of a store."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,35 +10,29 @@ from sqlalchemy import Connection
 from service.db.transaction import Lease, Transaction
 
 Item = TypeVar("Item")
-
-
 Result = TypeVar("Result")
-
-
 P = ParamSpec("P")
 
 
 class Workers(Protocol):
-    """What the store asks of the workers of its process."""
+    """The workers of a process, as its store calls them."""
 
     def reserve(self) -> dict[str, int]:
-        """Takes every free place, by stage; what a transaction did not use comes back with
-        `take`.
-        """
+        """Takes every free slot, by stage. Unused slots come back with `take`."""
 
     def take(self, leased: Iterable[Lease], unused: Mapping[str, int]) -> None:
-        """Starts the granted work and frees the unused places."""
+        """Starts the leased work and frees the unused slots."""
 
     def committed(self, tx: Transaction) -> None:
-        """Tells of a committed transaction: events to log, stages with work that is due."""
+        """Receives each committed transaction, with its events and its stages with due work."""
 
     def hinted(self, stages: Iterable[str] | None) -> None:
-        """Stages may have work that is due; None: any may."""
+        """Stages may have due work. None: any stage may."""
 
 
 class Signals:
-    """Wakes those in this process who wait for a task, the outbox or work; a hint, never a
-    promise.
+    """Wakes the coroutines of this process that wait for a task or for the outbox. A signal is a
+    hint and never a promise.
     """
 
     def __init__(self) -> None:
@@ -62,20 +56,17 @@ class Signals:
                 event.set()
 
     def stop(self) -> None:
-        """The process is about to end: nobody is to wait any longer."""
+        """The process is about to end: every wait ends now."""
         self.stopping = True
         self.notify(list(self._waiting))
 
     async def wait(self, event: asyncio.Event, seconds: float) -> bool:
-        """Waits for an event from `listen`; True if it came, False after the time or when the
-        process stops.
-        """
+        """Waits for an event from `listen`. False: it came too late, or the process stops."""
         if self.stopping or seconds <= 0:
             return False
         try:
-            async with asyncio.timeout(
-                seconds
-            ):  # `wait_for` of Python 3.11 loses a cancellation that meets the event
+            # `wait_for` of Python 3.11 loses a cancellation that meets the event.
+            async with asyncio.timeout(seconds):
                 await event.wait()
         except TimeoutError:
             return False
@@ -83,17 +74,13 @@ class Signals:
 
 
 class Store(Protocol):
-    """Durable state. `write` returns after the commit and raises `StoreUnavailable` when there was
-    none.
-    """
+    """Durable state, with group commit."""
 
     signals: Signals
     process: str
 
     def clock(self) -> int:
-        """Its time, or near it, in milliseconds since 1970 UTC: for what is compared with times
-        that are kept there.
-        """
+        """The store's time in milliseconds since 1970 UTC, to compare with stored times."""
 
     async def write(
         self,
@@ -102,17 +89,17 @@ class Store(Protocol):
         *,
         urgent: bool = False,
     ) -> Result:
-        """Runs the operation over this item and whatever else waits, in one transaction; what is
-        `urgent` goes first.
+        """Runs the operation over this and other waiting items in one transaction. Urgent items go
+        first. It returns after the commit. StoreUnavailable: nothing was committed.
         """
 
     async def read(
         self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
     ) -> Result:
-        """Runs a query on a connection that sees every commit before it."""
+        """Runs a query on a connection that sees every earlier commit."""
 
     def attach(self, workers: Workers) -> None:
-        """From now on rows may be born leased to these workers."""
+        """From now on transactions lease rows to these workers."""
 
     def detach(self) -> None:
-        """No more leases are handed out: the process is about to stop."""
+        """Transactions lease no more rows, because the process is about to stop."""

@@ -1,8 +1,8 @@
-"""The tables, written once for both stores. Times are milliseconds since 1970 UTC, credits
+"""The tables, written once for both stores. Times are milliseconds since 1970 UTC, credits are
 millionths of a credit.
 
-State is the queue: a row that wants work carries `due_at`, `attempts`, `lease_until`, `lease_owner`
-and `fence`; see `Queue` and `operations.leases`. Whatever belongs to somebody has its `owner`.
+State is the queue: a row of work carries lease columns (see `service/db/queues.py`). Every row that
+belongs to an owner has an `owner` column.
 """
 
 from typing import Any
@@ -37,9 +37,7 @@ metadata = MetaData(
 
 
 def lease_columns(prefix: str = "") -> list[Column[Any]]:
-    """What makes a row work to be done: `faults` counts unforeseen exceptions, `deaths` leases that
-    ran out unfinished.
-    """
+    """`faults` counts unforeseen exceptions, `deaths` leases that ended by themselves."""
     return [
         Column(f"{prefix}due_at", BigInteger),
         Column(f"{prefix}attempts", Integer, nullable=False, default=0),
@@ -65,7 +63,7 @@ api_keys = Table(
     Column("id", String(40), primary_key=True),
     Column("owner", String(64), nullable=False),
     Column("hash", String(64), nullable=False, unique=True),
-    Column("hint", String(16), nullable=False),  # the key's first characters, for people
+    Column("hint", String(16), nullable=False),  # the first characters of the key
     Column("scopes", JSON, nullable=False),
     Column("created_at", BigInteger, nullable=False),
     Column("revoked_at", BigInteger),
@@ -78,23 +76,21 @@ tasks = Table(
     Column("owner", String(64), nullable=False),
     Column("upstream", String(32), nullable=False),
     Column("upstream_id", String(200)),
-    Column(
-        "upstream_id_from", String(16)
-    ),  # answer, which wins, callback, hand, or query: by hand, and the upstream answered to it
+    # answer (which wins), callback, hand, or query: by hand, and the upstream answered to it
+    Column("upstream_id_from", String(16)),
     Column("state", String(16), nullable=False),
     Column("upstream_status", String(16)),
-    Column(
-        "settled_digest", String(64)
-    ),  # of the upstream's word that ended it; NULL: not ended, or an end of our own making
+    # Of the report that ended the task. NULL: not ended, or ended by the service itself.
+    Column("settled_digest", String(64)),
     Column("created_at", BigInteger, nullable=False),
     Column("submitted_at", BigInteger),
     Column("called_back_at", BigInteger),  # the first terminal callback
     Column("terminal_at", BigInteger),
     Column("model", String(200), nullable=False),
     Column("prompt", Text),
-    Column("request", JSON, nullable=False),  # what was asked, without the prompt
+    Column("request", JSON, nullable=False),  # without the prompt
     Column("metadata", JSON, nullable=False),
-    Column("body", LargeBinary, nullable=False),  # sent upstream byte for byte, however often
+    Column("body", LargeBinary, nullable=False),  # every submission sends these bytes
     Column("callback_url", Text),  # the client's own
     Column("idempotency_key", String(255)),
     Column("idempotency_hash", String(64)),
@@ -106,24 +102,19 @@ tasks = Table(
     Column("credits_reserved", BigInteger),
     Column("credits_used", BigInteger),
     Column("error", JSON(none_as_null=True)),
-    Column("refusal_status", Integer),  # the upstream's HTTP status when it refused the submission
+    Column("refusal_status", Integer),  # HTTP status of the upstream's refusal
     Column("submit_outcomes", Integer, nullable=False, default=0),
-    Column(
-        "doubted_at", BigInteger
-    ),  # when a submission first proved nothing: the task may exist and be charged
-    Column(
-        "resubmit", Boolean, nullable=False, default=False
-    ),  # an uncertain task is sent again, by hand or after the first doubt
-    Column(
-        "settle_requests", Integer, nullable=False, default=0
-    ),  # bumped when somebody wants it settled now
-    Column(
-        "submit_turn", BigInteger, nullable=False, default=0
-    ),  # whose turn it is in submitting: `operations.turns`
-    Column("erased_at", BigInteger),  # since then it has figures alone: `operations.retention`
+    # The first submission that proved nothing: the task may exist and be charged.
+    Column("doubted_at", BigInteger),
+    # An uncertain task is sent again, by hand or after the first doubt.
+    Column("resubmit", Boolean, nullable=False, default=False),
+    Column("settle_requests", Integer, nullable=False, default=0),  # requests to settle it now
+    # The task's place among those of its owner and of the other owners.
+    Column("submit_turn", BigInteger, nullable=False, default=0),
+    Column("erased_at", BigInteger),  # from then on only figures are left
     *lease_columns("submit_"),
     *lease_columns("settle_"),
-    UniqueConstraint("upstream_id", "upstream"),  # a task is looked for by the first alone
+    UniqueConstraint("upstream_id", "upstream"),  # a search knows only the first
     UniqueConstraint("owner", "idempotency_key"),
     Index(None, "owner", "created_at", "id"),
     Index(None, "state"),
@@ -141,9 +132,7 @@ callbacks = Table(
     Column("verdict", String(16), nullable=False),
     Column("status", String(16)),  # normalised; NULL: unreadable or undocumented
     Column("upstream_id", String(200)),
-    Column(
-        "digest", String(64), nullable=False
-    ),  # `model.outcome_digest`, or the hash of an unreadable body
+    Column("digest", String(64), nullable=False),  # of the outcome, or of an unreadable body
     Column("first", Boolean),  # TRUE on the first terminal callback, else NULL
     Column("body", LargeBinary, nullable=False),
     UniqueConstraint("task_id", "digest"),
@@ -169,15 +158,16 @@ images = Table(
     Column("height", Integer),
     Column("stored_at", BigInteger),
     Column("error", Text),
-    Column("wrong_sha256", String(64)),  # bytes that were no image, and how often they came
+    Column("wrong_sha256", String(64)),  # of a body that was no image, and how often it came
     Column("wrong_count", Integer, nullable=False, default=0),
-    Column("stale_since", BigInteger),  # the first 403, 404 or 410, and how many there were
+    Column("stale_since", BigInteger),  # the first 403, 404 or 410, and their number
     Column("stale_count", Integer, nullable=False, default=0),
-    Column("at_risk_at", BigInteger),  # when operators were told that it may be lost
+    Column("at_risk_at", BigInteger),  # of the operators' event
     *lease_columns(),
     UniqueConstraint("task_id", "position"),
 )
 
+# Rows: events (the last sequence), forgotten, ready, and clock, which older versions write.
 counters = Table(
     "counters",
     metadata,
@@ -223,9 +213,7 @@ deliveries = Table(
     "deliveries",
     metadata,
     Column("id", String(40), primary_key=True),
-    Column(
-        "owner", String(64), nullable=False
-    ),  # the endpoint's; `admin` for an endpoint of all owners
+    Column("owner", String(64), nullable=False),  # the endpoint's, or `admin` for all owners
     Column("endpoint_id", String(40)),  # NULL: the task's own callback_url
     Column("event_id", String(40), nullable=False),
     Column("task_id", String(40)),
@@ -233,7 +221,7 @@ deliveries = Table(
     Column("created_at", BigInteger, nullable=False),
     Column("finished_at", BigInteger),
     *lease_columns(),
-    Column("replay_id", String(40)),  # NULL: made with its event
+    Column("replay_id", String(40)),  # NULL: written with its event
     Index(None, "event_id"),
     Index(None, "endpoint_id", "state"),
     Index(None, "task_id"),
@@ -244,7 +232,7 @@ replays = Table(
     "replays",
     metadata,
     Column("id", String(40), primary_key=True),
-    Column("owner", String(64), nullable=False),  # who asked for it
+    Column("owner", String(64), nullable=False),  # of the request
     Column("endpoint_id", String(40), nullable=False, index=True),
     Column("since_at", BigInteger, nullable=False),
     Column("until_at", BigInteger, nullable=False),
@@ -252,10 +240,8 @@ replays = Table(
     Column("only", String(8), nullable=False),  # dead | all
     Column("state", String(16), nullable=False),  # running | done | cancelled
     Column("count", BigInteger, nullable=False),  # of events at the start
-    Column("made", BigInteger, nullable=False),  # of them so far
-    Column(
-        "position", BigInteger, nullable=False
-    ),  # events after it are still to come, up to `last`
+    Column("made", BigInteger, nullable=False),  # deliveries so far
+    Column("position", BigInteger, nullable=False),  # the events from here to `last` follow
     Column("last", BigInteger, nullable=False),
     Column("created_at", BigInteger, nullable=False),
     Column("finished_at", BigInteger),
@@ -266,13 +252,11 @@ sinks = Table(
     "sinks",
     metadata,
     Column("name", String(200), primary_key=True),
-    Column("position", BigInteger, nullable=False),  # events up to it were taken by the broker
+    Column("position", BigInteger, nullable=False),  # the broker has the events up to here
     Column("lease_until", BigInteger),
     Column("lease_owner", String(64)),
     Column("fence", Integer, nullable=False),
-    Column(
-        "seen_at", BigInteger, nullable=False
-    ),  # when a process last published there, or tried to
+    Column("seen_at", BigInteger, nullable=False),  # the last attempt to publish
 )
 
 attempts = Table(

@@ -11,7 +11,7 @@ from service.strict_json import JSON
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to work on one row until the lease ends; a finish with an old `fence` changes
+    """The right to work on one row until the lease ends. A finish with an old `fence` changes
     nothing.
     """
 
@@ -23,7 +23,7 @@ class Lease:
 
 @dataclass(slots=True)
 class Emitted:
-    """An event of this transaction; it has its `sequence` once the transaction is committed."""
+    """An event of this transaction. The flush sets its `sequence` and its number of deliveries."""
 
     id: str
     owner: str
@@ -39,8 +39,10 @@ class Emitted:
 
 @dataclass(slots=True)
 class Transaction:
-    """What an operation works with. `now` is the store's clock; `slots` are the free places of this
-    process's workers.
+    """`now` is the store's time. `slots` are the free slots of this process's workers, by stage.
+
+    The committer reads the other fields after the commit: `leased` rows for its workers, events,
+    the ids of `touched` tasks for waiting requests, and stages with `due` work.
     """
 
     connection: Connection
@@ -51,10 +53,8 @@ class Transaction:
     leased: list[Lease] = field(default_factory=list)
     emitted: list[Emitted] = field(default_factory=list)
     steps: list[JSON] = field(default_factory=list)
-    touched: set[str] = field(
-        default_factory=set
-    )  # ids of tasks that changed, for those who wait for them
-    due: set[str] = field(default_factory=set)  # stages that have work which nobody was granted
+    touched: set[str] = field(default_factory=set)
+    due: set[str] = field(default_factory=set)
 
     inserts: dict[Table, list[JSON]] = field(default_factory=dict)
     changes: dict[Table, dict[str, JSON]] = field(default_factory=dict)
@@ -63,21 +63,21 @@ class Transaction:
         return self.new_id(kind, self.now)
 
     def step(self, task_id: str, step: str, **detail: Any) -> None:
-        """Adds a line to the task's timeline."""
+        """Adds a step to the task's timeline."""
         self.steps.append({"task_id": task_id, "time": self.now, "step": step, "detail": detail})
 
     def insert(self, table: Table, row: JSON) -> None:
-        """Adds a row, at the next `write`; rows of one table must name the same columns."""
+        """Adds a row at the next `write`. All rows of one table must name the same columns."""
         self.inserts.setdefault(table, []).append(row)
 
     def change(self, table: Table, id: str, values: Mapping[str, Any]) -> None:
-        """Changes the row with this id, at the next `write`."""
+        """Changes the row with this id at the next `write`."""
         if values:
             self.changes.setdefault(table, {}).setdefault(id, {}).update(values)
 
     def write(self) -> None:
-        """Sends what is gathered, a statement for many rows; after each operation, and before one
-        reads what it wrote.
+        """Sends the gathered rows, with one statement for many rows. It runs after each operation.
+        An operation calls it before it reads its own changes.
         """
         for table, rows in self.inserts.items():
             self.connection.execute(insert(table), rows)
@@ -88,7 +88,6 @@ class Transaction:
                 alike.setdefault(frozenset(changed[id]), []).append({"row_id": id, **changed[id]})
             for names, parameters in alike.items():
                 statement = update(table).where(table.c.id == bindparam("row_id"))
-                self.connection.execute(
-                    statement.values({name: bindparam(name) for name in sorted(names)}), parameters
-                )
+                values: JSON = {name: bindparam(name) for name in sorted(names)}
+                self.connection.execute(statement.values(values), parameters)
         self.changes.clear()

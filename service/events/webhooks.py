@@ -11,7 +11,7 @@ from service.events.deliveries import DeliveryAttempt, DeliveryToSend
 from service.events.documents import compact_json, event_document
 from service.events.secrets import valid_secrets
 from service.net import Egress
-from service.queue.backoff import retry_after
+from service.net.retry_after import retry_after
 from service.resources import Resources
 from service.signing import sign_webhook
 

@@ -1,8 +1,7 @@
 """Adaptive limits of concurrent requests: additive increase, multiplicative decrease (AIMD).
 
-Calls to an upstream wait for a slot in a queue, because their tasks hold leases and budgets of
-their own. Deliveries to an endpoint never wait with a slot of the worker pool in hand, so that a
-slow endpoint delays no other: they are told when to come back.
+A call to an upstream waits in a queue for its slot. A delivery to an endpoint never waits, because
+it would keep a slot of the worker pool from other endpoints. Its limiter answers when to come back.
 """
 
 import asyncio
@@ -226,7 +225,7 @@ class EndpointLimiter:
             return waited
         if healthy:
             load.limit = min(MOST, load.limit + 1)
-            if not load.healthy:  # new deliveries do not wait behind those to a dead endpoint
+            if not load.healthy:  # new deliveries do not wait behind a dead endpoint's
                 load.first.turn_at = load.again.turn_at = 0.0
         else:
             load.limit = max(1.0, load.limit / 2)

@@ -1,8 +1,9 @@
-"""The workers of a process: leased rows in, one job each, never more than a stage has places for.
+"""The worker pool of a process: it claims due rows and runs one job for each lease.
 
-Rows are born leased while a place is free (the store asks through `reserve` and `take`); else they
-are due, and claimed when a place is freed, when the store hints at work, or at the next look. What
-a dead process held is due when its lease ends.
+A new row is leased in the transaction that writes it while its stage has a free slot: the store
+takes slots with `reserve` and returns the leases with `take`. All other rows become due. The pool
+claims them when a slot becomes free, when the store hints at work, and every `LOOK_S`. The rows of
+a dead process are claimed when their leases end.
 """
 
 import asyncio
@@ -25,9 +26,9 @@ from service.queue.leases import RENEW_S, claim, give_back, has_candidate, renew
 
 log = structlog.get_logger()
 
-LOOK_S = 0.5  # how long due work may wait when nobody hinted at it
-RETURNED = 10_000  # rows that are remembered as given back
-ALONE_S = 15.0  # so long a suspect waits for others to end, and then has the process to itself
+LOOK_S = 0.5  # how long due work may wait without a hint
+RETURNED = 10_000  # rows whose returns the pool remembers
+ALONE_S = 15.0  # a poison candidate waits so long for other jobs, and then runs alone for so long
 KEYS = {
     **dict.fromkeys(("submit", "settle", "reconcile"), "task_id"),
     "download": "image_id",
@@ -38,20 +39,23 @@ KEYS = {
 
 @dataclass(slots=True)
 class Stage:
-    """One kind of work: `run` does it under a lease and records what came of it."""
+    """One kind of work: `run` works under a lease and records the outcome."""
 
     name: str
-    places: int
+    slots: int
     run: Callable[[Lease], Awaitable[None]]
     dead_letter: DeadLetter
     free: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.free = self.places
+        self.free = self.slots
 
 
 class WorkerPool:
-    """`Workers` for a store: runs what it grants."""
+    """`Workers` for a store.
+
+    `tell` gets each committed transaction. `turn` waits until a job may start.
+    """
 
     def __init__(
         self,
@@ -65,20 +69,18 @@ class WorkerPool:
         self._stages = {stage.name: stage for stage in stages}
         self._metrics = metrics
         self._tell = tell
-        self._turn = turn  # waits until a job may start
+        self._turn = turn
         self._jobs: dict[Lease, asyncio.Task[None]] = {}
-        self._backlog: set[str] = set()
-        self._alone = False  # a row that is suspected of bringing processes down runs alone
+        self._backlog: set[str] = set()  # stages with due work
+        self._alone = False  # a poison candidate runs alone
         self._stopping = False
-        self._late: list[Lease] = []  # what a transaction that was under way granted after the stop
+        self._late: list[Lease] = []  # leases of transactions that were under way at the stop
         self._wake = asyncio.Event()
-        self._away = False  # the store, and that was logged
-        self._returned: Counter[str] = (
-            Counter()
-        )  # how often a row was given back since it was last worked on to an end
+        self._away = False  # the store is unavailable, and the log says so
+        self._returned: Counter[str] = Counter()  # by row, since its last finished run
         self.alive = False
 
-    # --- what the store asks ---
+    # --- Workers ---
 
     def reserve(self) -> dict[str, int]:
         if self._alone:
@@ -89,20 +91,15 @@ class WorkerPool:
         return free
 
     def take(self, leased: Iterable[Lease], unused: Mapping[str, int]) -> None:
-        for name, places in unused.items():
-            self._stages[name].free += places
-            if places and name in self._backlog:  # they were not free when somebody looked
+        for name, slots in unused.items():
+            self._stages[name].free += slots
+            if slots and name in self._backlog:  # the last claim did not have these slots
                 self._wake.set()
         if self._stopping:
             self._late += leased
-            return
-        for lease in leased:
-            self._jobs[lease] = self._started(lease)
-
-    def _started(self, lease: Lease) -> "asyncio.Task[None]":
-        return asyncio.create_task(
-            self._work(self._stages[lease.stage], lease), name=f"{lease.stage}:{lease.key}"
-        )
+        else:
+            for lease in leased:
+                self._jobs[lease] = self._start(lease)
 
     def committed(self, tx: Transaction) -> None:
         self._tell(tx)
@@ -113,7 +110,7 @@ class WorkerPool:
             self._backlog |= known
             self._wake.set()
 
-    # --- work ---
+    # --- claims ---
 
     async def run(self) -> None:
         """Claims work until cancelled."""
@@ -122,83 +119,70 @@ class WorkerPool:
         renewing = asyncio.create_task(self._renew(), name="renew-leases")
         try:
             clock = asyncio.get_running_loop().time
-            wanted, look = set(self._stages), clock() + LOOK_S
+            stages, look = set(self._stages), clock() + LOOK_S
             while not self._stopping:
                 self._wake.clear()
-                await self._claim(wanted)
+                await self._claim(stages)
+                # `wait_for` of Python 3.11 loses a cancellation that meets the event.
                 with suppress(TimeoutError):
-                    async with asyncio.timeout_at(
-                        look
-                    ):  # `wait_for` of Python 3.11 loses a cancellation that meets the event
+                    async with asyncio.timeout_at(look):
                         await self._wake.wait()
-                wanted = set(self._backlog)
-                if clock() >= look:  # however busy one stage is, the others' rows come due
-                    wanted, look = set(self._stages), clock() + LOOK_S
+                stages = set(self._backlog)
+                if clock() >= look:  # rows of quiet stages come due while another stage is busy
+                    stages, look = set(self._stages), clock() + LOOK_S
         finally:
             self.alive = False
             renewing.cancel()
 
-    async def _claim(self, wanted: Collection[str]) -> None:
-        names = [
-            stage.name for stage in self._stages.values() if stage.free and stage.name in wanted
-        ]
-        self._backlog -= set(names)  # the claim tells if there is more
+    async def _claim(self, stages: Collection[str]) -> None:
+        names = [name for name, stage in self._stages.items() if stage.free and name in stages]
+        self._backlog -= set(names)  # the claim adds a stage again if it has more
         try:
             await asyncio.gather(*(self._store.write(claim, name) for name in names))
-            if (
-                names
-                and len(wanted) == len(self._stages)
-                and await self._store.read(crashes.any_candidate)
-            ):
-                await self._work_on_candidates(names)
+            whole = names and len(stages) == len(self._stages)
+            if whole and await self._store.read(crashes.any_candidate):
+                for name in names:
+                    await self._run_candidate(self._stages[name])
             self._away = False
-        except (
-            Exception
-        ) as error:  # the loop must outlive whatever the store does: tried again at the next look
-            known = {
-                "stage": "claim",
-                "key": None,
-                "attempt": None,
-                "wait_s": LOOK_S,
-                "exception": f"{type(error).__name__}: {error}",
-            }
-            unforeseen = None if isinstance(error, StoreUnavailable) else error
-            if unforeseen or not self._away:
-                # a store that is away needs no traceback
-                log.error("worker.failed", **known, exc_info=unforeseen)  # noqa: TRY400
-            self._away = unforeseen is None
+        except Exception as error:  # noqa: BLE001 - logged, and tried again at the next look
+            outage = isinstance(error, StoreUnavailable)
+            if not outage or not self._away:
+                _log_failure("claim", None, None, LOOK_S, error)
+            self._away = outage
             self._metrics.worker_faults.labels("claim").inc()
             await asyncio.sleep(LOOK_S)
 
-    async def _work_on_candidates(self, names: Iterable[str]) -> None:
-        """Works alone on rows that outlived deaths of their process, for `ALONE_S` at most each, so
-        that the next death has one cause.
+    async def _run_candidate(self, stage: Stage) -> None:
+        """Runs a poison candidate of the stage alone, for at most `ALONE_S`.
 
-        Each is leased when all others have ended, or it would be blamed for a death that came
-        before it was begun.
+        The lease begins after all other jobs have ended. Otherwise a crash during the wait would
+        count against this row.
         """
-        for name in names:
-            if not await self._store.write(has_candidate, name):
-                continue
-            self._alone = True
-            try:
-                await self.drained(ALONE_S)
-                candidate = (
-                    await self._store.write(
-                        claim_candidates, (name, self._stages[name].dead_letter)
-                    )
-                    if self._stages[name].free
-                    else None
-                )
-                if candidate is not None and candidate.dead_lettered:
-                    log.error("task.parked", stage=name, cause=f"{candidate.crashes} deaths")
-                elif candidate is not None:
-                    self._stages[name].free -= 1
-                    job = self._jobs[candidate.lease] = self._started(candidate.lease)
-                    await asyncio.wait([job], timeout=ALONE_S)
-            finally:
-                self._alone = False
-                self._wake.set()
+        if not await self._store.write(has_candidate, stage.name):
+            return
+        self._alone = True
+        try:
+            await self.drained(ALONE_S)
+            if not stage.free:
+                return
+            candidate = await self._store.write(claim_candidates, (stage.name, stage.dead_letter))
+            if candidate is None:
+                return
+            if candidate.dead_lettered:
+                log.error("task.parked", stage=stage.name, cause=f"{candidate.crashes} deaths")
+                return
+            stage.free -= 1
+            job = self._jobs[candidate.lease] = self._start(candidate.lease)
+            await asyncio.wait([job], timeout=ALONE_S)
+        finally:
+            self._alone = False
+            self._wake.set()
+
+    # --- jobs ---
+
+    def _start(self, lease: Lease) -> "asyncio.Task[None]":
+        work = self._work(self._stages[lease.stage], lease)
+        return asyncio.create_task(work, name=f"{lease.stage}:{lease.key}")
 
     async def _work(self, stage: Stage, lease: Lease) -> None:
         try:
@@ -210,45 +194,34 @@ class WorkerPool:
                     else:
                         await stage.run(lease)
                         self._returned.pop(lease.key, None)
-                # the one broad except of the workers: logged once, counted, tried again
-                except Exception as error:  # noqa: BLE001
-                    await self._failed(lease, error)
+                except Exception as error:  # noqa: BLE001 - logged, counted, tried again
+                    await self._fail(stage, lease, error)
         finally:
             self._jobs.pop(lease, None)
             stage.free += 1
             if stage.name in self._backlog:
                 self._wake.set()
 
-    async def _failed(self, lease: Lease, error: Exception) -> None:
+    async def _fail(self, stage: Stage, lease: Lease, error: Exception) -> None:
         wait = fault_wait(lease.attempts)
         self._metrics.worker_faults.labels(lease.stage).inc()
-        unforeseen = not isinstance(error, StoreUnavailable)
-        log.error(
-            "worker.failed",
-            stage=lease.stage,
-            key=lease.key,
-            attempt=lease.attempts,
-            wait_s=wait,
-            exception=f"{type(error).__name__}: {error}",
-            exc_info=error if unforeseen else None,
-        )
-        if not unforeseen:
-            await self._give_back(lease)
-            return
-        dead_letter = self._stages[lease.stage].dead_letter
+        _log_failure(lease.stage, lease.key, lease.attempts, wait, error)
         try:
-            faults = await self._store.write(
-                record_faults, Fault(lease, round(wait * 1000), dead_letter)
-            )
+            if isinstance(error, StoreUnavailable):
+                raise error
+            fault = Fault(lease, round(wait * 1000), stage.dead_letter)
+            faults = await self._store.write(record_faults, fault)
         except StoreUnavailable:
             await self._give_back(lease)
-            return
-        if faults >= FAULT_LIMIT:
-            log.error("task.parked", stage=lease.stage, cause=f"{faults} faults")
+        else:
+            if faults >= FAULT_LIMIT:
+                log.error("task.parked", stage=lease.stage, cause=f"{faults} faults")
 
     async def _give_back(self, lease: Lease) -> None:
-        """Gives up work that could not be recorded, as soon as the store commits again; from the
-        third time on others go first, as it may be this row that the store cannot read or write.
+        """Returns a row that could not be recorded, as soon as the store commits again.
+
+        From the third return on other rows go first, because it may be this row that the store
+        cannot read or write.
         """
         if len(self._returned) > RETURNED:
             self._returned.clear()
@@ -258,7 +231,7 @@ class WorkerPool:
         given = False
         while not given:
             await asyncio.sleep(LOOK_S)
-            given = self._stopping  # then once more, or a death that was none is counted
+            given = self._stopping  # one last try, or the end of the lease counts as a crash
             with suppress(StoreUnavailable):
                 await self._store.write(snooze, (lease, wait_ms))
                 given = True
@@ -266,37 +239,53 @@ class WorkerPool:
     async def _renew(self) -> None:
         while True:
             await asyncio.sleep(RENEW_S)
-            renewals = [self._store.write(renew, lease) for lease in self._jobs]
-            await asyncio.gather(*renewals, return_exceptions=True)
+            await self._write_all(renew, self._jobs)
+
+    async def _write_all(
+        self, operation: Callable[[Transaction, Sequence[Lease]], list[bool]], of: Iterable[Lease]
+    ) -> None:
+        writes = [self._store.write(operation, lease) for lease in of]
+        await asyncio.gather(*writes, return_exceptions=True)
+
+    # --- the stop ---
 
     def quiesce(self) -> None:
-        """Starts nothing new from now on; what is in flight goes on until `stop`."""
+        """Starts no more jobs. Running jobs go on until `stop`."""
         self._store.detach()
         self._stopping = True
         self._wake.set()
 
     async def drained(self, limit_s: float) -> None:
-        """Waits for what is in flight, within the limit."""
+        """Waits for running jobs, within the limit."""
         if self._jobs:
             await asyncio.wait(self._jobs.values(), timeout=limit_s)
 
     async def stop(self, limit_s: float) -> int:
-        """Finishes what is in flight within the limit, gives the rest back; how many that were."""
+        """Finishes running jobs within the limit and gives the rest back. Returns their number."""
         self.quiesce()
         await self.drained(limit_s)
         left = dict(self._jobs)
         for job in left.values():
             job.cancel()
         await asyncio.gather(*left.values(), return_exceptions=True)
-        nothing = Lease(
-            "submit", "", 0, 0
-        )  # its release changes no row, and comes after the transaction that is under way
-        await asyncio.gather(
-            *(self._store.write(give_back, lease) for lease in (*left, nothing)),
-            return_exceptions=True,
-        )
+        # The write of no row comes after the transaction under way, which may add late leases.
+        await self._write_all(give_back, (*left, Lease("submit", "", 0, 0)))
         late, self._late = self._late, []
-        await asyncio.gather(
-            *(self._store.write(give_back, lease) for lease in late), return_exceptions=True
-        )
+        await self._write_all(give_back, late)
         return len(left) + len(late)
+
+
+def _log_failure(
+    stage: str, key: str | None, attempt: int | None, wait_s: float, error: Exception
+) -> None:
+    """Logs a failed run. An outage of the store needs no traceback."""
+    outage = isinstance(error, StoreUnavailable)
+    log.error(
+        "worker.failed",
+        stage=stage,
+        key=key,
+        attempt=attempt,
+        wait_s=wait_s,
+        exception=f"{type(error).__name__}: {error}",
+        exc_info=None if outage else error,
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from service.queue.checkpoints import CHECKPOINTS
+from tests.checkpoints import CHECKPOINTS
 from tests.crash.bench import benches
 from tests.crash.death import TRUE_AT
 from tests.crash.life import PICTURES, TERMINAL, Case, Ended

@@ -17,10 +17,10 @@ from typer.main import get_command
 
 from service.cli import program
 from service.ops.metrics import Metrics
-from service.queue.checkpoints import CHECKPOINTS
 from service.settings import Settings, log_value
 from service.upstreams.sandbox import FAULTS
 from service.web.routes.table import SPECS
+from tests.checkpoints import CHECKPOINTS
 from tests.docs.log_lines import ALWAYS, LINES, WHERE_KNOWN
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import service
-from service.queue.checkpoints import CHECKPOINTS
+from tests.checkpoints import CHECKPOINTS
 
 
 def test_every_checkpoint_of_the_table_is_passed_at_one_place_of_the_code() -> None:

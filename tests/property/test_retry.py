@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.net.retry_after import retry_after
 from service.queue.backoff import (
     confirm_wait,
     fault_wait,
     first_query_wait,
     next_query_wait,
-    retry_after,
     wait_before,
 )
 

@@ -4,12 +4,12 @@ from email.utils import formatdate
 
 import pytest
 
+from service.net.retry_after import retry_after
 from service.queue.backoff import (
     confirm_wait,
     fault_wait,
     first_query_wait,
     next_query_wait,
-    retry_after,
     wait_before,
 )
 
