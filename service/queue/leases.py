@@ -56,7 +56,7 @@ def enqueue(tx: Transaction, stage: str, key: str, *, behind: bool = False) -> d
 
 
 def requeue(tx: Transaction, stage: str, key: str, row: object) -> dict[str, Any]:
-    """New values of a row that is due now, before its planned time. Like `enqueue`, unless a process
+    """New values of a row that is due before its planned time. Like `enqueue`, unless a process
     holds a lease on it.
     """
     until = _value(stage, row, "lease_until")
