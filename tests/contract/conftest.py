@@ -1,7 +1,7 @@
-"""The store, as each of the two that implement it.
+"""Fixtures that open a store on SQLite and on PostgreSQL.
 
-One of each is open for the whole session, and found empty by each test; a test that opens and
-closes has stores of its own.
+Each backend's store is open for the whole session, and the `subject` fixture empties it before each
+test. A test that opens and closes stores gets its own from `opener`.
 """
 
 import asyncio
@@ -28,13 +28,13 @@ CLOCK = Clock()
 
 @pytest.fixture
 def clock() -> Clock:
-    """The clock of every store here, set back."""
+    """The clock of every store in this folder, set back to its start for each test."""
     CLOCK.now = Clock().now
     return CLOCK
 
 
 def wipe(tx: Transaction, items: Sequence[None]) -> list[None]:
-    """Makes a store as empty as a new one."""
+    """Empties every table and sets the counters to 0, as in a new store."""
     for table in metadata.tables.values():
         if table is not counters:
             tx.connection.execute(delete(table))
@@ -47,7 +47,7 @@ def wipe(tx: Transaction, items: Sequence[None]) -> list[None]:
 
 @pytest.fixture(scope="session")
 async def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty store with its schema: copying it is quicker than migrating."""
+    """An empty database file with its schema. Copying it is quicker than migrating a new one."""
     path = tmp_path_factory.mktemp("migrated") / "darkroom.db"
     async with open_sqlite(path, process="template", new_id=new_id):
         pass
@@ -66,7 +66,7 @@ async def sqlite_store(
 
 @pytest.fixture
 def sqlite_opener(migrated_file: Path, tmp_path: Path, clock: Clock) -> Opener:
-    """Opens and opens again a file of this test's own."""
+    """Opens a database file that belongs to one test, any number of times."""
     path = tmp_path / "darkroom.db"
     shutil.copy(migrated_file, path)
 
@@ -85,7 +85,7 @@ async def migrated_database(postgres_server: str) -> AsyncIterator[str]:
     with contextlib.ExitStack() as stack:
         yield await asyncio.to_thread(
             stack.enter_context, postgres_database(postgres_server)
-        )  # it runs a loop of its own
+        )  # it runs its own event loop
         await asyncio.to_thread(stack.close)
 
 
@@ -101,7 +101,7 @@ async def postgres_store(migrated_database: str) -> AsyncIterator[PostgresStore]
 async def postgres_opener(
     migrated_database: str, postgres_store: PostgresStore, clock: Clock
 ) -> Opener:
-    """Opens the same database, empty, as further processes do."""
+    """Opens the database of `postgres_store`, emptied, as another process would."""
     await postgres_store.write(wipe, None)
 
     def opener(process: str = "one", **more: Any) -> contextlib.AbstractAsyncContextManager[Store]:
@@ -116,19 +116,19 @@ async def postgres_opener(
 async def two(
     postgres_store: PostgresStore, postgres_opener: Opener, clock: Clock
 ) -> AsyncIterator[tuple[Subject, Subject]]:
-    """Two processes on one PostgreSQL."""
+    """Two processes on one PostgreSQL database."""
     async with postgres_opener("two") as other:
         yield Subject(postgres_store, clock), Subject(other, clock)
     postgres_store.detach()
 
 
-# --- either ---
+# --- either backend ---
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def store(request: pytest.FixtureRequest) -> Store:
-    made: Store = request.getfixturevalue(f"{request.param}_store")
-    return made
+    store: Store = request.getfixturevalue(f"{request.param}_store")
+    return store
 
 
 @pytest.fixture
@@ -140,5 +140,5 @@ async def subject(store: Store, clock: Clock) -> AsyncIterator[Subject]:
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def opener(request: pytest.FixtureRequest) -> Opener:
-    made: Opener = request.getfixturevalue(f"{request.param}_opener")
-    return made
+    opener: Opener = request.getfixturevalue(f"{request.param}_opener")
+    return opener

@@ -1,5 +1,5 @@
-"""The store under test, its clock and its workers, and the moves by which tests walk a task through
-its states.
+"""The store under test with its clock and its workers, and the steps that move a task through its
+states.
 """
 
 import itertools
@@ -61,13 +61,15 @@ counter = itertools.count(1)
 
 
 def new_id(kind: str, _now: int = 0) -> str:
-    """Ids in the order in which they were made, so that a failure reads well."""
+    """Ids count up in the order in which they are made, so that a failed assertion is easy to
+    read.
+    """
     return f"{PREFIXES[kind]}{next(counter):026d}"
 
 
 @dataclass(slots=True)
 class Clock:
-    """Milliseconds since 1970, moved by the test alone."""
+    """A clock in milliseconds since 1970 that only the test moves."""
 
     now: int = 1_750_000_000_000
 
@@ -77,13 +79,13 @@ class Clock:
 
 @dataclass(slots=True)
 class Places:
-    """`Workers` with as many free places as the test says; keeps what it is leased and told, and
-    works on nothing.
+    """`Workers` with as many free places as the test sets. It keeps the leases and transactions
+    that it receives and works on none of them.
     """
 
     free: dict[str, int] = field(default_factory=dict)
     leased: list[Lease] = field(default_factory=list)
-    told: list[Transaction] = field(default_factory=list)
+    transactions: list[Transaction] = field(default_factory=list)
     hints: list[set[str] | None] = field(default_factory=list)
 
     def reserve(self) -> dict[str, int]:
@@ -97,20 +99,20 @@ class Places:
             self.free[stage] += places
 
     def committed(self, tx: Transaction) -> None:
-        self.told.append(tx)
+        self.transactions.append(tx)
 
     def hinted(self, stages: Iterable[str] | None) -> None:
         self.hints.append(None if stages is None else set(stages))
 
-    def taken(self) -> list[Lease]:
-        """What was granted since the last look."""
+    def new_leases(self) -> list[Lease]:
+        """The leases that arrived since the last call."""
         leased, self.leased = self.leased, []
         return leased
 
 
 Opener = Callable[
     ..., AbstractAsyncContextManager[Store]
-]  # opens a database as a process of that name
+]  # opens a database as the process with the given name
 
 
 @dataclass(slots=True)
@@ -136,7 +138,9 @@ class Subject:
         operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]],
         items: Sequence[Item],
     ) -> list[Result]:
-        """Runs an operation over several items in one transaction, whatever the committers do."""
+        """Runs an operation over several items in one transaction, independent of how the store
+        batches.
+        """
 
         def whole(tx: Transaction, lists: Sequence[Sequence[Item]]) -> list[Sequence[Result]]:
             return [operation(tx, some) for some in lists]
@@ -178,15 +182,15 @@ class Subject:
     # --- leases ---
 
     async def claim(self, stage: str, places: int = 1) -> list[Lease]:
-        """What this process gets of a stage with so many free places."""
-        self.places.taken()
+        """The leases that this process gets for a stage with this number of free places."""
+        self.places.new_leases()
         self.places.free[stage] = places
         await self.write(claim, stage)
         self.places.free[stage] = 0
-        return self.places.taken()
+        return self.places.new_leases()
 
     async def claimed(self, stage: str, key: str) -> Lease:
-        """The lease for one row, which must be due; what else is due is given back."""
+        """The lease for one row, which must be due. All other due rows are released again."""
         claimed = {lease.key: lease for lease in await self.claim(stage, 1000)}
         lease = claimed.pop(key)
         await self.batch(leases.give_back, list(claimed.values()))
@@ -216,7 +220,7 @@ class Subject:
         return await self.write(start_submissions, SubmissionStart(lease, 70 * SECOND, resubmit))
 
     async def submitting(self, **different: Any) -> Lease:
-        """A new task whose request is on its way, and the lease under which it is."""
+        """A new task whose request is on its way, as the lease of its worker."""
         lease = await self.claimed("submit", await self.queued(**different))
         assert await self.start(lease) is not None
         return lease
@@ -225,7 +229,7 @@ class Subject:
         return await self.write(record_submissions, replace(result, lease=lease))
 
     async def submitted(self, **different: Any) -> str:
-        """A task that the upstream has under the id `upstream_id(task)`."""
+        """A task that the upstream has accepted under the id `upstream_id(task)`."""
         lease = await self.submitting(**different)
         assert await self.submission(lease, accepted(upstream_id(lease.key))) is State.SUBMITTED
         return lease.key
@@ -244,14 +248,14 @@ class Subject:
         return await self.write(accept_callbacks, callback(task_id, report, body))
 
     async def asking(self, task_id: str) -> Lease:
-        """The lease to ask the upstream about a task, whenever that is due."""
+        """Moves the clock to the task's next query and returns the lease for it."""
         task = await self.task(task_id)
         assert task["settle_due_at"] is not None
         self.clock.now = max(self.clock.now, task["settle_due_at"])
         return await self.claimed("settle" if task["settle_requests"] else "reconcile", task_id)
 
     async def requeued(self, stage: str, key: str) -> Lease:
-        """The lease for one row that is made due now, as a callback would."""
+        """Makes one row due now, as a callback would, and returns the lease for it."""
 
         def want(tx: Transaction, keys: Sequence[str]) -> list[None]:
             for id, row in lock(tx, keys).items():
@@ -274,7 +278,7 @@ class Subject:
         expires_ms: int | None = None,
         lease: Lease | None = None,
     ) -> State | None:
-        """Records the upstream's word on a task as it is now."""
+        """Records the upstream's report about a task with the task's current count of requests."""
         lease = lease or await self.asking(task_id)
         requests = (await self.task(task_id))["settle_requests"]
         return await self.write(
@@ -282,7 +286,7 @@ class Subject:
         )
 
     async def storing(self, *urls: str, **different: Any) -> str:
-        """A task whose results, named by a query, are to be fetched."""
+        """A task whose results a query has named and no worker has downloaded yet."""
         task_id = await self.submitted(**different)
         assert await self.settle(task_id, completed(task_id, *urls)) is State.STORING
         return task_id
@@ -290,7 +294,7 @@ class Subject:
     async def download(
         self, image: Row, outcome: Stored | Retry | Lost, lease: Lease | None = None
     ) -> str | None:
-        """Fetches the address an image has, when that is due."""
+        """Moves the clock to the image's due time and records the outcome of its download."""
         if lease is None:
             self.clock.now = max(self.clock.now, (await self.row(images, image["id"]))["due_at"])
             lease = await self.claimed("download", image["id"])
@@ -316,7 +320,7 @@ class Subject:
         return made.id
 
     async def replay(self, owner: str = OWNER) -> str:
-        """A replay of all that there is to an endpoint of its own; its first page is due."""
+        """A replay of all events to a new endpoint. Its first page is due."""
         wanted = ReplayFilter(
             await self.endpoint(owner), owner, 0, self.clock.now + 1, ("image.task.*",), "all"
         )
@@ -332,21 +336,21 @@ class Subject:
     async def key(
         self, owner: str, callback_secret: bytes = b"callback secret", *, id: str | None = None
     ) -> bool:
-        """Makes an API key whose hash is its id; whether it is the owner's first."""
+        """Creates an API key whose hash is its id. Returns whether it is the owner's first key."""
         id = id or new_id("key")
         return await self.write(
             insert_keys, NewKey(id, owner, id, "dk_hint", ("submit", "read"), callback_secret)
         )
 
     async def attempt(self, lease: Lease, result: str, **more: Any) -> bool:
-        """Records an attempt that was made."""
+        """Records an attempt that a worker made."""
         said = {name: more.pop(name) for name in ("ours", "pause_ms", "url") if name in more}
         status = 204 if result == "delivered" else 500
         made = DeliveryAttempt(new_id("attempt"), status, 12, None, b"", **said)
         return await self.write(record_attempts, DeliveryOutcome(lease, result, made, **more))
 
 
-# --- what the upstream says ---
+# --- results of upstream calls ---
 
 LOST = Lost("answered 451")
 
@@ -394,7 +398,7 @@ def processing(task_id: str, **more: Any) -> Report:
 
 
 def error_of(code: str) -> JSON:
-    return {"code": code, "message": "so it is", "type": "task_error"}
+    return {"code": code, "message": "the upstream's message", "type": "task_error"}
 
 
 def callback(
@@ -410,7 +414,7 @@ def digest(report: Report) -> str:
 
 
 def stored(image: Row) -> Stored:
-    """A picture for an image, other bytes for each."""
+    """The outcome of a successful download. Each image has a different hash."""
     sha = sha256(image["id"].encode()).hexdigest()
     return Stored(
         f"{image['task_id']}/{image['position']}-{sha}.png", "image/png", 1234, sha, 768, 512

@@ -1,4 +1,4 @@
-"""What every blob store must do, held by each of the two: the local folder, and S3 over HTTP."""
+"""What every blob store must do. One suite runs on the local folder and on S3 over HTTP."""
 
 import asyncio
 import os
@@ -23,9 +23,9 @@ async def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
     return await S3Blobs.open(f"s3://{bucket}/some/prefix", tmp_path / "incoming", plain_http=True)
 
 
-async def test_what_was_put_is_read_back(blobs: Blobs) -> None:
-    """The bytes of several writes come back in order, in chunks of bounded size, and the size is
-    theirs.
+async def test_a_blob_is_read_back_as_it_was_put(blobs: Blobs) -> None:
+    """The bytes of several writes come back in order, in chunks of at most `CHUNK`, with their
+    total size.
     """
     pieces = [bytes([number]) * 100_000 for number in range(10)]
     async with blobs.incoming() as incoming:
@@ -40,8 +40,8 @@ async def test_what_was_put_is_read_back(blobs: Blobs) -> None:
     assert await blobs.size(NAME) == 1_000_000
 
 
-async def test_a_file_can_be_read_while_it_is_written(blobs: Blobs) -> None:
-    """What was written can be looked at as a whole, between any two pieces."""
+async def test_a_temporary_file_can_be_read_while_it_is_written(blobs: Blobs) -> None:
+    """Between two writes, the file holds everything that was written so far."""
     async with blobs.incoming() as incoming:
         await incoming.write(b"a longer beginning")
         assert incoming.path.read_bytes() == b"a longer beginning"
@@ -67,29 +67,29 @@ async def test_a_file_can_be_read_while_it_is_written(blobs: Blobs) -> None:
     ],
 )
 async def test_a_range_is_read(blobs: Blobs, start: int, end: int | None) -> None:
-    """`start` counts, `end` does not; beyond the end there is nothing."""
+    """The range includes `start` and excludes `end`. A range beyond the end is empty."""
     data = os.urandom(2 * CHUNK + 10)
     await put(blobs, NAME, data)
     assert await read(blobs, NAME, start, end) == data[start:end]
 
 
 async def test_an_empty_blob_is_a_blob(blobs: Blobs) -> None:
-    """No bytes are not the same as no blob."""
+    """An empty blob has size 0. A missing blob has size None."""
     await put(blobs, NAME, b"")
     assert await blobs.size(NAME) == 0
     assert await read(blobs, NAME) == b""
 
 
 async def test_the_same_name_twice_is_harmless(blobs: Blobs) -> None:
-    """A step that is done again after a crash puts the same bytes under the same name."""
+    """A worker that repeats a step after a crash puts the same bytes under the same name."""
     await put(blobs, NAME, b"one")
     await put(blobs, NAME, b"one")
     assert await read(blobs, NAME) == b"one"
 
 
 async def test_a_missing_blob_is_missing(blobs: Blobs) -> None:
-    """Reading what is not there is BlobMissing, its size None, its deletion fine; a folder or a way
-    through a file is no blob.
+    """Reading a missing blob raises BlobMissing, its size is None, and deleting it does nothing. A
+    folder, or a path below a file, is no blob.
     """
     await put(blobs, NAME, b"x")
     for name in ("task_abc/1-00.png", "nobody/0-00.png", "task_abc", NAME + "/x"):
@@ -102,7 +102,7 @@ async def test_a_missing_blob_is_missing(blobs: Blobs) -> None:
 
 
 async def test_a_deleted_blob_is_gone_and_its_neighbours_stay(blobs: Blobs) -> None:
-    """Deleting touches one name, can be repeated, and makes room for the same name again."""
+    """A deletion removes one name. It can be repeated, and the name can be used again."""
     other = "task_abc/1-00.png"
     await put(blobs, NAME, b"x")
     await put(blobs, other, b"y")
@@ -115,8 +115,8 @@ async def test_a_deleted_blob_is_gone_and_its_neighbours_stay(blobs: Blobs) -> N
     assert await read(blobs, NAME) == b"x"
 
 
-async def test_what_was_not_put_leaves_nothing(blobs: Blobs) -> None:
-    """A temporary file is gone after its block, also when that ends in an error or is cancelled."""
+async def test_a_temporary_file_that_is_not_put_is_removed(blobs: Blobs) -> None:
+    """The store removes the file at the end of the block, also after an error or a cancellation."""
     paths: list[Path] = []
     written = asyncio.Event()
 
@@ -167,7 +167,9 @@ async def test_what_was_not_put_leaves_nothing(blobs: Blobs) -> None:
     ],
 )
 async def test_only_plain_names_are_names(blobs: Blobs, name: str) -> None:
-    """A name that could lead elsewhere is an error of ours and touches nothing."""
+    """A name that could lead outside the store is a defect of the caller. The store touches no
+    file.
+    """
     async with blobs.incoming() as incoming:
         with pytest.raises(ValueError, match="no blob"):
             await blobs.put(incoming, name, "image/png")
@@ -179,10 +181,8 @@ async def test_only_plain_names_are_names(blobs: Blobs, name: str) -> None:
         await blobs.delete(name)
 
 
-async def test_many_at_once_all_arrive(blobs: Blobs) -> None:
-    """Blobs of one task and of many, put and deleted at the same time, don't disturb one
-    another.
-    """
+async def test_concurrent_puts_and_deletes_do_not_disturb_one_another(blobs: Blobs) -> None:
+    """Sixteen blobs of four tasks are put and deleted at the same time."""
 
     async def one(task: int, index: int) -> None:
         name = f"task_{task}/{index}-00.png"
@@ -198,14 +198,13 @@ async def test_many_at_once_all_arrive(blobs: Blobs) -> None:
             assert await read(blobs, name) == name.encode()
 
 
-async def test_the_room_that_is_left_is_known_or_not(blobs: Blobs) -> None:
-    """Free bytes are a number that can be compared, or None."""
+async def test_free_space_is_a_number_or_unknown(blobs: Blobs) -> None:
     free = await blobs.free_bytes()
     assert free is None or free > 0
 
 
-async def test_a_large_blob_arrives_whole_however_often(blobs: Blobs) -> None:
-    """More than one part of an upload has; the same again changes nothing."""
+async def test_a_large_blob_arrives_whole_each_time_it_is_put(blobs: Blobs) -> None:
+    """The blob is larger than one part of an upload. A second put changes nothing."""
     data = os.urandom(12 << 20)
     for _ in range(2):
         await put(blobs, NAME, data)
@@ -217,15 +216,17 @@ async def test_a_large_blob_arrives_whole_however_often(blobs: Blobs) -> None:
 
 
 @pytest.mark.parametrize("size", [10, 6 << 20])
-async def test_a_blob_of_another_size_is_put_right(blobs: Blobs, size: int) -> None:
-    """Bytes that are not all there, whoever left them so, don't keep the whole ones out."""
+async def test_a_put_replaces_a_blob_of_another_size(blobs: Blobs, size: int) -> None:
+    """An incomplete blob under a name does not keep out the complete one."""
     await put(blobs, NAME, b"x")
     await put(blobs, NAME, b"y" * size)
     assert await read(blobs, NAME) == b"y" * size
 
 
 async def test_every_blob_is_listed_with_its_time(blobs: Blobs) -> None:
-    """Once each, in bounded pages; not what is still being written, not what was deleted."""
+    """Each blob is listed once, in pages of at most `PAGE`. Unfinished and deleted blobs are not
+    listed.
+    """
     before = time.time()
     names = {f"task_{number % 7}/{number}-00.png" for number in range(PAGE + 20)}
     assert [page async for page in blobs.listed()] == []
@@ -242,9 +243,8 @@ async def test_every_blob_is_listed_with_its_time(blobs: Blobs) -> None:
     assert {blob.name for blob in found} == names
     assert all(
         before - 2 < blob.modified_at / 1000 < time.time() + 2 for blob in found
-    )  # S3 tells whole seconds
+    )  # S3 reports whole seconds
 
 
-async def test_a_store_that_answers_is_checked_in_peace(blobs: Blobs) -> None:
-    """Also an empty one."""
+async def test_the_check_of_an_empty_store_succeeds(blobs: Blobs) -> None:
     await blobs.check()

@@ -1,4 +1,4 @@
-"""What the local folder does besides, for the sake of durability."""
+"""The local folder: durability, temporary files and folders that vanish."""
 
 import os
 from pathlib import Path
@@ -14,10 +14,8 @@ from tests.waiting import wait_until
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """The system calls that decide about durability, as they are made, each with the path it
-    concerns.
-    """
-    made: list[tuple[str, str]] = []
+    """Records the system calls that decide about durability, each with its path."""
+    recorded: list[tuple[str, str]] = []
     data, whole, replace, opened = os.fdatasync, os.fsync, Path.replace, os.open
     paths: dict[int, str] = {}
 
@@ -28,34 +26,34 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     def fdatasync(descriptor: int) -> None:
         data(descriptor)
-        made.append(("data", paths[descriptor]))
+        recorded.append(("data", paths[descriptor]))
 
     def fsync(descriptor: int) -> None:
         whole(descriptor)
-        made.append(("folder", paths[descriptor]))
+        recorded.append(("folder", paths[descriptor]))
 
     def rename(source: Path, target: Path) -> Path:
-        made.append(("rename", str(target)))
+        recorded.append(("rename", str(target)))
         return replace(source, target)
 
     monkeypatch.setattr(os, "open", open_)
     monkeypatch.setattr(os, "fdatasync", fdatasync)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", rename)
-    return made
+    return recorded
 
 
 async def test_data_is_synced_before_the_rename_and_folders_after_it(
     tmp_path: Path, calls: list[tuple[str, str]]
 ) -> None:
-    """After a power cut a name leads to the whole image, and the folders that lead to it are there:
-    new ones or not.
+    """After a power cut, a name leads to the whole image, and all folders above it exist. The store
+    syncs existing folders too, because the process that made one may have died before its sync.
     """
     root = tmp_path / "deep" / "images"
     blobs = await LocalBlobs.open(root)
     assert calls[:3] == [("folder", str(folder)) for folder in (root, tmp_path / "deep", tmp_path)]
     assert {Path(path) for _, path in calls[3:]} <= set(tmp_path.parents), (
-        "also those that were there: their maker may have died too soon"
+        "folders that already existed are synced too"
     )
     for name in (NAME, "task_abc/1-00.png"):
         calls.clear()
@@ -72,10 +70,8 @@ async def test_data_is_synced_before_the_rename_and_folders_after_it(
         ]
 
 
-async def test_opening_removes_what_a_dead_process_left(tmp_path: Path) -> None:
-    """Leftovers of downloads that never ended go at the next start, images stay; `spare` leaves
-    alone what is younger.
-    """
+async def test_opening_removes_temporary_files_of_a_dead_process(tmp_path: Path) -> None:
+    """The images stay. `spare` keeps the temporary files that are younger than it."""
     blobs = await LocalBlobs.open(tmp_path)
     await put(blobs, NAME, b"x")
     old, young = tmp_path / ".incoming" / "old", tmp_path / ".incoming" / "young"
@@ -89,8 +85,8 @@ async def test_opening_removes_what_a_dead_process_left(tmp_path: Path) -> None:
     assert await read(again, NAME) == b"x"
 
 
-async def test_a_removed_temporary_file_is_worth_another_try(tmp_path: Path) -> None:
-    """What another process swept away is BlobUnavailable to its writer, whatever it does."""
+async def test_a_writer_whose_temporary_file_was_removed_may_retry(tmp_path: Path) -> None:
+    """Another process removed the file. Each further call of the writer raises BlobUnavailable."""
     blobs = await LocalBlobs.open(tmp_path)
     async with blobs.incoming() as incoming:
         await LocalBlobs.open(tmp_path)
@@ -102,7 +98,9 @@ async def test_a_removed_temporary_file_is_worth_another_try(tmp_path: Path) -> 
 
 
 async def test_a_folder_that_cannot_be_used_is_unavailable(tmp_path: Path) -> None:
-    """Errors of the system come as BlobUnavailable, without a path in their text."""
+    """The store turns an error of the operating system into BlobUnavailable, without a path in its
+    text.
+    """
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(BlobUnavailable) as caught:
         await LocalBlobs.open(tmp_path / "file" / "images")
@@ -113,8 +111,7 @@ async def test_a_folder_that_cannot_be_used_is_unavailable(tmp_path: Path) -> No
         await put(blobs, NAME, b"x")
 
 
-async def test_a_folder_is_gone_with_its_last_image(tmp_path: Path) -> None:
-    """Deleted tasks leave no empty folders behind."""
+async def test_a_folder_is_removed_with_its_last_image(tmp_path: Path) -> None:
     blobs = await LocalBlobs.open(tmp_path)
     await put(blobs, NAME, b"x")
     await blobs.delete(NAME)
@@ -125,9 +122,7 @@ async def test_a_folder_is_gone_with_its_last_image(tmp_path: Path) -> None:
 async def test_a_folder_that_vanishes_under_a_put_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
-    """A deletion that removes the empty folder in between costs a `put` nothing, unless it never
-    ends.
-    """
+    """Another process deletes the empty folder before the rename. `put` tries three times."""
     blobs = await LocalBlobs.open(tmp_path)
     replace, left = Path.replace, iter(range(times))
 
@@ -151,7 +146,7 @@ def folders_open(folder: Path) -> int:
 
 
 async def test_a_listing_that_is_left_early_leaves_no_folder_open(tmp_path: Path) -> None:
-    """A reader that goes away, as at a stop, costs nothing."""
+    """A reader stops in the middle of a listing, as at a stop of the process."""
     blobs = await LocalBlobs.open(tmp_path)
     for number in range(PAGE + 1):
         await put(blobs, f"task_{number}/0-00.png", b"x")

@@ -1,4 +1,4 @@
-"""What S3 does besides: types for a public bucket, conditions, and a server that fails."""
+"""S3: content types, conditional writes, and a server that fails."""
 
 import asyncio
 import os
@@ -25,13 +25,13 @@ async def blobs(s3_bucket: str, tmp_path: Path) -> S3Blobs:
 
 @pytest.fixture
 async def bucket(s3_server: str, s3_bucket: str) -> AsyncIterator[httpx.AsyncClient]:
-    """The bucket as anybody's HTTP client sees it."""
+    """A plain HTTP client of the bucket."""
     async with httpx.AsyncClient(base_url=f"{s3_server}/{s3_bucket}", trust_env=False) as client:
         yield client
 
 
 def every(blobs: S3Blobs) -> dict[str, Callable[[], Awaitable[Any]]]:
-    """Each thing that can be asked of the store."""
+    """Each call that a caller can make of the store."""
 
     async def listed() -> None:
         async for _ in blobs.listed():
@@ -52,8 +52,8 @@ def every(blobs: S3Blobs) -> dict[str, Callable[[], Awaitable[Any]]]:
 async def test_an_object_has_its_type_and_its_name(
     blobs: S3Blobs, bucket: httpx.AsyncClient, size: int
 ) -> None:
-    """What serves the bucket serves an image under the prefix and the blob's name, in one part or
-    in several.
+    """A server of the bucket finds the image under the prefix and the blob's name, uploaded in one
+    part or in several.
     """
     data = os.urandom(size)
     await put(blobs, NAME, data)
@@ -65,19 +65,21 @@ async def test_an_object_has_its_type_and_its_name(
     )
     assert answer.headers["etag"].endswith('-3"') is (
         size > s3.PART
-    )  # as S3 marks an upload of three parts
+    )  # S3 marks an upload of three parts in this way
 
 
 @pytest.mark.parametrize("size", [1, 12 << 20])
-async def test_an_object_that_is_there_is_not_written_again(blobs: S3Blobs, size: int) -> None:
-    """A name says what its bytes are, so whatever has the right size stays as it is."""
+async def test_an_object_that_exists_is_not_written_again(blobs: S3Blobs, size: int) -> None:
+    """A name contains the hash of its bytes, so an object of the right size stays as it is."""
     await put(blobs, NAME, b"x" * size)
     await put(blobs, NAME, b"y" * size)
     assert set(await read(blobs, NAME)) == set(b"x")
 
 
-async def test_objects_of_others_are_left_out(blobs: S3Blobs, bucket: httpx.AsyncClient) -> None:
-    """The bucket may hold more: outside of the prefix, and under names that are no blobs'."""
+async def test_a_listing_leaves_out_objects_that_are_no_blobs(
+    blobs: S3Blobs, bucket: httpx.AsyncClient
+) -> None:
+    """The bucket may hold objects outside the prefix, or under names that no blob has."""
     for path in (
         "/other/task_a/0.png",
         "/some/prefixes/0.png",
@@ -89,25 +91,29 @@ async def test_objects_of_others_are_left_out(blobs: S3Blobs, bucket: httpx.Asyn
     assert [blob.name async for page in blobs.listed() for blob in page] == [NAME]
 
 
-async def test_a_bucket_that_is_not_there_is_unavailable(s3_bucket: str, tmp_path: Path) -> None:
-    """It is known when it is asked for something; the text has neither address nor name."""
+async def test_a_missing_bucket_is_unavailable(s3_bucket: str, tmp_path: Path) -> None:
+    """The first call of the store reports it. The text contains neither the address nor the
+    bucket's name.
+    """
     blobs = await S3Blobs.open(f"s3://not-{s3_bucket}", tmp_path, plain_http=True)
     for name in ("put", "put large", "list", "check"):
         with pytest.raises(BlobUnavailable, match=r"^the object store answered 404 Not Found$"):
             await every(blobs)[name]()
 
 
-async def test_plain_http_must_be_wanted(s3_bucket: str, tmp_path: Path) -> None:
-    """Credentials and images don't leave in the clear unless the operator named such an address."""
+async def test_plain_http_must_be_allowed_by_the_operator(s3_bucket: str, tmp_path: Path) -> None:
+    """The store sends no credentials and no images in the clear unless the operator named such an
+    address.
+    """
     blobs = await S3Blobs.open(f"s3://{s3_bucket}", tmp_path)
     with pytest.raises(BlobUnavailable):
         await put(blobs, NAME, b"x")
 
 
 @asynccontextmanager
-async def saying(answer: bytes | None, patch: pytest.MonkeyPatch) -> AsyncIterator[None]:
-    """A server in place of S3 that gives each request this answer and hangs up; None: never a
-    word.
+async def answering(answer: bytes | None, patch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """A server in place of S3 that gives each request this answer and closes the connection. With
+    None, it never answers.
     """
     over = asyncio.Event()
 
@@ -129,7 +135,7 @@ async def saying(answer: bytes | None, patch: pytest.MonkeyPatch) -> AsyncIterat
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "reason"),
     [
         (None, "did not answer in time"),
         (b"", "did not answer"),
@@ -144,31 +150,37 @@ async def saying(answer: bytes | None, patch: pytest.MonkeyPatch) -> AsyncIterat
     ],
 )
 async def test_a_server_that_fails_is_unavailable(
-    s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes | None, said: str
+    s3_bucket: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: bytes | None,
+    reason: str,
 ) -> None:
-    """Whatever is asked of it, in bounded time, with a short reason; it is worth another try and
-    never taken for a missing image.
+    """Each call fails in bounded time with a short reason. The caller may retry, and never takes
+    the error for a missing image.
     """
     monkeypatch.setattr(s3, "ANSWER_S", 0.5 if answer is None else 30)
     monkeypatch.setattr(s3, "SLOWEST", 1 << 40)
-    async with saying(answer, monkeypatch):
+    async with answering(answer, monkeypatch):
         blobs = await S3Blobs.open(f"s3://{s3_bucket}", tmp_path, plain_http=True)
         for ask in every(blobs).values():
-            with pytest.raises(BlobUnavailable, match=f"^the object store {said}$") as caught:
+            with pytest.raises(BlobUnavailable, match=f"^the object store {reason}$") as caught:
                 await ask()
             assert not isinstance(caught.value, BlobMissing)
 
 
-async def test_an_answer_that_breaks_off_is_no_end(
+async def test_a_response_that_breaks_off_is_an_error(
     s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fewer bytes than were promised are an error, not a shorter image."""
+    """The response has fewer bytes than it promised. The reader raises an error and returns no
+    shorter image.
+    """
     head = (
         b"HTTP/1.1 206 Partial Content\r\ncontent-range: bytes 0-99/100\r\ncontent-length:"
         b' 100\r\netag: "x"\r\n'
     )
     monkeypatch.setattr(s3, "ANSWER_S", 2)
-    async with saying(
+    async with answering(
         head + b"last-modified: Wed, 21 Oct 2026 07:28:00 GMT\r\nconnection: close\r\n\r\nhalf",
         monkeypatch,
     ):
@@ -177,10 +189,10 @@ async def test_an_answer_that_breaks_off_is_no_end(
             await read(blobs, NAME)
 
 
-async def test_opening_asks_nothing_and_removes_what_a_dead_process_left(
+async def test_opening_sends_no_request_and_removes_temporary_files(
     s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The service starts, and takes callbacks, while S3 is away; leftovers of uploads go."""
+    """The service starts and takes callbacks while S3 is away."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     old, young = tmp_path / "old", tmp_path / "young"
     for path in (old, young):
@@ -192,10 +204,10 @@ async def test_opening_asks_nothing_and_removes_what_a_dead_process_left(
     assert not young.exists()
 
 
-async def test_a_variable_that_is_unfit_is_told(
+async def test_a_bad_aws_variable_is_reported_in_one_line(
     s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """obstore reads the variables; what it says against one fits a line."""
+    """obstore reads the AWS variables. The store turns its message into one line."""
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "perhaps")
     with pytest.raises(BlobUnavailable, match="perhaps") as caught:
         await S3Blobs.open(f"s3://{s3_bucket}", tmp_path)

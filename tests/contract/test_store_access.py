@@ -1,4 +1,7 @@
-"""Owners and keys: hashed, scoped, revoked; every query carries the owner (contract section 3)."""
+"""Owners and keys: keys are hashed, scoped and revoked, and every query names an owner.
+
+docs/api.md describes keys and scopes.
+"""
 
 import asyncio
 
@@ -11,7 +14,7 @@ from tests.contract.subject import SECOND, Subject, new_id, upstream_id
 
 
 async def test_an_owners_first_key_brings_its_callback_secret(subject: Subject) -> None:
-    """Shown with the first key alone: a later key's secret is not taken."""
+    """The secret of a later key is ignored."""
     assert await subject.key("painter", b"first")
     assert not await subject.key("painter", b"second")
     assert await subject.key("other", b"third")
@@ -24,8 +27,8 @@ async def test_an_owners_first_key_brings_its_callback_secret(subject: Subject) 
 async def test_an_owner_without_a_key_is_made_once_and_its_first_key_replaces_the_secret(
     subject: Subject,
 ) -> None:
-    """Nobody was shown the secret it was made with, so the first key brings one that is shown; a
-    later key does not.
+    """No client has seen the first secret, so the first key brings a secret that is shown. A later
+    key does not.
     """
     await subject.write(insert_owners, NewOwner("admin", b"never shown"))
     await subject.write(insert_owners, NewOwner("admin", b"not taken"))
@@ -35,8 +38,9 @@ async def test_an_owner_without_a_key_is_made_once_and_its_first_key_replaces_th
     assert [row["callback_secret"] for row in await subject.rows(owners)] == [b"shown"]
 
 
-async def test_two_first_keys_in_one_batch_are_one_first(subject: Subject) -> None:
-    """The first of them is."""
+async def test_only_the_first_of_two_keys_in_one_batch_is_the_owners_first(
+    subject: Subject,
+) -> None:
     keys = [
         NewKey(new_id("key"), "painter", f"hash{n}", "dk_hint", ("read",), b"%d" % n)
         for n in range(2)
@@ -47,7 +51,7 @@ async def test_two_first_keys_in_one_batch_are_one_first(subject: Subject) -> No
 async def test_two_processes_making_an_owners_first_key_make_one_owner(
     two: tuple[Subject, Subject],
 ) -> None:
-    """Whoever loses is not the first; both keys are made."""
+    """Both keys are made. Only one of them is the owner's first key."""
     for number in range(5):
         made = await asyncio.gather(
             *(place.key(f"owner{number}", f"{place.store.process}".encode()) for place in two)
@@ -56,15 +60,19 @@ async def test_two_processes_making_an_owners_first_key_make_one_owner(
     assert (len(await two[0].rows(owners)), len(await two[0].rows(api_keys))) == (5, 10)
 
 
-async def test_a_key_made_again_is_the_same_key(subject: Subject) -> None:
-    """After a commit whose answer was lost: one key, and its secret counts as taken still."""
+async def test_a_key_inserted_again_is_the_same_key(subject: Subject) -> None:
+    """The client retries after it lost the response to a commit. One key exists, and the second
+    call still reports it as the first.
+    """
     id = new_id("key")
     assert [await subject.key("painter", b"first", id=id) for _ in range(2)] == [True, True]
     assert len(await subject.rows(api_keys)) == 1
 
 
 async def test_a_key_is_found_by_its_hash_until_it_is_revoked(subject: Subject) -> None:
-    """With owner and scopes; after its end not at all, while the list still shows it."""
+    """The row has the owner and the scopes. After the revocation, only the list still shows the
+    key.
+    """
     await subject.key("painter", id="k1")
     subject.clock.shift(SECOND)
     await subject.key("painter", id="k0")
@@ -84,8 +92,7 @@ async def test_a_key_is_found_by_its_hash_until_it_is_revoked(subject: Subject) 
     ] == [("k1", subject.clock.now), ("k0", None)]
 
 
-async def test_revoking_again_changes_nothing(subject: Subject) -> None:
-    """The first time stands."""
+async def test_revoking_a_key_again_keeps_the_first_time(subject: Subject) -> None:
     await subject.key("painter", id="k1")
     assert await subject.write(revoke_keys, "k1")
     ended = subject.clock.now
@@ -95,8 +102,8 @@ async def test_revoking_again_changes_nothing(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("by", ["our id", "the upstream's id"])
-async def test_a_task_is_its_owners(subject: Subject, by: str) -> None:
-    """Another owner's task is as if it were not there; `admin` (no owner) sees all."""
+async def test_a_task_is_visible_to_its_owner_and_to_admin(subject: Subject, by: str) -> None:
+    """Another owner's query finds nothing. `admin` (no owner) sees every task."""
     task_id = await subject.submitted()
     name = task_id if by == "our id" else upstream_id(task_id)
     for owner, seen in [("painter", True), (None, True), ("other", False)]:

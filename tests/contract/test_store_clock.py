@@ -1,4 +1,6 @@
-"""A clock that was set back: a lease that ends later than any can counts as ended."""
+"""A clock that was set back. A lease that ends later than the longest possible lease counts as
+expired.
+"""
 
 from service.queue import leases
 from service.queue.crashes import claim_candidates
@@ -6,8 +8,8 @@ from tests.contract.subject import HOUR, LEASE, SECOND, Subject
 from tests.stores import candidate_of
 
 
-async def test_a_lease_that_ends_later_than_any_can_counts_as_ended(subject: Subject) -> None:
-    """The clock goes back by an hour: another worker claims the row of a dead process at once."""
+async def test_a_lease_that_ends_later_than_any_can_counts_as_expired(subject: Subject) -> None:
+    """The clock goes back by an hour. Another worker claims the row of a dead process at once."""
     await subject.queued()
     subject.clock.shift(2 * HOUR)
     (dead,) = await subject.claim("submit")
@@ -21,7 +23,7 @@ async def test_a_lease_that_ends_later_than_any_can_counts_as_ended(subject: Sub
 async def test_a_submission_keeps_its_lease_when_the_clock_goes_back(
     two: tuple[Subject, Subject],
 ) -> None:
-    """Its own process renews the lease by the new time, and no other claims the row."""
+    """Its own process renews the lease by the new time, and no other process claims the row."""
     one, other = two
     await one.queued()
     one.clock.shift(2 * HOUR)
@@ -33,8 +35,10 @@ async def test_a_submission_keeps_its_lease_when_the_clock_goes_back(
     assert await other.claim("submit") == []
 
 
-async def test_work_that_a_suspect_gave_back_is_due_at_once(subject: Subject) -> None:
-    """It was put off for the case that it brings the process down; a stop is none."""
+async def test_a_poison_candidate_that_a_stop_released_is_due_at_once(subject: Subject) -> None:
+    """A poison candidate's due time is moved ahead in case it kills the process. A stop is no
+    crash.
+    """
     await subject.queued()
     for _ in range(2):
         await subject.claim("submit")

@@ -1,5 +1,5 @@
-"""Group commit (design, decision 2): what waits is one transaction, a bad item fails alone, no
-commit is no promise.
+"""Group commit: the writes that wait share one transaction, a bad item fails alone, and a write
+that is not committed promises nothing (docs/decisions/0002-writes-are-gathered.md).
 """
 
 import asyncio
@@ -29,7 +29,7 @@ Outage = AbstractAsyncContextManager[None]
 
 
 def echo(tx: Transaction, items: Sequence[int]) -> list[int]:
-    """Ten times each item; 7 is more than it can bear."""
+    """Returns ten times each item and fails on 7."""
     if 7 in items:
         raise ValueError("seven")
     for item in items:
@@ -37,8 +37,7 @@ def echo(tx: Transaction, items: Sequence[int]) -> list[int]:
     return [item * 10 for item in items]
 
 
-async def test_everybody_gets_the_result_of_his_own_item(subject: Subject) -> None:
-    """In whatever batches they ran."""
+async def test_each_caller_gets_the_result_of_its_own_item(subject: Subject) -> None:
     numbers = [number for number in range(300) if number != 7]
     assert await asyncio.gather(*(subject.write(echo, number) for number in numbers)) == [
         number * 10 for number in numbers
@@ -46,8 +45,8 @@ async def test_everybody_gets_the_result_of_his_own_item(subject: Subject) -> No
 
 
 async def test_a_bad_item_fails_alone(subject: Subject) -> None:
-    """Its caller gets the exception, its neighbours are committed, of the same operation and of
-    others.
+    """Its caller gets the exception. The other items of its batch are committed, of the same
+    operation and of different ones.
     """
     wishes = [subject.wish() for _ in range(10)]
     wishes[3] = subject.wish(id=None)
@@ -66,8 +65,8 @@ async def test_a_bad_item_fails_alone(subject: Subject) -> None:
     }
 
 
-async def test_a_failed_batch_leaves_nothing_behind(subject: Subject) -> None:
-    """What an operation wrote before it failed is not there."""
+async def test_an_operation_that_fails_leaves_no_rows(subject: Subject) -> None:
+    """The transaction rolls back everything that the operation wrote before it failed."""
 
     def half(tx: Transaction, wishes: Sequence[NewTask]) -> list[None]:
         insert_tasks(tx, wishes)
@@ -86,10 +85,8 @@ async def test_a_write_is_visible_when_it_returns(subject: Subject) -> None:
         assert await subject.store.read(task_queries.task_row, task_id, None) is not None
 
 
-async def test_a_caller_who_leaves_takes_nothing_back(subject: Subject) -> None:
-    """Cancelled while it waits: the item is committed with its batch, and the others get their
-    results.
-    """
+async def test_a_cancelled_caller_does_not_undo_its_write(subject: Subject) -> None:
+    """Its item is committed with its batch, and the other callers get their results."""
     wishes = [subject.wish() for _ in range(3)]
     writing = [asyncio.ensure_future(subject.write(insert_tasks, wish)) for wish in wishes]
     await asyncio.sleep(0)
@@ -99,8 +96,8 @@ async def test_a_caller_who_leaves_takes_nothing_back(subject: Subject) -> None:
     await wait_until(lambda: subject.store.read(task_queries.task_row, wishes[1].id, None))
 
 
-async def test_what_waits_at_the_close_is_committed(opener: Opener, clock: Clock) -> None:
-    """A clean stop loses nothing; later nothing is promised any more."""
+async def test_writes_that_wait_at_the_close_are_committed(opener: Opener, clock: Clock) -> None:
+    """A clean stop loses no write. After the close, the store accepts none."""
     async with opener() as store:
         subject = Subject(store, clock)
         writing = [asyncio.ensure_future(subject.queued()) for _ in range(250)]
@@ -114,12 +111,13 @@ async def test_what_waits_at_the_close_is_committed(opener: Opener, clock: Clock
 
 @asynccontextmanager
 async def full(store: SqliteStore) -> AsyncIterator[None]:
-    """The disk is full."""
+    """Fills the disk of a SQLite store."""
     connection = store._connection
     assert connection is not None
     driver = connection.connection.driver_connection
     assert driver is not None
-    driver.execute("VACUUM")  # no page is left over from the tests before
+    # No free page is left over from earlier tests.
+    driver.execute("VACUUM")
     with connection.begin():
         connection.exec_driver_sql(
             f"PRAGMA max_page_count={connection.exec_driver_sql('PRAGMA page_count').scalar()}"
@@ -132,8 +130,8 @@ async def full(store: SqliteStore) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def away(server: str, database: str) -> AsyncIterator[None]:
-    """Every connection is cut and no new one is let in."""
+async def outage_of(server: str, database: str) -> AsyncIterator[None]:
+    """Cuts every connection to a PostgreSQL database and refuses new ones."""
     name = database.split("?", maxsplit=1)[0].rsplit("/", 1)[1]
     await execute(server, f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
     try:
@@ -148,11 +146,11 @@ async def away(server: str, database: str) -> AsyncIterator[None]:
 
 @pytest.fixture
 async def outage(request: pytest.FixtureRequest, subject: Subject) -> Outage:
-    """Makes the store unable to commit for a while, for real."""
+    """A real fault that keeps the store from committing for a while."""
     if isinstance(subject.store, SqliteStore):
         await subject.write(echo, 0)
         return full(subject.store)
-    return away(
+    return outage_of(
         request.getfixturevalue("postgres_server"), request.getfixturevalue("migrated_database")
     )
 
@@ -160,8 +158,8 @@ async def outage(request: pytest.FixtureRequest, subject: Subject) -> Outage:
 async def test_a_store_that_does_not_commit_promises_nothing_and_recovers(
     subject: Subject, outage: Outage
 ) -> None:
-    """`StoreUnavailable` for everybody who waits, nothing written, no place kept; afterwards it
-    commits without a restart.
+    """Each waiting caller gets `StoreUnavailable`, no row is written and no place stays reserved.
+    After the fault, the store commits again without a restart.
     """
     big = [subject.wish(body=bytes(200_000)) for _ in range(30)]
     subject.places.free = {"submit": 5}
@@ -180,27 +178,27 @@ async def test_a_store_that_does_not_commit_promises_nothing_and_recovers(
     assert len(subject.places.leased) + subject.places.free["submit"] == 5
 
 
-async def test_a_store_that_is_away_cannot_be_read(
+async def test_a_read_during_an_outage_raises_store_unavailable(
     postgres_opener: Opener, migrated_database: str, postgres_server: str
 ) -> None:
-    """`StoreUnavailable` as well; the first read after it works."""
+    """The first read after the outage works."""
     async with postgres_opener() as store:
-        async with away(postgres_server, migrated_database):
+        async with outage_of(postgres_server, migrated_database):
             with pytest.raises(StoreUnavailable, match="cannot be read"):
                 await store.read(store_figures.figures)
         assert (await store.read(store_figures.figures))["dead_letters"] == 0
 
 
-async def test_a_query_that_fails_in_the_store_is_no_answer(subject: Subject) -> None:
-    """`StoreUnavailable`, not the driver's own exception."""
+async def test_a_query_that_fails_raises_store_unavailable(subject: Subject) -> None:
+    """The caller never sees the driver's own exception."""
     with pytest.raises(StoreUnavailable, match="cannot be read"):
         await subject.store.read(
             lambda connection: connection.execute(text("SELECT * FROM nowhere"))
         )
 
 
-async def test_what_is_read_cannot_write_on_sqlite(sqlite_opener: Opener) -> None:
-    """There is one writer: readers' connections refuse."""
+async def test_a_reading_connection_cannot_write_on_sqlite(sqlite_opener: Opener) -> None:
+    """SQLite has one writer, and the connections of readers are read-only."""
     async with sqlite_opener() as store:
         with pytest.raises(StoreUnavailable):
             await store.read(
@@ -210,8 +208,12 @@ async def test_what_is_read_cannot_write_on_sqlite(sqlite_opener: Opener) -> Non
             )
 
 
-async def test_a_slow_disk_is_waited_for_on_a_thread(sqlite_opener: Opener, clock: Clock) -> None:
-    """The event loop goes on; which way a commit goes makes no difference to what it promises."""
+async def test_commits_work_on_the_event_loop_and_on_a_thread(
+    sqlite_opener: Opener, clock: Clock
+) -> None:
+    """After slow commits, the store commits on a thread so that the event loop goes on. A write
+    promises the same in both cases.
+    """
     async with sqlite_opener() as store:
         assert isinstance(store, SqliteStore)
         subject = Subject(store, clock)
@@ -221,8 +223,8 @@ async def test_a_slow_disk_is_waited_for_on_a_thread(sqlite_opener: Opener, cloc
             assert await subject.state(await subject.queued()) == "queued"
 
 
-async def test_the_database_tells_the_time_on_postgres(migrated_database: str) -> None:
-    """Times are the database's own, not the process's, so that all processes agree."""
+async def test_times_come_from_the_database_on_postgres(migrated_database: str) -> None:
+    """All processes agree on the time, because none uses its own clock."""
     now = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")
     async with open_postgres(migrated_database, process="one", new_id=new_id) as store:
         before = await store.read(lambda connection: connection.execute(now).scalar_one())
@@ -234,11 +236,13 @@ async def test_the_database_tells_the_time_on_postgres(migrated_database: str) -
         )
 
 
-# --- the queue alone ---
+# --- the queue of writes alone ---
 
 
 class Recorder(SqliteStore):
-    """A store that writes nothing: it keeps the batches, and each waits for its turn."""
+    """A store that writes nothing. It records each batch, and each batch waits for the test to
+    release it.
+    """
 
     def __init__(self) -> None:
         BatchingStore.__init__(self, "one", lambda kind, _: kind, lambda _: None)
@@ -263,9 +267,9 @@ async def record() -> AsyncIterator[Recorder]:
             record.turn.release()
 
 
-async def test_what_is_urgent_goes_first(record: Recorder) -> None:
-    """Whatever waits already: urgent ones fill a batch with only a few others beside, which never
-    starve.
+async def test_urgent_writes_go_first(record: Recorder) -> None:
+    """Urgent writes fill a batch before all waiting ones. A few patient writes go beside them, so
+    they never starve.
     """
     patient = [asyncio.ensure_future(record.write(echo, number)) for number in range(60)]
     urgent = [
@@ -282,8 +286,8 @@ async def test_what_is_urgent_goes_first(record: Recorder) -> None:
     assert third == list(range(2 * BESIDE_URGENT, 2 * BESIDE_URGENT + MAX_PATIENT))
 
 
-async def test_what_comes_while_a_batch_runs_is_the_next_one(record: Recorder) -> None:
-    """One batch at a time; whatever waited meanwhile is gathered."""
+async def test_writes_that_arrive_while_a_batch_runs_form_the_next_one(record: Recorder) -> None:
+    """One batch runs at a time."""
     first = asyncio.ensure_future(record.write(echo, 1))
     await wait_until(lambda: record.busy)
     others = [asyncio.ensure_future(record.write(echo, number)) for number in range(2, 6)]
@@ -294,8 +298,8 @@ async def test_what_comes_while_a_batch_runs_is_the_next_one(record: Recorder) -
     assert record.batches == [[1], [2, 3, 4, 5]]
 
 
-async def test_a_batch_that_cannot_be_run_at_all_is_told_to_everybody(record: Recorder) -> None:
-    """No connection to be had: nobody waits for ever, and the next batch is tried anew."""
+async def test_a_batch_that_cannot_run_fails_each_of_its_callers(record: Recorder) -> None:
+    """No connection is available. No caller waits for ever, and the store tries the next batch."""
     record.failing = True
     results = await asyncio.gather(
         *(record.write(echo, number) for number in range(3)), return_exceptions=True
@@ -306,11 +310,11 @@ async def test_a_batch_that_cannot_be_run_at_all_is_told_to_everybody(record: Re
     assert await record.write(echo, 1) == 1
 
 
-async def test_a_process_that_stands_still_in_a_transaction_loses_it(
+async def test_a_process_that_stalls_in_a_transaction_loses_it(
     two: tuple[Subject, Subject],
 ) -> None:
-    """Its locks end with the server's patience: the others commit again, and what it began is not
-    there.
+    """The server ends the stalled session after its timeout. Its locks are released, its writes are
+    rolled back, and the other process commits again.
     """
     still = two[1].store
     assert isinstance(still, postgres.PostgresStore)
@@ -321,9 +325,8 @@ async def test_a_process_that_stands_still_in_a_transaction_loses_it(
         await connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 200"))
         await connection.execute(counters.update().values(value=counters.c.value + 1_000_000))
         task_id = await two[0].uncertain()
-        await two[0].callback(
-            task_id, completed(task_id, "https://r.test/0")
-        )  # an event needs the counter
+        # An event needs the counter, whose row the stalled session has locked.
+        await two[0].callback(task_id, completed(task_id, "https://r.test/0"))
         await connection.invalidate()
     assert max(event["sequence"] for event in await two[0].events()) < 1_000_000
 
@@ -331,17 +334,16 @@ async def test_a_process_that_stands_still_in_a_transaction_loses_it(
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(postgres, "STALLED_LOOK_S", 0.05)
-    monkeypatch.setattr(
-        postgres, "STALLED_MS", 3000
-    )  # longer than this very process may stand still on a busy machine
+    # Longer than this process itself may stall on a busy machine.
+    monkeypatch.setattr(postgres, "STALLED_MS", 3000)
 
 
 @pytest.mark.usefixtures("hasty")
-async def test_a_process_that_stands_still_within_a_statement_loses_its_locks_too(
+async def test_a_process_that_stalls_within_a_statement_loses_its_locks(
     two: tuple[Subject, Subject],
 ) -> None:
-    """The server itself would wait for the statement's other half; sessions at work, idle and in a
-    transaction are left alone.
+    """The server would wait for the rest of the statement without a limit, so the other process
+    ends the session. It leaves working, idle and in-transaction sessions alone.
     """
     still = two[1].store
     assert isinstance(still, postgres.PostgresStore)
@@ -357,7 +359,7 @@ async def test_a_process_that_stands_still_within_a_statement_loses_its_locks_to
         parse = b"\0SELECT 1\0\0\0"
         driver._transport.write(
             b"P" + (4 + len(parse)).to_bytes(4, "big") + parse + b"H\0\0\0\4"
-        )  # and no Sync
+        )  # without the Sync message that would end the statement
         with capture_logs() as lines:
             await two[0].callback(task_id, completed(task_id, "https://r.test/0"))
             await wait_until(
@@ -372,10 +374,10 @@ async def test_a_process_that_stands_still_within_a_statement_loses_its_locks_to
 
 
 @pytest.mark.usefixtures("hasty")
-async def test_a_process_that_stands_still_while_it_takes_a_result_loses_its_locks_too(
+async def test_a_process_that_stalls_while_it_reads_a_result_loses_its_locks(
     two: tuple[Subject, Subject],
 ) -> None:
-    """The server would wait for it to read on."""
+    """The server would wait without a limit until the process reads on."""
     still = two[1].store
     assert isinstance(still, postgres.PostgresStore)
     task_id = await two[0].uncertain()

@@ -291,7 +291,7 @@ async def test_a_paused_endpoint_holds_its_deliveries_until_it_is_enabled(subjec
     subject.clock.shift(FIVE_DAYS)
     assert await subject.claim("deliver") == []
     await subject.change(endpoint, status="enabled")
-    assert subject.places.told[-1].due == {"deliver", "redeliver"}
+    assert subject.places.transactions[-1].due == {"deliver", "redeliver"}
     assert (await subject.claimed("deliver", lease.key)).attempts == 1
 
 

@@ -92,7 +92,7 @@ async def test_what_waited_for_a_dead_endpoint_is_due_when_it_is_back(
         for id in (sooner, soon, late, retry.key, others)
     ]
     assert due == [now, now, now + HOUR, now + HOUR, now + MINUTE]
-    assert subject.places.told[-1].due >= {"deliver"}
+    assert subject.places.transactions[-1].due >= {"deliver"}
     again = await subject.claimed("deliver", sooner)
     await subject.attempt(again, "delivered")
     assert (await subject.row(deliveries, late))["due_at"] == now + HOUR
@@ -119,9 +119,9 @@ async def test_who_was_waited_for_tells_the_workers(subject: Subject, stage: str
         record_attempts,
         DeliveryOutcome(Lease(stage, lease.key, lease.fence + 1, 1), "retry", wake=True),
     )
-    assert subject.places.told[-1].due == {stage}
+    assert subject.places.transactions[-1].due == {stage}
     assert await subject.write(record_attempts, DeliveryOutcome(lease, "retry", wait_ms=SECOND))
-    assert subject.places.told[-1].due == set()
+    assert subject.places.transactions[-1].due == set()
 
 
 async def test_a_new_address_begins_with_a_clean_record(subject: Subject) -> None:

@@ -1,5 +1,5 @@
-"""Submissions put off while our key or account is refused, and made due at once when it is taken
-again.
+"""Submissions that wait while the upstream refuses our key or account, and that become due when it
+accepts them again.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from tests.contract.subject import HOUR, LEASE, MINUTE, Opener, Subject, creates
 
 
 async def held(subject: Subject, wait_ms: int = MINUTE, owner: str = "a") -> str:
-    """A new task that is put off before it is sent."""
+    """A new task whose submission is put on hold before the worker sends it."""
     lease = await subject.claimed("submit", await subject.queued(owner=owner))
     assert await hold(subject, lease, wait_ms)
     return lease.key
@@ -24,8 +24,8 @@ async def hold(subject: Subject, lease: Lease, wait_ms: int = MINUTE) -> bool:
     return await subject.write(hold_submissions, SubmissionHold(lease, wait_ms, HOUR))
 
 
-async def test_a_held_task_waits_as_queued_and_no_attempt_counts(subject: Subject) -> None:
-    """Whoever waits for its first outcome is told, once; its turn is kept, and it is due by itself
+async def test_a_held_task_stays_queued_and_counts_no_attempt(subject: Subject) -> None:
+    """A client that waits for the first outcome gets one. The task keeps its turn and becomes due
     after its wait.
     """
     task_id = await held(subject)
@@ -45,25 +45,25 @@ async def test_a_held_task_waits_as_queued_and_no_attempt_counts(subject: Subjec
     assert await subject.types(task_id) == []
 
 
-async def test_what_is_held_is_due_at_once_when_it_may_be_sent(subject: Subject) -> None:
-    """In its turn, as many as asked for; a task that waits for its own time, as after a 429, is
-    left alone.
+async def test_held_tasks_are_due_at_once_when_submissions_resume(subject: Subject) -> None:
+    """As many tasks as requested become due, in their turn. A task that waits for its own time, as
+    after a 429, is left alone.
     """
     first, second = await held(subject), await held(subject)
     throttled = await subject.submitting(owner="a")
     await subject.submission(throttled, creates_nothing("429", MINUTE, HOUR))
     assert await subject.write(resume_submissions, 1) == 1
-    assert "submit" in subject.places.told[-1].due
+    assert "submit" in subject.places.transactions[-1].due
     assert [lease.key for lease in await subject.claim("submit", 5)] == [first]
     assert await subject.write(resume_submissions, 500) == 1
     assert [lease.key for lease in await subject.claim("submit", 5)] == [second]
     assert await subject.write(resume_submissions, 500) == 0
-    assert "submit" not in subject.places.told[-1].due
+    assert "submit" not in subject.places.transactions[-1].due
 
 
 async def test_a_held_task_is_tried_before_it_is_given_up(subject: Subject) -> None:
-    """It is due at the latest when it is too old; then it waits for a try, as after an absence, and
-    ends by what that proves.
+    """The task is due at the latest at its age limit. It then waits for one more attempt, and ends
+    by the outcome of that attempt.
     """
     task_id = await held(subject, wait_ms=2 * HOUR)
     subject.clock.shift(HOUR)
@@ -89,9 +89,9 @@ async def test_a_held_task_is_tried_before_it_is_given_up(subject: Subject) -> N
     assert await subject.types(task_id) == ["image.task.failed"]
 
 
-async def test_what_is_held_is_resumed_in_its_turn(two: tuple[Subject, Subject]) -> None:
-    """Owners take turns in this too, whoever came first: of two that may go one is of who came
-    last, however they are found.
+async def test_held_tasks_of_all_owners_resume_in_turn(two: tuple[Subject, Subject]) -> None:
+    """Owners take turns here too, in any order of arrival. Of two tasks that may go, one belongs to
+    the last owner, whichever plan finds them.
     """
     subject, _ = two
 
@@ -109,8 +109,8 @@ async def test_what_is_held_is_resumed_in_its_turn(two: tuple[Subject, Subject])
     assert sorted(owners) == ["a", "b"]
 
 
-async def test_an_uncertain_task_that_was_to_be_sent_again_waits_too(subject: Subject) -> None:
-    """It stays uncertain however old it is: nothing proves that it was not created."""
+async def test_an_uncertain_task_that_is_to_be_resubmitted_is_held_too(subject: Subject) -> None:
+    """It stays uncertain at any age, because nothing proves that the upstream did not create it."""
     task_id = await subject.uncertain(decide_ms=0)
     subject.clock.shift(2 * HOUR)
     assert await hold(subject, await subject.claimed("submit", task_id))
@@ -123,9 +123,9 @@ async def test_an_uncertain_task_that_was_to_be_sent_again_waits_too(subject: Su
     assert await subject.write(resume_submissions, 500) == 1
 
 
-async def test_who_lost_the_lease_holds_nothing(subject: Subject) -> None:
-    """Somebody else has the task by now, or nobody has it any more: nothing is changed; nor is one
-    made due that ended meanwhile.
+async def test_a_worker_that_lost_its_lease_holds_nothing(subject: Subject) -> None:
+    """Another worker has claimed the task, or the task is gone: the row stays as it is. A task that
+    ended meanwhile does not become due.
     """
     lease = await subject.claimed("submit", await subject.queued())
     subject.clock.shift(LEASE + 1)
@@ -144,8 +144,10 @@ async def test_who_lost_the_lease_holds_nothing(subject: Subject) -> None:
     )
 
 
-async def test_another_process_takes_over_what_is_held(two: tuple[Subject, Subject]) -> None:
-    """It makes nobody else's tasks due early, but after their wait it sends them."""
+async def test_another_process_takes_over_held_tasks(two: tuple[Subject, Subject]) -> None:
+    """It resumes only the tasks that it held itself. After their wait, it submits the other
+    process's tasks.
+    """
     one, other = two
     task_id = await held(one)
     assert await other.write(resume_submissions, 500) == 0
@@ -154,10 +156,10 @@ async def test_another_process_takes_over_what_is_held(two: tuple[Subject, Subje
     assert await one.write(resume_submissions, 500) == 0
 
 
-async def test_a_restart_on_sqlite_sends_what_was_held_after_its_wait(
+async def test_a_restart_on_sqlite_submits_held_tasks_after_their_wait(
     sqlite_opener: Opener, subject: Subject
 ) -> None:
-    """No lease is left behind that a new process would have to wait for."""
+    """A held task has no lease that a new process would have to wait for."""
     async with sqlite_opener("first") as store:
         task_id = await held(Subject(store, subject.clock))
     subject.clock.shift(MINUTE)

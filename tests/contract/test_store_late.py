@@ -456,7 +456,7 @@ async def test_a_task_reconciled_twice_at_once_is_granted_once(subject: Subject)
     await subject.download(image, Retry("answered 500", HOUR))
     subject.places.free = {"settle": 3, "download": 3}
     await subject.batch(reconcile_tasks, [task_id, task_id])
-    assert sorted(lease.stage for lease in subject.places.taken()) == ["download", "settle"]
+    assert sorted(lease.stage for lease in subject.places.new_leases()) == ["download", "settle"]
     assert subject.places.free == {"settle": 2, "download": 2}
 
 

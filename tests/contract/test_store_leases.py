@@ -136,7 +136,7 @@ async def test_a_row_is_born_leased_when_a_place_is_free(subject: Subject) -> No
     """Handed over in memory after the commit: no claim, no waiting; the place is taken."""
     subject.places.free = {"submit": 1}
     first, second = await subject.queued(), await subject.queued()
-    (lease,) = subject.places.taken()
+    (lease,) = subject.places.new_leases()
     assert (lease.stage, lease.key, lease.fence, lease.attempts) == ("submit", first, 1, 1)
     assert subject.places.free == {"submit": 0}
     born, due = await subject.task(first), await subject.task(second)
@@ -149,7 +149,7 @@ async def test_a_row_is_born_leased_when_a_place_is_free(subject: Subject) -> No
         subject.clock.now,
         0,
     )
-    assert [tx.due for tx in subject.places.told] == [set(), {"submit"}], (
+    assert [tx.due for tx in subject.places.transactions] == [set(), {"submit"}], (
         "workers are told of what nobody was granted"
     )
     subject.clock.shift(LEASE)
@@ -164,7 +164,7 @@ async def test_every_stage_is_born_leased(subject: Subject) -> None:
     task_id = await subject.submitted()
     subject.places.free = {"settle": 1, "download": 1, "deliver": 2}
     await subject.callback(task_id, completed(task_id, URL, "https://r.test/1"))
-    claimed = {lease.stage: lease for lease in subject.places.taken()}
+    claimed = {lease.stage: lease for lease in subject.places.new_leases()}
     assert sorted(claimed) == ["download", "settle"]
     assert (
         await subject.settle(
@@ -175,7 +175,7 @@ async def test_every_stage_is_born_leased(subject: Subject) -> None:
     first, second = await subject.images(task_id)
     await subject.download(first, stored(first), claimed["download"])
     await subject.download(second, stored(second))
-    assert [lease.stage for lease in subject.places.taken()] == ["deliver"]
+    assert [lease.stage for lease in subject.places.new_leases()] == ["deliver"]
 
 
 async def test_a_batch_that_fails_keeps_no_place(subject: Subject) -> None:
@@ -252,7 +252,7 @@ async def test_an_ended_lease_is_taken_by_whoever_wants_the_row(subject: Subject
     subject.clock.shift(LEASE)
     subject.places.free = {"settle": 1, "download": 0}
     await subject.callback(task_id, completed(task_id, URL))
-    (lease,) = subject.places.taken()
+    (lease,) = subject.places.new_leases()
     assert (lease.key, lease.fence, lease.attempts) == (task_id, late.fence + 1, 1)
     assert await subject.settle(task_id, completed(task_id, URL), lease=late) is None
 
@@ -337,7 +337,7 @@ async def test_a_row_is_claimed_by_one_process_alone(two: tuple[Subject, Subject
             await asyncio.gather(
                 *(place.write(leases.claim, "submit") for place in two for _ in range(3))
             )
-            claimed = [place.places.taken() for place in two]
+            claimed = [place.places.new_leases() for place in two]
             assert all(len(got) <= 7 for got in claimed), "never more than there are places"
             if not any(claimed):
                 break
@@ -361,7 +361,7 @@ async def test_no_plan_makes_postgres_claim_more_than_there_are_places(
 
     subject.places.free["submit"] = 7
     assert await subject.write(awkward, "submit") == 7
-    assert len(subject.places.taken()) == 7
+    assert len(subject.places.new_leases()) == 7
 
 
 async def test_a_lease_that_ends_is_no_fault_of_the_next_in_line(subject: Subject) -> None:

@@ -1,4 +1,4 @@
-"""Which blobs may be removed: those that no row names, of tasks that are over and done with."""
+"""Which blobs the sweep may remove: blobs that no row names, of tasks that have ended."""
 
 from hashlib import sha256
 
@@ -15,15 +15,15 @@ def blob(task_id: str, words: str = "left behind") -> str:
     return f"{task_id}/0-{sha256(words.encode()).hexdigest()}.png"
 
 
-async def test_what_a_row_names_is_kept(subject: Subject) -> None:
-    """Of a completed task only what is beside its images is nobody's."""
+async def test_a_blob_that_a_row_names_is_kept(subject: Subject) -> None:
+    """Of a completed task, only a blob that is none of its images is an orphan."""
     task_id = await subject.completed(URL, "https://r.test/1")
     named = [row["blob"] for row in await subject.images(task_id)]
     assert await subject.store.read(orphans, [*named, blob(task_id)]) == [blob(task_id)]
 
 
-async def test_what_a_callback_alone_named_is_kept_too(subject: Subject) -> None:
-    """It is stored while the question is asked, and may count yet."""
+async def test_a_blob_that_only_a_callback_named_is_kept(subject: Subject) -> None:
+    """A worker stored the image before the query that confirms the callback. It may still count."""
     task_id = await subject.submitted()
     await subject.callback(task_id, completed(task_id, URL))
     (image,) = await subject.images(task_id)
@@ -34,14 +34,14 @@ async def test_what_a_callback_alone_named_is_kept_too(subject: Subject) -> None
 
 
 @pytest.mark.parametrize("state", ["queued", "submitted", "uncertain", "storing"])
-async def test_a_task_that_goes_on_keeps_everything(subject: Subject, state: str) -> None:
-    """What is put comes before the row that names it."""
+async def test_a_task_that_has_not_ended_keeps_every_blob(subject: Subject, state: str) -> None:
+    """A worker puts a blob before it commits the row that names it."""
     task_id = await (subject.storing(URL) if state == "storing" else getattr(subject, state)())
     assert await subject.store.read(orphans, [blob(task_id)]) == []
 
 
-async def test_a_late_result_keeps_everything_until_it_is_saved_or_lost(subject: Subject) -> None:
-    """Also of a task that has long ended."""
+async def test_a_late_result_keeps_every_blob_until_it_is_stored_or_lost(subject: Subject) -> None:
+    """This holds also for a task that ended long ago."""
     task_id = await subject.submitted()
     subject.clock.shift(DAY)
     await subject.settle(task_id, None, expires_ms=DAY)
@@ -54,8 +54,8 @@ async def test_a_late_result_keeps_everything_until_it_is_saved_or_lost(subject:
     assert await subject.store.read(orphans, [blob(task_id)]) == [blob(task_id)]
 
 
-async def test_what_a_cancelled_task_had_saved_is_nobodys(subject: Subject) -> None:
-    """Its rows went with the cancel."""
+async def test_a_blob_of_a_cancelled_task_is_an_orphan(subject: Subject) -> None:
+    """The cancel removed the row that named it."""
     task_id = await subject.storing(URL, "https://r.test/1")
     first, _ = await subject.images(task_id)
     await subject.download(first, stored(first))
@@ -64,9 +64,9 @@ async def test_what_a_cancelled_task_had_saved_is_nobodys(subject: Subject) -> N
     assert await subject.store.read(orphans, [name]) == [name]
 
 
-async def test_what_belongs_to_an_unknown_task_is_not_ours(subject: Subject) -> None:
-    """It may be another installation's, or newer than the backup that this store was restored
-    from.
+async def test_a_blob_of_an_unknown_task_is_kept(subject: Subject) -> None:
+    """The blob may belong to another installation, or be newer than the backup that this store was
+    restored from.
     """
     await subject.completed()
     assert await subject.store.read(orphans, [blob("task_unknown"), "nothing", "/"]) == []

@@ -79,7 +79,7 @@ async def test_events_are_handed_on_after_the_commit(subject: Subject) -> None:
     with subject.store.signals.listen("events") as heard:
         await subject.write(announce, "test.told")
         assert await subject.store.signals.wait(heard, 10)
-    (emitted,) = subject.places.told[-1].emitted
+    (emitted,) = subject.places.transactions[-1].emitted
     assert (emitted.sequence, emitted.deliveries, emitted.owner) == (1, 1, "admin")
 
 

@@ -183,7 +183,7 @@ async def test_a_replay_makes_its_deliveries_page_by_page(subject: Subject) -> N
             count,
             subject.clock.now + SECOND,
         )
-        assert subject.places.told[-1].due >= {"redeliver"}
+        assert subject.places.transactions[-1].due >= {"redeliver"}
     row = await turn(subject, replay)
     assert (row["state"], row["made"], row["due_at"], row["finished_at"]) == (
         "done",

@@ -9,7 +9,7 @@ from service.db import postgres
 from service.db.store import Signals
 from service.db.transaction import Transaction
 from tests.contract.subject import Subject, completed, new_id
-from tests.contract.test_store_committer import away
+from tests.contract.test_store_committer import outage_of
 from tests.waiting import wait_until
 
 
@@ -81,7 +81,7 @@ async def test_hints_come_again_after_the_server_was_away(
     monkeypatch.setattr(postgres, "WATCH_AGAIN_S", 0.05)
     one, other = two
     await wait_until(lambda: heard_of(one, other))
-    async with away(postgres_server, migrated_database):
+    async with outage_of(postgres_server, migrated_database):
         other.places.hints.clear()
     await wait_until(lambda: None in other.places.hints)
     await wait_until(lambda: heard_of(one, other))

@@ -183,12 +183,12 @@ async def test_a_new_task_takes_no_place_before_those_that_are_due(subject: Subj
     """
     subject.places.free["submit"] = 1
     first = await subject.queued(owner="a")
-    assert [lease.key for lease in subject.places.taken()] == [first]
+    assert [lease.key for lease in subject.places.new_leases()] == [first]
     waiting = await subject.queued(owner="b")
     subject.places.free["submit"] = 2
     late = await subject.queued(owner="a")
-    assert subject.places.taken() == []
-    assert "submit" in subject.places.told[-1].due
+    assert subject.places.new_leases() == []
+    assert "submit" in subject.places.transactions[-1].due
     for key in (waiting, late):
         assert [lease.key for lease in await subject.claim("submit")] == [key]
 
