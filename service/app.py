@@ -24,7 +24,7 @@ from service.events.outbox import log_emitted
 from service.events.replays import ReplayWorker, dead_letter_replay
 from service.events.tail import Tail
 from service.events.webhooks import WebhookSender
-from service.images.download_worker import Downloader
+from service.images.download_worker import DownloadWorker
 from service.images.downloads import dead_letter_image
 from service.images.sweep import sweep
 from service.images.validator import ImageValidator, open_validator
@@ -92,7 +92,7 @@ def stages(
         settings.evolink_task_ttl_s,
         settings.evolink_result_ttl_s,
     )
-    downloader = Downloader(
+    downloader = DownloadWorker(
         resources, validator, settings.download_schedule, settings.max_image_bytes
     )
     sender = WebhookSender(resources, settings.delivery_timeout_s)

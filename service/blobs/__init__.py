@@ -1,1 +1,1 @@
-"""Where the bytes of images are kept: a folder or an S3 bucket."""
+"""Blob stores: a folder or an S3 bucket."""

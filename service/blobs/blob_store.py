@@ -82,7 +82,7 @@ class Blobs(Protocol):
         """Returns if the store answers now."""
 
     async def free_bytes(self) -> int | None:
-        """None if the store does not know."""
+        """The room that is left, or None if the store does not know."""
 
 
 def check_name(name: str) -> str:

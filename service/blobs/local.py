@@ -42,8 +42,8 @@ class LocalBlobs:
         """Makes the folder and removes what a dead process left in `.incoming`, except files
         younger than `spare` seconds.
 
-        A live process whose file is removed gets BlobUnavailable and tries again. `spare` avoids
-        that.
+        If the file of a live process is removed, that process gets BlobUnavailable and tries again.
+        `spare` avoids that.
         """
         blobs = cls(root)
         await in_thread(prepare, blobs.root, spare)

@@ -168,7 +168,7 @@ class S3Blobs:
 
 
 async def next_of(stream: AsyncIterator[T]) -> T | None:
-    """The next piece; None after the last."""
+    """The next piece, or None after the last."""
     async with answered(ANSWER_S):
         return await anext(stream, None)
 

@@ -1,1 +1,1 @@
-"""Results on their way into the blob store: fetched, validated, recorded, swept."""
+"""Downloads results, validates them and sweeps the blob store."""

@@ -36,7 +36,7 @@ COMPRESSED = ("gzip", "x-gzip", "deflate")
 
 
 @dataclass(frozen=True, slots=True)
-class Downloader:
+class DownloadWorker:
     """Stage `download`."""
 
     resources: Resources

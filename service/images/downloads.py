@@ -133,7 +133,7 @@ def _count_failure(tx: Transaction, row: ImageRow, retry: Retry) -> dict[str, An
 
 
 def _warn_of_loss(tx: Transaction, task: TaskRow, row: ImageRow) -> None:
-    """Emits `image.at_risk` once for an image whose link dies soon, while there is time to act."""
+    """Emits `image.at_risk` once if the link dies soon, while there is time to act."""
     dying = tx.now >= row.link_dies_at - AT_RISK_MS or row.stale_count >= AT_RISK_STALE
     if row.at_risk_at is not None or not dying:
         return
@@ -150,7 +150,7 @@ def _warn_of_loss(tx: Transaction, task: TaskRow, row: ImageRow) -> None:
 
 
 def dead_letter_image(tx: Transaction, lease: Lease, cause: str) -> None:
-    """Gives up an image whose row is out of its queue for good, and tells operators."""
+    """Marks an image lost that left its queue for good, and tells operators."""
     statement = select(images.c.task_id).where(images.c.id == lease.key)
     task_id = tx.connection.execute(statement).scalar_one()
     task = lock(tx, [task_id])[task_id]

@@ -91,7 +91,7 @@ class ImageValidator:
 async def open_validator(
     concurrency: int, max_bytes: int, max_pixels: int
 ) -> AsyncIterator[ImageValidator]:
-    """A validator whose children are gone at the exit."""
+    """A validator. Its children end at the exit."""
     validator = ImageValidator(concurrency, max_bytes, max_pixels)
     try:
         yield validator

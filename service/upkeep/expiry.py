@@ -1,4 +1,4 @@
-"""What erasure and retention remove. A row with a task's figures stays.
+"""The SQL of erasure and retention. A row with a task's figures stays.
 
 Each operation takes a small, fixed number of rows, so that no transaction holds the writer for
 long. The body of a callback is small, because the inbox keeps few bodies and caps them.
@@ -31,7 +31,7 @@ TASKS, EVENTS, DELIVERIES, IMAGES, REPLAYS = 4, 16, 50, 50, 100
 ERASED = "erased"
 # The row stays, so that the image's link can respond 410.
 GONE = {"state": ERASED, "blob": None, "source_url": "", "sha256": None, "error": None}
-# What a removal reads of a task. The other columns may be large.
+# The columns of a task that a removal reads. The others may be large.
 COLUMNS = (tasks.c.id, tasks.c.owner, tasks.c.state, tasks.c.error, tasks.c.erased_at)
 OWN_PENDING = and_(deliveries.c.endpoint_id.is_(None), deliveries.c.state == "pending")
 

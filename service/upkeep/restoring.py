@@ -1,5 +1,5 @@
-"""A store put back from a backup: what happened after the backup is unknown here, and must not be
-paid or numbered twice.
+"""Makes a store that was restored from a backup fit to be served: nothing that happened after the
+backup may be paid or numbered twice.
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,20 @@ from service.db.tables import counters, tasks
 from service.db.transaction import Transaction
 from service.queue import leases
 from service.tasks.rows import TaskRow
-from service.tasks.state import State
+from service.tasks.state import UNPROVED, State
 from service.tasks.transitions import change, lock, move
 
 SEQUENCES = 10**9
 PAGE = 500
-UNPROVED = (State.QUEUED, State.SUBMITTING, State.UNCERTAIN)
+REASON = "restored from a backup: it may have been submitted since"
 
 
 @dataclass(frozen=True, slots=True)
 class Restoration:
-    """A backup of `made_at` is put back. What is in doubt is decided after `decide_ms`, but not
-    while younger than `give_up_ms`.
+    """A backup of `made_at` is restored. An uncertain task is decided after `decide_ms`, but not
+    before it is `give_up_ms` old.
 
-    `moved`: nobody served the store after the backup, so nothing is in doubt.
+    `moved`: no process served the store after the backup, so no task is uncertain.
     """
 
     made_at: int
@@ -35,41 +35,35 @@ class Restoration:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """How many tasks became `uncertain`, or stayed so, and after which sequence events go on."""
+    """How many tasks became or stayed `uncertain`, and the sequence after which events go on."""
 
     uncertain: int
     sequence: int
 
 
 def restore_stores(tx: Transaction, items: Sequence[Restoration]) -> list[Restored]:
-    """Makes a restored store fit to be served."""
     return [
         Restored(0 if item.moved else _doubt(tx, item), _raise_sequence(tx, item)) for item in items
     ]
 
 
 def _raise_sequence(tx: Transaction, item: Restoration) -> int:
-    """Past whatever consumers saw after the backup: also under an earlier restoration of it, at up
-    to 1000 events a second.
+    """Raises the sequence past any that consumers saw after the backup, at up to 1000 events per
+    second. This holds for an earlier restoration of the same backup too.
     """
-    by = SEQUENCES + max(0, tx.now - item.made_at)
-    statement = (
-        update(counters).where(counters.c.name == "events").values(value=counters.c.value + by)
-    )
+    value = counters.c.value + SEQUENCES + max(0, tx.now - item.made_at)
+    statement = update(counters).where(counters.c.name == "events").values(value=value)
     sequence: int = tx.connection.execute(statement.returning(counters.c.value)).scalar_one()
     return sequence
 
 
 def _doubt(tx: Transaction, item: Restoration) -> int:
-    """Whatever no answer proved may have been submitted after the backup: it waits for its proof,
-    and is not sent again by itself.
+    """Makes every task without a proved submission uncertain. It may have been submitted after
+    the backup, so it waits for proof and is not submitted again by itself.
     """
-    states = [state.value for state in UNPROVED]
-    ids = list(
-        tx.connection.execute(
-            select(tasks.c.id).where(tasks.c.state.in_(states)).order_by(tasks.c.id)
-        ).scalars()
-    )
+    unproved = tasks.c.state.in_([state.value for state in UNPROVED])
+    statement = select(tasks.c.id).where(unproved).order_by(tasks.c.id)
+    ids = list(tx.connection.execute(statement).scalars())
     for start in range(0, len(ids), PAGE):
         for row in lock(tx, ids[start : start + PAGE]).values():
             _doubt_one(tx, row, item)
@@ -83,16 +77,8 @@ def _doubt_one(tx: Transaction, row: TaskRow, item: Restoration) -> None:
     if row.state is State.SUBMITTING:
         move(tx, row, State.UNCERTAIN)
     due_at = max(tx.now + item.decide_ms, row.created_at + item.give_up_ms)
-    # Old enough by then, and with two outcomes: DARKROOM_UNCERTAIN=resubmit does not send it
-    # either.
-    doubt = {
-        "doubted_at": row.doubted_at or tx.now,
-        "resubmit": False,
-        "submit_outcomes": max(2, row.submit_outcomes),
-    }
-    change(tx, row, **doubt, **leases.release("submit", due_at))
-    tx.step(
-        row.id,
-        "task.submission_uncertain",
-        reason="restored from a backup: it may have been submitted since",
-    )
+    # With this age and two outcomes, DARKROOM_UNCERTAIN=resubmit does not submit the task either.
+    outcomes, doubted_at = max(2, row.submit_outcomes), row.doubted_at or tx.now
+    change(tx, row, doubted_at=doubted_at, resubmit=False, submit_outcomes=outcomes)
+    change(tx, row, **leases.release("submit", due_at))
+    tx.step(row.id, "task.submission_uncertain", reason=REASON)

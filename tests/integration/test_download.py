@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from service.blobs.blob_store import CHUNK
 from service.db.transaction import Lease
-from service.images.download_worker import Downloader
+from service.images.download_worker import DownloadWorker
 from service.images.validator import ImageValidator
 from tests.downloads import bytes_of, called, downloading, link, made, noise, saved, served, steps
 from tests.upstream import After, Upstream, document, failed, picture
@@ -191,7 +191,7 @@ async def test_the_queries_link_wins_over_the_callbacks(here: World, upstream: U
 
 async def test_an_image_that_is_not_wanted_any_more_is_no_work(here: World) -> None:
     """What was leased before its row changed is given back, and nobody is asked for it."""
-    downloader = Downloader(here.context.resources, ImageValidator(1, 1, 1), (1.0,), 1)
+    downloader = DownloadWorker(here.context.resources, ImageValidator(1, 1, 1), (1.0,), 1)
     with capture_logs() as lines:
         await downloader.run(Lease("download", "img_nobody", 1, 1))
     assert lines == []
