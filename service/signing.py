@@ -1,8 +1,6 @@
-"""What is signed, sealed or hashed: callback tokens, secrets at rest, Standard Webhooks, API keys,
-canonical JSON.
+"""Callback tokens, encrypted secrets, signatures of Standard Webhooks 1.0, digests of API keys.
 
-No clock and no I/O (sealing alone takes random bytes from the system). Parts that are signed
-together are delimited by their lengths.
+Everything here is a pure function of its arguments. Only encryption takes random bytes.
 """
 
 import base64
@@ -24,21 +22,16 @@ SECRET_PREFIX = "whsec_"  # noqa: S105 - a prefix, no secret
 
 
 def _bytes(text: str) -> bytes:
-    """Any `str` as bytes, lone surrogates too; different texts never become the same bytes."""
+    """Any text as bytes, lone surrogates too. Different texts become different bytes."""
     return text.encode("utf-8", "surrogatepass")
 
 
-def _delimited(*parts: str) -> bytes:
-    """Each part behind its length in 8 bytes, so that "a", "bc" and "ab", "c" differ."""
-    encoded = [_bytes(part) for part in parts]
-    return b"".join(len(part).to_bytes(8, "big") + part for part in encoded)
-
-
 class Keyring:
-    """The keys of `DARKROOM_SECRET_KEY`: the first signs and encrypts, all verify and decrypt.
+    """The keys of `DARKROOM_SECRET_KEY`. The first key signs and encrypts. All keys verify and
+    decrypt.
 
-    Each purpose has a key of its own, derived by HKDF (RFC 5869). ConfigurationError: no key, or
-    one under 32 bytes.
+    HKDF (RFC 5869) derives a key for each purpose. ConfigurationError: there is no key, or one is
+    shorter than 32 bytes.
     """
 
     def __init__(self, keys: Sequence[bytes]) -> None:
@@ -51,28 +44,24 @@ class Keyring:
         self._first, self._box = boxes[0], MultiFernet(boxes)
 
     def callback_token(self, upstream: str, task_id: str) -> str:
-        """The last part of a callback URL: 32 lower-case base32 characters that prove who calls for
-        this task.
+        """The last part of a callback URL, 32 lower-case base32 characters. It proves that the
+        caller was given the URL for this task.
         """
         return _token(self._token_keys[0], upstream, task_id).decode("ascii")
 
     def callback_token_valid(self, upstream: str, task_id: str, token: str) -> bool:
-        """Whether any key made the token, for any three texts whatsoever; takes the same time
-        whichever did, and if none.
-        """
+        """Whether any key made the token. Takes the same time for each key and for none."""
         given, valid = _bytes(token), False
         for key in self._token_keys:
             valid |= hmac.compare_digest(_token(key, upstream, task_id), given)
         return valid
 
     def encrypt(self, text: str) -> bytes:
-        """A secret as it is stored. The time that Fernet writes into it is left at 0: nothing here
-        expires by it.
-        """
+        """Encrypts a secret for the store. Nothing expires by Fernet's timestamp, so it is 0."""
         return self._box.encrypt_at_time(_bytes(text), 0)
 
     def decrypt(self, data: bytes) -> str:
-        """ConfigurationError: none of the keys fits, because the one that encrypted was dropped."""
+        """ConfigurationError: none of the keys encrypted it."""
         try:
             return self._box.decrypt(data).decode("utf-8", "surrogatepass")
         except InvalidToken:
@@ -82,8 +71,8 @@ class Keyring:
             ) from None
 
     def renewed(self, data: bytes) -> bytes | None:
-        """The same secret under the first key; None: it is so already. ConfigurationError as
-        `decrypt`.
+        """The same secret under the first key. None: it is encrypted with the first key already.
+        ConfigurationError: none of the keys encrypted it.
         """
         try:
             self._first.decrypt(data)
@@ -93,69 +82,54 @@ class Keyring:
 
 
 def _derive(key: bytes, purpose: str) -> bytes:
-    return HKDF(
-        algorithm=SHA256(), length=32, salt=None, info=f"darkroom {purpose}".encode("ascii")
-    ).derive(key)
+    info = f"darkroom {purpose}".encode("ascii")
+    return HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(key)
 
 
 def _token(key: bytes, upstream: str, task_id: str) -> bytes:
-    signature = hmac.digest(key, _delimited("callback", upstream, task_id), "sha256")
-    return base64.b32encode(signature[:TOKEN_BYTES]).lower()
-
-
-# --- Standard Webhooks 1.0 (https://www.standardwebhooks.com)
-# ----------------------------------------------------------
+    """Each part is signed behind its length in 8 bytes, so that "a", "bc" and "ab", "c" differ."""
+    parts = [_bytes(part) for part in ("callback", upstream, task_id)]
+    content = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+    return base64.b32encode(hmac.digest(key, content, "sha256")[:TOKEN_BYTES]).lower()
 
 
 def new_secret(random: bytes) -> str:
-    """`whsec_…` of 24 to 64 random bytes, the lengths the standard allows (ValueError)."""
+    """`whsec_…` of 24 to 64 random bytes, the lengths that the standard allows (ValueError)."""
     if not 24 <= len(random) <= 64:
         raise ValueError("a webhook secret wants 24 to 64 random bytes")
     return SECRET_PREFIX + base64.b64encode(random).decode("ascii")
 
 
-def _secret_key(secret: str) -> bytes:
+def _signature(secret: str, content: bytes) -> str:
     try:
         key = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
     except (binascii.Error, ValueError):
         key = b""
     if not key:
         raise ValueError("a webhook secret is whsec_ and base64")
-    return key
-
-
-def _signature(secret: str, id: str, timestamp: str, body: bytes) -> bytes:
-    content = b".".join((_bytes(id), timestamp.encode("ascii"), body))
-    return b"v1," + base64.b64encode(hmac.digest(_secret_key(secret), content, "sha256"))
+    return "v1," + base64.b64encode(hmac.digest(key, content, "sha256")).decode("ascii")
 
 
 def sign_webhook(secrets: Sequence[str], id: str, timestamp: int, body: bytes) -> str:
-    """The `webhook-signature` header: `v1,…` per secret, space-separated, over the bytes sent.
-    `timestamp` in seconds.
+    """The `webhook-signature` header: one `v1,…` per secret, space-separated. `timestamp` is in
+    seconds.
 
-    ValueError: a malformed secret, none at all, or an id with a full stop, which could move into
-    the timestamp.
+    ValueError: a malformed secret, no secret, or an id with a full stop. The full stop separates
+    the signed parts, so such an id could pass for another id and timestamp.
     """
     if not secrets or not id or "." in id:
         raise ValueError("signing wants a secret, and an id without a full stop")
-    return b" ".join(_signature(secret, id, str(timestamp), body) for secret in secrets).decode(
-        "ascii"
-    )
-
-
-# --- digests and comparisons
-# -------------------------------------------------------------------------------------------
+    content = b".".join((_bytes(id), str(timestamp).encode("ascii"), body))
+    return " ".join(_signature(secret, content) for secret in secrets)
 
 
 def hash_api_key(key: str) -> str:
-    """SHA-256 in hexadecimal, as the store keeps a key: keys are random and long, so that no slow
-    hash is needed.
-    """
+    """SHA-256 in hexadecimal. Keys are long and random, so that no slow hash is needed."""
     return hashlib.sha256(_bytes(key)).hexdigest()
 
 
 def canonical_json(value: object) -> bytes:
-    """One spelling for equal JSON: sorted keys, no spaces, ASCII. ValueError: NaN or an infinity;
+    """The same bytes for equal JSON: sorted keys, no spaces, ASCII. ValueError: NaN or an infinity.
     TypeError: not JSON.
     """
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")

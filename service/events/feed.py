@@ -84,12 +84,6 @@ def _type_condition(pattern: str) -> ColumnElement[bool]:
     return events.c.type == pattern
 
 
-class EventPage(NamedTuple):
-    events: list[JSON]
-    next_after: int
-    resync: bool  # events after the reader's place have been deleted
-
-
 async def read_events(
     store: Store,
     links: Links,
@@ -99,9 +93,9 @@ async def read_events(
     types: Sequence[str],
     task_id: str | None,
     wait_s: float,
-) -> EventPage:
-    """Events after a place, or from the oldest. An empty page waits up to `wait_s` seconds for an
-    event.
+) -> tuple[list[JSON], int, bool]:
+    """Events after a place, or from the oldest; the last place that was examined; and whether
+    events after the reader's place have been deleted. Waits up to `wait_s` seconds for an event.
     """
     clock = asyncio.get_running_loop().time
     deadline = clock() + wait_s
@@ -112,6 +106,5 @@ async def read_events(
             resync = after is not None and after < page.forgotten
             left = deadline - clock()
             if page.rows or resync or left <= 0 or store.signals.stopping:
-                documents = [event_document(row, links) for row in page.rows]
-                return EventPage(documents, page.last, resync)
+                return [event_document(row, links) for row in page.rows], page.last, resync
             await store.signals.wait(emitted, min(left, LOOK_S))

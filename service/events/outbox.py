@@ -21,6 +21,7 @@ from service.strict_json import JSON
 log = structlog.get_logger()
 
 OPERATORS = "admin"
+COLUMNS = ("sequence", "id", "owner", "type", "task_id", "called_back_at", "data")
 
 
 def emit(
@@ -75,17 +76,8 @@ def flush(tx: Transaction) -> None:
     tx.connection.execute(
         insert(events),
         [
-            {
-                "sequence": event.sequence,
-                "id": event.id,
-                "owner": event.owner,
-                "type": event.type,
-                "task_id": event.task_id,
-                "terminal": event.terminal or None,
-                "time": tx.now,
-                "called_back_at": event.called_back_at,
-                "data": event.data,
-            }
+            {name: getattr(event, name) for name in COLUMNS}
+            | {"terminal": event.terminal or None, "time": tx.now}
             for event in tx.emitted
         ],
     )

@@ -78,28 +78,30 @@ def replay_extent(connection: Connection, wanted: ReplayFilter) -> ReplayExtent:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayEvents:
-    """The next events of a replay (id, task_id, sequence), and the place of its last event.
-    `waits`: an earlier replay to its endpoint is running.
+class ReplayPage:
+    """Events to deliver (id, task_id, sequence). `position`: the last place that was examined,
+    None: none. The replay is due again after `wait_ms`, None: it is done.
     """
 
     events: Sequence[Row]
-    last: int
-    waits: bool
+    position: int | None
+    wait_ms: int | None
 
 
-def replay_page(connection: Connection, replay_id: str, limit: int) -> ReplayEvents | None:
-    """None: the replay is over, or its endpoint is gone."""
+def replay_page(connection: Connection, replay_id: str, limit: int) -> ReplayPage:
+    """The next page. It is empty if the replay is over, if its endpoint is gone, or while an
+    earlier replay to its endpoint is running.
+    """
     running = replays.c.state == "running"
     statement = select(replays).where(replays.c.id == replay_id, running)
     row = connection.execute(statement).mappings().first()
     endpoint = endpoint_row(connection, row["endpoint_id"], None) if row is not None else None
     if row is None or endpoint is None:
-        return None
+        return ReplayPage((), None, None)
     mine = and_(replays.c.endpoint_id == endpoint["id"], running)
     earlier = select(replays.c.id).where(mine, replays.c.id < replay_id).limit(1)
     if connection.execute(earlier).first() is not None:
-        return ReplayEvents((), row["last"], waits=True)
+        return ReplayPage((), None, EVERY_MS)
     # If `until` was not in the past at the start, `last` is the only limit.
     until = row["until_at"] if row["until_at"] < row["created_at"] else None
     wanted = ReplayFilter(
@@ -110,8 +112,11 @@ def replay_page(connection: Connection, replay_id: str, limit: int) -> ReplayEve
         events.c.sequence > row["position"],
         events.c.sequence <= row["last"],
     )
-    found = connection.execute(page.order_by(events.c.sequence).limit(limit)).mappings()
-    return ReplayEvents(list(found), row["last"], waits=False)
+    page = page.order_by(events.c.sequence).limit(limit)
+    found = list(connection.execute(page).mappings())
+    if len(found) == limit and found[-1]["sequence"] < row["last"]:
+        return ReplayPage(found, found[-1]["sequence"], EVERY_MS)
+    return ReplayPage(found, row["last"], None)
 
 
 def replay_row(
@@ -172,36 +177,24 @@ def _insert(tx: Transaction, item: NewReplayRow) -> bool:
     return True
 
 
-@dataclass(frozen=True, slots=True)
-class ReplayPage:
-    """Events to deliver. `position`: the last place that was examined, None: none. The replay is
-    due again after `wait_ms`, None: it is done.
-    """
-
-    lease: Lease
-    events: Sequence[Row]
-    position: int | None
-    wait_ms: int | None
-
-
-def record_pages(tx: Transaction, items: Sequence[ReplayPage]) -> list[bool]:
+def record_pages(tx: Transaction, items: Sequence[tuple[Lease, ReplayPage]]) -> list[bool]:
     """Makes the deliveries. False: the lease had ended, or the replay is over."""
-    return [_record(tx, item) for item in items]
+    return [_record(tx, lease, page) for lease, page in items]
 
 
-def _record(tx: Transaction, item: ReplayPage) -> bool:
-    mine = replays.c.id == item.lease.key
+def _record(tx: Transaction, lease: Lease, page: ReplayPage) -> bool:
+    mine = replays.c.id == lease.key
     row = tx.connection.execute(select(replays).where(mine).with_for_update()).mappings().first()
-    if row is None or not leases.holds(item.lease, row):
+    if row is None or not leases.holds(lease, row):
         return False
     if row["state"] != "running":
-        leases.done(tx, [item.lease])
+        leases.done(tx, [lease])
         return False
     endpoint = lock_endpoint(tx, row["endpoint_id"])
     if endpoint is None or endpoint.status == "disabled":
         _finish(tx, row["id"], "cancelled")
         return False
-    kept = _still_there(tx, item.events)
+    kept = _still_there(tx, page.events)
     rows = [
         {
             "id": tx.id("delivery"),
@@ -224,12 +217,12 @@ def _record(tx: Transaction, item: ReplayPage) -> bool:
         tx.connection.execute(insert(deliveries), rows)
         tx.due.add("redeliver")
     values = {"made": row["made"] + len(kept)}
-    if item.position is not None:
-        values["position"] = item.position
-    if item.wait_ms is None:
+    if page.position is not None:
+        values["position"] = page.position
+    if page.wait_ms is None:
         _finish(tx, row["id"], "done", **values)
     else:
-        values |= leases.release("replay", tx.now + item.wait_ms, attempts=0)
+        values |= leases.release("replay", tx.now + page.wait_ms, attempts=0)
         tx.connection.execute(update(replays).where(mine).values(values))
     return True
 
@@ -283,13 +276,5 @@ class ReplayWorker:
 
     async def run(self, lease: Lease) -> None:
         store = self.resources.store
-        found = await store.read(replay_page, lease.key, PAGE)
-        if found is None:
-            page = ReplayPage(lease, (), None, None)
-        elif found.waits:
-            page = ReplayPage(lease, (), None, EVERY_MS)
-        elif len(found.events) == PAGE and found.events[-1]["sequence"] < found.last:
-            page = ReplayPage(lease, found.events, found.events[-1]["sequence"], EVERY_MS)
-        else:
-            page = ReplayPage(lease, found.events, found.last, None)
-        await store.write(record_pages, page)
+        page = await store.read(replay_page, lease.key, PAGE)
+        await store.write(record_pages, (lease, page))

@@ -44,8 +44,7 @@ async def meant(subject: Subject, wanted: ReplayFilter, endpoint: str) -> list[s
     replay = NewReplayRow(new_id("replay"), OWNER, wanted, extent)
     assert await subject.write(insert_replays, replay)
     found = await subject.store.read(replay_page, replay.id, 100)
-    assert found is not None
-    assert not found.waits
+    assert found.wait_ms is None
     assert len(found.events) == extent.count
     assert await subject.write(cancel_replays, (replay.id, None))
     return [row["id"] for row in found.events]
@@ -70,13 +69,8 @@ async def turn(subject: Subject, replay_id: str, limit: int = 2) -> Row:
     """One page of a replay, when it is due; the replay afterwards."""
     subject.clock.now = max(subject.clock.now, (await subject.row(replays, replay_id))["due_at"])
     lease = await subject.claimed("replay", replay_id)
-    found = await subject.store.read(replay_page, replay_id, limit)
-    assert found is not None
-    more = len(found.events) == limit
-    position = found.events[-1]["sequence"] if more else found.last
-    assert await subject.write(
-        record_pages, ReplayPage(lease, found.events, position, SECOND if more else None)
-    )
+    page = await subject.store.read(replay_page, replay_id, limit)
+    assert await subject.write(record_pages, (lease, page))
     return await subject.row(replays, replay_id)
 
 
@@ -204,7 +198,7 @@ async def test_a_replay_makes_its_deliveries_page_by_page(subject: Subject) -> N
     assert found[1] == {"pending": 4, "delivered": 1}
     assert await subject.store.read(replay_row, replay, "other") is None
     assert await subject.store.read(replay_row, "rpl_gone", None) is None
-    assert await subject.store.read(replay_page, replay, 9) is None
+    assert await subject.store.read(replay_page, replay, 9) == ReplayPage((), None, None)
 
 
 async def test_replays_to_one_endpoint_come_one_after_the_other(subject: Subject) -> None:
@@ -215,15 +209,13 @@ async def test_replays_to_one_endpoint_come_one_after_the_other(subject: Subject
     waits = [
         await subject.store.read(replay_page, replay, 9) for replay in (first, second, elsewhere)
     ]
-    assert [found and (found.waits, len(found.events)) for found in waits] == [
-        (False, 1),
-        (True, 0),
-        (False, 1),
+    assert [(found.wait_ms, len(found.events)) for found in waits] == [
+        (None, 1),
+        (SECOND, 0),
+        (None, 1),
     ]
     position = (await subject.row(replays, second))["position"]
-    assert await subject.write(
-        record_pages, ReplayPage(await subject.claimed("replay", second), (), None, SECOND)
-    )
+    assert await subject.write(record_pages, (await subject.claimed("replay", second), waits[1]))
     row = await subject.row(replays, second)
     assert (row["state"], row["position"], row["due_at"]) == (
         "running",
@@ -232,8 +224,7 @@ async def test_replays_to_one_endpoint_come_one_after_the_other(subject: Subject
     )
     await turn(subject, first)
     found = await subject.store.read(replay_page, second, 9)
-    assert found is not None
-    assert not found.waits
+    assert found.wait_ms is None
 
 
 @pytest.mark.parametrize("how", ["disabled", "deleted"])
@@ -247,17 +238,14 @@ async def test_a_replay_ends_with_its_endpoint(subject: Subject, how: str) -> No
     early, late = await started(subject, endpoint), await started(subject, endpoint)
     lease = await subject.claimed("replay", early)
     page = await subject.store.read(replay_page, early, 2)
-    assert page is not None
     change = EndpointChange(
         endpoint, None, delete=how == "deleted", status=None if how == "deleted" else "disabled"
     )
     assert await subject.write(change_endpoints, change)
     before = len(await subject.rows(deliveries))
+    assert not await subject.write(record_pages, (lease, page))
     assert not await subject.write(
-        record_pages, ReplayPage(lease, page.events, page.events[-1]["sequence"], SECOND)
-    )
-    assert not await subject.write(
-        record_pages, ReplayPage(await subject.claimed("replay", late), (), None, None)
+        record_pages, (await subject.claimed("replay", late), ReplayPage((), None, None))
     )
     assert [row["state"] for row in await subject.rows(replays)] == ["cancelled", "cancelled"]
     assert [row["due_at"] for row in await subject.rows(replays)] == [None, None]
@@ -290,10 +278,9 @@ async def test_a_cancelled_replay_makes_nothing_more_and_what_is_pending_is_dead
     subject.clock.shift(SECOND)
     lease = await subject.claimed("replay", replay)
     found = await subject.store.read(replay_page, replay, 2)
-    assert found is not None
     for _ in range(2):
         assert await subject.write(cancel_replays, (replay, OWNER))
-    assert not await subject.write(record_pages, ReplayPage(lease, found.events, found.last, None))
+    assert not await subject.write(record_pages, (lease, found))
     row = await subject.row(replays, replay)
     assert (row["state"], row["made"], row["due_at"], row["finished_at"]) == (
         "cancelled",
@@ -320,8 +307,7 @@ async def test_cancelling_while_a_page_is_recorded_leaves_nothing_pending(
         replay = await started(two[0], endpoint)
         lease = await two[0].claimed("replay", replay)
         found = await two[0].store.read(replay_page, replay, 9)
-        assert found is not None
-        page = ReplayPage(lease, found.events, found.last, None)
+        page = (lease, found)
         await asyncio.gather(
             two[0].write(record_pages, page), two[1].write(cancel_replays, (replay, None))
         )
@@ -338,14 +324,13 @@ async def test_a_page_counts_under_its_lease_alone(subject: Subject) -> None:
     replay = await started(subject, endpoint)
     late = await subject.claimed("replay", replay)
     found = await subject.store.read(replay_page, replay, 9)
-    assert found is not None
     subject.clock.shift(LEASE)
     lease = await subject.claimed("replay", replay)
-    assert not await subject.write(record_pages, ReplayPage(late, found.events, found.last, None))
-    page = ReplayPage(lease, found.events, found.last, None)
+    assert not await subject.write(record_pages, (late, found))
+    page = (lease, found)
     assert [await subject.write(record_pages, page) for _ in range(2)] == [True, False]
     assert not await subject.write(
-        record_pages, ReplayPage(Lease("replay", "rpl_gone", 1, 1), (), None, None)
+        record_pages, (Lease("replay", "rpl_gone", 1, 1), ReplayPage((), None, None))
     )
     assert len(await subject.rows(deliveries, replay_id=replay)) == 1
 
@@ -361,13 +346,12 @@ async def test_what_retention_took_is_not_replayed(subject: Subject) -> None:
     replay = await started(subject, endpoint)
     lease = await subject.claimed("replay", replay)
     found = await subject.store.read(replay_page, replay, 9)
-    assert found is not None
     await subject.write(
         forget_deliveries, [row["id"] for row in await subject.rows(deliveries, event_id=gone)]
     )
     await subject.write(forget_events, [gone])
     assert len(await subject.rows(events)) == 1
-    assert await subject.write(record_pages, ReplayPage(lease, found.events, found.last, None))
+    assert await subject.write(record_pages, (lease, found))
     row = await subject.row(replays, replay)
     assert (row["state"], row["count"], row["made"]) == ("done", 2, 1)
     assert ids(await subject.rows(deliveries, replay_id=replay)) == [kept]
@@ -381,7 +365,6 @@ async def test_a_page_of_one_type_goes_by_what_the_endpoint_wants_now(subject: S
     replay = await started(subject, endpoint)
     await subject.change(endpoint, types=("image.task.completed",))
     found = await subject.store.read(replay_page, replay, 9)
-    assert found is not None
     assert list(found.events) == []
     assert (await subject.row(endpoints, endpoint))["types"] == ["image.task.completed"]
 

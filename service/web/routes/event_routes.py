@@ -54,11 +54,12 @@ async def events(request: Request) -> Response:
     stopping, wait_s = store.signals.stopping, query_seconds(request, "wait", MAX_WAIT_S)
     limit = query_limit(request)
     with context.shedder.wait():
-        page = await read_events(store, links, owner, after, limit, types, task_id, wait_s)
+        found, last, resync = await read_events(
+            store, links, owner, after, limit, types, task_id, wait_s
+        )
         # During a stop no response is held. An immediate one would make the client ask in a loop.
-        if stopping and not page.events:
+        if stopping and not found:
             await asyncio.sleep(min(wait_s, STOPPING_S))
     if wait_s:
         await check_key()  # the key may have been revoked meanwhile
-    next_after = sequence_text(page.next_after)
-    return JSONResponse({"data": page.events, "next_after": next_after, "resync": page.resync})
+    return JSONResponse({"data": found, "next_after": sequence_text(last), "resync": resync})
