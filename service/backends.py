@@ -154,12 +154,12 @@ def open_sinks(settings: Settings) -> list[Broker]:
     if not settings.sinks:
         return []
     try:
-        from service.events.brokers import BrokerSink
+        from service.events.brokers import KINDS
     except ImportError:
         raise ConfigurationError(
             "DARKROOM_SINKS: brokers need the extra brokers: darkroom-service[brokers]"
         ) from None
-    return [BrokerSink(address) for address in settings.sinks]
+    return [KINDS[address.kind](address) for address in settings.sinks]
 
 
 @asynccontextmanager

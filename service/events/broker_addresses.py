@@ -15,7 +15,7 @@ NAME_CHARS = 200
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What an address of one kind of broker looks like."""
+    """The form of one kind's addresses."""
 
     port: int
     example: str

@@ -48,12 +48,12 @@ class Message:
 
 
 class Broker(Protocol):
-    """What the worker needs of a message broker. Each failure is a SinkUnavailable, after which
+    """A message broker. Each failure is a SinkUnavailable, after which
     the broker may or may not have the message.
     """
 
     name: str
-    types: Sequence[str]  # of events it gets; none: all
+    types: Sequence[str]  # of the events it gets, none: all
 
     async def open(self) -> None:
         """Connects, or checks the connection."""
@@ -62,7 +62,7 @@ class Broker(Protocol):
         """Returns once the broker has confirmed the message, under the event's id."""
 
     async def close(self) -> None:
-        """Ends the connection, whatever its state."""
+        """Ends the connection in any state."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,16 +3,16 @@ one goes, under the event's id.
 
 After any fault the broker worker closes the connection and opens a new one. The libraries' own
 reconnecting is off, because it keeps messages or sends them twice unseen. Their logs are silenced
-(`ops.logging`). What they say about a fault is in its SinkUnavailable.
+(`ops.logging`). A fault's SinkUnavailable has their message.
 """
 
 import asyncio
 import logging
 import ssl
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import quote
 
 import faststream
@@ -34,24 +34,67 @@ LARGEST = 64 << 20  # bytes of a message, so that the broker's own limit is met 
 logging.getLogger(faststream.__name__).handlers.clear()  # FastStream writes to standard error
 
 
-class Channel(ABC):
-    """One connection to one kind of broker. `broker` is FastStream's, not connected yet."""
+class BrokerSink(ABC):
+    """The broker at an address. ImportError: the extra is not installed."""
 
-    broker: Any
+    def __init__(self, address: SinkAddress) -> None:
+        self.name = address.name
+        self.types: Sequence[str] = address.types
+        self._address = address
+        self._broker: Any = None  # FastStream's, None: closed
+        self._new_broker(address)
 
-    async def prepare(self, connection: Any) -> None:  # noqa: B027 - Kafka makes topics itself
+    @abstractmethod
+    def _new_broker(self, address: SinkAddress) -> Any:
+        """FastStream's broker, not connected."""
+
+    async def _prepare(self, connection: Any) -> None:  # noqa: B027 - Kafka makes topics itself
         """Makes the stream or queue if it is missing. Leaves it as it is if it exists."""
 
     @abstractmethod
-    async def send(self, message: Message) -> None: ...
+    async def _send(self, message: Message) -> None: ...
+
+    async def open(self) -> None:
+        with self._translated():
+            if self._broker is None:
+                self._broker = self._new_broker(self._address)
+                async with asyncio.timeout(2 * TIMEOUT_S):
+                    await self._prepare(await self._broker.connect())
+            elif not await self._broker.ping(TIMEOUT_S):
+                raise TimeoutError("the broker does not answer any more")
+
+    async def publish(self, message: Message) -> None:
+        with self._translated():
+            async with asyncio.timeout(TIMEOUT_S):
+                await self._send(message)
+
+    async def close(self) -> None:
+        broker, self._broker = self._broker, None
+        if broker is not None:
+            with suppress(Exception):  # it is given up
+                async with asyncio.timeout(CLOSE_S):
+                    await broker.stop()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Raises SinkUnavailable, without the password, for the errors of four libraries."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - each library has a tree of its own
+            text = f"{type(error).__name__}: {error}".replace("\n", " ")
+            kind = MessageTooLarge if type(error).__name__ in TOO_LARGE else SinkUnavailable
+            secret = self._address.password or self._address.user  # a token stands alone
+            for each in (secret, quote(secret, safe="")) if secret else ():
+                text = text.replace(each, "***")
+            raise kind(text[:500]) from None
 
 
-class Nats(Channel):
+class Nats(BrokerSink):
     """JetStream. The subject is the address's and the event's type. `Nats-Msg-Id` is the event's
     id.
     """
 
-    def __init__(self, address: SinkAddress) -> None:
+    def _new_broker(self, address: SinkAddress) -> Any:
         from faststream.nats import NatsBroker
         from faststream.nats.security import NatsSecurity, NatsToken, NatsUserPassword
         from nats.aio.client import Client
@@ -73,8 +116,7 @@ class Nats(Channel):
         user, password = address.user, address.password
         if user is not None:
             security = NatsToken(user) if password is None else NatsUserPassword(user, password)
-        self._address = address
-        self.broker = ClosingNatsBroker(
+        return ClosingNatsBroker(
             [f"{'tls' if address.tls else 'nats'}://{host}" for host in address.hosts],
             security=security,
             name="darkroom",
@@ -86,7 +128,7 @@ class Nats(Channel):
             logger=None,
         )
 
-    async def prepare(self, connection: Any) -> None:
+    async def _prepare(self, connection: Any) -> None:
         from nats.js.api import StreamConfig
         from nats.js.errors import NotFoundError
 
@@ -98,8 +140,8 @@ class Nats(Channel):
             subjects = [f"{self._address.path}.>"]
             await stream.add_stream(StreamConfig(self._address.target, subjects=subjects, **kept))
 
-    async def send(self, message: Message) -> None:
-        await self.broker.publish(
+    async def _send(self, message: Message) -> None:
+        await self._broker.publish(
             message.body,
             f"{self._address.path}.{message.type}",
             headers={"Nats-Msg-Id": message.id, "content-type": CONTENT_TYPE},
@@ -109,12 +151,12 @@ class Nats(Channel):
         )
 
 
-class Kafka(Channel):
+class Kafka(BrokerSink):
     """An idempotent producer with `acks=all`. The key is the message's. The header `ce_id` is the
     event's id.
     """
 
-    def __init__(self, address: SinkAddress) -> None:
+    def _new_broker(self, address: SinkAddress) -> Any:
         from faststream.kafka import KafkaBroker
         from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
 
@@ -125,8 +167,7 @@ class Kafka(Channel):
             mechanisms = {"SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
             mechanism = mechanisms.get(address.sasl, SASLPlaintext)
             security = mechanism(address.user, address.password or "", **tls)
-        self._topic = address.path
-        self.broker = KafkaBroker(
+        return KafkaBroker(
             list(address.hosts),
             security=security,
             client_id="darkroom",
@@ -137,22 +178,22 @@ class Kafka(Channel):
             logger=None,
         )
 
-    async def send(self, message: Message) -> None:
-        await self.broker.publish(
+    async def _send(self, message: Message) -> None:
+        await self._broker.publish(
             message.body,
-            self._topic,
+            self._address.path,
             key=message.key.encode(),
             headers={"ce_id": message.id, "ce_type": message.type, "content-type": CONTENT_TYPE},
             correlation_id=message.id,
         )
 
 
-class Amqp(Channel):
+class Amqp(BrokerSink):
     """Publisher confirms. Messages are persistent and must reach a queue. `message_id` is the
     event's id, `type` its type.
     """
 
-    def __init__(self, address: SinkAddress) -> None:
+    def _new_broker(self, address: SinkAddress) -> Any:
         from aio_pika import RobustConnection
         from faststream.rabbit import Channel as Options
         from faststream.rabbit import RabbitBroker
@@ -178,9 +219,7 @@ class Amqp(Channel):
         user = quote(address.user or "guest", safe="")
         password = quote(address.password or "guest", safe="")
         host, path = address.hosts[0], quote(address.path, safe="")
-        self._address = address
-        self._queue = address.target if address.option == "queue" else None
-        self.broker = ClosingRabbitBroker(
+        return ClosingRabbitBroker(
             f"amqp{'s' * address.tls}://{user}:{password}@{host}/{path}",
             timeout=TIMEOUT_S,
             default_channel=Options(publisher_confirms=True, on_return_raises=True),
@@ -188,24 +227,26 @@ class Amqp(Channel):
             logger=None,
         )
 
-    async def prepare(self, connection: Any) -> None:
+    async def _prepare(self, connection: Any) -> None:
         from aio_pika.exceptions import ChannelNotFoundEntity
 
+        target = self._address.target
         async with connection.channel() as channel:
-            if self._queue is None:
-                await channel.get_exchange(self._address.target, ensure=True)
+            if self._address.option == "exchange":
+                await channel.get_exchange(target, ensure=True)
                 return
             try:
-                await channel.declare_queue(self._queue, passive=True)
+                await channel.declare_queue(target, passive=True)
             except ChannelNotFoundEntity:  # which has closed the channel
                 async with connection.channel() as another:
-                    await another.declare_queue(self._queue, durable=True)
+                    await another.declare_queue(target, durable=True)
 
-    async def send(self, message: Message) -> None:
-        await self.broker.publish(
+    async def _send(self, message: Message) -> None:
+        to_exchange = self._address.option == "exchange"
+        await self._broker.publish(
             message.body,
-            routing_key=self._queue or message.type,
-            exchange=self._address.target if self._queue is None else None,
+            routing_key=message.type if to_exchange else self._address.target,
+            exchange=self._address.target if to_exchange else None,
             mandatory=True,
             persist=True,
             timeout=TIMEOUT_S,
@@ -216,87 +257,34 @@ class Amqp(Channel):
         )
 
 
-class Redis(Channel):
+class Redis(BrokerSink):
     """An entry has the fields `id`, `type`, `content-type` and `event`. An id among the last
     entries is not added again. FastStream wraps the bytes, so entries go through its client.
     """
 
-    def __init__(self, address: SinkAddress) -> None:
+    def _new_broker(self, address: SinkAddress) -> Any:
         from faststream.redis import RedisBroker
 
         user, login = quote(address.user or "", safe=""), ""
         if address.password is not None:
             login = f"{user}:{quote(address.password, safe='')}@"
-        self._stream = address.target
-        self._client: Any = None
-        self._known = set[bytes]()
         quiet: Any = None  # RedisBroker's annotation does not allow None, its documentation does
-        self.broker = RedisBroker(
+        return RedisBroker(
             f"redis{'s' * address.tls}://{login}{address.hosts[0]}/{address.path or 0}",
             socket_timeout=TIMEOUT_S,
             socket_connect_timeout=TIMEOUT_S,
             logger=quiet,
         )
 
-    async def prepare(self, connection: Any) -> None:
+    async def _prepare(self, connection: Any) -> None:
         self._client = connection
-        last = await connection.xrevrange(self._stream, count=REMEMBERED)
+        last = await connection.xrevrange(self._address.target, count=REMEMBERED)
         self._known = {fields.get(b"id", b"") for _, fields in last}
 
-    async def send(self, message: Message) -> None:
+    async def _send(self, message: Message) -> None:
         if message.id.encode() not in self._known:
             fields = {"id": message.id, "type": message.type, "content-type": CONTENT_TYPE}
-            await self._client.xadd(self._stream, {**fields, "event": message.body})
+            await self._client.xadd(self._address.target, {**fields, "event": message.body})
 
 
-class BrokerSink:
-    """The broker at an address. ImportError: the extra is not installed."""
-
-    KINDS: ClassVar[Mapping[str, Callable[[SinkAddress], Channel]]] = {
-        "nats": Nats,
-        "kafka": Kafka,
-        "amqp": Amqp,
-        "redis": Redis,
-    }
-
-    def __init__(self, address: SinkAddress) -> None:
-        self.name = address.name
-        self.types: Sequence[str] = address.types
-        self._address = address
-        self._channel: Channel | None = None
-        self.KINDS[address.kind](address)
-
-    async def open(self) -> None:
-        with self._translated():
-            if self._channel is None:
-                self._channel = channel = self.KINDS[self._address.kind](self._address)
-                async with asyncio.timeout(2 * TIMEOUT_S):
-                    await channel.prepare(await channel.broker.connect())
-            elif not await self._channel.broker.ping(TIMEOUT_S):
-                raise TimeoutError("the broker does not answer any more")
-
-    async def publish(self, message: Message) -> None:
-        assert self._channel is not None
-        with self._translated():
-            async with asyncio.timeout(TIMEOUT_S):
-                await self._channel.send(message)
-
-    async def close(self) -> None:
-        channel, self._channel = self._channel, None
-        if channel is not None:
-            with suppress(Exception):  # it is given up
-                async with asyncio.timeout(CLOSE_S):
-                    await channel.broker.stop()
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Raises SinkUnavailable, without the password, for the errors of four libraries."""
-        try:
-            yield
-        except Exception as error:  # noqa: BLE001 - each library has a tree of its own
-            text = f"{type(error).__name__}: {error}".replace("\n", " ")
-            kind = MessageTooLarge if type(error).__name__ in TOO_LARGE else SinkUnavailable
-            secret = self._address.password or self._address.user  # a token stands alone
-            for each in (secret, quote(secret, safe="")) if secret else ():
-                text = text.replace(each, "***")
-            raise kind(text[:500]) from None
+KINDS: dict[str, type[BrokerSink]] = {"nats": Nats, "kafka": Kafka, "amqp": Amqp, "redis": Redis}

@@ -111,7 +111,7 @@ class DeliveryAttempt:
 
 @dataclass(frozen=True, slots=True)
 class DeliveryOutcome:
-    """What a lease leads to: `delivered`, `retry` after `wait_ms`, `dead`, `gone` (410), `held`
+    """The end of a lease: `delivered`, `retry` after `wait_ms`, `dead`, `gone` (410), `held`
     (the endpoint is paused) or `snooze` (not tried, due again after `wait_ms`).
 
     `wake`: other deliveries snoozed until this attempt ended.
@@ -230,7 +230,7 @@ def _emit_exhausted(tx: Transaction, row: Row) -> None:
 
 
 def dead_letter_delivery(tx: Transaction, lease: Lease, cause: str) -> None:
-    """Ends a delivery whose row is out of its queue for good, and tells operators."""
+    """Ends a delivery that left its queue for good, and emits the operators' event."""
     statement = select(deliveries.c.task_id).where(deliveries.c.id == lease.key)
     task_id = tx.connection.execute(statement).scalar()
     tx.change(deliveries, lease.key, {"state": "dead", "finished_at": tx.now})

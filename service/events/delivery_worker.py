@@ -153,7 +153,7 @@ def is_sendable(delivery: DeliveryToSend) -> bool:
 
 
 def subscriber_key(delivery: DeliveryToSend) -> str:
-    """What shares one concurrency limit: an endpoint, or one origin of tasks' own addresses."""
+    """The subject of a concurrency limit: an endpoint, or one origin of tasks' own addresses."""
     return str(delivery.endpoint_id or "/".join(str(delivery.url).split("/")[:3]))
 
 

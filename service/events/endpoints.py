@@ -17,7 +17,7 @@ BACK_TO_NORMAL = 1000  # deliveries that are due at once when their endpoint rec
 
 @dataclass(frozen=True, slots=True)
 class EndpointRow:
-    """What decides about an endpoint's deliveries and replays. `owner` None: all owners' events."""
+    """The part of an endpoint that decides about deliveries and replays. `owner` None: all events."""
 
     id: str
     owner: str | None

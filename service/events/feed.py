@@ -18,7 +18,7 @@ LOOK_S = 0.5  # between reads, because a hint that there is something new may be
 
 class EventRows(NamedTuple):
     """Events after a place. `last`: the last place that was examined. `forgotten`: the last place
-    whose event retention has deleted, 0 if it has deleted none.
+    that retention has deleted, or 0.
     """
 
     rows: list[Row]
@@ -94,8 +94,9 @@ async def read_events(
     task_id: str | None,
     wait_s: float,
 ) -> tuple[list[JSON], int, bool]:
-    """Events after a place, or from the oldest; the last place that was examined; and whether
-    events after the reader's place have been deleted. Waits up to `wait_s` seconds for an event.
+    """Waits up to `wait_s` seconds for events after a place, or reads from the oldest. Returns the
+    events, the last place that was examined, and whether retention deleted events before it that
+    the reader has not seen.
     """
     clock = asyncio.get_running_loop().time
     deadline = clock() + wait_s

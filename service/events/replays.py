@@ -263,7 +263,7 @@ def _finish(tx: Transaction, replay_id: str, state: str, **more: int) -> None:
 
 
 def dead_letter_replay(tx: Transaction, lease: Lease, cause: str) -> None:
-    """Cancels a replay whose row is out of its queue for good, and tells operators."""
+    """Cancels a replay that left its queue for good, and emits the operators' event."""
     tx.change(replays, lease.key, {"state": "cancelled", "finished_at": tx.now})
     outbox.emit_dead_letter(tx, lease, cause, None)
 

@@ -97,7 +97,7 @@ def stored_secret(connection: Connection, table: str, key: str) -> bytes | None:
 def stored_secrets(
     connection: Connection, table: str, after: str, limit: int
 ) -> list[tuple[str, bytes]]:
-    """A page of ids or names with their encrypted secrets, in order, from the one after `after`."""
+    """A page of ids or names with their encrypted secrets, in order, that come after `after`."""
     key, secret = COLUMNS[table]
     rows = connection.execute(select(key, secret).where(key > after).order_by(key).limit(limit))
     return [(row[0], row[1]) for row in rows]

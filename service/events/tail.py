@@ -153,7 +153,7 @@ class Tail:
                     entries, place = self._buffered(place, wanted)
                 if not entries and place == before:
                     await signals.wait(moved, quiet_at - clock())
-                if entries or clock() >= quiet_at:  # also while only events of others arrive
+                if entries or clock() >= quiet_at:  # also while only events of other owners arrive
                     yield entries
                     quiet_at = clock() + quiet_s
 

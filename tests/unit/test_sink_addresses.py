@@ -4,7 +4,7 @@ import pytest
 
 from service.errors import ConfigurationError
 from service.events.broker_addresses import SECURE, SinkAddress, sink_address
-from service.events.brokers import BrokerSink
+from service.events.brokers import KINDS
 from service.settings import load_settings, masked
 
 
@@ -103,7 +103,7 @@ def test_the_settings_take_several_and_never_tell_a_password() -> None:
 def test_every_form_of_an_address_is_one_the_library_takes(text: str) -> None:
     """TLS, tokens and Kafka's users are put together as it wants them; nothing is connected."""
     address = sink_address(text)
-    assert (BrokerSink(address).name, address.tls) == (
+    assert (KINDS[address.kind](address).name, address.tls) == (
         address.name,
         text.partition("://")[0] in SECURE,
     )
