@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, and_, bindparam, func, insert, select, update
 
 from service.db.paging import After, Row, page
-from service.db.tables import attempts, deliveries, endpoints, events, owners, tasks
+from service.db.tables import ZERO, attempts, deliveries, endpoints, events, owners, tasks
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
-from service.events.endpoints import lock_endpoint, record_result
+from service.events.endpoints import disable, lock_endpoint, update_endpoint
+from service.ids import rfc3339
 from service.queue import leases
+
+BACK_TO_NORMAL = 1000  # deliveries that are due at once when their endpoint recovers
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +188,7 @@ def _record(tx: Transaction, row: Row, item: DeliveryOutcome) -> None:
     if attempt is not None and result == "dead":
         _emit_exhausted(tx, row)
     if attempt is not None and endpoint_id is not None and not attempt.ours:
-        after_ms = item.disable_after_ms
-        record_result(tx, endpoint_id, result, attempt.url, attempt.pause_ms, after_ms)
+        _record_on_endpoint(tx, endpoint_id, result, attempt, item.disable_after_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,9 +214,65 @@ def record_manual_attempts(tx: Transaction, items: Sequence[ManualAttempt]) -> l
             values = leases.release("deliver", None, state=state, finished_at=tx.now)
             tx.connection.execute(update(deliveries).where(mine).values(values))
         if row.endpoint_id is not None:
-            url, pause_ms = item.attempt.url, item.attempt.pause_ms
-            record_result(tx, row.endpoint_id, item.result, url, pause_ms, manual=True)
+            _record_on_endpoint(tx, row.endpoint_id, item.result, item.attempt, manual=True)
     return [None] * len(items)
+
+
+def _record_on_endpoint(
+    tx: Transaction,
+    endpoint_id: str,
+    result: str,
+    attempt: DeliveryAttempt,
+    disable_after_ms: int = 0,
+    *,
+    manual: bool = False,
+) -> None:
+    """Notes success and failure on the endpoint. Disables it after 410, or when every attempt has
+    failed for `disable_after_ms`. A failed manual attempt does not start that time.
+    """
+    endpoint = lock_endpoint(tx, endpoint_id)
+    if endpoint is None or endpoint.status == "disabled":
+        return
+    if attempt.url not in (None, endpoint.url):
+        return
+    if result == "delivered":
+        if endpoint.failing_since is not None:
+            update_endpoint(tx, endpoint_id, failing_since=None)
+            if (endpoint.paused_until or 0) <= tx.now:
+                _make_due(tx, endpoint_id)
+        return
+    since = endpoint.failing_since
+    values = {"failing_since": tx.now} if since is None and not manual else {}
+    if attempt.pause_ms:
+        values["paused_until"] = max(tx.now + attempt.pause_ms, endpoint.paused_until or 0)
+    update_endpoint(tx, endpoint_id, **values)
+    if result == "gone":
+        disable(tx, endpoint_id, "the endpoint answered 410 Gone")
+    elif since is not None and tx.now - since >= disable_after_ms > 0:
+        disable(tx, endpoint_id, f"every attempt failed since {rfc3339(since)}")
+
+
+def _make_due(tx: Transaction, endpoint_id: str) -> None:
+    """An endpoint recovered: deliveries that were snoozed and never tried are due now, at most
+    `BACK_TO_NORMAL` of them.
+    """
+    waiting = (
+        select(deliveries.c.id)
+        .where(
+            deliveries.c.endpoint_id == endpoint_id,
+            deliveries.c.state == "pending",
+            deliveries.c.attempts == ZERO,
+            deliveries.c.lease_until.is_(None),
+            deliveries.c.due_at > tx.now,
+        )
+        .order_by(deliveries.c.due_at)
+        .limit(BACK_TO_NORMAL)
+        .with_for_update(skip_locked=True)
+    )
+    tx.connection.execute(
+        update(deliveries).where(deliveries.c.id.in_(waiting)).values(due_at=tx.now)
+    )
+    tx.due.update(("deliver", "redeliver"))
 
 
 def _emit_exhausted(tx: Transaction, row: Row) -> None:

@@ -4,20 +4,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sqlalchemy import Connection, Select, and_, delete, insert, select, update
+from sqlalchemy import Connection, Select, Update, delete, insert, select, update
 
 from service.db.paging import After, Row, page
-from service.db.tables import ZERO, deliveries, endpoints
+from service.db.tables import deliveries, endpoints
 from service.db.transaction import Transaction
 from service.events import outbox
 from service.ids import rfc3339
 
-BACK_TO_NORMAL = 1000  # deliveries that are due at once when their endpoint recovers
-
 
 @dataclass(frozen=True, slots=True)
 class EndpointRow:
-    """The part of an endpoint that decides about deliveries and replays. `owner` None: all events."""
+    """The columns that decide about deliveries and replays. `owner` None: all owners' events."""
 
     id: str
     owner: str | None
@@ -76,73 +74,20 @@ def disable(tx: Transaction, endpoint_id: str, reason: str) -> None:
 
 
 def end_pending_deliveries(tx: Transaction, endpoint_id: str) -> None:
-    mine = and_(deliveries.c.endpoint_id == endpoint_id, deliveries.c.state == "pending")
     values = {"state": "dead", "finished_at": tx.now, "due_at": None}
-    tx.connection.execute(update(deliveries).where(mine).values(values))
+    tx.connection.execute(_pending(endpoint_id).values(values))
 
 
 def _release_held_deliveries(tx: Transaction, endpoint_id: str) -> None:
     """Makes due what was held while the endpoint was paused."""
-    mine = and_(deliveries.c.endpoint_id == endpoint_id, deliveries.c.state == "pending")
-    held = and_(mine, deliveries.c.due_at.is_(None))
-    tx.connection.execute(update(deliveries).where(held).values(due_at=tx.now))
+    held = _pending(endpoint_id).where(deliveries.c.due_at.is_(None))
+    tx.connection.execute(held.values(due_at=tx.now))
     tx.due.update(("deliver", "redeliver"))
 
 
-def record_result(
-    tx: Transaction,
-    endpoint_id: str,
-    result: str,
-    url: str | None,
-    pause_ms: int,
-    disable_after_ms: int = 0,
-    *,
-    manual: bool = False,
-) -> None:
-    """Notes success and failure on the endpoint. Disables it after 410, or when every attempt has
-    failed for `disable_after_ms`. A failed manual attempt does not start that time.
-    """
-    endpoint = lock_endpoint(tx, endpoint_id)
-    if endpoint is None or endpoint.status == "disabled" or url not in (None, endpoint.url):
-        return
-    if result == "delivered":
-        if endpoint.failing_since is not None:
-            update_endpoint(tx, endpoint_id, failing_since=None)
-            if (endpoint.paused_until or 0) <= tx.now:
-                _make_due(tx, endpoint_id)
-        return
-    since = endpoint.failing_since
-    values = {"failing_since": tx.now} if since is None and not manual else {}
-    if pause_ms:
-        values["paused_until"] = max(tx.now + pause_ms, endpoint.paused_until or 0)
-    update_endpoint(tx, endpoint_id, **values)
-    if result == "gone":
-        disable(tx, endpoint_id, "the endpoint answered 410 Gone")
-    elif since is not None and tx.now - since >= disable_after_ms > 0:
-        disable(tx, endpoint_id, f"every attempt failed since {rfc3339(since)}")
-
-
-def _make_due(tx: Transaction, endpoint_id: str) -> None:
-    """An endpoint recovered: deliveries that were snoozed and never tried are due now, at most
-    `BACK_TO_NORMAL` of them.
-    """
-    waiting = (
-        select(deliveries.c.id)
-        .where(
-            deliveries.c.endpoint_id == endpoint_id,
-            deliveries.c.state == "pending",
-            deliveries.c.attempts == ZERO,
-            deliveries.c.lease_until.is_(None),
-            deliveries.c.due_at > tx.now,
-        )
-        .order_by(deliveries.c.due_at)
-        .limit(BACK_TO_NORMAL)
-        .with_for_update(skip_locked=True)
-    )
-    tx.connection.execute(
-        update(deliveries).where(deliveries.c.id.in_(waiting)).values(due_at=tx.now)
-    )
-    tx.due.update(("deliver", "redeliver"))
+def _pending(endpoint_id: str) -> Update:
+    mine = (deliveries.c.endpoint_id == endpoint_id, deliveries.c.state == "pending")
+    return update(deliveries).where(*mine)
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,20 +85,18 @@ class Tail:
                     self._opened.clear()
                     await self._opened.wait()
                 emitted.clear()
-                await signals.wait(emitted, 0 if await self._look() else LOOK_S)
-
-    async def _look(self) -> bool:
-        """Reads new events. True: there may be more. A fault is logged, and the streams wait on."""
-        try:
-            return await self._read()
-        except StoreUnavailable:  # logged by the workers
-            return False
-        except Exception as error:
-            fields = {"stage": "tail", "key": None, "attempt": None, "wait_s": LOOK_S}
-            log.exception("worker.failed", **fields, exception=repr(error))
-            return False
+                more = False
+                try:
+                    more = await self._read()
+                except StoreUnavailable:  # logged by the workers
+                    pass
+                except Exception as error:
+                    fields = {"stage": "tail", "key": None, "attempt": None, "wait_s": LOOK_S}
+                    log.exception("worker.failed", **fields, exception=repr(error))
+                await signals.wait(emitted, 0 if more else LOOK_S)
 
     async def _read(self) -> bool:
+        """Buffers a page of new events. True: there may be more."""
         if self._begin is None:
             self._begin = self._end = await self._store.read(outbox_end)
             self._store.signals.notify(["tail"])

@@ -7,7 +7,7 @@ import pytest
 from service.db.paging import Row
 from service.db.tables import attempts, deliveries, endpoints
 from service.db.transaction import Lease
-from service.events import endpoints as endpoint_store
+from service.events import deliveries as delivery_store
 from service.events.deliveries import (
     DeliveryAttempt,
     DeliveryOutcome,
@@ -69,7 +69,7 @@ async def test_what_waited_for_a_dead_endpoint_is_due_when_it_is_back(
     """The first success after failures: what was put off and never tried, so many at once; retries
     keep their schedule.
     """
-    monkeypatch.setattr(endpoint_store, "BACK_TO_NORMAL", 2)
+    monkeypatch.setattr(delivery_store, "BACK_TO_NORMAL", 2)
     endpoint, other = await subject.endpoint(), await subject.endpoint()
     failing, retry = await first(subject, endpoint), await first(subject, endpoint)
     await subject.attempt(retry, "retry", wait_ms=HOUR)
