@@ -1,6 +1,4 @@
-"""What the steps of the pipeline work with. `app.open_resources` makes it; here are only names and
-types.
-"""
+"""The connections that every step works with."""
 
 import os
 import random
@@ -25,7 +23,7 @@ def new_id(kind: str, now: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """One process's connections to the world outside."""
+    """One process's connections, opened by `backends.open_resources`."""
 
     store: Store
     blobs: Blobs

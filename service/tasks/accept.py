@@ -126,18 +126,20 @@ class TaskIntake:
 
     def _task(
         self, owner: str, body: JSON, upstream_body: JSON, idempotency_key: str | None, digest: str
-    ) -> "NewTask":
+    ) -> TaskRow:
         task_id, upstream = self.resources.id("task"), upstream_for(body["model"])
         if self.callback_prefix is not None:
             token = self.resources.keyring.callback_token(upstream, task_id)
             path = f"/callbacks/{upstream}/{task_id}/{token}"
             upstream_body = {**upstream_body, "callback_url": self.callback_prefix + path}
         prompt, hidden = body.get("prompt"), ("prompt", "model", *OWN_FIELDS)
-        return NewTask(
+        return TaskRow(
             id=task_id,
             owner=owner,
             upstream=upstream,
             model=body["model"],
+            state=State.QUEUED,
+            created_at=0,  # the time of the transaction
             prompt=prompt if isinstance(prompt, str) else None,
             request={name: value for name, value in body.items() if name not in hidden},
             metadata=body.get("metadata") or {},
@@ -183,23 +185,6 @@ def check_metadata(metadata: object) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class NewTask:
-    """A checked submission. `body` is what the upstream gets, byte for byte."""
-
-    id: str
-    owner: str
-    upstream: str
-    model: str
-    prompt: str | None
-    request: JSON
-    metadata: Mapping[str, str]
-    body: bytes
-    callback_url: str | None = None
-    idempotency_key: str | None = None
-    idempotency_hash: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Inserted:
     """`created` False: an earlier task of the owner has this idempotency key. Its body has the hash
     `idempotency_hash`.
@@ -210,7 +195,7 @@ class Inserted:
     idempotency_hash: str | None
 
 
-def insert_tasks(tx: Transaction, items: Sequence[NewTask]) -> list[Inserted]:
+def insert_tasks(tx: Transaction, items: Sequence[TaskRow]) -> list[Inserted]:
     """Inserts tasks as `queued`. A second run after a lost commit, and a key that exists, find the
     first row.
     """
@@ -222,13 +207,16 @@ def insert_tasks(tx: Transaction, items: Sequence[NewTask]) -> list[Inserted]:
         if earlier is None:
             earlier = existing[item.id] = Inserted(item.id, True, item.idempotency_hash)
             existing[key] = Inserted(item.id, False, item.idempotency_hash)
-            tx.insert(tasks, _columns(tx, item, queue))
+            item.created_at, item.submit_turn = tx.now, queue.next_turn(item.owner)
+            columns = {name: getattr(item, name) for name in TaskRow.__slots__}
+            lease = leases.enqueue(tx, "submit", item.id, behind=queue.behind)
+            tx.insert(tasks, columns | lease)
             tx.step(item.id, "task.queued", model=item.model)
         results.append(earlier)
     return results
 
 
-def _existing(tx: Transaction, items: Sequence[NewTask]) -> dict[Any, Inserted]:
+def _existing(tx: Transaction, items: Sequence[TaskRow]) -> dict[Any, Inserted]:
     """Rows of these tasks by id, and earlier rows by owner and idempotency key."""
     columns = select(tasks.c.id, tasks.c.owner, tasks.c.idempotency_key, tasks.c.idempotency_hash)
     ids = [item.id for item in items]
@@ -241,18 +229,6 @@ def _existing(tx: Transaction, items: Sequence[NewTask]) -> dict[Any, Inserted]:
         for row in tx.connection.execute(columns.where(same)):
             existing[row.owner, row.idempotency_key] = Inserted(row.id, False, row.idempotency_hash)
     return existing
-
-
-def _columns(tx: Transaction, item: NewTask, queue: FairQueue) -> dict[str, Any]:
-    columns = {name: getattr(item, name) for name in NewTask.__slots__}
-    return {
-        **columns,
-        "metadata": dict(item.metadata),
-        "state": State.QUEUED.value,
-        "created_at": tx.now,
-        "submit_turn": queue.next_turn(item.owner),
-        **leases.enqueue(tx, "submit", item.id, behind=queue.behind),
-    }
 
 
 # --- the response

@@ -20,7 +20,7 @@ from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
-from service.tasks.transitions import change, lock
+from service.tasks.transitions import change, lock_leased
 from service.upstreams.base import Upstream, throttled
 from service.upstreams.lenient import document_of, section_of
 
@@ -182,27 +182,20 @@ def hold_submissions(tx: Transaction, items: Sequence[SubmissionHold]) -> list[b
 
     A held row has no lease, but names this process in `submit_lease_owner`.
     """
-    rows = lock(tx, (item.lease.key for item in items))
-    results = []
-    for item in items:
-        row = rows.get(item.lease.key)
-        held = row is not None and leases.holds(item.lease, row)
-        if row is not None and held:
-            _hold(tx, row, item)
-        results.append(held)
-    return results
+    return [_hold(tx, row, item) if row else False for item, row in lock_leased(tx, items)]
 
 
-def _hold(tx: Transaction, row: TaskRow, item: SubmissionHold) -> None:
+def _hold(tx: Transaction, row: TaskRow, item: SubmissionHold) -> bool:
     give_up_at, due_at = row.created_at + item.give_up_ms, tx.now + item.wait_ms
     if row.state not in (State.QUEUED, State.UNCERTAIN):  # cancelled meanwhile, or proved
         change(tx, row, **leases.release("submit", row.submit_due_at))
-        return
+        return True
     if row.state is State.QUEUED and tx.now < give_up_at:
         due_at = min(due_at, give_up_at)
     columns = {"lease_owner": tx.process, "attempts": row.submit_attempts - 1}
     outcomes = max(1, row.submit_outcomes)
     change(tx, row, submit_outcomes=outcomes, **leases.release("submit", due_at, **columns))
+    return True
 
 
 def resume_submissions(tx: Transaction, items: Sequence[int]) -> list[int]:

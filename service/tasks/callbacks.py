@@ -1,6 +1,7 @@
-"""Callbacks whose token was right: one commit, then the response (docs/callbacks.md).
+"""Callbacks with the right token: one commit, then the response (docs/callbacks.md).
 
-Nothing here queries, downloads or delivers. The commit makes the task due for its confirmation.
+The commit makes the task due for its confirmation. The request itself runs no query, no download
+and no delivery.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ from service.upstreams.base import Report, Status, outcome_digest
 log = structlog.get_logger()
 
 COMMIT_S = 8.0  # the upstream gives up after 10 s
-UNREADABLE_BYTES = 16 * 1024  # kept of a body that nobody can read
+UNREADABLE_BYTES = 16 * 1024  # kept of an unreadable body
 KEPT = 20  # different callbacks of one task. Later ones are counted on the last row
 # How many of them keep their bodies, and how many bytes of each. The first terminal callback keeps
 # its whole body (at most 256 KiB): without a confirming query, that body is the task's result.
@@ -36,7 +37,7 @@ BODIES, BODY_BYTES = 5, 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Callback:
-    """A callback whose token was right. `report` None: unreadable. `digest` is the body's hash."""
+    """A callback with the right token. `report` None: unreadable. `digest` is the body's hash."""
 
     id: str
     upstream: str
@@ -121,7 +122,7 @@ def refused(resources: Resources, reason: str, task_id: str | None, seconds: flo
 
 @dataclass(slots=True)
 class CallbackRow:
-    """What a verdict needs of a row of `callbacks`. `first` is True on the first terminal one."""
+    """The columns of `callbacks` that a verdict needs. `first`: the first terminal one."""
 
     id: str
     task_id: str
@@ -233,7 +234,7 @@ def _judge_outcome(inbox: Inbox, item: Callback, report: Report, digest: str) ->
             anticipate(tx, row, report.results, item.result_ttl_ms)
         ask(tx, row)
         return "accepted"
-    # The query's links may differ from those of the first callback, which agrees all the same.
+    # A callback agrees with its first delivery even if the query gave other links.
     same_status = digest == first and report.status == row.upstream_status
     if digest == (settled or first) or (settled is not None and same_status):
         _keep(inbox, item, digest, "duplicate", first=True if first is None else None)

@@ -14,7 +14,7 @@ from service.tasks.transitions import change, end, lock, task_error
 @dataclass(frozen=True, slots=True)
 class Cancellation:
     task_id: str
-    owner: str | None  # None: an admin, who may cancel any owner's task
+    owner: str | None  # None: any owner's task (admin)
 
 
 def cancel_tasks(tx: Transaction, items: Sequence[Cancellation]) -> list[str | None]:

@@ -24,7 +24,7 @@ from service.tasks.transitions import (
     end,
     fill,
     forget_downloads,
-    lock,
+    lock_leased,
     move,
     submitted,
     task_error,
@@ -175,21 +175,17 @@ def record_settlements(tx: Transaction, items: Sequence[Settlement]) -> list[Sta
     """Records answers. Returns the states after it, or None where the lease had ended and nothing
     changed.
     """
-    rows = lock(tx, (item.lease.key for item in items))
-    states: list[State | None] = []
-    for item in items:
-        row = rows[item.lease.key]
-        if not leases.holds(item.lease, row):
-            states.append(None)
-            continue
-        due_at = _record(tx, row, item)
-        settled = row.terminal and row.settled_digest is not None
-        asked_again = row.settle_requests != item.requests and not settled
-        change(tx, row, **leases.release("settle", tx.now if asked_again else due_at))
-        if asked_again:
-            change(tx, row, **leases.requeue(tx, "settle", row.id, row))
-        states.append(row.state)
-    return states
+    return [_settle(tx, row, item) if row else None for item, row in lock_leased(tx, items)]
+
+
+def _settle(tx: Transaction, row: TaskRow, item: Settlement) -> State:
+    due_at = _record(tx, row, item)
+    settled = row.terminal and row.settled_digest is not None
+    asked_again = row.settle_requests != item.requests and not settled
+    change(tx, row, **leases.release("settle", tx.now if asked_again else due_at))
+    if asked_again:
+        change(tx, row, **leases.requeue(tx, "settle", row.id, row))
+    return row.state
 
 
 def _record(tx: Transaction, row: TaskRow, item: Settlement) -> int | None:
@@ -205,7 +201,7 @@ def _record(tx: Transaction, row: TaskRow, item: Settlement) -> int | None:
     if row.state in UNPROVED and row.upstream_id is not None:
         submitted(tx, row, row.upstream_id, row.upstream_id_from or "", report)
     if report.final:
-        _settle(tx, row, report, item)
+        _finish(tx, row, report, item)
         return None
     if report.status is not None and row.state is not State.STORING:
         change(tx, row, upstream_status=report.status)
@@ -223,7 +219,7 @@ def _unanswered(tx: Transaction, row: TaskRow, item: Settlement) -> int | None:
     return tx.now + item.wait_ms
 
 
-def _settle(tx: Transaction, row: TaskRow, report: Report, item: Settlement) -> None:
+def _finish(tx: Transaction, row: TaskRow, report: Report, item: Settlement) -> None:
     """Moves a task on by a final report. A task that is storing is settled already: each of its
     images is stored or lost by the rules for its link.
     """

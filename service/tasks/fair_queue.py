@@ -34,7 +34,7 @@ class FairQueue:
 
     def _idle(self, free: ColumnElement[bool]) -> int:
         """The turn that the queue has reached while no new task is due: the last turn under a
-        lease, or the first waiting turn of the owner who is furthest, if that is later.
+        lease, or, if it is later, the highest of the owners' first waiting turns.
         """
         leased, first = func.max(turn).filter(~free), func.min(turn).filter(free)
         rows = self._connection.execute(

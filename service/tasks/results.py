@@ -20,8 +20,8 @@ LIVES = 2
 
 
 def anticipate(tx: Transaction, task: TaskRow, urls: Sequence[str], ttl_ms: int) -> None:
-    """Starts the downloads of a task whose results only a callback named so far. They count once a
-    query agrees.
+    """Starts the downloads of results that only a callback named so far. They count once a query
+    agrees.
     """
     for position, url in enumerate(urls):
         _insert(tx, task, position, url, confirmed=False, ttl_ms=ttl_ms)
@@ -64,8 +64,8 @@ def _renew(tx: Transaction, row: ImageRow, url: str, dies_at: int) -> None:
 
 
 def _replace(tx: Transaction, row: ImageRow, url: str, dies_at: int) -> None:
-    """Fetches a result from the address that a query named instead of the one in a callback. The
-    failures of that one do not count.
+    """Fetches a result from the query's address instead of the callback's. The failures at the old
+    address do not count.
     """
     cleared = dict.fromkeys(("blob", "error", "stale_since", "wrong_sha256"))
     counts = {"stale_count": 0, "wrong_count": 0}

@@ -15,7 +15,7 @@ from service.queue import leases
 from service.tasks.fair_queue import FairQueue
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
-from service.tasks.transitions import change, end, lock, move, submitted, task_error
+from service.tasks.transitions import change, end, lock, lock_leased, move, submitted, task_error
 from service.upstreams.base import Accepted, NotCreated, Refused, Report, SubmitOutcome, Uncertain
 
 
@@ -30,19 +30,17 @@ class SubmissionStart:
 
 def start_submissions(tx: Transaction, items: Sequence[SubmissionStart]) -> list[bytes | None]:
     """Moves tasks to `submitting`. Returns the body to send, or None if this process must not."""
-    rows = lock(tx, (item.lease.key for item in items))
-    bodies: list[bytes | None] = []
-    for item in items:
-        row = rows[item.lease.key]
-        unsent = row.state is State.QUEUED or (row.state is State.UNCERTAIN and item.resubmit)
-        if not leases.holds(item.lease, row) or not (unsent or row.state is State.SUBMITTING):
-            bodies.append(None)
-            continue
-        if unsent:  # otherwise this start runs a second time, because its commit got no answer
-            move(tx, row, State.SUBMITTING)
-        change(tx, row, submit_lease_until=tx.now + item.call_ms)
-        bodies.append(row.body)
-    return bodies
+    return [_start(tx, row, item) if row else None for item, row in lock_leased(tx, items)]
+
+
+def _start(tx: Transaction, row: TaskRow, item: SubmissionStart) -> bytes | None:
+    if row.state is State.QUEUED or (row.state is State.UNCERTAIN and item.resubmit):
+        move(tx, row, State.SUBMITTING)
+    elif row.state is not State.SUBMITTING:
+        return None
+    # Otherwise this start runs a second time, because its commit got no answer.
+    change(tx, row, submit_lease_until=tx.now + item.call_ms)
+    return row.body
 
 
 @dataclass(frozen=True, slots=True)

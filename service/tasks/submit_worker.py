@@ -190,8 +190,8 @@ class SubmitWorker:
         self, operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]], item: Item
     ) -> Result:
         """Repeats a write until the store has it. The upstream's response cannot be asked for
-        again. A start whose commit got no answer may be in the store, where it looks like one that
-        was sent.
+        again. A start may be in the store although its commit got no answer. There it looks like a
+        request that was sent.
         """
         logged = False
         while True:

@@ -95,8 +95,8 @@ def settling(connection: Connection, task_id: str) -> tuple[TaskRow | None, byte
 
 
 def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -> list[JSON]:
-    """Every step of a task in the order of time, named as the log names it. Deliveries are those of
-    `delivery_owner`; None: all.
+    """Every step of a task in the order of time, named as the log names it. `delivery_owner`
+    limits the deliveries to one owner's.
     """
 
     def read(statement: Select[Any]) -> list[RowMapping]:

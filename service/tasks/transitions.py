@@ -1,7 +1,7 @@
 """Moves of a task from state to state. Each writes the row, its timeline step and its event."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import delete, or_
 
@@ -20,10 +20,26 @@ from service.upstreams.base import Report
 REPLACES = {("callback", "answer"), ("hand", "answer"), ("query", "answer"), ("hand", "hand")}
 
 
+class Leased(Protocol):
+    @property
+    def lease(self) -> Lease: ...
+
+
+Work = TypeVar("Work", bound=Leased)
+
+
 def lock(tx: Transaction, ids: Iterable[str]) -> dict[str, TaskRow]:
     """The tasks' rows, locked until the transaction ends, always in the order of their ids."""
     statement = select_tasks(tasks.c.id.in_(set(ids))).order_by(tasks.c.id).with_for_update()
     return {row.id: row for row in task_rows(tx.connection, statement)}
+
+
+def lock_leased(tx: Transaction, items: Sequence[Work]) -> Iterator[tuple[Work, TaskRow | None]]:
+    """Items with their locked rows, or with None where the lease was lost."""
+    rows = lock(tx, (item.lease.key for item in items))
+    for item in items:
+        row = rows.get(item.lease.key)
+        yield item, row if row is not None and leases.holds(item.lease, row) else None
 
 
 def change(tx: Transaction, row: TaskRow | ImageRow, **values: Any) -> None:

@@ -15,7 +15,9 @@ from service.db.clock import wall_clock
 from service.db.transaction import Lease
 from service.resources import new_id
 from service.signing import Keyring
-from service.tasks.accept import NewTask, insert_tasks
+from service.tasks.accept import insert_tasks
+from service.tasks.rows import TaskRow
+from service.tasks.state import State
 from service.tasks.submissions import SubmissionResult, record_submissions
 from service.upstreams.base import Accepted, Report
 from tests.bench.processes import MEASURED, MEASURING, measure, server
@@ -74,16 +76,17 @@ async def prepare(folder: Path, upstream: str, count: int) -> None:
             )
 
 
-def waiting(task_id: str) -> NewTask:
-    return NewTask(
+def waiting(task_id: str) -> TaskRow:
+    return TaskRow(
         task_id,
         "bench",
         "evolink",
         "wan2.5-text-to-image",
-        "a lighthouse",
-        {"size": "1280x1280", "n": 1},
-        {},
-        b"{}",
+        State.QUEUED,
+        0,
+        prompt="a lighthouse",
+        request={"size": "1280x1280", "n": 1},
+        body=b"{}",
     )
 
 

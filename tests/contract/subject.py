@@ -28,11 +28,12 @@ from service.images.downloads import Download, Lost, Retry, Stored, record_downl
 from service.queue import leases
 from service.queue.leases import claim
 from service.strict_json import JSON
-from service.tasks.accept import Inserted, NewTask, insert_tasks
+from service.tasks.accept import Inserted, insert_tasks
 from service.tasks.callbacks import Callback, Verdict, accept_callbacks
 from service.tasks.cancel import Cancellation, cancel_tasks
 from service.tasks.confirm_worker import Settlement, record_settlements
-from service.tasks.owner_keys import NewKey, insert_keys
+from service.tasks.owner_keys import StoredKey, insert_keys
+from service.tasks.rows import TaskRow
 from service.tasks.state import State
 from service.tasks.submissions import (
     SubmissionResult,
@@ -198,7 +199,7 @@ class Subject:
 
     # --- a task's life ---
 
-    def wish(self, **different: Any) -> NewTask:
+    def wish(self, **different: Any) -> TaskRow:
         task_id = new_id("task")
         usual: dict[str, Any] = {
             "id": task_id,
@@ -210,7 +211,7 @@ class Subject:
             "metadata": {"order": "7"},
             "body": b'{"prompt":"a lighthouse"}',
         }
-        return NewTask(**(usual | different))
+        return TaskRow(state=State.QUEUED, created_at=0, **(usual | different))
 
     async def queued(self, **different: Any) -> str:
         inserted: Inserted = await self.write(insert_tasks, self.wish(**different))
@@ -339,7 +340,7 @@ class Subject:
         """Creates an API key whose hash is its id. Returns whether it is the owner's first key."""
         id = id or new_id("key")
         return await self.write(
-            insert_keys, NewKey(id, owner, id, "dk_hint", ("submit", "read"), callback_secret)
+            insert_keys, StoredKey(id, owner, id, "dk_hint", ("submit", "read"), callback_secret)
         )
 
     async def attempt(self, lease: Lease, result: str, **more: Any) -> bool:

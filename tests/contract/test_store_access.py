@@ -9,7 +9,7 @@ import pytest
 
 from service.db.tables import api_keys, owners
 from service.tasks import owner_keys, task_queries
-from service.tasks.owner_keys import NewKey, NewOwner, insert_keys, insert_owners, revoke_keys
+from service.tasks.owner_keys import NewOwner, StoredKey, insert_keys, insert_owners, revoke_keys
 from tests.contract.subject import SECOND, Subject, new_id, upstream_id
 
 
@@ -42,7 +42,7 @@ async def test_only_the_first_of_two_keys_in_one_batch_is_the_owners_first(
     subject: Subject,
 ) -> None:
     keys = [
-        NewKey(new_id("key"), "painter", f"hash{n}", "dk_hint", ("read",), b"%d" % n)
+        StoredKey(new_id("key"), "painter", f"hash{n}", "dk_hint", ("read",), b"%d" % n)
         for n in range(2)
     ]
     assert await subject.batch(insert_keys, keys) == [True, False]

@@ -18,7 +18,8 @@ from service.db.tables import counters, owners, tasks
 from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
 from service.tasks import task_queries
-from service.tasks.accept import NewTask, insert_tasks
+from service.tasks.accept import insert_tasks
+from service.tasks.rows import TaskRow
 from service.upkeep import store_figures
 from tests.contract.subject import Clock, Opener, Subject, completed, new_id
 from tests.servers import execute
@@ -68,7 +69,7 @@ async def test_a_bad_item_fails_alone(subject: Subject) -> None:
 async def test_an_operation_that_fails_leaves_no_rows(subject: Subject) -> None:
     """The transaction rolls back everything that the operation wrote before it failed."""
 
-    def half(tx: Transaction, wishes: Sequence[NewTask]) -> list[None]:
+    def half(tx: Transaction, wishes: Sequence[TaskRow]) -> list[None]:
         insert_tasks(tx, wishes)
         tx.write()
         raise ValueError("half way")

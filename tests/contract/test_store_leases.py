@@ -10,8 +10,9 @@ from service.db.queues import QUEUES
 from service.db.tables import deliveries, tasks
 from service.db.transaction import Transaction
 from service.queue import leases
-from service.tasks.accept import NewTask, insert_tasks
+from service.tasks.accept import insert_tasks
 from service.tasks.callbacks import accept_callbacks
+from service.tasks.rows import TaskRow
 from service.tasks.state import State
 from tests.contract.subject import (
     HOUR,
@@ -181,7 +182,7 @@ async def test_every_stage_is_born_leased(subject: Subject) -> None:
 async def test_a_batch_that_fails_keeps_no_place(subject: Subject) -> None:
     """What was granted in a transaction that did not commit was never granted."""
 
-    def defect(tx: Transaction, wishes: Sequence[NewTask]) -> list[None]:
+    def defect(tx: Transaction, wishes: Sequence[TaskRow]) -> list[None]:
         insert_tasks(tx, wishes)
         raise ZeroDivisionError
 

@@ -20,10 +20,11 @@ from service.events.endpoints import (
 )
 from service.queue import leases
 from service.queue.crashes import record_faults
-from service.tasks.accept import Inserted, NewTask, insert_tasks
+from service.tasks.accept import Inserted, insert_tasks
 from service.tasks.account_breaker import resume_submissions
 from service.tasks.admin import TaskResolution, reconcile_tasks, resolve_tasks
 from service.tasks.cancel import Cancellation, cancel_tasks
+from service.tasks.rows import TaskRow
 from service.tasks.state import State
 from service.tasks.submissions import SubmissionStart
 from service.upkeep.expiry import Erasure, erase_tasks, strip_tasks
@@ -277,16 +278,15 @@ class TaskLife(Living):
             for row in self.tasks
             if key and (row["owner"], row["idempotency_key"]) == (owner, key)
         ]
-        wish = NewTask(
-            *(
-                new_id("task"),
-                owner,
-                "evolink",
-                "wan2.5-text-to-image",
-                "a lighthouse",
-                {"size": "1280x1280", "n": 1},
-                {},
-            ),
+        wish = TaskRow(
+            new_id("task"),
+            owner,
+            "evolink",
+            "wan2.5-text-to-image",
+            State.QUEUED,
+            0,
+            prompt="a lighthouse",
+            request={"size": "1280x1280", "n": 1},
             body=b'{"prompt":"a lighthouse"}',
             callback_url="https://c.test" if pick % 5 == 0 else None,
             idempotency_key=key,

@@ -26,7 +26,9 @@ from service.queue.leases import LEASE_MS
 from service.queue.worker import Stage, WorkerPool
 from service.resources import new_id
 from service.tasks import task_queries
-from service.tasks.accept import NewTask, insert_tasks
+from service.tasks.accept import insert_tasks
+from service.tasks.rows import TaskRow
+from service.tasks.state import State
 from service.tasks.submissions import SubmissionResult, record_submissions
 from service.tasks.transitions import dead_letter_task
 from service.upstreams.base import Accepted, Report
@@ -51,7 +53,7 @@ class Shop:
 
     async def queue(self, *ids: str) -> None:
         """Tasks that want to be submitted."""
-        made = [NewTask(id, "acme", "evolink", "m", None, {}, {}, b"{}") for id in ids]
+        made = [TaskRow(id, "acme", "evolink", "m", State.QUEUED, 0, body=b"{}") for id in ids]
         await asyncio.gather(*(self.store.write(insert_tasks, task) for task in made))
 
     async def row(self, task_id: str) -> Any:

@@ -18,8 +18,7 @@ from service.resources import new_id
 from service.signing import Keyring, hash_api_key, new_secret
 from service.strict_json import JSON
 from service.tasks import owner_keys
-from service.tasks.owner_keys import NewKey as StoredKey
-from service.tasks.owner_keys import NewOwner, insert_keys, insert_owners, revoke_keys
+from service.tasks.owner_keys import NewOwner, StoredKey, insert_keys, insert_owners, revoke_keys
 from service.web.auth import HINT_CHARS, KEY_PREFIX, caller_of
 from service.web.bodies import Position, page, position_of, read_model
 from service.web.context import resources_of
