@@ -220,7 +220,7 @@ def open_upstreams(settings: Settings, egress: Egress, metrics: Metrics) -> dict
 
     def called(call: UpstreamCall) -> None:
         metrics.upstream_requests.labels(call.kind, call.outcome).inc()
-        metrics.upstream_seconds.labels(call.kind).observe(call.duration)
+        metrics.upstream_request_seconds.labels(call.kind).observe(call.duration)
         log.info(
             "upstream.called",
             kind=call.kind,

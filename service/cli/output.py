@@ -10,7 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Text = str | None
+Texts = list[str] | None
+
+
+def option(help: str, *names: str, **settings: Any) -> Any:
+    """An option of a command. Without names it is called like its parameter."""
+    return typer.Option(*names, help=help, **settings)
+
+
+Json = Annotated[bool, option("Machine-readable output.", "--json")]
 
 
 def plain(text: object) -> str:

@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from service.cli.api_client import CommandFailed
 from service.cli.backup import DATABASE, IMAGES, KEY, MANIFEST, Folder, clear, embedded, summed
-from service.cli.output import Json, plain, show
+from service.cli.output import Json, option, plain, show
 
 if TYPE_CHECKING:
     from service.cli.manifest import Manifest
@@ -24,16 +22,14 @@ if TYPE_CHECKING:
 def restore(
     dir: Folder,
     force: Annotated[
-        bool, typer.Option("--force", help="Move an existing store aside. Nothing is deleted.")
+        bool, option("Move an existing store aside. Nothing is deleted.", "--force")
     ] = False,
     moved: Annotated[
         bool,
-        typer.Option(
+        option(
+            "The store moves, and no process served it since the backup: waiting tasks are"
+            " submitted and do not become uncertain.",
             "--moved",
-            help=(
-                "The store moves, and no process served it since the backup: waiting tasks are"
-                " submitted and do not become uncertain."
-            ),
         ),
     ] = False,
     as_json: Json = False,

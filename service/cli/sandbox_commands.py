@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand
 
 from service.cli.api_client import pairs
-from service.cli.output import Json, put, put_json, terminal
+from service.cli.output import Json, Text, Texts, option, put, put_json, terminal
 
 if TYPE_CHECKING:
     import asyncio
@@ -37,40 +37,30 @@ class SandboxCommand(TyperCommand):
 
 
 def sandbox(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = LOOPBACK,
+    host: Annotated[str, option("Address to listen on.")] = LOOPBACK,
     port: Annotated[
-        int, typer.Option(help="Port to listen on. 0 takes any free port.", min=0, max=65535)
+        int, option("Port to listen on. 0 takes any free port.", min=0, max=65535)
     ] = 8090,
-    api_key: Annotated[
-        str | None, typer.Option(help="The only key it accepts. Default: any key.")
-    ] = None,
+    api_key: Annotated[Text, option("The only key it accepts. Default: any key.")] = None,
     allow_networks: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Callbacks may also go to these networks, with http; may be repeated.",
-            metavar="CIDR",
-        ),
+        Texts, option("Callbacks may also go there, with http; may be repeated.", metavar="CIDR")
     ] = None,
-    delay: Annotated[float, typer.Option(help="Seconds a task takes.", min=0)] = 1.0,
+    delay: Annotated[float, option("Seconds a task takes.", min=0)] = 1.0,
     seed: Annotated[
-        int | None, typer.Option(help="The same seed gives the same ids, faults and files.")
+        int | None, option("The same seed gives the same ids, faults and files.")
     ] = None,
     fault: Annotated[
-        list[str] | None,
-        typer.Option(help="A default fault of every task; may be repeated.", metavar="NAME=VALUE"),
+        Texts, option("A default fault of every task; may be repeated.", metavar="NAME=VALUE")
     ] = None,
     share: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Share of the tasks with a default fault, 0 to 1; may be repeated.",
-            metavar="NAME=SHARE",
+        Texts,
+        option(
+            "Share of the tasks that a fault meets, 0 to 1; may be repeated.", metavar="NAME=SHARE"
         ),
     ] = None,
-    base_url: Annotated[
-        str | None, typer.Option(help="Address in result links. Default: as requested.")
-    ] = None,
-    task_ttl: Annotated[float, typer.Option(help="Seconds a task is kept.", min=0)] = 86400,
-    result_ttl: Annotated[float, typer.Option(help="Seconds result links live.", min=0)] = 86400,
+    base_url: Annotated[Text, option("Address in result links. Default: as requested.")] = None,
+    task_ttl: Annotated[float, option("Seconds a task is kept.", min=0)] = 86400,
+    result_ttl: Annotated[float, option("Seconds result links live.", min=0)] = 86400,
     as_json: Json = False,
 ) -> None:
     """Run the emulator of the upstream, until SIGTERM."""

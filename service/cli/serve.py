@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.output import Json, put, put_json
+from service.cli.output import Json, Text, option, put, put_json
 from service.errors import ConfigurationError
 from service.strict_json import JSON
 
@@ -19,22 +19,19 @@ if TYPE_CHECKING:
     from service.app import Role
     from service.settings import Settings
 
-Host = Annotated[str | None, typer.Option(help="Address to listen on (DARKROOM_HOST).")]
+Host = Annotated[Text, option("Address to listen on (DARKROOM_HOST).")]
 Port = Annotated[
     int | None,
-    typer.Option(
-        help="Port to listen on. 0 takes any free port (DARKROOM_PORT).", min=0, max=65535
-    ),
+    option("Port to listen on. 0 takes any free port (DARKROOM_PORT).", min=0, max=65535),
 ]
 
 
 def serve(
     no_worker: Annotated[
-        bool, typer.Option("--no-worker", help="Without workers: they run elsewhere (PostgreSQL).")
+        bool, option("Without workers: they run elsewhere (PostgreSQL).", "--no-worker")
     ] = False,
     sandbox: Annotated[
-        bool,
-        typer.Option("--sandbox", help="On a sandbox upstream of its own, with a store apart."),
+        bool, option("On a sandbox upstream of its own, with a store apart.", "--sandbox")
     ] = False,
     host: Host = None,
     port: Port = None,

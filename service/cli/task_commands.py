@@ -19,7 +19,18 @@ from service.cli.api_client import (
     pairs,
     segment,
 )
-from service.cli.output import Json, plain, put, put_fields, put_json, remark, terminal
+from service.cli.output import (
+    Json,
+    Text,
+    Texts,
+    option,
+    plain,
+    put,
+    put_fields,
+    put_json,
+    remark,
+    terminal,
+)
 from service.cli.verb import named
 from service.cli.verbs import Metadata, date
 from service.errors import EgressError
@@ -38,28 +49,20 @@ MAX_FAILURES = 8
 def submit(
     prompt: Annotated[str, typer.Argument(help="What the images show.", metavar="PROMPT")],
     model: Annotated[
-        str | None,
-        typer.Option(help="Default: wan2.5-text-to-image, with --image wan2.5-image-to-image."),
+        Text, option("Default: wan2.5-text-to-image, with --image wan2.5-image-to-image.")
     ] = None,
-    size: Annotated[str | None, typer.Option(help="Pixels, like 1280x1280.", metavar="WxH")] = None,
-    n: Annotated[int | None, typer.Option("--n", "-n", help="Number of images.", min=1)] = None,
-    image: Annotated[
-        list[str] | None, typer.Option(help="An input image; may be repeated.", metavar="URL")
-    ] = None,
+    size: Annotated[Text, option("Pixels, like 1280x1280.", metavar="WxH")] = None,
+    n: Annotated[int | None, option("Number of images.", "--n", "-n", min=1)] = None,
+    image: Annotated[Texts, option("An input image; may be repeated.", metavar="URL")] = None,
     metadata: Metadata = None,
-    callback_url: Annotated[
-        str | None, typer.Option(help="Gets the terminal task, signed.", metavar="URL")
-    ] = None,
+    callback_url: Annotated[Text, option("Gets the terminal task, signed.", metavar="URL")] = None,
     idempotency_key: Annotated[
-        str | None,
-        typer.Option(help="The same key and request are the same task, paid once.", metavar="KEY"),
+        Text, option("The same key and request are the same task, paid once.", metavar="KEY")
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until the task is terminal.")] = False,
+    wait: Annotated[bool, option("Wait until the task is terminal.", "--wait")] = False,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Wait, and save the images in this folder.", file_okay=False, metavar="DIR"
-        ),
+        option("Wait, and save the images in this folder.", file_okay=False, metavar="DIR"),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -191,16 +194,15 @@ def task(
 
 def events(
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Print new events until interrupted.")
+        bool, option("Print new events until interrupted.", "--follow", "-f")
     ] = False,
     after: Annotated[
-        str, typer.Option(help="Start after this sequence.", metavar="SEQ", show_default=False)
+        str, option("Start after this sequence.", metavar="SEQ", show_default=False)
     ] = "0",
     type: Annotated[
-        list[str] | None,
-        typer.Option(help="image.task.*, a type, or *; may be repeated.", metavar="TYPE"),
+        Texts, option("image.task.*, a type, or *; may be repeated.", metavar="TYPE")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Of this task.", metavar="ID")] = None,
+    task: Annotated[Text, option("Of this task.", metavar="ID")] = None,
     as_json: Json = False,  # noqa: ARG001 - every command has it
 ) -> None:
     """Print events in their order, as JSON lines with and without --json."""

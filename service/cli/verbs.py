@@ -8,38 +8,35 @@ import typer
 
 from service.cli import direct_keys
 from service.cli.api_client import pairs
-from service.cli.output import plain
+from service.cli.output import Text, Texts, option, plain
 from service.cli.verb import Verb, named
 from service.strict_json import JSON
 
 SCOPES = ("submit", "read", "subscribe", "admin")
 
 Id = Annotated[str, typer.Argument(metavar="ID")]
-Limit = Annotated[int, typer.Option(help="Maximum length of the list.", min=1, max=1000)]
-Cursor = Annotated[str | None, typer.Option(help="Continues a list that was longer.")]
+Limit = Annotated[int, option("Maximum length of the list.", min=1, max=1000)]
+Cursor = Annotated[Text, option("Continues a list that was longer.")]
 Types = Annotated[
-    list[str] | None,
-    typer.Option("--type", help="image.task.*, a type, or *; may be repeated.", metavar="TYPE"),
+    Texts, option("image.task.*, a type, or *; may be repeated.", "--type", metavar="TYPE")
 ]
-Metadata = Annotated[list[str] | None, typer.Option(help="May be repeated.", metavar="KEY=VALUE")]
-Time = Annotated[str | None, typer.Option(help="A time like 2026-02-01T09:00:00Z.", metavar="TIME")]
+Metadata = Annotated[Texts, option("May be repeated.", metavar="KEY=VALUE")]
+Time = Annotated[Text, option("A time like 2026-02-01T09:00:00Z.", metavar="TIME")]
 Overlap = Annotated[
     float | None,
-    typer.Option(
-        "--overlap", help="How long the old secret also signs: 86400.", min=0, metavar="SECONDS"
-    ),
+    option("How long the old secret also signs: 86400.", "--overlap", min=0, metavar="SECONDS"),
 ]
-Flag = Annotated[bool, typer.Option("--dry-run", help="Only count.")]
+Flag = Annotated[bool, option("Only count.", "--dry-run")]
 
 
 def text(help: str, metavar: str | None = None) -> Any:
     """The type of an optional text."""
-    return Annotated[str | None, typer.Option(help=help, metavar=metavar)]
+    return Annotated[Text, option(help, metavar=metavar)]
 
 
 def required(help: str, metavar: str | None = None) -> Any:
     """The type of a text that must be given."""
-    return Annotated[str, typer.Option(help=help, metavar=metavar)]
+    return Annotated[str, option(help, metavar=metavar)]
 
 
 def with_metadata(given: JSON) -> JSON:
@@ -180,9 +177,7 @@ REPLAYS = {
             "since": Time,
             "until": Time,
             "types": Types,
-            "only": Annotated[
-                str, typer.Option(help="dead: events with a dead delivery; all: every event.")
-            ],
+            "only": Annotated[str, option("dead: events with a dead delivery; all: every event.")],
             "dry_run": Flag,
         },
     ),

@@ -139,7 +139,7 @@ class DeliveryWorker:
         called_back_at = delivery.event["called_back_at"]
         if result == "delivered" and lease.stage == "deliver" and called_back_at is not None:
             seconds = max(0, resources.clock() - called_back_at) / 1000
-            resources.metrics.callback_to_delivery.observe(seconds)
+            resources.metrics.callback_to_delivery_seconds.observe(seconds)
         measure(resources, outcome.attempt, result)
         shown = result if held else "superseded"
         log_attempt(delivery, outcome.attempt, shown, lease.attempts, outcome.wait_ms)

@@ -138,7 +138,9 @@ def log_emitted(tx: Transaction, metrics: Metrics) -> None:
                 seconds=round(tx.now / 1000 - task["created"], 1),
             )
             if event.called_back_at is not None:
-                metrics.callback_to_event.observe(max(0, tx.now - event.called_back_at) / 1000)
+                metrics.callback_to_event_seconds.observe(
+                    max(0, tx.now - event.called_back_at) / 1000
+                )
         if event.type == "endpoint.disabled":
             endpoint_id, reason = event.data["endpoint_id"], event.data["reason"]
             log.warning("endpoint.disabled", endpoint_id=endpoint_id, reason=reason)

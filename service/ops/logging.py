@@ -1,5 +1,5 @@
-"""One JSON object a line on standard output, ours and the libraries' alike; `console` is for
-people.
+"""Log lines: one JSON object a line on standard output, also for libraries. The format `console` is
+for people.
 """
 
 import logging
@@ -13,17 +13,10 @@ import structlog
 
 from service import VERSION
 
+# Their lines below an error hold addresses with tokens or signed queries.
 QUIET = ("httpx", "httpcore", "aiohttp.access", "asyncio", "alembic", "sqlalchemy.engine", "PIL")
-
-SILENT = (
-    "aio_pika",
-    "aiokafka",
-    "aiormq",
-    "faststream",
-    "nats",
-    "pamqp",
-    "redis",
-)  # a broker's faults are told by `sink.failed`, once
+# `sink.failed` reports a broker's faults, once.
+SILENT = ("aio_pika", "aiokafka", "aiormq", "faststream", "nats", "pamqp", "redis")
 
 SECRETS = re.compile(
     r"""(?P<before> /callbacks/[^/\s]+/[^/\s]+/ | https?://[^\s?#'"<>]+\?
@@ -33,14 +26,14 @@ SECRETS = re.compile(
 )
 
 
-def _stamp(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+def _add_version(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     line["service"] = "darkroom"
     line["version"] = VERSION
     return line
 
 
-def _library(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """A library's sentence becomes a field: `event` is always one of our names."""
+def _name_library(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Makes a library's sentence a field. `event` is always a name of ours."""
     line["message"] = line.pop("event")
     line["event"] = "library.message"
     line["logger"] = line["_record"].name
@@ -48,9 +41,7 @@ def _library(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[
 
 
 def _mask(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Takes what must not be told out of the two fields whose words are others': a sentence, a
-    traceback.
-    """
+    """Masks secrets in the two fields with words of libraries: sentences and tracebacks."""
     for name in ("message", "exception"):
         if isinstance(line.get(name), str):
             line[name] = SECRETS.sub(r"\g<before>***", line[name])
@@ -58,9 +49,7 @@ def _mask(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str
 
 
 class Unbreakable:
-    """A stream whose failures stop nothing: a full disk or a reader that left must not cost a task.
-    What is lost is counted.
-    """
+    """A stream that counts its failures: a full disk or a closed pipe must not fail a task."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -78,23 +67,21 @@ class Unbreakable:
 
 
 def configure(format: str, level: str, stream: TextIO = sys.stdout) -> None:
-    """Sets up structlog and the standard library's logging; `format` is `json` or `console`."""
+    """Sets up structlog and the standard library's logging. `format` is `json` or `console`."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        _stamp,
+        _add_version,
     ]
-    renderer: Any = (
-        structlog.dev.ConsoleRenderer(colors=stream.isatty())
-        if format == "console"
-        else structlog.processors.JSONRenderer()
-    )
-    finish: list[Any] = [structlog.processors.ExceptionRenderer(), _mask]
+    renderer: Any = structlog.processors.JSONRenderer()
+    if format == "console":
+        renderer = structlog.dev.ConsoleRenderer(colors=stream.isatty())
+    finish: list[Any] = [structlog.processors.ExceptionRenderer(), _mask, renderer]
     unbreakable = Unbreakable(stream)
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
-        processors=[*shared, *finish, renderer],
+        processors=[*shared, *finish],
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.WriteLoggerFactory(cast(TextIO, unbreakable)),
         cache_logger_on_first_use=False,
@@ -102,18 +89,13 @@ def configure(format: str, level: str, stream: TextIO = sys.stdout) -> None:
     handler = logging.StreamHandler(unbreakable)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, _library],
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                *finish,
-                renderer,
-            ],
+            foreign_pre_chain=[*shared, _name_library],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *finish],
         )
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(max(number, logging.WARNING))
-    for name in QUIET:  # their lines hold addresses with tokens or signed queries
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for name in SILENT:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for names, least in ((QUIET, logging.ERROR), (SILENT, logging.CRITICAL)):
+        for name in names:
+            logging.getLogger(name).setLevel(least)

@@ -93,7 +93,7 @@ async def receive(
     checkpoint("inbox.committed")
     seconds = time.monotonic() - arrived
     resources.metrics.callbacks.labels(verdict.verdict).inc()
-    resources.metrics.callback_commit.observe(seconds)
+    resources.metrics.callback_commit_seconds.observe(seconds)
     log.info(
         "callback.received",
         owner=verdict.owner,
