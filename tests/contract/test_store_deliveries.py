@@ -1,5 +1,7 @@
-"""Deliveries: attempts, retries, the dead; endpoints paused, disabled, gone (contract section
-3).
+"""Deliveries: attempts, retries, dead deliveries, and endpoints that are paused, disabled or
+deleted.
+
+docs/api.md has the rules under "Endpoints and deliveries".
 """
 
 import asyncio
@@ -31,8 +33,8 @@ FIVE_DAYS = 5 * DAY
 
 
 async def first(subject: Subject, endpoint: str) -> Lease:
-    """The lease for a new task's event at this endpoint, its only pending delivery that was never
-    tried.
+    """The lease for the delivery of a new task's event to this endpoint, before its first
+    attempt.
     """
     await subject.submitted()
     (row,) = await subject.rows(deliveries, endpoint_id=endpoint, state="pending", attempts=0)
@@ -40,7 +42,7 @@ async def first(subject: Subject, endpoint: str) -> Lease:
 
 
 async def again(subject: Subject, lease: Lease) -> Lease:
-    """The lease for the retry, when it is due."""
+    """Moves the clock to the retry's due time and returns the lease for it."""
     subject.clock.now = max(subject.clock.now, (await subject.row(deliveries, lease.key))["due_at"])
     return await subject.claimed("redeliver", lease.key)
 
@@ -49,8 +51,8 @@ async def endpoint_of(subject: Subject, id: str) -> Row:
     return await subject.row(endpoints, id)
 
 
-async def test_a_delivered_event_is_done(subject: Subject) -> None:
-    """Any 2xx: delivered, with its attempt on record; never due again."""
+async def test_a_delivered_event_is_never_due_again(subject: Subject) -> None:
+    """Any 2xx delivers the event. The store keeps the attempt."""
     lease = await first(subject, await subject.endpoint())
     made = DeliveryAttempt(new_id("attempt"), 204, 12, None, b"thanks")
     assert await subject.write(record_attempts, DeliveryOutcome(lease, "delivered", made))
@@ -74,8 +76,10 @@ async def test_a_delivered_event_is_done(subject: Subject) -> None:
     assert [await subject.claim(stage) for stage in ("deliver", "redeliver")] == [[], []]
 
 
-async def test_a_failed_attempt_is_tried_again_by_schedule(subject: Subject) -> None:
-    """Pending, due after the wait and not before; each attempt counts and is kept."""
+async def test_a_failed_attempt_is_retried_by_schedule(subject: Subject) -> None:
+    """The delivery stays pending and becomes due after the wait. The store counts and keeps each
+    attempt.
+    """
     lease = await first(subject, await subject.endpoint())
     for number in range(1, 4):
         assert lease.attempts == number
@@ -92,8 +96,10 @@ async def test_a_failed_attempt_is_tried_again_by_schedule(subject: Subject) -> 
     assert len(await subject.rows(attempts, delivery_id=lease.key)) == 3
 
 
-async def test_after_the_last_retry_it_is_dead_and_operators_are_told(subject: Subject) -> None:
-    """Kept, listed, `delivery.exhausted` once."""
+async def test_after_the_last_retry_a_delivery_is_dead_and_an_event_tells_operators(
+    subject: Subject,
+) -> None:
+    """The delivery is kept and listed, and `delivery.exhausted` is emitted once."""
     endpoint = await subject.endpoint()
     lease = await first(subject, endpoint)
     await subject.attempt(lease, "dead")
@@ -109,8 +115,8 @@ async def test_after_the_last_retry_it_is_dead_and_operators_are_told(subject: S
     }
 
 
-async def test_a_dead_delivery_of_an_operators_event_raises_none(subject: Subject) -> None:
-    """Else a dead operators' endpoint would feed itself for ever."""
+async def test_a_dead_delivery_of_an_operators_event_emits_no_event(subject: Subject) -> None:
+    """Otherwise a dead endpoint of an operator would cause new events for itself without end."""
     operators = await subject.endpoint("admin", ["delivery.exhausted"])
     await subject.attempt(await first(subject, await subject.endpoint()), "dead")
     (row,) = await subject.rows(deliveries, endpoint_id=operators)
@@ -119,7 +125,7 @@ async def test_a_dead_delivery_of_an_operators_event_raises_none(subject: Subjec
 
 
 async def test_a_delivery_without_its_endpoint_is_dead_without_an_attempt(subject: Subject) -> None:
-    """Nothing was tried: no attempt is kept, nobody is told."""
+    """The worker made no attempt, so none is kept and no event is emitted."""
     lease = await first(subject, await subject.endpoint())
     assert await subject.write(record_attempts, DeliveryOutcome(lease, "dead"))
     assert ((await subject.row(deliveries, lease.key))["state"], await subject.rows(attempts)) == (
@@ -129,10 +135,12 @@ async def test_a_delivery_without_its_endpoint_is_dead_without_an_attempt(subjec
     assert "delivery.exhausted" not in await subject.types()
 
 
-async def test_an_attempt_under_an_ended_lease_is_kept_and_decides_nothing(
+async def test_an_attempt_under_an_expired_lease_is_kept_and_decides_nothing(
     subject: Subject,
 ) -> None:
-    """It was made, so it is on record; the delivery's state is the new holder's."""
+    """The attempt was made, so the store keeps it. The worker with the new lease decides the
+    delivery's state.
+    """
     late = await first(subject, await subject.endpoint())
     subject.clock.shift(LEASE)
     holder = await subject.claimed("redeliver", late.key)
@@ -146,9 +154,7 @@ async def test_an_attempt_under_an_ended_lease_is_kept_and_decides_nothing(
 
 
 async def test_an_attempt_recorded_again_is_kept_once(subject: Subject) -> None:
-    """After a commit whose answer was lost the operation runs again, and finds its attempt
-    there.
-    """
+    """A worker that lost the response to a commit records the attempt again and finds it there."""
     lease = await first(subject, await subject.endpoint())
     outcome = DeliveryOutcome(
         lease, "delivered", DeliveryAttempt(new_id("attempt"), 204, 12, None, b"")
@@ -157,15 +163,16 @@ async def test_an_attempt_recorded_again_is_kept_once(subject: Subject) -> None:
     assert len(await subject.rows(attempts)) == 1
 
 
-async def test_an_attempt_for_a_delivery_that_is_gone_is_dropped(subject: Subject) -> None:
-    """Nothing to keep it for."""
+async def test_an_attempt_for_a_deleted_delivery_is_dropped(subject: Subject) -> None:
     assert not await subject.attempt(Lease("deliver", "dlv_gone", 1, 1), "delivered")
     assert await subject.rows(attempts) == []
 
 
-async def test_gone_disables_the_endpoint_and_buries_what_is_pending(subject: Subject) -> None:
-    """410: this one is dead, the others are, none are made; operators are told once, however many
-    410 come.
+async def test_410_disables_the_endpoint_and_its_pending_deliveries_are_dead(
+    subject: Subject,
+) -> None:
+    """No new deliveries are made for the endpoint. Operators get one event, however many attempts
+    are answered with 410.
     """
     endpoint, other = await subject.endpoint(), await subject.endpoint()
     one, two = await first(subject, endpoint), await first(subject, endpoint)
@@ -193,9 +200,9 @@ async def test_gone_disables_the_endpoint_and_buries_what_is_pending(subject: Su
     assert await subject.claim("redeliver", 9) == []
 
 
-async def test_what_was_under_way_when_its_endpoint_was_disabled(subject: Subject) -> None:
-    """A retry of what is buried is not planned; an attempt that arrived all the same is
-    delivered.
+async def test_attempts_under_way_while_their_endpoint_is_disabled(subject: Subject) -> None:
+    """A failed attempt plans no retry of its dead delivery. A successful attempt still delivers the
+    event.
     """
     endpoint = await subject.endpoint()
     failing, arriving = await first(subject, endpoint), await first(subject, endpoint)
@@ -206,8 +213,8 @@ async def test_what_was_under_way_when_its_endpoint_was_disabled(subject: Subjec
     assert [(row["state"], row["due_at"]) for row in rows] == [("dead", None), ("delivered", None)]
 
 
-async def test_an_endpoint_that_only_failed_for_so_long_is_disabled(subject: Subject) -> None:
-    """Counted from the first failure after the last success; one success begins anew."""
+async def test_an_endpoint_that_only_fails_for_the_set_time_is_disabled(subject: Subject) -> None:
+    """The time counts from the first failure after the last success. A success starts it anew."""
     endpoint = await subject.endpoint()
     lease = await first(subject, endpoint)
     await subject.attempt(lease, "retry", wait_ms=FIVE_DAYS - 1, disable_after_ms=FIVE_DAYS)
@@ -236,10 +243,10 @@ async def test_an_endpoint_that_only_failed_for_so_long_is_disabled(subject: Sub
 
 
 @pytest.mark.parametrize("more", [{"ours": True, "disable_after_ms": 1}, {"disable_after_ms": 0}])
-async def test_our_own_faults_and_an_unlimited_time_disable_nobody(
+async def test_our_own_faults_and_a_time_of_zero_disable_no_endpoint(
     subject: Subject, more: dict[str, int]
 ) -> None:
-    """A fault on this side says nothing of the endpoint; 0 means never."""
+    """A fault on our side says nothing about the endpoint. A time of 0 means never."""
     endpoint = await subject.endpoint()
     lease = await first(subject, endpoint)
     for _ in range(3):
@@ -249,9 +256,9 @@ async def test_our_own_faults_and_an_unlimited_time_disable_nobody(
     assert (row["status"], row["failing_since"] is None) == ("enabled", "ours" in more)
 
 
-async def test_an_endpoint_that_asks_for_peace_is_left_alone(subject: Subject) -> None:
-    """`Retry-After` pauses the whole endpoint: neither a shorter wish nor a late success of another
-    call ends it sooner.
+async def test_retry_after_pauses_the_whole_endpoint(subject: Subject) -> None:
+    """Neither a shorter `Retry-After` nor a late success of another attempt ends the pause
+    sooner.
     """
     endpoint = await subject.endpoint()
     one, two, three = [await first(subject, endpoint) for _ in range(3)]
@@ -262,10 +269,8 @@ async def test_an_endpoint_that_asks_for_peace_is_left_alone(subject: Subject) -
     assert (await endpoint_of(subject, endpoint))["paused_until"] == asked + HOUR
 
 
-async def test_what_comes_while_an_endpoint_has_peace_is_put_off_without_counting(
-    subject: Subject,
-) -> None:
-    """`later`: due when the pause is over, still a first attempt."""
+async def test_a_delivery_during_a_pause_is_snoozed_and_counts_no_attempt(subject: Subject) -> None:
+    """`snooze`: the delivery is due when the pause is over, still as a first attempt."""
     lease = await first(subject, await subject.endpoint())
     assert await subject.write(record_attempts, DeliveryOutcome(lease, "snooze", wait_ms=MINUTE))
     row = await subject.row(deliveries, lease.key)
@@ -279,8 +284,8 @@ async def test_what_comes_while_an_endpoint_has_peace_is_put_off_without_countin
 
 
 async def test_a_paused_endpoint_holds_its_deliveries_until_it_is_enabled(subject: Subject) -> None:
-    """Held, not dead and not due; enabling makes them due at once, as first attempts, and tells the
-    workers.
+    """A held delivery is pending and not due. Enabling the endpoint makes it due at once, as a
+    first attempt, and tells the workers.
     """
     endpoint = await subject.endpoint()
     lease = await first(subject, endpoint)
@@ -295,9 +300,9 @@ async def test_a_paused_endpoint_holds_its_deliveries_until_it_is_enabled(subjec
     assert (await subject.claimed("deliver", lease.key)).attempts == 1
 
 
-async def test_what_is_held_too_late_is_due(subject: Subject) -> None:
-    """The endpoint was enabled while a worker was about to hold its delivery: nobody would release
-    it any more.
+async def test_a_delivery_held_after_its_endpoint_was_enabled_is_due(subject: Subject) -> None:
+    """The endpoint was enabled just before a worker recorded the hold, so no later change would
+    release the delivery.
     """
     endpoint = await subject.endpoint()
     lease = await first(subject, endpoint)
@@ -307,10 +312,10 @@ async def test_what_is_held_too_late_is_due(subject: Subject) -> None:
     assert (await subject.row(deliveries, lease.key))["due_at"] == subject.clock.now
 
 
-async def test_holding_and_enabling_at_once_leave_nothing_behind(
+async def test_a_hold_and_an_enable_at_once_leave_the_delivery_due(
     two: tuple[Subject, Subject],
 ) -> None:
-    """From two processes, in any order: the delivery is due."""
+    """Two processes commit them in any order."""
     endpoint = await two[0].endpoint()
     for _ in range(10):
         lease = await first(two[0], endpoint)
@@ -323,32 +328,32 @@ async def test_holding_and_enabling_at_once_leave_nothing_behind(
         await two[0].attempt(await two[0].claimed("deliver", lease.key), "delivered")
 
 
-async def test_a_task_callback_that_is_gone_is_dead(subject: Subject) -> None:
-    """410 makes it dead; there is no endpoint to disable, and dead after the last retry tells
-    operators as any other.
+async def test_410_from_a_tasks_own_callback_url_makes_the_delivery_dead(subject: Subject) -> None:
+    """There is no endpoint to disable. A delivery that is dead after its last retry emits
+    `delivery.exhausted`, as for an endpoint.
     """
     await subject.key("painter")
-    for result, told in [("gone", 0), ("dead", 1)]:
+    for result, count in [("gone", 0), ("dead", 1)]:
         task_id = await subject.completed(callback_url="https://c.test/done")
         (row,) = await subject.rows(deliveries, task_id=task_id)
         await subject.attempt(
             await subject.claimed("deliver", row["id"]), result, disable_after_ms=1
         )
         assert (await subject.row(deliveries, row["id"]))["state"] == "dead"
-        assert (await subject.types()).count("delivery.exhausted") == told
+        assert (await subject.types()).count("delivery.exhausted") == count
     assert "endpoint.disabled" not in await subject.types()
 
 
-async def test_an_endpoint_is_made_once_and_read_by_its_owner(subject: Subject) -> None:
-    """Made again with the same id it is the same; another owner does not see it, `admin` sees
-    all.
+async def test_an_endpoint_is_inserted_once_and_read_by_its_owner(subject: Subject) -> None:
+    """A second insert with the same id changes nothing. Another owner does not see the endpoint,
+    and `admin` sees every one.
     """
     made = NewEndpointRow(
         new_id("endpoint"), "painter", "https://s.test/hook", ("image.task.*",), "mine", b"secret"
     )
     await subject.batch(insert_endpoints, [made])
     await subject.batch(insert_endpoints, [made])
-    everybodys = await subject.endpoint(None)
+    for_all = await subject.endpoint(None)
     row = await subject.store.read(endpoint_row, made.id, "painter")
     assert row is not None
     assert (row["url"], row["types"], row["description"], row["status"], row["secret"]) == (
@@ -359,17 +364,19 @@ async def test_an_endpoint_is_made_once_and_read_by_its_owner(subject: Subject) 
         b"secret",
     )
     assert await subject.store.read(endpoint_row, made.id, "other") is None
-    assert await subject.store.read(endpoint_row, everybodys, "painter") is None
-    assert await subject.store.read(endpoint_row, everybodys, None) is not None
+    assert await subject.store.read(endpoint_row, for_all, "painter") is None
+    assert await subject.store.read(endpoint_row, for_all, None) is not None
     assert [row["id"] for row in await subject.store.read(endpoint_list, "painter", 9)] == [made.id]
     assert [row["id"] for row in await subject.store.read(endpoint_list, None, 9)] == [
-        everybodys,
+        for_all,
         made.id,
     ]
 
 
 async def test_an_endpoint_is_changed_by_its_owner_alone(subject: Subject) -> None:
-    """What is named is changed, the rest stays; nobody else's, and none that is missing."""
+    """A change sets the fields that it names and keeps the rest. It fails for another owner's
+    endpoint and for a missing one.
+    """
     endpoint = await subject.endpoint()
     assert await subject.change(
         endpoint, owner="painter", url="https://new.test/", types=("*",), description="new"
@@ -387,9 +394,9 @@ async def test_an_endpoint_is_changed_by_its_owner_alone(subject: Subject) -> No
     assert (await endpoint_of(subject, endpoint))["url"] == "https://new.test/"
 
 
-async def test_enabling_forgets_why_an_endpoint_was_disabled(subject: Subject) -> None:
-    """By its owner: dead deliveries, a reason, no operators' event; enabled again it is as new, and
-    what died stays dead.
+async def test_enabling_an_endpoint_clears_why_it_was_disabled(subject: Subject) -> None:
+    """The owner disables it: its deliveries are dead, it has a reason, and operators get no event.
+    Enabling resets the endpoint and leaves the dead deliveries dead.
     """
     endpoint = await subject.endpoint()
     lease = await first(subject, endpoint)
@@ -415,7 +422,7 @@ async def test_enabling_forgets_why_an_endpoint_was_disabled(subject: Subject) -
 
 
 async def test_a_deleted_endpoints_deliveries_are_dead_and_readable(subject: Subject) -> None:
-    """An attempt under way is still recorded, and finds no endpoint to judge."""
+    """An attempt under way is still recorded and finds no endpoint to change."""
     endpoint = await subject.endpoint()
     lease = await first(subject, endpoint)
     waiting = await first(subject, endpoint)
@@ -431,7 +438,7 @@ async def test_a_deleted_endpoints_deliveries_are_dead_and_readable(subject: Sub
 
 
 async def test_deliveries_are_listed_newest_first_with_their_attempts(subject: Subject) -> None:
-    """By owner and any of the columns; page by page, each once."""
+    """The list filters by owner and by any column. Its pages contain each delivery once."""
     endpoint = await subject.endpoint()
     claimed = []
     for _ in range(3):
@@ -443,7 +450,7 @@ async def test_deliveries_are_listed_newest_first_with_their_attempts(subject: S
         subject.clock.shift(SECOND)
 
     async def listed(*arguments: object) -> list[tuple[str, int]]:
-        # # each case names some
+        # each case names some arguments
         found = await subject.store.read(delivery_list, *arguments)  # type: ignore[arg-type]
         return [(row["id"], len(made)) for row, made in found]
 

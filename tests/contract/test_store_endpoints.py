@@ -1,4 +1,7 @@
-"""Endpoints that come back, move, or are tried by hand (contract section 3)."""
+"""Endpoints that recover, move to a new URL, or get an attempt by hand.
+
+docs/api.md has the rules under "Endpoints and deliveries".
+"""
 
 import asyncio
 
@@ -24,12 +27,12 @@ TYPE = "image.task.failed"
 
 
 async def pending(subject: Subject, endpoint: str, count: int = 1) -> list[Row]:
-    """New deliveries to this endpoint."""
-    made = await subject.write(emit, Made(count, TYPE, OWNER))
+    """Emits events and returns their new deliveries to this endpoint."""
+    event_ids = await subject.write(emit, Made(count, TYPE, OWNER))
     return [
         row
         for row in await subject.rows(deliveries, endpoint_id=endpoint)
-        if row["event_id"] in made
+        if row["event_id"] in event_ids
     ]
 
 
@@ -39,7 +42,7 @@ async def first(subject: Subject, endpoint: str) -> Lease:
 
 
 async def snoozed(subject: Subject, endpoint: str, count: int, wait_ms: int) -> list[str]:
-    """Deliveries that found the endpoint busy."""
+    """Deliveries that were snoozed because the endpoint was busy."""
     rows = await pending(subject, endpoint, count)
     for row in rows:
         await subject.write(
@@ -59,15 +62,15 @@ async def by_hand(
     status = 500 if error else 204
     attempt = DeliveryAttempt(new_id("attempt"), status, 12, error, pause_ms=pause_ms)
     made = ManualAttempt(delivery_id, result or ("failed" if error else "delivered"), attempt)
-    for _ in range(2):  # after a commit whose answer was lost it runs again
+    for _ in range(2):  # recorded again after a lost response to the commit
         await subject.write(record_manual_attempts, made)
 
 
-async def test_what_waited_for_a_dead_endpoint_is_due_when_it_is_back(
+async def test_deliveries_that_waited_for_a_dead_endpoint_are_due_when_it_recovers(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first success after failures: what was put off and never tried, so many at once; retries
-    keep their schedule.
+    """The first success after failures makes a limited number of snoozed first attempts due.
+    Retries keep their schedule.
     """
     monkeypatch.setattr(delivery_store, "BACK_TO_NORMAL", 2)
     endpoint, other = await subject.endpoint(), await subject.endpoint()
@@ -98,8 +101,7 @@ async def test_what_waited_for_a_dead_endpoint_is_due_when_it_is_back(
     assert (await subject.row(deliveries, late))["due_at"] == now + HOUR
 
 
-async def test_whoever_asked_for_peace_is_not_hurried(subject: Subject) -> None:
-    """A success of another call ends no pause."""
+async def test_a_success_does_not_end_a_pause_that_the_endpoint_asked_for(subject: Subject) -> None:
     endpoint = await subject.endpoint()
     failing, arriving = await first(subject, endpoint), await first(subject, endpoint)
     await subject.attempt(failing, "retry", wait_ms=HOUR, pause_ms=HOUR)
@@ -109,9 +111,11 @@ async def test_whoever_asked_for_peace_is_not_hurried(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("stage", ["deliver", "redeliver"])
-async def test_who_was_waited_for_tells_the_workers(subject: Subject, stage: str) -> None:
-    """Others were put off until this attempt was over: they are looked for at once, whoever holds
-    the lease.
+async def test_an_attempt_that_others_wait_for_wakes_the_workers(
+    subject: Subject, stage: str
+) -> None:
+    """Deliveries were snoozed until this attempt ended. The workers look for them at once, also
+    when the attempt's lease has expired.
     """
     endpoint = await subject.endpoint()
     lease = await first(subject, endpoint)
@@ -124,10 +128,8 @@ async def test_who_was_waited_for_tells_the_workers(subject: Subject, stage: str
     assert subject.places.transactions[-1].due == set()
 
 
-async def test_a_new_address_begins_with_a_clean_record(subject: Subject) -> None:
-    """How long the old one failed, and what peace it asked for, is forgotten; by the same address
-    it is not.
-    """
+async def test_a_new_url_starts_without_failures_and_pause(subject: Subject) -> None:
+    """A change to the same URL keeps both."""
     endpoint = await subject.endpoint()
     await subject.attempt(await first(subject, endpoint), "retry", wait_ms=HOUR, pause_ms=HOUR)
     began = subject.clock.now
@@ -141,11 +143,11 @@ async def test_a_new_address_begins_with_a_clean_record(subject: Subject) -> Non
 
 
 @pytest.mark.parametrize("hand", [False, True], ids=["planned", "by hand"])
-async def test_what_the_old_address_says_is_not_held_against_the_new_one(
+async def test_an_answer_of_the_old_url_does_not_count_against_the_new_one(
     subject: Subject, *, hand: bool
 ) -> None:
-    """Who moves away answers 410, or wants peace, at the old address; an attempt was under way
-    there. The new one gets the event.
+    """An attempt was under way when the endpoint moved, and the old URL answers 410 or asks for a
+    pause. The delivery goes to the new URL.
     """
     endpoint = await subject.endpoint()
     old = (await subject.row(endpoints, endpoint))["url"]
@@ -167,8 +169,8 @@ async def test_what_the_old_address_says_is_not_held_against_the_new_one(
     assert (row["status"], row["paused_until"], row["failing_since"]) == ("enabled", None, None)
 
 
-async def test_a_disabled_endpoint_that_is_paused_is_disabled_no_more(subject: Subject) -> None:
-    """Deliveries are made again, and held."""
+async def test_pausing_a_disabled_endpoint_ends_its_disabling(subject: Subject) -> None:
+    """New deliveries are made again, and held."""
     endpoint = await subject.endpoint()
     await subject.change(endpoint, status="disabled")
     assert await pending(subject, endpoint) == []
@@ -178,10 +180,10 @@ async def test_a_disabled_endpoint_that_is_paused_is_disabled_no_more(subject: S
     assert len(await pending(subject, endpoint)) == 1
 
 
-async def test_of_two_who_change_a_secret_at_once_one_comes_first(
-    two: tuple[Subject, Subject],
-) -> None:
-    """An endpoint's or an owner's: the other is told, and looks again."""
+async def test_one_of_two_changes_of_a_secret_at_once_wins(two: tuple[Subject, Subject]) -> None:
+    """This holds for the secrets of endpoints and of owners. The losing process learns that it
+    lost, and reads the secret again.
+    """
     endpoint = await two[0].endpoint()
     await two[0].key(OWNER, b"first")
     for _ in range(5):
@@ -200,9 +202,9 @@ async def test_of_two_who_change_a_secret_at_once_one_comes_first(
     assert not await two[0].write(change_secrets, SecretChange("owners", "nobody", b"", b""))
 
 
-async def test_an_attempt_by_hand_moves_nothing_unless_it_arrives(subject: Subject) -> None:
-    """A failure is on record, and what was planned goes on; a success ends the delivery, whatever
-    became of it before.
+async def test_an_attempt_by_hand_changes_a_delivery_only_if_it_succeeds(subject: Subject) -> None:
+    """A failure is kept as an attempt, and the schedule goes on. A success delivers the event in
+    every earlier state.
     """
     endpoint = await subject.endpoint()
     lease = await first(subject, endpoint)
@@ -225,16 +227,16 @@ async def test_an_attempt_by_hand_moves_nothing_unless_it_arrives(subject: Subje
     assert len(await subject.rows(attempts)) == 4
 
 
-async def test_an_attempt_by_hand_is_told_what_a_planned_one_is(subject: Subject) -> None:
-    """410 disables the endpoint and buries what is pending; Retry-After pauses it; a task's own
-    address that is gone is dead.
+async def test_an_attempt_by_hand_obeys_410_and_retry_after(subject: Subject) -> None:
+    """410 disables the endpoint and makes its pending deliveries dead. Retry-After pauses the
+    endpoint.
     """
     asking, gone = await subject.endpoint(), await subject.endpoint()
     one, other = await first(subject, asking), await first(subject, gone)
     await by_hand(subject, one.key, "answered 429", pause_ms=MINUTE)
     row = await subject.row(endpoints, asking)
     assert (row["paused_until"], row["failing_since"]) == (subject.clock.now + MINUTE, None), (
-        "peace, and no beginning of days of failures"
+        "the endpoint is paused, and its time of failures does not start"
     )
     await by_hand(subject, one.key, "answered 429", pause_ms=SECOND)
     assert (await subject.row(endpoints, asking))["paused_until"] == subject.clock.now + MINUTE
@@ -251,10 +253,10 @@ async def test_an_attempt_by_hand_is_told_what_a_planned_one_is(subject: Subject
 
 
 @pytest.mark.parametrize("result", ["retry", "dead", "delivered"])
-async def test_an_attempt_by_hand_arrives_while_another_is_under_way(
+async def test_an_attempt_by_hand_succeeds_while_another_is_under_way(
     subject: Subject, result: str
 ) -> None:
-    """Whatever comes of the other, the delivery is delivered; both are on record."""
+    """The event is delivered whatever the other attempt's outcome is. Both attempts are kept."""
     lease = await first(subject, await subject.endpoint())
     await by_hand(subject, lease.key)
     assert not await subject.attempt(lease, result, wait_ms=1)
@@ -268,15 +270,16 @@ async def test_an_attempt_by_hand_arrives_while_another_is_under_way(
 async def test_an_attempt_by_hand_that_fails_leaves_the_one_under_way_alone(
     subject: Subject,
 ) -> None:
-    """Its lease still holds."""
+    """The lease of the attempt under way still holds."""
     lease = await first(subject, await subject.endpoint())
     await by_hand(subject, lease.key, "answered 500")
     assert await subject.attempt(lease, "delivered")
     assert (await subject.row(deliveries, lease.key))["state"] == "delivered"
 
 
-async def test_an_attempt_by_hand_of_a_tasks_own_address_judges_nobody(subject: Subject) -> None:
-    """There is no endpoint."""
+async def test_an_attempt_by_hand_to_a_tasks_own_callback_url_changes_no_endpoint(
+    subject: Subject,
+) -> None:
     await subject.key(OWNER)
     task_id = await subject.completed(callback_url="https://c.test/done")
     (row,) = await subject.rows(deliveries, task_id=task_id)

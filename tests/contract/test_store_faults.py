@@ -1,5 +1,5 @@
-"""Exceptions that nobody foresaw: counted on the row, tried again, parked at the tenth (design,
-decision 1).
+"""Unforeseen exceptions: the store counts them on the row, retries, and parks the row at the tenth.
+Crashes of a process are counted too (docs/reliability.md).
 """
 
 import pytest
@@ -18,7 +18,7 @@ URL = "https://r.test/0"
 
 
 async def faulty(subject: Subject, stage: str, key: str, lease: Lease | None = None) -> list[int]:
-    """Faults until the row is parked; what each count was."""
+    """Records faults until the row is parked. Returns each count."""
     counts = []
     for _ in range(FAULT_LIMIT):
         lease = lease or await subject.claimed(stage, key)
@@ -29,8 +29,8 @@ async def faulty(subject: Subject, stage: str, key: str, lease: Lease | None = N
     return counts
 
 
-async def test_a_fault_is_tried_again_after_its_wait(subject: Subject) -> None:
-    """Counted, not due before the wait is over, and the attempt counts."""
+async def test_a_fault_is_retried_after_its_wait(subject: Subject) -> None:
+    """The fault is counted on the row, and the attempt counts too."""
     key = await subject.queued()
     lease = await subject.claimed("submit", key)
     assert await subject.write(record_faults, fault(lease, SECOND)) == 1
@@ -41,8 +41,8 @@ async def test_a_fault_is_tried_again_after_its_wait(subject: Subject) -> None:
     assert (again.attempts, (await subject.task(key))["submit_faults"]) == (2, 1)
 
 
-async def test_a_fault_under_an_ended_lease_is_nobodys(subject: Subject) -> None:
-    """Somebody else works on the row: nothing is counted."""
+async def test_a_fault_under_an_expired_lease_is_not_counted(subject: Subject) -> None:
+    """Another worker has claimed the row."""
     lease = await subject.claimed("submit", await subject.queued())
     subject.clock.shift(LEASE)
     await subject.claimed("submit", lease.key)
@@ -55,8 +55,8 @@ async def test_a_fault_under_an_ended_lease_is_nobodys(subject: Subject) -> None
 
 @pytest.mark.parametrize("stage", ["submit", "settle"])
 async def test_the_tenth_fault_of_a_task_parks_it(subject: Subject, stage: str) -> None:
-    """Failed `internal_error`, operators told, nothing due any more, what was to be fetched
-    forgotten.
+    """The task fails with `internal_error` and operators get an event. No row of it is due, and its
+    pending images are dropped.
     """
     task_id = await subject.queued() if stage == "submit" else await subject.submitted()
     if stage == "settle":
@@ -79,7 +79,7 @@ async def test_the_tenth_fault_of_a_task_parks_it(subject: Subject, stage: str) 
 
 
 async def test_the_tenth_fault_after_the_end_only_parks_the_row(subject: Subject) -> None:
-    """The state stands, there is no second terminal event; operators are told."""
+    """The state stands and there is no second terminal event. Operators get `task.parked`."""
     task_id = await subject.completed()
     lease = await subject.requeued("settle", task_id)
     await faulty(subject, "settle", task_id, lease)
@@ -92,7 +92,7 @@ async def test_the_tenth_fault_after_the_end_only_parks_the_row(subject: Subject
 
 
 async def test_the_tenth_fault_of_a_download_loses_the_image(subject: Subject) -> None:
-    """The task goes on with its other results, and fails with `results_lost` at the last."""
+    """The task goes on with its other results, and fails with `results_lost` after the last one."""
     task_id = await subject.storing(URL, "https://r.test/1")
     first, second = await subject.images(task_id)
     await faulty(subject, "download", first["id"])
@@ -105,7 +105,7 @@ async def test_the_tenth_fault_of_a_download_loses_the_image(subject: Subject) -
 
 
 async def test_the_last_download_to_be_parked_ends_the_task(subject: Subject) -> None:
-    """Nothing is left to fetch."""
+    """No image is left to download."""
     task_id = await subject.storing(URL)
     await faulty(subject, "download", (await subject.images(task_id))[0]["id"])
     assert await subject.state(task_id) is State.FAILED
@@ -117,7 +117,7 @@ async def test_the_last_download_to_be_parked_ends_the_task(subject: Subject) ->
 
 
 async def test_the_tenth_fault_of_a_delivery_makes_it_dead(subject: Subject) -> None:
-    """Its task stays as it is."""
+    """The task stays as it is."""
     await subject.endpoint()
     task_id = await subject.submitted()
     (row,) = await subject.rows(deliveries)
@@ -134,7 +134,7 @@ async def test_the_tenth_fault_of_a_delivery_makes_it_dead(subject: Subject) -> 
 
 
 async def overtaken(subject: Subject, stage: str) -> tuple[Lease, str]:
-    """A lease whose work somebody else has done meanwhile: called back, cancelled, or the endpoint
+    """A lease whose row ended meanwhile: by a callback, by a cancel, or because the endpoint was
     disabled.
     """
     if stage == "submit":
@@ -154,10 +154,10 @@ async def overtaken(subject: Subject, stage: str) -> tuple[Lease, str]:
 
 
 @pytest.mark.parametrize("stage", ["submit", "cancelled", "deliver"])
-async def test_a_fault_whose_work_was_done_by_others_is_the_end_of_it(
+async def test_a_fault_on_a_row_that_ended_meanwhile_only_frees_the_lease(
     subject: Subject, stage: str
 ) -> None:
-    """Nothing is counted or due again, the lease is free."""
+    """No fault is counted, and the row is not due again."""
     lease, _ = await overtaken(subject, stage)
     assert await subject.write(record_faults, fault(lease, SECOND)) == 0
     queue = QUEUES[lease.stage]
@@ -169,11 +169,11 @@ async def test_a_fault_whose_work_was_done_by_others_is_the_end_of_it(
 
 
 @pytest.mark.parametrize("stage", ["submit", "cancelled", "deliver"])
-async def test_what_others_have_done_meanwhile_is_not_parked(
+async def test_a_row_that_ended_meanwhile_is_not_parked(
     subject: Subject, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the limit too: a task that a callback proved goes on to its end, and operators are told of
-    nothing.
+    """This holds at the limit too. A task that a callback proved goes on to its end, and operators
+    get no event.
     """
     monkeypatch.setattr(crashes, "FAULT_LIMIT", 1)
     lease, task_id = await overtaken(subject, stage)
@@ -186,7 +186,7 @@ async def test_what_others_have_done_meanwhile_is_not_parked(
 
 @pytest.mark.parametrize("stage", QUEUES)
 async def test_a_fault_frees_the_lease(subject: Subject, stage: str) -> None:
-    """No stage's row waits for its lease to end."""
+    """The row's next attempt does not wait for the lease to expire."""
     task_id = await subject.storing(URL) if stage == "download" else None
     if stage == "submit":
         key = await subject.queued()
@@ -212,8 +212,8 @@ async def test_a_fault_frees_the_lease(subject: Subject, stage: str) -> None:
     assert (await subject.row(queue.table, key))[queue.prefix + "lease_until"] is None
 
 
-async def dead(subject: Subject, key: str, times: int) -> None:
-    """Processes that work on this image die: its lease ends, so many times."""
+async def crashed(subject: Subject, key: str, times: int) -> None:
+    """Lets this number of leases for the image expire, as if their processes had crashed."""
     for _ in range(times):
         claimed = await subject.claim("download", 9)
         if key not in [lease.key for lease in claimed]:
@@ -223,11 +223,13 @@ async def dead(subject: Subject, key: str, times: int) -> None:
         subject.clock.shift(LEASE + leases.LONGEST_WAIT_MS)
 
 
-async def test_a_row_that_outlived_two_deaths_is_leased_alone(subject: Subject) -> None:
-    """`claim` passes over it; one that was worked on to its end is as good as new."""
+async def test_a_row_of_two_crashes_is_leased_alone(subject: Subject) -> None:
+    """`claim` passes over the row. After an attempt that ends without a crash, it is claimed as
+    usual.
+    """
     (first,) = await subject.images(await subject.storing(URL))
     assert await subject.write(claim_candidates, candidate_of("download")) is None
-    await dead(subject, first["id"], 2)
+    await crashed(subject, first["id"], 2)
     assert await subject.claim("download", 9) == []
     assert await subject.store.read(crashes.any_candidate)
     candidate = await subject.write(claim_candidates, candidate_of("download"))
@@ -246,14 +248,12 @@ async def test_a_row_that_outlived_two_deaths_is_leased_alone(subject: Subject) 
     assert not await subject.store.read(crashes.any_candidate)
 
 
-async def test_a_row_whose_process_dies_with_it_alone_is_due_later_each_time(
-    subject: Subject,
-) -> None:
-    """A burst of kills from outside parks nothing: from the first death alone to the last more than
-    seven minutes pass.
+async def test_a_row_whose_lone_process_crashes_is_due_later_each_time(subject: Subject) -> None:
+    """A burst of kills from outside parks no row. More than seven minutes pass from the first crash
+    of a lone attempt to the last.
     """
     (image,) = await subject.images(await subject.storing(URL))
-    await dead(subject, image["id"], 2)
+    await crashed(subject, image["id"], 2)
     waits = []
     for _ in range(CRASH_LIMIT - 2):
         candidate = await subject.write(claim_candidates, candidate_of("download"))
@@ -268,13 +268,13 @@ async def test_a_row_whose_process_dies_with_it_alone_is_due_later_each_time(
     assert sum(waits[:-1]) > 7 * MINUTE
 
 
-async def test_five_deaths_alone_park_a_row(subject: Subject) -> None:
-    """The picture is lost, the task ends with what was stored, operators are told; the processes
-    live on.
+async def test_five_crashes_park_a_row(subject: Subject) -> None:
+    """The image is lost, the task ends with the stored images, and operators get an event. The
+    processes live on.
     """
     task_id = await subject.storing(URL)
     (image,) = await subject.images(task_id)
-    await dead(subject, image["id"], CRASH_LIMIT)
+    await crashed(subject, image["id"], CRASH_LIMIT)
     candidate = await subject.write(claim_candidates, candidate_of("download"))
     assert candidate is not None
     assert (candidate.crashes, candidate.dead_lettered) == (CRASH_LIMIT, True)

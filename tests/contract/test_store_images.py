@@ -1,5 +1,5 @@
-"""Images: expected, provisional until a query agrees, put off, lost; the end of a task that stores
-(contract section 3).
+"""Images: pending, provisional until a query agrees, retried, stored or lost, and the end of a task
+that is storing (docs/api.md, "Results").
 """
 
 from dataclasses import replace
@@ -32,11 +32,11 @@ GONE = Retry("answered 404", 5 * SECOND, stale=True)
 
 
 def wrong(sha: str) -> Retry:
-    return Retry("no picture", 5 * SECOND, wrong_sha256=sha)
+    return Retry("not an image", 5 * SECOND, wrong_sha256=sha)
 
 
 async def called_back(subject: Subject, *urls: str) -> tuple[str, list[Row]]:
-    """A task whose results only a callback named, and their rows."""
+    """A task whose results only a callback has named, and the rows of its images."""
     task_id = await subject.submitted()
     await subject.callback(task_id, completed(task_id, *urls))
     return task_id, await subject.images(task_id)
@@ -48,8 +48,8 @@ async def one_image(subject: Subject) -> tuple[str, Row]:
     return task_id, image
 
 
-async def test_every_result_is_to_be_fetched_in_the_upstreams_order(subject: Subject) -> None:
-    """A row for each, due at once, dying with its link."""
+async def test_each_result_has_an_image_row_in_the_upstreams_order(subject: Subject) -> None:
+    """Each row is due at once and expires with its link."""
     task_id = await subject.storing("https://r.test/b", "https://r.test/a")
     rows = await subject.images(task_id)
     assert [(row["position"], row["source_url"], row["state"]) for row in rows] == [
@@ -62,9 +62,7 @@ async def test_every_result_is_to_be_fetched_in_the_upstreams_order(subject: Sub
 
 
 async def test_a_task_is_completed_when_its_last_result_is_stored(subject: Subject) -> None:
-    """Not before; the event lists every image in the upstream's order, whatever order they came
-    in.
-    """
+    """The event lists every image in the upstream's order, in whichever order they were stored."""
     task_id = await subject.storing(URL, OTHER)
     first, second = await subject.images(task_id)
     assert await subject.download(second, stored(second)) == "stored"
@@ -84,7 +82,7 @@ async def test_a_task_is_completed_when_its_last_result_is_stored(subject: Subje
 
 
 async def test_two_results_stored_in_one_batch_complete_the_task_once(subject: Subject) -> None:
-    """The last of a batch ends the task."""
+    """The last image of the batch ends the task."""
     task_id = await subject.storing(URL, OTHER)
     claimed = {lease.key: lease for lease in await subject.claim("download", 2)}
     items = [
@@ -95,9 +93,11 @@ async def test_two_results_stored_in_one_batch_complete_the_task_once(subject: S
     assert await subject.types(task_id) == ["image.task.submitted", "image.task.completed"]
 
 
-async def test_what_a_callback_names_is_fetched_but_does_not_count(subject: Subject) -> None:
-    """Provisional: even when stored, it is shown to nobody until a query agrees; then it counts
-    without being fetched again.
+async def test_a_result_that_a_callback_names_is_downloaded_but_does_not_count(
+    subject: Subject,
+) -> None:
+    """The image is provisional: no client sees it, even when it is stored, until a query agrees.
+    Then it counts without a second download.
     """
     task_id, (image,) = await called_back(subject, URL)
     assert (image["confirmed"], image["due_at"]) == (False, subject.clock.now)
@@ -112,16 +112,18 @@ async def test_what_a_callback_names_is_fetched_but_does_not_count(subject: Subj
     assert len((await subject.events(task_id))[-1]["data"]["images"]) == 1
 
 
-async def test_what_a_callback_invented_is_in_no_event(subject: Subject) -> None:
-    """The query says failed: a picture fetched for the callback's sake is not listed."""
+async def test_an_image_that_only_a_callback_named_is_in_no_event(subject: Subject) -> None:
+    """The query reports a failure, so the event does not list the image that the callback named."""
     task_id, (image,) = await called_back(subject, URL)
     await subject.download(image, stored(image))
     assert await subject.settle(task_id, failed(task_id)) is State.FAILED
     assert (await subject.events(task_id))[-1]["data"]["images"] == []
 
 
-async def test_an_address_that_a_query_names_wins(subject: Subject) -> None:
-    """Another address than the callback's, stored or not: fetched anew, with a life of its own."""
+async def test_a_link_that_a_query_names_wins(subject: Subject) -> None:
+    """It replaces the callback's link, also of a stored image. The worker downloads it anew, with
+    the link's own lifetime.
+    """
     task_id, (first, second) = await called_back(subject, URL, OTHER)
     await subject.download(first, stored(first))
     await subject.download(second, GONE)
@@ -145,8 +147,8 @@ async def test_an_address_that_a_query_names_wins(subject: Subject) -> None:
 
 
 async def test_results_that_only_a_callback_named_are_dropped(subject: Subject) -> None:
-    """The query names fewer: the rest never were results; the download under way finds nothing to
-    record.
+    """The query names fewer results, so the rest never were results. A download under way finds no
+    row to record.
     """
     task_id, (_, invented) = await called_back(subject, URL, OTHER)
     lease = await subject.claimed("download", invented["id"])
@@ -155,8 +157,8 @@ async def test_results_that_only_a_callback_named_are_dropped(subject: Subject) 
     assert await subject.download(invented, stored(invented), lease) is None
 
 
-async def test_a_query_that_names_fewer_later_loses_nothing(subject: Subject) -> None:
-    """What a query named once is a result: it is fetched or lost, never silently gone."""
+async def test_a_later_query_that_names_fewer_results_drops_none(subject: Subject) -> None:
+    """A result that a query named once is stored or lost. It never disappears."""
     task_id = await subject.storing(URL, OTHER)
     first, _ = await subject.images(task_id)
     await subject.download(first, stored(first))
@@ -169,8 +171,8 @@ async def test_a_query_that_names_fewer_later_loses_nothing(subject: Subject) ->
     assert [row["state"] for row in await subject.images(task_id)] == ["stored", "pending"]
 
 
-async def test_a_download_of_a_replaced_address_changes_nothing(subject: Subject) -> None:
-    """It ends its lease alone; the new address is fetched at once."""
+async def test_a_download_of_a_replaced_link_changes_nothing(subject: Subject) -> None:
+    """It only releases its lease. The new link is due at once."""
     task_id, (image,) = await called_back(subject, URL)
     lease = await subject.claimed("download", image["id"])
     await subject.settle(task_id, completed(task_id, OTHER))
@@ -185,8 +187,8 @@ async def test_a_download_of_a_replaced_address_changes_nothing(subject: Subject
     assert await subject.download(row, stored(row)) == "stored"
 
 
-async def test_a_download_under_an_ended_lease_changes_nothing(subject: Subject) -> None:
-    """The fence: whoever claimed the image since records it."""
+async def test_a_download_under_an_expired_lease_changes_nothing(subject: Subject) -> None:
+    """The fence lets only the worker that claimed the image last record its outcome."""
     _, image = await one_image(subject)
     late = await subject.claimed("download", image["id"])
     subject.clock.shift(LEASE)
@@ -194,12 +196,12 @@ async def test_a_download_under_an_ended_lease_changes_nothing(subject: Subject)
     assert await subject.download(image, LOST, late) is None
     assert await subject.download(image, stored(image), holder) == "stored"
     assert await subject.download(image, stored(image), holder) is None, (
-        "run again after a commit whose answer was lost"
+        "recorded again after a lost response to the commit"
     )
 
 
-async def test_downloads_of_a_cancelled_task_are_given_up(subject: Subject) -> None:
-    """We keep nothing that comes."""
+async def test_downloads_of_a_cancelled_task_record_nothing(subject: Subject) -> None:
+    """A cancelled task keeps no image that arrives later."""
     task_id, image = await one_image(subject)
     lease = await subject.claimed("download", image["id"])
     await subject.cancel(task_id)
@@ -208,7 +210,9 @@ async def test_downloads_of_a_cancelled_task_are_given_up(subject: Subject) -> N
 
 
 async def test_a_final_failure_loses_the_result_and_lists_the_others(subject: Subject) -> None:
-    """`results_lost`: failed when nothing is left to fetch, and what was stored is in the event."""
+    """The task fails with `results_lost` when no image is left to download. The event lists the
+    stored images.
+    """
     task_id = await subject.storing(URL, OTHER)
     first, second = await subject.images(task_id)
     assert await subject.download(first, LOST) == "lost"
@@ -225,8 +229,8 @@ async def test_a_final_failure_loses_the_result_and_lists_the_others(subject: Su
     ]
 
 
-async def test_what_is_lost_is_lost_for_good(subject: Subject) -> None:
-    """Final is final: fresh links, asked for by a neighbour, don't get it fetched again."""
+async def test_a_lost_image_is_not_downloaded_again(subject: Subject) -> None:
+    """A fresh link, which another image of the task asked for, does not revive it."""
     task_id = await subject.storing(URL, OTHER)
     first, second = await subject.images(task_id)
     await subject.download(first, LOST)
@@ -241,8 +245,10 @@ async def test_what_is_lost_is_lost_for_good(subject: Subject) -> None:
     ]
 
 
-async def test_a_passing_failure_is_tried_again_while_the_link_lives(subject: Subject) -> None:
-    """After the wait, any number of times; the first try after the link's time is the last."""
+async def test_a_passing_failure_is_retried_while_the_link_lives(subject: Subject) -> None:
+    """The worker retries after each wait, any number of times. The first attempt after the link's
+    expiry is the last.
+    """
     task_id, image = await one_image(subject)
     for _ in range(5):
         assert await subject.download(image, BROKEN) == "pending"
@@ -255,9 +261,9 @@ async def test_a_passing_failure_is_tried_again_while_the_link_lives(subject: Su
     assert (await subject.images(task_id))[0]["due_at"] is None
 
 
-async def test_a_stale_link_gets_the_upstream_asked(subject: Subject) -> None:
-    """403, 404, 410: a fresh link is asked for at once, and tried when its turn comes: it hastens
-    nothing. It has a life of its own.
+async def test_a_stale_link_makes_a_query_due_at_once(subject: Subject) -> None:
+    """403, 404 or 410: a query asks for a fresh link. The next attempt keeps its due time and uses
+    the fresh link, which has its own lifetime.
     """
     task_id, image = await one_image(subject)
     subject.clock.shift(HOUR)
@@ -271,9 +277,9 @@ async def test_a_stale_link_gets_the_upstream_asked(subject: Subject) -> None:
     assert row["link_dies_at"] == subject.clock.now + DAY
 
 
-async def test_a_picture_is_fetched_as_long_as_its_fresh_link_lives(subject: Subject) -> None:
-    """What fails in passing is final not at the end of the first link's time, but of the fresh
-    one's. The same again is no fresh one.
+async def test_an_image_is_downloaded_as_long_as_its_fresh_link_lives(subject: Subject) -> None:
+    """A passing failure is final at the expiry of the fresh link, not of the first one. The same
+    link again does not extend it.
     """
     task_id, image = await one_image(subject)
     subject.clock.now = image["link_dies_at"] - HOUR
@@ -291,10 +297,8 @@ async def test_a_picture_is_fetched_as_long_as_its_fresh_link_lives(subject: Sub
     assert await subject.download(fresh, BROKEN) == "lost"
 
 
-async def test_an_upstream_that_renews_for_ever_keeps_no_task_alive(subject: Subject) -> None:
-    """However often a fresh link is given, the last one's time is up two lives after the
-    submission.
-    """
+async def test_an_upstream_that_renews_links_for_ever_keeps_no_task_alive(subject: Subject) -> None:
+    """The last link's lifetime ends at most two lifetimes after the submission."""
     task_id, image = await one_image(subject)
     submitted_at = (await subject.task(task_id))["submitted_at"]
     for number in range(9):
@@ -309,9 +313,9 @@ async def test_an_upstream_that_renews_for_ever_keeps_no_task_alive(subject: Sub
     assert await subject.download(image, BROKEN) == "lost"
 
 
-async def test_a_fresh_link_never_shortens_a_life(subject: Subject) -> None:
-    """Results that are first named late have the life of a link whatever the task's age, and keep
-    it.
+async def test_a_fresh_link_never_shortens_the_lifetime(subject: Subject) -> None:
+    """Results that are first named late have a link's full lifetime at any age of the task, and
+    keep it.
     """
     task_id = await subject.submitted()
     subject.clock.shift(DAY + HOUR)
@@ -324,9 +328,9 @@ async def test_a_fresh_link_never_shortens_a_life(subject: Subject) -> None:
     assert (fresh["source_url"], fresh["link_dies_at"]) == (OTHER, first["link_dies_at"])
 
 
-async def test_a_link_that_died_unseen_gets_a_fresh_one(subject: Subject) -> None:
-    """After an absence that outlasted it: 404 asks the upstream, as before the link's time was up,
-    and is final by its count alone.
+async def test_a_link_that_expired_during_an_absence_gets_a_fresh_one(subject: Subject) -> None:
+    """A 404 after the link's expiry makes a query due, as before it. Only the number of stale
+    answers is final.
     """
     task_id, image = await one_image(subject)
     subject.clock.now = image["link_dies_at"] + HOUR
@@ -338,7 +342,7 @@ async def test_a_link_that_died_unseen_gets_a_fresh_one(subject: Subject) -> Non
 
 
 async def test_the_same_link_again_keeps_the_schedule(subject: Subject) -> None:
-    """The upstream has no fresh one: the next try is not hastened."""
+    """The upstream has no fresh link, so the next attempt comes no sooner."""
     task_id, image = await one_image(subject)
     await subject.download(image, GONE)
     due = (await subject.images(task_id))[0]["due_at"]
@@ -346,8 +350,10 @@ async def test_the_same_link_again_keeps_the_schedule(subject: Subject) -> None:
     assert (await subject.images(task_id))[0]["due_at"] == due
 
 
-async def test_stale_links_are_final_after_ten_over_half_an_hour(subject: Subject) -> None:
-    """Ten within the half hour are not enough, nor is the half hour alone."""
+async def test_stale_links_are_final_after_ten_answers_over_half_an_hour(subject: Subject) -> None:
+    """Ten stale answers within half an hour are not enough, and half an hour with fewer is not
+    either.
+    """
     slow, image = await one_image(subject)
     start = subject.clock.now
     for _ in range(2):
@@ -366,16 +372,16 @@ async def test_stale_links_are_final_after_ten_over_half_an_hour(subject: Subjec
     assert await subject.state(quick) is State.FAILED
 
 
-async def test_ten_stale_links_are_needed(subject: Subject) -> None:
-    """The ninth after half an hour is not final, the tenth is."""
+async def test_the_tenth_stale_answer_is_final(subject: Subject) -> None:
+    """The ninth after half an hour is not."""
     _, image = await one_image(subject)
     assert await subject.download(image, GONE) == "pending"
     subject.clock.shift(30 * MINUTE)
     assert [await subject.download(image, GONE) for _ in range(9)] == ["pending"] * 8 + ["lost"]
 
 
-async def test_a_provisional_stale_link_asks_nobody(subject: Subject) -> None:
-    """The confirmation is under way anyhow: it brings the links."""
+async def test_a_stale_link_of_a_provisional_image_makes_no_query_due(subject: Subject) -> None:
+    """The query that confirms the callback is planned already, and it brings the links."""
     task_id, (image,) = await called_back(subject, URL)
     asked = (await subject.task(task_id))["settle_due_at"]
     subject.clock.shift(SECOND)
@@ -384,7 +390,9 @@ async def test_a_provisional_stale_link_asks_nobody(subject: Subject) -> None:
 
 
 async def test_the_same_wrong_bytes_three_times_are_final(subject: Subject) -> None:
-    """In a row: other wrong bytes begin anew, a broken connection between them does not count."""
+    """They must come in a row: different wrong bytes start the count anew, and a broken connection
+    in between does not count.
+    """
     _, image = await one_image(subject)
     outcomes = [wrong("a"), wrong("a"), wrong("b"), wrong("b"), BROKEN, wrong("b")]
     assert [await subject.download(image, outcome) for outcome in outcomes] == ["pending"] * 5 + [
@@ -396,7 +404,9 @@ async def test_the_same_wrong_bytes_three_times_are_final(subject: Subject) -> N
 async def test_a_provisional_failure_that_is_final_counts_once_the_query_agrees(
     subject: Subject, outcome: Lost
 ) -> None:
-    """The same address cannot fare better: the task fails as soon as it is confirmed."""
+    """Another download of the same link would fail too. The task fails as soon as the query
+    confirms it.
+    """
     task_id, (image,) = await called_back(subject, URL)
     assert await subject.download(image, outcome) == "lost"
     assert await subject.state(task_id) is State.SUBMITTED
@@ -405,14 +415,14 @@ async def test_a_provisional_failure_that_is_final_counts_once_the_query_agrees(
 
 
 async def test_only_a_completed_callback_starts_downloads(subject: Subject) -> None:
-    """Results beside another status are nobody's results."""
+    """The store ignores results beside any other status."""
     task_id = await subject.submitted()
     await subject.callback(task_id, Report(status=Status.FAILED, results=(URL,)))
     assert await subject.images(task_id) == []
 
 
 async def test_downloads_go_by_the_time_their_links_have_left(subject: Subject) -> None:
-    """Deadline first, not first come first served."""
+    """The link that expires first goes first, not the one that arrived first."""
     early, late = [await subject.submitted() for _ in range(2)]
     for task_id, ttl in [(late, DAY), (early, DAY - 1)]:
         await subject.write(

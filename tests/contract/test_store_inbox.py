@@ -1,4 +1,4 @@
-"""The inbox: every row of contract section 4's table that reaches the store."""
+"""The inbox: each verdict on a callback that reaches the store (docs/callbacks.md)."""
 
 import asyncio
 from itertools import permutations
@@ -34,7 +34,7 @@ async def conflicts(subject: Subject) -> int:
 
 
 async def test_the_first_terminal_callback_is_accepted_and_kept(subject: Subject) -> None:
-    """It is written down with its body, and the upstream is asked at once."""
+    """The store keeps its body, and a query is due at once."""
     task_id = await subject.submitted()
     subject.clock.shift(SECOND)
     verdict = await subject.callback(task_id, completed(task_id, URL), b'{"id": 1}')
@@ -65,9 +65,9 @@ async def test_the_first_terminal_callback_is_accepted_and_kept(subject: Subject
     assert task["state"] == "submitted", "a callback alone settles nothing"
 
 
-async def test_a_callback_that_agrees_again_is_counted_and_nothing_else(subject: Subject) -> None:
-    """Duplicates raise the counter and the last-seen time of the first; no row, no event, no
-    question.
+async def test_a_repeated_callback_is_only_counted(subject: Subject) -> None:
+    """A duplicate raises the count and the last-seen time of the first callback. It causes no row,
+    no event and no query.
     """
     task_id = await subject.submitted()
     await subject.callback(task_id, completed(task_id, URL))
@@ -88,9 +88,11 @@ async def test_a_callback_that_agrees_again_is_counted_and_nothing_else(subject:
 
 
 @pytest.mark.parametrize("other", ["status", "results"])
-async def test_another_outcome_is_a_conflict_and_told_once(subject: Subject, other: str) -> None:
-    """Kept, the upstream is asked again, one event for operators however often it comes; what
-    stands stands.
+async def test_another_outcome_is_a_conflict_and_emits_one_event(
+    subject: Subject, other: str
+) -> None:
+    """The callback is kept, a query is due again, and operators get one event however often it
+    comes. The task and its images stay as they are.
     """
     task_id = await subject.submitted()
     await subject.callback(task_id, completed(task_id, URL))
@@ -110,8 +112,8 @@ async def test_another_outcome_is_a_conflict_and_told_once(subject: Subject, oth
     assert [row["source_url"] for row in await subject.images(task_id)] == [URL]
 
 
-async def test_each_distinct_conflict_is_told_once(subject: Subject) -> None:
-    """Three outcomes that contradict the first are three events; `first` never moves."""
+async def test_each_distinct_conflict_emits_one_event(subject: Subject) -> None:
+    """Three outcomes contradict the first callback and emit three events. `first` never moves."""
     task_id = await subject.submitted()
     await subject.callback(task_id, completed(task_id, URL))
     for report in (
@@ -124,9 +126,9 @@ async def test_each_distinct_conflict_is_told_once(subject: Subject) -> None:
     assert await conflicts(subject) == 3
 
 
-async def test_a_callback_is_compared_with_what_is_settled(subject: Subject) -> None:
-    """Settled without a callback: who agrees is a duplicate, who does not is a conflict, and the
-    task stays as it is.
+async def test_a_callback_is_compared_with_the_settled_outcome(subject: Subject) -> None:
+    """The task was settled without a callback. A callback that agrees is a duplicate, any other is
+    a conflict, and the task stays as it is.
     """
     task_id = await subject.submitted()
     assert await subject.settle(task_id, failed(task_id)) is State.FAILED
@@ -142,11 +144,11 @@ async def test_a_callback_is_compared_with_what_is_settled(subject: Subject) -> 
     ]
 
 
-async def test_the_first_callback_turns_into_a_conflict_when_the_query_said_otherwise(
+async def test_the_first_callback_becomes_a_conflict_when_the_query_disagrees(
     subject: Subject,
 ) -> None:
-    """The query is the truth: the first callback's repetition contradicts it, which is told once,
-    on the row that is there.
+    """The query decides. A repetition of the first callback contradicts it, so the callback's row
+    becomes a conflict, with one event.
     """
     task_id = await subject.submitted()
     await subject.callback(task_id, failed(task_id))
@@ -160,8 +162,8 @@ async def test_the_first_callback_turns_into_a_conflict_when_the_query_said_othe
 
 
 async def test_links_that_a_query_renewed_make_no_conflict(subject: Subject) -> None:
-    """The first callback still agrees in status when the query only named other links; a third set
-    of links does not.
+    """A callback with the first links still agrees when a query named fresh ones. A third set of
+    links is a conflict.
     """
     task_id = await subject.submitted()
     await subject.callback(task_id, completed(task_id, URL))
@@ -174,7 +176,9 @@ async def test_links_that_a_query_renewed_make_no_conflict(subject: Subject) -> 
 
 
 async def test_a_lost_result_still_agrees_with_the_callback(subject: Subject) -> None:
-    """The comparison is with the upstream's word: our own failure to save is no contradiction."""
+    """The comparison is with the upstream's outcome. Our own failure to store is no
+    contradiction.
+    """
     task_id = await subject.storing(URL)
     (image,) = await subject.images(task_id)
     await subject.download(image, LOST)
@@ -183,8 +187,8 @@ async def test_a_lost_result_still_agrees_with_the_callback(subject: Subject) ->
 
 
 async def test_processing_is_progress_and_never_moves_a_task_back(subject: Subject) -> None:
-    """Accepted at any time: before the end it shows, after a terminal callback or the end it
-    changes nothing that counts.
+    """The store always accepts it. Before the end it updates the progress. After a terminal
+    callback it does not change the state, and after the end it changes nothing.
     """
     task_id = await subject.submitted()
     assert (await subject.callback(task_id, processing(task_id, progress=40))).verdict == "accepted"
@@ -209,16 +213,16 @@ async def test_processing_is_progress_and_never_moves_a_task_back(subject: Subje
 
 
 async def test_an_undocumented_status_is_kept_and_not_terminal(subject: Subject) -> None:
-    """A status that nobody documented is progress at most."""
+    """The callback counts as progress at most."""
     task_id = await subject.submitted()
     assert (await subject.callback(task_id, Report(upstream_id(task_id)))).verdict == "accepted"
     (row,) = await subject.rows(callbacks)
     assert (row["status"], row["first"]) == (None, None)
 
 
-async def test_an_unreadable_callback_is_kept_and_the_upstream_asked(subject: Subject) -> None:
-    """The token proves who calls: asked at once, the same bytes once, others again, and never taken
-    for the first terminal one.
+async def test_an_unreadable_callback_is_kept_and_makes_a_query_due(subject: Subject) -> None:
+    """The token proves the caller. Each distinct body makes a query due once, and none counts as
+    the first terminal callback.
     """
     task_id = await subject.submitted()
     for body in (b"<html>", b"<html>", b"\x00"):
@@ -236,28 +240,26 @@ async def test_an_unreadable_callback_is_kept_and_the_upstream_asked(subject: Su
     assert (await subject.callback(task_id, completed(task_id, URL))).verdict == "accepted"
 
 
-async def test_an_unreadable_callback_after_the_end_asks_once_more(subject: Subject) -> None:
-    """The token proves who calls: it is kept and the upstream is asked, and what is settled
-    stands.
-    """
+async def test_an_unreadable_callback_after_the_end_makes_one_query_due(subject: Subject) -> None:
+    """The token proves the caller, so the callback is kept. The settled outcome stands."""
     task_id = await subject.completed()
     assert (await subject.callback(task_id, None, b"<html>")).verdict == "unreadable"
     assert await subject.settle(task_id, completed(task_id, "https://r.test/0")) is State.COMPLETED
     assert (await subject.task(task_id))["settle_due_at"] is None
 
 
-async def test_an_unreadable_callback_before_the_id_is_known_has_nothing_to_ask_for(
+async def test_an_unreadable_callback_before_the_id_is_known_makes_no_query_due(
     subject: Subject,
 ) -> None:
-    """It is kept; the question waits for an id."""
+    """It is kept. The query waits for an id."""
     lease = await subject.submitting()
     assert (await subject.callback(lease.key, None, b"<html>")).verdict == "unreadable"
     assert (await subject.task(lease.key))["settle_due_at"] is None
 
 
 async def test_a_foreign_upstream_id_is_a_conflict(subject: Subject) -> None:
-    """Another id than the known one: kept, told once, the upstream is asked about the known one;
-    nothing is fetched.
+    """The callback names another id than the known one. It is kept and emits one event, a query for
+    the known id is due, and no image is downloaded.
     """
     task_id = await subject.submitted()
     foreign = Report("task-unified-foreign", Status.COMPLETED, (URL,))
@@ -278,8 +280,8 @@ async def test_a_foreign_upstream_id_is_a_conflict(subject: Subject) -> None:
 
 
 async def test_the_id_of_another_task_of_ours_is_a_conflict(subject: Subject) -> None:
-    """A callback cannot bind an id that another task has, known before or bound by its neighbour in
-    the batch.
+    """A callback cannot bind an id that another task has. That task had it before, or got it in the
+    same batch.
     """
     taken = upstream_id(await subject.submitted())
     claimed = [await subject.submitting() for _ in range(3)]
@@ -300,10 +302,8 @@ async def test_the_id_of_another_task_of_ours_is_a_conflict(subject: Subject) ->
     ]
 
 
-async def test_a_callback_before_the_submit_answer_binds_the_id(subject: Subject) -> None:
-    """It is never refused for coming early: the task is submitted by it, and the answer that
-    follows changes nothing.
-    """
+async def test_a_callback_before_the_submit_response_binds_the_id(subject: Subject) -> None:
+    """The callback makes the task submitted. The response that follows changes nothing."""
     lease = await subject.submitting()
     assert (await subject.callback(lease.key, completed(lease.key, URL))).verdict == "accepted"
     task = await subject.task(lease.key)
@@ -319,20 +319,16 @@ async def test_a_callback_before_the_submit_answer_binds_the_id(subject: Subject
     assert await subject.settle(lease.key, completed(lease.key, URL)) is State.STORING
 
 
-async def test_progress_before_the_submit_answer_gets_the_task_asked_about(
-    subject: Subject,
-) -> None:
-    """The answer that would have planned the first question may never come: nothing else would ever
-    ask.
-    """
+async def test_progress_before_the_submit_response_makes_a_query_due(subject: Subject) -> None:
+    """The submit response, which would have planned the first query, may never come."""
     lease = await subject.submitting()
     assert (await subject.callback(lease.key, processing(lease.key))).verdict == "accepted"
     assert (await subject.task(lease.key))["settle_due_at"] == subject.clock.now
     assert (await subject.task(lease.key))["upstream_status"] == "processing"
 
 
-async def test_a_callback_without_an_id_waits_for_the_answer(subject: Subject) -> None:
-    """There is nothing to ask for yet; the answer's id gets the task settled at once."""
+async def test_a_callback_without_an_id_waits_for_the_submit_response(subject: Subject) -> None:
+    """No query is possible yet. The response brings the id, and the query is due at once."""
     lease = await subject.submitting()
     assert (
         await subject.callback(lease.key, Report(None, Status.COMPLETED, (URL,)))
@@ -342,25 +338,23 @@ async def test_a_callback_without_an_id_waits_for_the_answer(subject: Subject) -
     assert (await subject.task(lease.key))["settle_due_at"] == subject.clock.now
 
 
-async def test_a_callback_proves_what_looked_as_if_nothing_was_created(subject: Subject) -> None:
-    """Queued again, and called back: submitted, and not sent once more."""
+async def test_a_callback_proves_a_task_that_was_queued_again(subject: Subject) -> None:
+    """The task becomes submitted, and no worker submits it once more."""
     task_id = await subject.queued()
     await subject.callback(task_id, completed(task_id, URL))
     assert await subject.state(task_id) is State.SUBMITTED
     assert await subject.claim("submit") == []
 
 
-async def test_a_task_no_longer_known_is_unknown(subject: Subject) -> None:
-    """200 `unknown`: nothing is kept."""
+async def test_a_callback_for_a_missing_task_is_unknown(subject: Subject) -> None:
+    """The store keeps nothing of it."""
     verdict = await subject.callback("task_gone", completed("task_gone", URL))
     assert (verdict.verdict, verdict.callback_id, verdict.owner) == ("unknown", None, None)
     assert await subject.rows(callbacks) == []
 
 
-async def test_a_callback_after_a_local_cancel_only_gets_the_charge_recorded(
-    subject: Subject,
-) -> None:
-    """Nothing is fetched, state and event stand; the upstream is asked for the credits."""
+async def test_a_callback_after_a_local_cancel_only_records_the_charge(subject: Subject) -> None:
+    """A query asks for the credits. No image is downloaded, and state and event stand."""
     task_id = await subject.submitted()
     await subject.cancel(task_id)
     assert (await subject.callback(task_id, completed(task_id, URL))).verdict == "accepted"
@@ -377,10 +371,10 @@ async def test_a_callback_after_a_local_cancel_only_gets_the_charge_recorded(
     assert await subject.types(task_id) == ["image.task.submitted", "image.task.cancelled"]
 
 
-async def test_a_callback_after_an_end_of_our_own_making_is_kept_and_asked_about(
+async def test_a_callback_after_submission_uncertain_is_kept_and_makes_a_query_due(
     subject: Subject,
 ) -> None:
-    """Proof that comes after `submission_uncertain`: state and event stand, id and credits are
+    """The proof comes after the task failed. State and event stand, and the id and the credits are
     recorded.
     """
     task_id = await subject.uncertain(decide_ms=0)
@@ -403,9 +397,7 @@ async def test_a_callback_after_an_end_of_our_own_making_is_kept_and_asked_about
 
 
 async def test_every_verdict_at_once_in_one_batch(subject: Subject) -> None:
-    """A batch judges each item as if it had come alone, the later ones of a task after the
-    earlier.
-    """
+    """A batch gives each callback the verdict that it would get alone, in order."""
     one, two, three = [await subject.submitted() for _ in range(3)]
     items = [
         callback(one, completed(one, URL)),
@@ -444,7 +436,7 @@ async def test_every_verdict_at_once_in_one_batch(subject: Subject) -> None:
 
 
 async def test_any_order_of_three_callbacks_keeps_one_first(subject: Subject) -> None:
-    """Whatever comes first stands; the others are judged by it."""
+    """The first terminal callback stands, and the store compares the rest with it."""
     for order in permutations(("completed", "failed", "processing")):
         task_id = await subject.submitted()
         reports = {
@@ -462,8 +454,8 @@ async def test_any_order_of_three_callbacks_keeps_one_first(subject: Subject) ->
         ] == [digest(reports[first])]
 
 
-async def test_a_callback_run_again_is_not_counted_again(subject: Subject) -> None:
-    """After a commit whose answer was lost, the same call gives the same verdict and no
+async def test_a_callback_recorded_again_is_not_counted_again(subject: Subject) -> None:
+    """After a lost response to the commit, the same call returns the same verdict and counts no
     duplicate.
     """
     task_id = await subject.submitted()
@@ -481,7 +473,7 @@ async def test_a_callback_run_again_is_not_counted_again(subject: Subject) -> No
 
 
 async def test_a_flood_of_distinct_callbacks_is_kept_in_bounds(subject: Subject) -> None:
-    """Beyond the bound they are answered and counted on the last; the first terminal one is kept
+    """Beyond the bound, the last row counts the further callbacks. The first terminal one is kept
     all the same.
     """
     task_id = await subject.submitted()
@@ -510,11 +502,11 @@ async def test_few_bodies_are_kept_and_the_first_terminal_one_whole(subject: Sub
     assert (first["first"], first["body"]) == (True, large)
 
 
-async def test_two_processes_judge_one_tasks_callbacks_one_after_another(
+async def test_two_processes_record_one_tasks_callbacks_one_after_another(
     two: tuple[Subject, Subject],
 ) -> None:
-    """However many arrive at once in both: one is the first, the equal ones are counted on it, the
-    others told once.
+    """Callbacks arrive in both processes at once. One is the first, its row counts the equal ones,
+    and the conflict emits one event.
     """
     for _ in range(5):
         task_id = await two[0].submitted()
@@ -540,7 +532,7 @@ async def test_two_processes_judge_one_tasks_callbacks_one_after_another(
 
 
 async def test_two_processes_cannot_bind_one_id_to_two_tasks(two: tuple[Subject, Subject]) -> None:
-    """The constraint decides who was first; the other is a conflict, not an error."""
+    """The unique constraint decides. The losing callback is a conflict, not an error."""
     for number in range(5):
         claimed = [await place.submitting() for place in two]
         report = Report(f"task-unified-{number}", Status.COMPLETED, (URL,))
@@ -551,10 +543,10 @@ async def test_two_processes_cannot_bind_one_id_to_two_tasks(two: tuple[Subject,
         assert len(await two[0].rows(tasks, upstream_id=report.upstream_id)) == 1
 
 
-async def test_callback_and_answer_at_once_from_two_processes_agree(
-    two: tuple[Subject, Subject],
-) -> None:
-    """Whichever is first: submitted once, told once, the first question planned."""
+async def test_a_callback_and_a_submit_response_at_once_agree(two: tuple[Subject, Subject]) -> None:
+    """Two processes commit them in any order. The task is submitted once with one event, and the
+    first query is due at once.
+    """
     for _ in range(5):
         lease = await two[0].submitting()
         report = Report(upstream_id(lease.key), Status.PENDING, estimated_time=45)

@@ -291,7 +291,7 @@ async def test_events_are_listed_after_a_place_by_type_task_and_owner(subject: S
     await subject.write(announce, "imagextask.odd")
 
     async def listed(*arguments: object, **more: object) -> tuple[list[str], int]:
-        # # each case names some
+        # each case names some arguments
         rows, after, _ = await subject.store.read(event_list, *arguments, **more)  # type: ignore[arg-type]
         return [
             f"{row['type'].removeprefix('image.task.')}:{row['sequence']}" for row in rows

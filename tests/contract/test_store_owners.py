@@ -1,5 +1,7 @@
-"""Whose a task of the upstream's may be: all owners share one account there (contract section 3:
-one sees what one's own tasks caused).
+"""Which tasks of the upstream an owner may see. All owners share one account there, so a task may
+belong to another owner.
+
+docs/behaviour.md describes the rule under "Owners and keys".
 """
 
 from service.events.endpoints import endpoint_row
@@ -25,8 +27,8 @@ async def hidden(subject: Subject, id: str, created: int | None, owner: str = "o
     return await subject.store.read(task_queries.may_be_anothers, "evolink", id, owner, created)
 
 
-async def test_an_id_of_another_owners_task_is_anothers_for_ever(subject: Subject) -> None:
-    """Whatever its age says; it is the owner's own, and another upstream's is another id."""
+async def test_an_id_of_another_owners_task_stays_hidden_at_any_age(subject: Subject) -> None:
+    """It is visible to its own owner. The same id at another upstream is another task."""
     task_id = await subject.completed()
     for created in (0, subject.clock.now, None):
         assert await hidden(subject, upstream_id(task_id), created)
@@ -37,8 +39,10 @@ async def test_an_id_of_another_owners_task_is_anothers_for_ever(subject: Subjec
     )
 
 
-async def test_an_unknown_id_may_be_that_of_a_task_on_its_way(subject: Subject) -> None:
-    """As long as that has none, for ids that were made since; clocks may differ by a minute."""
+async def test_an_unknown_id_may_belong_to_a_task_that_is_being_submitted(subject: Subject) -> None:
+    """This holds while that task has no id, for ids made since its submission. Clocks may differ by
+    a minute.
+    """
     began = subject.clock.now
     await subject.submitting()
     subject.clock.shift(HOUR)
@@ -52,10 +56,10 @@ async def test_an_unknown_id_may_be_that_of_a_task_on_its_way(subject: Subject) 
         assert not await hidden(subject, UNKNOWN, created, OWNER)
 
 
-async def test_a_task_that_ended_without_its_id_hides_what_was_made_in_its_time(
-    subject: Subject,
-) -> None:
-    """A cancelled one whose answer never came; what was made before or after is somebody else's."""
+async def test_a_task_that_ended_without_an_id_hides_ids_made_in_its_time(subject: Subject) -> None:
+    """A cancelled task whose submission was never answered. An id made before or after it belongs
+    to another client of the account.
+    """
     began = subject.clock.now
     task_id = await subject.uncertain()
     subject.clock.shift(HOUR)
@@ -71,9 +75,9 @@ async def test_a_task_that_ended_without_its_id_hides_what_was_made_in_its_time(
         assert await hidden(subject, UNKNOWN, created) is may
 
 
-async def test_a_task_that_was_never_created_upstream_hides_nothing(subject: Subject) -> None:
-    """Neither one that waits for its turn nor one that was refused; one that is sent again might
-    have been created after all.
+async def test_a_task_that_was_never_created_upstream_hides_no_id(subject: Subject) -> None:
+    """Neither a queued nor a refused task hides an id. A task that is submitted again may have been
+    created by its first submission, so it does.
     """
     await subject.queued()
     refused = await subject.submitting()
@@ -87,8 +91,8 @@ async def test_a_task_that_was_never_created_upstream_hides_nothing(subject: Sub
     assert await hidden(subject, UNKNOWN, subject.clock.now)
 
 
-async def test_nobody_changes_anothers_endpoint(subject: Subject) -> None:
-    """Or learns by the answer that it is there."""
+async def test_an_owner_cannot_change_another_owners_endpoint(subject: Subject) -> None:
+    """The result does not say whether the endpoint exists."""
     endpoint_id = await subject.endpoint()
     for id in (endpoint_id, "ep_unknown"):
         assert not await subject.change(id, "other", status="paused")
