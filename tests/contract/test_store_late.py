@@ -1,5 +1,6 @@
-"""Proof that comes after an end of our own making (contract section 3): state and event stand;
-credits, pictures and operators get it.
+"""Proof that arrives after Darkroom ended a task without it. State and terminal event stand. The
+credits and images are recorded, and operators get an event (docs/api.md, "Proof that arrives
+late").
 """
 
 import pytest
@@ -37,7 +38,7 @@ NOTHING_CREATED = creates_nothing("429", 5 * SECOND, HOUR)
 
 
 async def given_up(subject: Subject) -> str:
-    """A task that ended as `submission_uncertain`."""
+    """A task that failed with `submission_uncertain`."""
     task_id = await subject.uncertain(15 * MINUTE)
     subject.clock.shift(15 * MINUTE)
     assert (
@@ -48,7 +49,7 @@ async def given_up(subject: Subject) -> str:
 
 
 async def expired(subject: Subject) -> str:
-    """A task that the upstream did not know for longer than it keeps one."""
+    """A task that the upstream has not known for longer than its retention."""
     task_id = await subject.submitted()
     subject.clock.shift(DAY)
     assert await subject.settle(task_id, None, expires_ms=DAY) is State.EXPIRED
@@ -56,34 +57,34 @@ async def expired(subject: Subject) -> str:
 
 
 async def gone(subject: Subject) -> str:
-    """A task that the upstream said was gone."""
+    """A task that the upstream reported as gone."""
     task_id = await subject.submitted()
     assert await subject.settle(task_id, failed(task_id, "resource_not_found")) is State.EXPIRED
     return task_id
 
 
 async def cancelled(subject: Subject) -> str:
-    """A task that its owner cancelled, here alone."""
+    """A task that its owner cancelled locally."""
     task_id = await subject.submitted()
     assert await subject.cancel(task_id) is None
     return task_id
 
 
 @pytest.mark.parametrize("ending", [given_up, expired, gone])
-async def test_pictures_proved_late_are_saved_and_listed(subject: Subject, ending: object) -> None:
-    """The task and its one terminal event stay as they were; credits and pictures are recorded,
-    operators are told once, at the last.
+async def test_images_proved_late_are_stored_and_listed(subject: Subject, ending: object) -> None:
+    """The task and its terminal event stay as they were. Credits and images are recorded, and
+    operators get one event after the last image.
     """
-    task_id = await ending(subject)  # type: ignore[operator]  # the three above
+    task_id = await ending(subject)  # type: ignore[operator]  # the three functions above
     before, types = await subject.task(task_id), await subject.types(task_id)
     assert (await subject.callback(task_id, completed(task_id, *URLS))).verdict == "accepted"
-    assert len(await subject.images(task_id)) == 2  # fetched while the question is asked
+    assert len(await subject.images(task_id)) == 2  # downloaded while the query is under way
     assert await subject.settle(
         task_id, completed(task_id, *URLS, credits_used=2_000_000)
     ) is State(before["state"])
     first, second = await subject.images(task_id)
     assert await subject.download(second, stored(second)) == "stored"
-    assert await subject.types(task_id) == types  # not before the last one
+    assert await subject.types(task_id) == types  # no event before the last image
     assert await subject.download(first, LOST) == "lost"
     after = await subject.task(task_id)
     assert [after[name] for name in ("state", "error", "terminal_at", "credits_used")] == [
@@ -91,10 +92,10 @@ async def test_pictures_proved_late_are_saved_and_listed(subject: Subject, endin
         2_000_000,
     ]
     assert await subject.types(task_id) == [*types, "task.late_result"]
-    (told,) = await subject.rows(events, type="task.late_result")
-    assert told["owner"] == "admin"
+    (event,) = await subject.rows(events, type="task.late_result")
+    assert event["owner"] == "admin"
     figures = {
-        name: told["data"][name]
+        name: event["data"][name]
         for name in ("task_id", "state", "status", "stored", "lost", "credits_used")
     }
     assert figures == {
@@ -109,11 +110,11 @@ async def test_pictures_proved_late_are_saved_and_listed(subject: Subject, endin
     assert after["settle_due_at"] is None
 
 
-async def test_a_picture_stored_before_the_question_is_answered_is_told_of_by_the_answer(
+async def test_the_query_emits_the_event_for_an_image_that_was_stored_before_it(
     subject: Subject,
 ) -> None:
-    """What only a callback named does not count; the agreement makes it count, and is the moment to
-    tell.
+    """An image that only a callback named does not count. It counts when the query agrees, and that
+    emits the event.
     """
     task_id = await given_up(subject)
     await subject.callback(task_id, completed(task_id, URLS[0]))
@@ -125,10 +126,10 @@ async def test_a_picture_stored_before_the_question_is_answered_is_told_of_by_th
 
 
 @pytest.mark.parametrize("status", [Status.FAILED, Status.CANCELLED])
-async def test_a_task_that_turns_out_to_have_failed_is_told_of(
+async def test_a_task_that_proves_to_have_failed_emits_an_event(
     subject: Subject, status: Status
 ) -> None:
-    """Operators learn that nothing was made; what a lying callback named is forgotten."""
+    """Operators learn that nothing was made. The image that the callback named is dropped."""
     task_id = await given_up(subject)
     await subject.callback(task_id, completed(task_id, URLS[0]))
     await subject.settle(
@@ -138,8 +139,7 @@ async def test_a_task_that_turns_out_to_have_failed_is_told_of(
     assert await subject.images(task_id) == []
 
 
-async def test_the_same_word_again_is_no_news(subject: Subject) -> None:
-    """That an expired task is gone was said already: no event."""
+async def test_a_repeated_report_that_a_task_is_gone_emits_no_event(subject: Subject) -> None:
     task_id = await gone(subject)
     assert (
         await subject.callback(task_id, failed(task_id, "resource_not_found"))
@@ -149,9 +149,9 @@ async def test_the_same_word_again_is_no_news(subject: Subject) -> None:
     assert (await subject.task(task_id))["settle_due_at"] is None
 
 
-async def test_the_same_word_again_leaves_the_door_open_to_proof(subject: Subject) -> None:
-    """That the task is gone settles nothing, however often it is said: pictures that are proved to
-    be there at last are saved.
+async def test_proof_counts_after_repeated_reports_that_a_task_is_gone(subject: Subject) -> None:
+    """Such a report settles nothing, however often it comes. Images that are proved later are
+    stored.
     """
     task_id = await gone(subject)
     await subject.callback(task_id, failed(task_id, "resource_not_found"))
@@ -165,7 +165,7 @@ async def test_the_same_word_again_leaves_the_door_open_to_proof(subject: Subjec
 
 
 async def test_after_a_local_cancel_only_credits_are_recorded(subject: Subject) -> None:
-    """We stopped waiting and keep nothing that comes; charges are still recorded."""
+    """A cancelled task keeps no image that arrives later."""
     task_id = await cancelled(subject)
     await subject.callback(task_id, completed(task_id, *URLS))
     assert (
@@ -179,8 +179,8 @@ async def test_after_a_local_cancel_only_credits_are_recorded(subject: Subject) 
     )
 
 
-async def test_the_upstream_is_asked_until_it_has_ended_the_task_too(subject: Subject) -> None:
-    """Late proof is a final word: until then the question is asked again."""
+async def test_queries_go_on_until_the_upstream_has_ended_the_task_too(subject: Subject) -> None:
+    """Another query is due until the report is final. Only a final report is late proof."""
     task_id = await given_up(subject)
     await subject.callback(task_id, completed(task_id, URLS[0]))
     assert await subject.settle(task_id, processing(task_id)) is State.FAILED
@@ -188,10 +188,8 @@ async def test_the_upstream_is_asked_until_it_has_ended_the_task_too(subject: Su
     assert "task.late_result" not in await subject.types(task_id)
 
 
-async def test_a_late_picture_gets_a_fresh_link(subject: Subject) -> None:
-    """A dead link is asked for anew after an end of our own making too, and the fresh one is
-    fetched.
-    """
+async def test_a_late_image_gets_a_fresh_link(subject: Subject) -> None:
+    """A query asks for a fresh link after the end of the task too, and the worker downloads it."""
     task_id = await given_up(subject)
     await subject.callback(task_id, completed(task_id, URLS[0]))
     await subject.settle(task_id, completed(task_id, URLS[0]))
@@ -204,14 +202,14 @@ async def test_a_late_picture_gets_a_fresh_link(subject: Subject) -> None:
     assert (await subject.types(task_id))[-1] == "task.late_result"
 
 
-# --- doubt ---
+# --- uncertain submissions ---
 
 
-async def test_a_submission_sent_again_after_a_doubtful_one_is_never_taken_for_not_submitted(
+async def test_a_resubmission_that_creates_nothing_leaves_the_task_uncertain(
     subject: Subject,
 ) -> None:
-    """That the second call created nothing proves nothing of the first: the task stays uncertain,
-    and ends so.
+    """The second call proves nothing about the first. The task ends with `submission_uncertain`,
+    never with `not_submitted`.
     """
     task_id = await subject.uncertain(SECOND)
     subject.clock.shift(2 * HOUR)
@@ -226,9 +224,11 @@ async def test_a_submission_sent_again_after_a_doubtful_one_is_never_taken_for_n
     assert (await subject.task(task_id))["error"]["code"] == "submission_uncertain"
 
 
-async def test_two_tasks_with_one_id_the_answer_wins_over_the_callback(subject: Subject) -> None:
-    """The id goes to the task whose submit answer has it; the other loses it, is asked about no
-    more, and operators are told.
+async def test_of_two_tasks_with_one_id_the_submit_response_wins_over_the_callback(
+    subject: Subject,
+) -> None:
+    """The id goes to the task whose submit response has it. The other task loses it and is not
+    queried any more, and operators get an event.
     """
     lease = await subject.submitting()
     robbed = await subject.submitting()
@@ -243,22 +243,24 @@ async def test_two_tasks_with_one_id_the_answer_wins_over_the_callback(subject: 
         None,
     ]
     assert await subject.settle(robbed.key, completed(robbed.key, *URLS), lease=asked) is None, (
-        "that was said of the other"
+        "the answer was about the other task"
     )
     assert "callback.conflict" in await subject.types(lease.key)
     assert await subject.submission(robbed, accepted("task-unified-own")) is State.SUBMITTED
     assert (await subject.task(robbed.key))["upstream_id"] == "task-unified-own"
 
 
-async def test_two_answers_with_one_id_leave_the_second_uncertain(subject: Subject) -> None:
-    """An id belongs to one task; what was created for the other is not known."""
+async def test_two_submit_responses_with_one_id_leave_the_second_task_uncertain(
+    subject: Subject,
+) -> None:
+    """An id belongs to one task, so the second submission has no known id."""
     first, second = await subject.submitting(), await subject.submitting()
     assert await subject.submission(first, accepted("task-unified-one")) is State.SUBMITTED
     answer = accepts(Report("task-unified-one", Status.PENDING), SECOND, decide_ms=HOUR)
     assert await subject.submission(second, answer) is State.UNCERTAIN
     assert "callback.conflict" in await subject.types(second.key)
     assert (await subject.task(second.key))["submit_due_at"] == subject.clock.now + HOUR, (
-        "time for proof, as after any doubt"
+        "time for proof, as for any uncertain task"
     )
 
 
@@ -266,7 +268,7 @@ async def test_two_answers_with_one_id_leave_the_second_uncertain(subject: Subje
 
 
 async def test_an_uncertain_task_gets_its_id_by_hand(subject: Subject) -> None:
-    """It is submitted, and the upstream is asked at once."""
+    """The task is submitted, and a query is due at once."""
     task_id = await subject.uncertain()
     assert await subject.write(resolve_tasks, TaskResolution(task_id, "task-unified-found")) is None
     task = await subject.task(task_id)
@@ -278,8 +280,8 @@ async def test_an_uncertain_task_gets_its_id_by_hand(subject: Subject) -> None:
     assert await subject.types(task_id) == ["image.task.submitted"]
 
 
-async def test_an_id_of_another_task_is_taken(subject: Subject) -> None:
-    """Two tasks never share an id, whoever says so."""
+async def test_an_id_of_another_task_is_refused_by_hand(subject: Subject) -> None:
+    """Two tasks never share an id, also within one batch."""
     other, task_id = await subject.submitted(), await subject.uncertain()
     assert (
         await subject.write(resolve_tasks, TaskResolution(task_id, upstream_id(other))) == "taken"
@@ -291,11 +293,11 @@ async def test_an_id_of_another_task_is_taken(subject: Subject) -> None:
     assert await subject.batch(resolve_tasks, wishes) == [None, "taken"]
 
 
-async def test_a_mistyped_id_is_corrected_until_the_upstream_answers_to_it(
+async def test_a_mistyped_id_can_be_corrected_until_the_upstream_confirms_it(
     subject: Subject,
 ) -> None:
-    """What nobody but the operator said is the operator's to take back, in every state; what is
-    asked under the wrong id counts no more.
+    """The operator may replace an id that only the operator gave, in every state. An answer to a
+    query under the wrong id does not count.
     """
     task_id = await subject.uncertain()
     assert (
@@ -322,10 +324,10 @@ async def test_a_mistyped_id_is_corrected_until_the_upstream_answers_to_it(
     assert await subject.types(task_id) == ["image.task.submitted"]
 
 
-async def test_a_mistyped_id_is_corrected_when_the_task_has_expired_under_it(
+async def test_a_mistyped_id_can_be_corrected_after_the_task_expired_under_it(
     subject: Subject,
 ) -> None:
-    """The upstream knew nothing of it for a day: under the right id its pictures are a late
+    """The upstream did not know the wrong id for a day. Under the right id, the images are a late
     result.
     """
     task_id = await subject.uncertain()
@@ -343,8 +345,8 @@ async def test_a_mistyped_id_is_corrected_when_the_task_has_expired_under_it(
     )
 
 
-async def test_what_was_refused_takes_no_id(subject: Subject) -> None:
-    """Nothing was created and nothing was ever in doubt: there is no task to name."""
+async def test_a_refused_task_takes_no_id_by_hand(subject: Subject) -> None:
+    """The upstream created nothing, and the outcome was never uncertain."""
     lease = await subject.submitting()
     assert (
         await subject.submission(lease, refuses(400, error_of("invalid_request"))) is State.FAILED
@@ -356,7 +358,9 @@ async def test_what_was_refused_takes_no_id(subject: Subject) -> None:
 
 
 async def test_a_task_parked_while_submitting_gets_its_id_by_hand(subject: Subject) -> None:
-    """A defect of ours ended it while its request was on its way: it may have been created."""
+    """Our own defect ended the task while its request was on its way, so the upstream may have
+    created it.
+    """
     lease = await subject.submitting()
     for _ in range(FAULT_LIMIT):
         await subject.write(record_faults, fault(lease, 0))
@@ -370,8 +374,8 @@ async def test_a_task_parked_while_submitting_gets_its_id_by_hand(subject: Subje
     assert len(await subject.images(lease.key)) == 1
 
 
-async def test_a_task_parked_while_storing_keeps_its_pictures(subject: Subject) -> None:
-    """It is asked about no more, and ends by what becomes of the links that are known."""
+async def test_a_task_parked_while_storing_keeps_its_images(subject: Subject) -> None:
+    """No further query is due. The task ends by the outcome of its downloads."""
     task_id = await subject.storing(URLS[0])
     for _ in range(FAULT_LIMIT):
         await subject.write(record_faults, fault(await subject.requeued("settle", task_id), 0))
@@ -381,8 +385,8 @@ async def test_a_task_parked_while_storing_keeps_its_pictures(subject: Subject) 
     assert await subject.state(task_id) is State.COMPLETED
 
 
-async def test_a_task_given_up_gets_its_id_by_hand_for_its_pictures(subject: Subject) -> None:
-    """The end stands; what was paid for is saved as a late result."""
+async def test_a_task_that_ended_as_uncertain_gets_its_images_by_hand(subject: Subject) -> None:
+    """The end stands, and the paid images are stored as a late result."""
     task_id = await given_up(subject)
     assert await subject.write(resolve_tasks, TaskResolution(task_id, upstream_id(task_id))) is None
     assert await subject.settle(task_id, completed(task_id, URLS[0])) is State.FAILED
@@ -392,7 +396,7 @@ async def test_a_task_given_up_gets_its_id_by_hand_for_its_pictures(subject: Sub
 
 
 async def test_an_uncertain_task_is_failed_by_hand(subject: Subject) -> None:
-    """It ends as the time would have ended it."""
+    """It ends as it would have ended at its time limit."""
     task_id = await subject.uncertain()
     assert await subject.write(resolve_tasks, TaskResolution(task_id)) is None
     assert (await subject.task(task_id))["error"]["code"] == "submission_uncertain"
@@ -400,9 +404,9 @@ async def test_an_uncertain_task_is_failed_by_hand(subject: Subject) -> None:
     assert await subject.write(resolve_tasks, TaskResolution("task_none")) == "missing"
 
 
-async def test_an_uncertain_task_is_sent_again_by_hand(subject: Subject) -> None:
-    """It is due at once and stays so through refusals that create nothing; a second doubt ends the
-    permission.
+async def test_an_uncertain_task_is_resubmitted_by_hand(subject: Subject) -> None:
+    """It is due at once, and again after outcomes that prove that nothing was created. A second
+    uncertain outcome ends the permission.
     """
     task_id = await subject.uncertain(HOUR)
     assert await subject.write(resolve_tasks, TaskResolution(task_id, resubmit=True)) is None
@@ -412,9 +416,8 @@ async def test_an_uncertain_task_is_sent_again_by_hand(subject: Subject) -> None
     assert (await subject.task(task_id))["resubmit"]
     subject.clock.shift(5 * SECOND)
     lease = await subject.claimed("submit", task_id)
-    assert (
-        await subject.submission(lease, UNDECIDED) is State.UNCERTAIN
-    )  # a verdict by time that met the operator's word
+    # The time limit decided just as the operator allowed the resubmission.
+    assert await subject.submission(lease, UNDECIDED) is State.UNCERTAIN
     lease = await subject.claimed("submit", task_id)
     assert await subject.start(lease, resubmit=True) is not None
     assert await subject.submission(lease, doubts("no answer", HOUR)) is State.UNCERTAIN
@@ -422,9 +425,7 @@ async def test_an_uncertain_task_is_sent_again_by_hand(subject: Subject) -> None
 
 
 async def test_a_resubmission_may_be_refused(subject: Subject) -> None:
-    """Then the task has failed with the upstream's error; proof of the first call may still
-    come.
-    """
+    """The task fails with the upstream's error. Proof of the first call may still come."""
     task_id = await subject.uncertain(SECOND)
     subject.clock.shift(SECOND)
     lease = await subject.claimed("submit", task_id)
@@ -437,8 +438,8 @@ async def test_a_resubmission_may_be_refused(subject: Subject) -> None:
     assert len(await subject.images(task_id)) == 1
 
 
-async def test_reconcile_asks_now_and_fetches_now(subject: Subject) -> None:
-    """Both are due at once, whatever was planned; without an id there is nothing to ask for."""
+async def test_reconcile_makes_the_query_and_the_downloads_due_now(subject: Subject) -> None:
+    """The planned due times do not matter. Without an id, no query is possible."""
     task_id = await subject.storing(URLS[0])
     (image,) = await subject.images(task_id)
     await subject.download(image, Retry("answered 500", HOUR))
@@ -449,8 +450,8 @@ async def test_reconcile_asks_now_and_fetches_now(subject: Subject) -> None:
     assert await subject.write(reconcile_tasks, "task_none") == "missing"
 
 
-async def test_a_task_reconciled_twice_at_once_is_granted_once(subject: Subject) -> None:
-    """Two requests in one transaction do not take two places for one picture."""
+async def test_a_task_reconciled_twice_at_once_is_leased_once(subject: Subject) -> None:
+    """Two requests in one transaction take one place for the query and one for the image."""
     task_id = await subject.storing(URLS[0])
     (image,) = await subject.images(task_id)
     await subject.download(image, Retry("answered 500", HOUR))
@@ -460,9 +461,11 @@ async def test_a_task_reconciled_twice_at_once_is_granted_once(subject: Subject)
     assert subject.places.free == {"settle": 2, "download": 2}
 
 
-async def test_the_first_doubt_may_be_sent_again_however_old_the_task_is(subject: Subject) -> None:
-    """Once: after a second doubt, or when nothing was created of what was too old to be sent, the
-    permission is used up.
+async def test_the_first_uncertain_outcome_allows_one_resubmission_at_any_age(
+    subject: Subject,
+) -> None:
+    """The permission ends after a second uncertain outcome, and when the resubmission created
+    nothing.
     """
     lease = await subject.submitting()
     assert (
@@ -486,10 +489,10 @@ async def test_the_first_doubt_may_be_sent_again_however_old_the_task_is(subject
 # --- at risk ---
 
 
-async def test_operators_are_told_once_of_a_picture_whose_link_dies_soon(subject: Subject) -> None:
-    """`image.at_risk` comes with the first failure inside the last two hours, and never again for
-    that picture.
-    """
+async def test_operators_get_one_event_about_an_image_whose_link_expires_soon(
+    subject: Subject,
+) -> None:
+    """`image.at_risk` is emitted at the first failure within the last two hours, once per image."""
     task_id = await subject.storing(URLS[0])
     (image,) = await subject.images(task_id)
     await subject.download(image, Retry("answered 500", DAY - AT_RISK_MS - SECOND))
@@ -497,16 +500,16 @@ async def test_operators_are_told_once_of_a_picture_whose_link_dies_soon(subject
     for _ in range(2):
         await subject.download(image, Retry("answered 500", SECOND))
     await subject.download(image, Retry("answered 500", SECOND))
-    (told,) = await subject.rows(events, type="image.at_risk")
-    assert (told["owner"], told["data"]["image_id"], told["data"]["reason"]) == (
+    (event,) = await subject.rows(events, type="image.at_risk")
+    assert (event["owner"], event["data"]["image_id"], event["data"]["reason"]) == (
         "admin",
         image["id"],
         "answered 500",
     )
 
 
-async def test_a_dead_link_is_a_risk_before_its_time(subject: Subject) -> None:
-    """The third 404 tells operators, long before the tenth ends it."""
+async def test_the_third_404_of_a_link_puts_the_image_at_risk(subject: Subject) -> None:
+    """Operators get the event long before the tenth 404 is final."""
     task_id = await subject.storing(URLS[0])
     for count in range(3):
         assert len(await subject.rows(events, type="image.at_risk")) == 0, count

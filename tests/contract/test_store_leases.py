@@ -1,4 +1,4 @@
-"""Leases and fences (design, decision 1): who works on which row, until when."""
+"""Leases and fences: which worker has which row, and until when (docs/concepts.md)."""
 
 import asyncio
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ URL = "https://r.test/0"
 
 
 async def one_due(subject: Subject, stage: str) -> str:
-    """A row that is due for a stage and leased to nobody."""
+    """The key of a row that is due for a stage and has no lease."""
     match stage:
         case "submit":
             return await subject.queued()
@@ -58,8 +58,8 @@ async def one_due(subject: Subject, stage: str) -> str:
 
 @pytest.mark.parametrize("stage", QUEUES)
 async def test_a_lease_lasts_thirty_seconds(subject: Subject, stage: str) -> None:
-    """At 29.999 s another gets nothing, once it is over everything, with the next fence and
-    attempt, and a death counted.
+    """At 29.999 s no worker can claim the row. At 30 s a worker claims it with the next fence and
+    attempt, and the crash is counted.
     """
     key = await one_due(subject, stage)
     (lease,) = await subject.claim(stage)
@@ -67,9 +67,8 @@ async def test_a_lease_lasts_thirty_seconds(subject: Subject, stage: str) -> Non
     subject.clock.shift(29_999)
     assert await subject.claim(stage) == []
     subject.clock.shift(1)
-    stage = (
-        "redeliver" if stage == "deliver" else stage
-    )  # an attempt was begun: what follows is a retry
+    # The first attempt has begun, so the next one is a retry.
+    stage = "redeliver" if stage == "deliver" else stage
     (again,) = await subject.claim(stage)
     assert (again.key, again.fence, again.attempts) == (key, lease.fence + 1, lease.attempts + 1)
     queue = QUEUES[stage]
@@ -79,7 +78,9 @@ async def test_a_lease_lasts_thirty_seconds(subject: Subject, stage: str) -> Non
 
 @pytest.mark.parametrize("stage", QUEUES)
 async def test_a_renewed_lease_lasts_thirty_seconds_more(subject: Subject, stage: str) -> None:
-    """Renewed every 10 s while a call runs; who lost it is told, and gets it back by nothing."""
+    """The worker renews it every 10 s while a call runs. A renewal of an expired and claimed lease
+    fails.
+    """
     await one_due(subject, stage)
     (lease,) = await subject.claim(stage)
     for _ in range(5):
@@ -94,7 +95,9 @@ async def test_a_renewed_lease_lasts_thirty_seconds_more(subject: Subject, stage
 
 
 async def test_renewing_never_shortens_a_lease(subject: Subject) -> None:
-    """A submission's lease outlasts its call, whether it can be renewed in that time or not."""
+    """A submission's lease outlasts its call, whether the worker can renew it in that time or
+    not.
+    """
     lease = await subject.submitting()
     subject.clock.shift(10 * SECOND)
     assert await subject.write(leases.renew, lease)
@@ -107,10 +110,10 @@ async def test_renewing_never_shortens_a_lease(subject: Subject) -> None:
     assert len(await subject.claim("submit")) == 1
 
 
-async def test_a_claim_takes_what_is_due_and_no_more_than_there_are_places(
-    subject: Subject,
-) -> None:
-    """The longest due first; the rest stays due; without a place nothing is claimed."""
+async def test_a_claim_takes_due_rows_up_to_the_free_places(subject: Subject) -> None:
+    """The row that has been due longest comes first, and the rest stays due. Without a free place,
+    no row is claimed.
+    """
     keys = []
     for _ in range(5):
         keys.append(await subject.queued())
@@ -124,8 +127,8 @@ async def test_a_claim_takes_what_is_due_and_no_more_than_there_are_places(
     assert await subject.claim("submit", 9) == []
 
 
-async def test_a_claim_says_how_many_it_got(subject: Subject) -> None:
-    """So that a worker knows whether more may be waiting; unused places come back."""
+async def test_a_claim_returns_how_many_rows_it_got(subject: Subject) -> None:
+    """The worker then knows whether more rows may wait. Unused places are free again."""
     for _ in range(3):
         await subject.queued()
     subject.places.free = {"submit": 2, "settle": 4}
@@ -133,15 +136,17 @@ async def test_a_claim_says_how_many_it_got(subject: Subject) -> None:
     assert subject.places.free == {"submit": 0, "settle": 4}
 
 
-async def test_a_row_is_born_leased_when_a_place_is_free(subject: Subject) -> None:
-    """Handed over in memory after the commit: no claim, no waiting; the place is taken."""
+async def test_a_new_row_is_leased_at_once_when_a_place_is_free(subject: Subject) -> None:
+    """The store hands the lease over in memory after the commit, without a claim, and the place is
+    taken.
+    """
     subject.places.free = {"submit": 1}
     first, second = await subject.queued(), await subject.queued()
     (lease,) = subject.places.new_leases()
     assert (lease.stage, lease.key, lease.fence, lease.attempts) == ("submit", first, 1, 1)
     assert subject.places.free == {"submit": 0}
-    born, due = await subject.task(first), await subject.task(second)
-    assert (born["submit_lease_until"], born["submit_lease_owner"]) == (
+    leased, due = await subject.task(first), await subject.task(second)
+    assert (leased["submit_lease_until"], leased["submit_lease_owner"]) == (
         subject.clock.now + LEASE,
         "one",
     )
@@ -151,15 +156,15 @@ async def test_a_row_is_born_leased_when_a_place_is_free(subject: Subject) -> No
         0,
     )
     assert [tx.due for tx in subject.places.transactions] == [set(), {"submit"}], (
-        "workers are told of what nobody was granted"
+        "workers get a hint about rows without a lease"
     )
     subject.clock.shift(LEASE)
     assert {lease.key for lease in await subject.claim("submit", 9)} == {first, second}
 
 
-async def test_every_stage_is_born_leased(subject: Subject) -> None:
-    """Settling and downloads by a callback, deliveries by an event: each takes a place of its own
-    stage.
+async def test_new_rows_of_every_stage_are_leased_at_once(subject: Subject) -> None:
+    """A callback makes queries and downloads due, and an event makes deliveries due. Each takes a
+    place of its own stage.
     """
     await subject.endpoint()
     task_id = await subject.submitted()
@@ -180,7 +185,7 @@ async def test_every_stage_is_born_leased(subject: Subject) -> None:
 
 
 async def test_a_batch_that_fails_keeps_no_place(subject: Subject) -> None:
-    """What was granted in a transaction that did not commit was never granted."""
+    """The leases of a transaction that did not commit do not exist."""
 
     def defect(tx: Transaction, wishes: Sequence[TaskRow]) -> list[None]:
         insert_tasks(tx, wishes)
@@ -192,16 +197,16 @@ async def test_a_batch_that_fails_keeps_no_place(subject: Subject) -> None:
     assert (subject.places.leased, subject.places.free) == ([], {"submit": 2})
 
 
-async def test_a_detached_process_is_granted_nothing(subject: Subject) -> None:
-    """About to stop: new rows are due for others."""
+async def test_a_detached_process_gets_no_lease(subject: Subject) -> None:
+    """The process is about to stop, so new rows are due for other processes."""
     subject.places.free = {"submit": 9}
     subject.store.detach()
     assert (await subject.task(await subject.queued()))["submit_lease_until"] is None
     assert subject.places.leased == []
 
 
-async def test_work_given_back_counts_no_attempt(subject: Subject) -> None:
-    """A stopping process releases: due as before, for anybody at once; a second release changes
+async def test_a_released_row_counts_no_attempt(subject: Subject) -> None:
+    """A stopping process releases the row. It is due as before, and a second release changes
     nothing.
     """
     key = await subject.queued()
@@ -213,8 +218,8 @@ async def test_work_given_back_counts_no_attempt(subject: Subject) -> None:
     assert (await subject.task(key))["submit_deaths"] == 0
 
 
-async def test_work_that_was_none_is_not_due_again(subject: Subject) -> None:
-    """`done` ends lease and due time under the fence."""
+async def test_a_row_that_is_done_is_not_due_again(subject: Subject) -> None:
+    """`done` clears the lease and the due time, only under the current fence."""
     lease = await subject.claimed("submit", await subject.queued())
     assert await subject.write(leases.done, lease)
     subject.clock.shift(HOUR)
@@ -222,10 +227,8 @@ async def test_work_that_was_none_is_not_due_again(subject: Subject) -> None:
     assert not await subject.write(leases.done, lease)
 
 
-async def test_asking_at_once_begins_the_schedule_anew(subject: Subject) -> None:
-    """A callback makes the row due now with no attempts; while somebody asks already it only
-    becomes due.
-    """
+async def test_a_callback_starts_the_schedule_of_queries_anew(subject: Subject) -> None:
+    """The row is due now with no attempts. While a worker has it, it only becomes due."""
     task_id = await subject.submitted()
     for _ in range(3):
         await subject.settle(task_id, None)
@@ -240,14 +243,12 @@ async def test_asking_at_once_begins_the_schedule_anew(subject: Subject) -> None
     (lease,) = await subject.claim("settle")
     subject.places.free = {"settle": 1}
     await subject.write(accept_callbacks, callback(task_id, None, b"<html>"))
-    assert subject.places.leased == [], "one worker a row"
+    assert subject.places.leased == [], "one worker per row"
     assert (await subject.task(task_id))["settle_fence"] == lease.fence
 
 
-async def test_an_ended_lease_is_taken_by_whoever_wants_the_row(subject: Subject) -> None:
-    """A callback for a task whose settling process died is handed over at once, under a new
-    fence.
-    """
+async def test_a_callback_replaces_an_expired_lease_at_once(subject: Subject) -> None:
+    """The worker of the settle stage died. The callback hands the task over under a new fence."""
     task_id = await subject.submitted()
     late = await subject.asking(task_id)
     subject.clock.shift(LEASE)
@@ -259,7 +260,9 @@ async def test_an_ended_lease_is_taken_by_whoever_wants_the_row(subject: Subject
 
 
 async def test_first_attempts_and_retries_have_places_of_their_own(subject: Subject) -> None:
-    """Two queues on one table: any number of retries leaves the first attempts their places."""
+    """They are two queues on one table. Any number of retries leaves the first attempts their
+    places.
+    """
     await subject.endpoint()
     await subject.submitted()
     retry, fresh = (
@@ -272,11 +275,9 @@ async def test_first_attempts_and_retries_have_places_of_their_own(subject: Subj
     assert (await subject.row(deliveries, first.key))["task_id"] == fresh
 
 
-async def test_what_was_asked_for_and_what_is_silent_have_places_of_their_own(
-    subject: Subject,
-) -> None:
-    """Two queues on one table: any number of silent tasks leaves the confirmations their places; a
-    callback moves its task over.
+async def test_confirmations_and_reconciling_have_places_of_their_own(subject: Subject) -> None:
+    """They are two queues on one table. Any number of silent tasks leaves the confirmations their
+    places. A callback moves its task from one to the other.
     """
     silent = [await subject.submitted() for _ in range(3)]
     subject.clock.now = max([(await subject.task(task_id))["settle_due_at"] for task_id in silent])
@@ -289,11 +290,11 @@ async def test_what_was_asked_for_and_what_is_silent_have_places_of_their_own(
     ]
 
 
-async def test_reopening_a_store_on_sqlite_frees_what_the_dead_process_held(
+async def test_reopening_a_sqlite_store_releases_the_leases_of_the_dead_process(
     sqlite_opener: Opener, clock: Clock
 ) -> None:
-    """The lock proves that nobody else lives: no waiting for leases; a task in `submitting` can be
-    claimed, and was one death.
+    """The file's lock proves that no other process lives, so no worker waits for a lease to expire.
+    The lost lease counts as one crash.
     """
     async with sqlite_opener("dead") as store:
         dead = Subject(store, clock)
@@ -309,10 +310,10 @@ async def test_reopening_a_store_on_sqlite_frees_what_the_dead_process_held(
         ]
 
 
-async def test_opening_postgres_once_more_frees_nothing(
+async def test_opening_postgres_once_more_releases_no_lease(
     two: tuple[Subject, Subject], postgres_opener: Opener
 ) -> None:
-    """Others may live: their leases stand until they end."""
+    """Other processes may live. Their leases stand until they expire."""
     lease = await two[0].submitting()
     async with postgres_opener("three") as store:
         third = Subject(store, two[0].clock)
@@ -322,11 +323,11 @@ async def test_opening_postgres_once_more_frees_nothing(
 
 
 async def test_a_row_is_claimed_by_one_process_alone(two: tuple[Subject, Subject]) -> None:
-    """`SKIP LOCKED`: many claims at once from two processes share the rows out, each to one, none
-    twice, none left.
+    """With `SKIP LOCKED`, many claims at once from two processes share the rows out. Each row goes
+    to one process, and none is left.
     """
     for _ in range(5):
-        two[0].places.free.clear()  # nothing is born leased
+        two[0].places.free.clear()  # no new row is leased at once
         keys = {
             inserted.task_id
             for inserted in await two[0].batch(insert_tasks, [two[0].wish() for _ in range(60)])
@@ -339,7 +340,7 @@ async def test_a_row_is_claimed_by_one_process_alone(two: tuple[Subject, Subject
                 *(place.write(leases.claim, "submit") for place in two for _ in range(3))
             )
             claimed = [place.places.new_leases() for place in two]
-            assert all(len(got) <= 7 for got in claimed), "never more than there are places"
+            assert all(len(got) <= 7 for got in claimed), "never more than the free places"
             if not any(claimed):
                 break
             taken += [lease.key for got in claimed for lease in got]
@@ -348,10 +349,10 @@ async def test_a_row_is_claimed_by_one_process_alone(two: tuple[Subject, Subject
         assert {row["submit_fence"] for row in await two[0].rows(tasks) if row["id"] in keys} == {1}
 
 
-async def test_no_plan_makes_postgres_claim_more_than_there_are_places(
+async def test_no_query_plan_makes_postgres_claim_more_rows_than_places(
     two: tuple[Subject, Subject],
 ) -> None:
-    """A nested loop over the rows to choose from would choose anew for each row of the table."""
+    """A nested loop over the candidates would choose candidates anew for each row of the table."""
     subject = two[0]
     await subject.batch(insert_tasks, [subject.wish() for _ in range(50)])
 
@@ -365,8 +366,8 @@ async def test_no_plan_makes_postgres_claim_more_than_there_are_places(
     assert len(subject.places.new_leases()) == 7
 
 
-async def test_a_lease_that_ends_is_no_fault_of_the_next_in_line(subject: Subject) -> None:
-    """Deaths count leases that ran out, not those that were finished or given back."""
+async def test_only_expired_leases_count_as_crashes(subject: Subject) -> None:
+    """A lease that was finished or released does not count."""
     key = await subject.queued()
     for _ in range(3):
         await subject.write(leases.give_back, await subject.claimed("submit", key))
@@ -375,4 +376,4 @@ async def test_a_lease_that_ends_is_no_fault_of_the_next_in_line(subject: Subjec
     assert len(await subject.claim("submit")) == 1
     assert (await subject.task(key))["submit_deaths"] == 1
     subject.clock.shift(MINUTE)
-    assert await subject.claim("submit") == []  # it outlived two: it is to run alone
+    assert await subject.claim("submit") == []  # after two crashes, it runs alone

@@ -1,5 +1,5 @@
-"""The outbox: one order that readers can trust, one terminal event a task, deliveries in the same
-transaction (design, decision 9).
+"""The outbox: one order that readers can trust, one terminal event per task, and deliveries in the
+same transaction (docs/concepts.md).
 """
 
 import asyncio
@@ -42,9 +42,7 @@ def announce(tx: Transaction, types: Sequence[str]) -> list[None]:
 
 
 async def test_sequences_are_dense_and_in_the_order_of_commits(subject: Subject) -> None:
-    """From 1, without gaps in what was committed, within a batch in the order in which things
-    happened.
-    """
+    """They start at 1 and have no gaps. Within a batch, they follow the order of the operations."""
     for number in range(3):
         await subject.batch(announce, [f"test.{number}", f"test.{number}"])
     rows = await subject.events()
@@ -59,8 +57,8 @@ async def test_sequences_are_dense_and_in_the_order_of_commits(subject: Subject)
     assert [row["value"] for row in await subject.rows(counters, name="events")] == [6]
 
 
-async def test_what_is_not_committed_uses_no_number(subject: Subject) -> None:
-    """The counter goes back with its transaction."""
+async def test_a_rolled_back_event_uses_no_sequence(subject: Subject) -> None:
+    """The counter is rolled back with its transaction."""
 
     def broken(tx: Transaction, types: Sequence[str]) -> list[None]:
         announce(tx, types)
@@ -73,18 +71,18 @@ async def test_what_is_not_committed_uses_no_number(subject: Subject) -> None:
     assert [(row["sequence"], row["type"]) for row in await subject.events()] == [(1, "test.kept")]
 
 
-async def test_events_are_handed_on_after_the_commit(subject: Subject) -> None:
-    """With their sequence, their number of deliveries, and a hint to whoever waits for events."""
+async def test_events_reach_the_workers_after_the_commit(subject: Subject) -> None:
+    """They carry their sequence and their number of deliveries. Listeners for events get a hint."""
     await subject.endpoint(None, ["*"])
-    with subject.store.signals.listen("events") as heard:
+    with subject.store.signals.listen("events") as hint:
         await subject.write(announce, "test.told")
-        assert await subject.store.signals.wait(heard, 10)
+        assert await subject.store.signals.wait(hint, 10)
     (emitted,) = subject.places.transactions[-1].emitted
     assert (emitted.sequence, emitted.deliveries, emitted.owner) == (1, 1, "admin")
 
 
-async def test_a_task_that_changes_wakes_who_waits_for_it(subject: Subject) -> None:
-    """A hint for each task that a transaction changed, and for no other."""
+async def test_a_changed_task_wakes_the_requests_that_wait_for_it(subject: Subject) -> None:
+    """Each task that a transaction changed gives a hint, and no other task does."""
     one, other = await subject.queued(), await subject.queued()
     with subject.store.signals.listen(one) as mine, subject.store.signals.listen(other) as others:
         await subject.cancel(one)
@@ -93,8 +91,8 @@ async def test_a_task_that_changes_wakes_who_waits_for_it(subject: Subject) -> N
 
 
 async def test_an_event_keeps_the_task_as_it_was(subject: Subject) -> None:
-    """A snapshot: what the task becomes later changes nothing in it; no prompt, and no links, which
-    follow the service's address.
+    """Later changes of the task do not change the event. It contains no prompt, and no links,
+    because they follow the service's address.
     """
     task_id = await subject.storing(URL)
     (image,) = await subject.images(task_id)
@@ -123,8 +121,8 @@ async def test_an_event_keeps_the_task_as_it_was(subject: Subject) -> None:
     )
 
 
-async def test_a_terminal_event_knows_when_the_task_was_called_back(subject: Subject) -> None:
-    """For the time from callback to event; an event before the end does not carry it."""
+async def test_a_terminal_event_has_the_time_of_the_callback(subject: Subject) -> None:
+    """The metric of the time from callback to event needs it. An earlier event does not have it."""
     task_id = await subject.submitted()
     await subject.callback(task_id, failed(task_id))
     called = subject.clock.now
@@ -134,7 +132,7 @@ async def test_a_terminal_event_knows_when_the_task_was_called_back(subject: Sub
 
 
 async def test_a_task_has_one_terminal_event_by_constraint(subject: Subject) -> None:
-    """Not even a defect can write a second: the transaction that tries commits nothing."""
+    """Not even a defect can write a second one: its transaction commits nothing."""
     task_id = await subject.completed()
 
     def again(tx: Transaction, ids: Sequence[str]) -> list[None]:
@@ -151,11 +149,11 @@ async def test_a_task_has_one_terminal_event_by_constraint(subject: Subject) -> 
     assert len(await subject.rows(steps)) == before
 
 
-async def test_readers_never_see_a_number_before_the_ones_below_it(
+async def test_a_reader_never_sees_a_sequence_before_a_lower_one(
     two: tuple[Subject, Subject], postgres_opener: Opener
 ) -> None:
-    """Six committers in two processes write; a third connection that goes on after the last one
-    seen misses none.
+    """Six committers in two processes write. A reader on a third connection goes on after the last
+    event that it saw, and misses none.
     """
     writers = [two[n % 2].write(announce, f"test.{n}") for n in range(240)]
     async with postgres_opener("reader") as reader:
@@ -174,9 +172,11 @@ async def test_readers_never_see_a_number_before_the_ones_below_it(
     assert seen == list(range(1, 241))
 
 
-async def test_an_event_is_delivered_to_those_who_asked_for_it(subject: Subject) -> None:
-    """By owner and pattern: one's own tasks' events, all owners' for an endpoint of nobody,
-    operators' events for `admin`.
+async def test_an_event_is_delivered_to_each_endpoint_that_subscribes_to_it(
+    subject: Subject,
+) -> None:
+    """An endpoint of an owner gets the events of the owner's tasks. An endpoint without an owner
+    gets all owners' events, and `admin` gets operators' events.
     """
     ends = {
         name: await subject.endpoint(owner, types)
@@ -218,10 +218,10 @@ async def test_an_event_is_delivered_to_those_who_asked_for_it(subject: Subject)
     } == {("pending", True, 0, task_id)}
 
 
-async def test_a_disabled_endpoint_gets_nothing_and_a_paused_one_later(subject: Subject) -> None:
-    """None are made for the disabled one; for the paused one they are made, to be held when they
-    are tried.
-    """
+async def test_a_disabled_endpoint_gets_no_deliveries_and_a_paused_one_does(
+    subject: Subject,
+) -> None:
+    """A worker puts the paused endpoint's deliveries on hold at their first attempt."""
     disabled, paused = await subject.endpoint(), await subject.endpoint()
     await subject.change(disabled, status="disabled")
     await subject.change(paused, status="paused")
@@ -230,7 +230,9 @@ async def test_a_disabled_endpoint_gets_nothing_and_a_paused_one_later(subject: 
 
 
 async def test_a_tasks_own_callback_url_gets_the_terminal_event_alone(subject: Subject) -> None:
-    """One delivery without an endpoint, the owner's, with all that an attempt needs."""
+    """It is one delivery without an endpoint that belongs to the owner and has all that an attempt
+    needs.
+    """
     await subject.key("painter", b"callback secret")
     task_id = await subject.completed(callback_url="https://c.test/done")
     (row,) = await subject.rows(deliveries)
@@ -247,8 +249,7 @@ async def test_a_tasks_own_callback_url_gets_the_terminal_event_alone(subject: S
     assert delivery.event["type"] == "image.task.completed"
 
 
-async def test_operators_events_of_a_task_go_to_no_task_callback(subject: Subject) -> None:
-    """Only the terminal event does."""
+async def test_operators_events_of_a_task_do_not_go_to_its_callback_url(subject: Subject) -> None:
     task_id = await subject.submitted(callback_url="https://c.test/done")
     await subject.callback(task_id, failed(task_id))
     await subject.callback(task_id, completed(task_id, URL))
@@ -256,8 +257,8 @@ async def test_operators_events_of_a_task_go_to_no_task_callback(subject: Subjec
     assert await subject.rows(deliveries) == []
 
 
-async def test_event_state_and_deliveries_are_one_commit(subject: Subject) -> None:
-    """A transaction that fails after the outbox was written leaves neither."""
+async def test_an_event_its_state_and_its_deliveries_are_one_commit(subject: Subject) -> None:
+    """A transaction that fails after the outbox was written leaves no event and no delivery."""
     await subject.endpoint()
     lease = await subject.submitting()
 
@@ -280,9 +281,9 @@ async def test_event_state_and_deliveries_are_one_commit(subject: Subject) -> No
     ]
 
 
-async def test_events_are_listed_after_a_place_by_type_task_and_owner(subject: Subject) -> None:
-    """`next_after` is the last place examined, not the last one that fitted; a full page ends with
-    its last event.
+async def test_events_are_listed_after_a_sequence_by_type_task_and_owner(subject: Subject) -> None:
+    """`next_after` is the last sequence that the query examined. For a full page, it is the last
+    event of the page.
     """
     one = await subject.submitted()
     two = await subject.submitted(owner="other")
@@ -320,8 +321,7 @@ async def test_events_are_listed_after_a_place_by_type_task_and_owner(subject: S
     assert sequence_text(5) == "00000000000000000005"
 
 
-async def test_the_outbox_of_an_empty_store_is_at_its_beginning(subject: Subject) -> None:
-    """Nothing, and the place that was asked for."""
+async def test_an_empty_outbox_returns_the_requested_sequence(subject: Subject) -> None:
     assert await subject.store.read(event_list, None, 0, 9) == ([], 0, 0)
     assert len(await subject.batch(insert_tasks, [subject.wish()])) == 1
     assert await subject.store.read(event_list, None, 0, 9) == ([], 0, 0)

@@ -1,5 +1,5 @@
-"""What is read: lists page by page, a task's timeline, the figures of the gauges (contract sections
-3 and 6).
+"""Queries: lists page by page, a task's timeline, and the figures of the gauges (docs/api.md,
+docs/observability.md).
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ URL = "https://r.test/0"
 
 
 async def test_tasks_are_listed_newest_first_page_by_page(subject: Subject) -> None:
-    """Each once, also those of one millisecond; every page as cheap as the first."""
+    """Each task is listed once, also when several have the same millisecond."""
     ids = []
     for number in range(7):
         ids.append(await subject.queued())
@@ -43,7 +43,7 @@ async def test_tasks_are_listed_newest_first_page_by_page(subject: Subject) -> N
 
 
 async def test_tasks_are_listed_by_owner_state_model_and_metadata(subject: Subject) -> None:
-    """Every filter alone and together; metadata is compared as text, its names as they are."""
+    """The filters work alone and together. Metadata is compared as text, under its exact names."""
     one = await subject.queued(metadata={"order": "7", "it's": 'a "b"'})
     two = await subject.submitted(model="other-model", metadata={"order": "8"})
     three = await subject.queued(owner="other", metadata={})
@@ -63,7 +63,6 @@ async def test_tasks_are_listed_by_owner_state_model_and_metadata(subject: Subje
 
 
 async def test_a_listed_task_has_its_own_images_in_order(subject: Subject) -> None:
-    """And no other's."""
     one = await subject.storing("https://r.test/b", "https://r.test/a")
     for image in reversed(await subject.images(one)):
         await subject.download(image, stored(image))
@@ -77,7 +76,7 @@ async def test_a_listed_task_has_its_own_images_in_order(subject: Subject) -> No
 
 
 async def test_a_task_is_found_by_its_idempotency_key(subject: Subject) -> None:
-    """Per owner."""
+    """The key belongs to an owner."""
     task_id = await subject.queued(idempotency_key="k", idempotency_hash="h")
     row = await subject.store.read(task_queries.task_by_key, OWNER, "k")
     assert row == (task_id, "h")
@@ -85,8 +84,8 @@ async def test_a_task_is_found_by_its_idempotency_key(subject: Subject) -> None:
 
 
 async def test_the_timeline_has_every_step_in_the_order_of_time(subject: Subject) -> None:
-    """From `task.queued` to each `delivery.attempted`, named as the log names them; callbacks with
-    verdict, count and last seen.
+    """It goes from `task.queued` to each `delivery.attempted`, with the names of the log. Callbacks
+    have their verdict, count and last-seen time.
     """
     endpoint = await subject.endpoint()
     await subject.endpoint("admin", ["*"])
@@ -136,11 +135,11 @@ async def test_the_timeline_has_every_step_in_the_order_of_time(subject: Subject
         12,
     )
     everything = await subject.store.read(task_queries.timeline, task_id, None)
-    assert len(everything) == len(lines) + 1, "operators see the conflict's delivery too"
+    assert len(everything) == len(lines) + 1, "operators also see the delivery of the conflict"
 
 
-async def test_what_settling_needs_is_the_task_and_its_first_callback(subject: Subject) -> None:
-    """The first terminal one, whatever came before or after it."""
+async def test_settling_reads_the_task_and_its_first_terminal_callback(subject: Subject) -> None:
+    """Earlier and later callbacks do not matter."""
     task_id = await subject.submitted()
     row, body = await subject.store.read(task_queries.settling, task_id)
     assert row is not None
@@ -153,8 +152,7 @@ async def test_what_settling_needs_is_the_task_and_its_first_callback(subject: S
     assert await subject.store.read(task_queries.settling, "task_gone") == (None, None)
 
 
-async def test_what_a_download_needs_is_the_images_row(subject: Subject) -> None:
-    """Its address, its time, its task."""
+async def test_a_download_reads_the_row_of_its_image(subject: Subject) -> None:
     task_id = await subject.storing(URL)
     (image,) = await subject.images(task_id)
     row = await subject.store.read(image_row, image["id"])
@@ -164,7 +162,7 @@ async def test_what_a_download_needs_is_the_images_row(subject: Subject) -> None
 
 
 async def test_the_figures_of_an_empty_store_are_zero(subject: Subject) -> None:
-    """Every state and every stage is there; times are unknown."""
+    """Every state and every stage is present. Times are unknown."""
     figures = await subject.store.read(store_figures.figures)
     assert figures == {
         "tasks": {state.value: 0 for state in State},
@@ -178,8 +176,8 @@ async def test_the_figures_of_an_empty_store_are_zero(subject: Subject) -> None:
     }
 
 
-async def test_the_figures_count_what_the_store_holds(subject: Subject) -> None:
-    """Tasks by state, due rows by stage, the oldest of each, credits in millionths."""
+async def test_the_figures_count_the_rows_of_the_store(subject: Subject) -> None:
+    """They are tasks by state, due rows by stage, the oldest times, and credits in millionths."""
     await subject.endpoint()
     done = await subject.storing("https://r.test/done")
     (image,) = await subject.images(done)

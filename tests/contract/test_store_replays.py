@@ -1,4 +1,6 @@
-"""Replays: which events they mean, page by page, and what ends them (contract section 3)."""
+"""Replays: which events they cover, how they make deliveries page by page, and how they end
+(docs/api.md, "Endpoints and deliveries").
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -31,14 +33,16 @@ DEAD = replace(ALL, only="dead")
 
 
 async def event(subject: Subject, type: str = TYPE, owner: str = OWNER) -> str:
-    """A new event, a second after the one before."""
+    """Emits an event, one second after the previous one."""
     subject.clock.shift(SECOND)
     (id,) = await subject.write(emit, Made(1, type, owner))
     return id
 
 
-async def meant(subject: Subject, wanted: ReplayFilter, endpoint: str) -> list[str]:
-    """The events of a replay, as counted and as its one page has them; the replay is taken back."""
+async def covered(subject: Subject, wanted: ReplayFilter, endpoint: str) -> list[str]:
+    """The events that a replay covers, as counted and as listed on its one page. The replay is
+    cancelled afterwards.
+    """
     wanted = replace(wanted, endpoint_id=endpoint)
     extent = await subject.store.read(replay_extent, wanted)
     replay = NewReplayRow(new_id("replay"), OWNER, wanted, extent)
@@ -51,7 +55,7 @@ async def meant(subject: Subject, wanted: ReplayFilter, endpoint: str) -> list[s
 
 
 async def end(subject: Subject, event_id: str, result: str) -> None:
-    """What came of an event's first delivery."""
+    """Records the outcome of an event's first delivery."""
     (row,) = await subject.rows(deliveries, event_id=event_id)
     await subject.attempt(await subject.claimed("deliver", row["id"]), result)
 
@@ -65,8 +69,8 @@ async def started(subject: Subject, endpoint: str, wanted: ReplayFilter = ALL) -
     return replay.id
 
 
-async def turn(subject: Subject, replay_id: str, limit: int = 2) -> Row:
-    """One page of a replay, when it is due; the replay afterwards."""
+async def next_page(subject: Subject, replay_id: str, limit: int = 2) -> Row:
+    """Moves the clock to the replay's due time, makes one page, and returns the replay's row."""
     subject.clock.now = max(subject.clock.now, (await subject.row(replays, replay_id))["due_at"])
     lease = await subject.claimed("replay", replay_id)
     page = await subject.store.read(replay_page, replay_id, limit)
@@ -78,24 +82,24 @@ def ids(rows: Sequence[Row]) -> list[str]:
     return [row["event_id"] for row in rows]
 
 
-async def test_a_replay_means_what_its_endpoint_subscribes_to(subject: Subject) -> None:
-    """Its owner's events of its types, and of those the types that are asked for; an endpoint of
-    all owners has everybody's.
+async def test_a_replay_covers_the_events_that_its_endpoint_subscribes_to(subject: Subject) -> None:
+    """It covers the owner's events of the endpoint's types, limited to the requested types. An
+    endpoint without an owner gets every owner's events.
     """
     endpoint = await subject.endpoint(types=["image.task.failed", "image.task.completed"])
-    everybodys = await subject.endpoint(None, types=["*"])
+    for_all = await subject.endpoint(None, types=["*"])
     failed, completed = await event(subject), await event(subject, "image.task.completed")
     submitted, others = (
         await event(subject, "image.task.submitted"),
         await event(subject, owner="other"),
     )
-    assert await meant(subject, ALL, endpoint) == [failed, completed]
-    assert await meant(subject, replace(ALL, types=()), endpoint) == [failed, completed]
-    assert await meant(
+    assert await covered(subject, ALL, endpoint) == [failed, completed]
+    assert await covered(subject, replace(ALL, types=()), endpoint) == [failed, completed]
+    assert await covered(
         subject, replace(ALL, types=("image.task.completed", "image.task.submitted")), endpoint
     ) == [completed]
-    assert await meant(subject, replace(ALL, types=("image.task.submitted",)), endpoint) == []
-    assert await meant(subject, replace(ALL, owner=None), everybodys) == [
+    assert await covered(subject, replace(ALL, types=("image.task.submitted",)), endpoint) == []
+    assert await covered(subject, replace(ALL, owner=None), for_all) == [
         failed,
         completed,
         submitted,
@@ -103,42 +107,44 @@ async def test_a_replay_means_what_its_endpoint_subscribes_to(subject: Subject) 
     ]
 
 
-async def test_a_replay_is_from_since_until_before_until(subject: Subject) -> None:
-    """`since` is included, `until` is not; without it all that there is, also of the same
-    millisecond.
-    """
+async def test_a_replay_includes_since_and_excludes_until(subject: Subject) -> None:
+    """Without `until`, it covers every event so far, also of the same millisecond."""
     endpoint = await subject.endpoint()
     made, times = [], []
     for _ in range(3):
         made.append(await event(subject))
         times.append(subject.clock.now)
-    assert await meant(subject, replace(ALL, since=times[1]), endpoint) == made[1:]
-    assert await meant(subject, replace(ALL, until=times[1]), endpoint) == made[:1]
-    assert await meant(subject, replace(ALL, since=times[1], until=times[2]), endpoint) == made[1:2]
-    assert await meant(subject, replace(ALL, since=times[2] + 1), endpoint) == []
+    assert await covered(subject, replace(ALL, since=times[1]), endpoint) == made[1:]
+    assert await covered(subject, replace(ALL, until=times[1]), endpoint) == made[:1]
+    assert (
+        await covered(subject, replace(ALL, since=times[1], until=times[2]), endpoint) == made[1:2]
+    )
+    assert await covered(subject, replace(ALL, since=times[2] + 1), endpoint) == []
 
 
-async def test_dead_is_what_the_endpoint_never_took(subject: Subject) -> None:
-    """Not what it took, nor what is on its way; after a retry by replay that failed too it is dead
-    again.
+async def test_a_dead_replay_covers_events_that_the_endpoint_never_took(subject: Subject) -> None:
+    """It covers neither delivered events nor pending ones. An event whose replayed delivery is dead
+    too is covered again.
     """
     endpoint = await subject.endpoint()
     dead, taken, pending = [await event(subject) for _ in range(3)]
     await end(subject, dead, "dead")
     await end(subject, taken, "delivered")
-    assert await meant(subject, DEAD, endpoint) == [dead]
-    assert await meant(subject, ALL, endpoint) == [dead, taken, pending]
+    assert await covered(subject, DEAD, endpoint) == [dead]
+    assert await covered(subject, ALL, endpoint) == [dead, taken, pending]
     replay = await started(subject, endpoint, DEAD)
-    assert (await turn(subject, replay))["state"] == "done"
-    assert await meant(subject, DEAD, endpoint) == []
+    assert (await next_page(subject, replay))["state"] == "done"
+    assert await covered(subject, DEAD, endpoint) == []
     (again,) = await subject.rows(deliveries, replay_id=replay)
     await subject.attempt(await subject.claimed("redeliver", again["id"]), "dead")
-    assert await meant(subject, DEAD, endpoint) == [dead]
+    assert await covered(subject, DEAD, endpoint) == [dead]
 
 
-async def test_what_was_made_while_an_endpoint_was_disabled_it_never_took(subject: Subject) -> None:
-    """No delivery was made, the outbox has the event. What was there before the endpoint was not
-    meant for it.
+async def test_a_dead_replay_covers_events_of_the_time_when_the_endpoint_was_disabled(
+    subject: Subject,
+) -> None:
+    """They have no deliveries, but the outbox has the events. Events from before the endpoint
+    existed are not covered.
     """
     before = await event(subject)
     subject.clock.shift(SECOND)
@@ -149,14 +155,14 @@ async def test_what_was_made_while_an_endpoint_was_disabled_it_never_took(subjec
     missed = await event(subject)
     await subject.change(endpoint, status="enabled")
     after = await event(subject)
-    assert await meant(subject, DEAD, endpoint) == [buried, missed]
-    assert await meant(subject, replace(DEAD, since=since + 1), endpoint) == [missed]
-    assert await meant(subject, ALL, endpoint) == [before, buried, missed, after]
+    assert await covered(subject, DEAD, endpoint) == [buried, missed]
+    assert await covered(subject, replace(DEAD, since=since + 1), endpoint) == [missed]
+    assert await covered(subject, ALL, endpoint) == [before, buried, missed, after]
 
 
 async def test_a_replay_makes_its_deliveries_page_by_page(subject: Subject) -> None:
-    """In the order of the outbox, due at once as retries are, with the whole schedule; nothing that
-    came after its start.
+    """They come in the order of the outbox and are due at once, as retries, with the whole
+    schedule. Events after the replay's start are not covered.
     """
     endpoint = await subject.endpoint()
     made = [await event(subject) for _ in range(5)]
@@ -171,14 +177,14 @@ async def test_a_replay_makes_its_deliveries_page_by_page(subject: Subject) -> N
     )
     await event(subject)
     for count in (2, 4):
-        row = await turn(subject, replay)
+        row = await next_page(subject, replay)
         assert (row["state"], row["made"], row["due_at"]) == (
             "running",
             count,
             subject.clock.now + SECOND,
         )
         assert subject.places.transactions[-1].due >= {"redeliver"}
-    row = await turn(subject, replay)
+    row = await next_page(subject, replay)
     assert (row["state"], row["made"], row["due_at"], row["finished_at"]) == (
         "done",
         5,
@@ -201,8 +207,8 @@ async def test_a_replay_makes_its_deliveries_page_by_page(subject: Subject) -> N
     assert await subject.store.read(replay_page, replay, 9) == ReplayPage((), None, None)
 
 
-async def test_replays_to_one_endpoint_come_one_after_the_other(subject: Subject) -> None:
-    """However many are asked for, the rate is that of one; those to others do not wait."""
+async def test_replays_to_one_endpoint_run_one_after_another(subject: Subject) -> None:
+    """Several replays have the rate of one. Replays to other endpoints do not wait."""
     one, other = await subject.endpoint(), await subject.endpoint()
     await event(subject)
     first, second, elsewhere = [await started(subject, endpoint) for endpoint in (one, one, other)]
@@ -222,15 +228,15 @@ async def test_replays_to_one_endpoint_come_one_after_the_other(subject: Subject
         position,
         subject.clock.now + SECOND,
     )
-    await turn(subject, first)
+    await next_page(subject, first)
     found = await subject.store.read(replay_page, second, 9)
     assert found.wait_ms is None
 
 
 @pytest.mark.parametrize("how", ["disabled", "deleted"])
 async def test_a_replay_ends_with_its_endpoint(subject: Subject, how: str) -> None:
-    """Disabled or deleted in the middle: cancelled, whether the page was read before or after, and
-    nothing more is made.
+    """The endpoint is disabled or deleted in the middle. The replay is cancelled, whether its page
+    was read before or after, and makes no more deliveries.
     """
     endpoint = await subject.endpoint()
     for _ in range(3):
@@ -259,17 +265,17 @@ async def test_a_replay_ends_with_its_endpoint(subject: Subject, how: str) -> No
     assert not await subject.write(insert_replays, replay)
 
 
-async def test_a_cancelled_replay_makes_nothing_more_and_what_is_pending_is_dead(
+async def test_a_cancelled_replay_makes_no_more_deliveries_and_pending_ones_are_dead(
     subject: Subject,
 ) -> None:
-    """By its owner or an admin; what was delivered stays so. Cancelled again, or after its end, it
-    is no other.
+    """The owner or an admin cancels it. Delivered events stay delivered. A second cancel, or a
+    cancel after the end, changes nothing.
     """
     endpoint = await subject.endpoint()
     for _ in range(4):
         await event(subject)
     replay = await started(subject, endpoint)
-    await turn(subject, replay)
+    await next_page(subject, replay)
     taken, waiting = await subject.rows(deliveries, replay_id=replay)
     await subject.attempt(await subject.claimed("redeliver", taken["id"]), "delivered")
     under_way = await subject.claimed("redeliver", waiting["id"])
@@ -297,10 +303,10 @@ async def test_a_cancelled_replay_makes_nothing_more_and_what_is_pending_is_dead
     assert await subject.claim("replay") == []
 
 
-async def test_cancelling_while_a_page_is_recorded_leaves_nothing_pending(
+async def test_a_cancel_while_a_page_is_recorded_leaves_no_pending_delivery(
     two: tuple[Subject, Subject],
 ) -> None:
-    """From two processes, in any order: either the page was not made, or it is dead."""
+    """Two processes commit in any order: the page is not made, or its deliveries are dead."""
     for _ in range(10):
         endpoint = await two[0].endpoint()
         await event(two[0])
@@ -315,9 +321,9 @@ async def test_cancelling_while_a_page_is_recorded_leaves_nothing_pending(
         await two[0].change(endpoint, status="disabled")
 
 
-async def test_a_page_counts_under_its_lease_alone(subject: Subject) -> None:
-    """Whoever was too slow makes nothing twice; a page that is recorded again after a lost answer
-    neither.
+async def test_a_page_is_recorded_only_under_its_current_lease(subject: Subject) -> None:
+    """A worker that was too slow makes no delivery twice. Neither does a page that is recorded
+    again after a lost response.
     """
     endpoint = await subject.endpoint()
     await event(subject)
@@ -335,10 +341,8 @@ async def test_a_page_counts_under_its_lease_alone(subject: Subject) -> None:
     assert len(await subject.rows(deliveries, replay_id=replay)) == 1
 
 
-async def test_what_retention_took_is_not_replayed(subject: Subject) -> None:
-    """Also between a page's reading and its recording: no delivery is made of an event that is
-    gone.
-    """
+async def test_events_that_retention_removed_are_not_replayed(subject: Subject) -> None:
+    """This holds also when an event is removed after its page was read."""
     endpoint = await subject.endpoint()
     gone, kept = await event(subject), await event(subject)
     for each in (gone, kept):
@@ -355,11 +359,11 @@ async def test_what_retention_took_is_not_replayed(subject: Subject) -> None:
     row = await subject.row(replays, replay)
     assert (row["state"], row["count"], row["made"]) == ("done", 2, 1)
     assert ids(await subject.rows(deliveries, replay_id=replay)) == [kept]
-    assert await meant(subject, ALL, endpoint) == [kept]
+    assert await covered(subject, ALL, endpoint) == [kept]
 
 
-async def test_a_page_of_one_type_goes_by_what_the_endpoint_wants_now(subject: Subject) -> None:
-    """Types that it gave up since are not sent to it any more."""
+async def test_a_page_follows_the_types_that_the_endpoint_wants_now(subject: Subject) -> None:
+    """Types that the endpoint dropped since the replay's start are not sent."""
     endpoint = await subject.endpoint(types=["*"])
     await event(subject)
     replay = await started(subject, endpoint)
@@ -369,8 +373,8 @@ async def test_a_page_of_one_type_goes_by_what_the_endpoint_wants_now(subject: S
     assert (await subject.row(endpoints, endpoint))["types"] == ["image.task.completed"]
 
 
-async def test_a_replay_that_ended_long_ago_is_forgotten(subject: Subject) -> None:
-    """Those that run, and those that ended since, stay."""
+async def test_a_replay_that_ended_long_ago_is_removed(subject: Subject) -> None:
+    """Running and recently ended replays stay."""
     endpoint = await subject.endpoint()
     old, new, running = [await started(subject, endpoint) for _ in range(3)]
     await subject.write(cancel_replays, (old, None))

@@ -1,4 +1,6 @@
-"""Signals: hints for those who wait, within a process and from others (a hint, never a promise)."""
+"""Signals: hints that wake waiting requests and workers, within a process and between processes. A
+hint is never a promise.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -13,8 +15,8 @@ from tests.contract.test_store_committer import outage_of
 from tests.waiting import wait_until
 
 
-async def test_everybody_who_listens_to_a_key_is_woken() -> None:
-    """All of them, and nobody who listens to another; who left is forgotten."""
+async def test_every_listener_of_a_key_is_woken() -> None:
+    """Listeners of other keys sleep on. The signals forget a listener that left."""
     signals = Signals()
     with signals.listen("task_1") as one, signals.listen("task_2") as other:
         with signals.listen("task_1") as two:
@@ -26,8 +28,8 @@ async def test_everybody_who_listens_to_a_key_is_woken() -> None:
     assert signals._waiting == {}
 
 
-async def test_a_wait_ends_with_its_time() -> None:
-    """False: nothing came; no time is no wait."""
+async def test_a_wait_ends_at_its_timeout() -> None:
+    """It returns False when no hint came. A timeout of 0 does not wait."""
     signals = Signals()
     with signals.listen("events") as heard:
         assert not await signals.wait(heard, 0.001)
@@ -37,7 +39,9 @@ async def test_a_wait_ends_with_its_time() -> None:
 
 
 async def test_a_stop_ends_every_wait() -> None:
-    """At once, and nobody begins a new one: whoever waits answers with what there is."""
+    """The waits end at once and no new one begins, so that each request answers with the current
+    state.
+    """
     signals = Signals()
     with signals.listen("events") as heard, signals.listen("task_1") as changed:
         waiting = [asyncio.ensure_future(signals.wait(event, 60)) for event in (heard, changed)]
@@ -48,18 +52,20 @@ async def test_a_stop_ends_every_wait() -> None:
     assert signals.stopping
 
 
-async def heard_of(one: Subject, other: Subject) -> bool:
-    """Whether the other process was told of work that this one makes."""
+async def hinted(one: Subject, other: Subject) -> bool:
+    """Whether the other process gets a hint of work that this process commits."""
     await one.queued()
     return {"submit"} in other.places.hints
 
 
-async def test_a_process_tells_the_others_what_it_committed(two: tuple[Subject, Subject]) -> None:
-    """NOTIFY on PostgreSQL: stages with work, tasks that changed, events; a process is not told
-    what it said itself.
+async def test_a_process_notifies_other_processes_of_its_commits(
+    two: tuple[Subject, Subject],
+) -> None:
+    """NOTIFY on PostgreSQL carries stages with work, changed tasks and new events. A process does
+    not hear its own notifications.
     """
     one, other = two
-    await wait_until(lambda: heard_of(one, other))
+    await wait_until(lambda: hinted(one, other))
     assert {"submit"} not in one.places.hints
     task_id = await one.uncertain()
     with (
@@ -71,26 +77,26 @@ async def test_a_process_tells_the_others_what_it_committed(two: tuple[Subject, 
         assert await other.store.signals.wait(written, 10)
 
 
-async def test_hints_come_again_after_the_server_was_away(
+async def test_hints_resume_after_an_outage_of_the_server(
     two: tuple[Subject, Subject],
     migrated_database: str,
     postgres_server: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Who listens connects anew, and takes it that anything may have happened meanwhile."""
+    """The listener connects again and assumes that anything may have changed meanwhile."""
     monkeypatch.setattr(postgres, "WATCH_AGAIN_S", 0.05)
     one, other = two
-    await wait_until(lambda: heard_of(one, other))
+    await wait_until(lambda: hinted(one, other))
     async with outage_of(postgres_server, migrated_database):
         other.places.hints.clear()
     await wait_until(lambda: None in other.places.hints)
-    await wait_until(lambda: heard_of(one, other))
+    await wait_until(lambda: hinted(one, other))
 
 
-async def test_a_hint_that_would_be_too_long_names_nothing(two: tuple[Subject, Subject]) -> None:
-    """Whoever hears it looks at everything."""
+async def test_a_hint_that_would_be_too_long_names_no_key(two: tuple[Subject, Subject]) -> None:
+    """The process that receives it looks at everything."""
     one, other = two
-    await wait_until(lambda: heard_of(one, other))
+    await wait_until(lambda: hinted(one, other))
     tasks = [new_id("task") for _ in range(250)]
     other.places.hints.clear()
 

@@ -1,4 +1,6 @@
-"""How far brokers have come in the outbox, and who publishes there (design, decisions 1 and 9)."""
+"""How far each broker has got in the outbox, and which process publishes to it
+(docs/brokers.md).
+"""
 
 from dataclasses import replace
 
@@ -35,8 +37,8 @@ async def behind(subject: Subject, *types: str) -> int | None:
     return (await subject.store.read(sinks_behind, {NAME: types}))[NAME]
 
 
-async def test_a_new_sink_begins_at_the_outboxs_end(subject: Subject) -> None:
-    """What was before it is not its; from then on it has a place of its own."""
+async def test_a_new_sink_starts_at_the_end_of_the_outbox(subject: Subject) -> None:
+    """It does not get earlier events. From then on, it has its own position."""
     assert await behind(subject) is None
     await subject.submitted()
     first = await held(subject)
@@ -45,28 +47,28 @@ async def test_a_new_sink_begins_at_the_outboxs_end(subject: Subject) -> None:
     assert (await held(subject)).position == first.position < await end(subject)
 
 
-async def test_a_sink_advances_as_far_as_was_confirmed(subject: Subject) -> None:
-    """The lag is the time of the oldest event, of the types it gets, that it lacks; none when it
-    has all.
-    """
+async def test_a_sink_advances_as_far_as_the_broker_confirmed(subject: Subject) -> None:
+    """The lag is the time of the oldest event of its types that the sink lacks, or None."""
     mine = await held(subject)
     await subject.submitted()
-    told = subject.clock.now
+    emitted_at = subject.clock.now
     subject.clock.shift(3 * SECOND)
     await subject.submitted()
     assert (
         await behind(subject),
         await behind(subject, "image.task.*"),
         await behind(subject, "callback.*"),
-    ) == (told, told, None)
+    ) == (emitted_at, emitted_at, None)
     assert await subject.write(advance_sinks, replace(mine, position=mine.position + 1))
-    assert await behind(subject) == told + 3 * SECOND
+    assert await behind(subject) == emitted_at + 3 * SECOND
     assert await subject.write(advance_sinks, replace(mine, position=await end(subject)))
     assert await behind(subject) is None
 
 
 async def test_one_process_at_a_time_has_a_sink(two: tuple[Subject, Subject]) -> None:
-    """Until its lease ends, 30 s after it was last renewed; what it says then counts no more."""
+    """Its lease ends 30 s after the last renewal. What it records under an expired lease does not
+    count.
+    """
     one, other = two
     first = await held(one)
     assert await hold(other) is None
@@ -84,16 +86,18 @@ async def test_one_process_at_a_time_has_a_sink(two: tuple[Subject, Subject]) ->
     assert (await held(one)).fence == second.fence + 1
 
 
-async def test_a_clock_that_went_back_keeps_no_sink(two: tuple[Subject, Subject]) -> None:
-    """A lease that ends later than any can counts as ended."""
+async def test_a_sink_is_free_after_the_clock_went_back(two: tuple[Subject, Subject]) -> None:
+    """A lease that ends later than the longest possible lease counts as expired."""
     one, other = two
     await held(one)
     one.clock.shift(-DAY)
     assert await hold(other) is not None
 
 
-async def test_a_store_that_proves_nobody_lives_frees_its_sinks(sqlite_opener: Opener) -> None:
-    """SQLite, at the start: the next process goes on at once."""
+async def test_opening_a_sqlite_store_frees_its_sinks(sqlite_opener: Opener) -> None:
+    """The file's lock proves that no other process uses the store. The next process goes on at
+    once.
+    """
     async with sqlite_opener() as store:
         first = await store.write(lease_sinks, NAME)
     async with sqlite_opener("two") as store:
@@ -103,8 +107,8 @@ async def test_a_store_that_proves_nobody_lives_frees_its_sinks(sqlite_opener: O
 
 
 async def test_events_stay_until_every_sink_has_them(subject: Subject) -> None:
-    """However old they are; a sink at which nobody has published for all that time keeps
-    nothing.
+    """This holds at any age. A sink without a publisher for the whole retention time keeps no
+    event.
     """
     mine = await held(subject)
     for _ in range(3):
