@@ -1,5 +1,5 @@
-"""A store put back from a backup: nothing is sent, numbered or paid a second time because of it
-(design decision 9).
+"""A store restored from a backup: no task is submitted twice, and no sequence is used twice
+(docs/backup.md).
 """
 
 import re
@@ -32,8 +32,8 @@ async def restored(subject: Subject, *, moved: bool = False) -> Restored:
 
 
 async def unproved(subject: Subject) -> list[str]:
-    """A task in each state in which nothing proves what became of its submission; the last is to be
-    sent again by hand.
+    """A task in each state in which nothing proves the outcome of its submission. The last one is
+    to be resubmitted by hand.
     """
     queued, sent, doubted = (
         await subject.queued(),
@@ -45,9 +45,11 @@ async def unproved(subject: Subject) -> list[str]:
     return [queued, sent, doubted, again]
 
 
-async def test_what_may_have_been_submitted_since_is_uncertain(subject: Subject) -> None:
-    """Also what was queued: it is not due before the time is up, and old enough by then that no
-    setting sends it again.
+async def test_a_task_that_may_have_been_submitted_since_the_backup_is_uncertain(
+    subject: Subject,
+) -> None:
+    """This includes queued tasks. They are due at the end of the time for proof, and by then too
+    old for any setting to resubmit them.
     """
     ids = await unproved(subject)
     assert (await restored(subject)).uncertain == 4
@@ -67,8 +69,10 @@ async def test_what_may_have_been_submitted_since_is_uncertain(subject: Subject)
     assert {lease.key for lease in await subject.claim("submit", 9)} == set(ids)
 
 
-async def test_an_uncertain_task_of_a_backup_is_not_sent_again_by_itself(subject: Subject) -> None:
-    """The worker's own rule, with DARKROOM_UNCERTAIN=resubmit: it decides, and the task fails as
+async def test_an_uncertain_task_of_a_backup_is_not_resubmitted_by_a_worker(
+    subject: Subject,
+) -> None:
+    """This holds also with DARKROOM_UNCERTAIN=resubmit. The worker decides, and the task fails with
     `submission_uncertain`.
     """
     task_id = await subject.queued()
@@ -76,9 +80,8 @@ async def test_an_uncertain_task_of_a_backup_is_not_sent_again_by_itself(subject
     subject.clock.shift(HOUR)
     row = await subject.store.read(task_queries.task_row, task_id, None)
     assert row is not None
-    resources: Any = SimpleNamespace(
-        store=SimpleNamespace(clock=lambda: subject.clock.now)
-    )  # all that the rule asks of a submitter
+    # The rule reads no other resource.
+    resources: Any = SimpleNamespace(store=SimpleNamespace(clock=lambda: subject.clock.now))
     submitter = SubmitWorker(
         resources, cast(Any, None), cast(Any, None), (1.0,), 60.0, 3600.0, "resubmit", 900.0
     )
@@ -88,15 +91,15 @@ async def test_an_uncertain_task_of_a_backup_is_not_sent_again_by_itself(subject
     assert (await subject.task(task_id))["error"]["code"] == "submission_uncertain"
 
 
-async def test_a_callback_or_a_late_answer_still_proves_a_restored_task(subject: Subject) -> None:
-    """What was submitted after the backup is found again as soon as the upstream tells of it."""
+async def test_a_late_submit_response_still_proves_a_restored_task(subject: Subject) -> None:
+    """A task that was submitted after the backup is found again through the upstream."""
     lease = await subject.submitting()
     await restored(subject)
     assert await subject.submission(lease, accepted(upstream_id(lease.key))) is State.SUBMITTED
 
 
-async def test_what_the_upstream_is_known_to_have_goes_on(subject: Subject) -> None:
-    """Submitted, storing and ended tasks are left as they are."""
+async def test_a_restored_task_with_an_upstream_id_goes_on(subject: Subject) -> None:
+    """Submitted, storing and ended tasks stay as they are."""
     submitted, storing, completed = (
         await subject.submitted(),
         await subject.storing("https://r.test/0"),
@@ -107,17 +110,19 @@ async def test_what_the_upstream_is_known_to_have_goes_on(subject: Subject) -> N
     assert [await subject.task(row["id"]) for row in before] == before
 
 
-async def test_a_store_that_moved_submits_what_waits(subject: Subject) -> None:
-    """Nobody served it after the backup: nothing is in doubt but what was."""
+async def test_a_store_that_moved_submits_its_queued_tasks(subject: Subject) -> None:
+    """No process served it after the backup, so only tasks that were uncertain before stay
+    uncertain.
+    """
     queued, doubted = await subject.queued(), await subject.uncertain()
     assert (await restored(subject, moved=True)).uncertain == 0
     assert [lease.key for lease in await subject.claim("submit", 9)] == [queued]
     assert await subject.state(doubted) is State.UNCERTAIN
 
 
-async def test_sequences_go_on_far_above(subject: Subject) -> None:
-    """Also when the same backup is restored a second time, after the first restoration told events
-    of its own.
+async def test_sequences_go_on_far_above_the_backups_last(subject: Subject) -> None:
+    """The same backup may be restored a second time, after the first restored store emitted
+    events.
     """
     await subject.submitted()
     (last,) = [row["value"] for row in await subject.rows(counters, name="events")]
@@ -130,16 +135,16 @@ async def test_sequences_go_on_far_above(subject: Subject) -> None:
     assert SEQUENCES == 10**9
 
 
-async def test_thousands_that_wait_are_all_marked(subject: Subject) -> None:
-    """More than one page of them."""
+async def test_thousands_of_queued_tasks_are_all_marked(subject: Subject) -> None:
+    """They fill more than one page."""
     wishes = [subject.wish() for _ in range(2 * PAGE + 1)]
     await subject.batch(insert_tasks, wishes)
     assert (await restored(subject)).uncertain == len(wishes)
     assert {await subject.state(wish.id) for wish in wishes[:: PAGE // 2]} == {State.UNCERTAIN}
 
 
-async def test_the_statements_for_postgresql_do_the_same(two: tuple[Subject, Subject]) -> None:
-    """Those of docs/backup.md, for a database that the server's own tools put back."""
+async def test_the_sql_statements_for_postgresql_do_the_same(two: tuple[Subject, Subject]) -> None:
+    """docs/backup.md has them, for a database that the server's own tools restored."""
     subject, _ = two
     ids = await unproved(subject)
     submitted = await subject.submitted()

@@ -1,6 +1,4 @@
-"""What goes and what stays: a task erased by its owner, and everything whose days are over
-(contract sections 2 and 3).
-"""
+"""Erasure of a task by its owner, and retention of everything by time (docs/retention.md)."""
 
 import json
 from collections.abc import Sequence
@@ -75,7 +73,7 @@ async def everything(subject: Subject) -> str:
 
 
 async def outbox(subject: Subject, before: int) -> tuple[int, int]:
-    """Removes old deliveries and events; how many of each."""
+    """Removes old deliveries and events. Returns how many of each."""
     last, counts = 0, [0, 0]
     while (page := await subject.store.read(old_events, last, before)) is not None:
         while gone := await subject.write(forget_deliveries, page.events):
@@ -93,7 +91,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def forgotten(subject: Subject) -> int:
-    """Up to where the outbox has holes, as a reader is told."""
+    """The last sequence before which the outbox may have gaps, as a reader learns it."""
     return (await subject.store.read(event_list, None, 0, 1))[2]
 
 
@@ -102,7 +100,7 @@ async def forgotten(subject: Subject) -> int:
 
 @pytest.mark.parametrize("state", ["queued", "submitting", "uncertain", "submitted", "storing"])
 async def test_a_task_that_has_not_ended_is_not_erased(subject: Subject, state: str) -> None:
-    """The refusal names its state; nothing is changed."""
+    """The refusal names the task's state. Nothing changes."""
     made = await (subject.storing(URL) if state == "storing" else getattr(subject, state)())
     task_id = made if isinstance(made, str) else made.key
     before = await everything(subject)
@@ -111,7 +109,7 @@ async def test_a_task_that_has_not_ended_is_not_erased(subject: Subject, state: 
 
 
 async def test_a_task_that_ends_in_the_same_transaction_is_not_erased(subject: Subject) -> None:
-    """Its event is not written yet: who asks again gets it."""
+    """Its event is not written yet. A second request erases it."""
     task_id = await subject.submitted()
 
     def both(tx: Transaction, ids: Sequence[str]) -> list[Erased]:
@@ -123,8 +121,8 @@ async def test_a_task_that_ends_in_the_same_transaction_is_not_erased(subject: S
     assert (await erase(subject, task_id)).refused is None
 
 
-async def test_anothers_task_is_missing(subject: Subject) -> None:
-    """As one that nobody has; an admin erases anybody's."""
+async def test_another_owners_task_is_missing(subject: Subject) -> None:
+    """The answer is the same as for an unknown id. An admin erases any task."""
     task_id = await subject.completed(**PRIVATE)
     assert (
         await erase(subject, task_id, "other")
@@ -135,9 +133,9 @@ async def test_anothers_task_is_missing(subject: Subject) -> None:
     assert (await erase(subject, task_id, None)).refused is None
 
 
-async def test_nothing_of_the_content_stays(subject: Subject) -> None:
-    """Wherever it was kept: task, events, callbacks, pictures, timeline, what subscribers
-    answered.
+async def test_an_erasure_removes_the_content_everywhere(subject: Subject) -> None:
+    """It removes it from the task, events, callbacks, images, timeline, and subscribers'
+    responses.
     """
     await subject.key(OWNER)
     endpoint = await subject.endpoint()
@@ -163,9 +161,9 @@ async def test_nothing_of_the_content_stays(subject: Subject) -> None:
     assert await subject.rows(steps, task_id=task_id) == []
 
 
-async def test_a_line_with_its_figures_stays(subject: Subject) -> None:
-    """Ids, owner, times, model, state, credits, and the code of an error; its message may quote the
-    prompt.
+async def test_an_erased_task_keeps_its_figures(subject: Subject) -> None:
+    """They are ids, owner, times, model, state, credits and the error's code. The error's message
+    may quote the prompt, so it goes.
     """
     task_id = await subject.submitted(**PRIVATE, idempotency_key="k", idempotency_hash="h")
     report = failed(task_id)
@@ -192,7 +190,6 @@ async def test_a_line_with_its_figures_stays(subject: Subject) -> None:
 
 
 async def test_erasing_again_changes_nothing(subject: Subject) -> None:
-    """Also a day later."""
     task_id = await subject.completed(**PRIVATE)
     assert len((await erase(subject, task_id)).blobs) == 1
     before = await everything(subject)
@@ -201,9 +198,9 @@ async def test_erasing_again_changes_nothing(subject: Subject) -> None:
     assert await everything(subject) == before
 
 
-async def test_an_erased_image_is_known_as_such(subject: Subject) -> None:
-    """Its row stays, with figures, so that its link can say so; the task lists it no more, and its
-    blob is nobody's.
+async def test_an_erased_image_keeps_a_row_with_its_figures(subject: Subject) -> None:
+    """Its link can then answer that it is erased. The task does not list it any more, and its blob
+    is an orphan.
     """
     task_id = await subject.completed(URL)
     (image,) = await subject.images(task_id)
@@ -217,10 +214,8 @@ async def test_an_erased_image_is_known_as_such(subject: Subject) -> None:
     assert await subject.store.read(orphans, [image["blob"]]) == [image["blob"]]
 
 
-async def test_the_events_of_an_erased_task_stay_in_their_places(subject: Subject) -> None:
-    """Whoever reads them later gets the shape of always: id, state and figures, and nothing of the
-    content.
-    """
+async def test_the_events_of_an_erased_task_keep_their_sequences(subject: Subject) -> None:
+    """A later reader gets the usual shape with id, state and figures, and without content."""
     task_id = await subject.completed(**PRIVATE)
     before = await subject.events(task_id)
     await erase(subject, task_id)
@@ -231,9 +226,9 @@ async def test_the_events_of_an_erased_task_stay_in_their_places(subject: Subjec
     assert await forgotten(subject) == 0
 
 
-async def test_pending_deliveries_go_out_without_content(subject: Subject) -> None:
-    """To endpoints; the one to the task's own callback_url is dead, as the address is erased
-    too.
+async def test_pending_deliveries_of_an_erased_task_have_no_content(subject: Subject) -> None:
+    """Endpoints get them. The delivery to the task's own callback_url is dead, because the URL is
+    erased too.
     """
     await subject.key(OWNER)
     await subject.endpoint()
@@ -250,8 +245,8 @@ async def test_pending_deliveries_go_out_without_content(subject: Subject) -> No
     assert await subject.attempt(lease, "delivered")
 
 
-async def test_an_attempt_under_way_while_its_task_is_erased_ends_well(subject: Subject) -> None:
-    """Its outcome is recorded; it is not tried again."""
+async def test_an_attempt_under_way_while_its_task_is_erased_is_recorded(subject: Subject) -> None:
+    """No retry follows."""
     await subject.key(OWNER)
     task_id = await subject.completed(**PRIVATE)
     (row,) = await subject.rows(deliveries, task_id=task_id)
@@ -263,7 +258,7 @@ async def test_an_attempt_under_way_while_its_task_is_erased_ends_well(subject: 
 
 
 async def test_callbacks_of_an_erased_task_are_counted_without_bodies(subject: Subject) -> None:
-    """Those that were there, those that come again and those that are new."""
+    """This holds for callbacks that were there, that come again, and that are new."""
     task_id = await subject.submitted()
     await subject.callback(task_id, completed(task_id, URL), b"first")
     await subject.settle(task_id, failed(task_id))
@@ -276,8 +271,8 @@ async def test_callbacks_of_an_erased_task_are_counted_without_bodies(subject: S
     assert sorted((row["count"], row["body"]) for row in rows) == [(1, b""), (2, b"")]
 
 
-async def test_late_proof_of_an_erased_task_is_worth_its_credits_alone(subject: Subject) -> None:
-    """Nothing is fetched, nobody is told: as after a cancel."""
+async def test_late_proof_of_an_erased_task_only_records_credits(subject: Subject) -> None:
+    """No image is downloaded and no event is emitted, as after a cancel."""
     task_id = await subject.submitted()
     subject.clock.shift(DAY)
     assert await subject.settle(task_id, None, expires_ms=DAY) is State.EXPIRED
@@ -296,10 +291,10 @@ async def test_late_proof_of_an_erased_task_is_worth_its_credits_alone(subject: 
     assert await subject.types(task_id) == before
 
 
-async def test_a_download_under_way_while_its_task_is_erased_counts_nothing(
+async def test_a_download_under_way_while_its_task_is_erased_records_nothing(
     subject: Subject,
 ) -> None:
-    """Of a late result; what it has put is nobody's."""
+    """It belongs to a late result. Its blob is an orphan."""
     task_id = await subject.submitted()
     subject.clock.shift(DAY)
     await subject.settle(task_id, None, expires_ms=DAY)
@@ -313,13 +308,11 @@ async def test_a_download_under_way_while_its_task_is_erased_counts_nothing(
     assert await subject.store.read(orphans, [name]) == [name]
 
 
-# --- by time ---
+# --- retention by time ---
 
 
-async def test_old_tasks_lose_their_content_and_keep_their_pictures(subject: Subject) -> None:
-    """Prompt, body, metadata, callbacks and timeline go; figures, images and whatever is younger
-    stay.
-    """
+async def test_old_tasks_lose_their_content_and_keep_their_images(subject: Subject) -> None:
+    """Prompt, body, metadata, callbacks and timeline go. Figures, images and younger tasks stay."""
     old = await subject.submitted(**PRIVATE)
     await subject.callback(old, completed(old, URL))
     await subject.settle(old, completed(old, URL))
@@ -349,12 +342,12 @@ async def test_old_tasks_lose_their_content_and_keep_their_pictures(subject: Sub
     assert (await subject.task(young))["metadata"] == {"a": "b"}
     assert await subject.rows(steps, task_id=young) != []
     assert await subject.write(strip_tasks, before) == 0
-    assert len((await erase(subject, old)).blobs) == 1  # by its owner, later
+    assert len((await erase(subject, old)).blobs) == 1  # the owner erases it later
 
 
-async def test_a_task_that_goes_on_keeps_its_content_however_old(subject: Subject) -> None:
-    """Not ended; ended but asked about still; its own callback to be sent; a late picture to be
-    fetched.
+async def test_a_task_with_work_to_do_keeps_its_content_at_any_age(subject: Subject) -> None:
+    """It has not ended, a query about it is due, its own callback is to be sent, or a late image is
+    to be downloaded.
     """
     await subject.key(OWNER)
     await subject.queued()
@@ -376,7 +369,7 @@ async def test_a_task_that_goes_on_keeps_its_content_however_old(subject: Subjec
 async def test_old_tasks_go_the_oldest_first(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So many in a transaction, until none is left."""
+    """Each transaction takes a limited number until none is left."""
     monkeypatch.setattr(expiry, "TASKS", 2)
     made = []
     for _ in range(3):
@@ -388,10 +381,10 @@ async def test_old_tasks_go_the_oldest_first(
     assert [await subject.write(strip_tasks, subject.clock.now) for _ in range(2)] == [1, 0]
 
 
-async def test_what_is_old_is_so_by_the_databases_clock(
+async def test_age_is_measured_by_the_databases_clock(
     migrated_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine whose own clock was set forward by 30 days removes nothing for that."""
+    """A machine whose own clock is 30 days ahead removes nothing because of that."""
     monkeypatch.setattr("service.db.postgres.wall_clock", lambda: wall_clock() + 30 * DAY)
     async with open_postgres(migrated_database, process="ahead", new_id=new_id) as store:
         assert abs(store.clock() - wall_clock()) < DAY
@@ -401,7 +394,7 @@ async def test_what_is_old_is_so_by_the_databases_clock(
 
 
 async def test_old_events_go_with_their_deliveries_and_attempts(subject: Subject) -> None:
-    """Delivered or dead; younger ones stay; a task cannot end twice for it."""
+    """Their deliveries are delivered or dead. Younger events stay."""
     endpoint = await subject.endpoint()
     old = await subject.completed()
     for lease in await subject.claim("deliver", 9):
@@ -421,8 +414,8 @@ async def test_old_events_go_with_their_deliveries_and_attempts(subject: Subject
 
 
 async def test_an_event_whose_delivery_is_pending_stays(subject: Subject) -> None:
-    """With all its deliveries, however old, also while its endpoint is paused; other events go, and
-    readers are told.
+    """All its deliveries stay too, at any age, also while the endpoint is paused. Other events go,
+    and readers learn of the gap.
     """
     endpoint = await subject.endpoint(types=["image.task.completed"])
     other = await subject.endpoint(types=["image.task.completed"])
@@ -442,21 +435,21 @@ async def test_an_event_whose_delivery_is_pending_stays(subject: Subject) -> Non
 
 
 def hold(tx: Transaction, ids: Sequence[str]) -> list[None]:
-    """A paused endpoint's delivery: pending, not due."""
+    """Puts a delivery on hold, as for a paused endpoint: pending and not due."""
     for id in ids:
         tx.change(deliveries, id, {"due_at": None, "lease_until": None})
     return [None] * len(ids)
 
 
-def again(tx: Transaction, ids: Sequence[str]) -> list[None]:
-    """A delivery that had its end is tried once more."""
+def retried(tx: Transaction, ids: Sequence[str]) -> list[None]:
+    """Makes a finished delivery pending again."""
     for id in ids:
         tx.change(deliveries, id, {"state": "pending", "due_at": tx.now})
     return [None] * len(ids)
 
 
-async def test_what_is_taken_up_again_before_it_goes_stays(subject: Subject) -> None:
-    """A delivery that is pending again when its batch comes, and its event with it."""
+async def test_a_delivery_that_is_pending_again_stays_with_its_event(subject: Subject) -> None:
+    """It became pending between the read of the old events and its removal."""
     await subject.endpoint(types=["image.task.completed"])
     await subject.completed()
     (row,) = await subject.rows(deliveries)
@@ -464,15 +457,15 @@ async def test_what_is_taken_up_again_before_it_goes_stays(subject: Subject) -> 
     page = await subject.store.read(old_events, 0, subject.clock.now)
     assert page is not None
     assert len(page.events) == 2
-    await subject.write(again, row["id"])
+    await subject.write(retried, row["id"])
     assert await subject.write(forget_deliveries, page.events) == 0
     assert await subject.write(forget_events, page.events) == 1
     kept = {event["id"] for event in await subject.events()}
     assert kept & set(page.events) == {row["event_id"]}
 
 
-async def test_deliveries_go_in_batches(subject: Subject) -> None:
-    """Of one event as well: it goes after the last of them."""
+async def test_deliveries_of_one_event_go_in_batches(subject: Subject) -> None:
+    """The event goes after the last of them."""
     for _ in range(5):
         await subject.endpoint(types=["image.task.submitted"])
     await subject.submitted()
@@ -487,10 +480,7 @@ async def test_deliveries_go_in_batches(subject: Subject) -> None:
     assert await subject.write(forget_events, page.events) == 1
 
 
-async def test_no_more_replays_go_at_once_than_fit(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All of them in the end."""
+async def test_replays_go_in_batches(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expiry, "REPLAYS", 7)
     for _ in range(9):
         await subject.replay()
@@ -504,9 +494,9 @@ async def test_no_more_replays_go_at_once_than_fit(
     assert counts == [7, 2, 0]
 
 
-async def test_a_reader_is_told_what_is_no_longer_kept_and_gets_past_it(subject: Subject) -> None:
-    """The last place that was emptied never goes back; `next_after` is never before it, also when
-    nothing is left.
+async def test_a_reader_learns_of_removed_events_and_gets_past_them(subject: Subject) -> None:
+    """The last removed sequence never goes back. `next_after` is never below it, also when no event
+    is left.
     """
     await subject.completed()
     assert await subject.store.read(old_events, 0, subject.clock.now) == OldEvents(
@@ -522,7 +512,9 @@ async def test_a_reader_is_told_what_is_no_longer_kept_and_gets_past_it(subject:
 
 
 async def test_old_images_are_erased_and_their_blobs_named_once(subject: Subject) -> None:
-    """By the time they were stored, the oldest first, of tasks that have ended."""
+    """They go by the time at which they were stored, the oldest first, and only of tasks that have
+    ended.
+    """
     one = await subject.completed(URL, "https://r.test/1")
     before = subject.clock.now
     subject.clock.shift(1)
@@ -536,12 +528,11 @@ async def test_old_images_are_erased_and_their_blobs_named_once(subject: Subject
     assert {row["state"] for row in await subject.images(one)} == {"erased"}
     assert (await subject.task(one))["erased_at"] is None
     assert len(await subject.write(forget_images, subject.clock.now)) == 1, (
-        "the task that goes on keeps its own"
+        "the task that has not ended keeps its image"
     )
 
 
-async def test_what_is_old_is_found_by_an_index(sqlite_opener: Opener) -> None:
-    """However many rows have been dealt with."""
+async def test_an_index_finds_old_rows(sqlite_opener: Opener) -> None:
     async with sqlite_opener() as store:
 
         def plans(connection: Connection) -> list[str]:

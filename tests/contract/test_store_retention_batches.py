@@ -1,6 +1,4 @@
-"""A pass of retention takes several transactions, and a later pass makes up for the ones that never
-came.
-"""
+"""A retention pass takes several transactions. A later pass completes one that died in between."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -18,19 +16,19 @@ from service.upkeep import expiry, retention
 from service.upkeep.retention import Retention, erase
 from tests.contract.subject import DAY, OWNER, Opener, Subject, failed, new_id
 
-GATHERED = (callbacks, steps, attempts, deliveries, events)
+GROWING = (callbacks, steps, attempts, deliveries, events)
 
 
-def gathered(connection: Connection) -> dict[str, int]:
-    """How many rows each table has that grows with a task."""
+def row_counts(connection: Connection) -> dict[str, int]:
+    """The number of rows in each table that grows with a task."""
     return {
         table.name: connection.execute(select(func.count()).select_from(table)).scalar_one()
-        for table in GATHERED
+        for table in GROWING
     }
 
 
 class Mortal:
-    """A store that counts its transactions, and fails after as many as a test says."""
+    """A store that counts its transactions and fails after a set number of them."""
 
     def __init__(self, store: Store, last: int = 1000) -> None:
         self.store, self.left, self.count = store, last, 0
@@ -64,8 +62,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def deliver(tx: Transaction, items: Sequence[tuple[str, str, int]]) -> list[None]:
-    """Finished deliveries of a task's event with what subscribers answered, and lines of the
-    timeline: so many of each.
+    """Inserts finished deliveries of a task's event with the subscribers' responses, and steps of
+    its timeline.
     """
     for task_id, event_id, count in items:
         for _ in range(count):
@@ -91,10 +89,8 @@ def deliver(tx: Transaction, items: Sequence[tuple[str, str, int]]) -> list[None
     return [None] * len(items)
 
 
-async def laden(subject: Subject, count: int = 10) -> str:
-    """A task with as many callbacks as there may be, events with all that was asked for, and
-    tenfold attempts at each delivery.
-    """
+async def large_task(subject: Subject, count: int = 10) -> str:
+    """A task with 20 callbacks, large events, and several attempts at each delivery."""
     task_id = await subject.submitted(
         request={"note": "x" * 900}, body=b"b" * 900, prompt="a private lighthouse"
     )
@@ -106,9 +102,9 @@ async def laden(subject: Subject, count: int = 10) -> str:
     return task_id
 
 
-async def test_all_that_a_task_has_gathered_goes(subject: Subject) -> None:
-    """In several transactions; nothing is left but the line."""
-    task_id = await laden(subject)
+async def test_a_pass_removes_all_rows_of_an_old_task(subject: Subject) -> None:
+    """It takes several transactions. Only the task's row stays."""
+    task_id = await large_task(subject)
     subject.clock.shift(31 * DAY)
     store = Mortal(subject.store)
     assert await store.job(subject.clock.now).apply() == {
@@ -118,20 +114,20 @@ async def test_all_that_a_task_has_gathered_goes(subject: Subject) -> None:
         "images": 0,
     }
     assert store.count >= 20 // expiry.DELIVERIES
-    assert set((await subject.store.read(gathered)).values()) == {0}
+    assert set((await subject.store.read(row_counts)).values()) == {0}
     task = await subject.task(task_id)
     assert (task["request"], task["body"], task["prompt"]) == ({}, b"", None)
     assert task["erased_at"] == subject.clock.now
 
 
 @pytest.mark.parametrize("survived", range(1, 12, 3))
-async def test_a_pass_that_dies_between_two_transactions_is_made_up_for(
+async def test_the_next_pass_completes_a_pass_that_died(
     opener: Opener, clock: Any, survived: int
 ) -> None:
-    """Whatever is left of a task then is found by the next one, also by another process."""
+    """The next pass may run in another process."""
     async with opener() as store:
         subject = Subject(store, clock)
-        first, second = await laden(subject, 6), await laden(subject, 6)
+        first, second = await large_task(subject, 6), await large_task(subject, 6)
         clock.shift(31 * DAY)
         with pytest.raises(StoreUnavailable):
             await Mortal(store, last=survived).job(clock.now).apply()
@@ -139,14 +135,14 @@ async def test_a_pass_that_dies_between_two_transactions_is_made_up_for(
     async with opener("two") as store:
         subject = Subject(store, clock)
         await Mortal(store).job(clock.now).apply()
-        assert set((await store.read(gathered)).values()) == {0}
+        assert set((await store.read(row_counts)).values()) == {0}
         for task_id in (first, second):
             assert (await subject.task(task_id))["erased_at"] == clock.now
 
 
-async def test_all_that_a_task_has_gathered_is_erased_at_once(subject: Subject) -> None:
-    """The answer comes after the commit: nothing of the content is left then."""
-    task_id = await laden(subject)
+async def test_an_erasure_removes_all_content_in_one_transaction(subject: Subject) -> None:
+    """The response comes after the commit, when no content is left."""
+    task_id = await large_task(subject)
     store = Mortal(subject.store)
     assert await erase(store.resources, task_id, OWNER) is None
     assert store.count == 1
@@ -158,7 +154,7 @@ async def test_all_that_a_task_has_gathered_is_erased_at_once(subject: Subject) 
         subject.clock.now,
     )
     assert {row["body"] for row in await subject.rows(callbacks)} == {b""}
-    assert len(await subject.rows(callbacks)) == 20, "as counted"
+    assert len(await subject.rows(callbacks)) == 20, "the rows stay for their counts"
     assert {row["answer"] for row in await subject.rows(attempts)} == {None}
     assert await subject.rows(steps) == []
     assert {str(event["data"]["request"]) for event in await subject.events(task_id)} == {"{}"}
@@ -167,12 +163,12 @@ async def test_all_that_a_task_has_gathered_is_erased_at_once(subject: Subject) 
 async def test_an_erasure_that_dies_before_its_commit_changes_nothing(
     opener: Opener, clock: Any
 ) -> None:
-    """Its client had no answer. It may ask again, and if it never does, the task goes when its days
-    are over.
+    """The client got no response and may ask again. If it does not, retention removes the content
+    at the end of its time.
     """
     async with opener() as store:
         subject = Subject(store, clock)
-        first, second = await laden(subject, 3), await laden(subject, 3)
+        first, second = await large_task(subject, 3), await large_task(subject, 3)
         for task_id in (first, second):
             with pytest.raises(StoreUnavailable):
                 await erase(Mortal(store, last=0).resources, task_id, OWNER)

@@ -1,5 +1,5 @@
-"""The schema: brought up to date under a lock, refused when newer or not ours; one process alone on
-SQLite (decisions 2, 4).
+"""The schema: migrated under a lock, and refused when it is newer or not Darkroom's. On SQLite, one
+process uses the file alone (docs/operations.md, docs/backup.md).
 """
 
 import asyncio
@@ -24,7 +24,9 @@ from tests.stores import open_postgres, open_sqlite
 
 
 class Database:
-    """An empty database of one kind: opened by the store, and by others behind its back."""
+    """An empty database of one backend. The store opens it, and statements can run outside the
+    store.
+    """
 
     def __init__(self, place: str | Path) -> None:
         self.place = place
@@ -59,9 +61,9 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
     )
 
 
-async def test_the_migrated_schema_is_the_one_the_code_knows(subject: Subject) -> None:
-    """Tables, columns, types, constraints and indexes: the migrations and the metadata say the same
-    in both dialects.
+async def test_the_migrated_schema_equals_the_metadata(subject: Subject) -> None:
+    """In both dialects, the migrations and the metadata have the same tables, columns, types,
+    constraints and indexes.
     """
 
     def compare(connection: Connection) -> list[Any]:
@@ -75,18 +77,15 @@ async def test_the_migrated_schema_is_the_one_the_code_knows(subject: Subject) -
     )
 
 
-async def test_whatever_belongs_to_somebody_has_its_owner() -> None:
-    """From the first migration on."""
+async def test_every_table_with_an_owners_data_has_an_owner_column() -> None:
     without = {name for name, table in metadata.tables.items() if "owner" not in table.c}
     assert without == {"owners", "counters", "sinks", "attempts", "steps"}, (
-        "attempts and steps are reached through what they belong to"
+        "attempts belong to a delivery and steps to a task"
     )
 
 
-async def test_an_empty_database_is_migrated_and_found_again(database: Database) -> None:
-    """By itself, folder included; what was written is there after the next opening, and needs no
-    migration then.
-    """
+async def test_an_empty_database_is_migrated_and_can_be_opened_again(database: Database) -> None:
+    """The store creates the folder too. The next opening finds the rows and needs no migration."""
     async with database.open() as store:
         task_id = await Subject(store, Clock()).queued()
     async with database.open(migrate=False) as store:
@@ -94,14 +93,14 @@ async def test_an_empty_database_is_migrated_and_found_again(database: Database)
 
 
 async def test_an_empty_database_is_refused_when_migrating_is_off(database: Database) -> None:
-    """`DARKROOM_MIGRATE=off`: one line that says what to do, and nothing made."""
+    """`DARKROOM_MIGRATE=off`: one line says what to do, and nothing is created."""
     await database.refused("schema is empty.*run `darkroom migrate`", migrate=False)
     async with database.open() as store:
         assert await Subject(store, Clock()).events() == []
 
 
 async def test_a_newer_schema_is_refused(database: Database) -> None:
-    """An older program must not touch it, migrating or not."""
+    """An older program must not touch it, whether it migrates or not."""
     async with database.open():
         pass
     await database.execute("UPDATE alembic_version SET version_num = '9999'")
@@ -110,7 +109,7 @@ async def test_a_newer_schema_is_refused(database: Database) -> None:
 
 
 async def test_a_database_with_foreign_tables_is_refused_and_left_alone(database: Database) -> None:
-    """It is somebody else's: nothing is added to it."""
+    """The database belongs to another program, so the store adds nothing to it."""
     if isinstance(database.place, Path):
         database.place.parent.mkdir()
     await database.execute("CREATE TABLE customers (name text)")
@@ -122,8 +121,8 @@ async def test_a_database_with_foreign_tables_is_refused_and_left_alone(database
         assert await store.read(lambda connection: "tasks" in inspect(connection).get_table_names())
 
 
-async def test_two_processes_that_start_together_migrate_once(postgres_url: str) -> None:
-    """Under a lock: the second finds it done."""
+async def test_processes_that_start_together_migrate_once(postgres_url: str) -> None:
+    """The first one migrates under a lock, and the rest find it done."""
     database = Database(postgres_url)
 
     async def start() -> int:
@@ -133,10 +132,8 @@ async def test_two_processes_that_start_together_migrate_once(postgres_url: str)
     assert list(await asyncio.gather(start(), start(), start())) == [4, 4, 4]
 
 
-async def test_a_held_sqlite_store_is_refused_to_a_second(sqlite_opener: Opener) -> None:
-    """One process alone, whoever asks; free as soon as it is closed, also after a failed
-    opening.
-    """
+async def test_a_second_process_cannot_open_a_sqlite_store(sqlite_opener: Opener) -> None:
+    """The file is free again as soon as it is closed, also after a failed opening."""
     async with sqlite_opener("first"):
         for _ in range(2):
             with pytest.raises(ConfigurationError, match="another darkroom process uses"):
@@ -147,7 +144,7 @@ async def test_a_held_sqlite_store_is_refused_to_a_second(sqlite_opener: Opener)
 
 
 async def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path) -> None:
-    """One line; not a byte of it changed, and its lock freed."""
+    """The refusal is one line. No byte of the file changes, and its lock is free again."""
     path = tmp_path / "darkroom.db"
     path.write_bytes(b"no database at all, but long enough to look at it twice" * 100)
     before = path.read_bytes()
@@ -156,15 +153,15 @@ async def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path)
     assert path.read_bytes() == before
 
 
-async def test_a_server_that_is_not_there_is_refused_in_one_line(tmp_path: Path) -> None:
-    """No socket at that address."""
+async def test_a_missing_server_is_reported_in_one_line(tmp_path: Path) -> None:
+    """No socket exists at that address."""
     await Database(f"postgresql:///darkroom?host={tmp_path}&user=nobody").refused(
         "DARKROOM_DATABASE_URL: PostgreSQL cannot be used"
     )
 
 
-async def test_a_database_that_is_not_there_is_refused_in_one_line(postgres_server: str) -> None:
-    """The server is there and says no."""
+async def test_a_missing_database_is_reported_in_one_line(postgres_server: str) -> None:
+    """The server answers that it has no such database."""
     await Database(postgres_server.replace("/postgres?", "/nowhere?")).refused(
         "DARKROOM_DATABASE_URL: PostgreSQL cannot be used"
     )
@@ -172,7 +169,7 @@ async def test_a_database_that_is_not_there_is_refused_in_one_line(postgres_serv
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+asyncpg"])
 def test_every_common_form_of_the_url_is_understood(scheme: str) -> None:
-    """The driver is ours to choose."""
+    """The scheme does not choose the driver."""
     assert dsns(f"{scheme}://user:p%40ss@db.test:5432/darkroom") == [
         "postgresql://user:p%40ss@db.test:5432/darkroom"
     ]
@@ -184,9 +181,9 @@ def test_every_common_form_of_the_url_is_understood(scheme: str) -> None:
     ]
 
 
-def test_no_migration_takes_away_what_the_version_before_it_uses() -> None:
-    """Its processes run beside the new ones during an upgrade: not a column, and not an index
-    either (decision 21).
+def test_no_migration_drops_anything() -> None:
+    """During an upgrade, processes of the previous version still use its columns and indexes
+    (docs/decisions/0021-migrations-only-expand.md).
     """
     for path in Path(versions.__path__[0]).glob("0*.py"):
         assert "op.drop_" not in path.read_text(), path

@@ -1,5 +1,5 @@
-"""Settling: the upstream's word is recorded once (design, decision 6); cancelling; no move outside
-the contract's table.
+"""Settling: the store records the upstream's report once. Cancelling, and moves outside the table
+of states (docs/concepts.md, "States of a task").
 """
 
 import asyncio
@@ -38,8 +38,8 @@ from tests.contract.subject import (
 URL, OTHER = "https://r.test/0", "https://r.test/1"
 
 
-async def test_a_completed_task_is_stored_before_it_is_completed(subject: Subject) -> None:
-    """`completed` means that every result is stored: the query's word alone makes it `storing`,
+async def test_a_completed_report_makes_the_task_storing(subject: Subject) -> None:
+    """`completed` means that every result is stored. A query alone only makes the task `storing`,
     without an event.
     """
     task_id = await subject.submitted()
@@ -84,8 +84,8 @@ async def test_a_completed_task_is_stored_before_it_is_completed(subject: Subjec
 async def test_an_end_without_results(
     subject: Subject, report: Report, state: State, code: str, type: str
 ) -> None:
-    """Each final answer ends the task as the contract says, with the upstream's error or one of
-    ours, in one event.
+    """Each final report without results ends the task with one event, with the upstream's error or
+    one of ours.
     """
     task_id = await subject.submitted()
     assert await subject.settle(task_id, report) is state
@@ -95,14 +95,13 @@ async def test_an_end_without_results(
         subject.clock.now,
         None,
     )
-    assert task["settled_digest"] == (
-        None if state is State.EXPIRED else digest(report)
-    )  # to `expired` proof may still come
+    # Proof may still arrive for an expired task.
+    assert task["settled_digest"] == (None if state is State.EXPIRED else digest(report))
     assert await subject.types(task_id) == ["image.task.submitted", f"image.task.{type}"]
 
 
-async def test_a_running_task_is_asked_again(subject: Subject) -> None:
-    """Not final: progress is shown, usage kept, and the next question is due after the wait."""
+async def test_a_task_that_is_processing_is_queried_again(subject: Subject) -> None:
+    """The store keeps its progress and usage. The next query is due after the wait."""
     task_id = await subject.submitted()
     assert (
         await subject.settle(task_id, processing(task_id, progress=30, estimated_time=20))
@@ -118,10 +117,10 @@ async def test_a_running_task_is_asked_again(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("report", [None, Report(status=None)])
-async def test_no_answer_and_an_undocumented_one_change_nothing(
+async def test_no_response_and_an_undocumented_status_change_nothing(
     subject: Subject, report: Report | None
 ) -> None:
-    """Asked again after the wait; the attempts are counted for the plan."""
+    """The next query is due after the wait. The attempts count for the schedule."""
     task_id = await subject.submitted()
     for attempts in (1, 2, 3):
         lease = await subject.asking(task_id)
@@ -131,13 +130,15 @@ async def test_no_answer_and_an_undocumented_one_change_nothing(
 
 
 async def test_an_unknown_task_expires_only_when_it_is_old(subject: Subject) -> None:
-    """404 is asked again; `expired` only after the time for which the upstream keeps a task."""
+    """A 404 is followed by another query. The task expires only after the upstream's retention
+    time.
+    """
     task_id = await subject.submitted()
     assert await subject.settle(task_id, None, expires_ms=HOUR) is State.SUBMITTED
     subject.clock.now = (await subject.task(task_id))["submitted_at"] + HOUR - 1
     assert await subject.settle(task_id, None, expires_ms=HOUR) is State.SUBMITTED
     assert await subject.settle(task_id, None) is State.SUBMITTED, (
-        "no answer proves nothing, however old the task is"
+        "a query without a response proves nothing, at any age of the task"
     )
     assert await subject.settle(task_id, None, expires_ms=HOUR) is State.EXPIRED
     assert (await subject.task(task_id))["error"]["code"] == "expired"
@@ -145,15 +146,15 @@ async def test_an_unknown_task_expires_only_when_it_is_old(subject: Subject) -> 
 
 
 async def test_a_task_that_is_storing_does_not_expire(subject: Subject) -> None:
-    """Its results are known; `storing` may not become `expired`."""
+    """Its results are known, and `storing` may not become `expired`."""
     task_id = await subject.storing(URL)
     lease = await subject.requeued("settle", task_id)
     subject.clock.shift(2 * DAY)
     assert await subject.settle(task_id, None, expires_ms=HOUR, lease=lease) is State.STORING
 
 
-async def test_an_answer_under_an_ended_lease_changes_nothing(subject: Subject) -> None:
-    """The fence: after the lease went elsewhere only the new holder's answer counts."""
+async def test_an_answer_under_an_expired_lease_changes_nothing(subject: Subject) -> None:
+    """After another worker claims the task, the fence lets only that worker's answer count."""
     task_id = await subject.submitted()
     late = await subject.asking(task_id)
     subject.clock.shift(LEASE)
@@ -164,16 +165,20 @@ async def test_an_answer_under_an_ended_lease_changes_nothing(subject: Subject) 
     assert await subject.settle(task_id, completed(task_id, URL), lease=holder) is State.STORING
 
 
-async def test_an_answer_under_a_lease_that_nobody_took_still_counts(subject: Subject) -> None:
-    """The fence decides, not the clock: an answer a little late is better than asking again."""
+async def test_an_answer_under_an_expired_lease_that_no_worker_claimed_counts(
+    subject: Subject,
+) -> None:
+    """The fence decides, not the clock. A late answer saves another query."""
     task_id = await subject.submitted()
     lease = await subject.asking(task_id)
     subject.clock.shift(LEASE + SECOND)
     assert await subject.settle(task_id, failed(task_id), lease=lease) is State.FAILED
 
 
-async def test_what_is_settled_stands(subject: Subject) -> None:
-    """After the end only credits are recorded; no state, no event, no further question."""
+async def test_a_settled_outcome_stands(subject: Subject) -> None:
+    """After the end, a report only records credits. It changes no state, emits no event and makes
+    no query due.
+    """
     task_id = await subject.completed(URL)
     lease = await subject.requeued("settle", task_id)
     report = replace(failed(task_id), credits_used=500_000)
@@ -186,23 +191,22 @@ async def test_what_is_settled_stands(subject: Subject) -> None:
     assert (await subject.task(task_id))["settle_due_at"] is None
 
 
-@pytest.mark.parametrize("word", ["resource_not_found", "no results", "failed", "cancelled"])
-async def test_links_that_are_known_outlive_the_task_at_the_upstream(
-    subject: Subject, word: str
-) -> None:
-    """What is settled stands: what is storing goes on with the links it has, and ends by what
-    becomes of them.
+@pytest.mark.parametrize("answer", ["resource_not_found", "no results", "failed", "cancelled"])
+async def test_known_links_outlive_the_task_at_the_upstream(subject: Subject, answer: str) -> None:
+    """The settled outcome stands. A storing task goes on with its links and ends by the outcome of
+    its downloads.
     """
     for outcome, end in [(stored, State.COMPLETED), (None, State.FAILED)]:
         task_id = await subject.storing(URL, OTHER)
         first = (await subject.images(task_id))[0]
         assert await subject.download(first, Retry("answered 404", SECOND, stale=True)) == "pending"
         before = await subject.task(task_id)
-        words = {
+        reports = {
             "no results": Report(status=Status.COMPLETED),
             "cancelled": Report(status=Status.CANCELLED),
         }
-        report = words.get(word) or failed(task_id, "service_error" if word == "failed" else word)
+        code = "service_error" if answer == "failed" else answer
+        report = reports.get(answer) or failed(task_id, code)
         assert await subject.settle(task_id, report) is State.STORING
         task = await subject.task(task_id)
         assert (task["settled_digest"], task["upstream_status"], task["settle_due_at"]) == (
@@ -216,26 +220,25 @@ async def test_links_that_are_known_outlive_the_task_at_the_upstream(
         assert await subject.state(task_id) is end
 
 
-async def test_a_callback_during_a_question_gets_it_asked_again(subject: Subject) -> None:
-    """The answer was given before the callback was: it is recorded, and the upstream is asked once
-    more at once.
+async def test_a_callback_during_a_query_makes_another_query_due(subject: Subject) -> None:
+    """The answer may be older than the callback. It is recorded, and another query is due at
+    once.
     """
     task_id = await subject.submitted()
     lease = await subject.asking(task_id)
     asked = (await subject.task(task_id))["settle_requests"]
     await subject.callback(task_id, completed(task_id, URL))
-    assert await subject.claim("settle") == [], "somebody is asking already"
+    assert await subject.claim("settle") == [], "a worker has the task already"
     settlement = Settlement(lease, processing(task_id), asked, ASK_AGAIN, DAY)
     assert await subject.write(record_settlements, settlement) is State.SUBMITTED
     assert (await subject.task(task_id))["settle_due_at"] == subject.clock.now
     (again,) = await subject.claim("settle")
-    assert (again.key, again.attempts) == (task_id, 1), "the schedule begins anew"
+    assert (again.key, again.attempts) == (task_id, 1), "the schedule starts anew"
 
 
-async def test_a_callback_during_a_question_that_ends_the_task_asks_no_more(
+async def test_a_callback_during_a_query_that_ends_the_task_makes_no_query_due(
     subject: Subject,
 ) -> None:
-    """There is nothing left to ask about."""
     task_id = await subject.submitted()
     lease = await subject.asking(task_id)
     asked = (await subject.task(task_id))["settle_requests"]
@@ -249,8 +252,8 @@ async def test_a_callback_during_a_question_that_ends_the_task_asks_no_more(
     assert (await subject.task(task_id))["settle_due_at"] is None
 
 
-async def test_settling_and_submitting_are_leased_apart(subject: Subject) -> None:
-    """A callback never waits for a submission: a task whose submit call still runs is settled to
+async def test_settling_and_submitting_have_separate_leases(subject: Subject) -> None:
+    """A callback never waits for a submission. A task whose submit call still runs is settled to
     its end.
     """
     lease = await subject.submitting()
@@ -261,7 +264,7 @@ async def test_settling_and_submitting_are_leased_apart(subject: Subject) -> Non
 
 
 async def test_a_query_proves_an_uncertain_task(subject: Subject) -> None:
-    """Once the id is known by hand or by a callback, the answer itself submits it."""
+    """A callback or an operator gave the id. The answer to the query makes the task submitted."""
     task_id = await subject.uncertain()
 
     def bind(tx: Transaction, ids: Sequence[str]) -> list[None]:
@@ -281,8 +284,8 @@ async def test_a_query_proves_an_uncertain_task(subject: Subject) -> None:
     assert await subject.types(task_id) == ["image.task.submitted"]
 
 
-async def test_progress_and_usage_are_never_taken_back(subject: Subject) -> None:
-    """A report that says less than is known changes nothing."""
+async def test_progress_and_usage_never_go_back(subject: Subject) -> None:
+    """A report that says less than the row changes nothing."""
     task_id = await subject.submitted()
     full = processing(
         task_id,
@@ -303,9 +306,9 @@ async def test_progress_and_usage_are_never_taken_back(subject: Subject) -> None
     assert (task["user_group"], task["can_cancel"]) == ("vip", False)
 
 
-async def test_a_cancel_ends_a_task_in_every_state_before_its_end(subject: Subject) -> None:
-    """Local: we stop waiting; no download and no submission is due any more, and no question but
-    for the charge.
+async def test_a_cancel_ends_a_task_in_every_state_that_is_not_terminal(subject: Subject) -> None:
+    """The cancel is local: no download and no submission is due any more. Only a query for the
+    charge is.
     """
     lease = await subject.submitting()
     waiting = [
@@ -330,9 +333,9 @@ async def test_a_cancel_ends_a_task_in_every_state_before_its_end(subject: Subje
     assert [lease.key for lease in await subject.claim("reconcile", 9)] == [waiting[3]]
 
 
-async def test_a_cancelled_task_is_asked_about_until_its_charge_is_known(subject: Subject) -> None:
-    """Charges are still recorded: asked on by the plan while the upstream works, until it has ended
-    or no longer knows the task.
+async def test_a_cancelled_task_is_queried_until_its_charge_is_known(subject: Subject) -> None:
+    """The queries follow the schedule until the upstream has ended the task or does not know it any
+    more.
     """
     task_id = await subject.submitted()
     await subject.cancel(task_id)
@@ -351,15 +354,17 @@ async def test_a_cancelled_task_is_asked_about_until_its_charge_is_known(subject
     forgotten = await subject.submitted()
     await subject.cancel(forgotten)
     assert await subject.settle(forgotten, None, expires_ms=DAY) is State.CANCELLED
-    assert (await subject.task(forgotten))["settle_due_at"] is not None, "a 404 is asked again"
+    assert (await subject.task(forgotten))["settle_due_at"] is not None, (
+        "a 404 is followed by another query"
+    )
     subject.clock.shift(DAY)
     assert await subject.settle(forgotten, None, expires_ms=DAY) is State.CANCELLED
     assert (await subject.task(forgotten))["settle_due_at"] is None
 
 
-async def test_a_cancel_says_why_it_cannot(subject: Subject) -> None:
-    """Terminal: the state that was there first; missing, or somebody else's: as if it were not
-    there.
+async def test_a_refused_cancel_names_the_reason(subject: Subject) -> None:
+    """For a terminal task, it is the state. For a missing task and another owner's task, it is
+    `missing`.
     """
     task_id, other = await subject.completed(URL), await subject.queued(owner="other")
     assert await subject.cancel(task_id) == "completed"
@@ -369,10 +374,8 @@ async def test_a_cancel_says_why_it_cannot(subject: Subject) -> None:
     assert await subject.cancel(other, None) == "cancelled"
 
 
-async def test_a_move_outside_the_table_is_refused(subject: Subject) -> None:
-    """The contract's table of states is held by the only function that moves a task: nothing is
-    committed.
-    """
+async def test_a_move_outside_the_table_of_states_is_refused(subject: Subject) -> None:
+    """The only function that moves a task checks the table. Nothing is committed."""
     task_id = await subject.queued()
 
     def leap(tx: Transaction, ids: Sequence[str]) -> list[None]:
@@ -389,7 +392,7 @@ async def test_a_move_outside_the_table_is_refused(subject: Subject) -> None:
 async def test_cancel_and_settle_at_once_from_two_processes_end_a_task_once(
     two: tuple[Subject, Subject],
 ) -> None:
-    """Whoever locks the row first ends it; the other finds it ended; one terminal event."""
+    """The transaction that locks the row first ends the task. The other one finds it ended."""
     for _ in range(5):
         task_id = await two[0].submitted()
         lease = await two[0].asking(task_id)
@@ -401,8 +404,8 @@ async def test_cancel_and_settle_at_once_from_two_processes_end_a_task_once(
 
 
 async def test_an_upstream_id_names_one_task(subject: Subject) -> None:
-    """`(upstream, upstream_id)` is unique: a second task with an id is refused by the constraint,
-    the first stays.
+    """`(upstream, upstream_id)` is unique. The constraint refuses a second task with the same
+    id.
     """
     task_id = await subject.submitted()
     lease = await subject.submitting()
@@ -417,12 +420,10 @@ async def test_an_upstream_id_names_one_task(subject: Subject) -> None:
     assert (await subject.task(lease.key))["upstream_id"] is None
 
 
-async def test_a_callback_while_the_upstream_answers_asks_again_after_an_end_of_our_own(
+async def test_a_callback_during_a_query_about_a_cancelled_task_makes_another_query_due(
     subject: Subject,
 ) -> None:
-    """A cancelled task whose question is under way: what a callback says meanwhile is asked for, or
-    its charge would be lost.
-    """
+    """Without another query, the charge that the callback stands for would be lost."""
     task_id = await subject.submitted()
     await subject.cancel(task_id)
     lease = await subject.asking(task_id)
@@ -435,9 +436,9 @@ async def test_a_callback_while_the_upstream_answers_asks_again_after_an_end_of_
     assert (await subject.task(task_id))["settle_due_at"] == subject.clock.now
 
 
-async def test_after_an_unproved_end_the_charge_is_still_asked_for(subject: Subject) -> None:
-    """`submission_uncertain` is our own word: once a callback names the upstream's id, it is asked
-    until it has ended the task too.
+async def test_a_task_that_ended_as_uncertain_is_queried_for_its_charge(subject: Subject) -> None:
+    """`submission_uncertain` is our own decision. Once a callback names the upstream's id, queries
+    go on until the upstream has ended the task too.
     """
     task_id = await subject.uncertain(0)
     lease = await subject.claimed("submit", task_id)
@@ -453,11 +454,9 @@ async def test_after_an_unproved_end_the_charge_is_still_asked_for(subject: Subj
     assert (task["credits_used"], task["settle_due_at"]) == (2_000_000, None)
 
 
-async def test_a_callback_that_brings_the_id_after_one_without_it_is_asked_about(
-    subject: Subject,
-) -> None:
-    """The first had nothing to ask for, and the submission's answer may never come: a duplicate
-    that names the task is not just counted.
+async def test_a_duplicate_callback_that_brings_the_id_makes_a_query_due(subject: Subject) -> None:
+    """The first callback named no id, and the submit response may never come. So this duplicate is
+    more than counted.
     """
     task_id = await subject.uncertain()
     assert (
@@ -472,10 +471,12 @@ async def test_a_callback_that_brings_the_id_after_one_without_it_is_asked_about
     )
 
 
-async def test_an_unreadable_callback_before_the_answer_is_asked_about_once_there_is_an_id(
+async def test_an_unreadable_callback_makes_a_query_due_when_the_id_arrives(
     subject: Subject,
 ) -> None:
-    """The token proved who called: the question waits for the id, not for the plan."""
+    """The token proved the caller. The query is due as soon as the submit response brings the
+    id.
+    """
     lease = await subject.submitting()
     assert (await subject.callback(lease.key, None)).verdict == "unreadable"
     assert (await subject.task(lease.key))["settle_due_at"] is None

@@ -1,5 +1,5 @@
-"""Which database files are taken for ours: what is not, or not whole, is refused in one line and
-left as it is, byte for byte.
+"""Which database files the store accepts. It refuses a foreign or damaged file in one line and
+leaves every byte as it is.
 """
 
 import os
@@ -82,12 +82,12 @@ def customers(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def anothers(path: Path) -> None:
+def foreign(path: Path) -> None:
     customers(path).close()
 
 
-def anothers_killed(path: Path) -> None:
-    """What another program left when it was killed: its last words are in the WAL alone."""
+def foreign_killed(path: Path) -> None:
+    """The file of another program that was killed. Its last transaction is only in the WAL."""
     connection = customers(path)
     for name in (path.name, f"{path.name}-wal"):
         shutil.copy(path.with_name(name), path.with_name(f"{name}.kept"))
@@ -97,8 +97,8 @@ def anothers_killed(path: Path) -> None:
 
 
 def killed_in_a_transaction(path: Path, statement: str) -> None:
-    """A program is killed as it writes in SQLite's older way: the file holds half of it, its
-    journal what was there before.
+    """Kills a program while it writes with SQLite's rollback journal. The file holds half of the
+    transaction, and the journal holds the pages from before it.
     """
     script = f"""if True:
         import os, sqlite3
@@ -113,25 +113,25 @@ def killed_in_a_transaction(path: Path, statement: str) -> None:
     assert path.with_name(f"{path.name}-journal").stat().st_size
 
 
-def anothers_killed_as_it_wrote(path: Path) -> None:
+def foreign_killed_as_it_wrote(path: Path) -> None:
     customers(path).close()
     killed_in_a_transaction(path, "INSERT INTO customers VALUES (?)")
 
 
-def lost_to_anothers_journal(path: Path) -> None:
-    """It says nothing of the database that it belongs to: SQLite would write that one's pages into
+def ours_beside_a_foreign_journal(path: Path) -> None:
+    """The journal does not name its database. SQLite would write the other database's pages into
     ours.
     """
     kept = path.rename(path.with_name("kept"))
     path.touch()
-    anothers_killed_as_it_wrote(path)
+    foreign_killed_as_it_wrote(path)
     kept.replace(path)
 
 
-def lost_to_anothers_wal(path: Path) -> None:
+def ours_beside_a_foreign_wal(path: Path) -> None:
     kept = path.rename(path.with_name("kept"))
     path.touch()
-    anothers_killed(path)
+    foreign_killed(path)
     kept.replace(path)
 
 
@@ -141,12 +141,14 @@ def gone_but_for_its_wal(path: Path) -> None:
 
 
 def gone_but_for_its_journal(path: Path) -> None:
-    lost_to_anothers_journal(path)
+    ours_beside_a_foreign_journal(path)
     path.unlink()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Of the files that hold data; SQLite lays an empty WAL beside what it only reads."""
+    """The files that hold data, without an empty WAL that SQLite adds beside a file that it
+    reads.
+    """
     files = (path for path in folder.iterdir() if not path.name.endswith((".lock", "-shm", "-wal")))
     found = {
         path.name: b"%o " % path.lstat().st_mode + (path.read_bytes() if path.is_file() else b"")
@@ -171,19 +173,19 @@ def contents(folder: Path) -> dict[str, bytes]:
         (cut_in_a_page, "is damaged"),
         (random_middle, "is damaged"),
         (random_head, "file is not a database"),
-        (anothers, "tables that are not darkroom's"),
-        (anothers_killed, "tables that are not darkroom's"),
-        (anothers_killed_as_it_wrote, "an unfinished transaction"),
-        (lost_to_anothers_journal, "an unfinished transaction"),
-        (lost_to_anothers_wal, "tables that are not darkroom's"),
+        (foreign, "tables that are not darkroom's"),
+        (foreign_killed, "tables that are not darkroom's"),
+        (foreign_killed_as_it_wrote, "an unfinished transaction"),
+        (ours_beside_a_foreign_journal, "an unfinished transaction"),
+        (ours_beside_a_foreign_wal, "tables that are not darkroom's"),
         (gone_but_for_its_wal, "is missing or empty"),
         (gone_but_for_its_journal, "is missing or empty"),
     ],
 )
-async def test_a_file_that_is_not_ours_or_not_whole_is_refused(
+async def test_a_foreign_or_damaged_file_is_refused(
     spoil: Callable[[Path], None], reason: str, sqlite_opener: Opener, clock: Clock, tmp_path: Path
 ) -> None:
-    """One line that says why; not a byte is changed, also at the second try."""
+    """One line says why. No byte changes, also at the second try."""
     path = tmp_path / "darkroom.db"
     async with sqlite_opener() as store:
         await Subject(store, clock).batch(
@@ -200,7 +202,7 @@ async def test_a_file_that_is_not_ours_or_not_whole_is_refused(
 
 
 async def test_a_start_that_was_killed_at_once_leaves_no_empty_file(tmp_path: Path) -> None:
-    """The file appears whole: what a draft left behind is no obstacle."""
+    """The file appears whole. The draft of a killed start is no obstacle."""
     path = tmp_path / "darkroom.db"
     path.with_name("darkroom.db.new").write_bytes(b"half of a draft")
     for _ in range(2):
@@ -210,8 +212,8 @@ async def test_a_start_that_was_killed_at_once_leaves_no_empty_file(tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["what? 100% #1.db", "äöü.db", "a&mode=memory.db"])
-async def test_any_file_name_is_taken_as_it_is(name: str, tmp_path: Path, clock: Clock) -> None:
-    """Whatever it would mean in a URL."""
+async def test_any_file_name_is_used_as_it_is(name: str, tmp_path: Path, clock: Clock) -> None:
+    """The store escapes characters that have a meaning in a URL."""
     async with open_sqlite(tmp_path / name, process="one", new_id=new_id) as store:
         await Subject(store, clock).queued()
     assert (tmp_path / name).stat().st_size > 4096

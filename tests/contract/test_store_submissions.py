@@ -1,4 +1,6 @@
-"""Submitting: the outcome table of contract section 3, at most once."""
+"""Submitting: each outcome of a submission, and at most one submission per task (docs/api.md,
+"Submission outcomes").
+"""
 
 import asyncio
 
@@ -36,9 +38,7 @@ TIMED_OUT = doubts("no answer in time", 15 * MINUTE)
 
 
 async def test_a_new_task_is_queued_and_due(subject: Subject) -> None:
-    """The row is committed as `queued` before anything else; without a free place it is simply
-    due.
-    """
+    """The row is committed as `queued` before anything else. Without a free place, it is due."""
     row = await subject.task(await subject.queued())
     assert (row["state"], row["submit_due_at"], row["submit_lease_until"]) == (
         "queued",
@@ -53,8 +53,8 @@ async def test_a_new_task_is_queued_and_due(subject: Subject) -> None:
 
 
 async def test_one_idempotency_key_gives_one_task(subject: Subject) -> None:
-    """The key is unique per owner: later, in the same batch and from others at once, the first task
-    is the answer.
+    """The key is unique per owner. A later insert, also one of the same batch, gets the first
+    task.
     """
     first, second, third = (
         subject.wish(idempotency_key="k", idempotency_hash="h") for _ in range(3)
@@ -70,7 +70,7 @@ async def test_one_idempotency_key_gives_one_task(subject: Subject) -> None:
 
 
 async def test_one_idempotency_key_of_two_owners_gives_two_tasks(subject: Subject) -> None:
-    """Keys belong to an owner; tasks without a key are never the same."""
+    """A key belongs to an owner. Tasks without a key are always distinct."""
     wishes = [
         subject.wish(owner=owner, idempotency_key=key)
         for owner, key in [("a", "k"), ("b", "k"), ("a", None), ("a", None)]
@@ -78,9 +78,9 @@ async def test_one_idempotency_key_of_two_owners_gives_two_tasks(subject: Subjec
     assert all(inserted.created for inserted in await subject.batch(insert_tasks, wishes))
 
 
-async def test_an_insert_run_again_finds_its_own_row(subject: Subject) -> None:
-    """After a commit whose answer was lost the operation runs again: the task is there once, and
-    counts as made.
+async def test_an_insert_that_is_repeated_finds_its_own_row(subject: Subject) -> None:
+    """After a lost response to the commit, the operation runs again. The task exists once and
+    counts as created.
     """
     wish = subject.wish(idempotency_key="k", idempotency_hash="h")
     assert await subject.write(insert_tasks, wish) == await subject.write(insert_tasks, wish)
@@ -90,8 +90,8 @@ async def test_an_insert_run_again_finds_its_own_row(subject: Subject) -> None:
 async def test_two_processes_with_one_idempotency_key_make_one_task(
     two: tuple[Subject, Subject],
 ) -> None:
-    """Whoever loses the race for the key is answered with the winner's task, and its neighbours in
-    the batch don't suffer.
+    """The process that loses the race for the key gets the winner's task. The other items of its
+    batch are not affected.
     """
     for number in range(5):
         wishes = [place.wish(idempotency_key=f"k{number}") for place in two for _ in range(4)]
@@ -106,8 +106,8 @@ async def test_two_processes_with_one_idempotency_key_make_one_task(
 
 
 async def test_a_task_is_submitting_before_its_request_leaves(subject: Subject) -> None:
-    """The body is handed out with the state committed, byte for byte, under a lease that outlasts
-    the call.
+    """The worker gets the exact body after the state is committed, under a lease that outlasts the
+    call.
     """
     lease = await subject.claimed("submit", await subject.queued(body=b"\x00\xff{"))
     assert await subject.start(lease) == b"\x00\xff{"
@@ -119,15 +119,15 @@ async def test_a_task_is_submitting_before_its_request_leaves(subject: Subject) 
 
 
 async def test_a_start_whose_commit_seemed_lost_may_send(subject: Subject) -> None:
-    """Run again under the same lease it gives the body again: nothing was sent, for the first run
-    was never answered.
+    """The same lease gets the body again. Nothing was sent, because the first start got no
+    response.
     """
     lease = await subject.submitting()
     assert await subject.start(lease) == b'{"prompt":"a lighthouse"}'
 
 
 async def test_a_worker_without_the_lease_does_not_send(subject: Subject) -> None:
-    """A lease that ended and went elsewhere gives no right to send."""
+    """A lease that expired and was claimed by another worker gives no right to send."""
     lease = await subject.claimed("submit", await subject.queued())
     subject.clock.shift(LEASE)
     again = await subject.claimed("submit", lease.key)
@@ -136,8 +136,8 @@ async def test_a_worker_without_the_lease_does_not_send(subject: Subject) -> Non
     assert await subject.start(lease) is None
 
 
-async def test_an_uncertain_task_is_sent_again_only_on_purpose(subject: Subject) -> None:
-    """`submitting` may follow `uncertain` when resubmitting is wanted, else never."""
+async def test_an_uncertain_task_is_resubmitted_only_on_purpose(subject: Subject) -> None:
+    """`uncertain` becomes `submitting` only with `resubmit`."""
     task_id = await subject.uncertain(decide_ms=0)
     lease = await subject.claimed("submit", task_id)
     assert await subject.start(lease) is None
@@ -145,9 +145,9 @@ async def test_an_uncertain_task_is_sent_again_only_on_purpose(subject: Subject)
     assert await subject.state(task_id) is State.SUBMITTING
 
 
-async def test_an_answer_with_an_id_submits(subject: Subject) -> None:
-    """2xx with an id: submitted, told once, asked about after the planned time, and submitted no
-    more.
+async def test_a_response_with_an_id_makes_the_task_submitted(subject: Subject) -> None:
+    """2xx with an id: the task is submitted once with one event, and the first query is due after
+    the planned time.
     """
     lease = await subject.submitting()
     report = Report(
@@ -180,8 +180,8 @@ async def test_an_answer_with_an_id_submits(subject: Subject) -> None:
     assert await subject.types(lease.key) == ["image.task.submitted"]
 
 
-async def test_an_answer_that_is_final_already_is_still_asked_about(subject: Subject) -> None:
-    """What the submit answer says of the outcome is for the query to confirm."""
+async def test_a_submit_response_with_a_final_status_is_still_queried(subject: Subject) -> None:
+    """Only a query confirms the outcome."""
     lease = await subject.submitting()
     outcome = accepts(completed(lease.key, "https://r.test/0"), 0)
     assert await subject.submission(lease, outcome) is State.SUBMITTED
@@ -189,9 +189,9 @@ async def test_an_answer_that_is_final_already_is_still_asked_about(subject: Sub
     assert (await subject.task(lease.key))["upstream_status"] is None
 
 
-async def test_nothing_created_is_queued_again(subject: Subject) -> None:
-    """429, no connection, a refused account: queued again after the wait, claimed at its end and
-    not before.
+async def test_a_submission_that_created_nothing_is_queued_again(subject: Subject) -> None:
+    """429, no connection, or a refused account: the task is due again after the wait, and not
+    before.
     """
     lease = await subject.submitting()
     assert await subject.submission(lease, NOT_CREATED) is State.QUEUED
@@ -203,8 +203,8 @@ async def test_nothing_created_is_queued_again(subject: Subject) -> None:
     assert await subject.types(lease.key) == []
 
 
-async def test_who_is_never_taken_fails_in_the_end(subject: Subject) -> None:
-    """Older than the limit: failed `not_submitted`."""
+async def test_a_task_that_is_never_accepted_fails_at_its_age_limit(subject: Subject) -> None:
+    """It fails with `not_submitted`."""
     lease = await subject.submitting()
     subject.clock.shift(HOUR)
     assert await subject.submission(lease, NOT_CREATED) is State.FAILED
@@ -212,8 +212,10 @@ async def test_who_is_never_taken_fails_in_the_end(subject: Subject) -> None:
     assert await subject.types(lease.key) == ["image.task.failed"]
 
 
-async def test_a_refusal_fails_with_the_upstreams_words(subject: Subject) -> None:
-    """400, 402, 422 and their like: failed with status and error, never sent again."""
+async def test_a_refused_task_fails_with_the_upstreams_error(subject: Subject) -> None:
+    """400, 402, 422 and similar: the task has the status and the error, and is never submitted
+    again.
+    """
     lease = await subject.submitting()
     assert await subject.submission(lease, REFUSED) is State.FAILED
     row = await subject.task(lease.key)
@@ -227,7 +229,9 @@ async def test_a_refusal_fails_with_the_upstreams_words(subject: Subject) -> Non
 
 
 async def test_an_unproved_outcome_waits_for_proof(subject: Subject) -> None:
-    """A timeout and its like: uncertain, decided when the time is up and not before."""
+    """After a timeout or a similar outcome, the task is uncertain. It is decided when the time is
+    up, and not before.
+    """
     lease = await subject.submitting()
     assert await subject.submission(lease, TIMED_OUT) is State.UNCERTAIN
     subject.clock.shift(15 * MINUTE - 1)
@@ -240,9 +244,7 @@ async def test_an_unproved_outcome_waits_for_proof(subject: Subject) -> None:
 
 
 async def test_an_uncertain_task_is_proved_by_a_callback(subject: Subject) -> None:
-    """The callback's token proves the submission: submitted under its id, and nothing is left to
-    decide.
-    """
+    """The callback's token proves the submission. The task is submitted under the callback's id."""
     task_id = await subject.uncertain()
     await subject.callback(task_id, completed(task_id, "https://r.test/0"))
     row = await subject.task(task_id)
@@ -258,7 +260,7 @@ async def test_an_uncertain_task_is_proved_by_a_callback(subject: Subject) -> No
 async def test_an_outcome_that_proves_nothing_new_changes_nothing(
     subject: Subject, outcome: SubmissionResult
 ) -> None:
-    """A callback proved the task while the call ran: what the call brought is outdated, only the
+    """A callback proved the task while the call ran. The call's outcome is outdated, so only the
     lease ends.
     """
     lease = await subject.submitting()
@@ -269,15 +271,15 @@ async def test_an_outcome_that_proves_nothing_new_changes_nothing(
 
 
 async def taken_over(subject: Subject) -> tuple[Lease, Lease]:
-    """A call that outlasted its lease, and the lease of whoever claimed the task then."""
+    """A call that outlasted its lease, and the lease of the worker that claimed the task then."""
     lease = await subject.submitting()
     subject.clock.shift(70 * SECOND)
     return lease, await subject.claimed("submit", lease.key)
 
 
-async def test_an_accepted_answer_in_hand_is_always_recorded(subject: Subject) -> None:
-    """Whoever holds the lease: the answer that comes late binds the id, in every state before, and
-    frees nobody else's lease.
+async def test_an_accepted_response_is_always_recorded(subject: Subject) -> None:
+    """A late response binds the id in every earlier state, without the lease. It does not release
+    another worker's lease.
     """
     late, holder = await taken_over(subject)
     assert await subject.submission(late, accepted("task-unified-late")) is State.SUBMITTED
@@ -290,16 +292,18 @@ async def test_an_accepted_answer_in_hand_is_always_recorded(subject: Subject) -
     assert (await subject.task(late.key))["submit_lease_until"] is None
 
 
-async def test_an_accepted_answer_proves_what_was_given_up_for_uncertain(subject: Subject) -> None:
-    """`uncertain` may become `submitted`: by the late answer as well as by a callback."""
+async def test_an_accepted_response_proves_an_uncertain_task(subject: Subject) -> None:
+    """A late response does so as well as a callback."""
     late, holder = await taken_over(subject)
     assert await subject.submission(holder, TIMED_OUT) is State.UNCERTAIN
     assert await subject.submission(late, accepted("task-unified-late")) is State.SUBMITTED
     assert await subject.types(late.key) == ["image.task.submitted"]
 
 
-async def test_an_accepted_answer_proves_what_was_queued_again(subject: Subject) -> None:
-    """It looked as if nothing had been created; the proof wins, and it is not sent again."""
+async def test_an_accepted_response_proves_a_task_that_was_queued_again(subject: Subject) -> None:
+    """The later outcome said that nothing was created. The proof wins, and the task is not
+    submitted again.
+    """
     late, holder = await taken_over(subject)
     assert await subject.submission(holder, NOT_CREATED) is State.QUEUED
     assert await subject.submission(late, accepted("task-unified-late")) is State.SUBMITTED
@@ -307,8 +311,8 @@ async def test_an_accepted_answer_proves_what_was_queued_again(subject: Subject)
     assert await subject.claim("submit") == []
 
 
-async def test_a_late_refusal_ends_what_was_uncertain(subject: Subject) -> None:
-    """A refusal in hand proves that nothing was created, though the lease went elsewhere
+async def test_a_late_refusal_ends_an_uncertain_task(subject: Subject) -> None:
+    """A refusal proves that nothing was created, although another worker claimed the task
     meanwhile.
     """
     late, holder = await taken_over(subject)
@@ -318,11 +322,11 @@ async def test_a_late_refusal_ends_what_was_uncertain(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("outcome", [NOT_CREATED, REFUSED, TIMED_OUT, UNDECIDED])
-async def test_a_late_outcome_does_not_disturb_who_sends(
+async def test_a_late_outcome_does_not_disturb_the_worker_that_submits(
     subject: Subject, outcome: SubmissionResult
 ) -> None:
-    """While another process holds a `submitting` task, whose request may be on its way, only an
-    accepted answer counts.
+    """While another process has a `submitting` task, its request may be on its way. Only an
+    accepted response counts then.
     """
     late, holder = await taken_over(subject)
     assert await subject.submission(late, outcome) is State.SUBMITTING
@@ -330,10 +334,10 @@ async def test_a_late_outcome_does_not_disturb_who_sends(
 
 
 @pytest.mark.parametrize("outcome", [NOT_CREATED, TIMED_OUT, UNDECIDED])
-async def test_a_late_outcome_without_proof_leaves_uncertain_as_it_is(
+async def test_a_late_outcome_without_proof_leaves_an_uncertain_task_as_it_is(
     subject: Subject, outcome: SubmissionResult
 ) -> None:
-    """`uncertain` ends by proof or by the one who holds its lease when the time is up."""
+    """`uncertain` ends by proof, or by the worker with the lease when the time is up."""
     late, holder = await taken_over(subject)
     assert await subject.submission(holder, TIMED_OUT) is State.UNCERTAIN
     due = (await subject.task(late.key))["submit_due_at"]
@@ -341,11 +345,11 @@ async def test_a_late_outcome_without_proof_leaves_uncertain_as_it_is(
     assert (await subject.task(late.key))["submit_due_at"] == due
 
 
-async def test_a_late_answer_only_fills_what_is_empty(subject: Subject) -> None:
-    """What a query or callback said since is newer than the submit answer."""
+async def test_a_late_response_only_fills_empty_fields(subject: Subject) -> None:
+    """Fields that a query or a callback set since are newer than the submit response."""
     lease = await subject.submitting()
-    told = processing(lease.key, credits_reserved=2_000_000, can_cancel=False, progress=40)
-    await subject.callback(lease.key, told)
+    newer = processing(lease.key, credits_reserved=2_000_000, can_cancel=False, progress=40)
+    await subject.callback(lease.key, newer)
     report = Report(
         upstream_id(lease.key),
         Status.PENDING,
@@ -368,9 +372,9 @@ async def test_a_late_answer_only_fills_what_is_empty(subject: Subject) -> None:
     )
 
 
-async def test_the_answers_id_wins_over_the_callbacks(subject: Subject) -> None:
-    """A callback that named another id bound it only until the submit answer came; the answer's is
-    never replaced.
+async def test_the_submit_responses_id_wins_over_the_callbacks(subject: Subject) -> None:
+    """A callback's id stays only until the submit response comes. The response's id is never
+    replaced.
     """
     lease = await subject.submitting()
     await subject.callback(
@@ -383,9 +387,9 @@ async def test_the_answers_id_wins_over_the_callbacks(subject: Subject) -> None:
     assert (await subject.task(lease.key))["upstream_id"] == "task-unified-right"
 
 
-async def test_what_is_asked_under_the_callbacks_id_counts_no_more(subject: Subject) -> None:
-    """The answer named another id while the upstream was asked: what it says is another task's, and
-    it is asked again at once.
+async def test_an_answer_about_the_callbacks_replaced_id_does_not_count(subject: Subject) -> None:
+    """The submit response brought another id while the query ran. The answer is about another task,
+    and a query for the right id is due at once.
     """
     lease = await subject.submitting()
     await subject.callback(
@@ -401,9 +405,9 @@ async def test_what_is_asked_under_the_callbacks_id_counts_no_more(subject: Subj
     assert (await subject.task(lease.key))["settle_due_at"] == subject.clock.now
 
 
-async def test_an_answer_after_a_cancel_leaves_the_end_as_it_is(subject: Subject) -> None:
-    """The id and the charge are recorded, and what it cost in the end is asked for; state and event
-    stand.
+async def test_a_submit_response_after_a_cancel_leaves_the_end_as_it_is(subject: Subject) -> None:
+    """The id and the reserved credits are recorded, and a query for the charge is due. State and
+    event stand.
     """
     lease = await subject.submitting()
     await subject.cancel(lease.key)
@@ -418,8 +422,8 @@ async def test_an_answer_after_a_cancel_leaves_the_end_as_it_is(subject: Subject
     assert await subject.types(lease.key) == ["image.task.cancelled"]
 
 
-async def test_an_accepted_answer_without_an_id_is_our_own_defect(subject: Subject) -> None:
-    """2xx without an id proves nothing; whoever says `Accepted` then is mistaken, and nothing is
+async def test_an_accepted_response_without_an_id_is_our_own_defect(subject: Subject) -> None:
+    """2xx without an id proves nothing. Code that reports it as accepted is wrong, and nothing is
     recorded.
     """
     lease = await subject.submitting()
@@ -428,8 +432,8 @@ async def test_an_accepted_answer_without_an_id_is_our_own_defect(subject: Subje
     assert await subject.state(lease.key) is State.SUBMITTING
 
 
-async def test_a_start_that_is_run_again_has_the_whole_lease(subject: Subject) -> None:
-    """Its commit was not answered for a minute: the call begins only now, and its lease must
+async def test_a_repeated_start_gets_a_whole_lease(subject: Subject) -> None:
+    """Its first commit had no response for a minute. The call begins only now, and the lease must
     outlast it.
     """
     lease = await subject.submitting()

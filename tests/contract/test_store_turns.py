@@ -1,4 +1,6 @@
-"""Owners take turns in submitting: one owner's flood delays another's task by about a round."""
+"""Owners take turns in submitting. One owner's flood delays another owner's task by about one
+round.
+"""
 
 from collections.abc import Sequence
 
@@ -14,7 +16,7 @@ from tests.contract.subject import HOUR, MINUTE, SECOND, Subject, creates_nothin
 
 
 async def flood(subject: Subject, owner: str, count: int) -> None:
-    """That many tasks of one owner, which nobody has a place for."""
+    """Inserts this number of queued tasks of one owner."""
     for begin in range(0, count, 200):
         await subject.batch(
             insert_tasks, [subject.wish(owner=owner) for _ in range(min(200, count - begin))]
@@ -22,9 +24,7 @@ async def flood(subject: Subject, owner: str, count: int) -> None:
 
 
 async def served(subject: Subject, count: int) -> list[str]:
-    """The owners of the next tasks, one claimed after the other; each is taken by the upstream at
-    once.
-    """
+    """The owners of the next tasks, claimed one after another. Each task ends at once."""
     return [await serve(subject) for _ in range(count)]
 
 
@@ -35,8 +35,8 @@ async def serve(subject: Subject) -> str:
     return owner
 
 
-async def test_a_flood_delays_anothers_task_by_one_turn(subject: Subject) -> None:
-    """Ten thousand tasks of one owner wait: another's single one is among the next two."""
+async def test_a_flood_delays_another_owners_task_by_one_turn(subject: Subject) -> None:
+    """Ten thousand tasks of one owner wait. Another owner's only task is among the next two."""
     await flood(subject, "flood", 10_000)
     await served(subject, 3)
     await subject.queued(owner="modest")
@@ -44,7 +44,7 @@ async def test_a_flood_delays_anothers_task_by_one_turn(subject: Subject) -> Non
 
 
 async def test_owners_that_wait_are_served_in_turn(subject: Subject) -> None:
-    """However many each has, and whoever came first: a round has one of everybody who waits."""
+    """A round has one task of each waiting owner, whatever their numbers and order of arrival."""
     for owner, count in (("a", 40), ("b", 10), ("c", 3)):
         await flood(subject, owner, count)
     for _ in range(3):
@@ -52,8 +52,8 @@ async def test_owners_that_wait_are_served_in_turn(subject: Subject) -> None:
     assert sorted(await served(subject, 4)) == ["a", "a", "b", "b"]
 
 
-async def test_an_owners_own_tasks_are_sent_in_their_order(subject: Subject) -> None:
-    """First come, first served, whatever others do between."""
+async def test_an_owners_tasks_are_claimed_in_their_order(subject: Subject) -> None:
+    """The tasks of other owners in between do not change that."""
     mine = []
     for _ in range(5):
         mine.append(await subject.queued(owner="a"))
@@ -66,9 +66,9 @@ async def test_an_owners_own_tasks_are_sent_in_their_order(subject: Subject) -> 
     assert len(set(turns.values())) == 5
 
 
-async def test_nobody_saves_turns_up(subject: Subject) -> None:
-    """Who has always one task on its way and who now comes with many alternate from now on: the
-    past counts for neither.
+async def test_an_owner_cannot_save_turns(subject: Subject) -> None:
+    """An owner with one task at a time and an owner with a burst alternate from now on. Their past
+    does not count.
     """
     for _ in range(20):
         await subject.queued(owner="steady")
@@ -78,9 +78,9 @@ async def test_nobody_saves_turns_up(subject: Subject) -> None:
     assert "steady" in await served(subject, 3)
 
 
-async def test_a_straggler_lets_nobody_overtake(subject: Subject) -> None:
-    """An old task that waits for its time long does not set the clock back: a newcomer's burst is
-    served alternately with who waits.
+async def test_a_task_that_waits_long_does_not_let_a_new_owner_overtake(subject: Subject) -> None:
+    """An old task that waits for its retry does not set the turns back. A new owner's burst
+    alternates with the tasks that wait.
     """
     lease = await subject.submitting(owner="old")
     assert await subject.submission(lease, creates_nothing("429", HOUR, 2 * HOUR)) is State.QUEUED
@@ -91,9 +91,11 @@ async def test_a_straggler_lets_nobody_overtake(subject: Subject) -> None:
 
 
 @pytest.mark.parametrize("again", ["nothing was created", "uncertain", "sent again by hand"])
-async def test_a_straggler_that_is_due_lets_nobody_overtake(subject: Subject, again: str) -> None:
-    """What is sent again has a turn of long ago: once it is due, a newcomer's burst begins with
-    those who wait for their first.
+async def test_a_late_retry_that_is_due_does_not_let_a_new_owner_overtake(
+    subject: Subject, again: str
+) -> None:
+    """A retry has an old turn. When it is due, a new owner's burst starts at the turn of the tasks
+    that wait for their first attempt.
     """
     lease = await subject.submitting(owner="old")
     await subject.submission(
@@ -112,9 +114,11 @@ async def test_a_straggler_that_is_due_lets_nobody_overtake(subject: Subject, ag
     assert sorted(await served(subject, 10)) == ["a"] * 5 + ["b"] * 5
 
 
-async def test_a_straggler_on_its_way_lets_nobody_overtake(subject: Subject) -> None:
-    """All others wait for their time, and the one that is sent again has a turn of long ago: a
-    newcomer alternates with the others.
+async def test_a_late_retry_that_is_leased_does_not_let_a_new_owner_overtake(
+    subject: Subject,
+) -> None:
+    """All other tasks wait for their retries, and the leased retry has an old turn. A new owner's
+    burst alternates with them.
     """
     lease = await subject.submitting(owner="old")
     await subject.submission(lease, creates_nothing("429", SECOND, HOUR))
@@ -131,8 +135,8 @@ async def test_a_straggler_on_its_way_lets_nobody_overtake(subject: Subject) -> 
     assert sorted(await served(subject, 10)) == ["a"] * 5 + ["b"] * 5
 
 
-async def test_a_straggler_helps_none_of_its_owners_tasks_to_overtake(subject: Subject) -> None:
-    """An owner's burst stands behind its own last, and not before where submitting stands."""
+async def test_a_late_retry_does_not_help_its_owners_burst_to_overtake(subject: Subject) -> None:
+    """The burst starts after the owner's last turn, and not before the current turn."""
     lease = await subject.submitting(owner="b")
     assert await subject.submission(lease, creates_nothing("429", HOUR, 2 * HOUR)) is State.QUEUED
     await flood(subject, "a", 100)
@@ -141,11 +145,11 @@ async def test_a_straggler_helps_none_of_its_owners_tasks_to_overtake(subject: S
     assert sorted(await served(subject, 10)) == ["a"] * 5 + ["b"] * 5
 
 
-async def test_while_all_wait_for_their_time_a_newcomer_is_among_the_first(
+async def test_a_new_owner_is_among_the_first_after_all_tasks_were_refused(
     subject: Subject,
 ) -> None:
-    """An upstream that takes nothing for a while: whoever comes then is served as soon as those who
-    were refused.
+    """The upstream accepts nothing for a while. The new owner's task is claimed as early as the
+    refused ones.
     """
     await flood(subject, "a", 40)
     for lease in await subject.claim("submit", 40):
@@ -156,9 +160,9 @@ async def test_while_all_wait_for_their_time_a_newcomer_is_among_the_first(
     assert "b" in await served(subject, 2)
 
 
-async def test_what_was_refused_by_the_hundred_is_not_served_first(subject: Subject) -> None:
-    """Whoever is told 429 goes behind its owner's others, but keeps its place before what comes
-    later: a newcomer waits for one turn.
+async def test_refused_tasks_do_not_go_before_a_new_owners_task(subject: Subject) -> None:
+    """A task that got a 429 goes behind its owner's other tasks, but before the owner's later ones.
+    A new owner waits for one turn.
     """
     await flood(subject, "a", 60)
     for lease in await subject.claim("submit", 40):
@@ -177,9 +181,9 @@ async def test_what_was_refused_by_the_hundred_is_not_served_first(subject: Subj
     assert max(again) < last
 
 
-async def test_a_new_task_takes_no_place_before_those_that_are_due(subject: Subject) -> None:
-    """A free place goes to whoever's turn it is: new tasks are leased at birth only when nobody
-    waits.
+async def test_a_new_task_takes_no_place_before_due_tasks(subject: Subject) -> None:
+    """A free place goes to the task whose turn it is. A new task is leased at once only when no
+    task waits.
     """
     subject.places.free["submit"] = 1
     first = await subject.queued(owner="a")
@@ -194,16 +198,18 @@ async def test_a_new_task_takes_no_place_before_those_that_are_due(subject: Subj
 
 
 async def test_an_uncertain_task_has_had_its_turn(subject: Subject) -> None:
-    """What may have been charged waits for proof: its owner's next task does not wait behind it."""
+    """It may have been charged and waits for proof. Its owner's next task does not wait behind
+    it.
+    """
     await subject.uncertain(owner="a")
     row = await subject.task(await subject.queued(owner="a"))
     assert row["submit_turn"] == 0
 
 
-async def test_a_claim_and_an_insert_sort_nothing(sqlite_store: SqliteStore) -> None:
-    """With thousands that wait the next is found through the index on SQLite, and so is an owner's
-    last.
-    """
+async def test_indexes_find_the_next_task_and_an_owners_last_turn(
+    sqlite_store: SqliteStore,
+) -> None:
+    """SQLite sorts no rows for a claim or an insert, with any number of waiting tasks."""
 
     def plan(connection: Connection, statements: Sequence[str]) -> list[str]:
         return [
@@ -230,13 +236,12 @@ async def test_a_claim_and_an_insert_sort_nothing(sqlite_store: SqliteStore) -> 
     assert "ix_tasks_owner_submit_turn" in found[1]
 
 
-async def test_turns_are_given_within_a_batch_as_one_by_one(subject: Subject) -> None:
-    """Tasks that are committed together get the turns they would have got alone."""
+async def test_tasks_of_one_batch_get_the_same_turns_as_alone(subject: Subject) -> None:
     wishes = [subject.wish(owner=owner) for owner in "aabab"]
     await subject.batch(insert_tasks, wishes)
     rows = {row["id"]: row["submit_turn"] for row in await subject.rows(tasks)}
     assert [rows[wish.id] for wish in wishes] == [0, 1, 0, 2, 1]
-    await subject.batch(insert_tasks, wishes)  # run again after a lost commit
+    await subject.batch(insert_tasks, wishes)  # repeated after a lost response to the commit
     assert {row["id"]: row["submit_turn"] for row in await subject.rows(tasks)} == rows
     subject.clock.shift(SECOND)
     row = await subject.task(await subject.queued(owner="a"))
