@@ -9,6 +9,12 @@ Row = RowMapping | Mapping[str, Any]
 After = tuple[int, str] | None  # time and id of the last row of the page before
 
 
+def matching(statement: Select[Any], table: Any, **values: str | None) -> Select[Any]:
+    """Narrows a select to rows with these column values. None: any value."""
+    conditions = [table.c[name] == value for name, value in values.items() if value is not None]
+    return statement.where(*conditions)
+
+
 def page(statement: Select[Any], table: Any, after: After, limit: int) -> Select[Any]:
     """Newest first, after a key. A page costs the same at any depth of the list."""
     created, key = table.c.created_at, table.c.id

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, and_, bindparam, func, insert, select, update
 
-from service.db.paging import After, Row, page
+from service.db.paging import After, Row, matching, page
 from service.db.tables import ZERO, attempts, deliveries, endpoints, events, owners, tasks
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
@@ -80,10 +80,7 @@ def delivery_list(
     """Deliveries with their attempts. `where` names columns (`id`, `endpoint_id`, `event_id`,
     `task_id`, `state`).
     """
-    statement = select(deliveries)
-    for name, value in {"owner": owner, **(where or {})}.items():
-        if value is not None:
-            statement = statement.where(deliveries.c[name] == value)
+    statement = matching(select(deliveries), deliveries, owner=owner, **(where or {}))
     rows = list(connection.execute(page(statement, deliveries, after, limit)).mappings())
     made: dict[str, list[Row]] = {row["id"]: [] for row in rows}
     tried = select(attempts).where(attempts.c.delivery_id.in_(made))
@@ -168,8 +165,9 @@ def _insert_attempts(tx: Transaction, made: Sequence[tuple[str, DeliveryAttempt]
 
 
 def _record(tx: Transaction, row: Row, item: DeliveryOutcome) -> None:
-    endpoint = lock_endpoint(tx, row["endpoint_id"]) if item.result in ("gone", "held") else None
-    result = item.result
+    result, endpoint_id, endpoint = item.result, row["endpoint_id"], None
+    if result in ("gone", "held") and endpoint_id is not None:
+        endpoint = lock_endpoint(tx, endpoint_id)
     if item.attempt is not None and endpoint is not None and result == "gone":
         result = "gone" if item.attempt.url in (None, endpoint.url) else "retry"
     finished = result in ("delivered", "dead", "gone")
@@ -184,7 +182,7 @@ def _record(tx: Transaction, row: Row, item: DeliveryOutcome) -> None:
     elif result in ("held", "snooze"):  # no request was made, so the attempt does not count
         values["attempts"] = row["attempts"] - 1
     tx.connection.execute(update(deliveries).where(deliveries.c.id == row["id"]).values(values))
-    attempt, endpoint_id = item.attempt, row["endpoint_id"]
+    attempt = item.attempt
     if attempt is not None and result == "dead":
         _emit_exhausted(tx, row)
     if attempt is not None and endpoint_id is not None and not attempt.ours:

@@ -140,12 +140,8 @@ class DeliveryWorker:
         if result == "delivered" and lease.stage == "deliver" and called_back_at is not None:
             seconds = max(0, resources.clock() - called_back_at) / 1000
             resources.metrics.callback_to_delivery_seconds.observe(seconds)
-        measure(resources, outcome.attempt, result)
-        shown = result if held else "superseded"
-        log_attempt(delivery, outcome.attempt, shown, lease.attempts, outcome.wait_ms)
-        if held and result == "dead":
-            fields = log_fields(delivery)
-            log.error("delivery.exhausted", **fields, attempt=lease.attempts)
+        number, wait_ms = lease.attempts, outcome.wait_ms
+        report(resources, delivery, outcome.attempt, result, number, wait_ms, held=held)
 
 
 def is_sendable(delivery: DeliveryToSend) -> bool:
@@ -162,30 +158,33 @@ def result_of(attempt: DeliveryAttempt) -> str | None:
     return "delivered" if attempt.error is None else "gone" if attempt.status == 410 else None
 
 
-def measure(resources: Resources, attempt: DeliveryAttempt, result: str) -> None:
+def report(
+    resources: Resources,
+    delivery: DeliveryToSend,
+    attempt: DeliveryAttempt,
+    result: str,
+    number: int = 0,
+    wait_ms: int = 0,
+    *,
+    held: bool = True,
+) -> None:
+    """Counts and logs an attempt. `held`: its lease had not ended when it was recorded."""
     resources.metrics.deliveries.labels(result).inc()
     resources.metrics.delivery_seconds.observe(attempt.duration_ms / 1000)
-
-
-def log_fields(delivery: DeliveryToSend) -> JSON:
     fields = {name: getattr(delivery, name) for name in ("owner", "task_id", "endpoint_id")}
-    return {**fields, "event_id": delivery.event["id"] if delivery.event else None}
-
-
-def log_attempt(
-    delivery: DeliveryToSend, attempt: DeliveryAttempt, result: str, number: int, wait_ms: int
-) -> None:
-    fields = log_fields(delivery)
+    fields["event_id"] = delivery.event["id"] if delivery.event else None
     log.info(
         "delivery.attempted",
         **fields,
         status=attempt.status,
         duration_ms=attempt.duration_ms,
         error=attempt.error,
-        result=result,
+        result=result if held else "superseded",
         attempt=number,
         wait_s=wait_ms / 1000,
     )
+    if held and result == "dead":
+        log.error("delivery.exhausted", **fields, attempt=number)
 
 
 async def send_manually(sender: WebhookSender, delivery_id: str) -> bool:
@@ -196,8 +195,7 @@ async def send_manually(sender: WebhookSender, delivery_id: str) -> bool:
         return False
     attempt = await sender.send(delivery)
     result = result_of(attempt) or "failed"
-    measure(resources, attempt, result)
-    log_attempt(delivery, attempt, result, 0, 0)
+    report(resources, delivery, attempt, result)
     await resources.store.write(record_manual_attempts, ManualAttempt(delivery_id, result, attempt))
     return True
 

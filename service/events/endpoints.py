@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sqlalchemy import Connection, Select, Update, delete, insert, select, update
+from sqlalchemy import Connection, Update, delete, insert, select, update
 
-from service.db.paging import After, Row, page
+from service.db.paging import After, Row, matching, page
 from service.db.tables import deliveries, endpoints
 from service.db.transaction import Transaction
 from service.events import outbox
@@ -30,33 +30,25 @@ class EndpointRow:
 COLUMNS = [endpoints.c[field.name] for field in fields(EndpointRow)]
 
 
-def _owned(statement: Select[Any], endpoint_id: str | None, owner: str | None) -> Select[Any]:
-    statement = statement.where(endpoints.c.id == endpoint_id)
-    return statement if owner is None else statement.where(endpoints.c.owner == owner)
-
-
-def lock_endpoint(
-    tx: Transaction, endpoint_id: str | None, owner: str | None = None
-) -> EndpointRow | None:
+def lock_endpoint(tx: Transaction, id: str, owner: str | None = None) -> EndpointRow | None:
     """Locks an endpoint's row. `owner` None: any owner's (admin).
 
     The row of another owner is not locked, because the time of the wait would tell that it exists.
     """
-    statement = _owned(select(*COLUMNS), endpoint_id, owner).with_for_update()
-    row = tx.connection.execute(statement).first()
+    statement = matching(select(*COLUMNS), endpoints, id=id, owner=owner)
+    row = tx.connection.execute(statement.with_for_update()).first()
     return EndpointRow(*row) if row is not None else None
 
 
-def endpoint_row(connection: Connection, endpoint_id: str, owner: str | None) -> Row | None:
-    return connection.execute(_owned(select(endpoints), endpoint_id, owner)).mappings().first()
+def endpoint_row(connection: Connection, id: str, owner: str | None) -> Row | None:
+    statement = matching(select(endpoints), endpoints, id=id, owner=owner)
+    return connection.execute(statement).mappings().first()
 
 
 def endpoint_list(
     connection: Connection, owner: str | None, limit: int, after: After = None
 ) -> list[Row]:
-    statement = select(endpoints)
-    if owner is not None:
-        statement = statement.where(endpoints.c.owner == owner)
+    statement = matching(select(endpoints), endpoints, owner=owner)
     return list(connection.execute(page(statement, endpoints, after, limit)).mappings())
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, func, or_, select
 
-from service.db.paging import Row
+from service.db.paging import Row, matching
 from service.db.store import Store
 from service.db.tables import counters, events
 from service.events.documents import event_document
@@ -40,11 +40,8 @@ def event_list(
     after them, so that a deletion in between is reported.
     """
     last = outbox_end(connection)
-    statement = select(events).where(events.c.sequence > after, events.c.sequence <= last)
-    if owner is not None:
-        statement = statement.where(events.c.owner == owner)
-    if task_id is not None:
-        statement = statement.where(events.c.task_id == task_id)
+    statement = matching(select(events), events, owner=owner, task_id=task_id)
+    statement = statement.where(events.c.sequence > after, events.c.sequence <= last)
     if types:
         statement = statement.where(type_conditions(types))
     statement = statement.order_by(events.c.sequence).limit(limit)

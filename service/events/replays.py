@@ -7,11 +7,10 @@ rate is bounded per endpoint.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, or_, select, update
 
-from service.db.paging import Row
+from service.db.paging import Row, matching
 from service.db.tables import deliveries, events, replays
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
@@ -123,17 +122,13 @@ def replay_row(
     connection: Connection, replay_id: str, owner: str | None
 ) -> tuple[Row, dict[str, int]] | None:
     """A replay, and how many of its deliveries are in each state."""
-    row = connection.execute(_owned(replay_id, owner)).mappings().first()
+    statement = matching(select(replays), replays, id=replay_id, owner=owner)
+    row = connection.execute(statement).mappings().first()
     if row is None:
         return None
     states = select(deliveries.c.state, func.count()).where(deliveries.c.replay_id == replay_id)
     counts = connection.execute(states.group_by(deliveries.c.state))
     return row, {each.state: each[1] for each in counts}
-
-
-def _owned(replay_id: str, owner: str | None) -> Any:
-    statement = select(replays).where(replays.c.id == replay_id)
-    return statement if owner is None else statement.where(replays.c.owner == owner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +241,8 @@ def cancel_replays(tx: Transaction, items: Sequence[tuple[str, str | None]]) -> 
 
 
 def _cancel(tx: Transaction, replay_id: str, owner: str | None) -> bool:
-    row = tx.connection.execute(_owned(replay_id, owner).with_for_update()).first()
+    statement = matching(select(replays), replays, id=replay_id, owner=owner)
+    row = tx.connection.execute(statement.with_for_update()).first()
     if row is None:
         return False
     if row.state == "running":

@@ -350,9 +350,7 @@ async def test_events_that_retention_removed_are_not_replayed(subject: Subject) 
     replay = await started(subject, endpoint)
     lease = await subject.claimed("replay", replay)
     found = await subject.store.read(replay_page, replay, 9)
-    await subject.write(
-        forget_deliveries, [row["id"] for row in await subject.rows(deliveries, event_id=gone)]
-    )
+    await subject.write(forget_deliveries, [gone])
     await subject.write(forget_events, [gone])
     assert len(await subject.rows(events)) == 1
     assert await subject.write(record_pages, (lease, found))

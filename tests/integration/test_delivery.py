@@ -533,7 +533,7 @@ async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(
     send to, nothing to sign with.
     """
     monkeypatch.setattr(here.context.resources.store, "clock", lambda: 1_000_000)
-    deliverer, lease = (
+    worker, lease = (
         DeliveryWorker(here.context.sender, (1.0,), 1.0),
         Lease("deliver", "dlv_x", 1, 1),
     )
@@ -545,7 +545,7 @@ async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(
     def endpoint(status: str, paused_until: int | None = None) -> DeliveryToSend:
         return replace(own, endpoint_id="ep_x", endpoint_status=status, paused_until=paused_until)
 
-    decide = deliverer._without_request
+    decide = worker._without_request
     assert decide(lease, replace(own, url=None, secret=None)) == dead
     assert decide(lease, replace(own, secret=None)) == dead
     assert decide(lease, own) is None

@@ -160,28 +160,28 @@ async def test_a_lease_that_ended_meanwhile_sends_nothing_twice(
     """The next lease of the same process finds what was sent, and records it; so often as leases
     end.
     """
-    store, deliverer = (
+    store, worker = (
         still.context.resources.store,
         DeliveryWorker(still.context.sender, (600.0,), 0),
     )
     claimed = [await due(still, shop)]
     away = Away(store, monkeypatch)
-    jobs = [asyncio.create_task(deliverer.run(claimed[0]))]
-    await wait_until(lambda: deliverer.unrecorded)
+    jobs = [asyncio.create_task(worker.run(claimed[0]))]
+    await wait_until(lambda: worker.unrecorded)
     claimed.append(Lease("redeliver", claimed[0].key, 2, 2))
     await store.write(leased, claimed[1])
     if order == "both at once":
-        jobs.append(asyncio.create_task(deliverer.run(claimed[1])))
-        await wait_until(lambda: deliverer.unrecorded[claimed[0].key].lease == claimed[1])
+        jobs.append(asyncio.create_task(worker.run(claimed[1])))
+        await wait_until(lambda: worker.unrecorded[claimed[0].key].lease == claimed[1])
         away.away = False
     else:
         away.away = False
         await jobs[0]
         assert await state(still, claimed[0]) == ("pending", 1)
-        await deliverer.run(claimed[1])
+        await worker.run(claimed[1])
     await asyncio.gather(*jobs)
     assert await state(still, claimed[0]) == ("delivered", 1)
-    assert deliverer.unrecorded == {}
+    assert worker.unrecorded == {}
     assert len([request for request in shop.received if request.path == "/"]) == 1
 
 
@@ -189,22 +189,22 @@ async def test_what_another_process_did_meanwhile_counts(
     still: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It had a lease between ours and has planned a retry: that is sent."""
-    store, deliverer = (
+    store, worker = (
         still.context.resources.store,
         DeliveryWorker(still.context.sender, (600.0,), 0),
     )
     lease = await due(still, shop)
     away = Away(store, monkeypatch)
-    job = asyncio.create_task(deliverer.run(lease))
-    await wait_until(lambda: deliverer.unrecorded)
+    job = asyncio.create_task(worker.run(lease))
+    await wait_until(lambda: worker.unrecorded)
     later = Lease("redeliver", lease.key, 3, 3)
     await store.write(leased, later)
     away.away = False
     await job
-    await deliverer.run(later)
+    await worker.run(later)
     assert await state(still, lease) == ("delivered", 2)
     assert len(shop.received) == 2
-    assert deliverer.unrecorded == {}
+    assert worker.unrecorded == {}
 
 
 async def test_what_is_kept_of_unrecorded_attempts_is_bounded(
@@ -212,12 +212,12 @@ async def test_what_is_kept_of_unrecorded_attempts_is_bounded(
 ) -> None:
     """The oldest goes first."""
     monkeypatch.setattr(delivery_worker, "LATE", 2)
-    deliverer = DeliveryWorker(still.context.sender, (600.0,), 0)
+    worker = DeliveryWorker(still.context.sender, (600.0,), 0)
     claimed = [await due(still, shop) for _ in range(3)]
     for lease in claimed:
         await still.context.resources.store.write(leased, Lease("redeliver", lease.key, 2, 2))
-        await deliverer.run(lease)
-    assert list(deliverer.unrecorded) == [lease.key for lease in claimed[1:]]
+        await worker.run(lease)
+    assert list(worker.unrecorded) == [lease.key for lease in claimed[1:]]
 
 
 def forget(tx: Transaction, ids: Sequence[str]) -> list[None]:
@@ -230,7 +230,7 @@ async def test_a_delivery_whose_event_is_gone_is_dead(still: World, shop: Subscr
     """There is nothing to send; by hand neither. One that has ended, or is not there, is left as it
     is.
     """
-    deliverer = DeliveryWorker(still.context.sender, (600.0,), 0)
+    worker = DeliveryWorker(still.context.sender, (600.0,), 0)
     lease = await due(still, shop)
     found = got(await still.client.get(f"/v1/deliveries/{lease.key}"))
     await still.context.resources.store.write(forget, found["event"])
@@ -238,9 +238,9 @@ async def test_a_delivery_whose_event_is_gone_is_dead(still: World, shop: Subscr
         "code"
     ] == "nothing_to_send"
     for _ in range(2):
-        await deliverer.run(lease)
+        await worker.run(lease)
         assert await state(still, lease) == ("dead", 0)
-    await deliverer.run(Lease("deliver", "dlv_gone", 1, 1))
+    await worker.run(Lease("deliver", "dlv_gone", 1, 1))
     assert shop.received == []
 
 

@@ -50,12 +50,12 @@ class Played:
 
 @asynccontextmanager
 async def publishing(here: World, broker: Played) -> AsyncIterator[BrokerWorker]:
-    """A publisher at work, with its place in the outbox."""
+    """A worker at work, with its place in the outbox."""
     await here.context.resources.store.write(lease_sinks, broker.name)
-    publisher = BrokerWorker(here.context.resources, broker)
-    job = asyncio.create_task(publisher.run())
+    worker = BrokerWorker(here.context.resources, broker)
+    job = asyncio.create_task(worker.run())
     try:
-        yield publisher
+        yield worker
     finally:
         here.context.resources.store.signals.stop()
         await job
@@ -120,16 +120,16 @@ async def test_who_lost_its_lease_notes_nothing_and_leaves_the_rest_to_another(
     async with world(tmp_path) as here:
         store = here.context.resources.store
         broker = Played(lambda count: store.write(steal, None) if count == 2 else None)
-        async with publishing(here, broker) as publisher:
+        async with publishing(here, broker) as worker:
             gone = asyncio.create_task(emit(here, range(5)))
-            await wait_until(lambda: publisher._lease is None and len(broker.ids) >= 3)
+            await wait_until(lambda: worker._lease is None and len(broker.ids) >= 3)
             await gone
             before = len(broker.ids)
             await store.write(give, None)
             ids = await all_taken(here, broker)
             await wait_until(lambda: broker.ids[before:] and broker.ids[-1] == ids[-1])
             await store.write(steal, None)
-            await wait_until(lambda: publisher._lease is None)
+            await wait_until(lambda: worker._lease is None)
     assert list(dict.fromkeys(broker.ids)) == ids
     assert set(broker.ids[before:]) & set(broker.ids[:before])
 
@@ -146,10 +146,10 @@ async def test_a_fault_that_nobody_foresaw_is_told_and_does_not_end_it(tmp_path:
 
     broker = Played(fail)
     with capture_logs() as captured:
-        async with world(tmp_path) as here, publishing(here, broker) as publisher:
+        async with world(tmp_path) as here, publishing(here, broker) as worker:
             await emit(here, range(3))
             assert await all_taken(here, broker) == broker.ids
-            await wait_until(lambda: not publisher.failing)
+            await wait_until(lambda: not worker.failing)
             counted = here.context.resources.metrics.worker_faults.labels("publish")._value.get()
     told = lines(captured, "sink.failed")
     assert [line["exception"] for line in told] == ["away", "ValueError: odd"]
@@ -173,10 +173,10 @@ async def test_a_store_that_is_away_is_no_brokers_fault(
     monkeypatch.setattr(broker_worker, "LOOK_S", 0.05)
     broker = Played()
     with capture_logs() as captured:
-        async with world(tmp_path) as here, publishing(here, broker) as publisher:
+        async with world(tmp_path) as here, publishing(here, broker) as worker:
             await emit(here, range(3))
             assert await all_taken(here, broker) == broker.ids
-            assert not publisher.failing
+            assert not worker.failing
     assert lines(captured, "sink.failed") == []
     assert len(asked) > 4
 
