@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.upstreams.sandbox.faults import TASK_ERRORS
+from service.upstreams.sandbox.effects import TASK_ERRORS
 from tests.sandbox import ORDER, WAYS, Receiver, faulty, receiving, taken
 
 KEYED = {"idempotency-key": "task_0123456789abcdef"}

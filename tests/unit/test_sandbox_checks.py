@@ -6,7 +6,8 @@ import pytest
 
 from service.errors import ApiError
 from service.upstreams.sandbox.checks import KEY, Order, read_body, read_key, read_order
-from service.upstreams.sandbox.faults import contradicting, read_faults
+from service.upstreams.sandbox.effects import contradicting
+from service.upstreams.sandbox.faults import read_faults
 
 TEXT = {"model": "wan2.5-text-to-image", "prompt": "a cat"}
 EDIT = {
@@ -157,11 +158,11 @@ def test_a_page_is_shown_only_so_many_times() -> None:
     page = read_faults(
         {"submit_status": {"status": 524, "html": True, "times": 1, "retry_after": 3}}, {}
     )["submit_status"]
-    first = page.shown(0)
+    first = page.answer(0)
     assert (first.status, first.headers["content-type"], first.headers["retry-after"]) == (
         524,
         "text/html; charset=utf-8",
         "3",
     )
     assert len(first.body) > 2048
-    assert page.shown(1) is None
+    assert page.answer(1) is None

@@ -53,24 +53,24 @@ def test_a_lot_is_the_submissions_own() -> None:
     now = [0.0]
     ledger = Ledger(SandboxOptions(seed=1, task_ttl_s=60), lambda: now[0])
     lots = [
-        ledger.lot(None, {"prompt": prompt, "callback_url": prompt + url})
+        ledger.seed(None, {"prompt": prompt, "callback_url": prompt + url})
         for url in "xy"
         for prompt in "ab"
     ]
     again = Ledger(SandboxOptions(seed=1), lambda: now[0])
     assert lots == [
-        again.lot(None, {"prompt": "a"}),
-        again.lot(None, {"prompt": "b"}),
-        again.lot("k", {"prompt": "a"}),
-        again.lot("l", {"prompt": "b"}),
+        again.seed(None, {"prompt": "a"}),
+        again.seed(None, {"prompt": "b"}),
+        again.seed("k", {"prompt": "a"}),
+        again.seed("l", {"prompt": "b"}),
     ]
     assert len(set(lots)) == 4
-    kept = ledger.lot("key", {"prompt": "a"})
+    kept = ledger.seed("key", {"prompt": "a"})
     ledger.create(ORDER, {}, "http://sandbox", kept, "key", "")
-    assert ledger.lot("key", {"prompt": "a"}) == kept
+    assert ledger.seed("key", {"prompt": "a"}) == kept
     now[0] = 60
     assert ledger.all() == []
-    assert ledger.lot("key", {"prompt": "a"}) != kept
+    assert ledger.seed("key", {"prompt": "a"}) != kept
 
 
 @pytest.mark.parametrize(("credits", "shown"), [("3", 3), ("3.0", 3), ("8.7", 8.7), ("0.05", 0.05)])

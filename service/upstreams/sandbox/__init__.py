@@ -1,8 +1,7 @@
-"""The sandbox upstream: an emulator of the EvoLink image API, strict, with real images and faults
-on demand (contract section 7).
+"""The sandbox upstream: a strict emulator of the EvoLink image API with real images and faults on
+demand (docs/sandbox.md).
 
-`create_sandbox(SandboxOptions(...))` is an ASGI application with its own lifespan; its state lives
-in memory and dies with it.
+`create_sandbox(SandboxOptions(...))` is an ASGI application. Its state is in memory.
 """
 
 from service.upstreams.sandbox.emulator import create_sandbox

@@ -1,6 +1,4 @@
-"""What the sandbox sends: JSON, the documented errors, a gateway's pages, and answers that come
-late or not whole.
-"""
+"""The sandbox's responses: JSON, the documented errors, a gateway's pages."""
 
 import json
 from collections.abc import Mapping
@@ -27,11 +25,11 @@ HTTP_ERRORS: Mapping[int, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What goes over the wire.
+    """A response, and how its connection misbehaves.
 
-    `wait`: seconds before it; `lost`: the connection ends instead; `cut`: it ends after so many
-    bytes of the body; `stall`: seconds in the middle of the body; `excess`: bytes that
-    Content-Length claims over what the body has, or under it.
+    `wait`: seconds before it. `lost`: the connection ends without it. `cut`: the connection ends
+    after this many bytes of the body. `stall`: seconds in the middle of the body. `excess`: bytes
+    that Content-Length announces beyond the body, or below it.
     """
 
     status: int
@@ -45,9 +43,8 @@ class Answer:
 
 
 def json_answer(status: int, document: object, headers: Mapping[str, str] | None = None) -> Answer:
-    return Answer(
-        status, encoded(document), {"content-type": "application/json", **(headers or {})}
-    )
+    headers = {"content-type": "application/json", **(headers or {})}
+    return Answer(status, encoded(document), headers)
 
 
 def error_answer(
@@ -58,9 +55,9 @@ def error_answer(
     headers: Mapping[str, str] | None = None,
 ) -> Answer:
     """The upstream's documented error."""
-    error = {"code": code, "message": message, "type": type_of(status)} | (
-        {} if param is None else {"param": param}
-    )
+    error = {"code": code, "message": message, "type": type_of(status)}
+    if param is not None:
+        error["param"] = param
     return json_answer(status, {"error": error}, headers)
 
 
@@ -69,7 +66,7 @@ def encoded(document: object) -> bytes:
 
 
 def html_page(status: int) -> bytes:
-    """A gateway's page of several kilobytes, as seen from a content delivery network."""
+    """A gateway's error page of several kilobytes."""
     try:
         title = f"{status} {HTTPStatus(status).phrase}"
     except ValueError:
@@ -80,10 +77,8 @@ def html_page(status: int) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
-    """An error instead of an answer, the first `times` times; `retry_after` in seconds, `code`
-    instead of the status's usual one.
-    """
+class ErrorPage:
+    """An error in place of the first `times` responses, or of all. `retry_after` is in seconds."""
 
     status: int
     code: str | None = None
@@ -91,15 +86,13 @@ class Page:
     retry_after: int | None = None
     times: int | None = None
 
-    def shown(self, before: int) -> Answer | None:
+    def answer(self, before: int) -> Answer | None:
+        """The error after so many requests, if it is still due."""
         if self.times is not None and before >= self.times:
             return None
-        extra = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
         if self.html:
-            return Answer(
-                self.status,
-                html_page(self.status),
-                {"content-type": "text/html; charset=utf-8", **extra},
-            )
+            headers["content-type"] = "text/html; charset=utf-8"
+            return Answer(self.status, html_page(self.status), headers)
         code = self.code or HTTP_ERRORS.get(self.status, "unknown_error")
-        return error_answer(self.status, code, "asked for by a fault", headers=extra)
+        return error_answer(self.status, code, "asked for by a fault", headers=headers)

@@ -1,5 +1,5 @@
-"""Sending callbacks as the upstream says it does: POST, 10 s for an answer, any 2xx is success, at
-most 3 retries, after 1, 2 and 4 s.
+"""Sends callbacks as the upstream documents it: POST, 10 s for a response, any 2xx is success, at
+most 3 retries after 1, 2 and 4 s.
 """
 
 import asyncio
@@ -12,10 +12,8 @@ from service.upstreams.sandbox.faults import Waves
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One attempt at a callback: when (Unix seconds), and the status it brought or what went
-    wrong.
-    """
+class CallbackAttempt:
+    """One attempt: its time in Unix seconds, and the response's status or the problem."""
 
     at: float
     status: int | None
@@ -23,8 +21,8 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Caller:
-    """Sends callbacks; `delays` and `timeout` in seconds, `clock` gives Unix seconds."""
+class CallbackSender:
+    """`delays` and `timeout` are seconds. `clock` returns Unix seconds."""
 
     egress: Egress
     timeout: float
@@ -32,29 +30,28 @@ class Caller:
     clock: Callable[[], float]
 
     async def send(
-        self, url: str, waves: Waves, record: Callable[[Call], None], slow: float = 0
+        self, url: str, waves: Waves, record: Callable[[CallbackAttempt], None], slow: float = 0
     ) -> None:
-        """All of them: the waves one after another, those of a wave at once. Every attempt is
-        recorded when it ends.
+        """Sends the waves one after another, and the bodies of a wave at once.
 
-        `slow`: seconds over which each body comes.
+        Every attempt is recorded when it ends. Each body takes `slow` seconds.
         """
         for wave in waves:
             async with asyncio.TaskGroup() as group:
                 for body in wave:
-                    group.create_task(self._insist(url, body, record, slow))
+                    group.create_task(self._deliver(url, body, record, slow))
 
-    async def _insist(
-        self, url: str, body: bytes, record: Callable[[Call], None], slow: float
+    async def _deliver(
+        self, url: str, body: bytes, record: Callable[[CallbackAttempt], None], slow: float
     ) -> None:
         for wait in (0, *self.delays):
             await asyncio.sleep(wait)
-            call = await self._attempt(url, body, slow)
-            record(call)
-            if call.status is not None and 200 <= call.status < 300:
+            attempt = await self._attempt(url, body, slow)
+            record(attempt)
+            if attempt.status is not None and 200 <= attempt.status < 300:
                 return
 
-    async def _attempt(self, url: str, body: bytes, slow: float) -> Call:
+    async def _attempt(self, url: str, body: bytes, slow: float) -> CallbackAttempt:
         at, content = self.clock(), dribbled(body, slow) if slow else body
         headers = {"content-type": "application/json", "content-length": str(len(body))}
         try:
@@ -67,12 +64,12 @@ class Caller:
                 max_bytes=1 << 16,
             )
         except EgressError as error:
-            return Call(at, None, f"{type(error).__name__}: {error}")
-        return Call(at, response.status)
+            return CallbackAttempt(at, None, f"{type(error).__name__}: {error}")
+        return CallbackAttempt(at, response.status)
 
 
 async def dribbled(body: bytes, seconds: float) -> AsyncIterator[bytes]:
-    """A byte at a time, the first at once."""
+    """The body a byte at a time, the first one at once."""
     for at in range(len(body)):
         yield body[at : at + 1]
         await asyncio.sleep(seconds / len(body))

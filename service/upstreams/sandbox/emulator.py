@@ -18,7 +18,7 @@ from starlette.routing import Route
 from service.errors import ApiError, EgressRefused, NotConnected
 from service.net import Egress, Rules
 from service.upstreams.sandbox.answers import HTTP_ERRORS, Answer, error_answer, json_answer
-from service.upstreams.sandbox.callback_sender import Caller
+from service.upstreams.sandbox.callback_sender import CallbackSender
 from service.upstreams.sandbox.checks import (
     MAX_BODY,
     MODELS,
@@ -27,13 +27,14 @@ from service.upstreams.sandbox.checks import (
     read_key,
     read_order,
 )
+from service.upstreams.sandbox.effects import CountedRequest
 from service.upstreams.sandbox.faults import (
     FAULTS,
-    Asked,
     Faults,
+    applied,
     check_shares,
+    drawn,
     read_faults,
-    struck,
 )
 from service.upstreams.sandbox.lifecycle import (
     Ledger,
@@ -46,18 +47,17 @@ from service.upstreams.sandbox.lifecycle import (
 )
 from service.upstreams.sandbox.options import SandboxOptions
 from service.upstreams.sandbox.renderer import FORMATS, draw
-from service.upstreams.sandbox.sent import Sent
+from service.upstreams.sandbox.wire import AnswerResponse
 
-# a callback's name that cannot be looked up in time is taken; the call itself is judged again
+# A callback URL whose host is not resolved in time is accepted. Each attempt checks it again.
 LOOKUP_S = 3.0
 
 
 def create_sandbox(options: SandboxOptions, clock: Callable[[], float] = time.time) -> Starlette:
-    """The emulator as an ASGI application; `clock` gives Unix seconds. ValueError for a default
-    fault or a share that cannot be.
+    """The emulator as an ASGI application. `clock` returns Unix seconds.
 
-    Its lifespan holds the running tasks: at its end they stop where they are, and callbacks not yet
-    sent are lost, as upstream.
+    At the end of its lifespan tasks stop where they are, and callbacks not yet sent are lost.
+    ValueError: a default fault or a share is wrong.
     """
     sandbox = Sandbox(options, clock)
     return Starlette(
@@ -76,16 +76,14 @@ def create_sandbox(options: SandboxOptions, clock: Callable[[], float] = time.ti
 
 
 class Sandbox:
-    """What the routes share: the ledger, the sender of callbacks, and the tasks that are
-    running.
-    """
+    """The routes and their state: the ledger, the sender of callbacks, the running tasks."""
 
     def __init__(self, options: SandboxOptions, clock: Callable[[], float]) -> None:
         check_shares(options.shares, read_faults(None, options.faults))
         self.options = options
         self.ledger = Ledger(options, clock)
         self.egress = Egress(Rules("sandbox", networks=options.networks))
-        self.caller = Caller(
+        self.sender = CallbackSender(
             self.egress, options.callback_timeout_s, options.callback_delays_s, clock
         )
         self.running: set[asyncio.Task[None]] = set()
@@ -99,51 +97,40 @@ class Sandbox:
             await asyncio.gather(*self.running, return_exceptions=True)
 
     async def submit(self, request: Request) -> Response:
-        """`POST /v1/images/generations`: 200 with the pending task; every refusal is the documented
-        error.
-        """
+        """`POST /v1/images/generations`: the pending task, or a documented error."""
         self._authorise(request)
         key = read_key(request.headers.get("idempotency-key"))
         body = read_body(await read_whole(request))
-        digest, lot = digest_of(body), self.ledger.lot(key, body)
+        digest, seed = digest_of(body), self.ledger.seed(key, body)
+        defaults = drawn(self.options.faults, self.options.shares, seed)
         try:
-            faults = read_faults(
-                body.get("sandbox"), struck(self.options.faults, self.options.shares, lot)
-            )
+            faults = read_faults(body.get("sandbox"), defaults)
         except ValueError as wrong:
             raise invalid("sandbox", str(wrong)) from None
-        if (instead := self._refusal(faults, key or digest)) is not None:
-            return Sent(replace(instead, wait=faults.get("submit_delay", 0)))
+        if (refusal := self._refusal(faults, key or digest)) is not None:
+            return AnswerResponse(replace(refusal, wait=faults.get("submit_delay", 0)))
         order = read_order(body)
         await self._check_callback(order.callback_url)
-        if (known := self.ledger.replayed(key, digest)) is not None:
-            return Sent(
-                json_answer(
-                    200, submitted(known, self.options.delay_s), {"idempotency-replayed": "true"}
-                )
-            )
+        delay = self.options.delay_s
+        if (first := self.ledger.replayed(key, digest)) is not None:
+            headers = {"idempotency-replayed": "true"}
+            return AnswerResponse(json_answer(200, submitted(first, delay), headers))
         base_url = self.options.base_url or str(request.base_url)
-        task = self.ledger.create(order, faults, base_url.rstrip("/"), lot, key, digest)
-        self._start(live(task, self.ledger, self.caller, self.options.delay_s))
-        answer = json_answer(200, submitted(task, self.options.delay_s))
-        for name, value in faults.items():
-            if (change := FAULTS[name].answer) is not None:
-                answer = change(value, answer)
+        task = self.ledger.create(order, faults, base_url.rstrip("/"), seed, key, digest)
+        self._start(live(task, self.ledger, self.sender, delay))
+        answer = applied("answer", faults, json_answer(200, submitted(task, delay)))
         if faults.get("callback_first"):
             await task.called.wait()
-        return Sent(answer)
+        return AnswerResponse(answer)
 
     async def query(self, request: Request) -> Response:
         """`GET /v1/tasks/{id}`: the task as it is now."""
         self._authorise(request)
         task = self.ledger.find(request.path_params["task_id"])
-        answer, asked = json_answer(200, document(task)), counted(task, request)
-        for name, value in task.faults.items():
-            if (change := FAULTS[name].query) is not None and asked.before < task.faults.get(
-                "query_times", math.inf
-            ):
-                answer = change(value, asked, answer)
-        return Sent(answer)
+        answer, counted = json_answer(200, document(task)), count(task, request)
+        if counted.before < task.faults.get("query_times", math.inf):
+            answer = applied("query", task.faults, counted, answer)
+        return AnswerResponse(answer)
 
     async def credits(self, request: Request) -> Response:
         self._authorise(request)
@@ -152,70 +139,59 @@ class Sandbox:
             "token": {"remaining_credits": left, "unlimited_credits": False},
             "user": {"remaining_credits": left},
         }
-        return Sent(json_answer(200, {"success": True, "data": data}))
+        return AnswerResponse(json_answer(200, {"success": True, "data": data}))
 
     async def models(self, request: Request) -> Response:
         self._authorise(request)
         data = [{"id": name, "object": "model", "owned_by": "sandbox"} for name in MODELS]
-        return Sent(json_answer(200, {"object": "list", "data": data}))
+        return AnswerResponse(json_answer(200, {"object": "list", "data": data}))
 
     async def file(self, request: Request) -> Response:
-        """A result, drawn when it is asked for; 404 once its link is dead. No key is wanted, as on
-        a content delivery network.
-        """
+        """A result, drawn for each request. Like a content delivery network it wants no key."""
         task, index = self._result(request.path_params["task_id"], request.path_params["name"])
-        asked = counted(task, request)
+        counted, order = count(task, request), task.order
 
-        def made() -> Answer:
-            order, type = task.order, FORMATS[task.format]
-            answer = Answer(
-                200,
-                draw(f"{task.id}/{index}", order.prompt, order.width, order.height, task.format),
-                {"content-type": type},
-            )
-            for name, value in task.faults.items():
-                if (change := FAULTS[name].file) is not None and asked.before < task.faults.get(
-                    "file_times", math.inf
-                ):
-                    answer = change(value, asked, answer)
+        def drawn_file() -> Answer:
+            name = f"{task.id}/{index}"
+            content = draw(name, order.prompt, order.width, order.height, task.format)
+            answer = Answer(200, content, {"content-type": FORMATS[task.format]})
+            if counted.before < task.faults.get("file_times", math.inf):
+                answer = applied("file", task.faults, counted, answer)
             return ranged(answer, request.headers.get("range", ""))
 
-        return Sent(await asyncio.to_thread(made))
+        return AnswerResponse(await asyncio.to_thread(drawn_file))
 
     async def tasks(self, request: Request) -> Response:
-        """`GET /sandbox/tasks`: what really happened, for whoever tests against the sandbox;
-        nothing of the kind exists upstream.
-        """
+        """`GET /sandbox/tasks`: every task with its callbacks. The upstream has no such path."""
         self._authorise(request)
         data = [
             document(task)
-            | {"idempotency_key": task.key, "callbacks": [asdict(call) for call in task.calls]}
+            | {"idempotency_key": task.key, "callbacks": [asdict(each) for each in task.attempts]}
             for task in self.ledger.all()
         ]
-        return Sent(json_answer(200, {"data": data}))
+        return AnswerResponse(json_answer(200, {"data": data}))
 
     def _authorise(self, request: Request) -> None:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        wanted = self.options.api_key
-        right = (
-            bool(key.strip())
-            if wanted is None
-            else hmac.compare_digest(key.strip().encode(), wanted.encode())
-        )
+        key, expected = key.strip(), self.options.api_key
+        right = bool(key)
+        if expected is not None:
+            right = hmac.compare_digest(key.encode(), expected.encode())
         if scheme.lower() != "bearer" or not right:
             raise ApiError(401, "unauthorized", "the API key is missing or wrong")
 
     def _refusal(self, faults: Faults, submission: str) -> Answer | None:
         for name, value in faults.items():
             if (refuse := FAULTS[name].refuse) is not None:
-                before = self.ledger.submissions[f"{name}/{submission}"]
-                self.ledger.submissions[f"{name}/{submission}"] += 1
-                if (answer := refuse(value, before)) is not None:
+                counter = f"{name}/{submission}"
+                self.ledger.submissions[counter] += 1
+                answer = refuse(value, self.ledger.submissions[counter] - 1)
+                if answer is not None:
                     return answer
         return None
 
     async def _check_callback(self, url: str | None) -> None:
-        """400 unless a callback may go there: public and https, or inside the allowed networks."""
+        """400 for an address that is not public https and not inside the allowed networks."""
         if url is None:
             return
         try:
@@ -235,25 +211,22 @@ class Sandbox:
 
     def _result(self, task_id: str, name: str) -> tuple[SandboxTask, int]:
         task = self.ledger.find(task_id)
-        names = [f"{index}.{task.format}" for index in range(task.outcome.images)]
+        names = [f"{index}.{task.format}" for index in range(task.end.images)]
         ttl = task.faults.get("link_ttl", self.options.result_ttl_s)
         if name not in names or task.ended is None or self.ledger.clock() >= task.ended + ttl:
             raise ApiError(404, "not_found", "the file does not exist or has expired")
         return task, names.index(name)
 
 
-def counted(task: SandboxTask, request: Request) -> Asked:
-    """What a query or a file's request is to its faults, from now on one more."""
+def count(task: SandboxTask, request: Request) -> CountedRequest:
     path = request.url.path
-    task.asked[path] += 1
-    return Asked(task.asked[path] - 1, path)
+    task.requests[path] += 1
+    return CountedRequest(task.requests[path] - 1, path)
 
 
-def ranged(answer: Answer, wanted: str) -> Answer:
-    """What an answer sends from a byte on, if no more is wanted, as a content delivery network
-    does; other ranges are ignored.
-    """
-    size, match = len(answer.body), re.fullmatch(r"bytes=([0-9]{1,18})-", wanted)
+def ranged(answer: Answer, header: str) -> Answer:
+    """The answer from the first byte of an open range. Other ranges are ignored."""
+    size, match = len(answer.body), re.fullmatch(r"bytes=([0-9]{1,18})-", header)
     if answer.status != 200 or match is None:
         return answer
     if (start := int(match[1])) >= size:
@@ -263,7 +236,7 @@ def ranged(answer: Answer, wanted: str) -> Answer:
 
 
 async def read_whole(request: Request) -> bytes:
-    """The body; 413 over `MAX_BODY` bytes."""
+    """The body, of at most `MAX_BODY` bytes."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
@@ -273,15 +246,10 @@ async def read_whole(request: Request) -> bytes:
 
 
 async def refused(_: Request, error: Exception) -> Response:
-    """The documented error for a refusal of ours or of the router."""
+    """The documented error of the sandbox's own refusals and of the router's."""
     if isinstance(error, ApiError):
-        return Sent(error_answer(error.status, error.code, error.message, error.param))
+        return AnswerResponse(error_answer(error.status, error.code, error.message, error.param))
     status = error.status_code if isinstance(error, HTTPException) else 500
-    answer = error_answer(
-        status,
-        HTTP_ERRORS.get(status, "invalid_request"),
-        getattr(error, "detail", "internal error"),
-    )
-    return Sent(
-        replace(answer, headers={**answer.headers, **(getattr(error, "headers", None) or {})})
-    )
+    code = HTTP_ERRORS.get(status, "invalid_request")
+    message, headers = getattr(error, "detail", "internal error"), getattr(error, "headers", None)
+    return AnswerResponse(error_answer(status, code, message, headers=headers))

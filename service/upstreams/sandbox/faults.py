@@ -1,18 +1,18 @@
-"""The faults of contract section 7: one table. A fault is asked for by an object `sandbox` in a
-submission, or by default.
+"""The faults of the sandbox, as a table. A submission names its faults in an object `sandbox`, and
+the sandbox has defaults.
 
-An entry of `FAULTS` says which values it takes and, where it acts, a pure function for that place;
-it gets the fault's value first:
+An entry of `FAULTS` has a value and, for each place where the fault acts, a pure function. Its
+first argument is the value, its last is what it changes:
 
-    refuse(value, times before) -> Answer | None       instead of creating a task
-    outcome(value, outcome) -> Outcome                 how the task ends
-    shown(value, document) -> document                 the task in every answer and callback
-    answer(value, answer) -> Answer                    the answer to the submission that created the
-    task query(value, asked, answer) -> Answer              the answer to a query file(value, asked,
-    answer) -> Answer               a result file calls(value, waves, truth) -> waves
-    bodies of callbacks: the waves one after another, those of a wave at once
+    refuse(value, requests before) -> Answer | None    a refusal in place of a task
+    end(value, end) -> TaskEnd                         how the task ends
+    document(value, document) -> document              the task in every response and callback
+    answer(value, answer) -> Answer                    the response to the submission of a task
+    query(value, request, answer) -> Answer            the response to a query
+    file(value, request, answer) -> Answer             a result file
+    calls(value, document, waves) -> waves             the bodies of callbacks in waves
 
-Those without one are read by name. Faults act in the order of the table.
+A fault without a function is read by its name. Faults act in the order of the table.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,8 +21,23 @@ from random import Random
 from typing import Any
 
 from service.strict_json import JSON
-from service.upstreams.base import Status
-from service.upstreams.sandbox.answers import Answer, Page, encoded
+from service.upstreams.sandbox.answers import Answer, ErrorPage, encoded
+from service.upstreams.sandbox.effects import (
+    REDIRECTS,
+    TASK_ERRORS,
+    CountedRequest,
+    TaskEnd,
+    billed,
+    cancelled,
+    contradicting,
+    error_page,
+    failed,
+    forged,
+    redirected,
+    shaped,
+    typed,
+    with_field,
+)
 from service.upstreams.sandbox.forgeries import FORGERIES
 from service.upstreams.sandbox.renderer import FORMATS
 from service.upstreams.sandbox.values import (
@@ -43,292 +58,168 @@ Faults = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a task ends: with `images` of them, or an error."""
-
-    status: Status
-    images: int = 0
-    error: JSON | None = None
-
-
-TASK_ERRORS: Mapping[str, str] = {
-    "content_policy_violation": "The prompt or an image violates the content policy.",
-    "invalid_parameters": "The parameters are invalid.",
-    "image_processing_error": "An input image could not be processed.",
-    "image_dimension_mismatch": "The input images' dimensions do not match the request.",
-    "request_cancelled": "The request was cancelled.",
-    "service_error": "The service failed internally.",
-    "generation_timeout": "The generation took too long.",
-    "resource_exhausted": "No capacity is left for this request.",
-    "quota_exceeded": "The quota is exceeded.",
-    "service_unavailable": "The service is unavailable for now.",
-    "generation_failed_no_content": "The generation brought no content.",
-    "unknown_error": "An unknown error occurred.",
-    "resource_not_found": "The resource does not exist or is gone.",
-}
-
-
-def failed(code: str) -> Outcome:
-    return Outcome(
-        Status.FAILED, error={"code": code, "message": TASK_ERRORS[code], "type": "task_error"}
-    )
-
-
-def contradicting(truth: JSON) -> JSON:
-    """A terminal document that says the opposite of the true one."""
-    bare = {
-        key: value
-        for key, value in truth.items()
-        if key not in ("results", "result_data", "error", "usage")
-    }
-    if truth["status"] == Status.COMPLETED:
-        return bare | {"status": "failed", "progress": 0, "error": failed("service_error").error}
-    return bare | {
-        "status": "completed",
-        "progress": 100,
-        "results": ["https://files.evolink.ai/contradiction/0.png"],
-    }
-
-
-# --- the table
-# --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A request for a document or a file: how many were there before, and its path."""
-
-    before: int
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One fault: what it does in a few words, the values it takes, and what it does where."""
-
+class InjectedFault:
     about: str
     takes: Value
     refuse: Callable[[Any, int], Answer | None] | None = None
-    outcome: Callable[[Any, Outcome], Outcome] | None = None
-    shown: Callable[[Any, JSON], JSON] | None = None
+    end: Callable[[Any, TaskEnd], TaskEnd] | None = None
+    document: Callable[[Any, JSON], JSON] | None = None
     answer: Callable[[Any, Answer], Answer] | None = None
-    query: Callable[[Any, Asked, Answer], Answer] | None = None
-    file: Callable[[Any, Asked, Answer], Answer] | None = None
-    calls: Callable[[Any, Waves, JSON], Waves] | None = None
+    query: Callable[[Any, CountedRequest, Answer], Answer] | None = None
+    file: Callable[[Any, CountedRequest, Answer], Answer] | None = None
+    calls: Callable[[Any, JSON, Waves], Waves] | None = None
 
 
-def cancelled(form: str, _: Outcome) -> Outcome:
-    return Outcome(Status.CANCELLED) if form == "status" else failed("request_cancelled")
-
-
-def shaped(form: str, shown: JSON) -> JSON:
-    """The results in a form that only clients' code knows."""
-    if "results" not in shown:
-        return shown
-    if form == "objects":
-        return shown | {"results": [{"url": link} for link in shown["results"]]}
-    bare = {key: value for key, value in shown.items() if key != "results"}
-    return bare | {"result_data": [{"image_url": link} for link in shown["results"]]}
-
-
-def billed(credits: str | float, shown: JSON) -> JSON:
-    if credits == "absent":
-        return {key: value for key, value in shown.items() if key != "usage"}
-    return (
-        shown | {"usage": shown["usage"] | {"credits_used": credits}}
-        if "credits_used" in shown.get("usage", {})
-        else shown
-    )
-
-
-def instead(value: Page, asked: Asked, answer: Answer) -> Answer:
-    return value.shown(asked.before) or answer
-
-
-def forged(name: str, _: Asked, answer: Answer) -> Answer:
-    if answer.status != 200:
-        return answer
-    body, type = FORGERIES[name](answer.body, answer.headers["content-type"])
-    return replace(answer, body=body, headers={**answer.headers, "content-type": type})
-
-
-def typed(type: str, _: Asked, answer: Answer) -> Answer:
-    others = {name: value for name, value in answer.headers.items() if name != "content-type"}
-    return replace(answer, headers=others if type == "absent" else others | {"content-type": type})
-
-
-# Where a redirect leads: the same path behind this. The file itself, a host nobody has, an address
-# no outsider may reach, the link itself.
-AIMS: Mapping[str, str] = {
-    "path": "/moved",
-    "host": "https://results.example",
-    "private": "http://10.0.0.1",
-    "loop": "/files",
-}
-
-
-def redirected(aim: str, asked: Asked, answer: Answer) -> Answer:
-    if answer.status != 200 or asked.path.startswith("/moved/"):
-        return answer
-    location = AIMS[aim] + asked.path.removeprefix("/files") if aim in AIMS else aim
-    return Answer(302, b"", {"location": location})
-
-
-FAULTS: Mapping[str, Fault] = {
-    "delay": Fault("seconds the task takes", SECONDS),
-    "images": Fault(
+FAULTS: Mapping[str, InjectedFault] = {
+    "delay": InjectedFault("seconds the task takes", SECONDS),
+    "images": InjectedFault(
         "number of images of a completed task, regardless of n",
         whole(0, 4),
-        outcome=lambda n, end: replace(end, images=n),
+        end=lambda n, end: replace(end, images=n),
     ),
-    "fail": Fault(
-        "the task fails with this code", one_of(*TASK_ERRORS), outcome=lambda code, _: failed(code)
+    "fail": InjectedFault(
+        "the task fails with this code", one_of(*TASK_ERRORS), end=lambda code, _: failed(code)
     ),
-    "cancel": Fault(
+    "cancel": InjectedFault(
         "the task is cancelled, by its status or by an error code",
         one_of("status", "code"),
-        outcome=cancelled,
+        end=cancelled,
     ),
-    "format": Fault("the format of the result files", one_of(*FORMATS)),
-    "results": Fault(
+    "format": InjectedFault("the format of the result files", one_of(*FORMATS)),
+    "results": InjectedFault(
         "results come as objects with url, or in result_data with image_url, instead of links",
         one_of("objects", "result_data"),
-        shown=shaped,
+        document=shaped,
     ),
-    "usage": Fault(
+    "usage": InjectedFault(
         "credits that a completed task reports. absent leaves usage out of every response",
         one_of("absent", otherwise=CREDITS),
-        shown=billed,
+        document=billed,
     ),
-    "submit_status": Fault(
-        "the submission is refused and nothing is created",
-        PAGE,
-        refuse=lambda value, before: value.shown(before),
+    "submit_status": InjectedFault(
+        "the submission is refused and nothing is created", PAGE, refuse=ErrorPage.answer
     ),
-    "lose_submission": Fault(
+    "lose_submission": InjectedFault(
         "the first N attempts of a submission create nothing and lose their connection",
         whole(0, 1000),
         refuse=lambda times, before: Answer(500, b"", lost=True) if before < times else None,
     ),
-    "submit_delay": Fault(
-        "seconds until a submission gets its response",
-        SECONDS,
-        answer=lambda wait, answer: replace(answer, wait=wait),
+    "submit_delay": InjectedFault(
+        "seconds until a submission gets its response", SECONDS, answer=with_field("wait")
     ),
-    "submit_cut": Fault(
-        "the response to a submission breaks off after N bytes",
-        BYTES,
-        answer=lambda cut, answer: replace(answer, cut=cut),
+    "submit_cut": InjectedFault(
+        "the response to a submission breaks off after N bytes", BYTES, answer=with_field("cut")
     ),
-    "lose_answer": Fault(
-        "the task is created and the connection is cut",
-        FLAG,
-        answer=lambda on, answer: replace(answer, lost=on),
+    "lose_answer": InjectedFault(
+        "the task is created and the connection is cut", FLAG, answer=with_field("lost")
     ),
-    "callback_first": Fault("the callback comes before the response to the submission", FLAG),
-    "query_status": Fault("queries get this error", PAGE, query=instead),
-    "query_delay": Fault(
-        "seconds until a query gets its response",
-        SECONDS,
-        query=lambda wait, _, answer: replace(answer, wait=wait),
+    "callback_first": InjectedFault(
+        "the callback comes before the response to the submission", FLAG
     ),
-    "query_cut": Fault(
-        "responses to queries break off after N bytes",
-        BYTES,
-        query=lambda cut, _, answer: replace(answer, cut=cut),
+    "query_status": InjectedFault("queries get this error", PAGE, query=error_page),
+    "query_delay": InjectedFault(
+        "seconds until a query gets its response", SECONDS, query=with_field("wait")
     ),
-    "query_times": Fault("only the first N queries of a task meet its faults", whole(0, 1000)),
-    "file_status": Fault("requests for result files get this error", PAGE, file=instead),
-    "file_content": Fault(
+    "query_cut": InjectedFault(
+        "responses to queries break off after N bytes", BYTES, query=with_field("cut")
+    ),
+    "query_times": InjectedFault(
+        "only the first N queries of a task meet its faults", whole(0, 1000)
+    ),
+    "file_status": InjectedFault("requests for result files get this error", PAGE, file=error_page),
+    "file_content": InjectedFault(
         "the content of result files is replaced", one_of(*FORGERIES), file=forged
     ),
-    "file_type": Fault(
+    "file_type": InjectedFault(
         "the media type of result files", one_of("absent", otherwise=MEDIA_TYPE), file=typed
     ),
-    "file_length": Fault(
+    "file_length": InjectedFault(
         "result files announce N bytes more than they have, or fewer",
         whole(-(1 << 30), 1 << 30),
-        file=lambda excess, _, answer: replace(answer, excess=excess),
+        file=with_field("excess"),
     ),
-    "file_cut": Fault(
-        "result files break off after N bytes",
-        BYTES,
-        file=lambda cut, _, answer: replace(answer, cut=cut),
+    "file_cut": InjectedFault(
+        "result files break off after N bytes", BYTES, file=with_field("cut")
     ),
-    "file_stall": Fault(
-        "seconds without a byte in the middle of a result file",
-        SECONDS,
-        file=lambda s, _, answer: replace(answer, stall=s),
+    "file_stall": InjectedFault(
+        "seconds without a byte in the middle of a result file", SECONDS, file=with_field("stall")
     ),
-    "file_redirect": Fault(
+    "file_redirect": InjectedFault(
         "result links redirect: to another path of the file, another host, a private address,"
         " themselves, or the given URL",
-        one_of(*AIMS, otherwise=URL),
+        one_of(*REDIRECTS, otherwise=URL),
         file=redirected,
     ),
-    "file_times": Fault(
+    "file_times": InjectedFault(
         "only the first N requests for a result file meet its faults", whole(0, 1000)
     ),
-    "link_ttl": Fault("seconds until the result links expire", SECONDS),
-    "drop_callback": Fault(
-        "no callback is sent", FLAG, calls=lambda on, waves, _: [] if on else waves
+    "link_ttl": InjectedFault("seconds until the result links expire", SECONDS),
+    "drop_callback": InjectedFault(
+        "no callback is sent", FLAG, calls=lambda on, _, waves: [] if on else waves
     ),
-    "repeat_callback": Fault(
+    "repeat_callback": InjectedFault(
         "the callback is sent N times at once",
         whole(1, 100),
-        calls=lambda times, waves, _: [wave * times for wave in waves],
+        calls=lambda times, _, waves: [wave * times for wave in waves],
     ),
-    "slow_callback": Fault(
+    "slow_callback": InjectedFault(
         "seconds over which the body of a callback comes, byte by byte, after its head", SECONDS
     ),
-    "contradict": Fault(
+    "contradict": InjectedFault(
         "a second callback says the opposite",
         FLAG,
-        calls=lambda on, waves, truth: [*waves, [encoded(contradicting(truth))]] if on else waves,
+        calls=lambda on, truth, waves: [*waves, [encoded(contradicting(truth))]] if on else waves,
     ),
-    "garbage_callback": Fault(
+    "garbage_callback": InjectedFault(
         "one more callback with an unreadable body",
         FLAG,
-        calls=lambda on, waves, _: [*waves, [b"\x00{not json"]] if on else waves,
+        calls=lambda on, _, waves: [*waves, [b"\x00{not json"]] if on else waves,
     ),
 }
 
 
+def applied(place: str, faults: Faults, *arguments: Any) -> Any:
+    """The last argument as the faults of this place change it."""
+    *context, changed = arguments
+    for name, value in faults.items():
+        if (change := getattr(FAULTS[name], place)) is not None:
+            changed = change(value, *context, changed)
+    return changed
+
+
 def read_faults(asked: object, defaults: Faults) -> Faults:
-    """The faults of a submission over the default ones, in the table's order; null takes a default
-    away. ValueError names what is wrong.
+    """A submission's faults over the defaults, in the table's order. Null switches a default off.
+
+    ValueError says what is wrong.
     """
     asked = {} if asked is None else asked
     if not isinstance(asked, dict):
-        # a value among others, all told the same way
-        raise ValueError("sandbox must be an object")  # noqa: TRY004
+        raise ValueError("sandbox must be an object")  # noqa: TRY004 - like a wrong value
     given = {**defaults, **asked}
     for name in given:
         if name not in FAULTS:
             raise ValueError(f"sandbox has no fault {name[:100]!r}; it has {', '.join(FAULTS)}")
-    return {name: take(name, given[name]) for name in FAULTS if given.get(name) is not None}
+    return {name: convert(name, given[name]) for name in FAULTS if given.get(name) is not None}
 
 
-def take(name: str, value: object) -> Any:
+def convert(name: str, value: object) -> Any:
     takes = FAULTS[name].takes
     if not takes.accepts(value):
         raise ValueError(f"sandbox.{name} must be {takes.words}")
-    return takes.made(value)
+    return takes.convert(value)
 
 
-def struck(defaults: Faults, shares: Mapping[str, float], lot: str) -> Faults:
-    """The default faults that this lot draws: each strikes its share of lots, 1 unless `shares`
-    says otherwise.
-    """
+def drawn(defaults: Faults, shares: Mapping[str, float], seed: str) -> Faults:
+    """The default faults that meet the submission of this seed, each with its share."""
     return {
         name: value
         for name, value in defaults.items()
-        if Random(f"{lot}/{name}").random() < shares.get(name, 1)
+        if Random(f"{seed}/{name}").random() < shares.get(name, 1)
     }
 
 
 def check_shares(shares: Mapping[str, float], defaults: Faults) -> None:
-    """ValueError for the share of a fault that is no default, or one that is not from 0 to 1."""
+    """ValueError: a share is not from 0 to 1, or its fault is no default."""
     for name, share in shares.items():
         if name not in defaults:
             raise ValueError(f"{name[:100]!r} has a share and is no default fault")

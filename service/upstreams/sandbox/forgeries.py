@@ -1,6 +1,4 @@
-"""What result files may be instead of the asked picture. Each is made of the true file: its bytes,
-and its media type.
-"""
+"""Contents that replace a result file. Each is made from the bytes and media type of the file."""
 
 import io
 import struct
@@ -10,6 +8,8 @@ from functools import cache
 from random import Random
 
 from PIL import Image, ImageOps
+
+Forgery = Callable[[bytes, str], tuple[bytes, str]]
 
 SCRIPT = b"<script>document.title = 'forged'</script>"
 HTML = (
@@ -22,7 +22,7 @@ SVG = (
     + SCRIPT
     + b'<rect width="768" height="768"/></svg>\n'
 )
-BOMB_SIDE = 30_000  # pixels: 900 million in all, 2.7 GB once they are colours
+BOMB_SIDE = 30_000  # 900 million pixels in all, 2.7 GB as RGB
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -31,8 +31,9 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 @cache
 def bomb(rows: int) -> bytes:
-    """A PNG that claims 30,000 × 30,000 pixels of one bit, with so many black rows of them: all,
-    and it decodes, from some 100 kB.
+    """A PNG that announces 30,000 × 30,000 pixels of one bit and has this many black rows.
+
+    With all rows it decodes, from some 100 kB.
     """
     packer = zlib.compressobj(9)
     row = bytes(1 + BOMB_SIDE // 8)
@@ -41,20 +42,20 @@ def bomb(rows: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-def animated(format: str) -> Callable[[bytes, str], tuple[bytes, str]]:
-    """The picture, its negative and its mirror image, a second each."""
+def animated(format: str) -> Forgery:
+    """The image, its negative and its mirror image, a second each."""
 
-    def made(content: bytes, _: str) -> tuple[bytes, str]:
-        picture = Image.open(io.BytesIO(content)).convert("RGB")
+    def forge(content: bytes, _: str) -> tuple[bytes, str]:
+        image = Image.open(io.BytesIO(content)).convert("RGB")
         file = io.BytesIO()
-        frames = [ImageOps.invert(picture), ImageOps.mirror(picture)]
-        picture.save(file, format, save_all=True, append_images=frames, duration=1000, loop=0)
+        frames = [ImageOps.invert(image), ImageOps.mirror(image)]
+        image.save(file, format, save_all=True, append_images=frames, duration=1000, loop=0)
         return file.getvalue(), f"image/{format}"
 
-    return made
+    return forge
 
 
-FORGERIES: Mapping[str, Callable[[bytes, str], tuple[bytes, str]]] = {
+FORGERIES: Mapping[str, Forgery] = {
     "html": lambda _content, _media_type: (HTML, "text/html; charset=utf-8"),
     "svg": lambda _content, _media_type: (SVG, "image/svg+xml"),
     "claimed_bomb": lambda _content, _media_type: (bomb(1), "image/png"),

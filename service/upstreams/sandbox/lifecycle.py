@@ -1,6 +1,4 @@
-"""The sandbox's tasks: made, looked up and charged in memory; each lives from `pending` to its end
-and then calls back.
-"""
+"""The sandbox's tasks, in memory: created, charged, ended and reported by callbacks."""
 
 import asyncio
 import hashlib
@@ -16,25 +14,24 @@ from service.errors import ApiError
 from service.strict_json import JSON
 from service.upstreams.base import Status
 from service.upstreams.sandbox.answers import encoded
-from service.upstreams.sandbox.callback_sender import Call, Caller
+from service.upstreams.sandbox.callback_sender import CallbackAttempt, CallbackSender
 from service.upstreams.sandbox.checks import Order
-from service.upstreams.sandbox.faults import FAULTS, Faults, Outcome, Waves
+from service.upstreams.sandbox.effects import TaskEnd
+from service.upstreams.sandbox.faults import Faults, Waves, applied
 from service.upstreams.sandbox.options import SandboxOptions
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 USAGE = {"billing_rule": "per_call", "user_group": "default"}
-SEEDED_CREATED = (
-    1_757_165_031  # what seeded tasks say of their creation: the clock would make every run another
-)
-UNFINISHED = Outcome(Status.PENDING)
+SEEDED_CREATED = 1_757_165_031  # `created` of seeded tasks, so that their ids repeat
+UNFINISHED = TaskEnd(Status.PENDING)
 
 
 @dataclass(slots=True)
 class SandboxTask:
-    """One paid task. `created` and `ended` are Unix seconds, `stamp` those that it shows as its
-    creation.
+    """One paid task.
 
-    `called`: after the first callback's first attempt, or when none is sent.
+    `created` and `ended` are Unix seconds, `stamp` is the `created` of its document. `called` is
+    set after the first attempt of the first callback, or when no callback is sent.
     """
 
     id: str
@@ -48,28 +45,33 @@ class SandboxTask:
     digest: str = ""
     status: Status = Status.PENDING
     ended: float | None = None
-    outcome: Outcome = UNFINISHED
-    calls: list[Call] = field(default_factory=list)
+    end: TaskEnd = UNFINISHED
+    attempts: list[CallbackAttempt] = field(default_factory=list)
     called: asyncio.Event = field(default_factory=asyncio.Event)
-    asked: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)
 
     @property
     def format(self) -> str:
         return str(self.faults.get("format", "png"))
 
     @property
-    def used(self) -> Decimal:
-        """What it costs in the end: by the images made."""
-        return self.outcome.images * self.price
+    def reserved(self) -> Decimal:
+        return self.order.n * self.price
 
-    def record(self, call: Call) -> None:
-        self.calls.append(call)
+    @property
+    def used(self) -> Decimal:
+        """The cost by the images made."""
+        return self.end.images * self.price
+
+    def record(self, attempt: CallbackAttempt) -> None:
+        self.attempts.append(attempt)
         self.called.set()
 
 
 class Ledger:
-    """Every task by its id and by its idempotency key, and the account they are charged to. Tasks
-    are forgotten after `task_ttl_s`.
+    """Every task by its id and by its idempotency key, and the account that they are charged to.
+
+    Tasks are forgotten after `task_ttl_s`.
     """
 
     def __init__(self, options: SandboxOptions, clock: Callable[[], float]) -> None:
@@ -78,25 +80,24 @@ class Ledger:
         self.submissions: Counter[str] = Counter()
         self._options = options
         self._seed = Random().getrandbits(64) if options.seed is None else options.seed
-        self._seen: Counter[str] = Counter()
-        self._lots: dict[str, str] = {}
+        self._alike: Counter[str] = Counter()
+        self._seeds: dict[str, str] = {}
         self._tasks: dict[str, SandboxTask] = {}
         self._keys: dict[str, SandboxTask] = {}
 
     def all(self) -> list[SandboxTask]:
-        """The tasks not yet forgotten, oldest first."""
+        """The tasks, oldest first."""
         self._forget()
         return list(self._tasks.values())
 
     def find(self, task_id: str) -> SandboxTask:
-        """404 for an id that was never there or is forgotten."""
         self._forget()
         if task_id not in self._tasks:
             raise ApiError(404, "task_not_found", "the task does not exist or has expired")
         return self._tasks[task_id]
 
     def replayed(self, key: str | None, digest: str) -> SandboxTask | None:
-        """The task an earlier submission under this key created; 409 when its body was another."""
+        """The task of an earlier submission with this key. 409 if its body was another."""
         self._forget()
         task = None if key is None else self._keys.get(key)
         if task is not None and task.digest != digest:
@@ -105,66 +106,60 @@ class Ledger:
             )
         return task
 
-    def lot(self, key: str | None, body: JSON) -> str:
-        """What chance goes by: the seed, a body but for its callback's address, how many like it
-        came before. A key keeps its first.
+    def seed(self, key: str | None, body: JSON) -> str:
+        """The seed of a submission's randomness.
+
+        It depends on the sandbox's seed, the body without the callback URL, and the number of equal
+        submissions before. A key keeps its first seed.
         """
-        if key is None or key not in self._lots:
-            like = digest_of(
-                {name: value for name, value in body.items() if name != "callback_url"}
-            )
-            lot = f"{self._seed}/{like}/{self._seen[like]}"
-            self._seen[like] += 1
-            if key is None:
-                return lot
-            self._lots[key] = lot
-        return self._lots[key]
+        if key is not None and key in self._seeds:
+            return self._seeds[key]
+        like = digest_of({name: value for name, value in body.items() if name != "callback_url"})
+        seed = f"{self._seed}/{like}/{self._alike[like]}"
+        self._alike[like] += 1
+        if key is not None:
+            self._seeds[key] = seed
+        return seed
 
     def create(
-        self, order: Order, faults: Faults, base_url: str, lot: str, key: str | None, digest: str
+        self, order: Order, faults: Faults, base_url: str, seed: str, key: str | None, digest: str
     ) -> SandboxTask:
-        """A task, its price reserved for `n` images; 402 when the account has less."""
-        price = self._options.price
-        if order.n * price > self.credits:
+        """A task with its price reserved for `n` images. 402 if the account has less."""
+        now, price = self.clock(), self._options.price
+        stamp = int(now) if self._options.seed is None else SEEDED_CREATED
+        task_id = f"task-unified-{stamp}-" + "".join(Random(seed).choices(LETTERS, k=8))
+        task = SandboxTask(task_id, order, faults, base_url, now, stamp, price, key, digest)
+        if task.reserved > self.credits:
             raise ApiError(
                 402,
                 "insufficient_quota",
-                f"the task needs {order.n * price} credits, {self.credits} are left",
+                f"the task needs {task.reserved} credits, {self.credits} are left",
             )
-        self.credits -= order.n * price
-        now = self.clock()
-        stamp = int(now) if self._options.seed is None else SEEDED_CREATED
-        task_id = f"task-unified-{stamp}-" + "".join(Random(lot).choices(LETTERS, k=8))
-        task = SandboxTask(task_id, order, faults, base_url, now, stamp, price, key, digest)
+        self.credits -= task.reserved
         self._tasks[task_id] = task
         if key is not None:
             self._keys[key] = task
         return task
 
     def end(self, task: SandboxTask) -> None:
-        """Bring a task to the end its faults have in store, and charge what it really made."""
-        outcome = Outcome(Status.COMPLETED, task.order.n)
-        for name, value in task.faults.items():
-            if (change := FAULTS[name].outcome) is not None:
-                outcome = change(value, outcome)
-        task.outcome, task.status, task.ended = outcome, outcome.status, self.clock()
-        self.credits += task.order.n * task.price - task.used
+        """Ends a task as its faults say, and charges the images made."""
+        task.end = applied("end", task.faults, TaskEnd(Status.COMPLETED, task.order.n))
+        task.status, task.ended = task.end.status, self.clock()
+        self.credits += task.reserved - task.used
 
     def _forget(self) -> None:
         oldest = self.clock() - self._options.task_ttl_s
-        while (
-            self._tasks and (task := next(iter(self._tasks.values()))).created <= oldest
-        ):  # the first is the oldest
+        for task in list(self._tasks.values()):  # oldest first
+            if task.created > oldest:
+                return
             del self._tasks[task.id]
             if task.key is not None:
                 self._keys.pop(task.key, None)
-                self._lots.pop(task.key, None)
+                self._seeds.pop(task.key, None)
 
 
-async def live(task: SandboxTask, ledger: Ledger, caller: Caller, delay: float) -> None:
-    """A task's whole life: a tenth of its seconds pending, the rest processing, then charged, then
-    the callbacks.
-    """
+async def live(task: SandboxTask, ledger: Ledger, sender: CallbackSender, delay: float) -> None:
+    """Runs a task: a tenth of its time pending, the rest processing, then the callbacks."""
     seconds = task.faults.get("delay", delay)
     try:
         await asyncio.sleep(seconds / 10)
@@ -172,82 +167,59 @@ async def live(task: SandboxTask, ledger: Ledger, caller: Caller, delay: float) 
         await asyncio.sleep(seconds * 9 / 10)
         ledger.end(task)
         if task.order.callback_url is not None:
-            await caller.send(
-                task.order.callback_url,
-                callbacks(task),
-                task.record,
-                task.faults.get("slow_callback", 0),
-            )
+            slow = task.faults.get("slow_callback", 0)
+            await sender.send(task.order.callback_url, callbacks(task), task.record, slow)
     finally:
         task.called.set()
 
 
 def callbacks(task: SandboxTask) -> Waves:
-    """What is sent when the task has ended: the true document once, if no fault says otherwise."""
+    """The callbacks of a task: its document once, unless a fault changes that."""
     truth = document(task)
-    waves: Waves = [[encoded(truth)]]
-    for name, value in task.faults.items():
-        if (change := FAULTS[name].calls) is not None:
-            waves = change(value, waves, truth)
+    waves: Waves = applied("calls", task.faults, truth, [[encoded(truth)]])
     return waves
 
 
 def submitted(task: SandboxTask, delay: float) -> JSON:
-    """The answer to a submission, also to a replayed one: the task as it was when it was
-    created.
-    """
-    shown = {
-        **frame(task),
-        "progress": 0,
-        "status": "pending",
-        "task_info": {"can_cancel": True, "estimated_time": max(1, math.ceil(delay))},
-        "usage": USAGE | {"credits_reserved": number(task.order.n * task.price)},
-    }
-    return as_faults_have_it(task, shown)
+    """The response to a submission and to its repetition: the task as it was created."""
+    return documented(
+        task,
+        progress=0,
+        status="pending",
+        task_info={"can_cancel": True, "estimated_time": max(1, math.ceil(delay))},
+        usage=USAGE | {"credits_reserved": number(task.reserved)},
+    )
 
 
 def document(task: SandboxTask) -> JSON:
-    """A task as a query and a callback show it."""
-    shown = frame(task) | {
-        "progress": 0,
-        "status": task.status.value,
-        "task_info": {"can_cancel": task.ended is None},
-    }
+    """The task in a query and in a callback."""
+    fields: JSON = {"status": task.status.value, "task_info": {"can_cancel": task.ended is None}}
     match task.status:
         case Status.COMPLETED:
-            shown |= {
-                "progress": 100,
-                "results": links(task),
-                "usage": USAGE | {"credits_used": number(task.used)},
-            }
+            usage = USAGE | {"credits_used": number(task.used)}
+            return documented(task, progress=100, **fields, results=links(task), usage=usage)
         case Status.FAILED:
-            shown |= {"error": task.outcome.error}
+            return documented(task, progress=0, **fields, error=task.end.error)
         case Status.PROCESSING:
-            shown |= {"progress": 50}
-    return as_faults_have_it(task, shown)
+            return documented(task, progress=50, **fields)
+    return documented(task, progress=0, **fields)
 
 
-def as_faults_have_it(task: SandboxTask, shown: JSON) -> JSON:
-    for name, value in task.faults.items():
-        if (change := FAULTS[name].shown) is not None:
-            shown = change(value, shown)
-    return shown
-
-
-def frame(task: SandboxTask) -> JSON:
-    return {
+def documented(task: SandboxTask, **fields: object) -> JSON:
+    frame = {
         "created": task.stamp,
         "id": task.id,
         "model": task.order.model,
         "object": "image.generation.task",
         "type": "image",
     }
+    shown: JSON = applied("document", task.faults, frame | fields)
+    return shown
 
 
 def links(task: SandboxTask) -> list[str]:
     return [
-        f"{task.base_url}/files/{task.id}/{index}.{task.format}"
-        for index in range(task.outcome.images)
+        f"{task.base_url}/files/{task.id}/{index}.{task.format}" for index in range(task.end.images)
     ]
 
 
@@ -257,5 +229,5 @@ def number(credits: Decimal) -> int | float:
 
 
 def digest_of(body: JSON) -> str:
-    """The same for the same fields, in whatever order they stand."""
+    """A hash of the fields, whatever their order."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a sandbox is started with."""
+"""The options of a sandbox."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxOptions:
-    """The defaults are the documented ones, but for the time a task takes (60 s upstream).
+    """The defaults are the documented ones, except that a task takes 60 s upstream.
 
-    `base_url` is the address in result links; None: the one the submission came to. `api_key` None:
-    any Bearer key will do. Callbacks go to public https addresses, and to whatever is in
-    `networks`. Times are seconds, prices whole credits. `faults` are the default of every request's
-    `sandbox` object (see `faults.FAULTS`); one in `shares` strikes that share of the tasks, 0 to 1.
-    With a `seed` the same requests get the same ids, faults and files, in whatever order they come.
+    `base_url` is the address in result links, by default the one of the submission. Without
+    `api_key` any Bearer key is valid. Callbacks go to public https addresses and into `networks`.
+    Times are seconds, prices whole credits. `faults` are the defaults of every request's `sandbox`
+    object (see `faults.FAULTS`). A fault in `shares` meets that share of the tasks, 0 to 1. With a
+    `seed` the same requests get the same ids, faults and files, in any order.
     """
 
     base_url: str | None = None

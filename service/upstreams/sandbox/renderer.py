@@ -1,6 +1,4 @@
-"""The sandbox's images: a picture for a name, with the prompt drawn in. Pure: the same arguments
-give the same bytes.
-"""
+"""The sandbox's images, with the prompt drawn in. The same arguments give the same bytes."""
 
 import hashlib
 import io
@@ -10,58 +8,47 @@ from importlib.resources import files
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 FORMATS = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-# speed before size: the picture is drawn anew for every request
+# Fast rather than small: every request draws the image.
 SAVE: dict[str, dict[str, int]] = {
     "png": {"compress_level": 1},
     "jpeg": {"quality": 85},
     "webp": {"quality": 80, "method": 0},
 }
 SMALLEST = 10
+PAPER = (250, 250, 246)
 NO_LINE_START = set("，。、；：？！）》」』】〉…,.;:?!)]}%")
 
 
 def draw(name: str, prompt: str, width: int, height: int, format: str) -> bytes:
-    """An image file of that size in pixels; `name` decides the colours, `format` is a key of
-    `FORMATS`.
+    """An image file. `name` decides the colours, `format` is a key of `FORMATS`.
 
-    1440 × 1440 takes some tens of milliseconds: call it in a thread.
+    1440 × 1440 pixels take some tens of milliseconds, so call it in a thread.
     """
     shades = hashlib.sha256(name.encode()).digest()
-    picture = background(shades, width, height)
+    image = background(shades, width, height)
     margin = max(16, min(width, height) // 20)
     size, lines = fitted(prompt, width - 4 * margin, height - 5 * margin)
     face = font(size)
     step = line_height(size)
     top = (height - step * len(lines)) // 2
-    pen = ImageDraw.Draw(picture)
-    pen.rounded_rectangle(
-        (
-            margin,
-            max(margin, top - margin),
-            width - margin,
-            min(height - margin, top + step * len(lines) + margin),
-        ),
-        margin,
-        (250, 250, 246),
-    )
+    pen = ImageDraw.Draw(image)
+    bottom = min(height - margin, top + step * len(lines) + margin)
+    panel = (margin, max(margin, top - margin), width - margin, bottom)
+    pen.rounded_rectangle(panel, margin, PAPER)
     for row, line in enumerate(lines):
         pen.text((2 * margin, top + row * step), line, (24, 24, 28), face)
-    pen.text(
-        (margin, height - margin), name, (250, 250, 246), font(max(12, margin // 2)), anchor="ls"
-    )
+    small = font(max(12, margin // 2))
+    pen.text((margin, height - margin), name, PAPER, small, anchor="ls")
     file = io.BytesIO()
-    picture.save(file, format.upper(), **SAVE[format])
+    image.save(file, format.upper(), **SAVE[format])
     return file.getvalue()
 
 
 def background(shades: bytes, width: int, height: int) -> Image.Image:
     """A gradient from one dark colour to another with three discs on it."""
     dark, light = ((shades[at] // 3, shades[at + 1] // 3, shades[at + 2] // 3) for at in (0, 3))
-    column = ImageOps.colorize(
-        Image.linear_gradient("L").resize((1, height)),
-        dark,
-        (light[0] + 90, light[1] + 90, light[2] + 90),
-    )
+    light = (light[0] + 90, light[1] + 90, light[2] + 90)
+    column = ImageOps.colorize(Image.linear_gradient("L").resize((1, height)), dark, light)
     gradient = column.resize((width, height), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(gradient)
     for at in (6, 12, 18):
@@ -77,7 +64,7 @@ def font_file() -> bytes:
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """A face of its own for every drawing: FreeType's faces are not made for several threads."""
+    """A new face for each drawing: FreeType's faces are not safe in several threads."""
     return ImageFont.truetype(io.BytesIO(font_file()), size, layout_engine=ImageFont.Layout.BASIC)
 
 
@@ -86,8 +73,8 @@ def line_height(size: int) -> int:
 
 
 def fitted(text: str, width: int, height: int) -> tuple[int, list[str]]:
-    """The largest type size at which the text fits into that many pixels, and its lines; at the
-    smallest size it is cut off.
+    """The largest type size at which the text fits, and its lines. At the smallest size the text is
+    cut off.
     """
     shown = "".join(
         character if character.isprintable() or character == "\n" else " " for character in text
@@ -106,7 +93,7 @@ def fitted(text: str, width: int, height: int) -> tuple[int, list[str]]:
 
 
 def wrapped(text: str, widths: dict[str, float], width: float) -> list[str]:
-    """Lines of at most `width`: broken at spaces, between ideographs, and inside a word only if it
+    """Lines of at most `width`. They break at spaces and between ideographs, and inside a word that
     is longer than a line.
     """
     lines: list[str] = []
@@ -129,9 +116,7 @@ def wrapped(text: str, widths: dict[str, float], width: float) -> list[str]:
 
 
 def words(text: str) -> list[str]:
-    """Pieces that stay together: a Latin word, a space, one ideograph with the punctuation after
-    it.
-    """
+    """Pieces without a break: a Latin word, a space, one ideograph and its punctuation."""
     pieces: list[str] = []
     for character in text:
         joins = pieces and not character.isspace() and not pieces[-1].isspace()

@@ -1,20 +1,20 @@
-"""The values that faults take: each in words, for people and for refusals, with what it accepts."""
+"""The values that faults accept."""
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from service.upstreams.sandbox.answers import Page
+from service.upstreams.sandbox.answers import ErrorPage
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What a value is in words, which values are such, and what is made of one."""
+    """A kind of value: its description, a check, and a conversion."""
 
     words: str
     accepts: Callable[[Any], bool]
-    made: Callable[[Any], Any] = lambda value: value
+    convert: Callable[[Any], Any] = lambda value: value
 
 
 def whole(least: int, most: int) -> Value:
@@ -25,22 +25,20 @@ def whole(least: int, most: int) -> Value:
 
 
 def one_of(*words: str, otherwise: Value | None = None) -> Value:
-    """One of these words; or what `otherwise` accepts."""
+    """One of these words, or a value that `otherwise` accepts."""
+
+    def is_word(value: Any) -> bool:
+        return isinstance(value, str) and value in words
+
     if otherwise is None:
-        return Value(
-            "one of " + ", ".join(words), lambda value: isinstance(value, str) and value in words
-        )
+        return Value("one of " + ", ".join(words), is_word)
     known = ", ".join([*words, f"or {otherwise.words}"])
-    return Value(
-        known, lambda value: (isinstance(value, str) and value in words) or otherwise.accepts(value)
-    )
+    return Value(known, lambda value: is_word(value) or otherwise.accepts(value))
 
 
 def matching(words: str, pattern: str) -> Value:
-    return Value(
-        words,
-        lambda value: isinstance(value, str) and re.fullmatch(pattern, value, re.ASCII) is not None,
-    )
+    regex = re.compile(pattern, re.ASCII)
+    return Value(words, lambda value: isinstance(value, str) and bool(regex.fullmatch(value)))
 
 
 def up_to(most: int, of: str) -> Value:
@@ -68,18 +66,18 @@ PAGE_FIELDS: Mapping[str, Value] = {
 }
 
 
-def fields(value: Any) -> Mapping[str, Any]:
+def page_fields(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {"status": value}
+
+
+def is_page(value: Any) -> bool:
+    fields = page_fields(value)
+    known = all(name in PAGE_FIELDS and PAGE_FIELDS[name].accepts(fields[name]) for name in fields)
+    return "status" in fields and known
 
 
 PAGE = Value(
     "a status from 300 to 599, or an object with status, code, html, retry_after, times",
-    lambda value: (
-        "status" in fields(value)
-        and all(
-            name in PAGE_FIELDS and PAGE_FIELDS[name].accepts(v)
-            for name, v in fields(value).items()
-        )
-    ),
-    lambda value: Page(**fields(value)),
+    is_page,
+    lambda value: ErrorPage(**page_fields(value)),
 )

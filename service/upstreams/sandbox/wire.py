@@ -1,4 +1,4 @@
-"""Sending an `Answer`, also one that keeps to no rule of HTTP."""
+"""Sends an `Answer`, also one that breaks the rules of HTTP."""
 
 import asyncio
 from operator import attrgetter
@@ -8,22 +8,21 @@ from starlette.types import Receive, Scope, Send
 
 from service.upstreams.sandbox.answers import Answer
 
-LINGER_S = 60.0  # for a client that does not take what it was sent before the connection ends
+LINGER_S = 60.0  # how long a slow client may read before the connection ends
 
 
-class Sent(Response):
-    """An `Answer` on its way out."""
+class AnswerResponse(Response):
+    """An `Answer` as a response of Starlette."""
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
         self._announced = max(0, len(answer.body) + answer.excess)
-        super().__init__(
-            answer.body, answer.status, {**answer.headers, "content-length": str(self._announced)}
-        )
+        headers = {**answer.headers, "content-length": str(self._announced)}
+        super().__init__(answer.body, answer.status, headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer, announced = self._answer, self._announced
-        if answer.wait and await left(receive, answer.wait):
+        if answer.wait and await disconnected(receive, answer.wait):
             return
         if answer.lost:
             await hang_up(receive)
@@ -35,7 +34,7 @@ class Sent(Response):
         if answer.stall:
             first = body[: min(len(body) // 2, announced)]
             await send({"type": "http.response.body", "body": first, "more_body": True})
-            if await left(receive, answer.stall):
+            if await disconnected(receive, answer.stall):
                 return
             body, announced = body[len(first) :], announced - len(first)
         honest = len(body) == announced or scope["method"] == "HEAD"
@@ -46,10 +45,8 @@ class Sent(Response):
             await hang_up(receive, body[announced:])
 
 
-async def left(receive: Receive, seconds: float) -> bool:
-    """Wait; True as soon as the client has left, so that nobody's stop waits for an answer nobody
-    reads.
-    """
+async def disconnected(receive: Receive, seconds: float) -> bool:
+    """Waits, and returns True as soon as the client disconnects, so that a stop need not wait."""
     try:
         async with asyncio.timeout(seconds):
             while (await receive())["type"] != "http.disconnect":
@@ -60,11 +57,9 @@ async def left(receive: Receive, seconds: float) -> bool:
 
 
 async def hang_up(receive: Receive, last: bytes = b"") -> None:
-    """End the connection once `last` is written. Uvicorn's own transport is taken: ASGI has no way
-    to break its rules.
-    """
+    """Writes `last` and ends the connection on uvicorn's transport. ASGI cannot do that."""
     transport: asyncio.Transport = attrgetter("__self__.transport")(receive)
     if not transport.is_closing():
         transport.write(last)
         transport.close()
-    await left(receive, LINGER_S)
+    await disconnected(receive, LINGER_S)
