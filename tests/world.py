@@ -208,7 +208,9 @@ async def world(
         role = role or Role()
         context = await stack.enter_async_context(running(made, role))
         await stack.enter_async_context(
-            listening(Server(create_app(context, role), bound, made.stop_s), asyncio.Event())
+            listening(
+                Server(create_app(context, role), bound, made.stop_s, context.gate), asyncio.Event()
+            )
         )
         stack.callback(context.resources.store.signals.stop)
         key = {"authorization": f"Bearer {ADMIN_KEY}"}

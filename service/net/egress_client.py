@@ -2,8 +2,8 @@
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import ip_address
@@ -79,7 +79,7 @@ class Streamed:
     status: int
     headers: Mapping[str, str]
     url: str
-    chunks: Callable[[], AsyncIterator[bytes]]
+    chunks: Callable[[], AsyncGenerator[bytes, None]]
 
 
 class Egress:
@@ -152,21 +152,15 @@ class Egress:
     ) -> Response:
         """One call, complete within `timeout` seconds. A body over `max_bytes` is cut off."""
         clock = asyncio.get_running_loop().time
-        started, call, body = clock(), CallState(), bytearray()
-        with translated(call):
-            async with asyncio.timeout(timeout):
-                response = await self._answer(call, method, url, headers, content)
-                try:
-                    async for chunk in response.aiter_raw():
-                        body += chunk
-                        if len(body) > max_bytes:
-                            break
-                finally:
-                    await response.aclose()
-        cut, headers = len(body) > max_bytes, dict(response.headers)
-        return Response(
-            response.status_code, headers, bytes(body[:max_bytes]), cut, clock() - started
-        )
+        started, body = clock(), bytearray()
+        sending = self.stream(method, url, headers=headers, content=content, timeout=timeout)
+        async with sending as answer, aclosing(answer.chunks()) as chunks:
+            async for chunk in chunks:
+                body += chunk
+                if len(body) > max_bytes:
+                    break
+        cut, duration = len(body) > max_bytes, clock() - started
+        return Response(answer.status, answer.headers, bytes(body[:max_bytes]), cut, duration)
 
     @asynccontextmanager
     async def stream(
@@ -175,19 +169,21 @@ class Egress:
         url: str,
         *,
         headers: Mapping[str, str] = NOTHING,
+        content: Content | None = None,
         timeout: float,
-        idle: float,
-    ) -> AsyncIterator[Streamed]:
+        idle: float | None = None,
+    ) -> AsyncGenerator[Streamed, None]:
         """One call whose body is read in pieces. It must be complete within `timeout` seconds, with
-        no pause of `idle` seconds between bytes.
+        no pause of `idle` seconds (by default `timeout`) between bytes.
         """
+        idle = timeout if idle is None else idle
         clock = asyncio.get_running_loop().time
         end, call = clock() + timeout, CallState()
         with translated(call):
             async with asyncio.timeout_at(end):
-                response = await self._answer(call, method, url, headers, None, idle)
+                response = await self._answer(call, method, url, headers, content, idle)
 
-        async def chunks() -> AsyncIterator[bytes]:
+        async def chunks() -> AsyncGenerator[bytes, None]:
             raw, chunk = response.aiter_raw(), b""
             while True:
                 with translated(call):
@@ -209,7 +205,7 @@ class Egress:
         url: str,
         headers: Mapping[str, str],
         content: Content | None,
-        idle: float | None = None,
+        idle: float,
     ) -> httpx.Response:
         """The head of the last response, after redirects. The caller reads and closes its body."""
         target = await self._ready(self._target(url))

@@ -36,53 +36,40 @@ def error_response(
     return JSONResponse(body, status, headers)
 
 
-async def api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    headers = {}
-    if error.status in (429, 503):
-        headers["Retry-After"] = str(error.retry_after or 1)
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    more = {"param": error.param, "task_id": error.task_id, "type": error.type}
-    return error_response(request, error.status, error.code, error.message, headers, **more)
-
-
-async def http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    code = CODES.get(error.status_code, "invalid_request")
-    return error_response(request, error.status_code, code, error.detail, error.headers)
-
-
-async def store_unavailable(request: Request, error: Exception) -> Response:
-    context_of(request).resources.metrics.store_failures.inc()
-    log.error("store.failed", message=str(error), exception=cause_of(error))
-    return unavailable(request, "unavailable", str(error), 1)
-
-
-async def blob_unavailable(request: Request, error: Exception) -> Response:
-    log.error("blobs.failed", message=str(error), exception=cause_of(error))
-    return unavailable(request, "unavailable", f"the image store failed: {error}", 5)
-
-
-async def upstream_unavailable(request: Request, error: Exception) -> Response:
-    message = f"the upstream gave no answer: {error}"
-    return unavailable(request, "upstream_unavailable", message, 5)
-
-
-def unavailable(request: Request, code: str, message: str, retry_after: int) -> Response:
+async def respond(request: Request, error: Exception) -> Response:
+    """The response to an exception. Log lines contain the driver's message without the statement,
+    whose values are clients'.
+    """
+    match error:
+        case ApiError():
+            headers = {}
+            if error.status in (429, 503):
+                headers["Retry-After"] = str(error.retry_after or 1)
+            if error.status == 401:
+                headers["WWW-Authenticate"] = "Bearer"
+            more = {"param": error.param, "task_id": error.task_id, "type": error.type}
+            return error_response(request, error.status, error.code, error.message, headers, **more)
+        case HTTPException():
+            code = CODES.get(error.status_code, "invalid_request")
+            return error_response(request, error.status_code, code, error.detail, error.headers)
+        case StoreUnavailable():
+            context_of(request).resources.metrics.store_failures.inc()
+            log.error("store.failed", message=str(error), exception=cause_of(error))
+            code, message, retry_after = "unavailable", str(error), 1
+        case BlobUnavailable():
+            log.error("blobs.failed", message=str(error), exception=cause_of(error))
+            code, message, retry_after = "unavailable", f"the image store failed: {error}", 5
+        case _:
+            code, message = "upstream_unavailable", f"the upstream gave no answer: {error}"
+            retry_after = 5
     return error_response(request, 503, code, message, {"Retry-After": str(retry_after)})
 
 
 def cause_of(error: Exception) -> str | None:
-    """The driver's message, without the statement, which contains clients' values."""
     cause = error.__cause__
     return repr(getattr(cause, "orig", cause)) if cause else None
 
 
-HANDLERS = {
-    ApiError: api_error,
-    HTTPException: http_error,
-    StoreUnavailable: store_unavailable,
-    BlobUnavailable: blob_unavailable,
-    EgressError: upstream_unavailable,
-}
+HANDLERS = dict.fromkeys(
+    (ApiError, HTTPException, StoreUnavailable, BlobUnavailable, EgressError), respond
+)

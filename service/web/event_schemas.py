@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.tasks.state import State
+
 
 class TaskInfo(BaseModel):
     can_cancel: bool
@@ -50,17 +52,7 @@ class EventTask(BaseModel):
     usage: Usage
     results: list[str]
     error: TaskError | None
-    state: Literal[
-        "queued",
-        "submitting",
-        "uncertain",
-        "submitted",
-        "storing",
-        "completed",
-        "failed",
-        "cancelled",
-        "expired",
-    ]
+    state: str = Field(json_schema_extra={"enum": [state.value for state in State]})
     upstream: str
     upstream_id: str | None
     metadata: dict[str, str]

@@ -40,49 +40,76 @@ class LogSampler:
 
 # --- callbacks before clients and workers ---
 
-# Requests that begin in one turn of the event loop: as many callbacks go into one commit.
-BEGIN_PER_TURN = 100
-# Callbacks in hand. A further callback gets 503 at once, and the upstream retries it.
-MAX_CALLBACKS = 5000
+BEGIN_PER_TURN = (
+    100  # requests in one turn of the event loop: as many callbacks fit into one commit
+)
+MAX_COMMITTING = 200  # callbacks, beyond which further ones wait in the queue
+MAX_QUEUED = 5000  # callbacks, beyond which each one gets 503 at once, and the upstream retries it
 WORKER_WAIT_S = 0.25  # at most, as a flood of callbacks must not stop the workers
 
 
 class PriorityGate:
-    """Counts callbacks in hand, holds workers back meanwhile, and queues requests in order.
+    """Queues requests in order, bounds callbacks in commit, and holds workers back meanwhile.
 
     The event loop reads from every ready connection before it runs anything else. Without the
-    queue, thousands of requests of a burst would all begin before the first is answered, and every
-    answer would come too late.
+    queue, thousands of requests of a burst would all begin before the first is answered. Every
+    commit would then take longer than its time limit, and every answer would come too late
+    (docs/decisions/0034).
     """
 
     def __init__(self) -> None:
         self.callbacks = 0  # in hand
-        self.queued_callbacks = 0
+        self._committing = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._begun = 0  # in this turn of the loop
-        self._queue: deque[tuple[Callable[[], None], bool]] = deque()
+        self._scheduled = False
+        self._queues: dict[bool, deque[Callable[[], None]]] = {True: deque(), False: deque()}
+
+    @property
+    def queued_callbacks(self) -> int:
+        return len(self._queues[True])
 
     def admit(self, begin: Callable[[], None], *, callback: bool) -> bool:
         """Whether a request may begin now. If not, the gate calls `begin` at its turn."""
-        if not self._begun and not self._queue:
+        queue = self._queues[callback]
+        admitted = not queue and self._room(callback=callback) > 0
+        if admitted:
+            self._begun += 1
+        else:
+            queue.append(begin)
+        self._schedule()
+        return admitted
+
+    def _room(self, *, callback: bool) -> int:
+        room = BEGIN_PER_TURN - self._begun
+        return min(room, MAX_COMMITTING - self._committing) if callback else room
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
             asyncio.get_running_loop().call_soon(self._next_turn)
-        if self._queue or self._begun >= BEGIN_PER_TURN:
-            self._queue.append((begin, callback))
-            self.queued_callbacks += callback
-            return False
-        self._begun += 1
-        return True
 
     def _next_turn(self) -> None:
-        self._begun = min(BEGIN_PER_TURN, len(self._queue))
-        # Scheduled first: if one `begin` raised, the requests behind it would wait for ever.
-        if self._begun:
-            asyncio.get_running_loop().call_soon(self._next_turn)
-        for _ in range(self._begun):
-            begin, callback = self._queue.popleft()
-            self.queued_callbacks -= callback
-            begin()
+        self._scheduled, self._begun = False, 0
+        for callback, queue in self._queues.items():
+            count = min(len(queue), self._room(callback=callback))
+            if count > 0:
+                self._begun += count
+                self._schedule()  # first: if a `begin` raises, the next turn goes on behind it
+                for _ in range(count):
+                    queue.popleft()()
+
+    @contextmanager
+    def commit(self) -> Iterator[None]:
+        """Around the commit of one callback."""
+        self._committing += 1
+        try:
+            yield
+        finally:
+            self._committing -= 1
+            if self.queued_callbacks:
+                self._schedule()
 
     @contextmanager
     def callback(self) -> Iterator[None]:

@@ -159,14 +159,14 @@ async def test_a_request_that_waits_in_the_line_is_answered_though_the_stop_come
         gate = served._gate
         (connection,) = await wait_until(lambda: served.server_state.connections)
         writer.write(REQUEST)
-        await wait_until(lambda: len(gate._queue) == 1)
+        await wait_until(lambda: len(gate._queues[False]) == 1)
         served.should_exit = True
         await wait_until(lambda: connection._stopping)
         await asyncio.sleep(0.1)
         monkeypatch.setattr(overload, "BEGIN_PER_TURN", 100)
         gate._next_turn()
         assert "connection: close" in await answer(reader)
-    assert not gate._queue
+    assert not gate._queues[False]
 
 
 # --- connections without a request

@@ -85,7 +85,7 @@ async def test_callbacks_that_wait_to_be_begun_count_as_a_flood(
         assert (max(waited) > 5, max(waited) <= most, gate.queued_callbacks) == (most > 0, True, 0)
     monkeypatch.setattr(overload, "SHED_AT", 1)
     with monkeypatch.context() as full:
-        full.setattr(gate, "queued_callbacks", 1)
+        full.setattr(PriorityGate, "queued_callbacks", 1)
         refused(await here.client.get("/v1/tasks"), 503, "overloaded")
     got(await here.client.get("/v1/tasks"))
 
@@ -124,7 +124,7 @@ async def test_callbacks_that_are_told_to_come_again_are_logged_together(
     uncounted.
     """
     task = await submitted(here.client, UNTIL_DONE)
-    monkeypatch.setattr(callback_route, "MAX_CALLBACKS", 0)
+    monkeypatch.setattr(callback_route, "MAX_QUEUED", -1)
     monkeypatch.setattr(overload, "LOG_EVERY_S", 0.2)
     counted = here.context.resources.metrics.callbacks.labels("overloaded")._value.get
     before = counted()

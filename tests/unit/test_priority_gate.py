@@ -50,3 +50,19 @@ async def test_waiting_work_can_be_cancelled() -> None:
         work.cancel()
     with pytest.raises(asyncio.CancelledError):
         await work
+
+
+async def test_callbacks_wait_in_the_queue_while_too_many_commit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In their order. Clients' requests go on meanwhile."""
+    monkeypatch.setattr(overload, "MAX_COMMITTING", 1)
+    gate, begun = PriorityGate(), list[str]()
+    with gate.commit():
+        assert not gate.admit(lambda: begun.append("first"), callback=True)
+        assert not gate.admit(lambda: begun.append("second"), callback=True)
+        assert gate.admit(lambda: begun.append("client"), callback=False)
+        await asyncio.sleep(0.01)
+        assert (begun, gate.queued_callbacks) == ([], 2)
+    await wait_until(lambda: begun == ["first", "second"])
+    assert gate.admit(lambda: begun.append("third"), callback=True)

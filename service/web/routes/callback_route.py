@@ -19,7 +19,7 @@ from service.tasks import callbacks
 from service.web.context import Context
 from service.web.error_responses import error_body
 from service.web.middleware import CLOSE, MAX_DISCARDED
-from service.web.overload import MAX_CALLBACKS, LogSampler, TokenBucket
+from service.web.overload import MAX_QUEUED, LogSampler, TokenBucket
 
 log = structlog.get_logger()
 
@@ -51,22 +51,26 @@ class CallbackRoute:
         self._delayed_bodies = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        context, path = scope["state"]["context"], scope["path_params"]
-        resources, upstream, task_id = context.resources, path["upstream"], path["task_id"]
-        valid = resources.keyring.callback_token_valid(upstream, task_id, path["token"])
+        started, path = time.monotonic(), scope["path_params"]
+        context: Context = scope["state"]["context"]
+        resources, upstream = context.resources, path["upstream"]
+        valid = resources.keyring.callback_token_valid(upstream, path["task_id"], path["token"])
         if not valid or upstream not in resources.upstreams:
-            await self._refuse_token(resources, scope, send)
+            await self._refuse_token(resources, started, scope, send)
             return
         with context.gate.callback():
-            await self._take(context, upstream, task_id, scope, receive, send)
+            await self._take(context, started, scope, receive, send)
 
-    async def _refuse_token(self, resources: Resources, scope: Scope, send: Send) -> None:
+    async def _refuse_token(
+        self, resources: Resources, started: float, scope: Scope, send: Send
+    ) -> None:
         """Does not read the body. Behind a long one, the connection ends."""
         resources.metrics.callbacks.labels("wrong_token").inc()
         now = asyncio.get_running_loop().time()
         delay = self._bucket.delay(now)
         if (withheld := self._sampler.take(now, force=not delay)) is not None:
-            figures = {"task_id": None, "duration_ms": 0.0, "withheld": withheld}
+            duration_ms = round((time.monotonic() - started) * 1000, 1)
+            figures = {"task_id": None, "duration_ms": duration_ms, "withheld": withheld}
             log.warning("callback.refused", reason="wrong_token", **figures)
         long = has_long_body(scope)
         if delay and not (long and self._delayed_bodies >= MAX_DELAYED_BODIES):
@@ -78,15 +82,10 @@ class CallbackRoute:
         await refuse(scope, send, 401, *[CLOSE] * long)
 
     async def _take(
-        self,
-        context: Context,
-        upstream: str,
-        task_id: str,
-        scope: Scope,
-        receive: Receive,
-        send: Send,
+        self, context: Context, started: float, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        resources, started = context.resources, time.monotonic()
+        resources, path = context.resources, scope["path_params"]
+        upstream, task_id = path["upstream"], path["task_id"]
         try:
             body = await read_body(receive)
         except TimeoutError:
@@ -96,21 +95,17 @@ class CallbackRoute:
         if body is None:  # the upstream disconnected, and will send it again
             callbacks.refused(resources, "disconnected", task_id, time.monotonic() - started)
             return
-        if context.gate.callbacks > MAX_CALLBACKS:
+        if context.gate.queued_callbacks > MAX_QUEUED:
             context.shedder.callback_refused()
             await refuse(scope, send, 503, RETRY)
             return
         whole = len(body) <= MAX_BODY
         try:
-            verdict = await callbacks.receive(
-                resources,
-                upstream,
-                task_id,
-                body,
-                context.result_ttl_s,
-                time.monotonic(),
-                whole=whole,
-            )
+            with context.gate.commit():
+                came, ttl_s = time.monotonic(), context.result_ttl_s
+                verdict = await callbacks.receive(
+                    resources, upstream, task_id, body, ttl_s, came, whole=whole
+                )
         except StoreUnavailable:
             await refuse(scope, send, 503, RETRY)
             return

@@ -16,18 +16,16 @@ from service.web.asyncapi import document as asyncapi_document
 from service.web.context import context_of
 from service.web.event_schemas import EventPage
 from service.web.openapi import document as openapi_document
-from service.web.routes import (
-    admin_routes,
-    delivery_routes,
-    endpoint_routes,
-    event_routes,
-    health_routes,
-    image_routes,
-    key_routes,
-    replay_routes,
-    task_routes,
-    upstream_routes,
-)
+from service.web.routes import admin_routes as admin
+from service.web.routes import delivery_routes as deliveries
+from service.web.routes import endpoint_routes as endpoints
+from service.web.routes import event_routes as events
+from service.web.routes import health_routes as health
+from service.web.routes import image_routes as images
+from service.web.routes import key_routes as keys
+from service.web.routes import replay_routes as replays
+from service.web.routes import task_routes as tasks
+from service.web.routes import upstream_routes as upstream
 from service.web.routes.callback_route import CallbackRoute
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -86,109 +84,80 @@ ID = re.compile("[!-~]{1,200}")
 OPERATORS = ("/healthz", "/readyz", "/metrics")
 
 SPECS = (
+    spec("POST /v1/images/generations", tasks.submit, "submit", schemas.Task, schemas.Submission),
     spec(
-        "POST /v1/images/generations",
-        task_routes.submit,
-        "submit",
-        schemas.Task,
-        schemas.Submission,
+        "GET /v1/tasks?state&model&metadata.KEY&limit&cursor", tasks.tasks, "read", schemas.TaskList
     ),
+    spec("GET /v1/tasks/{task_id}", tasks.task, "read", schemas.Task),
+    spec("DELETE /v1/tasks/{task_id}", tasks.delete, "submit"),
+    spec("GET /v1/tasks/{task_id}/timeline", tasks.timeline, "read", schemas.Timeline),
+    spec("POST /v1/tasks/{task_id}/cancel", tasks.cancel, "submit", schemas.CancelledTask),
+    spec("POST /v1/tasks/{task_id}/reconcile", admin.reconcile, "admin", schemas.Task),
     spec(
-        "GET /v1/tasks?state&model&metadata.KEY&limit&cursor",
-        task_routes.tasks,
-        "read",
-        schemas.TaskList,
+        "POST /v1/tasks/{task_id}/resolve", admin.resolve, "admin", schemas.Task, schemas.Resolution
     ),
-    spec("GET /v1/tasks/{task_id}", task_routes.task, "read", schemas.Task),
-    spec("DELETE /v1/tasks/{task_id}", task_routes.delete, "submit"),
-    spec("GET /v1/tasks/{task_id}/timeline", task_routes.timeline, "read", schemas.Timeline),
-    spec("POST /v1/tasks/{task_id}/cancel", task_routes.cancel, "submit", schemas.CancelledTask),
-    spec("POST /v1/tasks/{task_id}/reconcile", admin_routes.reconcile, "admin", schemas.Task),
-    spec(
-        "POST /v1/tasks/{task_id}/resolve",
-        admin_routes.resolve,
-        "admin",
-        schemas.Task,
-        schemas.Resolution,
-    ),
-    spec("GET /v1/credits", upstream_routes.credits, "read"),
-    spec("GET /v1/models", upstream_routes.models, "read"),
-    spec(
-        "GET /v1/events?after&type&task&wait&limit",
-        event_routes.events,
-        "subscribe read",
-        EventPage,
-    ),
+    spec("GET /v1/credits", upstream.credits, "read"),
+    spec("GET /v1/models", upstream.models, "read"),
+    spec("GET /v1/events?after&type&task&wait&limit", events.events, "subscribe read", EventPage),
     spec(
         "POST /v1/endpoints",
-        endpoint_routes.create,
+        endpoints.create,
         "subscribe",
         schemas.EndpointWithSecret,
         schemas.NewEndpoint,
         status=201,
     ),
-    spec(
-        "GET /v1/endpoints?limit&cursor", endpoint_routes.listed, "subscribe", schemas.EndpointList
-    ),
-    spec("GET /v1/endpoints/{endpoint_id}", endpoint_routes.read, "subscribe", schemas.Endpoint),
+    spec("GET /v1/endpoints?limit&cursor", endpoints.listed, "subscribe", schemas.EndpointList),
+    spec("GET /v1/endpoints/{endpoint_id}", endpoints.read, "subscribe", schemas.Endpoint),
     spec(
         "PATCH /v1/endpoints/{endpoint_id}",
-        endpoint_routes.patch,
+        endpoints.patch,
         "subscribe",
         schemas.Endpoint,
         schemas.EndpointPatch,
     ),
-    spec("DELETE /v1/endpoints/{endpoint_id}", endpoint_routes.delete, "subscribe"),
+    spec("DELETE /v1/endpoints/{endpoint_id}", endpoints.delete, "subscribe"),
     spec(
         "POST /v1/endpoints/{endpoint_id}/rotate",
-        endpoint_routes.rotate,
+        endpoints.rotate,
         "subscribe",
         schemas.EndpointWithSecret,
         schemas.Rotation,
     ),
     spec(
         "POST /v1/endpoints/{endpoint_id}/replay",
-        replay_routes.create,
+        replays.create,
         "subscribe",
         schemas.Counted,
         schemas.NewReplay,
     ),
-    spec("GET /v1/replays/{replay_id}", replay_routes.read, "subscribe", schemas.Replay),
-    spec("DELETE /v1/replays/{replay_id}", replay_routes.cancel, "subscribe"),
-    spec(
-        "POST /v1/endpoints/{endpoint_id}/test", endpoint_routes.test, "subscribe", schemas.Attempt
-    ),
+    spec("GET /v1/replays/{replay_id}", replays.read, "subscribe", schemas.Replay),
+    spec("DELETE /v1/replays/{replay_id}", replays.cancel, "subscribe"),
+    spec("POST /v1/endpoints/{endpoint_id}/test", endpoints.test, "subscribe", schemas.Attempt),
     spec(
         "GET /v1/deliveries?endpoint&event&task&state&limit&cursor",
-        delivery_routes.deliveries,
+        deliveries.deliveries,
         "subscribe",
         schemas.DeliveryList,
     ),
+    spec("GET /v1/deliveries/{delivery_id}", deliveries.delivery, "subscribe", schemas.Delivery),
     spec(
-        "GET /v1/deliveries/{delivery_id}", delivery_routes.delivery, "subscribe", schemas.Delivery
+        "POST /v1/deliveries/{delivery_id}/retry", deliveries.retry, "subscribe", schemas.Delivery
     ),
-    spec(
-        "POST /v1/deliveries/{delivery_id}/retry",
-        delivery_routes.retry,
-        "subscribe",
-        schemas.Delivery,
-    ),
-    spec(
-        "POST /v1/keys", key_routes.create, "admin", schemas.CreatedKey, schemas.NewKey, status=201
-    ),
+    spec("POST /v1/keys", keys.create, "admin", schemas.CreatedKey, schemas.NewKey, status=201),
     spec(
         "POST /v1/keys/rotate-secret",
-        key_routes.rotate_secret,
+        keys.rotate_secret,
         "subscribe",
         schemas.CallbackSecret,
         schemas.SecretRotation,
     ),
-    spec("GET /v1/keys?limit&cursor", key_routes.listed, "admin", schemas.KeyList),
-    spec("DELETE /v1/keys/{key_id}", key_routes.revoke, "admin"),
-    spec("GET /images/{image_id}", image_routes.image, ""),
-    spec("GET /healthz", health_routes.healthz, "", schemas.Health),
-    spec("GET /readyz", health_routes.readyz, "", schemas.Readiness),
-    spec("GET /metrics", health_routes.metrics, "read"),
+    spec("GET /v1/keys?limit&cursor", keys.listed, "admin", schemas.KeyList),
+    spec("DELETE /v1/keys/{key_id}", keys.revoke, "admin"),
+    spec("GET /images/{image_id}", images.image, ""),
+    spec("GET /healthz", health.healthz, "", schemas.Health),
+    spec("GET /readyz", health.readyz, "", schemas.Readiness),
+    spec("GET /metrics", health.metrics, "read"),
     spec("GET /openapi.json", openapi, ""),
     spec("GET /asyncapi.json", asyncapi, ""),
 )
