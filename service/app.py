@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from service.backends import DELIVERIES, REDELIVERIES, open_resources, open_sinks
-from service.db.store import Store
+from service.db.batching import BatchingStore
 from service.errors import ConfigurationError
 from service.events.broker_worker import BrokerWorker
 from service.events.deliveries import dead_letter_delivery
@@ -129,7 +129,7 @@ def hourly_jobs(settings: Settings, resources: Resources) -> dict[str, Job]:
 class Stopping:
     """The end of a process. Requests and work in flight share one limit of `limit_s` seconds."""
 
-    store: Store
+    store: BatchingStore
     pool: WorkerPool
     limit_s: float
     deadline: float = math.inf

@@ -12,10 +12,10 @@ import structlog
 
 from service.blobs.blob_store import Blobs
 from service.blobs.local import LocalBlobs
+from service.db.batching import BatchingStore
 from service.db.clock import wall_clock
 from service.db.postgres import open_postgres
 from service.db.sqlite import open_sqlite
-from service.db.store import Store
 from service.errors import BlobUnavailable, ConfigurationError
 from service.events.broker_worker import Broker
 from service.events.outbox import flush
@@ -45,7 +45,7 @@ RESULT_REDIRECTS = 5
 MAX_RESULT_URL = 4095
 
 
-def open_store(settings: Settings) -> AbstractAsyncContextManager[Store]:
+def open_store(settings: Settings) -> AbstractAsyncContextManager[BatchingStore]:
     """The store, migrated. ConfigurationError: it cannot be used."""
     process = f"{socket.gethostname()[:32]}:{os.getpid()}:{os.urandom(4).hex()}"
     migrate = settings.migrate == "on"
@@ -55,7 +55,7 @@ def open_store(settings: Settings) -> AbstractAsyncContextManager[Store]:
 
 
 @asynccontextmanager
-async def open_store_and_keys(settings: Settings) -> AsyncIterator[tuple[Store, Keyring]]:
+async def open_store_and_keys(settings: Settings) -> AsyncIterator[tuple[BatchingStore, Keyring]]:
     """The store and the keys of its secrets. Keys that exist are read before the store is opened.
 
     ConfigurationError: the keys are missing although the store was used with some.

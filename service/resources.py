@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from service.blobs.blob_store import Blobs
-from service.db.store import Store
+from service.db.batching import BatchingStore
 from service.ids import make_id
 from service.links import Links
 from service.net import Egress
@@ -25,7 +25,7 @@ def new_id(kind: str, now: int) -> str:
 class Resources:
     """One process's connections, opened by `backends.open_resources`."""
 
-    store: Store
+    store: BatchingStore
     blobs: Blobs
     upstreams: Mapping[str, Upstream]  # by name
     limiter: ConcurrencyLimiter  # gives every call to the upstream its slot

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.db.store import Store
+from service.db.batching import BatchingStore
 from service.db.transaction import Emitted, Transaction
 from service.events.outbox import OPERATORS
 
@@ -31,6 +31,6 @@ def emit(tx: Transaction, items: Sequence[Made]) -> list[list[str]]:
 
 
 async def emitted(
-    store: Store, count: int = 1, type: str = "image.task.failed", owner: str = OPERATORS
+    store: BatchingStore, count: int = 1, type: str = "image.task.failed", owner: str = OPERATORS
 ) -> list[str]:
     return await store.write(emit, Made(count, type, owner))

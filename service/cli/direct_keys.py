@@ -15,12 +15,12 @@ from service.errors import ApiError
 from service.strict_json import JSON
 
 if TYPE_CHECKING:
+    from service.db.batching import BatchingStore
     from service.db.sqlite import FileLock
-    from service.db.store import Store
     from service.settings import Settings
     from service.signing import Keyring
 
-Action = Callable[["Store", "Keyring", JSON], Coroutine[Any, Any, JSON]]
+Action = Callable[["BatchingStore", "Keyring", JSON], Coroutine[Any, Any, JSON]]
 
 
 def administer(request: Callable[[ApiClient], JSON], action: Action, asked: JSON) -> JSON:
@@ -91,7 +91,7 @@ def in_store(settings: "Settings", action: Action, asked: JSON) -> JSON:
         raise CommandFailed(f"{error.code}: {error.message}") from None
 
 
-async def create(store: "Store", keyring: "Keyring", asked: JSON) -> JSON:
+async def create(store: "BatchingStore", keyring: "Keyring", asked: JSON) -> JSON:
     from service.db.clock import wall_clock
     from service.web.bodies import validated
     from service.web.routes.key_routes import create_key
@@ -101,14 +101,14 @@ async def create(store: "Store", keyring: "Keyring", asked: JSON) -> JSON:
     return await create_key(store, keyring, wall_clock(), body.owner, body.scopes)
 
 
-async def listed(store: "Store", _: "Keyring", __: JSON) -> JSON:
+async def listed(store: "BatchingStore", _: "Keyring", __: JSON) -> JSON:
     from service.tasks.owner_keys import key_list
     from service.web.routes.key_routes import shown
 
     return {"data": [shown(row) for row in await store.read(key_list)]}
 
 
-async def revoke(store: "Store", _: "Keyring", asked: JSON) -> JSON:
+async def revoke(store: "BatchingStore", _: "Keyring", asked: JSON) -> JSON:
     from service.tasks.owner_keys import revoke_keys
 
     if not await store.write(revoke_keys, asked["id"]):
@@ -116,7 +116,7 @@ async def revoke(store: "Store", _: "Keyring", asked: JSON) -> JSON:
     return {}
 
 
-async def rotate_secret(store: "Store", keyring: "Keyring", asked: JSON) -> JSON:
+async def rotate_secret(store: "BatchingStore", keyring: "Keyring", asked: JSON) -> JSON:
     from service.db.clock import wall_clock
     from service.web.bodies import validated
     from service.web.routes.key_routes import rotate_callback_secret

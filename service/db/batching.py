@@ -12,13 +12,13 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as NoConnection
 
-from service.db.store import Item, Result, Signals, Workers
+from service.db.signals import Signals, Workers
 from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
 
@@ -28,6 +28,9 @@ BESIDE_URGENT = 5  # items that are not urgent in a batch of urgent ones, so tha
 TRIES = 2  # of a single item: after losing a race for a unique key, the second finds that row
 GIVE_UP = 3  # failures of the store in a row: the rest of the batch would fare no better
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+P = ParamSpec("P")
 # Runs a function of a connection and some arguments inside the open transaction.
 Run = Callable[..., Awaitable[tuple[list[Any], Transaction]]]
 
@@ -62,7 +65,7 @@ def blames_item(error: Exception) -> bool:
 
 
 class BatchingStore(ABC):
-    """`Store` with group commit. A backend supplies `transaction`, `now`, `clock` and `read`.
+    """Durable state with group commit. A backend supplies the abstract methods.
 
     Each of the `committers` runs one transaction at a time and takes its next batch from the one
     queue that all of them share.
@@ -92,10 +95,22 @@ class BatchingStore(ABC):
     def now(self, connection: Connection) -> int:
         """The store's time at the start of a transaction."""
 
+    @abstractmethod
+    def clock(self) -> int:
+        """The store's time in milliseconds since 1970 UTC, to compare with stored times."""
+
+    @abstractmethod
+    async def read(
+        self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
+    ) -> Result:
+        """Runs a query on a connection that sees every earlier commit."""
+
     def attach(self, workers: Workers) -> None:
+        """From now on transactions lease rows to these workers."""
         self.workers = workers
 
     def detach(self) -> None:
+        """Transactions lease no more rows, because the process is about to stop."""
         self.workers = None
 
     async def write(
@@ -105,6 +120,9 @@ class BatchingStore(ABC):
         *,
         urgent: bool = False,
     ) -> Result:
+        """Runs the operation over this and other waiting items in one transaction. Urgent items go
+        first. It returns after the commit. StoreUnavailable: nothing was committed.
+        """
         if self._closing:
             raise StoreUnavailable("the store is closed")
         call = Call(operation, item, asyncio.get_running_loop().create_future())

@@ -19,10 +19,9 @@ from sqlalchemy.exc import TimeoutError as NoConnection
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from service.db import schema
-from service.db.batching import BatchingStore, Run
+from service.db.batching import BatchingStore, P, Result, Run
 from service.db.clock import steady_ns, wall_clock
 from service.db.failover import connecting
-from service.db.store import P, Result
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError, StoreUnavailable
 
@@ -66,7 +65,7 @@ NOW = text("SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint")
 
 
 class PostgresStore(BatchingStore):
-    """`Store` on PostgreSQL. `open_postgres` makes it."""
+    """`BatchingStore` on PostgreSQL. `open_postgres` makes it."""
 
     committers = COMMITTERS
 

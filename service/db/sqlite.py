@@ -28,11 +28,10 @@ from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool, QueuePool
 
 from service.db import schema
-from service.db.batching import BatchingStore, Run
+from service.db.batching import BatchingStore, P, Result, Run
 from service.db.clock import SteadyClock
 from service.db.integrity import begin, connecting, damaged, examine
 from service.db.queues import release_all
-from service.db.store import P, Result
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError, StoreUnavailable
 from service.folders import make_folder
@@ -100,7 +99,7 @@ def new_engine(path: Path, *, readonly: bool) -> Engine:
 
 
 class SqliteStore(BatchingStore):
-    """`Store` on one SQLite file. `open_sqlite` makes it.
+    """`BatchingStore` on one SQLite file. `open_sqlite` makes it.
 
     After SQLite has reported damage, the store writes nothing more until the file is repaired and
     the process restarts.
@@ -116,7 +115,7 @@ class SqliteStore(BatchingStore):
     ) -> None:
         super().__init__(process, new_id, flush)
         self.damaged = False
-        self.clock = clock
+        self._clock = clock
         self._path = path
         self._committing = ThreadPoolExecutor(1, "store-commit")
         self._readers = ThreadPoolExecutor(READERS, "store-reader")
@@ -127,8 +126,11 @@ class SqliteStore(BatchingStore):
         # thread.
         self._commits = deque([1.0], REMEMBERED)
 
+    def clock(self) -> int:
+        return self._clock()
+
     def now(self, connection: Connection) -> int:
-        return self.clock()
+        return self._clock()
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[Run]:

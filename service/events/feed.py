@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, func, or_, select
 
+from service.db.batching import BatchingStore
 from service.db.paging import Row, matching
-from service.db.store import Store
 from service.db.tables import counters, events
 from service.events.documents import event_document
 from service.links import Links
@@ -82,7 +82,7 @@ def _type_condition(pattern: str) -> ColumnElement[bool]:
 
 
 async def read_events(
-    store: Store,
+    store: BatchingStore,
     links: Links,
     owner: str | None,
     after: int | None,

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Column, Connection, select, update
 
-from service.db.store import Store
+from service.db.batching import BatchingStore
 from service.db.tables import endpoints, owners
 from service.db.transaction import Transaction
 from service.errors import ApiError, ConfigurationError
@@ -47,7 +47,7 @@ def rotated(text: str, new: str, now: int, overlap_ms: int) -> str:
 
 
 async def rotate_secret(
-    store: Store, keyring: Keyring, now: int, table: str, key: str, overlap_s: float
+    store: BatchingStore, keyring: Keyring, now: int, table: str, key: str, overlap_s: float
 ) -> str | None:
     """Gives an endpoint or owner a new secret and returns it, or None if the row does not exist.
 

@@ -15,8 +15,8 @@ from operator import attrgetter
 
 import structlog
 
+from service.db.batching import BatchingStore
 from service.db.paging import Row
-from service.db.store import Store
 from service.errors import StoreUnavailable
 from service.events.documents import compact_json, event_document, type_matches
 from service.events.feed import LOOK_S, event_list, outbox_begin, outbox_end
@@ -66,7 +66,7 @@ class Gone:
 class Tail:
     """A job of every process that streams. It reads while there is a stream."""
 
-    def __init__(self, store: Store, links: Links) -> None:
+    def __init__(self, store: BatchingStore, links: Links) -> None:
         self._store = store
         self._links = links
         self._begin: int | None = None  # all events after it, up to `_end`, are buffered

@@ -8,10 +8,9 @@ twice is a poison candidate: it runs alone, so that the next crash has one cause
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, select
+from sqlalchemy import select
 
-from service.db.queues import LEASED, QUEUES
-from service.db.tables import ZERO
+from service.db.queues import QUEUES
 from service.db.transaction import Lease, Transaction
 from service.queue import leases
 
@@ -92,12 +91,3 @@ def _claim(tx: Transaction, stage: str, dead_letter: DeadLetter) -> PoisonCandid
         leases.done(tx, [lease])
         dead_letter(tx, lease, f"{crashes} deaths")
     return PoisonCandidate(lease, crashes, dead)
-
-
-def any_candidate(connection: Connection) -> bool:
-    """Whether a row that is due, now or later, has outlived a crash of its process."""
-    for queue in LEASED:
-        where = (queue.column("deaths") > ZERO, queue.column("due_at").is_not(None))
-        if connection.scalar(select(queue.table.c.id).where(*where).limit(1)) is not None:
-            return True
-    return False

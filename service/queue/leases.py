@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import (
     BindParameter,
     ColumnElement,
+    Connection,
     Select,
     and_,
     bindparam,
@@ -132,10 +133,11 @@ def claim_candidate(tx: Transaction, stage: str) -> tuple[Lease, int] | None:
     return None if row is None else (Lease(stage, *row[:-1]), row[-1])
 
 
-def has_candidate(tx: Transaction, stages: Sequence[str]) -> list[bool]:
-    """Whether `claim_candidate` would lease a row of the stage."""
-    ready = (_ready(QUEUES[stage], candidate=True) for stage in stages)
-    return [tx.connection.execute(each, _bound(tx, 1)).first() is not None for each in ready]
+def candidate_stages(connection: Connection, now: int) -> list[str]:
+    """The stages of which `claim_candidate` would lease a row."""
+    bound = {"now": now, "longest": now + LONGEST_LEASE_MS, "free": 1}
+    found = connection.execute(_any_ready(), bound).mappings().one()
+    return [stage for stage in QUEUES if found[stage]]
 
 
 def _bound(tx: Transaction, limit: int) -> dict[str, Any]:
@@ -146,6 +148,14 @@ def _bound(tx: Transaction, limit: int) -> dict[str, Any]:
         "process": tx.process,
         "free": limit,
     }
+
+
+@cache
+def _any_ready() -> Select[Any]:
+    columns: list[ColumnElement[Any]] = [
+        _ready(queue, candidate=True).exists().label(stage) for stage, queue in QUEUES.items()
+    ]
+    return select(*columns)
 
 
 @cache

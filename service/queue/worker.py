@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from service.db.store import Store
+from service.db.batching import BatchingStore
 from service.db.transaction import Lease, Transaction
 from service.errors import StoreUnavailable
 from service.ops.metrics import Metrics
-from service.queue import crashes
 from service.queue.backoff import fault_wait
 from service.queue.crashes import FAULT_LIMIT, DeadLetter, Fault, claim_candidates, record_faults
-from service.queue.leases import RENEW_S, claim, give_back, has_candidate, renew, snooze
+from service.queue.leases import RENEW_S, candidate_stages, claim, give_back, renew, snooze
 
 log = structlog.get_logger()
 
@@ -59,7 +58,7 @@ class WorkerPool:
 
     def __init__(
         self,
-        store: Store,
+        store: BatchingStore,
         stages: Sequence[Stage],
         metrics: Metrics,
         tell: Callable[[Transaction], None],
@@ -139,9 +138,9 @@ class WorkerPool:
         self._backlog -= set(names)  # the claim adds a stage again if it has more
         try:
             await asyncio.gather(*(self._store.write(claim, name) for name in names))
-            whole = names and len(stages) == len(self._stages)
-            if whole and await self._store.read(crashes.any_candidate):
-                for name in names:
+            if names and len(stages) == len(self._stages):
+                found = await self._store.read(candidate_stages, self._store.clock())
+                for name in set(names) & set(found):
                     await self._run_candidate(self._stages[name])
             self._away = False
         except Exception as error:  # noqa: BLE001 - logged, and tried again at the next look
@@ -158,8 +157,6 @@ class WorkerPool:
         The lease begins after all other jobs have ended. Otherwise a crash during the wait would
         count against this row.
         """
-        if not await self._store.write(has_candidate, stage.name):
-            return
         self._alone = True
         try:
             await self.drained(ALONE_S)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import structlog
 
+from service.db.batching import Item, Result
 from service.db.clock import steady_ns
-from service.db.store import Item, Result
 from service.db.transaction import Lease, Transaction
 from service.errors import StoreUnavailable
 from service.queue import leases

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from service.db.store import Item, Result
+from service.db.batching import Item, Result
 from service.db.transaction import Transaction
 from service.errors import BlobUnavailable
 from service.queue.checkpoints import checkpoint

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import structlog
 from starlette.requests import Request
 
-from service.db.store import Store
+from service.db.batching import BatchingStore
 from service.errors import ApiError
 from service.signing import hash_api_key
 from service.tasks import owner_keys
@@ -43,7 +43,7 @@ def caller_of(request: Request) -> Caller:
 class Access:
     """Looks up API keys, and caches the store's answers for `CACHE_S`."""
 
-    def __init__(self, store: Store, admin_key: str | None) -> None:
+    def __init__(self, store: BatchingStore, admin_key: str | None) -> None:
         self._store = store
         self._admin = hash_api_key(admin_key) if admin_key else None
         self._cache: dict[str, tuple[float, Caller | None]] = {}

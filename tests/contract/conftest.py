@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from sqlalchemy import delete, update
 
+from service.db.batching import BatchingStore
 from service.db.postgres import PostgresStore
 from service.db.sqlite import SqliteStore
-from service.db.store import Store
 from service.db.tables import counters, metadata
 from service.db.transaction import Transaction
 from tests.contract.subject import Clock, Opener, Subject, new_id
@@ -70,7 +70,9 @@ def sqlite_opener(migrated_file: Path, tmp_path: Path, clock: Clock) -> Opener:
     path = tmp_path / "darkroom.db"
     shutil.copy(migrated_file, path)
 
-    def opener(process: str = "one", **more: Any) -> contextlib.AbstractAsyncContextManager[Store]:
+    def opener(
+        process: str = "one", **more: Any
+    ) -> contextlib.AbstractAsyncContextManager[BatchingStore]:
         return open_sqlite(path, process=process, new_id=new_id, clock=lambda: clock.now, **more)
 
     return opener
@@ -104,7 +106,9 @@ async def postgres_opener(
     """Opens the database of `postgres_store`, emptied, as another process would."""
     await postgres_store.write(wipe, None)
 
-    def opener(process: str = "one", **more: Any) -> contextlib.AbstractAsyncContextManager[Store]:
+    def opener(
+        process: str = "one", **more: Any
+    ) -> contextlib.AbstractAsyncContextManager[BatchingStore]:
         return open_postgres(
             migrated_database, process=process, new_id=new_id, clock=lambda _now: clock.now, **more
         )
@@ -126,13 +130,13 @@ async def two(
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
-def store(request: pytest.FixtureRequest) -> Store:
-    store: Store = request.getfixturevalue(f"{request.param}_store")
+def store(request: pytest.FixtureRequest) -> BatchingStore:
+    store: BatchingStore = request.getfixturevalue(f"{request.param}_store")
     return store
 
 
 @pytest.fixture
-async def subject(store: Store, clock: Clock) -> AsyncIterator[Subject]:
+async def subject(store: BatchingStore, clock: Clock) -> AsyncIterator[Subject]:
     await store.write(wipe, None)
     yield Subject(store, clock)
     store.detach()

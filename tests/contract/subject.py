@@ -11,8 +11,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, select
 
+from service.db.batching import BatchingStore, Item, Result
 from service.db.paging import Row
-from service.db.store import Item, Result, Store
 from service.db.tables import events, images, tasks
 from service.db.transaction import Lease, Transaction
 from service.events.deliveries import DeliveryAttempt, DeliveryOutcome, record_attempts
@@ -112,7 +112,7 @@ class Places:
 
 
 Opener = Callable[
-    ..., AbstractAsyncContextManager[Store]
+    ..., AbstractAsyncContextManager[BatchingStore]
 ]  # opens a database as the process with the given name
 
 
@@ -120,7 +120,7 @@ Opener = Callable[
 class Subject:
     """One open store with its places."""
 
-    store: Store
+    store: BatchingStore
     clock: Clock
     places: Places = field(default_factory=Places)
 

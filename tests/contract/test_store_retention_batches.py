@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 from sqlalchemy import Connection, func, insert, select
 
-from service.db.store import Item, Result, Store
+from service.db.batching import BatchingStore, Item, Result
 from service.db.tables import attempts, callbacks, deliveries, events, steps
 from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
@@ -30,7 +30,7 @@ def row_counts(connection: Connection) -> dict[str, int]:
 class Mortal:
     """A store that counts its transactions and fails after a set number of them."""
 
-    def __init__(self, store: Store, last: int = 1000) -> None:
+    def __init__(self, store: BatchingStore, last: int = 1000) -> None:
         self.store, self.left, self.count = store, last, 0
 
     async def write(

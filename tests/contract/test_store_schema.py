@@ -13,9 +13,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, inspect
 
+from service.db.batching import BatchingStore
 from service.db.failover import dsns
 from service.db.migrations import versions
-from service.db.store import Store
 from service.db.tables import counters, metadata
 from service.errors import ConfigurationError
 from tests.contract.subject import Clock, Opener, Subject, new_id
@@ -31,7 +31,7 @@ class Database:
     def __init__(self, place: str | Path) -> None:
         self.place = place
 
-    def open(self, **more: Any) -> AbstractAsyncContextManager[Store]:
+    def open(self, **more: Any) -> AbstractAsyncContextManager[BatchingStore]:
         if isinstance(self.place, Path):
             return open_sqlite(self.place, process="one", new_id=new_id, **more)
         return open_postgres(self.place, process="one", new_id=new_id, **more)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from service.db import postgres
-from service.db.store import Signals
+from service.db.signals import Signals
 from service.db.transaction import Transaction
 from tests.contract.subject import Subject, completed, new_id
 from tests.contract.test_store_committer import outage_of

@@ -15,8 +15,8 @@ from sqlalchemy.exc import OperationalError
 from starlette.responses import Response
 from structlog.testing import capture_logs
 
+from service.db.batching import BatchingStore
 from service.db.sqlite import SqliteStore
-from service.db.store import Store
 from service.db.tables import deliveries, events
 from service.db.transaction import Lease, Transaction
 from service.errors import StoreUnavailable
@@ -112,7 +112,7 @@ async def test_what_could_not_be_recorded_is_not_sent_again(
 class Away:
     """A store that takes down no attempt while it is away."""
 
-    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, store: BatchingStore, monkeypatch: pytest.MonkeyPatch) -> None:
         self.away = True
         self._write = store.write
         monkeypatch.setattr(store, "write", self.write)

@@ -20,7 +20,7 @@ from service.db.tables import events, tasks
 from service.db.transaction import Lease, Transaction
 from service.errors import StoreUnavailable
 from service.ops.metrics import Metrics
-from service.queue import crashes, leases, worker
+from service.queue import leases, worker
 from service.queue.crashes import CRASH_LIMIT
 from service.queue.leases import LEASE_MS
 from service.queue.worker import Stage, WorkerPool
@@ -581,16 +581,15 @@ async def test_a_suspect_that_another_process_took_is_left_to_it(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the look and the claim it may be gone: nobody is alone then, and work goes on."""
-    done, looked = list[str](), asyncio.Event()
+    done, looked = list[str](), threading.Event()
 
-    def has_candidate(_: Transaction, stages: Sequence[str]) -> list[bool]:
+    def candidate_stages(_connection: Connection, _now: int) -> list[str]:
         looked.set()
-        return [True for _ in stages]
+        return ["submit"]
 
-    monkeypatch.setattr(crashes, "any_candidate", lambda _: True)
-    monkeypatch.setattr(worker, "has_candidate", has_candidate)
+    monkeypatch.setattr(worker, "candidate_stages", candidate_stages)
     async with shop.working(finishing(shop.store, done)):
-        await looked.wait()
+        await wait_until(looked.is_set)
         await shop.queue("task_a")
         await wait_until(lambda: done == ["task_a"])
 

@@ -8,8 +8,8 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from service.db.batching import BatchingStore
 from service.db.paging import Row
-from service.db.store import Store
 from service.errors import ApiError
 from service.events import secrets
 from service.events.outbox import OPERATORS
@@ -28,7 +28,7 @@ log = structlog.get_logger()
 
 
 async def create_key(
-    store: Store, keyring: Keyring, now: int, owner: str, scopes: Sequence[str]
+    store: BatchingStore, keyring: Keyring, now: int, owner: str, scopes: Sequence[str]
 ) -> JSON:
     """Creates a key. The result has the key, and for an owner's first key the callback secret."""
     key = KEY_PREFIX + base64.b32encode(os.urandom(25)).decode().lower()  # 200 bits
@@ -59,7 +59,7 @@ async def create(request: Request) -> Response:
 
 
 async def rotate_callback_secret(
-    store: Store, keyring: Keyring, now: int, owner: str, overlap_s: float
+    store: BatchingStore, keyring: Keyring, now: int, owner: str, overlap_s: float
 ) -> JSON:
     """Gives an owner a new callback secret. Raises ApiError 404 for an unknown owner."""
     if owner == OPERATORS:  # the owner of DARKROOM_ADMIN_KEY may have no row yet

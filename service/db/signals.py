@@ -1,17 +1,11 @@
-"""What the steps see of a store."""
+"""Hints that the commits of a store give to the waiting requests and workers of its process."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
-
-from sqlalchemy import Connection
+from typing import Protocol
 
 from service.db.transaction import Lease, Transaction
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-P = ParamSpec("P")
 
 
 class Workers(Protocol):
@@ -71,35 +65,3 @@ class Signals:
         except TimeoutError:
             return False
         return not self.stopping
-
-
-class Store(Protocol):
-    """Durable state, with group commit."""
-
-    signals: Signals
-    process: str
-
-    def clock(self) -> int:
-        """The store's time in milliseconds since 1970 UTC, to compare with stored times."""
-
-    async def write(
-        self,
-        operation: Callable[[Transaction, Sequence[Item]], Sequence[Result]],
-        item: Item,
-        *,
-        urgent: bool = False,
-    ) -> Result:
-        """Runs the operation over this and other waiting items in one transaction. Urgent items go
-        first. It returns after the commit. StoreUnavailable: nothing was committed.
-        """
-
-    async def read(
-        self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
-    ) -> Result:
-        """Runs a query on a connection that sees every earlier commit."""
-
-    def attach(self, workers: Workers) -> None:
-        """From now on transactions lease rows to these workers."""
-
-    def detach(self) -> None:
-        """Transactions lease no more rows, because the process is about to stop."""
