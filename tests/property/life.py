@@ -250,13 +250,9 @@ class TaskLife(Living):
             self.write(0, Write(change_endpoints, EndpointChange(self.endpoint, None, status=what)))
         elif what == "the account is good again":
             self.write(process, Write(resume_submissions, 100))
-        elif what == "strip":  # what was old when somebody looked may be asked about again
-            self.write(process, Write(strip_tasks, self.old))
-            self.old = [
-                row["id"]
-                for row in self.tasks
-                if row["terminal_at"] and not row["erased_at"] and row["settle_due_at"] is None
-            ][:2]
+        elif what == "strip":
+            ends = [row["terminal_at"] for row in self.tasks if row["terminal_at"]]
+            self.write(process, Write(strip_tasks, among(sorted(ends) or [0], pick)))
         elif what in MISHAPS and self.jobs:
             self.go_wrong(self.job(pick), what, among([0, SECOND, HOUR], other))
         else:

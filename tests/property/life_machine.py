@@ -62,7 +62,6 @@ class Living(RuleBasedStateMachine):
         self.endpoint: str | None = None
         self.heard = Heard()
         self.noted = 0  # what time it was, when somebody looked
-        self.old: Sequence[str] = ()  # tasks whose content may go
         self.last: list[int] = []  # luck of the first rounds after the end
         self.begun = self.quiet = False
 
@@ -170,12 +169,8 @@ class Living(RuleBasedStateMachine):
         elif isinstance(item, Erasure) and result.refused is None:
             self.heard.erased.add(item.task_id)
         elif write.operation is strip_tasks:
-            for task_id in item:
-                if (
-                    before.tasks[task_id]["erased_at"]
-                    is None
-                    is not self.seen.tasks[task_id]["erased_at"]
-                ):
+            for task_id, was in before.tasks.items():
+                if was["erased_at"] is None is not self.seen.tasks[task_id]["erased_at"]:
                     self.heard.stripped(task_id)
 
     def look_for_work(self, process: int, stages: Iterable[str], places: int) -> None:

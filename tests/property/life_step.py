@@ -59,7 +59,7 @@ def check_late(step: Step) -> None:
         isinstance(outcome, Refused) and step.before.tasks[item.lease.key]["state"] == "uncertain"
     ):
         return
-    counted = {"submit_outcomes"} if outcome is not None else set()
+    counted = {"submit_outcomes"} if isinstance(item, SubmissionResult) else set()
     assert len(step.before.events) == len(step.now.events), "an event of nobody's"
     for name in ("tasks", "images", "deliveries", "replays"):
         was, rows = getattr(step.before, name), getattr(step.now, name)
