@@ -105,10 +105,13 @@ def start(max_bytes: int, max_pixels: int) -> "subprocess.Popen[bytes]":
     work first. BlobUnavailable.
     """
     command = [sys.executable, "-P", "-m", CHILD, str(max_bytes), str(max_pixels)]
+    env = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    if libraries := os.environ.get("LD_LIBRARY_PATH"):  # the interpreter may need it to start
+        env["LD_LIBRARY_PATH"] = libraries
     try:
         return subprocess.Popen(  # noqa: S603 - the service's own program
             command,
-            env={"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+            env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

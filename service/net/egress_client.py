@@ -35,7 +35,7 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 MAX_ADDRESSES = 64  # of a name, as an attacker may return very many
 MAX_TRIED = 8  # addresses in one call, so that no name makes the service probe dozens of hosts
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
-KEPT_ACROSS_ORIGINS = frozenset({"accept", "if-range", "range", "user-agent"})
+KEPT_ACROSS_ORIGINS = frozenset({"accept", "user-agent"})
 
 
 @dataclass(frozen=True, slots=True)
