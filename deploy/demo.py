@@ -1,8 +1,8 @@
-"""`make demo`: an upstream, the service and a subscriber on this machine; tasks through the public
-API; then everything is checked.
+"""`make demo`: runs the sandbox upstream, the service and a subscriber on this machine, submits
+tasks through the public API, and checks the results.
 
-The upstream is the sandbox, a process of its own like the service; the subscriber is a small HTTP
-server in this one. What they keep and log is left in ./demo-data, which is emptied first.
+The sandbox and the service are processes of their own. The subscriber is a small HTTP server in
+this process. Files and logs stay in ./demo-data, which is emptied first.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ import httpx
 from service.signing import sign_webhook
 
 FOLDER = Path("demo-data")
-START_S, TASKS_S, STOP_S = 60.0, 60.0, 30.0  # limits for a slow machine; it takes some 10 s in all
+START_S, TASKS_S, STOP_S = 60.0, 60.0, 30.0  # limits for a slow machine
 RECONCILE_AFTER_S = 3
 TOLERANCE_S = 300  # of a signature's timestamp
 LOOPBACK = "127.0.0.0/8"
@@ -39,7 +39,7 @@ JSON = dict[str, Any]
 
 @dataclass(frozen=True)
 class Order:
-    """A task to submit, what the sandbox is asked to do with it, and how it must end."""
+    """A task, the sandbox's faults for it, and its terminal state."""
 
     about: str
     prompt: str
@@ -61,7 +61,7 @@ class Order:
 ORDERS = (
     Order("four images", "a lighthouse in the fog, four seasons", "completed", {}, n=4),
     Order("a failure", "不被允许的画面", "failed", {"fail": "content_policy_violation"}),
-    Order("a cancel", "a harbour nobody waits for", "cancelled", {"cancel": "status"}),
+    Order("a cancel", "a harbour without ships", "cancelled", {"cancel": "status"}),
     Order("its callback is never sent", "雾中的灯塔,水墨画", "completed", {"drop_callback": True}),
     Order(
         "its callback is sent three times",
@@ -73,7 +73,7 @@ ORDERS = (
 
 
 class DemoFailed(Exception):
-    """Something is not as promised; the text says what."""
+    """A check failed. The text says which."""
 
 
 def check(holds: object, otherwise: str) -> None:
@@ -81,15 +81,11 @@ def check(holds: object, otherwise: str) -> None:
         raise DemoFailed(otherwise)
 
 
-# --- processes
-# --------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def program(
     name: str, *arguments: str, **environment: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """`darkroom …` as a process with a clean environment, and its log; it ends with the block."""
+    """Runs `darkroom …` with a clean environment. Yields the process and its log."""
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -113,14 +109,14 @@ def program(
 
 
 def announced(process: subprocess.Popen[bytes], log: Path, event: str | None) -> str:
-    """The address in the first line of the log that has one (and is that event)."""
+    """The address in the first log line of this event that has one."""
     end = time.monotonic() + START_S
     while time.monotonic() < end:
         running, lines = process.poll() is None, log.read_text("utf-8", "replace").splitlines()
         for line in lines:
-            said = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
-            if "address" in said and said.get("event") == event:
-                return str(said["address"])
+            fields = json.loads(line) if line.startswith("{") and line.endswith("}") else {}
+            if "address" in fields and fields.get("event") == event:
+                return str(fields["address"])
         check(
             running,
             f"the {log.stem} ended at its start: {lines[-1] if lines else process.returncode}",
@@ -129,19 +125,13 @@ def announced(process: subprocess.Popen[bytes], log: Path, event: str | None) ->
     raise DemoFailed(f"{log.stem} did not start within {START_S:.0f} s")
 
 
-# --- the subscriber
-# --------------------------------------------------------------------------------------------------
-
-
 class Subscriber(ThreadingHTTPServer):
-    """Verifies what it gets over the raw bytes, then hands it on: (webhook-id, body). What is not
-    signed is refused.
-    """
+    """Verifies each delivery over its raw bytes. `received` has the valid ones: id and body."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Receive)
+        super().__init__(("127.0.0.1", 0), DeliveryHandler)
         self.secrets: list[str] = []
         self.received: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self.refused: list[str] = []
@@ -151,9 +141,7 @@ class Subscriber(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/darkroom"
 
 
-class Receive(BaseHTTPRequestHandler):
-    """One delivery."""
-
+class DeliveryHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: Subscriber
 
@@ -173,7 +161,7 @@ class Receive(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """The demo tells."""
+        """Silent: `gather` prints deliveries."""
 
 
 @contextmanager
@@ -184,10 +172,6 @@ def subscriber() -> Iterator[Subscriber]:
             yield server
         finally:
             server.shutdown()
-
-
-# --- the story
-# --------------------------------------------------------------------------------------------------
 
 
 def answer(response: httpx.Response) -> JSON:
@@ -207,7 +191,7 @@ def client(address: str, key: str) -> httpx.Client:
 
 
 def gather(server: Subscriber, count: int, started: float) -> list[tuple[str, JSON]]:
-    """What was received, told as it comes, until there are `count` different events."""
+    """Prints deliveries as they come, until there are `count` different events. Returns them."""
     received: list[tuple[str, JSON]] = []
     end = time.monotonic() + TASKS_S
     while len({id for id, _ in received}) < count:
@@ -231,9 +215,7 @@ def gather(server: Subscriber, count: int, started: float) -> list[tuple[str, JS
 def check_events(
     received: list[tuple[str, JSON]], events: list[JSON], tasks: Mapping[str, Order]
 ) -> None:
-    """Every event came and is in the outbox, the same in both; a task has one terminal event, of
-    the right type.
-    """
+    """Deliveries and outbox have the same events, and each task its own two."""
     outbox = {event["id"]: event for event in events}
     lost = outbox.keys() - {id for id, _ in received}
     check(not lost, f"never delivered: {sorted(lost)}")
@@ -251,7 +233,7 @@ def check_events(
 def check_images(
     service: httpx.Client, upstream: httpx.Client, task: JSON, order: Order
 ) -> list[Path]:
-    """The files on disk: what the upstream made, byte for byte, and what the service serves."""
+    """Compares the files on disk with the upstream's and with those that the service serves."""
     check(
         task["state"] == order.ends,
         f"{task['id']} ({order.about}) is {task['state']}, not {order.ends}",
@@ -283,9 +265,7 @@ def check_images(
 
 
 def check_timelines(service: httpx.Client, tasks: Mapping[str, Order]) -> None:
-    """The callback that was never sent was made up for by asking; the one that came three times
-    counted once.
-    """
+    """A timeline counts the callbacks of its task."""
     for task_id, order in tasks.items():
         steps = answer(service.get(f"/v1/tasks/{task_id}/timeline"))["data"]
         calls = [step["count"] for step in steps if step["step"] == "callback.received"]
@@ -295,7 +275,7 @@ def check_timelines(service: httpx.Client, tasks: Mapping[str, Order]) -> None:
         check(calls == wanted, f"{task_id} ({order.about}) has the callbacks {calls}, not {wanted}")
 
 
-def tell(service: httpx.Client, files: list[Path], task_id: str) -> None:
+def show(service: httpx.Client, files: list[Path], task_id: str) -> None:
     print(f"\nstored under {FOLDER / 'images'}")
     for path in files:
         print(f"  {path.stat().st_size:>8} bytes  {path.relative_to(FOLDER / 'images')}")
@@ -312,8 +292,53 @@ def tell(service: httpx.Client, files: list[Path], task_id: str) -> None:
         )
 
 
+def sandbox_command(key: str) -> tuple[str, ...]:
+    return ("sandbox", "--json", "--port", "0", "--api-key", key, "--allow-networks", LOOPBACK)
+
+
+def service_settings(upstream: str, upstream_key: str, admin_key: str) -> dict[str, str]:
+    settings = {
+        "PORT": "0",
+        "DATA_DIR": ".",
+        "ADMIN_KEY": admin_key,
+        "CALLBACK_URL": "http://127.0.0.1:{port}",
+        "EVOLINK_BASE_URL": upstream,
+        "EVOLINK_API_KEY": upstream_key,
+        "EVOLINK_RESULT_HOSTS": "127.0.0.1",
+        "UPSTREAM_NETWORKS": LOOPBACK,
+        "ENDPOINT_NETWORKS": LOOPBACK,
+        "RECONCILE_AFTER_S": str(RECONCILE_AFTER_S),
+        "MIN_FREE_BYTES": str(64 << 20),
+    }
+    return {f"DARKROOM_{name}": value for name, value in settings.items()}
+
+
+def submit(service: httpx.Client) -> dict[str, Order]:
+    """Submits every order. Returns them by the ids of their tasks."""
+    tasks = {}
+    for order in ORDERS:
+        headers = {"prefer": "respond-async"}
+        task = answer(service.post("/v1/images/generations", json=order.body, headers=headers))
+        tasks[task["id"]] = order
+        print(f"  submitted  {task['id']}  {order.about}: {order.prompt}")
+    print()
+    return tasks
+
+
+def check_stored(
+    service: httpx.Client, upstream: httpx.Client, tasks: Mapping[str, Order]
+) -> list[Path]:
+    """Checks every image and the number of files. Returns the files."""
+    files = []
+    for id, order in tasks.items():
+        files += check_images(service, upstream, answer(service.get(f"/v1/tasks/{id}")), order)
+    stored = sum(path.is_file() for path in (FOLDER / "images").rglob("*-*.*"))
+    check(stored == len(files), f"{stored} files are on disk, not {len(files)}")
+    return files
+
+
 def demo() -> str:
-    """The whole story; its last line."""
+    """Runs everything. Returns the last line."""
     if FOLDER.exists():
         shutil.rmtree(FOLDER)
     FOLDER.mkdir()
@@ -321,89 +346,34 @@ def demo() -> str:
     with ExitStack() as stack:
         enter = stack.enter_context
         inbox = enter(subscriber())
-        sandbox = (
-            "sandbox",
-            "--json",
-            "--port",
-            "0",
-            "--api-key",
-            upstream_key,
-            "--allow-networks",
-            LOOPBACK,
-        )
-        upstream_address = announced(*enter(program("sandbox", *sandbox)), None)
-        settings = {
-            "PORT": "0",
-            "DATA_DIR": ".",
-            "ADMIN_KEY": admin_key,
-            "CALLBACK_URL": "http://127.0.0.1:{port}",
-            "EVOLINK_BASE_URL": upstream_address,
-            "EVOLINK_API_KEY": upstream_key,
-            "EVOLINK_RESULT_HOSTS": "127.0.0.1",
-            "UPSTREAM_NETWORKS": LOOPBACK,
-            "ENDPOINT_NETWORKS": LOOPBACK,
-            "RECONCILE_AFTER_S": str(RECONCILE_AFTER_S),
-            "MIN_FREE_BYTES": str(64 << 20),
-        }
-        process, log = enter(
-            program(
-                "service",
-                "serve",
-                **{f"DARKROOM_{name}": value for name, value in settings.items()},
-            )
-        )
+        sandbox = enter(program("sandbox", *sandbox_command(upstream_key)))
+        upstream_address = announced(*sandbox, None)
+        settings = service_settings(upstream_address, upstream_key, admin_key)
+        process, log = enter(program("service", "serve", **settings))
         address = f"http://{announced(process, log, 'service.started')}"
-        print(
-            f"sandbox upstream  {upstream_address}\nservice           {address}\nsubscriber       "
-            f" {inbox.url}\n"
-        )
+        print(f"sandbox upstream  {upstream_address}\nservice           {address}")
+        print(f"subscriber        {inbox.url}\n")
 
-        admin, upstream = (
-            enter(client(address, admin_key)),
-            enter(client(upstream_address, upstream_key)),
-        )
-        scopes = ["submit", "read", "subscribe"]
-        service = enter(
-            client(
-                address,
-                answer(admin.post("/v1/keys", json={"owner": "demo", "scopes": scopes}))["key"],
-            )
-        )
-        inbox.secrets.append(
-            answer(service.post("/v1/endpoints", json={"url": inbox.url}))["secret"]
-        )
-
-        started, tasks = time.monotonic(), dict[str, Order]()
-        for order in ORDERS:
-            task = answer(
-                service.post(
-                    "/v1/images/generations", json=order.body, headers={"prefer": "respond-async"}
-                )
-            )
-            tasks[task["id"]] = order
-            print(f"  submitted  {task['id']}  {order.about}: {order.prompt}")
-        print()
+        admin = enter(client(address, admin_key))
+        key = {"owner": "demo", "scopes": ["submit", "read", "subscribe"]}
+        service = enter(client(address, answer(admin.post("/v1/keys", json=key))["key"]))
+        endpoint = answer(service.post("/v1/endpoints", json={"url": inbox.url}))
+        inbox.secrets.append(endpoint["secret"])
+        started, tasks = time.monotonic(), submit(service)
         received = gather(inbox, 2 * len(tasks), started)
 
         events = answer(service.get("/v1/events"))["data"]
         check_events(received, events, tasks)
-        files = [
-            path
-            for id in tasks
-            for path in check_images(
-                service, upstream, answer(service.get(f"/v1/tasks/{id}")), tasks[id]
-            )
-        ]
-        stored = sum(path.is_file() for path in (FOLDER / "images").rglob("*-*.*"))
-        check(stored == len(files), f"{stored} files are on disk, not {len(files)}")
+        files = check_stored(service, enter(client(upstream_address, upstream_key)), tasks)
         check_timelines(service, tasks)
-        tell(service, files, next(iter(tasks)))
+        show(service, files, next(iter(tasks)))
 
-        process.terminate()  # a clean stop ends what is under way: after it nothing more can come
+        process.terminate()  # a clean stop finishes work in flight, and then nothing more comes
         check(process.wait(STOP_S) == 0, f"the service ended with {process.returncode}")
+        ids = [id for id, _ in received]
         while not inbox.received.empty():
-            received.append((inbox.received.get()[0], {}))
-        doubled = sum(count - 1 for count in Counter(id for id, _ in received).values())
+            ids.append(inbox.received.get()[0])
+        doubled = sum(count - 1 for count in Counter(ids).values())
         check(not inbox.refused, f"deliveries without a valid signature: {inbox.refused}")
         check(not doubled, f"{doubled} deliveries came twice")
         return (
@@ -415,9 +385,7 @@ def demo() -> str:
 def main() -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # whoever stops the demo stops its children
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the children stop too
     try:
         print("\n" + demo())
     except (
