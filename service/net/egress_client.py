@@ -10,23 +10,20 @@ from ipaddress import ip_address
 from types import MappingProxyType
 from typing import Self
 
-import aiohttp
 import httpx
+from httpx_aiohttp import AiohttpTransport
 
 from service.errors import EgressRefused, NotConnected
 from service.net.addresses import Address, Network, forbidden
 from service.net.transport import (
-    CHUNK,
     CONNECT,
     KEEP_ALIVE_S,
     CallState,
     Content,
     GuardedResolver,
     Resolve,
-    closed,
-    header_fields,
     not_connected,
-    open_session,
+    open_transport,
     send,
     system_resolve,
     translated,
@@ -111,20 +108,20 @@ class Egress:
         self._resolve = resolve or partial(system_resolve, rules.purpose)
         self._tls = tls
         self._keep_alive = keep_alive
-        self._sessions: dict[str, aiohttp.ClientSession] = {}
+        self._transports: dict[str, AiohttpTransport] = {}
 
     async def __aenter__(self) -> Self:
         tls = self._tls or httpx.create_ssl_context()
         for scheme in ("https", "http"):
             resolver = GuardedResolver(partial(self._allowed_addresses, plain=scheme == "http"))
-            self._sessions[scheme] = open_session(
+            self._transports[scheme] = open_transport(
                 resolver, tls, self._connections, self._keep_alive
             )
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for session in self._sessions.values():
-            await session.close()
+        for transport in self._transports.values():
+            await transport.aclose()
 
     def check_url(self, url: str) -> None:
         """Checks the text of a URL. Raises EgressRefused."""
@@ -187,19 +184,19 @@ class Egress:
                 response = await self._answer(call, method, url, headers, content, idle)
 
         async def chunks() -> AsyncGenerator[bytes, None]:
-            chunk = b""
+            raw, chunk = response.aiter_raw(), b""
             while True:
                 with translated(call):
                     async with asyncio.timeout_at(min(end, clock() + idle)):
-                        chunk = await response.content.read(CHUNK)
+                        chunk = await anext(raw, b"")
                 if not chunk:
                     return
                 yield chunk
 
         try:
-            yield Streamed(response.status, header_fields(response), call.url, chunks)
+            yield Streamed(response.status_code, dict(response.headers), call.url, chunks)
         finally:
-            await closed(response)
+            await response.aclose()
 
     async def _answer(
         self,
@@ -209,18 +206,20 @@ class Egress:
         headers: Mapping[str, str],
         content: Content | None,
         idle: float,
-    ) -> aiohttp.ClientResponse:
+    ) -> httpx.Response:
         """The head of the last response, after redirects. The caller reads and closes its body."""
         target = await self._ready(self._target(url))
         for _ in range(self.rules.redirects + 1):
             call.url, call.host = target.url, target.host
             async with asyncio.timeout(idle):
-                response = await send(self._sessions[target.scheme], call, method, headers, content)
-            location = header_fields(response).get("location")
-            redirected = method in ("GET", "HEAD") and response.status in REDIRECTS
+                response = await send(
+                    self._transports[target.scheme], call, method, headers, content
+                )
+            location = response.headers.get("location")
+            redirected = method in ("GET", "HEAD") and response.status_code in REDIRECTS
             if not redirected or location is None or not self.rules.redirects:
                 return response
-            await closed(response)
+            await response.aclose()
             following = await self._ready(self._target(location, call.url))
             if following.origin != target.origin:  # a key or cookie is for the first origin alone
                 headers = {

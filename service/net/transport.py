@@ -1,4 +1,6 @@
-"""aiohttp sessions with the guard as their resolver, and with a record of each connection."""
+"""The aiohttp transport: the guard as its resolver, URLs sent exactly as written, and a record of
+whether there was a connection.
+"""
 
 import asyncio
 import errno
@@ -7,13 +9,15 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from types import SimpleNamespace
 
 import aiohttp
+import httpx
 import yarl
 from aiohttp.abc import AbstractResolver, ResolveResult
+from httpx_aiohttp import AiohttpTransport
 
 from service import VERSION
 from service.errors import CallTimedOut, ConnectionLost, EgressError, NoRoute, NotConnected
@@ -26,8 +30,7 @@ USER_AGENT = f"Darkroom/{VERSION}"
 # Seconds for TCP and TLS to one address. An address that drops packets must not use up the whole
 # time of a long call.
 CONNECT = 10.0
-PIECE = 1 << 18  # bytes of a body that is sent
-CHUNK = 1 << 14  # bytes of a body that is read
+PIECE = 1 << 18  # bytes
 LOOKUPS = 64  # at once, per purpose
 # Failures of this machine: no name server answered, no network, no free port or descriptor.
 LOCAL_ERRORS = {
@@ -58,8 +61,8 @@ async def system_resolve(purpose: str, host: str) -> Sequence[str]:
 
 @dataclass(slots=True)
 class CallState:
-    """The state of a call. `connected`: aiohttp has a connection for it, either new (TLS done) or
-    reused, so the request may have been sent.
+    """The state that the caller and aiohttp's hooks share during a call. `connected`: the request
+    may have been sent.
     """
 
     url: str = ""
@@ -67,8 +70,23 @@ class CallState:
     connected: bool = False
 
 
-async def mark_connected(_: object, trace: SimpleNamespace, __: object) -> None:
-    trace.trace_request_ctx.connected = True
+# httpx passes nothing through to aiohttp's hooks.
+CALL: ContextVar[CallState] = ContextVar("call")
+
+
+async def send_exact_url(
+    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
+) -> aiohttp.ClientResponse:
+    """Sends the URL as written. aiohttp would decode `%2F` and `%7E` in it, which breaks links
+    signed over their text.
+    """
+    request.url = yarl.URL(CALL.get().url, encoded=True)
+    return await handler(request)
+
+
+async def mark_connected(*_: object) -> None:
+    """aiohttp has a connection for the request, either new (TLS done) or reused."""
+    CALL.get().connected = True
 
 
 async def pieces(content: bytes) -> AsyncIterator[bytes]:
@@ -79,16 +97,16 @@ async def pieces(content: bytes) -> AsyncIterator[bytes]:
 
 @contextmanager
 def translated(call: CallState) -> Iterator[None]:
-    """Turns aiohttp's errors into EgressErrors.
+    """Turns the libraries' errors into EgressErrors.
 
-    `call.connected` decides, because the class of an error does not say whether there was a
-    connection. The library's messages may contain the URL and are dropped.
+    `call.connected` decides, because the class of httpx-aiohttp's errors does not say whether
+    there was a connection. The libraries' messages may contain the URL and are dropped.
     """
     try:
         yield
     except EgressError:
         raise
-    except (OSError, aiohttp.ClientError) as error:
+    except (OSError, httpx.HTTPError, aiohttp.ClientError) as error:
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
@@ -132,11 +150,11 @@ class GuardedResolver(AbstractResolver):
         """The resolver holds no resources."""
 
 
-def open_session(
+def open_transport(
     resolver: GuardedResolver, tls: ssl.SSLContext, connections: int, keep_alive: float
-) -> aiohttp.ClientSession:
-    """A session with its own pool, so that a connection for one purpose or scheme serves no other.
-    Without decompression, no body can grow in memory.
+) -> AiohttpTransport:
+    """A transport with its own pool, so that a connection for one purpose or scheme serves no
+    other.
     """
     trace = aiohttp.TraceConfig()
     trace.on_connection_create_end.append(mark_connected)
@@ -148,53 +166,33 @@ def open_session(
         keepalive_timeout=keep_alive,
         ssl=tls,
     )
-    return aiohttp.ClientSession(
+    session = aiohttp.ClientSession(
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT),
+        middlewares=(send_exact_url,),
         trace_configs=[trace],
     )
+    return AiohttpTransport(verify=tls, client=session)
 
 
 async def send(
-    session: aiohttp.ClientSession,
+    transport: AiohttpTransport,
     call: CallState,
     method: str,
     headers: Mapping[str, str],
     content: Content | None,
-) -> aiohttp.ClientResponse:
-    """One request, without redirects. The caller reads and closes the response's body.
-
-    The URL is sent as written. aiohttp would decode `%2F` and `%7E` in it, which breaks links
-    signed over their text.
-    """
+) -> httpx.Response:
+    """One request, without redirects. The caller reads and closes the response's body."""
     sent = {"user-agent": USER_AGENT, "accept": "*/*"}
     sent |= {name.lower(): value for name, value in headers.items()}
-    sent["accept-encoding"] = "identity"
+    sent["accept-encoding"] = "identity"  # without decoding, no body can grow in memory
     if isinstance(content, bytes) and len(content) > PIECE:
         sent["content-length"] = str(len(content))
         content = pieces(content)
-    url = yarl.URL(call.url, encoded=True)
-    return await session.request(
-        method, url, headers=sent, data=content, allow_redirects=False, trace_request_ctx=call
-    )
-
-
-async def closed(response: aiohttp.ClientResponse) -> None:
-    """Returns the connection to the pool, or closes it if the body is unread."""
-    response.release()
-    await response.wait_for_close()
-
-
-def header_fields(response: aiohttp.ClientResponse) -> dict[str, str]:
-    """Names in lower case. Repeated fields are joined with commas."""
-    fields: dict[str, str] = {}
-    for raw_name, raw in response.raw_headers:
-        name = raw_name.decode("latin-1").lower()
-        try:
-            value = raw.decode()
-        except UnicodeDecodeError:
-            value = raw.decode("latin-1")
-        fields[name] = f"{fields[name]}, {value}" if name in fields else value
-    return fields
+    timeout = {"timeout": {"connect": CONNECT}}
+    request = httpx.Request(method, call.url, headers=sent, content=content, extensions=timeout)
+    token = CALL.set(call)
+    try:
+        return await transport.handle_async_request(request)
+    finally:
+        CALL.reset(token)
