@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from service.db.paging import Row
-from service.ids import rfc3339, sequence_text
+from service.ids import rfc3339, rfc3339_or_none, sequence_text
 from service.links import Links, with_links
 from service.strict_json import JSON
 
@@ -40,7 +40,7 @@ def type_matches(pattern: str, type: str) -> bool:
 
 def delivery_document(row: Row, attempts: Sequence[Row], *, answers: bool) -> JSON:
     """A delivery as clients see it. `answers`: with the start of the subscriber's responses."""
-    due_at = row["due_at"] if row["state"] == "pending" else None
+    next_attempt_at = row["due_at"] if row["state"] == "pending" else None
     return {
         "id": row["id"],
         "endpoint": row["endpoint_id"],
@@ -48,7 +48,7 @@ def delivery_document(row: Row, attempts: Sequence[Row], *, answers: bool) -> JS
         "task": row["task_id"],
         "state": row["state"],
         "created_at": rfc3339(row["created_at"]),
-        "next_attempt_at": rfc3339(due_at) if due_at else None,
+        "next_attempt_at": rfc3339_or_none(next_attempt_at),
         "attempts": [attempt_document(attempt, answers=answers) for attempt in attempts],
     }
 
@@ -57,9 +57,7 @@ def attempt_document(attempt: Row, *, answers: bool) -> JSON:
     return {
         "id": attempt["id"],
         "time": rfc3339(attempt["time"]),
-        "status": attempt["status"],
-        "duration_ms": attempt["duration_ms"],
-        "error": attempt["error"],
+        **{name: attempt[name] for name in ("status", "duration_ms", "error")},
         "answer": (attempt["answer"] or b"").decode("utf-8", "replace") if answers else None,
     }
 
@@ -72,11 +70,8 @@ def replay_document(row: Row, states: Mapping[str, int]) -> JSON:
         "state": row["state"],
         "since": rfc3339(row["since_at"]),
         "until": rfc3339(row["until_at"]),
-        "types": row["types"],
-        "only": row["only"],
-        "count": row["count"],
-        "made": row["made"],
+        **{name: row[name] for name in ("types", "only", "count", "made")},
         **{state: states.get(state, 0) for state in ("pending", "delivered", "dead")},
         "created_at": rfc3339(row["created_at"]),
-        "finished_at": rfc3339(row["finished_at"]) if row["finished_at"] is not None else None,
+        "finished_at": rfc3339_or_none(row["finished_at"]),
     }
