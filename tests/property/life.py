@@ -1,11 +1,11 @@
-"""The whole life of tasks as a state machine: clients, operators, workers, the upstream, time and
-death in any order.
+"""The life of tasks as a state machine: clients, operators, workers, the upstream, time and crashes
+act in any order.
 
-One example is the life of some tasks on an empty store; at its end the upstream tells the truth and
-the clock runs until nothing is due. Rules draw small numbers: `pick` chooses among what there is,
-`luck` what comes of it (0 is the best). No rule has a condition, for a database may break ties one
-way or the other, and what is drawn must not depend on it; where there is nothing to do, work is
-found.
+One example is the life of some tasks on an empty store. At its end, the upstream tells the truth
+and the clock runs until no row is due. Rules draw small numbers: `pick` chooses among the rows or
+jobs, and `luck` chooses an outcome (0 is success). No rule has a precondition, because databases
+may break ties differently and the drawn values must not depend on that. A rule without work looks
+for some.
 """
 
 import hypothesis.strategies as st
@@ -31,13 +31,13 @@ from service.upkeep.expiry import Erasure, erase_tasks, strip_tasks
 from tests.contract.subject import DAY, HOUR, MINUTE, SECOND, new_id
 from tests.property.life_end import next_due
 from tests.property.life_leases import check_freed
-from tests.property.life_machine import Job, Living
-from tests.property.life_story import among, tell
-from tests.property.life_upstream import ENDS, SAYS
+from tests.property.life_machine import Job, StoreMachine
+from tests.property.life_notes import among, log
+from tests.property.life_upstream import CALLBACKS, ENDS
 from tests.property.life_work import Read, Write
 from tests.stores import fault
 
-TASKS = 6  # at most, or nothing much happens to any of them
+TASKS = 6  # at most, so that enough happens to each task
 LEAPS = (
     SECOND,
     5 * SECOND,
@@ -51,31 +51,23 @@ LEAPS = (
     -HOUR,
 )
 INTERVENTIONS = ("cancel", "reconcile", "id", "another's id", "failed", "resubmit", "erase")
-MEANT = {  # those that an intervention does something to, where there are any
+# The states in which an intervention has an effect. A task in such a state is preferred.
+FITTING_STATES = {
     **dict.fromkeys(("id", "failed", "resubmit"), (State.UNCERTAIN,)),
     "erase": (State.FAILED, State.EXPIRED),
     "cancel": (State.SUBMITTED,),
 }
 MISHAPS = ("fault", "release", "renew", "death")
 STATUSES = ("enabled", "paused", "disabled")
-HAPPENS = (
-    "submit",
-    *INTERVENTIONS,
-    *MISHAPS,
-    *STATUSES,
-    "fault",
-    "resubmit",
-    "the account is good again",
-    "strip",
-)
+ACTIONS = ("submit", *INTERVENTIONS, *MISHAPS, *STATUSES, "fault", "resubmit", "resume", "strip")
 PICK, LUCK = st.integers(0, 15), st.integers(0, 11)
 LUCKS = st.lists(LUCK, max_size=8)
 YES = st.booleans()
 STAGES = st.sets(st.sampled_from(sorted(QUEUES)), min_size=1)
 
 
-class TaskLife(Living):
-    # --- the service, as it is set up ---
+class TaskLife(StoreMachine):
+    # --- the settings of the service ---
 
     @initialize(
         flags=st.tuples(YES, YES, YES, YES),
@@ -92,11 +84,14 @@ class TaskLife(Living):
         last: list[int],
         first: int,
     ) -> None:
-        self.upstream.honest, self.shop.resubmits, self.shop.with_callback, self.shop.confirms = (
-            flags
-        )
+        (
+            self.upstream.honest,
+            self.workers.resubmits,
+            self.workers.with_callback,
+            self.workers.confirms,
+        ) = flags
         self.places, self.last = places, last
-        tell(f"honest, resubmits, with_callback, confirms: {flags}")
+        log(f"honest, resubmits, with_callback, confirms: {flags}")
         if listener > 11:
             self.endpoint = new_id("endpoint")
             self.write(
@@ -118,7 +113,7 @@ class TaskLife(Living):
         leap=st.sampled_from((0, 0, *LEAPS)),
     )
     def look(self, process: int, stages: set[str], places: int, leap: int) -> None:
-        """Some stages of a process look for work, later."""
+        """Some stages of a process look for work, after a leap of the clock."""
         self.bench.clock.shift(leap)
         if process % 3 == 1:
             self.write(process, Write(resume_submissions, 100))
@@ -126,41 +121,41 @@ class TaskLife(Living):
 
     @rule(process=PICK, pick=PICK, lucks=LUCKS)
     def work_on(self, process: int, pick: int, lucks: list[int]) -> None:
-        """One job, for as long as it lasts; when there is none, it is waited for."""
+        """One job advances as long as it lasts. Without a job, the clock moves to the next one."""
         job = self.find(pick, process)
         for luck in lucks:
             if job and job in self.jobs:
-                self.shop.luck = luck
-                self.go_on([job])
+                self.workers.luck = luck
+                self.advance([job])
 
     def find(self, pick: int, process: int = 0) -> Job | None:
-        """A job in hand, else one that is waited for; None: there is nothing to do, or it is to run
-        alone and not yet.
+        """A job in hand, or else the next one that becomes due. None if no row is due, or if the
+        row may only run alone later.
         """
-        if not self.jobs and next_due(self.seen) is None:
+        if not self.jobs and next_due(self.snapshot) is None:
             self.submit(process, pick)
-        if not self.jobs and next_due(self.seen) is not None:
+        if not self.jobs and next_due(self.snapshot) is not None:
             self.bench.clock.shift(max(1, self.due_in()))
             self.look_for_work(process, set(QUEUES), 100)
         return self.job(pick) if self.jobs else None
 
     @rule(pick=PICK, luck=LUCK, twice=PICK)
     def work(self, pick: int, luck: int, twice: int) -> None:
-        """One read or write of one job; what it holds afterwards may wait for long."""
-        job, self.shop.luck = self.find(pick), luck
-        self.go_on([job] if job else [], twice=twice > 13)
+        """One job does one read or write. It may then wait for a long time."""
+        job, self.workers.luck = self.find(pick), luck
+        self.advance([job] if job else [], twice=twice > 13)
 
     @rule(
         pick=PICK,
         luck=LUCK,
-        said=st.lists(st.tuples(PICK, st.sampled_from(SAYS)), max_size=2),
+        said=st.lists(st.tuples(PICK, st.sampled_from(CALLBACKS)), max_size=2),
         twice=YES,
     )
     def work_together(self, pick: int, luck: int, said: list[tuple[int, str]], twice: bool) -> None:
-        """All jobs of a process, and what is called back meanwhile, in one transaction."""
-        first, self.shop.luck = self.find(pick), luck
+        """All jobs of a process, and new callbacks, write in one transaction."""
+        first, self.workers.luck = self.find(pick), luck
         callbacks = [self.said(which, kind) for which, kind in said if self.sent]
-        self.go_on(
+        self.advance(
             [job for job in self.jobs if first and job.process == first.process],
             *callbacks,
             twice=twice,
@@ -177,30 +172,31 @@ class TaskLife(Living):
     def come_late(
         self, pick: int, luck: int, lucks: list[int], process: int, leap: int, word: str
     ) -> None:
-        """One job has its answer in hand; before it is recorded its task is called back about, or
-        decided by hand, or others go on, maybe after the lease has ended.
+        """A job receives its result. Before it records the result, a callback arrives, an operator
+        intervenes, or other jobs go on. The lease may expire meanwhile.
         """
-        job, self.shop.luck = self.find(pick, process), luck
+        job, self.workers.luck = self.find(pick, process), luck
         while (
             job
             and job in self.jobs
             and (isinstance(job.wants, Read) or isinstance(job.wants.item, SubmissionStart))
         ):
-            self.go_on([job])
-        task_id = job.lease.key if job and job.lease.key in self.seen.tasks else ""
-        if word in SAYS and task_id in self.sent:
-            self.hear(
-                process, [self.a_callback(task_id, self.upstream.says(task_id, word, pick), pick)]
+            self.advance([job])
+        task_id = job.lease.key if job and job.lease.key in self.snapshot.tasks else ""
+        if word in CALLBACKS and task_id in self.sent:
+            self.receive(
+                process,
+                [self.a_callback(task_id, self.upstream.reports(task_id, word, pick), pick)],
             )
         elif word in INTERVENTIONS and task_id:
             self.intervene(process, task_id, word, 0)
         self.bench.clock.shift(leap)
         self.look_for_work(process, set(QUEUES), 100)
-        for self.shop.luck in lucks:
+        for self.workers.luck in lucks:
             for other in [other for other in self.jobs if other is not job]:
-                self.go_on([other])
+                self.advance([other])
         if job and job in self.jobs and pick % 5:
-            self.go_on([job])
+            self.advance([job])
         elif job and job in self.jobs:
             self.go_wrong(job, "fault", 0)
 
@@ -208,23 +204,23 @@ class TaskLife(Living):
 
     def said(self, pick: int, kind: str) -> Write:
         task_id = among(self.sent, pick)
-        return self.a_callback(task_id, self.upstream.says(task_id, kind, pick), pick)
+        return self.a_callback(task_id, self.upstream.reports(task_id, kind, pick), pick)
 
     @rule(
         process=PICK,
         pick=PICK,
-        kinds=st.lists(st.sampled_from(SAYS), min_size=1, max_size=3),
+        kinds=st.lists(st.sampled_from(CALLBACKS), min_size=1, max_size=3),
         twice=PICK,
     )
     def call_back(self, process: int, pick: int, kinds: list[str], twice: int) -> None:
         if not self.sent:
             self.work_on(process, pick, [0, 0, 0])
         for kind in kinds if self.sent else ():
-            self.hear(process, [self.said(pick, kind)], twice=twice > 13)
+            self.receive(process, [self.said(pick, kind)], twice=twice > 13)
 
     @rule(pick=PICK, what=st.sampled_from([*ENDS, "forget"]))
     def end(self, pick: int, what: str) -> None:
-        """The upstream ends a task without a word, or knows it no longer."""
+        """The upstream ends a task without a callback, or forgets it."""
         if not self.upstream.reals:
             self.work_on(0, pick, [0, 0, 0])
             return
@@ -233,22 +229,22 @@ class TaskLife(Living):
             real.known = False
         else:
             self.upstream.end(real, what, 1 + pick % 3)
-        tell(real)
+        log(real)
 
-    # --- everybody else ---
+    # --- clients, operators and mishaps ---
 
-    @rule(what=st.sampled_from(HAPPENS), process=PICK, pick=PICK, other=PICK)
+    @rule(what=st.sampled_from(ACTIONS), process=PICK, pick=PICK, other=PICK)
     def happen(self, what: str, process: int, pick: int, other: int) -> None:
         if what in INTERVENTIONS:
             fit = [
                 row
                 for row in self.tasks
-                if row["state"] in MEANT.get(what, ()) and row["settled_digest"] is None
+                if row["state"] in FITTING_STATES.get(what, ()) and row["settled_digest"] is None
             ]
             self.intervene(process, among(fit or self.tasks, pick)["id"], what, other)
         elif what in STATUSES and self.endpoint:
             self.write(0, Write(change_endpoints, EndpointChange(self.endpoint, None, status=what)))
-        elif what == "the account is good again":
+        elif what == "resume":
             self.write(process, Write(resume_submissions, 100))
         elif what == "strip":
             ends = [row["terminal_at"] for row in self.tasks if row["terminal_at"]]
@@ -259,8 +255,8 @@ class TaskLife(Living):
             self.submit(process, other)
 
     def submit(self, process: int, pick: int) -> None:
-        """A client comes, with a key that may be known, or submits twice under one id, as after a
-        lost COMMIT.
+        """A client submits a task, with or without a known key. It may repeat the insert under the
+        same id, as after a lost COMMIT.
         """
         if len(self.tasks) >= TASKS:
             return
@@ -289,7 +285,7 @@ class TaskLife(Living):
             idempotency_hash=digest,
         )
         (inserted,) = self.write(process, Write(insert_tasks, wish), twice=pick % 3 == 0)
-        tell(inserted)
+        log(inserted)
         if earlier:
             assert inserted == Inserted(earlier[0]["id"], False, earlier[0]["idempotency_hash"]), (
                 "an idempotency key made a second task"
@@ -318,32 +314,34 @@ class TaskLife(Living):
             case _:
                 write = Write(resolve_tasks, TaskResolution(task_id, named))
         (answer,) = self.write(process, write)
-        tell((task_id, named, answer))
+        log((task_id, named, answer))
         if word == "resubmit" and answer is None:
-            self.shop.permitted.add(task_id)
+            self.workers.permitted.add(task_id)
         if word == "erase" and task_id in self.sent and other % 2:
-            self.hear(
+            self.receive(
                 process,
-                [self.a_callback(task_id, self.upstream.says(task_id, "end", other // 2), other)],
+                [
+                    self.a_callback(
+                        task_id, self.upstream.reports(task_id, "end", other // 2), other
+                    )
+                ],
             )
         if word in ("id", "another's id") and answer is None and named not in mine:
             self.upstream.lied_about.add(task_id)
 
     def go_wrong(self, job: Job, what: str, wait: int) -> None:
-        tell(job.lease)
+        log(job.lease)
         if what == "renew":
             self.write(job.process, Write(leases.renew, job.lease))
-        elif (
-            what == "death"
-            # what it held in its hands is gone, its leases are not: unless nobody else can have the
-            # store
-        ):
+        elif what == "death":
+            # The process's jobs are gone, and its leases stand. Opening a file that one process
+            # uses alone releases them.
             self.jobs = [other for other in self.jobs if other.process != job.process]
             if self.bench.exclusive:
-                before = self.seen
+                before = self.snapshot
                 self.bench.reopen()
-                self.write(0)  # nothing: to see it
-                check_freed(before, self.seen)
+                self.write(0)  # takes a new snapshot
+                check_freed(before, self.snapshot)
         else:
             self.write(
                 job.process,
@@ -352,7 +350,7 @@ class TaskLife(Living):
                 else Write(record_faults, fault(job.lease, wait)),
             )
             self.jobs.remove(job)
-            if what == "fault" and wait == 0:  # it is a bad one, and is tried again
+            if what == "fault" and wait == 0:  # the fault comes again at each retry
                 self.look_for_work(job.process, (job.lease.stage,), 100)
                 again = [
                     other

@@ -1,6 +1,4 @@
-"""The store of one machine, open from life to life, as each of its processes has it, with a loop to
-run it.
-"""
+"""The store as each of its processes has it open, from one life to the next, with an event loop."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -16,7 +14,7 @@ from service.db.sqlite import SqliteStore
 from service.db.transaction import Lease, Transaction
 from tests.contract.conftest import wipe
 from tests.contract.subject import Clock
-from tests.property.life_checks import Seen, look
+from tests.property.life_checks import Snapshot, take_snapshot
 from tests.property.life_work import Read, Write
 
 Result = TypeVar("Result")
@@ -25,11 +23,11 @@ Backend = SqliteStore | PostgresStore
 
 @dataclass(slots=True)
 class Bench:
-    """One store as each of its processes has it open. `exclusive`: the next process must open the
-    file again, which frees all leases.
+    """One store as each of its processes has it open. With `exclusive`, one process uses the file
+    alone, and opening it again releases all leases.
 
-    A write is one transaction of the store's own, without the queue before it, and is looked at
-    from inside, just before its commit.
+    A write is one transaction of the store, without the queue of writes. A snapshot is taken inside
+    the transaction, just before its commit.
     """
 
     openers: Sequence[Callable[[], AbstractAsyncContextManager[Backend]]]
@@ -64,33 +62,33 @@ class Bench:
             self._loop.close()
 
     def reopen(self) -> None:
-        """What opening the file again does to what is in it."""
+        """Does what opening the file again does to its rows."""
         (store,) = self._open
         assert isinstance(store, SqliteStore)
         store.prepare(migrate=False)
 
     def reset(self) -> None:
-        """An empty store, at the beginning of time."""
+        """Empties the store and sets the clock back to its start."""
         self.clock.now = Clock().now
-        for process in range(self.processes):  # each is to know that the clock was set back
-            self.write(process, [Write(wipe, None)], {}, Seen())
+        for process in range(self.processes):  # each process learns that the clock was set back
+            self.write(process, [Write(wipe, None)], {}, Snapshot())
 
     def write(
-        self, process: int, writes: Sequence[Write], places: dict[str, int], before: Seen
-    ) -> tuple[list[Any], list[Lease], Seen]:
-        """Results, what was granted, and what there is now."""
+        self, process: int, writes: Sequence[Write], places: dict[str, int], before: Snapshot
+    ) -> tuple[list[Any], list[Lease], Snapshot]:
+        """Returns the results, the new leases and the new snapshot."""
         store = self._open[process]
-        # # nobody waits for it
+        # no caller waits for the call
         calls = [Call(write.operation, write.item, None) for write in writes]  # type: ignore[arg-type]
 
         def whole(connection: Connection) -> tuple[list[Any], Transaction]:
             results, tx = store.apply(connection, calls, places)
-            return [results, tx.leased, look(connection, before)], Transaction(
+            return [results, tx.leased, take_snapshot(connection, before)], Transaction(
                 connection, tx.now, tx.process, tx.new_id
-            )  # no NOTIFY
+            )  # sends no NOTIFY
 
-        results, leased, seen = self._transact(store, whole)
-        return results, leased, seen
+        results, leased, snapshot = self._transact(store, whole)
+        return results, leased, snapshot
 
     def read(self, process: int, read: Read) -> Any:
         return self.run(self._open[process % self.processes].read(read.query, *read.arguments))

@@ -1,5 +1,5 @@
-"""What holds of any task at any moment of its life, seen from outside: rows and events before and
-after a step.
+"""Rules that hold for every task at any moment, checked on the rows and events before and after a
+step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,14 @@ from service.queue.leases import LONGEST_LEASE_MS
 from service.tasks.results import LIVES
 from service.tasks.state import MOVES, TERMINAL, State
 from tests.contract.subject import DAY
-from tests.property.life_heard import Heard
+from tests.property.life_inbox import InboxModel
 from tests.property.life_work import Sent, Write
 
 Rows = Mapping[str, Row]
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Snapshot:
     """The rows at one moment, by id, and all events so far."""
 
     tasks: Rows = field(default_factory=dict)
@@ -65,8 +65,8 @@ WHOLE = [select(table) for table in (tasks, images, deliveries, replays)]
 LATER = select(events).where(events.c.sequence > bindparam("last")).order_by(events.c.sequence)
 
 
-def look(connection: Connection, before: Seen) -> Seen:
-    """The store as it is; events that were seen already are not read again."""
+def take_snapshot(connection: Connection, before: Snapshot) -> Snapshot:
+    """Reads all rows, and the events that `before` does not have."""
 
     def rows(statement: Select[Any]) -> Rows:
         return {row["id"]: row for row in connection.execute(statement).mappings()}
@@ -75,11 +75,13 @@ def look(connection: Connection, before: Seen) -> Seen:
         LATER, {"last": before.events[-1]["sequence"] if before.events else 0}
     ).mappings()
     found = [rows(statement) for statement in WHOLE]
-    return Seen(found[0], found[1], found[2], found[3], [*before.events, *new])
+    return Snapshot(found[0], found[1], found[2], found[3], [*before.events, *new])
 
 
 def reachable(before: State) -> set[State]:
-    """Where moves of the contract's table lead, one or many: a transaction may make several."""
+    """The states that one or several moves of the table lead to. A transaction may make several
+    moves.
+    """
     found = {before}
     while more := {after for state in found for after in MOVES[state]} - found:
         found |= more
@@ -90,13 +92,13 @@ ENDINGS = {f"image.task.{state}" for state in TERMINAL}
 ONCE = ("image.task.submitted", "task.late_result")
 
 
-def check(before: Seen, now: Seen, heard: Heard, *, alone: bool) -> None:
-    """Everything that one step may not have done; `alone`: with one write."""
+def check(before: Snapshot, now: Snapshot, inbox: InboxModel, *, alone: bool) -> None:
+    """Checks one step. `alone` means that it was one write."""
     assert before.tasks.keys() <= now.tasks.keys(), "a task is gone"
     for task_id, row in now.tasks.items():
         if (was := before.tasks.get(task_id)) is not None:
             check_step(was, row)
-            check_told(
+            check_new_events(
                 was,
                 row,
                 now,
@@ -108,9 +110,9 @@ def check(before: Seen, now: Seen, heard: Heard, *, alone: bool) -> None:
                 alone=alone,
             )
         check_events(row, now)
-        check_way_on(row, now)
+        check_due(row, now)
     for image_id, image in now.images.items():
-        check_link(image, before.images.get(image_id), now.tasks[image["task_id"]], heard)
+        check_link(image, before.images.get(image_id), now.tasks[image["task_id"]], inbox)
     for image_id, image in before.images.items():
         check_image(
             image,
@@ -119,18 +121,18 @@ def check(before: Seen, now: Seen, heard: Heard, *, alone: bool) -> None:
             before.tasks[image["task_id"]],
         )
     if len(now.events) > len(before.events):
-        assert len({event["id"] for event in now.events}) == len(now.events), "an event twice"
+        assert len({event["id"] for event in now.events}) == len(now.events), (
+            "two events have one id"
+        )
         delivered = [(row["event_id"], row["endpoint_id"]) for row in now.deliveries.values()]
         assert len(set(delivered)) == len(delivered), "two deliveries of one event to one endpoint"
 
 
 def check_step(was: Row, row: Row) -> None:
-    """One task: no move outside the table, and what is settled stands."""
+    """A task makes no move outside the table of states, and its settled outcome stands."""
     before, after = State(was["state"]), State(row["state"])
     assert after in reachable(before), f"{before} became {after}"
-    assert not (row["doubted_at"] and after is State.QUEUED), (
-        "doubted, and yet as if nothing were created"
-    )
+    assert not (row["doubted_at"] and after is State.QUEUED), "an uncertain task was queued again"
     fixed = [
         "created_at",
         "owner",
@@ -153,21 +155,21 @@ def check_step(was: Row, row: Row) -> None:
         or was["settle_lease_until"] is None
         or row["settle_fence"] > was["settle_fence"]
         or row["settle_lease_until"] is None
-    ), "the answer about another id will count"
+    ), "an answer about the replaced id can still be recorded"
     for name in ("settled_digest", "credits_reserved", "credits_used", "estimated_time"):
-        assert was[name] is None or row[name] is not None, f"{name} is forgotten"
+        assert was[name] is None or row[name] is not None, f"{name} was cleared"
     for name in ("progress", "submit_outcomes", "settle_requests", "submit_fence", "settle_fence"):
         assert was[name] <= row[name], f"{name} went back"
 
 
-def check_events(row: Row, now: Seen) -> None:
-    """One terminal event if and only if the task has ended, with the pictures that were stored by
-    then.
+def check_events(row: Row, now: Snapshot) -> None:
+    """A task has one terminal event if and only if it has ended. The event lists the images that
+    were stored by then.
     """
     ends, types, state = now.terminal(row["id"]), now.types(row["id"]), State(row["state"])
     assert sum(type in ENDINGS for type in types) == len(ends), f"ended more than once: {types}"
     assert len(ends) == (state in TERMINAL), f"{len(ends)} terminal events while {state}"
-    assert all(types.count(type) <= 1 for type in ONCE), f"told twice: {types}"
+    assert all(types.count(type) <= 1 for type in ONCE), f"an event came twice: {types}"
     assert ("image.task.submitted" in types) == (row["submitted_at"] is not None)
     for event in ends:
         assert (event["type"], event["data"]["state"], event["time"]) == (
@@ -183,117 +185,119 @@ def check_events(row: Row, now: Seen) -> None:
             if image["state"] == "stored" and image["confirmed"]
         }
         for image in event["data"]["images"]:
-            assert image["id"] in stored, "an event names a picture that is not stored"
+            assert image["id"] in stored, "an event lists an image that is not stored"
             assert image["sha256"] == stored[image["id"]]["sha256"]
         if state is State.COMPLETED:
             named = [image["id"] for image in event["data"]["images"]]
             assert named == [image["id"] for image in now.of(row["id"])] != [], (
-                "completed without a picture"
+                "completed without all its images"
             )
 
 
-def check_told(was: Row, row: Row, now: Seen, told: Sequence[Row], *, alone: bool) -> None:
-    """Each callback that contradicts gets the upstream asked, once. The end is told with all that
-    is stored by then.
+def check_new_events(
+    was: Row, row: Row, now: Snapshot, emitted: Sequence[Row], *, alone: bool
+) -> None:
+    """Each conflicting callback makes one query due. The terminal event lists all images stored by
+    then.
     """
     conflicts = [
         event
-        for event in told
+        for event in emitted
         if event["type"] == "callback.conflict" and event["data"]["callback_id"]
     ]
     assert row["settle_requests"] - was["settle_requests"] >= len(conflicts), (
-        "a conflict, and nobody is asked"
+        "a conflict made no query due"
     )
-    for event in told if alone else ():
+    for event in emitted if alone else ():
         if event["terminal"]:
             rows = now.of(row["id"])
             over = all(image["confirmed"] and image["state"] != "pending" for image in rows)
             assert over or row["state"] == State.EXPIRED, (
-                "ended, and still something is awaited"
-            )  # there a callback may be right yet
+                "ended with a pending image"
+            )  # a callback may still prove an expired task
             stored = [
                 image["id"] for image in rows if image["state"] == "stored" and image["confirmed"]
             ]
             assert [image["id"] for image in event["data"]["images"]] == stored, (
-                "what was stored is not listed"
+                "the event does not list the stored images"
             )
             own = [
                 delivery
                 for delivery in now.deliveries.values()
                 if delivery["event_id"] == event["id"] and delivery["endpoint_id"] is None
             ]
-            assert len(own) == (was["callback_url"] is not None), "the task's own callback_url"
+            assert len(own) == (was["callback_url"] is not None), (
+                "deliveries to the task's own callback_url"
+            )
         if event["type"] == "task.parked" and event["data"]["stage"] == "submit":
             assert was["state"] in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN), (
-                f"parked, for a submission, while {was['state']}"
+                f"parked at the submit stage while {was['state']}"
             )
 
 
-def check_way_on(row: Row, now: Seen) -> None:
-    """What has not ended is due to somebody, and so is every picture that is awaited."""
+def check_due(row: Row, now: Snapshot) -> None:
+    """A task that has not ended is due at a stage, and so is every pending image."""
     state = State(row["state"])
     if state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN):
-        assert row["submit_due_at"] is not None, f"{state}, and nobody will go on"
+        assert row["submit_due_at"] is not None, f"{state}, and not due at the submit stage"
     elif state is State.SUBMITTED:
-        assert row["settle_due_at"] is not None, "submitted, and nobody will ask"
+        assert row["settle_due_at"] is not None, "submitted, and no query is due"
     for image in now.of(row["id"]):
         assert (
             image["state"] != "stored"
             or image["sha256"] == sha256(image["source_url"].encode()).hexdigest()
-        ), "another link's picture"
+        ), "an image of another link"
     awaited = [image for image in now.of(row["id"]) if image["state"] == "pending"]
-    assert state is not State.STORING or awaited, "storing, and nothing is awaited"
-    assert all(image["due_at"] is not None for image in awaited), (
-        "a picture is awaited that nobody will fetch"
-    )
+    assert state is not State.STORING or awaited, "storing without a pending image"
+    assert all(image["due_at"] is not None for image in awaited), "a pending image is not due"
     assert (
         state in (State.QUEUED, State.SUBMITTING, State.UNCERTAIN) or row["submit_due_at"] is None
-    ), f"{state}, and due to be submitted"
-    assert state is not State.CANCELLED or not now.of(row["id"]), (
-        "cancelled, and a picture is there"
-    )
+    ), f"{state}, and due at the submit stage"
+    assert state is not State.CANCELLED or not now.of(row["id"]), "a cancelled task has an image"
     if row["erased_at"] is not None:
         assert state in TERMINAL, f"erased while {state}"
 
 
-def check_link(image: Row, was: Row | None, task: Row, heard: Heard) -> None:
-    """A picture counts once the upstream's answer named it; a link lives a day, but not past two
-    from the submission.
+def check_link(image: Row, was: Row | None, task: Row, inbox: InboxModel) -> None:
+    """An image counts once an answer of the upstream named its link. A link lives for a day, and
+    ends at most two days after the submission.
     """
     assert (
-        not image["confirmed"] or image["source_url"] in heard.links or image["state"] == "erased"
-    ), "no answer ever named it"
-    assert task["id"] not in heard.erased or image["state"] == "erased", (
-        "a picture of an erased task"
+        not image["confirmed"] or image["source_url"] in inbox.links or image["state"] == "erased"
+    ), "no answer of the upstream named the link"
+    assert task["id"] not in inbox.erased or image["state"] == "erased", (
+        "an erased task has an image"
     )
     if was and was["source_url"] != image["source_url"]:
         assert was["confirmed"] or image["stale_count"] == image["wrong_count"] == 0, (
-            "blamed for what another link did"
+            "counts of the replaced link are kept"
         )
     if was and was["confirmed"] and was["link_dies_at"] != image["link_dies_at"]:
         assert (
             image["link_dies_at"] <= (task["submitted_at"] or task["created_at"]) + LIVES * DAY
-        ), "its link is said to live for ever"
+        ), "the link lives longer than two days"
 
 
 def check_image(was: Row, row: Row | None, task: Row, before: Row) -> None:
-    """What is stored and counts, or is lost for good, stays so; only a local cancel takes pictures
-    away, and erasure.
+    """A confirmed image that is stored or lost stays so. Only a local cancel and an erasure remove
+    it.
     """
     if not was["confirmed"] or was["state"] == "pending" or task["erased_at"] is not None:
         return
     if row is None:
-        assert task["state"] == State.CANCELLED != before["state"], "a confirmed picture is gone"
+        assert task["state"] == State.CANCELLED != before["state"], "a confirmed image is gone"
         return
     for name in ("state", "blob", "sha256", "source_url", "confirmed", "position"):
         assert was[name] == row[name], (
-            f"a {was['state']} picture's {name} was {was[name]} and is {row[name]}"
+            f"a {was['state']} image's {name} was {was[name]} and is {row[name]}"
         )
 
 
-def check_grant(lease: Lease, writes: Sequence[Write], before: Seen, after: Seen, now: int) -> None:
-    """Whoever is granted a row is alone with it: nobody held it, or who did finishes, or asks by an
-    id of before.
+def check_new_lease(
+    lease: Lease, writes: Sequence[Write], before: Snapshot, after: Snapshot, now: int
+) -> None:
+    """Only one worker has a lease for a row. The previous lease has expired, or its worker finishes
+    in this step, or it asks about a replaced upstream id.
     """
     queue = QUEUES[lease.stage]
     row = before.table(queue.table).get(lease.key)
@@ -308,15 +312,15 @@ def check_grant(lease: Lease, writes: Sequence[Write], before: Seen, after: Seen
             after.tasks[lease.key]["upstream_id"],
         )
         free = until is None or until <= now or until > now + LONGEST_LEASE_MS
-        assert free or finished, f"{lease} while somebody else holds it"
+        assert free or finished, f"{lease} while another lease stands"
         assert lease.fence > row[queue.prefix + "fence"], (
-            f"{lease} does not fence off the one before"
+            f"{lease} does not fence off the previous lease"
         )
 
 
-def check_sent(task: Row, earlier: Sequence[Sent], *, permitted: bool) -> None:
-    """Sent again only when all before created nothing, or when somebody said so while it was
-    uncertain.
+def check_submitted_once(task: Row, earlier: Sequence[Sent], *, permitted: bool) -> None:
+    """A task is submitted again only if each earlier call proved that nothing was created, or if a
+    setting or an operator permitted it while the task was uncertain.
     """
     proved = all(sent.nothing for sent in earlier)
     assert proved or (permitted and task["state"] == State.UNCERTAIN), (

@@ -1,4 +1,4 @@
-"""What one write alone does to leases; and which check belongs to which operation."""
+"""The effects of one write on leases, and the check for each operation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +17,15 @@ from service.tasks.cancel import cancel_tasks
 from service.tasks.confirm_worker import record_settlements
 from service.tasks.submissions import record_submissions, start_submissions
 from service.upkeep.expiry import erase_tasks, strip_tasks
-from tests.property.life_checks import Seen
-from tests.property.life_hands import (
+from tests.property.life_checks import Snapshot
+from tests.property.life_content import (
     check_download,
     check_erased,
     check_reconciled,
     check_resolution,
     check_stripped,
 )
-from tests.property.life_heard import ENDED
+from tests.property.life_inbox import ENDED
 from tests.property.life_step import Step, check_late
 from tests.property.life_writes import (
     check_accept,
@@ -36,7 +36,7 @@ from tests.property.life_writes import (
     check_submission,
 )
 
-ALONE = 2  # deaths after which a row runs alone
+ALONE = 2  # crashes after which a row runs alone
 FINISHING = (
     record_submissions,
     record_settlements,
@@ -47,9 +47,9 @@ FINISHING = (
 )
 
 
-def lease_of(seen: Seen, lease: Lease) -> dict[str, Any]:
+def lease_of(snapshot: Snapshot, lease: Lease) -> dict[str, Any]:
     """The row's lease columns, without their prefix."""
-    prefix, row = QUEUES[lease.stage].prefix, seen.row(lease)
+    prefix, row = QUEUES[lease.stage].prefix, snapshot.row(lease)
     names = ("due_at", "lease_until", "lease_owner", "fence", "attempts", "deaths", "faults")
     return {name: row[prefix + name] for name in names} if row else {}
 
@@ -60,8 +60,8 @@ def check_write(step: Step) -> None:
         check_late(step)
     if lease is not None and step.held and operation in FINISHING:
         now = lease_of(step.now, lease)
-        assert not step.now.holds(lease), "the work is done, and leased still"
-        assert not now or not now["deaths"], "worked on to its end, and suspected still"
+        assert not step.now.holds(lease), "a finished row still has its lease"
+        assert not now or not now["deaths"], "a finished row still counts its crashes"
     if operation in CHECKS:
         CHECKS[operation](step, step.write.item)
 
@@ -70,15 +70,15 @@ def check_write(step: Step) -> None:
 
 
 def check_claim(step: Step, stage: str) -> None:
-    """No more than there are places for, only what is due, and not what is to run alone."""
-    assert len(step.leased) <= step.places, "more than there are places for"
+    """A claim takes due rows up to the free places, and no row that must run alone."""
+    assert len(step.leased) <= step.places, "more leases than free places"
     for lease in step.leased:
         was, now = lease_of(step.before, lease), lease_of(step.now, lease)
         assert lease.stage == stage
         assert was["due_at"] is not None
         assert was["due_at"] <= step.time, "not due yet"
         died = was["lease_until"] is not None
-        assert was["deaths"] + died < ALONE, "it is to run alone"
+        assert was["deaths"] + died < ALONE, "the row must run alone"
         assert (now["deaths"], now["attempts"], lease.attempts) == (
             was["deaths"] + died,
             was["attempts"] + 1,
@@ -90,24 +90,24 @@ def check_claim(step: Step, stage: str) -> None:
 def check_candidate(step: Step, item: tuple[str, DeadLetter]) -> None:
     stage, _ = item
     found = step.result
-    told = [event for event in step.told("task.parked") if event["data"]["stage"] == stage]
-    assert len(told) == (found is not None and found.dead_lettered), "parked, and nobody is told"
+    emitted = [event for event in step.emitted("task.parked") if event["data"]["stage"] == stage]
+    assert len(emitted) == (found is not None and found.dead_lettered), "parked without an event"
     if found is None:
         return
     was, now = lease_of(step.before, found.lease), lease_of(step.now, found.lease)
     assert found.lease.stage == stage
     assert found.crashes == was["deaths"] + (was["lease_until"] is not None) >= ALONE, (
-        "deaths are not counted"
+        "a crash was not counted"
     )
     assert found.dead_lettered == (found.crashes >= crashes.CRASH_LIMIT), (
-        "parked, or not, before its time"
+        "parked at the wrong count"
     )
     if found.dead_lettered:
         check_parked(step, found.lease)
     else:
         assert now["due_at"] == step.time + leases.CANDIDATE_WAITS_MS.get(
             found.crashes, leases.LONGEST_WAIT_MS
-        ), "not put off"
+        ), "not snoozed"
 
 
 def check_fault(step: Step, item: Fault) -> None:
@@ -115,13 +115,17 @@ def check_fault(step: Step, item: Fault) -> None:
         assert step.result == 0
         return
     was, now = lease_of(step.before, item.lease), lease_of(step.now, item.lease)
-    told = step.told("task.parked")
+    emitted = step.emitted("task.parked")
     assert not step.now.holds(item.lease)
-    if was["due_at"] is None:  # somebody else has done what there was to do
-        assert (step.result, now["due_at"], now["faults"], told) == (0, None, was["faults"], [])
+    if was["due_at"] is None:  # another transaction has ended the row's work
+        assert (step.result, now["due_at"], now["faults"], emitted) == (0, None, was["faults"], [])
         return
     parked = was["faults"] + 1 >= crashes.FAULT_LIMIT
-    assert (step.result, now["faults"], len(told)) == (was["faults"] + 1, was["faults"] + 1, parked)
+    assert (step.result, now["faults"], len(emitted)) == (
+        was["faults"] + 1,
+        was["faults"] + 1,
+        parked,
+    )
     if parked:
         check_parked(step, item.lease)
     else:
@@ -129,17 +133,17 @@ def check_fault(step: Step, item: Fault) -> None:
 
 
 def check_parked(step: Step, lease: Lease) -> None:
-    """Its work is over: nothing is due, and what waited for it goes on without."""
+    """A parked row is not due, and its task goes on without it."""
     was, row = step.before.row(lease), step.now.row(lease)
     assert was
     assert row
     assert not step.now.holds(lease)
-    assert row[QUEUES[lease.stage].prefix + "due_at"] is None, "parked, and due"
+    assert row[QUEUES[lease.stage].prefix + "due_at"] is None, "a parked row is due"
     match QUEUES[lease.stage].table.name:
         case "tasks":
             stands = was["state"] == "storing" or was["state"] in ENDED
             assert row["state"] == (was["state"] if stands else "failed"), (
-                "parking took away what others go on with"
+                "parking ended a task that goes on at another stage"
             )
             assert stands or row["error"]["code"] == "internal_error"
         case "images":
@@ -153,7 +157,7 @@ def check_renewal(step: Step, lease: Lease) -> None:
     if step.held:
         was, now = lease_of(step.before, lease), lease_of(step.now, lease)
         assert now == was | {"lease_until": max(was["lease_until"], step.time + LEASE_MS)}, (
-            "a lease made shorter"
+            "the renewal shortened the lease"
         )
 
 
@@ -168,24 +172,24 @@ def check_release(step: Step, lease: Lease) -> None:
             "attempts": was["attempts"] - 1,
             "due_at": due,
         }
-        assert lease_of(step.now, lease) == was | freed, "given back, and not untouched"
+        assert lease_of(step.now, lease) == was | freed, "the release changed the row"
 
 
 def check_done(step: Step, lease: Lease) -> None:
     assert step.result == step.held
     assert not step.held or lease_of(step.now, lease).get("due_at") is None, (
-        "nothing is to be done, and due"
+        "a row without work is due"
     )
 
 
-def check_freed(before: Seen, now: Seen) -> None:
-    """All leases have ended with their process, and each counts as a death."""
+def check_freed(before: Snapshot, now: Snapshot) -> None:
+    """All leases have ended with their process, and each counts as a crash."""
     for queue in QUEUES.values():
         until, deaths = queue.prefix + "lease_until", queue.prefix + "deaths"
         for key, row in now.table(queue.table).items():
             was = before.table(queue.table)[key]
             assert (row[until], row[deaths]) == (None, was[deaths] + (was[until] is not None)), (
-                "a death that is not counted"
+                "a crash was not counted"
             )
 
 
@@ -199,7 +203,7 @@ def check_resumed(step: Step, most: int) -> None:
             and (was["submit_due_at"] or 0) > step.time
         )
         assert row["submit_due_at"] == (step.time if held else was["submit_due_at"]), (
-            "resumed another's, or not one's own"
+            "resumed another process's task, or not its own"
         )
     assert step.result <= most
 

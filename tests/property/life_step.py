@@ -1,4 +1,4 @@
-"""One write alone in its transaction: what its kind must do and may not, whoever it was for."""
+"""One write that was alone in its transaction."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from service.db.paging import Row
 from service.db.transaction import Lease
 from service.tasks.submissions import SubmissionResult
 from service.upstreams.base import Accepted, Refused
-from tests.property.life_checks import Seen
-from tests.property.life_heard import Heard
+from tests.property.life_checks import Snapshot
+from tests.property.life_inbox import InboxModel
 from tests.property.life_work import Write
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A process's write, its result and what it was granted of so many places; all that there was
-    and is; what was heard before.
+    """A process's write with its result, its leases and its free places, the snapshots before and
+    after it, and the model of the inbox before it.
     """
 
     process: str
@@ -24,10 +24,10 @@ class Step:
     result: Any
     leased: Sequence[Lease]
     places: int
-    before: Seen
-    now: Seen
+    before: Snapshot
+    now: Snapshot
     time: int
-    heard: Heard
+    inbox: InboxModel
 
     @property
     def held(self) -> bool:
@@ -36,23 +36,25 @@ class Step:
     def task(self, task_id: str) -> tuple[Row, Row]:
         return self.before.tasks[task_id], self.now.tasks[task_id]
 
-    def told(self, type: str) -> list[Row]:
+    def emitted(self, type: str) -> list[Row]:
         return [
             event for event in self.now.events[len(self.before.events) :] if event["type"] == type
         ]
 
-    def is_asked(self, task_id: str) -> None:
-        """The upstream is to be asked, and at once if there is an id to ask for."""
+    def makes_query_due(self, task_id: str) -> None:
+        """A query is requested. It is due at once if the task has an upstream id."""
         was, row = self.task(task_id)
-        assert row["settle_requests"] == was["settle_requests"] + 1, "nobody is asked"
+        assert row["settle_requests"] == was["settle_requests"] + 1, "no query was requested"
         due = row["settle_due_at"]
         assert row["upstream_id"] is None or (due is not None and due <= self.time), (
-            "asked, but later"
+            "the query is due later"
         )
 
 
 def check_late(step: Step) -> None:
-    """A write after its lease changes nothing but by a submission's answer in hand."""
+    """A write under an expired lease changes nothing. Only an accepted submission, or a refusal of
+    an uncertain task, counts.
+    """
     item = step.write.item
     outcome = item.outcome if isinstance(item, SubmissionResult) else None
     if isinstance(outcome, Accepted) or (
@@ -60,10 +62,10 @@ def check_late(step: Step) -> None:
     ):
         return
     counted = {"submit_outcomes"} if isinstance(item, SubmissionResult) else set()
-    assert len(step.before.events) == len(step.now.events), "an event of nobody's"
+    assert len(step.before.events) == len(step.now.events), "an event under an expired lease"
     for name in ("tasks", "images", "deliveries", "replays"):
         was, rows = getattr(step.before, name), getattr(step.now, name)
-        assert was.keys() == rows.keys(), f"rows of {name} came or went under an ended lease"
+        assert was.keys() == rows.keys(), f"rows of {name} came or went under an expired lease"
         for key, row in rows.items():
             changed = {column for column in row if row[column] != was[key][column]} - counted
-            assert not changed, f"{changed} of {key} changed under an ended lease"
+            assert not changed, f"{changed} of {key} changed under an expired lease"

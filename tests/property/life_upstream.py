@@ -1,8 +1,8 @@
-"""The upstream as the machine of `life` knows it: which tasks it really has, what became of them,
-and what it says of them.
+"""A model of the upstream: the tasks that it really has, their outcomes, and its answers and
+callbacks.
 
-`luck` 0 is the plain truth; other numbers are faults, and some of them lies. Our tasks that were
-lied about are remembered.
+`luck` 0 is the plain truth. Other numbers are faults, and some of them are lies. The model
+remembers the tasks that it lied about.
 """
 
 from dataclasses import dataclass, field, replace
@@ -11,7 +11,7 @@ from service.strict_json import JSON
 from service.upstreams.base import Found, NoAnswer, NotFound, QueryOutcome, Report, Status
 
 ENDS = ("completed", "failed", "completed", "cancelled", "completed", "empty", "completed", "gone")
-SAYS = (
+CALLBACKS = (
     *(
         "truth",
         "end",
@@ -31,24 +31,24 @@ CREDITS = 1_500_000
 
 @dataclass(slots=True)
 class Real:
-    """A task that really exists upstream, for the task of ours that was sent."""
+    """A task at the upstream, for one of our tasks."""
 
     id: str
     task_id: str
     truth: Report
-    known: bool = True  # False: 404 from now on
+    known: bool = True  # False: the upstream answers 404 from now on
 
 
 @dataclass(slots=True)
 class Upstream:
-    """What was created and charged; zero, one or more for a task of ours."""
+    """The created and charged tasks. One of our tasks may have none, one or several."""
 
     reals: dict[str, Real] = field(default_factory=dict)
     lied_about: set[str] = field(default_factory=set)
-    honest: bool = False  # never lies
+    honest: bool = False  # the upstream never lies
     said: dict[str, list[Report | None]] = field(
         default_factory=dict
-    )  # in callbacks, by task of ours
+    )  # the callbacks so far, by task
     _links: int = 0
 
     def create(self, task_id: str) -> Real:
@@ -66,7 +66,7 @@ class Upstream:
         return [real for real in self.reals.values() if real.task_id == task_id]
 
     def end(self, real: Real, kind: str, results: int = 1) -> None:
-        """Decides what became of a task, once."""
+        """Decides the outcome of a task once."""
         if not real.truth.final:
             real.truth = self.an_end(real.id, kind, results)
 
@@ -93,7 +93,7 @@ class Upstream:
         return replace(report, results=self.links(len(report.results)))
 
     def query(self, id: str, luck: int) -> QueryOutcome | None:
-        """The answer to a question; None: there was no place for it."""
+        """The answer to a query. None means that the worker found no free place for it."""
         real = self.reals.get(id)
         truth = real.truth if real and real.known else None
         match 0 if self.honest and luck in (2, 6, 7) else luck:
@@ -115,9 +115,9 @@ class Upstream:
                 real.truth = truth = self.renewed(truth)
         return NotFound() if truth is None else Found(truth)
 
-    def says(self, task_id: str, kind: str, pick: int) -> Report | None:
-        """A callback for a task of ours, or `again` the first that said how it ended; None:
-        unreadable.
+    def reports(self, task_id: str, kind: str, pick: int) -> Report | None:
+        """The report of a callback for one of our tasks. `again` repeats the first final one. None
+        means an unreadable body.
         """
         before = self.said.setdefault(task_id, [])
         ends = [report for report in before if report and report.final]
@@ -166,4 +166,4 @@ class Upstream:
 
 
 def error(code: str) -> JSON:
-    return {"code": code, "message": "so it is", "type": "task_error"}
+    return {"code": code, "message": "the upstream's message", "type": "task_error"}

@@ -1,9 +1,8 @@
-"""What a worker does under a lease, transaction by transaction, as the stages in the steps
-do it.
+"""The work of a worker under a lease, one transaction after another, as in the real stages.
 
-Each life is a generator that asks for one read or write after another: between any two of them
-anything may happen, and its process may die. The upstream is called where a real one would be; what
-comes of that depends on `luck`.
+Each script is a generator that asks for one read or write after another. Between any two of them,
+other actions may happen and the process may crash. The script calls the upstream where a real
+worker does, and `luck` chooses the outcome.
 """
 
 from collections.abc import Callable, Generator
@@ -64,12 +63,12 @@ class Write:
         return self.item if isinstance(self.item, Lease) else getattr(self.item, "lease", None)
 
 
-Life = Generator[Read | Write, Any, None]
+Script = Generator[Read | Write, Any, None]
 
 
 @dataclass(slots=True)
 class Sent:
-    """A request that left for the upstream; `nothing`: its answer was recorded, and proved that
+    """A request that left for the upstream. `nothing` means that its recorded answer proved that
     nothing was created.
     """
 
@@ -78,27 +77,27 @@ class Sent:
 
 
 @dataclass(slots=True)
-class Workshop:
-    """Starts the lives of jobs; knows the upstream, and how the service is set up."""
+class WorkerScripts:
+    """Starts the scripts of jobs. It has the upstream and the settings of the service."""
 
     upstream: Upstream
     clock: Callable[[], int]
-    resubmits: bool = False  # UNCERTAIN
+    resubmits: bool = False  # DARKROOM_UNCERTAIN=resubmit
     with_callback: bool = True
     confirms: bool = True
-    luck: int = 0  # of whoever goes on next
+    luck: int = 0  # the luck of the next step
     sent: dict[str, list[Sent]] = field(default_factory=dict)
-    permitted: set[str] = field(
-        default_factory=set
-    )  # sent again because an operator said so, until that is doubtful too
-    proved_late: set[str] = field(default_factory=set)  # called back after an end of our own making
-    said: dict[bytes, Report] = field(default_factory=dict)  # callbacks by body
+    # tasks that an operator allowed to resubmit, until the next uncertain outcome
+    permitted: set[str] = field(default_factory=set)
+    # tasks with a callback after Darkroom ended them
+    proved_late: set[str] = field(default_factory=set)
+    said: dict[bytes, Report] = field(default_factory=dict)  # reports of callbacks, by body
 
     @property
     def plan(self) -> QueryPlan:
         return QueryPlan(self.with_callback, None, lambda: 0.5)
 
-    def life(self, lease: Lease) -> Life:
+    def script(self, lease: Lease) -> Script:
         lives = {
             "submit": self.submit,
             "settle": self.settle,
@@ -109,7 +108,7 @@ class Workshop:
 
     # --- submit ---
 
-    def submit(self, lease: Lease) -> Life:
+    def submit(self, lease: Lease) -> Script:
         row: TaskRow | None = yield Read(task_queries.task_row, (lease.key, None))
         state = row.state if row else None
         if state is State.SUBMITTING:
@@ -149,7 +148,7 @@ class Workshop:
         )
 
     def _call(self, task_id: str) -> SubmissionResult:
-        """What really happens upstream, and what is heard of it."""
+        """The real effect at the upstream, and the result that the worker gets."""
         mine, others = (
             self.upstream.of(task_id),
             [real for real in self.upstream.reals.values() if real.task_id != task_id],
@@ -175,13 +174,13 @@ class Workshop:
             case 8:
                 self.upstream.end(self.upstream.create(task_id), "completed", 2)
                 return accepts(self.upstream.of(task_id)[-1].truth, self.plan.first(None))
-            case 9 if mine:  # it knew the idempotency key
+            case 9 if mine:  # the upstream knows the idempotency key
                 return accepts(mine[-1].truth, self.plan.first(45))
         return accepts(self.upstream.create(task_id).truth, self.plan.first(45))
 
     # --- settle ---
 
-    def settle(self, lease: Lease) -> Life:
+    def settle(self, lease: Lease) -> Script:
         row, callback = yield Read(task_queries.settling, (lease.key,))
         if row is None or (row.upstream_id is None and row.state is not State.SUBMITTED):
             yield Write(leases.done, lease)
@@ -214,7 +213,7 @@ class Workshop:
 
     # --- download ---
 
-    def download(self, lease: Lease) -> Life:
+    def download(self, lease: Lease) -> Script:
         row: ImageRow | None = yield Read(image_row, (lease.key,))
         if row is None or row.state != "pending":
             yield Write(leases.done, lease)
@@ -227,11 +226,11 @@ class Workshop:
         sha = sha256(row.source_url.encode()).hexdigest()
         bad = (
             4 if row.wrong_count else 2 if row.stale_count else self.luck
-        )  # what is bad mostly stays so
+        )  # a bad download mostly stays bad
         match bad if self.luck > 4 else self.luck:
             case 1:
                 return Retry("answered 500", SECOND)
-            case 2 | 3:  # the upstream gives fresh links to whoever asks
+            case 2 | 3:  # the upstream gives a fresh link at the next query
                 for real in self.upstream.of(row.task_id):
                     real.truth = self.upstream.renewed(real.truth)
                 return Retry("answered 404", 5 * SECOND, stale=True)
@@ -245,7 +244,7 @@ class Workshop:
 
     # --- deliver ---
 
-    def deliver(self, lease: Lease) -> Life:
+    def deliver(self, lease: Lease) -> Script:
         delivery: DeliveryToSend | None = yield Read(delivery_to_send, (lease.key,))
         if delivery is None or delivery.state != "pending" or delivery.event is None:
             yield Write(leases.done, lease)

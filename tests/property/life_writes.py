@@ -1,5 +1,5 @@
-"""What one write alone may do, and must: by its kind, from the rows before and after it (contract
-sections 3 and 4).
+"""The effects that one write alone may and must have, by its kind, from the rows before and after
+it (docs/api.md, docs/callbacks.md).
 """
 
 from service.db.paging import Row
@@ -10,7 +10,7 @@ from service.tasks.confirm_worker import Settlement
 from service.tasks.state import State
 from service.tasks.submissions import SubmissionResult, SubmissionStart
 from service.upstreams.base import Accepted, NotCreated, Refused, Status, Uncertain
-from tests.property.life_heard import ENDED, FINAL, key_of, names_another
+from tests.property.life_inbox import ENDED, FINAL, key_of, names_another
 from tests.property.life_step import Step
 from tests.property.life_upstream import error
 
@@ -25,7 +25,9 @@ def check_start(step: Step, item: SubmissionStart) -> None:
     may = was["state"] in (State.QUEUED, State.SUBMITTING) or (
         was["state"] == State.UNCERTAIN and item.resubmit
     )
-    assert (step.result is not None) == (step.held and may), f"{was['state']}: sent, or not"
+    assert (step.result is not None) == (step.held and may), (
+        f"{was['state']}: wrong decision to submit"
+    )
     if step.result is not None:
         assert (row["state"], step.result) == (State.SUBMITTING, row["body"])
         assert row["submit_lease_until"] >= step.time + item.call_ms, (
@@ -36,9 +38,7 @@ def check_start(step: Step, item: SubmissionStart) -> None:
 def check_submission(step: Step, item: SubmissionResult) -> None:
     was, row = step.task(item.lease.key)
     outcome, state = item.outcome, State(was["state"])
-    assert row["submit_outcomes"] == was["submit_outcomes"] + 1, (
-        "whoever waits for an outcome is not told"
-    )
+    assert row["submit_outcomes"] == was["submit_outcomes"] + 1, "the outcome was not counted"
     open_ = state is State.UNCERTAIN or (step.held and state is State.SUBMITTING)
     due = None if row["submit_due_at"] is None else row["submit_due_at"] - step.time
     got = (row["state"], row["error"] and row["error"]["code"])
@@ -51,7 +51,7 @@ def check_submission(step: Step, item: SubmissionResult) -> None:
                 State.FAILED,
                 outcome.status,
                 outcome.error,
-            ), "a refusal lost"
+            ), "a refusal was not recorded"
             return
         case NotCreated() if open_ and state is State.SUBMITTING:
             young = step.time - was["created_at"] < item.give_up_ms
@@ -64,21 +64,21 @@ def check_submission(step: Step, item: SubmissionResult) -> None:
                 )
             elif young:
                 assert (*got, due) == (State.QUEUED, None, item.wait_ms), (
-                    "nothing was created, and not sent again in time"
+                    "nothing was created, and the task is not queued again in time"
                 )
             else:
-                assert got == (State.FAILED, "not_submitted"), "tried for ever"
+                assert got == (State.FAILED, "not_submitted"), "retried after the age limit"
             return
         case Uncertain() if open_ and state is State.SUBMITTING:
             again = item.resend and was["doubted_at"] is None
             assert (*got, due, row["resubmit"]) == (State.UNCERTAIN, None, item.decide_ms, again), (
-                "uncertain, and not as it should be"
+                "an uncertain outcome was not recorded"
             )
-            assert row["doubted_at"] is not None, "a doubt that nobody knows of"
+            assert row["doubted_at"] is not None, "doubted_at is not set"
             return
         case None if step.held and state is State.UNCERTAIN and not was["resubmit"]:
             assert got == (State.FAILED, "submission_uncertain"), (
-                "time is up, and nothing is decided"
+                "the time is up, and the task is not decided"
             )
             return
     assert row["state"] == was["state"], (
@@ -97,20 +97,22 @@ def check_accepted(step: Step, item: SubmissionResult, outcome: Accepted) -> Non
         ),
         None,
     )
-    assert len(step.told("callback.conflict")) == (holder is not None), (
-        "two have one id, and nobody is told"
+    assert len(step.emitted("callback.conflict")) == (holder is not None), (
+        "two tasks named one id without an event"
     )
     if holder is None or holder["upstream_id_from"] != "answer":
         assert row["upstream_id"] == (
             was["upstream_id"] if was["upstream_id_from"] == "answer" else id
-        ), "an answer in hand is forgotten"
+        ), "an accepted response was not recorded"
     if row["upstream_id"] == id and row["settled_digest"] is None:
-        assert row["settle_due_at"] is not None, "the upstream has it, and nobody will ask"
+        assert row["settle_due_at"] is not None, "the upstream has the task, and no query is due"
     if was["state"] not in SUBMITTABLE and was["estimated_time"] is not None:
-        assert row["estimated_time"] == was["estimated_time"], "a late answer knows better"
+        assert row["estimated_time"] == was["estimated_time"], (
+            "a late response replaced a newer value"
+        )
     if row["state"] == State.SUBMITTED and row["settle_requests"]:
         assert was["upstream_id"] or row["settle_due_at"] <= step.time, (
-            "somebody asked before there was an id, and waits"
+            "a query was requested before the id was known, and is not due"
         )
 
 
@@ -123,12 +125,12 @@ def check_hold(step: Step, item: SubmissionHold) -> None:
     due = step.time + item.wait_ms
     assert row["submit_due_at"] == (
         min(due, last) if was["state"] == State.QUEUED and step.time < last else due
-    ), "held for too long"
+    ), "on hold for too long"
     assert (row["submit_attempts"], row["submit_outcomes"]) == (
         was["submit_attempts"] - 1,
         max(1, was["submit_outcomes"]),
     )
-    assert row["submit_lease_owner"] is not None, "held by nobody"
+    assert row["submit_lease_owner"] is not None, "on hold without a process"
 
 
 # --- settling ---
@@ -143,7 +145,7 @@ def check_settlement(step: Step, item: Settlement) -> None:
         row["settled_digest"] and row["state"] in ENDED
     )
     waits = row["settle_due_at"] is not None and row["settle_due_at"] > step.time
-    assert not asked or not waits, "somebody asked while the upstream was asked, and waits"
+    assert not asked or not waits, "a query was requested during a query, and is not due"
     if report is None:
         young = (
             item.expires_ms is None
@@ -151,23 +153,23 @@ def check_settlement(step: Step, item: Settlement) -> None:
         )
         expires = was["state"] == State.SUBMITTED and not young
         assert row["state"] == (State.EXPIRED if expires else was["state"]), (
-            "expired, or not, before its time"
+            "expired at the wrong time"
         )
         assert row["settle_due_at"] is not None or not young or was["settled_digest"], (
-            "no answer, and never asked again"
+            "no response, and no further query"
         )
         return
     for name in ("credits_used", "credits_reserved"):
         assert getattr(report, name) in (None, row[name]), f"{name} is not recorded"
     assert was["upstream_id_from"] != "hand" or row["upstream_id_from"] == "query", (
-        "the upstream knows it, and it may be given anew"
+        "the upstream confirmed the id, and it still counts as given by hand"
     )
     if report.status not in FINAL:
         assert (row["state"], row["settled_digest"]) == (was["state"], was["settled_digest"]), (
-            "settled by what is not final"
+            "a report that is not final settled the task"
         )
         assert row["settle_due_at"] is not None or (ended and row["settled_digest"]), (
-            "not final, and never asked again"
+            "not final, and no further query"
         )
     elif ended:
         check_after_the_end(step, item, was, row)
@@ -185,7 +187,7 @@ def check_settlement(step: Step, item: Settlement) -> None:
             f"{report.status} with {len(report.results)} results became {row['state']}"
         )
         assert (row["settled_digest"] is None) == (gone and not report.results), (
-            "settled, or open to proof"
+            "wrong about whether proof may still come"
         )
         assert (
             row["state"] != State.FAILED
@@ -199,7 +201,7 @@ def check_settlement(step: Step, item: Settlement) -> None:
 def check_after_the_end(step: Step, item: Settlement, was: Row, row: Row) -> None:
     report = item.report
     assert report is not None
-    told = step.told("task.late_result")
+    emitted = step.emitted("task.late_result")
     late = (
         was["settled_digest"] is None
         and was["state"] != State.CANCELLED
@@ -207,36 +209,36 @@ def check_after_the_end(step: Step, item: Settlement, was: Row, row: Row) -> Non
     )
     gone = report.error == error("resource_not_found") and was["state"] == State.EXPIRED
     if not late:
-        assert row["settled_digest"] == was["settled_digest"], "settled twice, or after a cancel"
+        assert row["settled_digest"] == was["settled_digest"], (
+            "settled twice, or after a cancel or an erasure"
+        )
         if report.status is Status.COMPLETED and was["settled_digest"] and was["erased_at"] is None:
             check_expected(step, item, fresh=False)
         return
     assert (row["settled_digest"] is None) == gone, (
-        "a late result is not kept, or what was said before is"
+        "a late result was not settled, or a repeated report was"
     )
     awaited = [image for image in step.now.of(row["id"]) if image["state"] == "pending"]
-    assert len(told) == (not gone and not awaited), (
-        "a late result, and nobody is told, or too early"
-    )
+    assert len(emitted) == (not gone and not awaited), "task.late_result is missing or too early"
     if report.status is Status.COMPLETED and report.results:
         check_expected(step, item, fresh=True)
 
 
 def check_expected(step: Step, item: Settlement, *, fresh: bool) -> None:
-    """Each result has its row, and what is still awaited the link that was just given."""
+    """Each result has its row, and each pending image has the newest link."""
     assert item.report is not None
     rows = step.now.of(item.lease.key)
     settled = step.before.tasks[item.lease.key]["settled_digest"]
     if fresh and not settled:
         assert [row["position"] for row in rows] == list(range(len(item.report.results))), (
-            "not a row a result"
+            "not one row per result"
         )
     links = dict(enumerate(item.report.results))
     assert all(
         row["source_url"] == links.get(row["position"], row["source_url"])
         for row in rows
         if row["state"] == "pending"
-    ), "an old link"
+    ), "a pending image has an old link"
 
 
 # --- the inbox ---
@@ -244,36 +246,34 @@ def check_expected(step: Step, item: Settlement, *, fresh: bool) -> None:
 
 def check_accept(step: Step, item: Callback) -> None:
     was, row = step.task(item.task_id)
-    verdict, report, heard = step.result.verdict, item.report, step.heard
+    verdict, report, inbox = step.result.verdict, item.report, step.inbox
     foreign = names_another(item, step.before.tasks)
-    crowded = heard.crowded(item, foreign=foreign)
-    told = step.told("callback.conflict")
-    if item.id in heard.calls:
-        return  # this very call, run again: see `verdicts`
-    assert verdict == heard.expected(item, step.before.tasks), (
-        f"{verdict}, and should be {heard.expected(item, step.before.tasks)}"
+    crowded = inbox.crowded(item, foreign=foreign)
+    emitted = step.emitted("callback.conflict")
+    if item.id in inbox.calls:
+        return  # the same call runs again, see `verdicts`
+    assert verdict == inbox.expected(item, step.before.tasks), (
+        f"{verdict}, and should be {inbox.expected(item, step.before.tasks)}"
     )
     if report and report.upstream_id and not foreign:
-        assert row["upstream_id"] == report.upstream_id, (
-            "a callback came first, and its id is not bound"
-        )
+        assert row["upstream_id"] == report.upstream_id, "the callback's id was not bound"
     bound = row["upstream_id"] != was["upstream_id"]
     first = verdict == "accepted" and report is not None and report.status in FINAL
     if first or (
         verdict == "unreadable"
         and not crowded
-        and (item.body,) not in heard.kept.get(item.task_id, ())
+        and (item.body,) not in inbox.kept.get(item.task_id, ())
     ):
-        step.is_asked(item.task_id)
+        step.makes_query_due(item.task_id)
     if verdict == "conflict":
-        known = key_of(item, foreign=foreign) in heard.conflicts.get(item.task_id, ())
-        assert crowded or len(told) == (not known), "a conflict is told once"
+        known = key_of(item, foreign=foreign) in inbox.conflicts.get(item.task_id, ())
+        assert crowded or len(emitted) == (not known), "each conflict emits one event"
         assert bound or row["state"] == was["state"], "a conflict moved a task"
     else:
-        assert not told
+        assert not emitted
     if verdict == "duplicate" and not bound:
         assert (was, step.before.images) == (row, step.now.images), "a duplicate changed something"
-        assert len(step.before.events) == len(step.now.events), "a duplicate is told of"
+        assert len(step.before.events) == len(step.now.events), "a duplicate emitted an event"
     wanted = (
         row["state"] in (State.SUBMITTED, State.FAILED, State.EXPIRED) and row["erased_at"] is None
     )
@@ -287,7 +287,7 @@ def check_accept(step: Step, item: Callback) -> None:
         if first and wanted and report and report.status is Status.COMPLETED
         else []
     )
-    assert named == said, "fetched what should not be, or not what should"
+    assert named == said, "the wrong images were added"
     assert not first or row["called_back_at"] is not None
 
 
@@ -299,8 +299,8 @@ def check_cancellation(step: Step, item: Cancellation) -> None:
     )
     if step.result is None:
         assert (row["state"], step.now.of(item.task_id)) == (State.CANCELLED, []), (
-            "cancelled, and goes on"
+            "the cancel did not end the task"
         )
         assert row["settle_due_at"] or not (was["upstream_id"] and was["settle_due_at"]), (
-            "what it cost is not asked"
+            "no query for the charge is due"
         )

@@ -1,5 +1,5 @@
-"""No bytes make the reading of the upstream raise, and nothing unfit for a store comes out of
-it.
+"""No bytes make the parser of the upstream's answers raise, and no parsed text is unfit for a
+store.
 """
 
 import json
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from service.upstreams.base import Accepted, NotCreated, Refused, Report, Uncertain
 from service.upstreams.evolink import classify_query, classify_submit, parse_task
 
-ANY = st.text(st.characters(codec=None))  # NUL and lone surrogates too
+ANY = st.text(st.characters(codec=None))  # with NUL and lone surrogates
 FIT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.just(10**400)
 DECIMALS = st.from_regex(r"-?[0-9]{1,3}(\.[0-9]{1,9})?([eE][-+]?[0-9]{1,12})?", fullmatch=True)
@@ -82,7 +82,7 @@ def assert_fit(report: Report) -> None:
 
 @given(BODIES)
 def test_no_body_makes_parse_task_raise(body: bytes) -> None:
-    """Any bytes are a report that every store can keep, or unreadable."""
+    """Any bytes are a report that every store can keep, or they are unreadable."""
     report = parse_task(body)
     if report is not None:
         assert_fit(report)
@@ -96,11 +96,11 @@ def test_no_body_makes_parse_task_raise(body: bytes) -> None:
 @example(400, {}, b'{"error": {"code": "content_filter"}}')
 @example(401, {"retry-after": "junk"}, b"")
 @given(HTTP, st.dictionaries(st.sampled_from(["retry-after", "x-request-id"]), ANY), BODIES)
-def test_every_answer_to_a_submission_proves_one_thing(
+def test_every_response_to_a_submission_has_one_outcome(
     status: int, headers: dict[str, str], body: bytes
 ) -> None:
-    """Nothing raises; accepted is only 2xx with an id, created nothing only 401, 403, 429 and 503,
-    refused only 4xx.
+    """No response raises. Only 2xx with an id is accepted. Only 401, 403, 429 and 503 created
+    nothing, and only 4xx is refused.
     """
     outcome = classify_submit(status, headers, body, 0.0)
     if isinstance(outcome, Accepted):
@@ -119,8 +119,8 @@ def test_every_answer_to_a_submission_proves_one_thing(
 
 
 @given(HTTP, st.dictionaries(st.just("retry-after"), ANY), BODIES, ANY)
-def test_no_answer_to_a_query_raises(
+def test_no_response_to_a_query_raises(
     status: int, headers: dict[str, str], body: bytes, upstream_id: str
 ) -> None:
-    """Whatever was asked for and whatever comes back."""
+    """The requested id and the response may have any content."""
     classify_query(status, headers, body, 0.0, upstream_id)

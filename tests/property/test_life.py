@@ -1,8 +1,8 @@
-"""The whole life of a task on both stores, in any order of whatever may happen (see `life`).
+"""The life of tasks on both stores, in any order of actions (see `life`).
 
-10,000 steps by default, always the same ones, so that a change is refused for what it broke alone.
-DARKROOM_TEST_STEPS: so many in all, with a random seed, which finds what nobody has met yet.
-DARKROOM_TEST_SEED: begins with this one; each run prints its own.
+A run makes 10,000 steps by default and always the same ones, so a change fails only for what it
+broke. DARKROOM_TEST_STEPS sets another number of steps with a random seed, which finds new
+failures. DARKROOM_TEST_SEED sets the first seed. Each run prints its seeds.
 """
 
 import asyncio
@@ -39,14 +39,13 @@ SEED = int(
 )
 LENGTH = 80  # steps of one life
 TRACED = 600
-pytestmark = pytest.mark.timeout(
-    900 + STEPS // 20
-)  # a failure is made shorter for minutes; the steps themselves take less than one
+# Shrinking a failure takes minutes. The steps themselves take less than one.
+pytestmark = pytest.mark.timeout(900 + STEPS // 20)
 QUICK = settings(
     max_examples=20,
     stateful_step_count=LENGTH,
     deadline=None,
-    database=None,  # the seed says it all
+    database=None,  # the seed repeats a run
     print_blob=False,
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
@@ -56,7 +55,7 @@ QUICK = settings(
 
 @contextmanager
 def on_sqlite() -> Iterator[Bench]:
-    memory = Path("/dev/shm")  # no power is cut here, so no disk need be waited for
+    memory = Path("/dev/shm")  # no test here cuts the power, so no disk is needed
     folder = Path(
         tempfile.mkdtemp(
             prefix="darkroom-life-", dir=memory if os.access(memory, os.W_OK) else None
@@ -75,7 +74,7 @@ def on_sqlite() -> Iterator[Bench]:
 
 @contextmanager
 def on_postgres(server: str) -> Iterator[Bench]:
-    """Two processes on one database, whose commits need not outlive the server."""
+    """Two processes on one database, whose commits need not survive the server."""
     clock = Clock()
     with postgres_database(server) as url:
         asyncio.run(
@@ -91,8 +90,8 @@ def on_postgres(server: str) -> Iterator[Bench]:
 
 @contextmanager
 def untraced() -> Iterator[None]:
-    """What lines are reached is soon known; to follow each of them again costs more than the lives
-    do.
+    """Stops the coverage tracer. The first steps reach all lines, and tracing the rest costs more
+    than running them.
     """
     tracer = sys.gettrace()
     sys.settrace(None)
@@ -103,8 +102,8 @@ def untraced() -> Iterator[None]:
 
 
 def live(bench: Bench, steps: int) -> None:
-    """So many steps, in lives of 80; a failure ends with the shortest life that shows it, and the
-    seed that leads there.
+    """Runs this number of steps in lives of 80. A failure ends with the shortest life that shows it
+    and its seed.
     """
     machine = type("TaskLife", (TaskLife,), {"bench": bench})
     numbers = itertools.count(SEED)
@@ -136,14 +135,14 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_life_breaks_the_rules_on_sqlite() -> None:
-    """One terminal event, never before its pictures; no move outside the table; nothing sent twice;
-    nothing due for ever.
+    """A task has one terminal event, never before its images are stored. No move is outside the
+    table, no task is submitted twice, and no row is due for ever.
     """
     with on_sqlite() as bench:
         live(bench, STEPS * 13 // 20)
 
 
 def test_no_life_breaks_the_rules_with_two_processes_on_postgres(postgres_server: str) -> None:
-    """The same, while each of two processes goes on where the other died or was paused."""
+    """Each of the two processes also goes on where the other one crashed or paused."""
     with on_postgres(postgres_server) as bench:
         live(bench, STEPS * 7 // 20)

@@ -1,4 +1,4 @@
-"""What holds of the model for any input at all."""
+"""Rules of the model that hold for any input."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -26,8 +26,7 @@ ANYTHING = st.recursive(
 
 
 @given(st.lists(st.sampled_from(State), max_size=12))
-def test_no_walk_through_the_states_leaves_an_end(walk: list[State]) -> None:
-    """Whatever is tried in whatever order: once terminal, always the same."""
+def test_no_walk_through_the_states_leaves_a_terminal_state(walk: list[State]) -> None:
     state = State.QUEUED
     ended: State | None = None
     for after in walk:
@@ -40,7 +39,7 @@ def test_no_walk_through_the_states_leaves_an_end(walk: list[State]) -> None:
 
 @given(KINDS, TIMES, RANDOM)
 def test_an_id_names_its_kind_and_nothing_else(kind: str, now: int, random: bytes) -> None:
-    """A prefix and 26 characters that need no escaping anywhere."""
+    """An id is a prefix and 26 characters that need no escaping."""
     made = make_id(kind, now, random)
     rest = made.removeprefix(PREFIXES[kind])
     assert len(rest) == 26
@@ -49,27 +48,27 @@ def test_an_id_names_its_kind_and_nothing_else(kind: str, now: int, random: byte
 
 @given(TIMES, RANDOM, RANDOM)
 def test_different_randomness_makes_different_ids(now: int, one: bytes, other: bytes) -> None:
-    """None of the 80 bits is lost on the way."""
+    """All 80 random bits are kept."""
     assert (make_id("task", now, one) == make_id("task", now, other)) is (one == other)
 
 
 @given(TIMES)
 def test_a_time_is_read_back_to_the_millisecond(ms: int) -> None:
-    """By any reader of RFC 3339."""
+    """Any reader of RFC 3339 can read it."""
     read = datetime.fromisoformat(rfc3339(ms))
     assert (read - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1) == ms
 
 
 @given(TIMES, TIMES)
 def test_the_order_of_times_is_the_order_of_their_text(one: int, other: int) -> None:
-    """And so it is with sequences."""
+    """This holds for sequences too."""
     assert (rfc3339(one) < rfc3339(other)) is (one < other)
     assert (sequence_text(one) < sequence_text(other)) is (one < other)
 
 
 @given(st.integers(0, 10**9 * 1_000_000))
-def test_credits_come_back_as_they_were(value: int) -> None:
-    """What is shown, read as JSON by anybody, is the same number of millionths."""
+def test_credits_are_read_back_exactly(value: int) -> None:
+    """A JSON reader of the shown number gets the same number of millionths."""
     shown = credits_number(value)
     assert millionths(shown) == value
     assert millionths(json.loads(json.dumps(shown))) == value
@@ -77,8 +76,8 @@ def test_credits_come_back_as_they_were(value: int) -> None:
 
 
 @given(ANYTHING)
-def test_nothing_that_claims_to_be_credits_raises(value: object) -> None:
-    """It is a number of millionths that a 64-bit integer holds, or unknown."""
+def test_no_value_for_credits_raises(value: object) -> None:
+    """The result is a number of millionths that a 64-bit integer holds, or None."""
     result = millionths(value)
     assert result is None or 0 <= result <= MAX_CREDITS * 1_000_000 < 2**63
 
@@ -93,17 +92,19 @@ def test_nothing_that_claims_to_be_credits_raises(value: object) -> None:
     ]
     * 2
 )
-def test_two_outcomes_are_one_only_if_all_of_them_is_equal(
+def test_two_outcomes_have_one_digest_only_if_they_are_equal(
     one: tuple[Status | None, list[str], str | None],
     other: tuple[Status | None, list[str], str | None],
 ) -> None:
-    """No way of cutting results apart makes two of them look alike."""
+    """The digest separates the results unambiguously."""
     assert (outcome_digest(*one) == outcome_digest(*other)) is (one == other)
 
 
 @given(WORDS, WORDS)
-def test_a_pattern_takes_itself_and_what_is_below_it(pattern: str, type: str) -> None:
-    """`*` takes all; a name takes itself; a name with `.*` what has it as its first words."""
+def test_a_pattern_matches_itself_or_the_types_below_it(pattern: str, type: str) -> None:
+    """`*` matches every type. A name matches itself. A name with `.*` matches the types that begin
+    with its words.
+    """
     assert type_matches("*", type)
     assert type_matches(pattern, type) is (pattern == type)
     assert type_matches(f"{pattern}.*", type) is (
@@ -116,7 +117,7 @@ def test_a_pattern_takes_itself_and_what_is_below_it(pattern: str, type: str) ->
 def test_every_tasks_document_is_json_with_the_same_keys(
     state: State, progress: int, can_cancel: bool, created: int
 ) -> None:
-    """All keys always present, whatever the state."""
+    """Every key is present in every state."""
     document = task_document(
         TaskRow(
             "task_1", "x", "evolink", "m", state, created, progress=progress, can_cancel=can_cancel

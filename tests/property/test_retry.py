@@ -25,8 +25,8 @@ SCHEDULES = st.lists(st.floats(0, 86400), max_size=10)
 def test_a_wait_lies_between_its_base_and_the_spread(
     schedule: list[float], attempt: int, repeat_last: bool, random: float, spread: float
 ) -> None:
-    """Never shorter than the schedule says, never longer than by the spread; None exactly when it
-    is exhausted.
+    """A wait is at least the scheduled one, and longer by at most the spread. It is None exactly
+    when the schedule is exhausted.
     """
     wait = wait_before(schedule, attempt, repeat_last=repeat_last, random=random, spread=spread)
     if attempt > len(schedule) and not (repeat_last and schedule):
@@ -43,14 +43,13 @@ def test_a_wait_lies_between_its_base_and_the_spread(
     st.floats(0, 1e11),
 )
 def test_no_header_makes_retry_after_raise(value: str, now: float) -> None:
-    """Whatever the other side sends is a wait within the bounds, or nothing."""
+    """Any header is a wait within the bounds, or None."""
     wait = retry_after(value, now)
     assert wait is None or 0 <= wait <= 3600
 
 
 @given(st.integers(0, 3600), st.integers(0, 4 * 10**9))
-def test_both_forms_say_the_same(seconds: int, now: int) -> None:
-    """A date in n seconds and n seconds are the same wait."""
+def test_seconds_and_a_date_in_retry_after_mean_the_same_wait(seconds: int, now: int) -> None:
     assert (
         retry_after(formatdate(now + seconds, usegmt=True), now)
         == retry_after(str(seconds), now)
@@ -60,7 +59,9 @@ def test_both_forms_say_the_same(seconds: int, now: int) -> None:
 
 @given(st.none() | st.integers(-(10**6), 10**6), st.booleans())
 def test_the_first_query_is_never_early(estimated: int | None, with_callback: bool) -> None:
-    """At least a minute with a callback, at least 3 s without: queries cost the upstream work."""
+    """It comes after at least 60 s with a callback and 3 s without, because queries cost the
+    upstream work.
+    """
     assert first_query_wait(estimated, with_callback, None) >= (60 if with_callback else 3)
 
 
@@ -68,8 +69,8 @@ def test_the_first_query_is_never_early(estimated: int | None, with_callback: bo
 def test_query_waits_stay_within_their_bounds(
     queries: int, with_callback: bool, random: float, other: float
 ) -> None:
-    """60 s to 15 min with callbacks, 5 s to 60 s without, jitter included; with the same luck never
-    shorter than the one before.
+    """They are 60 s to 15 min with callbacks and 5 s to 60 s without, jitter included. With the
+    same random number, a wait is never shorter than the previous one.
     """
     low, high = (60, 900) if with_callback else (5, 60)
     wait = next_query_wait(queries, with_callback, random)
@@ -83,5 +84,5 @@ def test_query_waits_stay_within_their_bounds(
 def test_other_waits_grow_within_their_bounds(
     wait: Callable[[int], float], low: float, high: float, count: int
 ) -> None:
-    """They never shrink and never pass their cap."""
+    """They never shrink and never exceed their cap."""
     assert low <= wait(count) <= wait(count + 1) <= high

@@ -1,4 +1,4 @@
-"""What holds of signing for any input at all."""
+"""Rules of signing that hold for any input."""
 
 import json
 from datetime import UTC, datetime
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from service.signing import Keyring, canonical_json, new_secret, sign_webhook
 
 KEYRING = Keyring([b"k" * 32, b"l" * 32])
-ANY = st.text(st.characters(codec=None))  # NUL and lone surrogates too
+ANY = st.text(st.characters(codec=None))  # with NUL and lone surrogates
 IDS = st.from_regex("[A-Za-z0-9_-]{1,40}", fullmatch=True)
 SECRETS = st.binary(min_size=24, max_size=64).map(new_secret)
 TIMES = st.integers(0, 10**12 - 1)
@@ -27,7 +27,7 @@ JSON_VALUES = st.recursive(
 
 @given(ANY, ANY, ANY)
 def test_no_text_makes_a_token_check_raise(upstream: str, task_id: str, token: str) -> None:
-    """Every part of the path is the caller's choice; only the right token is valid."""
+    """The caller chooses every part of the path. Only the right token is valid."""
     right = KEYRING.callback_token(upstream, task_id)
     assert KEYRING.callback_token_valid(upstream, task_id, token) is (token == right)
     assert KEYRING.callback_token_valid(upstream, task_id, right)
@@ -35,14 +35,13 @@ def test_no_text_makes_a_token_check_raise(upstream: str, task_id: str, token: s
 
 @given(ANY, ANY, ANY, ANY)
 def test_different_parts_have_different_tokens(one: str, two: str, three: str, four: str) -> None:
-    """No pair of parts can be taken for another pair."""
+    """No two pairs of parts are ambiguous."""
     same = (one, two) == (three, four)
     assert (KEYRING.callback_token(one, two) == KEYRING.callback_token(three, four)) is same
 
 
 @given(ANY)
-def test_encryption_keeps_any_text(text: str) -> None:
-    """What was sealed comes back."""
+def test_an_encrypted_text_is_decrypted_unchanged(text: str) -> None:
     assert KEYRING.decrypt(KEYRING.encrypt(text)) == text
 
 
@@ -50,21 +49,22 @@ def test_encryption_keeps_any_text(text: str) -> None:
 def test_each_secret_signs_as_it_does_alone(
     secrets: list[str], id: str, timestamp: int, body: bytes
 ) -> None:
-    """During a rotation a receiver finds its own secret's signature, over any bytes."""
+    """During a rotation, a receiver finds the signature of its own secret, over any bytes."""
     alone = [sign_webhook([secret], id, timestamp, body) for secret in secrets]
     assert sign_webhook(secrets, id, timestamp, body).split(" ") == alone
 
 
 @given(SECRETS, IDS, st.integers(0, 4_000_000_000), st.text())
-def test_our_signature_is_the_librarys(secret: str, id: str, timestamp: int, text: str) -> None:
-    """The standard's own library signs the same text alike."""
+def test_our_signature_equals_the_one_of_the_standards_library(
+    secret: str, id: str, timestamp: int, text: str
+) -> None:
     theirs = standardwebhooks.Webhook(secret).sign(id, datetime.fromtimestamp(timestamp, UTC), text)
     assert sign_webhook([secret], id, timestamp, text.encode()) == theirs
 
 
 @given(JSON_VALUES)
 def test_canonical_json_is_a_fixed_point(value: object) -> None:
-    """Read back and spelled again it is the same, whatever the spelling it came in."""
+    """A value that is read back and written again stays the same, for any spelling of the input."""
     once = canonical_json(value)
     assert canonical_json(json.loads(once)) == once
     assert canonical_json(json.loads(json.dumps(value, indent=1, ensure_ascii=False))) == once

@@ -1,6 +1,4 @@
-"""Strict JSON: what is taken is taken whole, and nothing that is sent raises anything but
-ValueError.
-"""
+"""Strict JSON: an accepted body is read completely, and a refused one raises only ValueError."""
 
 import json
 from contextlib import suppress
@@ -24,7 +22,7 @@ VALUES = st.recursive(
 
 @given(st.dictionaries(TEXT, VALUES), st.booleans())
 def test_any_plain_object_is_read_as_it_was_written(written: dict[str, Any], plain: bool) -> None:
-    """With escapes or without."""
+    """The text may contain escapes or not."""
     assert read_object(json.dumps(written, ensure_ascii=plain).encode(), finite=True) == written
 
 
@@ -33,8 +31,8 @@ def test_any_plain_object_is_read_as_it_was_written(written: dict[str, Any], pla
 @example(b"[" * 1_000_000)
 @example(b'{"a":' + b"9" * 5000 + b"}")
 @example(b"\xff")
-def test_whatever_comes_is_an_object_or_a_value_error(body: bytes) -> None:
-    """Never another exception: nobody's bytes are a defect of ours."""
+def test_any_body_is_an_object_or_a_value_error(body: bytes) -> None:
+    """No bytes raise another exception."""
     try:
         assert isinstance(read_object(body), dict)
     except ValueError:
@@ -42,15 +40,16 @@ def test_whatever_comes_is_an_object_or_a_value_error(body: bytes) -> None:
 
 
 @given(VALUES, st.sampled_from(["\0", "\ud800", "\udfff"]), TEXT)
-def test_text_that_nobody_takes_is_found_wherever_it_is(value: Any, bad: str, text: str) -> None:
-    """In a name or a value, at any depth."""
+def test_text_that_no_database_stores_is_refused_at_any_depth(
+    value: Any, bad: str, text: str
+) -> None:
+    """It may be in a name or in a value."""
     for document in ({"a": [value, text + bad]}, {"a": {bad + text: value}}, {text + bad: value}):
         with pytest.raises(ValueError, match="NUL or a lone surrogate"):
             read_object(json.dumps(document).encode())
 
 
-def test_depth_has_a_limit_that_does_not_hang_on_the_interpreter() -> None:
-    """So many levels and not one more."""
+def test_the_depth_limit_does_not_depend_on_the_interpreter() -> None:
     for levels in (MAX_DEPTH - 1, MAX_DEPTH):
         body = b'{"a":' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}"
         assert read_object(body)
@@ -58,15 +57,17 @@ def test_depth_has_a_limit_that_does_not_hang_on_the_interpreter() -> None:
         read_object(b'{"a":' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}")
 
 
-def test_a_number_that_no_float_holds_is_refused_where_all_is_to_be_finite() -> None:
-    """What is sent on must be JSON again; what an upstream says is read all the same."""
+def test_a_number_too_large_for_a_float_is_refused_with_finite() -> None:
+    """A client's number is sent on as JSON, so it must be finite. An upstream's number is read all
+    the same.
+    """
     assert read_object(b'{"a": 1e400}') == {"a": float("inf")}
     for body in (b'{"a": 1e400}', b'{"a": [-1e400]}'):
         with pytest.raises(ValueError, match="too large"):
             read_object(body, finite=True)
 
 
-# JSON, and yet refused: a field that is there twice, or text that no database takes.
+# Valid JSON that is still refused: a field that occurs twice, or text that no database stores.
 OURS = {
     "y_object_duplicated_key.json": "twice",
     "y_object_duplicated_key_and_value.json": "twice",
@@ -76,9 +77,9 @@ OURS = {
 
 
 @pytest.mark.parametrize(("name", "text"), json_test_suite().items())
-def test_the_public_json_test_suite_is_read_as_it_says(name: str, text: bytes) -> None:
-    """What it calls JSON is read, with four exceptions of our own; what it does not is refused; of
-    the rest nothing crashes.
+def test_the_public_json_test_suite_is_read_as_it_expects(name: str, text: bytes) -> None:
+    """The reader accepts what the suite calls valid, with four exceptions of ours. It refuses what
+    the suite calls invalid. No other case crashes.
     """
     body = b'{"a": ' + text + b"}"
     if name[0] == "n" or name in OURS:

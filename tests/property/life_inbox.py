@@ -1,5 +1,5 @@
-"""What the service was told of each task, kept beside it, and from that what contract section 4
-answers to a callback.
+"""A model of the inbox: what callbacks and queries have said about each task, and the verdict that
+the next callback must get (docs/callbacks.md).
 """
 
 from collections.abc import Mapping
@@ -18,21 +18,21 @@ Key = tuple[Any, ...]
 
 
 @dataclass(slots=True)
-class Heard:
-    """By task: the first terminal callback, what was settled, which callbacks are kept and which of
-    them contradicted.
+class InboxModel:
+    """By task: the first terminal callback, the settled outcome, the kept callbacks and the
+    conflicts.
     """
 
     first: dict[str, Key] = field(default_factory=dict)
     settled: dict[str, Key] = field(default_factory=dict)
     kept: dict[str, set[Key]] = field(default_factory=dict)
     conflicts: dict[str, set[Key]] = field(default_factory=dict)
-    links: set[str] = field(default_factory=set)  # that an answer of the upstream named
+    links: set[str] = field(default_factory=set)  # the links that an answer of the upstream named
     erased: set[str] = field(default_factory=set)
-    calls: set[str] = field(default_factory=set)  # their ids
+    calls: set[str] = field(default_factory=set)  # the ids of all callbacks
     blurred: set[str] = field(
         default_factory=set
-    )  # tasks with a conflict that was not alone: against what is not known
+    )  # tasks with a conflict that shared its transaction, so its cause is unknown
 
     def answered(self, item: Settlement, before: Row, now: Row) -> None:
         if item.report and before["settled_digest"] is None is not now["settled_digest"]:
@@ -52,19 +52,19 @@ class Heard:
             self.conflicts.setdefault(item.task_id, set()).add(key)
 
     def stripped(self, task_id: str) -> None:
-        """Its callbacks are forgotten."""
+        """Forgets the callbacks of a task whose content was removed."""
         for of_task in (self.first, self.kept, self.conflicts):
             of_task.pop(task_id, None)
 
     def crowded(self, item: Callback, *, foreign: bool) -> bool:
-        """Whether there may be no room for it, so that it is counted on another."""
+        """Whether the inbox may be full, so that it counts the callback on another row."""
         kept = self.kept.get(item.task_id, set())
         return item.task_id in self.blurred or (
             len(kept) >= callbacks.KEPT and key_of(item, foreign=foreign) not in kept
         )
 
     def expected(self, item: Callback, tasks: Mapping[str, Row]) -> str:
-        """The verdict on a callback of a task that is known."""
+        """The verdict that a callback of an existing task must get."""
         report, key = item.report, key_of(item, foreign=False)
         if report is None:
             return "unreadable"
@@ -81,7 +81,7 @@ class Heard:
 
 
 def key_of(item: Callback, *, foreign: bool) -> Key:
-    """What makes two callbacks say the same."""
+    """Two callbacks with the same key say the same."""
     if item.report is None:
         return (item.body,)
     said = (item.report.status, item.report.results)
@@ -89,7 +89,7 @@ def key_of(item: Callback, *, foreign: bool) -> Key:
 
 
 def names_another(item: Callback, tasks: Mapping[str, Row]) -> bool:
-    """Whether it names an id that is not the task's, or that is another task's."""
+    """Whether the callback names an id that is not the task's, or that another task has."""
     named, known = (
         item.report.upstream_id if item.report else None,
         tasks[item.task_id]["upstream_id"],
@@ -99,5 +99,5 @@ def names_another(item: Callback, tasks: Mapping[str, Row]) -> bool:
 
 
 def verdicts(results: list[Any]) -> list[Any]:
-    """What must be the same when a transaction is run again."""
+    """The part of the results that must be the same when a transaction runs again."""
     return [result.verdict if isinstance(result, Verdict) else None for result in results]

@@ -1,4 +1,6 @@
-"""What one write alone does to pictures, and what it does by hand."""
+"""The effects of one write on images and content: downloads, an operator's interventions, and
+erasure.
+"""
 
 from service.db.paging import Row
 from service.images import downloads
@@ -6,7 +8,7 @@ from service.images.downloads import AT_RISK_MS, AT_RISK_STALE, WRONG_LIMIT, Dow
 from service.tasks.admin import TaskResolution
 from service.upkeep.expiry import TASKS, Erasure
 from tests.contract.subject import MINUTE
-from tests.property.life_heard import ENDED
+from tests.property.life_inbox import ENDED
 from tests.property.life_step import Step
 
 
@@ -32,7 +34,7 @@ def check_download(step: Step, item: Download) -> None:
             and step.before.tasks[item.task_id]["settled_digest"] is not None
         )
         if asks:
-            step.is_asked(item.task_id)
+            step.makes_query_due(item.task_id)
         else:
             assert (
                 step.now.tasks[item.task_id]["settle_requests"]
@@ -40,48 +42,48 @@ def check_download(step: Step, item: Download) -> None:
             )
         dying = step.time >= row["link_dies_at"] - AT_RISK_MS or row["stale_count"] >= AT_RISK_STALE
         risks = state == "pending" and dying and was["at_risk_at"] is None
-        assert len(step.told("image.at_risk")) == risks, "at risk, and told too often or not at all"
+        assert len(step.emitted("image.at_risk")) == risks, "image.at_risk, too often or not at all"
     assert (step.result, row["state"]) == (state, state), f"{outcome} left it {row['state']}"
 
 
 def is_final(was: Row, retry: Retry, time: int) -> bool:
-    """The link's time is up; or dead links ten times over half an hour; or the same wrong bytes
-    three times.
+    """The link has expired, or it was stale ten times over half an hour, or the same wrong bytes
+    came three times.
     """
     since = time if was["stale_since"] is None else was["stale_since"]
-    limit = downloads.STALE_LIMIT  # the test of lives makes it smaller
+    limit = downloads.STALE_LIMIT  # test_life.py lowers it
     stale = retry.stale and was["stale_count"] + 1 >= limit and time - since >= 30 * MINUTE
     same = retry.wrong_sha256 is not None and retry.wrong_sha256 == was["wrong_sha256"]
     wrong = same and was["wrong_count"] + 1 >= WRONG_LIMIT
     return stale or wrong or (not retry.stale and time >= was["link_dies_at"])
 
 
-# --- by hand ---
+# --- an operator's interventions ---
 
 
 def check_resolution(step: Step, item: TaskResolution) -> None:
     was, row = step.task(item.task_id)
     if step.result is not None:
-        assert was == row, "refused, and changed"
+        assert was == row, "refused, and the row changed"
     elif item.upstream_id is not None:
         assert row["upstream_id"] == item.upstream_id
-        step.is_asked(item.task_id)
+        step.makes_query_due(item.task_id)
     else:
-        assert was["state"] == "uncertain", f"settled by hand while {was['state']}"
+        assert was["state"] == "uncertain", f"resolved by hand while {was['state']}"
         due, until = row["submit_due_at"], row["submit_lease_until"]
         wanted = row["state"] == "uncertain" and row["resubmit"] and due <= step.time
         assert (
             (wanted or until) if item.resubmit else row["error"]["code"] == "submission_uncertain"
-        ), "decided by hand, and not done"
+        ), "the operator's decision had no effect"
 
 
 def check_reconciled(step: Step, task_id: str) -> None:
     if step.result is None:
-        step.is_asked(task_id)
+        step.makes_query_due(task_id)
         awaited = [image for image in step.now.of(task_id) if image["state"] == "pending"]
         assert all(
             image["due_at"] is not None and image["due_at"] <= step.time for image in awaited
-        ), "a picture is not fetched now"
+        ), "a pending image is not due now"
 
 
 def check_erased(step: Step, item: Erasure) -> None:
@@ -93,7 +95,7 @@ def check_erased(step: Step, item: Erasure) -> None:
         assert all(
             image["blob"] is None and image["state"] == "erased"
             for image in step.now.of(item.task_id)
-        ), "a picture is left"
+        ), "an image is left"
         check_bare(row)
 
 
@@ -103,12 +105,12 @@ def check_bare(row: Row) -> None:
         b"",
         {},
         None,
-    ), "erased, and there still"
+    ), "content is left after erasure"
     assert row["erased_at"] is not None
 
 
 def check_stripped(step: Step, before: int) -> None:
-    """A task that ended by then loses its content, unless something is still to be done for it."""
+    """A task that ended by then loses its content, unless some work for it is left."""
     old = {
         id
         for id, row in step.before.tasks.items()
@@ -126,4 +128,6 @@ def check_stripped(step: Step, before: int) -> None:
     assert step.result == len(stripped) == min(len(old), TASKS)
     for id in stripped:
         check_bare(step.now.tasks[id])
-        assert all(image["confirmed"] for image in step.now.of(id)), "nobody will confirm it"
+        assert all(image["confirmed"] for image in step.now.of(id)), (
+            "an image is left that no query will confirm"
+        )

@@ -1,4 +1,4 @@
-"""How a failure is told, and how a rule chooses by a small number."""
+"""Notes in the report of a failure, and the choice of an item by a small number."""
 
 import re
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ Chosen = TypeVar("Chosen")
 
 
 class Line:
-    """A line below the step in the story of a failure, without what is nothing; written when it is
-    read.
+    """A note below a step in the report of a failure, without empty fields. It is formatted only
+    when it is printed.
     """
 
     def __init__(self, what: object) -> None:
@@ -23,7 +23,7 @@ class Line:
         )
 
 
-def tell(what: object) -> None:
+def log(what: object) -> None:
     note(Line(what))
 
 
