@@ -1,4 +1,4 @@
-"""Limits of the two models the catalogue has, each with the limit in its message."""
+"""The limits of the catalogue's two models. Each refusal names its limit in the message."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def check(model: str = TEXT, **fields: object) -> Violation | None:
     )
 
 
-def broken(field: str, *words: str, model: str = TEXT, **fields: object) -> None:
+def refused(field: str, *words: str, model: str = TEXT, **fields: object) -> None:
     violation = check(model, **fields)
     assert violation is not None
     assert violation.param == field
@@ -28,13 +28,12 @@ def broken(field: str, *words: str, model: str = TEXT, **fields: object) -> None
 
 
 def test_the_catalogue_has_the_two_models_with_prices() -> None:
-    """It comes with the package, as data."""
+    """The catalogue is data in the package."""
     assert {name: limits.price for name, limits in CATALOGUE.models.items()} == {TEXT: 2, IMAGE: 2}
 
 
 @pytest.mark.parametrize("model", [TEXT, IMAGE])
-def test_its_own_defaults_keep_to_its_limits(model: str) -> None:
-    """The default size is one that may be asked for."""
+def test_the_defaults_of_a_model_are_within_its_limits(model: str) -> None:
     assert check(model) is None
     assert (
         check(
@@ -50,60 +49,59 @@ def test_its_own_defaults_keep_to_its_limits(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["z-image-turbo", None, 7, ["wan2.5-text-to-image"], {}])
-def test_a_model_that_is_not_in_it_passes_through(model: object) -> None:
-    """Other models have other fields: theirs are the upstream's to judge."""
+def test_a_model_that_is_not_in_the_catalogue_passes_through(model: object) -> None:
+    """The upstream checks the fields of other models."""
     assert CATALOGUE.check({"model": model, "prompt": 7, "n": -1, "size": "auto"}) is None
     assert CATALOGUE.check({}) is None
 
 
-def test_a_field_that_is_null_is_absent() -> None:
-    """Clients write null for what they leave to the upstream."""
+def test_a_null_field_counts_as_absent() -> None:
+    """Clients write null for a field that they leave to the upstream."""
     assert check(size=None, n=None, negative_prompt=None, image_urls=None) is None
 
 
 @pytest.mark.parametrize("prompt", ["x", "x" * 2000, "雪" * 2000, "\U0001f4a5" * 2000])
 def test_a_prompt_is_counted_in_characters(prompt: str) -> None:
-    """Not in bytes and not in UTF-16."""
+    """It is not counted in bytes or in UTF-16 units."""
     assert check(prompt=prompt) is None
 
 
 @pytest.mark.parametrize("prompt", [None, "", "x" * 2001, 7, ["x"], True])
 def test_a_prompt_is_a_text_within_its_limit(prompt: object) -> None:
-    """Missing, empty, too long or no text."""
-    broken("prompt", "2000", prompt=prompt)
+    """A missing, empty, too long or non-text prompt is refused."""
+    refused("prompt", "2000", prompt=prompt)
 
 
-def test_a_prompt_too_long_is_told_its_length() -> None:
-    """The client need not count."""
-    broken("prompt", "2000", "2345", prompt="x" * 2345)
-    broken("negative_prompt", "500", "501", negative_prompt="x" * 501)
+def test_the_refusal_of_a_long_prompt_names_its_length() -> None:
+    refused("prompt", "2000", "2345", prompt="x" * 2345)
+    refused("negative_prompt", "500", "501", negative_prompt="x" * 501)
 
 
 @pytest.mark.parametrize("prompt", ["x" * 501, 7, ["x"], False])
 def test_a_negative_prompt_is_a_text_within_its_limit(prompt: object) -> None:
-    """500 characters."""
+    """The limit is 500 characters."""
     assert check(negative_prompt="x" * 500) is None
-    broken("negative_prompt", "500", negative_prompt=prompt)
+    refused("negative_prompt", "500", negative_prompt=prompt)
 
 
 @pytest.mark.parametrize(
     "size", ["768x768", "1440x1440", "1280x1280", "2880x720", "720x2880", "1536x384", "384x1536"]
 )
 def test_sizes_within_the_limits_pass(size: str) -> None:
-    """Totals and aspects include their ends."""
+    """The limits of total and aspect ratio are inclusive."""
     assert check(size=size) is None
 
 
 @pytest.mark.parametrize("size", ["1441x1440", "767x768", "1x1", "999999x999999"])
-def test_the_total_has_limits(size: str) -> None:
-    """768 × 768 to 1440 × 1440 pixels in all."""
-    broken("size", "589824", "2073600", size=size)
+def test_the_total_of_pixels_has_limits(size: str) -> None:
+    """It is 768 × 768 to 1440 × 1440 pixels."""
+    refused("size", "589824", "2073600", size=size)
 
 
 @pytest.mark.parametrize("size", ["2884x700", "700x2884", "1540x384"])
-def test_the_aspect_has_limits(size: str) -> None:
-    """1:4 to 4:1."""
-    broken("size", "0.25", "4", size=size)
+def test_the_aspect_ratio_has_limits(size: str) -> None:
+    """It is 1:4 to 4:1."""
+    refused("size", "0.25", "4", size=size)
 
 
 @pytest.mark.parametrize(
@@ -124,38 +122,38 @@ def test_the_aspect_has_limits(size: str) -> None:
     ],
 )
 def test_a_size_has_one_form(size: str) -> None:
-    """WIDTHxHEIGHT, whole numbers from 1."""
-    broken("size", "WIDTHxHEIGHT", "1280x1280", size=size)
+    """WIDTHxHEIGHT, in whole numbers from 1."""
+    refused("size", "WIDTHxHEIGHT", "1280x1280", size=size)
 
 
 @pytest.mark.parametrize("size", [1280, [1280, 1280], {"width": 1280}, True])
 def test_a_size_is_a_text(size: object) -> None:
-    """Another type is told the form."""
-    broken("size", "WIDTHxHEIGHT", size=size)
+    """The refusal of another type names the form."""
+    refused("size", "WIDTHxHEIGHT", size=size)
 
 
-def test_an_image_made_from_images_is_smaller() -> None:
-    """Up to 1280 × 1280 in all for image-to-image."""
+def test_image_to_image_has_a_smaller_limit() -> None:
+    """It is 1280 × 1280 pixels."""
     assert check(IMAGE, size="1280x1280") is None
-    broken("size", "1638400", model=IMAGE, size="1440x1440")
+    refused("size", "1638400", model=IMAGE, size="1440x1440")
 
 
 @pytest.mark.parametrize("n", [0, 5, -1, True, 1.0, 2.5, "2", [1]])
 def test_n_is_a_whole_number_from_1_to_4(n: object) -> None:
-    """It is charged in advance by n."""
+    """The upstream charges for `n` images in advance."""
     assert all(check(n=number) is None for number in (1, 2, 3, 4))
-    broken("n", "1 to 4", n=n)
+    refused("n", "1 to 4", n=n)
 
 
 @pytest.mark.parametrize(
     "urls", [None, [], LINKS * 6, "https://example.com/1.png", [7], [""], [None], {"url": LINKS[0]}]
 )
-def test_an_image_is_made_from_one_to_five_others(urls: object) -> None:
-    """One page says two, another five: the larger number is checked."""
+def test_image_to_image_takes_one_to_five_input_images(urls: object) -> None:
+    """One page of the upstream says two and another says five. The larger number is the limit."""
     assert all(check(IMAGE, image_urls=LINKS * count) is None for count in range(1, 6))
-    broken("image_urls", "1 to 5", model=IMAGE, image_urls=urls)
+    refused("image_urls", "1 to 5", model=IMAGE, image_urls=urls)
 
 
-def test_a_model_that_takes_no_images_leaves_the_field_alone() -> None:
-    """Unknown fields pass on."""
+def test_text_to_image_does_not_check_image_urls() -> None:
+    """Unknown fields pass through."""
     assert check(image_urls="anything") is None

@@ -1,4 +1,4 @@
-"""Checkpoints: nothing to a service, a signal to one that a test armed."""
+"""Checkpoints: they do nothing in a service, and send a signal to a process that a test armed."""
 
 import os
 import signal
@@ -11,15 +11,15 @@ from service.queue.checkpoints import ARMED, Shot, checkpoint, shots
 from tests.environment import clean_environment
 
 
-def test_nothing_is_armed_without_its_variable() -> None:
-    """A service passes checkpoints unharmed, and a variable that is empty arms nothing."""
+def test_a_process_without_the_variables_is_not_armed() -> None:
+    """An empty variable arms nothing either."""
     assert ARMED == {}
     assert shots({"DARKROOM_TEST_KILL": "", "PATH": "/bin"}) == {}
     checkpoint("submit.checked")
 
 
-def test_the_variables_name_a_checkpoint_and_how_often_it_is_passed() -> None:
-    """`name` or `name:count`; a count that is no number is an error."""
+def test_the_variables_name_a_checkpoint_and_a_count() -> None:
+    """The form is `name` or `name:count`. A count that is no number is an error."""
     given = {"DARKROOM_TEST_KILL": "settle.answered", "DARKROOM_TEST_PAUSE": "download.saved:2"}
     assert shots(given) == {
         "settle.answered": Shot(signal.SIGKILL, 1),
@@ -30,7 +30,7 @@ def test_the_variables_name_a_checkpoint_and_how_often_it_is_passed() -> None:
 
 
 def test_the_signal_comes_once_when_the_count_is_reached() -> None:
-    """The process sends it to itself at the nth time, not before, not after, and nowhere else."""
+    """The process sends the signal to itself at the nth pass of its checkpoint, and never again."""
     got: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: got.append(number))
     try:
@@ -44,8 +44,8 @@ def test_the_signal_comes_once_when_the_count_is_reached() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_process_that_is_armed_dies_there() -> None:
-    """`DARKROOM_TEST_KILL` is read when a process starts."""
+def test_an_armed_process_dies_at_its_checkpoint() -> None:
+    """A process reads `DARKROOM_TEST_KILL` when it starts."""
     code = (
         "from service.queue.checkpoints import checkpoint; checkpoint('settle.claimed');"
         " print('on'); checkpoint('settle.answered')"

@@ -1,4 +1,4 @@
-"""The embedded store's clock, on a machine whose own jumps."""
+"""The embedded store's clock, on a machine whose own clock jumps."""
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ SECOND, HOUR = 1_000_000_000, 3_600_000_000_000  # nanoseconds
 
 
 class Machine:
-    """Its wall clock and its steady one."""
+    """A machine's wall clock and steady clock."""
 
     def __init__(self) -> None:
         self.wall, self.steady = START * 1_000_000, 77
@@ -23,9 +23,9 @@ class Machine:
 
 
 @pytest.mark.parametrize("jump", [HOUR, -HOUR])
-def test_a_jump_that_is_undone_was_none(jump: int) -> None:
-    """Between the two the clock goes at most a tenth faster or slower; afterwards it is right again
-    within as long.
+def test_a_jump_that_is_undone_has_no_lasting_effect(jump: int) -> None:
+    """In between, the clock is at most a tenth faster or slower. Afterwards it is right again
+    within the same time.
     """
     machine = Machine()
     machine.wall += jump
@@ -40,8 +40,8 @@ def test_a_jump_that_is_undone_was_none(jump: int) -> None:
     assert machine.clock() == START + 126_000
 
 
-def test_a_jump_that_lasts_is_made_up_for() -> None:
-    """An hour in ten."""
+def test_the_clock_catches_up_with_a_jump_that_lasts() -> None:
+    """It makes up one hour in ten."""
     machine = Machine()
     machine.wall += HOUR
     for _ in range(10 * 3600):
@@ -53,10 +53,12 @@ def test_a_jump_that_lasts_is_made_up_for() -> None:
 @given(
     st.lists(st.tuples(st.integers(0, 10 * SECOND), st.integers(-2 * HOUR, 2 * HOUR)), max_size=50)
 )
-def test_it_never_goes_back_and_never_far_ahead_of_the_time_that_passes(
+def test_the_clock_never_goes_back_and_stays_close_to_the_passed_time(
     moves: list[tuple[int, int]],
 ) -> None:
-    """Whatever the machine's clock does: within a tenth of the time that really passed."""
+    """Its error is at most a tenth of the time that really passed, whatever the machine's clock
+    does.
+    """
     machine, passed, before = Machine(), 0, START
     for ns, jump in moves:
         machine.passes(ns)

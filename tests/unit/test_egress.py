@@ -1,4 +1,4 @@
-"""The guard's judgement of URLs and addresses, without any network."""
+"""The guard's decisions about URLs and addresses, without any network."""
 
 import asyncio
 import random
@@ -103,25 +103,25 @@ PRIVATE = (
 
 
 @pytest.mark.parametrize("text", PUBLIC)
-def test_a_routable_address_may_be_reached_with_tls_alone(text: str) -> None:
-    """Globally routable is enough for https and never for plain http."""
+def test_a_routable_address_may_be_reached_only_with_tls(text: str) -> None:
+    """A globally routable address is enough for https and never for plain http."""
     assert forbidden(ip_address(text), (), plain=False) is None
     assert forbidden(ip_address(text), (), plain=True) is not None
 
 
 @pytest.mark.parametrize("text", PRIVATE)
-def test_an_address_that_is_not_routable_is_refused_by_name(text: str) -> None:
-    """Every special-purpose address is refused, also one that only carries an IPv4 address inside,
-    and the reason names it.
+def test_an_address_that_is_not_routable_is_refused_with_a_reason(text: str) -> None:
+    """Every special-purpose address is refused, also one that embeds an IPv4 address. The reason
+    names the address.
     """
     reason = forbidden(ip_address(text), (), plain=False)
     assert reason is not None
     assert str(ip_address(text)) in reason
 
 
-def test_networks_open_themselves_for_plain_http_and_nothing_beside_them() -> None:
-    """An address in the purpose's networks may be reached with and without TLS; its neighbour stays
-    refused.
+def test_plain_http_is_allowed_only_inside_the_networks() -> None:
+    """An address inside the purpose's networks may be reached with and without TLS. An address
+    outside stays refused.
     """
     networks = (ip_network("10.1.0.0/16"), ip_network("fd00::/8"), ip_network("93.184.216.0/24"))
     for text in ("10.1.2.3", "fd00::1", "93.184.216.34"):
@@ -131,10 +131,8 @@ def test_networks_open_themselves_for_plain_http_and_nothing_beside_them() -> No
 
 
 @pytest.mark.parametrize("prefix", ["::ffff:0:0/96", "64:ff9b::/96", "2002::/16", "64:ff9b:1::/48"])
-def test_an_open_gateway_does_not_open_what_lies_behind_it(prefix: str) -> None:
-    """With a translating prefix among the networks the IPv4 address inside is judged all the
-    same.
-    """
+def test_a_translating_prefix_does_not_open_the_addresses_behind_it(prefix: str) -> None:
+    """The guard checks the embedded IPv4 address also if the prefix is one of the networks."""
     network = ip_network(prefix)
     shift = 80 if prefix.startswith("2002") else 0
 
@@ -147,16 +145,14 @@ def test_an_open_gateway_does_not_open_what_lies_behind_it(prefix: str) -> None:
 
 
 def test_loopback_of_both_families_can_be_opened() -> None:
-    """`::1` is no IPv4 address in disguise: it is in the networks or not."""
+    """`::1` embeds no IPv4 address. It is in the networks or not."""
     assert forbidden(ip_address("::1"), (ip_network("::1/128"),), plain=True) is None
     assert forbidden(ip_address("127.0.0.1"), (ip_network("127.0.0.0/8"),), plain=True) is None
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_no_address_of_a_private_network_passes(seed: int) -> None:
-    """Wherever in a private range an address lies, it is refused, bare and inside each translating
-    prefix.
-    """
+    """Any address of a private range is refused, bare and inside each translating prefix."""
     dice = random.Random(seed)
     for text in (
         "0.0.0.0/8",
@@ -299,8 +295,8 @@ UNFIT = (
 
 @pytest.mark.parametrize("url", UNFIT)
 def test_an_ambiguous_url_is_refused(url: str) -> None:
-    """What is no plain http or https URL, or names its host in a way two parsers might read
-    differently, is refused with a reason.
+    """A text that is no plain http or https URL, or that two parsers could read differently, is
+    refused with a reason.
     """
     with pytest.raises(ValueError, match=r"^(a|the|only) "):
         parse_url(url)
@@ -332,9 +328,7 @@ def test_an_ambiguous_url_is_refused(url: str) -> None:
     ],
 )
 def test_a_url_is_brought_to_one_form(url: str, host: str, port: int | None, normal: str) -> None:
-    """A host is ASCII, lower case, without its last dot; path and query stay as they were
-    written.
-    """
+    """The host is ASCII, in lower case, without its last dot. Path and query stay as they are."""
     target = parse_url(url)
     assert (target.host, target.port) == (host, port)
     assert target.url.removesuffix("/") == normal.removesuffix("/")
@@ -349,8 +343,8 @@ def test_a_url_is_brought_to_one_form(url: str, host: str, port: int | None, nor
     ),
 )
 def test_all_parsers_read_an_accepted_url_alike(scheme: str, begin: str, rest: str) -> None:
-    """Judge, httpx, aiohttp's yarl and the standard library see one host, one port and one path in
-    every URL that is let through.
+    """The guard, httpx, aiohttp's yarl and the standard library read the same host, port and path
+    in every accepted URL.
     """
     try:
         target = parse_url(scheme + begin + rest)
@@ -368,8 +362,8 @@ def test_all_parsers_read_an_accepted_url_alike(scheme: str, begin: str, rest: s
 
 
 def test_a_full_stop_of_another_script_hides_no_address() -> None:
-    """An ideographic full stop separates labels, so the host is the address it spells, and is
-    judged as that.
+    """An ideographic full stop separates labels. The host is the address that it spells, and the
+    guard checks that address.
     """
     assert parse_url("https://127。0。0。1/").address == ip_address("127.0.0.1")
     with pytest.raises(EgressRefused, match="not globally routable"):
@@ -377,8 +371,8 @@ def test_a_full_stop_of_another_script_hides_no_address() -> None:
 
 
 @pytest.mark.parametrize("text", [address for address in PRIVATE if "%" not in address])
-def test_a_literal_address_is_judged_in_the_url(text: str) -> None:
-    """An address in the URL is judged before anything is resolved or connected to."""
+def test_a_literal_address_is_checked_in_the_url(text: str) -> None:
+    """The guard checks it before it resolves or connects."""
     host = f"[{text}]" if ":" in text else text
     with pytest.raises(EgressRefused, match="not globally routable"):
         Egress(Rules("endpoints")).check_url(f"https://{host}/")
@@ -400,8 +394,8 @@ def test_a_literal_address_is_judged_in_the_url(text: str) -> None:
     ],
 )
 def test_only_listed_hosts_are_allowed(host: str, allowed: bool) -> None:
-    """`.x` is every subdomain of x and not x, `x` is exactly x; a literal address must be listed
-    too.
+    """`.x` is every subdomain of x without x, and `x` is exactly x. A literal address must be
+    listed too.
     """
     egress = Egress(Rules("results", hosts=(".x.test", "y.test", "8.8.8.8")))
     if allowed:
@@ -412,8 +406,8 @@ def test_only_listed_hosts_are_allowed(host: str, allowed: bool) -> None:
 
 
 def test_plain_http_needs_networks_or_an_upgrade() -> None:
-    """Without either an http URL is refused by its text; with networks a literal outside them is;
-    an upgrade judges it as https.
+    """Without both, an http URL is refused. With networks, a literal address must be inside them.
+    With an upgrade, the URL counts as https.
     """
     inside = (ip_network("10.0.0.0/8"),)
     with pytest.raises(EgressRefused, match="plain http"):
@@ -426,8 +420,8 @@ def test_plain_http_needs_networks_or_an_upgrade() -> None:
         Egress(Rules("results", networks=inside, upgrade=True)).check_url("http://192.168.0.1/")
 
 
-def test_an_upgrade_leaves_the_old_port_behind() -> None:
-    """Port 80 becomes https's own; any other port was meant."""
+def test_an_upgrade_drops_port_80() -> None:
+    """Any other port stays."""
     assert parse_url("http://a.test:80/x").upgraded.url == "https://a.test/x"
     assert parse_url("http://a.test:8080/x").upgraded.url == "https://a.test:8080/x"
 
@@ -446,28 +440,26 @@ def test_an_upgrade_leaves_the_old_port_behind() -> None:
         (["1.1.1.1", "fe80::1%eth0"], True),
     ],
 )
-async def test_every_address_of_a_name_is_judged(addresses: Sequence[str], refused: bool) -> None:
-    """One forbidden address among several refuses the name, and the listener hears of it once."""
-    heard: list[tuple[str, str, str]] = []
+async def test_every_address_of_a_name_is_checked(addresses: Sequence[str], refused: bool) -> None:
+    """One forbidden address among several refuses the name. The refusal is reported once."""
+    reported: list[tuple[str, str, str]] = []
 
     async def resolve(_: str) -> Sequence[str]:
         return addresses
 
     egress = Egress(
-        Rules("endpoints"), resolve=resolve, on_refused=lambda *what: heard.append(what)
+        Rules("endpoints"), resolve=resolve, on_refused=lambda *what: reported.append(what)
     )
     if refused:
         with pytest.raises(EgressRefused):
             await egress.check("https://a.test/")
     else:
         await egress.check("https://a.test/")
-    assert [what[:2] for what in heard] == [("endpoints", "a.test")] * refused
+    assert [what[:2] for what in reported] == [("endpoints", "a.test")] * refused
 
 
-async def test_a_name_may_use_plain_http_only_with_all_addresses_inside() -> None:
-    """For http each address must be in the networks; with `upgrade` a name outside them is judged
-    as https.
-    """
+async def test_a_name_may_use_plain_http_only_with_all_addresses_in_the_networks() -> None:
+    """With `upgrade`, a name outside the networks counts as https."""
     known = {
         "in.test": ["10.0.0.1"],
         "both.test": ["10.0.0.1", "1.1.1.1"],
@@ -491,10 +483,8 @@ async def test_a_name_may_use_plain_http_only_with_all_addresses_inside() -> Non
         await lenient.check("http://bad.test/")
 
 
-async def test_an_http_link_is_judged_as_https_where_no_network_is_open() -> None:
-    """With `upgrade` alone http is never used, so a public name or address behind an http link
-    passes.
-    """
+async def test_an_http_link_counts_as_https_with_an_upgrade_and_no_networks() -> None:
+    """Plain http is then never used, so a public name or address passes."""
 
     async def resolve(_: str) -> Sequence[str]:
         return ["1.1.1.1"]
@@ -504,10 +494,10 @@ async def test_an_http_link_is_judged_as_https_where_no_network_is_open() -> Non
     await egress.check("http://1.1.1.1/")
 
 
-async def test_name_servers_that_never_answer_hold_up_their_own_purpose_alone(
+async def test_name_servers_that_never_answer_delay_only_their_own_purpose(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """However many names of subscribers hang in the system's resolver, the upstream's is looked
+    """Many names of subscribers hang in the system's resolver. The upstream's name is still looked
     up.
     """
     answered, asked = threading.Event(), list[str]()
@@ -534,8 +524,8 @@ async def test_name_servers_that_never_answer_hold_up_their_own_purpose_alone(
 
 @pytest.mark.parametrize(("count", "refused"), [(64, False), (65, True), (5000, True)])
 async def test_a_name_with_very_many_addresses_is_refused(count: int, refused: bool) -> None:
-    """All addresses are judged, so their number is limited; of those that pass only the first few
-    are ever tried.
+    """The guard checks all addresses, so their number is limited. It tries only the first few that
+    pass.
     """
 
     async def resolve(_: str) -> Sequence[str]:
@@ -549,8 +539,8 @@ async def test_a_name_with_very_many_addresses_is_refused(count: int, refused: b
         assert len(await egress._allowed_addresses("a.test", plain=False)) == 8
 
 
-async def test_the_last_of_many_addresses_is_judged() -> None:
-    """One that would not be tried makes the name as unfit as the first."""
+async def test_the_last_of_many_addresses_is_checked() -> None:
+    """An address that would never be tried refuses the name too."""
 
     async def resolve(_: str) -> Sequence[str]:
         return [*(f"8.0.0.{number}" for number in range(63)), "10.0.0.1"]
@@ -559,9 +549,9 @@ async def test_the_last_of_many_addresses_is_judged() -> None:
         await Egress(Rules("endpoints"), resolve=resolve).check("https://a.test/")
 
 
-def test_how_long_a_url_may_be_is_the_purposes_affair() -> None:
-    """2048 characters for an endpoint or a callback_url, more for a result, whose link may carry a
-    session's token.
+def test_each_purpose_has_its_own_limit_of_a_urls_length() -> None:
+    """It is 2048 characters for an endpoint or a callback_url. A result's link may be longer,
+    because it may contain a session's token.
     """
     url = "https://a.test/" + "x" * 4000
     Egress(Rules("results", max_url=4095)).check_url(url)
@@ -571,7 +561,7 @@ def test_how_long_a_url_may_be_is_the_purposes_affair() -> None:
 
 @pytest.mark.parametrize("answer", [[], OSError("no such name")])
 async def test_a_name_without_addresses_is_not_connected(answer: list[str] | OSError) -> None:
-    """No address is no refusal: the other side may be back tomorrow."""
+    """A missing address is no refusal. The other side may be back later."""
 
     async def resolve(_: str) -> Sequence[str]:
         if isinstance(answer, OSError):
@@ -582,8 +572,8 @@ async def test_a_name_without_addresses_is_not_connected(answer: list[str] | OSE
         await Egress(Rules("endpoints"), resolve=resolve).check("https://a.test/")
 
 
-async def test_the_system_knows_this_machine() -> None:
-    """Without a resolver of one's own the operating system's is asked, and its answer judged."""
+async def test_the_operating_systems_resolver_is_the_default() -> None:
+    """Its answers are checked too."""
     await Egress(
         Rules("sandbox", networks=(ip_network("127.0.0.0/8"), ip_network("::1/128")))
     ).check("http://localhost/")

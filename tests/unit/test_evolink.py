@@ -1,4 +1,4 @@
-"""What EvoLink's answers and callbacks are read as, and what each proves."""
+"""The parsing of EvoLink's responses and callbacks, and the outcome that each of them proves."""
 
 import json
 from typing import Any
@@ -63,8 +63,8 @@ def error(code: object, **fields: object) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_the_documented_answer_is_read_whole() -> None:
-    """Every field of the documented submit answer has its place; credits are millionths."""
+def test_every_field_of_the_documented_response_is_read() -> None:
+    """Credits are millionths."""
     assert parse_task(body(SUBMITTED)) == Report(
         upstream_id=ID,
         status=Status.PENDING,
@@ -78,7 +78,7 @@ def test_the_documented_answer_is_read_whole() -> None:
 
 
 def test_a_status_alone_is_readable() -> None:
-    """A failed body may lack everything else, and a callback its id."""
+    """A failed task's body may lack everything else, and a callback may lack its id."""
     assert parse_task(b'{"status": "failed"}') == Report(status=Status.FAILED)
 
 
@@ -98,14 +98,14 @@ def test_a_status_alone_is_readable() -> None:
     ],
 )
 def test_each_spelling_of_a_status_is_one_status(word: str, status: Status | None) -> None:
-    """Both spellings, any case; a word nobody documented is not terminal."""
+    """Both spellings are accepted in any case. An undocumented status is not terminal."""
     report = task(status=word)
     assert report.status is status
     assert report.final is (status in {Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 
 def test_failed_by_request_cancelled_is_cancelled() -> None:
-    """The upstream has two forms of a cancellation; the other codes fail."""
+    """The upstream has two forms of a cancellation. Any other code is a failure."""
     assert task(status="failed", error={"code": "request_cancelled"}).status is Status.CANCELLED
     assert task(status="failed", error={"code": "service_error"}).status is Status.FAILED
     assert (
@@ -123,19 +123,21 @@ def test_failed_by_request_cancelled_is_cancelled() -> None:
         {"results": [], "result_data": [{"url": "http://a/1"}, {"image_url": "https://b/2"}]},
     ],
 )
-def test_results_have_one_form_whatever_theirs(fields: dict[str, object]) -> None:
-    """Texts, objects with `url`, or `result_data` with `image_url`, in the upstream's order."""
+def test_every_form_of_results_is_read_alike(fields: dict[str, object]) -> None:
+    """The forms are texts, objects with `url`, and `result_data` with `image_url`, in the
+    upstream's order.
+    """
     assert task(status="completed", **fields).results == ("http://a/1", "https://b/2")
 
 
 @pytest.mark.parametrize("results", [None, {}, "https://a/1", 7, [], {"url": "https://a/1"}])
-def test_what_is_no_list_has_no_results(results: object) -> None:
-    """Completed without any is the caller's to judge."""
+def test_results_that_are_no_list_are_empty(results: object) -> None:
+    """The caller decides about a completed task without results."""
     assert task(status="completed", results=results).results == ()
 
 
 def test_a_result_that_is_no_link_keeps_its_place() -> None:
-    """It is told as lost later, instead of vanishing."""
+    """It is reported as lost later, instead of vanishing."""
     assert task(results=["https://a/1", 7, None, {"url": 7}, {}, []]).results == (
         "https://a/1",
         "",
@@ -147,7 +149,7 @@ def test_a_result_that_is_no_link_keeps_its_place() -> None:
 
 
 def test_texts_and_lists_are_cut() -> None:
-    """A careless or hostile answer does not fill the store."""
+    """A careless or hostile response does not fill the store."""
     report = task(
         status="failed",
         results=["https://a/" + "x" * 9000] * 100,
@@ -163,7 +165,7 @@ def test_texts_and_lists_are_cut() -> None:
         "type": 200,
     }
     assert [len(text or "") for text in (report.billing_rule, report.user_group)] == [64, 64], (
-        "as long as their columns"
+        "the length of their columns"
     )
 
 
@@ -188,7 +190,7 @@ def test_texts_and_lists_are_cut() -> None:
     ],
 )
 def test_a_tasks_error_is_all_text(given: object, read: object) -> None:
-    """`code` may be an integer, `type` may be missing."""
+    """`code` may be an integer, and `type` may be missing."""
     assert task(status="failed", error=given).error == read
 
 
@@ -208,7 +210,7 @@ def test_a_tasks_error_is_all_text(given: object, read: object) -> None:
     ],
 )
 def test_progress_lies_between_0_and_100(given: object, read: int | None) -> None:
-    """It is shown to clients as it is."""
+    """Clients see it as it is."""
     report = parse_task(
         json.dumps({"status": "pending", "progress": given}).replace("Infinity", "1e400").encode()
     )
@@ -217,8 +219,7 @@ def test_progress_lies_between_0_and_100(given: object, read: int | None) -> Non
 
 
 @pytest.mark.parametrize("value", [-1, 10**30, True, "1", None, [], 1e400])
-def test_numbers_out_of_reason_are_not_known(value: object) -> None:
-    """Times and estimates that no clock could use are absent."""
+def test_impossible_numbers_count_as_unknown(value: object) -> None:
     fields = {
         "status": "pending",
         "created": value,
@@ -229,7 +230,9 @@ def test_numbers_out_of_reason_are_not_known(value: object) -> None:
 
 
 def test_an_estimate_is_believed_up_to_six_hours() -> None:
-    """Twice the estimate, the wait for the first query, must lie within the life of a task."""
+    """The first query waits for twice the estimate, which must be shorter than the upstream's
+    retention.
+    """
     assert task(task_info={"estimated_time": 21600}).estimated_time == 21600
     assert task(task_info={"estimated_time": 21601}).estimated_time is None
     assert task(task_info={"estimated_time": 45.5}).estimated_time == 45
@@ -240,22 +243,22 @@ def test_an_estimate_is_believed_up_to_six_hours() -> None:
     [(8.7, 8_700_000), (0.05, 50_000), ("1.5", 1_500_000), (-1, None), (True, None), ([], None)],
 )
 def test_credits_are_millionths(given: object, read: int | None) -> None:
-    """Decimals without loss, junk is unknown."""
+    """Decimals are exact, and a malformed value is unknown."""
     report = task(usage={"credits_reserved": given, "credits_used": given})
     assert (report.credits_reserved, report.credits_used) == (read, read)
 
 
 @pytest.mark.parametrize("section", [None, [], "x", 7])
 def test_a_section_that_is_no_object_is_empty(section: object) -> None:
-    """Nothing but the status is demanded."""
+    """Only the status is required."""
     assert task(usage=section, task_info=section) == Report(
         upstream_id=ID, status=Status.PROCESSING
     )
 
 
 @pytest.mark.parametrize("id", ["", 7, [], "a b", "a\n", "é", ".", "..", "x" * 201])
-def test_an_id_that_cannot_be_asked_for_is_unreadable(id: object) -> None:
-    """A cut or repaired id would be another task's."""
+def test_an_id_that_no_query_can_use_is_unreadable(id: object) -> None:
+    """A cut or repaired id could be another task's."""
     assert parse_task(body({"id": id, "status": "completed"})) is None
 
 
@@ -303,15 +306,15 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize("data", UNREADABLE, ids=range(len(UNREADABLE)))
-def test_what_is_ambiguous_or_cannot_be_kept_is_unreadable(data: bytes) -> None:
-    """Not an object, no status, a key twice, NaN, NUL, lone surrogates, endless nesting:
-    unreadable, never raised.
+def test_an_ambiguous_or_unstorable_body_is_unreadable(data: bytes) -> None:
+    """No object, no status, a repeated key, NaN, NUL, a lone surrogate or endless nesting: the body
+    is unreadable, and the parser raises nothing.
     """
     assert parse_task(data) is None
 
 
 def test_text_beyond_ascii_is_kept() -> None:
-    """A surrogate pair is a character, not two lone surrogates."""
+    """A surrogate pair is one character, not two lone surrogates."""
     assert task(error={"code": "x", "message": "雪\U0001f4a5"}).error == {
         "code": "x",
         "message": "雪\U0001f4a5",
@@ -319,20 +322,19 @@ def test_text_beyond_ascii_is_kept() -> None:
     }
 
 
-# --- what a submission's answer proves
-# ---------------------------------------------------------------------------------
+# --- the outcome of a submission
 
 
 @pytest.mark.parametrize("status", [200, 201, 202])
 def test_2xx_with_an_id_is_accepted(status: int) -> None:
-    """The documented answer is 200; others of the class prove as much."""
+    """The documented status is 200. Other statuses of the class prove the same."""
     outcome = submit(status, SUBMITTED)
     assert isinstance(outcome, Accepted)
     assert outcome.report.upstream_id == ID
 
 
 def test_an_id_without_a_status_is_accepted_too() -> None:
-    """The id is what proves that there is a task."""
+    """The id proves that the task exists."""
     assert submit(200, {"id": ID}) == Accepted(Report(upstream_id=ID))
 
 
@@ -341,7 +343,7 @@ def test_an_id_without_a_status_is_accepted_too() -> None:
     [(None, None), ("7", 7.0), ("Sun, 06 Nov 1994 08:50:37 GMT", 60.0), ("junk", None)],
 )
 def test_429_created_nothing(retry_after: str | None, wait: float | None) -> None:
-    """Whoever sends it, it is sent instead of creating; `Retry-After` is kept."""
+    """The upstream or a gateway sends it instead of creating a task. `Retry-After` is kept."""
     assert submit(429, error("rate_limit_exceeded"), retry_after) == NotCreated(
         "429 rate_limit_exceeded", wait, throttled=True
     )
@@ -350,8 +352,8 @@ def test_429_created_nothing(retry_after: str | None, wait: float | None) -> Non
     )
 
 
-def test_503_created_nothing_only_in_the_upstreams_own_words() -> None:
-    """Its own JSON error says so; a gateway's page may hide an answer that was another."""
+def test_503_created_nothing_only_with_the_upstreams_own_json_error() -> None:
+    """A gateway's page may replace a response with another meaning."""
     assert submit(503, error("service_unavailable"), "30") == NotCreated(
         "503 service_unavailable", 30.0
     )
@@ -387,12 +389,12 @@ def test_503_created_nothing_only_in_the_upstreams_own_words() -> None:
     ],
 )
 def test_a_refusal_of_our_key_or_account_created_nothing(status: int, code: object) -> None:
-    """The task is not to blame: it is tried again, and somebody is alerted."""
+    """The task is not at fault. It is retried, and an alert is raised."""
     assert submit(status, error(code)) == NotCreated(f"{status} {code}", account=True)
 
 
-def test_401_needs_no_words() -> None:
-    """Whoever answers it, nobody was let in."""
+def test_401_created_nothing_with_any_body() -> None:
+    """Any server that answers 401 let no request in."""
     assert submit(401) == NotCreated("401 without an error of its own", account=True)
 
 
@@ -410,7 +412,7 @@ def test_401_needs_no_words() -> None:
             )
         ),
         *((402, code) for code in ("insufficient_quota", "quota_exceeded")),
-        *((403, code) for code in ("model_access_denied", "permission_denied", "never_heard")),
+        *((403, code) for code in ("model_access_denied", "permission_denied", "unknown_code")),
         *((404, "model_not_found"), (413, "request_too_large"), (422, "invalid_parameter")),
         *((status, "x") for status in (405, 409, 415, 451)),
     ],
@@ -435,14 +437,14 @@ def test_other_4xx_refuse_the_request(status: int, code: str) -> None:
 def test_an_integer_code_falls_back_to_the_class_of_its_status(
     status: int, code: str, type: str
 ) -> None:
-    """Older pages answer the status as code; clients see one form."""
+    """Older pages of the upstream use the status as the code. Clients see one form."""
     assert submit(status, {"error": {"code": status, "message": "m"}}) == Refused(
         status, {"code": code, "message": "m", "type": type, "param": None}
     )
 
 
-def test_a_refusal_without_words_has_ours() -> None:
-    """No page of a gateway is shown to a client; another integer than the status is kept."""
+def test_a_refusal_without_a_message_gets_one() -> None:
+    """Clients never see a gateway's page. An integer code that is not the status is kept."""
     message = "the upstream refused the request with status 404"
     assert submit(404) == Refused(
         404, {"code": "not_found", "message": message, "type": "not_found_error", "param": None}
@@ -456,8 +458,8 @@ def test_a_refusal_without_words_has_ours() -> None:
 
 @pytest.mark.parametrize("status", [400, 402, 403, 409, 429, 500, 502, 503])
 @pytest.mark.parametrize("code", ["paid_outcome_unknown", "idempotency_conflict"])
-def test_two_codes_prove_nothing_whatever_their_status(status: int, code: str) -> None:
-    """It may have been charged."""
+def test_two_codes_prove_nothing_with_any_status(status: int, code: str) -> None:
+    """The task may have been charged."""
     assert submit(status, error(code)) == Uncertain(f"{status} {code}")
 
 
@@ -468,7 +470,9 @@ def test_two_codes_prove_nothing_whatever_their_status(status: int, code: str) -
     "document", [None, error("upstream_error"), error("service_error"), SUBMITTED]
 )
 def test_everything_else_is_uncertain(status: int, document: object) -> None:
-    """3xx, 408, other 5xx: in the upstream's words, as a gateway's page, even with an id."""
+    """This holds for 3xx, 408 and other 5xx, with the upstream's JSON, with a gateway's page, and
+    even with an id.
+    """
     assert isinstance(submit(status, document), Uncertain)
 
 
@@ -476,12 +480,12 @@ def test_everything_else_is_uncertain(status: int, document: object) -> None:
     "document", [None, {}, [], {"id": None, "status": "pending"}, {"id": ""}, {"id": 7}, error("x")]
 )
 def test_2xx_without_an_id_is_uncertain(document: object) -> None:
-    """A page with 200 neither proves nor refutes a task."""
+    """A page with 200 neither proves nor disproves a task."""
     assert submit(200, document) == Uncertain("200 without an id")
 
 
 def test_a_403_page_is_uncertain() -> None:
-    """A gateway's page speaks neither of the model nor of our key."""
+    """A gateway's page is neither about the model nor about our key."""
     assert submit(403) == Uncertain("403 without an error of its own")
 
 
@@ -495,19 +499,20 @@ def test_a_403_page_is_uncertain() -> None:
         (EgressError("x"), Uncertain("connection lost")),
     ],
 )
-def test_without_an_answer_only_an_unsent_request_created_nothing(
+def test_without_a_response_only_an_unsent_request_created_nothing(
     fault: EgressError, outcome: SubmitOutcome
 ) -> None:
-    """DNS, refused, TLS, the guard: nothing left. All else may have arrived."""
+    """DNS, a refused connection, TLS and the guard: no request left. Any other request may have
+    arrived.
+    """
     assert unanswered_submit(fault) == outcome
 
 
-# --- what a query's answer says
-# ----------------------------------------------------------------------------------------
+# --- the answer to a query
 
 
 def test_a_readable_answer_is_found() -> None:
-    """With the id asked for, or without one."""
+    """It has the requested id, or no id."""
     assert classify_query(200, {}, body(SUBMITTED), NOW, ID) == Found(task(**SUBMITTED))
     assert classify_query(200, {}, b'{"status": "failed"}', NOW, ID) == Found(
         Report(status=Status.FAILED)
@@ -533,12 +538,12 @@ def test_resource_not_found_is_a_failed_task() -> None:
 
 @pytest.mark.parametrize("page", [PAGE, body(error("task_not_found"))])
 def test_404_is_not_found(page: bytes) -> None:
-    """It is asked again: what that means is not for one answer to say."""
+    """Another query follows, because one response does not decide what a 404 means."""
     assert classify_query(404, {}, page, NOW, ID) == NotFound()
 
 
-def test_an_answer_about_another_task_says_nothing() -> None:
-    """Someone else's pictures are worse than none."""
+def test_an_answer_about_another_task_is_no_answer() -> None:
+    """Another task's images would be worse than none."""
     assert classify_query(
         200, {}, body({"id": "task-unified-other", "status": "completed"}), NOW, ID
     ) == NoAnswer("200 for another task")
@@ -546,7 +551,7 @@ def test_an_answer_about_another_task_says_nothing() -> None:
 
 @pytest.mark.parametrize("status", [301, 400, 401, 403, 408, 429, 500, 502, 503, 524])
 def test_other_statuses_are_no_answer(status: int) -> None:
-    """Whatever the body; `Retry-After` is kept."""
+    """The body does not matter. `Retry-After` is kept."""
     throttled = status == 429
     assert classify_query(status, {"retry-after": "9"}, body(SUBMITTED), NOW, ID) == NoAnswer(
         f"{status}", 9.0, throttled
@@ -555,5 +560,5 @@ def test_other_statuses_are_no_answer(status: int) -> None:
 
 
 def test_a_page_with_200_is_no_answer() -> None:
-    """Unreadable is neither found nor not found."""
+    """An unreadable response is neither found nor not found."""
     assert classify_query(200, {}, PAGE, NOW, ID) == NoAnswer("200 unreadable")

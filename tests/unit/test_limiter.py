@@ -1,5 +1,5 @@
-"""Turns at the upstream: never too many calls, the most urgent first, fewer of a kind after a
-429.
+"""The limiter of calls to the upstream: the number of calls at once, the order of the kinds, and
+fewer calls of a kind after a 429.
 """
 
 import asyncio
@@ -33,13 +33,13 @@ TOO_MANY, SUCCESS = NoAnswer("429", throttled=True), NotFound()
 
 @dataclass(slots=True)
 class Callers:
-    """Calls that take a place and keep it until they are told to end; `entered` are their kinds in
-    the order of their turns.
+    """Calls that take a place and keep it until the test ends them. `entered` has their kinds in
+    the order in which they got their places.
     """
 
     limiter: ConcurrencyLimiter
     entered: list[Kind] = field(default_factory=list)
-    most: int = 0  # calls that ran at once
+    most: int = 0  # the most calls that ran at once
     calls: list["asyncio.Task[None]"] = field(default_factory=list)
     heard: dict[int, Callable[[Any], None]] = field(
         default_factory=dict
@@ -62,25 +62,27 @@ class Callers:
             finally:
                 del self.heard[number]
 
-    def say(self, answer: Any, numbers: Sequence[int] | None = None) -> None:
-        """What comes of these calls, or of all that run; they end with it."""
+    def finish(self, answer: Any, numbers: Sequence[int] | None = None) -> None:
+        """Ends these calls, or all running ones, with this answer."""
         for number in list(self.heard) if numbers is None else numbers:
             self.heard[number](throttled(answer))
             self.ends[number].set()
 
     async def turns(self) -> None:
-        """Everybody has gone as far as they can."""
+        """Lets every call go on as far as it can."""
         for _ in range(8):
             await asyncio.sleep(0)
 
     async def round(self, kind: Kind, answer: Any) -> int:
-        """As many calls of a kind as may run at once, each with this answer; how many they were."""
+        """Runs as many calls of a kind as may run at once, each with this answer. Returns their
+        number.
+        """
         self.enter(kind, times=40)
         await self.turns()
         running = list(self.heard)
         for number in {*range(len(self.calls))} - {*running}:
             self.calls[number].cancel()
-        self.say(answer)
+        self.finish(answer)
         await self.turns()
         return len(running)
 
@@ -95,12 +97,11 @@ async def calling(limiter: ConcurrencyLimiter) -> AsyncIterator[Callers]:
             call.cancel()
         await asyncio.gather(*callers.calls, return_exceptions=True)
         assert (limiter.used(), [limiter.waiting(kind) for kind in KINDS]) == (0, [0] * 4), (
-            "no place is lost, nobody is forgotten"
+            "a place is lost, or a call still waits"
         )
 
 
-# --- how many
-# --------------------------------------------------------------------------------------------------
+# --- number of calls
 
 
 @pytest.mark.parametrize(
@@ -117,8 +118,8 @@ async def calling(limiter: ConcurrencyLimiter) -> AsyncIterator[Callers]:
 async def test_each_kind_has_its_share(
     concurrency: int, submit: int, passthrough: int, both: int, reconcile: int, patient: int
 ) -> None:
-    """Clients' calls hold three quarters at most, an eighth is for confirmations alone, and those
-    may have everything.
+    """Clients' calls have at most three quarters of the places. An eighth is for confirmations
+    alone, and confirmations may use every place.
     """
     table: list[tuple[tuple[Kind, ...], int]] = [
         (("submit",), submit),
@@ -148,11 +149,11 @@ async def test_each_kind_has_its_share(
         max_size=60,
     ),
 )
-async def test_whatever_happens_there_are_never_more_calls_than_places(
+async def test_calls_never_exceed_the_places_in_any_order_of_events(
     concurrency: int, script: list[tuple[str, Any]]
 ) -> None:
-    """Arrivals, ends, cancellations and 429s in any order and in one turn of the loop: the limit
-    holds, and no place is lost.
+    """Calls arrive, end, are cancelled and get 429s in any order and within one turn of the event
+    loop. No place is lost.
     """
     limiter = ConcurrencyLimiter(concurrency)
     async with calling(limiter) as callers:
@@ -169,25 +170,24 @@ async def test_whatever_happens_there_are_never_more_calls_than_places(
                 case "end" | "429" | "success" if callers.heard:
                     number = sorted(callers.heard)[which % len(callers.heard)]
                     answer = {"end": Uncertain("502"), "429": TOO_MANY, "success": SUCCESS}[act]
-                    callers.say(answer, [number])
+                    callers.finish(answer, [number])
             assert max(limiter.used(), callers.most) <= concurrency
             for kind in KINDS:
                 assert 1 <= limiter.limit(kind) <= concurrency
                 assert limiter.used(kind) <= max(limiter.limit(kind), before[kind]), (
-                    "nobody is let in beyond a limit"
+                    "a call was let in above its limit"
                 )
         await callers.turns()
         if limiter.used() < concurrency and limiter.used("confirm") < limiter.limit("confirm"):
-            assert limiter.waiting("confirm") == 0, "nobody waits for a place that is free"
+            assert limiter.waiting("confirm") == 0, "a call waits although a place is free"
 
 
-# --- whose turn
-# --------------------------------------------------------------------------------------------------
+# --- order of calls
 
 
 async def test_confirmations_go_first_and_reconciling_last() -> None:
-    """Whoever came first: confirm, then submissions and what is passed through as they came, then
-    reconcile.
+    """Confirmations go first. Submissions and passed-through calls follow in their order of
+    arrival, and reconciling comes last.
     """
     async with calling(ConcurrencyLimiter(1)) as callers:
         callers.enter(
@@ -202,7 +202,7 @@ async def test_confirmations_go_first_and_reconciling_last() -> None:
         )
         for _ in callers.calls:
             await callers.turns()
-            callers.say(SUCCESS)
+            callers.finish(SUCCESS)
     assert callers.entered == [
         "submit",
         "confirm",
@@ -215,21 +215,23 @@ async def test_confirmations_go_first_and_reconciling_last() -> None:
     ]
 
 
-async def test_a_kind_that_may_not_run_more_holds_up_nobody() -> None:
-    """Submissions that wait for their three quarters leave the rest to those behind them."""
+async def test_a_kind_at_its_limit_does_not_block_the_other_kinds() -> None:
+    """Submissions that wait for their share leave the rest of the places to the calls behind
+    them.
+    """
     async with calling(ConcurrencyLimiter(4)) as callers:
         callers.enter("submit", times=9)
         callers.enter("reconcile", times=2)
         await callers.turns()
         assert [callers.limiter.used(kind) for kind in KINDS] == [0, 3, 0, 1]
         callers.enter("confirm")
-        callers.say(SUCCESS, [9])
+        callers.finish(SUCCESS, [9])
         await callers.turns()
         assert [callers.limiter.used(kind) for kind in KINDS] == [1, 3, 0, 0]
 
 
-async def test_who_finds_no_place_in_time_is_told() -> None:
-    """Nothing was done, and nobody waits on."""
+async def test_a_call_without_a_place_in_time_raises() -> None:
+    """The call was not made, and it does not wait any more."""
     limiter = ConcurrencyLimiter(1)
     async with limiter.slot("submit"):
         with pytest.raises(NoPlace):
@@ -240,8 +242,8 @@ async def test_who_finds_no_place_in_time_is_told() -> None:
         assert limiter.used() == 1
 
 
-async def test_what_fails_in_its_place_gives_the_place_back() -> None:
-    """Whatever the call raises, even a time limit of its own, reaches who made it."""
+async def test_a_call_that_fails_frees_its_place() -> None:
+    """The caller gets the call's exception, even if it is a timeout of its own."""
     limiter = ConcurrencyLimiter(1)
     for _ in range(2):
         with pytest.raises(TimeoutError):
@@ -251,9 +253,9 @@ async def test_what_fails_in_its_place_gives_the_place_back() -> None:
 
 
 @pytest.mark.parametrize("first", ["given", "cancelled"])
-async def test_a_cancellation_that_meets_the_turn_loses_no_place(first: str) -> None:
-    """The place is freed and the waiter cancelled in one turn of the loop, in either order: the
-    next one has it.
+async def test_a_waiting_call_that_is_cancelled_as_it_gets_a_place_frees_it(first: str) -> None:
+    """The place is freed and the waiting call is cancelled in one turn of the event loop, in either
+    order. The next call gets the place.
     """
     async with calling(ConcurrencyLimiter(1)) as callers:
         async with callers.limiter.slot("confirm"):
@@ -267,20 +269,19 @@ async def test_a_cancellation_that_meets_the_turn_loses_no_place(first: str) -> 
         assert (callers.entered, callers.limiter.used()) == (["submit"], 1)
 
 
-# --- how fast
-# --------------------------------------------------------------------------------------------------
+# --- limits after 429s
 
 
-async def test_429s_of_calls_that_ran_together_halve_once() -> None:
-    """Sixteen at once say the same thing once: half as many run then, and a quarter after the next
-    429; one always may.
+async def test_429s_of_calls_that_ran_together_halve_the_limit_once() -> None:
+    """Sixteen calls at once halve it once. The next 429 halves it again, and one call may always
+    run.
     """
     async with calling(ConcurrencyLimiter(16)) as callers:
         rounds = [await callers.round("confirm", TOO_MANY) for _ in range(7)]
     assert rounds == [16, 8, 4, 2, 1, 1, 1]
 
 
-async def test_a_429_halves_its_own_kind_alone() -> None:
+async def test_a_429_halves_only_the_limit_of_its_own_kind() -> None:
     """Queries may be too many when submissions are not."""
     limiter = ConcurrencyLimiter(16)
     async with calling(limiter) as callers:
@@ -288,8 +289,8 @@ async def test_a_429_halves_its_own_kind_alone() -> None:
     assert [limiter.limit(kind) for kind in KINDS] == [16, 12, 4, 7]
 
 
-async def test_successes_restore_what_a_429_took_step_by_step() -> None:
-    """As many successes as may run at once add one more, back to all and not beyond."""
+async def test_successes_restore_the_limit_step_by_step() -> None:
+    """As many successes as may run at once add one place, up to the full limit."""
     limiter = ConcurrencyLimiter(8)
     async with calling(limiter) as callers:
         for _ in range(3):
@@ -298,50 +299,50 @@ async def test_successes_restore_what_a_429_took_step_by_step() -> None:
     assert rounds == [1, 2, 3, 4, 5, 6, 7, 8, 8]
 
 
-async def test_calls_from_before_a_429_say_nothing_of_the_time_after_it() -> None:
-    """Neither their successes restore nor their 429s halve."""
+async def test_calls_that_started_before_a_429_do_not_change_the_limit_after_it() -> None:
+    """Their successes do not restore it, and their 429s do not halve it."""
     limiter = ConcurrencyLimiter(8)
     async with calling(limiter) as callers:
         callers.enter("confirm", times=8)
         await callers.turns()
-        callers.say(TOO_MANY, [0])
+        callers.finish(TOO_MANY, [0])
         for answer, number in zip([SUCCESS] * 6 + [TOO_MANY], range(1, 8), strict=True):
-            callers.say(answer, [number])
+            callers.finish(answer, [number])
         assert limiter.limit("confirm") == 4
 
 
-async def test_who_runs_when_a_limit_falls_goes_on() -> None:
-    """And nobody follows until fewer run than may."""
+async def test_running_calls_go_on_when_the_limit_falls() -> None:
+    """No new call starts until fewer calls run than the limit allows."""
     async with calling(ConcurrencyLimiter(8)) as callers:
         callers.enter("confirm", times=12)
         await callers.turns()
         for number, running in [(0, 7), (1, 6), (2, 5), (3, 4), (4, 4)]:
-            callers.say(TOO_MANY, [number])
+            callers.finish(TOO_MANY, [number])
             await callers.turns()
             assert callers.limiter.used() == running
 
 
-async def test_a_limit_that_rises_lets_in_who_waits() -> None:
-    """Two follow the one whose success made room for one more."""
+async def test_a_rising_limit_lets_waiting_calls_in() -> None:
+    """The success frees one place and adds one, so two calls follow it."""
     async with calling(ConcurrencyLimiter(2)) as callers:
         await callers.round("confirm", TOO_MANY)
         callers.enter("confirm", times=3)
         await callers.turns()
         assert callers.limiter.used() == 1
-        callers.say(SUCCESS)
+        callers.finish(SUCCESS)
         await callers.turns()
         assert callers.limiter.used() == 2
 
 
-async def test_limits_are_told() -> None:
-    """At the start and whenever one changes, for a gauge."""
-    told: list[tuple[Kind, int]] = []
-    limiter = ConcurrencyLimiter(4, lambda kind, limit: told.append((kind, limit)))
-    assert told == [("confirm", 4), ("submit", 3), ("passthrough", 1), ("reconcile", 4)]
+async def test_limits_are_reported() -> None:
+    """A gauge gets them at the start and at each change."""
+    reported: list[tuple[Kind, int]] = []
+    limiter = ConcurrencyLimiter(4, lambda kind, limit: reported.append((kind, limit)))
+    assert reported == [("confirm", 4), ("submit", 3), ("passthrough", 1), ("reconcile", 4)]
     for answer in (SUCCESS, TOO_MANY, SUCCESS, SUCCESS, Uncertain("x"), SUCCESS):
         async with limiter.slot("submit") as record:
             record(throttled(answer))
-    assert told[4:] == [("submit", 1), ("submit", 2), ("submit", 3)]
+    assert reported[4:] == [("submit", 1), ("submit", 2), ("submit", 3)]
 
 
 def answered(status: int) -> Response:
@@ -377,8 +378,8 @@ def answered(status: int) -> Response:
         ),
     ],
 )
-def test_what_an_answer_says_of_the_pace(answer: Any, verdict: bool | None) -> None:
-    """429 is too much; what was understood and answered is not; silence and an upstream's own
-    trouble say nothing of it.
+def test_only_429_counts_as_too_many_calls(answer: Any, verdict: bool | None) -> None:
+    """Any other real answer is a success. A missing answer and the upstream's own failure do not
+    count.
     """
     assert throttled(answer) is verdict

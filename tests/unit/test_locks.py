@@ -1,4 +1,4 @@
-"""The lock files name all packages with all extras, and no index."""
+"""The lock files pin all packages with all extras, and name no index."""
 
 import re
 import tomllib
@@ -26,14 +26,15 @@ WANTED = {
     "requirements-build.lock": GROUPS["build"],
 }
 
-told = cache(requires)
+requirements_of = cache(requires)
 
 
 def problems(lock: str, wanted: Sequence[str], python: str | None = None) -> Iterator[str]:
-    """What a lock lacks on a Python, on this one by default: a sentence for each requirement.
+    """The requirements that a lock does not satisfy on a Python, by default on this one. Each is a
+    sentence.
 
-    The installed packages tell their requirements. For another Python the lock may pin another
-    version of a package. It is not installed here, so its requirements are unknown.
+    The installed packages list their requirements. For another Python, the lock may pin another
+    version of a package. That version is not installed here, so its requirements are unknown.
     """
     environment = {"python_version": python, "python_full_version": f"{python}.0"} if python else {}
     pins = {pin.name: pin for pin in locked(lock) if applies(pin, (), environment)}
@@ -42,7 +43,7 @@ def problems(lock: str, wanted: Sequence[str], python: str | None = None) -> Ite
         if installed(pin):
             required += [
                 (name, requirement)
-                for requirement in map(Requirement, told(name) or ())
+                for requirement in map(Requirement, requirements_of(name) or ())
                 if applies(requirement, pin.extras, environment)
             ]
         elif not python:
@@ -60,8 +61,8 @@ def problems(lock: str, wanted: Sequence[str], python: str | None = None) -> Ite
 @pytest.mark.parametrize("python", [None, "3.11", "3.12", "3.13"])
 @pytest.mark.parametrize("name", WANTED)
 def test_a_lock_satisfies_every_requirement(name: str, python: str | None) -> None:
-    """pip does not resolve a lock: it has to hold what the project, its packages and their extras
-    require.
+    """pip does not resolve a lock. The lock must contain everything that the project, its packages
+    and their extras require.
     """
     assert list(problems((ROOT / name).read_text(), WANTED[name], python)) == []
 
@@ -76,8 +77,10 @@ def test_a_lock_satisfies_every_requirement(name: str, python: str | None) -> No
     ],
     ids=["version", "extra of a package", "extra of the project", "package that an extra requires"],
 )
-def test_what_a_lock_lacks_is_found(pattern: str, replacement: str, problem: str) -> None:
-    """A version that is too low, a lost extra, and a package that only an extra requires."""
+def test_a_gap_in_a_lock_is_found(pattern: str, replacement: str, problem: str) -> None:
+    """The gap is a version that is too low, a lost extra, or a package that only an extra
+    requires.
+    """
     name = "requirements-dev.lock"
     broken, count = re.subn(pattern, replacement, (ROOT / name).read_text(), flags=re.MULTILINE)
     assert count == 1
@@ -86,8 +89,8 @@ def test_what_a_lock_lacks_is_found(pattern: str, replacement: str, problem: str
 
 @pytest.mark.parametrize("name", WANTED)
 def test_a_lock_names_no_index(name: str) -> None:
-    """A machine takes the packages from the index that it is set up for. The hashes tell that they
-    are the same.
+    """A machine installs the packages from its own index. The hashes prove that they are the
+    same.
     """
     text = (ROOT / name).read_text()
     assert "://" not in text

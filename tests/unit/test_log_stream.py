@@ -1,4 +1,4 @@
-"""The log's stream: what it cannot write must never cost a task."""
+"""The log's stream: a line that cannot be written must never cost a task."""
 
 import io
 
@@ -8,7 +8,7 @@ from service.ops.logging import Unbreakable, configure
 
 
 class Full(io.StringIO):
-    """A stream on a full disk, or one whose reader left."""
+    """A stream on a full disk, or with a closed reader."""
 
     def write(self, _: str) -> int:
         raise BrokenPipeError(32, "Broken pipe")
@@ -17,8 +17,8 @@ class Full(io.StringIO):
         raise OSError(28, "No space left on device")
 
 
-def test_a_stream_that_fails_stops_nothing_and_is_counted() -> None:
-    """Each line that is lost counts; the caller goes on."""
+def test_a_stream_that_fails_counts_its_lost_lines() -> None:
+    """The caller goes on."""
     stream = Unbreakable(Full())
     for _ in range(3):
         stream.write("line\n")
@@ -36,8 +36,7 @@ def test_logging_goes_on_over_a_broken_stream() -> None:
         structlog.configure(**before)
 
 
-def test_a_whole_stream_gets_every_line() -> None:
-    """Nothing is lost on a stream that works."""
+def test_a_stream_that_works_gets_every_line() -> None:
     sink = io.StringIO()
     stream = Unbreakable(sink)
     stream.write("one\n")

@@ -1,4 +1,4 @@
-"""What a log line is, whoever wrote it."""
+"""The form of a log line from the service or from a library (docs/observability.md)."""
 
 import io
 import json
@@ -35,12 +35,12 @@ def configured(level: str = "info") -> io.StringIO:
     return stream
 
 
-def broken(said: str) -> None:
-    raise ValueError(said)
+def broken(message: str) -> None:
+    raise ValueError(message)
 
 
-def test_a_line_is_one_json_object_with_what_every_line_has() -> None:
-    """Time, level, name, service and version, and the fields given; nothing is cut."""
+def test_a_line_is_one_json_object_with_the_common_fields() -> None:
+    """They are time, level, name, service and version, beside the given fields. No value is cut."""
     stream = configured()
     structlog.get_logger().info("task.queued", model="m\nn", text="é" * 5000, odd=object)
     (line,) = lines_of(stream)
@@ -55,8 +55,8 @@ def test_a_line_is_one_json_object_with_what_every_line_has() -> None:
     assert "object" in line["odd"]
 
 
-def test_what_is_bound_stands_in_every_line() -> None:
-    """Ids of the request or the job at hand need not be repeated; a line's own value wins."""
+def test_bound_fields_are_in_every_line() -> None:
+    """A request or a job binds its ids once. A line's own value wins."""
     stream = configured()
     with structlog.contextvars.bound_contextvars(request_id="req_1", owner="ann"):
         structlog.get_logger().warning("auth.refused", owner="bob")
@@ -69,8 +69,8 @@ def test_what_is_bound_stands_in_every_line() -> None:
 @pytest.mark.parametrize(
     ("level", "seen"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)]
 )
-def test_a_level_leaves_out_what_is_below_it(level: str, seen: int) -> None:
-    """Four levels, in their order."""
+def test_a_level_leaves_out_the_lower_levels(level: str, seen: int) -> None:
+    """There are four levels."""
     stream = configured(level)
     log = structlog.get_logger()
     for write in (log.debug, log.info, log.warning, log.error):
@@ -81,8 +81,8 @@ def test_a_level_leaves_out_what_is_below_it(level: str, seen: int) -> None:
 
 
 def test_a_librarys_warning_is_a_line_like_any_other() -> None:
-    """Its sentence is a field, its event a name of ours; what it says below a warning is left out,
-    at debug too.
+    """Its text is a field, and its event is a name of ours. A library's lines below a warning are
+    left out, also at the debug level.
     """
     stream = configured("debug")
     library = logging.getLogger("some.library")
@@ -100,7 +100,7 @@ def test_a_librarys_warning_is_a_line_like_any_other() -> None:
 
 
 def test_libraries_whose_lines_hold_addresses_are_quiet() -> None:
-    """Their warnings are left out, their errors are not."""
+    """Their warnings are left out. Their errors are not."""
     stream = configured("debug")
     for name in QUIET:
         logging.getLogger(name).warning("GET https://x.test/?Signature=s")
@@ -109,7 +109,7 @@ def test_libraries_whose_lines_hold_addresses_are_quiet() -> None:
 
 
 def test_an_exception_is_in_its_line() -> None:
-    """A traceback is a field: one line, ours or a library's."""
+    """A traceback is a field of one line, from the service or from a library."""
     stream = configured()
     for log in (structlog.get_logger(), logging.getLogger("some.library")):
         try:
@@ -123,7 +123,7 @@ def test_an_exception_is_in_its_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("message", "logged"),
     [
         (
             "POST /callbacks/evolink/task_a/abcdefgh234567 HTTP/1.1",
@@ -139,21 +139,23 @@ def test_an_exception_is_in_its_line() -> None:
         ("https://f.test/a.png is fine", "https://f.test/a.png is fine"),
     ],
 )
-def test_what_others_say_is_told_without_secrets(said: str, told: str) -> None:
-    """Tokens, signed queries and keys are taken out of a library's sentence and of a traceback."""
+def test_secrets_are_removed_from_library_messages_and_tracebacks(
+    message: str, logged: str
+) -> None:
+    """They are tokens, signed queries and keys."""
     stream = configured()
-    logging.getLogger("some.library").warning(said)
+    logging.getLogger("some.library").warning(message)
     try:
-        broken(said)
+        broken(message)
     except ValueError:
         structlog.get_logger().exception("http.failed")
     library, failed = lines_of(stream)
-    assert library["message"] == told
-    assert failed["exception"].endswith(f"ValueError: {told}")
+    assert library["message"] == logged
+    assert failed["exception"].endswith(f"ValueError: {logged}")
 
 
-def test_the_console_has_the_same_for_people() -> None:
-    """One line for each thing too, and no colours where there is no terminal."""
+def test_the_console_format_has_the_same_lines_for_people() -> None:
+    """It has no colours where there is no terminal."""
     stream = io.StringIO()
     configure("console", "info", stream)
     structlog.get_logger().info("task.queued", task_id="task_a")
@@ -166,15 +168,15 @@ def test_the_console_has_the_same_for_people() -> None:
     assert "\x1b" not in stream.getvalue()
 
 
-def test_configuring_again_replaces_what_was() -> None:
-    """One line is written once, to the latest stream."""
+def test_a_second_configuration_replaces_the_first() -> None:
+    """Each line is written once, to the latest stream."""
     first, second = configured(), configured()
     logging.getLogger("some.library").warning("careful")
     assert (len(lines_of(first)), len(lines_of(second))) == (0, 1)
 
 
-def test_a_log_that_cannot_be_written_stops_nothing() -> None:
-    """A full disk, or a reader that left, costs lines and no task."""
+def test_a_log_that_cannot_be_written_raises_nothing() -> None:
+    """A full disk or a closed reader costs lines and no task."""
     stream = configured()
     stream.close()
     structlog.get_logger().error("task.parked")

@@ -1,4 +1,6 @@
-"""The words of the product: states and their moves, ids, times, credits, documents, patterns."""
+"""The model of the product: states and their moves, ids, times, credits, documents and type
+patterns.
+"""
 
 from decimal import Decimal
 
@@ -58,26 +60,26 @@ def task(state: State = State.SUBMITTED, **different: object) -> TaskRow:
         "created_at": 1757165031999,
         "model": "wan2.5-text-to-image",
     }
-    # each test names a few
+    # each test sets a few fields
     return TaskRow(state=state, upstream="evolink", **(usual | different))  # type: ignore[arg-type]
 
 
 def test_the_rows_have_an_attribute_for_every_column() -> None:
-    """A column that a migration adds is in the record too."""
+    """A column that a migration adds must be in the record too."""
     assert {column.name for column in TASK_COLUMNS} == set(tasks.c.keys())
     assert {column.name for column in IMAGE_COLUMNS} == set(images.c.keys())
 
 
-def test_every_move_is_the_contracts() -> None:
-    """The table of states in the contract, all 81 pairs of it."""
+def test_every_move_is_in_the_table_of_states() -> None:
+    """The table of docs/concepts.md decides all 81 pairs of states."""
     assert {
         before.value: {after.value for after in State if may_become(before, after)}
         for before in State
     } == {before: set(after.split()) for before, after in TABLE.items()}
 
 
-def test_a_terminal_state_becomes_nothing() -> None:
-    """Exactly those without a move are terminal, and a task says so of itself."""
+def test_a_terminal_state_has_no_moves() -> None:
+    """Every other state has one, and a task knows whether it is terminal."""
     assert {
         state for state in State if not any(may_become(state, after) for after in State)
     } == TERMINAL
@@ -86,10 +88,10 @@ def test_a_terminal_state_becomes_nothing() -> None:
 
 @pytest.mark.parametrize("state", State)
 def test_the_upstreams_clients_see_its_own_statuses(state: State) -> None:
-    """The right column of the contract's table; only `submitted` shows what the upstream said
-    last.
+    """Each state maps to a status of the upstream. Only `submitted` shows the upstream's last
+    status.
     """
-    shown = {status_of(state, told) for told in (None, *Status)}
+    shown = {status_of(state, status) for status in (None, *Status)}
     assert (
         shown
         == {
@@ -108,7 +110,7 @@ def test_the_upstreams_clients_see_its_own_statuses(state: State) -> None:
 
 
 def test_an_id_is_a_prefix_and_26_characters() -> None:
-    """Lower-case base32: 48 bits of time, so that ids sort by it, and 80 random ones."""
+    """They are lower-case base32: 48 bits of time, so that ids sort by it, and 80 random bits."""
     ids = [make_id("task", now, b"\x00" * 10) for now in (0, 1, 2**20, 2**47)]
     assert ids[0] == "task_" + "a" * 26
     assert make_id("image", 2**48 - 1, b"\xff" * 10) == "img_" + "7" * 25 + "4"
@@ -117,14 +119,13 @@ def test_an_id_is_a_prefix_and_26_characters() -> None:
 
 
 @pytest.mark.parametrize("random", [b"", bytes(9), bytes(11)])
-def test_an_id_wants_80_random_bits(random: bytes) -> None:
-    """Fewer would be guessable."""
+def test_an_id_needs_80_random_bits(random: bytes) -> None:
+    """An id with fewer bits could be guessed."""
     with pytest.raises(ValueError, match="10 random bytes"):
         make_id("task", 0, random)
 
 
 def test_every_kind_of_id_has_a_prefix_of_its_own() -> None:
-    """So that an id says what it is of."""
     assert len(set(PREFIXES.values())) == len(PREFIXES)
     assert all(prefix.endswith("_") for prefix in PREFIXES.values())
 
@@ -139,12 +140,12 @@ def test_every_kind_of_id_has_a_prefix_of_its_own() -> None:
     ],
 )
 def test_times_are_rfc_3339_with_milliseconds(ms: int, text: str) -> None:
-    """UTC, always three digits of a second."""
+    """They are in UTC, always with three decimals of a second."""
     assert rfc3339(ms) == text
 
 
 def test_a_sequence_is_twenty_digits() -> None:
-    """Text order is number order, up to the largest that a store can hold."""
+    """Text order is number order, up to the largest number that a store can hold."""
     assert sequence_text(42) == "00000000000000000042"
     assert sequence_text(2**63 - 1) == "09223372036854775807"
 
@@ -173,9 +174,7 @@ def test_a_sequence_is_twenty_digits() -> None:
     ],
 )
 def test_credits_are_millionths(value: object, expected: int | None) -> None:
-    """Decimal, in every form the upstream writes; what is no sensible number is unknown, never an
-    error.
-    """
+    """Every form that the upstream uses is read. A malformed number is unknown, never an error."""
     assert millionths(value) == expected
 
 
@@ -186,18 +185,18 @@ def test_credits_are_millionths(value: object, expected: int | None) -> None:
 def test_credits_are_shown_as_the_upstream_writes_them(
     value: int | None, shown: float | None
 ) -> None:
-    """Whole ones as integers, others as decimals."""
+    """Whole numbers are integers, and other numbers are decimals."""
     assert credits_number(value) == shown
     assert type(credits_number(value)) is type(shown)
 
 
 def test_a_report_is_final_by_its_status() -> None:
-    """An undocumented status is not."""
+    """An undocumented status is not final."""
     assert {status for status in (None, *Status) if Report(status=status).final} == FINAL
 
 
-def test_outcomes_are_the_same_by_status_and_results() -> None:
-    """In their order; a foreign id makes another outcome."""
+def test_outcomes_are_equal_by_status_and_ordered_results() -> None:
+    """A foreign id makes another outcome."""
     same = outcome_digest(Status.COMPLETED, ["a", "b"])
     assert same == outcome_digest(Status.COMPLETED, ("a", "b"))
     others = [
@@ -211,7 +210,7 @@ def test_outcomes_are_the_same_by_status_and_results() -> None:
 
 
 def test_a_new_tasks_document_has_every_key() -> None:
-    """All keys always present, unknown is null; `created` in Unix seconds, as upstream."""
+    """Unknown values are null. `created` is in Unix seconds, as at the upstream."""
     assert task_document(task(State.QUEUED)) == {
         "id": "task_1",
         "object": "image.generation.task",
@@ -239,7 +238,9 @@ def test_a_new_tasks_document_has_every_key() -> None:
 
 
 def test_a_completed_tasks_document_has_its_images_and_no_prompt() -> None:
-    """Progress is 100, nothing is left to cancel; no links, which follow the service's address."""
+    """Progress is 100, and the task cannot be cancelled. The document has no links, because they
+    follow the service's address.
+    """
     document = task_document(
         task(
             State.COMPLETED,
@@ -281,8 +282,8 @@ def test_a_completed_tasks_document_has_its_images_and_no_prompt() -> None:
 
 
 def test_links_are_added_for_a_reader() -> None:
-    """Every image gets one; `results` are those links, in order, of a completed task alone; the
-    kept document stays as it is.
+    """Every image gets a link. `results` are the links of a completed task, in order. The stored
+    document stays as it is.
     """
     second = image("img_2", 1, "task_1/1-cd.png", "image/png", 1, 1, 1, sha256="cd")
     for state, results in [
@@ -300,10 +301,8 @@ def test_links_are_added_for_a_reader() -> None:
         assert {**shown, "results": [], "images": []} == {**kept, "images": []}
 
 
-def test_links_to_images_may_lead_elsewhere() -> None:
-    """To what serves the blobs under their names, which a kept document tells; whatever else there
-    is stays the service's.
-    """
+def test_links_to_images_may_lead_to_another_server() -> None:
+    """That server has the blobs under their names, which the stored document contains."""
     links = Links(BASE, "https://cdn.test/i")
     for number, (media_type, extension) in enumerate(EXTENSIONS.items()):
         blob = blob_name("task_1", number, "ab", media_type)
@@ -318,7 +317,7 @@ def test_links_to_images_may_lead_elsewhere() -> None:
 
 
 def test_a_tasks_event_is_a_structured_cloudevent() -> None:
-    """With the task and its links as data."""
+    """Its data is the task with links."""
     kept = task_document(task(State.COMPLETED), [IMAGE])
     row = {
         "id": "evt_1",
@@ -343,8 +342,8 @@ def test_a_tasks_event_is_a_structured_cloudevent() -> None:
 
 
 def test_an_operators_event_keeps_its_data() -> None:
-    """It is no task: nothing is added to it, and without one its subject is what it names: the
-    libraries refuse null.
+    """Nothing is added to it. Without a task, its subject is the id in its data, because the
+    CloudEvents libraries refuse null.
     """
     data = {"endpoint_id": "ep_1"}
     row = {
@@ -374,6 +373,6 @@ def test_an_operators_event_keeps_its_data() -> None:
         ("", "image.task.completed", False),
     ],
 )
-def test_a_pattern_takes_whole_words(pattern: str, type: str, taken: bool) -> None:
-    """Everything, one type, or all below a name."""
+def test_a_pattern_matches_whole_words(pattern: str, type: str, taken: bool) -> None:
+    """A pattern matches every type, one type, or all types below a name."""
     assert type_matches(pattern, type) is taken

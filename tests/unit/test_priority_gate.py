@@ -1,4 +1,4 @@
-"""Callbacks before work: the upstream gives up after half a minute, work does not."""
+"""Callbacks go before work, because the upstream gives up after half a minute."""
 
 import asyncio
 import time
@@ -10,8 +10,8 @@ from service.web.overload import PriorityGate
 from tests.waiting import wait_until
 
 
-async def test_work_starts_at_once_when_no_callback_is_in_hand() -> None:
-    """Nobody waits for what is over, nor for what failed."""
+async def test_work_starts_at_once_without_a_callback_in_progress() -> None:
+    """A callback that ended or failed does not count."""
     gate = PriorityGate()
     await gate.wait()
     with pytest.raises(KeyError), gate.callback():
@@ -19,8 +19,8 @@ async def test_work_starts_at_once_when_no_callback_is_in_hand() -> None:
     await gate.wait()
 
 
-async def test_work_waits_for_every_callback_in_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last one to be answered lets it go on."""
+async def test_work_waits_for_every_callback_in_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work goes on after the last one is answered."""
     monkeypatch.setattr(overload, "WORKER_WAIT_S", 60)
     gate = PriorityGate()
     with gate.callback():
@@ -33,7 +33,7 @@ async def test_work_waits_for_every_callback_in_hand(monkeypatch: pytest.MonkeyP
 
 
 async def test_a_flood_of_callbacks_does_not_stop_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After its patience work begins all the same."""
+    """After its longest wait, work starts all the same."""
     monkeypatch.setattr(overload, "WORKER_WAIT_S", 0.05)
     gate, started = PriorityGate(), time.monotonic()
     with gate.callback():
@@ -42,7 +42,7 @@ async def test_a_flood_of_callbacks_does_not_stop_the_work(monkeypatch: pytest.M
 
 
 async def test_waiting_work_can_be_cancelled() -> None:
-    """A stop meets work that waits, at whatever moment."""
+    """A stop may cancel work that waits at the gate."""
     gate = PriorityGate()
     with gate.callback():
         work = asyncio.create_task(gate.wait())

@@ -1,4 +1,4 @@
-"""The waits of contract section 2, one by one."""
+"""The waits between attempts and queries (docs/settings.md)."""
 
 from email.utils import formatdate
 
@@ -17,7 +17,9 @@ NOW = 784_111_777.0  # Sun, 06 Nov 1994 08:49:37 GMT
 
 
 def test_each_attempt_has_its_wait_of_the_schedule() -> None:
-    """The first retry waits the first entry; after the last one the schedule is exhausted."""
+    """The first retry waits for the first entry. After the last entry, the schedule is
+    exhausted.
+    """
     waits = [
         wait_before([5, 300, 1800], attempt, repeat_last=False, random=0.0, spread=0.2)
         for attempt in range(1, 6)
@@ -25,8 +27,8 @@ def test_each_attempt_has_its_wait_of_the_schedule() -> None:
     assert waits == [5, 300, 1800, None, None]
 
 
-def test_the_last_wait_repeats_if_asked() -> None:
-    """Submissions are tried by the last wait until they are given up."""
+def test_the_last_wait_repeats_if_requested() -> None:
+    """Submissions repeat the last wait until they are given up."""
     assert [
         wait_before([1, 2], attempt, repeat_last=True, random=0.0, spread=0.0)
         for attempt in (2, 3, 1000)
@@ -35,18 +37,17 @@ def test_the_last_wait_repeats_if_asked() -> None:
 
 @pytest.mark.parametrize("repeat_last", [True, False])
 def test_an_empty_schedule_never_retries(repeat_last: bool) -> None:
-    """There is nothing to repeat."""
     assert wait_before([], 1, repeat_last=repeat_last, random=0.5, spread=0.2) is None
 
 
-def test_the_spread_only_lengthens() -> None:
-    """Deliveries wait 0 to 20 % longer than the schedule says."""
+def test_the_spread_only_lengthens_a_wait() -> None:
+    """Deliveries wait 0 to 20 % longer than the schedule."""
     assert wait_before([100], 1, repeat_last=False, random=0.5, spread=0.2) == pytest.approx(110)
 
 
 @pytest.mark.parametrize("attempt", [0, -1])
 def test_retries_count_from_one(attempt: int) -> None:
-    """A zero would silently take the last wait."""
+    """Attempt 0 would select the last wait without an error."""
     with pytest.raises(ValueError, match="from 1"):
         wait_before([1, 2], attempt, repeat_last=True, random=0.0, spread=0.0)
 
@@ -67,8 +68,8 @@ def test_retries_count_from_one(attempt: int) -> None:
     ],
 )
 def test_retry_after_is_seconds_or_a_date(value: str, wait: float) -> None:
-    """RFC 9110: digits, or a date in any of the three forms; the past is now, and an hour is the
-    most.
+    """RFC 9110 allows digits, or a date in three forms. A past date means now, and an hour is the
+    maximum.
     """
     assert retry_after(value, NOW) == wait
 
@@ -84,12 +85,12 @@ def test_retry_after_is_seconds_or_a_date(value: str, wait: float) -> None:
         ),
     ],
 )
-def test_junk_asks_for_nothing(value: str | None) -> None:
-    """A header that is neither leaves the schedule as it is."""
+def test_a_malformed_retry_after_is_ignored(value: str | None) -> None:
+    """The schedule stays as it is."""
     assert retry_after(value, NOW) is None
 
 
-def test_the_limit_is_the_callers() -> None:
+def test_the_caller_sets_the_limit_of_retry_after() -> None:
     """It holds for both forms."""
     assert retry_after("100", NOW, limit=10) == 10
     assert retry_after(formatdate(NOW + 100, usegmt=True), NOW, limit=10) == 10
@@ -113,12 +114,16 @@ def test_the_limit_is_the_callers() -> None:
 def test_the_first_query_waits_for_the_callback_or_comes_at_half_time(
     estimated: int | None, with_callback: bool, override: float | None, wait: float
 ) -> None:
-    """max(60, 2 × estimated) or the setting with a callback; max(3, estimated / 2) without one."""
+    """With a callback, it waits for max(60, 2 × estimated) or the setting. Without one, it waits
+    for max(3, estimated / 2).
+    """
     assert first_query_wait(estimated, with_callback, override) == wait
 
 
 def test_queries_become_rare() -> None:
-    """60 s doubling towards 15 min with callbacks, 5 s growing towards 60 s without."""
+    """With callbacks, the waits double from 60 s to 15 min. Without them, they grow from 5 s to 60
+    s.
+    """
     assert [next_query_wait(queries, True, 0.0) for queries in (1, 2, 3, 4, 5, 99)] == [
         60,
         120,
@@ -137,8 +142,8 @@ def test_queries_become_rare() -> None:
     assert next_query_wait(99, False, 1.0) == pytest.approx(60)
 
 
-def test_a_confirmation_is_asked_for_soon() -> None:
-    """2, 4, 8 … capped at 60 s."""
+def test_a_query_that_confirms_is_retried_soon() -> None:
+    """The waits are 2, 4, 8 … and at most 60 s."""
     assert [confirm_wait(queries) for queries in (0, 1, 2, 3, 5, 6, 10_000)] == [
         2,
         2,
@@ -151,7 +156,7 @@ def test_a_confirmation_is_asked_for_soon() -> None:
 
 
 def test_faults_back_off_to_five_minutes() -> None:
-    """1, 2, 4 … capped at 300 s."""
+    """The waits are 1, 2, 4 … and at most 300 s."""
     assert [fault_wait(faults) for faults in (0, 1, 2, 3, 9, 10, 10_000)] == [
         1,
         1,

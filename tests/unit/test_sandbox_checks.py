@@ -1,4 +1,4 @@
-"""What the sandbox upstream refuses, and which faults it takes."""
+"""The requests that the sandbox upstream refuses, and the faults that it accepts."""
 
 from typing import Any
 
@@ -32,8 +32,10 @@ def test_a_bare_order_gets_the_documented_defaults() -> None:
         EDIT | {"size": "1280x1280", "image_urls": ["https://files.example.com/a.png"] * 5},
     ],
 )
-def test_what_lies_on_the_limits_is_taken(body: dict[str, Any]) -> None:
-    """Limits are inclusive, characters are counted, not bytes, and unknown fields are ignored."""
+def test_a_request_on_the_limits_is_accepted(body: dict[str, Any]) -> None:
+    """Limits are inclusive, lengths are in characters and not in bytes, and unknown fields are
+    ignored.
+    """
     assert read_order(body).model == body["model"]
 
 
@@ -68,10 +70,10 @@ def test_what_lies_on_the_limits_is_taken(body: dict[str, Any]) -> None:
         (EDIT | {"image_urls": [7]}, 400, "image_urls"),
     ],
 )
-def test_what_the_upstream_would_refuse_is_refused(
+def test_a_request_that_the_upstream_would_refuse_is_refused(
     body: dict[str, Any], status: int, param: str
 ) -> None:
-    """Every refusal carries its documented status and names the field."""
+    """Each refusal has its documented status and names the field."""
     with pytest.raises(ApiError) as refusal:
         read_order(body)
     assert (refusal.value.status, refusal.value.param) == (status, param)
@@ -80,14 +82,14 @@ def test_what_the_upstream_would_refuse_is_refused(
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b'"text"', b"\xff{}", b"[" * 100_000])
 def test_a_body_that_is_no_object_is_refused(raw: bytes) -> None:
-    """Whatever the bytes are, the answer is 400."""
+    """The status is 400 for any bytes."""
     with pytest.raises(ApiError) as refusal:
         read_body(raw)
     assert refusal.value.status == 400
 
 
 def test_an_idempotency_key_has_16_to_96_safe_characters() -> None:
-    """No key is fine, a malformed one is not."""
+    """The key may be missing. A malformed one is refused."""
     assert read_key(None) is None
     assert read_key("task_" + "a" * 26) == "task_" + "a" * 26
     assert not KEY.fullmatch("a" * 97)
@@ -129,14 +131,14 @@ def test_an_idempotency_key_has_16_to_96_safe_characters() -> None:
         ({"query_status": {"status": 500, "colour": "red"}}, "sandbox.query_status"),
     ],
 )
-def test_a_fault_that_does_not_exist_is_named(asked: object, named: str) -> None:
-    """A typing error in a fault must not pass as a fault that did not happen."""
+def test_an_unknown_fault_is_refused_by_name(asked: object, named: str) -> None:
+    """A typing error must not look like a fault that did not happen."""
     with pytest.raises(ValueError, match=named):
         read_faults(asked, {})
 
 
 def test_a_request_overrides_the_default_faults() -> None:
-    """Its values win, null takes a default away, and the table's order holds."""
+    """Its values win, null removes a default, and the order of the table holds."""
     faults = read_faults(
         {"fail": None, "delay": 2}, {"repeat_callback": 3, "fail": "service_error", "delay": 1}
     )
@@ -144,7 +146,7 @@ def test_a_request_overrides_the_default_faults() -> None:
 
 
 def test_a_contradiction_is_terminal_and_of_the_other_kind() -> None:
-    """Completed becomes failed, anything else completed; the id stays."""
+    """A completed task becomes failed, and any other task completed. The id stays."""
     assert contradicting({"id": "t", "status": "completed", "results": ["x"]})["status"] == "failed"
     completed = contradicting({"id": "t", "status": "failed", "error": {}})
     assert (completed["id"], completed["status"], "error" in completed) == ("t", "completed", False)
@@ -153,8 +155,10 @@ def test_a_contradiction_is_terminal_and_of_the_other_kind() -> None:
     )
 
 
-def test_a_page_is_shown_only_so_many_times() -> None:
-    """`times` lets a second try succeed; html is a page of several kilobytes, 524 included."""
+def test_an_error_page_is_shown_at_most_times_times() -> None:
+    """`times` lets a later attempt succeed. An HTML page has several kilobytes, also with status
+    524.
+    """
     page = read_faults(
         {"submit_status": {"status": 524, "html": True, "times": 1, "retry_after": 3}}, {}
     )["submit_status"]

@@ -15,14 +15,14 @@ def opened(data: bytes) -> Image.Image:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_picture_is_a_whole_image_of_the_asked_size(format: str) -> None:
-    """The file decodes, and its format and pixels are those asked for."""
+def test_an_image_has_the_requested_format_and_size(format: str) -> None:
+    """The file decodes."""
     picture = opened(draw("task/0", "a cat", 384, 1536, format))
     assert (picture.format, picture.size) == (format.upper(), (384, 1536))
 
 
-def test_a_picture_depends_on_its_name_alone_and_the_prompt() -> None:
-    """Fetched twice it is the same bytes; another index of the same task is another picture."""
+def test_an_image_depends_only_on_its_name_and_the_prompt() -> None:
+    """The same name gives the same bytes. Another index of the task gives another image."""
     first = draw("task/0", "a cat", 768, 768, "png")
     assert draw("task/0", "a cat", 768, 768, "png") == first
     assert draw("task/1", "a cat", 768, 768, "png") != first
@@ -31,7 +31,7 @@ def test_a_picture_depends_on_its_name_alone_and_the_prompt() -> None:
 
 @pytest.mark.parametrize("prompt", ["a cat", "一只戴着红围巾的橘猫，麒麟与鹦鹉。"])
 def test_the_prompt_is_visible(prompt: str) -> None:
-    """There is dark ink on the light panel, Latin or Chinese."""
+    """The light panel has dark pixels, for Latin and Chinese text."""
     dark = (
         opened(draw("task/0", prompt, 768, 768, "png"))
         .convert("L")
@@ -41,7 +41,7 @@ def test_the_prompt_is_visible(prompt: str) -> None:
     assert sum(dark[:40]) > 500
 
 
-def test_every_character_of_gb_2312_and_ascii_has_a_shape_of_its_own() -> None:
+def test_every_character_of_gb_2312_and_ascii_has_a_glyph() -> None:
     """Chinese prompts are not rows of empty boxes."""
     face = font(24)
     missing = bytes(face.getmask("\U0010ffff"))
@@ -58,22 +58,22 @@ def test_every_character_of_gb_2312_and_ascii_has_a_shape_of_its_own() -> None:
 @pytest.mark.parametrize(
     "prompt", ["字" * 2000, "word " * 400, "x" * 2000, "😀\x00\ud800\t\n\n end", " "]
 )
-def test_any_prompt_fits_into_the_picture(prompt: str) -> None:
-    """Lines stay inside the width and the height, however long the text is."""
+def test_any_prompt_fits_into_the_image(prompt: str) -> None:
+    """The lines stay inside the width and the height for a text of any length."""
     size, lines = fitted(prompt, 600, 600)
     face = font(size)
     assert all(face.getlength(line) <= 601 for line in lines)
     assert len(lines) * size * 4 // 3 <= 600 or lines == [""]
 
 
-def test_text_that_cannot_fit_is_cut_off_with_a_sign() -> None:
-    """At the smallest size the last line ends with an ellipsis."""
+def test_text_that_cannot_fit_is_cut_with_an_ellipsis() -> None:
+    """This happens at the smallest font size."""
     _, lines = fitted("字" * 2000, 300, 100)
     assert lines[-1].endswith("…")
 
 
 def test_lines_break_at_spaces_and_between_ideographs_but_not_before_a_full_stop() -> None:
-    """Latin words stay whole; Chinese punctuation never starts a line."""
+    """Latin words stay whole, and Chinese punctuation never starts a line."""
     widths = dict.fromkeys("ab 猫狗。", 1.0)
     assert wrapped("ab ab ab", widths, 5) == ["ab ab", "ab"]
     assert wrapped("猫狗猫狗。", widths, 4) == ["猫狗猫", "狗。"]

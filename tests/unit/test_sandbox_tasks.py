@@ -1,4 +1,4 @@
-"""How the sandbox shows and charges a task."""
+"""The documents and the charges of the sandbox's tasks."""
 
 from decimal import Decimal
 
@@ -12,8 +12,8 @@ from service.upstreams.sandbox.options import SandboxOptions
 ORDER = Order("wan2.5-text-to-image", "a cat", 768, 768, 2, None)
 
 
-def test_a_task_at_work_shows_progress_and_nothing_else_yet() -> None:
-    """Pending and processing tasks have no results, no error and no bill."""
+def test_a_task_that_is_not_final_shows_only_progress() -> None:
+    """Pending and processing tasks have no results, no error and no usage."""
     task = Ledger(SandboxOptions(), lambda: 5.5).create(
         ORDER, {}, "http://sandbox", "lot", None, ""
     )
@@ -31,8 +31,8 @@ def test_a_task_at_work_shows_progress_and_nothing_else_yet() -> None:
     }
 
 
-def test_a_completed_task_may_have_fewer_images_than_asked_for() -> None:
-    """It is charged for those made; none at all is a completed task without results."""
+def test_a_completed_task_may_have_fewer_images_than_requested() -> None:
+    """It is charged for the images that were made. A completed task may have none."""
     ledger = Ledger(SandboxOptions(credits=Decimal(10)), lambda: 5.5)
     task = ledger.create(ORDER, {"images": 0}, "http://sandbox", "lot", None, "")
     assert ledger.credits == 7
@@ -75,11 +75,10 @@ def test_a_lot_is_the_submissions_own() -> None:
 
 @pytest.mark.parametrize(("credits", "shown"), [("3", 3), ("3.0", 3), ("8.7", 8.7), ("0.05", 0.05)])
 def test_credits_are_decimal_numbers(credits: str, shown: float) -> None:
-    """Whole ones without a point, as upstream."""
+    """Whole numbers have no point, as at the upstream."""
     assert number(Decimal(credits)) == shown
     assert isinstance(number(Decimal(credits)), type(shown))
 
 
 def test_the_options_do_not_print_the_key() -> None:
-    """A secret is never shown."""
     assert "sk-secret" not in repr(SandboxOptions(api_key="sk-secret"))

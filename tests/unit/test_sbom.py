@@ -28,7 +28,7 @@ def schemas() -> dict[str, JSON]:
 
 
 def test_the_document_is_valid(schemas: dict[str, JSON]) -> None:
-    """It keeps to the schema of CycloneDX 1.6."""
+    """It conforms to the schema of CycloneDX 1.6."""
     resources = {uri: DRAFT7.create_resource(schema) for uri, schema in schemas.items()}
     registry: Registry[Any] = Registry().with_resources(resources.items())
     (schema,) = (schema for uri, schema in schemas.items() if "/bom-" in uri)
@@ -36,7 +36,7 @@ def test_the_document_is_valid(schemas: dict[str, JSON]) -> None:
 
 
 def test_the_document_names_every_locked_package() -> None:
-    """Each with a licence if it is installed. Every dependency is one of them."""
+    """Each installed package has a licence. Every dependency is a listed package."""
     pins = locked(LOCK.read_text())
     made = document(LOCK.read_text())
     assert [part["name"] for part in made["components"]] == [pin.name for pin in pins]

@@ -1,4 +1,4 @@
-"""A server that is not there is never passed over in silence."""
+"""Tests that need a server: a missing server skips a test at a desk and fails it in CI."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from tests.waiting import wait_until
 
 
 def test_a_missing_server_skips_at_a_desk_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skips for want of a server are counted by server, other skips are not."""
+    """The skips are counted per server. Other skips are not counted."""
     monkeypatch.delenv("CI", raising=False)
     with pytest.raises(pytest.skip.Exception) as caught:
         missing("PostgreSQL", "DARKROOM_TEST_POSTGRES_URL")
@@ -20,15 +20,14 @@ def test_a_missing_server_skips_at_a_desk_and_is_counted(monkeypatch: pytest.Mon
     assert missing_counted([*reports, SimpleNamespace(longrepr=None)]) == {"PostgreSQL": 2}
 
 
-def test_a_missing_server_fails_where_it_has_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With CI set nothing that was asked for is left out."""
+def test_a_missing_server_fails_when_ci_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match="no server: PostgreSQL"):
         missing("PostgreSQL", "DARKROOM_TEST_POSTGRES_URL")
 
 
-async def test_waiting_ends_with_the_answer_or_with_a_failure() -> None:
-    """A predicate may be plain or awaited; what never comes fails within its limit."""
+async def test_waiting_ends_with_a_value_or_fails_at_its_limit() -> None:
+    """The predicate may be a plain function or a coroutine function."""
     countdown = iter([0, 0, 7])
     assert await wait_until(lambda: next(countdown)) == 7
 

@@ -1,5 +1,5 @@
-"""What the environment may say, what it becomes, and what is said when it is wrong (contract
-section 2).
+"""Settings: their sources, their typed values, and the message for a wrong one
+(docs/settings.md).
 """
 
 import os
@@ -23,7 +23,7 @@ def settings(**variables: str) -> Settings:
     return load_settings({f"DARKROOM_{name}": value for name, value in variables.items()}, None)
 
 
-def complaint_about(**variables: str) -> str:
+def error_for(**variables: str) -> str:
     with pytest.raises(ConfigurationError) as caught:
         settings(**variables)
     text = str(caught.value)
@@ -35,10 +35,9 @@ def complaint_about(**variables: str) -> str:
 # ----------------------------------------------------------------------------------------------
 
 
-def test_an_empty_environment_gives_the_defaults_of_the_contract(
+def test_an_empty_environment_gives_the_documented_defaults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every default is the one of the contract's table."""
     monkeypatch.chdir(tmp_path)
     got = load_settings({})
     assert (got.host, got.port, got.base_url, got.callback_url) == (
@@ -139,30 +138,29 @@ def test_an_empty_environment_gives_the_defaults_of_the_contract(
     ],
 )
 def test_a_text_becomes_its_typed_value(variable: str, text: str, value: object) -> None:
-    """Lists are comma-separated, words are case-blind, addresses lose their last slash."""
+    """Lists are comma-separated, words may have any case, and URLs lose their last slash."""
     assert getattr(settings(**{variable: text}), variable.lower()) == value
 
 
-def test_an_address_of_version_6_stands_in_brackets_in_the_base_url() -> None:
-    """The base URL follows host and port and is a valid URL for every host."""
+def test_the_base_url_has_an_ipv6_address_in_brackets() -> None:
+    """The base URL follows host and port and is valid for every host."""
     assert settings(HOST="::1", PORT="9000").base_url == "http://[::1]:9000"
 
 
-def test_places_follow_the_data_folder(tmp_path: Path) -> None:
-    """`{data_dir}` in an address stands for the folder, also in an address given by hand."""
+def test_paths_follow_the_data_folder(tmp_path: Path) -> None:
+    """`{data_dir}` in a URL stands for the folder, also in a URL that the operator sets."""
     got = settings(DATA_DIR=str(tmp_path), DATABASE_URL="sqlite:///{data_dir}/other.db")
     assert (got.sqlite_path, got.image_dir) == (tmp_path / "other.db", tmp_path / "images")
 
 
 def test_on_s3_images_pass_through_the_data_folder(tmp_path: Path) -> None:
-    """What is on its way there lies in a folder of its own."""
+    """Images on their way to S3 have their own folder."""
     assert (
         settings(DATA_DIR=str(tmp_path), BLOB_URL="s3://bucket").image_dir == tmp_path / "incoming"
     )
 
 
-def test_postgresql_has_no_file() -> None:
-    """Only the embedded store has a path."""
+def test_postgresql_has_no_database_file() -> None:
     assert settings(DATABASE_URL="postgresql://db/darkroom").sqlite_path is None
 
 
@@ -171,7 +169,7 @@ def test_postgresql_has_no_file() -> None:
 
 
 def test_the_environment_wins_over_the_file_and_overrides_over_both(tmp_path: Path) -> None:
-    """Order: `.env`, environment, overrides."""
+    """Overrides win over the environment, and the environment wins over `.env`."""
     file = tmp_path / ".env"
     file.write_text(
         "# ours\nDARKROOM_PORT=1\nDARKROOM_HOST='0.0.0.0'\nexport"
@@ -193,13 +191,13 @@ def test_the_environment_wins_over_the_file_and_overrides_over_both(tmp_path: Pa
 
 
 def test_without_a_mapping_the_process_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`load_settings()` is what the program calls."""
+    """The program calls `load_settings()` without arguments."""
     monkeypatch.setattr(os, "environ", {"DARKROOM_PORT": "8181"})
     assert load_settings(env_file=None).port == 8181
 
 
-def test_an_empty_variable_is_one_that_is_not_set(tmp_path: Path) -> None:
-    """`X=` in the environment also takes back what `.env` says."""
+def test_an_empty_variable_counts_as_unset(tmp_path: Path) -> None:
+    """`X=` in the environment also cancels the value in `.env`."""
     file = tmp_path / ".env"
     file.write_text("DARKROOM_CALLBACK_URL=https://hooks.example\nDARKROOM_PORT=\n")
     got = load_settings({"DARKROOM_CALLBACK_URL": ""}, file)
@@ -225,11 +223,11 @@ def test_an_empty_variable_is_one_that_is_not_set(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("in_file", [True, False])
-def test_what_a_cluster_or_a_test_run_sets_is_ignored(
+def test_variables_of_a_cluster_or_a_test_run_are_ignored(
     name: str, value: str, in_file: bool, tmp_path: Path
 ) -> None:
-    """Service links and DARKROOM_TEST_ are no settings, neither in the environment nor in
-    `.env`.
+    """Kubernetes service links and DARKROOM_TEST_ are no settings, neither in the environment nor
+    in `.env`.
     """
     file = tmp_path / ".env"
     file.write_text(f"{name}={value}\n" if in_file else "DARKROOM_PORT=9000\n")
@@ -237,8 +235,7 @@ def test_what_a_cluster_or_a_test_run_sets_is_ignored(
     assert (got.port, got.metrics_port) == (8080 if in_file else 9000, None)
 
 
-# --- what is refused
-# -------------------------------------------------------------------------------------------------
+# --- wrong values
 
 
 @pytest.mark.parametrize(
@@ -253,7 +250,7 @@ def test_what_a_cluster_or_a_test_run_sets_is_ignored(
 def test_an_unknown_name_stops_the_start(
     name: str, hint: str, in_file: bool, tmp_path: Path
 ) -> None:
-    """A typing error is named, with the setting that may have been meant."""
+    """The message suggests the setting that may have been meant."""
     file = tmp_path / ".env"
     file.write_text(f"{name}=1\n" if in_file else "")
     with pytest.raises(ConfigurationError) as caught:
@@ -271,7 +268,7 @@ def test_a_name_without_a_value_in_the_file_stops_the_start(tmp_path: Path) -> N
 
 
 def test_an_unreadable_file_stops_the_start(tmp_path: Path) -> None:
-    """A `.env` that is no text is not passed over."""
+    """A `.env` that is no text is not skipped."""
     (tmp_path / ".env").write_bytes(b"DARKROOM_HOST=\xff\xfe\n")
     with pytest.raises(ConfigurationError, match=r"\.env cannot be read: UnicodeDecodeError"):
         load_settings({}, tmp_path / ".env")
@@ -342,16 +339,16 @@ def test_an_unreadable_file_stops_the_start(tmp_path: Path) -> None:
 def test_a_bad_value_is_one_line_with_variable_and_limit(
     variable: str, text: str, limit: str
 ) -> None:
-    """Whoever reads the line knows which variable to change and to what."""
-    said = complaint_about(**{variable: text})
+    """An operator sees which variable to change, and to what."""
+    said = error_for(**{variable: text})
     assert said.startswith(f"DARKROOM_{variable}: ")
     assert limit in said
 
 
-def test_every_complaint_stands_in_the_one_line() -> None:
-    """Two mistakes are mended at once, not one start after the other."""
+def test_every_wrong_value_is_named_in_one_line() -> None:
+    """An operator can correct two mistakes before the next start."""
     assert re.fullmatch(
-        r"DARKROOM_PORT: .*; DARKROOM_MIGRATE: .*", complaint_about(PORT="x", MIGRATE="x")
+        r"DARKROOM_PORT: .*; DARKROOM_MIGRATE: .*", error_for(PORT="x", MIGRATE="x")
     )
 
 
@@ -371,9 +368,9 @@ def test_every_complaint_stands_in_the_one_line() -> None:
         ("CALLBACK_URL", "https://u:pa55word@hooks.example"),
     ],
 )
-def test_a_complaint_never_repeats_a_secret(variable: str, text: str) -> None:
-    """The line names the variable, and no part of a secret, however wrongly it was written."""
-    said = complaint_about(**{variable: text})
+def test_an_error_message_never_contains_a_secret(variable: str, text: str) -> None:
+    """The line names the variable and shows no part of a malformed secret."""
+    said = error_for(**{variable: text})
     assert said.startswith(f"DARKROOM_{variable}: ")
     assert "pa55" not in said
 
@@ -391,11 +388,11 @@ def test_a_complaint_never_repeats_a_secret(variable: str, text: str) -> None:
 def test_plain_callbacks_need_a_literal_address_inside_the_networks(
     networks: str, url: str, fine: bool
 ) -> None:
-    """An http callback address is for an upstream in our own network, whose host is spelled out."""
+    """Plain http is for an upstream in the operator's own network, given by its address."""
     if fine:
         assert settings(UPSTREAM_NETWORKS=networks, CALLBACK_URL=url).callback_url == url
     else:
-        assert complaint_about(UPSTREAM_NETWORKS=networks, CALLBACK_URL=url).startswith(
+        assert error_for(UPSTREAM_NETWORKS=networks, CALLBACK_URL=url).startswith(
             "DARKROOM_CALLBACK_URL: should be https"
         )
 
@@ -404,14 +401,14 @@ def test_plain_callbacks_need_a_literal_address_inside_the_networks(
     ("url", "fine"),
     [("http://127.0.0.1:1", True), ("http://sandbox:1", True), ("http://10.0.0.1:1", False)],
 )
-def test_a_plain_upstream_must_be_able_to_lie_inside_the_networks(url: str, fine: bool) -> None:
-    """A name may resolve into them and is checked when it does; an address is checked here."""
+def test_a_plain_http_upstream_must_be_inside_the_networks(url: str, fine: bool) -> None:
+    """An address is checked here. A name is checked when it is resolved."""
     if fine:
         assert (
             settings(UPSTREAM_NETWORKS="127.0.0.0/8", EVOLINK_BASE_URL=url).evolink_base_url == url
         )
     else:
-        assert "https" in complaint_about(UPSTREAM_NETWORKS="127.0.0.0/8", EVOLINK_BASE_URL=url)
+        assert "https" in error_for(UPSTREAM_NETWORKS="127.0.0.0/8", EVOLINK_BASE_URL=url)
 
 
 def test_an_unknown_override_is_refused() -> None:
@@ -420,12 +417,11 @@ def test_an_unknown_override_is_refused() -> None:
         load_settings({}, None, prot=1)
 
 
-# --- what is told
-# --------------------------------------------------------------------------------------------------
+# --- display
 
 
 def test_no_secret_is_shown_anywhere() -> None:
-    """Neither the log's settings nor the text of the object hold a secret or a store's password."""
+    """Neither the logged settings nor the object's text contain a secret or a database password."""
     secret = {
         name: f"pa55word-{name}-" + "x" * 32
         for name in ("SECRET_KEY", "ADMIN_KEY", "EVOLINK_API_KEY", "API_KEY")
@@ -440,7 +436,7 @@ def test_no_secret_is_shown_anywhere() -> None:
 
 
 def test_masked_settings_are_plain_values(tmp_path: Path) -> None:
-    """The log line holds every setting in the form in which it is written."""
+    """The log line has every setting in the form in which it is written."""
     shown = masked(
         settings(
             DATA_DIR=str(tmp_path), UPSTREAM_NETWORKS="127.0.0.0/8,::1", SUBMIT_SCHEDULE="0.5,2"
@@ -479,7 +475,7 @@ def test_the_table_has_a_row_for_every_setting() -> None:
 
 
 def test_given_keys_are_used_in_their_order(tmp_path: Path) -> None:
-    """The first signs; nothing is written."""
+    """The first key signs, and no file is written."""
     assert secret_keys(settings(DATA_DIR=str(tmp_path), SECRET_KEY=f" {KEY} , {'n' * 33}")) == [
         KEY.encode(),
         b"n" * 33,
@@ -488,7 +484,7 @@ def test_given_keys_are_used_in_their_order(tmp_path: Path) -> None:
 
 
 def test_a_key_is_made_once_and_kept(tmp_path: Path) -> None:
-    """On SQLite the key comes from a file that only its owner may read, and stays the same."""
+    """On SQLite, the key comes from a file that only its owner may read, and stays the same."""
     wanted = settings(DATA_DIR=str(tmp_path / "new" / "data"))
     made = secret_keys(wanted)
     file = tmp_path / "new" / "data" / "secret.key"
@@ -500,7 +496,7 @@ def test_a_key_is_made_once_and_kept(tmp_path: Path) -> None:
 
 
 def test_processes_that_start_together_get_one_key(tmp_path: Path) -> None:
-    """Whoever comes second reads the first one's."""
+    """The first process writes it, and the rest read it."""
     wanted = settings(DATA_DIR=str(tmp_path))
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda _: secret_keys(wanted), range(64)))
@@ -509,14 +505,14 @@ def test_processes_that_start_together_get_one_key(tmp_path: Path) -> None:
 
 
 def test_keys_in_the_file_may_be_rotated(tmp_path: Path) -> None:
-    """The file is read like the variable."""
+    """The file has the form of the variable."""
     (tmp_path / "secret.key").write_text(f"{KEY},{'n' * 32}\n")
     assert secret_keys(settings(DATA_DIR=str(tmp_path))) == [KEY.encode(), b"n" * 32]
 
 
 @pytest.mark.parametrize("content", [b"", b"pa55word\n", b"\xff" * 64])
 def test_a_spoilt_key_file_stops_the_start(content: bytes, tmp_path: Path) -> None:
-    """A key that was cut is not replaced: what it signed would be lost."""
+    """A damaged key is not replaced, because its signatures would become invalid."""
     (tmp_path / "secret.key").write_bytes(content)
     with pytest.raises(ConfigurationError) as caught:
         secret_keys(settings(DATA_DIR=str(tmp_path)))
@@ -526,13 +522,13 @@ def test_a_spoilt_key_file_stops_the_start(content: bytes, tmp_path: Path) -> No
 
 
 def test_a_folder_that_cannot_be_made_stops_the_start(tmp_path: Path) -> None:
-    """One line that says which file and what to do."""
+    """One line names the file and what to do."""
     (tmp_path / "data").write_text("a file")
     with pytest.raises(ConfigurationError, match=r"secret\.key: .*; set DARKROOM_SECRET_KEY"):
         secret_keys(settings(DATA_DIR=str(tmp_path / "data")))
 
 
 def test_postgresql_needs_a_given_key(tmp_path: Path) -> None:
-    """Several processes must share one key, so none is made up."""
+    """Several processes must share one key, so none is generated."""
     with pytest.raises(ConfigurationError, match="DARKROOM_SECRET_KEY is required with PostgreSQL"):
         secret_keys(settings(DATA_DIR=str(tmp_path), DATABASE_URL="postgresql://db/darkroom"))

@@ -1,5 +1,5 @@
-"""Tokens, secrets at rest, Standard Webhooks signatures with its own library and Svix's as
-judges.
+"""Callback tokens, encrypted secrets, and Standard Webhooks signatures, which the standard's
+library and Svix's library verify.
 """
 
 import base64
@@ -26,15 +26,14 @@ HOSTILE = ["", "\0", "é", "\ud800", "a" * 1_000_000, "=" * 32, " ", "v1,"]
 
 
 def test_a_token_is_lower_case_base32_of_160_bits() -> None:
-    """It fits a path segment unescaped, in at most 40 characters with at least 128 bits."""
+    """It needs no escaping in a path segment."""
     token = Keyring([OLD]).callback_token("evolink", "task_1")
     assert len(token) == 32
     assert len(base64.b32decode(token.upper())) == 20
     assert token == token.lower()
 
 
-def test_a_token_is_good_for_its_task_and_upstream_alone() -> None:
-    """The token proves who calls for one task."""
+def test_a_token_is_valid_only_for_its_task_and_upstream() -> None:
     keyring = Keyring([OLD])
     token = keyring.callback_token("evolink", "task_1")
     assert keyring.callback_token_valid("evolink", "task_1", token)
@@ -50,13 +49,15 @@ def test_a_token_is_good_for_its_task_and_upstream_alone() -> None:
 def test_parts_cannot_be_shifted_into_each_other(
     one: tuple[str, str], other: tuple[str, str]
 ) -> None:
-    """What is hashed together is delimited by length."""
+    """The hash delimits its parts by length."""
     keyring = Keyring([OLD])
     assert keyring.callback_token(*one) != keyring.callback_token(*other)
 
 
-def test_a_token_of_any_key_is_good_and_new_ones_are_of_the_first() -> None:
-    """Rotation: append the new key everywhere, move it first, drop the old one."""
+def test_a_token_of_any_key_is_valid_and_the_first_key_signs() -> None:
+    """A rotation appends the new key everywhere, moves it to the first place, and drops the old
+    one.
+    """
     old = Keyring([OLD]).callback_token("evolink", "task_1")
     new = Keyring([NEW]).callback_token("evolink", "task_1")
     appended, moved = Keyring([OLD, NEW]), Keyring([NEW, OLD])
@@ -68,8 +69,8 @@ def test_a_token_of_any_key_is_good_and_new_ones_are_of_the_first() -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_a_hostile_token_or_task_is_just_not_valid(text: str) -> None:
-    """Whoever calls chooses every part of the path: nothing there may raise."""
+def test_a_hostile_token_or_task_is_invalid(text: str) -> None:
+    """The caller chooses every part of the path, so no part may raise."""
     keyring = Keyring([OLD])
     assert not keyring.callback_token_valid("evolink", "task_1", text)
     assert not keyring.callback_token_valid(text, text, text)
@@ -77,7 +78,7 @@ def test_a_hostile_token_or_task_is_just_not_valid(text: str) -> None:
 
 @pytest.mark.parametrize("keys", [[], [b"short"], [OLD, b"n" * 31]])
 def test_a_missing_or_short_key_stops_the_start(keys: list[bytes]) -> None:
-    """Keys have at least 32 bytes, every one of them; the error names the setting and no key."""
+    """Each key needs at least 32 bytes. The error names the setting and shows no key."""
     with pytest.raises(ConfigurationError, match=r"^DARKROOM_SECRET_KEY: [^\n]*$") as caught:
         Keyring(keys)
     assert "short" not in str(caught.value)
@@ -88,8 +89,8 @@ def test_a_missing_or_short_key_stops_the_start(keys: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_a_secret_comes_back_as_it_was(text: str) -> None:
-    """Encryption keeps any text."""
+def test_an_encrypted_secret_is_decrypted_unchanged(text: str) -> None:
+    """This holds for any text."""
     keyring = Keyring([OLD])
     sealed = keyring.encrypt(text)
     assert keyring.decrypt(sealed) == text
@@ -97,7 +98,9 @@ def test_a_secret_comes_back_as_it_was(text: str) -> None:
 
 
 def test_secrets_survive_a_rotation_until_the_old_key_is_dropped() -> None:
-    """All keys decrypt, the first encrypts; a dropped key is a configuration error in one line."""
+    """All keys decrypt, and the first key encrypts. A secret of a dropped key is a configuration
+    error in one line.
+    """
     sealed = Keyring([OLD]).encrypt("whsec_x")
     assert Keyring([NEW, OLD]).decrypt(sealed) == "whsec_x"
     assert Keyring([NEW]).decrypt(Keyring([NEW, OLD]).encrypt("y")) == "y"
@@ -106,14 +109,14 @@ def test_secrets_survive_a_rotation_until_the_old_key_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\0", b"gAAAA", b"a" * 1000])
-def test_what_was_never_encrypted_is_a_configuration_error(data: bytes) -> None:
-    """A broken row raises in our own tree, not the library's error."""
+def test_data_that_was_never_encrypted_is_a_configuration_error(data: bytes) -> None:
+    """A damaged row raises an error of ours, not the library's."""
     with pytest.raises(ConfigurationError):
         Keyring([OLD]).decrypt(data)
 
 
 def test_a_secret_is_renewed_under_the_first_key() -> None:
-    """Once; what no key fits is a configuration error."""
+    """It is renewed once. A secret that no key decrypts is a configuration error."""
     sealed = Keyring([OLD]).encrypt("whsec_x")
     renewed = Keyring([NEW, OLD]).renewed(sealed)
     assert renewed is not None
@@ -124,7 +127,7 @@ def test_a_secret_is_renewed_under_the_first_key() -> None:
 
 
 def test_the_time_of_encryption_is_not_kept() -> None:
-    """No clock is read: Fernet's time stamp is zero."""
+    """Fernet's time stamp is zero, so no clock is read."""
     assert base64.urlsafe_b64decode(Keyring([OLD]).encrypt("x"))[1:9] == bytes(8)
 
 
@@ -133,16 +136,16 @@ def test_the_time_of_encryption_is_not_kept() -> None:
 
 
 def test_the_published_vector_is_signed_as_published() -> None:
-    """The known example of the standard's own test suite."""
+    """It is the example of the standard's own test suite."""
     assert sign_webhook([SECRET], ID, AT, BODY) == SIGNATURE
 
 
-@pytest.mark.parametrize("judge", [standardwebhooks.Webhook, svix.webhooks.Webhook])
+@pytest.mark.parametrize("library", [standardwebhooks.Webhook, svix.webhooks.Webhook])
 @pytest.mark.parametrize("size", [24, 32, 33, 64])
 def test_the_libraries_accept_our_signatures(
-    judge: Callable[[str], standardwebhooks.Webhook], size: int
+    library: Callable[[str], standardwebhooks.Webhook], size: int
 ) -> None:
-    """A subscriber with either library verifies what we send, with the old secret and with the new
+    """A subscriber with either library verifies deliveries with the old secret and with the new
     one.
     """
     old, new = new_secret(bytes(range(size))), new_secret(bytes(range(1, size + 1)))
@@ -154,14 +157,14 @@ def test_the_libraries_accept_our_signatures(
         "webhook-signature": sign_webhook([new, old], "evt_1", at, body),
     }
     for secret in (old, new):
-        judge(secret).verify(body, headers)
+        library(secret).verify(body, headers)
     with pytest.raises(standardwebhooks.WebhookVerificationError):
-        judge(new_secret(bytes(size))).verify(body, headers)
+        library(new_secret(bytes(size))).verify(body, headers)
 
 
 def test_an_id_with_a_full_stop_is_not_signed() -> None:
-    """The delimiter could move: id `a`, time 1, body `2.b` would be signed like id `a.1`, time 2,
-    body `b`.
+    """Its delimiter would be ambiguous: id `a`, time 1, body `2.b` would have the signature of id
+    `a.1`, time 2, body `b`.
     """
     with pytest.raises(ValueError, match="full stop"):
         sign_webhook([SECRET], "a.1", AT, b"b")
@@ -169,21 +172,21 @@ def test_an_id_with_a_full_stop_is_not_signed() -> None:
 
 @pytest.mark.parametrize("secret", ["", "whsec_", "whsec_!!!!", "whsec_AAA", "whsec_é", "\ud800"])
 def test_a_malformed_secret_is_our_own_fault(secret: str) -> None:
-    """It raises, without showing the secret."""
+    """It raises without showing the secret."""
     with pytest.raises(ValueError, match="a webhook secret is whsec_ and base64"):
         sign_webhook([secret], ID, AT, BODY)
 
 
 @pytest.mark.parametrize("size", [0, 23, 65])
 def test_a_secret_has_24_to_64_bytes(size: int) -> None:
-    """The standard's limits."""
+    """These are the standard's limits."""
     with pytest.raises(ValueError, match="24 to 64"):
         new_secret(bytes(size))
 
 
 @pytest.mark.parametrize(("secrets", "id"), [([], ID), ([SECRET], "")])
 def test_nothing_is_signed_without_a_secret_or_an_id(secrets: list[str], id: str) -> None:
-    """A delivery without a signature must not leave."""
+    """A delivery must not leave without a signature."""
     with pytest.raises(ValueError, match="signing wants"):
         sign_webhook(secrets, id, AT, BODY)
 
@@ -193,13 +196,13 @@ def test_nothing_is_signed_without_a_secret_or_an_id(secrets: list[str], id: str
 
 
 def test_an_api_key_is_kept_as_its_sha256() -> None:
-    """The known digest of `abc`; any text has one."""
+    """The digest of `abc` is well known."""
     assert hash_api_key("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert all(len(hash_api_key(text)) == 64 for text in HOSTILE)
 
 
 def test_equal_json_has_one_spelling() -> None:
-    """Order of keys and white space make no difference; types do."""
+    """The order of keys and white space do not matter. Types do."""
     assert (
         canonical_json(json.loads('{ "b": [1, null], "a": "\u00e9" }'))
         == b'{"a":"\\u00e9","b":[1,null]}'
@@ -208,8 +211,8 @@ def test_equal_json_has_one_spelling() -> None:
     assert canonical_json({"n": 1}) != canonical_json({"n": True})
 
 
-def test_what_is_not_json_has_no_spelling() -> None:
-    """NaN and objects raise instead of becoming text."""
+def test_a_value_that_is_not_json_raises() -> None:
+    """NaN and objects do not become text."""
     with pytest.raises(ValueError, match="JSON"):
         canonical_json(float("nan"))
     with pytest.raises(TypeError):
