@@ -1,4 +1,6 @@
-"""Addresses of brokers: every form, and what is wrong with one, without a word of its password."""
+"""Addresses of brokers: every form, and the message for a wrong one, which never shows the
+password.
+"""
 
 import pytest
 
@@ -9,7 +11,9 @@ from service.settings import load_settings, masked
 
 
 def test_an_address_has_its_parts() -> None:
-    """User and password percent-encoded, the usual port, types repeated or joined."""
+    """User and password are percent-encoded, a missing port is the usual one, and types are
+    repeated or joined.
+    """
     got = sink_address(
         "nats+tls://us%40er:p%3Aw@Host,b:1/darkroom.events?stream=EVENTS&types=image.task.*&types=callback.conflict,*"
     )
@@ -37,12 +41,12 @@ def test_an_address_has_its_parts() -> None:
     ],
 )
 def test_a_sink_keeps_its_name_when_its_password_changes(text: str, name: str) -> None:
-    """The address without user, password and other options, or the name it is given."""
+    """Its name is the address without user, password and other options, or the given name."""
     assert (sink_address(text).name, str(sink_address(text))) == (name, name)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "reason"),
     [
         ("http://h/x", "begin with nats://, kafka://, amqp://, redis://"),
         ("nats://h/a", "name one stream: nats://HOST:4222/SUBJECT"),
@@ -67,16 +71,16 @@ def test_a_sink_keeps_its_name_when_its_password_changes(text: str, name: str) -
         ("redis://h/0?stream=s&name=a/b", "short name="),
     ],
 )
-def test_a_wrong_address_is_one_line_that_says_what_is_wrong(text: str, said: str) -> None:
-    """It names the variable and the item, never the password."""
-    with pytest.raises(ConfigurationError, match=said) as caught:
+def test_a_wrong_address_is_reported_in_one_line(text: str, reason: str) -> None:
+    """The line names the variable and the item, never the password."""
+    with pytest.raises(ConfigurationError, match=reason) as caught:
         load_settings({"DARKROOM_SINKS": f"redis://h/0?stream=first,{text}"}, None)
     assert str(caught.value).startswith("DARKROOM_SINKS: item 2 should ")
     assert "pa55word" not in str(caught.value)
 
 
-def test_the_settings_take_several_and_never_tell_a_password() -> None:
-    """A comma parts addresses, or the hosts of one; each address once."""
+def test_the_setting_takes_several_addresses_and_never_shows_a_password() -> None:
+    """A comma separates addresses, or the hosts of one address. Each address may occur once."""
     got = load_settings(
         {"DARKROOM_SINKS": "kafka://u:pa55word@a:1,b:2/t, nats://x:pa55word@h/s?stream=S"}, None
     )
@@ -100,8 +104,10 @@ def test_the_settings_take_several_and_never_tell_a_password() -> None:
         "rediss://u:p@h?stream=s",
     ],
 )
-def test_every_form_of_an_address_is_one_the_library_takes(text: str) -> None:
-    """TLS, tokens and Kafka's users are put together as it wants them; nothing is connected."""
+def test_the_brokers_library_accepts_every_form_of_an_address(text: str) -> None:
+    """TLS, tokens and Kafka's users are in the form that the library expects. Nothing is
+    connected.
+    """
     address = sink_address(text)
     assert (KINDS[address.kind](address).name, address.tls) == (
         address.name,

@@ -41,9 +41,9 @@ class Callers:
     entered: list[Kind] = field(default_factory=list)
     most: int = 0  # the most calls that ran at once
     calls: list["asyncio.Task[None]"] = field(default_factory=list)
-    heard: dict[int, Callable[[Any], None]] = field(
+    records: dict[int, Callable[[Any], None]] = field(
         default_factory=dict
-    )  # of those that hold a place
+    )  # the `record` functions of the calls with a place
     ends: dict[int, asyncio.Event] = field(default_factory=dict)
 
     def enter(self, *kinds: Kind, times: int = 1) -> None:
@@ -55,17 +55,17 @@ class Callers:
     async def _call(self, number: int, kind: Kind) -> None:
         async with self.limiter.slot(kind) as record:
             self.entered.append(kind)
-            self.heard[number] = record
-            self.most = max(self.most, len(self.heard))
+            self.records[number] = record
+            self.most = max(self.most, len(self.records))
             try:
                 await self.ends[number].wait()
             finally:
-                del self.heard[number]
+                del self.records[number]
 
     def finish(self, answer: Any, numbers: Sequence[int] | None = None) -> None:
         """Ends these calls, or all running ones, with this answer."""
-        for number in list(self.heard) if numbers is None else numbers:
-            self.heard[number](throttled(answer))
+        for number in list(self.records) if numbers is None else numbers:
+            self.records[number](throttled(answer))
             self.ends[number].set()
 
     async def turns(self) -> None:
@@ -79,7 +79,7 @@ class Callers:
         """
         self.enter(kind, times=40)
         await self.turns()
-        running = list(self.heard)
+        running = list(self.records)
         for number in {*range(len(self.calls))} - {*running}:
             self.calls[number].cancel()
         self.finish(answer)
@@ -135,7 +135,7 @@ async def test_each_kind_has_its_share(
             for kind in kinds:
                 callers.enter(kind, times=40)
                 await callers.turns()
-            assert callers.limiter.used() == len(callers.heard) == most, kinds
+            assert callers.limiter.used() == len(callers.records) == most, kinds
 
 
 @given(
@@ -164,11 +164,11 @@ async def test_calls_never_exceed_the_places_in_any_order_of_events(
                     callers.enter(which)
                 case "turn":
                     await callers.turns()
-                    assert limiter.used() == len(callers.heard)
+                    assert limiter.used() == len(callers.records)
                 case "cancel" if callers.calls:
                     callers.calls[which % len(callers.calls)].cancel()
-                case "end" | "429" | "success" if callers.heard:
-                    number = sorted(callers.heard)[which % len(callers.heard)]
+                case "end" | "429" | "success" if callers.records:
+                    number = sorted(callers.records)[which % len(callers.records)]
                     answer = {"end": Uncertain("502"), "429": TOO_MANY, "success": SUCCESS}[act]
                     callers.finish(answer, [number])
             assert max(limiter.used(), callers.most) <= concurrency

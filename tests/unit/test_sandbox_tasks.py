@@ -46,9 +46,9 @@ def test_a_completed_task_may_have_fewer_images_than_requested() -> None:
     assert ledger.credits == 10
 
 
-def test_a_lot_is_the_submissions_own() -> None:
-    """The seed, the body without its callback's address, the number of its like; a key keeps its
-    lot until its task is forgotten.
+def test_the_lot_of_a_submission_is_reproducible() -> None:
+    """It depends on the seed, on the body without its callback URL, and on the number of equal
+    bodies before it. A key keeps its lot until its task is forgotten.
     """
     now = [0.0]
     ledger = Ledger(SandboxOptions(seed=1, task_ttl_s=60), lambda: now[0])

@@ -5,7 +5,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import jsonschema  # type: ignore[import-untyped]  # it brings no types
+import jsonschema  # type: ignore[import-untyped]  # it has no types
 import pytest
 from referencing import Registry
 from referencing.jsonschema import DRAFT7

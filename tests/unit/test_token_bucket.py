@@ -1,4 +1,6 @@
-"""Wrong tokens at the token bucket: a burst passes, a flood is delayed, and its lines are few."""
+"""Wrong tokens at the token bucket: a burst passes, a flood is delayed, and it writes few log
+lines.
+"""
 
 import asyncio
 import selectors
@@ -23,7 +25,7 @@ def refused(bucket: TokenBucket, sampler: LogSampler, now: float) -> tuple[float
 
 
 def test_a_few_refusals_pass_at_once_and_each_has_its_line() -> None:
-    """As many as the burst at one moment, and for ever at the steady rate."""
+    """This holds for a burst at one moment, and without end at the steady rate."""
     bucket, sampler = TokenBucket(), LogSampler()
     assert [refused(bucket, sampler, 1000.0) for _ in range(BURST)] == [(0.0, 0)] * BURST
     steady = TokenBucket()
@@ -42,18 +44,18 @@ def test_refusals_above_the_rate_wait_longer_and_never_over_a_second() -> None:
 
 
 def test_a_flood_has_a_line_a_second_which_counts_the_withheld_ones() -> None:
-    """Each refusal has a line of its own or counts in the next line."""
+    """Each refusal has its own line or counts in the next line."""
     bucket, sampler = TokenBucket(), LogSampler()
-    # 10 s of 5000 a second
-    told = [refused(bucket, sampler, 1000.0 + number / 5000)[1] for number in range(50_001)]
-    lines = [withheld for withheld in told if withheld is not None]
+    # 10 s with 5000 refusals per second
+    counts = [refused(bucket, sampler, 1000.0 + number / 5000)[1] for number in range(50_001)]
+    lines = [withheld for withheld in counts if withheld is not None]
     assert BURST <= len(lines) < BURST + 130
-    assert sum(lines) + len(lines) <= len(told)
-    assert refused(bucket, sampler, 2000.0) == (0.0, len(told) - sum(lines) - len(lines))
+    assert sum(lines) + len(lines) <= len(counts)
+    assert refused(bucket, sampler, 2000.0) == (0.0, len(counts) - sum(lines) - len(lines))
 
 
 def test_after_a_flood_the_bucket_is_full_again() -> None:
-    """Two seconds later no refusal is delayed."""
+    """Two seconds later, no refusal is delayed."""
     bucket = TokenBucket()
     for _ in range(10_000):
         bucket.delay(1000.0)
@@ -64,7 +66,7 @@ def test_after_a_flood_the_bucket_is_full_again() -> None:
 
 
 class Leaping(selectors.SelectSelector):
-    """Waits for nothing: when nobody is ready, its clock leaps to the next timer."""
+    """A selector that never waits. When no file is ready, its clock leaps to the next timer."""
 
     now = 1000.0
 
@@ -75,7 +77,7 @@ class Leaping(selectors.SelectSelector):
 
 
 class Loop(asyncio.SelectorEventLoop):
-    """An event loop on a clock of its own."""
+    """An event loop on the clock of its selector."""
 
     def __init__(self) -> None:
         self.leaping = Leaping()
@@ -88,7 +90,9 @@ class Loop(asyncio.SelectorEventLoop):
 async def hammer(
     route: CallbackRoute, resources: object, headers: dict[str, str], answered: list[float]
 ) -> None:
-    """One connection that sends wrong tokens one after the other; when each was answered."""
+    """A connection that sends wrong tokens one after another. It records the time of each
+    response.
+    """
     clock = asyncio.get_running_loop().time
     path = {"upstream": "evolink", "task_id": "task_none", "token": "wrong"}
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
@@ -100,7 +104,7 @@ async def hammer(
     }
 
     async def receive() -> Message:
-        raise AssertionError("the body of a stranger is read")
+        raise AssertionError("the body of a request with a wrong token was read")
 
     async def send(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -114,9 +118,9 @@ async def hammer(
 @pytest.mark.parametrize(
     "headers", [{"content-length": "2"}, {"content-length": "200000"}], ids=["short", "long"]
 )
-def test_whoever_sends_one_after_the_other_is_slowed_down(headers: dict[str, str]) -> None:
-    """However quick fifty connections are: so many are refused in a time as it has turns, and all
-    of them in the end.
+def test_connections_that_send_wrong_tokens_are_slowed_down(headers: dict[str, str]) -> None:
+    """Fifty fast connections together get refusals at the rate of the bucket. Each request is
+    refused in the end.
     """
     answered: list[float] = []
     resources = SimpleNamespace(keyring=Keyring([b"k" * 32]), metrics=Metrics())

@@ -1,4 +1,4 @@
-"""What counts as a picture: by its content alone, and whole."""
+"""The check of an image in the child process: by its content alone, and whole."""
 
 import io
 import re
@@ -27,25 +27,27 @@ SAMPLES = samples()
 FORMAT = {"png": "PNG", "apng": "PNG", "jpeg": "JPEG", "webp": "WEBP", "gif": "GIF", "avif": "AVIF"}
 
 
-def passing(verdict: ValidImage | InvalidImage) -> bool:
-    """Whether it is worth another try."""
+def worth_a_retry(verdict: ValidImage | InvalidImage) -> bool:
+    """Whether another download may bring a valid image."""
     return isinstance(verdict, InvalidImage) and not verdict.final
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_a_whole_picture_is_known_by_its_content(name: str) -> None:
-    """Type, extension and size come from the bytes, and all frames count."""
+def test_the_content_of_a_whole_image_decides_its_type_and_size(name: str) -> None:
+    """All frames count."""
     assert check_image(SAMPLES[name], LIMIT) == ValidImage(
         MEDIA_TYPES[FORMAT[name.split(maxsplit=1)[0]]], *SIZE
     )
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_a_picture_cut_at_any_byte_is_none(name: str) -> None:
-    """Not even when its pixels are all there: the rest may come with another try."""
+def test_an_image_cut_at_any_byte_is_worth_a_retry(name: str) -> None:
+    """This holds even if all its pixels are there."""
     whole = SAMPLES[name]
     assert [
-        length for length in range(len(whole)) if not passing(check_image(whole[:length], LIMIT))
+        length
+        for length in range(len(whole))
+        if not worth_a_retry(check_image(whole[:length], LIMIT))
     ] == []
 
 
@@ -53,8 +55,8 @@ def test_a_picture_cut_at_any_byte_is_none(name: str) -> None:
     "tail", [b"<html><script>alert(1)</script>", b"PK\x03\x04", b"\0" * 5000, b"\xff\xd9", b";"]
 )
 @pytest.mark.parametrize("name", SAMPLES)
-def test_what_stands_behind_a_picture_means_nothing(name: str, tail: bytes) -> None:
-    """It is what its beginning says, and is kept as it came."""
+def test_bytes_after_the_end_of_an_image_are_ignored(name: str, tail: bytes) -> None:
+    """The image is stored as it came."""
     assert check_image(SAMPLES[name] + tail, LIMIT) == check_image(SAMPLES[name], LIMIT)
 
 
@@ -72,9 +74,9 @@ def test_what_stands_behind_a_picture_means_nothing(name: str, tail: bytes) -> N
         *(drawn(format) for format in ("BMP", "TIFF", "ICO", "JPEG2000")),
     ],
 )
-def test_other_bytes_are_no_picture(data: bytes) -> None:
-    """HTML with 200, SVG, documents, and formats that not every reader shows: tried again, as the
-    same link may bring the picture.
+def test_other_content_is_no_image(data: bytes) -> None:
+    """HTML with status 200, SVG, documents, and formats that not every reader shows. A retry may
+    bring the image.
     """
     assert check_image(data, LIMIT) == InvalidImage("the bytes are no picture")
 
@@ -82,9 +84,7 @@ def test_other_bytes_are_no_picture(data: bytes) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        SAMPLES["png"][:16]
-        + b"\xff"
-        + SAMPLES["png"][17:],  # a size that its checksum does not fit
+        SAMPLES["png"][:16] + b"\xff" + SAMPLES["png"][17:],  # a size with a wrong checksum
         png(pixels=b""),
         png(b"\0\0\0\1\0\0\0\0"),
         header(1, 1) + chunk(b"IEND", b""),
@@ -100,9 +100,9 @@ def test_other_bytes_are_no_picture(data: bytes) -> None:
         b"\0\0\0\x14ftypavif" + bytes(8) + b"\0\0\0\1mdat" + (1 << 40).to_bytes(8, "big"),
     ],
 )
-def test_what_only_begins_like_a_picture_is_none(data: bytes) -> None:
-    """Pieces that do not fit together are worth another try."""
-    assert passing(check_image(data, LIMIT))
+def test_data_that_only_begins_like_an_image_is_worth_a_retry(data: bytes) -> None:
+    """Its pieces do not fit together."""
+    assert worth_a_retry(check_image(data, LIMIT))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_what_only_begins_like_a_picture_is_none(data: bytes) -> None:
     ],
 )
 def test_too_many_pixels_are_final(format: str, frames: int) -> None:
-    """All frames together: the frame that goes over is not decoded any more."""
+    """All frames count together. The frame that exceeds the limit is not decoded."""
     verdict = check_image(
         drawn(format, size=SIZE if frames > 1 else (SIZE[0], SIZE[1] * 3 + 1), frames=frames), LIMIT
     )
@@ -126,13 +126,13 @@ def test_too_many_pixels_are_final(format: str, frames: int) -> None:
 
 @pytest.mark.parametrize("size", [(40, 40), (50_000, 50_000)])
 def test_a_header_over_the_limit_is_final(size: tuple[int, int]) -> None:
-    """Nothing is decoded for it: there is nothing to decode."""
+    """Nothing is decoded."""
     assert check_image(png(size=size), LIMIT) == InvalidImage(f"over {LIMIT} pixels", final=True)
 
 
 @pytest.mark.parametrize(("frames", "whole"), [(FRAMES, True), (FRAMES + 1, False)])
-def test_frames_are_limited(frames: int, whole: bool) -> None:
-    """Each costs time, however small it is."""
+def test_the_number_of_frames_is_limited(frames: int, whole: bool) -> None:
+    """Each frame costs time, however small it is."""
     verdict = check_image(gif(*[b"!\xf9\x04\0\0\0\0\0" + frame()] * frames), LIMIT)
     assert verdict == (
         ValidImage("image/gif", 1, 1)
@@ -148,13 +148,13 @@ def encoded(mode: str, format: str, **how: object) -> bytes:
 
 
 def interlaced() -> bytes:
-    """A grey PNG of two by two in the passes of Adam7."""
+    """A grey PNG of two by two pixels in the passes of Adam7."""
     passes = b"\0\1" + b"\0\2" + b"\0\3\4"
     return header(2, 2, interlace=1) + chunk(b"IDAT", zlib.compress(passes)) + chunk(b"IEND", b"")
 
 
 def deep() -> bytes:
-    """A PNG pixel of three times 16 bits."""
+    """A PNG of one pixel with three channels of 16 bits."""
     return (
         header(1, 1, 16, 2)
         + chunk(b"IDAT", zlib.compress(b"\0" + b"\1\2" * 3))
@@ -182,34 +182,34 @@ ODD = {
         "RGB", "WEBP", exif=b"Exif\0\0II*\0", xmp=b"<x/>", icc_profile=b"none"
     ),
     "avif with exif": encoded("RGB", "AVIF", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"),
-    "avif that lasts to the end of the file": re.sub(
+    "avif whose data ends with the file": re.sub(
         rb"....mdat", b"\0\0\0\0mdat", SAMPLES["avif"], flags=re.DOTALL
     ),
-    "a jpeg with others behind it": drawn("MPO", frames=3),
+    "jpeg with further images": drawn("MPO", frames=3),
 }
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_an_odd_picture_is_one(name: str) -> None:
-    """Depths, colours, orders, and metadata that nobody can read: what counts is that the pixels
+def test_an_unusual_image_is_valid(name: str) -> None:
+    """It has an unusual depth, colour space or order, or unreadable metadata. The pixels must
     decode.
     """
     assert isinstance(check_image(ODD[name], LIMIT), ValidImage)
 
 
-def test_a_jpeg_with_others_behind_it_is_one_of_the_first() -> None:
-    """Gain maps and previews ride behind some JPEGs (MPO). The first image must be whole, and the
-    pixels of the last must not be cut.
+def test_a_jpeg_with_further_images_counts_as_its_first() -> None:
+    """Gain maps and previews follow the first image of some JPEGs (MPO). The first image must be
+    whole, and the pixels of the last must not be cut.
     """
-    whole = ODD["a jpeg with others behind it"]
+    whole = ODD["jpeg with further images"]
     assert check_image(whole, LIMIT) == ValidImage("image/jpeg", *SIZE)
     first, last = whole.index(b"\xff\xd9\xff\xd8") + 2, whole.rindex(b"\xff\xda") + 2
     cut = [*range(first), *range(last, len(whole))]
-    assert [n for n in cut if not passing(check_image(whole[:n], LIMIT))] == []
+    assert [n for n in cut if not worth_a_retry(check_image(whole[:n], LIMIT))] == []
 
 
-def test_want_of_memory_says_nothing_of_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the machine's: the same bytes may decode at another time."""
+def test_a_lack_of_memory_is_no_verdict_about_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes may decode at another time."""
 
     def full(*_: object, **__: object) -> None:
         raise MemoryError

@@ -1,6 +1,4 @@
-"""Pictures made to do harm: judged in a process of their own, whose memory and time are looked
-at.
-"""
+"""Hostile images, checked in a child process whose memory and time are measured."""
 
 import json
 import os
@@ -17,13 +15,13 @@ from tests.image_costs import BROKEN
 from tests.pictures import bombs, samples
 
 MAX_PIXELS = 1 << 22
-PIXEL = 24  # bytes, as docs/operations.md says
-SECONDS = 10  # of the processor; most take a millisecond
+PIXEL = 24  # bytes per pixel, from docs/operations.md
+SECONDS = 10  # of processor time, most take a millisecond
 SAFE = {"image/png", "image/jpeg", "image/webp", "image/gif", "image/avif"}
 
 
-def judged(what: str) -> dict[str, Any]:
-    """What `tests.image_costs` tells; every picture kept its limits of time and memory, and has a
+def checked(what: str) -> dict[str, Any]:
+    """The report of `tests.image_costs`. Every image kept its limits of memory and time, and has a
     type that is safe to serve.
     """
     command = [sys.executable, "-m", "tests.image_costs", what, str(MAX_PIXELS)]
@@ -37,22 +35,22 @@ def judged(what: str) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    told: dict[str, Any] = json.loads(done.stdout)
-    assert {name: peak for name, peak in told["peaks"].items() if peak > PIXEL * MAX_PIXELS} == {}
-    assert {name: seconds for name, seconds in told["seconds"].items() if seconds > SECONDS} == {}
-    assert told["kinds"].keys() <= SAFE
-    return told
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert {name: peak for name, peak in report["peaks"].items() if peak > PIXEL * MAX_PIXELS} == {}
+    assert {name: seconds for name, seconds in report["seconds"].items() if seconds > SECONDS} == {}
+    assert report["kinds"].keys() <= SAFE
+    return report
 
 
 def test_only_types_that_cannot_run_are_served() -> None:
-    """Nothing that a browser would execute or hand to a program has a name here."""
+    """No type is one that a browser executes or hands to another program."""
     assert set(MEDIA_TYPES.values()) == SAFE == set(EXTENSIONS)
 
 
-def test_a_bomb_costs_what_its_pixels_would() -> None:
-    """What swells is not read, what is too much is refused, and neither takes memory or time."""
-    told, names = judged("bombs"), bombs().keys()
-    assert told["judged"] == len(names)
+def test_a_decompression_bomb_stays_within_its_limits() -> None:
+    """Parts that expand are not read, and too many pixels are refused."""
+    report, names = checked("bombs"), bombs().keys()
+    assert report["judged"] == len(names)
     harmless = {
         "png whose pixels swell",
         "png with profiles that swell",
@@ -64,23 +62,23 @@ def test_a_bomb_costs_what_its_pixels_would() -> None:
         "jpeg of pictures",
         "webp of chunks",
     }
-    assert names - told["said"].keys() == harmless
+    assert names - report["said"].keys() == harmless
 
 
-def test_thousands_of_broken_pictures_do_no_harm() -> None:
-    """Flipped, cut, doubled and mixed bytes of each format: each is a picture or none."""
-    told = judged("broken")
-    assert told["judged"] == BROKEN * len(samples())
-    assert told["kinds"].keys() == SAFE  # some of them are still whole
+def test_thousands_of_broken_images_stay_within_their_limits() -> None:
+    """The bytes of each format are flipped, cut, doubled and mixed."""
+    report = checked("broken")
+    assert report["judged"] == BROKEN * len(samples())
+    assert report["kinds"].keys() == SAFE  # some of them are still whole images
 
 
-def test_the_image_librarys_own_tests_do_no_harm() -> None:
-    """Its pictures, among them those that once made it crash, hang or swell."""
+def test_pillows_own_test_images_stay_within_their_limits() -> None:
+    """Some of them once made the library crash, hang or use too much memory."""
     folder = ROOT / ".venv" / "pictures"
     if not folder.is_dir():
         said = "no test pictures in .venv/pictures: make pictures"
         pytest.fail(said, pytrace=False) if os.environ.get("CI") else pytest.skip(said)
-    told = judged(str(folder))
-    assert told["judged"] > 900
-    assert sum(told["kinds"].values()) > 450
-    assert told["kinds"].keys() == SAFE
+    report = checked(str(folder))
+    assert report["judged"] > 900
+    assert sum(report["kinds"].values()) > 450
+    assert report["kinds"].keys() == SAFE

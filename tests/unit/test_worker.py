@@ -1,5 +1,5 @@
-"""The workers of a process over a real embedded store: nothing is worked on twice, dropped, or
-tried for ever.
+"""The workers of a process on a real embedded store: no row is done twice, dropped, or retried for
+ever.
 """
 
 import asyncio
@@ -39,20 +39,20 @@ START = 1_757_165_031_000
 
 
 async def at_once() -> None:
-    """A turn that comes without waiting."""
+    """Waits for nothing before a job starts."""
 
 
 @dataclass(slots=True)
-class Shop:
-    """A store on a clock of its own; `pools` works in it."""
+class Harness:
+    """A store on a clock of the test. `working` runs workers in it."""
 
     store: SqliteStore
     now: list[int]
     metrics: Metrics = field(default_factory=Metrics)
-    told: list[Transaction] = field(default_factory=list)
+    transactions: list[Transaction] = field(default_factory=list)
 
     async def queue(self, *ids: str) -> None:
-        """Tasks that want to be submitted."""
+        """Inserts tasks that are due to be submitted."""
         made = [TaskRow(id, "acme", "evolink", "m", State.QUEUED, 0, body=b"{}") for id in ids]
         await asyncio.gather(*(self.store.write(insert_tasks, task) for task in made))
 
@@ -78,7 +78,7 @@ class Shop:
             self.store,
             [Stage("submit", places, run, dead_letter_task)],
             self.metrics,
-            self.told.append,
+            self.transactions.append,
             turn,
         )
         async with at_work(pool):
@@ -105,13 +105,13 @@ async def at_work(pool: WorkerPool) -> AsyncIterator[None]:
 
 
 @pytest.fixture
-async def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Shop]:
+async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Harness]:
     monkeypatch.setattr(worker, "LOOK_S", 0.02)
     now = [START]
     async with open_sqlite(
-        tmp_path / "shop.db", process="here", new_id=new_id, clock=lambda: now[0]
+        tmp_path / "darkroom.db", process="here", new_id=new_id, clock=lambda: now[0]
     ) as store:
-        yield Shop(store, now)
+        yield Harness(store, now)
 
 
 def finishing(store: SqliteStore, done: list[str]) -> Callable[[Lease], Awaitable[None]]:
@@ -122,33 +122,35 @@ def finishing(store: SqliteStore, done: list[str]) -> Callable[[Lease], Awaitabl
     return run
 
 
-async def test_a_grant_that_is_given_twice_costs_no_place(shop: Shop) -> None:
-    """Whatever granted it again: both jobs end, and each frees the place it had."""
+async def test_a_lease_that_is_handed_over_twice_costs_no_place(harness: Harness) -> None:
+    """Both jobs end, and each frees its place."""
     stage = Stage("submit", 2, lambda _: at_once(), dead_letter_task)
-    pool = WorkerPool(shop.store, [stage], shop.metrics, shop.told.append, at_once)
+    pool = WorkerPool(harness.store, [stage], harness.metrics, harness.transactions.append, at_once)
     assert pool.reserve() == {"submit": 2}
     pool.take([Lease("submit", "task", 1, 1)] * 2, {})
     await wait_until(lambda: stage.free == 2)
 
 
-async def test_all_that_is_due_is_worked_on_once(shop: Shop) -> None:
-    """Work that was there before, work that is born leased and work beyond the places are each done
-    once.
+async def test_every_due_row_is_done_once(harness: Harness) -> None:
+    """Some rows were due before, some are leased when they are inserted, and some exceed the
+    places.
     """
     done: list[str] = []
-    await shop.queue("task_a", "task_b", "task_c")
-    async with shop.working(finishing(shop.store, done)):
-        await shop.queue(*(f"task_{number}" for number in range(20)))
+    await harness.queue("task_a", "task_b", "task_c")
+    async with harness.working(finishing(harness.store, done)):
+        await harness.queue(*(f"task_{number}" for number in range(20)))
         await wait_until(lambda: len(done) == 23)
     assert len(set(done)) == 23
-    assert sum(len(tx.due) for tx in shop.told) > 0  # what committed was told
+    assert (
+        sum(len(tx.due) for tx in harness.transactions) > 0
+    )  # the pool saw the committed transactions
 
 
-async def test_a_busy_stage_keeps_no_other_from_looking(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
+async def test_a_busy_stage_does_not_keep_another_stage_from_looking(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What comes due by time alone is claimed within a look, while another stage's backlog wakes
-    the workers all the time.
+    """A row that becomes due by time alone is claimed within one look, while another stage's
+    backlog wakes the workers all the time.
     """
     monkeypatch.setattr(worker, "LOOK_S", 0.2)
     clock, reconciled = asyncio.get_running_loop().time, asyncio.Event()
@@ -157,35 +159,35 @@ async def test_a_busy_stage_keeps_no_other_from_looking(
     async def submit(lease: Lease) -> None:
         jobs[0] += 1
         if not reconciled.is_set() and clock() < busy_until:
-            await shop.queue(f"task_more_{jobs[0]}")
-        await shop.store.write(leases.done, lease)
+            await harness.queue(f"task_more_{jobs[0]}")
+        await harness.store.write(leases.done, lease)
 
     async def run(lease: Lease) -> None:
-        await shop.store.write(leases.done, lease)
+        await harness.store.write(leases.done, lease)
         reconciled.set()
 
-    await shop.queue("task_silent", "task_a", "task_b", "task_c")
+    await harness.queue("task_silent", "task_a", "task_b", "task_c")
     pool = WorkerPool(
-        shop.store,
+        harness.store,
         [
             Stage("submit", 1, submit, dead_letter_task),
             Stage("reconcile", 1, run, dead_letter_task),
         ],
-        shop.metrics,
-        shop.told.append,
+        harness.metrics,
+        harness.transactions.append,
         at_once,
     )
     async with at_work(pool):
         accepted = SubmissionResult(
             Lease("submit", "task_silent", 0, 0), Accepted(Report(upstream_id="u-1")), wait_ms=0
         )
-        await shop.store.write(record_submissions, accepted)
+        await harness.store.write(record_submissions, accepted)
         await reconciled.wait()
     assert clock() < busy_until
 
 
-async def test_a_stage_never_has_more_work_than_places(shop: Shop) -> None:
-    """Two places: of ten rows two are leased, and each that ends makes room for one more."""
+async def test_a_stage_never_has_more_jobs_than_places(harness: Harness) -> None:
+    """With two places, two of ten rows are leased. Each job that ends makes room for one more."""
     gate, started, most = asyncio.Event(), set[str](), [0]
 
     async def run(lease: Lease) -> None:
@@ -193,41 +195,41 @@ async def test_a_stage_never_has_more_work_than_places(shop: Shop) -> None:
         most[0] = max(most[0], len(started))
         await gate.wait()
         started.discard(lease.key)
-        await shop.store.write(leases.done, lease)
+        await harness.store.write(leases.done, lease)
 
-    async with shop.working(run):
-        await shop.queue(*(f"task_{number}" for number in range(10)))
+    async with harness.working(run):
+        await harness.queue(*(f"task_{number}" for number in range(10)))
         await wait_until(lambda: len(started) == 2)
-        await shop.queue("task_later")
+        await harness.queue("task_later")
         assert len(started) == 2
-        leased = [(await shop.row(f"task_{number}")).submit_lease_owner for number in range(10)]
+        leased = [(await harness.row(f"task_{number}")).submit_lease_owner for number in range(10)]
         assert leased.count("here") == 2
         gate.set()
         await wait_until(lambda: not started)
     assert most == [2]
 
 
-async def test_places_that_a_transaction_did_not_need_go_to_waiting_work(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
+async def test_unused_places_of_a_transaction_go_to_waiting_rows(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a transaction holds every place nothing can be claimed; once they are back the next
-    look isn't waited for.
+    """While a transaction reserves every place, no row can be claimed. When it returns them, the
+    workers do not wait for the next look.
     """
     monkeypatch.setattr(worker, "LOOK_S", 60)
     done: list[str] = []
-    async with shop.working(finishing(shop.store, done)) as pool:
-        await shop.queue("task_first")
+    async with harness.working(finishing(harness.store, done)) as pool:
+        await harness.queue("task_first")
         await wait_until(lambda: done == ["task_first"] and not pool._jobs)
         held = pool.reserve()
-        await shop.queue("task_a")
+        await harness.queue("task_a")
         assert pool._stages["submit"].free == 0
         pool.take([], held)
         await wait_until(lambda: done == ["task_first", "task_a"])
 
 
-async def test_an_exception_nobody_foresaw_is_logged_counted_and_tried_again(shop: Shop) -> None:
-    """Each is one line with its traceback and one count; the row is due again later, and the tenth
-    parks it.
+async def test_an_unforeseen_exception_is_logged_counted_and_retried(harness: Harness) -> None:
+    """Each one has a log line with its traceback and one count. The row is due again later, and the
+    tenth exception parks it.
     """
     tried: list[int] = []
 
@@ -236,37 +238,37 @@ async def test_an_exception_nobody_foresaw_is_logged_counted_and_tried_again(sho
         raise KeyError("nobody thought of this")
 
     with capture_logs() as lines:
-        async with shop.working(run):
-            await shop.queue("task_a")
+        async with harness.working(run):
+            await harness.queue("task_a")
             for count in range(1, 10):
-                row = await wait_for_faults(shop, count)
-                assert row.submit_due_at == shop.now[0] + min(2 ** (count - 1), 300) * 1000
-                shop.now[0] = row.submit_due_at
-            row = await wait_for_faults(shop, 10)
+                row = await wait_for_faults(harness, count)
+                assert row.submit_due_at == harness.now[0] + min(2 ** (count - 1), 300) * 1000
+                harness.now[0] = row.submit_due_at
+            row = await wait_for_faults(harness, 10)
     assert tried == list(range(1, 11))
     assert row.state == "failed"
     assert row.error["code"] == "internal_error"
     assert row.submit_due_at is None
-    assert await shop.types() == ["image.task.failed", "task.parked"]
+    assert await harness.types() == ["image.task.failed", "task.parked"]
     failures = [line for line in lines if line["event"] == "worker.failed"]
     assert [line["attempt"] for line in failures] == tried
     assert failures[0]["exception"] == "KeyError: 'nobody thought of this'"
     assert isinstance(failures[0]["exc_info"], KeyError)
     assert [line["cause"] for line in lines if line["event"] == "task.parked"] == ["10 faults"]
-    assert shop.counted("submit") == 10
+    assert harness.counted("submit") == 10
 
 
-async def wait_for_faults(shop: Shop, count: int) -> Any:
+async def wait_for_faults(harness: Harness, count: int) -> Any:
     async def look() -> Any:
-        row = await shop.row("task_a")
+        row = await harness.row("task_a")
         return row if row.submit_faults == count else None
 
     return await wait_until(look)
 
 
-async def test_a_store_that_is_away_is_no_fault_of_the_row(shop: Shop) -> None:
-    """Nothing can be recorded then: it is given back when that goes again and worked on anew,
-    unblamed, before its lease ends.
+async def test_an_outage_of_the_store_is_no_fault_of_the_row(harness: Harness) -> None:
+    """The job cannot be recorded. The worker releases the row when the store works again, and the
+    row is done before its lease expires.
     """
     tried: list[int] = []
 
@@ -274,20 +276,20 @@ async def test_a_store_that_is_away_is_no_fault_of_the_row(shop: Shop) -> None:
         tried.append(lease.attempts)
         if len(tried) == 1:
             raise StoreUnavailable("away")
-        await shop.store.write(leases.done, lease)
+        await harness.store.write(leases.done, lease)
 
     with capture_logs() as lines:
-        async with shop.working(run):
-            await shop.queue("task_a")
+        async with harness.working(run):
+            await harness.queue("task_a")
             await wait_until(lambda: len(tried) == 2)
-    row = await shop.row("task_a")
+    row = await harness.row("task_a")
     assert (row.submit_faults, row.submit_deaths) == (0, 0)
     assert [line["exc_info"] for line in lines if line["event"] == "worker.failed"] == [None]
 
 
-async def test_what_cannot_be_recorded_during_a_stop_is_given_back(shop: Shop) -> None:
-    """The store was away for a moment only: nobody waits for the lease's end, and no death is
-    counted.
+async def test_a_row_that_fails_to_be_recorded_during_a_stop_is_released(harness: Harness) -> None:
+    """The store was unavailable for a moment only. No worker waits for the lease to expire, and no
+    crash is counted.
     """
     stopped = asyncio.Event()
 
@@ -295,25 +297,25 @@ async def test_what_cannot_be_recorded_during_a_stop_is_given_back(shop: Shop) -
         await stopped.wait()
         raise StoreUnavailable("away")
 
-    async with shop.working(run) as pool:
-        await shop.queue("task_a")
+    async with harness.working(run) as pool:
+        await harness.queue("task_a")
         await wait_until(lambda: pool._jobs)
         pool.quiesce()
         stopped.set()
-    row = await shop.row("task_a")
+    row = await harness.row("task_a")
     assert (row.submit_lease_until, row.submit_attempts) == (None, 0)
 
 
 def refuse(_tx: Transaction, _items: Sequence[Any]) -> list[Any]:
-    """Stands for a store that does not commit."""
+    """An operation that the store cannot commit."""
     raise StoreUnavailable("away")
 
 
-async def test_a_row_whose_fault_cannot_be_recorded_is_given_back(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
+async def test_a_row_whose_fault_cannot_be_recorded_is_released(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store goes away between the exception and its record: it is worked on anew as soon as
-    that commits, and no death is counted.
+    """The store fails between the exception and its record. The row is done as soon as the store
+    works again, and no crash is counted.
     """
     tried: list[int] = []
     monkeypatch.setattr(worker, "record_faults", refuse)
@@ -322,20 +324,20 @@ async def test_a_row_whose_fault_cannot_be_recorded_is_given_back(
         tried.append(lease.attempts)
         if len(tried) == 1:
             raise KeyError(lease.key)
-        await shop.store.write(leases.done, lease)
+        await harness.store.write(leases.done, lease)
 
-    async with shop.working(run):
-        await shop.queue("task_a")
+    async with harness.working(run):
+        await harness.queue("task_a")
         await wait_until(lambda: len(tried) == 2)
-    row = await shop.row("task_a")
-    assert (shop.counted("submit"), row.submit_faults, row.submit_deaths) == (1, 0, 0)
+    row = await harness.row("task_a")
+    assert (harness.counted("submit"), row.submit_faults, row.submit_deaths) == (1, 0, 0)
 
 
-async def test_rows_that_the_store_will_not_take_down_keep_no_others_waiting(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
+async def test_rows_that_cannot_be_recorded_do_not_keep_other_rows_waiting(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many as the stage has places fail as if the store were away: the one behind them has its
-    turn all the same.
+    """In every place of the stage, a row fails as in an outage. The row behind them still gets its
+    turn.
     """
     monkeypatch.setattr(worker, "LOOK_S", 0.02)
     done: list[str] = []
@@ -344,20 +346,20 @@ async def test_rows_that_the_store_will_not_take_down_keep_no_others_waiting(
         if lease.key != "task_good":
             raise StoreUnavailable("away")
         done.append(lease.key)
-        await shop.store.write(leases.done, lease)
+        await harness.store.write(leases.done, lease)
 
-    async with shop.working(run):
-        await shop.queue("task_bad_1", "task_bad_2")
-        await shop.queue("task_good")
+    async with harness.working(run):
+        await harness.queue("task_bad_1", "task_bad_2")
+        await harness.queue("task_good")
         await wait_until(lambda: done)
-    assert (await shop.row("task_bad_1")).submit_faults == 0
+    assert (await harness.row("task_bad_1")).submit_faults == 0
 
 
 @pytest.mark.parametrize("trouble", [StoreUnavailable("away"), RuntimeError("nobody foresaw")])
-async def test_claiming_outlives_whatever_the_store_does(
-    trouble: Exception, shop: Shop, monkeypatch: pytest.MonkeyPatch
+async def test_claiming_survives_every_failure_of_the_store(
+    trouble: Exception, harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A claim that fails is logged, counted and made again at the next look; only the unforeseen
+    """A failed claim is logged, counted and repeated at the next look. Only an unforeseen exception
     has a traceback.
     """
     failing = [True]
@@ -368,11 +370,11 @@ async def test_claiming_outlives_whatever_the_store_does(
         return leases.claim(tx, stages)
 
     done: list[str] = []
-    await shop.queue("task_a")
+    await harness.queue("task_a")
     monkeypatch.setattr(worker, "claim", claim)
     with capture_logs() as lines:
-        async with shop.working(finishing(shop.store, done)):
-            await wait_until(lambda: shop.counted("claim") >= 2)
+        async with harness.working(finishing(harness.store, done)):
+            await wait_until(lambda: harness.counted("claim") >= 2)
             failing[0] = False
             await wait_until(lambda: done == ["task_a"])
     logged = [line for line in lines if line["event"] == "worker.failed"]
@@ -382,31 +384,31 @@ async def test_claiming_outlives_whatever_the_store_does(
     }
 
 
-async def test_work_in_flight_is_finished_at_a_stop(shop: Shop) -> None:
-    """What ends within the limit is recorded; nothing new is begun."""
+async def test_a_stop_waits_for_jobs_in_progress(harness: Harness) -> None:
+    """A job that ends within the limit is recorded. No new job starts."""
     gate, started, done = asyncio.Event(), asyncio.Event(), list[str]()
 
     async def run(lease: Lease) -> None:
         started.set()
         await gate.wait()
-        await finishing(shop.store, done)(lease)
+        await finishing(harness.store, done)(lease)
 
-    async with shop.working(run) as pool:
-        await shop.queue("task_a")
+    async with harness.working(run) as pool:
+        await harness.queue("task_a")
         await started.wait()
         stopping = asyncio.create_task(pool.stop(10))
         await asyncio.sleep(0)
-        await shop.queue("task_b")
+        await harness.queue("task_b")
         gate.set()
         assert await stopping == 0
     assert done == ["task_a"]
-    row = await shop.row("task_b")
+    row = await harness.row("task_b")
     assert (row.submit_lease_until, row.submit_due_at) == (None, START)
 
 
-async def test_what_is_not_finished_at_a_stop_is_given_back(shop: Shop) -> None:
-    """After the limit work is cancelled and its lease freed: another process begins at once, and
-    the attempt does not count.
+async def test_a_stop_releases_unfinished_rows(harness: Harness) -> None:
+    """After the limit, the job is cancelled and its lease is released. Another process can start at
+    once, and the attempt does not count.
     """
     started = asyncio.Event()
 
@@ -414,12 +416,12 @@ async def test_what_is_not_finished_at_a_stop_is_given_back(shop: Shop) -> None:
         started.set()
         await asyncio.Event().wait()
 
-    async with shop.working(run) as pool:
-        await shop.queue("task_a")
+    async with harness.working(run) as pool:
+        await harness.queue("task_a")
         await started.wait()
-        assert (await shop.row("task_a")).submit_lease_owner == "here"
+        assert (await harness.row("task_a")).submit_lease_owner == "here"
         assert await pool.stop(0.01) == 1
-    row = await shop.row("task_a")
+    row = await harness.row("task_a")
     assert (
         row.submit_lease_until,
         row.submit_lease_owner,
@@ -428,28 +430,30 @@ async def test_what_is_not_finished_at_a_stop_is_given_back(shop: Shop) -> None:
     ) == (None, None, START, 0)
 
 
-async def test_work_that_waits_for_its_turn_at_a_stop_is_not_begun(shop: Shop) -> None:
-    """It is given back untouched, at once: the stop waits for nothing that has not begun."""
+async def test_a_job_that_waits_for_its_turn_at_a_stop_does_not_start(harness: Harness) -> None:
+    """The row is released at once. The stop does not wait for a job that has not started."""
     done, waiting, turn = list[str](), asyncio.Event(), asyncio.Event()
 
     async def wait() -> None:
         waiting.set()
         await turn.wait()
 
-    async with shop.working(finishing(shop.store, done), turn=wait) as pool:
-        await shop.queue("task_a")
+    async with harness.working(finishing(harness.store, done), turn=wait) as pool:
+        await harness.queue("task_a")
         await waiting.wait()
         pool.quiesce()
         turn.set()
         assert await pool.stop(10) == 0
-    row = await shop.row("task_a")
+    row = await harness.row("task_a")
     assert done == []
     assert (row.submit_lease_until, row.submit_due_at, row.submit_attempts) == (None, START, 0)
 
 
-async def test_what_a_transaction_under_way_grants_after_a_stop_is_given_back(shop: Shop) -> None:
-    """The store may still be committing when the stop begins: what it grants then is nobody's, and
-    is freed.
+async def test_a_lease_that_a_transaction_commits_after_a_stop_is_released(
+    harness: Harness,
+) -> None:
+    """The store may still commit when the stop begins. No worker takes the lease, so it is
+    released.
     """
     done, under_way, go_on = list[str](), threading.Event(), threading.Event()
 
@@ -458,68 +462,68 @@ async def test_what_a_transaction_under_way_grants_after_a_stop_is_given_back(sh
             under_way.set()
             go_on.wait(20)
 
-    async with shop.working(finishing(shop.store, done)) as pool:
-        shop.store._commits.extend([1.0] * REMEMBERED)  # a slow disk: commits run on their thread
-        event.listen(shop.store._engine, "commit", wait)
-        queueing = asyncio.create_task(shop.queue("task_a"))
+    async with harness.working(finishing(harness.store, done)) as pool:
+        # After slow commits, the store commits on a thread.
+        harness.store._commits.extend([1.0] * REMEMBERED)
+        event.listen(harness.store._engine, "commit", wait)
+        queueing = asyncio.create_task(harness.queue("task_a"))
         await wait_until(under_way.is_set)
         stopping = asyncio.create_task(pool.stop(10))
         await wait_until(lambda: pool._stopping)
         go_on.set()
         await queueing
-        event.remove(shop.store._engine, "commit", wait)
+        event.remove(harness.store._engine, "commit", wait)
         await stopping
-    row = await shop.row("task_a")
+    row = await harness.row("task_a")
     assert done == []
     assert (row.submit_lease_until, row.submit_due_at, row.submit_attempts) == (None, START, 0)
 
 
 async def test_leases_are_renewed_while_a_call_runs(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call longer than a lease keeps its row: nobody else may begin it."""
+    """A call that is longer than a lease keeps its row, and no other worker can start it."""
     monkeypatch.setattr(worker, "RENEW_S", 0.01)
     gate, began = asyncio.Event(), list[int]()
 
     async def run(lease: Lease) -> None:
         began.append(lease.fence)
         await gate.wait()
-        await shop.store.write(leases.done, lease)
+        await harness.store.write(leases.done, lease)
 
-    async with shop.working(run):
-        await shop.queue("task_a")
+    async with harness.working(run):
+        await harness.queue("task_a")
         await wait_until(lambda: began)
         for _ in range(3):
-            shop.now[0] += LEASE_MS - 1
-            await wait_until(renewed(shop))
+            harness.now[0] += LEASE_MS - 1
+            await wait_until(renewed(harness))
         gate.set()
     assert began == [1]
 
 
-def renewed(shop: Shop) -> Callable[[], Awaitable[bool]]:
+def renewed(harness: Harness) -> Callable[[], Awaitable[bool]]:
     async def look() -> bool:
-        until: int = (await shop.row("task_a")).submit_lease_until
-        return until == shop.now[0] + LEASE_MS
+        until: int = (await harness.row("task_a")).submit_lease_until
+        return until == harness.now[0] + LEASE_MS
 
     return look
 
 
-async def test_a_job_knows_in_its_log_lines_what_it_works_on(shop: Shop) -> None:
-    """Whatever is logged inside a job carries the row's id."""
+async def test_every_log_line_of_a_job_has_the_rows_id(harness: Harness) -> None:
     seen: list[dict[str, Any]] = []
 
     async def run(lease: Lease) -> None:
         seen.append(structlog.contextvars.get_contextvars())
-        await shop.store.write(leases.done, lease)
+        await harness.store.write(leases.done, lease)
 
-    async with shop.working(run):
-        await shop.queue("task_a")
+    async with harness.working(run):
+        await harness.queue("task_a")
         await wait_until(lambda: seen)
     assert seen == [{"task_id": "task_a"}]
 
 
 def deadly(tx: Transaction, items: Sequence[tuple[int, int]]) -> list[None]:
-    """Gives the task `task_deadly` so many deaths, and makes it due then."""
+    """Gives the task `task_deadly` this number of crashes and this due time."""
     for deaths, due_at in items:
         tx.connection.execute(
             tasks.update()
@@ -529,8 +533,8 @@ def deadly(tx: Transaction, items: Sequence[tuple[int, int]]) -> list[None]:
     return [None] * len(items)
 
 
-async def test_what_outlived_deaths_of_its_process_runs_alone(shop: Shop) -> None:
-    """Others in flight end first, none begin beside it, and afterwards all goes on."""
+async def test_a_row_of_several_crashes_runs_alone(harness: Harness) -> None:
+    """Jobs in progress end first, and none starts beside it. Afterwards work goes on."""
     beside: list[set[str]] = []
     running: set[str] = set()
     release = asyncio.Event()
@@ -541,46 +545,48 @@ async def test_what_outlived_deaths_of_its_process_runs_alone(shop: Shop) -> Non
         if lease.key == "task_busy":
             await release.wait()
         running.discard(lease.key)
-        await shop.store.write(leases.done, lease)
+        await harness.store.write(leases.done, lease)
 
-    await shop.queue("task_deadly")
-    await shop.store.write(deadly, (2, START + 1_000_000))
-    async with shop.working(run, places=3) as pool:
-        await shop.queue("task_busy")
+    await harness.queue("task_deadly")
+    await harness.store.write(deadly, (2, START + 1_000_000))
+    async with harness.working(run, places=3) as pool:
+        await harness.queue("task_busy")
         await wait_until(lambda: running)
-        await shop.store.write(deadly, (2, START))
+        await harness.store.write(deadly, (2, START))
         await wait_until(lambda: pool._alone)
-        assert (await shop.row("task_deadly")).submit_lease_until is None, (
-            "no death before it is begun is its own"
+        assert (await harness.row("task_deadly")).submit_lease_until is None, (
+            "a crash before the job starts must not count for the row"
         )
-        await shop.queue("task_new")
+        await harness.queue("task_new")
         assert beside == [{"task_busy"}]
         release.set()
         await wait_until(lambda: len(beside) == 3)
     assert beside == [{"task_busy"}, {"task_deadly"}, {"task_new"}]
 
 
-async def test_what_brought_its_process_down_too_often_is_parked(shop: Shop) -> None:
-    """It runs no more; its task has failed, and a line says so."""
+async def test_a_row_that_crashed_its_process_too_often_is_parked(harness: Harness) -> None:
+    """It does not run again. Its task fails, and a log line reports it."""
 
     async def run(_: Lease) -> None:
-        raise AssertionError("it was to run no more")
+        raise AssertionError("the row ran again")
 
-    await shop.queue("task_deadly")
-    await shop.store.write(deadly, (CRASH_LIMIT, START))
+    await harness.queue("task_deadly")
+    await harness.store.write(deadly, (CRASH_LIMIT, START))
     with capture_logs() as lines:
-        async with shop.working(run):
+        async with harness.working(run):
             await wait_until(lambda: any(line["event"] == "task.parked" for line in lines))
-    assert await shop.types() == ["image.task.failed", "task.parked"]
+    assert await harness.types() == ["image.task.failed", "task.parked"]
     assert [line["cause"] for line in lines if line["event"] == "task.parked"] == [
         f"{CRASH_LIMIT} deaths"
     ]
 
 
-async def test_a_suspect_that_another_process_took_is_left_to_it(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
+async def test_a_poison_candidate_that_another_process_claimed_is_left_to_it(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the look and the claim it may be gone: nobody is alone then, and work goes on."""
+    """The candidate is gone between the look and the claim. No job runs alone then, and work goes
+    on.
+    """
     done, looked = list[str](), threading.Event()
 
     def candidate_stages(_connection: Connection, _now: int) -> list[str]:
@@ -588,20 +594,20 @@ async def test_a_suspect_that_another_process_took_is_left_to_it(
         return ["submit"]
 
     monkeypatch.setattr(worker, "candidate_stages", candidate_stages)
-    async with shop.working(finishing(shop.store, done)):
+    async with harness.working(finishing(harness.store, done)):
         await wait_until(looked.is_set)
-        await shop.queue("task_a")
+        await harness.queue("task_a")
         await wait_until(lambda: done == ["task_a"])
 
 
-async def test_what_could_not_be_recorded_at_a_stop_is_left_to_its_lease(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch
+async def test_rows_that_cannot_be_released_at_a_stop_wait_for_their_lease(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stop does not wait for a store that is away; what came back before is not remembered for
-    ever.
+    """A stop does not wait for an unavailable store. The number of rows that wait to be released is
+    bounded.
     """
     monkeypatch.setattr(worker, "RETURNED", 1)
-    pool = WorkerPool(shop.store, [], shop.metrics, shop.told.append, at_once)
+    pool = WorkerPool(harness.store, [], harness.metrics, harness.transactions.append, at_once)
     pool.quiesce()
     for key in ("task_a", "task_b", "task_c"):
         await asyncio.wait_for(pool._give_back(Lease("submit", key, 1, 1)), 10)
