@@ -2,12 +2,12 @@
 
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 
-MAX_CREDITS = 10**12  # whole credits; in millionths that fits a 64-bit integer
+MAX_CREDITS = 10**12  # in millionths still a 64-bit integer
 
 
 def millionths(value: object) -> int | None:
-    """The upstream's decimal credits as an integer; None for what is no sensible number (absent,
-    negative, text, NaN).
+    """The upstream's decimal credits as an integer. None if the number is absent, negative, NaN or
+    too large.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None

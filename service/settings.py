@@ -23,30 +23,9 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from service import setting_types as types
 from service.errors import ConfigurationError
-from service.setting_types import (
-    BUCKET,
-    PREFIX,
-    AdminKey,
-    Days,
-    Folder,
-    Hosts,
-    Lower,
-    Networks,
-    Port,
-    Requests,
-    Schedule,
-    Seconds,
-    SecretKeys,
-    Sinks,
-    Slots,
-    Token,
-    check_postgres_url,
-    http_address,
-    ip_literal,
-    is_setting,
-    variables_of,
-)
+from service.setting_types import PREFIX
 
 # The upstream's limit, without the path: "/callbacks/" 11, an upstream 20, "/" 1, a task 31, "/" 1,
 # a token 64.
@@ -66,21 +45,21 @@ class Settings(BaseModel):
 
     host: str = Field("127.0.0.1", pattern=r"^[A-Za-z0-9._:%-]+$")
     """Address to listen on."""
-    port: Port = 8080
+    port: types.Port = 8080
     """Port to listen on. 0 takes any free port."""
     base_url: str = "http://{host}:{port}"
     """The service's own address in links and in the `source` of events."""
-    upstream_networks: Networks = ()
+    upstream_networks: types.Networks = ()
     """Comma-separated CIDRs outside the public internet that calls to the upstream and downloads of
     results may reach, also with plain http."""
-    endpoint_networks: Networks = ()
+    endpoint_networks: types.Networks = ()
     """The same for deliveries to endpoints."""
-    task_callback_networks: Networks = ()
+    task_callback_networks: types.Networks = ()
     """The same for deliveries to a task's own `callback_url`."""
     callback_url: str | None = None
     """Public https prefix under which the upstream reaches `/callbacks/…`. Without it the service
     sends no `callback_url` and settles tasks by queries alone."""
-    data_dir: Folder = Path("./data")
+    data_dir: types.Folder = Path("./data")
     """Directory of the embedded store and of the images."""
     database_url: str = Field("sqlite:///{data_dir}/darkroom.db", repr=False)
     """The store: `sqlite:///FILE` or `postgresql://…`."""
@@ -90,87 +69,87 @@ class Settings(BaseModel):
     image_base_url: str | None = None
     """Prefix of image links instead of `{base_url}/images`: a CDN or a public bucket that serves
     the same names."""
-    secret_key: SecretKeys | None = None
+    secret_key: types.SecretKeys | None = None
     """Comma-separated keys of at least 32 bytes. The first key signs and encrypts. All keys verify
     and decrypt."""
-    admin_key: AdminKey | None = None
+    admin_key: types.AdminKey | None = None
     """An API key of the owner `admin` with every scope, for first use. At least 16 characters."""
-    evolink_api_key: Token | None = None
+    evolink_api_key: types.Token | None = None
     """API key of the upstream."""
     evolink_base_url: str = "https://api.evolink.ai"
     """Address of the upstream."""
-    evolink_result_hosts: Hosts = (".evolink.ai",)
+    evolink_result_hosts: types.Hosts = (".evolink.ai",)
     """Comma-separated hosts from which results may be downloaded. `.x` is every subdomain of x. `x`
     is exactly x."""
-    evolink_confirm: Annotated[Literal["always", "never"], Lower] = "always"
+    evolink_confirm: Annotated[Literal["always", "never"], types.Lower] = "always"
     """`always`: the service believes a callback only when a query agrees. `never`: the token in the
     callback's URL is enough."""
-    evolink_concurrency: Slots = 16
+    evolink_concurrency: types.Slots = 16
     """Concurrent calls to the upstream."""
-    evolink_task_ttl_s: Seconds = 86400
+    evolink_task_ttl_s: types.Seconds = 86400
     """How long the upstream keeps a task."""
-    evolink_result_ttl_s: Seconds = 86400
+    evolink_result_ttl_s: types.Seconds = 86400
     """How long the link of a result lives at the upstream."""
     submit_timeout_s: Annotated[float, Field(gt=0, le=1500, allow_inf_nan=False)] = 60
     """Timeout of one submission call."""
-    submit_schedule: Schedule = (1, 2, 5, 15, 30, 60)
+    submit_schedule: types.Schedule = (1, 2, 5, 15, 30, 60)
     """Waits between submission calls when nothing was created. The last wait repeats."""
-    submit_give_up_s: Seconds = 3600
+    submit_give_up_s: types.Seconds = 3600
     """After this time a task that could not be submitted fails with `not_submitted`."""
-    uncertain: Annotated[Literal["fail", "resubmit"], Lower] = "fail"
+    uncertain: Annotated[Literal["fail", "resubmit"], types.Lower] = "fail"
     """Decision on a submission whose outcome stays unproved: `fail`, or `resubmit` under the same
     idempotency key."""
-    uncertain_after_s: Seconds = 900
+    uncertain_after_s: types.Seconds = 900
     """How long a callback may still prove the outcome of a submission."""
-    query_timeout_s: Seconds = 15
+    query_timeout_s: types.Seconds = 15
     """Timeout of one query call."""
-    reconcile_after_s: Seconds | None = None
+    reconcile_after_s: types.Seconds | None = None
     """Silence before the first query of a task. Without a callback URL the default is `max(3,
     estimated_time / 2)`."""
-    download_schedule: Schedule = (1, 2, 5, 15, 60, 300, 900)
+    download_schedule: types.Schedule = (1, 2, 5, 15, 60, 300, 900)
     """Waits between attempts of a download. The last wait repeats."""
-    download_concurrency: Slots = 16
+    download_concurrency: types.Slots = 16
     """Concurrent downloads."""
-    decode_concurrency: Slots = 1
+    decode_concurrency: types.Slots = 1
     """Images decoded at once. Each takes up to 24 bytes a pixel and three times its file size."""
     max_image_bytes: int = Field(52_428_800, ge=1024)
     """Largest result that the service stores, in bytes."""
     max_image_pixels: int = Field(67_108_864, ge=1024)
     """Largest result that the service stores, in pixels."""
-    delivery_schedule: Schedule = (5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
+    delivery_schedule: types.Schedule = (5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400)
     """Waits before each retry of a delivery. Each wait is extended by 0 to 20 %."""
-    delivery_timeout_s: Seconds = 15
+    delivery_timeout_s: types.Seconds = 15
     """Timeout of one delivery attempt."""
-    endpoint_disable_after_s: Seconds = 432_000
+    endpoint_disable_after_s: types.Seconds = 432_000
     """The service disables an endpoint whose attempts have only failed for this long."""
-    sinks: Sinks = ()
+    sinks: types.Sinks = ()
     """Comma-separated addresses of brokers that get every event, such as
     `nats://HOST:4222/SUBJECT?stream=NAME`. Needs the extra `brokers`."""
-    retention_days: Days = 30
+    retention_days: types.Days = 30
     """How long the service keeps events, callbacks, deliveries and prompts."""
-    image_retention_days: Days | None = None
+    image_retention_days: types.Days | None = None
     """How long the service keeps images. Links then answer 410. Unset keeps them forever."""
     min_free_bytes: int = Field(1_073_741_824, ge=0)
     """Below this free disk space new submissions get 503. Callbacks never do."""
-    key_requests: Requests | None = None
+    key_requests: types.Requests | None = None
     """Requests that one API key may send to each process, such as `600/minute`. Needs the extra
     `limits`. Unset means no limit."""
-    log_format: Annotated[Literal["json", "console"], Lower] = "json"
+    log_format: Annotated[Literal["json", "console"], types.Lower] = "json"
     """`json`, or `console` for people."""
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], Lower] = "info"
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], types.Lower] = "info"
     """`debug`, `info`, `warning` or `error`."""
     log_prompts: bool = False
     """Whether log lines may contain prompts."""
-    metrics_port: Port | None = None
+    metrics_port: types.Port | None = None
     """Port that serves `/metrics` without a key. On the main port `/metrics` needs a key with
     `read`."""
-    stop_s: Seconds = 20
+    stop_s: types.Seconds = 20
     """After SIGTERM, how long requests and work in flight may still take."""
-    migrate: Annotated[Literal["on", "off"], Lower] = "on"
+    migrate: Annotated[Literal["on", "off"], types.Lower] = "on"
     """`off`: a start stops on an old schema instead of migrating it."""
     url: str = "http://127.0.0.1:8080"
     """For client commands: the address of the service."""
-    api_key: Token | None = None
+    api_key: types.Token | None = None
     """For client commands: the key that they send."""
 
     @field_validator("base_url", "url", "evolink_base_url", "callback_url", "image_base_url")
@@ -181,11 +160,12 @@ class Settings(BaseModel):
         host, port = info.data.get("host", "localhost"), info.data.get("port", 0)
         value = value.replace("{host}", f"[{host}]" if ":" in host else host)
         value = value.replace("{port}", str(port)).rstrip("/")
-        parts = http_address(value)
+        parts = types.http_address(value)
         if info.field_name in ("evolink_base_url", "callback_url") and parts.scheme == "http":
             # The service checks the addresses of an upstream's name when it resolves the name. The
             # upstream, not the service, resolves the host of a callback URL.
-            networks, number = info.data.get("upstream_networks", ()), ip_literal(parts.hostname)
+            networks = info.data.get("upstream_networks", ())
+            number = types.ip_literal(parts.hostname)
             by_name = networks and info.field_name == "evolink_base_url"
             if not (any(number in each for each in networks) if number else by_name):
                 raise ValueError(
@@ -200,10 +180,10 @@ class Settings(BaseModel):
     def _check_place(cls, value: str, info: ValidationInfo) -> str:
         value = value.replace("{data_dir}", str(info.data.get("data_dir", "/")))
         if info.field_name == "blob_url":
-            if not value.startswith("file:///") and not BUCKET.fullmatch(value):
+            if not value.startswith("file:///") and not types.BUCKET.fullmatch(value):
                 raise ValueError("should be file:// and an absolute path, or s3://BUCKET/PREFIX")
         elif not value.startswith("sqlite:"):
-            check_postgres_url(value)
+            types.check_postgres_url(value)
         elif not re.fullmatch(r"sqlite:///[^:?][^?]*", value):
             raise ValueError("should be sqlite:///FILE, a file and no options")
         return value
@@ -242,8 +222,8 @@ def load_settings(
     ConfigurationError names every unknown or wrong variable and its limit, never a value.
     """
     values: dict[str, Any] = {}
-    for source in (variables_of(env_file), os.environ if environ is None else environ):
-        values.update({name: value for name, value in source.items() if is_setting(name, value)})
+    for source in (types.variables_of(env_file), os.environ if environ is None else environ):
+        values |= {name: source[name] for name in source if types.is_setting(name, source[name])}
     known = {PREFIX + field.upper(): field for field in Settings.model_fields}
     for name in sorted(values):
         if name not in known:

@@ -72,6 +72,15 @@ def show(document: Mapping[str, Any], as_json: bool) -> None:
         put_fields(document)
 
 
+def put_result(document: object, as_json: bool, *lines: str) -> None:
+    """Prints the document as JSON, or else these lines."""
+    if as_json:
+        put_json(document)
+        return
+    for line in lines:
+        put(line)
+
+
 def remark(text: str) -> None:
     """Prints a line on standard error if that is a terminal."""
     if sys.stderr.isatty():

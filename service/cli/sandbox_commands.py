@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand
 
 from service.cli.api_client import pairs
-from service.cli.output import Json, Text, Texts, option, put, put_json, terminal
+from service.cli.output import Json, Text, Texts, option, put_result, terminal
 
 if TYPE_CHECKING:
     import asyncio
@@ -98,10 +98,7 @@ def serve_sandbox(options: "SandboxOptions", host: str, port: int, as_json: bool
     async def until_stopped() -> None:
         with stopping() as stop:
             async with listening(Server(app, bound, stop_s=1), stop):
-                if as_json:
-                    put_json({"address": address})
-                else:
-                    put(f"sandbox upstream at {address}")
+                put_result({"address": address}, as_json, f"sandbox upstream at {address}")
                 await stop.wait()
 
     uvloop.run(until_stopped())
@@ -208,13 +205,12 @@ def announce(settings: "Settings", upstream: str, key: str, as_json: bool) -> No
         f"curl -sS {address}/v1/images/generations -H 'Authorization: Bearer {key}'"
         f" -H 'Content-Type: application/json' -H 'Prefer: wait=30' -d '{BODY}'"
     )
-    if as_json:
-        put_json({"address": address, "upstream": upstream, "key": key, "curl": curl})
-        return
-    put(f"\ndarkroom  {address}  (sandbox upstream {upstream}, files in {settings.data_dir})")
-    put(f"key       {key}")
-    put(f"try       {curl}")
-    put(
+    put_result(
+        {"address": address, "upstream": upstream, "key": key, "curl": curl},
+        as_json,
+        f"\ndarkroom  {address}  (sandbox upstream {upstream}, files in {settings.data_dir})",
+        f"key       {key}",
+        f"try       {curl}",
         f"or        export DARKROOM_URL={address} DARKROOM_API_KEY={key};"
-        " darkroom submit 'a lighthouse in the fog' --wait\n"
+        " darkroom submit 'a lighthouse in the fog' --wait\n",
     )

@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.output import Json, Text, option, put, put_json
+from service.cli.output import Json, Text, option, put_result
 from service.errors import ConfigurationError
-from service.strict_json import JSON
 
 if TYPE_CHECKING:
     import asyncio
@@ -140,10 +139,7 @@ def migrate(as_json: Json = False) -> None:
             return await store.read(revision)
 
     schema = asyncio.run(migrated())
-    if as_json:
-        put_json({"schema": schema})
-    else:
-        put(f"the store's schema is {schema}")
+    put_result({"schema": schema}, as_json, f"the store's schema is {schema}")
 
 
 def openapi(as_json: Json = False) -> None:
@@ -151,18 +147,13 @@ def openapi(as_json: Json = False) -> None:
     from service.web.openapi import document
     from service.web.routes.table import SPECS
 
-    put_document(document(SPECS), as_json)
+    api = document(SPECS)
+    put_result(api, as_json, json.dumps(api, indent=2))
 
 
 def asyncapi(as_json: Json = False) -> None:
     """Print the AsyncAPI document of the events. With --json it is one line."""
     from service.web.asyncapi import document
 
-    put_document(document(), as_json)
-
-
-def put_document(document: JSON, as_json: bool) -> None:
-    if as_json:
-        put_json(document)
-    else:
-        put(json.dumps(document, indent=2))
+    api = document()
+    put_result(api, as_json, json.dumps(api, indent=2))

@@ -28,6 +28,7 @@ from service.cli.output import (
     put,
     put_fields,
     put_json,
+    put_result,
     remark,
     terminal,
 )
@@ -81,12 +82,10 @@ def submit(
         }
     )
     task, files = submitted(order, idempotency_key or secrets.token_hex(16), wait, out)
-    if as_json:
-        put_json(task if files is None else {**task, "files": files})
-    else:
-        results = task["results"] if files is None else files
-        for line in results if wait or out is not None else [task["id"]]:
-            put(line)
+    lines = [task["id"]] if not wait else task["results"]
+    if files is not None:
+        task, lines = {**task, "files": files}, files
+    put_result(task, as_json, *lines)
     if task["state"] in TERMINAL and task["state"] != "completed":
         error = task["error"] or {}
         raise CommandFailed(
