@@ -90,8 +90,8 @@ async def test_a_held_task_is_tried_before_it_is_given_up(subject: Subject) -> N
 
 
 async def test_held_tasks_of_all_owners_resume_in_turn(two: tuple[Subject, Subject]) -> None:
-    """Owners take turns here too, in any order of arrival. Of two tasks that may go, one belongs to
-    the last owner, whichever plan finds them.
+    """Owners take turns here too, in any order of arrival. If two tasks may go, one belongs to the
+    last owner, whichever plan PostgreSQL chooses.
     """
     subject, _ = two
 

@@ -16,7 +16,7 @@ def blob(task_id: str, words: str = "left behind") -> str:
 
 
 async def test_a_blob_that_a_row_names_is_kept(subject: Subject) -> None:
-    """Of a completed task, only a blob that is none of its images is an orphan."""
+    """A blob of a completed task is an orphan only if it is none of the task's images."""
     task_id = await subject.completed(URL, "https://r.test/1")
     named = [row["blob"] for row in await subject.images(task_id)]
     assert await subject.store.read(orphans, [*named, blob(task_id)]) == [blob(task_id)]

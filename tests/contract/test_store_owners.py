@@ -76,8 +76,8 @@ async def test_a_task_that_ended_without_an_id_hides_ids_made_in_its_time(subjec
 
 
 async def test_a_task_that_was_never_created_upstream_hides_no_id(subject: Subject) -> None:
-    """Neither a queued nor a refused task hides an id. A task that is submitted again may have been
-    created by its first submission, so it does.
+    """Queued and refused tasks hide no id. A task that is queued again hides ids, because its first
+    submission may have created it.
     """
     await subject.queued()
     refused = await subject.submitting()

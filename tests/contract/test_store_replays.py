@@ -322,8 +322,8 @@ async def test_a_cancel_while_a_page_is_recorded_leaves_no_pending_delivery(
 
 
 async def test_a_page_is_recorded_only_under_its_current_lease(subject: Subject) -> None:
-    """A worker that was too slow makes no delivery twice. Neither does a page that is recorded
-    again after a lost response.
+    """A worker that was too slow makes no delivery twice. A page that is recorded again after a
+    lost response makes none either.
     """
     endpoint = await subject.endpoint()
     await event(subject)

@@ -146,8 +146,8 @@ async def test_an_erasure_removes_the_content_everywhere(subject: Subject) -> No
     (image,) = await subject.images(task_id)
     await subject.download(image, stored(image))
     (image,) = await subject.images(task_id)
-    (told,) = await subject.rows(events, task_id=task_id, terminal=True)
-    (sent,) = await subject.rows(deliveries, event_id=told["id"], endpoint_id=endpoint)
+    (event,) = await subject.rows(events, task_id=task_id, terminal=True)
+    (sent,) = await subject.rows(deliveries, event_id=event["id"], endpoint_id=endpoint)
     answered = DeliveryAttempt(new_id("attempt"), 200, 12, None, SECRET.encode())
     await subject.write(
         record_attempts,

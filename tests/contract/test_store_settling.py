@@ -455,8 +455,8 @@ async def test_a_task_that_ended_as_uncertain_is_queried_for_its_charge(subject:
 
 
 async def test_a_duplicate_callback_that_brings_the_id_makes_a_query_due(subject: Subject) -> None:
-    """The first callback named no id, and the submit response may never come. So this duplicate is
-    more than counted.
+    """The first callback named no id, and the submit response may never come. The store counts this
+    duplicate and binds its id.
     """
     task_id = await subject.uncertain()
     assert (

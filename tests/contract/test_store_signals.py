@@ -31,11 +31,11 @@ async def test_every_listener_of_a_key_is_woken() -> None:
 async def test_a_wait_ends_at_its_timeout() -> None:
     """It returns False when no hint came. A timeout of 0 does not wait."""
     signals = Signals()
-    with signals.listen("events") as heard:
-        assert not await signals.wait(heard, 0.001)
+    with signals.listen("events") as hint:
+        assert not await signals.wait(hint, 0.001)
         signals.notify(["events"])
-        assert not await signals.wait(heard, 0)
-        assert await signals.wait(heard, 10)
+        assert not await signals.wait(hint, 0)
+        assert await signals.wait(hint, 10)
 
 
 async def test_a_stop_ends_every_wait() -> None:
@@ -43,12 +43,12 @@ async def test_a_stop_ends_every_wait() -> None:
     state.
     """
     signals = Signals()
-    with signals.listen("events") as heard, signals.listen("task_1") as changed:
-        waiting = [asyncio.ensure_future(signals.wait(event, 60)) for event in (heard, changed)]
+    with signals.listen("events") as hint, signals.listen("task_1") as changed:
+        waiting = [asyncio.ensure_future(signals.wait(event, 60)) for event in (hint, changed)]
         await asyncio.sleep(0)
         signals.stop()
         assert await asyncio.gather(*waiting) == [False, False]
-        assert not await signals.wait(heard, 60)
+        assert not await signals.wait(hint, 60)
     assert signals.stopping
 
 

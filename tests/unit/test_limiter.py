@@ -290,7 +290,7 @@ async def test_a_429_halves_only_the_limit_of_its_own_kind() -> None:
 
 
 async def test_successes_restore_the_limit_step_by_step() -> None:
-    """As many successes as may run at once add one place, up to the full limit."""
+    """A full round of successes adds one place, up to the full limit."""
     limiter = ConcurrencyLimiter(8)
     async with calling(limiter) as callers:
         for _ in range(3):

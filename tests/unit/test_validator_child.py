@@ -1,4 +1,4 @@
-"""The check of an image in the child process: by its content alone, and whole."""
+"""The check of an image in the child process. Its content alone decides, and it must be whole."""
 
 import io
 import re

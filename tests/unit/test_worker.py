@@ -235,7 +235,7 @@ async def test_an_unforeseen_exception_is_logged_counted_and_retried(harness: Ha
 
     async def run(lease: Lease) -> None:
         tried.append(lease.attempts)
-        raise KeyError("nobody thought of this")
+        raise KeyError("unforeseen")
 
     with capture_logs() as lines:
         async with harness.working(run):
@@ -252,7 +252,7 @@ async def test_an_unforeseen_exception_is_logged_counted_and_retried(harness: Ha
     assert await harness.types() == ["image.task.failed", "task.parked"]
     failures = [line for line in lines if line["event"] == "worker.failed"]
     assert [line["attempt"] for line in failures] == tried
-    assert failures[0]["exception"] == "KeyError: 'nobody thought of this'"
+    assert failures[0]["exception"] == "KeyError: 'unforeseen'"
     assert isinstance(failures[0]["exc_info"], KeyError)
     assert [line["cause"] for line in lines if line["event"] == "task.parked"] == ["10 faults"]
     assert harness.counted("submit") == 10
@@ -355,7 +355,7 @@ async def test_rows_that_cannot_be_recorded_do_not_keep_other_rows_waiting(
     assert (await harness.row("task_bad_1")).submit_faults == 0
 
 
-@pytest.mark.parametrize("trouble", [StoreUnavailable("away"), RuntimeError("nobody foresaw")])
+@pytest.mark.parametrize("trouble", [StoreUnavailable("away"), RuntimeError("unforeseen")])
 async def test_claiming_survives_every_failure_of_the_store(
     trouble: Exception, harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
