@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import hypothesis
@@ -17,16 +19,17 @@ from tests.servers import (
     postgres_running,
 )
 
-LONG = {"crash", "e2e", "bench", "durability", "consumers", "property"}
-SERVERS = {"postgres", "s3", "brokers"}  # fixtures and parameters begin with one of these words
-STARTERS = {
+HEAVY = {"crash", "e2e", "bench", "durability", "consumers"}  # folders of tests with processes
+LONG = {*HEAVY, "property"}  # folders of few and long tests
+SERVERS = ("postgres", "s3", "brokers")  # fixtures and parameters begin with one of these words
+STARTERS = (
     "subprocess",
     "tests.brokers",
     "tests.crash",
     "tests.disks",
     "tests.launcher",
     "tests.processes",
-}
+)
 
 hypothesis.settings.register_profile("darkroom", deadline=None)  # a slow machine is no defect
 hypothesis.settings.load_profile("darkroom")
@@ -82,28 +85,36 @@ def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return with_bucket(s3_server, monkeypatch)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if config.option.markexpr == "quick" and collection_path.name in HEAVY else None
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     if isinstance(item, pytest.Function) and is_quick(item):
         item.add_marker("quick")
 
 
 def is_quick(test: pytest.Function) -> bool:
-    """Whether a test needs no server and starts no process: `make quick` runs it.
-
-    A test counts as one that starts processes if its module imports a function that does.
-    """
-    callspec = getattr(test, "callspec", None)
-    words = [*test.fixturenames, *map(str, callspec.params.values() if callspec else ())]
-    imported = {
-        str(getattr(value, "__module__", None) or getattr(value, "__name__", ""))
-        for value in vars(test.module).values()
-        if callable(value) or isinstance(value, ModuleType)
-    }
+    """Whether `make quick` runs a test: it needs no server, starts no process and is not slow."""
+    parameters = test.callspec.params.values() if hasattr(test, "callspec") else ()
+    names = [*test.fixturenames, *map(str, parameters)]
     return (
-        test.path.parent.name not in LONG
-        and not SERVERS & {word.partition("_")[0] for word in words}
-        and not any(name.startswith(tuple(STARTERS)) for name in imported)
+        test.path.parent.name not in HEAVY
+        and not test.get_closest_marker("slow")
+        and not any(name.startswith(SERVERS) for name in names)
+        and not starts_processes(test.module)
     )
+
+
+@cache
+def starts_processes(module: ModuleType) -> bool:
+    """Whether a module of tests imports a function that starts processes."""
+    imported = (
+        str(getattr(value, "__module__", None) or getattr(value, "__name__", ""))
+        for value in vars(module).values()
+        if callable(value) or isinstance(value, ModuleType)
+    )
+    return any(name.startswith(STARTERS) for name in imported)
 
 
 @pytest.hookimpl(trylast=True)

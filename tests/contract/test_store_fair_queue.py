@@ -14,6 +14,8 @@ from service.tasks.admin import TaskResolution, resolve_tasks
 from service.tasks.state import State
 from tests.contract.subject import HOUR, MINUTE, SECOND, Subject, creates_nothing, doubts
 
+pytestmark = pytest.mark.slow
+
 
 async def flood(subject: Subject, owner: str, count: int) -> None:
     """Inserts this number of queued tasks of one owner."""

@@ -16,6 +16,8 @@ from service.upkeep import expiry, retention
 from service.upkeep.retention import Retention, erase
 from tests.contract.subject import DAY, OWNER, Opener, Subject, failed, new_id
 
+pytestmark = pytest.mark.slow
+
 GROWING = (callbacks, steps, attempts, deliveries, events)
 
 

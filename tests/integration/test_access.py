@@ -71,6 +71,7 @@ def test_every_route_has_the_scopes_it_is_to_have() -> None:
     assert {(spec.method, spec.path): set(spec.scopes) for spec in SPECS} == TABLE
 
 
+@pytest.mark.slow
 async def test_each_scope_opens_its_routes_and_no_other(here: World) -> None:
     """A key with one scope gets 403 wherever that scope is not named; `admin` opens all."""
     for scope in SCOPES:

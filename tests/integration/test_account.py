@@ -27,6 +27,8 @@ from tests.upstream import Cut, document, error, page
 from tests.waiting import wait_until
 from tests.world import World, subscriber, world
 
+pytestmark = pytest.mark.slow
+
 SOON = (
     ",".join(["0.1"] * 99) + ",600"
 )  # probes come soon; what is held and not made due waits longer than any test

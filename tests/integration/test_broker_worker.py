@@ -23,6 +23,8 @@ from tests.integration.test_brokers import emit
 from tests.waiting import wait_until
 from tests.world import World, world
 
+pytestmark = pytest.mark.slow
+
 
 class Played:
     """A broker in memory; `on` is called with how many messages it has, before it takes the

@@ -16,6 +16,8 @@ from tests.callbacks import heard, json_test_suite, quick_world, said, verdict
 from tests.upstream import Upstream, failed
 from tests.world import World
 
+pytestmark = pytest.mark.slow
+
 JSON = dict[str, Any]
 
 

@@ -17,6 +17,8 @@ from tests.callbacks import asked, heard, quick_world, said, types, verdict
 from tests.upstream import After, Upstream, document, error, failed
 from tests.world import World, world
 
+pytestmark = pytest.mark.slow
+
 JSON = dict[str, Any]
 NOWHERE = ("http://127.0.0.1:9/a.png", "http://127.0.0.1:9/b.png")
 

@@ -18,6 +18,8 @@ from tests.upstream import Upstream
 from tests.waiting import wait_until
 from tests.world import subscriber, world
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(slots=True)
 class Machine:

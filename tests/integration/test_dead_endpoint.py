@@ -17,6 +17,8 @@ from tests.outbox import emitted
 from tests.waiting import wait_until
 from tests.world import answering, world
 
+pytestmark = pytest.mark.slow
+
 PENDING, OTHERS, EVENTS = 200, 99, 3
 
 

@@ -463,6 +463,7 @@ async def test_operators_events_go_to_operators_alone(
     await here.client.delete(f"/v1/endpoints/{every.json()['id']}")
 
 
+@pytest.mark.slow
 async def test_retries_never_delay_first_attempts(
     tmp_path: Path, takers: Takers, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,8 @@ from tests.documented import Callbacks, Cancelled, Client, Failure, Images, Refu
 from tests.waiting import wait_until
 from tests.world import LOOPBACK, World, answering, world
 
+pytestmark = pytest.mark.slow
+
 JSON = dict[str, Any]
 ORDER = {"model": "wan2.5-text-to-image", "prompt": "a lighthouse", "size": "768x768"}
 KEY = "the-account's-key"

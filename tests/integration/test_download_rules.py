@@ -233,6 +233,7 @@ async def test_a_download_is_tried_until_its_link_has_died(tmp_path: Path) -> No
         assert upstream.asked["dying.png"] >= 2
 
 
+@pytest.mark.slow
 async def test_the_link_that_dies_first_is_fetched_first(tmp_path: Path) -> None:
     """With fewer places than due images it is the link's end that counts, not how long an image has
     been due.

@@ -182,6 +182,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 async def test_the_metrics_have_their_names_and_count_what_happened(tmp_path: Path) -> None:
     """One completed task and one failed one, told to a subscriber and to nobody who listens."""
     async with world(tmp_path) as here, here.owner() as client, subscriber() as takes:

@@ -185,6 +185,7 @@ async def test_a_missing_or_short_image_is_an_error_not_a_broken_picture(here: W
         assert (answer.status_code, answer.content) == (503, b"")
 
 
+@pytest.mark.slow
 async def test_an_image_that_vanishes_while_it_is_sent_is_cut_off(tmp_path: Path) -> None:
     """Its reader sees that it is not whole; the log says why."""
     upstream = Upstream({PROMPT: [document("pending", id="large")]})

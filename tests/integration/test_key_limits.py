@@ -40,6 +40,7 @@ async def test_one_request_too_many_is_told_when_to_come_again(tmp_path: Path) -
         ]
 
 
+@pytest.mark.slow
 async def test_who_must_not_be_kept_out_is_not(tmp_path: Path) -> None:
     """The upstream's callbacks, images, health and metrics, with a key that has made its requests
     or without one.

@@ -108,6 +108,7 @@ async def garbage(url: str, path: str) -> None:
     writer.close()
 
 
+@pytest.mark.slow
 async def test_no_line_of_a_troubled_run_tells_a_secret_and_each_is_as_the_list_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

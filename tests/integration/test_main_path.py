@@ -3,7 +3,11 @@
 import hashlib
 from pathlib import Path
 
+import pytest
+
 from tests.world import subscriber, world
+
+pytestmark = pytest.mark.slow
 
 
 async def test_a_task_becomes_stored_images_and_one_signed_terminal_event(tmp_path: Path) -> None:

@@ -5,12 +5,15 @@ been paid for.
 import asyncio
 from pathlib import Path
 
+import pytest
 from starlette.responses import Response
 
 from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, refused, submitted
 from tests.upstream import After, Upstream, document, picture
 from tests.waiting import wait_until
 from tests.world import world
+
+pytestmark = pytest.mark.slow
 
 FLOOD = 120
 

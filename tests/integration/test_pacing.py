@@ -35,6 +35,8 @@ from tests.upstream import document, error, failed
 from tests.waiting import wait_until
 from tests.world import World, world
 
+pytestmark = pytest.mark.slow
+
 DAY_MS = 86_400_000
 TOO_MANY = error(429, "rate_limit_exceeded")
 

@@ -18,6 +18,8 @@ from tests.api import ASYNC, UNTIL_DONE, got, submitted
 from tests.waiting import wait_until
 from tests.world import Subscriber, World, subscriber, world
 
+pytestmark = pytest.mark.slow
+
 OLD, NEW = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
 
 

@@ -21,6 +21,8 @@ from tests.outbox import emitted
 from tests.waiting import wait_until
 from tests.world import Subscriber, World, subscriber, world
 
+pytestmark = pytest.mark.slow
+
 JSON = dict[str, Any]
 FAILED, COMPLETED = "image.task.failed", "image.task.completed"
 DONE, BROKEN = Response(status_code=204), Response(status_code=500)

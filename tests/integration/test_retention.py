@@ -19,6 +19,8 @@ from tests.api import SUBMIT, UNTIL_DONE, got, order, refused, submitted
 from tests.waiting import wait_until
 from tests.world import World, subscriber, world
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a very private lighthouse"
 JSON = dict[str, Any]
 

@@ -11,6 +11,8 @@ import pytest
 from service.upstreams.sandbox.effects import TASK_ERRORS
 from tests.sandbox import ORDER, WAYS, Receiver, faulty, receiving, taken
 
+pytestmark = pytest.mark.slow
+
 KEYED = {"idempotency-key": "task_0123456789abcdef"}
 
 

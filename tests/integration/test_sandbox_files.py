@@ -11,6 +11,8 @@ from PIL import Image, UnidentifiedImageError
 
 from tests.sandbox import WAYS, faulty
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest) -> str:

@@ -104,6 +104,7 @@ async def test_a_task_ends_as_the_upstream_says(
     assert steps.count("task.confirmed") == 1
 
 
+@pytest.mark.slow
 async def test_without_a_callback_url_tasks_are_settled_by_asking(tmp_path: Path) -> None:
     """No callback_url is sent upstream, and the same function settles."""
     async with world(tmp_path, callback_url=None) as here:
@@ -200,6 +201,7 @@ def test_the_waits_are_those_of_the_contract(monkeypatch: pytest.MonkeyPatch) ->
     assert called.again(1, called_back=True, retry_after=30.0) == 30_000
 
 
+@pytest.mark.slow
 async def test_a_task_the_upstream_forgot_is_expired_after_its_time(tmp_path: Path) -> None:
     """404 is believed only once the task is older than `TASK_TTL_S`."""
     upstream = Upstream()

@@ -189,6 +189,7 @@ async def test_what_is_kept_is_limited_by_size_too(
         assert here.context.tail._entries == []
 
 
+@pytest.mark.slow
 async def test_a_reader_whose_place_is_gone_is_told(tmp_path: Path) -> None:
     """One `resync` with the oldest sequence and no id; then what there is."""
     async with world(tmp_path) as here:
@@ -266,6 +267,7 @@ async def test_a_stream_ends_with_its_key(tmp_path: Path, monkeypatch: pytest.Mo
             refused(await client.get("/v1/events", headers=SSE), 401, "unauthorized")
 
 
+@pytest.mark.slow
 async def test_what_others_do_hides_neither_silence_nor_the_end_of_a_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -414,6 +414,7 @@ async def test_giving_up_is_not_submitted(tmp_path: Path) -> None:
         assert len(upstream.received["busy"]) >= 2
 
 
+@pytest.mark.slow
 async def test_a_sender_that_died_leaves_an_uncertain_submission(tmp_path: Path) -> None:
     """A process that ends while the call runs has sent it: the next one doesn't send it again."""
     upstream, forever = Upstream(), asyncio.Event()

@@ -17,6 +17,8 @@ from tests.blobs import put
 from tests.waiting import wait_until
 from tests.world import World, world
 
+pytestmark = pytest.mark.slow
+
 ORPHAN = "0-" + "0f" * 32 + ".png"
 
 

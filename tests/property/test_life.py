@@ -40,7 +40,7 @@ SEED = int(
 LENGTH = 80  # steps of one life
 TRACED = 600
 # Shrinking a failure takes minutes. The steps themselves take less than one.
-pytestmark = pytest.mark.timeout(900 + STEPS // 20)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900 + STEPS // 20)]
 QUICK = settings(
     max_examples=20,
     stateful_step_count=LENGTH,

@@ -95,6 +95,7 @@ def test_retries_get_the_places_that_first_attempts_leave_and_at_least_one(
             endpoint.leave(first=False, well=None)
 
 
+@pytest.mark.slow
 def test_waiting_attempts_come_one_after_another(endpoint: Subscriber) -> None:
     """Their waits follow the rate that the subscriber shows, within bounds, so that a long queue
     does not ask again and again.

@@ -41,6 +41,7 @@ def test_the_prompt_is_visible(prompt: str) -> None:
     assert sum(dark[:40]) > 500
 
 
+@pytest.mark.slow
 def test_every_character_of_gb_2312_and_ascii_has_a_glyph() -> None:
     """Chinese prompts are not rows of empty boxes."""
     face = font(24)
