@@ -1,4 +1,4 @@
-# One virtual environment in two stages: the packages that the service needs, then those of its tests.
+# One virtual environment in two stages: the packages of the service, then those of its tests.
 # Every package is pinned and hashed. The project is installed in place: .venv/bin/darkroom runs it.
 
 PYTHON ?= python3
@@ -11,7 +11,8 @@ EXTRAS := --extra brokers --extra postgres --extra limits --extra s3
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # pip installs a lock without resolving it, so it does not notice what a lock lacks.
 COMPLETE = found=$$($(BIN)/python -m pip check 2>&1) \
-  || { echo "$$found" >&2; echo "$(VENV) is incomplete: run make lock, then make clean" >&2; exit 1; }
+  || { echo "$$found" >&2; \
+    echo "$(VENV) is incomplete: run make lock, then make clean" >&2; exit 1; }
 # One process runs all tests of a file, because they share servers.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -88,12 +89,13 @@ clean:
 $(VENV)/.run: requirements.lock requirements-build.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	  || { echo "darkroom needs Python 3.11 or newer, and $(PYTHON) is" \
-	    "$$($(PYTHON) --version 2>/dev/null || echo missing): try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
-	    exit 1; }
+	    "$$($(PYTHON) --version 2>/dev/null || echo missing):" \
+	    "try make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
-	  || { echo "darkroom needs Python's venv module: apt-get install python3-venv, or set PYTHON" >&2; \
-	    exit 1; }
-	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	  || { echo "darkroom needs Python's venv module:" \
+	    "apt-get install python3-venv, or set PYTHON" >&2; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 \
+	  || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing the packages of requirements.lock into $(VENV) ..."
 	@$(PIP) install --no-deps --require-hashes -r requirements.lock
 	@$(PIP) install --no-deps --require-hashes -r requirements-build.lock
@@ -107,12 +109,13 @@ $(VENV)/.dev: requirements-dev.lock $(VENV)/.run
 	@$(COMPLETE)
 	@touch $@
 
-# The packages of the JavaScript consumers. Without npm or without these packages, the tests that need
-# them are skipped, and fail if CI is set.
+# The packages of the JavaScript consumers. Without npm or without these packages, the tests that
+# need them are skipped, and fail if CI is set.
 $(VENV)/.node: tests/consumers/package.json tests/consumers/package-lock.json | $(VENV)/.run
-	@command -v npm >/dev/null || { echo "npm is missing: tests of JavaScript consumers are skipped" >&2; exit 0; }; \
+	@command -v npm >/dev/null \
+	  || { echo "npm is missing: tests of JavaScript consumers are skipped" >&2; exit 0; }; \
 	  echo "installing the packages of JavaScript consumers into $(VENV)/node ..."; \
-	  mkdir -p $(VENV)/node && cp tests/consumers/package.json tests/consumers/package-lock.json $(VENV)/node \
+	  mkdir -p $(VENV)/node && cp $(filter %.json,$^) $(VENV)/node \
 	  && npm ci --prefix $(VENV)/node --ignore-scripts --no-audit --no-fund --silent && touch $@ \
 	  || echo "npm ci failed: tests of JavaScript consumers are skipped" >&2
 
