@@ -69,6 +69,8 @@ class Settings(BaseModel):
     image_base_url: str | None = None
     """Prefix of image links instead of `{base_url}/images`: a CDN or a public bucket that serves
     the same names."""
+    image_link_ttl_s: Annotated[float, types.OnlyDefault] = 0
+    """How long a link to an image lives. 0: as long as the image. This version supports only 0."""
     secret_key: types.SecretKeys | None = None
     """Comma-separated keys of at least 32 bytes. The first key signs and encrypts. All keys verify
     and decrypt."""

@@ -135,8 +135,7 @@ async def test_only_a_store_that_does_not_commit_makes_a_process_unready(tmp_pat
     """
     async with world(tmp_path, role=WITHOUT_WORKERS) as here:
         got(await here.client.get("/v1/tasks"))
-        # # of the embedded store: from now on nothing is committed
-        here.context.resources.store.close()  # type: ignore[attr-defined]
+        here.context.resources.store._closing = True  # from now on nothing is committed
         answer = await here.client.get("/readyz")
         assert (answer.status_code, answer.json()) == (
             503,

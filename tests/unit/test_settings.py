@@ -134,6 +134,7 @@ def test_an_empty_environment_gives_the_documented_defaults(
         ("BLOB_URL", "file:///srv/images", "file:///srv/images"),
         ("BLOB_URL", "s3://my.bucket-1/a/b_2", "s3://my.bucket-1/a/b_2"),
         ("IMAGE_BASE_URL", "https://cdn.example/images/", "https://cdn.example/images"),
+        ("IMAGE_LINK_TTL_S", "0", 0),
         ("URL", "http://darkroom.internal/", "http://darkroom.internal"),
     ],
 )
@@ -310,6 +311,7 @@ def test_an_unreadable_file_stops_the_start(tmp_path: Path) -> None:
         ("BLOB_URL", "file://images", "absolute"),
         ("IMAGE_BASE_URL", "cdn.example", "http or https"),
         ("IMAGE_BASE_URL", "https://cdn.example/?v=1", "query"),
+        ("IMAGE_LINK_TTL_S", "60", "not supported"),
         ("SECRET_KEY", "short", "32 bytes"),
         ("SECRET_KEY", f"{KEY},", "32 bytes"),
         ("ADMIN_KEY", "fifteen-chars..", "16 characters"),
