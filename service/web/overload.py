@@ -40,9 +40,8 @@ class LogSampler:
 
 # --- callbacks before clients and workers ---
 
-BEGIN_PER_TURN = (
-    100  # requests in one turn of the event loop: as many callbacks fit into one commit
-)
+# Requests that begin in one turn of the event loop: as many callbacks fit into one commit.
+BEGIN_PER_TURN = 100
 MAX_COMMITTING = 200  # callbacks, beyond which further ones wait in the queue
 MAX_QUEUED = 5000  # callbacks, beyond which each one gets 503 at once, and the upstream retries it
 WORKER_WAIT_S = 0.25  # at most, as a flood of callbacks must not stop the workers
@@ -54,7 +53,7 @@ class PriorityGate:
     The event loop reads from every ready connection before it runs anything else. Without the
     queue, thousands of requests of a burst would all begin before the first is answered. Every
     commit would then take longer than its time limit, and every answer would come too late
-    (docs/decisions/0034).
+    (docs/decisions/0035).
     """
 
     def __init__(self) -> None:
