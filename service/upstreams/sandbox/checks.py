@@ -23,16 +23,16 @@ SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 
 @dataclass(frozen=True, slots=True)
-class ModelLimits:
+class SandboxLimits:
     """The most pixels of an image, and the possible numbers of input images."""
 
     max_pixels: int
     inputs: range
 
 
-MODELS: Mapping[str, ModelLimits] = {
-    "wan2.5-text-to-image": ModelLimits(1440 * 1440, range(1)),
-    "wan2.5-image-to-image": ModelLimits(1280 * 1280, range(1, 6)),
+MODELS: Mapping[str, SandboxLimits] = {
+    "wan2.5-text-to-image": SandboxLimits(1440 * 1440, range(1)),
+    "wan2.5-image-to-image": SandboxLimits(1280 * 1280, range(1, 6)),
 }
 
 
