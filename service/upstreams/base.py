@@ -171,7 +171,7 @@ class Upstream(Protocol):
     answering: bool  # False after a call that got no response, a 5xx, or a refusal of our key
 
     async def submit(self, body: bytes, idempotency_key: str) -> SubmitOutcome:
-        """Sends the body byte for byte, once."""
+        """Sends the body byte for byte, once. The upstream may honour the key or not."""
 
     async def query(self, upstream_id: str) -> QueryOutcome:
         """Asks for the task's current state."""

@@ -236,8 +236,6 @@ class EvoLink:
         self._now = now
 
     async def submit(self, body: bytes, idempotency_key: str) -> SubmitOutcome:
-        """The key goes along as `Idempotency-Key`. EvoLink may honour it or not."""
-
         def judge(answer: Response | EgressError) -> SubmitOutcome:
             if isinstance(answer, EgressError):
                 return unanswered_submit(answer)
