@@ -1,11 +1,13 @@
-"""Figures of the store for the gauges."""
+"""Figures of the store for the gauges, and its readiness."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, select, update
 
 from service.db.queues import QUEUES
-from service.db.tables import deliveries, images, tasks
+from service.db.tables import counters, deliveries, images, tasks
+from service.db.transaction import Transaction
 from service.tasks.state import TERMINAL, State
 
 
@@ -33,3 +35,10 @@ def figures(connection: Connection) -> dict[str, Any]:
         "credits_reserved": value(func.sum(tasks.c.credits_reserved)) or 0,
         "credits_used": value(func.sum(tasks.c.credits_used)) or 0,
     }
+
+
+def mark(tx: Transaction, items: Sequence[None]) -> list[None]:
+    """Writes like a callback. If it commits, the store can commit a callback."""
+    ready = update(counters).where(counters.c.name == "ready")
+    tx.connection.execute(ready.values(value=counters.c.value + 1))
+    return [None] * len(items)

@@ -22,13 +22,13 @@ from sqlalchemy import Connection, func, insert, select
 
 from service.db.batching import Run
 from service.db.clock import wall_clock
-from service.db.readiness import mark
 from service.db.sqlite import SqliteStore
 from service.db.tables import attempts, callbacks, deliveries, events, steps, tasks
 from service.db.transaction import Transaction
 from service.resources import Resources, new_id
 from service.upkeep import retention
 from service.upkeep.retention import Retention, erase
+from service.upkeep.store_figures import mark
 from tests.stores import open_sqlite
 
 OLD = 1_600_000_000_000

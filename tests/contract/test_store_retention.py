@@ -8,7 +8,6 @@ import pytest
 from sqlalchemy import Connection, update
 
 from service.db.clock import wall_clock
-from service.db.readiness import mark
 from service.db.tables import attempts, callbacks, deliveries, events, metadata, replays, steps
 from service.db.transaction import Transaction
 from service.events.deliveries import (
@@ -36,6 +35,7 @@ from service.upkeep.expiry import (
     old_events,
     strip_tasks,
 )
+from service.upkeep.store_figures import mark
 from service.upstreams.base import Report
 from tests.contract.subject import (
     DAY,

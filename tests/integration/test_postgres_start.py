@@ -15,9 +15,9 @@ from structlog.testing import capture_logs
 
 from service.db import postgres, schema
 from service.db.postgres import MIGRATION_LOCK
-from service.db.readiness import mark
 from service.errors import ConfigurationError
 from service.resources import new_id
+from service.upkeep.store_figures import mark
 from tests.stores import open_postgres
 
 SAID = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"

@@ -5,7 +5,6 @@ import asyncio
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.db.readiness import mark
 from service.errors import ApiError, BlobUnavailable, StoreUnavailable
 from service.events.broker_worker import sinks_behind
 from service.ops.metrics import CONTENT_TYPE
@@ -27,7 +26,7 @@ async def readyz(request: Request) -> Response:
     context = context_of(request)
     try:
         async with asyncio.timeout(READY_S):
-            await context.resources.store.write(mark, None, urgent=True)
+            await context.resources.store.write(store_figures.mark, None, urgent=True)
     except (StoreUnavailable, TimeoutError):
         body = {"status": "unavailable", **await _shown(request, context, ["store"])}
         return JSONResponse(body, 503, headers={"Retry-After": "1"})
