@@ -1,4 +1,4 @@
-"""Connections are taken as they come: none is reset, and whoever has come by a stop is answered."""
+"""The accept loop resets no connection, and a stop answers every request that arrived before it."""
 
 import asyncio
 import errno
@@ -23,7 +23,7 @@ MANY = 50
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[tuple[str, Server, list[int]]]:
-    """An address, its server, and the numbers in the paths of the requests that came."""
+    """Yields an address, its server, and the numbers in the paths of the requests that arrived."""
     seen = list[int]()
 
     async def answer(request: Request) -> PlainTextResponse:
@@ -38,9 +38,7 @@ async def serving() -> AsyncIterator[tuple[str, Server, list[int]]]:
 
 
 def sent(stack: AsyncExitStack, url: str, request: bytes) -> socket.socket:
-    """A connection on which a request lies before anybody in this loop has seen the one or the
-    other.
-    """
+    """Opens a connection and sends the request before the event loop of this test sees either."""
     host, port = url.removeprefix("http://").split(":")
     made = stack.enter_context(socket.create_connection((host, int(port))))
     made.sendall(request)
@@ -49,7 +47,6 @@ def sent(stack: AsyncExitStack, url: str, request: bytes) -> socket.socket:
 
 
 async def answered(connection: socket.socket) -> bool:
-    """To the end of the connection."""
     loop, got = asyncio.get_running_loop(), b""
     while more := await loop.sock_recv(connection, 65536):
         got += more
@@ -57,7 +54,7 @@ async def answered(connection: socket.socket) -> bool:
 
 
 async def test_all_of_a_burst_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also when more come than are taken in a turn."""
+    """The burst is larger than the number of connections that the loop accepts in one turn."""
     monkeypatch.setattr(servers, "ACCEPT_PER_TURN", 20)
     async with serving() as (url, _, seen), AsyncExitStack() as stack:
         connections = [sent(stack, url, REQUEST % number) for number in range(MANY)]
@@ -69,7 +66,7 @@ async def test_all_of_a_burst_are_answered(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def test_who_has_come_by_the_stop_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though nobody had taken the connection yet."""
+    """The stop comes before the server has accepted the connection."""
     monkeypatch.setattr(servers, "ACCEPT_PER_TURN", 20)
     async with serving() as (url, server, seen), AsyncExitStack() as stack:
         connections = [sent(stack, url, REQUEST % number) for number in range(MANY)]
@@ -85,7 +82,7 @@ async def test_who_has_come_by_the_stop_is_answered(monkeypatch: pytest.MonkeyPa
 async def test_more_connections_than_the_process_may_hold_wait_with_the_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """None is reset; it is served as soon as another ends."""
+    """The kernel resets no connection. The server accepts the waiting one when another ends."""
     monkeypatch.setattr(servers, "max_connections", lambda: 2)
     async with serving() as (url, server, _), AsyncExitStack() as stack:
         async with connected(url), connected(url):
@@ -97,7 +94,7 @@ async def test_more_connections_than_the_process_may_hold_wait_with_the_kernel(
 
 
 class Short:
-    """A listening socket whose process has no descriptor left, so many times."""
+    """A listening socket whose process has no free descriptor for the given number of calls."""
 
     def __init__(self, bound: socket.socket, times: int) -> None:
         self.bound, self.times = bound, times
@@ -113,7 +110,7 @@ class Short:
 
 
 async def test_when_descriptors_are_used_up_it_looks_again() -> None:
-    """A stop while it waits for some ends it as ever."""
+    """A stop still works while the loop waits for a free descriptor."""
     async with serving() as (url, server, _), AsyncExitStack() as stack:
         accept_loop = server._accept_loop
         accept_loop._bound = short = Short(accept_loop._bound, 2)  # type: ignore[assignment]
@@ -129,7 +126,7 @@ async def test_when_descriptors_are_used_up_it_looks_again() -> None:
 
 
 async def test_a_connection_that_has_gone_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between its coming and its being made ready."""
+    """The client closes the connection after the accept and before the transport is ready."""
     async with serving() as (url, server, _), AsyncExitStack() as stack:
         loop = asyncio.get_running_loop()
         opened, failed = loop.connect_accepted_socket, list[socket.socket]()

@@ -1,4 +1,4 @@
-"""Who may do what: keys, scopes and owners."""
+"""Access rules: keys, scopes and owners."""
 
 import re
 from collections.abc import Mapping
@@ -57,7 +57,7 @@ TABLE: Mapping[tuple[str, str], set[str]] = {
 
 
 async def ask(client: httpx.AsyncClient, spec: Spec, **headers: str) -> httpx.Response:
-    """The operation with ids that nothing has and an empty body."""
+    """Sends the operation with unknown ids and an empty body."""
     return await client.request(
         spec.method,
         re.sub(r"\{\w+\}", "nothing", spec.path),
@@ -67,13 +67,13 @@ async def ask(client: httpx.AsyncClient, spec: Spec, **headers: str) -> httpx.Re
 
 
 def test_every_route_has_the_scopes_it_is_to_have() -> None:
-    """A new route, or another scope, is a decision that is written down here."""
+    """This table records every decision: a new route or a changed scope must be entered here."""
     assert {(spec.method, spec.path): set(spec.scopes) for spec in SPECS} == TABLE
 
 
 @pytest.mark.slow
 async def test_each_scope_opens_its_routes_and_no_other(here: World) -> None:
-    """A key with one scope gets 403 wherever that scope is not named; `admin` opens all."""
+    """A key with one scope gets 403 on every route that does not list it. `admin` opens all."""
     for scope in SCOPES:
         async with here.owner(scope) as client:
             for spec in SPECS:
@@ -99,7 +99,7 @@ async def test_each_scope_opens_its_routes_and_no_other(here: World) -> None:
     ],
 )
 async def test_without_a_valid_key_nothing_is_shown(here: World, authorization: str | None) -> None:
-    """401, before anything else is looked at, with the way to do it right."""
+    """The answer is 401 before any other check, and it shows how to send a key."""
     headers = {} if authorization is None else {"authorization": authorization}
     for spec in SPECS:
         answer = await ask(here.stranger, spec, **headers)
@@ -111,14 +111,14 @@ async def test_without_a_valid_key_nothing_is_shown(here: World, authorization: 
 
 
 async def test_the_way_a_key_is_written_may_vary(here: World) -> None:
-    """The scheme's name has no case, and spaces around a key are none of it."""
+    """The scheme's name is case-insensitive, and spaces around the key are ignored."""
     for authorization in (f"bearer {ADMIN_KEY}", f"BEARER   {ADMIN_KEY}"):
         got(await here.stranger.get("/v1/tasks", headers={"authorization": authorization}))
 
 
 async def test_only_the_beginning_of_a_key_of_ours_is_logged(here: World) -> None:
-    """What was shown in vain may be somebody's secret: a hint is given only of what looks like a
-    key of ours.
+    """A rejected key may be a secret of another system. The log shows a prefix only of a key that
+    has Darkroom's own form.
     """
     with capture_logs() as lines:
         for key in (
@@ -141,14 +141,14 @@ async def test_only_the_beginning_of_a_key_of_ours_is_logged(here: World) -> Non
 
 
 async def test_two_keys_of_one_owner_see_the_same(here: World) -> None:
-    """Things belong to owners, not to keys."""
+    """Tasks and endpoints belong to owners, not to keys."""
     async with here.owner(name="duo") as one, here.owner("read", name="duo") as two:
         task = await submitted(one)
         assert got(await two.get(f"/v1/tasks/{task['id']}"))["id"] == task["id"]
 
 
 async def test_an_endpoint_for_all_owners_shows_its_deliveries_to_admins_alone(here: World) -> None:
-    """An owner's timeline and deliveries tell nothing of who else subscribed."""
+    """An owner's timeline and deliveries do not reveal other subscribers."""
     async with here.owner() as client, subscriber() as takes:
         everybodys = got(
             await here.client.post("/v1/endpoints", json={"url": takes.url, "owner": None}), 201
@@ -176,8 +176,8 @@ async def made(here: World, owner: str, *scopes: str) -> JSON:
 
 
 async def test_a_key_is_shown_once_and_kept_as_its_hash(here: World) -> None:
-    """The list has its beginning; the owner's first key brings the callback secret, no other
-    does.
+    """The list shows only the key's prefix. The owner's first key brings the callback secret with
+    it, later keys do not.
     """
     first, second = await made(here, "kim", "read"), await made(here, "kim", "submit", "subscribe")
     assert re.fullmatch("dk_[a-z2-7]{40}", first["key"])
@@ -206,7 +206,6 @@ async def test_a_key_is_shown_once_and_kept_as_its_hash(here: World) -> None:
 
 
 async def test_keys_are_listed_newest_first_in_pages(here: World) -> None:
-    """A cursor leads through all of them."""
     ids = [(await made(here, "pat", "read"))["id"] for _ in range(3)]
     seen: list[str] = []
     query: dict[str, Any] = {"limit": 2}
@@ -235,12 +234,12 @@ async def test_keys_are_listed_newest_first_in_pages(here: World) -> None:
     ],
 )
 async def test_what_no_key_can_be_is_refused_by_name(here: World, body: JSON, param: str) -> None:
-    """The owner `admin`, who has the operators' events, is for keys with the scope of that name."""
+    """The owner `admin` receives the operators' events, so its keys need the scope `admin`."""
     refused(await here.client.post("/v1/keys", json=body), 400, "invalid_request", param=param)
 
 
 async def test_a_key_made_with_admin_does_everything(here: World) -> None:
-    """`admin` implies every scope, under any owner, and sees every owner."""
+    """`admin` implies every scope under any owner, and it sees every owner's data."""
     async with here.owner() as client, here.owner("admin", name="root") as root:
         task = await submitted(client)
         assert got(await root.get(f"/v1/tasks/{task['id']}"))["id"] == task["id"]
@@ -251,8 +250,8 @@ async def test_a_key_made_with_admin_does_everything(here: World) -> None:
 async def test_a_revoked_key_ends_within_five_seconds(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the store said is believed for less than that; revoking again changes nothing, an
-    unknown key is 404.
+    """The process caches a key for less than five seconds. A second revocation changes nothing, and
+    an unknown key is 404.
     """
     assert auth.CACHE_S < 5
     monkeypatch.setattr(auth, "CACHE_S", 0.05)
@@ -276,8 +275,8 @@ async def test_a_revoked_key_ends_within_five_seconds(
 async def test_many_keys_do_not_fill_the_memory(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is remembered of keys, right or wrong, has a limit; beyond it the store is asked
-    anew.
+    """The cache of valid and invalid keys has a limit. Beyond it the process asks the store
+    again.
     """
     monkeypatch.setattr(auth, "CACHE_KEYS", 2)
     async with here.owner() as client:
@@ -288,6 +287,6 @@ async def test_many_keys_do_not_fill_the_memory(
 
 
 async def test_without_an_admin_key_there_is_none(tmp_path: Path) -> None:
-    """Unset, nothing that looks like one is taken."""
+    """With the setting unset, the service rejects every key that looks like an admin key."""
     async with world(tmp_path, admin_key=None) as here:
         refused(await here.client.get("/v1/tasks"), 401, "unauthorized")

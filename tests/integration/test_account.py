@@ -1,5 +1,5 @@
-"""Our key or account is refused: nothing more is submitted, one probe at a time asks, and what
-waited is sent when it is good again.
+"""The account breaker. When the upstream rejects the key or the account, submissions stop and one
+probe at a time runs. Waiting tasks are submitted once the account works again.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 SOON = (
     ",".join(["0.1"] * 99) + ",600"
-)  # probes come soon; what is held and not made due waits longer than any test
+)  # probes come soon, and a held task waits longer than any test lasts
 CREDITS = JSONResponse(
     {"success": True, "data": {"token": {"remaining_credits": 41.5}, "user": {}}}
 )
@@ -39,7 +39,7 @@ CREDITS = JSONResponse(
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Due work is looked for more often than in earnest."""
+    """Workers poll for due work more often than in production."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LOOK_S", 0.05)
         yield
@@ -47,8 +47,8 @@ def quick() -> Iterator[None]:
 
 @dataclass(slots=True)
 class Accounts:
-    """An upstream that refuses submissions as long as `refusal` is set; `credits` is what it says
-    to the free question meanwhile.
+    """An upstream that rejects submissions while `refusal` is set. `credits` is its answer to the
+    free credits query.
     """
 
     refusal: Response | None
@@ -108,8 +108,8 @@ async def metric(here: World, name: str) -> float:
 async def test_a_refused_account_is_asked_for_free_until_it_is_good(
     status: int, code: str, tmp_path: Path
 ) -> None:
-    """One submission tells; then tasks wait as queued, answered 200, with one alert. The credits'
-    answer sends them all at once.
+    """One rejected submission opens the breaker. Tasks then stay queued, clients get 200, and one
+    alert is raised. A good answer to the credits query submits all of them at once.
     """
     theirs, reason = accounts(error(status, code)), f"{status} {code}"
     with capture_logs() as lines:
@@ -146,8 +146,8 @@ async def test_a_refused_account_is_asked_for_free_until_it_is_good(
 async def test_where_the_credits_tell_nothing_one_submission_asks(
     credits: Response, tmp_path: Path
 ) -> None:
-    """An upstream without them, or that keeps them from this key: one task that waits is sent, one
-    at a time, until one is taken.
+    """The upstream has no credits query, or rejects this key there. The service then submits one
+    waiting task at a time until the upstream accepts one.
     """
     theirs = accounts(error(401, "unauthorized"), credits)
     with capture_logs() as lines:
@@ -171,8 +171,8 @@ async def test_where_the_credits_tell_nothing_one_submission_asks(
 async def test_credits_that_answer_although_submissions_are_refused_are_asked_once(
     tmp_path: Path,
 ) -> None:
-    """A key whose quota is used up: what waits is not sent at each good word, but one task at a
-    time, until one is taken.
+    """The key's quota is used up although the credits query succeeds. The service submits one
+    waiting task at a time until the upstream accepts one, not all after each good answer.
     """
     theirs = accounts(error(403, "key_quota_exhausted"), CREDITS)
     with capture_logs() as lines:
@@ -199,8 +199,8 @@ async def test_credits_that_answer_although_submissions_are_refused_are_asked_on
 async def test_what_was_not_submitted_in_time_fails(
     refusal: Response, callback: bool, tmp_path: Path
 ) -> None:
-    """`SUBMIT_GIVE_UP_S`, with and without a callback URL: `not_submitted`, one event, its own
-    callback; whoever waits is told then.
+    """After `SUBMIT_GIVE_UP_S` a task fails with `not_submitted`, one event, and its own callback
+    if it has a URL. A client that waits for the task gets its answer then.
     """
     theirs = accounts(refusal)
     options = {} if callback else {"callback_url": None}
@@ -229,8 +229,8 @@ async def test_what_was_not_submitted_in_time_fails(
 
 
 async def test_while_the_credits_are_asked_for_no_submission_asks_too(tmp_path: Path) -> None:
-    """One probe at a time: a try that nobody took is withdrawn when the next free question is put,
-    and a word about the key ends it.
+    """One probe runs at a time. The next credits query withdraws a trial that no task has used, and
+    an answer about the key ends it.
     """
     theirs, asked, answered = (
         accounts(error(401, "unauthorized"), error(404, "not_found")),
@@ -240,7 +240,7 @@ async def test_while_the_credits_are_asked_for_no_submission_asks_too(tmp_path: 
 
     async def credits(request: Request) -> Response:
         if theirs.probes == 0:
-            return await theirs._credits(request)  # tells nothing: one submission may ask
+            return await theirs._credits(request)  # proves nothing: one submission may try
         asked.set()
         await answered.wait()
         theirs.probes += 1
@@ -253,7 +253,7 @@ async def test_while_the_credits_are_asked_for_no_submission_asks_too(tmp_path: 
         first = await here.submit(prompt="first", headers=ASYNC)
         await wait_until(lambda: theirs.sent)
         assert (await here.client.post(f"/v1/tasks/{first['id']}/cancel")).status_code == 200
-        theirs.answers.set()  # refused, and nothing waits: nobody takes the try
+        theirs.answers.set()  # the upstream rejects the key, and no task is there to use the trial
         await wait_until(asked.is_set)
         assert (await here.submit(prompt="meanwhile"))["state"] == "queued"
         answered.set()
@@ -263,8 +263,8 @@ async def test_while_the_credits_are_asked_for_no_submission_asks_too(tmp_path: 
 
 
 async def test_nothing_is_given_up_without_a_try_after_an_absence(tmp_path: Path) -> None:
-    """Too old when a process starts whose key is refused at once: each task is sent once, then it
-    has failed, one at a time.
+    """The tasks are already too old when the process starts, and the upstream rejects the key at
+    once. The service submits each task once, one at a time, before the task fails.
     """
     theirs, prompts = (
         accounts(error(401, "unauthorized")),
@@ -285,8 +285,8 @@ async def test_nothing_is_given_up_without_a_try_after_an_absence(tmp_path: Path
 
 
 async def test_last_tries_are_made_one_at_a_time(tmp_path: Path) -> None:
-    """While the account is refused one submission is on its way at most, however many are too old
-    to wait.
+    """While the breaker is open, at most one submission is in flight, however many tasks are too
+    old.
     """
     async with world(tmp_path, role=Role(workers=False)) as here:
         account = here.context.breaker
@@ -301,7 +301,7 @@ async def test_last_tries_are_made_one_at_a_time(tmp_path: Path) -> None:
 async def test_a_submission_under_way_when_the_account_is_refused_is_recorded(
     tmp_path: Path,
 ) -> None:
-    """Its answer counts as any does, and says nothing of the key that was refused meanwhile."""
+    """Its answer counts as usual, and it says nothing about the key that was rejected meanwhile."""
     theirs, answered = accounts(error(401, "unauthorized")), asyncio.Event()
 
     async def slow(request: Request) -> Response:
@@ -328,9 +328,7 @@ async def test_a_submission_under_way_when_the_account_is_refused_is_recorded(
 
 
 async def test_what_is_held_as_the_account_is_good_again_does_not_wait(tmp_path: Path) -> None:
-    """Put off a moment too late to be among those that were made due: it is made due all the
-    same.
-    """
+    """A task that is snoozed just after the held tasks were made due becomes due as well."""
     async with world(tmp_path, role=Role(workers=False), submit_schedule="600") as here:
         task = await here.submit(headers=ASYNC)
         subject = Subject(here.context.resources.store, Clock())
@@ -343,7 +341,7 @@ async def test_what_is_held_as_the_account_is_good_again_does_not_wait(tmp_path:
 async def test_a_defect_while_probing_does_not_end_the_probing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is logged and counted as any worker's, and the next probe comes in its time."""
+    """The worker logs and counts the error, and the next probe comes on time."""
     theirs, ask = accounts(error(401, "unauthorized")), EvoLink.passthrough
     defects = iter([RuntimeError("nobody foresaw this")])
 
@@ -363,9 +361,7 @@ async def test_a_defect_while_probing_does_not_end_the_probing(
 
 
 async def test_a_restart_asks_anew(tmp_path: Path) -> None:
-    """A new process may have a new key: what waited is sent, and what is refused again waits
-    again.
-    """
+    """A new process may have a new key. It submits all waiting tasks. Rejected ones wait again."""
     theirs = accounts(error(401, "unauthorized"))
     async with world(tmp_path, upstream=theirs.app, submit_schedule="0.3") as here:
         task = await here.submit()
@@ -382,7 +378,7 @@ async def test_a_restart_asks_anew(tmp_path: Path) -> None:
 
 
 async def test_whoever_asks_for_the_credits_refreshes_the_metric(tmp_path: Path) -> None:
-    """Passed through as they are; the figure is what the upstream said last."""
+    """The answer passes through unchanged, and the metric shows the upstream's latest figure."""
     theirs = accounts(error(401, "unauthorized"), CREDITS)
     async with world(tmp_path, upstream=theirs.app) as here:
         assert (await here.client.get("/v1/credits")).content == CREDITS.body
@@ -407,7 +403,7 @@ async def test_whoever_asks_for_the_credits_refreshes_the_metric(tmp_path: Path)
     ],
 )
 def test_remaining_credits_are_read_tolerantly(remaining: str, credits: float | None) -> None:
-    """A number, or text of one; whatever else stands there is not known."""
+    """A number or its text is read. Any other value counts as unknown."""
     assert (
         remaining_credits(f'{{"data": {{"token": {{"remaining_credits": {remaining}}}}}}}'.encode())
         == credits
@@ -428,5 +424,4 @@ def test_remaining_credits_are_read_tolerantly(remaining: str, credits: float | 
     ],
 )
 def test_credits_that_are_none_raise_nothing(body: bytes) -> None:
-    """Whatever the other side sends."""
     assert remaining_credits(body) is None

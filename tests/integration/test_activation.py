@@ -1,5 +1,5 @@
-"""A socket that another holds is served on; whoever starts the service is told when it serves. The
-units in deploy/ say the same.
+"""Socket activation and readiness messages. The service serves on an inherited socket and tells its
+supervisor when it is ready. The units in deploy/ use both.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ def handed(**more: str) -> dict[str, str]:
 
 
 async def connect(port: int, path: Path | None) -> None:
-    """Asks for nothing, which starts the service."""
+    """Opens and closes a connection, which makes systemd start the service."""
     _, writer = await (
         asyncio.open_unix_connection(path) if path else asyncio.open_connection("127.0.0.1", port)
     )
@@ -49,8 +49,8 @@ async def connect(port: int, path: Path | None) -> None:
 
 @pytest.mark.parametrize("unix", [False, True], ids=["tcp", "unix"])
 async def test_a_service_serves_on_the_socket_it_was_handed(tmp_path: Path, unix: bool) -> None:
-    """By systemd's own program: the socket's address is announced, not the settings'; READY=1 when
-    it serves, STOPPING=1 when it stops.
+    """systemd's own program hands over the socket. The service announces the socket's address and
+    not the one in its settings. It sends READY=1 when it serves and STOPPING=1 when it stops.
     """
     program = shutil.which("systemd-socket-activate") or missing("systemd")
     async with AsyncExitStack() as stack:
@@ -90,8 +90,8 @@ async def test_a_service_serves_on_the_socket_it_was_handed(tmp_path: Path, unix
 
 
 def test_what_was_handed_to_another_process_is_let_be() -> None:
-    """LISTEN_PID names another process, or none was handed anything: the service binds its own. No
-    child hears of it.
+    """When LISTEN_PID names another process or no socket was passed, the service binds its own. No
+    child process inherits the variables.
     """
     for environ in (
         handed(LISTEN_PID=str(os.getppid())),
@@ -103,7 +103,7 @@ def test_what_was_handed_to_another_process_is_let_be() -> None:
 
 
 def test_a_socket_that_was_handed_over_is_not_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is taken once, without waiting in its calls, and no child inherits it."""
+    """The process takes the socket once, in non-blocking mode, and no child process inherits it."""
     with socket.create_server(("127.0.0.1", 0)) as held:
         copy = os.dup(held.fileno())
         os.set_inheritable(copy, True)
@@ -123,8 +123,8 @@ def test_a_socket_that_was_handed_over_is_not_handed_on(monkeypatch: pytest.Monk
 def test_what_nobody_can_be_served_on_is_refused(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file, no descriptor at all, a datagram socket, one that does not listen: each with its
-    reason.
+    """A file, a closed descriptor, a datagram socket, and a socket that does not listen each get
+    their own reason.
     """
     with ExitStack() as stack:
         if what == "file":
@@ -141,13 +141,13 @@ def test_what_nobody_can_be_served_on_is_refused(
 
 
 def test_two_sockets_are_refused() -> None:
-    """One is served on; who hands over more meant something else."""
+    """The service serves on one socket, so a second one is a configuration error."""
     with pytest.raises(ConfigurationError, match="2 sockets were handed over"):
         inherited(handed(LISTEN_FDS="2"))
 
 
 def test_the_units_are_what_systemd_takes(tmp_path: Path) -> None:
-    """Every line is known to systemd, and a stop gets more time than the service takes for it."""
+    """systemd knows every line, and the stop timeout is longer than the service needs."""
     program = shutil.which("systemd-analyze") or missing("systemd")
     for unit in UNITS.iterdir():
         (tmp_path / unit.name).write_text(

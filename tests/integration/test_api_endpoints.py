@@ -1,4 +1,4 @@
-"""Endpoints and deliveries as clients see them."""
+"""Endpoints and deliveries in the HTTP API."""
 
 import re
 from collections.abc import AsyncIterator
@@ -14,7 +14,7 @@ from tests.waiting import wait_until
 from tests.world import Subscriber, World, subscriber
 
 JSON = dict[str, Any]
-CLOSED = "http://127.0.0.1:9/"  # nobody listens
+CLOSED = "http://127.0.0.1:9/"  # no server listens here
 
 
 async def created(client: httpx.AsyncClient, url: str = CLOSED, **fields: Any) -> JSON:
@@ -30,7 +30,7 @@ def without_secret(endpoint: JSON) -> JSON:
 
 
 async def test_an_endpoint_has_every_key_and_its_secret_once(here: World) -> None:
-    """The secret is in the answer to its creation and in no other."""
+    """Only the answer to the creation has the secret."""
     async with here.owner(name="ann") as client:
         made = await created(client)
         assert re.fullmatch(an_id("ep"), made["id"])
@@ -61,7 +61,6 @@ async def test_an_endpoint_has_every_key_and_its_secret_once(here: World) -> Non
 
 
 async def test_endpoints_are_listed_newest_first_in_pages(here: World) -> None:
-    """A cursor leads through all of them."""
     async with here.owner() as client:
         ids = [(await created(client))["id"] for _ in range(3)]
         first = got(await client.get("/v1/endpoints", params={"limit": 2}))
@@ -73,7 +72,7 @@ async def test_endpoints_are_listed_newest_first_in_pages(here: World) -> None:
 
 
 async def test_a_patch_changes_what_it_names(here: World) -> None:
-    """Each field alone, and the rest stays."""
+    """Each field can be changed alone, and the rest stays as it is."""
     async with here.owner() as client:
         known = without_secret(
             await created(client, types=["image.task.failed"], description="first")
@@ -92,7 +91,7 @@ async def test_a_patch_changes_what_it_names(here: World) -> None:
 
 
 async def test_an_endpoint_is_disabled_and_enabled_by_its_owner(here: World) -> None:
-    """While it is disabled it says since when and why."""
+    """A disabled endpoint shows the time and the reason."""
     async with here.owner() as client:
         path = f"/v1/endpoints/{(await created(client))['id']}"
         off = got(await client.patch(path, json={"status": "disabled"}))
@@ -104,7 +103,7 @@ async def test_an_endpoint_is_disabled_and_enabled_by_its_owner(here: World) -> 
 
 
 async def test_a_deleted_endpoint_is_gone(here: World) -> None:
-    """204, then 404 for every request."""
+    """The deletion is 204, and every later request is 404."""
     async with here.owner() as client:
         path = f"/v1/endpoints/{(await created(client))['id']}"
         answer = await client.delete(path)
@@ -141,7 +140,7 @@ async def test_a_deleted_endpoint_is_gone(here: World) -> None:
 async def test_what_no_endpoint_can_be_is_refused_by_name(
     here: World, fields: JSON, param: str
 ) -> None:
-    """At its creation and at a change; nothing is made or changed."""
+    """The rule holds for creation and for changes. A rejected request changes nothing."""
     async with here.owner() as client:
         refused(
             await client.post("/v1/endpoints", json={"url": CLOSED, **fields}), 400, param=param
@@ -154,7 +153,7 @@ async def test_what_no_endpoint_can_be_is_refused_by_name(
 
 
 async def test_an_endpoint_wants_a_url_and_a_known_status(here: World) -> None:
-    """A missing address and a status that is none are refused by name."""
+    """A missing URL and an unknown status are rejected by name."""
     refused(await here.client.post("/v1/endpoints", json={}), 400, "invalid_request", param="url")
     path = f"/v1/endpoints/{(await created(here.client))['id']}"
     refused(
@@ -169,8 +168,8 @@ async def test_an_endpoint_wants_a_url_and_a_known_status(here: World) -> None:
 
 
 async def test_only_an_admin_subscribes_for_others(here: World) -> None:
-    """`owner` null, for everybody's events, or another's name needs `admin`; one's own name does
-    not.
+    """An `owner` of null, which covers all owners, and another owner's name need `admin`. The key's
+    own owner does not.
     """
     async with here.owner(name="olga") as client:
         for owner in (None, "ann"):
@@ -201,7 +200,7 @@ async def test_only_an_admin_subscribes_for_others(here: World) -> None:
 async def told(
     client: httpx.AsyncClient, *statuses: int, **fields: Any
 ) -> AsyncIterator[tuple[JSON, Subscriber]]:
-    """An endpoint with a subscriber that answers so, the last for ever."""
+    """Creates an endpoint with a subscriber that gives these answers and repeats the last."""
 
     def answer(number: int, _: object) -> Response:
         return Response(b"answer \xff" + b"a" * 3000, statuses[min(number, len(statuses) - 1)])
@@ -212,7 +211,7 @@ async def told(
 
 
 async def delivered(client: httpx.AsyncClient, state: str, **query: Any) -> list[JSON]:
-    """The deliveries in that state, once there are some."""
+    """Waits until the list has deliveries in that state, and returns them."""
 
     async def look() -> list[JSON]:
         page: list[JSON] = got(
@@ -225,7 +224,7 @@ async def delivered(client: httpx.AsyncClient, state: str, **query: Any) -> list
 
 
 async def test_a_delivery_has_every_key_and_every_attempt(here: World) -> None:
-    """What was tried, when, and what came of it; a delivered one is done."""
+    """Each attempt shows its time and result, and a delivered one has no next attempt."""
     async with (
         here.owner() as client,
         told(client, 500, 204, types=["image.task.completed"]) as (endpoint, takes),
@@ -260,7 +259,7 @@ async def test_a_delivery_has_every_key_and_every_attempt(here: World) -> None:
 
 
 async def test_what_a_subscriber_answered_is_shown_to_admins_alone(here: World) -> None:
-    """The first 2 KiB, as text whatever they are."""
+    """The answer's first 2 KiB are shown as text, whatever the bytes are."""
     async with (
         here.owner() as client,
         told(client, 500, 200, types=["image.task.completed"]) as (endpoint, _),
@@ -274,7 +273,7 @@ async def test_what_a_subscriber_answered_is_shown_to_admins_alone(here: World) 
 
 
 async def test_an_attempt_without_an_answer_says_why(here: World) -> None:
-    """No status, the reason instead; after the last retry the delivery is dead."""
+    """The attempt has a reason instead of a status. After the last retry the delivery is dead."""
     async with here.owner() as client:
         await created(client, types=["image.task.completed"])
         await submitted(client, UNTIL_DONE)
@@ -285,7 +284,7 @@ async def test_an_attempt_without_an_answer_says_why(here: World) -> None:
 
 
 async def test_deliveries_are_filtered_by_endpoint_event_task_and_state(here: World) -> None:
-    """Filters are joined by and; pages are newest first."""
+    """Filters are combined with AND, and pages are newest first."""
     async with (
         here.owner() as client,
         told(client, 204) as (one, _),
@@ -326,7 +325,7 @@ async def test_deliveries_are_filtered_by_endpoint_event_task_and_state(here: Wo
 
 
 async def test_a_filter_of_deliveries_that_is_none_is_refused(here: World) -> None:
-    """An unknown state, and text that no store takes."""
+    """An unknown state and text that the store cannot hold are rejected."""
     for name, value in (("state", "sent"), ("endpoint", "\0"), ("event", "\0"), ("task", "\0")):
         refused(
             await here.client.get("/v1/deliveries", params={name: value}),
@@ -338,7 +337,9 @@ async def test_a_filter_of_deliveries_that_is_none_is_refused(here: World) -> No
 
 
 async def test_a_paused_endpoint_waits_and_says_when_it_is_tried(here: World) -> None:
-    """What is pending shows its next attempt, or none while it is held; enabled, it goes out."""
+    """A pending delivery shows its next attempt, or none while it is held. Once the endpoint is
+    enabled, it is sent.
+    """
     async with (
         here.owner() as client,
         told(client, 204, types=["image.task.completed"]) as (endpoint, _),

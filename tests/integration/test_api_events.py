@@ -1,4 +1,4 @@
-"""Events by pull: in sequence, from a place on, filtered, and held until something is there."""
+"""Reading events by pull: in sequence, from a position, filtered, and with a long poll."""
 
 import asyncio
 import re
@@ -23,14 +23,16 @@ async def read(client: httpx.AsyncClient, **query: Any) -> JSON:
 
 
 async def latest(here: World) -> str:
-    """The last place there is."""
+    """The latest position in the outbox."""
     page = await read(here.client, after="0" * 19 + "1", task="nobody")
     place: str = page["next_after"]
     return place
 
 
 async def test_an_event_is_a_cloud_event_with_the_task_as_it_was(here: World) -> None:
-    """Every key of the contract; `data` is the task without its prompt, with its links."""
+    """The event has every key that docs/api.md lists. `data` is the task without its prompt and
+    with its links.
+    """
     async with here.owner() as client:
         task = await submitted(client, UNTIL_DONE, metadata={"a": "b"})
         submitted_event, completed = (await read(client))["data"]
@@ -60,9 +62,7 @@ async def test_an_event_is_a_cloud_event_with_the_task_as_it_was(here: World) ->
 
 
 async def test_continuing_after_the_last_one_seen_misses_and_repeats_nothing(here: World) -> None:
-    """Pages of any size, joined by `next_after`, are all events once, in the order of their
-    sequence.
-    """
+    """Pages of any size, joined by `next_after`, return every event once, in sequence."""
     async with here.owner() as client:
         for _ in range(3):
             await submitted(client, UNTIL_DONE)
@@ -86,7 +86,9 @@ async def test_continuing_after_the_last_one_seen_misses_and_repeats_nothing(her
 async def test_next_after_is_the_last_one_examined_whatever_the_filter_left_out(
     here: World,
 ) -> None:
-    """Who filters does not examine the same events again; a full page ends at its last event."""
+    """A reader with a filter does not examine the same events again. A full page ends at its last
+    event.
+    """
     async with here.owner() as client:
         mine = await submitted(client, UNTIL_DONE)
         await submitted(here.client, UNTIL_DONE)
@@ -103,7 +105,9 @@ async def test_next_after_is_the_last_one_examined_whatever_the_filter_left_out(
 
 
 async def test_events_are_filtered_by_type_and_task(here: World) -> None:
-    """A type itself, a beginning and `*`, `*`; several by comma or again; a task by its id."""
+    """A type filter is an exact type, a prefix with `*`, or `*`. Several are separated by commas or
+    repeated. A task filter is an id.
+    """
     async with here.owner() as client:
         good = await submitted(client, UNTIL_DONE)
         bad = await submitted(client, UNTIL_DONE, sandbox={"fail": "service_error"})
@@ -141,7 +145,7 @@ async def test_events_are_filtered_by_type_and_task(here: World) -> None:
 
 
 async def test_operators_events_are_shown_to_admins_alone(here: World) -> None:
-    """A contradiction among callbacks is the operators' affair, even for the task's owner."""
+    """A conflict between callbacks concerns the operators, so the task's owner does not see it."""
     async with here.owner() as client:
         task = await submitted(client, UNTIL_DONE, sandbox={"contradict": True})
         after = (await read(client, type="image.task.completed"))["data"][0]["sequence"]
@@ -152,7 +156,7 @@ async def test_operators_events_are_shown_to_admins_alone(here: World) -> None:
 
 
 async def test_a_reader_who_waits_is_answered_by_the_next_event(here: World) -> None:
-    """The answer is held while nothing is there, and not a moment longer."""
+    """The server holds the answer only until the first event is there."""
     async with here.owner() as client:
         started = time.monotonic()
         waiting = asyncio.create_task(read(client, wait=30, type="image.task.completed"))
@@ -163,7 +167,9 @@ async def test_a_reader_who_waits_is_answered_by_the_next_event(here: World) -> 
 
 
 async def test_a_reader_who_waits_in_vain_gets_an_empty_page_with_a_place(here: World) -> None:
-    """After the time the answer says how far it looked; what is there is not waited for."""
+    """After the wait the answer says how far the server looked. The server does not wait when
+    events are there.
+    """
     async with here.owner() as client:
         started = time.monotonic()
         page = await read(client, wait="0.2")
@@ -175,7 +181,6 @@ async def test_a_reader_who_waits_in_vain_gets_an_empty_page_with_a_place(here: 
 
 @pytest.mark.parametrize("wait", ["-1", "60.1", "61", "x", "", "nan", "inf"])
 async def test_a_wait_is_0_to_60_seconds(here: World, wait: str) -> None:
-    """Other waits are refused by name."""
     refused(
         await here.client.get("/v1/events", params={"wait": wait}),
         400,
@@ -188,7 +193,7 @@ async def test_a_wait_is_0_to_60_seconds(here: World, wait: str) -> None:
     "after", ["x", "-1", "1.0", "+1", "1" * 21, "9" * 20, str(2**63), "٣", "0x1", "%00"]
 )
 async def test_a_place_is_a_sequence_that_an_answer_gave(here: World, after: str) -> None:
-    """Anything else is refused by name."""
+    """Any other value is rejected by name."""
     refused(
         await here.client.get("/v1/events", params={"after": after}),
         400,
@@ -201,7 +206,7 @@ async def test_a_place_is_a_sequence_that_an_answer_gave(here: World, after: str
     "type", ["image", "image.task", "image.task.done", ".*", "image.task.*x", "\0", "imag*"]
 )
 async def test_an_unknown_type_is_refused_rather_than_never_seen(here: World, type: str) -> None:
-    """A slip in a type's name is told at once."""
+    """A typing error in a type's name is an error at once."""
     refused(
         await here.client.get("/v1/events", params={"type": type}),
         400,
@@ -211,7 +216,7 @@ async def test_an_unknown_type_is_refused_rather_than_never_seen(here: World, ty
 
 
 async def test_a_task_filter_must_be_text(here: World) -> None:
-    """NUL is refused by name."""
+    """A task id with NUL is rejected by name."""
     refused(
         await here.client.get("/v1/events", params={"task": "\0"}),
         400,

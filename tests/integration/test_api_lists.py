@@ -1,4 +1,4 @@
-"""Lists of tasks: filters, and pages; what holds for every list is asked of every list."""
+"""Lists of tasks: filters and pages. Rules that hold for every list are tested on every list."""
 
 import asyncio
 import base64
@@ -14,7 +14,7 @@ JSON = dict[str, Any]
 
 
 async def test_a_list_is_filtered_by_state_model_and_metadata(still: World) -> None:
-    """Filters are joined by and; metadata is compared as text, whatever its name."""
+    """Filters are combined with AND. Metadata is compared as text, under any name."""
     async with still.owner() as client:
         red = (await submitted(client, metadata={"colour": "red", "a.b": "1"}))["id"]
         blue = (await submitted(client, metadata={"colour": "blue", "key": "да"}))["id"]
@@ -36,8 +36,8 @@ async def test_a_list_is_filtered_by_state_model_and_metadata(still: World) -> N
 
 
 async def test_metadata_names_are_data_in_a_filter_too(still: World) -> None:
-    """A name with brackets or dots finds what it names and nothing else; one that JSON would escape
-    is refused.
+    """A name with brackets or dots matches exactly that name. A name that JSON would escape is
+    rejected.
     """
     async with still.owner() as client:
         for name in ("a'b", "a[0]", "$", "a.b.c", "%", "*", " ", "?", "a=b&c", "订单"):
@@ -53,7 +53,7 @@ async def test_metadata_names_are_data_in_a_filter_too(still: World) -> None:
 
 
 async def test_a_cursor_leads_through_all_pages_newest_first(still: World) -> None:
-    """Every task comes once, and the last page says that it is the last."""
+    """Every task appears once, and the last page says that it is the last."""
     async with still.owner() as client:
         ids = [(await submitted(client))["id"] for _ in range(6)]
         for limit in (1, 2, 3, 4, 6, 7):
@@ -69,7 +69,7 @@ async def test_a_cursor_leads_through_all_pages_newest_first(still: World) -> No
 
 
 async def test_a_task_that_comes_meanwhile_does_not_move_the_pages(still: World) -> None:
-    """A cursor is a place in the list, not a number of rows."""
+    """A cursor is a position in the list, not a number of rows."""
     async with still.owner() as client:
         ids = [(await submitted(client))["id"] for _ in range(3)]
         first = got(await client.get("/v1/tasks", params={"limit": 2}))
@@ -84,7 +84,6 @@ async def test_a_task_that_comes_meanwhile_does_not_move_the_pages(still: World)
     "limit", ["0", "1001", "-1", "1.5", "x", "", "1e2", "nan", "٣", "+5", "1_0", "9" * 400]
 )
 async def test_a_limit_is_a_whole_number_from_1_to_1000(still: World, limit: str) -> None:
-    """Other limits are refused by name."""
     for path in ("/v1/tasks", "/v1/events", "/v1/endpoints", "/v1/deliveries", "/v1/keys"):
         refused(
             await still.client.get(path, params={"limit": limit}),
@@ -95,7 +94,7 @@ async def test_a_limit_is_a_whole_number_from_1_to_1000(still: World, limit: str
 
 
 async def test_a_list_has_100_unless_another_limit_is_asked_for(still: World) -> None:
-    """One more, and there is a cursor."""
+    """With one more task, the answer has a cursor."""
     async with still.owner() as client:
         await asyncio.gather(*(submitted(client) for _ in range(101)))
         page = got(await client.get("/v1/tasks"))
@@ -104,7 +103,6 @@ async def test_a_list_has_100_unless_another_limit_is_asked_for(still: World) ->
 
 
 async def test_the_limits_limits_are_allowed(still: World) -> None:
-    """1 and 1000 are in."""
     for limit in (1, 1000):
         for path in ("/v1/tasks", "/v1/events", "/v1/endpoints", "/v1/deliveries", "/v1/keys"):
             got(await still.client.get(path, params={"limit": limit}))
@@ -135,7 +133,7 @@ DEEP = base64.urlsafe_b64encode(b"[" * 3000).decode()
     "cursor", ["", "x", "é", "e30", "e 30=", DEEP, *(cursor(place) for place in STRANGE)]
 )
 async def test_a_cursor_that_no_answer_gave_is_refused(still: World, cursor: str) -> None:
-    """400, for every list."""
+    """The answer is 400, for every list."""
     for path in ("/v1/tasks", "/v1/endpoints", "/v1/deliveries", "/v1/keys"):
         refused(
             await still.client.get(path, params={"cursor": cursor}),
@@ -146,7 +144,7 @@ async def test_a_cursor_that_no_answer_gave_is_refused(still: World, cursor: str
 
 
 async def test_filters_that_nothing_can_match_are_refused_by_name(still: World) -> None:
-    """A state that is none, and text that no store takes."""
+    """An unknown state and text that the store cannot hold are rejected."""
     for query, param in (
         ("state=done", "state"),
         ("state=", "state"),

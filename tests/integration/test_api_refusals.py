@@ -1,4 +1,4 @@
-"""What is refused before anything is done, and how every answer and error is marked."""
+"""Requests that are rejected before any work, and the marks that every answer and error carries."""
 
 import asyncio
 import json
@@ -56,7 +56,9 @@ SURROGATE = b'{"model": "m", "prompt": "a\\ud800b"}'
 async def test_a_body_that_is_no_plain_json_object_is_refused(
     still: World, content: bytes, status: int, code: str
 ) -> None:
-    """Whatever JSON leaves open is refused: nothing is guessed, stored or sent on."""
+    """The service rejects input that JSON leaves open to interpretation. It guesses, stores and
+    forwards nothing.
+    """
     for path in (SUBMIT, "/v1/endpoints"):
         answer = await still.client.post(
             path, content=content, headers=ASYNC | {"content-type": "application/json"}
@@ -65,8 +67,8 @@ async def test_a_body_that_is_no_plain_json_object_is_refused(
 
 
 async def test_what_json_does_allow_is_taken_and_comes_back(still: World) -> None:
-    """Depth within the limit, large numbers, pairs of surrogates, escapes, and a body just under
-    the limit.
+    """Nesting within the limit, large numbers, surrogate pairs, escapes, and a body just under the
+    size limit are accepted.
     """
     deep: Any = 1
     for _ in range(90):
@@ -116,7 +118,7 @@ async def test_what_json_does_allow_is_taken_and_comes_back(still: World) -> Non
 async def test_a_field_over_its_limit_is_refused_by_name_and_leaves_no_task(
     still: World, fields: JSON, param: str
 ) -> None:
-    """400 names the field; nothing was committed."""
+    """The answer is 400 and names the field. No task is committed."""
     async with still.owner() as client:
         answer = await client.post(SUBMIT, json=order(**fields), headers=ASYNC)
         said = refused(answer, 400, param=param)
@@ -125,7 +127,7 @@ async def test_a_field_over_its_limit_is_refused_by_name_and_leaves_no_task(
 
 
 async def test_metadata_up_to_its_limits_is_taken(still: World) -> None:
-    """16 pairs and 2 KiB, counted as bytes; null is none."""
+    """16 pairs and 2 KiB, counted in bytes, are accepted. null counts as no metadata."""
     metadata = {f"{number:02}": "ü" * 63 for number in range(16)}  # 16 × (2 + 126) = 2048
     assert (await submitted(still.client, metadata=metadata))["metadata"] == metadata
     answer = await still.client.post(
@@ -141,14 +143,14 @@ FORM = "multipart/form-data; boundary=x"
     "kind", ["text/plain", "application/x-www-form-urlencoded", FORM, "application/jsonp", ""]
 )
 async def test_another_media_type_is_refused(still: World, kind: str) -> None:
-    """415, before the body is looked at."""
+    """The answer is 415, before the body is parsed."""
     for path in (SUBMIT, "/v1/endpoints", "/v1/keys"):
         answer = await still.client.post(path, content=b"{}", headers={"content-type": kind})
         refused(answer, 415, "unsupported_media_type")
 
 
 async def test_json_under_another_of_its_names_is_taken(still: World) -> None:
-    """No media type at all counts as JSON, so does a kind of JSON."""
+    """A missing media type counts as JSON, and so does a `+json` type."""
     for headers in (
         {},
         {"content-type": "Application/JSON"},
@@ -160,7 +162,7 @@ async def test_json_under_another_of_its_names_is_taken(still: World) -> None:
 async def test_a_body_that_does_not_come_is_given_up(
     still: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """408 after the limit; a sender that leaves is no defect of ours."""
+    """The answer is 408 after the time limit. A client that disconnects is no error."""
     monkeypatch.setattr(bodies, "BODY_S", 0.05)
     host, port = still.url.removeprefix("http://").split(":")
     wanted = f"content-type: application/json\r\ncontent-length: 10\r\n{key_of(still.client)}"
@@ -193,7 +195,7 @@ def key_of(client: httpx.AsyncClient) -> str:
 async def test_a_method_that_a_path_does_not_have_is_refused_with_those_it_has(
     still: World,
 ) -> None:
-    """405 names every method of the path."""
+    """405 lists every method of the path."""
     for method, path, allowed in (
         ("GET", SUBMIT, {"POST"}),
         ("PUT", "/v1/endpoints", {"GET", "HEAD", "POST"}),
@@ -206,14 +208,16 @@ async def test_a_method_that_a_path_does_not_have_is_refused_with_those_it_has(
 
 
 async def test_an_unknown_path_is_not_found(still: World) -> None:
-    """404 in the one form, with a key and without."""
+    """The answer is 404 in the common error form, with a key and without."""
     for client in (still.client, still.stranger):
         for path in ("/", "/v1", "/v1/nothing", "/v2/tasks", "/callbacks/evolink"):
             refused(await client.get(path), 404, "not_found")
 
 
 async def test_without_room_for_images_nothing_new_is_taken(tmp_path: Path) -> None:
-    """503 with `Retry-After`, and no task; what is there can still be read."""
+    """The answer is 503 with `Retry-After`, and no task is created. Existing tasks can still be
+    read.
+    """
     async with world(tmp_path, role=Role(workers=False), min_free_bytes=2**62) as here:
         refused(await here.client.post(SUBMIT, json=order(), headers=ASYNC), 503, "no_space")
         assert await listed(here.client) == []
@@ -224,14 +228,13 @@ async def test_without_room_for_images_nothing_new_is_taken(tmp_path: Path) -> N
 
 
 async def test_a_plain_request_id_of_the_clients_is_kept(still: World) -> None:
-    """It comes back in the header and in the error."""
     for given in ("abc", "A.b_c-9", "x" * 64):
         answer = await still.client.get("/v1/tasks/unknown", headers={"x-request-id": given})
         assert refused(answer, 404)["request_id"] == given
 
 
 async def test_any_other_request_id_is_replaced_by_one_of_ours(still: World) -> None:
-    """What could break a log line or a header is not taken over."""
+    """Characters that could break a log line or a header are not copied."""
     for given in ("", "x" * 65, "a b", 'a"b', "a;b"):
         answer = await still.client.get("/healthz", headers={"x-request-id": given})
         assert re.fullmatch(an_id("req"), answer.headers["x-request-id"])

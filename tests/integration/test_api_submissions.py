@@ -1,4 +1,4 @@
-"""How a submission is answered: idempotency keys, preferences, refusals of the upstream."""
+"""Answers to a submission: idempotency keys, preferences, and rejections by the upstream."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ async def keyed(client: httpx.AsyncClient, key: str, body: JSON, **headers: str)
 
 
 async def test_the_same_key_and_body_answer_the_first_task(still: World) -> None:
-    """Replayed, and said so."""
+    """A header marks the answer as replayed."""
     async with still.owner() as client:
         first = await keyed(client, "k", order(metadata={"a": "1"}))
         again = await keyed(client, "k", order(metadata={"a": "1"}))
@@ -44,7 +44,7 @@ async def test_the_same_key_and_body_answer_the_first_task(still: World) -> None
     ],
 )
 async def test_bodies_are_compared_as_json_not_as_bytes(still: World, text: str) -> None:
-    """Order of fields, spaces and escapes are no difference."""
+    """The order of fields, spaces and escapes do not matter."""
     async with still.owner() as client:
         first = got(
             await keyed(
@@ -58,8 +58,8 @@ async def test_bodies_are_compared_as_json_not_as_bytes(still: World, text: str)
 
 
 async def test_another_body_under_the_same_key_is_a_conflict(still: World) -> None:
-    """409 names the header and the first task; order of a list, type and presence are
-    differences.
+    """409 names the header and the first task. The order of a list, types, and missing fields count
+    as differences.
     """
     async with still.owner() as client:
         task = got(await keyed(client, "k", order(x=[1, 2])))
@@ -80,7 +80,7 @@ async def test_another_body_under_the_same_key_is_a_conflict(still: World) -> No
 
 
 async def test_a_key_is_looked_up_before_the_body_is_validated(still: World) -> None:
-    """What would be refused is a conflict when its key is taken; a refused body takes no key."""
+    """An invalid body is a conflict when its key is taken. A rejected body takes no key."""
     async with still.owner() as client:
         refused(await keyed(client, "k", order(n=99)), 400, "invalid_parameter", param="n")
         task = got(await keyed(client, "k", order(n=1)))
@@ -101,7 +101,7 @@ async def test_a_key_is_looked_up_before_the_body_is_validated(still: World) -> 
 
 
 async def test_keys_belong_to_their_owner(still: World) -> None:
-    """Two owners with one key have two tasks; two keys of one owner have one."""
+    """Two owners with one key have two tasks, and two API keys of one owner have one."""
     async with (
         still.owner(name="kay") as one,
         still.owner(name="kay") as same,
@@ -115,7 +115,7 @@ async def test_keys_belong_to_their_owner(still: World) -> None:
 
 
 async def test_a_key_has_1_to_255_visible_ascii_characters(still: World) -> None:
-    """Longer ones, empty ones, and those with spaces or other letters are refused by name."""
+    """Longer keys, empty keys, and keys with spaces or other characters are rejected by name."""
     async with still.owner() as client:
         for key in ("!", "~" * 255, 'a"b,c;d\\'):
             got(await keyed(client, key, order()))
@@ -130,7 +130,7 @@ async def test_a_key_has_1_to_255_visible_ascii_characters(still: World) -> None
 
 
 async def test_one_key_at_once_makes_one_task(still: World) -> None:
-    """Of requests that come together one creates the task, the others replay it."""
+    """One of several concurrent requests creates the task, and the rest replay it."""
     async with still.owner() as client:
         answers = await asyncio.gather(*(keyed(client, "k", order()) for _ in range(8)))
         assert len({got(answer)["id"] for answer in answers}) == 1
@@ -138,7 +138,9 @@ async def test_one_key_at_once_makes_one_task(still: World) -> None:
 
 
 async def test_a_refusal_is_replayed_with_its_status(here: World) -> None:
-    """The upstream's refusal comes with its status, error and our task's id, and again the same."""
+    """The answer has the upstream's status and error and our task's id. A repeated request gets the
+    same.
+    """
     refusal = {"submit_status": {"status": 422, "code": "moderation_blocked", "times": 1}}
     async with here.owner() as client:
         first = await client.post(
@@ -165,7 +167,7 @@ async def test_a_refusal_is_replayed_with_its_status(here: World) -> None:
 
 
 async def test_a_replay_waits_like_the_first(here: World) -> None:
-    """`Prefer` counts for a replay as well."""
+    """`Prefer` applies to a replayed request too."""
     async with here.owner() as client:
         headers = {"idempotency-key": "k"}
         first = got(await client.post(SUBMIT, json=order(), headers=headers | ASYNC))
@@ -179,7 +181,7 @@ async def test_a_replay_waits_like_the_first(here: World) -> None:
 
 
 async def test_without_a_preference_the_answer_waits_for_the_first_outcome(here: World) -> None:
-    """The upstream's answer is in ours; no preference was applied."""
+    """The answer contains the upstream's result, and it names no applied preference."""
     answer = await here.client.post(SUBMIT, json=order(sandbox=LATE | {"submit_delay": 0.3}))
     task = got(answer)
     assert (task["state"], task["status"]) == ("submitted", "pending")
@@ -203,7 +205,7 @@ async def test_without_a_preference_the_answer_waits_for_the_first_outcome(here:
 async def test_a_preference_is_applied_and_named(
     still: World, prefer: list[str], applied: str
 ) -> None:
-    """`wait` wins over `respond-async`; nothing moves here, so the task comes back as it was
+    """`wait` wins over `respond-async`. No worker runs here, so the task comes back as it was
     committed.
     """
     headers = [("prefer", value) for value in prefer]
@@ -213,7 +215,7 @@ async def test_a_preference_is_applied_and_named(
 
 
 async def test_no_answer_is_held_longer_than_two_minutes(here: World) -> None:
-    """What is applied is at most 120 seconds."""
+    """The applied wait is at most 120 seconds."""
     answer = await here.client.post(
         SUBMIT, json=order(), headers={"prefer": "wait=99999999999, wait=999999999"}
     )
@@ -225,7 +227,7 @@ async def test_no_answer_is_held_longer_than_two_minutes(here: World) -> None:
     "prefer", ["wait", "wait=", "wait=x", "wait=-1", "wait=1.5", "wait=٣", "return=minimal", ",,;"]
 )
 async def test_preferences_that_say_nothing_are_ignored(here: World, prefer: str) -> None:
-    """The answer is as without one, and names none."""
+    """The answer is the same as without a preference, and it names none."""
     answer = await here.client.post(
         SUBMIT, json=order(sandbox=LATE), headers=[(b"prefer", prefer.encode())]
     )
@@ -234,7 +236,7 @@ async def test_preferences_that_say_nothing_are_ignored(here: World, prefer: str
 
 
 async def test_a_client_that_leaves_changes_nothing(here: World) -> None:
-    """The task goes on when nobody waits for the answer any more."""
+    """The task continues after the client has disconnected."""
     async with here.owner() as client:
         waiting = asyncio.create_task(
             client.post(SUBMIT, json=order(sandbox={"delay": 0.3}), headers=UNTIL_DONE)
@@ -246,8 +248,8 @@ async def test_a_client_that_leaves_changes_nothing(here: World) -> None:
 
 
 async def test_the_upstream_gets_the_clients_fields_and_nothing_of_ours(tmp_path: Path) -> None:
-    """Unknown fields are passed on; `metadata` and the client's `callback_url` stay here; the key
-    is our task's id.
+    """Unknown fields are passed on. `metadata` and the client's `callback_url` are not. The
+    upstream's idempotency key is our task's id.
     """
     upstream = Upstream()
     async with world(tmp_path, upstream=upstream.app) as here, here.owner() as client:
@@ -287,8 +289,8 @@ async def test_the_upstream_gets_the_clients_fields_and_nothing_of_ours(tmp_path
 
 
 async def test_an_upstream_that_refuses_says_so_through_us(tmp_path: Path) -> None:
-    """The refusal's status, code, message, type and param are the upstream's; what proves nothing
-    is 200.
+    """The answer has the upstream's status, code, message, type and param. An answer that does not
+    prove a rejection is 200.
     """
     upstream = Upstream({"no": [error(400, "invalid_parameter")], "odd": [document("pending")]})
     async with world(tmp_path, upstream=upstream.app, callback_url=None, uncertain="fail") as here:

@@ -1,6 +1,4 @@
-"""Tasks as clients see them: their shape, by which ids they are found, their timelines, and
-cancelling.
-"""
+"""Tasks in the HTTP API: their shape, lookup by id, timelines, and cancelling."""
 
 import re
 import time
@@ -21,7 +19,7 @@ LATE = {"delay": 600}  # the task outlasts the test
 
 
 async def test_a_queued_task_has_every_key_and_null_for_what_is_unknown(still: World) -> None:
-    """The task's shape is fixed: all keys are always there."""
+    """The task's shape is fixed: all keys are always present."""
     async with still.owner() as client:
         task = await submitted(
             client, n=2, metadata={"order": "7"}, callback_url="http://127.0.0.1:9/done"
@@ -60,7 +58,7 @@ async def test_a_queued_task_has_every_key_and_null_for_what_is_unknown(still: W
 async def test_a_completed_task_lists_its_images_in_order_and_their_links_as_results(
     here: World,
 ) -> None:
-    """`results` are our own links, in the upstream's order; an image has every key."""
+    """`results` are our own links, in the upstream's order, and an image has every key."""
     task = await submitted(here.client, UNTIL_DONE, n=2)
     assert (task["status"], task["state"], task["progress"], task["error"]) == (
         "completed",
@@ -92,7 +90,7 @@ async def test_a_completed_task_lists_its_images_in_order_and_their_links_as_res
 
 
 async def test_a_failed_task_has_the_upstreams_error_and_no_results(here: World) -> None:
-    """What the upstream says of a failure is the task's error."""
+    """The task's error is the upstream's error."""
     task = await submitted(here.client, UNTIL_DONE, sandbox={"fail": "content_policy_violation"})
     assert (task["status"], task["state"], task["results"], task["images"]) == (
         "failed",
@@ -105,7 +103,6 @@ async def test_a_failed_task_has_the_upstreams_error_and_no_results(here: World)
 
 
 async def test_a_task_is_found_by_our_id_and_by_the_upstreams(here: World) -> None:
-    """Both ids lead to the same task."""
     task = await submitted(here.client, headers={}, sandbox=LATE)
     assert task["upstream_id"].startswith("task-unified-")
     by_theirs = got(await here.client.get(f"/v1/tasks/{task['upstream_id']}"))
@@ -130,7 +127,7 @@ async def test_a_task_is_found_by_our_id_and_by_the_upstreams(here: World) -> No
     ],
 )
 async def test_an_unknown_id_is_not_found_whatever_it_looks_like(still: World, id: str) -> None:
-    """404 in the one form, without a look at the upstream."""
+    """The answer is 404 in the common error form, without a query to the upstream."""
     refused(await still.client.get(f"/v1/tasks/{id}"), 404)
     refused(await still.client.get(f"/v1/tasks/{id}/timeline"), 404)
     refused(await still.client.post(f"/v1/tasks/{id}/cancel"), 404)
@@ -141,8 +138,8 @@ async def test_an_unknown_id_is_not_found_whatever_it_looks_like(still: World, i
 
 
 async def test_a_timeline_tells_every_step_in_order(here: World) -> None:
-    """From `task.queued` to the delivery, each with its time and figures; a callback with verdict,
-    count and last time seen.
+    """The timeline runs from `task.queued` to the delivery, each entry with its time and figures. A
+    callback has its verdict, its count and the last time it arrived.
     """
     async with here.owner() as client, subscriber() as takes:
         got(
@@ -197,8 +194,8 @@ async def test_a_timeline_tells_every_step_in_order(here: World) -> None:
 
 
 async def test_a_cancelled_task_is_over_here_and_says_so_once(here: World) -> None:
-    """Cancelling is local: the task with `cancel`, one terminal event; again is 409 with the task's
-    id.
+    """The cancel is local. The answer is the task, and there is one terminal event. A second cancel
+    is 409 with the task's id.
     """
     async with here.owner() as client:
         task = await submitted(client, headers={}, sandbox=LATE)
@@ -226,8 +223,8 @@ async def test_a_cancelled_task_is_over_here_and_says_so_once(here: World) -> No
 
 
 async def test_nothing_that_comes_after_a_local_cancel_is_kept_but_the_charge(here: World) -> None:
-    """The upstream's late success leaves the task cancelled, without images; what it cost is
-    recorded.
+    """After the upstream's late success the task stays cancelled and has no images. The service
+    records the cost.
     """
     task = await submitted(here.client, headers={}, sandbox={"delay": 0.6})
     cancelled = got(await here.client.post(f"/v1/tasks/{task['id']}/cancel"))
@@ -247,7 +244,7 @@ async def test_nothing_that_comes_after_a_local_cancel_is_kept_but_the_charge(he
 
 
 async def test_a_task_that_has_ended_cannot_be_cancelled(here: World) -> None:
-    """409, and the task stays as it is."""
+    """The answer is 409, and the task does not change."""
     task = await submitted(here.client, UNTIL_DONE)
     refused(
         await here.client.post(f"/v1/tasks/{task['id']}/cancel"),

@@ -1,5 +1,5 @@
-"""`darkroom backup` beside a running service, and `darkroom restore`: real processes, real files
-(contract section 1).
+"""`darkroom backup` beside a running service, and `darkroom restore`, with real processes and files
+(docs/backup.md).
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from tests.upstream import After, Upstream, document, picture
 from tests.waiting import wait_until
 from tests.world import answering, world
 
-# The process kills itself before rename number {number} of a file that is no draft of its own.
+# The process kills itself before rename number {number} of the restore.
 KILLED = """
 import os, signal, sys
 number = [{number}]
@@ -45,7 +45,7 @@ def watch(event, arguments):
 
 sys.addaudithook(watch)
 """
-# The restoration breaks off as it puts the key in its place.
+# The restore stops when it moves the key into place.
 BROKEN = """
 import sys
 
@@ -71,7 +71,7 @@ async def command(
 
 
 async def every(client: httpx.AsyncClient, path: str) -> list[JSON]:
-    """All tasks or all events."""
+    """Reads all pages of tasks or events."""
     documents: list[JSON] = got(await client.get(path, params={"limit": 1000}))["data"]
     return documents
 
@@ -94,8 +94,8 @@ async def all_ended(client: httpx.AsyncClient) -> list[JSON] | None:
 async def test_a_backup_under_load_restores_to_a_service_that_pays_nothing_twice(
     tmp_path: Path,
 ) -> None:
-    """Pictures byte for byte, sequences that nobody saw, and no submission that may have been made
-    since, whatever UNCERTAIN says.
+    """Images are restored byte for byte, and sequences start beyond any that a client saw. The
+    restored service repeats no submission that may have been made since, whatever UNCERTAIN says.
     """
     upstream, gate = Upstream(), asyncio.Event()
     for number in range(8):
@@ -132,7 +132,7 @@ async def test_a_backup_under_load_restores_to_a_service_that_pays_nothing_twice
                 ]
                 await wait_until(
                     lambda: sum(map(len, upstream.received.values())) >= 6
-                )  # the rest waits: few calls at once
+                )  # the rest waits, because few calls run at once
                 load = asyncio.gather(
                     *(submitted(client, ASYNC, prompt=f"late {number}") for number in range(60))
                 )
@@ -203,7 +203,7 @@ async def test_a_backup_under_load_restores_to_a_service_that_pays_nothing_twice
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a store (`data`) that nobody serves, of a completed task, and its backup
+    """A folder with a store (`data`) of one completed task that no process serves, and its backup
     (`kept`).
     """
     folder = tmp_path_factory.mktemp("kept")
@@ -220,14 +220,14 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(kept: Path, tmp_path: Path) -> Path:
-    """The same, of this test's own, with nothing restored yet; the old store is in `old`."""
+    """A copy of `kept` for one test with nothing restored yet. The old store is in `old`."""
     shutil.copytree(kept / "kept", tmp_path / "kept")
     shutil.copytree(kept / "data", tmp_path / "old")
     return tmp_path
 
 
 def refusal(folder: Path, *arguments: str, **environment: str) -> str:
-    """The one line with which a command refuses; nothing is left in the data folder but a lock."""
+    """The single line of a command that fails. It leaves nothing in the data folder but a lock."""
     done = darkroom(*arguments, folder=folder, **environment)
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
@@ -236,7 +236,7 @@ def refusal(folder: Path, *arguments: str, **environment: str) -> str:
 
 
 def seen(place: Path) -> dict[str, bytes]:
-    """Every file below a folder but locks and what is empty."""
+    """Every file below a folder, except locks and empty files."""
     files = (path for path in place.rglob("*") if path.is_file() and path.suffix != ".lock")
     return {str(path.relative_to(place)): path.read_bytes() for path in files}
 
@@ -246,7 +246,9 @@ def manifest_of(folder: Path) -> Any:
 
 
 def test_a_backup_is_a_folder_for_its_owner_alone(folder: Path) -> None:
-    """Database, key, images and an account of them; prompts and keys are nobody else's to read."""
+    """The folder has the database, the key, the images and a manifest. Only its owner can read the
+    prompts and keys.
+    """
     files = seen(folder / "kept")
     images = {name.removeprefix("images/") for name in files if name.startswith("images/")}
     assert files.keys() - {f"images/{name}" for name in images} == {
@@ -268,7 +270,9 @@ def test_a_backup_is_a_folder_for_its_owner_alone(folder: Path) -> None:
 
 
 def test_a_restored_store_is_whole(folder: Path) -> None:
-    """Images, key with its mode, tasks; said in a line each, and nothing else left behind."""
+    """Images, the key with its mode, and tasks are restored. The command prints a line for each and
+    leaves no other file.
+    """
     done = darkroom("restore", "kept", folder=folder)
     assert done.returncode == 0, done.stderr
     assert "events_go_on_after" in done.stdout
@@ -285,8 +289,8 @@ def test_a_restored_store_is_whole(folder: Path) -> None:
 
 
 def test_a_store_that_is_there_is_refused_or_set_aside(folder: Path) -> None:
-    """Never overwritten, never deleted: with --force every byte of it is found beside the restored
-    one.
+    """The command never overwrites or deletes it. With --force every byte of the old store is kept
+    beside the restored one.
     """
     (folder / "old").rename(folder / "data")
     before = seen(folder / "data")
@@ -302,8 +306,8 @@ def test_a_store_that_is_there_is_refused_or_set_aside(folder: Path) -> None:
 
 
 def test_a_restoration_that_is_killed_loses_nothing(folder: Path) -> None:
-    """Before each of its renames: a start has the old store or the new one whole, or is told to do
-    it again, which then succeeds.
+    """The process is killed before each of its renames. The next start has the whole old or the
+    whole new store, or it tells the operator to restore again, and that restore succeeds.
     """
     states: list[str] = []
     left = True
@@ -333,10 +337,10 @@ def test_a_restoration_that_is_killed_loses_nothing(folder: Path) -> None:
 
 @pytest.mark.parametrize("reason", ["interrupted", "failed", "a damaged backup"])
 def test_a_restoration_that_breaks_off_leaves_word_of_it(folder: Path, reason: str) -> None:
-    """However it ends between its renames, also the second time: no start begins an empty store."""
+    """The restore ends between its renames, also a second time. No start creates an empty store."""
     data = folder / "data"
     (folder / "old").rename(data)
-    if reason == "a damaged backup":  # the time before it was killed
+    if reason == "a damaged backup":  # an earlier restore was killed
         (data / "darkroom.db").unlink()
         (data / ".restoring-darkroom.db").mkdir()
         next((folder / "kept/images").rglob("*.png")).write_bytes(b"no picture")
@@ -348,7 +352,7 @@ def test_a_restoration_that_breaks_off_leaves_word_of_it(folder: Path, reason: s
 
 
 def test_a_served_store_is_not_restored_over(folder: Path) -> None:
-    """Whoever holds the lock has the store, even where --force is given."""
+    """The process that holds the lock owns the store, even with --force."""
     (folder / "old").rename(folder / "data")
     lock = FileLock(folder / "data/darkroom.db.lock")
     assert lock.acquire()
@@ -359,7 +363,7 @@ def test_a_served_store_is_not_restored_over(folder: Path) -> None:
 
 
 def too_little(folder: Path) -> tuple[int, ...]:
-    """Bytes, with no room for the key, for the database, for the image."""
+    """Sizes in bytes that leave no room for the key, for the database, and for the image."""
     needed = sum(map(len, seen(folder / "kept").values()))
     return 0, needed // 3, needed - 8192
 
@@ -370,7 +374,9 @@ def make_room(disk: Path, room: int) -> None:
 
 
 def test_a_full_disk_gets_no_backup(folder: Path, tmp_path: Path) -> None:
-    """One line, an empty folder, which the next try takes, and a store that is as it was."""
+    """The command prints one line and leaves an empty folder, which the next backup accepts. The
+    store does not change.
+    """
     (folder / "old").rename(folder / "data")
     before = seen(folder / "data")
     with small_disk(tmp_path / "disk", 1) as disk:
@@ -384,7 +390,9 @@ def test_a_full_disk_gets_no_backup(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_gets_no_restored_store(folder: Path, tmp_path: Path) -> None:
-    """One line; the store that is there stays there, whole, and the next try is as the first."""
+    """The command prints one line. The existing store stays whole, and the next restore works as
+    usual.
+    """
     with small_disk(tmp_path / "disk", 2) as disk:
         shutil.copytree(folder / "old", disk / "data")
         before = seen(disk / "data")
@@ -423,7 +431,7 @@ def with_manifest(**different: Any) -> Callable[[Path], None]:
 
 
 def with_database(statement: str) -> Callable[[Path], None]:
-    """Changes the database and the manifest's sum of it."""
+    """Changes the database and its checksum in the manifest."""
 
     def act(kept: Path) -> None:
         connection = sqlite3.connect(kept / "darkroom.db")
@@ -466,7 +474,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_backup_that_is_not_as_it_was_is_refused(folder: Path, fault: str) -> None:
-    """In one line, before anything is put in place."""
+    """The command fails with one line before it moves any file into place."""
     spoils, words = FAULTS[fault]
     spoils(folder / "kept")
     assert words in refusal(folder, "restore", "kept")
@@ -474,8 +482,8 @@ def test_a_backup_that_is_not_as_it_was_is_refused(folder: Path, fault: str) -> 
 
 
 def test_an_image_that_the_store_itself_lost_does_not_stop_a_backup(folder: Path) -> None:
-    """The backup is made and can be restored; the command fails all the same, so that somebody
-    looks.
+    """The backup is made and can be restored. The command still fails, so that an operator looks at
+    it.
     """
     (folder / "old").rename(folder / "data")
     next((folder / "data/images").glob("*/*.*")).unlink()
@@ -488,8 +496,8 @@ def test_an_image_that_the_store_itself_lost_does_not_stop_a_backup(folder: Path
 
 
 def test_what_is_no_store_is_not_backed_up(tmp_path: Path) -> None:
-    """A missing, a foreign, a corrupt file, PostgreSQL, a folder that is not empty: one line,
-    nothing left in DIR, the file as it was.
+    """A missing, foreign or corrupt file, PostgreSQL, and a folder with files each get one line.
+    The command leaves nothing in DIR and does not change the file.
     """
     (tmp_path / "data").mkdir()
     path = tmp_path / "data/darkroom.db"
@@ -519,7 +527,7 @@ def test_what_is_no_store_is_not_backed_up(tmp_path: Path) -> None:
 
 
 def test_a_damaged_store_is_not_called_a_backup(folder: Path) -> None:
-    """A page of the live database that is not what it was: the copy is checked, and not kept."""
+    """A page of the live database is damaged. The command checks the copy and does not keep it."""
     path = folder / "old/darkroom.db"
     content = bytearray(path.read_bytes())
     content[4096 * 5 : 4096 * 40] = bytes(4096 * 35)
@@ -530,8 +538,8 @@ def test_a_damaged_store_is_not_called_a_backup(folder: Path) -> None:
 
 
 async def test_a_store_that_moves_keeps_what_waits(tmp_path: Path) -> None:
-    """--moved: queued tasks stay so. Not after a backup that was made while the store was
-    served.
+    """With --moved queued tasks stay queued. The command rejects --moved for a backup that was made
+    while a process served the store.
     """
     (tmp_path / "data").mkdir()
     (tmp_path / "data/secret.key").write_text("k" * 40)

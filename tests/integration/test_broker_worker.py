@@ -1,6 +1,4 @@
-"""Publishing to a sink that is played: leases that are lost or run out, faults that nobody foresaw,
-events that are gone.
-"""
+"""The broker worker with a fake sink: lost leases, expired leases, errors, deleted events."""
 
 import asyncio
 import json
@@ -27,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 class Played:
-    """A broker in memory; `on` is called with how many messages it has, before it takes the
+    """A broker in memory. It calls `on` with the number of messages it has before it accepts the
     next.
     """
 
@@ -52,7 +50,7 @@ class Played:
 
 @asynccontextmanager
 async def publishing(here: World, broker: Played) -> AsyncIterator[BrokerWorker]:
-    """A worker at work, with its place in the outbox."""
+    """Runs a worker that has its position in the outbox."""
     await here.context.resources.store.write(lease_sinks, broker.name)
     worker = BrokerWorker(here.context.resources, broker)
     job = asyncio.create_task(worker.run())
@@ -93,8 +91,8 @@ def forget(tx: Transaction, items: Sequence[int]) -> list[None]:
 async def test_no_message_goes_when_the_lease_may_be_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slow broker's page ends early, what was confirmed is noted, and the lease is renewed before
-    the next message.
+    """The page of a slow broker ends early. The worker records what the broker confirmed and renews
+    the lease before the next message.
     """
     monkeypatch.setattr(broker_worker, "RENEW_S", 0.0)
     slow = Played(
@@ -116,7 +114,7 @@ async def test_no_message_goes_when_the_lease_may_be_over(
 async def test_who_lost_its_lease_notes_nothing_and_leaves_the_rest_to_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it sent meanwhile is sent again by the next, under the same ids."""
+    """The next process sends the same messages again, under the same ids."""
     monkeypatch.setattr(broker_worker, "OTHERS_S", 0.05)
     monkeypatch.setattr(broker_worker, "RENEW_S", 0.05)
     async with world(tmp_path) as here:
@@ -137,8 +135,8 @@ async def test_who_lost_its_lease_notes_nothing_and_leaves_the_rest_to_another(
 
 
 async def test_a_fault_that_nobody_foresaw_is_told_and_does_not_end_it(tmp_path: Path) -> None:
-    """With its traceback, and counted; a broker's own fault is told in one line, and once however
-    often it comes.
+    """An unexpected error is logged with its traceback and counted. A broker's own error is one
+    line, and it is logged once however often it repeats.
     """
     faults: list[Exception] = [SinkUnavailable("away"), SinkUnavailable("away"), ValueError("odd")]
 
@@ -162,12 +160,12 @@ async def test_a_fault_that_nobody_foresaw_is_told_and_does_not_end_it(tmp_path:
 async def test_a_store_that_is_away_is_no_brokers_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever promised something says it; the sink goes on when the store does."""
+    """The worker reports no failure of the sink, and it continues when the store is back."""
     asked: list[str] = []
 
     def failing(tx: Transaction, names: Sequence[str]) -> list[SinkLease | None]:
         asked.extend(names)
-        if len(asked) <= 4:  # a batch is tried again one by one
+        if len(asked) <= 4:  # a failed batch is retried one operation at a time
             raise StoreUnavailable("away")
         return lease_sinks(tx, names)
 
@@ -184,8 +182,8 @@ async def test_a_store_that_is_away_is_no_brokers_fault(
 
 
 class Small(Played):
-    """It takes no message that has what the client asked for; of those without a task, none while
-    `full`.
+    """It accepts no message that has the client's `request`. While `full`, it accepts no message
+    without a task either.
     """
 
     full = True
@@ -199,8 +197,8 @@ class Small(Played):
 
 
 async def test_what_is_too_large_goes_without_what_its_client_asked_for(tmp_path: Path) -> None:
-    """An event that has no such thing is tried as it is until the broker takes it: its fields are
-    its schema's.
+    """An event without a `request` is sent unchanged until the broker accepts it, because its
+    schema fixes its fields.
     """
     broker = Small()
     broker.types = ("*",)
@@ -218,8 +216,8 @@ async def test_what_is_too_large_goes_without_what_its_client_asked_for(tmp_path
 
 
 async def test_events_that_are_gone_are_told(tmp_path: Path) -> None:
-    """A sink at which nobody published for longer than events are kept goes on with the oldest
-    there is, and a line says what it missed.
+    """A sink pauses for longer than events are kept. It continues with the oldest event there is,
+    and a log line says what it missed.
     """
     broker = Played()
     with capture_logs() as captured:

@@ -1,4 +1,4 @@
-"""Events to brokers, over real servers of this machine; Kafka's protocol over librdkafka's mock
+"""Publishing events to brokers on real local servers. Kafka's protocol runs over librdkafka's mock
 cluster.
 """
 
@@ -42,7 +42,7 @@ SERIES = "darkroom_sink_lag"
 
 
 class Brokers:
-    """The servers of this file, each started when it is first asked for."""
+    """The servers of this file. Each starts on first use."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
@@ -71,7 +71,7 @@ def brokers() -> Iterator[Brokers]:
 
 @pytest.fixture
 def target(request: pytest.FixtureRequest) -> str:
-    """A stream, queue or topic of this test's own."""
+    """The name of a stream, queue or topic that only this test uses."""
     return f"t{abs(hash(request.node.nodeid)):x}"
 
 
@@ -89,7 +89,7 @@ async def emit(here: World, numbers: Sequence[int]) -> None:
 async def caught_up(
     taken: Callable[[], Any], ids: Sequence[str], timeout: float = 60
 ) -> list[Taken]:
-    """What the broker has once it has all of them."""
+    """Waits until the broker has all events, and returns its messages."""
 
     async def look() -> list[Taken] | None:
         try:
@@ -103,7 +103,7 @@ async def caught_up(
 
 
 async def holding(here: World) -> None:
-    """Waits until the sink has its place in the outbox: what was before is not its."""
+    """Waits until the sink has its position in the outbox. Earlier events are not sent to it."""
 
     async def held() -> bool:
         return (await ready(here))["status"] == "ok" and bool(
@@ -114,7 +114,7 @@ async def holding(here: World) -> None:
 
 
 async def degraded(here: World) -> None:
-    """Waits until brokers are why the service is."""
+    """Waits until brokers are the reason why the service is degraded."""
 
     async def is_so() -> bool:
         return await ready(here) == {"status": "degraded", "causes": ["brokers"]}
@@ -134,8 +134,8 @@ def places(connection: Any) -> list[Any]:
 async def test_every_event_arrives_as_webhooks_send_it_under_its_id(
     kind: str, brokers: Brokers, target: str, tmp_path: Path
 ) -> None:
-    """In sequence (Kafka: a task's own), once, with type and content type; the body is the
-    CloudEvent, byte for byte as streams have it.
+    """Each event arrives once and in sequence (Kafka: in a task's sequence), with its type and
+    content type. The body is the CloudEvent, byte for byte as in the event stream.
     """
     port = await brokers.port(kind)
     taken = reader(kind, port, target)
@@ -168,8 +168,8 @@ async def test_every_event_arrives_as_webhooks_send_it_under_its_id(
 async def test_a_sink_gets_the_types_it_asks_for(
     kind: str, brokers: Brokers, target: str, tmp_path: Path
 ) -> None:
-    """`types=` takes patterns; what is passed over does not lag, and what was before the sink was
-    new is not its.
+    """`types=` takes patterns. A skipped event does not count as lag, and events from before the
+    sink was new are not sent.
     """
     port = await brokers.port(kind)
     async with world(tmp_path) as here:
@@ -204,8 +204,8 @@ async def test_a_sink_gets_the_types_it_asks_for(
 async def test_a_broker_that_is_killed_in_the_middle_loses_nothing(
     kind: str, brokers: Brokers, target: str, tmp_path: Path
 ) -> None:
-    """300 events, SIGKILL after some of them: all arrive, in sequence; JetStream drops what it has
-    already, and so does a Redis stream.
+    """The broker gets SIGKILL during 300 events. All arrive, in sequence. JetStream and a Redis
+    stream drop the repeated ones.
     """
     server, port = brokers.server(kind), await brokers.port(kind)
     taken = reader(kind, port, target)
@@ -233,8 +233,8 @@ async def test_a_broker_that_is_killed_in_the_middle_loses_nothing(
 async def test_a_broker_that_is_away_at_the_start_gets_everything_later(
     kind: str, brokers: Brokers, target: str, tmp_path: Path
 ) -> None:
-    """The service starts, works, tells of it once, is degraded and shows how far the broker is
-    behind; no line has the password.
+    """The service starts, works, logs the outage once, is degraded and shows the broker's lag. No
+    log line has the password.
     """
     server, port = brokers.server(kind), await brokers.port(kind)
     server.kill()
@@ -270,7 +270,9 @@ async def test_a_broker_that_is_away_at_the_start_gets_everything_later(
 async def test_a_wrong_password_is_a_broker_that_is_away(
     kind: str, brokers: Brokers, target: str, tmp_path: Path
 ) -> None:
-    """It may be put right over there: degraded, told once, without the password."""
+    """An operator may correct the password at the broker. The service is degraded and logs it once,
+    without the password.
+    """
     port = await brokers.port(kind)
     with logged() as stream:
         async with world(tmp_path, sinks=address(kind, port, target, "wr@ng-password")) as here:
@@ -284,8 +286,8 @@ async def test_a_wrong_password_is_a_broker_that_is_away(
 async def test_a_broker_that_stops_answering_holds_up_nothing_else(
     brokers: Brokers, tmp_path: Path
 ) -> None:
-    """One that takes connections and says nothing is given up in time; tasks end, and the other
-    broker has its events.
+    """A call to a broker that accepts connections and does not answer times out. Tasks end, and the
+    other broker gets its events.
     """
     port, target = await brokers.port("nats"), "beside"
     held: list[asyncio.StreamWriter] = []
@@ -313,8 +315,8 @@ async def test_a_broker_that_stops_answering_holds_up_nothing_else(
 async def test_an_event_that_no_queue_takes_stays(
     brokers: Brokers, tmp_path: Path, target: str
 ) -> None:
-    """An exchange must be there, and an event must reach a queue by its type; until then the sink
-    waits, and nothing is lost.
+    """The exchange must exist, and it must route the event's type to a queue. Until then the sink
+    waits and loses nothing.
     """
     import aio_pika
 
@@ -339,7 +341,9 @@ async def test_an_event_that_no_queue_takes_stays(
 async def test_an_event_too_large_for_the_broker_holds_up_no_other(
     brokers: Brokers, tmp_path: Path, target: str
 ) -> None:
-    """It goes without its `request`, which the client made so long, and a line says so."""
+    """The event goes without its `request`, the part that the client made too long. A log line says
+    so.
+    """
     port = await brokers.port("nats")
     taken = reader("nats", port, target)
     with logged() as stream:
@@ -367,7 +371,7 @@ async def test_an_event_too_large_for_the_broker_holds_up_no_other(
 async def test_a_stream_that_is_there_is_left_as_it_is(
     brokers: Brokers, tmp_path: Path, target: str
 ) -> None:
-    """One that is not is made, and drops repeated ids for an hour."""
+    """A missing stream is created with an hour of deduplication."""
     import nats
     from nats.js.api import StreamConfig
 
@@ -399,7 +403,7 @@ async def test_a_stream_that_is_there_is_left_as_it_is(
 
 
 async def test_a_type_that_nobody_emits_stops_the_start() -> None:
-    """One line names the variable and the types there are."""
+    """One line names the variable and the known types."""
     sink = f"redis://127.0.0.1:{free_port()}/0?stream=x&types=image.tasks.*"
     with pytest.raises(
         ConfigurationError, match=r"DARKROOM_SINKS: types= must be .*image\.task\.completed"
@@ -410,7 +414,7 @@ async def test_a_type_that_nobody_emits_stops_the_start() -> None:
 async def test_without_the_extra_a_sink_stops_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line names the extra; a process without workers needs none."""
+    """One line names the extra. A process without workers does not need it."""
     monkeypatch.setitem(sys.modules, "faststream", None)
     monkeypatch.delitem(sys.modules, "service.events.brokers", raising=False)
     sink = f"redis://127.0.0.1:{free_port()}/0?stream=x"

@@ -1,5 +1,5 @@
-"""Processes that publish and die: started as a user starts them, over a real NATS server with
-JetStream on disk.
+"""Publishing processes that are killed. They start as a user starts them, over a real NATS server
+with JetStream on disk.
 """
 
 import asyncio
@@ -40,8 +40,8 @@ def client_of(running: Running) -> httpx.AsyncClient:
 
 
 async def all_told(client: httpx.AsyncClient, tasks: int) -> list[JSON]:
-    """Every event, once each task has its end: a submission that a kill cut off is given up after a
-    second.
+    """Waits until each task has ended and returns every event. A submission that a kill cut off is
+    given up after a second.
     """
 
     async def look() -> list[JSON] | None:
@@ -56,8 +56,8 @@ async def all_told(client: httpx.AsyncClient, tasks: int) -> list[JSON]:
 async def test_a_service_that_is_killed_again_and_again_publishes_every_event_once(
     server: BrokerServer, tmp_path: Path
 ) -> None:
-    """SIGKILL while events flow, four times: the broker ends with all of them, in sequence, none
-    twice.
+    """The process gets SIGKILL four times while events flow. The broker ends with all events, in
+    sequence, each once.
     """
     taken, tasks = reader("nats", server.port, TARGET), 40
     with sandbox("--delay", "0.2", folder=tmp_path) as upstream:
@@ -93,8 +93,8 @@ async def test_a_service_that_is_killed_again_and_again_publishes_every_event_on
 async def test_another_process_goes_on_where_a_dead_one_was(
     server: BrokerServer, postgres_url: str, tmp_path: Path
 ) -> None:
-    """Two on one PostgreSQL: one publishes; when it is killed the other does so within its lease,
-    and misses and repeats nothing.
+    """Two processes share one PostgreSQL and one of them publishes. After it is killed, the other
+    takes over within the lease time, and loses and repeats nothing.
     """
     taken = reader("nats", server.port, TARGET)
     with sandbox("--delay", "0.1", folder=tmp_path) as upstream, ExitStack() as stack:
