@@ -1,5 +1,5 @@
-"""What a key, above all one that may only submit, can make the service reach: nothing that an
-outsider could not reach himself.
+"""What a key can make the service reach. A submit key opens no connection that its holder could not
+open from outside.
 """
 
 import asyncio
@@ -24,16 +24,14 @@ async def there(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guard
 
 @pytest.fixture
 def here(there: Guarded) -> Iterator[World]:
-    """The world, in a test that ends with no connection made but to the service and its
-    upstream.
-    """
+    """The world. At the end of the test only the service and its upstream were connected to."""
     with there.watched():
         yield there.world
 
 
 async def test_the_key_stays_with_the_upstream(here: World, there: Guarded) -> None:
-    """Neither a result's host nor one that it redirects to sees the key, though one of them is the
-    upstream's own.
+    """No download sends the upstream's key: not to the host of a result link, and not to the
+    upstream itself after a redirect.
     """
     there.upstream.files["last"] = [Response(picture(), media_type="image/png")]
 
@@ -62,8 +60,8 @@ async def test_the_key_stays_with_the_upstream(here: World, there: Guarded) -> N
 async def test_no_call_goes_by_a_proxy_of_the_environment(
     here: World, there: Guarded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A proxy would resolve names itself and see the key: none is used to submit, to ask or to
-    fetch, nor its password from a netrc.
+    """A proxy would resolve names itself and see the key. Submissions, queries and downloads use no
+    proxy and no password from a netrc.
     """
     netrc = here.settings.data_dir / "netrc"
     netrc.write_text("machine 127.0.0.1 login nobody password hidden\n")
@@ -87,8 +85,8 @@ async def test_no_call_goes_by_a_proxy_of_the_environment(
 
 
 async def test_what_is_passed_on_is_not_looked_at(here: World, there: Guarded) -> None:
-    """Links in any field but `callback_url` are the upstream's affair; it is told our own
-    callback_url, whatever the client calls his.
+    """The service passes links in every field but `callback_url` on and follows none. The upstream
+    always gets the service's own `callback_url`, although the client sends similar names.
     """
     link, known = f"http://127.0.0.2:{there.trap.port}/a.png", len(there.recorded.requests)
     fields = {
@@ -147,7 +145,7 @@ PATHS = (
 
 
 async def asked(here: World, target: str, host: str, key: str) -> int:
-    """The status of a GET whose target and Host are sent as they are."""
+    """The status of a GET whose target and Host are sent unchanged."""
     place = here.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(place[0], int(place[1]))
     writer.write(
@@ -166,8 +164,8 @@ async def asked(here: World, target: str, host: str, key: str) -> int:
 async def test_no_id_reaches_past_the_upstreams_tasks(
     path: str, here: World, there: Guarded
 ) -> None:
-    """An id that could be more than an id to anybody on the way is never sent upstream, by
-    whichever route it comes.
+    """The service never sends an id upstream that a proxy could read as a path, a query or a
+    header.
     """
     known = len(there.recorded.requests)
     for ending in ("", "/timeline"):
@@ -181,8 +179,8 @@ async def test_no_id_reaches_past_the_upstreams_tasks(
 
 
 async def test_an_unknown_task_is_asked_for_by_its_id_alone(here: World, there: Guarded) -> None:
-    """Query, Host, forwarding headers and an absolute target change nothing of where and for what
-    the upstream is asked.
+    """The query, the Host, the forwarding headers and an absolute target of a request do not change
+    the URL and the host of the query to the upstream.
     """
     there.upstream.queries["task-unified-1-aB_9"] = [
         document("processing", id="task-unified-1-aB_9")
@@ -210,7 +208,7 @@ async def test_an_unknown_task_is_asked_for_by_its_id_alone(here: World, there: 
 
 
 async def test_links_do_not_follow_the_host_header(here: World, there: Guarded) -> None:
-    """A task's links lead to the service's address, whatever name it was called by."""
+    """A task's links lead to the service's address, although the request names another host."""
     there.upstream.files["linked"] = [Response(picture(), media_type="image/png")]
     task = await there.completed(f"{here.sandbox_url}/files/linked")
     answer = await here.client.get(
@@ -220,7 +218,9 @@ async def test_links_do_not_follow_the_host_header(here: World, there: Guarded) 
 
 
 async def test_nobody_builds_on_another_owners_task(here: World, there: Guarded) -> None:
-    """`model_params.task_id` names a task of the caller's own, by our id as by the upstream's."""
+    """`model_params.task_id` accepts only a task of the caller's owner, by the service's id and by
+    the upstream's id.
+    """
     async with here.owner("submit") as mine, here.owner("submit") as yours:
         task = await submitted(mine, {}, prompt="mine")
         assert task["upstream_id"]

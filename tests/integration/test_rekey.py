@@ -1,5 +1,5 @@
-"""`DARKROOM_SECRET_KEY`: rotated, what is encrypted in the store comes under the new key; lost,
-nothing takes its place.
+"""`DARKROOM_SECRET_KEY`: after a rotation the service encrypts the stored secrets under the new
+key. The service never replaces a lost key.
 """
 
 import secrets
@@ -40,8 +40,8 @@ def signed(shop: Subscriber, path: str, secret: str) -> bool:
 async def test_the_old_key_can_be_dropped_after_a_start_with_the_new_one_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three starts: the old key, the new one before it, the new one alone. The secrets are the
-    same, and sign to the end.
+    """The service starts three times: with the old key, with the new key before the old one, and
+    with the new key alone. The secrets stay the same and still sign.
     """
     monkeypatch.setattr(rekey, "PAGE", 2)
     async with subscriber() as shop:
@@ -79,7 +79,9 @@ async def test_the_old_key_can_be_dropped_after_a_start_with_the_new_one_first(
 
 
 async def test_secrets_that_no_key_fits_are_told_and_left_alone(tmp_path: Path) -> None:
-    """The old key was dropped too early: whoever puts it back has lost nothing."""
+    """The operator dropped the old key too early. The service logs the unreadable secrets and
+    leaves them unchanged, so the old key still opens them.
+    """
     async with world(tmp_path, secret_key=OLD) as here:
         got(await here.client.post("/v1/endpoints", json={"url": "http://127.0.0.1:9/"}), 201)
         before = await at_rest(here)
@@ -92,8 +94,8 @@ async def test_secrets_that_no_key_fits_are_told_and_left_alone(tmp_path: Path) 
 
 
 async def test_where_a_key_is_lost_for_good_other_secrets_are_the_way_out(tmp_path: Path) -> None:
-    """Nothing is sent that nobody could verify, and the endpoint is not to blame; rotated, both
-    secrets sign again.
+    """The service sends no delivery without a readable secret and does not disable the endpoint.
+    After the client rotates both secrets, deliveries are signed again.
     """
     async with subscriber() as shop:
         async with world(tmp_path, secret_key=OLD) as here:
@@ -136,7 +138,7 @@ async def test_where_a_key_is_lost_for_good_other_secrets_are_the_way_out(tmp_pa
 
 
 async def test_a_secret_that_was_rotated_meanwhile_stays_as_it_is_now(tmp_path: Path) -> None:
-    """What was read before counts for nothing."""
+    """A secret that changes after `rekey` has read it keeps its new value."""
     async with world(tmp_path, secret_key=OLD) as here:
         endpoint = got(
             await here.client.post("/v1/endpoints", json={"url": "http://127.0.0.1:9/"}), 201
@@ -147,7 +149,7 @@ async def test_a_secret_that_was_rotated_meanwhile_stays_as_it_is_now(tmp_path: 
         write, now = resources.store.write, resources.keyring.encrypt("[]")
 
         async def late(operation: Any, item: Any) -> Any:
-            """Somebody else is first."""
+            """Changes the endpoint's secret before `rekey` writes."""
             if isinstance(item, SecretChange) and item.table == "endpoints":
                 await write(change_secrets, SecretChange("endpoints", endpoint, held, now))
             return await write(operation, item)
@@ -158,8 +160,8 @@ async def test_a_secret_that_was_rotated_meanwhile_stays_as_it_is_now(tmp_path: 
 
 
 async def test_a_key_that_is_lost_is_not_replaced_by_another(tmp_path: Path) -> None:
-    """With another none of the callbacks under way would be believed: it is to be put back. A store
-    that nobody used gets a new one.
+    """Under a new key the service would reject the callbacks of running tasks. The start fails and
+    asks for the old key. An unused store gets a new key.
     """
     async with world(tmp_path, role=Role(workers=False)) as here:
         key = here.settings.key_file

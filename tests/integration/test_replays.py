@@ -1,6 +1,4 @@
-"""Replays over real sockets: counted, sent again under the same ids, followed, ended; for whom they
-are.
-"""
+"""Replays over real sockets: counts, ids, progress, cancellation and access."""
 
 import json
 import re
@@ -100,7 +98,7 @@ async def replayed(client: httpx.AsyncClient, endpoint: str, **body: Any) -> str
 
 
 async def reached(client: httpx.AsyncClient, replay: str, **figures: object) -> JSON:
-    """The replay once it shows that."""
+    """The replay as soon as it shows these figures."""
 
     async def look() -> JSON | None:
         shown = got(await client.get(f"/v1/replays/{replay}"))
@@ -117,7 +115,7 @@ def ids(shop: Subscriber) -> list[str]:
 async def disabled(
     here: World, client: httpx.AsyncClient, owner: str, endpoint: str, count: int
 ) -> tuple[JSON, list[str]]:
-    """The endpoint disabled, and so many events that it misses."""
+    """Disables the endpoint and emits `count` events that it misses."""
     off = got(await client.patch(f"/v1/endpoints/{endpoint}", json={"status": "disabled"}))
     return off, await made(here, owner, count)
 
@@ -125,8 +123,8 @@ async def disabled(
 async def test_the_dead_are_sent_again(
     here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber
 ) -> None:
-    """What it took is not; each of the dead once more under its id, with the whole schedule; then
-    none is dead.
+    """A replay sends each dead delivery again under its id, with the whole schedule, and leaves out
+    delivered events. Then no delivery is dead.
     """
     shop.answer = lambda n, _request: BROKEN if n < 6 else DONE
     endpoint = await subscribed(client, shop)
@@ -165,7 +163,7 @@ async def test_the_dead_are_sent_again(
 async def test_all_are_sent_again_by_time_and_type(
     here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber
 ) -> None:
-    """`since` is included, `until` is not; `types` are some of those that the endpoint has."""
+    """`since` is inclusive and `until` is exclusive. `types` narrows the types of the endpoint."""
     endpoint = await subscribed(client, shop, types=[FAILED, COMPLETED])
     await made(here, owner, 2)
     completed = await made(here, owner, 1, COMPLETED)
@@ -202,7 +200,9 @@ async def test_all_are_sent_again_by_time_and_type(
 async def test_what_no_replay_can_be_is_refused_by_name(
     client: httpx.AsyncClient, shop: Subscriber
 ) -> None:
-    """Nothing is sent; times at the ends of what can be written are times."""
+    """An invalid field gets 400 with its name and sends nothing. The earliest and the latest time
+    that ISO 8601 can express are valid.
+    """
     path = f"/v1/endpoints/{await subscribed(client, shop)}/replay"
     bad = [
         ("since", "yesterday"),
@@ -234,7 +234,9 @@ async def test_a_replay_has_a_bounded_rate_and_tells_how_far_it_is(
     shop: Subscriber,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A page at a time, one each `EVERY_MS`; a second replay waits for the first."""
+    """A replay makes one page of deliveries each `EVERY_MS`. A second replay waits for
+    the first.
+    """
     monkeypatch.setattr(pipeline, "PAGE", 2)
     endpoint = await subscribed(client, shop)
     events = await made(here, owner, 5)
@@ -258,8 +260,8 @@ async def test_a_replay_has_a_bounded_rate_and_tells_how_far_it_is(
 async def test_a_cancelled_replay_sends_nothing_more(
     here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber
 ) -> None:
-    """What it has not delivered yet is dead, kept and listed; cancelled again, or after its end, it
-    is the same.
+    """Cancelling makes the pending deliveries dead, and they stay listed. A second cancel, or a
+    cancel after the end, changes nothing.
     """
     endpoint = await subscribed(client, shop)
     await made(here, owner, 2)
@@ -281,7 +283,7 @@ async def test_a_cancelled_replay_sends_nothing_more(
 async def test_a_paused_endpoint_gets_its_replay_when_it_is_enabled(
     here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber
 ) -> None:
-    """Deliveries are made, and held like any others."""
+    """The replay makes its deliveries, and the paused endpoint holds them like other deliveries."""
     endpoint = await subscribed(client, shop)
     (event,) = await made(here, owner)
     await deliveries(client, 1, state="delivered")
@@ -302,8 +304,8 @@ async def test_a_paused_endpoint_gets_its_replay_when_it_is_enabled(
 async def test_enabling_a_disabled_endpoint_offers_what_it_missed(
     here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber
 ) -> None:
-    """Since `disabled_at`, with a count; that replay sends just this. Every other answer has no
-    offer.
+    """The answer to the enabling request offers a replay since `disabled_at` with a count. That
+    replay sends exactly the missed events. Other answers contain no offer.
     """
     endpoint = await subscribed(client, shop)
     path = f"/v1/endpoints/{endpoint}"
@@ -335,7 +337,6 @@ async def test_enabling_a_disabled_endpoint_offers_what_it_missed(
 async def test_a_dead_delivery_that_was_retried_by_hand_is_not_replayed(
     here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber
 ) -> None:
-    """It has been taken."""
     shop.answer = lambda n, _request: BROKEN if n < 4 else DONE
     endpoint = await subscribed(client, shop)
     await made(here, owner, 2)
@@ -355,7 +356,9 @@ async def test_a_replay_ends_with_its_endpoint(
     how: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Disabled or deleted in the middle: cancelled, and nothing more is sent."""
+    """Disabling or deleting the endpoint cancels its running replay, and no more deliveries are
+    made.
+    """
     monkeypatch.setattr(pipeline, "PAGE", 1)
     monkeypatch.setattr(pipeline, "EVERY_MS", 400)
     endpoint = await subscribed(client, shop)
@@ -379,8 +382,8 @@ async def test_a_replay_ends_with_its_endpoint(
 async def test_nobody_elses_replays_and_endpoints_are_there(
     here: World, client: httpx.AsyncClient, owner: str, shop: Subscriber
 ) -> None:
-    """404 for every request of another owner; an admin may, and the replay is its endpoint's
-    owner's.
+    """Every request of another owner gets 404. An admin may start a replay, and the replay belongs
+    to the endpoint's owner.
     """
     endpoint = await subscribed(client, shop)
     await made(here, owner)
@@ -404,7 +407,9 @@ async def test_nobody_elses_replays_and_endpoints_are_there(
 async def test_an_endpoint_for_all_owners_is_replayed_by_an_admin(
     here: World, owner: str, shop: Subscriber
 ) -> None:
-    """Everybody's events and the operators'; no owner sees it."""
+    """The replay contains the events of all owners and the operators' events. A key of one owner
+    cannot see it.
+    """
     endpoint = await subscribed(
         here.client, shop, owner=None, types=["image.task.failed", "task.parked"]
     )
@@ -425,7 +430,7 @@ async def test_an_endpoint_for_all_owners_is_replayed_by_an_admin(
 async def test_a_replay_that_ended_is_kept_like_its_deliveries(
     tmp_path: Path, shop: Subscriber
 ) -> None:
-    """Until retention takes it: then it is 404."""
+    """After retention has removed the replay, a request for it gets 404."""
     async with world(tmp_path) as there:
         endpoint = await subscribed(there.client, shop)
         replay = await replayed(there.client, endpoint)

@@ -1,4 +1,4 @@
-"""What goes: a task that its owner erases, and what is kept no longer, over real sockets."""
+"""Erasure by the owner and removal by retention, over real sockets."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -27,7 +27,7 @@ JSON = dict[str, Any]
 
 @pytest.fixture(params=["local", "s3"])
 async def place(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
-    """A world that keeps its images there."""
+    """A world that keeps its images in the local folder or on S3."""
     more: dict[str, Any] = (
         {}
         if request.param == "local"
@@ -38,12 +38,11 @@ async def place(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 
 async def kept(here: World) -> set[str]:
-    """The names of all blobs."""
     return {blob.name async for page in here.context.resources.blobs.listed() for blob in page}
 
 
 def later(here: World, ms: int, days: float = 30, image_days: float | None = None) -> Retention:
-    """The job with a clock that is so far ahead."""
+    """The retention job, with a clock that is `ms` ahead."""
     resources = here.context.resources
     return Retention(resources, days, image_days, lambda: resources.store.clock() + ms)
 
@@ -55,8 +54,8 @@ async def pages(here: World, after: str | None = None) -> JSON:
 
 
 async def test_an_erased_task_has_no_content_and_its_images_are_gone(place: World) -> None:
-    """204; the line with its figures stays; links say 410; no blob is left; a second time is 204
-    too.
+    """The answer is 204, also the second time. The row keeps its figures, image links answer 410,
+    and no blob is left.
     """
     task = await submitted(place.client, UNTIL_DONE, n=2, prompt=PROMPT, metadata={"customer": "7"})
     assert len(await kept(place)) == 2
@@ -86,8 +85,8 @@ async def test_an_erased_task_has_no_content_and_its_images_are_gone(place: Worl
 
 
 async def test_only_a_task_that_has_ended_is_erased_and_only_by_its_owner(here: World) -> None:
-    """409 until then, also by the upstream's id; another owner's is 404, like one that nobody has;
-    reading is not enough.
+    """A running task gets 409 by either id. A task of another owner gets 404, like an unknown task.
+    A read key gets 403.
     """
     async with here.owner() as client, here.owner() as other, here.owner("read") as reader:
         task = await submitted(client, {}, sandbox={"delay": 600})
@@ -110,8 +109,8 @@ async def test_only_a_task_that_has_ended_is_erased_and_only_by_its_owner(here: 
 
 
 async def test_the_same_order_again_is_the_erased_task(here: World) -> None:
-    """Its idempotency key is kept as long as its line: nothing is paid twice; a refusal comes again
-    without its words.
+    """The idempotency key is kept as long as the row, so a repeated submission is not paid twice. A
+    repeated refusal comes back with the message "erased".
     """
     for more in ({}, {"sandbox": {"submit_status": 422}}):
         body, headers = (
@@ -134,8 +133,8 @@ async def test_the_same_order_again_is_the_erased_task(here: World) -> None:
 
 
 async def test_an_event_that_is_still_to_be_delivered_goes_out_bare(tmp_path: Path) -> None:
-    """To an endpoint that failed so far: signed, the same id, the terminal event, without
-    content.
+    """A pending delivery of an erased task is retried under the same id, with the terminal event
+    but without content.
     """
     async with world(tmp_path, delivery_schedule="0.3") as here, subscriber() as takes:
         takes.answer = lambda n, _: Response(status_code=500 if n == 0 else 204)
@@ -158,15 +157,15 @@ async def test_an_event_that_is_still_to_be_delivered_goes_out_bare(tmp_path: Pa
 
 
 async def test_images_that_the_store_cannot_delete_are_left_to_the_sweep(tmp_path: Path) -> None:
-    """The erasure stands, which is logged; no link leads to them, and they go once the sweep meets
-    them.
+    """The task is erased although a blob cannot be deleted, and the failure is logged. The image
+    link answers 410, and the sweep removes the blob later.
     """
     async with world(tmp_path) as here:
         task = await submitted(here.client, UNTIL_DONE)
         (name,) = await kept(here)
         path, aside = here.settings.image_dir / name, tmp_path / "aside"
         path.rename(aside)
-        path.mkdir()  # no file
+        path.mkdir()  # a folder in place of the file
         with capture_logs() as lines:
             assert (await here.client.delete(f"/v1/tasks/{task['id']}")).status_code == 204
         assert [
@@ -183,8 +182,8 @@ async def test_images_that_the_store_cannot_delete_are_left_to_the_sweep(tmp_pat
 
 
 async def test_what_is_old_goes_and_readers_are_told(tmp_path: Path) -> None:
-    """Events, deliveries, prompts and timelines after their days, not a minute before; images stay;
-    `resync` says it once.
+    """Events, deliveries, prompts and timelines go after the retention days, not a minute before.
+    Images stay. The first page of a reader with an older sequence says `resync`.
     """
     async with world(tmp_path) as here, subscriber() as takes:
         got(await here.client.post("/v1/endpoints", json={"url": takes.url}), 201)
@@ -246,8 +245,8 @@ async def test_what_is_old_goes_and_readers_are_told(tmp_path: Path) -> None:
 
 
 async def test_a_delivery_that_is_held_keeps_its_event(here: World) -> None:
-    """A paused endpoint gets it with all its content, however late; the task's own line has lost it
-    long since.
+    """A paused endpoint gets the event with all its content, although retention has emptied the
+    task's row long before.
     """
     async with here.owner() as client, subscriber() as takes:
         endpoint = got(
@@ -267,8 +266,8 @@ async def test_a_delivery_that_is_held_keeps_its_event(here: World) -> None:
 
 
 async def test_images_go_after_days_of_their_own(place: World) -> None:
-    """410 then, and no blob; by default they stay for ever, and the task's content is not
-    touched.
+    """After `image_days` the blobs are gone and links answer 410. The task's content stays. Without
+    `image_days` images stay for ever.
     """
     task = await submitted(place.client, UNTIL_DONE, n=2, metadata={"customer": "7"})
     assert (await later(place, 5 * DAY_MS, days=30).apply())["images"] == 0
@@ -283,7 +282,7 @@ async def test_images_go_after_days_of_their_own(place: World) -> None:
 
 
 async def test_several_at_once_do_no_harm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In small batches, each row goes once."""
+    """Three concurrent jobs with small batches remove each row once."""
     for limit in ("EVENTS", "DELIVERIES", "IMAGES"):
         monkeypatch.setattr(expiry, limit, 2)
     monkeypatch.setattr(expiry, "TASKS", 1)
@@ -307,7 +306,7 @@ async def test_several_at_once_do_no_harm(tmp_path: Path, monkeypatch: pytest.Mo
 async def test_processes_with_workers_apply_it_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the days that the settings say."""
+    """The job takes its days from the settings."""
     monkeypatch.setattr(periodic, "EVERY_S", 0.05)
     async with world(tmp_path, retention_days=1e-6, image_retention_days=1e-6) as here:
         task = await submitted(here.client, UNTIL_DONE, prompt=PROMPT)
@@ -323,7 +322,6 @@ async def test_processes_with_workers_apply_it_by_themselves(
 
 
 async def test_a_process_without_workers_removes_nothing(tmp_path: Path) -> None:
-    """It has no such job."""
     before = asyncio.all_tasks()
     async with world(tmp_path, role=Role(workers=False)):
         assert "retention" not in {task.get_name() for task in asyncio.all_tasks() - before}

@@ -1,4 +1,4 @@
-"""A whole world whose images are on S3, and links that lead to what serves them there."""
+"""A whole world that keeps its images on S3, and links to a server of these images."""
 
 import hashlib
 import sys
@@ -19,7 +19,7 @@ from tests.world import ADMIN_KEY, World, subscriber, world
 
 
 def files(here: World) -> list[Path]:
-    """What lies below the data folder, but for the store's own."""
+    """The files below the data folder without the database and the key."""
     own = ("darkroom.", "secret.key")
     return [
         path
@@ -29,7 +29,9 @@ def files(here: World) -> list[Path]:
 
 
 async def test_images_on_s3_are_served_as_any_others(s3_bucket: str, tmp_path: Path) -> None:
-    """Whole, in part, not again, by HEAD; nothing of them is left on this machine."""
+    """The service answers whole requests, ranges, conditional requests and HEAD. No image is left
+    on the local disk.
+    """
     async with world(tmp_path, blob_url=f"s3://{s3_bucket}/pictures") as here:
         task = await submitted(here.client, UNTIL_DONE, n=2)
         assert task["state"] == "completed"
@@ -57,8 +59,8 @@ async def test_images_on_s3_are_served_as_any_others(s3_bucket: str, tmp_path: P
 async def test_links_lead_to_what_serves_the_same_names(
     s3_server: str, s3_bucket: str, tmp_path: Path
 ) -> None:
-    """In tasks, results, events and deliveries; anybody can follow one; the service's own links
-    still work.
+    """Links in tasks, results, events and deliveries use `image_base_url` and need no key. The
+    service's own links still work.
     """
     base = f"{s3_server}/{s3_bucket}/pictures"
     async with (
@@ -87,7 +89,7 @@ async def test_links_lead_to_what_serves_the_same_names(
 
 
 async def test_a_folder_can_be_served_by_another_too(tmp_path: Path) -> None:
-    """A link's end is the file's path below the folder."""
+    """A link ends with the file's path below the image folder."""
     async with world(tmp_path, image_base_url="https://cdn.example/i") as here:
         task = await submitted(here.client, UNTIL_DONE)
         (path,) = here.settings.image_dir.rglob("*.png")
@@ -99,8 +101,8 @@ async def test_a_folder_can_be_served_by_another_too(tmp_path: Path) -> None:
 async def test_a_bucket_that_is_away_delays_images_and_nothing_else(
     s3_server: str, s3_bucket: str, tmp_path: Path
 ) -> None:
-    """The service starts, takes submissions and callbacks, says what is missing, and saves once the
-    bucket is there.
+    """The service starts without the bucket, takes submissions and callbacks, and reports `blobs`
+    as the cause. It saves the images as soon as the bucket exists.
     """
     late = f"late-{s3_bucket}"
     with capture_logs() as lines:
@@ -124,7 +126,7 @@ async def test_a_bucket_that_is_away_delays_images_and_nothing_else(
 async def test_an_image_that_vanished_from_s3_is_an_error_not_a_broken_picture(
     s3_bucket: str, tmp_path: Path
 ) -> None:
-    """503 before the first byte."""
+    """The service answers 503 before the first byte of the body."""
     async with world(tmp_path, blob_url=f"s3://{s3_bucket}") as here:
         (image,) = (await submitted(here.client, UNTIL_DONE))["images"]
         async for page in here.context.resources.blobs.listed():
@@ -136,9 +138,7 @@ async def test_an_image_that_vanished_from_s3_is_an_error_not_a_broken_picture(
 def test_a_sandbox_keeps_its_images_to_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the environment says: no real bucket gets them, no real address is named for
-    them.
-    """
+    """`darkroom dev` ignores the bucket and the image address of the environment."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DARKROOM_BLOB_URL", "s3://bucket")
     monkeypatch.setenv("DARKROOM_IMAGE_BASE_URL", "https://cdn.example")
@@ -150,8 +150,8 @@ def test_a_sandbox_keeps_its_images_to_itself(
 
 
 async def test_a_missing_extra_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line that names the setting and what to install, before anything is opened; who keeps
-    images in a folder needs none.
+    """One line names the setting and the extra to install, before the service opens anything. A
+    service that keeps images in a folder starts without the extra.
     """
     monkeypatch.delitem(sys.modules, "service.blobs.s3", raising=False)
     monkeypatch.setitem(sys.modules, "obstore", None)
@@ -170,7 +170,7 @@ async def test_a_missing_extra_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 async def test_unfit_variables_stop_the_start_with_a_line(
     s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It names the setting they belong to, and no key."""
+    """The message names the setting and the bad value, and contains no key."""
     monkeypatch.setenv("AWS_SKIP_SIGNATURE", "perhaps")
     settings = load_settings({}, None, data_dir=tmp_path, blob_url=f"s3://{s3_bucket}")
     with pytest.raises(

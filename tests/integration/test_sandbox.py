@@ -26,7 +26,7 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 
 async def test_a_submission_is_answered_as_documented() -> None:
-    """200, pending, with the reserved credits; never an image."""
+    """The answer is 200 with a pending task and its reserved credits, and contains no image."""
     async with sandbox(replace(QUICK, delay_s=44.5)) as client:
         answer = await submit(client, n=2)
     task = answer.json()
@@ -46,8 +46,8 @@ async def test_a_submission_is_answered_as_documented() -> None:
 
 
 async def test_a_completed_task_links_to_real_images_and_is_charged() -> None:
-    """As many images as asked for, of the asked size and a decimal price; the links live at the
-    address that was called.
+    """The task has the requested number of images in the requested size, and a decimal price. Its
+    links use the address of the request.
     """
     async with sandbox() as client:
         task = await finished(client, n=3)
@@ -69,7 +69,6 @@ async def test_a_completed_task_links_to_real_images_and_is_charged() -> None:
 
 
 async def test_models_are_listed() -> None:
-    """The two documented ones."""
     async with sandbox() as client:
         models = (await client.get("/v1/models")).json()
     assert [model["id"] for model in models["data"]] == [
@@ -80,7 +79,7 @@ async def test_models_are_listed() -> None:
 
 @pytest.mark.parametrize("header", ["", "Basic sk-test", "Bearer", "Bearer sk-wrong"])
 async def test_a_missing_or_wrong_key_is_401(header: str) -> None:
-    """On every path that wants one."""
+    """Every path that needs a key checks it."""
     async with sandbox(replace(QUICK, api_key="sk-test")) as client:
         assert (await client.get("/v1/credits")).status_code == 200
         for path in ("/v1/credits", "/v1/models", "/v1/tasks/x", "/sandbox/tasks"):
@@ -89,8 +88,8 @@ async def test_a_missing_or_wrong_key_is_401(header: str) -> None:
 
 
 async def test_errors_have_the_documented_shape() -> None:
-    """Code, message and type always, the field where there is one; also for what no route
-    answers.
+    """An error has a code, a message and a type, and names the field where there is one. Unknown
+    paths and methods get the same shape.
     """
     async with sandbox() as client:
         refused = await submit(client, n=9)
@@ -132,7 +131,7 @@ async def test_errors_have_the_documented_shape() -> None:
     ],
 )
 async def test_a_callback_url_must_be_https_and_public(url: str) -> None:
-    """Plain http, private and link-local addresses are refused before anything is created."""
+    """The sandbox refuses plain http, private and link-local addresses before it creates a task."""
     async with sandbox() as client:
         answer = await submit(client, callback_url=url)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "callback_url")
@@ -140,7 +139,9 @@ async def test_a_callback_url_must_be_https_and_public(url: str) -> None:
 
 
 async def test_loopback_is_refused_unless_it_is_allowed(receiver: Receiver) -> None:
-    """The options' networks lift the rules, and nothing else does."""
+    """Only the `networks` option allows a callback to loopback. The sandbox does not resolve names
+    at submission.
+    """
     async with sandbox(replace(QUICK, networks=())) as client:
         assert (await submit(client, callback_url=receiver.url)).status_code == 400
         assert (
@@ -151,7 +152,9 @@ async def test_loopback_is_refused_unless_it_is_allowed(receiver: Receiver) -> N
 
 
 async def test_an_empty_account_is_402_and_nothing_is_created() -> None:
-    """The price of all n images is reserved first; what was not used comes back at the end."""
+    """The sandbox reserves the price of all n images first and returns the unused credits at the
+    end.
+    """
     async with sandbox(replace(QUICK, credits=Decimal(3))) as client:
         assert (await submit(client, n=3)).json()["error"]["code"] == "insufficient_quota"
         await finished(client, n=2, sandbox={"fail": "service_error"})
@@ -161,8 +164,8 @@ async def test_an_empty_account_is_402_and_nothing_is_created() -> None:
 
 
 async def test_an_idempotency_key_creates_one_task() -> None:
-    """The same body is answered with the first task, whatever the order of its fields; another body
-    is a conflict.
+    """The same body gets the first task again, in any order of fields. Another body under the same
+    key is a conflict.
     """
     key = {"idempotency-key": "task_0123456789abcdef"}
     async with sandbox() as client:
@@ -184,8 +187,8 @@ async def test_an_idempotency_key_creates_one_task() -> None:
 
 
 async def test_tasks_and_links_die_in_their_time() -> None:
-    """A link lives `result_ttl_s` after the end, a task `task_ttl_s` after its creation, its
-    idempotency key with it.
+    """A link lives `result_ttl_s` after the end of its task. A task and its idempotency key live
+    `task_ttl_s` after creation.
     """
     now = [1000.0]
     async with sandbox(replace(QUICK, result_ttl_s=60, task_ttl_s=120), lambda: now[0]) as client:
@@ -207,14 +210,14 @@ async def test_tasks_and_links_die_in_their_time() -> None:
 
 
 async def test_the_links_carry_the_configured_base_url() -> None:
-    """Behind a proxy the called address is not the public one."""
+    """Behind a proxy the address of the request is not the public address."""
     async with sandbox(replace(QUICK, base_url="https://files.sandbox.example/")) as client:
         task = await finished(client)
     assert task["results"] == [f"https://files.sandbox.example/files/{task['id']}/0.png"]
 
 
 async def test_a_running_task_is_pending_and_stops_with_the_sandbox() -> None:
-    """The lifespan ends while tasks run: nothing is awaited to their end."""
+    """The lifespan ends at once although a task still runs."""
     async with asyncio.timeout(10):
         async with sandbox() as client:
             task = (await submit(client, sandbox={"delay": 3600})).json()
@@ -231,7 +234,7 @@ async def test_a_running_task_is_pending_and_stops_with_the_sandbox() -> None:
 
 
 async def test_a_callback_is_the_body_of_the_query(receiver: Receiver) -> None:
-    """POST with JSON, once, when the task has ended."""
+    """The sandbox posts the JSON once, when the task has ended."""
     async with sandbox() as client:
         task_id = (await submit(client, callback_url=receiver.url)).json()["id"]
         body = await receiver.next()
@@ -242,7 +245,9 @@ async def test_a_callback_is_the_body_of_the_query(receiver: Receiver) -> None:
 
 
 async def test_a_callback_is_retried_three_times_and_then_lost(receiver: Receiver) -> None:
-    """Everything but 2xx is retried, redirects too; after the fourth attempt nothing more comes."""
+    """The sandbox retries after every status but 2xx, also after a redirect. It gives up after the
+    fourth attempt.
+    """
     receiver.statuses = [500, 307, 404, 503]
     async with sandbox() as client:
         task = await finished(client, callback_url=receiver.url)
@@ -260,7 +265,7 @@ async def test_a_callback_is_retried_three_times_and_then_lost(receiver: Receive
 
 
 async def test_a_callback_ends_with_the_first_success(receiver: Receiver) -> None:
-    """Any 2xx is success."""
+    """Every 2xx status is a success."""
     receiver.statuses = [503, 204]
     async with sandbox() as client:
         await submit(client, callback_url=receiver.url)
@@ -269,7 +274,7 @@ async def test_a_callback_ends_with_the_first_success(receiver: Receiver) -> Non
 
 
 async def test_a_receiver_that_is_not_there_is_tried_as_often() -> None:
-    """A refused connection is an attempt like any other, and is recorded."""
+    """A refused connection counts and is recorded as an attempt."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         async with sandbox(replace(QUICK, callback_delays_s=())) as client:
@@ -282,8 +287,8 @@ async def test_a_receiver_that_is_not_there_is_tried_as_often() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_slow_callback_dribbles_its_body(way: str, receiver: Receiver) -> None:
-    """The head and a byte come at once, the rest in its time; a sandbox that stops does not wait
-    for it.
+    """The head and one byte come at once, and the rest comes later. A stopping sandbox does not
+    wait for the rest.
     """
     heads: asyncio.Queue[tuple[bytes, bytes]] = asyncio.Queue()
 

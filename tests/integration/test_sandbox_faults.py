@@ -1,4 +1,6 @@
-"""The sandbox's faults of tasks, submissions, queries and callbacks, by flag and by request."""
+"""The sandbox's faults in tasks, submissions, queries and callbacks. A flag or a
+request sets them.
+"""
 
 import asyncio
 import json
@@ -32,7 +34,6 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 
 async def test_delay_is_how_long_a_task_takes(way: str) -> None:
-    """It is not done before its time."""
     async with faulty(way, delay=3600) as here:
         task_id = (await here.submit()).json()["id"]
         assert (await here.client.get(f"/v1/tasks/{task_id}")).json()["status"] == "pending"
@@ -40,8 +41,8 @@ async def test_delay_is_how_long_a_task_takes(way: str) -> None:
 
 
 async def test_images_is_how_many_a_task_brings(way: str) -> None:
-    """Completed with fewer than asked for, and charged for those; with none it is completed all the
-    same.
+    """The task completes with fewer images than requested and is charged for these. A task without
+    images completes too.
     """
     async with faulty(way, images=1) as here:
         task = await here.finished(n=3)
@@ -55,7 +56,7 @@ async def test_images_is_how_many_a_task_brings(way: str) -> None:
 
 
 async def test_fail_ends_a_task_with_each_documented_code(way: str) -> None:
-    """The documented error object, no results, no charge."""
+    """A failed task has the documented error object, no results and no charge."""
     async with faulty(way, fail="service_error") as here:
         for code in ("service_error", *TASK_ERRORS):
             task = await here.finished(sandbox={} if code == "service_error" else {"fail": code})
@@ -77,7 +78,7 @@ async def test_fail_ends_a_task_with_each_documented_code(way: str) -> None:
 async def test_cancel_ends_a_task_in_both_forms(
     way: str, form: str, status: str, code: str | None
 ) -> None:
-    """By a status nobody lists, or as failed with a code."""
+    """The task ends with an undocumented status, or as failed with a code."""
     async with faulty(way, cancel=form) as here:
         task = await here.finished()
     assert (task["status"], task.get("error", {}).get("code"), "results" in task) == (
@@ -88,7 +89,9 @@ async def test_cancel_ends_a_task_in_both_forms(
 
 
 async def test_results_can_be_objects_or_result_data(way: str, receiver: Receiver) -> None:
-    """In the two forms that only clients' code knows, in callbacks too; the links in them work."""
+    """Both forms appear in queries and callbacks, and their links work. The upstream's pages do not
+    document these forms. Published clients read them.
+    """
     async with faulty(way, results="objects") as here:
         objects = await here.finished(n=2, callback_url=receiver.url)
         data = await here.finished(n=2, sandbox={"results": "result_data"})
@@ -101,8 +104,8 @@ async def test_results_can_be_objects_or_result_data(way: str, receiver: Receive
 
 
 async def test_usage_can_be_absent_or_any_decimal(way: str) -> None:
-    """Absent it is in the answer to the submission too; a number is the credits that a completed
-    task says it cost.
+    """`absent` also removes the usage from the answer to the submission. A number sets the charged
+    credits of a completed task.
     """
     async with faulty(way, usage="absent") as here:
         assert "usage" not in (await here.submit()).json()
@@ -125,7 +128,7 @@ async def test_usage_can_be_absent_or_any_decimal(way: str) -> None:
     ],
 )
 async def test_submit_status_refuses_with_json(way: str, status: int, code: str) -> None:
-    """The documented error; nothing is created."""
+    """The answer is the documented error, and no task is created."""
     async with faulty(way, submit_status=status) as here:
         answer = await here.submit()
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
@@ -134,8 +137,8 @@ async def test_submit_status_refuses_with_json(way: str, status: int, code: str)
 
 @pytest.mark.parametrize("status", [502, 503, 524])
 async def test_submit_status_refuses_with_a_page_so_many_times(way: str, status: int) -> None:
-    """A gateway's page of several kilobytes; `times` counts what comes under one key, or with one
-    body.
+    """The answer is a gateway's page of several kilobytes. `times` counts the submissions with the
+    same key, or with the same body if there is no key.
     """
     async with faulty(
         way, submit_status={"status": status, "html": True, "retry_after": 2, "times": 1}
@@ -151,7 +154,9 @@ async def test_submit_status_refuses_with_a_page_so_many_times(way: str, status:
 
 
 async def test_lose_submission_cuts_the_connection_before_anything_is_created(way: str) -> None:
-    """Not a byte is answered, so many times; then the same submission is taken."""
+    """The sandbox closes the connection without an answer for the given number of submissions. It
+    accepts the next one.
+    """
     async with faulty(way, lose_submission=2) as here:
         for _ in range(2):
             with pytest.raises(httpx.RemoteProtocolError, match="without sending a response"):
@@ -161,7 +166,7 @@ async def test_lose_submission_cuts_the_connection_before_anything_is_created(wa
 
 
 async def test_lose_answer_cuts_the_connection_after_the_task_was_created(way: str) -> None:
-    """Not a byte is answered, the task lives; the same key finds it again."""
+    """The client gets no answer, but the task exists. A submission under the same key finds it."""
     async with faulty(way, lose_answer=True) as here:
         with pytest.raises(httpx.RemoteProtocolError, match="without sending a response"):
             await here.submit(KEYED)
@@ -171,7 +176,7 @@ async def test_lose_answer_cuts_the_connection_after_the_task_was_created(way: s
 
 
 async def test_submit_cut_breaks_the_answer_off_in_the_middle(way: str) -> None:
-    """The head and so many bytes come, the task was created."""
+    """The head and the given number of bytes arrive, and the task exists."""
     async with faulty(way, submit_cut=30) as here:
         body, whole = await taken(
             here.client, "POST", "/v1/images/generations", json=ORDER | {"sandbox": here.asked}
@@ -182,8 +187,8 @@ async def test_submit_cut_breaks_the_answer_off_in_the_middle(way: str) -> None:
 
 
 async def test_submit_delay_lets_a_submission_time_out(way: str) -> None:
-    """The task was created; refusals are as late; a client that gave up does not keep the sandbox
-    from stopping.
+    """The task is created before the delay. Refusals are delayed too. A client that gave up does
+    not keep the sandbox from stopping.
     """
     async with asyncio.timeout(10), faulty(way, submit_delay=3600) as here:
         here.client.timeout = httpx.Timeout(0.2)
@@ -199,7 +204,7 @@ async def test_submit_delay_lets_a_submission_time_out(way: str) -> None:
 async def test_callback_first_answers_a_submission_after_its_callback(
     way: str, receiver: Receiver
 ) -> None:
-    """The submission is answered only after the receiver has answered."""
+    """The sandbox answers the submission only after the receiver has answered the callback."""
     async with faulty(way, callback_first=True) as here:
         answer = await here.submit(callback_url=receiver.url)
         assert len(receiver.requests) == 1
@@ -213,7 +218,9 @@ async def test_callback_first_answers_a_submission_after_its_callback(
 
 @pytest.mark.parametrize("html", [True, False])
 async def test_query_status_fails_queries_for_a_while(way: str, html: bool) -> None:
-    """With the upstream's error or a gateway's page, then the truth."""
+    """The first queries get the upstream's error or a gateway's page. Later queries get
+    the task.
+    """
     async with faulty(way, query_status={"status": 502, "html": html, "times": 2}) as here:
         url = f"/v1/tasks/{(await here.submit()).json()['id']}"
         answers = [await here.client.get(url) for _ in range(3)]
@@ -223,7 +230,7 @@ async def test_query_status_fails_queries_for_a_while(way: str, html: bool) -> N
 
 
 async def test_query_delay_lets_a_query_time_out(way: str) -> None:
-    """And answers it if somebody waits."""
+    """A client with a longer timeout gets the answer."""
     async with asyncio.timeout(10), faulty(way, query_delay=3600) as here:
         url = f"/v1/tasks/{(await here.submit()).json()['id']}"
         with pytest.raises(httpx.ReadTimeout):
@@ -232,7 +239,7 @@ async def test_query_delay_lets_a_query_time_out(way: str) -> None:
 
 
 async def test_query_cut_breaks_answers_off(way: str) -> None:
-    """So many bytes of a document come, then the connection ends."""
+    """The connection ends after the given number of bytes."""
     async with faulty(way, query_cut=40) as here:
         url = f"/v1/tasks/{(await here.submit()).json()['id']}"
         body, whole = await taken(here.client, "GET", url)
@@ -241,7 +248,7 @@ async def test_query_cut_breaks_answers_off(way: str) -> None:
 
 
 async def test_query_times_ends_the_faults_of_queries(way: str) -> None:
-    """Only the first so many queries of a task meet them."""
+    """Only the first `query_times` queries of each task fail."""
     async with faulty(way, query_status=503, query_times=1) as here:
         for _ in range(2):
             url = f"/v1/tasks/{(await here.submit()).json()['id']}"
@@ -253,7 +260,7 @@ async def test_query_times_ends_the_faults_of_queries(way: str) -> None:
 
 
 async def test_drop_callback_sends_none(way: str, receiver: Receiver) -> None:
-    """The task ends as ever."""
+    """The task itself ends as usual."""
     async with faulty(way, drop_callback=True) as here:
         assert (await here.finished(callback_url=receiver.url))["status"] == "completed"
         assert (await here.created())[0]["callbacks"] == []
@@ -263,7 +270,6 @@ async def test_drop_callback_sends_none(way: str, receiver: Receiver) -> None:
 
 
 async def test_repeat_callback_sends_it_so_many_times(way: str, receiver: Receiver) -> None:
-    """Each the same."""
     async with faulty(way, repeat_callback=5) as here:
         task = await here.finished(callback_url=receiver.url)
         assert [await receiver.next() for _ in range(5)] == [task] * 5
@@ -277,7 +283,7 @@ async def test_repeat_callback_sends_it_so_many_times(way: str, receiver: Receiv
 async def test_contradict_sends_the_opposite_after_the_truth(
     way: str, receiver: Receiver, fault: dict[str, Any], told: list[str]
 ) -> None:
-    """The query keeps the truth."""
+    """The query keeps the true status."""
     async with faulty(way, contradict=True) as here:
         task = await here.finished(callback_url=receiver.url, sandbox=fault)
         bodies = [await receiver.next() for _ in range(2)]
@@ -286,7 +292,7 @@ async def test_contradict_sends_the_opposite_after_the_truth(
 
 
 async def test_garbage_callback_sends_what_nobody_can_read(way: str, receiver: Receiver) -> None:
-    """After the true one, to the same address, without a sign of who sent it."""
+    """After the true callback the sandbox sends bytes that are not JSON to the same address."""
     async with faulty(way, garbage_callback=True) as here:
         assert (await here.finished(callback_url=receiver.url)) == await receiver.next()
         body = await asyncio.wait_for(receiver.bodies.get(), 10)

@@ -1,4 +1,6 @@
-"""The sandbox's faults of result files, by flag and by request, as they are on the wire."""
+"""The sandbox's faults in result files, as a client sees them on the wire. A flag or a request sets
+them.
+"""
 
 import asyncio
 import io
@@ -26,7 +28,7 @@ def opened(content: bytes) -> Image.Image:
 
 
 async def connected(link: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, dict[str, str]]:
-    """A connection on which a file is asked for, after the head of the answer, and the head's
+    """A connection that has requested a file and read the head of the answer, and the header
     fields.
     """
     url = httpx.URL(link)
@@ -41,7 +43,7 @@ async def connected(link: str) -> tuple[asyncio.StreamReader, asyncio.StreamWrit
 
 
 async def on_the_wire(link: str) -> tuple[int, bytes]:
-    """The length that is announced, and all that comes until the connection ends."""
+    """The announced length, and all bytes until the connection ends."""
     reader, writer, headers = await connected(link)
     content = await asyncio.wait_for(reader.read(-1), 10)
     writer.close()
@@ -54,7 +56,7 @@ async def on_the_wire(link: str) -> tuple[int, bytes]:
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
 async def test_format_is_that_of_the_files(way: str, format: str) -> None:
-    """Name, media type and content agree."""
+    """The extension, the media type and the content agree."""
     async with faulty(way, format=format) as here:
         file = await here.file()
     assert (str(file.url)[-len(format) :], file.headers["content-type"]) == (
@@ -75,7 +77,7 @@ async def test_format_is_that_of_the_files(way: str, format: str) -> None:
 async def test_a_file_can_be_no_picture_at_all(
     way: str, content: str, type: str, begins: bytes
 ) -> None:
-    """HTML with 200, SVG, both with a script in them, or nothing."""
+    """The file is an HTML page or an SVG, both with a script, or it is empty. The status is 200."""
     async with faulty(way, file_content=content) as here:
         file = await here.file()
     assert (file.status_code, file.headers["content-type"], file.content[: len(begins)]) == (
@@ -88,8 +90,8 @@ async def test_a_file_can_be_no_picture_at_all(
 
 @pytest.mark.parametrize("content", ["noise", "truncated"])
 async def test_a_file_can_be_a_broken_picture(way: str, content: str) -> None:
-    """All is right but the bytes: they are noise, or end in the middle with a length that
-    agrees.
+    """Status, media type and length are right, but the bytes are noise or end in the middle of the
+    picture.
     """
     async with faulty(way, file_content=content) as here:
         file = await here.file()
@@ -103,7 +105,7 @@ async def test_a_file_can_be_a_broken_picture(way: str, content: str) -> None:
 
 
 def inflated(png: bytes) -> int:
-    """How many bytes of pixels a PNG of one IDAT holds."""
+    """The number of pixel bytes in a PNG with one IDAT chunk."""
     start = png.index(b"IDAT")
     rest, size = png[start + 4 : start + 4 + int.from_bytes(png[start - 4 : start])], 0
     opener = zlib.decompressobj()
@@ -114,7 +116,7 @@ def inflated(png: bytes) -> int:
 
 
 async def test_a_bomb_decodes_to_enormous_pixels(way: str) -> None:
-    """A file of some hundred kilobytes that holds 900 million pixels of one bit indeed."""
+    """A file of under 200 kB really holds 900 million pixels of one bit."""
     async with faulty(way, file_content="bomb") as here:
         file = await here.file()
     assert (file.headers["content-type"], len(file.content) < 200_000) == ("image/png", True)
@@ -124,7 +126,7 @@ async def test_a_bomb_decodes_to_enormous_pixels(way: str) -> None:
 
 
 async def test_a_claimed_bomb_has_next_to_nothing_in_it(way: str) -> None:
-    """The head claims 900 million pixels, the file holds one row of them."""
+    """The header claims 900 million pixels, but the file holds one row."""
     async with faulty(way, file_content="claimed_bomb") as here:
         file = await here.file()
     assert (len(file.content) < 1000, inflated(file.content)) == (True, 1 + 30_000 // 8)
@@ -134,7 +136,7 @@ async def test_a_claimed_bomb_has_next_to_nothing_in_it(way: str) -> None:
 
 @pytest.mark.parametrize("format", ["gif", "png", "webp"])
 async def test_a_file_can_be_animated(way: str, format: str) -> None:
-    """Three frames in the three formats, under the format's own media type."""
+    """Each of the three formats has three frames and its own media type."""
     async with faulty(way, file_content=f"animated_{format}") as here:
         file = await here.file()
     picture: Any = opened(file.content)
@@ -146,7 +148,7 @@ async def test_a_file_can_be_animated(way: str, format: str) -> None:
 
 
 async def test_a_polyglot_is_a_picture_and_a_page(way: str) -> None:
-    """The whole picture, with HTML behind it."""
+    """A whole picture is followed by HTML."""
     async with faulty(way, file_content="polyglot") as here:
         file = await here.file()
     assert (opened(file.content).format, file.headers["content-type"]) == ("PNG", "image/png")
@@ -155,7 +157,7 @@ async def test_a_polyglot_is_a_picture_and_a_page(way: str) -> None:
 
 @pytest.mark.parametrize("type", ["text/html", "image/jpeg", "text/plain; charset=utf-8", "absent"])
 async def test_file_type_lies_about_the_type(way: str, type: str) -> None:
-    """Whatever the content is; it may be missing too."""
+    """The given media type replaces the true one for every content. `absent` removes the header."""
     async with faulty(way, file_type=type) as here:
         file = await here.file()
         forged = await here.file(sandbox={"file_content": "svg"})
@@ -169,8 +171,8 @@ async def test_file_type_lies_about_the_type(way: str, type: str) -> None:
 
 @pytest.mark.parametrize("excess", [1, 5000, -1, -5000, -(1 << 30)])
 async def test_file_length_lies_about_the_length(way: str, excess: int) -> None:
-    """More or fewer bytes are announced than come; all that there are come, then the connection
-    ends.
+    """The announced length differs from the real one. All bytes of the file come, and then the
+    connection ends.
     """
     async with faulty(way, file_length=excess) as here:
         (link,) = (await here.finished())["results"]
@@ -181,8 +183,8 @@ async def test_file_length_lies_about_the_length(way: str, excess: int) -> None:
 
 @pytest.mark.parametrize("cut", [0, 1, 1000])
 async def test_file_cut_breaks_files_off(way: str, cut: int) -> None:
-    """The whole is announced, so many bytes come, the connection ends; one that is shorter comes
-    whole.
+    """The header announces the whole file, but the connection ends after the given number of bytes.
+    A shorter file comes whole.
     """
     async with faulty(way, file_cut=cut) as here:
         (link,) = (await here.finished())["results"]
@@ -193,7 +195,7 @@ async def test_file_cut_breaks_files_off(way: str, cut: int) -> None:
 
 
 async def test_file_stall_stops_in_the_middle(way: str) -> None:
-    """Half of the file comes, then nothing, on a connection that stays open; who leaves does not
+    """Half of the file comes, and then the open connection is silent. A client that leaves does not
     keep the sandbox from stopping.
     """
     async with asyncio.timeout(20), faulty(way, file_stall=3600) as here:
@@ -208,7 +210,7 @@ async def test_file_stall_stops_in_the_middle(way: str) -> None:
 
 
 async def test_file_status_fails_each_file_for_a_while(way: str) -> None:
-    """Each counts for itself; with the given code."""
+    """The sandbox counts requests per file and answers with the given code."""
     async with faulty(
         way, file_status={"status": 403, "code": "access_denied", "times": 1}
     ) as here:
@@ -219,7 +221,7 @@ async def test_file_status_fails_each_file_for_a_while(way: str) -> None:
 
 
 async def test_file_times_ends_the_faults_of_a_file(way: str) -> None:
-    """Only the first so many requests for each meet them."""
+    """Only the first `file_times` requests for each file meet the faults."""
     async with faulty(way, file_content="html", file_type="image/png", file_times=2) as here:
         for link in (await here.finished(n=2))["results"]:
             files = [(await here.client.get(link)).content for _ in range(3)]
@@ -227,7 +229,7 @@ async def test_file_times_ends_the_faults_of_a_file(way: str) -> None:
 
 
 async def test_link_ttl_lets_links_die_early(way: str) -> None:
-    """404 from then on, while the task still shows them; others live on."""
+    """An expired link answers 404. Links of other tasks still work."""
     async with faulty(way, link_ttl=0) as here:
         assert (await here.file()).status_code == 404
         assert (await here.file(sandbox={"link_ttl": None})).status_code == 200
@@ -238,7 +240,7 @@ async def test_link_ttl_lets_links_die_early(way: str) -> None:
 
 
 async def test_a_link_can_redirect_to_another_path_of_the_file(way: str) -> None:
-    """There the file is, with the task's other faults."""
+    """The other path serves the file with the remaining faults of the task."""
     async with faulty(way, file_redirect="path", file_type="image/gif") as here:
         first = await here.file()
         file = await here.client.get(first.headers["location"])
@@ -252,7 +254,7 @@ async def test_a_link_can_redirect_to_another_path_of_the_file(way: str) -> None
 
 
 async def test_a_link_can_redirect_to_itself_for_ever(way: str) -> None:
-    """A loop, which a client leaves only by counting."""
+    """Only a client that counts redirects leaves the loop."""
     async with faulty(way, file_redirect="loop") as here:
         (link,) = (await here.finished())["results"]
         with pytest.raises(httpx.TooManyRedirects):
@@ -270,7 +272,7 @@ async def test_a_link_can_redirect_to_itself_for_ever(way: str) -> None:
     ],
 )
 async def test_a_link_can_redirect_anywhere(way: str, aim: str, scheme: str, host: str) -> None:
-    """To a host of nobody's, to a private address, to any URL."""
+    """The target is a foreign host, a private address or a given URL."""
     async with faulty(way, file_redirect=aim) as here:
         answer = await here.file()
     location = httpx.URL(answer.headers["location"])
@@ -282,7 +284,7 @@ async def test_a_link_can_redirect_anywhere(way: str, aim: str, scheme: str, hos
 
 
 async def test_a_file_that_broke_off_is_resumed_by_range(way: str) -> None:
-    """`bytes=N-` is answered with the rest, which breaks off again after so many bytes of it."""
+    """`bytes=N-` gets the rest of the file. The rest breaks off too after `file_cut` bytes."""
     async with faulty(way, file_cut=10_000) as here:
         (link,) = (await here.finished())["results"]
         content, size = b"", 1
@@ -306,7 +308,7 @@ async def test_a_file_that_broke_off_is_resumed_by_range(way: str) -> None:
 
 
 async def test_other_ranges_are_ignored_and_one_behind_the_end_is_416() -> None:
-    """As on a content delivery network."""
+    """The sandbox answers ranges like a content delivery network."""
     async with faulty("request") as here:
         (link,) = (await here.finished())["results"]
         for wanted in ("bytes=0-99", "bytes=-5", "bytes=1-2,5-6", "lines=1-"):

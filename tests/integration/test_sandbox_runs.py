@@ -1,4 +1,4 @@
-"""The sandbox's faults together, by chance, again by a seed, and as the command takes them."""
+"""The sandbox's faults in combination, by share, by seed and by the flags of the command."""
 
 import io
 from collections.abc import AsyncIterator
@@ -38,8 +38,8 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_faults_of_all_places_combine(way: str, receiver: Receiver) -> None:
-    """A submission is refused, then lost, then created and lost; its callback repeats and lies;
-    queries fail; its files do.
+    """A submission is refused, then lost, then created with a lost answer. Its callback repeats and
+    contradicts, and queries and files fail.
     """
     faults: dict[str, Any] = {
         "submit_status": {"status": 503, "times": 1},
@@ -76,7 +76,9 @@ async def test_faults_of_all_places_combine(way: str, receiver: Receiver) -> Non
 
 
 async def test_a_request_goes_over_the_flags() -> None:
-    """Its value wins, null takes a default away, the others stay."""
+    """A request's value overrides the default of a flag, and null removes the default. Other
+    defaults stay.
+    """
     async with faulty("flag", fail="service_error", usage="absent") as here:
         assert (await here.finished())["error"]["code"] == "service_error"
         assert (await here.finished(sandbox={"fail": "unknown_error"}))["error"][
@@ -87,7 +89,7 @@ async def test_a_request_goes_over_the_flags() -> None:
 
 
 async def test_an_unknown_fault_is_refused_by_name() -> None:
-    """400 that names it, also at the start for a default one."""
+    """A request gets 400 with the name. An unknown default fault stops the start."""
     async with sandbox() as client:
         answer = await submit(client, sandbox={"explode": 1})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "sandbox")
@@ -107,8 +109,8 @@ CHANCES = replace(
 
 
 async def story(client: httpx.AsyncClient, prompts: list[str]) -> dict[str, list[Any]]:
-    """By prompt: the status of each submission's answer, or all that the task shows with its files'
-    bytes.
+    """By prompt: the status of each refused submission, or the whole task with the bytes of its
+    files.
     """
     told: dict[str, list[Any]] = {prompt: [] for prompt in prompts}
     for prompt in prompts:
@@ -128,8 +130,8 @@ async def story(client: httpx.AsyncClient, prompts: list[str]) -> dict[str, list
 
 
 async def test_the_same_seed_and_requests_give_the_same_run() -> None:
-    """Ids, faults and bytes, in whatever order the requests come and wherever they are called back;
-    another seed gives others.
+    """The same seed gives the same ids, faults and bytes for any order of requests and any callback
+    address. Another seed gives another run.
     """
     prompts = ["a", "b", "c", "d", "e", "f", "a", "a"]
     quiet = replace(CHANCES, faults={**CHANCES.faults, "drop_callback": True})
@@ -152,7 +154,6 @@ async def test_the_same_seed_and_requests_give_the_same_run() -> None:
 
 
 async def test_without_a_seed_every_run_is_another() -> None:
-    """The default is no two runs alike."""
     ids = []
     for _ in range(2):
         async with sandbox(replace(QUICK, seed=None), lambda: 5.0) as client:
@@ -162,8 +163,8 @@ async def test_without_a_seed_every_run_is_another() -> None:
 
 
 async def test_a_fault_strikes_its_share_of_the_tasks() -> None:
-    """Of many tasks about so many, and more with a larger share: none that a smaller one struck is
-    let off; 0 is none, 1 is all.
+    """The fault hits about the given share of many tasks. A larger share hits all tasks that a
+    smaller share hits. Share 0 hits none and share 1 hits all.
     """
     struck: list[set[str]] = []
     for share in (0, 0.3, 0.6, 1):
@@ -181,8 +182,8 @@ async def test_a_fault_strikes_its_share_of_the_tasks() -> None:
 
 
 async def test_a_submission_made_again_meets_the_same_fate() -> None:
-    """Under one key a task is struck or it is not, however often it is tried; one that asks for a
-    fault gets it.
+    """The key decides whether a fault hits a task, so a repeated submission gets the same answer. A
+    fault in a request always applies.
     """
     async with sandbox(replace(CHANCES, shares={"submit_status": 0.5, "fail": 0})) as client:
         keys = [{"idempotency-key": f"task_{number:020}"} for number in range(12)]
@@ -201,7 +202,7 @@ async def test_a_submission_made_again_meets_the_same_fate() -> None:
     [({"fail": 1.5}, "fail"), ({"fail": float("nan")}, "fail"), ({"delay": 0.5}, "delay")],
 )
 def test_a_share_that_cannot_be_is_refused(shares: dict[str, float], named: str) -> None:
-    """From 0 to 1, of a fault that is a default."""
+    """A share is from 0 to 1 and needs a default fault."""
     with pytest.raises(ValueError, match=named):
         create_sandbox(replace(CHANCES, shares=shares))
 
@@ -211,7 +212,7 @@ def test_a_share_that_cannot_be_is_refused(shares: dict[str, float], named: str)
 
 
 def test_the_flags_of_the_command_combine_and_repeat(tmp_path: Path) -> None:
-    """Several faults, a share and a seed by flags: two processes answer the same requests alike."""
+    """Two processes with the same faults, share and seed answer the same requests alike."""
     flags = [
         "--seed",
         "7",
@@ -247,7 +248,7 @@ def test_the_flags_of_the_command_combine_and_repeat(tmp_path: Path) -> None:
 
 
 def test_the_help_of_the_command_lists_every_fault(tmp_path: Path) -> None:
-    """With what it does and the values it takes, from the table."""
+    """The help takes each fault's description and values from the table."""
     done = darkroom("sandbox", "--help", folder=tmp_path)
     shown = " ".join(done.stdout.split())
     assert [
@@ -261,6 +262,6 @@ def test_the_help_of_the_command_lists_every_fault(tmp_path: Path) -> None:
     "flags", [("--share", "fail=0.5"), ("--fault", "fail=service_error", "--share", "fail=half")]
 )
 def test_a_wrong_share_is_bad_usage(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    """2, said on standard error."""
+    """The command exits with 2 and writes the reason to standard error."""
     done = darkroom("sandbox", *flags, folder=tmp_path)
     assert (done.returncode, done.stdout, "--share" in done.stderr) == (2, "", True)
