@@ -1,5 +1,5 @@
-"""The guarded client against real servers on loopback: what it connects to, sends, follows, and how
-each failure is named.
+"""The egress client against real servers on loopback: its connections, its redirects, and the error
+of each failure.
 """
 
 import asyncio
@@ -27,18 +27,17 @@ from tests.waiting import wait_until
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 Write = Callable[[bytes], Awaitable[None]]
-Answer = Callable[
-    [bytes, Write], Awaitable[bool]
-]  # the request's bytes, a way to write; whether the connection stays
+# Takes the request's bytes and a write function, returns whether the connection stays open.
+Answer = Callable[[bytes, Write], Awaitable[bool]]
 
 
 @dataclass
 class Server:
-    """A listener that counts who comes and keeps what was asked."""
+    """A listener that counts its connections and keeps every request."""
 
     port: int = 0
     connections: int = 0
-    left: int = 0  # connections that the other side closed
+    left: int = 0  # connections that the client closed
     requests: list[bytes] = field(default_factory=list)
 
     @property
@@ -55,8 +54,8 @@ def always(answer: bytes) -> Answer:
 
 
 def after_first(answer: Answer) -> Answer:
-    """The first request is answered well, so that a short limit on the next one runs with a
-    connection from its beginning.
+    """Answers the first request normally. The next request then has a connection already, and its
+    short time limit does not include connecting.
     """
     count = iter(range(1))
 
@@ -124,8 +123,8 @@ def redirect(location: str, status: int = 302) -> bytes:
 
 
 def names(*rounds: Sequence[str]) -> tuple[Resolve, list[str]]:
-    """A resolver that answers each round in turn, the last for ever, and the list of what it was
-    asked.
+    """Returns a resolver and the list of names it was asked for. The resolver answers each round in
+    turn and repeats the last.
     """
     asked: list[str] = []
 
@@ -137,13 +136,13 @@ def names(*rounds: Sequence[str]) -> tuple[Resolve, list[str]]:
 
 
 def open_egress(purpose: str = "sandbox", **rules: object) -> Egress:
-    # # the keywords of Rules
+    # mypy cannot match the keywords of Rules.
     return Egress(Rules(purpose, networks=LOOPBACK, **rules), keep_alive=60)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """A server's and a client's side of a certificate for a.test."""
+    """Server and client TLS contexts with a certificate for a.test."""
     key, now = ec.generate_private_key(ec.SECP256R1()), dt.datetime.now(dt.UTC)
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a.test")])
     builder = (
@@ -174,7 +173,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.S
     return server, ssl.create_default_context(cafile=str(file))
 
 
-# --- what is connected to
+# --- connections
 # ---------------------------------------------------------------------------------------------
 
 
@@ -218,7 +217,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.S
     ],
 )
 async def test_nothing_connects_to_this_machine_from_outside(host: str, scheme: str) -> None:
-    """Whatever loopback is called, a purpose without it in its networks makes no connection."""
+    """A purpose whose networks exclude loopback connects to no spelling of a loopback address."""
     resolve, _ = names(["127.0.0.1"])
     async with (
         serving() as server,
@@ -244,7 +243,7 @@ async def test_nothing_connects_to_this_machine_from_outside(host: str, scheme: 
     ],
 )
 async def test_one_forbidden_address_refuses_the_whole_name(addresses: list[str]) -> None:
-    """A name with an allowed and a forbidden address is not connected to at all."""
+    """The client does not connect to a name that has an allowed and a forbidden address."""
     resolve, _ = names(addresses)
     async with (
         serving() as server,
@@ -256,8 +255,8 @@ async def test_one_forbidden_address_refuses_the_whole_name(addresses: list[str]
 
 
 async def test_a_name_that_changes_after_the_check_is_judged_again() -> None:
-    """A name that was public when it was checked and is loopback when it is connected to makes no
-    connection.
+    """The client makes no connection to a name that was public at the check and is loopback at the
+    time of the connection.
     """
     resolve, asked = names(["1.1.1.1"], ["127.0.0.1"])
     refused: list[tuple[str, str, str]] = []
@@ -273,8 +272,8 @@ async def test_a_name_that_changes_after_the_check_is_judged_again() -> None:
 
 
 async def test_the_connection_goes_to_the_address_that_was_judged() -> None:
-    """A connection asks the resolver once, so there is no second answer to be fooled by; a kept one
-    asks no more.
+    """A new connection resolves the name once, so a second answer cannot replace the checked one. A
+    kept connection does not resolve again.
     """
     resolve, asked = names(["127.0.0.1"], ["10.0.0.1"])
     async with (
@@ -289,8 +288,8 @@ async def test_the_connection_goes_to_the_address_that_was_judged() -> None:
 
 
 async def test_a_connection_of_one_purpose_serves_no_other() -> None:
-    """A kept connection to a host is its purpose's own: another connects itself if it may, and is
-    refused if it may not.
+    """Each purpose has its own connection pool. Another purpose opens its own connection, or is
+    refused if its rules forbid the address.
     """
     resolve, _ = names(["127.0.0.1"])
     made = [
@@ -312,8 +311,8 @@ async def test_a_connection_of_one_purpose_serves_no_other() -> None:
 
 
 async def test_an_idle_connection_is_left_before_the_server_leaves_it() -> None:
-    """Servers close after 2 to 5 s at the soonest, and a submission that meets the close on its way
-    may be paid for nothing.
+    """The client closes first. Servers close idle connections after at least 2 to 5 s, and a
+    submission that meets such a close has an uncertain outcome.
     """
     assert KEEP_ALIVE_S < 2
     async with (
@@ -321,13 +320,15 @@ async def test_an_idle_connection_is_left_before_the_server_leaves_it() -> None:
         Egress(Rules("upstream", networks=LOOPBACK), keep_alive=0.05) as egress,
     ):
         await egress.request("POST", server.url, timeout=5)
-        await wait_until(lambda: server.left)  # nobody asked for anything meanwhile
+        await wait_until(lambda: server.left)  # without another request
         await egress.request("POST", server.url, timeout=5)
         assert (server.connections, len(server.requests)) == (2, 2)
 
 
 async def test_plain_http_is_for_networks_alone() -> None:
-    """Inside the networks http works by address and by name; outside nothing is sent."""
+    """Inside the networks plain http works by address and by name. Outside them the client sends
+    nothing.
+    """
     resolve, _ = names(["127.0.0.1"])
     async with serving() as server:
         async with Egress(Rules("endpoints", networks=LOOPBACK), resolve=resolve) as egress:
@@ -345,8 +346,8 @@ async def test_plain_http_is_for_networks_alone() -> None:
 async def test_an_http_link_out_of_the_networks_is_fetched_by_https(
     tls: tuple[ssl.SSLContext, ssl.SSLContext],
 ) -> None:
-    """With `upgrade` the first look decides for https, and what is connected to then is judged as
-    https.
+    """With `upgrade` the first lookup chooses https, and the address of the connection is then
+    checked by the rules for https.
     """
     resolve, _ = names(["1.1.1.1"], ["127.0.0.1"])
     egress = Egress(Rules("results", networks=LOOPBACK, upgrade=True), resolve=resolve, tls=tls[1])
@@ -362,7 +363,7 @@ async def test_an_http_link_out_of_the_networks_is_fetched_by_https(
 
 
 async def test_a_proxy_of_the_environment_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy would look the name up itself, so none is used."""
+    """A proxy would resolve the name itself, so the client uses none."""
     async with serving() as proxy, serving() as server:
         for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "HTTPS_PROXY"):
             monkeypatch.setenv(name, proxy.url)
@@ -379,7 +380,7 @@ async def test_a_proxy_of_the_environment_is_ignored(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("location", ["http://10.0.0.1/", "//[bad/", "ftp://a/", "\\\\x", ""])
 async def test_a_redirect_is_an_answer_unless_the_rules_follow_it(location: str) -> None:
-    """With no redirects allowed a 3xx comes back as it is, whatever it points to."""
+    """With no redirects allowed the client returns a 3xx answer unchanged, for any location."""
     async with serving(redirect(location)) as server, open_egress() as egress:
         response = await egress.request("POST", server.url, timeout=5)
         assert (response.status, response.headers["location"], len(server.requests)) == (
@@ -411,8 +412,8 @@ async def test_a_redirect_is_an_answer_unless_the_rules_follow_it(location: str)
     ],
 )
 async def test_every_redirect_is_judged_anew(location: str) -> None:
-    """A redirect to what the rules forbid (host list, address, notation, scheme) ends the call, and
-    nothing goes there.
+    """A redirect that the rules forbid (host list, address, notation, scheme) ends the call, and
+    the client does not connect to its target.
     """
     rules = Rules(
         "results",
@@ -431,7 +432,9 @@ async def test_every_redirect_is_judged_anew(location: str) -> None:
 
 
 async def test_a_get_follows_as_many_redirects_as_the_rules_say() -> None:
-    """Two of two are followed, relative ones too; a third is refused; a POST follows none."""
+    """With a limit of two, a GET follows two redirects, also relative ones, and the third is
+    refused. A POST follows none.
+    """
 
     async def answer(request: bytes, send: Write) -> bool:
         step = int(request.split(b" ")[1].rsplit(b"/", 1)[1])
@@ -447,8 +450,8 @@ async def test_a_get_follows_as_many_redirects_as_the_rules_say() -> None:
 
 
 async def test_credentials_stay_with_whom_they_were_meant_for() -> None:
-    """Across origins a redirect drops the key and every header that is not known to be harmless;
-    within one it keeps them.
+    """A redirect to another origin drops the key and every header that is not known to be harmless.
+    A redirect within the origin keeps them.
     """
     sent = {"Authorization": "Bearer k", "X-Api-Key": "k", "Cookie": "k", "Accept": "image/*"}
     async with serving() as other, open_egress(redirects=1) as egress:
@@ -470,13 +473,13 @@ async def test_credentials_stay_with_whom_they_were_meant_for() -> None:
         assert b"Bearer k" in server.requests[1]
 
 
-# --- what is sent and read
+# --- requests and answers
 # --------------------------------------------------------------------------------------------
 
 
 async def test_a_request_leaves_as_it_was_written() -> None:
-    """Method, path, query, body and headers arrive unchanged; the client names itself and asks for
-    an undecoded body.
+    """Method, path, query, body and headers arrive unchanged. The client names itself and asks for
+    an uncompressed body.
     """
     async with serving() as server, open_egress() as egress:
         url = f"{server.url}/a%2Fb%7E//c?X=%2F%7E%40a+b%20c&d=%E4%BD%A0,;:@!$'()*"
@@ -503,7 +506,7 @@ async def test_a_request_leaves_as_it_was_written() -> None:
 
 
 async def test_a_large_body_is_sent_whole_and_with_its_length() -> None:
-    """A body of many pieces arrives byte for byte, not in chunked encoding."""
+    """A body of many pieces arrives byte for byte, without chunked encoding."""
     content = bytes(range(256)) * 8192
     async with serving() as server, open_egress() as egress:
         assert (await egress.request("POST", server.url, content=content, timeout=5)).status == 200
@@ -514,7 +517,9 @@ async def test_a_large_body_is_sent_whole_and_with_its_length() -> None:
 
 
 async def test_an_answer_that_comes_before_the_body_was_read_counts() -> None:
-    """A server may refuse a large body by its head alone and never read on."""
+    """A server may refuse a large body by its head alone and never read on. The client returns that
+    answer.
+    """
     done = asyncio.Event()
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -532,7 +537,7 @@ async def test_an_answer_that_comes_before_the_body_was_read_counts() -> None:
 
 
 async def test_no_cookie_is_kept() -> None:
-    """What one call was told is not sent with the next: calls belong to different owners."""
+    """The client keeps no cookies between calls, because calls belong to different owners."""
     async with (
         serving(b"HTTP/1.1 204 No\r\nSet-Cookie: a=1\r\n\r\n") as server,
         open_egress() as egress,
@@ -543,7 +548,7 @@ async def test_no_cookie_is_kept() -> None:
 
 
 async def test_a_compressed_body_is_left_as_it_is() -> None:
-    """A body that would swell is never decoded."""
+    """The client never decompresses a body, so a small body cannot swell."""
     bomb = gzip.compress(bytes(1 << 20))
     answer = (
         b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb)
@@ -556,7 +561,7 @@ async def test_a_compressed_body_is_left_as_it_is() -> None:
 
 @pytest.mark.parametrize(("limit", "truncated"), [(99_999, True), (100_000, False), (0, True)])
 async def test_a_long_body_is_cut(limit: int, truncated: bool) -> None:
-    """No more than `max_bytes` comes back, and the answer says that it was cut."""
+    """The client returns at most `max_bytes`, and the answer says that it was cut."""
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + bytes(100_000)
     async with serving(answer) as server, open_egress() as egress:
         response = await egress.request("GET", server.url, timeout=5, max_bytes=limit)
@@ -564,7 +569,7 @@ async def test_a_long_body_is_cut(limit: int, truncated: bool) -> None:
 
 
 async def test_an_endless_body_ends_at_the_limit() -> None:
-    """A server that never stops sending is left after `max_bytes`."""
+    """The client closes the connection to an endless body after `max_bytes`."""
 
     async def answer(_: bytes, send: Write) -> bool:
         await send(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -577,7 +582,9 @@ async def test_an_endless_body_ends_at_the_limit() -> None:
 
 
 async def test_a_stream_gives_the_body_in_pieces() -> None:
-    """All bytes arrive in order, over TLS as well; leaving early harms nothing."""
+    """All bytes arrive in order, over TLS as well. A reader may leave the stream early without
+    harm.
+    """
     body = bytes(range(256)) * 4096
     answer = (
         b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n" % len(body)
@@ -596,7 +603,7 @@ async def test_a_stream_gives_the_body_in_pieces() -> None:
 
 
 async def test_a_refused_connection_is_not_connected() -> None:
-    """Nobody listens: nothing was sent, and the text shows neither path nor query."""
+    """No server listens, so nothing was sent. The error text shows neither path nor query."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         async with open_egress() as egress:
@@ -610,7 +617,7 @@ async def test_a_refused_connection_is_not_connected() -> None:
 
 
 async def test_a_name_that_cannot_be_resolved_in_time_is_not_connected() -> None:
-    """A name server that never answers is no uncertain call."""
+    """A name server that never answers leaves no uncertain call."""
 
     async def resolve(_: str) -> Sequence[str]:
         await asyncio.Event().wait()
@@ -624,8 +631,8 @@ async def test_a_name_that_cannot_be_resolved_in_time_is_not_connected() -> None
 async def test_a_tls_handshake_that_fails_or_stalls_is_not_connected(
     tls: tuple[ssl.SSLContext, ssl.SSLContext],
 ) -> None:
-    """An untrusted certificate, another name, a server without TLS, and one that says nothing: the
-    request was never sent.
+    """The request was never sent if the certificate is untrusted or for another name, or if the
+    server speaks no TLS or stays silent.
     """
     resolve, _ = names(["127.0.0.1"])
 
@@ -678,8 +685,8 @@ async def test_a_full_pool_is_not_connected() -> None:
     [b"", b"HTTP/1.1 200 OK\r\nContent-Le", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"],
 )
 async def test_no_whole_answer_in_time_is_a_timeout(begin: bytes) -> None:
-    """Once the request may have left, the limit is CallTimedOut: before, in and after the head of
-    the answer.
+    """Once the request may have left, exceeding the limit is CallTimedOut: before, in and after the
+    head of the answer.
     """
 
     async def answer(_: bytes, send: Write) -> bool:
@@ -702,8 +709,8 @@ async def test_no_whole_answer_in_time_is_a_timeout(begin: bytes) -> None:
     ],
 )
 async def test_a_broken_answer_is_a_lost_connection(begin: bytes) -> None:
-    """A connection that ends before, in the midst of, or instead of an answer: the other side may
-    have acted.
+    """The connection ends before, within or instead of an answer. The server may have acted on the
+    request.
     """
 
     async def answer(_: bytes, send: Write) -> bool:
@@ -717,7 +724,9 @@ async def test_a_broken_answer_is_a_lost_connection(begin: bytes) -> None:
 
 
 async def test_a_kept_connection_that_is_closed_on_a_post_is_not_tried_again() -> None:
-    """The other side may have read the request before it closed, so it is not sent twice."""
+    """The server may have read the request before it closed, so the client does not send it
+    twice.
+    """
 
     async def leave(*_: object) -> bool:
         return False
@@ -735,8 +744,8 @@ async def read(got: Streamed) -> bytes:
 
 @pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"])
 async def test_a_stream_that_falls_silent_is_a_timeout(begin: bytes) -> None:
-    """`idle` seconds without a byte end a stream long before its whole time is over, in the head as
-    in the body.
+    """A stream ends after `idle` seconds without a byte, long before `timeout`, in the head and in
+    the body.
     """
 
     async def answer(_: bytes, send: Write) -> bool:
@@ -751,7 +760,7 @@ async def test_a_stream_that_falls_silent_is_a_timeout(begin: bytes) -> None:
 
 
 async def test_a_stream_that_drips_is_cut_at_its_whole_time() -> None:
-    """Bytes now and then don't keep a stream alive beyond `timeout`."""
+    """A slow trickle of bytes does not keep a stream alive beyond `timeout`."""
 
     async def answer(_: bytes, send: Write) -> bool:
         await send(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -768,7 +777,9 @@ async def test_a_stream_that_drips_is_cut_at_its_whole_time() -> None:
 
 
 async def test_a_stream_that_breaks_is_a_lost_connection() -> None:
-    """What was read before stays read; the end is an error, not an end of file."""
+    """The reader keeps the bytes it has read. The break raises an error and is not taken for the
+    end of the body.
+    """
 
     async def answer(_: bytes, send: Write) -> bool:
         await send(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf")
@@ -786,7 +797,9 @@ async def test_a_stream_that_breaks_is_a_lost_connection() -> None:
 
 
 async def test_an_error_of_the_reader_passes_unchanged() -> None:
-    """Only errors of the call are translated, not those of whoever reads the stream."""
+    """The client translates only errors of the call, not errors that the reader of the stream
+    raises.
+    """
     async with serving() as server, open_egress() as egress:
         with pytest.raises(TimeoutError, match="mine"):
             async with egress.stream("GET", server.url, timeout=5, idle=5):
@@ -794,7 +807,7 @@ async def test_an_error_of_the_reader_passes_unchanged() -> None:
 
 
 async def test_the_command_lines_client_sends_its_key_and_follows_nothing() -> None:
-    """It talks to the service it was given, with the key if there is one."""
+    """The command line's client calls the service it was given, with the key if there is one."""
     async with serving(redirect("http://127.0.0.1:1/")) as server:
         with (
             service_client(server.url, "sk-1") as client,

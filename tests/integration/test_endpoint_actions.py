@@ -1,5 +1,5 @@
-"""What an owner does with endpoints and deliveries by hand: other secrets, test sends, one attempt
-more.
+"""An owner's manual actions on endpoints and deliveries: secret rotation, test sends, manual
+retries.
 """
 
 import asyncio
@@ -63,8 +63,8 @@ def signed(shop: Subscriber, number: int, secret: str) -> bool:
 
 
 async def test_both_secrets_sign_while_they_overlap(here: World, shop: Subscriber) -> None:
-    """After `rotate` a receiver with the old secret and one with the new take the same request;
-    after the overlap only the new.
+    """During the overlap the same request verifies with the old and with the new secret. After the
+    overlap only the newest secret signs.
     """
     async with here.owner() as client:
         endpoint = await subscribed(client, shop)
@@ -91,7 +91,9 @@ async def test_both_secrets_sign_while_they_overlap(here: World, shop: Subscribe
 
 
 async def test_a_test_send_answers_the_attempt(here: World, shop: Subscriber) -> None:
-    """Signed like a real event, and in nobody's list; what the subscriber said is for admins."""
+    """A test send is signed like an event and appears in no list. Only an admin sees the
+    subscriber's answer.
+    """
     async with here.owner() as client:
         endpoint = await subscribed(client, shop)
         attempt = got(await client.post(f"/v1/endpoints/{endpoint['id']}/test"))
@@ -109,8 +111,8 @@ async def test_a_test_send_answers_the_attempt(here: World, shop: Subscriber) ->
 
 
 async def test_a_retry_by_hand_is_one_attempt_now(here: World, shop: Subscriber) -> None:
-    """Of a dead delivery and of a delivered one: with the same id, and answered with what came of
-    it.
+    """A manual retry sends a dead or a delivered delivery once more, with the same id, and returns
+    the result of that attempt.
     """
     shop.answer = lambda n, _request: Response(status_code=500 if n < 3 else 204)
     async with here.owner() as client:
@@ -139,7 +141,9 @@ async def test_a_retry_by_hand_is_one_attempt_now(here: World, shop: Subscriber)
 async def test_what_came_of_a_retry_by_hand_is_logged_counted_and_heeded(
     here: World, shop: Subscriber
 ) -> None:
-    """As of a planned attempt: 410 disables."""
+    """A manual retry has the same effects as a planned attempt. An answer of 410 disables the
+    endpoint.
+    """
     shop.answer = lambda n, _request: Response(status_code=204 if n == 0 else 410)
     async with here.owner() as client:
         endpoint = await subscribed(client, shop)
@@ -165,7 +169,9 @@ async def test_what_came_of_a_retry_by_hand_is_logged_counted_and_heeded(
 async def test_of_rotations_at_once_each_answers_a_secret_that_signs(
     here: World, shop: Subscriber
 ) -> None:
-    """None is lost: every secret that somebody was shown signs during the overlap."""
+    """Concurrent rotations lose no secret: every secret that an answer showed signs during the
+    overlap.
+    """
     async with here.owner() as client:
         endpoint = await subscribed(client, shop)
         path = f"/v1/endpoints/{endpoint['id']}"
@@ -178,7 +184,7 @@ async def test_of_rotations_at_once_each_answers_a_secret_that_signs(
 
 
 async def test_secrets_are_encrypted_at_rest(here: World, shop: Subscriber) -> None:
-    """Neither an endpoint's nor an owner's stands in the store's files, old or new."""
+    """The store's files contain no secret of an endpoint or an owner in the clear, old or new."""
     body = {"owner": "secretive", "scopes": ["submit", "subscribe"]}
     key = got(await here.client.post("/v1/keys", json=body), 201)
     async with here.with_key(key["key"]) as client:
@@ -200,8 +206,8 @@ async def test_secrets_are_encrypted_at_rest(here: World, shop: Subscriber) -> N
 async def test_a_retry_by_hand_is_sent_whatever_the_endpoints_status(
     here: World, shop: Subscriber, status: str
 ) -> None:
-    """Of a delivery that is held, and of one that is dead because its endpoint was disabled: sent,
-    and delivered.
+    """A manual retry sends and delivers a delivery that a paused endpoint holds, and a delivery
+    that is dead because its endpoint was disabled.
     """
     async with here.owner(name=f"hand-{status}") as client:
         path = f"/v1/endpoints/{(await subscribed(client, shop))['id']}"
@@ -230,8 +236,8 @@ async def test_a_retry_by_hand_is_sent_whatever_the_endpoints_status(
 async def test_a_retry_by_hand_while_an_attempt_is_under_way_is_sent_too(
     here: World, shop: Subscriber
 ) -> None:
-    """Never swallowed: it arrives, the delivery is delivered, and what comes of the other changes
-    that no more.
+    """A manual retry during a running attempt sends its own request. The delivery becomes
+    delivered, and the result of the running attempt no longer changes its state.
     """
     released = asyncio.Event()
     shop.answer = lambda n, _request: (
@@ -262,8 +268,8 @@ async def test_a_retry_by_hand_while_an_attempt_is_under_way_is_sent_too(
 async def test_attempts_by_hand_are_bounded(
     here: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An owner whose subscriber hangs is told to come back, with `Retry-After`; another's are
-    sent.
+    """An owner whose subscriber hangs gets 429 with `Retry-After`. The test sends of another owner
+    continue up to the limit for all owners.
     """
     monkeypatch.setattr(overload, "MANUAL_PER_OWNER", 2)
     monkeypatch.setattr(overload, "MANUAL", 3)
@@ -287,8 +293,9 @@ async def test_attempts_by_hand_are_bounded(
 async def test_nobody_elses_endpoints_and_deliveries_are_there(
     here: World, shop: Subscriber
 ) -> None:
-    """Whatever is asked: 404, and nothing is sent or changed; without `subscribe` it is 403. An
-    admin sees everybody's.
+    """Every request for another owner's endpoint or delivery is answered 404, and sends or changes
+    nothing. Without the scope `subscribe` the answer is 403. An admin sees the objects of all
+    owners.
     """
     async with (
         here.owner(name="mine") as client,

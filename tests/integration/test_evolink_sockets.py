@@ -1,5 +1,5 @@
-"""EvoLink's adapter over real connections: what is sent, and what becomes of every way an answer
-can fail to come.
+"""EvoLink's adapter over real connections: its requests, and the outcome of every way in which an
+answer can fail.
 """
 
 import asyncio
@@ -32,13 +32,13 @@ from service.upstreams.evolink import EvoLink
 LOOPBACK = Rules("upstream", networks=(ip_network("127.0.0.0/8"),))
 SUBMITTED = b'{"id": "task-unified-1", "status": "pending"}'
 ACCEPTED = Accepted(Report(upstream_id="task-unified-1", status=Status.PENDING))
-ODD = '{ "prompt":"雪",  "n" : 1.0 }\n'.encode()  # not as any library would write it
+ODD = '{ "prompt":"雪",  "n" : 1.0 }\n'.encode()  # no JSON library writes it like this
 
 
 @dataclass(frozen=True)
 class Script:
-    """What the server sends, and how it goes on: it closes, waits for the client to leave, or
-    resets the connection.
+    """The bytes that the server sends, and its next step: it closes, waits for the client to leave,
+    or resets the connection.
     """
 
     data: bytes
@@ -62,7 +62,7 @@ NO_HTTP = b"SSH-2.0-OpenSSH_9.2\r\n\r\n"
 
 @dataclass
 class Wire:
-    """A server that keeps each request as it came and answers by its script."""
+    """A server that keeps each request unchanged and answers by its script."""
 
     script: Script
     port: int = 0
@@ -125,8 +125,8 @@ async def evolink(
 
 @pytest.fixture
 def nobody() -> Iterator[str]:
-    """An address on which nobody listens: the port is taken, so that nobody else gets it
-    meanwhile.
+    """An address without a listener. A bound socket holds the port, so that no other process takes
+    it.
     """
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -134,8 +134,8 @@ def nobody() -> Iterator[str]:
 
 
 async def test_a_submission_is_sent_byte_for_byte() -> None:
-    """The stored body, the task's id as idempotency key, our key; the call is told with its request
-    id.
+    """The request has the stored body, the task's id as idempotency key and the service's upstream
+    key. The answer's request id is recorded for the call.
     """
     calls: list[UpstreamCall] = []
     async with (
@@ -156,8 +156,8 @@ async def test_a_submission_is_sent_byte_for_byte() -> None:
 
 
 async def test_a_query_asks_for_one_path_segment() -> None:
-    """Whatever the upstream's id holds, it cannot lead to another path; there is no body and no
-    idempotency key.
+    """Every upstream id stays within one path segment. The request has no body and no idempotency
+    key.
     """
     calls: list[UpstreamCall] = []
     found = json.dumps(
@@ -182,7 +182,7 @@ async def test_a_query_asks_for_one_path_segment() -> None:
 
 
 async def test_an_unknown_task_is_not_found() -> None:
-    """The upstream's 404 in its own words."""
+    """A 404 with the upstream's own error code means that the task is unknown."""
     calls: list[UpstreamCall] = []
     async with (
         wired(answer(404, b'{"error": {"code": "task_not_found"}}')) as wire,
@@ -204,7 +204,7 @@ async def test_an_unknown_task_is_not_found() -> None:
 async def test_a_passed_through_answer_is_the_upstreams_own(
     path: str, kind: str, status: int
 ) -> None:
-    """Status and body as they came, whatever they say."""
+    """The adapter returns status and body unchanged."""
     calls: list[UpstreamCall] = []
     async with (
         wired(answer(status, b'{"success": true}')) as wire,
@@ -220,7 +220,9 @@ async def test_a_passed_through_answer_is_the_upstreams_own(
 
 @pytest.mark.parametrize("path", ["@evil.example/", ".evil.example", "", "v1/credits"])
 async def test_a_path_cannot_become_a_host(path: str) -> None:
-    """What follows the base address begins with a slash; nothing is sent otherwise."""
+    """The path after the base address must begin with a slash. Otherwise the adapter sends
+    nothing.
+    """
     async with wired(answer(200)) as wire, evolink(wire.url) as upstream:
         with pytest.raises(ValueError, match="begins with /"):
             await upstream.passthrough("GET", path)
@@ -228,7 +230,6 @@ async def test_a_path_cannot_become_a_host(path: str) -> None:
 
 
 async def test_nobody_listening_created_nothing(nobody: str) -> None:
-    """A refused connection proves that nothing was sent."""
     calls: list[UpstreamCall] = []
     async with evolink(nobody, calls) as upstream:
         assert await upstream.submit(ODD, "task_abc") == NotCreated("not connected")
@@ -243,7 +244,7 @@ async def test_nobody_listening_created_nothing(nobody: str) -> None:
 
 
 async def test_a_failed_handshake_created_nothing() -> None:
-    """Without TLS nothing of the request has left."""
+    """Without TLS no byte of the request has left."""
     async with (
         wired(Script(NO_HTTP)) as wire,
         evolink(wire.url.replace("http:", "https:")) as upstream,
@@ -253,7 +254,7 @@ async def test_a_failed_handshake_created_nothing() -> None:
 
 
 async def test_the_guards_refusal_created_nothing() -> None:
-    """An address outside the networks is not connected to."""
+    """The adapter does not connect to an address outside the networks."""
     async with (
         wired(answer(200, SUBMITTED)) as wire,
         evolink(wire.url, rules=Rules("upstream")) as upstream,
@@ -270,7 +271,9 @@ async def test_the_guards_refusal_created_nothing() -> None:
     [Script(b""), Script(HALF), Script(HALF_CHUNKED), Script(HALF, "reset"), Script(NO_HTTP)],
 )
 async def test_a_broken_connection_leaves_a_submission_uncertain(script: Script) -> None:
-    """The upstream has seen it, so it is sent once and never again by itself."""
+    """The upstream has seen the submission, so the adapter sends it once and does not retry by
+    itself.
+    """
     calls: list[UpstreamCall] = []
     async with wired(script) as wire, evolink(wire.url, calls) as upstream:
         assert await upstream.submit(ODD, "task_abc") == Uncertain("connection lost")
@@ -287,7 +290,7 @@ async def test_a_broken_connection_leaves_a_submission_uncertain(script: Script)
 
 @pytest.mark.parametrize("script", [Script(b"", "wait"), Script(HALF, "wait")])
 async def test_no_answer_in_time_leaves_a_submission_uncertain(script: Script) -> None:
-    """The limit is for the whole answer, not for its beginning."""
+    """The limit applies to the whole answer, not only to its beginning."""
     async with wired(script) as wire, evolink(wire.url, timeout=0.5) as upstream:
         submitted, queried, passed = await asyncio.gather(
             upstream.submit(ODD, "task_abc"),
@@ -301,7 +304,7 @@ async def test_no_answer_in_time_leaves_a_submission_uncertain(script: Script) -
 
 
 async def test_a_redirect_is_not_followed() -> None:
-    """Our key goes to nobody else, and a moved submission proves nothing."""
+    """The upstream key goes to no other host, and a redirected submission proves nothing."""
     async with (
         wired(answer(200, SUBMITTED)) as other,
         wired(answer(307, b"", f"location: {other.url}/v1/images/generations")) as wire,
@@ -315,7 +318,9 @@ async def test_a_redirect_is_not_followed() -> None:
 
 
 async def test_an_endless_answer_is_cut_and_proves_nothing() -> None:
-    """More than a mebibyte is no task."""
+    """The adapter reads at most one mebibyte. The truncated answer is unreadable and proves
+    nothing.
+    """
     endless = SUBMITTED[:-1] + b', "x": "' + b"x" * (1 << 20) + b'"}'
     async with wired(answer(200, endless)) as wire, evolink(wire.url) as upstream:
         assert await upstream.submit(ODD, "task_abc") == Uncertain("200 without an id")
@@ -323,8 +328,8 @@ async def test_an_endless_answer_is_cut_and_proves_nothing() -> None:
 
 
 async def test_answers_over_the_wire_are_judged_by_the_table() -> None:
-    """Status, headers and body reach the judgement as they came, and each outcome has its name in
-    the log.
+    """Status, headers and body reach the parser unchanged, and each outcome has its name in the
+    log.
     """
     calls: list[UpstreamCall] = []
     refusal = (
@@ -364,14 +369,14 @@ async def test_answers_over_the_wire_are_judged_by_the_table() -> None:
 
 
 async def test_a_callback_is_read_like_an_answer(nobody: str) -> None:
-    """The body is that of a query; nothing is sent for it."""
+    """A callback's body has the form of a query's answer. Reading it sends nothing."""
     async with evolink(nobody) as upstream:
         assert upstream.read_callback(SUBMITTED) == ACCEPTED.report
         assert upstream.read_callback(b"<html>") is None
 
 
 async def test_calls_share_one_client() -> None:
-    """Many at once, each with its own answer, without anybody who listens."""
+    """Many concurrent calls get one answer each, over one client."""
     async with wired(answer(200, SUBMITTED)) as wire, evolink(wire.url) as upstream:
         outcomes = await asyncio.gather(
             *(upstream.submit(ODD, f"task_{number}") for number in range(32))

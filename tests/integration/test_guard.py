@@ -1,5 +1,5 @@
-"""The guard around the running service: whatever is written into a URL, a name or a redirect,
-nothing forbidden is connected to.
+"""The egress rules in the running service: it connects to no forbidden address in a URL, a name or
+a redirect.
 """
 
 import re
@@ -27,7 +27,9 @@ JSON = dict[str, Any]
 
 
 async def sent_to(here: World, url: str, *, endpoint_id: str | None) -> DeliveryAttempt:
-    """A delivery to an endpoint, or to a task's own address, whatever the store says."""
+    """Sends a delivery to an endpoint, or to a task's own address, without the checks of the
+    API.
+    """
     secret = here.context.resources.keyring.encrypt("whsec_" + "A" * 32)
     event = {
         "id": "evt_x",
@@ -51,7 +53,7 @@ async def there(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Guard
 
 @pytest.fixture
 def here(there: Guarded) -> Iterator[World]:
-    """The world, in a test that ends with no connection made but to the service and its
+    """The world. The test fails if the service connects to anything other than itself and its
     upstream.
     """
     with there.watched():
@@ -64,8 +66,8 @@ def here(there: Guarded) -> Iterator[World]:
 
 @pytest.mark.parametrize("url", HOSTILE)
 async def test_no_endpoint_leads_inside(url: str, here: World, there: Guarded) -> None:
-    """An endpoint with a forbidden URL is neither made nor changed to, and what sends deliveries
-    and test sends refuses it itself.
+    """The API neither creates nor changes an endpoint with a forbidden URL, and the sender refuses
+    to deliver to one.
     """
     url, before = url.format(port=there.trap.port), there.refusals("endpoints")
     refused(
@@ -91,8 +93,8 @@ async def test_no_endpoint_leads_inside(url: str, here: World, there: Guarded) -
 async def test_no_callback_url_of_a_task_leads_inside(
     url: str, here: World, there: Guarded
 ) -> None:
-    """A submission with a forbidden `callback_url` is refused before anything is kept or paid, and
-    the sender refuses it itself.
+    """The service refuses a submission with a forbidden `callback_url` before it stores or pays for
+    it. The sender refuses the address too.
     """
     url, before = url.format(port=there.trap.port), there.refusals("task_callbacks")
     refused(
@@ -109,8 +111,8 @@ async def test_no_callback_url_of_a_task_leads_inside(
 
 @pytest.mark.parametrize("url", [url for url in HOSTILE if "\r" not in url])
 async def test_no_call_to_the_upstream_leads_inside(url: str, here: World, there: Guarded) -> None:
-    """At a forbidden address nothing is submitted, asked for or passed through: nothing was
-    created, and the key went nowhere.
+    """The adapter sends no submission, query or passed-through call to a forbidden address. It
+    reports that nothing was created.
     """
     usual = here.context.resources.upstreams["evolink"]
     assert isinstance(usual, EvoLink)
@@ -127,7 +129,9 @@ def chunked(rows: Sequence[str], size: int = 40) -> list[Sequence[str]]:
 
 @pytest.mark.parametrize("urls", chunked(HOSTILE))
 async def test_no_result_leads_inside(urls: Sequence[str], here: World, there: Guarded) -> None:
-    """Every result at a forbidden address is lost at once; one beside them is kept."""
+    """Every result at a forbidden address is lost at once. The task's result at an allowed
+    address is stored.
+    """
     there.upstream.files["good"] = [Response(picture(), media_type="image/png")]
     before = there.refusals("results")
     links = [url.format(port=there.trap.port) for url in urls]
@@ -146,8 +150,8 @@ async def test_no_result_leads_inside(urls: Sequence[str], here: World, there: G
 async def test_no_redirect_of_a_result_leads_inside(
     urls: Sequence[str], here: World, there: Guarded
 ) -> None:
-    """A result that sends us on to a forbidden address, at once or by way of another, is lost,
-    whatever the status of the redirect.
+    """A result that redirects to a forbidden address, directly or over another redirect, is lost
+    for every redirect status.
     """
     before, links = there.refusals("results"), []
     for number, (url, status) in enumerate(
@@ -171,7 +175,7 @@ async def test_no_redirect_of_a_result_leads_inside(
 
 
 async def failed_deliveries(here: World, count: int, **query: str) -> list[JSON]:
-    """The deliveries that were found dead, once there are so many."""
+    """Waits until `count` deliveries are dead and returns them."""
 
     async def look() -> list[JSON]:
         found = got(await here.client.get("/v1/deliveries", params={**query, "state": "dead"}))[
@@ -186,8 +190,8 @@ async def failed_deliveries(here: World, count: int, **query: str) -> list[JSON]
 async def test_a_name_that_changes_after_its_check_is_not_delivered_to(
     here: World, there: Guarded
 ) -> None:
-    """Public when the endpoint and the task were made, private when they are delivered to: refused
-    at every attempt.
+    """The names are public when the endpoint and the task are created, and private at delivery. The
+    sender refuses every attempt.
     """
     there.names.zone |= {
         "turn.test": [["1.1.1.1"], ["127.0.0.2"]],
@@ -213,8 +217,8 @@ async def test_a_name_that_changes_after_its_check_is_not_delivered_to(
 
 @pytest.mark.usefixtures("here")
 async def test_a_result_whose_name_changes_is_not_fetched(there: Guarded) -> None:
-    """An http link is looked up to choose the scheme, and once more to connect: the second look is
-    judged too.
+    """The service looks up an http link to choose the scheme, and again to connect. It checks the
+    second lookup too.
     """
     there.names.zone["turn.evil.test"] = [["1.1.1.1"], ["127.0.0.2"]]
     task = await there.completed(f"http://turn.evil.test:{there.trap.port}/x")
@@ -225,8 +229,8 @@ async def test_a_result_whose_name_changes_is_not_fetched(there: Guarded) -> Non
 async def test_calls_to_the_upstream_follow_no_redirect(
     status: int, here: World, there: Guarded
 ) -> None:
-    """Not even to an address that is allowed: the key is for who was asked. A submission that is
-    sent on is uncertain.
+    """The adapter follows no redirect, even to an allowed address, because its key is for the
+    upstream alone. A redirected submission is uncertain.
     """
     away = Response(
         status_code=status,
@@ -243,7 +247,9 @@ async def test_calls_to_the_upstream_follow_no_redirect(
 
 
 async def test_a_guard_that_allows_this_machine_is_seen_to_connect() -> None:
-    """Trap and trail notice a connection: where the networks are open, the same send arrives."""
+    """The trap and the trail record a connection. With open networks the same send reaches the
+    trap.
+    """
     async with trap() as other:
         with connects() as trail:
             async with Egress(Rules("endpoints", networks=(ip_network("127.0.0.1"),))) as egress:

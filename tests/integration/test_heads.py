@@ -1,4 +1,6 @@
-"""What may be sent before there is a request: the head has an end, in bytes and in seconds."""
+"""Limits on a request's head: a maximum size and a time limit. The rules for connections at a
+stop.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -24,8 +26,8 @@ REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
     [b"POST /callbacks/", b"GET /healthz HTTP/1.1\r\nx: ", b"GET /healthz HTTP/1.1\r\nhost: x\r\n"],
 )
 async def test_a_head_without_end_is_no_request(start: bytes, still: World) -> None:
-    """A path, a header or headers that go on and on: 400 or the end of the connection, after some
-    hundred kilobytes at most.
+    """The server answers 400 or closes the connection on a path, a header or a list of headers
+    without end.
     """
     more = b"x: y\r\n" * 1000 if start.endswith(b"host: x\r\n") else b"a" * 6000
     written = 0
@@ -44,7 +46,7 @@ async def test_a_head_without_end_is_no_request(start: bytes, still: World) -> N
 
 
 async def test_a_long_head_that_ends_is_a_request(still: World) -> None:
-    """Up to 64 KiB, however it is cut, and as often as a connection is used."""
+    """A head of about 50 KiB in many pieces is accepted, several times on one connection."""
     async with connected(still.url) as (reader, writer):
         for _ in range(3):
             writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n")
@@ -59,8 +61,8 @@ async def test_a_long_head_that_ends_is_a_request(still: World) -> None:
 async def test_a_head_that_does_not_come_ends_the_connection(
     still: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The time counts from its first byte; a request that came whole has all the time its answer
-    needs.
+    """The time limit runs from the first byte of a head. A complete request has all the time that
+    its answer needs.
     """
     monkeypatch.setattr(server_protocol, "HEAD_S", 0.05)
     async with connected(still.url) as (reader, writer):
@@ -84,7 +86,7 @@ async def test_a_head_that_does_not_come_ends_the_connection(
 
 @asynccontextmanager
 async def serving() -> AsyncIterator[tuple[str, Server]]:
-    """A server's address, and the server, which ends within the block."""
+    """Yields a server's address and the server, which stops within the block."""
     bound = bind("127.0.0.1", 0)
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     server = Server(Starlette(routes=[Route("/", lambda _: PlainTextResponse("ok"))]), bound, 60)
@@ -103,8 +105,8 @@ async def answer(reader: asyncio.StreamReader) -> str:
 async def test_the_request_of_a_connection_is_answered_though_it_comes_after_the_stop(
     begun: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever was let in is not sent away: a callback has few tries. The answer is the last on its
-    connection.
+    """A connection from before the stop may still send its request, because a callback has few
+    tries. The answer closes the connection.
     """
     monkeypatch.setattr(server_protocol, "FIRST_S", 60)
     async with serving() as (url, server), connected(url) as (reader, writer):
@@ -120,7 +122,7 @@ async def test_the_request_of_a_connection_is_answered_though_it_comes_after_the
 async def test_a_connection_that_says_nothing_does_not_hold_up_the_stop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It is ended after a second, here a tenth of that."""
+    """The server closes a silent connection after `FIRST_S`, here 0.1 s."""
     monkeypatch.setattr(server_protocol, "FIRST_S", 0.1)
     async with serving() as (url, server), connected(url) as (reader, _):
         await wait_until(lambda: server.server_state.connections)
@@ -131,7 +133,9 @@ async def test_a_connection_that_says_nothing_does_not_hold_up_the_stop(
 async def test_an_idle_connection_ends_with_the_stop_but_for_a_request_that_is_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What has been sent on it by then is answered; else it ends at once."""
+    """The server answers a request that has arrived before the stop. It closes an idle connection
+    at once.
+    """
     monkeypatch.setattr(server_protocol, "FIRST_S", 60)
     async with (
         serving() as (url, server),
@@ -152,7 +156,9 @@ async def test_an_idle_connection_ends_with_the_stop_but_for_a_request_that_is_t
 async def test_a_request_that_waits_in_the_line_is_answered_though_the_stop_comes_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It came before the stop: nobody takes its connection for one that says nothing."""
+    """The request arrived before the stop, so the server does not treat its connection as
+    silent.
+    """
     monkeypatch.setattr(server_protocol, "FIRST_S", 0.01)
     monkeypatch.setattr(overload, "BEGIN_PER_TURN", 0)
     async with serving() as (url, served), connected(url) as (reader, writer):
@@ -185,7 +191,9 @@ async def test_a_request_that_waits_in_the_line_is_answered_though_the_stop_come
 async def test_what_begins_no_request_holds_no_connection(
     first: bytes, then: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It lasts as long as an idle one: two bytes must not take a descriptor for ever."""
+    """Bytes that begin no request keep a connection open only as long as an idle one, so they hold
+    no descriptor for ever.
+    """
     monkeypatch.setattr(server, "KEEP_ALIVE_S", 0.5)
     async with serving() as (url, _), connected(url) as (reader, writer):
         writer.write(first)
@@ -199,7 +207,7 @@ async def test_what_begins_no_request_holds_no_connection(
 async def test_a_request_that_breaks_off_stops_nobody_behind_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Those in the line are begun all the same: it has no other who would move it."""
+    """The gate starts the queued requests although one of them raised an error while it started."""
     monkeypatch.setattr(overload, "BEGIN_PER_TURN", 1)
     gate, begun = PriorityGate(), list[int]()
 

@@ -1,6 +1,4 @@
-"""What a process tells of itself: whether it lives, whether it can take a callback, and its
-figures.
-"""
+"""The health endpoints and metrics of a process: liveness, readiness and figures."""
 
 import asyncio
 import shutil
@@ -26,12 +24,12 @@ WITHOUT_WORKERS = Role(workers=False)
 
 
 async def ready(here: World) -> JSON:
-    """What `/readyz` says to a key, with 200."""
+    """Returns the body of `/readyz` for a key, which must be 200."""
     return got(await here.client.get("/readyz"))
 
 
 async def figures(here: World) -> dict[str, float]:
-    """Every sample by its name and labels."""
+    """Every sample of `/metrics` by its name and labels."""
     answer = await here.client.get("/metrics")
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -44,17 +42,17 @@ async def figures(here: World) -> dict[str, float]:
     }
 
 
-# --- lives, is ready
+# --- liveness and readiness
 # -------------------------------------------------------------------------------------------------
 
 
 async def test_a_process_that_lives_says_so_to_everybody(here: World) -> None:
-    """No key, no store, no detail."""
+    """`/healthz` needs no key and no store, and shows no detail."""
     assert got(await here.stranger.get("/healthz")) == {"status": "ok"}
 
 
 async def test_a_process_that_can_commit_is_ready(here: World) -> None:
-    """Causes, none here, are shown to a key of any scope; to nobody else."""
+    """A key of any scope sees the causes, here none. A request without a key does not."""
     assert await ready(here) == {"status": "ok", "causes": []}
     assert got(await here.stranger.get("/readyz")) == {"status": "ok"}
     assert got(await here.stranger.get("/readyz", headers={"authorization": "Bearer wrong"})) == {
@@ -66,7 +64,7 @@ async def test_a_process_that_can_commit_is_ready(here: World) -> None:
 
 
 async def test_without_its_workers_a_process_is_degraded(tmp_path: Path) -> None:
-    """A callback can still be committed: 200."""
+    """The process can still commit a callback, so the answer is 200."""
     before = asyncio.all_tasks()
     async with world(tmp_path) as here:
         (workers,) = [task for task in asyncio.all_tasks() - before if task.get_name() == "workers"]
@@ -78,13 +76,13 @@ async def test_without_its_workers_a_process_is_degraded(tmp_path: Path) -> None
 
 
 async def test_a_web_process_misses_no_workers(tmp_path: Path) -> None:
-    """Another process has them."""
+    """Another process runs the workers."""
     async with world(tmp_path, role=WITHOUT_WORKERS) as here:
         assert (await ready(here))["status"] == "ok"
 
 
 async def test_without_room_for_images_a_process_is_degraded(tmp_path: Path) -> None:
-    """Below the limit at which submissions are refused."""
+    """The free space is below the limit at which the service refuses submissions."""
     async with world(tmp_path, role=WITHOUT_WORKERS, min_free_bytes=2**62) as here:
         assert await ready(here) == {"status": "degraded", "causes": ["blobs"]}
 
@@ -92,7 +90,7 @@ async def test_without_room_for_images_a_process_is_degraded(tmp_path: Path) -> 
 async def test_without_its_image_store_a_process_is_degraded_and_takes_no_submission(
     tmp_path: Path,
 ) -> None:
-    """503 in the one form for what needs it; the figures are still told."""
+    """A submission is refused with 503 in the common error form. `/metrics` still answers."""
     async with world(tmp_path, role=WITHOUT_WORKERS) as here:
         shutil.rmtree(here.settings.image_dir)
         assert await ready(here) == {"status": "degraded", "causes": ["blobs"]}
@@ -101,8 +99,8 @@ async def test_without_its_image_store_a_process_is_degraded_and_takes_no_submis
 
 
 async def test_an_upstream_that_does_not_answer_degrades_until_it_does(tmp_path: Path) -> None:
-    """Silence, a 5xx or a refused key is a cause; any other answer, even a 404 or 429, is an
-    answer.
+    """Silence, a 5xx or a refused key is a cause. Every other answer, even 404 or 429, shows that
+    the upstream answers.
     """
     statuses = iter([503, 200, 401, 429])
 
@@ -123,15 +121,15 @@ async def test_an_upstream_that_does_not_answer_degrades_until_it_does(tmp_path:
 
 
 async def test_a_process_that_stops_says_so(tmp_path: Path) -> None:
-    """Degraded, while it still answers."""
+    """The process reports `degraded` while it still answers."""
     async with world(tmp_path, role=WITHOUT_WORKERS) as here:
         here.context.resources.store.signals.stop()
         assert await ready(here) == {"status": "degraded", "causes": ["stopping"]}
 
 
 async def test_only_a_store_that_does_not_commit_makes_a_process_unready(tmp_path: Path) -> None:
-    """503 with `Retry-After` and the cause for a key; what wants the store says 503 too, and no
-    more than that.
+    """`/readyz` answers 503 with `Retry-After`, and shows the cause to a key. A submission gets 503
+    as well. `/healthz` stays 200.
     """
     async with world(tmp_path, role=WITHOUT_WORKERS) as here:
         got(await here.client.get("/v1/tasks"))
@@ -150,7 +148,7 @@ async def test_only_a_store_that_does_not_commit_makes_a_process_unready(tmp_pat
 async def test_a_store_that_takes_too_long_is_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The probe is answered within its time."""
+    """`/readyz` answers 503 when the store exceeds the probe's time limit."""
     monkeypatch.setattr(health_routes, "READY_S", 0.0)
     async with world(tmp_path, role=WITHOUT_WORKERS) as here:
         assert (await here.stranger.get("/readyz")).status_code == 503
@@ -183,7 +181,9 @@ NAMES = {
 
 @pytest.mark.slow
 async def test_the_metrics_have_their_names_and_count_what_happened(tmp_path: Path) -> None:
-    """One completed task and one failed one, told to a subscriber and to nobody who listens."""
+    """One task completes and one fails. One subscriber takes their deliveries, and one address has
+    no listener.
+    """
     async with world(tmp_path) as here, here.owner() as client, subscriber() as takes:
         empty = await figures(here)
         assert empty["darkroom_result_seconds_left"] == float("inf")
@@ -249,8 +249,8 @@ async def test_the_metrics_have_their_names_and_count_what_happened(tmp_path: Pa
 
 
 async def test_the_gauges_tell_how_old_what_waits_is(tmp_path: Path) -> None:
-    """Seconds, from the store's times: until a link dies, since a delivery is due, since a task was
-    taken; unknown room is NaN.
+    """The gauges are seconds, from the times in the store: until a result link expires, since a
+    delivery is due, since a task is unsettled. Unknown free space is NaN.
     """
     async with world(tmp_path, role=WITHOUT_WORKERS) as here:
         counted = await here.context.resources.store.read(store_figures.figures)
@@ -273,7 +273,7 @@ async def test_the_gauges_tell_how_old_what_waits_is(tmp_path: Path) -> None:
 
 
 async def test_the_metrics_want_a_key_with_read_on_the_main_port(here: World) -> None:
-    """401 without one, 403 with another scope."""
+    """The answer is 401 without a key and 403 with another scope."""
     refused(await here.stranger.get("/metrics"), 401, "unauthorized")
     async with here.owner("submit") as client:
         refused(await client.get("/metrics"), 403, "permission_denied")
@@ -282,7 +282,7 @@ async def test_the_metrics_want_a_key_with_read_on_the_main_port(here: World) ->
 
 
 async def test_the_metrics_port_wants_no_key_and_serves_no_clients(here: World) -> None:
-    """The same figures, the probes, and nothing else."""
+    """The metrics port serves the same figures, the probes, and nothing else."""
     async with answering(create_app(here.context, Role(), metrics_open=True)) as url:
         answer = await here.stranger.get(f"{url}/metrics")
         assert answer.status_code == 200
@@ -294,7 +294,9 @@ async def test_the_metrics_port_wants_no_key_and_serves_no_clients(here: World) 
 
 
 async def test_a_worker_process_serves_the_probes_and_figures_alone(tmp_path: Path) -> None:
-    """`/metrics` with a key, as on any main port; no task, no image, no callback."""
+    """A worker process serves `/metrics` with a key, as on any main port, and no task, image or
+    callback.
+    """
     async with world(tmp_path, role=Role(web=False)) as here:
         assert got(await here.stranger.get("/healthz")) == {"status": "ok"}
         assert (await ready(here))["status"] == "ok"

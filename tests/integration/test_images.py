@@ -1,4 +1,4 @@
-"""Stored images over HTTP: whole, in part, not again; and what happens when one is not there."""
+"""Stored images over HTTP: whole, ranges, conditional requests, and missing files."""
 
 import hashlib
 from contextlib import AsyncExitStack
@@ -30,8 +30,8 @@ async def stored(here: World) -> tuple[JSON, bytes]:
 async def test_an_image_is_served_whole_and_can_do_no_harm(
     here: World, stored: tuple[JSON, bytes]
 ) -> None:
-    """No key is needed; the type is the stored one, nothing is guessed, nothing in it runs, and it
-    never changes.
+    """An image needs no key. It has its stored type, forbids sniffing and scripts, and is
+    immutable.
     """
     image, content = stored
     answer = await here.stranger.get(image["url"])
@@ -49,7 +49,7 @@ async def test_an_image_is_served_whole_and_can_do_no_harm(
 
 
 async def test_head_has_the_headers_and_no_body(here: World, stored: tuple[JSON, bytes]) -> None:
-    """The same headers as a GET of the whole, whatever range is named."""
+    """HEAD has the headers of a GET of the whole image, for every range."""
     image, _ = stored
     whole = await here.stranger.get(image["url"])
     for headers in ({}, {"range": "bytes=0-1"}):
@@ -69,7 +69,7 @@ async def test_head_has_the_headers_and_no_body(here: World, stored: tuple[JSON,
 async def test_a_reader_who_has_it_is_not_sent_it_again(
     here: World, stored: tuple[JSON, bytes], tags: str
 ) -> None:
-    """304 without a body, by GET and HEAD, and a range does not matter."""
+    """GET and HEAD answer 304 without a body, and ignore a range."""
     image, _ = stored
     headers = {"if-none-match": tags.format(f'"{image["sha256"]}"'), "range": "bytes=0-0"}
     for method in ("GET", "HEAD"):
@@ -80,7 +80,7 @@ async def test_a_reader_who_has_it_is_not_sent_it_again(
 
 
 async def test_a_reader_who_has_another_is_sent_it(here: World, stored: tuple[JSON, bytes]) -> None:
-    """A tag that is not this image's changes nothing."""
+    """A tag of another image changes nothing."""
     image, content = stored
     for tags in ("", '"other"', image["sha256"], f'"{image["sha256"]}x"'):
         answer = await here.stranger.get(image["url"], headers={"if-none-match": tags})
@@ -105,7 +105,7 @@ async def test_a_reader_who_has_another_is_sent_it(here: World, stored: tuple[JS
 async def test_a_range_is_served_alone(
     here: World, stored: tuple[JSON, bytes], asked: str, first: int, last: int
 ) -> None:
-    """First, middle, open and last bytes; an end beyond the image is its end."""
+    """A range may be first, middle, open or last bytes. An end beyond the image means its end."""
     image, content = stored
     first, last = first % len(content), last % len(content)
     answer = await here.stranger.get(image["url"], headers={"range": asked})
@@ -123,7 +123,9 @@ async def test_a_range_is_served_alone(
 async def test_a_range_that_is_none_is_ignored(
     here: World, stored: tuple[JSON, bytes], asked: str
 ) -> None:
-    """The whole image, as RFC 9110 allows for several ranges and wants for bad ones."""
+    """The answer is the whole image, as RFC 9110 allows for several ranges and requires for invalid
+    ones.
+    """
     image, content = stored
     answer = await here.stranger.get(image["url"], headers=[(b"range", asked.encode())])
     assert (answer.status_code, answer.content) == (200, content)
@@ -133,7 +135,7 @@ async def test_a_range_that_is_none_is_ignored(
 async def test_a_range_outside_of_the_image_is_refused(
     here: World, stored: tuple[JSON, bytes], asked: str
 ) -> None:
-    """416 says how many bytes there are."""
+    """The 416 answer states the image's size."""
     image, content = stored
     answer = await here.stranger.get(
         image["url"], headers={"range": asked.replace("{}", str(len(content)))}
@@ -145,7 +147,7 @@ async def test_a_range_outside_of_the_image_is_refused(
 async def test_a_range_of_another_version_is_the_whole(
     here: World, stored: tuple[JSON, bytes]
 ) -> None:
-    """`If-Range` must name this image, strongly; a date never does."""
+    """`If-Range` must name this image with a strong tag. A date never matches."""
     image, content = stored
     etag = f'"{image["sha256"]}"'
     for given, status in (
@@ -167,12 +169,12 @@ async def test_a_range_of_another_version_is_the_whole(
     "id", ["img_aaaaaaaaaaaaaaaaaaaaaaaaaa", "x", "%00", "..%2f..%2fdarkroom.db", "a" * 300]
 )
 async def test_an_unknown_image_is_not_found(here: World, id: str) -> None:
-    """404 in the one form."""
+    """The answer is 404 in the common error form."""
     refused(await here.stranger.get(f"/images/{id}"), 404)
 
 
 async def test_a_missing_or_short_image_is_an_error_not_a_broken_picture(here: World) -> None:
-    """503 before the first byte: nobody keeps half a picture for ever."""
+    """The service answers 503 before the first byte, so that no cache keeps half an image."""
     gone, short = (await submitted(here.client, UNTIL_DONE, n=2))["images"]
     paths = {path.name: path for path in here.settings.image_dir.rglob("*.png")}
     paths[f"0-{gone['sha256']}.png"].unlink()
@@ -187,11 +189,11 @@ async def test_a_missing_or_short_image_is_an_error_not_a_broken_picture(here: W
 
 @pytest.mark.slow
 async def test_an_image_that_vanishes_while_it_is_sent_is_cut_off(tmp_path: Path) -> None:
-    """Its reader sees that it is not whole; the log says why."""
+    """The client sees that the image is incomplete, and the log has the cause."""
     upstream = Upstream({PROMPT: [document("pending", id="large")]})
     upstream.files["large"] = [
         served(noise(size=(3000, 2000), compress_level=0))
-    ]  # 18 MB: more than the sockets hold
+    ]  # 18 MB, more than the socket buffers hold
     async with world(tmp_path, upstream=upstream.app) as here:
         upstream.queries["large"] = [document("completed", f"{here.sandbox_url}/files/large")]
         task = await submitted(here.client, {}, prompt=PROMPT)
@@ -210,7 +212,7 @@ async def test_an_image_that_vanishes_while_it_is_sent_is_cut_off(tmp_path: Path
 
 
 async def test_images_are_served_after_the_upstream_is_gone(tmp_path: Path) -> None:
-    """What was stored is ours."""
+    """The service serves stored images from its own store."""
     async with AsyncExitStack() as upstream:
         options = SandboxOptions(networks=(ip_network(LOOPBACK),), delay_s=0.05)
         url = await upstream.enter_async_context(answering(create_sandbox(options)))

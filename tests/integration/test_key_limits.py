@@ -1,5 +1,5 @@
-"""Requests limited for each key by `DARKROOM_KEY_REQUESTS`: 429 with `Retry-After`, and nothing
-limited that must not be.
+"""The request limit of each key, `DARKROOM_KEY_REQUESTS`: 429 with `Retry-After`, and the routes
+without a limit.
 """
 
 import sys
@@ -18,8 +18,8 @@ from tests.world import world
 
 
 async def test_one_request_too_many_is_told_when_to_come_again(tmp_path: Path) -> None:
-    """429 in the form of every error; another key is not touched by it, of the same owner neither,
-    and a refused request does nothing.
+    """The answer is 429 in the common error form. Another key of the same owner has its own limit,
+    and a refused request has no effect.
     """
     async with (
         world(tmp_path, key_requests="3/year") as here,
@@ -42,8 +42,8 @@ async def test_one_request_too_many_is_told_when_to_come_again(tmp_path: Path) -
 
 @pytest.mark.slow
 async def test_who_must_not_be_kept_out_is_not(tmp_path: Path) -> None:
-    """The upstream's callbacks, images, health and metrics, with a key that has made its requests
-    or without one.
+    """The upstream's callbacks, images, health and metrics stay open to a key that is at its limit,
+    and without a key.
     """
     theirs = Upstream()
     async with world(tmp_path, upstream=theirs.app, key_requests="3/year") as here:
@@ -81,7 +81,7 @@ async def test_who_must_not_be_kept_out_is_not(tmp_path: Path) -> None:
 
 
 async def test_a_wait_counts_once(tmp_path: Path) -> None:
-    """However long a request waits or streams, it is one."""
+    """A request that waits or streams counts once, whatever its duration."""
     async with world(tmp_path, key_requests="2/year") as here:
         task = await here.submit(headers={"prefer": "wait=20"})
         assert task["state"] == "completed"
@@ -93,7 +93,6 @@ async def test_a_wait_counts_once(tmp_path: Path) -> None:
 
 
 async def test_without_the_setting_there_is_no_limit() -> None:
-    """Unset: as many as anybody likes."""
     limits = KeyLimits(None)
     for _ in range(10_000):
         await limits.count("key")
@@ -103,8 +102,8 @@ async def test_without_the_setting_there_is_no_limit() -> None:
 async def test_after_retry_after_a_request_is_allowed(
     requests: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is at least a second, and true: who waits for so long is let in, whenever in its time the
-    limit was reached.
+    """`Retry-After` is at least one second. A client that waits for that time is let in, at any
+    point of the limit's window.
     """
     now = 1_750_000_000.0
     monkeypatch.setattr(time, "time", lambda: now)
@@ -142,7 +141,7 @@ async def test_after_retry_after_a_request_is_allowed(
     ],
 )
 def test_a_bad_limit_stops_the_start(value: str) -> None:
-    """One line that names the setting and says how it is written, not what was there."""
+    """The error is one line that names the setting and its form, and does not show the value."""
     with pytest.raises(
         ConfigurationError,
         match=r"^DARKROOM_KEY_REQUESTS: should be requests per time, such as 600/minute$",
@@ -151,8 +150,8 @@ def test_a_bad_limit_stops_the_start(value: str) -> None:
 
 
 def test_a_limit_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the library is not installed the start says so; without the setting nobody misses
-    it.
+    """The start fails with the setting and without the library. Without the setting the library is
+    not needed.
     """
     monkeypatch.setitem(sys.modules, "limits", None)
     with pytest.raises(ConfigurationError, match="DARKROOM_KEY_REQUESTS: needs the extra limits"):

@@ -1,4 +1,6 @@
-"""Proof after an end of our own making, and what operators decide by hand, over real sockets."""
+"""Results that arrive after the service ended a task by itself, and operators' decisions, over real
+sockets.
+"""
 
 import json
 from collections.abc import AsyncIterator, Iterator
@@ -19,7 +21,7 @@ Task = dict[str, Any]
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Due work is looked for, and questions are asked again, more often than in earnest."""
+    """Shortens the polling of the workers and the time between queries."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LOOK_S", 0.05)
         patch.setattr(confirm_worker, "next_query_wait", lambda *_: 0.05)
@@ -37,7 +39,7 @@ def upstream() -> Upstream:
 async def here(
     upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[World]:
-    """Whether a submission was created is decided soon."""
+    """A world that ends an uncertain submission soon."""
     async with world(
         tmp_path_factory.mktemp("late"), upstream=upstream.app, uncertain_after_s=0.05
     ) as made:
@@ -48,7 +50,7 @@ async def here(
 async def patient(
     upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[World]:
-    """What is uncertain stays so until somebody decides."""
+    """A world in which an uncertain task stays uncertain until an operator decides."""
     async with world(
         tmp_path_factory.mktemp("patient"),
         upstream=upstream.app,
@@ -68,7 +70,7 @@ async def in_state(here: World, task_id: str, state: str) -> Task:
 
 
 async def doubtful(here: World, upstream: Upstream, prompt: str, *then: Response) -> Task:
-    """A task whose submission was answered by half a sentence."""
+    """A task whose submission got a truncated answer."""
     upstream.submits[prompt] = [Cut(b'{"id": "task-un'), *then]
     return await here.submit(prompt=prompt, headers={"prefer": "respond-async"})
 
@@ -90,8 +92,8 @@ async def told_late(here: World, task: Task) -> Task:
 async def test_a_picture_proved_after_submission_uncertain_is_saved_and_listed(
     here: World, upstream: Upstream
 ) -> None:
-    """The task stays failed with its one terminal event; the picture that was paid for is there,
-    and operators know.
+    """The task stays failed with its one terminal event. The service stores the paid image and
+    reports it by `task.late_result`.
     """
     task = await in_state(here, (await doubtful(here, upstream, "late proof"))["id"], "failed")
     assert task["error"]["code"] == "submission_uncertain"
@@ -126,8 +128,8 @@ async def test_a_picture_proved_after_submission_uncertain_is_saved_and_listed(
 async def test_a_picture_proved_after_expiry_is_saved_and_listed(
     upstream: Upstream, tmp_path: Path
 ) -> None:
-    """The upstream knew nothing of the task for longer than it keeps one; then its callback comes
-    after all.
+    """The task expires because the upstream does not know it. The upstream's callback arrives
+    afterwards.
     """
     async with world(
         tmp_path, upstream=upstream.app, evolink_task_ttl_s=0.2, reconcile_after_s=0.05
@@ -154,7 +156,9 @@ async def test_a_picture_proved_after_expiry_is_saved_and_listed(
 async def test_an_operator_gives_an_uncertain_task_its_id(
     patient: World, upstream: Upstream
 ) -> None:
-    """The upstream is asked at once under it, and the task goes its usual way."""
+    """The service queries the upstream at once under the given id, and the task continues
+    normally.
+    """
     task = await in_state(
         patient, (await doubtful(patient, upstream, "by hand"))["id"], "uncertain"
     )
@@ -176,7 +180,9 @@ async def test_an_operator_gives_an_uncertain_task_its_id(
 
 
 async def test_an_operator_corrects_a_mistyped_id(patient: World, upstream: Upstream) -> None:
-    """As long as the upstream knows nothing under it; what it has answered to stands."""
+    """An operator may replace the id while the upstream does not know it. After the upstream's
+    answer the id is final.
+    """
     task = await in_state(
         patient, (await doubtful(patient, upstream, "mistyped"))["id"], "uncertain"
     )
@@ -199,7 +205,9 @@ async def test_an_operator_corrects_a_mistyped_id(patient: World, upstream: Upst
 async def test_an_answer_with_anothers_id_waits_for_proof_like_any_doubt(
     patient: World, upstream: Upstream
 ) -> None:
-    """`DARKROOM_UNCERTAIN_AFTER_S`, not the time of a first question."""
+    """The submission is due again after `DARKROOM_UNCERTAIN_AFTER_S`, not after the shorter time of
+    a first query.
+    """
     for prompt in ("one id", "the same id"):
         upstream.submits[prompt] = [document("pending", id="task-unified-shared")]
     assert (await patient.submit(prompt="one id"))["state"] == "submitted"
@@ -216,8 +224,8 @@ async def test_an_answer_with_anothers_id_waits_for_proof_like_any_doubt(
 async def test_an_operator_decides_an_uncertain_task(
     decision: str, state: str, patient: World, upstream: Upstream
 ) -> None:
-    """`failed` ends it as `submission_uncertain`; `resubmit` sends the same body again under the
-    same idempotency key.
+    """`failed` ends the task as `submission_uncertain`. `resubmit` sends the same body again under
+    the same idempotency key.
     """
     prompt = f"decided as {decision}"
     task = await doubtful(
@@ -250,7 +258,7 @@ async def test_an_operator_decides_an_uncertain_task(
 async def test_a_decision_is_one_of_three(
     body: dict[str, str], patient: World, upstream: Upstream
 ) -> None:
-    """Anything else is refused by name and changes nothing."""
+    """The API refuses every other decision with 400 and changes nothing."""
     task = await in_state(
         patient, (await doubtful(patient, upstream, f"undecided {body}"))["id"], "uncertain"
     )
@@ -262,7 +270,7 @@ async def test_a_decision_is_one_of_three(
 async def test_reconcile_asks_the_upstream_and_fetches_pictures_now(
     patient: World, upstream: Upstream
 ) -> None:
-    """What would have waited for its time is done at once, by an operator's word."""
+    """Reconcile runs a query or a download at once that would otherwise wait for its due time."""
     upstream.submits["now"] = [document("pending", id="task-unified-now")]
     upstream.queries["task-unified-now"] = [
         document("completed", f"{patient.sandbox_url}/files/now.png")
@@ -287,7 +295,7 @@ async def test_reconcile_asks_the_upstream_and_fetches_pictures_now(
 async def test_there_is_nothing_to_reconcile_without_an_id(
     patient: World, upstream: Upstream
 ) -> None:
-    """A task that the upstream never named cannot be asked for."""
+    """The upstream has named no id for the task, so the service cannot query it."""
     task = await in_state(
         patient, (await doubtful(patient, upstream, "nameless"))["id"], "uncertain"
     )
@@ -298,8 +306,8 @@ async def test_there_is_nothing_to_reconcile_without_an_id(
 async def test_a_late_failure_is_told_and_nothing_is_listed(
     here: World, upstream: Upstream
 ) -> None:
-    """Operators learn that what was given up for uncertain was created and failed: nothing was
-    charged.
+    """The event says that the uncertain submission was created and failed, so operators know that
+    it cost nothing.
     """
     task = await in_state(here, (await doubtful(here, upstream, "late failure"))["id"], "failed")
     upstream.queries["task-unified-failed"] = [failed("service_error")]

@@ -1,4 +1,4 @@
-"""The log of a whole run in which much goes wrong."""
+"""The log of a whole run with many failures."""
 
 import asyncio
 import json
@@ -29,8 +29,8 @@ TOKEN = "token-of-an-address"
 
 
 def made_trouble(upstream: Upstream, url: str) -> None:
-    """Tasks that are refused, late, unanswered, good after a while, not pictures, and at an address
-    that is not allowed.
+    """Sets up tasks that the upstream refuses, delays, leaves unanswered or completes after errors,
+    and results that are no images or have a forbidden address.
     """
     pictures = {
         "good": f"{url}/files/good?Signature={SIGNATURE}",
@@ -54,7 +54,9 @@ def made_trouble(upstream: Upstream, url: str) -> None:
 
 
 async def trouble(here: World, client: httpx.AsyncClient, takes: str) -> list[str]:
-    """Meets all of it, and strangers with wrong tokens and keys; the secrets that came up."""
+    """Causes all of these failures, and sends wrong tokens and keys. Returns the secrets of the
+    run.
+    """
     urls = (f"{takes}/x?token={TOKEN}", f"http://127.0.0.1:9/{TOKEN}?token={TOKEN}")
     secrets = [
         got(await client.post("/v1/endpoints", json={"url": url}), 201)["secret"] for url in urls
@@ -100,7 +102,7 @@ async def trouble(here: World, client: httpx.AsyncClient, takes: str) -> list[st
 
 
 async def garbage(url: str, path: str) -> None:
-    """A request that is no HTTP: what uvicorn says of it is a library's line."""
+    """Sends a request that is not HTTP, so that uvicorn logs a line."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(f"{path} is what I want\r\n\r\n".encode())
@@ -112,8 +114,8 @@ async def garbage(url: str, path: str) -> None:
 async def test_no_line_of_a_troubled_run_tells_a_secret_and_each_is_as_the_list_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One JSON object a line, of ours and of libraries, with a name and fields of the list; no
-    token, key, secret, prompt, signature.
+    """Each line, of the service and of its libraries, is one JSON object with a documented name and
+    fields. No line has a token, key, secret, prompt or signature.
     """
     upstream = Upstream()
     secrets = [ADMIN_KEY, UPSTREAM_KEY, SECRET_KEY, PROMPT, SIGNATURE, TOKEN]
@@ -173,8 +175,8 @@ async def test_no_line_of_a_troubled_run_tells_a_secret_and_each_is_as_the_list_
 async def test_a_defect_of_ours_is_one_line_and_an_answer_in_the_one_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """500 with the request's id, under which the log has the traceback; the next request is
-    answered as ever.
+    """The answer is 500 with the request's id, and the log has the traceback under that id. The
+    next request succeeds.
     """
     with logged() as stream:
         async with world(tmp_path) as here:
@@ -195,8 +197,8 @@ async def test_a_defect_of_ours_is_one_line_and_an_answer_in_the_one_form(
 
 
 async def test_a_requests_line_tells_who_asked_for_what(tmp_path: Path) -> None:
-    """The route's pattern, never the path; the caller's owner, the task. Probes and callbacks are
-    told at debug alone.
+    """The line has the route's pattern and never the path, the caller's owner, and the task. Probes
+    and callbacks are logged at debug only.
     """
     with logged("info") as stream:
         async with world(tmp_path) as here, here.owner(name="ann") as client:
@@ -221,7 +223,7 @@ async def test_a_requests_line_tells_who_asked_for_what(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wanted", [True, False])
 async def test_a_prompt_is_logged_only_if_it_is_wanted(tmp_path: Path, wanted: bool) -> None:
-    """`LOG_PROMPTS` puts it into `task.queued`, once."""
+    """With `LOG_PROMPTS` the prompt is in `task.queued`, once."""
     with logged() as stream:
         async with world(tmp_path, log_prompts=wanted) as here:
             await submitted(here.client, ASYNC, prompt=PROMPT)

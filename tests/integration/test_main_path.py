@@ -11,8 +11,8 @@ pytestmark = pytest.mark.slow
 
 
 async def test_a_task_becomes_stored_images_and_one_signed_terminal_event(tmp_path: Path) -> None:
-    """Submit, callback, settle, save, emit: the event's pictures are those that the upstream
-    served.
+    """The service submits, takes the callback, settles, stores and emits. The event's images are
+    the images that the upstream served.
     """
     async with world(tmp_path) as here, subscriber() as takes:
         made = await here.client.post("/v1/endpoints", json={"url": takes.url})

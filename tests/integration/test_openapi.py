@@ -1,4 +1,4 @@
-"""The OpenAPI document: valid, whole, and true of what is really answered."""
+"""The OpenAPI document: valid, complete, and true of the real answers."""
 
 import re
 from functools import cache
@@ -17,13 +17,11 @@ from tests.waiting import wait_until
 from tests.world import World, subscriber
 
 JSON = dict[str, Any]
-OPTIONAL = {"causes"}  # for keys
+OPTIONAL = {"causes"}  # shown to keys only
 
 
 def closed(schema: Any) -> Any:
-    """The schema with every object closed to fields that it does not name, unless it says that
-    there may be others.
-    """
+    """Forbids additional fields on every object of the schema, unless the object allows them."""
     if isinstance(schema, list):
         return [closed(item) for item in schema]
     if not isinstance(schema, dict):
@@ -47,8 +45,8 @@ def validator_of(model: str) -> OAS31Validator:
 
 
 def check(answer: JSON, model: str) -> None:
-    """AssertionError unless the answer is what the document says of it, no field more and none
-    less.
+    """Raises AssertionError unless the answer has exactly the fields that the document
+    describes.
     """
     validator = validator_of(model)
     problems = [
@@ -59,7 +57,7 @@ def check(answer: JSON, model: str) -> None:
 
 
 async def test_the_document_is_valid_and_served_to_everybody(here: World) -> None:
-    """OpenAPI 3.1 by its own rules; the same that the command prints."""
+    """The document is valid OpenAPI 3.1, and equals the output of the command."""
     served = got(await here.stranger.get("/openapi.json"))
     validate(served)
     assert served == document(SPECS)
@@ -73,7 +71,7 @@ def operation(spec: Spec) -> JSON:
 
 
 def test_every_route_is_in_the_document_with_its_parameters_and_scopes() -> None:
-    """Nothing that is answered is left out, and nothing is described that is not there."""
+    """The document describes every route and no other."""
     paths = described()["paths"]
     assert {(method.upper(), path) for path, methods in paths.items() for method in methods} == {
         (spec.method, spec.path) for spec in SPECS
@@ -98,7 +96,9 @@ def test_every_route_is_in_the_document_with_its_parameters_and_scopes() -> None
 
 
 def test_every_key_of_an_answer_is_always_there() -> None:
-    """An answer's fields are required in the document: unknown is null, not absent."""
+    """All fields of an answer are required in the document. An unknown value is null, not
+    absent.
+    """
     components = described()["components"]["schemas"]
     bodies = {spec.body.__name__ for spec in SPECS if spec.body}
     for name, schema in components.items():
@@ -107,14 +107,14 @@ def test_every_key_of_an_answer_is_always_there() -> None:
 
 
 async def test_a_submissions_fields_are_described_as_they_are_checked(here: World) -> None:
-    """What the document allows of a submission is taken, other fields too."""
+    """A submission that the document allows is accepted, with an unknown field as well."""
     body = order(n=1, prompt_extend=False, metadata={"a": "b"}, anything={"else": 1})
     check(body, "Submission")
     check(got(await here.client.post(SUBMIT, json=body, headers=UNTIL_DONE)), "Task")
 
 
 async def test_real_answers_are_what_the_document_says(here: World) -> None:
-    """Every operation with a described answer, asked for real things."""
+    """The test calls every operation that has a described answer, with existing objects."""
     async with here.owner() as client, subscriber() as takes:
         endpoint = got(await client.post("/v1/endpoints", json={"url": takes.url}), 201)
         check(endpoint, "EndpointWithSecret")
@@ -174,7 +174,7 @@ async def test_events_of_tasks_carry_the_documents_task(here: World) -> None:
 
 
 async def test_errors_are_what_the_document_says(here: World) -> None:
-    """Refusals of every kind have the one shape."""
+    """Refusals of every kind have the same form."""
     asked: tuple[tuple[httpx.AsyncClient, str, str, Any], ...] = (
         (here.client, "GET", "/v1/tasks/unknown", None),
         (here.stranger, "GET", "/v1/tasks", None),

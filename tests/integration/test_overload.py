@@ -1,5 +1,5 @@
-"""More at once than a process can do at once: callbacks are answered in time, clients are told to
-come again (contract section 4).
+"""A burst beyond a process's capacity: it answers callbacks in time and tells clients to retry
+(docs/overload.md).
 """
 
 import asyncio
@@ -29,13 +29,11 @@ from tests.processes import ADMIN_KEY, Running, service_settings, started
 from tests.waiting import wait_until
 from tests.world import answering
 
-FULL = (
-    "DARKROOM_TEST_CALLBACKS" in os.environ
-)  # 20000, by hand: as much at once as the processor can do; in the suite what it always can
+# A manual run sets 20000, the most that the processor can do. The suite uses a smaller number.
+FULL = "DARKROOM_TEST_CALLBACKS" in os.environ
 CALLBACKS = int(os.environ.get("DARKROOM_TEST_CALLBACKS", "2000"))
-ALL = min(
-    CALLBACKS - 100, resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 500
-)  # connections: no process may have more
+# connections, within the process's limit of descriptors
+ALL = min(CALLBACKS - 100, resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 500)
 UPSTREAMS_PATIENCE_S = 10.0
 AT_ONCE = 300  # connections
 ACCEPTED, DUPLICATE, AGAIN, LATE = (
@@ -57,8 +55,8 @@ async def failed(request: Request) -> Response:
 
 @pytest.fixture(scope="module")
 def waiting(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a store of so many tasks that wait for their callbacks, and these in
-    `requests`.
+    """A folder with a store of `CALLBACKS` tasks that wait for their callbacks, and the callbacks
+    in `requests`.
     """
     folder = tmp_path_factory.mktemp("waiting")
     asyncio.run(prepare(folder, "http://upstream.invalid", CALLBACKS))
@@ -72,7 +70,7 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def burdened(folder: Path, waiting: Path) -> AsyncIterator[Running]:
-    """A process with that store."""
+    """A process with a copy of that store."""
     await asyncio.to_thread(shutil.copytree, waiting / "template", folder / "data")
     async with answering(Starlette(routes=[Route("/v1/tasks/{task_id}", failed)])) as url:
         with started(
@@ -103,8 +101,8 @@ async def keep_asking(client: httpx.AsyncClient, over: asyncio.Event, seen: Coun
 async def test_a_burst_of_callbacks_is_answered_in_time(
     connections: int, tmp_path: Path, waiting: Path
 ) -> None:
-    """Each within the upstream's patience, or it is told so in time and is taken when it comes
-    again, while clients go on.
+    """The process accepts each callback within the upstream's time limit, or answers 503 in time
+    and accepts the repeated callback. Clients' requests continue meanwhile.
 
     No connection is reset, none ends without an answer, and each task ends once.
     """
@@ -125,7 +123,7 @@ async def test_a_burst_of_callbacks_is_answered_in_time(
             assert told["seen"].get(LATE, 0) <= (0 if connections == AT_ONCE else CALLBACKS // 100)
             assert told["seen"][ACCEPTED] + told["seen"].get(DUPLICATE, 0) == CALLBACKS
             assert told["max"] < UPSTREAMS_PATIENCE_S
-            assert seen.keys() <= {"200", "404", "503 1"}  # its upstream knows no submissions
+            assert seen.keys() <= {"200", "404", "503 1"}  # its upstream answers 404 to submissions
             own = seen["200"] + seen["404"]
             if not FULL:  # settling needs two minutes for 20,000
                 await wait_until(

@@ -1,8 +1,7 @@
-"""Two owners: whatever one asks for, by any route, it learns nothing of the other's, not even that
-it is there.
+"""Two owners: no route tells one owner anything about the other's objects, not even that they
+exist.
 
-The cases are made from the table of routes: a route, parameter or body that is new there has to be
-given its case here.
+The cases come from the table of routes. A new route, parameter or body needs its case here.
 """
 
 import base64
@@ -29,7 +28,7 @@ from tests.waiting import wait_until
 from tests.world import LOOPBACK, subscriber, world
 
 JSON = dict[str, Any]
-Pair = tuple[Any, Any]  # what is another's, and the same of which nobody has any
+Pair = tuple[Any, Any]  # another owner's value, and an unknown value of the same kind
 
 NOTHING = "a" * 26
 UNKNOWN = "task-unified-1757165031-nobody00"
@@ -39,7 +38,7 @@ LATE = {"delay": 600}  # the task outlasts the tests
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """An upstream, and what it was asked for."""
+    """An upstream that records the calls it receives."""
 
     app: ASGIApp
     asked: list[str]
@@ -52,16 +51,16 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class Two:
-    """Ann's things, Bob who asks and changes nothing, Carl who does.
+    """Ann owns the objects. Bob asks and changes nothing. Carl changes things.
 
-    `told` are texts that only Ann may be shown; `pairs` by the name of a parameter, `bodies` by
+    `told` has texts that only Ann may see. `pairs` is keyed by the name of a parameter, `bodies` by
     route.
     """
 
     ann: httpx.AsyncClient
     bob: httpx.AsyncClient
     carl: httpx.AsyncClient
-    bobs: Mapping[str, int]  # how many of each list are his
+    bobs: Mapping[str, int]  # the length of each of his lists
     told: tuple[str, ...]
     pairs: Mapping[str, tuple[Pair, ...]]
     bodies: Mapping[tuple[str, str], tuple[Pair, ...]]
@@ -75,13 +74,13 @@ LISTS = ("/v1/tasks", "/v1/endpoints", "/v1/deliveries", "/v1/events")
 
 
 async def lists(client: httpx.AsyncClient) -> list[list[JSON]]:
-    """Everything its owner can list."""
+    """Everything that the client's owner can list."""
     return [got(await client.get(path))["data"] for path in LISTS]
 
 
 async def active(client: httpx.AsyncClient, owner: str, hook: str, late: int) -> str:
-    """Gives an owner two endpoints, a task that is done, `late` ones that are not, and what comes
-    of them; a replay's id.
+    """Creates two endpoints for an owner, one completed task, `late` unfinished ones, and their
+    deliveries. Returns the id of a replay.
     """
     hooks = [
         got(
@@ -100,7 +99,8 @@ async def active(client: httpx.AsyncClient, owner: str, hook: str, late: int) ->
 
     async def delivered() -> bool:
         found = got(await client.get("/v1/deliveries", params={"state": "delivered"}))["data"]
-        return len(found) == 2 * (2 + late) + 1  # each event twice, and the task itself
+        # each event to both endpoints, and the task's own callback
+        return len(found) == 2 * (2 + late) + 1
 
     await wait_until(delivered)
     replay: str = got(await client.post(f"/v1/endpoints/{hooks[0]['id']}/replay"))["id"]
@@ -108,14 +108,14 @@ async def active(client: httpx.AsyncClient, owner: str, hook: str, late: int) ->
 
 
 def ids_of(documents: object) -> list[str]:
-    """Whatever in them looks like an id that one may ask for, or have."""
+    """Every text in the documents that looks like an id."""
     return sorted(
         set(re.findall(r"\b[a-z]+_[a-z2-7]{26}\b|task-unified-[\w-]+", json.dumps(documents)))
     )
 
 
 def elsewhere(cursor: str) -> str:
-    """A cursor for the same moment that leads on from something nobody has."""
+    """A cursor of the same time that names an unknown object."""
     time, id = json.loads(base64.urlsafe_b64decode(cursor))
     return base64.urlsafe_b64encode(
         json.dumps([time, id.partition("_")[0] + "_" + NOTHING]).encode()
@@ -125,7 +125,7 @@ def elsewhere(cursor: str) -> str:
 async def parameters(
     ann: httpx.AsyncClient, documents: list[list[JSON]], replay: str
 ) -> dict[str, tuple[Pair, ...]]:
-    """For each name in a path or a query Ann's values, each with one that nobody has."""
+    """For each name in a path or a query Ann's values, each paired with an unknown one."""
     tasks, endpoints, deliveries, events = documents
     ours = [(task["id"], f"task_{NOTHING}") for task in tasks]
     theirs = [(task["upstream_id"], UNKNOWN) for task in tasks]
@@ -153,8 +153,8 @@ async def parameters(
 
 @pytest.fixture(scope="module")
 async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
-    """What happens while workers run is over; then the same store answers without them, and nothing
-    stirs but what is asked.
+    """The workers finish everything first. The same store then serves without workers, so that only
+    the test's requests cause activity.
     """
     folder, asked = tmp_path_factory.mktemp("two"), list[str]()
     sandbox = create_sandbox(SandboxOptions(networks=(ip_network(LOOPBACK),), delay_s=0.05))
@@ -169,9 +169,8 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
             metrics = (await bob.get("/metrics")).text
     async with AsyncExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(
-            auth, "CACHE_S", 3600
-        )  # a key is looked up once: not in the middle of a comparison
+        # No lookup of a key falls into the middle of a comparison.
+        patch.setattr(auth, "CACHE_S", 3600)
         here = await stack.enter_async_context(
             world(folder, upstream=upstream, role=Role(workers=False))
         )
@@ -212,7 +211,7 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
 
 @contextmanager
 def statements() -> Iterator[list[str]]:
-    """Every statement of any store, as it is written, without its values."""
+    """Records every SQL statement of every store, without its values."""
     seen: list[str] = []
 
     def see(_connection: object, _cursor: object, statement: str, *_: object) -> None:
@@ -227,8 +226,8 @@ def statements() -> Iterator[list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """All that an answer tells: what it says, and the work that was done for it, of which its time
-    is a measure.
+    """Everything that an answer reveals: its content, and the statements and calls behind it, which
+    determine its duration.
     """
 
     status: int
@@ -254,29 +253,29 @@ async def ask(two: Two, method: str, path: str, **more: Any) -> Said:
 
 
 def told(two: Two, text: str) -> list[str]:
-    """What of Ann's stands in a text."""
+    """Ann's texts that occur in `text`."""
     return [each for each in two.told if re.search(rf"\b{re.escape(each)}\b", text)]
 
 
 def cases(two: Two, spec: Spec) -> Iterator[tuple[tuple[str, JSON], tuple[str, JSON]]]:
-    """Paths and what goes with them, for Ann's and for nobody's; KeyError: nobody has thought of
-    this route yet.
+    """Yields pairs of requests, for Ann's object and for an unknown one. Raises KeyError for a
+    route without a case.
     """
     names = re.findall(r"\{(\w+)\}", spec.path)
     body = two.bodies[spec.method, spec.path] if spec.body and spec.scopes != ("admin",) else ()
     for name in names:
         for pair in two.pairs[name]:
             sent = {"json": body[0][0]} if body else {}
-            # # of two
+            # mypy sees a tuple of unknown length, not a pair.
             yield tuple((spec.path.replace(f"{{{name}}}", value), sent) for value in pair)  # type: ignore[misc]
     for pair in () if names else body:
-        # # of two
+        # mypy sees a tuple of unknown length, not a pair.
         yield tuple((spec.path, {"json": value, "headers": ASYNC}) for value in pair)  # type: ignore[misc]
     for name in spec.query:
         for pair in two.pairs.get(f"{spec.path}?{name}") or two.pairs[name]:
             yield tuple(
                 (spec.path, {"params": {name.replace("KEY", "of"): value}}) for value in pair
-            )  # type: ignore[misc]  # of two
+            )  # type: ignore[misc]  # a pair
 
 
 ASKED = [spec for spec in SPECS if spec.scopes]
@@ -284,8 +283,8 @@ ASKED = [spec for spec in SPECS if spec.scopes]
 
 @pytest.mark.parametrize("spec", ASKED, ids=[f"{spec.method} {spec.path}" for spec in ASKED])
 async def test_what_is_anothers_is_answered_like_what_nobody_has(two: Two, spec: Spec) -> None:
-    """The same status, headers and bytes after the same statements and calls, on every route with
-    every id, filter and body.
+    """Status, headers, body, statements and upstream calls are equal on every route, for every id,
+    filter and body.
     """
     for (anothers, sent), (nobodys, same) in cases(two, spec):
         said = await ask(two, spec.method, anothers, **sent)
@@ -303,7 +302,7 @@ async def test_what_is_anothers_is_answered_like_what_nobody_has(two: Two, spec:
     ids=lambda spec: spec.path,
 )
 async def test_what_is_shown_without_an_id_has_nothing_of_anothers(two: Two, spec: Spec) -> None:
-    """Bob's lists are as long as what is his; nothing that he is shown names anything of Ann's."""
+    """Bob's lists contain exactly his objects, and no answer to him names anything of Ann's."""
     said = await ask(two, "GET", spec.path)
     assert not told(two, said.text)
     if spec.path in two.bobs:
@@ -316,13 +315,13 @@ async def test_what_is_shown_without_an_id_has_nothing_of_anothers(two: Two, spe
     ids=lambda spec: spec.path,
 )
 async def test_its_owner_is_shown_all_of_it(two: Two, spec: Spec) -> None:
-    """Or else these tests would hold of a service that shows nothing."""
+    """Ann can read every object. This guards against a service that shows nothing."""
     for (path, sent), _ in cases(two, spec):
         got(await two.ann.get(path, **sent))
 
 
 async def test_anothers_place_in_a_list_is_a_place_and_no_more(two: Two) -> None:
-    """With Ann's cursor Bob goes on in his own list."""
+    """With Ann's cursor Bob continues in his own list."""
     for cursor, _ in two.pairs["cursor"]:
         for path in LISTS[:3]:
             everything = got(await two.bob.get(path))["data"]
@@ -331,7 +330,7 @@ async def test_anothers_place_in_a_list_is_a_place_and_no_more(two: Two) -> None
 
 
 async def test_one_idempotency_key_of_two_owners_makes_two_tasks(two: Two) -> None:
-    """And which keys another has used is not to be found out."""
+    """The answer does not reveal whether another owner has used the key."""
     answers = []
     for key in (two.key, "nobodys-key"):
         with statements() as seen:
@@ -346,8 +345,8 @@ async def test_one_idempotency_key_of_two_owners_makes_two_tasks(two: Two) -> No
 
 
 async def test_no_label_of_the_metrics_names_anybody_or_anything(two: Two) -> None:
-    """They are everybody's sums, by kinds that are known beforehand; after deliveries, downloads
-    and calls.
+    """After deliveries, downloads and calls the metrics are sums over all owners, with a fixed set
+    of labels.
     """
     samples = [
         sample

@@ -1,5 +1,5 @@
-"""Owners take turns at the upstream over real sockets, and a full disk keeps nothing out that has
-been paid for.
+"""Fair queueing among owners over real sockets, and a full disk that refuses new submissions
+only.
 """
 
 import asyncio
@@ -19,8 +19,8 @@ FLOOD = 120
 
 
 async def test_one_owners_flood_delays_anothers_task_by_a_round(tmp_path: Path) -> None:
-    """A hundred tasks of one owner wait, and more keep coming: another's single one is sent with
-    the next few, all once.
+    """One owner has a hundred waiting tasks and submits more. The single task of another owner is
+    sent in the next round, and every task is sent once.
     """
     theirs, gate = Upstream(), asyncio.Event()
     for number in range(4):
@@ -34,7 +34,7 @@ async def test_one_owners_flood_delays_anothers_task_by_a_round(tmp_path: Path) 
     ):
         for number in range(FLOOD):
             await submitted(crowd, ASYNC, prompt=f"flood {number}")
-        await wait_until(lambda: len(theirs.received) == 3)  # three quarters of the places
+        await wait_until(lambda: len(theirs.received) == 3)  # three quarters of the slots
         await submitted(modest, ASYNC, prompt="modest")
         for number in range(FLOOD, FLOOD + 20):
             await submitted(crowd, ASYNC, prompt=f"flood {number}")
@@ -42,14 +42,14 @@ async def test_one_owners_flood_delays_anothers_task_by_a_round(tmp_path: Path) 
         await wait_until(lambda: len(theirs.received) == FLOOD + 21, timeout=30)
         order_of_arrival = list(theirs.received)
         assert order_of_arrival.index("modest") < 3 + 1 + 4, (
-            "on their way; leased already; the next round"
+            "3 in flight, 1 leased already, 4 of the next round"
         )
         assert {len(requests) for requests in theirs.received.values()} == {1}
 
 
 async def test_without_space_only_new_submissions_are_refused(tmp_path: Path) -> None:
-    """Below `MIN_FREE_BYTES`: 503 with a time to come back; callbacks are answered 200, their
-    pictures stored, replays found.
+    """Below `MIN_FREE_BYTES` a submission gets 503 with `Retry-After`. Callbacks are answered 200,
+    their images are stored, and an idempotent replay finds its task.
     """
     theirs, key = Upstream(), {"idempotency-key": "first"}
     async with world(tmp_path, upstream=theirs.app) as here:

@@ -1,5 +1,5 @@
-"""Calls to the upstream over real sockets: as many as it is told, in the right order, fewer where
-it says that they are too many.
+"""The concurrency limit of calls to the upstream over real sockets: its maximum, its priorities,
+and its reaction to 429.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ TOO_MANY = error(429, "rate_limit_exceeded")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Due work is looked for, and asked about again, sooner than in earnest."""
+    """Shortens the polling of the workers and the time between queries."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LOOK_S", 0.05)
         patch.setattr(confirm_worker, "confirm_wait", lambda _queries: 0.05)
@@ -52,18 +52,18 @@ def quick() -> Iterator[None]:
 
 
 async def a_while(_call: str) -> None:
-    """A slow upstream's time: one pause of whoever waits."""
+    """A short delay of a slow upstream: one pause of `wait_until`."""
     looks = iter((False, True))
     await wait_until(lambda: next(looks))
 
 
 @dataclass(slots=True)
 class Slow:
-    """An upstream that counts the calls it has in hand: `running` now, at `most` at once. Calls are
-    named by the end of their path.
+    """An upstream that counts its calls in progress: `running` now, `most` at the peak. The end of
+    a call's path is its name.
 
-    It answers once `ready` returns: every task has failed, every submission is taken, unless
-    `busy`: then all is 429.
+    It answers once `ready` returns. Every task has failed and every submission is accepted. If
+    `busy` is set, every answer is 429.
     """
 
     ready: Callable[[str], Awaitable[None]] = a_while
@@ -94,7 +94,7 @@ class Slow:
 
 
 async def submitted(folder: Path, count: int, first_query_ms: int = DAY_MS) -> list[str]:
-    """So many tasks that the upstream has, in the store of a world that is not open yet; their
+    """Writes `count` submitted tasks into the store of a world that is not open yet. Returns their
     ids.
     """
     ids = [new_id("task", wall_clock()) for _ in range(count)]
@@ -122,7 +122,9 @@ async def submitted(folder: Path, count: int, first_query_ms: int = DAY_MS) -> l
 
 
 async def call_back(here: World, ids: Sequence[str], at_once: int = 32) -> None:
-    """The upstream's callbacks for these tasks; AssertionError unless each is accepted."""
+    """Sends the upstream's callbacks for these tasks. Raises AssertionError unless each is
+    accepted.
+    """
     connections = asyncio.Semaphore(at_once)
 
     async def one(task_id: str) -> None:
@@ -149,15 +151,15 @@ async def all_settled(here: World, timeout: float = 60) -> None:
     await wait_until(none_left, timeout)
 
 
-# --- as many as it is told
+# --- the limit
 # ---------------------------------------------------------------------------------------------
 
 
 async def flood(
     folder: Path, callbacks: int, silent: int, concurrency: int, timeout: float = 60
 ) -> Slow:
-    """Callbacks for so many tasks while others are silent for too long and clients ask and submit;
-    all settles, each once.
+    """Sends callbacks while silent tasks are due for reconciling and clients read and submit. Every
+    task settles once.
     """
     upstream = Slow()
     called = await submitted(folder, callbacks)
@@ -176,8 +178,8 @@ async def flood(
 
 
 async def call_back_later(here: World, ids: Sequence[str]) -> None:
-    """Once the upstream has them: it calls back without its id, which the submission's answer
-    told.
+    """Waits until the submissions are recorded, then calls back. The callbacks omit the upstream's
+    id, which the submission's answer has given.
     """
 
     async def all_there() -> bool:
@@ -192,8 +194,8 @@ async def call_back_later(here: World, ids: Sequence[str]) -> None:
 async def test_a_batch_of_callbacks_makes_no_more_calls_than_the_setting_says(
     tmp_path: Path,
 ) -> None:
-    """Confirmations, reconciling, submissions and what is passed through together never exceed
-    `EVOLINK_CONCURRENCY`; all settles.
+    """Confirmations, reconciling, submissions and passed-through calls together never exceed
+    `EVOLINK_CONCURRENCY`, and all tasks settle.
     """
     upstream = await flood(tmp_path, callbacks=200, silent=100, concurrency=5)
     assert upstream.most == 5
@@ -203,7 +205,7 @@ async def test_a_batch_of_callbacks_makes_no_more_calls_than_the_setting_says(
     } == {}
 
 
-# --- in the right order
+# --- priorities
 # ------------------------------------------------------------------------------------------------
 
 
@@ -211,8 +213,8 @@ async def test_a_batch_of_callbacks_makes_no_more_calls_than_the_setting_says(
 async def backlog(
     folder: Path, silent: int
 ) -> AsyncIterator[tuple[World, Slow, list[str], list[str]]]:
-    """A world whose upstream answers nothing about tasks that are silent, many of which are due;
-    those, and five others.
+    """A world with many due silent tasks whose queries hang. Yields their ids and the ids of five
+    other tasks.
     """
     answered = asyncio.Event()
     others = await submitted(folder, 5)
@@ -233,8 +235,8 @@ async def backlog(
 
 
 async def test_a_backlog_of_silent_tasks_delays_no_confirmation(tmp_path: Path) -> None:
-    """While hundreds are due for reconciling, and all that are asked about hang, callbacks are
-    confirmed one after another.
+    """Hundreds of tasks are due for reconciling, and their queries hang. The worker still confirms
+    one callback after another.
     """
     async with backlog(tmp_path, 300) as (here, upstream, _silent, others):
         for task_id in others:
@@ -247,8 +249,8 @@ async def test_a_backlog_of_silent_tasks_delays_no_confirmation(tmp_path: Path) 
 
 
 async def test_a_callback_for_a_task_that_waits_to_be_reconciled_goes_first(tmp_path: Path) -> None:
-    """Who reconciles and finds no place gives the row back: its callback's confirmation waits for
-    no silent task.
+    """A reconciler that gets no slot releases its row. The confirmation of that task's callback
+    then waits for no silent task.
     """
     async with backlog(tmp_path, 8) as (here, upstream, silent, _others):
         (last,) = (task_id for task_id in silent if not upstream.calls[f"u-{task_id}"])
@@ -258,15 +260,15 @@ async def test_a_callback_for_a_task_that_waits_to_be_reconciled_goes_first(tmp_
         assert [upstream.running, here.context.resources.limiter.used("confirm")] == [8, 1]
 
 
-# --- fewer where it says so
+# --- answers of 429
 # --------------------------------------------------------------------------------------------
 
 
 async def test_an_upstream_that_is_too_busy_sees_fewer_calls_until_it_is_not(
     tmp_path: Path,
 ) -> None:
-    """429 upon 429: one call at a time; once they are answered as many as before; in the end
-    nothing is lost.
+    """After repeated 429 answers the service makes one call at a time. Once the calls succeed the
+    limit rises to its former value, and every task settles.
     """
     upstream = Slow(busy=True)
     called = await submitted(tmp_path, 300)
@@ -285,8 +287,8 @@ async def test_an_upstream_that_is_too_busy_sees_fewer_calls_until_it_is_not(
 
 
 async def test_a_429_is_heard_wherever_it_comes(tmp_path: Path) -> None:
-    """Submitting, confirming, reconciling, passing through: each halves its own kind, and the gauge
-    shows it.
+    """A 429 to a submission, confirmation, query or passed-through call halves the limit of its
+    kind, and the gauge shows it.
     """
     upstream = Slow(busy=True)
     (called,), _ = await submitted(tmp_path, 1), await submitted(tmp_path, 1, first_query_ms=0)
@@ -320,7 +322,9 @@ async def test_a_429_is_heard_wherever_it_comes(tmp_path: Path) -> None:
 async def test_what_is_passed_through_does_not_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No place in time: 503 with `Retry-After`, and the upstream is not asked; with one it is."""
+    """A passed-through call that gets no slot in time is answered 503 with `Retry-After` and is not
+    sent. With a free slot it is sent.
+    """
     upstream = Slow()
     async with world(tmp_path, upstream=upstream.app, evolink_concurrency=2) as here:
         monkeypatch.setattr(upstream_routes, "PLACE_S", 0.05)

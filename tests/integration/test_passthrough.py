@@ -1,5 +1,5 @@
-"""What is the upstream's to answer: its credits and models, its tasks that were not submitted here,
-and ids in `model_params`.
+"""Requests that the upstream answers: credits, models, tasks from outside this service, and ids in
+`model_params`.
 """
 
 import json
@@ -29,8 +29,8 @@ EVERY_PATH = pytest.mark.parametrize("path", ["/v1/credits", "/v1/models", QUERY
 
 @dataclass(slots=True)
 class Elsewhere:
-    """An upstream with one answer to everything; `asked` are the targets of its requests as they
-    were sent.
+    """An upstream with one answer to every request. `asked` has the targets of its requests,
+    unchanged.
     """
 
     answer: Response = field(default_factory=Response)
@@ -70,7 +70,7 @@ async def reader(there: World) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def test_credits_and_models_are_the_sandboxs_own_answers(here: World) -> None:
-    """What is passed through is passed through byte for byte."""
+    """The service passes these answers through byte for byte."""
     for path in ("/v1/credits", "/v1/models"):
         answer = await here.client.get(path)
         assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
@@ -82,8 +82,8 @@ async def test_credits_and_models_are_the_sandboxs_own_answers(here: World) -> N
 async def test_an_answer_in_json_keeps_its_status_and_its_bytes(
     elsewhere: Elsewhere, reader: httpx.AsyncClient, path: str, status: int
 ) -> None:
-    """Of its headers nothing comes through: no cookie, no media type but JSON's; our key goes
-    along, the client's does not.
+    """The client gets no cookie or other header of the upstream, and the media type is always JSON.
+    The upstream gets the service's key, and no cookie or request id of the client.
     """
     body = b'{"error": {"code":401,\n "message":"\xc3\xbc"}}'
     elsewhere.answer = Response(
@@ -123,8 +123,8 @@ async def test_an_answer_in_json_keeps_its_status_and_its_bytes(
 async def test_what_is_no_answer_is_503_in_the_one_form(
     elsewhere: Elsewhere, reader: httpx.AsyncClient, path: str, answer: Response
 ) -> None:
-    """Faults of the upstream, pages of a gateway, redirects and what breaks off: come again, and no
-    5xx that would be ours.
+    """Upstream faults, gateway pages, redirects and truncated answers become 503, so that the
+    client retries and sees no 5xx of the service itself.
     """
     elsewhere.answer = answer
     refused(await reader.get(path), 503, "upstream_unavailable")
@@ -150,7 +150,9 @@ async def test_when_to_come_again_is_the_upstreams_word(
     said: str | None,
     told: str,
 ) -> None:
-    """`Retry-After` comes through; without one it is what the upstream's pages say."""
+    """`Retry-After` comes from the upstream. Without a valid value the service uses its default for
+    the status.
+    """
     elsewhere.answer = error(status, "busy", **({} if said is None else {"retry_after": said}))
     answer = await reader.get(path)
     assert (answer.status_code, answer.headers["retry-after"]) == (
@@ -160,7 +162,7 @@ async def test_when_to_come_again_is_the_upstreams_word(
 
 
 async def test_without_an_upstream_the_answer_is_503(tmp_path: Path) -> None:
-    """No connection is nothing a client could have done wrong."""
+    """A refused connection is no fault of the client."""
     async with world(
         tmp_path, role=Role(workers=False), evolink_base_url="http://127.0.0.1:9"
     ) as alone:
@@ -175,7 +177,9 @@ async def test_without_an_upstream_the_answer_is_503(tmp_path: Path) -> None:
 async def test_a_task_that_was_submitted_past_this_service_is_shown_as_the_upstream_shows_it(
     here: World,
 ) -> None:
-    """Byte for byte, to whoever has its id; it is none of our tasks."""
+    """The service shows the task byte for byte to every client that has its id. It has no timeline
+    and no cancel for it.
+    """
     theirs = (await here.sandbox.post(SUBMIT, json=order(sandbox={"delay": 600}))).json()["id"]
     async with here.owner("read", "submit") as client:
         answer = await client.get(f"/v1/tasks/{theirs}")
@@ -186,7 +190,7 @@ async def test_a_task_that_was_submitted_past_this_service_is_shown_as_the_upstr
 
 
 async def test_a_task_that_nobody_has_is_404_in_the_one_form(here: World) -> None:
-    """For an admin too."""
+    """An admin gets the same answer."""
     async with here.owner("read") as client:
         for each in (client, here.client):
             refused(await each.get(QUERY), 404, "task_not_found")
@@ -213,7 +217,9 @@ async def test_a_task_that_nobody_has_is_404_in_the_one_form(here: World) -> Non
 async def test_a_name_that_could_be_read_as_more_is_never_sent(
     there: World, elsewhere: Elsewhere, name: str
 ) -> None:
-    """No path, query or parameter of a path goes upstream in an id: 404 without a call."""
+    """The service sends no id that could contain a path, a query or a path parameter. It answers
+    404 without a call.
+    """
     before = len(elsewhere.asked)
     refused(await there.client.get(f"/v1/tasks/task-unified-{name}"), 404)
     assert len(elsewhere.asked) == before
@@ -225,7 +231,9 @@ async def test_a_name_that_could_be_read_as_more_is_never_sent(
 async def test_an_answer_about_another_task_is_none(
     elsewhere: Elsewhere, reader: httpx.AsyncClient, id: object
 ) -> None:
-    """An upstream that finds more than was asked for shows nobody another owner's task."""
+    """The service rejects an upstream answer with another id, so it shows no owner another owner's
+    task.
+    """
     elsewhere.answer = JSONResponse(
         {"id": id, "status": "completed", "results": ["https://files.evolink.ai/secret.png"]}
     )
@@ -238,8 +246,8 @@ async def test_an_answer_about_another_task_is_none(
 async def test_a_refusal_to_show_a_task_is_404_or_our_fault(
     elsewhere: Elsewhere, reader: httpx.AsyncClient, status: int
 ) -> None:
-    """That there is no such task, in whatever words, is 404; that our key may not look is nothing a
-    client could mend.
+    """A refusal in any words becomes 404. A refusal of the service's own key becomes 503, because a
+    client cannot fix it.
     """
     elsewhere.answer = error(status, "whatever")
     refused(
@@ -253,8 +261,8 @@ async def test_a_refusal_to_show_a_task_is_404_or_our_fault(
 
 
 async def test_nobody_else_sees_a_task_whose_submission_brought_no_answer(tmp_path: Path) -> None:
-    """The upstream knows it and we do not: it may be anybody's who has such a task, and is shown to
-    its owner and admins alone.
+    """The upstream knows the task, and the service does not know its id. Only its owner and admins
+    see such a task.
     """
     async with world(tmp_path) as here, here.owner() as ann, here.owner() as bob:
         task = await submitted(ann, {}, sandbox={"lose_answer": True, "delay": 600})
@@ -281,7 +289,9 @@ async def naming(
 
 
 async def test_a_task_is_built_on_by_either_id(tmp_path: Path) -> None:
-    """Ours is translated, the upstream's sent as it is; `request` has what was asked."""
+    """The service translates its own id and sends the upstream's id unchanged. `request` has the
+    client's value.
+    """
     upstream = Upstream()
     async with world(tmp_path, upstream=upstream.app) as here, here.owner() as client:
         first = await submitted(client, {})
@@ -295,7 +305,7 @@ async def test_a_task_is_built_on_by_either_id(tmp_path: Path) -> None:
 
 
 async def test_a_task_that_the_upstream_does_not_have_yet_cannot_be_built_on(still: World) -> None:
-    """409 while it waits, 400 once it never will be."""
+    """The answer is 409 while the task waits, and 400 once it can no longer be submitted."""
     async with still.owner() as client:
         task = await submitted(client)
         refused(
@@ -312,8 +322,8 @@ async def test_a_task_that_the_upstream_does_not_have_yet_cannot_be_built_on(sti
 
 
 async def test_nothing_but_ones_own_can_be_built_on(here: World) -> None:
-    """Another owner's task and one that nobody has are refused in the same words, by either id;
-    nothing is kept or sent.
+    """Another owner's task and an unknown task get the same error message, by either id. The
+    service stores and sends nothing.
     """
     async with here.owner() as ann, here.owner() as bob:
         task = await submitted(ann, {}, sandbox={"delay": 600})
@@ -328,7 +338,7 @@ async def test_nothing_but_ones_own_can_be_built_on(here: World) -> None:
 
 
 async def test_an_admin_builds_on_anybodys(tmp_path: Path) -> None:
-    """On one that was submitted past this service as well."""
+    """An admin may also build on a task from outside this service."""
     upstream = Upstream()
     async with world(tmp_path, upstream=upstream.app) as here, here.owner() as client:
         task = await submitted(client, {})

@@ -1,4 +1,4 @@
-"""A PostgreSQL server that is only just starting up when a process asks for it."""
+"""A PostgreSQL server that is still starting up when a process connects."""
 
 import asyncio
 import struct
@@ -25,8 +25,8 @@ SAID = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"
 
 @asynccontextmanager
 async def starting(url: str, refusals: int) -> AsyncIterator[str]:
-    """The address of something that says what a server says while it starts, to so many; then it
-    passes on to the server.
+    """A proxy to the server. It answers the first `refusals` connections like a server that is
+    starting up.
     """
     parts, left = urlsplit(url), [None] * refusals
     folder, user = (dict(parse_qsl(parts.query)).get(name) for name in ("host", "user"))
@@ -68,8 +68,8 @@ async def starting(url: str, refusals: int) -> AsyncIterator[str]:
 async def test_a_start_waits_for_a_server_that_starts_up(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a power cut, when both begin at once; it is said once, and what is committed then is
-    committed.
+    """After a power cut both start at once. The process logs one line, waits, and can then
+    commit.
     """
     monkeypatch.setattr(postgres, "BETWEEN_S", 0.01)
     with capture_logs() as lines:
@@ -85,7 +85,7 @@ async def test_a_start_waits_for_a_server_that_starts_up(
 async def test_a_server_that_goes_on_starting_up_is_given_up(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one clear line, for whoever watches over the process."""
+    """The start fails with one clear line."""
     monkeypatch.setattr(postgres, "BETWEEN_S", 0.01)
     monkeypatch.setattr(postgres, "TURNS", 3)
     async with starting(postgres_url, 1000) as url:
@@ -104,7 +104,9 @@ STOPPED_WITH = {
 
 
 async def stop_within_statement(connection: "asyncpg.Connection[Any]") -> None:
-    """Sends the first half of a statement, as a process does that is stopped before the second."""
+    """Sends the first half of a statement, like a process that is stopped before the second
+    half.
+    """
     parse = b"\0SELECT 1\0\0\0"
     transport = connection._transport  # type: ignore[attr-defined]
     transport.write(b"P" + (4 + len(parse)).to_bytes(4, "big") + parse + b"H\0\0\0\4")
@@ -114,8 +116,8 @@ async def stop_within_statement(connection: "asyncpg.Connection[Any]") -> None:
 async def test_a_start_ends_the_session_of_a_stopped_process(
     postgres_url: str, lock: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stopped process holds what a start needs, and no process at work is there to end its
-    session.
+    """The stopped process holds a lock that the start needs, and no working process is there to end
+    its session.
 
     The server waits for the other half of a statement without a limit.
     """
