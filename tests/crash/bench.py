@@ -1,5 +1,5 @@
-"""What every life needs: an upstream and a subscriber that survive it, a launcher of processes,
-databases.
+"""The surroundings of every crash case: an upstream and a subscriber that outlive the service, a
+launcher of processes, and databases.
 """
 
 import asyncio
@@ -33,8 +33,8 @@ SANDBOX = SandboxOptions(
 
 @dataclass(slots=True)
 class Upstream:
-    """A sandbox that writes down every submission it is sent; `refusals`: of a prompt so many are
-    refused for their key, unread.
+    """A sandbox that records every submission. `refusals` counts the submissions of a prompt that
+    it refuses with 401 without recording them.
     """
 
     app: ASGIApp
@@ -65,9 +65,7 @@ class Upstream:
 
 @dataclass(slots=True)
 class Bench:
-    """What all lives share: the upstream and the subscriber, who survive them, and the machine's
-    two cores.
-    """
+    """What all cases share: the upstream, the subscriber and the machine's two cores."""
 
     folder: Path
     server: str
@@ -80,7 +78,7 @@ class Bench:
 
     @asynccontextmanager
     async def database(self) -> AsyncIterator[str]:
-        manager = postgres_database(self.server)  # it has loops of its own
+        manager = postgres_database(self.server)  # the fixture runs event loops of its own
         async with self._creating:
             url = await asyncio.to_thread(manager.__enter__)
         try:

@@ -1,8 +1,8 @@
-"""What is durable when a process has died at a checkpoint, before anybody else is there: what the
-table of docs/reliability.md says of each is true then.
+"""The durable state after a process has died at a checkpoint, before another process starts. The
+table of docs/reliability.md must be true at that moment.
 
-An end that is right proves less: a client that asks again, or an upstream that calls again, may
-mend what was never kept.
+A correct final state proves less: a client that retries, or an upstream that calls again, can
+repair a loss.
 """
 
 import asyncio
@@ -34,9 +34,9 @@ DELIVERED, PENDING = (
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """Figures of the store, ids, and what the others know: `told` the ids of tasks that its client
-    has, `posts` what was submitted, `heard` the events that the subscriber has. `files` are
-    pictures under their names, `unfinished` temporary ones.
+    """Figures of the store, ids, and what the clients and servers saw. `told` has the task ids that
+    the client knows, `posts` the number of submissions, and `heard` the events that the subscriber
+    received. `files` counts images under their final names, `unfinished` temporary files.
     """
 
     figures: Mapping[str, Any]
@@ -53,7 +53,8 @@ class Death:
         return self.figures[name]
 
 
-# Others of the process's jobs go on until it dies: only what no other one can change is held.
+# The process's other jobs go on until it dies. Each check covers only state that no other job can
+# change.
 TRUE_AT: Mapping[str, Callable[[Death], bool]] = {
     "submit.checked": lambda death: not death.told and not death.tasks,
     "submit.inserted": lambda death: not death.told and len(death.tasks) == 1,
@@ -83,7 +84,7 @@ TRUE_AT: Mapping[str, Callable[[Death], bool]] = {
 
 
 def pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Those under their names, and temporary ones."""
+    """The images under their final names, and the temporary files."""
     found = [path for path in (folder / "images").rglob("*") if path.is_file()]
     return [path for path in found if ".incoming" not in path.parts], [
         path for path in found if ".incoming" in path.parts
@@ -93,7 +94,7 @@ def pictures(folder: Path) -> tuple[list[Path], list[Path]]:
 async def death(
     data: Path, database: str | None, *, told: Sequence[str], posts: int, heard: Sequence[str]
 ) -> Death:
-    """`data`: the dead process's folder; `database`: the address of a store that is not there."""
+    """`data` is the dead process's folder. `database` is the address of its store on PostgreSQL."""
     statements = (FIGURES, TASKS, DELIVERED, PENDING)
     (figures,), *ids = await (
         asyncio.to_thread(embedded, data, statements)
@@ -108,7 +109,7 @@ async def death(
 
 
 def embedded(data: Path, statements: Sequence[str]) -> list[list[dict[str, Any]]]:
-    """From a copy: whoever opens what a dead process left mends it."""
+    """Reads a copy, because opening the store would repair what the dead process left."""
     with tempfile.TemporaryDirectory() as folder:
         for path in data.glob("*.db*"):
             shutil.copy(path, folder)

@@ -1,5 +1,5 @@
-"""Several processes of the service on one PostgreSQL: webs and workers, an upstream and a
-subscriber, and orders on their way.
+"""Several service processes, webs and workers, on one PostgreSQL, with an upstream, a subscriber
+and orders under way.
 """
 
 import asyncio
@@ -48,13 +48,13 @@ class Member:
     environment: dict[str, str]
 
     async def killed(self) -> None:
-        """SIGKILL, unless it has ended already."""
+        """Sends SIGKILL, unless the process has ended already."""
         if self.process.code is None:
             self.process.signal(signal.SIGKILL)
         await wait_until(lambda: self.process.code is not None, PATIENCE_S)
 
     def lines(self) -> list[JSON]:
-        """What it has logged so far."""
+        """The lines that it has logged so far."""
         return [
             json.loads(line) for line in self.process.printed.splitlines() if line.startswith("{")
         ]
@@ -62,8 +62,8 @@ class Member:
 
 @dataclass(slots=True)
 class Group:
-    """All of them. `accepted` are the tasks that a client was told of; `kept` those of which a
-    callback was answered with 200.
+    """The processes of a test. `accepted` are the tasks that a client knows, `kept` the tasks with
+    a callback that was answered with 200.
     """
 
     bench: Bench
@@ -75,11 +75,11 @@ class Group:
     port: int = 0
 
     async def start(self, arguments: Sequence[str], **more: str) -> Member:
-        """One more process, at work."""
+        """Starts one more process and waits until it works."""
         port = free_port(self.stack)
         folder = self.bench.folder / f"process-{port}"
         folder.mkdir()
-        self.port = self.port or port  # the first one's is where the upstream calls back
+        self.port = self.port or port  # the upstream calls back to the first process
         callbacks = f"http://127.0.0.1:{self.port}"
         data = str(self.bench.folder / "data")
         given = {
@@ -107,7 +107,7 @@ class Group:
         return self.members[-1]
 
     async def order(self, web: Member, number: int, **fields: Any) -> str:
-        """Submitted until it is taken, as a client does; the task's id."""
+        """Submits an order until a web process accepts it. Returns the task's id."""
         headers = {"prefer": "respond-async", "idempotency-key": f"order-{number}"}
 
         async def taken() -> str | None:
@@ -126,8 +126,8 @@ class Group:
         return task_id
 
     async def ended(self, web: Member) -> dict[str, str]:
-        """The state of every accepted task, once all have ended; each with one terminal event,
-        submitted once.
+        """Waits until all accepted tasks have ended, and returns their states. Checks that each has
+        one terminal event and was submitted once.
         """
 
         async def over() -> dict[str, str] | None:
@@ -157,7 +157,7 @@ class Group:
         return states
 
     async def callback(self, member: Member, task: Mapping[str, Any]) -> str:
-        """The status of the answer to a callback that says the task has failed."""
+        """Sends a callback that says the task has failed. Returns the status of the answer."""
         return await post(
             f"{member.client.base_url}/callbacks/evolink/{task['id']}/{token(task['id'])}",
             task["upstream_id"],
@@ -175,7 +175,9 @@ def token(task_id: str) -> str:
 
 @asynccontextmanager
 async def groups(folder: Path, server: str, database: str | None = None) -> AsyncIterator[Group]:
-    """Nobody yet. `database`: an address of one that is there, else a new one on the server."""
+    """A group without processes. `database` is the address of an existing database. Without it, the
+    group makes a new one on the server.
+    """
     async with benches(folder, server) as bench, AsyncExitStack() as stack:
         url = (
             database if database is not None else await stack.enter_async_context(bench.database())
@@ -199,8 +201,8 @@ async def ask(database: str, statement: str, *args: Any) -> list[Any]:
 
 @asynccontextmanager
 async def terminating(database: str, condition: str) -> AsyncIterator[None]:
-    """Ends the connections that meet the condition on `pg_stat_activity`, again and again, until
-    the block ends.
+    """Terminates the connections that meet the condition on `pg_stat_activity`, again and again,
+    until the block ends.
     """
 
     async def never() -> bool:

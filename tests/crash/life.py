@@ -1,5 +1,5 @@
-"""One task's life through real processes that die, or stop for a while, at checkpoints; what is to
-be seen of it at its end.
+"""One task's life through real processes that die or pause at checkpoints, and a record of the
+state at its end.
 """
 
 import hashlib
@@ -36,9 +36,9 @@ SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Where its processes die one after the other; `paused`: the only one stops there until another
-    has done its work, or, on SQLite, its lease is over; `late`: the other has given the task up
-    meanwhile.
+    """The checkpoints at which the processes of a case die, one after the other. With `paused` its
+    only process stops there until another process has done its work, or on SQLite until its lease
+    has expired. With `late` the other process has given the task up meanwhile.
     """
 
     store: str
@@ -56,15 +56,15 @@ class Case:
 
     @property
     def doubted(self) -> bool:
-        """Whether the upstream's answer is in the hand of a process that is paused."""
+        """Whether the paused process holds the upstream's answer."""
         return self.paused and self.points[0] == "submission.answered" and not self.late
 
 
 @dataclass(slots=True)
 class Ended:
-    """What is there when nothing is left to do. `posts` are the keys under which the upstream was
-    sent the task, `answers` what its callbacks brought it, `after` the state of a task that was
-    given to the process which had been paused.
+    """The state after all work is done. `posts` are the idempotency keys of the task's submissions
+    to the upstream, `answers` the answers to its callbacks. `after` is the state of a task that the
+    paused process took after it continued.
     """
 
     exits: list[int | None]
@@ -91,7 +91,7 @@ class Life:
         self, case: Case, bench: Bench, environment: dict[str, str], stack: AsyncExitStack
     ) -> None:
         self.case, self.bench, self.environment, self._stack = case, bench, environment, stack
-        self.told: list[str] = []  # the ids that its client was answered
+        self.told: list[str] = []  # the ids that the service answered to the client
         self.deaths: list[Death] = []
         silent = case.doubted or case.late
         self.body = order(
@@ -104,7 +104,7 @@ class Life:
 
     @property
     def heard(self) -> list[str]:
-        """The ids of the events that the subscriber was sent."""
+        """The ids of the events that the subscriber received."""
         return [
             got.headers["webhook-id"]
             for got in self.bench.subscriber.received
@@ -141,7 +141,9 @@ class Life:
         got(await client.post("/v1/endpoints", json={"url": url, "types": ["image.task.*"]}), 201)
 
     async def killed(self, process: Launched, client: httpx.AsyncClient) -> int | None:
-        """Its exit code, after whatever its client could do."""
+        """Waits until the process has died, and acts as its client meanwhile. Returns the exit
+        code.
+        """
         with suppress(httpx.TransportError):
             self.told.append((await self.submit(client))["id"])
             if self.case.erased:
@@ -160,7 +162,7 @@ class Life:
         return process.code
 
     async def quiet(self, client: httpx.AsyncClient) -> JSON:
-        """The task, once it has ended and everybody is told."""
+        """Waits until the task has ended and every delivery has arrived."""
         task = await self.submit(client, "wait=90")
 
         async def told() -> bool:
@@ -216,7 +218,7 @@ class Life:
 
 
 async def passing(client: httpx.AsyncClient) -> None:
-    """A moment, waited at the service: dozens that look again and again would take its time."""
+    """Waits for a moment at the service. Dozens of polling cases would slow the service down."""
     last = max(int(event["sequence"]) for event in await listed(client, "events"))
     await client.get("/v1/events", params={"after": last, "wait": 0.5})
 
@@ -227,9 +229,7 @@ async def listed(client: httpx.AsyncClient, what: str, below: str = "/v1") -> li
 
 
 def free_port(stack: AsyncExitStack) -> int:
-    """A port that nobody else is given meanwhile: bound here, listened on by whoever binds it as
-    the service does.
-    """
+    """Reserves a port. This test binds it, and the service can bind it too and listen on it."""
     bound = stack.enter_context(
         socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     )

@@ -1,5 +1,5 @@
-"""A life from the first start to silence: of processes that die one after the other, or of one that
-stops for a while.
+"""Runs a crash case from the first start until no work is left. Its processes die one after the
+other, or one process pauses for a while.
 """
 
 import asyncio
@@ -15,14 +15,14 @@ from tests.waiting import wait_until
 
 
 async def live(case: Case, bench: Bench) -> Ended:
-    """The whole of it, from the first start to silence."""
+    """Runs the case and returns what is left at its end."""
     folder = bench.folder / str(case)
     folder.mkdir()
     more = dict(SETTINGS)
     if any(point.startswith("account.") for point in case.points):
         more |= {
             "SUBMIT_SCHEDULE": "3"
-        }  # nobody asks about the account before the next submission is held
+        }  # the service must hold the next submission before it probes the account
     if case.paused:
         more |= {"RECONCILE_AFTER_S": "1"} | ({"UNCERTAIN_AFTER_S": "600"} if case.doubted else {})
     bench.upstream.refusals[str(case)] = sum(point.startswith("account.") for point in case.points)
@@ -38,8 +38,8 @@ async def live(case: Case, bench: Bench) -> Ended:
 
 
 async def lease_over() -> None:
-    """What the dead held is free; whoever would look for it meanwhile would only take time from
-    others' starts.
+    """Waits until the leases of a dead process have expired. Starting a new process earlier would
+    only take processor time from the other cases.
     """
     clock = asyncio.get_running_loop().time
     end = clock() + LEASE_MS / 1000
@@ -63,12 +63,12 @@ async def dying(one: Life, port: int) -> Ended:
 
 
 async def paused(one: Life, port: int, other: int) -> Ended:
-    """The first process stops with work in hand; the second does it when the lease has ended; the
-    first goes on, then alone, and ends.
+    """Pauses the first process in the middle of its work. The second process does that work after
+    the lease has expired. The first process then continues, takes one more task alone and stops.
     """
     first, client = await one.start(port, DARKROOM_TEST_PAUSE=one.case.points[0])
     await one.subscribe(client)
-    asked = asyncio.create_task(one.ask(client))  # it may be the very request that is paused
+    asked = asyncio.create_task(one.ask(client))  # this request may be the one that pauses
     await wait_until(lambda: first.stopped, PATIENCE_S)
     second, witness = (None, client) if one.case.store == "sqlite" else await one.start(other)
     if second is None:
@@ -94,7 +94,7 @@ async def paused(one: Life, port: int, other: int) -> Ended:
     answer = await asked
     if (
         answer.status_code != 503
-    ):  # the server has ended a transaction that stood still: the client is to ask again
+    ):  # the server ended a transaction that was idle too long, so the client has to retry
         assert got(answer)["id"] == task["id"]
     ended = await one.seen(witness, [])
     if second is not None:

@@ -1,4 +1,4 @@
-"""Callbacks as the upstream sends them, a connection each, while the service comes and goes."""
+"""Callbacks as the upstream sends them, each on its own connection, while the service restarts."""
 
 import asyncio
 import json
@@ -21,19 +21,19 @@ RATE = 50  # callbacks a second
 TRY_S, PATIENCE_S = (
     10.0,
     60.0,
-)  # how long the upstream waits for an answer, and how long the tests do, which share their machine
-FRESH = 5  # every so manieth is the first of its task, the others are said again
+)  # The upstream's timeout, and the longer one of the tests, which share their machine.
+FRESH = 5  # one callback in this many is the first of its task, the rest are repeats
 AT_ONCE = 16
 
 
 @dataclass(slots=True)
 class Load:
-    """What was sent and what became of it; nothing is tried twice."""
+    """The answers to all callbacks. No callback is retried."""
 
     tasks: list[dict[str, Any]]
     token: Callable[[str, str], str] = Keyring([SECRET.encode()]).callback_token
     answers: Counter[str] = field(default_factory=Counter)
-    said: Counter[str] = field(default_factory=Counter)  # answered with 200, by task
+    said: Counter[str] = field(default_factory=Counter)  # answers with 200, by task
     slowest_s: float = 0.0
 
     async def send(self, url: str, task: dict[str, Any]) -> None:
@@ -52,7 +52,7 @@ class Load:
         self.said[task["id"]] += status == "200"
 
     async def send_all(self, url: str) -> None:
-        """Until cancelled, and then to the end of what is under way."""
+        """Sends callbacks until cancelled, and then waits for those under way."""
         began, sent, random_ = asyncio.get_running_loop().time(), 0, random.Random(7)
         async with asyncio.TaskGroup() as group:
             try:
@@ -77,7 +77,7 @@ async def until(time: float) -> None:
 
 
 async def post(url: str, upstream_id: str) -> str:
-    """The status of the answer; OSError and EOFError: there was none."""
+    """Returns the status of the answer. Raises OSError or EOFError if there is none."""
     body = json.dumps(
         {"id": upstream_id, "status": "failed", "error": {"code": "service_error", "message": "no"}}
     ).encode()
@@ -93,7 +93,7 @@ async def post(url: str, upstream_id: str) -> str:
 
 
 async def loaded(client: httpx.AsyncClient, count: int) -> Load:
-    """So many tasks that have failed at the upstream, which does not say so by itself."""
+    """Makes `count` tasks that have failed at the upstream, which sends no callbacks for them."""
     turn = asyncio.Semaphore(AT_ONCE)
 
     async def one() -> dict[str, Any]:

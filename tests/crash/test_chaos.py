@@ -1,4 +1,4 @@
-"""The chaos run, short; and that it would tell what is wrong."""
+"""A short chaos run, and tests of the verdict on faulty runs."""
 
 import re
 import subprocess
@@ -22,8 +22,8 @@ SHORT = ("--tasks", "50", "--kills", "8", "--restarts", "1", "--seconds", "10", 
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize("store", ["sqlite", "postgres"])
 def test_a_short_chaos_run_loses_and_doubles_nothing(store: str, tmp_path: Path) -> None:
-    """Kills, pauses, restarts of the server, an upstream and a subscriber that go away: every task
-    ends once, paid once, all told.
+    """The run kills and pauses processes, restarts the server, and takes the upstream and the
+    subscriber away for a while. Every task ends once, is paid once and has its events delivered.
     """
     if store == "postgres" and postgres_binaries() is None:
         missing("PostgreSQL's binaries", "PATH")
@@ -64,9 +64,7 @@ def test_a_short_chaos_run_loses_and_doubles_nothing(store: str, tmp_path: Path)
 
 
 def test_a_seed_draws_the_same_trouble_and_the_sandbox_knows_it() -> None:
-    """The orders' faults and the acts follow from the seed alone; every fault is one that the
-    sandbox has.
-    """
+    """The seed alone decides the orders' faults and the acts. The sandbox has every fault."""
     scale = Scale(10, 4, 2, 100)
     assert acts(scale, "postgres", Random(3)) == acts(scale, "postgres", Random(3))
     assert [faults(Random(number)) for number in range(50)] == [
@@ -81,7 +79,7 @@ def call(at: float, status: int | None) -> dict[str, Any]:
 
 
 def world() -> Seen:
-    """One order that went well, one that failed and nobody could prove."""
+    """One completed order, and one that failed as uncertain without any proof."""
     end = {
         "type": "image.task.completed",
         "id": "evt_1",
@@ -126,8 +124,8 @@ def world() -> Seen:
 
 
 def test_a_verdict_counts_what_is_no_defect() -> None:
-    """A refused submission is sent again, a callback is answered when it comes again, doubt that
-    nothing ended is counted.
+    """The verdict counts a refused submission that is sent again, a callback that is answered on
+    its second attempt, and a task that stays uncertain. It reports none of them as a defect.
     """
     verdict = judge(world())
     assert (verdict.lost, verdict.doubled, verdict.twice) == ({}, {}, {})
@@ -217,7 +215,7 @@ def two_tasks(seen: Seen) -> None:
     ],
 )
 def test_a_verdict_names_what_is_wrong(damage: Callable[[Seen], None], kind: str) -> None:
-    """Whatever is lost, doubled or paid twice is found, by its task."""
+    """The verdict names each task that is lost, doubled or paid twice."""
     seen = world()
     damage(seen)
     assert getattr(judge(seen), kind)

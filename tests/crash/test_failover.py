@@ -1,5 +1,5 @@
-"""The primary server dies under load and its synchronous standby takes over: whatever was promised
-is there.
+"""The primary server dies under load and its synchronous standby takes over. No promise of the
+service is lost.
 """
 
 import asyncio
@@ -36,8 +36,8 @@ def pair(binaries: Path) -> Iterator[tuple[Server, Server]]:
 
 
 async def test_a_failover_loses_nothing(tmp_path: Path, pair: tuple[Server, Server]) -> None:
-    """Every task that a client was given ends in one event, and every callback that was answered
-    200 is there; no process ends.
+    """Every accepted task ends in one event, every callback that was answered with 200 is stored,
+    and no process ends.
     """
     primary, second = pair
     url = standby.url(primary, second)
@@ -86,8 +86,8 @@ async def test_a_failover_loses_nothing(tmp_path: Path, pair: tuple[Server, Serv
 async def test_the_host_that_takes_writes_is_found_among_several(
     pair: tuple[Server, Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that says nothing and one that only reads are passed over, each within its time;
-    connections notice a peer that falls silent.
+    """The connection skips a silent host and a read-only host, each within its timeout. An open
+    connection detects a peer that falls silent.
     """
     monkeypatch.setattr(failover, "CONNECT_S", 1.0)
     primary, second = pair

@@ -1,8 +1,7 @@
-"""Processes are killed at every checkpoint, on both stores, and started again; or paused past their
-leases. Nothing is lost or doubled.
+"""The tests kill processes at every checkpoint on both stores and start them again, or pause them
+past their leases. No task is lost or doubled.
 
-Many lives go on at once: on PostgreSQL the work of the dead is free when its lease ends, which is
-waited for.
+Many cases run at once, because on PostgreSQL each one waits for a dead process's lease to expire.
 """
 
 import asyncio
@@ -19,8 +18,8 @@ from tests.crash.death import TRUE_AT
 from tests.crash.life import PICTURES, TERMINAL, Case, Ended
 from tests.crash.lives import live
 
-# On SQLite a start frees what the dead held, so one task outlives several deaths; in an order in
-# which none can be passed unnoticed.
+# On SQLite a start releases the leases of the dead process at once, so one task can survive several
+# deaths. The order of the checkpoints ensures that the task reaches each one.
 CHAINS = (
     (
         "submission.answered",
@@ -48,7 +47,8 @@ CHAINS = (
     ("submission.started", "delivery.claimed"),
     ("erase.committed",),
 )
-PAUSES = tuple(name for name in CHECKPOINTS if name != "erase.committed")  # which holds no lease
+# an erasure holds no lease
+PAUSES = tuple(name for name in CHECKPOINTS if name != "erase.committed")
 KILLS = [Case("postgres", (name,)) for name in CHECKPOINTS] + [
     Case("sqlite", chain) for chain in CHAINS
 ]
@@ -58,7 +58,7 @@ PAUSED = [
     *(Case("sqlite", (name,), paused=True) for name in EMBEDDED_PAUSES),
     Case("postgres", ("submission.answered",), paused=True, late=True),
 ]
-AT_ONCE = 16  # lives: a slow machine is not to take for lost what is only late
+AT_ONCE = 16  # cases at a time, so that a slow machine does not make a late result look lost
 Lives = dict[Case, Ended | BaseException]
 
 pytestmark = pytest.mark.timeout(240)
@@ -89,7 +89,7 @@ def ended(lives: Lives, case: Case) -> Ended:
 
 
 def check(found: Ended, case: Case) -> None:
-    """What holds of every life, wherever it was broken off."""
+    """Checks the rules that hold for every case, at whichever checkpoint its process died."""
     sent = "submission.started" not in case.points
     completed = sent and not case.late
     (task,) = found.tasks
@@ -107,12 +107,12 @@ def check(found: Ended, case: Case) -> None:
     )
     told = [
         event for event in found.events if event["type"] != "task.late_result"
-    ]  # which is the operators'
+    ]  # that type goes to operators only
     assert told[-1]["type"] in TERMINAL
     assert {event["subject"] for event in told} == {task["id"]}
 
     assert set(found.received) == {event["id"] for event in told}, (
-        "each at least once, always under the same id"
+        "the subscriber got each event at least once, always under the same id"
     )
     assert len(found.received) <= len(told) + len(case.points)
     assert [delivery["state"] for delivery in found.deliveries] == ["delivered"] * len(told)
@@ -123,12 +123,12 @@ def check(found: Ended, case: Case) -> None:
     assert len(found.files) == wanted
     assert set(found.files) == {
         hashlib.sha256(original).hexdigest() for original in found.originals
-    }, "no more and no fewer files"
+    }, "one file for each image"
     assert not found.unfinished or case.store == "postgres", (
-        "others may be at work there: not removed within the hour"
+        "on PostgreSQL temporary files stay for an hour, as another process may be writing them"
     )
     failures = [line for line in found.log.splitlines() if "worker.failed" in line]
-    # The server ends a transaction that stood still for 10 s.
+    # The server ends a transaction that is idle for 10 s.
     assert not [line for line in failures if not case.paused or "StoreUnavailable" not in line], (
         failures
     )
@@ -137,8 +137,8 @@ def check(found: Ended, case: Case) -> None:
 
 @pytest.mark.parametrize("case", KILLS, ids=str)
 async def test_a_process_that_is_killed_loses_and_doubles_nothing(lives: Lives, case: Case) -> None:
-    """docs/reliability.md, "killed here": one terminal event after durable images, submitted once,
-    delivered under one id, nothing left over.
+    """The rules of docs/reliability.md, "killed here": one terminal event after durable images, one
+    submission, deliveries under one id, and no leftover files.
     """
     found = ended(lives, case)
     assert found.exits == [-signal.SIGKILL] * len(case.points)
@@ -146,13 +146,13 @@ async def test_a_process_that_is_killed_loses_and_doubles_nothing(lives: Lives, 
     for point, death in zip(case.points, found.deaths, strict=True):
         assert TRUE_AT[point.partition(":")[0]](death), f"{point}: {death}"
         assert {*death.told, *death.tasks} <= {found.tasks[0]["id"]}, (
-            "what was promised is what is there at the end"
+            "an id that existed at a death is the id of the task at the end"
         )
         again = [id for id in death.delivered if found.received.count(id) > death.heard.count(id)]
-        assert again == [], "what is known to be delivered is not sent again"
+        assert again == [], "a delivery recorded as delivered is not sent again"
     if case.points[0].startswith("inbox."):
         assert (found.answers[0], found.answers[-1]) == (None, 200), (
-            "the upstream is not answered, and calls again"
+            "the upstream got no answer and calls again"
         )
         assert ('"verdict":"duplicate"' in found.log.replace(" ", "")) == (
             case.points[0] == "inbox.committed"
@@ -163,8 +163,9 @@ async def test_a_process_that_is_killed_loses_and_doubles_nothing(lives: Lives, 
 async def test_a_process_that_was_paused_changes_nothing_it_no_longer_owns(
     lives: Lives, case: Case
 ) -> None:
-    """SIGSTOP past its lease, another does the work, SIGCONT: only the upstream's answer in its
-    hand still counts.
+    """The process stops by SIGSTOP until its lease has expired, another does the work, and the
+    first continues by SIGCONT. Of its own work only the upstream's answer that it holds still
+    counts.
     """
     found = ended(lives, case)
     assert found.exits == [0]
@@ -176,7 +177,7 @@ async def test_a_process_that_was_paused_changes_nothing_it_no_longer_owns(
 
 
 def test_every_checkpoint_is_tried_on_both_stores() -> None:
-    """The list of kills is the list of checkpoints."""
+    """The cases cover the list of checkpoints exactly."""
     for store in ("sqlite", "postgres"):
         tried = {
             point.partition(":")[0]

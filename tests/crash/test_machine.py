@@ -1,5 +1,5 @@
-"""The machine fails: its disk, its database file, its descriptors; and the process lives on, or
-says in one line why it does not.
+"""The disk, the database file or the file descriptors fail. The process keeps running, or says in
+one line why it stops.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from tests.waiting import wait_until
 
 SECRET = "the secret key of a machine that a test knows too"
 TOKEN = Keyring([SECRET.encode()]).callback_token
-BULK = 200_000  # bytes of a callback: what a disk has left is soon used up
+BULK = 200_000  # bytes of a callback, large enough to fill the disk quickly
 PATIENCE_S = 90.0
 
 pytestmark = pytest.mark.timeout(240)
@@ -59,7 +59,7 @@ async def serving(
 
 
 async def silent(client: httpx.AsyncClient, count: int) -> list[JSON]:
-    """Tasks that have failed at the upstream, which does not say so by itself."""
+    """Tasks that have failed at the upstream, which sends no callbacks for them."""
     sent = (
         submitted(client, {}, sandbox={"fail": "service_error", "drop_callback": True})
         for _ in range(count)
@@ -97,8 +97,8 @@ async def terminal_events(client: httpx.AsyncClient) -> Counter[str]:
 
 
 async def outlived(client: httpx.AsyncClient, tasks: list[JSON], running: Running) -> None:
-    """The store commits again: all that was refused is taken, and every task ends once, in the same
-    process.
+    """Checks that the store commits again: the service accepts every refused callback, and every
+    task ends once in the same process.
     """
     for task in tasks:
         assert (await call_back(client, task)).status_code == 200
@@ -110,7 +110,9 @@ async def outlived(client: httpx.AsyncClient, tasks: list[JSON], running: Runnin
 
 
 async def refusing(client: httpx.AsyncClient, tasks: list[JSON], bulk: int = 0) -> list[JSON]:
-    """The tasks whose callbacks were taken until one was refused as nothing can be kept."""
+    """Sends callbacks until the service refuses one because it cannot store it. Returns the tasks
+    of the accepted callbacks.
+    """
     taken: list[JSON] = []
     for task in tasks:
         answer = await call_back(client, task, bulk)
@@ -124,8 +126,8 @@ async def refusing(client: httpx.AsyncClient, tasks: list[JSON], bulk: int = 0) 
 async def test_a_full_disk_promises_nothing_and_is_outlived(
     tmp_path: Path, upstream: Running
 ) -> None:
-    """Callbacks get 503 with `Retry-After`, `/readyz` 503; what was answered 200 survives a kill;
-    with room again all goes on.
+    """Callbacks and `/readyz` get 503, callbacks with `Retry-After`. A callback that got 200
+    survives a kill. The service recovers when the disk has room again.
     """
     with small_disk(tmp_path / "disk", 16) as disk:
         environment = settings(upstream, tmp_path, DATA_DIR=str(disk))
@@ -155,8 +157,8 @@ async def not_ready(client: httpx.AsyncClient) -> bool:
 
 
 async def test_images_wait_for_room(tmp_path: Path, upstream: Running) -> None:
-    """The disk for images alone is full: callbacks are taken, images are tried again, new
-    submissions get 503; then all completes.
+    """Only the disk for images is full. The service accepts callbacks, retries downloads and
+    refuses new submissions with 503. Every task completes once there is room.
     """
     with small_disk(tmp_path / "disk", 4) as disk:
         environment = settings(
@@ -187,8 +189,8 @@ async def test_images_wait_for_room(tmp_path: Path, upstream: Running) -> None:
 
 
 async def test_a_disk_that_turns_read_only_is_outlived(tmp_path: Path, upstream: Running) -> None:
-    """Every write fails: 503 for callbacks and `/readyz`; as soon as they succeed again everything
-    goes on in the same process.
+    """While every write fails, callbacks and `/readyz` get 503. When writes succeed again, the same
+    process continues its work.
     """
     async with serving(tmp_path, settings(upstream, tmp_path)) as (running, client):
         tasks = await silent(client, 3)
@@ -202,8 +204,8 @@ async def test_a_disk_that_turns_read_only_is_outlived(tmp_path: Path, upstream:
 async def test_a_data_directory_that_cannot_be_written_stops_the_start(
     tmp_path: Path, upstream: Running
 ) -> None:
-    """One line that names it, exit 1; nothing was changed, and with the right to write it
-    starts.
+    """The start logs one line that names the directory, exits with 1 and changes nothing. With
+    write permission it succeeds.
     """
     with small_disk(tmp_path / "disk", 16) as disk:
         environment = settings(upstream, tmp_path, DATA_DIR=str(disk))
@@ -224,8 +226,8 @@ async def test_a_data_directory_that_cannot_be_written_stops_the_start(
 async def test_a_file_that_breaks_under_the_service_is_not_written_any_more(
     tmp_path: Path, upstream: Running
 ) -> None:
-    """Found at a read: 503 for everybody, one line of the log however many ask, counted; not a byte
-    changes; the next start says why.
+    """A read finds the damage. Every request gets 503, the log has one line for all of them, and a
+    metric counts it. The service writes no byte any more, and the next start says why it stops.
     """
     environment, file = settings(upstream, tmp_path), tmp_path / "data" / "darkroom.db"
     async with serving(tmp_path, environment) as (running, client):
@@ -253,7 +255,7 @@ async def test_a_file_that_breaks_under_the_service_is_not_written_any_more(
 
 
 def processor_s(pid: int) -> float:
-    """The processor time it has used."""
+    """The processor time that the process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -264,8 +266,8 @@ def opened(pid: int) -> int:
 
 
 async def test_a_process_without_descriptors_lives_on(tmp_path: Path, upstream: Running) -> None:
-    """Idle connections have taken all: who is connected is answered, nothing spins, few lines are
-    logged; when they go all is as before.
+    """Idle connections use up all descriptors. The service still answers the open connections, does
+    not spin, and logs few lines. It recovers when the idle connections close.
     """
     async with (
         serving(tmp_path, settings(upstream, tmp_path)) as (running, client),

@@ -1,5 +1,6 @@
-"""Any number of webs and workers on one PostgreSQL: work moves, hints may be lost, the server may
-go, locks and pools are bounded.
+"""Several web and worker processes share one PostgreSQL store. Another process takes over a dead
+process's work, a lost notification only costs time, and the server may restart. Locks and
+connection pools are bounded.
 """
 
 import asyncio
@@ -34,8 +35,8 @@ def own_server() -> Iterator[str]:
 
 
 async def test_work_moves_when_its_process_is_killed(tmp_path: Path, postgres_server: str) -> None:
-    """A web and a worker of two die, with work in hand: another worker has it when the lease has
-    ended, and submits nothing twice.
+    """One of two web processes and one of two workers die in the middle of their work. Another
+    worker claims that work after the lease has expired, and submits nothing twice.
     """
     async with groups(tmp_path, postgres_server) as group:
         web, other = [await group.start(WEB) for _ in range(2)]
@@ -63,8 +64,8 @@ async def test_work_moves_when_its_process_is_killed(tmp_path: Path, postgres_se
 
 
 async def test_hints_that_are_lost_only_cost_time(tmp_path: Path, postgres_server: str) -> None:
-    """Whoever listens is cut off again and again: due work is found by looking; then they listen
-    again.
+    """The test cuts the listening connections off again and again. The workers find due work by
+    polling, and then listen again.
     """
     async with groups(tmp_path, postgres_server) as group:
         web, *_ = [await group.start(role) for role in (WEB, WORKER)]
@@ -92,8 +93,8 @@ async def test_hints_that_are_lost_only_cost_time(tmp_path: Path, postgres_serve
 async def test_a_restart_of_the_server_ends_no_process(
     tmp_path: Path, own_server: str, mode: str
 ) -> None:
-    """Callbacks meanwhile get 503 and `Retry-After` and are taken afterwards; work goes on; each
-    process says so in a few lines.
+    """During the restart the service answers callbacks with 503 and `Retry-After`. It accepts them
+    afterwards and work continues. Each process logs a few lines about the restart.
     """
     async with groups(tmp_path, own_server) as group:
         web, _ = [await group.start(role) for role in (WEB, WORKER)]
@@ -123,7 +124,7 @@ async def test_a_restart_of_the_server_ends_no_process(
         states = await group.ended(web)
         assert states.pop(known) == "failed"
         assert set(states.values()) == {"completed"}
-        for member in group.members:  # beside a line for each request that met it
+        for member in group.members:  # and a line for each request that failed
             said = [
                 line
                 for line in member.lines()
@@ -136,8 +137,8 @@ async def test_a_restart_of_the_server_ends_no_process(
 async def test_a_lock_that_a_stranger_holds_is_waited_for_so_long_and_no_longer(
     tmp_path: Path, postgres_server: str
 ) -> None:
-    """A callback is answered 503 within the time its sender has, `/readyz` says 503; both recover
-    with the lock's end.
+    """While the lock is held, the service answers a callback with 503 before the sender's timeout,
+    and `/readyz` with 503. Both recover when the lock ends.
     """
     async with groups(tmp_path, postgres_server) as group:
         web = await group.start(WEB)
@@ -174,8 +175,8 @@ async def test_a_lock_that_a_stranger_holds_is_waited_for_so_long_and_no_longer(
 async def test_more_load_than_connections_waits_its_turn(
     tmp_path: Path, postgres_server: str
 ) -> None:
-    """A process has so many connections and no more; requests beyond that queue, and each is
-    answered.
+    """A process opens a bounded number of connections. Further requests queue for one, and each
+    gets an answer.
     """
     async with groups(tmp_path, postgres_server) as group:
         web, _ = [await group.start(role) for role in (WEB, WORKER)]

@@ -1,8 +1,8 @@
-"""A service that is restarted again and again while callbacks come: with a socket that outlives it,
-and behind a proxy that tries again.
+"""The service restarts again and again while callbacks arrive. One case hands its socket over to
+the next process, the other runs behind a proxy that retries.
 
-Each callback is sent once, so that a single one that is refused is a failure, though the upstream
-would send it thrice more.
+Each callback is sent once. A single refused callback fails the test, although the upstream would
+retry it three times.
 """
 
 import asyncio
@@ -32,8 +32,8 @@ from tests.servers import missing
 from tests.waiting import wait_until
 
 RESTARTS = int(os.environ.get("DARKROOM_TEST_RESTARTS", "8"))
-# How long a process lives. Behind the proxy longer, as it tries once a second, and would meet
-# several restarts in a row.
+# The seconds that a process lives. It lives longer behind the proxy, because the proxy retries once
+# a second and could hit several restarts in a row.
 UP_S, UP_BEHIND_S = (0.0, 0.5), (0.7, 1.2)
 TASKS = 120
 
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.timeout(120 + 12 * RESTARTS)
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a service is started again and again."""
+    """A service that the test restarts, and how it is started."""
 
     launcher: Launcher
     folder: Path
@@ -64,8 +64,8 @@ async def stop(process: Launched) -> None:
 
 
 async def restarted(place: Place, url: str, public: str, up_s: tuple[float, float]) -> None:
-    """The callbacks that were sent to `public` while the service at `url` was restarted: all
-    answered at once, kept and acted upon.
+    """Sends callbacks to `public` and restarts the service at `url` meanwhile. Checks that the
+    service answers and stores every callback.
     """
     clock, random_, longest = asyncio.get_running_loop().time, random.Random(), 0.0
     headers = {"authorization": f"Bearer {ADMIN_KEY}"}
@@ -130,8 +130,8 @@ def listener(stack: AsyncExitStack) -> socket.socket:
 async def test_no_callback_is_refused_while_the_socket_outlives_the_service(
     tmp_path: Path, upstream: Running
 ) -> None:
-    """Restarts under load with a socket that is handed over: whoever comes in between waits in its
-    queue, and the next process answers.
+    """The test restarts the service under load and hands the socket over. A connection that arrives
+    between two processes waits in the socket's queue, and the next process answers it.
     """
     async with AsyncExitStack() as stack:
         held = listener(stack)
@@ -143,7 +143,7 @@ async def test_no_callback_is_refused_while_the_socket_outlives_the_service(
 
 @contextmanager
 def haproxy(bind: str, backend: str, log: Path) -> Iterator[None]:
-    """The proxy as deploy/ sets it up."""
+    """Runs HAProxy with the configuration in deploy/."""
     program = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin") or missing("HAProxy")
     environment = clean_environment({"PROXY_BIND": bind, "PROXY_BACKEND": backend})
     command = [program, "-db", "-f", str(ROOT / "deploy" / "haproxy.cfg")]
@@ -168,8 +168,8 @@ async def open_at(address: str) -> bool:
 async def test_no_callback_is_refused_behind_a_proxy_that_tries_again(
     tmp_path: Path, upstream: Running
 ) -> None:
-    """Restarts under load behind HAProxy as it is set up in deploy/: it finds nobody, waits, and
-    tries again.
+    """The test restarts the service under load behind HAProxy with the configuration in deploy/.
+    The proxy finds no server, waits and retries.
     """
     async with AsyncExitStack() as stack:
         public, backend = (f"127.0.0.1:{free_port(stack)}" for _ in range(2))
@@ -181,7 +181,7 @@ async def test_no_callback_is_refused_behind_a_proxy_that_tries_again(
         )
         await restarted(place, f"http://{backend}", f"http://{public}", UP_BEHIND_S)
         log = (tmp_path / "haproxy.log").read_text()
-        assert re.search("status=200 .* retries=[1-9]", log), "nobody had to try again"
+        assert re.search("status=200 .* retries=[1-9]", log), "the proxy never had to retry"
         assert "callbacks/evolink" not in log
         async with httpx.AsyncClient(base_url=f"http://{public}", trust_env=False) as stranger:
             assert (await stranger.get("/v1/tasks")).status_code == 404

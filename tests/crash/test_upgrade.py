@@ -1,5 +1,5 @@
-"""A rolling upgrade: the next version migrates while this one works, both work side by side, and
-then this one leaves.
+"""A rolling upgrade: the next version migrates while this version works, both work side by side,
+and then this version stops.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(180)
 
-# All that a migration may do to what is there (docs/decisions/0021).
+# The changes that a migration may make to an existing schema (docs/decisions/0021).
 EXPANDS = """
     import sqlalchemy as sa
     from alembic import op
@@ -45,7 +45,7 @@ WAITING = """
 
 
 def next_version(folder: Path) -> Path:
-    """A folder with a copy of the program that has one migration more."""
+    """A folder with a copy of the program that has one more migration."""
     shutil.copytree(
         ROOT / "service", folder / "service", ignore=shutil.ignore_patterns("__pycache__")
     )
@@ -61,8 +61,8 @@ async def schema(database: str) -> str:
 
 
 async def test_old_and_new_work_side_by_side(tmp_path: Path, postgres_server: str) -> None:
-    """The next version migrates under load: nobody is refused, no work fails, and the old processes
-    leave when it is there.
+    """The next version migrates under load. The service refuses no request and no work fails. The
+    old processes stop when the new version is running.
     """
     async with groups(tmp_path, postgres_server) as group:
         web, worker = [await group.start(role) for role in (WEB, WORKER)]
@@ -108,8 +108,8 @@ async def test_old_and_new_work_side_by_side(tmp_path: Path, postgres_server: st
 async def test_a_migration_that_must_wait_lets_callbacks_pass(
     tmp_path: Path, postgres_server: str
 ) -> None:
-    """A table that somebody reads for long, as a dump does: the migration tries again and again,
-    and nobody queues behind it for long.
+    """Another session reads the table for long, as a dump does. The migration retries again and
+    again, and its lock never blocks a callback for long.
     """
     async with groups(tmp_path, postgres_server) as group:
         web = await group.start(WEB)

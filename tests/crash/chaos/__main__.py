@@ -1,9 +1,9 @@
-"""`make chaos`: what becomes of tasks while everything that can die does. Ends with a table; exit
-code 1 if anything is lost or doubled.
+"""`make chaos`: kills, pauses and restarts every process while tasks are under way. Prints a table,
+and exits with 1 if a task is lost or doubled.
 
-On SQLite one `darkroom serve` is killed and paused; on PostgreSQL two `serve --no-worker` and two
-`worker`, and the server is restarted. The upstream is a sandbox with faults, which like the
-subscriber goes away and comes back.
+On SQLite the run kills and pauses one `darkroom serve`. On PostgreSQL it uses two `serve
+--no-worker` and two `worker`, and restarts the server too. The upstream is a sandbox with faults.
+The upstream and the subscriber also go away and return.
 """
 
 import argparse
@@ -36,8 +36,8 @@ NOTED = ("task.parked", "worker.failed", "http.failed", "store.failed")
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One run's column of the table; `broken` is what must not be, in words, `notes` what is worth
-    a look.
+    """One run's column of the table. `broken` has its defects in words, `notes` its oddities that
+    are no defects.
     """
 
     column: Mapping[str, str]
@@ -131,15 +131,18 @@ def main() -> None:
         "--seconds",
         type=float,
         default=16,
-        help="of trouble, on each store; then all ends in peace",
+        help="of trouble, on each store; then the run waits for every task to end",
     )
     options.add_argument(
-        "--patience", type=float, default=600, help="seconds until what has not ended then is lost"
+        "--patience",
+        type=float,
+        default=600,
+        help="seconds after which a task that has not ended counts as lost",
     )
     options.add_argument(
         "--seed",
         type=int,
-        help="of the faults and the moments; what happens then is a matter of timing all the same",
+        help="of the faults and the moments; the outcome still depends on timing",
     )
     options.add_argument(
         "--folder", type=Path, default=ROOT, help="on which disk (default: the checkout's)"

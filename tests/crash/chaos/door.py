@@ -1,4 +1,4 @@
-"""A port that stays the same while who is behind it comes and goes."""
+"""A port that stays the same while the processes behind it come and go."""
 
 import asyncio
 import errno
@@ -11,13 +11,13 @@ CHUNK = 1 << 16
 PORTS = range(
     20_000,
     32_000,
-    # below those that Linux gives to whoever connects, who would keep one that is closed for a
-    # moment
+    # Below the range of ephemeral ports. A connecting client could get one of those and keep a
+    # closed port busy for a moment.
 )
 
 
 def kept_port(stack: AsyncExitStack) -> int:
-    """A port that nobody else is given meanwhile, whether it is listened on or not."""
+    """Reserves a port: no other process can bind it, even while this one does not listen."""
     while True:
         bound = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -32,8 +32,8 @@ def kept_port(stack: AsyncExitStack) -> int:
 
 
 class Door:
-    """Passes connections on to any of the ports `behind` that takes them, as a load balancer does;
-    while closed, nobody listens.
+    """A load balancer: it passes each connection to one of the ports `behind` that accepts it.
+    While it is closed, the port refuses connections.
     """
 
     def __init__(self, behind: Sequence[int], random: Random, stack: AsyncExitStack) -> None:
@@ -52,14 +52,14 @@ class Door:
         self._server = await asyncio.start_server(self._enter, "127.0.0.1", self.port, backlog=1024)
 
     async def shut(self, seconds: float) -> None:
-        """Nobody listens for a while; one who shuts it meanwhile waits for that."""
+        """Refuses connections for a while. A second call waits for the first one to finish."""
         async with self._lock:
             await self.close()
             await asyncio.sleep(seconds)
             await self.open()
 
     async def close(self) -> None:
-        """Whoever is inside is thrown out."""
+        """Stops listening and drops the open connections."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -98,7 +98,7 @@ class Door:
             raise
         finally:
             for end in ends:
-                end.close()  # what was read is still sent
+                end.close()  # the data that was read is still sent
 
 
 async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

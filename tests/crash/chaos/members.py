@@ -1,4 +1,4 @@
-"""The processes that are killed and paused, the servers behind them, and who starts them again."""
+"""The service processes that a run kills and pauses, and the servers that it restarts."""
 
 import asyncio
 import os
@@ -18,8 +18,8 @@ LOOK_S, AGAIN_S, DEAD_S = 0.1, 0.5, 60.0
 
 @dataclass(slots=True)
 class Member:
-    """One process of the service, started again whenever it has ended; its log is in `folder`.
-    `ends`: exit codes it chose itself.
+    """One process of the service, which starts again after each exit. Its log is in `folder`.
+    `ends` has the codes of the exits that no kill caused.
     """
 
     launcher: Launcher
@@ -43,7 +43,7 @@ class Member:
         return self._process
 
     async def keep(self) -> None:
-        """Starts it again when it ends by itself, as an init system would; until cancelled."""
+        """Restarts the process after each exit, as an init system does, until cancelled."""
         while True:
             await asyncio.sleep(LOOK_S)
             async with self._lock:
@@ -53,8 +53,8 @@ class Member:
                     self.start()
 
     async def kill(self, down: float) -> None:
-        """SIGKILL, wherever it is, also while it starts; `down` seconds later it is started
-        again.
+        """Sends SIGKILL at any moment, also during a start, and starts the process again after
+        `down` seconds.
         """
         async with self._lock:
             if (code := self.process.code) is not None:
@@ -73,7 +73,7 @@ class Member:
             return
         self.asleep = True
         try:
-            os.kill(process.pid, signal.SIGSTOP)  # who has died meanwhile is not reaped yet
+            os.kill(process.pid, signal.SIGSTOP)  # a process that died meanwhile is not reaped yet
             self.pauses += 1
             await asyncio.sleep(seconds)
         finally:
@@ -89,7 +89,7 @@ class Member:
 
 
 def restart(url: str, mode: str) -> None:
-    """Restarts the server of `tests.servers.postgres_running`: `immediate` is a crash and a
+    """Restarts the server of `tests.servers.postgres_running`. `immediate` is a crash with
     recovery, `fast` a stop and a start.
     """
     folder, binaries = Path(parse_qs(urlsplit(url).query)["host"][0]), postgres_binaries()

@@ -1,5 +1,5 @@
-"""A run: clients order, an upstream makes, processes die and pause, servers go and come back; then
-all is well until all is done.
+"""One chaos run. Clients submit orders and the upstream makes images, while processes die and pause
+and servers stop and return. The run then waits undisturbed until every task has ended.
 """
 
 import asyncio
@@ -52,8 +52,8 @@ SETTINGS = {
 
 @dataclass(slots=True)
 class Storm:
-    """A run under way. `accepted` are the tasks by order, as each client was told; `odd` what no
-    client should be told.
+    """A run under way. `accepted` has the task of each order as its client was told. `odd` has the
+    answers that a client must never get.
     """
 
     store: str
@@ -75,7 +75,7 @@ class Storm:
     upstream_port: int = 0
 
     async def order(self, number: int) -> None:
-        """Insists, as a client does, until it is answered."""
+        """Submits the order until the service answers, as a client does."""
         name, chance = f"{number:05}", Random(f"{self.seed}/{number}")
         body = order(
             prompt=name,
@@ -102,7 +102,7 @@ class Storm:
         await wait_until(answered, self.scale.seconds + self.scale.patience)
 
     def member(self, choice: float) -> Member:
-        """One that is not paused, if there is any."""
+        """Chooses a process that is not paused, if there is one."""
         awake = [member for member in self.members if not member.asleep] or self.members
         return awake[int(choice * len(awake))]
 
@@ -127,7 +127,7 @@ class Storm:
                 await door.shut(act.lasts)
 
     async def page(self, path: str, **query: str | int) -> JSON:
-        """The answer of a service that may still be starting."""
+        """Reads from a service that may still be starting."""
 
         async def read() -> JSON | None:
             with suppress(httpx.TransportError):
@@ -142,8 +142,8 @@ class Storm:
         return document
 
     async def hurry(self) -> None:
-        """In a run of less than a minute, asks about what would else be silent for minutes: its
-        callback is lost, its query failed.
+        """Refreshes tasks in a run of less than a minute. Without that, a task with a lost callback
+        and a failed query would wait for minutes.
         """
         while self.scale.seconds < HURRY_BELOW_S:
             await asyncio.sleep(HURRY_S)
@@ -152,7 +152,7 @@ class Storm:
                     await self.client.post(f"/v1/tasks/{task['id']}/reconcile")
 
     async def quiet(self) -> bool:
-        """Nothing is left to do: every task has ended, every delivery has arrived."""
+        """Whether every task has ended and every delivery has arrived."""
         busy = [
             (f"/v1/{'deliveries' if state == 'pending' else 'tasks'}", state)
             for state in (*OPEN, "pending")
@@ -164,8 +164,8 @@ class Storm:
         return True
 
     async def blow(self, group: asyncio.TaskGroup) -> None:
-        """Orders and acts, each at its time. Time stands still while a process is awaited that is
-        to be killed at work.
+        """Runs orders and acts, each at its time. The clock stops while the run waits for a process
+        that an act is to kill at work.
         """
         chance, now = Random(f"{self.seed}/times"), asyncio.get_running_loop().time
         plan: list[tuple[float, Act | int]] = [
@@ -191,7 +191,7 @@ class Storm:
                 group.create_task(self.order(what))
 
     async def rage(self) -> bool:
-        """All of it, and whether the end was quiet in time."""
+        """Runs the whole schedule. Returns whether every task ended in time."""
         keepers = [asyncio.create_task(member.keep()) for member in self.members]
         try:
             async with asyncio.TaskGroup() as group:
@@ -214,8 +214,8 @@ class Storm:
 async def storms(
     store: str, scale: Scale, seed: int, folder: Path, database: str = ""
 ) -> AsyncIterator[Storm]:
-    """Everything stands, and an endpoint is subscribed; `database` is the URL of a server that may
-    be restarted.
+    """Starts every process and subscribes an endpoint. `database` is the URL of a server that the
+    run may restart.
     """
     storm = Storm(store, scale, seed, folder, database)
     chance = Random(f"{seed}/doors")
@@ -269,7 +269,7 @@ async def storms(
 
 
 def stumbling(chance: Random) -> Any:
-    """A subscriber's answers: it has what it was sent, and sometimes says that it has not."""
+    """The subscriber's answers: it takes each event, but sometimes answers 500."""
 
     def answer(_: int, __: Received) -> Response:
         return Response(status_code=500 if chance.random() < STUMBLE else 204)
@@ -278,7 +278,7 @@ def stumbling(chance: Random) -> Any:
 
 
 def logs(members: Sequence[Member], event: str) -> int:
-    """How often that stands in the logs."""
+    """Counts an event in the logs."""
     needle = f'"event":"{event}"'.encode()
     spaced = f'"event": "{event}"'.encode()
     return sum(

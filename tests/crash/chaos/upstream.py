@@ -1,7 +1,7 @@
 """The upstream of a chaos run, a process of its own: `python -m tests.crash.chaos.upstream SEED`.
 
-The sandbox, with every submission that it read at `GET /chaos/posts`: `[[prompt, idempotency key,
-status or null], …]`. That list and the sandbox's own are the truth about what was paid.
+It is the sandbox, and it lists every submission that it read at `GET /chaos/posts`: `[[prompt,
+idempotency key, status or null], …]`. That list and the sandbox's tasks show what was paid.
 """
 
 import asyncio
@@ -33,8 +33,8 @@ DELAY_S = 0.5
 
 
 class Again:
-    """A request whose body was read: it is there once more. `transport` is uvicorn's, which the
-    sandbox ends to lose an answer.
+    """Replays the body of a request that was read already. `transport` belongs to uvicorn. The
+    sandbox closes it to lose an answer.
     """
 
     def __init__(self, receive: Receive, body: bytes) -> None:
@@ -50,8 +50,8 @@ class Again:
 
 
 class Noting:
-    """Writes down what is submitted before the sandbox has it, and the status it answers, if it
-    does.
+    """Records each submission before the sandbox gets it, and the status of the answer if there is
+    one.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -69,7 +69,7 @@ class Noting:
         try:
             body = await request.body()
         except ClientDisconnect:
-            return  # nothing was ordered
+            return  # the request is incomplete and orders nothing
         post = [json.loads(body)["prompt"], request.headers["idempotency-key"], None]
         self.posts.append(post)
 
@@ -88,7 +88,7 @@ async def serve(seed: int) -> None:
         delay_s=DELAY_S,
         credits=Decimal(1_000_000),
         seed=seed,
-    )  # callbacks as documented: 10 s for an answer, again after 1, 2 and 4 s, then never
+    )  # callbacks as documented: a timeout of 10 s and retries after 1, 2 and 4 s
     logging.configure("json", "warning", sys.stderr)
     bound = bind("127.0.0.1", 0)
     with stopping() as stop:
@@ -100,7 +100,7 @@ async def serve(seed: int) -> None:
 
 @contextmanager
 def upstream(seed: int, folder: Path) -> Iterator[tuple[int, int]]:
-    """It runs; its pid and its port. What it says goes to `upstream.log`."""
+    """Runs the upstream and yields its pid and port. Its output goes to `upstream.log`."""
     command = [sys.executable, "-m", "tests.crash.chaos.upstream", str(seed)]
     with (folder / "upstream.log").open("wb") as log:
         process = subprocess.Popen(

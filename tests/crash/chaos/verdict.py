@@ -1,4 +1,4 @@
-"""What a run ends with: everything that can be seen from outside, and what is wrong with it."""
+"""Collects all that a run shows to the outside, and finds its defects."""
 
 import asyncio
 import hashlib
@@ -19,14 +19,15 @@ from tests.processes import UPSTREAM_KEY
 
 JSON = dict[str, Any]
 NOTHING_CREATED = {429, 503}
-PROVED_S = 12.0  # a callback that began so long before was answered before: its caller waits 10 s
+# A callback that began this long ago has an answer, because the upstream waits for 10 s.
+PROVED_S = 12.0
 FETCHES, TRIES = 8, 5
 
 
 @dataclass(slots=True)
 class Seen:
-    """Who was told what. `pictures`: by task the sums of what the service serves, and of what the
-    upstream has, in order.
+    """What clients, the subscriber and the upstream saw. `pictures` has two lists of checksums for
+    each task, in order: the images that the service serves, and the upstream's originals.
     """
 
     accepted: Mapping[str, str]
@@ -40,10 +41,10 @@ class Seen:
 
 @dataclass(slots=True)
 class Verdict:
-    """By task or order what is wrong with it; `unmade`: of the uncertain ones the upstream has
-    none.
+    """The defects, by task or order. `unmade` counts the uncertain tasks that the upstream never
+    created.
 
-    `waits` are seconds from the first callback taken to the terminal event.
+    `waits` are the seconds from the first accepted callback to the terminal event.
     """
 
     lost: dict[str, str] = field(default_factory=dict)
@@ -92,7 +93,7 @@ async def seen(storm: Storm) -> Seen:
 
 
 async def everything(storm: Storm, path: str, following: str, told: str) -> list[JSON]:
-    """A list, page by page."""
+    """Reads a list, page by page."""
     data: list[JSON] = []
     query: dict[str, str | int] = {"limit": 1000}
     while True:
@@ -104,7 +105,9 @@ async def everything(storm: Storm, path: str, following: str, told: str) -> list
 
 
 async def digest(client: httpx.AsyncClient, link: str) -> str:
-    """A file's sum, or what came instead of it; what a fault broke is asked for again."""
+    """Returns a file's checksum, or the problem that came instead. Fetches a file again if a fault
+    broke the transfer.
+    """
     problem = ""
     for _ in range(TRIES):
         with suppress(httpx.TransportError):
@@ -116,8 +119,8 @@ async def digest(client: httpx.AsyncClient, link: str) -> str:
 
 
 def judge(seen: Seen) -> Verdict:
-    """Lost, doubled and submitted twice, by what the clients, the subscriber, the reader of events
-    and the upstream each know.
+    """Compares what the clients, the subscriber, the reader of events and the upstream know. Finds
+    tasks that were lost, doubled or submitted twice.
     """
     verdict = Verdict()
     ends: dict[str, list[JSON]] = defaultdict(list)
@@ -152,7 +155,7 @@ def judge(seen: Seen) -> Verdict:
 
 
 def loss(task: JSON, ends: Sequence[JSON], told: set[tuple[str, str]], seen: Seen) -> str | None:
-    """What is missing of a task, or is not as the upstream has it."""
+    """Says what a task lacks, or how it differs from the upstream's task."""
     sources = seen.made.get(task["id"], [])
     if task["state"] in OPEN or not ends:
         return f"it is {task['state']}, and has {len(ends)} terminal events"
@@ -170,7 +173,7 @@ def loss(task: JSON, ends: Sequence[JSON], told: set[tuple[str, str]], seen: See
         ]
         proofs = (
             proofs[:-1] if "garbage_callback" in task["request"]["sandbox"] else proofs
-        )  # the last says nothing: nobody can read it
+        )  # the last callback has no readable body and proves nothing
         return f"it failed as uncertain after proof: {proofs}" if proofs else None
     if [source["status"] for source in sources] != [task["state"]]:
         return (
@@ -185,8 +188,8 @@ def loss(task: JSON, ends: Sequence[JSON], told: set[tuple[str, str]], seen: See
 
 
 def paid_twice(seen: Seen) -> dict[str, str]:
-    """Orders that are more than one task, or were sent upstream again after an answer that did not
-    prove that nothing was created.
+    """Finds orders that became more than one task, and orders that the service submitted again
+    although the first answer did not prove that no task was created.
     """
     twice: dict[str, str] = {}
     orders = Counter(task["metadata"].get("order") for task in seen.tasks)

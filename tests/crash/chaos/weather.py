@@ -1,6 +1,4 @@
-"""What happens in a run and when, drawn from its seed: the orders' faults, and the acts against the
-processes.
-"""
+"""Draws the orders' faults and the acts against the processes from the seed of a run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,8 +14,8 @@ LONG_S = LEASE_MS / 1000 + 3
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much of everything: `seconds` of trouble, over which orders and acts are spread; then all
-    is well, `patience` seconds at most.
+    """The size of a run. Orders and acts are spread over `seconds`. The run then has `patience`
+    seconds to finish undisturbed.
     """
 
     tasks: int
@@ -29,7 +27,9 @@ class Scale:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Act:
-    """What happens `at` so many seconds, for how many, to whom or how (`choice`, 0 to 1)."""
+    """One act: its start `at` and its duration `lasts` in seconds. `choice`, from 0 to 1, selects
+    its target or variant.
+    """
 
     at: float
     what: str
@@ -37,7 +37,7 @@ class Act:
     choice: float
 
 
-# Each strikes its share of the orders; so most have none, and some have several.
+# Each fault strikes its share of the orders. Most orders have no fault, and some have several.
 TROUBLES: tuple[tuple[float, Callable[[Random], Faults]], ...] = (
     (0.50, lambda chance: {"delay": round(chance.uniform(0, 3), 2)}),
     (0.10, lambda chance: {"repeat_callback": chance.randint(2, 5)}),
@@ -98,7 +98,7 @@ def faults(chance: Random) -> Faults:
 
 
 def acts(scale: Scale, store: str, chance: Random) -> list[Act]:
-    """In the order of time."""
+    """Returns the acts in the order of time."""
     away = max(1, round(scale.seconds / 30))
     counts: Mapping[str, int] = {
         "kill": scale.kills,
