@@ -1,4 +1,4 @@
-"""How a callback's body may come: late, long, in pieces. With the right token it always gets an
+"""Callback bodies that are late, long, or in pieces. A callback with the right token always gets an
 answer.
 """
 
@@ -45,8 +45,8 @@ async def here(
 
 
 async def test_too_large_a_body_gets_the_upstream_asked(here: World, upstream: Upstream) -> None:
-    """Over 256 KiB is 413; with the right token the upstream is asked all the same. At the limit it
-    is read.
+    """A body over 256 KiB is 413, and with the right token the service still queries the upstream.
+    A body at the limit is read.
     """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [document("processing"), failed("service_error")]
@@ -63,7 +63,7 @@ async def test_too_large_a_body_gets_the_upstream_asked(here: World, upstream: U
 async def partial(
     here: World, task: dict[str, Any]
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A callback of whose body half is sent."""
+    """Opens a callback request and sends half of its body."""
     url = httpx.URL(here.callback_url(task["id"]))
     reader, writer = await asyncio.open_connection(url.host, url.port)
     writer.write(
@@ -77,7 +77,7 @@ async def partial(
 async def test_a_body_that_does_not_come_is_not_waited_for(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """408 when the body is not complete in time (5 s; shorter here); nothing is kept."""
+    """The answer is 408 after the time limit (5 s, shorter here), and nothing is stored."""
     monkeypatch.setattr(callback_route, "BODY_S", 0.05)
     task = await here.submit()
     before = counted(here, "incomplete")
@@ -89,7 +89,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for(
 
 
 async def test_a_caller_that_leaves_in_the_middle_is_not_heard(here: World) -> None:
-    """It will come again: nothing is kept, the refusal is counted."""
+    """The upstream sends the callback again, so nothing is stored. The refusal is counted."""
     task = await here.submit()
     before = counted(here, "disconnected")
     _, writer = await partial(here, task)
@@ -111,8 +111,8 @@ async def test_a_caller_that_leaves_in_the_middle_is_not_heard(here: World) -> N
 async def test_a_body_over_the_limit_is_413_however_it_is_sent(
     headers: str, parts: list[bytes], here: World, upstream: Upstream
 ) -> None:
-    """With a length or without: not kept in memory beyond the limit, answered before its end, and
-    the upstream is asked.
+    """This holds with and without a content length. The service buffers no more than the limit,
+    answers before the body ends, and queries the upstream.
     """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
@@ -130,7 +130,7 @@ async def test_a_body_over_the_limit_is_413_however_it_is_sent(
 
 
 async def test_a_chunked_body_is_read_like_any_other(here: World, upstream: Upstream) -> None:
-    """In as many pieces as its sender likes, up to the limit."""
+    """The number of chunks does not matter up to the size limit."""
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     body = said(task, "failed", padding="x" * 1000)
@@ -145,8 +145,8 @@ async def test_a_chunked_body_is_read_like_any_other(here: World, upstream: Upst
 async def test_what_follows_a_body_that_is_longer_than_it_says_is_no_callback(
     here: World, upstream: Upstream
 ) -> None:
-    """The rest is no request: 400 may overtake the answer, and the sender's next attempt finds the
-    task as it should be.
+    """The surplus bytes are not a valid request, and their 400 may arrive before the answer. The
+    sender's next attempt finds the correct state.
     """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
@@ -175,7 +175,7 @@ async def test_what_follows_a_body_that_is_longer_than_it_says_is_no_callback(
     ids=["negative", "no number", "two of them", "beyond any"],
 )
 async def test_a_length_that_is_none_is_no_request(headers: str, here: World) -> None:
-    """400 from the server itself: nobody can tell where such a body ends."""
+    """The server itself answers 400, because the end of such a body is unknown."""
     task = await here.submit()
     assert (await raw(here.callback_url(task["id"]), b"{}", headers=headers))[0] == 400
     assert await heard(here, task) == []
@@ -184,8 +184,8 @@ async def test_a_length_that_is_none_is_no_request(headers: str, here: World) ->
 async def test_a_body_that_comes_a_byte_at_a_time_has_one_time_limit(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """408 counts from the first byte to the last, not from one to the next; the connection ends
-    with it.
+    """The time limit runs from the first byte to the last, not between bytes. The connection closes
+    after the 408.
     """
     monkeypatch.setattr(callback_route, "BODY_S", 0.1)
     task = await here.submit()
@@ -198,7 +198,7 @@ async def test_a_body_that_comes_a_byte_at_a_time_has_one_time_limit(
 
         def answered() -> bytes:
             writer.write(b"x")
-            # # what came, without waiting for more
+            # # returns the bytes that have arrived, without waiting for more
             return bytes(reader._buffer)  # type: ignore[attr-defined]
 
         head = await wait_until(answered)

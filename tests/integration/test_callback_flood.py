@@ -1,6 +1,4 @@
-"""A flood of wrong tokens on a real process: it is refused, and callbacks are taken as if it were
-not there.
-"""
+"""A flood of wrong tokens on a real process. The service rejects it and accepts callbacks."""
 
 import asyncio
 from collections import Counter
@@ -25,8 +23,8 @@ FLOODS = {
 async def hammer(
     url: str, headers: str, parts: tuple[bytes, ...], over: asyncio.Event, seen: Counter[int]
 ) -> None:
-    """Sends one after the other until it is over, or thirty of them; a connection that ends before
-    its answer is seen as 0.
+    """Sends up to thirty requests in a row, until `over` is set. A connection that ends without an
+    answer counts as status 0.
     """
     for _ in range(30):
         if over.is_set():
@@ -44,8 +42,8 @@ async def hammer(
 async def test_a_flood_of_wrong_tokens_stops_no_callback(
     kind: str, connections: int, tmp_path: Path
 ) -> None:
-    """While many connections send what has no token, every callback with one is answered 200;
-    refusals are counted, few are logged.
+    """Many connections send requests without a token while every callback with its token gets 200.
+    All refusals are counted, and few are logged.
     """
     keyring, over, seen = Keyring([SECRET.encode()]), asyncio.Event(), Counter[int]()
     with started(

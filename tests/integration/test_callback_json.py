@@ -1,5 +1,5 @@
-"""What a callback's body may say: wrong types, no JSON, nothing that can be read. With the right
-token it always gets an answer.
+"""Callback bodies with wrong types, invalid JSON, or unreadable bytes. A callback with the right
+token always gets an answer.
 """
 
 import asyncio
@@ -50,8 +50,8 @@ async def here(
 async def test_an_unreadable_body_gets_the_upstream_asked(
     body: bytes, here: World, upstream: Upstream
 ) -> None:
-    """The token proves who calls: 200 `unreadable`, kept in part, asked about once however often it
-    comes.
+    """The token proves the sender. The answer is 200 `unreadable`, a part of the body is stored,
+    and the service queries the upstream once however often the body arrives.
     """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
@@ -63,7 +63,7 @@ async def test_an_unreadable_body_gets_the_upstream_asked(
 
 
 async def test_what_is_kept_of_an_unreadable_body_is_capped(here: World) -> None:
-    """16 KiB of a body that says nothing are enough."""
+    """At most 16 KiB of an unreadable body are stored."""
     task = await here.submit()
     assert await verdict(here, task, b"x" * 100_000) == "unreadable"
     found = await here.context.resources.store.read(kept_bytes, task["id"])
@@ -83,8 +83,8 @@ def kept_bytes(connection: Connection, task_id: str) -> list[int]:
 async def test_a_compressed_body_is_unreadable(
     coding: str, here: World, upstream: Upstream
 ) -> None:
-    """No coding is documented, and unpacking is a risk: the bytes are read as they are, and the
-    upstream is asked.
+    """The upstream documents no content coding, and decompression is a risk. The service reads the
+    bytes as they are and queries the upstream.
     """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
@@ -106,7 +106,7 @@ async def test_a_compressed_body_is_unreadable(
 async def test_the_type_of_a_callback_is_nobodys_business(
     type: str, here: World, upstream: Upstream
 ) -> None:
-    """No header is documented: the body says what it is."""
+    """The upstream documents no headers, so the service parses the body whatever its media type."""
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     assert await verdict(here, task, said(task, "failed"), content_type=type) == "accepted"
@@ -151,7 +151,7 @@ NESTED = {
 
 
 def bodies(task: JSON, field: str, status: str) -> list[bytes]:
-    """The field with every value, and as an object whose every field has every value."""
+    """Bodies with each value in the field, and with an object of every value in it."""
     start = f'{{"id": "{task["upstream_id"]}", "status": "{status}", "{field}": '
     inner = [f'{{"{name}": {value}}}' for name in NESTED.get(field, ("url",)) for value in VALUES]
     return [
@@ -162,8 +162,8 @@ def bodies(task: JSON, field: str, status: str) -> list[bytes]:
 
 @pytest.mark.parametrize("field", FIELDS)
 async def test_a_field_may_have_any_type(field: str, here: World, upstream: Upstream) -> None:
-    """Only `id` and `status` are required: what stands in the others breaks nothing, in any state
-    of the task.
+    """Only `id` and `status` have required types. Values of other types in the remaining fields
+    break nothing, in any state of the task.
     """
     task = await here.submit()
     sent = bodies(task, field, "processing")
@@ -182,7 +182,7 @@ async def test_a_field_may_have_any_type(field: str, here: World, upstream: Upst
 async def test_an_id_or_a_status_of_another_type_is_unreadable(
     field: str, here: World, upstream: Upstream
 ) -> None:
-    """Without a status, or about something that cannot be a task, a body says nothing."""
+    """A body without a status, or with an id that no task can have, is unreadable."""
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     usual = {"id": task["upstream_id"], "status": "completed"}
@@ -202,8 +202,8 @@ async def test_an_id_or_a_status_of_another_type_is_unreadable(
 async def test_what_is_not_quite_an_object_is_unreadable(
     body: bytes, here: World, upstream: Upstream
 ) -> None:
-    """One strict reading: what another parser might take otherwise is not guessed at, the upstream
-    is asked.
+    """The parser is strict. Where another parser might guess, this one rejects the body, and the
+    service queries the upstream.
     """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
@@ -215,7 +215,7 @@ async def test_what_is_not_quite_an_object_is_unreadable(
 async def test_an_encoding_other_than_utf_8_is_unreadable(
     encoding: str, here: World, upstream: Upstream
 ) -> None:
-    """JSON that is sent between systems is UTF-8 (RFC 8259, 8.1)."""
+    """JSON between systems is UTF-8 (RFC 8259, 8.1)."""
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     assert (
@@ -256,7 +256,7 @@ async def test_an_encoding_other_than_utf_8_is_unreadable(
 async def test_a_value_that_no_store_takes_makes_a_body_unreadable(
     value: str, here: World, upstream: Upstream
 ) -> None:
-    """Wherever it stands, known field or not: the whole body says nothing."""
+    """This holds for a known and an unknown field: the whole body is unreadable."""
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     body = said(task, "completed", extra="?").replace(b'"?"', value.encode())
@@ -264,7 +264,7 @@ async def test_a_value_that_no_store_takes_makes_a_body_unreadable(
     assert (await here.ended(task["id"]))["state"] == "failed"
 
 
-# JSON, and yet no body of ours: a field twice, or text that no database takes.
+# Valid JSON that the service rejects: a repeated field, or text that the database cannot store.
 REFUSED = (
     *("y_object_duplicated_key.json", "y_object_duplicated_key_and_value.json"),
     *("y_object_escaped_null_in_key.json", "y_string_null_escape.json"),
@@ -273,14 +273,14 @@ KINDS = {"y": {"accepted"}, "n": {"unreadable"}, "i": {"accepted", "unreadable"}
 
 
 async def test_the_public_json_test_suite_as_bodies(here: World, upstream: Upstream) -> None:
-    """Each of its 318 files, as a body and as a field of one: answered by the table, what is no
-    JSON as unreadable; the tasks end.
+    """Each of its 318 files arrives as a body and as a field of one. The table gives the answer,
+    invalid JSON is unreadable, and the tasks end.
     """
     suite = list(json_test_suite().items())
     assert len(suite) == 318
 
     async def send(task: JSON, name: str, text: bytes) -> None:
-        assert await verdict(here, task, text) == "unreadable", name  # not one of them has a status
+        assert await verdict(here, task, text) == "unreadable", name  # no file has a status
         within = said(task, "processing", extra="?").replace(b'"?"', text)
         assert await verdict(here, task, within) in (
             {"unreadable"} if name in REFUSED else KINDS[name[0]]

@@ -1,5 +1,5 @@
-"""Callbacks in any order and number, at once and after every end: judged one by one, told once,
-settled once.
+"""Callbacks in any order and number, concurrent and after each kind of end. The service judges each
+callback, raises each event once, and settles each task once.
 """
 
 import asyncio
@@ -38,8 +38,8 @@ async def here(
 
 @dataclass
 class Table:
-    """The contract's table for one task: what each callback is answered, by all that came before
-    it.
+    """The table of docs/callbacks.md for one task: the answer to each callback, given all earlier
+    ones.
     """
 
     settled: str | None = None
@@ -56,7 +56,7 @@ class Table:
 
 
 def sent(task: JSON) -> dict[str, bytes]:
-    """Every kind of callback by name."""
+    """One callback body of each kind, by name."""
     return {
         "processing": said(task, "processing", progress=30),
         "unheard of": said(task, "teleporting"),
@@ -73,8 +73,8 @@ def sent(task: JSON) -> dict[str, bytes]:
 async def test_any_order_and_number_is_judged_by_the_table(
     seed: int, here: World, upstream: Upstream
 ) -> None:
-    """Before the end by the first terminal callback, after it by what is settled; the upstream's
-    word is the only one that settles.
+    """Before the end the first terminal callback is the reference, afterwards the settled outcome.
+    Only the upstream's query answer settles a task.
     """
     task, answer, table = await here.submit(), asyncio.Event(), Table()
     upstream.queries[task["upstream_id"]] = [After(answer.wait, failed("service_error"))]
@@ -100,8 +100,8 @@ async def test_any_order_and_number_is_judged_by_the_table(
 async def test_everything_at_once_for_many_tasks_is_judged_as_if_in_a_row(
     here: World, upstream: Upstream
 ) -> None:
-    """Six tasks, each with five of every kind over as many connections: one is the first, its
-    equals are counted, the others told once.
+    """Six tasks get five of each kind of callback over as many connections. One is accepted, equal
+    ones are counted, and each different one raises one event.
     """
     tasks, answer = [await here.submit() for _ in range(6)], asyncio.Event()
     for task in tasks:
@@ -138,8 +138,8 @@ async def test_everything_at_once_for_many_tasks_is_judged_as_if_in_a_row(
 
 
 async def test_callbacks_race_the_submit_answer(here: World, upstream: Upstream) -> None:
-    """Ten equal ones at the very moment of the answer: one is accepted, the task is submitted once
-    and settled once.
+    """Ten equal callbacks arrive at the moment of the submit answer. One is accepted, and the task
+    is submitted once and settled once.
     """
     for number in range(5):
         prompt, arrived = f"race {number}", asyncio.Event()
@@ -159,8 +159,8 @@ async def test_callbacks_race_the_submit_answer(here: World, upstream: Upstream)
 async def test_after_settling_by_reconcile_a_callback_is_compared_with_what_is_settled(
     here: World, upstream: Upstream
 ) -> None:
-    """The first callback of all may come last: it agrees or it does not, and what is settled
-    stands.
+    """The first callback may arrive after the task has ended. It agrees or conflicts with the
+    settled outcome, which does not change.
     """
     for name, word in (
         ("failed", "duplicate"),
@@ -181,8 +181,8 @@ async def test_after_settling_by_reconcile_a_callback_is_compared_with_what_is_s
 async def test_after_a_local_cancel_a_callback_is_answered_and_nothing_is_kept_of_the_work(
     here: World, upstream: Upstream
 ) -> None:
-    """Whatever comes, and however often: the task stays cancelled, has no image, and tells no
-    second end.
+    """The task stays cancelled whatever arrives and however often. It gets no image and no second
+    terminal event.
     """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [
@@ -206,8 +206,8 @@ async def test_after_a_local_cancel_a_callback_is_answered_and_nothing_is_kept_o
 async def test_after_expiry_a_callback_is_answered_and_the_end_stands(
     upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A task that the upstream forgot may be called back about all the same: accepted, counted, and
-    still expired.
+    """A callback may arrive for a task that the upstream no longer has. It is accepted and counted,
+    and the task stays expired.
     """
     monkeypatch.setattr(worker, "LOOK_S", 0.05)
     async with world(

@@ -1,4 +1,4 @@
-"""An owner's callback secret: what signs its tasks' own callbacks, and another in its place."""
+"""An owner's callback secret: it signs the callbacks of the owner's tasks and can be rotated."""
 
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ async def shop() -> AsyncIterator[Subscriber]:
 
 
 async def told(client: httpx.AsyncClient, shop: Subscriber) -> Received:
-    """What a task's own address gets."""
+    """Submits a task with its own callback URL and returns the callback."""
     count = len(shop.received)
     await submitted(client, UNTIL_DONE, callback_url=f"{shop.url}/own", sandbox=QUICK)
     await wait_until(lambda: len(shop.received) > count)
@@ -42,8 +42,8 @@ async def owner(here: World, name: str) -> JSON:
 
 
 async def test_both_secrets_sign_while_they_overlap(here: World, shop: Subscriber) -> None:
-    """The one of the first key, then the old and the new, after the overlap the new alone; by the
-    library of Standard Webhooks.
+    """First the first key's secret signs, then the old and the new one, and after the overlap only
+    the new one. The library of Standard Webhooks verifies each.
     """
     key = await owner(here, "rotating")
     async with here.with_key(key["key"]) as client:
@@ -64,7 +64,9 @@ async def test_both_secrets_sign_while_they_overlap(here: World, shop: Subscribe
 async def test_an_admin_rotates_anybodys_and_an_owner_its_own(
     here: World, shop: Subscriber
 ) -> None:
-    """Another's is 403, and wants `subscribe`; an owner that is not there is 404."""
+    """Another owner's secret is 403, and the key needs the scope `subscribe`. An unknown owner is
+    404.
+    """
     key = await owner(here, "ours")
     async with (
         here.with_key(key["key"]) as client,
@@ -105,7 +107,9 @@ async def test_an_admin_rotates_anybodys_and_an_owner_its_own(
 async def test_the_operators_have_one_without_a_key_in_the_store(
     here: World, shop: Subscriber
 ) -> None:
-    """`DARKROOM_ADMIN_KEY` alone: what was never shown is replaced by one that is."""
+    """Only `DARKROOM_ADMIN_KEY` exists, so no answer ever showed the first secret. The rotation
+    returns a new one.
+    """
     made = got(await here.client.post(ROTATE))
     assert made["owner"] == "admin"
     assert (await told(here.client, shop)).signed_by(made["callback_secret"])
@@ -114,7 +118,7 @@ async def test_the_operators_have_one_without_a_key_in_the_store(
 async def test_who_rotates_while_others_do_is_told(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After some tries: 409, and nothing has changed."""
+    """After five attempts the answer is 409, and the secret is unchanged."""
     key = await owner(here, "contended")
     store = here.context.resources.store
     read, count = store.read, 0
@@ -138,7 +142,7 @@ async def test_who_rotates_while_others_do_is_told(
 
 
 def set_secret(tx: Transaction, secrets: Sequence[bytes]) -> list[None]:
-    """An operation: somebody else was quicker."""
+    """A store operation that plays a concurrent rotation."""
     for secret in secrets:
         tx.connection.execute(
             owners.update().where(owners.c.name == "contended").values(callback_secret=secret)

@@ -1,4 +1,6 @@
-"""Who has no token gets nothing, and costs next to nothing; nobody learns a token from us."""
+"""A request without the right token gets no data and costs little, and the service never reveals a
+token.
+"""
 
 import asyncio
 import json
@@ -36,8 +38,8 @@ async def here(
 
 
 async def test_a_wrong_token_is_refused_without_touching_the_store(tmp_path: Path) -> None:
-    """401 whatever the task: counted, logged without the token, and not one statement is sent to
-    the store.
+    """The answer is 401 for any task. The refusal is counted and logged without the token, and the
+    store gets no statement.
     """
     statements: list[str] = []
 
@@ -67,8 +69,8 @@ async def test_a_wrong_token_is_refused_without_touching_the_store(tmp_path: Pat
 
 
 async def test_no_line_of_the_log_holds_a_token(here: World, upstream: Upstream) -> None:
-    """Right or wrong, accepted or refused, in our lines or a library's: the token is in none of
-    them.
+    """The token is in no log line of the service or of a library, whether it is right or wrong,
+    accepted or refused.
     """
     upstream.files["0.png"] = [Response(picture(), media_type="image/png")]
     result = f"{here.sandbox_url}/files/0.png"
@@ -94,7 +96,7 @@ async def test_no_line_of_the_log_holds_a_token(here: World, upstream: Upstream)
 
 
 def forged(here: World, task: dict[str, Any], other: dict[str, Any]) -> dict[str, str]:
-    """Addresses that are nearly right, by what is wrong with them."""
+    """Callback URLs that are nearly right, keyed by the error in them."""
     right, keyring = here.callback_url(task["id"]), here.context.resources.keyring
     token = right.rsplit("/", 1)[1]
     wrong = {
@@ -120,8 +122,8 @@ def forged(here: World, task: dict[str, Any], other: dict[str, Any]) -> dict[str
 
 
 async def test_what_is_nearly_the_right_token_is_a_wrong_one(here: World) -> None:
-    """Another task's, another upstream's, cut, lengthened, in another case, encoded twice: 401, and
-    the task hears nothing.
+    """Another task's token, another upstream's, a shorter, longer, doubly encoded one, and one in
+    another case get 401. The task does not change.
     """
     task, other = await here.submit(), await here.submit()
     for name, url in forged(here, task, other).items():
@@ -134,8 +136,8 @@ async def test_what_is_nearly_the_right_token_is_a_wrong_one(here: World) -> Non
 
 
 async def test_a_path_that_is_not_a_callbacks_is_not_found(here: World) -> None:
-    """A slash inside a part, as it is or encoded, a part too few or empty: 404, which says nothing
-    about tokens.
+    """A slash inside a part (plain or encoded), a missing part, and an empty part are 404. The
+    answer says nothing about tokens.
     """
     task = await here.submit()
     right = here.callback_url(task["id"])
@@ -151,9 +153,7 @@ async def test_a_path_that_is_not_a_callbacks_is_not_found(here: World) -> None:
 
 
 async def test_an_encoded_token_is_the_token(here: World, upstream: Upstream) -> None:
-    """Percent-encoding is another spelling of the same address, and a query behind it changes
-    nothing.
-    """
+    """Percent-encoding spells the same address, and a query string changes nothing."""
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     right, body = here.callback_url(task["id"]), said(task, "failed")
@@ -167,8 +167,8 @@ async def test_an_encoded_token_is_the_token(here: World, upstream: Upstream) ->
 
 
 async def test_a_callback_is_sent_and_nothing_else(here: World, upstream: Upstream) -> None:
-    """POST, and PUT as nothing says which; other methods are 405 whatever the token, and tell
-    nobody whether it was right.
+    """POST and PUT are accepted, because the upstream documents no method. Every other method is
+    405 with any token, so it reveals nothing about the token.
     """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
@@ -202,8 +202,8 @@ async def test_a_callback_is_sent_and_nothing_else(here: World, upstream: Upstre
 async def test_the_body_of_a_refused_request_is_not_read(
     method: str, headers: str, here: World
 ) -> None:
-    """The answer comes while the body is on its way, nobody is asked to go on, and the connection
-    ends behind it.
+    """The answer arrives while the body is still in transit. The server sends no `100 Continue`,
+    and it closes the connection after the answer.
     """
     url = here.callback_url("task_x", "wrong")
     endless = chunk(b"x" * 1000) if "chunked" in headers else b"x" * 1000
@@ -219,9 +219,7 @@ async def test_the_body_of_a_refused_request_is_not_read(
 async def test_a_connection_survives_a_refused_request_with_a_short_body(
     length: int, here: World
 ) -> None:
-    """A sender with an old token loses no connection: the request behind it on the same one is
-    answered.
-    """
+    """A sender with an old token keeps its connection. The next request on it gets an answer."""
     url = httpx.URL(here.callback_url("task_gone", "wrong"))
     right = httpx.URL(here.callback_url("task_gone"))
     reader, writer = await asyncio.open_connection(url.host, url.port)
@@ -238,7 +236,7 @@ async def test_a_connection_survives_a_refused_request_with_a_short_body(
 
 @pytest.fixture
 async def flooded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    """A world where after one refusal every other one waits, and gets no line of its own for a
+    """A world where every refusal after the first is delayed and gets no log line of its own for a
     second.
     """
     monkeypatch.setattr(overload, "RATE", 0.001)
@@ -248,8 +246,8 @@ async def flooded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
 
 
 async def test_refusals_in_a_flood_are_counted_and_share_few_lines(flooded: World) -> None:
-    """Every refusal is in the metric, and every one in a line: in its own, or in the number of
-    those that got none.
+    """The metric counts every refusal. Each one has its own log line or is in another line's
+    `withheld` number.
     """
     before, url = counted(flooded, "wrong_token"), flooded.callback_url("task_x", "wrong")
     with logged("info") as stream:
@@ -265,8 +263,8 @@ async def test_refusals_in_a_flood_are_counted_and_share_few_lines(flooded: Worl
 
 
 async def test_a_flood_fills_no_memory(flooded: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those who wait with a long body are limited in number; who comes beyond is answered at once
-    and loses the connection.
+    """The number of delayed requests with a long body is limited. A request beyond the limit is
+    answered at once, and its connection closes.
     """
     monkeypatch.setattr(callback_route, "MAX_DELAYED_BODIES", 0)
     monkeypatch.setattr(overload, "MAX_DELAY_S", 600)

@@ -1,4 +1,4 @@
-"""The upstream's callbacks over real sockets: each row of the contract's table (section 4)."""
+"""The upstream's callbacks over real sockets: each row of the table in docs/callbacks.md."""
 
 import asyncio
 import json
@@ -40,7 +40,9 @@ async def here(
 async def test_the_first_terminal_callback_is_accepted_and_settled(
     here: World, upstream: Upstream
 ) -> None:
-    """200 `accepted`; the upstream is asked, and what it says ends the task."""
+    """The answer is 200 `accepted`. The service queries the upstream, and that answer ends the
+    task.
+    """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     assert await verdict(here, task, said(task, "failed")) == "accepted"
@@ -52,14 +54,14 @@ async def test_the_first_terminal_callback_is_accepted_and_settled(
 async def test_the_same_again_is_a_duplicate_and_nothing_else(
     here: World, upstream: Upstream
 ) -> None:
-    """Ten at once and one after the end: one is accepted, the others are counted on it; one query,
-    one terminal event.
+    """Ten arrive at once and one after the end. One is accepted, the rest are counted on it, and
+    there is one query and one terminal event.
     """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     bodies = [
         said(task, "failed", attempt=number) for number in range(10)
-    ]  # what says the same need not be the same bytes
+    ]  # equal content need not be equal bytes
     verdicts = await asyncio.gather(*(verdict(here, task, body) for body in bodies))
     assert sorted(verdicts) == ["accepted"] + ["duplicate"] * 9
     await here.ended(task["id"])
@@ -70,7 +72,6 @@ async def test_the_same_again_is_a_duplicate_and_nothing_else(
 
 
 async def test_every_spelling_of_cancelled_is_the_same(here: World, upstream: Upstream) -> None:
-    """`cancelled`, `canceled` and `failed` with `request_cancelled` agree with each other."""
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [document("canceled")]
     error = {"code": "request_cancelled", "message": "gone"}
@@ -86,8 +87,8 @@ async def test_every_spelling_of_cancelled_is_the_same(here: World, upstream: Up
 async def test_another_terminal_callback_is_a_conflict_told_once(
     here: World, upstream: Upstream
 ) -> None:
-    """Another status or other results: 200 `conflict`, kept, the upstream is asked, one event for
-    operators; what is settled stands.
+    """A different status or different results are 200 `conflict`. The body is stored, the service
+    queries the upstream, and operators get one event. The settled outcome stays.
     """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error", usage={"credits_used": 0})]
@@ -118,8 +119,8 @@ async def test_another_terminal_callback_is_a_conflict_told_once(
 async def test_a_conflict_before_the_end_is_decided_by_the_upstream(
     here: World, upstream: Upstream
 ) -> None:
-    """Two callbacks that contradict each other while nothing is settled: the query's word counts,
-    not the first one's.
+    """Two callbacks contradict each other before the task is settled. The query's answer counts,
+    not the first callback.
     """
     task = await here.submit()
     answer = asyncio.Event()
@@ -140,8 +141,8 @@ async def test_a_conflict_before_the_end_is_decided_by_the_upstream(
 
 
 async def test_what_is_not_terminal_is_progress_only(here: World, upstream: Upstream) -> None:
-    """`processing` moves status and progress forward, never back, and asks nobody; an unknown
-    status changes nothing.
+    """`processing` moves status and progress forward and never back, and causes no query. An
+    unknown status changes nothing.
     """
     task = await here.submit()
     assert await verdict(here, task, said(task, "processing", progress=40)) == "accepted"
@@ -161,8 +162,8 @@ async def test_what_is_not_terminal_is_progress_only(here: World, upstream: Upst
 
 
 async def test_a_foreign_upstream_id_is_a_conflict(here: World, upstream: Upstream) -> None:
-    """A body about another upstream task than the one known: kept, the upstream is asked, the known
-    id stands.
+    """The body names another upstream task than the known one. It is stored, the service queries
+    the upstream, and the known id stays.
     """
     task = await here.submit()
     other = await here.submit()
@@ -179,7 +180,7 @@ async def test_a_foreign_upstream_id_is_a_conflict(here: World, upstream: Upstre
 
 
 async def test_a_callback_for_a_task_that_is_gone_is_answered(here: World) -> None:
-    """The right token for a task no longer known: 200 `unknown`, logged, nothing is kept."""
+    """The right token of a deleted task gets 200 `unknown`. It is logged, and nothing is stored."""
     with capture_logs() as lines:
         assert await verdict(here, "task_gone", b'{"status": "completed"}') == "unknown"
     assert [
@@ -193,8 +194,8 @@ async def test_a_callback_for_a_task_that_is_gone_is_answered(here: World) -> No
 async def test_a_callback_may_come_before_the_submit_answer(
     named: str | None, here: World, upstream: Upstream
 ) -> None:
-    """Never a 404: it binds the id it names; the answer's id wins, and the task is settled although
-    the callback won't come again.
+    """The answer is never 404. The callback binds the id that it names, the submit answer's id
+    wins, and the task is settled although the callback does not come again.
     """
     prompt, answered, mine = f"early {named}", asyncio.Event(), f"task-unified-answer-{named}"
     upstream.submits[prompt] = [After(answered.wait, document("pending", id=mine))]
@@ -213,9 +214,7 @@ async def test_a_callback_may_come_before_the_submit_answer(
 
 @contextmanager
 def commits(here: World, hook: Callable[[Connection], None]) -> Iterator[None]:
-    """Runs `hook` before each commit of the store, on the thread where a slow disk is waited
-    for.
-    """
+    """Runs `hook` before each commit of the store, on the thread that waits for a slow disk."""
     store = here.context.resources.store
     assert isinstance(store, SqliteStore)
     store._commits.extend([1.0] * REMEMBERED)
@@ -229,8 +228,8 @@ def commits(here: World, hook: Callable[[Connection], None]) -> Iterator[None]:
 async def test_a_store_that_fails_to_commit_promises_nothing(
     here: World, upstream: Upstream
 ) -> None:
-    """503 with `Retry-After: 1`, and nothing is kept; the same callback is taken once the store is
-    back.
+    """The answer is 503 with `Retry-After: 1`, and nothing is stored. The same callback is accepted
+    once the store is back.
     """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
@@ -255,8 +254,8 @@ async def test_a_store_that_fails_to_commit_promises_nothing(
 async def test_a_store_that_takes_too_long_promises_nothing(
     here: World, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """503 when the commit takes over 8 s (shorter here); should it succeed after all, the callback
-    that comes again is a duplicate.
+    """The answer is 503 when the commit takes over 8 s (shorter here). If the commit still
+    succeeds, the repeated callback is a duplicate.
     """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
@@ -280,8 +279,8 @@ async def test_a_store_that_takes_too_long_promises_nothing(
 
 
 async def test_the_answer_comes_before_anything_else(here: World, upstream: Upstream) -> None:
-    """While the upstream is silent and its files stall, callbacks are answered: nothing is asked or
-    fetched inside the request.
+    """The upstream does not answer and its files stall, but callbacks are answered. The request
+    itself makes no query and fetches no file.
     """
     task, silence = await here.submit(), asyncio.Event()
     upstream.queries[task["upstream_id"]] = [
@@ -301,7 +300,7 @@ async def test_the_answer_comes_before_anything_else(here: World, upstream: Upst
 
 
 async def test_a_flood_of_different_bodies_is_kept_in_part(here: World) -> None:
-    """Of one task's callbacks that all differ a few are kept, the others counted; each gets its
+    """The service stores a few different callbacks of one task and counts the rest. Each gets its
     answer.
     """
     task = await here.submit()
@@ -316,7 +315,9 @@ async def test_a_flood_of_different_bodies_is_kept_in_part(here: World) -> None:
 async def test_a_callback_asked_for_again_while_the_query_runs_is_not_lost(
     here: World, upstream: Upstream
 ) -> None:
-    """What arrives during a query may be newer than its answer: the upstream is asked once more."""
+    """A callback during a query may be newer than its answer, so the service queries the upstream
+    once more.
+    """
     task, answer = await here.submit(), asyncio.Event()
     upstream.queries[task["upstream_id"]] = [
         After(answer.wait, document("processing")),

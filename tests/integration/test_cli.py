@@ -1,4 +1,4 @@
-"""The program `darkroom`: what it prints, what it asks of the service, and how it fails."""
+"""The program `darkroom`: its output, its requests to the service, and its failures."""
 
 import hashlib
 import json
@@ -70,7 +70,7 @@ Run = Callable[..., Done]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs the program in this process, in an empty folder, with no setting but those given."""
+    """Runs the program in this process, in an empty folder, with only the given settings."""
     for name in [name for name in os.environ if name.upper().startswith("DARKROOM_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -99,12 +99,12 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture
 def client(dev: Running) -> Mapping[str, str]:
-    """The two variables a client command needs."""
+    """The two environment variables that a client command needs."""
     return {"DARKROOM_URL": dev.address, "DARKROOM_API_KEY": dev.announcement["key"]}
 
 
 def one_line(done: Done) -> str:
-    """The single line of a failure: exit code 1, nothing on standard output, no traceback."""
+    """The only line of a failed command: exit code 1, nothing on standard output, no traceback."""
     assert done.code == 1, done
     (line,) = done.err.splitlines()
     assert line.startswith("darkroom: ")
@@ -117,7 +117,7 @@ def one_line(done: Done) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_has_help_and_json(run: Run, command: list[str]) -> None:
-    """Contract section 1: every command has `--help` and `--json`."""
+    """Every command has `--help` and `--json` (docs/cli.md)."""
     done = run(*command, "--help")
     assert done.code == 0
     assert "--json" in done.out
@@ -125,7 +125,7 @@ def test_every_command_has_help_and_json(run: Run, command: list[str]) -> None:
 
 
 def test_the_table_of_commands_is_whole(run: Run) -> None:
-    """The list these tests go through is the program's own."""
+    """The command list of these tests equals the program's."""
     group = typer.main.get_command(cli.program)
     known: list[list[str]] = []
     # # typer's own group class is private
@@ -160,8 +160,8 @@ def test_the_table_of_commands_is_whole(run: Run) -> None:
     ids=" ".join,
 )
 def test_bad_usage_exits_with_two(run: Run, arguments: tuple[str, ...]) -> None:
-    """Contract section 1: 2 on bad usage, said on standard error, before anything is asked or
-    opened.
+    """Bad usage exits with 2 and a message on standard error, before the command sends a request or
+    opens a file (docs/cli.md).
     """
     done = run(*arguments)
     assert done.code == 2
@@ -175,7 +175,7 @@ def test_bad_usage_exits_with_two(run: Run, arguments: tuple[str, ...]) -> None:
 
 
 def test_a_service_that_is_not_there_is_one_line(run: Run) -> None:
-    """A refused connection names the address and the variable to look at."""
+    """The line for a refused connection names the address and its variable."""
     assert (
         one_line(run("tasks", DARKROOM_URL="http://127.0.0.1:9"))
         == "no service answers at http://127.0.0.1:9: is DARKROOM_URL right?"
@@ -183,7 +183,9 @@ def test_a_service_that_is_not_there_is_one_line(run: Run) -> None:
 
 
 def test_a_service_that_is_something_else_is_one_line(run: Run) -> None:
-    """Another server behind the address is told from a service that refuses."""
+    """The message distinguishes another server at the address from a service that rejects the
+    request.
+    """
 
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -201,7 +203,7 @@ def test_a_service_that_is_something_else_is_one_line(run: Run) -> None:
 
 
 def test_a_connection_that_breaks_does_not_lose_the_order(run: Run) -> None:
-    """The task may have been taken: the line holds the key under which asking again is safe."""
+    """The service may have created the task, so the line has the key for a safe retry."""
 
     class Cut(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -227,7 +229,7 @@ def test_a_connection_that_breaks_does_not_lose_the_order(run: Run) -> None:
 def test_refusals_are_told_in_the_services_words(
     run: Run, client: Mapping[str, str], dev: Running
 ) -> None:
-    """An error of the API is its code and its message; a key that is missing is named."""
+    """An API error is printed as its code and message. A missing key is named."""
     assert one_line(run("submit", "x", "--size", "10x10", **client)).startswith(
         "invalid_parameter: size must"
     )
@@ -242,7 +244,7 @@ def test_refusals_are_told_in_the_services_words(
 
 
 def test_a_start_that_cannot_be_is_one_line(run: Run, tmp_path: Path, dev: Running) -> None:
-    """What a start wants and lacks is named: key, address, store, unknown settings."""
+    """The line names what is wrong or missing: key, address, store, unknown settings."""
     taken = dev.address.rpartition(":")[2]
     assert f"127.0.0.1:{taken} cannot be listened on" in one_line(run("serve", "--port", taken))
     assert "DARKROOM_NONSENSE is not a setting" in one_line(run("serve", DARKROOM_NONSENSE="1"))
@@ -261,8 +263,8 @@ def test_a_start_that_cannot_be_is_one_line(run: Run, tmp_path: Path, dev: Runni
 
 
 def test_submit_prints_the_id_and_waits_if_asked(run: Run, client: Mapping[str, str]) -> None:
-    """Nothing but the result on standard output: the id, the links, the files; with `--json` the
-    whole task.
+    """Standard output has only the result: the id, the links, the files, or with `--json` the whole
+    task.
     """
     id = run("submit", "a lighthouse", **client)
     assert re.fullmatch(TASK + "\n", id.out)
@@ -290,7 +292,7 @@ def test_submit_prints_the_id_and_waits_if_asked(run: Run, client: Mapping[str, 
 
 
 def test_submit_saves_the_images(run: Run, client: Mapping[str, str], tmp_path: Path) -> None:
-    """`--out DIR` makes the folder, waits, and saves what was stored, byte for byte."""
+    """`--out DIR` creates the folder, waits, and saves the stored images byte for byte."""
     task = run(
         "submit", "a lighthouse", "--n", "2", "--out", "pictures/new", "--json", **client
     ).json
@@ -304,7 +306,7 @@ def test_submit_saves_the_images(run: Run, client: Mapping[str, str], tmp_path: 
 
 
 def test_the_same_idempotency_key_is_the_same_task(run: Run, client: Mapping[str, str]) -> None:
-    """A repeated order is answered with the first task; another order under its key is refused."""
+    """A repeated order returns the first task. A different order under the same key is rejected."""
     first, second = (
         run("submit", "once", "--idempotency-key", "order-1", **client).out for _ in range(2)
     )
@@ -315,8 +317,8 @@ def test_the_same_idempotency_key_is_the_same_task(run: Run, client: Mapping[str
 
 
 def test_a_task_that_fails_fails_the_command(run: Run, tmp_path: Path) -> None:
-    """Waiting for a task that ends otherwise than completed exits with 1 and says how it ended;
-    Ctrl+C with 130.
+    """Waiting for a task that does not complete exits with 1 and names the outcome. Ctrl+C exits
+    with 130.
     """
     with (
         sandbox(
@@ -334,8 +336,8 @@ def test_a_task_that_fails_fails_the_command(run: Run, tmp_path: Path) -> None:
 
 
 def test_tasks_are_listed_and_one_is_told_in_full(run: Run, client: Mapping[str, str]) -> None:
-    """A list for people and one for programs; a task by our id and the upstream's, with its
-    timeline.
+    """A list has one form for people and one for programs. A task is found by our id and the
+    upstream's, with its timeline.
     """
     run("submit", "another lighthouse", "--wait", "--json", **client)
     made = run(
@@ -369,7 +371,7 @@ def test_tasks_are_listed_and_one_is_told_in_full(run: Run, client: Mapping[str,
 
 
 def test_events_are_json_lines_in_order(run: Run, client: Mapping[str, str]) -> None:
-    """One event a line, in sequence, after a place, of a type, of a task."""
+    """One event per line, in sequence. Filters are position, type and task."""
     made = run("submit", "a lighthouse", "--wait", "--json", **client).json
     every = [json.loads(line) for line in run("events", **client).out.splitlines()]
     assert [event["sequence"] for event in every] == sorted(event["sequence"] for event in every)
@@ -417,7 +419,7 @@ def following(
 def test_following_prints_what_comes_until_it_is_interrupted(
     run: Run, client: Mapping[str, str], tmp_path: Path
 ) -> None:
-    """`--follow` prints an event when it happens; Ctrl+C ends it with 130 and without a word."""
+    """`--follow` prints each event when it happens. Ctrl+C ends it with 130 and no message."""
     run("submit", "a lighthouse", "--wait", **client)
     place = json.loads(run("events", **client).out.splitlines()[-1])["sequence"]
     with following(client, tmp_path, place) as process:
@@ -426,7 +428,7 @@ def test_following_prints_what_comes_until_it_is_interrupted(
         id = run("submit", "a lighthouse", "--wait", "--json", **client).json["id"]
         ours = (
             event for event in map(json.loads, process.stdout) if event["subject"] == id
-        )  # other tests' tasks end meanwhile
+        )  # other tests' tasks end as well
         assert [next(ours)["type"] for _ in range(2)] == [
             "image.task.submitted",
             "image.task.completed",
@@ -439,7 +441,7 @@ def test_following_prints_what_comes_until_it_is_interrupted(
 def test_a_reader_that_leaves_ends_the_command_quietly(
     run: Run, client: Mapping[str, str], tmp_path: Path
 ) -> None:
-    """`darkroom events --follow | head -1`: no traceback, no complaint."""
+    """`darkroom events --follow | head -1` prints no traceback and no error."""
     run("submit", "a lighthouse", "--wait", **client)
     with following(client, tmp_path, "0") as process:
         assert process.stdout is not None
@@ -456,7 +458,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly(
 
 
 def test_endpoints_and_deliveries(run: Run, client: Mapping[str, str]) -> None:
-    """An endpoint's whole life, and the delivery that was tried, with its attempts."""
+    """The test covers an endpoint's whole life and a delivery with its attempts."""
     made = run(
         "endpoints",
         "create",
@@ -502,7 +504,7 @@ def test_endpoints_and_deliveries(run: Run, client: Mapping[str, str]) -> None:
 
 
 def test_rotating_testing_retrying_and_replaying(run: Run, client: Mapping[str, str]) -> None:
-    """What was never taken is counted, sent again, and shown; a test that was not taken fails the
+    """Failed deliveries are counted, sent again, and shown. A failed endpoint test fails the
     command.
     """
     made = run("endpoints", "create", "http://127.0.0.1:9/hook", "--json", **client).json
@@ -549,8 +551,8 @@ def test_rotating_testing_retrying_and_replaying(run: Run, client: Mapping[str, 
 def test_keys_are_made_in_a_store_that_nobody_serves_and_else_through_the_api(
     run: Run, tmp_path: Path
 ) -> None:
-    """On SQLite the file is touched only while nobody holds its lock; standard output is the answer
-    and nothing else.
+    """On SQLite the command opens the file only while no process holds its lock. Standard output
+    has only the answer.
     """
     settings = service_settings("https://upstream.invalid", tmp_path)
 
@@ -595,7 +597,7 @@ def test_keys_are_made_in_a_store_that_nobody_serves_and_else_through_the_api(
         listed = run("keys", "list", **here).out
         assert listed.split()[:3] == ["id", "hint", "owner"]
         assert made["key"] not in listed
-        # The lock is held, and where the address points to nobody answers.
+        # The service holds the lock, and no service answers at the configured address.
         assert "no service answers" in one_line(
             run("keys", "list", **settings, DARKROOM_URL="http://127.0.0.1:9")
         )
@@ -608,7 +610,7 @@ def test_keys_are_made_in_a_store_that_nobody_serves_and_else_through_the_api(
 
 
 def test_an_address_elsewhere_never_means_the_store_here(run: Run, tmp_path: Path) -> None:
-    """With a DARKROOM_URL of another machine nothing is made in a store of this one."""
+    """With a DARKROOM_URL of another machine the command writes nothing to a local store."""
     assert "no service answers" in one_line(
         run("keys", "list", DARKROOM_URL="http://darkroom.invalid")
     )
@@ -616,7 +618,9 @@ def test_an_address_elsewhere_never_means_the_store_here(run: Run, tmp_path: Pat
 
 
 def test_migrate_openapi_and_asyncapi(run: Run, tmp_path: Path) -> None:
-    """What needs no service: the schema is made or kept, the documents are JSON."""
+    """These commands need no service. They create or keep the schema and print the documents as
+    JSON.
+    """
     first, second = (
         darkroom("migrate", "--json", folder=tmp_path, DARKROOM_MIGRATE="off") for _ in range(2)
     )
@@ -633,8 +637,8 @@ def test_migrate_openapi_and_asyncapi(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_line_that_serve_sandbox_prints_works(dev: Running) -> None:
-    """`make dev` prints an address, a key and a curl line; sent as it stands, the line brings a
-    completed task.
+    """`make dev` prints an address, a key and a curl line. The printed line, run unchanged, brings
+    a completed task.
     """
     words = shlex.split(dev.announcement["curl"])
     assert words[:3] == ["curl", "-sS", f"{dev.address}/v1/images/generations"]
@@ -648,7 +652,7 @@ def test_the_line_that_serve_sandbox_prints_works(dev: Running) -> None:
 def test_a_terminal_shows_progress_and_the_start_tells_how_to_go_on(
     client: Mapping[str, str], tmp_path: Path
 ) -> None:
-    """On a terminal the task's state is shown while it lasts; the result stands below."""
+    """A terminal shows the task's state while it runs, and the result below it."""
     main, terminal = pty.openpty()
     command = [sys.executable, "-m", "service", "submit", "a lighthouse", "--wait"]
     environment = clean_environment({**client, "TERM": "xterm", "COLUMNS": "200"})
@@ -657,7 +661,7 @@ def test_a_terminal_shows_progress_and_the_start_tells_how_to_go_on(
     ) as process:
         os.close(terminal)
         said = b""
-        with suppress(OSError):  # how Linux tells that the other side has closed
+        with suppress(OSError):  # Linux reports with an OSError that the other side has closed
             while part := os.read(main, 65536):
                 said += part
         assert process.wait(30) == 0
@@ -668,8 +672,8 @@ def test_a_terminal_shows_progress_and_the_start_tells_how_to_go_on(
 
 
 def test_serve_sandbox_tells_people_where_it_is(tmp_path: Path) -> None:
-    """Without `--json` the address, the key and the lines to try stand between the log's; what it
-    keeps is apart from real tasks.
+    """Without `--json` the address, the key and the example commands stand between the log lines.
+    Sandbox data is separate from real tasks.
     """
     with started("serve", "--sandbox", folder=tmp_path, DARKROOM_PORT="0") as running:
         running.signal(signal.SIGTERM)

@@ -1,5 +1,5 @@
-"""The machine's clock jumps by an hour under a running service, and between two runs of one:
-nothing ends early, nobody waits for it.
+"""The machine's clock jumps by an hour while the service runs and between two runs. No task ends
+early, and no client waits for the hour.
 """
 
 import asyncio
@@ -23,14 +23,14 @@ pytestmark = pytest.mark.slow
 
 @dataclass(slots=True)
 class Machine:
-    """What its clock is set off by, in seconds; timers don't follow it, as on any machine."""
+    """The clock's offset in seconds. Timers do not follow it, as on a real machine."""
 
     off: float = 0.0
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """Every reading of the wall clock in this process goes through it."""
+    """Every reading of the wall clock in this process has the machine's offset."""
     made, wall, wall_ns = Machine(), time.time, time.time_ns
     monkeypatch.setattr(time, "time", lambda: wall() + made.off)
     monkeypatch.setattr(time, "time_ns", lambda: wall_ns() + round(made.off * 1e9))
@@ -40,8 +40,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 
 @pytest.mark.parametrize("jump", [3600.0, -3600.0])
 async def test_an_hours_jump_stops_nothing(jump: float, tmp_path: Path, machine: Machine) -> None:
-    """Retries that wait are made in time, tokens count, tasks go on to their end; times in events
-    are within minutes of the old clock.
+    """Retries run on time, tokens stay valid, and tasks reach their end. Event times are within
+    minutes of the old clock.
     """
     async with world(tmp_path, download_schedule="1", delivery_schedule="1,1") as here:
         waiting = [await here.submit(headers=ASYNC, sandbox={"delay": 1}) for _ in range(3)]
@@ -60,7 +60,7 @@ async def test_an_hours_jump_stops_nothing(jump: float, tmp_path: Path, machine:
 async def test_nothing_in_doubt_is_given_up_by_a_jump_that_is_undone(
     tmp_path: Path, machine: Machine
 ) -> None:
-    """A task that waits for a callback to prove it waits on: the hour did not pass."""
+    """An uncertain task that waits for a callback keeps waiting, because the hour did not pass."""
     upstream = Upstream()
     async with quick_world(tmp_path, upstream) as here:
         task = await here.submit()
@@ -74,7 +74,7 @@ async def test_nothing_in_doubt_is_given_up_by_a_jump_that_is_undone(
 async def test_who_waits_for_a_task_does_not_wait_for_the_clock(
     tmp_path: Path, machine: Machine
 ) -> None:
-    """`Prefer: wait` counts seconds that pass."""
+    """`Prefer: wait` counts elapsed seconds, not clock time."""
     async with quick_world(tmp_path, Upstream()) as here:
         waiting = asyncio.create_task(here.submit(headers={"prefer": "wait=2"}))
         await wait_until(lambda: here.context.shedder.waiting, 10)
@@ -85,7 +85,7 @@ async def test_who_waits_for_a_task_does_not_wait_for_the_clock(
 async def test_an_endpoint_that_asks_for_a_second_is_not_left_alone_for_an_hour(
     tmp_path: Path, machine: Machine
 ) -> None:
-    """What it asked for is counted by the clock that it was written down by."""
+    """The pause counts on the clock that recorded it."""
     peace = Response(status_code=503, headers={"retry-after": "1"})
     async with subscriber() as taker, world(tmp_path, delivery_schedule="1,1") as here:
         taker.answer = lambda number, _: Response(status_code=204) if number else peace

@@ -1,4 +1,6 @@
-"""One dead endpoint among a hundred costs the others nothing: the mechanism, without a clock."""
+"""One dead endpoint does not delay a hundred healthy ones. The test checks the mechanism without
+timing.
+"""
 
 import asyncio
 from collections import Counter
@@ -25,8 +27,8 @@ PENDING, OTHERS, EVENTS = 200, 99, 3
 async def test_a_dead_endpoint_takes_no_place_from_ninety_nine_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It never answers and has 200 events pending: it holds its first few places, is seldom looked
-    at, and all others get theirs.
+    """The dead endpoint never answers and has 200 pending events. It holds its first few slots and
+    is looked at rarely, and every other endpoint gets its events.
     """
     hanging, most, arrived, released = 0, 0, Counter[str](), asyncio.Event()
     looks, acquire = Counter[str](), EndpointLimiter.acquire
@@ -80,5 +82,5 @@ async def test_a_dead_endpoint_takes_no_place_from_ninety_nine_others(
                 )["data"]
             ]
 
-        assert len((await waiting())[0]) == 100  # a page
+        assert len((await waiting())[0]) == 100  # one page
         released.set()

@@ -1,5 +1,5 @@
-"""Deliveries over real sockets: signed, retried, recorded, and never to anybody they are not meant
-for.
+"""Deliveries over real sockets: they are signed, retried, recorded, and sent only to their
+addressee.
 """
 
 import asyncio
@@ -37,12 +37,12 @@ from tests.world import TEXT_TO_IMAGE, Received, Subscriber, World, subscriber, 
 JSON = dict[str, Any]
 DONE = Response(status_code=204)
 BROKEN = Response("out of order", 500)
-FAIL = {"fail": "service_error"}  # a task that ends without pictures is quick
+FAIL = {"fail": "service_error"}  # a task that ends without images is quick
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Due work is looked for more often than in earnest."""
+    """Workers poll for due work more often than in production."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LOOK_S", 0.05)
         yield
@@ -50,8 +50,8 @@ def quick() -> Iterator[None]:
 
 @dataclass(slots=True)
 class Takers:
-    """A subscriber with a path for each test; `answers` by path, each request the next, the last
-    for ever, else 204.
+    """A subscriber with a path for each test. `answers` lists the answers by path, one per request,
+    and the last repeats. The default is 204.
     """
 
     subscriber: Subscriber
@@ -86,7 +86,7 @@ async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]
 
 @dataclass(slots=True)
 class Owner:
-    """Somebody with tasks and endpoints of their own; `secret` is their callback secret."""
+    """An owner with tasks and endpoints of its own. `secret` is the owner's callback secret."""
 
     name: str
     client: httpx.AsyncClient
@@ -126,7 +126,7 @@ class Owner:
         return found[::-1]
 
     async def finished(self, count: int = 1, **query: str) -> list[JSON]:
-        """The deliveries once so many have ended, oldest first."""
+        """Waits until `count` deliveries have ended, and returns them oldest first."""
 
         async def look() -> list[JSON] | None:
             found = [
@@ -156,7 +156,7 @@ async def somebody(here: World, request: pytest.FixtureRequest) -> AsyncIterator
 
 
 def verify(secret: str, request: Received) -> Any:
-    """What a request says; both libraries raise unless its signature is right."""
+    """Parses a delivery. Both libraries raise an error unless its signature is right."""
     headers = dict(request.headers)
     svix.webhooks.Webhook(secret).verify(request.body, headers)
     return standardwebhooks.Webhook(secret).verify(request.body, headers)
@@ -165,8 +165,8 @@ def verify(secret: str, request: Received) -> Any:
 async def test_an_event_is_delivered_signed_as_the_standard_says(
     somebody: Owner, takers: Takers
 ) -> None:
-    """The libraries of Standard Webhooks and of Svix accept it; the body is the very event of the
-    outbox.
+    """The libraries of Standard Webhooks and Svix accept the signature. The body is the event from
+    the outbox.
     """
     endpoint = await somebody.subscribe(takers.url("/signed"))
     task = await somebody.submit(sandbox={}, prompt="一只猫", metadata={"order": "七"})
@@ -188,8 +188,8 @@ async def test_an_event_is_delivered_signed_as_the_standard_says(
 async def test_a_failed_attempt_is_repeated_by_schedule_and_recorded(
     here: World, somebody: Owner, takers: Takers
 ) -> None:
-    """The same id and bytes each time; every attempt is listed with time, status, duration and
-    error, for admins with the answer.
+    """Each attempt sends the same id and bytes. The list has its time, status, duration and error,
+    and for admins the answer.
     """
     endpoint = await somebody.subscribe(
         takers.url("/retried", BROKEN, BROKEN, DONE), "image.task.failed"
@@ -228,8 +228,8 @@ async def test_a_failed_attempt_is_repeated_by_schedule_and_recorded(
 async def test_after_the_last_retry_a_delivery_is_dead(
     here: World, somebody: Owner, takers: Takers
 ) -> None:
-    """Kept and listed; operators get `delivery.exhausted`, and a dead delivery of that event raises
-    none.
+    """The dead delivery stays in the list, and operators get `delivery.exhausted`. A dead delivery
+    of that event raises no further event.
     """
     wanted = {"url": takers.url("/watching", BROKEN), "types": ["delivery.*"], "owner": None}
     watching = await here.client.post("/v1/endpoints", json=wanted)
@@ -268,7 +268,7 @@ async def test_after_the_last_retry_a_delivery_is_dead(
 
 
 async def test_a_redirect_is_a_failure(somebody: Owner, takers: Takers) -> None:
-    """3xx is not followed: the signed body goes to nobody else."""
+    """The service does not follow a 3xx, so the signed body reaches no other server."""
     await somebody.subscribe(
         takers.url("/moved", RedirectResponse(takers.url("/target"))), "image.task.failed"
     )
@@ -279,7 +279,7 @@ async def test_a_redirect_is_a_failure(somebody: Owner, takers: Takers) -> None:
 
 
 async def test_no_answer_is_an_attempt_without_a_status(somebody: Owner) -> None:
-    """Nobody there: the attempt says why, and counts."""
+    """No server listens at the address. The attempt has the reason, and it counts."""
     await somebody.subscribe("http://127.0.0.1:9/nobody", "image.task.failed")
     task = await somebody.submit()
     (delivery,) = await somebody.finished(task=task["id"])
@@ -289,8 +289,8 @@ async def test_no_answer_is_an_attempt_without_a_status(somebody: Owner) -> None
 
 
 async def test_gone_disables_the_endpoint(here: World, somebody: Owner, takers: Takers) -> None:
-    """410: no further attempt, pending deliveries are dead, none are made any more, operators are
-    told.
+    """After a 410 there is no further attempt, pending deliveries are dead, no new ones are
+    created, and operators get an event.
     """
     endpoint = await somebody.subscribe(takers.url("/gone", Response(status_code=410)))
     with capture_logs() as lines:
@@ -319,7 +319,7 @@ async def test_gone_disables_the_endpoint(here: World, somebody: Owner, takers: 
 async def test_an_endpoint_that_only_failed_for_too_long_is_disabled(
     tmp_path: Path, takers: Takers
 ) -> None:
-    """`ENDPOINT_DISABLE_AFTER_S` after its first failure in a row."""
+    """`ENDPOINT_DISABLE_AFTER_S` counts from the first failure in a row."""
     async with (
         world(tmp_path, endpoint_disable_after_s=0.05) as here,
         owner(here, "slow") as somebody,
@@ -337,8 +337,8 @@ async def test_an_endpoint_that_only_failed_for_too_long_is_disabled(
 async def test_an_endpoint_that_asks_for_peace_gets_it(
     status: int, form: str, here: World, somebody: Owner, takers: Takers
 ) -> None:
-    """`Retry-After` on 429 and 503 pauses the whole endpoint: the failed delivery and all others
-    wait, no attempt is used up.
+    """`Retry-After` on 429 and 503 pauses the whole endpoint. The failed delivery and all pending
+    ones wait, and no attempt is used up.
     """
     asked = (
         "600"
@@ -376,7 +376,7 @@ async def test_an_endpoint_that_asks_for_peace_gets_it(
 
 
 async def test_a_paused_endpoint_holds_its_deliveries(somebody: Owner, takers: Takers) -> None:
-    """Nothing is sent while it is paused, everything once it is enabled, with the whole
+    """A paused endpoint gets nothing. Once enabled, it gets everything, with the full retry
     schedule.
     """
     endpoint = await somebody.subscribe(takers.url("/paused"), "image.task.failed")
@@ -403,8 +403,8 @@ async def test_a_paused_endpoint_holds_its_deliveries(somebody: Owner, takers: T
 async def test_a_tasks_own_callback_url_gets_the_terminal_task(
     somebody: Owner, takers: Takers
 ) -> None:
-    """One delivery, of the task itself, as application/json, signed with the owner's callback
-    secret; retried like any other.
+    """One delivery sends the task itself as application/json, signed with the owner's callback
+    secret. It is retried like any other.
     """
     task = await somebody.submit(
         callback_url=takers.url("/own", BROKEN, DONE), metadata={"order": "7"}
@@ -426,7 +426,7 @@ async def test_a_tasks_own_callback_url_gets_the_terminal_task(
 async def test_a_tasks_own_callback_url_that_is_gone_is_left_alone(
     somebody: Owner, takers: Takers
 ) -> None:
-    """410 makes that one delivery dead."""
+    """A 410 makes only that delivery dead."""
     task = await somebody.submit(callback_url=takers.url("/own-gone", Response(status_code=410)))
     (delivery,) = await somebody.finished(task=task["id"])
     assert (delivery["state"], len(delivery["attempts"])) == ("dead", 1)
@@ -435,8 +435,8 @@ async def test_a_tasks_own_callback_url_that_is_gone_is_left_alone(
 async def test_operators_events_go_to_operators_alone(
     here: World, somebody: Owner, takers: Takers
 ) -> None:
-    """An owner who wants every type gets what the own tasks caused; an admin's endpoint for all
-    owners gets operators' events too.
+    """An owner that subscribes to every type gets only the events of its own tasks. An admin's
+    endpoint for all owners gets the operators' events too.
     """
     every = await here.client.post(
         "/v1/endpoints", json={"url": takers.url("/operators"), "types": ["*"], "owner": None}
@@ -467,7 +467,7 @@ async def test_operators_events_go_to_operators_alone(
 async def test_retries_never_delay_first_attempts(
     tmp_path: Path, takers: Takers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Retries that hang in every place of theirs leave first attempts theirs."""
+    """Retries that hang in all retry slots leave the slots of first attempts free."""
     monkeypatch.setattr(app, "REDELIVERIES", 1)
     monkeypatch.setattr(app, "DELIVERIES", 1)
     released = asyncio.Event()
@@ -494,8 +494,8 @@ async def test_retries_never_delay_first_attempts(
 async def test_an_attempt_under_a_lease_that_ended_is_recorded_and_decides_nothing(
     here: World, somebody: Owner, takers: Takers
 ) -> None:
-    """At least once: whoever was too slow has sent it all the same, so the attempt is listed; the
-    state is somebody else's.
+    """Delivery is at least once. The worker sent the request after its lease had expired, so the
+    attempt is listed. The next lease decides the state.
     """
     endpoint = await somebody.subscribe(takers.url("/twice"), "image.task.failed")
     await somebody.client.patch(f"/v1/endpoints/{endpoint['id']}", json={"status": "paused"})
@@ -521,7 +521,7 @@ async def test_an_attempt_under_a_lease_that_ended_is_recorded_and_decides_nothi
 
 
 def enable_quietly(tx: Transaction, ids: Sequence[str]) -> list[None]:
-    """An operation: the endpoints are enabled, and what they hold stays held."""
+    """A store operation that enables the endpoints and leaves their held deliveries held."""
     for endpoint_id in ids:
         tx.change(endpoints, endpoint_id, {"status": "enabled"})
     return [None] * len(ids)
@@ -530,9 +530,7 @@ def enable_quietly(tx: Transaction, ids: Sequence[str]) -> list[None]:
 async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An endpoint that is gone or disabled since, an owner without a callback secret: nothing to
-    send to, nothing to sign with.
-    """
+    """The endpoint is deleted or disabled, or the owner has no secret to sign with."""
     monkeypatch.setattr(here.context.resources.store, "clock", lambda: 1_000_000)
     worker, lease = (
         DeliveryWorker(here.context.sender, (1.0,), 1.0),
@@ -560,7 +558,7 @@ async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(
 
 
 def test_a_secret_signs_until_its_overlap_ends() -> None:
-    """The newest has no end; an older one signs until its own."""
+    """The newest secret has no end. An older one signs until its overlap ends."""
     assert valid_secrets(json.dumps([("whsec_a", None), ("whsec_b", None)]), 5) == [
         "whsec_a",
         "whsec_b",
@@ -571,8 +569,8 @@ def test_a_secret_signs_until_its_overlap_ends() -> None:
 
 
 async def test_a_reader_is_held_until_an_event_is_there(somebody: Owner) -> None:
-    """`wait` answers as soon as something is written, or with an empty page and the place reached
-    after its time.
+    """With `wait` the server answers as soon as an event is written. After the wait it returns an
+    empty page with the position reached.
     """
     start = (await somebody.get("/v1/events", wait="0.01"))["next_after"]
     reading = asyncio.create_task(

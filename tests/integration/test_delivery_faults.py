@@ -1,5 +1,5 @@
-"""Deliveries when something fails: the store while an attempt is recorded, our own resolver, a name
-that nobody has.
+"""Deliveries when the store fails during recording, when our own resolver fails, and when a name
+does not exist.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ async def subscribed(here: World, url: str) -> JSON:
 
 
 async def only(here: World, **wanted: object) -> JSON:
-    """The one delivery, once it was tried and is so."""
+    """Waits until the only delivery was attempted and has the wanted fields."""
 
     async def look() -> JSON | None:
         (found,) = got(await here.client.get("/v1/deliveries"))["data"]
@@ -71,8 +71,8 @@ async def only(here: World, **wanted: object) -> JSON:
 async def test_what_could_not_be_recorded_is_not_sent_again(
     tmp_path: Path, shop: Subscriber, status: int
 ) -> None:
-    """The store is away while an attempt is recorded: told, tried again until it is there, and sent
-    once.
+    """The store is away while the worker records an attempt. The worker logs it, retries until the
+    store is back, and sends the request once.
     """
     async with world(tmp_path, delivery_schedule=(600,)) as here:
         store, refused = here.context.resources.store, 0
@@ -112,7 +112,7 @@ async def test_what_could_not_be_recorded_is_not_sent_again(
 
 
 class Away:
-    """A store that takes down no attempt while it is away."""
+    """A store that records no attempt while it is away."""
 
     def __init__(self, store: BatchingStore, monkeypatch: pytest.MonkeyPatch) -> None:
         self.away = True
@@ -126,7 +126,7 @@ class Away:
 
 
 def leased(tx: Transaction, claimed: Sequence[Lease]) -> list[None]:
-    """An operation: the rows are under these leases now."""
+    """A store operation that puts the rows under these leases."""
     for lease in claimed:
         values = {
             "lease_until": tx.now + 60_000,
@@ -139,7 +139,7 @@ def leased(tx: Transaction, claimed: Sequence[Lease]) -> list[None]:
 
 
 async def due(still: World, shop: Subscriber) -> Lease:
-    """A new delivery under a lease; there are no workers."""
+    """A new delivery under a lease, without running workers."""
     endpoint = await subscribed(still, shop.url)
     await emitted(still.context.resources.store)
     (found,) = got(await still.client.get("/v1/deliveries", params={"endpoint": endpoint["id"]}))[
@@ -159,8 +159,8 @@ async def state(still: World, lease: Lease) -> tuple[str, int]:
 async def test_a_lease_that_ended_meanwhile_sends_nothing_twice(
     still: World, shop: Subscriber, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next lease of the same process finds what was sent, and records it; so often as leases
-    end.
+    """The next lease of the same process finds the unrecorded attempt and records it. This holds
+    however often leases expire.
     """
     store, worker = (
         still.context.resources.store,
@@ -190,7 +190,7 @@ async def test_a_lease_that_ended_meanwhile_sends_nothing_twice(
 async def test_what_another_process_did_meanwhile_counts(
     still: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It had a lease between ours and has planned a retry: that is sent."""
+    """Another process held a lease in between and planned a retry. The worker sends it."""
     store, worker = (
         still.context.resources.store,
         DeliveryWorker(still.context.sender, (600.0,), 0),
@@ -212,7 +212,7 @@ async def test_what_another_process_did_meanwhile_counts(
 async def test_what_is_kept_of_unrecorded_attempts_is_bounded(
     still: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The oldest goes first."""
+    """The oldest attempt is dropped first."""
     monkeypatch.setattr(delivery_worker, "LATE", 2)
     worker = DeliveryWorker(still.context.sender, (600.0,), 0)
     claimed = [await due(still, shop) for _ in range(3)]
@@ -223,14 +223,14 @@ async def test_what_is_kept_of_unrecorded_attempts_is_bounded(
 
 
 def forget(tx: Transaction, ids: Sequence[str]) -> list[None]:
-    """An operation: events are gone before their time."""
+    """A store operation that deletes events early."""
     tx.connection.execute(events.delete().where(events.c.id.in_(ids)))
     return [None] * len(ids)
 
 
 async def test_a_delivery_whose_event_is_gone_is_dead(still: World, shop: Subscriber) -> None:
-    """There is nothing to send; by hand neither. One that has ended, or is not there, is left as it
-    is.
+    """Without its event there is nothing to send, also on a manual retry. A delivery that has ended
+    or does not exist is left unchanged.
     """
     worker = DeliveryWorker(still.context.sender, (600.0,), 0)
     lease = await due(still, shop)
@@ -251,8 +251,8 @@ async def test_a_delivery_whose_event_is_gone_is_dead(still: World, shop: Subscr
 
 
 def failing(here: World, *errors: int) -> list[str]:
-    """Endpoints' names cannot be looked up, for these reasons one after the other; the names that
-    were asked for.
+    """Makes lookups of endpoint names fail with these errors in turn. Returns the list of names
+    that were looked up.
     """
     asked = list[str]()
 
@@ -269,8 +269,8 @@ def failing(here: World, *errors: int) -> list[str]:
 async def test_our_own_resolver_is_not_the_endpoints_fault(
     tmp_path: Path, shop: Subscriber
 ) -> None:
-    """No name server answered: tried again by the schedule, no clock runs against the endpoint, its
-    places stay.
+    """No name server answered. The delivery is retried by its schedule, no failure time runs
+    against the endpoint, and it keeps its slots.
     """
     async with world(
         tmp_path, endpoint_disable_after_s=0.01, delivery_schedule=(0.02,) * 6
@@ -287,7 +287,9 @@ async def test_our_own_resolver_is_not_the_endpoints_fault(
 
 
 async def test_a_name_that_nobody_has_is_the_endpoints_fault(tmp_path: Path) -> None:
-    """A name server said so: the endpoint failed, and is disabled in time."""
+    """A name server answered that the name does not exist. The endpoint has failed, and it is
+    disabled in time.
+    """
     async with world(
         tmp_path, endpoint_disable_after_s=0.01, delivery_schedule=(0.02,) * 6
     ) as here:
@@ -310,7 +312,6 @@ async def test_a_name_that_nobody_has_is_the_endpoints_fault(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 226, 299])
 async def test_any_2xx_is_success(here: World, shop: Subscriber, status: int) -> None:
-    """Delivered by the first attempt."""
     shop.answer = lambda _n, _request: Response(status_code=status)
     endpoint = await subscribed(here, shop.url)
     await emitted(here.context.resources.store)
@@ -343,7 +344,7 @@ async def test_any_2xx_is_success(here: World, shop: Subscriber, status: int) ->
 async def test_retry_after_waits_at_most_an_hour_and_never_less_than_the_schedule(
     tmp_path: Path, shop: Subscriber, status: int, header: str, least: float, most: float
 ) -> None:
-    """On 429 and 503 alone; what cannot be read is as if it were not there."""
+    """Only 429 and 503 count. An unreadable header is ignored."""
     shop.answer = lambda _n, _request: Response(status_code=status, headers={"retry-after": header})
     async with world(tmp_path, delivery_schedule=(600,)) as here:
         await subscribed(here, shop.url)
@@ -356,8 +357,8 @@ async def test_retry_after_waits_at_most_an_hour_and_never_less_than_the_schedul
 
 
 async def test_types_have_wildcards(here: World, shop: Subscriber) -> None:
-    """`*` is everything, a beginning with `.*` is all that begins so, else the type itself; one
-    delivery an endpoint and event.
+    """`*` matches every type, and a prefix with `.*` matches all types below it. Each endpoint gets
+    one delivery per event.
     """
     wanted = {
         "*": 3,

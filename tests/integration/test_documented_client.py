@@ -1,6 +1,6 @@
 """A client written for the upstream works against this service unchanged.
 
-Every test runs against both, and says the same of both: only address and key are others.
+Every test runs against both with the same assertions. Only the address and the key differ.
 """
 
 import io
@@ -44,7 +44,7 @@ class Address:
 
 
 async def addresses(here: World) -> dict[str, Address]:
-    """Both of them: the upstream itself, and the service with a key of an ordinary owner."""
+    """The upstream itself, and the service with an ordinary owner's key."""
     key = got(
         await here.client.post("/v1/keys", json={"owner": "client", "scopes": ["submit", "read"]}),
         201,
@@ -80,7 +80,9 @@ async def client(address: Address) -> AsyncIterator[Client]:
 
 
 async def test_a_submission_is_answered_as_documented(client: Client) -> None:
-    """At once with a pending task, its credits reserved, and how long it may take."""
+    """The answer comes at once with a pending task, its reserved credits, and an estimated
+    duration.
+    """
     task = await client.submit(**ORDER, n=2, prompt_extend=True, sandbox={"delay": 600})
     assert type(task["created"]) is int
     assert (task["object"], task["type"], task["model"]) == (
@@ -103,8 +105,8 @@ async def test_a_submission_is_answered_as_documented(client: Client) -> None:
 async def test_four_images_are_four_links_to_pictures_of_the_size(
     client: Client, shape: str | None
 ) -> None:
-    """In whatever shape results come; they are fetched without a key, and paid for by their
-    number.
+    """Results come in any of the documented shapes. They are fetched without a key and charged by
+    their number.
     """
     task = await client.ended((await client.submit(**ORDER, n=4, sandbox={"results": shape}))["id"])
     end = outcome(task)
@@ -116,7 +118,7 @@ async def test_four_images_are_four_links_to_pictures_of_the_size(
 
 
 async def test_images_are_made_from_images(client: Client) -> None:
-    """`image_urls` and fields of other models go through."""
+    """`image_urls` and other models' fields are passed on."""
     inputs = ["https://x.test/a.png"]
     order = await client.submit(
         model="wan2.5-image-to-image", prompt="at night", size="768x768", image_urls=inputs, seed=7
@@ -126,7 +128,7 @@ async def test_images_are_made_from_images(client: Client) -> None:
 
 
 async def test_credits_are_what_is_left(client: Client) -> None:
-    """And one image costs what the pages say."""
+    """One image costs the documented amount."""
     before = await client.credits()
     await client.ended((await client.submit(**ORDER))["id"])
     assert await client.credits() == before - PRICE
@@ -160,7 +162,9 @@ async def test_credits_are_what_is_left(client: Client) -> None:
 async def test_a_bad_request_is_refused_by_name(
     client: Client, fields: JSON, status: int, param: str
 ) -> None:
-    """400 with the field, 403 for a model that is not the account's; nothing is paid."""
+    """The answer is 400 with the field, or 403 for a model that the account may not use. Nothing is
+    charged.
+    """
     before = await client.credits()
     with pytest.raises(Refusal) as caught:
         await client.submit(**{**ORDER, **fields})
@@ -177,14 +181,13 @@ async def test_a_bad_request_is_refused_by_name(
 
 
 async def test_a_body_that_is_too_large_is_413(client: Client) -> None:
-    """The pages name the status alone."""
+    """The documentation names only the status."""
     with pytest.raises(Refusal) as caught:
         await client.submit(**ORDER, more="x" * (1 << 20))
     assert caught.value.status == 413
 
 
 async def test_a_wrong_key_is_401_everywhere(address: Address, client: Client) -> None:
-    """Whatever it is used for."""
     task = await client.submit(**ORDER, sandbox={"delay": 600})
     async with address.client("wrong") as stranger:
         for call in (
@@ -202,7 +205,7 @@ async def test_a_wrong_key_is_401_everywhere(address: Address, client: Client) -
     "id", ["task-unified-1757165031-uyujaw3d", "task-unified-unknown", "unknown"]
 )
 async def test_an_unknown_task_is_404(client: Client, id: str) -> None:
-    """Whatever its id looks like."""
+    """The form of the id does not matter."""
     with pytest.raises(Refusal) as caught:
         await client.task(id)
     assert (caught.value.status, caught.value.code) == (404, "task_not_found")
@@ -225,8 +228,8 @@ async def test_an_unknown_task_is_404(client: Client, id: str) -> None:
     ],
 )
 async def test_a_failed_task_says_why_and_costs_nothing(client: Client, code: str) -> None:
-    """Every code of the pages but the one that means a cancel, and the one that means that it is
-    gone.
+    """The test covers every documented code except the ones for a cancelled and for an expired
+    task.
     """
     before = await client.credits()
     task = await client.ended((await client.submit(**ORDER, sandbox={"fail": code}))["id"])
@@ -243,7 +246,7 @@ async def test_a_failed_task_says_why_and_costs_nothing(client: Client, code: st
 
 @pytest.mark.parametrize("form", ["status", "code"])
 async def test_a_cancelled_task_is_cancelled_in_either_form(client: Client, form: str) -> None:
-    """By its status or by an error's code."""
+    """The status or an error's code marks the cancel."""
     assert (
         outcome(await client.ended((await client.submit(**ORDER, sandbox={"cancel": form}))["id"]))
         == Cancelled()
@@ -251,14 +254,16 @@ async def test_a_cancelled_task_is_cancelled_in_either_form(client: Client, form
 
 
 async def test_too_many_requests_are_sent_again(client: Client) -> None:
-    """After a 429 a client that waits as it is told has its task."""
+    """After a 429, a client that waits for the requested time gets its task."""
     refusal = {"submit_status": {"status": 429, "retry_after": 0, "times": 1}}
     task = await client.submit(**ORDER, idempotency_key=uuid.uuid4().hex, sandbox=refusal)
     assert isinstance(outcome(await client.ended(task["id"])), Images)
 
 
 async def test_without_credits_it_is_402(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """In both places, and what is cheap enough goes through."""
+    """The service and the upstream both answer 402, and an order that the credits cover goes
+    through.
+    """
     sandbox = SandboxOptions(
         api_key=KEY, networks=(ip_network(LOOPBACK),), credits=2 * PRICE, delay_s=0.05
     )
@@ -274,7 +279,7 @@ async def test_without_credits_it_is_402(tmp_path_factory: pytest.TempPathFactor
 async def test_errors_of_the_older_pages_are_read_like_the_newer_ones(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    """Their code is the status."""
+    """The code of these errors is the status."""
 
     async def refuse(_: Request) -> Response:
         return JSONResponse(
@@ -310,7 +315,7 @@ async def test_errors_of_the_older_pages_are_read_like_the_newer_ones(
 
 @dataclass(slots=True)
 class Receiver:
-    """The client's own `callback_url`: refuses what comes first, and then takes everything."""
+    """The client's own `callback_url`. It rejects the first request and accepts every later one."""
 
     url: str
     callbacks: Callbacks
@@ -343,8 +348,8 @@ async def receiver() -> AsyncIterator[Receiver]:
 async def test_the_end_is_called_back_with_the_querys_body(
     client: Client, receiver: Receiver, fault: JSON, kind: type
 ) -> None:
-    """Completed, failed or cancelled; sent again when the receiver failed; billing is in it as in
-    the query.
+    """The task is completed, failed or cancelled. The callback is sent again after the receiver
+    failed, and it has the same billing as the query.
     """
     task = await client.submit(**ORDER, n=2, callback_url=receiver.url, sandbox=fault)
     await wait_until(lambda: task["id"] in receiver.callbacks.bodies)
@@ -358,7 +363,7 @@ async def test_the_end_is_called_back_with_the_querys_body(
 
 
 async def test_one_idempotency_key_is_one_task(client: Client) -> None:
-    """Again with the same body it is the same task, with another body a conflict."""
+    """The same body returns the same task, and another body is a conflict."""
     key = uuid.uuid4().hex
     task, replayed = await client.submission(key, **ORDER)
     again, replayed_again = await client.submission(key, **ORDER)

@@ -1,5 +1,5 @@
-"""Saving results over real sockets: what is saved, when it counts, and that a store that fails
-loses nothing.
+"""Saving results over real sockets: which bytes are saved, when an image counts, and that a failing
+store loses nothing.
 """
 
 import asyncio
@@ -41,8 +41,8 @@ async def here(
 async def test_a_result_is_kept_byte_for_byte(
     format: str, media_type: str, here: World, upstream: Upstream
 ) -> None:
-    """Type and size by content, whatever name and header say; equal bytes are served, with their
-    hash, in the upstream's order.
+    """Type and size come from the content, whatever the name and header say. Images are served with
+    their hash, in the upstream's order.
     """
     bodies = [picture(format, (64, 48), shade) for shade in (10, 200)]
     names = [f"{format}-{number}.bin" for number in range(2)]
@@ -66,7 +66,7 @@ async def test_a_result_is_kept_byte_for_byte(
 
 
 async def test_a_large_result_is_kept_whole(here: World, upstream: Upstream) -> None:
-    """One that is written in several pieces is the same in the end."""
+    """A file that is written in several pieces has the same bytes."""
     body = noise(size=(400, 240))
     assert len(body) > CHUNK
     assert await bytes_of(here, await saved(here, upstream, "large.png", served(body))) == body
@@ -86,8 +86,8 @@ def no_folder(images: Path, task_id: str) -> Path:
 async def test_a_blob_store_that_fails_is_tried_again(
     place: Callable[[Path, str], Path], here: World, upstream: Upstream
 ) -> None:
-    """A blob store's failure is nobody's fault: the result is fetched again, and saved once the
-    store works.
+    """A blob store's failure is not the link's fault. The result is fetched again and saved once
+    the store works.
     """
     upstream.files["patient.png"] = [served(picture())]
     task = await here.submit()
@@ -112,13 +112,13 @@ async def test_a_blob_store_that_fails_is_tried_again(
     faults = here.context.resources.metrics.registry.get_sample_value(
         "darkroom_worker_faults_total", {"stage": "download"}
     )
-    assert not faults  # it was foreseen
+    assert not faults  # the error was expected
 
 
 async def test_what_a_callback_names_is_fetched_at_once_and_counts_later(
     here: World, upstream: Upstream
 ) -> None:
-    """The picture is saved while the confirmation runs; the task shows it only once the upstream
+    """The image is saved while the confirmation runs. The task shows it only once the upstream
     agrees.
     """
     agreed = asyncio.Event()
@@ -142,8 +142,8 @@ async def test_what_a_callback_names_is_fetched_at_once_and_counts_later(
 
 
 async def test_what_only_a_callback_named_is_not_shown(here: World, upstream: Upstream) -> None:
-    """A picture that was fetched for a callback counts for nothing when the upstream says that the
-    task failed.
+    """An image that was fetched for a callback does not count when the upstream says that the task
+    failed.
     """
     agreed = asyncio.Event()
     upstream.files["false.png"] = [served(picture())]
@@ -161,7 +161,7 @@ async def test_what_only_a_callback_named_is_not_shown(here: World, upstream: Up
 
 
 async def test_the_queries_link_wins_over_the_callbacks(here: World, upstream: Upstream) -> None:
-    """A download whose address was replaced while it ran is thrown away; the confirmed address is
+    """A download is discarded when its address was replaced meanwhile. The confirmed address is
     fetched.
     """
     gate = asyncio.Event()
@@ -190,7 +190,7 @@ async def test_the_queries_link_wins_over_the_callbacks(here: World, upstream: U
 
 
 async def test_an_image_that_is_not_wanted_any_more_is_no_work(here: World) -> None:
-    """What was leased before its row changed is given back, and nobody is asked for it."""
+    """A lease from before the row changed is released, and no request is sent for it."""
     downloader = DownloadWorker(here.context.resources, ImageValidator(1, 1, 1), (1.0,), 1)
     with capture_logs() as lines:
         await downloader.run(Lease("download", "img_nobody", 1, 1))

@@ -1,4 +1,4 @@
-"""What sixteen downloads at the limits cost a real process, and that it gives the memory back."""
+"""The memory of sixteen downloads at the limits in a real process, and its release afterwards."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ ALLOWED = 24 * SIDE * SIDE + 3 * MAX_BYTES + PLACES * 4 * MIB  # the figure of d
 
 
 class Streamed(Response):
-    """A body sent piece by piece, so that only the service's memory is at stake."""
+    """A body that is sent piece by piece, so that the test measures only the service's memory."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -41,7 +41,7 @@ def family(running: Running) -> list[int]:
 
 
 def memory(pids: list[int], name: str) -> int:
-    """Of all of them together."""
+    """The sum over all these processes."""
     lines = [
         line
         for pid in pids
@@ -51,7 +51,7 @@ def memory(pids: list[int], name: str) -> int:
 
 
 def begun(pids: list[int]) -> int:
-    """Their memory now; their peaks are counted from here on."""
+    """Resets the peaks of these processes and returns their memory now."""
     for pid in pids:
         Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
     return memory(pids, "VmRSS")
@@ -60,7 +60,7 @@ def begun(pids: list[int]) -> int:
 async def stored(
     client: httpx.AsyncClient, upstream: Upstream, url: str, name: str, count: int
 ) -> None:
-    """Waits until so many results with these bytes are stored for a new task."""
+    """Submits a task with `count` results and waits until all are stored."""
     asked = {"model": TEXT_TO_IMAGE, "prompt": name, "size": "768x768"}
     upstream.submits[name] = [document("pending", id=name)]
     upstream.queries[name] = [
@@ -78,7 +78,7 @@ async def stored(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 async def test_sixteen_downloads_at_the_limits_keep_to_the_stated_memory(tmp_path: Path) -> None:
-    """Bytes wait on the disk, one picture at a time is in memory; afterwards the service and its
+    """Bytes wait on disk, and one image at a time is in memory. Afterwards the service and its
     child are as small as before.
     """
     upstream = Upstream()

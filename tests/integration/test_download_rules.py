@@ -1,4 +1,4 @@
-"""Which failures of a download are final, which pass, and whose turn is first."""
+"""Final and temporary failures of a download, and the order of downloads."""
 
 import asyncio
 import gzip
@@ -48,7 +48,7 @@ async def here(
 
 
 def animation(frames: int) -> bytes:
-    """As many frames of a pixel each."""
+    """An animation with this number of one-pixel frames."""
     made = io.BytesIO()
     shades = [Image.new("L", (1, 1), number % 2 * 255) for number in range(frames)]
     shades[0].save(made, "GIF", save_all=True, append_images=shades[1:])
@@ -78,8 +78,8 @@ PASSING = {
 
 @pytest.mark.parametrize("name", PASSING)
 async def test_a_passing_failure_is_tried_again(name: str, here: World, upstream: Upstream) -> None:
-    """An error, a broken body, something else instead of a picture: tried again, and the picture is
-    the one that came whole.
+    """An error, a broken body, and a body that is no image are retried. The saved image is the one
+    that arrived whole.
     """
     upstream.files[name] = [PASSING[name], served(picture())]
     task = await here.ended((await made(here, upstream, link(here, name)))["id"])
@@ -110,7 +110,7 @@ FINAL = {
 
 @pytest.mark.parametrize("name", FINAL)
 async def test_over_a_limit_is_final(name: str, here: World, upstream: Upstream) -> None:
-    """Limits and the guard's refusals are final at once: nothing is tried again."""
+    """An exceeded limit or a refusal of the URL guard is final at once, without a retry."""
     answer, reason = FINAL[name]
     upstream.files[name] = [answer]
     assert reason in await lost(here, upstream, link(here, name))
@@ -118,7 +118,7 @@ async def test_over_a_limit_is_final(name: str, here: World, upstream: Upstream)
 
 
 async def test_a_link_the_guard_refuses_is_final(here: World, upstream: Upstream) -> None:
-    """Nobody is connected to."""
+    """The service opens no connection."""
     elsewhere = link(here, "elsewhere.png").replace("127.0.0.1", "127.0.0.2")
     for url in (elsewhere, "ftp://127.0.0.1/x.png", ""):
         reason = await lost(here, upstream, url)
@@ -137,22 +137,21 @@ WRONG = {
 async def test_the_same_wrong_bytes_three_times_are_final(
     name: str, here: World, upstream: Upstream
 ) -> None:
-    """What comes a third time won't become a picture."""
     upstream.files[name] = [WRONG[name]]
     assert "picture" in await lost(here, upstream, link(here, name))
     assert upstream.asked[name] == 3
 
 
 async def test_different_wrong_bytes_are_not_final(here: World, upstream: Upstream) -> None:
-    """As long as something else comes each time, the picture may still come."""
+    """While the bytes differ each time, a retry may still bring an image."""
     answers = [served(f"page {number}".encode()) for number in (1, 2, 1, 2)]
     await saved(here, upstream, "odd.png", *answers, served(picture()))
 
 
 @pytest.mark.parametrize("coding", ["gzip", "x-gzip", "GZIP"])
 async def test_what_comes_packed_is_unpacked(coding: str, here: World, upstream: Upstream) -> None:
-    """Some servers pack what was asked for as it is: lengths are the packed body's, what is kept is
-    the picture.
+    """Some servers compress a body although the client asked for identity. The length limit applies
+    to the compressed body, and the image is saved decompressed.
     """
     packed = gzip.compress(noise(), mtime=0)
     image = await saved(here, upstream, coding, Part(packed, headers={"content-encoding": coding}))
@@ -161,7 +160,7 @@ async def test_what_comes_packed_is_unpacked(coding: str, here: World, upstream:
 
 
 async def test_a_coding_that_is_a_lie_changes_nothing(here: World, upstream: Upstream) -> None:
-    """A picture is one by its content."""
+    """The content decides whether a body is an image."""
     image = await saved(
         here, upstream, "lie", Part(picture(), headers={"content-encoding": "gzip"})
     )
@@ -169,7 +168,7 @@ async def test_a_coding_that_is_a_lie_changes_nothing(here: World, upstream: Ups
 
 
 def first_retries(lines: list[Any]) -> dict[str, Any]:
-    """The line of each task's first `image.retry`."""
+    """The log line of each task's first `image.retry`."""
     return {
         line["task_id"]: line
         for line in lines
@@ -178,10 +177,10 @@ def first_retries(lines: list[Any]) -> dict[str, Any]:
 
 
 async def test_a_result_nobody_serves_is_tried_again(here: World, upstream: Upstream) -> None:
-    """No connection is a passing failure too, and Retry-After may lengthen the schedule."""
+    """A refused connection is temporary too, and Retry-After may lengthen the schedule."""
     upstream.files["later"] = [error(503, "service_unavailable", retry_after="700")]
     with socket.socket() as silent, capture_logs() as lines:
-        silent.bind(("127.0.0.1", 0))  # nobody listens
+        silent.bind(("127.0.0.1", 0))  # no server listens here
         nobody = f"http://127.0.0.1:{silent.getsockname()[1]}/nobody.png"
         tasks = [await made(here, upstream, url) for url in (nobody, link(here, "later"))]
         await wait_until(lambda: len(first_retries(lines)) == 2)
@@ -197,7 +196,7 @@ async def test_a_result_nobody_serves_is_tried_again(here: World, upstream: Upst
 async def test_a_dead_link_is_replaced_by_a_fresh_one(
     status: int, here: World, upstream: Upstream
 ) -> None:
-    """403, 404, 410: the upstream is asked again, and the link it gives then is fetched."""
+    """After 403, 404 or 410 the service queries the upstream again and fetches the new link."""
     old, new = f"old-{status}.png", f"new-{status}.png"
     upstream.files |= {old: [error(status, "not_found")], new: [served(picture())]}
     task = await here.submit()
@@ -212,7 +211,9 @@ async def test_a_dead_link_is_replaced_by_a_fresh_one(
 
 
 async def test_a_redirect_to_an_allowed_host_is_followed(here: World, upstream: Upstream) -> None:
-    """At most five, each checked anew; the API key goes to no result host."""
+    """The service follows at most five redirects and checks each. It sends the API key to no result
+    host.
+    """
     seen: list[dict[str, str]] = []
     hops: dict[str, list[Response]] = {
         f"hop-{number}": [RedirectResponse(f"/files/hop-{number + 1}")] for number in range(5)
@@ -224,7 +225,7 @@ async def test_a_redirect_to_an_allowed_host_is_followed(here: World, upstream: 
 
 
 async def test_a_download_is_tried_until_its_link_has_died(tmp_path: Path) -> None:
-    """A passing failure becomes final when the link's time is up."""
+    """A temporary failure becomes final when the link expires."""
     upstream = Upstream()
     upstream.files["dying.png"] = [error(500, "internal_error")]
     async with downloading(tmp_path, upstream, evolink_result_ttl_s=0.4) as here:
@@ -235,8 +236,8 @@ async def test_a_download_is_tried_until_its_link_has_died(tmp_path: Path) -> No
 
 @pytest.mark.slow
 async def test_the_link_that_dies_first_is_fetched_first(tmp_path: Path) -> None:
-    """With fewer places than due images it is the link's end that counts, not how long an image has
-    been due.
+    """With fewer slots than due images, the link's expiry decides the order, not how long an image
+    has been due.
     """
     upstream, gate, order = Upstream(), asyncio.Event(), list[str]()
 
