@@ -65,7 +65,7 @@ async def test_all_of_a_burst_are_answered(monkeypatch: pytest.MonkeyPatch) -> N
         assert sorted(seen) == list(range(MANY))
 
 
-async def test_who_has_come_by_the_stop_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_sent_before_the_stop_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stop comes before the server has accepted the connection."""
     monkeypatch.setattr(servers, "ACCEPT_PER_TURN", 20)
     async with serving() as (url, server, seen), AsyncExitStack() as stack:

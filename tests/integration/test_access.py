@@ -233,7 +233,7 @@ async def test_keys_are_listed_newest_first_in_pages(here: World) -> None:
         ({"owner": "x", "scopes": ["read"], "key": "mine"}, "key"),
     ],
 )
-async def test_what_no_key_can_be_is_refused_by_name(here: World, body: JSON, param: str) -> None:
+async def test_an_invalid_key_is_refused_by_name(here: World, body: JSON, param: str) -> None:
     """The owner `admin` receives the operators' events, so its keys need the scope `admin`."""
     refused(await here.client.post("/v1/keys", json=body), 400, "invalid_request", param=param)
 

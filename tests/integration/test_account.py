@@ -143,7 +143,7 @@ async def test_a_refused_account_is_asked_for_free_until_it_is_good(
     ],
     ids=["404", "500", "502", "403", "cut"],
 )
-async def test_where_the_credits_tell_nothing_one_submission_asks(
+async def test_without_a_credits_answer_one_submission_probes(
     credits: Response, tmp_path: Path
 ) -> None:
     """The upstream has no credits query, or rejects this key there. The service then submits one
@@ -262,7 +262,7 @@ async def test_while_the_credits_are_asked_for_no_submission_asks_too(tmp_path: 
         assert theirs.sent == ["first"]
 
 
-async def test_nothing_is_given_up_without_a_try_after_an_absence(tmp_path: Path) -> None:
+async def test_no_old_task_fails_without_a_submission_after_a_restart(tmp_path: Path) -> None:
     """The tasks are already too old when the process starts, and the upstream rejects the key at
     once. The service submits each task once, one at a time, before the task fails.
     """
@@ -327,7 +327,7 @@ async def test_a_submission_under_way_when_the_account_is_refused_is_recorded(
         assert here.context.breaker.is_open
 
 
-async def test_what_is_held_as_the_account_is_good_again_does_not_wait(tmp_path: Path) -> None:
+async def test_a_task_held_as_the_breaker_closes_does_not_wait(tmp_path: Path) -> None:
     """A task that is snoozed just after the held tasks were made due becomes due as well."""
     async with world(tmp_path, role=Role(workers=False), submit_schedule="600") as here:
         task = await here.submit(headers=ASYNC)
@@ -377,7 +377,7 @@ async def test_a_restart_asks_anew(tmp_path: Path) -> None:
         await wait_until(submitted)
 
 
-async def test_whoever_asks_for_the_credits_refreshes_the_metric(tmp_path: Path) -> None:
+async def test_a_credits_request_refreshes_the_metric(tmp_path: Path) -> None:
     """The answer passes through unchanged, and the metric shows the upstream's latest figure."""
     theirs = accounts(error(401, "unauthorized"), CREDITS)
     async with world(tmp_path, upstream=theirs.app) as here:

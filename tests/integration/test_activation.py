@@ -89,7 +89,7 @@ async def test_a_service_serves_on_the_socket_it_was_handed(tmp_path: Path, unix
     assert path is None or path.exists(), "it is its holder's"
 
 
-def test_what_was_handed_to_another_process_is_let_be() -> None:
+def test_a_socket_for_another_process_is_ignored() -> None:
     """When LISTEN_PID names another process or no socket was passed, the service binds its own. No
     child process inherits the variables.
     """
@@ -120,7 +120,7 @@ def test_a_socket_that_was_handed_over_is_not_handed_on(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("what", ["file", "nothing", "datagram", "silent"])
-def test_what_nobody_can_be_served_on_is_refused(
+def test_an_unusable_socket_is_refused(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file, a closed descriptor, a datagram socket, and a socket that does not listen each get

@@ -137,7 +137,7 @@ async def test_a_deleted_endpoint_is_gone(here: World) -> None:
         ({"url": "https://8.8.8.8/" + "a" * 2048}, "url"),
     ],
 )
-async def test_what_no_endpoint_can_be_is_refused_by_name(
+async def test_an_invalid_endpoint_is_refused_by_name(
     here: World, fields: JSON, param: str
 ) -> None:
     """The rule holds for creation and for changes. A rejected request changes nothing."""

@@ -495,7 +495,7 @@ def test_an_image_that_the_store_itself_lost_does_not_stop_a_backup(folder: Path
     assert done.returncode == 0, done.stderr
 
 
-def test_what_is_no_store_is_not_backed_up(tmp_path: Path) -> None:
+def test_an_unusable_store_is_not_backed_up(tmp_path: Path) -> None:
     """A missing, foreign or corrupt file, PostgreSQL, and a folder with files each get one line.
     The command leaves nothing in DIR and does not change the file.
     """

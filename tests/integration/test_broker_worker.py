@@ -111,10 +111,10 @@ async def test_no_message_goes_when_the_lease_may_be_over(
         assert slow.opened >= 4
 
 
-async def test_who_lost_its_lease_notes_nothing_and_leaves_the_rest_to_another(
+async def test_a_worker_that_lost_its_lease_records_nothing_and_stops_sending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next process sends the same messages again, under the same ids."""
+    """The next holder of the lease sends the same messages again, under the same ids."""
     monkeypatch.setattr(broker_worker, "OTHERS_S", 0.05)
     monkeypatch.setattr(broker_worker, "RENEW_S", 0.05)
     async with world(tmp_path) as here:
@@ -134,7 +134,7 @@ async def test_who_lost_its_lease_notes_nothing_and_leaves_the_rest_to_another(
     assert set(broker.ids[before:]) & set(broker.ids[:before])
 
 
-async def test_a_fault_that_nobody_foresaw_is_told_and_does_not_end_it(tmp_path: Path) -> None:
+async def test_an_unexpected_error_is_logged_and_does_not_end_the_worker(tmp_path: Path) -> None:
     """An unexpected error is logged with its traceback and counted. A broker's own error is one
     line, and it is logged once however often it repeats.
     """
@@ -196,7 +196,7 @@ class Small(Played):
         await super().publish(message)
 
 
-async def test_what_is_too_large_goes_without_what_its_client_asked_for(tmp_path: Path) -> None:
+async def test_a_message_too_large_goes_without_its_request(tmp_path: Path) -> None:
     """An event without a `request` is sent unchanged until the broker accepts it, because its
     schema fixes its fields.
     """
@@ -215,7 +215,7 @@ async def test_what_is_too_large_goes_without_what_its_client_asked_for(tmp_path
         assert broker.ids == [event["id"] for event in await here.events()]
 
 
-async def test_events_that_are_gone_are_told(tmp_path: Path) -> None:
+async def test_deleted_events_are_logged(tmp_path: Path) -> None:
     """A sink pauses for longer than events are kept. It continues with the oldest event there is,
     and a log line says what it missed.
     """

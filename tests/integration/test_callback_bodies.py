@@ -142,7 +142,7 @@ async def test_a_chunked_body_is_read_like_any_other(here: World, upstream: Upst
     await here.ended(task["id"])
 
 
-async def test_what_follows_a_body_that_is_longer_than_it_says_is_no_callback(
+async def test_bytes_beyond_the_content_length_are_no_callback(
     here: World, upstream: Upstream
 ) -> None:
     """The surplus bytes are not a valid request, and their 400 may arrive before the answer. The

@@ -103,7 +103,7 @@ async def test_a_compressed_body_is_unreadable(
         "x" * 5000,
     ],
 )
-async def test_the_type_of_a_callback_is_nobodys_business(
+async def test_the_media_type_of_a_callback_is_ignored(
     type: str, here: World, upstream: Upstream
 ) -> None:
     """The upstream documents no headers, so the service parses the body whatever its media type."""

@@ -115,7 +115,7 @@ async def test_the_operators_have_one_without_a_key_in_the_store(
     assert (await told(here.client, shop)).signed_by(made["callback_secret"])
 
 
-async def test_who_rotates_while_others_do_is_told(
+async def test_a_rotation_that_loses_to_concurrent_ones_is_a_conflict(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After five attempts the answer is 409, and the secret is unchanged."""

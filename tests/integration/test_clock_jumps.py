@@ -57,7 +57,7 @@ async def test_an_hours_jump_stops_nothing(jump: float, tmp_path: Path, machine:
         assert (await here.ended((await here.submit())["id"]))["state"] == "completed"
 
 
-async def test_nothing_in_doubt_is_given_up_by_a_jump_that_is_undone(
+async def test_a_jump_that_is_undone_fails_no_uncertain_task(
     tmp_path: Path, machine: Machine
 ) -> None:
     """An uncertain task that waits for a callback keeps waiting, because the hour did not pass."""

@@ -527,7 +527,7 @@ def enable_quietly(tx: Transaction, ids: Sequence[str]) -> list[None]:
     return [None] * len(ids)
 
 
-async def test_what_nobody_can_be_sent_is_dead_without_an_attempt(
+async def test_a_delivery_that_cannot_be_sent_is_dead_without_an_attempt(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The endpoint is deleted or disabled, or the owner has no secret to sign with."""

@@ -149,7 +149,9 @@ async def test_different_wrong_bytes_are_not_final(here: World, upstream: Upstre
 
 
 @pytest.mark.parametrize("coding", ["gzip", "x-gzip", "GZIP"])
-async def test_what_comes_packed_is_unpacked(coding: str, here: World, upstream: Upstream) -> None:
+async def test_a_compressed_image_is_decompressed(
+    coding: str, here: World, upstream: Upstream
+) -> None:
     """Some servers compress a body although the client asked for identity. The length limit applies
     to the compressed body, and the image is saved decompressed.
     """
