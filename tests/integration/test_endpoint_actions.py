@@ -138,7 +138,7 @@ async def test_a_retry_by_hand_is_one_attempt_now(here: World, shop: Subscriber)
         refused(await client.post(f"/v1/deliveries/{dead['id']}/retry"), 409, "nothing_to_send")
 
 
-async def test_what_came_of_a_retry_by_hand_is_logged_counted_and_heeded(
+async def test_the_result_of_a_manual_retry_is_logged_counted_and_applied(
     here: World, shop: Subscriber
 ) -> None:
     """A manual retry has the same effects as a planned attempt. An answer of 410 disables the
@@ -166,7 +166,7 @@ async def test_what_came_of_a_retry_by_hand_is_logged_counted_and_heeded(
         assert got(await client.get(f"/v1/deliveries/{done['id']}"))["state"] == "delivered"
 
 
-async def test_of_rotations_at_once_each_answers_a_secret_that_signs(
+async def test_each_of_several_concurrent_rotations_answers_a_secret_that_signs(
     here: World, shop: Subscriber
 ) -> None:
     """Concurrent rotations lose no secret: every secret that an answer showed signs during the
@@ -290,7 +290,7 @@ async def test_attempts_by_hand_are_bounded(
         assert got(await client.post(path))["status"] == 204
 
 
-async def test_nobody_elses_endpoints_and_deliveries_are_there(
+async def test_another_owners_endpoints_and_deliveries_are_not_found(
     here: World, shop: Subscriber
 ) -> None:
     """Every request for another owner's endpoint or delivery is answered 404, and sends or changes

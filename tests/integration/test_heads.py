@@ -188,7 +188,7 @@ async def test_a_request_that_waits_in_the_line_is_answered_though_the_stop_come
     ],
     ids=["an empty line", "one after a request", "a body that nobody reads"],
 )
-async def test_what_begins_no_request_holds_no_connection(
+async def test_bytes_that_begin_no_request_hold_no_connection(
     first: bytes, then: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bytes that begin no request keep a connection open only as long as an idle one, so they hold
@@ -204,7 +204,7 @@ async def test_what_begins_no_request_holds_no_connection(
             await reader.read()
 
 
-async def test_a_request_that_breaks_off_stops_nobody_behind_it(
+async def test_a_request_that_fails_to_start_stops_no_request_behind_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The gate starts the queued requests although one of them raised an error while it started."""

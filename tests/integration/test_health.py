@@ -145,7 +145,7 @@ async def test_only_a_store_that_does_not_commit_makes_a_process_unready(tmp_pat
         assert (await here.stranger.get("/healthz")).status_code == 200
 
 
-async def test_a_store_that_takes_too_long_is_none(
+async def test_a_store_that_takes_too_long_makes_a_process_unready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`/readyz` answers 503 when the store exceeds the probe's time limit."""

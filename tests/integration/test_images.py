@@ -120,7 +120,7 @@ async def test_a_range_is_served_alone(
     "asked",
     ["bytes=9-1", "bytes=-", "bytes=0-1,5-6", "items=0-1", "bytes=a-b", "0-1", "bytes=٣-", ""],
 )
-async def test_a_range_that_is_none_is_ignored(
+async def test_an_invalid_or_multiple_range_is_ignored(
     here: World, stored: tuple[JSON, bytes], asked: str
 ) -> None:
     """The answer is the whole image, as RFC 9110 allows for several ranges and requires for invalid

@@ -41,7 +41,7 @@ async def test_one_request_too_many_is_told_when_to_come_again(tmp_path: Path) -
 
 
 @pytest.mark.slow
-async def test_who_must_not_be_kept_out_is_not(tmp_path: Path) -> None:
+async def test_callbacks_images_health_and_metrics_have_no_request_limit(tmp_path: Path) -> None:
     """The upstream's callbacks, images, health and metrics stay open to a key that is at its limit,
     and without a key.
     """

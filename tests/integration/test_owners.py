@@ -282,7 +282,7 @@ ASKED = [spec for spec in SPECS if spec.scopes]
 
 
 @pytest.mark.parametrize("spec", ASKED, ids=[f"{spec.method} {spec.path}" for spec in ASKED])
-async def test_what_is_anothers_is_answered_like_what_nobody_has(two: Two, spec: Spec) -> None:
+async def test_another_owners_object_is_answered_like_an_unknown_one(two: Two, spec: Spec) -> None:
     """Status, headers, body, statements and upstream calls are equal on every route, for every id,
     filter and body.
     """
@@ -301,7 +301,7 @@ async def test_what_is_anothers_is_answered_like_what_nobody_has(two: Two, spec:
     [spec for spec in SPECS if spec.method == "GET" and "{" not in spec.path],
     ids=lambda spec: spec.path,
 )
-async def test_what_is_shown_without_an_id_has_nothing_of_anothers(two: Two, spec: Spec) -> None:
+async def test_an_answer_without_an_id_shows_nothing_of_another_owner(two: Two, spec: Spec) -> None:
     """Bob's lists contain exactly his objects, and no answer to him names anything of Ann's."""
     said = await ask(two, "GET", spec.path)
     assert not told(two, said.text)
@@ -320,7 +320,7 @@ async def test_its_owner_is_shown_all_of_it(two: Two, spec: Spec) -> None:
         got(await two.ann.get(path, **sent))
 
 
-async def test_anothers_place_in_a_list_is_a_place_and_no_more(two: Two) -> None:
+async def test_another_owners_cursor_is_only_a_position_in_ones_own_list(two: Two) -> None:
     """With Ann's cursor Bob continues in his own list."""
     for cursor, _ in two.pairs["cursor"]:
         for path in LISTS[:3]:

@@ -120,7 +120,7 @@ async def test_an_answer_in_json_keeps_its_status_and_its_bytes(
     ],
     ids=lambda answer: f"{answer.status_code}-{len(answer.body)}",
 )
-async def test_what_is_no_answer_is_503_in_the_one_form(
+async def test_an_unusable_upstream_answer_is_503_in_the_common_form(
     elsewhere: Elsewhere, reader: httpx.AsyncClient, path: str, answer: Response
 ) -> None:
     """Upstream faults, gateway pages, redirects and truncated answers become 503, so that the
@@ -228,7 +228,7 @@ async def test_a_name_that_could_be_read_as_more_is_never_sent(
 @pytest.mark.parametrize(
     "id", [None, "task-unified-1757165031-UYUJAW3D", "task-unified-1757165031-other000", 7]
 )
-async def test_an_answer_about_another_task_is_none(
+async def test_an_upstream_answer_about_another_task_is_rejected(
     elsewhere: Elsewhere, reader: httpx.AsyncClient, id: object
 ) -> None:
     """The service rejects an upstream answer with another id, so it shows no owner another owner's
