@@ -1,4 +1,4 @@
-"""What a client of the API sends and gets."""
+"""Requests of an API client, and checks of the answers."""
 
 import re
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ def an_id(prefix: str) -> str:
 
 
 def order(**fields: Any) -> JSON:
-    """The body of a small submission; None takes a field away."""
+    """The body of a small submission. A field with the value None is left out."""
     body = {"model": "wan2.5-text-to-image", "prompt": "a lighthouse", "size": "768x768", **fields}
     return {name: value for name, value in body.items() if value is not None}
 
@@ -27,12 +27,12 @@ def order(**fields: Any) -> JSON:
 async def submitted(
     client: httpx.AsyncClient, headers: Mapping[str, str] = ASYNC, **fields: Any
 ) -> JSON:
-    """The task of a submission that is taken."""
+    """The task of an accepted submission."""
     return got(await client.post(SUBMIT, json=order(**fields), headers=headers))
 
 
 def got(answer: httpx.Response, status: int = 200) -> JSON:
-    """The document of a good answer."""
+    """The document of a successful answer."""
     assert answer.status_code == status, answer.text
     assert re.fullmatch("[A-Za-z0-9._-]{1,64}", answer.headers["x-request-id"])
     document: JSON = answer.json()
@@ -47,7 +47,7 @@ def refused(
     param: str | None = None,
     task_id: str | None = None,
 ) -> JSON:
-    """The error of an answer, which has the one form that errors have."""
+    """The error of an answer. Every error answer has the same form."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/json"
     document = answer.json()
@@ -65,5 +65,5 @@ def refused(
 
 
 async def listed(client: httpx.AsyncClient, **query: Any) -> list[str]:
-    """The ids of a list of tasks."""
+    """The ids in a list of tasks."""
     return [task["id"] for task in got(await client.get("/v1/tasks", params=query))["data"]]

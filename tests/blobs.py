@@ -1,4 +1,4 @@
-"""Blobs, put and read whole."""
+"""Writes and reads whole blobs."""
 
 from service.blobs.blob_store import Blobs
 

@@ -1,8 +1,8 @@
-"""Brokers of one's own on loopback, that can be killed and started again on what they had on disk;
-and reading what they took.
+"""Brokers on loopback for tests, and readers of their messages. A test can kill a broker and start
+it again with its data.
 
-NATS, Redis and RabbitMQ are the machine's own servers. For Kafka there is librdkafka's mock
-cluster, which speaks the protocol and has nothing on disk.
+NATS, Redis and RabbitMQ are the installed servers. For Kafka there is librdkafka's mock cluster,
+which speaks the protocol and stores nothing on disk.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ def free_port() -> int:
 
 @dataclass(slots=True)
 class BrokerServer:
-    """A server of the machine; `command` knows its port and folder."""
+    """An installed server. `command` contains its port and folder."""
 
     kind: str
     folder: Path
@@ -50,7 +50,7 @@ class BrokerServer:
     process: "subprocess.Popen[bytes] | None" = None
 
     def start(self) -> None:
-        """Begins; whoever connects waits until it is up."""
+        """Starts the server and does not wait until it listens."""
         with (self.folder / "output").open("ab") as output:
             self.process = subprocess.Popen(
                 self.command,
@@ -62,7 +62,7 @@ class BrokerServer:
             )
 
     def kill(self) -> None:
-        """SIGKILL, with all its children."""
+        """Sends SIGKILL to the server and its children."""
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -78,7 +78,7 @@ class BrokerServer:
 
 
 def program(name: str, server: str) -> str:
-    """The program's path; skips or fails without it."""
+    """The program's path. Without the program the test skips or fails."""
     found = shutil.which(
         name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin"])
     )
@@ -115,7 +115,7 @@ def server_of(kind: str, folder: Path) -> BrokerServer:
         "ERL_EPMD_PORT": str(free_port()),
         "ERL_EPMD_ADDRESS": "127.0.0.1",
     }
-    # Debian's wrapper in PATH changes to its own user and folder; the script it calls takes any.
+    # Debian's wrapper in PATH switches to its own user and folder. The inner script accepts any.
     inside = next(
         iter(sorted(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*/sbin/rabbitmq-server"))),
         None,
@@ -131,7 +131,7 @@ def broker_running(kind: str) -> Iterator[BrokerServer]:
         folder = Path(tempfile.mkdtemp(prefix=f"darkroom-{kind}-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         server = server_of(kind, folder)
-        if kind == "amqp":  # Erlang's name server, or it starts one that stays
+        if kind == "amqp":  # without this epmd the server starts one that outlives the test
             names = stack.enter_context(
                 subprocess.Popen(["epmd"], env=os.environ | server.environment)
             )
@@ -143,7 +143,7 @@ def broker_running(kind: str) -> Iterator[BrokerServer]:
 
 @contextlib.contextmanager
 def kafka_running() -> Iterator[int]:
-    """The port of a mock cluster of one."""
+    """The port of a mock cluster with one broker."""
     cluster = Producer(
         {"bootstrap.servers": "127.0.0.1:1", "test.mock.num.brokers": 1, "log_level": 0}
     )
@@ -153,7 +153,7 @@ def kafka_running() -> Iterator[int]:
 
 
 def address(kind: str, port: int, target: str, password: str = PASSWORD) -> str:
-    """The sink's address; `target` is this test's own stream, queue or topic."""
+    """The sink's address. `target` is the test's own stream, queue or topic."""
     host, known = f"127.0.0.1:{port}", f"{USER}:{quote(password, safe='')}"
     return {
         "nats": f"nats://{known}@{host}/{target}?stream={target}",
@@ -165,7 +165,7 @@ def address(kind: str, port: int, target: str, password: str = PASSWORD) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A message as the broker has it."""
+    """A message as the broker stores it."""
 
     id: str
     type: str
@@ -174,7 +174,7 @@ class Taken:
 
 
 def reader(kind: str, port: int, target: str) -> Callable[[], Awaitable[list[Taken]]]:
-    """Asks for all that the broker has taken, in its order."""
+    """A function that returns all messages of the broker, in order."""
     read = {"nats": nats_taken, "redis": redis_taken, "kafka": kafka_taken, "amqp": amqp_taken}[
         kind
     ]
@@ -182,7 +182,7 @@ def reader(kind: str, port: int, target: str) -> Callable[[], Awaitable[list[Tak
 
     async def taken() -> list[Taken]:
         now = await read(port, target)
-        if kind == "amqp":  # reading takes them out
+        if kind == "amqp":  # a read removes the messages
             before.extend(now)
         return before or now
 
@@ -216,8 +216,8 @@ async def nats_taken(port: int, target: str) -> list[Taken]:
 
 
 async def made(server: BrokerServer, target: str) -> None:
-    """Waits until a service has made its stream: it has its place in the outbox then, and whatever
-    follows is published.
+    """Waits until a service has created its stream. The service then has its position in the outbox
+    and publishes every later event.
     """
 
     async def there() -> bool:
@@ -241,7 +241,7 @@ async def redis_taken(port: int, target: str) -> list[Taken]:
 
 
 async def amqp_taken(port: int, target: str) -> list[Taken]:
-    """Takes them out of the queue."""
+    """Removes all messages from the queue and returns them."""
     found = []
     async with await aio_pika.connect(
         f"amqp://{USER}:{quote(PASSWORD, safe='')}@127.0.0.1:{port}/"

@@ -1,4 +1,4 @@
-"""What tests of callbacks send, and what they look at."""
+"""Callbacks that tests send, and checks of their effects."""
 
 import asyncio
 import json
@@ -22,8 +22,8 @@ SUITE = Path(__file__).parent / "fixtures" / "json_test_suite.tar.xz"
 
 @asynccontextmanager
 async def quick_world(folder: Path, upstream: Upstream) -> AsyncIterator[World]:
-    """A world on that upstream in which only callbacks get it asked, and due work is looked for
-    more often than in earnest.
+    """A world in which only callbacks lead to queries. Workers look for due work sooner than in
+    production.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LOOK_S", 0.05)
@@ -32,11 +32,11 @@ async def quick_world(folder: Path, upstream: Upstream) -> AsyncIterator[World]:
 
 
 def json_test_suite() -> dict[str, bytes]:
-    """The public JSON test suite by name: `y_` is JSON, `n_` is not, of `i_` parsers may think what
-    they like.
+    """The public JSON test suite, by name. `y_` files are JSON and `n_` files are not. A parser may
+    accept or reject `i_` files.
 
-    Nicolas Seriot's (https://github.com/nst/JSONTestSuite, folder `test_parsing`), under the MIT
-    licence that the archive holds.
+    The suite is by Nicolas Seriot (https://github.com/nst/JSONTestSuite, folder `test_parsing`),
+    under the MIT licence in the archive.
     """
     with tarfile.open(SUITE) as archive:
         return {
@@ -53,7 +53,6 @@ def content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def said(task: dict[str, Any], status: str, **more: Any) -> bytes:
-    """A callback's body for this task."""
     return json.dumps({"id": task["upstream_id"], "status": status, **more}).encode()
 
 
@@ -69,7 +68,7 @@ async def call(
 
 
 async def verdict(here: World, task: dict[str, Any] | str, body: bytes, **headers: str) -> str:
-    """What the service says to a callback that it must answer with 200."""
+    """The verdict on a callback that the service answers with 200."""
     answer = await call(here, task, body, **headers)
     assert answer.status_code == 200, answer.text
     assert list(answer.json()) == ["status"]
@@ -77,7 +76,7 @@ async def verdict(here: World, task: dict[str, Any] | str, body: bytes, **header
 
 
 async def heard(here: World, task: dict[str, Any]) -> list[tuple[str, str | None, int]]:
-    """The callbacks in the task's timeline: verdict, status, count."""
+    """The callbacks in the task's timeline, each with verdict, status and count."""
     steps = await here.steps(task["id"])
     return [
         (step["verdict"], step["status"], step["count"])
@@ -105,7 +104,7 @@ async def asked(upstream: Upstream, task: dict[str, Any], times: int = 1) -> Non
 
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A connection that ends with the block, whatever was not sent yet."""
+    """A connection that is aborted at the end of the block, with or without unsent bytes."""
     target = httpx.URL(url)
     reader, writer = await asyncio.open_connection(target.host, target.port)
     try:
@@ -119,8 +118,8 @@ async def connected(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, async
 async def raw(
     url: str, *parts: bytes, method: str = "POST", headers: str = ""
 ) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body of the answer to a request whose parts of a body are written one
-    after another, as far as they are taken.
+    """Sends the parts of a body one after another and returns status, headers and body of the
+    answer. The server may answer before it has read all parts.
     """
     target = httpx.URL(url)
     async with connected(url) as (reader, writer):
@@ -149,5 +148,5 @@ async def write(writer: asyncio.StreamWriter, parts: Iterator[bytes]) -> None:
 
 
 def chunk(data: bytes) -> bytes:
-    """A part of a chunked body; of no bytes: its end."""
+    """A chunk of a chunked body. Empty data makes the last chunk."""
     return b"%x\r\n%b\r\n" % (len(data), data)

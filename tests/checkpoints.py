@@ -1,4 +1,4 @@
-"""The checkpoints of each step, with the effect of a kill there, for the crash tests and for the
+"""The checkpoints of each step with the effect of a kill there, for the crash tests and for the
 table of docs/reliability.md.
 """
 

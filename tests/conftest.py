@@ -19,9 +19,15 @@ from tests.servers import (
     postgres_running,
 )
 
-HEAVY = {"crash", "e2e", "bench", "durability", "consumers"}  # folders of tests with processes
-LONG = {*HEAVY, "property"}  # folders of few and long tests
-SERVERS = ("postgres", "s3", "brokers")  # fixtures and parameters begin with one of these words
+HEAVY = {
+    "crash",
+    "e2e",
+    "bench",
+    "durability",
+    "consumers",
+}  # folders with tests that start processes
+LONG = {*HEAVY, "property"}  # folders with few and long tests
+SERVERS = ("postgres", "s3", "brokers")  # prefixes of fixtures and parameters
 STARTERS = (
     "subprocess",
     "tests.brokers",
@@ -31,21 +37,23 @@ STARTERS = (
     "tests.processes",
 )
 
-hypothesis.settings.register_profile("darkroom", deadline=None)  # a slow machine is no defect
+hypothesis.settings.register_profile(
+    "darkroom", deadline=None
+)  # a slow machine must not fail a test
 hypothesis.settings.load_profile("darkroom")
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> tuple[str, dict[str, bool]]:
-    """asyncio's own loop: the guard against foreign hosts sits in Python's sockets, which uvloop
-    goes round.
+    """asyncio's own loop, because the guard against foreign hosts hooks Python's sockets and uvloop
+    bypasses them.
     """
     return "asyncio", {"use_uvloop": False}
 
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
-    """A PostgreSQL server's URL, with the right to create databases."""
+    """The URL of a PostgreSQL server, with the right to create databases."""
     if url := os.environ.get("DARKROOM_TEST_POSTGRES_URL"):
         yield url
     elif binaries := postgres_binaries():
@@ -57,31 +65,29 @@ def postgres_server() -> Iterator[str]:
 
 @pytest.fixture
 def postgres_url(postgres_server: str) -> Iterator[str]:
-    """The URL of an empty PostgreSQL database of this test's own."""
+    """The URL of an empty PostgreSQL database for one test."""
     with postgres_database(postgres_server) as url:
         yield url
 
 
 @pytest.fixture(autouse=True)
 def _pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library's limit is the process's: what one test allows must not stop the next test's
-    sandbox from drawing.
+    """Restores Pillow's pixel limit. The limit is global, and the next test's sandbox needs it to
+    draw.
     """
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """The address of an S3 that lives as long as the run."""
+    """The address of an S3 server for the whole run."""
     with s3_running() as address:
         yield address
 
 
 @pytest.fixture
 def s3_bucket(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of an empty bucket of this test's own, on the server that the environment now
-    names.
-    """
+    """The name of an empty bucket for one test. The environment names its server."""
     return with_bucket(s3_server, monkeypatch)
 
 
@@ -108,7 +114,7 @@ def is_quick(test: pytest.Function) -> bool:
 
 @cache
 def starts_processes(module: ModuleType) -> bool:
-    """Whether a module of tests imports a function that starts processes."""
+    """Whether a test module imports a function that starts processes."""
     imported = (
         str(getattr(value, "__module__", None) or getattr(value, "__name__", ""))
         for value in vars(module).values()
@@ -119,8 +125,8 @@ def starts_processes(module: ModuleType) -> bool:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files of few and long tests come first, so that no worker is left with one of them at the
-    end.
+    """Puts the files with few and long tests first, so that no worker gets one of them
+    at the end.
     """
     items.sort(key=lambda item: item.path.parent.name not in LONG)
 

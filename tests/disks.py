@@ -1,4 +1,4 @@
-"""Disks of a test's own: small ones that fill up, and ones that cannot be written any more."""
+"""Disks for tests: small disks that fill up, and disks that fail every write."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ BALLAST = "ballast"
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
-    """A file system in memory, mounted for real, which takes root; gone at the end."""
+    """A mounted file system in memory, which needs root. The end of the block unmounts it."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
@@ -26,12 +26,14 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
 
 
 def remount(disk: Path, how: str) -> None:
-    """`ro` or `rw`; refused by the kernel while somebody has a file open to write it."""
+    """Remounts with `ro` or `rw`. The kernel refuses `ro` while a process has a file open for
+    writing.
+    """
     subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], check=True)
 
 
 def fill(disk: Path) -> None:
-    """Takes all the room there is."""
+    """Writes a file until the disk is full."""
     with suppress(OSError), (disk / BALLAST).open("ab", buffering=0) as file:
         while True:
             file.write(bytes(min(1 << 16, max(1, shutil.disk_usage(disk).free))))
@@ -43,10 +45,11 @@ def empty(disk: Path) -> None:
 
 @contextmanager
 def unwritable(pid: int) -> Iterator[None]:
-    """Every write of the process to its database is answered EROFS, as by a file system that found
-    itself broken and went read-only.
+    """Every write of the process to its database fails with EROFS, as on a file system that went
+    read-only after an error.
 
-    The kernel remounts none that has a file open for writing, so the answer is given by `strace`.
+    The kernel does not remount a file system with a file open for writing, so `strace` injects the
+    error.
     """
     if shutil.which("strace") is None:
         missing("strace", "PATH")

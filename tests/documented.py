@@ -1,5 +1,5 @@
-"""A client of the image API as somebody writes it who has the API's pages and nothing else: it
-knows no service but by address and key.
+"""A client of the image API, written from the API's pages alone. It knows a service only by address
+and key.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -12,7 +12,7 @@ import httpx
 JSON = dict[str, Any]
 Until = Callable[
     [Callable[[], Awaitable[Any]]], Awaitable[Any]
-]  # asks again, with pauses, until it is told something
+]  # polls, with pauses, until the answer is true
 
 ENDED = ("completed", "failed", "cancelled", "canceled")
 RETRIES = 2
@@ -27,7 +27,9 @@ CODES = {
 
 
 class Refusal(Exception):
-    """What the API said no to: `code` is a word, also where the older pages have the status."""
+    """An error answer of the API. `code` is always a word, although the older pages document the
+    status as the code.
+    """
 
     def __init__(self, status: int, body: JSON) -> None:
         error = body["error"]
@@ -60,7 +62,9 @@ class Cancelled:
 
 
 def outcome(task: JSON) -> Images | Failure | Cancelled | None:
-    """How a task ended, from a query's or a callback's body; None: it has not."""
+    """The outcome of a task in the body of a query or a callback. None if the task has
+    not ended.
+    """
     match task["status"]:
         case "completed":
             entries = task.get("results") or [
@@ -82,7 +86,9 @@ def outcome(task: JSON) -> Images | Failure | Cancelled | None:
 
 
 class Client:
-    """One account's: `async with`. Raises Refusal for every answer that is not 200."""
+    """The client of one account, as an async context manager. Raises Refusal for every answer but
+    200.
+    """
 
     def __init__(self, base_url: str, key: str, until: Until) -> None:
         self._http = httpx.AsyncClient(
@@ -97,11 +103,13 @@ class Client:
         await self._http.aclose()
 
     async def submit(self, *, idempotency_key: str | None = None, **fields: Any) -> JSON:
-        """The pending task; again after a 429, which says that nothing was created."""
+        """The pending task. After a 429, which proves that nothing was created, the client submits
+        again.
+        """
         return (await self.submission(idempotency_key, **fields))[0]
 
     async def submission(self, idempotency_key: str | None, **fields: Any) -> tuple[JSON, bool]:
-        """The pending task, and whether it is that of an earlier submission under the same key."""
+        """The pending task, and whether an earlier submission under the same key created it."""
         headers = {"idempotency-key": idempotency_key} if idempotency_key else {}
         answer = await self._http.post("/v1/images/generations", json=fields, headers=headers)
         for _ in range(RETRIES):
@@ -115,7 +123,7 @@ class Client:
         return read(await self._http.get(f"/v1/tasks/{id}"))
 
     async def ended(self, id: str) -> JSON:
-        """The task once its status is one of those that end it."""
+        """The task as soon as its status is terminal."""
 
         async def look() -> JSON | None:
             task = await self.task(id)
@@ -138,7 +146,7 @@ def read(answer: httpx.Response) -> JSON:
 
 
 async def saved(urls: tuple[str, ...]) -> list[bytes]:
-    """The files behind result links, for which no key is sent."""
+    """The files behind result links, fetched without a key."""
     async with httpx.AsyncClient(timeout=30) as anybody:
         answers = [await anybody.get(url) for url in urls]
     return [answer.raise_for_status().content for answer in answers]
@@ -146,8 +154,8 @@ async def saved(urls: tuple[str, ...]) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class Callbacks:
-    """What came to a `callback_url`, by the task it is about: the last word counts, however often
-    it came.
+    """The callbacks of a `callback_url`, by task. The last callback counts, and duplicates are
+    harmless.
     """
 
     bodies: dict[str, JSON]

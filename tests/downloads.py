@@ -1,5 +1,5 @@
-"""What tests of saved results share: an upstream whose results are at hand, and a look at what
-became of them.
+"""Helpers for tests of saved results: an upstream that serves results, and checks of the saved
+images.
 """
 
 import io
@@ -27,7 +27,7 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Due work is looked for, and questions are asked again, more often than in earnest."""
+    """Workers look for due work and repeat queries sooner than in production."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LOOK_S", 0.05)
         patch.setattr(confirm_worker, "confirm_wait", lambda _: 0.05)
@@ -44,10 +44,10 @@ async def downloading(folder: Path, upstream: Upstream, **settings: Any) -> Asyn
 
 
 class Part(Response):
-    """An answer that breaks off after `cut` bytes of its body, if that is given; without `length`
-    it does not tell how long it is.
+    """An answer that breaks off after `cut` bytes of its body, if `cut` is given. With
+    `length=False` it has no content-length.
 
-    `seen` gets the headers of each request.
+    `seen` collects the headers of each request.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Part(Response):
 
 
 def validator_children(pid: int) -> list[int]:
-    """The children of a process that validate its images. Linux."""
+    """The child processes of `pid` that validate images. Linux only."""
     found = [
         child
         for task in Path(f"/proc/{pid}/task").iterdir()
@@ -99,7 +99,7 @@ def served(body: bytes, media_type: str = "image/png") -> Response:
 
 
 def noise(format: str = "PNG", size: tuple[int, int] = (200, 150), **how: Any) -> bytes:
-    """A picture that no format makes small; always the same."""
+    """A picture of noise, which no format compresses. Always the same bytes."""
     made = io.BytesIO()
     Image.frombytes("RGB", size, random.Random(1).randbytes(size[0] * size[1] * 3)).save(
         made, format, **how
@@ -127,8 +127,8 @@ async def made(here: World, upstream: Upstream, *results: str) -> JSON:
 
 
 async def saved(here: World, upstream: Upstream, name: str, *answers: Response) -> JSON:
-    """The image of a task with one result, which is answered so; AssertionError unless it was
-    completed.
+    """The image of a task with one result, which the upstream serves with `answers`. AssertionError
+    if the task does not complete.
     """
     upstream.files[name] = list(answers) or upstream.files[name]
     task = await here.ended((await made(here, upstream, link(here, name)))["id"])
@@ -138,7 +138,7 @@ async def saved(here: World, upstream: Upstream, name: str, *answers: Response) 
 
 
 async def steps(here: World, task: JSON) -> list[tuple[str, Any]]:
-    """The image steps of the timeline, each with its reason."""
+    """The image steps of the timeline with their reasons."""
     found = await here.steps(task["id"])
     return [
         (step["step"], step.get("reason")) for step in found if step["step"].startswith("image.")
@@ -146,7 +146,7 @@ async def steps(here: World, task: JSON) -> list[tuple[str, Any]]:
 
 
 async def bytes_of(here: World, image: JSON) -> bytes:
-    """The image as everybody can fetch it, with headers that let nothing in it do harm."""
+    """The image as a client without a key gets it, with headers that disable active content."""
     answer = await here.stranger.get(image["url"])
     assert answer.status_code == 200
     assert answer.headers["content-type"] == image["media_type"]
@@ -156,8 +156,8 @@ async def bytes_of(here: World, image: JSON) -> bytes:
 
 
 async def lost(here: World, upstream: Upstream, url: str) -> str:
-    """Why a result was lost, of a task whose other result was saved; the task is failed and lists
-    what was stored.
+    """The reason for the loss of a result. The task's other result is saved, and the failed task
+    lists the saved image.
     """
     upstream.files["good.png"] = [served(picture())]
     task = await here.ended((await made(here, upstream, link(here, "good.png"), url))["id"])

@@ -9,9 +9,7 @@ START_S, STOP_S = 60, 60
 
 
 def clean_environment(given: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment without settings of its own, and the checkout first on the
-    path.
-    """
+    """This process's environment without Darkroom's settings. PYTHONPATH is the checkout."""
     inherited = {
         name: value
         for name, value in os.environ.items()

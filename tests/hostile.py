@@ -20,8 +20,8 @@ JSON = dict[str, Any]
 
 SYSTEM = socket.getaddrinfo
 
-# What the upstream and its results have in their networks is 127.0.0.1 alone; for everybody else
-# nothing is open.
+# The networks of the upstream and its results contain only 127.0.0.1. All other purposes have
+# no private network at all.
 ADDRESSES = (
     *(
         "127.0.0.2",
@@ -138,8 +138,8 @@ HOSTILE = (
 
 @dataclass(slots=True)
 class Names:
-    """What the system's resolver says of the names of `zone` and of all under .test: each time the
-    next answer, the last for ever.
+    """The system's resolver for `zone` and for all names under .test. Each lookup gets the next
+    answer, and the last answer repeats.
     """
 
     zone: dict[str, list[Sequence[str]]] = field(
@@ -167,7 +167,7 @@ class Names:
 
 @dataclass(slots=True)
 class Recorded:
-    """An application, and the path as it came and the headers of every request to it."""
+    """An application, with the raw path and the headers of every request."""
 
     app: ASGIApp
     requests: list[tuple[str, dict[str, str]]] = field(default_factory=list)
@@ -189,21 +189,19 @@ def place(url: str) -> Place:
 
 @dataclass(frozen=True, slots=True)
 class Guarded:
-    """A world in which no purpose may reach anything private but 127.0.0.1, and that for the
-    upstream and its results alone.
-    """
+    """A world without private networks. Only the upstream and its results may use 127.0.0.1."""
 
     world: World
     upstream: Upstream
     recorded: Recorded
     trap: Trap
     names: Names
-    allowed: set[Place] = field(default_factory=set)  # and what a test made itself
+    allowed: set[Place] = field(default_factory=set)  # further servers of the test
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """AssertionError if anything but the service and its upstream was connected to meanwhile,
-        or anybody came to the trap.
+        """AssertionError if this process connects to any place but the service, its upstream and
+        `allowed`, or if the trap gets a connection.
         """
         with connects() as trail:
             yield
@@ -213,14 +211,14 @@ class Guarded:
         assert self.trap.connections == 0
 
     def refusals(self, purpose: str) -> float:
-        """How often the guard has refused this purpose something."""
+        """The number of connections that the guard has refused for this purpose."""
         counter: float = self.world.context.resources.metrics.egress_refused.labels(
             purpose
         )._value.get()
         return counter
 
     async def calls_back(self, task: JSON, answer: JSONResponse) -> None:
-        """The upstream knows the end of a task, and says so."""
+        """The upstream ends the task and sends the callback."""
         self.upstream.queries[task["upstream_id"]] = [answer]
         body = {**json.loads(bytes(answer.body)), "id": task["upstream_id"]}
         assert (
@@ -228,7 +226,7 @@ class Guarded:
         ).status_code == 200
 
     async def completed(self, *results: str) -> JSON:
-        """A task at its end, which its upstream completed with these results."""
+        """A task that the upstream has completed with these results, in its terminal state."""
         task = await self.world.submit()
         await self.calls_back(task, document("completed", *results))
         return await self.world.ended(task["id"])
@@ -236,7 +234,9 @@ class Guarded:
 
 @asynccontextmanager
 async def guarded(folder: Path) -> AsyncIterator[Guarded]:
-    """Result hosts are wide, so that the addresses must be what refuses."""
+    """The result hosts include all hostile names, so that only the check of addresses can refuse
+    them.
+    """
     upstream, names = Upstream(), Names()
     recorded = Recorded(upstream.app)
     hosts = (

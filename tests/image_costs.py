@@ -1,4 +1,4 @@
-"""Judges pictures in a process of its own and prints what that cost: `python -m tests.image_costs
+"""Validates pictures in a process of its own and prints the costs: `python -m tests.image_costs
 bombs|broken|FOLDER MAX_PIXELS`.
 """
 
@@ -14,7 +14,7 @@ from service.images.validator import ValidImage
 from service.images.validator_child import MEDIA_TYPES, check_image
 from tests.pictures import bombs, broken, samples
 
-BROKEN = 400  # of each kind
+BROKEN = 400  # pictures of each kind
 
 
 def files(what: str) -> Iterator[tuple[str, bytes]]:
@@ -34,20 +34,20 @@ def files(what: str) -> Iterator[tuple[str, bytes]]:
 
 
 def memory(name: str) -> int:
-    """Bytes of this process, by a name of /proc/self/status."""
+    """Bytes of memory of this process, by a name in /proc/self/status."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
 def main(what: str, max_pixels: int) -> None:
-    for sample in samples().values():  # what the decoders keep for good
+    for sample in samples().values():  # loads what the decoders keep in memory
         check_image(sample, max_pixels)
     resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + (1 << 30), resource.RLIM_INFINITY))
     wanted = list(files(what))
     peaks, seconds, said = dict[str, int](), dict[str, float](), dict[str, str]()
     kinds: Counter[str] = Counter()
     for name, data in wanted:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins again
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
         before, started = memory("VmRSS"), time.process_time()
         verdict = check_image(data, max_pixels)
         seconds[name], peaks[name] = (

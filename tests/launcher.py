@@ -1,10 +1,10 @@
-"""Starts services by the dozen: `python -m tests.launcher` imports the program once and forks
-itself for each command.
+"""Starts many services fast: `python -m tests.launcher` imports the program once and forks itself
+for each command.
 
-A fork is an ordinary process that runs `darkroom` with the given arguments from its first line.
-Only the second that the imports take is saved. Each line of input is a request and each line of
-output its answer. `{"start": {...}}` is answered with a pid, `{"poll": pid}` with an exit code or
-null. The launcher ends with its input and kills the processes that still run.
+A fork is an ordinary process that runs `darkroom` with the given arguments from its first line. It
+only saves the second that the imports take. Each line of input is a request and each line of output
+its answer. `{"start": {...}}` is answered with a pid, `{"poll": pid}` with an exit code or null.
+The launcher ends with its input and kills the processes that still run.
 """
 
 import json
@@ -27,7 +27,7 @@ LOG = "service.log"
 
 
 class Launcher:
-    """The requesting end."""
+    """The client of a launcher process."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
@@ -50,7 +50,8 @@ class Launcher:
         stderr: str,
         prelude: str = "",
     ) -> int:
-        """The pid of a `darkroom` with these arguments, whose output goes to the named files.
+        """Starts `darkroom` with these arguments and returns its pid. Its output goes to the named
+        files.
 
         The process executes the Python text `prelude` before the program.
         """
@@ -80,7 +81,7 @@ class Forked:
         return self._code
 
     def wait(self, timeout: float) -> int:
-        """Its exit code. TimeoutExpired if it runs longer than `timeout` seconds."""
+        """The exit code. TimeoutExpired if the process runs longer than `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
@@ -102,8 +103,8 @@ def launching(
 ) -> Iterator[Launcher]:
     """Runs a launcher, under the command `before` if there is one (a tracer).
 
-    A process may be handed a descriptor of `sockets` by `HANDED`. Without `coverage` the processes
-    are not measured.
+    `HANDED` passes a descriptor of `sockets` to a process. Without `coverage` the processes are not
+    measured.
     """
     environment = clean_environment({})
     if not coverage:
@@ -124,9 +125,7 @@ def launching(
 
 
 class Launched:
-    """A `darkroom serve`, or what else the arguments say, with what it has printed so far in
-    `log`.
-    """
+    """A `darkroom serve`, or the command in the arguments. `log` has its output so far."""
 
     def __init__(
         self, launcher: Launcher, folder: Path, environment: Mapping[str, str], *arguments: str
@@ -153,17 +152,17 @@ class Launched:
 
     @property
     def code(self) -> int | None:
-        """Its exit code, None while it lives."""
+        """The exit code, None while the process runs."""
         return self._process.poll()
 
     @property
     def stopped(self) -> bool:
-        """Whether SIGSTOP has it."""
+        """Whether the process is stopped by SIGSTOP."""
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].startswith("T")
 
 
 def shorten_leases(lease_ms: int) -> None:
-    """Leases of half a minute, and the waits of rows that outlived crashes, are long for a test."""
+    """Shortens the leases of 30 s and the waits after crashes, which are too long for a test."""
     from service.events import broker_worker
     from service.queue import leases, worker
 
@@ -196,7 +195,7 @@ def run(
     os.dup2(out, 1)
     same = stdout == stderr
     os.dup2(out if same else os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), 2)
-    sys.stdout = os.fdopen(1, "w", closefd=False)  # the inherited objects know other files
+    sys.stdout = os.fdopen(1, "w", closefd=False)  # the inherited objects use other files
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     if "DARKROOM_TEST_LEASE_MS" in environment:
         shorten_leases(int(environment["DARKROOM_TEST_LEASE_MS"]))

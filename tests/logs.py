@@ -1,4 +1,4 @@
-"""Logging set up for a test, and put back as it was."""
+"""Configures logging for a test and restores it afterwards."""
 
 import io
 import logging
@@ -12,7 +12,7 @@ from service.ops.logging import QUIET, configure
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Whatever is configured within ends with it."""
+    """Restores the logging configuration at the end of the block."""
     known, root = structlog.get_config(), logging.getLogger()
     handlers, level = root.handlers[:], root.level
     levels = {name: logging.getLogger(name).level for name in QUIET}
@@ -28,7 +28,7 @@ def restored() -> Iterator[None]:
 
 @contextmanager
 def logged(level: str = "debug") -> Iterator[io.StringIO]:
-    """What is logged meanwhile, as JSON lines."""
+    """The log lines of the block as JSON."""
     stream = io.StringIO()
     with restored():
         configure("json", level, stream)

@@ -1,4 +1,4 @@
-"""Events made in the outbox itself, for tests that are about what follows: no task, no upstream."""
+"""Writes events straight to the outbox, for tests that need no task and no upstream."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from service.events.outbox import OPERATORS
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """So many events of one type, in one transaction."""
+    """`count` events of one type, written in one transaction."""
 
     count: int = 1
     type: str = "image.task.failed"
@@ -18,7 +18,7 @@ class Made:
 
 
 def emit(tx: Transaction, items: Sequence[Made]) -> list[list[str]]:
-    """An operation: the events' ids."""
+    """A store operation that returns the ids of the events."""
     made = []
     for item in items:
         ids = [tx.id("event") for _ in range(item.count)]

@@ -1,11 +1,11 @@
-"""A burst of callbacks from a process of its own, as the upstream sends them: `python -m
+"""Sends a burst of callbacks from a process of its own, as the upstream does: `python -m
 tests.overload ADDRESS FILE CONNECTIONS`.
 
-Each line of FILE is a request, `{"path", "body"}`. They are shared out over the connections, which
-all begin at once; a connection sends its next one when it has the answer to the last. What is not
-answered with 200 in 10 s comes again on a new connection, after 1, 2 and 4 s. A try's time includes
-that of connecting. Bare sockets and epoll: a client that costs more than the service would measure
-itself.
+Each line of FILE is a request, `{"path", "body"}`. All connections start at once and share the
+requests. A connection sends its next request when it has the answer to the last one. A request
+without a 200 within 10 s is sent again on a new connection, after 1, 2 and 4 s. The time of an
+attempt includes the connect. The client uses bare sockets and epoll, because a client that costs
+more than the service would measure itself.
 """
 
 import json
@@ -27,7 +27,7 @@ PATIENCE_S, AGAIN_S = 10.0, (1.0, 2.0, 4.0)
 
 
 def callback(task_id: str) -> dict[str, str]:
-    """One that says that a task of `tests.bench.acknowledgement.prepare` has failed."""
+    """A callback that reports the failure of a task of `tests.bench.acknowledgement.prepare`."""
     token = Keyring([SECRET_KEY.encode()]).callback_token("evolink", task_id)
     error = {"code": "service_error", "message": "no", "type": "task_error"}
     body = {"id": f"upstream-{task_id}", "status": "failed", "error": error}
@@ -41,8 +41,8 @@ def request_bytes(path: str, body: str) -> bytes:
 
 
 class Connection:
-    """Sends its requests one after the other; `tries` of each, `began` the one that is under
-    way.
+    """Sends its requests one after the other. `tries` counts the attempts of the current request,
+    and `began` is the start of the current attempt.
     """
 
     def __init__(self, requests: list[bytes], tries: int = 0) -> None:
@@ -52,7 +52,7 @@ class Connection:
         self.began, self.got = perf_counter(), b""
 
     def answer(self) -> str | None:
-        """What has been answered, None: not all of it has come."""
+        """The whole answer, or None while a part is missing."""
         self.got += self.socket.recv(65536)
         head, end, body = self.got.partition(b"\r\n\r\n")
         if not end:
@@ -68,15 +68,15 @@ class Connection:
 
 
 class Burst:
-    """All of them. `seen` what the tries met, `took` the seconds of those that were answered;
-    `lost`: four tries were in vain.
+    """All connections. `seen` counts the results of attempts, `took` has the seconds of answered
+    attempts, and `lost` counts requests that failed four times.
     """
 
     def __init__(self, address: tuple[str, int]) -> None:
         self.address, self.poll = address, select.epoll()
         self.open: dict[int, Connection] = {}
         self.seen, self.took, self.lost = Counter[str](), list[float](), 0
-        self.due: list[tuple[float, int, list[bytes], int]] = []  # what comes again
+        self.due: list[tuple[float, int, list[bytes], int]] = []  # requests to send again
 
     def begin(self, requests: list[bytes], tries: int = 0) -> None:
         connection = Connection(requests, tries)
@@ -89,7 +89,7 @@ class Burst:
         connection.socket.close()
 
     def met(self, connection: Connection, what: str) -> None:
-        """A try is over, one way or the other."""
+        """Records the result of an attempt and starts what follows."""
         self.seen[what] += 1
         if what[0].isdigit():
             self.took.append(perf_counter() - connection.began)
@@ -166,7 +166,7 @@ class Burst:
 
 
 def burst(address: str, requests: Sequence[bytes], connections: int) -> dict[str, Any]:
-    """What was answered how often, and how long it took in seconds."""
+    """The number of each answer, and the times in seconds."""
     host, _, port = address.removeprefix("http://").partition(":")
     return Burst((host, int(port))).run(
         list(requests[number::connections]) for number in range(connections)

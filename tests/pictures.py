@@ -1,6 +1,4 @@
-"""Pictures as they should not be: bombs made by hand, and thousands of broken ones, always the
-same.
-"""
+"""Hostile pictures: bombs made by hand, and thousands of broken pictures. Always the same bytes."""
 
 import io
 import random
@@ -18,7 +16,9 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 def drawn(
     format: str, mode: str = "RGB", size: tuple[int, int] = SIZE, frames: int = 1, **how: object
 ) -> bytes:
-    """Noise, which no format makes small: what is cut off is missed."""
+    """A picture of noise, which no format compresses. A decoder misses every byte that
+    is cut off.
+    """
     rnd, bands = random.Random(1), len(Image.new(mode, (1, 1)).getbands())
     pictures = [
         Image.frombytes(mode, size, rnd.randbytes(size[0] * size[1] * bands)) for _ in range(frames)
@@ -33,7 +33,7 @@ def drawn(
 
 
 def samples() -> dict[str, bytes]:
-    """Whole pictures of every kind that counts."""
+    """Whole pictures of every kind that the service accepts or must recognize."""
     return {
         "png": drawn("PNG"),
         "png with palette": drawn("PNG", "P"),
@@ -53,19 +53,19 @@ def samples() -> dict[str, bytes]:
 
 
 def chunk(name: bytes, data: bytes) -> bytes:
-    """A PNG's."""
+    """A chunk of a PNG."""
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
 def header(width: int, height: int, depth: int = 8, colour: int = 0, interlace: int = 0) -> bytes:
-    """A PNG's signature and first chunk."""
+    """The signature and the first chunk of a PNG."""
     return SIGNATURE + chunk(
         b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
     )
 
 
 def png(*before: bytes, size: tuple[int, int] = (1, 1), pixels: bytes = b"\0\0") -> bytes:
-    """A grey PNG with chunks before its pixels."""
+    """A grey PNG with the given chunks before its pixels."""
     return (
         header(*size)
         + b"".join(before)
@@ -75,7 +75,7 @@ def png(*before: bytes, size: tuple[int, int] = (1, 1), pixels: bytes = b"\0\0")
 
 
 def segment(marker: int, data: bytes) -> bytes:
-    """A JPEG's."""
+    """A segment of a JPEG."""
     return struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data
 
 
@@ -83,12 +83,12 @@ def with_segments(*segments: bytes) -> bytes:
     whole = drawn("JPEG")
     return (
         whole[:2] + b"".join(segments) + whole[20:]
-    )  # its first segment, with the density, is left out
+    )  # without the first segment, which has the density
 
 
 def exif_bomb(entries: int = 5000) -> bytes:
-    """A JPEG of 60 kB whose Exif names the same 60,000 bytes again and again: whoever believes it
-    needs 300 MB.
+    """A JPEG of 60 kB whose Exif entries all point to the same 60,000 bytes. A decoder that copies
+    each entry needs 300 MB.
     """
     listed = b"".join(struct.pack("<HHII", 1 + number, 7, 60_000, 8) for number in range(entries))
     return with_segments(
@@ -97,7 +97,7 @@ def exif_bomb(entries: int = 5000) -> bytes:
 
 
 def scans(count: int) -> bytes:
-    """A progressive JPEG whose last scan is there so many times."""
+    """A progressive JPEG that repeats its last scan `count` times."""
     whole = drawn("JPEG", progressive=True)
     last = whole.rindex(b"\xff\xda")
     return whole[:last] + whole[last:-2] * count + whole[-2:]
@@ -114,12 +114,12 @@ def gif(*blocks: bytes, size: tuple[int, int] = (1, 1)) -> bytes:
 
 
 def frame(size: tuple[int, int] = (1, 1), at: tuple[int, int] = (0, 0)) -> bytes:
-    """A GIF's image of a pixel, whatever size it says."""
+    """A GIF frame with the data of one pixel and a header of any size."""
     return b"," + struct.pack("<HHHHB", *at, *size, 0) + b"\x02\x02\x44\x01\x00"
 
 
 def bombs() -> dict[str, bytes]:
-    """Small files that cost whoever believes them time or memory."""
+    """Small files that cost a trusting decoder much time or memory."""
     swelling = zlib.compress(bytes(1 << 20), 9)
     webp = drawn("WEBP", "RGBA", lossless=True, exif=b"Exif\0\0II*\0")
     disposed = b"!\xf9\x04\x08\0\0\0\0"
@@ -162,7 +162,9 @@ def riff(body: bytes) -> bytes:
 
 
 def broken(kinds: Sequence[bytes], count: int, seed: int = 1) -> Iterator[bytes]:
-    """Of each kind so many, with bytes flipped, cut out, put in, doubled, or taken from another."""
+    """`count` broken copies of each kind, with bytes flipped, removed, inserted, repeated or taken
+    from another kind.
+    """
     rnd = random.Random(seed)
     for whole in kinds:
         for _ in range(count):
@@ -189,8 +191,8 @@ def broken(kinds: Sequence[bytes], count: int, seed: int = 1) -> Iterator[bytes]
 
 
 def mended(data: bytes) -> bytes:
-    """With the checksums of a PNG made right again, so that what is wrong is found further
-    inside.
+    """A PNG with correct checksums, so that the decoder meets the damage further inside. Other
+    formats stay unchanged.
     """
     if not data.startswith(SIGNATURE):
         return data

@@ -1,4 +1,4 @@
-"""Darkroom as processes, started as a user starts it."""
+"""Darkroom as processes, started like a user starts it."""
 
 import atexit
 import json
@@ -23,7 +23,9 @@ LOOPBACK = "127.0.0.0/8"
 
 @cache
 def _launcher() -> Launcher:
-    """One launcher for all commands of this test process: a command starts without its imports."""
+    """One launcher for all commands of this test process, so that a command starts without its
+    imports.
+    """
     stack = ExitStack()
     atexit.register(stack.close)
     return stack.enter_context(launching(coverage=True))
@@ -37,7 +39,9 @@ def forked(
     environment: Mapping[str, str],
     prelude: str = "",
 ) -> Forked:
-    """A command of the program in a process of its own, with its output in the named files."""
+    """Starts a command of the program in a process of its own. Its output goes to the
+    named files.
+    """
     launcher, environment = _launcher(), clean_environment(environment)
     pid = launcher.start(arguments, folder, environment, str(stdout), str(stderr), prelude)
     return Forked(launcher, pid)
@@ -46,7 +50,7 @@ def forked(
 def darkroom(
     *arguments: str, folder: Path, prelude: str = "", **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """A command of the program, to its end, in `folder`, after the Python text `prelude`."""
+    """Runs a command of the program in `folder` until it ends, after the Python text `prelude`."""
     with TemporaryDirectory() as place:
         out, err = Path(place) / "out", Path(place) / "err"
         process = forked(arguments, folder, out, err, environment, prelude)
@@ -60,8 +64,8 @@ def darkroom(
 
 
 class Running:
-    """A command that serves, run by the one in `before` if there is one. `address` is the URL it
-    told; `lines` what it has printed so far, both streams.
+    """A command that serves, under the command in `before` if there is one. `address` is the URL
+    that it announced, and `lines` is its output so far, both streams.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class Running:
         self.announcement: dict[str, Any] = {}
         self._told = threading.Event()
         self.process: Forked | subprocess.Popen[str]
-        if before or "PYTHONPATH" in environment:  # another program, or another version of ours
+        if before or "PYTHONPATH" in environment:  # another program, or another version of Darkroom
             self.process = subprocess.Popen(
                 [*before, sys.executable, "-m", "service", *arguments],
                 cwd=folder,
@@ -96,8 +100,8 @@ class Running:
         self._reader.start()
 
     def _read(self, plain: bool) -> None:
-        """`plain`: the address stands in a line of its own (`--json`), else in the log's
-        `service.started`.
+        """Reads the output up to the address. With `plain` (`--json`) the address has a line of its
+        own, otherwise the log line `service.started` contains it.
         """
         event = None if plain else "service.started"
         for line in self._output:
@@ -119,7 +123,7 @@ class Running:
         self.process.send_signal(number)
 
     def ended(self) -> int:
-        """Its exit code."""
+        """Waits for the end and returns the exit code."""
         code = self.process.wait(STOP_S)
         self._reader.join(STOP_S)
         self._output.close()
@@ -132,7 +136,9 @@ class Running:
 
 @contextmanager
 def started(*arguments: str, folder: Path, **environment: str) -> Iterator[Running]:
-    """A command that serves, once it has told its address; killed at the end if it still runs."""
+    """A command that serves and has announced its address. The end of the block kills it if it
+    still runs.
+    """
     running = Running(*arguments, folder=folder, **environment)
     try:
         assert running.address
@@ -145,7 +151,7 @@ def started(*arguments: str, folder: Path, **environment: str) -> Iterator[Runni
 
 @contextmanager
 def sandbox(*arguments: str, folder: Path) -> Iterator[Running]:
-    """The emulator as a process, which calls back on loopback."""
+    """The sandbox as a process that may call back to loopback."""
     options = (
         "--json",
         "--port",
@@ -161,7 +167,7 @@ def sandbox(*arguments: str, folder: Path) -> Iterator[Running]:
 
 
 def service_settings(upstream: str, folder: Path, **more: str) -> dict[str, str]:
-    """The environment of a service on that upstream, all on loopback."""
+    """The environment of a service that uses the given upstream, all on loopback."""
     settings = {
         "PORT": "0",
         "DATA_DIR": str(folder / "data"),

@@ -1,6 +1,6 @@
-"""An S3 of one's own: moto in a process of its own, so that what talks to it does so over HTTP.
+"""An S3 server for tests: moto in a process of its own, so that its clients use real HTTP.
 
-`python -m tests.s3` serves on a free port until its input ends, and says its address on the first
+`python -m tests.s3` serves on a free port until its input ends and prints its address on the first
 line.
 """
 
@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[1]
 
 @contextmanager
 def s3_running() -> Iterator[str]:
-    """The address of a server; it ends with its input, so also if this process is killed."""
+    """The address of a server. The server ends with its input, so also if this process
+    is killed.
+    """
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -48,8 +50,8 @@ def s3_running() -> Iterator[str]:
 
 
 def with_bucket(address: str, patch: pytest.MonkeyPatch) -> str:
-    """Makes a bucket of that server, which anybody may read, and names the server to this process;
-    the bucket's name.
+    """Creates a publicly readable bucket, sets the server in the environment, and returns the
+    bucket's name.
     """
     name = f"bucket-{uuid4().hex}"
     allow = {

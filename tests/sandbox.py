@@ -1,6 +1,4 @@
-"""A running sandbox, asked directly; a receiver of its callbacks; faults given by flag or by
-request.
-"""
+"""A running sandbox, a receiver of its callbacks, and faults set by flag or by request."""
 
 import asyncio
 import json
@@ -32,7 +30,7 @@ WAYS = ("flag", "request")
 async def sandbox(
     options: SandboxOptions = QUICK, clock: Callable[[], float] | None = None
 ) -> AsyncIterator[httpx.AsyncClient]:
-    """A client with a key, of a running sandbox."""
+    """A client with a key of a running sandbox."""
     app = create_sandbox(options) if clock is None else create_sandbox(options, clock)
     async with (
         answering(app) as base,
@@ -43,7 +41,9 @@ async def sandbox(
 
 @dataclass
 class Receiver:
-    """Answers callbacks with `statuses` one after another, then 200; keeps what came."""
+    """Answers callbacks with `statuses` one after another, then with 200, and keeps the
+    requests.
+    """
 
     url: str = ""
     statuses: list[int] = field(default_factory=list)
@@ -76,7 +76,9 @@ async def submit(
 
 
 async def finished(client: httpx.AsyncClient, **fields: Any) -> Any:
-    """A task's terminal document: its answer is held until its end, so the first query tells it."""
+    """A terminal task. The sandbox delays the answer to the submission until the task has ended, so
+    the first query shows the end.
+    """
     answer = await submit(
         client, sandbox={"callback_first": True} | fields.pop("sandbox", {}), **fields
     )
@@ -84,14 +86,14 @@ async def finished(client: httpx.AsyncClient, **fields: Any) -> Any:
 
 
 async def created(client: httpx.AsyncClient) -> list[Any]:
-    """The tasks there really are."""
+    """The tasks that the sandbox has created."""
     tasks: list[Any] = (await client.get("/sandbox/tasks")).json()["data"]
     return tasks
 
 
 @dataclass(frozen=True)
 class Faulty:
-    """A sandbox with faults, by default or in every one of its requests."""
+    """A sandbox with faults, as defaults or in every request."""
 
     client: httpx.AsyncClient
     asked: dict[str, Any]
@@ -116,7 +118,9 @@ class Faulty:
 
 @asynccontextmanager
 async def faulty(way: str, **faults: Any) -> AsyncIterator[Faulty]:
-    """By flag, faults are texts as `--fault` has them; by request, an object `sandbox`."""
+    """With "flag" the faults are texts in the form of `--fault`. With "request" they are the field
+    `sandbox` of each submission.
+    """
     flags = [
         f"{name}={value if isinstance(value, str) else json.dumps(value)}"
         for name, value in faults.items()
@@ -130,7 +134,7 @@ async def faulty(way: str, **faults: Any) -> AsyncIterator[Faulty]:
 async def taken(
     client: httpx.AsyncClient, method: str, url: str, **more: Any
 ) -> tuple[bytes, bool]:
-    """What came of a body, and whether it came whole."""
+    """The received part of a body, and whether it is complete."""
     body = b""
     try:
         async with client.stream(method, url, **more) as answer:

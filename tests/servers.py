@@ -1,5 +1,5 @@
-"""The servers that some tests need: the one an environment variable names, else the machine's own
-binaries, else none.
+"""The servers that some tests need: the server of an environment variable, or else the installed
+binaries.
 """
 
 import asyncio
@@ -18,11 +18,13 @@ from urllib.parse import urlsplit
 import asyncpg
 import pytest
 
-MISSING = "no server: "  # what every such skip begins with, so that they can be counted
+MISSING = "no server: "  # prefix of every such skip, to count them
 
 
 def missing(server: str, variable: str = "") -> NoReturn:
-    """Skips at a desk; fails where CI is set, where the server, or the program, has to be."""
+    """Skips the test at a desk. Fails it where CI is set, because CI must have the server or the
+    program.
+    """
     unset = f"{variable} is not set, and " if variable else ""
     said = f"{MISSING}{server} ({unset}the machine has no binaries of it)"
     if os.environ.get("CI"):
@@ -31,7 +33,7 @@ def missing(server: str, variable: str = "") -> NoReturn:
 
 
 def missing_counted(reports: Sequence[Any]) -> dict[str, int]:
-    """How many skipped tests lacked which server."""
+    """The number of skipped tests by missing server."""
     counts: dict[str, int] = {}
     for report in reports:
         reason = (
@@ -50,7 +52,7 @@ def missing_counted(reports: Sequence[Any]) -> dict[str, int]:
 
 
 def postgres_binaries() -> Path | None:
-    """The folder of the newest server: Debian keeps each version in its own, outside of PATH."""
+    """The folder of the newest server. Debian keeps each version in a folder outside of PATH."""
     versions = [path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/postgres")]
     if versions:
         return max(versions, key=lambda path: int(path.parent.name))
@@ -60,15 +62,15 @@ def postgres_binaries() -> Path | None:
 
 @contextlib.contextmanager
 def postgres_running(binaries: Path) -> Iterator[str]:
-    """A throw-away server on a Unix socket of its own, by default durable like a real one; yields
-    its URL.
+    """Runs a temporary server on a Unix socket and yields its URL. The server is durable with its
+    default settings.
 
-    It refuses to run as root, so it then runs as `postgres`, or as `nobody`.
+    The server refuses to run as root. Under root it therefore runs as `postgres` or `nobody`.
     """
     account: dict[str, Any] = {}
     folder = Path(
         tempfile.mkdtemp(prefix="darkroom-pg-")
-    )  # short: a socket's path has 107 characters
+    )  # short, because the path of a socket has at most 107 characters
     if os.geteuid() == 0:
         accounts = {user.pw_name: user for user in pwd.getpwall()}
         user = accounts.get("postgres") or accounts["nobody"]
@@ -115,14 +117,14 @@ def postgres_running(binaries: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def postgres_database(server: str) -> Iterator[str]:
-    """A fresh, empty database on the server; yields its URL."""
+    """Creates an empty database on the server and yields its URL."""
     name = f"darkroom_{uuid.uuid4().hex}"
     asyncio.run(execute(server, f'CREATE DATABASE "{name}"'))
     try:
         parts = urlsplit(server)
         yield f"{parts.scheme}://{parts.netloc}/{name}" + (
             f"?{parts.query}" if parts.query else ""
-        )  # geturl would drop an empty //
+        )  # geturl drops an empty //
     finally:
         asyncio.run(execute(server, f'DROP DATABASE "{name}" WITH (FORCE)'))
 

@@ -1,5 +1,5 @@
-"""Two PostgreSQL servers on loopback: a primary, and a standby that has every commit before it is
-answered.
+"""Two PostgreSQL servers on loopback: a primary, and a synchronous standby that has every commit
+before the primary confirms it.
 """
 
 import asyncio
@@ -23,12 +23,12 @@ SETTLE_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """One of them; `folder` has its data, its socket and its log."""
+    """One of the servers. `folder` has its data, its socket and its log."""
 
     binaries: Path
     folder: Path
     port: int
-    owner: int | None  # whom it runs as: it refuses to be root
+    owner: int | None  # the user of the process, because the server refuses to run as root
 
     def run(self, program: str, *arguments: str) -> None:
         with (self.folder / "output").open("ab") as output:
@@ -65,7 +65,7 @@ class Server:
         self.control("promote")
 
     def kill(self) -> None:
-        """SIGKILL to all of its processes at once, as if the machine had lost its power."""
+        """Sends SIGKILL to all processes of the server at once, like a power cut."""
         leader = int((self.data / "postmaster.pid").read_text().split()[0])
         children = Path(f"/proc/{leader}/task/{leader}/children").read_text().split()
         for pid in (leader, *map(int, children)):
@@ -80,7 +80,7 @@ class Server:
 
 @contextlib.contextmanager
 def server(binaries: Path) -> Iterator[Server]:
-    """A folder and a port for one; stopped at the end if it runs."""
+    """A server with a folder and a port, not started. The end of the block stops it if it runs."""
     folder = Path(tempfile.mkdtemp(prefix="darkroom-pg-"))
     owner = None
     if os.geteuid() == 0:
@@ -101,7 +101,7 @@ def server(binaries: Path) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def replicated(binaries: Path) -> Iterator[tuple[Server, Server]]:
-    """The primary and its synchronous standby, both at work."""
+    """The running primary and its synchronous standby."""
     with server(binaries) as primary, server(binaries) as standby:
         primary.run(
             "initdb",
@@ -130,5 +130,5 @@ def replicated(binaries: Path) -> Iterator[tuple[Server, Server]]:
 
 
 def url(*servers: Server, database: str = "postgres") -> str:
-    """The address of one of the servers, whichever takes writes."""
+    """A URL with all the servers. The client connects to the server that accepts writes."""
     return f"postgresql://postgres@{','.join(each.address for each in servers)}/{database}"

@@ -1,5 +1,5 @@
-"""Proof that nothing was connected to: listeners that count who comes, and the interpreter's own
-word on every `connect`.
+"""Proof that a process made no connection: listeners that count connections, and the interpreter's
+audit event of every `connect`.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ def _watch() -> None:
             for trail in _trails:
                 trail.add(details[1][:2])
 
-    sys.addaudithook(hear)  # for good: no hook can be taken away
+    sys.addaudithook(hear)  # Python cannot remove an audit hook
 
 
 @contextmanager
 def connects() -> Iterator[set[Place]]:
-    """Every address and port that this process connects to meanwhile, whether somebody listens
-    there or not.
+    """Every address and port that this process connects to during the block, with or without a
+    listener there.
     """
     _watch()
     trail: set[Place] = set()
@@ -39,7 +39,7 @@ def connects() -> Iterator[set[Place]]:
 
 @dataclass(slots=True)
 class Trap:
-    """One port of this machine, by every address of its own that it has."""
+    """One port on several local addresses of this machine."""
 
     port: int = 0
     connections: int = 0
@@ -58,7 +58,7 @@ async def trap() -> AsyncIterator[Trap]:
     for address in ("127.0.0.2", "::1"):
         with suppress(
             OSError
-        ):  # not every machine has them; `connects` sees those connections all the same
+        ):  # a machine may lack the address, but `connects` still sees the connection
             listeners.append(await asyncio.start_server(came, address, made.port))
     try:
         yield made

@@ -1,5 +1,5 @@
-"""An upstream that does as a test says: what the sandbox cannot do wrong, and a look at what it was
-sent.
+"""An upstream that answers as a test says, also in ways that the sandbox cannot, and records its
+requests.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ JSON = dict[str, Any]
 
 
 def document(status: str, *results: str, id: str | None = None, **more: Any) -> JSONResponse:
-    """A task as a query or a submission's answer shows it."""
+    """A task as a query or the answer to a submission shows it."""
     return JSONResponse(
         {"status": status, "results": list(results), **({} if id is None else {"id": id}), **more}
     )
@@ -57,7 +57,7 @@ def picture(format: str = "PNG", size: tuple[int, int] = (64, 48), shade: int = 
 
 
 class Cut(Response):
-    """Announces a body, sends `body` of it, and ends the connection."""
+    """Announces a body, sends `body` and ends the connection early."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [
@@ -69,7 +69,9 @@ class Cut(Response):
 
 
 class After(Response):
-    """An answer that is sent once `ready` returns, or not at all if the caller leaves before."""
+    """An answer that is sent after `ready` returns, or not at all if the client
+    disconnects first.
+    """
 
     def __init__(self, ready: Callable[[], Awaitable[object]], answer: Response) -> None:
         super().__init__()
@@ -93,16 +95,16 @@ class After(Response):
 
 async def disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
-        pass  # what is left of the request
+        pass  # ignores the rest of the request
 
 
 @dataclass(slots=True)
 class Upstream:
-    """Answers by list, each request the next, the last for ever: `submits` by prompt, `queries` by
-    upstream id, `files` by name.
+    """Answers from lists: `submits` by prompt, `queries` by upstream id, `files` by name. Each
+    request gets the next answer of its list, and the last answer repeats.
 
-    Without a list a submission is accepted and a task is processing. `received` are submissions by
-    prompt; `asked` counts the rest.
+    Without a list a submission is accepted, a task is processing and a file is 404. `received` has
+    the submissions by prompt. `asked` counts the queries and downloads.
     """
 
     submits: dict[str, list[Response]] = field(default_factory=dict)

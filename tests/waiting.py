@@ -1,4 +1,4 @@
-"""The one place of the tests that sleeps."""
+"""The only module of the tests that sleeps."""
 
 import asyncio
 import inspect
@@ -9,11 +9,11 @@ PAUSE_S = 0.01
 
 
 async def wait_until(predicate: Callable[[], Any], timeout: float = 10) -> Any:
-    """What `predicate` answers, plain or awaited, as soon as that is true; AssertionError after
+    """The value of `predicate`, plain or awaited, as soon as it is true. AssertionError after
     `timeout` seconds.
 
-    For what nobody announces, like another process's work; where there is an event to await, await
-    that.
+    It is for changes without an event, like the work of another process. Where there is an event,
+    await the event.
     """
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout

@@ -1,5 +1,5 @@
-"""A whole world in one event loop, over real sockets: sandbox upstream, service, subscriber.
-Nothing in it is a mock.
+"""A whole world in one event loop, over real sockets: sandbox upstream, service and subscriber. It
+contains no mocks.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ JSON = dict[str, Any]
 
 @asynccontextmanager
 async def answering(app: ASGIApp) -> AsyncIterator[str]:
-    """The address at which an ASGI application answers."""
+    """The address of a running ASGI application."""
     bound = bind("127.0.0.1", 0)
     async with listening(Server(app, bound, 1), asyncio.Event()):
         yield f"http://127.0.0.1:{bound.getsockname()[1]}"
@@ -42,14 +42,14 @@ async def answering(app: ASGIApp) -> AsyncIterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """What a subscriber was sent."""
+    """A request that a subscriber received."""
 
     path: str
     headers: Mapping[str, str]
     body: bytes
 
     def signed_by(self, secret: str) -> bool:
-        """Whether the library of Standard Webhooks accepts it."""
+        """Whether the Standard Webhooks library accepts the signature."""
         try:
             standardwebhooks.Webhook(secret).verify(self.body, dict(self.headers))
         except standardwebhooks.WebhookVerificationError:
@@ -59,7 +59,7 @@ class Received:
 
 @dataclass(slots=True)
 class Subscriber:
-    """Takes whatever it is sent; `answer` decides what it says to the nth request (from 0)."""
+    """Accepts every request. `answer` makes the answer to the nth request, from 0."""
 
     url: str = ""
     received: list[Received] = field(default_factory=list)
@@ -82,7 +82,7 @@ async def subscriber() -> AsyncIterator[Subscriber]:
 
 @dataclass(slots=True)
 class World:
-    """A service with its sandbox. `client` has the admin key, `stranger` none."""
+    """A service with its sandbox. `client` has the admin key, `stranger` has none."""
 
     url: str
     sandbox_url: str
@@ -101,7 +101,7 @@ class World:
     async def owner(
         self, *scopes: str, name: str | None = None
     ) -> AsyncIterator[httpx.AsyncClient]:
-        """A client with a fresh key; without a name its owner is nobody else."""
+        """A client with a new key. Without a name it gets an owner of its own."""
         body = {
             "owner": name or f"owner-{uuid.uuid4().hex[:12]}",
             "scopes": scopes or ("submit", "read", "subscribe"),
@@ -118,7 +118,7 @@ class World:
         headers: Mapping[str, str] | None = None,
         **fields: Any,
     ) -> JSON:
-        """Submits a small task and returns it; AssertionError unless it was accepted."""
+        """Submits a small task and returns it. AssertionError if the service does not accept it."""
         body = {"model": TEXT_TO_IMAGE, "prompt": prompt, "size": "768x768", **fields}
         answer = await self.client.post("/v1/images/generations", json=body, headers=headers)
         assert answer.status_code == 200, answer.text
@@ -132,7 +132,7 @@ class World:
         return task
 
     async def ended(self, task_id: str, timeout: float = 20) -> JSON:
-        """The task once it is terminal."""
+        """The task as soon as it is terminal."""
 
         async def look() -> JSON | None:
             task = await self.task(task_id)
@@ -156,7 +156,7 @@ class World:
         return steps
 
     def callback_url(self, task_id: str, token: str | None = None) -> str:
-        """Where the upstream reports this task; `token` None: the right one."""
+        """The callback URL of this task, with its valid token or with the given one."""
         right = self.context.resources.keyring.callback_token("evolink", task_id)
         return f"{self.url}/callbacks/evolink/{task_id}/{token or right}"
 
@@ -170,8 +170,8 @@ async def world(
     role: Role | None = None,
     **settings: Any,
 ) -> AsyncIterator[World]:
-    """A running world; `upstream` replaces the sandbox, `settings` (by field name) the defaults of
-    a test, None takes one away.
+    """A running world. `upstream` replaces the sandbox. `settings` (by field name) replace the
+    defaults of the tests, and None removes a default.
     """
     async with AsyncExitStack() as stack:
         options = sandbox or SandboxOptions(

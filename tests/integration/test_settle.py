@@ -1,4 +1,6 @@
-"""Settling over real sockets: the upstream's word is recorded once, however it was heard of."""
+"""Settling over real sockets: the outcome at the upstream is recorded once, from a callback or from
+a query.
+"""
 
 import json
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -23,7 +25,7 @@ from tests.world import World, world
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Due work is looked for, and questions are asked again, more often than in earnest."""
+    """Workers look for due work and repeat queries sooner than in production."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LOOK_S", 0.05)
         patch.setattr(confirm_worker, "confirm_wait", lambda _: 0.05)
@@ -38,7 +40,9 @@ def quick() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    """The sandbox calls back, and is asked if it does not."""
+    """The upstream is the sandbox, which calls back. The service queries it if no
+    callback comes.
+    """
     async with world(tmp_path_factory.mktemp("settle"), reconcile_after_s=0.3) as made:
         yield made
 
@@ -52,7 +56,7 @@ def upstream() -> Upstream:
 async def told(
     upstream: Upstream, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[World]:
-    """The upstream says what a test wants, and calls back when a test does."""
+    """The upstream answers with the responses of the test, and only the test sends callbacks."""
     upstream.files["0.png"] = [Response(picture(), media_type="image/png")]
     async with world(
         tmp_path_factory.mktemp("told"), upstream=upstream.app, reconcile_after_s=600
@@ -89,8 +93,8 @@ ENDS = [
 async def test_a_task_ends_as_the_upstream_says(
     faults: dict[str, Any], state: str, status: str, code: str | None, heard: str, here: World
 ) -> None:
-    """Every end of the upstream's is one of ours, with one terminal event and what was charged,
-    callback or not.
+    """Each outcome at the upstream maps to one state, with one terminal event and the charged
+    credits, with and without a callback.
     """
     silent = {"drop_callback": True} if heard == "by asking" else {}
     task = await here.ended((await here.submit(sandbox=faults | silent))["id"])
@@ -106,7 +110,9 @@ async def test_a_task_ends_as_the_upstream_says(
 
 @pytest.mark.slow
 async def test_without_a_callback_url_tasks_are_settled_by_asking(tmp_path: Path) -> None:
-    """No callback_url is sent upstream, and the same function settles."""
+    """The submission contains no `callback_url`, so the task has no callbacks. A query
+    settles it.
+    """
     async with world(tmp_path, callback_url=None) as here:
         task = await here.ended((await here.submit())["id"])
         assert task["state"] == "completed"
@@ -129,8 +135,8 @@ async def test_without_a_callback_url_tasks_are_settled_by_asking(tmp_path: Path
 async def test_an_answer_that_settles_nothing_is_asked_again(
     answer: Response, callback: bool, told: World, upstream: Upstream
 ) -> None:
-    """404, an error or a status nobody documented is no verdict: the upstream is asked until it
-    says one.
+    """404, an error or an undocumented status settles nothing. The worker queries the upstream
+    until it names an outcome.
     """
     task = await told.submit()
     upstream.queries[task["upstream_id"]] = [answer, answer, failed("service_error")]
@@ -144,7 +150,7 @@ async def test_an_answer_that_settles_nothing_is_asked_again(
 
 
 async def ask(here: World, task: dict[str, Any]) -> None:
-    """The silent task's time to be asked about has come."""
+    """Makes the task due for a query."""
     await here.context.resources.store.write(make_due, task["id"])
 
 
@@ -157,8 +163,8 @@ def make_due(tx: Transaction, ids: Sequence[str]) -> list[None]:
 async def test_a_callback_before_its_time_is_asked_about_soon(
     told: World, upstream: Upstream
 ) -> None:
-    """The callback says completed, the query still says processing: nothing is settled until the
-    query agrees.
+    """The callback says completed while the query still says processing. The worker settles the
+    task only when the query agrees.
     """
     task = await told.submit()
     result = f"{told.sandbox_url}/files/0.png"
@@ -174,8 +180,10 @@ async def test_a_callback_before_its_time_is_asked_about_soon(
 
 
 def test_the_waits_are_those_of_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a callback first after `RECONCILE_AFTER_S` or max(60, 2 × estimate), then 1 to 15 min;
-    without 3 s, then 5 to 60 s.
+    """With a callback URL the first query comes after `RECONCILE_AFTER_S`, or after max(60 s, 2 ×
+    estimate), and later waits are 1 to 15 min. Without a callback URL the first query comes after
+    half the estimate, at least 3 s, and later waits are 5 to 60 s. After an unconfirmed callback
+    the waits are 2 to 60 s.
     """
     for name in ("confirm_wait", "next_query_wait", "first_query_wait"):
         monkeypatch.setattr(confirm_worker, name, getattr(backoff, name))
@@ -203,7 +211,7 @@ def test_the_waits_are_those_of_the_contract(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.slow
 async def test_a_task_the_upstream_forgot_is_expired_after_its_time(tmp_path: Path) -> None:
-    """404 is believed only once the task is older than `TASK_TTL_S`."""
+    """The worker accepts 404 as the end only when the task is older than `TASK_TTL_S`."""
     upstream = Upstream()
     async with world(
         tmp_path, upstream=upstream.app, reconcile_after_s=0.05, evolink_task_ttl_s=0.5
@@ -221,8 +229,8 @@ async def test_a_task_the_upstream_forgot_is_expired_after_its_time(tmp_path: Pa
 
 
 async def test_the_tokens_word_is_enough_where_no_query_is_wanted(tmp_path: Path) -> None:
-    """`EVOLINK_CONFIRM=never`: settled by the callback, without a query; only what contradicts it
-    is asked about.
+    """With `EVOLINK_CONFIRM=never` a callback settles the task without a query. Only a
+    contradicting or unreadable callback leads to a query.
     """
     upstream = Upstream()
     upstream.files["0.png"] = [Response(picture(), media_type="image/png")]
@@ -258,8 +266,8 @@ async def test_the_tokens_word_is_enough_where_no_query_is_wanted(tmp_path: Path
 async def test_charges_after_a_local_cancel_are_recorded_and_nothing_else(
     told: World, upstream: Upstream
 ) -> None:
-    """We stop waiting and keep nothing that comes; what the upstream charged all the same is in the
-    task's usage.
+    """After a local cancel the service keeps no results of the upstream, but records its charge in
+    the task's usage.
     """
     task = await told.submit()
     cancelled = (await told.client.post(f"/v1/tasks/{task['id']}/cancel")).json()
@@ -286,8 +294,8 @@ async def test_charges_after_a_local_cancel_are_recorded_and_nothing_else(
 
 
 async def test_contradictory_callbacks_change_nothing_that_is_settled(here: World) -> None:
-    """The upstream calls twice and contradicts itself: its answer to the query stands, operators
-    are told once.
+    """The upstream sends a second, contradicting callback. The settled outcome stays, and one
+    `callback.conflict` event is written.
     """
     task = await here.ended((await here.submit(sandbox={"contradict": True}))["id"])
     assert task["state"] == "completed"
@@ -302,7 +310,7 @@ async def test_contradictory_callbacks_change_nothing_that_is_settled(here: Worl
 async def test_each_question_that_nobody_called_for_is_one_line(
     told: World, upstream: Upstream
 ) -> None:
-    """`reconcile.queried` says what the answer was, whatever it was."""
+    """Each query without a callback logs one `reconcile.queried` line with the answer."""
     task = await told.submit()
     answers = [
         document("processing"),
@@ -322,7 +330,7 @@ async def test_each_question_that_nobody_called_for_is_one_line(
 async def test_an_answer_under_a_lease_that_ended_changes_nothing(
     told: World, upstream: Upstream
 ) -> None:
-    """Whoever was too slow records nothing: the row is somebody else's by now."""
+    """A worker that lost its lease records nothing, because another worker may hold the row."""
     task = await told.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     work = stages(
@@ -338,7 +346,9 @@ async def test_an_answer_under_a_lease_that_ended_changes_nothing(
 async def test_a_task_without_an_upstream_id_is_not_asked_about(
     told: World, upstream: Upstream
 ) -> None:
-    """There is nothing to ask for: the work ends, the row is not due any more."""
+    """Without an upstream id there is nothing to query. The worker ends the work, and the row is
+    not due any more.
+    """
     upstream.submits["lost"] = [page(502)]
     task = await told.submit(prompt="lost")
     await ask(told, task)
@@ -354,8 +364,9 @@ async def test_a_task_without_an_upstream_id_is_not_asked_about(
 async def test_a_task_whose_id_was_anothers_waits_without_a_question(
     told: World, upstream: Upstream
 ) -> None:
-    """A callback named an id that the answer to another submission proves to be that one's: nobody
-    is asked under it any more.
+    """A callback gives the task an upstream id. The answer to another submission then proves that
+    the id belongs to the other task. The first task loses the id, and the worker sends no query for
+    it.
     """
     upstream.submits["robbed"] = [page(502)]
     upstream.submits["rightful"] = [document("pending", id="task-unified-shared")]
@@ -387,4 +398,4 @@ async def test_a_task_whose_id_was_anothers_waits_without_a_question(
     assert (await told.task(robbed["id"]))["state"] == "submitted"
     assert (
         await told.client.post(f"/v1/tasks/{robbed['id']}/cancel")
-    ).status_code == 200  # or it would be looked at all through the tests
+    ).status_code == 200  # a worker would pick the task up in later tests

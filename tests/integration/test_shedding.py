@@ -1,4 +1,4 @@
-"""When there is too much, clients are told to come again before any callback is."""
+"""Under overload the service sheds client requests before it sheds callbacks."""
 
 import asyncio
 import json
@@ -25,13 +25,15 @@ async def called(here: World, task: JSON) -> int:
 async def test_clients_are_shed_before_callbacks(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a flood of callbacks is taken clients get 503 with `Retry-After`, reads too; callbacks,
-    probes and metrics their answers.
+    """While a flood of callbacks is in hand, every client request gets 503 with `Retry-After`, also
+    a read. Callbacks, probes and metrics still get their answers.
     """
     task = await submitted(here.client, UNTIL_DONE)
     monkeypatch.setattr(overload, "SHED_AT", 1)
     monkeypatch.setattr(overload, "LOG_EVERY_S", 1e9)
-    monkeypatch.setattr(here.context.shedder, "log_sampler", LogSampler())  # nobody was shed before
+    monkeypatch.setattr(
+        here.context.shedder, "log_sampler", LogSampler()
+    )  # no request was shed before
     shed = here.context.resources.metrics.requests_shed._value.get
     before = shed()
     with capture_logs() as lines, here.context.gate.callback():
@@ -52,8 +54,8 @@ async def test_clients_are_shed_before_callbacks(
 async def test_callbacks_that_wait_to_be_begun_count_as_a_flood(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By how their requests begin; clients' that wait with them don't count: a thousand may open
-    their streams at once.
+    """The gate recognizes a waiting callback by the first bytes of its request. Waiting client
+    requests do not count, so a thousand clients may open streams at once.
     """
     task = await submitted(here.client, UNTIL_DONE)
     monkeypatch.setattr(overload, "BEGIN_PER_TURN", 1)
@@ -93,8 +95,8 @@ async def test_callbacks_that_wait_to_be_begun_count_as_a_flood(
 async def test_clients_requests_in_hand_are_limited(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those at work, and those that only wait for an event; whoever leaves makes room, and
-    callbacks never count.
+    """The active client requests and the requests that wait for an event each have a limit. A
+    finished request makes room. Callbacks never count.
     """
     async with world(tmp_path) as here:
         task = await submitted(here.client, UNTIL_DONE)
@@ -120,8 +122,8 @@ async def test_clients_requests_in_hand_are_limited(
 async def test_callbacks_that_are_told_to_come_again_are_logged_together(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """503 with `Retry-After`: the first has its line at once, all others one a second; none goes
-    uncounted.
+    """The first refused callback gets its log line at once, and later lines sum up the refusals of
+    an interval. Every refusal is counted.
     """
     task = await submitted(here.client, UNTIL_DONE)
     monkeypatch.setattr(callback_route, "MAX_QUEUED", -1)

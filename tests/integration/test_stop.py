@@ -1,4 +1,6 @@
-"""A process that is asked to stop: answers who waits, gives its work back, and ends with 0."""
+"""A process that gets a stop signal answers waiting clients, gives its work back and
+exits with 0.
+"""
 
 import asyncio
 import signal
@@ -24,7 +26,7 @@ SECRET = "the secret key of a stop that a test knows too"
 
 @pytest.fixture
 def slow_upstream(tmp_path: Path) -> Iterator[Running]:
-    """An upstream whose tasks, and answers to queries, outlast every test."""
+    """An upstream whose tasks and answers to queries outlast every test."""
     with sandbox("--delay", "600", "--fault", "query_delay=600", folder=tmp_path) as running:
         yield running
 
@@ -44,7 +46,7 @@ async def ended(running: Running, limit_s: float) -> int:
 
 
 def leases(path: Path) -> list[Any]:
-    """The ends of all leases in the file."""
+    """The ends of all leases in the database file."""
     found = []
     with closing(sqlite3.connect(path)) as connection:
         for queue in QUEUES.values():
@@ -57,8 +59,8 @@ def leases(path: Path) -> list[Any]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_service_ends_with_zero(tmp_path: Path, number: int) -> None:
-    """SIGTERM, and Ctrl+C as well, is a clean end: the last line is `service.stopped`, the exit
-    code 0.
+    """SIGTERM and Ctrl+C are clean ends. The last log line is `service.stopped`, and the exit code
+    is 0.
     """
     with started(
         "serve", folder=tmp_path, **service_settings("https://upstream.invalid", tmp_path)
@@ -70,7 +72,7 @@ async def test_a_service_ends_with_zero(tmp_path: Path, number: int) -> None:
 
 
 async def test_a_sandbox_ends_with_zero(tmp_path: Path) -> None:
-    """SIGTERM ends the emulator with 0, whatever is under way in it."""
+    """SIGTERM ends the sandbox with 0, although a request is still open."""
     with sandbox("--fault", "submit_delay=600", folder=tmp_path) as upstream:
         async with httpx.AsyncClient(base_url=upstream.address, trust_env=False) as client:
             key = {"authorization": f"Bearer {UPSTREAM_KEY}"}
@@ -84,15 +86,13 @@ async def test_a_sandbox_ends_with_zero(tmp_path: Path) -> None:
             assert await ended(upstream, 20) == 0
             await asyncio.gather(
                 held, return_exceptions=True
-            )  # cut off or 500: nobody promised an answer
+            )  # the request may be cut off or get 500
 
 
 async def test_who_waits_for_a_task_is_answered_with_it_as_it_is(
     tmp_path: Path, slow_upstream: Running
 ) -> None:
-    """A stop does not wait for `Prefer: wait=60` nor for `GET /v1/events?wait=60`: both are
-    answered at once.
-    """
+    """A stop answers `Prefer: wait=60` and `GET /v1/events?wait=60` at once."""
     with started(
         "serve", folder=tmp_path, **service_settings(slow_upstream.address, tmp_path)
     ) as service:
@@ -117,7 +117,7 @@ async def test_who_waits_for_a_task_is_answered_with_it_as_it_is(
                 assert answer.status_code == 200
                 assert answer.json()["state"] == "submitted"
                 (outcome,) = await asyncio.gather(reader, return_exceptions=True)
-            if isinstance(outcome, httpx.Response):  # it may have been too late to be let in
+            if isinstance(outcome, httpx.Response):  # the stop may have refused the request
                 assert outcome.json()["data"] == []
         assert await ended(service, 20) == 0
     assert leases(tmp_path / "data" / "darkroom.db") == []
@@ -126,8 +126,8 @@ async def test_who_waits_for_a_task_is_answered_with_it_as_it_is(
 async def test_work_that_cannot_be_finished_is_given_back(
     tmp_path: Path, slow_upstream: Running
 ) -> None:
-    """After `STOP_S` what is in flight is cancelled and its lease freed: the next start takes it
-    up, and no death is counted.
+    """After `STOP_S` the process cancels its work and releases the leases. The next start can claim
+    the rows at once, and no crash is counted.
     """
     settings = service_settings(
         slow_upstream.address, tmp_path, STOP_S="1", RECONCILE_AFTER_S="0.1", QUERY_TIMEOUT_S="300"
@@ -151,8 +151,8 @@ async def test_work_that_cannot_be_finished_is_given_back(
 async def test_callbacks_are_taken_until_the_work_in_flight_is_done(
     tmp_path: Path, slow_upstream: Running
 ) -> None:
-    """Whoever starts next is not there before this process has ended: till then it answers, and
-    holds nobody who waits for events.
+    """The next process starts only after this process has ended. Until then it accepts callbacks
+    and answers requests for events within seconds.
     """
     more = {
         "STOP_S": "60",
@@ -192,7 +192,7 @@ async def test_callbacks_are_taken_until_the_work_in_flight_is_done(
 
 
 async def test_a_second_interrupt_ends_it_at_once(tmp_path: Path, slow_upstream: Running) -> None:
-    """Who presses Ctrl+C again does not wait for work in flight: exit code 130, no traceback."""
+    """A second Ctrl+C does not wait for running work. The exit code is 130, without a traceback."""
     settings = service_settings(
         slow_upstream.address,
         tmp_path,
@@ -219,8 +219,8 @@ async def test_a_second_interrupt_ends_it_at_once(tmp_path: Path, slow_upstream:
 
 
 async def test_web_and_worker_apart_stop_cleanly(tmp_path: Path, postgres_url: str) -> None:
-    """On PostgreSQL `serve --no-worker` takes what `worker` does; each ends with 0, and a worker
-    listens for probes alone.
+    """On PostgreSQL `serve --no-worker` accepts a task and `worker` does its work. Both exit with
+    0. The worker serves only the probes.
     """
     secret = "x" * 32
     with sandbox("--delay", "0.2", folder=tmp_path) as upstream:

@@ -1,5 +1,5 @@
-"""Events as server-sent events: from a place on, in sequence, for as long as reader, key and
-process last.
+"""Server-sent events: from a position, in sequence, until the reader leaves, the key is revoked or
+the process stops.
 """
 
 import asyncio
@@ -33,8 +33,8 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One of a stream; `id` and `event` None: it had none. A comment has its text as `data` and the
-    event ":".
+    """A message of the stream. `id` and `event` are None if the message has none. A comment has its
+    text in `data` and ":" in `event`.
     """
 
     id: str | None
@@ -67,7 +67,7 @@ async def messages(answer: httpx.Response) -> AsyncIterator[Message]:
 async def following(
     client: httpx.AsyncClient, headers: Mapping[str, str] = SSE, **query: Any
 ) -> AsyncIterator[AsyncIterator[Message]]:
-    """A stream's messages, behind the hint how soon to come back."""
+    """The messages of a stream after the initial `retry` field."""
     async with client.stream(
         "GET", "/v1/events", params=query, headers={**SSE, **headers}
     ) as answer:
@@ -98,8 +98,8 @@ def seen(stream: list[Message]) -> list[tuple[str | None, str | None, Json]]:
 
 
 async def test_a_stream_shows_what_happens_from_now_on(here: World) -> None:
-    """`id` is the sequence, `event` the type, `data` the event as pull shows it; nothing from
-    before.
+    """`id` is the sequence, `event` the type, and `data` the event as a pull shows it. Earlier
+    events do not appear.
     """
     async with here.owner() as client:
         await submitted(client, UNTIL_DONE)
@@ -111,8 +111,8 @@ async def test_a_stream_shows_what_happens_from_now_on(here: World) -> None:
 
 
 async def test_a_stream_goes_on_where_a_reader_was(here: World) -> None:
-    """After `after`, or after `Last-Event-ID`, which a browser sends to the same address when it
-    comes back.
+    """A stream starts after `after`, or after `Last-Event-ID`, which a browser sends when it
+    reconnects to the same address.
     """
     async with here.owner() as client:
         for _ in range(2):
@@ -134,8 +134,8 @@ async def test_a_stream_goes_on_where_a_reader_was(here: World) -> None:
 
 
 async def test_a_stream_shows_what_was_asked_for(here: World) -> None:
-    """By type and by task, and to each owner its own; an admin sees everybody's. The same from the
-    store and as it happens.
+    """A reader can filter by type and by task, and sees only the events of its owner. An admin sees
+    all owners. The filters hold for stored and for new events.
     """
     async with here.owner() as client, here.owner() as other:
         first = await submitted(client, UNTIL_DONE)
@@ -161,8 +161,8 @@ async def test_a_stream_shows_what_was_asked_for(here: World) -> None:
 async def test_a_reader_who_is_far_behind_catches_up(
     here: World, page: int, kept: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Piece by piece from the store, then with the others; whatever does not fit in memory is read
-    again. No event twice, none left out.
+    """A reader that is behind reads pages from the store and then follows the shared tail. It gets
+    each event once, also the events that the tail could not keep in memory.
     """
     monkeypatch.setattr(tail, "PAGE", page)
     monkeypatch.setattr(tail, "KEPT", kept)
@@ -181,7 +181,7 @@ async def test_a_reader_who_is_far_behind_catches_up(
 async def test_what_is_kept_is_limited_by_size_too(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large events do not fill the memory."""
+    """The tail drops large events from memory, and the reader still gets them."""
     monkeypatch.setattr(tail, "KEPT_SIZE", 1)
     async with here.owner() as client, following(client) as stream:
         task = await submitted(client, UNTIL_DONE)
@@ -191,7 +191,9 @@ async def test_what_is_kept_is_limited_by_size_too(
 
 @pytest.mark.slow
 async def test_a_reader_whose_place_is_gone_is_told(tmp_path: Path) -> None:
-    """One `resync` with the oldest sequence and no id; then what there is."""
+    """The reader gets one `resync` without an id and with the oldest sequence, and then the events
+    from there.
+    """
     async with world(tmp_path) as here:
         for _ in range(2):
             await submitted(here.client, UNTIL_DONE)
@@ -222,8 +224,8 @@ async def test_a_reader_whose_place_is_gone_is_told(tmp_path: Path) -> None:
 async def test_a_reader_is_told_once_that_its_place_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many pages there are of what some subscriber still has to get; the oldest is the
-    oldest of these.
+    """Retention leaves gaps because it keeps events with pending deliveries. The reader gets one
+    `resync` for all pages, with the oldest sequence that is left.
     """
     monkeypatch.setattr(tail, "PAGE", 2)
     async with world(tmp_path) as here:
@@ -247,7 +249,7 @@ async def test_a_reader_is_told_once_that_its_place_is_gone(
 async def test_a_comment_comes_when_nothing_else_does(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that whoever stands in between keeps the connection."""
+    """Comments keep proxies from closing a silent connection."""
     monkeypatch.setattr(event_stream, "CHECK_S", 0.02)
     monkeypatch.setattr(event_stream, "COMMENT_S", 0.1)
     async with here.owner() as client, following(client) as stream:
@@ -255,7 +257,7 @@ async def test_a_comment_comes_when_nothing_else_does(
 
 
 async def test_a_stream_ends_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A key that is revoked shows nothing more; the reader is told when it comes back."""
+    """A revoked key ends the stream without another event. A new request gets 401."""
     monkeypatch.setattr(event_stream, "CHECK_S", 0.05)
     monkeypatch.setattr("service.web.auth.CACHE_S", 0.0)
     async with world(tmp_path) as here:
@@ -271,7 +273,9 @@ async def test_a_stream_ends_with_its_key(tmp_path: Path, monkeypatch: pytest.Mo
 async def test_what_others_do_hides_neither_silence_nor_the_end_of_a_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Events that a reader is not shown: it gets its comments beside them, and is looked after."""
+    """While events of other owners arrive, the reader still gets comments, and the service still
+    notices that its key was revoked.
+    """
     monkeypatch.setattr(event_stream, "CHECK_S", 0.2)
     monkeypatch.setattr(event_stream, "COMMENT_S", 0.4)
     monkeypatch.setattr("service.web.auth.CACHE_S", 0.0)
@@ -294,7 +298,7 @@ async def test_what_others_do_hides_neither_silence_nor_the_end_of_a_key(
 async def test_a_held_answer_shows_nothing_to_a_key_that_was_revoked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is looked at again before events are told that came while it was held."""
+    """The service checks the key again before it answers a held request."""
     monkeypatch.setattr("service.web.auth.CACHE_S", 0.0)
     async with world(tmp_path) as here:
         made = got(
@@ -310,7 +314,7 @@ async def test_a_held_answer_shows_nothing_to_a_key_that_was_revoked(
 
 
 async def test_a_stop_ends_streams(tmp_path: Path) -> None:
-    """Nobody holds up the stop, and what is opened after it ends at once."""
+    """A stop ends open streams at once, and also a stream that opens during the stop."""
     async with world(tmp_path) as here, following(here.client) as stream:
         here.context.quiesce()
         async with asyncio.timeout(20):
@@ -320,8 +324,8 @@ async def test_a_stop_ends_streams(tmp_path: Path) -> None:
 
 
 async def test_streams_are_limited(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """503 with `Retry-After`, not a process without memory; a reader who left makes room. HEAD
-    holds nothing.
+    """A stream over the limit gets 503 with `Retry-After`. A reader that leaves makes room. HEAD
+    takes no place.
     """
     async with here.owner() as client:
         async with following(client):
@@ -342,8 +346,8 @@ async def test_streams_are_limited(here: World, monkeypatch: pytest.MonkeyPatch)
 async def test_a_store_that_is_away_ends_those_who_need_it(
     here: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever is up to date waits until it is back; a fault that nobody foresaw is logged, and the
-    next look comes all the same.
+    """A reader at the head of the stream survives an unavailable store and an unexpected error,
+    which is logged. A reader that must read from the store gets the error.
     """
     monkeypatch.setattr(tail, "LOOK_S", 0.05)
     monkeypatch.setattr(feed, "LOOK_S", 0.05)

@@ -1,5 +1,5 @@
-"""Streams of real processes: a thousand at once, readers that do not read, and two processes on one
-PostgreSQL.
+"""Streams of real processes: a thousand at once, readers that do not read, and several processes on
+one PostgreSQL.
 """
 
 import asyncio
@@ -24,13 +24,13 @@ pytestmark = pytest.mark.timeout(180)
 
 MIB = 1 << 20
 PATIENCE_S = 90.0
-STREAMS, ALLOWED = 1000, 150 * MIB  # contract: above idle
-SLOW, LARGE, TASKS = 40, 300_000, 20  # readers, characters of a request, so many of them
+STREAMS, ALLOWED = 1000, 150 * MIB  # above the memory of the idle process
+SLOW, LARGE, TASKS = 40, 300_000, 20  # readers, characters per request, requests
 SEQUENCE = re.compile(rb"^id: (\d{20})$", re.MULTILINE)
 
 
 def resident(service: Running) -> int:
-    """Bytes of memory."""
+    """The resident memory in bytes."""
     (line,) = [
         line
         for line in Path(f"/proc/{service.process.pid}/status").read_text().splitlines()
@@ -41,7 +41,7 @@ def resident(service: Running) -> int:
 
 @asynccontextmanager
 async def serving(folder: Path) -> AsyncIterator[tuple[Running, httpx.AsyncClient]]:
-    """A service on a sandbox, at rest, and a client."""
+    """An idle service with a sandbox upstream, and a client."""
     with (
         sandbox(folder=folder) as upstream,
         started("serve", folder=folder, **service_settings(upstream.address, folder)) as service,
@@ -74,9 +74,7 @@ async def ended(client: httpx.AsyncClient, ids: list[str]) -> None:
 async def opened(
     address: str, after: str, receive: int | None = None
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A stream that was asked for, on a socket that keeps `receive` bytes unread, else as many as
-    the system thinks.
-    """
+    """A stream on a socket with a receive buffer of `receive` bytes, or of the system's default."""
     host, _, port = address.removeprefix("http://").partition(":")
     made = socket.socket()
     if receive is not None:
@@ -93,7 +91,7 @@ async def opened(
 
 
 async def numbers(reader: asyncio.StreamReader, count: int) -> list[bytes]:
-    """The sequences of so many events."""
+    """The sequences of the next `count` events."""
     found: list[bytes] = []
     rest = b""
     while len(found) < count:
@@ -106,8 +104,8 @@ async def numbers(reader: asyncio.StreamReader, count: int) -> list[bytes]:
 
 
 async def test_a_thousand_streams_fit(tmp_path: Path) -> None:
-    """Contract, events: 1,000 open streams on one process, each shown everything, take less than
-    150 MiB more than none.
+    """1,000 open streams on one process take less than 150 MiB above idle, and each reader gets
+    every event.
     """
     async with serving(tmp_path) as (service, client), AsyncExitStack() as stack:
         idle = resident(service)
@@ -128,8 +126,8 @@ async def test_a_thousand_streams_fit(tmp_path: Path) -> None:
 
 
 async def test_readers_that_do_not_read_hold_no_memory_and_nobody_up(tmp_path: Path) -> None:
-    """Events of 300 KB: who reads has them all at once; who does not costs little, and has them all
-    later, in their sequence.
+    """Requests have 300,000 characters. A reader that reads gets all events at once. A reader that
+    does not read costs little memory and gets all events later, in sequence.
     """
     async with serving(tmp_path) as (service, client), AsyncExitStack() as stack:
         await ended(client, [await submitted(client, note="x" * LARGE) for _ in range(TASKS)])
@@ -138,7 +136,7 @@ async def test_readers_that_do_not_read_hold_no_memory_and_nobody_up(tmp_path: P
             reader, writer = await opened(service.address, "0" * 20, receive=1 << 14)
             stack.callback(writer.close)
             slow.append(reader)
-        # # they are served
+        # The service has begun to send to the slow readers.
         await wait_until(lambda: all(reader._buffer for reader in slow), PATIENCE_S)  # type: ignore[attr-defined]
         quick, writer = await opened(service.address, "0" * 20)
         stack.callback(writer.close)
@@ -157,8 +155,8 @@ async def test_readers_that_do_not_read_hold_no_memory_and_nobody_up(tmp_path: P
 async def test_a_reader_at_one_process_sees_what_others_wrote(
     tmp_path: Path, postgres_server: str
 ) -> None:
-    """Contract, events: on PostgreSQL within a second, and nothing is left out while two of them
-    write.
+    """On PostgreSQL a reader sees the events of other processes within a second, and misses none
+    while two processes write.
     """
     async with groups(tmp_path, postgres_server) as group:
         web, *others = [await group.start(arguments) for arguments in (WEB, ("serve",), ("serve",))]
@@ -171,7 +169,7 @@ async def test_a_reader_at_one_process_sees_what_others_wrote(
                 shown.extend((each.decode(), time.time()) for each in arrived)
 
         reading = asyncio.create_task(read())
-        for number in range(8):  # one after another: what is measured is the way, not the load
+        for number in range(8):  # one after another, to measure the latency without load
             await group.order(others[number % 2], number)
             await group.ended(web)
         apart = len(shown)
@@ -189,5 +187,7 @@ async def test_a_reader_at_one_process_sees_what_others_wrote(
             for event, (_, at) in zip(stored[:apart], shown, strict=False)
         )
         print("seconds:", [round(wait, 3) for wait in waits])
-        assert waits[len(waits) // 2] < 1  # of most: a machine under load may stop for longer
+        assert (
+            waits[len(waits) // 2] < 1
+        )  # the median, because a loaded machine may pause for longer
         group.alive()

@@ -1,5 +1,5 @@
-"""Submissions over real sockets: each row of the contract's table of outcomes, and what a client is
-told of it.
+"""Submissions over real sockets: each submission outcome of docs/api.md, and the answer to the
+client.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ ACCEPTED = document("pending", id="task-unified-own")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-    """Due work is looked for more often than in earnest."""
+    """Workers look for due work sooner than in production."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "LOOK_S", 0.05)
         yield
@@ -83,7 +83,7 @@ async def row(here: World, task_id: str) -> Any:
 
 
 async def waiting(here: World, task_id: str) -> float | None:
-    """Seconds until a task is tried again, once that lies ahead."""
+    """The seconds until the next attempt of the task, None if the attempt is due already."""
     wait: float = ((await row(here, task_id)).submit_due_at - here.context.resources.clock()) / 1000
     return wait if wait > 0 else None
 
@@ -91,8 +91,8 @@ async def waiting(here: World, task_id: str) -> float | None:
 async def test_an_answer_in_hand_is_kept_until_the_store_has_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A store that is away when the upstream answers costs no proof: one submission, one task, no
-    uncertainty.
+    """The store fails when the upstream answers. The worker keeps the answer and records it later,
+    with one submission and no uncertainty.
     """
     monkeypatch.setattr(submit_worker, "RECORD_AGAIN_S", 0.01)
     theirs = Upstream()
@@ -113,7 +113,7 @@ async def test_an_answer_in_hand_is_kept_until_the_store_has_it(
 
         theirs.submits["away"] = [After(fill_the_disk, ACCEPTED)]
         task = await there.submit(prompt="away", headers={"prefer": "respond-async"})
-        await wait_until(lambda: refused > 30)  # again and again, whoever else is refused meanwhile
+        await wait_until(lambda: refused > 30)  # other writers are refused too
         event.remove(store._engine, "commit", full)
         assert (await in_state(there, task["id"], "submitted"))["upstream_id"] == "task-unified-own"
         assert len(theirs.received["away"]) == 1
@@ -122,7 +122,9 @@ async def test_an_answer_in_hand_is_kept_until_the_store_has_it(
 async def test_a_process_that_stood_still_before_the_call_does_not_send(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody else may have its lease, and have decided: nothing leaves under the old one."""
+    """The process pauses between the claim and the call. Its lease may have expired and another
+    worker may have decided, so it does not send.
+    """
     late = list[float]()
 
     def stand_still(name: str) -> None:
@@ -142,8 +144,8 @@ async def test_a_process_that_stood_still_before_the_call_does_not_send(
 
 
 async def test_a_stop_sends_nothing_that_waits_for_a_place(tmp_path: Path) -> None:
-    """Of two calls to the upstream one may be a submission: the second, leased already, is given
-    back as `queued`.
+    """With two slots at the upstream only one may hold a submission. At the stop the second
+    submission, already leased, goes back to `queued`.
     """
     theirs, answered = Upstream(), asyncio.Event()
     theirs.submits["first"] = [After(answered.wait, ACCEPTED)]
@@ -171,9 +173,7 @@ async def test_a_stop_sends_nothing_that_waits_for_a_place(tmp_path: Path) -> No
 
 
 async def test_an_answer_with_an_id_makes_a_task_submitted(here: World) -> None:
-    """2xx with an id: the client gets the task as it is, with the upstream's id and what it said of
-    the cost.
-    """
+    """A 2xx answer with an id gives the client the task with the upstream's id and its usage."""
     task = await here.submit(prompt="accepted")
     assert task["state"] == "submitted"
     assert task["status"] == "pending"
@@ -197,8 +197,8 @@ async def test_an_answer_with_an_id_makes_a_task_submitted(here: World) -> None:
 async def test_where_nothing_was_created_it_is_sent_again_the_same(
     answer: Response, here: World, upstream: Upstream
 ) -> None:
-    """Proof that nothing was created: queued again, and every request is the same byte for byte
-    under the same key.
+    """The answer proves that nothing was created. The worker sends the same bytes again under the
+    same key.
     """
     prompt = f"not created {answer.body!r} 猫"
     upstream.submits[prompt] = [
@@ -217,8 +217,8 @@ async def test_where_nothing_was_created_it_is_sent_again_the_same(
 
 
 async def test_an_upstream_that_cannot_be_reached_got_nothing(tmp_path: Path) -> None:
-    """A refused connection is proof that nothing was created: the task waits and is sent once
-    somebody listens.
+    """A refused connection proves that nothing was created. The task waits, and the worker sends it
+    when the upstream listens.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as place:
         place.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
@@ -236,8 +236,8 @@ async def test_an_upstream_that_cannot_be_reached_got_nothing(tmp_path: Path) ->
 
 
 async def test_waits_between_submissions_keep_to_schedule_and_retry_after(tmp_path: Path) -> None:
-    """The client gets 200 with the waiting task; an account's refusal is an alert and counted;
-    Retry-After may lengthen the schedule.
+    """The client gets 200 with the queued task. A longer `Retry-After` replaces the wait of the
+    schedule. A refused account is logged as an error and counted.
     """
     upstream = Upstream()
     upstream.submits = {
@@ -283,8 +283,8 @@ async def test_waits_between_submissions_keep_to_schedule_and_retry_after(tmp_pa
 async def test_a_refusal_is_the_clients_and_final(
     status: int, code: str, here: World, upstream: Upstream
 ) -> None:
-    """The client gets the upstream's status and error with our task's id, again on a replay; the
-    task is failed, nothing is sent again.
+    """The client gets the upstream's status and error with the task's id, also on a replay. The
+    task is failed, and the worker sends nothing again.
     """
     prompt = f"refused {status}"
     upstream.submits[prompt] = [error(status, code)]
@@ -324,8 +324,8 @@ UNPROVED = {
 async def test_what_proves_nothing_is_uncertain_and_not_sent_again(
     name: str, here: World, upstream: Upstream
 ) -> None:
-    """It may have been charged: the task waits for a callback, the client gets 200, no event is
-    written.
+    """The upstream may have charged. The task waits for a callback, the client gets 200, and no
+    event is written.
     """
     upstream.submits[name] = [UNPROVED[name]]
     task = await here.submit(prompt=name)
@@ -336,8 +336,8 @@ async def test_what_proves_nothing_is_uncertain_and_not_sent_again(
 
 
 async def test_a_callback_proves_an_uncertain_submission(tmp_path: Path) -> None:
-    """The answer was lost, the task was created: its callback binds it, and it ends like any other,
-    paid once.
+    """The answer is lost, but the upstream created the task. The callback binds the task, which
+    then completes and is paid once.
     """
     async with world(tmp_path) as here:
         task = await here.submit(sandbox={"lose_answer": True, "delay": 0.2})
@@ -352,7 +352,7 @@ async def test_a_callback_proves_an_uncertain_submission(tmp_path: Path) -> None
 
 
 async def test_no_answer_and_no_callback_end_as_submission_uncertain(tmp_path: Path) -> None:
-    """After `UNCERTAIN_AFTER_S` without proof the task fails; it is never sent again."""
+    """After `UNCERTAIN_AFTER_S` without proof the task fails. The worker never sends it again."""
     upstream, forever = Upstream(), asyncio.Event()
     upstream.submits["silence"] = [After(forever.wait, ACCEPTED)]
     async with world(
@@ -364,7 +364,7 @@ async def test_no_answer_and_no_callback_end_as_submission_uncertain(tmp_path: P
 
 
 async def test_without_a_callback_url_the_uncertain_is_decided_at_once(tmp_path: Path) -> None:
-    """Nothing can prove it then: it fails although `UNCERTAIN_AFTER_S` is far away."""
+    """No callback can prove the outcome, so the task fails before `UNCERTAIN_AFTER_S`."""
     upstream = Upstream()
     upstream.submits["lost"] = [Cut()]
     async with world(tmp_path, upstream=upstream.app, callback_url=None) as here:
@@ -377,8 +377,8 @@ async def test_without_a_callback_url_the_uncertain_is_decided_at_once(tmp_path:
 async def test_resubmitting_the_uncertain_uses_the_same_key_and_ends(
     callback: bool, tmp_path: Path
 ) -> None:
-    """`DARKROOM_UNCERTAIN=resubmit`: the same bytes under the same key until something is proved,
-    no longer than submissions last.
+    """With `DARKROOM_UNCERTAIN=resubmit` the worker sends the same bytes under the same key until
+    an answer proves the outcome, at most for `SUBMIT_GIVE_UP_S`.
     """
     upstream = Upstream()
     upstream.submits = {"lost": [Cut(), ACCEPTED], "for ever": [page(502)]}
@@ -402,8 +402,8 @@ async def test_resubmitting_the_uncertain_uses_the_same_key_and_ends(
 
 
 async def test_giving_up_is_not_submitted(tmp_path: Path) -> None:
-    """When the upstream took nothing for `SUBMIT_GIVE_UP_S` the task fails; the client that waits
-    is told.
+    """The task fails when the upstream has refused it for `SUBMIT_GIVE_UP_S`. A waiting client gets
+    the failed task.
     """
     upstream = Upstream()
     upstream.submits["busy"] = [error(429, "rate_limit_exceeded")]
@@ -416,7 +416,9 @@ async def test_giving_up_is_not_submitted(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_a_sender_that_died_leaves_an_uncertain_submission(tmp_path: Path) -> None:
-    """A process that ends while the call runs has sent it: the next one doesn't send it again."""
+    """A process that ends during the call may have sent the submission. The next process does not
+    send it again.
+    """
     upstream, forever = Upstream(), asyncio.Event()
     upstream.submits["dying"] = [After(forever.wait, ACCEPTED)]
     async with world(tmp_path, upstream=upstream.app, stop_s=0.05) as here:
@@ -436,8 +438,8 @@ async def test_a_sender_that_died_leaves_an_uncertain_submission(tmp_path: Path)
 async def test_the_row_is_submitting_before_the_request_leaves(
     here: World, upstream: Upstream
 ) -> None:
-    """What the upstream sees coming is in the store already: a crash can't make it look as if
-    nothing was sent.
+    """The state is committed before the upstream gets the request. After a crash the row therefore
+    never claims that nothing was sent.
     """
     states: list[str] = []
 
@@ -453,7 +455,7 @@ async def test_the_row_is_submitting_before_the_request_leaves(
 
 @asynccontextmanager
 async def crowded(here: World) -> AsyncIterator[None]:
-    """Every place at the upstream is taken meanwhile."""
+    """Holds every slot at the upstream."""
     async with AsyncExitStack() as places:
         for _ in range(here.settings.evolink_concurrency):
             await places.enter_async_context(here.context.resources.limiter.slot("confirm", 5.0))
@@ -463,7 +465,7 @@ async def crowded(here: World) -> AsyncIterator[None]:
 async def test_a_task_cancelled_before_its_turn_is_not_sent(
     here: World, upstream: Upstream
 ) -> None:
-    """Cancelled between the claim and a free place at the upstream: nothing leaves."""
+    """The client cancels the task after the claim, while it waits for a slot at the upstream."""
     async with crowded(here):
         task = await here.submit(prompt="too late", headers={"prefer": "respond-async"})
         await wait_until(lambda: here.context.resources.limiter.waiting("submit"))
@@ -481,8 +483,8 @@ async def test_a_task_cancelled_before_its_turn_is_not_sent(
 async def test_a_submission_that_waits_for_a_place_at_a_stop_is_left_to_the_next_process(
     tmp_path: Path,
 ) -> None:
-    """What has not been sent is not sent any more: it stays queued, due, and no attempt is
-    counted.
+    """The stopping process does not send it. The task stays queued and due, without a counted
+    attempt.
     """
     theirs = Upstream()
     async with world(tmp_path, upstream=theirs.app) as there:
@@ -508,9 +510,7 @@ async def test_a_submission_that_waits_for_a_place_at_a_stop_is_left_to_the_next
 
 
 async def test_work_on_what_is_gone_ends_quietly(here: World) -> None:
-    """A lease for a row that is no longer there, at any stage, changes nothing and raises
-    nothing.
-    """
+    """At every stage a lease for a deleted row changes nothing and raises nothing."""
     for stage in stages(
         here.settings, here.context.resources, here.context.breaker, ImageValidator(1, 1, 1)
     ):
@@ -522,8 +522,8 @@ async def test_work_on_what_is_gone_ends_quietly(here: World) -> None:
 
 
 async def test_respond_async_answers_after_the_commit(here: World, upstream: Upstream) -> None:
-    """`respond-async`: nothing of the upstream is waited for, and the answer says what was
-    applied.
+    """With `respond-async` the answer does not wait for the upstream. A header names the applied
+    preference.
     """
     answered = asyncio.Event()
     upstream.submits["async"] = [After(answered.wait, document("pending", id="task-unified-async"))]
@@ -535,8 +535,8 @@ async def test_respond_async_answers_after_the_commit(here: World, upstream: Ups
 
 
 async def test_waiting_ends_with_the_task_or_with_the_time(tmp_path: Path) -> None:
-    """`wait=N` answers when the task is terminal, or after N seconds with the task as it is; it
-    wins over `respond-async`.
+    """`wait=N` answers with the terminal task, or after N seconds with the current task. It takes
+    precedence over `respond-async`.
     """
     async with world(tmp_path) as here:
         done = await post(here, {}, prefer="respond-async, wait=30")
@@ -553,8 +553,8 @@ async def test_waiting_ends_with_the_task_or_with_the_time(tmp_path: Path) -> No
 async def test_a_slow_upstream_is_not_waited_for_beyond_the_limit(
     here: World, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first attempt is waited for at most 10 s (shorter here): then the task is answered as it
-    is.
+    """A client without a preference waits for the first attempt at most 10 s (0.1 s here) and then
+    gets the current task.
     """
     monkeypatch.setattr(task_routes, "FIRST_OUTCOME_S", 0.1)
     answered = asyncio.Event()
@@ -566,7 +566,7 @@ async def test_a_slow_upstream_is_not_waited_for_beyond_the_limit(
 
 
 async def test_a_client_that_leaves_changes_nothing(here: World, upstream: Upstream) -> None:
-    """The call lives in a worker: whoever asked for it may go."""
+    """A worker makes the call, so the client may disconnect."""
     answered = asyncio.Event()
     upstream.submits["left alone"] = [
         After(answered.wait, document("pending", id="task-unified-left"))
@@ -581,7 +581,7 @@ async def test_a_client_that_leaves_changes_nothing(here: World, upstream: Upstr
 
 
 async def test_nobody_waits_for_a_task_that_is_gone(here: World) -> None:
-    """Whoever waits while a task's row is removed gets 404."""
+    """A waiting client gets 404 when the task's row is removed."""
     with pytest.raises(ApiError) as caught:
         await wait_for(here.context.resources, "task_gone", ended, 10)
     assert caught.value.status == 404
@@ -592,8 +592,8 @@ async def test_nobody_waits_for_a_task_that_is_gone(here: World) -> None:
 
 
 async def test_one_key_is_one_task(here: World, upstream: Upstream) -> None:
-    """The same key and body, in whatever spelling and at once, is the first task; another body is
-    409, even one that is not valid.
+    """The same key with the same JSON, in any spelling and concurrently, returns the first task.
+    Another body gets 409, also an invalid one.
     """
     answers = await asyncio.gather(
         *(
@@ -620,8 +620,8 @@ async def test_one_key_is_one_task(here: World, upstream: Upstream) -> None:
 
 
 async def test_a_key_lost_in_a_race_finds_the_winners_task(here: World) -> None:
-    """Two submissions that both found the key unused: one row is made, the other caller gets it, or
-    409 for another body.
+    """Concurrent submissions all find the key unused, but one row is made. The other callers get
+    its task, or 409 for another body.
     """
     intake = here.context.intake
     body = {"model": TEXT_TO_IMAGE, "prompt": "race", "size": "768x768"}
@@ -637,7 +637,7 @@ async def test_a_key_lost_in_a_race_finds_the_winners_task(here: World) -> None:
 
 @pytest.mark.parametrize("key", [b"", b"with space", b"x" * 256, "ümlaut".encode("latin-1")])
 async def test_a_key_must_be_visible_ascii(key: bytes, here: World) -> None:
-    """1 to 255 visible ASCII characters; anything else is refused by name."""
+    """A key has 1 to 255 visible ASCII characters. The error names the header."""
     answer = await here.client.post(
         "/v1/images/generations", json={}, headers={b"idempotency-key": key}
     )
@@ -678,7 +678,7 @@ LIMITS = [
 async def test_what_breaks_a_limit_is_refused_by_name(
     body: dict[str, Any], param: str, words: str, here: World, upstream: Upstream
 ) -> None:
-    """400 with the field and its limit; nothing is kept and nothing is sent."""
+    """The client gets 400 with the field and its limit. Nothing is stored and nothing is sent."""
     body = {"prompt": "refused here", **body}
     answer = await post(here, body)
     told = answer.json()["error"]
@@ -688,8 +688,8 @@ async def test_what_breaks_a_limit_is_refused_by_name(
 
 
 async def test_an_owner_without_a_key_may_have_its_tasks_called_back(tmp_path: Path) -> None:
-    """`admin` with `DARKROOM_ADMIN_KEY` alone: the terminal task arrives signed; its first key
-    brings a secret that is shown.
+    """The owner `admin` has only `DARKROOM_ADMIN_KEY`. The service delivers its terminal tasks
+    signed. Its first stored key shows the secret.
     """
     async with world(tmp_path) as there, subscriber() as takes:
         task = await there.submit(callback_url=takes.url, headers={"prefer": "wait=20"})
@@ -705,7 +705,7 @@ async def test_an_owner_without_a_key_may_have_its_tasks_called_back(tmp_path: P
 
 
 async def test_metadata_and_callback_url_stay_here(here: World, upstream: Upstream) -> None:
-    """They come back in the task and are not sent on; what is null counts as absent."""
+    """The task shows the metadata, and the upstream gets neither. A null field counts as absent."""
     task = await here.submit(
         prompt="kept", metadata={"order": "7", "": "x" * 2042}, callback_url=None
     )
@@ -718,8 +718,8 @@ async def test_metadata_and_callback_url_stay_here(here: World, upstream: Upstre
 
 
 async def test_an_id_of_ours_is_sent_as_the_upstreams(here: World, upstream: Upstream) -> None:
-    """`model_params.task_id` names a task of the caller's; the upstream's own ids and other values
-    pass as they are.
+    """`model_params.task_id` with the service's id becomes the upstream's id. The upstream's own
+    ids and other values stay unchanged.
     """
     first = await here.submit(prompt="first")
     for value, sent in [
@@ -736,9 +736,7 @@ async def test_an_id_of_ours_is_sent_as_the_upstreams(here: World, upstream: Ups
 
 
 async def test_too_little_space_refuses_new_submissions(here: World) -> None:
-    """Below `MIN_FREE_BYTES` a submission gets 503 with a time to come back, before anything is
-    kept.
-    """
+    """Below `MIN_FREE_BYTES` a submission gets 503 with `Retry-After`, and nothing is stored."""
     intake = replace(here.context.intake, min_free_bytes=1 << 62)
     with pytest.raises(ApiError) as caught:
         await intake.accept("acme", {"model": "any"}, None)
@@ -750,7 +748,7 @@ async def test_too_little_space_refuses_new_submissions(here: World) -> None:
 
 
 async def test_prompts_are_logged_only_when_asked_for(here: World) -> None:
-    """No prompt in any line, unless `LOG_PROMPTS`."""
+    """Log lines contain prompts only with `LOG_PROMPTS`."""
     body = {"model": "any-model", "prompt": "a secret lighthouse"}
     for log_prompts in (False, True):
         with capture_logs() as lines:

@@ -1,4 +1,4 @@
-"""The sweep of what no row names, in the local folder and on S3."""
+"""The sweep removes blobs that no row names, in the local folder and on S3."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -24,7 +24,7 @@ ORPHAN = "0-" + "0f" * 32 + ".png"
 
 @pytest.fixture(params=["local", "s3"])
 async def here(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
-    """A world that keeps its images there."""
+    """A world that keeps its images in the local folder or on S3."""
     place = (
         None if request.param == "local" else f"s3://{request.getfixturevalue('s3_bucket')}/images"
     )
@@ -33,19 +33,18 @@ async def here(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
 
 
 async def kept(here: World) -> set[str]:
-    """The names of all blobs."""
     return {blob.name async for page in here.context.resources.blobs.listed() for blob in page}
 
 
 async def swept(here: World, ms: int) -> int:
-    """How many blobs a sweep removes whose clock is so far ahead."""
+    """The number of blobs that a sweep removes, with a clock that is `ms` ahead."""
     resources = here.context.resources
     return await sweep.sweep(replace(resources, clock=lambda: resources.clock() + ms))
 
 
 async def test_what_no_row_names_goes_after_a_day(here: World) -> None:
-    """Not before, and nothing else: images are still served; what is not ours, or of no task of
-    ours, is not touched.
+    """The sweep removes an orphan after a day, not earlier. Images are still served. Files with a
+    foreign name or of an unknown task stay.
     """
     task = await submitted(here.client, UNTIL_DONE, n=2)
     images = await kept(here)
@@ -67,7 +66,7 @@ async def test_what_no_row_names_goes_after_a_day(here: World) -> None:
 
 
 async def test_two_at_once_do_no_harm(here: World) -> None:
-    """What one has removed is gone for the other."""
+    """Three concurrent sweeps remove the same orphans and no image."""
     task = await submitted(here.client, UNTIL_DONE)
     orphans = {f"{task['id']}/{number}-{'0f' * 32}.png" for number in range(1, 9)}
     images = await kept(here)
@@ -81,7 +80,9 @@ async def test_two_at_once_do_no_harm(here: World) -> None:
 async def test_what_is_named_in_the_last_moment_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A late result that comes between the look at a page and a removal: it is looked at again."""
+    """A late result commits between the look at a page and the removal. The sweep checks the page
+    again and keeps the blob.
+    """
     async with world(tmp_path) as here:
         task = await submitted(here.client, UNTIL_DONE)
         name = f"{task['id']}/{ORPHAN}"
@@ -99,7 +100,7 @@ async def test_what_is_named_in_the_last_moment_is_kept(
 async def test_processes_with_workers_sweep_by_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Again and again, and on after a failure, which is told."""
+    """The process sweeps repeatedly, logs a failure and goes on."""
     monkeypatch.setattr(periodic, "EVERY_S", 0.05)
     monkeypatch.setattr(sweep, "AGE_MS", -60_000)
     with capture_logs() as lines:
@@ -107,7 +108,7 @@ async def test_processes_with_workers_sweep_by_themselves(
             task = await submitted(here.client, UNTIL_DONE)
             root, aside = here.settings.image_dir, tmp_path / "aside"
             root.rename(aside)
-            root.write_bytes(b"")  # no folder
+            root.write_bytes(b"")  # a file in place of the folder
             (failure,) = await wait_until(
                 lambda: [line for line in lines if line["event"] == "worker.failed"][:1]
             )
@@ -125,7 +126,6 @@ async def test_processes_with_workers_sweep_by_themselves(
 
 
 async def test_a_process_without_workers_sweeps_nothing(tmp_path: Path) -> None:
-    """It has no such job."""
     before = asyncio.all_tasks()
     async with world(tmp_path, role=Role(workers=False)):
         assert "sweep" not in {task.get_name() for task in asyncio.all_tasks() - before}

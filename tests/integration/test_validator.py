@@ -1,5 +1,5 @@
-"""Pictures are judged in other processes: what becomes of a download when one of those dies or
-hangs, and of them when we do.
+"""Child processes validate images. These tests cover a child that dies, hangs or meets a limit, and
+the end of the service.
 """
 
 import asyncio
@@ -45,12 +45,12 @@ def file(tmp_path: Path) -> Path:
 async def waiting(
     pool: ImageValidator, file: Path
 ) -> tuple[int, "asyncio.Task[validator.Validation]"]:
-    """A child that is stopped, and a call that waits for it."""
+    """The pid of a stopped child, and a call that waits for it."""
     await pool.validate(file, compressed=False)
     pid = pool.idle[0].pid
     os.kill(pid, signal.SIGSTOP)
     call = asyncio.create_task(pool.validate(file, compressed=False))
-    await asyncio.sleep(0)  # it has taken the child
+    await asyncio.sleep(0)  # the call takes the child
     assert not pool.idle
     return pid, call
 
@@ -60,7 +60,7 @@ def gone(pid: int) -> bool:
 
 
 async def test_one_child_pool_one_file_after_the_other(pool: ImageValidator, file: Path) -> None:
-    """It is started when it is first needed, and kept."""
+    """The pool starts its child at the first file and reuses it."""
     assert pool.idle == []
     first, second = [await pool.validate(file, compressed=False) for _ in range(2)]
     assert (first, first.result, first.bytes) == (second, SMALL, file.stat().st_size)
@@ -70,8 +70,8 @@ async def test_one_child_pool_one_file_after_the_other(pool: ImageValidator, fil
 
 
 async def test_what_came_packed_is_unpacked_in_its_file(pool: ImageValidator, file: Path) -> None:
-    """The file then holds the picture; what is not packed after all stays as it is, and what swells
-    over the limit is final.
+    """The unpacked picture replaces the content of the file. A file that is not packed stays as it
+    is. Content that unpacks to more than the limit is a final error.
     """
     plain = file.read_bytes()
     file.write_bytes(gzip.compress(plain))
@@ -86,8 +86,8 @@ async def test_what_came_packed_is_unpacked_in_its_file(pool: ImageValidator, fi
 
 @pytest.mark.parametrize("packing", [gzip.compress, zlib.compress])
 def test_a_child_unpacks_within_the_limit(packing: Callable[[bytes], bytes], file: Path) -> None:
-    """Both ways of packing; what is not packed counts as it is, and what swells over the limit is
-    never written.
+    """The child unpacks gzip and zlib and leaves unpacked files unchanged. It never writes content
+    over the limit.
     """
     plain = file.read_bytes()
     packed = packing(plain)
@@ -108,7 +108,9 @@ def test_a_child_unpacks_within_the_limit(packing: Callable[[bytes], bytes], fil
 
 
 async def test_limits_hold_in_the_child(pool: ImageValidator, file: Path) -> None:
-    """Too many pixels are final, bytes that are no picture are not."""
+    """Too many pixels are a final error. Bytes that are no picture may be right at the next
+    download.
+    """
     file.write_bytes(drawn("PNG", size=(101, 100)))
     found = await pool.validate(file, compressed=False)
     assert isinstance(found.result, InvalidImage)
@@ -122,7 +124,7 @@ async def test_limits_hold_in_the_child(pool: ImageValidator, file: Path) -> Non
 async def test_a_file_that_cannot_be_read_is_the_stores_fault(
     pool: ImageValidator, file: Path
 ) -> None:
-    """BlobUnavailable, and the child goes on."""
+    """The pool raises BlobUnavailable and keeps the child."""
     await pool.validate(file, compressed=False)
     [child] = pool.idle
     with pytest.raises(BlobUnavailable, match="No such file"):
@@ -133,8 +135,8 @@ async def test_a_file_that_cannot_be_read_is_the_stores_fault(
 async def test_no_child_is_the_machines_fault(
     pool: ImageValidator, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """BlobUnavailable, as when the disk is full: the download is tried again, and the row is not to
-    blame.
+    """If no child can start, the pool raises BlobUnavailable, as for a full disk. The worker then
+    retries the download and does not count it against the row.
     """
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(file))
@@ -144,7 +146,7 @@ async def test_no_child_is_the_machines_fault(
 
 
 async def test_a_child_that_died_idle_is_replaced(pool: ImageValidator, file: Path) -> None:
-    """The machine may have wanted its memory: no try is lost for that."""
+    """The kernel may kill an idle child for its memory. The next file does not lose an attempt."""
     await pool.validate(file, compressed=False)
     pool.idle[0].kill()
     pool.idle[0].wait()
@@ -154,8 +156,8 @@ async def test_a_child_that_died_idle_is_replaced(pool: ImageValidator, file: Pa
 async def test_want_of_memory_is_no_fault_of_the_bytes(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bytes three times would be final: what does not fit into memory now is tried
-    again.
+    """The answer has no digest, because a third failure with the same digest would be final. A
+    picture that does not fit into memory now is tried again.
     """
     start = subprocess.Popen
 
@@ -176,7 +178,7 @@ async def test_want_of_memory_is_no_fault_of_the_bytes(
 async def test_a_picture_that_kills_its_child_is_worth_another_try(
     pool: ImageValidator, file: Path
 ) -> None:
-    """Nothing is known of the bytes, and the next file has a child of its own."""
+    """The answer has no digest, and the next file gets a new child."""
     pid, call = await waiting(pool, file)
     os.kill(pid, signal.SIGKILL)
     assert await call == validator.Validation("", 0, InvalidImage("its decoder broke down"))
@@ -187,7 +189,7 @@ async def test_a_picture_that_kills_its_child_is_worth_another_try(
 async def test_a_picture_that_takes_too_much_processor_time_is_final(
     pool: ImageValidator, file: Path
 ) -> None:
-    """The kernel ends its child. Another download would bring the same work."""
+    """The kernel ends the child. Another download would cost the same time."""
     pid, call = await waiting(pool, file)
     os.kill(pid, signal.SIGXCPU)
     os.kill(pid, signal.SIGCONT)
@@ -201,7 +203,9 @@ async def test_a_picture_that_takes_too_much_processor_time_is_final(
 async def test_a_child_has_limits_and_no_secrets(
     pool: ImageValidator, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory, processor time, files and descriptors; nothing of the service's environment."""
+    """The child has limits for memory, processor time, file size and descriptors, and nothing of
+    the service's environment.
+    """
     monkeypatch.setenv("DARKROOM_SECRET_KEY", "a secret")
     await pool.validate(file, compressed=False)
     process = Path(f"/proc/{pool.idle[0].pid}")
@@ -218,8 +222,8 @@ async def test_a_child_has_limits_and_no_secrets(
 async def test_a_picture_that_never_ends_is_given_up(
     pool: ImageValidator, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its child is killed, as it may not come back."""
-    await pool.validate(file, compressed=False)  # starting takes longer
+    """The pool kills the child after `WALL_S`."""
+    await pool.validate(file, compressed=False)  # the start of a child takes longer
     monkeypatch.setattr(validator, "WALL_S", 0.5)
     pid, call = await waiting(pool, file)
     assert (await call).result == InvalidImage("it was not decoded within 0.5 s")
@@ -227,7 +231,7 @@ async def test_a_picture_that_never_ends_is_given_up(
 
 
 async def test_a_call_that_is_cancelled_leaves_no_child(pool: ImageValidator, file: Path) -> None:
-    """Its answer would be taken for the next file's."""
+    """The next file would get the answer of the cancelled call, so the pool kills the child."""
     pid, call = await waiting(pool, file)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -237,7 +241,6 @@ async def test_a_call_that_is_cancelled_leaves_no_child(pool: ImageValidator, fi
 
 
 async def test_children_leave_with_the_validator(file: Path) -> None:
-    """At its exit none is left."""
     async with open_validator(2, 10_000, 10_000) as pool:
         await asyncio.gather(*(pool.validate(file, compressed=False) for _ in range(4)))
         pids = [child.pid for child in pool.idle]
@@ -246,8 +249,8 @@ async def test_children_leave_with_the_validator(file: Path) -> None:
 
 
 async def test_callbacks_are_answered_while_a_picture_is_decoded(tmp_path: Path) -> None:
-    """The decoder has a process of its own, so nobody waits for it; what it decodes is stored once
-    it gets on.
+    """The decoder has a process of its own, so callbacks do not wait for it. The image is stored
+    when the decoder goes on.
     """
     upstream = Upstream()
     upstream.files = {"a.png": [served(picture())], "b.png": [served(picture())]}
@@ -268,7 +271,7 @@ async def test_callbacks_are_answered_while_a_picture_is_decoded(tmp_path: Path)
 
 
 async def test_children_do_not_outlive_a_killed_parent(file: Path) -> None:
-    """They end with their input, although nobody could tell them."""
+    """A child ends when its input closes, because a killed parent sends no signal."""
     program = f"""
 import asyncio, os, pathlib
 from service.images.validator import open_validator
