@@ -1,8 +1,8 @@
-"""`make bench`: what the service costs beside a bare route, and how soon a subscriber knows. No
-goal: figures of one machine.
+"""`make bench`: the service's cost compared with a bare route, and the time until a subscriber has
+an event. The figures are those of one machine and no goal.
 
-Everything runs on loopback: what is measured on the first core, what measures it on the last. The
-store is SQLite on the disk of `--folder`, with its usual durability.
+Everything runs on loopback, with the measured process on the first core and the measuring ones on
+the last. The store is SQLite on the disk of `--folder`, with its usual durability.
 """
 
 import argparse
@@ -24,7 +24,7 @@ QUICK = Scale(rounds=1, tasks=1_000, connections=8, warm_up=0.1, seconds=0.4)
 
 
 def machine(folder: Path) -> str:
-    """What the figures depend on, in a line."""
+    """The machine that the figures depend on, in one line."""
     path, took = folder / "sync", []
     with path.open("wb") as file:
         for _ in range(50):
@@ -43,7 +43,9 @@ def machine(folder: Path) -> str:
 
 
 def written(page: str, table: str, mark: str = "bench") -> str:
-    """The page with the table between the markers of that name. ValueError if it has none."""
+    """The page with the table between the markers of that name. Raises ValueError if the page has
+    no such markers.
+    """
     before, start, rest = page.partition(f"<!-- {mark} -->")
     _, end, after = rest.partition(f"<!-- /{mark} -->")
     if not start or not end:

@@ -1,5 +1,5 @@
-"""Durable acknowledgement: how many callbacks a second are committed and answered, beside a bare
-route that keeps nothing.
+"""Durable acknowledgement: the callbacks a second that the service commits and answers, compared
+with a bare route that stores nothing.
 """
 
 import asyncio
@@ -36,7 +36,9 @@ ROWS = {
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much is measured: `tasks` wait for a callback in each run; times in seconds."""
+    """The size of a measurement. Each run has `tasks` that wait for a callback. Times are in
+    seconds.
+    """
 
     rounds: int
     tasks: int
@@ -46,8 +48,8 @@ class Scale:
 
 
 async def prepare(folder: Path, upstream: str, count: int) -> None:
-    """A store with so many submitted tasks, and `requests`: a line with each one's callback, which
-    names one result.
+    """Prepares a store with `count` submitted tasks, and `requests` with a line for each task's
+    callback. Each callback names one result.
     """
     keyring, ids = (
         Keyring([SECRET_KEY.encode()]),
@@ -91,7 +93,7 @@ def waiting(task_id: str) -> TaskRow:
 
 
 def taken(task_id: str) -> SubmissionResult:
-    """Its submission's outcome; it is asked about when the benchmark is long over."""
+    """The outcome of the task's submission. Its query is due long after the benchmark ends."""
     return SubmissionResult(
         Lease("submit", task_id, 0, 0),
         Accepted(Report(upstream_id=f"upstream-{task_id}")),
@@ -100,8 +102,8 @@ def taken(task_id: str) -> SubmissionResult:
 
 
 def one_round(folder: Path, upstream: str, scale: Scale) -> dict[str, dict[str, float]]:
-    """Each row once, one after another; every run has a fresh process on a copy of the prepared
-    store.
+    """Measures each row once, one after another. Every run has a fresh process on a copy of the
+    prepared store.
     """
     results = {}
     for name in ROWS:
@@ -154,7 +156,7 @@ def acknowledgement(folder: Path, scale: Scale) -> str:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """The median, and the least and the most if there are several."""
+    """The median, with the least and the most if there are several values."""
     least, most, median = (
         format(value, form) for value in (min(values), max(values), statistics.median(values))
     )

@@ -1,9 +1,10 @@
-"""What one dead endpoint among a hundred costs the other ninety-nine: `python -m
+"""Measures what one dead endpoint among a hundred costs the other ninety-nine: `python -m
 tests.bench.dead_endpoint`.
 
-A hundred owners submit tasks that fail at once, the last as many as ten others. Each has an
-endpoint; with `dead` the last one's takes connections and never answers, without there is none. The
-rounds alternate, each with processes and a store of its own.
+A hundred owners submit tasks that fail at once. The last owner submits as many as ten other owners.
+Each owner has an endpoint. With `dead`, the last owner's endpoint accepts connections and never
+answers. Without it, that owner has no endpoint. The rounds alternate, each with processes and a
+store of its own.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from tests.bench.processes import MEASURED, MEASURING, pinned, server
 from tests.environment import ROOT
 from tests.processes import ADMIN_KEY, service_settings
 
-OTHERS, SHARE = 99, 10  # endpoints; so many times as often as another has the last one an event
+# the number of other endpoints, and how many times more events the last one has
+OTHERS, SHARE = 99, 10
 END_S = 60.0
 BODY = {
     "model": "wan2.5-text-to-image",
@@ -51,8 +53,8 @@ FULL, QUICK = Scale(5, 20, 20), Scale(1, 20, 3)
 
 
 class Subscribers:
-    """How long each event of the ninety-nine was under way; `over` when so many have come. Until
-    then the dead one hangs.
+    """Measures the time from each event of the ninety-nine owners to its arrival. `over` is set
+    when all expected events have come. Until then the dead endpoint hangs.
     """
 
     def __init__(self, expected: int) -> None:
@@ -73,8 +75,8 @@ class Subscribers:
 
 
 async def owners(service: httpx.AsyncClient, url: str, *, dead: bool) -> list[dict[str, str]]:
-    """A hundred owners, each with an endpoint, the last one only if it is to be `dead`; their keys
-    as headers.
+    """A hundred owners, each with an endpoint. The last one has an endpoint only if it is to be
+    `dead`. Returns the headers with their keys.
     """
     keys = []
     for number in range(OTHERS + 1):
@@ -92,12 +94,12 @@ async def owners(service: httpx.AsyncClient, url: str, *, dead: bool) -> list[di
 
 
 def turns(count: int) -> list[int]:
-    """Whose task each of so many is: the last owner's come as often as those of `SHARE` others."""
+    """The owner of each of `count` tasks. The last owner gets as many as `SHARE` others."""
     return [min(OTHERS, number % (OTHERS + SHARE)) for number in range(0, count * SHARE, SHARE)]
 
 
 async def run(service_url: str, scale: Scale, *, dead: bool) -> list[float]:
-    """Seconds from each event of the ninety-nine to its arrival."""
+    """Seconds from each event of the ninety-nine owners to its arrival."""
     whose = turns(round(scale.rate * scale.seconds))
     subscribers = Subscribers(sum(owner < OTHERS for owner in whose))
     async with AsyncExitStack() as stack:

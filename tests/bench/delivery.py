@@ -1,5 +1,5 @@
-"""Callback to delivery: how long after the upstream's callback a subscriber has the event, at a
-steady rate of tasks.
+"""Callback to delivery: the time from the upstream's callback until a subscriber has the event, at
+a steady rate of tasks.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ Interval = tuple[float, float]
 
 
 class Subscriber:
-    """Notes when each task's terminal event came, in Unix seconds, by the upstream's id;
-    `all_there` once there are `count`.
+    """Records the arrival of each task's terminal event in Unix seconds, by the upstream's id.
+    `all_there` is set once there are `count`.
     """
 
     def __init__(self, count: int) -> None:
@@ -44,7 +44,7 @@ class Subscriber:
 
 
 async def submit(service: httpx.AsyncClient, rate: float, count: int) -> None:
-    """So many tasks, evenly: each at its time, whether the earlier ones are answered or not."""
+    """Submits `count` tasks at even intervals, without waiting for earlier answers."""
     body = {
         "model": "wan2.5-text-to-image",
         "prompt": "a lighthouse",
@@ -65,7 +65,7 @@ async def submit(service: httpx.AsyncClient, rate: float, count: int) -> None:
 
 
 def covered(intervals: Sequence[Interval], start: float, end: float) -> float:
-    """How much of the time from `start` to `end` at least one interval covers."""
+    """The time from `start` to `end` that at least one interval covers."""
     total = 0.0
     for first, last in sorted(intervals):
         until = min(last, end)
@@ -75,8 +75,8 @@ def covered(intervals: Sequence[Interval], start: float, end: float) -> float:
 
 
 async def run(upstream: str, service: str, rate: float, count: int) -> list[tuple[float, float]]:
-    """For each task: seconds from callback to delivery, and how many of them the upstream worked on
-    its query or its result.
+    """For each task: the seconds from callback to delivery, and the part of them that the upstream
+    spent on its query or its result.
     """
     takes = Subscriber(count)
     async with AsyncExitStack() as stack:

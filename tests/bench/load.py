@@ -1,9 +1,10 @@
 """The load: `python -m tests.bench.load ADDRESS FILE once|again CONNECTIONS WARM_UP SECONDS`, a
 process of its own on a core of its own.
 
-Each line of FILE is a request, `{"path", "body"}`; `again`: after the last the first is sent once
-more. A connection sends its next one when it has the answer to the last. Requests are bytes before
-the clock starts, and an answer is only looked at for its end: what is measured is the server.
+Each line of FILE is a request, `{"path", "body"}`. With `again`, the load starts over after the
+last request. A connection sends its next request when it has the answer to the previous one. The
+requests are bytes before the clock starts, and the load checks only where an answer ends, so that
+the figures are those of the server.
 """
 
 import asyncio
@@ -32,8 +33,8 @@ def request_bytes(path: str, body: str) -> bytes:
 
 
 class Run:
-    """One measurement: what is still to be sent, and when what was answered (seconds from the
-    start), after how long.
+    """One measurement: the requests still to send, and for each answer its time in seconds from the
+    start and its latency.
     """
 
     def __init__(self, requests: Iterator[bytes], seconds: float) -> None:
@@ -96,8 +97,8 @@ def percentile(values: list[float], share: float) -> float:
 async def load(
     address: str, requests: Iterator[bytes], connections: int, warm_up: float, seconds: float
 ) -> dict[str, float]:
-    """Answers a second, and their p50 and p99 in seconds, from `warm_up` on; `wrong`: answers that
-    accepted nothing.
+    """Answers a second, and their p50 and p99 in seconds, measured after `warm_up`. `wrong` counts
+    the answers that accepted nothing.
     """
     host, _, port = address.removeprefix("http://").partition(":")
     run = Run(requests, warm_up + seconds)

@@ -1,6 +1,4 @@
-"""Processes on cores of their own: what is measured on the first, all that measures it on the
-last.
-"""
+"""Pins processes to cores: the measured process to the first, the measuring ones to the last."""
 
 import json
 import os
@@ -20,7 +18,7 @@ MEASURED, MEASURING = {CORES[0]}, {CORES[-1]}
 
 @contextmanager
 def pinned(cores: set[int]) -> Iterator[None]:
-    """This process's core inside the block; whoever is started there keeps it, with every
+    """Pins this process inside the block. A process started there inherits the cores, with every
     thread.
     """
     before = os.sched_getaffinity(0)
@@ -33,8 +31,8 @@ def pinned(cores: set[int]) -> Iterator[None]:
 
 @contextmanager
 def server(*command: str, folder: Path, cores: set[int], **settings: str) -> Iterator[str]:
-    """`python -m …` as a process whose output goes to a file, as in production; yields the address
-    it tells, and kills it at the end.
+    """Runs `python -m …` as a process whose output goes to a file, as in production. Yields the
+    address that it prints, and kills it at the end.
     """
     path = folder / f"{time.monotonic_ns()}.log"
     with pinned(cores), path.open("wb") as log:
@@ -70,7 +68,7 @@ def address_in(path: Path, process: subprocess.Popen[bytes]) -> str:
 def measure(
     address: str, requests: Path, repeat: str, connections: int, warm_up: float, seconds: float
 ) -> dict[str, float]:
-    """One run of `tests.bench.load`, which see."""
+    """One run of `tests.bench.load`."""
     command = [
         sys.executable,
         "-m",

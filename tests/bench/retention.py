@@ -1,10 +1,10 @@
-"""How long retention holds the writer of an embedded store: `python -m tests.bench.retention`. No
-goal: figures of one machine.
+"""Measures how long retention holds the writer of an embedded store: `python -m
+tests.bench.retention`. The figures are those of one machine and no goal.
 
-Two kinds of tasks are old: ordinary ones, and some with as much as they can have: 21 callbacks, of
-which one keeps 256 KiB and five 64 KiB, a request and events of 1 MiB, and 40 attempts at each
-delivery, with answers of 2 KiB.
-Half of the latter are erased by their owner before.
+Two kinds of tasks are old: ordinary tasks, and tasks of the largest possible size. A large task has
+21 callbacks, of which one keeps 256 KiB and five 64 KiB, a request and events of 1 MiB, and 40
+attempts at each delivery, with answers of 2 KiB. The owner has already erased half of the large
+tasks.
 """
 
 import argparse
@@ -36,7 +36,9 @@ LARGEST, BODY = 1 << 20, 256 << 10
 
 
 def fill(tx: Transaction, items: Sequence[tuple[int, int, bool]]) -> list[None]:
-    """Tasks that ended long ago, from one number to another, and whether they are the largest."""
+    """Inserts tasks that ended long ago. Each item is a range of numbers, and whether the tasks are
+    of the largest size.
+    """
     for first, last, large in items:
         rows: dict[Any, list[dict[str, Any]]] = {
             table: [] for table in (tasks, events, deliveries, attempts, steps, callbacks)
@@ -151,8 +153,8 @@ def largest(connection: Connection) -> list[str]:
 
 
 async def measured(folder: Path, ordinary: int, large: int) -> dict[str, list[float]]:
-    """Milliseconds from the beginning of each transaction to the end of its commit, by what it
-    did.
+    """Milliseconds from the start of each transaction to the end of its commit, by kind of
+    transaction.
     """
     held: dict[str, list[float]] = {}
     original = SqliteStore.transaction
@@ -188,9 +190,7 @@ async def measured(folder: Path, ordinary: int, large: int) -> dict[str, list[fl
                 return await Retention(resources, 30, None, wall_clock).apply()
 
             working = asyncio.create_task(work())
-            while (
-                not working.done()
-            ):  # beside it commits that mean nothing, as a measure of the disk
+            while not working.done():  # small commits beside it measure the disk
                 await store.write(mark, None)
                 await asyncio.sleep(0.02)
             print(await working)

@@ -1,7 +1,7 @@
-"""The servers a measurement needs besides `darkroom serve`, each a process: `python -m
+"""The servers of a measurement besides `darkroom serve`, each in a process: `python -m
 tests.bench.servers bare|web|upstream|sandbox`.
 
-Each prints `{"address": …}`, `web` by its `service.started`, and runs until SIGTERM on the
+Each prints `{"address": …}`, `web` through its `service.started`, and runs until SIGTERM on the
 service's own uvicorn settings.
 """
 
@@ -30,7 +30,7 @@ HOST = "127.0.0.1"
 
 
 async def bare(request: Request) -> Response:
-    """What a callback costs at least in this framework: the body is read, nothing is kept."""
+    """The least cost of a callback in the framework: it reads the body and stores nothing."""
     await request.body()
     return Response(b'{"status":"accepted"}', media_type="application/json")
 
@@ -39,8 +39,8 @@ BARE = Starlette(routes=[Route("/callbacks/{upstream}/{task_id}/{token}", bare, 
 
 
 def upstream() -> Starlette:
-    """An upstream that costs next to nothing: whatever is asked about is still `processing`, every
-    result is one small picture.
+    """An upstream that costs next to nothing. Every queried task is still `processing`, and every
+    result is one small image.
     """
     picture = draw("bench/0", "bench", 64, 64, "jpeg")
 
@@ -54,8 +54,8 @@ def upstream() -> Starlette:
 
 
 class Timed:
-    """The sandbox, and at `/bench/times` when it worked on which task's queries and results:
-    `{upstream id: [[from, to], …]}`.
+    """The sandbox, which also reports at `/bench/times` when it worked on each task's queries and
+    results: `{upstream id: [[from, to], …]}`.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -93,8 +93,8 @@ async def answer(app: ASGIApp) -> None:
 
 
 async def web() -> None:
-    """The service without its workers. On SQLite the program refuses that, as nobody else could do
-    the work; here nobody has to.
+    """Runs the service without its workers. On SQLite the program refuses that mode, because no
+    other process could do the work. This benchmark needs no workers.
     """
     bound = bind(HOST, 0)
     settings = load_settings(port=bound.getsockname()[1])

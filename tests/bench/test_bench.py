@@ -1,4 +1,4 @@
-"""The benchmark runs; what it measures is no test's affair."""
+"""The benchmarks run and print their tables. The tests do not judge the figures."""
 
 import re
 import subprocess
@@ -17,9 +17,7 @@ from tests.environment import ROOT, clean_environment
 
 @pytest.mark.timeout(180)
 def test_the_benchmark_runs_and_prints_its_tables(tmp_path: Path) -> None:
-    """`make bench` ends well with a line on the machine and every row filled; nothing of it is left
-    on the disk.
-    """
+    """`make bench` succeeds, prints a line on the machine, fills every row and leaves no files."""
     command = [sys.executable, "-m", "tests.bench", "--quick", "--folder", str(tmp_path)]
     done = subprocess.run(
         command,
@@ -52,7 +50,7 @@ def test_the_benchmark_runs_and_prints_its_tables(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_the_benchmark_of_a_dead_endpoint_runs(tmp_path: Path) -> None:
-    """Both rows, and what they differ by."""
+    """The table has both rows and their difference."""
     command = [
         sys.executable,
         "-m",
@@ -77,7 +75,7 @@ def test_the_benchmark_of_a_dead_endpoint_runs(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(180)
 def test_the_benchmark_of_retention_runs(tmp_path: Path) -> None:
-    """A row for each kind of transaction, with its figures."""
+    """The table has a row for each kind of transaction."""
     arguments = ("--ordinary", "100", "--large", "2", "--folder", str(tmp_path))
     done = subprocess.run(
         [sys.executable, "-m", "tests.bench.retention", *arguments],
@@ -98,7 +96,7 @@ def test_one_of_a_hundred_has_as_many_events_as_ten_others() -> None:
 
 
 def test_the_table_goes_between_the_readmes_markers() -> None:
-    """`--write` replaces what stands there and nothing else; without markers it refuses."""
+    """`--write` replaces only the text between the markers. It fails on a page without markers."""
     assert (
         written("a\n<!-- bench -->\nold\n<!-- /bench -->\nb\n", "new")
         == "a\n<!-- bench -->\nnew\n<!-- /bench -->\nb\n"
@@ -108,12 +106,14 @@ def test_the_table_goes_between_the_readmes_markers() -> None:
 
 
 def test_time_that_two_requests_share_is_the_upstreams_once() -> None:
-    """The upstream's own time is what its requests cover, cut to the time that is looked at."""
+    """The upstream's time is the union of its requests' intervals, limited to the measured
+    interval.
+    """
     assert covered([(0, 2), (1, 3), (5, 6), (9, 20)], 0.5, 10) == 2.5 + 1 + 1
     assert covered([], 0, 10) == 0
 
 
 def test_a_single_round_has_no_range() -> None:
-    """A range is shown where there is one."""
+    """A range needs at least two rounds."""
     assert spread([2.0], ".1f") == "2.0"
     assert spread([3.0, 1.0, 2.0], ".0f") == "2 (1–3)"

@@ -1,4 +1,4 @@
-"""The programs of docs/consuming.md, as they stand there, run as somebody who copied them would."""
+"""Runs the programs of docs/consuming.md unchanged, as a reader who copied them would."""
 
 import os
 import re
@@ -43,7 +43,7 @@ STOP_S = 30
 
 
 def node() -> str:
-    """Node.js, whose packages `make` has fetched."""
+    """Node.js, with the packages that `make` fetches."""
     program = shutil.which("node")
     return (
         program
@@ -53,7 +53,7 @@ def node() -> str:
 
 
 def written(folder: Path, library: str = "standardwebhooks") -> None:
-    """Every program of the document as a file, with the library that verifies."""
+    """Writes every program of the document to a file, with the library that verifies."""
     for text, name in BLOCK.findall(DOCUMENT.read_text("utf-8")):
         for before, after in LIBRARIES[library].items():
             text = text.replace(before, after)  # noqa: PLW2901 - the same text
@@ -69,7 +69,7 @@ def free_port() -> int:
 
 
 def command(program: str, port: int) -> list[str]:
-    """How the document says that a program is started."""
+    """The command with which the document starts a program."""
     if program.endswith(".mjs"):
         return [node(), program]
     if program in SERVERS:
@@ -78,7 +78,7 @@ def command(program: str, port: int) -> list[str]:
 
 
 class Running:
-    """A program in the folder it was written to; its other stream goes to a file `….faults`."""
+    """A program in the folder of its file. Its error stream goes to a file `….faults`."""
 
     def __init__(
         self, folder: Path, program: str, environment: Mapping[str, str], port: int = 0
@@ -107,7 +107,7 @@ class Running:
 
     @property
     def taken(self) -> list[str]:
-        """The ids of the events that were new to it, in the order in which it said so."""
+        """The ids of the events that were new to the program, in the order of its output."""
         return [line.split()[0] for line in self.lines if line.startswith("evt_")]
 
     def kill(self) -> None:
@@ -130,7 +130,7 @@ def running(
 
 
 async def listening(port: int) -> None:
-    """Once a receiver answers there."""
+    """Waits until a receiver answers at the port."""
 
     def connected() -> bool:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
@@ -141,7 +141,7 @@ async def listening(port: int) -> None:
 
 
 def judged(script: str, said: str, folder: Path) -> str:
-    """What a script of this folder answers to a text."""
+    """Returns what a script of this folder answers to a text."""
     shutil.copy(Path(__file__).parent / script, folder)
     with suppress(FileExistsError):
         (folder / "node_modules").symlink_to(MODULES)

@@ -1,5 +1,5 @@
-"""Every type of event, as each way brings it, judged by the libraries of CloudEvents, JSON Schema
-and AsyncAPI.
+"""The libraries of CloudEvents, JSON Schema and AsyncAPI check every type of event in every way of
+delivery.
 """
 
 import json
@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from datetime import datetime
 from pathlib import Path
 
-import jsonschema  # type: ignore[import-untyped]  # it brings no types
+import jsonschema  # type: ignore[import-untyped]  # it has no types
 import pytest
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
@@ -35,8 +35,8 @@ def documents(all_told: Told) -> list[bytes]:
 
 
 async def test_the_ways_bring_the_same_events(all_told: Told) -> None:
-    """All types there are, by webhook, stream and pull, each id with the same document; streamed in
-    sequence.
+    """Webhook, stream and pull bring all types, with the same document under each id. The stream
+    keeps the sequence.
     """
     ways = [
         {id: json.loads(body) for id, body in way.items()}
@@ -49,8 +49,8 @@ async def test_the_ways_bring_the_same_events(all_told: Told) -> None:
 
 
 async def test_every_event_is_a_cloudevent(all_told: Told) -> None:
-    """The library reads the bytes of each, in structured mode, and finds in it what the contract
-    says.
+    """The library parses each event's bytes in structured mode and finds the attributes that
+    docs/api.md lists.
     """
     for body in documents(all_told):
         document = json.loads(body)
@@ -68,7 +68,7 @@ async def test_every_event_is_a_cloudevent(all_told: Told) -> None:
 
 
 def validator(all_told: Told, schema: str) -> jsonschema.Draft202012Validator:
-    """By the schema of that name, with formats."""
+    """A validator for the schema of that name, with formats."""
     rules = {
         "$ref": f"#/components/schemas/{schema}",
         "components": all_told.document["components"],
@@ -77,8 +77,8 @@ def validator(all_told: Told, schema: str) -> jsonschema.Draft202012Validator:
 
 
 async def test_every_event_is_as_its_schema_says(all_told: Told) -> None:
-    """The schema under the type's name in /asyncapi.json holds for each, and names every field of
-    it.
+    """Each event satisfies the schema under its type's name in /asyncapi.json, and the schema
+    describes all of the event's fields.
     """
     for body in documents(all_told):
         event = json.loads(body)
@@ -90,14 +90,14 @@ async def test_every_event_is_as_its_schema_says(all_told: Told) -> None:
 
 
 def described(document: JSON, schema: str) -> set[str]:
-    """The fields of a schema, all of which are required."""
+    """The fields of a schema. All of them are required."""
     shape = document["components"]["schemas"][schema]
     assert sorted(shape["required"]) == sorted(shape["properties"])
     return set(shape["properties"])
 
 
 async def test_a_field_that_is_missing_or_wrong_breaks_the_schema(all_told: Told) -> None:
-    """Every field is required, one that is added later breaks nothing."""
+    """Every field is required. An additional field is allowed."""
     event = json.loads(next(iter(all_told.pulled.values())))
     rules = validator(all_told, event["type"])
     rules.validate({**event, "added": 1, "data": {**event["data"], "added": 1}})
@@ -115,8 +115,8 @@ async def test_a_field_that_is_missing_or_wrong_breaks_the_schema(all_told: Told
 
 
 async def test_asyncapis_own_parser_finds_no_fault(all_told: Told, tmp_path: Path) -> None:
-    """AsyncAPI 3.0, with a message for each type, for the task that its own address gets, for what
-    a test and a stream say besides.
+    """The document is AsyncAPI 3.0. It has a message for each event type, for the task's own
+    callback, for a test event and for the stream's other messages.
     """
     verdict = json.loads(judged("asyncapi.mjs", json.dumps(all_told.document), tmp_path))
     assert [problem for problem in verdict["diagnostics"] if problem["severity"] <= WARNING] == []
@@ -125,7 +125,7 @@ async def test_asyncapis_own_parser_finds_no_fault(all_told: Told, tmp_path: Pat
 
 
 async def test_asyncapis_own_parser_finds_a_fault(all_told: Told, tmp_path: Path) -> None:
-    """It does look: a channel that is named and not there is an error."""
+    """The parser reports a channel that the document names but does not define."""
     broken = {
         **all_told.document,
         "operations": {"none": {"action": "send", "channel": {"$ref": "#/channels/none"}}},

@@ -1,5 +1,5 @@
-"""What is sent to subscribers, judged by the libraries of Standard Webhooks and of Svix in Python
-and in JavaScript.
+"""The Python and JavaScript libraries of Standard Webhooks and of Svix verify the webhooks that
+subscribers get.
 """
 
 import base64
@@ -56,8 +56,8 @@ def in_javascript(asked: Sequence[tuple[str, Received]], folder: Path) -> list[s
 async def test_the_libraries_accept_what_is_sent_also_while_secrets_overlap(
     tmp_path: Path, judge: Judge
 ) -> None:
-    """Events and a task's own callback; of a rotation's two secrets either verifies until the
-    overlap ends, then the new one alone.
+    """The libraries verify events and a task's own callback. During a rotation both secrets verify,
+    and after the overlap only the new one does.
     """
     async with world(tmp_path) as here, subscriber() as shop:
         key = got(
@@ -69,7 +69,7 @@ async def test_the_libraries_accept_what_is_sent_also_while_secrets_overlap(
         async with here.with_key(key["key"]) as client:
 
             async def sent(count: int) -> list[Received]:
-                """What comes of one more task."""
+                """The webhooks of one more task."""
                 before = len(shop.received)
                 await submitted(
                     client,

@@ -1,5 +1,5 @@
-"""Consumers that are killed again and again while events flow: the programs of docs/consuming.md,
-at a service in a process of its own.
+"""The test kills consumers again and again while events flow. They are the programs of
+docs/consuming.md, at a service in a process of its own.
 """
 
 import asyncio
@@ -21,16 +21,16 @@ from tests.processes import ADMIN_KEY, sandbox, service_settings, started
 from tests.waiting import wait_until
 
 KILLS, TASKS = 20, 500
-ROUND = TASKS // KILLS  # tasks between two kills, each of which has two events
-PICTURES = 5  # of the tasks of a round; the others fail, which is sooner done
+ROUND = TASKS // KILLS  # tasks between two kills, with two events each
+PICTURES = 5  # the tasks of a round that complete; the rest fail, which takes less time
 SCHEDULE = ",".join(["0.1"] * 40 + ["0.5"] * 60)
 PATIENCE_S = 100
 
 
 @dataclass(slots=True)
 class Consumer:
-    """A program with an inbox of its own. Killed at moments that `random` chooses, and started
-    again at once.
+    """A program with an inbox of its own. The test kills it at moments that `random` chooses, and
+    starts it again at once.
     """
 
     folder: Path
@@ -56,19 +56,19 @@ class Consumer:
         with (
             closing(sqlite3.connect(self.folder / "inbox.db", timeout=30)) as db,
             suppress(sqlite3.OperationalError),
-        ):  # not made yet
+        ):  # the inbox does not exist yet
             return int(db.execute("SELECT count(*) FROM events").fetchone()[0])
         return 0
 
     @property
     def kept(self) -> list[tuple[str, str]]:
-        """Id and sequence of what is in the inbox, in the order in which it came there."""
+        """Id and sequence of the events in the inbox, in order of arrival."""
         with closing(sqlite3.connect(self.folder / "inbox.db", timeout=30)) as db:
             return db.execute("SELECT id, sequence FROM events ORDER BY rowid").fetchall()
 
     async def live(self, number: int) -> None:
-        """Until it is killed among the first of a round's events; then it is there again, at times
-        after one more death at its start.
+        """Waits until the program is killed among a round's first events and has started again.
+        Some starts are killed once more.
         """
         moment = number * 2 * ROUND + self.random.randint(0, ROUND)
         await wait_until(lambda: self.count >= moment, PATIENCE_S)
@@ -90,8 +90,8 @@ def consumer(
 
 @pytest.mark.timeout(300)
 async def test_consumers_that_are_killed_end_with_every_event_once(tmp_path: Path) -> None:
-    """Twenty times each, by webhook, stream, pull and NATS: nothing is left out, what came again is
-    dropped, readers are in sequence.
+    """The consumers get twenty kills each, by webhook, stream, pull and NATS. They miss no event,
+    drop each repeated event, and the readers keep the sequence.
     """
     seed = int(os.environ.get("DARKROOM_TEST_SEED") or random.SystemRandom().randrange(2**32))
     print(f"DARKROOM_TEST_SEED={seed}")
@@ -155,7 +155,7 @@ async def test_consumers_that_are_killed_end_with_every_event_once(tmp_path: Pat
 
 
 async def outbox(client: httpx.AsyncClient) -> list[tuple[str, str]]:
-    """Every event there is, in sequence, by somebody who is never killed."""
+    """Every event in sequence, read by a client that is never killed."""
     found: list[tuple[str, str]] = []
     while page := got(
         await client.get(

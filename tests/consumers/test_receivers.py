@@ -1,4 +1,4 @@
-"""The receivers of docs/consuming.md, as they stand there, at a real service."""
+"""Runs the receivers of docs/consuming.md unchanged at a real service."""
 
 import json
 import time
@@ -45,14 +45,14 @@ def signed(secret: str, body: bytes, at: float, id: str = "evt_forged") -> dict[
 
 
 def forgeries(secret: str) -> dict[str, tuple[bytes, Mapping[str, str]]]:
-    """Requests that no receiver may take."""
+    """Requests that every receiver must refuse."""
     body, now = b'{"specversion": "1.0", "id": "evt_forged"}', time.time()
     right = signed(secret, body, now)
     strange = ("v1,%%%", "v1", "v2,x", "v1,é", "v1,AAAA v1a,AAAA")
     return {
         "another body": (body + b" ", right),
         "another id": (body, {**right, "webhook-id": "evt_other"}),
-        "a secret of somebody else's": (body, signed("whsec_" + "A" * 32, body, now)),
+        "a secret of another endpoint": (body, signed("whsec_" + "A" * 32, body, now)),
         "too old": (body, signed(secret, body, now - OLD_S)),
         "too new": (body, signed(secret, body, now + OLD_S)),
         "not UTF-8": (b"\xff", signed(secret, b"\xff", now)),
@@ -98,8 +98,8 @@ async def told(
 async def test_a_receiver_takes_each_event_once_and_nothing_forged(
     here: World, tmp_path: Path, receiver: str, library: str
 ) -> None:
-    """What comes again is answered well and dropped; what is not signed, or long ago, is refused;
-    in a rotation either secret does.
+    """The receiver answers a repeated event with success and drops it, and refuses an unsigned or
+    old request. During a rotation both secrets work.
     """
     written(tmp_path, library)
     port = free_port()
@@ -133,14 +133,16 @@ async def test_a_receiver_takes_each_event_once_and_nothing_forged(
                 == 204
             )
             assert got(await client.post(f"/v1/endpoints/{made['id']}/test"))["status"] == 204
-        assert len(program.taken) == 1, "what was there before the restart is known after it"
+        assert len(program.taken) == 1, "a receiver remembers its events across a restart"
 
 
 @pytest.mark.parametrize("receiver", ["with_starlette.py", "with_http.mjs"])
 async def test_a_receiver_takes_what_a_tasks_own_callback_url_gets(
     here: World, tmp_path: Path, receiver: str
 ) -> None:
-    """The task, signed with the owner's callback secret, under the id of its terminal event."""
+    """The callback carries the task, signed with the owner's callback secret, under the id of its
+    terminal event.
+    """
     written(tmp_path)
     port = free_port()
     key = got(
@@ -160,8 +162,8 @@ async def test_a_receiver_takes_what_a_tasks_own_callback_url_gets(
 
 @pytest.mark.parametrize("reader", READERS)
 async def test_a_reader_goes_on_where_it_was(here: World, tmp_path: Path, reader: str) -> None:
-    """From the beginning the first time, each event once and in sequence, whatever its text; after
-    a restart what has come meanwhile.
+    """The first run reads from the beginning, each event once and in sequence, with any text. After
+    a restart the reader continues with the new events.
     """
     written(tmp_path)
     async with here.owner() as client:
@@ -171,7 +173,7 @@ async def test_a_reader_goes_on_where_it_was(here: World, tmp_path: Path, reader
             count = len(await events(client)) + 2 - len(seen)
             with running(tmp_path, reader, reading(client)) as program:
                 await submitted(client, UNTIL_DONE)
-                # called here
+                # called within this iteration
                 await wait_until(lambda: len(program.taken) >= count, 30)  # noqa: B023
             seen += program.taken
         assert seen == [event["id"] for event in await events(client)]
@@ -179,7 +181,7 @@ async def test_a_reader_goes_on_where_it_was(here: World, tmp_path: Path, reader
 
 @pytest.mark.parametrize("reader", READERS)
 async def test_a_reader_whose_place_is_gone_reads_the_tasks(tmp_path: Path, reader: str) -> None:
-    """At a `resync`; then it goes on with the events there are."""
+    """At a `resync` the reader reads the tasks and then continues with the available events."""
     written(tmp_path)
 
     def forget(tx: Transaction, items: Sequence[int]) -> list[None]:
@@ -200,10 +202,12 @@ async def test_a_reader_whose_place_is_gone_reads_the_tasks(tmp_path: Path, read
 
 
 def test_the_document_has_no_program_that_is_not_run(tmp_path: Path) -> None:
-    """Each block with a name is one of those above, or is shared by them."""
+    """Each named block of the document is a program that these tests run, or a part that those
+    programs share.
+    """
     written(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
-        # the first by test_killed.py
+        # test_killed.py runs the first program
         *RECEIVERS, *READERS, "from_nats.py", "inbox.py", "inbox.mjs",
         "darkroom.py", "node_modules",
     }  # fmt: skip

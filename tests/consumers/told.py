@@ -1,4 +1,4 @@
-"""Every type of event, caused in one world and taken by every way there is."""
+"""Causes every type of event in one service and receives it in every supported way."""
 
 import asyncio
 import json
@@ -25,8 +25,8 @@ JSON = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """The events by id as each way brought them, in bytes as they were sent; and the task sent to
-    its own `callback_url`.
+    """The events by id, as the bytes that each way of delivery brought. `task` is the document sent
+    to a task's own `callback_url`.
     """
 
     webhooks: Mapping[str, bytes]
@@ -39,7 +39,7 @@ class Told:
 
 @asynccontextmanager
 async def told(folder: Path) -> AsyncIterator[Told]:
-    """A world with an upstream and subscribers that do everything there is an event for."""
+    """Runs a service with an upstream and subscribers that cause every type of event."""
     upstream = upstream_of_all()
     async with (
         world(
@@ -105,7 +105,7 @@ async def told(folder: Path) -> AsyncIterator[Told]:
 
 
 def upstream_of_all() -> Upstream:
-    """Answers by prompt; the upstream's id of a task is its prompt."""
+    """An upstream that answers by prompt. Its id of a task is the prompt."""
     made = Upstream()
     for prompt in ("fine", "bad", "stopped", "lost", "risky"):
         made.submits[prompt] = [document("pending", id=f"task-unified-{prompt}")]
@@ -117,7 +117,7 @@ def upstream_of_all() -> Upstream:
 
 
 async def subscribed(here: World, url: str, *types: str) -> str:
-    """An endpoint for everybody's events."""
+    """Subscribes an endpoint to the events of all owners."""
     made = got(
         await here.client.post("/v1/endpoints", json={"url": url, "types": types, "owner": None}),
         201,
@@ -126,8 +126,8 @@ async def subscribed(here: World, url: str, *types: str) -> str:
 
 
 async def live(here: World, upstream: Upstream, own: str) -> None:
-    """A task for each end there is, a contradiction, a proof that comes too late, a picture that
-    cannot be fetched.
+    """Runs a task for each way to end, a contradiction, a proof that arrives too late, and an image
+    that cannot be fetched.
     """
     for prompt, file in (("fine", "0.png"), ("doubtful", "0.png"), ("risky", "missing.png")):
         upstream.queries[f"task-unified-{prompt}"] = [
@@ -163,7 +163,7 @@ async def in_state(here: World, task_id: str, state: str) -> bool:
 
 
 def park(tx: Transaction, items: Sequence[str]) -> list[None]:
-    """The last fault that a delivery may have; this one is of an event of no task."""
+    """Parks a delivery after its last allowed fault. Its event belongs to no task."""
     for key in items:
         held = {
             "due_at": tx.now,
@@ -179,7 +179,7 @@ def park(tx: Transaction, items: Sequence[str]) -> list[None]:
 
 
 async def read(here: World, count: int) -> dict[str, bytes]:
-    """What a stream shows of so many events, each `data` as it is sent."""
+    """Reads `count` events from a stream, each `data` as it was sent."""
     found: dict[str, bytes] = {}
     rest = b""
     headers = {"accept": "text/event-stream"}

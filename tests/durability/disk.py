@@ -1,9 +1,9 @@
-"""What a disk is sure to hold, worked out from a trace: POSIX at its word, whatever a file system
-does of its own accord.
+"""Works out from a trace what a disk is sure to hold. It counts only what POSIX guarantees, not
+what a file system does beyond that.
 
-What is written to a file lasts when an fsync or fdatasync of it that began afterwards is done; a
-name, when such a one of its folder is. Between two of them anything may happen to what is new: a
-coin decides for each write and each name.
+Data of a file is durable when an fsync or fdatasync that began after the write is done. A name is
+durable when such a sync of its folder is done. In between, each write and each name may be kept or
+lost, and a coin decides.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from typing import Union
 
 from tests.durability.trace import SYNCS, Call, Moment
 
-Coin = Callable[[], bool]  # whether something that nobody synced is kept
+Coin = Callable[[], bool]  # whether the disk keeps an unsynced change
 
 
 def lost() -> bool:
@@ -26,8 +26,8 @@ def kept() -> bool:
 
 @dataclass(eq=False, slots=True)
 class File:
-    """`safe` is on the disk, `pending` what was done since: (when, offset, data), data None: cut
-    there.
+    """`safe` is on the disk. `pending` has the later changes as (when, offset, data). Data of None
+    means that the file was truncated there.
     """
 
     safe: bytearray = field(default_factory=bytearray)
@@ -50,7 +50,9 @@ class File:
 
 @dataclass(eq=False, slots=True)
 class Folder:
-    """Its names as programs see them, and as they are on the disk; `synced`: as of when."""
+    """The names as programs see them, and as the disk has them. `synced` is the time of the last
+    sync.
+    """
 
     live: dict[str, "Node"] = field(default_factory=dict)
     safe: dict[str, "Node"] = field(default_factory=dict)
@@ -78,21 +80,21 @@ def apply(content: bytearray, offset: int, data: bytes | None) -> None:
 
 
 class Disk:
-    """What is below `root`, a folder that is there and lasts; what is in it already as well, unless
-    nothing is `trusted`.
+    """The files below `root`, an existing and durable folder. The files already in it are durable
+    too if they are `trusted`.
     """
 
     def __init__(self, root: Path, *, trusted: bool = True) -> None:
         self.root = str(root)
         self.top = loaded(root, trusted=trusted)
-        self.time = 0  # so many changes were made
-        self.syncs = 0  # so many syncs are done
+        self.time = 0  # the number of changes so far
+        self.syncs = 0  # the number of finished syncs
         self._under_way: dict[
             int, tuple[int, list[tuple[Folder, dict[str, Node]]], list[File]]
         ] = {}
 
     def observe(self, moment: Moment) -> None:
-        """A call that was cut counts as done, but for a sync."""
+        """Applies a call. An interrupted call counts as done, except a sync."""
         call = moment.call
         if call.name in SYNCS:
             if moment.done:
@@ -102,7 +104,7 @@ class Disk:
         elif moment.done and not call.failed and self._change(call):
             self.time += 1
 
-    # --- what makes it last
+    # --- calls that make changes durable
 
     def _covered(self, call: Call) -> tuple[int, list[tuple[Folder, dict[str, Node]]], list[File]]:
         nodes = (
@@ -122,7 +124,7 @@ class Disk:
             file.sync(until)
         self.syncs += bool(folders or files)
 
-    # --- what changes it
+    # --- calls that change the disk
 
     def _change(self, call: Call) -> bool:
         inside = [path for path in (call.path, call.other) if path.startswith(self.root + "/")]
@@ -152,7 +154,7 @@ class Disk:
                 place, name = self._place(call.path)
                 place[name] = Folder()
             case _:
-                raise AssertionError(f"nobody knows what {call.name} does to {inside}")
+                raise AssertionError(f"the model does not know what {call.name} does to {inside}")
         return True
 
     def _open(self, call: Call) -> None:
@@ -163,9 +165,9 @@ class Disk:
             self._write(call.path, 0, None)
 
     def _write(self, path: str, offset: int | None, data: bytes | None) -> None:
-        """`offset` None: at the end, where all that write without one do."""
+        """An `offset` of None means the end of the file, where a write without one goes."""
         file = self.find(path)
-        if file is None:  # removed, and still open
+        if file is None:  # removed while open
             return
         assert isinstance(file, File), path
         at = file.size if offset is None else offset
@@ -187,12 +189,10 @@ class Disk:
             node = node.live.get(name) if isinstance(node, Folder) else None
         return node
 
-    # --- what a power cut leaves
+    # --- the files after a power cut
 
     def left(self, coin: Coin = lost, below: str = "") -> dict[str, bytes]:
-        """The files, by their path below the root, of which those are wanted that begin with
-        `below`.
-        """
+        """The files by their path below the root. `below` selects the paths that begin with it."""
         return {
             path: node.content(coin)
             for path, node in listed(self.top, coin)
@@ -200,7 +200,7 @@ class Disk:
         }
 
     def lay(self, target: Path, coin: Coin = lost) -> None:
-        """Makes `target` what the root is after a power cut."""
+        """Makes `target` a copy of the root after a power cut."""
         target.mkdir()
         for path, node in listed(self.top, coin):
             if isinstance(node, Folder):

@@ -1,11 +1,11 @@
-"""What a process tells others, held against what the disk is sure to hold at that moment.
+"""Compares what a process sends with what the disk is sure to hold at that moment.
 
-- An id that leaves the process names a row that lasts.
-- A callback is answered 200 when its row lasts.
-- A submission leaves when its row says that it may have left.
-- Whoever is told of an image, by a document, an event or the log's `image.stored`, finds all of its
-  bytes after a power cut.
-- The key with which all that was signed and encrypted lasts.
+- The row of every id that leaves the process is durable.
+- The row of a callback is durable before the callback gets 200.
+- A submission leaves only after its row durably says that it may have left.
+- All bytes of an image are durable before a document, an event or the log's `image.stored` names
+  it.
+- The key that signs and encrypts is durable.
 """
 
 import hashlib
@@ -39,11 +39,11 @@ DATABASE, KEY, IMAGES = "data/darkroom.db", "data/secret.key", "data/images/"
 
 @dataclass(slots=True)
 class Watch:
-    """Reads a trace beside a disk. `callbacks`: what the log says of each request that brought one,
-    the task's id and its status.
+    """Reads a trace and updates a disk. `callbacks` has the task's id and the status of each
+    callback request in the log, by request.
 
-    `held` counts the promises that were, `broken` says which were not, `unsure` what was cut:
-    nobody knows whether it was done.
+    `held` counts the promises that the disk held. `broken` names the promises that it did not hold.
+    `unsure` has the calls that a kill cut, whose effect is unknown.
     """
 
     disk: Disk
@@ -102,7 +102,7 @@ class Watch:
             self.broken.append(f"line {line}: {kind} {what} would be lost")
 
     def stored(self, sha256: str) -> bool:
-        """Whether a row and a file of that image last."""
+        """Whether a row and a file of that image are durable."""
         files = self.disk.left(below=IMAGES)
         whole = any(
             sha256 in name and hashlib.sha256(data).hexdigest() == sha256
@@ -111,8 +111,8 @@ class Watch:
         return whole and sha256 in self.rows("stored")
 
     def rows(self, kind: str) -> set[str]:
-        """The ids that a power cut would leave in a table; of tasks that may have been submitted;
-        the sums of stored images.
+        """The ids that a power cut would leave in a table. For submissions these are the tasks that
+        may have left, and for images the checksums.
         """
         if self._known_at != self.disk.syncs:
             self._known, self._known_at = rows_of(self.disk.left(below=DATABASE)), self.disk.syncs
@@ -128,7 +128,7 @@ QUERIES = {
 
 
 def rows_of(files: dict[str, bytes]) -> dict[str, set[str]]:
-    """What SQLite makes of the store's files; nothing where it makes none."""
+    """Reads the store's files with SQLite. Returns nothing if SQLite cannot open them."""
     with tempfile.TemporaryDirectory() as folder:
         for path, content in files.items():
             (Path(folder) / Path(path).name).write_bytes(content)
@@ -143,7 +143,7 @@ def rows_of(files: dict[str, bytes]) -> dict[str, set[str]]:
 
 
 def callbacks_of(log: str) -> dict[str, str]:
-    """The callbacks by their requests, from a service's log."""
+    """The callbacks in a service's log, by request."""
     lines: list[dict[str, Any]] = [
         json.loads(line) for line in log.splitlines() if line.startswith("{")
     ]

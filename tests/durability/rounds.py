@@ -1,4 +1,4 @@
-"""A service that is traced and killed again and again, and every time starts on what a power cut
+"""Runs a traced service and kills it again and again. Each start gets the files that a power cut
 would have left.
 """
 
@@ -29,19 +29,19 @@ from tests.world import Subscriber, answering, subscriber
 JSON = dict[str, Any]
 CLIENTS = 2
 SEEDS = (1, 2, 3, 5)
-MOST = 4_000_000  # characters of trace until a process is killed: some tasks' worth
+MOST = 4_000_000  # characters of trace before a kill, enough for several tasks
 SETTINGS = {
     "SUBMIT_TIMEOUT_S": "3",
     "SUBMIT_SCHEDULE": "0.3",
     "UNCERTAIN_AFTER_S": "3",
-    "RECONCILE_AFTER_S": "600",  # a callback that is lost is lost
+    "RECONCILE_AFTER_S": "600",  # the upstream does not repeat a lost callback
     "DELIVERY_SCHEDULE": "0.3",
 }
 
 
 def coin(seed: int) -> Coin | None:
-    """What becomes of what was not synced: all of it is lost, each part is or is not, or (None) the
-    process alone dies.
+    """Decides the fate of unsynced data: all of it is lost, or each part is kept or lost at random.
+    With None only the process dies.
     """
     tossed = random.Random(seed)
     return (None, lost, lambda: tossed.random() < 0.5)[seed % 3]
@@ -49,11 +49,11 @@ def coin(seed: int) -> Coin | None:
 
 @dataclass(slots=True)
 class Rounds:
-    """What came of it.
+    """The results.
 
-    `place`: below which the last one left its data.
-    `made`: the first one's trace. `answered`: the tasks that clients were told of. `differing`:
-    files that a trace does not explain.
+    `place` is the folder above the last service's data. `made` is the first service's trace.
+    `answered` are the tasks that clients know. `differing` are files that the trace does not
+    explain.
     """
 
     folder: Path
@@ -73,7 +73,7 @@ class Rounds:
 
 @dataclass(slots=True)
 class Stage:
-    """The run under way. `place` is below which the service has its data now."""
+    """The run under way. `place` is the folder above the service's data."""
 
     rounds: Rounds
     launcher: Launcher
@@ -88,7 +88,7 @@ class Stage:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[tuple[Launched, httpx.AsyncClient]]:
-        """A service; when it has ended its trace is read."""
+        """Runs a service and reads its trace after the end."""
         settings = service_settings(self.upstream_url, self.place, **SETTINGS, PORT=str(self.port))
         process = Launched(self.launcher, self.rounds.folder, settings)
         await wait_until(
@@ -109,8 +109,8 @@ class Stage:
         self.watch(process.printed)
 
     def written(self) -> str:
-        """The whole lines that the tracer wrote since the last process's end; children of a dead
-        one may still be at work.
+        """The whole lines that the tracer wrote since the last process ended. Children of a dead
+        process may still be at work.
         """
         with (self.rounds.folder / "trace").open("rb") as file:
             file.seek(self.read)
@@ -133,7 +133,7 @@ class Stage:
         )
 
     def cut(self, coin: Coin | None) -> None:
-        """The power fails, unless there is no coin."""
+        """Cuts the power, unless the coin is None."""
         if coin is not None:
             self.place = self.rounds.folder / f"disk-{len(self.rounds.watches)}"
             self.disk.lay(self.place, coin)
@@ -141,7 +141,9 @@ class Stage:
 
 
 def differing(there: dict[str, bytes], disk: Disk) -> set[str]:
-    """The files that are not what the trace says; one is written through memory."""
+    """The files that differ from the trace. SQLite writes one of them through memory, so it does
+    not count.
+    """
     known = {f"{disk.root}/{name}": content for name, content in disk.left(kept).items()}
     return {
         name
@@ -151,8 +153,8 @@ def differing(there: dict[str, bytes], disk: Disk) -> set[str]:
 
 
 async def ordering(client: httpx.AsyncClient, answered: set[str], name: str) -> None:
-    """A client that orders again and again, until nobody answers, and waits for every other order's
-    end.
+    """A client that submits orders until the service stops answering. It waits for the end of every
+    other order.
     """
     with suppress(httpx.TransportError):
         for number in range(1000):
@@ -195,7 +197,7 @@ async def killed(stage: Stage, seed: int) -> None:
 
 
 async def finished(stage: Stage) -> None:
-    """The last one lives until nothing is left to do, and says what there is."""
+    """Lets the last service run until no work is left, and reads its results."""
     rounds = stage.rounds
     async with stage.serving() as (process, client):
 
@@ -237,5 +239,5 @@ async def run(folder: Path) -> Rounds:
         await finished(stage)
         rounds.place = stage.place
     if not rounds.differing and not any(watch.broken for watch in rounds.watches):
-        (folder / "trace").unlink()  # it is large
+        (folder / "trace").unlink()  # the copy is large
     return rounds

@@ -1,4 +1,6 @@
-"""The judge of the power cuts, judged: small programs, traced, whose losses are known."""
+"""Tests of the model of the disk that the power-cut tests rely on: small traced programs with known
+losses.
+"""
 
 import subprocess
 import sys
@@ -16,16 +18,16 @@ WRITE = (
 NAMES = "os.fsync(os.open(at('.'), os.O_RDONLY))\n"
 OLD = {"old": b"old"}
 CASES = {
-    "a name that nobody synced": (WRITE + "os.fsync(file)", OLD),
-    "data that nobody synced": (WRITE + NAMES, OLD | {"new": b""}),
+    "a name that was never synced": (WRITE + "os.fsync(file)", OLD),
+    "data that was never synced": (WRITE + NAMES, OLD | {"new": b""}),
     "both synced": (WRITE + "os.fdatasync(file)\n" + NAMES, OLD | {"new": b"abcd"}),
     "written again after the sync": (
         WRITE + "os.fsync(file); os.pwrite(file, b'x', 1)\n" + NAMES,
         OLD | {"new": b"abcd"},
     ),
     "all synced": (WRITE + "os.sync()", OLD | {"new": b"abcd"}),
-    "a rename that nobody synced": ("os.rename(at('old'), at('other'))", OLD),
-    "a removal that nobody synced": ("os.unlink(at('old'))", OLD),
+    "a rename that was never synced": ("os.rename(at('old'), at('other'))", OLD),
+    "a removal that was never synced": ("os.unlink(at('old'))", OLD),
     "a removal": ("os.unlink(at('old'))\n" + NAMES, {}),
     "a link": ("os.link(at('old'), at('other'))\n" + NAMES, OLD | {"other": b"old"}),
     "cut short": (
@@ -36,7 +38,7 @@ CASES = {
         WRITE + "os.fsync(os.dup(os.open(at('new'), os.O_RDONLY)))\n" + NAMES,
         OLD | {"new": b"abcd"},
     ),
-    "a folder whose own name nobody synced": (
+    "a folder whose own name was never synced": (
         "os.mkdir(at('a'))\n" + (WRITE + "os.fsync(file)\n" + NAMES).replace("at('", "at('a/"),
         OLD,
     ),
@@ -67,8 +69,8 @@ def found(place: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_only_what_was_synced_is_left(name: str, tmp_path: Path) -> None:
-    """Data lasts by its file's sync, a name by its folder's; with all the rest besides, the disk is
-    what programs see.
+    """After a power cut the disk has data whose file was synced and names whose folder was synced.
+    With all unsynced writes kept, it equals what programs see.
     """
     program, left = CASES[name]
     place, output = tmp_path / "place", tmp_path / "trace"
@@ -93,7 +95,7 @@ def test_only_what_was_synced_is_left(name: str, tmp_path: Path) -> None:
 
 
 def test_a_sync_covers_what_was_written_before_it_began(tmp_path: Path) -> None:
-    """Of a write that came between the beginning of a sync and its end nothing is known."""
+    """A write between the start and the end of a sync may be lost."""
     (tmp_path / "file").write_bytes(b"")
     path = "".join(f"\\x{byte:02x}" for byte in bytes(tmp_path / "file"))
     lines = [

@@ -1,4 +1,4 @@
-"""PostgreSQL keeps what it committed by settings alone, so the settings are what is looked at."""
+"""PostgreSQL's durability depends on its settings alone, so these tests check the settings."""
 
 import asyncio
 from urllib.parse import urlsplit
@@ -23,8 +23,8 @@ def synchronous(connection: Connection) -> str:
 async def test_a_commit_waits_for_the_disk_whatever_the_default_is(
     postgres_url: str, default: str, ours: str
 ) -> None:
-    """`synchronous_commit` is on in every session, or what waits for more than that; a failed
-    transaction doesn't take it back.
+    """`synchronous_commit` is `on` or stricter in every session. The rollback of a failed
+    transaction does not undo that.
     """
     await execute(
         postgres_url,
@@ -41,8 +41,8 @@ async def test_a_commit_waits_for_the_disk_whatever_the_default_is(
 
 
 async def test_a_server_that_may_lose_commits_is_told_of() -> None:
-    """With `fsync` or `full_page_writes` off nothing that a client can set keeps a commit: the log
-    warns at every start.
+    """With `fsync` or `full_page_writes` off, no setting of a client makes a commit durable. The
+    log warns at every start.
     """
     binaries = postgres_binaries()
     if binaries is None:
@@ -65,7 +65,7 @@ async def test_a_server_that_may_lose_commits_is_told_of() -> None:
 
 
 async def test_a_default_that_changes_under_a_session_is_not_its_own() -> None:
-    """The server is told to reload its configuration while we are connected."""
+    """The server reloads its configuration while the service is connected."""
     binaries = postgres_binaries()
     if binaries is None:
         missing("PostgreSQL")
@@ -76,7 +76,7 @@ async def test_a_default_that_changes_under_a_session_is_not_its_own() -> None:
                 assert await store.read(synchronous) == "on"
                 await execute(server, "ALTER SYSTEM SET synchronous_commit = off")
                 await execute(server, "SELECT pg_reload_conf()")
-                await asyncio.sleep(1)  # the server tells its sessions by a signal
+                await asyncio.sleep(1)  # the server signals the reload to its sessions
                 return await store.read(synchronous)
 
         with postgres_running(binaries) as server, postgres_database(server) as url:

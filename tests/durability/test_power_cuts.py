@@ -1,5 +1,5 @@
-"""The page cache survives a kill, so that a kill shows nothing about power cuts: here what was not
-synced until then is thrown away.
+"""The page cache survives a kill, so a kill alone shows nothing about power cuts. These tests
+discard unsynced data after each kill.
 """
 
 import asyncio
@@ -32,30 +32,28 @@ async def rounds(tmp_path_factory: pytest.TempPathFactory) -> Rounds:
     return await run(tmp_path_factory.mktemp("rounds"))
 
 
-async def test_whoever_is_told_something_is_told_what_lasts(rounds: Rounds) -> None:
-    """When an answer, submission, delivery or `image.stored` leaves, what is synced holds it, the
-    names that lead to it included.
+async def test_data_is_durable_before_a_message_about_it_leaves(rounds: Rounds) -> None:
+    """When an answer, a submission, a delivery or an `image.stored` log line leaves the process,
+    the data behind it is synced, with the names that lead to it.
     """
     assert [broken for watch in rounds.watches for broken in watch.broken] == []
     held = sum((watch.held for watch in rounds.watches), Counter[str]())
     done = sum(task["state"] == "completed" for task in rounds.tasks)
     for kind in ("tasks", "events", "submissions", "callbacks", "stored", "shown", "key"):
-        assert held[kind] > done / 2 > 0, (
-            kind
-        )  # a process may be killed before it says what it has done
+        assert held[kind] > done / 2 > 0, kind  # a process may die before it logs what it has done
 
 
 async def test_the_trace_accounts_for_every_byte(rounds: Rounds) -> None:
-    """Nothing was written in a way that the trace does not show: with all that was not synced the
-    disk is the real folder.
+    """With every unsynced write kept, the disk of the trace equals the real folder. No write
+    bypasses the trace.
     """
     assert rounds.differing == []
     assert rounds.deaths == [-signal.SIGKILL] * len(SEEDS) + [0]
 
 
 async def test_nothing_is_lost_or_doubled_when_the_power_fails(rounds: Rounds) -> None:
-    """Tasks that were answered exist and end, by the one callback that was answered; one terminal
-    event each, after whole pictures.
+    """Each answered task exists and ends by the one callback that was answered. It has one terminal
+    event, after complete images.
     """
     tasks = {task["id"]: task for task in rounds.tasks}
     assert rounds.answered <= tasks.keys()
@@ -75,14 +73,14 @@ async def test_nothing_is_lost_or_doubled_when_the_power_fails(rounds: Rounds) -
         range(1, len(rounds.events) + 1)
     )
     assert set(rounds.received) == {event["id"] for event in rounds.events}, (
-        "what was told before the power failed stands"
+        "a promise from before the power failure still holds"
     )
     assert "Traceback" not in rounds.log
 
 
 async def test_a_first_start_that_is_cut_off_is_done_again(rounds: Rounds, tmp_path: Path) -> None:
-    """Wherever the power fails while the store is made, what is left of it is opened at the next
-    start.
+    """The power fails at any moment while the service creates its store. The next start opens what
+    is left.
     """
     (tmp_path / "before").mkdir()
     disk, tossed, opened = Disk(tmp_path / "before"), random.Random(7), 0
@@ -105,15 +103,15 @@ async def test_a_first_start_that_is_cut_off_is_done_again(rounds: Rounds, tmp_p
 
 
 async def test_a_backup_vouches_for_what_lasts(rounds: Rounds, tmp_path: Path) -> None:
-    """`backup` and `restore`, cut off anywhere: a manifest's files are all there, and so is what
-    belongs to a database that is put back.
+    """The power fails at any moment of `backup` or `restore`. Every file of a manifest exists, and
+    so does every file that a restored database needs.
     """
     place = rounds.place
     pictures = len(list((place / "data" / "images").rglob("*.png")))
     assert pictures > 0
 
     async def left_by(command: str, data: str, last: str) -> list[dict[str, bytes]]:
-        """What power cuts would leave of it, with `last` in it."""
+        """The files that a power cut would leave, in each case with `last` among them."""
         disk, tossed = Disk(place), random.Random(7)
         program = [
             *tracing(tmp_path / command),

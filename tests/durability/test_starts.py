@@ -1,6 +1,4 @@
-"""A start trusts nothing that it finds: whoever wrote it may have been killed before it was sure to
-last.
-"""
+"""A start trusts no file that it finds, because its writer may have died before syncing it."""
 
 import sqlite3
 import subprocess
@@ -40,8 +38,8 @@ asyncio.run(main())
 async def test_what_a_killed_process_left_in_memory_lasts_before_anything_is_shown(
     tmp_path: Path,
 ) -> None:
-    """The store's file and its WAL are synced at the start, though there is nothing to write, and
-    so are all names, the key's too.
+    """The start syncs the store's file, its WAL and every name, the key's too, even when it has
+    nothing to write.
     """
     place = tmp_path / "place"
     for folder in ("data", "store"):
@@ -52,7 +50,7 @@ async def test_what_a_killed_process_left_in_memory_lasts_before_anything_is_sho
             sqlite3.connect(tmp_path / "one" / "darkroom.db", isolation_level=None)
         ) as writer:
             writer.execute("INSERT INTO counters VALUES ('committed', 1)")
-        for file in (tmp_path / "one").glob("darkroom.db*"):  # as a kill leaves them
+        for file in (tmp_path / "one").glob("darkroom.db*"):  # like the files after a kill
             (place / "store" / file.name).write_bytes(file.read_bytes())
     disk = Disk(place, trusted=False)
     assert disk.left() == {}
@@ -69,13 +67,13 @@ async def test_what_a_killed_process_left_in_memory_lasts_before_anything_is_sho
     ):
         reader.execute("BEGIN").execute(
             "SELECT * FROM counters"
-        )  # a backup under way, which keeps SQLite from a checkpoint
+        )  # a backup under way keeps SQLite from a checkpoint
         assert process.stdout is not None
         assert process.stdout.readline() == "1\n"
         for moment in moments((tmp_path / "trace").read_text("ascii").splitlines(), {}):
             disk.observe(moment)
         process.communicate("")
-    assert "data/secret.key" in disk.left(), "its content was synced before it had this name"
+    assert "data/secret.key" in disk.left(), "the content was synced before the file got this name"
     disk.lay(tmp_path / "after")
     with closing(sqlite3.connect(tmp_path / "after" / "store" / "darkroom.db")) as left:
         assert left.execute("SELECT value FROM counters WHERE name = 'committed'").fetchall() == [
@@ -86,7 +84,9 @@ async def test_what_a_killed_process_left_in_memory_lasts_before_anything_is_sho
 def test_the_names_of_all_folders_that_lead_there_are_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to the file system's root; one that may not be opened is not ours to sync."""
+    """A new folder syncs each folder above it, up to the root of the file system. It skips a folder
+    that it may not open.
+    """
     synced: list[Path] = []
 
     def sync(path: Path) -> None:

@@ -1,5 +1,5 @@
-"""What a process asked of the kernel, by `strace`: every call that changes files, makes them last,
-or tells somebody something.
+"""The system calls of a process, recorded by `strace`: every call that changes files, syncs them,
+or sends data to a peer or a log.
 """
 
 import functools
@@ -46,7 +46,8 @@ CHANGES = {
 }
 SYNCS = {"fsync", "fdatasync", "sync", "syncfs"}
 TALK = {"sendto", "sendmsg"}
-# `?`: not every machine has it. Descriptors with their paths, all text in hex and whole.
+# `?` allows a call that this machine lacks. Descriptors come with their paths, and text is in hex
+# and complete.
 OPTIONS = (
     "-f",
     "--seccomp-bpf",
@@ -68,11 +69,11 @@ OPENED = re.compile(r"= \d+<((?:\\x..)*)>$")
 
 @dataclass(slots=True)
 class Call:
-    """A system call. `path`: of its descriptor, or the first it names; `other`: the second, as of a
-    rename.
+    """A system call. `path` belongs to its descriptor, or is the first path it names. `other` is
+    the second path, as of a rename.
 
-    `numbers` are those among its arguments; `failed` is known when it is done, unless its process
-    was killed in it: `cut`.
+    `numbers` are its numeric arguments. `failed` is known when the call is done. `cut` means that
+    the process was killed during the call.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A call begins, or is done; or its process is killed in it."""
+    """The start or the end of a call. A killed process also ends its call."""
 
     call: Call
     done: bool
@@ -96,7 +97,7 @@ class Moment:
 
 @functools.cache
 def permitted() -> bool:
-    """Whether a process can be traced here."""
+    """Whether strace may trace a process here."""
     tried = ["strace", *OPTIONS, "-o", os.devnull, "true"]
     return (
         shutil.which("strace") is not None
@@ -105,8 +106,8 @@ def permitted() -> bool:
 
 
 def tracing(output: Path) -> tuple[str, ...]:
-    """What stands before a command that is traced, with all its descendants. Skips where that is
-    not possible.
+    """The start of a command that traces a process and its descendants. Skips the test where
+    tracing is not possible.
     """
     if not permitted():
         missing("strace that is permitted to trace")
@@ -119,12 +120,12 @@ def text(hex: str) -> bytes:
 
 Begun = dict[
     str, tuple[str, str, Call]
-]  # by thread: a call's name, what is printed of it so far, and the call
+]  # by thread: the name of the call, its printed text so far, and the call
 
 
 def moments(lines: Iterable[str], begun: Begun) -> Iterator[Moment]:
-    """What happened, in its order. `begun` holds what is under way before the first line, and after
-    the last.
+    """Yields the moments in order. `begun` has the calls under way before the first line, and after
+    the last one.
     """
     for number, line in enumerate(lines):
         found = LINE.match(line)
@@ -160,12 +161,12 @@ def finished(name: str, arguments: str, begun: Call | None, number: int) -> Iter
     call.failed, call.cut = (
         result.startswith("-1 E"),
         result.startswith(("?", "-1 (errno")),
-    )  # of a process that is gone nobody knows
+    )  # the result is unknown if the process is gone
     yield Moment(call, done=True, line=number)
 
 
 def read(name: str, arguments: str) -> Call:
-    """A call by its arguments. A relative name belongs to the descriptor before it."""
+    """Parses a call's arguments. A relative name belongs to the descriptor before it."""
     names: list[str] = []
     data, folder = b"", ""
     takes_data = name in TALK or name.startswith(("write", "pwrite"))

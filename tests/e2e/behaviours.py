@@ -1,7 +1,7 @@
-"""The words in which `faults.py` says what an upstream does wrong: documents, answers, files,
-pictures.
+"""The vocabulary in which `faults.py` describes an upstream's faults: documents, answers, files,
+images.
 
-Nothing of the service is used here: the wire format is that of the upstream's own pages.
+This module imports nothing from the service. The wire format is that of the upstream's own docs.
 """
 
 import asyncio
@@ -16,16 +16,17 @@ from typing import Any
 from PIL import Image
 
 JSON = dict[str, Any]
-MAX_BYTES, MAX_PIXELS = 600_000, 500_000  # the limits of the service in this world
-LARGE = 300  # pixels a side: enough to be cut in two
+MAX_BYTES, MAX_PIXELS = 600_000, 500_000  # the service's limits in these tests
+LARGE = 300  # pixels a side, large enough to be cut in two
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`status` 0: none at all. `announced`: a content-length other than the body's. The connection
-    ends after either.
+    """A `status` of 0 means no answer. `announced` is a content-length that differs from the
+    body's. The connection ends after either.
 
-    `stalls`: after that nothing more comes, and the connection stays until the other side leaves.
+    An answer that `stalls` sends no more bytes and keeps the connection open until the client
+    closes it.
     """
 
     status: int = 200
@@ -37,8 +38,8 @@ class Answer:
 
 @dataclass(slots=True)
 class Task:
-    """A task as the upstream has it. `number` tells the tasks of one behaviour apart; `forbidden`
-    is a link that nobody may follow.
+    """A task of the upstream. `number` tells the tasks of one behaviour apart. `forbidden` is a
+    link that the service must not follow.
     """
 
     id: str
@@ -52,7 +53,8 @@ class Task:
     asked: int = 0
     stale: int | None = None  # the version of the first link that was followed
     fetched: Counter[str] = field(default_factory=Counter)
-    submitted: asyncio.Event = field(default_factory=asyncio.Event)  # the application was told
+    # whether the application knows of the task
+    submitted: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     def link(self, position: int, version: object = 0) -> str:
@@ -62,7 +64,8 @@ class Task:
 Truth = Callable[[Task], JSON]
 Body = Callable[[Task], bytes]
 Step = Answer | Callable[[Task], Answer]
-File = Answer | Callable[[Task, str], Answer | None]  # for a version of a link; None: the picture
+# for a version of a link, or None for the image
+File = Answer | Callable[[Task, str], Answer | None]
 
 
 # --- pictures
@@ -70,7 +73,7 @@ File = Answer | Callable[[Task, str], Answer | None]  # for a version of a link;
 
 
 def noise(number: int, position: int, side: int = 48, format: str = "") -> bytes:
-    """A picture like no other, in a format that its link's name need not tell."""
+    """A unique image. Its format may differ from the extension in its link."""
     size, made = (side, side + number % 7), io.BytesIO()
     pixels = random.Random(f"{number} {position}").randbytes(size[0] * size[1] * 3)
     Image.frombytes("RGB", size, pixels).save(made, format or ("PNG", "JPEG", "WEBP")[number % 3])
@@ -78,8 +81,8 @@ def noise(number: int, position: int, side: int = 48, format: str = "") -> bytes
 
 
 def large(number: int, format: str) -> bytes:
-    """One that is worth going on with; JPEGs, of which halves would fit together, are of one
-    length.
+    """An image large enough for a resumed download. All JPEGs have one length, so that halves of
+    two images would fit together.
     """
     whole = noise(number, 0, LARGE, format)
     return whole.ljust(90_000, b"\0") if format == "JPEG" else whole
@@ -150,7 +153,7 @@ def with_(**more: Any) -> Truth:
 
 
 def linked(make: Callable[[Task], JSON]) -> Truth:
-    """Completed, but for fields made of the task's links."""
+    """A completed task, except for fields made of the task's links."""
     return lambda task: completed(task) | make(task)
 
 
@@ -202,7 +205,7 @@ def redirected(status: int) -> Step:
 
 
 def half(step: Callable[[Task], Answer]) -> Step:
-    """The connection ends in the middle of it."""
+    """An answer whose connection ends in the middle."""
 
     def cut(task: Task) -> Answer:
         whole = step(task)
@@ -220,7 +223,7 @@ def asked(truth: Truth) -> Callable[[Task], Answer]:
     return lambda task: ok(truth(task))
 
 
-# --- files: the first result; the second is always as it should be
+# --- files: the faults concern the first result, and the second is always correct
 # ------------------------------------------------------
 
 
@@ -232,7 +235,7 @@ def picture(
     honest: bool = False,
     **headers: str,
 ) -> File:
-    """So much of the picture; `honest`: its length is announced as that of the part."""
+    """A part of the image. If `honest`, the content-length is that of the part."""
 
     def answer(task: Task, _: str) -> Answer:
         whole = task.pictures[position]
@@ -248,7 +251,7 @@ def picture(
 
 
 def another(etag: str) -> File:
-    """The beginning of what is replaced before the rest is asked for."""
+    """The start of an image that the upstream replaces before the client asks for the rest."""
 
     def answer(task: Task, _: str) -> Answer:
         old = large(task.number + 7000, task.behaviour.large)  # of the same size in pixels
@@ -263,7 +266,7 @@ def another(etag: str) -> File:
 
 
 def misplaced(task: Task, _: str) -> Answer:
-    """All of it, called a part."""
+    """The whole file, announced as a part."""
     whole = task.pictures[0]
     return Answer(
         206,
@@ -289,21 +292,21 @@ def leads(where: Callable[[Task], str]) -> File:
 
 
 def gone(task: Task, version: str) -> Answer | None:
-    """Until the upstream has been asked again."""
+    """No file until the service has queried the upstream again."""
     task.stale = int(version) if task.stale is None else task.stale
     return page(404) if int(version) <= task.stale else None
 
 
 @dataclass(frozen=True, slots=True)
 class Behaviour:
-    """What is done, each request the next of its list, and what must come of it.
+    """A faulty behaviour and its required outcome. Each request gets the next entry of its list.
 
-    `submits`: answers to submissions, None: accepted; the last one creates the task if it is
-    `created`. `when` the `callbacks` come: `before` the submission's answer, with it (`now`), once
-    the application knows of it (`submitted`) or of the end (`ended`). `truth` is what queries say
-    after `queries`. `files`: what comes instead of the first result, a `large` one, the last
-    `for_ever`. `status`: of the answer to a client; `images`: which results are kept; `tells`: log
-    lines and operators' events with the task's id.
+    `submits` are the answers to submissions, None if accepted. The last one creates the task if it
+    is `created`. `when` says when the `callbacks` arrive: `before` the submission's answer, with it
+    (`now`), or once the application knows of the task (`submitted`) or of its end (`ended`).
+    Queries get `truth` after `queries`. `files` replace the first result, a `large` one, the last
+    of them `for_ever`. `status` is that of the answer to a client. `images` says which results are
+    kept. `tells` are log lines and operators' events with the task's id.
     """
 
     submits: tuple[Step | None, ...] = (None,)

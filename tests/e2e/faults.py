@@ -1,5 +1,5 @@
-"""What an upstream can do wrong: a name, what is done, and what must come of it. `docs/faults.md`
-has a row for each name.
+"""The faults of an upstream: a name, the behaviour and the required outcome. `docs/faults.md` has a
+row for each name.
 """
 
 import gzip
@@ -69,11 +69,11 @@ LOST_ONE: dict[str, Any] = {
 }
 GUARD: dict[str, Any] = {"tells": ("image.lost", "egress.refused")}
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
-FRAMES = moving(1, 0, 200, 40)  # small ones, too many of them
+FRAMES = moving(1, 0, 200, 40)  # small ones, but too many
 
 
 def proved(*submits: Any, **more: Any) -> Behaviour:
-    """The submission's outcome is unknown until a callback comes."""
+    """The submission's outcome is unknown until a callback arrives."""
     return Behaviour(submits=submits, when="now", tells=(*UNCERTAIN, *CALLED), **more)
 
 
@@ -98,7 +98,7 @@ def says(*bodies: Any, **more: Any) -> Behaviour:
 
 
 def asks(*queries: Any) -> Behaviour:
-    """A callback comes, and for a while nobody confirms it."""
+    """A callback arrives, and for a while no query confirms it."""
     return Behaviour(queries=queries, tells=("upstream.called",))
 
 
@@ -300,7 +300,7 @@ RESULTS = {
         truth=linked(
             lambda task: {"results": [task.link(0, task.asked), task.link(1, task.asked)]}
         ),
-        tells=STORED,  # a link that others have replaced meanwhile is no retry
+        tells=STORED,  # a link that was replaced meanwhile does not count as a retry
     ),
     "file_403_for_a_while": serves(page(403), page(403)),
     "file_500": serves(page(500), error(503, "busy", retry_after="1")),

@@ -1,5 +1,5 @@
-"""An upstream that misbehaves in every way of a table at once, byte by byte over sockets, and
-remembers what it was sent.
+"""An upstream that shows every faulty behaviour of a table at once, byte by byte over sockets, and
+records every request.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ FORBIDDEN = (
     "127.0.0.2",
     "localhost",
     "2130706434",
-)  # outside the networks; not one of the hosts; an odd notation
+)  # outside the networks, not one of the hosts, and an odd notation
 CALLERS = 8  # callbacks under way at a time
 
 
@@ -46,8 +46,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Called:
-    """A callback and what was said to it; `status` 0: nothing. `seconds` from the connection's
-    start to the status.
+    """A callback and its answer. `status` is 0 if there was no answer. `seconds` run from the
+    connection's start to the status.
     """
 
     task: Task
@@ -57,10 +57,10 @@ class Called:
 
 @dataclass(slots=True)
 class Upstream:
-    """`tasks` and `submissions` by prompt, which is a behaviour's name and a number; `trespasses`:
-    calls to forbidden addresses.
+    """`tasks` and `submissions` are by prompt, which is a behaviour's name and a number.
+    `trespasses` are calls to forbidden addresses.
 
-    `resumed`: ids of tasks of which a part of a file was fetched.
+    `resumed` has the ids of tasks with a partly fetched file.
     """
 
     behaviours: Mapping[str, Behaviour]
@@ -78,7 +78,7 @@ class Upstream:
     at_work: set[asyncio.Task[None]] = field(default_factory=set)
 
     def order(self, prompt: str) -> Task:
-        """The task that will be made of a prompt."""
+        """The task that this upstream makes for a prompt."""
         name, _, number = prompt.partition(" ")
         behaviour, serial = self.behaviours[name], 1000 + len(self.tasks)
         first = large(serial, behaviour.large) if behaviour.files else behaviour.makes(serial, 0)
@@ -181,7 +181,7 @@ class Upstream:
                 await self._call(task, body(task))
 
     async def repeat(self) -> None:
-        """The true callback of every task once more."""
+        """Sends the true callback of every task once more."""
         await asyncio.gather(
             *(self._call(task, true(task)) for task in self.tasks.values() if task.exists)
         )
@@ -213,7 +213,7 @@ class Upstream:
                 writer.write(written(answer))
                 await writer.drain()
                 if answer.stalls:
-                    await reader.read()  # until the other side leaves
+                    await reader.read()  # until the client closes the connection
                 open = answer.status != 0 and answer.announced is None
 
     async def trespass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -226,8 +226,8 @@ def taken(step: Step, task: Task) -> Answer:
 
 
 def part(whole: bytes, headers: Headers, etag: str) -> Answer:
-    """A file by RFC 9110: the rest of it where that is asked for and nothing changed since, as far
-    as anybody can know.
+    """Answers by RFC 9110: the rest of the file if the client asks for it and the file did not
+    change, else the whole file.
     """
     names = {"content-type": "image/png", "accept-ranges": "bytes"} | (
         {"etag": etag} if etag else {}
@@ -273,7 +273,7 @@ def written(answer: Answer) -> bytes:
 
 @asynccontextmanager
 async def misbehaving(behaviours: Mapping[str, Behaviour]) -> AsyncIterator[Upstream]:
-    """The upstream on 127.0.0.1, and around it addresses that nobody may call."""
+    """Runs the upstream on 127.0.0.1, with forbidden addresses around it."""
     async with asyncio.TaskGroup() as group:
         upstream = Upstream(behaviours, group)
         server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)

@@ -12,8 +12,8 @@ from tests.environment import ROOT, clean_environment
 
 @pytest.mark.timeout(180)
 def test_the_demo_ends_well_and_leaves_its_files(tmp_path: Path) -> None:
-    """Contract section 1, `make demo`: its last line, exit 0, the files it leaves, and a store
-    emptied first.
+    """`make demo` of the README: the last line, exit code 0, the files that it leaves, and a store
+    that it empties first.
     """
     (tmp_path / "demo-data").mkdir()
     (tmp_path / "demo-data" / "stale").touch()
@@ -41,7 +41,7 @@ def test_the_demo_ends_well_and_leaves_its_files(tmp_path: Path) -> None:
 
 
 def test_a_demo_that_cannot_run_says_why_and_where_to_look(tmp_path: Path) -> None:
-    """A failure is one line with the reason and the place of the logs, and an exit code that is not
+    """A failure prints one line with the reason and the place of the logs, and the exit code is not
     zero.
     """
     (tmp_path / "demo-data").write_text("in the way")

@@ -1,4 +1,4 @@
-"""The commands of README and docs, run one after another as the pages have them."""
+"""Runs the commands of README and docs one after another, as the pages show them."""
 
 import os
 import re
@@ -26,7 +26,7 @@ START_S, STOP_S, COMMAND_S = 60, 30, 120
 SERVER = re.compile(r"darkroom (serve|worker|sandbox)\b")
 pytestmark = pytest.mark.timeout(300)
 
-# What a page writes with …, and what a command before it printed.
+# The values that a page writes as …, printed by an earlier command.
 SHOWN = {
     "dk_…": re.compile(r"\bdk_[a-z2-7]{40}"),
     "whsec_…": re.compile(r"\bwhsec_[A-Za-z0-9+/=]{20,}"),
@@ -37,7 +37,7 @@ SHOWN = {
 class Shell:
     """A user's terminals in one folder. Variables that a command exports stay for the next ones.
 
-    `words` replaces addresses and ports of the pages by those of this test. `ports` has the port of
+    `words` replaces addresses and ports of the pages with this test's own. `ports` has the port of
     each server, by its command.
     """
 
@@ -122,7 +122,7 @@ def terminal(folder: Path, upstream: str, **settings: str) -> Iterator[Shell]:
     """A shell whose `.env` lets a service run on loopback with that upstream."""
     port = free_port()
     given = service_settings(upstream, folder, PORT=str(port), **settings)
-    taken = ("EVOLINK_API_KEY", "CALLBACK_URL")  # the pages set them
+    taken = ("EVOLINK_API_KEY", "CALLBACK_URL")  # the pages set these variables themselves
     (folder / ".env").write_text(
         "".join(
             f"{name}={value}\n"
@@ -168,7 +168,7 @@ def test_the_first_steps_of_the_readme(tmp_path: Path, upstream: str) -> None:
 
 
 def test_an_endpoint_is_created_as_the_page_says(tmp_path: Path, upstream: str) -> None:
-    """docs/consuming.md, the request before its programs."""
+    """The request in docs/consuming.md before its programs."""
     if shutil.which("curl") is None:
         missing("curl")
     with terminal(tmp_path, upstream) as shell:

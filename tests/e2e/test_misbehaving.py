@@ -1,5 +1,5 @@
-"""Every way of `faults.py` to misbehave, three tasks each at once, against a real service that is
-watched from outside.
+"""Runs every faulty behaviour of `faults.py`, three tasks each at once, against a real service, and
+checks the outcome from outside.
 """
 
 import asyncio
@@ -39,14 +39,14 @@ LOUD = {
     "image.lost",
     "task.submission_retried",
     "account.refused",
-}  # errors in the log, rightly: a lost picture, a refused account
+}  # log errors that belong to these cases: a lost image, a refused account
 TERMINAL = {f"image.task.{state}" for state in ("completed", "failed", "cancelled", "expired")}
 Json = dict[str, Any]
 
 
 class Outcome(NamedTuple):
-    """What came of a task, as its application, its upstream and its operators saw it. `images`: by
-    position whose picture is served.
+    """The outcome of a task as its application, its upstream and its operators saw it. `images`
+    names by position the task whose image the service serves.
     """
 
     terminal: tuple[str, ...]
@@ -68,7 +68,7 @@ def wanted(prompt: str, found: Outcome) -> Outcome:
     images = {position: f"{prompt}/{position}" for position in expected.images}
     refused = (
         expected.code == "not_submitted" and found.submissions > 2
-    )  # each of them was proved to have created nothing
+    )  # each submission was proved to have created no task
     submissions = found.submissions if refused else len(expected.submits)
     terminal = (f"image.task.{expected.state}",)
     return Outcome(
@@ -95,11 +95,11 @@ async def followed(
     client: httpx.AsyncClient, upstream: Upstream, prompts: Mapping[str, str]
 ) -> None:
     """Reads the events until every task has ended, and tells the upstream what the application
-    knows by now.
+    knows so far.
     """
     after: dict[str, str] = {}
     running = set(prompts)
-    with suppress(TimeoutError):  # what has not ended by then is found below
+    with suppress(TimeoutError):  # the comparison below reports tasks that have not ended
         async with asyncio.timeout(PATIENCE_S):
             while running:
                 page = (
@@ -124,7 +124,7 @@ async def all_events(client: httpx.AsyncClient) -> list[Json]:
 
 
 async def pictures(client: httpx.AsyncClient, upstream: Upstream, task: Json) -> dict[int, str]:
-    """Whose picture is served for each position; what is not served safely is nobody's."""
+    """The owner of the image at each position. An image that is not served safely has no owner."""
     origins = {
         made: f"{prompt}/{at}"
         for prompt, each in upstream.tasks.items()
@@ -150,7 +150,7 @@ async def seen(
 ) -> dict[str, Outcome]:
     answers = {
         prompt: await submitted(client, prompt) for prompt in prompts.values()
-    }  # each again, under the same key
+    }  # repeats each order under the same key
     events = await all_events(client)
     lines = [json.loads(line) for line in list(service.lines) if line.startswith("{")]
     told = {(line.get("task_id"), line["event"]) for line in lines} | {
@@ -189,7 +189,7 @@ async def seen(
 
 
 async def late(client: httpx.AsyncClient, prompts: Mapping[str, str]) -> None:
-    """Waits for what is proved after the end."""
+    """Waits for the proofs that arrive after the end of a task."""
     for task_id, prompt in prompts.items():
         expected = behaviour(prompt)
 
@@ -216,8 +216,8 @@ def percentiles(times: list[float]) -> str:
 
 @pytest.mark.timeout(180)
 async def test_whatever_the_upstream_does_each_task_ends_once_and_rightly(tmp_path: Path) -> None:
-    """One right terminal event a task, its own pictures in order, nothing submitted again without
-    proof, no forbidden call, no 500.
+    """Each task has one correct terminal event and its own images in order. The service submits
+    nothing again without proof, calls no forbidden address and answers no 500.
     """
     limits = httpx.Limits(max_connections=64)
     auth = {"authorization": f"Bearer {ADMIN_KEY}"}

@@ -1,6 +1,4 @@
-"""Two hundred tasks at once through real processes: what the product promises, at the size it
-promises it.
-"""
+"""Two hundred tasks at once through real processes, the size that the product promises."""
 
 import asyncio
 import hashlib
@@ -30,8 +28,8 @@ def body(number: int) -> Json:
 async def test_two_hundred_tasks_at_once_end_in_one_right_terminal_event_each(
     tmp_path: Path,
 ) -> None:
-    """Every picture is byte-equal to what the upstream served, still served after the upstream is
-    gone, and no callback was refused.
+    """Every image equals the upstream's bytes and is still served after the upstream is gone. The
+    service refuses no callback.
     """
     limits = httpx.Limits(max_connections=TASKS)
     with (
