@@ -42,7 +42,7 @@ def s3_running() -> Iterator[str]:
         assert server.stdout is not None
         try:
             address = server.stdout.readline().strip()
-            assert address, "no S3 came up"
+            assert address, "the S3 server did not start"
             yield address
         finally:
             server.stdin.close()

@@ -80,7 +80,7 @@ async def test_no_call_goes_by_a_proxy_of_the_environment(
     assert "authorization" not in dict(there.recorded.requests)["GET /files/direct"]
 
 
-# --- what a submit key can cause
+# --- requests with a submit key
 # --------------------------------------------------------------------------------------
 
 

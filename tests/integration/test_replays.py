@@ -234,7 +234,7 @@ async def test_a_replay_has_a_bounded_rate_and_tells_how_far_it_is(
     shop: Subscriber,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A replay makes one page of deliveries each `EVERY_MS`. A second replay waits for
+    """A replay makes one page of deliveries every `EVERY_MS`. A second replay waits for
     the first.
     """
     monkeypatch.setattr(pipeline, "PAGE", 2)

@@ -230,12 +230,12 @@ async def test_what_is_old_goes_and_readers_are_told(tmp_path: Path) -> None:
             "data": [],
             "next_after": page["next_after"],
             "resync": False,
-        }, "from the oldest there is"
+        }, "a reader without a position starts at the oldest event"
         assert (await pages(here, page["next_after"]))["resync"] is False
         held = await asyncio.wait_for(
             here.client.get("/v1/events", params={"after": first, "wait": 60}), 30
         )
-        assert got(held)["resync"] is True, "at once: nothing is waited for"
+        assert got(held)["resync"] is True, "the answer comes at once"
         assert await later(here, 31 * DAY_MS).apply() == {
             "events": 0,
             "deliveries": 0,

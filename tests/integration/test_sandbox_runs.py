@@ -98,7 +98,7 @@ async def test_an_unknown_fault_is_refused_by_name() -> None:
         create_sandbox(replace(QUICK, faults={"explode": 1}))
 
 
-# --- by chance, and again
+# --- shares and seeds
 # --------------------------------------------------------------------------------------------
 
 CHANCES = replace(

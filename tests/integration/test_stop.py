@@ -187,7 +187,9 @@ async def test_callbacks_are_taken_until_the_work_in_flight_is_done(
             assert (await client.get("/v1/events", params={"after": last, "wait": 60})).json()[
                 "data"
             ] == []
-            assert 0.9 < time.monotonic() - began < 30, "at once would have it ask again and again"
+            assert 0.9 < time.monotonic() - began < 30, (
+                "an answer at once would make the client poll in a tight loop"
+            )
         assert service.process.poll() is None
 
 

@@ -168,7 +168,7 @@ async def test_a_stop_sends_nothing_that_waits_for_a_place(tmp_path: Path) -> No
         assert theirs.received["second"] == []
 
 
-# --- what the upstream's answer proves
+# --- submission outcomes
 # ---------------------------------------------------------------------------------
 
 
@@ -517,7 +517,7 @@ async def test_work_on_what_is_gone_ends_quietly(here: World) -> None:
         await stage.run(Lease(stage.name, "gone", 1, 1))
 
 
-# --- what the client is told, and when
+# --- the answer to the client
 # ---------------------------------------------------------------------------------
 
 
@@ -644,7 +644,7 @@ async def test_a_key_must_be_visible_ascii(key: bytes, here: World) -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")
 
 
-# --- what is refused before money is spent
+# --- refusals before anything is sent
 # -----------------------------------------------------------------------------
 
 LIMITS = [
