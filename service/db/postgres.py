@@ -144,9 +144,14 @@ class PostgresStore(BatchingStore):
         A starting process needs this before it migrates. A stopped process may hold the lock of
         the migration while no process at work is there to end its session.
         """
-        lost_errors = (DBAPIError, NoConnection, OSError, asyncpg.PostgresError)
+        # A connection that ends during a call can raise an InternalClientError of asyncpg.
+        asyncpg_errors = (
+            asyncpg.PostgresError,
+            asyncpg.InterfaceError,
+            asyncpg.InternalClientError,
+        )
         while True:
-            with suppress(*lost_errors, asyncpg.InterfaceError):
+            try:
                 async with self._engine.connect() as connection:
                     driver = (await connection.get_raw_connection()).driver_connection
                     assert driver is not None
@@ -163,6 +168,11 @@ class PostgresStore(BatchingStore):
                                     await lost.wait()
                     finally:
                         await connection.invalidate()
+            except (DBAPIError, NoConnection, OSError, *asyncpg_errors):
+                pass  # the next connection makes up for what this one missed
+            except Exception as error:  # without a watch, hints are lost and locks may stay
+                fields = {"stage": "watch", "key": None, "attempt": 1, "wait_s": WATCH_AGAIN_S}
+                log.exception("worker.failed", **fields, exception=repr(error))
             await asyncio.sleep(WATCH_AGAIN_S)
 
     async def prepare(self, *, migrate: bool) -> None:

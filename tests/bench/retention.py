@@ -166,7 +166,7 @@ async def measured(folder: Path, ordinary: int, large: int) -> dict[str, list[fl
         async with original(self) as run:
 
             async def told(function: Any, *arguments: Any) -> Any:
-                names.extend(call.operation.__name__ for call in arguments[1])
+                names.extend(call.operation.__name__ for call in arguments[0])
                 return await run(function, *arguments)
 
             yield told

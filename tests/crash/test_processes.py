@@ -20,7 +20,8 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(180)
 
-LISTENS = "query ILIKE 'LISTEN%'"
+# The listening session also looks for stalled sessions. Its last statement may be either.
+LISTENS = "(query ILIKE 'LISTEN%' OR query LIKE 'SELECT pid FROM (%')"
 CONNECTIONS = COMMITTERS + READERS + 1
 
 

@@ -59,8 +59,6 @@ class Called:
 class Upstream:
     """`tasks` and `submissions` are by prompt, which is a behaviour's name and a number.
     `trespasses` are calls to forbidden addresses.
-
-    `resumed` has the ids of tasks with a partly fetched file.
     """
 
     behaviours: Mapping[str, Behaviour]
@@ -72,7 +70,6 @@ class Upstream:
     called: list[Called] = field(default_factory=list)
     trespasses: list[str] = field(default_factory=list)
     keys_given_away: list[str] = field(default_factory=list)
-    resumed: set[str] = field(default_factory=set)
     probes: int = 0
     callers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(CALLERS))
     at_work: set[asyncio.Task[None]] = field(default_factory=set)
@@ -160,10 +157,7 @@ class Upstream:
                 step = files[min(number, len(files) - 1)]
                 special = step if isinstance(step, Answer) else step(task, found[3])
         whole = task.pictures[position] if position < 2 else noise(task.number, position)
-        answer = special or part(whole, request.headers, task.behaviour.etag)
-        if answer.status == 206:
-            self.resumed.add(task.id)
-        return answer
+        return special or part(whole, request.headers, task.behaviour.etag)
 
     # --- calling
     # ----------------------------------------------------------------------------------------------

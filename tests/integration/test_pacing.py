@@ -327,7 +327,7 @@ async def test_what_is_passed_through_does_not_wait_for_ever(
     """
     upstream = Slow()
     async with world(tmp_path, upstream=upstream.app, evolink_concurrency=2) as here:
-        monkeypatch.setattr(upstream_routes, "PLACE_S", 0.05)
+        monkeypatch.setattr(upstream_routes, "SLOT_S", 0.05)
         async with AsyncExitStack() as places:
             for _ in range(2):
                 await places.enter_async_context(here.context.resources.limiter.slot("confirm"))
@@ -339,5 +339,5 @@ async def test_what_is_passed_through_does_not_wait_for_ever(
                 )
                 assert answer.headers["retry-after"] == "5"
         assert upstream.calls.total() == 0
-        monkeypatch.setattr(upstream_routes, "PLACE_S", 5.0)
+        monkeypatch.setattr(upstream_routes, "SLOT_S", 5.0)
         assert (await here.client.get("/v1/credits")).status_code == 200

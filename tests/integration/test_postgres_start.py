@@ -154,7 +154,7 @@ async def test_a_start_outlasts_a_process_that_is_stopped_while_it_migrates(
         await_only(resumed.wait())
         return migrate(connection, allowed=allowed)
 
-    monkeypatch.setitem(postgres.SESSION, "idle_in_transaction_session_timeout", "500")
+    monkeypatch.setitem(postgres.SESSION, "idle_in_transaction_session_timeout", "3000")
     monkeypatch.setattr(schema, "migrate", stop_once)
 
     async def start(process: str) -> None:
