@@ -19,6 +19,8 @@ from tests.upstream import After
 from tests.waiting import wait_until
 from tests.world import Subscriber, World, subscriber, world
 
+pytestmark = pytest.mark.slow
+
 JSON = dict[str, Any]
 
 

@@ -16,6 +16,8 @@ from tests.upstream import Cut, Upstream, document, error, failed, picture
 from tests.waiting import wait_until
 from tests.world import World, world
 
+pytestmark = pytest.mark.slow
+
 Task = dict[str, Any]
 
 

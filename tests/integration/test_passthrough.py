@@ -21,6 +21,8 @@ from tests.upstream import Upstream, error, page
 from tests.waiting import wait_until
 from tests.world import World, world
 
+pytestmark = pytest.mark.slow
+
 JSON = dict[str, Any]
 THEIRS = "task-unified-1757165031-uyujaw3d"
 QUERY = f"/v1/tasks/{THEIRS}"
