@@ -33,6 +33,8 @@ from tests.upstream import After, Upstream, document, error, page, picture
 from tests.waiting import wait_until
 from tests.world import World
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def upstream() -> Upstream:
@@ -236,7 +238,6 @@ async def test_a_download_is_tried_until_its_link_has_died(tmp_path: Path) -> No
         assert upstream.asked["dying.png"] >= 2
 
 
-@pytest.mark.slow
 async def test_the_link_that_dies_first_is_fetched_first(tmp_path: Path) -> None:
     """With fewer slots than due images, the link's expiry decides the order, not how long an image
     has been due.

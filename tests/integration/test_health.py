@@ -19,6 +19,8 @@ from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, refused, submitted
 from tests.waiting import wait_until
 from tests.world import World, answering, subscriber, world
 
+pytestmark = pytest.mark.slow
+
 JSON = dict[str, Any]
 WITHOUT_WORKERS = Role(workers=False)
 
@@ -179,7 +181,6 @@ NAMES = {
 }
 
 
-@pytest.mark.slow
 async def test_the_metrics_have_their_names_and_count_what_happened(tmp_path: Path) -> None:
     """One task completes and one fails. One subscriber takes their deliveries, and one address has
     no listener.

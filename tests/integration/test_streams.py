@@ -26,6 +26,8 @@ from tests.outbox import emitted
 from tests.waiting import wait_until
 from tests.world import World, world
 
+pytestmark = pytest.mark.slow
+
 SSE = {"accept": "text/event-stream"}
 BOTH = ["image.task.submitted", "image.task.completed"]
 Json = dict[str, Any]
@@ -189,7 +191,6 @@ async def test_what_is_kept_is_limited_by_size_too(
         assert here.context.tail._entries == []
 
 
-@pytest.mark.slow
 async def test_a_reader_whose_place_is_gone_is_told(tmp_path: Path) -> None:
     """The reader gets one `resync` without an id and with the oldest sequence, and then the events
     from there.
@@ -269,7 +270,6 @@ async def test_a_stream_ends_with_its_key(tmp_path: Path, monkeypatch: pytest.Mo
             refused(await client.get("/v1/events", headers=SSE), 401, "unauthorized")
 
 
-@pytest.mark.slow
 async def test_what_others_do_hides_neither_silence_nor_the_end_of_a_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
