@@ -17,7 +17,6 @@ COMPLETE = found=$$($(BIN)/python -m pip check 2>&1) \
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Every branch of these modules is covered.
 # Logic, workers and SQL of the steps. The validator's child has an empty environment and is measured
 # only in part.
 COVERED := 'service/signing.py,service/tasks/*,service/images/*,service/events/*,service/upkeep/*'
