@@ -25,16 +25,16 @@ SETTINGS = {
     "EVOLINK_RESULT_HOSTS": "127.0.0.1,127.0.0.2",
     "EVOLINK_CONCURRENCY": "64",
     "SUBMIT_SCHEDULE": "0.2,0.5,1",
-    "SUBMIT_TIMEOUT_S": "4",
-    "SUBMIT_GIVE_UP_S": "30",
-    "UNCERTAIN_AFTER_S": "8",
-    "QUERY_TIMEOUT_S": "3",
+    "SUBMIT_TIMEOUT_S": "10",
+    "SUBMIT_GIVE_UP_S": "60",
+    "UNCERTAIN_AFTER_S": "16",
+    "QUERY_TIMEOUT_S": "6",
     "RECONCILE_AFTER_S": "3",
     "DOWNLOAD_SCHEDULE": "0.2,0.5,1",
     "MAX_IMAGE_BYTES": str(MAX_BYTES),
     "MAX_IMAGE_PIXELS": str(MAX_PIXELS),
 }
-PATIENCE_S, LATE_S = 75, 20
+PATIENCE_S, LATE_S = 150, 30
 LOUD = {
     "image.lost",
     "task.submission_retried",
@@ -214,7 +214,7 @@ def percentiles(times: list[float]) -> str:
     )
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 async def test_whatever_the_upstream_does_each_task_ends_once_and_rightly(tmp_path: Path) -> None:
     """Each task has one correct terminal event and its own images in order. The service submits
     nothing again without proof, calls no forbidden address and answers no 500.
