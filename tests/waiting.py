@@ -8,7 +8,7 @@ from typing import Any
 PAUSE_S = 0.01
 
 
-async def wait_until(predicate: Callable[[], Any], timeout: float = 10) -> Any:
+async def wait_until(predicate: Callable[[], Any], timeout: float = 30) -> Any:
     """The value of `predicate`, plain or awaited, as soon as it is true. AssertionError after
     `timeout` seconds.
 
