@@ -47,6 +47,7 @@ from service.web.context import Context
 from service.web.error_responses import HANDLERS
 from service.web.middleware import Requests
 from service.web.overload import KeyLimits, LoadShedder, PriorityGate
+from service.web.published import RecentLook
 from service.web.routes.table import operators_routes, routes
 from service.web.server import Server, bind, listening
 
@@ -224,6 +225,7 @@ def make_context(
         access=Access(resources.store, admin_key),
         limits=KeyLimits(settings.key_requests),
         shedder=LoadShedder(gate, resources.metrics),
+        readiness=RecentLook(),
         result_ttl_s=settings.evolink_result_ttl_s,
         sinks={address.name: address.types for address in settings.sinks},
         sinks_failing=lambda: any(each.failing for each in broker_workers.values()),

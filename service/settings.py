@@ -144,7 +144,7 @@ class Settings(BaseModel):
     """Whether log lines may contain prompts."""
     metrics_port: types.Port | None = None
     """Port that serves `/metrics` without a key. On the main port `/metrics` needs a key with
-    `read`."""
+    `admin`."""
     stop_s: types.Seconds = 20
     """After SIGTERM, how long requests and work in flight may still take."""
     migrate: Annotated[Literal["on", "off"], types.Lower] = "on"

@@ -48,6 +48,24 @@ def _mask(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str
     return line
 
 
+def _escape(_: Any, __: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Escapes control characters, which a terminal would obey. The renderer escapes what is no
+    text, and a traceback keeps its lines.
+    """
+    for name, value in line.items():
+        if isinstance(value, str):
+            lines = value.split("\n") if name == "exception" else [value]
+            line[name] = "\n".join(map(printable, lines))
+    return line
+
+
+def printable(text: str) -> str:
+    """The text with `\\x1b` and the like in the place of every character that does not print."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 class Unbreakable:
     """A stream that counts its failures: a full disk or a closed pipe must not fail a task."""
 
@@ -74,10 +92,10 @@ def configure(format: str, level: str, stream: TextIO = sys.stdout) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _add_version,
     ]
-    renderer: Any = structlog.processors.JSONRenderer()
+    form: list[Any] = [structlog.processors.JSONRenderer()]
     if format == "console":
-        renderer = structlog.dev.ConsoleRenderer(colors=stream.isatty())
-    finish: list[Any] = [structlog.processors.ExceptionRenderer(), _mask, renderer]
+        form = [_escape, structlog.dev.ConsoleRenderer(colors=stream.isatty())]
+    finish: list[Any] = [structlog.processors.ExceptionRenderer(), _mask, *form]
     unbreakable = Unbreakable(stream)
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(

@@ -12,6 +12,7 @@ from service.tasks.accept import TaskIntake
 from service.tasks.account_breaker import AccountBreaker
 from service.web.auth import Access
 from service.web.overload import KeyLimits, LoadShedder, PriorityGate
+from service.web.published import RecentLook
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Context:
     access: Access
     limits: KeyLimits
     shedder: LoadShedder
+    readiness: RecentLook[tuple[str, list[str]]]
     result_ttl_s: float
     sinks: Mapping[str, Sequence[str]]
     sinks_failing: Callable[[], bool]

@@ -44,11 +44,9 @@ class Address:
 
 
 async def addresses(here: World) -> dict[str, Address]:
-    """The upstream itself, and the service with an ordinary owner's key."""
-    key = got(
-        await here.client.post("/v1/keys", json={"owner": "client", "scopes": ["submit", "read"]}),
-        201,
-    )["key"]
+    """The upstream itself, and the service with a key that may see the account's credits."""
+    body = {"owner": "client", "scopes": ["submit", "read", "admin"]}
+    key = got(await here.client.post("/v1/keys", json=body), 201)["key"]
     return {"upstream": Address(here.sandbox_url, KEY), "darkroom": Address(here.url, key)}
 
 

@@ -273,13 +273,16 @@ async def test_the_gauges_tell_how_old_what_waits_is(tmp_path: Path) -> None:
     assert samples["darkroom_blob_free_bytes"] != samples["darkroom_blob_free_bytes"]
 
 
-async def test_the_metrics_want_a_key_with_read_on_the_main_port(here: World) -> None:
-    """The answer is 401 without a key and 403 with another scope."""
-    refused(await here.stranger.get("/metrics"), 401, "unauthorized")
-    async with here.owner("submit") as client:
-        refused(await client.get("/metrics"), 403, "permission_denied")
-    async with here.owner("read") as client:
-        assert (await client.get("/metrics")).status_code == 200
+async def test_figures_of_all_owners_want_a_key_with_admin_on_the_main_port(here: World) -> None:
+    """Metrics and the account's credits are everybody's sums. The answer is 401 without a key and
+    403 with any other scope.
+    """
+    for path in ("/metrics", "/v1/credits"):
+        refused(await here.stranger.get(path), 401, "unauthorized")
+        async with here.owner("submit", "read", "subscribe") as client:
+            refused(await client.get(path), 403, "permission_denied")
+        async with here.owner("admin") as client:
+            assert (await client.get(path)).status_code == 200
 
 
 async def test_the_metrics_port_wants_no_key_and_serves_no_clients(here: World) -> None:

@@ -63,7 +63,7 @@ async def there(
 
 @pytest.fixture
 async def reader(there: World) -> AsyncIterator[httpx.AsyncClient]:
-    async with there.owner("read") as client:
+    async with there.owner("admin") as client:
         yield client
 
 

@@ -108,6 +108,36 @@ def test_libraries_whose_lines_hold_addresses_are_quiet() -> None:
     assert [line["logger"] for line in lines_of(stream)] == list(QUIET)
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[2J\x1b]0;owned\x07", r"\x1b[2J\x1b]0;owned\x07"),
+        ("red\x9b31m", r"red\x9b31m"),
+        ("a\r2026-01-01 [info] task.settled", r"a\r2026-01-01 [info] task.settled"),
+        ("one\ntwo\tthree\x00\x7f", r"one\ntwo\tthree\x00\x7f"),
+        ("png\u202egnp\u2066", r"png\u202egnp\u2066"),
+        ("ein Ölbild, 订单 🎨", "ein Ölbild, 订单 🎨"),
+    ],
+)
+def test_the_console_shows_control_characters_escaped(text: str, shown: str) -> None:
+    """Text of clients, of the upstream and of libraries never reaches the terminal as a command,
+    as a field, in a list or in a traceback.
+    """
+    stream = io.StringIO()
+    configure("console", "info", stream)
+    log = structlog.get_logger()
+    log.info("task.queued", model=text, more=[text])
+    logging.getLogger("some.library").warning("it said %s", text)
+    try:
+        broken(text)
+    except ValueError:
+        log.exception("http.failed")
+    written = stream.getvalue()
+    assert all(char.isprintable() or char == "\n" for char in written)
+    # A value with spaces is quoted, with its backslashes. A traceback keeps its line breaks.
+    assert written.replace("\\\\", "\\").count(shown) >= (3 if "\n" in text else 4)
+
+
 def test_an_exception_is_in_its_line() -> None:
     """A traceback is a field of one line, from the service or from a library."""
     stream = configured()

@@ -15,7 +15,7 @@ from service.web.context import context_of
 from service.web.event_stream import stream
 from service.web.schemas import known_pattern
 
-MAX_WAIT_S = 60
+MAX_WAIT_S, MAX_TYPES = 60, 32
 STOPPING_S = 1.0
 
 
@@ -29,9 +29,12 @@ def sequence(text: str | None, param: str) -> int | None:
 
 
 def event_types(request: Request) -> list[str]:
-    types = ",".join(request.query_params.getlist("type")).split(",")
+    types = [type for type in ",".join(request.query_params.getlist("type")).split(",") if type]
+    if len(types) > MAX_TYPES:
+        message = f"type names at most {MAX_TYPES} types, not {len(types)}"
+        raise invalid_request(message, "type")
     try:
-        return [known_pattern(pattern) for pattern in types if pattern]
+        return [known_pattern(pattern) for pattern in types]
     except ValueError as error:
         raise invalid_request(f"type {error}", "type") from None
 

@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 from service.errors import ApiError, BlobUnavailable, StoreUnavailable
 from service.events.broker_worker import sinks_behind
 from service.ops.metrics import CONTENT_TYPE
+from service.strict_json import JSON
 from service.upkeep import store_figures
 from service.web.auth import SCOPES
 from service.web.context import Context, context_of
@@ -24,12 +25,24 @@ async def healthz(_: Request) -> Response:
 async def readyz(request: Request) -> Response:
     """Report that this process can commit a callback."""
     context = context_of(request)
+    if await _has_key(request, context):
+        status, causes = await _readiness(context)
+        body: JSON = {"status": status, "causes": causes}
+    else:
+        status, _ = await context.readiness.look(lambda: _readiness(context))
+        body = {"status": status}
+    if status == "unavailable":
+        return JSONResponse(body, 503, headers={"Retry-After": "1"})
+    return JSONResponse(body)
+
+
+async def _readiness(context: Context) -> tuple[str, list[str]]:
+    """The status of this process and its causes."""
     try:
         async with asyncio.timeout(READY_S):
             await context.resources.store.write(store_figures.mark, None, urgent=True)
     except (StoreUnavailable, TimeoutError):
-        body = {"status": "unavailable", **await _shown(request, context, ["store"])}
-        return JSONResponse(body, 503, headers={"Retry-After": "1"})
+        return "unavailable", ["store"]
     causes = []
     if context.resources.store.signals.stopping:
         causes.append("stopping")
@@ -42,8 +55,7 @@ async def readyz(request: Request) -> Response:
         causes.append("upstream")
     if context.sinks and (context.sinks_failing() or await _sinks_late(context)):
         causes.append("brokers")
-    status = "degraded" if causes else "ok"
-    return JSONResponse({"status": status, **await _shown(request, context, causes)})
+    return ("degraded" if causes else "ok"), causes
 
 
 async def _blobs_answer(context: Context) -> bool:
@@ -73,15 +85,14 @@ async def _free_bytes(context: Context) -> int | None:
         return 0
 
 
-async def _shown(request: Request, context: Context, causes: list[str]) -> dict[str, list[str]]:
-    """The causes, if the request has a valid key."""
+async def _has_key(request: Request, context: Context) -> bool:
     if "authorization" not in request.headers:
-        return {}
+        return False
     try:
         await context.access.caller(request, *SCOPES)
     except (ApiError, StoreUnavailable):
-        return {}
-    return {"causes": causes}
+        return False
+    return True
 
 
 async def metrics(request: Request) -> Response:

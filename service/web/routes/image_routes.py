@@ -9,6 +9,7 @@ from service.errors import ApiError, BlobMissing
 from service.images.downloads import shown_image
 from service.web.context import resources_of
 from service.web.error_responses import error_response
+from service.web.published import has_tag
 
 RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII | re.IGNORECASE)
 HEADERS = {
@@ -32,13 +33,6 @@ def byte_range(text: str | None, size: int) -> tuple[int, int] | None:
     if match[2] and int(match[2]) < int(match[1]):
         return None
     return min(size, int(match[1])), min(size, int(match[2]) + 1) if match[2] else size
-
-
-def has_tag(tags: str, etag: str) -> bool:
-    """Whether `If-None-Match` contains this entity tag. A weak one counts too."""
-    return tags.strip() == "*" or etag in [
-        tag.strip().removeprefix("W/") for tag in tags.split(",")
-    ]
 
 
 async def image(request: Request) -> Response:

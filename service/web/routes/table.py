@@ -3,10 +3,11 @@
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from pydantic import BaseModel
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 from structlog.contextvars import bind_contextvars
 
@@ -16,6 +17,7 @@ from service.web.asyncapi import document as asyncapi_document
 from service.web.context import context_of
 from service.web.event_schemas import EventPage
 from service.web.openapi import document as openapi_document
+from service.web.published import Published
 from service.web.routes import admin_routes as admin
 from service.web.routes import delivery_routes as deliveries
 from service.web.routes import endpoint_routes as endpoints
@@ -70,14 +72,20 @@ def spec(
     return Spec(method, path, endpoint, needs, answer, body, parameters, status)
 
 
-async def asyncapi(_: Request) -> Response:
-    """Show the AsyncAPI document, which describes events."""
-    return JSONResponse(asyncapi_document())
+@cache
+def published() -> tuple[Published, Published]:
+    """The OpenAPI and the AsyncAPI document of this process."""
+    return Published(openapi_document(SPECS)), Published(asyncapi_document())
 
 
-async def openapi(_: Request) -> Response:
+async def openapi(request: Request) -> Response:
     """Show the OpenAPI document."""
-    return JSONResponse(openapi_document(SPECS))
+    return published()[0].answer(request)
+
+
+async def asyncapi(request: Request) -> Response:
+    """Show the AsyncAPI document, which describes events."""
+    return published()[1].answer(request)
 
 
 ID = re.compile("[!-~]{1,200}")
@@ -96,7 +104,7 @@ SPECS = (
     spec(
         "POST /v1/tasks/{task_id}/resolve", admin.resolve, "admin", schemas.Task, schemas.Resolution
     ),
-    spec("GET /v1/credits", upstream.credits, "read"),
+    spec("GET /v1/credits", upstream.credits, "admin"),
     spec("GET /v1/models", upstream.models, "read"),
     spec("GET /v1/events?after&type&task&wait&limit", events.events, "subscribe read", EventPage),
     spec(
@@ -157,7 +165,7 @@ SPECS = (
     spec("GET /images/{image_id}", images.image, ""),
     spec("GET /healthz", health.healthz, "", schemas.Health),
     spec("GET /readyz", health.readyz, "", schemas.Readiness),
-    spec("GET /metrics", health.metrics, "read"),
+    spec("GET /metrics", health.metrics, "admin"),
     spec("GET /openapi.json", openapi, ""),
     spec("GET /asyncapi.json", asyncapi, ""),
 )
@@ -206,6 +214,7 @@ def table(endpoints: Mapping[Spec, Handler]) -> list[Route]:
 
 def routes() -> list[Route]:
     """All routes of a web process."""
+    published()  # before the first request, because they take 50 ms to build
     path = "/callbacks/{upstream}/{task_id}/{token}"
     callbacks = Route(path, CallbackRoute(), methods=["POST", "PUT"])
     return [callbacks, *table({spec: guarded(spec) for spec in SPECS})]

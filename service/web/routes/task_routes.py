@@ -25,7 +25,7 @@ from service.web.routes import upstream_routes
 FIRST_OUTCOME_S = 10.0
 MAX_WAIT_S = 120
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
-METADATA = "metadata."
+METADATA, METADATA_FILTERS = "metadata.", 16
 # JSON escapes these characters, and SQLite compares names as written.
 ESCAPED = re.compile(r'["\\\x00-\x1f]')
 
@@ -105,6 +105,9 @@ async def tasks(request: Request) -> Response:
     """List tasks, newest first."""
     store, owner = resources_of(request).store, caller_of(request).sees
     names = [name for name in request.query_params if name.startswith(METADATA)]
+    if len(names) > METADATA_FILTERS:
+        message = f"at most {METADATA_FILTERS} metadata filters are allowed, not {len(names)}"
+        raise invalid_request(message, "metadata")
     if any(ESCAPED.search(name) for name in names):
         message = "metadata names with quotes, backslashes or control characters cannot be"
         raise invalid_request(f"{message} searched for", "metadata")
