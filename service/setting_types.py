@@ -10,6 +10,7 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 from pydantic_settings import BaseSettings, DotEnvSettingsSource
 
+from service.db.postgres_url import POSTGRES_SCHEME, parse_postgres_url
 from service.errors import ConfigurationError
 from service.events.broker_addresses import SinkAddress, distinct, sink_address, split_addresses
 
@@ -29,6 +30,8 @@ HOST = re.compile(r"[a-z0-9_.:-]+")
 BUCKET = re.compile(
     r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9_][A-Za-z0-9._-]{0,99}){0,8}"
 )
+# The end of an address that was copied from an example of a request.
+API_PATH = re.compile(r"/+v1(/+(images/generations|tasks|credits|models))?/*$", re.IGNORECASE)
 RESULT_HOST = re.compile(r"\.?[a-z0-9_]([a-z0-9_.-]*[a-z0-9])?")
 
 Network = IPv4Network | IPv6Network
@@ -50,6 +53,15 @@ def is_setting(name: str, value: str | None) -> bool:
         name.endswith("PORT") and SERVICE_LINK_VALUE.match(value or "")
     )
     return name.upper().startswith(PREFIX) and not name.startswith(PREFIX + "TEST_") and not link
+
+
+def tidy(name: str, value: str) -> str:
+    """The value without blanks around it, and without the quotes that `docker run --env-file` and
+    Kubernetes secrets keep. A secret key keeps its quotes, because signatures depend on them.
+    """
+    value = value.strip()
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+    return value[1:-1].strip() if quoted and name != f"{PREFIX}SECRET_KEY" else value
 
 
 def split(value: object) -> object:
@@ -88,7 +100,7 @@ def ip_literal(host: str | None) -> IPv4Address | IPv6Address | None:
 
 
 def result_host(value: str) -> str:
-    value = value.lower()
+    value = value.lower().removeprefix("*") if value.startswith("*.") else value.lower()
     if not RESULT_HOST.fullmatch(value) and not ip_literal(value):
         raise ValueError(
             "should be a host, or .name for every subdomain, without scheme, port or path"
@@ -117,11 +129,35 @@ def http_address(value: str) -> SplitResult:
         _ = parts.port
     except ValueError:
         raise ValueError("should be a URL with a valid host and port") from None
-    if parts.scheme not in ("http", "https") or not HOST.fullmatch(parts.hostname or ""):
+    if (
+        parts.scheme not in ("http", "https")
+        or not HOST.fullmatch(parts.hostname or "")
+        or parts.netloc.endswith(":")
+    ):
         raise ValueError("should be an http or https URL with a host")
     if "@" in parts.netloc or "?" in value or "#" in value:
         raise ValueError("should have no user, password, query or fragment")
     return parts
+
+
+def check_reachable(
+    parts: SplitResult, networks: tuple[Network, ...], *, own_resolver: bool
+) -> None:
+    """ValueError: the upstream and the service cannot reach each other at this address.
+
+    `own_resolver`: the service calls the address and checks a name's addresses when it resolves
+    the name. Otherwise the upstream calls it.
+    """
+    host, number = parts.hostname or "", ip_literal(parts.hostname)
+    if number and any(number in network for network in networks):
+        return
+    if parts.scheme == "http" and (number or not (own_resolver and networks)):
+        raise ValueError(
+            f"should be https: plain http is for addresses inside {PREFIX}UPSTREAM_NETWORKS"
+        )
+    local = host.rpartition(".")[2] == "localhost" or (not own_resolver and "." not in host)
+    if (not number.is_global) if number else (local and not networks):
+        raise ValueError(f"should be a public address: others are for {PREFIX}UPSTREAM_NETWORKS")
 
 
 def check_postgres_url(value: str) -> None:
@@ -132,11 +168,13 @@ def check_postgres_url(value: str) -> None:
             _ = urlsplit(f"//{host}").port
     except ValueError:
         parts = urlsplit("")
-    if parts.scheme != "postgresql" or "@" in parts.path + parts.query or parts.fragment:
+    wrong = "@" in parts.path + parts.query or parts.fragment
+    if not POSTGRES_SCHEME.fullmatch(parts.scheme) or wrong:
         raise ValueError(
             "should be sqlite:///FILE or postgresql://USER:PASSWORD@HOST:PORT/NAME, special"
             " characters percent-encoded"
         )
+    parse_postgres_url(value)
 
 
 def folder(value: Path) -> Path:

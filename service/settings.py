@@ -62,7 +62,7 @@ class Settings(BaseModel):
     data_dir: types.Folder = Path("./data")
     """Directory of the embedded store and of the images."""
     database_url: str = Field("sqlite:///{data_dir}/darkroom.db", repr=False)
-    """The store: `sqlite:///FILE` or `postgresql://…`."""
+    """The store: `sqlite:///FILE` or `postgresql://…` as a provider's console gives it."""
     blob_url: str = "file://{data_dir}/images"
     """Where images are stored: `file:///FOLDER`, or `s3://BUCKET/PREFIX` with the extra `s3` and
     the usual `AWS_…` variables."""
@@ -79,7 +79,7 @@ class Settings(BaseModel):
     evolink_api_key: types.Token | None = None
     """API key of the upstream."""
     evolink_base_url: str = "https://api.evolink.ai"
-    """Address of the upstream."""
+    """Address of the upstream, with or without `/v1`."""
     evolink_result_hosts: types.Hosts = (".evolink.ai",)
     """Comma-separated hosts from which results may be downloaded. `.x` is every subdomain of x. `x`
     is exactly x."""
@@ -162,17 +162,12 @@ class Settings(BaseModel):
         host, port = info.data.get("host", "localhost"), info.data.get("port", 0)
         value = value.replace("{host}", f"[{host}]" if ":" in host else host)
         value = value.replace("{port}", str(port)).rstrip("/")
+        if info.field_name in ("url", "evolink_base_url"):
+            value = types.API_PATH.sub("", value)  # every path that is appended begins with it
         parts = types.http_address(value)
-        if info.field_name in ("evolink_base_url", "callback_url") and parts.scheme == "http":
-            # The service checks the addresses of an upstream's name when it resolves the name. The
-            # upstream, not the service, resolves the host of a callback URL.
-            networks = info.data.get("upstream_networks", ())
-            number = types.ip_literal(parts.hostname)
-            by_name = networks and info.field_name == "evolink_base_url"
-            if not (any(number in each for each in networks) if number else by_name):
-                raise ValueError(
-                    f"should be https: plain http is for addresses inside {PREFIX}UPSTREAM_NETWORKS"
-                )
+        if info.field_name in ("evolink_base_url", "callback_url"):
+            own = info.field_name == "evolink_base_url"
+            types.check_reachable(parts, info.data.get("upstream_networks", ()), own_resolver=own)
         if info.field_name == "callback_url" and len(value) > CALLBACK_URL_CHARS:
             raise ValueError(f"should have at most {CALLBACK_URL_CHARS} characters")
         return value
@@ -234,7 +229,8 @@ def load_settings(
             raise ConfigurationError(f"{name} is not a setting{hint}")
         if values[name] is None:
             raise ConfigurationError(f"{name} has no value in {env_file}: write {name}=…")
-    fields = {known[name]: value for name, value in values.items() if value != ""}
+    tidied = {known[name]: types.tidy(name, value) for name, value in values.items()}
+    fields = {field: value for field, value in tidied.items() if value != ""}
     try:
         return Settings(**fields | overrides)
     except ValidationError as error:

@@ -6,36 +6,44 @@ timeout of its own here (see docs/decisions/0026).
 """
 
 import socket
+import ssl
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import asyncpg
+import structlog
 from asyncpg.connect_utils import SessionAttribute
 from asyncpg.exceptions import TargetServerAttributeNotMatched
 
-CONNECT_S = 10.0  # to one host
+from service.db.postgres_url import parse_postgres_url
+from service.errors import ConfigurationError
+
+log = structlog.get_logger()
+
+CONNECT_S = 10  # to one host
+IDLE_S, INTERVAL_S = 5, 5  # of keepalives
 SILENT_S = 15  # without an acknowledgement, after which the host counts as gone
-
-
-def dsns(url: str) -> list[str]:
-    """One URL for each comma-separated host of `postgresql://…` or `postgres://…`. A driver in the
-    scheme (`postgresql+asyncpg://…`) is dropped.
-    """
-    parts = urlsplit(url)
-    user, at, hosts = parts.netloc.rpartition("@")
-    query = f"?{parts.query}" if parts.query else ""
-    return [f"postgresql://{user}{at}{host}{parts.path}{query}" for host in hosts.split(",")]
 
 
 def connecting(
     url: str, server_settings: dict[str, str]
 ) -> Callable[[], Awaitable["asyncpg.Connection[Any]"]]:
     """Returns a function that connects to the first host that accepts writes. It begins with the
-    host of the last connection. OSError, CannotConnectNowError: no host accepts writes.
+    host of the last connection.
+
+    OSError, CannotConnectNowError: no host accepts writes. ConfigurationError: the URL names a file
+    that does not exist.
     """
-    hosts = dsns(url)
+    database = parse_postgres_url(url)
+    if database.ignored:
+        log.warning("store.parameters_ignored", parameters=",".join(database.ignored))
+    for name, file in database.files.items():
+        if not Path(file).is_file():
+            raise ConfigurationError(f"DARKROOM_DATABASE_URL: {name}: there is no file {file}")
+    hosts, seconds = list(database.dsns), database.numbers.get("connect_timeout", 0)
+    trust = system_trust() if database.system_roots else None
 
     async def connect() -> "asyncpg.Connection[Any]":
         failure: Exception = ConnectionError("no host")
@@ -43,29 +51,47 @@ def connecting(
             try:
                 connection = await asyncpg.connect(
                     host,
-                    timeout=CONNECT_S,
+                    timeout=seconds if seconds > 0 else CONNECT_S,
                     server_settings=server_settings,
                     target_session_attrs=SessionAttribute.primary,
+                    ssl=trust,
                 )
             except TargetServerAttributeNotMatched:
                 failure = ConnectionError("no host is a primary server")
             except (OSError, asyncpg.CannotConnectNowError) as error:
-                failure = error
+                failure = error if str(error) else ConnectionError("no answer in time")
             else:
                 hosts.remove(host)
                 hosts.insert(0, host)
                 transport = connection._transport  # type: ignore[attr-defined]  # noqa: SLF001
-                notice_silence(transport.get_extra_info("socket"))
+                notice_silence(transport.get_extra_info("socket"), database.numbers)
                 return connection
         raise failure
 
     return connect
 
 
-def notice_silence(connected: socket.socket) -> None:
-    """Ends the connection when its peer's machine is gone, also while the connection is idle."""
-    if connected.family != socket.AF_UNIX and sys.platform == "linux":
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_S * 1000)
+def system_trust() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["postgresql"])  # which `sslnegotiation=direct` needs
+    return context
+
+
+def notice_silence(connected: socket.socket, given: Mapping[str, int]) -> None:
+    """Ends the connection when its peer's machine is gone, also while the connection is idle.
+
+    `given` are libpq's parameters. 0 stands for the default.
+    """
+    if connected.family == socket.AF_UNIX or sys.platform != "linux":
+        return
+    alive = given.get("keepalives", 1)
+    options = {
+        socket.TCP_KEEPIDLE: given.get("keepalives_idle") or IDLE_S,
+        socket.TCP_KEEPINTVL: given.get("keepalives_interval") or INTERVAL_S,
+        socket.TCP_KEEPCNT: given.get("keepalives_count"),
+        socket.TCP_USER_TIMEOUT: given.get("tcp_user_timeout") or SILENT_S * 1000,
+    }
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, int(alive != 0))
+    for option, value in options.items():
+        if value:
+            connected.setsockopt(socket.IPPROTO_TCP, option, value)

@@ -245,7 +245,7 @@ async def open_postgres(
     try:
         try:
             await store.prepare(migrate=migrate)
-        except (DBAPIError, OSError) as error:
+        except (DBAPIError, OSError, asyncpg.InterfaceError) as error:
             raise ConfigurationError(
                 f"DARKROOM_DATABASE_URL: PostgreSQL cannot be used: {reason(error)}"
             ) from error

@@ -14,7 +14,6 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection, inspect
 
 from service.db.batching import BatchingStore
-from service.db.failover import dsns
 from service.db.migrations import versions
 from service.db.tables import counters, metadata
 from service.errors import ConfigurationError
@@ -165,20 +164,6 @@ async def test_a_missing_database_is_reported_in_one_line(postgres_server: str) 
     await Database(postgres_server.replace("/postgres?", "/nowhere?")).refused(
         "DARKROOM_DATABASE_URL: PostgreSQL cannot be used"
     )
-
-
-@pytest.mark.parametrize("scheme", ["postgresql", "postgres", "postgresql+asyncpg"])
-def test_every_common_form_of_the_url_is_understood(scheme: str) -> None:
-    """The scheme does not choose the driver."""
-    assert dsns(f"{scheme}://user:p%40ss@db.test:5432/darkroom") == [
-        "postgresql://user:p%40ss@db.test:5432/darkroom"
-    ]
-    assert dsns(f"{scheme}:///darkroom?host=/run/pg&user=u") == [
-        "postgresql:///darkroom?host=/run/pg&user=u"
-    ]
-    assert dsns(f"{scheme}://u@one:1,two:2/d?sslmode=require") == [
-        f"postgresql://u@{host}/d?sslmode=require" for host in ("one:1", "two:2")
-    ]
 
 
 def test_no_migration_drops_anything() -> None:

@@ -105,6 +105,9 @@ LINES: Mapping[str, str] = MappingProxyType(
             "`reason` (the server is starting, or another session holds a table that the"
             " migration needs), `limit_s` (how long the process keeps trying)"
         ),
+        "store.parameters_ignored": (
+            "`parameters` (of `DARKROOM_DATABASE_URL`, comma-separated, that have no effect here)"
+        ),
         "store.unsafe": (
             "`setting` (off at the PostgreSQL server). The server may lose commits in a power cut."
         ),

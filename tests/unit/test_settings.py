@@ -136,11 +136,65 @@ def test_an_empty_environment_gives_the_documented_defaults(
         ("IMAGE_BASE_URL", "https://cdn.example/images/", "https://cdn.example/images"),
         ("IMAGE_LINK_TTL_S", "0", 0),
         ("URL", "http://darkroom.internal/", "http://darkroom.internal"),
+        ("URL", "https://darkroom.example/sub/v1/", "https://darkroom.example/sub"),
+        ("EVOLINK_RESULT_HOSTS", "*.evolink.ai", (".evolink.ai",)),
     ],
 )
 def test_a_text_becomes_its_typed_value(variable: str, text: str, value: object) -> None:
     """Lists are comma-separated, words may have any case, and URLs lose their last slash."""
     assert getattr(settings(**{variable: text}), variable.lower()) == value
+
+
+API = "https://api.evolink.ai"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (f"{API}/", API),
+        (f"{API}/v1", API),
+        (f"{API}/v1/", API),
+        (f"{API}//v1//", API),
+        (f"{API}/V1", API),
+        (f"{API}:443/v1", f"{API}:443"),
+        (f"{API}/v1/images/generations", API),
+        (f"{API}/v1/credits", API),
+        ("https://gateway.example/evolink/v1/", "https://gateway.example/evolink"),
+        ("HTTPS://API.evolink.ai/v1", "HTTPS://API.evolink.ai"),
+        (f"  {API}/v1\n", API),
+        (f'"{API}/v1"', API),
+        (f"'{API}/v1/ '", API),
+    ],
+)
+def test_the_upstreams_address_may_be_copied_from_anywhere(text: str, value: str) -> None:
+    """Its version and the path of an example are left off, because each call appends them."""
+    assert settings(EVOLINK_BASE_URL=text).evolink_base_url == value
+
+
+@pytest.mark.parametrize(
+    "around", ["{}\n", " {} ", "\t{}\r\n", '"{}"', "'{}'", '" {} "', "\u00a0{}"]
+)
+def test_blanks_and_quotes_around_a_value_are_left_off(around: str) -> None:
+    """`docker run --env-file` keeps quotes, and a secret made with `echo` has a line end."""
+    got = settings(
+        EVOLINK_API_KEY=around.format("sk-1"),
+        PORT=around.format("9000"),
+        DATA_DIR=around.format("/srv/darkroom"),
+        LOG_PROMPTS=around.format("true"),
+        IMAGE_BASE_URL=around.format(""),
+    )
+    assert got.evolink_api_key is not None
+    assert got.evolink_api_key.get_secret_value() == "sk-1"
+    assert (got.port, str(got.data_dir), got.log_prompts) == (9000, "/srv/darkroom", True)
+    assert got.image_base_url is None
+
+
+def test_quotes_of_a_secret_key_stay() -> None:
+    """They were part of the key when it signed."""
+    quoted = f'"{KEY}"'
+    given = settings(SECRET_KEY=f" {quoted}\n").secret_key
+    assert given is not None
+    assert given.get_secret_value() == quoted
 
 
 def test_the_base_url_has_an_ipv6_address_in_brackets() -> None:
@@ -318,6 +372,19 @@ def test_an_unreadable_file_stops_the_start(tmp_path: Path) -> None:
         ("ADMIN_KEY", "sixteen characters", "without spaces"),
         ("EVOLINK_API_KEY", "sk-\nx", "visible ASCII"),
         ("EVOLINK_BASE_URL", "http://api.evolink.ai", "DARKROOM_UPSTREAM_NETWORKS"),
+        ("EVOLINK_BASE_URL", "api.evolink.ai", "http or https"),
+        ("EVOLINK_BASE_URL", "https:/api.evolink.ai", "http or https"),
+        ("EVOLINK_BASE_URL", "https://https://api.evolink.ai", "http or https"),
+        ("EVOLINK_BASE_URL", "https://api.evolink.ai/v1?key=x", "query"),
+        ("EVOLINK_BASE_URL", "https://api.evolink.ai/v1#x", "fragment"),
+        ("EVOLINK_BASE_URL", "https://10.0.0.1/v1", "DARKROOM_UPSTREAM_NETWORKS"),
+        ("EVOLINK_BASE_URL", "https://localhost", "DARKROOM_UPSTREAM_NETWORKS"),
+        ("EVOLINK_API_KEY", "Bearer sk-1", "without spaces"),
+        ("EVOLINK_API_KEY", "\u201csk-1\u201d", "visible ASCII"),
+        ("CALLBACK_URL", "https://127.0.0.1:8443", "DARKROOM_UPSTREAM_NETWORKS"),
+        ("CALLBACK_URL", "https://[fd00::1]", "DARKROOM_UPSTREAM_NETWORKS"),
+        ("CALLBACK_URL", "https://localhost:8443", "DARKROOM_UPSTREAM_NETWORKS"),
+        ("CALLBACK_URL", "https://darkroom", "DARKROOM_UPSTREAM_NETWORKS"),
         ("EVOLINK_RESULT_HOSTS", "https://files.example", "host"),
         ("EVOLINK_RESULT_HOSTS", ",", "at least 1 item"),
         ("EVOLINK_CONFIRM", "maybe", "'always' or 'never'"),
