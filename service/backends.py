@@ -19,7 +19,7 @@ from service.db.sqlite import open_sqlite
 from service.errors import BlobUnavailable, ConfigurationError
 from service.events.broker_worker import Broker
 from service.events.outbox import flush
-from service.folders import make_folder
+from service.folders import keep_private, make_folder, make_private
 from service.links import Links
 from service.net import Egress, Rules
 from service.ops.metrics import Metrics
@@ -47,6 +47,7 @@ MAX_RESULT_URL = 4095
 
 def open_store(settings: Settings) -> AbstractAsyncContextManager[BatchingStore]:
     """The store, migrated. ConfigurationError: it cannot be used."""
+    keep_private()
     process = f"{socket.gethostname()[:32]}:{os.getpid()}:{os.urandom(4).hex()}"
     migrate = settings.migrate == "on"
     path = settings.sqlite_path
@@ -69,6 +70,7 @@ async def open_store_and_keys(settings: Settings) -> AsyncIterator[tuple[Batchin
                 " key that the store was used with. With another in DARKROOM_SECRET_KEY callbacks"
                 " under way are refused, and the secrets of endpoints and owners want rotating"
             )
+        make_private(settings.data_dir)
         yield store, keyring or Keyring(secret_keys(settings))
 
 

@@ -1,6 +1,11 @@
-"""Durable folders: after a power cut, what was synced in them is found by its name."""
+"""Durable and private folders.
+
+After a power cut, what was synced in a folder is found by its name. Only the user of the process
+reads what the process stores.
+"""
 
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +22,22 @@ def make_folder(folder: Path) -> None:
             sync(each)
         if each.is_mount():
             break
+
+
+def keep_private() -> None:
+    """New files get the mode 0600 and new folders 0700, whatever umask the process was given."""
+    os.umask(0o077)
+
+
+def make_private(*paths: Path) -> None:
+    """Takes existing files and folders from other users. Leaves a folder that all users share, and
+    what another user owns.
+    """
+    for path in paths:
+        with suppress(FileNotFoundError, PermissionError):
+            mode = path.stat().st_mode
+            if not mode & stat.S_ISVTX:
+                path.chmod(0o700 if stat.S_ISDIR(mode) else 0o600)
 
 
 def sync(path: Path) -> None:

@@ -60,7 +60,8 @@ class Settings(BaseModel):
     """Public https prefix under which the upstream reaches `/callbacks/…`. Without it the service
     sends no `callback_url` and settles tasks by queries alone."""
     data_dir: types.Folder = Path("./data")
-    """Directory of the embedded store and of the images."""
+    """Directory of the embedded store and of the images. Only the service's user may read it (mode
+    0700)."""
     database_url: str = Field("sqlite:///{data_dir}/darkroom.db", repr=False)
     """The store: `sqlite:///FILE` or `postgresql://…` as a provider's console gives it."""
     blob_url: str = "file://{data_dir}/images"

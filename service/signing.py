@@ -49,6 +49,19 @@ class Keyring:
         """
         return _token(self._token_keys[0], upstream, task_id).decode("ascii")
 
+    def hashed_token(self, upstream: str, task_id: str) -> str:
+        """What the store holds in the place of the callback token."""
+        return _hash(self.callback_token(upstream, task_id))
+
+    def with_token(self, upstream: str, task_id: str, body: bytes) -> bytes:
+        """The body with the callback token in the place of its hash. The hash says which key made
+        the token, so that a body that is sent again has the same bytes after a new first key.
+        """
+        for key in self._token_keys:
+            token = _token(key, upstream, task_id)
+            body = body.replace(_hash(token.decode("ascii")).encode("ascii"), token)
+        return body
+
     def callback_token_valid(self, upstream: str, task_id: str, token: str) -> bool:
         """Whether any key made the token. Takes the same time for each key and for none."""
         given, valid = _bytes(token), False
@@ -91,6 +104,10 @@ def _token(key: bytes, upstream: str, task_id: str) -> bytes:
     parts = [_bytes(part) for part in ("callback", upstream, task_id)]
     content = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
     return base64.b32encode(hmac.digest(key, content, "sha256")[:TOKEN_BYTES]).lower()
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode("ascii")).hexdigest()
 
 
 def new_secret(random: bytes) -> str:

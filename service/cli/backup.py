@@ -64,8 +64,10 @@ def backup(dir: Folder, as_json: Json = False) -> None:
     """Copy the embedded store of one moment into a new folder: database, key and images. The
     service may run meanwhile.
     """
+    from service.folders import keep_private
     from service.settings import load_settings
 
+    keep_private()
     settings = load_settings()
     path = embedded(settings)
     if not path.exists():

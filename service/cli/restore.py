@@ -36,8 +36,10 @@ def restore(
 ) -> None:
     """Check a backup and put it where the settings say. The service must be stopped."""
     from service.cli.direct_keys import store_lock
+    from service.folders import keep_private
     from service.settings import load_settings
 
+    keep_private()
     settings = load_settings()
     path = embedded(settings)
     manifest = read_manifest(dir, settings)

@@ -34,7 +34,7 @@ from service.db.integrity import begin, connecting, damaged, examine
 from service.db.queues import release_all
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError, StoreUnavailable
-from service.folders import make_folder
+from service.folders import make_folder, make_private
 
 READERS = 2
 QUICK_S = 0.003  # a disk that syncs in less is not worth a thread
@@ -236,6 +236,7 @@ async def open_sqlite(
             await asyncio.to_thread(begin, path)
             store = SqliteStore(path, process, new_id, flush, clock or SteadyClock())
             await asyncio.to_thread(store.prepare, migrate=migrate)
+            make_private(path, *(path.with_name(path.name + end) for end in ("-wal", "-shm")))
         except (DatabaseError, sqlite3.Error, OSError) as error:
             raise ConfigurationError(
                 f"DARKROOM_DATABASE_URL: {path} cannot be used: {getattr(error, 'orig', error)}"

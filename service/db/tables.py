@@ -90,7 +90,9 @@ tasks = Table(
     Column("prompt", Text),
     Column("request", JSON, nullable=False),  # without the prompt
     Column("metadata", JSON, nullable=False),
-    Column("body", LargeBinary, nullable=False),  # every submission sends these bytes
+    # Every submission sends these bytes, with the callback token in the place of its hash. They go
+    # once the task cannot be submitted any more.
+    Column("body", LargeBinary, nullable=False),
     Column("callback_url", Text),  # the client's own
     Column("idempotency_key", String(255)),
     Column("idempotency_hash", String(64)),

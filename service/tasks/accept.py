@@ -129,8 +129,8 @@ class TaskIntake:
     ) -> TaskRow:
         task_id, upstream = self.resources.id("task"), upstream_for(body["model"])
         if self.callback_prefix is not None:
-            token = self.resources.keyring.callback_token(upstream, task_id)
-            path = f"/callbacks/{upstream}/{task_id}/{token}"
+            hashed = self.resources.keyring.hashed_token(upstream, task_id)
+            path = f"/callbacks/{upstream}/{task_id}/{hashed}"
             upstream_body = {**upstream_body, "callback_url": self.callback_prefix + path}
         prompt, hidden = body.get("prompt"), ("prompt", "model", *OWN_FIELDS)
         return TaskRow(

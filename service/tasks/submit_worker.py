@@ -94,6 +94,7 @@ class SubmitWorker:
                 body = await self._start(lease, resubmit=row.state is State.UNCERTAIN)
                 if body is None:
                     return
+                body = resources.keyring.with_token(row.upstream, row.id, body)
                 outcome = await resources.upstreams[row.upstream].submit(body, lease.key)
                 checkpoint("submission.answered")
                 record(throttled(outcome))

@@ -56,9 +56,14 @@ def change(tx: Transaction, row: TaskRow | ImageRow, **values: Any) -> None:
 
 
 def move(tx: Transaction, row: TaskRow, after: State, **values: Any) -> None:
-    """Changes the state. AssertionError: the table of moves does not allow it."""
+    """Changes the state. AssertionError: the table of moves does not allow it.
+
+    The body goes with the last state from which the task could be submitted.
+    """
     if not may_become(row.state, after):
         raise AssertionError(f"a task cannot go from {row.state} to {after}")
+    if after not in UNPROVED:
+        values["body"] = b""
     change(tx, row, state=after, **values)
 
 

@@ -68,6 +68,22 @@ def test_a_token_of_any_key_is_valid_and_the_first_key_signs() -> None:
         assert keyring.callback_token_valid("evolink", "task_1", new)
 
 
+def test_a_body_gets_its_token_in_the_place_of_the_hash() -> None:
+    """The key that made the token makes it again, in whatever place it is. Without that key the
+    hash stays, and other bytes never change.
+    """
+    keyring = Keyring([OLD])
+    body = b'{"a":"%s"}' % keyring.hashed_token("evolink", "task_1").encode()
+    token = keyring.callback_token("evolink", "task_1").encode()
+    assert token not in body
+    for keys in ([OLD], [OLD, NEW], [NEW, OLD]):
+        assert Keyring(keys).with_token("evolink", "task_1", body) == b'{"a":"%s"}' % token
+    assert Keyring([NEW]).with_token("evolink", "task_1", body) == body
+    assert keyring.with_token("evolink", "task_2", body) == body
+    assert keyring.with_token("other", "task_1", body) == body
+    assert keyring.with_token("evolink", "task_1", b"\x00\xff{") == b"\x00\xff{"
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_hostile_token_or_task_is_invalid(text: str) -> None:
     """The caller chooses every part of the path, so no part may raise."""
