@@ -15,7 +15,7 @@ from service.net.retry_after import retry_after
 from service.resources import Resources
 from service.signing import sign_webhook
 
-ANSWER_BYTES = 2048
+ANSWER_BYTES, ANSWER_S = 2048, 1.0  # of a body: the status line has decided already
 PAUSE_LIMIT_S = 3600.0
 EVENT_TYPE, TASK_TYPE = "application/cloudevents+json", "application/json"
 
@@ -68,6 +68,7 @@ class WebhookSender:
                 content=body,
                 timeout=self.timeout_s,
                 max_bytes=ANSWER_BYTES,
+                body_timeout=ANSWER_S,
             )
         except EgressError as error:
             duration_ms = round((time.perf_counter() - started) * 1000)

@@ -16,6 +16,7 @@ import structlog
 from structlog.contextvars import bind_contextvars
 
 from service.blobs.blob_store import CHUNK, Incoming
+from service.content_coding import is_compressed
 from service.db.transaction import Lease
 from service.errors import BlobUnavailable, EgressError, EgressRefused
 from service.ids import blob_name
@@ -32,7 +33,15 @@ log = structlog.get_logger()
 
 FETCH_S, IDLE_S = 300.0, 15.0
 STALE = (403, 404, 410)
-COMPRESSED = ("gzip", "x-gzip", "deflate")
+CUT_TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A body that is in its file. `cut`: it is shorter than its framing says."""
+
+    compressed: bool
+    cut: EgressError | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,34 +64,37 @@ class DownloadWorker:
         outcome: Stored | Retry | Lost
         try:
             async with self.resources.blobs.incoming() as file:
-                outcome = await self._save(row, file)
+                outcome = await self._save(row, file, lease.attempts)
         except EgressRefused as error:
             outcome = Lost(str(error))
         except (EgressError, BlobUnavailable) as error:
             outcome = Retry(f"{type(error).__name__}: {error}")
         await self._record(lease, row, outcome, time.perf_counter() - started)
 
-    async def _save(self, row: ImageRow, file: Incoming) -> Stored | Retry | Lost:
-        encoding = await self._fetch(row.source_url, file)
-        if not isinstance(encoding, str):
-            return encoding
+    async def _save(self, row: ImageRow, file: Incoming, attempt: int) -> Stored | Retry | Lost:
+        fetched = await self._fetch(row.source_url, file, attempt)
+        if not isinstance(fetched, Fetched):
+            return fetched
         checkpoint("download.fetched")
-        found = await self.validator.validate(file.path, compressed=encoding in COMPRESSED)
+        found = await self.validator.validate(file.path, compressed=fetched.compressed)
         image, sha256 = found.result, found.sha256
         if isinstance(image, InvalidImage):
             if image.final:
                 return Lost(image.reason)
+            if fetched.cut is not None:
+                raise fetched.cut
             return Retry(image.reason, wrong_sha256=sha256 or None)
         blob = blob_name(row.task_id, row.position, sha256, image.media_type)
         await self.resources.blobs.put(file, blob, image.media_type)
         checkpoint("download.saved")
         return Stored(blob, image.media_type, found.bytes, sha256, image.width, image.height)
 
-    async def _fetch(self, url: str, file: Incoming) -> str | Retry | Lost:
-        """Writes the body into the file and returns its content encoding.
+    async def _fetch(self, url: str, file: Incoming, attempt: int) -> Fetched | Retry | Lost:
+        """Writes the body into the file.
 
-        The type that the response names is ignored. A body shorter than its `Content-Length` is
-        ConnectionLost. EgressError, BlobUnavailable.
+        The type that the response names is ignored. A body shorter than its framing says is an
+        EgressError. At the third attempt it is validated all the same, because some servers
+        announce a wrong length every time. EgressError, BlobUnavailable.
         """
         stream = self.resources.results.stream("GET", url, timeout=FETCH_S, idle=IDLE_S)
         async with stream as response:
@@ -91,16 +103,22 @@ class DownloadWorker:
                 wait = retry_after(response.headers.get("retry-after"), now) or 0
                 reason, stale = f"answered {response.status}", response.status in STALE
                 return Retry(reason, round(wait * 1000), stale)
+            cut: EgressError | None = None
             buffer = bytearray()  # each write goes to a thread and back, so pieces are large
-            async for chunk in response.chunks():
-                buffer += chunk
-                if file.size + len(buffer) > self.max_bytes:
-                    return Lost(f"over {self.max_bytes} bytes")
-                if len(buffer) >= CHUNK:
-                    await file.write(bytes(buffer))
-                    buffer.clear()
+            try:
+                async for chunk in response.chunks():
+                    buffer += chunk
+                    if file.size + len(buffer) > self.max_bytes:
+                        return Lost(f"over {self.max_bytes} bytes")
+                    if len(buffer) >= CHUNK:
+                        await file.write(bytes(buffer))
+                        buffer.clear()
+            except EgressError as error:
+                if attempt < CUT_TRIES:
+                    raise
+                cut = error
             await file.write(bytes(buffer))
-            return response.headers.get("content-encoding", "").strip().lower()
+            return Fetched(is_compressed(response.headers.get("content-encoding", "")), cut)
 
     async def _record(
         self, lease: Lease, row: ImageRow, outcome: Stored | Retry | Lost, seconds: float

@@ -58,7 +58,7 @@ class ImageValidator:
         self.idle: list[subprocess.Popen[bytes]] = []
 
     async def validate(self, path: Path, *, compressed: bool) -> Validation:
-        """`compressed`: a gzip or zlib file is replaced by what it holds first. BlobUnavailable."""
+        """`compressed`: a file in gzip or deflate is unpacked first. BlobUnavailable."""
         async with self._slots:
             child = self.idle.pop() if self.idle else start(*self._limits)
             if child.poll() is not None:  # killed while it was idle

@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 import warnings
-import zlib
 from contextlib import suppress
 from dataclasses import asdict
 from io import BytesIO
@@ -25,6 +24,7 @@ from typing import Any
 
 from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
+from service.content_coding import decompress
 from service.images.validator import InvalidImage, ValidImage
 
 MEDIA_TYPES = {
@@ -84,14 +84,6 @@ def validate_file(
     result = check_image(data, max_pixels)
     kind = "valid" if isinstance(result, ValidImage) else "invalid"
     return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), kind: asdict(result)}
-
-
-def decompress(data: bytes, max_bytes: int) -> bytes | None:
-    """At most one byte over the limit, or None if the data is neither gzip nor zlib."""
-    try:
-        return zlib.decompressobj(wbits=47).decompress(data, max_bytes + 1)  # 47: gzip or zlib
-    except zlib.error:
-        return None
 
 
 def check_image(data: bytes, max_pixels: int) -> ValidImage | InvalidImage:

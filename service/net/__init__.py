@@ -8,7 +8,8 @@ proxy or netrc from the environment, and a proxy resolves names itself, behind t
 """
 
 from service.net.addresses import forbidden
-from service.net.egress_client import Egress, Response, Rules, Streamed
+from service.net.egress_client import Egress, Rules
+from service.net.responses import Response, Streamed
 from service.net.service_client import service_call, service_client
 from service.net.transport import Resolve
 from service.net.urls import Target, parse_url

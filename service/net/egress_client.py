@@ -13,8 +13,9 @@ from typing import Self
 import httpx
 from httpx_aiohttp import AiohttpTransport
 
-from service.errors import EgressRefused, NotConnected
+from service.errors import CallTimedOut, ConnectionLost, EgressError, EgressRefused, NotConnected
 from service.net.addresses import Address, Network, forbidden
+from service.net.responses import Response, Streamed
 from service.net.transport import (
     CONNECT,
     KEEP_ALIVE_S,
@@ -55,31 +56,6 @@ class Rules:
     redirects: int = 0
     upgrade: bool = False
     max_url: int = MAX_URL
-
-
-@dataclass(frozen=True, slots=True)
-class Response:
-    """Header names are in lower case. The body is as sent (never decoded), cut at the caller's
-    limit. `duration` is in seconds.
-    """
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
-    truncated: bool
-    duration: float
-
-
-@dataclass(frozen=True, slots=True)
-class Streamed:
-    """A response with an unread body. `url` is the last one after redirects. `chunks` may be
-    iterated once.
-    """
-
-    status: int
-    headers: Mapping[str, str]
-    url: str
-    chunks: Callable[[], AsyncGenerator[bytes, None]]
 
 
 class Egress:
@@ -149,18 +125,29 @@ class Egress:
         content: Content | None = None,
         timeout: float,
         max_bytes: int = 1 << 20,
+        body_timeout: float | None = None,
     ) -> Response:
-        """One call, complete within `timeout` seconds. A body over `max_bytes` is cut off."""
+        """One call, complete within `timeout` seconds, its body within `body_timeout`. A body over
+        `max_bytes` is cut off. A body that breaks is the response's `failure`.
+        """
         clock = asyncio.get_running_loop().time
         started, body = clock(), bytearray()
+        failure: EgressError | None = None
         sending = self.stream(method, url, headers=headers, content=content, timeout=timeout)
         async with sending as answer, aclosing(answer.chunks()) as chunks:
-            async for chunk in chunks:
-                body += chunk
-                if len(body) > max_bytes:
-                    break
+            try:
+                async with asyncio.timeout(body_timeout):
+                    async for chunk in chunks:
+                        body += chunk
+                        if len(body) > max_bytes:
+                            break
+            except TimeoutError:
+                failure = CallTimedOut("no whole body in time")
+            except EgressError as error:
+                failure = error
         cut, duration = len(body) > max_bytes, clock() - started
-        return Response(answer.status, answer.headers, bytes(body[:max_bytes]), cut, duration)
+        kept = bytes(body[:max_bytes])
+        return Response(answer.status, answer.headers, kept, cut, duration, failure)
 
     @asynccontextmanager
     async def stream(
@@ -189,9 +176,12 @@ class Egress:
                 with translated(call):
                     async with asyncio.timeout_at(min(end, clock() + idle)):
                         chunk = await anext(raw, b"")
-                if not chunk:
+                if chunk:
+                    yield chunk
+                elif call.end.problem is None:
                     return
-                yield chunk
+                else:
+                    raise ConnectionLost(f"{call.host}: {call.end.problem}")
 
         try:
             yield Streamed(response.status_code, dict(response.headers), call.url, chunks)

@@ -10,18 +10,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
 
 import aiohttp
 import httpx
 import yarl
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.client_proto import ResponseHandler
 from httpx_aiohttp import AiohttpTransport
 
 from service import VERSION
 from service.errors import CallTimedOut, ConnectionLost, EgressError, NoRoute, NotConnected
 from service.net.addresses import Address
+from service.net.response_parser import ResponseEnd, ResponseParser
 
 Resolve = Callable[[str], Awaitable[Sequence[str]]]  # a host's addresses, OSError without any
 # An iterator's pieces are sent as they come. Its content-length header is the caller's duty.
@@ -62,12 +65,13 @@ async def system_resolve(purpose: str, host: str) -> Sequence[str]:
 @dataclass(slots=True)
 class CallState:
     """The state that the caller and aiohttp's hooks share during a call. `connected`: the request
-    may have been sent.
+    may have been sent. `end` is that of the last response.
     """
 
     url: str = ""
     host: str = ""
     connected: bool = False
+    end: ResponseEnd = field(default_factory=ResponseEnd)
 
 
 # httpx passes nothing through to aiohttp's hooks.
@@ -150,6 +154,24 @@ class GuardedResolver(AbstractResolver):
         """The resolver holds no resources."""
 
 
+class LenientHandler(ResponseHandler):
+    """A connection whose responses are read by `ResponseParser`."""
+
+    def set_response_params(self, **params: Any) -> None:
+        """Called before each request on the connection."""
+        early, self._tail = self._tail, b""
+        super().set_response_params(**params)
+        self._parser = ResponseParser(  # type: ignore[assignment]
+            self,
+            CALL.get().end,
+            params["timer"],
+            params["read_bufsize"],
+            without_body=params["skip_payload"],
+        )
+        if early:
+            self.data_received(early)
+
+
 def open_transport(
     resolver: GuardedResolver, tls: ssl.SSLContext, connections: int, keep_alive: float
 ) -> AiohttpTransport:
@@ -166,6 +188,9 @@ def open_transport(
         keepalive_timeout=keep_alive,
         ssl=tls,
     )
+    # aiohttp has no public way to choose the parser of responses.
+    factory = partial(LenientHandler, loop=asyncio.get_running_loop())
+    connector._factory = factory  # type: ignore[assignment]  # noqa: SLF001
     session = aiohttp.ClientSession(
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -191,6 +216,7 @@ async def send(
         content = pieces(content)
     timeout = {"timeout": {"connect": CONNECT}}
     request = httpx.Request(method, call.url, headers=sent, content=content, extensions=timeout)
+    call.end = ResponseEnd()
     token = CALL.set(call)
     try:
         return await transport.handle_async_request(request)

@@ -31,7 +31,7 @@ from service.upstreams.base import (
     Uncertain,
     UpstreamCall,
 )
-from service.upstreams.lenient import document_of, number_of, section_of, text_of
+from service.upstreams.lenient import document_of, number_of, readable, section_of, text_of
 
 MAX_BODY = 1 << 20
 # Characters kept of a message, a link and a short word. RESULTS is a number of links.
@@ -281,11 +281,11 @@ class EvoLink:
         """Sends one request and judges the response, or the error that came instead."""
         started, url = time.perf_counter(), self._base_url + path
         headers = {**(headers or {}), **self._headers}
-        answer: Response | EgressError
         try:
-            answer = await self._egress.request(
+            sent = await self._egress.request(
                 method, url, headers=headers, content=content, timeout=timeout, max_bytes=MAX_BODY
             )
+            answer: Response | EgressError = readable(sent, MAX_BODY)
         except EgressError as error:
             answer = error
         seconds, outcome = time.perf_counter() - started, judge(answer)

@@ -1,5 +1,10 @@
 """Readers of an upstream's JSON. Each gives None for a value that is missing or malformed."""
 
+from dataclasses import replace
+
+from service.content_coding import decoded
+from service.errors import EgressError
+from service.net import Response
 from service.strict_json import JSON, read_object
 
 
@@ -9,6 +14,16 @@ def document_of(body: bytes) -> JSON | None:
         return read_object(body)
     except ValueError:
         return None
+
+
+def readable(answer: Response, limit: int) -> Response | EgressError:
+    """The response, decoded. If its body broke, that counts only if the part that came is no JSON
+    object: an object ends with its last bracket, whatever the response's framing says.
+    """
+    body = decoded(answer.body, answer.headers.get("content-encoding", ""), limit)
+    if answer.failure is not None and document_of(body) is None:
+        return answer.failure
+    return replace(answer, body=body)
 
 
 def section_of(document: JSON | None, name: str) -> JSON:

@@ -680,13 +680,10 @@ async def test_a_full_pool_is_not_connected() -> None:
         assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize(
-    "begin",
-    [b"", b"HTTP/1.1 200 OK\r\nContent-Le", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf"],
-)
-async def test_no_whole_answer_in_time_is_a_timeout(begin: bytes) -> None:
-    """Once the request may have left, exceeding the limit is CallTimedOut: before, in and after the
-    head of the answer.
+@pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\nContent-Le"])
+async def test_no_answer_in_time_is_a_timeout(begin: bytes) -> None:
+    """Once the request may have left, exceeding the limit is CallTimedOut: before and in the head
+    of the answer.
     """
 
     async def answer(_: bytes, send: Write) -> bool:
@@ -699,17 +696,38 @@ async def test_no_whole_answer_in_time_is_a_timeout(begin: bytes) -> None:
             await egress.request("POST", server.url, content=b"x", timeout=0.1)
 
 
+@pytest.mark.parametrize("ends", [True, False])
 @pytest.mark.parametrize(
     "begin",
     [
-        b"",
         b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nhalf\r\n",
-        b"nonsense\r\n\r\n",
     ],
 )
-async def test_a_broken_answer_is_a_lost_connection(begin: bytes) -> None:
-    """The connection ends before, within or instead of an answer. The server may have acted on the
+async def test_an_answer_that_breaks_in_its_body_keeps_its_beginning(
+    begin: bytes, ends: bool
+) -> None:
+    """The status stands and the part of the body that came is there. `failure` says whether the
+    connection ended or was silent for too long.
+    """
+
+    async def answer(_: bytes, send: Write) -> bool:
+        await send(begin)
+        return False if ends else bool(await asyncio.Event().wait())
+
+    async with serving(after_first(answer)) as server, open_egress() as egress:
+        await egress.request("POST", server.url, timeout=5)
+        for timeout, body_timeout in ((0.2, None), (9, 0.2)):
+            response = await egress.request(
+                "POST", server.url, timeout=timeout, body_timeout=body_timeout
+            )
+            assert (response.status, response.body, response.truncated) == (200, b"half", False)
+            assert type(response.failure) is (ConnectionLost if ends else CallTimedOut)
+
+
+@pytest.mark.parametrize("begin", [b"", b"nonsense\r\n\r\n", b"nonsense"])
+async def test_a_connection_that_ends_without_an_answer_is_lost(begin: bytes) -> None:
+    """The connection ends before or instead of an answer. The server may have acted on the
     request.
     """
 

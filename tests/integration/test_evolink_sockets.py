@@ -50,11 +50,11 @@ def answer(status: int, body: bytes = b"", *headers: str) -> Script:
     return Script("\r\n".join(fields).encode() + b"\r\n\r\n" + body)
 
 
-HALF = b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n" + SUBMITTED
+HALF = b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n" + SUBMITTED[:-1]
 HALF_CHUNKED = (
     b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
     + f"{len(SUBMITTED):x}\r\n".encode()
-    + SUBMITTED
+    + SUBMITTED[:-1]
 )
 TLS = b"\x16"  # the first byte of a handshake
 NO_HTTP = b"SSH-2.0-OpenSSH_9.2\r\n\r\n"

@@ -1,0 +1,35 @@
+"""Content codings that a server applies although `identity` was asked for."""
+
+import zlib
+
+COMPRESSED = frozenset({"gzip", "x-gzip", "deflate"})
+CODINGS = 3  # of one body
+
+
+def is_compressed(header: str) -> bool:
+    """Whether a Content-Encoding names a coding that `decompress` knows."""
+    return not COMPRESSED.isdisjoint(coding.strip() for coding in header.lower().split(","))
+
+
+def decoded(body: bytes, header: str, limit: int) -> bytes:
+    """The body without its Content-Encoding, at most one byte over the limit. A body that is not
+    coded as the header says stays as it is.
+    """
+    for coding in reversed(header.split(",")[-CODINGS:]):
+        plain = decompress(body, limit) if is_compressed(coding) else None
+        body = body if plain is None else plain
+    return body
+
+
+def decompress(data: bytes, limit: int) -> bytes | None:
+    """At most one byte over the limit. None: the data is neither gzip, zlib nor raw deflate."""
+    for wbits in (47, -15):  # 47: gzip or zlib
+        decoder = zlib.decompressobj(wbits)
+        try:
+            plain = decoder.decompress(data, limit + 1)
+        except zlib.error:
+            continue
+        # Raw deflate has no signature, so only a whole stream counts.
+        if wbits > 0 or decoder.eof or len(plain) > limit:
+            return plain
+    return None
