@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import httptools
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
@@ -16,6 +17,32 @@ FIRST_S, NEXT_S = 1.0, 0.05
 CALLBACK = b"POST /callbacks/"
 
 
+class RequestParser(httptools.HttpRequestParser):
+    """Reads a request that offers to upgrade the connection as one without the offer (RFC 9110,
+    7.8). Java's HttpClient offers h2c with every plain request.
+
+    httptools treats what follows the head of such a request as another protocol and drops the body.
+    So the parser gets the head again without `Upgrade`, and then what follows.
+    """
+
+    def __init__(self, protocol: "BoundedProtocol") -> None:
+        super().__init__(protocol)
+        self._protocol = protocol
+
+    def feed_data(self, data: bytes | memoryview) -> None:  # type: ignore[override] # of uvicorn
+        rest = memoryview(data)
+        while True:
+            try:
+                super().feed_data(rest)
+            except httptools.HttpParserUpgrade as offer:
+                if self.get_method() == b"CONNECT":
+                    raise httptools.HttpParserError("a tunnel is no request") from None
+                super().feed_data(self._protocol.head_without_offer())
+                rest = rest[offer.args[0] :]
+            else:
+                return
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """Limits a request's head in bytes (400) and in seconds (the connection ends).
 
@@ -27,6 +54,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self, config: Config, state: ServerState, app_state: dict[str, Any], gate: PriorityGate
     ) -> None:
         super().__init__(config, state, app_state)
+        self.parser = RequestParser(self)
+        # A request behind one with `Connection: close` is no error, as in uvicorn.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._gate = gate
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None  # set while a head is incomplete
@@ -86,9 +116,22 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._end_head()  # of the same request with its offer to upgrade
         self._head_bytes, self._head_timer = 0, self.loop.call_later(HEAD_S, self._close_if_idle)
 
+    def _should_upgrade(self) -> bool:
+        """uvicorn asks only if a request offers it, and then leaves the request to the parser."""
+        return True
+
+    def head_without_offer(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + version]
+        lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
+
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._end_head()
         super().on_headers_complete()
         if self._stopping:
