@@ -78,7 +78,13 @@ def with_scopes(given: JSON) -> JSON:
     return given | {"scopes": scopes}
 
 
-PAGE = {"limit": Limit, "cursor": Cursor}
+PAGE = {
+    "owner": text("Admin: of this owner.", "NAME"),
+    "since": Time,
+    "until": Time,
+    "limit": Limit,
+    "cursor": Cursor,
+}
 DESCRIPTION = text("What the endpoint is for.")
 
 TASKS = Verb(

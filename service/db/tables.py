@@ -89,6 +89,7 @@ tasks = Table(
     Column("model", String(200), nullable=False),
     Column("prompt", Text),
     Column("request", JSON, nullable=False),  # without the prompt
+    Column("warnings", JSON(none_as_null=True)),  # NULL: none, as in rows of older versions
     Column("metadata", JSON, nullable=False),
     # Every submission sends these bytes, with the callback token in the place of its hash. They go
     # once the task cannot be submitted any more.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, and_, bindparam, func, insert, select, update
 
-from service.db.paging import After, Row, matching, page
+from service.db.paging import Row, Selection, matching, page
 from service.db.tables import ZERO, attempts, deliveries, endpoints, events, owners, tasks
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
@@ -71,17 +71,13 @@ def delivery_to_send(connection: Connection, delivery_id: str) -> DeliveryToSend
 
 
 def delivery_list(
-    connection: Connection,
-    owner: str | None,
-    limit: int,
-    after: After = None,
-    where: Mapping[str, str] | None = None,
+    connection: Connection, wanted: Selection, where: Mapping[str, str] | None = None
 ) -> list[tuple[Row, list[Row]]]:
     """Deliveries with their attempts. `where` names columns (`id`, `endpoint_id`, `event_id`,
     `task_id`, `state`).
     """
-    statement = matching(select(deliveries), deliveries, owner=owner, **(where or {}))
-    rows = list(connection.execute(page(statement, deliveries, after, limit)).mappings())
+    statement = matching(select(deliveries), deliveries, **(where or {}))
+    rows = list(connection.execute(page(statement, deliveries, wanted)).mappings())
     made: dict[str, list[Row]] = {row["id"]: [] for row in rows}
     tried = select(attempts).where(attempts.c.delivery_id.in_(made))
     tried = tried.order_by(attempts.c.time, attempts.c.id)

@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Update, delete, insert, select, update
 
-from service.db.paging import After, Row, matching, page
+from service.db.paging import Row, Selection, matching, page
 from service.db.tables import deliveries, endpoints
 from service.db.transaction import Transaction
 from service.events import outbox
@@ -45,11 +45,8 @@ def endpoint_row(connection: Connection, id: str, owner: str | None) -> Row | No
     return connection.execute(statement).mappings().first()
 
 
-def endpoint_list(
-    connection: Connection, owner: str | None, limit: int, after: After = None
-) -> list[Row]:
-    statement = matching(select(endpoints), endpoints, owner=owner)
-    return list(connection.execute(page(statement, endpoints, after, limit)).mappings())
+def endpoint_list(connection: Connection, wanted: Selection) -> list[Row]:
+    return list(connection.execute(page(select(endpoints), endpoints, wanted)).mappings())
 
 
 def update_endpoint(tx: Transaction, endpoint_id: str, **values: Any) -> None:

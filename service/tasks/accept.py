@@ -133,6 +133,7 @@ class TaskIntake:
             path = f"/callbacks/{upstream}/{task_id}/{hashed}"
             upstream_body = {**upstream_body, "callback_url": self.callback_prefix + path}
         prompt, hidden = body.get("prompt"), ("prompt", "model", *OWN_FIELDS)
+        shown = {name: value for name, value in body.items() if name not in hidden}
         return TaskRow(
             id=task_id,
             owner=owner,
@@ -141,7 +142,8 @@ class TaskIntake:
             state=State.QUEUED,
             created_at=0,  # the time of the transaction
             prompt=prompt if isinstance(prompt, str) else None,
-            request={name: value for name, value in body.items() if name not in hidden},
+            request=shown,
+            warnings=self.catalogue.warnings(body["model"], shown) or None,
             metadata=body.get("metadata") or {},
             body=json.dumps(upstream_body, ensure_ascii=False, separators=(",", ":")).encode(),
             callback_url=body.get("callback_url"),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from service.credits import credits_number
+from service.ids import rfc3339_or_none
 from service.strict_json import JSON
 from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State, status_of
@@ -17,8 +18,11 @@ def task_document(row: TaskRow, images: Sequence[ImageRow] = ()) -> JSON:
     """
     return {
         "id": row.id,
+        "owner": row.owner,
         "object": "image.generation.task",
         "created": row.created_at // 1000,
+        "ended_at": rfc3339_or_none(row.terminal_at),
+        "erased_at": rfc3339_or_none(row.erased_at),
         "model": row.model,
         "type": "image",
         "status": status_of(row.state, row.upstream_status).value,
@@ -40,6 +44,7 @@ def task_document(row: TaskRow, images: Sequence[ImageRow] = ()) -> JSON:
         "upstream_id": row.upstream_id,
         "metadata": row.metadata,
         "request": row.request,
+        "warnings": row.warnings or [],
         "images": [
             {
                 "id": image.id,

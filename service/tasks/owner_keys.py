@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, insert, select, update
 
-from service.db.paging import Row
+from service.db.paging import Row, Selection, page
 from service.db.tables import api_keys, endpoints, owners, tasks
 from service.db.transaction import Transaction
+
+ALL = Selection()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +75,8 @@ def key_row(connection: Connection, hash: str) -> Row | None:
     return connection.execute(select(api_keys).where(*valid)).mappings().first()
 
 
-def key_list(connection: Connection) -> list[Row]:
-    statement = select(api_keys).order_by(api_keys.c.created_at, api_keys.c.id)
-    return list(connection.execute(statement).mappings())
+def key_list(connection: Connection, wanted: Selection = ALL) -> list[Row]:
+    return list(connection.execute(page(select(api_keys), api_keys, wanted)).mappings())
 
 
 def needs_its_key(connection: Connection) -> bool:

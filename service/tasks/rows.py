@@ -32,6 +32,7 @@ class TaskRow:
     terminal_at: int | None = None
     prompt: str | None = None
     request: JSON = field(default_factory=dict)
+    warnings: list[str] | None = None
     metadata: JSON = field(default_factory=dict)
     body: bytes = b""
     callback_url: str | None = None

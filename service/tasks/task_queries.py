@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import Connection, RowMapping, Select, or_, select
 
-from service.db.paging import After, page
+from service.db.paging import Selection, matching, page
 from service.db.tables import attempts, callbacks, deliveries, events, steps, tasks
 from service.ids import PREFIXES, rfc3339, sequence_text
 from service.strict_json import JSON
@@ -37,25 +37,16 @@ def task(connection: Connection, task_id: str, owner: str | None) -> Task | None
 
 def task_list(
     connection: Connection,
-    owner: str | None,
-    limit: int,
-    after: After = None,
+    wanted: Selection,
     state: str | None = None,
     model_name: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> list[Task]:
     """Tasks, newest first."""
-    statement = select_tasks()
-    for column, value in (
-        (tasks.c.owner, owner),
-        (tasks.c.state, state),
-        (tasks.c.model, model_name),
-    ):
-        if value is not None:
-            statement = statement.where(column == value)
+    statement = matching(select_tasks(), tasks, state=state, model=model_name)
     for key, value in (metadata or {}).items():
         statement = statement.where(tasks.c.metadata[key].as_string() == value)
-    rows = task_rows(connection, page(statement, tasks, after, limit))
+    rows = task_rows(connection, page(statement, tasks, wanted))
     images = stored_images(connection, [row.id for row in rows])
     return [(row, images.get(row.id, [])) for row in rows]
 

@@ -112,6 +112,7 @@ def _strip(tx: Transaction, row: Row) -> None:
     values = {
         "prompt": None,
         "request": {},
+        "warnings": None,
         "metadata": {},
         "body": b"",
         "callback_url": None,
@@ -129,8 +130,8 @@ def bare_error(error: JSON | None) -> JSON | None:
 
 def bare_document(document: JSON) -> JSON:
     """An event's task without content: ids, times, state and figures."""
-    error = bare_error(document["error"])
-    return {**document, "error": error, "metadata": {}, "request": {}, "images": []}
+    content: JSON = {"metadata": {}, "request": {}, "warnings": [], "images": []}
+    return {**document, "error": bare_error(document["error"]), **content}
 
 
 # --- by time ---

@@ -5,10 +5,12 @@ A request over a limit is refused here, before the upstream charges for it.
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 
+MAX_WARNINGS, NAME_CHARS = 16, 100
 DEFAULT_UPSTREAM = "evolink"
 
 
@@ -61,6 +63,16 @@ class Catalogue:
             if message := check(request.get(param), limits):
                 return Violation(param, message)
         return None
+
+    def warnings(self, model: str, fields: Iterable[str]) -> list[str]:
+        """Names the fields that the catalogue does not have for the model, at most 16. The upstream
+        gets them all the same. A model that is not in the catalogue has no warnings.
+        """
+        unknown = (name for name in fields if name not in FIELDS)
+        return [
+            f"{name[:NAME_CHARS]} is no known field of {model}: it was passed on as it is"
+            for name in islice(unknown, MAX_WARNINGS if model in self.models else 0)
+        ]
 
 
 def load_catalogue() -> Catalogue:
@@ -123,3 +135,4 @@ CHECKS = {
     "n": _n,
     "image_urls": _image_urls,
 }
+FIELDS = {"model", "prompt_extend", "model_params", *CHECKS}

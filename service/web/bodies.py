@@ -2,18 +2,22 @@
 
 import asyncio
 import base64
+import codecs
 import json
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import datetime
 from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AwareDatetime, BaseModel, TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from service.db.paging import Row
+from service.db.paging import Row, Selection
 from service.errors import ApiError, invalid_request
 from service.strict_json import JSON, check_text, read_object
+from service.web.auth import caller_of
+from service.web.schemas import OWNER
 
 Model = TypeVar("Model", bound=BaseModel)
 Item = TypeVar("Item")
@@ -22,10 +26,21 @@ Position = tuple[int, str]  # time and id of the last item
 MAX_BODY = 1 << 20
 BODY_S = 30.0
 LIMIT, MAX_LIMIT = 100, 1000
+LAST_MS = 253_402_300_799_999  # of the year 9999
+TIME: TypeAdapter[datetime] = TypeAdapter(AwareDatetime)
+
+
+def check_coding(request: Request) -> None:
+    """Raises ApiError 415 for any content coding, such as gzip (RFC 9110, 8.4)."""
+    codings = ",".join(request.headers.getlist("content-encoding"))
+    if {coding.strip().lower() for coding in codings.split(",")} - {"", "identity"}:
+        message = f"Content-Encoding must be identity, not {codings[:100]}: send the body as it is"
+        raise ApiError(415, "unsupported_media_type", message, param="Content-Encoding")
 
 
 async def read_json(request: Request, *, empty: bool = False) -> JSON:
-    """The body as a JSON object. With `empty`, no body is {}.
+    """The body as a JSON object. With `empty`, no body is {}. A byte order mark is ignored (RFC
+    8259, 8.1).
 
     Raises ApiError 415 for another media type, 413 over 1 MiB, 408 for an incomplete body, else
     400.
@@ -42,10 +57,11 @@ async def read_json(request: Request, *, empty: bool = False) -> JSON:
                     raise ApiError(413, "body_too_large", f"the body has at most {MAX_BODY} bytes")
     except (TimeoutError, ClientDisconnect):
         raise ApiError(408, "timeout", f"the body was not complete after {BODY_S:g} s") from None
-    if empty and not body:
+    text = body.removeprefix(codecs.BOM_UTF8)
+    if empty and not text:
         return {}
     try:
-        return read_object(body, finite=True)
+        return read_object(text, finite=True)
     except ValueError as error:
         raise invalid_request(f"the body must be a JSON object: {error}") from None
 
@@ -91,6 +107,38 @@ def query_seconds(request: Request, name: str, most: float) -> float:
     return seconds
 
 
+def milliseconds(time: datetime | None) -> int | None:
+    """Within the years that `rfc3339` can write."""
+    return None if time is None else min(max(round(time.timestamp() * 1000), 0), LAST_MS)
+
+
+def query_time(request: Request, name: str) -> int | None:
+    """A time with its offset, in milliseconds. Raises ApiError 400."""
+    text = query_text(request, name)
+    if text is None:
+        return None
+    try:  # a client that does not escape the plus of an offset sends a blank
+        return milliseconds(TIME.validate_python(re.sub(" (?=[0-9:]+$)", "+", text)))
+    except ValidationError:
+        example = "such as 2026-02-01T09:00:00Z"
+        raise invalid_request(f"{name} must be an RFC 3339 time, {example}", name) from None
+
+
+def query_owner(request: Request) -> str | None:
+    """The owner whose rows a list has: the caller, or with `admin` the named one. None: every
+    owner. Raises ApiError 400 and 403.
+    """
+    caller, owner = caller_of(request), query_text(request, "owner")
+    if owner is None:
+        return caller.sees
+    if not re.fullmatch(OWNER, owner):
+        raise invalid_request(f"owner must be an owner's name: {OWNER}", "owner")
+    if caller.sees not in (None, owner):
+        message = "owner: only the scope admin may list others' data"
+        raise ApiError(403, "permission_denied", message, param="owner")
+    return owner
+
+
 def query_limit(request: Request) -> int:
     text = request.query_params.get("limit", str(LIMIT))
     if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_LIMIT:
@@ -119,15 +167,18 @@ def position_of(row: Row) -> Position:
 
 async def page(
     request: Request,
-    rows: Callable[[int, Position | None], Awaitable[Sequence[Item]]],
+    rows: Callable[[Selection], Awaitable[Sequence[Item]]],
     position: Callable[[Item], Position],
     shown: Callable[[Item], JSON],
 ) -> Response:
-    """One page of a list. `rows` returns items after a position, at most as many as its limit. One
-    item beyond the page shows that the list continues.
+    """One page of a list. `rows` returns the selected items. One item beyond the page shows that
+    the list continues.
     """
-    limit, cursor = query_limit(request), None
-    items = await rows(limit + 1, read_cursor(request))
+    limit, owner, cursor = query_limit(request), query_owner(request), None
+    since, until = query_time(request, "since"), query_time(request, "until")
+    if since is not None and until is not None and since > until:
+        raise invalid_request("since must not be after until", "since")
+    items = await rows(Selection(owner, limit + 1, read_cursor(request), since, until))
     if len(items) > limit:
         last = json.dumps(position(items[limit - 1])).encode()
         cursor = base64.urlsafe_b64encode(last).decode()

@@ -47,6 +47,8 @@ async def respond(request: Request, error: Exception) -> Response:
                 headers["Retry-After"] = str(error.retry_after or 1)
             if error.status == 401:
                 headers["WWW-Authenticate"] = "Bearer"
+            if error.status == 415 and error.param == "Content-Encoding":
+                headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
             more = {"param": error.param, "task_id": error.task_id, "type": error.type}
             return error_response(request, error.status, error.code, error.message, headers, **more)
         case HTTPException():

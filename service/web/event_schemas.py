@@ -42,8 +42,11 @@ class EventTask(BaseModel):
     """A task in an event, without its prompt."""
 
     id: str
+    owner: str
     object: Literal["image.generation.task"]
     created: int
+    ended_at: str | None
+    erased_at: str | None
     model: str
     type: Literal["image"]
     status: Literal["pending", "processing", "completed", "failed", "cancelled"]
@@ -57,6 +60,9 @@ class EventTask(BaseModel):
     upstream_id: str | None
     metadata: dict[str, str]
     request: dict[str, Any]
+    warnings: list[str] = Field(
+        description="names fields that the model does not have in the catalogue; they are passed on"
+    )
     images: list[TaskImage]
 
 

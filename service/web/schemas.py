@@ -30,7 +30,8 @@ def known_pattern(value: str) -> str:
 
 Pattern = Annotated[str, AfterValidator(known_pattern)]
 Patterns = Annotated[list[Pattern], Field(min_length=1, max_length=32)]
-Owner = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+OWNER = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+Owner = Annotated[str, Field(pattern=OWNER)]
 Scope = Literal["submit", "read", "subscribe", "admin"]
 EndpointStatus = Literal["enabled", "paused", "disabled"]
 

@@ -89,7 +89,7 @@ async def test_a_key_is_found_by_its_hash_until_it_is_revoked(subject: Subject) 
     assert await subject.store.read(owner_keys.key_row, "k0") is not None
     assert [
         (row["id"], row["revoked_at"]) for row in await subject.store.read(owner_keys.key_list)
-    ] == [("k1", subject.clock.now), ("k0", None)]
+    ] == [("k0", None), ("k1", subject.clock.now)]
 
 
 async def test_revoking_a_key_again_keeps_the_first_time(subject: Subject) -> None:

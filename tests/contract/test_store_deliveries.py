@@ -5,10 +5,11 @@ docs/api.md has the rules under "Endpoints and deliveries".
 """
 
 import asyncio
+from collections.abc import Mapping
 
 import pytest
 
-from service.db.paging import Row
+from service.db.paging import After, Row, Selection
 from service.db.tables import attempts, deliveries, endpoints
 from service.db.transaction import Lease
 from service.events.deliveries import (
@@ -366,11 +367,10 @@ async def test_an_endpoint_is_inserted_once_and_read_by_its_owner(subject: Subje
     assert await subject.store.read(endpoint_row, made.id, "other") is None
     assert await subject.store.read(endpoint_row, for_all, "painter") is None
     assert await subject.store.read(endpoint_row, for_all, None) is not None
-    assert [row["id"] for row in await subject.store.read(endpoint_list, "painter", 9)] == [made.id]
-    assert [row["id"] for row in await subject.store.read(endpoint_list, None, 9)] == [
-        for_all,
-        made.id,
-    ]
+    own = await subject.store.read(endpoint_list, Selection("painter", 9))
+    assert [row["id"] for row in own] == [made.id]
+    every = await subject.store.read(endpoint_list, Selection(None, 9))
+    assert [row["id"] for row in every] == [for_all, made.id]
 
 
 async def test_an_endpoint_is_changed_by_its_owner_alone(subject: Subject) -> None:
@@ -449,23 +449,24 @@ async def test_deliveries_are_listed_newest_first_with_their_attempts(subject: S
         claimed[0] = await again(subject, claimed[0])
         subject.clock.shift(SECOND)
 
-    async def listed(*arguments: object) -> list[tuple[str, int]]:
-        # each case names some arguments
-        found = await subject.store.read(delivery_list, *arguments)  # type: ignore[arg-type]
+    async def listed(
+        owner: str | None, after: After = None, where: Mapping[str, str] | None = None
+    ) -> list[tuple[str, int]]:
+        found = await subject.store.read(delivery_list, Selection(owner, 9, after), where)
         return [(row["id"], len(made)) for row, made in found]
 
     everything = [(claimed[2].key, 0), (claimed[1].key, 0), (claimed[0].key, 2)]
-    assert await listed("painter", 9) == everything
-    assert await listed(None, 9) == everything
-    assert await listed("other", 9) == []
+    assert await listed("painter") == everything
+    assert await listed(None) == everything
+    assert await listed("other") == []
     row = await subject.row(deliveries, claimed[1].key)
-    assert await listed("painter", 9, (row["created_at"], row["id"])) == everything[2:]
+    assert await listed("painter", (row["created_at"], row["id"])) == everything[2:]
     assert (
-        await listed("painter", 9, None, {"task_id": row["task_id"], "state": "pending"})
+        await listed("painter", None, {"task_id": row["task_id"], "state": "pending"})
         == everything[1:2]
     )
     assert (
-        await listed("painter", 9, None, {"event_id": row["event_id"], "endpoint_id": endpoint})
+        await listed("painter", None, {"event_id": row["event_id"], "endpoint_id": endpoint})
         == everything[1:2]
     )
-    assert await listed("painter", 9, None, {"state": "dead"}) == []
+    assert await listed("painter", None, {"state": "dead"}) == []

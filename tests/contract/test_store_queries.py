@@ -4,7 +4,7 @@ docs/observability.md).
 
 from typing import Any
 
-from service.db.paging import After
+from service.db.paging import After, Selection
 from service.db.queues import QUEUES
 from service.db.tables import deliveries
 from service.images.downloads import image_row
@@ -34,12 +34,12 @@ async def test_tasks_are_listed_newest_first_page_by_page(subject: Subject) -> N
     seen: list[str] = []
     after: After = None
     for size in (3, 3, 1):
-        page = await subject.store.read(task_queries.task_list, OWNER, 3, after)
+        page = await subject.store.read(task_queries.task_list, Selection(OWNER, 3, after))
         assert len(page) == size
         seen += [task.id for task, _ in page]
         after = (page[-1][0].created_at, page[-1][0].id)
     assert seen == ids[::-1]
-    assert await subject.store.read(task_queries.task_list, OWNER, 3, after) == []
+    assert await subject.store.read(task_queries.task_list, Selection(OWNER, 3, after)) == []
 
 
 async def test_tasks_are_listed_by_owner_state_model_and_metadata(subject: Subject) -> None:
@@ -49,7 +49,8 @@ async def test_tasks_are_listed_by_owner_state_model_and_metadata(subject: Subje
     three = await subject.queued(owner="other", metadata={})
 
     async def listed(owner: str | None, **more: Any) -> list[str]:
-        found = await subject.store.read(task_queries.task_list, owner, 9, None, **more)
+        wanted = Selection(owner, 9)
+        found = await subject.store.read(task_queries.task_list, wanted, **more)
         return [task.id for task, _ in found]
 
     assert await listed(None) == [three, two, one]
@@ -62,12 +63,33 @@ async def test_tasks_are_listed_by_owner_state_model_and_metadata(subject: Subje
     assert await listed(None, metadata={"none": ""}) == []
 
 
+async def test_a_list_has_what_was_created_between_two_times(subject: Subject) -> None:
+    """The first time counts and the second one does not. Pages stay within both."""
+    ids = []
+    for _ in range(4):
+        ids.append(await subject.queued())
+        subject.clock.shift(SECOND)
+    start = subject.clock.now - 4 * SECOND
+
+    async def listed(**times: Any) -> list[str]:
+        found = await subject.store.read(task_queries.task_list, Selection(OWNER, 9, **times))
+        return [task.id for task, _ in found]
+
+    assert await listed(since=start) == ids[::-1]
+    assert await listed(since=start + 1) == ids[:0:-1]
+    assert await listed(until=start + SECOND) == ids[:1]
+    assert await listed(since=start + SECOND, until=start + 3 * SECOND) == [ids[2], ids[1]]
+    after = (start + 2 * SECOND, ids[2])
+    assert await listed(since=start + SECOND, until=start + 3 * SECOND, after=after) == [ids[1]]
+    assert await listed(since=start + SECOND, until=start + SECOND) == []
+
+
 async def test_a_listed_task_has_its_own_images_in_order(subject: Subject) -> None:
     one = await subject.storing("https://r.test/b", "https://r.test/a")
     for image in reversed(await subject.images(one)):
         await subject.download(image, stored(image))
     two = await subject.queued()
-    tasks = await subject.store.read(task_queries.task_list, OWNER, 9)
+    tasks = await subject.store.read(task_queries.task_list, Selection(OWNER, 9))
     listed = {task.id: images for task, images in tasks}
     assert [image.id for image in listed[one]] == [row["id"] for row in await subject.images(one)]
     assert [image.position for image in listed[one]] == [0, 1]

@@ -1,6 +1,7 @@
 """Requests that are rejected before any work, and the marks that every answer and error carries."""
 
 import asyncio
+import gzip
 import json
 import re
 from pathlib import Path
@@ -35,7 +36,10 @@ SURROGATE = b'{"model": "m", "prompt": "a\\ud800b"}'
         (b"null", 400, "invalid_request"),
         (b'{"model": "m"', 400, "invalid_request"),
         (b'{"model": "m"} {}', 400, "invalid_request"),
-        (b"\xef\xbb\xbf{}", 400, "invalid_request"),
+        (b"\xef\xbb\xbf", 400, "invalid_request"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf{}", 400, "invalid_request"),
+        (b" \xef\xbb\xbf{}", 400, "invalid_request"),
+        (b"{}\xef\xbb\xbf", 400, "invalid_request"),
         ('{"model": "m"}'.encode("utf-16"), 400, "invalid_request"),
         (b'{"model": "\xff"}', 400, "invalid_request"),
         (b'{"model": "a\\u0000"}', 400, "invalid_request"),
@@ -157,6 +161,61 @@ async def test_json_under_another_of_its_names_is_taken(still: World) -> None:
         {"content-type": "application/vnd.x+json"},
     ):
         got(await still.client.post(SUBMIT, content=json.dumps(order()), headers=ASYNC | headers))
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", " {}\n", "{}\r\n", json.dumps(order()), json.dumps(order(prompt="\ufeff猫"))]
+)
+async def test_a_byte_order_mark_before_json_is_ignored(still: World, text: str) -> None:
+    """Editors and programs on Windows write one (RFC 8259, 8.1). The service reads the rest as
+    without it, also under the same idempotency key.
+    """
+    headers = ASYNC | {"content-type": "application/json", "idempotency-key": text.encode().hex()}
+    marked, plain = [
+        await still.client.post(SUBMIT, content=text.encode(encoding), headers=headers)
+        for encoding in ("utf-8-sig", "utf-8")
+    ]
+    if "model" in text:
+        assert got(marked) == got(plain)
+        assert plain.headers["idempotency-replayed"] == "true"
+    else:
+        refused(marked, 400, "invalid_request", param="model")
+
+
+async def test_a_byte_order_mark_alone_is_no_body(still: World) -> None:
+    """Where the body may be missing, it may be a mark."""
+    endpoint = got(
+        await still.client.post("/v1/endpoints", json={"url": "http://127.0.0.1:9/"}), 201
+    )
+    path = f"/v1/endpoints/{endpoint['id']}/rotate"
+    got(await still.client.post(path, content=b"\xef\xbb\xbf"))
+
+
+@pytest.mark.parametrize(
+    "coding", ["gzip", "GZIP", "x-gzip", "br", "zstd", "deflate", "identity, gzip", "aws-chunked"]
+)
+async def test_a_body_in_a_content_coding_is_refused(still: World, coding: str) -> None:
+    """The answer is 415 and names the coding that the service reads, whatever the body is."""
+    for method, path in (("POST", SUBMIT), ("POST", "/v1/keys"), ("DELETE", "/v1/keys/nothing")):
+        for content in (gzip.compress(json.dumps(order()).encode()), json.dumps(order()), b""):
+            answer = await still.client.request(
+                method, path, content=content, headers={"content-encoding": coding}
+            )
+            said = refused(answer, 415, "unsupported_media_type", param="Content-Encoding")
+            assert coding in said["message"]
+            assert answer.headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize("coding", ["identity", "Identity", "", "identity, identity"])
+async def test_a_body_without_a_content_coding_may_say_so(still: World, coding: str) -> None:
+    got(await still.client.post(SUBMIT, json=order(), headers=ASYNC | {"content-encoding": coding}))
+
+
+async def test_a_second_content_coding_in_a_line_of_its_own_is_seen(still: World) -> None:
+    """Lines of one field are one list."""
+    lines = [("content-encoding", "identity"), ("content-encoding", "br")]
+    answer = await still.client.post(SUBMIT, json=order(), headers=lines)
+    refused(answer, 415, param="Content-Encoding")
 
 
 async def test_a_body_that_does_not_come_is_given_up(

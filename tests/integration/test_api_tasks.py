@@ -29,8 +29,11 @@ async def test_a_queued_task_has_every_key_and_null_for_what_is_unknown(still: W
     assert abs(task["created"] - time.time()) < 60
     assert task == {
         "id": task["id"],
+        "owner": task["owner"],
         "object": "image.generation.task",
         "created": task["created"],
+        "ended_at": None,
+        "erased_at": None,
         "model": TEXT_TO_IMAGE,
         "type": "image",
         "status": "pending",
@@ -51,6 +54,7 @@ async def test_a_queued_task_has_every_key_and_null_for_what_is_unknown(still: W
         "request": {"size": "768x768", "n": 2},
         "images": [],
         "prompt": "a lighthouse",
+        "warnings": [],
     }
     assert got(await still.client.get(f"/v1/tasks/{task['id']}")) == task
 

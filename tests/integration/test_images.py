@@ -166,6 +166,51 @@ async def test_a_range_of_another_version_is_the_whole(
 
 
 @pytest.mark.parametrize(
+    "extension",
+    ["png", "PNG", "jpg", "jpeg", "JPG", "webp", "gif", "avif", "bmp", "tif", "heic", "svg", "jxl"],
+)
+async def test_an_image_has_the_same_answers_under_any_extension(
+    here: World, stored: tuple[JSON, bytes], extension: str
+) -> None:
+    """Programs that look at a link's end take the image. Its content type stays the stored one."""
+    image, content = stored
+    plain, named = image["url"], f"{image['url']}.{extension}"
+    tag = f'"{image["sha256"]}"'
+    for headers in ({}, {"range": "bytes=5-9"}, {"if-none-match": tag}, {"range": "bytes=-0"}):
+        one, other = [await here.stranger.get(url, headers=headers) for url in (plain, named)]
+        assert one.status_code == other.status_code
+        for answer in (one, other):
+            del answer.headers["x-request-id"], answer.headers["date"]
+        assert one.headers == other.headers
+        if one.status_code != 416:
+            assert one.content == other.content
+    head = await here.stranger.head(named)
+    assert (head.headers["content-type"], head.headers["content-length"]) == (
+        "image/png",
+        str(len(content)),
+    )
+
+
+@pytest.mark.parametrize(
+    "end", [".", ".html", ".png.jpg", ".png.", ".png/", "png", ".exe", ".jpgx", ".%70ng%0a", "%2e"]
+)
+async def test_an_image_under_another_ending_is_not_found(
+    here: World, stored: tuple[JSON, bytes], end: str
+) -> None:
+    """One extension of an image is all that may follow an id."""
+    image, _ = stored
+    refused(await here.stranger.get(image["url"] + end), 404)
+
+
+async def test_an_erased_image_is_gone_under_its_extension_too(here: World) -> None:
+    """The answer is 410, and 404 for an id that never was."""
+    task = await submitted(here.client, UNTIL_DONE)
+    assert (await here.client.delete(f"/v1/tasks/{task['id']}")).status_code == 204
+    refused(await here.stranger.get(f"{task['images'][0]['url']}.png"), 410, "gone")
+    refused(await here.stranger.get("/images/img_aaaaaaaaaaaaaaaaaaaaaaaaaa.png"), 404)
+
+
+@pytest.mark.parametrize(
     "id", ["img_aaaaaaaaaaaaaaaaaaaaaaaaaa", "x", "%00", "..%2f..%2fdarkroom.db", "a" * 300]
 )
 async def test_an_unknown_image_is_not_found(here: World, id: str) -> None:

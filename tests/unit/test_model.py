@@ -213,8 +213,11 @@ def test_a_new_tasks_document_has_every_key() -> None:
     """Unknown values are null. `created` is in Unix seconds, as at the upstream."""
     assert task_document(task(State.QUEUED)) == {
         "id": "task_1",
+        "owner": "painter",
         "object": "image.generation.task",
         "created": 1757165031,
+        "ended_at": None,
+        "erased_at": None,
         "model": "wan2.5-text-to-image",
         "type": "image",
         "status": "pending",
@@ -233,6 +236,7 @@ def test_a_new_tasks_document_has_every_key() -> None:
         "upstream_id": None,
         "metadata": {},
         "request": {},
+        "warnings": [],
         "images": [],
     }
 

@@ -4,14 +4,14 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.db.paging import Row
+from service.db.paging import Row, Selection
 from service.errors import ApiError
 from service.events.deliveries import delivery_list
 from service.events.delivery_worker import send_manually
 from service.events.documents import delivery_document
 from service.strict_json import JSON
 from service.web.auth import caller_of
-from service.web.bodies import Position, page, position_of, query_text
+from service.web.bodies import page, position_of, query_text
 from service.web.context import context_of, resources_of
 
 log = structlog.get_logger()
@@ -28,8 +28,8 @@ async def deliveries(request: Request) -> Response:
     }
     where = {name: value for name, value in filters.items() if value is not None}
 
-    async def rows(limit: int, after: Position | None) -> list[tuple[Row, list[Row]]]:
-        return await store.read(delivery_list, caller.sees, limit, after, where)
+    async def rows(wanted: Selection) -> list[tuple[Row, list[Row]]]:
+        return await store.read(delivery_list, wanted, where)
 
     def shown(item: tuple[Row, list[Row]]) -> JSON:
         return delivery_document(*item, answers=caller.sees is None)
@@ -57,7 +57,7 @@ async def retry(request: Request) -> Response:
 async def _document(request: Request) -> JSON:
     caller, where = caller_of(request), {"id": request.path_params["delivery_id"]}
     store = resources_of(request).store
-    rows = await store.read(delivery_list, caller.sees, 1, None, where)
+    rows = await store.read(delivery_list, Selection(caller.sees, 1), where)
     if not rows:
         raise ApiError(404, "delivery_not_found", "no delivery of yours has that id")
     return delivery_document(*rows[0], answers=caller.sees is None)

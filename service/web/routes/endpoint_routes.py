@@ -7,7 +7,7 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.db.paging import Row
+from service.db.paging import Row, Selection
 from service.errors import ApiError, EgressRefused, NotConnected
 from service.events import endpoints
 from service.events.delivery_worker import send_test
@@ -20,7 +20,7 @@ from service.resources import Resources
 from service.signing import new_secret
 from service.strict_json import JSON
 from service.web.auth import caller_of
-from service.web.bodies import Position, page, position_of, read_model
+from service.web.bodies import page, position_of, read_model
 from service.web.context import context_of, resources_of
 from service.web.schemas import EndpointPatch, NewEndpoint, Rotation
 
@@ -82,10 +82,10 @@ async def read(request: Request) -> Response:
 
 async def listed(request: Request) -> Response:
     """List endpoints, newest first."""
-    store, owner = resources_of(request).store, caller_of(request).sees
+    store = resources_of(request).store
 
-    async def rows(limit: int, after: Position | None) -> list[Row]:
-        return await store.read(endpoints.endpoint_list, owner, limit, after)
+    async def rows(wanted: Selection) -> list[Row]:
+        return await store.read(endpoints.endpoint_list, wanted)
 
     return await page(request, rows, position_of, shown)
 

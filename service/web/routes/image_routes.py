@@ -12,6 +12,10 @@ from service.web.error_responses import error_response
 from service.web.published import has_tag
 
 RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII | re.IGNORECASE)
+# A link may end like a file's name. The content type is that of the stored image.
+EXTENSION = re.compile(
+    r"\.(apng|avif|bmp|gif|hei[cf]|ico|jfif|jpe?g?|jxl|png|svg|tiff?|webp)", re.IGNORECASE
+)
 HEADERS = {
     "Accept-Ranges": "bytes",
     "Cache-Control": "public, max-age=31536000, immutable",
@@ -38,7 +42,9 @@ def byte_range(text: str | None, size: int) -> tuple[int, int] | None:
 async def image(request: Request) -> Response:
     """Show a stored image."""
     resources = resources_of(request)
-    row = await resources.store.read(shown_image, request.path_params["image_id"])
+    id, dot, extension = request.path_params["image_id"].partition(".")
+    known = EXTENSION.fullmatch(dot + extension) if dot else True
+    row = await resources.store.read(shown_image, id) if known else None
     if row is None:
         raise ApiError(404, "image_not_found", "no image has that id")
     if row.state == "erased" or row.blob is None or row.bytes is None:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.db.batching import BatchingStore
-from service.db.paging import Row
+from service.db.paging import Row, Selection
 from service.errors import ApiError
 from service.events import secrets
 from service.events.outbox import OPERATORS
@@ -20,7 +20,7 @@ from service.strict_json import JSON
 from service.tasks import owner_keys
 from service.tasks.owner_keys import NewOwner, StoredKey, insert_keys, insert_owners, revoke_keys
 from service.web.auth import HINT_CHARS, KEY_PREFIX, caller_of
-from service.web.bodies import Position, page, position_of, read_model
+from service.web.bodies import page, position_of, read_model
 from service.web.context import resources_of
 from service.web.schemas import NewKey, SecretRotation
 
@@ -87,11 +87,10 @@ async def rotate_secret(request: Request) -> Response:
 
 async def listed(request: Request) -> Response:
     """List API keys, newest first."""
-    keys = await resources_of(request).store.read(owner_keys.key_list)
+    store = resources_of(request).store
 
-    async def rows(limit: int, after: Position | None) -> list[Row]:
-        older = [row for row in reversed(keys) if after is None or position_of(row) < after]
-        return older[:limit]
+    async def rows(wanted: Selection) -> list[Row]:
+        return await store.read(owner_keys.key_list, wanted)
 
     return await page(request, rows, position_of, shown)
 

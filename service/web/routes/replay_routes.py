@@ -1,7 +1,5 @@
 """Replays: an endpoint receives past events again."""
 
-from datetime import datetime
-
 import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -12,19 +10,12 @@ from service.events.documents import replay_document
 from service.events.outbox import OPERATORS
 from service.events.replays import NewReplayRow, ReplayFilter
 from service.web.auth import caller_of
-from service.web.bodies import read_model
+from service.web.bodies import milliseconds, read_model
 from service.web.context import resources_of
 from service.web.routes.endpoint_routes import endpoint_of
 from service.web.schemas import NewReplay
 
 log = structlog.get_logger()
-
-LAST_MS = 253_402_300_799_999  # of the year 9999
-
-
-def milliseconds(time: datetime | None) -> int | None:
-    """Within the years that `rfc3339` can write."""
-    return None if time is None else min(max(round(time.timestamp() * 1000), 0), LAST_MS)
 
 
 async def create(request: Request) -> Response:

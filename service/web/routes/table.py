@@ -11,9 +11,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from structlog.contextvars import bind_contextvars
 
-from service.errors import ApiError
+from service.errors import ApiError, invalid_request
 from service.web import schemas
 from service.web.asyncapi import document as asyncapi_document
+from service.web.bodies import check_coding
 from service.web.context import context_of
 from service.web.event_schemas import EventPage
 from service.web.openapi import document as openapi_document
@@ -90,12 +91,13 @@ async def asyncapi(request: Request) -> Response:
 
 ID = re.compile("[!-~]{1,200}")
 OPERATORS = ("/healthz", "/readyz", "/metrics")
+PAGE = "owner&since&until&limit&cursor"  # of every list
+ANY_KEY = ".KEY"  # ends a parameter that is a family, such as `metadata.KEY`
+NAME_CHARS = 100  # of a parameter, in the answer
 
 SPECS = (
     spec("POST /v1/images/generations", tasks.submit, "submit", schemas.Task, schemas.Submission),
-    spec(
-        "GET /v1/tasks?state&model&metadata.KEY&limit&cursor", tasks.tasks, "read", schemas.TaskList
-    ),
+    spec(f"GET /v1/tasks?state&model&metadata.KEY&{PAGE}", tasks.tasks, "read", schemas.TaskList),
     spec("GET /v1/tasks/{task_id}", tasks.task, "read", schemas.Task),
     spec("DELETE /v1/tasks/{task_id}", tasks.delete, "submit"),
     spec("GET /v1/tasks/{task_id}/timeline", tasks.timeline, "read", schemas.Timeline),
@@ -115,7 +117,7 @@ SPECS = (
         schemas.NewEndpoint,
         status=201,
     ),
-    spec("GET /v1/endpoints?limit&cursor", endpoints.listed, "subscribe", schemas.EndpointList),
+    spec(f"GET /v1/endpoints?{PAGE}", endpoints.listed, "subscribe", schemas.EndpointList),
     spec("GET /v1/endpoints/{endpoint_id}", endpoints.read, "subscribe", schemas.Endpoint),
     spec(
         "PATCH /v1/endpoints/{endpoint_id}",
@@ -143,7 +145,7 @@ SPECS = (
     spec("DELETE /v1/replays/{replay_id}", replays.cancel, "subscribe"),
     spec("POST /v1/endpoints/{endpoint_id}/test", endpoints.test, "subscribe", schemas.Attempt),
     spec(
-        "GET /v1/deliveries?endpoint&event&task&state&limit&cursor",
+        f"GET /v1/deliveries?endpoint&event&task&state&{PAGE}",
         deliveries.deliveries,
         "subscribe",
         schemas.DeliveryList,
@@ -160,7 +162,7 @@ SPECS = (
         schemas.CallbackSecret,
         schemas.SecretRotation,
     ),
-    spec("GET /v1/keys?limit&cursor", keys.listed, "admin", schemas.KeyList),
+    spec(f"GET /v1/keys?{PAGE}", keys.listed, "admin", schemas.KeyList),
     spec("DELETE /v1/keys/{key_id}", keys.revoke, "admin"),
     spec("GET /images/{image_id}", images.image, ""),
     spec("GET /healthz", health.healthz, "", schemas.Health),
@@ -169,6 +171,18 @@ SPECS = (
     spec("GET /openapi.json", openapi, ""),
     spec("GET /asyncapi.json", asyncapi, ""),
 )
+
+
+def check_query(request: Request, spec: Spec) -> None:
+    """Raises ApiError 400 for a parameter that the route does not have. An ignored filter would
+    give a wrong list.
+    """
+    for name in request.query_params:
+        family, dot, _ = name.partition(".")
+        if name not in spec.query and not (dot and family + ANY_KEY in spec.query):
+            known = f"it has {', '.join(spec.query)}" if spec.query else "it has none"
+            message = f"{name[:NAME_CHARS]} is no query parameter of {spec.path}: {known}"
+            raise invalid_request(message, name[:NAME_CHARS])
 
 
 def guarded(spec: Spec) -> Handler:
@@ -189,6 +203,8 @@ def guarded(spec: Spec) -> Handler:
             bind_contextvars(owner=caller.owner)
             if spec.path not in OPERATORS:
                 await context_of(request).limits.count(caller.key)
+        check_query(request, spec)
+        check_coding(request)
         if not all(ID.fullmatch(value) for value in request.path_params.values()):
             raise ApiError(404, "not_found", "nothing has that id")
         return await spec.endpoint(request)

@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from structlog.contextvars import bind_contextvars
 
+from service.db.paging import Selection
 from service.errors import ApiError, invalid_request
 from service.links import with_links
 from service.strict_json import JSON
@@ -103,7 +104,7 @@ async def task(request: Request) -> Response:
 
 async def tasks(request: Request) -> Response:
     """List tasks, newest first."""
-    store, owner = resources_of(request).store, caller_of(request).sees
+    store = resources_of(request).store
     names = [name for name in request.query_params if name.startswith(METADATA)]
     if len(names) > METADATA_FILTERS:
         message = f"at most {METADATA_FILTERS} metadata filters are allowed, not {len(names)}"
@@ -115,9 +116,8 @@ async def tasks(request: Request) -> Response:
     state = query_text(request, "state", [state.value for state in State])
     model = query_text(request, "model")
 
-    async def rows(limit: int, after: Position | None) -> list[Found]:
-        query = task_queries.task_list
-        return await store.read(query, owner, limit, after, state, model, metadata)
+    async def rows(wanted: Selection) -> list[Found]:
+        return await store.read(task_queries.task_list, wanted, state, model, metadata)
 
     def position(item: Found) -> Position:
         return item[0].created_at, item[0].id
