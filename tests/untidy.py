@@ -1,5 +1,5 @@
 """Responses that browsers and curl read although they break a rule or a usual limit, and a server
-that sends them byte by byte.
+that sends them byte by byte. This module imports nothing from the service.
 """
 
 import asyncio
@@ -9,8 +9,6 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
-
-from tests.upstream import picture
 
 Write = Callable[[bytes], bytes]
 
@@ -197,13 +195,15 @@ RECEIVERS: Mapping[str, Shape] = {
 
 @dataclass(slots=True)
 class Scripted:
-    """An upstream with results and a receiver, on one address. `shapes` are by kind and name. A
-    kind is `submission` (the name is the prompt), `query`, `picture` or `receiver`.
+    """An upstream with results and a receiver, on one address. Every result is `image`. `shapes`
+    are by kind and name. A kind is `submission` (the name is the prompt), `query`, `picture` or
+    `receiver`.
 
     `asked` are the kinds and names of all requests. `reused` names the requests that came over a
     connection which an untidy response had left open.
     """
 
+    image: bytes
     url: str = ""
     shapes: dict[tuple[str, str], Shape] = field(default_factory=dict)
     asked: list[tuple[str, str]] = field(default_factory=list)
@@ -223,7 +223,7 @@ class Scripted:
             document = {"id": key, "status": "completed", "results": [link]}
             return ("query", self.names[key]), json.dumps(document).encode()
         if first == "files":
-            return ("picture", self.names[key]), picture()
+            return ("picture", self.names[key]), self.image
         return ("receiver", self.names.get(key, key)), b"ok"
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -247,8 +247,8 @@ class Scripted:
 
 
 @asynccontextmanager
-async def scripted() -> AsyncIterator[Scripted]:
-    made = Scripted()
+async def scripted(image: bytes) -> AsyncIterator[Scripted]:
+    made = Scripted(image)
     server = await asyncio.start_server(made.serve, "127.0.0.1", 0)
     made.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     async with server:

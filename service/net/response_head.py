@@ -21,7 +21,7 @@ TIDY = re.compile(
     rb"HTTP/1\.[1-9] \d\d\d[^\0\r\n]*+\r\n"
     rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:[^\0\r\n]*+\r\n)*+\r\n"
 )
-FRAMING = (b"content-length", b"transfer-encoding")
+LISTS = (b"connection", b"content-length", b"transfer-encoding")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +47,20 @@ def read_head(text: bytes, *, without_body: bool = False) -> ResponseHead:
     first, *lines = FOLD.sub(b" ", text).split(b"\n")
     status = status_of(first)
     fields: dict[tuple[bytes, bytes], None] = {}
+    values: dict[bytes, list[bytes]] = {}
     framed, tidy = 0, TIDY.fullmatch(text) is not None
     for line in lines:
         name, colon, value = line.partition(b":")
         name = name.rstrip(b" \t").lower()
         if colon and NAME.fullmatch(name):
-            fields[name, INVALID.sub(b" ", value).strip(b" \t")] = None
-            framed += name in FRAMING
+            fields[name, value := INVALID.sub(b" ", value).strip(b" \t")] = None
+            if name in LISTS:
+                values.setdefault(name, []).append(value.lower())
+                framed += name != b"connection"
 
-    def listed(wanted: bytes) -> list[bytes]:
-        values = b",".join(value for name, value in fields if name == wanted)
-        return [part for each in values.lower().split(b",") if (part := each.strip(b" \t"))]
+    def listed(name: bytes) -> list[bytes]:
+        parts = b",".join(values.get(name, ())).split(b",")
+        return [part for each in parts if (part := each.strip(b" \t"))]
 
     # An early draft of HTTP/1.1 had the coding `identity`, which changes nothing.
     codings = [coding for coding in listed(b"transfer-encoding") if coding != b"identity"]
@@ -72,8 +75,8 @@ def read_head(text: bytes, *, without_body: bool = False) -> ResponseHead:
             fields[b"content-encoding", b",".join(others)] = None
     elif len(set(lengths)) == 1 and LENGTH.fullmatch(lengths[0]):
         length = int(lengths[0])
-    elif any(name == b"content-length" for name, _ in fields):
-        length, problem = 0, "its Content-Length is none"
+    elif b"content-length" in values:
+        length, problem = 0, "its Content-Length is not one number"
     return ResponseHead(
         status,
         tuple(fields),

@@ -10,10 +10,12 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
+
+from tests.untidy import Shape
 
 JSON = dict[str, Any]
 MAX_BYTES, MAX_PIXELS = 600_000, 500_000  # the service's limits in these tests
@@ -26,7 +28,7 @@ class Answer:
     body's. The connection ends after either.
 
     An answer that `stalls` sends no more bytes and keeps the connection open until the client
-    closes it.
+    closes it. A `shape` writes an answer of status 200 in its own way.
     """
 
     status: int = 200
@@ -34,6 +36,7 @@ class Answer:
     headers: Mapping[str, str] = field(default_factory=dict)
     announced: int | None = None
     stalls: bool = False
+    shape: Shape | None = None
 
 
 @dataclass(slots=True)
@@ -219,6 +222,11 @@ def half(step: Callable[[Task], Answer]) -> Step:
     return cut
 
 
+def shaped(shape: Shape, step: Callable[[Task], Answer]) -> Step:
+    """The same answer in other bytes."""
+    return lambda task: replace(step(task), shape=shape)
+
+
 def asked(truth: Truth) -> Callable[[Task], Answer]:
     return lambda task: ok(truth(task))
 
@@ -248,6 +256,10 @@ def picture(
         return Answer(200, sent, names, None if honest else len(whole), stalls)
 
     return answer
+
+
+def shaped_picture(shape: Shape) -> File:
+    return lambda task, _: Answer(body=task.pictures[0], shape=shape)
 
 
 def another(etag: str) -> File:

@@ -33,12 +33,15 @@ from tests.e2e.behaviours import (
     picture,
     raw,
     redirected,
+    shaped,
+    shaped_picture,
     short,
     told,
     true,
     twice,
     with_,
 )
+from tests.untidy import CODINGS, FRAMING, LIMITS, PLAIN, Shape, cut
 
 RETRIED, UNCERTAIN, REFUSED = (
     ("task.submission_retried",),
@@ -69,6 +72,16 @@ LOST_ONE: dict[str, Any] = {
 }
 GUARD: dict[str, Any] = {"tells": ("image.lost", "egress.refused")}
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
+# Responses that browsers and curl read.
+UNTIDY = {
+    "large_header": LIMITS["a policy of 9,000 bytes"],
+    "many_headers": LIMITS["400 lines"],
+    "length_twice": FRAMING["the same length twice"],
+    "name_with_blank": FRAMING["a name with a blank"],
+    "chunked_and_length": FRAMING["chunked behind a length"],
+    "gzip": CODINGS["gzip"],
+    "whole_but_cut": Shape(cut(PLAIN), ends=True),
+}
 FRAMES = moving(1, 0, 200, 40)  # small ones, but too many
 
 
@@ -142,6 +155,10 @@ SUBMISSIONS = {
     "submit_idempotency_conflict": proved(error(409, "idempotency_conflict")),
     "submit_408": proved(error(408, "timeout")),
     "submit_answered_completed": Behaviour((asked(completed),), callbacks=(), tells=SILENT),
+    **{
+        f"submit_{name}": Behaviour((shaped(shape, accepted),), callbacks=(), tells=SILENT)
+        for name, shape in UNTIDY.items()
+    },
     "submit_redirected": unproved(redirected(307)),
     "submit_lost_unproved": unproved(CUT),
     "submit_503_html_unproved": unproved(page(503)),
@@ -220,6 +237,10 @@ QUERIES = {
     "query_unknown_status": asks(asked(with_(status="archiving"))),
     "query_duplicate_keys": asks(lambda task: Answer(body=twice(task))),
     "query_other_task": asks(asked(foreign)),
+    **{
+        f"query_{name}": asks(*[shaped(shape, asked(completed))] * EVERY)
+        for name, shape in UNTIDY.items()
+    },
     "query_502_until_links_die": Behaviour(
         queries=(page(502),) * 2,
         files=(picture(honest=True), page(410)),
@@ -295,6 +316,10 @@ RESULTS = {
         *[leads(lambda task: f"/files/{task.id}/0-moved.png")] * EVERY, tells=STORED
     ),
     "file_redirect_for_ever": serves(leads(lambda task: task.link(0)), **LOST_ONE),
+    **{
+        f"file_{name}": serves(*[shaped_picture(shape)] * EVERY, tells=STORED)
+        for name, shape in UNTIDY.items()
+    },
     "file_404_until_fresh_link": serves(
         *[gone] * EVERY,
         truth=linked(

@@ -208,7 +208,8 @@ class Upstream:
                 await writer.drain()
                 if answer.stalls:
                     await reader.read()  # until the client closes the connection
-                open = answer.status != 0 and answer.announced is None
+                ends = answer.shape is not None and answer.shape.ends
+                open = answer.status != 0 and answer.announced is None and not ends
 
     async def trespass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.trespasses.append(repr(writer.get_extra_info("sockname")))
@@ -254,6 +255,8 @@ async def read(reader: asyncio.StreamReader) -> Request:
 def written(answer: Answer) -> bytes:
     if answer.status == 0:
         return b""
+    if answer.shape is not None:
+        return answer.shape.write(answer.body)
     length = len(answer.body) if answer.announced is None else answer.announced
     headers = {"content-length": str(length), **answer.headers}
     lines = (

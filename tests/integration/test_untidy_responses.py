@@ -44,7 +44,7 @@ SECOND = response(LENGTH)(b'{"id": "smuggled"}')
 
 @pytest.fixture(scope="module")
 async def server() -> AsyncIterator[Scripted]:
-    async with scripted() as made:
+    async with scripted(picture()) as made:
         yield made
 
 
