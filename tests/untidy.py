@@ -183,6 +183,8 @@ RECEIVERS: Mapping[str, Shape] = {
     ),
     "200 with a length that is none": Shape(lambda _: response("Content-Length: all")(b"ok")),
     "200 with malformed chunks": Shape(lambda _: IN_CHUNKS(b"no size\r\nok\r\n")),
+    "200 with a chunk over its size": Shape(lambda _: IN_CHUNKS(b"1\r\nok\r\n0\r\n\r\n")),
+    "200 with an endless chunk size": Shape(lambda _: IN_CHUNKS(b"2;" + b"x" * 100_000)),
     "200 with gzip that is none": Shape(response(LENGTH, "Content-Encoding: gzip"), tidy=True),
     "200 with a megabyte": Shape(lambda _: response(LENGTH)(b"x" * (1 << 20))),
     "200 with a head over a mebibyte": Shape(

@@ -8,8 +8,9 @@ smuggled into the response to the next request.
 import re
 from dataclasses import dataclass
 
-MAX_HEAD = 1 << 20  # bytes, with all interim responses
-MAX_FIELDS = 1000  # lines
+# Of a response, with all interim ones.
+MAX_HEAD = 1 << 20  # bytes
+MAX_LINES = 1000
 
 STATUS_LINE = re.compile(rb"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t][^\n]*)?\r?")
 FOLD = re.compile(rb"\r?\n[ \t]+")  # a line that continues the one before (RFC 9112, 5.2)

@@ -17,7 +17,7 @@ from aiohttp.http_exceptions import BadHttpMessage
 from aiohttp.streams import EMPTY_PAYLOAD
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from service.net.response_head import MAX_FIELDS, MAX_HEAD, ResponseHead, read_head, status_of
+from service.net.response_head import MAX_HEAD, MAX_LINES, ResponseHead, read_head, status_of
 
 Parsed = tuple[Sequence[tuple[RawResponseMessage, StreamReader]], bool, bytes]
 NOTHING: Parsed = ((), False, b"")
@@ -57,7 +57,8 @@ class ResponseParser:
         self._buffer_size = buffer_size
         self._without_body = without_body
         self._buffer = bytearray()  # of the head
-        self._searched = self._lines = 0  # bytes and lines of the buffer that were looked at
+        self._searched = 0  # bytes of the buffer
+        self._lines = 0  # of all heads
         self._left = MAX_HEAD  # bytes that the heads may still have
         self._head: ResponseHead | None = None  # the final one
         self._body = EMPTY_PAYLOAD
@@ -113,7 +114,7 @@ class ResponseParser:
         size = found.end() if found else len(buffer)
         self._lines += buffer.count(b"\n", self._searched, size)
         self._searched = size
-        if size > self._left or self._lines > MAX_FIELDS:
+        if size > self._left or self._lines > MAX_LINES:
             head = self._broken_head("the head of the response is too long")
             if head is None:
                 raise BadHttpMessage("the head of the response is too long")
@@ -122,7 +123,7 @@ class ResponseParser:
             return None
         text = bytes(buffer[:size])
         del buffer[:size]
-        self._searched = self._lines = 0
+        self._searched = 0
         self._left -= size
         try:
             return read_head(text, without_body=self._without_body)

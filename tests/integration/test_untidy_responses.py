@@ -314,7 +314,9 @@ async def test_a_response_may_come_in_pieces_of_any_size(kind: str, size: int) -
     ids=["a head", "no status line", "lines", "interim responses"],
 )
 async def test_an_endless_head_is_left_at_its_limit(hostile: bytes) -> None:
-    """The client keeps at most a mebibyte of a head and closes the connection."""
+    """The client keeps at most a mebibyte and a thousand lines of the heads of a response, and
+    closes the connection.
+    """
     sent = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
