@@ -1,9 +1,7 @@
 """The wiring: settings become resources, resources an application, the application a server."""
 
 import asyncio
-import math
 import socket
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +13,6 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from service.backends import DELIVERIES, REDELIVERIES, open_resources, open_sinks
-from service.db.batching import BatchingStore
 from service.errors import ConfigurationError
 from service.events.broker_worker import BrokerWorker
 from service.events.deliveries import dead_letter_delivery
@@ -30,6 +27,7 @@ from service.images.sweep import sweep
 from service.images.validator import ImageValidator, open_validator
 from service.ops.metrics import Metrics
 from service.queue.periodic import hourly
+from service.queue.stopping import Stopping
 from service.queue.worker import Stage, WorkerPool
 from service.resources import Resources
 from service.settings import Settings, masked
@@ -38,6 +36,8 @@ from service.tasks.account_breaker import AccountBreaker
 from service.tasks.confirm_worker import ConfirmWorker, QueryPlan
 from service.tasks.submit_worker import SubmitWorker
 from service.tasks.transitions import dead_letter_task
+from service.tasks.upstream_check import UpstreamCheck
+from service.upkeep.heartbeats import WorkerWatch, beat
 from service.upkeep.rekey import rekey
 from service.upkeep.retention import Retention
 from service.upstreams.catalogue import DEFAULT_UPSTREAM, load_catalogue
@@ -126,28 +126,17 @@ def hourly_jobs(settings: Settings, resources: Resources) -> dict[str, Job]:
     }
 
 
-@dataclass(slots=True)
-class Stopping:
-    """The end of a process. Requests and work in flight share one limit of `limit_s` seconds."""
-
-    store: BatchingStore
-    pool: WorkerPool
-    limit_s: float
-    deadline: float = math.inf
-
-    def quiesce(self) -> None:
-        """Starts no new work, and answers the requests that wait for a task or an event."""
-        self.deadline = min(self.deadline, time.monotonic() + self.limit_s)
-        self.pool.quiesce()
-        self.store.signals.stop()
-
-    async def drained(self) -> float:
-        """Waits for work in flight within the limit. Returns the seconds that are left."""
-        await self.pool.drained(self.left())
-        return self.left()
-
-    def left(self) -> float:
-        return max(0, self.deadline - time.monotonic())
+def worker_jobs(
+    settings: Settings,
+    resources: Resources,
+    pool: WorkerPool,
+    broker_workers: Mapping[str, BrokerWorker],
+) -> dict[str, Job]:
+    jobs = hourly_jobs(settings, resources)
+    jobs |= {f"publish {name}": each.run() for name, each in broker_workers.items()}
+    if not settings.sqlite_path:  # on SQLite no other process could miss the workers
+        jobs["beat"] = beat(resources.store, lambda: pool.alive)
+    return jobs
 
 
 @asynccontextmanager
@@ -175,9 +164,12 @@ async def running(
         stopping = Stopping(resources.store, pool, settings.stop_s)
         context = make_context(settings, role, resources, breaker, gate, broker_workers, stopping)
         jobs = {"workers": pool.run(), "account": breaker.run(), "tail": context.tail.run()}
+        if settings.evolink_api_key:
+            upstream.on_refused = breaker.refused
+            check = UpstreamCheck(resources, upstream, breaker)
+            jobs |= {"upstream": check.run(), "announce": check.announce()}
         if role.workers:
-            jobs |= hourly_jobs(settings, resources)
-            jobs |= {f"publish {name}": each.run() for name, each in broker_workers.items()}
+            jobs |= worker_jobs(settings, resources, pool, broker_workers)
         tasks = [asyncio.create_task(job, name=name) for name, job in jobs.items()]
         log.info(
             "service.started",
@@ -232,6 +224,9 @@ def make_context(
         quiesce=stopping.quiesce,
         drained=stopping.drained,
         workers_alive=(lambda: pool.alive) if role.workers else None,
+        worker_watch=None
+        if role.workers
+        else WorkerWatch(resources.store, resources.store.clock()),
     )
 
 

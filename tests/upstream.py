@@ -121,6 +121,7 @@ class Upstream:
                 Route("/v1/images/generations", self._submit, methods=["POST"]),
                 Route("/v1/tasks/{key}", self._query),
                 Route("/files/{key}", self._file),
+                Route("/v1/credits", self._credits),
             ]
         )
 
@@ -135,6 +136,9 @@ class Upstream:
 
     async def _query(self, request: Request) -> Response:
         return self._next(self.queries, request) or document("processing")
+
+    async def _credits(self, _: Request) -> Response:
+        return JSONResponse({"success": True, "data": {"token": {"remaining_credits": 100}}})
 
     async def _file(self, request: Request) -> Response:
         return self._next(self.files, request) or error(404, "not_found")

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -131,16 +132,36 @@ def wait_for_end(client: ApiClient, order: JSON, key: str, task: JSON) -> JSON:
     wait_s = PROGRESS_WAIT_S if terminal() else SUBMIT_WAIT_S
     with progress(task) as update:
         while task["state"] not in TERMINAL:
+            update(task, held(client, task))
             task = post(client, order, key, wait_s)
-            update(task)
     return task
 
 
+def held(client: ApiClient, task: JSON) -> str | None:
+    """Why the task waits although the service works, as the last step of its timeline says it."""
+    if task["state"] != "queued":
+        return None
+    try:
+        steps = client.call("GET", f"/v1/tasks/{segment(task['id'])}/timeline")["data"]
+    except (CommandFailed, EgressError):  # a key without the scope `read`, or a restart
+        return None
+    return steps[-1]["message"] if steps and steps[-1]["step"] == "task.held" else None
+
+
 @contextmanager
-def progress(task: JSON) -> Iterator[Callable[[JSON], None]]:
-    """A line of progress on standard error. Without a terminal there is none."""
+def progress(task: JSON) -> Iterator[Callable[[JSON, str | None], None]]:
+    """A line of progress on standard error, with the reason why a task is held. Without a terminal
+    only that reason, once.
+    """
     if not terminal():
-        yield lambda _: None
+        said: set[str] = set()
+
+        def say(task: JSON, held: str | None) -> None:
+            if held and held not in said:
+                said.add(held)
+                sys.stderr.write(f"{task['id']} {plain(held)}\n")
+
+        yield say
         return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -148,9 +169,12 @@ def progress(task: JSON) -> Iterator[Callable[[JSON], None]]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as display:
         line = display.add_task(f"{task['id']} {task['state']}", total=None)
-        yield lambda task: display.update(
-            line, description=f"{task['id']} {task['state']} {task['progress']} %"
-        )
+
+        def show(task: JSON, held: str | None) -> None:
+            state = plain(held) if held else f"{task['state']} {task['progress']} %"
+            display.update(line, description=f"{task['id']} {state}")
+
+        yield show
 
 
 def save(client: ApiClient, image: JSON, task_id: str, folder: Path) -> Path:

@@ -12,16 +12,18 @@ from service.strict_json import JSON
 def event_document(row: Row, links: Links) -> JSON:
     """An event from its row, as a structured CloudEvent 1.0.
 
-    Links are made now, so that they follow the settings. An event without a task has the endpoint
-    or the row that it names as its subject, because CloudEvents libraries refuse a null subject.
+    Links are made now, so that they follow the settings. An event without a task has the endpoint,
+    the row or the upstream that it names as its subject, because CloudEvents libraries refuse a
+    null subject.
     """
     data = row["data"]
+    named = (data[name] for name in ("endpoint_id", "key", "upstream") if data.get(name))
     return {
         "specversion": "1.0",
         "id": row["id"],
         "source": links.base_url,
         "type": row["type"],
-        "subject": row["task_id"] or data.get("endpoint_id") or data["key"],
+        "subject": row["task_id"] or next(named),
         "time": rfc3339(row["time"]),
         "datacontenttype": "application/json",
         "sequence": sequence_text(row["sequence"]),

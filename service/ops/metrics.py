@@ -50,6 +50,9 @@ class Table:
     account_refusals: Annotated[
         Counter, "Submissions that the upstream refused because of the service's key or account"
     ]
+    account_refused: Annotated[
+        Gauge, "1 while the upstream refuses the service's key or account, as this process sees it"
+    ]
     tasks: Annotated[Gauge, "Tasks by state", "state"]
     queue_depth: Annotated[Gauge, "Rows that wait for work, by stage", "stage"]
     result_seconds_left: Annotated[

@@ -20,7 +20,7 @@ from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
-from service.tasks.transitions import change, lock_leased
+from service.tasks.transitions import change, lock_leased, note_held
 from service.upstreams.base import Upstream, throttled
 from service.upstreams.lenient import document_of, section_of
 
@@ -36,8 +36,9 @@ class AccountBreaker:
     `run` sends a trial request after each wait of `schedule`, in seconds.
 
     The trial is `GET /v1/credits`, which is free. If that tells nothing, or answered although the
-    next submission was refused again, one held task is sent instead (half-open). A task that is too
-    old to wait is sent once as well, one at a time: the service ends no task by its age alone.
+    next submission was refused again, one held task is sent instead (half-open). So it is if only
+    the credits were refused so far. A task that is too old to wait is sent once as well, one at a
+    time: the service ends no task by its age alone.
     """
 
     def __init__(self, resources: Resources, upstream: Upstream, schedule: Sequence[float]) -> None:
@@ -46,19 +47,41 @@ class AccountBreaker:
         self._opened_at, self._reason = 0, ""
         self._trials = 0  # since the upstream took a submission
         self._credits_count = True  # False: they answered, and no submission was taken since
+        self._refusals_count = True  # False: a submission was taken although credits were refused
+        self._confirmed = False  # a submission was refused, not the credits alone
         self._half_open = False  # one held task may be sent
         self._sending = False  # it is under way
+        self.changed = asyncio.Event()  # opened or closed, which operators have to be told
+        self.doubted = asyncio.Event()  # a query was refused: are the credits, too?
 
     @property
     def is_open(self) -> bool:
         return self._opened.is_set()
 
+    @property
+    def reason(self) -> str:
+        return self._reason
+
     def open(self, reason: str) -> None:
         """The upstream refused a submission because of the key or the account."""
         self._resources.metrics.account_refusals.inc()
+        self._open(reason, half=False)
+        self._confirmed, self._reason = True, reason
+
+    def refused(self, kind: str, reason: str) -> None:
+        """The answer to a call of any kind refuses the key or the account."""
+        if kind == "credits" and self._refusals_count:
+            self._open(reason, half=True)
+        elif kind != "submit":  # the worker calls `open`
+            self.doubted.set()
+
+    def _open(self, reason: str, *, half: bool) -> None:
         if not self.is_open:
             self._opened_at, self._reason = self._resources.clock(), reason
+            self._half_open = half
             self._opened.set()
+            self.changed.set()
+            self._resources.metrics.account_refused.set(1)
             log.error("account.refused", reason=reason)
 
     @contextmanager
@@ -78,6 +101,7 @@ class AccountBreaker:
         open when the task was sent.
         """
         if trial and self.is_open:
+            self._refusals_count = self._confirmed
             await self._close()
         if not self.is_open:
             self._trials, self._credits_count = 0, True
@@ -86,7 +110,7 @@ class AccountBreaker:
         """Holds a task unsent until the breaker closes. If this process dies, the task is due after
         the longest wait of the schedule.
         """
-        wait_ms, give_up_ms = self._wait(len(self._schedule)) * 1000, give_up_s * 1000
+        wait_ms, give_up_ms = self.wait_s(len(self._schedule)) * 1000, give_up_s * 1000
         hold = SubmissionHold(lease, round(wait_ms), round(give_up_ms))
         await self._resources.store.write(hold_submissions, hold)
         checkpoint("account.held")
@@ -98,17 +122,23 @@ class AccountBreaker:
         while True:
             await self._opened.wait()
             self._trials += 1
-            await asyncio.sleep(self._wait(self._trials))
-            try:
+            await asyncio.sleep(self.wait_s(self._trials))
+            with self.guarded():
                 if self.is_open and not self._sending:
                     await self._try()
-            except Exception as error:  # the next trial request comes all the same
-                known = {"stage": "account", "key": None, "attempt": self._trials, "wait_s": None}
-                fault = None if isinstance(error, StoreUnavailable) else error
-                log.error("worker.failed", **known, exception=repr(error), exc_info=fault)  # noqa: TRY400
-                self._resources.metrics.worker_faults.labels("account").inc()
 
-    def _wait(self, attempt: int) -> float:
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Logs and counts an unforeseen exception. The next trial request comes all the same."""
+        try:
+            yield
+        except Exception as error:
+            known = {"stage": "account", "key": None, "attempt": self._trials, "wait_s": None}
+            fault = None if isinstance(error, StoreUnavailable) else error
+            log.error("worker.failed", **known, exception=repr(error), exc_info=fault)  # noqa: TRY400
+            self._resources.metrics.worker_faults.labels("account").inc()
+
+    def wait_s(self, attempt: int) -> float:
         random = self._resources.random()
         wait = wait_before(self._schedule, attempt, repeat_last=True, random=random, spread=0.2)
         assert wait is not None  # the last wait repeats
@@ -116,15 +146,15 @@ class AccountBreaker:
 
     async def _try(self) -> None:
         self._half_open = False  # while the credits are asked for
-        answer = await self._credits() if self._credits_count else None
-        if answer is not None and 200 <= answer.status < 300:
+        answer = await self.credits() if self._credits_count else None
+        if answer is not None and is_document(answer):
             self._credits_count = False
             await self._close()
-        elif answer is None or not self._same_refusal(answer):
+        elif answer is None or not self._confirmed or not self._same_refusal(answer):
             self._half_open = True
             await self._resources.store.write(resume_submissions, 1)
 
-    async def _credits(self) -> Response | None:
+    async def credits(self) -> Response | None:
         try:
             async with self._resources.limiter.slot("passthrough", PATIENCE_S) as record:
                 answer = await self._upstream.passthrough("GET", CREDITS)
@@ -141,13 +171,20 @@ class AccountBreaker:
     async def _close(self) -> None:
         """Held tasks are due at once."""
         self._opened.clear()
-        self._half_open = False
+        self._half_open = self._confirmed = False
+        self.changed.set()
+        self._resources.metrics.account_refused.set(0)
         seconds = round((self._resources.clock() - self._opened_at) / 1000, 1)
         log.warning("account.restored", seconds=seconds)
         checkpoint("account.restored")
         more = True
         while more and not self.is_open:
             more = await self._resources.store.write(resume_submissions, AT_ONCE) == AT_ONCE
+
+
+def is_document(answer: Response) -> bool:
+    """Whether the call succeeded, and no page was put in place of its answer."""
+    return 200 <= answer.status < 300 and document_of(answer.body) is not None
 
 
 def note_credits(metrics: Metrics, status: int, body: bytes) -> None:
@@ -192,6 +229,7 @@ def _hold(tx: Transaction, row: TaskRow, item: SubmissionHold) -> bool:
         return True
     if row.state is State.QUEUED and tx.now < give_up_at:
         due_at = min(due_at, give_up_at)
+    note_held(tx, row)
     columns = {"lease_owner": tx.process, "attempts": row.submit_attempts - 1}
     outcomes = max(1, row.submit_outcomes)
     change(tx, row, submit_outcomes=outcomes, **leases.release("submit", due_at, **columns))

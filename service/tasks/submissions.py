@@ -15,7 +15,16 @@ from service.queue import leases
 from service.tasks.fair_queue import FairQueue
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
-from service.tasks.transitions import change, end, lock, lock_leased, move, submitted, task_error
+from service.tasks.transitions import (
+    change,
+    end,
+    lock,
+    lock_leased,
+    move,
+    note_held,
+    submitted,
+    task_error,
+)
 from service.upstreams.base import Accepted, NotCreated, Refused, Report, SubmitOutcome, Uncertain
 
 
@@ -78,8 +87,10 @@ def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> li
                 _accept(tx, row, item, report, rows.values())
             case Refused(status, error) if submitting or row.state is State.UNCERTAIN:
                 end(tx, row, State.FAILED, error, refusal_status=status)
-            case NotCreated(reason) if submitting:
+            case NotCreated(reason, account=account) if submitting:
                 _retry(tx, row, item, reason, queue)
+                if account and not row.terminal:
+                    note_held(tx, row)
             case Uncertain(reason) if submitting:
                 _doubt(tx, row, item, reason, resend=item.resend)
             case None if held and row.state is State.UNCERTAIN and not row.resubmit:

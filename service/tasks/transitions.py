@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import delete, or_
+from sqlalchemy import delete, or_, select
 
-from service.db.tables import images, tasks
+from service.db.tables import images, steps, tasks
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
 from service.queue import leases
@@ -18,6 +18,8 @@ from service.upstreams.base import Report
 # An id from the second source replaces one from the first. `query`: an id by hand to which the
 # upstream has answered, so that it is no slip of the pen.
 REPLACES = {("callback", "answer"), ("hand", "answer"), ("query", "answer"), ("hand", "hand")}
+
+HELD = "held: the upstream refuses our key"  # of the step `task.held`
 
 
 class Leased(Protocol):
@@ -169,6 +171,13 @@ def _emit(
         task_callback=terminal and row.callback_url is not None,
         called_back_at=row.called_back_at if terminal else None,
     )
+
+
+def note_held(tx: Transaction, row: TaskRow) -> None:
+    """Adds the step of a task that waits for the account, once."""
+    last = select(steps.c.step).where(steps.c.task_id == row.id).order_by(steps.c.id.desc())
+    if tx.connection.scalar(last.limit(1)) != "task.held":
+        tx.step(row.id, "task.held", message=HELD)
 
 
 def forget_downloads(tx: Transaction, task_id: str) -> None:

@@ -6,7 +6,7 @@ response of an upstream proves which outcome.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -168,7 +168,9 @@ class Upstream(Protocol):
     """
 
     name: str
-    answering: bool  # False after a call that got no response, a 5xx, or a refusal of our key
+    answering: bool  # False after a call that got no response, or one that is not this API's
+    # Gets the kind of each call whose answer refuses our key or account, and the reason.
+    on_refused: Callable[[str, str], None]
 
     async def submit(self, body: bytes, idempotency_key: str) -> SubmitOutcome:
         """Sends the body byte for byte, once. The upstream may honour the key or not."""

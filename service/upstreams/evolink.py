@@ -11,7 +11,7 @@ from typing import TypeVar
 from urllib.parse import quote
 
 from service.credits import millionths
-from service.errors import CallTimedOut, EgressError, EgressRefused, NotConnected, type_of
+from service.errors import EgressError, type_of
 from service.ids import UPSTREAM_ID
 from service.net import Egress, Response
 from service.net.retry_after import retry_after
@@ -32,6 +32,13 @@ from service.upstreams.base import (
     UpstreamCall,
 )
 from service.upstreams.lenient import document_of, number_of, readable, section_of, text_of
+from service.upstreams.verdicts import (
+    is_from_api,
+    refusal_of,
+    refuses_account,
+    unanswered_submit,
+    why,
+)
 
 MAX_BODY = 1 << 20
 # Characters kept of a message, a link and a short word. RESULTS is a number of links.
@@ -42,8 +49,6 @@ LONGEST_ESTIMATE = 6 * 3600
 STATUSES = {status.value: status for status in Status} | {"canceled": Status.CANCELLED}
 # Error codes that prove nothing, whatever the response's status.
 UNPROVED = frozenset({"paid_outcome_unknown", "idempotency_conflict"})
-# Codes of a 403 about our key, user, account or address begin so, such as `key_disabled`.
-OUR_ACCOUNT = ("key_", "api_key_", "token_", "user_", "account_", "ip_")
 # Older pages give the status as the code. These are the names of the newer pages.
 CODES = {
     402: "insufficient_quota",
@@ -132,12 +137,6 @@ def parse_task(body: bytes) -> Report | None:
 
 # --- classifying
 
-REASONS: Mapping[type[object], str] = {
-    EgressRefused: "refused by the guard",
-    NotConnected: "not connected",
-    CallTimedOut: "timed out",
-}
-
 
 def classify_submit(
     status: int, headers: Mapping[str, str], body: bytes, now: float
@@ -160,7 +159,7 @@ def classify_submit(
     if status in (429, 503):
         wait = retry_after(headers.get("retry-after"), now)
         return NotCreated(reason, wait, throttled=status == 429)
-    if status == 401 or (status == 403 and code is not None and code.startswith(OUR_ACCOUNT)):
+    if refuses_account(status, code):
         return NotCreated(reason, account=True)
     if status == 403 and not own:
         return Uncertain(reason)
@@ -190,16 +189,6 @@ def classify_query(
     if report.upstream_id not in (None, upstream_id):
         return NoAnswer(f"{status} for another task")
     return Found(report)
-
-
-def unanswered_submit(error: EgressError) -> NotCreated | Uncertain:
-    """A submission without a response created nothing only if the request was never sent."""
-    sent = not isinstance(error, EgressRefused | NotConnected)
-    return Uncertain(_why(error)) if sent else NotCreated(_why(error))
-
-
-def _why(error: EgressError) -> str:
-    return REASONS.get(type(error), "connection lost")
 
 
 # --- calling
@@ -234,6 +223,8 @@ class EvoLink:
         self._query_timeout = query_timeout
         self._on_call = on_call
         self._now = now
+        self._proved = False  # a submission or a query was answered
+        self.on_refused: Callable[[str, str], None] = lambda _kind, _reason: None
 
     async def submit(self, body: bytes, idempotency_key: str) -> SubmitOutcome:
         def judge(answer: Response | EgressError) -> SubmitOutcome:
@@ -248,7 +239,7 @@ class EvoLink:
     async def query(self, upstream_id: str) -> QueryOutcome:
         def judge(answer: Response | EgressError) -> QueryOutcome:
             if isinstance(answer, EgressError):
-                return NoAnswer(_why(answer))
+                return NoAnswer(why(answer))
             return classify_query(
                 answer.status, answer.headers, answer.body, self._now(), upstream_id
             )
@@ -292,8 +283,11 @@ class EvoLink:
         status, request_id = None, None
         if isinstance(answer, Response):
             status, request_id = answer.status, text_of(answer.headers.get("x-request-id"))
-        account = isinstance(outcome, NotCreated) and outcome.account
-        self.answering = status is not None and status < 500 and status != 401 and not account
+        from_api = is_from_api(kind, answer, proved=self._proved)
+        self._proved |= bool(from_api) and kind in ("submit", "query")
+        self.answering = self.answering if from_api is None else from_api
+        if (refusal := refusal_of(answer)) is not None:
+            self.on_refused(kind, refusal)
         if self._on_call is not None:
             word = OUTCOME_NAMES.get(type(outcome), "no_answer")
             self._on_call(UpstreamCall(kind, status, word, seconds, request_id))

@@ -10,6 +10,7 @@ from service.events.webhooks import WebhookSender
 from service.resources import Resources
 from service.tasks.accept import TaskIntake
 from service.tasks.account_breaker import AccountBreaker
+from service.upkeep.heartbeats import WorkerWatch
 from service.web.auth import Access
 from service.web.overload import KeyLimits, LoadShedder, PriorityGate
 from service.web.published import RecentLook
@@ -19,7 +20,7 @@ from service.web.published import RecentLook
 class Context:
     """`sinks`: brokers by name with their event types. `drained` waits for work in flight, within
     the stop's limit, and returns the seconds that are left of it. `workers_alive` None: the process
-    has no workers.
+    has no workers, and `worker_watch` looks for those of other processes.
     """
 
     resources: Resources
@@ -38,6 +39,7 @@ class Context:
     quiesce: Callable[[], None]
     drained: Callable[[], Awaitable[float]]
     workers_alive: Callable[[], bool] | None
+    worker_watch: WorkerWatch | None
 
 
 def context_of(request: Request) -> Context:

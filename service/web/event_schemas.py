@@ -71,7 +71,7 @@ class Event(BaseModel):
     id: str
     source: str
     type: str
-    subject: str = Field(description="the task's id, else the id of the endpoint or row")
+    subject: str = Field(description="the task's id, else the endpoint, the row or the upstream")
     time: str
     datacontenttype: Literal["application/json"]
     sequence: str
@@ -149,6 +149,19 @@ class DeliveryExhausted(BaseModel):
     task_id: str | None
 
 
+class AccountRefused(BaseModel):
+    """The upstream refuses the service's key or account. Submissions wait until it takes them."""
+
+    upstream: str
+    reason: str
+
+
+class AccountRestored(BaseModel):
+    """The upstream takes the service's key and account again."""
+
+    upstream: str
+
+
 TASK_STATES = ("submitted", "completed", "failed", "cancelled", "expired")
 EVENT_TYPES: dict[str, type[BaseModel]] = {
     **{f"image.task.{state}": EventTask for state in TASK_STATES},
@@ -158,5 +171,7 @@ EVENT_TYPES: dict[str, type[BaseModel]] = {
     "image.at_risk": AtRisk,
     "endpoint.disabled": EndpointDisabled,
     "delivery.exhausted": DeliveryExhausted,
+    "account.refused": AccountRefused,
+    "account.restored": AccountRestored,
 }
 TEST_TYPE = "endpoint.test"

@@ -46,6 +46,9 @@ LINES: Mapping[str, str] = MappingProxyType(
             " until it accepts them again."
         ),
         "account.restored": "`seconds` (since `account.refused`). Waiting submissions are sent.",
+        "upstream.unusable": (
+            "`status` (null: no answer), `setting`. What answers is not the upstream's API."
+        ),
         "upstream.called": "`kind`, `status`, `outcome`, `duration_ms`, `upstream_request_id`",
         "callback.received": "`verdict`, `status`, `bytes`, `duration_ms`",
         "callback.refused": (

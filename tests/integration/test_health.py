@@ -7,10 +7,6 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from service.app import Role, create_app
 from service.upkeep import store_figures
@@ -98,28 +94,6 @@ async def test_without_its_image_store_a_process_is_degraded_and_takes_no_submis
         assert await ready(here) == {"status": "degraded", "causes": ["blobs"]}
         refused(await here.client.post(SUBMIT, json=order(), headers=ASYNC), 503, "unavailable")
         assert (await figures(here))["darkroom_blob_free_bytes"] == 0
-
-
-async def test_an_upstream_that_does_not_answer_degrades_until_it_does(tmp_path: Path) -> None:
-    """Silence, a 5xx or a refused key is a cause. Every other answer, even 404 or 429, shows that
-    the upstream answers.
-    """
-    statuses = iter([503, 200, 401, 429])
-
-    async def credits(_: Request) -> Response:
-        return JSONResponse({}, next(statuses))
-
-    async with world(
-        tmp_path, role=WITHOUT_WORKERS, upstream=Starlette(routes=[Route("/v1/credits", credits)])
-    ) as here:
-        for status, answering_now in ((503, False), (200, True), (401, False), (429, True)):
-            assert (await here.client.get("/v1/credits")).status_code == status
-            assert ("upstream" in (await ready(here))["causes"]) is not answering_now
-    async with world(
-        tmp_path / "2", role=WITHOUT_WORKERS, evolink_base_url="http://127.0.0.1:9"
-    ) as here:
-        refused(await here.client.get("/v1/credits"), 503, "upstream_unavailable")
-        assert (await ready(here))["causes"] == ["upstream"]
 
 
 async def test_a_process_that_stops_says_so(tmp_path: Path) -> None:

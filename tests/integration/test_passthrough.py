@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from service.app import Role
+from service.tasks import upstream_check
 from tests.api import ASYNC, SUBMIT, got, order, refused, submitted
 from tests.upstream import Upstream, error, page
 from tests.waiting import wait_until
@@ -54,11 +55,14 @@ def elsewhere() -> Elsewhere:
 async def there(
     elsewhere: Elsewhere, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[World]:
-    app = Starlette(routes=[Route("/{path:path}", elsewhere.take)])
-    async with world(
-        tmp_path_factory.mktemp("there"), role=Role(workers=False), upstream=app
-    ) as made:
-        yield made
+    """The service makes no call of its own after the first."""
+    app, role = Starlette(routes=[Route("/{path:path}", elsewhere.take)]), Role(workers=False)
+    folder = tmp_path_factory.mktemp("there")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(upstream_check, "WAITS_S", (3600.0,))
+        async with world(folder, role=role, upstream=app, submit_schedule="3600") as made:
+            await wait_until(lambda: elsewhere.asked)
+            yield made
 
 
 @pytest.fixture
@@ -80,7 +84,7 @@ async def test_credits_and_models_are_the_sandboxs_own_answers(here: World) -> N
 
 
 @pytest.mark.parametrize("path", ["/v1/credits", "/v1/models"])
-@pytest.mark.parametrize("status", [200, 203, 400, 401, 402, 403, 404, 418, 429])
+@pytest.mark.parametrize("status", [200, 203, 400, 402, 404, 418, 429])
 async def test_an_answer_in_json_keeps_its_status_and_its_bytes(
     elsewhere: Elsewhere, reader: httpx.AsyncClient, path: str, status: int
 ) -> None:
@@ -130,6 +134,30 @@ async def test_an_unusable_upstream_answer_is_503_in_the_common_form(
     """
     elsewhere.answer = answer
     refused(await reader.get(path), 503, "upstream_unavailable")
+
+
+@EVERY_PATH
+@pytest.mark.parametrize(
+    "answer",
+    [
+        error(401, "unauthorized"),
+        JSONResponse({"error": {"code": 401, "message": "the API key is missing or wrong"}}, 401),
+        page(401),
+        Response(b"", 401),
+        error(403, "key_disabled"),
+        error(403, "ip_restricted"),
+        error(403, "permission_denied"),
+    ],
+    ids=["401", "old 401", "page", "empty", "key", "ip", "permission"],
+)
+async def test_a_refusal_of_our_key_is_not_shown_as_the_clients(
+    elsewhere: Elsewhere, reader: httpx.AsyncClient, path: str, answer: Response
+) -> None:
+    """The client's own key is in order, so the status is 503 with a code of its own."""
+    elsewhere.answer = answer
+    said = await reader.get(path)
+    assert refused(said, 503, "upstream_account_refused")["message"].startswith("the upstream")
+    assert said.headers["retry-after"] == "60"
 
 
 @EVERY_PATH
@@ -254,7 +282,7 @@ async def test_a_refusal_to_show_a_task_is_404_or_our_fault(
     elsewhere.answer = error(status, "whatever")
     refused(
         await reader.get(QUERY),
-        *((503, "upstream_unavailable") if status in (401, 403) else (404, "task_not_found")),
+        *((503, "upstream_account_refused") if status in (401, 403) else (404, "task_not_found")),
     )
 
 

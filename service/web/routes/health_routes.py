@@ -50,9 +50,12 @@ async def _readiness(context: Context) -> tuple[str, list[str]]:
         causes.append("blobs")
     if context.workers_alive is not None and not context.workers_alive():
         causes.append("workers")
-    upstreams = context.resources.upstreams.values()
-    if context.breaker.is_open or not all(upstream.answering for upstream in upstreams):
+    if context.worker_watch is not None and await context.worker_watch.missing():
+        causes.append("no_worker")
+    if not all(upstream.answering for upstream in context.resources.upstreams.values()):
         causes.append("upstream")
+    if context.breaker.is_open:
+        causes.append("account")
     if context.sinks and (context.sinks_failing() or await _sinks_late(context)):
         causes.append("brokers")
     return ("degraded" if causes else "ok"), causes

@@ -29,6 +29,7 @@ PREFIX = "task-unified-"
 # No character that a proxy could read as more than a name.
 UPSTREAM_ID = re.compile(PREFIX + "([0-9]{10}(?=-))?[A-Za-z0-9_-]+")
 NO_TASK = (400, 404, 410, 422)
+ACCOUNT_AGAIN_S = 60
 RETRY_AFTER_S = {429: 60, 503: 30}  # as the upstream documents them, else 5
 
 
@@ -75,9 +76,15 @@ async def task(context: Context, owner: str | None, task_id: str) -> Response:
 
 
 async def _get(context: Context, path: str) -> net.Response:
+    """The upstream's answer. Raises ApiError 503 if it refuses the service's own key or account,
+    which the client would take for its own.
+    """
     async with context.resources.limiter.slot("passthrough", SLOT_S) as record:
         answer = await context.resources.upstreams[DEFAULT_UPSTREAM].passthrough("GET", path)
         record(throttled(answer))
+    if answer.status == 401 or (answer.status == 403 and read(answer.body) is not None):
+        message = "the upstream refuses this service's own key or account. Yours is in order"
+        raise ApiError(503, "upstream_account_refused", message, retry_after=ACCOUNT_AGAIN_S)
     return answer
 
 

@@ -1,0 +1,106 @@
+"""Web processes without any worker say so (docs/operations.md)."""
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.app import Role
+from service.upkeep import heartbeats
+from tests.api import ASYNC, got
+from tests.waiting import wait_until
+from tests.world import World, world
+
+pytestmark = pytest.mark.slow
+
+WEB, WORKER = Role(workers=False), Role(web=False)
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    """30 s become 0.8 s, 5 s become 0.05 s."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heartbeats, "SILENT_MS", 800)
+        patch.setattr(heartbeats, "BEAT_S", 0.05)
+        yield
+
+
+async def readiness(here: World) -> Any:
+    return got(await here.client.get("/readyz"))
+
+
+async def until(here: World, *causes: str) -> None:
+    async def same() -> bool:
+        return bool((await readiness(here))["causes"] == list(causes))
+
+    await wait_until(same)
+
+
+def test_the_limits_are_the_documented_ones() -> None:
+    """The quick fixture replaced them, so the module is read anew."""
+    names: dict[str, Any] = {"__name__": "again"}
+    exec(Path(heartbeats.__file__).read_text(), names)
+    assert (names["SILENT_MS"], names["BEAT_S"]) == (30_000, 5.0)
+
+
+async def test_a_web_process_alone_misses_the_workers(tmp_path: Path) -> None:
+    """It gives them time to start, then it is degraded while the queue grows. It can still commit
+    callbacks, so the status is 200.
+    """
+    async with world(tmp_path, role=WEB) as here:
+        assert await readiness(here) == {"status": "ok", "causes": []}
+        await here.submit(headers=ASYNC)
+        await until(here, "no_worker")
+        assert (await readiness(here))["status"] == "degraded"
+        assert got(await here.stranger.get("/readyz"))["status"] in ("ok", "degraded")
+
+
+async def test_a_process_with_workers_of_its_own_misses_none(tmp_path: Path) -> None:
+    """`serve` and `worker` report their own workers, under the cause `workers`."""
+    async with world(tmp_path) as here:
+        assert here.context.worker_watch is None
+        assert await readiness(here) == {"status": "ok", "causes": []}
+
+
+async def test_workers_of_another_process_are_seen_and_missed(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    """The cause goes when a worker comes, and comes when it goes. A process whose workers died
+    gives no sign of life. A second worker is as good as the first.
+    """
+    shared: dict[str, Any] = {"database_url": postgres_url, "secret_key": "k" * 32}
+    async with world(tmp_path / "web", role=WEB, **shared) as web:
+        await until(web, "no_worker")
+        async with world(tmp_path / "one", role=WORKER, **shared):
+            await until(web)
+            async with world(tmp_path / "two", role=WORKER, **shared):
+                pass
+            began = asyncio.get_running_loop().time()
+            while asyncio.get_running_loop().time() < began + 1.2:
+                assert (await readiness(web))["causes"] == []
+        await until(web, "no_worker")
+        before = asyncio.all_tasks()
+        async with world(tmp_path / "three", role=Role(), **shared):
+            await until(web)
+            (workers,) = [
+                task for task in asyncio.all_tasks() - before if task.get_name() == "workers"
+            ]
+            workers.cancel()
+            await asyncio.wait([workers])
+            await until(web, "no_worker")
+
+
+async def test_a_web_process_that_starts_later_waits_as_long(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    """The last sign of life may be old, because everything was stopped. Both kinds of process get
+    the time to start.
+    """
+    shared: dict[str, Any] = {"database_url": postgres_url, "secret_key": "k" * 32}
+    async with world(tmp_path / "one", role=Role(), **shared) as old:
+        await wait_until(lambda: old.context.workers_alive and old.context.workers_alive())
+    async with world(tmp_path / "web", role=WEB, **shared) as web:
+        assert (await readiness(web))["causes"] == []
+        await until(web, "no_worker")
