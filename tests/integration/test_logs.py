@@ -158,6 +158,8 @@ async def test_no_line_of_a_troubled_run_tells_a_secret_and_each_is_as_the_list_
         "secrets.rekeyed",
         "secrets.unreadable",
         "store.freed",
+        "store.parameters_ignored",
+        "upstream.unusable",
     }
     seldom |= {name for name in LINES if name.startswith("sink.")}  # test_brokers
     seldom |= {
