@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -37,6 +38,13 @@ MEDIA_TYPES = {
 FRAMES = 1000  # of an animation: each costs time, however small it is
 GIF_BLOCKS = 500_000  # twice as many as a GIF of 50 MiB needs
 CPU_S = 60  # the largest image takes some seconds of one core
+END_OF_JPEG = b"\xff\xd9"
+# After a scan: restart markers and stuffed bytes belong to it.
+JPEG_SEGMENT = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+FRAME_HEADERS, SCAN_HEADER = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA), 0xDA
+# Bytes that decode as different coefficients.
+_noise = [hashlib.shake_128(seed).digest(64).replace(b"\xff", b"\x7f") for seed in (b"1", b"2")]
+FILLERS = (bytes(64), *_noise)
 # Address space: what the decoders need beside the image, and the most that a pixel needs.
 BASE_BYTES, PIXEL_BYTES = 512 << 20, 24
 NICE = 10
@@ -114,6 +122,8 @@ def decode(data: bytes, max_pixels: int) -> ValidImage | InvalidImage:
         # A JPEG with further images behind it (a gain map) is one of Pillow's format MPO.
         format = "JPEG" if image.format == "MPO" else str(image.format)
         if not is_whole(format, data):
+            if format == "JPEG" and lacks_only_its_end(data):
+                return ValidImage(MEDIA_TYPES[format], width, height)
             return InvalidImage("the picture is not whole")
         # GIF does not state its number of frames, and counting them would read all of them.
         frames = {"JPEG": 1, "GIF": FRAMES + 1}.get(format) or int(getattr(image, "n_frames", 1))
@@ -149,6 +159,47 @@ def is_whole(format: str, data: bytes) -> bool:
         case "WEBP":
             return len(data) >= 8 + int.from_bytes(data[4:8], "little")
     return True
+
+
+def lacks_only_its_end(data: bytes) -> bool:
+    """Whether a JPEG without its end marker decodes whole.
+
+    The decoder reads the missing part of a scan, and the part after its next restart marker, from
+    the bytes that follow. So the scans are whole if the pixels do not depend on these bytes.
+    """
+    if not has_all_scans(data):
+        return False
+    data, markers = data.rstrip(b"\xff"), [bytes((0xFF, 0xD0 + number)) for number in range(8)]
+    last = max(markers, key=data.rfind)
+    following = markers[(markers.index(last) + 1) % 8] if last in data else markers[0]
+    pixels = set()
+    for filler in FILLERS:
+        completed = data + filler + following + filler + END_OF_JPEG
+        with Image.open(BytesIO(completed), formats=("JPEG",)) as image:
+            pixels.add(hashlib.sha256(image.tobytes()).digest())
+    return len(pixels) == 1
+
+
+def has_all_scans(data: bytes) -> bool:
+    """Whether the scans of a JPEG cover the last bit of each coefficient of each component. A
+    progressive file may be cut between two scans. An end marker on the way is the first image's, so
+    the file is cut in a further one.
+    """
+    missing, at = {(-1, -1)}, 2
+    while marker := JPEG_SEGMENT.search(data, at):
+        if marker[1] == END_OF_JPEG[1:]:
+            return False
+        start = marker.end()
+        at = start + int.from_bytes(data[start : start + 2], "big")
+        body, kind = data[start + 2 : at], marker[1][0]
+        if kind in FRAME_HEADERS:
+            missing = {(component, place) for component in body[6::3] for place in range(64)}
+        elif kind == SCAN_HEADER:
+            components, (first, last, bits) = body[1:-3:2], body[-3:]
+            if bits & 15 == 0:
+                covered = range(first, last + 1)
+                missing -= {(component, place) for component in components for place in covered}
+    return not missing
 
 
 def check_gif(data: bytes) -> InvalidImage | None:

@@ -42,12 +42,11 @@ def test_the_content_of_a_whole_image_decides_its_type_and_size(name: str) -> No
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_an_image_cut_at_any_byte_is_worth_a_retry(name: str) -> None:
-    """This holds even if all its pixels are there."""
+    """This holds even if all its pixels are there. Only a JPEG may lack its end marker."""
     whole = SAMPLES[name]
+    end = len(whole) - 2 if FORMAT[name.split(maxsplit=1)[0]] == "JPEG" else len(whole)
     assert [
-        length
-        for length in range(len(whole))
-        if not worth_a_retry(check_image(whole[:length], LIMIT))
+        length for length in range(end) if not worth_a_retry(check_image(whole[:length], LIMIT))
     ] == []
 
 
@@ -204,7 +203,7 @@ def test_a_jpeg_with_further_images_counts_as_its_first() -> None:
     whole = ODD["jpeg with further images"]
     assert check_image(whole, LIMIT) == ValidImage("image/jpeg", *SIZE)
     first, last = whole.index(b"\xff\xd9\xff\xd8") + 2, whole.rindex(b"\xff\xda") + 2
-    cut = [*range(first), *range(last, len(whole))]
+    cut = [*range(first - 2), *range(last, len(whole))]
     assert [n for n in cut if not worth_a_retry(check_image(whole[:n], LIMIT))] == []
 
 
