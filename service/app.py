@@ -22,7 +22,7 @@ from service.events.replays import ReplayWorker, dead_letter_replay
 from service.events.tail import Tail
 from service.events.webhooks import WebhookSender
 from service.images.download_worker import DownloadWorker
-from service.images.downloads import dead_letter_image
+from service.images.downloads import dead_letter_image, retry_refused
 from service.images.sweep import sweep
 from service.images.validator import ImageValidator, open_validator
 from service.ops.metrics import Metrics
@@ -94,7 +94,11 @@ def stages(
         settings.evolink_result_ttl_s,
     )
     downloader = DownloadWorker(
-        resources, validator, settings.download_schedule, settings.max_image_bytes
+        resources,
+        validator,
+        settings.download_schedule,
+        settings.max_image_bytes,
+        settings.min_free_bytes,
     )
     sender = WebhookSender(resources, settings.delivery_timeout_s)
     deliverer = DeliveryWorker(
@@ -119,9 +123,11 @@ def hourly_jobs(settings: Settings, resources: Resources) -> dict[str, Job]:
         "sweep": partial(sweep, resources),
         "retention": retention.apply,
         "rekey": partial(rekey, resources),
+        "refused": partial(resources.store.write, retry_refused, None),
     }
+    at_once = ("rekey", "refused")  # the settings may have changed
     return {
-        name: hourly(name, job, resources.random, resources.metrics, at_once=name == "rekey")
+        name: hourly(name, job, resources.random, resources.metrics, at_once=name in at_once)
         for name, job in jobs.items()
     }
 

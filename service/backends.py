@@ -40,6 +40,7 @@ DELIVERIES, REDELIVERIES = 64, 32  # concurrent first attempts and retries
 S3_ADDRESS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 OTHERS_S = 3600  # how long a temporary file may belong to another process that is at work
 RESULT_REDIRECTS = 5
+NETWORKS_SETTING = "DARKROOM_UPSTREAM_NETWORKS"
 # A link that is signed with a session's token has about 2000 characters. Longer links are kept in
 # part.
 MAX_RESULT_URL = 4095
@@ -180,7 +181,8 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
             return await enter(Egress(rules, connections=connections, on_refused=refused))
 
         hooks = DELIVERIES + REDELIVERIES + MANUAL
-        upstream = await egress(Rules("upstream", settings.upstream_networks))
+        rules = Rules("upstream", settings.upstream_networks, networks_setting=NETWORKS_SETTING)
+        upstream = await egress(rules)
         results = await egress(result_rules(settings), settings.download_concurrency)
         endpoints = await egress(Rules("endpoints", settings.endpoint_networks), hooks)
         task_callbacks = await egress(
@@ -212,6 +214,8 @@ def result_rules(settings: Settings) -> Rules:
         redirects=RESULT_REDIRECTS,
         upgrade=True,
         max_url=MAX_RESULT_URL,
+        networks_setting=NETWORKS_SETTING,
+        hosts_setting="DARKROOM_EVOLINK_RESULT_HOSTS",
     )
 
 

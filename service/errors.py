@@ -95,7 +95,18 @@ class EgressError(DarkroomError): ...
 class NoPlace(EgressError): ...
 
 
-class EgressRefused(EgressError): ...
+class EgressRefused(EgressError):
+    """`for_now`: the same URL may be allowed later, because a name server or a list in a setting
+    caused the refusal. `setting` names the list that lacks the host or its address.
+    """
+
+    def __init__(
+        self, message: str, *, host: str = "", for_now: bool = False, setting: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.host = host
+        self.for_now = for_now
+        self.setting = setting
 
 
 class NotConnected(EgressError): ...

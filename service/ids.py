@@ -25,7 +25,10 @@ EXTENSIONS = {
 }
 # An upstream's id becomes part of a URL: visible ASCII, no dot in front, at most 200 characters.
 UPSTREAM_ID = r"[!-\-/-~][!-~]{0,199}"
-BLOB = re.compile(r"task_[a-z2-7]{26}/[0-9]{1,9}-[0-9a-f]{64}\.[a-z]{1,8}", re.ASCII)
+QUARANTINE = "quarantine/"
+BLOB = re.compile(
+    rf"(?:{QUARANTINE})?task_[a-z2-7]{{26}}/[0-9]{{1,9}}-[0-9a-f]{{64}}\.[a-z]{{1,8}}", re.ASCII
+)
 
 
 def make_id(kind: str, now: int, random: bytes) -> str:
@@ -57,3 +60,12 @@ def sequence_text(sequence: int) -> str:
 def blob_name(task_id: str, index: int, sha256: str, media_type: str) -> str:
     """The blob of an image. The name is the same after a crash, and tasks share no blob."""
     return f"{task_id}/{index}-{sha256}.{EXTENSIONS[media_type]}"
+
+
+def quarantine_name(task_id: str, index: int, sha256: str) -> str:
+    """The blob of a body that is no image. No link leads to it."""
+    return f"{QUARANTINE}{task_id}/{index}-{sha256}.bin"
+
+
+def task_of_blob(name: str) -> str:
+    return name.removeprefix(QUARANTINE).partition("/")[0]

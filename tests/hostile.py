@@ -126,14 +126,15 @@ FORMS = (
         "https://public.evil.test/" + "x" * 4096,
     ),
 )
-HOSTILE = (
-    *(
-        f"{scheme}://{host}:{{port}}/x"
-        for host in (*ADDRESSES, *NAMES)
-        for scheme in ("https", "http")
-    ),
-    *FORMS,
-)
+
+
+def linked(hosts: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{scheme}://{host}:{{port}}/x" for host in hosts for scheme in ("https", "http"))
+
+
+HOSTILE = (*linked(ADDRESSES), *linked(NAMES), *FORMS)
+# A name server may be corrected, so a result at one of NAMES is retried.
+FINAL = (*linked(ADDRESSES), *FORMS)
 
 
 @dataclass(slots=True)
@@ -225,11 +226,15 @@ class Guarded:
             await self.world.stranger.post(self.world.callback_url(task["id"]), json=body)
         ).status_code == 200
 
-    async def completed(self, *results: str) -> JSON:
-        """A task that the upstream has completed with these results, in its terminal state."""
+    async def storing(self, *results: str) -> JSON:
+        """A task that the upstream has completed with these results."""
         task = await self.world.submit()
         await self.calls_back(task, document("completed", *results))
-        return await self.world.ended(task["id"])
+        return task
+
+    async def completed(self, *results: str) -> JSON:
+        """The same in its terminal state."""
+        return await self.world.ended((await self.storing(*results))["id"])
 
 
 @asynccontextmanager

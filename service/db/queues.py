@@ -78,6 +78,7 @@ _partial("ix_deliveries_replay_id", _replayed, deliveries.c.replay_id, deliverie
 _retained = and_(tasks.c.terminal_at.is_not(None), tasks.c.erased_at.is_(None))
 _partial("ix_tasks_terminal_at", _retained, tasks.c.terminal_at)
 _partial("ix_images_stored_at", images.c.blob.is_not(None), images.c.stored_at)
+_partial("ix_images_refused_host", images.c.refused_host.is_not(None), images.c.refused_host)
 _unsubmitted = tasks.c.submit_due_at.is_not(None)
 _partial("ix_tasks_owner_submit_turn", _unsubmitted, tasks.c.owner, tasks.c.submit_turn)
 

@@ -80,10 +80,10 @@ def figures(connection: Connection) -> dict[str, Any]:
 
 
 def stored_images(connection: Connection) -> Iterator[tuple[str, int, str]]:
-    """Name, length and SHA-256 of every image of a copy, in the order of the names."""
+    """Name, length and SHA-256 of every blob of a copy, in the order of the names."""
     statement = (
         select(images.c.blob, images.c.bytes, images.c.sha256)
-        .where(images.c.state == "stored", images.c.blob.is_not(None))
+        .where(images.c.blob.is_not(None))
         .order_by(images.c.blob)
     )
     for row in connection.execution_options(yield_per=1000).execute(statement):

@@ -153,6 +153,7 @@ images = Table(
     Column("confirmed", Boolean, nullable=False),  # FALSE: named by a callback, not yet by a query
     Column("source_url", Text, nullable=False),
     Column("link_dies_at", BigInteger, nullable=False),
+    # Of the stored image. While none is stored: of the last body that was no image, in quarantine.
     Column("blob", String(200)),
     Column("media_type", String(64)),
     Column("bytes", BigInteger),
@@ -163,6 +164,8 @@ images = Table(
     Column("error", Text),
     Column("wrong_sha256", String(64)),  # of a body that was no image, and how often it came
     Column("wrong_count", Integer, nullable=False, default=0),
+    Column("wrong_since", BigInteger),  # when that body came first
+    Column("refused_host", String(255)),  # the guard refuses this host of a pending image for now
     Column("stale_since", BigInteger),  # the first 403, 404 or 410, and their number
     Column("stale_count", Integer, nullable=False, default=0),
     Column("at_risk_at", BigInteger),  # of the operators' event

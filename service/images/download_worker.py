@@ -9,19 +9,31 @@ bytes per pixel of the largest image (16 for WEBP, 12 for JPEG, 6 for PNG). With
 that is 1.8 GiB, which is freed afterwards.
 """
 
+import hashlib
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import structlog
 from structlog.contextvars import bind_contextvars
 
-from service.blobs.blob_store import CHUNK, Incoming
+from service.blobs.blob_store import CHUNK, Incoming, in_thread
 from service.content_coding import is_compressed
 from service.db.transaction import Lease
 from service.errors import BlobUnavailable, EgressError, EgressRefused
-from service.ids import blob_name
-from service.images.downloads import Download, Lost, Retry, Stored, image_row, record_downloads
-from service.images.validator import ImageValidator, InvalidImage
+from service.ids import blob_name, quarantine_name
+from service.images.downloads import (
+    Download,
+    Lost,
+    Quarantined,
+    Refusal,
+    Retry,
+    Stored,
+    image_row,
+    record_downloads,
+)
+from service.images.validator import ImageValidator, InvalidImage, Validation
 from service.net.retry_after import retry_after
 from service.queue import leases
 from service.queue.backoff import wait_before
@@ -52,6 +64,7 @@ class DownloadWorker:
     validator: ImageValidator
     schedule: tuple[float, ...]
     max_bytes: int
+    min_free_bytes: int
 
     async def run(self, lease: Lease) -> None:
         row = await self.resources.store.read(image_row, lease.key)
@@ -66,7 +79,8 @@ class DownloadWorker:
             async with self.resources.blobs.incoming() as file:
                 outcome = await self._save(row, file, lease.attempts)
         except EgressRefused as error:
-            outcome = Lost(str(error))
+            refusal = Refusal(error.host, error.setting)
+            outcome = Retry(str(error), refused=refusal) if error.for_now else Lost(str(error))
         except (EgressError, BlobUnavailable) as error:
             outcome = Retry(f"{type(error).__name__}: {error}")
         await self._record(lease, row, outcome, time.perf_counter() - started)
@@ -79,15 +93,33 @@ class DownloadWorker:
         found = await self.validator.validate(file.path, compressed=fetched.compressed)
         image, sha256 = found.result, found.sha256
         if isinstance(image, InvalidImage):
-            if image.final:
-                return Lost(image.reason)
-            if fetched.cut is not None:
+            if fetched.cut is not None and not image.final:
                 raise fetched.cut
-            return Retry(image.reason, wrong_sha256=sha256 or None)
+            body = await self._quarantine(row, file, found)
+            if image.final:
+                return Lost(image.reason, body)
+            return Retry(image.reason, wrong_sha256=sha256 or None, quarantined=body)
         blob = blob_name(row.task_id, row.position, sha256, image.media_type)
         await self.resources.blobs.put(file, blob, image.media_type)
         checkpoint("download.saved")
         return Stored(blob, image.media_type, found.bytes, sha256, image.width, image.height)
+
+    async def _quarantine(
+        self, row: ImageRow, file: Incoming, found: Validation
+    ) -> Quarantined | None:
+        """Keeps a body that is no image for the operator. None: it is empty, or images need the
+        space. BlobUnavailable.
+        """
+        blobs, size, sha256 = self.resources.blobs, found.bytes, found.sha256
+        if not sha256:
+            size, sha256 = await in_thread(measure, file.path)
+        blob = quarantine_name(row.task_id, row.position, sha256)
+        if blob != row.blob:
+            free = await blobs.free_bytes()
+            if not size or (free is not None and free < self.min_free_bytes):
+                return None
+            await blobs.put(file, blob, "application/octet-stream")
+        return Quarantined(blob, size, sha256)
 
     async def _fetch(self, url: str, file: Incoming, attempt: int) -> Fetched | Retry | Lost:
         """Writes the body into the file.
@@ -135,11 +167,21 @@ class DownloadWorker:
         metrics = self.resources.metrics
         counted = {"stored": "stored", "lost": "lost", "pending": "retry", None: "superseded"}
         metrics.downloads.labels(counted[state]).inc()
+        if state is not None:
+            self._log(lease, row, outcome, state, seconds)
+            await self._forget_body(row, outcome)
+
+    def _log(
+        self,
+        lease: Lease,
+        row: ImageRow,
+        outcome: Stored | Retry | Lost,
+        state: str,
+        seconds: float,
+    ) -> None:
         fields = {"task_id": row.task_id, "owner": row.owner, "index": row.position}
-        if state is None:
-            return
         if isinstance(outcome, Stored):
-            metrics.download_bytes.inc(outcome.bytes)
+            self.resources.metrics.download_bytes.inc(outcome.bytes)
             image = {
                 "media_type": outcome.media_type,
                 "bytes": outcome.bytes,
@@ -149,9 +191,27 @@ class DownloadWorker:
             }
             log.info("image.stored", **fields, **image, duration_ms=round(seconds * 1000))
             return
-        failure = {"reason": outcome.reason, "attempt": lease.attempts}
+        kept = outcome.quarantined.blob if outcome.quarantined else None
+        failure = {"reason": outcome.reason, "attempt": lease.attempts, "quarantined": kept}
         if state == "lost":
             log.error("image.lost", **fields, **failure)
         elif isinstance(outcome, Retry):
             wait_s = round(outcome.wait_ms / 1000, 3)
             log.warning("image.retry", **fields, **failure, wait_s=wait_s)
+
+    async def _forget_body(self, row: ImageRow, outcome: Stored | Retry | Lost) -> None:
+        """Deletes a body in quarantine that an image or a newer body replaced. The sweep removes
+        what a failure leaves.
+        """
+        blob = outcome.blob if isinstance(outcome, Stored) else None
+        if not isinstance(outcome, Stored) and outcome.quarantined is not None:
+            blob = outcome.quarantined.blob
+        if row.blob is not None and blob not in (None, row.blob):
+            with suppress(BlobUnavailable):
+                await self.resources.blobs.delete(row.blob)
+
+
+def measure(path: Path) -> tuple[int, str]:
+    """The length and the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()

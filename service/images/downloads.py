@@ -4,21 +4,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, or_, select
+from sqlalchemy import Connection, and_, or_, select, update
 
 from service.db.tables import images
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
 from service.ids import rfc3339
 from service.queue import leases
+from service.strict_json import JSON
 from service.tasks.results import finish_if_done
 from service.tasks.rows import ImageRow, TaskRow, counts, image_rows, select_images
 from service.tasks.transitions import ask, change, lock
 
 STALE_LIMIT, STALE_MS = 10, 30 * 60 * 1000
-WRONG_LIMIT = 3
-# An image is at risk when its link dies this soon, or was dead so often.
+WRONG_LIMIT, WRONG_MS = 3, 10 * 60 * 1000
+# An image is at risk when its host is refused, when the same wrong bytes came WRONG_LIMIT times, or
+# when its link dies this soon or was dead so often.
 AT_RISK_MS, AT_RISK_STALE = 2 * 3600 * 1000, 3
+REFUSED = and_(images.c.refused_host.is_not(None), images.c.state == "pending")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +40,16 @@ class Retry:
 
     `stale` (403, 404, 410): the upstream is asked for a fresh link, also when the link's time is
     up. Ten of them over at least 30 minutes are final. `wrong_sha256`: the bytes were no image. The
-    same bytes three times are final.
+    same bytes three times over at least 10 minutes are final. `refused`: the guard refused the host
+    for now.
     """
 
     reason: str
     wait_ms: int = 0
     stale: bool = False
     wrong_sha256: str | None = None
+    quarantined: "Quarantined | None" = None
+    refused: "Refusal | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +57,26 @@ class Lost:
     """A final failure."""
 
     reason: str
+    quarantined: "Quarantined | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """A body that was no image. The blob store keeps it for the operator."""
+
+    blob: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A host that the guard refuses, until the `setting` lists it or its name server names another
+    address.
+    """
+
+    host: str
+    setting: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +91,38 @@ class Download:
 
 def image_row(connection: Connection, image_id: str) -> ImageRow | None:
     return next(iter(image_rows(connection, select_images(images.c.id == image_id))), None)
+
+
+def quarantined_bodies(connection: Connection, task_id: str) -> list[JSON]:
+    """The bodies of a task's results that were no image."""
+    kept = and_(images.c.state.in_(("pending", "lost")), images.c.blob.is_not(None))
+    statement = select_images(images.c.task_id == task_id, kept).order_by(images.c.position)
+    return [
+        {
+            "index": row.position,
+            "blob": row.blob,
+            "bytes": row.bytes,
+            "sha256": row.sha256,
+            "reason": row.error,
+        }
+        for row in image_rows(connection, statement)
+    ]
+
+
+def host_refused(connection: Connection) -> bool:
+    """Whether an image waits because the guard refuses its host for now."""
+    refused = select(images.c.id).where(REFUSED).limit(1)
+    return connection.execute(refused).first() is not None
+
+
+def retry_refused(tx: Transaction, items: Sequence[None]) -> list[None]:
+    """Makes downloads due now whose host was refused: the settings may have changed since."""
+    waiting = select(images.c.id).where(REFUSED, images.c.due_at > tx.now).order_by(images.c.id)
+    free = waiting.with_for_update(skip_locked=True).cte("free").prefix_with("MATERIALIZED")
+    statement = update(images).where(images.c.id.in_(select(free.c.id)))
+    tx.connection.execute(statement.values(due_at=tx.now, attempts=0))
+    tx.due.add("download")
+    return [None] * len(items)
 
 
 def shown_image(connection: Connection, image_id: str) -> ImageRow | None:
@@ -96,18 +154,21 @@ def _record(
     outcome = item.outcome
     retry = outcome if isinstance(outcome, Retry) else None
     if isinstance(outcome, Stored):
-        change(tx, row, state="stored", stored_at=tx.now, error=None, **asdict(outcome))
+        stored = {"state": "stored", "stored_at": tx.now, "error": None, "refused_host": None}
+        change(tx, row, **stored, **asdict(outcome))
         detail: dict[str, Any] = {"bytes": outcome.bytes, "sha256": outcome.sha256}
     else:
         values = _count_failure(tx, row, retry) if retry else {"state": "lost"}
-        change(tx, row, error=outcome.reason, **values)
+        refused_host = retry.refused.host if retry and retry.refused else None
+        kept = asdict(outcome.quarantined) if outcome.quarantined else {}
+        change(tx, row, error=outcome.reason, refused_host=refused_host, **values, **kept)
         detail = {"reason": outcome.reason}
     step = "image.retry" if row.state == "pending" else f"image.{row.state}"
     tx.step(task.id, step, image_id=row.id, index=row.position, **detail)
     due_at = None
     if retry and row.state == "pending":
         due_at = tx.now + retry.wait_ms
-        _warn_of_loss(tx, task, row)
+        _warn_of_loss(tx, task, row, retry.refused)
         if retry.stale and task.settled_digest is not None:
             ask(tx, task)
     change(tx, row, **leases.release("download", due_at))
@@ -126,16 +187,20 @@ def _count_failure(tx: Transaction, row: ImageRow, retry: Retry) -> dict[str, An
         values |= {"stale_since": since, "stale_count": row.stale_count + 1}
         final |= values["stale_count"] >= STALE_LIMIT and tx.now - since >= STALE_MS
     if retry.wrong_sha256 is not None:
-        count = row.wrong_count + 1 if retry.wrong_sha256 == row.wrong_sha256 else 1
-        values |= {"wrong_sha256": retry.wrong_sha256, "wrong_count": count}
-        final |= count >= WRONG_LIMIT
+        same = retry.wrong_sha256 == row.wrong_sha256
+        count = row.wrong_count + 1 if same else 1
+        since = row.wrong_since if same and row.wrong_since is not None else tx.now
+        wrong = {"wrong_sha256": retry.wrong_sha256, "wrong_count": count, "wrong_since": since}
+        values |= wrong
+        final |= count >= WRONG_LIMIT and tx.now - since >= WRONG_MS
     return values | ({"state": "lost"} if final else {})
 
 
-def _warn_of_loss(tx: Transaction, task: TaskRow, row: ImageRow) -> None:
-    """Emits `image.at_risk` once if the link dies soon, while there is time to act."""
+def _warn_of_loss(tx: Transaction, task: TaskRow, row: ImageRow, refused: Refusal | None) -> None:
+    """Emits `image.at_risk` once, while there is time to act."""
     dying = tx.now >= row.link_dies_at - AT_RISK_MS or row.stale_count >= AT_RISK_STALE
-    if row.at_risk_at is not None or not dying:
+    at_risk = dying or refused is not None or row.wrong_count >= WRONG_LIMIT
+    if row.at_risk_at is not None or not at_risk:
         return
     data = {
         "task_id": task.id,
@@ -144,6 +209,8 @@ def _warn_of_loss(tx: Transaction, task: TaskRow, row: ImageRow) -> None:
         "index": row.position,
         "reason": row.error,
         "link_dies_at": rfc3339(row.link_dies_at),
+        "host": refused.host if refused else None,
+        "setting": refused.setting if refused else None,
     }
     outbox.emit_operators(tx, "image.at_risk", data, task_id=task.id)
     change(tx, row, at_risk_at=tx.now)

@@ -14,7 +14,7 @@ import structlog
 from sqlalchemy import Connection, select
 
 from service.db.tables import images, tasks
-from service.ids import BLOB
+from service.ids import BLOB, task_of_blob
 from service.resources import Resources
 from service.tasks.state import TERMINAL
 
@@ -53,7 +53,7 @@ async def sweep(resources: Resources) -> int:
 
 def orphans(connection: Connection, blobs: Sequence[str]) -> list[str]:
     """The blobs that no row names, of terminal tasks that wait for no download."""
-    task_ids = {name.partition("/")[0] for name in blobs}
+    task_ids = {task_of_blob(name) for name in blobs}
     terminal = [state.value for state in TERMINAL]
     ended = select(tasks.c.id).where(tasks.c.id.in_(task_ids), tasks.c.state.in_(terminal))
     finished = set(connection.execute(ended).scalars())
@@ -63,4 +63,4 @@ def orphans(connection: Connection, blobs: Sequence[str]) -> list[str]:
         named.add(row.blob)
         if row.state == "pending":
             finished.discard(row.task_id)
-    return [name for name in blobs if name.partition("/")[0] in finished and name not in named]
+    return [name for name in blobs if task_of_blob(name) in finished and name not in named]

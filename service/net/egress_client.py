@@ -47,7 +47,7 @@ class Rules:
     every host, `.x` every subdomain of x, `x` exactly x, and the list also binds literal addresses.
     `redirects`: the most that a GET or HEAD follows. With 0, a 3xx is an ordinary response.
     `upgrade`: the client fetches an http link to a host outside `networks` by https. `max_url`: in
-    characters.
+    characters. `networks_setting` and `hosts_setting` name the settings for the operator.
     """
 
     purpose: str
@@ -56,13 +56,16 @@ class Rules:
     redirects: int = 0
     upgrade: bool = False
     max_url: int = MAX_URL
+    networks_setting: str | None = None
+    hosts_setting: str | None = None
 
 
 class Egress:
     """The guarded client of one purpose, an async context manager.
 
     Raises EgressRefused (also reported to `on_refused`: purpose, host, reason), NotConnected,
-    CallTimedOut, ConnectionLost. If the other side closes a reused connection, the client sends a
+    CallTimedOut, ConnectionLost. A refusal is `for_now` if the host is not listed or its name has a
+    forbidden address. If the other side closes a reused connection, the client sends a
     GET once more. A POST raises ConnectionLost, as the other side may have seen it. `resolve`
     replaces the system's resolver, `tls` the usual trust (`SSL_CERT_FILE`, else certifi's). Idle
     connections live `keep_alive` seconds.
@@ -227,17 +230,20 @@ class Egress:
         except ValueError as error:
             raise self._refused("", str(error)) from error
         rules, host, address = self.rules, target.host, target.address
-        if rules.hosts is not None and not any(
-            host == known or (known[:1] == "." and host.endswith(known)) for known in rules.hosts
-        ):
-            raise self._refused(host, "the host is not one of those allowed")
         if target.scheme == "http" and not rules.networks:
             if not rules.upgrade:
                 raise self._refused(host, "plain http is not allowed")
             target = target.upgraded
         if address is not None:
             target = self._upgraded(target, (address,))
-            self._check_addresses(host, (address,), plain=target.scheme == "http")
+            plain = target.scheme == "http"
+            if (reason := forbidden(address, rules.networks, plain=plain)) is not None:
+                raise self._refused(host, reason)
+        if rules.hosts is not None and not any(
+            host == known or (known[:1] == "." and host.endswith(known)) for known in rules.hosts
+        ):
+            reason = "the host is not one of those allowed"
+            raise self._refused(host, reason, for_now=True, setting=rules.hosts_setting)
         return target
 
     def _upgraded(self, target: Target, addresses: Iterable[Address]) -> Target:
@@ -247,12 +253,6 @@ class Egress:
             forbidden(address, self.rules.networks, plain=True) for address in addresses
         )
         return target.upgraded if outside else target
-
-    def _check_addresses(self, host: str, addresses: Iterable[Address], *, plain: bool) -> None:
-        """One forbidden address refuses the whole host, because its owner controls the name."""
-        for address in addresses:
-            if (reason := forbidden(address, self.rules.networks, plain=plain)) is not None:
-                raise self._refused(host, reason)
 
     async def _ready(self, target: Target) -> Target:
         if target.scheme == "http" and self.rules.upgrade and target.address is None:
@@ -267,15 +267,24 @@ class Egress:
         if not texts:
             raise NotConnected(f"{host}: no address")
         if len(texts) > MAX_ADDRESSES:
-            raise self._refused(host, f"the name has more than {MAX_ADDRESSES} addresses")
+            reason = f"the name has more than {MAX_ADDRESSES} addresses"
+            raise self._refused(host, reason, for_now=True)
         return [ip_address(text) for text in texts]
 
     async def _allowed_addresses(self, host: str, *, plain: bool) -> Sequence[Address]:
-        addresses = await self._addresses(host)
-        self._check_addresses(host, addresses, plain=plain)
+        """One forbidden address refuses the whole host, because its owner controls the name."""
+        addresses, rules = await self._addresses(host), self.rules
+        for address in addresses:
+            if (reason := forbidden(address, rules.networks, plain=plain)) is not None:
+                raise self._refused(host, reason, for_now=True, setting=rules.networks_setting)
         return addresses[:MAX_TRIED]
 
-    def _refused(self, host: str, reason: str) -> EgressRefused:
+    def _refused(
+        self, host: str, reason: str, *, for_now: bool = False, setting: str | None = None
+    ) -> EgressRefused:
+        if setting is not None:
+            reason = f"{reason}, and {setting} does not list it"
         if self._on_refused is not None:
             self._on_refused(self.rules.purpose, host, reason)
-        return EgressRefused(f"{host}: {reason}" if host else reason)
+        message = f"{host}: {reason}" if host else reason
+        return EgressRefused(message, host=host, for_now=for_now, setting=setting)

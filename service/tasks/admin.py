@@ -3,16 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import select
+from sqlalchemy import and_, select
 
 from service.db.tables import images, tasks
 from service.db.transaction import Transaction
 from service.queue import leases
+from service.tasks.results import fetch_anew
 from service.tasks.rows import TaskRow, image_rows, select_images
 from service.tasks.state import State
 from service.tasks.submissions import end_uncertain
 from service.tasks.transitions import ask, change, lock, submitted
 from service.upstreams.base import Report
+
+# A lost image that is fetched again has this long, while the upstream is asked for a fresh link.
+REVIVED_MS = 30 * 60 * 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +73,11 @@ def _nameable(row: TaskRow) -> bool:
 
 
 def reconcile_tasks(tx: Transaction, items: Sequence[str]) -> list[str | None]:
-    """Queries tasks and fetches their missing images now. Returns None, `missing`, or `unsubmitted`
-    for a task without an upstream id.
+    """Queries tasks and fetches their missing images now, also the lost ones. Returns None,
+    `missing`, or `unsubmitted` for a task without an upstream id.
+
+    A task that has ended keeps its state and its event. `task.late_result` tells how many images
+    are stored then.
     """
     rows = lock(tx, items)
     results: list[str | None] = []
@@ -81,8 +88,20 @@ def reconcile_tasks(tx: Transaction, items: Sequence[str]) -> list[str | None]:
             continue
         ask(tx, row)
         tx.write()  # one lease, even if the same task is named twice
-        pending = select_images(images.c.task_id == task_id, images.c.state == "pending")
-        for image in image_rows(tx.connection, pending.order_by(images.c.id).with_for_update()):
-            change(tx, image, **leases.requeue(tx, "download", image.id, image))
+        _fetch_missing(tx, row)
         results.append(None)
     return results
+
+
+def _fetch_missing(tx: Transaction, row: TaskRow) -> None:
+    missing = images.c.state == "pending"
+    if row.state is not State.CANCELLED and row.erased_at is None:
+        missing |= and_(images.c.state == "lost", images.c.confirmed)
+    statement = select_images(images.c.task_id == row.id, missing).order_by(images.c.id)
+    for image in image_rows(tx.connection, statement.with_for_update()):
+        if image.state == "pending":
+            change(tx, image, **leases.requeue(tx, "download", image.id, image))
+            continue
+        dies_at = max(image.link_dies_at, tx.now + REVIVED_MS)
+        change(tx, image, link_dies_at=dies_at, at_risk_at=None)
+        fetch_anew(tx, image)

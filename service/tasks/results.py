@@ -67,10 +67,15 @@ def _replace(tx: Transaction, row: ImageRow, url: str, dies_at: int) -> None:
     """Fetches a result from the query's address instead of the callback's. The failures at the old
     address do not count.
     """
-    cleared = dict.fromkeys(("blob", "error", "stale_since", "wrong_sha256"))
-    counts = {"stale_count": 0, "wrong_count": 0}
-    values = {"source_url": url, "confirmed": True, "state": "pending", "link_dies_at": dies_at}
-    change(tx, row, **values, **cleared, **counts, **leases.requeue(tx, "download", row.id, row))
+    change(tx, row, source_url=url, confirmed=True, link_dies_at=dies_at, blob=None)
+    fetch_anew(tx, row)
+
+
+def fetch_anew(tx: Transaction, row: ImageRow) -> None:
+    """Makes the download of an image due now. Its failures so far do not count."""
+    cleared = dict.fromkeys(("error", "refused_host", "stale_since", "wrong_since", "wrong_sha256"))
+    change(tx, row, state="pending", stale_count=0, wrong_count=0, **cleared)
+    change(tx, row, **leases.requeue(tx, "download", row.id, row))
 
 
 def _insert(

@@ -100,6 +100,8 @@ class ImageRow:
     error: str | None = None
     wrong_sha256: str | None = None
     wrong_count: int = 0
+    wrong_since: int | None = None
+    refused_host: str | None = None
     stale_since: int | None = None
     stale_count: int = 0
     at_risk_at: int | None = None

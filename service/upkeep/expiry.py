@@ -137,16 +137,25 @@ def bare_document(document: JSON) -> JSON:
 # --- by time ---
 
 
-def strip_tasks(tx: Transaction, items: Sequence[int]) -> list[int]:
-    """Removes the content of tasks that ended by each of these times, and returns how many tasks.
+@dataclass(frozen=True, slots=True)
+class Stripped:
+    """How many tasks. `blobs` are deleted after the commit."""
 
-    Prompt, body, metadata, callbacks and timeline go. Images stay. A task keeps its content while
-    the upstream is queried about it, an image is pending, or its own callback is to be delivered.
+    tasks: int
+    blobs: list[str]
+
+
+def strip_tasks(tx: Transaction, items: Sequence[int]) -> list[Stripped]:
+    """Removes the content of tasks that ended by each of these times.
+
+    Prompt, body, metadata, callbacks, timeline and bodies in quarantine go. Images stay. A task
+    keeps its content while the upstream is queried about it, an image is pending, or its own
+    callback is to be delivered.
     """
     return [_strip_tasks(tx, before) for before in items]
 
 
-def _strip_tasks(tx: Transaction, before: int) -> int:
+def _strip_tasks(tx: Transaction, before: int) -> Stripped:
     busy = (
         exists().where(deliveries.c.task_id == tasks.c.id, OWN_PENDING),
         exists().where(images.c.task_id == tasks.c.id, images.c.state == "pending"),
@@ -164,12 +173,17 @@ def _strip_tasks(tx: Transaction, before: int) -> int:
     ids = [row["id"] for row in rows]
     for table in (callbacks, steps):
         tx.connection.execute(delete(table).where(table.c.task_id.in_(ids)))
+    mine, kept = images.c.task_id.in_(ids), and_(images.c.confirmed, images.c.state != "lost")
+    named = select(images.c.blob).where(mine, ~kept, images.c.blob.is_not(None))
+    blobs = list(tx.connection.execute(named.order_by(images.c.id).with_for_update()).scalars())
     # An unconfirmed image of a settled task is never confirmed.
-    tx.connection.execute(delete(images).where(images.c.task_id.in_(ids), ~images.c.confirmed))
+    tx.connection.execute(delete(images).where(mine, ~images.c.confirmed))
+    quarantined = and_(mine, images.c.state == "lost", images.c.blob.is_not(None))
+    tx.connection.execute(update(images).where(quarantined).values(blob=None, sha256=None))
     for row in rows:
         _strip(tx, row)
     tx.write()  # before the next item looks for old tasks
-    return len(rows)
+    return Stripped(len(rows), blobs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,17 +63,22 @@ class Retention:
         try:
             await self._events(before, removed)
             await self._repeat(expiry.forget_replays, before, expiry.REPLAYS)
-            await self._repeat(expiry.strip_tasks, before, expiry.TASKS, removed, "tasks")
+            while (stripped := await self._write(expiry.strip_tasks, before)).tasks:
+                removed["tasks"] += stripped.tasks
+                await self._delete(stripped.blobs)
             if self.image_days is not None:
                 before = self.clock() - round(self.image_days * DAY_MS)
                 while blobs := await self._write(expiry.forget_images, before):
                     removed["images"] += len(blobs)
-                    for name in blobs:
-                        await self.resources.blobs.delete(name)
+                    await self._delete(blobs)
         finally:
             duration_ms = round((time.perf_counter() - started) * 1000)
             log.info("retention.applied", **removed, duration_ms=duration_ms)
         return removed
+
+    async def _delete(self, blobs: Sequence[str]) -> None:
+        for name in blobs:
+            await self.resources.blobs.delete(name)
 
     async def _events(self, before: int, removed: dict[str, int]) -> None:
         last, read = 0, self.resources.store.read

@@ -118,7 +118,9 @@ class Parked(BaseModel):
 
 
 class AtRisk(BaseModel):
-    """An image that is not downloaded yet and whose link expires soon."""
+    """An image that is not downloaded yet and may be lost: the address guard refuses its host, it
+    was no image so far, or its link expires soon.
+    """
 
     task_id: str
     owner: str
@@ -126,6 +128,8 @@ class AtRisk(BaseModel):
     index: int
     reason: str | None
     link_dies_at: str
+    host: str | None = Field(description="the host that is refused for now")
+    setting: str | None = Field(description="the setting that does not list it")
 
 
 class EndpointDisabled(BaseModel):

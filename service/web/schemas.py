@@ -81,8 +81,21 @@ class Resolution(Body):
         return self
 
 
+class QuarantinedBody(BaseModel):
+    """The last body of a result that was no image. The blob store keeps it."""
+
+    index: int
+    blob: str
+    bytes: int
+    sha256: str
+    reason: str | None
+
+
 class Task(EventTask):
     prompt: str | None
+    quarantine: list[QuarantinedBody] | None = Field(
+        description="admin, in `GET /v1/tasks/{id}`: bodies of results that were no image"
+    )
 
 
 class CancelledTask(Task):
@@ -248,7 +261,9 @@ class Health(BaseModel):
 class Readiness(BaseModel):
     status: Literal["ok", "degraded", "unavailable"]
     causes: list[str] = Field(
-        [], description="with a key: `store`, `blobs`, `workers`, `upstream`, `brokers`, `stopping`"
+        [],
+        description="with a key: `store`, `blobs`, `workers`, `upstream`, `result_hosts`,"
+        " `brokers`, `stopping`",
     )
 
 

@@ -7,7 +7,17 @@ from dataclasses import replace
 import pytest
 
 from service.db.paging import Row
-from service.images.downloads import Download, Lost, Retry, record_downloads, shown_image
+from service.db.tables import events, images
+from service.images.downloads import (
+    Download,
+    Lost,
+    Refusal,
+    Retry,
+    host_refused,
+    record_downloads,
+    retry_refused,
+    shown_image,
+)
 from service.tasks import task_queries
 from service.tasks.callbacks import accept_callbacks
 from service.tasks.state import State
@@ -389,15 +399,79 @@ async def test_a_stale_link_of_a_provisional_image_makes_no_query_due(subject: S
     assert (await subject.task(task_id))["settle_due_at"] == asked
 
 
-async def test_the_same_wrong_bytes_three_times_are_final(subject: Subject) -> None:
-    """They must come in a row: different wrong bytes start the count anew, and a broken connection
-    in between does not count.
+async def test_the_same_wrong_bytes_are_final_three_times_over_ten_minutes(
+    subject: Subject,
+) -> None:
+    """They must come in a row: different wrong bytes start count and time anew, and a broken
+    connection in between does not count. The third time tells operators.
     """
+    task_id, image = await one_image(subject)
+    subject.clock.shift(10 * MINUTE)
+    for outcome in (wrong("a"), wrong("a"), wrong("b"), wrong("b"), BROKEN):
+        assert await subject.download(image, outcome) == "pending"
+    assert await subject.rows(events, task_id=task_id, type="image.at_risk") == []
+    assert [await subject.download(image, wrong("b")) for _ in range(4)] == ["pending"] * 4
+    (event,) = await subject.rows(events, task_id=task_id, type="image.at_risk")
+    assert (event["data"]["host"], event["data"]["setting"]) == (None, None)
+    subject.clock.shift(9 * MINUTE)
+    assert await subject.download(image, wrong("b")) == "pending"
+    subject.clock.shift(MINUTE)
+    assert await subject.download(image, wrong("b")) == "lost"
+
+
+async def test_two_wrong_bodies_far_apart_are_not_final(subject: Subject) -> None:
     _, image = await one_image(subject)
-    outcomes = [wrong("a"), wrong("a"), wrong("b"), wrong("b"), BROKEN, wrong("b")]
-    assert [await subject.download(image, outcome) for outcome in outcomes] == ["pending"] * 5 + [
-        "lost"
-    ]
+    for _ in range(2):
+        assert await subject.download(image, wrong("a")) == "pending"
+        subject.clock.shift(HOUR)
+    assert await subject.download(image, wrong("a")) == "lost"
+
+
+REFUSED = Retry("files.test: not listed", SECOND, refused=Refusal("files.test", "HOSTS"))
+
+
+async def test_a_refusal_for_now_is_never_final_while_the_link_lives(subject: Subject) -> None:
+    """Operators get one event, which names host and setting. The first attempt after the link's
+    expiry is the last.
+    """
+    task_id, image = await one_image(subject)
+    for _ in range(12):
+        assert await subject.download(image, REFUSED) == "pending"
+        subject.clock.shift(HOUR)
+    (event,) = await subject.rows(events, task_id=task_id, type="image.at_risk")
+    named = {name: event["data"][name] for name in ("host", "setting", "reason")}
+    assert named == {"host": "files.test", "setting": "HOSTS", "reason": "files.test: not listed"}
+    assert await subject.store.read(host_refused)
+    subject.clock.now = image["link_dies_at"]
+    assert await subject.download(image, REFUSED) == "lost"
+    assert not await subject.store.read(host_refused)
+    assert (await subject.task(task_id))["error"]["code"] == "results_lost"
+
+
+@pytest.mark.parametrize("outcome", [BROKEN, LOST, None])
+async def test_a_host_counts_as_refused_until_the_next_outcome(
+    subject: Subject, outcome: Retry | Lost | None
+) -> None:
+    _, image = await one_image(subject)
+    await subject.download(image, REFUSED)
+    assert await subject.store.read(host_refused)
+    await subject.download(image, outcome or stored(image))
+    assert not await subject.store.read(host_refused)
+
+
+async def test_a_start_makes_refused_downloads_due_and_no_others(subject: Subject) -> None:
+    """The settings may have changed. Other failures keep their schedule."""
+    _, refused = await one_image(subject)
+    _, broken = await one_image(subject)
+    await subject.download(refused, replace(REFUSED, wait_ms=HOUR))
+    await subject.download(broken, replace(BROKEN, wait_ms=HOUR))
+    await subject.write(retry_refused, None)
+    rows = {row["id"]: row for row in await subject.rows(images)}
+    assert (rows[refused["id"]]["due_at"], rows[refused["id"]]["attempts"]) == (
+        subject.clock.now,
+        0,
+    )
+    assert rows[broken["id"]]["due_at"] > subject.clock.now
 
 
 @pytest.mark.parametrize("outcome", [LOST, Lost("refused by the guard")])

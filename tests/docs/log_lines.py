@@ -63,8 +63,11 @@ LINES: Mapping[str, str] = MappingProxyType(
         "image.stored": (
             "`image_id`, `index`, `media_type`, `bytes`, `width`, `height`, `sha256`, `duration_ms`"
         ),
-        "image.retry": "`image_id`, `index`, `reason`, `attempt`, `wait_s`",
-        "image.lost": "`image_id`, `index`, `reason`, `attempt`",
+        "image.retry": (
+            "`image_id`, `index`, `reason`, `attempt`, `wait_s`, `quarantined` (the blob of a body"
+            " that was no image)"
+        ),
+        "image.lost": "`image_id`, `index`, `reason`, `attempt`, `quarantined`",
         "egress.refused": "`purpose`, `host`, `reason`",
         "task.erased": "`images`",
         "task.settled": "`state`, `code`, `images`, `seconds` (since it was queued)",

@@ -343,8 +343,8 @@ RESULTS = {
     "file_length_too_short": serves(short),
     "file_empty": serves(NOTHING),
     "file_html_200": serves(page(200)),
-    "file_html_200_for_ever": serves(page(200), **LOST_ONE),
-    "file_svg": serves(Answer(body=SVG, headers={"content-type": "image/png"}), **LOST_ONE),
+    "file_html_200_for_a_while": serves(*[page(200)] * 10),
+    "file_svg": serves(Answer(body=SVG, headers={"content-type": "image/png"})),
     "file_bomb": serves(
         Answer(body=moving(2, 0, 1500, 1), headers={"content-type": "image/png"}), **LOST_ONE
     ),

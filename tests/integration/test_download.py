@@ -191,7 +191,7 @@ async def test_the_queries_link_wins_over_the_callbacks(here: World, upstream: U
 
 async def test_an_image_that_is_not_wanted_any_more_is_no_work(here: World) -> None:
     """A lease from before the row changed is released, and no request is sent for it."""
-    downloader = DownloadWorker(here.context.resources, ImageValidator(1, 1, 1), (1.0,), 1)
+    downloader = DownloadWorker(here.context.resources, ImageValidator(1, 1, 1), (1.0,), 1, 0)
     with capture_logs() as lines:
         await downloader.run(Lease("download", "img_nobody", 1, 1))
     assert lines == []

@@ -17,7 +17,7 @@ from service.net import Egress, Rules
 from service.upstreams.base import NoAnswer, NotCreated
 from service.upstreams.evolink import EvoLink
 from tests.api import SUBMIT, got, order, refused
-from tests.hostile import HOSTILE, Guarded, guarded
+from tests.hostile import FINAL, HOSTILE, NAMES, Guarded, guarded, linked
 from tests.traps import connects, trap
 from tests.upstream import failed, picture
 from tests.waiting import wait_until
@@ -127,7 +127,7 @@ def chunked(rows: Sequence[str], size: int = 40) -> list[Sequence[str]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-@pytest.mark.parametrize("urls", chunked(HOSTILE))
+@pytest.mark.parametrize("urls", chunked(FINAL))
 async def test_no_result_leads_inside(urls: Sequence[str], here: World, there: Guarded) -> None:
     """Every result at a forbidden address is lost at once. The task's result at an allowed
     address is stored.
@@ -145,7 +145,7 @@ async def test_no_result_leads_inside(urls: Sequence[str], here: World, there: G
 
 
 @pytest.mark.parametrize(
-    "urls", chunked([url for url in HOSTILE if not re.search(r"[\r\t]|^//|^https:12", url)])
+    "urls", chunked([url for url in FINAL if not re.search(r"[\r\t]|^//|^https:12", url)])
 )
 async def test_no_redirect_of_a_result_leads_inside(
     urls: Sequence[str], here: World, there: Guarded
@@ -168,6 +168,28 @@ async def test_no_redirect_of_a_result_leads_inside(
     task = await there.completed(*links)
     assert (task["state"], task["error"]["code"], task["images"]) == ("failed", "results_lost", [])
     assert there.refusals("results") == before + len(links)
+
+
+@pytest.mark.parametrize("redirected", [False, True])
+async def test_no_name_of_a_result_leads_inside(
+    redirected: bool, here: World, there: Guarded
+) -> None:
+    """A name with a forbidden address is refused at every attempt. The result waits, because the
+    name server may be corrected.
+    """
+    links = [url.format(port=there.trap.port) for url in linked(NAMES)]
+    if redirected:
+        for number, url in enumerate(links):
+            location = url.encode().decode("latin-1")
+            there.upstream.files[f"name-{number}"] = [
+                Response(status_code=302, headers={"location": location})
+            ]
+        links = [f"{here.sandbox_url}/files/name-{number}" for number in range(len(links))]
+    before = there.refusals("results")
+    task = await there.storing(*links)
+    await wait_until(lambda: there.refusals("results") >= before + 3 * len(links))
+    assert (await here.task(task["id"]))["state"] == "storing"
+    assert (await here.client.post(f"/v1/tasks/{task['id']}/cancel")).status_code == 200
 
 
 # --- names that change, redirects, keys
@@ -221,8 +243,12 @@ async def test_a_result_whose_name_changes_is_not_fetched(there: Guarded) -> Non
     second lookup too.
     """
     there.names.zone["turn.evil.test"] = [["1.1.1.1"], ["127.0.0.2"]]
-    task = await there.completed(f"http://turn.evil.test:{there.trap.port}/x")
-    assert (task["state"], task["error"]["code"]) == ("failed", "results_lost")
+    before = there.refusals("results")
+    task = await there.storing(f"http://turn.evil.test:{there.trap.port}/x")
+    await wait_until(lambda: there.refusals("results") >= before + 2)
+    world = there.world
+    assert (await world.task(task["id"]))["state"] == "storing"
+    assert (await world.client.post(f"/v1/tasks/{task['id']}/cancel")).status_code == 200
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])

@@ -272,7 +272,8 @@ def check_link(image: Row, was: Row | None, task: Row, inbox: InboxModel) -> Non
         assert was["confirmed"] or image["stale_count"] == image["wrong_count"] == 0, (
             "counts of the replaced link are kept"
         )
-    if was and was["confirmed"] and was["link_dies_at"] != image["link_dies_at"]:
+    lives_on = was and was["confirmed"] and was["state"] != "lost"  # an operator may revive it
+    if was and lives_on and was["link_dies_at"] != image["link_dies_at"]:
         assert (
             image["link_dies_at"] <= (task["submitted_at"] or task["created_at"]) + LIVES * DAY
         ), "the link lives longer than two days"
@@ -280,14 +281,16 @@ def check_link(image: Row, was: Row | None, task: Row, inbox: InboxModel) -> Non
 
 def check_image(was: Row, row: Row | None, task: Row, before: Row) -> None:
     """A confirmed image that is stored or lost stays so. Only a local cancel and an erasure remove
-    it.
+    it, and only an operator revives it.
     """
     if not was["confirmed"] or was["state"] == "pending" or task["erased_at"] is not None:
         return
     if row is None:
         assert task["state"] == State.CANCELLED != before["state"], "a confirmed image is gone"
         return
-    for name in ("state", "blob", "sha256", "source_url", "confirmed", "position"):
+    revived = was["state"] == "lost" and row["state"] == "pending"
+    names = ("confirmed", "position")
+    for name in names if revived else ("state", "blob", "sha256", "source_url", *names):
         assert was[name] == row[name], (
             f"a {was['state']} image's {name} was {was[name]} and is {row[name]}"
         )

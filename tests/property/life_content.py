@@ -4,7 +4,15 @@ erasure.
 
 from service.db.paging import Row
 from service.images import downloads
-from service.images.downloads import AT_RISK_MS, AT_RISK_STALE, WRONG_LIMIT, Download, Lost, Retry
+from service.images.downloads import (
+    AT_RISK_MS,
+    AT_RISK_STALE,
+    WRONG_LIMIT,
+    WRONG_MS,
+    Download,
+    Lost,
+    Retry,
+)
 from service.tasks.admin import TaskResolution
 from service.upkeep.expiry import TASKS, Erasure
 from tests.contract.subject import MINUTE
@@ -41,20 +49,24 @@ def check_download(step: Step, item: Download) -> None:
                 == step.before.tasks[item.task_id]["settle_requests"]
             )
         dying = step.time >= row["link_dies_at"] - AT_RISK_MS or row["stale_count"] >= AT_RISK_STALE
-        risks = state == "pending" and dying and was["at_risk_at"] is None
+        risky = dying or row["wrong_count"] >= WRONG_LIMIT or outcome.refused is not None
+        risks = state == "pending" and risky and was["at_risk_at"] is None
+        refused_host = outcome.refused and outcome.refused.host
+        assert row["refused_host"] == refused_host, "the refused host is not kept"
         assert len(step.emitted("image.at_risk")) == risks, "image.at_risk, too often or not at all"
     assert (step.result, row["state"]) == (state, state), f"{outcome} left it {row['state']}"
 
 
 def is_final(was: Row, retry: Retry, time: int) -> bool:
     """The link has expired, or it was stale ten times over half an hour, or the same wrong bytes
-    came three times.
+    came three times over ten minutes.
     """
     since = time if was["stale_since"] is None else was["stale_since"]
     limit = downloads.STALE_LIMIT  # test_life.py lowers it
     stale = retry.stale and was["stale_count"] + 1 >= limit and time - since >= 30 * MINUTE
     same = retry.wrong_sha256 is not None and retry.wrong_sha256 == was["wrong_sha256"]
-    wrong = same and was["wrong_count"] + 1 >= WRONG_LIMIT
+    lasting = was["wrong_since"] is not None and time - was["wrong_since"] >= WRONG_MS
+    wrong = same and was["wrong_count"] + 1 >= WRONG_LIMIT and lasting
     return stale or wrong or (not retry.stale and time >= was["link_dies_at"])
 
 
@@ -84,6 +96,14 @@ def check_reconciled(step: Step, task_id: str) -> None:
         assert all(
             image["due_at"] is not None and image["due_at"] <= step.time for image in awaited
         ), "a pending image is not due now"
+        row = step.now.tasks[task_id]
+        assert (
+            row["state"] == "cancelled"
+            or row["erased_at"] is not None
+            or not any(
+                image["state"] == "lost" and image["confirmed"] for image in step.now.of(task_id)
+            )
+        ), "a lost image is not fetched again"
 
 
 def check_erased(step: Step, item: Erasure) -> None:
@@ -125,7 +145,7 @@ def check_stripped(step: Step, before: int) -> None:
             old.discard(delivery["task_id"])
     stripped = {id for id, row in step.now.tasks.items() if row != step.before.tasks[id]}
     assert stripped <= old
-    assert step.result == len(stripped) == min(len(old), TASKS)
+    assert step.result.tasks == len(stripped) == min(len(old), TASKS)
     for id in stripped:
         check_bare(step.now.tasks[id])
         assert all(image["confirmed"] for image in step.now.of(id)), (

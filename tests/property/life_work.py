@@ -18,7 +18,15 @@ from service.events.deliveries import (
     delivery_to_send,
     record_attempts,
 )
-from service.images.downloads import Download, Lost, Retry, Stored, image_row, record_downloads
+from service.images.downloads import (
+    Download,
+    Lost,
+    Refusal,
+    Retry,
+    Stored,
+    image_row,
+    record_downloads,
+)
 from service.queue import leases
 from service.tasks import task_queries
 from service.tasks.account_breaker import SubmissionHold, hold_submissions
@@ -238,6 +246,9 @@ class WorkerScripts:
                 return Retry("no image", SECOND, wrong_sha256=sha)
             case 5:
                 return Lost("refused")
+            case 7:
+                refusal = Refusal("files.test", "DARKROOM_EVOLINK_RESULT_HOSTS")
+                return Retry("refused for now", SECOND, refused=refusal)
             case 6:
                 return Retry("answered 503", 6 * HOUR)
         return Stored(f"{row.task_id}/{row.position}-{sha}.png", "image/png", 1234, sha, 768, 512)

@@ -7,6 +7,7 @@ from starlette.responses import JSONResponse, Response
 
 from service.errors import ApiError, BlobUnavailable, StoreUnavailable
 from service.events.broker_worker import sinks_behind
+from service.images.downloads import host_refused
 from service.ops.metrics import CONTENT_TYPE
 from service.strict_json import JSON
 from service.upkeep import store_figures
@@ -56,6 +57,8 @@ async def _readiness(context: Context) -> tuple[str, list[str]]:
         causes.append("upstream")
     if context.breaker.is_open:
         causes.append("account")
+    if await context.resources.store.read(host_refused):
+        causes.append("result_hosts")
     if context.sinks and (context.sinks_failing() or await _sinks_late(context)):
         causes.append("brokers")
     return ("degraded" if causes else "ok"), causes

@@ -8,6 +8,7 @@ from structlog.contextvars import bind_contextvars
 
 from service.db.paging import Selection
 from service.errors import ApiError, invalid_request
+from service.images.downloads import quarantined_bodies
 from service.links import with_links
 from service.strict_json import JSON
 from service.tasks import task_queries
@@ -35,7 +36,7 @@ Found = tuple[TaskRow, list[ImageRow]]
 
 def shown(request: Request, row: TaskRow, images: list[ImageRow]) -> JSON:
     document = with_links(task_document(row, images), resources_of(request).links)
-    return {**document, "prompt": row.prompt}
+    return {**document, "prompt": row.prompt, "quarantine": None}
 
 
 def preferences(request: Request) -> tuple[float | None, str | None]:
@@ -96,9 +97,13 @@ async def known_task(request: Request) -> Found:
 
 async def task(request: Request) -> Response:
     """Show a task, by its own id or the upstream's id."""
-    if (found := await find_task(request)) is not None:
-        return JSONResponse(shown(request, *found))
     owner, task_id = caller_of(request).sees, request.path_params["task_id"]
+    if (found := await find_task(request)) is not None:
+        document = shown(request, *found)
+        if owner is None:  # an operator
+            read = resources_of(request).store.read
+            document["quarantine"] = await read(quarantined_bodies, found[0].id)
+        return JSONResponse(document)
     return await upstream_routes.task(context_of(request), owner, task_id)
 
 
