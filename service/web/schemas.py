@@ -262,8 +262,8 @@ class Readiness(BaseModel):
     status: Literal["ok", "degraded", "unavailable"]
     causes: list[str] = Field(
         [],
-        description="with a key: `store`, `blobs`, `workers`, `upstream`, `result_hosts`,"
-        " `brokers`, `stopping`",
+        description="with a key: `store`, `stopping`, `blobs`, `workers`, `no_worker`, `upstream`,"
+        " `account`, `result_hosts`, `brokers`",
     )
 
 
