@@ -74,7 +74,10 @@ def stages(
 ) -> list[Stage]:
     """The workers' stages, in the order of the data."""
     plan = QueryPlan(
-        settings.callback_url is not None, settings.reconcile_after_s, resources.random
+        settings.callback_url is not None,
+        settings.reconcile_after_s,
+        resources.random,
+        settings.evolink_task_ttl_s,
     )
     submitter = SubmitWorker(
         resources,
@@ -92,6 +95,7 @@ def stages(
         settings.evolink_confirm == "always",
         settings.evolink_task_ttl_s,
         settings.evolink_result_ttl_s,
+        settings.no_results_after_s,
     )
     downloader = DownloadWorker(
         resources,

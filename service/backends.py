@@ -20,7 +20,7 @@ from service.errors import BlobUnavailable, ConfigurationError
 from service.events.broker_worker import Broker
 from service.events.outbox import flush
 from service.folders import keep_private, make_folder, make_private
-from service.links import Links
+from service.links import MAX_LINK, Links
 from service.net import Egress, Rules
 from service.ops.metrics import Metrics
 from service.queue.limiter import ConcurrencyLimiter
@@ -41,9 +41,7 @@ S3_ADDRESS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 OTHERS_S = 3600  # how long a temporary file may belong to another process that is at work
 RESULT_REDIRECTS = 5
 NETWORKS_SETTING = "DARKROOM_UPSTREAM_NETWORKS"
-# A link that is signed with a session's token has about 2000 characters. Longer links are kept in
-# part.
-MAX_RESULT_URL = 4095
+OTHER_BYTES = 8 << 20  # of an upstream's response that holds the largest image
 
 
 def open_store(settings: Settings) -> AbstractAsyncContextManager[BatchingStore]:
@@ -213,7 +211,7 @@ def result_rules(settings: Settings) -> Rules:
         settings.evolink_result_hosts,
         redirects=RESULT_REDIRECTS,
         upgrade=True,
-        max_url=MAX_RESULT_URL,
+        max_url=MAX_LINK,
         networks_setting=NETWORKS_SETTING,
         hosts_setting="DARKROOM_EVOLINK_RESULT_HOSTS",
     )
@@ -244,5 +242,7 @@ def open_upstreams(settings: Settings, egress: Egress, metrics: Metrics) -> dict
         settings.submit_timeout_s,
         settings.query_timeout_s,
         called,
+        # An image in the response is a third longer as text.
+        max_bytes=OTHER_BYTES + settings.max_image_bytes * 4 // 3,
     )
     return {evolink.name: evolink}

@@ -1,9 +1,60 @@
-"""Links to stored images. They are made when a document is shown."""
+"""Links to stored images, which are made when a document is shown, and links of an upstream."""
 
+import base64
+import binascii
+import hashlib
+import re
 from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
 
 from service.ids import blob_name
 from service.strict_json import JSON
+
+MAX_LINK = 16 * 1024  # characters of a result's link, and of a redirect on the way to it
+LINK = re.compile(r"https?:|data:", re.IGNORECASE)
+# What the WHATWG URL standard removes before it parses (section 4.4): C0 controls and blanks around
+# a URL, tabs and line ends everywhere in it.
+AROUND = "".join(map(chr, range(0x21)))
+INSIDE = str.maketrans("", "", "\t\n\r")
+
+
+def trimmed(url: str) -> str:
+    return url.strip(AROUND).translate(INSIDE)
+
+
+def usable(url: str) -> bool:
+    """Whether a result's link can be fetched by its form."""
+    return LINK.match(url) is not None and (len(url) <= MAX_LINK or is_data(url))
+
+
+def is_data(url: str) -> bool:
+    return url[:5].lower() == "data:"
+
+
+def stored_form(url: str) -> str:
+    """What the store keeps of a result's link. Of a `data:` URL it is the hash: the image itself
+    comes from the upstream again when the download runs.
+    """
+    if not is_data(url):
+        return url
+    return f"data:sha256/{hashlib.sha256(url.encode('utf-8', 'replace')).hexdigest()}"
+
+
+def data_of(url: str) -> bytes:
+    """The content of a `data:` URL (RFC 2397), with the leniency of the WHATWG standards. Raises
+    ValueError.
+    """
+    head, comma, text = url.partition(",")
+    if not comma:
+        raise ValueError("the data: URL has no comma")
+    content = unquote_to_bytes(text.partition("#")[0])
+    if not head.rstrip().lower().endswith("base64"):
+        return content
+    content = content.translate(bytes.maketrans(b"-_", b"+/"), b" \t\n\f\r").rstrip(b"=")
+    try:
+        return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+    except binascii.Error as error:
+        raise ValueError("the data: URL is not base64") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,9 @@ class Settings(BaseModel):
     reconcile_after_s: types.Seconds | None = None
     """Silence before the first query of a task. Without a callback URL the default is `max(3,
     estimated_time / 2)`."""
+    no_results_after_s: types.Seconds = 600
+    """How long a completed task without all of its results is asked for again, after waits of 2 s
+    growing to 60 s."""
     download_schedule: types.Schedule = (1, 2, 5, 15, 60, 300, 900)
     """Waits between attempts of a download. The last wait repeats."""
     download_concurrency: types.Slots = 16

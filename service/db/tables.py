@@ -112,6 +112,8 @@ tasks = Table(
     # An uncertain task is sent again, by hand or after the first doubt.
     Column("resubmit", Boolean, nullable=False, default=False),
     Column("settle_requests", Integer, nullable=False, default=0),  # requests to settle it now
+    # The first time that the upstream had completed the task and named not all of its results.
+    Column("incomplete_since", BigInteger),
     # The task's place among those of its owner and of the other owners.
     Column("submit_turn", BigInteger, nullable=False, default=0),
     Column("erased_at", BigInteger),  # from then on only figures are left

@@ -33,7 +33,9 @@ from service.images.downloads import (
     image_row,
     record_downloads,
 )
+from service.images.inline_results import inline_result
 from service.images.validator import ImageValidator, InvalidImage, Validation
+from service.links import is_data
 from service.net.retry_after import retry_after
 from service.queue import leases
 from service.queue.backoff import wait_before
@@ -86,7 +88,10 @@ class DownloadWorker:
         await self._record(lease, row, outcome, time.perf_counter() - started)
 
     async def _save(self, row: ImageRow, file: Incoming, attempt: int) -> Stored | Retry | Lost:
-        fetched = await self._fetch(row.source_url, file, attempt)
+        if is_data(row.source_url):
+            fetched = await self._decode(row, file)
+        else:
+            fetched = await self._fetch(row.source_url, file, attempt)
         if not isinstance(fetched, Fetched):
             return fetched
         checkpoint("download.fetched")
@@ -120,6 +125,13 @@ class DownloadWorker:
                 return None
             await blobs.put(file, blob, "application/octet-stream")
         return Quarantined(blob, size, sha256)
+
+    async def _decode(self, row: ImageRow, file: Incoming) -> Fetched | Retry | Lost:
+        content = await inline_result(self.resources, row, self.max_bytes)
+        if not isinstance(content, bytes):
+            return content
+        await file.write(content)
+        return Fetched(compressed=False, cut=None)
 
     async def _fetch(self, url: str, file: Incoming, attempt: int) -> Fetched | Retry | Lost:
         """Writes the body into the file.

@@ -8,6 +8,7 @@ from urllib.parse import urljoin
 
 import httpx
 
+from service.links import MAX_LINK, trimmed
 from service.net.addresses import Address
 
 MAX_URL = 2048  # characters, the upstream's limit for a callback_url
@@ -57,15 +58,18 @@ class Target:
 
 
 def parse_url(text: str, base: str = "", longest: int = MAX_URL) -> Target:
-    """Parses a URL, relative to `base`. Raises ValueError with the reason for everything that two
-    parsers might read differently.
+    """Parses a URL, relative to `base`, as browsers trim it. Raises ValueError with the reason for
+    everything that two parsers might read differently. `longest` is in characters.
     """
+    text = trimmed(text)
     if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in text):
         raise ValueError("a URL has no control characters")
     # `urljoin` alone would read `http:///x` as a path
     url = text if not base or SCHEME.match(text) else urljoin(base, text)
     if len(url) > longest:
         raise ValueError(f"a URL has at most {longest} characters")
+    if len(url.encode()) > MAX_LINK:  # percent-encoded it has up to three times as many
+        raise ValueError(f"a URL has at most {MAX_LINK} bytes")
     if (parts := URL.fullmatch(url)) is None:
         raise ValueError("only http and https URLs are fetched")
     scheme, authority, path = parts[1].lower(), parts[2], parts[3]

@@ -49,6 +49,13 @@ def confirm_wait(queries: int) -> float:
     return _growing(2.0, 2.0, queries, 60.0)
 
 
+def results_wait(waited: float) -> float:
+    """After a query that found a completed task without all of its results, as long as it was
+    waited for them so far: 2, 2, 4, 8 … 60 s.
+    """
+    return min(max(waited, 2.0), 60.0)
+
+
 def fault_wait(faults: int) -> float:
     """After an unforeseen exception: 1, 2, 4 … 300 s."""
     return _growing(1.0, 2.0, faults, 300.0)

@@ -17,6 +17,7 @@ from service.db.transaction import Transaction
 from service.errors import ApiError, EgressRefused, NotConnected
 from service.events.secrets import stored_secret
 from service.ids import PREFIXES
+from service.links import trimmed
 from service.queue import leases
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
@@ -133,6 +134,7 @@ class TaskIntake:
             path = f"/callbacks/{upstream}/{task_id}/{hashed}"
             upstream_body = {**upstream_body, "callback_url": self.callback_prefix + path}
         prompt, hidden = body.get("prompt"), ("prompt", "model", *OWN_FIELDS)
+        callback_url = body.get("callback_url")
         shown = {name: value for name, value in body.items() if name not in hidden}
         return TaskRow(
             id=task_id,
@@ -146,7 +148,7 @@ class TaskIntake:
             warnings=self.catalogue.warnings(body["model"], shown) or None,
             metadata=body.get("metadata") or {},
             body=json.dumps(upstream_body, ensure_ascii=False, separators=(",", ":")).encode(),
-            callback_url=body.get("callback_url"),
+            callback_url=None if callback_url is None else trimmed(callback_url),
             idempotency_key=idempotency_key,
             idempotency_hash=digest,
         )

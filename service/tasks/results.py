@@ -9,6 +9,7 @@ from service.credits import credits_number
 from service.db.tables import images
 from service.db.transaction import Transaction
 from service.events import outbox
+from service.links import usable
 from service.queue import leases
 from service.tasks.rows import ImageRow, TaskRow, image_rows, select_images
 from service.tasks.state import State
@@ -24,29 +25,46 @@ def anticipate(tx: Transaction, task: TaskRow, urls: Sequence[str], ttl_ms: int)
     agrees.
     """
     for position, url in enumerate(urls):
-        _insert(tx, task, position, url, confirmed=False, ttl_ms=ttl_ms)
+        if usable(url):
+            _insert(tx, task, position, url, confirmed=False, ttl_ms=ttl_ms)
 
 
-def expect(tx: Transaction, task: TaskRow, urls: Sequence[str], ttl_ms: int) -> None:
+def named_so_far(tx: Transaction, task_id: str) -> list[str]:
+    """Empty links for the results that the task has rows for, so that `expect` confirms these."""
+    tx.write()
+    positions = select(images.c.position).where(images.c.task_id == task_id)
+    return [""] * (1 + max(tx.connection.execute(positions).scalars(), default=-1))
+
+
+def expect(
+    tx: Transaction, task: TaskRow, urls: Sequence[str], ttl_ms: int, *, last: bool = True
+) -> None:
     """Makes the rows of `images` agree with the results of a query, in the upstream's order.
 
     A row that a callback named is confirmed if the address is the same, and fetched anew if not. A
     confirmed row keeps its outcome, but a missing image gets the fresh link. The link lives
     `ttl_ms` from now, and at most `LIVES` times that from the submission, however often the
     upstream renews it.
+
+    A link that cannot be used changes no row. If the query was the `last` one, it confirms the link
+    that a callback named for the same result. Without that, its result is lost.
     """
     last_ms = (task.submitted_at or task.created_at) + LIVES * ttl_ms
     statement = select_images(images.c.task_id == task.id).with_for_update()
     rows = {row.position: row for row in image_rows(tx.connection, statement)}
     for position, url in enumerate(urls):
         row = rows.pop(position, None)
-        if row is None:
-            _insert(tx, task, position, url, confirmed=True, ttl_ms=ttl_ms)
+        if row is not None and not usable(url):
+            if last and not row.confirmed:
+                _renew(tx, row, row.source_url, row.link_dies_at)
+        elif row is None:
+            if last or usable(url):
+                _insert(tx, task, position, url, confirmed=True, ttl_ms=ttl_ms)
         elif row.confirmed or row.source_url == url:
             _renew(tx, row, url, min(tx.now + ttl_ms, last_ms))
         else:
             _replace(tx, row, url, tx.now + ttl_ms)
-    if invented := [row.id for row in rows.values() if not row.confirmed]:
+    if last and (invented := [row.id for row in rows.values() if not row.confirmed]):
         tx.connection.execute(delete(images).where(images.c.id.in_(invented)))
 
 

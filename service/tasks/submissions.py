@@ -18,6 +18,7 @@ from service.tasks.state import State
 from service.tasks.transitions import (
     change,
     end,
+    keep_raw,
     lock,
     lock_leased,
     move,
@@ -91,8 +92,10 @@ def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> li
                 _retry(tx, row, item, reason, queue)
                 if account and not row.terminal:
                     note_held(tx, row)
-            case Uncertain(reason) if submitting:
+            case Uncertain(reason, raw) if submitting:
                 _doubt(tx, row, item, reason, resend=item.resend)
+                if raw:
+                    keep_raw(tx, row.id, "submission", raw)
             case None if held and row.state is State.UNCERTAIN and not row.resubmit:
                 end_uncertain(tx, row)
         released = leases.release("submit", row.submit_due_at) if held else {}

@@ -87,7 +87,7 @@ def settling(connection: Connection, task_id: str) -> tuple[TaskRow | None, byte
 
 def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -> list[JSON]:
     """Every step of a task in the order of time, named as the log names it. `delivery_owner`
-    limits the deliveries to one owner's.
+    limits the deliveries to one owner's, and leaves out what the upstream sent word for word.
     """
 
     def read(statement: Select[Any]) -> list[RowMapping]:
@@ -101,6 +101,9 @@ def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -
         {"time": row["time"], "step": row["step"], **row["detail"]}
         for row in read(own.order_by(steps.c.id))
     ]
+    if delivery_owner is not None:
+        for line in lines:
+            line.pop("raw", None)
     erased = select(tasks.c.erased_at.label("time")).where(tasks.c.id == task_id)
     add("task.erased", erased.where(tasks.c.erased_at.is_not(None)))
     called = select(

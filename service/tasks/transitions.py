@@ -9,7 +9,7 @@ from service.db.tables import images, steps, tasks
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
 from service.queue import leases
-from service.strict_json import JSON
+from service.strict_json import FORBIDDEN_TEXT, JSON
 from service.tasks.document import task_document
 from service.tasks.rows import ImageRow, TaskRow, select_tasks, stored_images, task_rows
 from service.tasks.state import UNPROVED, State, may_become
@@ -18,6 +18,7 @@ from service.upstreams.base import Report
 # An id from the second source replaces one from the first. `query`: an id by hand to which the
 # upstream has answered, so that it is no slip of the pen.
 REPLACES = {("callback", "answer"), ("hand", "answer"), ("query", "answer"), ("hand", "hand")}
+RAW_KEPT = 3  # unreadable responses of one task
 
 HELD = "held: the upstream refuses our key"  # of the step `task.held`
 
@@ -146,6 +147,18 @@ def end(
     tx.step(row.id, "task.settled", state=state.value, error=error["code"] if error else None)
     tx.write()  # the event lists the images as this transaction leaves them
     _emit(tx, row, state, stored_images(tx.connection, [row.id]).get(row.id, ()), terminal=True)
+
+
+def keep_raw(tx: Transaction, task_id: str, answer_to: str, raw: bytes) -> None:
+    """Keeps the beginning of a response that could not be read in the timeline, for operators.
+    Equal responses and the later ones of many are not kept.
+    """
+    tx.write()
+    unreadable = (steps.c.task_id == task_id, steps.c.step == "upstream.unreadable")
+    kept = list(tx.connection.execute(select(steps.c.detail).where(*unreadable)).scalars())
+    text = FORBIDDEN_TEXT.sub("\ufffd", raw.decode("utf-8", "replace"))
+    if len(kept) < RAW_KEPT and all(detail["raw"] != text for detail in kept):
+        tx.step(task_id, "upstream.unreadable", answer_to=answer_to, raw=text)
 
 
 def task_error(code: str, message: str) -> JSON:

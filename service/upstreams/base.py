@@ -7,10 +7,11 @@ response of an upstream proves which outcome.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from service.links import usable
 from service.net import Response
 from service.strict_json import JSON
 
@@ -53,6 +54,13 @@ class Report:
     @property
     def final(self) -> bool:
         return self.status in FINAL
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether the task is completed, and a result has no link, or no link that can be used."""
+        return self.status is Status.COMPLETED and not (
+            self.results and all(map(usable, self.results))
+        )
 
 
 def outcome_digest(
@@ -98,9 +106,12 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Uncertain:
-    """Nothing is proved: the upstream may have created and charged the task."""
+    """Nothing is proved: the upstream may have created and charged the task. `raw`: the beginning
+    of a response that could not be read.
+    """
 
     reason: str
+    raw: bytes = field(default=b"", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +128,14 @@ class NotFound:
 
 @dataclass(frozen=True, slots=True)
 class NoAnswer:
-    """The query told nothing. `retry_after` is in seconds. `throttled`: too many calls."""
+    """The query told nothing. `retry_after` is in seconds. `throttled`: too many calls. `raw`: the
+    beginning of a response that could not be read.
+    """
 
     reason: str
     retry_after: float | None = None
     throttled: bool = False
+    raw: bytes = field(default=b"", compare=False)
 
 
 SubmitOutcome = Accepted | NotCreated | Refused | Uncertain
@@ -132,6 +146,7 @@ OUTCOME_NAMES: Mapping[type[object], str] = {  # as log and metrics name them
     Refused: "refused",
     Uncertain: "uncertain",
     Found: "found",
+    bytes: "found",
     NotFound: "not_found",
     Response: "answered",
 }
@@ -177,6 +192,12 @@ class Upstream(Protocol):
 
     async def query(self, upstream_id: str) -> QueryOutcome:
         """Asks for the task's current state."""
+
+    async def inline_result(self, upstream_id: str, link: str) -> bytes | NoAnswer | None:
+        """The content of a result that is no link but part of the answer to a query. `link` is its
+        short form in `Report.results`. None: the answer has it no more. ValueError: its content
+        cannot be decoded.
+        """
 
     async def passthrough(self, method: str, path: str) -> Response:
         """The upstream's own response to a path that begins with `/`. EgressError: none came."""

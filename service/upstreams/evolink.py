@@ -31,7 +31,9 @@ from service.upstreams.base import (
     Uncertain,
     UpstreamCall,
 )
-from service.upstreams.lenient import document_of, number_of, readable, section_of, text_of
+from service.upstreams.large_answers import USUAL_BYTES, LargeAnswers, judged
+from service.upstreams.lenient import document_of, number_of, section_of, text_of
+from service.upstreams.result_links import inline_content, result_links
 from service.upstreams.verdicts import (
     is_from_api,
     refusal_of,
@@ -40,9 +42,8 @@ from service.upstreams.verdicts import (
     why,
 )
 
-MAX_BODY = 1 << 20
-# Characters kept of a message, a link and a short word. RESULTS is a number of links.
-MESSAGE, LINK, WORD, RESULTS = 2000, 4096, 64, 64
+KEPT = 2048  # bytes of a response that cannot be read
+MESSAGE, WORD = 2000, 64  # characters kept of a message and of a short word
 # Seconds. A task is queried after twice its estimate, well within the day that EvoLink keeps it.
 LONGEST_ESTIMATE = 6 * 3600
 
@@ -76,18 +77,6 @@ def _estimate(value: object) -> int | None:
     return int(seconds) if seconds is not None and 0 <= seconds < LONGEST_ESTIMATE + 1 else None
 
 
-def _links(document: JSON) -> tuple[str, ...]:
-    """The results in order. A result without a link becomes "", which no download accepts, so that
-    no image is missing without a trace.
-    """
-    entries = document.get("results") or document.get("result_data")
-    links = []
-    for entry in entries[:RESULTS] if isinstance(entries, list) else ():
-        link = (entry.get("url") or entry.get("image_url")) if isinstance(entry, dict) else entry
-        links.append(text_of(link, LINK) or "")
-    return tuple(links)
-
-
 def _error(document: JSON) -> JSON | None:
     """A failed task's error: `code`, `message`, `type`."""
     error = document.get("error")
@@ -108,14 +97,14 @@ def _report(document: JSON) -> Report | None:
     id, word, error = document.get("id"), document.get("status"), _error(document)
     if id is not None and not (isinstance(id, str) and re.fullmatch(UPSTREAM_ID, id)):
         return None
-    status = STATUSES.get(word.lower()) if isinstance(word, str) else None
+    status = STATUSES.get(word.strip().lower()) if isinstance(word, str) else None
     if status is Status.FAILED and error is not None and error["code"] == "request_cancelled":
         status = Status.CANCELLED
     info, usage = section_of(document, "task_info"), section_of(document, "usage")
     return Report(
         upstream_id=id,
         status=status,
-        results=_links(document),
+        results=result_links(document),
         error=error,
         progress=_percent(document.get("progress")),
         can_cancel=info["can_cancel"] if isinstance(info.get("can_cancel"), bool) else None,
@@ -149,7 +138,7 @@ def classify_submit(
         report = _report(document) if document is not None else None
         if report is not None and report.upstream_id:
             return Accepted(report)
-        return Uncertain(f"{status} without an id")
+        return Uncertain(f"{status} without an id", body[:KEPT])
     error = section_of(document, "error")
     code, message = _code(error.get("code")), text_of(error.get("message"), MESSAGE)
     reason = f"{status} {code or message or 'without an error of its own'}"
@@ -185,7 +174,7 @@ def classify_query(
         return NoAnswer(f"{status}", wait, throttled=status == 429)
     report = parse_task(body)
     if report is None:
-        return NoAnswer(f"{status} unreadable")
+        return NoAnswer(f"{status} unreadable", raw=body[:KEPT])
     if report.upstream_id not in (None, upstream_id):
         return NoAnswer(f"{status} for another task")
     return Found(report)
@@ -199,7 +188,7 @@ KINDS = {"/v1/credits": "credits", "/v1/models": "models"}
 
 class EvoLink:
     """The `Upstream` that calls EvoLink through the guarded client. Timeouts are in seconds, `now`
-    gives Unix seconds.
+    gives Unix seconds. `max_bytes` limits a response.
     """
 
     name = "evolink"
@@ -214,9 +203,10 @@ class EvoLink:
         query_timeout: float,
         on_call: Callable[[UpstreamCall], None] | None = None,
         *,
+        max_bytes: int = USUAL_BYTES,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._egress = egress
+        self._answers = LargeAnswers(egress, max_bytes)
         self._base_url = base_url.rstrip("/")
         self._headers = {"authorization": f"Bearer {api_key}", "accept": "application/json"}
         self._submit_timeout = submit_timeout
@@ -247,6 +237,18 @@ class EvoLink:
         path = f"/v1/tasks/{quote(upstream_id, safe='')}"
         return await self._call("query", "GET", path, self._query_timeout, judge)
 
+    async def inline_result(self, upstream_id: str, link: str) -> bytes | NoAnswer | None:
+        def judge(answer: Response | EgressError) -> bytes | NoAnswer | None:
+            if isinstance(answer, EgressError):
+                return NoAnswer(why(answer))
+            document = document_of(answer.body) if answer.status == 200 else None
+            if document is None:
+                return NoAnswer(f"{answer.status} unreadable")
+            return inline_content(document, link)
+
+        path = f"/v1/tasks/{quote(upstream_id, safe='')}"
+        return await self._call("query", "GET", path, self._query_timeout, judge)
+
     async def passthrough(self, method: str, path: str) -> Response:
         if not path.startswith("/"):
             raise ValueError("a path begins with /")
@@ -272,15 +274,9 @@ class EvoLink:
         """Sends one request and judges the response, or the error that came instead."""
         started, url = time.perf_counter(), self._base_url + path
         headers = {**(headers or {}), **self._headers}
-        try:
-            sent = await self._egress.request(
-                method, url, headers=headers, content=content, timeout=timeout, max_bytes=MAX_BODY
-            )
-            answer: Response | EgressError = readable(sent, MAX_BODY)
-        except EgressError as error:
-            answer = error
-        seconds, outcome = time.perf_counter() - started, judge(answer)
-        status, request_id = None, None
+        async with self._answers.request(method, url, headers, content, timeout) as answer:
+            seconds, status, request_id = time.perf_counter() - started, None, None
+            outcome = await judged(judge, answer)
         if isinstance(answer, Response):
             status, request_id = answer.status, text_of(answer.headers.get("x-request-id"))
         from_api = is_from_api(kind, answer, proved=self._proved)

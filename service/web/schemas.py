@@ -15,6 +15,7 @@ from pydantic import (
 )
 
 from service.ids import UPSTREAM_ID
+from service.links import trimmed
 from service.web.event_schemas import EVENT_TYPES, EventTask
 
 
@@ -33,6 +34,7 @@ Patterns = Annotated[list[Pattern], Field(min_length=1, max_length=32)]
 OWNER = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Owner = Annotated[str, Field(pattern=OWNER)]
 Scope = Literal["submit", "read", "subscribe", "admin"]
+TrimmedUrl = Annotated[str, AfterValidator(trimmed)]
 EndpointStatus = Literal["enabled", "paused", "disabled"]
 
 
@@ -114,7 +116,7 @@ class Timeline(BaseModel):
 
 
 class NewEndpoint(Body):
-    url: str
+    url: TrimmedUrl
     types: Patterns = ["image.task.*"]
     description: str = Field("", max_length=500)
     owner: Owner | None = Field(
@@ -123,7 +125,7 @@ class NewEndpoint(Body):
 
 
 class EndpointPatch(Body):
-    url: str | None = None
+    url: TrimmedUrl | None = None
     types: Patterns | None = None
     description: str | None = Field(None, max_length=500)
     status: EndpointStatus | None = None

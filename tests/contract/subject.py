@@ -31,9 +31,9 @@ from service.strict_json import JSON
 from service.tasks.accept import Inserted, insert_tasks
 from service.tasks.callbacks import Callback, Verdict, accept_callbacks
 from service.tasks.cancel import Cancellation, cancel_tasks
-from service.tasks.confirm_worker import Settlement, record_settlements
 from service.tasks.owner_keys import StoredKey, insert_keys
 from service.tasks.rows import TaskRow
+from service.tasks.settlements import Settlement, record_settlements
 from service.tasks.state import State
 from service.tasks.submissions import (
     SubmissionResult,

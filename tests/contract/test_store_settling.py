@@ -10,7 +10,7 @@ import pytest
 
 from service.db.transaction import Transaction
 from service.images.downloads import Retry
-from service.tasks.confirm_worker import Settlement, record_settlements
+from service.tasks.settlements import Settlement, record_settlements
 from service.tasks.state import TERMINAL, State, may_become
 from service.tasks.transitions import change, lock, move
 from service.upstreams.base import Report, Status

@@ -60,6 +60,14 @@ LINES: Mapping[str, str] = MappingProxyType(
             " upstream got 503 and retries."
         ),
         "task.confirmed": "`status`, `results`",
+        "task.results_awaited": (
+            "`status`, `results` (the number named so far). A completed task lacks links of"
+            " results. The worker asks again for `DARKROOM_NO_RESULTS_AFTER_S`."
+        ),
+        "upstream.unreadable": (
+            "`kind`, `reason`. A response could not be read. Its beginning is in the task's"
+            " timeline, where only administrators see it."
+        ),
         "image.stored": (
             "`image_id`, `index`, `media_type`, `bytes`, `width`, `height`, `sha256`, `duration_ms`"
         ),

@@ -3,7 +3,9 @@ row for each name.
 """
 
 import gzip
+from base64 import b64encode
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -41,6 +43,7 @@ from tests.e2e.behaviours import (
     twice,
     with_,
 )
+from tests.partial import UNUSABLE
 from tests.untidy import CODINGS, FRAMING, LIMITS, PLAIN, Shape, cut
 
 RETRIED, UNCERTAIN, REFUSED = (
@@ -82,6 +85,13 @@ UNTIDY = {
     "gzip": CODINGS["gzip"],
     "whole_but_cut": Shape(cut(PLAIN), ends=True),
 }
+PARTS = {
+    "half_an_emoji": "half an emoji",
+    "nul": "an escaped NUL",
+    "nan": "NaN",
+    "latin_1": "Latin-1",
+    "name_twice": "a name twice",
+}
 FRAMES = moving(1, 0, 200, 40)  # small ones, but too many
 
 
@@ -113,6 +123,24 @@ def says(*bodies: Any, **more: Any) -> Behaviour:
 def asks(*queries: Any) -> Behaviour:
     """A callback arrives, and for a while no query confirms it."""
     return Behaviour(queries=queries, tells=("upstream.called",))
+
+
+def beside(name: str, step: Any) -> Any:
+    """The answer with a part that nobody needs, which no strict parser of JSON takes."""
+    part = b"{" + UNUSABLE[name] + b", "
+    return lambda task: replace(made := step(task), body=part + made.body[1:])
+
+
+def later(**fields: Any) -> Behaviour:
+    """The callback and two queries name no result, and the third query does."""
+    body = with_(**fields)
+    return Behaviour(
+        callbacks=(told(body),), queries=(asked(body),) * 2, tells=("task.results_awaited",)
+    )
+
+
+def inline(task: Any) -> Any:
+    return "data:image/png;base64," + b64encode(task.pictures[0]).decode()
 
 
 def serves(*files: Any, **more: Any) -> Behaviour:
@@ -158,6 +186,10 @@ SUBMISSIONS = {
     **{
         f"submit_{name}": Behaviour((shaped(shape, accepted),), callbacks=(), tells=SILENT)
         for name, shape in UNTIDY.items()
+    },
+    **{
+        f"submit_with_{name}": Behaviour((beside(part, accepted),), callbacks=(), tells=SILENT)
+        for name, part in PARTS.items()
     },
     "submit_redirected": unproved(redirected(307)),
     "submit_lost_unproved": unproved(CUT),
@@ -218,6 +250,12 @@ CALLBACKS = {
         raw(b'{"id": "\\ud800", "status": "completed", "results": ["\\u0000"]}')
     ),
     "callback_duplicate_keys": says(twice),
+    **{
+        f"callback_with_{name}": says(
+            lambda task, part=part: beside(part, asked(completed))(task).body
+        )
+        for name, part in PARTS.items()
+    },
     "callback_compressed": says(lambda task: gzip.compress(true(task))),
     "callback_processing_only": says(told(with_(status="processing", results=[])), tells=SILENT),
     "callback_unknown_status": says(told(with_(status="archiving")), tells=SILENT),
@@ -240,6 +278,10 @@ QUERIES = {
     **{
         f"query_{name}": asks(*[shaped(shape, asked(completed))] * EVERY)
         for name, shape in UNTIDY.items()
+    },
+    **{
+        f"query_with_{name}": asks(*[beside(part, asked(completed))] * EVERY)
+        for name, part in PARTS.items()
     },
     "query_502_until_links_die": Behaviour(
         queries=(page(502),) * 2,
@@ -266,11 +308,33 @@ OUTCOMES = {
         ),
     ),
     "results_http_links": says(true),
+    "results_as_text": says(
+        true, truth=linked(lambda task: {"results": task.link(0)}), images=(0,)
+    ),
+    "results_with_line_ends": says(
+        true,
+        truth=linked(lambda task: {"results": [f"{task.link(0)}\n", f"\t {task.link(1)}\r\n"]}),
+    ),
+    "results_with_long_links": says(
+        true,
+        truth=linked(lambda task: {"results": [f"{task.link(at)}?{'x' * 7000}" for at in (0, 1)]}),
+    ),
+    "results_in_the_answer": says(
+        true, truth=linked(lambda task: {"results": [inline(task), task.link(1)]})
+    ),
+    "results_later": later(results=[]),
+    "results_null_later": later(results=None),
+    "results_without_links_later": later(results=[None, {"url": ""}]),
     "results_fewer": says(
         true, truth=linked(lambda task: {"results": [task.link(0)]}), images=(0,)
     ),
     "results_none": says(
-        true, truth=with_(results=[]), state="failed", code="no_results", images=()
+        told(with_(results=[])),
+        truth=with_(results=[]),
+        state="failed",
+        code="no_results",
+        images=(),
+        tells=("task.results_awaited",),
     ),
     "results_no_link": says(
         true, truth=linked(lambda task: {"results": ["no link", task.link(1)]}), **LOST_ONE

@@ -243,6 +243,7 @@ def part(whole: bytes, headers: Headers, etag: str) -> Answer:
 async def read(reader: asyncio.StreamReader) -> Request:
     lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     method, path, _ = lines[0].split(" ")
+    path = path.partition("?")[0]
     headers = {
         name.lower(): value.strip()
         for name, _, value in (line.partition(":") for line in lines[1:] if line)

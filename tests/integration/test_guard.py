@@ -116,7 +116,7 @@ async def test_no_call_to_the_upstream_leads_inside(url: str, here: World, there
     """
     usual = here.context.resources.upstreams["evolink"]
     assert isinstance(usual, EvoLink)
-    upstream = EvoLink(usual._egress, url.format(port=there.trap.port), "sk-secret", 5, 5)
+    upstream = EvoLink(usual._answers._egress, url.format(port=there.trap.port), "sk-secret", 5, 5)
     assert await upstream.submit(b"{}", "task_x") == NotCreated("refused by the guard")
     assert await upstream.query("task-unified-1") == NoAnswer("refused by the guard")
     with pytest.raises(EgressRefused):

@@ -43,7 +43,8 @@ async def here(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]
     """The upstream is the sandbox, which calls back. The service queries it if no
     callback comes.
     """
-    async with world(tmp_path_factory.mktemp("settle"), reconcile_after_s=0.3) as made:
+    folder = tmp_path_factory.mktemp("settle")
+    async with world(folder, reconcile_after_s=0.3, no_results_after_s=0.3) as made:
         yield made
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from service.db.paging import Row
 from service.tasks import callbacks
 from service.tasks.callbacks import Callback, Verdict
-from service.tasks.confirm_worker import Settlement
+from service.tasks.settlements import Settlement
 from service.upstreams.base import Status
 
 FINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)

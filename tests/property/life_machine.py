@@ -16,7 +16,7 @@ from service.events.endpoints import EndpointChange, change_endpoints
 from service.queue import leases
 from service.queue.crashes import claim_candidates
 from service.tasks.callbacks import Callback, accept_callbacks
-from service.tasks.confirm_worker import Settlement
+from service.tasks.settlements import Settlement
 from service.tasks.state import TERMINAL, State
 from service.tasks.submissions import SubmissionResult, SubmissionStart
 from service.upkeep.expiry import Erasure, strip_tasks

@@ -30,8 +30,9 @@ from service.images.downloads import (
 from service.queue import leases
 from service.tasks import task_queries
 from service.tasks.account_breaker import SubmissionHold, hold_submissions
-from service.tasks.confirm_worker import QueryPlan, Settlement, record_settlements
+from service.tasks.confirm_worker import QueryPlan
 from service.tasks.rows import ImageRow, TaskRow
+from service.tasks.settlements import Settlement, record_settlements
 from service.tasks.state import State
 from service.tasks.submissions import (
     SubmissionResult,
@@ -39,7 +40,7 @@ from service.tasks.submissions import (
     record_submissions,
     start_submissions,
 )
-from service.upstreams.base import Found, NotCreated, NotFound, Report
+from service.upstreams.base import Found, NoAnswer, NotCreated, NotFound, Report
 from tests.contract.subject import (
     DAY,
     HOUR,
@@ -212,7 +213,7 @@ class WorkerScripts:
             return
         report, expires = (
             answer.report if isinstance(answer, Found) else None,
-            DAY if isinstance(answer, NotFound) else None,
+            None if isinstance(answer, NoAnswer) else DAY,
         )
         wait = self.plan.again(lease.attempts, called_back=callback is not None)
         yield Write(

@@ -96,6 +96,7 @@ def test_a_status_alone_is_readable() -> None:
         ("Canceled", Status.CANCELLED),
         ("queued", None),
         ("", None),
+        (" completed\n", Status.COMPLETED),
     ],
 )
 def test_each_spelling_of_a_status_is_one_status(word: str, status: Status | None) -> None:
@@ -122,6 +123,16 @@ def test_failed_by_request_cancelled_is_cancelled() -> None:
         {"results": [{"image_url": "http://a/1"}, "https://b/2"]},
         {"result_data": [{"image_url": "http://a/1"}, {"image_url": "https://b/2"}]},
         {"results": [], "result_data": [{"url": "http://a/1"}, {"image_url": "https://b/2"}]},
+        {"results": [None], "result_data": [{"url": "http://a/1"}, {"image_url": "https://b/2"}]},
+        {"results": [["http://a/1"], ["https://b/2"]]},
+        {"results": [["http://a/1", "https://b/2"]]},
+        {"results": {"0": "http://a/1", "1": "https://b/2"}},
+        {"results": {"images": [{"url": "http://a/1"}, {"image": {"url": "https://b/2"}}]}},
+        {"results": '["http://a/1", "https://b/2"]'},
+        {"results": '{"resultUrls": [], "urls": ["http://a/1", "https://b/2"]}'},
+        {"results": ["http://a/1\n", " https:/\t/b/2\u0000"]},
+        {"result": ["http://a/1", "https://b/2"]},
+        {"results": None, "result_urls": ["http://a/1", "https://b/2"]},
     ],
 )
 def test_every_form_of_results_is_read_alike(fields: dict[str, object]) -> None:
@@ -131,10 +142,34 @@ def test_every_form_of_results_is_read_alike(fields: dict[str, object]) -> None:
     assert task(status="completed", **fields).results == ("http://a/1", "https://b/2")
 
 
-@pytest.mark.parametrize("results", [None, {}, "https://a/1", 7, [], {"url": "https://a/1"}])
-def test_results_that_are_no_list_are_empty(results: object) -> None:
+@pytest.mark.parametrize("results", [None, {}, "", " ", 7, [], {"url": None}, {"url": 7}, "[]"])
+def test_results_without_any_link_are_empty(results: object) -> None:
     """The caller decides about a completed task without results."""
     assert task(status="completed", results=results).results == ()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"results": "https://a/1"},
+        {"results": {"url": "https://a/1"}},
+        {"results": {"image": {"url": "https://a/1"}}},
+        {"result": {"image_url": "https://a/1"}},
+        {"result_data": {"url": "https://a/1"}},
+        {"result_url": "https://a/1"},
+        {"output_url": "https://a/1"},
+        {"file_url": "https://a/1"},
+    ],
+)
+def test_one_result_may_come_without_a_list(fields: dict[str, object]) -> None:
+    assert task(status="completed", **fields).results == ("https://a/1",)
+
+
+def test_an_input_beside_the_status_is_no_result() -> None:
+    """An upstream may repeat the request, and a thumbnail is not the image."""
+    fields: dict[str, Any] = {"image_url": "https://a/input", "url": "https://a/task"}
+    fields["results"] = [{"thumbnail": "https://a/small"}]
+    assert task(status="completed", **fields).results == ("",)
 
 
 def test_a_result_that_is_no_link_keeps_its_place() -> None:
@@ -153,12 +188,12 @@ def test_texts_and_lists_are_cut() -> None:
     """A careless or hostile response does not fill the store."""
     report = task(
         status="failed",
-        results=["https://a/" + "x" * 9000] * 100,
+        results=["https://a/x"] * 100,
         error={"code": "c" * 999, "message": "m" * 9999, "type": "t" * 999},
         model="m" * 999,
         usage={"billing_rule": "b" * 999, "user_group": "u" * 999},
     )
-    assert (len(report.results), {len(link) for link in report.results}) == (64, {4096})
+    assert len(report.results) == 64
     assert report.error is not None
     assert {name: len(text) for name, text in report.error.items()} == {
         "code": 200,
@@ -281,23 +316,10 @@ UNREADABLE = [
     ),
     *(
         b'{"status": "failed", "status": "completed"}',
-        b'{"status": "completed", "error": {"code": 1, "code": 2}}',
+        b'{"status": "completed"} {"status": "completed"}',
+        b'{"status": "completed"',
     ),
-    *(
-        b'{"status": "completed", "x": NaN}',
-        b'{"status": "completed", "x": -Infinity}',
-        b'{"status": "failed", "x": ' + b"9" * 5000 + b"}",
-    ),
-    *(
-        b'{"status": "completed", "x": "\\u0000"}',
-        b'{"status": "completed", "x": [["\\ud800"]]}',
-        b'{"status": "completed", "\\u0000": 1}',
-    ),
-    *(
-        b'{"status": "completed", "x": "\0"}',
-        b'{"status": "completed", "x": "\xed\xa0\x80"}',
-        '{"status": "completed"}'.encode("utf-16"),
-    ),
+    '{"status": "completed"}'.encode("utf-16"),
     *(
         b'{"x": ' * 100_000,
         b"[" * 100_000,
@@ -307,11 +329,80 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize("data", UNREADABLE, ids=range(len(UNREADABLE)))
-def test_an_ambiguous_or_unstorable_body_is_unreadable(data: bytes) -> None:
-    """No object, no status, a repeated key, NaN, NUL, a lone surrogate or endless nesting: the body
-    is unreadable, and the parser raises nothing.
+def test_a_body_without_one_status_is_unreadable(data: bytes) -> None:
+    """No object, no status, two statuses or endless nesting: the body is unreadable, and the parser
+    raises nothing.
     """
     assert parse_task(data) is None
+
+
+UNUSABLE = [
+    b'"x": NaN',
+    b'"x": [-Infinity, Infinity]',
+    b'"x": 1e999',
+    b'"x": ' + b"9" * 5000,
+    b'"x": "\\u0000"',
+    b'"x": "\0"',
+    b'"x": "two\nlines"',
+    b'"x": [["\\ud800"]]',
+    b'"\\udfff": "\\u0000"',
+    b'"x": "\xed\xa0\x80"',
+    b'"x": "caf\xe9"',
+    b'"x": "C:\\pictures\\new"',
+    b'"x": "cut \\ud8"',
+    b'"x": 1, "x": 2',
+    b'"x": {"y": 1, "y": [], "y": 1}',
+    b'"error": {"code": "\\ud83d", "code": 2}',
+    b'"x": ' + b"[" * 300 + b"]" * 300,
+    b'"progress": NaN, "usage": NaN, "task_info": "\\ud83d", "error": "\\ud83d"',
+]
+
+
+@pytest.mark.parametrize("part", UNUSABLE, ids=range(len(UNUSABLE)))
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte order mark"])
+def test_an_unusable_part_costs_nothing_else(part: bytes, mark: bytes) -> None:
+    """A paid result counts although no parser of JSON would take a part that nobody needs."""
+    data = mark + b'{%b, "id": "%b", "status": "completed", "results": ["https://a/1"]}'
+    report = parse_task(data % (part, ID.encode()))
+    assert report is not None
+    assert (report.upstream_id, report.status) == (ID, Status.COMPLETED)
+    assert report.results == ("https://a/1",)
+    assert isinstance(classify_submit(200, {}, data % (part, ID.encode()), NOW), Accepted)
+
+
+def test_what_a_report_keeps_can_be_stored() -> None:
+    """U+FFFD replaces the characters that databases reject."""
+    report = task(status="failed", error={"code": "a\0b", "message": "cut \ud83d"}, results=["h\0"])
+    assert report.error == {"code": "a\ufffdb", "message": "cut \ufffd", "type": "task_error"}
+
+
+LONG = "https://a/" + "x" * 7000
+
+
+def test_a_link_is_never_cut_and_then_judged() -> None:
+    """A link has up to 16 KiB. A longer one stays recognisable as too long."""
+    report = task(status="completed", results=[LONG, "https://a/" + "x" * 99_000])
+    assert report.results[0] == LONG
+    assert len(report.results[1]) == 16 * 1024 + 1
+    assert report.incomplete
+
+
+@pytest.mark.parametrize(
+    ("results", "incomplete"),
+    [
+        ([], True),
+        ([""], True),
+        (["no link"], True),
+        (["https://a/1", None], True),
+        (["ftp://a/1"], True),
+        (["HTTPS://a/1", "http:/a", "Data:image/png;base64,AAAA"], False),
+    ],
+)
+def test_a_completed_task_wants_a_link_for_each_result(
+    results: list[Any], incomplete: bool
+) -> None:
+    assert task(status="completed", results=results).incomplete is incomplete
+    assert not task(status="failed", results=results).incomplete
 
 
 def test_text_beyond_ascii_is_kept() -> None:

@@ -1,0 +1,388 @@
+"""Answers that are usable only in part, as raw bytes over real sockets. What is paid for is stored
+whatever else an answer holds, and what is missing is asked for again.
+"""
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from itertools import count
+from typing import Any
+from urllib.parse import quote_from_bytes
+
+import pytest
+
+from service.queue.backoff import results_wait
+from service.settings import load_settings
+from service.tasks import settlements
+from tests.callbacks import raw
+from tests.downloads import bytes_of, noise, quick
+from tests.partial import UNUSABLE, Said, said
+from tests.untidy import LENGTH, Shape, response
+from tests.upstream import picture
+from tests.waiting import wait_until
+from tests.world import ADMIN_KEY, World, world
+
+JSON = dict[str, Any]
+MAX_BYTES = 2_000_000
+PENDING = b'{"id": "$ID", "status": "pending"}'
+COMPLETED = b'{"id": "$ID", "status": "completed", "results": ["$LINK"]}'
+NAMES = (f"order-{number}" for number in count())
+
+
+@pytest.fixture(scope="module")
+async def server() -> AsyncIterator[Said]:
+    async with said(picture()) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+async def here(server: Said, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    settings: JSON = {
+        "evolink_base_url": server.url,
+        "reconcile_after_s": 600,
+        "no_results_after_s": 1.5,
+        "max_image_bytes": MAX_BYTES,
+        "submit_timeout_s": 5,
+    }
+    with quick(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settlements, "results_wait", lambda _: 0.05)
+        async with world(tmp_path_factory.mktemp("partial"), **settings) as made:
+            yield made
+
+
+async def submitted(here: World, server: Said, *queries: bytes, first: bytes = PENDING) -> JSON:
+    """A task whose submission and queries are answered with these bytes."""
+    name = next(NAMES)
+    server.bodies["submission", name] = [first]
+    server.bodies["query", name] = list(queries)
+    return await here.submit(prompt=name)
+
+
+async def called(here: World, server: Said, task: JSON, body: bytes = COMPLETED) -> str:
+    """The verdict on a callback with these bytes."""
+    filled = server.filled(body, task["upstream_id"])
+    length = f"content-length: {len(filled)}\r\n"
+    status, _, answer = await raw(here.callback_url(task["id"]), filled, headers=length)
+    assert status == 200
+    return str(json.loads(answer)["status"])
+
+
+async def ended(here: World, server: Said, *queries: bytes, callback: bytes = COMPLETED) -> JSON:
+    task = await submitted(here, server, *queries)
+    await called(here, server, task, callback)
+    return await here.ended(task["id"])
+
+
+async def stored(here: World, task: JSON, *images: bytes) -> None:
+    assert task["state"] == "completed", await here.steps(task["id"])
+    assert [await bytes_of(here, image) for image in task["images"]] == list(images or [picture()])
+
+
+def asked(server: Said, task: JSON, kind: str = "query") -> int:
+    return server.asked.count((kind, server.names[task["upstream_id"]]))
+
+
+# --- a part that nobody needs
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+async def test_an_unusable_part_beside_the_rest_costs_nothing(
+    kind: str, here: World, server: Said
+) -> None:
+    """The submission is accepted, the callback is accepted, and one query settles the task."""
+    part = b"{" + UNUSABLE[kind] + b", "
+    task = await submitted(here, server, part + COMPLETED[1:], first=part + PENDING[1:])
+    assert task["state"] == "submitted", await here.steps(task["id"])
+    assert await called(here, server, task, part + COMPLETED[1:]) == "accepted"
+    await stored(here, await here.ended(task["id"]))
+    assert asked(server, task) == 1
+
+
+async def test_a_byte_order_mark_costs_nothing(here: World, server: Said) -> None:
+    mark = b"\xef\xbb\xbf"
+    task = await submitted(here, server, mark + COMPLETED, first=mark + PENDING)
+    assert await called(here, server, task, mark + COMPLETED) == "accepted"
+    await stored(here, await here.ended(task["id"]))
+
+
+@pytest.mark.parametrize("part", [b'"prompt": "cut \\ud83d"', b'"seed": NaN', b'"x": 1, "x": 2'])
+async def test_our_own_clients_get_no_such_leniency(part: bytes, here: World) -> None:
+    body = b'{"model": "wan2.5-text-to-image", "prompt": "x", ' + part + b"}"
+    headers = f"authorization: Bearer {ADMIN_KEY}\r\ncontent-length: {len(body)}\r\n"
+    status, _, answer = await raw(f"{here.url}/v1/images/generations", body, headers=headers)
+    assert (status, json.loads(answer)["error"]["code"]) == (400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "page", [b"<html>busy</html>", b"", b'{"id": "$ID"}', b"[1]", b'{"status":']
+)
+async def test_an_answer_that_cannot_be_read_is_kept_for_operators(
+    page: bytes, here: World, server: Said
+) -> None:
+    """The query is repeated until it can be read. The timeline has the answer once, with its bytes
+    for admins alone.
+    """
+    task = await ended(here, server, page, page, COMPLETED)
+    await stored(here, task)
+    assert asked(server, task) == 3
+    kept = [step for step in await here.steps(task["id"]) if step["step"] == "upstream.unreadable"]
+    text = page.replace(b"$ID", task["upstream_id"].encode()).decode()
+    assert [(step["answer_to"], step["raw"]) for step in kept] == [("query", text)] * bool(page)
+
+
+async def test_a_submission_that_cannot_be_read_is_kept_for_operators(
+    here: World, server: Said
+) -> None:
+    """The owner sees the step without the bytes."""
+    async with here.owner("submit", "read") as owner:
+        name = next(NAMES)
+        server.bodies["submission", name] = [b"<html>\0 proxy</html>"]
+        body = {"model": "wan2.5-text-to-image", "prompt": name, "size": "768x768"}
+        made = (await owner.post("/v1/images/generations", json=body)).json()
+        assert made["state"] == "uncertain"
+        seen = (await owner.get(f"/v1/tasks/{made['id']}/timeline")).json()["data"]
+    for steps, raw_text in (
+        (await here.steps(made["id"]), "<html>\ufffd proxy</html>"),
+        (seen, None),
+    ):
+        kept = next(step for step in steps if step["step"] == "upstream.unreadable")
+        assert (kept["answer_to"], kept.get("raw")) == ("submission", raw_text)
+
+
+# --- links
+
+AROUND = [
+    "$LINK\\n",
+    "$LINK\\r\\n",
+    "  $LINK ",
+    "\\t$LINK",
+    "\\u0000$LINK\\u001f",
+    "$LINK?\\ta\\n=\\r1",
+]
+
+
+@pytest.mark.parametrize("link", AROUND)
+@pytest.mark.parametrize("shape", [b'["%b"]', b'[{"url": "%b"}]', b'"%b"'])
+async def test_a_link_is_trimmed_as_browsers_do(
+    shape: bytes, link: str, here: World, server: Said
+) -> None:
+    """Blanks and control characters around it, and line ends in it, are no part of it."""
+    body = b'{"id": "$ID", "status": "completed", "results": ' + shape % link.encode() + b"}"
+    await stored(here, await ended(here, server, body, callback=body))
+
+
+@pytest.mark.parametrize(
+    "where", ["/moved/$ID ", "/mo\tved/$ID", " \tURL/moved/$ID", "/moved/$ID#a b"]
+)
+async def test_a_redirect_is_trimmed_too(where: str, here: World, server: Said) -> None:
+    task = await submitted(here, server, COMPLETED)
+    name = server.names[task["upstream_id"]]
+    to = where.replace("URL", server.url).replace("$ID", task["upstream_id"])
+    server.shapes["picture", name] = Shape(
+        response(LENGTH, f"Location: {to}", status="302 Found"), tidy=True
+    )
+    await called(here, server, task)
+    await stored(here, await here.ended(task["id"]))
+    assert asked(server, task, "moved") == 1
+
+
+@pytest.mark.parametrize("around", ["{}\n", " {}\t", "\r\n{}", "\x1f{}\x01"])
+async def test_urls_of_clients_are_trimmed_too(around: str, here: World, server: Said) -> None:
+    """The service shows, checks and calls the trimmed URL."""
+    hook = f"{server.url}/hooks/{next(NAMES)}"
+    given = around.format(hook)
+    made = await here.client.post("/v1/endpoints", json={"url": given, "types": ["task.parked"]})
+    assert (made.status_code, made.json()["url"]) == (201, hook)
+    path = f"/v1/endpoints/{made.json()['id']}"
+    changed = await here.client.patch(path, json={"url": around.format(hook + "2")})
+    assert changed.json()["url"] == hook + "2"
+    await here.client.delete(path)
+    name = next(NAMES)
+    task = await here.submit(prompt=name, callback_url=given)
+    await called(here, server, task)
+    await here.ended(task["id"])
+    await wait_until(lambda: server.asked.count(("receiver", hook.rsplit("/", 1)[1])) == 1)
+
+
+@pytest.mark.parametrize("length", [4_300, 7_000, 16_384])
+@pytest.mark.parametrize("place", ["results", "redirect"])
+async def test_a_long_link_is_fetched_whole(
+    place: str, length: int, here: World, server: Said
+) -> None:
+    task = await submitted(here, server, COMPLETED)
+    id = task["upstream_id"]
+    path = "files" if place == "results" else "moved"
+    link = f"{server.url}/{path}/{id}?signature=".ljust(length, "x")
+    if place == "results":
+        body = COMPLETED.replace(b"$LINK", link.encode())
+        server.bodies["query", server.names[id]] = [body]
+    else:
+        server.shapes["picture", server.names[id]] = Shape(
+            response(LENGTH, f"Location: {link}", status="307 Moved"), tidy=True
+        )
+    await called(here, server, task)
+    await stored(here, await here.ended(task["id"]))
+
+
+async def test_a_link_over_the_limit_is_asked_for_again(here: World, server: Said) -> None:
+    """The upstream may send a shorter one. Without that, the reason names the limit."""
+    too_long = COMPLETED.replace(b"$LINK", b"$LINK?" + b"x" * 17_000)
+    await stored(here, await ended(here, server, too_long, COMPLETED, callback=too_long))
+    lost = await ended(here, server, too_long, callback=too_long)
+    assert lost["error"]["code"] == "results_lost"
+    assert "at most 16384" in lost["error"]["message"]
+
+
+# --- results in another shape, or later
+
+SHAPES = [
+    b'"results": "$LINK"',
+    b'"results": {"url": "$LINK"}',
+    b'"results": {"0": "$LINK"}',
+    b'"results": [["$LINK"]]',
+    b'"results": [{"image": {"url": "$LINK"}}]',
+    b'"results": "[\\"$LINK\\"]"',
+    b'"results": null, "result": "$LINK"',
+    b'"results": [], "result_data": {"image_url": "$LINK"}',
+    b'"results": [null], "result_url": "$LINK"',
+    b'"results": ["$LINK"], "results": ["$LINK"]',
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_a_result_in_another_shape_is_one_picture(
+    shape: bytes, here: World, server: Said
+) -> None:
+    body = b'{"id": "$ID", "status": "completed", ' + shape + b"}"
+    task = await ended(here, server, body, callback=body)
+    await stored(here, task)
+    assert asked(server, task) == 1
+
+
+LATER = [
+    b'"results": []',
+    b'"results": null',
+    b'"results": ""',
+    b'"results": [""]',
+    b'"results": [null]',
+    b'"results": [{"url": null}]',
+    b'"results": ["pending"]',
+    b'"results": {}',
+    b'"results": ["$LINK"], "results": ["$LINK2"]',
+    b'"note": "no results at all"',
+]
+
+
+@pytest.mark.parametrize("shape", LATER)
+async def test_a_result_that_comes_later_is_stored(shape: bytes, here: World, server: Said) -> None:
+    """A completed task without a link is asked for again. Its event tells of one picture."""
+    body = b'{"id": "$ID", "status": "completed", ' + shape + b"}"
+    task = await ended(here, server, body, body, body, COMPLETED, callback=body)
+    await stored(here, task)
+    assert asked(server, task) == 4
+    steps = [step["step"] for step in await here.steps(task["id"])]
+    assert steps.count("task.results_awaited") == steps.count("task.confirmed") == 1
+
+
+async def test_a_result_that_comes_later_is_found_without_a_callback(
+    here: World, server: Said
+) -> None:
+    empty = COMPLETED.replace(b'"$LINK"', b"")
+    task = await submitted(here, server, empty, empty, COMPLETED)
+    await here.client.post(f"/v1/tasks/{task['id']}/reconcile")
+    await stored(here, await here.ended(task["id"]))
+
+
+async def test_a_result_is_stored_while_another_is_awaited(here: World, server: Said) -> None:
+    """The order is the upstream's. A page that lacks a result later takes none away."""
+    both = COMPLETED.replace(b'"$LINK"', b'"$LINK?0", "$LINK?1"')
+    second = COMPLETED.replace(b'"$LINK"', b'null, "$LINK?1"')
+    task = await submitted(here, server, second)
+    await called(here, server, task, second)
+
+    async def one() -> bool:
+        now = await here.task(task["id"])
+        assert now["state"] == "submitted"
+        return [image["index"] for image in now["images"]] == [1]
+
+    await wait_until(one)
+    server.bodies["query", server.names[task["upstream_id"]]] = [both]
+    task = await here.ended(task["id"])
+    await stored(here, task, picture(), picture())
+
+
+async def test_a_task_without_results_fails_only_after_its_time(here: World, server: Said) -> None:
+    """The last result that never came is lost. The other one is listed."""
+    empty = COMPLETED.replace(b'"$LINK"', b"")
+    task = await ended(here, server, empty, callback=empty)
+    assert (task["state"], task["error"]["code"]) == ("failed", "no_results")
+    assert asked(server, task) >= 5
+    half = COMPLETED.replace(b'"$LINK"', b'"$LINK", ""')
+    task = await ended(here, server, half, callback=half)
+    assert (task["state"], task["error"]["code"]) == ("failed", "results_lost")
+    assert [image["index"] for image in task["images"]] == [0]
+
+
+async def test_the_callbacks_link_counts_if_the_query_has_none(here: World, server: Said) -> None:
+    """The query confirms that the task is completed. The token proves who named the link."""
+    task = await ended(here, server, COMPLETED.replace(b'"$LINK"', b""))
+    await stored(here, task)
+    assert await called(here, server, task) == "duplicate"
+
+
+async def test_ten_minutes_are_waited_with_growing_waits() -> None:
+    assert load_settings({}, None).no_results_after_s == 600
+    waited, waits = 0.0, []
+    while waited < 600:
+        waits.append(results_wait(waited))
+        waited += waits[-1]
+    assert waits[:7] == [2, 2, 4, 8, 16, 32, 60]
+    assert sorted(waits) == waits
+
+
+# --- images in the answer itself
+
+
+def data(content: bytes, head: str = "data:image/png;base64") -> bytes:
+    return f"{head},{base64.b64encode(content).decode()}".encode()
+
+
+def lines(content: bytes) -> bytes:
+    return data(content).replace(b"A", b"A\\r\\n ")
+
+
+DATA = {
+    "usual": data(picture()),
+    "capitals": data(picture(), "DATA:image/png;BASE64"),
+    "no type": data(picture(), "data:;base64"),
+    "parameters": data(picture(), "data:image/png;charset=x;base64"),
+    "no padding": data(picture()).rstrip(b"="),
+    "lines": lines(picture()),
+    "the alphabet of URLs": data(picture()).translate(bytes.maketrans(b"+/", b"-_"))[:0]
+    + data(picture()).partition(b",")[0]
+    + b","
+    + base64.urlsafe_b64encode(picture()),
+    "percent signs": b"data:image/png," + quote_from_bytes(picture()).encode(),
+    "percent signs in base64": data(picture()).replace(b"=", b"%3D").replace(b"+", b"%2B"),
+    "a fragment": data(picture()) + b"#x",
+}
+
+
+@pytest.mark.parametrize("kind", DATA)
+async def test_an_image_in_the_answer_is_stored(kind: str, here: World, server: Said) -> None:
+    body = COMPLETED.replace(b"$LINK", DATA[kind])
+    task = await ended(here, server, body, callback=body)
+    await stored(here, task)
+    assert await called(here, server, task, body) == "duplicate"
+
+
+async def test_an_image_in_the_answer_may_be_as_large_as_any(here: World, server: Said) -> None:
+    """A link beside it is stored too. An image over `MAX_IMAGE_BYTES` is lost, and told."""
+    large = noise(size=(800, 800))
+    assert 1_500_000 < len(large) < MAX_BYTES
+    body = COMPLETED.replace(b'"$LINK"', b'"$LINK", {"url": "%b"}' % data(large))
+    await stored(here, await ended(here, server, body), picture(), large)
+    body = COMPLETED.replace(b"$LINK", data(large + bytes(MAX_BYTES)))
+    task = await ended(here, server, body, callback=b'{"status": "completed"}')
+    assert task["error"]["code"] == "results_lost"
+    assert f"over {MAX_BYTES} bytes" in task["error"]["message"]

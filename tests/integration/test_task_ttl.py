@@ -1,0 +1,122 @@
+"""The end of a task that the upstream never ends, over raw sockets."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from itertools import count
+from typing import Any
+
+import pytest
+
+from tests.downloads import bytes_of, quick
+from tests.partial import Said, said
+from tests.untidy import Shape, response
+from tests.upstream import picture
+from tests.waiting import wait_until
+from tests.world import World, world
+
+JSON = dict[str, Any]
+TTL_S = 1.0
+PENDING = b'{"id": "$ID", "status": "pending"}'
+COMPLETED = b'{"id": "$ID", "status": "completed", "results": ["$LINK"]}'
+NAMES = (f"order-{number}" for number in count())
+NEVER = [
+    b'{"id": "$ID", "status": "processing"}',
+    b'{"id": "$ID", "status": "pending", "progress": 99}',
+    b'{"status": "in_queue"}',
+    b'{"status": ""}',
+    b'{"id": "$ID", "status": "processing", "results": ["$LINK"]}',
+]
+
+
+@pytest.fixture(scope="module")
+async def server() -> AsyncIterator[Said]:
+    async with said(picture()) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+async def here(server: Said, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    """A silent task would be queried after ten minutes, if it had the time."""
+    settings: JSON = {
+        "evolink_base_url": server.url,
+        "reconcile_after_s": 600,
+        "evolink_task_ttl_s": TTL_S,
+    }
+    with quick():
+        async with world(tmp_path_factory.mktemp("ttl"), **settings) as made:
+            yield made
+
+
+async def submitted(here: World, server: Said, *queries: bytes) -> JSON:
+    name = next(NAMES)
+    server.bodies["submission", name] = [PENDING]
+    server.bodies["query", name] = list(queries)
+    return await here.submit(prompt=name)
+
+
+def asked(server: Said, task: JSON) -> int:
+    return server.asked.count(("query", server.names[task["upstream_id"]]))
+
+
+async def types(here: World, task: JSON) -> list[str]:
+    return [event["type"] for event in await here.events(task=task["id"])]
+
+
+@pytest.mark.parametrize("answer", NEVER)
+async def test_a_task_that_never_ends_expires_at_its_time(
+    answer: bytes, here: World, server: Said
+) -> None:
+    """The upstream is asked at that moment, whatever the backoff, and no more after it."""
+    task = await submitted(here, server, answer)
+    ended = await here.ended(task["id"])
+    assert (ended["state"], ended["error"]["code"]) == ("expired", "expired")
+    assert asked(server, task) == 1
+    await asyncio.sleep(0.3)
+    assert asked(server, task) == 1
+    assert await types(here, task) == ["image.task.submitted", "image.task.expired"]
+
+
+async def test_a_query_just_before_shortens_the_next_wait(here: World, server: Said) -> None:
+    """After an early query the next one would come a minute later."""
+    task = await submitted(here, server, NEVER[0])
+    assert (await here.client.post(f"/v1/tasks/{task['id']}/reconcile")).status_code == 200
+    await wait_until(lambda: asked(server, task) == 1)
+    assert (await here.ended(task["id"]))["state"] == "expired"
+    assert asked(server, task) == 2
+
+
+async def test_retry_after_does_not_put_the_end_off(here: World, server: Said) -> None:
+    """Silence is no answer, so the worker asks again until the upstream says something."""
+    task = await submitted(here, server, NEVER[0])
+    name = server.names[task["upstream_id"]]
+    busy = response("Content-Length: %d", "Retry-After: 3600", status="503 Busy")
+    server.shapes["query", name] = Shape(busy)
+    assert (await here.client.post(f"/v1/tasks/{task['id']}/reconcile")).status_code == 200
+    await wait_until(lambda: asked(server, task) == 2)
+    assert (await here.task(task["id"]))["state"] == "submitted"
+    del server.shapes["query", name]
+    await here.client.post(f"/v1/tasks/{task['id']}/reconcile")
+    assert (await here.ended(task["id"]))["state"] == "expired"
+
+
+async def test_late_proof_still_counts(here: World, server: Said) -> None:
+    """The picture is stored and listed, and operators are told. State and event stand."""
+    task = await submitted(here, server, NEVER[0], NEVER[0], COMPLETED)
+    assert (await here.ended(task["id"]))["state"] == "expired"
+    body = json.dumps({"id": task["upstream_id"], "status": "completed"})
+    said = await here.stranger.post(here.callback_url(task["id"]), content=body)
+    assert said.status_code == 200
+
+    async def saved() -> JSON | None:
+        now = await here.task(task["id"])
+        return now if now["images"] else None
+
+    now = await wait_until(saved)
+    assert (now["state"], await bytes_of(here, now["images"][0])) == ("expired", picture())
+
+    async def told() -> bool:
+        return "task.late_result" in await types(here, task)
+
+    await wait_until(told)
+    assert (await types(here, task)).count("image.task.expired") == 1
