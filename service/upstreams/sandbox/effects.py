@@ -1,11 +1,12 @@
 """What the faults do to tasks, documents and responses."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from service.strict_json import JSON
 from service.upstreams.base import Status
-from service.upstreams.sandbox.answers import Answer, ErrorPage
+from service.upstreams.sandbox.answers import Answer, ErrorPage, encoded
 from service.upstreams.sandbox.forgeries import FORGERIES
 
 
@@ -69,10 +70,43 @@ def shaped(form: str, document: JSON) -> JSON:
     """The results in a form that only the code of clients documents."""
     if "results" not in document:
         return document
+    links = document["results"]
+    if form == "text":
+        return document | {"results": links[0] if len(links) == 1 else links}
+    if form == "padded":
+        return document | {"results": [f" {link}\r\n" for link in links]}
     if form == "objects":
         return document | {"results": [{"url": link} for link in document["results"]]}
     data = [{"image_url": link} for link in document["results"]]
     return without(document, "results") | {"result_data": data}
+
+
+def unnamed(body: bytes) -> bytes:
+    """A document without the results that it has."""
+    document = json.loads(body)
+    return encoded(document | {"results": []} if document.get("results") else document)
+
+
+UNUSABLE: Mapping[str, bytes] = {
+    "surrogate": rb'"note":"cut \ud83d"',
+    "nul": rb'"note":"a\u0000b"',
+    "nan": b'"score":NaN',
+    "digits": b'"seed":' + b"9" * 5000,
+    "latin_1": b'"note":"caf\xe9"',
+    "twice": b'"note":1,"note":2',
+}
+
+
+def spoiled(name: str, body: bytes) -> bytes:
+    """The document with one more field, which nobody needs and no strict parser takes."""
+    return body[:-1] + b"," + UNUSABLE[name] + b"}"
+
+
+def in_body(change: Callable[..., bytes]) -> Callable[..., Answer]:
+    """A function that changes the body of a good answer, its last argument."""
+    return lambda value, *rest: (
+        rest[-1] if rest[-1].status != 200 else replace(rest[-1], body=change(value, rest[-1].body))
+    )
 
 
 def billed(credits: str | float, document: JSON) -> JSON:

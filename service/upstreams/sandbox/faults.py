@@ -25,6 +25,7 @@ from service.upstreams.sandbox.answers import Answer, ErrorPage, encoded
 from service.upstreams.sandbox.effects import (
     REDIRECTS,
     TASK_ERRORS,
+    UNUSABLE,
     CountedRequest,
     TaskEnd,
     billed,
@@ -33,9 +34,12 @@ from service.upstreams.sandbox.effects import (
     error_page,
     failed,
     forged,
+    in_body,
     redirected,
     shaped,
+    spoiled,
     typed,
+    unnamed,
     with_field,
 )
 from service.upstreams.sandbox.forgeries import FORGERIES
@@ -87,9 +91,25 @@ FAULTS: Mapping[str, InjectedFault] = {
     ),
     "format": InjectedFault("the format of the result files", one_of(*FORMATS)),
     "results": InjectedFault(
-        "results come as objects with url, or in result_data with image_url, instead of links",
-        one_of("objects", "result_data"),
+        "results come as objects with url, in result_data with image_url, with blanks and line ends"
+        " around the links, or one as a text instead of a list",
+        one_of("objects", "result_data", "padded", "text"),
         document=shaped,
+    ),
+    "results_late": InjectedFault(
+        "a completed task has no results in its callback and in queries",
+        FLAG,
+        query=in_body(lambda on, body: unnamed(body) if on else body),
+        calls=lambda on, _, waves: (
+            [[unnamed(each) for each in wave] for wave in waves] if on else waves
+        ),
+    ),
+    "unusable_field": InjectedFault(
+        "every document has a field more, which nobody needs and no strict parser takes",
+        one_of(*UNUSABLE),
+        answer=in_body(spoiled),
+        query=in_body(spoiled),
+        calls=lambda name, _, waves: [[spoiled(name, each) for each in wave] for wave in waves],
     ),
     "usage": InjectedFault(
         "credits that a completed task reports. absent leaves usage out of every response",

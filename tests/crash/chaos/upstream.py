@@ -1,7 +1,8 @@
 """The upstream of a chaos run, a process of its own: `python -m tests.crash.chaos.upstream SEED`.
 
-It is the sandbox, and it lists every submission that it read at `GET /chaos/posts`: `[[prompt,
-idempotency key, status or null], …]`. That list and the sandbox's tasks show what was paid.
+It is the sandbox, and some of its answers are untidy. It lists every submission that it read at
+`GET /chaos/posts`: `[[prompt, idempotency key, status or null], …]`. That list and the sandbox's
+tasks show what was paid.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from decimal import Decimal
 from ipaddress import ip_network
 from operator import attrgetter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import uvloop
@@ -23,13 +25,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.ops import logging
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
+from service.upstreams.sandbox.wire import hang_up
 from service.web.server import Server, bind, listening, stopping
 from tests.api import SUBMIT
 from tests.environment import clean_environment
 from tests.processes import LOOPBACK, UPSTREAM_KEY
+from tests.untidy import CODINGS, FRAMING, LIMITS
 
 POSTS = "/chaos/posts"
 DELAY_S = 0.5
+UNTIDY = 0.1  # the share of answers
 
 
 class Again:
@@ -81,6 +86,37 @@ class Noting:
         await self.app(scope, Again(receive, body).receive, noted)
 
 
+class Untidy:
+    """Sends a tenth of the whole answers to the service in other bytes: with large headers, odd
+    framing or a coding. The connection ends behind them.
+    """
+
+    def __init__(self, app: ASGIApp, chance: Random) -> None:
+        self.app = app
+        self.chance = chance
+        self.shapes = [*LIMITS.values(), *CODINGS.values(), *FRAMING.values()]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        agent = dict(scope.get("headers", ())).get(b"user-agent", b"")
+        if not agent.startswith(b"Darkroom/") or self.chance.random() >= UNTIDY:
+            await self.app(scope, receive, send)
+            return
+        held: list[Message] = []
+
+        async def rewritten(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 200:
+                held.append(message)
+            elif held and not message.get("more_body"):
+                shape = self.chance.choice(self.shapes)
+                await hang_up(receive, shape.write(bytes(message["body"])))
+            else:
+                for each in (*held, message):
+                    await send(each)
+                held.clear()
+
+        await self.app(scope, receive, rewritten)
+
+
 async def serve(seed: int) -> None:
     options = SandboxOptions(
         api_key=UPSTREAM_KEY,
@@ -92,7 +128,8 @@ async def serve(seed: int) -> None:
     logging.configure("json", "warning", sys.stderr)
     bound = bind("127.0.0.1", 0)
     with stopping() as stop:
-        async with listening(Server(Noting(create_sandbox(options)), bound, stop_s=1), stop):
+        app = Untidy(Noting(create_sandbox(options)), Random(f"{seed}/untidy"))
+        async with listening(Server(app, bound, stop_s=1), stop):
             sys.stdout.write(f"{bound.getsockname()[1]}\n")
             sys.stdout.flush()
             await stop.wait()

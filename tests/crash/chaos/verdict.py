@@ -75,7 +75,7 @@ async def seen(storm: Storm) -> Seen:
                 return [await digest(client, link) for link in links]
 
         async def both(task: JSON) -> tuple[list[str], list[str]]:
-            links = [link for source in made[task["id"]] for link in source.get("results", [])]
+            links = [link for source in made[task["id"]] for link in named(source)]
             return await sums(storm.client, [image["url"] for image in task["images"]]), await sums(
                 upstream, links
             )
@@ -90,6 +90,14 @@ async def seen(storm: Storm) -> Seen:
     return Seen(
         storm.accepted, tasks, events, received, dict(made), [(*post,) for post in posts], pictures
     )
+
+
+def named(source: JSON) -> list[str]:
+    """The links of the upstream's task, in each form of the sandbox's fault `results`."""
+    results = source.get("results") or source.get("result_data", [])
+    entries = [results] if isinstance(results, str) else results
+    links = [next(iter(each.values())) if isinstance(each, dict) else each for each in entries]
+    return [link.strip() for link in links]
 
 
 async def everything(storm: Storm, path: str, following: str, told: str) -> list[JSON]:

@@ -6,6 +6,7 @@ from random import Random
 from typing import Any
 
 from service.queue.leases import LEASE_MS
+from service.upstreams.sandbox.effects import UNUSABLE
 
 Faults = dict[str, Any]
 LONG = 0.1  # the share of pauses that outlast a lease, in a run that is long enough
@@ -85,6 +86,10 @@ TROUBLES: tuple[tuple[float, Callable[[Random], Faults]], ...] = (
     (0.03, lambda chance: {"file_stall": chance.choice([1, 3]), "file_times": 1}),
     (0.03, lambda chance: {"fail": chance.choice(["content_policy_violation", "service_error"])}),
     (0.10, lambda chance: {"format": chance.choice(["png", "webp"])}),
+    (0.10, lambda chance: {"unusable_field": chance.choice([*UNUSABLE])}),
+    (0.10, lambda chance: {"results": chance.choice(["padded", "text", "objects"])}),
+    # Last, so that `query_times` ends it.
+    (0.10, lambda chance: {"results_late": True, "query_times": chance.randint(1, 2)}),
 )
 
 
