@@ -46,7 +46,8 @@ class AccountBreaker:
         self._opened = asyncio.Event()
         self._opened_at, self._reason = 0, ""
         self._trials = 0  # since the upstream took a submission
-        self._credits_count = True  # False: they answered, and no submission was taken since
+        # False: they answered after a refused submission, and no submission was taken since.
+        self._credits_count = True
         self._refusals_count = True  # False: a submission was taken although credits were refused
         self._confirmed = False  # a submission was refused, not the credits alone
         self._half_open = False  # one held task may be sent
@@ -148,7 +149,7 @@ class AccountBreaker:
         self._half_open = False  # while the credits are asked for
         answer = await self.credits() if self._credits_count else None
         if answer is not None and is_document(answer):
-            self._credits_count = False
+            self._credits_count = not self._confirmed
             await self._close()
         elif answer is None or not self._confirmed or not self._same_refusal(answer):
             self._half_open = True

@@ -39,9 +39,6 @@ class WorkerWatch:
     since: int
 
     async def missing(self) -> bool:
-        """Whether no worker was alive for `SILENT_MS`. False if the store cannot be read."""
-        try:
-            seen = await self.store.read(counter, COUNTER)
-        except StoreUnavailable:
-            return False
+        """Whether no worker was alive for `SILENT_MS`."""
+        seen = await self.store.read(counter, COUNTER)
         return self.store.clock() - max(seen, self.since) > SILENT_MS

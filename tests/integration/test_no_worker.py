@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from service.app import Role
+from service.errors import StoreUnavailable
 from service.upkeep import heartbeats
 from tests.api import ASYNC, got
 from tests.waiting import wait_until
@@ -55,6 +56,30 @@ async def test_a_web_process_alone_misses_the_workers(tmp_path: Path) -> None:
         await until(here, "no_worker")
         assert (await readiness(here))["status"] == "degraded"
         assert got(await here.stranger.get("/readyz"))["status"] in ("ok", "degraded")
+
+
+async def test_a_sign_of_life_waits_for_a_store_that_does_not_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one comes all the same, and none comes from workers that are gone."""
+    alive, failed = True, asyncio.Event()
+
+    async def not_now(*_: object, **__: object) -> None:
+        failed.set()
+        raise StoreUnavailable("the store does not commit")
+
+    async with world(tmp_path, role=WEB) as here:
+        store, watch = here.context.resources.store, here.context.worker_watch
+        assert watch is not None
+        await wait_until(watch.missing)
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "write", not_now)
+            beating = asyncio.create_task(heartbeats.beat(store, lambda: alive))
+            await failed.wait()
+        await until(here)
+        alive = False
+        await until(here, "no_worker")
+        beating.cancel()
 
 
 async def test_a_process_with_workers_of_its_own_misses_none(tmp_path: Path) -> None:

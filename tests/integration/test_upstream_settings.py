@@ -21,6 +21,7 @@ from starlette.routing import Route
 from structlog.testing import capture_logs
 
 from service.app import Role
+from service.errors import StoreUnavailable
 from service.queue import worker
 from service.tasks import upstream_check
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
@@ -105,6 +106,10 @@ async def account_events(here: World) -> list[Any]:
     ]
 
 
+async def not_now(*_: object, **__: object) -> None:
+    raise StoreUnavailable("the store does not commit")
+
+
 async def announced(here: World) -> None:
     await wait_until(lambda: not here.context.breaker.changed.is_set())
 
@@ -115,11 +120,19 @@ def api() -> Api:
 
 
 @pytest.fixture(scope="module")
-async def shared(api: Api, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    """A world whose upstream works. Each test puts it back in order."""
+async def working(api: Api, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
     folder = tmp_path_factory.mktemp("shared")
     async with world(folder, upstream=api.app, submit_schedule=SOON) as here:
         yield here
+
+
+@pytest.fixture
+async def shared(api: Api, working: World) -> AsyncIterator[World]:
+    """A world whose upstream works. After the test it works again."""
+    yield working
+    work(api)
+    await until(working)
+    await announced(working)
 
 
 # --- a wrong key
@@ -171,6 +184,7 @@ async def test_a_refused_key_is_told_everywhere(
     assert api.posts <= posts + 1, "the others were held unsent"
     refused(await shared.client.get("/v1/models"), 503, "upstream_account_refused")
     told = ("account.refused", "evolink", {"upstream": "evolink", "reason": reason})
+    await announced(shared)
     assert (await account_events(shared))[before:] == [told]
     work(api)
     await until(shared)
@@ -249,6 +263,21 @@ async def test_credits_that_are_refused_while_submissions_are_taken_hold_nothing
         refused(await here.client.get("/v1/credits"), 503, "upstream_account_refused")
         assert await causes(here) == []
         assert (await here.submit(prompt="last"))["state"] == "submitted"
+
+
+async def test_what_operators_hear_waits_for_a_store_that_does_not_commit(
+    api: Api, shared: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event comes once the store commits again."""
+    monkeypatch.setattr(upstream_check, "AGAIN_S", 0.01)
+    store, before = shared.context.resources.store, len(await account_events(shared))
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write", not_now)
+        api.credits = api.submits = error(401, "unauthorized")
+        await shared.client.get("/v1/credits")
+        assert shared.context.breaker.changed.is_set()
+    await announced(shared)
+    assert [name for name, _, _ in (await account_events(shared))[before:]] == ["account.refused"]
 
 
 async def test_a_key_that_is_revoked_later_is_found_by_a_query(tmp_path: Path) -> None:
