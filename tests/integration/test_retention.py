@@ -1,6 +1,7 @@
 """Erasure by the owner and removal by retention, over real sockets."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from service.images.sweep import AGE_MS, sweep
 from service.queue import periodic
 from service.upkeep import expiry, retention
 from service.upkeep.retention import DAY_MS, Retention
-from tests.api import SUBMIT, UNTIL_DONE, got, order, refused, submitted
+from tests.api import SUBMIT, TIME, UNTIL_DONE, got, order, refused, submitted
 from tests.waiting import wait_until
 from tests.world import World, subscriber, world
 
@@ -66,7 +67,9 @@ async def test_an_erased_task_has_no_content_and_its_images_are_gone(place: Worl
     assert [line["images"] for line in lines if line["event"] == "task.erased"] == [2, 0]
     assert await kept(place) == set()
     bare: JSON = {"prompt": None, "metadata": {}, "request": {}, "images": [], "results": []}
-    assert await place.task(task["id"]) == {**task, **bare}
+    erased = await place.task(task["id"])
+    assert erased == {**task, **bare, "erased_at": erased["erased_at"]}
+    assert re.fullmatch(TIME, erased["erased_at"])
     assert (task["state"], task["usage"]["credits_used"]) == (
         "completed",
         (await place.task(task["id"]))["usage"]["credits_used"],
@@ -211,12 +214,10 @@ async def test_what_is_old_goes_and_readers_are_told(tmp_path: Path) -> None:
             }
         (line,) = [line for line in lines if line["event"] == "retention.applied"]
         assert (line["events"], line["deliveries"], line["tasks"], line["images"]) == (2, 2, 1, 0)
-        assert await here.task(task["id"]) == {
-            **before,
-            "prompt": None,
-            "metadata": {},
-            "request": {},
-        }
+        bare = await here.task(task["id"])
+        gone: JSON = {"prompt": None, "metadata": {}, "request": {}}
+        assert bare == {**before, **gone, "erased_at": bare["erased_at"]}
+        assert re.fullmatch(TIME, bare["erased_at"])
         assert [step["step"] for step in await here.steps(task["id"])] == ["task.erased"]
         assert got(await here.client.get("/v1/deliveries"))["data"] == []
         assert (await here.stranger.get(task["images"][0]["url"])).status_code == 200
