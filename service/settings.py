@@ -83,7 +83,7 @@ class Settings(BaseModel):
     """Address of the upstream, with or without `/v1`."""
     evolink_result_hosts: types.Hosts = (".evolink.ai",)
     """Comma-separated hosts from which results may be downloaded. `.x` is every subdomain of x. `x`
-    is exactly x."""
+    is exactly x. Results on other hosts wait while their links live."""
     evolink_confirm: Annotated[Literal["always", "never"], types.Lower] = "always"
     """`always`: the service believes a callback only when a query agrees. `never`: the token in the
     callback's URL is enough."""

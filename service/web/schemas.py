@@ -96,7 +96,7 @@ class QuarantinedBody(BaseModel):
 class Task(EventTask):
     prompt: str | None
     quarantine: list[QuarantinedBody] | None = Field(
-        description="admin, in `GET /v1/tasks/{id}`: bodies of results that were no image"
+        description="admin, in `GET /v1/tasks/{id}`: bodies of results that were no image, if any"
     )
 
 

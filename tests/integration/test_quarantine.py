@@ -2,6 +2,7 @@
 result host answers in raw bytes.
 """
 
+import asyncio
 import gzip
 import hashlib
 from collections.abc import AsyncIterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from service.cli.backup import write_backup
 from service.db.tables import images
 from service.images import downloads
 from service.images.sweep import AGE_MS, sweep
@@ -128,13 +130,13 @@ async def test_only_the_last_body_is_kept(here: World, upstream: Upstream) -> No
     await saved(here, upstream, "healed", *[served(b"page")] * 2, served(picture()))
     tasks = (await here.client.get("/v1/tasks", params={"limit": 1})).json()["data"]
     assert list((await blobs(here, tasks[0])).values()) == [picture()]
-    assert (await here.task(tasks[0]["id"]))["quarantine"] == []
+    assert (await here.task(tasks[0]["id"]))["quarantine"] is None
 
 
 async def test_an_empty_body_is_not_kept(here: World, upstream: Upstream) -> None:
     upstream.files["empty"] = [served(b"")]
     task = await lost_beside_a_picture(here, upstream, link(here, "empty"))
-    assert task["quarantine"] == []
+    assert task["quarantine"] is None
 
 
 async def test_a_compressed_body_is_kept_unpacked(here: World, upstream: Upstream) -> None:
@@ -147,7 +149,7 @@ async def test_a_compressed_body_is_kept_unpacked(here: World, upstream: Upstrea
 async def test_a_body_over_the_limit_is_not_kept(here: World, upstream: Upstream) -> None:
     upstream.files["huge"] = [served(bytes(here.settings.max_image_bytes + 1))]
     task = await lost_beside_a_picture(here, upstream, link(here, "huge"))
-    assert task["quarantine"] == []
+    assert task["quarantine"] is None
     assert list((await blobs(here, task)).values()) == [picture()]
 
 
@@ -157,7 +159,7 @@ async def test_an_erased_task_has_no_body_in_quarantine(here: World, upstream: U
     assert len(await blobs(here, task)) == 2
     assert (await here.client.delete(f"/v1/tasks/{task['id']}")).status_code == 204
     assert await blobs(here, task) == {}
-    assert (await here.task(task["id"]))["quarantine"] == []
+    assert (await here.task(task["id"]))["quarantine"] is None
 
 
 async def test_retention_removes_the_body_and_keeps_the_picture(
@@ -174,7 +176,18 @@ async def test_retention_removes_the_body_and_keeps_the_picture(
     await retention.apply()
     assert list((await blobs(here, task)).values()) == [picture()]
     after = await here.task(task["id"])
-    assert (after["quarantine"], len(after["images"])) == ([], 1)
+    assert (after["quarantine"], len(after["images"])) == (None, 1)
+
+
+async def test_a_backup_holds_the_body(here: World, upstream: Upstream, tmp_path: Path) -> None:
+    upstream.files["backed up"] = [served(b"no picture")]
+    task = await lost_beside_a_picture(here, upstream, link(here, "backed up"))
+    path = here.settings.sqlite_path
+    assert path is not None
+    manifest = await asyncio.to_thread(write_backup, here.settings, path, tmp_path)
+    assert manifest.images.lost == []
+    kept = tmp_path / "images" / task["quarantine"][0]["blob"]
+    assert kept.read_bytes() == b"no picture"
 
 
 async def test_a_full_disk_keeps_its_room_for_images(
@@ -193,5 +206,5 @@ async def test_a_full_disk_keeps_its_room_for_images(
             await wait_until(lambda: steps(here, task))
         async with downloading(tmp_path, upstream, min_free_bytes=1 << 60) as here:
             ended = await here.ended(task["id"])
-            assert (ended["state"], ended["quarantine"]) == ("failed", [])
+            assert (ended["state"], ended["quarantine"]) == ("failed", None)
             assert await blobs(here, task) == {}

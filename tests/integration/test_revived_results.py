@@ -80,7 +80,7 @@ async def test_a_lost_result_is_saved_late(name: str, here: World, upstream: Ups
     after = await stands(here, before)
     assert [image["index"] for image in after["images"]] == [0, 1]
     assert await bytes_of(here, after["images"][1]) == picture()
-    assert after["quarantine"] == []
+    assert after["quarantine"] is None
 
 
 async def test_the_upstreams_fresh_link_is_fetched(here: World, upstream: Upstream) -> None:

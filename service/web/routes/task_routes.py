@@ -102,7 +102,7 @@ async def task(request: Request) -> Response:
         document = shown(request, *found)
         if owner is None:  # an operator
             read = resources_of(request).store.read
-            document["quarantine"] = await read(quarantined_bodies, found[0].id)
+            document["quarantine"] = await read(quarantined_bodies, found[0].id) or None
         return JSONResponse(document)
     return await upstream_routes.task(context_of(request), owner, task_id)
 
