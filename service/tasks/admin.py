@@ -8,15 +8,16 @@ from sqlalchemy import and_, select
 from service.db.tables import images, tasks
 from service.db.transaction import Transaction
 from service.queue import leases
-from service.tasks.results import fetch_anew
+from service.tasks.results import forget_failures
 from service.tasks.rows import TaskRow, image_rows, select_images
 from service.tasks.state import State
 from service.tasks.submissions import end_uncertain
 from service.tasks.transitions import ask, change, lock, submitted
 from service.upstreams.base import Report
 
-# A lost image that is fetched again has this long, while the upstream is asked for a fresh link.
-REVIVED_MS = 30 * 60 * 1000
+# A lost image is fetched again for at least so long. The first download leaves the query time to
+# bring a fresh link.
+REVIVED_MS, FRESH_LINK_MS = 30 * 60 * 1000, 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ def _fetch_missing(tx: Transaction, row: TaskRow) -> None:
         if image.state == "pending":
             change(tx, image, **leases.requeue(tx, "download", image.id, image))
             continue
+        forget_failures(tx, image)
         dies_at = max(image.link_dies_at, tx.now + REVIVED_MS)
-        change(tx, image, link_dies_at=dies_at, at_risk_at=None)
-        fetch_anew(tx, image)
+        due = leases.release("download", tx.now + FRESH_LINK_MS, attempts=0)
+        change(tx, image, link_dies_at=dies_at, at_risk_at=None, **due)

@@ -86,14 +86,14 @@ def _replace(tx: Transaction, row: ImageRow, url: str, dies_at: int) -> None:
     address do not count.
     """
     change(tx, row, source_url=url, confirmed=True, link_dies_at=dies_at, blob=None)
-    fetch_anew(tx, row)
+    forget_failures(tx, row)
+    change(tx, row, **leases.requeue(tx, "download", row.id, row))
 
 
-def fetch_anew(tx: Transaction, row: ImageRow) -> None:
-    """Makes the download of an image due now. Its failures so far do not count."""
+def forget_failures(tx: Transaction, row: ImageRow) -> None:
+    """Makes an image pending. Its failures so far do not count."""
     cleared = dict.fromkeys(("error", "refused_host", "stale_since", "wrong_since", "wrong_sha256"))
     change(tx, row, state="pending", stale_count=0, wrong_count=0, **cleared)
-    change(tx, row, **leases.requeue(tx, "download", row.id, row))
 
 
 def _insert(

@@ -10,6 +10,7 @@ import pytest
 from starlette.responses import Response
 
 from service import VERSION
+from service.images import downloads
 from service.web.routes import task_routes
 from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, refused, submitted
 from tests.docs.log_lines import ALWAYS, LINES, WHERE_KNOWN
@@ -117,6 +118,7 @@ async def test_no_line_of_a_troubled_run_tells_a_secret_and_each_is_as_the_list_
     """Each line, of the service and of its libraries, is one JSON object with a documented name and
     fields. No line has a token, key, secret, prompt or signature.
     """
+    monkeypatch.setattr(downloads, "WRONG_MS", 200)
     upstream = Upstream()
     secrets = [ADMIN_KEY, UPSTREAM_KEY, SECRET_KEY, PROMPT, SIGNATURE, TOKEN]
     settings: dict[str, Any] = {

@@ -83,10 +83,13 @@ async def test_a_lost_result_is_saved_late(name: str, here: World, upstream: Ups
     assert after["quarantine"] is None
 
 
-async def test_the_upstreams_fresh_link_is_fetched(here: World, upstream: Upstream) -> None:
+@pytest.mark.parametrize("first", ["dead", "https://10.0.0.5/a.png", "https://2130706433/a.png"])
+async def test_the_upstreams_fresh_link_is_fetched(
+    first: str, here: World, upstream: Upstream
+) -> None:
     """The link in the store is dead, the one in the upstream's answer is not."""
     upstream.files |= {"dead": [error(500, "internal_error")], "fresh": [served(picture())]}
-    task = await made(here, upstream, link(here, "dead"))
+    task = await made(here, upstream, link(here, "dead") if first == "dead" else first)
     before = await here.ended(task["id"])
     upstream.queries[task["upstream_id"]] = [document("completed", link(here, "fresh"))]
     await reconciled(here, task)
