@@ -148,6 +148,9 @@ async def parameters(
         "after": (("0", "00"),),
         "wait": (("0", "0.0"),),
         "limit": (("1000", "999"),),
+        "owner": (("ann", "nobody"),),
+        "since": (("2001-02-03T04:05:06Z", "2002-02-03T04:05:06Z"),),
+        "until": (("2091-02-03T04:05:06Z", "2092-02-03T04:05:06Z"),),
     }
 
 
@@ -166,7 +169,7 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
         async with here.with_key(keys[0]) as ann, here.with_key(keys[1]) as bob:
             replay = await active(ann, "ann", f"{takes.url}/anns-hook", 2)
             await active(bob, "bob", f"{takes.url}/bobs-hook", 0)
-            metrics = (await bob.get("/metrics")).text
+            metrics = (await here.client.get("/metrics")).text
     async with AsyncExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         # No lookup of a key falls into the middle of a comparison.
