@@ -246,8 +246,11 @@ async def open_postgres(
         try:
             await store.prepare(migrate=migrate)
         except (DBAPIError, OSError, asyncpg.InterfaceError) as error:
+            said = reason(error)
+            if "startup parameter" in said:  # as PgBouncer says it
+                said += ": use the address of the server itself, not that of its pooler"
             raise ConfigurationError(
-                f"DARKROOM_DATABASE_URL: PostgreSQL cannot be used: {reason(error)}"
+                f"DARKROOM_DATABASE_URL: PostgreSQL cannot be used: {said}"
             ) from error
         async with store.committing():
             yield store

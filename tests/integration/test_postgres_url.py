@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import ssl
+import struct
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -238,3 +239,18 @@ async def test_an_address_that_cannot_work_stops_the_start_in_one_line(
     assert str(caught.value).startswith("DARKROOM_DATABASE_URL: ")
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+async def test_an_address_of_a_pooler_is_told_from_the_servers() -> None:
+    """PgBouncer refuses the settings of the session, as in transaction mode it must."""
+    said = b"SFATAL\0C08P01\0Munsupported startup parameter: lock_timeout\0\0"
+
+    async def pooler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1 << 16)
+        writer.write(b"E" + struct.pack("!i", len(said) + 4) + said)
+        writer.close()
+
+    async with await asyncio.start_server(pooler, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(ConfigurationError, match="not that of its pooler"):
+            await usable(f"postgres://u:p@127.0.0.1:{port}/d?sslmode=disable")
