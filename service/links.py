@@ -11,6 +11,7 @@ from service.ids import blob_name
 from service.strict_json import JSON
 
 MAX_LINK = 16 * 1024  # characters of a result's link, and of a redirect on the way to it
+STORED = re.compile(r"data:sha256/[0-9a-f]{64}")
 LINK = re.compile(r"https?:|data:", re.IGNORECASE)
 # What the WHATWG URL standard removes before it parses (section 4.4): C0 controls and blanks around
 # a URL, tabs and line ends everywhere in it.
@@ -35,7 +36,7 @@ def stored_form(url: str) -> str:
     """What the store keeps of a result's link. Of a `data:` URL it is the hash: the image itself
     comes from the upstream again when the download runs.
     """
-    if not is_data(url):
+    if not is_data(url) or STORED.fullmatch(url):
         return url
     return f"data:sha256/{hashlib.sha256(url.encode('utf-8', 'replace')).hexdigest()}"
 

@@ -40,6 +40,11 @@ def check_text(text: str) -> None:
         raise ValueError("text must not hold NUL or a lone surrogate")
 
 
+def storable(text: str) -> str:
+    """The text with U+FFFD for each character that `check_text` rejects."""
+    return FORBIDDEN_TEXT.sub("\ufffd", text)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> JSON:
     fields = dict(pairs)
     if len(fields) != len(pairs):

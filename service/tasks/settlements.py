@@ -168,8 +168,10 @@ def _record_late(tx: Transaction, row: TaskRow, report: Report, item: Settlement
     After an end of the service's own the upstream is queried until it has ended the task too. Then
     the images are saved and operators are told, unless the task was cancelled or erased.
     """
-    late = row.settled_digest is None and row.state is not State.CANCELLED and row.erased_at is None
     completed = report.status is Status.COMPLETED
+    found = completed and not report.incomplete and _ended_empty(row)
+    unproved = row.settled_digest is None or found
+    late = unproved and row.state is not State.CANCELLED and row.erased_at is None
     results = report.results or named_so_far(tx, row.id)
     if report.final and late:
         if _unknown_upstream(report) and row.state is State.EXPIRED:
@@ -184,6 +186,12 @@ def _record_late(tx: Transaction, row: TaskRow, report: Report, item: Settlement
         expect(tx, row, results, item.result_ttl_ms)
         finish_if_done(tx, row)
     return None if report.final else _unsettled(tx, row, item, "")
+
+
+def _ended_empty(row: TaskRow) -> bool:
+    """Whether the task failed because the upstream named no results, and has named none since."""
+    code = (row.error or {}).get("code")
+    return code == "no_results" and row.settled_digest == outcome_digest(Status.COMPLETED, ())
 
 
 def _unknown_upstream(report: Report) -> bool:

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, RowMapping, Select, or_, select
 from service.db.paging import Selection, matching, page
 from service.db.tables import attempts, callbacks, deliveries, events, steps, tasks
 from service.ids import PREFIXES, rfc3339, sequence_text
-from service.strict_json import JSON
+from service.strict_json import JSON, storable
 from service.tasks.rows import ImageRow, TaskRow, select_tasks, stored_images, task_rows
 from service.tasks.state import State
 
@@ -18,6 +18,7 @@ FORMATS: Mapping[str, Callable[[Any], str]] = {
     "last_seen_at": rfc3339,
     "sequence": sequence_text,
 }
+RAW_BYTES = 2048  # shown of a callback that could not be read
 CLOCKS_MS = 60_000  # how far the upstream's clock may be from ours
 
 
@@ -101,9 +102,6 @@ def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -
         {"time": row["time"], "step": row["step"], **row["detail"]}
         for row in read(own.order_by(steps.c.id))
     ]
-    if delivery_owner is not None:
-        for line in lines:
-            line.pop("raw", None)
     erased = select(tasks.c.erased_at.label("time")).where(tasks.c.id == task_id)
     add("task.erased", erased.where(tasks.c.erased_at.is_not(None)))
     called = select(
@@ -112,6 +110,13 @@ def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -
         *(callbacks.c[name] for name in ("verdict", "status", "count", "last_seen_at")),
     )
     add("callback.received", called.where(callbacks.c.task_id == task_id))
+    unreadable = (callbacks.c.task_id == task_id, callbacks.c.verdict == "unreadable")
+    for row in read(select(callbacks.c.id, callbacks.c.body).where(*unreadable)):
+        line = next(line for line in lines if line.get("callback_id") == row["id"])
+        line["raw"] = storable(row["body"][:RAW_BYTES].decode("utf-8", "replace"))
+    if delivery_owner is not None:
+        for line in lines:
+            line.pop("raw", None)
     emitted = select(
         events.c.time, events.c.id.label("event_id"), events.c.type, events.c.sequence
     ).where(events.c.task_id == task_id, events.c.type.startswith("image.task."))

@@ -9,7 +9,7 @@ from service.db.tables import images, steps, tasks
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
 from service.queue import leases
-from service.strict_json import FORBIDDEN_TEXT, JSON
+from service.strict_json import JSON, storable
 from service.tasks.document import task_document
 from service.tasks.rows import ImageRow, TaskRow, select_tasks, stored_images, task_rows
 from service.tasks.state import UNPROVED, State, may_become
@@ -156,7 +156,7 @@ def keep_raw(tx: Transaction, task_id: str, answer_to: str, raw: bytes) -> None:
     tx.write()
     unreadable = (steps.c.task_id == task_id, steps.c.step == "upstream.unreadable")
     kept = list(tx.connection.execute(select(steps.c.detail).where(*unreadable)).scalars())
-    text = FORBIDDEN_TEXT.sub("\ufffd", raw.decode("utf-8", "replace"))
+    text = storable(raw.decode("utf-8", "replace"))
     if len(kept) < RAW_KEPT and all(detail["raw"] != text for detail in kept):
         tx.step(task_id, "upstream.unreadable", answer_to=answer_to, raw=text)
 

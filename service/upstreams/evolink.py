@@ -31,8 +31,8 @@ from service.upstreams.base import (
     Uncertain,
     UpstreamCall,
 )
-from service.upstreams.large_answers import USUAL_BYTES, LargeAnswers, judged
-from service.upstreams.lenient import document_of, number_of, section_of, text_of
+from service.upstreams.large_answers import LargeAnswers, judged
+from service.upstreams.lenient import USUAL_BYTES, document_of, number_of, section_of, text_of
 from service.upstreams.result_links import inline_content, result_links
 from service.upstreams.verdicts import (
     is_from_api,
@@ -241,10 +241,9 @@ class EvoLink:
         def judge(answer: Response | EgressError) -> bytes | NoAnswer | None:
             if isinstance(answer, EgressError):
                 return NoAnswer(why(answer))
-            document = document_of(answer.body) if answer.status == 200 else None
-            if document is None:
-                return NoAnswer(f"{answer.status} unreadable")
-            return inline_content(document, link)
+            if not 200 <= answer.status < 300:
+                return NoAnswer(f"{answer.status}")
+            return inline_content(answer.body, link)
 
         path = f"/v1/tasks/{quote(upstream_id, safe='')}"
         return await self._call("query", "GET", path, self._query_timeout, judge)
@@ -274,7 +273,9 @@ class EvoLink:
         """Sends one request and judges the response, or the error that came instead."""
         started, url = time.perf_counter(), self._base_url + path
         headers = {**(headers or {}), **self._headers}
-        async with self._answers.request(method, url, headers, content, timeout) as answer:
+        large = kind in ("submit", "query")
+        asking = self._answers.request(method, url, headers, content, timeout, large=large)
+        async with asking as answer:
             seconds, status, request_id = time.perf_counter() - started, None, None
             outcome = await judged(judge, answer)
         if isinstance(answer, Response):

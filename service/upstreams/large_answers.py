@@ -7,14 +7,15 @@ from typing import TypeVar
 
 from service.errors import EgressError
 from service.net import Egress, Response, Streamed
-from service.upstreams.lenient import readable
+from service.upstreams.lenient import USUAL_BYTES, readable
 
-USUAL_BYTES = 1 << 20
 Outcome = TypeVar("Outcome")
 
 
 class LargeAnswers:
-    """Only one body over `USUAL_BYTES` is in memory at a time, of at most `most` bytes."""
+    """Only one body over `USUAL_BYTES` is in memory at a time, of at most `most` bytes. A response
+    that is not 2xx is never that large.
+    """
 
     def __init__(self, egress: Egress, most: int) -> None:
         self._egress = egress
@@ -29,9 +30,11 @@ class LargeAnswers:
         headers: Mapping[str, str],
         content: bytes | None,
         timeout: float,
+        *,
+        large: bool,
     ) -> AsyncGenerator[Response | EgressError, None]:
-        """The readable response, or the error that came instead. A large body has the only place
-        until the caller leaves the context.
+        """The readable response, or the error that came instead. Only with `large` its body may be.
+        A large body has the only place until the caller leaves the context.
         """
         answer: Response | EgressError
         async with AsyncExitStack() as stack:
@@ -40,34 +43,40 @@ class LargeAnswers:
                     method, url, headers=headers, content=content, timeout=timeout
                 )
                 async with sending as streamed:
-                    sent = await self._read(streamed, stack)
-                large = len(sent.body) > USUAL_BYTES
-                answer = sent if large else readable(sent, USUAL_BYTES)
-                if not large and isinstance(answer, Response) and len(answer.body) > USUAL_BYTES:
-                    await stack.enter_async_context(self._place)  # it was compressed
-                    large = True
-                if large:
-                    answer = await asyncio.to_thread(readable, sent, self._most)
+                    most = self._most if large and 200 <= streamed.status < 300 else USUAL_BYTES
+                    sent = await self._read(streamed, most, stack)
+                answer = await self._readable(sent, most, stack)
             except EgressError as error:
                 answer = error
             yield answer
 
-    async def _read(self, streamed: Streamed, stack: AsyncExitStack) -> Response:
+    async def _read(self, streamed: Streamed, most: int, stack: AsyncExitStack) -> Response:
         """The response with its body, or with the part that came before it broke off."""
         body, failure = bytearray(), None
         async with aclosing(streamed.chunks()) as chunks:
             try:
                 async for chunk in chunks:
-                    if len(body) <= USUAL_BYTES < len(body) + len(chunk):
+                    if len(body) <= USUAL_BYTES < min(most, len(body) + len(chunk)):
                         await stack.enter_async_context(self._place)
                     body += chunk
-                    if len(body) > self._most:
+                    if len(body) > most:
                         break
             except EgressError as error:
                 failure = error
-        cut = len(body) > self._most
-        del body[self._most :]
+        cut = len(body) > most
+        del body[most:]
         return Response(streamed.status, streamed.headers, bytes(body), cut, 0.0, failure)
+
+    async def _readable(
+        self, sent: Response, most: int, stack: AsyncExitStack
+    ) -> Response | EgressError:
+        if len(sent.body) > USUAL_BYTES:
+            return await asyncio.to_thread(readable, sent, most)
+        answer = readable(sent, USUAL_BYTES)
+        if isinstance(answer, EgressError) or not min(most, len(answer.body)) > USUAL_BYTES:
+            return answer
+        await stack.enter_async_context(self._place)  # it was compressed
+        return await asyncio.to_thread(readable, sent, most)
 
 
 async def judged(

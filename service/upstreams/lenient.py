@@ -9,9 +9,14 @@ from typing import Any
 
 from service.content_coding import decoded
 from service.errors import EgressError
+from service.links import MAX_LINK, is_data, stored_form, trimmed
 from service.net import Response
-from service.strict_json import FORBIDDEN_TEXT, JSON
+from service.strict_json import JSON, storable
 
+USUAL_BYTES = 1 << 20  # of a document without images, as much as is parsed
+INLINE = re.compile(rb'(?<=")(?:\s|\\[nrt])*data:[^"]{32,}', re.IGNORECASE)  # a text of JSON
+INLINE_URLS = 500  # more of them are no images
+BACKSLASH = b"\\"
 # A backslash with what it escapes. A backslash alone escapes nothing.
 ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}|())')
 
@@ -21,8 +26,13 @@ def document_of(body: bytes | bytearray) -> JSON | None:
 
     What JSON excludes counts as unknown: NaN, numbers without end, and a field that one object
     names twice with different values. Bytes that are no UTF-8 become U+FFFD. A byte order mark,
-    control characters in text, and escapes that JSON does not have are read.
+    control characters in text, and escapes that JSON does not have are read. Of a large body, which
+    holds `data:` URLs, their short forms are.
     """
+    if len(body) > USUAL_BYTES:
+        body = INLINE.sub(_shortened, body, INLINE_URLS)
+    if len(body) > USUAL_BYTES:
+        return None
     text = body.decode("utf-8-sig", "replace")
     try:
         try:
@@ -34,6 +44,26 @@ def document_of(body: bytes | bytearray) -> JSON | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def inline_url(match: re.Match[bytes]) -> str:
+    """The `data:` URL that `INLINE` found, without its escapes. One that has others is empty."""
+    try:
+        text = _DECODER.decode(f'"{match[0].rstrip(BACKSLASH).decode("utf-8", "replace")}"')
+    except ValueError:
+        return ""
+    return link_of(text)
+
+
+def _shortened(match: re.Match[bytes]) -> bytes:
+    rest = match[0][len(match[0].rstrip(BACKSLASH)) :]
+    return stored_form(inline_url(match)).encode() + rest
+
+
+def link_of(text: str) -> str:
+    """A result's link as browsers trim it. One that is too long stays too long."""
+    link = trimmed(text)
+    return text_of(link, len(link) if is_data(link) else MAX_LINK + 1) or ""
 
 
 def _escaped(match: re.Match[str]) -> str:
@@ -80,7 +110,7 @@ def text_of(value: object, limit: int = 200) -> str | None:
     """
     if not isinstance(value, str) or not value:
         return None
-    return FORBIDDEN_TEXT.sub("\ufffd", value[:limit])
+    return storable(value[:limit])
 
 
 def number_of(value: object) -> int | float | None:

@@ -1,8 +1,10 @@
 """The links of results, in every shape in which upstreams have sent them."""
 
-from service.links import MAX_LINK, data_of, is_data, stored_form, trimmed, usable
+from itertools import islice
+
+from service.links import data_of, stored_form, trimmed, usable
 from service.strict_json import JSON
-from service.upstreams.lenient import document_of, text_of
+from service.upstreams.lenient import INLINE, INLINE_URLS, document_of, inline_url, link_of
 
 RESULTS = 64  # links of a task
 # Where links have been found, the documented place first, and their names inside an object. `url`
@@ -16,22 +18,20 @@ def result_links(document: JSON) -> tuple[str, ...]:
     """The results in order. A result without a link becomes "", so that no image is missing without
     a trace. A `data:` URL becomes its short form.
     """
-    return tuple(stored_form(link) for link in _whole_links(document))
-
-
-def inline_content(document: JSON, link: str) -> bytes | None:
-    """The content of the `data:` URL with this short form. None: it is not among the results.
-    Raises ValueError if the URL has no content.
-    """
-    found = (each for each in _whole_links(document) if stored_form(each) == link)
-    url = next(found, None)
-    return None if url is None else data_of(url)
-
-
-def _whole_links(document: JSON) -> list[str]:
     found = [links for place in PLACES if (links := _links_in(document.get(place)))]
     best = next((links for links in found if any(map(usable, links))), found[0] if found else [])
-    return best[:RESULTS]
+    return tuple(map(stored_form, best[:RESULTS]))
+
+
+def inline_content(body: bytes, link: str) -> bytes | None:
+    """The content of the `data:` URL with this short form in a document. None: it is not there.
+    Raises ValueError if the URL has no content.
+    """
+    for match in islice(INLINE.finditer(body), INLINE_URLS):
+        url = inline_url(match)
+        if stored_form(url) == link:
+            return data_of(url)
+    return None
 
 
 def _links_in(value: object, depth: int = DEPTH) -> list[str]:
@@ -57,6 +57,5 @@ def _links_in_text(text: str, depth: int) -> list[str]:
     if link[:1] in ("[", "{"):  # JSON in a text
         inner = document_of(b'{"results":%b}' % link.encode("utf-8", "replace"))
         return _links_in((inner or {}).get("results"), depth - 1)
-    # A link that is too long stays too long when it is cut.
-    link = text_of(link, len(link) if is_data(link) else MAX_LINK + 1) or ""
+    link = link_of(link)
     return [link] if link else []

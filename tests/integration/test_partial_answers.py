@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import AsyncIterator
 from itertools import count
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote_from_bytes
 
@@ -147,6 +148,23 @@ async def test_a_submission_that_cannot_be_read_is_kept_for_operators(
     ):
         kept = next(step for step in steps if step["step"] == "upstream.unreadable")
         assert (kept["answer_to"], kept.get("raw")) == ("submission", raw_text)
+
+
+async def test_a_callback_that_cannot_be_read_is_shown_to_operators(
+    here: World, server: Said
+) -> None:
+    """Its sender is proved, so the upstream is asked at once. The owner sees no bytes."""
+    async with here.owner("submit", "read") as owner:
+        name = next(NAMES)
+        server.bodies["query", name] = [COMPLETED]
+        body = {"model": "wan2.5-text-to-image", "prompt": name, "size": "768x768"}
+        task = (await owner.post("/v1/images/generations", json=body)).json()
+        assert await called(here, server, task, b"<html>\xff\0</html>") == "unreadable"
+        await stored(here, await here.ended(task["id"]))
+        seen = (await owner.get(f"/v1/tasks/{task['id']}/timeline")).json()["data"]
+    for steps, text in ((await here.steps(task["id"]), "<html>\ufffd\ufffd</html>"), (seen, None)):
+        call = next(step for step in steps if step["step"] == "callback.received")
+        assert (call["verdict"], call.get("raw")) == ("unreadable", text)
 
 
 # --- links
@@ -323,6 +341,41 @@ async def test_a_task_without_results_fails_only_after_its_time(here: World, ser
     assert [image["index"] for image in task["images"]] == [0]
 
 
+async def test_a_result_after_that_time_is_stored_too(here: World, server: Said) -> None:
+    """The task stays failed, and operators are told once."""
+    empty = COMPLETED.replace(b'"$LINK"', b"")
+    task = await ended(here, server, empty, callback=empty)
+    assert task["error"]["code"] == "no_results"
+    server.bodies["query", server.names[task["upstream_id"]]] = [COMPLETED]
+    for _ in range(2):
+        assert (await here.client.post(f"/v1/tasks/{task['id']}/reconcile")).status_code == 200
+
+        async def saved() -> bool:
+            return bool((await here.task(task["id"]))["images"])
+
+        await wait_until(saved)
+    assert (await here.task(task["id"]))["state"] == "failed"
+    await wait_until(lambda: asked(server, task) >= 7)
+    told = await here.events(task=task["id"], type="task.late_result")
+    assert [event["data"]["stored"] for event in told] == [1]
+
+
+async def test_without_confirmation_a_callback_without_results_is_asked_about(
+    server: Said, tmp_path: Path
+) -> None:
+    """With `EVOLINK_CONFIRM=never` a callback settles a task only if it names the results."""
+    settings: JSON = {"evolink_base_url": server.url, "evolink_confirm": "never"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settlements, "results_wait", lambda _: 0.05)
+        async with world(tmp_path, reconcile_after_s=600, **settings) as here:
+            empty = COMPLETED.replace(b'"$LINK"', b"")
+            task = await ended(here, server, empty, COMPLETED, callback=empty)
+            await stored(here, task)
+            task = await ended(here, server, empty)
+            await stored(here, task)
+            assert asked(server, task) == 0
+
+
 async def test_the_callbacks_link_counts_if_the_query_has_none(here: World, server: Said) -> None:
     """The query confirms that the task is completed. The token proves who named the link."""
     task = await ended(here, server, COMPLETED.replace(b'"$LINK"', b""))
@@ -386,3 +439,24 @@ async def test_an_image_in_the_answer_may_be_as_large_as_any(here: World, server
     task = await ended(here, server, body, callback=b'{"status": "completed"}')
     assert task["error"]["code"] == "results_lost"
     assert f"over {MAX_BYTES} bytes" in task["error"]["message"]
+
+
+async def test_a_large_answer_without_images_is_not_parsed(here: World, server: Said) -> None:
+    """Only images make an answer large. The parser would need many times the size of others."""
+    padded = COMPLETED[:-1] + b', "x": [' + b"1," * 600_000 + b"1]}"
+    task = await ended(here, server, padded, COMPLETED)
+    await stored(here, task)
+    assert asked(server, task) == 2
+
+
+ESCAPED = [r"\n data:image/png;base64,{}", r"[\"data:;base64,{}\"]", r"\tDATA:;base64, {}\r\n"]
+
+
+@pytest.mark.parametrize("inner", ESCAPED)
+async def test_an_image_with_escapes_around_it_is_stored(
+    inner: str, here: World, server: Said
+) -> None:
+    """JSON may write a slash as an escape, and may hold JSON in a text."""
+    text = base64.b64encode(picture()).decode().replace("/", r"\/")
+    body = COMPLETED.replace(b"$LINK", inner.format(text).encode())
+    await stored(here, await ended(here, server, body, callback=body))

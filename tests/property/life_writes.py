@@ -9,7 +9,7 @@ from service.tasks.cancel import Cancellation
 from service.tasks.settlements import Settlement
 from service.tasks.state import State
 from service.tasks.submissions import SubmissionResult, SubmissionStart
-from service.upstreams.base import Accepted, NotCreated, Refused, Status, Uncertain
+from service.upstreams.base import Accepted, NotCreated, Refused, Status, Uncertain, outcome_digest
 from tests.property.life_inbox import ENDED, FINAL, key_of, names_another
 from tests.property.life_step import Step
 from tests.property.life_upstream import error
@@ -206,8 +206,12 @@ def check_after_the_end(step: Step, item: Settlement, was: Row, row: Row) -> Non
     report = item.report
     assert report is not None
     emitted = step.emitted("task.late_result")
+    empty = was["error"] is not None and was["error"]["code"] == "no_results"
+    named = report.status is Status.COMPLETED and report.results
+    nothing = outcome_digest(Status.COMPLETED, ())
+    found = empty and named and was["settled_digest"] == nothing
     late = (
-        was["settled_digest"] is None
+        (was["settled_digest"] is None or found)
         and was["state"] != State.CANCELLED
         and was["erased_at"] is None
     )
