@@ -1,13 +1,19 @@
-"""Rows as queries return them, and pages by key."""
+"""Rows as queries return them, and pages by key, which are bounded in rows and in bytes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import RowMapping, Select, and_, or_
 
 Row = RowMapping | Mapping[str, Any]
 After = tuple[int, str] | None  # time and id of the last row of the page before
+
+Item = TypeVar("Item")
+Key = TypeVar("Key")
+PAGE_BYTES = (4 << 20) - 1024  # of all items of an answer, which is 4 MiB with what is around them
+# Rows of the first statement, and of a further one: the more, the smaller the last ones were.
+FIRST, BATCH, BATCH_BYTES = 2, 16, 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,3 +47,39 @@ def page(statement: Select[Any], table: Any, wanted: Selection) -> Select[Any]:
         time, id = wanted.after
         statement = statement.where(or_(created < time, and_(created == time, key < id)))
     return statement.order_by(created.desc(), key.desc()).limit(wanted.limit)
+
+
+def in_batches(
+    read: Callable[[Key, int], Sequence[Item]],
+    key: Callable[[Item], Key],
+    size: Callable[[Item], int],
+    after: Key,
+    limit: int,
+) -> Iterator[Item]:
+    """At most `limit` items after a key. `read` takes a key and a number of rows. Rows are read a
+    few at a time: each may have a MiB, which is up to 20 MiB while it is an object of Python.
+    """
+    count = FIRST
+    while limit > 0:
+        count = min(count, limit)
+        items = read(after, count)
+        yield from items
+        if len(items) < count:
+            return
+        after, limit = key(items[-1]), limit - count
+        count = max(1, min(BATCH, BATCH_BYTES * count // max(1, sum(map(size, items)))))
+
+
+def that_fit(
+    items: Iterable[Item], size: Callable[[Item], int], most: int
+) -> tuple[list[Item], bool]:
+    """The first items that have at most `most` bytes together, or the first one alone, and whether
+    there are more. Takes no item from the iterable behind the first that does not fit.
+    """
+    fitting: list[Item] = []
+    for item in items:
+        most -= size(item)
+        if most < 0 and fitting:
+            return fitting, True
+        fitting.append(item)
+    return fitting, False

@@ -6,6 +6,7 @@ took before the crash may be published again, under the same id.
 """
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,12 +16,11 @@ from typing import Any, Protocol
 import structlog
 from sqlalchemy import Connection, Update, insert, select, update
 
-from service.db.paging import Row
 from service.db.tables import counters, events, sinks
 from service.db.transaction import Transaction
 from service.errors import MessageTooLarge, SinkUnavailable, StoreUnavailable
-from service.events.documents import compact_json, event_document
-from service.events.feed import LOOK_S, event_list, outbox_end, type_conditions
+from service.events.documents import compact_json
+from service.events.feed import LOOK_S, Entry, event_list, outbox_end, type_conditions
 from service.ids import sequence_text
 from service.queue.backoff import broker_wait
 from service.queue.leases import LEASE_MS, RENEW_S, TOLERANCE_MS
@@ -191,29 +191,30 @@ class BrokerWorker:
             self._renew_at = now + RENEW_S
             await self._sink.open()
         lease = self._lease
-        page = await store.read(event_list, None, lease.position, PAGE, self._sink.types)
+        links, types = self._resources.links, self._sink.types
+        page = await store.read(event_list, links, None, lease.position, PAGE, types)
         if lease.position < page.forgotten:
             after, until = sequence_text(lease.position), sequence_text(page.forgotten)
             log.error("sink.missed", sink=lease.name, after=after, until=until)
-        count = await self._publish(lease, page.rows, page.last)
+        count = await self._publish(lease, page.entries, page.last)
         if self._faults:
             seconds = round(time.monotonic() - self._failing_since, 1)
             log.info("sink.restored", sink=lease.name, seconds=seconds)
             self._faults = 0
         return 0 if count else LOOK_S
 
-    async def _publish(self, lease: SinkLease, rows: Sequence[Row], last: int) -> int:
+    async def _publish(self, lease: SinkLease, entries: Sequence[Entry], last: int) -> int:
         """Publishes in sequence while the lease lasts, and records the position, also after a
         failure. Returns how many events were published.
         """
         clock, started = asyncio.get_running_loop().time, time.perf_counter()
         place, count = lease.position, 0
         try:
-            for row in rows:
+            for entry in entries:
                 if clock() >= self._renew_at + SPARE_S:
                     break
-                await self._send(row)
-                place, count = row["sequence"], count + 1
+                await self._send(entry)
+                place, count = entry.sequence, count + 1
             else:
                 place = last
         finally:
@@ -231,16 +232,16 @@ class BrokerWorker:
                 )
         return count
 
-    async def _send(self, row: Row) -> None:
+    async def _send(self, entry: Entry) -> None:
         """Publishes one event. If the message is too large, it goes without its task's `request`,
         the only part that can be long, so that it does not block the events after it.
         """
-        document = event_document(row, self._resources.links)
-        body = compact_json(document).encode()
-        message = Message(row["id"], row["type"], row["task_id"] or row["id"], body)
+        body = entry.document
+        message = Message(entry.id, entry.type, entry.task_id or entry.id, body)
         try:
             await self._sink.publish(message)
         except MessageTooLarge:
+            document = json.loads(body)
             if "request" not in document["data"]:
                 raise
             log.warning(

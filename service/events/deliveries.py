@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, and_, bindparam, func, insert, select, update
+from sqlalchemy import Connection, and_, bindparam, func, insert, over, select, update
 
 from service.db.paging import Row, Selection, matching, page
 from service.db.tables import ZERO, attempts, deliveries, endpoints, events, owners, tasks
@@ -13,6 +13,7 @@ from service.events.endpoints import disable, lock_endpoint, update_endpoint
 from service.ids import rfc3339
 from service.queue import leases
 
+ATTEMPTS = 200  # of a delivery, in an answer
 BACK_TO_NORMAL = 1000  # deliveries that are due at once when their endpoint recovers
 
 
@@ -73,15 +74,18 @@ def delivery_to_send(connection: Connection, delivery_id: str) -> DeliveryToSend
 def delivery_list(
     connection: Connection, wanted: Selection, where: Mapping[str, str] | None = None
 ) -> list[tuple[Row, list[Row]]]:
-    """Deliveries with their attempts. `where` names columns (`id`, `endpoint_id`, `event_id`,
-    `task_id`, `state`).
+    """Deliveries with their latest attempts. `where` names columns: `id`, `endpoint_id`,
+    `event_id`, `task_id`, `state`.
     """
     statement = matching(select(deliveries), deliveries, **(where or {}))
     rows = list(connection.execute(page(statement, deliveries, wanted)).mappings())
     made: dict[str, list[Row]] = {row["id"]: [] for row in rows}
-    tried = select(attempts).where(attempts.c.delivery_id.in_(made))
-    tried = tried.order_by(attempts.c.time, attempts.c.id)
-    for attempt in connection.execute(tried).mappings():
+    order = attempts.c.time, attempts.c.id
+    latest = over(func.row_number(), attempts.c.delivery_id, [each.desc() for each in order])
+    tried = select(attempts, latest.label("number")).where(attempts.c.delivery_id.in_(made))
+    shown = tried.subquery()
+    few = select(shown).where(shown.c.number <= ATTEMPTS).order_by(shown.c.time, shown.c.id)
+    for attempt in connection.execute(few).mappings():
         made[attempt["delivery_id"]].append(attempt)
     return [(row, made[row["id"]]) for row in rows]
 

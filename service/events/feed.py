@@ -2,52 +2,89 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, func, or_, select
 
 from service.db.batching import BatchingStore
-from service.db.paging import Row, matching
+from service.db.paging import PAGE_BYTES, Row, in_batches, matching, that_fit
 from service.db.tables import counters, events
-from service.events.documents import event_document
+from service.events.documents import compact_json, event_document
 from service.links import Links
-from service.strict_json import JSON
 
 LOOK_S = 0.5  # between reads, because a hint that there is something new may be lost
 
 
-class EventRows(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An event as its readers get it: `document` is JSON in UTF-8."""
+
+    sequence: int
+    id: str
+    owner: str
+    type: str
+    task_id: str | None
+    document: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.document) + 1  # with a comma
+
+
+size_of = attrgetter("size")
+
+
+class EventPage(NamedTuple):
     """Events after a place. `last`: the last place that was examined. `forgotten`: the last place
-    that retention has deleted, or 0.
+    that retention has deleted, or 0. `full`: there may be more.
     """
 
-    rows: list[Row]
+    entries: list[Entry]
     last: int
     forgotten: int
+    full: bool
 
 
 def event_list(
     connection: Connection,
+    links: Links,
     owner: str | None,
     after: int,
     limit: int,
     types: Sequence[str] = (),
     task_id: str | None = None,
-) -> EventRows:
-    """Events after a place, in sequence.
+    most: int = PAGE_BYTES,
+) -> EventPage:
+    """Events after a place, in sequence: at most `limit`, and at most `most` bytes, unless the
+    first one alone has more.
 
     `forgotten` is read twice: before the events, so that a reader of an empty outbox moves on, and
     after them, so that a deletion in between is reported.
     """
     last = outbox_end(connection)
     statement = matching(select(events), events, owner=owner, task_id=task_id)
-    statement = statement.where(events.c.sequence > after, events.c.sequence <= last)
+    statement = statement.where(events.c.sequence <= last)
     if types:
         statement = statement.where(type_conditions(types))
-    statement = statement.order_by(events.c.sequence).limit(limit)
-    rows: list[Row] = list(connection.execute(statement).mappings())
-    place = rows[-1]["sequence"] if len(rows) == limit else max(last, after)
-    return EventRows(rows, place, _forgotten(connection))
+    statement = statement.order_by(events.c.sequence)
+
+    def read(place: int, count: int) -> list[Entry]:
+        some = statement.where(events.c.sequence > place).limit(count)
+        return [_entry(row, links) for row in connection.execute(some).mappings()]
+
+    found = in_batches(read, attrgetter("sequence"), size_of, after, limit)
+    entries, cut = that_fit(found, size_of, most)
+    full = cut or len(entries) == limit
+    place = entries[-1].sequence if full else max(last, after)
+    return EventPage(entries, place, _forgotten(connection), full)
+
+
+def _entry(row: Row, links: Links) -> Entry:
+    document = compact_json(event_document(row, links)).encode()
+    names = ("sequence", "id", "owner", "type", "task_id")
+    return Entry(**{name: row[name] for name in names}, document=document)
 
 
 def outbox_begin(connection: Connection) -> int:
@@ -90,7 +127,7 @@ async def read_events(
     types: Sequence[str],
     task_id: str | None,
     wait_s: float,
-) -> tuple[list[JSON], int, bool]:
+) -> tuple[list[Entry], int, bool]:
     """Waits up to `wait_s` seconds for events after a place, or reads from the oldest. Returns the
     events, the last place that was examined, and whether retention deleted events before it that
     the reader has not seen.
@@ -100,9 +137,9 @@ async def read_events(
     with store.signals.listen("events") as emitted:
         while True:
             emitted.clear()
-            page = await store.read(event_list, owner, after or 0, limit, types, task_id)
+            page = await store.read(event_list, links, owner, after or 0, limit, types, task_id)
             resync = after is not None and after < page.forgotten
             left = deadline - clock()
-            if page.rows or resync or left <= 0 or store.signals.stopping:
-                return [event_document(row, links) for row in page.rows], page.last, resync
+            if page.entries or resync or left <= 0 or store.signals.stopping:
+                return page.entries, page.last, resync
             await store.signals.wait(emitted, min(left, LOOK_S))

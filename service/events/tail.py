@@ -10,34 +10,22 @@ from bisect import bisect_right
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from operator import attrgetter
 
 import structlog
 
 from service.db.batching import BatchingStore
-from service.db.paging import Row
+from service.db.paging import that_fit
 from service.errors import StoreUnavailable
-from service.events.documents import compact_json, event_document, type_matches
-from service.events.feed import LOOK_S, event_list, outbox_begin, outbox_end
+from service.events.documents import type_matches
+from service.events.feed import LOOK_S, Entry, event_list, outbox_begin, outbox_end
 from service.links import Links
 
 log = structlog.get_logger()
 
 PAGE = 100  # events
-KEPT, KEPT_SIZE = 2000, 16 << 20  # buffered at the end of the outbox: events, characters
-SENT_SIZE = 64 << 10  # characters per step of a stream, unless one event alone has more
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """An event as streams send it."""
-
-    sequence: int
-    owner: str
-    type: str
-    task_id: str | None
-    document: str  # JSON
+KEPT, KEPT_SIZE = 2000, 16 << 20  # buffered at the end of the outbox: events, bytes
+SENT_SIZE = 64 << 10  # bytes per step of a stream, unless one event alone has more
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,21 +88,20 @@ class Tail:
         if self._begin is None:
             self._begin = self._end = await self._store.read(outbox_end)
             self._store.signals.notify(["tail"])
-        page = await self._store.read(event_list, None, self._end, PAGE)
         # If one event of the page cannot be read, none is buffered and the page is read again.
-        entries = [self._entry(row) for row in page.rows]
-        self._entries += entries
-        self._size += sum(len(entry.document) for entry in entries)
+        page = await self._store.read(event_list, self._links, None, self._end, PAGE)
+        self._entries += page.entries
+        self._size += sum(entry.size for entry in page.entries)
         dropped = 0
         while len(self._entries) - dropped > KEPT or self._size > KEPT_SIZE:
             self._begin = self._entries[dropped].sequence
-            self._size -= len(self._entries[dropped].document)
+            self._size -= self._entries[dropped].size
             dropped += 1
         del self._entries[:dropped]
         if self._end != page.last:
             self._end = page.last
             self._store.signals.notify(["tail"])
-        return len(page.rows) == PAGE
+        return page.full
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -135,7 +122,7 @@ class Tail:
         Only within `open`. Ends when the process stops. Raises StoreUnavailable.
         """
         place = await self._store.read(outbox_end) if after is None else after
-        reported, limit = 0, PAGE  # `reported`: the last deleted place that the reader knows of
+        reported = 0  # the last deleted place that the reader knows of
         signals, clock = self._store.signals, asyncio.get_running_loop().time
         quiet_at = clock() + quiet_s
         with signals.listen("tail") as moved:
@@ -143,7 +130,7 @@ class Tail:
                 moved.clear()
                 before = place
                 if self._begin is None or place < self._begin:
-                    entries, place, limit, forgotten = await self._stored(place, wanted, limit)
+                    entries, place, forgotten = await self._stored(place, wanted)
                     if max(before, reported) < forgotten:
                         reported = forgotten
                         yield Gone(await self._store.read(outbox_begin))
@@ -155,35 +142,26 @@ class Tail:
                     yield entries
                     quiet_at = clock() + quiet_s
 
-    async def _stored(
-        self, place: int, wanted: StreamFilter, limit: int
-    ) -> tuple[Sequence[Entry], int, int, int]:
-        """The next entries from the store, the new place, the next limit and the last deleted
-        place. The limit follows what was sent, so that few rows are read in vain.
-        """
+    async def _stored(self, place: int, wanted: StreamFilter) -> tuple[Sequence[Entry], int, int]:
+        """The next entries from the store, the new place, and the last deleted place."""
         page = await self._store.read(
-            event_list, wanted.owner, place, limit, wanted.types, wanted.task_id
+            event_list,
+            self._links,
+            wanted.owner,
+            place,
+            PAGE,
+            wanted.types,
+            wanted.task_id,
+            SENT_SIZE,
         )
-        entries = first_that_fit([self._entry(row) for row in page.rows])
-        place = entries[-1].sequence if len(entries) < len(page.rows) else page.last
-        limit = max(1, min(2 * len(entries), PAGE)) if page.rows else PAGE
-        return entries, place, limit, page.forgotten
+        return page.entries, page.last, page.forgotten
 
     def _buffered(self, place: int, wanted: StreamFilter) -> tuple[Sequence[Entry], int]:
         """The next entries from the buffer, and the new place."""
         start = bisect_right(self._entries, place, key=attrgetter("sequence"))
         kept = self._entries[start : start + PAGE]
-        entries = first_that_fit([entry for entry in kept if wanted.takes(entry)])
+        taken = (entry for entry in kept if wanted.takes(entry))
+        entries, _ = that_fit(taken, lambda entry: entry.size, SENT_SIZE)
         if entries and kept[-1] is not entries[-1]:
             return entries, entries[-1].sequence
         return entries, kept[-1].sequence if len(kept) == PAGE else max(place, self._end)
-
-    def _entry(self, row: Row) -> Entry:
-        document = compact_json(event_document(row, self._links))
-        return Entry(row["sequence"], row["owner"], row["type"], row["task_id"], document)
-
-
-def first_that_fit(entries: Sequence[Entry]) -> Sequence[Entry]:
-    """The first entries that fit into `SENT_SIZE`, at least one."""
-    sizes = accumulate(len(entry.document) for entry in entries)
-    return entries[: max(1, bisect_right(list(sizes), SENT_SIZE))]

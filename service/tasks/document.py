@@ -3,18 +3,40 @@
 from collections.abc import Sequence
 
 from service.credits import credits_number
+from service.events.documents import compact_json
 from service.ids import rfc3339_or_none
 from service.strict_json import JSON
 from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State, status_of
+
+# The fields of a request that the upstream documents, and how many bytes events keep of them and of
+# all other fields. An event is sent to every subscriber and is in every page that has it.
+DOCUMENTED = ("size", "n", "negative_prompt", "prompt_extend", "image_urls")
+DOCUMENTED_BYTES, OTHER_BYTES = 64 << 10, 16 << 10
+
+
+def event_task(row: TaskRow, images: Sequence[ImageRow]) -> JSON:
+    """The task as its events keep it."""
+    return {**task_document(row, images), "request": shortened(row.request)}
+
+
+def shortened(request: JSON) -> JSON:
+    """The request without the fields that do not fit."""
+    left = {True: DOCUMENTED_BYTES, False: OTHER_BYTES}
+    kept: JSON = {}
+    for name, value in request.items():
+        documented, size = name in DOCUMENTED, len(compact_json({name: value}).encode())
+        if size <= left[documented]:
+            left[documented] -= size
+            kept[name] = value
+    return kept
 
 
 def task_document(row: TaskRow, images: Sequence[ImageRow] = ()) -> JSON:
     """The task of docs/api.md, without its prompt and without links: `results` is empty and images
     have no `url`.
 
-    An event keeps this document. `with_links` completes it for a reader, so that links follow the
-    settings.
+    `with_links` completes it for a reader, so that links follow the settings.
     """
     return {
         "id": row.id,

@@ -34,7 +34,6 @@ class TaskRow:
     request: JSON = field(default_factory=dict)
     warnings: list[str] | None = None
     metadata: JSON = field(default_factory=dict)
-    body: bytes = b""
     callback_url: str | None = None
     idempotency_key: str | None = None
     idempotency_hash: str | None = None
@@ -68,6 +67,7 @@ class TaskRow:
     settle_fence: int = 0
     settle_deaths: int = 0
     settle_faults: int = 0
+    body: bytes = b""  # of a new row. It may be long, so only the submission reads it
 
     def __post_init__(self) -> None:
         self.state = State(self.state)
@@ -115,7 +115,7 @@ class ImageRow:
     faults: int = 0
 
 
-TASK_COLUMNS = [task_table.c[column.name] for column in fields(TaskRow)]
+TASK_COLUMNS = [task_table.c[field.name] for field in fields(TaskRow) if field.name != "body"]
 IMAGE_COLUMNS = [image_table.c[column.name] for column in fields(ImageRow)]
 
 # An image that only a callback named is not shown until a query confirms it.

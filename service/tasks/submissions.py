@@ -40,17 +40,21 @@ class SubmissionStart:
 
 def start_submissions(tx: Transaction, items: Sequence[SubmissionStart]) -> list[bytes | None]:
     """Moves tasks to `submitting`. Returns the body to send, or None if this process must not."""
-    return [_start(tx, row, item) if row else None for item, row in lock_leased(tx, items)]
+    started = [_start(tx, row, item) if row else None for item, row in lock_leased(tx, items)]
+    mine = tasks.c.id.in_([task_id for task_id in started if task_id])
+    found = tx.connection.execute(select(tasks.c.id, tasks.c.body).where(mine))
+    bodies: dict[str | None, bytes] = {row.id: row.body for row in found}
+    return [bodies.get(task_id) for task_id in started]
 
 
-def _start(tx: Transaction, row: TaskRow, item: SubmissionStart) -> bytes | None:
+def _start(tx: Transaction, row: TaskRow, item: SubmissionStart) -> str | None:
     if row.state is State.QUEUED or (row.state is State.UNCERTAIN and item.resubmit):
         move(tx, row, State.SUBMITTING)
     elif row.state is not State.SUBMITTING:
         return None
     # Otherwise this start runs a second time, because its commit got no answer.
     change(tx, row, submit_lease_until=tx.now + item.call_ms)
-    return row.body
+    return row.id
 
 
 @dataclass(frozen=True, slots=True)

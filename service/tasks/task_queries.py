@@ -19,6 +19,7 @@ FORMATS: Mapping[str, Callable[[Any], str]] = {
     "sequence": sequence_text,
 }
 RAW_BYTES = 2048  # shown of a callback that could not be read
+ATTEMPTS = 1000  # of deliveries, in a timeline
 CLOCKS_MS = 60_000  # how far the upstream's clock may be from ours
 
 
@@ -128,7 +129,7 @@ def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -
     attempted = attempted.where(deliveries.c.task_id == task_id)
     if delivery_owner is not None:
         attempted = attempted.where(deliveries.c.owner == delivery_owner)
-    add("delivery.attempted", attempted)
+    add("delivery.attempted", attempted.order_by(attempts.c.time.desc()).limit(ATTEMPTS))
     lines.sort(key=lambda line: line["time"])
     return [
         {name: FORMATS[name](value) if name in FORMATS else value for name, value in line.items()}

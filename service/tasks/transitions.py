@@ -10,7 +10,7 @@ from service.db.transaction import Lease, Transaction
 from service.events import outbox
 from service.queue import leases
 from service.strict_json import JSON, storable
-from service.tasks.document import task_document
+from service.tasks.document import event_task
 from service.tasks.rows import ImageRow, TaskRow, select_tasks, stored_images, task_rows
 from service.tasks.state import UNPROVED, State, may_become
 from service.upstreams.base import Report
@@ -179,7 +179,7 @@ def _emit(
         f"image.task.{state}",
         owner=row.owner,
         task_id=row.id,
-        data=task_document(row, images),
+        data=event_task(row, images),
         terminal=terminal,
         task_callback=terminal and row.callback_url is not None,
         called_back_at=row.called_back_at if terminal else None,

@@ -5,18 +5,23 @@ import base64
 import codecs
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from typing import TypeVar
 
 from pydantic import AwareDatetime, BaseModel, TypeAdapter, ValidationError
+from sqlalchemy import Connection
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
-from service.db.paging import Row, Selection
+from service.db.paging import PAGE_BYTES, Row, Selection, in_batches, that_fit
 from service.errors import ApiError, invalid_request
+from service.events.documents import compact_json
 from service.strict_json import JSON, check_text, read_object
 from service.web.auth import caller_of
+from service.web.context import resources_of
+from service.web.page_answer import page_answer
 from service.web.schemas import OWNER
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -167,19 +172,32 @@ def position_of(row: Row) -> Position:
 
 async def page(
     request: Request,
-    rows: Callable[[Selection], Awaitable[Sequence[Item]]],
+    rows: Callable[[Connection, Selection], Sequence[Item]],
     position: Callable[[Item], Position],
     shown: Callable[[Item], JSON],
 ) -> Response:
-    """One page of a list. `rows` returns the selected items. One item beyond the page shows that
-    the list continues.
+    """One page of a list: at most `limit` items, and at most 4 MiB. `rows` returns the selected
+    items. One item beyond the page shows that the list continues.
     """
     limit, owner, cursor = query_limit(request), query_owner(request), None
     since, until = query_time(request, "since"), query_time(request, "until")
     if since is not None and until is not None and since > until:
         raise invalid_request("since must not be after until", "since")
-    items = await rows(Selection(owner, limit + 1, read_cursor(request), since, until))
-    if len(items) > limit:
-        last = json.dumps(position(items[limit - 1])).encode()
-        cursor = base64.urlsafe_b64encode(last).decode()
-    return JSONResponse({"data": [shown(item) for item in items[:limit]], "next_cursor": cursor})
+    first = Selection(owner, None, read_cursor(request), since, until)
+
+    def size(item: tuple[Position, bytes]) -> int:
+        return len(item[1]) + 1  # with a comma
+
+    def read(connection: Connection) -> tuple[list[tuple[Position, bytes]], bool]:
+        def some(after: Position | None, count: int) -> list[tuple[Position, bytes]]:
+            items = rows(connection, replace(first, after=after, limit=count))
+            return [(position(item), compact_json(shown(item)).encode()) for item in items]
+
+        found = in_batches(some, lambda item: item[0], size, first.after, limit + 1)
+        return that_fit(found, size, PAGE_BYTES)
+
+    items, more = await resources_of(request).store.read(read)
+    if more or len(items) > limit:
+        items = items[:limit]
+        cursor = base64.urlsafe_b64encode(json.dumps(items[-1][0]).encode()).decode()
+    return page_answer([document for _, document in items], next_cursor=cursor)

@@ -11,6 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Send
 
 from service.errors import ApiError, StoreUnavailable
+from service.events.feed import Entry
 from service.events.tail import Gone, StreamFilter, Tail
 from service.ids import sequence_text
 
@@ -53,7 +54,7 @@ def stream(
 
 async def frames(
     tail: Tail, after: int | None, wanted: StreamFilter, check_key: Callable[[], Awaitable[object]]
-) -> AsyncIterator[str]:
+) -> AsyncIterator[str | bytes]:
     clock = asyncio.get_running_loop().time
     # On an error the stream ends. The reader reconnects, and gets the error as a response.
     with tail.open(), suppress(ApiError, StoreUnavailable):
@@ -66,13 +67,14 @@ async def frames(
             if isinstance(entries, Gone):
                 yield f'event: resync\ndata: {{"sequence":"{sequence_text(entries.oldest)}"}}\n\n'
             elif entries:
-                yield "".join(
-                    f"id: {sequence_text(entry.sequence)}\nevent: {entry.type}\n"
-                    f"data: {entry.document}\n\n"
-                    for entry in entries
-                )
+                yield b"".join(map(frame, entries))
             elif clock() - sent < COMMENT_S - CHECK_S / 2:
                 continue
             else:
                 yield ": nothing new\n\n"
             sent = clock()
+
+
+def frame(entry: Entry) -> bytes:
+    head = f"id: {sequence_text(entry.sequence)}\nevent: {entry.type}\ndata: "
+    return head.encode() + entry.document + b"\n\n"

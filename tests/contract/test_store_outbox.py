@@ -15,6 +15,7 @@ from service.events import outbox
 from service.events.deliveries import delivery_to_send
 from service.events.feed import event_list
 from service.ids import sequence_text
+from service.links import Links
 from service.tasks import task_queries
 from service.tasks.accept import insert_tasks
 from service.tasks.document import task_document
@@ -33,11 +34,13 @@ from tests.contract.subject import (
 
 URL = "https://r.test/0"
 
+LINKS = Links("https://d.test")
+
 
 def announce(tx: Transaction, types: Sequence[str]) -> list[None]:
     """An operation that emits an operators' event of each type."""
     for type in types:
-        outbox.emit_operators(tx, type, {"type": type})
+        outbox.emit_operators(tx, type, {"key": type})
     return [None] * len(types)
 
 
@@ -161,8 +164,10 @@ async def test_a_reader_never_sees_a_sequence_before_a_lower_one(
         seen: list[int] = []
         looks = 0
         while not (writing.done() and len(seen) >= 240):
-            rows, after, _ = await reader.read(event_list, None, seen[-1] if seen else 0, 1000)
-            got = [row["sequence"] for row in rows]
+            entries, after, *_ = await reader.read(
+                event_list, LINKS, None, seen[-1] if seen else 0, 1000
+            )
+            got = [entry.sequence for entry in entries]
             assert got == list(range(len(seen) + 1, len(seen) + 1 + len(got)))
             assert after >= (got[-1] if got else 0)
             seen += got
@@ -293,9 +298,9 @@ async def test_events_are_listed_after_a_sequence_by_type_task_and_owner(subject
 
     async def listed(*arguments: object, **more: object) -> tuple[list[str], int]:
         # each case names some arguments
-        rows, after, _ = await subject.store.read(event_list, *arguments, **more)  # type: ignore[arg-type]
+        entries, after, *_ = await subject.store.read(event_list, LINKS, *arguments, **more)  # type: ignore[arg-type]
         return [
-            f"{row['type'].removeprefix('image.task.')}:{row['sequence']}" for row in rows
+            f"{entry.type.removeprefix('image.task.')}:{entry.sequence}" for entry in entries
         ], after
 
     assert await listed(None, 0, 9) == (
@@ -322,6 +327,6 @@ async def test_events_are_listed_after_a_sequence_by_type_task_and_owner(subject
 
 
 async def test_an_empty_outbox_returns_the_requested_sequence(subject: Subject) -> None:
-    assert await subject.store.read(event_list, None, 0, 9) == ([], 0, 0)
+    assert await subject.store.read(event_list, LINKS, None, 0, 9) == ([], 0, 0, False)
     assert len(await subject.batch(insert_tasks, [subject.wish()])) == 1
-    assert await subject.store.read(event_list, None, 0, 9) == ([], 0, 0)
+    assert await subject.store.read(event_list, LINKS, None, 0, 9) == ([], 0, 0, False)

@@ -19,6 +19,7 @@ from service.events.deliveries import (
 from service.events.feed import event_list
 from service.images.downloads import shown_image
 from service.images.sweep import orphans
+from service.links import Links
 from service.tasks import task_queries
 from service.tasks.cancel import Cancellation, cancel_tasks
 from service.tasks.state import State
@@ -61,6 +62,8 @@ PRIVATE: dict[str, Any] = {
     "callback_url": f"https://c.test/{SECRET}",
 }
 
+LINKS = Links("https://d.test")
+
 
 async def erase(subject: Subject, task_id: str, owner: str | None = OWNER) -> Erased:
     return await subject.write(erase_tasks, Erasure(task_id, owner))
@@ -93,7 +96,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def forgotten(subject: Subject) -> int:
     """The last sequence before which the outbox may have gaps, as a reader learns it."""
-    return (await subject.store.read(event_list, None, 0, 1))[2]
+    return (await subject.store.read(event_list, LINKS, None, 0, 1))[2]
 
 
 # --- erasure ---
@@ -507,12 +510,12 @@ async def test_a_reader_learns_of_removed_events_and_gets_past_them(subject: Sub
         [event["id"] for event in await subject.events()], 2
     )
     await outbox(subject, subject.clock.now)
-    assert await subject.store.read(event_list, None, 0, 9) == ([], 2, 2)
+    assert await subject.store.read(event_list, LINKS, None, 0, 9) == ([], 2, 2, False)
     assert await subject.write(forget_events, []) == 0
     assert await forgotten(subject) == 2
     await subject.submitted()
-    rows, last, gone = await subject.store.read(event_list, None, 2, 9)
-    assert ([row["sequence"] for row in rows], last, gone) == ([3], 3, 2)
+    entries, last, gone, _ = await subject.store.read(event_list, LINKS, None, 2, 9)
+    assert ([entry.sequence for entry in entries], last, gone) == ([3], 3, 2)
 
 
 async def test_old_images_are_erased_and_their_blobs_named_once(subject: Subject) -> None:

@@ -358,7 +358,7 @@ async def test_a_store_that_is_away_ends_those_who_need_it(
     )
 
     async def failing(query: Any, *args: Any) -> Any:
-        if faults and query is event_list and args[0] is None:
+        if faults and query is event_list and args[1] is None:
             raise faults.pop(0)
         return await read(query, *args)
 

@@ -1,6 +1,7 @@
 """Deliveries and their attempts."""
 
 import structlog
+from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -19,7 +20,7 @@ log = structlog.get_logger()
 
 async def deliveries(request: Request) -> Response:
     """List deliveries, newest first."""
-    caller, store = caller_of(request), resources_of(request).store
+    caller = caller_of(request)
     filters = {
         "endpoint_id": query_text(request, "endpoint"),
         "event_id": query_text(request, "event"),
@@ -28,8 +29,8 @@ async def deliveries(request: Request) -> Response:
     }
     where = {name: value for name, value in filters.items() if value is not None}
 
-    async def rows(wanted: Selection) -> list[tuple[Row, list[Row]]]:
-        return await store.read(delivery_list, wanted, where)
+    def rows(connection: Connection, wanted: Selection) -> list[tuple[Row, list[Row]]]:
+        return delivery_list(connection, wanted, where)
 
     def shown(item: tuple[Row, list[Row]]) -> JSON:
         return delivery_document(*item, answers=caller.sees is None)

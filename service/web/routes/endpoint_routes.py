@@ -7,7 +7,7 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.db.paging import Row, Selection
+from service.db.paging import Row
 from service.errors import ApiError, EgressRefused, NotConnected
 from service.events import endpoints
 from service.events.delivery_worker import send_test
@@ -82,12 +82,7 @@ async def read(request: Request) -> Response:
 
 async def listed(request: Request) -> Response:
     """List endpoints, newest first."""
-    store = resources_of(request).store
-
-    async def rows(wanted: Selection) -> list[Row]:
-        return await store.read(endpoints.endpoint_list, wanted)
-
-    return await page(request, rows, position_of, shown)
+    return await page(request, endpoints.endpoint_list, position_of, shown)
 
 
 async def patch(request: Request) -> Response:

@@ -3,7 +3,7 @@
 import asyncio
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from service.errors import invalid_request
 from service.events.feed import read_events
@@ -13,6 +13,7 @@ from service.web.auth import caller_of
 from service.web.bodies import query_limit, query_seconds, query_text
 from service.web.context import context_of
 from service.web.event_stream import stream
+from service.web.page_answer import page_answer
 from service.web.schemas import known_pattern
 
 MAX_WAIT_S, MAX_TYPES = 60, 32
@@ -65,4 +66,5 @@ async def events(request: Request) -> Response:
             await asyncio.sleep(min(wait_s, STOPPING_S))
     if wait_s:
         await check_key()  # the key may have been revoked meanwhile
-    return JSONResponse({"data": found, "next_after": sequence_text(last), "resync": resync})
+    documents = [entry.document for entry in found]
+    return page_answer(documents, next_after=sequence_text(last), resync=resync)

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.db.batching import BatchingStore
-from service.db.paging import Row, Selection
+from service.db.paging import Row
 from service.errors import ApiError
 from service.events import secrets
 from service.events.outbox import OPERATORS
@@ -87,12 +87,7 @@ async def rotate_secret(request: Request) -> Response:
 
 async def listed(request: Request) -> Response:
     """List API keys, newest first."""
-    store = resources_of(request).store
-
-    async def rows(wanted: Selection) -> list[Row]:
-        return await store.read(owner_keys.key_list, wanted)
-
-    return await page(request, rows, position_of, shown)
+    return await page(request, owner_keys.key_list, position_of, shown)
 
 
 async def revoke(request: Request) -> Response:

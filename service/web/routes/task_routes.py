@@ -2,6 +2,7 @@
 
 import re
 
+from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from structlog.contextvars import bind_contextvars
@@ -109,7 +110,6 @@ async def task(request: Request) -> Response:
 
 async def tasks(request: Request) -> Response:
     """List tasks, newest first."""
-    store = resources_of(request).store
     names = [name for name in request.query_params if name.startswith(METADATA)]
     if len(names) > METADATA_FILTERS:
         message = f"at most {METADATA_FILTERS} metadata filters are allowed, not {len(names)}"
@@ -121,8 +121,8 @@ async def tasks(request: Request) -> Response:
     state = query_text(request, "state", [state.value for state in State])
     model = query_text(request, "model")
 
-    async def rows(wanted: Selection) -> list[Found]:
-        return await store.read(task_queries.task_list, wanted, state, model, metadata)
+    def rows(connection: Connection, wanted: Selection) -> list[Found]:
+        return task_queries.task_list(connection, wanted, state, model, metadata)
 
     def position(item: Found) -> Position:
         return item[0].created_at, item[0].id
