@@ -221,7 +221,8 @@ async def test_the_warnings_come_again_with_a_replay(still: World) -> None:
     [
         {},
         {"n": 2, "prompt_extend": True, "negative_prompt": "rain", "metadata": {"promt": "x"}},
-        {"callback_url": "http://127.0.0.1:9/", "image_urls": None, "model_params": {}},
+        {"callback_url": "http://127.0.0.1:9/", "size": None},
+        {"model": "wan2.5-image-to-image", "image_urls": ["https://x.test/1.png"]},
         {"model": "another-model", "promt": "x", "seed": 1},
     ],
 )
