@@ -30,9 +30,9 @@ from tests.processes import UPSTREAM_KEY
 Headers = Mapping[str, str]
 FORBIDDEN = (
     "127.0.0.2",
-    "localhost",
+    "[::ffff:127.0.0.2]",
     "2130706434",
-)  # outside the networks, not one of the hosts, and an odd notation
+)  # outside the networks, the same in IPv6, and an odd notation
 CALLERS = 8  # callbacks under way at a time
 
 
@@ -64,7 +64,7 @@ class Upstream:
     behaviours: Mapping[str, Behaviour]
     group: asyncio.TaskGroup
     base: str = ""
-    forbidden_port: dict[str, int] = field(default_factory=dict)
+    forbidden_port: int = 0
     tasks: dict[str, Task] = field(default_factory=dict)
     submissions: defaultdict[str, list[Request]] = field(default_factory=lambda: defaultdict(list))
     called: list[Called] = field(default_factory=list)
@@ -80,8 +80,7 @@ class Upstream:
         behaviour, serial = self.behaviours[name], 1000 + len(self.tasks)
         first = large(serial, behaviour.large) if behaviour.files else behaviour.makes(serial, 0)
         host = FORBIDDEN[int(number) % len(FORBIDDEN)]
-        port = self.forbidden_port["127.0.0.1" if host == "localhost" else "127.0.0.2"]
-        forbidden = f"http://{host}:{port}/secret.png"
+        forbidden = f"http://{host}:{self.forbidden_port}/secret.png"
         made = Task(
             f"task-unified-1757165031-{serial}",
             serial,
@@ -275,16 +274,13 @@ async def misbehaving(behaviours: Mapping[str, Behaviour]) -> AsyncIterator[Upst
     async with asyncio.TaskGroup() as group:
         upstream = Upstream(behaviours, group)
         server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
-        canaries = [
-            await asyncio.start_server(upstream.trespass, host, 0)
-            for host in ("127.0.0.1", "127.0.0.2")
-        ]
+        canary = await asyncio.start_server(upstream.trespass, "127.0.0.2", 0)
         upstream.base = "http://127.0.0.1:{1}".format(*server.sockets[0].getsockname())
-        upstream.forbidden_port = dict(canary.sockets[0].getsockname() for canary in canaries)
+        upstream.forbidden_port = canary.sockets[0].getsockname()[1]
         try:
             yield upstream
         finally:
             for work in upstream.at_work:
                 work.cancel()
-            for each in (server, *canaries):
+            for each in (server, canary):
                 each.close()

@@ -16,6 +16,7 @@ from service.db.transaction import Lease
 from service.images.download_worker import DownloadWorker
 from service.images.validator import ImageValidator
 from tests.downloads import bytes_of, called, downloading, link, made, noise, saved, served, steps
+from tests.integration.test_result_hosts import ok, raw_host
 from tests.upstream import After, Upstream, document, failed, picture
 from tests.waiting import wait_until
 from tests.world import World
@@ -70,6 +71,21 @@ async def test_a_large_result_is_kept_whole(here: World, upstream: Upstream) -> 
     body = noise(size=(400, 240))
     assert len(body) > CHUNK
     assert await bytes_of(here, await saved(here, upstream, "large.png", served(body))) == body
+
+
+@pytest.mark.parametrize("how", ["baseline", "progressive", "restart markers"])
+async def test_a_jpeg_without_its_end_marker_is_kept_byte_for_byte(
+    how: str, here: World, upstream: Upstream
+) -> None:
+    """Some upstreams drop the last two bytes. The picture decodes whole, so it counts at once."""
+    more = {"baseline": {}, "progressive": {"progressive": True}}
+    body = noise("JPEG", **more.get(how, {"restart_marker_blocks": 4}))[:-2]
+    async with raw_host(ok(body)) as port:
+        url = f"http://127.0.0.1:{port}/a.jpg"
+        task = await here.ended((await made(here, upstream, url))["id"])
+    assert (task["state"], task["images"][0]["media_type"]) == ("completed", "image/jpeg")
+    assert await bytes_of(here, task["images"][0]) == body
+    assert [step for step, _ in await steps(here, task)] == ["image.stored"]
 
 
 def no_incoming(images: Path, _: str) -> Path:

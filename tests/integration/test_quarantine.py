@@ -17,7 +17,7 @@ from service.images import downloads
 from service.images.sweep import AGE_MS, sweep
 from service.tasks.rows import image_rows, select_images
 from service.upkeep.retention import DAY_MS, Retention
-from tests.downloads import MAX_PIXELS, Part, called, downloading, link, made, saved, served, steps
+from tests.downloads import Part, called, downloading, link, made, saved, served, steps
 from tests.integration.test_result_hosts import ok, raw_host
 from tests.upstream import Upstream, document, page, picture
 from tests.waiting import wait_until
@@ -78,9 +78,9 @@ async def test_the_last_body_that_is_no_image_is_kept_for_the_operator(
     it, and no link serves it.
     """
     body = UNKNOWN[name]
-    assert len(body) < MAX_PIXELS
-    upstream.files[name] = [served(body)]
-    task = await lost_beside_a_picture(here, upstream, link(here, name))
+    assert len(body) < here.settings.max_image_bytes
+    async with raw_host(ok(body)) as port:
+        task = await lost_beside_a_picture(here, upstream, f"http://127.0.0.1:{port}/x.png")
     (kept,) = task["quarantine"]
     sha256 = hashlib.sha256(body).hexdigest()
     assert (kept["index"], kept["bytes"], kept["sha256"]) == (1, len(body), sha256)
