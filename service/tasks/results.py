@@ -22,18 +22,24 @@ LIVES = 2
 
 def anticipate(tx: Transaction, task: TaskRow, urls: Sequence[str], ttl_ms: int) -> None:
     """Starts the downloads of results that only a callback named so far. They count once a query
-    agrees.
+    agrees. An earlier query may have named some of them.
     """
+    known = set() if task.incomplete_since is None else _positions(tx, task.id)
     for position, url in enumerate(urls):
-        if usable(url):
+        if usable(url) and position not in known:
             _insert(tx, task, position, url, confirmed=False, ttl_ms=ttl_ms)
 
 
 def named_so_far(tx: Transaction, task_id: str) -> list[str]:
     """Empty links for the results that the task has rows for, so that `expect` confirms these."""
+    return [""] * (1 + max(_positions(tx, task_id), default=-1))
+
+
+def _positions(tx: Transaction, task_id: str) -> set[int]:
+    """The positions of the task's images."""
     tx.write()
     positions = select(images.c.position).where(images.c.task_id == task_id)
-    return [""] * (1 + max(tx.connection.execute(positions).scalars(), default=-1))
+    return set(tx.connection.execute(positions).scalars())
 
 
 def expect(

@@ -20,6 +20,7 @@ from service.images.downloads import (
 )
 from service.tasks import task_queries
 from service.tasks.callbacks import accept_callbacks
+from service.tasks.settlements import Settlement, record_settlements
 from service.tasks.state import State
 from service.upstreams.base import Report, Status
 from tests.contract.subject import (
@@ -486,6 +487,20 @@ async def test_a_provisional_failure_that_is_final_counts_once_the_query_agrees(
     assert await subject.state(task_id) is State.SUBMITTED
     assert await subject.settle(task_id, completed(task_id, URL)) is State.FAILED
     assert (await subject.task(task_id))["error"]["code"] == "results_lost"
+
+
+async def test_a_callback_after_a_query_without_all_links_names_the_others(
+    subject: Subject,
+) -> None:
+    """The first callback is late. The query's links stand, and the callback adds others."""
+    task_id = await subject.submitted()
+    lease, report = await subject.asking(task_id), completed(task_id, "", OTHER)
+    settlement = Settlement(lease, report, 0, SECOND, DAY, patience_ms=10 * MINUTE)
+    assert await subject.write(record_settlements, settlement) is State.SUBMITTED
+    assert [row["position"] for row in await subject.images(task_id)] == [1]
+    await subject.callback(task_id, completed(task_id, URL, OTHER))
+    rows = await subject.images(task_id)
+    assert [(row["source_url"], row["confirmed"]) for row in rows] == [(URL, False), (OTHER, True)]
 
 
 async def test_only_a_completed_callback_starts_downloads(subject: Subject) -> None:
