@@ -40,7 +40,7 @@ from service.tasks.upstream_check import UpstreamCheck
 from service.upkeep.heartbeats import WorkerWatch, beat
 from service.upkeep.rekey import rekey
 from service.upkeep.retention import Retention
-from service.upstreams.catalogue import DEFAULT_UPSTREAM, load_catalogue
+from service.upstreams.catalogue import DEFAULT_UPSTREAM, Catalogue, load_catalogue
 from service.web.activation import notify
 from service.web.auth import Access
 from service.web.context import Context
@@ -159,7 +159,7 @@ async def running(
     """
     if role.workers and settings.evolink_api_key is None:
         raise ConfigurationError("DARKROOM_EVOLINK_API_KEY is required by workers")
-    metrics = Metrics()
+    metrics, catalogue = Metrics(), load_catalogue(settings.catalogue)
     opened_validator = open_validator(
         settings.decode_concurrency, settings.max_image_bytes, settings.max_image_pixels
     )
@@ -172,7 +172,9 @@ async def running(
         after_commit = partial(log_emitted, metrics=metrics)
         pool = WorkerPool(resources.store, work, metrics, after_commit, gate.wait)
         stopping = Stopping(resources.store, pool, settings.stop_s)
-        context = make_context(settings, role, resources, breaker, gate, broker_workers, stopping)
+        context = make_context(
+            settings, role, resources, catalogue, breaker, gate, broker_workers, stopping
+        )
         jobs = {"workers": pool.run(), "account": breaker.run(), "tail": context.tail.run()}
         if settings.evolink_api_key:
             upstream.on_refused = breaker.refused
@@ -203,6 +205,7 @@ def make_context(
     settings: Settings,
     role: Role,
     resources: Resources,
+    catalogue: Catalogue,
     breaker: AccountBreaker,
     gate: PriorityGate,
     broker_workers: Mapping[str, BrokerWorker],
@@ -216,7 +219,7 @@ def make_context(
         sender=WebhookSender(resources, settings.delivery_timeout_s),
         intake=TaskIntake(
             resources,
-            load_catalogue(),
+            catalogue,
             settings.callback_url,
             settings.min_free_bytes,
             settings.log_prompts,

@@ -153,6 +153,9 @@ class Settings(BaseModel):
     """After SIGTERM, how long requests and work in flight may still take."""
     migrate: Annotated[Literal["on", "off"], types.Lower] = "on"
     """`off`: a start stops on an old schema instead of migrating it."""
+    catalogue: types.Folder | None = None
+    """A file that extends and overrides the catalogue of models. See
+    [Catalogue](catalogue.md#the-operators-file)."""
     url: str = "http://127.0.0.1:8080"
     """For client commands: the address of the service."""
     api_key: types.Token | None = None

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from service import VERSION
-from service.cli import backup, restore, sandbox_commands, serve, task_commands
+from service.cli import backup, catalogue_commands, restore, sandbox_commands, serve, task_commands
 from service.cli.output import plain
 from service.cli.verbs import GROUPS, TASKS
 from service.errors import DarkroomError
@@ -31,6 +31,8 @@ program.command()(task_commands.submit)
 program.command("tasks")(TASKS.command())
 program.command()(task_commands.task)
 program.command()(task_commands.events)
+program.command()(catalogue_commands.models)
+program.command()(catalogue_commands.estimate)
 program.command()(backup.backup)
 program.command()(restore.restore)
 program.command()(serve.migrate)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,12 +62,17 @@ def sandbox(
     base_url: Annotated[Text, option("Address in result links. Default: as requested.")] = None,
     task_ttl: Annotated[float, option("Seconds a task is kept.", min=0)] = 86400,
     result_ttl: Annotated[float, option("Seconds result links live.", min=0)] = 86400,
+    catalogue: Annotated[
+        Path | None, option("A file that extends the catalogue of models.", dir_okay=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run the emulator of the upstream, until SIGTERM."""
+    from service.upstreams.catalogue import load_catalogue
     from service.upstreams.sandbox import SandboxOptions
 
     options = SandboxOptions(
+        catalogue=load_catalogue(catalogue),
         base_url=base_url,
         api_key=api_key,
         networks=networks(allow_networks or []),
@@ -174,6 +180,7 @@ def serve_on_sandbox(given: dict[str, Any], as_json: bool) -> None:
     from service.app import Role, serve
     from service.cli.serve import bound_settings, run
     from service.settings import load_settings
+    from service.upstreams.catalogue import load_catalogue
     from service.upstreams.sandbox import SandboxOptions, create_sandbox
     from service.web.auth import SCOPES
     from service.web.routes.key_routes import create_key
@@ -183,7 +190,8 @@ def serve_on_sandbox(given: dict[str, Any], as_json: bool) -> None:
     upstream = bind(LOOPBACK, 0)
     address = http_address(LOOPBACK, upstream.getsockname()[1])
     settings = dev_settings(settings, address, given)
-    options = SandboxOptions(api_key=KEY, networks=settings.upstream_networks)
+    catalogue = load_catalogue(settings.catalogue)
+    options = SandboxOptions(api_key=KEY, catalogue=catalogue, networks=settings.upstream_networks)
 
     async def ready(context: "Context") -> None:
         resources = context.resources

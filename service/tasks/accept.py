@@ -77,15 +77,21 @@ class TaskIntake:
         log.info("task.queued", **known, replayed=False, **prompt)
         return task.id, False
 
-    async def _check(self, owner: str, body: JSON) -> None:
+    def check_limits(self, body: JSON, *, whole: bool = True) -> None:
+        """Checks a submission by the catalogue. Without `whole`, fields may be missing. Raises
+        ApiError 400.
+        """
         name = body.get("model")
         if not isinstance(name, str) or not 0 < len(name) <= MODEL_CHARS:
             message = f"model must be text of 1 to {MODEL_CHARS} characters"
             raise ApiError(400, "invalid_request", message, param="model")
-        check_metadata(body.get("metadata"))
-        violation = self.catalogue.check(body)
+        violation = self.catalogue.check(body, whole=whole)
         if violation is not None:
             raise _invalid(violation.param, violation.message)
+
+    async def _check(self, owner: str, body: JSON) -> None:
+        self.check_limits(body)
+        check_metadata(body.get("metadata"))
         if body.get("callback_url") is not None:
             await self._check_callback_url(owner, body["callback_url"])
 

@@ -1,17 +1,25 @@
-"""The models: which upstream serves them, and the limits that it documents (`catalogue.toml`).
+"""The models: which upstream serves them, and the limits and prices that it documents.
 
-A request over a limit is refused here, before the upstream charges for it.
+`catalogue.toml` has them as data, and the operator's file extends and overrides it. A submission
+over a limit is refused here, before the upstream charges for it.
 """
 
-import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from service.errors import ConfigurationError
+from service.strict_json import JSON
+from service.upstreams.catalogue_entry import CatalogueFile, ModelEntry
+from service.upstreams.catalogue_file import line_of, parse_catalogue, read_catalogue
 
 MAX_WARNINGS, NAME_CHARS = 16, 100
 DEFAULT_UPSTREAM = "evolink"
+OPERATORS_FILE = "DARKROOM_CATALOGUE"
 
 
 def upstream_for(model: str) -> str:
@@ -22,117 +30,95 @@ def upstream_for(model: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """A field of the request that breaks a limit. The message names the limit."""
+    """A field of the request that breaks a limit. The message names the limit and the value."""
 
     param: str
     message: str
 
 
 @dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """A model of `catalogue.toml`: lengths in characters, sizes in pixels, `aspect` = width /
-    height, `price` in credits per image.
+class CostEstimate:
+    """What a submission will cost, in millionths of a credit. None: the price is unknown.
+
+    `price` is that of an image, or of the whole request (`per`). `n` is how many of them are paid.
     """
 
-    prompt_max: int
-    negative_prompt_max: int
-    n_max: int
-    size_default: str
-    total_min: int
-    total_max: int
-    aspect_min: float
-    aspect_max: float
-    price: int | float
-    image_urls_min: int = 1
-    image_urls_max: int | None = None
+    credits: int | None
+    price: int | None
+    n: int
+    per: str
 
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    models: Mapping[str, ModelLimits]
+    models: Mapping[str, ModelEntry]
 
-    def check(self, request: Mapping[str, object]) -> Violation | None:
-        """The first limit that a submission breaks. A null field counts as absent. A model that is
-        not in the catalogue passes.
+    def entry(self, model: object) -> ModelEntry | None:
+        return self.models.get(model) if isinstance(model, str) else None
+
+    def check(self, body: Mapping[str, Any], *, whole: bool = True) -> Violation | None:
+        """The first limit that a submission breaks. A model that is not in the catalogue passes.
+        Without `whole`, fields may be missing.
         """
-        model = request.get("model")
-        limits = self.models.get(model) if isinstance(model, str) else None
-        if limits is None:
-            return None
-        for param, check in CHECKS.items():
-            if message := check(request.get(param), limits):
-                return Violation(param, message)
-        return None
+        entry = self.entry(body.get("model"))
+        broken = entry and entry.complaint(body, whole=whole)
+        return Violation(*broken) if broken else None
+
+    def estimate(self, body: Mapping[str, Any]) -> CostEstimate:
+        """The cost of a submission as the catalogue has it."""
+        entry = self.entry(body.get("model")) or ModelEntry()
+        per = entry.price.per if entry.price else "image"
+        n, price = entry.images_of(body) if per == "image" else 1, entry.price_of(body)
+        return CostEstimate(None if price is None else price * n, price, n, per)
+
+    def document(self, model: str) -> JSON:
+        """A model as clients see it. KeyError: the catalogue does not have it."""
+        return self.models[model].document(model, upstream_for(model))
 
     def warnings(self, model: str, fields: Iterable[str]) -> list[str]:
         """Names the fields that the catalogue does not have for the model, at most 16. The upstream
         gets them all the same. A model that is not in the catalogue has no warnings.
         """
-        unknown = (name for name in fields if name not in FIELDS)
+        entry = self.entry(model)
+        known = {name.partition(".")[0] for name in entry.fields} | {"model"} if entry else set()
+        unknown = (name for name in fields if name not in known)
         return [
             f"{name[:NAME_CHARS]} is no known field of {model}: it was passed on as it is"
-            for name in islice(unknown, MAX_WARNINGS if model in self.models else 0)
+            for name in islice(unknown, MAX_WARNINGS if entry else 0)
         ]
 
 
-def load_catalogue() -> Catalogue:
-    """The catalogue that comes with the package."""
-    tables = tomllib.loads(files("service").joinpath("catalogue.toml").read_text("utf-8"))
-    return Catalogue({name: ModelLimits(**table) for name, table in tables["models"].items()})
+def load_catalogue(path: Path | None = None) -> Catalogue:
+    """The catalogue that comes with the package, with the operator's file on top of it.
+
+    ConfigurationError names the file, the line and the field.
+    """
+    if path is None:
+        return Catalogue(builtin_models())
+    return Catalogue(merged(builtin_models(), *read_catalogue(path)))
 
 
-def _prompt(prompt: object, limits: ModelLimits) -> str | None:
-    if isinstance(prompt, str) and 1 <= len(prompt) <= limits.prompt_max:
-        return None
-    length = f"; this one has {len(prompt)}" if isinstance(prompt, str) else ""
-    return f"prompt is required: a text of 1 to {limits.prompt_max} characters{length}"
+@cache
+def builtin_models() -> Mapping[str, ModelEntry]:
+    text = files(__package__).joinpath("catalogue.toml").read_text("utf-8")
+    return merged({}, parse_catalogue(text, "catalogue.toml"), text, "catalogue.toml")
 
 
-def _negative_prompt(prompt: object, limits: ModelLimits) -> str | None:
-    most = limits.negative_prompt_max
-    if prompt is None or (isinstance(prompt, str) and len(prompt) <= most):
-        return None
-    length = f"; this one has {len(prompt)}" if isinstance(prompt, str) else ""
-    return f"negative_prompt must be a text of at most {most} characters{length}"
-
-
-def _size(size: object, limits: ModelLimits) -> str | None:
-    if size is None:
-        return None
-    form = "([1-9][0-9]{0,5})x([1-9][0-9]{0,5})"
-    match = re.fullmatch(form, size) if isinstance(size, str) else None
-    if match is None:
-        return f"size must be WIDTHxHEIGHT in pixels, such as {limits.size_default}"
-    width, height = int(match[1]), int(match[2])
-    least, most = limits.total_min, limits.total_max
-    if not least <= width * height <= most:
-        return f"size must have {least} to {most} pixels in all; {size} has {width * height}"
-    low, high = limits.aspect_min, limits.aspect_max
-    if not low * height <= width <= high * height:
-        return f"size must be {low:g} to {high:g} times as wide as high; {size} is not"
-    return None
-
-
-def _n(n: object, limits: ModelLimits) -> str | None:
-    if n is None or (type(n) is int and 1 <= n <= limits.n_max):
-        return None
-    return f"n must be a whole number from 1 to {limits.n_max}"
-
-
-def _image_urls(urls: object, limits: ModelLimits) -> str | None:
-    least, most = limits.image_urls_min, limits.image_urls_max
-    links = urls if isinstance(urls, list) else []
-    texts = all(isinstance(url, str) and url for url in links)
-    if most is None or (least <= len(links) <= most and texts):
-        return None
-    return f"image_urls must be a list of {least} to {most} links"
-
-
-CHECKS = {
-    "prompt": _prompt,
-    "negative_prompt": _negative_prompt,
-    "size": _size,
-    "n": _n,
-    "image_urls": _image_urls,
-}
-FIELDS = {"model", "prompt_extend", "model_params", *CHECKS}
+def merged(
+    below: Mapping[str, ModelEntry], file: CatalogueFile, text: str, name: str
+) -> dict[str, ModelEntry]:
+    """The models of a file on top of others. `like` names one of those, or an earlier one of the
+    file.
+    """
+    models = dict(below)
+    for model, entry in file.models.items():
+        base = models.get(model, ModelEntry())
+        if entry.like is not None:
+            if entry.like not in models:
+                line = line_of(text, ["models", model, "like"])
+                raise ConfigurationError(
+                    f"{name}, line {line}: models.{model}.like: no model {entry.like!r} is before"
+                )
+            base = models[entry.like].fields_alone()
+        models[model] = entry.sourced(OPERATORS_FILE).over(base, OPERATORS_FILE)
+    return models

@@ -60,6 +60,7 @@ class Submission(BaseModel):
     prompt: str | None = None
     size: str | None = None
     n: int | None = None
+    negative_prompt: str | None = None
     prompt_extend: bool | None = None
     image_urls: list[str] | None = None
     callback_url: str | None = Field(

@@ -5,6 +5,7 @@
 
 import ast
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
@@ -16,8 +17,11 @@ from typing import Any
 from typer.main import get_command
 
 from service.cli import program
+from service.cli.catalogue_commands import model_row
 from service.ops.metrics import Metrics
 from service.settings import Settings, log_value
+from service.upstreams.catalogue import load_catalogue
+from service.upstreams.catalogue_entry import catalogue_schema
 from service.upstreams.sandbox import FAULTS
 from service.web.routes.table import SPECS
 from tests.checkpoints import CHECKPOINTS
@@ -135,6 +139,16 @@ def faults_table() -> str:
     return "\n".join(rows)
 
 
+def catalogue_table() -> str:
+    """Every model of the catalogue with its most important limits and its price."""
+    rows = ["| model | edits | `n` | input images | sizes | price |", "|---|---|---|---|---|---|"]
+    for name in load_catalogue().models:
+        row = model_row(load_catalogue().document(name))
+        cells = [f"`{name}`", *(row[each] or "–" for each in list(row)[1:])]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def decisions_table() -> str:
     """Every decision, by its number and title."""
     rows = ["| | decision |", "|---|---|"]
@@ -159,6 +173,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[], str]]] = MappingProxyType(
         "commands": ("cli.md", commands_table),
         "log": ("observability.md", log_lines_table),
         "metrics": ("observability.md", metrics_table),
+        "catalogue": ("catalogue.md", catalogue_table),
         "faults": ("sandbox.md", faults_table),
         "checkpoints": ("reliability.md", checkpoints_table),
         "decisions": ("decisions.md", decisions_table),
@@ -192,3 +207,5 @@ if __name__ == "__main__":
     for page in sorted({home for home, _ in SECTIONS.values()}):
         path = DOCS / page
         path.write_text(rendered(path.read_text("utf-8"), page), "utf-8")
+    schema = json.dumps(catalogue_schema(), indent=2) + "\n"
+    (DOCS / "catalogue.schema.json").write_text(schema, "utf-8")

@@ -20,6 +20,7 @@ RUN_BY_STORIES = (
 NOT_RUN = ("deploy/README.md", "CONTRIBUTING.md")
 SETS_UP = "this set-up is what runs the tests"
 IS_THE_SUITE = "this is the suite itself"
+CATALOGUE = "tests/integration/test_cli.py"
 BENCHMARKS = "tests/bench/test_bench.py"
 
 RUN_ELSEWHERE: Mapping[str, str] = MappingProxyType(
@@ -32,6 +33,8 @@ RUN_ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "make chaos": "tests/crash/test_chaos.py",
         ".venv/bin/python -m tests.bench.dead_endpoint": BENCHMARKS,
         ".venv/bin/python -m tests.bench.retention --ordinary 4000 --large 100": BENCHMARKS,
+        "darkroom estimate wan2.5-text-to-image --n 3": CATALOGUE,
+        "darkroom estimate mj-v7 --field model_params.speed=turbo": CATALOGUE,
         ".venv/bin/python -m pytest tests/crash": IS_THE_SUITE,
     }
 )

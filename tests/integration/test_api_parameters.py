@@ -189,6 +189,7 @@ async def test_a_task_says_whose_it_is_and_when_it_ended_and_was_erased(here: Wo
         {"Size": "1x1"},
         {"image_url": "https://x.test/1.png"},
         {"seed": 7, "quality": {"deep": [1]}},
+        {"image_urls": ["https://x.test/1.png"]},
         {"Ümlaut\n": 1, "": 2},
     ],
 )
@@ -223,6 +224,12 @@ async def test_the_warnings_come_again_with_a_replay(still: World) -> None:
         {"n": 2, "prompt_extend": True, "negative_prompt": "rain", "metadata": {"promt": "x"}},
         {"callback_url": "http://127.0.0.1:9/", "size": None},
         {"model": "wan2.5-image-to-image", "image_urls": ["https://x.test/1.png"]},
+        {
+            "model": "gemini-3.1-flash-image-preview",
+            "size": "16:9",
+            "image_urls": None,
+            "model_params": {},
+        },
         {"model": "another-model", "promt": "x", "seed": 1},
     ],
 )

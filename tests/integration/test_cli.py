@@ -36,6 +36,8 @@ COMMANDS = [
         ["tasks"],
         ["task"],
         ["events"],
+        ["models"],
+        ["estimate"],
         ["backup"],
         ["restore"],
         ["migrate"],
@@ -681,3 +683,64 @@ def test_serve_sandbox_tells_people_where_it_is(tmp_path: Path) -> None:
     assert any(line.startswith("key       dk_") for line in running.lines)
     assert (tmp_path / "data" / "sandbox" / "darkroom.db").is_file()
     assert not (tmp_path / "data" / "darkroom.db").exists()
+
+
+# --- the catalogue
+
+
+def test_models_are_shown_with_limits_and_prices(run: Run, client: Mapping[str, str]) -> None:
+    """A row for each model. With a name, a row for each field with its limit and its source."""
+    done = run("models", **client)
+    header, *rows = done.out.splitlines()
+    assert header.split() == ["model", "edits", "n", "input_images", "sizes", "price"]
+    assert [row.split()[0] for row in rows] == [
+        entry["model"] for entry in run("models", "--json", **client).json["data"]
+    ]
+    assert next(row for row in rows if row.startswith("mj-v7 ")).endswith(
+        "5.4 credits per request (model_params.speed: draft 2.7, fast 5.4, turbo 10.8)"
+    )
+    shown = run("models", "wan2.5-image-to-image", **client).out
+    assert "2 credits per image" in shown
+    field = next(line for line in shown.splitlines() if line.startswith("image_urls "))
+    assert "a list of 1 to 5 links, required" in field
+    assert "https://docs.evolink.ai/" in field
+    assert run("models", "wan2.5-image-to-image", "--json", **client).json["edits"] is True
+    assert one_line(run("models", "dall-e-9", **client)).startswith("model_not_found: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("wan2.5-text-to-image --n 3", "6 credits = 3 x 2 per image"),
+        ("wan2.5-text-to-image --size 768x768", "2 credits = 1 x 2 per image"),
+        ("mj-v7 --field model_params.speed=turbo", "10.8 credits = 1 x 10.8 per request"),
+        ("z-image-turbo --field seed=5", "0.026 credits = 1 x 0.026 per image"),
+        ("gpt-image-2 -n 2", "the catalogue has no price of gpt-image-2"),
+    ],
+)
+def test_an_estimate_is_printed_before_anything_is_submitted(
+    run: Run, client: Mapping[str, str], arguments: str, line: str
+) -> None:
+    words = arguments.split()
+    assert run("estimate", *words, **client).out == line + "\n"
+    assert run("estimate", *words, "--json", **client).json["unit"] == "credits"
+
+
+def test_an_estimate_over_a_limit_fails_with_one_line(run: Run, client: Mapping[str, str]) -> None:
+    line = one_line(run("estimate", "wan2.5-text-to-image", "--n", "5", **client))
+    assert line == "invalid_parameter: n must be a whole number from 1 to 4, not 5"
+    assert run("estimate", "wan2.5-text-to-image", "--field", "seed", **client).code == 2
+
+
+@pytest.mark.parametrize("arguments", ["serve", "serve --sandbox", "sandbox --catalogue {}"])
+def test_a_wrong_catalogue_stops_the_start_with_one_line(tmp_path: Path, arguments: str) -> None:
+    """The line names the file, the line in it, the field and the value."""
+    path = tmp_path / "models.toml"
+    path.write_text("[models.a]\n\nprice = { credits = 'x' }\n")
+    settings = {"DARKROOM_CATALOGUE": str(path), "DARKROOM_EVOLINK_API_KEY": "k"}
+    words = [word.format(path) for word in arguments.split()]
+    done = darkroom(*words, "--port", "0", folder=tmp_path, **settings)
+    line = one_line(Done(done.returncode, "", done.stderr))
+    assert line.startswith(f"DARKROOM_CATALOGUE: {path}, line 3: models.a.price.credits: ")
+    assert line.endswith(', not "x"')
+    assert not (tmp_path / "data").exists()

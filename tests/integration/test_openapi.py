@@ -9,7 +9,7 @@ from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 
 from service import VERSION
-from service.web import schemas
+from service.web import catalogue_schemas, schemas
 from service.web.openapi import document
 from service.web.routes.table import SPECS, Spec
 from tests.api import SUBMIT, UNTIL_DONE, got, order, submitted
@@ -139,10 +139,12 @@ async def test_real_answers_are_what_the_document_says(here: World) -> None:
             "endpoint_id": endpoint["id"],
             "delivery_id": delivery["id"],
             "key_id": key["id"],
+            "model": task["model"],
         }
         ids["replay_id"] = replay["id"]
         bodies: dict[type[Any], JSON] = {
             schemas.Submission: order(),
+            catalogue_schemas.EstimatedSubmission: order(),
             schemas.NewEndpoint: {"url": takes.url},
             schemas.EndpointPatch: {"description": "d"},
             schemas.NewKey: {"owner": "y", "scopes": ["read"]},

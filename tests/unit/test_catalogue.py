@@ -1,12 +1,40 @@
-"""The limits of the catalogue's two models. Each refusal names its limit in the message."""
+"""The limits of the catalogue's models, and the prices of submissions."""
+
+from decimal import Decimal
+from typing import Any
 
 import pytest
 
+from service.credits import millionths
 from service.upstreams.catalogue import Violation, load_catalogue
+from service.upstreams.catalogue_fields import (
+    FieldRule,
+    ImagesField,
+    NumberField,
+    SizeField,
+    TextField,
+)
 
 CATALOGUE = load_catalogue()
 TEXT, IMAGE = "wan2.5-text-to-image", "wan2.5-image-to-image"
 LINKS = ["https://example.com/1.png"]
+# The upstream's image models.
+MODELS = {
+    *("gpt-image-1", "gpt-image-1.5", "gpt-image-1.5-lite", "gpt-image-2", "gpt-image-2-beta"),
+    *("gpt-4o-image", "gemini-2.5-flash-image", "gemini-3-pro-image-preview"),
+    *("gemini-3.1-flash-image-preview", "gemini-3.1-flash-lite-image", "nano-banana-2-lite"),
+    *("z-image-turbo", "krea-2-turbo", "doubao-seedream-3.0-t2i", "doubao-seedream-4.0"),
+    *("doubao-seedream-4.5", "doubao-seedream-5.0-lite", "seedream-5.0-lite"),
+    *("doubao-seededit-3.0-i2i", "doubao-seededit-4.0-i2i", "qwen-image-edit"),
+    *("qwen-image-edit-plus", TEXT, IMAGE, "wan2.5-t2i-preview", "wan2.5-i2i-preview", "mj-v7"),
+    *(
+        f"mj-v7-{act}"
+        for act in (
+            *("upscale", "inpaint", "outpaint", "pan", "remix", "edit", "retexture"),
+            *("remove-bg", "enhance", "upload-paint"),
+        )
+    ),
+}
 
 
 def check(model: str = TEXT, **fields: object) -> Violation | None:
@@ -24,40 +52,169 @@ def refused(field: str, *words: str, model: str = TEXT, **fields: object) -> Non
     violation = check(model, **fields)
     assert violation is not None
     assert violation.param == field
-    assert all(word in violation.message for word in words), violation.message
+    assert all(word in violation.message for word in (field, *words)), violation.message
 
 
-def test_the_catalogue_has_the_two_models_with_prices() -> None:
-    """The catalogue is data in the package."""
-    assert {name: limits.price for name, limits in CATALOGUE.models.items()} == {TEXT: 2, IMAGE: 2}
+def placed(model: str, name: str, value: Any) -> dict[str, Any]:
+    """The example of a model with another value of a field."""
+    body: dict[str, Any] = CATALOGUE.document(model)["example"]
+    *tables, last = name.split(".")
+    table = body
+    for each in tables:
+        table[each] = dict(table.get(each, {}))
+        table = table[each]
+    table[last] = value
+    return body
 
 
-@pytest.mark.parametrize("model", [TEXT, IMAGE])
-def test_the_defaults_of_a_model_are_within_its_limits(model: str) -> None:
-    assert check(model) is None
-    assert (
-        check(
-            model,
-            size=CATALOGUE.models[model].size_default,
-            n=1,
-            negative_prompt="",
-            prompt_extend=True,
-            seed=7,
-        )
-        is None
-    )
+def limits() -> list[tuple[str, str, FieldRule]]:
+    return [
+        (model, name, rule)
+        for model, entry in CATALOGUE.models.items()
+        for name, rule in entry.fields.items()
+    ]
 
 
-@pytest.mark.parametrize("model", ["z-image-turbo", None, 7, ["wan2.5-text-to-image"], {}])
+def edges(rule: FieldRule) -> tuple[list[Any], list[Any]]:
+    """Values at the limits of a field and next to them: the accepted, and the refused ones."""
+    match rule:
+        case TextField(values=list(values)):
+            return list(values), [values[0] + "x", "", 7]
+        case TextField(unit="characters"):
+            at, beyond = around(rule.min, rule.max, 0)
+            return ["x" * n for n in at], [*("x" * n for n in beyond), 7, ["x"]]
+        case NumberField(values=list(numbers)):
+            return list(numbers), [max(numbers) + 1, min(numbers) - 1]
+        case NumberField():
+            at, beyond = around(rule.min, rule.max, -1)
+            return at, [*beyond, "2", True]
+        case ImagesField():
+            at, beyond = around(rule.min, rule.max, 0)
+            return [LINKS * n for n in at], [*(LINKS * n for n in beyond), "x", [7], [""]]
+        case SizeField():
+            return size_edges(rule)
+    return [], []
+
+
+def around(least: int | None, most: int | None, lowest: int) -> tuple[list[int], list[int]]:
+    """Numbers at the limits and inside of them, and those one beyond."""
+    at = [n for n in (least, most) if n is not None]
+    inside = [*(n + 1 for n in at[:1]), *(n - 1 for n in at[1:])] if at[1:] != at[:1] else []
+    beyond = [*(() if least is None else (least - 1,)), *(() if most is None else (most + 1,))]
+    return at + inside, [n for n in beyond if n >= lowest]
+
+
+def size_edges(rule: SizeField) -> tuple[list[str], list[Any]]:
+    accepted, refused = list(rule.values or []), [1024, "", "axb", "1024*1024", "7:5"]
+    step = rule.multiple or 1
+    if rule.side:
+        least, most = rule.side
+        square = 1024 if rule.pixels else most
+        accepted += [f"{square}x{square}"]
+        refused += [f"{square}x{most + step}", f"{least - step}x{square}"]
+    if rule.multiple:
+        refused += [f"1024x{1024 + step - 1}", f"1024x{1024 + 1}"]
+    return accepted, refused
+
+
+def test_the_catalogue_has_every_image_model_of_the_upstream() -> None:
+    """Each names its source, and each of its limits and its price has one."""
+    assert CATALOGUE.models.keys() == MODELS
+    for entry in CATALOGUE.models.values():
+        assert entry.source
+        assert all(rule.source for rule in entry.fields.values())
+        assert entry.price is None or entry.price.source
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+def test_the_example_of_a_model_is_within_its_limits(model: str) -> None:
+    document = CATALOGUE.document(model)
+    assert document["example"]["model"] == model
+    assert CATALOGUE.check(document["example"]) is None
+    assert CATALOGUE.warnings(model, document["example"]) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "rule"), limits(), ids=lambda each: each if isinstance(each, str) else ""
+)
+def test_a_limit_is_refused_above_and_below_and_accepted_at_it(
+    model: str, name: str, rule: FieldRule
+) -> None:
+    """Every limit of every field of every model: one below, at it, one above."""
+    accepted, beyond = edges(rule)
+    for value in accepted:
+        assert CATALOGUE.check(placed(model, name, value)) is None, value
+    for value in beyond:
+        violation = CATALOGUE.check(placed(model, name, value))
+        assert violation is not None, value
+        assert (violation.param, name in violation.message) == (name, True)
+    absent = CATALOGUE.check(placed(model, name, None))
+    assert (absent is not None) == rule.required
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "accepted"),
+    [
+        (TEXT, "768x768", True),
+        (TEXT, "767x768", False),
+        (TEXT, "1440x1440", True),
+        (TEXT, "1441x1440", False),
+        (TEXT, "1536x384", True),
+        (TEXT, "384x1536", True),
+        (TEXT, "1540x384", False),
+        (TEXT, "2880x720", True),
+        (TEXT, "2884x720", False),
+        (TEXT, "16:9", False),
+        (IMAGE, "1280x1280", True),
+        (IMAGE, "1281x1280", False),
+        ("gpt-image-2", "21:9", True),
+        ("gpt-image-2", "1024x640", True),
+        ("gpt-image-2", "1008x640", False),
+        ("gpt-image-2", "3840x2160", True),
+        ("gpt-image-2", "3840x2176", False),
+        ("gpt-image-2", "3072x1024", True),
+        ("gpt-image-2", "3088x1024", False),
+        ("gpt-image-2", "1030x1024", False),
+        ("z-image-turbo", "2:1", True),
+        ("z-image-turbo", "376x1536", True),
+        ("z-image-turbo", "375x1536", False),
+        ("z-image-turbo", "376x1537", False),
+        ("gemini-3-pro-image-preview", "1024x1024", False),
+        ("gemini-3-pro-image-preview", "1:8", False),
+        ("gemini-3.1-flash-lite-image", "1:8", True),
+        ("gpt-4o-image", "1024x1536", True),
+        ("gpt-4o-image", "1024x1537", False),
+        ("doubao-seedream-4.0", "1K", True),
+        ("doubao-seedream-4.5", "1K", False),
+        ("doubao-seedream-4.5", "2560x1440", True),
+        ("doubao-seedream-4.5", "2559x1440", False),
+        ("doubao-seedream-4.5", "4096x4096", True),
+        ("doubao-seedream-4.5", "4097x4096", False),
+        ("doubao-seedream-4.0", "16384x1024", True),
+        ("doubao-seedream-4.0", "16385x1024", False),
+        ("mj-v7", "any", True),
+    ],
+)
+def test_a_size_is_in_pixels_or_a_ratio_by_its_model(
+    model: str, size: str, *, accepted: bool
+) -> None:
+    """The limits of the total, the sides, the aspect and the multiple are inclusive."""
+    assert (check(model, size=size) is None) == accepted
+
+
+@pytest.mark.parametrize("model", ["dall-e-9", None, 7, ["wan2.5-text-to-image"], {}])
 def test_a_model_that_is_not_in_the_catalogue_passes_through(model: object) -> None:
     """The upstream checks the fields of other models."""
-    assert CATALOGUE.check({"model": model, "prompt": 7, "n": -1, "size": "auto"}) is None
+    body = {"model": model, "prompt": 7, "n": -1, "size": "auto", "negative_prompt": 7}
+    assert CATALOGUE.check(body) is None
+    assert CATALOGUE.warnings(str(model), body) == []
     assert CATALOGUE.check({}) is None
 
 
 def test_a_null_field_counts_as_absent() -> None:
     """Clients write null for a field that they leave to the upstream."""
     assert check(size=None, n=None, negative_prompt=None, image_urls=None) is None
+    assert check("z-image-turbo", negative_prompt=None) is None
 
 
 @pytest.mark.parametrize("prompt", ["x", "x" * 2000, "雪" * 2000, "\U0001f4a5" * 2000])
@@ -66,76 +223,36 @@ def test_a_prompt_is_counted_in_characters(prompt: str) -> None:
     assert check(prompt=prompt) is None
 
 
-@pytest.mark.parametrize("prompt", [None, "", "x" * 2001, 7, ["x"], True])
-def test_a_prompt_is_a_text_within_its_limit(prompt: object) -> None:
-    """A missing, empty, too long or non-text prompt is refused."""
-    refused("prompt", "2000", prompt=prompt)
-
-
-def test_the_refusal_of_a_long_prompt_names_its_length() -> None:
-    refused("prompt", "2000", "2345", prompt="x" * 2345)
-    refused("negative_prompt", "500", "501", negative_prompt="x" * 501)
-
-
-@pytest.mark.parametrize("prompt", ["x" * 501, 7, ["x"], False])
-def test_a_negative_prompt_is_a_text_within_its_limit(prompt: object) -> None:
-    """The limit is 500 characters."""
-    assert check(negative_prompt="x" * 500) is None
-    refused("negative_prompt", "500", negative_prompt=prompt)
+def test_a_limit_in_tokens_is_shown_and_not_checked() -> None:
+    """Only the upstream can count them. Characters are many more."""
+    assert check("krea-2-turbo", prompt="x" * 3000) is None
+    assert CATALOGUE.document("krea-2-turbo")["fields"]["prompt"]["max"] == 640
 
 
 @pytest.mark.parametrize(
-    "size", ["768x768", "1440x1440", "1280x1280", "2880x720", "720x2880", "1536x384", "384x1536"]
-)
-def test_sizes_within_the_limits_pass(size: str) -> None:
-    """The limits of total and aspect ratio are inclusive."""
-    assert check(size=size) is None
-
-
-@pytest.mark.parametrize("size", ["1441x1440", "767x768", "1x1", "999999x999999"])
-def test_the_total_of_pixels_has_limits(size: str) -> None:
-    """It is 768 × 768 to 1440 × 1440 pixels."""
-    refused("size", "589824", "2073600", size=size)
-
-
-@pytest.mark.parametrize("size", ["2884x700", "700x2884", "1540x384"])
-def test_the_aspect_ratio_has_limits(size: str) -> None:
-    """It is 1:4 to 4:1."""
-    refused("size", "0.25", "4", size=size)
-
-
-@pytest.mark.parametrize(
-    "size",
+    ("fields", "words"),
     [
-        "axb",
-        "1280",
-        "1280X1280",
-        "1280*1280",
-        "0x1280",
-        "1280x0",
-        "-1x1",
-        " 1280x1280",
-        "1280x1280\n",
-        "١٢٨٠x1280",
-        "",
-        "1e3x1e3",
+        ({"prompt": "x" * 2345}, ("prompt", "2000", "2345")),
+        ({"prompt": None}, ("prompt", "required", "2000")),
+        ({"prompt": ["x"]}, ("prompt", '["x"]')),
+        ({"negative_prompt": "x" * 501}, ("negative_prompt", "500", "501")),
+        ({"size": "1441x1440"}, ("size", "589824", "2073600", "2075040")),
+        ({"size": "2884x720"}, ("size", "1:4", "4:1", "2884x720")),
+        ({"n": 5}, ("n", "1 to 4", "5")),
+        ({"n": "2"}, ("n", "1 to 4", '"2"')),
+        ({"prompt_extend": "yes"}, ("prompt_extend", "true or false", "yes")),
     ],
 )
-def test_a_size_has_one_form(size: str) -> None:
-    """WIDTHxHEIGHT, in whole numbers from 1."""
-    refused("size", "WIDTHxHEIGHT", "1280x1280", size=size)
+def test_a_refusal_names_the_field_the_limit_and_the_value(
+    fields: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    refused(*words, **fields)
 
 
-@pytest.mark.parametrize("size", [1280, [1280, 1280], {"width": 1280}, True])
-def test_a_size_is_a_text(size: object) -> None:
-    """The refusal of another type names the form."""
-    refused("size", "WIDTHxHEIGHT", size=size)
-
-
-def test_image_to_image_has_a_smaller_limit() -> None:
-    """It is 1280 × 1280 pixels."""
-    assert check(IMAGE, size="1280x1280") is None
-    refused("size", "1638400", model=IMAGE, size="1440x1440")
+def test_a_long_value_is_cut_in_the_message() -> None:
+    violation = check(n=["x" * 100_000])
+    assert violation is not None
+    assert len(violation.message) < 200
 
 
 @pytest.mark.parametrize("n", [0, 5, -1, True, 1.0, 2.5, "2", [1]])
@@ -143,6 +260,15 @@ def test_n_is_a_whole_number_from_1_to_4(n: object) -> None:
     """The upstream charges for `n` images in advance."""
     assert all(check(n=number) is None for number in (1, 2, 3, 4))
     refused("n", "1 to 4", n=n)
+
+
+@pytest.mark.parametrize(
+    "size",
+    ["1280", "1280X1280", "0x1280", "-1x1", " 1280x1280", "1280x1280\n", "١٢٨٠x1280", "1e3x1"],
+)
+def test_a_size_has_one_form(size: str) -> None:
+    """WIDTHxHEIGHT, in whole numbers from 1."""
+    refused("size", "WIDTHxHEIGHT", size=size)
 
 
 @pytest.mark.parametrize(
@@ -155,5 +281,101 @@ def test_image_to_image_takes_one_to_five_input_images(urls: object) -> None:
 
 
 def test_text_to_image_does_not_check_image_urls() -> None:
-    """Unknown fields pass through."""
+    """A field that the model does not document passes through, and is named as unknown."""
     assert check(image_urls="anything") is None
+    body = {"model": TEXT, "prompt": "a", "promt": "b", "image_urls": "anything"}
+    named = [warning.partition(" ")[0] for warning in CATALOGUE.warnings(TEXT, body)]
+    assert named == ["promt", "image_urls"]
+
+
+# --- negative prompts
+
+
+@pytest.mark.parametrize("model", [TEXT, "qwen-image-edit-plus"])
+def test_a_negative_prompt_is_accepted_where_the_model_has_it(model: str) -> None:
+    """It has at most 500 characters."""
+    images = {"image_urls": LINKS}
+    assert check(model, negative_prompt="", **images) is None
+    assert check(model, negative_prompt="x" * 500, **images) is None
+    refused("negative_prompt", "500", "501", model=model, negative_prompt="x" * 501, **images)
+
+
+@pytest.mark.parametrize("model", ["gpt-image-2", "z-image-turbo", "mj-v7", "krea-2-turbo"])
+def test_a_negative_prompt_is_refused_where_the_model_has_none(model: str) -> None:
+    refused("negative_prompt", "not supported", model=model, negative_prompt="blurred")
+
+
+# --- what a model is
+
+
+@pytest.mark.parametrize(
+    ("model", "edits"),
+    [(TEXT, False), (IMAGE, True), ("mj-v7", False), ("mj-v7-pan", True), ("gpt-image-2", True)],
+)
+def test_a_model_says_whether_it_edits(model: str, *, edits: bool) -> None:
+    assert CATALOGUE.document(model)["edits"] is edits
+
+
+def test_a_model_says_what_an_input_image_has_to_be() -> None:
+    images = CATALOGUE.document(IMAGE)["input_images"]
+    assert (images["min"], images["max"], images["alpha"]) == (1, 5, False)
+    assert (images["min_side"], images["max_side"], images["max_bytes"]) == (384, 5000, 10 << 20)
+    assert images["formats"] == ["jpeg", "png", "bmp", "webp"]
+    assert CATALOGUE.document(TEXT)["input_images"] is None
+
+
+@pytest.mark.parametrize(
+    ("model", "forms"),
+    [
+        (TEXT, ["pixels"]),
+        ("krea-2-turbo", ["ratios"]),
+        ("gpt-image-2", ["names", "pixels", "ratios"]),
+    ],
+)
+def test_a_model_says_which_forms_its_sizes_have(model: str, forms: list[str]) -> None:
+    assert CATALOGUE.document(model)["sizes"]["forms"] == forms
+
+
+# --- prices
+
+
+@pytest.mark.parametrize(
+    ("body", "credits", "price", "n", "per"),
+    [
+        ({"model": TEXT, "n": 3}, "6", "2", 3, "image"),
+        ({"model": TEXT}, "2", "2", 1, "image"),
+        ({"model": TEXT, "n": None}, "2", "2", 1, "image"),
+        ({"model": "z-image-turbo"}, "0.026", "0.026", 1, "image"),
+        ({"model": "z-image-turbo", "n": 3}, "0.078", "0.026", 3, "image"),
+        ({"model": "krea-2-turbo"}, "0.05", "0.05", 1, "image"),
+        ({"model": "gemini-3.1-flash-lite-image"}, "8.7", "8.7", 1, "image"),
+        ({"model": "mj-v7"}, "5.4", "5.4", 1, "request"),
+        ({"model": "mj-v7", "n": 4}, "5.4", "5.4", 1, "request"),
+        ({"model": "mj-v7", "model_params": {"speed": "draft"}}, "2.7", "2.7", 1, "request"),
+        ({"model": "mj-v7", "model_params": {"speed": "turbo"}}, "10.8", "10.8", 1, "request"),
+        ({"model": "gpt-image-2-beta"}, "1.02", "1.02", 1, "image"),
+        ({"model": "gpt-image-2-beta", "resolution": "4K"}, "2.652", "2.652", 1, "image"),
+        ({"model": "doubao-seedream-4.5", "n": 15}, "33.75", "2.25", 15, "image"),
+    ],
+)
+def test_an_estimate_is_the_price_times_what_is_paid(
+    body: dict[str, Any], credits: str, price: str, n: int, per: str
+) -> None:
+    """Prices are decimals in the file and whole millionths here."""
+    cost = CATALOGUE.estimate(body)
+    assert (cost.credits, cost.price) == (millionths(credits), millionths(price))
+    assert (cost.n, cost.per) == (n, per)
+
+
+@pytest.mark.parametrize("model", ["gpt-image-2", "dall-e-9"])
+def test_an_estimate_without_a_price_is_unknown(model: str) -> None:
+    cost = CATALOGUE.estimate({"model": model, "n": 3})
+    assert (cost.credits, cost.price, cost.n) == (None, None, 3)
+
+
+def test_prices_are_exact_decimals() -> None:
+    """A tenth is no binary number."""
+    price = CATALOGUE.models["mj-v7"].price
+    assert price is not None
+    prices = {"draft": Decimal("2.7"), "fast": Decimal("5.4"), "turbo": Decimal("10.8")}
+    assert price.values == prices

@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 
 from service.errors import ApiError
-from service.upstreams.sandbox.checks import KEY, Order, read_body, read_key, read_order
+from service.upstreams.catalogue import load_catalogue
+from service.upstreams.sandbox.checks import KEY, Order, drawn_size, read_body, read_key, read_order
 from service.upstreams.sandbox.effects import contradicting
 from service.upstreams.sandbox.faults import read_faults
 
+CATALOGUE = load_catalogue()
 TEXT = {"model": "wan2.5-text-to-image", "prompt": "a cat"}
 EDIT = {
     "model": "wan2.5-image-to-image",
@@ -19,7 +21,9 @@ EDIT = {
 
 def test_a_bare_order_gets_the_documented_defaults() -> None:
     """One image of 1280x1280."""
-    assert read_order(TEXT) == Order("wan2.5-text-to-image", "a cat", 1280, 1280, 1, None)
+    assert read_order(TEXT, CATALOGUE) == Order(
+        "wan2.5-text-to-image", "a cat", 1280, 1280, 1, None
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,7 @@ def test_a_request_on_the_limits_is_accepted(body: dict[str, Any]) -> None:
     """Limits are inclusive, lengths are in characters and not in bytes, and unknown fields are
     ignored.
     """
-    assert read_order(body).model == body["model"]
+    assert read_order(body, CATALOGUE).model == body["model"]
 
 
 @pytest.mark.parametrize(
@@ -75,9 +79,55 @@ def test_a_request_that_the_upstream_would_refuse_is_refused(
 ) -> None:
     """Each refusal has its documented status and names the field."""
     with pytest.raises(ApiError) as refusal:
-        read_order(body)
+        read_order(body, CATALOGUE)
     assert (refusal.value.status, refusal.value.param) == (status, param)
     assert param in refusal.value.message
+
+
+@pytest.mark.parametrize("model", CATALOGUE.models)
+def test_the_example_of_each_model_of_the_catalogue_is_accepted(model: str) -> None:
+    """Its images have a size within a few megapixels, and their number is that of the model."""
+    order = read_order(CATALOGUE.document(model)["example"], CATALOGUE)
+    assert 700_000 < order.width * order.height <= 4_200_000
+    assert order.n == (4 if model == "mj-v7" else 1)
+    assert order.per == ("request" if model == "mj-v7" else "image")
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn"),
+    [
+        ("768x1024", (768, 1024)),
+        ("1:1", (1024, 1024)),
+        ("16:9", (1365, 768)),
+        ("1:8", (362, 2896)),
+        ("2K", (2048, 2048)),
+        ("auto", (1024, 1024)),
+        (None, (1024, 1024)),
+    ],
+)
+def test_a_ratio_is_drawn_with_about_a_megapixel(size: str | None, drawn: tuple[int, int]) -> None:
+    assert drawn_size(size) == drawn
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"model": "z-image-turbo", "prompt": "a", "size": "7:5"}, "size"),
+        ({"model": "z-image-turbo", "prompt": "a", "negative_prompt": "b"}, "negative_prompt"),
+        ({"model": "gpt-image-2", "prompt": "x" * 32001}, "prompt"),
+        ({"model": "gpt-4o-image", "prompt": "a", "n": 3}, "n"),
+        ({"model": "krea-2-turbo", "prompt": "a", "quality": "4K"}, "quality"),
+        ({"model": "mj-v7", "prompt": "a", "model_params": {"speed": "x"}}, "model_params.speed"),
+        ({"model": "qwen-image-edit", "prompt": "a"}, "image_urls"),
+    ],
+)
+def test_the_sandbox_refuses_what_the_catalogue_refuses(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as refusal:
+        read_order(body, CATALOGUE)
+    assert (refusal.value.status, refusal.value.param) == (400, param)
+    violation = CATALOGUE.check(body)
+    assert violation is not None
+    assert violation.message == refusal.value.message
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b'"text"', b"\xff{}", b"[" * 100_000])

@@ -1,5 +1,6 @@
 """The documents and the charges of the sandbox's tasks."""
 
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
@@ -44,6 +45,17 @@ def test_a_completed_task_may_have_fewer_images_than_requested() -> None:
         0,
     )
     assert ledger.credits == 10
+
+
+def test_a_price_per_request_is_paid_once_however_many_images_it_makes() -> None:
+    """Fewer images than asked for cost the same, and none cost nothing."""
+    order = replace(ORDER, n=4, per="request")
+    for made, left in ((4, "8.5"), (1, "8.5"), (0, "10")):
+        ledger = Ledger(SandboxOptions(credits=Decimal(10)), lambda: 5.5)
+        task = ledger.create(order, {"images": made}, "http://sandbox", "lot", None, "")
+        assert ledger.credits == Decimal("8.5")
+        ledger.end(task)
+        assert ledger.credits == Decimal(left)
 
 
 def test_the_lot_of_a_submission_is_reproducible() -> None:

@@ -1,44 +1,30 @@
-"""The upstream's refusals, by the limits that it documents. Each is an `ApiError` that names the
+"""The upstream's refusals, by the limits of the catalogue. Each is an `ApiError` that names the
 field.
 """
 
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from service.errors import ApiError
 from service.strict_json import JSON
+from service.upstreams.catalogue import Catalogue
+from service.upstreams.catalogue_fields import pixels_of
 
 MAX_BODY = 1 << 20
-PROMPT_LENGTH = 2000
-NEGATIVE_PROMPT_LENGTH = 500
 URL_LENGTH = 2048
-IMAGE_COUNT = range(1, 5)
-MIN_PIXELS = 768 * 768
-DEFAULT_SIZE = "1280x1280"
 KEY = re.compile(r"[A-Za-z0-9._-]{16,96}")
-SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
-
-
-@dataclass(frozen=True, slots=True)
-class SandboxLimits:
-    """The most pixels of an image, and the possible numbers of input images."""
-
-    max_pixels: int
-    inputs: range
-
-
-MODELS: Mapping[str, SandboxLimits] = {
-    "wan2.5-text-to-image": SandboxLimits(1440 * 1440, range(1)),
-    "wan2.5-image-to-image": SandboxLimits(1280 * 1280, range(1, 6)),
-}
+RATIO = re.compile(r"([1-9][0-9]?):([1-9][0-9]?)")
+EDGES = {"1K": 1024, "2K": 2048, "3K": 3072, "4K": 4096}
+EDGE = EDGES["1K"]  # of a square whose size nothing says
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A submission that the upstream accepts."""
+    """A submission that the upstream accepts. It makes `n` images. `per`: what has a price, each
+    image or the request.
+    """
 
     model: str
     prompt: str
@@ -46,6 +32,7 @@ class Order:
     height: int
     n: int
     callback_url: str | None
+    per: str = "image"
 
 
 def invalid(param: str, message: str) -> ApiError:
@@ -70,80 +57,54 @@ def read_key(key: str | None) -> str | None:
     return key
 
 
-def read_order(body: JSON) -> Order:
+def read_order(body: JSON, catalogue: Catalogue) -> Order:
     """The order in a submission's body. The upstream ignores undocumented fields."""
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise invalid("model", "model is required")
-    if model not in MODELS:
+    entry = catalogue.entry(model)
+    if entry is None:
         raise ApiError(
             403, "model_access_denied", f"no access to model {model[:100]!r}", param="model"
         )
-    limits = MODELS[model]
-    prompt = text(body, "prompt", PROMPT_LENGTH)
-    if prompt is None or not prompt.strip():
+    if (violation := catalogue.check(body)) is not None:
+        raise invalid(violation.param, violation.message)
+    prompt, rule = body.get("prompt"), entry.fields.get("prompt")
+    if rule is not None and rule.required and not str(prompt).strip():
         raise invalid("prompt", "prompt is required")
-    text(body, "negative_prompt", NEGATIVE_PROMPT_LENGTH)
-    optional(body, "prompt_extend", lambda value: isinstance(value, bool), "true or false")
-    n = optional(body, "n", is_image_count, "an integer from 1 to 4")
-    size = body.get("size")
-    width, height = read_size(DEFAULT_SIZE if size is None else size, limits.max_pixels)
-    check_inputs(body.get("image_urls"), limits.inputs)
-    callback_url = text(body, "callback_url", URL_LENGTH)
-    return Order(model, prompt, width, height, 1 if n is None else n, callback_url)
+    if "image_urls" in entry.fields:
+        check_links(body.get("image_urls") or [])
+    size = body.get("size") if "size" in entry.fields else None
+    width, height = drawn_size(size or getattr(entry.fields.get("size"), "default", None))
+    callback_url, n = read_url(body, "callback_url"), entry.images_of(body)
+    drawn = prompt if isinstance(prompt, str) and prompt else model
+    per = catalogue.estimate(body).per
+    return Order(model, drawn, width, height, n, callback_url, per)
 
 
-def is_image_count(value: object) -> bool:
-    return type(value) is int and value in IMAGE_COUNT
+def drawn_size(size: str | None) -> tuple[int, int]:
+    """Width and height of a documented size. A ratio has about as many pixels as 1024x1024."""
+    if (sides := pixels_of(size)) is not None:
+        return sides
+    ratio = RATIO.fullmatch(size or "")
+    if ratio is None:
+        return (EDGES.get(size or "", EDGE),) * 2
+    width, height = int(ratio[1]), int(ratio[2])
+    scale = EDGE / math.sqrt(width * height)
+    return round(width * scale), round(height * scale)
 
 
-def optional(body: JSON, param: str, accepts: Callable[[Any], bool], what: str) -> Any:
-    value = body.get(param)
-    if value is not None and not accepts(value):
-        raise invalid(param, f"{param} must be {what}")
-    return value
-
-
-def text(body: JSON, param: str, longest: int) -> str | None:
+def read_url(body: JSON, param: str) -> str | None:
     value = body.get(param)
     if value is None:
         return None
     if not isinstance(value, str):
         raise invalid(param, f"{param} must be a string")
-    if len(value) > longest:
-        raise invalid(param, f"{param} must have at most {longest} characters, not {len(value)}")
+    if len(value) > URL_LENGTH:
+        raise invalid(param, f"{param} must have at most {URL_LENGTH} characters, not {len(value)}")
     return value
 
 
-def read_size(size: object, max_pixels: int) -> tuple[int, int]:
-    """Width and height in pixels. Their product has limits, and the aspect is 1:4 to 4:1."""
-    match = SIZE.fullmatch(size) if isinstance(size, str) else None
-    if match is None:
-        raise invalid("size", "size must be WIDTHxHEIGHT in pixels, like 1280x1280")
-    width, height = int(match[1]), int(match[2])
-    pixels = width * height
-    if not MIN_PIXELS <= pixels <= max_pixels:
-        raise invalid(
-            "size", f"size must have {MIN_PIXELS} to {max_pixels} pixels in all, not {pixels}"
-        )
-    if max(width, height) > 4 * min(width, height):
-        raise invalid("size", "size must have an aspect from 1:4 to 4:1")
-    return width, height
-
-
-def check_inputs(urls: object, counts: range) -> None:
-    """Checks `image_urls`. A model without input images ignores them."""
-    if counts.stop == 1:
-        return
-    if not isinstance(urls, list) or len(urls) not in counts:
-        raise invalid(
-            "image_urls", f"image_urls must be a list of {counts.start} to {counts.stop - 1} links"
-        )
-    if not all(is_link(url) for url in urls):
+def check_links(urls: list[str]) -> None:
+    if not all(len(url) <= URL_LENGTH and re.match(r"https?://[^/\s]", url) for url in urls):
         raise invalid("image_urls", "every one of image_urls must be an http or https link")
-
-
-def is_link(url: object) -> bool:
-    if not isinstance(url, str) or len(url) > URL_LENGTH:
-        return False
-    return re.match(r"https?://[^/\s]", url) is not None

@@ -19,14 +19,7 @@ from service.errors import ApiError, EgressRefused, NotConnected
 from service.net import Egress, Rules
 from service.upstreams.sandbox.answers import HTTP_ERRORS, Answer, error_answer, json_answer
 from service.upstreams.sandbox.callback_sender import CallbackSender
-from service.upstreams.sandbox.checks import (
-    MAX_BODY,
-    MODELS,
-    invalid,
-    read_body,
-    read_key,
-    read_order,
-)
+from service.upstreams.sandbox.checks import MAX_BODY, invalid, read_body, read_key, read_order
 from service.upstreams.sandbox.effects import CountedRequest
 from service.upstreams.sandbox.faults import (
     FAULTS,
@@ -109,7 +102,7 @@ class Sandbox:
             raise invalid("sandbox", str(wrong)) from None
         if (refusal := self._refusal(faults, key or digest)) is not None:
             return AnswerResponse(replace(refusal, wait=faults.get("submit_delay", 0)))
-        order = read_order(body)
+        order = read_order(body, self.options.catalogue)
         await self._check_callback(order.callback_url)
         delay = self.options.delay_s
         if (first := self.ledger.replayed(key, digest)) is not None:
@@ -143,7 +136,8 @@ class Sandbox:
 
     async def models(self, request: Request) -> Response:
         self._authorise(request)
-        data = [{"id": name, "object": "model", "owned_by": "sandbox"} for name in MODELS]
+        names = self.options.catalogue.models
+        data = [{"id": name, "object": "model", "owned_by": "sandbox"} for name in names]
         return AnswerResponse(json_answer(200, {"object": "list", "data": data}))
 
     async def file(self, request: Request) -> Response:

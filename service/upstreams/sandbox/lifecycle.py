@@ -56,12 +56,12 @@ class SandboxTask:
 
     @property
     def reserved(self) -> Decimal:
-        return self.order.n * self.price
+        return self.price * (self.order.n if self.order.per == "image" else 1)
 
     @property
     def used(self) -> Decimal:
-        """The cost by the images made."""
-        return self.end.images * self.price
+        """The cost by the images made, or of the request if it made some."""
+        return self.price * (self.end.images if self.order.per == "image" else self.end.images > 0)
 
     def record(self, attempt: CallbackAttempt) -> None:
         self.attempts.append(attempt)

@@ -6,19 +6,24 @@ from decimal import Decimal
 from ipaddress import IPv4Network, IPv6Network
 from typing import Any
 
+from service.upstreams.catalogue import Catalogue, load_catalogue
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxOptions:
     """The defaults are the documented ones, except that a task takes 60 s upstream.
 
     `base_url` is the address in result links, by default the one of the submission. Without
-    `api_key` any Bearer key is valid. Callbacks go to public https addresses and into `networks`.
-    Times are seconds, prices whole credits. `faults` are the defaults of every request's `sandbox`
-    object (see `faults.FAULTS`). A fault in `shares` meets that share of the tasks, 0 to 1. With a
-    `seed` the same requests get the same ids, faults and files, in any order.
+    `api_key` any Bearer key is valid. `catalogue` has the models and their limits. Callbacks go to
+    public https addresses and into `networks`. Times are seconds. `price` is the credits for an
+    image, or for a request of a model that has a price per request. `faults` are the defaults of
+    every request's `sandbox` object (see `faults.FAULTS`). A fault in `shares` meets that share of
+    the tasks, 0 to 1. With a `seed` the same requests get the same ids, faults and files, in any
+    order.
     """
 
     base_url: str | None = None
+    catalogue: Catalogue = field(default_factory=load_catalogue, repr=False)
     api_key: str | None = field(default=None, repr=False)
     networks: tuple[IPv4Network | IPv6Network, ...] = ()
     delay_s: float = 1.0

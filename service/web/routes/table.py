@@ -12,7 +12,7 @@ from starlette.routing import Route
 from structlog.contextvars import bind_contextvars
 
 from service.errors import ApiError, invalid_request
-from service.web import schemas
+from service.web import catalogue_schemas, schemas
 from service.web.asyncapi import document as asyncapi_document
 from service.web.bodies import check_coding
 from service.web.context import context_of
@@ -20,6 +20,7 @@ from service.web.event_schemas import EventPage
 from service.web.openapi import document as openapi_document
 from service.web.published import Published
 from service.web.routes import admin_routes as admin
+from service.web.routes import catalogue_routes as catalogue
 from service.web.routes import delivery_routes as deliveries
 from service.web.routes import endpoint_routes as endpoints
 from service.web.routes import event_routes as events
@@ -105,6 +106,20 @@ SPECS = (
     spec("POST /v1/tasks/{task_id}/reconcile", admin.reconcile, "admin", schemas.Task),
     spec(
         "POST /v1/tasks/{task_id}/resolve", admin.resolve, "admin", schemas.Task, schemas.Resolution
+    ),
+    spec("GET /v1/catalogue", catalogue.models, "read submit", catalogue_schemas.CatalogueList),
+    spec(
+        "GET /v1/catalogue/{model}",
+        catalogue.model,
+        "read submit",
+        catalogue_schemas.CatalogueModel,
+    ),
+    spec(
+        "POST /v1/estimates",
+        catalogue.estimate,
+        "submit read",
+        catalogue_schemas.Estimate,
+        catalogue_schemas.EstimatedSubmission,
     ),
     spec("GET /v1/credits", upstream.credits, "admin"),
     spec("GET /v1/models", upstream.models, "read"),

@@ -1,0 +1,119 @@
+"""`darkroom models` and `darkroom estimate`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from service.cli.api_client import api_client, pairs, segment
+from service.cli.output import (
+    Json,
+    Text,
+    Texts,
+    option,
+    plain,
+    put,
+    put_fields,
+    put_json,
+    put_table,
+)
+from service.cli.sandbox_commands import json_or_text
+from service.cli.verb import named
+from service.strict_json import JSON
+
+SHOWN = ("model", "upstream", "edits", "source", "note", "example")
+
+
+def models(
+    name: Annotated[
+        str | None, typer.Argument(help="Shows its fields, limits and sources.", metavar="NAME")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the catalogue: the models with their limits and prices."""
+    path = "/v1/catalogue" if name is None else f"/v1/catalogue/{segment(name)}"
+    with api_client() as client:
+        document = client.call("GET", path)
+    if as_json:
+        put_json(document)
+    elif name is None:
+        put_table(
+            [model_row(entry) for entry in document["data"]],
+            *("model", "edits", "n", "input_images", "sizes", "price"),
+        )
+    else:
+        shown = {each: document[each] for each in SHOWN}
+        put_fields(shown | {"edits": yes(document["edits"]), "price": price(document["price"])})
+        put("")
+        rows = [field_row(field, rule) for field, rule in document["fields"].items()]
+        put_table(rows, "field", "type", "default", "range", "source")
+
+
+def model_row(entry: JSON) -> JSON:
+    images, sizes = entry["input_images"] or {}, entry["sizes"] or {}
+    most = images.get("max") or "any"
+    return {
+        "model": entry["model"],
+        "edits": yes(entry["edits"]),
+        "n": entry["fields"].get("n", {}).get("range", "").removeprefix("a whole number from "),
+        "input_images": f"{images['min']} to {most}" if images else None,
+        "sizes": ", ".join(sizes.get("forms", ())),
+        "price": price(entry["price"]),
+    }
+
+
+def field_row(field: str, rule: JSON) -> JSON:
+    default = {True: "true", False: "false"}.get(rule["default"], rule["default"])
+    range = rule["range"] + (", required" if rule["required"] else "")
+    return {
+        "field": field,
+        "type": rule["type"],
+        "default": default,
+        "range": range,
+        "source": rule["source"],
+    }
+
+
+def yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def price(rule: JSON | None) -> str | None:
+    """The price in words, with the prices of a field's values."""
+    if rule is None:
+        return None
+    each = [f"{name} {credits}" for name, credits in (rule["values"] or {}).items()]
+    more = f" ({rule['by']}: {', '.join(each)})" if each else ""
+    return f"{rule['credits']} {rule['unit']} per {rule['per']}{more}"
+
+
+def estimate(
+    model: Annotated[str, typer.Argument(metavar="MODEL")],
+    prompt: Annotated[Text, option("What the images show.")] = None,
+    size: Annotated[Text, option("Like 1280x1280 or 16:9.")] = None,
+    n: Annotated[int | None, option("Number of images.", "--n", "-n", min=1)] = None,
+    image: Annotated[Texts, option("An input image; may be repeated.", metavar="URL")] = None,
+    field: Annotated[
+        Texts, option("Any other field; may be repeated.", metavar="NAME=VALUE")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a submission will cost. Nothing is submitted."""
+    body: JSON = named({"prompt": prompt, "size": size, "n": n, "image_urls": image})
+    for name, value in pairs(field, "--field").items():
+        put_in(body, name, json_or_text(value))
+    with api_client() as client:
+        cost = client.call("POST", "/v1/estimates", body=body | {"model": model})
+    if as_json:
+        put_json(cost)
+    elif cost["credits"] is None:
+        put(f"the catalogue has no price of {plain(model)}")
+    else:
+        put(f"{cost['credits']} {cost['unit']} = {cost['n']} x {cost['price']} per {cost['per']}")
+
+
+def put_in(body: JSON, name: str, value: Any) -> None:
+    """Sets the field with a dotted name."""
+    *tables, last = name.split(".")
+    for table in tables:
+        body = body.setdefault(table, {})
+    body[last] = value

@@ -1,0 +1,178 @@
+"""A model of the catalogue: its fields, its price, an example, and what follows from them.
+
+The catalogue's file is made of these tables. `catalogue_schema` is its JSON Schema.
+"""
+
+import json
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, StrictBool, StrictInt, field_serializer
+from pydantic.config import JsonDict
+
+from service.credits import MAX_CREDITS, credits_number, millionths
+from service.strict_json import JSON
+from service.upstreams.catalogue_fields import AnyField, CataloguePart, ImagesField, SizeField
+
+NO_OTHERS: JsonDict = {"additionalProperties": False}  # than names of the given pattern
+EXAMPLE_PROMPT = "a lighthouse in the fog"
+EXAMPLE_IMAGE = "https://example.com/photo.png"
+
+
+def whole_millionths(credits: Decimal) -> Decimal:
+    if credits != credits.quantize(Decimal("0.000001")):
+        raise ValueError("should have at most 6 decimal places")
+    return credits
+
+
+def as_json(table: JSON) -> JSON:
+    """The table with the numbers of JSON in place of decimals."""
+    document: JSON = json.loads(json.dumps(table, default=float))
+    return document
+
+
+Credits = Annotated[Decimal, Field(ge=0, le=MAX_CREDITS), AfterValidator(whole_millionths)]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
+FieldName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$")]
+
+
+class PriceRule(CataloguePart):
+    """Credits for an image, or for a request that makes about `images` images. Where the price
+    depends on a field, `by` names it and `values` has the price of each of its values.
+    """
+
+    credits: Credits
+    per: Literal["image", "request"] = "image"
+    images: Annotated[StrictInt, Field(ge=1)] | None = None
+    by: FieldName | None = None
+    values: dict[str, Credits] | None = None
+    source: str | None = None
+    note: str | None = None
+
+    @field_serializer("credits")
+    def _number(self, credits: Decimal) -> int | float | None:
+        return credits_number(millionths(credits))
+
+    @field_serializer("values")
+    def _numbers(self, values: dict[str, Decimal] | None) -> dict[str, int | float | None] | None:
+        if values is None:
+            return None
+        return {name: credits_number(millionths(credits)) for name, credits in values.items()}
+
+
+class ModelEntry(CataloguePart):
+    """A model. `like`: the model whose fields it begins with. `source`: where its limits are
+    documented, if a part does not say otherwise. `edits`: whether it changes given images, by
+    default whether it takes some.
+    """
+
+    like: str | None = None
+    source: str | None = None
+    note: str | None = None
+    edits: StrictBool | None = None
+    fields: dict[FieldName, AnyField] = Field(default_factory=dict, json_schema_extra=NO_OTHERS)
+    price: PriceRule | None = None
+    example: Annotated[dict[str, Any], AfterValidator(as_json)] | None = None
+
+    def sourced(self, otherwise: str) -> "ModelEntry":
+        """The entry with a source in each part."""
+        source = {"source": self.source or otherwise}
+        given: JSON = {
+            "fields": {
+                name: rule if rule.source else rule.model_copy(update=source)
+                for name, rule in self.fields.items()
+            }
+        }
+        if self.price is not None and not self.price.source:
+            given["price"] = self.price.model_copy(update=source)
+        return self.model_copy(update=given)
+
+    def over(self, below: "ModelEntry", otherwise: str) -> "ModelEntry":
+        """The entry on top of another: a part that it does not give is the other's."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        given["fields"] = below.fields | self.fields
+        given["source"] = self.source or below.source or otherwise
+        return below.model_copy(update=given)
+
+    def fields_alone(self) -> "ModelEntry":
+        return ModelEntry(edits=self.edits, fields=self.fields)
+
+    def complaint(self, body: Mapping[str, Any], *, whole: bool = True) -> tuple[str, str] | None:
+        """The first field of a submission that breaks a limit, and the message. A null field counts
+        as absent. Without `whole`, fields may be missing.
+        """
+        for name, rule in self.fields.items():
+            value = value_at(body, name)
+            if value is None and not whole:
+                continue
+            if message := rule.complaint(name, value):
+                return name, message
+        return None
+
+    def price_of(self, body: Mapping[str, Any]) -> int | None:
+        """The price of an image, or of the request, in millionths."""
+        if self.price is None:
+            return None
+        chosen = None if self.price.by is None else self._chosen(body, self.price.by)
+        return millionths((self.price.values or {}).get(str(chosen), self.price.credits))
+
+    def images_of(self, body: Mapping[str, Any]) -> int:
+        """How many images a submission asks for."""
+        if self.price is not None and self.price.images is not None:
+            return self.price.images
+        n = self._chosen(body, "n")
+        return n if type(n) is int and n > 0 else 1
+
+    def _chosen(self, body: Mapping[str, Any], name: str) -> Any:
+        """The value of a field, or its default."""
+        value = value_at(body, name)
+        return getattr(self.fields.get(name), "default", None) if value is None else value
+
+    def example_of(self, name: str) -> JSON:
+        """A submission that the limits allow."""
+        prompt, images = self.fields.get("prompt"), self.fields.get("image_urls")
+        example: JSON = {"model": name}
+        if prompt is not None and prompt.required:
+            example["prompt"] = EXAMPLE_PROMPT
+        if isinstance(images, ImagesField) and images.min:
+            example["image_urls"] = [EXAMPLE_IMAGE] * images.min
+        return example | (self.example or {})
+
+    def document(self, name: str, upstream: str) -> JSON:
+        """The entry as clients see it."""
+        size, images = self.fields.get("size"), self.fields.get("image_urls")
+        images = images if isinstance(images, ImagesField) else None
+        return {
+            "model": name,
+            "upstream": upstream,
+            "source": self.source,
+            "note": self.note,
+            "edits": images is not None if self.edits is None else self.edits,
+            "fields": {name: rule.document() for name, rule in self.fields.items()},
+            "sizes": size.rules() if isinstance(size, SizeField) else None,
+            "input_images": images and images.rules(),
+            "price": self.price and {"unit": "credits"} | self.price.model_dump(mode="json"),
+            "example": self.example_of(name),
+        }
+
+
+class CatalogueFile(CataloguePart):
+    """The file: models by their names."""
+
+    models: dict[ModelName, ModelEntry] = Field(default_factory=dict, json_schema_extra=NO_OTHERS)
+
+
+def value_at(body: Mapping[str, Any], name: str) -> Any:
+    """The value at a dotted name, None if there is none."""
+    value: Any = body
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def catalogue_schema() -> JSON:
+    """The JSON Schema of the file."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | (
+        CatalogueFile.model_json_schema(mode="validation")
+    )

@@ -1,0 +1,285 @@
+"""The fields of a model in the catalogue: what each accepts, and the refusal of everything else.
+
+`type` in the file chooses the class. Lengths are characters, sizes are pixels.
+"""
+
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+
+from service.strict_json import JSON
+
+SIZE = re.compile("([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
+RATIO = re.compile("[1-9][0-9]*:[1-9][0-9]*")
+SHOWN_CHARS = 40
+COMMON = ("type", "required", "default", "min", "max", "unit", "values", "source", "note")
+
+Count = Annotated[StrictInt, Field(ge=0)]
+Range = tuple[Count, Count]
+
+
+class CataloguePart(BaseModel):
+    """A table of the catalogue's file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class FieldRule(CataloguePart):
+    """What all fields have. `source`: where the upstream documents the field's limits."""
+
+    required: StrictBool = False
+    source: str | None = None
+    note: str | None = None
+
+    def words(self) -> str:
+        """What the field accepts, after the word "be"."""
+        raise NotImplementedError
+
+    def accepts(self, value: Any) -> bool:
+        raise NotImplementedError
+
+    def measured(self, value: Any) -> str:
+        """The part of a refused value that breaks the limit."""
+        return shown(value)
+
+    def complaint(self, name: str, value: Any) -> str | None:
+        """Why a value is refused. It names the field, its limit and the value."""
+        if value is None:
+            return f"{name} is required: it must be {self.words()}" if self.required else None
+        if self.accepts(value):
+            return None
+        return f"{name} must be {self.words()}, not {self.measured(value)}"
+
+    def document(self) -> JSON:
+        """The field as clients see it. `limits` has what only its type has."""
+        rules = self.model_dump(mode="json")
+        limits = {name: value for name, value in rules.items() if name not in COMMON}
+        given = {name: value for name, value in limits.items() if value is not None}
+        return {name: rules.get(name) for name in COMMON} | {"range": self.words(), "limits": given}
+
+    @model_validator(mode="after")
+    def _check_default(self) -> "FieldRule":
+        default = getattr(self, "default", None)
+        if default is not None and (message := self.complaint("default", default)):
+            raise ValueError(message)
+        return self
+
+
+class TextField(FieldRule):
+    """Text, of some length or one of `values`. `unit` tokens: the upstream counts the length, and
+    the service does not check it.
+    """
+
+    type: Literal["string"]
+    default: str | None = None
+    min: Count = 0
+    max: Count | None = None
+    unit: Literal["characters", "tokens"] = "characters"
+    values: list[str] | None = None
+
+    def words(self) -> str:
+        if self.values is not None:
+            return f"one of {', '.join(self.values)}"
+        length = span(self.min or None, self._most())
+        return f"text of {length} characters" if length else "text"
+
+    def accepts(self, value: Any) -> bool:
+        if not isinstance(value, str) or (self.values is not None and value not in self.values):
+            return False
+        most = self._most()
+        return len(value) >= self.min and (most is None or len(value) <= most)
+
+    def measured(self, value: Any) -> str:
+        counted = self.values is None and isinstance(value, str)
+        return f"{len(value)}" if counted else shown(value)
+
+    def _most(self) -> int | None:
+        return None if self.unit == "tokens" else self.max
+
+
+class NumberField(FieldRule):
+    """A number in a range, or one of `values`."""
+
+    type: Literal["integer", "number"]
+    default: StrictInt | None = None
+    min: StrictInt | None = None
+    max: StrictInt | None = None
+    values: list[StrictInt] | None = None
+
+    def words(self) -> str:
+        if self.values is not None:
+            return f"one of {', '.join(map(str, self.values))}"
+        kind = "a whole number" if self.type == "integer" else "a number"
+        limits = span(self.min, self.max)
+        return f"{kind} from {limits}" if " to " in limits else f"{kind} of {limits}".rstrip(" of")
+
+    def accepts(self, value: Any) -> bool:
+        if type(value) is not int and (self.type == "integer" or type(value) is not float):
+            return False
+        if self.values is not None:
+            return value in self.values
+        return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
+
+
+class FlagField(FieldRule):
+    type: Literal["boolean"]
+    default: StrictBool | None = None
+
+    def words(self) -> str:
+        return "true or false"
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, bool)
+
+
+class ObjectField(FieldRule):
+    """An object. Its own fields are further fields with dotted names."""
+
+    type: Literal["object"]
+
+    def words(self) -> str:
+        return "an object"
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, dict)
+
+
+class SizeField(FieldRule):
+    """One of `values`, such as a ratio, or WIDTHxHEIGHT within the other limits.
+
+    `pixels`: range of width x height. `side`: range of width and of height. `aspect`: how many
+    times as long as the short side the long side may be. `multiple`: what divides both sides.
+    Without `pixels` and `side` only `values` are accepted.
+    """
+
+    type: Literal["size"]
+    default: str | None = None
+    values: list[str] | None = None
+    pixels: Range | None = None
+    side: Range | None = None
+    aspect: Annotated[StrictInt, Field(ge=1)] | None = None
+    multiple: Annotated[StrictInt, Field(ge=1)] | None = None
+
+    def words(self) -> str:
+        forms = list(self.values or [])
+        if self.pixels or self.side:
+            limits = [f"{self.pixels[0]} to {self.pixels[1]} pixels in all"] if self.pixels else []
+            limits += [f"sides of {self.side[0]} to {self.side[1]}"] if self.side else []
+            limits += [f"multiples of {self.multiple}"] if self.multiple else []
+            limits += [f"an aspect from 1:{self.aspect} to {self.aspect}:1"] if self.aspect else []
+            forms.append(f"WIDTHxHEIGHT in pixels with {', '.join(limits)}")
+        return (f"one of {', '.join(forms[:-1])} or " if forms[1:] else "") + "".join(forms[-1:])
+
+    def accepts(self, value: Any) -> bool:
+        if isinstance(value, str) and value in (self.values or ()):
+            return True
+        sides = pixels_of(value)
+        if sides is None or not (self.pixels or self.side):
+            return False
+        short, long = min(sides), max(sides)
+        return (
+            (self.pixels is None or self.pixels[0] <= short * long <= self.pixels[1])
+            and (self.side is None or (self.side[0] <= short and long <= self.side[1]))
+            and (self.aspect is None or long <= self.aspect * short)
+            and (self.multiple is None or not (short % self.multiple or long % self.multiple))
+        )
+
+    def rules(self) -> JSON:
+        """The sizes of a model. `forms`: pixels, ratios, or names such as auto."""
+        forms = {"pixels"} if self.pixels or self.side else set()
+        for value in self.values or ():
+            ratio = "ratios" if RATIO.fullmatch(value) else "names"
+            forms.add("pixels" if pixels_of(value) else ratio)
+        return {"forms": sorted(forms)} | self.model_dump(mode="json", exclude={"type", "required"})
+
+    def measured(self, value: Any) -> str:
+        sides = pixels_of(value)
+        total = f", which has {sides[0] * sides[1]}" if sides and self.pixels else ""
+        return shown(value) + total
+
+
+class ImagesField(FieldRule):
+    """Links of input images: how many, and what the upstream accepts as one.
+
+    `alpha` False: no transparency. `aspect` as for a size. `max_pixels`: width x height.
+    """
+
+    type: Literal["images"]
+    min: Count = 0
+    max: Count | None = None
+    formats: list[str] | None = None
+    alpha: StrictBool = True
+    max_bytes: Count | None = None
+    min_side: Count | None = None
+    max_side: Count | None = None
+    max_pixels: Count | None = None
+    aspect: Annotated[StrictInt, Field(ge=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require(cls, table: Any) -> Any:
+        """A model that needs at least one input image needs the field."""
+        return {"required": bool(table.get("min")), **table} if isinstance(table, dict) else table
+
+    def words(self) -> str:
+        return f"a list of {span(self.min or None, self.max)} links".replace("  ", " ")
+
+    def accepts(self, value: Any) -> bool:
+        return (
+            is_texts(value)
+            and self.min <= len(value)
+            and (self.max is None or len(value) <= self.max)
+        )
+
+    def measured(self, value: Any) -> str:
+        return f"{len(value)}" if is_texts(value) else shown(value)
+
+    def rules(self) -> JSON:
+        """How many input images a model takes, and what each has to be."""
+        return self.model_dump(mode="json", exclude={"type", "required"})
+
+
+class UnsupportedField(FieldRule):
+    """A field that the model does not have. A submission with it is refused."""
+
+    type: Literal["unsupported"]
+
+    def words(self) -> str:
+        return "absent"
+
+    def complaint(self, name: str, value: Any) -> str | None:
+        return None if value is None else f"{name} is not supported by this model"
+
+
+AnyField = Annotated[
+    TextField | NumberField | FlagField | ObjectField | SizeField | ImagesField | UnsupportedField,
+    Field(discriminator="type"),
+]
+
+
+def span(least: int | None, most: int | None) -> str:
+    """A range in words. Without limits it is empty."""
+    if least is not None and most is not None:
+        return f"{least} to {most}"
+    if most is not None:
+        return f"at most {most}"
+    return "" if least is None else f"at least {least}"
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, cut to a few characters."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "…"
+
+
+def is_texts(value: Any) -> bool:
+    """Whether the value is a list of texts that are not empty."""
+    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+
+
+def pixels_of(size: Any) -> tuple[int, int] | None:
+    """Width and height of WIDTHxHEIGHT."""
+    match = SIZE.fullmatch(size) if isinstance(size, str) else None
+    return None if match is None else (int(match[1]), int(match[2]))

@@ -1,0 +1,42 @@
+"""The catalogue of models, and what a submission will cost."""
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service.credits import credits_number
+from service.errors import ApiError
+from service.web.bodies import read_json
+from service.web.context import context_of
+
+
+async def models(request: Request) -> Response:
+    """List the models of the catalogue, with limits and prices."""
+    catalogue = context_of(request).intake.catalogue
+    data = [catalogue.document(name) for name in catalogue.models]
+    return JSONResponse({"data": data, "next_cursor": None})
+
+
+async def model(request: Request) -> Response:
+    """Show a model of the catalogue."""
+    name, catalogue = request.path_params["model"], context_of(request).intake.catalogue
+    if name not in catalogue.models:
+        raise ApiError(404, "model_not_found", "the catalogue has no model of that name")
+    return JSONResponse(catalogue.document(name))
+
+
+async def estimate(request: Request) -> Response:
+    """Estimate the cost of a submission. Nothing is stored or sent."""
+    intake, body = context_of(request).intake, await read_json(request)
+    intake.check_limits(body, whole=False)
+    cost = intake.catalogue.estimate(body)
+    return JSONResponse(
+        {
+            "credits": credits_number(cost.credits),
+            "unit": "credits",
+            "price": credits_number(cost.price),
+            "n": cost.n,
+            "per": cost.per,
+            "basis": "unknown" if cost.price is None else "catalogue",
+            "budget": None,
+        }
+    )
