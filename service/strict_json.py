@@ -1,5 +1,5 @@
 """JSON objects from outside, parsed by one set of rules. The service can store, sign and send on
-every accepted object.
+every accepted object, and every line reader can read what it writes.
 """
 
 import json
@@ -11,6 +11,8 @@ JSON = dict[str, Any]
 
 MAX_DEPTH = 100  # levels, far below the limits of encoders and databases
 FORBIDDEN_TEXT = re.compile("[\0\ud800-\udfff]")
+# JSON escapes the other characters at which some readers end a line. It permits these.
+LINE_ENDS = {"\x85": r"\u0085", "\u2028": r"\u2028", "\u2029": r"\u2029"}
 
 
 def read_object(body: bytes | bytearray, *, finite: bool = False) -> JSON:
@@ -32,6 +34,16 @@ def read_object(body: bytes | bytearray, *, finite: bool = False) -> JSON:
         raise ValueError("it is no object")  # noqa: TRY004 - callers catch one type of error
     _check(value)
     return value
+
+
+def compact_json(document: object) -> str:
+    """The document on one line for every reader: Python's `splitlines`, on which httpx and requests
+    build their line readers, and Node's readline end lines at NEL, LS and PS too.
+    """
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+    for char, escape in LINE_ENDS.items():
+        text = text.replace(char, escape)
+    return text
 
 
 def check_text(text: str) -> None:

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from service.strict_json import compact_json
+
 Text = str | None
 Texts = list[str] | None
 
@@ -39,8 +41,8 @@ def put(line: str) -> None:
 
 def put_json(value: object) -> None:
     """Prints a JSON document on one line. JSON escapes control characters."""
-    ascii_only = not sys.stdout.encoding.lower().startswith("utf")
-    put(json.dumps(value, ensure_ascii=ascii_only, separators=(",", ":")))
+    unicode = sys.stdout.encoding.lower().startswith("utf")
+    put(compact_json(value) if unicode else json.dumps(value, separators=(",", ":")))
 
 
 def put_fields(fields: Mapping[str, Any]) -> None:

@@ -19,12 +19,12 @@ from sqlalchemy import Connection, Update, insert, select, update
 from service.db.tables import counters, events, sinks
 from service.db.transaction import Transaction
 from service.errors import MessageTooLarge, SinkUnavailable, StoreUnavailable
-from service.events.documents import compact_json
 from service.events.feed import LOOK_S, Entry, event_list, outbox_end, type_conditions
 from service.ids import sequence_text
 from service.queue.backoff import broker_wait
 from service.queue.leases import LEASE_MS, RENEW_S, TOLERANCE_MS
 from service.resources import Resources
+from service.strict_json import compact_json
 
 log = structlog.get_logger()
 

@@ -1,6 +1,5 @@
 """Events, deliveries and replays as their readers get them (docs/api.md)."""
 
-import json
 from collections.abc import Mapping, Sequence
 
 from service.db.paging import Row
@@ -29,10 +28,6 @@ def event_document(row: Row, links: Links) -> JSON:
         "sequence": sequence_text(row["sequence"]),
         "data": with_links(data, links) if "images" in data else data,
     }
-
-
-def compact_json(document: JSON) -> str:
-    return json.dumps(document, separators=(",", ":"), ensure_ascii=False)
 
 
 def type_matches(pattern: str, type: str) -> bool:

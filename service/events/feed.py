@@ -11,8 +11,9 @@ from sqlalchemy import ColumnElement, Connection, func, or_, select
 from service.db.batching import BatchingStore
 from service.db.paging import PAGE_BYTES, Row, in_batches, matching, that_fit
 from service.db.tables import counters, events
-from service.events.documents import compact_json, event_document
+from service.events.documents import event_document
 from service.links import Links
+from service.strict_json import compact_json
 
 LOOK_S = 0.5  # between reads, because a hint that there is something new may be lost
 

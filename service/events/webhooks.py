@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from service.db.paging import Row
 from service.errors import ConfigurationError, EgressError, NoPlace, NoRoute
 from service.events.deliveries import DeliveryAttempt, DeliveryToSend
-from service.events.documents import compact_json, event_document
+from service.events.documents import event_document
 from service.events.secrets import valid_secrets
 from service.net import Egress
 from service.net.retry_after import retry_after
 from service.resources import Resources
 from service.signing import sign_webhook
+from service.strict_json import compact_json
 
 ANSWER_BYTES, ANSWER_S = 2048, 1.0  # of a body: the status line has decided already
 PAUSE_LIMIT_S = 3600.0

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 from service.credits import credits_number
-from service.events.documents import compact_json
 from service.ids import rfc3339_or_none
-from service.strict_json import JSON
+from service.strict_json import JSON, compact_json
 from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State, status_of
 

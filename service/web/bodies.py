@@ -17,8 +17,7 @@ from starlette.responses import Response
 
 from service.db.paging import PAGE_BYTES, Row, Selection, in_batches, that_fit
 from service.errors import ApiError, invalid_request
-from service.events.documents import compact_json
-from service.strict_json import JSON, check_text, read_object
+from service.strict_json import JSON, check_text, compact_json, read_object
 from service.web.auth import caller_of
 from service.web.context import resources_of
 from service.web.page_answer import page_answer
