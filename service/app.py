@@ -27,8 +27,9 @@ from service.images.sweep import sweep
 from service.images.validator import ImageValidator, open_validator
 from service.ops.metrics import Metrics
 from service.queue.periodic import hourly
+from service.queue.stage import Stage
 from service.queue.stopping import Stopping
-from service.queue.worker import Stage, WorkerPool
+from service.queue.worker import WorkerPool
 from service.resources import Resources
 from service.settings import Settings, masked
 from service.tasks.accept import TaskIntake
@@ -113,8 +114,8 @@ def stages(
         Stage("settle", settings.evolink_concurrency, settler.run, dead_letter_task),
         Stage("reconcile", settings.evolink_concurrency, settler.run, dead_letter_task),
         Stage("download", settings.download_concurrency, downloader.run, dead_letter_image),
-        Stage("deliver", DELIVERIES, deliverer.run, dead_letter_delivery),
-        Stage("redeliver", REDELIVERIES, deliverer.run, dead_letter_delivery),
+        Stage("deliver", DELIVERIES, deliverer.run, dead_letter_delivery, shared=True),
+        Stage("redeliver", REDELIVERIES, deliverer.run, dead_letter_delivery, shared=True),
         Stage("replay", REPLAYS, ReplayWorker(resources).run, dead_letter_replay),
     ]
 
@@ -232,6 +233,7 @@ def make_context(
         shedder=LoadShedder(gate, resources.metrics),
         readiness=RecentLook(),
         result_ttl_s=settings.evolink_result_ttl_s,
+        max_endpoints=settings.max_endpoints,
         sinks={address.name: address.types for address in settings.sinks},
         sinks_failing=lambda: any(each.failing for each in broker_workers.values()),
         quiesce=stopping.quiesce,

@@ -8,7 +8,8 @@ once, where they enter.
     ├── BlobUnavailable        the blob store could not write or read: worth a retry
     │   └── BlobMissing        no blob has that name
     ├── SinkUnavailable        a broker did not confirm an event, but may have it: worth a retry
-    │   └── MessageTooLarge    the broker accepts no message of that size
+    │   └── MessageRefused     the broker refused this message, and may accept others
+    │       └── MessageTooLarge    the broker accepts no message of that size
     └── EgressError            a request to another host brought no whole response
         ├── NoPlace            the concurrency limit was reached for too long: nothing was sent
         ├── EgressRefused      the guard refused address, scheme, port or redirect: nothing was sent
@@ -86,7 +87,10 @@ class BlobMissing(BlobUnavailable): ...
 class SinkUnavailable(DarkroomError): ...
 
 
-class MessageTooLarge(SinkUnavailable): ...
+class MessageRefused(SinkUnavailable): ...
+
+
+class MessageTooLarge(MessageRefused): ...
 
 
 class EgressError(DarkroomError): ...

@@ -128,6 +128,8 @@ class Settings(BaseModel):
     """Timeout of one delivery attempt."""
     endpoint_disable_after_s: types.Seconds = 432_000
     """The service disables an endpoint whose attempts have only failed for this long."""
+    max_endpoints: int = Field(100, ge=1)
+    """Endpoints that one owner may have. More are 422."""
     sinks: types.Sinks = ()
     """Comma-separated addresses of brokers that get every event, such as
     `nats://HOST:4222/SUBJECT?stream=NAME`. Needs the extra `brokers`."""

@@ -12,7 +12,7 @@ from service.cli.api_client import ApiClient, CommandFailed, api_client, segment
 from service.cli.output import Json, put_fields, put_table, remark, show
 from service.strict_json import JSON
 
-DEFAULTS = {"limit": 100, "only": "dead", "dry_run": False}
+DEFAULTS = {"limit": 100, "only": "undelivered", "dry_run": False}
 
 
 def named(given: JSON) -> JSON:

@@ -183,7 +183,7 @@ REPLAYS = {
             "since": Time,
             "until": Time,
             "types": Types,
-            "only": Annotated[str, option("dead: events with a dead delivery; all: every event.")],
+            "only": Annotated[str, option("undelivered, dead, or all events.")],
             "dry_run": Flag,
         },
     ),

@@ -232,7 +232,9 @@ class BatchingStore(ABC):
             return await run(self.apply, calls, slots)
 
     def begin(self, connection: Connection, slots: dict[str, int]) -> Transaction:
-        return Transaction(connection, self.now(connection), self.process, self._new_id, slots)
+        shares = self.workers.shares() if self.workers else {}
+        now = self.now(connection)
+        return Transaction(connection, now, self.process, self._new_id, slots, shares)
 
     def apply(
         self, connection: Connection, calls: Sequence[Call], slots: dict[str, int]

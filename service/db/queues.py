@@ -53,13 +53,16 @@ def _partial(name: str, where: ColumnElement[bool], *columns: ColumnElement[Any]
 
 
 # Each queue has an index of its own, so that a claim in one does not read thousands of due rows of
-# another. The index of `submit` begins with the order, because owners take turns.
+# another. The index of `submit` begins with the order, because owners take turns. A claim of
+# deliveries may pass over owners whose share is used up, by an index that ends with the owner.
 for queue in QUEUES.values():
     due = queue.column("due_at")
     columns = [queue.order, due] if queue.stage == "submit" else [due]
     waiting = due.is_not(None) if queue.where is None else and_(due.is_not(None), queue.where)
     name = f"{queue.stage}_next" if queue.table is deliveries else queue.stage
     _partial(f"ix_{queue.table.name}_{name}_due_at", waiting, *columns)
+    if queue.table is deliveries:
+        _partial(f"ix_deliveries_{queue.stage}_due_at_owner", waiting, due, deliveries.c.owner)
 
 for queue in LEASED:
     deaths = queue.column("deaths")
@@ -73,6 +76,11 @@ for name, tried in (
     due = deliveries.c.due_at
     _partial(f"ix_deliveries_{name}_due_at", and_(due.is_not(None), tried), due)
 
+# The deliveries that an endpoint waits for, soonest first.
+_waiting = and_(deliveries.c.due_at.is_not(None), deliveries.c.endpoint_id.is_not(None))
+_partial(
+    "ix_deliveries_endpoint_id_due_at", _waiting, deliveries.c.endpoint_id, deliveries.c.due_at
+)
 _replayed = deliveries.c.replay_id.is_not(None)
 _partial("ix_deliveries_replay_id", _replayed, deliveries.c.replay_id, deliveries.c.state)
 _retained = and_(tasks.c.terminal_at.is_not(None), tasks.c.erased_at.is_(None))

@@ -14,6 +14,9 @@ class Workers(Protocol):
     def reserve(self) -> dict[str, int]:
         """Takes every free slot, by stage. Unused slots come back with `take`."""
 
+    def shares(self) -> dict[str, dict[str, int]]:
+        """The slots in use by each owner, for the stages whose slots owners share."""
+
     def take(self, leased: Iterable[Lease], unused: Mapping[str, int]) -> None:
         """Starts the leased work and frees the unused slots."""
 

@@ -230,6 +230,8 @@ deliveries = Table(
     Column("finished_at", BigInteger),
     *lease_columns(),
     Column("replay_id", String(40)),  # NULL: written with its event
+    # Set while the delivery is brought forward: when it was due, or 0 if it was not tried before.
+    Column("planned_at", BigInteger),
     Index(None, "event_id"),
     Index(None, "endpoint_id", "state"),
     Index(None, "task_id"),
@@ -246,6 +248,7 @@ replays = Table(
     Column("until_at", BigInteger, nullable=False),
     Column("types", JSON, nullable=False),
     Column("only", String(8), nullable=False),  # dead | all
+    Column("pending", Boolean),  # TRUE: dead and pending deliveries, which is `undelivered`
     Column("state", String(16), nullable=False),  # running | done | cancelled
     Column("count", BigInteger, nullable=False),  # of events at the start
     Column("made", BigInteger, nullable=False),  # deliveries so far

@@ -12,13 +12,14 @@ from service.strict_json import JSON
 @dataclass(frozen=True, slots=True)
 class Lease:
     """The right to work on one row until the lease ends. A finish with an old `fence` changes
-    nothing.
+    nothing. `owner`: the row's, whose share of the slots the lease takes up.
     """
 
     stage: str
     key: str
     fence: int
     attempts: int
+    owner: str = ""
 
 
 @dataclass(slots=True)
@@ -40,6 +41,7 @@ class Emitted:
 @dataclass(slots=True)
 class Transaction:
     """`now` is the store's time. `slots` are the free slots of this process's workers, by stage.
+    `shares` are the slots in use by each owner, for the stages whose slots owners share.
 
     The committer reads the other fields after the commit: `leased` rows for its workers, events,
     the ids of `touched` tasks for waiting requests, and stages with `due` work.
@@ -50,6 +52,7 @@ class Transaction:
     process: str
     new_id: Callable[[str, int], str]
     slots: dict[str, int] = field(default_factory=dict)
+    shares: dict[str, dict[str, int]] = field(default_factory=dict)
     leased: list[Lease] = field(default_factory=list)
     emitted: list[Emitted] = field(default_factory=list)
     steps: list[JSON] = field(default_factory=list)

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Update, insert, select, update
 
 from service.db.tables import counters, events, sinks
 from service.db.transaction import Transaction
-from service.errors import MessageTooLarge, SinkUnavailable, StoreUnavailable
+from service.errors import MessageRefused, MessageTooLarge, SinkUnavailable, StoreUnavailable
 from service.events.feed import LOOK_S, Entry, event_list, outbox_end, type_conditions
 from service.ids import sequence_text
 from service.queue.backoff import broker_wait
@@ -32,6 +32,7 @@ PAGE = 100  # events
 # The last message is sent at most 10 s + 5 s after the lease began, and is confirmed or given up
 # within 5 s. That is 20 s of the lease's 30 s.
 SPARE_S = 5.0
+REFUSALS = 3  # of one message, before it is skipped
 OTHERS_S = 5.0  # between looks whether the process that publishes is still there
 
 
@@ -154,6 +155,7 @@ class BrokerWorker:
         self._renew_at = 0.0
         self._faults = 0  # since the last success
         self._failing_since = 0.0
+        self._refused: set[str] = set()  # event types that were skipped last
 
     @property
     def failing(self) -> bool:
@@ -233,8 +235,36 @@ class BrokerWorker:
         return count
 
     async def _send(self, entry: Entry) -> None:
-        """Publishes one event. If the message is too large, it goes without its task's `request`,
-        the only part that can be long, so that it does not block the events after it.
+        """Publishes one event. After `REFUSALS` refusals it is skipped, so that it does not hold up
+        the events after it. Only the first event of a refused type waits between its tries.
+        """
+        clock, exception = asyncio.get_running_loop().time, ""
+        for refusals in range(1, REFUSALS + 1):
+            try:
+                await self._send_fitting(entry)
+            except MessageRefused as error:
+                exception = str(error)
+                if clock() >= self._renew_at + SPARE_S:
+                    raise
+                if entry.type not in self._refused and refusals < REFUSALS:
+                    await asyncio.sleep(broker_wait(refusals, self._resources.random()))
+            else:
+                self._refused.discard(entry.type)
+                return
+        self._refused.add(entry.type)
+        self._resources.metrics.sink_skipped.labels(self._sink.name).inc()
+        log.error(
+            "sink.skipped",
+            sink=self._sink.name,
+            event_id=entry.id,
+            type=entry.type,
+            sequence=sequence_text(entry.sequence),
+            exception=exception,
+        )
+
+    async def _send_fitting(self, entry: Entry) -> None:
+        """If the message is too large, it goes without its task's `request`, the only part that can
+        be long.
         """
         body = entry.document
         message = Message(entry.id, entry.type, entry.task_id or entry.id, body)

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import faststream
 
-from service.errors import MessageTooLarge, SinkUnavailable
+from service.errors import MessageRefused, MessageTooLarge, SinkUnavailable
 from service.events.broker_addresses import SinkAddress
 from service.events.broker_worker import Message
 
@@ -27,8 +27,13 @@ CONTENT_TYPE = "application/cloudevents+json"
 DUPLICATES_S = 3600  # how long a stream that is made here remembers ids
 KEPT_S = 30 * 86_400  # and how long it keeps messages
 REMEMBERED = 1000  # entries at the end of a Redis stream whose ids are compared
-# JetStream's and Kafka's errors. Their limit is 1 MiB unless it is set.
-TOO_LARGE = ("MaxPayloadError", "MessageSizeTooLargeError")
+# JetStream's and Kafka's limit is 1 MiB unless it is set. An AMQP exchange returns a message for
+# which it has no queue.
+REFUSALS: dict[str, type[MessageRefused]] = {
+    "MaxPayloadError": MessageTooLarge,
+    "MessageSizeTooLargeError": MessageTooLarge,
+    "PublishError": MessageRefused,
+}
 LARGEST = 64 << 20  # bytes of a message, so that the broker's own limit is met first
 
 logging.getLogger(faststream.__name__).handlers.clear()  # FastStream writes to standard error
@@ -82,7 +87,9 @@ class BrokerSink(ABC):
             yield
         except Exception as error:  # noqa: BLE001 - each library has a tree of its own
             text = f"{type(error).__name__}: {error}".replace("\n", " ")
-            kind = MessageTooLarge if type(error).__name__ in TOO_LARGE else SinkUnavailable
+            kind = REFUSALS.get(type(error).__name__, SinkUnavailable)
+            if kind is MessageRefused and self._address.option == "queue":
+                kind = SinkUnavailable  # the queue is gone, and the next connection makes it
             secret = self._address.password or self._address.user  # a token stands alone
             for each in (secret, quote(secret, safe="")) if secret else ():
                 text = text.replace(each, "***")

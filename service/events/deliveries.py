@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, and_, bindparam, func, insert, over, select, update
 
 from service.db.paging import Row, Selection, matching, page
-from service.db.tables import ZERO, attempts, deliveries, endpoints, events, owners, tasks
+from service.db.tables import attempts, deliveries, endpoints, events, owners, tasks
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
-from service.events.endpoints import disable, lock_endpoint, update_endpoint
+from service.events.endpoints import bring_forward, disable, lock_endpoint, update_endpoint
 from service.ids import rfc3339
 from service.queue import leases
 
 ATTEMPTS = 200  # of a delivery, in an answer
-BACK_TO_NORMAL = 1000  # deliveries that are due at once when their endpoint recovers
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +34,7 @@ class DeliveryToSend:
     endpoint_status: str | None
     paused_until: int | None
     event: Row | None
+    planned_at: int | None = None  # when a delivery that was brought forward was due
 
 
 COLUMNS = ("id", "status", "duration_ms", "error", "answer")  # of an attempt
@@ -50,6 +50,7 @@ _DELIVERY_TO_SEND = (
         func.coalesce(endpoints.c.secret, owners.c.callback_secret).label("secret"),
         endpoints.c.status.label("endpoint_status"),
         endpoints.c.paused_until,
+        deliveries.c.planned_at,
         deliveries.c.event_id,
     )
     .select_from(
@@ -114,7 +115,8 @@ class DeliveryOutcome:
     """The end of a lease: `delivered`, `retry` after `wait_ms`, `dead`, `gone` (410), `held`
     (the endpoint is paused) or `snooze` (not tried, due again after `wait_ms`).
 
-    `wake`: other deliveries snoozed until this attempt ended.
+    `wake`: other deliveries snoozed until this attempt ended. `early`: the delivery was brought
+    forward, so that the attempt does not count and the planned one still comes.
     """
 
     lease: Lease
@@ -123,6 +125,7 @@ class DeliveryOutcome:
     wait_ms: int = 0
     disable_after_ms: int = 0
     wake: bool = False
+    early: bool = False
 
 
 def record_attempts(tx: Transaction, items: Sequence[DeliveryOutcome]) -> list[bool]:
@@ -179,14 +182,17 @@ def _record(tx: Transaction, row: Row, item: DeliveryOutcome) -> None:
     if finished:
         state = "delivered" if result == "delivered" else "dead"
         values |= {"state": state, "finished_at": tx.now}
-    elif result in ("held", "snooze"):  # no request was made, so the attempt does not count
-        values["attempts"] = row["attempts"] - 1
+    elif result in ("held", "snooze") or item.early:
+        values["attempts"] = row["attempts"] - 1  # no request was made, or one beside the schedule
+    else:
+        values["planned_at"] = None
     tx.connection.execute(update(deliveries).where(deliveries.c.id == row["id"]).values(values))
     attempt = item.attempt
     if attempt is not None and result == "dead":
         _emit_exhausted(tx, row)
     if attempt is not None and endpoint_id is not None and not attempt.ours:
-        _record_on_endpoint(tx, endpoint_id, result, attempt, item.disable_after_ms)
+        more = row["planned_at"] is not None
+        _record_on_endpoint(tx, endpoint_id, result, attempt, item.disable_after_ms, more=more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,9 +230,13 @@ def _record_on_endpoint(
     disable_after_ms: int = 0,
     *,
     manual: bool = False,
+    more: bool = False,
 ) -> None:
     """Notes success and failure on the endpoint. Disables it after 410, or when every attempt has
     failed for `disable_after_ms`. A failed manual attempt does not start that time.
+
+    The first success after failures brings waiting deliveries forward. Each of them that succeeds
+    brings `more` of them.
     """
     endpoint = lock_endpoint(tx, endpoint_id)
     if endpoint is None or endpoint.status == "disabled":
@@ -236,8 +246,9 @@ def _record_on_endpoint(
     if result == "delivered":
         if endpoint.failing_since is not None:
             update_endpoint(tx, endpoint_id, failing_since=None)
-            if (endpoint.paused_until or 0) <= tx.now:
-                _make_due(tx, endpoint_id)
+            bring_forward(tx, endpoint)
+        elif more:
+            bring_forward(tx, endpoint, more=True)
         return
     since = endpoint.failing_since
     values = {"failing_since": tx.now} if since is None and not manual else {}
@@ -248,29 +259,6 @@ def _record_on_endpoint(
         disable(tx, endpoint_id, "the endpoint answered 410 Gone")
     elif since is not None and tx.now - since >= disable_after_ms > 0:
         disable(tx, endpoint_id, f"every attempt failed since {rfc3339(since)}")
-
-
-def _make_due(tx: Transaction, endpoint_id: str) -> None:
-    """An endpoint recovered: deliveries that were snoozed and never tried are due now, at most
-    `BACK_TO_NORMAL` of them.
-    """
-    waiting = (
-        select(deliveries.c.id)
-        .where(
-            deliveries.c.endpoint_id == endpoint_id,
-            deliveries.c.state == "pending",
-            deliveries.c.attempts == ZERO,
-            deliveries.c.lease_until.is_(None),
-            deliveries.c.due_at > tx.now,
-        )
-        .order_by(deliveries.c.due_at)
-        .limit(BACK_TO_NORMAL)
-        .with_for_update(skip_locked=True)
-    )
-    tx.connection.execute(
-        update(deliveries).where(deliveries.c.id.in_(waiting)).values(due_at=tx.now)
-    )
-    tx.due.update(("deliver", "redeliver"))
 
 
 def _emit_exhausted(tx: Transaction, row: Row) -> None:

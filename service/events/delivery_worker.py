@@ -80,7 +80,7 @@ class DeliveryWorker:
         finally:
             seconds = time.monotonic() - began
             wake = self.limiter.record(subscriber, seconds, first=first, healthy=healthy)
-        return self._outcome(lease, attempt, wake=wake)
+        return self._outcome(lease, attempt, delivery.planned_at or 0, wake=wake)
 
     async def _record(self, outcome: DeliveryOutcome) -> bool:
         """Tries until the store commits, so that a failing store causes no second request.
@@ -120,9 +120,15 @@ class DeliveryWorker:
         left = (delivery.paused_until or 0) - self.sender.resources.store.clock()
         return DeliveryOutcome(lease, "snooze", wait_ms=left) if left > 0 else None
 
-    def _outcome(self, lease: Lease, attempt: DeliveryAttempt, *, wake: bool) -> DeliveryOutcome:
+    def _outcome(
+        self, lease: Lease, attempt: DeliveryAttempt, planned_at: int, *, wake: bool
+    ) -> DeliveryOutcome:
         result, wait_ms = result_of(attempt) or "dead", 0
-        if result == "dead":
+        left = planned_at - self.sender.resources.store.clock()
+        early = result == "dead" and left > 0
+        if early:
+            result, wait_ms = "retry", max(left, attempt.pause_ms)
+        elif result == "dead":
             random = self.sender.resources.random()
             wait = wait_before(
                 self.schedule, lease.attempts, repeat_last=False, random=random, spread=0.2
@@ -130,7 +136,7 @@ class DeliveryWorker:
             if wait is not None:
                 result, wait_ms = "retry", max(round(wait * 1000), attempt.pause_ms)
         after_ms = round(self.disable_after_s * 1000)
-        return DeliveryOutcome(lease, result, attempt, wait_ms, after_ms, wake)
+        return DeliveryOutcome(lease, result, attempt, wait_ms, after_ms, wake, early)
 
     def _report(self, delivery: DeliveryToSend, outcome: DeliveryOutcome, held: bool) -> None:
         assert outcome.attempt is not None

@@ -1,16 +1,21 @@
 """Endpoints: rows, changes, and the deliveries that wait for an endpoint."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from sqlalchemy import Connection, Update, delete, insert, select, update
+from sqlalchemy import Connection, Update, case, delete, func, insert, select, update
 
 from service.db.paging import Row, Selection, matching, page
-from service.db.tables import deliveries, endpoints
+from service.db.tables import ZERO, counters, deliveries, endpoints
 from service.db.transaction import Transaction
 from service.events import outbox
 from service.ids import rfc3339
+
+# Waiting deliveries that are due at once when their endpoint works again, and then for each of them
+# that is delivered.
+FORWARD, MORE = 1000, 2
+MAX_ENDPOINTS = 100  # of one owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,33 @@ def _release_held_deliveries(tx: Transaction, endpoint_id: str) -> None:
     tx.due.update(("deliver", "redeliver"))
 
 
+def bring_forward(tx: Transaction, endpoint: EndpointRow, *, more: bool = False) -> None:
+    """The endpoint works again: deliveries that wait for it are due now, or when a pause that it
+    asked for ends. Each that is delivered brings `more` of them.
+
+    A delivery is brought forward once before each planned attempt. One that always fails would
+    otherwise use up its schedule at the pace of the others' successes.
+    """
+    planned_at = deliveries.c.planned_at
+    due_at, tried = deliveries.c.due_at, deliveries.c.attempts > ZERO
+    soon = max(tx.now, endpoint.paused_until or 0)
+    waiting = (
+        select(deliveries.c.id)
+        .where(
+            deliveries.c.endpoint_id == endpoint.id,
+            due_at > soon,
+            deliveries.c.lease_until.is_(None),
+            planned_at.is_(None) if more else func.coalesce(planned_at, ZERO) == ZERO,
+        )
+        .order_by(due_at)
+        .limit(MORE if more else FORWARD)
+        .with_for_update(skip_locked=True)
+    )
+    values = {due_at: soon, planned_at: case((tried, due_at), else_=ZERO)}
+    tx.connection.execute(update(deliveries).where(deliveries.c.id.in_(waiting)).values(values))
+    tx.due.update(("deliver", "redeliver"))
+
+
 def _pending(endpoint_id: str) -> Update:
     mine = (deliveries.c.endpoint_id == endpoint_id, deliveries.c.state == "pending")
     return update(deliveries).where(*mine)
@@ -81,7 +113,7 @@ def _pending(endpoint_id: str) -> Update:
 
 @dataclass(frozen=True, slots=True)
 class NewEndpointRow:
-    """An endpoint to insert. `secret` is encrypted."""
+    """An endpoint to insert, if its owner then has at most `most`. `secret` is encrypted."""
 
     id: str
     owner: str | None
@@ -89,16 +121,26 @@ class NewEndpointRow:
     types: Sequence[str]
     description: str
     secret: bytes
+    most: int = MAX_ENDPOINTS
 
 
-def insert_endpoints(tx: Transaction, items: Sequence[NewEndpointRow]) -> list[None]:
-    mine = endpoints.c.id.in_([item.id for item in items])
-    known = set(tx.connection.execute(select(endpoints.c.id).where(mine)).scalars())
-    new = [asdict(item) for item in items if item.id not in known]
-    rows = [{**row, "status": "enabled", "created_at": tx.now} for row in new]
-    if rows:
-        tx.connection.execute(insert(endpoints), rows)
-    return [None] * len(items)
+def insert_endpoints(tx: Transaction, items: Sequence[NewEndpointRow]) -> list[bool]:
+    """Inserts endpoints. False: the owner has as many as it may have."""
+    # Another transaction that inserts endpoints must not count at the same time.
+    tx.connection.execute(select(counters).where(counters.c.name == "clock").with_for_update())
+    return [_insert(tx, item) for item in items]
+
+
+def _insert(tx: Transaction, item: NewEndpointRow) -> bool:
+    owners = endpoints.c.owner.is_not_distinct_from(item.owner)
+    ids = set(tx.connection.execute(select(endpoints.c.id).where(owners)).scalars())
+    if item.id in ids or len(ids) >= item.most:
+        return item.id in ids
+    row = asdict(item)
+    del row["most"]
+    row |= {"status": "enabled", "created_at": tx.now}
+    tx.connection.execute(insert(endpoints).values(row))
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,4 +182,6 @@ def _change(tx: Transaction, item: EndpointChange) -> bool:
         values |= {"disabled_at": tx.now, "disabled_reason": "by its owner"}
         end_pending_deliveries(tx, item.id)
     update_endpoint(tx, item.id, **values)
+    if "failing_since" in values:
+        bring_forward(tx, replace(row, paused_until=None))
     return True

@@ -117,7 +117,7 @@ def _deliveries(
             "state": "pending",
             "created_at": tx.now,
         }
-        rows.append(row | leases.enqueue(tx, "deliver", delivery_id))
+        rows.append(row | leases.enqueue(tx, "deliver", delivery_id, owner=owner))
     event.deliveries = len(rows)
     return rows
 

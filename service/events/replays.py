@@ -1,4 +1,5 @@
-"""Replays: an endpoint gets past events again, by new deliveries of the same events.
+"""Replays: an endpoint gets past events again, by new deliveries of the same events. A delivery
+that is still pending is sent now instead.
 
 The worker makes the deliveries of one page per `EVERY_MS`, in the order of the outbox, up to the
 last event that was there at the start. Replays to one endpoint run one after the other, so that the
@@ -7,73 +8,21 @@ rate is bounded per endpoint.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, case, func, insert, select, update
 
 from service.db.paging import Row, matching
 from service.db.tables import deliveries, events, replays
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
-from service.events.endpoints import endpoint_row, lock_endpoint
-from service.events.feed import type_conditions
+from service.events.endpoints import EndpointRow, endpoint_row, lock_endpoint
 from service.events.outbox import OPERATORS
+from service.events.replay_filter import ReplayExtent, ReplayFilter, conditions
 from service.queue import leases
 from service.resources import Resources
 
 PAGE, EVERY_MS = 100, 1000
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayFilter:
-    """Events of an endpoint's owner that the endpoint subscribes to, by time (milliseconds, `until`
-    not included) and type.
-
-    `only`: `all`, or `dead` for events that the endpoint has not received and that are not on their
-    way to it. Such an event was emitted while the endpoint was disabled, or all its deliveries are
-    dead.
-    """
-
-    endpoint_id: str
-    owner: str | None  # None: every owner's
-    since: int
-    until: int | None  # None: no end
-    types: Sequence[str]  # none: all that the endpoint subscribes to
-    only: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayExtent:
-    """How many events a replay means. They are after `position` in the outbox, up to `last`."""
-
-    count: int
-    position: int
-    last: int
-
-
-def _conditions(wanted: ReplayFilter, endpoint: Row) -> list[ColumnElement[bool]]:
-    types = (endpoint["types"], wanted.types)
-    conditions = [events.c.time >= wanted.since, *(type_conditions(each) for each in types if each)]
-    if wanted.until is not None:
-        conditions.append(events.c.time < wanted.until)
-    if wanted.owner is not None:
-        conditions.append(events.c.owner == wanted.owner)
-    if wanted.only == "dead":
-        mine = deliveries.c.endpoint_id == wanted.endpoint_id
-        to_it = and_(deliveries.c.event_id == events.c.id, mine)
-        # A disabled endpoint gets no deliveries, so an event without one counts as dead.
-        conditions.append(or_(events.c.time > endpoint["created_at"], exists().where(to_it)))
-        conditions.append(~exists().where(to_it, deliveries.c.state != "dead"))
-    return conditions
-
-
-def replay_extent(connection: Connection, wanted: ReplayFilter) -> ReplayExtent:
-    endpoint = endpoint_row(connection, wanted.endpoint_id, None)
-    if endpoint is None:
-        return ReplayExtent(0, 0, 0)
-    place = events.c.sequence
-    statement = select(func.count(), func.min(place), func.max(place))
-    count, first, last = connection.execute(statement.where(*_conditions(wanted, endpoint))).one()
-    return ReplayExtent(count, (first or 1) - 1, last or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +52,12 @@ def replay_page(connection: Connection, replay_id: str, limit: int) -> ReplayPag
         return ReplayPage((), None, EVERY_MS)
     # If `until` was not in the past at the start, `last` is the only limit.
     until = row["until_at"] if row["until_at"] < row["created_at"] else None
+    only = "undelivered" if row["pending"] else row["only"]
     wanted = ReplayFilter(
-        endpoint["id"], endpoint["owner"], row["since_at"], until, row["types"], row["only"]
+        endpoint["id"], endpoint["owner"], row["since_at"], until, row["types"], only
     )
     page = select(events.c.id, events.c.task_id, events.c.sequence).where(
-        *_conditions(wanted, endpoint),
+        *conditions(wanted, endpoint),
         events.c.sequence > row["position"],
         events.c.sequence <= row["last"],
     )
@@ -159,7 +109,8 @@ def _insert(tx: Transaction, item: NewReplayRow) -> bool:
             "since_at": wanted.since,
             "until_at": tx.now if wanted.until is None else wanted.until,
             "types": list(wanted.types),
-            "only": wanted.only,
+            "only": "all" if wanted.only == "all" else "dead",
+            "pending": wanted.only == "undelivered" or None,
             "state": "running",
             "count": extent.count,
             "made": 0,
@@ -190,6 +141,7 @@ def _record(tx: Transaction, lease: Lease, page: ReplayPage) -> bool:
         _finish(tx, row["id"], "cancelled")
         return False
     kept = _still_there(tx, page.events)
+    known = set() if row["only"] == "all" else _on_their_way(tx, row, endpoint, kept)
     rows = [
         {
             "id": tx.id("delivery"),
@@ -207,6 +159,7 @@ def _record(tx: Transaction, lease: Lease, page: ReplayPage) -> bool:
             "faults": 0,
         }
         for event in kept
+        if event["id"] not in known
     ]
     if rows:
         tx.connection.execute(insert(deliveries), rows)
@@ -233,6 +186,35 @@ def _still_there(tx: Transaction, found: Sequence[Row]) -> list[Row]:
     return [row for row in found if row["sequence"] in known]
 
 
+def _on_their_way(
+    tx: Transaction, replay: Row, endpoint: EndpointRow, found: Sequence[Row]
+) -> set[str]:
+    """The events that need no new delivery, because the endpoint has them or gets them. A replay of
+    undelivered events sends pending deliveries now, with the whole schedule, as its own.
+
+    A delivery under a lease is being sent already. One that another transaction has locked is being
+    recorded.
+    """
+    columns = deliveries.c
+    ids = [event["id"] for event in found]
+    mine = and_(columns.event_id.in_(ids), columns.endpoint_id == endpoint.id)
+    if replay["pending"]:
+        pending = select(columns.id).where(mine, columns.state == "pending")
+        pending = pending.with_for_update(skip_locked=True)
+        free = columns.lease_until.is_(None)
+        soon = max(tx.now, endpoint.paused_until or 0)
+        values: dict[Any, Any] = {
+            columns.replay_id: func.coalesce(columns.replay_id, replay["id"]),
+            columns.due_at: case((free, soon), else_=columns.due_at),
+            columns.attempts: case((free, 0), else_=columns.attempts),
+            columns.planned_at: None,
+        }
+        tx.connection.execute(update(deliveries).where(columns.id.in_(pending)).values(values))
+        tx.due.add("redeliver")
+    reached = select(columns.event_id).where(mine, columns.state != "dead")
+    return set(tx.connection.execute(reached).scalars())
+
+
 def cancel_replays(tx: Transaction, items: Sequence[tuple[str, str | None]]) -> list[bool]:
     """Ends replays and their pending deliveries, by id and owner (None: any owner's). False: this
     owner has no such replay.
@@ -248,6 +230,9 @@ def _cancel(tx: Transaction, replay_id: str, owner: str | None) -> bool:
     if row.state == "running":
         _finish(tx, replay_id, "cancelled")
     mine = and_(deliveries.c.replay_id == replay_id, deliveries.c.state == "pending")
+    # What the replay only brought forward goes on by its schedule.
+    older = and_(mine, deliveries.c.created_at < row.created_at)
+    tx.connection.execute(update(deliveries).where(older).values(replay_id=None))
     values = {"state": "dead", "finished_at": tx.now, "due_at": None}
     tx.connection.execute(update(deliveries).where(mine).values(values))
     return True

@@ -18,12 +18,13 @@ from service.strict_json import compact_json
 
 ANSWER_BYTES, ANSWER_S = 2048, 1.0  # of a body: the status line has decided already
 PAUSE_LIMIT_S = 3600.0
+PROBLEM_CHARS = 500
 EVENT_TYPE, TASK_TYPE = "application/cloudevents+json", "application/json"
 
 
 @dataclass(frozen=True, slots=True)
 class WebhookSender:
-    """Sends signed requests. A fault of the network is a result, not an exception."""
+    """Sends signed requests. Whatever prevents a request is a failed attempt, not an exception."""
 
     resources: Resources
     timeout_s: float
@@ -35,33 +36,19 @@ class WebhookSender:
         assert delivery.secret is not None
         if delivery.endpoint_id is not None:
             return await self.send_event(delivery.event, delivery.url, delivery.secret)
-        task = compact_json(event_document(delivery.event, self.resources.links)["data"])
-        egress, id = self.resources.task_callbacks, delivery.event["id"]
-        return await self._post(egress, delivery.url, id, task, TASK_TYPE, delivery.secret)
+        egress, event = self.resources.task_callbacks, delivery.event
+        return await self._post(egress, delivery.url, event, TASK_TYPE, delivery.secret)
 
     async def send_event(self, event: Row, url: str, secret: bytes) -> DeliveryAttempt:
-        document = compact_json(event_document(event, self.resources.links))
-        egress, id = self.resources.endpoints, event["id"]
-        return await self._post(egress, url, id, document, EVENT_TYPE, secret)
+        return await self._post(self.resources.endpoints, url, event, EVENT_TYPE, secret)
 
     async def _post(
-        self, egress: Egress, url: str, id: str, document: str, content_type: str, secret: bytes
+        self, egress: Egress, url: str, event: Row, content_type: str, secret: bytes
     ) -> DeliveryAttempt:
-        now, attempt_id = self.resources.clock(), self.resources.id("attempt")
+        attempt_id, started = self.resources.id("attempt"), time.perf_counter()
+        ours = False
         try:
-            secrets = valid_secrets(self.resources.keyring.decrypt(secret), now)
-        except ConfigurationError as error:
-            problem = f"not sent, its secret cannot be read: {error}"
-            return DeliveryAttempt(attempt_id, None, 0, problem, ours=True, url=url)
-        body = document.encode()
-        headers = {
-            "content-type": content_type,
-            "webhook-id": id,
-            "webhook-timestamp": str(now // 1000),
-            "webhook-signature": sign_webhook(secrets, id, now // 1000, body),
-        }
-        started = time.perf_counter()
-        try:
+            headers, body = self._signed(event, content_type, secret)
             answer = await egress.request(
                 "POST",
                 url,
@@ -71,19 +58,38 @@ class WebhookSender:
                 max_bytes=ANSWER_BYTES,
                 body_timeout=ANSWER_S,
             )
+        except ConfigurationError as error:
+            problem, ours = f"not sent, its secret cannot be read: {error}", True
         except EgressError as error:
-            duration_ms = round((time.perf_counter() - started) * 1000)
             problem, ours = f"{type(error).__name__}: {error}", isinstance(error, NoRoute | NoPlace)
-            return DeliveryAttempt(attempt_id, None, duration_ms, problem, ours=ours, url=url)
-        return DeliveryAttempt(
-            attempt_id,
-            answer.status,
-            round(answer.duration * 1000),
-            None if 200 <= answer.status < 300 else f"answered {answer.status}",
-            answer.body,
-            pause_ms=self._pause_ms(answer.status, answer.headers.get("retry-after")),
-            url=url,
-        )
+        except Exception as error:  # noqa: BLE001 - an attempt like any other, so that it has an end
+            problem = f"not sent, {type(error).__name__}: {error}"[:PROBLEM_CHARS]
+        else:
+            return DeliveryAttempt(
+                attempt_id,
+                answer.status,
+                round(answer.duration * 1000),
+                None if 200 <= answer.status < 300 else f"answered {answer.status}",
+                answer.body,
+                pause_ms=self._pause_ms(answer.status, answer.headers.get("retry-after")),
+                url=url,
+            )
+        duration_ms = round((time.perf_counter() - started) * 1000)
+        return DeliveryAttempt(attempt_id, None, duration_ms, problem, ours=ours, url=url)
+
+    def _signed(self, event: Row, content_type: str, secret: bytes) -> tuple[dict[str, str], bytes]:
+        """The headers and the body that they sign."""
+        now = self.resources.clock()
+        document = event_document(event, self.resources.links)
+        body = compact_json(document["data"] if content_type == TASK_TYPE else document).encode()
+        secrets = valid_secrets(self.resources.keyring.decrypt(secret), now)
+        headers = {
+            "content-type": content_type,
+            "webhook-id": event["id"],
+            "webhook-timestamp": str(now // 1000),
+            "webhook-signature": sign_webhook(secrets, event["id"], now // 1000, body),
+        }
+        return headers, body
 
     def _pause_ms(self, status: int, header: str | None) -> int:
         now_s = self.resources.clock() / 1000

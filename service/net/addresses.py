@@ -36,16 +36,17 @@ def embedded(address: IPv6Address) -> Iterator[IPv4Address]:
 
 
 def forbidden(address: Address, networks: Sequence[Network], *, plain: bool) -> str | None:
-    """The reason why the service may not connect to an address (`plain`: without TLS), or None.
+    """The rule by which the service may not connect to an address (`plain`: without TLS), or None.
 
-    The same rule applies first to each embedded IPv4 address.
+    The text does not contain the address, which the caller may not know. The same rule applies
+    first to each embedded IPv4 address.
     """
     if isinstance(address, IPv6Address):
         if address.scope_id is not None:
-            return f"{address} has a zone"
+            return "has a zone"
         for inner in embedded(address):
-            if (reason := forbidden(inner, networks, plain=plain)) is not None:
-                return f"{address} stands for {reason}"
+            if (rule := forbidden(inner, networks, plain=plain)) is not None:
+                return f"stands for an IPv4 address that {rule}"
     if any(address in network for network in networks):
         return None
     routable = (
@@ -54,5 +55,5 @@ def forbidden(address: Address, networks: Sequence[Network], *, plain: bool) -> 
         and not any(address in network for network in SPECIAL)
     )
     if not routable or (address.version == 6 and address not in GLOBAL_V6):
-        return f"{address} is not globally routable"
-    return f"{address} is not in the networks that plain http may reach" if plain else None
+        return "is not globally routable"
+    return "is not in the networks that plain http may reach" if plain else None

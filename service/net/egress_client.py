@@ -237,8 +237,8 @@ class Egress:
         if address is not None:
             target = self._upgraded(target, (address,))
             plain = target.scheme == "http"
-            if (reason := forbidden(address, rules.networks, plain=plain)) is not None:
-                raise self._refused(host, reason)
+            if (rule := forbidden(address, rules.networks, plain=plain)) is not None:
+                raise self._refused(host, f"its address {rule}", f"{address} {rule}")
         if rules.hosts is not None and not any(
             host == known or (known[:1] == "." and host.endswith(known)) for known in rules.hosts
         ):
@@ -275,16 +275,24 @@ class Egress:
         """One forbidden address refuses the whole host, because its owner controls the name."""
         addresses, rules = await self._addresses(host), self.rules
         for address in addresses:
-            if (reason := forbidden(address, rules.networks, plain=plain)) is not None:
-                raise self._refused(host, reason, for_now=True, setting=rules.networks_setting)
+            if (rule := forbidden(address, rules.networks, plain=plain)) is not None:
+                rule, logged = f"its address {rule}", f"{address} {rule}"
+                setting = rules.networks_setting
+                raise self._refused(host, rule, logged, for_now=True, setting=setting)
         return addresses[:MAX_TRIED]
 
     def _refused(
-        self, host: str, reason: str, *, for_now: bool = False, setting: str | None = None
+        self,
+        host: str,
+        reason: str,
+        logged: str = "",
+        *,
+        for_now: bool = False,
+        setting: str | None = None,
     ) -> EgressRefused:
-        if setting is not None:
-            reason = f"{reason}, and {setting} does not list it"
+        """`reason` is for the client that named the host. `logged` may say more."""
+        more = f", and {setting} does not list it" if setting is not None else ""
         if self._on_refused is not None:
-            self._on_refused(self.rules.purpose, host, reason)
-        message = f"{host}: {reason}" if host else reason
+            self._on_refused(self.rules.purpose, host, (logged or reason) + more)
+        message = f"{host}: {reason}{more}" if host else reason + more
         return EgressRefused(message, host=host, for_now=for_now, setting=setting)

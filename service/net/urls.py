@@ -94,23 +94,36 @@ def parse_host(text: str) -> tuple[str, Address | None]:
         try:
             literal = IPv6Address(text[1:-1])
         except AddressValueError as error:
-            raise ValueError("the host of the URL is not valid") from error
+            raise ValueError(f"the host {text} of the URL is not valid") from error
         return str(literal), literal
     host = text
     if not host.isascii():
         if unicodedata.normalize("NFKC", host) != host:  # full-width digits, for example
-            raise ValueError("the host of the URL is not in normal form")
+            raise ValueError(f"the host {text} of the URL is not in normal form")
         try:
             host = httpx.URL(f"https://{host}/").raw_host.decode("ascii")
         except httpx.InvalidURL as error:
-            raise ValueError("the host of the URL is not valid") from error
+            raise ValueError(f"the host {text} of the URL is not valid") from error
     host = host.lower().removesuffix(".")
     labels = host.split(".")
     if NUMBER.fullmatch(labels[-1]):
         try:
             return host, IPv4Address(host)
         except AddressValueError as error:
-            raise ValueError("the host of the URL is an address in an odd notation") from error
-    if len(host) > 253 or not all(LABEL.fullmatch(label) for label in labels):
-        raise ValueError("the host of the URL is not valid")
+            message = f"the host {text} of the URL is an address in an odd notation"
+            raise ValueError(message) from error
+    if len(host) > 253 or not all(is_label(label) for label in labels):
+        raise ValueError(f"the host {text} of the URL is not valid")
     return host, None
+
+
+def is_label(text: str) -> bool:
+    """Whether the text is a label of a host name. `xn--…` must decode (RFC 5891, section 5.4),
+    because httpx decodes it and raises an error.
+    """
+    if not LABEL.fullmatch(text):
+        return False
+    try:
+        return httpx.URL(f"https://{text}/").host != ""
+    except (httpx.InvalidURL, UnicodeError):
+        return False

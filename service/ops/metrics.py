@@ -67,6 +67,7 @@ class Table:
         "Seconds since the oldest event that the broker has not confirmed. 0 without one",
         "sink",
     ]
+    sink_skipped: Annotated[Counter, "Events that the broker refused three times", "sink"]
     blob_free_bytes: Annotated[Gauge, "Free space of the blob store. NaN if unknown"]
 
 

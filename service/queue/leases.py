@@ -23,6 +23,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from service.db.queues import QUEUES, Queue
 from service.db.tables import ZERO
 from service.db.transaction import Lease, Transaction
+from service.queue.shares import claimable, take_slot, use_slot
 
 LEASE_MS = 30_000
 RENEW_S = 10.0
@@ -38,9 +39,11 @@ CANDIDATE_WAITS_MS = {2: 5_000, 3: 20_000, 4: 80_000}
 LONGEST_WAIT_MS = 320_000
 
 
-def enqueue(tx: Transaction, stage: str, key: str, *, behind: bool = False) -> dict[str, Any]:
-    """Values of a new row that is due now. This process leases it if it has a free slot, unless
-    other rows must go first (`behind`).
+def enqueue(
+    tx: Transaction, stage: str, key: str, *, owner: str = "", behind: bool = False
+) -> dict[str, Any]:
+    """Values of a new row that is due now. This process leases it if it has a free slot for the
+    owner, unless other rows must go first (`behind`).
     """
     values: dict[str, Any] = {
         "due_at": tx.now,
@@ -51,8 +54,8 @@ def enqueue(tx: Transaction, stage: str, key: str, *, behind: bool = False) -> d
     }
     if behind:
         tx.due.add(stage)
-    elif _take_slot(tx, stage):
-        values |= _lease(tx, stage, key, 1)
+    elif take_slot(tx, stage, owner):
+        values |= _lease(tx, stage, key, 1, owner)
     return _prefixed(stage, values)
 
 
@@ -64,21 +67,13 @@ def requeue(tx: Transaction, stage: str, key: str, row: object) -> dict[str, Any
     if until is not None and tx.now < until <= tx.now + LONGEST_LEASE_MS:
         return _prefixed(stage, {"due_at": tx.now})
     values: dict[str, Any] = {"due_at": tx.now, "attempts": 0}
-    if _take_slot(tx, stage):
+    if take_slot(tx, stage):
         values |= _lease(tx, stage, key, _value(stage, row, "fence") + 1)
     return _prefixed(stage, values)
 
 
-def _take_slot(tx: Transaction, stage: str) -> bool:
-    if tx.slots.get(stage, 0) > 0:
-        tx.slots[stage] -= 1
-        return True
-    tx.due.add(stage)
-    return False
-
-
-def _lease(tx: Transaction, stage: str, key: str, fence: int) -> dict[str, Any]:
-    tx.leased.append(Lease(stage, key, fence, 1))
+def _lease(tx: Transaction, stage: str, key: str, fence: int, owner: str = "") -> dict[str, Any]:
+    tx.leased.append(Lease(stage, key, fence, 1, owner))
     until = tx.now + LEASE_MS
     return {"lease_until": until, "lease_owner": tx.process, "fence": fence, "attempts": 1}
 
@@ -108,20 +103,28 @@ def _value(stage: str, row: object, name: str) -> Any:
 
 
 def claim(tx: Transaction, stages: Sequence[str]) -> list[int]:
-    """Leases due rows of each stage to this process, up to its free slots. Returns their number."""
-    counts = []
-    for stage in stages:
-        free = tx.slots.get(stage, 0)
-        leases = []
-        if free > 0:
-            rows = tx.connection.execute(_claiming(QUEUES[stage]), _bound(tx, free))
-            leases = [Lease(stage, *row[:-1]) for row in rows]
-            tx.slots[stage] = free - len(leases)
-        if len(leases) == free:
-            tx.due.add(stage)  # there may be more
+    """Leases due rows of each stage to this process, up to its free slots and to the shares of
+    their owners. Returns their number.
+    """
+    return [_claim(tx, stage) for stage in stages]
+
+
+def _claim(tx: Transaction, stage: str) -> int:
+    """Each statement passes over the owners whose share the one before has used up."""
+    count = 0
+    while tx.slots.get(stage, 0):
+        most, full = claimable(tx, stage)
+        statement = _claiming(QUEUES[stage], passing=bool(full))
+        rows = tx.connection.execute(statement, _bound(tx, most) | ({"full": full} if full else {}))
+        leases = [Lease(stage, *row[:-1]) for row in rows]
+        for lease in leases:
+            use_slot(tx, stage, lease.owner)
         tx.leased += leases
-        counts.append(len(leases))
-    return counts
+        count += len(leases)
+        if len(leases) < most:
+            return count
+    tx.due.add(stage)  # there may be more
+    return count
 
 
 def claim_candidate(tx: Transaction, stage: str) -> tuple[Lease, int] | None:
@@ -159,8 +162,8 @@ def _any_ready() -> Select[Any]:
 
 
 @cache
-def _ready(queue: Queue, *, candidate: bool) -> Select[Any]:
-    """The rows that may be claimed, in the order of their queue."""
+def _ready(queue: Queue, *, candidate: bool, passing: bool = False) -> Select[Any]:
+    """The rows that may be claimed, in the order of their queue. `passing` over some owners'."""
     until, crashes = queue.column("lease_until"), queue.column("deaths")
     now: BindParameter[int] = bindparam("now")
     # A lease that ended by itself is a crash that is not counted yet.
@@ -176,11 +179,16 @@ def _ready(queue: Queue, *, candidate: bool) -> Select[Any]:
         .order_by(queue.order)
         .limit(bindparam("free"))
     )
+    if passing:  # the second column of the order selects the index that has the owner
+        owner = queue.table.c.owner
+        ready = ready.where(owner.not_in(bindparam("full", expanding=True))).order_by(owner)
     return ready if queue.where is None else ready.where(queue.where)
 
 
 @cache
-def _claiming(queue: Queue, *, candidate: bool = False) -> ReturningUpdate[Any]:
+def _claiming(
+    queue: Queue, *, candidate: bool = False, passing: bool = False
+) -> ReturningUpdate[Any]:
     until, key = queue.column("lease_until"), queue.table.c.id
     fence, attempts, crashes = (queue.column(name) for name in ("fence", "attempts", "deaths"))
     now: BindParameter[int] = bindparam("now")
@@ -197,7 +205,7 @@ def _claiming(queue: Queue, *, candidate: bool = False) -> ReturningUpdate[Any]:
         values[queue.column("due_at")] = now + wait
     # Materialised: a plan that runs the subquery once for each row leases more rows than `free`.
     chosen = (
-        _ready(queue, candidate=candidate)
+        _ready(queue, candidate=candidate, passing=passing)
         .with_for_update(skip_locked=True)
         .cte("ready")
         .prefix_with("MATERIALIZED")
@@ -206,7 +214,7 @@ def _claiming(queue: Queue, *, candidate: bool = False) -> ReturningUpdate[Any]:
         update(queue.table)
         .where(key.in_(select(chosen.c.id)))
         .values(values)
-        .returning(key, fence, attempts, crashes)
+        .returning(key, fence, attempts, queue.table.c.owner, crashes)
     )
 
 

@@ -10,7 +10,6 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 import structlog
 from structlog.contextvars import bound_contextvars
@@ -20,8 +19,9 @@ from service.db.transaction import Lease, Transaction
 from service.errors import StoreUnavailable
 from service.ops.metrics import Metrics
 from service.queue.backoff import fault_wait
-from service.queue.crashes import FAULT_LIMIT, DeadLetter, Fault, claim_candidates, record_faults
+from service.queue.crashes import FAULT_LIMIT, Fault, claim_candidates, record_faults
 from service.queue.leases import RENEW_S, candidate_stages, claim, give_back, renew, snooze
+from service.queue.stage import Stage
 
 log = structlog.get_logger()
 
@@ -34,20 +34,6 @@ KEYS = {
     **dict.fromkeys(("deliver", "redeliver"), "delivery_id"),
     "replay": "replay_id",
 }
-
-
-@dataclass(slots=True)
-class Stage:
-    """One kind of work: `run` works under a lease and records the outcome."""
-
-    name: str
-    slots: int
-    run: Callable[[Lease], Awaitable[None]]
-    dead_letter: DeadLetter
-    free: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.free = self.slots
 
 
 class WorkerPool:
@@ -88,6 +74,9 @@ class WorkerPool:
         for stage in self._stages.values():
             stage.free = 0
         return free
+
+    def shares(self) -> dict[str, dict[str, int]]:
+        return {stage.name: dict(stage.used) for stage in self._stages.values() if stage.shared}
 
     def take(self, leased: Iterable[Lease], unused: Mapping[str, int]) -> None:
         for name, slots in unused.items():
@@ -178,7 +167,9 @@ class WorkerPool:
     # --- jobs ---
 
     def _start(self, lease: Lease) -> "asyncio.Task[None]":
-        work = self._work(self._stages[lease.stage], lease)
+        stage = self._stages[lease.stage]
+        stage.used[lease.owner] += 1
+        work = self._work(stage, lease)
         return asyncio.create_task(work, name=f"{lease.stage}:{lease.key}")
 
     async def _work(self, stage: Stage, lease: Lease) -> None:
@@ -195,7 +186,8 @@ class WorkerPool:
                     await self._fail(stage, lease, error)
         finally:
             self._jobs.pop(lease, None)
-            stage.free += 1
+            if stage.release(lease.owner):
+                self._backlog.add(stage.name)
             if stage.name in self._backlog:
                 self._wake.set()
 

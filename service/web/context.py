@@ -34,6 +34,7 @@ class Context:
     shedder: LoadShedder
     readiness: RecentLook[tuple[str, list[str]]]
     result_ttl_s: float
+    max_endpoints: int  # of one owner
     sinks: Mapping[str, Sequence[str]]
     sinks_failing: Callable[[], bool]
     quiesce: Callable[[], None]

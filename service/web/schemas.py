@@ -144,8 +144,10 @@ class NewReplay(Body):
     types: Patterns | None = Field(
         None, description="a subset of the endpoint's types; by default all of them"
     )
-    only: Literal["dead", "all"] = Field(
-        "dead", description="dead: events without a delivery that succeeded or is pending"
+    only: Literal["undelivered", "dead", "all"] = Field(
+        "undelivered",
+        description="undelivered: events without a delivery that succeeded; pending ones are sent "
+        "now. dead: events without a delivery that succeeded or is pending",
     )
     dry_run: bool = Field(False, description="only count")
 
@@ -162,9 +164,11 @@ class Replay(BaseModel):
     since: str
     until: str
     types: list[str]
-    only: Literal["dead", "all"]
+    only: Literal["undelivered", "dead", "all"]
     count: int
-    made: int = Field(description="deliveries made so far, of which the next three are parts")
+    made: int = Field(
+        description="deliveries made or brought forward so far, of which the next three are parts"
+    )
     pending: int
     delivered: int
     dead: int

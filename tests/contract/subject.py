@@ -22,7 +22,8 @@ from service.events.endpoints import (
     change_endpoints,
     insert_endpoints,
 )
-from service.events.replays import NewReplayRow, ReplayFilter, insert_replays, replay_extent
+from service.events.replay_filter import ReplayFilter, replay_extent
+from service.events.replays import NewReplayRow, insert_replays
 from service.ids import PREFIXES
 from service.images.downloads import Download, Lost, Retry, Stored, record_downloads
 from service.queue import leases
@@ -85,6 +86,7 @@ class Places:
     """
 
     free: dict[str, int] = field(default_factory=dict)
+    used: dict[str, dict[str, int]] = field(default_factory=dict)
     leased: list[Lease] = field(default_factory=list)
     transactions: list[Transaction] = field(default_factory=list)
     hints: list[set[str] | None] = field(default_factory=list)
@@ -93,6 +95,9 @@ class Places:
         reserved = {stage: places for stage, places in self.free.items() if places}
         self.free = dict.fromkeys(self.free, 0)
         return reserved
+
+    def shares(self) -> dict[str, dict[str, int]]:
+        return {stage: dict(used) for stage, used in self.used.items()}
 
     def take(self, leased: Iterable[Lease], unused: Mapping[str, int]) -> None:
         self.leased += leased

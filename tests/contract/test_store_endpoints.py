@@ -10,7 +10,7 @@ import pytest
 from service.db.paging import Row
 from service.db.tables import attempts, deliveries, endpoints
 from service.db.transaction import Lease
-from service.events import deliveries as delivery_store
+from service.events import endpoints as endpoint_store
 from service.events.deliveries import (
     DeliveryAttempt,
     DeliveryOutcome,
@@ -69,10 +69,11 @@ async def by_hand(
 async def test_deliveries_that_waited_for_a_dead_endpoint_are_due_when_it_recovers(
     subject: Subject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first success after failures makes a limited number of snoozed first attempts due.
-    Retries keep their schedule.
+    """The first success after failures brings a limited number of deliveries forward, and each of
+    them that is delivered brings further ones. Another endpoint's keep their time.
     """
-    monkeypatch.setattr(delivery_store, "BACK_TO_NORMAL", 2)
+    monkeypatch.setattr(endpoint_store, "FORWARD", 2)
+    monkeypatch.setattr(endpoint_store, "MORE", 1)
     endpoint, other = await subject.endpoint(), await subject.endpoint()
     failing, retry = await first(subject, endpoint), await first(subject, endpoint)
     await subject.attempt(retry, "retry", wait_ms=HOUR)
@@ -96,9 +97,68 @@ async def test_deliveries_that_waited_for_a_dead_endpoint_are_due_when_it_recove
     ]
     assert due == [now, now, now + HOUR, now + HOUR, now + MINUTE]
     assert subject.places.transactions[-1].due >= {"deliver"}
-    again = await subject.claimed("deliver", sooner)
-    await subject.attempt(again, "delivered")
-    assert (await subject.row(deliveries, late))["due_at"] == now + HOUR
+    for each in (sooner, soon):
+        await subject.attempt(await subject.claimed("deliver", each), "delivered")
+    rows = [await subject.row(deliveries, id) for id in (late, retry.key)]
+    assert [(row["due_at"], row["planned_at"]) for row in rows] == [(now, 0), (now, now + HOUR)]
+
+
+async def test_a_retry_that_was_brought_forward_in_vain_keeps_its_place_in_the_schedule(
+    subject: Subject,
+) -> None:
+    """A delivery that always fails, beside others that succeed, is brought forward once before each
+    planned attempt, and that attempt does not count.
+    """
+    endpoint = await subject.endpoint()
+    poison = await first(subject, endpoint)
+    await subject.attempt(poison, "retry", wait_ms=HOUR)
+    planned = subject.clock.now + HOUR
+    for _ in range(3):
+        subject.clock.shift(SECOND)
+        await subject.attempt(await first(subject, endpoint), "delivered")
+        due = [lease for lease in await subject.claim("redeliver", 9) if lease.key == poison.key]
+        for lease in due:
+            assert lease.attempts == 2
+            await subject.write(
+                record_attempts,
+                DeliveryOutcome(
+                    lease,
+                    "retry",
+                    DeliveryAttempt(new_id("attempt"), 500, 1, "answered 500"),
+                    planned - subject.clock.now,
+                    early=True,
+                ),
+            )
+    row = await subject.row(deliveries, poison.key)
+    assert (row["due_at"], row["planned_at"], row["attempts"]) == (planned, planned, 1)
+    assert len(await subject.rows(attempts, delivery_id=poison.key)) == 2
+    subject.clock.now = planned
+    await subject.attempt(await subject.claimed("redeliver", poison.key), "retry", wait_ms=HOUR)
+    row = await subject.row(deliveries, poison.key)
+    assert (row["due_at"], row["planned_at"], row["attempts"]) == (planned + HOUR, None, 2)
+    await subject.attempt(await first(subject, endpoint), "delivered")
+    assert (await subject.row(deliveries, poison.key))["due_at"] == planned
+
+
+@pytest.mark.parametrize("change", [{"url": "https://new.test/"}, {"status": "enabled"}])
+async def test_a_repaired_endpoint_gets_its_waiting_deliveries_at_once(
+    subject: Subject, change: dict[str, str]
+) -> None:
+    """Its owner gives it another address, or enables it after a pause."""
+    endpoint = await subject.endpoint()
+    lease = await first(subject, endpoint)
+    await subject.attempt(lease, "retry", wait_ms=HOUR, pause_ms=HOUR)
+    await subject.change(endpoint, status="paused")
+    await subject.change(endpoint, **change)
+    assert (await subject.row(deliveries, lease.key))["due_at"] == subject.clock.now
+
+
+async def test_a_success_during_a_pause_brings_deliveries_to_its_end(subject: Subject) -> None:
+    endpoint = await subject.endpoint()
+    failing, arriving = await first(subject, endpoint), await first(subject, endpoint)
+    await subject.attempt(failing, "retry", wait_ms=DAY, pause_ms=HOUR)
+    await subject.attempt(arriving, "delivered")
+    assert (await subject.row(deliveries, failing.key))["due_at"] == subject.clock.now + HOUR
 
 
 async def test_a_success_does_not_end_a_pause_that_the_endpoint_asked_for(subject: Subject) -> None:

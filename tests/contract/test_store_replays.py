@@ -12,14 +12,13 @@ from service.db.paging import Row
 from service.db.tables import deliveries, endpoints, events, replays
 from service.db.transaction import Lease
 from service.events.endpoints import EndpointChange, change_endpoints
+from service.events.replay_filter import ReplayFilter, replay_extent
 from service.events.replays import (
     NewReplayRow,
-    ReplayFilter,
     ReplayPage,
     cancel_replays,
     insert_replays,
     record_pages,
-    replay_extent,
     replay_page,
     replay_row,
 )

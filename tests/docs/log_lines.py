@@ -99,6 +99,10 @@ LINES: Mapping[str, str] = MappingProxyType(
             "`sink`, `bytes`. The event was too large for the broker and was published without"
             " the request of its task."
         ),
+        "sink.skipped": (
+            "`sink`, `type`, `sequence`. The broker refused the event three times, for example"
+            " because an exchange has no queue for its type. This sink does not get it."
+        ),
         "sink.missed": (
             "`sink`, `after`, `until` (sequences). Retention removed these events while no"
             " process published to this sink."

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from structlog.testing import capture_logs
 
 from service.db.tables import counters, sinks
 from service.db.transaction import Transaction
-from service.errors import MessageTooLarge, SinkUnavailable, StoreUnavailable
+from service.errors import MessageRefused, MessageTooLarge, SinkUnavailable, StoreUnavailable
 from service.events import broker_worker
 from service.events.broker_worker import BrokerWorker, Message, SinkLease, lease_sinks
 from tests.api import UNTIL_DONE, submitted
@@ -206,12 +207,90 @@ async def test_a_message_too_large_goes_without_its_request(tmp_path: Path) -> N
         async with publishing(here, broker):
             await submitted(here.client, UNTIL_DONE)
             await wait_until(lambda: len(broker.ids) == 2)
-            with capture_logs() as lines:
-                await emit(here, [1])
-                await wait_until(lambda: len(broker.ids) == 3)
-            names = [line["event"] for line in lines if line["event"].startswith("sink.")]
-            assert next(name for name in names if name != "sink.published") == "sink.failed"
+            await emit(here, [1])
+            await wait_until(lambda: len(broker.ids) == 3)
         assert broker.ids == [event["id"] for event in await here.events()]
+
+
+class Picky(Played):
+    """It refuses the events with these keys, as an exchange does that has no queue for their type.
+    `refusals` has the key of each refusal.
+    """
+
+    def __init__(self, *unwanted: str, error: type[MessageRefused] = MessageRefused) -> None:
+        super().__init__()
+        self.unwanted, self.error, self.refusals = set(unwanted), error, list[str]()
+
+    async def publish(self, message: Message) -> None:
+        key = json.loads(message.body)["data"]["key"]
+        if key in self.unwanted:
+            self.refusals.append(key)
+            raise self.error("NO_ROUTE")
+        await super().publish(message)
+
+
+@pytest.mark.parametrize("error", [MessageRefused, MessageTooLarge])
+async def test_an_event_that_the_broker_refuses_three_times_is_skipped(
+    tmp_path: Path, error: type[MessageRefused]
+) -> None:
+    """The events before and after it arrive in order. The skipped ones are logged and counted, and
+    the connection stays open.
+    """
+    broker = Picky("n1", "n2", "n4", error=error)
+    with capture_logs() as captured:
+        async with world(tmp_path) as here, publishing(here, broker) as worker:
+            await emit(here, range(6))
+            events = await here.events()
+            await wait_until(lambda: len(broker.ids) == 3)
+            opened, failing = broker.opened, worker.failing
+            counter = here.context.resources.metrics.sink_skipped.labels("played")
+            assert counter._value.get() == 3
+    ids = {event["data"]["key"]: event["id"] for event in events}
+    assert broker.ids == [ids["n0"], ids["n3"], ids["n5"]]
+    assert Counter(broker.refusals) == {"n1": 3, "n2": 3, "n4": 3}
+    told = lines(captured, "sink.skipped")
+    assert [(line["event_id"], line["type"], line["exception"]) for line in told] == [
+        (ids[key], "callback.conflict", "NO_ROUTE") for key in ("n1", "n2", "n4")
+    ]
+    assert (opened, failing) == (1, False)
+
+
+async def test_a_refused_type_waits_for_its_first_event_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queue may be made in the meantime, so the first event waits between its tries. Hundreds of
+    events of a type without a queue hold the others up no longer.
+    """
+    waits: list[int] = []
+
+    def no_wait(refusals: int, _random: float) -> float:
+        waits.append(refusals)
+        return 0
+
+    monkeypatch.setattr(broker_worker, "broker_wait", no_wait)
+    broker = Picky(*(f"n{number}" for number in range(50)))
+    async with world(tmp_path) as here, publishing(here, broker):
+        await emit(here, range(51))
+        await wait_until(lambda: broker.ids)
+        assert waits == [1, 2]
+        await emit(here, [0, 99])
+        await wait_until(lambda: len(broker.ids) == 2)
+        assert waits == [1, 2, 1, 2], "the type was accepted in between"
+
+
+async def test_an_event_that_the_broker_accepts_at_last_is_not_skipped(tmp_path: Path) -> None:
+    faults = [MessageRefused("NO_ROUTE"), MessageRefused("NO_ROUTE")]
+
+    def fail(_count: int) -> None:
+        if faults:
+            raise faults.pop(0)
+
+    broker = Played(fail)
+    with capture_logs() as captured:
+        async with world(tmp_path) as here, publishing(here, broker):
+            await emit(here, range(2))
+            assert await all_taken(here, broker) == broker.ids
+    assert lines(captured, "sink.skipped") == []
 
 
 async def test_deleted_events_are_logged(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ async def test_the_dead_are_sent_again(
         "since": "1970-01-01T00:00:00.000Z",
         "until": shown["until"],
         "types": ["image.task.*"],
-        "only": "dead",
+        "only": "undelivered",
         "count": 3,
         "made": 3,
         "pending": 0,

@@ -112,11 +112,11 @@ def test_a_routable_address_may_be_reached_only_with_tls(text: str) -> None:
 @pytest.mark.parametrize("text", PRIVATE)
 def test_an_address_that_is_not_routable_is_refused_with_a_reason(text: str) -> None:
     """Every special-purpose address is refused, also one that embeds an IPv4 address. The reason
-    names the address.
+    names the rule and no address, because a client that gave a name may not know the address.
     """
     reason = forbidden(ip_address(text), (), plain=False)
     assert reason is not None
-    assert str(ip_address(text)) in reason
+    assert not set(reason) & set("0123:")
 
 
 def test_plain_http_is_allowed_only_inside_the_networks() -> None:
@@ -545,7 +545,7 @@ async def test_the_last_of_many_addresses_is_checked() -> None:
     async def resolve(_: str) -> Sequence[str]:
         return [*(f"8.0.0.{number}" for number in range(63)), "10.0.0.1"]
 
-    with pytest.raises(EgressRefused, match=r"10\.0\.0\.1"):
+    with pytest.raises(EgressRefused, match="its address is not globally routable"):
         await Egress(Rules("endpoints"), resolve=resolve).check("https://a.test/")
 
 

@@ -23,7 +23,8 @@ from service.ops.metrics import Metrics
 from service.queue import leases, worker
 from service.queue.crashes import CRASH_LIMIT
 from service.queue.leases import LEASE_MS
-from service.queue.worker import Stage, WorkerPool
+from service.queue.stage import Stage
+from service.queue.worker import WorkerPool
 from service.resources import new_id
 from service.tasks import task_queries
 from service.tasks.accept import insert_tasks

@@ -13,7 +13,7 @@ from service.events import endpoints
 from service.events.delivery_worker import send_test
 from service.events.documents import attempt_document
 from service.events.endpoints import EndpointChange, NewEndpointRow
-from service.events.replays import ReplayFilter, replay_extent
+from service.events.replay_filter import ReplayFilter, replay_extent
 from service.events.secrets import rotate_secret
 from service.ids import rfc3339, rfc3339_or_none
 from service.resources import Resources
@@ -56,8 +56,11 @@ async def create(request: Request) -> Response:
     await check_url(resources, body.url)
     id, secret = resources.id("endpoint"), new_secret(os.urandom(32))
     encrypted = resources.keyring.encrypt(secret)
-    endpoint = NewEndpointRow(id, owner, body.url, tuple(body.types), body.description, encrypted)
-    await resources.store.write(endpoints.insert_endpoints, endpoint)
+    most, types = context_of(request).max_endpoints, tuple(body.types)
+    endpoint = NewEndpointRow(id, owner, body.url, types, body.description, encrypted, most)
+    if not await resources.store.write(endpoints.insert_endpoints, endpoint):
+        message = f"an owner has at most {most} endpoints (DARKROOM_MAX_ENDPOINTS)"
+        raise ApiError(422, "too_many_endpoints", message)
     log.info("admin.action", action="endpoint.create", subject=id)
     return JSONResponse({**shown(await endpoint_of(request, id)), "secret": secret}, 201)
 
@@ -99,7 +102,7 @@ async def patch(request: Request) -> Response:
     row = await endpoint_of(request)
     if since is None or row["disabled_at"] is not None:
         return JSONResponse(shown(row))
-    missed = ReplayFilter(id, row["owner"], since, None, (), "dead")
+    missed = ReplayFilter(id, row["owner"], since, None, (), "undelivered")
     extent = await resources.store.read(replay_extent, missed)
     return JSONResponse(shown(row, {"since": rfc3339(since), "count": extent.count}))
 

@@ -8,7 +8,8 @@ from service.errors import ApiError
 from service.events import replays
 from service.events.documents import replay_document
 from service.events.outbox import OPERATORS
-from service.events.replays import NewReplayRow, ReplayFilter
+from service.events.replay_filter import ReplayFilter, replay_extent
+from service.events.replays import NewReplayRow
 from service.web.auth import caller_of
 from service.web.bodies import milliseconds, read_model
 from service.web.context import resources_of
@@ -25,7 +26,7 @@ async def create(request: Request) -> Response:
     id, owner, types = endpoint["id"], endpoint["owner"], body.types or endpoint["types"]
     since, until = milliseconds(body.since) or 0, milliseconds(body.until)
     wanted = ReplayFilter(id, owner, since, until, types, body.only)
-    extent = await resources.store.read(replays.replay_extent, wanted)
+    extent = await resources.store.read(replay_extent, wanted)
     if body.dry_run:
         return JSONResponse({"id": None, "count": extent.count})
     replay = NewReplayRow(resources.id("replay"), owner or OPERATORS, wanted, extent)

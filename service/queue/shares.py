@@ -1,0 +1,45 @@
+"""Fair shares: how owners share the slots of a stage.
+
+A slot of a delivery is held until the server answers or the attempt times out, and nothing takes it
+back meanwhile. So the share of an owner must leave slots free, also while no other owner has work.
+The rule is the dynamic threshold of Choudhury and Hahne (1998): a share ends where it is as large
+as the free rest. One greedy owner gets half of the slots, and n greedy owners get 1/(n+1) each. An
+owner that uses no slot finds one, although all the others wait for silent servers.
+"""
+
+from service.db.transaction import Transaction
+
+
+def has_share(used: int, free: int) -> bool:
+    """Whether an owner that uses so many slots may take another of the free ones."""
+    return used < free
+
+
+def take_slot(tx: Transaction, stage: str, owner: str = "") -> bool:
+    """Uses a free slot of this process for a row of the owner. False: the row stays due."""
+    used, free = tx.shares.get(stage), tx.slots.get(stage, 0)
+    if free > 0 and (used is None or has_share(used.get(owner, 0), free)):
+        use_slot(tx, stage, owner)
+        return True
+    tx.due.add(stage)
+    return False
+
+
+def use_slot(tx: Transaction, stage: str, owner: str) -> None:
+    tx.slots[stage] -= 1
+    if (used := tx.shares.get(stage)) is not None:
+        used[owner] = used.get(owner, 0) + 1
+
+
+def claimable(tx: Transaction, stage: str) -> tuple[int, list[str]]:
+    """How many rows one statement may lease, and the owners whose rows it must pass over.
+
+    The rows may all be one owner's. So their number fits into the share of each owner that still
+    has one.
+    """
+    used, free = tx.shares.get(stage), tx.slots[stage]
+    if used is None:
+        return free, []
+    full = [owner for owner, slots in used.items() if not has_share(slots, free)]
+    most = max((slots for slots in used.values() if has_share(slots, free)), default=0)
+    return (free - most + 1) // 2, full

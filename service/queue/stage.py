@@ -1,0 +1,35 @@
+"""The stages of the worker pool and their slots."""
+
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from service.db.transaction import Lease
+from service.queue.crashes import DeadLetter
+from service.queue.shares import has_share
+
+
+@dataclass(slots=True)
+class Stage:
+    """One kind of work: `run` works under a lease and records the outcome. `shared`: owners take
+    its slots in fair shares.
+    """
+
+    name: str
+    slots: int
+    run: Callable[[Lease], Awaitable[None]]
+    dead_letter: DeadLetter
+    shared: bool = False
+    free: int = field(init=False)
+    used: Counter[str] = field(default_factory=Counter)  # slots, by owner
+
+    def __post_init__(self) -> None:
+        self.free = self.slots
+
+    def release(self, owner: str) -> bool:
+        """Frees a slot. True: the owner's share was used up, so claims passed over its rows."""
+        full = self.shared and not has_share(self.used[owner], self.slots - self.used.total())
+        self.free += 1
+        self.used[owner] -= 1
+        self.used += Counter()  # forgets owners without a slot
+        return full
