@@ -37,7 +37,8 @@ def quick() -> Iterator[None]:
 @asynccontextmanager
 async def downloading(folder: Path, upstream: Upstream, **settings: Any) -> AsyncIterator[World]:
     """A quick world with small limits."""
-    usual = {"max_image_bytes": MAX_BYTES, "max_image_pixels": MAX_PIXELS, "reconcile_after_s": 600}
+    usual: JSON = {"max_image_bytes": MAX_BYTES, "max_image_pixels": MAX_PIXELS}
+    usual |= {"reconcile_after_s": 600, "no_results_after_s": 0.2}
     with quick():
         async with world(folder, upstream=upstream.app, **(usual | settings)) as made:
             yield made

@@ -122,8 +122,8 @@ FORMS = (
     ),
     *(
         "https://127.0.0.2:{port}/\r\nHost: x",
-        "https://public.evil.test#@127.0.0.2:{port}/\t",
-        "https://public.evil.test/" + "x" * 4096,
+        "https://public.evil.test#@127.0.0.2:{port}/\x7f",
+        "https://public.evil.test/" + "x" * 20_000,
     ),
 )
 
@@ -261,6 +261,7 @@ async def guarded(folder: Path) -> AsyncIterator[Guarded]:
                 upstream=recorded,
                 evolink_result_hosts=hosts,
                 reconcile_after_s=600,
+                no_results_after_s=0.2,
                 **closed,
             ) as here,
         ):

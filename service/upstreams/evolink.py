@@ -15,7 +15,7 @@ from service.errors import EgressError, type_of
 from service.ids import UPSTREAM_ID
 from service.net import Egress, Response
 from service.net.retry_after import retry_after
-from service.strict_json import JSON
+from service.strict_json import JSON, storable
 from service.upstreams.base import (
     OUTCOME_NAMES,
     Accepted,
@@ -119,7 +119,8 @@ def _report(document: JSON) -> Report | None:
 def parse_task(body: bytes) -> Report | None:
     """A task in a query's response or a callback. Only a status is required. None: unreadable."""
     document = document_of(body)
-    if document is None or not isinstance(document.get("status"), str):
+    word = document.get("status") if document else None
+    if document is None or not isinstance(word, str) or storable(word) != word:
         return None
     return _report(document)
 

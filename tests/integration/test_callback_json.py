@@ -196,14 +196,14 @@ async def test_an_id_or_a_status_of_another_type_is_unreadable(
 
 @pytest.mark.parametrize(
     "body",
-    [b"\xef\xbb\xbf%s", b"%s\x00", b"%s{}", b"[%s]", b"\xff%s", b"/* */ %s"],
-    ids=["byte order mark", "NUL behind", "twice", "in a list", "no UTF-8", "comment"],
+    [b"%s\x00", b"%s{}", b"[%s]", b"\xff%s", b"/* */ %s"],
+    ids=["NUL behind", "twice", "in a list", "no UTF-8", "comment"],
 )
 async def test_what_is_not_quite_an_object_is_unreadable(
     body: bytes, here: World, upstream: Upstream
 ) -> None:
-    """The parser is strict. Where another parser might guess, this one rejects the body, and the
-    service queries the upstream.
+    """Which part of the body is the object would be a guess. The service rejects the body and
+    queries the upstream.
     """
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
@@ -224,39 +224,11 @@ async def test_an_encoding_other_than_utf_8_is_unreadable(
     assert (await here.ended(task["id"]))["state"] == "failed"
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        "NaN",
-        "Infinity",
-        "-Infinity",
-        "9" * 4301,
-        '"\\u0000"',
-        '"\\udfff"',
-        '{"a": 1, "a": 1}',
-        '{"\\ud800": 1}',
-        "[" * 100 + "]" * 100,
-        "01",
-        "'x'",
-    ],
-    ids=[
-        "NaN",
-        "Infinity",
-        "-Infinity",
-        "digits",
-        "NUL",
-        "surrogate",
-        "twice",
-        "surrogate name",
-        "deep",
-        "octal",
-        "quotes",
-    ],
-)
-async def test_a_value_that_no_store_takes_makes_a_body_unreadable(
+@pytest.mark.parametrize("value", ["01", "'x'", ".5", "tru", "[1,]", '"'])
+async def test_a_value_that_ends_the_parsing_makes_a_body_unreadable(
     value: str, here: World, upstream: Upstream
 ) -> None:
-    """This holds for a known and an unknown field: the whole body is unreadable."""
+    """What follows it would be a guess. tests/partial.py has the values that do not end it."""
     task = await here.submit()
     upstream.queries[task["upstream_id"]] = [failed("service_error")]
     body = said(task, "completed", extra="?").replace(b'"?"', value.encode())
@@ -264,17 +236,13 @@ async def test_a_value_that_no_store_takes_makes_a_body_unreadable(
     assert (await here.ended(task["id"]))["state"] == "failed"
 
 
-# Valid JSON that the service rejects: a repeated field, or text that the database cannot store.
-REFUSED = (
-    *("y_object_duplicated_key.json", "y_object_duplicated_key_and_value.json"),
-    *("y_object_escaped_null_in_key.json", "y_string_null_escape.json"),
-)
-KINDS = {"y": {"accepted"}, "n": {"unreadable"}, "i": {"accepted", "unreadable"}}
+# Of what is no JSON, some is read all the same, such as NaN or a text with a line end.
+KINDS = {"y": {"accepted"}, "n": {"accepted", "unreadable"}, "i": {"accepted", "unreadable"}}
 
 
 async def test_the_public_json_test_suite_as_bodies(here: World, upstream: Upstream) -> None:
-    """Each of its 318 files arrives as a body and as a field of one. The table gives the answer,
-    invalid JSON is unreadable, and the tasks end.
+    """Each of its 318 files arrives as a body and as a field of one. All JSON is accepted, nothing
+    else breaks the service, and the tasks end.
     """
     suite = list(json_test_suite().items())
     assert len(suite) == 318
@@ -282,9 +250,7 @@ async def test_the_public_json_test_suite_as_bodies(here: World, upstream: Upstr
     async def send(task: JSON, name: str, text: bytes) -> None:
         assert await verdict(here, task, text) == "unreadable", name  # no file has a status
         within = said(task, "processing", extra="?").replace(b'"?"', text)
-        assert await verdict(here, task, within) in (
-            {"unreadable"} if name in REFUSED else KINDS[name[0]]
-        ), name
+        assert await verdict(here, task, within) in KINDS[name[0]], name
 
     for start in range(6):
         task = await here.submit()

@@ -118,7 +118,7 @@ async def test_over_a_limit_is_final(name: str, here: World, upstream: Upstream)
 
 
 async def test_a_link_the_guard_refuses_is_final(here: World, upstream: Upstream) -> None:
-    """The service opens no connection."""
+    """The service opens no connection. What is no link may still become one for a while."""
     for url in ("https://10.0.0.2/x.png", "ftp://127.0.0.1/x.png", ""):
         reason = await lost(here, upstream, url)
         assert "not globally routable" in reason or "http and https" in reason
