@@ -405,7 +405,7 @@ async def test_a_redirect_is_an_answer_unless_the_rules_follow_it(location: str)
             "ftp://127.0.0.1:{port}/",
             "http:///",
             "//[::1",
-            "http://127.0.0.1:{port}/\tx",
+            "http://127.0.0.1:{port}/\x7fx",
             "file:///etc/passwd",
         ),
         *("http://[::ffff:127.0.0.1]:{port}/", "https://10.0.0.1/", "/" + "x" * 2048),
