@@ -36,8 +36,8 @@ from service.web.schemas import known_pattern
 
 log = structlog.get_logger()
 
-# Concurrent first attempts and retries. One owner alone uses half of them (`queue/shares.py`).
-DELIVERIES, REDELIVERIES = 128, 64
+# Concurrent first attempts and retries. One owner alone uses a fifth of them (`queue/shares.py`).
+DELIVERIES, REDELIVERIES = 256, 128
 S3_ADDRESS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 OTHERS_S = 3600  # how long a temporary file may belong to another process that is at work
 RESULT_REDIRECTS = 5

@@ -3,16 +3,18 @@
 A slot of a delivery is held until the server answers or the attempt times out, and nothing takes it
 back meanwhile. So the share of an owner must leave slots free, also while no other owner has work.
 The rule is the dynamic threshold of Choudhury and Hahne (1998): a share ends where it is as large
-as the free rest. One greedy owner gets half of the slots, and n greedy owners get 1/(n+1) each. An
-owner that uses no slot finds one, although all the others wait for silent servers.
+as a part of the free rest. With a quarter, one greedy owner gets a fifth of the slots. The next one
+gets a fifth of what is left, and so on: ten owners whose slots never come back leave a tenth free.
 """
 
 from service.db.transaction import Transaction
 
+REST = 4  # An owner may use one slot for each four that stay free, and one in any case.
+
 
 def has_share(used: int, free: int) -> bool:
     """Whether an owner that uses so many slots may take another of the free ones."""
-    return used < free
+    return REST * used < free
 
 
 def take_slot(tx: Transaction, stage: str, owner: str = "") -> bool:
@@ -42,4 +44,4 @@ def claimable(tx: Transaction, stage: str) -> tuple[int, list[str]]:
         return free, []
     full = [owner for owner, slots in used.items() if not has_share(slots, free)]
     most = max((slots for slots in used.values() if has_share(slots, free)), default=0)
-    return (free - most + 1) // 2, full
+    return -(-(free - REST * most) // (REST + 1)), full

@@ -1,0 +1,140 @@
+"""Owners share the delivery slots: one owner's silent endpoints delay no delivery of another."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.responses import Response
+
+from service.backends import DELIVERIES
+from service.db.batching import BatchingStore
+from service.errors import ConfigurationError
+from service.events.endpoints import NewEndpointRow, insert_endpoints
+from service.settings import load_settings
+from tests.api import got, refused
+from tests.outbox import emitted
+from tests.waiting import wait_until
+from tests.world import Received, World, subscriber, world
+
+pytestmark = pytest.mark.slow
+
+SILENT, EVENTS, ROUNDS = 1000, 3, 100
+
+
+@asynccontextmanager
+async def silence() -> AsyncIterator[tuple[str, set[Any]]]:
+    """The address of a server that never answers, and its open connections."""
+    held: set[Any] = set()
+
+    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        held.add(writer)
+        await reader.read()
+        held.discard(writer)
+        writer.close()
+
+    server = await asyncio.start_server(hold, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", held
+    finally:
+        server.close()
+        for writer in list(held):
+            writer.close()
+
+
+async def subscribe(here: World, owner: str, url: str, count: int) -> None:
+    resources = here.context.resources
+    secret = resources.keyring.encrypt("whsec_" + "QUJD" * 8)
+    rows = [
+        NewEndpointRow(resources.id("endpoint"), owner, url, ("*",), "", secret, SILENT)
+        for _ in range(count)
+    ]
+    assert all(
+        await asyncio.gather(*(resources.store.write(insert_endpoints, row) for row in rows))
+    )
+
+
+class Timed:
+    """Times from an event of one owner to its arrival."""
+
+    def __init__(self, here: World, owner: str) -> None:
+        self._store: BatchingStore = here.context.resources.store
+        self._owner = owner
+        self._arrived: dict[str, float] = {}
+        self._seen = asyncio.Event()
+
+    def answer(self, _: int, request: Received) -> Response:
+        self._arrived[request.headers["webhook-id"]] = time.perf_counter()
+        self._seen.set()
+        return Response(status_code=204)
+
+    async def p99(self) -> float:
+        times = []
+        for _ in range(ROUNDS):
+            began = time.perf_counter()
+            (event,) = await emitted(self._store, 1, owner=self._owner)
+            async with asyncio.timeout(30):
+                while event not in self._arrived:
+                    self._seen.clear()
+                    await self._seen.wait()
+            times.append(self._arrived[event] - began)
+        return sorted(times)[ROUNDS * 99 // 100 - 1]
+
+
+@pytest.mark.parametrize("attackers", [1, 10])
+async def test_a_thousand_silent_endpoints_delay_no_other_owners_delivery(
+    tmp_path: Path, attackers: int
+) -> None:
+    """The 99th percentile of another owner stays within twice that without the silent endpoints,
+    or within the noise of a busy machine. Without shares it was the timeout of an attempt.
+    """
+    async with (
+        silence() as (silent, held),
+        subscriber() as shop,
+        world(tmp_path, delivery_timeout_s=60) as here,
+    ):
+        timed = Timed(here, "victim")
+        shop.answer = timed.answer
+        await subscribe(here, "victim", f"{shop.url}/", 1)
+        await timed.p99()  # the first requests open connections
+        before = await timed.p99()
+        for number in range(attackers):
+            await subscribe(here, f"attacker-{number}", silent, SILENT // attackers)
+            await emitted(here.context.resources.store, EVENTS, owner=f"attacker-{number}")
+        await wait_until(lambda: len(held) >= DELIVERIES // 5)
+        during = await timed.p99()
+        assert during <= max(2 * before, 0.3), (before, during)
+        assert len(held) <= DELIVERIES * (1 - 0.8**attackers) + attackers
+
+
+async def test_an_owner_has_a_limited_number_of_endpoints(tmp_path: Path) -> None:
+    """The refusal names the limit and the setting. Other owners, and the operators' endpoints for
+    all owners, have a limit of their own. A deleted endpoint makes room.
+    """
+    async with world(tmp_path, max_endpoints=2) as here, here.owner() as one, here.owner() as other:
+
+        async def create(client: httpx.AsyncClient, **more: Any) -> httpx.Response:
+            body = {"url": "https://203.0.114.1/", **more}
+            return await client.post("/v1/endpoints", json=body)
+
+        made = [got(await create(one), 201)["id"] for _ in range(2)]
+        error = refused(await create(one), 422, "too_many_endpoints")
+        assert "at most 2 endpoints (DARKROOM_MAX_ENDPOINTS)" in error["message"]
+        assert len(got(await one.get("/v1/endpoints"))["data"]) == 2
+        answers = await asyncio.gather(*(create(other) for _ in range(6)))
+        assert sorted(answer.status_code for answer in answers) == [201] * 2 + [422] * 4
+        for owner in (None, "admin"):
+            statuses = [(await create(here.client, owner=owner)).status_code for _ in range(3)]
+            assert statuses == [201, 201, 422]
+        assert (await one.delete(f"/v1/endpoints/{made[0]}")).status_code == 204
+        got(await create(one), 201)
+
+
+def test_the_limit_of_endpoints_is_a_hundred_unless_it_is_set() -> None:
+    assert load_settings({}, None).max_endpoints == 100
+    with pytest.raises(ConfigurationError, match="DARKROOM_MAX_ENDPOINTS"):
+        load_settings({"DARKROOM_MAX_ENDPOINTS": "0"}, None)
