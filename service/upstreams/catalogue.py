@@ -38,9 +38,9 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class CostEstimate:
-    """What a submission will cost, in millionths of a credit. None: the price is unknown.
+    """The cost of a submission, in millionths of a credit. None: the price is unknown.
 
-    `price` is that of an image, or of the whole request (`per`). `n` is how many of them are paid.
+    `price` is that of an image, or of the whole request (`per`). `n` of them are paid.
     """
 
     credits: int | None
@@ -116,9 +116,8 @@ def merged(
         if entry.like is not None:
             if entry.like not in models:
                 line = line_of(text, ["models", model, "like"])
-                raise ConfigurationError(
-                    f"{name}, line {line}: models.{model}.like: no model {entry.like!r} is before"
-                )
+                reason = f"no model {entry.like!r} is in the catalogue or above"
+                raise ConfigurationError(f"{name}, line {line}: models.{model}.like: {reason}")
             base = models[entry.like].fields_alone()
         models[model] = entry.sourced(OPERATORS_FILE).over(base, OPERATORS_FILE)
     return models

@@ -1,4 +1,4 @@
-"""A model of the catalogue: its fields, its price, an example, and what follows from them.
+"""A model of the catalogue: its fields, its price, an example, and its document.
 
 The catalogue's file is made of these tables. `catalogue_schema` is its JSON Schema.
 """
@@ -118,7 +118,7 @@ class ModelEntry(CataloguePart):
         return millionths((self.price.values or {}).get(str(chosen), self.price.credits))
 
     def images_of(self, body: Mapping[str, Any]) -> int:
-        """How many images a submission asks for."""
+        """The number of images that a submission asks for."""
         if self.price is not None and self.price.images is not None:
             return self.price.images
         n = self._chosen(body, "n")

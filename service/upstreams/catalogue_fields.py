@@ -1,4 +1,4 @@
-"""The fields of a model in the catalogue: what each accepts, and the refusal of everything else.
+"""The fields of a model in the catalogue: the values that each accepts, and the refusals.
 
 `type` in the file chooses the class. Lengths are characters, sizes are pixels.
 """
@@ -27,14 +27,14 @@ class CataloguePart(BaseModel):
 
 
 class FieldRule(CataloguePart):
-    """What all fields have. `source`: where the upstream documents the field's limits."""
+    """The keys of every field. `source`: where the upstream documents the field's limits."""
 
     required: StrictBool = False
     source: str | None = None
     note: str | None = None
 
     def words(self) -> str:
-        """What the field accepts, after the word "be"."""
+        """The accepted values, in words that follow "be"."""
         raise NotImplementedError
 
     def accepts(self, value: Any) -> bool:
@@ -150,7 +150,7 @@ class SizeField(FieldRule):
     """One of `values`, such as a ratio, or WIDTHxHEIGHT within the other limits.
 
     `pixels`: range of width x height. `side`: range of width and of height. `aspect`: how many
-    times as long as the short side the long side may be. `multiple`: what divides both sides.
+    times as long as the short side the long side may be. `multiple`: a divisor of both sides.
     Without `pixels` and `side` only `values` are accepted.
     """
 
@@ -201,7 +201,7 @@ class SizeField(FieldRule):
 
 
 class ImagesField(FieldRule):
-    """Links of input images: how many, and what the upstream accepts as one.
+    """Links of input images: their number, and the rules for each image.
 
     `alpha` False: no transparency. `aspect` as for a size. `max_pixels`: width x height.
     """
@@ -237,7 +237,7 @@ class ImagesField(FieldRule):
         return f"{len(value)}" if is_texts(value) else shown(value)
 
     def rules(self) -> JSON:
-        """How many input images a model takes, and what each has to be."""
+        """The number of input images, and the rules for each."""
         return self.model_dump(mode="json", exclude={"type", "required"})
 
 

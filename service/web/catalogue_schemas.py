@@ -13,7 +13,7 @@ FieldType = Literal[
 
 
 class CatalogueField(BaseModel):
-    """What a field accepts. A submission with an `unsupported` field is refused."""
+    """A field and its limits. A submission with an `unsupported` field is refused."""
 
     type: Literal[
         "string", "integer", "number", "boolean", "object", "size", "images", "unsupported"
@@ -45,7 +45,7 @@ class CatalogueSizes(BaseModel):
 
 
 class CatalogueImages(BaseModel):
-    """How many input images a model takes, and what each has to be."""
+    """The number of input images, and the rules for each."""
 
     min: int
     max: int | None
@@ -103,8 +103,10 @@ class Estimate(BaseModel):
     credits: Credits | None
     unit: Literal["credits"]
     price: Credits | None
-    n: int = Field(description="how many are paid")
-    per: Literal["image", "request"] = Field(description="what has the price")
+    n: int = Field(description="the number of paid images or requests")
+    per: Literal["image", "request"] = Field(
+        description="the price is for an image or for a request"
+    )
     basis: Literal["catalogue", "unknown"]
     budget: BudgetFigures | None
 

@@ -278,6 +278,35 @@ async def test_a_task_of_another_model_completes_on_the_sandbox(here: World, mod
     assert (task["state"], len(task["images"])) == ("completed", 4 if model == "mj-v7" else 1)
 
 
+@pytest.mark.parametrize(
+    ("body", "aspect"),
+    [
+        ({"model": "z-image-turbo", "size": "16:9", "nsfw_check": False}, 16 / 9),
+        ({"model": "gpt-image-1.5", "size": "2:3", "n": 1}, 2 / 3),
+        ({"model": "gemini-3.1-flash-lite-image", "size": "1:8", "quality": "1K"}, 1 / 8),
+        (
+            {
+                "model": "gpt-image-2-beta",
+                "size": "auto",
+                "resolution": "1K",
+                "quality": "medium",
+                "n": 1,
+            },
+            1,
+        ),
+    ],
+)
+async def test_the_usual_request_of_a_public_client_completes(
+    here: World, body: JSON, aspect: float
+) -> None:
+    """A ratio decides the shape of the image."""
+    asked = body | {"prompt": "a cat"}
+    task = got(await here.client.post(SUBMIT, json=asked, headers=UNTIL_DONE))
+    (image,) = task["images"]
+    assert (task["state"], task["warnings"]) == ("completed", [])
+    assert image["width"] / image["height"] == pytest.approx(aspect, rel=0.01)
+
+
 async def test_the_sandbox_lists_and_knows_every_model() -> None:
     """It refuses a model that is not in the catalogue with 403, and a broken limit with 400."""
     async with sandbox() as client:

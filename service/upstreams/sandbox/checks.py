@@ -22,8 +22,8 @@ EDGE = EDGES["1K"]  # of a square whose size nothing says
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A submission that the upstream accepts. It makes `n` images. `per`: what has a price, each
-    image or the request.
+    """A submission that the upstream accepts. It makes `n` images. `per`: the price is for each
+    image or for the request.
     """
 
     model: str

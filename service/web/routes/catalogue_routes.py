@@ -1,4 +1,4 @@
-"""The catalogue of models, and what a submission will cost."""
+"""The catalogue of models, and estimates of the cost of submissions."""
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
