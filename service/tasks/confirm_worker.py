@@ -31,8 +31,8 @@ PATIENCE_S = 2.0  # a reconciling query waits this long for a slot, then gives i
 class QueryPlan:
     """When a task is queried (docs/concepts.md). Waits are milliseconds.
 
-    `with_callback`: the upstream got a callback_url. `after` is `RECONCILE_AFTER_S`. A task is
-    queried at the latest when it is `ttl_s` old, because the upstream may keep it no longer.
+    `with_callback`: the upstream got a callback_url. `after` is `RECONCILE_AFTER_S`. The first
+    query comes when the task is `ttl_s` old at the latest, as the upstream may keep it no longer.
     """
 
     with_callback: bool
@@ -54,8 +54,7 @@ class QueryPlan:
         wait = confirm_wait(attempt)
         if not called_back:
             wait = next_query_wait(attempt, self.with_callback, self.random())
-        wait, left = max(wait, retry_after or 0), self.ttl_s - age_ms / 1000
-        return math.ceil((min(wait, left) if left > 0 else wait) * 1000)
+        return round(max(wait, retry_after or 0) * 1000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,6 @@ class ConfirmWorker:
             lease.attempts,
             called_back=callback is not None,
             retry_after=silence.retry_after if silence else None,
-            age_ms=store.clock() - (row.submitted_at or row.created_at),
         )
         if silence and silence.raw:
             log.warning("upstream.unreadable", kind="query", reason=silence.reason)
@@ -97,13 +95,15 @@ class ConfirmWorker:
             word, wait_s = _word(answer), wait_ms / 1000
             log.info("reconcile.queried", attempt=lease.attempts, answer=word, wait_s=wait_s)
         checkpoint("settle.answered")
+        ttl_ms = round(self.task_ttl_s * 1000)
         settlement = Settlement(
             lease,
             report,
             requests=row.settle_requests,
             wait_ms=wait_ms,
             result_ttl_ms=round(self.result_ttl_s * 1000),
-            expires_ms=None if silence else round(self.task_ttl_s * 1000),
+            expires_ms=None if silence else ttl_ms,
+            latest_ms=ttl_ms,
             patience_ms=round(self.no_results_after_s * 1000),
             raw=silence.raw if silence else b"",
         )

@@ -28,7 +28,8 @@ class Settlement:
     """The answer to a query.
 
     `report` None: the upstream does not know the task, or, without `expires_ms`, no answer came. A
-    task that is older than `expires_ms` is expired, unless the report is final. A completed task
+    task that is older than `expires_ms` is expired, unless the report is final. A task younger than
+    `latest_ms` is queried again at that age at the latest, whatever the wait. A completed task
     without all of its results is asked for again for `patience_ms`. `requests` is the task's
     `settle_requests` at the time of the query: a callback since then asks for another. `raw` is the
     beginning of an answer that could not be read.
@@ -40,6 +41,7 @@ class Settlement:
     wait_ms: int
     result_ttl_ms: int
     expires_ms: int | None = None
+    latest_ms: int = 0
     patience_ms: int = 0
     raw: bytes = b""
 
@@ -90,7 +92,8 @@ def _unsettled(tx: Transaction, row: TaskRow, item: Settlement, why: str) -> int
     """Ends a task as expired whose time at the upstream is up without an outcome. Returns when to
     query again.
     """
-    age, again_at = tx.now - (row.submitted_at or row.created_at), tx.now + item.wait_ms
+    age, wait_ms = tx.now - (row.submitted_at or row.created_at), item.wait_ms
+    again_at = tx.now + (min(wait_ms, item.latest_ms - age) if age < item.latest_ms else wait_ms)
     expired = item.expires_ms is not None and age >= item.expires_ms
     if expired and row.state is State.SUBMITTED:
         end(tx, row, State.EXPIRED, task_error("expired", why))
