@@ -4,6 +4,7 @@ whether there was a connection.
 
 import asyncio
 import errno
+import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -116,10 +117,23 @@ def translated(call: CallState) -> Iterator[None]:
             root = root.__cause__
         # The root of asyncio's own timeout is a cancellation.
         late = isinstance(root, TimeoutError | asyncio.CancelledError)
-        detail = getattr(root, "strerror", None) or type(root).__name__
+        detail = problem_of(root)
         lost = CallTimedOut if late else ConnectionLost
         kind = lost if call.connected else not_connected(root)
         raise kind(f"{call.host}: {'no answer in time' if late else detail}") from error
+
+
+def problem_of(error: BaseException) -> str:
+    """The error in words. asyncio's own contain the address, which the caller may not know."""
+    if not isinstance(error, OSError):
+        return type(error).__name__
+    if (
+        error.errno is not None
+        and error.errno in errno.errorcode
+        and not isinstance(error, ssl.SSLError)
+    ):
+        return os.strerror(error.errno)
+    return error.strerror or type(error).__name__
 
 
 def not_connected(error: BaseException) -> type[NotConnected]:
