@@ -313,30 +313,44 @@ async def test_a_broker_that_stops_answering_holds_up_nothing_else(
         await writer.wait_closed()
 
 
-async def test_an_event_that_no_queue_takes_stays(
+async def test_an_event_that_no_queue_takes_holds_up_no_other(
     brokers: Brokers, tmp_path: Path, target: str
 ) -> None:
-    """The exchange must exist, and it must route the event's type to a queue. Until then the sink
-    waits and loses nothing.
+    """The exchange must exist. An event for whose type it has no queue is refused three times and
+    then skipped for this sink, logged and counted. A queue that is bound later gets later events.
     """
     import aio_pika
 
     port = await brokers.port("amqp")
     sink = address("amqp", port, target).replace("queue=", "exchange=")
     taken = reader("amqp", port, target)
-    async with world(tmp_path, sinks=sink) as here:
-        await degraded(here)
-        url = sink.partition("?")[0]
-        async with await aio_pika.connect(url) as connection:
-            channel = await connection.channel()
-            exchange = await channel.declare_exchange(target, "topic", durable=True)
-            await holding(here)
-            await emit(here, range(3))
+    with logged() as stream:
+        async with world(tmp_path, sinks=sink) as here:
             await degraded(here)
-            queue = await channel.declare_queue(target, durable=True)
-            await queue.bind(exchange, "callback.#")
-        ids = [event["id"] for event in await here.events()]
-        assert [message.id for message in await caught_up(taken, ids)] == ids
+            url = sink.partition("?")[0]
+            async with await aio_pika.connect(url) as connection:
+                channel = await connection.channel()
+                exchange = await channel.declare_exchange(target, "topic", durable=True)
+                queue = await channel.declare_queue(target, durable=True)
+                await queue.bind(exchange, "image.task.completed")
+                await holding(here)
+                await emit(here, range(2))
+                await submitted(here.client, UNTIL_DONE)
+                await emit(here, [2])
+                await submitted(here.client, UNTIL_DONE)
+                events = await here.events()
+                wanted = [each["id"] for each in events if each["type"] == "image.task.completed"]
+                assert [each.id for each in await caught_up(taken, wanted)] == wanted
+                await queue.bind(exchange, "callback.#")
+                await emit(here, [3])
+                last = (await here.events())[-1]["id"]
+                assert [each.id for each in await caught_up(taken, [last])] == [*wanted, last]
+            counter = here.context.resources.metrics.sink_skipped
+            (family,) = counter.collect()
+            assert [each.value for each in family.samples] == [5]
+    told = [json.loads(line) for line in stream.getvalue().splitlines() if "sink.skipped" in line]
+    skipped = [each["id"] for each in events if each["id"] not in wanted]
+    assert [line["event_id"] for line in told] == skipped
 
 
 async def test_an_event_too_large_for_the_broker_holds_up_no_other(
