@@ -169,7 +169,8 @@ class SizeField(FieldRule):
             limits += [f"sides of {self.side[0]} to {self.side[1]}"] if self.side else []
             limits += [f"multiples of {self.multiple}"] if self.multiple else []
             limits += [f"an aspect from 1:{self.aspect} to {self.aspect}:1"] if self.aspect else []
-            forms.append(f"WIDTHxHEIGHT in pixels with {', '.join(limits)}")
+            example = f", such as {self.default}," if pixels_of(self.default) else ""
+            forms.append(f"WIDTHxHEIGHT in pixels{example} with {', '.join(limits)}")
         return (f"one of {', '.join(forms[:-1])} or " if forms[1:] else "") + "".join(forms[-1:])
 
     def accepts(self, value: Any) -> bool:

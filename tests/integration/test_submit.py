@@ -656,7 +656,7 @@ LIMITS = [
     ({"size": "huge"}, "size", "1280x1280"),
     ({"size": "767x768"}, "size", "589824"),
     ({"size": "1441x1440"}, "size", "2073600"),
-    ({"size": "400x1601"}, "size", "0.25"),
+    ({"size": "400x1601"}, "size", "1:4"),
     ({"n": 5}, "n", "4"),
     ({"n": True}, "n", "4"),
     ({"model": "wan2.5-image-to-image"}, "image_urls", "1 to 5"),
