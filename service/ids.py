@@ -15,6 +15,7 @@ PREFIXES = {
     "attempt": "att_",
     "key": "key_",
     "request": "req_",
+    "file": "file_",
 }
 EXTENSIONS = {
     "image/png": "png",
@@ -22,12 +23,14 @@ EXTENSIONS = {
     "image/webp": "webp",
     "image/gif": "gif",
     "image/avif": "avif",
+    "image/bmp": "bmp",
 }
 # An upstream's id becomes part of a URL: visible ASCII, no dot in front, at most 200 characters.
 UPSTREAM_ID = r"[!-\-/-~][!-~]{0,199}"
 QUARANTINE = "quarantine/"
 BLOB = re.compile(
-    rf"(?:{QUARANTINE})?task_[a-z2-7]{{26}}/[0-9]{{1,9}}-[0-9a-f]{{64}}\.[a-z]{{1,8}}", re.ASCII
+    rf"(?:{QUARANTINE})?(?:task|file)_[a-z2-7]{{26}}/[0-9]{{1,9}}-[0-9a-f]{{64}}\.[a-z]{{1,8}}",
+    re.ASCII,
 )
 
 

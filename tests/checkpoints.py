@@ -59,3 +59,16 @@ CHECKPOINTS: Mapping[str, str] = {
         " within about a day."
     ),
 }
+
+# Of input images. tests/crash/test_input_kills.py kills processes there.
+INPUT_CHECKPOINTS: Mapping[str, str] = {
+    "file.begun": (
+        "The client gets no response and uploads again. The row of the first upload names no"
+        " blob, is never shown, and goes when its days are over."
+    ),
+    "file.saved": ("As above. The sweep removes the blob of the first upload within about a day."),
+    "file.erased": (
+        "The file is gone from every response. A task that waits with it fails without a"
+        " submission. The sweep removes the blob within about a day."
+    ),
+}

@@ -1,6 +1,7 @@
 """The interface of a blob store, and the temporary files that every store begins with.
 
-A blob's name is `{task_id}/{index}-{sha256}.{ext}`, so its bytes never change.
+A blob's name is `{task_id}/{index}-{sha256}.{ext}`, or that of an input image with the file's id in
+place of the task's. So its bytes never change.
 """
 
 import asyncio

@@ -14,6 +14,7 @@ from sqlalchemy import Connection, create_engine, func, select
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.pool import NullPool
 
+from service.db.file_tables import files
 from service.db.integrity import connecting
 from service.db.schema import revision
 from service.db.tables import counters, endpoints, events, images, owners, tasks
@@ -80,14 +81,15 @@ def figures(connection: Connection) -> dict[str, Any]:
 
 
 def stored_images(connection: Connection) -> Iterator[tuple[str, int, str]]:
-    """Name, length and SHA-256 of every blob of a copy, in the order of the names."""
-    statement = (
-        select(images.c.blob, images.c.bytes, images.c.sha256)
-        .where(images.c.blob.is_not(None))
-        .order_by(images.c.blob)
-    )
-    for row in connection.execution_options(yield_per=1000).execute(statement):
-        yield row.blob, row.bytes, row.sha256
+    """Name, length and SHA-256 of every blob of a copy: images, then input images."""
+    for table in (images, files):
+        statement = (
+            select(table.c.blob, table.c.bytes, table.c.sha256)
+            .where(table.c.blob.is_not(None))
+            .order_by(table.c.blob)
+        )
+        for row in connection.execution_options(yield_per=1000).execute(statement):
+            yield row.blob, row.bytes, row.sha256
 
 
 def secrets(connection: Connection) -> list[bytes]:

@@ -114,6 +114,7 @@ tasks = Table(
     Column("settle_requests", Integer, nullable=False, default=0),  # requests to settle it now
     # The first time that the upstream had completed the task and named not all of its results.
     Column("incomplete_since", BigInteger),
+    Column("inputs", JSON(none_as_null=True)),  # NULL: no input images
     # The task's place among those of its owner and of the other owners.
     Column("submit_turn", BigInteger, nullable=False, default=0),
     Column("erased_at", BigInteger),  # from then on only figures are left

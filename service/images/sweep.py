@@ -1,9 +1,10 @@
 """The sweep removes blobs that no row names. A crash, a cancel or an erasure leaves them behind.
 
 Several processes may sweep at once. A blob goes only if it is over 24 hours old by its store's
-clock and belongs to a terminal task that waits for no download and does not name it. Blobs of
-tasks that this store does not know stay: they belong to another installation, or they are newer
-than the backup that this store was restored from (decision 17).
+clock and belongs to a terminal task that waits for no download and does not name it. An input
+image goes if its file does not name it. Blobs of tasks and files that this store does not know
+stay: they belong to another installation, or they are newer than the backup that this store was
+restored from (decision 17).
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 import structlog
 from sqlalchemy import Connection, select
 
+from service.db.file_tables import files
 from service.db.tables import images, tasks
 from service.ids import BLOB, task_of_blob
 from service.resources import Resources
@@ -52,7 +54,7 @@ async def sweep(resources: Resources) -> int:
 
 
 def orphans(connection: Connection, blobs: Sequence[str]) -> list[str]:
-    """The blobs that no row names, of terminal tasks that wait for no download."""
+    """The blobs that no row names, of terminal tasks that wait for no download, and of files."""
     task_ids = {task_of_blob(name) for name in blobs}
     terminal = [state.value for state in TERMINAL]
     ended = select(tasks.c.id).where(tasks.c.id.in_(task_ids), tasks.c.state.in_(terminal))
@@ -63,4 +65,9 @@ def orphans(connection: Connection, blobs: Sequence[str]) -> list[str]:
         named.add(row.blob)
         if row.state == "pending":
             finished.discard(row.task_id)
+    for file in connection.execute(
+        select(files.c.id, files.c.blob).where(files.c.id.in_(task_ids))
+    ):
+        finished.add(file.id)
+        named.add(file.blob)
     return [name for name in blobs if task_of_blob(name) in finished and name not in named]

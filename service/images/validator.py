@@ -57,14 +57,18 @@ class ImageValidator:
         self._limits = max_bytes, max_pixels
         self.idle: list[subprocess.Popen[bytes]] = []
 
-    async def validate(self, path: Path, *, compressed: bool) -> Validation:
-        """`compressed`: a file in gzip or deflate is unpacked first. BlobUnavailable."""
+    async def validate(
+        self, path: Path, *, compressed: bool = False, flatten: bool | None = None
+    ) -> Validation:
+        """`compressed`: a file in gzip or deflate is unpacked first. `flatten`: the file is an
+        input image, and whether its alpha channel is removed. BlobUnavailable.
+        """
         async with self._slots:
             child = self.idle.pop() if self.idle else start(*self._limits)
             if child.poll() is not None:  # killed while it was idle
                 end(child)
                 child = start(*self._limits)
-            request = {"path": str(path), "compressed": compressed}
+            request = {"path": str(path), "compressed": compressed, "flatten": flatten}
             try:
                 async with asyncio.timeout(WALL_S):
                     answer = await asyncio.to_thread(ask, child, request)

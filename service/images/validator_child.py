@@ -26,6 +26,7 @@ from typing import Any
 from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from service.content_coding import decompress
+from service.images.input_check import check_input
 from service.images.validator import InvalidImage, ValidImage
 
 MEDIA_TYPES = {
@@ -76,11 +77,13 @@ def limit(kind: int, value: int) -> None:
 
 
 def validate_file(
-    path: str, *, compressed: bool, max_bytes: int, max_pixels: int
+    path: str, *, compressed: bool, max_bytes: int, max_pixels: int, flatten: bool | None = None
 ) -> dict[str, Any]:
-    """The child's answer."""
+    """The child's answer. `flatten` None: a result, else an input image."""
     try:
         data = Path(path).read_bytes()
+        if flatten is not None:
+            return validate_input(path, data, max_pixels, flatten=flatten)
         if compressed and (plain := decompress(data, max_bytes)) is not None:
             if len(plain) > max_bytes:
                 invalid = InvalidImage(f"over {max_bytes} bytes", final=True)
@@ -89,12 +92,30 @@ def validate_file(
             data = plain
     except OSError as error:
         return {"unavailable": error.strerror}
-    result = check_image(data, max_pixels)
+    return answer_about(data, check_image(data, max_pixels))
+
+
+def answer_about(data: bytes, result: ValidImage | InvalidImage) -> dict[str, Any]:
     kind = "valid" if isinstance(result, ValidImage) else "invalid"
     return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), kind: asdict(result)}
 
 
-def check_image(data: bytes, max_pixels: int) -> ValidImage | InvalidImage:
+def validate_input(path: str, data: bytes, max_pixels: int, *, flatten: bool) -> dict[str, Any]:
+    """The child's answer about an input image. The file is written anew if it was flattened."""
+
+    def broken(data: bytes) -> InvalidImage | None:
+        result = check_image(data, max_pixels, (*MEDIA_TYPES, "BMP"))
+        return InvalidImage(result.reason) if isinstance(result, InvalidImage) else None
+
+    result, content = check_input(data, flatten=flatten, decode=broken)
+    if content is not data:
+        Path(path).write_bytes(content)
+    return answer_about(content, result)
+
+
+def check_image(
+    data: bytes, max_pixels: int, formats: tuple[str, ...] = tuple(MEDIA_TYPES)
+) -> ValidImage | InvalidImage:
     """Decodes every frame. The limit holds for the pixels of all frames together."""
     # Some decoders allocate memory for all pixels before a header can be looked at.
     Image.MAX_IMAGE_PIXELS = max_pixels
@@ -102,7 +123,7 @@ def check_image(data: bytes, max_pixels: int) -> ValidImage | InvalidImage:
         with warnings.catch_warnings(action="ignore"):
             # Without this, Pillow refuses only images of twice as many pixels as allowed.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return decode(data, max_pixels)
+            return decode(data, max_pixels, formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return InvalidImage(f"over {max_pixels} pixels", final=True)
     except UnidentifiedImageError:
@@ -114,10 +135,10 @@ def check_image(data: bytes, max_pixels: int) -> ValidImage | InvalidImage:
         return InvalidImage(f"the picture does not decode: {type(error).__name__}")
 
 
-def decode(data: bytes, max_pixels: int) -> ValidImage | InvalidImage:
+def decode(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> ValidImage | InvalidImage:
     if data.startswith((b"GIF87a", b"GIF89a")) and (invalid := check_gif(data)):
         return invalid
-    with Image.open(BytesIO(data), formats=tuple(MEDIA_TYPES)) as image:
+    with Image.open(BytesIO(data), formats=formats) as image:
         (width, height), pixels = image.size, 0
         # A JPEG with further images behind it (a gain map) is one of Pillow's format MPO.
         format = "JPEG" if image.format == "MPO" else str(image.format)
@@ -143,7 +164,7 @@ def decode(data: bytes, max_pixels: int) -> ValidImage | InvalidImage:
                 size = f"{width}x{height}, up to frame {frame + 1},"
                 return InvalidImage(f"{size} is over {max_pixels} pixels", final=True)
             image.load()
-        return ValidImage(MEDIA_TYPES[format], width, height)
+        return ValidImage(MEDIA_TYPES.get(format, f"image/{format.lower()}"), width, height)
 
 
 def is_whole(format: str, data: bytes) -> bool:

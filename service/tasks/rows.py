@@ -51,6 +51,7 @@ class TaskRow:
     resubmit: bool = False
     settle_requests: int = 0
     incomplete_since: int | None = None
+    inputs: list[JSON] | None = None
     submit_turn: int = 0
     erased_at: int | None = None
     submit_due_at: int | None = None

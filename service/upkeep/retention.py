@@ -18,7 +18,7 @@ from service.db.transaction import Transaction
 from service.errors import BlobUnavailable
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
-from service.upkeep import expiry
+from service.upkeep import expiry, file_expiry
 
 log = structlog.get_logger()
 
@@ -58,7 +58,7 @@ class Retention:
         BlobUnavailable, StoreUnavailable: the rest waits for the next run.
         """
         started = time.perf_counter()
-        removed = {"events": 0, "deliveries": 0, "tasks": 0, "images": 0}
+        removed = {"events": 0, "deliveries": 0, "tasks": 0, "images": 0, "files": 0}
         before = self.clock() - round(self.days * DAY_MS)
         try:
             await self._events(before, removed)
@@ -66,6 +66,10 @@ class Retention:
             while (stripped := await self._write(expiry.strip_tasks, before)).tasks:
                 removed["tasks"] += stripped.tasks
                 await self._delete(stripped.blobs)
+            while blobs := await self._write(file_expiry.forget_files, self.clock()):
+                removed["files"] += len(blobs)
+                await self._delete(blobs)
+            await self._write(file_expiry.forget_file_rows, self.clock())
             if self.image_days is not None:
                 before = self.clock() - round(self.image_days * DAY_MS)
                 while blobs := await self._write(expiry.forget_images, before):

@@ -7,6 +7,7 @@ from starlette.requests import Request
 
 from service.events.tail import Tail
 from service.events.webhooks import WebhookSender
+from service.images.input_files import InputFiles
 from service.resources import Resources
 from service.tasks.accept import TaskIntake
 from service.tasks.account_breaker import AccountBreaker
@@ -26,6 +27,7 @@ class Context:
     resources: Resources
     sender: WebhookSender
     intake: TaskIntake
+    files: InputFiles
     tail: Tail
     gate: PriorityGate
     breaker: AccountBreaker

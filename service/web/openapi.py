@@ -11,6 +11,7 @@ from service import VERSION
 from service.strict_json import JSON
 from service.web import schemas
 from service.web.event_schemas import Event, EventTask
+from service.web.file_schemas import FormBody
 
 if TYPE_CHECKING:
     from service.web.routes.table import Spec
@@ -61,7 +62,10 @@ def operation(spec: "Spec") -> JSON:
         document["security"] = [{"key": []}]
         document["description"] = f"Needs the scope {' or '.join(spec.scopes)}."
     if spec.body:
-        document["requestBody"] = {"required": True, "content": _content(spec.body.__name__)}
+        content = _content(spec.body.__name__)
+        if issubclass(spec.body, FormBody):
+            content = {"multipart/form-data": content["application/json"]}
+        document["requestBody"] = {"required": True, "content": content}
     return document
 
 

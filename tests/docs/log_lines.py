@@ -34,6 +34,8 @@ LINES: Mapping[str, str] = MappingProxyType(
             "`reason`, `hint` (the first characters, if the text looks like a key of this service)"
         ),
         "admin.action": "`action`, `subject`",
+        "file.stored": "`file_id`, `media_type`, `bytes`, `sha256`. An input image.",
+        "file.erased": "`file_id`. An input image, at its owner's request.",
         "task.queued": "`model`, `replayed`, `prompt` (only with `LOG_PROMPTS`)",
         "task.submitted": "`attempt`, `estimated_time`, `state` (after the submission)",
         "task.submission_retried": (
@@ -141,7 +143,8 @@ LINES: Mapping[str, str] = MappingProxyType(
         ),
         "blobs.swept": "`seen`, `removed` (images that no row names), `duration_ms`",
         "retention.applied": (
-            "`events`, `deliveries`, `tasks` (whose content was removed), `images`, `duration_ms`"
+            "`events`, `deliveries`, `tasks` (whose content was removed), `images`, `files`,"
+            " `duration_ms`"
         ),
         "worker.failed": "`stage`, `key`, `attempt`, `wait_s`, `exception`",
         "task.parked": "`stage`, `cause` (the number of faults or crashes)",

@@ -24,7 +24,7 @@ from service.upstreams.catalogue import load_catalogue
 from service.upstreams.catalogue_entry import catalogue_schema
 from service.upstreams.sandbox import FAULTS
 from service.web.routes.table import SPECS
-from tests.checkpoints import CHECKPOINTS
+from tests.checkpoints import CHECKPOINTS, INPUT_CHECKPOINTS
 from tests.docs.log_lines import ALWAYS, LINES, WHERE_KNOWN
 
 ROOT = Path(__file__).parents[2]
@@ -127,7 +127,8 @@ def log_lines_table() -> str:
 
 def checkpoints_table() -> str:
     """Every checkpoint, and what follows when the process dies there."""
-    rows = [f"| `{name}` | {effect} |" for name, effect in CHECKPOINTS.items()]
+    effects = {**CHECKPOINTS, **INPUT_CHECKPOINTS}
+    rows = [f"| `{name}` | {effect} |" for name, effect in effects.items()]
     return "\n".join(["| killed here | what happens |", "|---|---|", *rows])
 
 

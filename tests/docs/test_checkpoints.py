@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import service
-from tests.checkpoints import CHECKPOINTS
+from tests.checkpoints import CHECKPOINTS, INPUT_CHECKPOINTS
 
 
 def test_every_checkpoint_of_the_table_is_passed_at_one_place_of_the_code() -> None:
@@ -18,4 +18,4 @@ def test_every_checkpoint_of_the_table_is_passed_at_one_place_of_the_code() -> N
         for call in calls
         if isinstance(call.func, ast.Name) and call.func.id == "checkpoint"
     ]
-    assert sorted(passed) == sorted(CHECKPOINTS)
+    assert sorted(passed) == sorted([*CHECKPOINTS, *INPUT_CHECKPOINTS])

@@ -10,9 +10,11 @@ from openapi_spec_validator import validate
 
 from service import VERSION
 from service.web import catalogue_schemas, schemas
+from service.web.file_schemas import FormBody
 from service.web.openapi import document
 from service.web.routes.table import SPECS, Spec
 from tests.api import SUBMIT, UNTIL_DONE, got, order, submitted
+from tests.inputs import photo, uploaded
 from tests.waiting import wait_until
 from tests.world import World, subscriber
 
@@ -140,6 +142,7 @@ async def test_real_answers_are_what_the_document_says(here: World) -> None:
             "delivery_id": delivery["id"],
             "key_id": key["id"],
             "model": task["model"],
+            "file_id": (await uploaded(client))["id"],
         }
         ids["replay_id"] = replay["id"]
         bodies: dict[type[Any], JSON] = {
@@ -161,9 +164,10 @@ async def test_real_answers_are_what_the_document_says(here: World) -> None:
             for asking in (client, here.client) if "admin" not in spec.scopes else (here.client,):
                 if spec.path.endswith("/cancel") and asking is here.client:
                     continue
-                answer = await asking.request(
-                    spec.method, path, json=bodies[spec.body] if spec.body else None
-                )
+                body: JSON = {"json": bodies.get(spec.body) if spec.body else None}
+                if spec.body and issubclass(spec.body, FormBody):
+                    body = {"files": {"file": photo()}}
+                answer = await asking.request(spec.method, path, **body)
                 check(got(answer, spec.status), spec.answer.__name__)
 
 

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from structlog.contextvars import bind_contextvars
 
 from service.errors import ApiError, invalid_request
-from service.web import catalogue_schemas, schemas
+from service.web import catalogue_schemas, file_schemas, schemas
 from service.web.asyncapi import document as asyncapi_document
 from service.web.bodies import check_coding
 from service.web.context import context_of
@@ -24,6 +24,7 @@ from service.web.routes import catalogue_routes as catalogue
 from service.web.routes import delivery_routes as deliveries
 from service.web.routes import endpoint_routes as endpoints
 from service.web.routes import event_routes as events
+from service.web.routes import file_routes as files
 from service.web.routes import health_routes as health
 from service.web.routes import image_routes as images
 from service.web.routes import key_routes as keys
@@ -179,6 +180,18 @@ SPECS = (
     ),
     spec(f"GET /v1/keys?{PAGE}", keys.listed, "admin", schemas.KeyList),
     spec("DELETE /v1/keys/{key_id}", keys.revoke, "admin"),
+    spec(
+        "POST /v1/files?flatten",
+        files.upload,
+        "submit",
+        file_schemas.File,
+        file_schemas.Upload,
+        status=201,
+    ),
+    spec(f"GET /v1/files?{PAGE}", files.files, "submit read", file_schemas.FileList),
+    spec("GET /v1/files/{file_id}", files.file, "submit read", file_schemas.File),
+    spec("GET /v1/files/{file_id}/content", files.content, "submit read"),
+    spec("DELETE /v1/files/{file_id}", files.delete, "submit"),
     spec("GET /images/{image_id}", images.image, ""),
     spec("GET /healthz", health.healthz, "", schemas.Health),
     spec("GET /readyz", health.readyz, "", schemas.Readiness),

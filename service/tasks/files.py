@@ -1,0 +1,144 @@
+"""Files in the store: the input images of owners, and the copies that an upstream has of them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sqlalchemy import Connection, Select, delete, select
+
+from service.db.file_tables import copies
+from service.db.file_tables import files as file_table
+from service.db.paging import Selection, page
+from service.db.transaction import Transaction
+from service.ids import rfc3339
+from service.strict_json import JSON
+
+
+@dataclass(slots=True)
+class FileRow:
+    """A row of `files`, one attribute per column. `blob` None: not stored yet, or erased."""
+
+    id: str
+    owner: str
+    created_at: int
+    expires_at: int
+    filename: str
+    media_type: str
+    bytes: int
+    sha256: str
+    width: int
+    height: int
+    blob: str | None = None
+    erased_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InputCopy:
+    """A row of `copies`: where the upstream has an input image, and until when."""
+
+    id: str
+    owner: str
+    upstream: str
+    file_id: str | None
+    url: str
+    expires_at: int
+
+
+FILE_COLUMNS = [file_table.c[field.name] for field in fields(FileRow)]
+
+
+def file_document(row: FileRow) -> JSON:
+    """The file of docs/api.md."""
+    return {
+        "id": row.id,
+        "object": "file",
+        "created": row.created_at // 1000,
+        "filename": row.filename,
+        "media_type": row.media_type,
+        "bytes": row.bytes,
+        "width": row.width,
+        "height": row.height,
+        "sha256": row.sha256,
+        "expires_at": rfc3339(row.expires_at),
+    }
+
+
+def file_rows(connection: Connection, statement: Select[Any]) -> list[FileRow]:
+    return [FileRow(*row) for row in connection.execute(statement)]
+
+
+def stored_file(
+    connection: Connection, file_id: str, owner: str | None, now: int
+) -> FileRow | None:
+    """A file that is stored and has not expired. `owner` None: any owner's."""
+    c = file_table.c
+    statement = select(*FILE_COLUMNS).where(c.id == file_id, c.blob.is_not(None))
+    statement = statement.where(c.expires_at > now)
+    if owner is not None:
+        statement = statement.where(c.owner == owner)
+    return next(iter(file_rows(connection, statement)), None)
+
+
+def file_list(connection: Connection, wanted: Selection, now: int) -> list[FileRow]:
+    """Stored files, newest first."""
+    c = file_table.c
+    statement = select(*FILE_COLUMNS).where(c.blob.is_not(None), c.expires_at > now)
+    return file_rows(connection, page(statement, file_table, wanted))
+
+
+def insert_files(tx: Transaction, items: Sequence[FileRow]) -> list[None]:
+    """Inserts files whose blobs are not stored yet, so that the sweep knows them."""
+    for item in items:
+        tx.insert(file_table, asdict(item) | {"blob": None})
+    return [None] * len(items)
+
+
+def store_files(tx: Transaction, items: Sequence[FileRow]) -> list[None]:
+    """Names the blobs of files. They are stored from now on."""
+    for item in items:
+        tx.change(file_table, item.id, {"blob": item.blob})
+    return [None] * len(items)
+
+
+@dataclass(frozen=True, slots=True)
+class FileErasure:
+    """`owner` None: an admin erases any owner's file."""
+
+    file_id: str
+    owner: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ErasedFile:
+    """What is left to delete after the commit: the blob, and the upstream's copy."""
+
+    blob: str
+    copy: InputCopy | None
+
+
+def erase_files(tx: Transaction, items: Sequence[FileErasure]) -> list[ErasedFile | None]:
+    """Erases files with everything that came from their owners. None: there is no such file."""
+    return [_erase_file(tx, item) for item in items]
+
+
+def _erase_file(tx: Transaction, item: FileErasure) -> ErasedFile | None:
+    c = file_table.c
+    statement = select(c.blob).where(c.id == item.file_id, c.blob.is_not(None))
+    if item.owner is not None:
+        statement = statement.where(c.owner == item.owner)
+    blob = tx.connection.execute(statement.with_for_update()).scalar()
+    if blob is None:
+        return None
+    gone = {"blob": None, "erased_at": tx.now, "filename": "", "sha256": ""}
+    tx.change(file_table, item.file_id, gone)
+    tx.write()  # the next item may name the same file
+    copy = input_copies(tx.connection, [item.file_id]).get(item.file_id)
+    tx.connection.execute(delete(copies).where(copies.c.id == item.file_id))
+    return ErasedFile(blob, copy)
+
+
+def input_copies(connection: Connection, ids: Sequence[str]) -> dict[str, InputCopy]:
+    """The upstream's copies of these files and results, by id."""
+    columns = [copies.c[field.name] for field in fields(InputCopy)]
+    rows = connection.execute(select(*columns).where(copies.c.id.in_(ids)))
+    return {row.id: InputCopy(*row) for row in rows}
