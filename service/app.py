@@ -17,7 +17,6 @@ from service.errors import ConfigurationError
 from service.events.broker_worker import BrokerWorker
 from service.events.deliveries import dead_letter_delivery
 from service.events.delivery_worker import DeliveryWorker
-from service.events.outbox import log_emitted
 from service.events.replays import ReplayWorker, dead_letter_replay
 from service.events.tail import Tail
 from service.events.webhooks import WebhookSender
@@ -36,6 +35,7 @@ from service.settings import Settings, masked
 from service.tasks.accept import TaskIntake
 from service.tasks.account_breaker import AccountBreaker
 from service.tasks.confirm_worker import ConfirmWorker, QueryPlan
+from service.tasks.ledger import log_committed
 from service.tasks.submit_worker import SubmitWorker
 from service.tasks.transitions import dead_letter_task
 from service.tasks.upstream_check import UpstreamCheck
@@ -171,7 +171,7 @@ async def running(
         upstream, gate = resources.upstreams[DEFAULT_UPSTREAM], PriorityGate()
         breaker = AccountBreaker(resources, upstream, settings.submit_schedule)
         work = stages(settings, resources, breaker, validator) if role.workers else []
-        after_commit = partial(log_emitted, metrics=metrics)
+        after_commit = partial(log_committed, metrics=metrics)
         pool = WorkerPool(resources.store, work, metrics, after_commit, gate.wait)
         stopping = Stopping(resources.store, pool, settings.stop_s)
         files = input_files(settings, resources, validator)

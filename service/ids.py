@@ -14,6 +14,7 @@ PREFIXES = {
     "replay": "rpl_",
     "attempt": "att_",
     "key": "key_",
+    "entry": "led_",
     "request": "req_",
     "file": "file_",
 }

@@ -253,5 +253,6 @@ class BatchingStore(ABC):
             for place, result in zip(places, answers, strict=True):
                 results[place] = result
             tx.write()
+        tx.finish()
         self._flush(tx)
         return results, tx

@@ -104,6 +104,9 @@ tasks = Table(
     Column("user_group", String(64)),
     Column("credits_reserved", BigInteger),
     Column("credits_used", BigInteger),
+    Column("credits_refunded", BigInteger),
+    Column("credits_estimated", BigInteger),  # by the catalogue
+    Column("images_requested", Integer),
     Column("error", JSON(none_as_null=True)),
     Column("refusal_status", Integer),  # HTTP status of the upstream's refusal
     Column("submit_outcomes", Integer, nullable=False, default=0),
@@ -176,7 +179,8 @@ images = Table(
     UniqueConstraint("task_id", "position"),
 )
 
-# Rows: events (the last sequence), forgotten, ready, and clock, which older versions write.
+# Rows: events and ledger (the last sequence), forgotten, ready, and clock, which older versions
+# write.
 counters = Table(
     "counters",
     metadata,

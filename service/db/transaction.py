@@ -38,6 +38,10 @@ class Emitted:
     deliveries: int = 0
 
 
+# A function that runs once at the end of the transaction, with the items by key.
+Deferred = Callable[..., None]
+
+
 @dataclass(slots=True)
 class Transaction:
     """`now` is the store's time. `slots` are the free slots of this process's workers, by stage.
@@ -58,6 +62,8 @@ class Transaction:
     steps: list[JSON] = field(default_factory=list)
     touched: set[str] = field(default_factory=set)
     due: set[str] = field(default_factory=set)
+    posted: list[JSON] = field(default_factory=list)  # entries of the ledger
+    deferred: dict[Deferred, dict[str, Any]] = field(default_factory=dict)
 
     inserts: dict[Table, list[JSON]] = field(default_factory=dict)
     changes: dict[Table, dict[str, JSON]] = field(default_factory=dict)
@@ -68,6 +74,18 @@ class Transaction:
     def step(self, task_id: str, step: str, **detail: Any) -> None:
         """Adds a step to the task's timeline."""
         self.steps.append({"task_id": task_id, "time": self.now, "step": step, "detail": detail})
+
+    def defer(self, function: Deferred, key: str, item: object) -> None:
+        """Has the function called at the end of the transaction. A later item with the same key
+        replaces an earlier one.
+        """
+        self.deferred.setdefault(function, {})[key] = item
+
+    def finish(self) -> None:
+        """Runs the deferred functions."""
+        for function, items in self.deferred.items():
+            function(self, items)
+        self.deferred.clear()
 
     def insert(self, table: Table, row: JSON) -> None:
         """Adds a row at the next `write`. All rows of one table must name the same columns."""

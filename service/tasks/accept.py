@@ -25,6 +25,7 @@ from service.signing import canonical_json, new_secret
 from service.strict_json import JSON
 from service.tasks import task_queries
 from service.tasks.fair_queue import FairQueue
+from service.tasks.ledger import entered
 from service.tasks.owner_keys import NewOwner, insert_owners
 from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State
@@ -153,6 +154,8 @@ class TaskIntake:
             request=shown,
             warnings=self.catalogue.warnings(body["model"], shown) or None,
             metadata=body.get("metadata") or {},
+            credits_estimated=self.catalogue.estimate(body).credits,
+            images_requested=self.catalogue.images_of(body),
             body=json.dumps(upstream_body, ensure_ascii=False, separators=(",", ":")).encode(),
             callback_url=None if callback_url is None else trimmed(callback_url),
             idempotency_key=idempotency_key,
@@ -222,6 +225,7 @@ def insert_tasks(tx: Transaction, items: Sequence[TaskRow]) -> list[Inserted]:
             lease = leases.enqueue(tx, "submit", item.id, behind=queue.behind)
             tx.insert(tasks, columns | lease)
             tx.step(item.id, "task.queued", model=item.model)
+            entered(tx, item)
         results.append(earlier)
     return results
 

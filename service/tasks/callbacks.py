@@ -1,7 +1,6 @@
 """Callbacks with the right token: one commit, then the response (docs/callbacks.md).
 
-The commit makes the task due for its confirmation. The request itself runs no query, no download
-and no delivery.
+The commit makes the task due for its confirmation. The request runs no query and no download.
 """
 
 import asyncio
@@ -19,6 +18,7 @@ from service.errors import StoreUnavailable
 from service.events import outbox
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
+from service.tasks.ledger import entered
 from service.tasks.results import anticipate
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
@@ -70,8 +70,7 @@ async def receive(
 ) -> Verdict:
     """Commits a callback and returns its verdict. StoreUnavailable: nothing was promised.
 
-    A body that is not `whole` is unreadable, but its token still proves the caller. `arrived` is
-    the monotonic time of the request, so that its wait for the store counts.
+    A body that is not `whole` is unreadable. `arrived` is the monotonic time of the request.
     """
     report = resources.upstreams[upstream].read_callback(body) if whole else None
     callback = Callback(
@@ -220,6 +219,7 @@ def _judge(inbox: Inbox, item: Callback) -> str:
         values["upstream_status"] = Status.PROCESSING
     if not row.terminal:
         change(inbox.tx, row, **values)
+        entered(inbox.tx, row, "callback")
     return "accepted"
 
 

@@ -106,6 +106,7 @@ class ConfirmWorker:
             latest_ms=ttl_ms,
             patience_ms=round(self.no_results_after_s * 1000),
             raw=silence.raw if silence else b"",
+            source=answer.source if isinstance(answer, Found) else "query",
         )
         recorded = await store.write(record_settlements, settlement)
         checkpoint("settle.recorded")
@@ -126,7 +127,7 @@ class ConfirmWorker:
         if callback is not None and once and not self.confirm:
             believed = upstream.read_callback(callback)
             if believed is not None and not believed.incomplete:
-                return Found(believed)
+                return Found(believed, "callback")
         if row.upstream_id is None:  # another task proved that the id was its own
             return NotFound()
         urgent = lease.stage == "settle"

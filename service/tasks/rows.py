@@ -44,6 +44,9 @@ class TaskRow:
     user_group: str | None = None
     credits_reserved: int | None = None
     credits_used: int | None = None
+    credits_refunded: int | None = None
+    credits_estimated: int | None = None
+    images_requested: int | None = None
     error: JSON | None = None
     refusal_status: int | None = None
     submit_outcomes: int = 0

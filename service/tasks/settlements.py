@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from service.db.transaction import Lease, Transaction
 from service.queue import leases
 from service.queue.backoff import results_wait
+from service.tasks.ledger import entered
 from service.tasks.results import awaited, expect, finish_if_done, named_so_far, tell_late
 from service.tasks.rows import TaskRow
 from service.tasks.state import UNPROVED, State
@@ -32,7 +33,7 @@ class Settlement:
     `latest_ms` is queried again at that age at the latest, whatever the wait. A completed task
     without all of its results is asked for again for `patience_ms`. `requests` is the task's
     `settle_requests` at the time of the query: a callback since then asks for another. `raw` is the
-    beginning of an answer that could not be read.
+    beginning of an answer that could not be read. `source` is `callback` if no query was made.
     """
 
     lease: Lease
@@ -44,6 +45,7 @@ class Settlement:
     latest_ms: int = 0
     patience_ms: int = 0
     raw: bytes = b""
+    source: str = "query"
 
 
 def record_settlements(tx: Transaction, items: Sequence[Settlement]) -> list[State | None]:
@@ -55,6 +57,7 @@ def record_settlements(tx: Transaction, items: Sequence[Settlement]) -> list[Sta
 
 def _settle(tx: Transaction, row: TaskRow, item: Settlement) -> State:
     due_at = _record(tx, row, item)
+    entered(tx, row, item.source)
     settled = row.terminal and row.settled_digest is not None
     asked_again = row.settle_requests != item.requests and not settled
     change(tx, row, **leases.release("settle", tx.now if asked_again else due_at))

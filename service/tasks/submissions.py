@@ -13,6 +13,7 @@ from service.db.transaction import Lease, Transaction
 from service.events import outbox
 from service.queue import leases
 from service.tasks.fair_queue import FairQueue
+from service.tasks.ledger import entered
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
 from service.tasks.transitions import (
@@ -102,6 +103,8 @@ def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> li
                     keep_raw(tx, row.id, "submission", raw)
             case None if held and row.state is State.UNCERTAIN and not row.resubmit:
                 end_uncertain(tx, row)
+        if row.terminal:
+            entered(tx, row, "submit")
         released = leases.release("submit", row.submit_due_at) if held else {}
         change(tx, row, submit_outcomes=row.submit_outcomes + 1, **released)
         states.append(row.state)

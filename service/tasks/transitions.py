@@ -11,9 +11,10 @@ from service.events import outbox
 from service.queue import leases
 from service.strict_json import JSON, storable
 from service.tasks.document import event_task
+from service.tasks.ledger import entered
 from service.tasks.rows import ImageRow, TaskRow, select_tasks, stored_images, task_rows
 from service.tasks.state import UNPROVED, State, may_become
-from service.upstreams.base import Report
+from service.upstreams.base import Report, Status
 
 # An id from the second source replaces one from the first. `query`: an id by hand to which the
 # upstream has answered, so that it is no slip of the pen.
@@ -79,9 +80,13 @@ def fill(row: TaskRow, report: Report) -> dict[str, Any]:
         "user_group": report.user_group,
         "credits_reserved": report.credits_reserved,
         "credits_used": report.credits_used,
+        "credits_refunded": report.credits_refunded,
         "can_cancel": report.can_cancel,
         "progress": progress if progress is not None and progress > row.progress else None,
     }
+    unpaid = report.status in (Status.FAILED, Status.CANCELLED) and row.settled_digest is None
+    if unpaid and report.credits_used is None and row.credits_used is not None:
+        values["credits_used"] = 0  # a task that failed is not charged, unless the report says so
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -118,6 +123,7 @@ def submitted(
         _emit(tx, row, State.SUBMITTED)
     elif values:
         change(tx, row, **values)
+    entered(tx, row, {"answer": "submit", "callback": "callback"}.get(source))
 
 
 def _named(tx: Transaction, row: TaskRow, upstream_id: str, source: str) -> dict[str, Any]:
@@ -144,6 +150,7 @@ def end(
     """Ends a task and emits its one terminal event."""
     values |= {"terminal_at": tx.now, "submit_due_at": None, "settle_due_at": None}
     move(tx, row, state, error=error, **values)
+    entered(tx, row)
     tx.step(row.id, "task.settled", state=state.value, error=error["code"] if error else None)
     tx.write()  # the event lists the images as this transaction leaves them
     _emit(tx, row, state, stored_images(tx.connection, [row.id]).get(row.id, ()), terminal=True)

@@ -50,6 +50,7 @@ class Report:
     user_group: str | None = None
     credits_reserved: int | None = None
     credits_used: int | None = None
+    credits_refunded: int | None = None
 
     @property
     def final(self) -> bool:
@@ -116,9 +117,12 @@ class Uncertain:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The upstream's report on the task that was queried."""
+    """The upstream's report on the task that was queried. `source` is `callback` if that was
+    believed without a query.
+    """
 
     report: Report
+    source: str = "query"
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,10 @@ class Catalogue:
         n, price = entry.images_of(body) if per == "image" else 1, entry.price_of(body)
         return CostEstimate(None if price is None else price * n, price, n, per)
 
+    def images_of(self, body: Mapping[str, Any]) -> int:
+        """How many images a submission asks for."""
+        return (self.entry(body.get("model")) or ModelEntry()).images_of(body)
+
     def document(self, model: str) -> JSON:
         """A model as clients see it. KeyError: the catalogue does not have it."""
         return self.models[model].document(model, upstream_for(model))

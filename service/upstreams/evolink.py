@@ -113,6 +113,7 @@ def _report(document: JSON) -> Report | None:
         user_group=text_of(usage.get("user_group"), WORD),
         credits_reserved=millionths(usage.get("credits_reserved")),
         credits_used=millionths(usage.get("credits_used")),
+        credits_refunded=millionths(section_of(document, "billing").get("refunded_credits")),
     )
 
 

@@ -72,7 +72,7 @@ async def test_the_migrated_schema_equals_the_metadata(subject: Subject) -> None
     tables = await subject.store.read(lambda connection: set(inspect(connection).get_table_names()))
     assert tables == {*metadata.tables, "alembic_version"}
     assert {row["name"]: row["value"] for row in await subject.rows(counters)} == dict.fromkeys(
-        ("clock", "events", "forgotten", "ready"), 0
+        ("clock", "events", "forgotten", "ledger", "ready"), 0
     )
 
 
@@ -128,7 +128,7 @@ async def test_processes_that_start_together_migrate_once(postgres_url: str) -> 
         async with database.open() as store:
             return len(await Subject(store, Clock()).rows(counters))
 
-    assert list(await asyncio.gather(start(), start(), start())) == [4, 4, 4]
+    assert list(await asyncio.gather(start(), start(), start())) == [5, 5, 5]
 
 
 async def test_a_second_process_cannot_open_a_sqlite_store(sqlite_opener: Opener) -> None:

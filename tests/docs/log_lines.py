@@ -147,6 +147,7 @@ LINES: Mapping[str, str] = MappingProxyType(
             " `duration_ms`"
         ),
         "worker.failed": "`stage`, `key`, `attempt`, `wait_s`, `exception`",
+        "ledger.entered": "`entry_id`, `kind`, `credits`, `source`",
         "task.parked": "`stage`, `cause` (the number of faults or crashes)",
         "library.message": "`logger`, `message`. A warning or error from a library.",
     }

@@ -1,0 +1,126 @@
+"""The ledger: entries about a task's credits, appended in the transaction that causes them.
+
+An operation that learns something about a task's cost calls `entered`. At the end of the
+transaction, `post` compares the task's row with its earlier entries and appends what is missing.
+The same report twice, in any order and after any crash, therefore adds nothing the second time,
+and the sums of the entries equal the upstream's last word (docs/money.md).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import structlog
+from sqlalchemy import Connection, func, insert, select, update
+
+from service.credits import credits_number
+from service.db.money_tables import ledger
+from service.db.tables import counters
+from service.db.transaction import Transaction
+from service.events.outbox import log_emitted
+from service.ops.metrics import Metrics
+from service.tasks.rows import TaskRow
+from service.upstreams.base import Status
+
+log = structlog.get_logger()
+
+ESTIMATE, RESERVE, CHARGE, REFUND, ADJUST = "estimate", "reserve", "charge", "refund", "adjust"
+SPENT = (CHARGE, REFUND, ADJUST)
+COLUMNS = ("owner", "model", "upstream", "created_at")  # of an entry and of its task
+NO_SUMS: Mapping[str, int] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    kind: str
+    credits: int
+    source: str
+
+
+def entered(tx: Transaction, row: TaskRow, source: str | None = None) -> None:
+    """Has the entries of a locked task written when the transaction ends. `source` None: no report
+    of the upstream caused this, unless an earlier call in the transaction says so.
+    """
+    earlier = tx.deferred.get(post, {}).get(row.id)
+    tx.defer(post, row.id, (row, source or (earlier[1] if earlier else None)))
+
+
+def post(tx: Transaction, items: Mapping[str, tuple[TaskRow, str | None]]) -> None:
+    """Appends the missing entries of these tasks."""
+    sums = booked(tx.connection, list(items))
+    rows = [
+        {"id": tx.id("entry"), "time": tx.now, "task_id": row.id}
+        | {name: getattr(row, name) for name in COLUMNS}
+        | {"kind": entry.kind, "credits": entry.credits, "source": entry.source}
+        for row, source in items.values()
+        for entry in missing(row, sums.get(row.id, NO_SUMS), source or "operator")
+    ]
+    if not rows:
+        return
+    # The counter's row stays locked until the commit, so that readers see entries in their order.
+    raised = update(counters).where(counters.c.name == "ledger")
+    raised = raised.values(value=counters.c.value + len(rows))
+    last = tx.connection.execute(raised.returning(counters.c.value)).scalar_one()
+    for sequence, row in enumerate(rows, last - len(rows) + 1):
+        row["sequence"] = sequence
+    tx.connection.execute(insert(ledger), rows)
+    tx.posted += rows
+
+
+def booked(connection: Connection, task_ids: list[str]) -> dict[str, dict[str, int]]:
+    """The sums of each task's entries by kind."""
+    statement = select(ledger.c.task_id, ledger.c.kind, func.sum(ledger.c.credits))
+    statement = statement.where(ledger.c.task_id.in_(task_ids))
+    sums: dict[str, dict[str, int]] = {}
+    for task_id, kind, credits in connection.execute(
+        statement.group_by(ledger.c.task_id, ledger.c.kind)
+    ):
+        sums.setdefault(task_id, {})[kind] = int(credits)
+    return sums
+
+
+def missing(row: TaskRow, sums: Mapping[str, int], source: str) -> list[LedgerEntry]:
+    """The entries that a task lacks. `sums` are those of its earlier entries by kind.
+
+    The upstream's reservation replaces the estimate, and its charge replaces the reservation. The
+    reservation of a task that has ended stays while the upstream is queried about its cost. A
+    completed task whose cost the upstream never names costs what was reserved.
+    """
+    closed = row.terminal and row.settle_due_at is None
+    held = row.credits_estimated if row.credits_reserved is None else row.credits_reserved
+    basis = "catalogue" if row.credits_reserved is None else "submit"
+    used, source_of_used = row.credits_used, source
+    if used is None and closed and row.upstream_status is Status.COMPLETED:
+        used, source_of_used = held, basis
+    entries = []
+    if ESTIMATE not in sums and row.credits_estimated is not None:
+        entries.append(LedgerEntry(ESTIMATE, row.credits_estimated, "catalogue"))
+    released = closed or used is not None
+    change = (0 if released else held or 0) - sums.get(RESERVE, 0)
+    if change:
+        entries.append(LedgerEntry(RESERVE, change, source if released else basis))
+    if used is None and (used := row.credits_refunded) is None:
+        return entries
+    charged = sums.get(CHARGE, 0) + sums.get(ADJUST, 0)
+    if used > charged:
+        kind = ADJUST if CHARGE in sums else CHARGE
+        entries.append(LedgerEntry(kind, used - charged, source_of_used))
+        charged = used
+    change = max(0, used - (row.credits_refunded or 0)) - charged - sums.get(REFUND, 0)
+    if change:
+        entries.append(LedgerEntry(REFUND if change < 0 else ADJUST, change, source))
+    return entries
+
+
+def log_committed(tx: Transaction, metrics: Metrics) -> None:
+    """Logs the events and the entries of a committed transaction."""
+    log_emitted(tx, metrics)
+    for row in tx.posted:
+        log.info(
+            "ledger.entered",
+            owner=row["owner"],
+            task_id=row["task_id"],
+            entry_id=row["id"],
+            kind=row["kind"],
+            credits=credits_number(row["credits"]),
+            source=row["source"],
+        )
