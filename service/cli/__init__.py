@@ -12,7 +12,15 @@ from typing import Annotated
 import typer
 
 from service import VERSION
-from service.cli import backup, catalogue_commands, restore, sandbox_commands, serve, task_commands
+from service.cli import (
+    backup,
+    catalogue_commands,
+    money_commands,
+    restore,
+    sandbox_commands,
+    serve,
+    task_commands,
+)
 from service.cli.output import plain
 from service.cli.verbs import GROUPS, TASKS
 from service.errors import DarkroomError
@@ -33,6 +41,7 @@ program.command()(task_commands.task)
 program.command()(task_commands.events)
 program.command()(catalogue_commands.models)
 program.command()(catalogue_commands.estimate)
+program.command()(money_commands.usage)
 program.command()(backup.backup)
 program.command()(restore.restore)
 program.command()(serve.migrate)

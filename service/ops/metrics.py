@@ -61,7 +61,9 @@ class Table:
     oldest_unsettled_seconds: Annotated[Gauge, "Age of the oldest task that is not terminal"]
     oldest_due_delivery_seconds: Annotated[Gauge, "Waiting time of the oldest due delivery"]
     dead_letters: Annotated[Gauge, "Dead deliveries"]
-    credits_total: Annotated[Gauge, "Credits of all tasks, reserved or used", "kind"]
+    credits_total: Annotated[
+        Gauge, "Credits of all tasks: estimated, reserved, used, refunded", "kind"
+    ]
     sink_lag: Annotated[
         Gauge,
         "Seconds since the oldest event that the broker has not confirmed. 0 without one",
@@ -99,8 +101,8 @@ class Metrics(Table):
         self.oldest_unsettled_seconds.set(age(figures["oldest_unsettled"]))
         self.oldest_due_delivery_seconds.set(age(figures["oldest_due_delivery"]))
         self.dead_letters.set(figures["dead_letters"])
-        for kind in ("reserved", "used"):
-            self.credits_total.labels(kind).set(figures[f"credits_{kind}"] / 1_000_000)
+        for kind, credits in figures["credits"].items():
+            self.credits_total.labels(kind).set(int(credits) / 1_000_000)
         for sink, oldest in figures["sinks_behind"].items():
             self.sink_lag.labels(sink).set(age(oldest))
         self.blob_free_bytes.set(float("nan") if free_bytes is None else free_bytes)

@@ -8,7 +8,9 @@ from sqlalchemy import Connection, func, select, update
 from service.db.queues import QUEUES
 from service.db.tables import counters, deliveries, images, tasks
 from service.db.transaction import Transaction
+from service.tasks.ledger import ADJUST, CHARGE, ESTIMATE, REFUND
 from service.tasks.state import TERMINAL, State
+from service.tasks.usage import ledger_sums
 
 
 def figures(connection: Connection) -> dict[str, Any]:
@@ -24,6 +26,7 @@ def figures(connection: Connection) -> dict[str, Any]:
         where = () if queue.where is None else (queue.where,)
         depth[stage] = value(func.count(), queue.column("due_at").is_not(None), *where)
     pending = deliveries.c.state == "pending"
+    entries = ledger_sums(connection)
     unsettled = tasks.c.state.not_in([state.value for state in TERMINAL])
     return {
         "tasks": {state.value: states.get(state.value, 0) for state in State},
@@ -32,8 +35,12 @@ def figures(connection: Connection) -> dict[str, Any]:
         "oldest_due_delivery": value(func.min(deliveries.c.due_at), pending),
         "first_link_dies": value(func.min(images.c.link_dies_at), images.c.state == "pending"),
         "dead_letters": value(func.count(deliveries.c.id), deliveries.c.state == "dead"),
-        "credits_reserved": value(func.sum(tasks.c.credits_reserved)) or 0,
-        "credits_used": value(func.sum(tasks.c.credits_used)) or 0,
+        "credits": {
+            "reserved": value(func.sum(tasks.c.credits_reserved)) or 0,
+            "used": entries.get(CHARGE, 0) + entries.get(ADJUST, 0),
+            "estimated": entries.get(ESTIMATE, 0),
+            "refunded": -entries.get(REFUND, 0),
+        },
     }
 
 

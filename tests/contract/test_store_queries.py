@@ -193,8 +193,7 @@ async def test_the_figures_of_an_empty_store_are_zero(subject: Subject) -> None:
         "oldest_due_delivery": None,
         "first_link_dies": None,
         "dead_letters": 0,
-        "credits_reserved": 0,
-        "credits_used": 0,
+        "credits": {"reserved": 0, "used": 0, "estimated": 0, "refunded": 0},
     }
 
 
@@ -237,4 +236,5 @@ async def test_the_figures_count_the_rows_of_the_store(subject: Subject) -> None
     )
     (fresh,) = await subject.rows(deliveries, state="pending", attempts=0)
     assert (figures["oldest_due_delivery"], figures["dead_letters"]) == (fresh["due_at"], 1)
-    assert (figures["credits_reserved"], figures["credits_used"]) == (2_000_000, 1_500_000)
+    credits = figures["credits"]
+    assert (credits["reserved"], credits["used"]) == (2_000_000, 1_500_000)

@@ -35,6 +35,8 @@ RUN_ELSEWHERE: Mapping[str, str] = MappingProxyType(
         ".venv/bin/python -m tests.bench.retention --ordinary 4000 --large 100": BENCHMARKS,
         "darkroom estimate wan2.5-text-to-image --n 3": CATALOGUE,
         "darkroom estimate mj-v7 --field model_params.speed=turbo": CATALOGUE,
+        "darkroom usage": CATALOGUE,
+        "darkroom usage --by model --from 2026-02-01": CATALOGUE,
         ".venv/bin/python -m pytest tests/crash": IS_THE_SUITE,
     }
 )

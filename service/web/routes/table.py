@@ -12,7 +12,7 @@ from starlette.routing import Route
 from structlog.contextvars import bind_contextvars
 
 from service.errors import ApiError, invalid_request
-from service.web import catalogue_schemas, file_schemas, schemas
+from service.web import catalogue_schemas, file_schemas, money_schemas, schemas
 from service.web.asyncapi import document as asyncapi_document
 from service.web.bodies import check_coding
 from service.web.context import context_of
@@ -28,6 +28,7 @@ from service.web.routes import file_routes as files
 from service.web.routes import health_routes as health
 from service.web.routes import image_routes as images
 from service.web.routes import key_routes as keys
+from service.web.routes import money_routes as money
 from service.web.routes import replay_routes as replays
 from service.web.routes import task_routes as tasks
 from service.web.routes import upstream_routes as upstream
@@ -122,6 +123,8 @@ SPECS = (
         catalogue_schemas.Estimate,
         catalogue_schemas.EstimatedSubmission,
     ),
+    spec("GET /v1/ledger?owner&task&after&limit", money.entries, "read", money_schemas.EntryList),
+    spec("GET /v1/usage?from&to&by&owner", money.report, "read", money_schemas.UsageReport),
     spec("GET /v1/credits", upstream.credits, "admin"),
     spec("GET /v1/models", upstream.models, "read"),
     spec("GET /v1/events?after&type&task&wait&limit", events.events, "subscribe read", EventPage),

@@ -1,0 +1,145 @@
+"""Queries of the ledger: its entries in their order, and sums by day, model, owner or task.
+
+All figures of a task count for the day on which it was accepted, whenever they became known.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, ColumnElement, Connection, Select, Table, cast, func, select
+
+from service.db.money_tables import ledger
+from service.db.paging import Row, matching
+from service.db.tables import images, tasks
+from service.strict_json import JSON
+from service.tasks.ledger import ADJUST, CHARGE, ESTIMATE, REFUND, RESERVE
+
+DAY_MS = 86_400_000
+MAX_KEYS = 10_000  # of one report
+GROUPS = ("day", "model", "owner", "task")
+SHOWN_IMAGES = (images.c.confirmed, images.c.state.in_(("stored", "erased")))
+
+
+@dataclass(frozen=True, slots=True)
+class UsageFilter:
+    """Tasks of one owner (None: every owner's) that were accepted at or after `since` and before
+    `until`.
+    """
+
+    owner: str | None = None
+    since: int | None = None
+    until: int | None = None
+
+    def narrow(self, statement: Select[Any], table: Table) -> Select[Any]:
+        statement = matching(statement, table, owner=self.owner)
+        if self.since is not None:
+            statement = statement.where(table.c.created_at >= self.since)
+        if self.until is not None:
+            statement = statement.where(table.c.created_at < self.until)
+        return statement
+
+
+@dataclass(slots=True)
+class UsageFigures:
+    """Sums of tasks, with credits in millionths. `reserved` is what the upstream reserved, or the
+    estimate while the upstream has not answered. `used` is before `refunded`.
+    """
+
+    tasks: int = 0
+    images_requested: int = 0
+    images: int = 0
+    estimated: int = 0
+    reserved: int = 0
+    used: int = 0
+    refunded: int = 0
+
+    def add(self, **figures: int) -> None:
+        for name, value in figures.items():
+            setattr(self, name, getattr(self, name) + int(value or 0))
+
+
+def usage_by(connection: Connection, by: str, wanted: UsageFilter) -> dict[str, UsageFigures]:
+    """The figures by key, in the order of the keys. A day is a date of UTC. At most one more than
+    `MAX_KEYS`.
+    """
+    found: dict[str, UsageFigures] = {}
+
+    def read(table: Table, *columns: ColumnElement[Any], joined: bool = False) -> None:
+        key = key_of(by, table)
+        statement = wanted.narrow(select(key.label("key"), *columns), table)
+        if joined:
+            statement = statement.join(images, images.c.task_id == tasks.c.id).where(*SHOWN_IMAGES)
+        statement = statement.group_by(key).order_by(key).limit(MAX_KEYS + 1)
+        for row in connection.execute(statement).mappings():
+            figures = found.setdefault(key_text(by, row["key"]), UsageFigures())
+            figures.add(**{name: value for name, value in row.items() if name != "key"})
+
+    counted = func.count().label("tasks")
+    requested = func.sum(func.coalesce(tasks.c.images_requested, 1)).label("images_requested")
+    read(tasks, counted, requested, func.sum(tasks.c.credits_reserved).label("reserved"))
+    read(tasks, func.count().label("images"), joined=True)
+    kind, credits = ledger.c.kind, ledger.c.credits
+    unanswered = select(tasks.c.id).where(tasks.c.credits_reserved.is_(None))
+    read(
+        ledger,
+        func.sum(credits).filter(kind == ESTIMATE).label("estimated"),
+        func.sum(credits).filter(kind.in_((CHARGE, ADJUST))).label("used"),
+        (-func.sum(credits).filter(kind == REFUND)).label("refunded"),
+        func.sum(credits)
+        .filter(kind == RESERVE, ledger.c.task_id.in_(unanswered))
+        .label("reserved"),
+    )
+    return dict(sorted(found.items()))
+
+
+def key_of(by: str, table: Table) -> ColumnElement[Any]:
+    if by == "day":
+        return cast(table.c.created_at, BigInteger) // DAY_MS
+    if by == "task":
+        return table.c.task_id if "task_id" in table.c else table.c.id
+    return table.c[by]
+
+
+def key_text(by: str, key: Any) -> str:
+    if by != "day":
+        return str(key)
+    return f"{datetime.fromtimestamp(int(key) * 86400, UTC):%Y-%m-%d}"
+
+
+def totals(rows: Sequence[UsageFigures]) -> UsageFigures:
+    total = UsageFigures()
+    for row in rows:
+        total.add(**{field.name: getattr(row, field.name) for field in fields(row)})
+    return total
+
+
+def ledger_entries(
+    connection: Connection, owner: str | None, task: str | None, after: str | None, limit: int
+) -> list[Row] | None:
+    """Entries in their order, after the one with this id. None: there is no such entry."""
+    statement = matching(select(ledger), ledger, owner=owner, task_id=task)
+    if after is not None:
+        named = matching(select(ledger.c.sequence), ledger, owner=owner, id=after)
+        if (sequence := connection.scalar(named)) is None:
+            return None
+        statement = statement.where(ledger.c.sequence > sequence)
+    return list(connection.execute(statement.order_by(ledger.c.sequence).limit(limit)).mappings())
+
+
+def ledger_sums(connection: Connection) -> Mapping[str, int]:
+    """The sums of all entries by kind."""
+    statement = select(ledger.c.kind, func.sum(ledger.c.credits)).group_by(ledger.c.kind)
+    return {kind: int(credits) for kind, credits in connection.execute(statement)}
+
+
+def figures_document(figures: UsageFigures, number: Any) -> JSON:
+    """The figures as clients see them. `number` writes credits."""
+    counts = ("tasks", "images_requested", "images")
+    return {
+        field.name: getattr(figures, field.name)
+        if field.name in counts
+        else number(getattr(figures, field.name))
+        for field in fields(figures)
+    }

@@ -1,0 +1,82 @@
+"""Money: entries of the ledger, and usage."""
+
+import csv
+import io
+import re
+from datetime import date, timedelta
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service.credits import credits_number
+from service.db.paging import Row
+from service.errors import invalid_request
+from service.ids import rfc3339
+from service.strict_json import JSON
+from service.tasks import usage
+from service.tasks.usage import GROUPS, MAX_KEYS, UsageFilter, figures_document
+from service.web.bodies import query_limit, query_owner, query_text, query_time
+from service.web.context import resources_of
+
+DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # at the beginning, a spreadsheet runs the text
+
+
+async def entries(request: Request) -> Response:
+    """List the entries of the ledger, oldest first."""
+    limit, owner = query_limit(request), query_owner(request)
+    task, after = query_text(request, "task"), query_text(request, "after")
+    store = resources_of(request).store
+    rows = await store.read(usage.ledger_entries, owner, task, after, limit + 1)
+    if rows is None:
+        raise invalid_request("after must be the id of an entry that an answer gave", "after")
+    cursor = rows[limit - 1]["id"] if len(rows) > limit else None
+    data = [entry_document(row) for row in rows[:limit]]
+    return JSONResponse({"data": data, "next_cursor": cursor})
+
+
+def entry_document(row: Row) -> JSON:
+    names = ("id", "task_id", "owner", "model", "upstream", "kind", "source")
+    shown = {name: row[name] for name in names}
+    return {**shown, "time": rfc3339(row["time"]), "credits": credits_number(row["credits"])}
+
+
+async def report(request: Request) -> Response:
+    """Show the usage by day, model, owner or task."""
+    by = query_text(request, "by", GROUPS) or "day"
+    since, until = query_day(request, "from", 0), query_day(request, "to", 1)
+    if since is not None and until is not None and since > until:
+        raise invalid_request("from must not be after to", "from")
+    wanted = UsageFilter(query_owner(request), since, until)
+    found = await resources_of(request).store.read(usage.usage_by, by, wanted)
+    if len(found) > MAX_KEYS:
+        message = f"the report has more than {MAX_KEYS} rows: narrow it by from and to"
+        raise invalid_request(message, "by")
+    rows = [{"key": key, **figures_document(row, credits_number)} for key, row in found.items()]
+    totals = figures_document(usage.totals(list(found.values())), credits_number)
+    if "text/csv" in request.headers.get("accept", ""):
+        return as_csv(rows, ["key", *totals])
+    return JSONResponse({"data": rows, "totals": totals})
+
+
+def query_day(request: Request, name: str, days: int) -> int | None:
+    """A time, or a date of UTC: its beginning, or with `days` 1 its end. Raises ApiError 400."""
+    text = request.query_params.get(name, "")
+    if not DATE.fullmatch(text):
+        return query_time(request, name)
+    try:
+        day = date.fromisoformat(text) + timedelta(days)
+    except (ValueError, OverflowError):
+        raise invalid_request(f"{name}: there is no date {text}", name) from None
+    return (day - date(1970, 1, 1)).days * usage.DAY_MS
+
+
+def as_csv(rows: list[JSON], columns: list[str]) -> Response:
+    """The rows as CSV (RFC 4180)."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    for row in rows:
+        key = f"'{row['key']}" if row["key"].startswith(FORMULA) else row["key"]
+        writer.writerow(row | {"key": key})
+    return Response(text.getvalue(), media_type="text/csv")

@@ -1,0 +1,168 @@
+"""Money over HTTP: the ledger, usage and budgets (docs/money.md)."""
+
+import csv
+import io
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api import UNTIL_DONE, got, refused, submitted
+from tests.integration.test_openapi import check
+from tests.world import World, world
+
+FIGURES = ("tasks", "images_requested", "images", "estimated", "reserved", "used", "refunded")
+
+
+@pytest.fixture(scope="module")
+async def own(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+    async with world(tmp_path_factory.mktemp("money")) as made:
+        yield made
+
+
+async def usage(client: httpx.AsyncClient, **query: Any) -> Any:
+    document = got(await client.get("/v1/usage", params=query))
+    check(document, "UsageReport")
+    return document
+
+
+async def entries(client: httpx.AsyncClient, **query: Any) -> list[Any]:
+    document = got(await client.get("/v1/ledger", params=query))
+    check(document, "EntryList")
+    data: list[Any] = document["data"]
+    return data
+
+
+async def test_a_task_has_its_entries_and_its_usage(own: World) -> None:
+    async with own.owner(name="painter") as client:
+        task = await submitted(client, UNTIL_DONE, n=3)
+        found = await entries(client, task=task["id"])
+        assert [(entry["kind"], entry["source"]) for entry in found][:2] == [
+            ("estimate", "catalogue"),
+            ("reserve", "catalogue"),
+        ]
+        assert {entry["owner"] for entry in found} == {"painter"}
+        reserved, used = task["usage"]["credits_reserved"], task["usage"]["credits_used"]
+        spent = sum(entry["credits"] for entry in found if entry["kind"] == "charge")
+        assert (sum(entry["credits"] for entry in found if entry["kind"] == "reserve"), spent) == (
+            0,
+            used,
+        )
+        report = await usage(client, by="task")
+        assert report["data"] == [{"key": task["id"], **report["totals"]}]
+        assert report["totals"] == {
+            "tasks": 1,
+            "images_requested": 3,
+            "images": 3,
+            "estimated": found[0]["credits"],
+            "reserved": reserved,
+            "used": used,
+            "refunded": 0,
+        }
+
+
+@pytest.mark.parametrize("by", ["day", "model", "owner", "task"])
+async def test_usage_has_the_same_totals_by_every_key(own: World, by: str) -> None:
+    async with own.owner() as client, own.owner(name=f"other-{by}") as other:
+        first = await submitted(client, UNTIL_DONE, n=2)
+        second = await submitted(client, UNTIL_DONE, model="gpt-image-2", size="1:1")
+        await submitted(other, UNTIL_DONE)
+        report = await usage(client, by=by)
+        keys = [row["key"] for row in report["data"]]
+        assert keys == sorted(keys)
+        assert {
+            "day": {f"{datetime.now(UTC):%Y-%m-%d}"},
+            "model": {"wan2.5-text-to-image", "gpt-image-2"},
+            "owner": {first["owner"]},
+            "task": {first["id"], second["id"]},
+        }[by] == set(keys)
+        for name in FIGURES:
+            assert sum(row[name] for row in report["data"]) == report["totals"][name]
+        assert (report["totals"]["tasks"], report["totals"]["images"]) == (2, 3)
+
+
+async def test_usage_is_cut_by_days_and_times(own: World) -> None:
+    async with own.owner() as client:
+        task = await submitted(client, UNTIL_DONE)
+        day = datetime.now(UTC).date()
+        before, after = day - timedelta(1), day + timedelta(1)
+        created = datetime.fromtimestamp(task["created"], UTC)
+        for query, count in (
+            ({"from": f"{day}"}, 1),
+            ({"from": f"{before}", "to": f"{day}"}, 1),
+            ({"from": f"{after}"}, 0),
+            ({"to": f"{before}"}, 0),
+            ({"to": f"{created:%Y-%m-%dT%H:%M:%SZ}"}, 0),
+            ({"from": f"{created:%Y-%m-%dT%H:%M:%SZ}"}, 1),
+        ):
+            assert (await usage(client, **query))["totals"]["tasks"] == count, query
+
+
+async def test_usage_comes_as_csv(own: World) -> None:
+    async with own.owner() as client:
+        model = '=HYPERLINK("x")'
+        await submitted(client, UNTIL_DONE)
+        await submitted(client, model=model)
+        query = {"by": "model"}
+        answer = await client.get("/v1/usage", params=query, headers={"accept": "text/csv"})
+        assert answer.headers["content-type"].startswith("text/csv")
+        rows = list(csv.DictReader(io.StringIO(answer.text)))
+        report = await usage(client, by="model")
+        assert [row["key"] for row in rows] == [f"'{model}", "wan2.5-text-to-image"]
+        for row, figures in zip(rows, report["data"], strict=True):
+            assert {name: float(row[name]) for name in FIGURES} == {
+                name: float(figures[name]) for name in FIGURES
+            }
+
+
+async def test_the_ledger_is_read_in_pages(own: World) -> None:
+    async with own.owner() as client:
+        for _ in range(3):
+            await submitted(client, UNTIL_DONE)
+        whole = await entries(client)
+        read: list[Any] = []
+        after: dict[str, str] = {}
+        while True:
+            page = got(await client.get("/v1/ledger", params={"limit": 5, **after}))
+            read += page["data"]
+            if page["next_cursor"] is None:
+                break
+            after = {"after": page["next_cursor"]}
+        assert read == whole
+        assert len({entry["id"] for entry in whole}) == len(whole) == 15
+        assert await entries(client, after=whole[-1]["id"]) == []
+
+
+async def test_an_owner_sees_only_its_own_money(own: World) -> None:
+    async with own.owner(name="rich") as rich, own.owner(name="poor") as poor:
+        task = await submitted(rich, UNTIL_DONE)
+        entry = (await entries(rich))[0]["id"]
+        assert await entries(poor, task=task["id"]) == []
+        assert (await usage(poor))["totals"]["tasks"] == 0
+        refused(await poor.get("/v1/ledger", params={"after": entry}), 400, param="after")
+        for path in ("/v1/usage", "/v1/ledger"):
+            refused(await poor.get(path, params={"owner": "rich"}), 403, param="owner")
+        assert (await usage(own.client, owner="rich", by="owner"))["data"][0]["key"] == "rich"
+        assert {row["owner"] for row in await entries(own.client, owner="rich")} == {"rich"}
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "param"),
+    [
+        ("usage", {"by": "hour"}, "by"),
+        ("usage", {"from": "yesterday"}, "from"),
+        ("usage", {"from": "2026-02-30"}, "from"),
+        ("usage", {"to": "9999-12-31T00:00:00"}, "to"),
+        ("usage", {"from": "2026-02-02", "to": "2026-01-01"}, "from"),
+        ("usage", {"since": "2026-02-02"}, "since"),
+        ("ledger", {"limit": "0"}, "limit"),
+        ("ledger", {"after": "led_nothing"}, "after"),
+        ("ledger", {"after": "\x00"}, "after"),
+    ],
+)
+async def test_a_bad_parameter_is_named(
+    own: World, path: str, query: dict[str, str], param: str
+) -> None:
+    refused(await own.client.get(f"/v1/{path}", params=query), 400, param=param)
