@@ -12,6 +12,7 @@ from typing import Any, TextIO, cast
 import structlog
 
 from service import VERSION
+from service.ops.console_lines import ConsoleLine
 
 # Their lines below an error hold addresses with tokens or signed queries.
 QUIET = ("httpx", "httpcore", "aiohttp.access", "asyncio", "alembic", "sqlalchemy.engine", "PIL")
@@ -94,7 +95,7 @@ def configure(format: str, level: str, stream: TextIO = sys.stdout) -> None:
     ]
     form: list[Any] = [structlog.processors.JSONRenderer()]
     if format == "console":
-        form = [_escape, structlog.dev.ConsoleRenderer(colors=stream.isatty())]
+        form = [_escape, ConsoleLine(stream)]
     finish: list[Any] = [structlog.processors.ExceptionRenderer(), _mask, *form]
     unbreakable = Unbreakable(stream)
     number = logging.getLevelNamesMapping()[level.upper()]

@@ -90,7 +90,10 @@ class WorkerPool:
                 self._jobs[lease] = self._start(lease)
 
     def committed(self, tx: Transaction) -> None:
-        self._tell(tx)
+        """Tells of the transaction after its callers have run on: their log lines, about its cause,
+        come before the lines of its effects.
+        """
+        asyncio.get_running_loop().call_soon(self._tell, tx)
         self.hinted(tx.due)
 
     def hinted(self, stages: Iterable[str] | None) -> None:

@@ -233,3 +233,27 @@ async def test_a_prompt_is_logged_only_if_it_is_wanted(tmp_path: Path, wanted: b
             await submitted(here.client, ASYNC, prompt=PROMPT)
         told = [json.loads(line) for line in stream.getvalue().splitlines() if PROMPT in line]
     assert [(line["event"], line["prompt"]) for line in told] == [("task.queued", PROMPT)] * wanted
+
+
+async def test_the_lines_of_a_task_come_in_the_order_of_what_happened(tmp_path: Path) -> None:
+    """A cause comes before its effect, also where one transaction has both."""
+    with logged("info") as stream:
+        async with world(tmp_path) as here:
+            task = await submitted(here.client, UNTIL_DONE)
+        parsed = [json.loads(line) for line in stream.getvalue().splitlines()]
+    names = [
+        line.get("type", line["event"])
+        for line in parsed
+        if line.get("task_id") == task["id"] and line["event"] != "upstream.called"
+    ]
+    assert names == [
+        "task.queued",
+        "task.submitted",
+        "image.task.submitted",
+        "callback.received",
+        "task.confirmed",
+        "image.stored",
+        "task.settled",
+        "image.task.completed",
+        "http.request",
+    ]

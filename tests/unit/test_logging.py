@@ -126,7 +126,8 @@ def test_the_console_shows_control_characters_escaped(text: str, shown: str) -> 
     stream = io.StringIO()
     configure("console", "info", stream)
     log = structlog.get_logger()
-    log.info("task.queued", model=text, more=[text])
+    log.info("task.queued", model=text)
+    log.info("some.event", more=[text])
     logging.getLogger("some.library").warning("it said %s", text)
     try:
         broken(text)
