@@ -23,6 +23,7 @@ from service.events.webhooks import WebhookSender
 from service.images.download_worker import DownloadWorker
 from service.images.downloads import dead_letter_image, retry_refused
 from service.images.input_files import InputFiles
+from service.images.input_links import InputResolver
 from service.images.sweep import sweep
 from service.images.validator import ImageValidator, open_validator
 from service.ops.metrics import Metrics
@@ -174,9 +175,8 @@ async def running(
         after_commit = partial(log_committed, metrics=metrics)
         pool = WorkerPool(resources.store, work, metrics, after_commit, gate.wait)
         stopping = Stopping(resources.store, pool, settings.stop_s)
-        files = input_files(settings, resources, validator)
         context = make_context(
-            settings, role, resources, catalogue, files, breaker, gate, broker_workers, stopping
+            settings, role, resources, catalogue, validator, breaker, gate, broker_workers, stopping
         )
         jobs = {"workers": pool.run(), "account": breaker.run(), "tail": context.tail.run()}
         if settings.evolink_api_key:
@@ -204,17 +204,12 @@ async def running(
             log.info("service.stopped", role=role.name, unfinished=unfinished)
 
 
-def input_files(settings: Settings, resources: Resources, validator: ImageValidator) -> InputFiles:
-    days, min_free = settings.file_retention_days, settings.min_free_bytes
-    return InputFiles(resources, validator, days, min_free)
-
-
 def make_context(
     settings: Settings,
     role: Role,
     resources: Resources,
     catalogue: Catalogue,
-    files: InputFiles,
+    validator: ImageValidator,
     breaker: AccountBreaker,
     gate: PriorityGate,
     broker_workers: Mapping[str, BrokerWorker],
@@ -222,7 +217,8 @@ def make_context(
 ) -> Context:
     """What the routes of this process share."""
     admin_key = settings.admin_key.get_secret_value() if settings.admin_key else None
-    pool = stopping.pool
+    days, pool = settings.file_retention_days, stopping.pool
+    files = InputFiles(resources, validator, days, settings.min_free_bytes)
     return Context(
         resources=resources,
         sender=WebhookSender(resources, settings.delivery_timeout_s),
@@ -232,6 +228,7 @@ def make_context(
             settings.callback_url,
             settings.min_free_bytes,
             settings.log_prompts,
+            InputResolver(files).resolve,
         ),
         files=files,
         tail=Tail(resources.store, resources.links),

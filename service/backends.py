@@ -3,7 +3,7 @@
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from service.signing import Keyring
 from service.tasks import owner_keys
 from service.upstreams.base import Upstream, UpstreamCall
 from service.upstreams.evolink import EvoLink
+from service.upstreams.file_api import FileApi
 from service.web.overload import MANUAL
 from service.web.schemas import known_pattern
 
@@ -187,10 +188,14 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
         task_callbacks = await egress(
             Rules("task_callbacks", settings.task_callback_networks), hooks
         )
+        inputs = await egress(
+            Rules("inputs", settings.task_callback_networks, redirects=RESULT_REDIRECTS)
+        )
+        called = call_recorder(metrics)
         yield Resources(
             store=store,
             blobs=await open_blobs(settings, os.environ),
-            upstreams=open_upstreams(settings, upstream, metrics),
+            upstreams=open_upstreams(settings, upstream, called),
             limiter=ConcurrencyLimiter(
                 settings.evolink_concurrency,
                 lambda kind, limit: metrics.upstream_limit.labels(kind).set(limit),
@@ -198,6 +203,8 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
             results=results,
             endpoints=endpoints,
             task_callbacks=task_callbacks,
+            inputs=inputs,
+            file_api=open_file_api(settings, upstream, called),
             keyring=keyring,
             metrics=metrics,
             links=Links(settings.base_url, settings.image_base_url),
@@ -218,10 +225,8 @@ def result_rules(settings: Settings) -> Rules:
     )
 
 
-def open_upstreams(settings: Settings, egress: Egress, metrics: Metrics) -> dict[str, Upstream]:
-    """The upstreams by name, whose calls are logged and counted. `catalogue.upstream_for` says
-    which models each serves.
-    """
+def call_recorder(metrics: Metrics) -> Callable[[UpstreamCall], None]:
+    """Logs and counts the calls to upstreams."""
 
     def called(call: UpstreamCall) -> None:
         metrics.upstream_requests.labels(call.kind, call.outcome).inc()
@@ -235,6 +240,28 @@ def open_upstreams(settings: Settings, egress: Egress, metrics: Metrics) -> dict
             upstream_request_id=call.request_id,
         )
 
+    return called
+
+
+def open_file_api(
+    settings: Settings, egress: Egress, called: Callable[[UpstreamCall], None]
+) -> FileApi:
+    key = settings.evolink_api_key
+    return FileApi(
+        egress,
+        settings.files_url,
+        key.get_secret_value() if key else "",
+        settings.submit_timeout_s,
+        called,
+    )
+
+
+def open_upstreams(
+    settings: Settings, egress: Egress, called: Callable[[UpstreamCall], None]
+) -> dict[str, Upstream]:
+    """The upstreams by name, whose calls are logged and counted. `catalogue.upstream_for` says
+    which models each serves.
+    """
     key = settings.evolink_api_key
     evolink = EvoLink(
         egress,

@@ -14,6 +14,7 @@ from service.ops.metrics import Metrics
 from service.queue.limiter import ConcurrencyLimiter
 from service.signing import Keyring
 from service.upstreams.base import Upstream
+from service.upstreams.file_api import FileApi
 
 
 def new_id(kind: str, now: int) -> str:
@@ -32,6 +33,8 @@ class Resources:
     results: Egress  # fetches what the upstream made
     endpoints: Egress  # sends webhooks
     task_callbacks: Egress  # sends webhooks to tasks' own callback_url
+    inputs: Egress  # fetches links that clients give for their input images
+    file_api: FileApi  # takes input images for the upstream
     keyring: Keyring
     metrics: Metrics
     links: Links

@@ -30,6 +30,7 @@ from service.setting_types import PREFIX
 # The upstream's limit, without the path: "/callbacks/" 11, an upstream 20, "/" 1, a task 31, "/" 1,
 # a token 64.
 CALLBACK_URL_CHARS = 2048 - 128
+FILES_URL = "https://files-api.evolink.ai"
 
 
 class Settings(BaseModel):
@@ -81,6 +82,9 @@ class Settings(BaseModel):
     """API key of the upstream."""
     evolink_base_url: str = "https://api.evolink.ai"
     """Address of the upstream, with or without `/v1`."""
+    evolink_files_url: str | None = None
+    """Address of the upstream's file API, by default `https://files-api.evolink.ai`. With another
+    `EVOLINK_BASE_URL` the default is that address."""
     evolink_result_hosts: types.Hosts = (".evolink.ai",)
     """Comma-separated hosts from which results may be downloaded. `.x` is every subdomain of x. `x`
     is exactly x. Results on other hosts wait while their links live."""
@@ -165,7 +169,9 @@ class Settings(BaseModel):
     api_key: types.Token | None = None
     """For client commands: the key that they send."""
 
-    @field_validator("base_url", "url", "evolink_base_url", "callback_url", "image_base_url")
+    @field_validator(
+        "base_url", "url", "evolink_base_url", "evolink_files_url", "callback_url", "image_base_url"
+    )
     @classmethod
     def _check_address(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None:
@@ -176,8 +182,8 @@ class Settings(BaseModel):
         if info.field_name in ("url", "evolink_base_url"):
             value = types.API_PATH.sub("", value)  # every path that is appended begins with it
         parts = types.http_address(value)
-        if info.field_name in ("evolink_base_url", "callback_url"):
-            own = info.field_name == "evolink_base_url"
+        if info.field_name in ("evolink_base_url", "evolink_files_url", "callback_url"):
+            own = info.field_name != "callback_url"
             types.check_reachable(parts, info.data.get("upstream_networks", ()), own_resolver=own)
         if info.field_name == "callback_url" and len(value) > CALLBACK_URL_CHARS:
             raise ValueError(f"should have at most {CALLBACK_URL_CHARS} characters")
@@ -202,6 +208,14 @@ class Settings(BaseModel):
         if value and value == info.data.get("port"):
             raise ValueError(f"should differ from {PREFIX}PORT")
         return value
+
+    @property
+    def files_url(self) -> str:
+        """The address of the upstream's file API."""
+        if self.evolink_files_url is not None:
+            return self.evolink_files_url
+        default = type(self).model_fields["evolink_base_url"].default
+        return FILES_URL if self.evolink_base_url == default else self.evolink_base_url
 
     @property
     def sqlite_path(self) -> Path | None:

@@ -67,6 +67,11 @@ INPUT_CHECKPOINTS: Mapping[str, str] = {
         " blob, is never shown, and goes when its days are over."
     ),
     "file.saved": ("As above. The sweep removes the blob of the first upload within about a day."),
+    "input.started": "Nothing was sent. The next worker uploads the image and submits the task.",
+    "input.uploaded": (
+        "The upstream keeps a copy that no row names, for 72 hours. The next worker uploads the"
+        " image again under another name and submits the task."
+    ),
     "file.erased": (
         "The file is gone from every response. A task that waits with it fails without a"
         " submission. The sweep removes the blob within about a day."

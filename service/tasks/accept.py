@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from service.signing import canonical_json, new_secret
 from service.strict_json import JSON
 from service.tasks import task_queries
 from service.tasks.fair_queue import FairQueue
+from service.tasks.files import NamedInput
 from service.tasks.ledger import entered
 from service.tasks.owner_keys import NewOwner, insert_owners
 from service.tasks.rows import ImageRow, TaskRow
@@ -48,6 +49,7 @@ class TaskIntake:
     callback_prefix: str | None
     min_free_bytes: int
     log_prompts: bool
+    resolve_inputs: Callable[[str, list[str]], Awaitable[list[NamedInput]]]
 
     async def accept(
         self, owner: str, body: JSON, idempotency_key: str | None, *, admin: bool = False
@@ -62,12 +64,16 @@ class TaskIntake:
             if earlier is not None:
                 return _replayed(*earlier, digest), True
         await self._check(owner, body)
+        body, named = await self._named(owner, body)
         upstream_body = await self._translated(owner, body, admin=admin)
+        if named:
+            upstream_body["image_urls"] = [each.stored for each in named]
         free = await self.resources.blobs.free_bytes()
         if free is not None and free < self.min_free_bytes:
             message = "there is too little space left for new images"
             raise ApiError(503, "no_space", message, retry_after=60)
         task = self._task(owner, body, upstream_body, idempotency_key, digest)
+        task.inputs = [each.image.document() for each in named] or None
         checkpoint("submit.checked")
         inserted = await store.write(insert_tasks, task)
         checkpoint("submit.inserted")
@@ -89,6 +95,17 @@ class TaskIntake:
         violation = self.catalogue.check(body, whole=whole)
         if violation is not None:
             raise _invalid(violation.param, violation.message)
+
+    async def _named(self, owner: str, body: JSON) -> tuple[JSON, list[NamedInput]]:
+        """The body as it is shown, and its input images. Raises ApiError 400."""
+        entries = body.get("image_urls")
+        if not isinstance(entries, list) or not all(isinstance(each, str) for each in entries):
+            return body, []
+        named = await self.resolve_inputs(owner, entries)
+        for place, each in enumerate(named):
+            if message := self.catalogue.image_complaint(body["model"], each.image):
+                raise _invalid("image_urls", f"image_urls[{place}]: {message}")
+        return {**body, "image_urls": [each.shown for each in named]}, named
 
     async def _check(self, owner: str, body: JSON) -> None:
         self.check_limits(body)

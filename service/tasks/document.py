@@ -66,6 +66,7 @@ def task_document(row: TaskRow, images: Sequence[ImageRow] = ()) -> JSON:
         "metadata": row.metadata,
         "request": row.request,
         "warnings": row.warnings or [],
+        "inputs": row.inputs or [],
         "images": [
             {
                 "id": image.id,

@@ -44,6 +44,34 @@ class InputCopy:
     expires_at: int
 
 
+@dataclass(frozen=True, slots=True)
+class InputImage:
+    """An input image of a submission. Of a public link only the URL is known."""
+
+    id: str | None = None
+    url: str | None = None
+    sha256: str | None = None
+    width: int | None = None
+    height: int | None = None
+    media_type: str | None = None
+    bytes: int | None = None
+
+    def document(self) -> JSON:
+        names = ("id", "url", "sha256", "width", "height")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class NamedInput:
+    """An entry of `image_urls`: its image, as the stored body names it (an id or a public link),
+    and as the client named it. Of a `data:` URL both are the id of the file that keeps it.
+    """
+
+    image: InputImage
+    stored: str
+    shown: str
+
+
 FILE_COLUMNS = [file_table.c[field.name] for field in fields(FileRow)]
 
 

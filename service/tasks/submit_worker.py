@@ -19,6 +19,13 @@ from service.resources import Resources
 from service.tasks import task_queries
 from service.tasks.account_breaker import AccountBreaker
 from service.tasks.confirm_worker import QueryPlan
+from service.tasks.input_copies import (
+    InputCopies,
+    InputFailure,
+    InputProblem,
+    record_input_failures,
+    with_input_links,
+)
 from service.tasks.rows import TaskRow
 from service.tasks.state import UNPROVED, State
 from service.tasks.submissions import (
@@ -91,9 +98,15 @@ class SubmitWorker:
                 if not allowed:
                     await breaker.hold(lease, self.give_up_s)
                     return
+                links = await InputCopies(resources).links(row) if row.inputs else {}
+                if isinstance(links, InputProblem):
+                    record(links.throttled or None)
+                    await self._record_problem(lease, links)
+                    return
                 body = await self._start(lease, resubmit=row.state is State.UNCERTAIN)
                 if body is None:
                     return
+                body = with_input_links(body, links)
                 body = resources.keyring.with_token(row.upstream, row.id, body)
                 outcome = await resources.upstreams[row.upstream].submit(body, lease.key)
                 checkpoint("submission.answered")
@@ -118,6 +131,15 @@ class SubmitWorker:
             await self._record(lease, NotCreated("the process stood still"), wait_s=0.0)
             return None
         return body
+
+    async def _record_problem(self, lease: Lease, problem: InputProblem) -> None:
+        """Records that nothing was sent, because an input image did not reach the upstream."""
+        wait_s = max(self._scheduled_s(lease), problem.retry_after or 0)
+        known = {"attempt": lease.attempts, "reason": problem.reason, "code": problem.code}
+        log.warning("input.retried", **known, wait_s=round(wait_s, 3))
+        give_up_ms = round(self.give_up_s * 1000)
+        failure = InputFailure(lease, problem, round(wait_s * 1000), give_up_ms)
+        await self._until_stored(record_input_failures, failure)
 
     async def _record(
         self, lease: Lease, outcome: SubmitOutcome | None, wait_s: float | None = None

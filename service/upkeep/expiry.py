@@ -113,6 +113,7 @@ def _strip(tx: Transaction, row: Row) -> None:
         "prompt": None,
         "request": {},
         "warnings": None,
+        "inputs": None,
         "metadata": {},
         "body": b"",
         "callback_url": None,
@@ -130,7 +131,7 @@ def bare_error(error: JSON | None) -> JSON | None:
 
 def bare_document(document: JSON) -> JSON:
     """An event's task without content: ids, times, state and figures."""
-    content: JSON = {"metadata": {}, "request": {}, "warnings": [], "images": []}
+    content: JSON = {"metadata": {}, "request": {}, "warnings": [], "inputs": [], "images": []}
     return {**document, "error": bare_error(document["error"]), **content}
 
 

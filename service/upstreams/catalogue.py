@@ -15,7 +15,9 @@ from typing import Any
 from service.errors import ConfigurationError
 from service.strict_json import JSON
 from service.upstreams.catalogue_entry import CatalogueFile, ModelEntry
+from service.upstreams.catalogue_fields import ImagesField
 from service.upstreams.catalogue_file import line_of, parse_catalogue, read_catalogue
+from service.upstreams.catalogue_images import StoredImage, image_complaint
 
 MAX_WARNINGS, NAME_CHARS = 16, 100
 DEFAULT_UPSTREAM = "evolink"
@@ -63,6 +65,12 @@ class Catalogue:
         entry = self.entry(body.get("model"))
         broken = entry and entry.complaint(body, whole=whole)
         return Violation(*broken) if broken else None
+
+    def image_complaint(self, model: object, image: StoredImage) -> str | None:
+        """The limit of the model that an input image breaks. Unknown figures break none."""
+        entry = self.entry(model)
+        rule = entry.fields.get("image_urls") if entry else None
+        return image_complaint(rule, image) if isinstance(rule, ImagesField) else None
 
     def estimate(self, body: Mapping[str, Any]) -> CostEstimate:
         """The cost of a submission as the catalogue has it."""

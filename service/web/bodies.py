@@ -42,12 +42,12 @@ def check_coding(request: Request) -> None:
         raise ApiError(415, "unsupported_media_type", message, param="Content-Encoding")
 
 
-async def read_json(request: Request, *, empty: bool = False) -> JSON:
+async def read_json(request: Request, *, empty: bool = False, most: int = MAX_BODY) -> JSON:
     """The body as a JSON object. With `empty`, no body is {}. A byte order mark is ignored (RFC
     8259, 8.1).
 
-    Raises ApiError 415 for another media type, 413 over 1 MiB, 408 for an incomplete body, else
-    400.
+    Raises ApiError 415 for another media type, 413 over `most` bytes, 408 for an incomplete body,
+    else 400.
     """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
@@ -57,14 +57,16 @@ async def read_json(request: Request, *, empty: bool = False) -> JSON:
         async with asyncio.timeout(BODY_S):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > MAX_BODY:
-                    raise ApiError(413, "body_too_large", f"the body has at most {MAX_BODY} bytes")
+                if len(body) > most:
+                    raise ApiError(413, "body_too_large", f"the body has at most {most} bytes")
     except (TimeoutError, ClientDisconnect):
         raise ApiError(408, "timeout", f"the body was not complete after {BODY_S:g} s") from None
     text = body.removeprefix(codecs.BOM_UTF8)
     if empty and not text:
         return {}
     try:
+        if len(text) > MAX_BODY:  # with images in it
+            return await asyncio.to_thread(read_object, text, finite=True)
         return read_object(text, finite=True)
     except ValueError as error:
         raise invalid_request(f"the body must be a JSON object: {error}") from None

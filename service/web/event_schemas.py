@@ -30,6 +30,16 @@ class TaskImage(BaseModel):
     height: int
 
 
+class TaskInput(BaseModel):
+    """An input image. Of a public link only the URL is known."""
+
+    id: str | None
+    url: str | None
+    sha256: str | None
+    width: int | None
+    height: int | None
+
+
 class TaskError(BaseModel):
     model_config = ConfigDict(extra="allow")
 
@@ -63,6 +73,7 @@ class EventTask(BaseModel):
     warnings: list[str] = Field(
         description="names fields that the model does not have in the catalogue; they are passed on"
     )
+    inputs: list[TaskInput] = Field(description="in the order of `image_urls`")
     images: list[TaskImage]
 
 

@@ -34,6 +34,11 @@ LINES: Mapping[str, str] = MappingProxyType(
             "`reason`, `hint` (the first characters, if the text looks like a key of this service)"
         ),
         "admin.action": "`action`, `subject`",
+        "input.uploaded": "`input_id`, `bytes`, `kept` (false: it was erased meanwhile)",
+        "input.retried": (
+            "`attempt`, `reason`, `code` (null: tried again), `wait_s`. An input image did not"
+            " reach the upstream. Nothing was submitted."
+        ),
         "file.stored": "`file_id`, `media_type`, `bytes`, `sha256`. An input image.",
         "file.erased": "`file_id`. An input image, at its owner's request.",
         "task.queued": "`model`, `replayed`, `prompt` (only with `LOG_PROMPTS`)",

@@ -24,6 +24,7 @@ from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from service.web import auth
 from service.web.routes.table import SPECS, Spec
 from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, submitted
+from tests.inputs import photo, upload
 from tests.waiting import wait_until
 from tests.world import LOOPBACK, subscriber, world
 
@@ -132,6 +133,7 @@ async def parameters(
     cursors = [got(await ann.get(path, params={"limit": 1}))["next_cursor"] for path in LISTS[:3]]
     return {
         "task_id": (*ours, *theirs),
+        "file_id": ((got(await upload(ann, photo()), 201)["id"], f"file_{NOTHING}"),),
         "endpoint_id": tuple((endpoint["id"], f"ep_{NOTHING}") for endpoint in endpoints),
         "delivery_id": tuple((delivery["id"], f"dlv_{NOTHING}") for delivery in deliveries[:2]),
         "replay_id": ((replay, f"rpl_{NOTHING}"),),
@@ -192,6 +194,7 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
             ("PATCH", "/v1/endpoints/{endpoint_id}"): (({"status": "paused"},) * 2,),
             ("POST", "/v1/endpoints/{endpoint_id}/rotate"): (({"overlap_s": 0},) * 2,),
             ("POST", "/v1/endpoints/{endpoint_id}/replay"): (({"dry_run": True},) * 2,),
+            ("POST", "/v1/files"): (),
             ("POST", "/v1/keys/rotate-secret"): (({"owner": "ann"}, {"owner": "nobody"}),),
         }
         told = ("ann", "ann's prompt", "ann-key", replay, *ids_of(before))

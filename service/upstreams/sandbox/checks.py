@@ -33,6 +33,7 @@ class Order:
     n: int
     callback_url: str | None
     per: str = "image"
+    image_urls: tuple[str, ...] = ()
 
 
 def invalid(param: str, message: str) -> ApiError:
@@ -72,14 +73,14 @@ def read_order(body: JSON, catalogue: Catalogue) -> Order:
     prompt, rule = body.get("prompt"), entry.fields.get("prompt")
     if rule is not None and rule.required and not str(prompt).strip():
         raise invalid("prompt", "prompt is required")
-    if "image_urls" in entry.fields:
-        check_links(body.get("image_urls") or [])
+    urls = body.get("image_urls") or [] if "image_urls" in entry.fields else []
+    check_links(urls)
     size = body.get("size") if "size" in entry.fields else None
     width, height = drawn_size(size or getattr(entry.fields.get("size"), "default", None))
     callback_url, n = read_url(body, "callback_url"), entry.images_of(body)
     drawn = prompt if isinstance(prompt, str) and prompt else model
     per = catalogue.estimate(body).per
-    return Order(model, drawn, width, height, n, callback_url, per)
+    return Order(model, drawn, width, height, n, callback_url, per, tuple(urls))
 
 
 def drawn_size(size: str | None) -> tuple[int, int]:

@@ -40,6 +40,7 @@ from service.upstreams.sandbox.lifecycle import (
 )
 from service.upstreams.sandbox.options import SandboxOptions
 from service.upstreams.sandbox.renderer import FORMATS, draw
+from service.upstreams.sandbox.sandbox_files import SandboxFiles, file_routes
 from service.upstreams.sandbox.wire import AnswerResponse
 
 # A callback URL whose host is not resolved in time is accepted. Each attempt checks it again.
@@ -59,6 +60,7 @@ def create_sandbox(options: SandboxOptions, clock: Callable[[], float] = time.ti
             Route("/v1/tasks/{task_id}", sandbox.query),
             Route("/v1/credits", sandbox.credits),
             Route("/v1/models", sandbox.models),
+            *file_routes(sandbox.files),
             Route("/files/{task_id}/{name}", sandbox.file),
             Route("/moved/{task_id}/{name}", sandbox.file),
             Route("/sandbox/tasks", sandbox.tasks),
@@ -79,6 +81,8 @@ class Sandbox:
         self.sender = CallbackSender(
             self.egress, options.callback_timeout_s, options.callback_delays_s, clock
         )
+        defaults = read_faults(None, options.faults)
+        self.files = SandboxFiles(self._authorise, self.egress, clock, defaults, options.file_ttl_s)
         self.running: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -104,6 +108,8 @@ class Sandbox:
             return AnswerResponse(replace(refusal, wait=faults.get("submit_delay", 0)))
         order = read_order(body, self.options.catalogue)
         await self._check_callback(order.callback_url)
+        if any(self.files.lost(url) for url in order.image_urls):
+            raise invalid("image_urls", "a file of image_urls does not exist or has expired")
         delay = self.options.delay_s
         if (first := self.ledger.replayed(key, digest)) is not None:
             headers = {"idempotency-replayed": "true"}
@@ -161,6 +167,7 @@ class Sandbox:
         data = [
             document(task)
             | {"idempotency_key": task.key, "callbacks": [asdict(each) for each in task.attempts]}
+            | {"image_urls": task.order.image_urls}
             for task in self.ledger.all()
         ]
         return AnswerResponse(json_answer(200, {"data": data}))

@@ -136,6 +136,10 @@ FAULTS: Mapping[str, InjectedFault] = {
     "callback_first": InjectedFault(
         "the callback comes before the response to the submission", FLAG
     ),
+    "upload_status": InjectedFault("uploads of input images get this error", PAGE),
+    "upload_delay": InjectedFault("seconds until an upload gets its response", SECONDS),
+    "lose_upload": InjectedFault("the file is stored and the connection is cut", FLAG),
+    "upload_ttl": InjectedFault("seconds until an uploaded file expires", SECONDS),
     "query_status": InjectedFault("queries get this error", PAGE, query=error_page),
     "query_delay": InjectedFault(
         "seconds until a query gets its response", SECONDS, query=with_field("wait")

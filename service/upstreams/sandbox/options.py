@@ -29,6 +29,7 @@ class SandboxOptions:
     delay_s: float = 1.0
     task_ttl_s: float = 86400
     result_ttl_s: float = 86400
+    file_ttl_s: float = 259200
     price: Decimal = Decimal("1.5")
     credits: Decimal = Decimal(10000)
     seed: int | None = None

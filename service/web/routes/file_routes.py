@@ -10,11 +10,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from service.db.paging import Selection
 from service.errors import ApiError, BlobMissing
+from service.net.multipart import MultipartForm
 from service.tasks.files import FileRow, file_document, file_list, stored_file
 from service.web.auth import caller_of
 from service.web.bodies import Position, page, query_text
 from service.web.context import context_of, resources_of
-from service.web.multipart import MultipartForm
 from service.web.routes.image_routes import HEADERS
 
 UPLOAD_S = 120.0

@@ -10,8 +10,8 @@ from structlog.contextvars import bind_contextvars
 from service.db.paging import Selection
 from service.errors import ApiError, invalid_request
 from service.images.downloads import quarantined_bodies
-from service.links import with_links
-from service.strict_json import JSON
+from service.links import is_data, with_links
+from service.strict_json import JSON, compact_json
 from service.tasks import task_queries
 from service.tasks.accept import attempted, ended, wait_for
 from service.tasks.cancel import Cancellation, cancel_tasks
@@ -20,12 +20,13 @@ from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State
 from service.upkeep.retention import erase
 from service.web.auth import caller_of
-from service.web.bodies import Position, page, query_text, read_json
+from service.web.bodies import MAX_BODY, Position, page, query_text, read_json
 from service.web.context import context_of, resources_of
 from service.web.error_responses import error_response
 from service.web.routes import upstream_routes
 
 FIRST_OUTCOME_S = 10.0
+MAX_SUBMISSION = 32 << 20  # bytes with `data:` URLs: two images of 10 MB in base64
 MAX_WAIT_S = 120
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 METADATA, METADATA_FILTERS = "metadata.", 16
@@ -64,7 +65,8 @@ async def submit(request: Request) -> Response:
         message = "Idempotency-Key must be 1 to 255 visible ASCII characters"
         raise invalid_request(message, "Idempotency-Key")
     wait_s, applied = preferences(request)
-    body, admin = await read_json(request), caller.sees is None
+    body, admin = await read_json(request, most=MAX_SUBMISSION), caller.sees is None
+    check_size(body)
     task_id, replayed = await context.intake.accept(caller.owner, body, key, admin=admin)
     bind_contextvars(task_id=task_id)
     headers = {"Preference-Applied": applied} if applied else {}
@@ -80,6 +82,20 @@ async def submit(request: Request) -> Response:
     more = {"type": error.get("type"), "param": error.get("param"), "task_id": row.id}
     status, code, message = row.refusal_status, error["code"], error["message"]
     return error_response(request, status, code, message, headers, **more)
+
+
+def check_size(body: JSON) -> None:
+    """Raises ApiError 413 for a body that is long without the `data:` URLs of its input images."""
+    urls = body.get("image_urls")
+    if isinstance(urls, list):
+        body = {**body, "image_urls": [each for each in urls if not inline(each)]}
+    if len(compact_json(body)) > MAX_BODY:
+        message = f"the body has at most {MAX_BODY} bytes beside the data: URLs in image_urls"
+        raise ApiError(413, "body_too_large", message)
+
+
+def inline(entry: object) -> bool:
+    return isinstance(entry, str) and is_data(entry.lstrip())
 
 
 async def find_task(request: Request) -> Found | None:

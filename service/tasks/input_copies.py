@@ -1,0 +1,206 @@
+"""Input images on their way to the upstream: their copies in its file API, and what happens to a
+task whose copies cannot be made.
+
+The copies are made before the submission leaves, so a failure there never leads to a paid call.
+"""
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+import structlog
+from sqlalchemy import Connection, delete, select
+
+from service.db.file_tables import copies
+from service.db.file_tables import files as file_table
+from service.db.tables import images, tasks
+from service.db.transaction import Lease, Transaction
+from service.ids import EXTENSIONS, PREFIXES
+from service.queue import leases
+from service.queue.checkpoints import checkpoint
+from service.resources import Resources
+from service.strict_json import JSON
+from service.tasks.fair_queue import FairQueue
+from service.tasks.files import InputCopy, input_copies
+from service.tasks.rows import TaskRow
+from service.tasks.state import TERMINAL, State
+from service.tasks.submissions import end_uncertain
+from service.tasks.transitions import change, end, lock_leased, task_error
+from service.upstreams.file_api import NotUploaded
+
+log = structlog.get_logger()
+
+SPARE_MS = 3_600_000  # a copy that lives shorter is made anew: the upstream must still fetch it
+FREED = 10  # copies that make room at once
+
+
+@dataclass(frozen=True, slots=True)
+class InputProblem:
+    """Why a task cannot be sent now, or, with `code`, never."""
+
+    reason: str
+    code: str | None = None
+    retry_after: float | None = None
+    throttled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class InputSource:
+    """The stored bytes of a file or of a result."""
+
+    blob: str
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class InputCopies:
+    """Makes copies at the upstream. They are remembered until they expire there."""
+
+    resources: Resources
+
+    async def links(self, row: TaskRow) -> Mapping[str, str] | InputProblem:
+        """The upstream's links of the task's input images, by id."""
+        store, links = self.resources.store, dict[str, str]()
+        ids = [each["id"] for each in row.inputs or () if each["id"]]
+        sources = await store.read(input_sources, ids, store.clock())
+        known = await store.read(input_copies, ids)
+        for id in ids:
+            if id not in sources:
+                return InputProblem(f"the input image {id} was erased or its days are over", GONE)
+            copy = known.get(id)
+            if copy is None or copy.expires_at <= store.clock() + SPARE_MS:
+                made = links.get(id) or await self._copied(row, id, sources[id])
+                if isinstance(made, InputProblem):
+                    return made
+                links[id] = made
+            else:
+                links[id] = copy.url
+        return links
+
+    async def _copied(self, row: TaskRow, id: str, source: InputSource) -> str | InputProblem:
+        content = b"".join([chunk async for chunk in self.resources.blobs.read(source.blob)])
+        # An upload under the name of another file would overwrite it.
+        name = f"{id}-{secrets.token_hex(6)}.{EXTENSIONS[source.media_type]}"
+        checkpoint("input.started")
+        outcome = await self.resources.file_api.upload(content, name, source.media_type)
+        checkpoint("input.uploaded")
+        if isinstance(outcome, NotUploaded):
+            if outcome.full:
+                await self._make_room()
+            reason = f"the input image {id} was not uploaded: {outcome.reason}"
+            code = "input_refused" if outcome.final else None
+            return InputProblem(reason, code, outcome.retry_after, outcome.throttled)
+        expires_at = round(outcome.expires_at * 1000)
+        copy = InputCopy(id, row.owner, row.upstream, outcome.file_id, outcome.url, expires_at)
+        kept = await self.resources.store.write(record_copies, copy)
+        log.info("input.uploaded", input_id=id, bytes=len(content), kept=kept)
+        if not kept:  # erased meanwhile
+            await self.forget(copy)
+            return InputProblem(f"the input image {id} was erased", GONE)
+        return outcome.url
+
+    async def forget(self, copy: InputCopy) -> bool:
+        """Deletes a copy at the upstream. It expires there by itself if that fails."""
+        return copy.file_id is not None and await self.resources.file_api.delete(copy.file_id)
+
+    async def _make_room(self) -> None:
+        """Deletes the oldest copies that no task needs, because the account has no room left."""
+        for copy in await self.resources.store.read(spare_copies, FREED):
+            if await self.forget(copy):
+                await self.resources.store.write(forget_copies, copy.id)
+
+
+GONE = "input_gone"
+
+
+def with_input_links(body: bytes, links: Mapping[str, str]) -> bytes:
+    """The body to send, with the upstream's links in place of ids."""
+    if not links:
+        return body
+    document: JSON = json.loads(body)
+    document["image_urls"] = [links.get(each, each) for each in document["image_urls"]]
+    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+# --- the store
+
+
+def input_sources(connection: Connection, ids: Sequence[str], now: int) -> dict[str, InputSource]:
+    """The stored files and results with these ids."""
+    c, i = file_table.c, images.c
+    kept = select(c.id, c.blob, c.media_type).where(c.blob.is_not(None), c.expires_at > now)
+    results = select(i.id, i.blob, i.media_type).where(i.state == "stored", i.blob.is_not(None))
+    found = [
+        *connection.execute(kept.where(c.id.in_(ids))),
+        *connection.execute(results.where(i.id.in_(ids))),
+    ]
+    return {row.id: InputSource(row.blob, row.media_type) for row in found}
+
+
+def record_copies(tx: Transaction, items: Sequence[InputCopy]) -> list[bool]:
+    """Records copies. False: the file or result is gone, so the copy must go too."""
+    return [_record_copy(tx, item) for item in items]
+
+
+def _record_copy(tx: Transaction, item: InputCopy) -> bool:
+    is_file = item.id.startswith(PREFIXES["file"])
+    table = file_table if is_file else images
+    source = select(table.c.id).where(table.c.id == item.id, table.c.blob.is_not(None))
+    if tx.connection.execute(source.with_for_update()).first() is None:
+        return False
+    tx.connection.execute(delete(copies).where(copies.c.id == item.id))
+    tx.connection.execute(copies.insert().values(asdict(item)))
+    return True
+
+
+def spare_copies(connection: Connection, limit: int) -> list[InputCopy]:
+    """The oldest copies that no task names which may still be sent or is at work."""
+    ended = [state.value for state in TERMINAL]
+    waiting = select(tasks.c.inputs).where(tasks.c.state.not_in(ended), tasks.c.inputs.is_not(None))
+    needed = {each["id"] for inputs in connection.execute(waiting).scalars() for each in inputs}
+    ids = connection.execute(select(copies.c.id).order_by(copies.c.expires_at)).scalars()
+    spare = [id for id in ids if id not in needed][:limit]
+    return list(input_copies(connection, spare).values())
+
+
+def forget_copies(tx: Transaction, items: Sequence[str]) -> list[None]:
+    tx.connection.execute(delete(copies).where(copies.c.id.in_(items)))
+    return [None] * len(items)
+
+
+@dataclass(frozen=True, slots=True)
+class InputFailure:
+    """A task whose input images did not reach the upstream. It is tried again after `wait_ms`
+    unless it is older than `give_up_ms`, or the problem has a code.
+    """
+
+    lease: Lease
+    problem: InputProblem
+    wait_ms: int
+    give_up_ms: int
+
+
+def record_input_failures(tx: Transaction, items: Sequence[InputFailure]) -> list[None]:
+    """Fails tasks or makes them due again. Nothing was submitted."""
+    queue = cache(lambda: FairQueue(tx))
+    for item, row in lock_leased(tx, items):
+        if row is None:
+            continue
+        values: dict[str, Any] = {"submit_outcomes": row.submit_outcomes + 1}
+        final = item.problem.code or tx.now - row.created_at >= item.give_up_ms
+        if row.state is State.UNCERTAIN and final:
+            end_uncertain(tx, row)
+        elif row.state is State.QUEUED and final:
+            message = item.problem.reason
+            end(tx, row, State.FAILED, task_error(item.problem.code or "not_submitted", message))
+        elif row.state in (State.QUEUED, State.UNCERTAIN):
+            tx.step(row.id, "input.retried", reason=item.problem.reason)
+            values["submit_due_at"] = tx.now + item.wait_ms
+            if row.state is State.QUEUED:
+                values["submit_turn"] = queue().next_turn(row.owner)
+        due_at = values.pop("submit_due_at", row.submit_due_at)
+        change(tx, row, **values, **leases.release("submit", due_at))
+    return [None] * len(items)
