@@ -133,6 +133,7 @@ async def parameters(
     cursors = [got(await ann.get(path, params={"limit": 1}))["next_cursor"] for path in LISTS[:3]]
     return {
         "task_id": (*ours, *theirs),
+        "flatten": (),
         "file_id": ((got(await upload(ann, photo()), 201)["id"], f"file_{NOTHING}"),),
         "endpoint_id": tuple((endpoint["id"], f"ep_{NOTHING}") for endpoint in endpoints),
         "delivery_id": tuple((delivery["id"], f"dlv_{NOTHING}") for delivery in deliveries[:2]),
