@@ -236,7 +236,7 @@ def make_context(
         breaker=breaker,
         access=Access(resources.store, admin_key),
         limits=KeyLimits(settings.key_requests),
-        shedder=LoadShedder(gate, resources.metrics),
+        shedder=LoadShedder(gate, resources.metrics, settings.key_waits),
         readiness=RecentLook(),
         result_ttl_s=settings.evolink_result_ttl_s,
         max_endpoints=settings.max_endpoints,

@@ -148,6 +148,8 @@ class Settings(BaseModel):
     key_requests: types.Requests | None = None
     """Requests that one API key may send to each process, such as `600/minute`. Needs the extra
     `limits`. Unset means no limit."""
+    key_waits: Annotated[int, Field(ge=1)] = 100
+    """Long polls, and streams, that one API key may have at once in each process. More get 429."""
     log_format: Annotated[Literal["json", "console"], types.Lower] = "json"
     """`json`, or `console` for people."""
     log_level: Annotated[Literal["debug", "info", "warning", "error"], types.Lower] = "info"

@@ -2,17 +2,28 @@
 every accepted object, and every line reader can read what it writes.
 """
 
+import asyncio
 import json
 import math
 import re
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 JSON = dict[str, Any]
+Made = TypeVar("Made")
 
+LARGE = 64 << 10  # bytes, which take up to 10 ms to parse
 MAX_DEPTH = 100  # levels, far below the limits of encoders and databases
 FORBIDDEN_TEXT = re.compile("[\0\ud800-\udfff]")
 # JSON escapes the other characters at which some readers end a line. It permits these.
 LINE_ENDS = {"\x85": r"\u0085", "\u2028": r"\u2028", "\u2029": r"\u2029"}
+
+
+async def off_loop(large: bool, work: Callable[[], Made]) -> Made:
+    """Does the work on a document. Callbacks do not wait for the whole of it if it is `large`,
+    because then a thread does it.
+    """
+    return await asyncio.to_thread(work) if large else work()
 
 
 def read_object(body: bytes | bytearray, *, finite: bool = False) -> JSON:

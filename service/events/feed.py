@@ -1,7 +1,7 @@
 """Reads the outbox in sequence: one page, or a page that waits for its first event."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
@@ -128,10 +128,11 @@ async def read_events(
     types: Sequence[str],
     task_id: str | None,
     wait_s: float,
+    gone: Callable[[], Awaitable[bool]],
 ) -> tuple[list[Entry], int, bool]:
     """Waits up to `wait_s` seconds for events after a place, or reads from the oldest. Returns the
     events, the last place that was examined, and whether retention deleted events before it that
-    the reader has not seen.
+    the reader has not seen. Looks no more once the reader is `gone`.
     """
     clock = asyncio.get_running_loop().time
     deadline = clock() + wait_s
@@ -141,6 +142,6 @@ async def read_events(
             page = await store.read(event_list, links, owner, after or 0, limit, types, task_id)
             resync = after is not None and after < page.forgotten
             left = deadline - clock()
-            if page.entries or resync or left <= 0 or store.signals.stopping:
+            if page.entries or resync or left <= 0 or store.signals.stopping or await gone():
                 return page.entries, page.last, resync
             await store.signals.wait(emitted, min(left, LOOK_S))

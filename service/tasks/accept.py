@@ -7,6 +7,7 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
@@ -22,7 +23,7 @@ from service.queue import leases
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.signing import canonical_json, new_secret
-from service.strict_json import JSON
+from service.strict_json import JSON, off_loop
 from service.tasks import task_queries
 from service.tasks.fair_queue import FairQueue
 from service.tasks.files import NamedInput
@@ -52,13 +53,19 @@ class TaskIntake:
     resolve_inputs: Callable[[str, list[str]], Awaitable[list[NamedInput]]]
 
     async def accept(
-        self, owner: str, body: JSON, idempotency_key: str | None, *, admin: bool = False
+        self,
+        owner: str,
+        body: JSON,
+        idempotency_key: str | None,
+        *,
+        admin: bool = False,
+        large: bool = False,
     ) -> tuple[str, bool]:
-        """The id of the durable task, and whether the task existed before. Raises ApiError 400,
-        409 or 503.
+        """The id of the durable task, and whether the task existed before. A `large` body is
+        encoded in a thread. Raises ApiError 400, 409 or 503.
         """
         store = self.resources.store
-        digest = hashlib.sha256(canonical_json(body)).hexdigest()
+        digest = await off_loop(large, lambda: hashlib.sha256(canonical_json(body)).hexdigest())
         if idempotency_key is not None:
             earlier = await store.read(task_queries.task_by_key, owner, idempotency_key)
             if earlier is not None:
@@ -72,7 +79,8 @@ class TaskIntake:
         if free is not None and free < self.min_free_bytes:
             message = "there is too little space left for new images"
             raise ApiError(503, "no_space", message, retry_after=60)
-        task = self._task(owner, body, upstream_body, idempotency_key, digest)
+        make = partial(self._task, owner, body, upstream_body, idempotency_key, digest)
+        task = await off_loop(large, make)
         task.inputs = [each.image.document() for each in named] or None
         checkpoint("submit.checked")
         inserted = await store.write(insert_tasks, task)
@@ -275,9 +283,15 @@ def ended(row: TaskRow) -> bool:
 
 
 async def wait_for(
-    resources: Resources, task_id: str, done: Callable[[TaskRow], bool], seconds: float
+    resources: Resources,
+    task_id: str,
+    done: Callable[[TaskRow], bool],
+    seconds: float,
+    gone: Callable[[], Awaitable[bool]],
 ) -> tuple[TaskRow, list[ImageRow]]:
-    """The task as soon as `done` is true, or its state after the time or when the process stops."""
+    """The task as soon as `done` is true, or its state after the time, when the process stops or
+    when the client is `gone`.
+    """
     signals, clock = resources.store.signals, asyncio.get_running_loop().time
     deadline = clock() + seconds
     with signals.listen(task_id) as changed:
@@ -287,6 +301,6 @@ async def wait_for(
             if task is None:
                 raise ApiError(404, "task_not_found", "the task was deleted meanwhile")
             left = deadline - clock()
-            if done(task[0]) or left <= 0 or signals.stopping:
+            if done(task[0]) or left <= 0 or signals.stopping or await gone():
                 return task
             await signals.wait(changed, min(left, LOOK_S))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from typing import TypeVar
 
 from pydantic import AwareDatetime, BaseModel, TypeAdapter, ValidationError
@@ -17,11 +18,12 @@ from starlette.responses import Response
 
 from service.db.paging import PAGE_BYTES, Row, Selection, in_batches, that_fit
 from service.errors import ApiError, invalid_request
-from service.strict_json import JSON, check_text, compact_json, read_object
+from service.strict_json import JSON, LARGE, check_text, compact_json, off_loop, read_object
 from service.web.auth import caller_of
-from service.web.context import resources_of
+from service.web.context import context_of, resources_of
 from service.web.page_answer import page_answer
 from service.web.schemas import OWNER
+from service.web.shares import address_of, holder_of
 
 Model = TypeVar("Model", bound=BaseModel)
 Item = TypeVar("Item")
@@ -42,32 +44,42 @@ def check_coding(request: Request) -> None:
         raise ApiError(415, "unsupported_media_type", message, param="Content-Encoding")
 
 
-async def read_json(request: Request, *, empty: bool = False, most: int = MAX_BODY) -> JSON:
-    """The body as a JSON object. With `empty`, no body is {}. A byte order mark is ignored (RFC
-    8259, 8.1).
+async def read_json(request: Request, *, empty: bool = False) -> JSON:
+    """The body as a JSON object. With `empty`, no body is {}. Raises ApiError as `read_body` and
+    `parsed` do.
+    """
+    body = await read_body(request)
+    return await parsed(body) if body or not empty else {}
+
+
+async def read_body(request: Request, most: int = MAX_BODY) -> bytes:
+    """The whole body, without a byte order mark (RFC 8259, 8.1).
 
     Raises ApiError 415 for another media type, 413 over `most` bytes, 408 for an incomplete body,
-    else 400.
+    429 or 503 for too many of them.
     """
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "unsupported_media_type", "the body must be application/json")
-    body = bytearray()
+    shedder, body = context_of(request).shedder, bytearray()
+    key, address = caller_of(request).key, address_of(request.scope.get("client"))
     try:
-        async with asyncio.timeout(BODY_S):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > most:
-                    raise ApiError(413, "body_too_large", f"the body has at most {most} bytes")
+        async with asyncio.timeout(BODY_S) as timer:
+            with shedder.idle(holder_of(request)), shedder.bodies.reading(key, address, timer):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > most:
+                        raise ApiError(413, "body_too_large", f"the body has at most {most} bytes")
     except (TimeoutError, ClientDisconnect):
-        raise ApiError(408, "timeout", f"the body was not complete after {BODY_S:g} s") from None
-    text = body.removeprefix(codecs.BOM_UTF8)
-    if empty and not text:
-        return {}
+        message = f"the body was not complete after {BODY_S:g} s, or too slow among many"
+        raise ApiError(408, "timeout", message) from None
+    return bytes(body.removeprefix(codecs.BOM_UTF8))
+
+
+async def parsed(body: bytes) -> JSON:
+    """The body as a JSON object. Raises ApiError 400."""
     try:
-        if len(text) > MAX_BODY:  # with images in it
-            return await asyncio.to_thread(read_object, text, finite=True)
-        return read_object(text, finite=True)
+        return await off_loop(len(body) > LARGE, partial(read_object, body, finite=True))
     except ValueError as error:
         raise invalid_request(f"the body must be a JSON object: {error}") from None
 
@@ -201,4 +213,4 @@ async def page(
     if more or len(items) > limit:
         items = items[:limit]
         cursor = base64.urlsafe_b64encode(json.dumps(items[-1][0]).encode()).decode()
-    return page_answer([document for _, document in items], next_cursor=cursor)
+    return page_answer(request, [document for _, document in items], next_cursor=cursor)

@@ -7,31 +7,20 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Message, Send
+from starlette.responses import Response
 
 from service.errors import ApiError, StoreUnavailable
 from service.events.feed import Entry
 from service.events.tail import Gone, StreamFilter, Tail
 from service.ids import sequence_text
+from service.web.auth import caller_of
+from service.web.context import context_of
+from service.web.shares import HoldingResponse
 
-STREAMS = 2000  # of one process
 CHECK_S, COMMENT_S = 1.5, 15.0  # CHECK_S: interval of the checks that the key is still valid
-STALL_S = 60.0  # a reader that reads nothing for so long is gone
 RETRY_MS = 1000  # before a reader reconnects
+MEDIA_TYPE = "text/event-stream"
 HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
-
-
-class Stream(StreamingResponse):
-    media_type = "text/event-stream"
-
-    async def stream_response(self, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(STALL_S):
-                await send(message)
-
-        with suppress(TimeoutError):
-            await super().stream_response(send_in_time)
 
 
 def stream(
@@ -41,15 +30,14 @@ def stream(
     wanted: StreamFilter,
     check_key: Callable[[], Awaitable[object]],
 ) -> Response:
-    """`check_key` raises ApiError once the reader's key is invalid. Raises ApiError 503 if there
-    are too many streams.
+    """`check_key` raises ApiError once the reader's key is invalid. Raises ApiError 429 or 503 if
+    there are too many streams.
     """
-    if tail.streams >= STREAMS:
-        message = f"this process has {STREAMS} streams already"
-        raise ApiError(503, "overloaded", message, retry_after=1)
     if request.method == "HEAD":
-        return Response(headers=HEADERS, media_type=Stream.media_type)
-    return Stream(frames(tail, after, wanted, check_key), headers=HEADERS)
+        return Response(headers=HEADERS, media_type=MEDIA_TYPE)
+    share = context_of(request).shedder.streams.take(caller_of(request).key)
+    content = frames(tail, after, wanted, check_key)
+    return HoldingResponse(share, content, headers=HEADERS, media_type=MEDIA_TYPE)
 
 
 async def frames(

@@ -16,6 +16,7 @@ import structlog
 
 from service.errors import ApiError
 from service.ops.metrics import Metrics
+from service.web.shares import BodyShares, Shares
 
 log = structlog.get_logger()
 
@@ -135,67 +136,91 @@ class PriorityGate:
 
 MAX_ACTIVE, MAX_WAITING = 500, 5000  # requests at work, requests that wait for a task or an event
 SHED_AT = 250  # callbacks in hand or queued, about 0.1 s of work
-# Attempts that clients ask for by hand: of the process, of one owner.
-MANUAL, MANUAL_PER_OWNER = 32, 16
+# Of the process, and of one key or owner. A key's share of polls and streams is a setting.
+STREAMS = 2000
+WAITING_OF_KEY = 1000  # submissions
+LONG_PAGES, LONG_PAGES_OF_KEY = 64, 32  # on their way to a client, up to 4 MiB each
+MANUAL, MANUAL_OF_OWNER = 32, 16  # attempts that clients ask for by hand
 
 
 @dataclass(slots=True)
 class LoadShedder:
     """Sheds clients' requests with 503 while too many are in hand, or during a burst of
-    callbacks.
+    callbacks. Gives each key its share of what lasts.
     """
 
     gate: PriorityGate
     metrics: Metrics
+    key_waits: int = 100
     active: int = 0
     waiting: int = 0
-    manual: Counter[str] = field(default_factory=Counter)
+    held: Counter[str] = field(default_factory=Counter)  # active requests by holder
+    bodies: BodyShares = field(default_factory=BodyShares)
+    polls: Shares = field(init=False)
+    streams: Shares = field(init=False)
+    submissions: Shares = field(init=False)
+    pages: Shares = field(init=False)
+    manual: Shares = field(init=False)
     log_sampler: LogSampler = field(default_factory=LogSampler)
     _refused: int = 0  # callbacks since the last line
     _logging: bool = False
 
+    def __post_init__(self) -> None:
+        self.polls = Shares("requests that wait for an event", MAX_WAITING, self.key_waits)
+        self.streams = Shares("streams", STREAMS, self.key_waits)
+        self.submissions = Shares("submissions that wait", MAX_WAITING, WAITING_OF_KEY)
+        self.pages = Shares("long answers on their way", LONG_PAGES, LONG_PAGES_OF_KEY)
+        self.manual = Shares("attempts by hand under way", MANUAL, MANUAL_OF_OWNER)
+
     @contextmanager
-    def request(self) -> Iterator[None]:
+    def request(self, holder: str) -> Iterator[None]:
         """Around a client's request. Raises ApiError 503."""
         burst = self.gate.callbacks + self.gate.queued_callbacks
-        if self.active >= MAX_ACTIVE or self.waiting >= MAX_WAITING or burst >= SHED_AT:
+        if not self._room(holder) or self.waiting >= MAX_WAITING or burst >= SHED_AT:
             self.metrics.requests_shed.inc()
             if (withheld := self.log_sampler.take(time.monotonic())) is not None:
                 figures = {"busy": self.active, "waiting": self.waiting, "withheld": withheld}
                 log.warning("http.shed", **figures, callbacks=self.gate.callbacks)
             raise ApiError(503, "overloaded", "the service has too much in hand", retry_after=1)
-        self.active += 1
+        self._count(holder, 1)
         try:
             yield
         finally:
-            self.active -= 1
+            self._count(holder, -1)
+
+    def _room(self, holder: str) -> bool:
+        """While all places are taken, a holder with less than an equal share of them still gets
+        one.
+        """
+        fair = MAX_ACTIVE // (len(self.held) + (holder not in self.held))
+        return self.active < MAX_ACTIVE or (
+            self.active < 2 * MAX_ACTIVE and self.held[holder] < fair
+        )
+
+    def _count(self, holder: str, change: int) -> None:
+        self.active += change
+        self.held[holder] += change
+        if not self.held[holder]:
+            del self.held[holder]
 
     @contextmanager
-    def wait(self) -> Iterator[None]:
+    def idle(self, holder: str) -> Iterator[None]:
+        """Inside a request, while it does no work: its body arrives."""
+        self._count(holder, -1)
+        try:
+            yield
+        finally:
+            self._count(holder, 1)
+
+    @contextmanager
+    def wait(self, holder: str) -> Iterator[None]:
         """Inside a request, while it only waits for a task or an event."""
-        self.active -= 1
         self.waiting += 1
         try:
-            yield
+            with self.idle(holder):
+                yield
         finally:
             self.waiting -= 1
-            self.active += 1
-
-    @contextmanager
-    def manual_attempt(self, owner: str) -> Iterator[None]:
-        """Around a test event or a retry by hand. Subscribers that hang delay no other owner.
-        Raises ApiError 429.
-        """
-        if self.manual[owner] >= MANUAL_PER_OWNER or self.manual.total() >= MANUAL:
-            message = "too many attempts by hand are under way"
-            raise ApiError(429, "rate_limit_exceeded", message, retry_after=1)
-        self.manual[owner] += 1
-        try:
-            yield
-        finally:
-            self.manual[owner] -= 1
-            if not self.manual[owner]:
-                del self.manual[owner]
 
     def callback_refused(self) -> None:
         """Counts a callback that gets 503. The first has its own line at once. One line per second

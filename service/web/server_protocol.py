@@ -1,20 +1,37 @@
 """uvicorn's HTTP protocol, with limits on everything before a request's headers are complete."""
 
 import asyncio
+import fcntl
+import termios
+from array import array
+from contextlib import suppress
 from typing import Any
 
 import httptools
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from service.web.overload import PriorityGate
+from service.web.shares import SLOW_S, address_of
 
 MAX_HEAD = 64 * 1024  # bytes, plus the rest of one read, at most 256 KiB
 HEAD_S = 10.0
+# A reader that takes nothing for so long is gone. The server looks a few times in between.
+WRITE_S, LOOKS = 30.0, 6
 # At a stop, the time for the first request of a connection, and for a further one in transit.
 FIRST_S, NEXT_S = 1.0, 0.05
 CALLBACK = b"POST /callbacks/"
+
+
+def unsent(transport: asyncio.Transport) -> int:
+    """The bytes that the reader's machine has not taken yet. Without those in the kernel a slow
+    reader would seem to take nothing, because the kernel asks for more only after megabytes.
+    """
+    in_kernel = array("i", [0])
+    with suppress(OSError):
+        fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, in_kernel)
+    return transport.get_write_buffer_size() + in_kernel[0]
 
 
 class RequestParser(httptools.HttpRequestParser):
@@ -44,7 +61,8 @@ class RequestParser(httptools.HttpRequestParser):
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Limits a request's head in bytes (400) and in seconds (the connection ends).
+    """Limits a request's head in bytes (400) and in seconds (the connection ends), and the seconds
+    in which a reader of a response takes nothing.
 
     A connection without a first byte lasts as long as an idle one. At a stop, a connection still
     gets the answer to the request that it was opened for.
@@ -57,20 +75,71 @@ class BoundedProtocol(HttpToolsProtocol):
         self.parser = RequestParser(self)
         # A request behind one with `Connection: close` is no error, as in uvicorn.
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.timeout_keep_alive = min(config.timeout_keep_alive, WRITE_S)  # type: ignore[assignment] # seconds
         self._gate = gate
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None  # set while a head is incomplete
         self._stopping = False
         self._queued = b""  # the beginning of a request that waits at the gate
+        self._answered: Any = None  # the request whose answer is in progress, or was the last
+        self._write_timer: asyncio.TimerHandle | None = None  # set while the reader is behind
+        self._since = self.loop.time()  # the last request, or the beginning of the next one
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         super().connection_made(transport)
+        self.address = address_of(self.client)
         self._start_idle_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
+        self._end_write()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+        # uvicorn tells only the last one of several requests that were sent at once.
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_writing()
+
+    def resume_writing(self) -> None:
+        self._end_write()
+        super().resume_writing()
+
+    def _watch_writing(self) -> None:
+        self._end_write()
+        self._look_at_writing(unsent(self.transport), LOOKS)
+
+    def _look_at_writing(self, before: int, looks: int) -> None:
+        """Ends the connection if as much is unsent as it was `LOOKS` looks before."""
+        self._write_timer = None
+        now = unsent(self.transport)
+        looks = looks - 1 if now == before else LOOKS - 1
+        if looks < 0:
+            self.transport.abort()
+        elif now:
+            self._write_timer = self.loop.call_later(
+                WRITE_S / LOOKS, self._look_at_writing, now, looks
+            )
+
+    def _end_write(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    @property
+    def slow_since(self) -> float | None:
+        """When this connection became idle, or began a head that is not complete, if that is a
+        while ago.
+        """
+        slow = self._idle and not self._queued and self.loop.time() - self._since >= SLOW_S
+        return self._since if slow else None
 
     def data_received(self, data: bytes) -> None:
         if self._queued:
@@ -109,13 +178,36 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._idle and self._head_timer is None and self.timeout_keep_alive_task is None:
             self._start_idle_timer()
 
+    def on_response_complete(self) -> None:
+        self._since = self.loop.time()
+        if self.transport.is_closing():
+            self._watch_writing()
+        super().on_response_complete()
+
     def _start_idle_timer(self) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(
             self.timeout_keep_alive, self.timeout_keep_alive_handler
         )
 
+    def timeout_keep_alive_handler(self) -> None:
+        """Ends an idle connection after its time, or earlier if its reader takes no more of the
+        last answer.
+        """
+        if self._write_timer is None and self.transport.get_write_buffer_size():
+            self._watch_writing()
+        if self.loop.time() - self._since < self.config.timeout_keep_alive:
+            self._start_idle_timer()
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Sends what is left to a reader that takes it."""
+        self.transport.close()
+        self._watch_writing()
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._since = self.loop.time()
         self._end_head()  # of the same request with its offer to upgrade
         self._head_bytes, self._head_timer = 0, self.loop.call_later(HEAD_S, self._close_if_idle)
 

@@ -12,7 +12,6 @@ import pytest
 from starlette.responses import Response
 from structlog.testing import capture_logs
 
-from service.web import overload
 from tests.api import UNTIL_DONE, got, refused, submitted
 from tests.outbox import emitted
 from tests.upstream import After
@@ -271,10 +270,10 @@ async def test_attempts_by_hand_are_bounded(
     here: World, shop: Subscriber, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An owner whose subscriber hangs gets 429 with `Retry-After`. The test sends of another owner
-    continue up to the limit for all owners.
+    continue up to the limit of the process, which is 503.
     """
-    monkeypatch.setattr(overload, "MANUAL_PER_OWNER", 2)
-    monkeypatch.setattr(overload, "MANUAL", 3)
+    monkeypatch.setattr(here.context.shedder.manual, "each", 2)
+    monkeypatch.setattr(here.context.shedder.manual, "total", 3)
     released = asyncio.Event()
     shop.answer = lambda _n, _request: After(released.wait, Response(status_code=204))
     async with here.owner() as client, here.owner() as other:
@@ -286,7 +285,7 @@ async def test_attempts_by_hand_are_bounded(
         refused(await client.post(path), 429, "rate_limit_exceeded")
         hanging.append(asyncio.create_task(other.post(others)))
         await received(shop, 3)
-        assert refused(await other.post(others), 429)
+        refused(await other.post(others), 503, "overloaded")
         released.set()
         assert [got(await each)["status"] for each in hanging] == [204] * 3
         assert got(await client.post(path))["status"] == 204

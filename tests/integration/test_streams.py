@@ -329,7 +329,7 @@ async def test_streams_are_limited(here: World, monkeypatch: pytest.MonkeyPatch)
     """
     async with here.owner() as client:
         async with following(client):
-            monkeypatch.setattr(event_stream, "STREAMS", 1)
+            monkeypatch.setattr(here.context.shedder.streams, "total", 1)
             refused(await client.get("/v1/events", headers=SSE), 503, "overloaded")
 
         async def left() -> bool:

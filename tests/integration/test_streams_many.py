@@ -7,7 +7,7 @@ import re
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(180)
 MIB = 1 << 20
 PATIENCE_S = 90.0
 STREAMS, ALLOWED = 1000, 150 * MIB  # above the memory of the idle process
-SLOW, LARGE, TASKS = 40, 300_000, 20  # readers, characters per request, requests
+SLOW, LARGE, TASKS = 40, 15_000, 40  # readers, characters per request, requests
 SEQUENCE = re.compile(rb"^id: (\d{20})$", re.MULTILINE)
 
 
@@ -41,11 +41,11 @@ def resident(service: Running) -> int:
 
 @asynccontextmanager
 async def serving(folder: Path) -> AsyncIterator[tuple[Running, httpx.AsyncClient]]:
-    """An idle service with a sandbox upstream, and a client."""
-    with (
-        sandbox(folder=folder) as upstream,
-        started("serve", folder=folder, **service_settings(upstream.address, folder)) as service,
-    ):
+    """An idle service with a sandbox upstream, and a client whose key may have all the streams."""
+    with ExitStack() as stack:
+        upstream = stack.enter_context(sandbox(folder=folder))
+        settings = service_settings(upstream.address, folder, KEY_WAITS=str(STREAMS))
+        service = stack.enter_context(started("serve", folder=folder, **settings))
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
         async with httpx.AsyncClient(
             base_url=service.address, headers=headers, timeout=60, trust_env=False
@@ -126,7 +126,7 @@ async def test_a_thousand_streams_fit(tmp_path: Path) -> None:
 
 
 async def test_readers_that_do_not_read_hold_no_memory_and_nobody_up(tmp_path: Path) -> None:
-    """Requests have 300,000 characters. A reader that reads gets all events at once. A reader that
+    """Requests have 15,000 characters. A reader that reads gets all events at once. A reader that
     does not read costs little memory and gets all events later, in sequence.
     """
     async with serving(tmp_path) as (service, client), AsyncExitStack() as stack:

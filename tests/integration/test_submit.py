@@ -582,8 +582,12 @@ async def test_a_client_that_leaves_changes_nothing(here: World, upstream: Upstr
 
 async def test_nobody_waits_for_a_task_that_is_gone(here: World) -> None:
     """A waiting client gets 404 when the task's row is removed."""
+
+    async def gone() -> bool:
+        return False
+
     with pytest.raises(ApiError) as caught:
-        await wait_for(here.context.resources, "task_gone", ended, 10)
+        await wait_for(here.context.resources, "task_gone", ended, 10, gone)
     assert caught.value.status == 404
 
 

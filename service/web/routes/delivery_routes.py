@@ -46,7 +46,7 @@ async def delivery(request: Request) -> Response:
 async def retry(request: Request) -> Response:
     """Make one attempt now."""
     delivery_id, context = (await _document(request))["id"], context_of(request)
-    with context.shedder.manual_attempt(caller_of(request).owner):
+    with context.shedder.manual.take(caller_of(request).owner):
         sent = await send_manually(context.sender, delivery_id)
     if not sent:
         message = "its event is no longer kept, or its endpoint is gone"

@@ -133,7 +133,7 @@ async def rotate(request: Request) -> Response:
 async def test(request: Request) -> Response:
     """Send a test event now."""
     context, caller, row = context_of(request), caller_of(request), await endpoint_of(request)
-    with context.shedder.manual_attempt(caller.owner):
+    with context.shedder.manual.take(caller.owner):
         attempt = await send_test(context.sender, row)
     log.info("admin.action", action="endpoint.test", subject=row["id"])
     return JSONResponse(attempt_document(attempt, answers=caller.sees is None))

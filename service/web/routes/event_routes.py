@@ -1,6 +1,7 @@
 """Events after a sequence, as pages or as a stream."""
 
 import asyncio
+from contextlib import ExitStack
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,6 +16,7 @@ from service.web.context import context_of
 from service.web.event_stream import stream
 from service.web.page_answer import page_answer
 from service.web.schemas import known_pattern
+from service.web.shares import holder_of
 
 MAX_WAIT_S, MAX_TYPES = 60, 32
 STOPPING_S = 1.0
@@ -56,10 +58,13 @@ async def events(request: Request) -> Response:
         return stream(request, context.tail, after if last is None else last, wanted, check_key)
     store, links = context.resources.store, context.resources.links
     stopping, wait_s = store.signals.stopping, query_seconds(request, "wait", MAX_WAIT_S)
-    limit = query_limit(request)
-    with context.shedder.wait():
+    limit, gone = query_limit(request), request.is_disconnected
+    with ExitStack() as waiting:
+        if wait_s:
+            waiting.enter_context(context.shedder.polls.take(caller_of(request).key))
+            waiting.enter_context(context.shedder.wait(holder_of(request)))
         found, last, resync = await read_events(
-            store, links, owner, after, limit, types, task_id, wait_s
+            store, links, owner, after, limit, types, task_id, wait_s, gone
         )
         # During a stop no response is held. An immediate one would make the client ask in a loop.
         if stopping and not found:
@@ -67,4 +72,4 @@ async def events(request: Request) -> Response:
     if wait_s:
         await check_key()  # the key may have been revoked meanwhile
     documents = [entry.document for entry in found]
-    return page_answer(documents, next_after=sequence_text(last), resync=resync)
+    return page_answer(request, documents, next_after=sequence_text(last), resync=resync)

@@ -33,6 +33,7 @@ from service.web.routes import replay_routes as replays
 from service.web.routes import task_routes as tasks
 from service.web.routes import upstream_routes as upstream
 from service.web.routes.callback_route import CallbackRoute
+from service.web.shares import holder_of
 
 Handler = Callable[[Request], Awaitable[Response]]
 Model = type[BaseModel]
@@ -224,7 +225,7 @@ def guarded(spec: Spec) -> Handler:
     async def endpoint(request: Request) -> Response:
         if spec.path in OPERATORS:
             return await authorised(request)
-        with context_of(request).shedder.request():
+        with context_of(request).shedder.request(holder_of(request)):
             return await authorised(request)
 
     async def authorised(request: Request) -> Response:

@@ -1,6 +1,7 @@
 """Tasks for clients. Their shape is the upstream's, so that the upstream's clients work here."""
 
 import re
+from contextlib import nullcontext
 
 from sqlalchemy import Connection
 from starlette.requests import Request
@@ -11,7 +12,7 @@ from service.db.paging import Selection
 from service.errors import ApiError, invalid_request
 from service.images.downloads import quarantined_bodies
 from service.links import is_data, with_links
-from service.strict_json import JSON, compact_json
+from service.strict_json import JSON, LARGE, compact_json
 from service.tasks import task_queries
 from service.tasks.accept import attempted, ended, wait_for
 from service.tasks.cancel import Cancellation, cancel_tasks
@@ -20,10 +21,11 @@ from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State
 from service.upkeep.retention import erase
 from service.web.auth import caller_of
-from service.web.bodies import MAX_BODY, Position, page, query_text, read_json
+from service.web.bodies import MAX_BODY, Position, page, parsed, query_text, read_body
 from service.web.context import context_of, resources_of
 from service.web.error_responses import error_response
 from service.web.routes import upstream_routes
+from service.web.shares import holder_of
 
 FIRST_OUTCOME_S = 10.0
 MAX_SUBMISSION = 32 << 20  # bytes with `data:` URLs: two images of 10 MB in base64
@@ -65,16 +67,25 @@ async def submit(request: Request) -> Response:
         message = "Idempotency-Key must be 1 to 255 visible ASCII characters"
         raise invalid_request(message, "Idempotency-Key")
     wait_s, applied = preferences(request)
-    body, admin = await read_json(request, most=MAX_SUBMISSION), caller.sees is None
+    text, admin = await read_body(request, MAX_SUBMISSION), caller.sees is None
+    body = await parsed(text)
     check_size(body)
-    task_id, replayed = await context.intake.accept(caller.owner, body, key, admin=admin)
+    task_id, replayed = await context.intake.accept(
+        caller.owner, body, key, admin=admin, large=len(text) > LARGE
+    )
     bind_contextvars(task_id=task_id)
+    waits = context.shedder.submissions
+    if wait_s != 0 and not waits.left(caller.key):  # a task that is accepted is not refused
+        wait_s, applied = 0.0, None
     headers = {"Preference-Applied": applied} if applied else {}
     if replayed:
         headers["Idempotency-Replayed"] = "true"
     done, wait_s = (attempted, FIRST_OUTCOME_S) if wait_s is None else (ended, wait_s)
-    with context.shedder.wait():
-        row, images = await wait_for(context.resources, task_id, done, wait_s)
+    share = waits.take(caller.key) if wait_s else nullcontext()
+    with share, context.shedder.wait(holder_of(request)):
+        row, images = await wait_for(
+            context.resources, task_id, done, wait_s, request.is_disconnected
+        )
     if row.refusal_status is None:
         return JSONResponse(shown(request, row, images), headers=headers)
     error = row.error  # the upstream's own
