@@ -62,10 +62,12 @@ async def read_body(request: Request, most: int = MAX_BODY) -> bytes:
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "unsupported_media_type", "the body must be application/json")
     shedder, body = context_of(request).shedder, bytearray()
-    key, address = caller_of(request).key, address_of(request.scope.get("client"))
     try:
         async with asyncio.timeout(BODY_S) as timer:
-            with shedder.idle(holder_of(request)), shedder.bodies.reading(key, address, timer):
+            with (
+                shedder.idle(holder_of(request)),
+                shedder.bodies.reading(*reader_of(request), timer),
+            ):
                 async for chunk in request.stream():
                     body += chunk
                     if len(body) > most:
@@ -74,6 +76,11 @@ async def read_body(request: Request, most: int = MAX_BODY) -> bytes:
         message = f"the body was not complete after {BODY_S:g} s, or too slow among many"
         raise ApiError(408, "timeout", message) from None
     return bytes(body.removeprefix(codecs.BOM_UTF8))
+
+
+def reader_of(request: Request) -> tuple[str, str]:
+    """The key and the address that a body's share belongs to."""
+    return caller_of(request).key, address_of(request.scope.get("client"))
 
 
 async def parsed(body: bytes) -> JSON:

@@ -136,6 +136,7 @@ async def test_an_address_and_the_process_have_a_limit_of_bodies_too(
         ((reader, _),) = await stack.enter_async_context(many(still.url, 1, requests[0]))
         assert await status(reader) == code
         await stack.enter_async_context(many(still.url, 1, requests[1]))
+        await wait_until(lambda: len({body.key for body in bodies._open}) == 2)
         await submitted(other)
         await wait_until(lambda: len(bodies) == 3)
         answers = [asyncio.create_task(status(reader)) for reader, _ in made]

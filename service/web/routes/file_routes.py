@@ -13,9 +13,10 @@ from service.errors import ApiError, BlobMissing
 from service.net.multipart import MultipartForm
 from service.tasks.files import FileRow, file_document, file_list, stored_file
 from service.web.auth import caller_of
-from service.web.bodies import Position, page, query_text
+from service.web.bodies import Position, page, query_text, reader_of
 from service.web.context import context_of, resources_of
 from service.web.routes.image_routes import HEADERS
+from service.web.shares import holder_of
 
 UPLOAD_S = 120.0
 MAX_UPLOAD = 12 << 20  # bytes of the whole body: a file of 10 MB, and what is around it
@@ -36,7 +37,7 @@ async def kept_part(request: Request, *, flatten: bool = False) -> FileRow:
         raise ApiError(413, "file_too_large", message, param="file")
     files, owner = context_of(request).files, caller_of(request).owner
     try:
-        async with asyncio.timeout(UPLOAD_S), aclosing(bounded(request)) as chunks:
+        async with asyncio.timeout(UPLOAD_S) as timer, aclosing(bounded(request, timer)) as chunks:
             form = MultipartForm(request.headers.get("content-type", ""), chunks)
             async with aclosing(form.parts()) as parts:
                 async for part in parts:
@@ -53,14 +54,15 @@ async def kept_part(request: Request, *, flatten: bool = False) -> FileRow:
     raise ApiError(400, "invalid_request", "file is required: a part of the form", param="file")
 
 
-async def bounded(request: Request) -> AsyncGenerator[bytes, None]:
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > MAX_UPLOAD:
-            message = f"file: the body has at most {MAX_UPLOAD} bytes, and this one has more"
-            raise ApiError(413, "file_too_large", message, param="file")
-        yield chunk
+async def bounded(request: Request, timer: asyncio.Timeout) -> AsyncGenerator[bytes, None]:
+    size, shedder = 0, context_of(request).shedder
+    with shedder.idle(holder_of(request)), shedder.bodies.reading(*reader_of(request), timer):
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > MAX_UPLOAD:
+                message = f"file: the body has at most {MAX_UPLOAD} bytes, and this one has more"
+                raise ApiError(413, "file_too_large", message, param="file")
+            yield chunk
 
 
 async def files(request: Request) -> Response:
