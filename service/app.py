@@ -217,8 +217,9 @@ def make_context(
 ) -> Context:
     """What the routes of this process share."""
     admin_key = settings.admin_key.get_secret_value() if settings.admin_key else None
-    days, pool = settings.file_retention_days, stopping.pool
-    files = InputFiles(resources, validator, days, settings.min_free_bytes)
+    pool, watch = stopping.pool, WorkerWatch(resources.store, resources.store.clock())
+    days, least = settings.file_retention_days, settings.min_free_bytes
+    files = InputFiles(resources, validator, days, least)
     return Context(
         resources=resources,
         sender=WebhookSender(resources, settings.delivery_timeout_s),
@@ -226,9 +227,10 @@ def make_context(
             resources,
             catalogue,
             settings.callback_url,
-            settings.min_free_bytes,
+            least,
             settings.log_prompts,
             InputResolver(files).resolve,
+            settings.unpriced == "allow",
         ),
         files=files,
         tail=Tail(resources.store, resources.links),
@@ -245,9 +247,7 @@ def make_context(
         quiesce=stopping.quiesce,
         drained=stopping.drained,
         workers_alive=(lambda: pool.alive) if role.workers else None,
-        worker_watch=None
-        if role.workers
-        else WorkerWatch(resources.store, resources.store.clock()),
+        worker_watch=None if role.workers else watch,
     )
 
 

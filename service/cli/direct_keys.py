@@ -98,7 +98,7 @@ async def create(store: "BatchingStore", keyring: "Keyring", asked: JSON) -> JSO
     from service.web.schemas import NewKey
 
     body = validated(NewKey, asked)
-    return await create_key(store, keyring, wall_clock(), body.owner, body.scopes)
+    return await create_key(store, keyring, wall_clock(), body)
 
 
 async def listed(store: "BatchingStore", _: "Keyring", __: JSON) -> JSON:

@@ -184,6 +184,7 @@ def serve_on_sandbox(given: dict[str, Any], as_json: bool) -> None:
     from service.upstreams.sandbox import SandboxOptions, create_sandbox
     from service.web.auth import SCOPES
     from service.web.routes.key_routes import create_key
+    from service.web.schemas import NewKey
     from service.web.server import Server, bind, listening
 
     settings, bound = bound_settings(load_settings(**given), given)
@@ -196,7 +197,8 @@ def serve_on_sandbox(given: dict[str, Any], as_json: bool) -> None:
     async def ready(context: "Context") -> None:
         resources = context.resources
         store, keyring, now = resources.store, resources.keyring, resources.clock()
-        created = await create_key(store, keyring, now, "dev", SCOPES)
+        key = NewKey.model_validate({"owner": "dev", "scopes": SCOPES})
+        created = await create_key(store, keyring, now, key)
         announce(settings, address, created["key"], as_json)
 
     async def work(stop: "asyncio.Event") -> None:

@@ -62,7 +62,7 @@ class Verb:
     def run(self, given: JSON, as_json: bool) -> None:
         ids = {name: given.pop(name) for name in re.findall(r"{(\w+)}", self.request)}
         fields = self.fields(given)
-        send = partial(self.send, ids=ids, fields=fields if given else None)
+        send = partial(self.send, ids=ids, fields=fields if given or fields else None)
         if self.directly is None:
             with api_client() as client:
                 document = send(client)

@@ -1,5 +1,6 @@
 """The client commands that send one request, as a table: help, request, parameters, columns."""
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -75,7 +76,17 @@ def with_scopes(given: JSON) -> JSON:
     scopes = list(dict.fromkeys(scope.strip() for scope in parts if scope.strip()))
     if not scopes or not set(scopes) <= set(SCOPES):
         raise typer.BadParameter(f"wants some of {', '.join(SCOPES)}", param_hint="--scopes")
-    return given | {"scopes": scopes}
+    budget = given.pop("budget")
+    return given | {"scopes": scopes} | ({"budget": limit_of(budget)} if budget else {})
+
+
+def limit_of(text: str) -> JSON:
+    """`50/day` as the API has it."""
+    parts = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)/(day|month|total)", text)
+    if parts is None:
+        message = f"{text!r} is no budget: it looks like 50/day, 1000/month or 5000/total"
+        raise typer.BadParameter(message)
+    return {"period": parts[2], "credits": float(parts[1])}
 
 
 PAGE = {
@@ -203,6 +214,7 @@ KEYS = {
         {
             "owner": required("Owner of the key, and of the tasks and endpoints that it creates."),
             "scopes": required(f"Comma-separated: {', '.join(SCOPES)}."),
+            "budget": text("Of the owner, like 50/day, 1000/month or 5000/total.", "N/PERIOD"),
         },
         fields=with_scopes,
         directly=direct_keys.create,
@@ -230,9 +242,38 @@ KEYS = {
     ),
 }
 
+OWNER = Annotated[str, typer.Argument(metavar="OWNER")]
+BUDGETS = {
+    "list": Verb(
+        "List budgets with what is spent, reserved and left.",
+        "GET /v1/budgets",
+        {"owner": PAGE["owner"], "limit": Limit, "cursor": Cursor},
+        ("owner", "period", "limit", "spent", "reserved", "left"),
+    ),
+    "set": Verb(
+        "Set an owner's budget.",
+        "PUT /v1/budgets/{owner}",
+        {
+            "owner": OWNER,
+            "budget": Annotated[
+                str, typer.Argument(help="Like 50/day or 5000/total.", metavar="N/PERIOD")
+            ],
+        },
+        fields=lambda given: limit_of(given["budget"]),
+    ),
+    "clear": Verb(
+        "Clear an owner's budget.",
+        "PUT /v1/budgets/{owner}",
+        {"owner": OWNER},
+        fields=lambda _: {"period": "total", "credits": None},
+        done="cleared",
+    ),
+}
+
 GROUPS: Mapping[str, tuple[str, Mapping[str, Verb]]] = {
     "endpoints": ("Endpoints that get events.", ENDPOINTS),
     "deliveries": ("Deliveries to endpoints, with every attempt.", DELIVERIES),
     "replay": ("Send past events to an endpoint again.", REPLAYS),
+    "budgets": ("Budgets of owners.", BUDGETS),
     "keys": ("API keys: create, list, revoke.", KEYS),
 }

@@ -16,7 +16,7 @@ def event_document(row: Row, links: Links) -> JSON:
     null subject.
     """
     data = row["data"]
-    named = (data[name] for name in ("endpoint_id", "key", "upstream") if data.get(name))
+    named = (data[name] for name in ("endpoint_id", "key", "upstream", "owner") if data.get(name))
     return {
         "specversion": "1.0",
         "id": row["id"],

@@ -64,6 +64,7 @@ class Table:
     credits_total: Annotated[
         Gauge, "Credits of all tasks: estimated, reserved, used, refunded", "kind"
     ]
+    budget_refusals: Annotated[Counter, "Submissions refused because of a budget"]
     sink_lag: Annotated[
         Gauge,
         "Seconds since the oldest event that the broker has not confirmed. 0 without one",

@@ -1,6 +1,5 @@
 """Accepts submissions: checks them before money is spent and commits them as `queued`."""
 
-import asyncio
 import hashlib
 import json
 import os
@@ -25,11 +24,12 @@ from service.resources import Resources
 from service.signing import canonical_json, new_secret
 from service.strict_json import JSON, off_loop
 from service.tasks import task_queries
+from service.tasks.budgets import BudgetCheck, BudgetRefusal, over_budget
 from service.tasks.fair_queue import FairQueue
 from service.tasks.files import NamedInput
 from service.tasks.ledger import entered
 from service.tasks.owner_keys import NewOwner, insert_owners
-from service.tasks.rows import ImageRow, TaskRow
+from service.tasks.rows import TaskRow
 from service.tasks.state import State
 from service.upstreams.catalogue import Catalogue, upstream_for
 
@@ -38,7 +38,6 @@ log = structlog.get_logger()
 OWN_FIELDS = ("callback_url", "metadata")  # which the upstream does not get
 METADATA_PAIRS, METADATA_BYTES = 16, 2048
 MODEL_CHARS = 200
-LOOK_S = 1.0  # how late a request sees the work of another process
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +50,7 @@ class TaskIntake:
     min_free_bytes: int
     log_prompts: bool
     resolve_inputs: Callable[[str, list[str]], Awaitable[list[NamedInput]]]
+    unpriced: bool  # tasks without a price are allowed under a budget
 
     async def accept(
         self,
@@ -62,7 +62,7 @@ class TaskIntake:
         large: bool = False,
     ) -> tuple[str, bool]:
         """The id of the durable task, and whether the task existed before. A `large` body is
-        encoded in a thread. Raises ApiError 400, 409 or 503.
+        encoded in a thread. Raises ApiError 400, 402, 409 or 503.
         """
         store = self.resources.store
         digest = await off_loop(large, lambda: hashlib.sha256(canonical_json(body)).hexdigest())
@@ -83,7 +83,10 @@ class TaskIntake:
         task = await off_loop(large, make)
         task.inputs = [each.image.document() for each in named] or None
         checkpoint("submit.checked")
-        inserted = await store.write(insert_tasks, task)
+        insert = insert_also_unpriced if self.unpriced else insert_tasks
+        inserted = await store.write(insert, task)
+        if inserted.refusal is not None:
+            raise over_budget(task, inserted.refusal, self.resources.metrics)
         checkpoint("submit.inserted")
         if not inserted.created:
             return _replayed(inserted.task_id, inserted.idempotency_hash, digest), True
@@ -231,18 +234,24 @@ class Inserted:
     task_id: str
     created: bool
     idempotency_hash: str | None
+    refusal: BudgetRefusal | None = None  # nothing was inserted
 
 
-def insert_tasks(tx: Transaction, items: Sequence[TaskRow]) -> list[Inserted]:
-    """Inserts tasks as `queued`. A second run after a lost commit, and a key that exists, find the
-    first row.
+def insert_tasks(
+    tx: Transaction, items: Sequence[TaskRow], *, unpriced: bool = False
+) -> list[Inserted]:
+    """Inserts tasks as `queued`, and reserves their estimates. A second run after a lost commit,
+    and a key that exists, find the first row.
     """
     existing, queue = _existing(tx, items), FairQueue(tx)
+    check = BudgetCheck(tx, (item.owner for item in items), unpriced=unpriced)
     results = []
     for item in items:
         key = (item.owner, item.idempotency_key)
         earlier = existing.get(item.id) or (existing.get(key) if item.idempotency_key else None)
-        if earlier is None:
+        if earlier is None and (refusal := check.admit(item)) is not None:
+            earlier = Inserted(item.id, False, None, refusal)
+        elif earlier is None:
             earlier = existing[item.id] = Inserted(item.id, True, item.idempotency_hash)
             existing[key] = Inserted(item.id, False, item.idempotency_hash)
             item.created_at, item.submit_turn = tx.now, queue.next_turn(item.owner)
@@ -253,6 +262,9 @@ def insert_tasks(tx: Transaction, items: Sequence[TaskRow]) -> list[Inserted]:
             entered(tx, item)
         results.append(earlier)
     return results
+
+
+insert_also_unpriced = partial(insert_tasks, unpriced=True)
 
 
 def _existing(tx: Transaction, items: Sequence[TaskRow]) -> dict[Any, Inserted]:
@@ -268,39 +280,3 @@ def _existing(tx: Transaction, items: Sequence[TaskRow]) -> dict[Any, Inserted]:
         for row in tx.connection.execute(columns.where(same)):
             existing[row.owner, row.idempotency_key] = Inserted(row.id, False, row.idempotency_hash)
     return existing
-
-
-# --- the response
-
-
-def attempted(row: TaskRow) -> bool:
-    """Whether the first submission has an outcome."""
-    return row.submit_outcomes > 0 or row.state not in (State.QUEUED, State.SUBMITTING)
-
-
-def ended(row: TaskRow) -> bool:
-    return row.terminal
-
-
-async def wait_for(
-    resources: Resources,
-    task_id: str,
-    done: Callable[[TaskRow], bool],
-    seconds: float,
-    gone: Callable[[], Awaitable[bool]],
-) -> tuple[TaskRow, list[ImageRow]]:
-    """The task as soon as `done` is true, or its state after the time, when the process stops or
-    when the client is `gone`.
-    """
-    signals, clock = resources.store.signals, asyncio.get_running_loop().time
-    deadline = clock() + seconds
-    with signals.listen(task_id) as changed:
-        while True:
-            changed.clear()
-            task = await resources.store.read(task_queries.task, task_id, None)
-            if task is None:
-                raise ApiError(404, "task_not_found", "the task was deleted meanwhile")
-            left = deadline - clock()
-            if done(task[0]) or left <= 0 or signals.stopping or await gone():
-                return task
-            await signals.wait(changed, min(left, LOOK_S))

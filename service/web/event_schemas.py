@@ -177,6 +177,17 @@ class AccountRestored(BaseModel):
     upstream: str
 
 
+class BudgetExhausted(BaseModel):
+    """A submission was refused because of its owner's budget, for the first time in the period."""
+
+    owner: str
+    period: Literal["day", "month", "total"]
+    limit: float
+    spent: float
+    reserved: float
+    left: float
+
+
 TASK_STATES = ("submitted", "completed", "failed", "cancelled", "expired")
 EVENT_TYPES: dict[str, type[BaseModel]] = {
     **{f"image.task.{state}": EventTask for state in TASK_STATES},
@@ -188,5 +199,6 @@ EVENT_TYPES: dict[str, type[BaseModel]] = {
     "delivery.exhausted": DeliveryExhausted,
     "account.refused": AccountRefused,
     "account.restored": AccountRestored,
+    "budget.exhausted": BudgetExhausted,
 }
 TEST_TYPE = "endpoint.test"

@@ -5,10 +5,10 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from service.web.catalogue_schemas import Credits
-from service.web.schemas import list_of
+from service.web.schemas import Body, CreditLimit, list_of
 
 
-class Entry(BaseModel):
+class BookedEntry(BaseModel):
     """An entry of the ledger. It is never changed and never deleted."""
 
     id: str
@@ -43,4 +43,23 @@ class UsageReport(BaseModel):
     totals: UsageTotals
 
 
-EntryList = list_of(Entry)
+class BudgetChange(Body):
+    """A limit of credits for a period. Null clears the budget."""
+
+    period: Literal["day", "month", "total"]
+    credits: CreditLimit | None
+
+
+class OwnersBudget(BaseModel):
+    owner: str
+    period: Literal["day", "month", "total"]
+    since: str = Field(description="the beginning of the current period")
+    limit: Credits | None
+    credits: Credits | None = Field(description="the same as `limit`")
+    spent: Credits
+    reserved: Credits
+    left: Credits | None
+
+
+BudgetList = list_of(OwnersBudget)
+EntryList = list_of(BookedEntry)

@@ -152,6 +152,7 @@ LINES: Mapping[str, str] = MappingProxyType(
             " `duration_ms`"
         ),
         "worker.failed": "`stage`, `key`, `attempt`, `wait_s`, `exception`",
+        "budget.refused": "`model`, `period`, `needed`, `limit`, `spent`, `reserved`, `left`",
         "ledger.entered": "`entry_id`, `kind`, `credits`, `source`",
         "task.parked": "`stage`, `cause` (the number of faults or crashes)",
         "library.message": "`logger`, `message`. A warning or error from a library.",

@@ -36,6 +36,10 @@ RUN_ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "darkroom estimate wan2.5-text-to-image --n 3": CATALOGUE,
         "darkroom estimate mj-v7 --field model_params.speed=turbo": CATALOGUE,
         "darkroom usage": CATALOGUE,
+        "darkroom keys create --owner shop --scopes submit,read --budget 50/day": CATALOGUE,
+        "darkroom budgets set shop 100/month": CATALOGUE,
+        "darkroom budgets list": CATALOGUE,
+        "darkroom budgets clear shop": CATALOGUE,
         "darkroom usage --by model --from 2026-02-01": CATALOGUE,
         ".venv/bin/python -m pytest tests/crash": IS_THE_SUITE,
     }

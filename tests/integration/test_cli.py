@@ -38,6 +38,7 @@ COMMANDS = [
         ["events"],
         ["models"],
         ["estimate"],
+        ["usage"],
         ["backup"],
         ["restore"],
         ["migrate"],
@@ -50,6 +51,7 @@ COMMANDS = [
     ),
     *(["deliveries", word] for word in ("list", "get", "retry")),
     *(["replay", word] for word in ("start", "get", "cancel")),
+    *(["budgets", word] for word in ("list", "set", "clear")),
     *(["keys", word] for word in ("create", "list", "revoke", "rotate-secret")),
 ]
 
@@ -730,6 +732,29 @@ def test_an_estimate_over_a_limit_fails_with_one_line(run: Run, client: Mapping[
     line = one_line(run("estimate", "wan2.5-text-to-image", "--n", "5", **client))
     assert line == "invalid_parameter: n must be a whole number from 1 to 4, not 5"
     assert run("estimate", "wan2.5-text-to-image", "--field", "seed", **client).code == 2
+
+
+def test_the_commands_of_the_page_about_money(run: Run, client: Mapping[str, str]) -> None:
+    """docs/money.md: a key with a budget, its figures, and usage."""
+    words = "keys create --owner shop --scopes submit,read --budget 50/day"
+    key = run(*words.split(), "--json", **client).json["key"]
+    own = dict(client) | {"DARKROOM_API_KEY": key}
+    assert run("submit", "a lighthouse", "--wait", **own).code == 0
+    head, row = run("budgets", "list", **own).out.splitlines()
+    assert head.split() == ["owner", "period", "limit", "spent", "reserved", "left"]
+    assert row.split() == ["shop", "day", "50", "1.5", "0", "48.5"]
+    assert run("budgets", "set", "shop", "100/month", "--json", **client).json["left"] == 98.5
+    for word in ("100", "100/week", "-1/day", "x/day"):
+        assert run("budgets", "set", "shop", "--", word, **client).code == 2
+    assert run("budgets", "set", "shop", "2/total", **client).code == 0
+    assert one_line(run("submit", "a lighthouse", **own)).startswith("budget_exceeded: the task")
+    assert run("budgets", "clear", "shop", **client).code == 0
+    assert run("budgets", "list", "--json", **own).json["data"] == []
+    figures = run("usage", **own).out.splitlines()[1].split()[1:]
+    assert figures == ["1", "1", "1", "2", "1.5", "1.5", "0"]
+    table = run("usage", "--by", "model", "--from", "2026-02-01", **own).out.splitlines()
+    assert [line.split()[0] for line in table] == ["model", "wan2.5-text-to-image", "total"]
+    assert run("usage", "--by", "hour", **own).code == 2
 
 
 @pytest.mark.parametrize("arguments", ["serve", "serve --sandbox", "sandbox --catalogue {}"])

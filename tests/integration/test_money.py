@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.api import UNTIL_DONE, got, refused, submitted
+from tests.api import SUBMIT, UNTIL_DONE, got, order, refused, submitted
 from tests.integration.test_openapi import check
 from tests.world import World, world
 
@@ -30,7 +30,7 @@ async def usage(client: httpx.AsyncClient, **query: Any) -> Any:
 
 async def entries(client: httpx.AsyncClient, **query: Any) -> list[Any]:
     document = got(await client.get("/v1/ledger", params=query))
-    check(document, "EntryList")
+    check(document, "BookedEntryList")
     data: list[Any] = document["data"]
     return data
 
@@ -166,3 +166,97 @@ async def test_a_bad_parameter_is_named(
     own: World, path: str, query: dict[str, str], param: str
 ) -> None:
     refused(await own.client.get(f"/v1/{path}", params=query), 400, param=param)
+
+
+# --- budgets
+
+
+async def set_budget(own: World, owner: str, credits: float | None, period: str = "total") -> Any:
+    body = {"period": period, "credits": credits}
+    return got(await own.client.put(f"/v1/budgets/{owner}", json=body))
+
+
+async def test_a_submission_over_the_budget_is_refused_with_the_figures(own: World) -> None:
+    async with own.owner(name="thrifty") as client:
+        document = await set_budget(own, "thrifty", 5.5, "month")
+        check(document, "OwnersBudget")
+        assert (document["limit"], document["left"], document["spent"]) == (5.5, 5.5, 0)
+        await submitted(client, UNTIL_DONE, n=2)
+        before = (await own.sandbox.get("/v1/credits")).json()
+        error = refused(await client.post(SUBMIT, json=order(n=2)), 402, "budget_exceeded")
+        assert error["message"] == (
+            "the task needs 4 credits: the budget of 5.5 a month has 2.5 left (3 spent, 0 reserved)"
+        )
+        assert error["type"] == "insufficient_quota_error"
+        assert (await own.sandbox.get("/v1/credits")).json() == before
+        assert len(got(await client.get("/v1/tasks"))["data"]) == 1
+        metrics = (await own.client.get("/metrics")).text
+        assert "darkroom_budget_refusals_total 1.0" in metrics
+        (event,) = await own.events(type="budget.exhausted")
+        assert (event["subject"], event["data"]["owner"]) == ("thrifty", "thrifty")
+        await set_budget(own, "thrifty", None)
+        await submitted(client, UNTIL_DONE, n=2)
+
+
+async def test_an_estimate_shows_the_callers_budget(own: World) -> None:
+    async with own.owner(name="planner") as client:
+        body = {"model": "wan2.5-text-to-image", "n": 3}
+        assert got(await client.post("/v1/estimates", json=body))["budget"] is None
+        await set_budget(own, "planner", 10)
+        assert got(await client.post("/v1/estimates", json=body))["budget"] == {
+            "limit": 10,
+            "spent": 0,
+            "reserved": 0,
+            "left": 10,
+        }
+
+
+async def test_an_owner_reads_its_own_budget(own: World) -> None:
+    async with own.owner(name="reader") as client, own.owner(name="writer") as other:
+        for owner, credits in (("reader", 1), ("writer", 2)):
+            await set_budget(own, owner, credits)
+        document = got(await client.get("/v1/budgets"))
+        check(document, "OwnersBudgetList")
+        assert [(row["owner"], row["limit"]) for row in document["data"]] == [("reader", 1)]
+        everyone = got(await own.client.get("/v1/budgets"))["data"]
+        assert {"reader", "writer"} <= {row["owner"] for row in everyone}
+        owners, query = [], {"limit": "1"}
+        while True:
+            page = got(await own.client.get("/v1/budgets", params=query))
+            owners += [row["owner"] for row in page["data"]]
+            if page["next_cursor"] is None:
+                break
+            query["cursor"] = page["next_cursor"]
+        assert owners == [row["owner"] for row in everyone] == sorted(owners)
+        body = {"period": "day", "credits": 100}
+        refused(await other.put("/v1/budgets/writer", json=body), 403, "permission_denied")
+
+
+async def test_a_key_brings_a_budget(own: World) -> None:
+    body = {
+        "owner": "limited",
+        "scopes": ["submit"],
+        "budget": {"period": "day", "credits": 0.000001},
+    }
+    key = got(await own.client.post("/v1/keys", json=body), 201)["key"]
+    async with own.with_key(key) as client:
+        refused(await client.post(SUBMIT, json=order()), 402, "budget_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("owner", "body", "param"),
+    [
+        ("painter", {"period": "week", "credits": 1}, "period"),
+        ("painter", {"period": "day", "credits": -1}, "credits"),
+        ("painter", {"period": "day", "credits": 0.0000001}, "credits"),
+        ("painter", {"period": "day", "credits": 10**13}, "credits"),
+        ("painter", {"period": "day", "credits": "much"}, "credits"),
+        ("painter", {"period": "day"}, "credits"),
+        ("painter", {"period": "day", "credits": 1, "since": 0}, "since"),
+        ("PAINTER", {"period": "day", "credits": 1}, "owner"),
+    ],
+)
+async def test_a_bad_budget_names_its_field(
+    own: World, owner: str, body: dict[str, Any], param: str
+) -> None:
+    refused(await own.client.put(f"/v1/budgets/{owner}", json=body), 400, param=param)

@@ -29,7 +29,7 @@ from service.errors import ApiError
 from service.images.validator import ImageValidator
 from service.queue import worker
 from service.tasks import submit_worker, task_queries
-from service.tasks.accept import ended, wait_for
+from service.tasks.waits import ended, wait_for
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from service.web.routes import task_routes
 from service.web.server import Server, listening

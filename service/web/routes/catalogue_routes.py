@@ -4,7 +4,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.credits import credits_number
+from service.db.paging import Selection
 from service.errors import ApiError
+from service.tasks.budgets import budget_states
+from service.web.auth import caller_of
 from service.web.bodies import read_json
 from service.web.context import context_of
 
@@ -29,6 +32,10 @@ async def estimate(request: Request) -> Response:
     intake, body = context_of(request).intake, await read_json(request)
     intake.check_limits(body, whole=False)
     cost = intake.catalogue.estimate(body)
+    resources, owner = context_of(request).resources, caller_of(request).owner
+    wanted, now = Selection(owner, 1), resources.store.clock()
+    states = await resources.store.read(budget_states, wanted, now)
+    budget = states[0].figures() if states else None
     return JSONResponse(
         {
             "credits": credits_number(cost.credits),
@@ -37,6 +44,6 @@ async def estimate(request: Request) -> Response:
             "n": cost.n,
             "per": cost.per,
             "basis": "unknown" if cost.price is None else "catalogue",
-            "budget": None,
+            "budget": budget,
         }
     )

@@ -2,12 +2,12 @@
 
 import base64
 import os
-from collections.abc import Sequence
 
 import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from service.credits import millionths
 from service.db.batching import BatchingStore
 from service.db.paging import Row
 from service.errors import ApiError
@@ -18,6 +18,7 @@ from service.resources import new_id
 from service.signing import Keyring, hash_api_key, new_secret
 from service.strict_json import JSON
 from service.tasks import owner_keys
+from service.tasks.budgets import Budget, set_budgets
 from service.tasks.owner_keys import NewOwner, StoredKey, insert_keys, insert_owners, revoke_keys
 from service.web.auth import HINT_CHARS, KEY_PREFIX, caller_of
 from service.web.bodies import page, position_of, read_model
@@ -27,10 +28,12 @@ from service.web.schemas import NewKey, SecretRotation
 log = structlog.get_logger()
 
 
-async def create_key(
-    store: BatchingStore, keyring: Keyring, now: int, owner: str, scopes: Sequence[str]
-) -> JSON:
+async def create_key(store: BatchingStore, keyring: Keyring, now: int, body: NewKey) -> JSON:
     """Creates a key. The result has the key, and for an owner's first key the callback secret."""
+    owner, scopes = body.owner, body.scopes
+    if body.budget is not None:  # before the key, which could spend without it
+        limit = millionths(body.budget.credits)
+        await store.write(set_budgets, Budget(owner, body.budget.period, limit))
     key = KEY_PREFIX + base64.b32encode(os.urandom(25)).decode().lower()  # 200 bits
     id, hint, secret = new_id("key", now), key[:HINT_CHARS], new_secret(os.urandom(32))
     encrypted = keyring.encrypt(secret)
@@ -53,7 +56,7 @@ async def create(request: Request) -> Response:
     """Create an API key."""
     resources, body = resources_of(request), await read_model(request, NewKey)
     store, keyring, now = resources.store, resources.keyring, resources.clock()
-    document = await create_key(store, keyring, now, body.owner, body.scopes)
+    document = await create_key(store, keyring, now, body)
     log.info("admin.action", action="key.create", subject=document["id"])
     return JSONResponse(document, 201)
 

@@ -1,22 +1,29 @@
-"""Money: entries of the ledger, and usage."""
+"""Money: entries of the ledger, usage, and budgets."""
 
 import csv
 import io
 import re
 from datetime import date, timedelta
 
+import structlog
+from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.credits import credits_number
-from service.db.paging import Row
+from service.credits import credits_number, millionths
+from service.db.paging import Row, Selection
 from service.errors import invalid_request
 from service.ids import rfc3339
 from service.strict_json import JSON
 from service.tasks import usage
+from service.tasks.budgets import Budget, BudgetState, budget_states, set_budgets
 from service.tasks.usage import GROUPS, MAX_KEYS, UsageFilter, figures_document
-from service.web.bodies import query_limit, query_owner, query_text, query_time
+from service.web.bodies import page, query_limit, query_owner, query_text, query_time, read_model
 from service.web.context import resources_of
+from service.web.money_schemas import BudgetChange
+from service.web.schemas import OWNER
+
+log = structlog.get_logger()
 
 DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # at the beginning, a spreadsheet runs the text
@@ -57,6 +64,33 @@ async def report(request: Request) -> Response:
     if "text/csv" in request.headers.get("accept", ""):
         return as_csv(rows, ["key", *totals])
     return JSONResponse({"data": rows, "totals": totals})
+
+
+async def set_budget(request: Request) -> Response:
+    """Set or clear an owner's budget."""
+    owner, change = request.path_params["owner"], await read_model(request, BudgetChange)
+    if not re.fullmatch(OWNER, owner):
+        raise invalid_request(f"owner must be an owner's name: {OWNER}", "owner")
+    budget = Budget(owner, change.period, millionths(change.credits))
+    state = await resources_of(request).store.write(set_budgets, budget)
+    log.info("admin.action", action="budget.set", subject=owner)
+    return JSONResponse(budget_document(state))
+
+
+async def budgets(request: Request) -> Response:
+    """List budgets with what is spent and reserved, by owner."""
+    now = resources_of(request).store.clock()
+
+    def rows(connection: Connection, wanted: Selection) -> list[BudgetState]:
+        return budget_states(connection, wanted, now)
+
+    return await page(request, rows, lambda state: (0, state.owner), budget_document)
+
+
+def budget_document(state: BudgetState) -> JSON:
+    figures = state.figures()
+    shown = {"owner": state.owner, "period": state.period, "since": rfc3339(state.since)}
+    return {**shown, **figures, "credits": figures["limit"]}
 
 
 def query_day(request: Request, name: str, days: int) -> int | None:

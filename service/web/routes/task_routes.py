@@ -14,11 +14,11 @@ from service.images.downloads import quarantined_bodies
 from service.links import is_data, with_links
 from service.strict_json import JSON, LARGE, compact_json
 from service.tasks import task_queries
-from service.tasks.accept import attempted, ended, wait_for
 from service.tasks.cancel import Cancellation, cancel_tasks
 from service.tasks.document import task_document
 from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State
+from service.tasks.waits import attempted, ended, wait_for
 from service.upkeep.retention import erase
 from service.web.auth import caller_of
 from service.web.bodies import MAX_BODY, Position, page, parsed, query_text, read_body
