@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
-from service.ids import blob_name
+from service.ids import EXTENSIONS, blob_name
 from service.strict_json import JSON
 
 MAX_LINK = 16 * 1024  # characters of a result's link, and of a redirect on the way to it
@@ -69,7 +69,9 @@ class Links:
 
     def image(self, task_id: str, image: JSON) -> str:
         if self.image_base_url is None:
-            return f"{self.base_url}/images/{image['id']}"
+            extension = EXTENSIONS.get(image["media_type"])
+            name = f"{image['id']}.{extension}" if extension else image["id"]
+            return f"{self.base_url}/images/{name}"
         blob = blob_name(task_id, image["index"], image["sha256"], image["media_type"])
         return f"{self.image_base_url}/{blob}"
 

@@ -65,6 +65,8 @@ class TaskIntake:
         encoded in a thread. Raises ApiError 400, 402, 409 or 503.
         """
         store = self.resources.store
+        if isinstance(url := body.get("callback_url"), str) and not trimmed(url):
+            body = {name: value for name, value in body.items() if name != "callback_url"}
         digest = await off_loop(large, lambda: hashlib.sha256(canonical_json(body)).hexdigest())
         if idempotency_key is not None:
             earlier = await store.read(task_queries.task_by_key, owner, idempotency_key)

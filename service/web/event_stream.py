@@ -44,9 +44,10 @@ async def frames(
     tail: Tail, after: int | None, wanted: StreamFilter, check_key: Callable[[], Awaitable[object]]
 ) -> AsyncIterator[str | bytes]:
     clock = asyncio.get_running_loop().time
+    # Only events end with a blank line. Many readers dispatch an empty event at any other.
     # On an error the stream ends. The reader reconnects, and gets the error as a response.
     with tail.open(), suppress(ApiError, StoreUnavailable):
-        yield f"retry: {RETRY_MS}\n\n"
+        yield f"retry: {RETRY_MS}\n"
         sent = checked = clock()
         async for entries in tail.follow(after, wanted, CHECK_S):
             if clock() - checked >= CHECK_S:
@@ -59,7 +60,7 @@ async def frames(
             elif clock() - sent < COMMENT_S - CHECK_S / 2:
                 continue
             else:
-                yield ": nothing new\n\n"
+                yield ": nothing new\n"
             sent = clock()
 
 

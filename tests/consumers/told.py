@@ -16,7 +16,7 @@ from service.queue.crashes import FAULT_LIMIT, record_faults
 from service.web.event_schemas import EVENT_TYPES
 from tests.api import ASYNC, got
 from tests.stores import fault
-from tests.upstream import Cut, Upstream, document, failed, picture
+from tests.upstream import Cut, Upstream, document, error, failed, picture
 from tests.waiting import wait_until
 from tests.world import World, subscriber, world
 
@@ -110,6 +110,7 @@ def upstream_of_all() -> Upstream:
     for prompt in ("fine", "bad", "stopped", "lost", "risky"):
         made.submits[prompt] = [document("pending", id=f"task-unified-{prompt}")]
     made.submits["doubtful"] = [Cut(b'{"id": "task-un')]
+    made.submits["barred"] = [error(401, "unauthorized"), document("pending", id="task-unified-5")]
     made.queries["task-unified-bad"] = [failed("service_error")]
     made.queries["task-unified-lost"] = [failed("resource_not_found")]
     made.files["0.png"] = [Response(picture(), media_type="image/png")]
@@ -126,8 +127,8 @@ async def subscribed(here: World, url: str, *types: str) -> str:
 
 
 async def live(here: World, upstream: Upstream, own: str) -> None:
-    """Runs a task for each way to end, a contradiction, a proof that arrives too late, and an image
-    that cannot be fetched.
+    """Runs a task for each way to end, a contradiction, a proof that arrives too late, an image
+    that cannot be fetched, and a refusal of the account.
     """
     for prompt, file in (("fine", "0.png"), ("doubtful", "0.png"), ("risky", "missing.png")):
         upstream.queries[f"task-unified-{prompt}"] = [
@@ -156,6 +157,7 @@ async def live(here: World, upstream: Upstream, own: str) -> None:
         await called(await submitted(prompt, "submitted"), prompt, status)
     got(await here.client.post(f"/v1/tasks/{await submitted('stopped', 'submitted')}/cancel"))
     await called(await submitted("doubtful", "failed"), "doubtful", "completed")
+    await submitted("barred", "submitted")
 
 
 async def in_state(here: World, task_id: str, state: str) -> bool:

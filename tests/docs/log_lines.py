@@ -41,6 +41,9 @@ LINES: Mapping[str, str] = MappingProxyType(
         ),
         "file.stored": "`file_id`, `media_type`, `bytes`, `sha256`. An input image.",
         "file.erased": "`file_id`. An input image, at its owner's request.",
+        "events.position_empty": (
+            "`after`. A reader of the stream sent an empty `Last-Event-ID`, which counts as none."
+        ),
         "task.queued": "`model`, `replayed`, `prompt` (only with `LOG_PROMPTS`)",
         "task.submitted": "`attempt`, `estimated_time`, `state` (after the submission)",
         "task.submission_retried": (

@@ -84,7 +84,7 @@ async def test_a_completed_task_lists_its_images_in_order_and_their_links_as_res
         assert image == {
             "id": image["id"],
             "index": index,
-            "url": f"{here.url}/images/{image['id']}",
+            "url": f"{here.url}/images/{image['id']}.png",
             "media_type": "image/png",
             "bytes": len((await here.stranger.get(image["url"])).content),
             "sha256": image["sha256"],

@@ -214,7 +214,7 @@ async def test_links_do_not_follow_the_host_header(here: World, there: Guarded) 
     answer = await here.client.get(
         f"/v1/tasks/{task['id']}", headers={"host": "evil.test", "x-forwarded-host": "evil.test"}
     )
-    assert re.fullmatch(f"{here.url}/images/{an_id('img')}", got(answer)["results"][0])
+    assert re.fullmatch(f"{here.url}/images/{an_id('img')}.png", got(answer)["results"][0])
 
 
 async def test_nobody_builds_on_another_owners_task(here: World, there: Guarded) -> None:

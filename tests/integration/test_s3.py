@@ -36,7 +36,7 @@ async def test_images_on_s3_are_served_as_any_others(s3_bucket: str, tmp_path: P
         task = await submitted(here.client, UNTIL_DONE, n=2)
         assert task["state"] == "completed"
         for image in task["images"]:
-            assert image["url"] == f"{here.url}/images/{image['id']}"
+            assert image["url"] == f"{here.url}/images/{image['id']}.png"
             whole = await here.stranger.get(image["url"])
             assert (whole.status_code, whole.headers["content-type"]) == (200, "image/png")
             assert hashlib.sha256(whole.content).hexdigest() == image["sha256"]

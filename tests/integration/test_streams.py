@@ -52,16 +52,13 @@ class Message:
 async def messages(answer: httpx.Response) -> AsyncIterator[Message]:
     fields: dict[str, str] = {}
     async for line in answer.aiter_lines():
-        if line:
-            name, _, value = line.partition(": ")
+        name, _, value = line.partition(": ")
+        if line.startswith((":", "retry")):  # no blank line follows
+            yield Message(None, ":" if not name else None, "" if name else value)
+        elif line:
             fields[name] = value
-        elif fields:
-            comment = fields.get("")
-            yield Message(
-                fields.get("id"),
-                ":" if comment else fields.get("event"),
-                comment or fields.get("data", ""),
-            )
+        else:
+            yield Message(fields.get("id"), fields.get("event"), fields.get("data", ""))
             fields = {}
 
 

@@ -135,7 +135,7 @@ async def test_a_stream_with_an_offer_is_a_stream(still: World, offer: str) -> N
         lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         assert lines.startswith("http/1.1 200 ")
         assert "content-type: text/event-stream" in lines
-        await reader.readuntil(b"retry: 1000\n\n")
+        await reader.readuntil(b"retry: 1000\n")
 
 
 async def test_offers_in_one_packet_are_answered_in_order(still: World) -> None:

@@ -291,15 +291,15 @@ def test_links_are_added_for_a_reader() -> None:
     """
     second = image("img_2", 1, "task_1/1-cd.png", "image/png", 1, 1, 1, sha256="cd")
     for state, results in [
-        (State.COMPLETED, [f"{BASE}/images/img_1", f"{BASE}/images/img_2"]),
+        (State.COMPLETED, [f"{BASE}/images/img_1.png", f"{BASE}/images/img_2.png"]),
         (State.FAILED, []),
     ]:
         kept = task_document(task(state), [IMAGE, second])
         shown = with_links(kept, Links(BASE))
         assert shown["results"] == results
         assert [image["url"] for image in shown["images"]] == [
-            f"{BASE}/images/img_1",
-            f"{BASE}/images/img_2",
+            f"{BASE}/images/img_1.png",
+            f"{BASE}/images/img_2.png",
         ]
         assert [image["url"] for image in kept["images"]] == [None, None]
         assert {**shown, "results": [], "images": []} == {**kept, "images": []}

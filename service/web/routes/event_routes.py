@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import ExitStack
 
+import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -18,15 +19,19 @@ from service.web.page_answer import page_answer
 from service.web.schemas import known_pattern
 from service.web.shares import holder_of
 
+log = structlog.get_logger()
+
 MAX_WAIT_S, MAX_TYPES = 60, 32
 STOPPING_S = 1.0
 
 
 def sequence(text: str | None, param: str) -> int | None:
-    if not text:
+    if text is None:
         return None
     if not (text.isascii() and text.isdigit()) or len(text) > 20 or int(text) >= 2**63:
-        message = f"{param} must be a sequence that an answer gave: up to 20 digits"
+        message = (
+            f"{param} must be a sequence that an answer gave: up to 20 digits, not {text[:40]!r}"
+        )
         raise invalid_request(message, param)
     return int(text)
 
@@ -53,7 +58,10 @@ async def events(request: Request) -> Response:
 
     if "text/event-stream" in request.headers.get("accept", ""):
         # A reader that reconnects sends the last id, along with the `after` of its first request.
-        last = sequence(request.headers.get("last-event-id"), "Last-Event-ID")
+        last_id = request.headers.get("last-event-id")
+        if last_id == "":  # as a reader sends it that has seen no event with an id
+            log.info("events.position_empty", after=query_text(request, "after"))
+        last = sequence(last_id or None, "Last-Event-ID")
         wanted = StreamFilter(owner, types, task_id)
         return stream(request, context.tail, after if last is None else last, wanted, check_key)
     store, links = context.resources.store, context.resources.links

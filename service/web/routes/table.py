@@ -8,7 +8,8 @@ from functools import cache
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
+from starlette.types import Scope
 from structlog.contextvars import bind_contextvars
 
 from service.errors import ApiError, invalid_request
@@ -252,6 +253,18 @@ def guarded(spec: Spec) -> Handler:
     return endpoint
 
 
+class Path(Route):
+    """A route whose path may also end with a slash. Clients repeat a POST as a GET after a
+    redirect.
+    """
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        path = scope.get("path", "")
+        if path.endswith("/") and len(path) > 1:
+            scope = {**scope, "path": path.removesuffix("/")}
+        return super().matches(scope)
+
+
 def table(endpoints: Mapping[Spec, Handler]) -> list[Route]:
     """One route per path, so that a 405 names every method of the path."""
 
@@ -263,7 +276,7 @@ def table(endpoints: Mapping[Spec, Handler]) -> list[Route]:
         async def answer(request: Request) -> Response:
             return await methods["GET" if request.method == "HEAD" else request.method](request)
 
-        return Route(path, answer, methods=list(methods))
+        return Path(path, answer, methods=list(methods))
 
     return [route(path) for path in dict.fromkeys(spec.path for spec in endpoints)]
 
