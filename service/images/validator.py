@@ -21,7 +21,11 @@ from typing import Any
 from service.errors import BlobUnavailable
 
 WALL_S = 120.0
-CHILD = "service.images.validator_child"
+# The child's program. The last argument is where it imports from, because its environment is empty.
+CHILD = """import sys
+sys.path[:] = sys.argv.pop().split(":")
+from service.images.validator_child import main
+main(int(sys.argv[1]), int(sys.argv[2]))"""
 ROOT = Path(__file__).parents[2]  # where `service` is imported from
 
 
@@ -108,10 +112,10 @@ def start(max_bytes: int, max_pixels: int) -> "subprocess.Popen[bytes]":
     """Starts a child in its own session: a terminal's Ctrl-C is for the parent, which finishes its
     work first. BlobUnavailable.
     """
-    command = [sys.executable, "-P", "-m", CHILD, str(max_bytes), str(max_pixels)]
-    env = {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    if libraries := os.environ.get("LD_LIBRARY_PATH"):  # the interpreter may need it to start
-        env["LD_LIBRARY_PATH"] = libraries
+    path = ":".join(filter(None, [str(ROOT), *sys.path]))
+    command = [sys.executable, "-I", "-c", CHILD, str(max_bytes), str(max_pixels), path]
+    libraries = os.environ.get("LD_LIBRARY_PATH")  # the interpreter may need it to start
+    env = {"LD_LIBRARY_PATH": libraries} if libraries else {}
     try:
         return subprocess.Popen(  # noqa: S603 - the service's own program
             command,
@@ -120,6 +124,7 @@ def start(max_bytes: int, max_pixels: int) -> "subprocess.Popen[bytes]":
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            close_fds=True,
         )
     except OSError as error:  # no descriptors, processes or memory left
         raise BlobUnavailable(f"no process to validate it: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""The child process that decodes images: `python -m service.images.validator_child`.
+"""The child process that decodes images. `service.images.validator` starts it.
 
 The type counts by content. The header's pixels are checked before a frame is decoded, then every
 frame is decoded. An image is kept byte for byte, with its metadata and any bytes behind its end.
@@ -7,6 +7,7 @@ It is served under a name made from its content, with `nosniff` and a sandboxing
 The kernel limits the child's memory, processor time, files and descriptors (decision 30).
 """
 
+import ctypes
 import hashlib
 import json
 import math
@@ -49,6 +50,7 @@ FILLERS = (bytes(64), *_noise)
 # Address space: what the decoders need beside the image, and the most that a pixel needs.
 BASE_BYTES, PIXEL_BYTES = 512 << 20, 24
 NICE = 10
+NO_NEW_PRIVILEGES = 38  # PR_SET_NO_NEW_PRIVS of prctl(2)
 
 
 def main(max_bytes: int, max_pixels: int) -> None:
@@ -58,10 +60,11 @@ def main(max_bytes: int, max_pixels: int) -> None:
     with suppress(OSError):  # Linux: this process is the first to go when memory runs out
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
-    limit(resource.RLIMIT_AS, BASE_BYTES + PIXEL_BYTES * max_pixels + 3 * max_bytes)
-    limit(resource.RLIMIT_FSIZE, max_bytes)
-    limit(resource.RLIMIT_NOFILE, 64)
-    limit(resource.RLIMIT_CORE, 0)
+    forgo_privileges()
+    limit(resource.RLIMIT_AS, BASE_BYTES + PIXEL_BYTES * max_pixels + 3 * max_bytes, final=True)
+    limit(resource.RLIMIT_FSIZE, max_bytes, final=True)
+    limit(resource.RLIMIT_NOFILE, 64, final=True)
+    limit(resource.RLIMIT_CORE, 0, final=True)
     for line in sys.stdin.buffer:
         limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + CPU_S)
         answer = validate_file(**json.loads(line), max_bytes=max_bytes, max_pixels=max_pixels)
@@ -69,11 +72,17 @@ def main(max_bytes: int, max_pixels: int) -> None:
         sys.stdout.flush()
 
 
-def limit(kind: int, value: int) -> None:
-    """Sets the soft limit, at most to the hard one."""
+def limit(kind: int, value: int, *, final: bool = False) -> None:
+    """Sets the soft limit, at most to the hard one. `final`: the process cannot raise it again."""
     hard = resource.getrlimit(kind)[1]
     soft = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(kind, (soft, hard))
+    resource.setrlimit(kind, (soft, soft if final else hard))
+
+
+def forgo_privileges() -> None:
+    """Linux: no program that this process starts gets more rights, such as a setuid one."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0)
 
 
 def validate_file(
@@ -246,7 +255,3 @@ def check_gif(data: bytes) -> InvalidImage | None:
     except IndexError:
         return broken
     return None
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -203,20 +203,28 @@ async def test_a_picture_that_takes_too_much_processor_time_is_final(
 async def test_a_child_has_limits_and_no_secrets(
     pool: ImageValidator, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The child has limits for memory, processor time, file size and descriptors, and nothing of
-    the service's environment.
+    """The child has limits for memory, processor time, file size and descriptors, which it cannot
+    raise, an empty environment, no descriptor of the service, and can get no new privileges.
     """
     monkeypatch.setenv("DARKROOM_SECRET_KEY", "a secret")
-    await pool.validate(file, compressed=False)
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    with file.open("rb") as secret:
+        os.set_inheritable(secret.fileno(), True)
+        await pool.validate(file, compressed=False)
     process = Path(f"/proc/{pool.idle[0].pid}")
-    assert b"secret" not in (process / "environ").read_bytes()
+    assert (process / "environ").read_bytes() == b""
+    assert {path.name for path in (process / "fd").iterdir()} == {"0", "1", "2"}
+    assert "NoNewPrivs:\t1\n" in (process / "status").read_text(encoding="ascii")
     limits = {
-        line[:26].strip(): line[26:].split()[0]
+        line[:26].strip(): line[26:].split()[:2]
         for line in (process / "limits").read_text(encoding="ascii").splitlines()[1:]
     }
-    assert int(limits["Max address space"]) == (512 << 20) + 24 * 10_000 + 3 * 10_000
-    assert 60 < int(limits["Max cpu time"]) < 120
-    assert (limits["Max file size"], limits["Max open files"]) == ("10000", "64")
+    memory = str((512 << 20) + 24 * 10_000 + 3 * 10_000)
+    assert limits["Max address space"] == [memory] * 2
+    assert 60 < int(limits["Max cpu time"][0]) < 120
+    assert limits["Max file size"] == ["10000"] * 2
+    assert limits["Max open files"] == ["64"] * 2
+    assert limits["Max core file size"] == ["0"] * 2
 
 
 async def test_a_picture_that_never_ends_is_given_up(
