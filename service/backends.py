@@ -25,7 +25,7 @@ from service.net import Egress, Rules
 from service.ops.metrics import Metrics
 from service.queue.limiter import ConcurrencyLimiter
 from service.resources import Resources, new_id
-from service.setting_types import SECRET_KEY_BYTES, keys_of
+from service.setting_types import SECRET_KEY_BYTES, Networks, keys_of
 from service.settings import Settings
 from service.signing import Keyring
 from service.tasks import owner_keys
@@ -184,9 +184,9 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
         rules = Rules("upstream", settings.upstream_networks, networks_setting=NETWORKS_SETTING)
         upstream = await egress(rules)
         results = await egress(result_rules(settings), settings.download_concurrency)
-        endpoints = await egress(Rules("endpoints", settings.endpoint_networks), hooks)
+        endpoints = await egress(hook_rules("endpoints", settings.endpoint_networks), hooks)
         task_callbacks = await egress(
-            Rules("task_callbacks", settings.task_callback_networks), hooks
+            hook_rules("task_callbacks", settings.task_callback_networks), hooks
         )
         inputs = await egress(
             Rules("inputs", settings.task_callback_networks, redirects=RESULT_REDIRECTS)
@@ -210,6 +210,11 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
             links=Links(settings.base_url, settings.image_base_url),
             clock=wall_clock,
         )
+
+
+def hook_rules(purpose: str, networks: Networks) -> Rules:
+    setting = f"DARKROOM_{purpose.removesuffix('s').upper()}_NETWORKS"
+    return Rules(purpose, networks, networks_setting=setting)
 
 
 def result_rules(settings: Settings) -> Rules:

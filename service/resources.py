@@ -5,8 +5,11 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import structlog
+
 from service.blobs.blob_store import Blobs
 from service.db.batching import BatchingStore
+from service.errors import ApiError
 from service.ids import make_id
 from service.links import Links
 from service.net import Egress
@@ -15,6 +18,8 @@ from service.queue.limiter import ConcurrencyLimiter
 from service.signing import Keyring
 from service.upstreams.base import Upstream
 from service.upstreams.file_api import FileApi
+
+log = structlog.get_logger()
 
 
 def new_id(kind: str, now: int) -> str:
@@ -44,3 +49,15 @@ class Resources:
 
     def id(self, kind: str) -> str:
         return self.new_id(kind, self.clock())
+
+    async def check_room(self, limit: int, purpose: str) -> None:
+        """Raises ApiError 503, and logs it, if the blob store has less free space than `limit`."""
+        free = await self.blobs.free_bytes()
+        if free is None or free >= limit:
+            return
+        log.warning("blobs.full", purpose=purpose, free_bytes=free, limit_bytes=limit)
+        message = (
+            f"there is too little space left for new {purpose}: {free} bytes are free, and"
+            f" {limit} must stay free (DARKROOM_MIN_FREE_BYTES)"
+        )
+        raise ApiError(503, "no_space", message, retry_after=60)

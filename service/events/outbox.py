@@ -16,6 +16,7 @@ from service.events.documents import type_matches
 from service.ids import sequence_text
 from service.ops.metrics import Metrics
 from service.queue import leases
+from service.queue.stage import ADVICE
 from service.strict_json import JSON
 
 log = structlog.get_logger()
@@ -54,6 +55,7 @@ def emit_operators(tx: Transaction, type: str, data: JSON, *, task_id: str | Non
 def emit_dead_letter(tx: Transaction, lease: Lease, cause: str, task_id: str | None) -> None:
     """Adds the operators' event of a row that left its queue for good."""
     data = {"task_id": task_id, "stage": lease.stage, "key": lease.key, "cause": cause}
+    data["advice"] = ADVICE[lease.stage]
     emit_operators(tx, "task.parked", data, task_id=task_id)
 
 

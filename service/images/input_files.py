@@ -45,10 +45,7 @@ class InputFiles:
 
     async def check_room(self) -> None:
         """Raises ApiError 503 if the blob store has too little space left."""
-        free = await self.resources.blobs.free_bytes()
-        if free is not None and free < self.min_free_bytes:
-            message = "there is too little space left for new files"
-            raise ApiError(503, "no_space", message, retry_after=60)
+        await self.resources.check_room(self.min_free_bytes, "files")
 
     async def keep(
         self,

@@ -232,13 +232,15 @@ class Egress:
         rules, host, address = self.rules, target.host, target.address
         if target.scheme == "http" and not rules.networks:
             if not rules.upgrade:
-                raise self._refused(host, "plain http is not allowed")
+                setting = rules.networks_setting
+                raise self._refused(host, "plain http is not allowed", setting=setting)
             target = target.upgraded
         if address is not None:
             target = self._upgraded(target, (address,))
             plain = target.scheme == "http"
             if (rule := forbidden(address, rules.networks, plain=plain)) is not None:
-                raise self._refused(host, f"its address {rule}", f"{address} {rule}")
+                rule, logged = f"its address {rule}", f"{address} {rule}"
+                raise self._refused(host, rule, logged, setting=rules.networks_setting)
         if rules.hosts is not None and not any(
             host == known or (known[:1] == "." and host.endswith(known)) for known in rules.hosts
         ):

@@ -8,6 +8,20 @@ from service.db.transaction import Lease
 from service.queue.crashes import DeadLetter
 from service.queue.shares import has_share
 
+# What an operator does about a row that left the queue of a stage for good.
+QUERY = "mend the cause, then POST /v1/tasks/{task_id}/reconcile asks the upstream again"
+RETRY = "mend the cause, then POST /v1/deliveries/{delivery_id}/retry sends it again"
+ADVICE = {
+    "submit": "look for the task at the upstream: if it is there, give its id to"
+    " POST /v1/tasks/{task_id}/resolve; otherwise submit again",
+    "settle": QUERY,
+    "reconcile": QUERY,
+    "download": "mend the cause, then POST /v1/tasks/{task_id}/reconcile downloads it again",
+    "deliver": RETRY,
+    "redeliver": RETRY,
+    "replay": "mend the cause, then start the replay again",
+}
+
 
 @dataclass(slots=True)
 class Stage:

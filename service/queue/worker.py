@@ -21,7 +21,7 @@ from service.ops.metrics import Metrics
 from service.queue.backoff import fault_wait
 from service.queue.crashes import FAULT_LIMIT, Fault, claim_candidates, record_faults
 from service.queue.leases import RENEW_S, candidate_stages, claim, give_back, renew, snooze
-from service.queue.stage import Stage
+from service.queue.stage import ADVICE, Stage
 
 log = structlog.get_logger()
 
@@ -158,7 +158,9 @@ class WorkerPool:
             if candidate is None:
                 return
             if candidate.dead_lettered:
-                log.error("task.parked", stage=stage.name, cause=f"{candidate.crashes} deaths")
+                key, cause = candidate.lease.key, f"{candidate.crashes} deaths"
+                with bound_contextvars(**{KEYS[stage.name]: key}):
+                    _log_parked(stage.name, key, cause)
                 return
             stage.free -= 1
             job = self._jobs[candidate.lease] = self._start(candidate.lease)
@@ -207,7 +209,7 @@ class WorkerPool:
             await self._give_back(lease)
         else:
             if faults >= FAULT_LIMIT:
-                log.error("task.parked", stage=lease.stage, cause=f"{faults} faults")
+                _log_parked(lease.stage, lease.key, f"{faults} faults", error)
 
     async def _give_back(self, lease: Lease) -> None:
         """Returns a row that could not be recorded, as soon as the store commits again.
@@ -265,6 +267,11 @@ class WorkerPool:
         late, self._late = self._late, []
         await self._write_all(give_back, late)
         return len(left) + len(late)
+
+
+def _log_parked(stage: str, key: str, cause: str, error: Exception | None = None) -> None:
+    last = {} if error is None else {"exception": f"{type(error).__name__}: {error}"}
+    log.error("task.parked", stage=stage, key=key, cause=cause, advice=ADVICE[stage], **last)
 
 
 def _log_failure(

@@ -77,10 +77,7 @@ class TaskIntake:
         upstream_body = await self._translated(owner, body, admin=admin)
         if named:
             upstream_body["image_urls"] = [each.stored for each in named]
-        free = await self.resources.blobs.free_bytes()
-        if free is not None and free < self.min_free_bytes:
-            message = "there is too little space left for new images"
-            raise ApiError(503, "no_space", message, retry_after=60)
+        await self.resources.check_room(self.min_free_bytes, "images")
         make = partial(self._task, owner, body, upstream_body, idempotency_key, digest)
         task = await off_loop(large, make)
         task.inputs = [each.image.document() for each in named] or None

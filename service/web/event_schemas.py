@@ -120,12 +120,15 @@ class LateResult(BaseModel):
 
 
 class Parked(BaseModel):
-    """A row that crashed its worker too often. No worker tries it again."""
+    """A row that crashed its worker too often. No worker tries it again. `advice`: what an operator
+    does about it.
+    """
 
     task_id: str | None
     stage: str
     key: str
     cause: str
+    advice: str
 
 
 class AtRisk(BaseModel):

@@ -72,6 +72,7 @@ async def test_the_tenth_fault_of_a_task_parks_it(subject: Subject, stage: str) 
     assert (await subject.types(task_id))[-2:] == ["image.task.failed", "task.parked"]
     event = (await subject.events(task_id))[-1]
     known = {"task_id": task_id, "stage": stage, "key": task_id, "cause": f"{FAULT_LIMIT} faults"}
+    assert ("/resolve" if stage == "submit" else "/reconcile") in event["data"].pop("advice")
     assert (event["owner"], event["data"]) == ("admin", known)
     assert [
         row["state"] for row in await subject.images(task_id) if row["state"] == "pending"

@@ -149,6 +149,10 @@ LINES: Mapping[str, str] = MappingProxyType(
             "`message`, `exception`. The image store failed or lacks an image. The client got"
             " 503, or the sweep retries."
         ),
+        "blobs.full": (
+            "`purpose` (`images` or `files`), `free_bytes`, `limit_bytes`"
+            " (`DARKROOM_MIN_FREE_BYTES`). The client got 503."
+        ),
         "blobs.swept": "`seen`, `removed` (images that no row names), `duration_ms`",
         "retention.applied": (
             "`events`, `deliveries`, `tasks` (whose content was removed), `images`, `files`,"
@@ -157,7 +161,10 @@ LINES: Mapping[str, str] = MappingProxyType(
         "worker.failed": "`stage`, `key`, `attempt`, `wait_s`, `exception`",
         "budget.refused": "`model`, `period`, `needed`, `limit`, `spent`, `reserved`, `left`",
         "ledger.entered": "`entry_id`, `kind`, `credits`, `source`",
-        "task.parked": "`stage`, `cause` (the number of faults or crashes)",
+        "task.parked": (
+            "`stage`, `key` (of the row), `cause` (the number of faults or crashes), `advice`"
+            " (what an operator does about it), `exception` (the last fault)"
+        ),
         "library.message": "`logger`, `message`. A warning or error from a library.",
     }
 )

@@ -153,6 +153,7 @@ async def test_no_line_of_a_troubled_run_tells_a_secret_and_each_is_as_the_list_
         "endpoint.disabled",
         "store.failed",
         "blobs.failed",
+        "blobs.full",
         "worker.failed",
         "task.parked",
         "reconcile.queried",
