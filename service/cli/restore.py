@@ -1,6 +1,5 @@
 """`darkroom restore`: checks a copy beside its final place, then renames it, the database last."""
 
-import asyncio
 import os
 import shutil
 import sys
@@ -183,6 +182,8 @@ def prepare(
 
     ConfigurationError: the database is damaged or newer, or its secrets have another key.
     """
+    import asyncio
+
     from service.backends import open_store, secret_keys
     from service.db.snapshot import check_database, secrets
     from service.ops import logging

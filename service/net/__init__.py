@@ -7,12 +7,16 @@ transports run without `httpx.AsyncClient`. It would keep cookies, prepare redir
 proxy or netrc from the environment, and a proxy resolves names itself, behind the guard's back.
 """
 
-from service.net.addresses import forbidden
-from service.net.egress_client import Egress, Rules
-from service.net.responses import Response, Streamed
-from service.net.service_client import service_call, service_client
-from service.net.transport import Resolve
-from service.net.urls import Target, parse_url
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from service.net.addresses import forbidden
+    from service.net.egress_client import Egress, Rules
+    from service.net.responses import Response, Streamed
+    from service.net.service_client import service_call, service_client
+    from service.net.transport import Resolve
+    from service.net.urls import Target, parse_url
 
 __all__ = [
     "Egress",
@@ -26,3 +30,22 @@ __all__ = [
     "service_call",
     "service_client",
 ]
+MODULES = {
+    "Egress": "egress_client",
+    "Resolve": "transport",
+    "Response": "responses",
+    "Rules": "egress_client",
+    "Streamed": "responses",
+    "Target": "urls",
+    "forbidden": "addresses",
+    "parse_url": "urls",
+    "service_call": "service_client",
+    "service_client": "service_client",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name's module at its first use: client commands need no aiohttp."""
+    if name not in MODULES:
+        raise AttributeError(name)
+    return getattr(import_module(f"service.net.{MODULES[name]}"), name)

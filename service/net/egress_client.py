@@ -16,8 +16,8 @@ from httpx_aiohttp import AiohttpTransport
 from service.errors import CallTimedOut, ConnectionLost, EgressError, EgressRefused, NotConnected
 from service.net.addresses import Address, Network, forbidden
 from service.net.responses import Response, Streamed
+from service.net.service_client import CONNECT
 from service.net.transport import (
-    CONNECT,
     KEEP_ALIVE_S,
     CallState,
     Content,

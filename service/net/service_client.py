@@ -4,9 +4,13 @@ from typing import Any
 
 import httpx
 
+from service import VERSION
 from service.errors import CallTimedOut, ConnectionLost, NotConnected
-from service.net.transport import CONNECT, USER_AGENT
 
+USER_AGENT = f"Darkroom/{VERSION}"
+# Seconds for TCP and TLS to one address. An address that drops packets must not use up the whole
+# time of a long call.
+CONNECT = 10.0
 READ_S = 150.0  # `Prefer: wait` holds a response for up to 120 s
 
 

@@ -22,18 +22,14 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from httpx_aiohttp import AiohttpTransport
 
-from service import VERSION
 from service.errors import CallTimedOut, ConnectionLost, EgressError, NoRoute, NotConnected
 from service.net.addresses import Address
 from service.net.response_parser import ResponseEnd, ResponseParser
+from service.net.service_client import CONNECT, USER_AGENT
 
 Resolve = Callable[[str], Awaitable[Sequence[str]]]  # a host's addresses, OSError without any
 # An iterator's pieces are sent as they come. Its content-length header is the caller's duty.
 Content = bytes | AsyncIterator[bytes]
-USER_AGENT = f"Darkroom/{VERSION}"
-# Seconds for TCP and TLS to one address. An address that drops packets must not use up the whole
-# time of a long call.
-CONNECT = 10.0
 PIECE = 1 << 18  # bytes
 LOOKUPS = 64  # at once, per purpose
 # Failures of this machine: no name server answered, no network, no free port or descriptor.

@@ -150,7 +150,7 @@ LINES: Mapping[str, str] = MappingProxyType(
             " 503, or the sweep retries."
         ),
         "blobs.full": (
-            "`purpose` (`images` or `files`), `free_bytes`, `limit_bytes`"
+            "`purpose` (images or files), `free_bytes`, `limit_bytes`"
             " (`DARKROOM_MIN_FREE_BYTES`). The client got 503."
         ),
         "blobs.swept": "`seen`, `removed` (images that no row names), `duration_ms`",
