@@ -15,6 +15,7 @@ from service import VERSION
 from service.cli import (
     backup,
     catalogue_commands,
+    file_commands,
     money_commands,
     restore,
     sandbox_commands,
@@ -51,6 +52,8 @@ for name, (help, verbs) in GROUPS.items():
     group = typer.Typer(help=help, no_args_is_help=True, rich_markup_mode=None)
     for word, verb in verbs.items():
         group.command(word)(verb.command())
+    if name == "files":
+        group.command("upload")(file_commands.upload_files)
     program.add_typer(group, name=name)
 
 

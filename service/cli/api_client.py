@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -49,7 +50,21 @@ class ApiClient:
         Parameters that are None are left out of the query.
         """
         query = {name: value for name, value in (params or {}).items() if value is not None}
-        response = self._send(method, path, params=query, json=body, headers=dict(headers or {}))
+        return self._document(
+            self._send(method, path, params=query, json=body, headers=dict(headers or {}))
+        )
+
+    def upload(self, path: str, file: Path, *, params: Mapping[str, str] | None = None) -> JSON:
+        """The response to the file in a form. CommandFailed names the file."""
+        with file.open("rb") as content:
+            form = {"file": (file.name, content)}
+            response = self._send("POST", path, params=dict(params or {}), files=form)
+        try:
+            return self._document(response)
+        except CommandFailed as error:
+            raise CommandFailed(f"{file}: {error}") from None
+
+    def _document(self, response: "httpx.Response") -> JSON:
         if response.status_code == 204:
             return {}
         try:

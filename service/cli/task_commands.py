@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import secrets
 import sys
 import time
@@ -20,6 +21,7 @@ from service.cli.api_client import (
     pairs,
     segment,
 )
+from service.cli.file_commands import upload
 from service.cli.output import (
     Json,
     Text,
@@ -55,7 +57,13 @@ def submit(
     ] = None,
     size: Annotated[Text, option("Pixels, like 1280x1280.", metavar="WxH")] = None,
     n: Annotated[int | None, option("Number of images.", "--n", "-n", min=1)] = None,
-    image: Annotated[Texts, option("An input image; may be repeated.", metavar="URL")] = None,
+    image: Annotated[
+        Texts,
+        option(
+            "An input image, also a file or a stored image; may be repeated.",
+            metavar="PATH|URL|img_…|file_…",
+        ),
+    ] = None,
     metadata: Metadata = None,
     callback_url: Annotated[Text, option("Gets the terminal task, signed.", metavar="URL")] = None,
     idempotency_key: Annotated[
@@ -77,7 +85,7 @@ def submit(
             "prompt": prompt,
             "size": size,
             "n": n,
-            "image_urls": links(image),
+            "image_urls": inputs(image),
             "metadata": pairs(metadata, "--metadata") or None,
             "callback_url": callback_url,
         }
@@ -94,13 +102,26 @@ def submit(
         )
 
 
-def links(images: list[str] | None) -> list[str] | None:
-    for text in images or []:
-        if not text.startswith(("http://", "https://")):
-            raise typer.BadParameter(
-                f"{text!r} is no URL, and files cannot be sent yet", param_hint="--image"
-            )
-    return images
+def inputs(images: list[str] | None) -> list[str] | None:
+    """The entries of `image_urls`. A path is uploaded first. The same name of two is one upload."""
+    paths = [path_of(text) for text in images or []]
+    if not any(paths):
+        return images
+    with api_client() as client:
+        ids = {path: upload(client, path)["id"] for path in dict.fromkeys(paths) if path}
+    return [ids[path] if path else text for path, text in zip(paths, images or [], strict=True)]
+
+
+def path_of(text: str) -> Path | None:
+    """The file that a text names, None for a link or an id."""
+    if re.match(r"https?://|data:|(file|img)_[a-z2-7]{26}$", text):
+        return None
+    path = Path(text)
+    if not path.is_file():
+        raise typer.BadParameter(
+            f"{text!r} is no file, no URL, and no id of an image", param_hint="--image"
+        )
+    return path
 
 
 def submitted(order: JSON, key: str, wait: bool, out: Path | None) -> tuple[JSON, list[str] | None]:

@@ -270,10 +270,22 @@ BUDGETS = {
     ),
 }
 
+FILES = {
+    "list": Verb(
+        "List input images, newest first.",
+        "GET /v1/files",
+        PAGE,
+        ("id", "media_type", "width", "height", "bytes", "expires_at", "filename"),
+    ),
+    "get": Verb("Show an input image.", "GET /v1/files/{id}", {"id": Id}),
+    "delete": Verb("Erase an input image.", "DELETE /v1/files/{id}", {"id": Id}, done="deleted"),
+}
+
 GROUPS: Mapping[str, tuple[str, Mapping[str, Verb]]] = {
     "endpoints": ("Endpoints that get events.", ENDPOINTS),
     "deliveries": ("Deliveries to endpoints, with every attempt.", DELIVERIES),
     "replay": ("Send past events to an endpoint again.", REPLAYS),
     "budgets": ("Budgets of owners.", BUDGETS),
+    "files": ("Input images.", FILES),
     "keys": ("API keys: create, list, revoke.", KEYS),
 }

@@ -91,6 +91,12 @@ def file_document(row: FileRow) -> JSON:
     }
 
 
+def select_files(now: int) -> Select[Any]:
+    """The files that are stored and have not expired."""
+    c = file_table.c
+    return select(*FILE_COLUMNS).where(c.blob.is_not(None), c.expires_at > now)
+
+
 def file_rows(connection: Connection, statement: Select[Any]) -> list[FileRow]:
     return [FileRow(*row) for row in connection.execute(statement)]
 
@@ -100,8 +106,7 @@ def stored_file(
 ) -> FileRow | None:
     """A file that is stored and has not expired. `owner` None: any owner's."""
     c = file_table.c
-    statement = select(*FILE_COLUMNS).where(c.id == file_id, c.blob.is_not(None))
-    statement = statement.where(c.expires_at > now)
+    statement = select_files(now).where(c.id == file_id)
     if owner is not None:
         statement = statement.where(c.owner == owner)
     return next(iter(file_rows(connection, statement)), None)
@@ -109,9 +114,7 @@ def stored_file(
 
 def file_list(connection: Connection, wanted: Selection, now: int) -> list[FileRow]:
     """Stored files, newest first."""
-    c = file_table.c
-    statement = select(*FILE_COLUMNS).where(c.blob.is_not(None), c.expires_at > now)
-    return file_rows(connection, page(statement, file_table, wanted))
+    return file_rows(connection, page(select_files(now), file_table, wanted))
 
 
 def insert_files(tx: Transaction, items: Sequence[FileRow]) -> list[None]:

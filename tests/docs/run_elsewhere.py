@@ -12,6 +12,7 @@ RUN_BY_STORIES = (
     "README.md",
     "docs/backup.md",
     "docs/consuming.md",
+    "docs/editing.md",
     "docs/operations.md",
     "docs/sandbox.md",
 )

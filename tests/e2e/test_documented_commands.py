@@ -19,6 +19,7 @@ from tests.docs.pages import FENCE, commands
 from tests.docs.render import DOCS, README
 from tests.docs.run_elsewhere import RUN_ELSEWHERE
 from tests.environment import clean_environment
+from tests.inputs import photo
 from tests.processes import UPSTREAM_KEY, sandbox, service_settings
 from tests.servers import missing
 
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.timeout(300)
 SHOWN = {
     "dk_…": re.compile(r"\bdk_[a-z2-7]{40}"),
     "whsec_…": re.compile(r"\bwhsec_[A-Za-z0-9+/=]{20,}"),
+    "file_…": re.compile(r"\bfile_[a-z2-7]{26}"),
     "task_…": re.compile(r"\btask_[a-z2-7]{26}"),
 }
 
@@ -179,6 +181,21 @@ def test_an_endpoint_is_created_as_the_page_says(tmp_path: Path, upstream: str) 
         shell.type("darkroom serve")
         shell.run(DOCS / "consuming.md")
         assert '"secret":"whsec_' in shell.output
+
+
+def test_a_picture_is_edited_as_the_page_says(tmp_path: Path, upstream: str) -> None:
+    """docs/editing.md: uploads, and tasks with one and with two input images."""
+    if shutil.which("curl") is None:
+        missing("curl")
+    (tmp_path / "photo.png").write_bytes(photo())
+    with terminal(tmp_path, upstream) as shell:
+        shell.type("echo DARKROOM_EVOLINK_API_KEY=sk-… >> .env")
+        shell.type("darkroom keys create --owner me --scopes submit,read")
+        shell.type("export DARKROOM_API_KEY=dk_…")
+        shell.type("darkroom serve")
+        shell.run(DOCS / "editing.md")
+        assert len(list((tmp_path / "images").iterdir())) == 1
+        assert '"media_type":"image/png"' in shell.output
 
 
 def test_a_backup_is_made_and_restored_as_the_page_says(tmp_path: Path, upstream: str) -> None:

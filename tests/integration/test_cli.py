@@ -24,6 +24,7 @@ import typer
 
 from service import VERSION, cli
 from tests.environment import clean_environment
+from tests.inputs import photo
 from tests.processes import ADMIN_KEY, Running, darkroom, sandbox, service_settings, started
 
 TASK = r"task_[a-z2-7]{26}"
@@ -52,6 +53,7 @@ COMMANDS = [
     *(["deliveries", word] for word in ("list", "get", "retry")),
     *(["replay", word] for word in ("start", "get", "cancel")),
     *(["budgets", word] for word in ("list", "set", "clear")),
+    *(["files", word] for word in ("upload", "list", "get", "delete")),
     *(["keys", word] for word in ("create", "list", "revoke", "rotate-secret")),
 ]
 
@@ -293,6 +295,33 @@ def test_submit_prints_the_id_and_waits_if_asked(run: Run, client: Mapping[str, 
         "wan2.5-image-to-image",
         ["https://example.com/a.png"],
     )
+
+
+def test_files_are_uploaded_and_edited(run: Run, client: Mapping[str, str], tmp_path: Path) -> None:
+    """`files upload PATH…` prints ids, and `--image` takes a path, an id, a link or a result."""
+    paths = [tmp_path / "a.png", tmp_path / "b.jpg", tmp_path / "small.png"]
+    for path, content in zip(paths, (photo(), photo("JPEG"), photo(size=(9, 9))), strict=True):
+        path.write_bytes(content)
+    ids = run("files", "upload", str(paths[0]), str(paths[1]), **client).out.splitlines()
+    assert all(re.fullmatch("file_[a-z2-7]{26}", id) for id in ids)
+    given = [str(paths[0]), ids[1], "https://example.com/a.png"]
+    images = [word for each in given for word in ("--image", each)]
+    task = run("submit", "a gull", *images, "--wait", "--json", **client).json
+    assert [each["id"] is None for each in task["inputs"]] == [False, False, True]
+    assert task["inputs"][1]["id"] == ids[1]
+    result = task["images"][0]["id"]
+    again = run("submit", "at night", "--image", result, "--wait", "--json", **client).json
+    assert again["inputs"][0]["id"] == result
+    refusal = run("files", "upload", str(paths[2]), **client)
+    assert (refusal.code, refusal.out) == (1, "")
+    assert all(word in one_line(refusal) for word in ("small.png", "384 to 5000", "9x9"))
+    assert run("files", "delete", ids[0], "--json", **client).json == {
+        "id": ids[0],
+        "deleted": True,
+    }
+    assert run("files", "get", ids[0], **client).code == 1
+    listed = run("files", "list", "--json", **client).json["data"]
+    assert ids[1] in [file["id"] for file in listed]
 
 
 def test_submit_saves_the_images(run: Run, client: Mapping[str, str], tmp_path: Path) -> None:

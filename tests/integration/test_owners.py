@@ -134,6 +134,8 @@ async def parameters(
     return {
         "task_id": (*ours, *theirs),
         "flatten": (),
+        "page": (),
+        "pageSize": (),
         "file_id": ((got(await upload(ann, photo()), 201)["id"], f"file_{NOTHING}"),),
         "endpoint_id": tuple((endpoint["id"], f"ep_{NOTHING}") for endpoint in endpoints),
         "delivery_id": tuple((delivery["id"], f"dlv_{NOTHING}") for delivery in deliveries[:2]),
@@ -196,6 +198,7 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
             ("POST", "/v1/endpoints/{endpoint_id}/rotate"): (({"overlap_s": 0},) * 2,),
             ("POST", "/v1/endpoints/{endpoint_id}/replay"): (({"dry_run": True},) * 2,),
             ("POST", "/v1/files"): (),
+            ("POST", "/api/v1/files/upload/stream"): (),
             ("POST", "/v1/keys/rotate-secret"): (({"owner": "ann"}, {"owner": "nobody"}),),
         }
         told = ("ann", "ann's prompt", "ann-key", replay, *ids_of(before))

@@ -40,10 +40,13 @@ async def kept_part(request: Request, *, flatten: bool = False) -> FileRow:
         async with asyncio.timeout(UPLOAD_S) as timer, aclosing(bounded(request, timer)) as chunks:
             form = MultipartForm(request.headers.get("content-type", ""), chunks)
             async with aclosing(form.parts()) as parts:
+                name = None
                 async for part in parts:
                     if part.name == "file":
-                        content = part.content
-                        return await files.keep(owner, part.filename, content, flatten=flatten)
+                        name, body = name or part.filename, part.content
+                        return await files.keep(owner, name, body, flatten=flatten)
+                    if part.name == "fileName":  # as the upstream's clients send it
+                        name = b"".join([piece async for piece in part.content]).decode()
     except (TimeoutError, ClientDisconnect):
         message = f"the body was not complete after {UPLOAD_S:g} s"
         raise ApiError(408, "timeout", message) from None

@@ -13,11 +13,12 @@ from starlette.types import Scope
 from structlog.contextvars import bind_contextvars
 
 from service.errors import ApiError, invalid_request
-from service.web import catalogue_schemas, file_schemas, money_schemas, schemas
+from service.web import catalogue_schemas, money_schemas, schemas
 from service.web.asyncapi import document as asyncapi_document
 from service.web.bodies import check_coding
 from service.web.context import context_of
 from service.web.event_schemas import EventPage
+from service.web.file_schemas import File, FileList, Upload
 from service.web.openapi import document as openapi_document
 from service.web.published import Published
 from service.web.routes import admin_routes as admin
@@ -32,6 +33,7 @@ from service.web.routes import key_routes as keys
 from service.web.routes import money_routes as money
 from service.web.routes import replay_routes as replays
 from service.web.routes import task_routes as tasks
+from service.web.routes import upstream_file_routes as theirs
 from service.web.routes import upstream_routes as upstream
 from service.web.routes.callback_route import CallbackRoute
 from service.web.shares import holder_of
@@ -193,18 +195,17 @@ SPECS = (
     ),
     spec(f"GET /v1/keys?{PAGE}", keys.listed, "admin", schemas.KeyList),
     spec("DELETE /v1/keys/{key_id}", keys.revoke, "admin"),
-    spec(
-        "POST /v1/files?flatten",
-        files.upload,
-        "submit",
-        file_schemas.File,
-        file_schemas.Upload,
-        status=201,
-    ),
-    spec(f"GET /v1/files?{PAGE}", files.files, "submit read", file_schemas.FileList),
-    spec("GET /v1/files/{file_id}", files.file, "submit read", file_schemas.File),
+    spec("POST /v1/files?flatten", files.upload, "submit", File, Upload, 201),
+    spec(f"GET /v1/files?{PAGE}", files.files, "submit read", FileList),
+    spec("GET /v1/files/{file_id}", files.file, "submit read", File),
     spec("GET /v1/files/{file_id}/content", files.content, "submit read"),
     spec("DELETE /v1/files/{file_id}", files.delete, "submit"),
+    spec("POST /api/v1/files/upload/stream", theirs.stream, "submit", body=Upload),
+    spec("POST /api/v1/files/upload/base64", theirs.base64, "submit"),
+    spec("POST /api/v1/files/upload/url", theirs.url, "submit"),
+    spec("GET /api/v1/files/list?page&pageSize", theirs.listed, "submit read"),
+    spec("GET /api/v1/files/quota", theirs.quota, "submit read"),
+    spec("DELETE /api/v1/files/{file_id}", theirs.delete, "submit", status=200),
     spec("GET /images/{image_id}", images.image, ""),
     spec("GET /healthz", health.healthz, "", schemas.Health),
     spec("GET /readyz", health.readyz, "", schemas.Readiness),

@@ -1,0 +1,35 @@
+"""`darkroom files`: uploads input images, and lists, shows and erases them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service.cli.api_client import ApiClient, api_client
+from service.cli.output import Json, option, put, put_json
+from service.strict_json import JSON
+
+
+def upload_files(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH", exists=True, dir_okay=False, readable=True)
+    ],
+    flatten: Annotated[
+        bool, option("Put an image with an alpha channel on white.", "--flatten")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload input images. Prints the id of each."""
+    with api_client() as client:
+        for path in paths:
+            file = upload(client, path, flatten=flatten)
+            if as_json:
+                put_json(file)
+            else:
+                put(file["id"])
+
+
+def upload(client: ApiClient, path: Path, *, flatten: bool = False) -> JSON:
+    """The stored file. CommandFailed names the path."""
+    params = {"flatten": "white"} if flatten else None
+    return client.upload("/v1/files", path, params=params)

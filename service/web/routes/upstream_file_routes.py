@@ -1,0 +1,163 @@
+"""The upstream's own file API on our files, so that its clients upload when only their base URL
+changes. Answers and refusals have the upstream's shape.
+"""
+
+import binascii
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from sqlalchemy import Connection, func, select
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service.db.file_tables import files
+from service.errors import ApiError, EgressError
+from service.ids import rfc3339
+from service.images.input_check import MAX_BYTES
+from service.links import data_of, is_data
+from service.strict_json import JSON
+from service.tasks.files import FileRow, file_rows, select_files
+from service.web.auth import caller_of
+from service.web.bodies import parsed, read_body, read_json
+from service.web.context import context_of, resources_of
+from service.web.routes.file_routes import kept_part
+
+MAX_JSON = 16 << 20  # bytes: a file of 10 MB in base64
+FETCH_S = 30.0
+PAGE_SIZE, MAX_PAGE_SIZE = 20, 100
+TOO_LARGE, WRONG_FILE, NOT_FETCHED = 40001, 40002, 40004
+
+
+async def stream(request: Request) -> Response:
+    """Upload an input image, as the upstream's clients do."""
+    return await _answered(request, kept_part)
+
+
+async def base64(request: Request) -> Response:
+    """Upload an input image in base64, as the upstream's clients do."""
+
+    async def keep(request: Request) -> FileRow:
+        body = await parsed(await read_body(request, MAX_JSON))
+        data = _text(body, "base64_data").strip()
+        try:
+            content = data_of(data if is_data(data) else f"data:;base64,{data}")
+        except (ValueError, binascii.Error):
+            raise ApiError(400, "invalid_parameter", "base64_data is not base64") from None
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield content
+
+        owner, name = caller_of(request).owner, body.get("file_name")
+        name = name if isinstance(name, str) else None
+        return await context_of(request).files.keep(owner, name, chunks(), param="base64_data")
+
+    return await _answered(request, keep)
+
+
+async def url(request: Request) -> Response:
+    """Upload an input image from a public link, as the upstream's clients do."""
+    return await _answered(request, _keep_fetched)
+
+
+async def _keep_fetched(request: Request) -> FileRow:
+    body = await read_json(request)
+    link, name = _text(body, "file_url"), body.get("file_name")
+    name = name if isinstance(name, str) and name else link.partition("?")[0]
+    egress, owner = resources_of(request).inputs, caller_of(request).owner
+    try:
+        async with egress.stream("GET", link, timeout=FETCH_S) as answer:
+            if answer.status != 200:
+                raise not_fetched(f"it answered {answer.status}")
+            keep = context_of(request).files.keep
+            return await keep(owner, name, answer.chunks(), param="file_url")
+    except EgressError as error:
+        raise not_fetched(str(error)) from None
+
+
+def not_fetched(reason: str) -> ApiError:
+    message = f"file_url cannot be fetched: {reason}"
+    return ApiError(400, "not_fetched", message, param="file_url")
+
+
+async def _answered(request: Request, keep: Callable[[Request], Awaitable[FileRow]]) -> Response:
+    try:
+        return success(shown(request, await keep(request)))
+    except ApiError as error:
+        if error.status >= 500 or error.status == 408:
+            raise
+        codes = {"file_too_large": TOO_LARGE, "not_fetched": NOT_FETCHED}
+        code = codes.get(error.code, WRONG_FILE if error.param else error.status)
+        document = {"success": False, "code": code, "msg": error.message, "data": None}
+        return JSONResponse(document, error.status)
+
+
+async def listed(request: Request) -> Response:
+    """List input images, as the upstream's clients do."""
+    number, size = _number(request, "page", 1, 10**6), _number(request, "pageSize", PAGE_SIZE)
+    owner, now = caller_of(request).owner, resources_of(request).store.clock()
+
+    def read(connection: Connection) -> tuple[int, list[FileRow]]:
+        mine = select_files(now).where(files.c.owner == owner)
+        total = connection.scalar(select(func.count()).select_from(mine.subquery())) or 0
+        mine = mine.order_by(files.c.created_at.desc(), files.c.id.desc())
+        return total, file_rows(connection, mine.limit(size).offset((number - 1) * size))
+
+    total, rows = await resources_of(request).store.read(read)
+    data = {"files": [shown(request, row) for row in rows], "total": total}
+    return success({**data, "page": number, "pageSize": size})
+
+
+async def quota(request: Request) -> Response:
+    """Show the number of input images, as the upstream's clients do. It has no limit here."""
+    owner, now = caller_of(request).owner, resources_of(request).store.clock()
+
+    def read(connection: Connection) -> int:
+        mine = select_files(now).where(files.c.owner == owner).subquery()
+        return connection.scalar(select(func.count()).select_from(mine)) or 0
+
+    used = await resources_of(request).store.read(read)
+    left = {"max_files": None, "remaining_files": None, "max_file_size": MAX_BYTES}
+    return success({"total_files": used, "used_files": used, **left})
+
+
+async def delete(request: Request) -> Response:
+    """Erase an input image, as the upstream's clients do."""
+    file_id = request.path_params["file_id"]
+    if await context_of(request).files.erase(file_id, caller_of(request).sees):
+        return success({"file_id": file_id})
+    document = {"success": False, "code": 404, "msg": "no file of yours has that id", "data": None}
+    return JSONResponse(document, 404)
+
+
+def shown(request: Request, row: FileRow) -> JSON:
+    link = f"{resources_of(request).links.base_url}/v1/files/{row.id}/content"
+    return {
+        "file_id": row.id,
+        "file_name": row.filename,
+        "original_name": row.filename,
+        "file_size": row.bytes,
+        "mime_type": row.media_type,
+        "upload_path": "",
+        "file_url": link,
+        "download_url": link,
+        "upload_time": rfc3339(row.created_at),
+        "expires_at": rfc3339(row.expires_at),
+    }
+
+
+def success(data: JSON) -> Response:
+    return JSONResponse({"success": True, "code": 200, "msg": "success", "data": data})
+
+
+def _text(body: JSON, name: str) -> str:
+    value = body.get(name)
+    if not isinstance(value, str) or not value:
+        raise ApiError(400, "invalid_parameter", f"{name} is required: text", param=name)
+    return value
+
+
+def _number(request: Request, name: str, default: int, most: int = MAX_PAGE_SIZE) -> int:
+    text = request.query_params.get(name, str(default))
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= most:
+        message = f"{name} must be a whole number from 1 to {most}"
+        raise ApiError(400, "invalid_request", message, param=name)
+    return int(text)
