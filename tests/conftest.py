@@ -25,6 +25,7 @@ HEAVY = {
     "bench",
     "durability",
     "consumers",
+    "attack",
 }  # folders with tests that start processes
 LONG = {*HEAVY, "property"}  # folders with few and long tests
 SERVERS = ("postgres", "s3", "brokers")  # prefixes of fixtures and parameters
