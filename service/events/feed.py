@@ -37,7 +37,7 @@ class Entry:
 size_of = attrgetter("size")
 
 
-class EventPage(NamedTuple):
+class EntryPage(NamedTuple):
     """Events after a place. `last`: the last place that was examined. `forgotten`: the last place
     that retention has deleted, or 0. `full`: there may be more.
     """
@@ -57,7 +57,7 @@ def event_list(
     types: Sequence[str] = (),
     task_id: str | None = None,
     most: int = PAGE_BYTES,
-) -> EventPage:
+) -> EntryPage:
     """Events after a place, in sequence: at most `limit`, and at most `most` bytes, unless the
     first one alone has more.
 
@@ -79,7 +79,7 @@ def event_list(
     entries, cut = that_fit(found, size_of, most)
     full = cut or len(entries) == limit
     place = entries[-1].sequence if full else max(last, after)
-    return EventPage(entries, place, _forgotten(connection), full)
+    return EntryPage(entries, place, _forgotten(connection), full)
 
 
 def _entry(row: Row, links: Links) -> Entry:

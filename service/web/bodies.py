@@ -21,9 +21,9 @@ from service.errors import ApiError, invalid_request
 from service.strict_json import JSON, LARGE, check_text, compact_json, off_loop, read_object
 from service.web.auth import caller_of
 from service.web.context import context_of, resources_of
+from service.web.key_shares import address_of, holder_of
 from service.web.page_answer import page_answer
 from service.web.schemas import OWNER
-from service.web.shares import address_of, holder_of
 
 Model = TypeVar("Model", bound=BaseModel)
 Item = TypeVar("Item")

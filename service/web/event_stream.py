@@ -15,7 +15,7 @@ from service.events.tail import Gone, StreamFilter, Tail
 from service.ids import sequence_text
 from service.web.auth import caller_of
 from service.web.context import context_of
-from service.web.shares import HoldingResponse
+from service.web.key_shares import HoldingResponse
 
 CHECK_S, COMMENT_S = 1.5, 15.0  # CHECK_S: interval of the checks that the key is still valid
 RETRY_MS = 1000  # before a reader reconnects

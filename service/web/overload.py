@@ -16,7 +16,7 @@ import structlog
 
 from service.errors import ApiError
 from service.ops.metrics import Metrics
-from service.web.shares import BodyShares, Shares
+from service.web.key_shares import BodyShares, Shares
 
 log = structlog.get_logger()
 

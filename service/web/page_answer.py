@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from service.web.auth import caller_of
 from service.web.context import context_of
-from service.web.shares import HoldingResponse
+from service.web.key_shares import HoldingResponse
 
 PIECE = 64 << 10  # bytes
 

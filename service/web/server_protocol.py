@@ -12,8 +12,8 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from service.web.key_shares import SLOW_S, address_of
 from service.web.overload import PriorityGate
-from service.web.shares import SLOW_S, address_of
 
 MAX_HEAD = 64 * 1024  # bytes, plus the rest of one read, at most 256 KiB
 HEAD_S = 10.0

@@ -18,10 +18,10 @@ from starlette.routing import Route
 from service.errors import ApiError
 from service.events import feed
 from service.ops.metrics import Metrics
-from service.web import overload, server, server_protocol, shares
+from service.web import key_shares, overload, server, server_protocol
+from service.web.key_shares import Shares, address_of
 from service.web.overload import LoadShedder, PriorityGate
 from service.web.server import Server, bind, listening
-from service.web.shares import Shares, address_of
 from tests.api import ASYNC, SUBMIT, got, order, refused, submitted
 from tests.callbacks import connected
 from tests.waiting import wait_until
@@ -90,8 +90,8 @@ async def test_slow_bodies_of_one_key_leave_room_for_all_others(
     async with still.owner() as attacker, still.owner() as other, AsyncExitStack() as stack:
         request = head(attacker, method, path, *lines) + begin
         made = await stack.enter_async_context(many(still.url, 120, request))
-        await wait_until(lambda: len(still.context.shedder.bodies) == shares.BODIES_OF_KEY)
-        refusals = [reader for reader, _ in made[shares.BODIES_OF_KEY :]]
+        await wait_until(lambda: len(still.context.shedder.bodies) == key_shares.BODIES_OF_KEY)
+        refusals = [reader for reader, _ in made[key_shares.BODIES_OF_KEY :]]
         assert {await status(reader) for reader in refusals} == {429}
         for _ in range(10):
             await submitted(other)
@@ -104,8 +104,8 @@ async def test_the_slowest_body_is_ended_for_a_new_one(
     still: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The oldest gets 408. The new one is read, and the others go on."""
-    monkeypatch.setattr(shares, "SLOW_S", 0.0)
-    monkeypatch.setattr(shares, "BODIES_OF_KEY", 3)
+    monkeypatch.setattr(key_shares, "SLOW_S", 0.0)
+    monkeypatch.setattr(key_shares, "BODIES_OF_KEY", 3)
     body = json.dumps(order()).encode()
     async with still.owner() as client, AsyncExitStack() as stack:
         lines = (f"content-length: {len(body)}", "prefer: respond-async")
@@ -127,7 +127,7 @@ async def test_an_address_and_the_process_have_a_limit_of_bodies_too(
     """At the limit, a key with few of them still gets its body read: the oldest one of the key that
     has the most ends. That key itself gets 429, or 503 from the process.
     """
-    monkeypatch.setattr(shares, limit, 4)
+    monkeypatch.setattr(key_shares, limit, 4)
     bodies = still.context.shedder.bodies
     async with still.owner() as greedy, still.owner() as other, AsyncExitStack() as stack:
         requests = [head(client, "POST", SUBMIT, *LENGTH) + b"{" for client in (greedy, other)]

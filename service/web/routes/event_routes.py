@@ -15,9 +15,9 @@ from service.web.auth import caller_of
 from service.web.bodies import query_limit, query_seconds, query_text
 from service.web.context import context_of
 from service.web.event_stream import stream
+from service.web.key_shares import holder_of
 from service.web.page_answer import page_answer
 from service.web.schemas import known_pattern
-from service.web.shares import holder_of
 
 log = structlog.get_logger()
 

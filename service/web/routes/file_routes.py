@@ -15,8 +15,8 @@ from service.tasks.files import FileRow, file_document, file_list, stored_file
 from service.web.auth import caller_of
 from service.web.bodies import Position, page, query_text, reader_of
 from service.web.context import context_of, resources_of
+from service.web.key_shares import holder_of
 from service.web.routes.image_routes import HEADERS
-from service.web.shares import holder_of
 
 UPLOAD_S = 120.0
 MAX_UPLOAD = 12 << 20  # bytes of the whole body: a file of 10 MB, and what is around it

@@ -19,6 +19,7 @@ from service.web.bodies import check_coding
 from service.web.context import context_of
 from service.web.event_schemas import EventPage
 from service.web.file_schemas import File, FileList, Upload
+from service.web.key_shares import holder_of
 from service.web.openapi import document as openapi_document
 from service.web.published import Published
 from service.web.routes import admin_routes as admin
@@ -36,7 +37,6 @@ from service.web.routes import task_routes as tasks
 from service.web.routes import upstream_file_routes as theirs
 from service.web.routes import upstream_routes as upstream
 from service.web.routes.callback_route import CallbackRoute
-from service.web.shares import holder_of
 
 Handler = Callable[[Request], Awaitable[Response]]
 Model = type[BaseModel]

@@ -24,8 +24,8 @@ from service.web.auth import caller_of
 from service.web.bodies import MAX_BODY, Position, page, parsed, query_text, read_body
 from service.web.context import context_of, resources_of
 from service.web.error_responses import error_response
+from service.web.key_shares import holder_of
 from service.web.routes import upstream_routes
-from service.web.shares import holder_of
 
 FIRST_OUTCOME_S = 10.0
 MAX_SUBMISSION = 32 << 20  # bytes with `data:` URLs: two images of 10 MB in base64
