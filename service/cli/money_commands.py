@@ -1,13 +1,16 @@
-"""`darkroom usage`."""
+"""`darkroom usage`, and the cost of a submission."""
 
+import sys
 from typing import Annotated, Any
 
 import typer
 
-from service.cli.api_client import api_client
-from service.cli.output import Json, Text, option, put_json, put_table
+from service.cli.api_client import ApiClient, CommandFailed, api_client
+from service.cli.output import Json, Text, option, put_json, put_table, remark
 from service.cli.verb import named
+from service.errors import EgressError
 from service.strict_json import JSON
+from service.tasks.state import TERMINAL
 
 COLUMNS = ("tasks", "images_requested", "images", "estimated", "reserved", "used", "refunded")
 GROUPS = ("day", "model", "owner", "task")
@@ -31,3 +34,29 @@ def usage(
         return
     rows: list[JSON] = [row | {by: row["key"]} for row in report["data"]]
     put_table([*rows, report["totals"] | {by: "total"}], by, *COLUMNS)
+
+
+def estimated(client: ApiClient, order: JSON) -> str | None:
+    """The estimate of a submission in words, printed at once on a terminal. None: unknown. The
+    submission itself reports what is wrong with it.
+    """
+    try:
+        cost = client.call("POST", "/v1/estimates", body=order)
+    except (CommandFailed, EgressError):
+        return None
+    text = None if cost["credits"] is None else f"estimate: {cost['credits']} {cost['unit']}"
+    remark(text or "estimate: unknown")
+    return text
+
+
+def say_cost(task: JSON, estimate: str | None) -> None:
+    """Prints what a task cost, or what is reserved for it, on standard error. Without a terminal
+    the estimate too, and nothing for a task that failed: a failure is one line there.
+    """
+    used, reserved = task["usage"]["credits_used"], task["usage"]["credits_reserved"]
+    cost = f"reserved: {reserved} credits" if used is None else f"cost: {used} credits"
+    cost = "" if used is None and reserved is None else cost
+    if sys.stderr.isatty():
+        remark(cost)
+    elif task["state"] not in TERMINAL or task["state"] == "completed":
+        sys.stderr.write("".join(f"{line}\n" for line in (estimate, cost) if line))

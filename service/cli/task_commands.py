@@ -22,6 +22,7 @@ from service.cli.api_client import (
     segment,
 )
 from service.cli.file_commands import upload
+from service.cli.money_commands import estimated, say_cost
 from service.cli.output import (
     Json,
     Text,
@@ -90,10 +91,11 @@ def submit(
             "callback_url": callback_url,
         }
     )
-    task, files = submitted(order, idempotency_key or secrets.token_hex(16), wait, out)
+    task, files, estimate = submitted(order, idempotency_key or secrets.token_hex(16), wait, out)
     lines = [task["id"]] if not wait else task["results"]
     if files is not None:
         task, lines = {**task, "files": files}, files
+    say_cost(task, estimate)
     put_result(task, as_json, *lines)
     if task["state"] in TERMINAL and task["state"] != "completed":
         error = task["error"] or {}
@@ -124,17 +126,23 @@ def path_of(text: str) -> Path | None:
     return path
 
 
-def submitted(order: JSON, key: str, wait: bool, out: Path | None) -> tuple[JSON, list[str] | None]:
-    """The task, terminal if asked for, and the files of its images if they have a folder."""
+def submitted(
+    order: JSON, key: str, wait: bool, out: Path | None
+) -> tuple[JSON, list[str] | None, str | None]:
+    """The task, terminal if asked for, the files of its images if they have a folder, and the
+    estimate.
+    """
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     with api_client() as client:
+        estimate = estimated(client, order)
         task = post(client, order, key)
         if wait or out is not None:
             task = wait_for_end(client, order, key, task)
         if out is None:
-            return task, None
-        return task, [str(save(client, image, task["id"], out)) for image in task["images"]]
+            return task, None, estimate
+        files = [str(save(client, image, task["id"], out)) for image in task["images"]]
+        return task, files, estimate
 
 
 def post(client: ApiClient, order: JSON, key: str, wait_s: int | None = None) -> JSON:

@@ -60,6 +60,7 @@ def test_a_short_chaos_run_loses_and_doubles_nothing(store: str, tmp_path: Path)
         "0",
         "0",
     )
+    assert rows["ledger equals the upstream's record"].strip() == "yes"
     assert not list(tmp_path.iterdir()), "what went well leaves nothing"
 
 
@@ -120,6 +121,8 @@ def world() -> Seen:
         },
         posts=[("1", "task_1", 429), ("1", "task_1", 200), ("2", "task_2", None)],
         pictures={"task_1": (["sum"], ["sum"])},
+        ledger={"task_1": 1_500_000},
+        charged={"task_1": 1_500_000, "task_2": 1_500_000},
     )
 
 
@@ -193,6 +196,14 @@ def two_tasks(seen: Seen) -> None:
     seen.tasks.append(seen.tasks[0] | {"id": "task_3"})
 
 
+def uncharged(seen: Seen) -> None:
+    del seen.ledger["task_1"]
+
+
+def overcharged(seen: Seen) -> None:
+    seen.ledger["task_1"] += 1
+
+
 @pytest.mark.parametrize(
     ("damage", "kind"),
     [
@@ -211,6 +222,7 @@ def two_tasks(seen: Seen) -> None:
             )
         ),
         *((damage, "doubled") for damage in (second_end, second_delivery)),
+        *((damage, "unequal") for damage in (uncharged, overcharged)),
         *((damage, "twice") for damage in (sent_again, made_again, two_tasks)),
     ],
 )

@@ -274,7 +274,7 @@ def test_submit_prints_the_id_and_waits_if_asked(run: Run, client: Mapping[str, 
     """
     id = run("submit", "a lighthouse", **client)
     assert re.fullmatch(TASK + "\n", id.out)
-    assert id.err == ""
+    assert id.err.splitlines()[0] == "estimate: 2 credits"
     links = run(
         "submit", "灯塔", "--n", "2", "--size", "768x768", "--wait", **client
     ).out.splitlines()
@@ -768,7 +768,8 @@ def test_the_commands_of_the_page_about_money(run: Run, client: Mapping[str, str
     words = "keys create --owner shop --scopes submit,read --budget 50/day"
     key = run(*words.split(), "--json", **client).json["key"]
     own = dict(client) | {"DARKROOM_API_KEY": key}
-    assert run("submit", "a lighthouse", "--wait", **own).code == 0
+    done = run("submit", "a lighthouse", "--wait", **own)
+    assert done.err.splitlines() == ["estimate: 2 credits", "cost: 1.5 credits"]
     head, row = run("budgets", "list", **own).out.splitlines()
     assert head.split() == ["owner", "period", "limit", "spent", "reserved", "left"]
     assert row.split() == ["shop", "day", "50", "1.5", "0", "48.5"]

@@ -64,6 +64,7 @@ def create_sandbox(options: SandboxOptions, clock: Callable[[], float] = time.ti
             Route("/files/{task_id}/{name}", sandbox.file),
             Route("/moved/{task_id}/{name}", sandbox.file),
             Route("/sandbox/tasks", sandbox.tasks),
+            Route("/sandbox/charges", sandbox.charges),
         ],
         exception_handlers={ApiError: refused, HTTPException: refused},
         lifespan=sandbox.lifespan,
@@ -126,7 +127,8 @@ class Sandbox:
         """`GET /v1/tasks/{id}`: the task as it is now."""
         self._authorise(request)
         task = self.ledger.find(request.path_params["task_id"])
-        answer, counted = json_answer(200, document(task)), count(task, request)
+        shown, counted = document(task, self.ledger.clock()), count(task, request)
+        answer = json_answer(200, shown)
         if counted.before < task.faults.get("query_times", math.inf):
             answer = applied("query", task.faults, counted, answer)
         return AnswerResponse(answer)
@@ -161,8 +163,13 @@ class Sandbox:
 
         return AnswerResponse(await asyncio.to_thread(drawn_file))
 
+    async def charges(self, request: Request) -> Response:
+        """`GET /sandbox/charges`: what every task cost. The upstream has no such path."""
+        self._authorise(request)
+        return AnswerResponse(json_answer(200, {"data": self.ledger.charges()}))
+
     async def tasks(self, request: Request) -> Response:
-        """`GET /sandbox/tasks`: every task with its callbacks. The upstream has no such path."""
+        """`GET /sandbox/tasks`: every task with its callbacks. No path of the upstream."""
         self._authorise(request)
         data = [
             document(task)

@@ -116,6 +116,9 @@ FAULTS: Mapping[str, InjectedFault] = {
         one_of("absent", otherwise=CREDITS),
         document=billed,
     ),
+    "reserved": InjectedFault("credits that the upstream reserves for the task", CREDITS),
+    "refund": InjectedFault("credits that queries of a completed task say are given back", CREDITS),
+    "refund_after": InjectedFault("seconds from the end of a task to its refund", SECONDS),
     "submit_status": InjectedFault(
         "the submission is refused and nothing is created", PAGE, refuse=ErrorPage.answer
     ),

@@ -56,12 +56,23 @@ class SandboxTask:
 
     @property
     def reserved(self) -> Decimal:
+        if "reserved" in self.faults:
+            return Decimal(str(self.faults["reserved"]))
         return self.price * (self.order.n if self.order.per == "image" else 1)
 
     @property
     def used(self) -> Decimal:
         """The cost by the images made, or of the request if it made some."""
+        if self.status is Status.COMPLETED and self.faults.get("usage", "absent") != "absent":
+            return Decimal(str(self.faults["usage"]))
         return self.price * (self.end.images if self.order.per == "image" else self.end.images > 0)
+
+    def refunded(self, now: float) -> Decimal:
+        """What was given back so far. A task that is charged nothing has no refund."""
+        late = self.faults.get("refund_after", 0)
+        if self.ended is None or now < self.ended + late:
+            return Decimal(0)
+        return min(Decimal(str(self.faults.get("refund", 0))), self.used)
 
     def record(self, attempt: CallbackAttempt) -> None:
         self.attempts.append(attempt)
@@ -82,6 +93,7 @@ class Ledger:
         self._seed = Random().getrandbits(64) if options.seed is None else options.seed
         self._alike: Counter[str] = Counter()
         self._seeds: dict[str, str] = {}
+        self._charged: list[SandboxTask] = []
         self._tasks: dict[str, SandboxTask] = {}
         self._keys: dict[str, SandboxTask] = {}
 
@@ -89,6 +101,24 @@ class Ledger:
         """The tasks, oldest first."""
         self._forget()
         return list(self._tasks.values())
+
+    def charges(self) -> list[JSON]:
+        """The record of charges: every task that was ever created, oldest first. `reserved` is what
+        is reserved now.
+        """
+        now = self.clock()
+        return [
+            {
+                "id": task.id,
+                "idempotency_key": task.key,
+                "model": task.order.model,
+                "credits_reserved": number(task.reserved),
+                "reserved": number(Decimal(0) if task.ended else task.reserved),
+                "used": number(task.used if task.ended else Decimal(0)),
+                "refunded": number(task.refunded(now)),
+            }
+            for task in self._charged
+        ]
 
     def find(self, task_id: str) -> SandboxTask:
         self._forget()
@@ -137,6 +167,7 @@ class Ledger:
             )
         self.credits -= task.reserved
         self._tasks[task_id] = task
+        self._charged.append(task)
         if key is not None:
             self._keys[key] = task
         return task
@@ -191,12 +222,15 @@ def submitted(task: SandboxTask, delay: float) -> JSON:
     )
 
 
-def document(task: SandboxTask) -> JSON:
-    """The task in a query and in a callback."""
+def document(task: SandboxTask, now: float = 0) -> JSON:
+    """The task in a query and in a callback. `now`: the time of a query, which has refunds."""
     fields: JSON = {"status": task.status.value, "task_info": {"can_cancel": task.ended is None}}
     match task.status:
         case Status.COMPLETED:
             usage = USAGE | {"credits_used": number(task.used)}
+            if back := task.refunded(now):
+                fields["billing"] = {"charge_status": "charged", "refund_status": "refunded"}
+                fields["billing"]["refunded_credits"] = number(back)
             return documented(task, progress=100, **fields, results=links(task), usage=usage)
         case Status.FAILED:
             return documented(task, progress=0, **fields, error=task.end.error)

@@ -58,6 +58,7 @@ async def run(store: str, scale: Scale, seed: int, folder: Path, database: str =
             if member.ends
         ]
         kinds = {"lost": verdict.lost, "doubled": verdict.doubled, "submitted twice": verdict.twice}
+        kinds["cost"] = verdict.unequal
         broken = [
             f"{kind}: {name}: {about}"
             for kind, found in kinds.items()
@@ -81,6 +82,9 @@ def column(figures: Mapping[str, int], verdict: Verdict, took: float, seed: int)
         "**lost**": str(len(verdict.lost)),
         "**doubled terminal events**": str(len(verdict.doubled)),
         "**submitted twice**": str(len(verdict.twice)),
+        "**ledger equals the upstream's record**": (
+            f"no: {len(verdict.unequal)} tasks differ" if verdict.unequal else "yes"
+        ),
         "callbacks refused, and sent again": str(verdict.refused),
         "uncertain: proof never reached us": (
             f"{verdict.uncertain}, of which nothing was made: {verdict.unmade}"

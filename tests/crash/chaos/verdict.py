@@ -37,6 +37,8 @@ class Seen:
     made: dict[str, list[JSON]]  # the upstream's tasks by idempotency key
     posts: list[tuple[str, str, int | None]]
     pictures: dict[str, tuple[list[str], list[str]]]
+    ledger: dict[str, int]  # the sum of each task's cost, in millionths
+    charged: dict[str, int]  # the same in the upstream's record, by idempotency key
 
 
 @dataclass(slots=True)
@@ -50,6 +52,7 @@ class Verdict:
     lost: dict[str, str] = field(default_factory=dict)
     doubled: dict[str, str] = field(default_factory=dict)
     twice: dict[str, str] = field(default_factory=dict)
+    unequal: dict[str, str] = field(default_factory=dict)  # costs
     uncertain: int = 0
     unmade: int = 0
     refused: int = 0
@@ -67,6 +70,10 @@ async def seen(storm: Storm) -> Seen:
     ) as upstream:
         for source in (await upstream.get("/sandbox/tasks")).raise_for_status().json()["data"]:
             made[source["idempotency_key"]].append(source)
+        charged: Counter[str] = Counter()
+        for row in (await upstream.get("/sandbox/charges")).raise_for_status().json()["data"]:
+            charged[row["idempotency_key"]] += millionths_of(row["used"])
+            charged[row["idempotency_key"]] -= millionths_of(row["refunded"])
         posts = (await upstream.get(POSTS)).raise_for_status().json()
         places = asyncio.Semaphore(FETCHES)
 
@@ -87,9 +94,26 @@ async def seen(storm: Storm) -> Seen:
         event = json.loads(request.body)
         received.add((request.headers["webhook-id"], event["type"], event["subject"]))
     pictures = {task["id"]: pair for task, pair in zip(completed, pairs, strict=True)}
+    ledger: Counter[str] = Counter()
+    for entry in await everything(storm, "/v1/ledger", "after", "next_cursor"):
+        if entry["kind"] in ("charge", "refund", "adjust"):
+            ledger[entry["task_id"]] += millionths_of(entry["credits"])
+    calls = [(*post,) for post in posts]
     return Seen(
-        storm.accepted, tasks, events, received, dict(made), [(*post,) for post in posts], pictures
+        storm.accepted,
+        tasks,
+        events,
+        received,
+        dict(made),
+        calls,
+        pictures,
+        dict(ledger),
+        dict(charged),
     )
+
+
+def millionths_of(credits: float) -> int:
+    return round(credits * 1_000_000)
 
 
 def named(source: JSON) -> list[str]:
@@ -158,6 +182,9 @@ def judge(seen: Seen) -> Verdict:
         verdict.refused += len(calls) - len(taken)
         if taken and ends[name] and (wait := seconds(ends[name][0]["time"]) - min(taken)) >= 0:
             verdict.waits.append(wait)
+        ours, theirs = seen.ledger.get(name, 0), seen.charged.get(name, 0)
+        if ours != theirs and not is_uncertain(task):  # nothing told the service about that task
+            verdict.unequal[name] = f"the ledger has {ours}, the upstream {theirs} millionths"
     verdict.twice = paid_twice(seen)
     return verdict
 
