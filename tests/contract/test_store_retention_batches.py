@@ -114,6 +114,7 @@ async def test_a_pass_removes_all_rows_of_an_old_task(subject: Subject) -> None:
         "deliveries": 20,
         "tasks": 1,
         "images": 0,
+        "files": 0,
     }
     assert store.count >= 20 // expiry.DELIVERIES
     assert set((await subject.store.read(row_counts)).values()) == {0}

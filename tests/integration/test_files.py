@@ -3,12 +3,19 @@
 import asyncio
 import hashlib
 import io
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from service.db.snapshot import copy_database, reading, stored_images
+from service.images.sweep import AGE_MS, sweep
+from service.upkeep.retention import Retention
 from tests.api import got, refused
+from tests.blobs import put
 from tests.inputs import of_length, photo, upload, uploaded
 from tests.world import World, world
 
@@ -229,3 +236,48 @@ async def test_a_list_goes_on_behind_its_cursor(here: World) -> None:
 async def test_too_little_space_refuses_an_upload(tmp_path: Path) -> None:
     async with world(tmp_path, min_free_bytes=1 << 60) as full:
         refused(await upload(full.client, photo()), 503, "no_space")
+
+
+def later_than(clock: Callable[[], int], days: float) -> int:
+    return clock() + round(days * 86_400_000)
+
+
+async def test_files_go_when_their_days_are_over(tmp_path: Path) -> None:
+    """The row, the bytes and the record of the upstream's copy. A task that names it stays."""
+    async with world(tmp_path, file_retention_days=1) as here:
+        file, resources = await uploaded(here.client), here.context.resources
+        for later, left in ((0.99, 1), (1.01, 0)):
+            clock = partial(later_than, resources.store.clock, later)
+            retention = Retention(resources, 30, None, clock)
+            removed = await retention.apply()
+            assert removed["files"] == 1 - left
+            assert (here.settings.image_dir / file["id"]).exists() == bool(left)
+        refused(await here.client.get(f"/v1/files/{file['id']}"), 404)
+
+
+async def test_the_sweep_removes_what_a_file_does_not_name(tmp_path: Path) -> None:
+    """Blobs of files that this store does not know stay."""
+    async with world(tmp_path) as here:
+        file, resources = await uploaded(here.client), here.context.resources
+        left = f"{file['id']}/0-{'0f' * 32}.png"
+        unknown = f"file_{'a' * 26}/0-{'0f' * 32}.png"
+        for name in (left, unknown):
+            await put(resources.blobs, name, b"x")
+        later = replace(resources, clock=lambda: resources.clock() + AGE_MS + 60_000)
+        assert await sweep(later) == 1
+        sizes = [await resources.blobs.size(name) for name in (left, unknown)]
+        assert sizes == [None, 1]
+        shown = await here.client.get(f"/v1/files/{file['id']}/content")
+        assert shown.content == photo()
+
+
+async def test_a_backup_names_every_file(here: World) -> None:
+    async with here.owner() as client:
+        file = await uploaded(client)
+    copy = here.settings.data_dir.parent / "copy.db"
+    assert here.settings.sqlite_path is not None
+    copy_database(here.settings.sqlite_path, copy)
+    with reading(copy) as connection:
+        blobs = {blob: (size, sha256) for blob, size, sha256 in stored_images(connection)}
+    name = f"{file['id']}/0-{file['sha256']}.png"
+    assert blobs[name] == (file["bytes"], file["sha256"])

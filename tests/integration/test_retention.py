@@ -203,6 +203,7 @@ async def test_what_is_old_goes_and_readers_are_told(tmp_path: Path) -> None:
             "deliveries": 0,
             "tasks": 0,
             "images": 0,
+            "files": 0,
         }
         assert (await here.task(task["id"]), await pages(here)) == (before, page)
         with capture_logs() as lines:
@@ -211,6 +212,7 @@ async def test_what_is_old_goes_and_readers_are_told(tmp_path: Path) -> None:
                 "deliveries": 2,
                 "tasks": 1,
                 "images": 0,
+                "files": 0,
             }
         (line,) = [line for line in lines if line["event"] == "retention.applied"]
         assert (line["events"], line["deliveries"], line["tasks"], line["images"]) == (2, 2, 1, 0)
@@ -242,6 +244,7 @@ async def test_what_is_old_goes_and_readers_are_told(tmp_path: Path) -> None:
             "deliveries": 0,
             "tasks": 0,
             "images": 0,
+            "files": 0,
         }
 
 
@@ -298,6 +301,7 @@ async def test_several_at_once_do_no_harm(tmp_path: Path, monkeypatch: pytest.Mo
             "deliveries": 0,
             "tasks": 4,
             "images": 4,
+            "files": 0,
         }
         for task in tasks:
             assert (await here.task(task["id"]))["prompt"] is None
