@@ -194,6 +194,7 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
         called = call_recorder(metrics)
         yield Resources(
             store=store,
+            task_id_prefix=settings.task_id_prefix,
             blobs=await open_blobs(settings, os.environ),
             upstreams=open_upstreams(settings, upstream, called),
             limiter=ConcurrencyLimiter(

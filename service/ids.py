@@ -30,7 +30,7 @@ EXTENSIONS = {
 UPSTREAM_ID = r"[!-\-/-~][!-~]{0,199}"
 QUARANTINE = "quarantine/"
 BLOB = re.compile(
-    rf"(?:{QUARANTINE})?(?:task|file)_[a-z2-7]{{26}}/[0-9]{{1,9}}-[0-9a-f]{{64}}\.[a-z]{{1,8}}",
+    rf"(?:{QUARANTINE})?(?:task_|task-unified-|file_)[a-z2-7]{{26}}/[0-9]{{1,9}}-[0-9a-f]{{64}}\.[a-z]{{1,8}}",
     re.ASCII,
 )
 

@@ -10,7 +10,7 @@ import structlog
 from service.blobs.blob_store import Blobs
 from service.db.batching import BatchingStore
 from service.errors import ApiError
-from service.ids import make_id
+from service.ids import PREFIXES, make_id
 from service.links import Links
 from service.net import Egress
 from service.ops.metrics import Metrics
@@ -46,6 +46,7 @@ class Resources:
     clock: Callable[[], int]  # milliseconds since 1970 UTC
     new_id: Callable[[str, int], str] = new_id
     random: Callable[[], float] = field(default=random.random)
+    task_id_prefix: str = PREFIXES["task"]
 
     def id(self, kind: str) -> str:
         return self.new_id(kind, self.clock())
@@ -54,10 +55,14 @@ class Resources:
         """Raises ApiError 503, and logs it, if the blob store has less free space than `limit`."""
         free = await self.blobs.free_bytes()
         if free is None or free >= limit:
-            return
+            return None
         log.warning("blobs.full", purpose=purpose, free_bytes=free, limit_bytes=limit)
         message = (
             f"there is too little space left for new {purpose}: {free} bytes are free, and"
             f" {limit} must stay free (DARKROOM_MIN_FREE_BYTES)"
         )
         raise ApiError(503, "no_space", message, retry_after=60)
+        made = self.new_id(kind, self.clock())
+        if kind != "task":
+            return made
+        return self.task_id_prefix + made.removeprefix(PREFIXES["task"])

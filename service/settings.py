@@ -71,6 +71,9 @@ class Settings(BaseModel):
     image_base_url: str | None = None
     """Prefix of image links instead of `{base_url}/images`: a CDN or a public bucket that serves
     the same names."""
+    task_id_prefix: Literal["task_", "task-unified-"] = "task_"
+    """How the ids of new tasks begin. Some clients of the upstream look for ids of the form
+    `task-unified-…` in a response."""
     image_link_ttl_s: Annotated[float, types.OnlyDefault] = 0
     """How long a link to an image lives. 0: as long as the image. This version supports only 0."""
     secret_key: types.SecretKeys | None = None

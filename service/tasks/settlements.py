@@ -155,7 +155,8 @@ def _finish(tx: Transaction, row: TaskRow, report: Report, item: Settlement) -> 
         error = task_error("no_results", "the upstream completed the task without any result")
     elif report.status is Status.CANCELLED:
         state = State.CANCELLED
-        error = error or task_error("request_cancelled", "cancelled by the upstream")
+        given = error or task_error("", "cancelled by the upstream")
+        error = {**given, "code": "request_cancelled"}  # whatever code the upstream gave
     elif error and _unknown_upstream(report):  # not settled: proof may still come
         state, error = State.EXPIRED, {**error, "code": "expired"}
         settled = {"upstream_status": report.status}

@@ -36,7 +36,7 @@ STATUSES: Mapping[State, Status] = {
     State.STORING: Status.PROCESSING,
     State.COMPLETED: Status.COMPLETED,
     State.FAILED: Status.FAILED,
-    State.CANCELLED: Status.CANCELLED,
+    State.CANCELLED: Status.FAILED,  # with the error `request_cancelled`, as documented
     State.EXPIRED: Status.FAILED,
 }
 

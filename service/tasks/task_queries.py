@@ -25,8 +25,10 @@ CLOCKS_MS = 60_000  # how far the upstream's clock may be from ours
 
 def task_row(connection: Connection, task_id: str, owner: str | None) -> TaskRow | None:
     """A task by the service's id or the upstream's. `owner` None: any owner's."""
-    column = tasks.c.id if task_id.startswith(PREFIXES["task"]) else tasks.c.upstream_id
-    statement = select_tasks(column == task_id)
+    wanted = tasks.c.id == task_id
+    if not task_id.startswith(PREFIXES["task"]):
+        wanted = or_(wanted, tasks.c.upstream_id == task_id)
+    statement = select_tasks(wanted)
     if owner is not None:
         statement = statement.where(tasks.c.owner == owner)
     return next(iter(task_rows(connection, statement)), None)

@@ -59,7 +59,9 @@ class EventTask(BaseModel):
     erased_at: str | None
     model: str
     type: Literal["image"]
-    status: Literal["pending", "processing", "completed", "failed", "cancelled"]
+    status: Literal["pending", "processing", "completed", "failed", "cancelled"] = Field(
+        description="a cancelled task is `failed`; only events of older versions have `cancelled`"
+    )
     progress: int
     task_info: TaskInfo
     usage: Usage

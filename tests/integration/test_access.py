@@ -20,6 +20,7 @@ JSON = dict[str, Any]
 
 TABLE: Mapping[tuple[str, str], set[str]] = {
     ("POST", "/v1/images/generations"): {"submit"},
+    ("GET", "/v1/images/generations/{task_id}"): {"read"},
     ("GET", "/v1/tasks"): {"read"},
     ("GET", "/v1/tasks/{task_id}"): {"read"},
     ("DELETE", "/v1/tasks/{task_id}"): {"submit"},

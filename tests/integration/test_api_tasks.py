@@ -208,7 +208,7 @@ async def test_a_cancelled_task_is_over_here_and_says_so_once(here: World) -> No
             "local",
             task["id"],
             "cancelled",
-            "cancelled",
+            "failed",
         )
         assert cancelled["error"]["code"] == "request_cancelled"
         assert not cancelled["task_info"]["can_cancel"]

@@ -81,8 +81,8 @@ ENDS = [
     ({"fail": "content_policy_violation"}, "failed", "failed", "content_policy_violation"),
     ({"fail": "generation_timeout"}, "failed", "failed", "generation_timeout"),
     ({"fail": "resource_not_found"}, "expired", "failed", "expired"),
-    ({"cancel": "status"}, "cancelled", "cancelled", "request_cancelled"),
-    ({"cancel": "code"}, "cancelled", "cancelled", "request_cancelled"),
+    ({"cancel": "status"}, "cancelled", "failed", "request_cancelled"),
+    ({"cancel": "code"}, "cancelled", "failed", "request_cancelled"),
     ({"images": 0}, "failed", "failed", "no_results"),
 ]
 
