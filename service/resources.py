@@ -49,7 +49,10 @@ class Resources:
     task_id_prefix: str = PREFIXES["task"]
 
     def id(self, kind: str) -> str:
-        return self.new_id(kind, self.clock())
+        made = self.new_id(kind, self.clock())
+        if kind != "task":
+            return made
+        return self.task_id_prefix + made.removeprefix(PREFIXES["task"])
 
     async def check_room(self, limit: int, purpose: str) -> None:
         """Raises ApiError 503, and logs it, if the blob store has less free space than `limit`."""
@@ -62,7 +65,3 @@ class Resources:
             f" {limit} must stay free (DARKROOM_MIN_FREE_BYTES)"
         )
         raise ApiError(503, "no_space", message, retry_after=60)
-        made = self.new_id(kind, self.clock())
-        if kind != "task":
-            return made
-        return self.task_id_prefix + made.removeprefix(PREFIXES["task"])
