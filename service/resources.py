@@ -58,7 +58,7 @@ class Resources:
         """Raises ApiError 503, and logs it, if the blob store has less free space than `limit`."""
         free = await self.blobs.free_bytes()
         if free is None or free >= limit:
-            return None
+            return
         log.warning("blobs.full", purpose=purpose, free_bytes=free, limit_bytes=limit)
         message = (
             f"there is too little space left for new {purpose}: {free} bytes are free, and"

@@ -104,6 +104,18 @@ class Task(EventTask):
     )
 
 
+class ImageData(BaseModel):
+    url: str
+
+
+class SubmittedTask(Task):
+    data: list[ImageData] | None = Field(
+        None,
+        description="the results once more, as OpenAI's libraries read them, in the response to a "
+        "submission with `Prefer: wait` whose task has ended",
+    )
+
+
 class CancelledTask(Task):
     cancel: Literal["upstream", "local"]
 

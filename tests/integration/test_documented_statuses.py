@@ -87,8 +87,8 @@ async def test_a_task_is_under_the_address_of_its_submission(here: World) -> Non
     async with here.owner() as client, here.owner() as other:
         task = await submitted(client, UNTIL_DONE)
         for name in (task["id"], task["upstream_id"]):
-            assert got(await client.get(f"{SUBMIT}/{name}")) == task
-            assert got(await client.get(f"{SUBMIT}/{name}/")) == task
+            assert got(await client.get(f"{SUBMIT}/{name}")).items() <= task.items()
+            assert got(await client.get(f"{SUBMIT}/{name}/")).items() <= task.items()
             refused(await other.get(f"{SUBMIT}/{name}"), 404, "task_not_found")
         refused(await client.get(f"{SUBMIT}/task_{'a' * 26}"), 404, "task_not_found")
         refused(await client.get(SUBMIT), 405)
@@ -109,8 +109,8 @@ async def test_ids_may_have_the_upstreams_form(unified: World) -> None:
         task = await submitted(client, UNTIL_DONE)
         assert re.fullmatch("task-unified-[a-z2-7]{26}", task["id"])
         assert task["state"] == "completed"
-        assert got(await client.get(f"/v1/tasks/{task['id']}")) == task
-        assert got(await client.get(f"/v1/tasks/{task['upstream_id']}")) == task
+        assert got(await client.get(f"/v1/tasks/{task['id']}")).items() <= task.items()
+        assert got(await client.get(f"/v1/tasks/{task['upstream_id']}")).items() <= task.items()
         assert got(await client.get(f"/v1/tasks/{task['id']}/timeline"))["data"]
         assert (await unified.stranger.get(task["results"][0])).status_code == 200
         refused(await other.get(f"/v1/tasks/{task['id']}"), 404, "task_not_found")

@@ -20,7 +20,7 @@ async def test_a_path_may_end_with_a_slash(here: World, path: str) -> None:
 async def test_a_submission_and_its_task_may_have_a_slash(here: World) -> None:
     async with here.owner() as client:
         task = got(await client.post(f"{SUBMIT}/", json=order(), headers=UNTIL_DONE))
-        assert got(await client.get(f"/v1/tasks/{task['id']}/")) == task
+        assert got(await client.get(f"/v1/tasks/{task['id']}/")).items() <= task.items()
         assert got(await client.get(f"/v1/tasks/{task['id']}/timeline/"))["data"]
         image = await here.stranger.get(f"{task['results'][0]}/")
         assert (image.status_code, image.headers["content-type"]) == (200, "image/png")

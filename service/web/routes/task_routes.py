@@ -49,11 +49,11 @@ def preferences(request: Request) -> tuple[float | None, str | None]:
     """
     wait, asynchronous = None, False
     for preference in ",".join(request.headers.getlist("prefer")).split(","):
-        name, _, value = preference.partition(";")[0].partition("=")
+        name, equals, value = preference.partition(";")[0].partition("=")
         seconds = re.fullmatch('"?([0-9]{1,9})"?', value.strip())
         asynchronous |= name.strip().lower() == "respond-async"
-        if name.strip().lower() == "wait" and seconds:
-            wait = min(int(seconds[1]), MAX_WAIT_S)
+        if name.strip().lower() == "wait" and (seconds or not equals):
+            wait = min(int(seconds[1]), MAX_WAIT_S) if seconds else MAX_WAIT_S
     if wait is not None:
         return float(wait), f"wait={wait}"
     return (0.0, "respond-async") if asynchronous else (None, None)
@@ -87,7 +87,10 @@ async def submit(request: Request) -> Response:
             context.resources, task_id, done, wait_s, request.is_disconnected
         )
     if row.refusal_status is None:
-        return JSONResponse(shown(request, row, images), headers=headers)
+        document = shown(request, row, images)
+        if applied and row.terminal:
+            document["data"] = [{"url": url} for url in document["results"]]
+        return JSONResponse(document, headers=headers)
     error = row.error  # the upstream's own
     assert error is not None
     more = {"type": error.get("type"), "param": error.get("param"), "task_id": row.id}

@@ -1,0 +1,79 @@
+"""OpenAI's library for Python, unmodified, with another base URL, key and one header."""
+
+import importlib
+from typing import Any
+
+import pytest
+
+from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, submitted
+from tests.world import TEXT_TO_IMAGE, World
+
+openai = importlib.import_module("openai")
+
+
+@pytest.fixture
+async def client(here: World) -> Any:
+    """A client that asks to wait in every request."""
+    key = here.client.headers["authorization"].removeprefix("Bearer ")
+    url, headers = f"{here.url}/v1", {"Prefer": "wait=30"}
+    made = openai.AsyncOpenAI(base_url=url, api_key=key, default_headers=headers)
+    async with made as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_the_library_gets_the_links_of_the_images(here: World, client: Any, n: int) -> None:
+    """`r.data[0].url` is the link of the first stored image, and so on."""
+    made = await client.images.generate(
+        model=TEXT_TO_IMAGE, prompt="a lighthouse", size="768x768", n=n
+    )
+    task = await here.task(made.id)
+    assert [image.url for image in made.data] == task["results"]
+    assert made.created == task["created"]
+    for image in made.data:
+        assert (await here.stranger.get(image.url)).headers["content-type"] == "image/png"
+
+
+async def test_the_library_may_ask_for_one_request_alone(client: Any) -> None:
+    """A header of the request replaces the client's. A task that has not ended has no data."""
+    one = {"Prefer": "wait"}
+    made = await client.images.generate(
+        model=TEXT_TO_IMAGE, prompt="a", size="768x768", extra_headers=one
+    )
+    assert len(made.data) == 1
+    made = await client.images.generate(
+        model=TEXT_TO_IMAGE, prompt="a", size="768x768", extra_headers={"Prefer": "respond-async"}
+    )
+    assert made.data is None
+
+
+async def test_the_library_raises_for_a_refusal(client: Any) -> None:
+    """The error has the service's code and parameter."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        await client.images.generate(model=TEXT_TO_IMAGE, prompt="a", size="9x9")
+    assert (caught.value.param, caught.value.type) == ("size", "invalid_request_error")
+
+
+async def test_a_task_that_failed_has_no_data(here: World) -> None:
+    """The list is empty, and the error says why."""
+    task = await submitted(here.client, UNTIL_DONE, sandbox={"fail": "content_policy_violation"})
+    assert (task["data"], task["error"]["code"]) == ([], "content_policy_violation")
+
+
+@pytest.mark.parametrize("headers", [{}, ASYNC, {"prefer": "wait=0"}])
+async def test_a_client_that_does_not_wait_gets_the_usual_task(
+    here: World, headers: dict[str, str]
+) -> None:
+    task = await submitted(here.client, headers, sandbox={"delay": 600})
+    assert "data" not in task
+
+
+@pytest.mark.parametrize(
+    "prefer", ["wait", "wait=30", 'wait="30"', "respond-async, wait", "WAIT=20"]
+)
+async def test_every_form_of_the_preference_counts(here: World, prefer: str) -> None:
+    answer = await here.client.post(SUBMIT, json=order(), headers={"prefer": prefer})
+    task = got(answer)
+    assert [each["url"] for each in task["data"]] == task["results"] != []
+    assert answer.headers["preference-applied"].startswith("wait=")
+    assert "data" not in got(await here.client.get(f"/v1/tasks/{task['id']}"))
