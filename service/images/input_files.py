@@ -4,8 +4,10 @@ The row is inserted before the blob is put, so a crash leaves no blob that the s
 Only a stored file has a blob in its row.
 """
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -30,6 +32,7 @@ log = structlog.get_logger()
 
 DAY_MS = 86_400_000
 NAME_CHARS = 255
+FORGET_S = 5.0  # how long an erasure waits for the upstream
 COUNTED = 1 << 20  # bytes over the limit that are still counted
 UNPRINTED = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -118,6 +121,10 @@ class InputFiles:
             await self.resources.blobs.delete(erased.blob)
         except BlobUnavailable as error:  # the sweep will find the blob
             log.error("blobs.failed", message=str(error), exception=repr(error))  # noqa: TRY400
+        if erased.copy is not None and erased.copy.file_id is not None:
+            with suppress(TimeoutError):  # the copy expires there by itself
+                async with asyncio.timeout(FORGET_S):
+                    await self.resources.file_api.delete(erased.copy.file_id)
 
 
 async def receive(file: Incoming, chunks: AsyncIterator[bytes], param: str) -> None:

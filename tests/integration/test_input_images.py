@@ -137,6 +137,16 @@ async def test_a_data_url_of_ten_megabytes_is_accepted(here: World) -> None:
         refused(answer, 413)
 
 
+async def test_an_erased_file_is_erased_at_the_upstream(here: World) -> None:
+    """A task that was submitted with it does not need it any more."""
+    async with here.owner() as client:
+        file = await uploaded(client)
+        (link,) = await posted(here, await edited(client, file["id"]))
+        assert (await client.get(link)).status_code == 200
+        assert (await client.delete(f"/v1/files/{file['id']}")).status_code == 204
+        assert (await client.get(link)).status_code == 404
+
+
 # --- an upstream whose files fail
 
 
