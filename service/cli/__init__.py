@@ -15,6 +15,7 @@ from service import VERSION
 from service.cli import (
     backup,
     catalogue_commands,
+    completion,
     file_commands,
     money_commands,
     restore,
@@ -22,13 +23,17 @@ from service.cli import (
     serve,
     task_commands,
 )
+from service.cli.api_client import CommandFailed, Interrupted
+from service.cli.completion import COMPLETING
 from service.cli.output import plain
+from service.cli.task_acts import ACTS
 from service.cli.verbs import GROUPS, TASKS
 from service.errors import DarkroomError
+from service.strict_json import JSON, compact_json
 
 program = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=COMPLETING in os.environ,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -46,8 +51,11 @@ program.command()(money_commands.usage)
 program.command()(backup.backup)
 program.command()(restore.restore)
 program.command()(serve.migrate)
+program.command()(completion.completion)
 program.command()(serve.openapi)
 program.command()(serve.asyncapi)
+for word, verb in ACTS.items():
+    program.command(word)(verb.command())
 for name, (help, verbs) in GROUPS.items():
     group = typer.Typer(help=help, no_args_is_help=True, rich_markup_mode=None)
     for word, verb in verbs.items():
@@ -84,26 +92,41 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal's encoding may lack a character
+    as_json = "--json" in sys.argv
     try:
         try:
-            program(prog_name="darkroom")
+            # With --json, usage errors come here too.
+            code = program(prog_name="darkroom", standalone_mode=not as_json)
         finally:
             sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
     except BrokenPipeError:
         # The reader has gone. The interpreter flushes standard output once more at the exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 - the end of the program: one line, no traceback
-        sys.stderr.write(f"darkroom: {complaint(error)}\n")
-        sys.exit(1)
+        text = compact_json(failure(error)) if as_json else f"darkroom: {complaint(error)}"
+        sys.stderr.write(text + "\n")
+        sys.exit(130 if isinstance(error, Interrupted) else getattr(error, "exit_code", 1))
+
+
+def failure(error: Exception) -> JSON:
+    """The error in the form of the API's errors."""
+    names = ("code", "message", "type", "param", "request_id", "task_id")
+    code = "bad_usage" if hasattr(error, "exit_code") else getattr(error, "code", "failed")
+    own = {"code": code, "message": complaint(error), "type": "command_error"}
+    given = error.error if isinstance(error, CommandFailed) else {}
+    return {"error": dict.fromkeys(names) | own | given}
 
 
 def complaint(error: Exception) -> str:
     """The error in one line."""
     if isinstance(error, DarkroomError):
         return plain(error)
+    if hasattr(error, "format_message"):  # bad usage
+        return plain(error.format_message())
     if isinstance(error, OSError):
         return plain(f"{error.filename}: {error.strerror}" if error.filename else error)
     return plain(f"a defect of this program: {type(error).__name__}: {error}")

@@ -18,18 +18,34 @@ if TYPE_CHECKING:
 
 
 class CommandFailed(DarkroomError):
-    """The command failed. The text is its one line on standard error."""
+    """The command failed. The text is its one line on standard error. `error`: the fields that
+    `--json` shows, by default those of a failure without the API.
+    """
+
+    code = "failed"
+
+    def __init__(self, text: str, error: JSON | None = None) -> None:
+        super().__init__(text)
+        self.error = error or {}
+
+
+class Interrupted(CommandFailed):
+    """Ctrl-C, after something was sent."""
+
+    code = "interrupted"
 
 
 class ServiceUnreachable(CommandFailed):
     """No connection to the service was made."""
+
+    code = "service_unreachable"
 
 
 class ApiClient:
     """One command's client. With `admin` the admin key stands in for a missing API key."""
 
     def __init__(self, settings: "Settings", *, admin: bool = False) -> None:
-        from service.net import service_client
+        from service.net.service_client import service_client
 
         key = settings.api_key or (settings.admin_key if admin else None)
         self.url = settings.url
@@ -81,7 +97,8 @@ class ApiClient:
         keyless = response.status_code == 401 and not self._has_key
         raise CommandFailed(
             (reason or f"{self.url} answered {response.status_code}")
-            + (" (DARKROOM_API_KEY is not set)" if keyless else "")
+            + (" (DARKROOM_API_KEY is not set)" if keyless else ""),
+            error,
         )
 
     def fetch(self, path: str) -> bytes:
@@ -92,11 +109,16 @@ class ApiClient:
         return response.content
 
     def _send(self, method: str, path: str, **options: Any) -> "httpx.Response":
-        from service.net import service_call
+        from service.net.service_client import service_call
 
         try:
             return service_call(self._client, method, path, **options)
-        except NotConnected:
+        except NotConnected as error:
+            if "SSL" in (cause := str(error.__cause__)):
+                raise CommandFailed(
+                    f"{self.url}: {cause}. If a private CA signed its certificate, set"
+                    " SSL_CERT_FILE to the file of that CA"
+                ) from None
             raise ServiceUnreachable(
                 f"no service answers at {self.url}: is DARKROOM_URL right?"
             ) from None

@@ -1,10 +1,10 @@
 """`darkroom models` and `darkroom estimate`."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from service.cli.api_client import api_client, pairs, segment
+from service.cli.api_client import api_client, segment
 from service.cli.output import (
     Json,
     Text,
@@ -16,7 +16,7 @@ from service.cli.output import (
     put_json,
     put_table,
 )
-from service.cli.sandbox_commands import json_or_text
+from service.cli.submit_options import put_all
 from service.cli.verb import named
 from service.strict_json import JSON
 
@@ -93,14 +93,13 @@ def estimate(
     n: Annotated[int | None, option("Number of images.", "--n", "-n", min=1)] = None,
     image: Annotated[Texts, option("An input image; may be repeated.", metavar="URL")] = None,
     field: Annotated[
-        Texts, option("Any other field; may be repeated.", metavar="NAME=VALUE")
+        Texts, option("Any other field; may be repeated.", "--set", "--field", metavar="NAME=VALUE")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a submission will cost. Nothing is submitted."""
     body: JSON = named({"prompt": prompt, "size": size, "n": n, "image_urls": image})
-    for name, value in pairs(field, "--field").items():
-        put_in(body, name, json_or_text(value))
+    put_all(body, field, "--set")
     with api_client() as client:
         cost = client.call("POST", "/v1/estimates", body=body | {"model": model})
     if as_json:
@@ -109,11 +108,3 @@ def estimate(
         put(f"the catalogue has no price of {plain(model)}")
     else:
         put(f"{cost['credits']} {cost['unit']} = {cost['n']} x {cost['price']} per {cost['per']}")
-
-
-def put_in(body: JSON, name: str, value: Any) -> None:
-    """Sets the field with a dotted name."""
-    *tables, last = name.split(".")
-    for table in tables:
-        body = body.setdefault(table, {})
-    body[last] = value

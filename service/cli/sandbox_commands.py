@@ -117,9 +117,11 @@ def default_faults(texts: list[str] | None) -> dict[str, Any]:
 
 def json_or_text(value: str) -> Any:
     try:
-        return json.loads(value)
+        parsed = json.loads(value)
+        json.dumps(parsed, allow_nan=False)
     except ValueError:
         return value
+    return parsed
 
 
 def shares(texts: list[str] | None) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import secrets
 import sys
 import time
@@ -16,12 +15,12 @@ import typer
 from service.cli.api_client import (
     ApiClient,
     CommandFailed,
+    Interrupted,
     ServiceUnreachable,
     api_client,
     pairs,
     segment,
 )
-from service.cli.file_commands import upload
 from service.cli.money_commands import estimated, say_cost
 from service.cli.output import (
     Json,
@@ -35,6 +34,17 @@ from service.cli.output import (
     put_result,
     remark,
     terminal,
+)
+from service.cli.submit_options import (
+    Fields,
+    Images,
+    Model,
+    NegativePrompt,
+    Prompt,
+    PromptExtend,
+    inputs,
+    prompt_of,
+    put_all,
 )
 from service.cli.verb import named
 from service.cli.verbs import Metadata, date
@@ -52,19 +62,14 @@ MAX_FAILURES = 8
 
 
 def submit(
-    prompt: Annotated[str, typer.Argument(help="What the images show.", metavar="PROMPT")],
-    model: Annotated[
-        Text, option("Default: wan2.5-text-to-image, with --image wan2.5-image-to-image.")
-    ] = None,
+    prompt: Prompt,
+    model: Model = None,
     size: Annotated[Text, option("Pixels, like 1280x1280.", metavar="WxH")] = None,
     n: Annotated[int | None, option("Number of images.", "--n", "-n", min=1)] = None,
-    image: Annotated[
-        Texts,
-        option(
-            "An input image, also a file or a stored image; may be repeated.",
-            metavar="PATH|URL|img_…|file_…",
-        ),
-    ] = None,
+    negative_prompt: NegativePrompt = None,
+    prompt_extend: PromptExtend = None,
+    fields: Fields = None,
+    image: Images = None,
     metadata: Metadata = None,
     callback_url: Annotated[Text, option("Gets the terminal task, signed.", metavar="URL")] = None,
     idempotency_key: Annotated[
@@ -83,7 +88,9 @@ def submit(
     order = named(
         {
             "model": model or ("wan2.5-image-to-image" if image else "wan2.5-text-to-image"),
-            "prompt": prompt,
+            "prompt": prompt_of(prompt),
+            "negative_prompt": negative_prompt,
+            "prompt_extend": prompt_extend,
             "size": size,
             "n": n,
             "image_urls": inputs(image),
@@ -91,39 +98,23 @@ def submit(
             "callback_url": callback_url,
         }
     )
+    put_all(order, fields, "--set")
     task, files, estimate = submitted(order, idempotency_key or secrets.token_hex(16), wait, out)
     lines = [task["id"]] if not wait else task["results"]
     if files is not None:
         task, lines = {**task, "files": files}, files
     say_cost(task, estimate)
     put_result(task, as_json, *lines)
+    check_outcome(task)
+
+
+def check_outcome(task: JSON) -> None:
     if task["state"] in TERMINAL and task["state"] != "completed":
         error = task["error"] or {}
         raise CommandFailed(
-            f"{task['id']} {task['state']}: {error.get('code')}: {error.get('message')}"
+            f"{task['id']} {task['state']}: {error.get('code')}: {error.get('message')}",
+            {**error, "task_id": task["id"]},
         )
-
-
-def inputs(images: list[str] | None) -> list[str] | None:
-    """The entries of `image_urls`. A path is uploaded first. The same name of two is one upload."""
-    paths = [path_of(text) for text in images or []]
-    if not any(paths):
-        return images
-    with api_client() as client:
-        ids = {path: upload(client, path)["id"] for path in dict.fromkeys(paths) if path}
-    return [ids[path] if path else text for path, text in zip(paths, images or [], strict=True)]
-
-
-def path_of(text: str) -> Path | None:
-    """The file that a text names, None for a link or an id."""
-    if re.match(r"https?://|data:|(file|img)_[a-z2-7]{26}$", text):
-        return None
-    path = Path(text)
-    if not path.is_file():
-        raise typer.BadParameter(
-            f"{text!r} is no file, no URL, and no id of an image", param_hint="--image"
-        )
-    return path
 
 
 def submitted(
@@ -134,15 +125,29 @@ def submitted(
     """
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    with api_client() as client:
-        estimate = estimated(client, order)
-        task = post(client, order, key)
-        if wait or out is not None:
-            task = wait_for_end(client, order, key, task)
-        if out is None:
-            return task, None, estimate
-        files = [str(save(client, image, task["id"], out)) for image in task["images"]]
-        return task, files, estimate
+    task: JSON = {}
+    try:
+        with api_client() as client:
+            estimate = estimated(client, order)
+            task = post(client, order, key)
+            if wait or out is not None:
+                task = wait_for_end(client, order, key, task)
+            if out is None:
+                return task, None, estimate
+            files = [str(save(client, image, task["id"], out)) for image in task["images"]]
+            return task, files, estimate
+    except KeyboardInterrupt:
+        raise Interrupted(goes_on(task, key), {"task_id": task.get("id")}) from None
+
+
+def goes_on(task: JSON, key: str) -> str:
+    again = f"the same command with --idempotency-key {key}"
+    if not task:
+        return f"interrupted: the task may have been taken; {again} shows it and is paid once"
+    return (
+        f"interrupted: {task['id']} goes on; `darkroom task {task['id']}` shows it, and {again}"
+        " waits for it again"
+    )
 
 
 def post(client: ApiClient, order: JSON, key: str, wait_s: int | None = None) -> JSON:

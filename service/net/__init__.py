@@ -14,22 +14,10 @@ if TYPE_CHECKING:
     from service.net.addresses import forbidden
     from service.net.egress_client import Egress, Rules
     from service.net.responses import Response, Streamed
-    from service.net.service_client import service_call, service_client
     from service.net.transport import Resolve
     from service.net.urls import Target, parse_url
 
-__all__ = [
-    "Egress",
-    "Resolve",
-    "Response",
-    "Rules",
-    "Streamed",
-    "Target",
-    "forbidden",
-    "parse_url",
-    "service_call",
-    "service_client",
-]
+__all__ = ["Egress", "Resolve", "Response", "Rules", "Streamed", "Target", "forbidden", "parse_url"]
 MODULES = {
     "Egress": "egress_client",
     "Resolve": "transport",
@@ -39,8 +27,6 @@ MODULES = {
     "Target": "urls",
     "forbidden": "addresses",
     "parse_url": "urls",
-    "service_call": "service_client",
-    "service_client": "service_client",
 }
 
 

@@ -20,7 +20,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from service.errors import CallTimedOut, ConnectionLost, EgressRefused, NotConnected
-from service.net import Egress, Resolve, Rules, Streamed, service_client
+from service.net import Egress, Resolve, Rules, Streamed
+from service.net.service_client import service_client
 from service.net.transport import KEEP_ALIVE_S
 from tests.waiting import wait_until
 

@@ -1,0 +1,183 @@
+"""What the command line gives to a submission, and how its failures look (docs/cli.md)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.cli.submit_options import put_all
+from tests.environment import clean_environment
+from tests.processes import Running, started
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("dev")
+    with started("serve", "--sandbox", "--json", "--port", "0", folder=folder) as running:
+        yield running
+
+
+@pytest.fixture
+def client(dev: Running) -> Mapping[str, str]:
+    return {"DARKROOM_URL": dev.address, "DARKROOM_API_KEY": dev.announcement["key"]}
+
+
+def run(
+    *arguments: str, stdin: bytes = b"", settings: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(
+        [sys.executable, "-m", "service", *arguments],
+        env=clean_environment(settings or {}),
+        input=stdin,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def submitted(client: Mapping[str, str], *arguments: str, stdin: bytes = b"") -> dict[str, Any]:
+    done = run("submit", *arguments, "--json", stdin=stdin, settings=client)
+    assert done.returncode == 0, done.stderr
+    task: dict[str, Any] = json.loads(done.stdout)
+    return task
+
+
+@pytest.mark.parametrize("stdin", [b"a gull\n", b"  a gull", b"a gull\r\n"])
+def test_a_dash_reads_the_prompt_from_standard_input(
+    client: Mapping[str, str], stdin: bytes
+) -> None:
+    assert submitted(client, "-", stdin=stdin)["prompt"] == "a gull"
+
+
+@pytest.mark.parametrize("stdin", [b"", b"\n \n", b"\xff\xfe"])
+def test_standard_input_without_a_prompt_is_bad_usage(
+    client: Mapping[str, str], stdin: bytes
+) -> None:
+    done = run("submit", "-", stdin=stdin, settings=client)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"standard input" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field", "value"),
+    [
+        (("--set", "seed=7"), "seed", 7),
+        (("--no-prompt-extend",), "prompt_extend", False),
+        (("--prompt-extend",), "prompt_extend", True),
+    ],
+)
+def test_any_field_can_be_given(
+    client: Mapping[str, str], arguments: tuple[str, ...], field: str, value: object
+) -> None:
+    assert submitted(client, "x", *arguments)["request"][field] == value
+
+
+@pytest.mark.parametrize(
+    ("texts", "fields"),
+    [
+        (["seed=7"], {"seed": 7}),
+        (["style=flat"], {"style": "flat"}),
+        (["big=NaN"], {"big": "NaN"}),
+        (["a.b=true", "a.c=x"], {"a": {"b": True, "c": "x"}}),
+        (["a=", "b=1=2"], {"a": "", "b": "1=2"}),
+    ],
+)
+def test_a_field_is_json_or_text(texts: list[str], fields: object) -> None:
+    assert put_all({}, texts, "--set") == fields
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "exits"),
+    [
+        (("submit", "x", "--size", "10x10"), "invalid_parameter", 1),
+        (("task", "task_unknown"), "task_not_found", 1),
+        (("cancel", "task_unknown"), "task_not_found", 1),
+        (("tasks", "--limit", "0"), "bad_usage", 2),
+        (("resolve", "task_x"), "bad_usage", 2),
+        (("nonsense",), "bad_usage", 2),
+    ],
+)
+def test_an_error_is_json_with_json(
+    client: Mapping[str, str], arguments: tuple[str, ...], code: str, exits: int
+) -> None:
+    done = run(*arguments, "--json", settings=client)
+    assert (done.returncode, done.stdout) == (exits, b"")
+    error = json.loads(done.stderr)["error"]
+    assert error["code"] == code
+    assert error.keys() == {"code", "message", "type", "param", "request_id", "task_id"}
+
+
+def test_no_service_is_json_with_json() -> None:
+    done = run("tasks", "--json", settings={"DARKROOM_URL": "http://127.0.0.1:9"})
+    assert json.loads(done.stderr)["error"]["code"] == "service_unreachable"
+
+
+def test_an_interrupted_wait_says_that_the_task_goes_on(client: Mapping[str, str]) -> None:
+    """The line names the task and the command that shows it."""
+    waiting = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "service", "submit", "x", "--wait"),
+            *("--set", 'sandbox={"delay": 60}', "--idempotency-key", "again"),
+        ],
+        env=clean_environment(client),
+        stderr=subprocess.PIPE,
+    )
+    while not (known := json.loads(run("tasks", "--json", settings=client).stdout)["data"]) or not (
+        known[0]["request"].get("sandbox")
+    ):
+        assert waiting.poll() is None
+    os.kill(waiting.pid, signal.SIGINT)
+    _, said = waiting.communicate(timeout=30)
+    assert waiting.returncode == 130
+    assert f"`darkroom task {known[0]['id']}`" in said.decode() or b"may have been taken" in said
+    assert b"--idempotency-key again" in said
+
+
+def test_acts_on_a_task(client: Mapping[str, str]) -> None:
+    """A task is cancelled and erased by its own commands."""
+    delay = ("--set", 'sandbox={"delay": 60}')
+    task = submitted(client, "x", *delay)
+    assert run("reconcile", task["id"], settings=client).returncode == 0
+    refused = run("resolve", task["id"], "--as", "failed", settings=client)
+    assert b"task_not_uncertain" in refused.stderr
+    assert run("credits", settings=client).returncode == 0
+    cancelled = run("cancel", task["id"], "--json", settings=client)
+    assert cancelled.returncode == 0, cancelled.stderr
+    ended = submitted(client, "y", "--wait")
+    assert b"erased" in run("erase", ended["id"], settings=client).stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_gets_its_completion(shell: str) -> None:
+    script = run("completion", shell).stdout.decode()
+    assert "_DARKROOM_COMPLETE" in script
+    assert f"complete_{shell}" in script
+
+
+def test_the_words_of_the_line_are_completed() -> None:
+    environment = {"COMP_WORDS": "darkroom end", "COMP_CWORD": "1"}
+    done = run(settings={"_DARKROOM_COMPLETE": "complete_bash", **environment})
+    assert done.stdout.split() == [b"endpoints"]
+
+
+def test_client_commands_import_no_server() -> None:
+    """Their start is quick: the modules of the server and its transport stay out."""
+    program = (
+        "import sys; from service import cli; from service.cli.api_client import api_client;"
+        "api_client().__enter__(); print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent,
+    )
+    assert not {"aiohttp", "sqlalchemy", "starlette", "uvicorn"} & set(done.stdout.split())
