@@ -15,7 +15,7 @@ from service.db.tables import deliveries, events, images, replays, tasks
 from service.db.transaction import Lease
 from service.queue.leases import LONGEST_LEASE_MS
 from service.tasks.results import LIVES
-from service.tasks.state import MOVES, TERMINAL, State
+from service.tasks.state import MOVES, TERMINAL, UNPROVED, State
 from tests.contract.subject import DAY
 from tests.property.life_inbox import InboxModel
 from tests.property.life_work import Sent, Write
@@ -142,12 +142,14 @@ def check_step(was: Row, row: Row) -> None:
         "erased_at",
     ]
     fixed += ["refusal_status", "settled_digest"] if before in TERMINAL else []
-    fixed += ["body", "called_back_at"] if row["erased_at"] is None else []
+    fixed += ["called_back_at"] if row["erased_at"] is None else []
     fixed += ["error"] if before in TERMINAL and row["erased_at"] is None else []
     fixed += ["upstream_status"] if was["settled_digest"] else []
     fixed += ["upstream_id", "upstream_id_from"] if was["upstream_id_from"] == "answer" else []
     for name in fixed:
         assert was[name] in (None, row[name]), f"{name} was {was[name]} and is {row[name]}"
+    sendable = after in UNPROVED and row["erased_at"] is None
+    assert row["body"] == (was["body"] if sendable else b""), f"{after} keeps {row['body']!r}"
     renamed = was["upstream_id"] not in (None, row["upstream_id"])
     assert (
         not renamed
