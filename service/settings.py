@@ -219,7 +219,6 @@ class Settings(BaseModel):
 
     @property
     def files_url(self) -> str:
-        """The address of the upstream's file API."""
         if self.evolink_files_url is not None:
             return self.evolink_files_url
         default = type(self).model_fields["evolink_base_url"].default

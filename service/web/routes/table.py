@@ -13,9 +13,15 @@ from starlette.types import Scope
 from structlog.contextvars import bind_contextvars
 
 from service.errors import ApiError, invalid_request
-from service.web import catalogue_schemas, money_schemas, schemas
+from service.web import money_schemas, schemas
 from service.web.asyncapi import document as asyncapi_document
 from service.web.bodies import check_coding
+from service.web.catalogue_schemas import (
+    CatalogueList,
+    CatalogueModel,
+    Estimate,
+    EstimatedSubmission,
+)
 from service.web.context import context_of
 from service.web.event_schemas import EventPage
 from service.web.file_schemas import File, FileList, Upload
@@ -120,20 +126,9 @@ SPECS = (
     spec(
         "POST /v1/tasks/{task_id}/resolve", admin.resolve, "admin", schemas.Task, schemas.Resolution
     ),
-    spec("GET /v1/catalogue", catalogue.models, "read submit", catalogue_schemas.CatalogueList),
-    spec(
-        "GET /v1/catalogue/{model}",
-        catalogue.model,
-        "read submit",
-        catalogue_schemas.CatalogueModel,
-    ),
-    spec(
-        "POST /v1/estimates",
-        catalogue.estimate,
-        "submit read",
-        catalogue_schemas.Estimate,
-        catalogue_schemas.EstimatedSubmission,
-    ),
+    spec("GET /v1/catalogue", catalogue.models, "read submit", CatalogueList),
+    spec("GET /v1/catalogue/{model}", catalogue.model, "read submit", CatalogueModel),
+    spec("POST /v1/estimates", catalogue.estimate, "submit read", Estimate, EstimatedSubmission),
     spec("GET /v1/ledger?owner&task&after&limit", money.entries, "read", money_schemas.EntryList),
     spec("GET /v1/usage?from&to&by&owner", money.report, "read", money_schemas.UsageReport),
     spec("GET /v1/budgets?owner&limit&cursor", money.budgets, "read", money_schemas.BudgetList),
