@@ -170,8 +170,7 @@ class Settings(BaseModel):
     """A file that extends and overrides the catalogue of models. See
     [Catalogue](catalogue.md#the-operators-file)."""
     unpriced: Annotated[Literal["refuse", "allow"], types.Lower] = "refuse"
-    """Whether a task whose price the catalogue does not have is accepted under a budget. See
-    [Money](money.md#budgets)."""
+    """Whether tasks without a price are accepted under a [budget](money.md#budgets)."""
     url: str = "http://127.0.0.1:8080"
     """For client commands: the address of the service."""
     api_key: types.Token | None = None

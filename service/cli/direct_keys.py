@@ -94,8 +94,8 @@ def in_store(settings: "Settings", action: Action, asked: JSON) -> JSON:
 async def create(store: "BatchingStore", keyring: "Keyring", asked: JSON) -> JSON:
     from service.db.clock import wall_clock
     from service.web.bodies import validated
+    from service.web.key_schemas import NewKey
     from service.web.routes.key_routes import create_key
-    from service.web.schemas import NewKey
 
     body = validated(NewKey, asked)
     return await create_key(store, keyring, wall_clock(), body)

@@ -185,8 +185,8 @@ def serve_on_sandbox(given: dict[str, Any], as_json: bool) -> None:
     from service.upstreams.catalogue import load_catalogue
     from service.upstreams.sandbox import SandboxOptions, create_sandbox
     from service.web.auth import SCOPES
+    from service.web.key_schemas import NewKey
     from service.web.routes.key_routes import create_key
-    from service.web.schemas import NewKey
     from service.web.server import Server, bind, listening
 
     settings, bound = bound_settings(load_settings(**given), given)

@@ -1,6 +1,5 @@
 """The schemas of the clients' API. They check bodies, and the OpenAPI document shows them."""
 
-from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -9,13 +8,10 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationInfo,
     create_model,
-    field_validator,
     model_validator,
 )
 
-from service.credits import MAX_CREDITS
 from service.ids import UPSTREAM_ID
 from service.links import trimmed
 from service.web.event_schemas import EVENT_TYPES, EventTask
@@ -35,7 +31,6 @@ Pattern = Annotated[str, AfterValidator(known_pattern)]
 Patterns = Annotated[list[Pattern], Field(min_length=1, max_length=32)]
 OWNER = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Owner = Annotated[str, Field(pattern=OWNER)]
-CreditLimit = Annotated[Decimal, Field(ge=0, le=MAX_CREDITS, max_digits=19, decimal_places=6)]
 Scope = Literal["submit", "read", "subscribe", "admin"]
 TrimmedUrl = Annotated[str, AfterValidator(trimmed)]
 EndpointStatus = Literal["enabled", "paused", "disabled"]
@@ -235,26 +230,6 @@ class Delivery(BaseModel):
     created_at: str
     next_attempt_at: str | None
     attempts: list[Attempt]
-
-
-class NewBudget(Body):
-    period: Literal["day", "month", "total"]
-    credits: CreditLimit
-
-
-class NewKey(Body):
-    owner: Owner
-    scopes: list[Scope] = Field(min_length=1)
-    budget: NewBudget | None = Field(default=None, description="set for the owner, if it is given")
-
-    @field_validator("scopes")
-    @classmethod
-    def _operators(cls, value: list[Scope], info: ValidationInfo) -> list[Scope]:
-        if info.data.get("owner") == "admin" and "admin" not in value:
-            raise ValueError(
-                "the owner admin, who has the operators' events, is for keys with the scope admin"
-            )
-        return value
 
 
 class Key(BaseModel):

@@ -11,6 +11,7 @@ from openapi_spec_validator import validate
 from service import VERSION
 from service.web import catalogue_schemas, schemas
 from service.web.file_schemas import FormBody
+from service.web.key_schemas import NewKey
 from service.web.openapi import document
 from service.web.routes.table import SPECS, Spec
 from tests.api import SUBMIT, UNTIL_DONE, got, order, submitted
@@ -150,7 +151,7 @@ async def test_real_answers_are_what_the_document_says(here: World) -> None:
             catalogue_schemas.EstimatedSubmission: order(),
             schemas.NewEndpoint: {"url": takes.url},
             schemas.EndpointPatch: {"description": "d"},
-            schemas.NewKey: {"owner": "y", "scopes": ["read"]},
+            NewKey: {"owner": "y", "scopes": ["read"]},
             schemas.Resolution: {"as": "failed"},
             schemas.Rotation: {"overlap_s": 0},
             schemas.SecretRotation: {"overlap_s": 60},

@@ -23,7 +23,8 @@ from service.tasks.owner_keys import NewOwner, StoredKey, insert_keys, insert_ow
 from service.web.auth import HINT_CHARS, KEY_PREFIX, caller_of
 from service.web.bodies import page, position_of, read_model
 from service.web.context import resources_of
-from service.web.schemas import NewKey, SecretRotation
+from service.web.key_schemas import NewKey
+from service.web.schemas import SecretRotation
 
 log = structlog.get_logger()
 

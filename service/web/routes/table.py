@@ -25,7 +25,9 @@ from service.web.catalogue_schemas import (
 from service.web.context import context_of
 from service.web.event_schemas import EventPage
 from service.web.file_schemas import File, FileList, Upload
+from service.web.key_schemas import NewKey
 from service.web.key_shares import holder_of
+from service.web.money_schemas import BudgetChange, OwnersBudget
 from service.web.openapi import document as openapi_document
 from service.web.published import Published
 from service.web.routes import admin_routes as admin
@@ -132,13 +134,7 @@ SPECS = (
     spec("GET /v1/ledger?owner&task&after&limit", money.entries, "read", money_schemas.EntryList),
     spec("GET /v1/usage?from&to&by&owner", money.report, "read", money_schemas.UsageReport),
     spec("GET /v1/budgets?owner&limit&cursor", money.budgets, "read", money_schemas.BudgetList),
-    spec(
-        "PUT /v1/budgets/{owner}",
-        money.set_budget,
-        "admin",
-        money_schemas.OwnersBudget,
-        money_schemas.BudgetChange,
-    ),
+    spec("PUT /v1/budgets/{owner}", money.set_budget, "admin", OwnersBudget, BudgetChange),
     spec("GET /v1/credits", upstream.credits, "admin"),
     spec("GET /v1/models", upstream.models, "read"),
     spec("GET /v1/events?after&type&task&wait&limit", events.events, "subscribe read", EventPage),
@@ -187,7 +183,7 @@ SPECS = (
     spec(
         "POST /v1/deliveries/{delivery_id}/retry", deliveries.retry, "subscribe", schemas.Delivery
     ),
-    spec("POST /v1/keys", keys.create, "admin", schemas.CreatedKey, schemas.NewKey, status=201),
+    spec("POST /v1/keys", keys.create, "admin", schemas.CreatedKey, NewKey, status=201),
     spec(
         "POST /v1/keys/rotate-secret",
         keys.rotate_secret,
