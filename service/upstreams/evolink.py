@@ -94,7 +94,8 @@ def _error(document: JSON) -> JSON | None:
 
 def _report(document: JSON) -> Report | None:
     """None: its id is malformed."""
-    id, word, error = document.get("id"), document.get("status"), _error(document)
+    id = document.get("id", document.get("task_id"))
+    word, error = document.get("status"), _error(document)
     if id is not None and not (isinstance(id, str) and re.fullmatch(UPSTREAM_ID, id)):
         return None
     status = STATUSES.get(word.strip().lower()) if isinstance(word, str) else None

@@ -92,22 +92,17 @@ class QuarantinedBody(BaseModel):
     reason: str | None
 
 
-class Task(EventTask):
-    prompt: str | None
-    quarantine: list[QuarantinedBody] | None = Field(
-        description="admin, in `GET /v1/tasks/{id}`: bodies of results that were no image, if any"
-    )
-
-
 class ImageData(BaseModel):
     url: str
 
 
-class SubmittedTask(Task):
+class Task(EventTask):
+    prompt: str | None
     data: list[ImageData] | None = Field(
-        None,
-        description="the results once more, as OpenAI's libraries read them, in the response to a "
-        "submission with `Prefer: wait` whose task has ended",
+        description="the results of a task that has ended, as OpenAI's libraries read them"
+    )
+    quarantine: list[QuarantinedBody] | None = Field(
+        description="admin, in `GET /v1/tasks/{id}`: bodies of results that were no image, if any"
     )
 
 

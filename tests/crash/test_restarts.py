@@ -145,7 +145,9 @@ async def test_no_callback_is_refused_while_the_socket_outlives_the_service(
 def haproxy(bind: str, backend: str, log: Path) -> Iterator[None]:
     """Runs HAProxy with the configuration in deploy/."""
     program = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin") or missing("HAProxy")
-    environment = clean_environment({"PROXY_BIND": bind, "PROXY_BACKEND": backend})
+    environment = clean_environment(
+        {"PROXY_BIND": bind, "PROXY_BACKEND": backend, "PROXY_TLS": "off"}
+    )
     command = [program, "-db", "-f", str(ROOT / "deploy" / "haproxy.cfg")]
     with (
         log.open("wb") as output,

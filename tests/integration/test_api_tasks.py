@@ -55,6 +55,9 @@ async def test_a_queued_task_has_every_key_and_null_for_what_is_unknown(still: W
         "images": [],
         "prompt": "a lighthouse",
         "warnings": [],
+        "inputs": [],
+        "data": None,
+        "quarantine": None,
     }
     assert got(await still.client.get(f"/v1/tasks/{task['id']}")) == task
 

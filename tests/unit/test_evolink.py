@@ -571,6 +571,18 @@ def test_everything_else_is_uncertain(status: int, document: object) -> None:
 @pytest.mark.parametrize(
     "document", [None, {}, [], {"id": None, "status": "pending"}, {"id": ""}, {"id": 7}, error("x")]
 )
+@pytest.mark.parametrize("more", [{}, {"status": "pending"}, {"progress": 3}])
+def test_a_task_id_is_taken_for_the_id(more: dict[str, object]) -> None:
+    """If both are given, `id` counts."""
+    for document in (
+        {"task_id": "task-unified-1", **more},
+        {"id": "task-unified-1", "task_id": "other", **more},
+    ):
+        outcome = submit(200, document)
+        assert isinstance(outcome, Accepted)
+        assert outcome.report.upstream_id == "task-unified-1"
+
+
 def test_2xx_without_an_id_is_uncertain(document: object) -> None:
     """A page with 200 neither proves nor disproves a task."""
     assert submit(200, document) == Uncertain("200 without an id")

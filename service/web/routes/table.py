@@ -111,14 +111,8 @@ ANY_KEY = ".KEY"  # ends a parameter that is a family, such as `metadata.KEY`
 NAME_CHARS = 100  # of a parameter, in the answer
 
 SPECS = (
-    spec(
-        "POST /v1/images/generations",
-        tasks.submit,
-        "submit",
-        schemas.SubmittedTask,
-        schemas.Submission,
-    ),
-    spec("GET /v1/images/generations/{task_id}", tasks.task, "read", schemas.Task),
+    spec("POST /v1/images/generations", tasks.submit, "submit", schemas.Task, schemas.Submission),
+    spec("GET /v1/images/generations/{task_id}", tasks.generation, "read", schemas.Task),
     spec(f"GET /v1/tasks?state&model&metadata.KEY&{PAGE}", tasks.tasks, "read", schemas.TaskList),
     spec("GET /v1/tasks/{task_id}", tasks.task, "read", schemas.Task),
     spec("DELETE /v1/tasks/{task_id}", tasks.delete, "submit"),

@@ -40,7 +40,8 @@ Found = tuple[TaskRow, list[ImageRow]]
 
 def shown(request: Request, row: TaskRow, images: list[ImageRow]) -> JSON:
     document = with_links(task_document(row, images), resources_of(request).links)
-    return {**document, "prompt": row.prompt, "quarantine": None}
+    data = [{"url": url} for url in document["results"]] if row.terminal else None
+    return {**document, "prompt": row.prompt, "data": data, "quarantine": None}
 
 
 def preferences(request: Request) -> tuple[float | None, str | None]:
@@ -49,11 +50,11 @@ def preferences(request: Request) -> tuple[float | None, str | None]:
     """
     wait, asynchronous = None, False
     for preference in ",".join(request.headers.getlist("prefer")).split(","):
-        name, equals, value = preference.partition(";")[0].partition("=")
+        name, _, value = preference.partition(";")[0].partition("=")
         seconds = re.fullmatch('"?([0-9]{1,9})"?', value.strip())
         asynchronous |= name.strip().lower() == "respond-async"
-        if name.strip().lower() == "wait" and (seconds or not equals):
-            wait = min(int(seconds[1]), MAX_WAIT_S) if seconds else MAX_WAIT_S
+        if name.strip().lower() == "wait" and seconds:
+            wait = min(int(seconds[1]), MAX_WAIT_S)
     if wait is not None:
         return float(wait), f"wait={wait}"
     return (0.0, "respond-async") if asynchronous else (None, None)
@@ -87,10 +88,7 @@ async def submit(request: Request) -> Response:
             context.resources, task_id, done, wait_s, request.is_disconnected
         )
     if row.refusal_status is None:
-        document = shown(request, row, images)
-        if applied and row.terminal:
-            document["data"] = [{"url": url} for url in document["results"]]
-        return JSONResponse(document, headers=headers)
+        return JSONResponse(shown(request, row, images), headers=headers)
     error = row.error  # the upstream's own
     assert error is not None
     more = {"type": error.get("type"), "param": error.get("param"), "task_id": row.id}
@@ -136,6 +134,11 @@ async def task(request: Request) -> Response:
             document["quarantine"] = await read(quarantined_bodies, found[0].id) or None
         return JSONResponse(document)
     return await upstream_routes.task(context_of(request), owner, task_id)
+
+
+async def generation(request: Request) -> Response:
+    """Show a task, under the address of its submission."""
+    return await task(request)
 
 
 async def tasks(request: Request) -> Response:
