@@ -1,6 +1,7 @@
 """`darkroom sandbox`, and `darkroom serve --sandbox` on a sandbox upstream of its own."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -217,12 +218,23 @@ def announce(settings: "Settings", upstream: str, key: str, as_json: bool) -> No
         f"curl -sS {address}/v1/images/generations -H 'Authorization: Bearer {key}'"
         f" -H 'Content-Type: application/json' -H 'Prefer: wait=30' -d '{BODY}'"
     )
+    # Each command names the service itself, so that it works in any folder and sets nothing for
+    # later commands of the same terminal.
+    program = f"DARKROOM_URL={address} DARKROOM_API_KEY={key} {program_path()}"
     put_result(
         {"address": address, "upstream": upstream, "key": key, "curl": curl},
         as_json,
         f"\ndarkroom  {address}  (sandbox upstream {upstream}, files in {settings.data_dir})",
         f"key       {key}",
         f"try       {curl}",
-        f"or        export DARKROOM_URL={address} DARKROOM_API_KEY={key};"
-        " darkroom submit 'a lighthouse in the fog' --wait\n",
+        f"or        {program} submit 'a lighthouse in the fog' --wait",
+        f"then      {program} tasks\n",
     )
+
+
+def program_path() -> str:
+    """This program as a shell finds it from any folder."""
+    path = Path(sys.argv[0]).resolve()
+    if path.suffix == ".py":
+        return f"{shlex.quote(sys.executable)} -m service"
+    return shlex.quote(str(path))

@@ -181,3 +181,19 @@ def test_client_commands_import_no_server() -> None:
         cwd=Path(__file__).parent,
     )
     assert not {"aiohttp", "sqlalchemy", "starlette", "uvicorn"} & set(done.stdout.split())
+
+
+def test_the_commands_of_a_sandbox_work_as_pasted_from_any_folder(tmp_path: Path) -> None:
+    """They name the program by its path, and set nothing for later commands of the terminal."""
+    darkroom = Path(sys.executable).with_name("darkroom")
+    settings = clean_environment({"DARKROOM_DATA_DIR": str(tmp_path), "PATH": os.defpath})
+    serving = subprocess.Popen(
+        [darkroom, "serve", "--sandbox", "--port", "0"], env=settings, stdout=subprocess.PIPE
+    )
+    with serving:
+        lines = iter(serving.stdout or ())
+        commands = [next(line for line in lines if line.startswith(b"or  "))[10:], next(lines)[10:]]
+        for command in commands:
+            assert b"export" not in command
+            subprocess.run(["/bin/sh", "-c", command], env=settings, cwd="/", check=True)
+        serving.terminate()
