@@ -60,14 +60,6 @@ EVENTS_WAIT_S = 30
 # A follower waits 1 + 2 + 4 + … + 64 = 127 s between eight failed calls: a restart of the service.
 MAX_FAILURES = 8
 
-Images = Annotated[
-    Texts,
-    option(
-        "An input image, also a file or a stored image; may be repeated.",
-        metavar="PATH|URL|img_…|file_…",
-    ),
-]
-
 
 def submit(
     prompt: Prompt,

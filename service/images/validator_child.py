@@ -42,7 +42,7 @@ GIF_BLOCKS = 500_000  # twice as many as a GIF of 50 MiB needs
 CPU_S = 60  # the largest image takes some seconds of one core
 END_OF_JPEG = b"\xff\xd9"
 # After a scan: restart markers and stuffed bytes belong to it.
-JPEG_SEGMENT = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+JPEG_SEGMENT = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # a fill byte is no marker
 FRAME_HEADERS, SCAN_HEADER = (0xC0, 0xC1, 0xC2, 0xC9, 0xCA), 0xDA
 # Bytes that decode as different coefficients.
 _noise = [hashlib.shake_128(seed).digest(64).replace(b"\xff", b"\x7f") for seed in (b"1", b"2")]

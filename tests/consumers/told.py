@@ -128,7 +128,7 @@ async def subscribed(here: World, url: str, *types: str) -> str:
 
 async def live(here: World, upstream: Upstream, own: str) -> None:
     """Runs a task for each way to end, a contradiction, a proof that arrives too late, an image
-    that cannot be fetched, and a refusal of the account.
+    that cannot be fetched, a refusal of the account, and an exhausted budget.
     """
     for prompt, file in (("fine", "0.png"), ("doubtful", "0.png"), ("risky", "missing.png")):
         upstream.queries[f"task-unified-{prompt}"] = [
@@ -158,6 +158,11 @@ async def live(here: World, upstream: Upstream, own: str) -> None:
     got(await here.client.post(f"/v1/tasks/{await submitted('stopped', 'submitted')}/cancel"))
     await called(await submitted("doubtful", "failed"), "doubtful", "completed")
     await submitted("barred", "submitted")
+    async with here.owner(name="thrifty") as thrifty:
+        budget = {"period": "total", "credits": 0.000001}
+        got(await here.client.put("/v1/budgets/thrifty", json=budget))
+        order = {"model": "wan2.5-text-to-image", "prompt": "too dear"}
+        got(await thrifty.post("/v1/images/generations", json=order), 402)
 
 
 async def in_state(here: World, task_id: str, state: str) -> bool:
