@@ -9,7 +9,7 @@ from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 
 from service import VERSION
-from service.web import catalogue_schemas, schemas
+from service.web import catalogue_schemas, money_schemas, schemas
 from service.web.file_schemas import FormBody
 from service.web.key_schemas import NewKey
 from service.web.openapi import document
@@ -143,6 +143,7 @@ async def test_real_answers_are_what_the_document_says(here: World) -> None:
             "delivery_id": delivery["id"],
             "key_id": key["id"],
             "model": task["model"],
+            "owner": task["owner"],
             "file_id": (await uploaded(client))["id"],
         }
         ids["replay_id"] = replay["id"]
@@ -156,6 +157,7 @@ async def test_real_answers_are_what_the_document_says(here: World) -> None:
             schemas.Rotation: {"overlap_s": 0},
             schemas.SecretRotation: {"overlap_s": 60},
             schemas.NewReplay: {"only": "all", "dry_run": True},
+            money_schemas.BudgetChange: {"period": "total", "credits": 1_000_000},
         }
         for spec in SPECS:
             if spec.answer is None:

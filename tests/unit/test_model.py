@@ -65,7 +65,9 @@ def task(state: State = State.SUBMITTED, **different: object) -> TaskRow:
 
 
 def test_the_rows_have_an_attribute_for_every_column() -> None:
-    """A column that a migration adds must be in the record too. Only a submission reads the body."""
+    """A column that a migration adds must be in the record too. The body is read by submissions
+    alone.
+    """
     assert {column.name for column in TASK_COLUMNS} == {*tasks.c.keys()} - {"body"}
     assert {column.name for column in IMAGE_COLUMNS} == set(images.c.keys())
 
