@@ -244,7 +244,7 @@ class BrokerWorker:
                 await self._send_fitting(entry)
             except MessageRefused as error:
                 exception = str(error)
-                if clock() >= self._renew_at + SPARE_S:
+                if refusals < REFUSALS and clock() >= self._renew_at + SPARE_S:
                     raise
                 if entry.type not in self._refused and refusals < REFUSALS:
                     await asyncio.sleep(broker_wait(refusals, self._resources.random()))
