@@ -26,8 +26,8 @@ def document_of(body: bytes | bytearray) -> JSON | None:
 
     What JSON excludes counts as unknown: NaN, numbers without end, and a field that one object
     names twice with different values. Bytes that are no UTF-8 become U+FFFD. A byte order mark,
-    control characters in text, and escapes that JSON does not have are read. Bytes behind the object
-    are not. Of a large body, which holds `data:` URLs, their short forms are read.
+    control characters in text, and escapes that JSON does not have are read. Bytes behind the
+    object are not. Of a large body, which holds `data:` URLs, their short forms are read.
     """
     if len(body) > USUAL_BYTES:
         body = INLINE.sub(_shortened, body, INLINE_URLS)

@@ -26,27 +26,24 @@ async def status(reader: asyncio.StreamReader) -> int:
     return int(line.split()[1]) if line else 0
 
 
-# Milliseconds of all threads of the process, on a machine that other tests share. The look-up of an
-# image is in a thread of its own.
 @pytest.mark.parametrize(
-    ("path", "most_ms"),
-    [
-        ("/openapi.json", 1.5),
-        ("/asyncapi.json", 1.5),
-        ("/healthz", 1.5),
-        ("/readyz", 1.5),
-        ("/nothing", 1.5),
-        ("/images/img_x", 5.0),
-    ],
+    "path", ["/openapi.json", "/asyncapi.json", "/readyz", "/nothing", "/images/img_x"]
 )
-async def test_a_route_without_a_key_costs_little(under: Target, path: str, most_ms: float) -> None:
-    await under.stranger.get(path)
-    before = under.processor_s()
-    for _ in range(REQUESTS):
+async def test_a_route_without_a_key_costs_little(under: Target, path: str) -> None:
+    """It takes at most eight times the processor time of `/healthz` in the same run. A document
+    that is built for each request takes twenty times as much.
+    """
+
+    async def cost(path: str) -> float:
         await under.stranger.get(path)
-    took_ms = (under.processor_s() - before) / REQUESTS * 1000
-    print(f"{path}: {took_ms:.2f} ms")
-    assert took_ms < most_ms
+        before = under.processor_s()
+        for _ in range(REQUESTS):
+            await under.stranger.get(path)
+        return under.processor_s() - before
+
+    usual, took = await cost("/healthz"), await cost(path)
+    print(f"{path}: {took / usual:.1f} times /healthz")
+    assert took < 8 * usual
 
 
 async def test_readers_of_large_pages_take_little_memory(under: Target) -> None:
