@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -23,6 +24,7 @@ import pytest
 
 from tests.api import JSON, got
 from tests.callbacks import connected
+from tests.certificates import self_signed
 from tests.crash.life import free_port, listed
 from tests.crash.load import PATIENCE_S, SECRET, TRY_S, loaded, sending, until
 from tests.environment import ROOT, clean_environment
@@ -142,19 +144,17 @@ async def test_no_callback_is_refused_while_the_socket_outlives_the_service(
 
 
 @contextmanager
-def haproxy(bind: str, backend: str, log: Path) -> Iterator[None]:
+def haproxy(bind: str, backend: str, log: Path, **tls: str) -> Iterator[subprocess.Popen[bytes]]:
     """Runs HAProxy with the configuration in deploy/."""
     program = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin") or missing("HAProxy")
-    environment = clean_environment(
-        {"PROXY_BIND": bind, "PROXY_BACKEND": backend, "PROXY_TLS": "off"}
-    )
+    environment = clean_environment({"PROXY_BIND": bind, "PROXY_BACKEND": backend, **tls})
     command = [program, "-db", "-f", str(ROOT / "deploy" / "haproxy.cfg")]
     with (
         log.open("wb") as output,
         subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process,
     ):
         try:
-            yield
+            yield process
         finally:
             process.terminate()
 
@@ -175,7 +175,7 @@ async def test_no_callback_is_refused_behind_a_proxy_that_tries_again(
     """
     async with AsyncExitStack() as stack:
         public, backend = (f"127.0.0.1:{free_port(stack)}" for _ in range(2))
-        stack.enter_context(haproxy(public, backend, tmp_path / "haproxy.log"))
+        stack.enter_context(haproxy(public, backend, tmp_path / "haproxy.log", PROXY_TLS="off"))
         await wait_until(lambda: open_at(public), PATIENCE_S)
         launcher = stack.enter_context(launching())
         place = Place(
@@ -187,3 +187,20 @@ async def test_no_callback_is_refused_behind_a_proxy_that_tries_again(
         assert "callbacks/evolink" not in log
         async with httpx.AsyncClient(base_url=f"http://{public}", trust_env=False) as stranger:
             assert (await stranger.get("/v1/tasks")).status_code == 404
+
+
+async def test_the_proxy_speaks_tls_unless_it_is_turned_off(tmp_path: Path) -> None:
+    """Without its certificate it does not start. With one it passes nothing but callbacks."""
+    log, certificate = tmp_path / "haproxy.log", self_signed(tmp_path)
+    async with AsyncExitStack() as stack:
+        public, backend = (f"127.0.0.1:{free_port(stack)}" for _ in range(2))
+        none = {"PROXY_CERTIFICATE": str(tmp_path / "none.pem")}
+        proxy = stack.enter_context(haproxy(public, backend, log, **none))
+        await wait_until(lambda: proxy.poll() is not None, PATIENCE_S)
+        stack.enter_context(haproxy(public, backend, log, PROXY_CERTIFICATE=str(certificate)))
+        await wait_until(lambda: open_at(public), PATIENCE_S)
+        trusted = ssl.create_default_context(cafile=str(certificate))
+        async with httpx.AsyncClient(verify=trusted, trust_env=False) as client:
+            assert (await client.get(f"https://{public}/v1/tasks")).status_code == 404
+            with pytest.raises(httpx.TransportError):
+                await client.get(f"http://{public}/v1/tasks")
