@@ -4,18 +4,22 @@ process uses the file alone (docs/operations.md, docs/backup.md).
 
 import asyncio
 import sqlite3
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, inspect
+from alembic.operations import Operations
+from sqlalchemy import Connection, inspect, update
 
 from service.db.batching import BatchingStore
 from service.db.migrations import versions
-from service.db.tables import counters, metadata
+from service.db.tables import counters, metadata, tasks
+from service.db.transaction import Transaction
 from service.errors import ConfigurationError
 from tests.contract.subject import Clock, Opener, Subject, new_id
 from tests.servers import execute
@@ -164,6 +168,41 @@ async def test_a_missing_database_is_reported_in_one_line(postgres_server: str) 
     await Database(postgres_server.replace("/postgres?", "/nowhere?")).refused(
         "DARKROOM_DATABASE_URL: PostgreSQL cannot be used"
     )
+
+
+def fill_bodies(tx: Transaction, bodies: Sequence[bytes]) -> list[None]:
+    tx.connection.execute(update(tasks).values(body=bodies[0]))
+    return [None]
+
+
+def migrate_bodies(tx: Transaction, items: Sequence[None]) -> list[None]:
+    with Operations.context(MigrationContext.configure(tx.connection)):
+        import_module(f"{versions.__name__}.0009_old_bodies").upgrade()
+    return [None] * len(items)
+
+
+async def test_an_upgrade_clears_the_bodies_of_tasks_that_are_not_sent_again(
+    subject: Subject,
+) -> None:
+    """An earlier version kept them until retention. A task that may still be sent keeps its own."""
+    waiting = {await subject.queued(), await subject.uncertain(), (await subject.submitting()).key}
+    over = {await subject.submitted(), await subject.submitted()}
+    await subject.write(fill_bodies, b"old")
+    await subject.write(migrate_bodies, None)
+    bodies = {row["id"]: row["body"] for row in await subject.rows(tasks)}
+    assert bodies == dict.fromkeys(waiting, b"old") | dict.fromkeys(over, b"")
+
+
+@pytest.mark.parametrize("size", [20, 20_000], ids=["in a page", "in many pages"])
+async def test_nothing_of_an_old_body_is_left_in_the_file(tmp_path: Path, size: int) -> None:
+    path, secret = tmp_path / "darkroom.db", b"token" * size
+    async with open_sqlite(path, process="one", new_id=new_id) as store:
+        await Subject(store, Clock()).submitted()
+        await store.write(fill_bodies, secret)
+    assert secret[:50] in path.read_bytes()
+    async with open_sqlite(path, process="one", new_id=new_id) as store:
+        await store.write(migrate_bodies, None)
+    assert secret[:50] not in path.read_bytes()
 
 
 def test_no_migration_drops_anything() -> None:
