@@ -44,4 +44,4 @@ def claimable(tx: Transaction, stage: str) -> tuple[int, list[str]]:
         return free, []
     full = [owner for owner, slots in used.items() if not has_share(slots, free)]
     most = max((slots for slots in used.values() if has_share(slots, free)), default=0)
-    return -(-(free - REST * most) // (REST + 1)), full
+    return max(1, -(-(free - REST * most) // (REST + 1))), full

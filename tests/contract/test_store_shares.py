@@ -1,5 +1,6 @@
 """Owners share the slots of deliveries: a claim passes over owners whose share is used up."""
 
+import asyncio
 from collections import Counter
 
 import pytest
@@ -7,6 +8,7 @@ from sqlalchemy import Connection, text
 
 from service.db.sqlite import SqliteStore
 from service.db.tables import deliveries
+from service.queue import shares
 from service.queue.shares import has_share
 from tests.contract.subject import Subject
 from tests.outbox import Made, emit
@@ -78,6 +80,18 @@ def test_a_share_ends_at_a_quarter_of_the_free_slots(used: int, free: int) -> No
     assert has_share(used, free)
     assert not has_share(used, free - 1)
     assert not has_share(used + 1, free)
+
+
+@pytest.mark.parametrize("used", [0, 3, 10, 49])
+async def test_a_claim_ends_whatever_the_shares_are(
+    subject: Subject, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each statement leases at least one row or is the last, also without the rule."""
+    monkeypatch.setattr(shares, "has_share", lambda _used, _free: True)
+    await waiting(subject, "greedy", 100)
+    async with asyncio.timeout(10):
+        got = await claimed(subject, {"greedy": used}, SLOTS - used)
+    assert got == {"greedy": SLOTS - used}
 
 
 async def test_a_claim_passes_over_an_owner_by_the_index(sqlite_store: SqliteStore) -> None:
