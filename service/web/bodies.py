@@ -61,14 +61,15 @@ async def read_body(request: Request, most: int = MAX_BODY) -> bytes:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, "unsupported_media_type", "the body must be application/json")
-    shedder, body = context_of(request).shedder, bytearray()
+    shedder, body, held = context_of(request).shedder, bytearray(), request.state.body
     try:
         async with asyncio.timeout(BODY_S) as timer:
             with (
                 shedder.idle(holder_of(request)),
-                shedder.bodies.reading(*reader_of(request), timer),
+                shedder.bodies.arriving(held, *reader_of(request), timer),
             ):
                 async for chunk in request.stream():
+                    shedder.bodies.grow(held, len(chunk))
                     body += chunk
                     if len(body) > most:
                         raise ApiError(413, "body_too_large", f"the body has at most {most} bytes")

@@ -4,7 +4,7 @@ The figures are in docs/overload.md.
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -17,6 +17,8 @@ from starlette.types import Receive, Scope, Send
 from service.errors import ApiError
 
 BODIES, BODIES_OF_ADDRESS, BODIES_OF_KEY = 250, 200, 50  # that are not complete yet
+MIB = 1 << 20
+BYTES, BYTES_OF_ADDRESS, BYTES_OF_KEY = 128 * MIB, 96 * MIB, 64 * MIB  # of bodies in memory
 SLOW_S = 1.0  # after which a body or a connection may be ended for another
 
 
@@ -94,55 +96,115 @@ class HoldingResponse(StreamingResponse):
 # --- bodies of requests ---
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class OpenBody:
-    key: str
-    address: str
-    began: float
-    timer: asyncio.Timeout
+@dataclass(slots=True, eq=False)
+class HeldBody:
+    """The body of one request, from its first byte until nothing of it is in memory."""
+
+    key: str = ""
+    address: str = ""
+    began: float = 0.0
+    size: int = 0
+    timer: asyncio.Timeout | None = None
+
+    @property
+    def places(self) -> tuple[tuple[str, int, int, int], ...]:
+        """Whose share it is part of, the most bodies and bytes of that share, and the status of a
+        refusal.
+        """
+        return (
+            (self.key, BODIES_OF_KEY, BYTES_OF_KEY, 429),
+            (f"from {self.address}", BODIES_OF_ADDRESS, BYTES_OF_ADDRESS, 429),
+            ("", BODIES, BYTES, 503),
+        )
 
 
 class BodyShares:
-    """Bodies that are not complete. A new one beyond a share ends the oldest one of the key that
-    has the most, if that is another key. Otherwise it ends the oldest one if that is slow.
+    """Bodies that are not complete, and the bytes of all bodies in memory.
+
+    A new body, or more bytes of one, may end a body that is not complete: the oldest one of the key
+    that has the most. A key that has the most itself loses its own oldest one if that is slow.
     """
 
     def __init__(self) -> None:
-        self._open: dict[OpenBody, None] = {}  # the oldest first
+        self._open: dict[HeldBody, None] = {}  # the oldest first
+        self._bytes = Counter[str]()
 
     def __len__(self) -> int:
         return len(self._open)
 
+    @property
+    def size(self) -> int:
+        return self._bytes[""]
+
     @contextmanager
-    def reading(self, key: str, address: str, timer: asyncio.Timeout) -> Iterator[None]:
+    def request(self) -> Iterator[HeldBody]:
+        """Around a request that may have a body."""
+        body = HeldBody()
+        try:
+            yield body
+        finally:
+            self.forget(body)
+
+    def forget(self, body: HeldBody) -> None:
+        """Nothing of the body is needed any more."""
+        for place, *_ in body.places:
+            self._bytes[place] -= body.size
+            if not self._bytes[place]:
+                del self._bytes[place]
+        body.size = 0
+
+    @contextmanager
+    def arriving(
+        self, body: HeldBody, key: str, address: str, timer: asyncio.Timeout
+    ) -> Iterator[None]:
         """Around the reading of a body, within its time limit `timer`, which also ends it for
         another. Raises ApiError 429 or 503 if there is no room.
         """
-        body = OpenBody(key, address, asyncio.get_running_loop().time(), timer)
-        self._make_room(body, [each for each in self._open if each.key == key], BODIES_OF_KEY)
-        near = [each for each in self._open if each.address == address]
-        self._make_room(body, near, BODIES_OF_ADDRESS)
-        self._make_room(body, list(self._open), BODIES, status=503)
+        body.key, body.address, body.timer = key, address, timer
+        body.began = asyncio.get_running_loop().time()
+        for place, most, _, status in body.places:
+            while len(near := self._near(place)) >= most:
+                message = f"there are {most} bodies already that are not complete"
+                self._make_room(body, near, lambda _: 1, status, message)
         self._open[body] = None
         try:
             yield
         finally:
             self._open.pop(body, None)
 
+    def grow(self, body: HeldBody, size: int) -> None:
+        """More bytes of a body are in memory. Raises ApiError 429 or 503 if there is no room."""
+        for place, _, most, status in body.places:
+            while self._bytes[place] + size > most:
+                near = [each for each in self._near(place) if each.size and each is not body]
+                message = f"the bodies under way have {most >> 20} MiB already"
+                self._make_room(body, near, lambda each: each.size, status, message)
+        for place, *_ in body.places:
+            self._bytes[place] += size
+        body.size += size
+
+    def _near(self, place: str) -> list[HeldBody]:
+        return [each for each in self._open if place in (near for near, *_ in each.places)]
+
     def _make_room(
-        self, new: OpenBody, oldest: list[OpenBody], most: int, status: int = 429
+        self,
+        body: HeldBody,
+        near: list[HeldBody],
+        weigh: Callable[[HeldBody], int],
+        status: int,
+        message: str,
     ) -> None:
-        if len(oldest) < most:
-            return
-        of_key = Counter(each.key for each in oldest)
-        key, number = of_key.most_common(1)[0]
-        victim = oldest[0]
-        if number > of_key[new.key]:
-            victim = next(each for each in oldest if each.key == key)
-        elif new.began - victim.began < SLOW_S:
+        weights = Counter({body.key: weigh(body) if body in self._open else 0})
+        for each in near:
+            weights[each.key] += weigh(each)
+        key, most = weights.most_common(1)[0]
+        key = key if most > weights[body.key] else body.key
+        victim = next((each for each in near if each.key == key), None)
+        now = asyncio.get_running_loop().time()
+        if victim is None or (key == body.key and now - victim.began < SLOW_S):
             code = "rate_limit_exceeded" if status == 429 else "overloaded"
-            message = f"there are {most} bodies already that are not complete"
             raise ApiError(status, code, message, retry_after=1)
         del self._open[victim]
-        if not victim.timer.expired():
-            victim.timer.reschedule(new.began)
+        self.forget(victim)
+        if victim.timer is not None and not victim.timer.expired():
+            victim.timer.reschedule(now)

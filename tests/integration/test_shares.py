@@ -19,7 +19,7 @@ from service.errors import ApiError
 from service.events import feed
 from service.ops.metrics import Metrics
 from service.web import key_shares, overload, server, server_protocol
-from service.web.key_shares import Shares, address_of
+from service.web.key_shares import BodyShares, Shares, address_of
 from service.web.overload import LoadShedder, PriorityGate
 from service.web.server import Server, bind, listening
 from tests.api import ASYNC, SUBMIT, got, order, refused, submitted
@@ -144,6 +144,75 @@ async def test_an_address_and_the_process_have_a_limit_of_bodies_too(
         assert [each.result() for each in answers if each.done()] == [408] * 2
         for each in answers:
             each.cancel()
+
+
+MANY = "content-length: 300000"  # bytes of a body of which a part arrives
+
+
+async def test_the_bytes_of_a_keys_bodies_have_a_limit(
+    still: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest body gets 408 for the bytes of a new one, if it is slow. Otherwise the new one
+    gets 429. Nothing counts any more once the requests are over.
+    """
+    monkeypatch.setattr(key_shares, "BYTES_OF_KEY", 250_000)
+    bodies = still.context.shedder.bodies
+    async with still.owner() as client, AsyncExitStack() as stack:
+        part = head(client, "POST", SUBMIT, MANY) + b"{" + b" " * 99_999
+        made = await stack.enter_async_context(many(still.url, 2, part))
+        await wait_until(lambda: bodies.size == 200_000)
+        ((refused_one, _),) = await stack.enter_async_context(many(still.url, 1, part))
+        assert await status(refused_one) == 429
+        monkeypatch.setattr(key_shares, "SLOW_S", 0.0)
+        await stack.enter_async_context(many(still.url, 1, part))
+        assert await status(made[0][0]) == 408
+        await wait_until(lambda: bodies.size == 200_000)
+    await wait_until(lambda: bodies.size == len(bodies) == 0)
+
+
+@pytest.mark.parametrize("limit", ["BYTES_OF_ADDRESS", "BYTES"])
+async def test_the_key_with_the_most_bytes_makes_room_for_another(
+    still: World, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key_shares, limit, 250_000)
+    bodies = still.context.shedder.bodies
+    async with still.owner() as greedy, still.owner() as other, AsyncExitStack() as stack:
+        part = head(greedy, "POST", SUBMIT, MANY) + b"{" + b" " * 99_999
+        made = await stack.enter_async_context(many(still.url, 2, part))
+        await wait_until(lambda: bodies.size == 200_000)
+        await submitted(other, note="x" * 90_000)
+        assert await status(made[0][0]) == 408
+    await wait_until(lambda: bodies.size == 0)
+
+
+async def test_a_request_that_waits_for_its_task_holds_no_body(still: World) -> None:
+    body = json.dumps(order(note="x" * 200_000)).encode()
+    waiting, bodies = still.context.shedder, still.context.shedder.bodies
+    async with still.owner() as client:
+        lines = (f"content-length: {len(body)}", "prefer: wait=60")
+        async with many(still.url, 3, head(client, "POST", SUBMIT, *lines) + body):
+            await wait_until(lambda: waiting.waiting == 3)
+            assert (bodies.size, len(bodies)) == (0, 0)
+        await wait_until(lambda: waiting.waiting == 0)
+
+
+async def test_a_complete_body_counts_until_its_request_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It makes no room for another, so that one gets 503."""
+    monkeypatch.setattr(key_shares, "BYTES", 100)
+    bodies = BodyShares()
+    timer = asyncio.timeout(60)
+    with bodies.request() as first:
+        with bodies.arriving(first, "one", "a", timer):
+            bodies.grow(first, 60)
+        with bodies.request() as second, bodies.arriving(second, "two", "b", timer):
+            bodies.grow(second, 40)
+            with pytest.raises(ApiError) as caught:
+                bodies.grow(second, 1)
+            assert caught.value.status == 503
+        assert bodies.size == 60
+    assert bodies.size == 0
 
 
 # --- requests at work

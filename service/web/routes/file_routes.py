@@ -58,8 +58,9 @@ async def kept_part(request: Request, *, flatten: bool = False) -> FileRow:
 
 
 async def bounded(request: Request, timer: asyncio.Timeout) -> AsyncGenerator[bytes, None]:
-    size, shedder = 0, context_of(request).shedder
-    with shedder.idle(holder_of(request)), shedder.bodies.reading(*reader_of(request), timer):
+    size, shedder, body = 0, context_of(request).shedder, request.state.body
+    reading = shedder.bodies.arriving(body, *reader_of(request), timer)
+    with shedder.idle(holder_of(request)), reading:
         async for chunk in request.stream():
             size += len(chunk)
             if size > MAX_UPLOAD:

@@ -227,7 +227,8 @@ def guarded(spec: Spec) -> Handler:
     async def endpoint(request: Request) -> Response:
         if spec.path in OPERATORS:
             return await authorised(request)
-        with context_of(request).shedder.request(holder_of(request)):
+        shedder = context_of(request).shedder
+        with shedder.request(holder_of(request)), shedder.bodies.request() as request.state.body:
             return await authorised(request)
 
     async def authorised(request: Request) -> Response:

@@ -68,12 +68,8 @@ async def submit(request: Request) -> Response:
         message = "Idempotency-Key must be 1 to 255 visible ASCII characters"
         raise invalid_request(message, "Idempotency-Key")
     wait_s, applied = preferences(request)
-    text, admin = await read_body(request, MAX_SUBMISSION), caller.sees is None
-    body = await parsed(text)
-    check_size(body)
-    task_id, replayed = await context.intake.accept(
-        caller.owner, body, key, admin=admin, large=len(text) > LARGE
-    )
+    task_id, replayed = await accepted(request, key)
+    context.shedder.bodies.forget(request.state.body)
     bind_contextvars(task_id=task_id)
     waits = context.shedder.submissions
     if wait_s != 0 and not waits.left(caller.key):  # a task that is accepted is not refused
@@ -94,6 +90,17 @@ async def submit(request: Request) -> Response:
     more = {"type": error.get("type"), "param": error.get("param"), "task_id": row.id}
     status, code, message = row.refusal_status, error["code"], error["message"]
     return error_response(request, status, code, message, headers, **more)
+
+
+async def accepted(request: Request, key: str | None) -> tuple[str, bool]:
+    """The id of the durable task, and whether it existed before. The body is in memory only here,
+    and not while the request waits for the task.
+    """
+    intake, caller = context_of(request).intake, caller_of(request)
+    text, admin = await read_body(request, MAX_SUBMISSION), caller.sees is None
+    body = await parsed(text)
+    check_size(body)
+    return await intake.accept(caller.owner, body, key, admin=admin, large=len(text) > LARGE)
 
 
 def check_size(body: JSON) -> None:
