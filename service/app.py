@@ -219,7 +219,7 @@ def make_context(
     admin_key = settings.admin_key.get_secret_value() if settings.admin_key else None
     pool, watch = stopping.pool, WorkerWatch(resources.store, resources.store.clock())
     days, least = settings.file_retention_days, settings.min_free_bytes
-    files = InputFiles(resources, validator, days, least)
+    files = InputFiles(resources, validator, days, least, settings.max_image_bytes)
     return Context(
         resources=resources,
         sender=WebhookSender(resources, settings.delivery_timeout_s),
@@ -229,7 +229,7 @@ def make_context(
             settings.callback_url,
             least,
             settings.log_prompts,
-            InputResolver(files).resolve,
+            InputResolver(files, catalogue),
             settings.unpriced == "allow",
         ),
         files=files,

@@ -25,6 +25,7 @@ EXTENSIONS = {
     "image/gif": "gif",
     "image/avif": "avif",
     "image/bmp": "bmp",
+    "image/tiff": "tiff",
 }
 # An upstream's id becomes part of a URL: visible ASCII, no dot in front, at most 200 characters.
 UPSTREAM_ID = r"[!-\-/-~][!-~]{0,199}"

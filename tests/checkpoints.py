@@ -67,10 +67,22 @@ INPUT_CHECKPOINTS: Mapping[str, str] = {
         " blob, is never shown, and goes when its days are over."
     ),
     "file.saved": ("As above. The sweep removes the blob of the first upload within about a day."),
+    "file.stored": (
+        "The client gets no response and uploads again. Both files are in the list and go when"
+        " their days are over."
+    ),
     "input.started": "Nothing was sent. The next worker uploads the image and submits the task.",
     "input.uploaded": (
         "The upstream keeps a copy that no row names, for 72 hours. The next worker uploads the"
         " image again under another name and submits the task."
+    ),
+    "input.recorded": (
+        "Nothing was sent. The next worker submits the task with the same copy. If the copy expires"
+        " before that, the next worker makes another one."
+    ),
+    "input.forgotten": (
+        "The account has no room for another file. The upstream keeps a copy that no row names, for"
+        " 72 hours, and the next worker deletes others."
     ),
     "file.erased": (
         "The file is gone from every response. A task that waits with it fails without a"

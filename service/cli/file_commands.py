@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from service.cli.api_client import ApiClient, api_client
-from service.cli.output import Json, option, put, put_json
+from service.cli.output import Json, Text, option, put, put_json
 from service.strict_json import JSON
 
 
@@ -17,19 +17,24 @@ def upload_files(
     flatten: Annotated[
         bool, option("Put an image with an alpha channel on white.", "--flatten")
     ] = False,
+    model: Annotated[
+        Text, option("Check by the limits of this model in place of the common ones.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Upload input images. Prints the id of each."""
     with api_client() as client:
         for path in paths:
-            file = upload(client, path, flatten=flatten)
+            file = upload(client, path, model, flatten=flatten)
             if as_json:
                 put_json(file)
             else:
                 put(file["id"])
 
 
-def upload(client: ApiClient, path: Path, *, flatten: bool = False) -> JSON:
+def upload(
+    client: ApiClient, path: Path, model: str | None = None, *, flatten: bool = False
+) -> JSON:
     """The stored file. CommandFailed names the path."""
-    params = {"flatten": "white"} if flatten else None
+    params = ({"flatten": "white"} if flatten else {}) | ({"model": model} if model else {})
     return client.upload("/v1/files", path, params=params)

@@ -66,13 +66,15 @@ def put_all(body: JSON, texts: list[str] | None, option: str) -> JSON:
     return body
 
 
-def inputs(images: list[str] | None) -> list[str] | None:
-    """The entries of `image_urls`. A path is uploaded first. The same name of two is one upload."""
+def inputs(images: list[str] | None, model: str) -> list[str] | None:
+    """The entries of `image_urls`. A path is uploaded first, within the limits of the model. The
+    same name of two is one upload.
+    """
     paths = [path_of(text) for text in images or []]
     if not any(paths):
         return images
     with api_client() as client:
-        ids = {path: upload(client, path)["id"] for path in dict.fromkeys(paths) if path}
+        ids = {path: upload(client, path, model)["id"] for path in dict.fromkeys(paths) if path}
     return [ids[path] if path else text for path, text in zip(paths, images or [], strict=True)]
 
 

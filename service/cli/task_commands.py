@@ -85,15 +85,16 @@ def submit(
     """Submit a task. Prints its id; with --wait the links of its images, with --out the files.
     Fails if the task does.
     """
+    model = model or ("wan2.5-image-to-image" if image else "wan2.5-text-to-image")
     order = named(
         {
-            "model": model or ("wan2.5-image-to-image" if image else "wan2.5-text-to-image"),
+            "model": model,
             "prompt": prompt_of(prompt),
             "negative_prompt": negative_prompt,
             "prompt_extend": prompt_extend,
             "size": size,
             "n": n,
-            "image_urls": inputs(image),
+            "image_urls": inputs(image, model),
             "metadata": pairs(metadata, "--metadata") or None,
             "callback_url": callback_url,
         }

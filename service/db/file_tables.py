@@ -1,6 +1,6 @@
 """The tables of input images: the owners' files, and the copies that an upstream has of them."""
 
-from sqlalchemy import BigInteger, Column, Index, Integer, String, Table, Text
+from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, String, Table, Text
 
 from service.db.tables import metadata
 
@@ -20,6 +20,7 @@ files = Table(
     # NULL: not stored yet, or erased. The row stays until the sweep has looked for its blob.
     Column("blob", String(200)),
     Column("erased_at", BigInteger),
+    Column("alpha", Boolean),  # NULL: not measured
     Index(None, "owner", "created_at", "id"),
     Index(None, "expires_at"),
 )

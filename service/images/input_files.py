@@ -6,7 +6,7 @@ Only a stored file has a blob in its row.
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -15,8 +15,7 @@ import structlog
 from service.blobs.blob_store import CHUNK, Incoming
 from service.errors import ApiError, BlobUnavailable
 from service.ids import blob_name
-from service.images.input_check import MAX_BYTES, too_long
-from service.images.validator import ImageValidator, InvalidImage, Validation
+from service.images.validator import ImageValidator, InvalidImage, MeasuredImage, Validation
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.tasks.files import (
@@ -27,6 +26,8 @@ from service.tasks.files import (
     insert_files,
     store_files,
 )
+from service.upstreams.catalogue_fields import ImagesField
+from service.upstreams.catalogue_images import formats_of, image_complaint, too_long
 
 log = structlog.get_logger()
 
@@ -34,17 +35,23 @@ DAY_MS = 86_400_000
 NAME_CHARS = 255
 FORGET_S = 5.0  # how long an erasure waits for the upstream
 COUNTED = 1 << 20  # bytes over the limit that are still counted
-UNPRINTED = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+# Control characters, those that turn the direction of text, and lone surrogates.
+UNPRINTED = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class InputFiles:
-    """`days`: how long a file is kept."""
+    """`days`: how long a file is kept. `max_bytes` holds where a model's limits name none."""
 
     resources: Resources
     validator: ImageValidator
     days: float
     min_free_bytes: int
+    max_bytes: int
+
+    def most(self, rule: ImagesField) -> int:
+        """The bytes that a file may have."""
+        return self.max_bytes if rule.max_bytes is None else rule.max_bytes
 
     async def check_room(self) -> None:
         """Raises ApiError 503 if the blob store has too little space left."""
@@ -53,37 +60,33 @@ class InputFiles:
     async def keep(
         self,
         owner: str,
-        filename: str | None,
+        name: Callable[[], str | None],
         chunks: AsyncIterator[bytes],
+        rule: ImagesField,
         *,
         param: str = "file",
         flatten: bool = False,
     ) -> FileRow:
-        """The stored file. Raises ApiError 400 or 413 with `param` for an image that no upstream
-        accepts, 503 without space. BlobUnavailable.
+        """The stored file. `name` is called after the last chunk. Raises ApiError 400 or 413 with
+        `param` for an image that breaks the rule, 503 without space. BlobUnavailable.
         """
         await self.check_room()
         async with self.resources.blobs.incoming() as file:
-            await receive(file, chunks, param)
-            found = await self.check(file, param, flatten=flatten)
-            return await self._store(owner, filename, file, found)
+            await receive(file, chunks, param, self.most(rule))
+            found = await self.validator.validate(file.path, flatten=flatten)
+            image = check_found(found, rule, param)
+            return await self._store(owner, name(), file, found.sha256, image)
 
-    async def check(self, file: Incoming, param: str, *, flatten: bool = False) -> Validation:
-        """What the checks found. Raises ApiError 400 or 413."""
-        found = await self.validator.validate(file.path, flatten=flatten)
-        if isinstance(found.result, InvalidImage):
-            status = 413 if found.result.final else 400
-            code = "file_too_large" if found.result.final else "invalid_parameter"
-            raise ApiError(status, code, f"{param}: {found.result.reason}", param=param)
-        return found
+    async def check(self, file: Incoming, rule: ImagesField, param: str) -> None:
+        """Checks an image that is stored already. Raises ApiError 400 or 413."""
+        check_found(await self.validator.validate(file.path, flatten=False), rule, param)
 
     async def _store(
-        self, owner: str, filename: str | None, file: Incoming, found: Validation
+        self, owner: str, filename: str | None, file: Incoming, sha256: str, image: MeasuredImage
     ) -> FileRow:
-        image, now = found.result, self.resources.store.clock()
-        assert not isinstance(image, InvalidImage)
+        now = self.resources.store.clock()
         file_id = self.resources.id("file")
-        blob = blob_name(file_id, 0, found.sha256, image.media_type)
+        blob = blob_name(file_id, 0, sha256, image.media_type)
         row = FileRow(
             id=file_id,
             owner=owner,
@@ -91,10 +94,11 @@ class InputFiles:
             expires_at=now + round(self.days * DAY_MS),
             filename=plain_name(filename) or f"{file_id}.{blob.rpartition('.')[2]}",
             media_type=image.media_type,
-            bytes=found.bytes,
-            sha256=found.sha256,
+            bytes=image.bytes,
+            sha256=sha256,
             width=image.width,
             height=image.height,
+            alpha=image.alpha,
             blob=blob,
         )
         await self.resources.store.write(insert_files, row)
@@ -102,6 +106,7 @@ class InputFiles:
         await self.resources.blobs.put(file, blob, image.media_type)
         checkpoint("file.saved")
         await self.resources.store.write(store_files, row)
+        checkpoint("file.stored")
         known = {"file_id": file_id, "owner": owner, "bytes": row.bytes}
         log.info("file.stored", **known, media_type=row.media_type, sha256=row.sha256)
         return row
@@ -127,26 +132,46 @@ class InputFiles:
                     await self.resources.file_api.delete(erased.copy.file_id)
 
 
-async def receive(file: Incoming, chunks: AsyncIterator[bytes], param: str) -> None:
-    """Writes a body into a file. Raises ApiError 413 over 10 MB, and 400 for an empty one."""
+def check_found(found: Validation, rule: ImagesField, param: str) -> MeasuredImage:
+    """The figures of a valid image. Raises ApiError 400, or 413 for too many bytes. A limit of the
+    rule comes before a fault of the bytes.
+    """
+    image = found.measured
+    reason = image and image_complaint(rule, image)
+    if reason is None and isinstance(found.result, InvalidImage):
+        reason = found.result.reason
+        if image is None and found.sha256 and rule.formats:
+            reason += f": it must be {formats_of(rule)}"
+    if reason is None and image is not None:
+        return image
+    long = image is not None and image.bytes > (rule.max_bytes or image.bytes)
+    status, code = (413, "file_too_large") if long else (400, "invalid_parameter")
+    raise ApiError(status, code, f"{param}: {reason}", param=param)
+
+
+async def receive(file: Incoming, chunks: AsyncIterator[bytes], param: str, most: int) -> None:
+    """Writes a body into a file. Raises ApiError 413 over so many bytes, and 400 for none."""
     buffer, size = bytearray(), 0
     async for chunk in chunks:
         size += len(chunk)
-        if size > MAX_BYTES + COUNTED:
-            raise ApiError(413, "file_too_large", f"{param}: {too_long(size)} or more", param=param)
-        if size <= MAX_BYTES:
+        if size > most + COUNTED:
+            reason = f"{param}: {too_long(most, size)} or more"
+            raise ApiError(413, "file_too_large", reason, param=param)
+        if size <= most:
             buffer += chunk
         if len(buffer) >= CHUNK:
             await file.write(bytes(buffer))
             buffer.clear()
-    if size > MAX_BYTES:
-        raise ApiError(413, "file_too_large", f"{param}: {too_long(size)}", param=param)
+    if size > most:
+        raise ApiError(413, "file_too_large", f"{param}: {too_long(most, size)}", param=param)
     if not size:
         raise ApiError(400, "invalid_parameter", f"{param}: the file has 0 bytes", param=param)
     await file.write(bytes(buffer))
 
 
 def plain_name(filename: str | None) -> str:
-    """The last part of a client's file name, without characters that no terminal prints."""
-    name = UNPRINTED.sub("", (filename or "").replace("\\", "/").rpartition("/")[2])
-    return name.strip()[:NAME_CHARS]
+    """The last part of a client's file name, without characters that no terminal prints. Empty: it
+    has none.
+    """
+    name = UNPRINTED.sub("", (filename or "").replace("\\", "/").rpartition("/")[2]).strip()
+    return name[:NAME_CHARS] if name.strip(".") else ""

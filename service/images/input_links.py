@@ -3,47 +3,65 @@ the upstream fetches itself.
 """
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from sqlalchemy import Connection, select
 
 from service.db.tables import images
 from service.errors import ApiError
 from service.images.downloads import shown_image
-from service.images.input_check import MAX_BYTES
 from service.images.input_files import InputFiles
 from service.links import data_of, is_data, trimmed
+from service.strict_json import off_loop
 from service.tasks.files import FileRow, InputImage, NamedInput, stored_file
 from service.tasks.rows import ImageRow
+from service.upstreams.catalogue import Catalogue
+from service.upstreams.catalogue_fields import ImagesField
+from service.upstreams.catalogue_images import image_complaint, too_long
 
 FILE_ID, IMAGE_ID = r"file_[a-z2-7]{26}", r"img_[a-z2-7]{26}"
 LINK = re.compile(r"https?://[^/\s]", re.IGNORECASE)
 PARAM = "image_urls"
 LINK_CHARS = 2048
+LARGE = 1 << 16  # characters of a data: URL that a thread decodes
 ACCEPTED = "a public https link, file_…, img_…, a link of this service, or a data: URL of an image"
 
 
 @dataclass(frozen=True, slots=True)
 class InputResolver:
     files: InputFiles
+    catalogue: Catalogue
 
-    async def resolve(self, owner: str, entries: list[str]) -> list[NamedInput]:
-        """The inputs in their order. Raises ApiError 400 with the place of the entry."""
-        return [
-            await self._one(owner, entry, f"{PARAM}[{place}]")
-            for place, entry in enumerate(entries)
-        ]
+    async def resolve(self, owner: str, entries: list[str], model: str) -> list[NamedInput]:
+        """The inputs in their order, within the limits of the model. Raises ApiError 400 with the
+        place of the entry.
+        """
+        rule, named = self.catalogue.image_rule(model), list[NamedInput]()
+        try:
+            for place, entry in enumerate(entries):
+                named.append(await self._one(owner, entry, f"{PARAM}[{place}]", rule))
+        except ApiError:
+            await self.discard(owner, named)
+            raise
+        return named
 
-    async def _one(self, owner: str, entry: str, place: str) -> NamedInput:
+    async def discard(self, owner: str, named: Sequence[NamedInput]) -> None:
+        """Erases the files that `data:` URLs of a refused submission made."""
+        for each in named:
+            if each.made:
+                await self.files.erase(each.stored, owner)
+
+    async def _one(self, owner: str, entry: str, place: str, rule: ImagesField) -> NamedInput:
         text = trimmed(entry)
         if is_data(text):
-            return await self._data(owner, text, place)
+            return await self._data(owner, text, place, rule)
         name = await self._own_name(text)
         if re.fullmatch(FILE_ID, name):
-            return await self._file(owner, name, entry, place)
+            return await self._file(owner, name, entry, place, rule)
         if re.fullmatch(IMAGE_ID, name):
-            return await self._result(owner, name, entry, place)
+            return await self._result(owner, name, entry, place, rule)
         if LINK.match(text) and len(text) <= LINK_CHARS:
             return NamedInput(InputImage(url=text), entry, entry)
         shown = entry[:100]
@@ -62,66 +80,57 @@ class InputResolver:
             return await self.files.resources.store.read(image_of_blob, blob) or text
         return text
 
-    async def _data(self, owner: str, url: str, place: str) -> NamedInput:
+    async def _data(self, owner: str, url: str, place: str, rule: ImagesField) -> NamedInput:
         try:
-            content = data_of(url)
+            content = await off_loop(len(url) > LARGE, partial(data_of, url))
         except ValueError as error:
             raise refusal(f"{place}: {error}") from None
         try:
-            row = await self.files.keep(owner, None, once(content), param=place)
+            row = await self.files.keep(owner, no_name, once(content), rule, param=place)
         except ApiError as error:
             raise as_refusal(error) from None
-        return NamedInput(of_file(row), row.id, row.id)
+        return NamedInput(of_row(row), row.id, row.id, made=True)
 
-    async def _file(self, owner: str, file_id: str, entry: str, place: str) -> NamedInput:
+    async def _file(
+        self, owner: str, file_id: str, entry: str, place: str, rule: ImagesField
+    ) -> NamedInput:
         store = self.files.resources.store
         row = await store.read(stored_file, file_id, owner, store.clock())
         if row is None:
             raise refusal(f"{place}: {file_id} is no file of yours, or it was erased")
-        return NamedInput(of_file(row), file_id, entry)
+        if reason := image_complaint(rule, row):
+            raise refusal(f"{place}: {reason}")
+        return NamedInput(of_row(row), file_id, entry)
 
-    async def _result(self, owner: str, image_id: str, entry: str, place: str) -> NamedInput:
+    async def _result(
+        self, owner: str, image_id: str, entry: str, place: str, rule: ImagesField
+    ) -> NamedInput:
         resources = self.files.resources
         row = await resources.store.read(shown_image, image_id)
         if row is None or row.owner != owner or row.state != "stored" or row.blob is None:
             raise refusal(f"{place}: {image_id} is no stored image of yours, or it was erased")
-        if row.bytes is not None and row.bytes > MAX_BYTES:
-            limit = f"an input image has at most {MAX_BYTES} bytes (10 MB)"
-            raise refusal(f"{place}: {limit}, and {image_id} has {row.bytes}")
+        if row.bytes is not None and row.bytes > (most := self.files.most(rule)):
+            raise refusal(f"{place}: {too_long(most, row.bytes)}")
         async with resources.blobs.incoming() as file:
             async for chunk in resources.blobs.read(row.blob):
                 await file.write(chunk)
             try:
-                await self.files.check(file, place)
+                await self.files.check(file, rule, place)
             except ApiError as error:
                 raise as_refusal(error) from None
-        return NamedInput(of_result(row), image_id, entry)
+        return NamedInput(of_row(row), image_id, entry)
+
+
+def no_name() -> None:
+    return None
 
 
 async def once(content: bytes) -> AsyncIterator[bytes]:
     yield content
 
 
-def of_file(row: FileRow) -> InputImage:
-    return InputImage(
-        id=row.id,
-        sha256=row.sha256,
-        width=row.width,
-        height=row.height,
-        media_type=row.media_type,
-        bytes=row.bytes,
-    )
-
-
-def of_result(row: ImageRow) -> InputImage:
-    return InputImage(
-        id=row.id,
-        sha256=row.sha256,
-        width=row.width,
-        height=row.height,
-        media_type=row.media_type,
-        bytes=row.bytes,
-    )
+def of_row(row: FileRow | ImageRow) -> InputImage:
+    return InputImage(id=row.id, sha256=row.sha256, width=row.width, height=row.height)
 
 
 def image_of_blob(connection: Connection, blob: str) -> str | None:

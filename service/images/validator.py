@@ -45,12 +45,26 @@ class InvalidImage:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredImage:
+    """The figures of an input image, also of one that does not decode."""
+
+    media_type: str
+    bytes: int
+    width: int
+    height: int
+    alpha: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Validation:
-    """`sha256` is in hex, or "" if the file was not read to its end."""
+    """`sha256` is in hex, or "" if the file was not read to its end. `measured` is that of an input
+    image. None: its header is not readable.
+    """
 
     sha256: str
     bytes: int
     result: ValidImage | InvalidImage
+    measured: MeasuredImage | None = None
 
 
 class ImageValidator:
@@ -92,7 +106,8 @@ class ImageValidator:
             raise BlobUnavailable(answer["unavailable"])
         valid = "valid" in answer
         result = ValidImage(**answer["valid"]) if valid else InvalidImage(**answer["invalid"])
-        return Validation(answer["sha256"], answer["bytes"], result)
+        measured = answer.get("measured") and MeasuredImage(**answer["measured"])
+        return Validation(answer["sha256"], answer["bytes"], result, measured)
 
 
 @asynccontextmanager

@@ -27,7 +27,7 @@ from typing import Any
 from PIL import AvifImagePlugin, Image, UnidentifiedImageError
 
 from service.content_coding import decompress
-from service.images.input_check import check_input
+from service.images.input_check import INPUT_TYPES, check_input
 from service.images.validator import InvalidImage, ValidImage
 
 MEDIA_TYPES = {
@@ -113,13 +113,13 @@ def validate_input(path: str, data: bytes, max_pixels: int, *, flatten: bool) ->
     """The child's answer about an input image. The file is written anew if it was flattened."""
 
     def broken(data: bytes) -> InvalidImage | None:
-        result = check_image(data, max_pixels, (*MEDIA_TYPES, "BMP"))
+        result = check_image(data, max_pixels, tuple(INPUT_TYPES))
         return InvalidImage(result.reason) if isinstance(result, InvalidImage) else None
 
-    result, content = check_input(data, flatten=flatten, decode=broken)
+    measured, result, content = check_input(data, max_pixels, flatten=flatten, decode=broken)
     if content is not data:
         Path(path).write_bytes(content)
-    return answer_about(content, result)
+    return answer_about(content, result) | {"measured": measured and asdict(measured)}
 
 
 def check_image(

@@ -3,11 +3,11 @@
 import hashlib
 import json
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 from sqlalchemy import select, tuple_
@@ -40,6 +40,15 @@ METADATA_PAIRS, METADATA_BYTES = 16, 2048
 MODEL_CHARS = 200
 
 
+class Inputs(Protocol):
+    """Finds the input images of a submission. Raises ApiError 400."""
+
+    async def resolve(self, owner: str, entries: list[str], model: str) -> list[NamedInput]: ...
+
+    async def discard(self, owner: str, named: Sequence[NamedInput]) -> None:
+        """Erases the files that were made for a submission that is refused."""
+
+
 @dataclass(frozen=True, slots=True)
 class TaskIntake:
     """Accepts submissions. `callback_prefix` None: the upstream gets no callback_url."""
@@ -49,7 +58,7 @@ class TaskIntake:
     callback_prefix: str | None
     min_free_bytes: int
     log_prompts: bool
-    resolve_inputs: Callable[[str, list[str]], Awaitable[list[NamedInput]]]
+    inputs: Inputs
     unpriced: bool  # tasks without a price are allowed under a budget
 
     async def accept(
@@ -73,21 +82,23 @@ class TaskIntake:
             if earlier is not None:
                 return _replayed(*earlier, digest), True
         await self._check(owner, body)
-        body, named = await self._named(owner, body)
         upstream_body = await self._translated(owner, body, admin=admin)
+        await self.resources.check_room(self.min_free_bytes, "images")
+        body, named = await self._named(owner, body)
         if named:
             upstream_body["image_urls"] = [each.stored for each in named]
-        await self.resources.check_room(self.min_free_bytes, "images")
         make = partial(self._task, owner, body, upstream_body, idempotency_key, digest)
         task = await off_loop(large, make)
-        task.inputs = [each.image.document() for each in named] or None
+        task.inputs = [asdict(each.image) for each in named] or None
         checkpoint("submit.checked")
         insert = insert_also_unpriced if self.unpriced else insert_tasks
         inserted = await store.write(insert, task)
         if inserted.refusal is not None:
+            await self.inputs.discard(owner, named)
             raise over_budget(task, inserted.refusal, self.resources.metrics)
         checkpoint("submit.inserted")
         if not inserted.created:
+            await self.inputs.discard(owner, named)
             return _replayed(inserted.task_id, inserted.idempotency_hash, digest), True
         known = {"owner": owner, "task_id": task.id, "model": task.model}
         prompt = {"prompt": task.prompt} if self.log_prompts else {}
@@ -111,10 +122,7 @@ class TaskIntake:
         entries = body.get("image_urls")
         if not isinstance(entries, list) or not all(isinstance(each, str) for each in entries):
             return body, []
-        named = await self.resolve_inputs(owner, entries)
-        for place, each in enumerate(named):
-            if message := self.catalogue.image_complaint(body["model"], each.image):
-                raise _invalid("image_urls", f"image_urls[{place}]: {message}")
+        named = await self.inputs.resolve(owner, entries, body["model"])
         return {**body, "image_urls": [each.shown for each in named]}, named
 
     async def _check(self, owner: str, body: JSON) -> None:

@@ -30,6 +30,7 @@ class FileRow:
     height: int
     blob: str | None = None
     erased_at: int | None = None
+    alpha: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +54,18 @@ class InputImage:
     sha256: str | None = None
     width: int | None = None
     height: int | None = None
-    media_type: str | None = None
-    bytes: int | None = None
-
-    def document(self) -> JSON:
-        names = ("id", "url", "sha256", "width", "height")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, slots=True)
 class NamedInput:
     """An entry of `image_urls`: its image, as the stored body names it (an id or a public link),
-    and as the client named it. Of a `data:` URL both are the id of the file that keeps it.
+    and as the client named it. Of a `data:` URL both are the id of the file that was `made` of it.
     """
 
     image: InputImage
     stored: str
     shown: str
+    made: bool = False
 
 
 FILE_COLUMNS = [file_table.c[field.name] for field in fields(FileRow)]

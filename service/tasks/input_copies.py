@@ -53,6 +53,7 @@ class InputSource:
 
     blob: str
     media_type: str
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +82,12 @@ class InputCopies:
         return links
 
     async def _copied(self, row: TaskRow, id: str, source: InputSource) -> str | InputProblem:
-        content = b"".join([chunk async for chunk in self.resources.blobs.read(source.blob)])
+        content = self.resources.blobs.read(source.blob)
         # An upload under the name of another file would overwrite it.
         name = f"{id}-{secrets.token_hex(6)}.{EXTENSIONS[source.media_type]}"
         checkpoint("input.started")
-        outcome = await self.resources.file_api.upload(content, name, source.media_type)
+        upload = self.resources.file_api.upload
+        outcome = await upload(content, source.bytes, name, source.media_type)
         checkpoint("input.uploaded")
         if isinstance(outcome, NotUploaded):
             if outcome.full:
@@ -96,7 +98,8 @@ class InputCopies:
         expires_at = round(outcome.expires_at * 1000)
         copy = InputCopy(id, row.owner, row.upstream, outcome.file_id, outcome.url, expires_at)
         kept = await self.resources.store.write(record_copies, copy)
-        log.info("input.uploaded", input_id=id, bytes=len(content), kept=kept)
+        checkpoint("input.recorded")
+        log.info("input.uploaded", input_id=id, bytes=source.bytes, kept=kept)
         if not kept:  # erased meanwhile
             await self.forget(copy)
             return InputProblem(f"the input image {id} was erased", GONE)
@@ -108,9 +111,9 @@ class InputCopies:
 
     async def _make_room(self) -> None:
         """Deletes the oldest copies that no task needs, because the account has no room left."""
-        for copy in await self.resources.store.read(spare_copies, FREED):
-            if await self.forget(copy):
-                await self.resources.store.write(forget_copies, copy.id)
+        for copy in await self.resources.store.write(forget_spare_copies, FREED):
+            checkpoint("input.forgotten")
+            await self.forget(copy)
 
 
 GONE = "input_gone"
@@ -131,13 +134,15 @@ def with_input_links(body: bytes, links: Mapping[str, str]) -> bytes:
 def input_sources(connection: Connection, ids: Sequence[str], now: int) -> dict[str, InputSource]:
     """The stored files and results with these ids."""
     c, i = file_table.c, images.c
-    kept = select(c.id, c.blob, c.media_type).where(c.blob.is_not(None), c.expires_at > now)
-    results = select(i.id, i.blob, i.media_type).where(i.state == "stored", i.blob.is_not(None))
+    kept = select(c.id, c.blob, c.media_type, c.bytes)
+    kept = kept.where(c.blob.is_not(None), c.expires_at > now)
+    results = select(i.id, i.blob, i.media_type, i.bytes)
+    results = results.where(i.state == "stored", i.blob.is_not(None))
     found = [
         *connection.execute(kept.where(c.id.in_(ids))),
         *connection.execute(results.where(i.id.in_(ids))),
     ]
-    return {row.id: InputSource(row.blob, row.media_type) for row in found}
+    return {row.id: InputSource(row.blob, row.media_type, row.bytes) for row in found}
 
 
 def record_copies(tx: Transaction, items: Sequence[InputCopy]) -> list[bool]:
@@ -156,19 +161,23 @@ def _record_copy(tx: Transaction, item: InputCopy) -> bool:
     return True
 
 
-def spare_copies(connection: Connection, limit: int) -> list[InputCopy]:
-    """The oldest copies that no task names which may still be sent or is at work."""
+def forget_spare_copies(tx: Transaction, items: Sequence[int]) -> list[list[InputCopy]]:
+    """Forgets the oldest copies that no task names which may still be sent or is at work, so many.
+    The caller deletes them at the upstream afterwards. A row never names a copy that is gone there.
+    """
+    return [_forget_spare_copies(tx, limit) for limit in items]
+
+
+def _forget_spare_copies(tx: Transaction, limit: int) -> list[InputCopy]:
+    connection = tx.connection
     ended = [state.value for state in TERMINAL]
     waiting = select(tasks.c.inputs).where(tasks.c.state.not_in(ended), tasks.c.inputs.is_not(None))
     needed = {each["id"] for inputs in connection.execute(waiting).scalars() for each in inputs}
     ids = connection.execute(select(copies.c.id).order_by(copies.c.expires_at)).scalars()
     spare = [id for id in ids if id not in needed][:limit]
-    return list(input_copies(connection, spare).values())
-
-
-def forget_copies(tx: Transaction, items: Sequence[str]) -> list[None]:
-    tx.connection.execute(delete(copies).where(copies.c.id.in_(items)))
-    return [None] * len(items)
+    gone = list(input_copies(connection, spare).values())
+    connection.execute(delete(copies).where(copies.c.id.in_(spare)))
+    return gone
 
 
 @dataclass(frozen=True, slots=True)

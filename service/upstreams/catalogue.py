@@ -17,7 +17,7 @@ from service.strict_json import JSON
 from service.upstreams.catalogue_entry import CatalogueFile, ModelEntry
 from service.upstreams.catalogue_fields import ImagesField
 from service.upstreams.catalogue_file import line_of, parse_catalogue, read_catalogue
-from service.upstreams.catalogue_images import StoredImage, image_complaint
+from service.upstreams.catalogue_images import COMMON
 
 MAX_WARNINGS, NAME_CHARS = 16, 100
 DEFAULT_UPSTREAM = "evolink"
@@ -66,11 +66,11 @@ class Catalogue:
         broken = entry and entry.complaint(body, whole=whole)
         return Violation(*broken) if broken else None
 
-    def image_complaint(self, model: object, image: StoredImage) -> str | None:
-        """The limit of the model that an input image breaks. Unknown figures break none."""
+    def image_rule(self, model: object) -> ImagesField:
+        """The limits of the model's input images, or the common ones if it has none of its own."""
         entry = self.entry(model)
         rule = entry.fields.get("image_urls") if entry else None
-        return image_complaint(rule, image) if isinstance(rule, ImagesField) else None
+        return rule if isinstance(rule, ImagesField) else COMMON
 
     def estimate(self, body: Mapping[str, Any]) -> CostEstimate:
         """The cost of a submission as the catalogue has it."""
@@ -131,5 +131,10 @@ def merged(
                 reason = f"no model {entry.like!r} is in the catalogue or above"
                 raise ConfigurationError(f"{name}, line {line}: models.{model}.like: {reason}")
             base = models[entry.like].fields_alone()
-        models[model] = entry.sourced(OPERATORS_FILE).over(base, OPERATORS_FILE)
+        made = models[model] = entry.sourced(OPERATORS_FILE).over(base, OPERATORS_FILE)
+        if (unknown := made.unknown_field()) is not None:
+            path = ["models", model, *unknown[0]]
+            reason = f"the model has no field {unknown[1]!r}"
+            line = line_of(text, path)
+            raise ConfigurationError(f"{name}, line {line}: {'.'.join(path)}: {reason}")
     return models

@@ -8,12 +8,19 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, StrictBool, StrictInt, field_serializer
+from pydantic import AfterValidator, Field, StrictBool, StrictInt, field_serializer, model_validator
 from pydantic.config import JsonDict
 
 from service.credits import MAX_CREDITS, credits_number, millionths
 from service.strict_json import JSON
-from service.upstreams.catalogue_fields import AnyField, CataloguePart, ImagesField, SizeField
+from service.upstreams.catalogue_fields import (
+    AnyField,
+    CataloguePart,
+    FieldRule,
+    ImagesField,
+    SizeField,
+)
+from service.upstreams.field_values import shown
 
 NO_OTHERS: JsonDict = {"additionalProperties": False}  # than names of the given pattern
 EXAMPLE_PROMPT = "a lighthouse in the fog"
@@ -49,6 +56,12 @@ class PriceRule(CataloguePart):
     values: dict[str, Credits] | None = None
     source: str | None = None
     note: str | None = None
+
+    @model_validator(mode="after")
+    def _check_values(self) -> "PriceRule":
+        if (self.by is None) != (self.values is None):
+            raise ValueError("by and values belong together")
+        return self
 
     @field_serializer("credits")
     def _number(self, credits: Decimal) -> int | float | None:
@@ -106,9 +119,28 @@ class ModelEntry(CataloguePart):
             value = value_at(body, name)
             if value is None and not whole:
                 continue
-            if message := rule.complaint(name, value):
+            if message := rule.complaint(name, value) or self._alone(name, rule, body):
                 return name, message
         return None
+
+    def _alone(self, name: str, rule: FieldRule, body: Mapping[str, Any]) -> str | None:
+        """Why a field is refused beside the others."""
+        if value_at(body, name) is None:
+            return None
+        for other, wanted in (rule.only_with or {}).items():
+            if (given := self._chosen(body, other)) != wanted:
+                allowed = f"{name} is accepted only with {other} = {shown(wanted)}"
+                return f"{allowed}, and {other} is {shown(given)}"
+        return None
+
+    def unknown_field(self) -> tuple[list[str], str] | None:
+        """The place of a field's name in the entry that names none of its fields, and that name."""
+        by = self.price.by if self.price is not None else None
+        places = [] if by is None else [(["price", "by"], by)]
+        for name, rule in self.fields.items():
+            others = rule.only_with or ()
+            places += [(["fields", name, "only_with", other], other) for other in others]
+        return next((each for each in places if each[1] not in self.fields), None)
 
     def price_of(self, body: Mapping[str, Any]) -> int | None:
         """The price of an image, or of the request, in millionths."""

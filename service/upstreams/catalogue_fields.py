@@ -3,21 +3,19 @@
 `type` in the file chooses the class. Lengths are characters, sizes are pixels.
 """
 
-import json
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
 
 from service.strict_json import JSON
+from service.upstreams.field_values import RATIO, is_texts, pixels_of, shown, span
 
-SIZE = re.compile("([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
-RATIO = re.compile("[1-9][0-9]*:[1-9][0-9]*")
-SHOWN_CHARS = 40
+NO_RULES = {"type", "required", "only_with"}  # of sizes and of input images
 COMMON = ("type", "required", "default", "min", "max", "unit", "values", "source", "note")
 
 Count = Annotated[StrictInt, Field(ge=0)]
 Range = tuple[Count, Count]
+ImageFormat = Literal["jpeg", "png", "bmp", "webp", "gif", "tiff", "avif"]
 
 
 class CataloguePart(BaseModel):
@@ -27,9 +25,12 @@ class CataloguePart(BaseModel):
 
 
 class FieldRule(CataloguePart):
-    """The keys of every field. `source`: where the upstream documents the field's limits."""
+    """The keys of every field. `only_with`: the values that other fields must have beside it.
+    `source`: where the upstream documents the field's limits.
+    """
 
     required: StrictBool = False
+    only_with: dict[str, StrictBool | StrictInt | str] | None = None
     source: str | None = None
     note: str | None = None
 
@@ -57,7 +58,21 @@ class FieldRule(CataloguePart):
         rules = self.model_dump(mode="json")
         limits = {name: value for name, value in rules.items() if name not in COMMON}
         given = {name: value for name, value in limits.items() if value is not None}
-        return {name: rules.get(name) for name in COMMON} | {"range": self.words(), "limits": given}
+        others = [f"{name} = {shown(value)}" for name, value in (self.only_with or {}).items()]
+        words = ", only with ".join([self.words(), *([" and ".join(others)] if others else [])])
+        return {name: rules.get(name) for name in COMMON} | {"range": words, "limits": given}
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> "FieldRule":
+        ranges = {
+            f"{name} and {other}": (getattr(self, name, None), getattr(self, other, None))
+            for name, other in (("min", "max"), ("min_side", "max_side"))
+        }
+        ranges |= {name: getattr(self, name, None) or (None, None) for name in ("pixels", "side")}
+        for name, (low, high) in ranges.items():
+            if low is not None and high is not None and low > high:
+                raise ValueError(f"{name}: {low} is more than {high}")
+        return self
 
     @model_validator(mode="after")
     def _check_default(self) -> "FieldRule":
@@ -77,7 +92,7 @@ class TextField(FieldRule):
     min: Count = 0
     max: Count | None = None
     unit: Literal["characters", "tokens"] = "characters"
-    values: list[str] | None = None
+    values: Annotated[list[str], Field(min_length=1)] | None = None
 
     def words(self) -> str:
         if self.values is not None:
@@ -106,7 +121,7 @@ class NumberField(FieldRule):
     default: StrictInt | None = None
     min: StrictInt | None = None
     max: StrictInt | None = None
-    values: list[StrictInt] | None = None
+    values: Annotated[list[StrictInt], Field(min_length=1)] | None = None
 
     def words(self) -> str:
         if self.values is not None:
@@ -193,7 +208,7 @@ class SizeField(FieldRule):
         for value in self.values or ():
             ratio = "ratios" if RATIO.fullmatch(value) else "names"
             forms.add("pixels" if pixels_of(value) else ratio)
-        return {"forms": sorted(forms)} | self.model_dump(mode="json", exclude={"type", "required"})
+        return {"forms": sorted(forms)} | self.model_dump(mode="json", exclude=NO_RULES)
 
     def measured(self, value: Any) -> str:
         sides = pixels_of(value)
@@ -210,7 +225,7 @@ class ImagesField(FieldRule):
     type: Literal["images"]
     min: Count = 0
     max: Count | None = None
-    formats: list[str] | None = None
+    formats: Annotated[list[ImageFormat], Field(min_length=1)] | None = None
     alpha: StrictBool = True
     max_bytes: Count | None = None
     min_side: Count | None = None
@@ -239,7 +254,7 @@ class ImagesField(FieldRule):
 
     def rules(self) -> JSON:
         """The number of input images, and the rules for each."""
-        return self.model_dump(mode="json", exclude={"type", "required"})
+        return self.model_dump(mode="json", exclude=NO_RULES)
 
 
 class UnsupportedField(FieldRule):
@@ -258,29 +273,3 @@ AnyField = Annotated[
     TextField | NumberField | FlagField | ObjectField | SizeField | ImagesField | UnsupportedField,
     Field(discriminator="type"),
 ]
-
-
-def span(least: int | None, most: int | None) -> str:
-    """A range in words. Without limits it is empty."""
-    if least is not None and most is not None:
-        return f"{least} to {most}"
-    if most is not None:
-        return f"at most {most}"
-    return "" if least is None else f"at least {least}"
-
-
-def shown(value: Any) -> str:
-    """A value as JSON, cut to a few characters."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "…"
-
-
-def is_texts(value: Any) -> bool:
-    """Whether the value is a list of texts that are not empty."""
-    return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
-
-
-def pixels_of(size: Any) -> tuple[int, int] | None:
-    """Width and height of WIDTHxHEIGHT."""
-    match = SIZE.fullmatch(size) if isinstance(size, str) else None
-    return None if match is None else (int(match[1]), int(match[2]))

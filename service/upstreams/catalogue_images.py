@@ -1,11 +1,22 @@
-"""The limits of a model on its input images, which are known once the images are stored."""
+"""The limits of input images: those of a model, and the common ones of an image without a model."""
 
 from typing import Protocol
 
-from service.upstreams.catalogue_fields import ImagesField, span
+from service.upstreams.catalogue_fields import ImagesField
+from service.upstreams.field_values import span
+
+# What every model that takes images accepts. A model's own limits in the catalogue replace them.
+COMMON = ImagesField(
+    type="images",
+    formats=["jpeg", "png", "bmp", "webp"],
+    alpha=False,
+    max_bytes=10 << 20,
+    min_side=384,
+    max_side=5000,
+)
 
 
-class StoredImage(Protocol):
+class ImageFigures(Protocol):
     """The figures of an input image. None: not known."""
 
     @property
@@ -16,19 +27,24 @@ class StoredImage(Protocol):
     def width(self) -> int | None: ...
     @property
     def height(self) -> int | None: ...
+    @property
+    def alpha(self) -> bool | None: ...
 
 
-def image_complaint(rule: ImagesField, image: StoredImage) -> str | None:
-    """The first limit that an image breaks, with its figure. Unknown figures break none."""
-    if image.width is None or image.height is None or image.bytes is None:
-        return None
+def image_complaint(rule: ImagesField, image: ImageFigures) -> str | None:
+    """The first limit that an image breaks, with its figure. An unknown figure breaks none."""
     format = (image.media_type or "").removeprefix("image/")
+    if format and rule.formats is not None and format not in rule.formats:
+        return f"the file is {format.upper()}: it must be {formats_of(rule)}"
+    if format == "png" and image.alpha and not rule.alpha:
+        reason = f"the file is PNG with an alpha channel: it must be {formats_of(rule)}"
+        return f"{reason}. An upload with ?flatten=white removes the channel"
+    if image.bytes is not None and image.bytes > (rule.max_bytes or image.bytes):
+        return too_long(rule.max_bytes or 0, image.bytes)
+    if image.width is None or image.height is None:
+        return None
     low, high = sorted((image.width, image.height))
     sides, pixels = f"{image.width}x{image.height}", image.width * image.height
-    if rule.formats is not None and format not in rule.formats:
-        return f"the image is {format}, and must be {', '.join(rule.formats)}"
-    if rule.max_bytes is not None and image.bytes > rule.max_bytes:
-        return f"an image has at most {rule.max_bytes} bytes, and this one has {image.bytes}"
     if low < (rule.min_side or 0) or high > (rule.max_side or high):
         limit = span(rule.min_side, rule.max_side)
         return f"a side has {limit} pixels, and the image is {sides}"
@@ -37,3 +53,16 @@ def image_complaint(rule: ImagesField, image: StoredImage) -> str | None:
     if rule.aspect is not None and high > rule.aspect * low:
         return f"the aspect is 1:{rule.aspect} to {rule.aspect}:1, and the image is {sides}"
     return None
+
+
+def formats_of(rule: ImagesField) -> str:
+    """The formats in words."""
+    names = [name.upper() for name in rule.formats or ()]
+    if not rule.alpha:
+        names = [f"{name} without alpha" if name == "PNG" else name for name in names]
+    return " or ".join([", ".join(names[:-1]), names[-1]]) if names[1:] else "".join(names)
+
+
+def too_long(most: int, size: int) -> str:
+    in_mb = f" ({most >> 20} MB)" if not most % (1 << 20) else ""
+    return f"the file has at most {most} bytes{in_mb}, and this one has {size}"

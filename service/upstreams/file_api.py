@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from secrets import token_hex
@@ -10,6 +10,7 @@ from secrets import token_hex
 from service.errors import EgressError
 from service.net import Egress, Response
 from service.net.retry_after import retry_after
+from service.net.transport import Content
 from service.upstreams.base import UpstreamCall
 from service.upstreams.lenient import USUAL_BYTES, document_of, readable, section_of, text_of
 from service.upstreams.verdicts import why
@@ -60,13 +61,27 @@ class FileApi:
         self._headers = {"authorization": f"Bearer {api_key}", "accept": "application/json"}
         self._timeout, self._on_call, self._now = timeout, on_call, now
 
-    async def upload(self, content: bytes, name: str, media_type: str) -> Uploaded | NotUploaded:
-        """Uploads under a name that must be unique: the upstream overwrites a file of that name."""
+    async def upload(
+        self, content: AsyncIterator[bytes], size: int, name: str, media_type: str
+    ) -> Uploaded | NotUploaded:
+        """Uploads in pieces, under a name that must be unique: the upstream overwrites a file of
+        that name. `size` is the length of the content.
+        """
         boundary = token_hex(16)
-        body = multipart(boundary, content, name, media_type)
-        headers = {"content-type": f"multipart/form-data; boundary={boundary}"}
+        before, after = around(boundary, name, media_type)
+        headers = {
+            "content-type": f"multipart/form-data; boundary={boundary}",
+            "content-length": str(len(before) + size + len(after)),
+        }
+
+        async def body() -> AsyncIterator[bytes]:
+            yield before
+            async for piece in content:
+                yield piece
+            yield after
+
         path = "/api/v1/files/upload/stream"
-        answer = await self._call("upload", "POST", path, headers, body)
+        answer = await self._call("upload", "POST", path, headers, body())
         if isinstance(answer, EgressError):
             return NotUploaded(why(answer))
         return classify_upload(answer.status, answer.headers, answer.body, self._now())
@@ -79,7 +94,7 @@ class FileApi:
         return not isinstance(answer, EgressError) and answer.status in (200, 204, 404)
 
     async def _call(
-        self, kind: str, method: str, path: str, headers: Mapping[str, str], body: bytes | None
+        self, kind: str, method: str, path: str, headers: Mapping[str, str], body: Content | None
     ) -> Response | EgressError:
         started, answer = time.perf_counter(), None
         url, sent = self._base_url + path, {**headers, **self._headers}
@@ -96,15 +111,15 @@ class FileApi:
         return answer.failure or readable(answer, USUAL_BYTES)
 
 
-def multipart(boundary: str, content: bytes, name: str, media_type: str) -> bytes:
-    """The form of an upload. `name` has no quotes."""
+def around(boundary: str, name: str, media_type: str) -> tuple[bytes, bytes]:
+    """The form of an upload before and after the file. `name` has no quotes."""
     parts = [
-        f'name="uploadPath"\r\n\r\n{FOLDER}'.encode(),
-        f'name="fileName"\r\n\r\n{name}'.encode(),
-        f'name="file"; filename="{name}"\r\ncontent-type: {media_type}\r\n\r\n'.encode() + content,
+        f'name="uploadPath"\r\n\r\n{FOLDER}\r\n',
+        f'name="fileName"\r\n\r\n{name}\r\n',
+        f'name="file"; filename="{name}"\r\ncontent-type: {media_type}\r\n\r\n',
     ]
-    head = f"--{boundary}\r\ncontent-disposition: form-data; ".encode()
-    return b"".join([head + part + b"\r\n" for part in parts]) + f"--{boundary}--\r\n".encode()
+    head = f"--{boundary}\r\ncontent-disposition: form-data; "
+    return "".join(head + part for part in parts).encode(), f"\r\n--{boundary}--\r\n".encode()
 
 
 def classify_upload(

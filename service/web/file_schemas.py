@@ -13,7 +13,8 @@ class FormBody(BaseModel):
 
 class Upload(FormBody):
     file: bytes = Field(
-        description="JPEG, PNG without alpha, BMP or WEBP, 384 to 5000 pixels a side, at most 10 MB"
+        description="JPEG, PNG without alpha, BMP or WEBP, 384 to 5000 pixels a side, at most"
+        " 10 MB. With ?model= the limits of that model in the catalogue hold instead"
     )
 
 

@@ -12,6 +12,7 @@ from ipaddress import ip_network
 from pathlib import Path
 
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
@@ -22,6 +23,7 @@ from tests.servers import postgres_database
 from tests.upstream import error
 from tests.world import Subscriber, answering, subscriber
 
+UPLOAD = "/api/v1/files/upload/stream"
 SANDBOX = SandboxOptions(
     api_key=UPSTREAM_KEY,
     networks=(ip_network(LOOPBACK),),
@@ -34,7 +36,8 @@ SANDBOX = SandboxOptions(
 @dataclass(slots=True)
 class Upstream:
     """A sandbox that records every submission. `refusals` counts the submissions of a prompt that
-    it refuses with 401 without recording them.
+    it refuses with 401 without recording them. `full` has the ids of files whose next
+    upload finds no room.
     """
 
     app: ASGIApp
@@ -42,24 +45,32 @@ class Upstream:
     posts: defaultdict[str, list[str]] = field(
         default_factory=lambda: defaultdict(list)
     )  # idempotency keys by prompt
+    full: set[bytes] = field(default_factory=set)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope.get("path") != SUBMIT:
+        if scope.get("path") not in (SUBMIT, *([UPLOAD] if self.full else [])):
             await self.app(scope, receive, send)
             return
         request = Request(scope, receive)
-        body = await request.body()
+        body, unread = await request.body(), [1]
+
+        async def again() -> Message:
+            whole = {"type": "http.request", "body": body}
+            return whole if unread and unread.pop() else await receive()
+
+        if scope["path"] == UPLOAD:
+            if turned_away := {file for file in self.full if file in body}:
+                self.full -= turned_away
+                await JSONResponse({"success": False, "code": 40003}, 403)(scope, again, send)
+            else:
+                await self.app(scope, again, send)
+            return
         prompt = json.loads(body)["prompt"]
         if self.refusals.get(prompt, 0):
             self.refusals[prompt] -= 1
             await error(401, "unauthorized")(scope, receive, send)
             return
         self.posts[prompt].append(request.headers["idempotency-key"])
-        unread = [body]
-
-        async def again() -> Message:
-            return {"type": "http.request", "body": unread.pop()} if unread else await receive()
-
         await self.app(scope, again, send)
 
 

@@ -1,13 +1,17 @@
-"""Processes are killed while they store, upload or erase an input image. On both stores the task is
-paid once, or fails without being paid.
+"""Processes are killed or paused while they store, upload or erase an input image. On both stores
+the task is paid once, or fails without being paid.
 """
 
+import asyncio
 import signal
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, suppress
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import httpx
 import pytest
 
@@ -22,7 +26,12 @@ from tests.processes import ADMIN_KEY, UPSTREAM_KEY, service_settings
 from tests.waiting import wait_until
 
 JSON = dict[str, Any]
-UPLOADS, COPIES = ("file.begun", "file.saved"), ("input.started", "input.uploaded")
+UPLOADS = ("file.begun", "file.saved", "file.stored")
+COPIES = ("input.started", "input.uploaded", "input.recorded")
+STORES = ("sqlite", "postgres")
+AT_ONCE = 8  # cases
+Story = Callable[..., Awaitable[None]]
+STORIES: dict[str, Story] = {}
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -35,13 +44,23 @@ class Mortal:
         self.bench, self.folder, self.environment = bench, folder, environment
         self.port, self.stack = free_port(stack), stack
         self.process: Launched | None = None
+        self.processes: list[Launched] = []
 
-    async def start(self, **more: str) -> httpx.AsyncClient:
-        environment = self.environment | more | {"DARKROOM_PORT": str(self.port)}
-        process = self.process = Launched(self.bench.launcher, self.folder, environment)
+    @property
+    def shared(self) -> bool:
+        """Whether a second process can serve the same store."""
+        return "DARKROOM_DATABASE_URL" in self.environment
+
+    async def start(self, port: int = 0, **more: str) -> httpx.AsyncClient:
+        """With a port it is a further process."""
+        environment = self.environment | more | {"DARKROOM_PORT": str(port or self.port)}
+        process = Launched(self.bench.launcher, self.folder, environment)
+        self.processes.append(process)
+        if not port:
+            self.process = process
         await wait_until(lambda: "service.started" in process.printed, PATIENCE_S)
         headers = {"authorization": f"Bearer {ADMIN_KEY}"}
-        url = f"http://127.0.0.1:{self.port}"
+        url = f"http://127.0.0.1:{port or self.port}"
         client = httpx.AsyncClient(base_url=url, headers=headers, trust_env=False, timeout=100)
         return await self.stack.enter_async_context(client)
 
@@ -50,8 +69,36 @@ class Mortal:
         assert process is not None
         await wait_until(lambda: process.code is not None, PATIENCE_S)
         assert process.code == -signal.SIGKILL
-        if "DARKROOM_DATABASE_URL" in self.environment:
+        if self.shared:
             await lease_over()
+
+    async def paused(self) -> httpx.AsyncClient | None:
+        """Waits until the process has stopped and its lease is over. The client of another process,
+        if one can serve the store.
+        """
+        process = self.process
+        assert process is not None
+        await wait_until(lambda: process.stopped, PATIENCE_S)
+        if self.shared:
+            return await self.start(free_port(self.stack))
+        await lease_over()
+        return None
+
+    def goes_on(self) -> None:
+        assert self.process is not None
+        self.process.signal(signal.SIGCONT)
+
+    async def write(self, statement: str) -> None:
+        """Changes the store while no process serves it."""
+        if self.shared:
+            connection = await asyncpg.connect(self.environment["DARKROOM_DATABASE_URL"])
+            await connection.execute(statement)
+            await connection.close()
+            return
+        (path,) = (self.folder / "data").glob("*.db")
+        with closing(sqlite3.connect(path)) as embedded:
+            embedded.execute(statement)
+            embedded.commit()
 
     def blobs(self) -> list[str]:
         return [path.name for path in (self.folder / "data" / "images").rglob("file_*")]
@@ -64,28 +111,34 @@ class Mortal:
         return sum(file["file_name"].startswith(file_id) for file in answer.json()["data"]["files"])
 
 
-@pytest.fixture(scope="module")
-async def bench(
-    tmp_path_factory: pytest.TempPathFactory, postgres_server: str
-) -> AsyncIterator[Bench]:
-    async with benches(tmp_path_factory.mktemp("inputs"), postgres_server) as made:
-        yield made
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-async def mortal(
-    bench: Bench, request: pytest.FixtureRequest, tmp_path: Path
-) -> AsyncIterator[Mortal]:
+@asynccontextmanager
+async def mortal_on(store: str, bench: Bench, folder: Path) -> AsyncIterator[Mortal]:
+    folder.mkdir()
     more = dict(SETTINGS)
     async with AsyncExitStack() as stack:
-        if request.param == "postgres":
+        if store == "postgres":
             more["DATABASE_URL"] = await stack.enter_async_context(bench.database())
-        environment = service_settings(bench.upstream_url, tmp_path, **more)
+        environment = service_settings(bench.upstream_url, folder, **more)
         environment |= {"DARKROOM_TEST_LEASE_MS": str(LEASE_MS)}
-        made = Mortal(bench, tmp_path, environment, stack)
-        yield made
-        if made.process is not None and made.process.code is None:
-            made.process.signal(signal.SIGKILL)
+        made = Mortal(bench, folder, environment, stack)
+        try:
+            yield made
+        finally:
+            for process in made.processes:
+                if process.code is None:
+                    process.signal(signal.SIGKILL)
+
+
+def case(*points: str | None) -> Callable[[Story], Story]:
+    """Makes a story a case on both stores, with each of these arguments."""
+
+    def register(story: Story) -> Story:
+        for point in points:
+            label = story.__name__ if point is None else f"{story.__name__}-{point}"
+            STORIES[label] = partial(story, point=point)
+        return story
+
+    return register
 
 
 def edit(prompt: str, file: JSON) -> JSON:
@@ -93,21 +146,26 @@ def edit(prompt: str, file: JSON) -> JSON:
     return {"prompt": prompt, **fields}
 
 
-@pytest.mark.parametrize("point", UPLOADS)
-async def test_an_upload_that_got_no_response_is_never_shown(mortal: Mortal, point: str) -> None:
+@case(*UPLOADS)
+async def an_upload_that_got_no_response_is_whole_or_never_shown(
+    mortal: Mortal, point: str
+) -> None:
     client = await mortal.start(DARKROOM_TEST_KILL=point)
     with suppress(httpx.TransportError):
         await upload(client, photo())
     await mortal.died()
-    assert len(mortal.blobs()) == (point == "file.saved")
+    assert len(mortal.blobs()) == (point != "file.begun")
     client = await mortal.start()
-    assert got(await client.get("/v1/files"))["data"] == []
+    kept = got(await client.get("/v1/files"))["data"]
+    assert len(kept) == (point == "file.stored")
     file = await uploaded(client)
-    assert got(await client.get("/v1/files"))["data"] == [file]
+    assert got(await client.get("/v1/files"))["data"] == [file, *kept]
+    for each in (file, *kept):
+        assert (await client.get(f"/v1/files/{each['id']}/content")).content == photo()
 
 
-@pytest.mark.parametrize("point", COPIES)
-async def test_a_task_whose_upload_was_cut_is_submitted_once(mortal: Mortal, point: str) -> None:
+@case(*COPIES)
+async def a_task_whose_upload_was_cut_is_submitted_once(mortal: Mortal, point: str) -> None:
     """The next worker uploads again, under a name of its own, and pays for one task."""
     client = await mortal.start(DARKROOM_TEST_KILL=point)
     file, prompt = await uploaded(client), mortal.folder.name
@@ -123,10 +181,11 @@ async def test_a_task_whose_upload_was_cut_is_submitted_once(mortal: Mortal, poi
     assert await mortal.copies(file["id"]) == 1 + (point == "input.uploaded")
 
 
-async def test_a_task_that_waits_with_an_erased_file_fails_unpaid(mortal: Mortal) -> None:
+@case("file.erased")
+async def a_task_that_waits_with_an_erased_file_fails_unpaid(mortal: Mortal, point: str) -> None:
     """The file API is away, so the task waits. Then the process dies right after the erasure."""
     away = {"DARKROOM_EVOLINK_FILES_URL": "http://127.0.0.1:9"}
-    client = await mortal.start(DARKROOM_TEST_KILL="file.erased", **away)
+    client = await mortal.start(0, DARKROOM_TEST_KILL=point, **away)
     file, prompt = await uploaded(client), mortal.folder.name
     key = {"idempotency-key": "once"}
     task = got(await client.post(SUBMIT, json=edit(prompt, file), headers=key))
@@ -142,5 +201,134 @@ async def test_a_task_that_waits_with_an_erased_file_fails_unpaid(mortal: Mortal
     assert mortal.bench.upstream.posts[prompt] == []
 
 
+@case(None, "input.uploaded")
+async def a_copy_that_expired_between_two_tries_is_made_anew(
+    mortal: Mortal, point: str | None
+) -> None:
+    """The upstream creates nothing at first, and the process dies. The copy expires meanwhile. With
+    a point, the next process dies there too.
+    """
+    client = await mortal.start(DARKROOM_TEST_KILL="submission.recorded")
+    file, prompt = await uploaded(client), mortal.folder.name
+    body, key = edit(prompt, file), {"idempotency-key": "once"}
+    body["sandbox"] = {"submit_status": {"status": 503, "times": 1}}
+    with suppress(httpx.TransportError):
+        await client.post(SUBMIT, json=body, headers=key | {"prefer": "wait=20"})
+    await mortal.died()
+    assert await mortal.copies(file["id"]) == 1
+    await mortal.write("UPDATE copies SET expires_at = 1")
+    if point is not None:
+        await mortal.start(DARKROOM_TEST_KILL=point)
+        await mortal.died()
+    client = await mortal.start()
+    task = got(await client.post(SUBMIT, json=body, headers=key | {"prefer": "wait=90"}))
+    assert task["state"] == "completed", task
+    assert mortal.bench.upstream.posts[prompt] == [task["id"]] * 2
+    assert await mortal.copies(file["id"]) == 2 + (point is not None)
+
+
+@case("input.forgotten")
+async def room_that_was_made_and_not_used_loses_no_copy(mortal: Mortal, point: str) -> None:
+    """The row of a copy goes before the copy, so a later task makes another one."""
+    client = await mortal.start(DARKROOM_TEST_KILL=point)
+    prompt, key = mortal.folder.name, {"idempotency-key": "once"}
+    files = [await uploaded(client, photo("PNG", (400, side))) for side in (400, 401)]
+    wait = {"prefer": "wait=60"}
+    for _ in range(2):
+        done = got(await client.post(SUBMIT, json=edit(prompt, files[0]), headers=wait))
+        assert done["state"] == "completed", done
+    mortal.bench.upstream.full.add(files[1]["id"].encode())
+    with suppress(httpx.TransportError):
+        await client.post(SUBMIT, json=edit(prompt, files[1]), headers=key | wait)
+    await mortal.died()
+    client = await mortal.start()
+    for file, headers in zip(files[::-1], (key | wait, wait), strict=True):
+        task = got(await client.post(SUBMIT, json=edit(prompt, file), headers=headers))
+        assert task["state"] == "completed", task
+    assert [await mortal.copies(file["id"]) for file in files] == [2, 1]
+    assert len(mortal.bench.upstream.posts[prompt]) == 4
+
+
+# --- pauses
+
+
+@case(*UPLOADS)
+async def an_upload_that_was_paused_is_answered_and_shown(mortal: Mortal, point: str) -> None:
+    client = await mortal.start(DARKROOM_TEST_PAUSE=point)
+    asked = asyncio.create_task(upload(client, photo()))
+    other = await mortal.paused()
+    if other is not None:
+        shown = got(await other.get("/v1/files"))["data"]
+        assert len(shown) == (point == "file.stored")
+    mortal.goes_on()
+    file = got(await asked, 201)
+    assert got(await (other or client).get("/v1/files"))["data"] == [file]
+
+
+@case(*COPIES)
+async def a_worker_paused_with_an_upload_submits_nothing_twice(mortal: Mortal, point: str) -> None:
+    """Another process submits the task after the lease. The first one goes on and sends nothing."""
+    client = await mortal.start(DARKROOM_TEST_PAUSE=point)
+    file, prompt = await uploaded(client), mortal.folder.name
+    body, headers = edit(prompt, file), {"idempotency-key": "once", "prefer": "wait=90"}
+    asked = asyncio.create_task(client.post(SUBMIT, json=body, headers=headers))
+    other = await mortal.paused()
+    if other is not None:
+        assert got(await other.post(SUBMIT, json=body, headers=headers))["state"] == "completed"
+    mortal.goes_on()
+    task = got(await asked)
+    assert task["state"] == "completed", task
+    after = edit(f"{prompt} again", file)
+    assert got(await client.post(SUBMIT, json=after, headers=headers | {"idempotency-key": "2"}))
+    assert mortal.bench.upstream.posts[prompt] == [task["id"]]
+
+
+@case("file.erased")
+async def an_erasure_that_was_paused_is_complete(mortal: Mortal, point: str) -> None:
+    """The file is gone for every process at once. A task that names it is refused."""
+    client = await mortal.start(DARKROOM_TEST_PAUSE=point)
+    file, prompt = await uploaded(client), mortal.folder.name
+    path = f"/v1/files/{file['id']}"
+    asked = asyncio.create_task(client.delete(path))
+    other = await mortal.paused()
+    if other is not None:
+        refused(await other.get(path), 404)
+        refused(await other.post(SUBMIT, json=edit(prompt, file)), 400, param="image_urls")
+    mortal.goes_on()
+    assert (await asked).status_code == 204
+    refused(await client.get(path), 404)
+    assert mortal.blobs() == []
+
+
+# --- all of them at once, because on PostgreSQL each waits for leases to expire
+
+
+@pytest.fixture(scope="module")
+async def outcomes(
+    tmp_path_factory: pytest.TempPathFactory, postgres_server: str
+) -> AsyncIterator[dict[str, BaseException | None]]:
+    folder, places = tmp_path_factory.mktemp("inputs"), asyncio.Semaphore(AT_ONCE)
+    async with benches(folder, postgres_server) as bench:
+
+        async def told(name: str, store: str) -> None:
+            async with places, mortal_on(store, bench, folder / f"{name}-{store}") as mortal:
+                await STORIES[name](mortal)
+
+        cases = [(name, store) for name in STORIES for store in STORES]
+        ended = await asyncio.gather(*(told(*each) for each in cases), return_exceptions=True)
+        yield {f"{name}-{store}": end for (name, store), end in zip(cases, ended, strict=True)}
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("name", STORIES)
+async def test_a_process_that_dies_or_pauses_with_an_input_image_loses_and_doubles_nothing(
+    outcomes: dict[str, BaseException | None], name: str, store: str
+) -> None:
+    if (error := outcomes[f"{name}-{store}"]) is not None:
+        raise error
+
+
 def test_every_checkpoint_of_input_images_is_tried() -> None:
-    assert {*UPLOADS, *COPIES, "file.erased"} == INPUT_CHECKPOINTS.keys()
+    """Each is a case of a kill, and each at which a process can be paused with a lease too."""
+    tried = {point for name in STORIES for point in INPUT_CHECKPOINTS if point in name}
+    assert tried == INPUT_CHECKPOINTS.keys()

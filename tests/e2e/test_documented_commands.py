@@ -1,5 +1,6 @@
 """Runs the commands of README and docs one after another, as the pages show them."""
 
+import json
 import os
 import re
 import shutil
@@ -32,6 +33,7 @@ SHOWN = {
     "dk_…": re.compile(r"\bdk_[a-z2-7]{40}"),
     "whsec_…": re.compile(r"\bwhsec_[A-Za-z0-9+/=]{20,}"),
     "file_…": re.compile(r"\bfile_[a-z2-7]{26}"),
+    "img_…": re.compile(r"\bimg_[a-z2-7]{26}"),
     "task_…": re.compile(r"\btask_[a-z2-7]{26}"),
 }
 
@@ -184,7 +186,7 @@ def test_an_endpoint_is_created_as_the_page_says(tmp_path: Path, upstream: str) 
 
 
 def test_a_picture_is_edited_as_the_page_says(tmp_path: Path, upstream: str) -> None:
-    """docs/editing.md: uploads, and tasks with one and with two input images."""
+    """docs/editing.md: uploads, tasks with one and with two input images, and a result fed back."""
     if shutil.which("curl") is None:
         missing("curl")
     (tmp_path / "photo.png").write_bytes(photo())
@@ -195,7 +197,9 @@ def test_a_picture_is_edited_as_the_page_says(tmp_path: Path, upstream: str) -> 
         shell.type("darkroom serve")
         shell.run(DOCS / "editing.md")
         assert len(list((tmp_path / "images").iterdir())) == 1
-        assert '"media_type":"image/png"' in shell.output
+        shell.type("darkroom tasks --json")
+        task, first, *_ = json.loads(shell.output)["data"]
+        assert [each["id"] for each in task["inputs"]] == [first["images"][0]["id"]]
 
 
 def test_a_backup_is_made_and_restored_as_the_page_says(tmp_path: Path, upstream: str) -> None:

@@ -178,7 +178,8 @@ PART = b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\
         (FORM, PART + photo(), 400),
         (FORM, b"--x\r\na: " + b"b" * 9000 + b"\r\n\r\n1\r\n--x--\r\n", 400),
         (FORM, PART + photo() + b"\r\n--x--\r\n", 201),
-        (FORM, b"preamble\r\n" + PART + photo() + b"\r\n--x  \r\n", 201),
+        (FORM, b"preamble\r\n" + PART + photo() + b"\r\n--x--  \r\n", 201),
+        (FORM, PART + photo() + b"\r\n--x  \r\n", 400),
         (
             FORM,
             b"--x\r\ncontent-disposition: form-data; name=o\r\n\r\n\r\n"

@@ -7,13 +7,6 @@ import pytest
 
 from service.credits import millionths
 from service.upstreams.catalogue import Violation, load_catalogue
-from service.upstreams.catalogue_fields import (
-    FieldRule,
-    ImagesField,
-    NumberField,
-    SizeField,
-    TextField,
-)
 
 CATALOGUE = load_catalogue()
 TEXT, IMAGE = "wan2.5-text-to-image", "wan2.5-image-to-image"
@@ -55,68 +48,6 @@ def refused(field: str, *words: str, model: str = TEXT, **fields: object) -> Non
     assert all(word in violation.message for word in (field, *words)), violation.message
 
 
-def placed(model: str, name: str, value: Any) -> dict[str, Any]:
-    """The example of a model with another value of a field."""
-    body: dict[str, Any] = CATALOGUE.document(model)["example"]
-    *tables, last = name.split(".")
-    table = body
-    for each in tables:
-        table[each] = dict(table.get(each, {}))
-        table = table[each]
-    table[last] = value
-    return body
-
-
-def limits() -> list[tuple[str, str, FieldRule]]:
-    return [
-        (model, name, rule)
-        for model, entry in CATALOGUE.models.items()
-        for name, rule in entry.fields.items()
-    ]
-
-
-def edges(rule: FieldRule) -> tuple[list[Any], list[Any]]:
-    """Values at the limits of a field and next to them: the accepted, and the refused ones."""
-    match rule:
-        case TextField(values=list(values)):
-            return list(values), [values[0] + "x", "", 7]
-        case TextField(unit="characters"):
-            at, beyond = around(rule.min, rule.max, 0)
-            return ["x" * n for n in at], [*("x" * n for n in beyond), 7, ["x"]]
-        case NumberField(values=list(numbers)):
-            return list(numbers), [max(numbers) + 1, min(numbers) - 1]
-        case NumberField():
-            at, beyond = around(rule.min, rule.max, -1)
-            return at, [*beyond, "2", True]
-        case ImagesField():
-            at, beyond = around(rule.min, rule.max, 0)
-            return [LINKS * n for n in at], [*(LINKS * n for n in beyond), "x", [7], [""]]
-        case SizeField():
-            return size_edges(rule)
-    return [], []
-
-
-def around(least: int | None, most: int | None, lowest: int) -> tuple[list[int], list[int]]:
-    """Numbers at the limits and inside of them, and those one beyond."""
-    at = [n for n in (least, most) if n is not None]
-    inside = [*(n + 1 for n in at[:1]), *(n - 1 for n in at[1:])] if at[1:] != at[:1] else []
-    beyond = [*(() if least is None else (least - 1,)), *(() if most is None else (most + 1,))]
-    return at + inside, [n for n in beyond if n >= lowest]
-
-
-def size_edges(rule: SizeField) -> tuple[list[str], list[Any]]:
-    accepted, refused = list(rule.values or []), [1024, "", "axb", "1024*1024", "7:5"]
-    step = rule.multiple or 1
-    if rule.side:
-        least, most = rule.side
-        square = 1024 if rule.pixels else most
-        accepted += [f"{square}x{square}"]
-        refused += [f"{square}x{most + step}", f"{least - step}x{square}"]
-    if rule.multiple:
-        refused += [f"1024x{1024 + step - 1}", f"1024x{1024 + 1}"]
-    return accepted, refused
-
-
 def test_the_catalogue_has_every_image_model_of_the_upstream() -> None:
     """Each names its source, and each of its limits and its price has one."""
     assert CATALOGUE.models.keys() == MODELS
@@ -132,24 +63,6 @@ def test_the_example_of_a_model_is_within_its_limits(model: str) -> None:
     assert document["example"]["model"] == model
     assert CATALOGUE.check(document["example"]) is None
     assert CATALOGUE.warnings(model, document["example"]) == []
-
-
-@pytest.mark.parametrize(
-    ("model", "name", "rule"), limits(), ids=lambda each: each if isinstance(each, str) else ""
-)
-def test_a_limit_is_refused_above_and_below_and_accepted_at_it(
-    model: str, name: str, rule: FieldRule
-) -> None:
-    """Every limit of every field of every model: one below, at it, one above."""
-    accepted, beyond = edges(rule)
-    for value in accepted:
-        assert CATALOGUE.check(placed(model, name, value)) is None, value
-    for value in beyond:
-        violation = CATALOGUE.check(placed(model, name, value))
-        assert violation is not None, value
-        assert (violation.param, name in violation.message) == (name, True)
-    absent = CATALOGUE.check(placed(model, name, None))
-    assert (absent is not None) == rule.required
 
 
 @pytest.mark.parametrize(

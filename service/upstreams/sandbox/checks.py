@@ -5,18 +5,19 @@ field.
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from service.errors import ApiError
 from service.strict_json import JSON
 from service.upstreams.catalogue import Catalogue
-from service.upstreams.catalogue_fields import pixels_of
+from service.upstreams.field_values import pixels_of
 
 MAX_BODY = 1 << 20
 URL_LENGTH = 2048
 KEY = re.compile(r"[A-Za-z0-9._-]{16,96}")
 RATIO = re.compile(r"([1-9][0-9]?):([1-9][0-9]?)")
 EDGES = {"1K": 1024, "2K": 2048, "3K": 3072, "4K": 4096}
+ASPECT = 16  # the largest that any model takes
 EDGE = EDGES["1K"]  # of a square whose size nothing says
 
 
@@ -91,8 +92,19 @@ def drawn_size(size: str | None) -> tuple[int, int]:
     if ratio is None:
         return (EDGES.get(size or "", EDGE),) * 2
     width, height = int(ratio[1]), int(ratio[2])
-    scale = EDGE / math.sqrt(width * height)
-    return round(width * scale), round(height * scale)
+    return scaled(width, height, EDGE * EDGE)
+
+
+def scaled(width: int, height: int, pixels: int) -> tuple[int, int]:
+    """The sides in their ratio, at most 1:16 or 16:1, with about so many pixels."""
+    ratio = min(max(width / height, 1 / ASPECT), ASPECT)
+    return round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+
+
+def shaped_like(order: Order, width: int, height: int) -> Order:
+    """The order without a size: its images have the aspect of the last input image."""
+    width, height = scaled(width, height, order.width * order.height)
+    return replace(order, width=width, height=height)
 
 
 def read_url(body: JSON, param: str) -> str | None:

@@ -19,7 +19,14 @@ from service.errors import ApiError, EgressRefused, NotConnected
 from service.net import Egress, Rules
 from service.upstreams.sandbox.answers import HTTP_ERRORS, Answer, error_answer, json_answer
 from service.upstreams.sandbox.callback_sender import CallbackSender
-from service.upstreams.sandbox.checks import MAX_BODY, invalid, read_body, read_key, read_order
+from service.upstreams.sandbox.checks import (
+    MAX_BODY,
+    invalid,
+    read_body,
+    read_key,
+    read_order,
+    shaped_like,
+)
 from service.upstreams.sandbox.effects import CountedRequest
 from service.upstreams.sandbox.faults import (
     FAULTS,
@@ -82,8 +89,9 @@ class Sandbox:
         self.sender = CallbackSender(
             self.egress, options.callback_timeout_s, options.callback_delays_s, clock
         )
-        defaults = read_faults(None, options.faults)
-        self.files = SandboxFiles(self._authorise, self.egress, clock, defaults, options.file_ttl_s)
+        self.files = SandboxFiles(
+            self._authorise, self.egress, clock, self._upload_faults, options.file_ttl_s
+        )
         self.running: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -109,8 +117,9 @@ class Sandbox:
             return AnswerResponse(replace(refusal, wait=faults.get("submit_delay", 0)))
         order = read_order(body, self.options.catalogue)
         await self._check_callback(order.callback_url)
-        if any(self.files.lost(url) for url in order.image_urls):
-            raise invalid("image_urls", "a file of image_urls does not exist or has expired")
+        inputs = [self.files.linked(url) for url in order.image_urls]
+        if inputs and (last := inputs[-1]) is not None and not body.get("size"):
+            order = shaped_like(order, *last.size)
         delay = self.options.delay_s
         if (first := self.ledger.replayed(key, digest)) is not None:
             headers = {"idempotency-replayed": "true"}
@@ -187,6 +196,11 @@ class Sandbox:
             right = hmac.compare_digest(key.encode(), expected.encode())
         if scheme.lower() != "bearer" or not right:
             raise ApiError(401, "unauthorized", "the API key is missing or wrong")
+
+    def _upload_faults(self, asked: object, number: int) -> Faults:
+        """The faults of an upload. ValueError says which is wrong."""
+        seed = f"{self.options.seed}/upload/{number}"
+        return read_faults(asked, drawn(self.options.faults, self.options.shares, seed))
 
     def _refusal(self, faults: Faults, submission: str) -> Answer | None:
         for name, value in faults.items():

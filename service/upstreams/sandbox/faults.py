@@ -1,5 +1,5 @@
-"""The faults of the sandbox, as a table. A submission names its faults in an object `sandbox`, and
-the sandbox has defaults.
+"""The faults of the sandbox, as a table. A submission or an upload names its faults in an object
+`sandbox`, and the sandbox has defaults.
 
 An entry of `FAULTS` has a value and, for each place where the fault acts, a pure function. Its
 first argument is the value, its last is what it changes:
@@ -139,8 +139,12 @@ FAULTS: Mapping[str, InjectedFault] = {
     "callback_first": InjectedFault(
         "the callback comes before the response to the submission", FLAG
     ),
-    "upload_status": InjectedFault("uploads of input images get this error", PAGE),
+    "upload_status": InjectedFault(
+        "uploads of input images get this error. A code in digits is one of the file API's own",
+        PAGE,
+    ),
     "upload_delay": InjectedFault("seconds until an upload gets its response", SECONDS),
+    "upload_cut": InjectedFault("the response to an upload breaks off after N bytes", BYTES),
     "lose_upload": InjectedFault("the file is stored and the connection is cut", FLAG),
     "upload_ttl": InjectedFault("seconds until an uploaded file expires", SECONDS),
     "query_status": InjectedFault("queries get this error", PAGE, query=error_page),

@@ -1,11 +1,9 @@
 """The sandbox's files: the upstream's file API with its limits, in memory."""
 
-import base64
-import binascii
 import io
-import json
 import random
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -17,13 +15,27 @@ from starlette.routing import Route
 
 from service.errors import ApiError, EgressError
 from service.net import Egress
-from service.net.multipart import MultipartForm
 from service.strict_json import JSON
-from service.upstreams.sandbox.answers import Answer, json_answer
+from service.upstreams.sandbox.answers import Answer, ErrorPage, encoded, json_answer
+from service.upstreams.sandbox.checks import invalid
 from service.upstreams.sandbox.faults import Faults
+from service.upstreams.sandbox.upload_requests import (
+    MAX_FILE,
+    NO_QUOTA,
+    NOT_FETCHED,
+    TOO_LARGE,
+    WRONG_TYPE,
+    FileRefused,
+    UploadRequest,
+    read_base64,
+    read_form,
+    read_object,
+    request_of,
+    text,
+)
 from service.upstreams.sandbox.wire import AnswerResponse
 
-MAX_FILE, MAX_FILES = 100 << 20, 100
+MAX_FILES = 100
 FETCH_S = 30.0
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 TYPES = {
@@ -32,60 +44,54 @@ TYPES = {
     "GIF": "image/gif",
     "WEBP": "image/webp",
     "BMP": "image/bmp",
+    "TIFF": "image/tiff",
 }
-TOO_LARGE, WRONG_TYPE, NO_QUOTA, NOT_FETCHED = 40001, 40002, 40003, 40004
 OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9._-]")
-
-Upload = tuple[bytes, str, str]  # content, name, folder
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxFile:
-    """`uploaded` and `expires` are Unix seconds."""
+    """`uploaded` and `expires` are Unix seconds. `size` is width and height."""
 
     id: str
     name: str
     folder: str
     content: bytes
     media_type: str
+    size: tuple[int, int]
     uploaded: float
     expires: float
-
-
-class FileRefused(Exception):
-    """A refusal of the file API, with its own code."""
-
-    def __init__(self, status: int, code: int, message: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
 
 
 @dataclass(slots=True)
 class SandboxFiles:
     """The routes of the file API, and the files of the account by folder and name.
 
-    `authorise` raises ApiError for a wrong key. `clock` gives Unix seconds. `faults` are the
-    sandbox's defaults: an upload names no faults of its own.
+    `authorise` raises ApiError for a wrong key. `clock` gives Unix seconds. `faults` gives those of
+    an upload by what it asks for and its number, or raises ValueError.
     """
 
     authorise: Callable[[Request], None]
     egress: Egress
     clock: Callable[[], float]
-    faults: Faults
+    faults: Callable[[object, int], Faults]
     life_s: float
     stored: dict[tuple[str, str], SandboxFile] = field(default_factory=dict)
     uploads: int = 0
+    met: Counter[ErrorPage] = field(default_factory=Counter)
 
     async def stream(self, request: Request) -> Response:
-        """`POST /api/v1/files/upload/stream`: multipart with `file`, `uploadPath`, `fileName`."""
+        """`POST /api/v1/files/upload/stream`: multipart with `file`, `uploadPath`, `fileName`, and
+        `sandbox` as JSON.
+        """
         return await self._upload(request, read_form)
 
     async def base64(self, request: Request) -> Response:
-        """`POST …/base64`: JSON with `base64_data`, `upload_path`, `file_name`."""
+        """`POST …/base64`: JSON with `base64_data`, `upload_path`, `file_name`, `sandbox`."""
         return await self._upload(request, read_base64)
 
     async def url(self, request: Request) -> Response:
-        """`POST …/url`: JSON with `file_url`, `upload_path`, `file_name`."""
+        """`POST …/url`: JSON with `file_url`, `upload_path`, `file_name`, `sandbox`."""
         return await self._upload(request, self._fetched)
 
     async def listed(self, request: Request) -> Response:
@@ -125,28 +131,45 @@ class SandboxFiles:
     def find(self, file_id: str) -> SandboxFile | None:
         return next((file for file in self.all() if file.id == file_id), None)
 
-    def lost(self, url: str) -> bool:
-        """Whether a link names a file of this account that is not there any more."""
+    def linked(self, url: str) -> SandboxFile | None:
+        """The file of this account that a link names. Raises ApiError 400 if it is gone."""
         match = re.search(r"/uploads/(file_[a-z0-9]{20})$", url)
-        return match is not None and self.find(match[1]) is None
+        file = None if match is None else self.find(match[1])
+        if match is not None and file is None:
+            raise invalid("image_urls", "a file of image_urls does not exist or has expired")
+        return file
 
     async def _upload(
-        self, request: Request, read: Callable[[Request], Awaitable[Upload]]
+        self, request: Request, read: Callable[[Request], Awaitable[UploadRequest]]
     ) -> Response:
         self.authorise(request)
         self.uploads += 1
-        error = self.faults.get("upload_status")
-        if error is not None and (page := error.answer(self.uploads - 1)) is not None:
-            await read(request)
-            return AnswerResponse(page)
         try:
-            answer = success_answer(document(self._put(*await read(request)), request))
+            upload = await read(request)
+            faults = self.faults(upload.asked, self.uploads)
+            answer = self._page(faults.get("upload_status"))
+            if answer is None:
+                file = self._put(upload, faults.get("upload_ttl", self.life_s))
+                answer = success_answer(document(file, request))
+                answer = replace(answer, lost=faults.get("lose_upload", False))
         except FileRefused as refusal:
             return failure(refusal.status, refusal.code, refusal.message)
-        wait, lost = self.faults.get("upload_delay", 0), self.faults.get("lose_upload", False)
-        return AnswerResponse(replace(answer, wait=wait, lost=lost))
+        except ValueError as wrong:
+            raise invalid("sandbox", str(wrong)) from None
+        wait, cut = faults.get("upload_delay", 0), faults.get("upload_cut")
+        return AnswerResponse(replace(answer, wait=wait, cut=cut))
 
-    async def _fetched(self, request: Request) -> Upload:
+    def _page(self, page: ErrorPage | None) -> Answer | None:
+        """The error that an upload gets. A code in digits is one of the file API's own."""
+        if page is None:
+            return None
+        self.met[page] += 1
+        answer = page.answer(self.met[page] - 1)
+        if answer is None or not (page.code or "").isdecimal():
+            return answer
+        return replace(answer, body=encoded(refused_document(int(page.code or 0), "by a fault")))
+
+    async def _fetched(self, request: Request) -> UploadRequest:
         body = await read_object(request)
         try:
             answer = await self.egress.request(
@@ -156,87 +179,34 @@ class SandboxFiles:
             raise FileRefused(400, NOT_FETCHED, f"file_url cannot be fetched: {error}") from None
         if answer.status != 200:
             raise FileRefused(400, NOT_FETCHED, f"file_url answered {answer.status}")
-        return answer.body, *names(body)
+        return request_of(body, answer.body)
 
-    def _put(self, content: bytes, name: str, folder: str) -> SandboxFile:
+    def _put(self, upload: UploadRequest, life_s: float) -> SandboxFile:
         """Stores a file. One of the same name is overwritten."""
+        content = upload.content
         if len(content) > MAX_FILE:
             raise FileRefused(413, TOO_LARGE, f"a file has at most {MAX_FILE} bytes")
-        media_type, now = type_of_image(content), self.clock()
+        (media_type, size), now = measured(content), self.clock()
         file_id = "file_" + "".join(random.choices(LETTERS, k=20))
-        key = (folder.strip("/"), OTHER_CHARACTERS.sub("_", name)[-128:] or file_id)
+        name = OTHER_CHARACTERS.sub("_", upload.name)[-128:] or file_id
+        key = (upload.folder.strip("/"), name)
         if key not in {(file.folder, file.name) for file in self.all()} and (
             len(self.stored) >= MAX_FILES
         ):
             raise FileRefused(403, NO_QUOTA, f"the account has {MAX_FILES} files already")
-        life_s = self.faults.get("upload_ttl", self.life_s)
-        file = SandboxFile(file_id, key[1], key[0], content, media_type, now, now + life_s)
+        file = SandboxFile(file_id, name, key[0], content, media_type, size, now, now + life_s)
         self.stored[key] = file
         return file
 
 
-def type_of_image(content: bytes) -> str:
+def measured(content: bytes) -> tuple[str, tuple[int, int]]:
+    """The media type, and width and height."""
     try:
         with Image.open(io.BytesIO(content), formats=tuple(TYPES)) as image:
-            return TYPES["JPEG" if image.format == "MPO" else str(image.format)]
+            return TYPES["JPEG" if image.format == "MPO" else str(image.format)], image.size
     except Exception:  # noqa: BLE001 - Pillow's plugins raise all kinds of errors
         message = f"the file is none of {', '.join(TYPES)}"
         raise FileRefused(400, WRONG_TYPE, message) from None
-
-
-async def read_form(request: Request) -> Upload:
-    parts: dict[str, bytes] = {}
-    filename = ""
-    try:
-        form = MultipartForm(request.headers.get("content-type", ""), request.stream())
-        async for part in form.parts():
-            content = bytearray()
-            async for chunk in part.content:
-                content += chunk
-                if len(content) > MAX_FILE:
-                    raise FileRefused(413, TOO_LARGE, f"a file has at most {MAX_FILE} bytes")
-            parts[part.name] = bytes(content)
-            filename = part.filename or "" if part.name == "file" else filename
-    except ValueError as error:
-        raise ApiError(400, "invalid_request", str(error)) from None
-    if "file" not in parts:
-        raise ApiError(400, "invalid_parameter", "file is required", param="file")
-    given = {name: parts.get(name, b"").decode("utf-8", "replace") for name in FORM_NAMES}
-    return parts["file"], given["fileName"] or filename, given["uploadPath"]
-
-
-FORM_NAMES = ("fileName", "uploadPath")
-
-
-async def read_base64(request: Request) -> Upload:
-    body = await read_object(request)
-    data = text(body, "base64_data")
-    try:
-        content = base64.b64decode(data.partition(",")[2] if "," in data else data, validate=True)
-    except (binascii.Error, ValueError):
-        raise FileRefused(400, WRONG_TYPE, "base64_data is not base64") from None
-    return content, *names(body)
-
-
-async def read_object(request: Request) -> JSON:
-    try:
-        body = json.loads(await request.body())
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict):
-        raise ApiError(400, "invalid_request", "the body must be a JSON object")
-    return body
-
-
-def text(body: JSON, name: str) -> str:
-    value = body.get(name)
-    if not isinstance(value, str) or not value:
-        raise ApiError(400, "invalid_parameter", f"{name} is required", param=name)
-    return value
-
-
-def names(body: JSON) -> tuple[str, str]:
-    return str(body.get("file_name") or ""), str(body.get("upload_path") or "")
 
 
 def document(file: SandboxFile, request: Request) -> JSON:
@@ -267,9 +237,12 @@ def success(data: JSON) -> Response:
     return AnswerResponse(success_answer(data))
 
 
+def refused_document(code: int, message: str) -> JSON:
+    return {"success": False, "code": code, "msg": message, "data": None}
+
+
 def failure(status: int, code: int, message: str) -> Response:
-    document = {"success": False, "code": code, "msg": message, "data": None}
-    return AnswerResponse(json_answer(status, document))
+    return AnswerResponse(json_answer(status, refused_document(code, message)))
 
 
 def file_routes(files: SandboxFiles) -> list[Route]:

@@ -53,7 +53,7 @@ FLAG = Value("true or false", lambda value: isinstance(value, bool))
 SECONDS = up_to(86400, "seconds")
 CREDITS = up_to(1_000_000, "credits")
 BYTES = whole(0, 1 << 30)
-WORD = matching("a word of a-z and _", r"[a-z_]{1,100}")
+WORD = matching("a word of a-z, 0-9 and _", r"[a-z0-9_]{1,100}")
 MEDIA_TYPE = matching("a media type", r"[a-z]+/[a-z0-9.+-]{1,100}(; ?[a-z0-9=-]{1,100})?")
 URL = matching("a URL", r"[a-z][a-z0-9+.-]*:[!-~]{1,2000}")
 

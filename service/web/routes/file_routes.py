@@ -1,17 +1,20 @@
 """Input images of the caller: upload, list, show, content, erase."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from sqlalchemy import Connection
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from service.db.paging import Selection
-from service.errors import ApiError, BlobMissing
-from service.net.multipart import MultipartForm
+from service.errors import ApiError, BlobMissing, invalid_request
+from service.net.multipart import FormPart, MultipartForm
 from service.tasks.files import FileRow, file_document, file_list, stored_file
+from service.upstreams.catalogue_fields import ImagesField, UnsupportedField
+from service.upstreams.catalogue_images import COMMON
 from service.web.auth import caller_of
 from service.web.bodies import Position, page, query_text, reader_of
 from service.web.context import context_of, resources_of
@@ -19,34 +22,44 @@ from service.web.key_shares import holder_of
 from service.web.routes.image_routes import HEADERS
 
 UPLOAD_S = 120.0
-MAX_UPLOAD = 12 << 20  # bytes of the whole body: a file of 10 MB, and what is around it
+AROUND = 2 << 20  # bytes of the body around the file
+NAME_BYTES = 4096
 
 
 async def upload(request: Request) -> Response:
     """Upload an input image."""
     flatten = query_text(request, "flatten", ("white",)) is not None
-    row = await kept_part(request, flatten=flatten)
+    row = await kept_part(request, model_rule(request), flatten=flatten)
     return JSONResponse(file_document(row), 201)
 
 
-async def kept_part(request: Request, *, flatten: bool = False) -> FileRow:
+def model_rule(request: Request) -> ImagesField:
+    """The limits of the model that the query names, or the common ones. Raises ApiError 400."""
+    model, catalogue = query_text(request, "model"), context_of(request).intake.catalogue
+    entry = catalogue.entry(model)
+    if entry is not None and isinstance(entry.fields.get("image_urls"), UnsupportedField):
+        raise invalid_request(f"model: {model} takes no input images", "model")
+    return catalogue.image_rule(model)
+
+
+async def kept_part(
+    request: Request, rule: ImagesField = COMMON, *, flatten: bool = False
+) -> FileRow:
     """The stored file of the part `file`. Raises ApiError 400, 408, 413, 415 and 503."""
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > MAX_UPLOAD:
-        message = f"file: the body has at most {MAX_UPLOAD} bytes, and this one has {int(length)}"
-        raise ApiError(413, "file_too_large", message, param="file")
     files, owner = context_of(request).files, caller_of(request).owner
+    length, most = request.headers.get("content-length", ""), files.most(rule) + AROUND
+    if length.isdecimal() and int(length[:20]) > most:
+        message = f"file: the body has at most {most} bytes, and this one has {length[:20]}"
+        raise ApiError(413, "file_too_large", message, param="file")
     try:
-        async with asyncio.timeout(UPLOAD_S) as timer, aclosing(bounded(request, timer)) as chunks:
+        async with (
+            asyncio.timeout(UPLOAD_S) as timer,
+            aclosing(bounded(request, timer, most)) as chunks,
+        ):
             form = MultipartForm(request.headers.get("content-type", ""), chunks)
             async with aclosing(form.parts()) as parts:
-                name = None
-                async for part in parts:
-                    if part.name == "file":
-                        name, body = name or part.filename, part.content
-                        return await files.keep(owner, name, body, flatten=flatten)
-                    if part.name == "fileName":  # as the upstream's clients send it
-                        name = b"".join([piece async for piece in part.content]).decode()
+                upload = UploadForm(parts)
+                return await files.keep(owner, upload.name, upload.file(), rule, flatten=flatten)
     except (TimeoutError, ClientDisconnect):
         message = f"the body was not complete after {UPLOAD_S:g} s"
         raise ApiError(408, "timeout", message) from None
@@ -54,17 +67,58 @@ async def kept_part(request: Request, *, flatten: bool = False) -> FileRow:
         media = "multipart/form-data" in str(error)
         status, code = (415, "unsupported_media_type") if media else (400, "invalid_request")
         raise ApiError(status, code, f"file: {error}", param="file") from None
-    raise ApiError(400, "invalid_request", "file is required: a part of the form", param="file")
 
 
-async def bounded(request: Request, timer: asyncio.Timeout) -> AsyncGenerator[bytes, None]:
+@dataclass(slots=True)
+class UploadForm:
+    """A form with one part `file`. Its part `fileName`, as the upstream's clients send it, names
+    the file and may come before or after it.
+    """
+
+    parts: AsyncIterator[FormPart]
+    filename: str | None = None
+    renamed: str | None = None
+
+    def name(self) -> str | None:
+        return self.renamed or self.filename
+
+    async def file(self) -> AsyncIterator[bytes]:
+        """The content of the file. Raises ApiError 400 and ValueError, also at its end."""
+        files = 0
+        async for part in self.parts:
+            if part.name == "fileName":
+                self.renamed = (await beginning(part.content)).decode()
+            elif part.name == "file":
+                files, self.filename = files + 1, part.filename
+                if files > 1:
+                    raise ValueError("the form has two parts of that name, and each is one upload")
+                async for chunk in part.content:
+                    yield chunk
+        if not files:
+            message = "file is required: a part of the form"
+            raise ApiError(400, "invalid_request", message, param="file")
+
+
+async def beginning(content: AsyncIterator[bytes]) -> bytes:
+    """A short text. ValueError: it is not short."""
+    text = bytearray()
+    async for piece in content:
+        text += piece
+        if len(text) > NAME_BYTES:
+            raise ValueError(f"fileName has at most {NAME_BYTES} bytes")
+    return bytes(text)
+
+
+async def bounded(
+    request: Request, timer: asyncio.Timeout, most: int
+) -> AsyncGenerator[bytes, None]:
     size, shedder, body = 0, context_of(request).shedder, request.state.body
     reading = shedder.bodies.arriving(body, *reader_of(request), timer)
     with shedder.idle(holder_of(request)), reading:
         async for chunk in request.stream():
             size += len(chunk)
-            if size > MAX_UPLOAD:
-                message = f"file: the body has at most {MAX_UPLOAD} bytes, and this one has more"
+            if size > most:
+                message = f"file: the body has at most {most} bytes, and this one has more"
                 raise ApiError(413, "file_too_large", message, param="file")
             yield chunk
 

@@ -187,7 +187,7 @@ SPECS = (
     ),
     spec(f"GET /v1/keys?{PAGE}", keys.listed, "admin", schemas.KeyList),
     spec("DELETE /v1/keys/{key_id}", keys.revoke, "admin"),
-    spec("POST /v1/files?flatten", files.upload, "submit", File, Upload, 201),
+    spec("POST /v1/files?flatten&model", files.upload, "submit", File, Upload, 201),
     spec(f"GET /v1/files?{PAGE}", files.files, "submit read", FileList),
     spec("GET /v1/files/{file_id}", files.file, "submit read", File),
     spec("GET /v1/files/{file_id}/content", files.content, "submit read"),

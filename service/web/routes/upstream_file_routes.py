@@ -12,10 +12,10 @@ from starlette.responses import JSONResponse, Response
 from service.db.file_tables import files
 from service.errors import ApiError, EgressError
 from service.ids import rfc3339
-from service.images.input_check import MAX_BYTES
 from service.links import data_of, is_data
 from service.strict_json import JSON
 from service.tasks.files import FileRow, file_rows, select_files
+from service.upstreams.catalogue_images import COMMON
 from service.web.auth import caller_of
 from service.web.bodies import parsed, read_body, read_json
 from service.web.context import context_of, resources_of
@@ -47,8 +47,9 @@ async def base64(request: Request) -> Response:
             yield content
 
         owner, name = caller_of(request).owner, body.get("file_name")
-        name = name if isinstance(name, str) else None
-        return await context_of(request).files.keep(owner, name, chunks(), param="base64_data")
+        named = name if isinstance(name, str) else None
+        keep = context_of(request).files.keep
+        return await keep(owner, lambda: named, chunks(), COMMON, param="base64_data")
 
     return await _answered(request, keep)
 
@@ -68,7 +69,7 @@ async def _keep_fetched(request: Request) -> FileRow:
             if answer.status != 200:
                 raise not_fetched(f"it answered {answer.status}")
             keep = context_of(request).files.keep
-            return await keep(owner, name, answer.chunks(), param="file_url")
+            return await keep(owner, lambda: name, answer.chunks(), COMMON, param="file_url")
     except EgressError as error:
         raise not_fetched(str(error)) from None
 
@@ -115,7 +116,7 @@ async def quota(request: Request) -> Response:
         return connection.scalar(select(func.count()).select_from(mine)) or 0
 
     used = await resources_of(request).store.read(read)
-    left = {"max_files": None, "remaining_files": None, "max_file_size": MAX_BYTES}
+    left = {"max_files": None, "remaining_files": None, "max_file_size": COMMON.max_bytes}
     return success({"total_files": used, "used_files": used, **left})
 
 
