@@ -119,8 +119,11 @@ def _report(document: JSON) -> Report | None:
 
 
 def parse_task(body: bytes) -> Report | None:
-    """A task in a query's response or a callback. Only a status is required. None: unreadable."""
-    document = document_of(body)
+    """A task in a query's response or a callback. Only a status is required. None: unreadable.
+
+    The upstream can be asked again, so a body of several values is unreadable, too.
+    """
+    document = document_of(body, alone=True)
     word = document.get("status") if document else None
     if document is None or not isinstance(word, str) or storable(word) != word:
         return None

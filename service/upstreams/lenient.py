@@ -21,8 +21,9 @@ BACKSLASH = b"\\"
 ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}|())')
 
 
-def document_of(body: bytes | bytearray) -> JSON | None:
+def document_of(body: bytes | bytearray, *, alone: bool = False) -> JSON | None:
     """The object in a response that was paid for, as far as it can be read. None: there is none.
+    `alone` refuses a body that goes on behind the object.
 
     What JSON excludes counts as unknown: NaN, numbers without end, and a field that one object
     names twice with different values. Bytes that are no UTF-8 become U+FFFD. A byte order mark,
@@ -33,17 +34,18 @@ def document_of(body: bytes | bytearray) -> JSON | None:
         body = INLINE.sub(_shortened, body, INLINE_URLS)
     if len(body) > USUAL_BYTES:
         return None
-    text = body.decode("utf-8-sig", "replace")
+    text = body.decode("utf-8-sig", "replace").strip()
     try:
         try:
-            value, _ = _DECODER.raw_decode(text.lstrip())
+            value, end = _DECODER.raw_decode(text)
         except json.JSONDecodeError as error:
             if not error.msg.startswith("Invalid \\"):
                 return None
-            value, _ = _DECODER.raw_decode(ESCAPE.sub(_escaped, text.lstrip()))
+            text = ESCAPE.sub(_escaped, text)
+            value, end = _DECODER.raw_decode(text)
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) and (end == len(text) or not alone) else None
 
 
 def inline_url(match: re.Match[bytes]) -> str:

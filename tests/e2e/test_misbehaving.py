@@ -40,6 +40,7 @@ LOUD = {
     "image.lost",
     "task.submission_retried",
     "account.refused",
+    "upstream.unusable",
 }  # log errors that belong to these cases: a lost image, a refused account
 TERMINAL = {f"image.task.{state}" for state in ("completed", "failed", "cancelled", "expired")}
 Json = dict[str, Any]

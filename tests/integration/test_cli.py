@@ -602,9 +602,8 @@ def test_keys_are_made_in_a_store_that_nobody_serves_and_else_through_the_api(
     assert made["key"].startswith("dk_")
     assert made["callback_secret"].startswith("whsec_")
     bad = directly("create", "--owner", "NOT AN OWNER", "--scopes", "read")
-    assert one_line(Done(bad.returncode, bad.stdout, bad.stderr)).startswith(
-        "invalid_request: owner: "
-    )
+    assert (bad.returncode, bad.stdout) == (1, "")
+    assert json.loads(bad.stderr)["error"]["message"].startswith("invalid_request: owner: ")
     with started("serve", folder=tmp_path, **settings) as service:
         here = settings | {"DARKROOM_URL": service.address}
         assert run("tasks", "--json", **here | {"DARKROOM_API_KEY": made["key"]}).json == {

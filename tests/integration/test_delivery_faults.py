@@ -376,7 +376,7 @@ async def test_types_have_wildcards(here: World, shop: Subscriber) -> None:
             201,
         )
         made[answer["id"]] = wanted.get(types[0], 0) if len(types) == 1 else 3
-    for type in ("image.task.failed", "image.at_risk", "endpoint.disabled"):
+    for type in ("image.task.failed", "image.at_risk", "endpoint.recovered"):
         await emitted(here.context.resources.store, 1, type)
     await wait_until(lambda: len(shop.received) == sum(made.values()))
     for id, count in made.items():

@@ -130,10 +130,14 @@ async def parameters(
     tasks, endpoints, deliveries, events = documents
     ours = [(task["id"], f"task_{NOTHING}") for task in tasks]
     theirs = [(task["upstream_id"], UNKNOWN) for task in tasks]
+    entries = got(await ann.get("/v1/ledger"))["data"]
     cursors = [got(await ann.get(path, params={"limit": 1}))["next_cursor"] for path in LISTS[:3]]
     return {
         "task_id": (*ours, *theirs),
         "flatten": (),
+        "from": (),
+        "to": (),
+        "by": (),
         "page": (),
         "pageSize": (),
         "file_id": ((got(await upload(ann, photo()), 201)["id"], f"file_{NOTHING}"),),
@@ -151,6 +155,7 @@ async def parameters(
         "/v1/deliveries?state": (("dead", "pending"),),
         "type": (("callback.conflict", "task.parked"),),
         "after": (("0", "00"),),
+        "/v1/ledger?after": ((entries[0]["id"], f"led_{NOTHING}"),),
         "wait": (("0", "0.0"),),
         "limit": (("1000", "999"),),
         "owner": (("ann", "nobody"),),
@@ -197,6 +202,7 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
             ("PATCH", "/v1/endpoints/{endpoint_id}"): (({"status": "paused"},) * 2,),
             ("POST", "/v1/endpoints/{endpoint_id}/rotate"): (({"overlap_s": 0},) * 2,),
             ("POST", "/v1/endpoints/{endpoint_id}/replay"): (({"dry_run": True},) * 2,),
+            ("POST", "/v1/estimates"): ((order(owner="ann"), order(owner="nobody")),),
             ("POST", "/v1/files"): (),
             ("POST", "/api/v1/files/upload/stream"): (),
             ("POST", "/v1/keys/rotate-secret"): (({"owner": "ann"}, {"owner": "nobody"}),),
@@ -288,7 +294,7 @@ def cases(two: Two, spec: Spec) -> Iterator[tuple[tuple[str, JSON], tuple[str, J
             )  # type: ignore[misc]  # a pair
 
 
-ASKED = [spec for spec in SPECS if spec.scopes]
+ASKED = [spec for spec in SPECS if spec.scopes and not spec.path.startswith("/v1/catalogue")]
 
 
 @pytest.mark.parametrize("spec", ASKED, ids=[f"{spec.method} {spec.path}" for spec in ASKED])

@@ -62,6 +62,7 @@ def test_a_decompression_bomb_stays_within_its_limits() -> None:
         "jpeg of segments",
         "jpeg of comments",
         "jpeg of scans",
+        "jpeg of 0xff",
         "jpeg of pictures",
         "webp of chunks",
     }
