@@ -11,6 +11,7 @@ import pytest
 
 from service.web.routes.table import PAGE, SPECS, Spec
 from tests.api import ASYNC, SUBMIT, TIME, UNTIL_DONE, got, listed, order, refused, submitted
+from tests.inputs import photo, upload
 from tests.world import World
 
 JSON = dict[str, Any]
@@ -126,6 +127,7 @@ async def test_every_list_is_limited_by_owner_and_time(still: World, path: str) 
     async with still.owner(name=name) as client:
         await submitted(client)
         got(await client.post("/v1/endpoints", json={"url": "http://127.0.0.1:9/"}), 201)
+        got(await upload(client, photo()), 201)
     for query, count in (
         ({"owner": name}, 1),
         ({"owner": name, "since": past, "until": future}, 1),

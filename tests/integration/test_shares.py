@@ -82,11 +82,17 @@ def open_bodies(here: World, count: int) -> bool:
 
 @SLOW
 async def test_slow_bodies_of_one_key_leave_room_for_all_others(
-    still: World, method: str, path: str, lines: Sequence[str], begin: bytes
+    still: World,
+    method: str,
+    path: str,
+    lines: Sequence[str],
+    begin: bytes,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A key has 50 bodies that are not complete. More get 429 while none of them is slow. Requests
     of other keys are answered.
     """
+    monkeypatch.setattr(key_shares, "SLOW_S", 60.0)
     async with still.owner() as attacker, still.owner() as other, AsyncExitStack() as stack:
         request = head(attacker, method, path, *lines) + begin
         made = await stack.enter_async_context(many(still.url, 120, request))
