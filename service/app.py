@@ -46,13 +46,15 @@ from service.upkeep.retention import Retention
 from service.upstreams.catalogue import DEFAULT_UPSTREAM, Catalogue, load_catalogue
 from service.web.activation import notify
 from service.web.auth import Access
+from service.web.console.console_table import site_routes
 from service.web.context import Context
 from service.web.error_responses import HANDLERS
 from service.web.middleware import Requests
 from service.web.overload import KeyLimits, LoadShedder, PriorityGate
 from service.web.published import RecentLook
-from service.web.routes.table import operators_routes, routes
+from service.web.routes.table import operators_routes
 from service.web.server import Server, bind, listening
+from service.web.sessions import Sessions
 
 log = structlog.get_logger()
 
@@ -220,6 +222,7 @@ def make_context(
     pool, watch = stopping.pool, WorkerWatch(resources.store, resources.store.clock())
     days, least = settings.file_retention_days, settings.min_free_bytes
     files = InputFiles(resources, validator, days, least, settings.max_image_bytes)
+    sessions = Sessions(resources.keyring, resources.clock, settings.base_url)
     return Context(
         resources=resources,
         sender=WebhookSender(resources, settings.delivery_timeout_s),
@@ -236,7 +239,7 @@ def make_context(
         tail=Tail(resources.store, resources.links),
         gate=gate,
         breaker=breaker,
-        access=Access(resources.store, admin_key),
+        access=Access(resources.store, admin_key, sessions if settings.console == "on" else None),
         limits=KeyLimits(settings.key_requests),
         shedder=LoadShedder(gate, resources.metrics, settings.key_waits),
         readiness=RecentLook(),
@@ -260,7 +263,7 @@ def create_app(context: Context, role: Role, *, metrics_open: bool = False) -> S
 
     public = role.web and not metrics_open
     app = Starlette(
-        routes=routes() if public else operators_routes(metrics_open=metrics_open),
+        routes=site_routes(context) if public else operators_routes(metrics_open=metrics_open),
         middleware=[Middleware(Requests)],
         exception_handlers=dict(HANDLERS),
         lifespan=lifespan,

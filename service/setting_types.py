@@ -241,3 +241,13 @@ Sinks = Annotated[
 Requests = Annotated[str, AfterValidator(request_rate)]
 OnlyDefault = AfterValidator(only_default)
 Lower = BeforeValidator(lower)
+
+
+def log_value(value: object) -> object:
+    if isinstance(value, SecretStr):
+        return "***"
+    if isinstance(value, tuple):
+        return ",".join(str(log_value(each)) for each in value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int | float | str | None) else str(value)

@@ -12,20 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from service import setting_types as types
 from service.errors import ConfigurationError
-from service.setting_types import PREFIX
+from service.setting_types import PREFIX, log_value
 
 # The upstream's limit, without the path: "/callbacks/" 11, an upstream 20, "/" 1, a task 31, "/" 1,
 # a token 64.
@@ -171,6 +163,8 @@ class Settings(BaseModel):
     [Catalogue](catalogue.md#the-operators-file)."""
     unpriced: Annotated[Literal["refuse", "allow"], types.Lower] = "refuse"
     """Whether tasks without a price are accepted under a [budget](money.md#budgets)."""
+    console: Annotated[Literal["on", "off"], types.Lower] = "on"
+    """`off`: the process serves no [console](console.md)."""
     url: str = "http://127.0.0.1:8080"
     """For client commands: the address of the service."""
     api_key: types.Token | None = None
@@ -287,13 +281,3 @@ def masked(settings: Settings) -> dict[str, Any]:
         hosts = parts.netloc.rpartition("@")[2]
         shown["database_url"] = f"postgresql://{login}{hosts}{parts.path}"
     return shown
-
-
-def log_value(value: object) -> object:
-    if isinstance(value, SecretStr):
-        return "***"
-    if isinstance(value, tuple):
-        return ",".join(str(log_value(each)) for each in value)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if isinstance(value, int | float | str | None) else str(value)

@@ -42,6 +42,8 @@ class Keyring:
         self._token_keys = [_derive(key, "callback token") for key in keys]
         boxes = [Fernet(base64.urlsafe_b64encode(_derive(key, "encryption"))) for key in keys]
         self._first, self._box = boxes[0], MultiFernet(boxes)
+        browser = [base64.urlsafe_b64encode(_derive(key, "console session")) for key in keys]
+        self._browser = MultiFernet([Fernet(key) for key in browser])
 
     def callback_token(self, upstream: str, task_id: str) -> str:
         """The last part of a callback URL, 32 lower-case base32 characters. It proves that the
@@ -82,6 +84,18 @@ class Keyring:
                 "DARKROOM_SECRET_KEY: no key of it decrypts what the store holds; put the old key"
                 " back"
             ) from None
+
+    def seal(self, text: str, now: int) -> str:
+        """Signs and encrypts a cookie of the console at a time, in seconds."""
+        return self._browser.encrypt_at_time(_bytes(text), now).decode("ascii").rstrip("=")
+
+    def unseal(self, token: str, now: int, ttl_s: int) -> str | None:
+        """What a cookie holds. None: no key of ours sealed it, or longer ago than `ttl_s`."""
+        try:
+            padded = _bytes(token + "=" * (-len(token) % 4))
+            return self._browser.decrypt_at_time(padded, ttl_s, now).decode()
+        except InvalidToken:
+            return None
 
     def renewed(self, data: bytes) -> bytes | None:
         """The same secret under the first key. None: it is encrypted with the first key already.

@@ -11,6 +11,7 @@ from service.db.batching import BatchingStore
 from service.errors import ApiError
 from service.signing import hash_api_key
 from service.tasks import owner_keys
+from service.web.sessions import Sessions
 
 log = structlog.get_logger()
 
@@ -19,6 +20,7 @@ CACHE_S = 3.0  # revocation must take effect within 5 s in every process
 CACHE_KEYS = 10_000
 KEY_PREFIX = "dk_"
 HINT_CHARS = 8
+EVENTS = "/v1/events"  # EventSource sends no header, so that it accepts the console's cookie
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +43,14 @@ def caller_of(request: Request) -> Caller:
 
 
 class Access:
-    """Looks up API keys, and caches the store's answers for `CACHE_S`."""
+    """Looks up API keys, and caches the store's answers for `CACHE_S`. `sessions` are those of the
+    console. None: it is off.
+    """
 
-    def __init__(self, store: BatchingStore, admin_key: str | None) -> None:
-        self._store = store
+    def __init__(
+        self, store: BatchingStore, admin_key: str | None, sessions: Sessions | None = None
+    ) -> None:
+        self._store, self.sessions = store, sessions
         self._admin = hash_api_key(admin_key) if admin_key else None
         self._cache: dict[str, tuple[float, Caller | None]] = {}
 
@@ -54,7 +60,9 @@ class Access:
         """
         scheme, _, text = request.headers.get("authorization", "").partition(" ")
         key = text.strip()
-        caller = await self._lookup(key) if scheme.lower() == "bearer" and key else None
+        caller = await self.by_key(key) if scheme.lower() == "bearer" and key else None
+        if not key and request.method == "GET" and request.url.path == EVENTS:
+            caller = await self.signed_in(request)
         if caller is None:
             # Any other text may be a secret of another service.
             hint = key[:HINT_CHARS] if key.startswith(KEY_PREFIX) else None
@@ -67,8 +75,15 @@ class Access:
             raise ApiError(403, "permission_denied", message)
         return caller
 
-    async def _lookup(self, key: str) -> Caller | None:
-        hash = hash_api_key(key)
+    async def signed_in(self, request: Request) -> Caller | None:
+        """The caller whose key signed in to the console, while the key is valid."""
+        session = self.sessions.read(request) if self.sessions else None
+        return await self._lookup(session.key_hash) if session and session.key_hash else None
+
+    async def by_key(self, key: str) -> Caller | None:
+        return await self._lookup(hash_api_key(key))
+
+    async def _lookup(self, hash: str) -> Caller | None:
         if self._admin is not None and hmac.compare_digest(hash, self._admin):
             return Caller("admin", frozenset(SCOPES), "DARKROOM_ADMIN_KEY")
         until, caller = self._cache.get(hash, (0.0, None))

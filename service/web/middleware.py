@@ -18,7 +18,7 @@ CLOSE = (b"connection", b"close")
 # The server discards an unread body up to here. Behind a longer one, the connection ends.
 MAX_DISCARDED = 1 << 20
 # Logged at debug level: asked for every few seconds, or with a log line of their own.
-QUIET = ("/healthz", "/readyz", "/metrics", "/callbacks/")
+QUIET = ("/healthz", "/readyz", "/metrics", "/callbacks/", "/assets/")
 
 
 class Requests:

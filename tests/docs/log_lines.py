@@ -33,6 +33,7 @@ LINES: Mapping[str, str] = MappingProxyType(
         "auth.refused": (
             "`reason`, `hint` (the first characters, if the text looks like a key of this service)"
         ),
+        "console.signed_in": "`owner`. A key signed in to the console.",
         "admin.action": "`action`, `subject`",
         "input.uploaded": "`input_id`, `bytes`, `kept` (false: it was erased meanwhile)",
         "input.retried": (

@@ -19,7 +19,8 @@ from typer.main import get_command
 from service.cli import program
 from service.cli.catalogue_commands import model_row
 from service.ops.metrics import Metrics
-from service.settings import Settings, log_value
+from service.setting_types import log_value
+from service.settings import Settings
 from service.upstreams.catalogue import load_catalogue
 from service.upstreams.catalogue_entry import catalogue_schema
 from service.upstreams.sandbox import FAULTS

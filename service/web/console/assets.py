@@ -1,0 +1,57 @@
+"""Style sheets and scripts, served as bytes under a name that contains their hash."""
+
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.errors import ApiError
+from service.web.published import has_tag
+
+TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+FOREVER = "public, max-age=31536000, immutable"
+
+
+@cache
+def contents() -> Mapping[str, bytes]:
+    """Every file by its name."""
+    folder = files(__package__).joinpath("static")
+    return {each.name: each.read_bytes() for each in folder.iterdir() if each.name[0] != "."}
+
+
+@cache
+def version() -> str:
+    """The hash of all files. A module imports another by a relative address, so that both are of
+    one version.
+    """
+    digest = hashlib.sha256()
+    for name, content in sorted(contents().items()):
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def asset_url(name: str) -> str:
+    """KeyError: no file has that name."""
+    assert contents()[name] is not None
+    return f"/assets/{version()}/{name}"
+
+
+async def asset(request: Request) -> Response:
+    """Answers with a file. A page of another version, during an upgrade, gets this one's file and
+    asks again the next time.
+    """
+    name = request.path_params["name"]
+    content = contents().get(name)
+    if content is None:
+        raise ApiError(404, "not_found", "nothing has that name")
+    current = request.path_params["version"] == version()
+    etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    headers = {"ETag": etag, "Cache-Control": FOREVER if current else "no-cache"}
+    headers["X-Content-Type-Options"] = "nosniff"
+    if has_tag(request.headers.get("if-none-match", ""), etag):
+        return Response(status_code=304, headers=headers)
+    suffix = name[name.rfind(".") :]
+    return Response(content, headers=headers, media_type=TYPES[suffix])

@@ -1,0 +1,103 @@
+"""Templates, and the filters that they use. Every value is escaped."""
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+from urllib.parse import urlencode
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from service.web.console.assets import asset_url
+
+STEPS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+UNITS = ("B", "KB", "MB", "GB", "TB")
+TONES: Mapping[str, str] = {
+    **dict.fromkeys(("completed", "delivered", "enabled", "ok", "accepted", "done"), "good"),
+    **dict.fromkeys(("failed", "dead", "disabled", "unavailable", "revoked"), "bad"),
+    **dict.fromkeys(("uncertain", "expired", "paused", "degraded", "conflict"), "warn"),
+    **dict.fromkeys(("submitting", "submitted", "storing", "pending", "running"), "busy"),
+}
+
+
+@cache
+def environment() -> Environment:
+    loader = PackageLoader(__package__)
+    made = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        auto_reload=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.globals |= {"asset": asset_url, "link": link, "tone": tone, "sparkline": sparkline}
+    made.filters |= {"ago": ago, "moment": moment, "size": size, "number": number, "span": span}
+    return made
+
+
+def link(path: str, query: Mapping[str, Any] | None = None, **changes: Any) -> str:
+    """A path with a query. `changes` replace its values, and None removes one."""
+    wanted = {**(query or {}), **changes}
+    pairs = {name: value for name, value in wanted.items() if value not in (None, "")}
+    return f"{path}?{urlencode(pairs, doseq=True)}" if pairs else path
+
+
+def tone(state: str | None) -> str:
+    """The colour of a state."""
+    return TONES.get(state or "", "idle")
+
+
+def as_time(value: str | float) -> datetime:
+    """A time as the API writes it: RFC 3339, or seconds since 1970."""
+    if isinstance(value, str):
+        return datetime.fromisoformat(value)
+    return datetime.fromtimestamp(value, UTC)
+
+
+def moment(value: str | float) -> str:
+    return f"{as_time(value):%Y-%m-%d %H:%M:%S}"
+
+
+def ago(value: str | float, now: datetime) -> str:
+    """`3 min ago`, or `in 3 min`."""
+    seconds = (now - as_time(value)).total_seconds()
+    if abs(seconds) < 1:
+        return "now"
+    return f"{span(seconds)} ago" if seconds > 0 else f"in {span(-seconds)}"
+
+
+def span(seconds: float | None) -> str:
+    """A time span with one unit. Below a second it has milliseconds."""
+    if seconds is None:
+        return "–"
+    if 0 < seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    unit, name = next((step for step in STEPS if seconds >= step[0]), STEPS[-1])
+    return f"{int(seconds // unit)} {name}"
+
+
+def size(amount: float | None) -> str:
+    """A number of bytes, in units of a thousand."""
+    if amount is None:
+        return "–"
+    unit = next((unit for unit in UNITS if amount < 1000 ** (UNITS.index(unit) + 1)), UNITS[-1])
+    scaled = amount / 1000 ** UNITS.index(unit)
+    return f"{scaled:.1f} {unit}" if unit != "B" and scaled < 100 else f"{scaled:.0f} {unit}"
+
+
+def number(value: float | None) -> str:
+    """With separators between thousands. None is a dash."""
+    if value is None:
+        return "–"
+    return f"{value:,.6f}".rstrip("0").rstrip(".")
+
+
+def sparkline(values: Iterable[float], width: int = 120, height: int = 28) -> str:
+    """The points of an SVG polyline over the values, from left to right."""
+    heights = list(values)
+    most, step = max([*heights, 0]) or 1, (width - 2) / max(1, len(heights) - 1)
+    return " ".join(
+        f"{1 + place * step:.1f},{height - 2 - value / most * (height - 4):.1f}"
+        for place, value in enumerate(heights)
+    )
