@@ -21,7 +21,6 @@ from service.web.sessions import Session
 CSRF, CSRF_HEADER = "csrf", "x-csrf-token"
 MAX_FORM, MAX_FILES_FORM, MAX_FIELDS = 1 << 20, 80 << 20, 1000
 FORM_S, FILES_S = 30.0, 300.0
-Keep = Callable[[str | None, AsyncIterator[bytes]], Awaitable[str]]
 
 
 @dataclass(slots=True)
@@ -36,6 +35,9 @@ class FormFields:
 
     def all(self, name: str) -> list[str]:
         return [value for key, value in self.pairs if key == name and value]
+
+
+Keep = Callable[[FormFields, str | None, AsyncIterator[bytes]], Awaitable[str]]
 
 
 async def read_form(request: Request, session: Session, key: str, keep: Keep) -> FormFields:
@@ -102,7 +104,7 @@ async def multipart(
             if part.filename is None:
                 add(form, part.name, await text_of(part))
             elif part.filename:  # a field without a chosen file has an empty name
-                add(form, part.name, await keep(part.filename, part.content))
+                add(form, part.name, await keep(form, part.filename, part.content))
     check_token(request, session, form)
     return form
 

@@ -74,10 +74,16 @@ class Visit:
         response = await self.answer(operation, query, body, headers, **path)
         return await api_document(self.request, response)
 
-    async def keep(self, name: str | None, content: AsyncIterator[bytes]) -> str:
-        """Stores an input image of a form, and returns its id. Raises ApiError."""
-        row = await self.context.files.keep(self.caller.owner, name, content, param="image_urls")
-        return row.id
+    async def keep(self, form: FormFields, name: str | None, content: AsyncIterator[bytes]) -> str:
+        """Stores an input image of a form within the limits of the form's model, and returns its
+        id. Raises ApiError.
+        """
+        files, rule = (
+            self.context.files,
+            self.context.intake.catalogue.image_rule(form.get("model")),
+        )
+        owner = self.caller.owner
+        return (await files.keep(owner, lambda: name, content, rule, param="image_urls")).id
 
     def render(self, template: str, status: int = 200, **values: Any) -> Response:
         """The page. A script that asks for a fragment gets it without the frame around it."""
