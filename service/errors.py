@@ -100,8 +100,8 @@ class NoPlace(EgressError): ...
 
 
 class EgressRefused(EgressError):
-    """`for_now`: the same URL may be allowed later, because a name server or a list in a setting
-    caused the refusal. `setting` names the list that lacks the host or its address.
+    """`for_now`: the same URL may be allowed later, because a name server, a list in a setting or a
+    redirect caused the refusal. `setting` names the list that lacks the host or its address.
     """
 
     def __init__(

@@ -101,8 +101,12 @@ def bring_forward(tx: Transaction, endpoint: EndpointRow, *, more: bool = False)
         .limit(MORE if more else FORWARD)
         .with_for_update(skip_locked=True)
     )
+    # Materialized: a plan that ran the subquery for each row would bring more than `limit` forward.
+    due = waiting.cte("due").prefix_with("MATERIALIZED")
     values = {due_at: soon, planned_at: case((tried, due_at), else_=ZERO)}
-    tx.connection.execute(update(deliveries).where(deliveries.c.id.in_(waiting)).values(values))
+    tx.connection.execute(
+        update(deliveries).where(deliveries.c.id.in_(select(due.c.id))).values(values)
+    )
     tx.due.update(("deliver", "redeliver"))
 
 

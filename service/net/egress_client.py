@@ -25,6 +25,7 @@ from service.net.transport import (
     Resolve,
     not_connected,
     open_transport,
+    redirected_by,
     send,
     system_resolve,
     translated,
@@ -64,8 +65,7 @@ class Egress:
     """The guarded client of one purpose, an async context manager.
 
     Raises EgressRefused (also reported to `on_refused`: purpose, host, reason), NotConnected,
-    CallTimedOut, ConnectionLost. A refusal is `for_now` if the host is not listed or its name has a
-    forbidden address. If the other side closes a reused connection, the client sends a
+    CallTimedOut, ConnectionLost. If the other side closes a reused connection, the client sends a
     GET once more. A POST raises ConnectionLost, as the other side may have seen it. `resolve`
     replaces the system's resolver, `tls` the usual trust (`SSL_CERT_FILE`, else certifi's). Idle
     connections live `keep_alive` seconds.
@@ -148,8 +148,7 @@ class Egress:
                 failure = CallTimedOut("no whole body in time")
             except EgressError as error:
                 failure = error
-        cut, duration = len(body) > max_bytes, clock() - started
-        kept = bytes(body[:max_bytes])
+        kept, cut, duration = bytes(body[:max_bytes]), len(body) > max_bytes, clock() - started
         return Response(answer.status, answer.headers, kept, cut, duration, failure)
 
     @asynccontextmanager
@@ -213,7 +212,8 @@ class Egress:
             if not redirected or location is None or not self.rules.redirects:
                 return response
             await response.aclose()
-            following = await self._ready(self._target(location, call.url))
+            with redirected_by(target.host):
+                following = await self._ready(self._target(location, call.url))
             if following.origin != target.origin:  # a key or cookie is for the first origin alone
                 headers = {
                     name: value
@@ -221,7 +221,8 @@ class Egress:
                     if name.lower() in KEPT_ACROSS_ORIGINS
                 }
             target = following
-        raise self._refused(target.host, f"more than {self.rules.redirects} redirects")
+        reason = f"more than {self.rules.redirects} redirects"
+        raise self._refused(target.host, reason, for_now=True)
 
     def _target(self, url: str, base: str = "") -> Target:
         """The parsed URL, after all checks of its text. Raises EgressRefused."""
@@ -237,8 +238,7 @@ class Egress:
             target = target.upgraded
         if address is not None:
             target = self._upgraded(target, (address,))
-            plain = target.scheme == "http"
-            if (rule := forbidden(address, rules.networks, plain=plain)) is not None:
+            if rule := forbidden(address, rules.networks, plain=target.scheme == "http"):
                 rule, logged = f"its address {rule}", f"{address} {rule}"
                 raise self._refused(host, rule, logged, setting=rules.networks_setting)
         if rules.hosts is not None and not any(

@@ -22,7 +22,14 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from httpx_aiohttp import AiohttpTransport
 
-from service.errors import CallTimedOut, ConnectionLost, EgressError, NoRoute, NotConnected
+from service.errors import (
+    CallTimedOut,
+    ConnectionLost,
+    EgressError,
+    EgressRefused,
+    NoRoute,
+    NotConnected,
+)
 from service.net.addresses import Address
 from service.net.response_parser import ResponseEnd, ResponseParser
 from service.net.service_client import CONNECT, USER_AGENT
@@ -117,6 +124,16 @@ def translated(call: CallState) -> Iterator[None]:
         lost = CallTimedOut if late else ConnectionLost
         kind = lost if call.connected else not_connected(root)
         raise kind(f"{call.host}: {'no answer in time' if late else detail}") from error
+
+
+@contextmanager
+def redirected_by(host: str) -> Iterator[None]:
+    """Makes every refusal `for_now`, because the host may redirect elsewhere the next time."""
+    try:
+        yield
+    except EgressRefused as error:
+        named, message = error.host or host, f"{host} redirects: {error}"
+        raise EgressRefused(message, host=named, for_now=True, setting=error.setting) from error
 
 
 def problem_of(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from service.errors import EgressError
 from service.links import MAX_LINK, is_data, stored_form, trimmed
 from service.net import Response
 from service.strict_json import JSON, storable
+from service.upstreams.needed_fields import needed_part
 
 USUAL_BYTES = 1 << 20  # of a document without images, as much as is parsed
 INLINE = re.compile(rb'(?<=")(?:\s|\\[nrt])*data:[^"]{32,}', re.IGNORECASE)  # a text of JSON
@@ -23,29 +24,43 @@ ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}|())')
 
 def document_of(body: bytes | bytearray, *, alone: bool = False) -> JSON | None:
     """The object in a response that was paid for, as far as it can be read. None: there is none.
-    `alone` refuses a body that goes on behind the object.
+    `alone` refuses a body with another object or list behind the first.
 
     What JSON excludes counts as unknown: NaN, numbers without end, and a field that one object
     names twice with different values. Bytes that are no UTF-8 become U+FFFD. A byte order mark,
     control characters in text, and escapes that JSON does not have are read. Bytes behind the
-    object are not. Of a large body, which holds `data:` URLs, their short forms are read.
+    object are not. Of a large body the short forms of `data:` URLs are read. Of a body that is
+    still large, or deep, only the needed fields are.
     """
     if len(body) > USUAL_BYTES:
         body = INLINE.sub(_shortened, body, INLINE_URLS)
     if len(body) > USUAL_BYTES:
+        body = needed_part(body)
+    if len(body) > USUAL_BYTES:
         return None
-    text = body.decode("utf-8-sig", "replace").strip()
     try:
         try:
-            value, end = _DECODER.raw_decode(text)
-        except json.JSONDecodeError as error:
-            if not error.msg.startswith("Invalid \\"):
-                return None
-            text = ESCAPE.sub(_escaped, text)
-            value, end = _DECODER.raw_decode(text)
+            value, rest = _first_value(body)
+        except RecursionError:
+            value, rest = _first_value(needed_part(body))
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) and (end == len(text) or not alone) else None
+    if alone and rest.lstrip()[:1] in ("{", "["):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _first_value(body: bytes | bytearray) -> tuple[object, str]:
+    """The first value and the text behind it."""
+    text = body.decode("utf-8-sig", "replace").lstrip()
+    try:
+        value, end = _DECODER.raw_decode(text)
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Invalid \\"):
+            raise
+        text = ESCAPE.sub(_escaped, text)
+        value, end = _DECODER.raw_decode(text)
+    return value, text[end:]
 
 
 def inline_url(match: re.Match[bytes]) -> str:

@@ -73,7 +73,7 @@ LOST_ONE: dict[str, Any] = {
     "images": (1,),
     "tells": LOST,
 }
-GUARD: dict[str, Any] = {"tells": ("image.lost", "egress.refused")}
+GUARD: dict[str, Any] = {"tells": ("image.retry", "egress.refused", "image.at_risk")}
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
 # Responses that browsers and curl read.
 UNTIDY = {
@@ -342,7 +342,7 @@ OUTCOMES = {
     "results_forbidden_link": says(
         true,
         truth=linked(lambda task: {"results": [task.forbidden, task.link(1)]}),
-        **LOST_ONE | GUARD,
+        **LOST_ONE | {"tells": ("image.lost", "egress.refused")},
     ),
     "status_in_capitals": says(true, truth=with_(status="COMPLETED")),
     "cancelled": says(true, truth=lambda task: document(task, "cancelled"), **CANCEL),
@@ -375,11 +375,11 @@ OUTCOMES = {
 }
 
 RESULTS = {
-    "file_redirect_forbidden": serves(leads(lambda task: task.forbidden), **LOST_ONE | GUARD),
+    "file_redirect_forbidden": serves(*[leads(lambda task: task.forbidden)] * 2, **GUARD),
     "file_redirect_allowed": serves(
         *[leads(lambda task: f"/files/{task.id}/0-moved.png")] * EVERY, tells=STORED
     ),
-    "file_redirect_for_ever": serves(leads(lambda task: task.link(0)), **LOST_ONE),
+    "file_redirect_to_itself": serves(*[leads(lambda task: task.link(0))] * 6, **GUARD),
     **{
         f"file_{name}": serves(*[shaped_picture(shape)] * EVERY, tells=STORED)
         for name, shape in UNTIDY.items()

@@ -441,12 +441,34 @@ async def test_an_image_in_the_answer_may_be_as_large_as_any(here: World, server
     assert f"over {MAX_BYTES} bytes" in task["error"]["message"]
 
 
-async def test_a_large_answer_without_images_is_not_parsed(here: World, server: Said) -> None:
-    """Only images make an answer large. The parser would need many times the size of others."""
-    padded = COMPLETED[:-1] + b', "x": [' + b"1," * 600_000 + b"1]}"
-    task = await ended(here, server, padded, COMPLETED)
-    await stored(here, task)
-    assert asked(server, task) == 2
+DEEP = b'"debug": ' + b"[" * 5_000 + b"]" * 5_000
+OVERSIZED = {
+    "deep": b"{" + DEEP + b", %b}",
+    "deep behind the rest": b"{%b, " + DEEP.replace(b"[", b'{"x": [').replace(b"]", b"]}") + b"}",
+    "deep in a part that is needed": b'{"usage": ' + DEEP[9:] + b", %b}",
+    "numbers": b'{%b, "embedding": [' + b"0.5, " * 300_000 + b"1]}",
+    "log lines": b'{"log": ["' + b'a \\"line\\"", "' * 80_000 + b'"], %b}',
+    "a long text": b'{"html": "' + b"<br>\\n" * 200_000 + b'", %b}',
+    "base64 that is no link": b'{%b, "b64_json": "' + b"iVBO" * 300_000 + b'"}',
+    "a long message": b'{"error": {"message": "' + b"x" * 1_200_000 + b'"}, %b}',
+}
+
+
+@pytest.mark.parametrize("kind", OVERSIZED)
+async def test_a_deep_or_large_part_costs_nothing(kind: str, here: World, server: Said) -> None:
+    """Neither the submission nor the query is lost, and nothing is asked twice."""
+    first, then = (OVERSIZED[kind] % body[1:-1] for body in (PENDING, COMPLETED))
+    task = await submitted(here, server, then, first=first)
+    assert task["state"] == "submitted", await here.steps(task["id"])
+    await called(here, server, task)
+    await stored(here, await here.ended(task["id"]))
+    assert asked(server, task) == 1
+
+
+async def test_a_deep_callback_is_read_too(here: World, server: Said) -> None:
+    task = await submitted(here, server, COMPLETED)
+    assert await called(here, server, task, b"{" + DEEP + b", " + COMPLETED[1:]) == "accepted"
+    await stored(here, await here.ended(task["id"]))
 
 
 ESCAPED = [r"\n data:image/png;base64,{}", r"[\"data:;base64,{}\"]", r"\tDATA:;base64, {}\r\n"]

@@ -84,7 +84,7 @@ async def test_credits_and_models_are_the_sandboxs_own_answers(here: World) -> N
 
 
 @pytest.mark.parametrize("path", ["/v1/credits", "/v1/models"])
-@pytest.mark.parametrize("status", [200, 203, 400, 402, 404, 418, 429])
+@pytest.mark.parametrize("status", [200, 203, 400, 402, 403, 404, 418, 429])
 async def test_an_answer_in_json_keeps_its_status_and_its_bytes(
     elsewhere: Elsewhere, reader: httpx.AsyncClient, path: str, status: int
 ) -> None:
@@ -146,9 +146,8 @@ async def test_an_unusable_upstream_answer_is_503_in_the_common_form(
         Response(b"", 401),
         error(403, "key_disabled"),
         error(403, "ip_restricted"),
-        error(403, "permission_denied"),
     ],
-    ids=["401", "old 401", "page", "empty", "key", "ip", "permission"],
+    ids=["401", "old 401", "page", "empty", "key", "ip"],
 )
 async def test_a_refusal_of_our_key_is_not_shown_as_the_clients(
     elsewhere: Elsewhere, reader: httpx.AsyncClient, path: str, answer: Response
@@ -277,12 +276,15 @@ async def test_a_refusal_to_show_a_task_is_404_or_our_fault(
     elsewhere: Elsewhere, reader: httpx.AsyncClient, status: int
 ) -> None:
     """A refusal in any words becomes 404. A refusal of the service's own key becomes 503, because a
-    client cannot fix it.
+    client cannot fix it. So does a 403 for another reason, because it does not say whether there
+    is such a task.
     """
     elsewhere.answer = error(status, "whatever")
     refused(
         await reader.get(QUERY),
-        *((503, "upstream_account_refused") if status in (401, 403) else (404, "task_not_found")),
+        *{401: (503, "upstream_account_refused"), 403: (503, "upstream_unavailable")}.get(
+            status, (404, "task_not_found")
+        ),
     )
 
 

@@ -31,13 +31,14 @@ def sent_on(url: str, status: int = 302) -> bytes:
 
 
 @asynccontextmanager
-async def raw_host(answer: bytes) -> AsyncIterator[int]:
-    """The port of a host that answers every request with these bytes."""
+async def raw_host(*answers: bytes) -> AsyncIterator[int]:
+    """The port of a host that answers each request with the next of these, the last for ever."""
+    left = list(answers)
 
     async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError, asyncio.IncompleteReadError):
             await reader.readuntil(b"\r\n\r\n")
-            writer.write(answer)
+            writer.write(left.pop(0) if len(left) > 1 else left[0])
             await writer.drain()
         writer.close()
 
@@ -247,15 +248,60 @@ async def test_a_reserved_address_in_the_links_own_text_is_final(
 ) -> None:
     """It is final at once, whether the list of hosts has it or not."""
     reason = await lost(here, upstream, url)
-    assert "DARKROOM" not in reason
+    assert "not globally routable" in reason or "an address in an odd notation" in reason
 
 
-async def test_a_redirect_to_a_reserved_address_in_its_text_is_final(
-    here: World, upstream: Upstream
+PASSING = {
+    "a reserved address": "https://198.18.0.5/a.png",
+    "an address of another network": "http://10.0.0.5/a.png",
+    "an odd notation": "https://2130706433/a.png",
+    "itself": "/a.png",
+    "a loop of two": "/b.png",
+    "another scheme": "data:text/html,busy",
+    "a page of the browser": "about:blank",
+    "a user": "https://u:p@127.0.0.1/a.png",
+    "no host": "https:///login",
+    "a port of another protocol": "https://127.0.0.1:25/",
+    "a long URL": "/" + "x" * 17_000,
+    "two places": "/a.png\r\nLocation: https://elsewhere/",
+    "nothing": "",
+    "bytes": "https://ho\xffst\x01/",
+}
+
+
+@pytest.mark.parametrize("kind", PASSING)
+async def test_a_redirect_that_the_guard_refuses_is_retried(
+    kind: str, here: World, upstream: Upstream
 ) -> None:
-    async with raw_host(sent_on("https://198.18.0.5/a.png")) as port:
-        reason = await lost(here, upstream, f"http://127.0.0.1:{port}/a.png")
-    assert "198.18.0.5" in reason
+    """The host, a captive portal or its login page redirects for a while. The log names the host
+    that redirects, or the one to which it redirects.
+    """
+    away = sent_on(PASSING[kind])
+    async with raw_host(*[away] * 7, ok(picture())) as port:
+        task = await made(here, upstream, f"http://127.0.0.1:{port}/a.png")
+        ended = await here.ended(task["id"])
+    assert ended["state"] == "completed"
+    assert await bytes_of(here, ended["images"][0]) == picture()
+    named = [step for step in await steps(here, task) if step[0] == "image.retry"]
+    assert len(named) >= 1
+    assert all("127.0.0.1" in reason for _, reason in named if "answered" not in reason)
+    assert await causes(here) == []
+
+
+async def test_a_refused_redirect_is_lost_with_its_link(tmp_path: Path) -> None:
+    """A loop that never ends is final when the link's time is up, and the task says why."""
+    upstream = Upstream()
+    async with (
+        raw_host(sent_on("/a.png")) as port,
+        downloading(tmp_path, upstream, evolink_result_ttl_s=0.4) as here,
+    ):
+        task = await here.ended(
+            (await made(here, upstream, f"http://127.0.0.1:{port}/a.png"))["id"]
+        )
+        told = await at_risk(here, task)
+    assert (task["state"], task["error"]["code"]) == ("failed", "results_lost")
+    assert "127.0.0.1: more than 5 redirects" in task["error"]["message"]
+    assert (told["host"], told["setting"]) == ("127.0.0.1", None)
 
 
 async def test_a_refused_host_is_lost_with_its_link(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from service.tasks import task_queries
 from service.tasks.account_breaker import CREDITS, note_credits
 from service.upstreams.base import throttled
 from service.upstreams.catalogue import DEFAULT_UPSTREAM
+from service.upstreams.verdicts import refusal_of
 from service.web.context import Context, context_of
 
 SLOT_S = 10.0  # the longest wait for a slot of the concurrency limit
@@ -82,7 +83,7 @@ async def _get(context: Context, path: str) -> net.Response:
     async with context.resources.limiter.slot("passthrough", SLOT_S) as record:
         answer = await context.resources.upstreams[DEFAULT_UPSTREAM].passthrough("GET", path)
         record(throttled(answer))
-    if answer.status == 401 or (answer.status == 403 and read(answer.body) is not None):
+    if refusal_of(answer) is not None:
         message = "the upstream refuses this service's own key or account. Yours is in order"
         raise ApiError(503, "upstream_account_refused", message, retry_after=ACCOUNT_AGAIN_S)
     return answer
