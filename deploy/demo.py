@@ -1,5 +1,6 @@
 """`make demo`: runs the sandbox upstream, the service and a subscriber on this machine, submits
-tasks through the public API, and checks the results.
+tasks through the public API, and checks the results. One task edits an uploaded picture with a
+second reference image. The ledger of the tasks is printed and compared with the upstream's record.
 
 The sandbox and the service are processes of their own. The subscriber is a small HTTP server in
 this process. Files and logs stay in ./demo-data, which is emptied first.
@@ -28,6 +29,7 @@ from typing import Any
 import httpx
 
 from service.signing import sign_webhook
+from service.upstreams.sandbox.renderer import draw
 
 FOLDER = Path("demo-data")
 START_S, TASKS_S, STOP_S = 60.0, 60.0, 30.0  # limits for a slow machine
@@ -39,22 +41,25 @@ JSON = dict[str, Any]
 
 @dataclass(frozen=True)
 class Order:
-    """A task, the sandbox's faults for it, and its terminal state."""
+    """A task, the sandbox's faults for it, and its terminal state. `pictures` are uploaded first,
+    and the task edits them.
+    """
 
     about: str
     prompt: str
     ends: str
     sandbox: Mapping[str, Any]
     n: int = 1
+    pictures: tuple[str, ...] = ()
 
-    @property
-    def body(self) -> JSON:
+    def body(self, files: list[str]) -> JSON:
         order = {
-            "model": "wan2.5-text-to-image",
+            "model": f"wan2.5-{'image' if files else 'text'}-to-image",
             "prompt": self.prompt,
             "n": self.n,
             "size": "1024x1024",
         }
+        order |= {"image_urls": files} if files else {}
         return order | {"metadata": {"demo": self.about}, "sandbox": dict(self.sandbox)}
 
 
@@ -68,6 +73,13 @@ ORDERS = (
         "three gulls, 三只海鸥",
         "completed",
         {"repeat_callback": 3},
+    ),
+    Order(
+        "an edit of an uploaded picture with a second reference image",
+        "the lighthouse in the style of the second picture",
+        "completed",
+        {},
+        pictures=("a lighthouse", "waves in ink, 水墨"),
     ),
 )
 
@@ -292,6 +304,24 @@ def show(service: httpx.Client, files: list[Path], task_id: str) -> None:
         )
 
 
+def show_ledger(service: httpx.Client, upstream: httpx.Client, tasks: Mapping[str, Order]) -> None:
+    """Prints the entries of each task, whose sum is the cost in the upstream's record."""
+    charges = answer(upstream.get("/sandbox/charges"))["data"]
+    record = {row["idempotency_key"]: row["used"] - row["refunded"] for row in charges}
+    print("\nthe ledger, in credits")
+    for task_id, order in tasks.items():
+        entries = answer(service.get("/v1/ledger", params={"task": task_id}))["data"]
+        print(f"  {task_id}  {order.about}")
+        for entry in entries:
+            print(f"    {entry['kind']:<8}  {entry['credits']:>4}  by {entry['source']}")
+        spent = sum(row["credits"] for row in entries if row["kind"] not in ("estimate", "reserve"))
+        check(
+            spent == record[task_id],
+            f"{task_id} costs {spent} credits, and {record[task_id]} by the upstream's record",
+        )
+    print(f"  {sum(record.values())} credits were spent, as the upstream's record says")
+
+
 def sandbox_command(key: str) -> tuple[str, ...]:
     return ("sandbox", "--json", "--port", "0", "--api-key", key, "--allow-networks", LOOPBACK)
 
@@ -313,12 +343,21 @@ def service_settings(upstream: str, upstream_key: str, admin_key: str) -> dict[s
     return {f"DARKROOM_{name}": value for name, value in settings.items()}
 
 
+def upload(service: httpx.Client, words: str) -> str:
+    """Uploads a picture of these words. Returns the file's id."""
+    content = draw(words, words, 640, 480, "png")
+    file = answer(service.post("/v1/files", files={"file": (f"{words}.png", content)}))
+    print(f"  uploaded   {file['id']}  {file['width']}x{file['height']}: {words}")
+    return str(file["id"])
+
+
 def submit(service: httpx.Client) -> dict[str, Order]:
     """Submits every order. Returns them by the ids of their tasks."""
     tasks = {}
     for order in ORDERS:
         headers = {"prefer": "respond-async"}
-        task = answer(service.post("/v1/images/generations", json=order.body, headers=headers))
+        body = order.body([upload(service, picture) for picture in order.pictures])
+        task = answer(service.post("/v1/images/generations", json=body, headers=headers))
         tasks[task["id"]] = order
         print(f"  submitted  {task['id']}  {order.about}: {order.prompt}")
     print()
@@ -332,7 +371,7 @@ def check_stored(
     files = []
     for id, order in tasks.items():
         files += check_images(service, upstream, answer(service.get(f"/v1/tasks/{id}")), order)
-    stored = sum(path.is_file() for path in (FOLDER / "images").rglob("*-*.*"))
+    stored = sum(path.is_file() for path in (FOLDER / "images").glob("task_*/*-*.*"))
     check(stored == len(files), f"{stored} files are on disk, not {len(files)}")
     return files
 
@@ -364,9 +403,11 @@ def demo() -> str:
 
         events = answer(service.get("/v1/events"))["data"]
         check_events(received, events, tasks)
-        files = check_stored(service, enter(client(upstream_address, upstream_key)), tasks)
+        upstream = enter(client(upstream_address, upstream_key))
+        files = check_stored(service, upstream, tasks)
         check_timelines(service, tasks)
         show(service, files, next(iter(tasks)))
+        show_ledger(service, upstream, tasks)
 
         process.terminate()  # a clean stop finishes work in flight, and then nothing more comes
         check(process.wait(STOP_S) == 0, f"the service ended with {process.returncode}")

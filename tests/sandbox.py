@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from ipaddress import ip_network
 from typing import Any
 
@@ -20,7 +21,11 @@ from tests.world import answering
 
 ORDER = {"model": "wan2.5-text-to-image", "prompt": "a lighthouse, 灯塔", "size": "768x768"}
 QUICK = SandboxOptions(
-    networks=(ip_network("127.0.0.0/8"),), delay_s=0, callback_delays_s=(0, 0, 0), seed=7
+    networks=(ip_network("127.0.0.0/8"),),
+    delay_s=0,
+    callback_delays_s=(0, 0, 0),
+    seed=7,
+    price=Decimal("1.5"),
 )
 KEY = {"authorization": "Bearer sk-test"}
 WAYS = ("flag", "request")

@@ -37,15 +37,15 @@ def usage(
 
 
 def estimated(client: ApiClient, order: JSON) -> str | None:
-    """The estimate of a submission in words, printed at once on a terminal. None: unknown. The
+    """The estimate of a submission in words, printed at once on a terminal. None: no answer. The
     submission itself reports what is wrong with it.
     """
     try:
         cost = client.call("POST", "/v1/estimates", body=order)
     except (CommandFailed, EgressError):
         return None
-    text = None if cost["credits"] is None else f"estimate: {cost['credits']} {cost['unit']}"
-    remark(text or "estimate: unknown")
+    known = "unknown" if cost["credits"] is None else f"{cost['credits']} {cost['unit']}"
+    remark(text := f"estimate: {known}")
     return text
 
 

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from typer.core import TyperCommand
 
 from service.cli.api_client import pairs
 from service.cli.output import Json, Text, Texts, option, put_result, terminal
+from service.credits import millionths
 
 if TYPE_CHECKING:
     import asyncio
@@ -24,6 +26,15 @@ LOOPBACK = "127.0.0.1"
 LOOPBACKS = "127.0.0.0/8,::1/128"
 KEY = "sk-sandbox"
 BODY = '{"model": "wan2.5-text-to-image", "prompt": "a lighthouse in the fog"}'
+
+
+Shares = Annotated[
+    Texts,
+    option("Share of the tasks that a fault meets, 0 to 1; may be repeated.", metavar="NAME=SHARE"),
+]
+Price = Annotated[
+    Text, option("Credits per image. Default: the catalogue's, else 1.5.", metavar="CREDITS")
+]
 
 
 class SandboxCommand(TyperCommand):
@@ -54,13 +65,9 @@ def sandbox(
     fault: Annotated[
         Texts, option("A default fault of every task; may be repeated.", metavar="NAME=VALUE")
     ] = None,
-    share: Annotated[
-        Texts,
-        option(
-            "Share of the tasks that a fault meets, 0 to 1; may be repeated.", metavar="NAME=SHARE"
-        ),
-    ] = None,
+    share: Shares = None,
     base_url: Annotated[Text, option("Address in result links. Default: as requested.")] = None,
+    price: Price = None,
     task_ttl: Annotated[float, option("Seconds a task is kept.", min=0)] = 86400,
     result_ttl: Annotated[float, option("Seconds result links live.", min=0)] = 86400,
     catalogue: Annotated[
@@ -80,6 +87,7 @@ def sandbox(
         delay_s=delay,
         task_ttl_s=task_ttl,
         result_ttl_s=result_ttl,
+        price=price_of(price),
         seed=seed,
         faults=default_faults(fault),
         shares=shares(share),
@@ -130,6 +138,14 @@ def shares(texts: list[str] | None) -> dict[str, float]:
         return {name: float(value) for name, value in pairs(texts, "--share").items()}
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--share") from None
+
+
+def price_of(text: str | None) -> Decimal | None:
+    if text is None:
+        return None
+    if (credits := millionths(text)) is None:
+        raise typer.BadParameter(f"{text!r} is no number of credits", param_hint="--price")
+    return Decimal(credits) / 1_000_000
 
 
 def networks(texts: list[str]) -> "tuple[IPv4Network | IPv6Network, ...]":

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from decimal import Decimal
 from ipaddress import ip_network
 from typing import Any
 
@@ -108,7 +109,11 @@ SERVERS: Mapping[str, Callable[[], Coroutine[Any, Any, None]]] = {
     "web": web,
     "upstream": lambda: answer(upstream()),
     "sandbox": lambda: answer(
-        Timed(create_sandbox(SandboxOptions(networks=(ip_network("127.0.0.0/8"),))))
+        Timed(
+            create_sandbox(
+                SandboxOptions(networks=(ip_network("127.0.0.0/8"),), credits=Decimal(1_000_000))
+            )
+        )
     ),
 }
 

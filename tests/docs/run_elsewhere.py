@@ -36,6 +36,7 @@ RUN_ELSEWHERE: Mapping[str, str] = MappingProxyType(
         ".venv/bin/python -m tests.bench.retention --ordinary 4000 --large 100": BENCHMARKS,
         "darkroom estimate wan2.5-text-to-image --n 3": CATALOGUE,
         "darkroom estimate mj-v7 --field model_params.speed=turbo": CATALOGUE,
+        "darkroom submit 'a lighthouse in the fog' --n 2 --wait": CATALOGUE,
         "darkroom usage": CATALOGUE,
         "darkroom keys create --owner shop --scopes submit,read --budget 50/day": CATALOGUE,
         "darkroom budgets set shop 100/month": CATALOGUE,

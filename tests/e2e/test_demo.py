@@ -28,16 +28,27 @@ def test_the_demo_ends_well_and_leaves_its_files(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "demo: 5 tasks, 10 events, 6 images, 0 lost, 0 doubled"
+    assert done.stdout.splitlines()[-1] == "demo: 6 tasks, 12 events, 7 images, 0 lost, 0 doubled"
     assert (
         len(re.findall(r"image\.task\.\w+ .* evt_[a-z2-7]{26}  signature verified", done.stdout))
-        == 10
+        == 12
     )
+    uploads = re.findall(r"^  uploaded   file_[a-z2-7]{26}  640x480", done.stdout, re.MULTILINE)
+    assert len(uploads) == 2
+    (ledger,) = re.findall(r"^the ledger, in credits$(.*)", done.stdout, re.MULTILINE | re.DOTALL)
+    tasks = re.split(r"^  task_[a-z2-7]{26}  ", ledger, flags=re.MULTILINE)[1:]
+    assert [re.findall(r"^    (\w+ +-?\d+)  by", task, re.MULTILINE) for task in tasks] == [
+        ["estimate     8", "reserve      8", "reserve     -8", "charge       8"],
+        *([["estimate     2", "reserve      2", "reserve     -2"]] * 2),
+        *([["estimate     2", "reserve      2", "reserve     -2", "charge       2"]] * 3),
+    ]
+    assert "  14 credits were spent, as the upstream's record says" in done.stdout
     assert "雾中的灯塔" in done.stdout
     left = {path.name for path in (tmp_path / "demo-data").iterdir()}
     assert {"service.log", "sandbox.log", "images", "darkroom.db"} <= left
     assert "stale" not in left
-    assert len(list((tmp_path / "demo-data" / "images").rglob("*.png"))) == 6
+    images = tmp_path / "demo-data" / "images"
+    assert [len(list(images.glob(f"{of}_*/*.png"))) for of in ("task", "file")] == [7, 2]
 
 
 def test_a_demo_that_cannot_run_says_why_and_where_to_look(tmp_path: Path) -> None:

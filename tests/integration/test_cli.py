@@ -23,6 +23,8 @@ import pytest
 import typer
 
 from service import VERSION, cli
+from tests.docs.pages import commands
+from tests.docs.render import DOCS
 from tests.environment import clean_environment
 from tests.inputs import photo
 from tests.processes import ADMIN_KEY, Running, darkroom, sandbox, service_settings, started
@@ -225,7 +227,7 @@ def test_a_connection_that_breaks_does_not_lose_the_order(run: Run) -> None:
             pass
 
     with HTTPServer(("127.0.0.1", 0), Cut) as server:
-        threading.Thread(target=server.handle_request, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         done = run(
             "submit",
             "x",
@@ -233,6 +235,7 @@ def test_a_connection_that_breaks_does_not_lose_the_order(run: Run) -> None:
             "my-order",
             DARKROOM_URL=f"http://127.0.0.1:{server.server_port}",
         )
+        server.shutdown()
     assert one_line(done).endswith(
         "the task may have been taken: ask again with --idempotency-key my-order"
     )
@@ -768,17 +771,33 @@ def test_an_estimate_over_a_limit_fails_with_one_line(run: Run, client: Mapping[
     assert run("estimate", "wan2.5-text-to-image", "--field", "seed", **client).code == 2
 
 
-def test_the_commands_of_the_page_about_money(run: Run, client: Mapping[str, str]) -> None:
-    """docs/money.md: a key with a budget, its figures, and usage."""
+def test_the_page_about_money_is_true(run: Run, client: Mapping[str, str]) -> None:
+    """Every command of docs/money.md works, and `submit` prints what the page shows."""
+    page = DOCS / "money.md"
+    typed = [shlex.split(command)[1:] for command in commands(page)]
+    done = [run(*words, **client) for words in typed]
+    assert [end.code for end in done] == [0] * len(typed)
+    assert {words[0] for words in typed} == {"submit", "usage", "keys", "budgets"}
+    (said,) = (end.err for words, end in zip(typed, done, strict=True) if words[0] == "submit")
+    assert "".join(f"    {line}\n" for line in said.splitlines()) in page.read_text()
+
+
+def test_a_submission_without_a_price_says_so(run: Run, client: Mapping[str, str]) -> None:
+    done = run("submit", "x", "--model", "gpt-image-2", "--size", "1:1", **client)
+    assert done.err.splitlines() == ["estimate: unknown", "reserved: 1.5 credits"]
+
+
+def test_a_budget_is_set_and_its_figures_are_shown(run: Run, client: Mapping[str, str]) -> None:
+    """A key with a budget, its figures, a refusal, and usage."""
     words = "keys create --owner shop --scopes submit,read --budget 50/day"
     key = run(*words.split(), "--json", **client).json["key"]
     own = dict(client) | {"DARKROOM_API_KEY": key}
     done = run("submit", "a lighthouse", "--wait", **own)
-    assert done.err.splitlines() == ["estimate: 2 credits", "cost: 1.5 credits"]
+    assert done.err.splitlines() == ["estimate: 2 credits", "cost: 2 credits"]
     head, row = run("budgets", "list", **own).out.splitlines()
     assert head.split() == ["owner", "period", "limit", "spent", "reserved", "left"]
-    assert row.split() == ["shop", "day", "50", "1.5", "0", "48.5"]
-    assert run("budgets", "set", "shop", "100/month", "--json", **client).json["left"] == 98.5
+    assert row.split() == ["shop", "day", "50", "2", "0", "48"]
+    assert run("budgets", "set", "shop", "100/month", "--json", **client).json["left"] == 98
     for word in ("100", "100/week", "-1/day", "x/day"):
         assert run("budgets", "set", "shop", "--", word, **client).code == 2
     assert run("budgets", "set", "shop", "2/total", **client).code == 0
@@ -786,7 +805,7 @@ def test_the_commands_of_the_page_about_money(run: Run, client: Mapping[str, str
     assert run("budgets", "clear", "shop", **client).code == 0
     assert run("budgets", "list", "--json", **own).json["data"] == []
     figures = run("usage", **own).out.splitlines()[1].split()[1:]
-    assert figures == ["1", "1", "1", "2", "1.5", "1.5", "0"]
+    assert figures == ["1", "1", "1", "2", "2", "2", "0"]
     table = run("usage", "--by", "model", "--from", "2026-02-01", **own).out.splitlines()
     assert [line.split()[0] for line in table] == ["model", "wan2.5-text-to-image", "total"]
     assert run("usage", "--by", "hour", **own).code == 2

@@ -31,7 +31,7 @@ JSON = dict[str, Any]
 ORDER = {"model": "wan2.5-text-to-image", "prompt": "a lighthouse", "size": "768x768"}
 KEY = "the-account's-key"
 BOTH = ("upstream", "darkroom")
-PRICE = Decimal("1.5")
+PRICE = Decimal(2)  # of the catalogue
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.inputs import photo
 from tests.sandbox import ORDER, QUICK, WAYS, Receiver, faulty, finished, receiving, sandbox, submit
 from tests.waiting import wait_until
 
@@ -66,6 +67,57 @@ async def test_a_completed_task_links_to_real_images_and_is_charged() -> None:
     assert len({file.content for file in files}) == 3
     assert credits["success"] is True
     assert credits["data"]["token"]["remaining_credits"] == 10000 - 4.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "price", "credits"),
+    [
+        ({"n": 3}, None, 6),
+        ({"model": "krea-2-turbo", "size": "16:9"}, None, 0.05),
+        ({"model": "mj-v7", "size": None, "model_params": {"speed": "draft"}}, None, 2.7),
+        ({"model": "gpt-image-2-beta", "size": "1:1", "resolution": "4K"}, None, 2.652),
+        ({"model": "gpt-image-2", "size": "1:1", "n": 2}, None, 3),
+        ({"n": 3}, Decimal("0.7"), 2.1),
+    ],
+)
+async def test_a_task_costs_the_price_of_the_catalogue(
+    fields: dict[str, Any], price: Decimal | None, credits: float
+) -> None:
+    """A model without a price has one of the sandbox's own. The option `price` replaces both."""
+    async with sandbox(replace(QUICK, price=price)) as client:
+        reserved = (await submit(client, **fields)).json()["usage"]["credits_reserved"]
+        task = await finished(client, **fields)
+        charges = (await client.get("/sandbox/charges")).json()["data"]
+    assert [reserved, task["usage"]["credits_used"]] == [credits, credits]
+    assert charges[1]["used"] == credits
+    assert charges[1]["images_requested"] == charges[1]["images"] == len(task["results"])
+
+
+@pytest.mark.parametrize(
+    ("size", "format", "word"),
+    [
+        ((383, 400), "PNG", "383x400"),
+        ((384, 400), "PNG", None),
+        ((400, 5001), "PNG", "400x5001"),
+        ((400, 5000), "PNG", None),
+        ((400, 400), "GIF", "GIF"),
+        ((400, 400), "BMP", None),
+    ],
+)
+async def test_an_uploaded_input_image_must_be_within_the_limits_of_the_model(
+    size: tuple[int, int], format: str, word: str | None
+) -> None:
+    content = photo(format, size, "P" if format == "GIF" else "RGB")
+    async with sandbox() as client:
+        sent = {"file": ("a", content)}
+        stored = (await client.post("/api/v1/files/upload/stream", files=sent)).json()["data"]
+        edited = "wan2.5-image-to-image"
+        answer = await submit(client, model=edited, image_urls=[stored["file_url"]])
+    assert answer.status_code == (400 if word else 200), answer.text
+    if word:
+        error = answer.json()["error"]
+        assert error["param"] == "image_urls"
+        assert word in error["message"]
 
 
 async def test_models_are_listed() -> None:

@@ -102,7 +102,7 @@ async def test_a_task_ends_as_the_upstream_says(
     assert (task["state"], task["status"]) == (state, status)
     assert (task["error"] and task["error"]["code"]) == code
     assert len(task["images"]) == (1 if state == "completed" else 0)
-    assert task["usage"]["credits_used"] == {"completed": 1.5, "no_results": 0}.get(code or state)
+    assert task["usage"]["credits_used"] == {"completed": 2, "no_results": 0}.get(code or state)
     assert await types(here, task["id"]) == ["submitted", state]
     steps = [step["step"] for step in await here.steps(task["id"])]
     assert ("callback.received" in steps) is (heard == "by callback")

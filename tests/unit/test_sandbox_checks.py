@@ -1,5 +1,6 @@
 """The requests that the sandbox upstream refuses, and the faults that it accepts."""
 
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -20,9 +21,9 @@ EDIT = {
 
 
 def test_a_bare_order_gets_the_documented_defaults() -> None:
-    """One image of 1280x1280."""
+    """One image of 1280x1280, at the price of the catalogue."""
     assert read_order(TEXT, CATALOGUE) == Order(
-        "wan2.5-text-to-image", "a cat", 1280, 1280, 1, None
+        "wan2.5-text-to-image", "a cat", 1280, 1280, 1, None, price=Decimal(2)
     )
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, replace
+from decimal import Decimal
 
 from service.errors import ApiError
 from service.strict_json import JSON
@@ -19,12 +20,13 @@ RATIO = re.compile(r"([1-9][0-9]?):([1-9][0-9]?)")
 EDGES = {"1K": 1024, "2K": 2048, "3K": 3072, "4K": 4096}
 ASPECT = 16  # the largest that any model takes
 EDGE = EDGES["1K"]  # of a square whose size nothing says
+UNKNOWN_PRICE = Decimal("1.5")  # of a model without a price in the catalogue
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A submission that the upstream accepts. It makes `n` images. `per`: the price is for each
-    image or for the request.
+    """A submission that the upstream accepts. It makes `n` images. `price` is that of the
+    catalogue, for each image or for the request (`per`).
     """
 
     model: str
@@ -35,6 +37,7 @@ class Order:
     callback_url: str | None
     per: str = "image"
     image_urls: tuple[str, ...] = ()
+    price: Decimal = UNKNOWN_PRICE
 
 
 def invalid(param: str, message: str) -> ApiError:
@@ -80,8 +83,9 @@ def read_order(body: JSON, catalogue: Catalogue) -> Order:
     width, height = drawn_size(size or getattr(entry.fields.get("size"), "default", None))
     callback_url, n = read_url(body, "callback_url"), entry.images_of(body)
     drawn = prompt if isinstance(prompt, str) and prompt else model
-    per = catalogue.estimate(body).per
-    return Order(model, drawn, width, height, n, callback_url, per, tuple(urls))
+    cost = catalogue.estimate(body)
+    price = UNKNOWN_PRICE if cost.price is None else Decimal(cost.price) / 1_000_000
+    return Order(model, drawn, width, height, n, callback_url, cost.per, tuple(urls), price)
 
 
 def drawn_size(size: str | None) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from service.errors import ApiError, EgressRefused, NotConnected
 from service.net import Egress, Rules
+from service.upstreams.catalogue_images import image_complaint
 from service.upstreams.sandbox.answers import HTTP_ERRORS, Answer, error_answer, json_answer
 from service.upstreams.sandbox.callback_sender import CallbackSender
 from service.upstreams.sandbox.checks import (
@@ -118,6 +119,10 @@ class Sandbox:
         order = read_order(body, self.options.catalogue)
         await self._check_callback(order.callback_url)
         inputs = [self.files.linked(url) for url in order.image_urls]
+        rule = self.options.catalogue.image_rule(order.model)
+        for file in filter(None, inputs):
+            if limit := image_complaint(rule, file):
+                raise invalid("image_urls", f"image_urls: {limit}")
         if inputs and (last := inputs[-1]) is not None and not body.get("size"):
             order = shaped_like(order, *last.size)
         delay = self.options.delay_s

@@ -112,6 +112,8 @@ class Ledger:
                 "id": task.id,
                 "idempotency_key": task.key,
                 "model": task.order.model,
+                "images_requested": task.order.n,
+                "images": task.end.images,
                 "credits_reserved": number(task.reserved),
                 "reserved": number(Decimal(0) if task.ended else task.reserved),
                 "used": number(task.used if task.ended else Decimal(0)),
@@ -156,6 +158,7 @@ class Ledger:
     ) -> SandboxTask:
         """A task with its price reserved for `n` images. 402 if the account has less."""
         now, price = self.clock(), self._options.price
+        price = order.price if price is None else price
         stamp = int(now) if self._options.seed is None else SEEDED_CREATED
         task_id = f"task-unified-{stamp}-" + "".join(Random(seed).choices(LETTERS, k=8))
         task = SandboxTask(task_id, order, faults, base_url, now, stamp, price, key, digest)

@@ -16,10 +16,10 @@ class SandboxOptions:
     `base_url` is the address in result links, by default the one of the submission. Without
     `api_key` any Bearer key is valid. `catalogue` has the models and their limits. Callbacks go to
     public https addresses and into `networks`. Times are seconds. `price` is the credits for an
-    image, or for a request of a model that has a price per request. `faults` are the defaults of
-    every request's `sandbox` object (see `faults.FAULTS`). A fault in `shares` meets that share of
-    the tasks, 0 to 1. With a `seed` the same requests get the same ids, faults and files, in any
-    order.
+    image, or for a request of a model that has a price per request, in place of the catalogue's
+    price. `faults` are the defaults of every request's `sandbox` object (see `faults.FAULTS`). A
+    fault in `shares` meets that share of the tasks, 0 to 1. With a `seed` the same requests get the
+    same ids, faults and files, in any order.
     """
 
     base_url: str | None = None
@@ -30,7 +30,7 @@ class SandboxOptions:
     task_ttl_s: float = 86400
     result_ttl_s: float = 86400
     file_ttl_s: float = 259200
-    price: Decimal = Decimal("1.5")
+    price: Decimal | None = None
     credits: Decimal = Decimal(10000)
     seed: int | None = None
     faults: Mapping[str, Any] = field(default_factory=dict)

@@ -49,6 +49,9 @@ TYPES = {
 OTHER_CHARACTERS = re.compile(r"[^A-Za-z0-9._-]")
 
 
+Content = bytes  # inside SandboxFile, `bytes` is a figure
+
+
 @dataclass(frozen=True, slots=True)
 class SandboxFile:
     """`uploaded` and `expires` are Unix seconds. `size` is width and height."""
@@ -56,11 +59,24 @@ class SandboxFile:
     id: str
     name: str
     folder: str
-    content: bytes
+    content: Content
     media_type: str
     size: tuple[int, int]
+    alpha: bool
     uploaded: float
     expires: float
+
+    @property
+    def width(self) -> int:
+        return self.size[0]
+
+    @property
+    def height(self) -> int:
+        return self.size[1]
+
+    @property
+    def bytes(self) -> int:
+        return len(self.content)
 
 
 @dataclass(slots=True)
@@ -186,7 +202,8 @@ class SandboxFiles:
         content = upload.content
         if len(content) > MAX_FILE:
             raise FileRefused(413, TOO_LARGE, f"a file has at most {MAX_FILE} bytes")
-        (media_type, size), now = measured(content), self.clock()
+        (media_type, size, alpha), now = measured(content), self.clock()
+        expires = now + life_s
         file_id = "file_" + "".join(random.choices(LETTERS, k=20))
         name = OTHER_CHARACTERS.sub("_", upload.name)[-128:] or file_id
         key = (upload.folder.strip("/"), name)
@@ -194,16 +211,17 @@ class SandboxFiles:
             len(self.stored) >= MAX_FILES
         ):
             raise FileRefused(403, NO_QUOTA, f"the account has {MAX_FILES} files already")
-        file = SandboxFile(file_id, name, key[0], content, media_type, size, now, now + life_s)
+        file = SandboxFile(file_id, name, key[0], content, media_type, size, alpha, now, expires)
         self.stored[key] = file
         return file
 
 
-def measured(content: bytes) -> tuple[str, tuple[int, int]]:
-    """The media type, and width and height."""
+def measured(content: bytes) -> tuple[str, tuple[int, int], bool]:
+    """The media type, width and height, and whether there is an alpha channel."""
     try:
         with Image.open(io.BytesIO(content), formats=tuple(TYPES)) as image:
-            return TYPES["JPEG" if image.format == "MPO" else str(image.format)], image.size
+            media_type = TYPES["JPEG" if image.format == "MPO" else str(image.format)]
+            return media_type, image.size, bool(image.has_transparency_data)
     except Exception:  # noqa: BLE001 - Pillow's plugins raise all kinds of errors
         message = f"the file is none of {', '.join(TYPES)}"
         raise FileRefused(400, WRONG_TYPE, message) from None

@@ -88,6 +88,16 @@ TROUBLES: tuple[tuple[float, Callable[[Random], Faults]], ...] = (
     (0.10, lambda chance: {"format": chance.choice(["png", "webp"])}),
     (0.10, lambda chance: {"unusable_field": chance.choice([*UNUSABLE])}),
     (0.10, lambda chance: {"results": chance.choice(["padded", "text", "objects"])}),
+    # A cost that differs from the estimate and from the reservation, and a refund.
+    (
+        0.10,
+        lambda chance: {
+            "reserved": chance.choice([0.4, 2, 10]),
+            "usage": chance.choice([0, 0.4, 2, 7.25]),
+        },
+    ),
+    (0.10, lambda chance: {"refund": chance.choice([0.15, 2])}),
+    (0.05, lambda _: {"images": 1}),
     # Last, so that `query_times` ends it.
     (0.10, lambda chance: {"results_late": True, "query_times": chance.randint(1, 2)}),
 )
