@@ -102,12 +102,14 @@ async def test_a_task_costs_the_price_of_the_catalogue(
         ((400, 5000), "PNG", None),
         ((400, 400), "GIF", "GIF"),
         ((400, 400), "BMP", None),
+        ((400, 400), "PNG with alpha", "alpha"),
     ],
 )
 async def test_an_uploaded_input_image_must_be_within_the_limits_of_the_model(
     size: tuple[int, int], format: str, word: str | None
 ) -> None:
-    content = photo(format, size, "P" if format == "GIF" else "RGB")
+    mode = {"GIF": "P", "PNG with alpha": "RGBA"}.get(format, "RGB")
+    content = photo(format.partition(" ")[0], size, mode)
     async with sandbox() as client:
         sent = {"file": ("a", content)}
         stored = (await client.post("/api/v1/files/upload/stream", files=sent)).json()["data"]
