@@ -78,12 +78,8 @@ def stages(
     settings: Settings, resources: Resources, breaker: AccountBreaker, validator: ImageValidator
 ) -> list[Stage]:
     """The workers' stages, in the order of the data."""
-    plan = QueryPlan(
-        settings.callback_url is not None,
-        settings.reconcile_after_s,
-        resources.random,
-        settings.evolink_task_ttl_s,
-    )
+    called, ttl_s = settings.callback_url is not None, settings.evolink_task_ttl_s
+    plan = QueryPlan(called, settings.reconcile_after_s, resources.random, ttl_s)
     submitter = SubmitWorker(
         resources,
         plan,
@@ -93,6 +89,7 @@ def stages(
         settings.submit_give_up_s,
         settings.uncertain,
         settings.uncertain_after_s,
+        settings.evolink_result_ttl_s,
     )
     settler = ConfirmWorker(
         resources,

@@ -75,7 +75,7 @@ def _nameable(row: TaskRow) -> bool:
 
 def reconcile_tasks(tx: Transaction, items: Sequence[str]) -> list[str | None]:
     """Queries tasks and fetches their missing images now, also the lost ones. Returns None,
-    `missing`, or `unsubmitted` for a task without an upstream id.
+    `missing`, or `unsubmitted` for a task without an upstream id and without results.
 
     A task that has ended keeps its state and its event. `task.late_result` tells how many images
     are stored then.
@@ -84,7 +84,7 @@ def reconcile_tasks(tx: Transaction, items: Sequence[str]) -> list[str | None]:
     results: list[str | None] = []
     for task_id in items:
         row = rows.get(task_id)
-        if row is None or row.upstream_id is None:
+        if row is None or (row.upstream_id is None and row.settled_digest is None):
             results.append("unsubmitted" if row else "missing")
             continue
         ask(tx, row)

@@ -91,6 +91,22 @@ def _record(tx: Transaction, row: TaskRow, item: Settlement) -> int | None:
     return _unsettled(tx, row, item, f"the upstream's last word was {status}")
 
 
+def finish_at_once(
+    tx: Transaction, row: TaskRow, report: Report, lease: Lease, result_ttl_ms: int
+) -> None:
+    """Records a completed report that was the answer to the submission. It has no id, so nothing
+    can be asked again.
+    """
+    if row.settled_digest is not None:
+        return
+    submitted(tx, row, None, "answer", report)
+    item = Settlement(lease, report, row.settle_requests, 0, result_ttl_ms)
+    if row.terminal:
+        _record_late(tx, row, report, item)
+    else:
+        _finish(tx, row, report, item)
+
+
 def _unsettled(tx: Transaction, row: TaskRow, item: Settlement, why: str) -> int | None:
     """Ends a task as expired whose time at the upstream is up without an outcome. Returns when to
     query again.

@@ -15,6 +15,7 @@ from service.queue import leases
 from service.tasks.fair_queue import FairQueue
 from service.tasks.ledger import entered
 from service.tasks.rows import TaskRow
+from service.tasks.settlements import finish_at_once
 from service.tasks.state import State
 from service.tasks.transitions import (
     change,
@@ -27,7 +28,15 @@ from service.tasks.transitions import (
     submitted,
     task_error,
 )
-from service.upstreams.base import Accepted, NotCreated, Refused, Report, SubmitOutcome, Uncertain
+from service.upstreams.base import (
+    Accepted,
+    Finished,
+    NotCreated,
+    Refused,
+    Report,
+    SubmitOutcome,
+    Uncertain,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +74,7 @@ class SubmissionResult:
 
     `wait_ms` is the time to the next call after NotCreated, to the first query after Accepted.
     After `decide_ms` an uncertain task is decided: sent again if `resend`, once, else failed. A
-    task older than `give_up_ms` is not sent again.
+    task older than `give_up_ms` is not sent again. Links of results live `result_ttl_ms`.
     """
 
     lease: Lease
@@ -74,13 +83,14 @@ class SubmissionResult:
     decide_ms: int = 0
     give_up_ms: int = 0
     resend: bool = False
+    result_ttl_ms: int = 0
 
 
 def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> list[State]:
     """Records the outcomes of calls. Returns the states after it.
 
-    An acceptance counts even if the lease has ended since. Any other outcome counts under the
-    lease, or while the task is uncertain.
+    An acceptance counts even if the lease has ended since, and so do results. Any other outcome
+    counts under the lease, or while the task is uncertain.
     """
     rows, queue = lock(tx, _concerned(tx, items)), cache(lambda: FairQueue(tx))
     states = []
@@ -91,6 +101,8 @@ def record_submissions(tx: Transaction, items: Sequence[SubmissionResult]) -> li
         match item.outcome:
             case Accepted(report):
                 _accept(tx, row, item, report, rows.values())
+            case Finished(report):
+                finish_at_once(tx, row, report, item.lease, item.result_ttl_ms)
             case Refused(status, error) if submitting or row.state is State.UNCERTAIN:
                 end(tx, row, State.FAILED, error, refusal_status=status)
             case NotCreated(reason, account=account) if submitting:

@@ -36,6 +36,7 @@ from service.tasks.submissions import (
 )
 from service.upstreams.base import (
     Accepted,
+    Finished,
     NotCreated,
     Refused,
     SubmitOutcome,
@@ -61,6 +62,7 @@ class SubmitWorker:
     give_up_s: float
     uncertain: str  # fail | resubmit
     uncertain_after_s: float
+    result_ttl_s: float
 
     async def run(self, lease: Lease) -> None:
         row = await self.resources.store.read(task_queries.task_row, lease.key, None)
@@ -113,7 +115,7 @@ class SubmitWorker:
                 record(throttled(outcome))
         await self._record(lease, outcome)
         checkpoint("submission.recorded")
-        if isinstance(outcome, Accepted | Refused):
+        if isinstance(outcome, Accepted | Finished | Refused):
             await breaker.succeeded(trial=trial)
 
     async def _start(self, lease: Lease, *, resubmit: bool) -> bytes | None:
@@ -155,9 +157,10 @@ class SubmitWorker:
             decide_ms=round(decide_s * 1000),
             give_up_ms=round(self.give_up_s * 1000),
             resend=self.uncertain == "resubmit",
+            result_ttl_ms=round(self.result_ttl_s * 1000),
         )
         state = await self._until_stored(record_submissions, result)
-        if isinstance(outcome, Accepted):
+        if isinstance(outcome, Accepted | Finished):
             log.info(
                 "task.submitted",
                 upstream_id=outcome.report.upstream_id,

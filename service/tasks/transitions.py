@@ -93,12 +93,12 @@ def fill(row: TaskRow, report: Report) -> dict[str, Any]:
 def submitted(
     tx: Transaction,
     row: TaskRow,
-    upstream_id: str,
+    upstream_id: str | None,
     source: str,
     report: Report,
     first_query_ms: int | None = None,
 ) -> None:
-    """Binds the upstream's id to the task and, unless that happened before, emits
+    """Binds the upstream's id, if it gave one, to the task and, unless that happened before, emits
     `image.task.submitted`.
 
     `source` is `answer`, `callback` or `hand`, and `REPLACES` says which wins. `first_query_ms`
@@ -107,7 +107,8 @@ def submitted(
     values = fill(row, report)
     if row.state not in UNPROVED:  # this answer is late: a query may have filled newer values
         values = {name: value for name, value in values.items() if getattr(row, name) is None}
-    values |= _named(tx, row, upstream_id, source)
+    if upstream_id is not None:
+        values |= _named(tx, row, upstream_id, source)
     unsettled = not row.terminal or row.settled_digest is None  # its credits are still unknown
     if first_query_ms is not None and row.settle_due_at is None and unsettled:
         values["settle_due_at"] = tx.now + first_query_ms

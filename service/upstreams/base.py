@@ -83,6 +83,13 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class Finished:
+    """The upstream answered with the results and without an id. `report` is completed."""
+
+    report: Report
+
+
+@dataclass(frozen=True, slots=True)
 class NotCreated:
     """Proof that nothing was created, so the task may be sent again after `retry_after` seconds.
 
@@ -142,10 +149,11 @@ class NoAnswer:
     raw: bytes = field(default=b"", compare=False)
 
 
-SubmitOutcome = Accepted | NotCreated | Refused | Uncertain
+SubmitOutcome = Accepted | Finished | NotCreated | Refused | Uncertain
 QueryOutcome = Found | NotFound | NoAnswer
 OUTCOME_NAMES: Mapping[type[object], str] = {  # as log and metrics name them
     Accepted: "accepted",
+    Finished: "finished",
     NotCreated: "not_created",
     Refused: "refused",
     Uncertain: "uncertain",

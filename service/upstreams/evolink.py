@@ -35,6 +35,7 @@ from service.upstreams.large_answers import LargeAnswers, judged
 from service.upstreams.lenient import USUAL_BYTES, document_of, number_of, section_of, text_of
 from service.upstreams.result_links import inline_content, result_links
 from service.upstreams.verdicts import (
+    finished_at_once,
     is_from_api,
     refusal_of,
     refuses_account,
@@ -94,7 +95,7 @@ def _error(document: JSON) -> JSON | None:
 
 def _report(document: JSON) -> Report | None:
     """None: its id is malformed."""
-    id = document.get("id", document.get("task_id"))
+    id = document.get("id") or document.get("task_id")
     word, error = document.get("status"), _error(document)
     if id is not None and not (isinstance(id, str) and re.fullmatch(UPSTREAM_ID, id)):
         return None
@@ -144,7 +145,8 @@ def classify_submit(
         report = _report(document) if document is not None else None
         if report is not None and report.upstream_id:
             return Accepted(report)
-        return Uncertain(f"{status} without an id", body[:KEPT])
+        finished = finished_at_once(report) if report is not None else None
+        return finished or Uncertain(f"{status} without an id", body[:KEPT])
     error = section_of(document, "error")
     code, message = _code(error.get("code")), text_of(error.get("message"), MESSAGE)
     reason = f"{status} {code or message or 'without an error of its own'}"

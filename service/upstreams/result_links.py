@@ -9,8 +9,11 @@ from service.upstreams.lenient import INLINE, INLINE_URLS, document_of, inline_u
 RESULTS = 64  # links of a task
 # Where links have been found, the documented place first, and their names inside an object. `url`
 # and `image_url` beside the status may be something else, such as an input.
-PLACES = ("results", "result_data", "result", "result_urls", "result_url", "output_url", "file_url")
-NAMES = ("url", "image_url", *PLACES, "images", "image", "urls", "data")
+PLACES = (
+    *("results", "result_data", "result", "result_urls", "result_url", "output_url", "file_url"),
+    "data",
+)
+NAMES = ("url", "image_url", *PLACES, "images", "image", "urls")
 DEPTH = 8  # of lists and objects around a link
 
 

@@ -3,10 +3,12 @@ whether it refuses the service's key or account, and whether a request was sent 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from service.errors import CallTimedOut, EgressError, EgressRefused, NotConnected
+from service.links import is_data, usable
 from service.net import Response
-from service.upstreams.base import NotCreated, Uncertain
+from service.upstreams.base import Finished, NotCreated, Report, Status, Uncertain
 from service.upstreams.lenient import document_of, section_of, text_of
 
 # Codes of a 403 about our key, user, account or address begin so, such as `key_disabled`.
@@ -52,6 +54,16 @@ def is_from_api(kind: str, answer: Response | EgressError, *, proved: bool = Fal
         missing = kind in FIXED_PATHS and not proved
         return False if missing or (kind == "submit" and page) else None
     return not page and (200 <= status < 300 or 400 <= status < 500)
+
+
+def finished_at_once(report: Report) -> Finished | None:
+    """A submission's response without an id, if it has results instead. Without an id a `data:` URL
+    cannot be asked for again, so only links count.
+    """
+    links = tuple(link if usable(link) and not is_data(link) else "" for link in report.results)
+    if report.status not in (None, Status.COMPLETED) or report.error is not None or not any(links):
+        return None
+    return Finished(replace(report, status=Status.COMPLETED, results=links))
 
 
 def unanswered_submit(error: EgressError) -> NotCreated | Uncertain:

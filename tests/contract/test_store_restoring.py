@@ -83,7 +83,7 @@ async def test_an_uncertain_task_of_a_backup_is_not_resubmitted_by_a_worker(
     # The rule reads no other resource.
     resources: Any = SimpleNamespace(store=SimpleNamespace(clock=lambda: subject.clock.now))
     submitter = SubmitWorker(
-        resources, cast(Any, None), cast(Any, None), (1.0,), 60.0, 3600.0, "resubmit", 900.0
+        resources, cast(Any, None), cast(Any, None), (1.0,), 60.0, 3600.0, "resubmit", 900.0, 60.0
     )
     assert not submitter._resubmits(row)
     lease = await subject.claimed("submit", task_id)

@@ -393,6 +393,90 @@ async def test_ten_minutes_are_waited_with_growing_waits() -> None:
     assert sorted(waits) == waits
 
 
+# --- results in the answer to the submission
+
+AT_ONCE = {
+    "as OpenAI sends it": b'{"created": 1757165031, "data": [{"url": "$LINK"}]}',
+    "with more": b'{"data": [{"url": "$LINK", "revised_prompt": "cut \\ud83d"}], "usage": NaN}',
+    "with a status": b'{"status": "completed", "data": [{"url": "$LINK"}]}',
+    "an object": b'{"created": 1, "data": {"url": "$LINK"}}',
+    "texts": b'{"created": 1, "data": ["$LINK\\n"]}',
+    "the usual place": b'{"results": ["$LINK"]}',
+    "an empty id": b'{"id": "", "task_id": null, "data": [{"url": "$LINK"}]}',
+    "a large part": b'{"data": [{"url": "$LINK", "b64_json": "' + b"A" * 1_200_000 + b'"}]}',
+}
+
+
+@pytest.mark.parametrize("kind", AT_ONCE)
+async def test_results_in_answer_to_the_submission_end_the_task(
+    kind: str, here: World, server: Said
+) -> None:
+    """The picture is saved. There is no id, so nothing is asked again, also by hand."""
+    task = await submitted(here, server, first=AT_ONCE[kind])
+    task = await here.ended(task["id"])
+    await stored(here, task)
+    assert (task["upstream_id"], task["error"], task["progress"]) == (None, None, 100)
+    answer = await here.client.post(f"/v1/tasks/{task['id']}/reconcile")
+    assert answer.status_code == 200
+    types = [event["type"] for event in await here.events(task=task["id"])]
+    assert types == ["image.task.submitted", "image.task.completed"]
+    name = f"order-{(await here.task(task['id']))['prompt'].removeprefix('order-')}"
+    assert [each for each in server.asked if each[1] == name] == [
+        ("submission", name),
+        ("picture", name),
+    ]
+
+
+async def test_each_result_in_answer_to_the_submission_counts(here: World, server: Said) -> None:
+    """One without a link is lost. The others are stored and listed."""
+    first = b'{"created": 1, "data": [{"url": "$LINK?0"}, {"b64_json": ""}, {"url": "$LINK?2"}]}'
+    task = await here.ended((await submitted(here, server, first=first))["id"])
+    assert (task["state"], task["error"]["code"]) == ("failed", "results_lost")
+    assert [image["index"] for image in task["images"]] == [0, 2]
+
+
+async def test_a_late_callback_changes_no_task_that_ended_at_once(
+    here: World, server: Said
+) -> None:
+    """It binds the id that the answer lacked."""
+    task = await submitted(here, server, first=AT_ONCE["as OpenAI sends it"])
+    task = await here.ended(task["id"])
+    id = next(id for id, name in server.names.items() if name == task["prompt"])
+    body = server.filled(COMPLETED, id).decode().replace("$ID", id).encode()
+    length = f"content-length: {len(body)}\r\n"
+    status, _, answer = await raw(here.callback_url(task["id"]), body, headers=length)
+    assert (status, json.loads(answer)["status"]) == (200, "duplicate")
+    assert (await here.task(task["id"]))["state"] == "completed"
+    assert len(await here.events(task=task["id"])) == 2
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b'{"created": 1, "data": []}',
+        b'{"created": 1, "data": [{"url": ""}]}',
+        b'{"created": 1, "data": [{"url": "data:image/png;base64,iVBO"}]}',
+        b'{"status": "failed", "data": [{"url": "$LINK"}]}',
+        b'{"status": "processing", "data": [{"url": "$LINK"}]}',
+        b'{"error": {"code": "x"}, "data": [{"url": "$LINK"}]}',
+        b'{"id": 7, "data": [{"url": "$LINK"}]}',
+    ],
+)
+async def test_an_answer_without_id_and_results_proves_nothing(
+    first: bytes, here: World, server: Said
+) -> None:
+    assert (await submitted(here, server, first=first))["state"] == "uncertain"
+
+
+@pytest.mark.parametrize("ids", [b'"task_id": "$ID"', b'"id": null, "task_id": "$ID"'])
+async def test_a_task_id_is_taken_for_the_id(ids: bytes, here: World, server: Said) -> None:
+    task = await submitted(here, server, COMPLETED, first=b"{" + ids + b', "status": "pending"}')
+    assert task["state"] == "submitted"
+    body = COMPLETED.replace(b'"id": "$ID"', ids)
+    await called(here, server, task, body)
+    await stored(here, await here.ended(task["id"]))
+
+
 # --- images in the answer itself
 
 
