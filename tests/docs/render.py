@@ -26,6 +26,7 @@ from service.upstreams.catalogue_entry import catalogue_schema
 from service.upstreams.sandbox import FAULTS
 from service.web.routes.table import SPECS
 from tests.checkpoints import CHECKPOINTS, INPUT_CHECKPOINTS
+from tests.docs.client_journeys import clients_table
 from tests.docs.log_lines import ALWAYS, LINES, WHERE_KNOWN
 
 ROOT = Path(__file__).parents[2]
@@ -179,6 +180,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[], str]]] = MappingProxyType(
         "faults": ("sandbox.md", faults_table),
         "checkpoints": ("reliability.md", checkpoints_table),
         "decisions": ("decisions.md", decisions_table),
+        "clients": ("clients.md", clients_table),
     }
 )
 

@@ -14,6 +14,7 @@ import service
 from service.settings import Settings
 from service.web.event_schemas import EVENT_TYPES
 from service.web.routes.table import SPECS, routes
+from tests.docs.client_journeys import CLIENTS, Client
 from tests.docs.log_lines import ALWAYS, LINES, WHERE_KNOWN
 from tests.docs.pages import PAGES, anchors, links
 from tests.docs.render import DOCS, README, SECTIONS, documented, rendered, section
@@ -47,6 +48,14 @@ def test_rendering_changes_nothing_outside_of_the_markers(page: str) -> None:
     once = rendered(text, page)
     assert rendered(once, page) == once
     assert re.sub(r"(?s)(<!-- \w+ -->\n).*?(<!-- /)", r"\1old\n\2", once) == text
+
+
+@pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name)
+def test_each_client_of_the_table_has_its_tests(client: Client) -> None:
+    """Each function that shows its journey is in the file that the table names."""
+    for file, functions in client.tests.items():
+        tree = ast.parse((DOCS.parent / "tests" / file).read_text("utf-8"))
+        assert set(functions) <= {getattr(node, "name", None) for node in tree.body} != set()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -237,13 +237,12 @@ async def test_a_line_reader_finds_whole_events_in_the_stream(told: Told, lines:
 
 
 async def test_httpx_sse_finds_whole_events_in_the_stream(told: Told) -> None:
-    """Version 0.4.0 reads by `aiter_lines`, which ends lines at NEL, LS and PS."""
+    """Whether its version ends lines at NEL, LS and PS or not."""
     found = []
     opened = httpx_sse.aconnect_sse(told.here.client, "GET", "/v1/events", params={"after": "0"})
     async with asyncio.timeout(10), opened as source:
         async for event in source.aiter_sse():
-            if event.data:  # this version also yields fields without data
-                found.append((event.id, event.event, json.loads(event.data)))
+            found.append((event.id, event.event, json.loads(event.data)))
             if len(found) == 2:
                 break
     assert found == [(event["sequence"], event["type"], event) for event in told.events]

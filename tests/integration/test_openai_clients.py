@@ -47,6 +47,27 @@ async def test_the_library_may_ask_for_one_request_alone(client: Any) -> None:
     assert made.data is None
 
 
+@pytest.mark.parametrize("fields", [{}, {"n": 2, "size": "768x768"}, {"user": "someone"}])
+async def test_litellm_gets_the_links_of_the_images(
+    here: World, client: Any, fields: dict[str, Any]
+) -> None:
+    """`litellm.image_generation` sends its requests through this library. It repeats the headers
+    that its caller adds in the body.
+    """
+    more = {"Prefer": "wait=30"}
+    answer = await client.with_options(default_headers={}).images.with_raw_response.generate(
+        model=TEXT_TO_IMAGE,
+        prompt="a lighthouse",
+        **fields,
+        extra_headers=more,
+        extra_body={"extra_headers": more},
+    )
+    made = answer.http_response.json()
+    task = await here.task(made["id"])
+    assert [image["url"] for image in made["data"]] == task["results"]
+    assert len(made["data"]) == fields.get("n", 1)
+
+
 async def test_the_library_raises_for_a_refusal(client: Any) -> None:
     """The error has the service's code and parameter."""
     with pytest.raises(openai.BadRequestError) as caught:

@@ -3,9 +3,11 @@ see an event that is none, and none may lose its place.
 """
 
 import asyncio
+import codecs
 import importlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,23 +70,59 @@ def by_sseclient(url: str, headers: dict[str, str]) -> Iterator[Seen]:
 
 
 def by_the_standard(url: str, headers: dict[str, str]) -> Iterator[Seen]:
-    """WHATWG HTML, 9.2.6: how a stream is interpreted."""
-    last_id, type, data = "", "", ""
     with requests.get(url, headers=headers, stream=True, timeout=10) as answer:
-        answer.encoding = "utf-8"
-        for line in answer.iter_lines(chunk_size=1, decode_unicode=True):
-            name, _, value = str(line).partition(":")
-            value = value.removeprefix(" ")
-            if not line:
-                if data:
-                    yield last_id, type or "message", data.removesuffix("\n")
-                type = data = ""
-            elif name == "event":
-                type = value
-            elif name == "data":
-                data += value + "\n"
-            elif name == "id" and "\0" not in value:
-                last_id = value
+        yield from interpreted(answer.iter_content(chunk_size=1))
+
+
+def interpreted(chunks: Iterable[bytes]) -> Iterator[Seen]:
+    """WHATWG HTML, 9.2.6: how an event stream is interpreted."""
+    last_id, type, data = "", "", ""
+    for line in lines_of(chunks):
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if not line:
+            if data:
+                yield last_id, type or "message", data.removesuffix("\n")
+            type = data = ""
+        elif name == "event":
+            type = value
+        elif name == "data":
+            data += value + "\n"
+        elif name == "id" and "\0" not in value:
+            last_id = value
+
+
+def lines_of(chunks: Iterable[bytes]) -> Iterator[str]:
+    """The lines of a UTF-8 stream, without a byte order mark. They end with CR LF, LF or CR."""
+    decode, rest = codecs.getincrementaldecoder("utf-8-sig")("replace").decode, ""
+    for chunk in chunks:
+        *lines, rest = re.split(r"\r\n|\n|\r(?!\n|\Z)", rest + decode(chunk))
+        yield from lines
+
+
+@pytest.mark.parametrize(
+    ("stream", "seen"),
+    [
+        ("data: YHOO\ndata: +2\ndata: 10\n\n", [("", "message", "YHOO\n+2\n10")]),
+        (
+            ": test\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third\n\n",
+            [("1", "message", "first event"), ("", "message", "second event"),
+             ("", "message", " third")],
+        ),
+        ("data\n\ndata\ndata\n\ndata:", [("", "message", ""), ("", "message", "\n")]),
+        ("data:test\n\ndata: test\n\n", [("", "message", "test")] * 2),
+        ("\ufeffevent: add\r\ndata: 7\u2028\x85\r\n\r\n", [("", "add", "7\u2028\x85")]),
+        ("event: add\rid: 1\0\rretry: 5\rdata: 7\r\r:", [("", "add", "7")]),
+        ("event: none\nid: 4\n\ndata: 5\n\n", [("4", "message", "5")]),
+    ],
+)  # fmt: skip
+def test_the_parsing_rules_read_the_examples_of_the_standard(
+    stream: str, seen: Sequence[Seen]
+) -> None:
+    """In whole and byte by byte. Then they may judge the streams of the service."""
+    content = stream.encode()
+    assert list(interpreted([content])) == seen
+    assert list(interpreted(content[at : at + 1] for at in range(len(content)))) == seen
 
 
 def strict(url: str, headers: dict[str, str]) -> Iterator[Seen]:

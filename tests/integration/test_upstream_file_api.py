@@ -74,6 +74,39 @@ async def test_the_three_ways_of_an_upload_answer_alike(client: httpx.AsyncClien
         refused(await client.delete(path), 404, 404)
 
 
+PART = 'content-disposition: form-data; name="{}"'
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ((), "a.png"),
+        ((("fileName", "night.png"),), "night.png"),
+        ((("uploadPath", "in"), ("fileName", "七.png")), "七.png"),
+        ((("fileName", ""),), "a.png"),
+    ],
+)
+async def test_the_name_of_an_upload_may_come_behind_the_file(
+    here: World, fields: list[tuple[str, str]], name: str
+) -> None:
+    """As the clients of the upstream send it."""
+    head = PART.format("file") + '; filename="a.png"\r\n\r\n'
+    parts = [head.encode() + photo()]
+    parts += [f"{PART.format(field)}\r\n\r\n{value}".encode() for field, value in fields]
+    body = b"".join(b"--x\r\n" + part + b"\r\n" for part in parts) + b"--x--\r\n"
+    form = {"content-type": "multipart/form-data; boundary=x"}
+    answer = await here.client.post(f"{UPLOAD}/stream", content=body, headers=form)
+    assert data_of(answer)["file_name"] == name
+
+
+async def test_the_quota_has_numbers_to_compute_with(client: httpx.AsyncClient) -> None:
+    """Clients of the upstream ask whether there is room for one more file."""
+    data = data_of(await client.get("/api/v1/files/quota"))
+    assert data["used_files"] + data["remain_files"] == data["max_files"]
+    assert data["remain_files"] > 0
+    assert isinstance(data["user_group"], str)
+
+
 async def test_the_link_of_an_upload_works_in_image_urls(here: World) -> None:
     form = {"file": ("photo.png", photo())}
     link = data_of(await here.client.post(f"{UPLOAD}/stream", files=form))["file_url"]

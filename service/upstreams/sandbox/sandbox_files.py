@@ -121,8 +121,9 @@ class SandboxFiles:
     async def quota(self, request: Request) -> Response:
         self.authorise(request)
         used = len(self.all())
-        left = {"max_files": MAX_FILES, "remaining_files": MAX_FILES - used}
-        return success({"total_files": used, "used_files": used, **left})
+        left = {"max_files": MAX_FILES, "remain_files": MAX_FILES - used}
+        shown = {"user_group": "default", "total_files": used, "used_files": used}
+        return success({**shown, **left})
 
     async def delete(self, request: Request) -> Response:
         self.authorise(request)

@@ -22,6 +22,7 @@ from service.web.context import context_of, resources_of
 from service.web.routes.file_routes import kept_part
 
 MAX_JSON = 16 << 20  # bytes: a file of 10 MB in base64
+MAX_FILES = 1_000_000  # shown only: clients compute with the numbers of a quota
 FETCH_S = 30.0
 PAGE_SIZE, MAX_PAGE_SIZE = 20, 100
 TOO_LARGE, WRONG_FILE, NOT_FETCHED = 40001, 40002, 40004
@@ -108,7 +109,7 @@ async def listed(request: Request) -> Response:
 
 
 async def quota(request: Request) -> Response:
-    """Show the number of input images, as the upstream's clients do. It has no limit here."""
+    """Show the number of input images, as the upstream's clients do. Nothing enforces the limit."""
     owner, now = caller_of(request).owner, resources_of(request).store.clock()
 
     def read(connection: Connection) -> int:
@@ -116,8 +117,9 @@ async def quota(request: Request) -> Response:
         return connection.scalar(select(func.count()).select_from(mine)) or 0
 
     used = await resources_of(request).store.read(read)
-    left = {"max_files": None, "remaining_files": None, "max_file_size": COMMON.max_bytes}
-    return success({"total_files": used, "used_files": used, **left})
+    left = {"max_files": MAX_FILES, "remain_files": max(0, MAX_FILES - used)}
+    data = {"user_group": "default", "total_files": used, "used_files": used, **left}
+    return success({**data, "max_file_size": COMMON.max_bytes})
 
 
 async def delete(request: Request) -> Response:
