@@ -26,6 +26,7 @@ HEAVY = {
     "durability",
     "consumers",
     "attack",
+    "browser",
 }  # folders with tests that start processes
 LONG = {*HEAVY, "property"}  # folders with few and long tests
 SERVERS = ("postgres", "s3", "brokers")  # prefixes of fixtures and parameters

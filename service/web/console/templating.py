@@ -1,5 +1,6 @@
 """Templates, and the filters that they use. Every value is escaped."""
 
+import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cache
@@ -7,6 +8,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from service.web.console.assets import asset_url
 
@@ -32,7 +34,14 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.globals |= {"asset": asset_url, "link": link, "tone": tone, "sparkline": sparkline}
-    made.filters |= {"ago": ago, "moment": moment, "size": size, "number": number, "span": span}
+    made.filters |= {
+        "ago": ago,
+        "moment": moment,
+        "size": size,
+        "coded": coded,
+        "number": number,
+        "span": span,
+    }
     return made
 
 
@@ -91,6 +100,11 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,.6f}".rstrip("0").rstrip(".")
+
+
+def coded(text: str) -> Markup:
+    """The escaped text, with what is between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704
 
 
 def sparkline(values: Iterable[float], width: int = 120, height: int = 28) -> str:

@@ -1,12 +1,97 @@
 """The OpenAPI and the AsyncAPI document as pages. They are rendered once."""
 
+import hashlib
+from functools import cache
+from typing import Any
+
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
+
+from service.strict_json import JSON
+from service.web.asyncapi import document as asyncapi_document
+from service.web.console.templating import environment
+from service.web.openapi import document as openapi_document
+from service.web.published import has_tag
+from service.web.routes.table import SPECS
+
+HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
 
 
-async def openapi_docs(_: Request) -> Response:
-    return RedirectResponse("/openapi.json")
+async def openapi_docs(request: Request) -> Response:
+    return document_page(request, "docs_api.html")
 
 
-async def asyncapi_docs(_: Request) -> Response:
-    return RedirectResponse("/asyncapi.json")
+async def asyncapi_docs(request: Request) -> Response:
+    return document_page(request, "docs_events.html")
+
+
+def document_page(request: Request, template: str) -> Response:
+    body = rendered(template)
+    etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    headers = {**HEADERS, "ETag": etag}
+    if has_tag(request.headers.get("if-none-match", ""), etag):
+        return Response(status_code=304, headers=headers)
+    return Response(body, headers=headers, media_type="text/html")
+
+
+@cache
+def rendered(template: str) -> bytes:
+    document = openapi_document(SPECS) if template == "docs_api.html" else asyncapi_document()
+    schemas = document["components"]["schemas"]
+    values = {"document": document, "schemas": schemas, "type_of": type_of, "rows_of": rows_of}
+    if template == "docs_api.html":
+        values["groups"] = groups(document["paths"])
+    return environment().get_template(template).render(values).encode()
+
+
+def groups(paths: JSON) -> dict[str, list[JSON]]:
+    """The operations by the first word of their paths behind the version."""
+    made: dict[str, list[JSON]] = {}
+    for path, methods in paths.items():
+        words = [word for word in path.split("/") if word and word not in ("v1", "api")]
+        name = words[0].removesuffix(".json") if words else path
+        for method, operation in methods.items():
+            made.setdefault(name, []).append({"path": path, "method": method.upper(), **operation})
+    return made
+
+
+def rows_of(schema: JSON) -> list[JSON]:
+    """The properties of a schema, each with its name and whether it is required."""
+    required = schema.get("required", ())
+    properties = schema.get("properties", {})
+    return [
+        {"name": name, "required": name in required, **each} for name, each in properties.items()
+    ]
+
+
+def type_of(schema: JSON) -> list[tuple[str, str | None]]:
+    """The type of a schema as texts, of which some name another schema."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return [(name, name)]
+    if "const" in schema:
+        return [(repr_of(schema["const"]), None)]
+    if "enum" in schema:
+        return [(" | ".join(map(repr_of, schema["enum"])), None)]
+    for word in ("anyOf", "oneOf", "allOf"):
+        if word in schema:
+            parts = [type_of(each) for each in schema[word]]
+            return [text for part in parts for text in ((" | ", None), *part)][1:]
+    if schema.get("type") == "array":
+        return [("array of ", None), *type_of(schema.get("items", {}))]
+    if isinstance(schema.get("additionalProperties"), dict):
+        return [("object of ", None), *type_of(schema["additionalProperties"])]
+    return [(str(schema.get("type", "any")), None)]
+
+
+def repr_of(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()

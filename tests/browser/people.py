@@ -1,0 +1,106 @@
+"""People at the console: a signed-in page of a real browser, at a width and in a colour scheme.
+
+A page that logs an error, breaks its Content-Security-Policy or asks another host fails its test.
+"""
+
+import shutil
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from playwright.async_api import Browser, Page, async_playwright
+
+from service.signing import hash_api_key
+from service.web.sessions import COOKIE
+from tests.servers import missing
+from tests.world import ADMIN_KEY, World
+
+AXE = Path(sys.prefix) / "node" / "node_modules" / "axe-core" / "axe.min.js"
+SERIOUS = ("serious", "critical")
+HEIGHT = 800
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A width in pixels, and a colour scheme."""
+
+    width: int
+    scheme: str
+
+    def __str__(self) -> str:
+        return f"{self.width}-{self.scheme}"
+
+
+LOOKS = [Look(width, scheme) for width in (1280, 360) for scheme in ("light", "dark")]
+WIDE, NARROW = LOOKS[0], LOOKS[3]
+
+
+@asynccontextmanager
+async def chromium() -> AsyncIterator[Browser]:
+    """The machine's Chromium. Debian's package `chromium` has it."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None:
+        missing("chromium")
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(
+            executable_path=program, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
+        yield browser
+        await browser.close()
+
+
+@asynccontextmanager
+async def person(
+    browser: Browser, world: World, look: Look = WIDE, key: str | None = ADMIN_KEY, **more: Any
+) -> AsyncIterator[Page]:
+    """A page of somebody who has signed in with the key. None: nobody has signed in."""
+    context = await browser.new_context(
+        viewport={"width": look.width, "height": HEIGHT},
+        color_scheme="dark" if look.scheme == "dark" else "light",
+        base_url=world.url,
+        **more,
+    )
+    context.set_default_timeout(10_000)
+    if key is not None:
+        await context.add_cookies([{"name": COOKIE, "value": cookie(world, key), "url": world.url}])
+    page, wrong = await context.new_page(), list[str]()
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
+    page.on("request", lambda asked: wrong.append(asked.url) if foreign(world, asked.url) else None)
+    try:
+        yield page
+    finally:
+        await context.close()
+    assert wrong == []
+
+
+def cookie(world: World, key: str) -> str:
+    """The session that the sign-in with this key would make."""
+    sessions = world.context.access.sessions
+    assert sessions is not None
+    _, header = sessions.start(hash_api_key(key))
+    return header.partition(";")[0].partition("=")[2]
+
+
+def foreign(world: World, url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme in ("http", "https") and parts.netloc != urlsplit(world.url).netloc
+
+
+async def complaints(page: Page) -> list[str]:
+    """What axe-core finds serious on the page, and whether the page is wider than its window."""
+    if not AXE.exists():
+        missing("axe-core")
+    await page.evaluate(AXE.read_text("utf-8"))
+    found = await page.evaluate("async () => (await axe.run()).violations")
+    wide = await page.evaluate("document.documentElement.scrollWidth - innerWidth")
+    return [
+        f"{each['id']}: {node['html'][:200]} {node['failureSummary']}"
+        for each in found
+        if each["impact"] in SERIOUS
+        for node in each["nodes"]
+    ] + ([f"the page is {wide} px wider than its window"] if wide > 0 else [])
