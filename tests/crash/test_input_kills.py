@@ -5,7 +5,7 @@ the task is paid once, or fails without being paid.
 import asyncio
 import signal
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,9 @@ JSON = dict[str, Any]
 UPLOADS = ("file.begun", "file.saved", "file.stored")
 COPIES = ("input.started", "input.uploaded", "input.recorded")
 STORES = ("sqlite", "postgres")
-AT_ONCE = 8  # cases
+AT_ONCE, CASE_S = 12, 200.0
 Story = Callable[..., Awaitable[None]]
-STORIES: dict[str, Story] = {}
+CASES: dict[str, tuple[str, Story]] = {}
 pytestmark = pytest.mark.timeout(240)
 
 
@@ -129,13 +129,16 @@ async def mortal_on(store: str, bench: Bench, folder: Path) -> AsyncIterator[Mor
                     process.signal(signal.SIGKILL)
 
 
-def case(*points: str | None) -> Callable[[Story], Story]:
-    """Makes a story a case on both stores, with each of these arguments."""
+def case(
+    *points: str | tuple[str, ...], stores: tuple[str, ...] = STORES
+) -> Callable[[Story], Story]:
+    """Makes a story a case for each of these arguments, on each of the stores."""
 
     def register(story: Story) -> Story:
         for point in points:
-            label = story.__name__ if point is None else f"{story.__name__}-{point}"
-            STORIES[label] = partial(story, point=point)
+            words = "-".join([point] if isinstance(point, str) else point)
+            for store in stores:
+                CASES[f"{story.__name__}-{words}-{store}"] = store, partial(story, point=point)
         return story
 
     return register
@@ -146,39 +149,46 @@ def edit(prompt: str, file: JSON) -> JSON:
     return {"prompt": prompt, **fields}
 
 
-@case(*UPLOADS)
+@case(UPLOADS)
 async def an_upload_that_got_no_response_is_whole_or_never_shown(
-    mortal: Mortal, point: str
+    mortal: Mortal, point: Sequence[str]
 ) -> None:
-    client = await mortal.start(DARKROOM_TEST_KILL=point)
-    with suppress(httpx.TransportError):
-        await upload(client, photo())
-    await mortal.died()
-    assert len(mortal.blobs()) == (point != "file.begun")
+    """The process dies at one place after the other. Only the last upload was committed."""
+    for number, place in enumerate(point):
+        client = await mortal.start(DARKROOM_TEST_KILL=place)
+        assert got(await client.get("/v1/files"))["data"] == []
+        with suppress(httpx.TransportError):
+            await upload(client, photo())
+        await mortal.died()
+        assert len(mortal.blobs()) == number, place
     client = await mortal.start()
-    kept = got(await client.get("/v1/files"))["data"]
-    assert len(kept) == (point == "file.stored")
+    (kept,) = got(await client.get("/v1/files"))["data"]
     file = await uploaded(client)
-    assert got(await client.get("/v1/files"))["data"] == [file, *kept]
-    for each in (file, *kept):
+    assert got(await client.get("/v1/files"))["data"] == [file, kept]
+    for each in (file, kept):
         assert (await client.get(f"/v1/files/{each['id']}/content")).content == photo()
 
 
-@case(*COPIES)
-async def a_task_whose_upload_was_cut_is_submitted_once(mortal: Mortal, point: str) -> None:
-    """The next worker uploads again, under a name of its own, and pays for one task."""
-    client = await mortal.start(DARKROOM_TEST_KILL=point)
-    file, prompt = await uploaded(client), mortal.folder.name
-    body, key = edit(prompt, file), {"idempotency-key": "once"}
-    with suppress(httpx.TransportError):
-        await client.post(SUBMIT, json=body, headers=key | {"prefer": "wait=20"})
-    await mortal.died()
-    assert mortal.bench.upstream.posts[prompt] == []
+@case(COPIES)
+async def a_task_whose_upload_was_cut_is_submitted_once(
+    mortal: Mortal, point: Sequence[str]
+) -> None:
+    """The next worker uploads again, under a name of its own, unless the copy was recorded. It pays
+    for one task.
+    """
+    body, key, prompt = {}, {"idempotency-key": "once"}, mortal.folder.name
+    for place in point:
+        client = await mortal.start(DARKROOM_TEST_KILL=place)
+        with suppress(httpx.TransportError):
+            body = body or edit(prompt, await uploaded(client))
+            await client.post(SUBMIT, json=body, headers=key | {"prefer": "wait=20"})
+        await mortal.died()
+        assert mortal.bench.upstream.posts[prompt] == []
     client = await mortal.start()
     task = got(await client.post(SUBMIT, json=body, headers=key | {"prefer": "wait=90"}))
     assert task["state"] == "completed", task
     assert mortal.bench.upstream.posts[prompt] == [task["id"]]
-    assert await mortal.copies(file["id"]) == 1 + (point == "input.uploaded")
+    assert await mortal.copies(body["image_urls"][0]) == 2
 
 
 @case("file.erased")
@@ -201,12 +211,10 @@ async def a_task_that_waits_with_an_erased_file_fails_unpaid(mortal: Mortal, poi
     assert mortal.bench.upstream.posts[prompt] == []
 
 
-@case(None, "input.uploaded")
-async def a_copy_that_expired_between_two_tries_is_made_anew(
-    mortal: Mortal, point: str | None
-) -> None:
-    """The upstream creates nothing at first, and the process dies. The copy expires meanwhile. With
-    a point, the next process dies there too.
+@case("input.uploaded")
+async def a_copy_that_expired_between_two_tries_is_made_anew(mortal: Mortal, point: str) -> None:
+    """The upstream creates nothing at first, and the process dies. The copy expires meanwhile. The
+    next process dies with the next copy.
     """
     client = await mortal.start(DARKROOM_TEST_KILL="submission.recorded")
     file, prompt = await uploaded(client), mortal.folder.name
@@ -217,14 +225,13 @@ async def a_copy_that_expired_between_two_tries_is_made_anew(
     await mortal.died()
     assert await mortal.copies(file["id"]) == 1
     await mortal.write("UPDATE copies SET expires_at = 1")
-    if point is not None:
-        await mortal.start(DARKROOM_TEST_KILL=point)
-        await mortal.died()
+    await mortal.start(DARKROOM_TEST_KILL=point)
+    await mortal.died()
     client = await mortal.start()
     task = got(await client.post(SUBMIT, json=body, headers=key | {"prefer": "wait=90"}))
     assert task["state"] == "completed", task
     assert mortal.bench.upstream.posts[prompt] == [task["id"]] * 2
-    assert await mortal.copies(file["id"]) == 2 + (point is not None)
+    assert await mortal.copies(file["id"]) == 3
 
 
 @case("input.forgotten")
@@ -252,7 +259,7 @@ async def room_that_was_made_and_not_used_loses_no_copy(mortal: Mortal, point: s
 # --- pauses
 
 
-@case(*UPLOADS)
+@case(*UPLOADS, stores=("postgres",))
 async def an_upload_that_was_paused_is_answered_and_shown(mortal: Mortal, point: str) -> None:
     client = await mortal.start(DARKROOM_TEST_PAUSE=point)
     asked = asyncio.create_task(upload(client, photo()))
@@ -265,7 +272,8 @@ async def an_upload_that_was_paused_is_answered_and_shown(mortal: Mortal, point:
     assert got(await (other or client).get("/v1/files"))["data"] == [file]
 
 
-@case(*COPIES)
+@case("input.uploaded", stores=("sqlite",))
+@case(*COPIES, stores=("postgres",))
 async def a_worker_paused_with_an_upload_submits_nothing_twice(mortal: Mortal, point: str) -> None:
     """Another process submits the task after the lease. The first one goes on and sends nothing."""
     client = await mortal.start(DARKROOM_TEST_PAUSE=point)
@@ -283,7 +291,7 @@ async def a_worker_paused_with_an_upload_submits_nothing_twice(mortal: Mortal, p
     assert mortal.bench.upstream.posts[prompt] == [task["id"]]
 
 
-@case("file.erased")
+@case("file.erased", stores=("postgres",))
 async def an_erasure_that_was_paused_is_complete(mortal: Mortal, point: str) -> None:
     """The file is gone for every process at once. A task that names it is refused."""
     client = await mortal.start(DARKROOM_TEST_PAUSE=point)
@@ -310,25 +318,27 @@ async def outcomes(
     folder, places = tmp_path_factory.mktemp("inputs"), asyncio.Semaphore(AT_ONCE)
     async with benches(folder, postgres_server) as bench:
 
-        async def told(name: str, store: str) -> None:
-            async with places, mortal_on(store, bench, folder / f"{name}-{store}") as mortal:
-                await STORIES[name](mortal)
+        async def told(name: str) -> None:
+            store, story = CASES[name]
+            async with places, mortal_on(store, bench, folder / name) as mortal:
+                async with asyncio.timeout(CASE_S):
+                    await story(mortal)
 
-        cases = [(name, store) for name in STORIES for store in STORES]
-        ended = await asyncio.gather(*(told(*each) for each in cases), return_exceptions=True)
-        yield {f"{name}-{store}": end for (name, store), end in zip(cases, ended, strict=True)}
+        ended = await asyncio.gather(*map(told, CASES), return_exceptions=True)
+        yield dict(zip(CASES, ended, strict=True))
 
 
-@pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("name", STORIES)
+@pytest.mark.parametrize("name", CASES)
 async def test_a_process_that_dies_or_pauses_with_an_input_image_loses_and_doubles_nothing(
-    outcomes: dict[str, BaseException | None], name: str, store: str
+    outcomes: dict[str, BaseException | None], name: str
 ) -> None:
-    if (error := outcomes[f"{name}-{store}"]) is not None:
+    if (error := outcomes[name]) is not None:
         raise error
 
 
 def test_every_checkpoint_of_input_images_is_tried() -> None:
-    """Each is a case of a kill, and each at which a process can be paused with a lease too."""
-    tried = {point for name in STORIES for point in INPUT_CHECKPOINTS if point in name}
-    assert tried == INPUT_CHECKPOINTS.keys()
+    """On both stores, and where the process holds work also by a pause."""
+    for store in STORES:
+        names = [name for name, (where, _) in CASES.items() if where == store]
+        tried = {point for name in names for point in INPUT_CHECKPOINTS if point in name}
+        assert tried == INPUT_CHECKPOINTS.keys()
