@@ -36,8 +36,8 @@ SANDBOX = SandboxOptions(
 @dataclass(slots=True)
 class Upstream:
     """A sandbox that records every submission. `refusals` counts the submissions of a prompt that
-    it refuses with 401 without recording them. `full` has the ids of files whose next
-    upload finds no room.
+    it refuses with 401 without recording them. `full` has the ids of files whose uploads find no
+    room.
     """
 
     app: ASGIApp
@@ -59,8 +59,7 @@ class Upstream:
             return whole if unread and unread.pop() else await receive()
 
         if scope["path"] == UPLOAD:
-            if turned_away := {file for file in self.full if file in body}:
-                self.full -= turned_away
+            if any(file in body for file in self.full):
                 await JSONResponse({"success": False, "code": 40003}, 403)(scope, again, send)
             else:
                 await self.app(scope, again, send)
