@@ -61,6 +61,9 @@ def test_a_short_chaos_run_loses_and_doubles_nothing(store: str, tmp_path: Path)
         "0",
     )
     assert rows["ledger equals the upstream's record"].strip() == "yes"
+    booked, charged = map(float, rows["credits in the ledger, and in that record"].split(" and "))
+    assert 0 < booked <= charged
+    assert float(rows["credits charged for uncertain tasks"]) == pytest.approx(charged - booked)
     assert not list(tmp_path.iterdir()), "what went well leaves nothing"
 
 
@@ -133,6 +136,7 @@ def test_a_verdict_counts_what_is_no_defect() -> None:
     verdict = judge(world())
     assert (verdict.lost, verdict.doubled, verdict.twice) == ({}, {}, {})
     assert (verdict.uncertain, verdict.refused, verdict.waits) == (1, 1, [2.0])
+    assert (verdict.credits, verdict.unreported) == ((1_500_000, 3_000_000), 1_500_000)
     unreadable = world()
     unreadable.tasks[1]["request"]["sandbox"]["garbage_callback"] = True
     proved(unreadable)
@@ -204,6 +208,10 @@ def overcharged(seen: Seen) -> None:
     seen.ledger["task_1"] += 1
 
 
+def charged_elsewhere(seen: Seen) -> None:
+    seen.charged["task_9"] = 1
+
+
 @pytest.mark.parametrize(
     ("damage", "kind"),
     [
@@ -222,7 +230,7 @@ def overcharged(seen: Seen) -> None:
             )
         ),
         *((damage, "doubled") for damage in (second_end, second_delivery)),
-        *((damage, "unequal") for damage in (uncharged, overcharged)),
+        *((damage, "unequal") for damage in (uncharged, overcharged, charged_elsewhere)),
         *((damage, "twice") for damage in (sent_again, made_again, two_tasks)),
     ],
 )

@@ -693,7 +693,9 @@ def test_the_line_that_serve_sandbox_prints_works(dev: Running) -> None:
 def test_a_terminal_shows_progress_and_the_start_tells_how_to_go_on(
     client: Mapping[str, str], tmp_path: Path
 ) -> None:
-    """A terminal shows the task's state while it runs, and the result below it."""
+    """A terminal shows the estimate, then the task's state while it runs, and below it the cost and
+    the result.
+    """
     main, terminal = pty.openpty()
     command = [sys.executable, "-m", "service", "submit", "a lighthouse", "--wait"]
     environment = clean_environment({**client, "TERM": "xterm", "COLUMNS": "200"})
@@ -708,7 +710,8 @@ def test_a_terminal_shows_progress_and_the_start_tells_how_to_go_on(
         assert process.wait(30) == 0
     os.close(main)
     text = said.decode()
-    assert "submitted" in text
+    shown = [text.index(part) for part in ("estimate: 2 credits", "submitted", "cost: 2 credits")]
+    assert shown == sorted(shown)
     assert "/images/img_" in text.splitlines()[-1]
 
 

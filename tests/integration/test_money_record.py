@@ -125,15 +125,28 @@ async def spent(client: httpx.AsyncClient, used: int) -> dict[str, Any]:
 
 
 async def test_four_retries_of_one_intent_are_one_task_and_one_charge(own: World) -> None:
-    """One click, four retries under one key, and each connection is cut in the middle."""
+    """One click under one key, whose connection is cut four times: in the middle of the request,
+    behind it, while the client waits, and in the middle of the response.
+    """
     async with own.owner() as client:
-        key = {"idempotency-key": "one-intent-of-a-client"}
+        wanted = {"idempotency-key": "one-intent-of-a-client"} | UNTIL_DONE
         body = order(sandbox={"delay": 0.4})
-        timeout, wanted = httpx.Timeout(5, read=0.08), key | UNTIL_DONE
-        for _ in range(4):
-            with pytest.raises(httpx.ReadTimeout):
-                await client.post(SUBMIT, json=body, headers=wanted, timeout=timeout)
-        task = got(await client.post(SUBMIT, json=body, headers=key | UNTIL_DONE))
+        request = client.build_request("POST", SUBMIT, json=body, headers=wanted)
+        head = [f"POST {SUBMIT} HTTP/1.1", *(f"{k}: {v}" for k, v in request.headers.items())]
+        whole = "\r\n".join([*head, "", ""]).encode() + request.content
+        for sent, waits_s, reads in (
+            (len(whole) - 9, 0.05, 0),
+            (len(whole), 0, 0),
+            (len(whole), 0.1, 0),
+            (len(whole), 0, 99),
+        ):
+            reader, writer = await asyncio.open_connection(request.url.host, request.url.port)
+            writer.write(whole[:sent])
+            await writer.drain()
+            await asyncio.sleep(waits_s)
+            assert len(await reader.readexactly(reads)) == reads
+            writer.transport.abort()
+        task = got(await client.post(SUBMIT, json=body, headers=wanted))
         assert (task["state"], len(task["images"])) == ("completed", 1)
         assert [each["id"] for each in got(await client.get("/v1/tasks"))["data"]] == [task["id"]]
         entries = got(await client.get("/v1/ledger"))["data"]

@@ -83,8 +83,10 @@ def column(figures: Mapping[str, int], verdict: Verdict, took: float, seed: int)
         "**doubled terminal events**": str(len(verdict.doubled)),
         "**submitted twice**": str(len(verdict.twice)),
         "**ledger equals the upstream's record**": (
-            f"no: {len(verdict.unequal)} tasks differ" if verdict.unequal else "yes"
+            f"no: {len(verdict.unequal)} differ" if verdict.unequal else "yes"
         ),
+        "credits in the ledger, and in that record": " and ".join(map(in_credits, verdict.credits)),
+        "credits charged for uncertain tasks": in_credits(verdict.unreported),
         "callbacks refused, and sent again": str(verdict.refused),
         "uncertain: proof never reached us": (
             f"{verdict.uncertain}, of which nothing was made: {verdict.unmade}"
@@ -94,6 +96,10 @@ def column(figures: Mapping[str, int], verdict: Verdict, took: float, seed: int)
         "duration": f"{took:.0f} s",
         "seed": str(seed),
     }
+
+
+def in_credits(millionths: int) -> str:
+    return f"{millionths / 1_000_000:g}"
 
 
 def table(columns: Mapping[str, Mapping[str, str]]) -> str:

@@ -53,6 +53,8 @@ class Verdict:
     doubled: dict[str, str] = field(default_factory=dict)
     twice: dict[str, str] = field(default_factory=dict)
     unequal: dict[str, str] = field(default_factory=dict)  # costs
+    credits: tuple[int, int] = (0, 0)  # of the ledger and of the upstream's record, in millionths
+    unreported: int = 0  # of uncertain tasks, which are charged and never proved
     uncertain: int = 0
     unmade: int = 0
     refused: int = 0
@@ -182,11 +184,22 @@ def judge(seen: Seen) -> Verdict:
         verdict.refused += len(calls) - len(taken)
         if taken and ends[name] and (wait := seconds(ends[name][0]["time"]) - min(taken)) >= 0:
             verdict.waits.append(wait)
-        ours, theirs = seen.ledger.get(name, 0), seen.charged.get(name, 0)
-        if ours != theirs and not is_uncertain(task):  # nothing told the service about that task
-            verdict.unequal[name] = f"the ledger has {ours}, the upstream {theirs} millionths"
+    compare_costs(verdict, known, seen)
     verdict.twice = paid_twice(seen)
     return verdict
+
+
+def compare_costs(verdict: Verdict, known: Mapping[str, JSON], seen: Seen) -> None:
+    """Compares the ledger with the upstream's record: each task, and the sums."""
+    for name, task in known.items():
+        ours, theirs = seen.ledger.get(name, 0), seen.charged.get(name, 0)
+        if is_uncertain(task):  # nothing told the service about that task
+            verdict.unreported += theirs - ours
+        elif ours != theirs:
+            verdict.unequal[name] = f"the ledger has {ours}, the upstream {theirs} millionths"
+    ours, theirs = verdict.credits = sum(seen.ledger.values()), sum(seen.charged.values())
+    if ours + verdict.unreported != theirs:
+        verdict.unequal["all tasks"] = f"the ledger has {ours}, the upstream {theirs} millionths"
 
 
 def loss(task: JSON, ends: Sequence[JSON], told: set[tuple[str, str]], seen: Seen) -> str | None:
