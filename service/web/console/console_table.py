@@ -14,7 +14,13 @@ from service.errors import ApiError, BlobUnavailable, EgressError, StoreUnavaila
 from service.web.auth import Caller
 from service.web.console.assets import asset
 from service.web.console.form_bodies import read_form
-from service.web.console.pages import docs_page, playground_page
+from service.web.console.pages import (
+    docs_page,
+    keys_page,
+    overview_page,
+    playground_page,
+    spending_page,
+)
 from service.web.console.sign_in import (
     SIGN_IN,
     VISITOR,
@@ -46,6 +52,9 @@ async def unknown(_: Visit) -> Response:
 VIEWS: Sequence[View] = (
     View("GET /console", home, ANY),
     *playground_page.VIEWS,
+    *spending_page.VIEWS,
+    *overview_page.VIEWS,
+    *keys_page.VIEWS,
     View("POST /console/sign-out", sign_out, ANY),
     View("GET /console/{rest:path}", unknown, ANY),
 )

@@ -92,6 +92,8 @@ async def _free_bytes(context: Context) -> int | None:
 
 
 async def _has_key(request: Request, context: Context) -> bool:
+    if "caller" in request.scope["state"]:  # the console's
+        return True
     if "authorization" not in request.headers:
         return False
     try:

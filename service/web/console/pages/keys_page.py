@@ -1,0 +1,60 @@
+"""API keys: create one, with a budget if wanted, and revoke one. For the scope admin."""
+
+from starlette.responses import Response
+
+from service.errors import ApiError
+from service.web.auth import SCOPES
+from service.web.console.visits import View, Visit
+
+PERIODS = ("day", "month", "total")
+CREATED = "Copy this key now. It is not shown again."
+
+
+async def keys(visit: Visit) -> Response:
+    return await shown(visit)
+
+
+async def shown(visit: Visit, made: object = None, error: ApiError | None = None) -> Response:
+    """The list and the form. `made` is a new key with its secrets, which this page alone shows."""
+    found = await visit.call("GET /v1/keys", {**visit.query, "limit": 50})
+    return visit.render(
+        "keys.html",
+        400 if error else 200,
+        keys=found["data"],
+        cursor=found["next_cursor"],
+        made=made,
+        error=error,
+        form=visit.form,
+        scopes=SCOPES,
+        periods=PERIODS,
+    )
+
+
+async def create(visit: Visit) -> Response:
+    form = visit.form
+    body: dict[str, object] = {"owner": form.get("owner"), "scopes": form.all("scopes")}
+    if credits := form.get("credits"):
+        body["budget"] = {"period": form.get("period") or "day", "credits": credits}
+    try:
+        made = await visit.call("POST /v1/keys", body=body)
+    except ApiError as error:
+        return await shown(visit, error=error)
+    return await shown(visit, made)
+
+
+async def confirm_revoke(visit: Visit) -> Response:
+    return visit.render("key_revoke.html", key_id=visit.path("key_id"))
+
+
+async def revoke(visit: Visit) -> Response:
+    key_id = visit.path("key_id")
+    await visit.call("DELETE /v1/keys/{key_id}", key_id=key_id)
+    return visit.redirect("/console/keys", f"{key_id} is revoked.")
+
+
+VIEWS = (
+    View("GET /console/keys", keys, "admin", "Keys", "keys"),
+    View("POST /console/keys", create, "admin"),
+    View("GET /console/keys/{key_id}/revoke", confirm_revoke, "admin"),
+    View("POST /console/keys/{key_id}/revoke", revoke, "admin"),
+)

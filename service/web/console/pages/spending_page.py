@@ -1,0 +1,85 @@
+"""Spending: usage by day, model and owner, budgets, and the most expensive tasks."""
+
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+from starlette.responses import Response
+
+from service.errors import ApiError
+from service.web.console.visits import View, Visit
+
+Row = dict[str, Any]
+
+DAYS, DEAREST, MAX_BARS = 30, 10, 92
+
+
+async def spending(visit: Visit) -> Response:
+    """Without `from` it is the last 30 days. `owner` is for the scope admin."""
+    today = datetime.fromtimestamp(visit.context.resources.clock() / 1000, UTC).date()
+    asked = {name: visit.query.get(name) or None for name in ("from", "to", "owner")}
+    if asked["from"] is None and asked["to"] is None:
+        asked["from"] = f"{today - timedelta(DAYS - 1)}"
+
+    async def report(by: str) -> Row:
+        found: Row = await visit.call("GET /v1/usage", {**asked, "by": by})
+        return found
+
+    try:
+        days, models = await report("day"), await report("model")
+        owners = await report("owner") if visit.caller.sees is None else None
+    except ApiError as error:
+        if error.param not in asked:
+            raise
+        return visit.render("spending.html", 400, error=error, asked=asked)
+    try:
+        tasks = (await report("task"))["data"]
+    except ApiError:  # there are too many for one report
+        tasks = None
+    owner = {"owner": asked["owner"], "limit": 50}
+    return visit.render(
+        "spending.html",
+        error=None,
+        asked=asked,
+        days=every_day(days["data"], asked["from"], asked["to"] or f"{today}"),
+        totals=days["totals"],
+        models=models["data"],
+        owners=owners["data"] if owners else [],
+        dearest=sorted(tasks, key=net, reverse=True)[:DEAREST] if tasks is not None else None,
+        budgets=(await visit.call("GET /v1/budgets", owner))["data"],
+        net=net,
+    )
+
+
+def every_day(rows: list[Row], since: str | None, until: str) -> list[Row]:
+    """The rows, and one without a cost for each day between. Times are read as their dates. A long
+    time has its last `MAX_BARS` days.
+    """
+    found = {row["key"]: row for row in rows}
+    if not found:
+        return []
+    last = max(date.fromisoformat(until[:10]), date.fromisoformat(max(found)))
+    first = date.fromisoformat((since or min(found))[:10])
+    days = [
+        f"{last - timedelta(number)}" for number in range(min((last - first).days + 1, MAX_BARS))
+    ]
+    return [found.get(day, {"key": day, "used": 0, "refunded": 0}) for day in reversed(days)]
+
+
+def net(row: Row) -> float:
+    """What a row of usage costs in the end."""
+    cost: float = row["used"] - row["refunded"]
+    return cost
+
+
+async def table(visit: Visit) -> Response:
+    """The same figures as CSV."""
+    wanted = {**visit.query, "by": visit.query.get("by") or "day"}
+    answer = await visit.answer("GET /v1/usage", wanted, headers={"accept": "text/csv"})
+    answer.headers["content-disposition"] = f'attachment; filename="usage-by-{wanted["by"]}.csv"'
+    return answer
+
+
+VIEWS = (
+    View("GET /console/spending", spending, "read", "Spending", "spending"),
+    View("GET /console/spending/usage.csv", table, "read"),
+)
