@@ -4,10 +4,8 @@ The row is inserted before the blob is put, so a crash leaves no blob that the s
 Only a stored file has a blob in its row.
 """
 
-import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -26,6 +24,7 @@ from service.tasks.files import (
     insert_files,
     store_files,
 )
+from service.tasks.input_copies import InputCopies
 from service.upstreams.catalogue_fields import ImagesField
 from service.upstreams.catalogue_images import formats_of, image_complaint, too_long
 
@@ -33,7 +32,6 @@ log = structlog.get_logger()
 
 DAY_MS = 86_400_000
 NAME_CHARS = 255
-FORGET_S = 5.0  # how long an erasure waits for the upstream
 COUNTED = 1 << 20  # bytes over the limit that are still counted
 # Control characters, those that turn the direction of text, and lone surrogates.
 UNPRINTED = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff]")
@@ -126,10 +124,8 @@ class InputFiles:
             await self.resources.blobs.delete(erased.blob)
         except BlobUnavailable as error:  # the sweep will find the blob
             log.error("blobs.failed", message=str(error), exception=repr(error))  # noqa: TRY400
-        if erased.copy is not None and erased.copy.file_id is not None:
-            with suppress(TimeoutError):  # the copy expires there by itself
-                async with asyncio.timeout(FORGET_S):
-                    await self.resources.file_api.delete(erased.copy.file_id)
+        if erased.copy is not None:
+            await InputCopies(self.resources).forget(erased.copy)
 
 
 def check_found(found: Validation, rule: ImagesField, param: str) -> MeasuredImage:

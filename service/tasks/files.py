@@ -159,9 +159,16 @@ def _erase_file(tx: Transaction, item: FileErasure) -> ErasedFile | None:
     gone = {"blob": None, "erased_at": tx.now, "filename": "", "sha256": ""}
     tx.change(file_table, item.file_id, gone)
     tx.write()  # the next item may name the same file
-    copy = input_copies(tx.connection, [item.file_id]).get(item.file_id)
-    tx.connection.execute(delete(copies).where(copies.c.id == item.file_id))
-    return ErasedFile(blob, copy)
+    return ErasedFile(blob, next(iter(forget_copies(tx, [item.file_id])), None))
+
+
+def forget_copies(tx: Transaction, ids: Sequence[str]) -> list[InputCopy]:
+    """Removes the rows of the upstream's copies of these files and results. The caller deletes the
+    copies after the commit.
+    """
+    gone = list(input_copies(tx.connection, ids).values())
+    tx.connection.execute(delete(copies).where(copies.c.id.in_(ids)))
+    return gone
 
 
 def input_copies(connection: Connection, ids: Sequence[str]) -> dict[str, InputCopy]:

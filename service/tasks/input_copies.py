@@ -4,9 +4,11 @@ task whose copies cannot be made.
 The copies are made before the submission leaves, so a failure there never leads to a paid call.
 """
 
+import asyncio
 import json
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -24,7 +26,7 @@ from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.strict_json import JSON
 from service.tasks.fair_queue import FairQueue
-from service.tasks.files import InputCopy, input_copies
+from service.tasks.files import InputCopy, forget_copies, input_copies
 from service.tasks.rows import TaskRow
 from service.tasks.state import TERMINAL, State
 from service.tasks.submissions import end_uncertain
@@ -35,6 +37,7 @@ log = structlog.get_logger()
 
 SPARE_MS = 3_600_000  # a copy that lives shorter is made anew: the upstream must still fetch it
 FREED = 10  # copies that make room at once
+FORGET_S = 5.0  # how long a deletion waits for the upstream
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +108,12 @@ class InputCopies:
             return InputProblem(f"the input image {id} was erased", GONE)
         return outcome.url
 
-    async def forget(self, copy: InputCopy) -> bool:
+    async def forget(self, copy: InputCopy) -> None:
         """Deletes a copy at the upstream. It expires there by itself if that fails."""
-        return copy.file_id is not None and await self.resources.file_api.delete(copy.file_id)
+        if copy.file_id is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FORGET_S):
+                    await self.resources.file_api.delete(copy.file_id)
 
     async def _make_room(self) -> None:
         """Deletes the oldest copies that no task needs, because the account has no room left."""
@@ -175,9 +181,7 @@ def _forget_spare_copies(tx: Transaction, limit: int) -> list[InputCopy]:
     needed = {each["id"] for inputs in connection.execute(waiting).scalars() for each in inputs}
     ids = connection.execute(select(copies.c.id).order_by(copies.c.expires_at)).scalars()
     spare = [id for id in ids if id not in needed][:limit]
-    gone = list(input_copies(connection, spare).values())
-    connection.execute(delete(copies).where(copies.c.id.in_(spare)))
-    return gone
+    return forget_copies(tx, spare)
 
 
 @dataclass(frozen=True, slots=True)

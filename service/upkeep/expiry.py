@@ -24,6 +24,7 @@ from service.db.tables import (
 )
 from service.db.transaction import Transaction
 from service.strict_json import JSON
+from service.tasks.files import InputCopy, forget_copies
 from service.tasks.state import TERMINAL, State
 
 # Rows that one transaction takes: about 50 ms, if each task and event has its MiB (decision 31).
@@ -50,11 +51,12 @@ class Erasure:
 @dataclass(frozen=True, slots=True)
 class Erased:
     """`refused` is `missing`, or the state of a task that has not ended. `blobs` are deleted after
-    the commit.
+    the commit, and so are the upstream's `copies` of images that other tasks had as inputs.
     """
 
     refused: str | None = None
     blobs: tuple[str, ...] = ()
+    copies: tuple[InputCopy, ...] = ()
 
 
 def erase_tasks(tx: Transaction, items: Sequence[Erasure]) -> list[Erased]:
@@ -80,7 +82,9 @@ def _erase(tx: Transaction, row: Row | None, item: Erasure) -> Erased:
     if State(row["state"]) not in TERMINAL or ending:
         return Erased(row["state"])
     tx.write()
+    ids = list(execute(select(images.c.id).where(images.c.task_id == task_id)).scalars())
     blobs = _forget_task_images(tx, task_id)
+    copies = tuple(forget_copies(tx, ids))  # after the images, as a worker locks them that records
     filled = and_(callbacks.c.task_id == task_id, func.length(callbacks.c.body) > 0)
     execute(update(callbacks).where(filled).values(body=b""))
     execute(delete(steps).where(steps.c.task_id == task_id))
@@ -93,7 +97,7 @@ def _erase(tx: Transaction, row: Row | None, item: Erasure) -> Erased:
     for event in execute(select(events.c.id, events.c.data).where(about)):
         tx.change(events, event.id, {"data": bare_document(event.data)})
     _strip(tx, row)
-    return Erased(None, blobs)
+    return Erased(None, blobs, copies)
 
 
 def _forget_task_images(tx: Transaction, task_id: str) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from service.db.transaction import Transaction
 from service.errors import BlobUnavailable
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
+from service.tasks.input_copies import InputCopies
 from service.upkeep import expiry, file_expiry
 
 log = structlog.get_logger()
@@ -40,6 +41,8 @@ async def erase(resources: Resources, task_id: str, owner: str | None) -> str | 
         except BlobUnavailable as error:
             # The images' links respond 410 already, and the sweep will find the blobs.
             log.error("blobs.failed", message=str(error), exception=repr(error))  # noqa: TRY400
+        for copy in erased.copies:
+            await InputCopies(resources).forget(copy)
     return erased.refused
 
 

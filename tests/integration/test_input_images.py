@@ -147,6 +147,22 @@ async def test_an_erased_file_is_erased_at_the_upstream(here: World) -> None:
         assert (await client.get(link)).status_code == 404
 
 
+async def test_an_erased_result_is_erased_at_the_upstream(here: World) -> None:
+    """It was the input of another task, which keeps its own result."""
+    async with here.owner() as client:
+        first = await edited(client, (await uploaded(client))["id"])
+        task = await edited(client, first["images"][0]["id"])
+        (link,) = await posted(here, task)
+        assert (await client.get(link)).status_code == 200
+        assert (await client.delete(f"/v1/tasks/{first['id']}")).status_code == 204
+        assert (await client.get(link)).status_code == 404
+        refused(
+            await client.post(SUBMIT, json=edit(first["images"][0]["id"])), 400, param="image_urls"
+        )
+        shown = await client.get(task["images"][0]["url"])
+        assert shown.status_code == 200
+
+
 # --- an upstream whose files fail
 
 

@@ -106,6 +106,33 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("[models.a]\nfields.size = { type = 'size', pixels = [1, 2, 3] }\n", 2, ("size.pixels",)),
         ("models.a.fields.n = { type = 'integer', max = true }\n", 1, ("n.max",)),
         ("[models.b]\n[models.a]\nlike = 'c'\n", 3, ("models.a.like", "'c'")),
+        (
+            "[models.a.fields]\nn = { type = 'integer', min = 5, max = 4 }\n",
+            2,
+            ("models.a.fields.n", "5 is more than 4"),
+        ),
+        (
+            "[models.a.fields.size]\ntype = 'size'\nside = [9, 8]\n",
+            1,
+            ("models.a.fields.size", "side: 9 is more than 8"),
+        ),
+        (
+            "[models.a.fields]\nimage_urls = { type = 'images', formats = ['jpg'] }\n",
+            2,
+            ("models.a.fields.image_urls.formats", "jpg", "jpeg"),
+        ),
+        ("[models.a.fields]\nn = { type = 'integer', values = [] }\n", 2, ("n.values", "1 item")),
+        ("[models.a.price]\ncredits = 1\nby = 'n'\n", 1, ("models.a.price", "by and values")),
+        (
+            "[models.a]\n[models.a.price]\ncredits = 1\nby = 'm'\nvalues = { x = 1 }\n",
+            4,
+            ("models.a.price.by", "'m'"),
+        ),
+        (
+            "[models.a.fields]\nsize = { type = 'size', only_with = { m = 1 } }\n",
+            2,
+            ("models.a.fields.size.only_with.m", "'m'"),
+        ),
         ("[models.a]\nlike = 'b'\n[models.b]\n", 2, ("models.a.like", "'b'")),
     ],
 )

@@ -44,10 +44,10 @@ def checked(what: str) -> dict[str, Any]:
 
 def test_only_types_that_cannot_run_are_served() -> None:
     """No type is one that a browser executes or hands to another program. Input images may also
-    be BMP files.
+    be BMP or TIFF files.
     """
     assert set(MEDIA_TYPES.values()) == SAFE
-    assert set(EXTENSIONS) == {*SAFE, "image/bmp"}
+    assert set(EXTENSIONS) == {*SAFE, "image/bmp", "image/tiff"}
 
 
 def test_a_decompression_bomb_stays_within_its_limits() -> None:
