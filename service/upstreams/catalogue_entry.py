@@ -20,7 +20,7 @@ from service.upstreams.catalogue_fields import (
     ImagesField,
     SizeField,
 )
-from service.upstreams.field_values import shown
+from service.upstreams.field_values import pixels_of, shown
 
 NO_OTHERS: JsonDict = {"additionalProperties": False}  # than names of the given pattern
 EXAMPLE_PROMPT = "a lighthouse in the fog"
@@ -40,13 +40,15 @@ def as_json(table: JSON) -> JSON:
 
 
 Credits = Annotated[Decimal, Field(ge=0, le=MAX_CREDITS), AfterValidator(whole_millionths)]
+PixelCount = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,11})$")]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 FieldName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$")]
 
 
 class PriceRule(CataloguePart):
     """Credits for an image, or for a request that makes about `images` images. Where the price
-    depends on a field, `by` names it and `values` has the price of each of its values.
+    depends on a field, `by` names it and `values` has the price of each of its values. `pixels`:
+    from how many pixels in all a size in pixels counts as which of these values.
     """
 
     credits: Credits
@@ -54,6 +56,7 @@ class PriceRule(CataloguePart):
     images: Annotated[StrictInt, Field(ge=1)] | None = None
     by: FieldName | None = None
     values: dict[str, Credits] | None = None
+    pixels: dict[PixelCount, str] | None = Field(default=None, json_schema_extra=NO_OTHERS)
     source: str | None = None
     note: str | None = None
 
@@ -61,6 +64,9 @@ class PriceRule(CataloguePart):
     def _check_values(self) -> "PriceRule":
         if (self.by is None) != (self.values is None):
             raise ValueError("by and values belong together")
+        unknown = set((self.pixels or {}).values()) - set(self.values or ())
+        if unknown:
+            raise ValueError(f"pixels: values has no {', '.join(sorted(unknown))}")
         return self
 
     @field_serializer("credits")
@@ -147,6 +153,9 @@ class ModelEntry(CataloguePart):
         if self.price is None:
             return None
         chosen = None if self.price.by is None else self._chosen(body, self.price.by)
+        if self.price.pixels and (sides := pixels_of(value_at(body, "size"))) is not None:
+            reached = [n for n in map(int, self.price.pixels) if n <= sides[0] * sides[1]]
+            chosen = self.price.pixels[str(max(reached))] if reached else chosen
         return millionths((self.price.values or {}).get(str(chosen), self.price.credits))
 
     def images_of(self, body: Mapping[str, Any]) -> int:

@@ -71,6 +71,9 @@ class CataloguePrice(BaseModel):
     images: int | None
     by: str | None
     values: dict[str, Credits] | None
+    pixels: dict[str, str] | None = Field(
+        description="from how many pixels in all a size in pixels counts as which of `values`"
+    )
     source: str | None
     note: str | None
 

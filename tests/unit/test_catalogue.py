@@ -268,6 +268,14 @@ def test_a_model_says_which_forms_its_sizes_have(model: str, forms: list[str]) -
         ({"model": "mj-v7", "model_params": {"speed": "turbo"}}, "10.8", "10.8", 1, "request"),
         ({"model": "gpt-image-2-beta"}, "1.02", "1.02", 1, "image"),
         ({"model": "gpt-image-2-beta", "resolution": "4K"}, "2.652", "2.652", 1, "image"),
+        ({"model": "gpt-image-2-beta", "size": "1360x1248"}, "1.02", "1.02", 1, "image"),
+        ({"model": "gpt-image-2-beta", "size": "1376x1248"}, "1.734", "1.734", 1, "image"),
+        ({"model": "gpt-image-2-beta", "size": "2112x2080"}, "1.734", "1.734", 1, "image"),
+        ({"model": "gpt-image-2-beta", "size": "2128x2080"}, "2.652", "2.652", 1, "image"),
+        (
+            {"model": "gpt-image-2-beta", "size": "1:1", "resolution": "2K"},
+            *("1.734", "1.734", 1, "image"),
+        ),
         ({"model": "doubao-seedream-4.5", "n": 15}, "33.75", "2.25", 15, "image"),
     ],
 )

@@ -123,6 +123,8 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ),
         ("[models.a.fields]\nn = { type = 'integer', values = [] }\n", 2, ("n.values", "1 item")),
         ("[models.a.price]\ncredits = 1\nby = 'n'\n", 1, ("models.a.price", "by and values")),
+        ("[models.a.price]\ncredits = 1\npixels = { 0 = 'x' }\n", 1, ("price", "has no x")),
+        ("[models.a.price]\ncredits = 1\npixels = { x = 'x' }\n", 3, ("price.pixels.x",)),
         (
             "[models.a]\n[models.a.price]\ncredits = 1\nby = 'm'\nvalues = { x = 1 }\n",
             4,
