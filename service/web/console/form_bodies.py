@@ -25,9 +25,12 @@ FORM_S, FILES_S = 30.0, 300.0
 
 @dataclass(slots=True)
 class FormFields:
-    """The fields of a form in their order. A file is a field with the id of the stored file."""
+    """The fields of a form in their order. A file is a field with the id of the stored file.
+    `refused` are the errors of files that were not stored.
+    """
 
     pairs: list[tuple[str, str]] = field(default_factory=list)
+    refused: list[ApiError] = field(default_factory=list)
 
     def get(self, name: str, default: str = "") -> str:
         """The last value of a field, without blanks around it."""
@@ -104,9 +107,19 @@ async def multipart(
             if part.filename is None:
                 add(form, part.name, await text_of(part))
             elif part.filename:  # a field without a chosen file has an empty name
-                add(form, part.name, await keep(form, part.filename, part.content))
+                await kept(form, part, keep)
     check_token(request, session, form)
     return form
+
+
+async def kept(form: FormFields, part: FormPart, keep: Keep) -> None:
+    """A refused file leaves its error instead of a field."""
+    try:
+        add(form, part.name, await keep(form, part.filename, part.content))
+    except ApiError as error:
+        if error.status not in (400, 413):
+            raise
+        form.refused.append(error)
 
 
 async def text_of(part: FormPart) -> str:

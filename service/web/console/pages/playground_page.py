@@ -1,14 +1,178 @@
 """The playground: a form for a task, its cost, its result, and the last tasks of one's own."""
 
+import re
+import secrets
+from typing import Any
+
 from starlette.responses import Response
 
+from service.errors import ApiError, invalid_request
+from service.images.input_links import FILE_ID, IMAGE_ID
+from service.strict_json import JSON
+from service.web.console.code_samples import samples
+from service.web.console.submission_form import CUSTOM, Draft, body_of, field_of, others, presets
 from service.web.console.visits import View, Visit
+from service.web.context import context_of
+
+HERE = "/console/playground"
+LAST, PICKS = 20, 12
+RUNNING = ("queued", "submitting", "uncertain", "submitted", "storing")
 
 
 async def playground(visit: Visit) -> Response:
-    query = {"owner": visit.caller.owner, "limit": 20}
-    tasks = await visit.call("GET /v1/tasks", query)
-    return visit.render("playground.html", tasks=tasks["data"])
+    """The form, with the request of the task `from` or `task`, or a picture as its reference."""
+    task = await known_task(visit, visit.query.get("task"))
+    earlier = await known_task(visit, visit.query.get("from")) or task
+    documents = models(visit)
+    draft = Draft.of_task(earlier) if earlier else Draft(next(iter(documents)))
+    draft.model = visit.query.get("model", draft.model)
+    if reference := visit.query.get("reference"):
+        draft.images.append(reference)
+        if not takes_images(documents.get(draft.model)):
+            draft.model = next(name for name, each in documents.items() if takes_images(each))
+    return await form_page(visit, draft, task=task)
 
 
-VIEWS = (View("GET /console/playground", playground, "submit read", "Playground", "playground"),)
+async def act(visit: Visit) -> Response:
+    """Sends the form, or changes its references, or only checks it."""
+    draft, (deed, _, what) = Draft.of_form(visit.form), visit.form.get("act").partition(":")
+    key = visit.form.get("idempotency_key") or new_key()
+    error = next(iter(visit.form.refused), None)
+    if added := visit.form.get("image_link"):
+        draft.images.append(added)
+    if deed in ("up", "down", "remove") and what.isdecimal():
+        if deed == "remove":
+            draft.images[int(what) : int(what) + 1] = []
+        else:
+            draft.move(int(what), 1 if deed == "down" else -1)
+    elif deed == "add" and what:
+        draft.images.append(what)
+    elif deed == "send" and error is None:
+        try:
+            task = await send(visit, draft, key)
+            return visit.redirect(f"{HERE}?task={task['id']}")
+        except ApiError as refusal:
+            error, key = refusal, new_key()
+    return await form_page(
+        visit, draft, key=key, error=error, status=error.status if error else 200
+    )
+
+
+async def again(visit: Visit) -> Response:
+    """Sends the request of an earlier task once more."""
+    earlier = await visit.call("GET /v1/tasks/{task_id}", task_id=visit.form.get("task"))
+    if earlier["prompt"] is None:
+        return visit.redirect(HERE, "The prompt of that task is no longer kept.", "bad")
+    try:
+        task = await send(visit, Draft.of_task(earlier), visit.form.get("idempotency_key"))
+    except ApiError as error:
+        return visit.redirect(f"{HERE}?from={earlier['id']}", error.message, "bad")
+    return visit.redirect(f"{HERE}?task={task['id']}")
+
+
+async def send(visit: Visit, draft: Draft, key: str) -> JSON:
+    """The accepted task. Raises ApiError."""
+    document = models(visit).get(draft.model)
+    if document is None:
+        raise invalid_request(f"model: the catalogue has no model {draft.model[:100]!r}", "model")
+    headers, body = {"idempotency-key": key}, body_of(draft, document)
+    task: JSON = await visit.call("POST /v1/images/generations", body=body, headers=headers)
+    return task
+
+
+async def form_page(
+    visit: Visit,
+    draft: Draft,
+    *,
+    task: JSON | None = None,
+    key: str = "",
+    error: ApiError | None = None,
+    status: int = 200,
+) -> Response:
+    documents, body, cost = models(visit), dict[str, Any](), None
+    if draft.model not in documents:
+        draft.model = next(iter(documents))
+    document, key = documents[draft.model], key or new_key()
+    try:
+        body = body_of(draft, document)
+        cost = await visit.call("POST /v1/estimates", body=body)
+    except ApiError as refusal:
+        error = error or refusal
+    size = draft.texts.get("size") or (document["sizes"] or {}).get("default") or ""
+    sizes = presets(document["sizes"])
+    free = bool(document["sizes"]) and "pixels" in document["sizes"]["forms"]
+    if free and size not in dict(sizes):
+        size = CUSTOM if size else ""
+    recent = await visit.call("GET /v1/tasks", {"owner": visit.caller.owner, "limit": LAST})
+    return visit.render(
+        "playground.html",
+        status,
+        models=list(documents),
+        document=document,
+        draft=draft,
+        fields=document["fields"],
+        others=others(document),
+        sizes=sizes,
+        size=size,
+        free=free,
+        CUSTOM=CUSTOM,
+        references=[reference(each) for each in draft.images],
+        images=document["input_images"],
+        error=error,
+        error_at=field_of(error, document) if error else "",
+        cost=cost,
+        key=key,
+        again_key=new_key(),
+        task=task,
+        running=RUNNING,
+        samples=samples(body, visit.context.resources.links.base_url, key) if body else [],
+        recent=recent["data"],
+        picks=picks(recent["data"]),
+        may_send=not visit.caller.scopes.isdisjoint({"submit", "admin"}),
+    )
+
+
+def models(visit: Visit) -> dict[str, JSON]:
+    """The documents of the catalogue's models, as `GET /v1/catalogue` has them."""
+    catalogue = context_of(visit.request).intake.catalogue
+    return {name: catalogue.document(name) for name in catalogue.models}
+
+
+def takes_images(document: JSON | None) -> bool:
+    return bool(document and document["input_images"])
+
+
+async def known_task(visit: Visit, task_id: str | None) -> JSON | None:
+    if not task_id:
+        return None
+    task: JSON = await visit.call("GET /v1/tasks/{task_id}", task_id=task_id)
+    return task
+
+
+def reference(value: str) -> JSON:
+    """A reference as the page shows it. A link is not loaded: it is another host's."""
+    if re.fullmatch(FILE_ID, value):
+        return {"value": value, "src": f"/console/files/{value}/content"}
+    if re.fullmatch(IMAGE_ID, value):
+        return {"value": value, "src": f"/images/{value}"}
+    return {"value": value, "src": None}
+
+
+def picks(tasks: list[JSON]) -> list[JSON]:
+    return [image for task in tasks for image in task["images"]][:PICKS]
+
+
+def new_key() -> str:
+    return secrets.token_urlsafe(18)
+
+
+async def file_content(visit: Visit) -> Response:
+    return await visit.answer("GET /v1/files/{file_id}/content", file_id=visit.path("file_id"))
+
+
+VIEWS = (
+    View(f"GET {HERE}", playground, "submit", "Playground", "playground"),
+    View(f"POST {HERE}", act, "submit"),
+    View(f"POST {HERE}/again", again, "submit"),
+    View("GET /console/files/{file_id}/content", file_content, "submit read"),
+)

@@ -52,7 +52,7 @@ document.addEventListener("click", (event) => {
 
 // A form that is on its way is not sent twice. A page that comes back from the cache can send again.
 document.addEventListener("submit", (event) => {
-  if (event.target.method === "get") return;
+  if (event.defaultPrevented || event.target.method === "get") return;
   if (event.target.dataset.sent) { event.preventDefault(); return; }
   event.target.dataset.sent = "yes";
   event.submitter?.setAttribute("aria-busy", "true");

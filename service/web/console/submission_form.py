@@ -1,0 +1,157 @@
+"""The form of a submission: its fields by the catalogue, and the body that they make."""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from service.errors import ApiError, invalid_request
+from service.strict_json import JSON
+from service.web.console.form_bodies import FormFields
+
+RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
+CUSTOM, STEP = "custom", 8  # STEP: of a preset's sides, unless the model says otherwise
+SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
+BOOLEANS = {"true": True, "false": False}
+OWN_PLACE = ("prompt", "negative_prompt", "image_urls", "size", "n")  # in the template
+LABELS = {"prompt": "Prompt", "n": "Pictures", "prompt_extend": "Extend the prompt"}
+
+
+@dataclass(slots=True)
+class Draft:
+    """What a person has filled in: texts by field, and the references in their order."""
+
+    model: str
+    texts: dict[str, str] = field(default_factory=dict)
+    images: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of_form(cls, form: FormFields) -> "Draft":
+        return cls(form.get("model"), dict(form.pairs), form.all("image"))
+
+    @classmethod
+    def of_task(cls, task: JSON) -> "Draft":
+        """The request of an earlier task. Its data: URLs are no longer known."""
+        request: JSON = {**task["request"], "prompt": task["prompt"] or ""}
+        draft = cls(task["model"], {})
+        for name, value in flat(request):
+            draft.texts[name] = value if isinstance(value, str) else json.dumps(value)
+        size = SIZE.fullmatch(draft.texts.get("size", ""))
+        if size:
+            draft.texts |= {"width": size[1], "height": size[2]}
+        named = request.get("image_urls") or []
+        draft.images = [each for each in named if isinstance(each, str) and each[:5] != "data:"]
+        return draft
+
+    def move(self, place: int, by: int) -> None:
+        if 0 <= place < len(self.images) and 0 <= place + by < len(self.images):
+            self.images.insert(place + by, self.images.pop(place))
+
+
+def flat(value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a request by their dotted names, and its objects as a whole too."""
+    for name, each in value.items():
+        yield before + name, each
+        if isinstance(each, Mapping):
+            yield from flat(each, f"{before}{name}.")
+
+
+def body_of(draft: Draft, document: JSON) -> JSON:
+    """The submission. A field that has its default is left out. Raises ApiError with `param`."""
+    body: JSON = {"model": draft.model}
+    fields = document["fields"]
+    for name, rule in fields.items():
+        value = value_of(name, rule, draft)
+        if value is None or (value == rule["default"] and name != "size"):
+            continue
+        place = body
+        *above, last = name.split(".")
+        for each in above:
+            place = place.setdefault(each, {})
+        place[last] = value
+    return body
+
+
+def value_of(name: str, rule: JSON, draft: Draft) -> Any:
+    text = draft.texts.get(name, "").strip()
+    match rule["type"]:
+        case "unsupported":
+            return None
+        case "images":
+            return draft.images or None
+        case "size":
+            return size_of(draft)
+        case _ if not text:
+            return None
+        case "boolean":
+            return BOOLEANS.get(text)
+        case "integer" | "number":
+            return number_of(name, text, whole=rule["type"] == "integer")
+        case "object":
+            try:
+                return json.loads(text)
+            except ValueError as error:
+                raise invalid_request(f"{name} must be a JSON object: {error}", name) from None
+        case _:
+            return text
+
+
+def number_of(name: str, text: str, *, whole: bool) -> float:
+    """Raises ApiError for any other text."""
+    try:
+        value = int(text) if whole else float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        kind = "a whole number" if whole else "a number"
+        raise invalid_request(f"{name} must be {kind}, not {text[:40]!r}", name)
+    return value
+
+
+def size_of(draft: Draft) -> str | None:
+    size = draft.texts.get("size", "").strip()
+    if size != CUSTOM:
+        return size or None
+    sides = [draft.texts.get(name, "").strip() for name in ("width", "height")]
+    return "x".join(sides) if any(sides) else None
+
+
+def presets(sizes: JSON | None) -> list[tuple[str, str]]:
+    """Sizes to choose from, each with a label: those of the model, then large ones of common
+    ratios inside its range.
+    """
+    if sizes is None:
+        return []
+    found = {value: value for value in sizes["values"] or ()}
+    if sizes["default"] and sizes["default"] not in found:
+        found[sizes["default"]] = f"{sizes['default']} (default)".replace("x", " × ")
+    if sizes["pixels"] is not None:
+        low, high = sizes["pixels"]
+        step = sizes["multiple"] or STEP
+        for across, down in RATIOS:
+            unit = math.isqrt(min(high, 1 << 22) * step * step // (across * down)) // step // step
+            width, height = (max(1, unit) * step * side for side in (across, down))
+            if low <= width * height <= high and within(sizes["side"], width, height):
+                found.setdefault(f"{width}x{height}", f"{across}:{down} · {width} × {height}")
+    return list(found.items())
+
+
+def within(side: Sequence[int] | None, width: int, height: int) -> bool:
+    return side is None or (side[0] <= min(width, height) and max(width, height) <= side[1])
+
+
+def others(document: JSON) -> list[JSON]:
+    """The fields without a place of their own."""
+    return [
+        {"name": name, "label": LABELS.get(name, name.replace("_", " ").capitalize()), **rule}
+        for name, rule in document["fields"].items()
+        if name not in OWN_PLACE and rule["type"] != "unsupported"
+    ]
+
+
+def field_of(error: ApiError, document: JSON) -> str:
+    """The field that an error belongs to. Empty: none of the form's."""
+    name = re.sub(r"\[\d+\].*", "", error.param or "")
+    return name if name in document["fields"] or name == "model" else ""
