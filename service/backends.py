@@ -32,8 +32,8 @@ from service.tasks import owner_keys
 from service.upstreams.base import Upstream, UpstreamCall
 from service.upstreams.evolink import EvoLink
 from service.upstreams.file_api import FileApi
+from service.web.field_schemas import known_pattern
 from service.web.overload import MANUAL
-from service.web.schemas import known_pattern
 
 log = structlog.get_logger()
 

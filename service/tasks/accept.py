@@ -32,6 +32,7 @@ from service.tasks.owner_keys import NewOwner, insert_owners
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
 from service.upstreams.catalogue import Catalogue, upstream_for
+from service.upstreams.catalogue_fields import shown
 
 log = structlog.get_logger()
 
@@ -111,11 +112,23 @@ class TaskIntake:
         """
         name = body.get("model")
         if not isinstance(name, str) or not 0 < len(name) <= MODEL_CHARS:
-            message = f"model must be text of 1 to {MODEL_CHARS} characters"
+            message = f"model must be text of 1 to {MODEL_CHARS} characters, not {shown(name)}"
             raise ApiError(400, "invalid_request", message, param="model")
         violation = self.catalogue.check(body, whole=whole)
         if violation is not None:
             raise _invalid(violation.param, violation.message)
+
+    def check_own_fields(self, body: JSON) -> None:
+        """Checks `metadata`, and `callback_url` by its text. Raises ApiError 400."""
+        check_metadata(body.get("metadata"))
+        if (url := body.get("callback_url")) is None or (isinstance(url, str) and not trimmed(url)):
+            return
+        if not isinstance(url, str):
+            raise _invalid("callback_url", f"callback_url must be text, not {shown(url)}")
+        try:
+            self.resources.task_callbacks.check_url(url)
+        except EgressRefused as error:
+            raise _invalid("callback_url", f"callback_url: {error}") from error
 
     async def _named(self, owner: str, body: JSON) -> tuple[JSON, list[NamedInput]]:
         """The body as it is shown, and its input images. Raises ApiError 400."""
@@ -127,14 +140,12 @@ class TaskIntake:
 
     async def _check(self, owner: str, body: JSON) -> None:
         self.check_limits(body)
-        check_metadata(body.get("metadata"))
+        self.check_own_fields(body)
         if body.get("callback_url") is not None:
             await self._check_callback_url(owner, body["callback_url"])
 
-    async def _check_callback_url(self, owner: str, url: object) -> None:
+    async def _check_callback_url(self, owner: str, url: str) -> None:
         """Checks the address, and gives an owner without any key a secret to sign with."""
-        if not isinstance(url, str):
-            raise _invalid("callback_url", "callback_url must be text")
         try:
             with suppress(NotConnected):  # a name that does not resolve now may do so later
                 await self.resources.task_callbacks.check(url)
@@ -223,10 +234,11 @@ def check_metadata(metadata: object) -> None:
     if not isinstance(metadata, Mapping) or not texts:
         raise _invalid("metadata", "metadata must be an object of texts")
     if len(metadata) > METADATA_PAIRS:
-        raise _invalid("metadata", f"metadata has at most {METADATA_PAIRS} pairs")
+        message = f"metadata has at most {METADATA_PAIRS} pairs, not {len(metadata)}"
+        raise _invalid("metadata", message)
     size = sum(len(name.encode()) + len(value.encode()) for name, value in metadata.items())
     if size > METADATA_BYTES:
-        raise _invalid("metadata", f"metadata has at most {METADATA_BYTES} bytes")
+        raise _invalid("metadata", f"metadata has at most {METADATA_BYTES} bytes, not {size}")
 
 
 # --- the row

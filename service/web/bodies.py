@@ -1,9 +1,7 @@
 """Bodies, query parameters and cursors of clients. An error names the field and its limit."""
 
 import asyncio
-import base64
 import codecs
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -19,11 +17,13 @@ from starlette.responses import Response
 from service.db.paging import PAGE_BYTES, Row, Selection, in_batches, that_fit
 from service.errors import ApiError, invalid_request
 from service.strict_json import JSON, LARGE, check_text, compact_json, off_loop, read_object
+from service.upstreams.catalogue_fields import shown
 from service.web.auth import caller_of
 from service.web.context import context_of, resources_of
+from service.web.field_schemas import OWNER, OptionalBody
 from service.web.key_shares import address_of, holder_of
 from service.web.page_answer import page_answer
-from service.web.schemas import OWNER
+from service.web.parameters import CURSOR, LIMIT, MAX_LIMIT, UNIX
 
 Model = TypeVar("Model", bound=BaseModel)
 Item = TypeVar("Item")
@@ -31,7 +31,6 @@ Position = tuple[int, str]  # time and id of the last item
 
 MAX_BODY = 1 << 20
 BODY_S = 30.0
-LIMIT, MAX_LIMIT = 100, 1000
 LAST_MS = 253_402_300_799_999  # of the year 9999
 TIME: TypeAdapter[datetime] = TypeAdapter(AwareDatetime)
 
@@ -92,29 +91,59 @@ async def parsed(body: bytes) -> JSON:
         raise invalid_request(f"the body must be a JSON object: {error}") from None
 
 
-async def read_model(request: Request, kind: type[Model], *, empty: bool = False) -> Model:
-    return validated(kind, await read_json(request, empty=empty))
+async def read_model(request: Request, kind: type[Model]) -> Model:
+    """A missing body is {} if the model is optional."""
+    return validated(kind, await read_json(request, empty=issubclass(kind, OptionalBody)))
 
 
 def validated(kind: type[Model], body: JSON) -> Model:
-    """The body as a pydantic model. Raises ApiError 400 for its first bad field."""
+    """The body as a pydantic model. Raises ApiError 400 for its first bad field, with its limit and
+    its value.
+    """
     try:
-        return kind.model_validate(body)
+        return kind.model_validate_json(compact_json(body))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         # A rule about several fields has no location, and its message names them.
         param = ".".join(str(part) for part in first["loc"]) or None
         message = first["msg"].removeprefix("Value error, ")
+        if param and first["type"] == "missing":
+            message = "is required"
+        elif param and first["type"] == "extra_forbidden":
+            fields = (field.alias or name for name, field in kind.model_fields.items())
+            message = f"the body has no such field: it has {', '.join(fields)}"
+        elif param:
+            message += f", not {shown(within(body, first['loc']))}"
         raise invalid_request(f"{param}: {message}" if param else message, param) from None
 
 
-def query_text(request: Request, name: str, allowed: Iterable[str] | None = None) -> str | None:
+def within(body: JSON, place: tuple[int | str, ...]) -> object:
+    """The value at a place of the body, or the innermost value on the way to it."""
+    value: object = body
+    for part in place:
+        try:
+            value = value[part]  # type: ignore[index] # else there is none
+        except (KeyError, IndexError, TypeError):
+            break
+    return value
+
+
+def query_text(
+    request: Request,
+    name: str,
+    allowed: Iterable[str] | None = None,
+    pattern: str | None = None,
+    such_as: str = "",
+) -> str | None:
     """A query parameter. Raises ApiError 400 for a value that is not allowed or not valid text."""
     value = request.query_params.get(name)
     if value is None:
         return None
     if allowed is not None and value not in allowed:
-        raise invalid_request(f"{name} must be one of {', '.join(allowed)}", name)
+        message = f"{name} must be one of {', '.join(allowed)}, not {shown(value)}"
+        raise invalid_request(message, name)
+    if pattern is not None and not re.fullmatch(pattern, value):
+        raise invalid_request(f"{name} must be {such_as or pattern}, not {shown(value)}", name)
     try:
         check_text(value)
     except ValueError as error:
@@ -129,7 +158,8 @@ def query_seconds(request: Request, name: str, most: float) -> float:
     except ValueError:
         seconds = float("nan")
     if not 0 <= seconds <= most:
-        raise invalid_request(f"{name} must be a number from 0 to {most:g}", name)
+        value = shown(request.query_params[name])
+        raise invalid_request(f"{name} must be a number from 0 to {most:g}, not {value}", name)
     return seconds
 
 
@@ -140,25 +170,24 @@ def milliseconds(time: datetime | None) -> int | None:
 
 def query_time(request: Request, name: str) -> int | None:
     """A time with its offset, in milliseconds. Raises ApiError 400."""
-    text = query_text(request, name)
+    such_as = "an RFC 3339 time, such as 2026-02-01T09:00:00Z"
+    text = query_text(request, name, pattern=f"{UNIX}|.*:.*", such_as=such_as)
     if text is None:
         return None
     try:  # a client that does not escape the plus of an offset sends a blank
         return milliseconds(TIME.validate_python(re.sub(" (?=[0-9:]+$)", "+", text)))
     except ValidationError:
-        example = "such as 2026-02-01T09:00:00Z"
-        raise invalid_request(f"{name} must be an RFC 3339 time, {example}", name) from None
+        raise invalid_request(f"{name} must be {such_as}, not {shown(text)}", name) from None
 
 
 def query_owner(request: Request) -> str | None:
     """The owner whose rows a list has: the caller, or with `admin` the named one. None: every
     owner. Raises ApiError 400 and 403.
     """
-    caller, owner = caller_of(request), query_text(request, "owner")
+    caller = caller_of(request)
+    owner = query_text(request, "owner", pattern=OWNER, such_as=f"an owner's name ({OWNER})")
     if owner is None:
         return caller.sees
-    if not re.fullmatch(OWNER, owner):
-        raise invalid_request(f"owner must be an owner's name: {OWNER}", "owner")
     if caller.sees not in (None, owner):
         message = "owner: only the scope admin may list others' data"
         raise ApiError(403, "permission_denied", message, param="owner")
@@ -168,23 +197,19 @@ def query_owner(request: Request) -> str | None:
 def query_limit(request: Request) -> int:
     text = request.query_params.get("limit", str(LIMIT))
     if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_LIMIT:
-        raise invalid_request(f"limit must be a whole number from 1 to {MAX_LIMIT}", "limit")
+        message = f"limit must be a whole number from 1 to {MAX_LIMIT}, not {shown(text)}"
+        raise invalid_request(message, "limit")
     return int(text)
 
 
 def read_cursor(request: Request) -> Position | None:
     """The position after which the list continues. Clients treat it as opaque."""
-    text = request.query_params.get("cursor")
+    such_as = "one that an answer gave"
+    text = query_text(request, "cursor", pattern=CURSOR, such_as=such_as)
     if text is None:
         return None
-    try:
-        time, id = json.loads(base64.b64decode(text, b"-_", validate=True))
-        check_text(id)
-    except (ValueError, TypeError, RecursionError):
-        time, id = None, None
-    if type(time) is not int or not abs(time) < 2**62:
-        raise invalid_request("cursor must be one that an answer gave", "cursor")
-    return time, id
+    time, _, id = text.partition(".")
+    return int(time), id
 
 
 def position_of(row: Row) -> Position:
@@ -202,8 +227,6 @@ async def page(
     """
     limit, owner, cursor = query_limit(request), query_owner(request), None
     since, until = query_time(request, "since"), query_time(request, "until")
-    if since is not None and until is not None and since > until:
-        raise invalid_request("since must not be after until", "since")
     first = Selection(owner, None, read_cursor(request), since, until)
 
     def size(item: tuple[Position, bytes]) -> int:
@@ -220,5 +243,5 @@ async def page(
     items, more = await resources_of(request).store.read(read)
     if more or len(items) > limit:
         items = items[:limit]
-        cursor = base64.urlsafe_b64encode(json.dumps(items[-1][0]).encode()).decode()
+        cursor = "{}.{}".format(*items[-1][0])
     return page_answer(request, [document for _, document in items], next_cursor=cursor)

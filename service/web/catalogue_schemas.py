@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from service.web.schemas import Submission, list_of
+from service.web.field_schemas import Submission, list_of
 
 Credits = int | float
 FieldType = Literal[

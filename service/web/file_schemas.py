@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from service.web.schemas import list_of
+from service.web.field_schemas import Text, list_of
 
 
 class FormBody(BaseModel):
@@ -32,3 +32,81 @@ class File(BaseModel):
 
 
 FileList = list_of(File)
+
+
+# --- the upstream's own file API
+
+
+class EncodedUpload(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    base64_data: Text = Field(min_length=1, description="base64, or a `data:` URL of an image")
+    file_name: Text | None = None
+
+
+class LinkedUpload(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    file_url: Text = Field(min_length=1, description="a public link of an image")
+    file_name: Text | None = None
+
+
+class UpstreamFile(BaseModel):
+    file_id: str
+    file_name: str
+    original_name: str
+    file_size: int
+    mime_type: str
+    upload_path: str
+    file_url: str
+    download_url: str
+    upload_time: str
+    expires_at: str
+
+
+class FileAnswer(BaseModel):
+    success: Literal[True]
+    code: Literal[200]
+    msg: str
+
+
+class UploadedFile(FileAnswer):
+    data: UpstreamFile
+
+
+class UpstreamFiles(BaseModel):
+    files: list[UpstreamFile]
+    total: int
+    page: int
+    pageSize: int  # noqa: N815 - the upstream's name
+
+
+class ListedFiles(FileAnswer):
+    data: UpstreamFiles
+
+
+class FileQuota(BaseModel):
+    total_files: int
+    used_files: int
+    max_files: int | None
+    remaining_files: int | None
+    max_file_size: int
+
+
+class QuotaAnswer(FileAnswer):
+    data: FileQuota
+
+
+class ErasedUpload(BaseModel):
+    file_id: str
+
+
+class ErasedAnswer(FileAnswer):
+    data: ErasedUpload
+
+
+class FileFailure(BaseModel):
+    success: Literal[False]
+    code: int
+    msg: str
+    data: None

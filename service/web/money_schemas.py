@@ -5,8 +5,8 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from service.web.catalogue_schemas import Credits
+from service.web.field_schemas import Body, list_of
 from service.web.key_schemas import CreditLimit
-from service.web.schemas import Body, list_of
 
 
 class BookedEntry(BaseModel):

@@ -11,67 +11,78 @@ from service import VERSION
 from service.strict_json import JSON
 from service.web import schemas
 from service.web.event_schemas import Event, EventTask
-from service.web.file_schemas import FormBody
+from service.web.field_schemas import TEXT, Body, Submission
+from service.web.file_schemas import FileFailure, FormBody
+from service.web.operation_docs import body, links, reference, responses, usual_refusals
+from service.web.parameters import STREAM_HEADERS, SUBMIT_HEADERS, headers, parameters
 
 if TYPE_CHECKING:
     from service.web.routes.table import Spec
 
-SUBMIT_HEADERS = ("Idempotency-Key", "Prefer")
 ABOUT = (
     "Submit a task and forget it: callbacks are proved, pictures are saved, events are delivered."
 )
+# What a submission's unknown fields may be.
+ANY_JSON: JSON = {
+    "description": "any JSON, at most 100 levels deep, without NUL characters",
+    "anyOf": [
+        {"type": ["null", "boolean", "number"]},
+        TEXT,
+        {"type": "array", "items": reference("AnyJson")},
+        {"type": "object", "propertyNames": TEXT, "additionalProperties": reference("AnyJson")},
+    ],
+}
 
 
 def document(specs: "Sequence[Spec]") -> JSON:
-    models: set[type[BaseModel]] = {schemas.Error, Event, EventTask}
+    models: set[type[BaseModel]] = {schemas.Error, Event, EventTask, FileFailure}
     models.update(model for spec in specs for model in (spec.answer, spec.body) if model)
     ordered = sorted(models, key=lambda model: model.__name__)
     _, definitions = models_json_schema(
         [(model, "validation") for model in ordered], ref_template="#/components/schemas/{model}"
     )
+    components: JSON = definitions["$defs"]
+    for spec in specs:
+        if spec.body and not issubclass(spec.body, Body | FormBody):
+            further = {"additionalProperties": reference("AnyJson"), "propertyNames": TEXT}
+            components[spec.body.__name__] |= further
+    components["AnyJson"] = ANY_JSON
     paths: JSON = {}
     for spec in specs:
-        paths.setdefault(spec.path, {})[spec.method.lower()] = operation(spec)
+        paths.setdefault(spec.path, {})[spec.method.lower()] = operation(spec, tuple(specs))
     return {
         "openapi": "3.1.0",
         "info": {"title": "Darkroom", "version": VERSION, "description": ABOUT},
         "paths": paths,
         "components": {
-            "schemas": definitions["$defs"],
+            "schemas": components,
+            "responses": usual_refusals(),
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
 
 
-def operation(spec: "Spec") -> JSON:
-    parameters = [_parameter(name, "path") for name in re.findall(r"\{(\w+)\}", spec.path)]
-    parameters += [_parameter(name, "query") for name in spec.query]
-    if spec.body is schemas.Submission:
-        parameters += [_parameter(name, "header") for name in SUBMIT_HEADERS]
-    success: JSON = {"description": spec.summary}
-    if spec.answer:
-        success["content"] = _content(spec.answer.__name__)
-    failure = {"description": "An error", "content": _content("Error")}
-    document: JSON = {
-        "operationId": spec.endpoint.__module__.rsplit(".", 1)[-1] + "_" + spec.endpoint.__name__,
+def operation_id(spec: "Spec") -> str:
+    return spec.endpoint.__module__.rsplit(".", 1)[-1] + "_" + spec.endpoint.__name__
+
+
+def operation(spec: "Spec", specs: "tuple[Spec, ...]") -> JSON:
+    given = parameters(spec.path, spec.query, re.findall(r"\{(\w+)\}", spec.path))
+    if spec.body is Submission:
+        given += headers(SUBMIT_HEADERS)
+    if spec.path == "/v1/events":
+        given += headers(STREAM_HEADERS)
+    made: JSON = {
+        "operationId": operation_id(spec),
         "summary": spec.summary,
-        "parameters": parameters,
-        "responses": {str(spec.status): success, "default": failure},
+        "parameters": given,
+        "responses": responses(spec),
     }
+    if found := links(spec, specs, operation_id):
+        made["responses"][str(spec.status)]["links"] = found
     if spec.scopes:
-        document["security"] = [{"key": []}]
-        document["description"] = f"Needs the scope {' or '.join(spec.scopes)}."
+        made["security"] = [{"key": []}]
+        made["description"] = f"Needs the scope {' or '.join(spec.scopes)}."
     if spec.body:
-        content = _content(spec.body.__name__)
-        if issubclass(spec.body, FormBody):
-            content = {"multipart/form-data": content["application/json"]}
-        document["requestBody"] = {"required": True, "content": content}
-    return document
-
-
-def _parameter(name: str, place: str) -> JSON:
-    return {"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}}
-
-
-def _content(name: str) -> JSON:
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+        made["requestBody"] = body(spec)
+    return made

@@ -2,75 +2,33 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    AwareDatetime,
-    BaseModel,
-    ConfigDict,
-    Field,
-    create_model,
-    model_validator,
-)
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from service.ids import UPSTREAM_ID
-from service.links import trimmed
-from service.web.event_schemas import EVENT_TYPES, EventTask
+from service.web.event_schemas import EventTask
+from service.web.field_schemas import (
+    Body,
+    EndpointStatus,
+    OptionalBody,
+    Owner,
+    Patterns,
+    Text,
+    TrimmedUrl,
+    list_of,
+)
 
-
-def known_pattern(value: str) -> str:
-    prefix = value.removesuffix("*")
-    wildcard = value == "*" or value.endswith(".*")
-    if value in EVENT_TYPES or (wildcard and any(name.startswith(prefix) for name in EVENT_TYPES)):
-        return value
-    raise ValueError(
-        f"must be *, an event type, or the beginning of some and .*: {', '.join(EVENT_TYPES)}"
-    )
-
-
-Pattern = Annotated[str, AfterValidator(known_pattern)]
-Patterns = Annotated[list[Pattern], Field(min_length=1, max_length=32)]
-OWNER = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-Owner = Annotated[str, Field(pattern=OWNER)]
-Scope = Literal["submit", "read", "subscribe", "admin"]
-TrimmedUrl = Annotated[str, AfterValidator(trimmed)]
-EndpointStatus = Literal["enabled", "paused", "disabled"]
-
-
-def list_of(item: Any) -> type[BaseModel]:
-    fields: Any = {"data": (list[item], ...), "next_cursor": (str | None, ...)}
-    return create_model(f"{item.__name__}List", **fields)
-
-
-class Body(BaseModel):
-    """A body without unknown fields."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class Submission(BaseModel):
-    """The upstream's fields, and unknown ones, which the service passes on. `callback_url` and
-    `metadata` stay in the service.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-    model: str
-    prompt: str | None = None
-    size: str | None = None
-    n: int | None = None
-    negative_prompt: str | None = None
-    prompt_extend: bool | None = None
-    image_urls: list[str] | None = None
-    callback_url: str | None = Field(
-        None, description="receives the terminal task, signed; https and public"
-    )
-    metadata: dict[str, str] | None = Field(
-        None, description="up to 16 pairs, 2 KiB; comes back in the task and its events"
-    )
+ONE_OF_BOTH: dict[str, Any] = {
+    "oneOf": [
+        {"required": [one], "properties": {one: {"type": "string"}, other: {"type": "null"}}}
+        for one, other in (("upstream_id", "as"), ("as", "upstream_id"))
+    ]
+}
 
 
 class Resolution(Body):
     """The outcome of an uncertain submission: the upstream's id, or a decision without one."""
+
+    model_config = ConfigDict(json_schema_extra=ONE_OF_BOTH)
 
     upstream_id: Annotated[str, Field(pattern=f"^{UPSTREAM_ID}$")] | None = None
     decision: Literal["failed", "resubmit"] | None = Field(None, alias="as")
@@ -123,8 +81,8 @@ class Timeline(BaseModel):
 
 class NewEndpoint(Body):
     url: TrimmedUrl
-    types: Patterns = ["image.task.*"]
-    description: str = Field("", max_length=500)
+    types: Patterns = Field(["image.task.*"])
+    description: Text = Field("", max_length=500)
     owner: Owner | None = Field(
         None, description="admin: an owner's name, or null for the events of all owners"
     )
@@ -133,17 +91,17 @@ class NewEndpoint(Body):
 class EndpointPatch(Body):
     url: TrimmedUrl | None = None
     types: Patterns | None = None
-    description: str | None = Field(None, max_length=500)
+    description: Text | None = Field(None, max_length=500)
     status: EndpointStatus | None = None
 
 
-class Rotation(Body):
+class Rotation(OptionalBody):
     overlap_s: float = Field(
         86_400, ge=0, le=30 * 86_400, description="for how long the old secret signs too"
     )
 
 
-class NewReplay(Body):
+class NewReplay(OptionalBody):
     since: AwareDatetime | None = Field(None, description="by default the oldest event")
     until: AwareDatetime | None = Field(None, description="by default now")
     types: Patterns | None = Field(

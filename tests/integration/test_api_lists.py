@@ -108,29 +108,10 @@ async def test_the_limits_limits_are_allowed(still: World) -> None:
             got(await still.client.get(path, params={"limit": limit}))
 
 
-def cursor(place: Any) -> str:
-    return base64.urlsafe_b64encode(json.dumps(place).encode()).decode()
-
-
-STRANGE: tuple[Any, ...] = (
-    7,
-    None,
-    {},
-    [],
-    [1],
-    [None, "a"],
-    ["1", "a"],
-    [1, 2],
-    [1e99, "a"],
-    [2**63, "a"],
-    [1, "\0"],
-    [1, "a", "b"],
-)
-DEEP = base64.urlsafe_b64encode(b"[" * 3000).decode()
-
-
 @pytest.mark.parametrize(
-    "cursor", ["", "x", "é", "e30", "e 30=", DEEP, *(cursor(place) for place in STRANGE)]
+    "cursor",
+    ["", "x", "é", "7", "7.", ".a", "-7.a", "1e9.a", "٣.a", f"{2**63}.a", "7.\0", "7.a b", "7.é"]
+    + ["7." + "a" * 101],
 )
 async def test_a_cursor_that_no_answer_gave_is_refused(still: World, cursor: str) -> None:
     """The answer is 400, for every list."""

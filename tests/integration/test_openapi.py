@@ -9,7 +9,7 @@ from openapi_schema_validator import OAS31Validator
 from openapi_spec_validator import validate
 
 from service import VERSION
-from service.web import catalogue_schemas, money_schemas, schemas
+from service.web import catalogue_schemas, field_schemas, money_schemas, schemas
 from service.web.file_schemas import FormBody
 from service.web.key_schemas import NewKey
 from service.web.openapi import document
@@ -148,7 +148,7 @@ async def test_real_answers_are_what_the_document_says(here: World) -> None:
         }
         ids["replay_id"] = replay["id"]
         bodies: dict[type[Any], JSON] = {
-            schemas.Submission: order(),
+            field_schemas.Submission: order(),
             catalogue_schemas.EstimatedSubmission: order(),
             schemas.NewEndpoint: {"url": takes.url},
             schemas.EndpointPatch: {"description": "d"},

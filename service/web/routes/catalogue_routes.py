@@ -8,7 +8,8 @@ from service.db.paging import Selection
 from service.errors import ApiError
 from service.tasks.budgets import budget_states
 from service.web.auth import caller_of
-from service.web.bodies import read_json
+from service.web.bodies import read_json, validated
+from service.web.catalogue_schemas import EstimatedSubmission
 from service.web.context import context_of
 
 
@@ -31,6 +32,8 @@ async def estimate(request: Request) -> Response:
     """Estimate the cost of a submission. Nothing is stored or sent."""
     intake, body = context_of(request).intake, await read_json(request)
     intake.check_limits(body, whole=False)
+    validated(EstimatedSubmission, body)
+    intake.check_own_fields(body)
     cost = intake.catalogue.estimate(body)
     resources, owner = context_of(request).resources, caller_of(request).owner
     wanted, now = Selection(owner, 1), resources.store.clock()

@@ -123,7 +123,7 @@ async def _change(request: Request, change: EndpointChange, action: str) -> None
 async def rotate(request: Request) -> Response:
     """Create a new secret. Both secrets sign during the overlap."""
     resources, id = resources_of(request), (await endpoint_of(request))["id"]
-    overlap_s = (await read_model(request, Rotation, empty=True)).overlap_s
+    overlap_s = (await read_model(request, Rotation)).overlap_s
     store, keyring, now = resources.store, resources.keyring, resources.clock()
     secret = await rotate_secret(store, keyring, now, "endpoints", id, overlap_s)
     log.info("admin.action", action="endpoint.rotate", subject=id)

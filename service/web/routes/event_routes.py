@@ -1,6 +1,7 @@
 """Events after a sequence, as pages or as a stream."""
 
 import asyncio
+import re
 from contextlib import ExitStack
 
 import structlog
@@ -15,20 +16,20 @@ from service.web.auth import caller_of
 from service.web.bodies import query_limit, query_seconds, query_text
 from service.web.context import context_of
 from service.web.event_stream import stream
+from service.web.field_schemas import known_pattern
 from service.web.key_shares import holder_of
 from service.web.page_answer import page_answer
-from service.web.schemas import known_pattern
+from service.web.parameters import MAX_TYPES, MAX_WAIT_S, SEQUENCE
 
 log = structlog.get_logger()
 
-MAX_WAIT_S, MAX_TYPES = 60, 32
 STOPPING_S = 1.0
 
 
 def sequence(text: str | None, param: str) -> int | None:
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit()) or len(text) > 20 or int(text) >= 2**63:
+    if not re.fullmatch(SEQUENCE, text):
         message = (
             f"{param} must be a sequence that an answer gave: up to 20 digits, not {text[:40]!r}"
         )

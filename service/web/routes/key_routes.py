@@ -78,7 +78,7 @@ async def rotate_callback_secret(
 async def rotate_secret(request: Request) -> Response:
     """Create a new callback secret. Both secrets sign during the overlap."""
     resources, caller = resources_of(request), caller_of(request)
-    body = await read_model(request, SecretRotation, empty=True)
+    body = await read_model(request, SecretRotation)
     owner = body.owner or caller.owner
     if owner != caller.owner and caller.sees is not None:
         message = "owner: only the scope admin may rotate others' secrets"

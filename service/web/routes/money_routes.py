@@ -18,10 +18,12 @@ from service.strict_json import JSON
 from service.tasks import usage
 from service.tasks.budgets import Budget, BudgetState, budget_states, set_budgets
 from service.tasks.usage import GROUPS, MAX_KEYS, UsageFilter, figures_document
+from service.upstreams.catalogue_fields import shown
 from service.web.bodies import page, query_limit, query_owner, query_text, query_time, read_model
 from service.web.context import resources_of
+from service.web.field_schemas import OWNER
 from service.web.money_schemas import BudgetChange
-from service.web.schemas import OWNER
+from service.web.parameters import ENTRY_ID
 
 log = structlog.get_logger()
 
@@ -32,11 +34,10 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # at the beginning, a spreadsheet ru
 async def entries(request: Request) -> Response:
     """List the entries of the ledger, oldest first."""
     limit, owner = query_limit(request), query_owner(request)
-    task, after = query_text(request, "task"), query_text(request, "after")
+    task = query_text(request, "task")
+    after = query_text(request, "after", pattern=ENTRY_ID, such_as="the id of an entry")
     store = resources_of(request).store
     rows = await store.read(usage.ledger_entries, owner, task, after, limit + 1)
-    if rows is None:
-        raise invalid_request("after must be the id of an entry that an answer gave", "after")
     cursor = rows[limit - 1]["id"] if len(rows) > limit else None
     data = [entry_document(row) for row in rows[:limit]]
     return JSONResponse({"data": data, "next_cursor": cursor})
@@ -52,8 +53,6 @@ async def report(request: Request) -> Response:
     """Show the usage by day, model, owner or task."""
     by = query_text(request, "by", GROUPS) or "day"
     since, until = query_day(request, "from", 0), query_day(request, "to", 1)
-    if since is not None and until is not None and since > until:
-        raise invalid_request("from must not be after to", "from")
     wanted = UsageFilter(query_owner(request), since, until)
     found = await resources_of(request).store.read(usage.usage_by, by, wanted)
     if len(found) > MAX_KEYS:
@@ -70,7 +69,8 @@ async def set_budget(request: Request) -> Response:
     """Set or clear an owner's budget."""
     owner, change = request.path_params["owner"], await read_model(request, BudgetChange)
     if not re.fullmatch(OWNER, owner):
-        raise invalid_request(f"owner must be an owner's name: {OWNER}", "owner")
+        message = f"owner must be an owner's name ({OWNER}), not {shown(owner)}"
+        raise invalid_request(message, "owner")
     budget = Budget(owner, change.period, millionths(change.credits))
     state = await resources_of(request).store.write(set_budgets, budget)
     log.info("admin.action", action="budget.set", subject=owner)

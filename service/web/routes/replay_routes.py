@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 async def create(request: Request) -> Response:
     """Replay events, or count them."""
-    resources, body = resources_of(request), await read_model(request, NewReplay, empty=True)
+    resources, body = resources_of(request), await read_model(request, NewReplay)
     endpoint = await endpoint_of(request)
     id, owner, types = endpoint["id"], endpoint["owner"], body.types or endpoint["types"]
     since, until = milliseconds(body.since) or 0, milliseconds(body.until)

@@ -24,7 +24,18 @@ from service.web.catalogue_schemas import (
 )
 from service.web.context import context_of
 from service.web.event_schemas import EventPage
-from service.web.file_schemas import File, FileList, Upload
+from service.web.field_schemas import Submission
+from service.web.file_schemas import (
+    EncodedUpload,
+    ErasedAnswer,
+    File,
+    FileList,
+    LinkedUpload,
+    ListedFiles,
+    QuotaAnswer,
+    Upload,
+    UploadedFile,
+)
 from service.web.key_schemas import NewKey
 from service.web.key_shares import holder_of
 from service.web.money_schemas import BudgetChange, OwnersBudget
@@ -111,7 +122,7 @@ ANY_KEY = ".KEY"  # ends a parameter that is a family, such as `metadata.KEY`
 NAME_CHARS = 100  # of a parameter, in the answer
 
 SPECS = (
-    spec("POST /v1/images/generations", tasks.submit, "submit", schemas.Task, schemas.Submission),
+    spec("POST /v1/images/generations", tasks.submit, "submit", schemas.Task, Submission),
     spec("GET /v1/images/generations/{task_id}", tasks.generation, "read", schemas.Task),
     spec(f"GET /v1/tasks?state&model&metadata.KEY&{PAGE}", tasks.tasks, "read", schemas.TaskList),
     spec("GET /v1/tasks/{task_id}", tasks.task, "read", schemas.Task),
@@ -192,12 +203,12 @@ SPECS = (
     spec("GET /v1/files/{file_id}", files.file, "submit read", File),
     spec("GET /v1/files/{file_id}/content", files.content, "submit read"),
     spec("DELETE /v1/files/{file_id}", files.delete, "submit"),
-    spec("POST /api/v1/files/upload/stream", theirs.stream, "submit", body=Upload),
-    spec("POST /api/v1/files/upload/base64", theirs.base64, "submit"),
-    spec("POST /api/v1/files/upload/url", theirs.url, "submit"),
-    spec("GET /api/v1/files/list?page&pageSize", theirs.listed, "submit read"),
-    spec("GET /api/v1/files/quota", theirs.quota, "submit read"),
-    spec("DELETE /api/v1/files/{file_id}", theirs.delete, "submit", status=200),
+    spec("POST /api/v1/files/upload/stream", theirs.stream, "submit", UploadedFile, Upload),
+    spec("POST /api/v1/files/upload/base64", theirs.base64, "submit", UploadedFile, EncodedUpload),
+    spec("POST /api/v1/files/upload/url", theirs.url, "submit", UploadedFile, LinkedUpload),
+    spec("GET /api/v1/files/list?page&pageSize", theirs.listed, "submit read", ListedFiles),
+    spec("GET /api/v1/files/quota", theirs.quota, "submit read", QuotaAnswer),
+    spec("DELETE /api/v1/files/{file_id}", theirs.delete, "submit", ErasedAnswer, status=200),
     spec("GET /images/{image_id}", images.image, ""),
     spec("GET /healthz", health.healthz, "", schemas.Health),
     spec("GET /readyz", health.readyz, "", schemas.Readiness),

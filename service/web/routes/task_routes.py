@@ -20,17 +20,18 @@ from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State
 from service.tasks.waits import attempted, ended, wait_for
 from service.upkeep.retention import erase
+from service.upstreams.catalogue_fields import shown as named
 from service.web.auth import caller_of
 from service.web.bodies import MAX_BODY, Position, page, parsed, query_text, read_body
 from service.web.context import context_of, resources_of
 from service.web.error_responses import error_response
 from service.web.key_shares import holder_of
+from service.web.parameters import IDEMPOTENCY_KEY
 from service.web.routes import upstream_routes
 
 FIRST_OUTCOME_S = 10.0
 MAX_SUBMISSION = 32 << 20  # bytes with `data:` URLs: two images of 10 MB in base64
 MAX_WAIT_S = 120
-IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 METADATA, METADATA_FILTERS = "metadata.", 16
 # JSON escapes these characters, and SQLite compares names as written.
 ESCAPED = re.compile(r'["\\\x00-\x1f]')
@@ -64,8 +65,8 @@ async def submit(request: Request) -> Response:
     """Submit a task."""
     context, caller = context_of(request), caller_of(request)
     key = request.headers.get("idempotency-key")
-    if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
-        message = "Idempotency-Key must be 1 to 255 visible ASCII characters"
+    if key is not None and not re.fullmatch(IDEMPOTENCY_KEY, key):
+        message = f"Idempotency-Key must be 1 to 255 visible ASCII characters, not {named(key)}"
         raise invalid_request(message, "Idempotency-Key")
     wait_s, applied = preferences(request)
     task_id, replayed = await accepted(request, key)

@@ -15,16 +15,18 @@ from service.ids import rfc3339
 from service.links import data_of, is_data
 from service.strict_json import JSON
 from service.tasks.files import FileRow, file_rows, select_files
+from service.upstreams.catalogue_fields import shown as named
 from service.upstreams.catalogue_images import COMMON
 from service.web.auth import caller_of
-from service.web.bodies import parsed, read_body, read_json
+from service.web.bodies import parsed, read_body, read_model, validated
 from service.web.context import context_of, resources_of
+from service.web.file_schemas import EncodedUpload, LinkedUpload
+from service.web.parameters import MAX_PAGE, MAX_PAGE_SIZE, PAGE_SIZE
 from service.web.routes.file_routes import kept_part
 
 MAX_JSON = 16 << 20  # bytes: a file of 10 MB in base64
 MAX_FILES = 1_000_000  # shown only: clients compute with the numbers of a quota
 FETCH_S = 30.0
-PAGE_SIZE, MAX_PAGE_SIZE = 20, 100
 TOO_LARGE, WRONG_FILE, NOT_FETCHED = 40001, 40002, 40004
 
 
@@ -37,8 +39,8 @@ async def base64(request: Request) -> Response:
     """Upload an input image in base64, as the upstream's clients do."""
 
     async def keep(request: Request) -> FileRow:
-        body = await parsed(await read_body(request, MAX_JSON))
-        data = _text(body, "base64_data").strip()
+        body = validated(EncodedUpload, await parsed(await read_body(request, MAX_JSON)))
+        data = body.base64_data.strip()
         try:
             content = data_of(data if is_data(data) else f"data:;base64,{data}")
         except (ValueError, binascii.Error):
@@ -47,10 +49,8 @@ async def base64(request: Request) -> Response:
         async def chunks() -> AsyncIterator[bytes]:
             yield content
 
-        owner, name = caller_of(request).owner, body.get("file_name")
-        named = name if isinstance(name, str) else None
-        keep = context_of(request).files.keep
-        return await keep(owner, lambda: named, chunks(), COMMON, param="base64_data")
+        owner, keep = caller_of(request).owner, context_of(request).files.keep
+        return await keep(owner, lambda: body.file_name, chunks(), COMMON, param="base64_data")
 
     return await _answered(request, keep)
 
@@ -61,9 +61,9 @@ async def url(request: Request) -> Response:
 
 
 async def _keep_fetched(request: Request) -> FileRow:
-    body = await read_json(request)
-    link, name = _text(body, "file_url"), body.get("file_name")
-    name = name if isinstance(name, str) and name else link.partition("?")[0]
+    body = await read_model(request, LinkedUpload)
+    link = body.file_url
+    name = body.file_name or link.partition("?")[0]
     egress, owner = resources_of(request).inputs, caller_of(request).owner
     try:
         async with egress.stream("GET", link, timeout=FETCH_S) as answer:
@@ -94,7 +94,7 @@ async def _answered(request: Request, keep: Callable[[Request], Awaitable[FileRo
 
 async def listed(request: Request) -> Response:
     """List input images, as the upstream's clients do."""
-    number, size = _number(request, "page", 1, 10**6), _number(request, "pageSize", PAGE_SIZE)
+    number, size = _number(request, "page", 1, MAX_PAGE), _number(request, "pageSize", PAGE_SIZE)
     owner, now = caller_of(request).owner, resources_of(request).store.clock()
 
     def read(connection: Connection) -> tuple[int, list[FileRow]]:
@@ -151,16 +151,9 @@ def success(data: JSON) -> Response:
     return JSONResponse({"success": True, "code": 200, "msg": "success", "data": data})
 
 
-def _text(body: JSON, name: str) -> str:
-    value = body.get(name)
-    if not isinstance(value, str) or not value:
-        raise ApiError(400, "invalid_parameter", f"{name} is required: text", param=name)
-    return value
-
-
 def _number(request: Request, name: str, default: int, most: int = MAX_PAGE_SIZE) -> int:
     text = request.query_params.get(name, str(default))
     if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:9]) <= most:
-        message = f"{name} must be a whole number from 1 to {most}"
+        message = f"{name} must be a whole number from 1 to {most}, not {named(text)}"
         raise ApiError(400, "invalid_request", message, param=name)
     return int(text)

@@ -1,0 +1,231 @@
+"""The responses and links of each operation, beside its answer in the table of routes."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from service.strict_json import JSON
+from service.web.field_schemas import OptionalBody
+from service.web.file_schemas import FormBody
+
+if TYPE_CHECKING:
+    from service.web.routes.table import Spec
+
+ERROR = "#/components/schemas/Error"
+REASONS: Mapping[str, str] = {
+    "400": "The request is malformed or breaks a limit. `param` names the field.",
+    "401": "The key is missing, unknown or revoked.",
+    "402": "The owner's budget is too small.",
+    "403": "The key lacks the scope or may not name this owner.",
+    "404": "Nothing of the key's owner has that id.",
+    "408": "The body was not complete in time.",
+    "409": "The request contradicts the present state.",
+    "410": "The image was erased.",
+    "413": "The body is too large.",
+    "415": "The body has another media type, or a content coding.",
+    "416": "The image has no such range.",
+    "422": "A limit of the owner or of the upstream is reached.",
+    "429": "A limit of requests is reached.",
+    "4XX": "The upstream's own refusal, with its status.",
+    "503": "The service is overloaded, or what it needs does not respond.",
+}
+# Statuses of refusals that only some operations have.
+FURTHER: Mapping[str, str] = {
+    "POST /v1/images/generations": "402 404 409 4XX",
+    "GET /v1/images/generations/{task_id}": "400",
+    "POST /v1/tasks/{task_id}/cancel": "409",
+    "DELETE /v1/tasks/{task_id}": "409",
+    "POST /v1/tasks/{task_id}/reconcile": "409",
+    "POST /v1/tasks/{task_id}/resolve": "409",
+    "GET /v1/credits": "4XX",
+    "GET /v1/models": "4XX",
+    "POST /v1/endpoints": "422",
+    "POST /v1/endpoints/{endpoint_id}/rotate": "409",
+    "POST /v1/endpoints/{endpoint_id}/replay": "409",
+    "POST /v1/deliveries/{delivery_id}/retry": "409",
+    "POST /v1/keys/rotate-secret": "404 409",
+    "GET /images/{image_id}": "410 416",
+}
+# Of operations that have no JSON of their own, or further forms of the answer beside it.
+ANY = {"schema": {}}
+IMAGES = {
+    f"image/{kind}": {"schema": {"type": "string", "format": "binary"}}
+    for kind in ("png", "jpeg", "webp", "gif", "avif", "bmp")
+}
+MEDIA: Mapping[str, JSON] = {
+    "GET /v1/credits": {"application/json": ANY},
+    "GET /v1/models": {"application/json": ANY},
+    "GET /v1/events": {"text/event-stream": {"schema": {"type": "string"}}},
+    "GET /v1/usage": {"text/csv": {"schema": {"type": "string"}}},
+    "GET /v1/files/{file_id}/content": IMAGES,
+    "GET /images/{image_id}": IMAGES,
+    "GET /metrics": {"text/plain": {"schema": {"type": "string"}}},
+    "GET /openapi.json": {"application/json": {"schema": {"type": "object"}}},
+    "GET /asyncapi.json": {"application/json": {"schema": {"type": "object"}}},
+}
+# A task that was not submitted here comes in the upstream's own words.
+PASSED_ON: JSON = {
+    "type": "object",
+    "required": ["id"],
+    "properties": {"id": {"type": "string", "pattern": "^task-unified-"}},
+    "not": {"required": ["state"]},
+}
+PASSING = ("GET /v1/tasks/{task_id}", "GET /v1/images/generations/{task_id}")
+# Operations whose refusals have the form of the upstream's file API, beside ours.
+THEIRS = "/api/v1/files/"
+FAILURE = "#/components/schemas/FileFailure"
+NOT_MODIFIED = ("/images/{image_id}", "/openapi.json", "/asyncapi.json")
+TEXT_HEADER = {"schema": {"type": "string"}}
+REQUEST_ID = {"X-Request-Id": {**TEXT_HEADER, "required": True}}
+RETRY = {"Retry-After": {"schema": {"type": "integer", "minimum": 1}, "required": True}}
+HEADERS: Mapping[str, JSON] = {
+    "401": {"WWW-Authenticate": {**TEXT_HEADER, "required": True}},
+    "429": RETRY,
+    "503": RETRY,
+    "416": {"Content-Range": {**TEXT_HEADER, "required": True}},
+}
+SUBMIT_HEADERS: JSON = {
+    "Preference-Applied": TEXT_HEADER,
+    "Idempotency-Replayed": {"schema": {"const": "true"}},
+}
+
+
+def reference(name: str) -> JSON:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def responses(spec: "Spec") -> JSON:
+    """All responses of an operation: its answer, and every refusal with its form."""
+    operation = f"{spec.method} {spec.path}"
+    success: JSON = {"description": spec.summary, "headers": dict(REQUEST_ID)}
+    content: JSON = dict(MEDIA.get(operation, {}))
+    if spec.answer:
+        schema = reference(spec.answer.__name__)
+        if operation in PASSING:
+            schema = {"anyOf": [schema, PASSED_ON]}
+        content = {"application/json": {"schema": schema}, **content}
+    if content:
+        success["content"] = content
+    if operation == "POST /v1/images/generations":
+        success["headers"] |= SUBMIT_HEADERS
+    made = {str(spec.status): success}
+    if spec.path in NOT_MODIFIED:
+        made["304"] = {"description": "The client has it already.", "headers": REQUEST_ID}
+    if spec.path == "/images/{image_id}":
+        made["206"] = {**success, "description": "The asked range of the image."}
+    for status in statuses(spec):
+        made[status] = refusal(spec, status)
+    return made
+
+
+def statuses(spec: "Spec") -> list[str]:
+    """Those of refusals. Every operation refuses unknown parameters and content codings."""
+    made = {"400", "415", "503", *FURTHER.get(f"{spec.method} {spec.path}", "").split()}
+    if spec.scopes:
+        made |= {"401", "403", "429"}
+    if "{" in spec.path:
+        made.add("404")
+    if spec.body:
+        made |= {"408", "413"}
+    return sorted(made)
+
+
+def refusal(spec: "Spec", status: str) -> JSON:
+    """A reference to the usual form, or a form of the operation's own."""
+    usual = {"$ref": f"#/components/responses/{status}"}
+    schema: JSON = {"$ref": ERROR}
+    headers = {**REQUEST_ID, **HEADERS.get(status, {})}
+    if spec.path.startswith(THEIRS) and status in ("400", "404", "413", "415", "429"):
+        schema = {"anyOf": [schema, {"$ref": FAILURE}]}
+        headers.pop("Retry-After", None)  # theirs has none
+    elif spec.path == "/readyz" and status == "503":
+        schema = reference("Readiness")
+    else:
+        return usual
+    content = {"application/json": {"schema": schema}}
+    return {"description": REASONS[status], "headers": headers, "content": content}
+
+
+def usual_refusals() -> JSON:
+    content = {"application/json": {"schema": {"$ref": ERROR}}}
+    return {
+        status: {
+            "description": reason,
+            "headers": {**REQUEST_ID, **HEADERS.get(status, {})},
+            "content": content,
+        }
+        for status, reason in REASONS.items()
+    }
+
+
+# Which parameter of other operations an id in an answer fills.
+KINDS: Mapping[str, str] = {
+    "Task": "task_id",
+    "CancelledTask": "task_id",
+    "Endpoint": "endpoint_id",
+    "EndpointWithSecret": "endpoint_id",
+    "Delivery": "delivery_id",
+    "Counted": "replay_id",
+    "Replay": "replay_id",
+    "File": "file_id",
+    "CreatedKey": "key_id",
+    "Key": "key_id",
+}
+QUERIES: Mapping[str, str] = {"task": "task_id", "endpoint": "endpoint_id"}
+
+
+def sources(spec: "Spec") -> dict[str, str]:
+    """Parameters that the answer fills, each with the expression of its value."""
+    if spec.answer is None:
+        return {}
+    name = spec.answer.__name__
+    kind, place = name.removesuffix("List"), "#/data/0" if name.endswith("List") else "#"
+    made = {}
+    if kind in KINDS:
+        made[KINDS[kind]] = f"$response.body{place}/id"
+    if kind in ("Task", "CancelledTask"):
+        made["image_id"] = f"$response.body{place}/images/0/id"
+    if kind == "OwnersBudget":
+        made["owner"] = f"$response.body{place}/owner"
+    if kind == "CatalogueModel":
+        made["model"] = f"$response.body{place}/model"
+    if kind == "EventPage":
+        made = {"event": "$response.body#/data/0/id", "after": "$response.body#/next_after"}
+    if kind == "Delivery":
+        made["event"] = f"$response.body{place}/event"
+    if name.endswith("List"):
+        made["cursor"] = "$response.body#/next_cursor"
+    if name == "EntryList":
+        made = {"after": "$response.body#/next_cursor"}
+    return made
+
+
+def links(spec: "Spec", specs: "tuple[Spec, ...]", operation_id: Any) -> JSON:
+    """Links to the operations that take what the answer has."""
+    given, made = sources(spec), {}
+    for target in specs:
+        named = {name: given[name] for name in given if "{" + name + "}" in target.path}
+        asked = {
+            query: given[QUERIES.get(query, query)]
+            for query in target.query
+            if QUERIES.get(query, query) in given
+            and (query not in ("cursor", "after") or target is spec)
+        }
+        wanted = named if "{" in target.path else asked
+        if wanted and not (target is spec and named):
+            expressions = {
+                f"{'path' if name in named else 'query'}.{name}": value
+                for name, value in wanted.items()
+            }
+            id = operation_id(target)
+            made[id] = {"operationId": id, "parameters": expressions}
+    return made
+
+
+def body(spec: "Spec") -> JSON:
+    assert spec.body is not None
+    form = issubclass(spec.body, FormBody)
+    media: JSON = {"schema": reference(spec.body.__name__)}
+    if form:
+        media["encoding"] = {"file": {"contentType": "image/png, image/jpeg, image/webp"}}
+    name = "multipart/form-data" if form else "application/json"
+    return {"required": not issubclass(spec.body, OptionalBody), "content": {name: media}}
