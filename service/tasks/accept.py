@@ -32,7 +32,7 @@ from service.tasks.owner_keys import NewOwner, insert_owners
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
 from service.upstreams.catalogue import Catalogue, upstream_for
-from service.upstreams.catalogue_fields import shown
+from service.upstreams.field_values import shown
 
 log = structlog.get_logger()
 
@@ -114,8 +114,7 @@ class TaskIntake:
         if not isinstance(name, str) or not 0 < len(name) <= MODEL_CHARS:
             message = f"model must be text of 1 to {MODEL_CHARS} characters, not {shown(name)}"
             raise ApiError(400, "invalid_request", message, param="model")
-        violation = self.catalogue.check(body, whole=whole)
-        if violation is not None:
+        if (violation := self.catalogue.check(body, whole=whole)) is not None:
             raise _invalid(violation.param, violation.message)
 
     def check_own_fields(self, body: JSON) -> None:

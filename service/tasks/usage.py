@@ -117,14 +117,13 @@ def totals(rows: Sequence[UsageFigures]) -> UsageFigures:
 
 def ledger_entries(
     connection: Connection, owner: str | None, task: str | None, after: str | None, limit: int
-) -> list[Row]:
-    """Entries in their order, after the one with this id, or after its time if it is unknown."""
+) -> list[Row] | None:
+    """Entries in their order, after the one with this id. None: there is no such entry."""
     statement = matching(select(ledger), ledger, owner=owner, task_id=task)
     if after is not None:
         named = matching(select(ledger.c.sequence), ledger, owner=owner, id=after)
         if (sequence := connection.scalar(named)) is None:
-            before = select(func.max(ledger.c.sequence)).where(ledger.c.id < after)
-            sequence = connection.scalar(before) or 0
+            return None
         statement = statement.where(ledger.c.sequence > sequence)
     return list(connection.execute(statement.order_by(ledger.c.sequence).limit(limit)).mappings())
 

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from service.db.paging import PAGE_BYTES, Row, Selection, in_batches, that_fit
 from service.errors import ApiError, invalid_request
 from service.strict_json import JSON, LARGE, check_text, compact_json, off_loop, read_object
-from service.upstreams.catalogue_fields import shown
+from service.upstreams.field_values import shown
 from service.web.auth import caller_of
 from service.web.context import context_of, resources_of
 from service.web.field_schemas import OWNER, OptionalBody

@@ -2,7 +2,15 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    create_model,
+)
 
 from service.links import trimmed
 from service.tasks.accept import METADATA_PAIRS, MODEL_CHARS
@@ -25,6 +33,10 @@ def known_pattern(value: str) -> str:
     raise ValueError(
         f"must be *, an event type, or the beginning of some and .*: {', '.join(EVENT_TYPES)}"
     )
+
+
+def whole(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 # No text has a NUL character. A pattern of JSON Schema says so.
@@ -51,6 +63,8 @@ PUBLIC_URL: dict[str, Any] = {
 IMAGE_LINK = r"^\s*([Hh][Tt][Tt][Pp][Ss]?://[^/\s\x00]|[Dd][Aa][Tt][Aa]:|file_|img_)[^\x00]*$"
 Text = Annotated[str, Field(pattern=TEXT["pattern"])]
 ImageLink = Annotated[str, Field(min_length=1, pattern=IMAGE_LINK)]
+# JSON has one kind of number, so that 2.0 is whole.
+Whole = Annotated[int, BeforeValidator(whole)]
 BLANK = {"type": "string", "pattern": r"^[\x01-\x20]*$"}
 TaskCallbackUrl = Annotated[str, WithJsonSchema({"anyOf": [PUBLIC_URL, BLANK]})]
 Metadata = Annotated[
@@ -105,7 +119,7 @@ class Submission(BaseModel):
     size: Text | None = Field(
         None, description="such as 1280x1280 or 16:9, as the model's entry in the catalogue says"
     )
-    n: int | None = Field(None, ge=1)
+    n: Whole | None = Field(None, ge=1)
     negative_prompt: Text | None = None
     prompt_extend: bool | None = None
     image_urls: list[ImageLink] | None = Field(

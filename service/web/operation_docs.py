@@ -36,6 +36,7 @@ FURTHER: Mapping[str, str] = {
     "DELETE /v1/tasks/{task_id}": "409",
     "POST /v1/tasks/{task_id}/reconcile": "409",
     "POST /v1/tasks/{task_id}/resolve": "409",
+    "GET /v1/ledger": "404",
     "GET /v1/credits": "4XX",
     "GET /v1/models": "4XX",
     "POST /v1/endpoints": "422",
@@ -46,7 +47,7 @@ FURTHER: Mapping[str, str] = {
     "GET /images/{image_id}": "410 416",
 }
 # Of operations that have no JSON of their own, or further forms of the answer beside it.
-ANY = {"schema": {}}
+ANY: JSON = {"schema": {}}
 IMAGES = {
     f"image/{kind}": {"schema": {"type": "string", "format": "binary"}}
     for kind in ("png", "jpeg", "webp", "gif", "avif", "bmp")
@@ -203,6 +204,8 @@ def links(spec: "Spec", specs: "tuple[Spec, ...]", operation_id: Any) -> JSON:
     """Links to the operations that take what the answer has."""
     given, made = sources(spec), {}
     for target in specs:
+        if target.path.startswith(THEIRS) and not spec.path.startswith(THEIRS):
+            continue  # another API for the same files
         named = {name: given[name] for name in given if "{" + name + "}" in target.path}
         asked = {
             query: given[QUERIES.get(query, query)]

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from service.ops import logging
-from tests.fuzz.runs import ROLES, fuzzed
+from tests.fuzz.runs import ROLES, Run, fuzzed
 
 
 def main() -> int:
@@ -20,14 +20,23 @@ def main() -> int:
     parser.add_argument("--as", dest="role", choices=ROLES, action="append")
     given, further = parser.parse_known_args()
     logging.configure("json", "error", sys.stderr)
-    status = 0
-    for role in given.role or ROLES:
-        with tempfile.TemporaryDirectory() as folder:
-            run = asyncio.run(fuzzed(Path(folder), role, given.seed, given.examples, further))
-            print(run.text)
-            print(f"{role}, seed {given.seed}: {run.cases} cases, exit {run.status}")
-            status = status or run.status
-    return status
+    roles = given.role or ROLES
+
+    async def run(folder: str) -> list[Run]:
+        starting = asyncio.Lock()
+        return await asyncio.gather(
+            *(
+                fuzzed(Path(folder) / role, role, given.seed, given.examples, starting, further)
+                for role in roles
+            )
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        runs = asyncio.run(run(folder))
+    for role, each in zip(roles, runs, strict=True):
+        print(each.text)
+        print(f"{role}, seed {given.seed}: {each.cases} cases, exit {each.status}")
+    return max(each.status for each in runs)
 
 
 if __name__ == "__main__":

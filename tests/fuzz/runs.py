@@ -4,6 +4,7 @@ import asyncio
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,20 +30,32 @@ class Run:
 
 
 async def fuzzed(
-    folder: Path, role: str, seed: int, examples: int, further: Sequence[str] = (), **settings: Any
+    folder: Path,
+    role: str,
+    seed: int,
+    examples: int,
+    starting: asyncio.Lock,
+    further: Sequence[str] = (),
+    **settings: Any,
 ) -> Run:
-    """`examples`: random cases per operation, beside those of the other phases."""
+    """`examples`: random cases per operation, beside those of the other phases. Migrations of two
+    stores in one process exclude each other: `starting`.
+    """
 
     async def receive(_: Request) -> Response:
         return Response(photo(), media_type="image/png")
 
+    folder.mkdir(parents=True, exist_ok=True)
     receiver = Starlette(routes=[Route("/{path:path}", receive, methods=["GET", "POST"])])
     limits = {"max_endpoints": 10_000, "submit_give_up_s": 5}
-    async with answering(receiver) as url, world(folder, **limits | settings) as here:
+    async with AsyncExitStack() as stack:
+        url = await stack.enter_async_context(answering(receiver))
+        async with starting:
+            here = await stack.enter_async_context(world(folder, **limits | settings))
         key = ADMIN_KEY if role == "admin" else await users_key(here)
         command = [
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{here.url}/openapi.json"),
-            *("--header", f"Authorization: Bearer {key}", "--checks", "all"),
+            *("--header", f"Authorization: Bearer {key}"),
             *(
                 "--seed",
                 str(seed),
@@ -50,7 +63,7 @@ async def fuzzed(
                 str(examples),
                 *("--generation-database", "none"),
             ),
-            *("--workers", "2", "--continue-on-failure", "--suppress-health-check", "all"),
+            *("--workers", "1", "--continue-on-failure", "--suppress-health-check", "all"),
             *("--request-timeout", "30", "--no-color", "--no-shrink", *further),
         ]
         environment = clean_environment(

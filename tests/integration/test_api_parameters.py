@@ -121,7 +121,7 @@ async def test_a_time_that_is_none_is_refused_by_name(
 
 @pytest.mark.parametrize("path", LISTS)
 async def test_every_list_is_limited_by_owner_and_time(still: World, path: str) -> None:
-    """An admin names any owner. The end must not come before the beginning."""
+    """An admin names any owner. Between a time and an earlier one there is nothing."""
     past, future = "2001-01-01T00:00:00Z", "2099-01-01T00:00:00Z"
     name = f"lists{path.replace('/', '-')}"
     async with still.owner(name=name) as client:
@@ -138,7 +138,7 @@ async def test_every_list_is_limited_by_owner_and_time(still: World, path: str) 
         found = got(await still.client.get(path, params=query))["data"]
         assert len(found) == (0 if path == "/v1/deliveries" else count), query
     answer = await still.client.get(path, params={"since": future, "until": past})
-    refused(answer, 400, "invalid_request", param="since")
+    assert got(answer)["data"] == []
 
 
 @pytest.mark.parametrize("path", LISTS[:3])

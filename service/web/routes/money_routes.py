@@ -12,13 +12,13 @@ from starlette.responses import JSONResponse, Response
 
 from service.credits import credits_number, millionths
 from service.db.paging import Row, Selection
-from service.errors import invalid_request
+from service.errors import ApiError, invalid_request
 from service.ids import rfc3339
 from service.strict_json import JSON
 from service.tasks import usage
 from service.tasks.budgets import Budget, BudgetState, budget_states, set_budgets
 from service.tasks.usage import GROUPS, MAX_KEYS, UsageFilter, figures_document
-from service.upstreams.catalogue_fields import shown
+from service.upstreams.field_values import shown
 from service.web.bodies import page, query_limit, query_owner, query_text, query_time, read_model
 from service.web.context import resources_of
 from service.web.field_schemas import OWNER
@@ -38,6 +38,9 @@ async def entries(request: Request) -> Response:
     after = query_text(request, "after", pattern=ENTRY_ID, such_as="the id of an entry")
     store = resources_of(request).store
     rows = await store.read(usage.ledger_entries, owner, task, after, limit + 1)
+    if rows is None:
+        message = "after: no entry of yours has that id"
+        raise ApiError(404, "entry_not_found", message, param="after")
     cursor = rows[limit - 1]["id"] if len(rows) > limit else None
     data = [entry_document(row) for row in rows[:limit]]
     return JSONResponse({"data": data, "next_cursor": cursor})

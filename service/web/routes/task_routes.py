@@ -20,7 +20,7 @@ from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State
 from service.tasks.waits import attempted, ended, wait_for
 from service.upkeep.retention import erase
-from service.upstreams.catalogue_fields import shown as named
+from service.upstreams.field_values import shown as named
 from service.web.auth import caller_of
 from service.web.bodies import MAX_BODY, Position, page, parsed, query_text, read_body
 from service.web.context import context_of, resources_of

@@ -15,8 +15,8 @@ from service.ids import rfc3339
 from service.links import data_of, is_data
 from service.strict_json import JSON
 from service.tasks.files import FileRow, file_rows, select_files
-from service.upstreams.catalogue_fields import shown as named
 from service.upstreams.catalogue_images import COMMON
+from service.upstreams.field_values import shown as named
 from service.web.auth import caller_of
 from service.web.bodies import parsed, read_body, read_model, validated
 from service.web.context import context_of, resources_of
