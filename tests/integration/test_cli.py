@@ -167,6 +167,8 @@ def test_the_table_of_commands_is_whole(run: Run) -> None:
         ("keys", "create", "--owner", "x", "--scopes", "everything"),
         ("sandbox", "--fault", "nonsense=1"),
         ("sandbox", "--fault", "delay"),
+        ("sandbox", "--price", "-1"),
+        ("sandbox", "--price", "cheap"),
         ("sandbox", "--allow-networks", "127.0.0.1/8"),
         ("serve", "--sandbox", "--no-worker"),
         ("serve", "--port", "70000"),

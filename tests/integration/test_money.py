@@ -3,13 +3,15 @@
 import csv
 import io
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.api import SUBMIT, UNTIL_DONE, got, order, refused, submitted
+from tests.api import SUBMIT, UNTIL_DONE, got, listed, order, refused, submitted
 from tests.integration.test_openapi import check
 from tests.world import World, world
 
@@ -201,6 +203,28 @@ async def test_a_submission_over_the_budget_is_refused_with_the_figures(own: Wor
         assert event["data"]["owner"] == "thrifty"
         await set_budget(own, "thrifty", None)
         await submitted(client, UNTIL_DONE, n=2)
+
+
+@pytest.mark.parametrize("unpriced", [None, "allow"])
+async def test_a_model_without_a_price_needs_the_setting_under_a_budget(
+    own: World, tmp_path: Path, unpriced: str | None
+) -> None:
+    async with AsyncExitStack() as stack:
+        here = own
+        if unpriced is not None:
+            here = await stack.enter_async_context(world(tmp_path, unpriced=unpriced))
+        client = await stack.enter_async_context(here.owner(name="unpriced"))
+        await set_budget(here, "unpriced", 1)
+        answer = await client.post(SUBMIT, json=order(model="gpt-image-2", size="1:1"))
+        if unpriced is None:
+            error = refused(answer, 402, "budget_exceeded")
+            assert "no price of the model, and DARKROOM_UNPRICED is refuse" in error["message"]
+            assert await listed(client) == []
+            return
+        await here.ended(got(answer)["id"])
+        (budget,) = got(await client.get("/v1/budgets"))["data"]
+        assert (budget["spent"], budget["left"]) == (1.5, -0.5)
+        refused(await client.post(SUBMIT, json=order(model="gpt-image-2", size="1:1")), 402)
 
 
 async def test_an_estimate_shows_the_callers_budget(own: World) -> None:

@@ -218,6 +218,8 @@ def test_the_flags_of_the_command_combine_and_repeat(tmp_path: Path) -> None:
         "7",
         "--delay",
         "0",
+        "--price",
+        "0.3",
         "--fault",
         "fail=service_error",
         "--fault",
@@ -239,6 +241,7 @@ def test_the_flags_of_the_command_combine_and_repeat(tmp_path: Path) -> None:
                 task = client.post(
                     "/v1/images/generations", json=ORDER | {"prompt": str(number)}
                 ).json()
+                assert task["usage"]["credits_reserved"] == 0.3
                 answers = [client.get(f"/v1/tasks/{task['id']}") for _ in range(2)]
                 told.append((task["id"], answers[0].status_code, answers[1].json()["status"]))
             runs.append(told)
