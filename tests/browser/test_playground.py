@@ -86,7 +86,7 @@ async def test_a_form_that_comes_back_pays_once(browser: Browser, here: World) -
     async with person(browser, here, java_script_enabled=False) as page:
         await page.goto(PLAYGROUND)
         await page.locator("#prompt").fill("once")
-        key = await page.locator("[name=idempotency_key]").input_value()
+        key = await page.locator("#order [name=idempotency_key]").input_value()
         await page.get_by_role("button", name="Send").locator("visible=true").click()
         await page.wait_for_url("**?task=*")
         first = page.url

@@ -142,9 +142,8 @@ def page_headers(request: Request, response: Response) -> dict[str, str]:
         "X-Content-Type-Options": "nosniff",
         "X-Frame-Options": "DENY",
     }
-    if response.media_type == "text/html":
-        headers["Cache-Control"] = response.headers.get("cache-control", "no-store")
-    elif "content-security-policy" in response.headers:
+    headers["Cache-Control"] = response.headers.get("cache-control", "no-store")
+    if "content-security-policy" in response.headers:  # of a file, which runs nothing at all
         del headers["Content-Security-Policy"]
     return headers
 
