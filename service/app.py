@@ -169,6 +169,7 @@ async def running(
         brokers = open_sinks(settings) if role.workers else []
         broker_workers = {broker.name: BrokerWorker(resources, broker) for broker in brokers}
         upstream, gate = resources.upstreams[DEFAULT_UPSTREAM], PriorityGate()
+        resources.store.give_way = gate.give_way
         breaker = AccountBreaker(resources, upstream, settings.submit_schedule)
         work = stages(settings, resources, breaker, validator) if role.workers else []
         after_commit = partial(log_committed, metrics=metrics)

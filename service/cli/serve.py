@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from service.app import Role
     from service.settings import Settings
 
+SWITCH_S = 0.0005
 Host = Annotated[Text, option("Address to listen on (DARKROOM_HOST).")]
 Port = Annotated[
     int | None,
@@ -101,12 +102,17 @@ def bound_settings(settings: "Settings", given: dict[str, Any]) -> "tuple[Settin
 
 def run(settings: "Settings", work: "Callable[[asyncio.Event], Coroutine[Any, Any, None]]") -> None:
     """Runs `work` on uvloop. SIGTERM and SIGINT set the event that it is given."""
+    import sys
+
     import uvloop
 
     from service.ops import logging
     from service.web.server import stopping
 
     logging.configure(settings.log_format, settings.log_level)
+    # A callback waits for the interpreter several times, each time for at most so long behind the
+    # threads that read the store.
+    sys.setswitchinterval(SWITCH_S)
 
     async def until_stopped() -> None:
         with stopping() as stop:

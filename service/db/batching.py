@@ -86,6 +86,7 @@ class BatchingStore(ABC):
         self._wake = asyncio.Event()
         self._closing = False
         self.busy = 0  # committers with a batch in hand
+        self.give_way: Callable[[], None] = lambda: None  # called by threads with a long read
 
     @abstractmethod
     def transaction(self) -> AbstractAsyncContextManager[Run]:

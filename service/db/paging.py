@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sqlalchemy import RowMapping, Select, and_, or_
+from sqlalchemy import Connection, RowMapping, Select, and_, or_
 
 Row = RowMapping | Mapping[str, Any]
 After = tuple[int, str] | None  # time and id of the last row of the page before
@@ -49,17 +49,25 @@ def page(statement: Select[Any], table: Any, wanted: Selection) -> Select[Any]:
     return statement.order_by(created.desc(), key.desc()).limit(wanted.limit)
 
 
+def courtesy(connection: Connection) -> Callable[[], None]:
+    """What a long read calls now and then: it returns once no urgent work is in hand."""
+    give_way: Callable[[], None] = connection.info.get("give_way", lambda: None)
+    return give_way
+
+
 def in_batches(
     read: Callable[[Key, int], Sequence[Item]],
     key: Callable[[Item], Key],
     size: Callable[[Item], int],
     after: Key,
     limit: int,
+    give_way: Callable[[], None] = lambda: None,
 ) -> Iterator[Item]:
     """At most `limit` items after a key. `read` takes a key and a number of rows. Rows are read a
-    few at a time: each may have a MiB, which is up to 20 MiB while it is an object of Python.
+    few at a time: each may have a MiB, which is up to 20 MiB while it is an object of Python. After
+    each `BATCH_BYTES`, the thread gives way to more urgent work.
     """
-    count = FIRST
+    count, since = FIRST, 0
     while limit > 0:
         count = min(count, limit)
         items = read(after, count)
@@ -67,7 +75,12 @@ def in_batches(
         if len(items) < count:
             return
         after, limit = key(items[-1]), limit - count
-        count = max(1, min(BATCH, BATCH_BYTES * count // max(1, sum(map(size, items)))))
+        read_bytes = sum(map(size, items))
+        count = max(1, min(BATCH, BATCH_BYTES * count // max(1, read_bytes)))
+        since += read_bytes
+        if since >= BATCH_BYTES:
+            since = 0
+            give_way()
 
 
 def that_fit(

@@ -184,6 +184,7 @@ class SqliteStore(BatchingStore):
         def run() -> Result:
             try:
                 with self._reading.begin() as connection:
+                    connection.info["give_way"] = self.give_way
                     return query(connection, *args, **kwargs)
             except DatabaseError as error:
                 self._note_damage(error)

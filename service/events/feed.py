@@ -9,7 +9,7 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, Connection, func, or_, select
 
 from service.db.batching import BatchingStore
-from service.db.paging import PAGE_BYTES, Row, in_batches, matching, that_fit
+from service.db.paging import PAGE_BYTES, Row, courtesy, in_batches, matching, that_fit
 from service.db.tables import counters, events
 from service.events.documents import event_document
 from service.links import Links
@@ -75,7 +75,8 @@ def event_list(
         some = statement.where(events.c.sequence > place).limit(count)
         return [_entry(row, links) for row in connection.execute(some).mappings()]
 
-    found = in_batches(read, attrgetter("sequence"), size_of, after, limit)
+    place_of = attrgetter("sequence")
+    found = in_batches(read, place_of, size_of, after, limit, courtesy(connection))
     entries, cut = that_fit(found, size_of, most)
     full = cut or len(entries) == limit
     place = entries[-1].sequence if full else max(last, after)

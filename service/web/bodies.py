@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from service.db.paging import PAGE_BYTES, Row, Selection, in_batches, that_fit
+from service.db.paging import PAGE_BYTES, Row, Selection, courtesy, in_batches, that_fit
 from service.errors import ApiError, invalid_request
 from service.strict_json import JSON, LARGE, check_text, compact_json, off_loop, read_object
 from service.upstreams.field_values import shown
@@ -237,7 +237,8 @@ async def page(
             items = rows(connection, replace(first, after=after, limit=count))
             return [(position(item), compact_json(shown(item)).encode()) for item in items]
 
-        found = in_batches(some, lambda item: item[0], size, first.after, limit + 1)
+        polite = courtesy(connection)
+        found = in_batches(some, lambda item: item[0], size, first.after, limit + 1, polite)
         return that_fit(found, size, PAGE_BYTES)
 
     items, more = await resources_of(request).store.read(read)

@@ -41,11 +41,15 @@ class LogSampler:
 
 # --- callbacks before clients and workers ---
 
-# Requests that begin in one turn of the event loop: as many callbacks fit into one commit.
+# Requests that begin in one turn of the event loop: as many callbacks as fit into one commit. A
+# client's request takes up to a millisecond, and a callback needs several turns. So few of clients
+# begin in one turn, and one while a callback is in hand.
 BEGIN_PER_TURN = 100
+CLIENTS_PER_TURN = 4
 MAX_COMMITTING = 200  # callbacks, beyond which further ones wait in the queue
 MAX_QUEUED = 5000  # callbacks, beyond which each one gets 503 at once, and the upstream retries it
-WORKER_WAIT_S = 0.25  # at most, as a flood of callbacks must not stop the workers
+# At most, as a flood of callbacks must not stop the workers and the readers.
+WORKER_WAIT_S, READER_WAIT_S, READER_LOOK_S = 0.25, 0.05, 0.001
 
 
 class PriorityGate:
@@ -62,7 +66,7 @@ class PriorityGate:
         self._committing = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        self._begun = 0  # in this turn of the loop
+        self._begun = Counter[bool]()  # callbacks and others, in this turn of the loop
         self._scheduled = False
         self._queues: dict[bool, deque[Callable[[], None]]] = {True: deque(), False: deque()}
 
@@ -75,15 +79,16 @@ class PriorityGate:
         queue = self._queues[callback]
         admitted = not queue and self._room(callback=callback) > 0
         if admitted:
-            self._begun += 1
+            self._begun[callback] += 1
         else:
             queue.append(begin)
         self._schedule()
         return admitted
 
     def _room(self, *, callback: bool) -> int:
-        room = BEGIN_PER_TURN - self._begun
-        return min(room, MAX_COMMITTING - self._committing) if callback else room
+        room = BEGIN_PER_TURN - self._begun.total()
+        others = (1 if self.callbacks else CLIENTS_PER_TURN) - self._begun[False]
+        return min(room, MAX_COMMITTING - self._committing if callback else others)
 
     def _schedule(self) -> None:
         if not self._scheduled:
@@ -91,11 +96,11 @@ class PriorityGate:
             asyncio.get_running_loop().call_soon(self._next_turn)
 
     def _next_turn(self) -> None:
-        self._scheduled, self._begun = False, 0
+        self._scheduled, self._begun = False, Counter()
         for callback, queue in self._queues.items():
             count = min(len(queue), self._room(callback=callback))
             if count > 0:
-                self._begun += count
+                self._begun[callback] += count
                 self._schedule()  # first: if a `begin` raises, the next turn goes on behind it
                 for _ in range(count):
                     queue.popleft()()
@@ -130,6 +135,12 @@ class PriorityGate:
             with suppress(TimeoutError):
                 async with asyncio.timeout(WORKER_WAIT_S):
                     await self._idle.wait()
+
+    def give_way(self) -> None:
+        """The same for a thread, which would take the interpreter from callbacks."""
+        end = time.monotonic() + READER_WAIT_S
+        while self.callbacks and time.monotonic() < end:
+            time.sleep(READER_LOOK_S)
 
 
 # --- load shedding of clients ---

@@ -25,7 +25,7 @@ KEEP_ALIVE_S = 75
 OPEN_MAX = 10_240  # macOS accepts no higher limit, even without a hard limit
 
 BACKLOG = 16_384  # the kernel lowers it to `net.core.somaxconn`
-ACCEPT_PER_TURN = 500  # about 50 ms
+ACCEPT_PER_TURN = 100  # about 10 ms, and as many callbacks as fit into one commit
 SPARE_DESCRIPTORS = 512  # for files and outgoing connections, half of a small limit
 RETRY_S = 0.1  # after which descriptors may be free again
 # Slow connections that end for new ones, and the seconds between two looks for them.

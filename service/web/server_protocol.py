@@ -5,17 +5,23 @@ import fcntl
 import termios
 from array import array
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import httptools
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from service.web.key_shares import SLOW_S, address_of
 from service.web.overload import PriorityGate
+from service.web.request_parser import RequestParser
 
 MAX_HEAD = 64 * 1024  # bytes, plus the rest of one read, at most 256 KiB
+MAX_HEADERS = 100
+# Of one read. What follows is parsed once the requests in it are answered.
+SLICE = 4096  # bytes
 HEAD_S = 10.0
 # A reader that takes nothing for so long is gone. The server looks a few times in between.
 WRITE_S, LOOKS = 30.0, 6
@@ -34,35 +40,23 @@ def unsent(transport: asyncio.Transport) -> int:
     return transport.get_write_buffer_size() + in_kernel[0]
 
 
-class RequestParser(httptools.HttpRequestParser):
-    """Reads a request that offers to upgrade the connection as one without the offer (RFC 9110,
-    7.8). Java's HttpClient offers h2c with every plain request.
-
-    httptools treats what follows the head of such a request as another protocol and drops the body.
-    So the parser gets the head again without `Upgrade`, and then what follows.
+class PipelineFlow(FlowControl):
+    """Reads nothing while requests of the connection wait behind one that is not answered. A client
+    may send thousands of them at once.
     """
 
     def __init__(self, protocol: "BoundedProtocol") -> None:
-        super().__init__(protocol)
+        super().__init__(protocol.transport)
         self._protocol = protocol
 
-    def feed_data(self, data: bytes | memoryview) -> None:  # type: ignore[override] # of uvicorn
-        rest = memoryview(data)
-        while True:
-            try:
-                super().feed_data(rest)
-            except httptools.HttpParserUpgrade as offer:
-                if self.get_method() == b"CONNECT":
-                    raise httptools.HttpParserError("a tunnel is no request") from None
-                super().feed_data(self._protocol.head_without_offer())
-                rest = rest[offer.args[0] :]
-            else:
-                return
+    def resume_reading(self) -> None:
+        if not self._protocol.pipelined:
+            super().resume_reading()
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Limits a request's head in bytes (400) and in seconds (the connection ends), and the seconds
-    in which a reader of a response takes nothing.
+    """Limits a request's head in bytes and headers (400) and in seconds (the connection ends), and
+    the seconds in which a reader of a response takes nothing.
 
     A connection without a first byte lasts as long as an idle one. At a stop, a connection still
     gets the answer to the request that it was opened for.
@@ -81,12 +75,16 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None  # set while a head is incomplete
         self._stopping = False
         self._queued = b""  # the beginning of a request that waits at the gate
+        self._admitted = False  # the gate has let the request in whose head is read
+        self._behind = b""  # what follows requests that are not answered
+        self._problem: str | None = None  # of the request's head
         self._answered: Any = None  # the request whose answer is in progress, or was the last
         self._write_timer: asyncio.TimerHandle | None = None  # set while the reader is behind
         self._since = self.loop.time()  # the last request, or the beginning of the next one
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         super().connection_made(transport)
+        self.flow = PipelineFlow(self)
         self.address = address_of(self.client)
         self._start_idle_timer()
 
@@ -100,9 +98,22 @@ class BoundedProtocol(HttpToolsProtocol):
             self._answered.disconnected = True
             self._answered.message_event.set()
 
+    @property
+    def pipelined(self) -> bool:
+        return bool(self.pipeline or self._behind)
+
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answered = cycle
-        super()._start_asgi_task(cycle, app)
+        begin = partial(self._start_admitted, cycle, app)
+        admitted, self._admitted = self._admitted, False
+        scope = cycle.scope
+        callback = scope["method"] == "POST" and scope["path"].startswith("/callbacks/")
+        if admitted or self._gate.admit(begin, callback=callback):
+            super()._start_asgi_task(cycle, app)
+
+    def _start_admitted(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if not cycle.disconnected:
+            super()._start_asgi_task(cycle, app)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -144,11 +155,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._queued:
             self._queued += data
-        elif (
-            self._head_timer
-            or not self._idle
-            or self._gate.admit(self._begin, callback=data.startswith(CALLBACK))
-        ):
+        elif self._behind:
+            self._behind += data
+        elif self._head_timer or not self._idle:
+            self._read(data)
+        elif self._gate.admit(self._begin, callback=data.startswith(CALLBACK)):
+            self._admitted = True
             self._read(data)
         else:
             self._queued = data
@@ -159,6 +171,7 @@ class BoundedProtocol(HttpToolsProtocol):
         data, self._queued = self._queued, b""
         if not self.transport.is_closing():
             self.transport.resume_reading()
+            self._admitted = True
             self._read(data)
 
     @property
@@ -168,7 +181,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _read(self, data: bytes) -> None:
         timer = self._head_timer
-        super().data_received(data)
+        for start in range(0, len(data), SLICE):
+            if self.pipeline or self.transport.is_closing():
+                self._behind = data[start:]
+                break
+            super().data_received(data[start : start + SLICE])
         if self._head_timer is not None and self._head_timer is timer:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD:
@@ -183,6 +200,12 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             self._watch_writing()
         super().on_response_complete()
+        if self.transport.is_closing():
+            return
+        if self._behind and not self.pipeline:
+            data, self._behind = self._behind, b""
+            self._read(data)
+        self.flow.resume_reading()
 
     def _start_idle_timer(self) -> None:
         self.timeout_keep_alive_task = self.loop.call_later(
@@ -210,6 +233,15 @@ class BoundedProtocol(HttpToolsProtocol):
         self._since = self.loop.time()
         self._end_head()  # of the same request with its offer to upgrade
         self._head_bytes, self._head_timer = 0, self.loop.call_later(HEAD_S, self._close_if_idle)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(self.headers) >= MAX_HEADERS:
+            self._problem = f"The request has more than {MAX_HEADERS} headers."
+            raise httptools.HttpParserError(self._problem)
+        super().on_header(name, value)
+
+    def send_400_response(self, msg: str) -> None:
+        super().send_400_response(self._problem or msg)
 
     def _should_upgrade(self) -> bool:
         """uvicorn asks only if a request offers it, and then leaves the request to the parser."""

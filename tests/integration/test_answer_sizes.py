@@ -1,6 +1,7 @@
 """An answer is bounded in bytes as well as in rows, and goes on with a cursor."""
 
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 import httpx
@@ -200,3 +201,40 @@ def test_large_rows_are_read_one_by_one() -> None:
     assert batches([], 10, 1) == ([], [2], False)
     assert batches([5, 5, 5], 3, 100) == ([5, 5, 5], [2, 1], False)
     assert batches([5, 5, 5], 3, 10) == ([5, 5], [2, 1], True)
+
+
+def test_a_long_read_gives_way_after_each_quarter_of_a_mebibyte() -> None:
+    """A short one does not."""
+    for size, number, expected in ((MIB, 3, 2), (100_000, 9, 2), (1000, 200, 0)):
+        given: list[int] = []
+
+        def read(after: int, count: int, number: int = number) -> list[int]:
+            return list(range(after, min(number, after + count)))
+
+        def place(item: int) -> int:
+            return item + 1
+
+        def size_of(_: int, size: int = size) -> int:
+            return size
+
+        taken = list(in_batches(read, place, size_of, 0, 1000, partial(given.append, 1)))
+        assert taken == list(range(number))
+        assert len(given) == expected
+
+
+async def test_a_long_read_of_the_store_gives_way(
+    still: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of tasks and a page of events."""
+    store, given = still.context.resources.store, list[int]()
+    assert store.give_way == still.context.gate.give_way
+    monkeypatch.setattr(store, "give_way", partial(given.append, 1))
+    async with still.owner() as client:
+        for _ in range(3):
+            task = await submitted(client, note="x" * 400_000)
+            got(await client.post(f"/v1/tasks/{task['id']}/cancel"))
+            await store.write(grow_events, (task["id"], "x" * 400_000))
+        for path in ("/v1/tasks", "/v1/events"):
+            given.clear()
+            got(await client.get(path))
+            assert given

@@ -2,6 +2,9 @@
 
 import asyncio
 import time
+from contextlib import nullcontext
+from functools import partial
+from itertools import pairwise
 
 import pytest
 
@@ -66,3 +69,38 @@ async def test_callbacks_wait_in_the_queue_while_too_many_commit(
         assert (begun, gate.queued_callbacks) == ([], 2)
     await wait_until(lambda: begun == ["first", "second"])
     assert gate.admit(lambda: begun.append("third"), callback=True)
+
+
+@pytest.mark.parametrize("in_hand", [False, True], ids=["no callback", "a callback"])
+async def test_few_requests_of_clients_begin_in_one_turn(in_hand: bool) -> None:
+    """A callback needs several turns of the loop, so that it would wait for all of them each time.
+    Others go on in the order in which they came.
+    """
+    gate, begun, turns = PriorityGate(), list[int](), list[int]()
+    with gate.callback() if in_hand else nullcontext():
+        for number in range(9):
+            if gate.admit(partial(begun.append, number), callback=False):
+                begun.append(number)
+        while len(begun) < 9:
+            turns.append(len(begun))
+            await asyncio.sleep(0)
+        assert begun == list(range(9))
+    steps = {after - before for before, after in pairwise(turns)}
+    assert max(steps) == turns[0] == (1 if in_hand else overload.CLIENTS_PER_TURN)
+
+
+async def test_a_thread_with_a_long_read_gives_way_to_callbacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Until none is in hand, or for its longest wait."""
+    monkeypatch.setattr(overload, "READER_WAIT_S", 60)
+    gate = PriorityGate()
+    await asyncio.to_thread(gate.give_way)
+    with gate.callback():
+        reading = asyncio.create_task(asyncio.to_thread(gate.give_way))
+        await asyncio.sleep(0.02)
+        assert not reading.done()
+    await reading
+    monkeypatch.setattr(overload, "READER_WAIT_S", 0.01)
+    with gate.callback():
+        await asyncio.to_thread(gate.give_way)
