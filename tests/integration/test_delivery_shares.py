@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -23,7 +24,7 @@ from tests.world import Received, World, subscriber, world
 
 pytestmark = pytest.mark.slow
 
-SILENT, EVENTS, ROUNDS = 1000, 3, 100
+SILENT, EVENTS, ROUNDS, MEASURED = 1000, 3, 5, 50
 
 
 @asynccontextmanager
@@ -58,57 +59,75 @@ async def subscribe(here: World, owner: str, url: str, count: int) -> None:
     )
 
 
+class Arrivals:
+    """When the subscriber got each event."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, float] = {}
+        self.seen = asyncio.Event()
+
+    def answer(self, _: int, request: Received) -> Response:
+        self.times[request.headers["webhook-id"]] = time.perf_counter()
+        self.seen.set()
+        return Response(status_code=204)
+
+
 class Timed:
     """Times from an event of one owner to its arrival."""
 
-    def __init__(self, here: World, owner: str) -> None:
+    def __init__(self, here: World, owner: str, arrivals: Arrivals) -> None:
         self._store: BatchingStore = here.context.resources.store
         self._owner = owner
-        self._arrived: dict[str, float] = {}
-        self._seen = asyncio.Event()
-
-    def answer(self, _: int, request: Received) -> Response:
-        self._arrived[request.headers["webhook-id"]] = time.perf_counter()
-        self._seen.set()
-        return Response(status_code=204)
+        self._arrivals = arrivals
 
     async def p99(self) -> float:
         times = []
-        for _ in range(ROUNDS):
+        for _ in range(MEASURED):
             began = time.perf_counter()
             (event,) = await emitted(self._store, 1, owner=self._owner)
             async with asyncio.timeout(30):
-                while event not in self._arrived:
-                    self._seen.clear()
-                    await self._seen.wait()
-            times.append(self._arrived[event] - began)
-        return sorted(times)[ROUNDS * 99 // 100 - 1]
+                while event not in self._arrivals.times:
+                    self._arrivals.seen.clear()
+                    await self._arrivals.seen.wait()
+            times.append(self._arrivals.times[event] - began)
+        return sorted(times)[MEASURED * 99 // 100 - 1]
 
 
 @pytest.mark.parametrize("attackers", [1, 10])
 async def test_a_thousand_silent_endpoints_delay_no_other_owners_delivery(
     tmp_path: Path, attackers: int
 ) -> None:
-    """The 99th percentile of another owner stays within twice that without the silent endpoints,
-    or within the noise of a busy machine. Without shares it was the timeout of an attempt.
+    """The 99th percentile of another owner stays within twice that of a service without the silent
+    endpoints, which is measured in turns with it. Without shares it is the timeout of an attempt.
     """
-    async with (
-        silence() as (silent, held),
-        subscriber() as shop,
-        world(tmp_path, delivery_timeout_s=60) as here,
-    ):
-        timed = Timed(here, "victim")
-        shop.answer = timed.answer
-        await subscribe(here, "victim", f"{shop.url}/", 1)
-        await timed.p99()  # the first requests open connections
-        before = await timed.p99()
+    async with AsyncExitStack() as stack:
+        shop = await stack.enter_async_context(subscriber())
+        silent, held = await stack.enter_async_context(silence())
+        calm, here = [
+            await stack.enter_async_context(world(tmp_path / name, delivery_timeout_s=60))
+            for name in ("calm", "attacked")
+        ]
+        arrivals = Arrivals()
+        shop.answer = arrivals.answer
+        timed = [Timed(each, "victim", arrivals) for each in (calm, here)]
+        for each in (calm, here):
+            await subscribe(each, "victim", f"{shop.url}/", 1)
         for number in range(attackers):
             await subscribe(here, f"attacker-{number}", silent, SILENT // attackers)
             await emitted(here.context.resources.store, EVENTS, owner=f"attacker-{number}")
         await wait_until(lambda: len(held) >= DELIVERIES // 5)
-        during = await timed.p99()
-        assert during <= max(2 * before, 0.3), (before, during)
+        for one in timed:
+            await one.p99()  # the first requests open connections
+        rounds: list[tuple[float, float]] = []
+        while len(rounds) < ROUNDS or (len(rounds) < 3 * ROUNDS and slowdown(rounds) > 2):
+            without, attacked = [await one.p99() for one in timed]
+            rounds.append((without, attacked))
+        assert slowdown(rounds) <= 2, rounds
         assert len(held) <= DELIVERIES * (1 - 0.8**attackers) + attackers
+
+
+def slowdown(rounds: Sequence[tuple[float, float]]) -> float:
+    return median(during / before for before, during in rounds)
 
 
 async def test_an_owner_has_a_limited_number_of_endpoints(tmp_path: Path) -> None:
