@@ -1,34 +1,70 @@
-"""The service under attack: a real process on a sandbox upstream, with an attacker's and a victim's
-key, and a stream of callbacks whose times are measured.
+"""The service under attack: a real process with an upstream, an attacker's key, a victim's key, and
+callbacks whose times are measured.
 """
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+import json
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
 
 from service.signing import Keyring
-from tests.api import ASYNC, SUBMIT, order
-from tests.processes import ADMIN_KEY, Running, sandbox, service_settings, started
+from tests.api import got, submitted
+from tests.environment import ROOT, clean_environment
+from tests.processes import ADMIN_KEY, Running, service_settings, started
+from tests.upstream import Upstream
+from tests.waiting import wait_until
+from tests.world import answering
 
 SECRET_KEY = "the secret key of the attack has 32 bytes or more"
 MIB = 1 << 20
+CALLBACKS = 100  # of one measurement, the slowest but one of which is its p99
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Pulse:
+    """Callbacks from a process of their own."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    async def times(self, count: int = CALLBACKS) -> list[float]:
+        """The milliseconds of so many callbacks, one after another."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(b"%d\n" % count)
+        made: list[float] = json.loads(await self._process.stdout.readline())
+        return made
+
+    async def p99(self) -> float:
+        return sorted(await self.times())[CALLBACKS * 99 // 100 - 1]
 
 
 @dataclass(slots=True)
 class Target:
+    """`upstream` runs in the process of the test."""
+
     running: Running
     folder: Path
+    upstream: Upstream
     admin: httpx.AsyncClient
     attacker: httpx.AsyncClient
     victim: httpx.AsyncClient
     stranger: httpx.AsyncClient
+    pulse: Pulse
     waiting: dict[str, Any] = field(default_factory=dict)  # the task whose callbacks are measured
+    image: str = ""  # the path of a large one
+    idle: int = 0  # resident memory before any attack
+
+    @property
+    def pid(self) -> int:
+        return self.running.process.pid
 
     @property
     def address(self) -> tuple[str, int]:
@@ -41,9 +77,7 @@ class Target:
         return "\r\n".join([f"{request} HTTP/1.1", "host: x", *own, *lines, "", ""]).encode()
 
     @asynccontextmanager
-    async def connections(
-        self, count: int, request: bytes
-    ) -> AsyncIterator[list[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]:
+    async def connections(self, count: int, request: bytes) -> AsyncIterator[list[Streams]]:
         """So many connections on which this request was sent, and of which nothing is read."""
         async with AsyncExitStack() as stack:
             made = []
@@ -54,65 +88,116 @@ class Target:
                 made.append((reader, writer))
             yield made
 
+    @asynccontextmanager
+    async def flood(self, count: int, *requests: bytes) -> AsyncIterator[None]:
+        """So many connections, each of which asks again as soon as it has its answer."""
+
+        async def ask(request: bytes) -> None:
+            while True:  # a connection that the service ends is opened again
+                with suppress(OSError, asyncio.IncompleteReadError):
+                    reader, writer = await asyncio.open_connection(*self.address)
+                    try:
+                        while True:
+                            writer.write(request)
+                            await whole_answer(reader)
+                    finally:
+                        writer.close()
+
+        asking = [asyncio.create_task(ask(requests[i % len(requests)])) for i in range(count)]
+        try:
+            yield
+        finally:
+            for each in asking:
+                each.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+
+    def above_idle(self) -> float:
+        """The MiB of resident memory that the process has taken since it was idle."""
+        return (self.resident() - self.idle) / MIB
+
     def resident(self) -> int:
-        """The resident memory of the process in bytes."""
-        status = Path(f"/proc/{self.running.process.pid}/status").read_text(encoding="ascii")
+        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
         return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+
+    def held(self, connections: Sequence[Streams]) -> int:
+        """How many of these connections the service has not closed."""
+        ours = {f"{writer.get_extra_info('sockname')[1]:04X}" for _, writer in connections}
+        table = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+        rows = (line.split()[1:4] for line in table)
+        mine = f":{self.address[1]:04X}"
+        return sum(
+            here.endswith(mine) and there.partition(":")[2] in ours and state == "01"
+            for here, there, state in rows
+        )
 
     def processor_s(self) -> float:
         """The processor time of the process so far."""
-        fields = Path(f"/proc/{self.running.process.pid}/stat").read_text(encoding="ascii")
+        fields = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii")
         return sum(map(int, fields.rpartition(") ")[2].split()[11:13])) / 100
 
-    async def callback(self) -> float:
-        """The seconds of one callback."""
-        task_id = self.waiting["id"]
+    def callback_path(self, task_id: str) -> str:
         token = Keyring([SECRET_KEY.encode()]).callback_token("evolink", task_id)
-        body = {"id": self.waiting["upstream_id"], "status": "processing"}
-        began = time.perf_counter()
-        answer = await self.stranger.post(f"/callbacks/evolink/{task_id}/{token}", json=body)
-        assert answer.status_code == 200, answer.text
-        return time.perf_counter() - began
+        return f"/callbacks/evolink/{task_id}/{token}"
 
-    async def callbacks_p99(self, seconds: float) -> float:
-        """Of callbacks that are sent one after another."""
-        end, took = time.perf_counter() + seconds, list[float]()
-        while time.perf_counter() < end:
-            took.append(await self.callback())
-        return sorted(took)[int(len(took) * 0.99)]
+    async def upstream_id(self, client: httpx.AsyncClient, task_id: str) -> str:
+        async def known() -> Any:
+            return got(await client.get(f"/v1/tasks/{task_id}"))["upstream_id"]
+
+        return str(await wait_until(known))
+
+
+async def whole_answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    """The status and the body of an answer whose head names its length."""
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    length = head.partition(b"content-length: ")[2].partition(b"\r\n")[0]
+    return int(head.split()[1]), await reader.readexactly(int(length or 0))
+
+
+def ratio(pairs: Sequence[tuple[float, float]]) -> float:
+    """The median over rounds, each of which compares what was measured at the same time."""
+    return median(after / before for before, after in pairs)
 
 
 @asynccontextmanager
-async def target(folder: Path) -> AsyncIterator[Target]:
+async def target(folder: Path, **settings: str) -> AsyncIterator[Target]:
     async with AsyncExitStack() as stack:
-        with ExitStack() as processes:
-            upstream = processes.enter_context(sandbox(folder=folder))
-            settings = service_settings(upstream.address, folder, SECRET_KEY=SECRET_KEY)
-            running = processes.enter_context(started("serve", folder=folder, **settings))
+        upstream = Upstream()
+        theirs = await stack.enter_async_context(answering(upstream.app))
+        usual = {"SECRET_KEY": SECRET_KEY, "TASK_CALLBACK_NETWORKS": "", **settings}
+        environment = service_settings(theirs, folder, **usual)
+        running = stack.enter_context(started("serve", folder=folder, **environment))
 
-            async def client(key: str | None) -> httpx.AsyncClient:
-                headers = {"authorization": f"Bearer {key}"} if key else {}
-                made = httpx.AsyncClient(
-                    base_url=running.address, headers=headers, timeout=60, trust_env=False
-                )
-                return await stack.enter_async_context(made)
+        async def client(key: str | None) -> httpx.AsyncClient:
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            made = httpx.AsyncClient(
+                base_url=running.address, headers=headers, timeout=60, trust_env=False
+            )
+            return await stack.enter_async_context(made)
 
-            admin = await client(ADMIN_KEY)
-            keys = []
-            for owner in ("attacker", "victim"):
-                body = {"owner": owner, "scopes": ["submit", "read", "subscribe"]}
-                keys.append((await admin.post("/v1/keys", json=body)).json()["key"])
-            attacker, victim = [await client(key) for key in keys]
-            made = Target(running, folder, admin, attacker, victim, await client(None))
-            late = order(sandbox={"delay": 3600})
-            answer = await victim.post(SUBMIT, json=late, headers={})
-            assert answer.status_code == 200, answer.text
-            made.waiting = answer.json()
-            yield made
-
-
-async def submitted(client: httpx.AsyncClient, **fields: Any) -> dict[str, Any]:
-    answer = await client.post(SUBMIT, json=order(**fields), headers=ASYNC)
-    assert answer.status_code == 200, answer.text
-    task: dict[str, Any] = answer.json()
-    return task
+        admin, keys = await client(ADMIN_KEY), []
+        for owner in ("attacker", "victim"):
+            asked = {"owner": owner, "scopes": ["submit", "read", "subscribe"]}
+            keys.append((await admin.post("/v1/keys", json=asked)).json()["key"])
+        attacker, victim, stranger = [await client(key) for key in (*keys, None)]
+        pulse = Pulse(None)  # type: ignore[arg-type] # started below
+        made = Target(running, folder, upstream, admin, attacker, victim, stranger, pulse)
+        made.waiting = await submitted(made.victim)
+        upstream_id = await made.upstream_id(made.victim, made.waiting["id"])
+        body = json.dumps({"id": upstream_id, "status": "processing"})
+        arguments = str(made.address[1]), made.callback_path(made.waiting["id"]), body
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "tests.attack.pulse",
+            *arguments,
+            cwd=ROOT,
+            env=clean_environment({}),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=1 << 20,
+        )
+        stack.callback(process.kill)
+        made.pulse = Pulse(process)
+        await made.pulse.times()
+        made.idle = made.resident()
+        yield made
