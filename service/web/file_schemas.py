@@ -86,11 +86,12 @@ class ListedFiles(FileAnswer):
 
 
 class FileQuota(BaseModel):
+    user_group: str
     total_files: int
     used_files: int
-    max_files: int | None
-    remaining_files: int | None
-    max_file_size: int
+    max_files: int
+    remain_files: int
+    max_file_size: int | None
 
 
 class QuotaAnswer(FileAnswer):
