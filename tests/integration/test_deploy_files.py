@@ -38,7 +38,7 @@ def checked(*command: str, folder: Path, **given: str) -> str:
 @pytest.mark.parametrize("site", ["", "https://localhost:8443", "a.example, b.example"])
 def test_caddy_accepts_its_files(tmp_path: Path, name: str, site: str) -> None:
     """With and without the variables. Paths of callbacks stay out of the log."""
-    given = {"DARKROOM_SITE": site} if site else {}
+    given = {"PROXY_SITE": site} if site else {}
     file = ("--adapter", "caddyfile", "--config", str(DEPLOY / name))
     checked(program("caddy"), "validate", *file, folder=tmp_path, **given)
     adapted = checked(program("caddy"), "adapt", *file, folder=tmp_path, **given)
