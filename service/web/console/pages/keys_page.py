@@ -30,11 +30,19 @@ async def shown(visit: Visit, made: object = None, error: ApiError | None = None
     )
 
 
+def number(text: str) -> float | str:
+    """The text of a form as a number, or as it is for the API to refuse."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 async def create(visit: Visit) -> Response:
     form = visit.form
     body: dict[str, object] = {"owner": form.get("owner"), "scopes": form.all("scopes")}
     if credits := form.get("credits"):
-        body["budget"] = {"period": form.get("period") or "day", "credits": credits}
+        body["budget"] = {"period": form.get("period") or "day", "credits": number(credits)}
     try:
         made = await visit.call("POST /v1/keys", body=body)
     except ApiError as error:
