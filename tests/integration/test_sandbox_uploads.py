@@ -149,9 +149,6 @@ async def test_a_wrong_fault_of_an_upload_is_refused(form: str) -> None:
         ({"upload_status": {"status": 413, "code": "40001"}}, "failed", "input_refused"),
         ({"upload_status": {"status": 400, "code": "40002"}}, "failed", "input_refused"),
         ({"upload_status": {"status": 403, "code": "40003", "times": 1}}, "completed", None),
-        ({"upload_status": {"status": 500, "code": "50001", "times": 1}}, "completed", None),
-        ({"upload_status": {"status": 503, "html": True, "times": 2}}, "completed", None),
-        ({"upload_delay": 0.1}, "completed", None),
     ],
 )
 async def test_a_task_whose_uploads_fail_is_retried_or_ends_unpaid(
