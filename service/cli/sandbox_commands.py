@@ -216,7 +216,7 @@ def serve_on_sandbox(given: dict[str, Any], as_json: bool) -> None:
     async def ready(context: "Context") -> None:
         resources = context.resources
         store, keyring, now = resources.store, resources.keyring, resources.clock()
-        key = NewKey.model_validate({"owner": "dev", "scopes": SCOPES})
+        key = NewKey.model_validate({"owner": "dev", "scopes": list(SCOPES)})
         created = await create_key(store, keyring, now, key)
         announce(settings, address, created["key"], as_json)
 

@@ -59,9 +59,11 @@ async def test_a_prompt_becomes_a_picture_with_its_cost(
         pictures = page.locator("#result .picture img")
         await expect(pictures).to_have_count(2)
         await expect(page.locator("#result .badge")).to_have_text("completed")
-        box = await pictures.first.bounding_box()
-        assert box is not None
-        assert box["width"] / box["height"] == pytest.approx(16 / 9, rel=0.02)
+        aspect = (
+            "() => { const box = document.querySelector('.picture img').getBoundingClientRect();"
+        )
+        shown = await page.evaluate(f"{aspect} return box.width / box.height; }}")
+        assert shown == pytest.approx(16 / 9, rel=0.02)
         assert await complaints(page) == []
         await expect(page.locator("#recent")).to_contain_text("灯塔 in the fog")
         await expect(page.locator("#recent-title + p")).to_contain_text("completed")

@@ -54,7 +54,11 @@ async def act(visit: Visit) -> Response:
         except ApiError as refusal:
             error, key = refusal, new_key()
     return await form_page(
-        visit, draft, key=key, error=error, status=error.status if error else 200
+        visit,
+        draft,
+        key=key,
+        error=error,
+        status=error.status if error and not visit.fragment else 200,
     )
 
 
