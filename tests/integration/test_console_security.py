@@ -323,3 +323,11 @@ async def test_a_link_from_another_site_keeps_the_session(here: World) -> None:
         page = await browser.get(PLAYGROUND, headers=headers)
     assert f'content="0;url={PLAYGROUND}"' in page.text
     assert "set-cookie" not in page.headers
+
+
+async def test_every_model_of_the_catalogue_has_its_form(here: World) -> None:
+    async with signed_in(here) as browser:
+        for model in here.context.intake.catalogue.models:
+            page = await browser.get(PLAYGROUND, params={"model": model})
+            assert (model, page.status_code, page.text.count('id="order"')) == (model, 200, 1)
+            assert len(page.content) < 100_000

@@ -1,6 +1,7 @@
 """The OpenAPI and the AsyncAPI document as pages. They are rendered once."""
 
 import hashlib
+import re
 from functools import cache
 from typing import Any
 
@@ -50,7 +51,8 @@ def rendered(template: str) -> bytes:
     values = {"document": document, "schemas": schemas, "type_of": type_of, "rows_of": rows_of}
     if template == "docs_api.html":
         values["groups"] = groups(document["paths"])
-    return environment().get_template(template).render(values).encode()
+    text = environment().get_template(template).render(values)
+    return re.sub(r"\s*\n\s*", "\n", text).encode()
 
 
 def groups(paths: JSON) -> dict[str, list[JSON]]:
