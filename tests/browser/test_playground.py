@@ -95,7 +95,8 @@ async def test_a_form_that_comes_back_pays_once(browser: Browser, here: World) -
         await page.goto(PLAYGROUND)
         await page.locator("#prompt").fill("once")
         sent = {
-            name: await page.locator(f"[name={name}]").input_value() for name in ("csrf", "size")
+            name: await page.locator(f"#order [name={name}]").input_value()
+            for name in ("csrf", "size")
         }
         fields = {**sent, "idempotency_key": key, "model": "wan2.5-text-to-image", "act": "send"}
         answer = await page.request.post(
