@@ -1,6 +1,7 @@
 """Runs the programs of docs/consuming.md unchanged, as a reader who copied them would."""
 
 import os
+import random
 import re
 import shutil
 import socket
@@ -63,9 +64,13 @@ def written(folder: Path, library: str = "standardwebhooks") -> None:
 
 
 def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as bound:
-        port: int = bound.getsockname()[1]
-        return port
+    """A port that is free now, below those that the kernel gives to outgoing connections. Such a
+    connection could take the port of a program that is being restarted.
+    """
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with suppress(OSError), closing(socket.create_server(("127.0.0.1", port))):
+            return port
 
 
 def command(program: str, port: int) -> list[str]:

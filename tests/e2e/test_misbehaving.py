@@ -221,7 +221,7 @@ async def test_whatever_the_upstream_does_each_task_ends_once_and_rightly(tmp_pa
     """Each task has one correct terminal event and its own images in order. The service submits
     nothing again without proof, calls no forbidden address and answers no 500.
     """
-    limits = httpx.Limits(max_connections=64)
+    limits = httpx.Limits(max_connections=40)  # a key may have 50 bodies under way
     auth = {"authorization": f"Bearer {ADMIN_KEY}"}
     async with misbehaving(BEHAVIOURS) as upstream:
         orders = [f"{name} {number}" for number in range(EACH) for name in BEHAVIOURS]
@@ -233,7 +233,7 @@ async def test_whatever_the_upstream_does_each_task_ends_once_and_rightly(tmp_pa
                 base_url=service.address, headers=auth, timeout=30, limits=limits, trust_env=False
             ) as client:
                 answers = await asyncio.gather(*(submitted(client, prompt) for prompt in orders))
-                assert {answer.status_code for answer in answers} == {200}
+                assert [answer.text for answer in answers if answer.status_code != 200] == []
                 prompts = {
                     answer.json()["id"]: prompt
                     for answer, prompt in zip(answers, orders, strict=True)

@@ -1,24 +1,30 @@
 """OpenAI's library for Python, unmodified, with another base URL, key and one header."""
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.responses import JSONResponse, Response
 
 from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, submitted
-from tests.world import TEXT_TO_IMAGE, World
+from tests.upstream import Upstream, picture
+from tests.world import TEXT_TO_IMAGE, World, world
 
 openai = importlib.import_module("openai")
 
 
-@pytest.fixture
-async def client(here: World) -> Any:
+def opened(here: World) -> Any:
     """A client that asks to wait in every request."""
     key = here.client.headers["authorization"].removeprefix("Bearer ")
     url, headers = f"{here.url}/v1", {"Prefer": "wait=30"}
-    made = openai.AsyncOpenAI(base_url=url, api_key=key, default_headers=headers)
-    async with made as opened:
-        yield opened
+    return openai.AsyncOpenAI(base_url=url, api_key=key, default_headers=headers)
+
+
+@pytest.fixture
+async def client(here: World) -> Any:
+    async with opened(here) as made:
+        yield made
 
 
 @pytest.mark.parametrize("n", [1, 2])
@@ -66,6 +72,21 @@ async def test_litellm_gets_the_links_of_the_images(
     task = await here.task(made["id"])
     assert [image["url"] for image in made["data"]] == task["results"]
     assert len(made["data"]) == fields.get("n", 1)
+
+
+async def test_an_upstream_with_openais_own_answer_serves_the_library(tmp_path: Path) -> None:
+    """The upstream answers at once with `{"created", "data"}` and no id. The library gets the
+    service's link.
+    """
+    upstream = Upstream()
+    upstream.files["0.png"] = [Response(picture(), media_type="image/png")]
+    async with world(tmp_path, upstream=upstream.app) as here:
+        data = [{"url": f"{here.sandbox_url}/files/0.png"}]
+        upstream.submits["at once"] = [JSONResponse({"created": 1, "data": data})]
+        async with opened(here) as client:
+            made = await client.images.generate(model="own-model", prompt="at once")
+        assert made.data[0].url.startswith(f"{here.url}/images/img_")
+        assert (await here.stranger.get(made.data[0].url)).content == picture()
 
 
 async def test_the_library_raises_for_a_refusal(client: Any) -> None:

@@ -1,5 +1,6 @@
 """The lock files pin all packages with all extras, and name no index."""
 
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -96,3 +97,11 @@ def test_a_lock_names_no_index(name: str) -> None:
     assert "://" not in text
     assert not re.search(r"^-", text, re.MULTILINE)
     assert len(locked(text)) == len(re.findall(r"^\S", text, re.MULTILINE))
+
+
+def test_the_lock_for_javascript_pins_by_hash_and_names_no_registry() -> None:
+    """npm writes the address of each package into a lock unless it is told not to."""
+    packages = json.loads((ROOT / "tests/consumers/package-lock.json").read_text())["packages"]
+    del packages[""]
+    assert {name for name, pin in packages.items() if "resolved" in pin} == set()
+    assert {name for name, pin in packages.items() if "integrity" not in pin} == set()
