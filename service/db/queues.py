@@ -83,6 +83,14 @@ _partial(
 )
 _replayed = deliveries.c.replay_id.is_not(None)
 _partial("ix_deliveries_replay_id", _replayed, deliveries.c.replay_id, deliveries.c.state)
+# Failures: their groups, for one owner and for all, and their deliveries by time.
+_failing, _columns = deliveries.c.cause.is_not(None), deliveries.c
+_group = _columns.failed_at, _columns.endpoint_id, _columns.cause, _columns.failed_since
+_partial("ix_deliveries_failures", _failing, *_group)
+_partial("ix_deliveries_owner_failures", _failing, _columns.owner, *_group)
+_partial(
+    "ix_deliveries_failed_created_at", _failing, _columns.owner, _columns.created_at, _columns.id
+)
 _retained = and_(tasks.c.terminal_at.is_not(None), tasks.c.erased_at.is_(None))
 _partial("ix_tasks_terminal_at", _retained, tasks.c.terminal_at)
 _partial("ix_images_stored_at", images.c.blob.is_not(None), images.c.stored_at)

@@ -237,6 +237,11 @@ deliveries = Table(
     Column("replay_id", String(40)),  # NULL: written with its event
     # Set while the delivery is brought forward: when it was due, or 0 if it was not tried before.
     Column("planned_at", BigInteger),
+    # Why the last attempt failed, since when, and when. NULL: it did not, or the event arrived.
+    Column("cause", String(64)),
+    Column("failed_since", BigInteger),
+    Column("failed_at", BigInteger),
+    Column("last_status", Integer),  # of the last response
     Index(None, "event_id"),
     Index(None, "endpoint_id", "state"),
     Index(None, "task_id"),
@@ -248,7 +253,10 @@ replays = Table(
     metadata,
     Column("id", String(40), primary_key=True),
     Column("owner", String(64), nullable=False),  # of the request
-    Column("endpoint_id", String(40), nullable=False, index=True),
+    Column("endpoint_id", String(40), nullable=False, index=True),  # empty: of any endpoint
+    # A filter of deliveries. NULL: a replay of an endpoint's events.
+    Column("filter", JSON(none_as_null=True)),
+    Column("after", String(40)),  # with a filter: the last delivery at the time `position`
     Column("since_at", BigInteger, nullable=False),
     Column("until_at", BigInteger, nullable=False),
     Column("types", JSON, nullable=False),
@@ -285,6 +293,8 @@ attempts = Table(
     Column("duration_ms", Integer, nullable=False),
     Column("error", Text),
     Column("answer", LargeBinary),  # the first 2 KiB
+    Column("endpoint_id", String(40)),  # NULL: of a task's own callback_url, or an old row
+    Index(None, "endpoint_id", "time"),
 )
 
 steps = Table(

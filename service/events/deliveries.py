@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Connection, and_, bindparam, func, insert, over, select, update
 
 from service.db.paging import Row, Selection, matching, page
 from service.db.tables import attempts, deliveries, endpoints, events, owners, tasks
 from service.db.transaction import Lease, Transaction
-from service.events import outbox
+from service.events import failures, outbox
 from service.events.endpoints import bring_forward, disable, lock_endpoint, update_endpoint
 from service.ids import rfc3339
 from service.queue import leases
@@ -73,11 +74,9 @@ def delivery_to_send(connection: Connection, delivery_id: str) -> DeliveryToSend
 
 
 def delivery_list(
-    connection: Connection, wanted: Selection, where: Mapping[str, str] | None = None
+    connection: Connection, wanted: Selection, where: Mapping[str, Any] | None = None
 ) -> list[tuple[Row, list[Row]]]:
-    """Deliveries with their latest attempts. `where` names columns: `id`, `endpoint_id`,
-    `event_id`, `task_id`, `state`.
-    """
+    """Deliveries with their latest attempts. `where` names columns, such as `id` or `state`."""
     statement = matching(select(deliveries), deliveries, **(where or {}))
     rows = list(connection.execute(page(statement, deliveries, wanted)).mappings())
     made: dict[str, list[Row]] = {row["id"]: [] for row in rows}
@@ -128,6 +127,11 @@ class DeliveryOutcome:
     early: bool = False
 
 
+def seen(attempt: DeliveryAttempt | None) -> tuple[int | None, str | None]:
+    """The response's status, and what went wrong."""
+    return (attempt.status, attempt.error) if attempt is not None else (None, None)
+
+
 def record_attempts(tx: Transaction, items: Sequence[DeliveryOutcome]) -> list[bool]:
     """Records attempts. False: the lease had ended. The attempt is kept, and the holder of the
     next lease decides about the delivery.
@@ -135,8 +139,8 @@ def record_attempts(tx: Transaction, items: Sequence[DeliveryOutcome]) -> list[b
     mine = deliveries.c.id.in_([item.lease.key for item in items])
     locked = select(deliveries).where(mine).order_by(deliveries.c.id).with_for_update()
     rows = {row["id"]: row for row in tx.connection.execute(locked).mappings()}
-    made = [(item.lease.key, item.attempt) for item in items if item.lease.key in rows]
-    _insert_attempts(tx, [(key, attempt) for key, attempt in made if attempt is not None])
+    made = [(rows[item.lease.key], item.attempt) for item in items if item.lease.key in rows]
+    _insert_attempts(tx, [(row, attempt) for row, attempt in made if attempt is not None])
     results = []
     for item in items:
         row = rows.get(item.lease.key)
@@ -150,7 +154,7 @@ def record_attempts(tx: Transaction, items: Sequence[DeliveryOutcome]) -> list[b
     return results
 
 
-def _insert_attempts(tx: Transaction, made: Sequence[tuple[str, DeliveryAttempt]]) -> bool:
+def _insert_attempts(tx: Transaction, made: Sequence[tuple[Row, DeliveryAttempt]]) -> bool:
     """Inserts attempts that are not there yet. False: there is none to insert.
 
     An operation runs again if the answer to its commit was lost.
@@ -158,8 +162,13 @@ def _insert_attempts(tx: Transaction, made: Sequence[tuple[str, DeliveryAttempt]
     mine = attempts.c.id.in_([attempt.id for _, attempt in made])
     known = tx.connection.execute(select(attempts.c.id).where(mine)).scalars().all() if made else ()
     rows = [
-        {"delivery_id": key, "time": tx.now, **{name: getattr(attempt, name) for name in COLUMNS}}
-        for key, attempt in made
+        {
+            "delivery_id": row["id"],
+            "endpoint_id": row["endpoint_id"],
+            "time": tx.now,
+            **{name: getattr(attempt, name) for name in COLUMNS},
+        }
+        for row, attempt in made
         if attempt.id not in known
     ]
     if rows:
@@ -186,6 +195,7 @@ def _record(tx: Transaction, row: Row, item: DeliveryOutcome) -> None:
         values["attempts"] = row["attempts"] - 1  # no request was made, or one beside the schedule
     else:
         values["planned_at"] = None
+    values |= failures.after(tx, row, result, *seen(item.attempt))
     tx.connection.execute(update(deliveries).where(deliveries.c.id == row["id"]).values(values))
     attempt = item.attempt
     if attempt is not None and result == "dead":
@@ -209,16 +219,21 @@ class ManualAttempt:
 def record_manual_attempts(tx: Transaction, items: Sequence[ManualAttempt]) -> list[None]:
     for item in items:
         mine = deliveries.c.id == item.delivery_id
-        row = tx.connection.execute(select(deliveries).where(mine).with_for_update()).first()
-        if row is None or not _insert_attempts(tx, [(item.delivery_id, item.attempt)]):
+        found = tx.connection.execute(select(deliveries).where(mine).with_for_update()).mappings()
+        row = found.first()
+        if row is None or not _insert_attempts(tx, [(row, item.attempt)]):
             continue
-        gone = item.result == "gone" and row.state == "pending" and row.endpoint_id is None
+        gone = item.result == "gone" and row["state"] == "pending" and row["endpoint_id"] is None
+        values: dict[str, Any] = {}
         if item.result == "delivered" or gone:
             state = "dead" if gone else "delivered"
             values = leases.release("deliver", None, state=state, finished_at=tx.now)
+        if item.result == "delivered" or row["state"] != "delivered":
+            values |= failures.after(tx, row, item.result, *seen(item.attempt))
+        if values:
             tx.connection.execute(update(deliveries).where(mine).values(values))
-        if row.endpoint_id is not None:
-            _record_on_endpoint(tx, row.endpoint_id, item.result, item.attempt, manual=True)
+        if row["endpoint_id"] is not None:
+            _record_on_endpoint(tx, row["endpoint_id"], item.result, item.attempt, manual=True)
     return [None] * len(items)
 
 
@@ -275,7 +290,8 @@ def _emit_exhausted(tx: Transaction, row: Row) -> None:
 
 def dead_letter_delivery(tx: Transaction, lease: Lease, cause: str) -> None:
     """Ends a delivery that left its queue for good, and emits the operators' event."""
-    statement = select(deliveries.c.task_id).where(deliveries.c.id == lease.key)
-    task_id = tx.connection.execute(statement).scalar()
-    tx.change(deliveries, lease.key, {"state": "dead", "finished_at": tx.now})
-    outbox.emit_dead_letter(tx, lease, cause, task_id)
+    statement = select(deliveries).where(deliveries.c.id == lease.key)
+    row = tx.connection.execute(statement).mappings().first()
+    failure = failures.failed(row, "worker fault", tx.now) if row else {}
+    tx.change(deliveries, lease.key, {"state": "dead", "finished_at": tx.now, **failure})
+    outbox.emit_dead_letter(tx, lease, cause, row["task_id"] if row else None)

@@ -206,15 +206,19 @@ async def send_manually(sender: WebhookSender, delivery_id: str) -> bool:
     return True
 
 
-async def send_test(sender: WebhookSender, endpoint: Row) -> JSON:
-    """Sends an event that has no task and is not in the outbox, and returns the attempt."""
+async def send_test(
+    sender: WebhookSender, endpoint: Row, type: str = "endpoint.test", data: JSON | None = None
+) -> JSON:
+    """Sends an event that is not in the outbox, and returns the attempt. `data` None: it names the
+    endpoint.
+    """
     event = {
         "id": sender.resources.id("event"),
         "sequence": 0,
-        "type": "endpoint.test",
-        "task_id": None,
+        "type": type,
+        "task_id": str((data or {}).get("id") or endpoint["id"]),
         "time": sender.resources.clock(),
-        "data": {"endpoint_id": endpoint["id"]},
+        "data": {"endpoint_id": endpoint["id"]} if data is None else data,
     }
     attempt = await sender.send_event(event, endpoint["url"], endpoint["secret"])
     return {"time": event["time"], **asdict(attempt)}

@@ -44,6 +44,7 @@ def delivery_document(row: Row, attempts: Sequence[Row], *, answers: bool) -> JS
         "event": row["event_id"],
         "task": row["task_id"],
         "state": row["state"],
+        "cause": row["cause"],
         "created_at": rfc3339(row["created_at"]),
         "next_attempt_at": rfc3339_or_none(next_attempt_at),
         "attempts": [attempt_document(attempt, answers=answers) for attempt in attempts],
@@ -63,7 +64,8 @@ def replay_document(row: Row, states: Mapping[str, int]) -> JSON:
     """A replay as clients see it. `states` counts its deliveries by state."""
     return {
         "id": row["id"],
-        "endpoint": row["endpoint_id"],
+        "endpoint": row["endpoint_id"] or None,
+        "filter": row["filter"] and filter_document(row["filter"]),
         "state": row["state"],
         "since": rfc3339(row["since_at"]),
         "until": rfc3339(row["until_at"]),
@@ -74,3 +76,9 @@ def replay_document(row: Row, states: Mapping[str, int]) -> JSON:
         "created_at": rfc3339(row["created_at"]),
         "finished_at": rfc3339_or_none(row["finished_at"]),
     }
+
+
+def filter_document(row: Row) -> JSON:
+    """The filter of a replay as its request named it."""
+    times = {name: rfc3339_or_none(row[name]) for name in ("since", "until")}
+    return {**{name: row[name] for name in row if name != "owner"}, **times}

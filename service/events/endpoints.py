@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Update, case, delete, func, insert, select, u
 from service.db.paging import Row, Selection, matching, page
 from service.db.tables import ZERO, counters, deliveries, endpoints
 from service.db.transaction import Transaction
-from service.events import outbox
+from service.events import failures, outbox
 from service.ids import rfc3339
 
 # Waiting deliveries that are due at once when their endpoint works again, and then for each of them
@@ -68,7 +68,7 @@ def disable(tx: Transaction, endpoint_id: str, reason: str) -> None:
 
 
 def end_pending_deliveries(tx: Transaction, endpoint_id: str) -> None:
-    values = {"state": "dead", "finished_at": tx.now, "due_at": None}
+    values = failures.ended(tx.now, "endpoint disabled")
     tx.connection.execute(_pending(endpoint_id).values(values))
 
 

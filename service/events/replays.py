@@ -7,7 +7,7 @@ rate is bounded per endpoint.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import Connection, and_, case, func, insert, select, update
@@ -16,7 +16,9 @@ from service.db.paging import Row, matching
 from service.db.tables import deliveries, events, replays
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
+from service.events.delivery_replays import DeliveryFilter, record_selected, selected_page
 from service.events.endpoints import EndpointRow, endpoint_row, lock_endpoint
+from service.events.failures import ended, supersede
 from service.events.outbox import OPERATORS
 from service.events.replay_filter import ReplayExtent, ReplayFilter, conditions
 from service.queue import leases
@@ -27,7 +29,9 @@ PAGE, EVERY_MS = 100, 1000
 
 @dataclass(frozen=True, slots=True)
 class ReplayPage:
-    """Events to deliver (id, task_id, sequence). `position`: the last place that was examined,
+    """Events to deliver (id, task_id, sequence), or deliveries to repeat.
+
+    `position`: the last place that was examined,
     None: none. The replay is due again after `wait_ms`, None: it is done.
     """
 
@@ -43,13 +47,20 @@ def replay_page(connection: Connection, replay_id: str, limit: int) -> ReplayPag
     running = replays.c.state == "running"
     statement = select(replays).where(replays.c.id == replay_id, running)
     row = connection.execute(statement).mappings().first()
-    endpoint = endpoint_row(connection, row["endpoint_id"], None) if row is not None else None
-    if row is None or endpoint is None:
+    if row is None:
         return ReplayPage((), None, None)
-    mine = and_(replays.c.endpoint_id == endpoint["id"], running)
+    mine = and_(replays.c.endpoint_id == row["endpoint_id"], running)
     earlier = select(replays.c.id).where(mine, replays.c.id < replay_id).limit(1)
     if connection.execute(earlier).first() is not None:
         return ReplayPage((), None, EVERY_MS)
+    if row["filter"] is not None:
+        chosen = selected_page(connection, row, limit)
+        full = len(chosen) == limit
+        position = chosen[-1]["created_at"] if full else row["position"]
+        return ReplayPage(chosen, position, EVERY_MS if full else None)
+    endpoint = endpoint_row(connection, row["endpoint_id"], None)
+    if endpoint is None:
+        return ReplayPage((), None, None)
     # If `until` was not in the past at the start, `last` is the only limit.
     until = row["until_at"] if row["until_at"] < row["created_at"] else None
     only = "undelivered" if row["pending"] else row["only"]
@@ -89,6 +100,7 @@ class NewReplayRow:
     owner: str
     wanted: ReplayFilter
     extent: ReplayExtent
+    chosen: DeliveryFilter | None = None  # instead of the endpoint's events
 
 
 def insert_replays(tx: Transaction, items: Sequence[NewReplayRow]) -> list[bool]:
@@ -98,14 +110,16 @@ def insert_replays(tx: Transaction, items: Sequence[NewReplayRow]) -> list[bool]
 
 def _insert(tx: Transaction, item: NewReplayRow) -> bool:
     wanted, extent = item.wanted, item.extent
-    endpoint = lock_endpoint(tx, wanted.endpoint_id)
-    if endpoint is None or endpoint.status == "disabled":
+    endpoint = lock_endpoint(tx, wanted.endpoint_id) if wanted.endpoint_id else None
+    named = item.chosen is None or wanted.endpoint_id
+    if named and (endpoint is None or endpoint.status == "disabled"):
         return False
     if tx.connection.execute(select(replays.c.id).where(replays.c.id == item.id)).first() is None:
         row = {
             "id": item.id,
             "owner": item.owner,
             "endpoint_id": wanted.endpoint_id,
+            "filter": item.chosen and asdict(item.chosen),
             "since_at": wanted.since,
             "until_at": tx.now if wanted.until is None else wanted.until,
             "types": list(wanted.types),
@@ -136,10 +150,33 @@ def _record(tx: Transaction, lease: Lease, page: ReplayPage) -> bool:
     if row["state"] != "running":
         leases.done(tx, [lease])
         return False
-    endpoint = lock_endpoint(tx, row["endpoint_id"])
-    if endpoint is None or endpoint.status == "disabled":
+    endpoint = lock_endpoint(tx, row["endpoint_id"]) if row["endpoint_id"] else None
+    named = row["filter"] is None or row["endpoint_id"]
+    if named and (endpoint is None or endpoint.status == "disabled"):
         _finish(tx, row["id"], "cancelled")
         return False
+    if row["filter"] is not None:
+        after = page.events[-1]["id"] if page.events else row["after"]
+        _advance(tx, row, page, record_selected(tx, row, page.events), after=after)
+        return True
+    assert endpoint is not None
+    _advance(tx, row, page, _redeliver(tx, row, endpoint, page))
+    return True
+
+
+def _advance(tx: Transaction, row: Row, page: ReplayPage, made: int, **more: Any) -> None:
+    values = {"made": row["made"] + made, **more}
+    if page.position is not None:
+        values["position"] = page.position
+    if page.wait_ms is None:
+        _finish(tx, row["id"], "done", **values)
+        return
+    values |= leases.release("replay", tx.now + page.wait_ms, attempts=0)
+    tx.connection.execute(update(replays).where(replays.c.id == row["id"]).values(values))
+
+
+def _redeliver(tx: Transaction, row: Row, endpoint: EndpointRow, page: ReplayPage) -> int:
+    """Makes deliveries of a page of events, and returns how many of these are still there."""
     kept = _still_there(tx, page.events)
     known = set() if row["only"] == "all" else _on_their_way(tx, row, endpoint, kept)
     rows = [
@@ -162,17 +199,10 @@ def _record(tx: Transaction, lease: Lease, page: ReplayPage) -> bool:
         if event["id"] not in known
     ]
     if rows:
+        supersede(tx, rows)
         tx.connection.execute(insert(deliveries), rows)
         tx.due.add("redeliver")
-    values = {"made": row["made"] + len(kept)}
-    if page.position is not None:
-        values["position"] = page.position
-    if page.wait_ms is None:
-        _finish(tx, row["id"], "done", **values)
-    else:
-        values |= leases.release("replay", tx.now + page.wait_ms, attempts=0)
-        tx.connection.execute(update(replays).where(mine).values(values))
-    return True
+    return len(kept)
 
 
 def _still_there(tx: Transaction, found: Sequence[Row]) -> list[Row]:
@@ -233,12 +263,12 @@ def _cancel(tx: Transaction, replay_id: str, owner: str | None) -> bool:
     # What the replay only brought forward goes on by its schedule.
     older = and_(mine, deliveries.c.created_at < row.created_at)
     tx.connection.execute(update(deliveries).where(older).values(replay_id=None))
-    values = {"state": "dead", "finished_at": tx.now, "due_at": None}
+    values = ended(tx.now, "replay cancelled")
     tx.connection.execute(update(deliveries).where(mine).values(values))
     return True
 
 
-def _finish(tx: Transaction, replay_id: str, state: str, **more: int) -> None:
+def _finish(tx: Transaction, replay_id: str, state: str, **more: Any) -> None:
     values = leases.release("replay", None, state=state, finished_at=tx.now, **more)
     tx.connection.execute(update(replays).where(replays.c.id == replay_id).values(values))
 

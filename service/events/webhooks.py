@@ -39,6 +39,14 @@ class WebhookSender:
         egress, event = self.resources.task_callbacks, delivery.event
         return await self._post(egress, delivery.url, event, TASK_TYPE, delivery.secret)
 
+    def signed_request(self, delivery: DeliveryToSend) -> tuple[str, dict[str, str], bytes]:
+        """The address, the headers and the body of an attempt that were made now."""
+        assert delivery.event is not None
+        assert delivery.url is not None
+        assert delivery.secret is not None
+        content_type = TASK_TYPE if delivery.endpoint_id is None else EVENT_TYPE
+        return delivery.url, *self._signed(delivery.event, content_type, delivery.secret)
+
     async def send_event(self, event: Row, url: str, secret: bytes) -> DeliveryAttempt:
         return await self._post(self.resources.endpoints, url, event, EVENT_TYPE, secret)
 

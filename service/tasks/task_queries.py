@@ -19,6 +19,7 @@ FORMATS: Mapping[str, Callable[[Any], str]] = {
     "sequence": sequence_text,
 }
 RAW_BYTES = 2048  # shown of a callback that could not be read
+CALLBACKS = 100  # of a task, in an answer
 ATTEMPTS = 1000  # of deliveries, in a timeline
 CLOCKS_MS = 60_000  # how far the upstream's clock may be from ours
 
@@ -45,9 +46,16 @@ def task_list(
     state: str | None = None,
     model_name: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    error: str | None = None,
+    prompt: tuple[str, str] | None = None,
 ) -> list[Task]:
-    """Tasks, newest first."""
+    """Tasks, newest first. `error`: the code. `prompt`: an owner, and a part of its prompts."""
     statement = matching(select_tasks(), tasks, state=state, model=model_name)
+    if error is not None:
+        statement = statement.where(tasks.c.error["code"].as_string() == error)
+    if prompt is not None:
+        part = tasks.c.prompt.icontains(prompt[1], autoescape=True)
+        statement = statement.where(tasks.c.owner == prompt[0], part)
     for key, value in (metadata or {}).items():
         statement = statement.where(tasks.c.metadata[key].as_string() == value)
     rows = task_rows(connection, page(statement, tasks, wanted))
@@ -137,3 +145,18 @@ def timeline(connection: Connection, task_id: str, delivery_owner: str | None) -
         {name: FORMATS[name](value) if name in FORMATS else value for name, value in line.items()}
         for line in lines
     ]
+
+
+def callback_list(connection: Connection, task_id: str) -> list[RowMapping]:
+    """The callbacks of a task, the oldest first."""
+    statement = select(callbacks).where(callbacks.c.task_id == task_id)
+    order = callbacks.c.received_at, callbacks.c.id
+    return list(connection.execute(statement.order_by(*order).limit(CALLBACKS)).mappings())
+
+
+def callback_document(row: RowMapping, *, bodies: bool) -> JSON:
+    """A callback as clients see it. `bodies`: with what the upstream sent, word for word."""
+    body = storable(row["body"].decode("utf-8", "replace")) if bodies and row["body"] else None
+    names = ("id", "verdict", "status", "count", "upstream_id")
+    times = {name: rfc3339(row[name]) for name in ("received_at", "last_seen_at")}
+    return {**{name: row[name] for name in names}, **times, "body": body}

@@ -17,7 +17,7 @@ from service.web.operation_docs import body, links, reference, responses, usual_
 from service.web.parameters import STREAM_HEADERS, SUBMIT_HEADERS, headers, parameters
 
 if TYPE_CHECKING:
-    from service.web.routes.table import Spec
+    from service.web.routes.operation import Spec
 
 ABOUT = (
     "Submit a task and forget it: callbacks are proved, pictures are saved, events are delivered."

@@ -8,7 +8,7 @@ from service.web.field_schemas import OptionalBody
 from service.web.file_schemas import FormBody
 
 if TYPE_CHECKING:
-    from service.web.routes.table import Spec
+    from service.web.routes.operation import Spec
 
 ERROR = "#/components/schemas/Error"
 REASONS: Mapping[str, str] = {
@@ -42,6 +42,8 @@ FURTHER: Mapping[str, str] = {
     "POST /v1/endpoints": "422",
     "POST /v1/endpoints/{endpoint_id}/rotate": "409",
     "POST /v1/endpoints/{endpoint_id}/replay": "409",
+    "POST /v1/replays": "404 409",
+    "GET /v1/deliveries/{delivery_id}/request": "409",
     "POST /v1/deliveries/{delivery_id}/retry": "409",
     "POST /v1/keys/rotate-secret": "404 409",
     "GET /images/{image_id}": "410 416",

@@ -17,6 +17,7 @@ UNIX = r"^[0-9]{1,10}(\.[0-9]{1,9})?$"
 CURSOR = r"^[0-9]{1,15}\.[A-Za-z0-9._-]{1,100}$"  # time and id of the last item
 ENTRY_ID = r"^led_[a-z2-7]{26}$"
 IDEMPOTENCY_KEY = r"^[\x21-\x7e]{1,255}$"
+HTTP_STATUS = r"^[1-5][0-9]{2}$"
 PATH_ID = r"^[!-~]{1,200}$"
 
 
@@ -69,6 +70,10 @@ QUERY: Mapping[str, JSON] = {
     "task": text("the id of a task"),
     "endpoint": text("the id of an endpoint"),
     "event": text("the id of an event"),
+    "error": text("the code of the task's error"),
+    "/v1/deliveries error": text("the cause of the failure, as the groups name it"),
+    "status": text("the HTTP status of the last response", pattern=HTTP_STATUS),
+    "prompt": text("a part of the prompt, among the key's owner's own tasks"),
     "type": TYPES,
     "after": text("the sequence of the last event seen", pattern=SEQUENCE),
     "/v1/ledger after": text("the id of the last entry seen", pattern=ENTRY_ID),

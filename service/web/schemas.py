@@ -122,7 +122,8 @@ class Counted(BaseModel):
 
 class Replay(BaseModel):
     id: str
-    endpoint: str
+    endpoint: str | None
+    filter: dict[str, Any] | None = Field(description="of `POST /v1/replays`, else null")
     state: Literal["running", "done", "cancelled"]
     since: str
     until: str
@@ -180,6 +181,7 @@ class Delivery(BaseModel):
     event: str
     task: str | None
     state: Literal["pending", "delivered", "dead"]
+    cause: str | None = Field(description="why it failed last, until it is delivered")
     created_at: str
     next_attempt_at: str | None
     attempts: list[Attempt]

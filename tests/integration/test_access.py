@@ -11,7 +11,8 @@ from structlog.testing import capture_logs
 
 from service.web import auth
 from service.web.auth import SCOPES
-from service.web.routes.table import SPECS, Spec
+from service.web.routes.operation import Spec
+from service.web.routes.table import SPECS
 from tests.api import TIME, UNTIL_DONE, an_id, got, refused, submitted
 from tests.waiting import wait_until
 from tests.world import ADMIN_KEY, World, subscriber, world

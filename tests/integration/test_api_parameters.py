@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from service.web.routes.table import PAGE, SPECS, Spec
+from service.web.routes.operation import Spec
+from service.web.routes.table import PAGE, SPECS
 from tests.api import ASYNC, SUBMIT, TIME, UNTIL_DONE, got, listed, order, refused, submitted
 from tests.inputs import photo, upload
 from tests.world import World

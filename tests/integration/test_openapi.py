@@ -15,7 +15,8 @@ from service.web import catalogue_schemas, field_schemas, money_schemas, schemas
 from service.web.file_schemas import EncodedUpload, FormBody, LinkedUpload
 from service.web.key_schemas import NewKey
 from service.web.openapi import document
-from service.web.routes.table import SPECS, Spec
+from service.web.routes.operation import Spec
+from service.web.routes.table import SPECS
 from tests.api import SUBMIT, UNTIL_DONE, got, order, submitted
 from tests.inputs import photo, uploaded
 from tests.waiting import wait_until

@@ -21,7 +21,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.app import Role
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from service.web import auth
-from service.web.routes.table import SPECS, Spec
+from service.web.routes.operation import Spec
+from service.web.routes.table import SPECS
 from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, submitted
 from tests.inputs import photo, upload
 from tests.waiting import wait_until

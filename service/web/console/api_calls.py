@@ -12,7 +12,8 @@ from starlette.types import Message, Receive
 from service.errors import ApiError
 from service.web.auth import Caller
 from service.web.context import context_of
-from service.web.routes.table import ID, SPECS, Spec, check_query
+from service.web.routes.operation import Spec
+from service.web.routes.table import ID, SPECS, check_query
 
 OPERATIONS: Mapping[str, Spec] = {f"{spec.method} {spec.path}": spec for spec in SPECS}
 Query = Mapping[str, Any]

@@ -1,19 +1,24 @@
 """Deliveries and their attempts."""
 
+import re
+
 import structlog
 from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.db.paging import Row, Selection
-from service.errors import ApiError
-from service.events.deliveries import delivery_list
-from service.events.delivery_worker import send_manually
+from service.errors import ApiError, invalid_request
+from service.events.deliveries import delivery_list, delivery_to_send
+from service.events.delivery_worker import is_sendable, send_manually
 from service.events.documents import delivery_document
+from service.events.failures import failure_groups
+from service.ids import rfc3339
 from service.strict_json import JSON
 from service.web.auth import caller_of
-from service.web.bodies import page, position_of, query_text
+from service.web.bodies import page, position_of, query_owner, query_text
 from service.web.context import context_of, resources_of
+from service.web.parameters import HTTP_STATUS
 
 log = structlog.get_logger()
 
@@ -26,6 +31,8 @@ async def deliveries(request: Request) -> Response:
         "event_id": query_text(request, "event"),
         "task_id": query_text(request, "task"),
         "state": query_text(request, "state", ("pending", "delivered", "dead")),
+        "cause": query_text(request, "error"),
+        "last_status": query_status(request),
     }
     where = {name: value for name, value in filters.items() if value is not None}
 
@@ -36,6 +43,34 @@ async def deliveries(request: Request) -> Response:
         return delivery_document(*item, answers=caller.sees is None)
 
     return await page(request, rows, lambda item: position_of(item[0]), shown)
+
+
+def query_status(request: Request) -> int | None:
+    """An HTTP status. Raises ApiError 400."""
+    text = query_text(request, "status")
+    if text is not None and not re.match(HTTP_STATUS, text):
+        raise invalid_request("status must be an HTTP status from 100 to 599", "status")
+    return None if text is None else int(text)
+
+
+async def groups(request: Request) -> Response:
+    """Group failed deliveries by endpoint and cause."""
+    owner, endpoint = query_owner(request), query_text(request, "endpoint")
+    rows = await resources_of(request).store.read(failure_groups, owner, endpoint)
+    times = ("first_seen", "last_seen")
+    data = [{**row, **{name: rfc3339(row[name]) for name in times}} for row in rows]
+    return JSONResponse({"data": data})
+
+
+async def sent(request: Request) -> Response:
+    """Show the request of a delivery as it would be sent now."""
+    delivery_id, context = (await _document(request))["id"], context_of(request)
+    row = await context.resources.store.read(delivery_to_send, delivery_id)
+    if row is None or not is_sendable(row):
+        raise nothing_to_send()
+    url, headers, body = context.sender.signed_request(row)
+    shown = {"method": "POST", "url": url, "headers": headers, "body": body.decode()}
+    return JSONResponse(shown)
 
 
 async def delivery(request: Request) -> Response:
@@ -49,10 +84,14 @@ async def retry(request: Request) -> Response:
     with context.shedder.manual.take(caller_of(request).owner):
         sent = await send_manually(context.sender, delivery_id)
     if not sent:
-        message = "its event is no longer kept, or its endpoint is gone"
-        raise ApiError(409, "nothing_to_send", message)
+        raise nothing_to_send()
     log.info("admin.action", action="delivery.retry", subject=delivery_id)
     return JSONResponse(await _document(request))
+
+
+def nothing_to_send() -> ApiError:
+    message = "its event is no longer kept, or its endpoint is gone"
+    return ApiError(409, "nothing_to_send", message)
 
 
 async def _document(request: Request) -> JSON:

@@ -12,6 +12,7 @@ from service.errors import ApiError, EgressRefused, NotConnected
 from service.events import endpoints
 from service.events.delivery_worker import send_test
 from service.events.documents import attempt_document
+from service.events.endpoint_health import health_document, recent_attempts
 from service.events.endpoints import EndpointChange, NewEndpointRow
 from service.events.replay_filter import ReplayFilter, replay_extent
 from service.events.secrets import rotate_secret
@@ -22,6 +23,7 @@ from service.strict_json import JSON
 from service.web.auth import caller_of
 from service.web.bodies import page, position_of, read_model
 from service.web.context import context_of, resources_of
+from service.web.delivery_schemas import EndpointSample
 from service.web.schemas import EndpointPatch, NewEndpoint, Rotation
 
 log = structlog.get_logger()
@@ -133,7 +135,16 @@ async def rotate(request: Request) -> Response:
 async def test(request: Request) -> Response:
     """Send a test event now."""
     context, caller, row = context_of(request), caller_of(request), await endpoint_of(request)
+    body = await read_model(request, EndpointSample)
     with context.shedder.manual.take(caller.owner):
-        attempt = await send_test(context.sender, row)
+        attempt = await send_test(context.sender, row, body.type, body.data)
     log.info("admin.action", action="endpoint.test", subject=row["id"])
     return JSONResponse(attempt_document(attempt, answers=caller.sees is None))
+
+
+async def health(request: Request) -> Response:
+    """Show success and latency of the latest attempts."""
+    store, row = resources_of(request).store, await endpoint_of(request)
+    now = store.clock()
+    rows = await store.read(recent_attempts, row["id"], now)
+    return JSONResponse(health_document(rows, now))

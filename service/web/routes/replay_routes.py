@@ -1,18 +1,20 @@
-"""Replays: an endpoint receives past events again."""
+"""Replays: endpoints receive past events again."""
 
 import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.errors import ApiError
+from service.errors import ApiError, invalid_request
 from service.events import replays
+from service.events.delivery_replays import MOST, DeliveryFilter, count_selected
 from service.events.documents import replay_document
 from service.events.outbox import OPERATORS
-from service.events.replay_filter import ReplayFilter, replay_extent
+from service.events.replay_filter import ReplayExtent, ReplayFilter, replay_extent
 from service.events.replays import NewReplayRow
 from service.web.auth import caller_of
 from service.web.bodies import milliseconds, read_model
 from service.web.context import resources_of
+from service.web.delivery_schemas import NewDeliveryReplay
 from service.web.routes.endpoint_routes import endpoint_of
 from service.web.schemas import NewReplay
 
@@ -35,6 +37,33 @@ async def create(request: Request) -> Response:
         raise ApiError(409, "endpoint_disabled", "the endpoint is disabled: enable it first")
     log.info("admin.action", action="endpoint.replay", subject=id)
     return JSONResponse({"id": replay.id, "count": extent.count})
+
+
+async def create_by_filter(request: Request) -> Response:
+    """Send the deliveries that match a filter again, or count them."""
+    resources, caller = resources_of(request), caller_of(request)
+    body = await read_model(request, NewDeliveryReplay)
+    wanted = body.filter
+    since, until = milliseconds(wanted.since), milliseconds(wanted.until)
+    if wanted.endpoint is not None:
+        await endpoint_of(request, wanted.endpoint)
+    named = wanted.model_dump(exclude={"since", "until"})
+    chosen = DeliveryFilter(owner=caller.sees, since=since, until=until, **named)
+    count = await resources.store.read(count_selected, chosen)
+    if count > MOST:
+        message = f"filter: a replay has at most {MOST} deliveries, and more match: narrow it"
+        raise invalid_request(message, "filter")
+    if body.dry_run:
+        return JSONResponse({"id": None, "count": count})
+    only = "all" if wanted.state == "delivered" else "dead"
+    types = [wanted.type or "*"]
+    extent = ReplayFilter(wanted.endpoint or "", caller.sees, since or 0, until, types, only)
+    none = ReplayExtent(count, 0, 0)
+    replay = NewReplayRow(resources.id("replay"), caller.owner, extent, none, chosen)
+    if not await resources.store.write(replays.insert_replays, replay):
+        raise ApiError(409, "endpoint_disabled", "the endpoint is disabled: enable it first")
+    log.info("admin.action", action="deliveries.replay", subject=replay.id)
+    return JSONResponse({"id": replay.id, "count": count})
 
 
 async def read(request: Request) -> Response:

@@ -1,11 +1,9 @@
 """The table of all URLs: method and path, endpoint, scopes and schemas."""
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cache
 
-from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
@@ -13,7 +11,7 @@ from starlette.types import Scope
 from structlog.contextvars import bind_contextvars
 
 from service.errors import ApiError, invalid_request
-from service.web import money_schemas, schemas
+from service.web import delivery_schemas, money_schemas, schemas
 from service.web.asyncapi import document as asyncapi_document
 from service.web.bodies import check_coding
 from service.web.catalogue_schemas import (
@@ -56,47 +54,7 @@ from service.web.routes import task_routes as tasks
 from service.web.routes import upstream_file_routes as theirs
 from service.web.routes import upstream_routes as upstream
 from service.web.routes.callback_route import CallbackRoute
-
-Handler = Callable[[Request], Awaitable[Response]]
-Model = type[BaseModel]
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """One operation. A key needs one of the scopes. Without scopes, no key is needed. `query`:
-    names of the parameters.
-    """
-
-    method: str
-    path: str
-    endpoint: Handler
-    scopes: tuple[str, ...]
-    answer: Model | None
-    body: Model | None
-    query: tuple[str, ...]
-    status: int
-
-    @property
-    def summary(self) -> str:
-        """The endpoint's docstring, on one line."""
-        return " ".join((self.endpoint.__doc__ or "").split()).removesuffix(".")
-
-
-def spec(
-    operation: str,
-    endpoint: Handler,
-    scopes: str,
-    answer: Model | None = None,
-    body: Model | None = None,
-    status: int | None = None,
-) -> Spec:
-    """A Spec in short notation: spaces separate scopes, and `?` and `&` parameters."""
-    method, _, url = operation.partition(" ")
-    path, _, query = url.partition("?")
-    parameters = tuple(query.split("&")) if query else ()
-    status = status or (204 if method == "DELETE" else 200)
-    needs = tuple(scopes.split())
-    return Spec(method, path, endpoint, needs, answer, body, parameters, status)
+from service.web.routes.operation import Handler, Spec, spec
 
 
 @cache
@@ -124,10 +82,18 @@ NAME_CHARS = 100  # of a parameter, in the answer
 SPECS = (
     spec("POST /v1/images/generations", tasks.submit, "submit", schemas.Task, Submission),
     spec("GET /v1/images/generations/{task_id}", tasks.generation, "read", schemas.Task),
-    spec(f"GET /v1/tasks?state&model&metadata.KEY&{PAGE}", tasks.tasks, "read", schemas.TaskList),
+    spec(
+        f"GET /v1/tasks?state&model&error&prompt&metadata.KEY&{PAGE}",
+        tasks.tasks,
+        "read",
+        schemas.TaskList,
+    ),
     spec("GET /v1/tasks/{task_id}", tasks.task, "read", schemas.Task),
     spec("DELETE /v1/tasks/{task_id}", tasks.delete, "submit"),
     spec("GET /v1/tasks/{task_id}/timeline", tasks.timeline, "read", schemas.Timeline),
+    spec(
+        "GET /v1/tasks/{task_id}/callbacks", tasks.callbacks, "read", delivery_schemas.TaskCallbacks
+    ),
     spec("POST /v1/tasks/{task_id}/cancel", tasks.cancel, "submit", schemas.CancelledTask),
     spec("POST /v1/tasks/{task_id}/reconcile", admin.reconcile, "admin", schemas.Task),
     spec(
@@ -175,16 +141,47 @@ SPECS = (
         schemas.Counted,
         schemas.NewReplay,
     ),
+    spec(
+        "POST /v1/replays",
+        replays.create_by_filter,
+        "subscribe",
+        schemas.Counted,
+        delivery_schemas.NewDeliveryReplay,
+    ),
     spec("GET /v1/replays/{replay_id}", replays.read, "subscribe", schemas.Replay),
     spec("DELETE /v1/replays/{replay_id}", replays.cancel, "subscribe"),
-    spec("POST /v1/endpoints/{endpoint_id}/test", endpoints.test, "subscribe", schemas.Attempt),
     spec(
-        f"GET /v1/deliveries?endpoint&event&task&state&{PAGE}",
+        "POST /v1/endpoints/{endpoint_id}/test",
+        endpoints.test,
+        "subscribe",
+        schemas.Attempt,
+        delivery_schemas.EndpointSample,
+    ),
+    spec(
+        "GET /v1/endpoints/{endpoint_id}/health",
+        endpoints.health,
+        "subscribe",
+        delivery_schemas.EndpointHealth,
+    ),
+    spec(
+        f"GET /v1/deliveries?endpoint&event&task&state&error&status&{PAGE}",
         deliveries.deliveries,
         "subscribe",
         schemas.DeliveryList,
     ),
+    spec(
+        "GET /v1/deliveries/groups?owner&endpoint",
+        deliveries.groups,
+        "subscribe",
+        delivery_schemas.FailureGroups,
+    ),
     spec("GET /v1/deliveries/{delivery_id}", deliveries.delivery, "subscribe", schemas.Delivery),
+    spec(
+        "GET /v1/deliveries/{delivery_id}/request",
+        deliveries.sent,
+        "subscribe",
+        delivery_schemas.DeliveryRequest,
+    ),
     spec(
         "POST /v1/deliveries/{delivery_id}/retry", deliveries.retry, "subscribe", schemas.Delivery
     ),

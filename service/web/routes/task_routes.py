@@ -160,10 +160,12 @@ async def tasks(request: Request) -> Response:
         raise invalid_request(f"{message} searched for", "metadata")
     metadata = {name.removeprefix(METADATA): query_text(request, name) or "" for name in names}
     state = query_text(request, "state", [state.value for state in State])
-    model = query_text(request, "model")
+    model, error = query_text(request, "model"), query_text(request, "error")
+    part = query_text(request, "prompt")
+    prompt = (caller_of(request).owner, part) if part else None
 
     def rows(connection: Connection, wanted: Selection) -> list[Found]:
-        return task_queries.task_list(connection, wanted, state, model, metadata)
+        return task_queries.task_list(connection, wanted, state, model, metadata, error, prompt)
 
     def position(item: Found) -> Position:
         return item[0].created_at, item[0].id
@@ -176,6 +178,14 @@ async def timeline(request: Request) -> Response:
     store, task_id = resources_of(request).store, (await known_task(request))[0].id
     steps = await store.read(task_queries.timeline, task_id, caller_of(request).sees)
     return JSONResponse({"data": steps})
+
+
+async def callbacks(request: Request) -> Response:
+    """List the callbacks of a task with their verdicts."""
+    caller, task = caller_of(request), (await known_task(request))[0]
+    rows = await resources_of(request).store.read(task_queries.callback_list, task.id)
+    data = [task_queries.callback_document(row, bodies=caller.sees is None) for row in rows]
+    return JSONResponse({"data": data})
 
 
 async def cancel(request: Request) -> Response:

@@ -1,0 +1,156 @@
+"""A task: what happened, what it cost, and the acts of its owner and of operators."""
+
+import json
+from collections.abc import Mapping
+
+from starlette.responses import Response
+
+from service.errors import ApiError
+from service.strict_json import JSON
+from service.tasks.state import TERMINAL, State
+from service.web.console.task_drawing import difference, offsets, state_drawing, timeline_drawing
+from service.web.console.visits import View, Visit
+
+TASK = "/console/tasks/{task_id}"
+STEPS, BODY = 150, 6000  # shown on a page, so that it stays small
+# What each act does: its label, the question, what will happen, what was done.
+ACTS: Mapping[str, tuple[str, str, str, str]] = {
+    "cancel": (
+        "Cancel",
+        "Cancel this task?",
+        """The service ends the task now and deletes what it has downloaded so far. Subscribers get
+        image.task.cancelled. The upstream cannot be told: it may still finish and charge the
+        task, and the service records that cost.""",
+        "The task is cancelled.",
+    ),
+    "reconcile": (
+        "Reconcile",
+        "Query the upstream now?",
+        """The service asks the upstream for the task's state and fetches missing pictures again,
+        also lost ones. That costs no credits. A task that has ended keeps its state and event.""",
+        "The upstream is asked now.",
+    ),
+    "resolve": (
+        "Resolve",
+        "Settle this submission by hand?",
+        """It is not known whether the upstream accepted the submission. Look there first. With an
+        id, the service takes that task over. Failed ends the task. Submit again may pay twice.""",
+        "The submission is settled.",
+    ),
+    "erase": (
+        "Erase",
+        "Erase what this task contains?",
+        """The prompt, the metadata, the pictures, the bodies of callbacks and the content of events
+        are deleted for good. Links to the pictures answer 410. Figures and costs stay.""",
+        "The task is erased.",
+    ),
+}
+
+
+async def optional(
+    visit: Visit, operation: str, query: JSON | None = None, **path: str
+) -> list[JSON]:
+    """The rows of a list, none if the key lacks its scope."""
+    try:
+        found: list[JSON] = (await visit.call(operation, query, None, None, **path))["data"]
+    except ApiError:
+        return []
+    return found
+
+
+def acts_of(visit: Visit, task: JSON) -> list[tuple[str, str]]:
+    scopes, state = visit.caller.scopes, State(task["state"])
+    admin, submits = "admin" in scopes, not scopes.isdisjoint({"admin", "submit"})
+    unnamed = state in (State.UNCERTAIN, State.FAILED) and not task["upstream_id"]
+    may = {
+        "cancel": submits and state not in TERMINAL,
+        "reconcile": admin and bool(task["upstream_id"]),
+        "resolve": admin and unnamed and task["erased_at"] is None,
+        "erase": submits and state in TERMINAL and task["erased_at"] is None,
+    }
+    return [(name, ACTS[name][0]) for name, allowed in may.items() if allowed]
+
+
+def cut(text: str | None) -> str | None:
+    if text is None or len(text) <= BODY:
+        return text
+    return f"{text[:BODY]}\n… {len(text) - BODY} more characters"
+
+
+def pretty(body: str | None) -> str | None:
+    try:
+        return cut(json.dumps(json.loads(body or ""), indent=2, ensure_ascii=False))
+    except (ValueError, RecursionError):
+        return cut(body)
+
+
+async def task(visit: Visit) -> Response:
+    id = visit.path("task_id")
+    found = await visit.call("GET /v1/tasks/{task_id}", task_id=id)
+    if "state" not in found:  # a task that only the upstream knows
+        raise ApiError(404, "not_found", "no task of yours has that id")
+    id = found["id"]
+    steps = await optional(visit, "GET /v1/tasks/{task_id}/timeline", task_id=id)
+    calls = await optional(visit, "GET /v1/tasks/{task_id}/callbacks", task_id=id)
+    sent = await optional(visit, "GET /v1/deliveries", {"task": id, "limit": 20})
+    entries = await optional(visit, "GET /v1/ledger", {"task": id, "limit": 50})
+    shown, drawn = steps[-STEPS:], steps[-STEPS:]
+    first = next((each for each in calls if each["verdict"] != "conflict" and each["body"]), None)
+    conflicts = [
+        (each, difference(first["body"], each["body"]))
+        for each in calls
+        if each["verdict"] == "conflict" and first is not None
+    ]
+    return visit.render(
+        "task.html",
+        task=found,
+        steps=list(zip(offsets(shown), shown, strict=True)) if shown else [],
+        more=len(steps) - len(shown),
+        drawing=timeline_drawing(drawn) if drawn else None,
+        machine=state_drawing(found["state"]),
+        callbacks=[{**each, "body": pretty(each["body"])} for each in calls[:8]],
+        callback_count=len(calls),
+        first=first,
+        conflicts=conflicts[:3],
+        deliveries=sent,
+        ledger=entries,
+        acts=acts_of(visit, found),
+        request=pretty(json.dumps(found["request"])),
+    )
+
+
+async def ask(visit: Visit, error: ApiError | None = None) -> Response:
+    id, name = visit.path("task_id"), visit.path("act")
+    if name not in ACTS:
+        raise ApiError(404, "not_found", "There is no such page.")
+    found = await visit.call("GET /v1/tasks/{task_id}", task_id=id)
+    values = {"task": found, "name": name, "act": ACTS[name], "error": error}
+    return visit.render("task_act.html", error.status if error else 200, **values)
+
+
+async def act(visit: Visit) -> Response:
+    id, name = visit.path("task_id"), visit.path("act")
+    if name not in ACTS:
+        raise ApiError(404, "not_found", "There is no such page.")
+    method, path = ("DELETE", "") if name == "erase" else ("POST", f"/{name}")
+    body = resolution(visit) if name == "resolve" else None
+    try:
+        await visit.call(f"{method} /v1/tasks/{{task_id}}{path}", body=body, task_id=id)
+    except ApiError as error:
+        return await ask(visit, error)
+    return visit.redirect(TASK.format(task_id=id), ACTS[name][3])
+
+
+def resolution(visit: Visit) -> JSON:
+    """The outcome that the form names."""
+    outcome = visit.form.get("outcome")
+    if outcome in ("failed", "resubmit"):
+        return {"as": outcome}
+    return {"upstream_id": visit.form.get("upstream_id").strip()}
+
+
+VIEWS = (
+    View(f"GET {TASK}", task, "read"),
+    View(f"GET {TASK}/{{act}}", ask, "submit"),
+    View(f"POST {TASK}/{{act}}", act, "submit"),
+)
