@@ -151,6 +151,10 @@ async def parameters(
         "/v1/tasks?state": (("submitted", "expired"),),
         "/v1/deliveries?state": (("dead", "pending"),),
         "type": (("callback.conflict", "task.parked"),),
+        "error": (("content_policy_violation", "nothing"),),
+        "/v1/deliveries?error": (("answered 500", "nothing"),),
+        "status": (("500", "418"),),
+        "prompt": (("ann's prompt", "nobody's"),),
         "after": (("0", "00"),),
         "/v1/ledger?after": ((entries[0]["id"], f"led_{NOTHING}"),),
         "wait": (("0", "0.0"),),
@@ -199,6 +203,10 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
             ("PATCH", "/v1/endpoints/{endpoint_id}"): (({"status": "paused"},) * 2,),
             ("POST", "/v1/endpoints/{endpoint_id}/rotate"): (({"overlap_s": 0},) * 2,),
             ("POST", "/v1/endpoints/{endpoint_id}/replay"): (({"dry_run": True},) * 2,),
+            ("POST", "/v1/endpoints/{endpoint_id}/test"): (({}, {}),),
+            ("POST", "/v1/replays"): (
+                (of_endpoint(before[1][0]["id"]), of_endpoint(f"ep_{NOTHING}")),
+            ),
             ("POST", "/v1/estimates"): ((order(owner="ann"), order(owner="nobody")),),
             ("POST", "/v1/files"): (),
             ("POST", "/api/v1/files/upload/stream"): (),
@@ -222,6 +230,10 @@ async def two(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Two]:
             asked,
             before,
         )
+
+
+def of_endpoint(endpoint: str) -> JSON:
+    return {"filter": {"endpoint": endpoint}}
 
 
 @contextmanager

@@ -15,11 +15,15 @@ from service.web.auth import Caller
 from service.web.console.assets import asset
 from service.web.console.form_bodies import read_form
 from service.web.console.pages import (
+    deliveries_page,
     docs_page,
+    endpoints_page,
     keys_page,
     overview_page,
     playground_page,
     spending_page,
+    task_page,
+    tasks_page,
 )
 from service.web.console.sign_in import (
     SIGN_IN,
@@ -52,6 +56,10 @@ async def unknown(_: Visit) -> Response:
 VIEWS: Sequence[View] = (
     View("GET /console", home, ANY),
     *playground_page.VIEWS,
+    *tasks_page.VIEWS,
+    *task_page.VIEWS,
+    *deliveries_page.VIEWS,
+    *endpoints_page.VIEWS,
     *spending_page.VIEWS,
     *overview_page.VIEWS,
     *keys_page.VIEWS,

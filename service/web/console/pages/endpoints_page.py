@@ -1,0 +1,154 @@
+"""Endpoints: their health, and everything that their owner does with them."""
+
+import json
+
+from starlette.responses import Response
+
+from service.errors import ApiError
+from service.strict_json import JSON
+from service.web.console.visits import View, Visit
+from service.web.event_schemas import EVENT_TYPES, TEST_TYPE
+
+LIST = "/console/endpoints"
+ONE = f"{LIST}/{{endpoint_id}}"
+API = "/v1/endpoints/{endpoint_id}"
+PAGE = 10
+# What each act does: its label, the question, what will happen, what was done.
+ACTS = {
+    "pause": (
+        "Pause",
+        "Pause this endpoint?",
+        "New deliveries are kept and wait. Nothing is lost. They are sent when you enable it.",
+        "The endpoint is paused.",
+    ),
+    "enable": (
+        "Enable",
+        "Enable this endpoint?",
+        "Waiting deliveries are sent now. Then you see what it missed while it was disabled.",
+        "The endpoint is enabled.",
+    ),
+    "rotate": (
+        "Rotate secret",
+        "Make a new secret?",
+        "The new secret is shown once. Both secrets sign for 24 hours, so that no delivery fails.",
+        "",
+    ),
+    "delete": (
+        "Delete",
+        "Delete this endpoint?",
+        "Its pending deliveries are not sent any more, and its secret is gone. Events stay.",
+        "The endpoint is deleted.",
+    ),
+}
+SAMPLE: JSON = {
+    "id": "task_sample",
+    "status": "completed",
+    "state": "completed",
+    "model": "wan2.5-text-to-image",
+    "results": ["https://example.com/picture.png"],
+    "metadata": {"order": "42"},
+}
+
+
+async def with_health(visit: Visit, endpoint: JSON) -> JSON:
+    health = await visit.call(f"GET {API}/health", endpoint_id=endpoint["id"])
+    return {**endpoint, "health": health}
+
+
+async def endpoints(visit: Visit) -> Response:
+    asked = {"cursor": visit.query.get("cursor"), "limit": PAGE}
+    found = await visit.call("GET /v1/endpoints", asked)
+    shown = [await with_health(visit, each) for each in found["data"]]
+    return visit.render("endpoints.html", endpoints=shown, cursor=found["next_cursor"])
+
+
+async def endpoint(visit: Visit) -> Response:
+    found = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
+    return visit.render("endpoint.html", endpoint=await with_health(visit, found), acts=acts(found))
+
+
+def acts(endpoint: JSON) -> list[tuple[str, str]]:
+    first = "pause" if endpoint["status"] == "enabled" else "enable"
+    return [(name, ACTS[name][0]) for name in (first, "rotate", "delete")]
+
+
+async def new(visit: Visit, error: ApiError | None = None) -> Response:
+    given = {name: visit.form.get(name) for name in ("url", "types", "description")}
+    status = error.status if error else 200
+    return visit.render("endpoint_new.html", status, given=given, error=error, types=EVENT_TYPES)
+
+
+async def create(visit: Visit) -> Response:
+    types = visit.form.get("types").replace(",", " ").split() or ["image.task.*"]
+    body = {name: visit.form.get(name) for name in ("url", "description")}
+    try:
+        made = await visit.call("POST /v1/endpoints", body={**body, "types": types})
+    except ApiError as error:
+        return await new(visit, error)
+    return visit.render("endpoint_secret.html", 201, endpoint=made, rotated=False)
+
+
+async def ask(visit: Visit) -> Response:
+    id, name = visit.path("endpoint_id"), visit.path("act")
+    if name not in ACTS:
+        raise ApiError(404, "not_found", "There is no such page.")
+    found = await visit.call(f"GET {API}", endpoint_id=id)
+    return visit.render("endpoint_act.html", endpoint=found, name=name, act=ACTS[name])
+
+
+async def act(visit: Visit) -> Response:
+    id, name = visit.path("endpoint_id"), visit.path("act")
+    if name == "rotate":
+        made = await visit.call(f"POST {API}/rotate", endpoint_id=id)
+        return visit.render("endpoint_secret.html", endpoint=made, rotated=True)
+    if name == "delete":
+        await visit.call(f"DELETE {API}", endpoint_id=id)
+        return visit.redirect(LIST, ACTS[name][3])
+    if name not in ACTS:
+        raise ApiError(404, "not_found", "There is no such page.")
+    body = {"status": "paused" if name == "pause" else "enabled"}
+    changed = await visit.call(f"PATCH {API}", body=body, endpoint_id=id)
+    if changed["replay"] and changed["replay"]["count"]:
+        return visit.render("endpoint_missed.html", endpoint=changed, missed=changed["replay"])
+    return visit.redirect(f"{LIST}/{id}", ACTS[name][3])
+
+
+async def replay_missed(visit: Visit) -> Response:
+    id = visit.path("endpoint_id")
+    body = {"since": visit.form.get("since")}
+    made = await visit.call(f"POST {API}/replay", body=body, endpoint_id=id)
+    text = f"{made['count']} missed events are sent."
+    return visit.redirect(f"/console/deliveries/replays/{made['id']}", text)
+
+
+async def sample(visit: Visit, error: str | None = None, attempt: JSON | None = None) -> Response:
+    found = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
+    data = visit.form.get("data") or json.dumps(SAMPLE, indent=2)
+    values = {"endpoint": found, "data": data, "error": error, "attempt": attempt}
+    values |= {"types": (TEST_TYPE, *EVENT_TYPES), "type": visit.form.get("type") or TEST_TYPE}
+    return visit.render("endpoint_test.html", 400 if error else 200, **values)
+
+
+async def send_sample(visit: Visit) -> Response:
+    try:
+        body = {"type": visit.form.get("type"), "data": json.loads(visit.form.get("data") or "{}")}
+        id = visit.path("endpoint_id")
+        attempt = await visit.call(f"POST {API}/test", body=body, endpoint_id=id)
+    except (ValueError, RecursionError) as error:
+        return await sample(visit, f"The sample is no JSON: {error}")
+    except ApiError as error:
+        return await sample(visit, str(error))
+    return await sample(visit, attempt=attempt)
+
+
+VIEWS = (
+    View(f"GET {LIST}", endpoints, "subscribe", "Endpoints", "endpoints"),
+    View(f"GET {LIST}/new", new, "subscribe"),
+    View(f"POST {LIST}/new", create, "subscribe"),
+    View(f"GET {ONE}", endpoint, "subscribe"),
+    View(f"GET {ONE}/test", sample, "subscribe"),
+    View(f"POST {ONE}/test", send_sample, "subscribe"),
+    View(f"POST {ONE}/missed", replay_missed, "subscribe"),
+    View(f"GET {ONE}/{{act}}", ask, "subscribe"),
+    View(f"POST {ONE}/{{act}}", act, "subscribe"),
+)
