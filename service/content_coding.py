@@ -15,11 +15,14 @@ def is_compressed(header: str) -> bool:
 
 def decoded(body: bytes, header: str, limit: int) -> bytes:
     """The body without its Content-Encoding, at most one byte over the limit. A body that is not
-    coded as the header says stays as it is.
+    coded as the header says stays as it is, unless it is gzip all the same.
     """
     for coding in reversed(header.split(",")[-CODINGS:]):
         plain = decompress(body, limit) if is_compressed(coding) else None
         body = body if plain is None else plain
+    for _ in range(CODINGS):  # a gateway left the name out, or named it in a way of its own
+        if body.startswith(MEMBER):
+            body = decompress(body, limit) or body
     return body
 
 

@@ -46,7 +46,7 @@ from service.tasks.rows import ImageRow
 log = structlog.get_logger()
 
 FETCH_S, IDLE_S = 300.0, 15.0
-STALE = (403, 404, 410)
+WHOLE, STALE = (200, 201, 203), (403, 404, 410)
 CUT_TRIES = 3
 
 
@@ -142,7 +142,7 @@ class DownloadWorker:
         """
         stream = self.resources.results.stream("GET", url, timeout=FETCH_S, idle=IDLE_S)
         async with stream as response:
-            if response.status != 200:
+            if response.status not in WHOLE:
                 now = self.resources.clock() / 1000
                 wait = retry_after(response.headers.get("retry-after"), now) or 0
                 reason, stale = f"answered {response.status}", response.status in STALE

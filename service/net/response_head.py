@@ -12,7 +12,7 @@ from dataclasses import dataclass
 MAX_HEAD = 1 << 20  # bytes
 MAX_LINES = 1000
 
-STATUS_LINE = re.compile(rb"HTTP/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t][^\n]*)?\r?")
+STATUS_LINE = re.compile(rb"(?i:HTTP)/1\.(\d)[ \t]+([1-9]\d\d)(?:[ \t][^\n]*)?\r?")
 FOLD = re.compile(rb"\r?\n[ \t]+")  # a line that continues the one before (RFC 9112, 5.2)
 NAME = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 INVALID = re.compile(rb"[\0\r]")  # a space stands for each in a value (RFC 9110, 5.5)

@@ -108,7 +108,7 @@ class ResponseParser:
         buffer = self._buffer
         if buffer[:1].isspace():
             del buffer[: len(buffer) - len(buffer.lstrip(b"\r\n"))]
-        if buffer[: len(BEGIN)] != BEGIN[: len(buffer)]:
+        if buffer[: len(BEGIN)].upper() != BEGIN[: len(buffer)]:
             raise BadHttpMessage("it is no response of HTTP/1.1")
         found = EMPTY_LINE.search(buffer, max(0, self._searched - 2))
         size = found.end() if found else len(buffer)

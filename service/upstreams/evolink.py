@@ -32,7 +32,7 @@ from service.upstreams.base import (
     UpstreamCall,
 )
 from service.upstreams.large_answers import LargeAnswers, judged
-from service.upstreams.lenient import USUAL_BYTES, document_of, number_of, section_of, text_of
+from service.upstreams.lenient import USUAL_BYTES, number_of, section_of, task_of, text_of
 from service.upstreams.result_links import inline_content, result_links
 from service.upstreams.verdicts import (
     finished_at_once,
@@ -96,6 +96,7 @@ def _error(document: JSON) -> JSON | None:
 def _report(document: JSON) -> Report | None:
     """None: its id is malformed."""
     id = document.get("id") or document.get("task_id")
+    id = id.strip() if isinstance(id, str) else id
     word, error = document.get("status"), _error(document)
     if id is not None and not (isinstance(id, str) and re.fullmatch(UPSTREAM_ID, id)):
         return None
@@ -124,7 +125,7 @@ def parse_task(body: bytes) -> Report | None:
 
     The upstream can be asked again, so a body of several values is unreadable, too.
     """
-    document = document_of(body, alone=True)
+    document = task_of(body, alone=True)
     word = document.get("status") if document else None
     if document is None or not isinstance(word, str) or storable(word) != word:
         return None
@@ -140,7 +141,7 @@ def classify_submit(
     """The outcome that a submission's response proves (docs/api.md). Header names are lower-case,
     `now` is Unix seconds.
     """
-    document = document_of(body)
+    document = task_of(body)
     if 200 <= status < 300:
         report = _report(document) if document is not None else None
         if report is not None and report.upstream_id:

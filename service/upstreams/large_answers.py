@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from service.errors import EgressError
 from service.net import Egress, Response, Streamed
+from service.strict_json import LARGE
 from service.upstreams.lenient import USUAL_BYTES, readable
 
 Outcome = TypeVar("Outcome")
@@ -83,6 +84,6 @@ async def judged(
     judge: Callable[[Response | EgressError], Outcome], answer: Response | EgressError
 ) -> Outcome:
     """The outcome that the response proves. A large body is parsed in a thread."""
-    if isinstance(answer, Response) and len(answer.body) > USUAL_BYTES:
+    if isinstance(answer, Response) and len(answer.body) > LARGE:
         return await asyncio.to_thread(judge, answer)
     return judge(answer)

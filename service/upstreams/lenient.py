@@ -18,6 +18,12 @@ USUAL_BYTES = 1 << 20  # of a document without images, as much as is parsed
 INLINE = re.compile(rb'(?<=")(?:\s|\\[nrt])*data:[^"]{32,}', re.IGNORECASE)  # a text of JSON
 INLINE_URLS = 500  # more of them are no images
 BACKSLASH = b"\\"
+BLANK = "\ufeff \t\r\n"
+# A text of JSON, a comma in front of a bracket, and a word, which may be no scalar of JSON.
+UNTIDY = re.compile(
+    r'"(?P<text>[^"\\]*+(?:\\.[^"\\]*+)*+)"?|,(?=\s*+[\]}])|(?P<word>[^\s\[\]{},:"]++)', re.DOTALL
+)
+SCALAR = re.compile(r"true|false|null|-?(?:0|[1-9]\d*+)(?:\.\d++)?(?:[eE][-+]?\d++)?", re.ASCII)
 # A backslash with what it escapes. A backslash alone escapes nothing.
 ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}|())')
 
@@ -28,7 +34,8 @@ def document_of(body: bytes | bytearray, *, alone: bool = False) -> JSON | None:
 
     What JSON excludes counts as unknown: NaN, numbers without end, and a field that one object
     names twice with different values. Bytes that are no UTF-8 become U+FFFD. A byte order mark,
-    control characters in text, and escapes that JSON does not have are read. Bytes behind the
+    control characters in text, escapes that JSON does not have, and trailing commas are read. A
+    word that JSON does not have, such as `undefined`, is null. Bytes behind the
     object are not. Of a large body the short forms of `data:` URLs are read. Of a body that is
     still large, or deep, only the needed fields are.
     """
@@ -52,15 +59,25 @@ def document_of(body: bytes | bytearray, *, alone: bool = False) -> JSON | None:
 
 def _first_value(body: bytes | bytearray) -> tuple[object, str]:
     """The first value and the text behind it."""
-    text = body.decode("utf-8-sig", "replace").lstrip()
+    text = body.decode("utf-8", "replace").lstrip(BLANK)
     try:
         value, end = _DECODER.raw_decode(text)
-    except json.JSONDecodeError as error:
-        if not error.msg.startswith("Invalid \\"):
+    except json.JSONDecodeError:
+        if text[:1] != "{":
             raise
-        text = ESCAPE.sub(_escaped, text)
+        text = UNTIDY.sub(_tidied, text)
         value, end = _DECODER.raw_decode(text)
     return value, text[end:]
+
+
+def _tidied(match: re.Match[str]) -> str:
+    """JSON for a text with escapes of no JSON, a trailing comma, or a word such as `undefined`."""
+    found = match[0]
+    if match["text"] is not None:
+        return ESCAPE.sub(_escaped, found) if "\\" in found else found
+    if match["word"] is not None:
+        return found if SCALAR.fullmatch(found) else "null"
+    return ""
 
 
 def inline_url(match: re.Match[bytes]) -> str:
@@ -113,6 +130,14 @@ def readable(answer: Response, limit: int) -> Response | EgressError:
     if answer.failure is not None and document_of(body) is None:
         return answer.failure
     return replace(answer, body=body)
+
+
+def task_of(body: bytes | bytearray, *, alone: bool = False) -> JSON | None:
+    """The task in a body, which some gateways wrap in `data`, or the error."""
+    document = document_of(body, alone=alone)
+    names, inner = ("id", "task_id", "status", "error"), section_of(document, "data")
+    wrapped = document is not None and any(map(inner.get, names))
+    return inner if wrapped and not any(map((document or {}).get, names)) else document
 
 
 def section_of(document: JSON | None, name: str) -> JSON:

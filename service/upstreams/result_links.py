@@ -11,9 +11,9 @@ RESULTS = 64  # links of a task
 # and `image_url` beside the status may be something else, such as an input.
 PLACES = (
     *("results", "result_data", "result", "result_urls", "result_url", "output_url", "file_url"),
-    "data",
+    *("data", "output", "images"),
 )
-NAMES = ("url", "image_url", *PLACES, "images", "image", "urls")
+NAMES = ("url", "image_url", *PLACES, "image", "urls", "uri", "link", "download_url")
 DEPTH = 8  # of lists and objects around a link
 
 

@@ -264,6 +264,11 @@ SHAPES = [
     b'"results": [], "result_data": {"image_url": "$LINK"}',
     b'"results": [null], "result_url": "$LINK"',
     b'"results": ["$LINK"], "results": ["$LINK"]',
+    b'"data": [{"url": "$LINK"}]',
+    b'"results": [{"uri": "$LINK", "w": 64}]',
+    b'"results": {"images": [{"download_url": "$LINK"}]}',
+    b'"output": "$LINK"',
+    b'"results": ["$LINK"],',
 ]
 
 
@@ -274,6 +279,32 @@ async def test_a_result_in_another_shape_is_one_picture(
     body = b'{"id": "$ID", "status": "completed", ' + shape + b"}"
     task = await ended(here, server, body, callback=body)
     await stored(here, task)
+    assert asked(server, task) == 1
+
+
+AROUND_THE_TASK = [
+    b'{"code": 200, "message": "ok", "data": %b}',
+    b'{"success": true, "data": %b, "error": null}',
+    b"\xef\xbb\xbf\xef\xbb\xbf%b",
+    b"%b<!-- served by us -->",
+    b"\r\n\t%b\0\0",
+]
+
+
+@pytest.mark.parametrize("around", AROUND_THE_TASK)
+async def test_a_task_that_a_gateway_wraps_is_read(
+    around: bytes, here: World, server: Said
+) -> None:
+    """In the answer to the submission, in the callback, and in the query, also with blanks around
+    the id.
+    """
+    pending, completed = (
+        around % body.replace(b'"$ID"', b'" $ID\\n"') for body in (PENDING, COMPLETED)
+    )
+    task = await submitted(here, server, completed, first=pending)
+    assert task["state"] == "submitted", await here.steps(task["id"])
+    assert await called(here, server, task, completed) == "accepted"
+    await stored(here, await here.ended(task["id"]))
     assert asked(server, task) == 1
 
 

@@ -292,7 +292,7 @@ def test_a_section_that_is_no_object_is_empty(section: object) -> None:
     )
 
 
-@pytest.mark.parametrize("id", [7, [7], {"x": 1}, "a b", "a\n", "é", ".", "..", "x" * 201])
+@pytest.mark.parametrize("id", [7, [7], {"x": 1}, "a b", "é", ".", "..", "x" * 201])
 def test_an_id_that_no_query_can_use_is_unreadable(id: object) -> None:
     """A cut or repaired id could be another task's."""
     assert parse_task(body({"id": id, "status": "completed"})) is None
