@@ -144,8 +144,6 @@ FRAMING: Mapping[str, Shape] = {
     "small letters in the status line": Shape(
         lambda body: PLAIN(body).replace(b"HTTP/1.1", b"http/1.1")
     ),
-    "201": Shape(response(LENGTH, status="201 Created"), tidy=True),
-    "203": Shape(response(LENGTH, status="203 Non-Authoritative Information"), tidy=True),
     "blank lines first": Shape(before(b"\r\n\r\n", PLAIN), tidy=True),
     "chunked before a length": Shape(packed(chunks(), response(CHUNKED, LENGTH))),
     "chunked behind a length": Shape(packed(chunks(), response("Content-Length: 3", CHUNKED))),

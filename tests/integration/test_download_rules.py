@@ -93,6 +93,15 @@ async def test_a_passing_failure_is_tried_again(name: str, here: World, upstream
     assert [step for step, _ in await steps(here, task)] == ["image.retry", "image.stored"]
 
 
+@pytest.mark.parametrize("status", [201, 203])
+async def test_a_whole_body_under_another_status_is_stored(
+    status: int, here: World, upstream: Upstream
+) -> None:
+    """A proxy that changed the response says 203."""
+    image = await saved(here, upstream, f"whole-{status}", Part(picture(), status))
+    assert await bytes_of(here, image) == picture()
+
+
 FINAL = {
     "bytes": (served(picture() + b"\0" * MAX_BYTES), f"over {MAX_BYTES} bytes"),
     "bytes without end": (
