@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.errors import ApiError
 
-BODIES, BODIES_OF_ADDRESS, BODIES_OF_KEY = 250, 200, 50  # that are not complete yet
+BODIES, BODIES_OF_ADDRESS, BODIES_OF_KEY = 500, 400, 200  # that are not complete yet
 MIB = 1 << 20
 BYTES, BYTES_OF_ADDRESS, BYTES_OF_KEY = 128 * MIB, 96 * MIB, 64 * MIB  # of bodies in memory
 SLOW_S = 1.0  # after which a body or a connection may be ended for another

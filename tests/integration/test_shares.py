@@ -89,13 +89,14 @@ async def test_slow_bodies_of_one_key_leave_room_for_all_others(
     begin: bytes,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A key has 50 bodies that are not complete. More get 429 while none of them is slow. Requests
+    """A key has 200 bodies that are not complete. More get 429 while none of them is slow. Requests
     of other keys are answered.
     """
     monkeypatch.setattr(key_shares, "SLOW_S", 60.0)
     async with still.owner() as attacker, still.owner() as other, AsyncExitStack() as stack:
         request = head(attacker, method, path, *lines) + begin
-        made = await stack.enter_async_context(many(still.url, 120, request))
+        count = key_shares.BODIES_OF_KEY + 70
+        made = await stack.enter_async_context(many(still.url, count, request))
         await wait_until(lambda: len(still.context.shedder.bodies) == key_shares.BODIES_OF_KEY)
         refusals = [reader for reader, _ in made[key_shares.BODIES_OF_KEY :]]
         assert {await status(reader) for reader in refusals} == {429}
