@@ -18,6 +18,7 @@ from service.web.console.pages import (
     deliveries_page,
     docs_page,
     endpoints_page,
+    gallery_page,
     keys_page,
     overview_page,
     playground_page,
@@ -56,6 +57,7 @@ async def unknown(_: Visit) -> Response:
 VIEWS: Sequence[View] = (
     View("GET /console", home, ANY),
     *playground_page.VIEWS,
+    *gallery_page.VIEWS,
     *tasks_page.VIEWS,
     *task_page.VIEWS,
     *deliveries_page.VIEWS,
