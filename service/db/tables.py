@@ -126,6 +126,7 @@ tasks = Table(
     UniqueConstraint("upstream_id", "upstream"),  # a search knows only the first
     UniqueConstraint("owner", "idempotency_key"),
     Index(None, "owner", "created_at", "id"),
+    Index(None, "created_at", "id"),  # the list of all owners' tasks
     Index(None, "state"),
 )
 

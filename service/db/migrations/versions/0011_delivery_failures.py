@@ -1,4 +1,5 @@
-"""Failures of deliveries have a cause. Replays may have a filter of deliveries.
+"""Failures of deliveries have a cause. Replays may have a filter of deliveries. The list of all
+owners' tasks has an index.
 
 A process of schema 0010 cancels a replay without an endpoint.
 """
@@ -23,6 +24,7 @@ def upgrade() -> None:
     op.add_column("replays", sa.Column("filter", sa.JSON(none_as_null=True), nullable=True))
     op.add_column("replays", sa.Column("after", sa.String(length=40), nullable=True))
     op.add_column("attempts", sa.Column("endpoint_id", sa.String(length=40), nullable=True))
+    op.create_index("ix_tasks_created_at_id", "tasks", ["created_at", "id"])
     op.create_index("ix_attempts_endpoint_id_time", "attempts", ["endpoint_id", "time"])
     _create("failures", *FAILED)
     _create("owner_failures", "owner", *FAILED)
