@@ -1,6 +1,6 @@
 """The schemas of deliveries, their failures and replays, and of endpoints' health."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, Field
 
@@ -20,7 +20,9 @@ class DeliveryChoice(Body):
         "pending ones that wait for a retry",
     )
     error: Text | None = Field(None, max_length=64, description="a cause, as the groups name it")
-    status: Whole | None = Field(None, ge=100, le=599, description="of the last response")
+    status: Annotated[Whole, Field(ge=100, le=599)] | None = Field(
+        None, description="of the last response"
+    )
     type: Literal[tuple(EVENT_TYPES)] | None = None  # type: ignore[valid-type]
     since: AwareDatetime | None = Field(None, description="created at or after")
     until: AwareDatetime | None = Field(None, description="created before")

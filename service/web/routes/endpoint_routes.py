@@ -68,7 +68,7 @@ async def create(request: Request) -> Response:
 
 
 async def endpoint_of(request: Request, endpoint_id: str | None = None) -> Row:
-    id = endpoint_id or request.path_params["endpoint_id"]
+    id = request.path_params["endpoint_id"] if endpoint_id is None else endpoint_id
     store, owner = resources_of(request).store, caller_of(request).sees
     row = await store.read(endpoints.endpoint_row, id, owner)
     if row is None:
