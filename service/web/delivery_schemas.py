@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, Field
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, Field
 
 from service.web.event_schemas import EVENT_TYPES, TEST_TYPE
-from service.web.field_schemas import Body, OptionalBody, Text, Whole
+from service.web.field_schemas import Body, OptionalBody, Text, whole
 
 DeliveryState = Literal["pending", "delivered", "dead"]
 
@@ -20,7 +20,7 @@ class DeliveryChoice(Body):
         "pending ones that wait for a retry",
     )
     error: Text | None = Field(None, max_length=64, description="a cause, as the groups name it")
-    status: Annotated[Whole, Field(ge=100, le=599)] | None = Field(
+    status: Annotated[int, Field(ge=100, le=599), BeforeValidator(whole)] | None = Field(
         None, description="of the last response"
     )
     type: Literal[tuple(EVENT_TYPES)] | None = None  # type: ignore[valid-type]

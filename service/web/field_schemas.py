@@ -119,7 +119,7 @@ class Submission(BaseModel):
     size: Text | None = Field(
         None, description="such as 1280x1280 or 16:9, as the model's entry in the catalogue says"
     )
-    n: Annotated[Whole, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1), BeforeValidator(whole)] | None = None
     negative_prompt: Text | None = None
     prompt_extend: bool | None = None
     image_urls: list[ImageLink] | None = Field(
