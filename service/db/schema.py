@@ -8,7 +8,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect
 
-from service.db import file_tables  # noqa: F401 - adds its tables to the metadata
+from service.db import file_tables, key_tables  # noqa: F401 - add their tables to the metadata
 from service.errors import ConfigurationError
 
 

@@ -57,18 +57,6 @@ owners = Table(
     Column("created_at", BigInteger, nullable=False),
 )
 
-api_keys = Table(
-    "api_keys",
-    metadata,
-    Column("id", String(40), primary_key=True),
-    Column("owner", String(64), nullable=False),
-    Column("hash", String(64), nullable=False, unique=True),
-    Column("hint", String(16), nullable=False),  # the first characters of the key
-    Column("scopes", JSON, nullable=False),
-    Column("created_at", BigInteger, nullable=False),
-    Column("revoked_at", BigInteger),
-)
-
 tasks = Table(
     "tasks",
     metadata,

@@ -95,7 +95,7 @@ def _error(document: JSON) -> JSON | None:
 
 def _report(document: JSON) -> Report | None:
     """None: its id is malformed."""
-    id = document.get("id") or document.get("task_id")
+    id = document.get("task_id" if document.get("id") in (None, "") else "id")
     id = id.strip() if isinstance(id, str) else id
     word, error = document.get("status"), _error(document)
     if id is not None and not (isinstance(id, str) and re.fullmatch(UPSTREAM_ID, id)):
@@ -121,9 +121,8 @@ def _report(document: JSON) -> Report | None:
 
 
 def parse_task(body: bytes) -> Report | None:
-    """A task in a query's response or a callback. Only a status is required. None: unreadable.
-
-    The upstream can be asked again, so a body of several values is unreadable, too.
+    """A task in a query's response or a callback, with a status. None: unreadable, as are several
+    objects, because the upstream can be asked again.
     """
     document = task_of(body, alone=True)
     word = document.get("status") if document else None

@@ -76,8 +76,8 @@ async def test_a_completed_task_lists_its_images_in_order_and_their_links_as_res
     assert task["task_info"] == {"can_cancel": False, "estimated_time": 1}
     assert task["usage"] == {
         "billing_rule": "per_call",
-        "credits_reserved": 3,
-        "credits_used": 3,
+        "credits_reserved": 4,
+        "credits_used": 4,
         "user_group": "default",
     }
     assert [image["url"] for image in task["images"]] == task["results"]
@@ -246,7 +246,7 @@ async def test_nothing_that_comes_after_a_local_cancel_is_kept_but_the_charge(he
         "cancelled",
         [],
         [],
-        1.5,
+        2,
     )
 
 
