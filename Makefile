@@ -23,7 +23,7 @@ COVERED := 'service/signing.py,service/tasks/*,service/images/*,service/events/*
 STARTED := service/images/validator_child.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dev quick test check coverage bench chaos pictures lock sbom clean
+.PHONY: help setup demo dev quick test check coverage bench chaos screenshots pictures lock sbom clean
 
 help:
 	@echo "make demo      show it at work: an upstream, the service and a subscriber on this machine"
@@ -34,6 +34,7 @@ help:
 	@echo "make coverage  run all tests and ask for coverage: 95 % of all, 99 % of the steps"
 	@echo "make bench     measure, and print the tables of the benchmarks"
 	@echo "make chaos     kill and pause processes under load, and look for what is lost or doubled"
+	@echo "make screenshots  take the pictures of docs/console.md with Chromium"
 	@echo "make setup     create .venv and nothing else"
 	@echo "make lock      write the locks; make sbom: list all packages as CycloneDX"
 	@echo "make clean     remove .venv, caches and the files of the demo"
@@ -57,6 +58,9 @@ bench: $(VENV)/.dev
 
 chaos: $(VENV)/.dev
 	@$(BIN)/python -m tests.crash.chaos $(ARGS)
+
+screenshots: $(VENV)/.dev
+	@$(BIN)/python -m tests.browser.screenshots
 
 check: $(VENV)/.dev $(VENV)/.node
 	$(BIN)/ruff check

@@ -1,6 +1,6 @@
 """The life of tasks on both stores, in any order of actions (see `life`).
 
-A run makes 3,000 steps by default and always the same ones, so a change fails only for what it
+A run makes 1,500 steps by default and always the same ones, so a change fails only for what it
 broke. DARKROOM_TEST_STEPS sets another number of steps with a random seed, which finds new
 failures. DARKROOM_TEST_SEED sets the first seed. Each run prints its seeds.
 """
@@ -31,7 +31,7 @@ from tests.property.life_bench import Bench
 from tests.servers import execute, postgres_database
 from tests.stores import open_postgres, open_sqlite
 
-STEPS = int(os.environ.get("DARKROOM_TEST_STEPS", "3000"))
+STEPS = int(os.environ.get("DARKROOM_TEST_STEPS", "1500"))
 RANDOM = "DARKROOM_TEST_STEPS" in os.environ
 SEED = int(
     os.environ.get("DARKROOM_TEST_SEED")
