@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from ipaddress import ip_address
+from ipaddress import IPv6Address
 from typing import Any
 
 from starlette.requests import HTTPConnection
@@ -27,7 +27,11 @@ def address_of(client: tuple[str, int] | None) -> str:
     has it. Clients of a Unix socket are one.
     """
     host = client[0] if client else ""
-    return ip_address(host).exploded[:19] if ":" in host and "%" not in host else host
+    try:
+        address = IPv6Address("" if "%" in host else host)
+    except ValueError:  # IPv4, or what a proxy names
+        return host
+    return str(address.ipv4_mapped or address.exploded[:19])
 
 
 def holder_of(request: HTTPConnection) -> str:

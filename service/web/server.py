@@ -27,6 +27,7 @@ OPEN_MAX = 10_240  # macOS accepts no higher limit, even without a hard limit
 BACKLOG = 16_384  # the kernel lowers it to `net.core.somaxconn`
 ACCEPT_PER_TURN = 100  # about 10 ms, and as many callbacks as fit into one commit
 SPARE_DESCRIPTORS = 512  # for files and outgoing connections, half of a small limit
+LOST_MS = 35_000  # more than a write may take
 RETRY_S = 0.1  # after which descriptors may be free again
 # Slow connections that end for new ones, and the seconds between two looks for them.
 ENDED_AT_ONCE, END_AGAIN_S, IDLE_S = 500, 0.5, 10.0
@@ -161,6 +162,7 @@ class AcceptLoop:
                 self._pause()
                 return count
             connection.setblocking(False)
+            free_when_lost(connection)
             opening = self._loop.create_task(self._open(connection))
             self._opening.add(opening)
             opening.add_done_callback(self._opening.discard)
@@ -203,6 +205,14 @@ def bind(host: str, port: int) -> socket.socket:
     bound.listen(BACKLOG)
     bound.setblocking(False)
     return bound
+
+
+def free_when_lost(connection: socket.socket) -> None:
+    """Ends a connection whose peer acknowledges nothing for a while, such as a stream's reader that
+    lost its network. The system would wait a quarter of an hour.
+    """
+    if connection.family != socket.AF_UNIX and hasattr(socket, "TCP_USER_TIMEOUT"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LOST_MS)
 
 
 @contextmanager

@@ -135,6 +135,7 @@ async def test_an_address_and_the_process_have_a_limit_of_bodies_too(
     has the most ends. That key itself gets 429, or 503 from the process.
     """
     monkeypatch.setattr(key_shares, limit, 4)
+    monkeypatch.setattr(key_shares, "SLOW_S", 60.0)
     bodies = still.context.shedder.bodies
     async with still.owner() as greedy, still.owner() as other, AsyncExitStack() as stack:
         requests = [head(client, "POST", SUBMIT, *LENGTH) + b"{" for client in (greedy, other)]
@@ -156,6 +157,17 @@ async def test_an_address_and_the_process_have_a_limit_of_bodies_too(
 MANY = "content-length: 300000"  # bytes of a body of which a part arrives
 
 
+async def part_of_body(
+    stack: AsyncExitStack, here: World, part: bytes, number: int
+) -> asyncio.StreamReader:
+    """Sends 100,000 bytes as body number `number`. The bodies are in order, because each waits for
+    the one before: keys are looked up side by side.
+    """
+    ((reader, _),) = await stack.enter_async_context(many(here.url, 1, part))
+    await wait_until(lambda: here.context.shedder.bodies.size == number * 100_000)
+    return reader
+
+
 async def test_the_bytes_of_a_keys_bodies_have_a_limit(
     still: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,16 +175,16 @@ async def test_the_bytes_of_a_keys_bodies_have_a_limit(
     gets 429. Nothing counts any more once the requests are over.
     """
     monkeypatch.setattr(key_shares, "BYTES_OF_KEY", 250_000)
+    monkeypatch.setattr(key_shares, "SLOW_S", 60.0)
     bodies = still.context.shedder.bodies
     async with still.owner() as client, AsyncExitStack() as stack:
         part = head(client, "POST", SUBMIT, MANY) + b"{" + b" " * 99_999
-        made = await stack.enter_async_context(many(still.url, 2, part))
-        await wait_until(lambda: bodies.size == 200_000)
+        made = [await part_of_body(stack, still, part, number) for number in (1, 2)]
         ((refused_one, _),) = await stack.enter_async_context(many(still.url, 1, part))
         assert await status(refused_one) == 429
         monkeypatch.setattr(key_shares, "SLOW_S", 0.0)
         await stack.enter_async_context(many(still.url, 1, part))
-        assert await status(made[0][0]) == 408
+        assert await status(made[0]) == 408
         await wait_until(lambda: bodies.size == 200_000)
     await wait_until(lambda: bodies.size == len(bodies) == 0)
 
@@ -185,10 +197,9 @@ async def test_the_key_with_the_most_bytes_makes_room_for_another(
     bodies = still.context.shedder.bodies
     async with still.owner() as greedy, still.owner() as other, AsyncExitStack() as stack:
         part = head(greedy, "POST", SUBMIT, MANY) + b"{" + b" " * 99_999
-        made = await stack.enter_async_context(many(still.url, 2, part))
-        await wait_until(lambda: bodies.size == 200_000)
+        made = [await part_of_body(stack, still, part, number) for number in (1, 2)]
         await submitted(other, note="x" * 90_000)
-        assert await status(made[0][0]) == 408
+        assert await status(made[0]) == 408
     await wait_until(lambda: bodies.size == 0)
 
 
