@@ -37,8 +37,7 @@ from service.upstreams.field_values import shown
 log = structlog.get_logger()
 
 OWN_FIELDS = ("callback_url", "metadata")  # which the upstream does not get
-METADATA_PAIRS, METADATA_BYTES = 16, 2048
-MODEL_CHARS = 200
+METADATA_PAIRS, METADATA_BYTES, MODEL_CHARS = 16, 2048, 200
 
 
 class Inputs(Protocol):
@@ -101,9 +100,9 @@ class TaskIntake:
         if not inserted.created:
             await self.inputs.discard(owner, named)
             return _replayed(inserted.task_id, inserted.idempotency_hash, digest), True
-        known = {"owner": owner, "task_id": task.id, "model": task.model}
-        prompt = {"prompt": task.prompt} if self.log_prompts else {}
-        log.info("task.queued", **known, replayed=False, **prompt)
+        known: JSON = {"owner": owner, "task_id": task.id, "model": task.model}
+        known |= {"prompt": task.prompt} if self.log_prompts else {}
+        log.info("task.queued", **known, replayed=False)
         return task.id, False
 
     def check_limits(self, body: JSON, *, whole: bool = True) -> None:
@@ -131,9 +130,10 @@ class TaskIntake:
 
     async def _named(self, owner: str, body: JSON) -> tuple[JSON, list[NamedInput]]:
         """The body as it is shown, and its input images. Raises ApiError 400."""
-        entries = body.get("image_urls")
-        if not isinstance(entries, list) or not all(isinstance(each, str) for each in entries):
+        if not (entries := body.get("image_urls")):
             return body, []
+        if not isinstance(entries, list) or not all(isinstance(each, str) for each in entries):
+            raise _invalid("image_urls", f"image_urls must be links, not {shown(entries)}")
         named = await self.inputs.resolve(owner, entries, body["model"])
         return {**body, "image_urls": [each.shown for each in named]}, named
 
@@ -261,8 +261,8 @@ def insert_tasks(
     """Inserts tasks as `queued`, and reserves their estimates. A second run after a lost commit,
     and a key that exists, find the first row.
     """
+    check = BudgetCheck(tx, (item.owner for item in items), unpriced=unpriced)  # locks first
     existing, queue = _existing(tx, items), FairQueue(tx)
-    check = BudgetCheck(tx, (item.owner for item in items), unpriced=unpriced)
     results = []
     for item in items:
         key = (item.owner, item.idempotency_key)

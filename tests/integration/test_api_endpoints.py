@@ -242,6 +242,7 @@ async def test_a_delivery_has_every_key_and_every_attempt(here: World) -> None:
             "event": event["id"],
             "task": task["id"],
             "state": "delivered",
+            "cause": None,
             "created_at": delivery["created_at"],
             "next_attempt_at": None,
             "attempts": delivery["attempts"],

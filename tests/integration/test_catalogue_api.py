@@ -202,7 +202,6 @@ async def test_a_model_and_a_field_that_are_not_in_the_catalogue_pass(
         ({"model": "mj-v7", "model_params": {"speed": "draft"}}, 2.7, 2.7, 1, "request"),
         ({"model": "gpt-image-2", "n": 3}, None, None, 3, "image"),
         ({"model": "dall-e-9", "n": 2}, None, None, 2, "image"),
-        ({"model": "dall-e-9", "n": "many"}, None, None, 1, "image"),
     ],
 )
 async def test_an_estimate_is_what_the_catalogue_says(

@@ -140,6 +140,7 @@ async def test_the_dead_are_sent_again(
     assert shown == {
         "id": replay,
         "endpoint": endpoint,
+        "filter": None,
         "state": "done",
         "since": "1970-01-01T00:00:00.000Z",
         "until": shown["until"],

@@ -86,7 +86,11 @@ async def _answered(request: Request, keep: Callable[[Request], Awaitable[FileRo
     except ApiError as error:
         if error.status >= 500 or error.status == 408:
             raise
-        codes = {"file_too_large": TOO_LARGE, "not_fetched": NOT_FETCHED}
+        codes = {
+            "file_too_large": TOO_LARGE,
+            "body_too_large": TOO_LARGE,
+            "not_fetched": NOT_FETCHED,
+        }
         code = codes.get(error.code, WRONG_FILE if error.param else error.status)
         document = {"success": False, "code": code, "msg": error.message, "data": None}
         return JSONResponse(document, error.status)
