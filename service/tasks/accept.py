@@ -100,9 +100,9 @@ class TaskIntake:
         if not inserted.created:
             await self.inputs.discard(owner, named)
             return _replayed(inserted.task_id, inserted.idempotency_hash, digest), True
-        known: JSON = {"owner": owner, "task_id": task.id, "model": task.model}
-        known |= {"prompt": task.prompt} if self.log_prompts else {}
-        log.info("task.queued", **known, replayed=False)
+        known = {"owner": owner, "task_id": task.id, "model": task.model}
+        prompt = {"prompt": task.prompt} if self.log_prompts else {}
+        log.info("task.queued", **known, replayed=False, **prompt)
         return task.id, False
 
     def check_limits(self, body: JSON, *, whole: bool = True) -> None:
