@@ -21,6 +21,7 @@ from tests.api import ASYNC, SUBMIT, got, order, refused, submitted
 from tests.attack.target import SECRET_KEY, Streams, Target, ratio, target, whole_answer
 from tests.pictures import drawn
 from tests.processes import Running, service_settings
+from tests.silence import silence
 from tests.upstream import document
 from tests.waiting import wait_until
 
@@ -247,26 +248,6 @@ async def test_polls_and_streams_of_one_key_leave_others_alone(under: Target, ac
 
 
 # --- callbacks meanwhile ---
-
-
-@asynccontextmanager
-async def silence() -> AsyncIterator[tuple[str, set[Any]]]:
-    """The address of a server that never answers, and its open connections."""
-    held: set[Any] = set()
-
-    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        held.add(writer)
-        await reader.read()
-        held.discard(writer)
-        writer.close()
-
-    server = await asyncio.start_server(hold, "127.0.0.1", 0)
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", held
-    finally:
-        server.close()
-        for writer in list(held):
-            writer.close()
 
 
 @asynccontextmanager

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,32 +19,13 @@ from service.events.endpoints import NewEndpointRow, insert_endpoints
 from service.settings import load_settings
 from tests.api import got, refused
 from tests.outbox import emitted
+from tests.silence import silence
 from tests.waiting import wait_until
 from tests.world import Received, World, subscriber, world
 
 pytestmark = pytest.mark.slow
 
 SILENT, EVENTS, ROUNDS, MEASURED = 1000, 3, 5, 50
-
-
-@asynccontextmanager
-async def silence() -> AsyncIterator[tuple[str, set[Any]]]:
-    """The address of a server that never answers, and its open connections."""
-    held: set[Any] = set()
-
-    async def hold(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        held.add(writer)
-        await reader.read()
-        held.discard(writer)
-        writer.close()
-
-    server = await asyncio.start_server(hold, "127.0.0.1", 0)
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", held
-    finally:
-        server.close()
-        for writer in list(held):
-            writer.close()
 
 
 async def subscribe(here: World, owner: str, url: str, count: int) -> None:
