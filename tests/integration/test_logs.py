@@ -15,6 +15,7 @@ from service.web.routes import task_routes
 from tests.api import ASYNC, SUBMIT, UNTIL_DONE, got, order, refused, submitted
 from tests.docs.log_lines import ALWAYS, LINES, WHERE_KNOWN
 from tests.docs.render import documented
+from tests.integration.test_console_security import signed_in
 from tests.logs import logged
 from tests.upstream import Upstream, document, error, page, picture
 from tests.waiting import wait_until
@@ -89,6 +90,8 @@ async def trouble(here: World, client: httpx.AsyncClient, takes: str) -> list[st
     await here.stranger.post(right, content=b"x" * (1 << 19))
     await here.stranger.post(f"{right}/more", json={})
     await here.stranger.get("/v1/tasks", headers={"authorization": f"Bearer {secrets[0]}"})
+    async with signed_in(here):
+        pass
     for path in ("/v1/credits", "/v1/tasks/task-unified-unknown", "/v1/nothing", "/healthz"):
         await client.get(path)
     await garbage(here.url, right)

@@ -369,9 +369,9 @@ async def test_an_answer_that_is_not_the_upstreams_is_a_cause(
     """The log names the setting. Once the address leads to the upstream, the cause goes by itself,
     without a request.
     """
+    api.credits = api.queries = answer  # a query's good answer would prove the address
     shared.context.resources.upstreams["evolink"]._proved = False  # type: ignore[attr-defined]
     with capture_logs() as lines:
-        api.credits = answer
         assert (await shared.client.get("/v1/credits")).status_code >= 400
         await until(shared, "upstream")
         await wait_until(lambda: [line for line in lines if line["event"] == "upstream.unusable"])
