@@ -71,7 +71,12 @@ class Consumer:
         Some starts are killed once more.
         """
         moment = number * 2 * ROUND + self.random.randint(0, ROUND)
-        await wait_until(lambda: self.count >= moment, PATIENCE_S)
+        try:
+            await wait_until(lambda: self.count >= moment, PATIENCE_S)
+        except AssertionError as error:
+            raise AssertionError(
+                f"{self.program} has {self.count} of {moment} events after {self.kills} kills"
+            ) from error
         self.kill()
         self.start()
         if self.random.random() < 0.25:
