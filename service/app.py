@@ -64,7 +64,7 @@ Job = Coroutine[Any, Any, None]
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What a process runs: `serve` both, `serve --no-worker` the web, `worker` the workers."""
+    """The parts of a process: `serve` both, `serve --no-worker` the web, `worker` the workers."""
 
     web: bool = True
     workers: bool = True
@@ -215,7 +215,7 @@ def make_context(
     broker_workers: Mapping[str, BrokerWorker],
     stopping: Stopping,
 ) -> Context:
-    """What the routes of this process share."""
+    """The objects that the routes of this process share."""
     admin_key = settings.admin_key.get_secret_value() if settings.admin_key else None
     pool, watch = stopping.pool, WorkerWatch(resources.store, resources.store.clock())
     days, least = settings.file_retention_days, settings.min_free_bytes

@@ -76,7 +76,7 @@ async def open_store_and_keys(settings: Settings) -> AsyncIterator[tuple[Batchin
 
 
 def secret_keys(settings: Settings) -> list[bytes]:
-    """The keys of `secret_key`, or on SQLite those of `{data_dir}/secret.key`.
+    """The keys of `secret_key`, or on SQLite the keys of `{data_dir}/secret.key`.
 
     The first call creates the file. ConfigurationError: there is no key, a key is short, or the
     file cannot be written or read.
@@ -265,7 +265,7 @@ def open_file_api(
 def open_upstreams(
     settings: Settings, egress: Egress, called: Callable[[UpstreamCall], None]
 ) -> dict[str, Upstream]:
-    """The upstreams by name, whose calls are logged and counted. `catalogue.upstream_for` says
+    """The upstreams by name. Their calls are logged and counted. `catalogue.upstream_for` says
     which models each serves.
     """
     key = settings.evolink_api_key

@@ -29,7 +29,7 @@ def decoded(body: bytes, header: str, limit: int) -> bytes:
 def decompress(data: bytes, limit: int) -> bytes | None:
     """At most one byte over the limit. None: the data is neither gzip, zlib nor raw deflate.
 
-    A gzip file may have several members (RFC 1952, 2.2). What follows them is no part of it.
+    A gzip file may have several members (RFC 1952, 2.2). Further bytes are no part of it.
     """
     for wbits in (47, -15):  # 47: gzip or zlib
         decoder = zlib.decompressobj(wbits)

@@ -25,7 +25,7 @@ def make_folder(folder: Path) -> None:
 
 
 def keep_private() -> None:
-    """New files get the mode 0600 and new folders 0700, whatever umask the process was given."""
+    """New files get the mode 0600 and new folders 0700, under any umask."""
     os.umask(0o077)
 
 

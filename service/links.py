@@ -13,8 +13,8 @@ from service.strict_json import JSON
 MAX_LINK = 16 * 1024  # characters of a result's link, and of a redirect on the way to it
 STORED = re.compile(r"data:sha256/[0-9a-f]{64}")
 LINK = re.compile(r"https?:|data:", re.IGNORECASE)
-# What the WHATWG URL standard removes before it parses (section 4.4): C0 controls and blanks around
-# a URL, tabs and line ends everywhere in it.
+# The WHATWG URL standard (section 4.4) removes C0 controls and blanks around a URL, and tabs and
+# line ends everywhere in it, before it parses.
 AROUND = "".join(map(chr, range(0x21)))
 INSIDE = str.maketrans("", "", "\t\n\r")
 
@@ -33,7 +33,7 @@ def is_data(url: str) -> bool:
 
 
 def stored_form(url: str) -> str:
-    """What the store keeps of a result's link. Of a `data:` URL it is the hash: the image itself
+    """The stored form of a result's link. For a `data:` URL it is the hash: the image itself
     comes from the upstream again when the download runs.
     """
     if not is_data(url) or STORED.fullmatch(url):

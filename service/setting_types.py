@@ -92,7 +92,7 @@ def network(value: object) -> Network:
 
 
 def ip_literal(host: str | None) -> IPv4Address | IPv6Address | None:
-    """The address that a URL's host spells out. None for a name."""
+    """The address that a URL's host spells out, or None for a name."""
     try:
         return ip_address(host or "")
     except ValueError:

@@ -219,7 +219,7 @@ class Settings(BaseModel):
 
     @property
     def sqlite_path(self) -> Path | None:
-        """The embedded store's file. None on PostgreSQL."""
+        """The embedded store's file, or None on PostgreSQL."""
         scheme, _, path = self.database_url.partition(":///")
         return Path(path) if scheme == "sqlite" else None
 

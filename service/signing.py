@@ -52,7 +52,7 @@ class Keyring:
         return _token(self._token_keys[0], upstream, task_id).decode("ascii")
 
     def hashed_token(self, upstream: str, task_id: str) -> str:
-        """What the store holds in the place of the callback token."""
+        """The stored form of the callback token."""
         return _hash(self.callback_token(upstream, task_id))
 
     def with_token(self, upstream: str, task_id: str, body: bytes) -> bytes:
@@ -72,7 +72,7 @@ class Keyring:
         return valid
 
     def encrypt(self, text: str) -> bytes:
-        """Encrypts a secret for the store. Nothing expires by Fernet's timestamp, so it is 0."""
+        """Encrypts a secret for the store. The service reads no Fernet timestamp, so it is 0."""
         return self._box.encrypt_at_time(_bytes(text), 0)
 
     def decrypt(self, data: bytes) -> str:
@@ -90,7 +90,7 @@ class Keyring:
         return self._browser.encrypt_at_time(_bytes(text), now).decode("ascii").rstrip("=")
 
     def unseal(self, token: str, now: int, ttl_s: int) -> str | None:
-        """What a cookie holds. None: no key of ours sealed it, or longer ago than `ttl_s`."""
+        """The content of a cookie. None: no key of ours sealed it, or longer ago than `ttl_s`."""
         try:
             padded = _bytes(token + "=" * (-len(token) % 4))
             return self._browser.decrypt_at_time(padded, ttl_s, now).decode()

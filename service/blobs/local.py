@@ -96,7 +96,7 @@ def keep(source: Path, target: Path, root: Path) -> None:
     with opened(source, os.O_RDONLY) as descriptor:
         (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(descriptor)
     rename(source, target)
-    # Every folder up to the root, also one that exists: another `put` may have made it without
+    # Every folder up to the root, also one that exists: a second `put` may have made it without
     # having synced it yet.
     for folder in (target.parent, *target.parent.parents):
         sync(folder)

@@ -97,7 +97,7 @@ def estimate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a submission will cost. Nothing is submitted."""
+    """Show what a submission will cost, without submitting it."""
     body: JSON = named({"prompt": prompt, "size": size, "n": n, "image_urls": image})
     put_all(body, field, "--set")
     with api_client() as client:

@@ -1,4 +1,4 @@
-"""What commands print: JSON for programs, fields and columns for people.
+"""The output of commands: JSON for programs, fields and columns for people.
 
 Text from a service is shown without control characters.
 """

@@ -213,7 +213,7 @@ def progress(task: JSON) -> Iterator[Callable[[JSON, str | None], None]]:
 
 
 def save(client: ApiClient, image: JSON, task_id: str, folder: Path) -> Path:
-    """Saves an image whose checksum is right, by a rename of the whole file."""
+    """Saves an image if its checksum is right, by a rename of the whole file."""
     content = client.fetch(f"/images/{segment(image['id'])}")
     if hashlib.sha256(content).hexdigest() != image["sha256"]:
         raise CommandFailed(f"{image['id']}: what came is not what was stored")

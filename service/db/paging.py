@@ -50,7 +50,7 @@ def page(statement: Select[Any], table: Any, wanted: Selection) -> Select[Any]:
 
 
 def courtesy(connection: Connection) -> Callable[[], None]:
-    """What a long read calls now and then: it returns once no urgent work is in hand."""
+    """A function that a long read calls now and then: it returns once no urgent work is in hand."""
     give_way: Callable[[], None] = connection.info.get("give_way", lambda: None)
     return give_way
 

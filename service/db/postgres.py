@@ -106,7 +106,7 @@ class PostgresStore(BatchingStore):
             yield run
 
     def _hint(self, tx: Transaction) -> str:
-        """What other processes may want to know of a transaction. `{}` stands for everything."""
+        """The changes that other processes may want to know. `{}` stands for everything."""
         hint = {
             "from": self.process,
             "tasks": sorted(tx.touched),

@@ -54,7 +54,7 @@ def _partial(name: str, where: ColumnElement[bool], *columns: ColumnElement[Any]
 
 # Each queue has an index of its own, so that a claim in one does not read thousands of due rows of
 # another. The index of `submit` begins with the order, because owners take turns. A claim of
-# deliveries may pass over owners whose share is used up, by an index that ends with the owner.
+# deliveries may pass over owners that use their whole share, by an index that ends with the owner.
 for queue in QUEUES.values():
     due = queue.column("due_at")
     columns = [queue.order, due] if queue.stage == "submit" else [due]

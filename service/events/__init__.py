@@ -1,1 +1,1 @@
-"""What happened to tasks: the outbox, and all ways out of it."""
+"""The events of tasks: the outbox, and all ways out of it."""

@@ -1,4 +1,4 @@
-"""Replays of the deliveries that match a filter, whatever their endpoints are.
+"""Replays of the deliveries that match a filter, of any endpoint.
 
 A dead delivery's event is delivered anew, unless the endpoint has it by now. One that waits for its
 retry is due now. A delivered one is sent again. The pages go by the time of creation up to the

@@ -260,7 +260,7 @@ def _cancel(tx: Transaction, replay_id: str, owner: str | None) -> bool:
     if row.state == "running":
         _finish(tx, replay_id, "cancelled")
     mine = and_(deliveries.c.replay_id == replay_id, deliveries.c.state == "pending")
-    # What the replay only brought forward goes on by its schedule.
+    # A delivery that the replay only brought forward goes on by its schedule.
     older = and_(mine, deliveries.c.created_at < row.created_at)
     tx.connection.execute(update(deliveries).where(older).values(replay_id=None))
     values = ended(tx.now, "replay cancelled")

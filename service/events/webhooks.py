@@ -24,7 +24,7 @@ EVENT_TYPE, TASK_TYPE = "application/cloudevents+json", "application/json"
 
 @dataclass(frozen=True, slots=True)
 class WebhookSender:
-    """Sends signed requests. Whatever prevents a request is a failed attempt, not an exception."""
+    """Sends signed requests. An error before the request is a failed attempt, not an exception."""
 
     resources: Resources
     timeout_s: float

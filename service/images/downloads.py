@@ -116,7 +116,7 @@ def host_refused(connection: Connection) -> bool:
 
 
 def retry_refused(tx: Transaction, items: Sequence[None]) -> list[None]:
-    """Makes downloads due now whose host was refused: the settings may have changed since."""
+    """Makes downloads from refused hosts due now: the settings may have changed since."""
     waiting = select(images.c.id).where(REFUSED, images.c.due_at > tx.now).order_by(images.c.id)
     free = waiting.with_for_update(skip_locked=True).cte("free").prefix_with("MATERIALIZED")
     statement = update(images).where(images.c.id.in_(select(free.c.id)))

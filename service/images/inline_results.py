@@ -1,4 +1,4 @@
-"""Results that are no links: `data:` URLs, whose images are part of the upstream's answer."""
+"""Results that are no links: `data:` URLs with the image inside the upstream's answer."""
 
 from service.images.downloads import Lost, Retry
 from service.resources import Resources

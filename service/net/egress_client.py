@@ -162,7 +162,7 @@ class Egress:
         timeout: float,
         idle: float | None = None,
     ) -> AsyncGenerator[Streamed, None]:
-        """One call whose body is read in pieces. It must be complete within `timeout` seconds, with
+        """One call, with a body read in pieces. It must be complete within `timeout` seconds, with
         no pause of `idle` seconds (by default `timeout`) between bytes.
         """
         idle = timeout if idle is None else idle

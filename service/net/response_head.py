@@ -8,7 +8,7 @@ smuggled into the response to the next request.
 import re
 from dataclasses import dataclass
 
-# Of a response, with all interim ones.
+# The limit of a response's head, with all interim ones.
 MAX_HEAD = 1 << 20  # bytes
 MAX_LINES = 1000
 

@@ -101,7 +101,7 @@ class ResponseParser:
             self._finish(None if whole else "the response was cut")
 
     def pause_reading(self) -> None:
-        """The body's buffer is full. What was received is in it, so nothing is held back here."""
+        """The body's buffer is full. All received bytes are in it, so nothing is held back here."""
 
     def _next_head(self) -> ResponseHead | None:
         """The next head in the buffer. None: it is not complete."""
@@ -207,7 +207,7 @@ class ResponseParser:
             self._protocol.force_close()
         if body:
             self._body.feed_data(bytes(body))
-        if end:  # trailers are for nobody, so they are not waited for
+        if end:  # trailers have no reader, so the parser does not wait for them
             self._finish(problem, reusable=data[at:] == b"\r\n")
 
     def _finish(self, problem: str | None = None, *, reusable: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""What a call brings: a whole response, or one whose body is still to be read."""
+"""The result of a call: a whole response, or one with a body that is still to be read."""
 
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass

@@ -182,7 +182,7 @@ class GuardedResolver(AbstractResolver):
 
 
 class LenientHandler(ResponseHandler):
-    """A connection whose responses are read by `ResponseParser`."""
+    """A connection. `ResponseParser` reads its responses."""
 
     def set_response_params(self, **params: Any) -> None:
         """Called before each request on the connection."""

@@ -26,7 +26,7 @@ _BAD_PORTS = """
 BAD_PORTS = frozenset(int(port) for port in _BAD_PORTS.split())
 AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+)(?::([0-9]{1,5}))?", re.IGNORECASE | re.ASCII)
 LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
-# A host whose last label matches is an IPv4 address (WHATWG URL).
+# A host with a last label that matches is an IPv4 address (WHATWG URL).
 NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)
 
 

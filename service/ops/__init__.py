@@ -1,1 +1,1 @@
-"""What operators see: log lines, metrics, traces. A leaf: any layer may use it, it uses none."""
+"""The operators' view: log lines, metrics, traces. A leaf: any layer may use it, it uses none."""

@@ -14,7 +14,7 @@ SHORT_ID = 8  # characters at the end of an id, which are random
 WIDE = 80  # from here on the event and the id have columns
 EVENT_WIDTH = 22
 
-# What the lines of an event show where its first five fields are not what matters.
+# The fields that an event's line shows, if the first five are not the important ones.
 SHOWN = {
     "service.started": ("role", "address", "version"),
     "http.request": ("method", "route", "status", "duration_ms", "owner"),
@@ -22,7 +22,7 @@ SHOWN = {
     "auth.refused": ("reason", "hint", "request_id"),
     "admin.action": ("action", "subject", "owner"),
     "upstream.called": ("kind", "outcome", "status", "duration_ms"),
-    # The one line with the whole id of the task, which commands take.
+    # The only line with the whole id of the task, which commands take.
     "task.queued": ("model", "owner", "task_id", "prompt"),
     "task.submitted": ("state", "attempt", "estimated_time"),
     "image.stored": ("index", "media_type", "width", "height", "bytes"),

@@ -1,8 +1,8 @@
-"""Rows whose work raises unforeseen exceptions, or crashes its process: counted, tried again, and
+"""Rows that cause unforeseen exceptions, or crash their process: counted, tried again, and
 dead-lettered in the end.
 
-A process that is killed from outside crashes with many rows in work. A row whose process crashed
-twice is a poison candidate: it runs alone, so that the next crash has one cause.
+A process that is killed from outside crashes with many rows in work. A row that was in two
+crashes is a poison candidate: it runs alone, so that the next crash has one cause.
 """
 
 from collections.abc import Callable, Sequence

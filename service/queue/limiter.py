@@ -124,7 +124,7 @@ class ConcurrencyLimiter:
         self._admit()
 
     def _admit(self) -> None:
-        """Gives every free slot to the call whose turn it is."""
+        """Gives every free slot to the call that has the turn."""
         while able := [
             (RANK[kind], limit.waiting[0][0], limit)
             for kind, limit in self._kinds.items()

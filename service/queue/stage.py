@@ -8,7 +8,7 @@ from service.db.transaction import Lease
 from service.queue.crashes import DeadLetter
 from service.queue.shares import has_share
 
-# What an operator does about a row that left the queue of a stage for good.
+# The operator's remedy for a row that left the queue of a stage for good.
 QUERY = "mend the cause, then POST /v1/tasks/{task_id}/reconcile asks the upstream again"
 RETRY = "mend the cause, then POST /v1/deliveries/{delivery_id}/retry sends it again"
 ADVICE = {

@@ -207,7 +207,7 @@ def remaining_credits(body: bytes) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class SubmissionHold:
-    """Nothing was sent. The task is due after `wait_ms`, and once when it is `give_up_ms` old."""
+    """The service sent no request. The task is due after `wait_ms`, and at the age `give_up_ms`."""
 
     lease: Lease
     wait_ms: int

@@ -47,7 +47,7 @@ class InputCopy:
 
 @dataclass(frozen=True, slots=True)
 class InputImage:
-    """An input image of a submission. Of a public link only the URL is known."""
+    """An input image of a submission. Only the URL of a public link is known."""
 
     id: str | None = None
     url: str | None = None
@@ -114,7 +114,7 @@ def file_list(connection: Connection, wanted: Selection, now: int) -> list[FileR
 
 
 def insert_files(tx: Transaction, items: Sequence[FileRow]) -> list[None]:
-    """Inserts files whose blobs are not stored yet, so that the sweep knows them."""
+    """Inserts files before their blobs are stored, so that the sweep knows them."""
     for item in items:
         tx.insert(file_table, asdict(item) | {"blob": None})
     return [None] * len(items)
@@ -137,7 +137,7 @@ class FileErasure:
 
 @dataclass(frozen=True, slots=True)
 class ErasedFile:
-    """What is left to delete after the commit: the blob, and the upstream's copy."""
+    """The objects to delete after the commit: the blob, and the upstream's copy."""
 
     blob: str
     copy: InputCopy | None

@@ -197,7 +197,7 @@ class InputFailure:
 
 
 def record_input_failures(tx: Transaction, items: Sequence[InputFailure]) -> list[None]:
-    """Fails tasks or makes them due again. Nothing was submitted."""
+    """Fails tasks that were not submitted, or makes them due again."""
     queue = cache(lambda: FairQueue(tx))
     for item, row in lock_leased(tx, items):
         if row is None:

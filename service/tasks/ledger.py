@@ -79,7 +79,7 @@ def booked(connection: Connection, task_ids: list[str]) -> dict[str, dict[str, i
 
 
 def missing(row: TaskRow, sums: Mapping[str, int], source: str) -> list[LedgerEntry]:
-    """The entries that a task lacks. `sums` are those of its earlier entries by kind.
+    """The entries that a task lacks. `sums` are the sums of its earlier entries by kind.
 
     The upstream's reservation replaces the estimate, and its charge replaces the reservation. The
     reservation of a task that has ended stays while the upstream is queried about its cost. A

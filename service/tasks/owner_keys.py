@@ -81,7 +81,7 @@ def key_list(connection: Connection, wanted: Selection = ALL) -> list[Row]:
 
 
 def needs_its_key(connection: Connection) -> bool:
-    """Whether the store has an encrypted secret or a task whose callback URL was signed."""
+    """Whether the store has an encrypted secret or a task with a signed callback URL."""
     return any(
         connection.execute(select(column).limit(1)).first()
         for column in (owners.c.name, endpoints.c.id, tasks.c.id)

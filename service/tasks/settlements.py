@@ -30,7 +30,7 @@ class Settlement:
 
     `report` None: the upstream does not know the task, or, without `expires_ms`, no answer came. A
     task that is older than `expires_ms` is expired, unless the report is final. A task younger than
-    `latest_ms` is queried again at that age at the latest, whatever the wait. A completed task
+    `latest_ms` is queried again at that age at the latest, despite a longer wait. A completed task
     without all of its results is asked for again for `patience_ms`. `requests` is the task's
     `settle_requests` at the time of the query: a callback since then asks for another. `raw` is the
     beginning of an answer that could not be read. `source` is `callback` if no query was made.
@@ -172,7 +172,7 @@ def _finish(tx: Transaction, row: TaskRow, report: Report, item: Settlement) -> 
     elif report.status is Status.CANCELLED:
         state = State.CANCELLED
         given = error or task_error("", "cancelled by the upstream")
-        error = {**given, "code": "request_cancelled"}  # whatever code the upstream gave
+        error = {**given, "code": "request_cancelled"}  # in the place of the upstream's code
     elif error and _unknown_upstream(report):  # not settled: proof may still come
         state, error = State.EXPIRED, {**error, "code": "expired"}
         settled = {"upstream_status": report.status}

@@ -208,7 +208,7 @@ def forget_downloads(tx: Transaction, task_id: str) -> None:
 
 
 def dead_letter_task(tx: Transaction, lease: Lease, cause: str) -> None:
-    """Fails a task whose row is out of its queue for good, and tells operators.
+    """Fails a task with a row that left its queue for good, and tells operators.
 
     A task that is storing or has ended keeps its state. Its images have a queue of their own.
     """

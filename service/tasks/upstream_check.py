@@ -28,7 +28,7 @@ class UpstreamCheck:
     """Asks for the credits at the start, which is free. The answer proves the address and the key.
 
     It asks again by `WAITS_S` while the upstream does not answer, or another program answers in its
-    place, and once after a query whose answer refuses the key.
+    place, and once after an answer to a query that refuses the key.
     """
 
     resources: Resources

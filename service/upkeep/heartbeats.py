@@ -33,7 +33,7 @@ def note_beats(tx: Transaction, items: Sequence[None]) -> list[None]:
 
 @dataclass(frozen=True, slots=True)
 class WorkerWatch:
-    """What a process without workers knows of them. `since` is when it began to watch."""
+    """The knowledge of workers in a process without them. `since` is when it began to watch."""
 
     store: BatchingStore
     since: int

@@ -114,7 +114,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Uncertain:
-    """Nothing is proved: the upstream may have created and charged the task. `raw`: the beginning
+    """Unproved: the upstream may have created and charged the task. `raw`: the beginning
     of a response that could not be read.
     """
 
@@ -196,7 +196,7 @@ class Upstream(Protocol):
 
     name: str
     answering: bool  # False after a call that got no response, or one that is not this API's
-    # Gets the kind of each call whose answer refuses our key or account, and the reason.
+    # Gets the kind of each call that the upstream refuses for our key or account, and the reason.
     on_refused: Callable[[str, str], None]
 
     async def submit(self, body: bytes, idempotency_key: str) -> SubmitOutcome:
@@ -215,4 +215,4 @@ class Upstream(Protocol):
         """The upstream's own response to a path that begins with `/`. EgressError: none came."""
 
     def read_callback(self, body: bytes) -> Report | None:
-        """The report in a callback's body. None means unreadable. Never raises."""
+        """The report in a callback's body, or None if it is unreadable. Never raises."""

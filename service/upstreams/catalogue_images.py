@@ -5,7 +5,7 @@ from typing import Protocol
 from service.upstreams.catalogue_fields import ImagesField
 from service.upstreams.field_values import span
 
-# What every model that takes images accepts. A model's own limits in the catalogue replace them.
+# Every model that takes images accepts these. A model's own limits in the catalogue replace them.
 COMMON = ImagesField(
     type="images",
     formats=["jpeg", "png", "bmp", "webp"],

@@ -49,7 +49,7 @@ MESSAGE, WORD = 2000, 64  # characters kept of a message and of a short word
 LONGEST_ESTIMATE = 6 * 3600
 
 STATUSES = {status.value: status for status in Status} | {"canceled": Status.CANCELLED}
-# Error codes that prove nothing, whatever the response's status.
+# Error codes that prove nothing, under any status.
 UNPROVED = frozenset({"paid_outcome_unknown", "idempotency_conflict"})
 # Older pages give the status as the code. These are the names of the newer pages.
 CODES = {

@@ -1,4 +1,4 @@
-"""What an answer, or the lack of one, says besides its content: whether it comes from the API,
+"""The meaning of an answer, or of its lack, besides its content: whether it comes from the API,
 whether it refuses the service's key or account, and whether a request was sent at all.
 """
 

@@ -33,7 +33,7 @@ class Caller:
 
     @property
     def sees(self) -> str | None:
-        """The owner whose data the caller sees. None: every owner's."""
+        """The only owner with data that the caller sees, or None for every owner."""
         return None if "admin" in self.scopes else self.owner
 
 

@@ -181,7 +181,7 @@ def query_time(request: Request, name: str) -> int | None:
 
 
 def query_owner(request: Request) -> str | None:
-    """The owner whose rows a list has: the caller, or with `admin` the named one. None: every
+    """The owner of the rows in a list: the caller, or with `admin` the named one. None: every
     owner. Raises ApiError 400 and 403.
     """
     caller = caller_of(request)

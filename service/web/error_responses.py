@@ -19,7 +19,7 @@ CODES = {404: "not_found", 405: "method_not_allowed"}
 def error_body(
     status: int, code: str | None, message: str | None, request_id: str | None, **more: object
 ) -> JSON:
-    """The one form of an error. `more` are values for `type`, `param` and `task_id`."""
+    """The form of every error. `more` are values for `type`, `param` and `task_id`."""
     fields: JSON = {"code": code, "message": message, "type": type_of(status), "param": None}
     return {"error": {**fields, "request_id": request_id, "task_id": None, **more}}
 

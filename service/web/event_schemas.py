@@ -31,7 +31,7 @@ class TaskImage(BaseModel):
 
 
 class TaskInput(BaseModel):
-    """An input image. Of a public link only the URL is known."""
+    """An input image. Only the URL of a public link is known."""
 
     id: str | None
     url: str | None
@@ -161,7 +161,7 @@ class EndpointTest(BaseModel):
 
 
 class DeliveryExhausted(BaseModel):
-    """A delivery whose last retry failed. The service keeps it, and a replay can send it again."""
+    """A delivery that failed its last retry. The service keeps it for a replay."""
 
     delivery_id: str
     endpoint_id: str | None

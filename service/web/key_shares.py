@@ -150,7 +150,7 @@ class BodyShares:
             self.forget(body)
 
     def forget(self, body: HeldBody) -> None:
-        """Nothing of the body is needed any more."""
+        """The body's bytes are free for other requests."""
         for place, *_ in body.places:
             self._bytes[place] -= body.size
             if not self._bytes[place]:

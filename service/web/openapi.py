@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ABOUT = (
     "Submit a task and forget it: callbacks are proved, pictures are saved, events are delivered."
 )
-# What a submission's unknown fields may be.
+# The values of a submission's unknown fields.
 ANY_JSON: JSON = {
     "description": "any JSON, at most 100 levels deep, without NUL characters",
     "anyOf": [

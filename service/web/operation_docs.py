@@ -73,7 +73,7 @@ PASSED_ON: JSON = {
     "not": {"required": ["state"]},
 }
 PASSING = ("GET /v1/tasks/{task_id}", "GET /v1/images/generations/{task_id}")
-# Operations whose refusals have the form of the upstream's file API, beside ours.
+# Operations with refusals in the form of the upstream's file API, beside ours.
 THEIRS = "/api/v1/files/"
 FAILURE = "#/components/schemas/FileFailure"
 NOT_MODIFIED = ("/images/{image_id}", "/openapi.json", "/asyncapi.json")
@@ -121,7 +121,7 @@ def responses(spec: "Spec") -> JSON:
 
 
 def statuses(spec: "Spec") -> list[str]:
-    """Those of refusals. Every operation refuses unknown parameters and content codings."""
+    """The statuses of refusals. Every operation refuses unknown parameters and content codings."""
     made = {"400", "415", "503", *FURTHER.get(f"{spec.method} {spec.path}", "").split()}
     if spec.scopes:
         made |= {"401", "403", "429"}

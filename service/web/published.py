@@ -1,6 +1,6 @@
 """Answers that many requests share: documents that are encoded once, and recent looks.
 
-A route that needs no key costs at most 1 ms of the event loop, because anybody may flood it.
+A route that needs no key costs at most 1 ms of the event loop, because strangers may flood it.
 """
 
 import asyncio

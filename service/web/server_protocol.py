@@ -20,7 +20,7 @@ from service.web.request_parser import RequestParser
 
 MAX_HEAD = 64 * 1024  # bytes, plus the rest of one read, at most 256 KiB
 MAX_HEADERS = 100
-# Of one read. What follows is parsed once the requests in it are answered.
+# The size of one read. Later bytes are parsed once the requests in it are answered.
 SLICE = 4096  # bytes
 HEAD_S = 10.0
 # A reader that takes nothing for so long is gone. The server looks a few times in between.
@@ -75,10 +75,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None  # set while a head is incomplete
         self._stopping = False
         self._queued = b""  # the beginning of a request that waits at the gate
-        self._admitted = False  # the gate has let the request in whose head is read
+        self._admitted = False  # the gate has let in the request that is being read
         self._behind = b""  # what follows requests that are not answered
         self._problem: str | None = None  # of the request's head
-        self._answered: Any = None  # the request whose answer is in progress, or was the last
+        self._answered: Any = None  # the request that is being answered, or was answered last
         self._write_timer: asyncio.TimerHandle | None = None  # set while the reader is behind
         self._since = self.loop.time()  # the last request, or the beginning of the next one
 

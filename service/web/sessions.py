@@ -18,7 +18,7 @@ SESSION_S, FLASH_S = 12 * 3600, 60
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """`csrf`: what the forms of this session contain. `key_hash` None: nobody has signed in."""
+    """`csrf`: what the forms of this session contain. `key_hash` None: before the sign-in."""
 
     csrf: str
     key_hash: str | None = None

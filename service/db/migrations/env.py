@@ -1,4 +1,4 @@
-"""Alembic's entry: runs on the connection and in the transaction of whoever migrates."""
+"""Alembic's entry: runs on the connection and in the transaction of the migrating process."""
 
 from alembic import context
 

@@ -1,4 +1,4 @@
-"""What the faults do to tasks, documents and responses."""
+"""The effects of faults on tasks, documents and responses."""
 
 import json
 from collections.abc import Callable, Mapping

@@ -51,7 +51,7 @@ from service.upstreams.sandbox.renderer import FORMATS, draw
 from service.upstreams.sandbox.sandbox_files import SandboxFiles, file_routes
 from service.upstreams.sandbox.wire import AnswerResponse
 
-# A callback URL whose host is not resolved in time is accepted. Each attempt checks it again.
+# The sandbox accepts a callback URL without its address after this time. Each attempt checks it.
 LOOKUP_S = 3.0
 
 

@@ -68,7 +68,7 @@ class SandboxTask:
         return self.price * (self.end.images if self.order.per == "image" else self.end.images > 0)
 
     def refunded(self, now: float) -> Decimal:
-        """What was given back so far. A task that is charged nothing has no refund."""
+        """The credits given back so far. A task that is charged nothing has no refund."""
         late = self.faults.get("refund_after", 0)
         if self.ended is None or now < self.ended + late:
             return Decimal(0)
@@ -266,5 +266,5 @@ def number(credits: Decimal) -> int | float:
 
 
 def digest_of(body: JSON) -> str:
-    """A hash of the fields, whatever their order."""
+    """A hash of the fields in any order."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -43,7 +43,7 @@ class LoginLimiter:
 
     def failed(self, address: str, now: float) -> None:
         if len(self._failed) >= ADDRESSES and address not in self._failed:
-            del self._failed[next(iter(self._failed))]  # the one that was added first
+            del self._failed[next(iter(self._failed))]  # the oldest
         self._failed.setdefault(address, deque()).append(now)
 
 

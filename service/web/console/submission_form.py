@@ -21,7 +21,7 @@ LABELS = {"prompt": "Prompt", "n": "Pictures", "prompt_extend": "Extend the prom
 
 @dataclass(slots=True)
 class Draft:
-    """What a person has filled in: texts by field, and the references in their order."""
+    """The input of a person: texts by field, and the references in their order."""
 
     model: str
     texts: dict[str, str] = field(default_factory=dict)

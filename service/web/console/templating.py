@@ -96,7 +96,7 @@ def size(amount: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """With separators between thousands. None is a dash."""
+    """With separators between thousands, and a dash for None."""
     if value is None:
         return "–"
     return f"{value:,.6f}".rstrip("0").rstrip(".")

@@ -117,7 +117,7 @@ class Visit:
 
 
 def image_src(image: Mapping[str, Any], image_base_url: str | None) -> str:
-    """Where the browser finds a stored image: on this host, whatever the base URL says."""
+    """Where the browser finds a stored image: on this host, under any base URL."""
     url: str = image["url"]
     return url if image_base_url else urlsplit(url).path
 

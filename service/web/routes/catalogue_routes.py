@@ -29,7 +29,7 @@ async def model(request: Request) -> Response:
 
 
 async def estimate(request: Request) -> Response:
-    """Estimate the cost of a submission. Nothing is stored or sent."""
+    """Estimate the cost of a submission, without storing or sending it."""
     intake, body = context_of(request).intake, await read_json(request)
     intake.check_limits(body, whole=False)
     validated(EstimatedSubmission, body)

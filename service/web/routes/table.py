@@ -256,8 +256,8 @@ def guarded(spec: Spec) -> Handler:
 
 
 class Path(Route):
-    """A route whose path may also end with a slash. Clients repeat a POST as a GET after a
-    redirect.
+    """A route that also takes its path with a slash at the end. Clients repeat a POST as a GET
+    after a redirect.
     """
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:

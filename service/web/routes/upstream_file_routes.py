@@ -113,7 +113,7 @@ async def listed(request: Request) -> Response:
 
 
 async def quota(request: Request) -> Response:
-    """Show the number of input images, as the upstream's clients do. Nothing enforces the limit."""
+    """Show the number of input images, as the upstream's clients do. There is no limit."""
     owner, now = caller_of(request).owner, resources_of(request).store.clock()
 
     def read(connection: Connection) -> int:

@@ -1,4 +1,4 @@
-"""Images whose host is refused for now, and since when the same wrong bytes came."""
+"""Images on a host that is refused for now, and since when the same wrong bytes came."""
 
 import sqlalchemy as sa
 from alembic import op

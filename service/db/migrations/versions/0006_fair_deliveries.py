@@ -1,4 +1,4 @@
-"""Claims pass over owners whose share is used up. Waiting deliveries are brought forward.
+"""Claims pass over owners that use their whole share. Waiting deliveries are brought forward.
 
 A process of schema 0005 takes a replay of undelivered events for one of dead deliveries.
 """

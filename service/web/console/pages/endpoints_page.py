@@ -13,7 +13,7 @@ LIST = "/console/endpoints"
 ONE = f"{LIST}/{{endpoint_id}}"
 API = "/v1/endpoints/{endpoint_id}"
 PAGE = 10
-# What each act does: its label, the question, what will happen, what was done.
+# The acts. Each has its label, the question, what will happen, what was done.
 ACTS = {
     "pause": (
         "Pause",

@@ -1,4 +1,4 @@
-"""Overview: what the operator looks at first. All figures are those of `GET /metrics`."""
+"""Overview: what the operator looks at first. All figures stand in `GET /metrics` too."""
 
 import json
 from collections import defaultdict

@@ -66,7 +66,7 @@ def every_day(rows: list[Row], since: str | None, until: str) -> list[Row]:
 
 
 def net(row: Row) -> float:
-    """What a row of usage costs in the end."""
+    """The final cost of a row of usage."""
     cost: float = row["used"] - row["refunded"]
     return cost
 

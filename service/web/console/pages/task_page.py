@@ -13,7 +13,7 @@ from service.web.console.visits import View, Visit
 
 TASK = "/console/tasks/{task_id}"
 STEPS, BODY = 150, 6000  # shown on a page, so that it stays small
-# What each act does: its label, the question, what will happen, what was done.
+# The acts. Each has its label, the question, what will happen, what was done.
 ACTS: Mapping[str, tuple[str, str, str, str]] = {
     "cancel": (
         "Cancel",

@@ -29,7 +29,7 @@ def filter_fields(*, admin: bool) -> list[dict[str, Any]]:
 
 
 def utc(text: str | None) -> str | None:
-    """What a field for a time has, as RFC 3339. It has no offset."""
+    """The text of a field for a time, as RFC 3339. It has no offset."""
     if not text or text.endswith("Z") or "+" in text:
         return text or None
     return f"{text}:00Z" if len(text) == len("2026-01-01T00:00") else f"{text}Z"
