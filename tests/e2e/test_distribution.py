@@ -1,0 +1,123 @@
+"""What is shipped: the wheel that the image's build steps make in a bare folder, and builds that
+depend on neither place nor time.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service import VERSION
+from tests.consumers.programs import free_port
+from tests.environment import ROOT, START_S, clean_environment
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+DOCKERFILE = re.sub(r"\\\n", "", (ROOT / "Dockerfile").read_text())
+BUILD, FINAL = re.split(r"^FROM .*$", DOCKERFILE, flags=re.MULTILINE)[1:]
+KEY = "admin-key-of-the-image"
+PROMPT = {"model": "wan2.5-text-to-image", "prompt": "a lighthouse"}
+
+
+def bare(path: str, **more: str) -> dict[str, str]:
+    """An environment in which only the locked packages are found."""
+    environment = clean_environment({"PATH": f"{path}:/usr/bin:/bin", **more})
+    del environment["PYTHONPATH"]
+    return environment
+
+
+def run(command: str, folder: Path, environment: dict[str, str]) -> str:
+    done = subprocess.run(
+        ["/bin/sh", "-ec", command],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root of the image's build stage. Its COPY lines alone bring files of the project in."""
+    root = tmp_path_factory.mktemp("image")
+    (root / "src").mkdir()
+    subprocess.run([sys.executable, "-m", "venv", root / "base"], check=True)
+    environment = bare(f"{root}/base/bin")
+    for word, rest in re.findall(r"^([A-Z]+) (.*)$", BUILD, re.MULTILINE):
+        if word == "ENV":
+            environment |= dict(pair.split("=") for pair in rest.split())
+        elif word == "COPY":
+            for source in rest.split()[:-1]:
+                copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+                copy(ROOT / source, root / "src" / source)
+        elif word == "RUN":
+            command = re.sub(r"(?<=[ =])/(venv|data|wheel)\b", rf"{root}/\1", rest)
+            run(command, root / "src", environment)
+    return root
+
+
+def test_the_images_steps_make_a_service_that_works(image: Path, tmp_path: Path) -> None:
+    """The wheel contains the console's files and the sandbox's font. The image's health check
+    finds the service ready.
+    """
+    port = free_port()
+    environment = bare(
+        f"{image}/venv/bin", DARKROOM_PORT=str(port), DARKROOM_DATA_DIR=str(tmp_path)
+    )
+    assert VERSION in run("darkroom-service --version", tmp_path, environment)
+    (check,) = re.findall(r"^HEALTHCHECK .*CMD (\[.*\])$", FINAL, re.MULTILINE)
+    with subprocess.Popen(
+        ["darkroom", "serve", "--sandbox"],
+        cwd=tmp_path,
+        env=environment | {"DARKROOM_ADMIN_KEY": KEY},
+        executable=image / "venv/bin/darkroom",
+    ) as service:
+        try:
+            command = shlex.join(json.loads(check))
+            run(
+                f"for i in $(seq {START_S}); do {command} && exit; sleep 1; done; exit 1",
+                tmp_path,
+                environment,
+            )
+            headers = {"authorization": f"Bearer {KEY}", "prefer": "wait=60"}
+            with httpx.Client(
+                base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=90, trust_env=False
+            ) as client:
+                task = client.post("/v1/images/generations", json=PROMPT).json()
+                assert client.get(task["results"][0]).content[:4] == b"\x89PNG"
+                page = client.get("/console/sign-in")
+                files = re.findall(r'(?:src|href)="([^"]+\.(?:css|svg)[^"]*)"', page.text)
+                assert files
+                for path in (*files, "/docs"):
+                    assert client.get(path).status_code == 200, path
+        finally:
+            service.terminate()
+    assert service.returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_a_build_depends_on_neither_place_nor_time(kind: str, tmp_path: Path) -> None:
+    made = []
+    for number, seconds in enumerate((1_000_000_000, 1_700_000_000)):
+        tree = tmp_path / ("a" * (number + 1))
+        tree.mkdir()
+        for name in ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"):
+            shutil.copy(ROOT / name, tree)
+        shutil.copytree(ROOT / "service", tree / "service")
+        for path in tree.rglob("*"):
+            os.utime(path, (seconds, seconds))
+        command = f"{sys.executable} -m hatchling build --target {kind} --directory dist"
+        run(command, tree, bare("/nowhere", TZ=("UTC", "Asia/Tokyo")[number]))
+        (built,) = (tree / "dist").iterdir()
+        made.append((built.name, built.read_bytes()))
+    assert made[0] == made[1]
