@@ -26,6 +26,7 @@ from service.images.input_files import InputFiles
 from service.images.input_links import InputResolver
 from service.images.sweep import sweep
 from service.images.validator import ImageValidator, open_validator
+from service.ops import garbage
 from service.ops.metrics import Metrics
 from service.queue.periodic import hourly
 from service.queue.stage import Stage
@@ -289,6 +290,7 @@ async def serve(
         await stack.enter_async_context(listening(server, stop))
         if ready is not None:
             await ready(context)
+        garbage.settle()
         notify("READY=1")
         await stop.wait()
         notify("STOPPING=1")

@@ -5,8 +5,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from sqlalchemy import update
+
 from service.db.batching import BatchingStore
 from service.db.counters import counter, set_counter
+from service.db.tables import counters
 from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
 
@@ -27,7 +30,9 @@ async def beat(store: BatchingStore, alive: Callable[[], bool]) -> None:
 
 
 def note_beats(tx: Transaction, items: Sequence[None]) -> list[None]:
-    set_counter(tx, COUNTER, tx.now)
+    beaten = update(counters).where(counters.c.name == COUNTER).values(value=tx.now)
+    if not tx.connection.execute(beaten).rowcount:
+        set_counter(tx, COUNTER, tx.now)
     return [None] * len(items)
 
 
