@@ -47,7 +47,6 @@ from service.upkeep.retention import Retention
 from service.upstreams.catalogue import DEFAULT_UPSTREAM, Catalogue, load_catalogue
 from service.web.activation import notify
 from service.web.auth import Access
-from service.web.console.console_table import site_routes
 from service.web.context import Context
 from service.web.error_responses import HANDLERS
 from service.web.middleware import Requests
@@ -56,6 +55,7 @@ from service.web.published import RecentLook
 from service.web.routes.table import operators_routes
 from service.web.server import Server, bind, listening
 from service.web.sessions import Sessions
+from service.web.site import site_routes
 
 log = structlog.get_logger()
 
