@@ -13,7 +13,8 @@ from pydantic import (
 )
 
 from service.links import trimmed
-from service.tasks.accept import METADATA_PAIRS, MODEL_CHARS
+from service.tasks.accept import MODEL_CHARS
+from service.tasks.metadata import METADATA_PAIRS
 from service.upstreams.catalogue_entry import MAX_N
 from service.web.event_schemas import EVENT_TYPES
 
