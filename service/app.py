@@ -26,7 +26,6 @@ from service.images.input_files import InputFiles
 from service.images.input_links import InputResolver
 from service.images.sweep import sweep
 from service.images.validator import ImageValidator, open_validator
-from service.ops import garbage
 from service.ops.metrics import Metrics
 from service.queue.periodic import hourly
 from service.queue.stage import Stage
@@ -41,12 +40,13 @@ from service.tasks.ledger import log_committed
 from service.tasks.submit_worker import SubmitWorker
 from service.tasks.transitions import dead_letter_task
 from service.tasks.upstream_check import UpstreamCheck
-from service.upkeep.heartbeats import WorkerWatch, beat
+from service.upkeep.heartbeats import WorkerWatch, beat, forget_processes
 from service.upkeep.rekey import rekey
 from service.upkeep.retention import Retention
 from service.upstreams.catalogue import DEFAULT_UPSTREAM, Catalogue, load_catalogue
 from service.web.activation import notify
 from service.web.auth import Access
+from service.web.console.console_table import site_routes
 from service.web.context import Context
 from service.web.error_responses import HANDLERS
 from service.web.middleware import Requests
@@ -55,7 +55,6 @@ from service.web.published import RecentLook
 from service.web.routes.table import operators_routes
 from service.web.server import Server, bind, listening
 from service.web.sessions import Sessions
-from service.web.site import site_routes
 
 log = structlog.get_logger()
 
@@ -131,6 +130,7 @@ def hourly_jobs(settings: Settings, resources: Resources) -> dict[str, Job]:
         "retention": retention.apply,
         "rekey": partial(rekey, resources),
         "refused": partial(resources.store.write, retry_refused, None),
+        "processes": partial(resources.store.write, forget_processes, None),
     }
     at_once = ("rekey", "refused")  # the settings may have changed
     return {
@@ -139,16 +139,17 @@ def hourly_jobs(settings: Settings, resources: Resources) -> dict[str, Job]:
     }
 
 
-def worker_jobs(
+def process_jobs(
     settings: Settings,
+    role: Role,
     resources: Resources,
     pool: WorkerPool,
     broker_workers: Mapping[str, BrokerWorker],
 ) -> dict[str, Job]:
-    jobs = hourly_jobs(settings, resources)
+    jobs = hourly_jobs(settings, resources) if role.workers else {}
     jobs |= {f"publish {name}": each.run() for name, each in broker_workers.items()}
-    if not settings.sqlite_path:  # on SQLite no other process could miss the workers
-        jobs["beat"] = beat(resources.store, lambda: pool.alive)
+    if not settings.sqlite_path:  # on SQLite there is no other process
+        jobs["beat"] = beat(resources.store, role.name, lambda: role.workers and pool.alive)
     return jobs
 
 
@@ -184,8 +185,8 @@ async def running(
             upstream.on_refused = breaker.refused
             check = UpstreamCheck(resources, upstream, breaker)
             jobs |= {"upstream": check.run(), "announce": check.announce()}
-        if role.workers:
-            jobs |= worker_jobs(settings, resources, pool, broker_workers)
+        jobs |= process_jobs(settings, role, resources, pool, broker_workers)
+        metrics.processes.labels(role.name).set(1)
         tasks = [asyncio.create_task(job, name=name) for name, job in jobs.items()]
         log.info(
             "service.started",
@@ -290,7 +291,6 @@ async def serve(
         await stack.enter_async_context(listening(server, stop))
         if ready is not None:
             await ready(context)
-        garbage.settle()
         notify("READY=1")
         await stop.wait()
         notify("STOPPING=1")

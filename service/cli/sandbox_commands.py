@@ -237,11 +237,21 @@ def announce(settings: "Settings", upstream: str, key: str, as_json: bool) -> No
     # Each command names the service itself, so that it works in any folder and sets nothing for
     # later commands of the same terminal.
     program = f"DARKROOM_URL={address} DARKROOM_API_KEY={key} {program_path()}"
+    receiver = f"{upstream}/sandbox/webhooks"
     put_result(
-        {"address": address, "upstream": upstream, "key": key, "curl": curl},
+        {
+            "address": address,
+            "upstream": upstream,
+            "key": key,
+            "curl": curl,
+            "console": f"{address}/console/",
+            "receiver": receiver,
+        },
         as_json,
         f"\ndarkroom  {address}  (sandbox upstream {upstream}, files in {settings.data_dir})",
         f"key       {key}",
+        f"console   {address}/console/",
+        f"receiver  {receiver} takes webhooks, with ?status=410 it refuses them",
         f"try       {curl}",
         f"or        {program} submit 'a lighthouse in the fog' --wait",
         f"then      {program} tasks\n",

@@ -70,6 +70,7 @@ class Table:
         "Seconds since the oldest event that the broker has not confirmed. 0 without one",
         "sink",
     ]
+    processes: Annotated[Gauge, "Processes that gave a sign of life in the last 30 s", "role"]
     sink_skipped: Annotated[Counter, "Events that the broker refused three times", "sink"]
     blob_free_bytes: Annotated[Gauge, "Free space of the blob store. NaN if unknown"]
 
@@ -104,6 +105,8 @@ class Metrics(Table):
         self.dead_letters.set(figures["dead_letters"])
         for kind, credits in figures["credits"].items():
             self.credits_total.labels(kind).set(int(credits) / 1_000_000)
+        for role, count in figures["processes"].items():
+            self.processes.labels(role).set(count)
         for sink, oldest in figures["sinks_behind"].items():
             self.sink_lag.labels(sink).set(age(oldest))
         self.blob_free_bytes.set(float("nan") if free_bytes is None else free_bytes)

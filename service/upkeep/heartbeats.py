@@ -1,11 +1,12 @@
-"""Signs of life of the workers, for web processes that have none of their own."""
+"""Signs of life of the processes on one store, and of the workers in them."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from sqlalchemy import update
+from sqlalchemy import Connection, delete, select
 
 from service.db.batching import BatchingStore
 from service.db.counters import counter, set_counter
@@ -15,24 +16,46 @@ from service.errors import StoreUnavailable
 
 BEAT_S = 5.0
 SILENT_MS = 30_000
+FORGET_MS = 3_600_000
+ROLES = ("serve", "web", "worker")
 COUNTER = "worker"  # the time at which workers were last alive
+PROCESS = "process "  # with a role and a process behind it: when that process was last alive
 
 
-async def beat(store: BatchingStore, alive: Callable[[], bool]) -> None:
-    """Writes a sign of life every `BEAT_S` until cancelled."""
+async def beat(store: BatchingStore, role: str, alive: Callable[[], bool]) -> None:
+    """Writes signs of life every `BEAT_S` until cancelled: that of this process, and that of its
+    workers while they are `alive`.
+    """
     while True:
-        if alive():
-            with suppress(StoreUnavailable):
-                # Urgent writes go first in their transaction, so that two processes lock this row
-                # and other rows in the same order.
-                await store.write(note_beats, None, urgent=True)
+        with suppress(StoreUnavailable):
+            # Urgent writes go first in their transaction, so that two processes lock these rows
+            # and other rows in the same order.
+            await store.write(note_beats, (role, alive()), urgent=True)
         await asyncio.sleep(BEAT_S)
 
 
-def note_beats(tx: Transaction, items: Sequence[None]) -> list[None]:
-    beaten = update(counters).where(counters.c.name == COUNTER).values(value=tx.now)
-    if not tx.connection.execute(beaten).rowcount:
+def note_beats(tx: Transaction, items: Sequence[tuple[str, bool]]) -> list[None]:
+    role, alive = items[-1]
+    if alive:
         set_counter(tx, COUNTER, tx.now)
+    set_counter(tx, f"{PROCESS}{role} {tx.process[-8:]}", tx.now)
+    return [None] * len(items)
+
+
+def processes(connection: Connection, now: int) -> dict[str, int]:
+    """How many processes of each role gave a sign of life in the last `SILENT_MS`. Empty: none
+    gives any, because the store is for one process.
+    """
+    alive = counters.c.name.startswith(PROCESS), counters.c.value >= now - SILENT_MS
+    names = connection.scalars(select(counters.c.name).where(*alive))
+    found = Counter(name.split(" ")[1] for name in names)
+    return {role: found[role] for role in ROLES} if found else {}
+
+
+def forget_processes(tx: Transaction, items: Sequence[None]) -> list[None]:
+    """Deletes the signs of life of processes that are gone."""
+    old = counters.c.name.startswith(PROCESS), counters.c.value < tx.now - FORGET_MS
+    tx.connection.execute(delete(counters).where(*old))
     return [None] * len(items)
 
 

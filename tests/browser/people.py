@@ -58,19 +58,29 @@ async def person(
     browser: Browser, world: World, look: Look = WIDE, key: str | None = ADMIN_KEY, **more: Any
 ) -> AsyncIterator[Page]:
     """A page of somebody who has signed in with the key. None: nobody has signed in."""
+    async with stranger(browser, world.url, look, **more) as page:
+        if key is not None:
+            session = cookie(world, key)
+            await page.context.add_cookies([{"name": COOKIE, "value": session, "url": world.url}])
+        yield page
+
+
+@asynccontextmanager
+async def stranger(
+    browser: Browser, url: str, look: Look = WIDE, **more: Any
+) -> AsyncIterator[Page]:
+    """A page of somebody who comes to the console at this address for the first time."""
     context = await browser.new_context(
         viewport={"width": look.width, "height": HEIGHT},
         color_scheme="dark" if look.scheme == "dark" else "light",
-        base_url=world.url,
+        base_url=url,
         **more,
     )
     context.set_default_timeout(10_000)
-    if key is not None:
-        await context.add_cookies([{"name": COOKIE, "value": cookie(world, key), "url": world.url}])
     page, wrong = await context.new_page(), list[str]()
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
-    page.on("request", lambda asked: wrong.append(asked.url) if foreign(world, asked.url) else None)
+    page.on("request", lambda asked: wrong.append(asked.url) if foreign(url, asked.url) else None)
     try:
         yield page
     finally:
@@ -86,9 +96,9 @@ def cookie(world: World, key: str) -> str:
     return header.partition(";")[0].partition("=")[2]
 
 
-def foreign(world: World, url: str) -> bool:
+def foreign(own: str, url: str) -> bool:
     parts = urlsplit(url)
-    return parts.scheme in ("http", "https") and parts.netloc != urlsplit(world.url).netloc
+    return parts.scheme in ("http", "https") and parts.netloc != urlsplit(own).netloc
 
 
 async def complaints(page: Page) -> list[str]:

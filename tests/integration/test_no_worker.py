@@ -10,6 +10,7 @@ import pytest
 from service.app import Role
 from service.errors import StoreUnavailable
 from service.upkeep import heartbeats
+from service.web.console.pages.overview_page import figures_of
 from tests.api import ASYNC, got
 from tests.waiting import wait_until
 from tests.world import World, world
@@ -74,7 +75,7 @@ async def test_a_sign_of_life_waits_for_a_store_that_does_not_commit(
         await wait_until(watch.missing)
         with monkeypatch.context() as patch:
             patch.setattr(store, "write", not_now)
-            beating = asyncio.create_task(heartbeats.beat(store, lambda: alive))
+            beating = asyncio.create_task(heartbeats.beat(store, "worker", lambda: alive))
             await failed.wait()
         await until(here)
         alive = False
@@ -129,3 +130,35 @@ async def test_a_web_process_that_starts_later_waits_as_long(
     async with world(tmp_path / "web", role=WEB, **shared) as web:
         assert (await readiness(web))["causes"] == []
         await until(web, "no_worker")
+
+
+async def test_the_overview_counts_the_processes_that_are_at_work(
+    tmp_path: Path, postgres_url: str
+) -> None:
+    """By role, of those with a sign of life in the last 30 s. Each process counts all of them."""
+    shared: dict[str, Any] = {"database_url": postgres_url, "secret_key": "k" * 32}
+
+    async def counted(here: World, **wanted: int) -> None:
+        async def same() -> bool:
+            text = (await here.client.get("/metrics")).text
+            figures = figures_of(text)[0].samples["processes"]
+            return {role: int(count) for (role,), count in figures.items() if count} == wanted
+
+        await wait_until(same)
+
+    async with world(tmp_path / "web", role=WEB, **shared) as web:
+        await counted(web, web=1)
+        async with (
+            world(tmp_path / "one", role=WORKER, **shared),
+            world(tmp_path / "two", role=WORKER, **shared),
+            world(tmp_path / "three", **shared) as both,
+        ):
+            await counted(web, web=1, worker=2, serve=1)
+            await counted(both, web=1, worker=2, serve=1)
+        await counted(web, web=1)
+        store = web.context.resources.store
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(heartbeats, "FORGET_MS", 0)
+            await store.write(heartbeats.forget_processes, None)
+    async with world(tmp_path / "embedded") as alone:
+        await counted(alone, serve=1)

@@ -590,11 +590,11 @@ async def test_a_poison_candidate_that_another_process_claimed_is_left_to_it(
     """
     done, looked = list[str](), threading.Event()
 
-    def outlook(_connection: Connection, _now: int) -> leases.Outlook:
+    def candidate_stages(_connection: Connection, _now: int) -> list[str]:
         looked.set()
-        return leases.Outlook(frozenset(), frozenset({"submit"}), None)
+        return ["submit"]
 
-    monkeypatch.setattr(worker, "outlook", outlook)
+    monkeypatch.setattr(worker, "candidate_stages", candidate_stages)
     async with harness.working(finishing(harness.store, done)):
         await wait_until(looked.is_set)
         await harness.queue("task_a")

@@ -73,6 +73,7 @@ def create_sandbox(options: SandboxOptions, clock: Callable[[], float] = time.ti
             Route("/moved/{task_id}/{name}", sandbox.file),
             Route("/sandbox/tasks", sandbox.tasks),
             Route("/sandbox/charges", sandbox.charges),
+            Route("/sandbox/webhooks", webhooks, methods=["POST"]),
         ],
         exception_handlers={ApiError: refused, HTTPException: refused},
         lifespan=sandbox.lifespan,
@@ -188,7 +189,7 @@ class Sandbox:
         data = [
             document(task)
             | {"idempotency_key": task.key, "callbacks": [asdict(each) for each in task.attempts]}
-            | {"image_urls": task.order.image_urls, "mask_url": task.order.mask_url}
+            | {"image_urls": task.order.image_urls}
             for task in self.ledger.all()
         ]
         return AnswerResponse(json_answer(200, {"data": data}))
@@ -243,6 +244,17 @@ class Sandbox:
         if name not in names or task.ended is None or self.ledger.clock() >= task.ended + ttl:
             raise ApiError(404, "not_found", "the file does not exist or has expired")
         return task, names.index(name)
+
+
+async def webhooks(request: Request) -> Response:
+    """`POST /sandbox/webhooks?status=410`: a subscriber that answers with this status, by default
+    204. The upstream has no such path.
+    """
+    await read_whole(request)
+    status = request.query_params.get("status", "204")
+    if not (status.isascii() and status.isdecimal() and 200 <= int(status[:9]) <= 599):
+        raise invalid("status", "status must be a number from 200 to 599")
+    return Response(status_code=int(status))
 
 
 def count(task: SandboxTask, request: Request) -> CountedRequest:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.errors import ApiError, invalid_request
-from service.strict_json import JSON
+from service.strict_json import JSON, read_object
 from service.web.console.form_bodies import FormFields
 
 RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
@@ -16,6 +16,7 @@ CUSTOM, STEP = "custom", 8  # STEP: of a preset's sides, unless the model says o
 SIZE = re.compile(r"(\d{1,6})x(\d{1,6})")
 BOOLEANS = {"true": True, "false": False}
 OWN_PLACE = ("prompt", "negative_prompt", "image_urls", "size", "n")  # in the template
+METADATA = "metadata"
 LABELS = {"prompt": "Prompt", "n": "Pictures", "prompt_extend": "Extend the prompt"}
 
 
@@ -38,6 +39,7 @@ class Draft:
         draft = cls(task["model"], {})
         for name, value in flat(request):
             draft.texts[name] = value if isinstance(value, str) else json.dumps(value)
+        draft.texts[METADATA] = metadata_text(task["metadata"])
         size = SIZE.fullmatch(draft.texts.get("size", ""))
         if size:
             draft.texts |= {"width": size[1], "height": size[2]}
@@ -71,7 +73,36 @@ def body_of(draft: Draft, document: JSON) -> JSON:
         for each in above:
             place = place.setdefault(each, {})
         place[last] = value
+    if pairs := metadata_of(draft.texts.get(METADATA, "").strip()):
+        body[METADATA] = pairs
     return body
+
+
+def metadata_of(text: str) -> JSON:
+    """`name=value` lines, or a JSON object for values with line ends. Raises ApiError."""
+    if text.startswith("{"):
+        return object_of(METADATA, text)
+    pairs = {}
+    for line in filter(None, map(str.strip, text.split("\n"))):
+        name, equals, value = line.partition("=")
+        if not equals:
+            message = f"metadata must be lines such as order=7, not {line[:40]!r}"
+            raise invalid_request(message, METADATA)
+        pairs[name.strip()] = value.strip()
+    return pairs
+
+
+def metadata_text(pairs: Mapping[str, str]) -> str:
+    """The text of which `metadata_of` makes these pairs again."""
+    lines = [f"{name}={value}" for name, value in pairs.items()]
+    plain = all(
+        name == name.strip() and value == value.strip() and "=" not in name
+        for name, value in pairs.items()
+    )
+    text = "\n".join(lines)
+    if plain and text.count("\n") == max(0, len(lines) - 1) and not text.startswith("{"):
+        return text
+    return json.dumps(pairs, ensure_ascii=False)
 
 
 def value_of(name: str, rule: JSON, draft: Draft) -> Any:
@@ -90,12 +121,17 @@ def value_of(name: str, rule: JSON, draft: Draft) -> Any:
         case "integer" | "number":
             return number_of(name, text, whole=rule["type"] == "integer")
         case "object":
-            try:
-                return json.loads(text)
-            except ValueError as error:
-                raise invalid_request(f"{name} must be a JSON object: {error}", name) from None
+            return object_of(name, text)
         case _:
             return text
+
+
+def object_of(name: str, text: str) -> JSON:
+    """Raises ApiError for text that is no JSON object."""
+    try:
+        return read_object(text.encode(), finite=True)
+    except ValueError as error:
+        raise invalid_request(f"{name} must be a JSON object: {error}", name) from None
 
 
 def number_of(name: str, text: str, *, whole: bool) -> float:
@@ -154,4 +190,6 @@ def others(document: JSON) -> list[JSON]:
 def field_of(error: ApiError, document: JSON) -> str:
     """The field that an error belongs to. Empty: none of the form's."""
     name = re.sub(r"\[\d+\].*", "", error.param or "")
+    if name.partition(".")[0] == METADATA:
+        return METADATA
     return name if name in document["fields"] or name == "model" else ""

@@ -54,7 +54,7 @@ def timeline_drawing(steps: Sequence[JSON]) -> JSON:
                 folds.append({"x": round(place + FOLD / 2, 1), "seconds": wait / 1000})
             place += FOLD if wait >= LONG_MS else LEAST + wait * scale
         lane = LANE_OF.get(step["step"].partition(".")[0], 0)
-        bad = any(word in json.dumps(step) for word in BAD)
+        bad = bool(step.get("error")) or any(word in json.dumps(step) for word in BAD)
         kind = "bad" if bad else "good"
         y = lane * LANE + LANE // 2
         marks.append({"x": round(place, 1), "y": y, "kind": kind, "number": number, "step": step})

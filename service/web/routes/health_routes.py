@@ -1,6 +1,7 @@
 """Liveness, readiness and metrics."""
 
 import asyncio
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -10,7 +11,7 @@ from service.events.broker_worker import sinks_behind
 from service.images.downloads import host_refused
 from service.ops.metrics import CONTENT_TYPE
 from service.strict_json import JSON
-from service.upkeep import store_figures
+from service.upkeep import heartbeats, store_figures
 from service.web.auth import SCOPES
 from service.web.context import Context, context_of
 
@@ -108,5 +109,7 @@ async def metrics(request: Request) -> Response:
     context, resources = context_of(request), context_of(request).resources
     figures = await resources.store.read(store_figures.figures)
     figures["sinks_behind"] = await resources.store.read(sinks_behind, context.sinks)
+    counted = partial(heartbeats.processes, now=resources.clock())
+    figures["processes"] = await resources.store.read(counted)
     body = resources.metrics.show(figures, resources.clock(), await _free_bytes(context))
     return Response(body, headers={"content-type": CONTENT_TYPE})

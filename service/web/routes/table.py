@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from functools import cache
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -56,14 +57,20 @@ from service.web.routes.callback_route import CallbackRoute
 from service.web.routes.operation import Handler, Spec, spec
 
 
+@cache
+def published() -> tuple[Published, Published]:
+    """The OpenAPI and the AsyncAPI document of this process."""
+    return Published(openapi_document(SPECS)), Published(asyncapi_document())
+
+
 async def openapi(request: Request) -> Response:
     """Show the OpenAPI document."""
-    return await OPENAPI.answer(request)
+    return published()[0].answer(request)
 
 
 async def asyncapi(request: Request) -> Response:
     """Show the AsyncAPI document, which describes events."""
-    return await ASYNCAPI.answer(request)
+    return published()[1].answer(request)
 
 
 ID = re.compile("[!-~]{1,200}")
@@ -206,8 +213,6 @@ SPECS = (
     spec("GET /openapi.json", openapi, ""),
     spec("GET /asyncapi.json", asyncapi, ""),
 )
-OPENAPI = Published(lambda: openapi_document(SPECS))
-ASYNCAPI = Published(asyncapi_document)
 
 
 def check_query(request: Request, spec: Spec) -> None:
@@ -280,6 +285,7 @@ def table(endpoints: Mapping[Spec, Handler]) -> list[Route]:
 
 def routes() -> list[Route]:
     """All routes of a web process."""
+    published()  # before the first request, because they take 50 ms to build
     path = "/callbacks/{upstream}/{task_id}/{token}"
     callbacks = Route(path, CallbackRoute(), methods=["POST", "PUT"])
     return [callbacks, *table({spec: guarded(spec) for spec in SPECS})]

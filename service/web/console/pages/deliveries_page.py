@@ -51,16 +51,19 @@ async def deliveries(visit: Visit) -> Response:
     choice = choice_of(query)
     asked = {name: choice.get(name) for name in CHOICE}
     asked |= {name: query.get(name) for name in ("task", "event", "cursor")}
-    found: JSON = {"data": [], "next_cursor": None}
+    part, found = visit.fragment, JSON(data=[], next_cursor=None)
     try:
-        found = await visit.call("GET /v1/deliveries", {**asked, "limit": PAGE})
-        if not asked["task"] and not asked["event"]:
+        if part in (None, "list"):
+            found = await visit.call("GET /v1/deliveries", {**asked, "limit": PAGE})
+        if part in (None, "again") and not asked["task"] and not asked["event"]:
             count = await count_of(visit, choice)
     except ApiError as refused:
         error = str(refused)
     return visit.render(
         "deliveries.html",
-        groups=(await optional(visit, "GET /v1/deliveries/groups"))[:20],
+        groups=(await optional(visit, "GET /v1/deliveries/groups"))[:20]
+        if part in (None, "groups")
+        else [],
         deliveries=found["data"],
         cursor=found["next_cursor"],
         count=count,

@@ -13,6 +13,7 @@ LIST = "/console/endpoints"
 ONE = f"{LIST}/{{endpoint_id}}"
 API = "/v1/endpoints/{endpoint_id}"
 PAGE = 10
+FIELDS, ALL_TASKS = ("url", "types", "description"), "image.task.*"
 # The acts. Each has its label, the question, what will happen, what was done.
 ACTS = {
     "pause": (
@@ -73,19 +74,42 @@ def acts(endpoint: JSON) -> list[tuple[str, str]]:
 
 
 async def new(visit: Visit, error: ApiError | None = None) -> Response:
-    given = {name: visit.form.get(name) for name in ("url", "types", "description")}
+    given = {name: visit.form.get(name) for name in FIELDS}
+    given["types"] = given["types"] or ALL_TASKS
     status = error.status if error else 200
-    return visit.render("endpoint_new.html", status, given=given, error=error, types=EVENT_TYPES)
+    return visit.render("endpoint_new.html", status, given=given, error=error)
+
+
+def body_of(visit: Visit) -> JSON:
+    """What the form of an endpoint says."""
+    types = visit.form.get("types").replace(",", " ").split() or [ALL_TASKS]
+    return {name: visit.form.get(name) for name in FIELDS} | {"types": types}
 
 
 async def create(visit: Visit) -> Response:
-    types = visit.form.get("types").replace(",", " ").split() or ["image.task.*"]
-    body = {name: visit.form.get(name) for name in ("url", "description")}
     try:
-        made = await visit.call("POST /v1/endpoints", body={**body, "types": types})
+        made = await visit.call("POST /v1/endpoints", body=body_of(visit))
     except ApiError as error:
         return await new(visit, error)
     return visit.render("endpoint_secret.html", 201, endpoint=made, rotated=False)
+
+
+async def edit(visit: Visit, error: ApiError | None = None) -> Response:
+    found = await visit.call(f"GET {API}", endpoint_id=visit.path("endpoint_id"))
+    given = {**found, "types": " ".join(found["types"])}
+    if error:
+        given |= {name: visit.form.get(name) for name in FIELDS}
+    status = error.status if error else 200
+    return visit.render("endpoint_edit.html", status, given=given, error=error, endpoint=found)
+
+
+async def change(visit: Visit) -> Response:
+    id = visit.path("endpoint_id")
+    try:
+        await visit.call(f"PATCH {API}", body=body_of(visit), endpoint_id=id)
+    except ApiError as error:
+        return await edit(visit, error)
+    return visit.redirect(f"{LIST}/{id}", "The endpoint is changed.")
 
 
 async def ask(visit: Visit) -> Response:
@@ -146,6 +170,8 @@ VIEWS = (
     View(f"GET {LIST}/new", new, "subscribe"),
     View(f"POST {LIST}/new", create, "subscribe"),
     View(f"GET {ONE}", endpoint, "subscribe"),
+    View(f"GET {ONE}/edit", edit, "subscribe"),
+    View(f"POST {ONE}/edit", change, "subscribe"),
     View(f"GET {ONE}/test", sample, "subscribe"),
     View(f"POST {ONE}/test", send_sample, "subscribe"),
     View(f"POST {ONE}/missed", replay_missed, "subscribe"),
