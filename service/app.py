@@ -26,6 +26,7 @@ from service.images.input_files import InputFiles
 from service.images.input_links import InputResolver
 from service.images.sweep import sweep
 from service.images.validator import ImageValidator, open_validator
+from service.ops import garbage
 from service.ops.metrics import Metrics
 from service.queue.periodic import hourly
 from service.queue.stage import Stage
@@ -46,7 +47,6 @@ from service.upkeep.retention import Retention
 from service.upstreams.catalogue import DEFAULT_UPSTREAM, Catalogue, load_catalogue
 from service.web.activation import notify
 from service.web.auth import Access
-from service.web.console.console_table import site_routes
 from service.web.context import Context
 from service.web.error_responses import HANDLERS
 from service.web.middleware import Requests
@@ -55,6 +55,7 @@ from service.web.published import RecentLook
 from service.web.routes.table import operators_routes
 from service.web.server import Server, bind, listening
 from service.web.sessions import Sessions
+from service.web.site import site_routes
 
 log = structlog.get_logger()
 
@@ -291,6 +292,7 @@ async def serve(
         await stack.enter_async_context(listening(server, stop))
         if ready is not None:
             await ready(context)
+        garbage.settle()
         notify("READY=1")
         await stop.wait()
         notify("STOPPING=1")

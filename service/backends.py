@@ -14,14 +14,13 @@ from service.blobs.blob_store import Blobs
 from service.blobs.local import LocalBlobs
 from service.db.batching import BatchingStore
 from service.db.clock import wall_clock
-from service.db.postgres import open_postgres
 from service.db.sqlite import open_sqlite
 from service.errors import BlobUnavailable, ConfigurationError
 from service.events.broker_worker import Broker
 from service.events.outbox import flush
 from service.folders import keep_private, make_folder, make_private
 from service.links import MAX_LINK, Links
-from service.net import Egress, Rules
+from service.net import Egress, Rules, usual_trust
 from service.ops.metrics import Metrics
 from service.queue.limiter import ConcurrencyLimiter
 from service.resources import Resources, new_id
@@ -52,8 +51,14 @@ def open_store(settings: Settings) -> AbstractAsyncContextManager[BatchingStore]
     process = f"{socket.gethostname()[:32]}:{os.getpid()}:{os.urandom(4).hex()}"
     migrate = settings.migrate == "on"
     path = settings.sqlite_path
-    opened = partial(open_sqlite, path) if path else partial(open_postgres, settings.database_url)
-    return opened(process=process, new_id=new_id, flush=flush, migrate=migrate)
+    if path:
+        opened = partial(open_sqlite, path)
+        return opened(process=process, new_id=new_id, flush=flush, migrate=migrate)
+    from service.db.postgres import open_postgres
+
+    return open_postgres(
+        settings.database_url, process=process, new_id=new_id, flush=flush, migrate=migrate
+    )
 
 
 @asynccontextmanager
@@ -177,8 +182,10 @@ async def open_resources(settings: Settings, metrics: Metrics) -> AsyncIterator[
         enter = stack.enter_async_context
         store, keyring = await enter(open_store_and_keys(settings))
 
+        tls = usual_trust()  # once, because reading the certificates takes 30 ms
+
         async def egress(rules: Rules, connections: int = 64) -> Egress:
-            return await enter(Egress(rules, connections=connections, on_refused=refused))
+            return await enter(Egress(rules, connections=connections, on_refused=refused, tls=tls))
 
         hooks = DELIVERIES + REDELIVERIES + MANUAL
         rules = Rules("upstream", settings.upstream_networks, networks_setting=NETWORKS_SETTING)

@@ -21,6 +21,8 @@ once, where they enter.
 An expected outcome of a step is a value instead of an exception.
 """
 
+from collections.abc import Mapping
+
 
 class DarkroomError(Exception):
     """The root. Its text may be shown to the client or operator that caused it."""
@@ -48,7 +50,7 @@ def type_of(status: int) -> str:
 
 
 class ApiError(DarkroomError):
-    """An error response to a client (docs/api.md)."""
+    """An error response to a client (docs/api.md). `figures`: further keys of the error."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class ApiError(DarkroomError):
         param: str | None = None,
         task_id: str | None = None,
         retry_after: int | None = None,
+        figures: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -69,6 +72,7 @@ class ApiError(DarkroomError):
         self.param = param
         self.task_id = task_id
         self.retry_after = retry_after
+        self.figures = figures or {}
 
 
 def invalid_request(message: str, param: str | None = None) -> ApiError:

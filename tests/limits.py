@@ -43,8 +43,6 @@ def set_limits(rule: FieldRule) -> set[str]:
         given.discard("required")
     if getattr(rule, "min", None) == 0 and not isinstance(rule, NumberField):
         given.discard("min")  # of a length or a count
-    if getattr(rule, "unit", None) == "tokens":
-        given.discard("max")
     return given or {"type"}
 
 
@@ -52,10 +50,12 @@ def edges(rule: FieldRule) -> Iterator[Edge]:
     """The edges of a field's values."""
     match rule:
         case TextField():
-            yield from lengths(rule, lambda n: "x" * n)
+            yield from lengths(rule, lambda n: ("x " if rule.unit == "tokens" else "x") * n)
             yield Edge("type", refused=[7, ["x"], {}])
         case NumberField():
             yield from lengths(rule, lambda n: n)
+            if rule.with_images is not None:
+                yield Edge("with_images", [1], [rule.with_images + 1])
             yield Edge("type", refused=["2", True, [1]])
         case ImagesField():
             yield from lengths(rule, lambda n: [LINK] * n)
@@ -198,6 +198,10 @@ def bodies(model: str, entry: ModelEntry) -> Iterator[tuple[str, str, JSON, bool
             body = placed(entry, model, name, value)
             yield name, "only_with", body | {other: wanted}, True
             yield name, "only_with", body | {other: next_to(wanted)}, False
+        most: int | None = getattr(rule, "with_images", None)
+        for images in () if most is None else (most - 3, most - 2, most - 1):
+            body = placed(entry, model, name, 2) | {"image_urls": [LINK] * images}
+            yield name, "with_images", body, images + 2 <= (most or 0)
 
 
 def next_to(value: Any) -> Any:

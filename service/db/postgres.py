@@ -79,6 +79,9 @@ class PostgresStore(BatchingStore):
     ) -> None:
         super().__init__(process, new_id, flush)
         self._engine = engine
+        # Without a transaction around it, a query is one round trip. Each statement has a snapshot
+        # of its own anyway.
+        self._queries = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._clock = clock  # of the database's time; a test shifts it
         self._looked = (wall_clock(), steady_ns())  # the database's time, and when it was read
         self._reading = asyncio.Semaphore(READERS)  # slow reads leave the committers connections
@@ -133,8 +136,16 @@ class PostgresStore(BatchingStore):
             return query(connection, *args, **kwargs)
 
         try:
-            async with self._reading, self._engine.connect() as connection:
-                return await connection.run_sync(run)
+            async with self._reading:
+                for last in (False, True):
+                    try:
+                        async with self._queries.connect() as connection:
+                            return await connection.run_sync(run)
+                    except DBAPIError as error:
+                        # The server ended it. The next connection is a new one.
+                        if last or not error.connection_invalidated:
+                            raise
+            raise AssertionError("the second try returns or raises")
         except (DBAPIError, NoConnection, OSError) as error:
             raise StoreUnavailable(f"the store cannot be read: {type(error).__name__}") from error
 
@@ -230,7 +241,7 @@ async def open_postgres(
         pool_size=COMMITTERS + READERS + 1,  # one more to watch
         max_overflow=0,
         pool_timeout=5,
-        pool_pre_ping=True,
+        # No ping before each use: `read` and `execute` try again on a new connection.
         hide_parameters=True,  # errors are logged, and parameters hold prompts and tokens
     )
 

@@ -49,7 +49,10 @@ LEASED = {(queue.table.name, queue.prefix): queue for queue in QUEUES.values()}.
 
 
 def _partial(name: str, where: ColumnElement[bool], *columns: ColumnElement[Any]) -> None:
-    Index(name, *columns, sqlite_where=where, postgresql_where=where)
+    """Only migrations make indexes, for both databases. To name `postgresql_where` here too would
+    import PostgreSQL's dialect into every process.
+    """
+    Index(name, *columns, sqlite_where=where)
 
 
 # Each queue has an index of its own, so that a claim in one does not read thousands of due rows of

@@ -1,27 +1,42 @@
-"""The schema's version: migrated under a lock, and refused when it is newer than this program."""
+"""The schema's version: migrated under a lock, and refused when it is newer than this program.
+
+Alembic is imported for a migration alone: it takes 100 ms and 10 MB of a start.
+"""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, inspect
+from sqlalchemy import Connection, inspect, text
 
 from service.db import file_tables, key_tables  # noqa: F401 - add their tables to the metadata
 from service.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from alembic.config import Config
 
-def config(connection: Connection | None = None) -> Config:
+MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+def config(connection: Connection | None = None) -> "Config":
     """Alembic's configuration, without an ini file."""
+    from alembic.config import Config
+
     made = Config()
-    made.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    made.set_main_option("script_location", str(MIGRATIONS))
     made.attributes["connection"] = connection
     return made
 
 
+def revisions() -> list[str]:
+    """Every revision, oldest first. A migration's file name begins with its revision."""
+    return sorted(path.name.partition("_")[0] for path in MIGRATIONS.glob("versions/[0-9]*.py"))
+
+
 def revision(connection: Connection) -> str | None:
-    return MigrationContext.configure(connection).get_current_revision()
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    current: str | None = connection.scalar(text("SELECT version_num FROM alembic_version"))
+    return current
 
 
 def refuse_foreign(connection: Connection) -> None:
@@ -39,12 +54,11 @@ def migrate(connection: Connection, *, allowed: bool) -> str:
     ConfigurationError: the schema is newer, the tables are another program's, or the schema is old
     and a migration is not `allowed`.
     """
-    script = ScriptDirectory.from_config(config())
-    current, head = revision(connection), script.get_current_head()
-    assert head is not None
+    known, current = revisions(), revision(connection)
+    head = known[-1]
     if current == head:
         return head
-    if current is not None and current not in {each.revision for each in script.walk_revisions()}:
+    if current is not None and current not in known:
         raise ConfigurationError(
             f"the store's schema {current} is newer than this program's {head}: start a newer"
             " version of darkroom"
@@ -55,5 +69,7 @@ def migrate(connection: Connection, *, allowed: bool) -> str:
             f"the store's schema is {current or 'empty'}, this program needs {head}: run `darkroom"
             " migrate`"
         )
+    from alembic import command
+
     command.upgrade(config(connection), "head")
     return head

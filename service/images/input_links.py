@@ -22,6 +22,7 @@ from service.upstreams.catalogue_fields import ImagesField
 from service.upstreams.catalogue_images import image_complaint, too_long
 
 FILE_ID, IMAGE_ID = r"file_[a-z2-7]{26}", r"img_[a-z2-7]{26}"
+OWN_ID = re.compile(f"{FILE_ID}|{IMAGE_ID}")
 LINK = re.compile(r"https?://[^/\s]", re.IGNORECASE)
 PARAM = "image_urls"
 LINK_CHARS = 2048
@@ -34,14 +35,19 @@ class InputResolver:
     files: InputFiles
     catalogue: Catalogue
 
-    async def resolve(self, owner: str, entries: list[str], model: str) -> list[NamedInput]:
-        """The inputs in their order, within the limits of the model. Raises ApiError 400 with the
-        place of the entry.
+    async def resolve(
+        self, owner: str, entries: list[str], model: str, mask: str | None = None
+    ) -> list[NamedInput]:
+        """The inputs in their order, within the limits of the model, and last the mask if the
+        service keeps it. Raises ApiError 400 with the place of the entry.
         """
         rule, named = self.catalogue.image_rule(model), list[NamedInput]()
         try:
             for place, entry in enumerate(entries):
                 named.append(await self._one(owner, entry, f"{PARAM}[{place}]", rule))
+            if mask is not None and await self._is_kept(trimmed(mask)):
+                rule = rule.model_copy(update={"alpha": True})  # a mask is often transparent
+                named.append(await self._one(owner, mask, "mask_url", rule))
         except ApiError:
             await self.discard(owner, named)
             raise
@@ -67,6 +73,10 @@ class InputResolver:
         shown = entry[:100]
         limit = f"or has over {LINK_CHARS} characters" if LINK.match(text) else ""
         raise refusal(f"{place}: {shown!r} is not {ACCEPTED} {limit}".rstrip())
+
+    async def _is_kept(self, text: str) -> bool:
+        """Whether an entry names an image of the service, or has one in it."""
+        return is_data(text) or bool(OWN_ID.fullmatch(await self._own_name(text)))
 
     async def _own_name(self, text: str) -> str:
         """The id in a link of this service. Any other text stays as it is."""
@@ -139,7 +149,9 @@ def image_of_blob(connection: Connection, blob: str) -> str | None:
 
 
 def refusal(message: str) -> ApiError:
-    return ApiError(400, "invalid_parameter", message, param=PARAM)
+    """A message begins with the place of the entry."""
+    param = re.split(r"[\[:]", message, maxsplit=1)[0]
+    return ApiError(400, "invalid_parameter", message, param=param)
 
 
 def as_refusal(error: ApiError) -> ApiError:

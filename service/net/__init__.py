@@ -14,10 +14,21 @@ if TYPE_CHECKING:
     from service.net.addresses import forbidden
     from service.net.egress_client import Egress, Rules
     from service.net.responses import Response, Streamed
+    from service.net.service_client import usual_trust
     from service.net.transport import Resolve
     from service.net.urls import Target, parse_url
 
-__all__ = ["Egress", "Resolve", "Response", "Rules", "Streamed", "Target", "forbidden", "parse_url"]
+__all__ = [
+    "Egress",
+    "Resolve",
+    "Response",
+    "Rules",
+    "Streamed",
+    "Target",
+    "forbidden",
+    "parse_url",
+    "usual_trust",
+]
 MODULES = {
     "Egress": "egress_client",
     "Resolve": "transport",
@@ -27,6 +38,7 @@ MODULES = {
     "Target": "urls",
     "forbidden": "addresses",
     "parse_url": "urls",
+    "usual_trust": "service_client",
 }
 
 

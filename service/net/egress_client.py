@@ -16,7 +16,7 @@ from httpx_aiohttp import AiohttpTransport
 from service.errors import CallTimedOut, ConnectionLost, EgressError, EgressRefused, NotConnected
 from service.net.addresses import Address, Network, forbidden
 from service.net.responses import Response, Streamed
-from service.net.service_client import CONNECT
+from service.net.service_client import CONNECT, usual_trust
 from service.net.transport import (
     KEEP_ALIVE_S,
     CallState,
@@ -67,8 +67,8 @@ class Egress:
     Raises EgressRefused (also reported to `on_refused`: purpose, host, reason), NotConnected,
     CallTimedOut, ConnectionLost. If the other side closes a reused connection, the client sends a
     GET once more. A POST raises ConnectionLost, as the other side may have seen it. `resolve`
-    replaces the system's resolver, `tls` the usual trust (`SSL_CERT_FILE`, else certifi's). Idle
-    connections live `keep_alive` seconds.
+    replaces the system's resolver, `tls` the usual trust. Idle connections live
+    `keep_alive` seconds.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Egress:
         self._transports: dict[str, AiohttpTransport] = {}
 
     async def __aenter__(self) -> Self:
-        tls = self._tls or httpx.create_ssl_context()
+        tls = self._tls or usual_trust()
         for scheme in ("https", "http"):
             resolver = GuardedResolver(partial(self._allowed_addresses, plain=scheme == "http"))
             self._transports[scheme] = open_transport(

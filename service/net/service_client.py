@@ -1,5 +1,6 @@
 """The command line's HTTP client for the service itself."""
 
+import ssl
 from typing import Any
 
 import httpx
@@ -14,6 +15,11 @@ CONNECT = 10.0
 READ_S = 150.0  # `Prefer: wait` holds a response for up to 120 s
 
 
+def usual_trust() -> ssl.SSLContext:
+    """Trusts the certificates of `SSL_CERT_FILE`, otherwise certifi's."""
+    return httpx.create_ssl_context()
+
+
 def service_client(base_url: str, api_key: str | None) -> httpx.Client:
     """A client without a guard. It follows no redirect and ignores proxies of the environment,
     which would see the key.
@@ -25,7 +31,7 @@ def service_client(base_url: str, api_key: str | None) -> httpx.Client:
         timeout=httpx.Timeout(READ_S, connect=CONNECT),
         follow_redirects=False,
         trust_env=False,
-        verify=httpx.create_ssl_context(),
+        verify=usual_trust(),
     )
 
 

@@ -3,7 +3,9 @@ checks the fence.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from itertools import compress
 from typing import Any
 
 from sqlalchemy import (
@@ -14,6 +16,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     case,
+    func,
     or_,
     select,
     update,
@@ -136,11 +139,28 @@ def claim_candidate(tx: Transaction, stage: str) -> tuple[Lease, int] | None:
     return None if row is None else (Lease(stage, *row[:-1]), row[-1])
 
 
-def candidate_stages(connection: Connection, now: int) -> list[str]:
-    """The stages of which `claim_candidate` would lease a row."""
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """The stages of which `claim` would lease a row, those of which `claim_candidate` would, and
+    the first due time that is still to come. Rows under a lease count by their due time.
+    """
+
+    ready: frozenset[str]
+    candidates: frozenset[str]
+    next_due: int | None
+
+
+def outlook(connection: Connection, now: int) -> Outlook:
+    """One statement, which a quiet process repeats."""
     bound = {"now": now, "longest": now + LONGEST_LEASE_MS, "free": 1}
-    found = connection.execute(_any_ready(), bound).mappings().one()
-    return [stage for stage in QUEUES if found[stage]]
+    row = connection.execute(_outlook(), bound).one()
+    count = len(QUEUES)
+    ready, candidates, dues = row[:count], row[count : 2 * count], row[2 * count :]
+    return Outlook(
+        frozenset(compress(QUEUES, ready)),
+        frozenset(compress(QUEUES, candidates)),
+        min((due for due in dues if due is not None), default=None),
+    )
 
 
 def _bound(tx: Transaction, limit: int) -> dict[str, Any]:
@@ -154,10 +174,16 @@ def _bound(tx: Transaction, limit: int) -> dict[str, Any]:
 
 
 @cache
-def _any_ready() -> Select[Any]:
-    columns: list[ColumnElement[Any]] = [
-        _ready(queue, candidate=True).exists().label(stage) for stage, queue in QUEUES.items()
-    ]
+def _outlook() -> Select[Any]:
+    columns: list[ColumnElement[Any]] = []
+    for candidate in (False, True):
+        ready = (_ready(queue, candidate=candidate) for queue in QUEUES.values())
+        columns += [rows.exists() for rows in ready]
+    for queue in QUEUES.values():
+        due = queue.column("due_at")
+        later = select(func.min(due)).where(due > bindparam("now"))
+        later = later if queue.where is None else later.where(queue.where)
+        columns.append(later.scalar_subquery())
     return select(*columns)
 
 

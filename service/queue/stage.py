@@ -4,9 +4,14 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+import structlog
+
 from service.db.transaction import Lease
+from service.errors import StoreUnavailable
 from service.queue.crashes import DeadLetter
 from service.queue.shares import has_share
+
+log = structlog.get_logger()
 
 # The operator's remedy for a row that left the queue of a stage for good.
 QUERY = "mend the cause, then POST /v1/tasks/{task_id}/reconcile asks the upstream again"
@@ -47,3 +52,24 @@ class Stage:
         self.used[owner] -= 1
         self.used += Counter()  # forgets owners without a slot
         return full
+
+
+def log_parked(stage: str, key: str, cause: str, error: Exception | None = None) -> None:
+    last = {} if error is None else {"exception": f"{type(error).__name__}: {error}"}
+    log.error("task.parked", stage=stage, key=key, cause=cause, advice=ADVICE[stage], **last)
+
+
+def log_failure(
+    stage: str, key: str | None, attempt: int | None, wait_s: float, error: Exception
+) -> None:
+    """Logs a failed run. An outage of the store needs no traceback."""
+    outage = isinstance(error, StoreUnavailable)
+    log.error(
+        "worker.failed",
+        stage=stage,
+        key=key,
+        attempt=attempt,
+        wait_s=wait_s,
+        exception=f"{type(error).__name__}: {error}",
+        exc_info=None if outage else error,
+    )

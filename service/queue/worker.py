@@ -2,16 +2,18 @@
 
 A new row is leased in the transaction that writes it while its stage has a free slot: the store
 takes slots with `reserve` and returns the leases with `take`. All other rows become due. The pool
-claims them when a slot becomes free, when the store hints at work, and every `LOOK_S`. The rows of
-a dead process are claimed when their leases end.
+claims them when a slot becomes free and when the store hints at work.
+
+The pool also looks for due rows, with one statement that changes nothing: when the next row is due,
+`LOOK_S` after each commit of this process, and after `QUIET` times that in any case. That last look
+finds the rows of a dead process when their leases have ended, and work whose hint was lost.
 """
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
-import structlog
 from structlog.contextvars import bound_contextvars
 
 from service.db.batching import BatchingStore
@@ -20,12 +22,11 @@ from service.errors import StoreUnavailable
 from service.ops.metrics import Metrics
 from service.queue.backoff import fault_wait
 from service.queue.crashes import FAULT_LIMIT, Fault, claim_candidates, record_faults
-from service.queue.leases import RENEW_S, candidate_stages, claim, give_back, renew, snooze
-from service.queue.stage import ADVICE, Stage
+from service.queue.leases import RENEW_S, claim, give_back, outlook, renew, snooze
+from service.queue.stage import Stage, log_failure, log_parked
 
-log = structlog.get_logger()
-
-LOOK_S = 0.5  # how long due work may wait without a hint
+LOOK_S = 0.5  # how long work of this process may wait without a hint
+QUIET = 4  # looks that a pool leaves out while nothing is due
 RETURNED = 10_000  # rows whose returns the pool remembers
 ALONE_S = 15.0  # a poison candidate waits so long for other jobs, and then runs alone for so long
 KEYS = {
@@ -61,6 +62,7 @@ class WorkerPool:
         self._stopping = False
         self._late: list[Lease] = []  # leases of transactions that were under way at the stop
         self._wake = asyncio.Event()
+        self._look_at = 0.0  # by the loop's clock
         self._away = False  # the store is unavailable, and the log says so
         self._returned: Counter[str] = Counter()  # by row, since its last finished run
         self.alive = False
@@ -93,8 +95,12 @@ class WorkerPool:
         """Tells of the transaction after its callers have run on: their log lines, about its cause,
         come before the lines of its effects.
         """
-        asyncio.get_running_loop().call_soon(self._tell, tx)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(self._tell, tx)
         self.hinted(tx.due)
+        if self._look_at > (soon := loop.time() + LOOK_S):  # it may have made a row due later
+            self._look_at = soon
+            self._wake.set()
 
     def hinted(self, stages: Iterable[str] | None) -> None:
         if known := self._stages.keys() if stages is None else self._stages.keys() & set(stages):
@@ -109,39 +115,49 @@ class WorkerPool:
         self.alive = True
         renewing = asyncio.create_task(self._renew(), name="renew-leases")
         try:
-            clock = asyncio.get_running_loop().time
-            stages, look = set(self._stages), clock() + LOOK_S
             while not self._stopping:
                 self._wake.clear()
-                await self._claim(stages)
+                await self._claim()
                 # `wait_for` of Python 3.11 loses a cancellation that meets the event.
                 with suppress(TimeoutError):
-                    async with asyncio.timeout_at(look):
+                    async with asyncio.timeout_at(self._look_at):
                         await self._wake.wait()
-                stages = set(self._backlog)
-                if clock() >= look:  # rows of quiet stages come due while another stage is busy
-                    stages, look = set(self._stages), clock() + LOOK_S
         finally:
             self.alive = False
             renewing.cancel()
 
-    async def _claim(self, stages: Collection[str]) -> None:
-        names = [name for name, stage in self._stages.items() if stage.free and name in stages]
-        self._backlog -= set(names)  # the claim adds a stage again if it has more
+    async def _claim(self) -> None:
         try:
+            clock = asyncio.get_running_loop().time
+            candidates = await self._look() if clock() >= self._look_at else frozenset()
+            names = [name for name in self._backlog if self._stages[name].free]
+            self._backlog -= set(names)  # the claim adds a stage again if it has more
             await asyncio.gather(*(self._store.write(claim, name) for name in names))
-            if names and len(stages) == len(self._stages):
-                found = await self._store.read(candidate_stages, self._store.clock())
-                for name in set(names) & set(found):
-                    await self._run_candidate(self._stages[name])
+            for name, stage in self._stages.items():
+                if name in candidates and stage.free:
+                    await self._run_candidate(stage)
             self._away = False
         except Exception as error:  # noqa: BLE001 - logged, and tried again at the next look
             outage = isinstance(error, StoreUnavailable)
             if not outage or not self._away:
-                _log_failure("claim", None, None, LOOK_S, error)
+                log_failure("claim", None, None, LOOK_S, error)
             self._away = outage
             self._metrics.worker_faults.labels("claim").inc()
             await asyncio.sleep(LOOK_S)
+            self._look_at = 0.0
+
+    async def _look(self) -> frozenset[str]:
+        """Adds the stages with due rows to the backlog, and plans the next look. Returns the stages
+        with poison candidates.
+        """
+        clock, quiet_s = asyncio.get_running_loop().time, QUIET * LOOK_S
+        self._look_at = clock() + quiet_s  # a commit from now on makes it earlier
+        now = self._store.clock()
+        found = await self._store.read(outlook, now)
+        self._backlog |= found.ready & self._stages.keys()
+        wait_s = quiet_s if found.next_due is None else (found.next_due - now) / 1000
+        self._look_at = min(self._look_at, clock() + max(LOOK_S, wait_s))
+        return found.candidates
 
     async def _run_candidate(self, stage: Stage) -> None:
         """Runs a poison candidate of the stage alone, for at most `ALONE_S`.
@@ -160,7 +176,7 @@ class WorkerPool:
             if candidate.dead_lettered:
                 key, cause = candidate.lease.key, f"{candidate.crashes} deaths"
                 with bound_contextvars(**{KEYS[stage.name]: key}):
-                    _log_parked(stage.name, key, cause)
+                    log_parked(stage.name, key, cause)
                 return
             stage.free -= 1
             job = self._jobs[candidate.lease] = self._start(candidate.lease)
@@ -199,7 +215,7 @@ class WorkerPool:
     async def _fail(self, stage: Stage, lease: Lease, error: Exception) -> None:
         wait = fault_wait(lease.attempts)
         self._metrics.worker_faults.labels(lease.stage).inc()
-        _log_failure(lease.stage, lease.key, lease.attempts, wait, error)
+        log_failure(lease.stage, lease.key, lease.attempts, wait, error)
         try:
             if isinstance(error, StoreUnavailable):
                 raise error
@@ -209,7 +225,7 @@ class WorkerPool:
             await self._give_back(lease)
         else:
             if faults >= FAULT_LIMIT:
-                _log_parked(lease.stage, lease.key, f"{faults} faults", error)
+                log_parked(lease.stage, lease.key, f"{faults} faults", error)
 
     async def _give_back(self, lease: Lease) -> None:
         """Returns a row that could not be recorded, as soon as the store commits again.
@@ -267,24 +283,3 @@ class WorkerPool:
         late, self._late = self._late, []
         await self._write_all(give_back, late)
         return len(left) + len(late)
-
-
-def _log_parked(stage: str, key: str, cause: str, error: Exception | None = None) -> None:
-    last = {} if error is None else {"exception": f"{type(error).__name__}: {error}"}
-    log.error("task.parked", stage=stage, key=key, cause=cause, advice=ADVICE[stage], **last)
-
-
-def _log_failure(
-    stage: str, key: str | None, attempt: int | None, wait_s: float, error: Exception
-) -> None:
-    """Logs a failed run. An outage of the store needs no traceback."""
-    outage = isinstance(error, StoreUnavailable)
-    log.error(
-        "worker.failed",
-        stage=stage,
-        key=key,
-        attempt=attempt,
-        wait_s=wait_s,
-        exception=f"{type(error).__name__}: {error}",
-        exc_info=None if outage else error,
-    )

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from service.tasks.budgets import BudgetCheck, BudgetRefusal, over_budget
 from service.tasks.fair_queue import FairQueue
 from service.tasks.files import NamedInput
 from service.tasks.ledger import entered
+from service.tasks.metadata import check_metadata
 from service.tasks.owner_keys import NewOwner, insert_owners
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
@@ -37,13 +38,16 @@ from service.upstreams.field_values import shown
 log = structlog.get_logger()
 
 OWN_FIELDS = ("callback_url", "metadata")  # which the upstream does not get
-METADATA_PAIRS, METADATA_BYTES, MODEL_CHARS = 16, 2048, 200
+MODEL_CHARS = 200
 
 
 class Inputs(Protocol):
     """Finds the input images of a submission. Raises ApiError 400."""
 
-    async def resolve(self, owner: str, entries: list[str], model: str) -> list[NamedInput]: ...
+    async def resolve(
+        self, owner: str, entries: list[str], model: str, mask: str | None = None
+    ) -> list[NamedInput]:
+        """The images of the entries, and last that of `mask` if the service keeps it."""
 
     async def discard(self, owner: str, named: Sequence[NamedInput]) -> None:
         """Erases the files that were made for a submission that is refused."""
@@ -84,9 +88,9 @@ class TaskIntake:
         await self._check(owner, body)
         upstream_body = await self._translated(owner, body, admin=admin)
         await self.resources.check_room(self.min_free_bytes, "images")
-        body, named = await self._named(owner, body)
-        if named:
-            upstream_body["image_urls"] = [each.stored for each in named]
+        named = await self._named(owner, body)
+        upstream_body |= with_inputs(body, [each.stored for each in named])
+        body = {**body, **with_inputs(body, [each.shown for each in named])}
         make = partial(self._task, owner, body, upstream_body, idempotency_key, digest)
         task = await off_loop(large, make)
         task.inputs = [asdict(each.image) for each in named] or None
@@ -128,14 +132,13 @@ class TaskIntake:
         except EgressRefused as error:
             raise _invalid("callback_url", f"callback_url: {error}") from error
 
-    async def _named(self, owner: str, body: JSON) -> tuple[JSON, list[NamedInput]]:
-        """The body as it is shown, and its input images. Raises ApiError 400."""
-        if not (entries := body.get("image_urls")):
-            return body, []
+    async def _named(self, owner: str, body: JSON) -> list[NamedInput]:
+        """The input images. Raises ApiError 400."""
+        entries, mask = body.get("image_urls") or [], body.get("mask_url")
         if not isinstance(entries, list) or not all(isinstance(each, str) for each in entries):
             raise _invalid("image_urls", f"image_urls must be links, not {shown(entries)}")
-        named = await self.inputs.resolve(owner, entries, body["model"])
-        return {**body, "image_urls": [each.shown for each in named]}, named
+        mask = mask if isinstance(mask, str) else None
+        return await self.inputs.resolve(owner, entries, body["model"], mask)
 
     async def _check(self, owner: str, body: JSON) -> None:
         self.check_limits(body)
@@ -212,6 +215,13 @@ def _invalid(param: str, message: str) -> ApiError:
     return ApiError(400, "invalid_parameter", message, param=param)
 
 
+def with_inputs(body: JSON, named: list[str]) -> JSON:
+    """The fields of the body that name input images, with these names."""
+    count = len(body.get("image_urls") or ())
+    links, mask = named[:count], named[count:]
+    return ({"image_urls": links} if links else {}) | ({"mask_url": mask[0]} if mask else {})
+
+
 def _replayed(task_id: str, stored_digest: str | None, digest: str) -> str:
     if stored_digest != digest:
         raise ApiError(
@@ -223,21 +233,6 @@ def _replayed(task_id: str, stored_digest: str | None, digest: str) -> str:
         )
     log.info("task.queued", task_id=task_id, replayed=True)
     return task_id
-
-
-def check_metadata(metadata: object) -> None:
-    """Up to 16 pairs of text, 2 KiB in all. Raises ApiError 400."""
-    if metadata is None:
-        return
-    texts = isinstance(metadata, Mapping) and all(isinstance(x, str) for x in metadata.values())
-    if not isinstance(metadata, Mapping) or not texts:
-        raise _invalid("metadata", "metadata must be an object of texts")
-    if len(metadata) > METADATA_PAIRS:
-        message = f"metadata has at most {METADATA_PAIRS} pairs, not {len(metadata)}"
-        raise _invalid("metadata", message)
-    size = sum(len(name.encode()) + len(value.encode()) for name, value in metadata.items())
-    if size > METADATA_BYTES:
-        raise _invalid("metadata", f"metadata has at most {METADATA_BYTES} bytes, not {size}")
 
 
 # --- the row

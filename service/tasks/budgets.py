@@ -64,6 +64,12 @@ class BudgetRefusal:
     state: BudgetState
 
     @property
+    def budget(self) -> JSON:
+        """The figures for programs."""
+        own = {"owner": self.state.owner, "period": self.state.period}
+        return {**own, **self.state.figures(), "estimate": credits_number(self.needed)}
+
+    @property
     def message(self) -> str:
         figures = self.state.figures()
         needs = (
@@ -185,4 +191,4 @@ def over_budget(task: TaskRow, refusal: BudgetRefusal, metrics: Metrics) -> ApiE
         reserved=figures["reserved"],
         left=figures["left"],
     )
-    return ApiError(402, "budget_exceeded", refusal.message)
+    return ApiError(402, "budget_exceeded", refusal.message, figures={"budget": refusal.budget})

@@ -18,7 +18,6 @@ from service.errors import StoreUnavailable
 from service.events import outbox
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
-from service.tasks.ledger import entered
 from service.tasks.results import anticipate
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
@@ -197,7 +196,7 @@ def _judge(inbox: Inbox, item: Callback) -> str:
         if _keep(inbox, item, item.digest, "unreadable"):
             ask(inbox.tx, row)
         return "unreadable"
-    named = report.upstream_id
+    named, report = report.upstream_id, report.without_credits()  # until a query confirms them
     if named and (
         inbox.owners_of.get(named, row.id) != row.id or row.upstream_id not in (None, named)
     ):
@@ -219,7 +218,6 @@ def _judge(inbox: Inbox, item: Callback) -> str:
         values["upstream_status"] = Status.PROCESSING
     if not row.terminal:
         change(inbox.tx, row, **values)
-        entered(inbox.tx, row, "callback")
     return "accepted"
 
 

@@ -123,11 +123,10 @@ class ConfirmWorker:
         same row meanwhile.
         """
         upstream = self.resources.upstreams[row.upstream]
+        called = None if callback is None else upstream.read_callback(callback)
         once = row.settle_requests == 1 and row.state is State.SUBMITTED  # nothing contradicted it
-        if callback is not None and once and not self.confirm:
-            believed = upstream.read_callback(callback)
-            if believed is not None and not believed.incomplete:
-                return Found(believed, "callback")
+        if called is not None and once and not self.confirm and not called.incomplete:
+            return Found(called, "callback")
         if row.upstream_id is None:  # another task proved that the id was its own
             return NotFound()
         urgent = lease.stage == "settle"
@@ -136,6 +135,8 @@ class ConfirmWorker:
         ) as record:
             answer = await upstream.query(row.upstream_id)
             record(throttled(answer))
+        if called is not None and isinstance(answer, Found):
+            return Found(answer.report.with_credits_of(called), answer.source)
         return answer
 
 

@@ -130,7 +130,10 @@ def with_input_links(body: bytes, links: Mapping[str, str]) -> bytes:
     if not links:
         return body
     document: JSON = json.loads(body)
-    document["image_urls"] = [links.get(each, each) for each in document["image_urls"]]
+    if "image_urls" in document:
+        document["image_urls"] = [links.get(each, each) for each in document["image_urls"]]
+    if isinstance(mask := document.get("mask_url"), str):
+        document["mask_url"] = links.get(mask, mask)
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode()
 
 

@@ -218,4 +218,5 @@ def dead_letter_task(tx: Transaction, lease: Lease, cause: str) -> None:
         message = f"parked after {cause}"
         error = {"code": "internal_error", "message": message, "type": "server_error"}
         end(tx, task, State.FAILED, error)
+    entered(tx, task)  # an ended task is asked about its cost no more
     outbox.emit_dead_letter(tx, lease, cause, lease.key)

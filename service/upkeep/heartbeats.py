@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Connection, delete, select, update
 
 from service.db.batching import BatchingStore
 from service.db.counters import counter, set_counter
@@ -36,9 +36,11 @@ async def beat(store: BatchingStore, role: str, alive: Callable[[], bool]) -> No
 
 def note_beats(tx: Transaction, items: Sequence[tuple[str, bool]]) -> list[None]:
     role, alive = items[-1]
-    if alive:
-        set_counter(tx, COUNTER, tx.now)
-    set_counter(tx, f"{PROCESS}{role} {tx.process[-8:]}", tx.now)
+    names = [*([COUNTER] if alive else []), f"{PROCESS}{role} {tx.process[-8:]}"]
+    beaten = update(counters).where(counters.c.name.in_(names)).values(value=tx.now)
+    if tx.connection.execute(beaten).rowcount < len(names):
+        for name in names:
+            set_counter(tx, name, tx.now)
     return [None] * len(items)
 
 

@@ -7,7 +7,7 @@ response of an upstream proves which outcome.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -55,6 +55,20 @@ class Report:
     @property
     def final(self) -> bool:
         return self.status in FINAL
+
+    def without_credits(self) -> "Report":
+        return replace(self, credits_reserved=None, credits_used=None, credits_refunded=None)
+
+    def with_credits_of(self, other: "Report") -> "Report":
+        """The report with the cost of the other one, if it names none itself and both say the same
+        of the task.
+        """
+        named = self.credits_used is not None or self.credits_refunded is not None
+        if named or (self.status, self.results) != (other.status, other.results):
+            return self
+        return replace(
+            self, credits_used=other.credits_used, credits_refunded=other.credits_refunded
+        )
 
     @property
     def incomplete(self) -> bool:

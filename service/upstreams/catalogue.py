@@ -59,11 +59,11 @@ class Catalogue:
         return self.models.get(model) if isinstance(model, str) else None
 
     def check(self, body: Mapping[str, Any], *, whole: bool = True) -> Violation | None:
-        """The first limit that a submission breaks. A model that is not in the catalogue passes.
-        Without `whole`, fields may be missing.
+        """The first limit that a submission breaks. Of a model that is not in the catalogue only
+        `n` has one. Without `whole`, fields may be missing.
         """
-        entry = self.entry(body.get("model"))
-        broken = entry and entry.complaint(body, whole=whole)
+        entry = self.entry(body.get("model")) or ModelEntry()
+        broken = entry.complaint(body, whole=whole)
         return Violation(*broken) if broken else None
 
     def image_rule(self, model: object) -> ImagesField:

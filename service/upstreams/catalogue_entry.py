@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, StrictBool, StrictInt, field_serializer, model_validator
 from pydantic.config import JsonDict
 
-from service.credits import MAX_CREDITS, credits_number, millionths
+from service.credits import credits_number, millionths
 from service.strict_json import JSON
 from service.upstreams.catalogue_fields import (
     AnyField,
     CataloguePart,
     FieldRule,
     ImagesField,
+    NumberField,
     SizeField,
 )
 from service.upstreams.field_values import pixels_of, shown
@@ -25,6 +26,9 @@ from service.upstreams.field_values import pixels_of, shown
 NO_OTHERS: JsonDict = {"additionalProperties": False}  # than names of the given pattern
 EXAMPLE_PROMPT = "a lighthouse in the fog"
 EXAMPLE_IMAGE = "https://example.com/photo.png"
+# The ledger sums prices times `n` in 64-bit integers of millionths. `n` holds for every model.
+MAX_N, MAX_PRICE = 1000, 10**6
+ANY_N = NumberField(type="integer", min=1, max=MAX_N)
 
 
 def whole_millionths(credits: Decimal) -> Decimal:
@@ -39,7 +43,7 @@ def as_json(table: JSON) -> JSON:
     return document
 
 
-Credits = Annotated[Decimal, Field(ge=0, le=MAX_CREDITS), AfterValidator(whole_millionths)]
+Credits = Annotated[Decimal, Field(ge=0, le=MAX_PRICE), AfterValidator(whole_millionths)]
 PixelCount = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,11})$")]
 ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
 FieldName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$")]
@@ -121,7 +125,7 @@ class ModelEntry(CataloguePart):
         """The first field of a submission that breaks a limit, and the message. A null field counts
         as absent. Without `whole`, fields may be missing.
         """
-        for name, rule in self.fields.items():
+        for name, rule in [*self.fields.items(), ("n", ANY_N)]:
             value = value_at(body, name)
             if value is None and not whole:
                 continue
@@ -137,7 +141,18 @@ class ModelEntry(CataloguePart):
             if (given := self._chosen(body, other)) != wanted:
                 allowed = f"{name} is accepted only with {other} = {shown(wanted)}"
                 return f"{allowed}, and {other} is {shown(given)}"
-        return None
+        return self._together(name, rule, body)
+
+    def _together(self, name: str, rule: FieldRule, body: Mapping[str, Any]) -> str | None:
+        """Why a number is refused beside the input images."""
+        most, links = getattr(rule, "with_images", None), value_at(body, "image_urls")
+        if most is None or not isinstance(links, list):
+            return None
+        number, images = value_at(body, name), len(links)
+        if number + images <= most:
+            return None
+        limit = f"{name} and the number of image_urls are together at most {most}"
+        return f"{limit}, not {number} and {images}"
 
     def unknown_field(self) -> tuple[list[str], str] | None:
         """The place of a field's name in the entry that names none of its fields, and that name."""

@@ -83,8 +83,8 @@ class FieldRule(CataloguePart):
 
 
 class TextField(FieldRule):
-    """Text, of some length or one of `values`. `unit` tokens: the upstream counts the length, and
-    the service does not check it.
+    """Text, of some length or one of `values`. `unit` tokens: only the upstream can count them, but
+    each word is at least one. The service counts words.
     """
 
     type: Literal["string"]
@@ -97,31 +97,35 @@ class TextField(FieldRule):
     def words(self) -> str:
         if self.values is not None:
             return f"one of {', '.join(self.values)}"
-        length = span(self.min or None, self._most())
-        return f"text of {length} characters" if length else "text"
+        length = span(self.min or None, self.max)
+        return f"text of {length} {self.unit}" if length else "text"
 
     def accepts(self, value: Any) -> bool:
         if not isinstance(value, str) or (self.values is not None and value not in self.values):
             return False
-        most = self._most()
-        return len(value) >= self.min and (most is None or len(value) <= most)
+        return len(value) >= self.min and (self.max is None or self._length(value) <= self.max)
 
     def measured(self, value: Any) -> str:
-        counted = self.values is None and isinstance(value, str)
-        return f"{len(value)}" if counted else shown(value)
+        if self.values is not None or not isinstance(value, str):
+            return shown(value)
+        least = "at least " if self.unit == "tokens" and value else ""
+        return f"{least}{self._length(value)}"
 
-    def _most(self) -> int | None:
-        return None if self.unit == "tokens" else self.max
+    def _length(self, value: str) -> int:
+        return len(value.split()) if self.unit == "tokens" else len(value)
 
 
 class NumberField(FieldRule):
-    """A number in a range, or one of `values`."""
+    """A number in a range, or one of `values`. `with_images`: the most that it and the number of
+    input images are together.
+    """
 
     type: Literal["integer", "number"]
     default: StrictInt | None = None
     min: StrictInt | None = None
     max: StrictInt | None = None
     values: Annotated[list[StrictInt], Field(min_length=1)] | None = None
+    with_images: Count | None = None
 
     def words(self) -> str:
         if self.values is not None:

@@ -64,5 +64,9 @@ def formats_of(rule: ImagesField) -> str:
 
 
 def too_long(most: int, size: int) -> str:
+    return f"{at_most(most)}, and this one has {size}"
+
+
+def at_most(most: int) -> str:
     in_mb = f" ({most >> 20} MB)" if not most % (1 << 20) else ""
-    return f"the file has at most {most} bytes{in_mb}, and this one has {size}"
+    return f"the file has at most {most} bytes{in_mb}"

@@ -75,7 +75,9 @@ class EventTask(BaseModel):
     warnings: list[str] = Field(
         description="names fields that the model does not have in the catalogue; they are passed on"
     )
-    inputs: list[TaskInput] = Field(description="in the order of `image_urls`")
+    inputs: list[TaskInput] = Field(
+        description="in the order of `image_urls`, and last that of `mask_url`"
+    )
     images: list[TaskImage]
 
 

@@ -13,7 +13,9 @@ from pydantic import (
 )
 
 from service.links import trimmed
-from service.tasks.accept import METADATA_PAIRS, MODEL_CHARS
+from service.tasks.accept import MODEL_CHARS
+from service.tasks.metadata import METADATA_PAIRS
+from service.upstreams.catalogue_entry import MAX_N
 from service.web.event_schemas import EVENT_TYPES
 
 
@@ -119,7 +121,7 @@ class Submission(BaseModel):
     size: Text | None = Field(
         None, description="such as 1280x1280 or 16:9, as the model's entry in the catalogue says"
     )
-    n: Annotated[int, Field(ge=1), BeforeValidator(whole)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N), BeforeValidator(whole)] | None = None
     negative_prompt: Text | None = None
     prompt_extend: bool | None = None
     image_urls: list[ImageLink] | None = Field(

@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
@@ -27,13 +28,24 @@ def has_tag(tags: str, etag: str) -> bool:
 
 
 class Published:
-    """A JSON document as bytes, with an entity tag made from them."""
+    """A JSON document as bytes, with an entity tag made from them. The first request has it built,
+    in a thread, because that takes up to 80 ms.
+    """
 
-    def __init__(self, document: JSON) -> None:
-        self._body = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
-        self._etag = f'"{hashlib.sha256(self._body).hexdigest()[:32]}"'
+    def __init__(self, build: Callable[[], JSON]) -> None:
+        self._build, self._building = build, threading.Lock()
+        self._body, self._etag = b"", ""
 
-    def answer(self, request: Request) -> Response:
+    def _make(self) -> None:
+        with self._building:
+            if not self._etag:
+                document = json.dumps(self._build(), separators=(",", ":"), ensure_ascii=False)
+                self._body = document.encode()
+                self._etag = f'"{hashlib.sha256(self._body).hexdigest()[:32]}"'
+
+    async def answer(self, request: Request) -> Response:
+        if not self._etag:
+            await asyncio.to_thread(self._make)
         headers = {"ETag": self._etag, "Cache-Control": "no-cache"}
         if has_tag(request.headers.get("if-none-match", ""), self._etag):
             return Response(status_code=304, headers=headers)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from service.ids import UPSTREAM_ID
+from service.web.catalogue_schemas import BudgetFigures, Credits
 from service.web.event_schemas import EventTask
 from service.web.field_schemas import (
     Body,
@@ -225,6 +226,14 @@ class Readiness(BaseModel):
     )
 
 
+class RefusingBudget(BudgetFigures):
+    """A budget that is too small for a submission."""
+
+    owner: str
+    period: Literal["day", "month", "total"]
+    estimate: Credits | None = Field(description="of the refused task; null without a price")
+
+
 class ErrorDetail(BaseModel):
     code: str
     message: str
@@ -232,6 +241,7 @@ class ErrorDetail(BaseModel):
     param: str | None
     request_id: str | None
     task_id: str | None
+    budget: RefusingBudget | None = Field(None, description="only of `budget_exceeded`")
 
 
 class Error(BaseModel):

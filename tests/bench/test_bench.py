@@ -90,6 +90,22 @@ def test_the_benchmark_of_retention_runs(tmp_path: Path) -> None:
     assert re.search(r"^\| forget_events \| \d+ \|( \d+\.\d ms \|){3}$", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.timeout(180)
+def test_the_benchmark_of_memory_runs() -> None:
+    """It prints the memory at first and after each tenth of the callbacks."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.memory", "--callbacks", "500"],
+        cwd=ROOT,
+        env=clean_environment({}),
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\d+(, \d+){10}", done.stdout.splitlines()[-1])
+
+
 def test_one_of_a_hundred_has_as_many_events_as_ten_others() -> None:
     """Evenly among them."""
     assert Counter(turns(1090)) == {**dict.fromkeys(range(99), 10), 99: 100}

@@ -190,6 +190,27 @@ async def test_a_read_during_an_outage_raises_store_unavailable(
         assert (await store.read(store_figures.figures))["dead_letters"] == 0
 
 
+async def test_sessions_that_the_server_ended_are_replaced(
+    postgres_opener: Opener, migrated_database: str, postgres_server: str, clock: Clock
+) -> None:
+    """A server that restarts ends the sessions of the pool. The next read and the next write work,
+    on new ones.
+    """
+    async with postgres_opener() as store:
+        subject = Subject(store, clock)
+        await asyncio.gather(*(subject.queued() for _ in range(5)), subject.rows(tasks))
+        async with outage_of(postgres_server, migrated_database):
+            pass
+        assert len(await subject.rows(tasks)) == 5
+        async with outage_of(postgres_server, migrated_database):
+            pass
+        await asyncio.gather(*(subject.queued() for _ in range(3)))
+        async with outage_of(postgres_server, migrated_database):
+            pass
+        await subject.queued()
+        assert len(await subject.rows(tasks)) == 9
+
+
 async def test_a_query_that_fails_raises_store_unavailable(subject: Subject) -> None:
     """The caller never sees the driver's own exception."""
     with pytest.raises(StoreUnavailable, match="cannot be read"):

@@ -377,3 +377,20 @@ async def test_only_expired_leases_count_as_crashes(subject: Subject) -> None:
     assert (await subject.task(key))["submit_deaths"] == 1
     subject.clock.shift(MINUTE)
     assert await subject.claim("submit") == []  # after two crashes, it runs alone
+
+
+@pytest.mark.parametrize("stage", QUEUES)
+async def test_the_outlook_names_due_rows_and_the_next_due_time(
+    subject: Subject, stage: str
+) -> None:
+    """A claim by it leases the row. Before its time, the row's due time is the next look."""
+    key = await one_due(subject, stage)
+    before = await subject.store.read(leases.outlook, subject.clock.now - 1)
+    assert stage not in before.ready
+    assert before.next_due == subject.clock.now
+    now = await subject.store.read(leases.outlook, subject.clock.now)
+    assert stage in now.ready
+    assert not now.candidates
+    await subject.claimed(stage, key)
+    leased = await subject.store.read(leases.outlook, subject.clock.now)
+    assert stage not in leased.ready

@@ -8,8 +8,10 @@ from sqlalchemy import update
 from service.db.money_tables import ledger
 from service.db.tables import tasks
 from service.db.transaction import Transaction
+from service.queue.crashes import FAULT_LIMIT, Fault, record_faults
 from service.tasks.admin import TaskResolution, reconcile_tasks, resolve_tasks
 from service.tasks.state import State
+from service.tasks.transitions import dead_letter_task
 from service.upkeep.expiry import Erasure, erase_tasks, strip_tasks
 from service.upstreams.base import Report, Status
 from tests.contract.subject import (
@@ -111,6 +113,61 @@ async def a_task_cancelled_here_that_the_upstream_makes(subject: Subject) -> str
 async def a_task_cancelled_here_that_fails_there(subject: Subject) -> str:
     task_id = await subject.submitted(**ESTIMATED)
     assert await subject.cancel(task_id) is None
+    await subject.settle(task_id, failed(task_id))
+    return task_id
+
+
+async def a_task_cancelled_here_whose_cost_is_not_named(subject: Subject) -> str:
+    task_id = await subject.submitted(**ESTIMATED)
+    assert await subject.cancel(task_id) is None
+    await subject.settle(task_id, completed(task_id, URL))
+    return task_id
+
+
+async def a_cancelled_task_whose_reservation_is_its_cost(subject: Subject) -> str:
+    lease = await subject.submitting(**ESTIMATED)
+    await subject.submission(lease, accepted(upstream_id(lease.key), credits_reserved=2 * ONE))
+    assert await subject.cancel(lease.key) is None
+    await subject.settle(lease.key, completed(lease.key, URL))
+    return lease.key
+
+
+async def an_erased_task_whose_cost_is_not_named(subject: Subject) -> str:
+    task_id = await an_uncertain_task_that_failed(subject)
+    assert (await subject.write(erase_tasks, Erasure(task_id, None))).refused is None
+    await subject.callback(task_id, completed(task_id, URL))
+    await subject.settle(task_id, completed(task_id, URL))
+    assert await subject.images(task_id) == []
+    return task_id
+
+
+async def a_cancelled_task_whose_queries_are_parked(subject: Subject) -> str:
+    task_id = await subject.submitted(**ESTIMATED)
+    assert await subject.cancel(task_id) is None
+    await parked(subject, task_id)
+    return task_id
+
+
+async def a_task_that_is_parked(subject: Subject) -> str:
+    task_id = await subject.submitted(**ESTIMATED)
+    await parked(subject, task_id)
+    return task_id
+
+
+async def parked(subject: Subject, task_id: str) -> None:
+    for _ in range(FAULT_LIMIT):
+        fault = Fault(await subject.asking(task_id), 0, dead_letter_task)
+        await subject.write(record_faults, fault)
+    assert (await subject.task(task_id))["settle_due_at"] is None
+
+
+async def a_task_whose_callback_alone_names_a_cost(subject: Subject) -> str:
+    """The query denies the outcome, and what the callbacks said of costs is in no entry."""
+    task_id = await subject.submitted(**ESTIMATED)
+    figures = {"credits_reserved": 900 * ONE, "credits_used": 900 * ONE}
+    await subject.callback(task_id, processing(task_id, **figures))
+    await subject.callback(task_id, completed(task_id, URL, **figures, credits_refunded=ONE))
+    assert await held_and_spent(subject, task_id) == (3 * ONE, 0)
     await subject.settle(task_id, failed(task_id))
     return task_id
 
@@ -219,7 +276,7 @@ async def a_task_without_a_price(subject: Subject) -> str:
     return task_id
 
 
-RELEASED = "reserve -3"
+ASKED_ABOUT = ["reserve 3 catalogue", "reserve -3 query"]
 CASES: dict[Callable[[Subject], Awaitable[str]], list[str]] = {
     a_completed_task: [*ACCEPTED, "reserve -3 query", "charge 3 query"],
     a_refused_task: [*ACCEPTED, "reserve -3 submit"],
@@ -240,6 +297,26 @@ CASES: dict[Callable[[Subject], Awaitable[str]], list[str]] = {
         "charge 2 query",
     ],
     a_task_cancelled_here_that_fails_there: [*ACCEPTED, "reserve -3 query"],
+    a_task_cancelled_here_whose_cost_is_not_named: [
+        *ACCEPTED,
+        "reserve -3 query",
+        "charge 3 catalogue",
+    ],
+    a_cancelled_task_whose_reservation_is_its_cost: [
+        *ACCEPTED,
+        "reserve -1 submit",
+        "reserve -2 query",
+        "charge 2 submit",
+    ],
+    an_erased_task_whose_cost_is_not_named: [
+        *ACCEPTED,
+        "reserve -3 submit",
+        *ASKED_ABOUT,
+        "charge 3 catalogue",
+    ],
+    a_cancelled_task_whose_queries_are_parked: [*ACCEPTED, "reserve -3 operator"],
+    a_task_that_is_parked: [*ACCEPTED, "reserve -3 operator"],
+    a_task_whose_callback_alone_names_a_cost: [*ACCEPTED, "reserve -3 query"],
     a_task_cancelled_while_its_request_was_on_its_way: [
         *ACCEPTED,
         "reserve -3 operator",
@@ -247,10 +324,10 @@ CASES: dict[Callable[[Subject], Awaitable[str]], list[str]] = {
         "reserve -3 query",
         "charge 3 query",
     ],
-    an_uncertain_task_that_was_made: [*ACCEPTED, "reserve -3 callback", "charge 3 callback"],
+    an_uncertain_task_that_was_made: [*ACCEPTED, "reserve -3 query", "charge 3 query"],
     an_uncertain_task_that_failed: [*ACCEPTED, "reserve -3 submit"],
     an_uncertain_task_that_an_operator_gave_up: [*ACCEPTED, "reserve -3 operator"],
-    a_late_result: [*ACCEPTED, "reserve -3 submit", "charge 3 callback"],
+    a_late_result: [*ACCEPTED, "reserve -3 submit", *ASKED_ABOUT, "charge 3 query"],
     an_expired_task: [*ACCEPTED, "reserve -3 query"],
     fewer_images_than_asked: [*ACCEPTED, "reserve -3 query", "charge 1 query"],
     reserved_and_used_that_differ_fivefold: [

@@ -5,9 +5,13 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
+import yaml  # type: ignore[import-untyped]
 
+from service.settings import Settings
 from tests.certificates import self_signed
 from tests.environment import ROOT
 from tests.servers import missing
@@ -16,6 +20,8 @@ DEPLOY = ROOT / "deploy"
 SETTINGS = {
     "POSTGRES_PASSWORD": "secret",
     "POSTGRES_IMAGE": f"postgres:17@sha256:{'0' * 64}",
+    "NATS_PASSWORD": "secret",
+    "NATS_IMAGE": f"nats:2.11@sha256:{'0' * 64}",
     "DARKROOM_BLOB_URL": "s3://bucket/prefix",
     "DARKROOM_SECRET_KEY": "k" * 64,
 }
@@ -67,30 +73,62 @@ def test_only_callbacks_are_repeated_after_they_were_sent() -> None:
     assert retried == {"callbacks": ["conn-failure", "empty-response"], "api": ["conn-failure"]}
 
 
-def composed(tmp_path: Path, name: str, **given: str) -> str:
-    """The file as compose understands it, beside an empty .env."""
+def composed(tmp_path: Path, *names: str, **given: str) -> str:
+    """The files as compose understands them, beside an empty .env."""
     folder = tmp_path / "deploy"
     folder.mkdir()
-    shutil.copy(DEPLOY / name, folder)
+    files = []
+    for name in names:
+        shutil.copy(DEPLOY / name, folder)
+        files += ["-f", name]
     (tmp_path / ".env").touch()
-    command = (program("docker-compose"), "-f", name, "config")
-    return checked(*command, folder=folder, **given)
+    return checked(program("docker-compose"), *files, "config", folder=folder, **given)
 
 
 def test_compose_accepts_the_file_of_one_process(tmp_path: Path) -> None:
     assert "read_only: true" in composed(tmp_path, "compose.yaml")
 
 
-def test_compose_accepts_the_file_of_postgresql_and_two_workers(tmp_path: Path) -> None:
-    """One process has the API, two have workers. All share the store, the images and the key."""
+def test_compose_accepts_the_file_of_several_processes(tmp_path: Path) -> None:
+    """Two have the API, two have workers. All share the store, the images and the broker."""
     text = composed(tmp_path, "compose.postgres.yaml", **SETTINGS)
-    assert re.findall(r"^  ([a-z0-9-]+):$", text, re.MULTILINE)[:4] == [
-        *("postgres", "web", "worker-1", "worker-2")
+    assert re.findall(r"^  ([a-z0-9-]+):$", text, re.MULTILINE)[:6] == [
+        *("nats", "postgres", "web-1", "web-2", "worker-1", "worker-2")
     ]
-    assert text.count("DARKROOM_DATABASE_URL: postgresql://darkroom:secret@postgres/darkroom") == 3
-    assert text.count("DARKROOM_BLOB_URL: s3://bucket/prefix") == 3
+    for shared in (
+        "DATABASE_URL: postgresql://darkroom:secret@postgres/darkroom",
+        "BLOB_URL: s3://bucket/prefix",
+        "SINKS: nats://darkroom:secret@nats:4222/darkroom?stream=darkroom",
+    ):
+        assert text.count(f"DARKROOM_{shared}") == 4
     assert text.count("- worker\n") == 2
-    assert text.count("mem_limit: 1g") == 4
+    assert text.count("mem_limit: 1g") == 6
+
+
+@pytest.mark.parametrize("other", ["compose.yaml", "compose.postgres.yaml"])
+def test_compose_accepts_caddy_in_front(tmp_path: Path, other: str) -> None:
+    """The API is private unless PROXY_PATHS says otherwise."""
+    given = {"CADDY_IMAGE": f"caddy:2@sha256:{'0' * 64}", "PROXY_SITE": "darkroom.example"}
+    text = composed(tmp_path, other, "compose.https.yaml", **SETTINGS, **given)
+    assert "PROXY_PATHS: /images/*\n" in text
+
+
+def test_caddy_passes_the_public_paths_alone(tmp_path: Path) -> None:
+    given = {"PROXY_PATHS": "/images/* /v1/*", "PROXY_BACKEND": "web-1:8080 web-2:8080"}
+    file = ("--adapter", "caddyfile", "--config", str(DEPLOY / "Caddyfile"))
+    adapted = checked(program("caddy"), "adapt", *file, folder=tmp_path, **given)
+    assert '"match":[{"path":["/images/*","/v1/*"]}]' in adapted
+    assert adapted.count('"upstreams":[{"dial":"web-1:8080"},{"dial":"web-2:8080"}]') == 2
+    assert adapted.count('"status_code":404') == 2
+
+
+def test_nats_accepts_its_file(tmp_path: Path) -> None:
+    """Versions before 2.10 do not know `sync_interval: always`."""
+    text = (DEPLOY / "nats.conf").read_text()
+    assert "  sync_interval: always\n" in text
+    file = tmp_path / "nats.conf"
+    file.write_text(text.replace("  sync_interval: always\n", ""))
+    checked(program("nats-server"), "-t", "-c", str(file), folder=tmp_path, NATS_PASSWORD="secret")
 
 
 @pytest.mark.parametrize("name", sorted(SETTINGS))
@@ -99,3 +137,52 @@ def test_compose_names_a_setting_that_is_missing(tmp_path: Path, name: str) -> N
     given = {each: value for each, value in SETTINGS.items() if each != name}
     with pytest.raises(AssertionError, match=r"in \.env"):
         composed(tmp_path, "compose.postgres.yaml", **given)
+
+
+def objects() -> list[dict[str, Any]]:
+    """The objects of the Kubernetes base, without those that kustomize makes."""
+    (base,) = yaml.safe_load_all((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())
+    files = [(DEPLOY / "kubernetes" / name).read_text() for name in base["resources"]]
+    return [each for file in files for each in yaml.safe_load_all(file)]
+
+
+def test_kubernetes_accepts_the_base() -> None:
+    """Every field exists in the current API, and every selector finds the pods of a deployment."""
+    made = objects()
+    for each in made:
+        kubernetes_validate.validate(each, kubernetes_validate.latest_version(), strict=True)
+    pods = {
+        each["metadata"]["name"]: each["spec"]["template"]
+        for each in made
+        if each["kind"] == "Deployment"
+    }
+    assert pods.keys() == {"web", "worker"}
+    for each in made:
+        selector = each.get("spec", {}).get("selector", {})
+        labels = selector.get("matchLabels", selector)
+        assert [pod for pod in pods.values() if labels.items() <= pod["metadata"]["labels"].items()]
+    for pod in pods.values():
+        (container,) = pod["spec"]["containers"]
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        probes = ("startupProbe", "livenessProbe", "readinessProbe")
+        assert [container[probe]["httpGet"]["path"] for probe in probes] == [
+            *("/healthz", "/healthz", "/readyz")
+        ]
+
+
+def test_the_kubernetes_base_sets_settings_that_exist() -> None:
+    (base,) = yaml.safe_load_all((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())
+    (settings,) = base["configMapGenerator"]
+    for literal in settings["literals"]:
+        name = literal.partition("=")[0].removeprefix("DARKROOM_").lower()
+        assert name in Settings.model_fields
+
+
+def test_kustomize_builds_the_base(tmp_path: Path) -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed")
+    built = checked(kubectl, "kustomize", str(DEPLOY / "kubernetes"), folder=tmp_path)
+    kinds = [each["kind"] for each in yaml.safe_load_all(built)]
+    assert sorted(kinds) == sorted([*(each["kind"] for each in objects()), "ConfigMap"])

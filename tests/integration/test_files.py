@@ -114,11 +114,26 @@ async def test_a_file_has_at_most_ten_megabytes(here: World, length: int, status
         assert str(length) in message
 
 
-async def test_a_body_far_over_the_limit_is_refused_by_its_announced_length(here: World) -> None:
-    head = f"content-type: multipart/form-data; boundary=x\r\ncontent-length: {1 << 33}\r\n"
+@pytest.mark.parametrize("length", [(12 << 20) + 1, 1 << 33, 10**19])
+async def test_a_body_far_over_the_limit_is_refused_by_its_announced_length(
+    here: World, length: int
+) -> None:
+    """The refusal names the limit of the file, and the length of the body."""
+    head = f"content-type: multipart/form-data; boundary=x\r\ncontent-length: {length}\r\n"
     answer = await raw(here, head, b"--x\r\n", "test-admin-key-0123456789")
     assert answer.startswith(b"HTTP/1.1 413")
-    assert str(1 << 33).encode() in answer
+    reason = f"the file has at most {MB10} bytes (10 MB), and the body is one of {length} bytes"
+    assert reason.encode() in answer
+
+
+async def test_a_file_far_over_the_limit_is_refused_before_it_ends(here: World) -> None:
+    """A body in chunks announces no length."""
+    pieces = b"".join(b"%x\r\n%b\r\n" % (1 << 20, bytes(1 << 20)) for _ in range(14))
+    head = f"{FORM}transfer-encoding: chunked\r\n"
+    body = b"%x\r\n%b\r\n%b0\r\n\r\n" % (len(PART), PART, pieces)
+    answer = await raw(here, head, body, "test-admin-key-0123456789")
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert f"the file has at most {MB10} bytes (10 MB), and this one has ".encode() in answer
 
 
 @pytest.mark.parametrize(

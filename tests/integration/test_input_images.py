@@ -9,7 +9,7 @@ import pytest
 
 from service.upstreams.sandbox import SandboxOptions
 from tests.api import SUBMIT, UNTIL_DONE, got, refused
-from tests.inputs import of_length, photo, uploaded
+from tests.inputs import of_length, photo, upload, uploaded
 from tests.world import LOOPBACK, World, world
 
 EDIT = "wan2.5-image-to-image"
@@ -29,11 +29,16 @@ async def edited(client: httpx.AsyncClient, *urls: str, **fields: Any) -> JSON:
     return got(await client.post(SUBMIT, json=edit(*urls, **fields), headers=UNTIL_DONE))
 
 
+async def received(here: World, task: JSON) -> JSON:
+    """The task as the upstream has it."""
+    tasks = (await here.sandbox.get("/sandbox/tasks")).json()["data"]
+    found: JSON = next(each for each in tasks if each["id"] == task["upstream_id"])
+    return found
+
+
 async def posted(here: World, task: JSON) -> list[str]:
     """The links that the upstream got."""
-    tasks = (await here.sandbox.get("/sandbox/tasks")).json()["data"]
-    (urls,) = (each["image_urls"] for each in tasks if each["id"] == task["upstream_id"])
-    return list(urls)
+    return list((await received(here, task))["image_urls"])
 
 
 async def sent(here: World) -> int:
@@ -78,6 +83,69 @@ async def test_every_kind_of_entry_reaches_the_upstream_in_its_order(here: World
     }
     shown = task["request"]["image_urls"]
     assert shown == [image["id"], image["url"], ids[2], public, file["id"]]
+
+
+MASKED = {"model": "gpt-4o-image", "size": "1:1", "prompt": "a hat"}
+
+
+@pytest.mark.parametrize("kind", ["file", "result", "link of a file", "link of a result", "data"])
+@pytest.mark.parametrize("images", [0, 1])
+async def test_a_mask_of_the_service_reaches_the_upstream(
+    here: World, kind: str, images: int
+) -> None:
+    """The upstream gets a link to its bytes. The task shows it last of its inputs."""
+    content = photo("PNG", mode="RGBA")
+    async with here.owner() as client:
+        file = got(await upload(client, content, model="gpt-4o-image"), 201)
+        body = {**MASKED, "image_urls": [file["id"]] * images}
+        masks = {"file": file["id"], "data": data_url(content)}
+        masks["link of a file"] = f"{here.url}/v1/files/{file['id']}/content"
+        if "result" in kind:
+            first = got(await client.post(SUBMIT, json=MASKED, headers=UNTIL_DONE))
+            image = first["images"][0]
+            content = (await client.get(f"/images/{image['id']}")).content
+            masks |= {"result": image["id"], "link of a result": image["url"]}
+        mask = masks[kind]
+        body["mask_url"] = mask
+        task = got(await client.post(SUBMIT, json=body, headers=UNTIL_DONE))
+        assert task["state"] == "completed", task
+        shown = task["inputs"][-1]["id"]
+        assert len(task["inputs"]) == images + 1
+        assert task["request"]["mask_url"] == (shown if kind == "data" else mask)
+        link = (await received(here, task))["mask_url"]
+        assert (await client.get(link)).content == content
+
+
+@pytest.mark.parametrize(
+    ("mask", "word"),
+    [
+        ("file_" + "a" * 26, "no file of yours"),
+        ("img_" + "a" * 26, "no stored image of yours"),
+        ("data:image/png;base64,!!!!", "base64"),
+        (data_url(photo("BMP")), "BMP"),
+        (data_url(of_length((10 << 20) + 1)), str((10 << 20) + 1)),
+    ],
+)
+async def test_a_wrong_mask_is_refused_before_anything_is_sent(
+    here: World, mask: str, word: str
+) -> None:
+    """Nothing stays of the other inputs."""
+    async with here.owner() as client:
+        before = await sent(here)
+        body = {**MASKED, "image_urls": [data_url(photo())], "mask_url": mask}
+        error = refused(await client.post(SUBMIT, json=body), 400, param="mask_url")
+        assert error["message"].startswith("mask_url: ")
+        assert word in error["message"]
+        assert got(await client.get("/v1/files"))["data"] == []
+        assert await sent(here) == before
+
+
+async def test_a_public_mask_goes_to_the_upstream_as_it_is(here: World) -> None:
+    async with here.owner() as client:
+        body = {**MASKED, "mask_url": "https://x.test/mask.png"}
+        task = got(await client.post(SUBMIT, json=body, headers=UNTIL_DONE))
+        assert (await received(here, task))["mask_url"] == body["mask_url"]
+        assert task["inputs"] == []
 
 
 async def test_an_upload_is_remembered(here: World) -> None:

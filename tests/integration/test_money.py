@@ -195,6 +195,16 @@ async def test_a_submission_over_the_budget_is_refused_with_the_figures(own: Wor
             "the task needs 4 credits: the budget of 5.5 a month has 1.5 left (4 spent, 0 reserved)"
         )
         assert error["type"] == "insufficient_quota_error"
+        assert error["budget"] == {
+            "owner": "thrifty",
+            "period": "month",
+            "limit": 5.5,
+            "spent": 4,
+            "reserved": 0,
+            "left": 1.5,
+            "estimate": 4,
+        }
+        check({"error": error}, "Error")
         assert (await own.sandbox.get("/v1/credits")).json() == before
         assert len(got(await client.get("/v1/tasks"))["data"]) == 1
         assert await refusals(own) == counted + 1
@@ -219,6 +229,7 @@ async def test_a_model_without_a_price_needs_the_setting_under_a_budget(
         if unpriced is None:
             error = refused(answer, 402, "budget_exceeded")
             assert "no price of the model, and DARKROOM_UNPRICED is refuse" in error["message"]
+            assert (error["budget"]["left"], error["budget"]["estimate"]) == (1, None)
             assert await listed(client) == []
             return
         await here.ended(got(answer)["id"])

@@ -7,6 +7,7 @@ import pytest
 
 from service.credits import millionths
 from service.upstreams.catalogue import Violation, load_catalogue
+from service.upstreams.field_values import shown
 
 CATALOGUE = load_catalogue()
 TEXT, IMAGE = "wan2.5-text-to-image", "wan2.5-image-to-image"
@@ -117,8 +118,8 @@ def test_a_size_is_in_pixels_or_a_ratio_by_its_model(
 
 @pytest.mark.parametrize("model", ["dall-e-9", None, 7, ["wan2.5-text-to-image"], {}])
 def test_a_model_that_is_not_in_the_catalogue_passes_through(model: object) -> None:
-    """The upstream checks the fields of other models."""
-    body = {"model": model, "prompt": 7, "n": -1, "size": "auto", "negative_prompt": 7}
+    """The upstream checks the fields of other models, except the number of images."""
+    body = {"model": model, "prompt": 7, "n": 1000, "size": "auto", "negative_prompt": 7}
     assert CATALOGUE.check(body) is None
     assert CATALOGUE.warnings(str(model), body) == []
     assert CATALOGUE.check({}) is None
@@ -136,10 +137,23 @@ def test_a_prompt_is_counted_in_characters(prompt: str) -> None:
     assert check(prompt=prompt) is None
 
 
-def test_a_limit_in_tokens_is_shown_and_not_checked() -> None:
-    """Only the upstream can count them. Characters are many more."""
-    assert check("krea-2-turbo", prompt="x" * 3000) is None
-    assert CATALOGUE.document("krea-2-turbo")["fields"]["prompt"]["max"] == 640
+@pytest.mark.parametrize(
+    ("model", "most"), [("krea-2-turbo", 640), ("gemini-3.1-flash-lite-image", 2000)]
+)
+def test_a_limit_in_tokens_is_one_of_words(model: str, most: int) -> None:
+    """Only the upstream can count tokens. Each word is at least one."""
+    assert CATALOGUE.document(model)["fields"]["prompt"]["max"] == most
+    for prompt in ("x" * 9000, "fog " * most, "fog\n\n " * (most - 1)):
+        assert check(model, prompt=prompt) is None
+    words = (f"{most} tokens", f"at least {most + 1}")
+    refused("prompt", *words, model=model, prompt="fog " * (most + 1))
+
+
+@pytest.mark.parametrize("n", [0, -1, 1001, 10**30, 4.0, "4", True, [4], {}])
+@pytest.mark.parametrize("model", ["z-image-turbo", "mj-v7", "dall-e-9", None])
+def test_n_has_a_limit_for_every_model(model: str, n: object) -> None:
+    assert all(check(model, n=number) is None for number in (1, 999, 1000))
+    refused("n", "1 to 1000", shown(n), model=model, n=n)
 
 
 @pytest.mark.parametrize(

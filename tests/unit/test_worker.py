@@ -590,11 +590,11 @@ async def test_a_poison_candidate_that_another_process_claimed_is_left_to_it(
     """
     done, looked = list[str](), threading.Event()
 
-    def candidate_stages(_connection: Connection, _now: int) -> list[str]:
+    def outlook(_connection: Connection, _now: int) -> leases.Outlook:
         looked.set()
-        return ["submit"]
+        return leases.Outlook(frozenset(), frozenset({"submit"}), None)
 
-    monkeypatch.setattr(worker, "candidate_stages", candidate_stages)
+    monkeypatch.setattr(worker, "outlook", outlook)
     async with harness.working(finishing(harness.store, done)):
         await wait_until(looked.is_set)
         await harness.queue("task_a")

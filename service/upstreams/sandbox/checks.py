@@ -38,6 +38,7 @@ class Order:
     per: str = "image"
     image_urls: tuple[str, ...] = ()
     price: Decimal = UNKNOWN_PRICE
+    mask_url: str | None = None
 
 
 def invalid(param: str, message: str) -> ApiError:
@@ -78,14 +79,16 @@ def read_order(body: JSON, catalogue: Catalogue) -> Order:
     if rule is not None and rule.required and not str(prompt).strip():
         raise invalid("prompt", "prompt is required")
     urls = body.get("image_urls") or [] if "image_urls" in entry.fields else []
-    check_links(urls)
+    check_links(urls, "every one of image_urls")
+    mask = read_url(body, "mask_url") if "mask_url" in entry.fields else None
+    check_links([] if mask is None else [mask], "mask_url")
     size = body.get("size") if "size" in entry.fields else None
     width, height = drawn_size(size or getattr(entry.fields.get("size"), "default", None))
     callback_url, n = read_url(body, "callback_url"), entry.images_of(body)
     drawn = prompt if isinstance(prompt, str) and prompt else model
     cost = catalogue.estimate(body)
     price = UNKNOWN_PRICE if cost.price is None else Decimal(cost.price) / 1_000_000
-    return Order(model, drawn, width, height, n, callback_url, cost.per, tuple(urls), price)
+    return Order(model, drawn, width, height, n, callback_url, cost.per, tuple(urls), price, mask)
 
 
 def drawn_size(size: str | None) -> tuple[int, int]:
@@ -122,6 +125,6 @@ def read_url(body: JSON, param: str) -> str | None:
     return value
 
 
-def check_links(urls: list[str]) -> None:
+def check_links(urls: list[str], which: str) -> None:
     if not all(len(url) <= URL_LENGTH and re.match(r"https?://[^/\s]", url) for url in urls):
-        raise invalid("image_urls", "every one of image_urls must be an http or https link")
+        raise invalid(which.rsplit(maxsplit=1)[-1], f"{which} must be an http or https link")

@@ -189,7 +189,7 @@ class Sandbox:
         data = [
             document(task)
             | {"idempotency_key": task.key, "callbacks": [asdict(each) for each in task.attempts]}
-            | {"image_urls": task.order.image_urls}
+            | {"image_urls": task.order.image_urls, "mask_url": task.order.mask_url}
             for task in self.ledger.all()
         ]
         return AnswerResponse(json_answer(200, {"data": data}))

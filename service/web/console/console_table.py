@@ -36,10 +36,10 @@ from service.web.console.sign_in import (
     sign_out,
 )
 from service.web.console.visits import View, Visit
-from service.web.context import Context, context_of
+from service.web.context import context_of
 from service.web.error_responses import respond
 from service.web.key_shares import holder_of
-from service.web.routes.table import Path, routes
+from service.web.routes.table import Path
 from service.web.sessions import Session
 
 ANY = "read submit subscribe"
@@ -189,14 +189,11 @@ def by_method(endpoints: dict[str, Endpoint]) -> Endpoint:
     return answer
 
 
-def site_routes(context: Context) -> list[Route]:
-    """All routes of a web process: those of the API, its documentation, which needs no key, and the
-    console unless it is off.
-    """
+def page_routes(*, console: bool) -> list[Route]:
+    """The routes of the pages: those of the documents need no key."""
     return [
-        *routes(),
         Path("/docs", docs_page.openapi_docs),
         Path("/docs/events", docs_page.asyncapi_docs),
         Route("/assets/{version}/{name}", asset),
-        *(console_routes() if context.access.sessions else ()),
+        *(console_routes() if console else ()),
     ]

@@ -14,7 +14,7 @@ from service.errors import ApiError, BlobMissing, invalid_request
 from service.net.multipart import FormPart, MultipartForm
 from service.tasks.files import FileRow, file_document, file_list, stored_file
 from service.upstreams.catalogue_fields import ImagesField, UnsupportedField
-from service.upstreams.catalogue_images import COMMON
+from service.upstreams.catalogue_images import COMMON, at_most
 from service.web.auth import caller_of
 from service.web.bodies import Position, page, query_text, reader_of
 from service.web.context import context_of, resources_of
@@ -47,10 +47,9 @@ async def kept_part(
 ) -> FileRow:
     """The stored file of the part `file`. Raises ApiError 400, 408, 413, 415 and 503."""
     files, owner = context_of(request).files, caller_of(request).owner
-    length, most = request.headers.get("content-length", ""), files.most(rule) + AROUND
-    if length.isdecimal() and int(length[:20]) > most:
-        message = f"file: the body has at most {most} bytes, and this one has {length[:20]}"
-        raise ApiError(413, "file_too_large", message, param="file")
+    length, most = request.headers.get("content-length", ""), files.most(rule)
+    if length.isdecimal() and int(length[:20]) > most + AROUND:
+        raise too_large(most, f"of {length[:20]} bytes")
     try:
         async with (
             asyncio.timeout(UPLOAD_S) as timer,
@@ -109,17 +108,22 @@ async def beginning(content: AsyncIterator[bytes]) -> bytes:
     return bytes(text)
 
 
+def too_large(most: int, size: str) -> ApiError:
+    message = f"file: {at_most(most)}, and the body is one {size}"
+    return ApiError(413, "file_too_large", message, param="file")
+
+
 async def bounded(
     request: Request, timer: asyncio.Timeout, most: int
 ) -> AsyncGenerator[bytes, None]:
+    """The body of a form with a file of at most so many bytes. Raises ApiError 413."""
     size, shedder, body = 0, context_of(request).shedder, request.state.body
     reading = shedder.bodies.arriving(body, *reader_of(request), timer)
     with shedder.idle(holder_of(request)), reading:
         async for chunk in request.stream():
             size += len(chunk)
-            if size > most:
-                message = f"file: the body has at most {most} bytes, and this one has more"
-                raise ApiError(413, "file_too_large", message, param="file")
+            if size > most + AROUND:
+                raise too_large(most, f"of {size} bytes or more")
             yield chunk
 
 

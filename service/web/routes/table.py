@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from functools import cache
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -57,20 +56,14 @@ from service.web.routes.callback_route import CallbackRoute
 from service.web.routes.operation import Handler, Spec, spec
 
 
-@cache
-def published() -> tuple[Published, Published]:
-    """The OpenAPI and the AsyncAPI document of this process."""
-    return Published(openapi_document(SPECS)), Published(asyncapi_document())
-
-
 async def openapi(request: Request) -> Response:
     """Show the OpenAPI document."""
-    return published()[0].answer(request)
+    return await OPENAPI.answer(request)
 
 
 async def asyncapi(request: Request) -> Response:
     """Show the AsyncAPI document, which describes events."""
-    return published()[1].answer(request)
+    return await ASYNCAPI.answer(request)
 
 
 ID = re.compile("[!-~]{1,200}")
@@ -213,6 +206,8 @@ SPECS = (
     spec("GET /openapi.json", openapi, ""),
     spec("GET /asyncapi.json", asyncapi, ""),
 )
+OPENAPI = Published(lambda: openapi_document(SPECS))
+ASYNCAPI = Published(asyncapi_document)
 
 
 def check_query(request: Request, spec: Spec) -> None:
@@ -285,7 +280,6 @@ def table(endpoints: Mapping[Spec, Handler]) -> list[Route]:
 
 def routes() -> list[Route]:
     """All routes of a web process."""
-    published()  # before the first request, because they take 50 ms to build
     path = "/callbacks/{upstream}/{task_id}/{token}"
     callbacks = Route(path, CallbackRoute(), methods=["POST", "PUT"])
     return [callbacks, *table({spec: guarded(spec) for spec in SPECS})]

@@ -109,8 +109,10 @@ def check_size(body: JSON) -> None:
     urls = body.get("image_urls")
     if isinstance(urls, list):
         body = {**body, "image_urls": [each for each in urls if not inline(each)]}
+    if inline(body.get("mask_url")):
+        body = {**body, "mask_url": None}
     if len(compact_json(body)) > MAX_BODY:
-        message = f"the body has at most {MAX_BODY} bytes beside the data: URLs in image_urls"
+        message = f"the body has at most {MAX_BODY} bytes beside the data: URLs of its images"
         raise ApiError(413, "body_too_large", message)
 
 
