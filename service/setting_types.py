@@ -1,29 +1,20 @@
-"""Types of the settings: what a variable may contain, and which variables are settings."""
+"""Types of the settings: what a variable may contain."""
 
 import re
-from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
-from pydantic_settings import BaseSettings, DotEnvSettingsSource
 
 from service.db.postgres_url import POSTGRES_SCHEME, parse_postgres_url
-from service.errors import ConfigurationError
 from service.events.broker_addresses import SinkAddress, distinct, sink_address, split_addresses
+from service.variables import PREFIX
 
-PREFIX = "DARKROOM_"
 ADMIN_KEY_CHARS = 16
 SECRET_KEY_BYTES = 32
 TEN_YEARS_S = 10 * 366 * 86_400
-
-# A cluster sets these variables for a Service called "darkroom" or "darkroom-…".
-SERVICE_LINK_NAME = re.compile(
-    r"DARKROOM_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
-)
-SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
 
 VISIBLE = re.compile(r"[!-~]+")
 HOST = re.compile(r"[a-z0-9_.:-]+")
@@ -35,33 +26,6 @@ API_PATH = re.compile(r"/+v1(/+(images/generations|tasks|credits|models))?/*$", 
 RESULT_HOST = re.compile(r"\.?[a-z0-9_]([a-z0-9_.-]*[a-z0-9])?")
 
 Network = IPv4Network | IPv6Network
-
-
-def variables_of(env_file: Path | None) -> Mapping[str, str | None]:
-    """The variables of the file. A missing file has none."""
-    try:
-        return DotEnvSettingsSource(
-            BaseSettings, env_file=env_file, env_file_encoding="utf-8", case_sensitive=True
-        ).env_vars
-    except (OSError, UnicodeError) as error:
-        raise ConfigurationError(f"{env_file} cannot be read: {type(error).__name__}") from None
-
-
-def is_setting(name: str, value: str | None) -> bool:
-    """Whether a variable has the prefix, in any case, and is not set by a cluster or a test run."""
-    link = SERVICE_LINK_NAME.fullmatch(name) or (
-        name.endswith("PORT") and SERVICE_LINK_VALUE.match(value or "")
-    )
-    return name.upper().startswith(PREFIX) and not name.startswith(PREFIX + "TEST_") and not link
-
-
-def tidy(name: str, value: str) -> str:
-    """The value without blanks around it, and without the quotes that `docker run --env-file` and
-    Kubernetes secrets keep. A secret key keeps its quotes, because signatures depend on them.
-    """
-    value = value.strip()
-    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
-    return value[1:-1].strip() if quoted and name != f"{PREFIX}SECRET_KEY" else value
 
 
 def split(value: object) -> object:

@@ -17,7 +17,8 @@ from pydantic_core import ErrorDetails
 
 from service import setting_types as types
 from service.errors import ConfigurationError
-from service.setting_types import PREFIX, log_value
+from service.setting_types import log_value
+from service.variables import ENV_FILE, PREFIX, is_setting, tidy, variables_of
 
 # The upstream's limit, without the path: "/callbacks/" 11, an upstream 20, "/" 1, a task 31, "/" 1,
 # a token 64.
@@ -236,7 +237,7 @@ class Settings(BaseModel):
 
 
 def load_settings(
-    environ: Mapping[str, str] | None = None, env_file: Path | None = Path(".env"), **overrides: Any
+    environ: Mapping[str, str] | None = None, env_file: Path | None = ENV_FILE, **overrides: Any
 ) -> Settings:
     """The settings from `.env`, then the environment, then `overrides` by field name. The last
     value of a setting wins.
@@ -244,8 +245,8 @@ def load_settings(
     ConfigurationError names every unknown or wrong variable and its limit, never a value.
     """
     values: dict[str, Any] = {}
-    for source in (types.variables_of(env_file), os.environ if environ is None else environ):
-        values |= {name: source[name] for name in source if types.is_setting(name, source[name])}
+    for source in (variables_of(env_file), os.environ if environ is None else environ):
+        values |= {name: source[name] for name in source if is_setting(name, source[name])}
     known = {PREFIX + field.upper(): field for field in Settings.model_fields}
     for name in sorted(values):
         if name not in known:
@@ -254,7 +255,7 @@ def load_settings(
             raise ConfigurationError(f"{name} is not a setting{hint}")
         if values[name] is None:
             raise ConfigurationError(f"{name} has no value in {env_file}: write {name}=…")
-    tidied = {known[name]: types.tidy(name, value) for name, value in values.items()}
+    tidied = {known[name]: tidy(name, value) for name, value in values.items()}
     fields = {field: value for field, value in tidied.items() if value != ""}
     try:
         return Settings(**fields | overrides)

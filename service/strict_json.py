@@ -2,7 +2,6 @@
 every accepted object, and every line reader can read what it writes.
 """
 
-import asyncio
 import json
 import math
 import re
@@ -23,7 +22,11 @@ async def off_loop(large: bool, work: Callable[[], Made]) -> Made:
     """Does the work on a document. Callbacks do not wait for the whole of it if it is `large`,
     because then a thread does it.
     """
-    return await asyncio.to_thread(work) if large else work()
+    if not large:
+        return work()
+    import asyncio  # client commands have no loop
+
+    return await asyncio.to_thread(work)
 
 
 def read_object(body: bytes | bytearray, *, finite: bool = False) -> JSON:

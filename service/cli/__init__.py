@@ -1,7 +1,6 @@
 """The program `darkroom`: its commands, and its exit codes on errors.
 
-Client commands find a service by DARKROOM_URL and DARKROOM_API_KEY. A command imports heavy modules
-when it runs.
+Client commands find a service as `place` says. A command imports heavy modules when it runs.
 """
 
 import io
@@ -26,6 +25,7 @@ from service.cli import (
 from service.cli.api_client import CommandFailed, Interrupted
 from service.cli.completion import COMPLETING
 from service.cli.output import plain
+from service.cli.place import CHOSEN, Choice, Local, Url, choose, selectable
 from service.cli.task_acts import ACTS
 from service.cli.verbs import GROUPS, TASKS
 from service.errors import DarkroomError
@@ -41,13 +41,13 @@ program = typer.Typer(
 program.command()(serve.serve)
 program.command()(serve.worker)
 program.command(cls=sandbox_commands.SandboxCommand)(sandbox_commands.sandbox)
-program.command()(task_commands.submit)
-program.command("tasks")(TASKS.command())
-program.command()(task_commands.task)
-program.command()(task_commands.events)
-program.command()(catalogue_commands.models)
-program.command()(catalogue_commands.estimate)
-program.command()(money_commands.usage)
+program.command()(selectable(task_commands.submit))
+program.command("tasks")(selectable(TASKS.command()))
+program.command()(selectable(task_commands.task))
+program.command()(selectable(task_commands.events))
+program.command()(selectable(catalogue_commands.models))
+program.command()(selectable(catalogue_commands.estimate))
+program.command()(selectable(money_commands.usage))
 program.command()(backup.backup)
 program.command()(restore.restore)
 program.command()(serve.migrate)
@@ -55,13 +55,13 @@ program.command()(completion.completion)
 program.command()(serve.openapi)
 program.command()(serve.asyncapi)
 for word, verb in ACTS.items():
-    program.command(word)(verb.command())
+    program.command(word)(selectable(verb.command()))
 for name, (help, verbs) in GROUPS.items():
     group = typer.Typer(help=help, no_args_is_help=True, rich_markup_mode=None)
     for word, verb in verbs.items():
-        group.command(word)(verb.command())
+        group.command(word)(selectable(verb.command()))
     if name == "files":
-        group.command("upload")(file_commands.upload_files)
+        group.command("upload")(selectable(file_commands.upload_files))
     program.add_typer(group, name=name)
 
 
@@ -73,16 +73,19 @@ def show_version(wanted: bool) -> None:
 
 @program.callback()
 def about_darkroom(
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001 - its callback acts
         bool,
         typer.Option(
             "--version", callback=show_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
+    at_url: Url = None,
+    at_local: Local = False,
 ) -> None:
     """Submit image tasks and forget them: Darkroom proves callbacks, saves images and delivers
     events.
     """
+    choose(at_url, at_local)
 
 
 def main() -> None:
@@ -93,6 +96,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal's encoding may lack a character
     as_json = "--json" in sys.argv
+    CHOSEN.set(Choice())
     try:
         try:
             # With --json, usage errors come here too.

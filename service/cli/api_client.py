@@ -1,20 +1,18 @@
-"""The client commands' connection to the API, by DARKROOM_URL and DARKROOM_API_KEY."""
+"""The client commands' connection to the API of a place."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import typer
 
+from service.cli.place import Place, place
 from service.errors import DarkroomError, NotConnected
 from service.strict_json import JSON
 
 if TYPE_CHECKING:
-    import httpx
-
-    from service.settings import Settings
+    from service.net.service_client import ServiceAnswer
 
 
 class CommandFailed(DarkroomError):
@@ -44,13 +42,13 @@ class ServiceUnreachable(CommandFailed):
 class ApiClient:
     """One command's client. With `admin` the admin key stands in for a missing API key."""
 
-    def __init__(self, settings: "Settings", *, admin: bool = False) -> None:
-        from service.net.service_client import service_client
+    def __init__(self, at: Place, *, admin: bool = False) -> None:
+        from service.net.service_client import ServiceClient
 
-        key = settings.api_key or (settings.admin_key if admin else None)
-        self.url = settings.url
+        self.at, self.url = at, at.url
+        key = at.api_key or (at.admin_key if admin else None)
         self._has_key = key is not None
-        self._client = service_client(settings.url, key.get_secret_value() if key else None)
+        self._client = ServiceClient(at.url, key)
 
     def call(
         self,
@@ -66,76 +64,74 @@ class ApiClient:
         Parameters that are None are left out of the query.
         """
         query = {name: value for name, value in (params or {}).items() if value is not None}
-        return self._document(
-            self._send(method, path, params=query, json=body, headers=dict(headers or {}))
-        )
+        return self._document(self._send(method, path, params=query, body=body, headers=headers))
 
     def upload(self, path: str, file: Path, *, params: Mapping[str, str] | None = None) -> JSON:
         """The response to the file in a form. CommandFailed names the file."""
         with file.open("rb") as content:
-            form = {"file": (file.name, content)}
-            response = self._send("POST", path, params=dict(params or {}), files=form)
+            response = self._send("POST", path, params=params, file=content)
         try:
             return self._document(response)
         except CommandFailed as error:
             raise CommandFailed(f"{file}: {error}") from None
 
-    def _document(self, response: "httpx.Response") -> JSON:
-        if response.status_code == 204:
+    def _document(self, answer: "ServiceAnswer") -> JSON:
+        if answer.status == 204:
             return {}
         try:
-            document = response.json()
-            error = document["error"] if response.is_error else None
+            document = answer.json()
+            error = document["error"] if answer.status >= 400 else None
             reason = f"{error['code']}: {error['message']}" if error else ""
         except (ValueError, LookupError, TypeError):
             raise CommandFailed(
-                f"{self.url} answered {response.status_code}, but not as the service does:"
-                " is DARKROOM_URL right?"
+                f"{self.url} answered {answer.status}, but not as the service does:"
+                f" is {self.variable} right?"
             ) from None
-        if response.is_success and isinstance(document, dict):
+        if 200 <= answer.status < 300 and isinstance(document, dict):
             return document
-        keyless = response.status_code == 401 and not self._has_key
-        raise CommandFailed(
-            (reason or f"{self.url} answered {response.status_code}")
-            + (" (DARKROOM_API_KEY is not set)" if keyless else ""),
-            error,
-        )
+        reason = reason or f"{self.url} answered {answer.status}"
+        if answer.status == 401:
+            check_names()
+            key = "of DARKROOM_API_KEY" if self._has_key else "(DARKROOM_API_KEY is not set)"
+            reason = f"{reason}; {self.at} got {'the' if self._has_key else 'no'} key {key}"
+        raise CommandFailed(reason, error)
+
+    @property
+    def variable(self) -> str:
+        """What names the address."""
+        return "--url" if self.at.named_by == "--url" else "DARKROOM_URL"
 
     def fetch(self, path: str) -> bytes:
         """The bytes of a stored image."""
-        response = self._send("GET", path)
-        if response.status_code != 200:
-            raise CommandFailed(f"{self.url}{path} answered {response.status_code}")
-        return response.content
+        answer = self._send("GET", path)
+        if answer.status != 200:
+            raise CommandFailed(f"{self.url}{path} answered {answer.status}")
+        return answer.content
 
-    def _send(self, method: str, path: str, **options: Any) -> "httpx.Response":
-        from service.net.service_client import service_call
-
+    def _send(self, method: str, path: str, **options: Any) -> "ServiceAnswer":
         try:
-            return service_call(self._client, method, path, **options)
+            return self._client.call(method, path, **options)
         except NotConnected as error:
-            if "SSL" in (cause := str(error.__cause__)):
+            if "SSL" in (cause := f"{type(error.__cause__).__name__}: {error.__cause__}"):
                 raise CommandFailed(
                     f"{self.url}: {cause}. If a private CA signed its certificate, set"
                     " SSL_CERT_FILE to the file of that CA"
                 ) from None
+            check_names()
             raise ServiceUnreachable(
-                f"no service answers at {self.url}: is DARKROOM_URL right?"
+                f"no service answers at {self.url}: is {self.variable} right?"
             ) from None
 
-    def close(self) -> None:
-        self._client.close()
 
-
-@contextmanager
-def api_client() -> Iterator[ApiClient]:
+def check_names() -> None:
+    """A wrong name of a variable is a likely cause of a failure. ConfigurationError names it."""
     from service.settings import load_settings
 
-    client = ApiClient(load_settings())
-    try:
-        yield client
-    finally:
-        client.close()
+    load_settings()
+
+
+def api_client() -> ApiClient:
+    return ApiClient(place())
 
 
 def segment(text: str) -> str:

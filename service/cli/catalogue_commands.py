@@ -31,8 +31,8 @@ def models(
 ) -> None:
     """Show the catalogue: the models with their limits and prices."""
     path = "/v1/catalogue" if name is None else f"/v1/catalogue/{segment(name)}"
-    with api_client() as client:
-        document = client.call("GET", path)
+    client = api_client()
+    document = client.call("GET", path)
     if as_json:
         put_json(document)
     elif name is None:
@@ -100,8 +100,8 @@ def estimate(
     """Show what a submission will cost, without submitting it."""
     body: JSON = named({"prompt": prompt, "size": size, "n": n, "image_urls": image})
     put_all(body, field, "--set")
-    with api_client() as client:
-        cost = client.call("POST", "/v1/estimates", body=body | {"model": model})
+    client = api_client()
+    cost = client.call("POST", "/v1/estimates", body=body | {"model": model})
     if as_json:
         put_json(cost)
     elif cost["credits"] is None:

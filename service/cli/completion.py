@@ -1,7 +1,6 @@
 """`darkroom completion`: words of the command line for a shell."""
 
 import os
-import subprocess
 import sys
 from typing import Annotated
 
@@ -20,6 +19,8 @@ def completion(
     """Print the script that completes commands and options in a shell."""
     if shell not in SHELLS:
         raise typer.BadParameter(f"{shell!r} is none of {', '.join(SHELLS)}", param_hint="SHELL")
+    import subprocess
+
     done = subprocess.run(
         [sys.executable, "-m", "service"],
         env={**os.environ, COMPLETING: f"source_{shell}"},

@@ -1,48 +1,60 @@
-"""Administration of keys without the API: in the store itself when no process serves it."""
+"""Administration of keys: through the API, or in the store itself when no process serves it."""
 
 import sys
 from collections.abc import Callable, Coroutine
-from contextlib import closing
-from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from service.cli.api_client import ApiClient, CommandFailed, ServiceUnreachable
-from service.cli.output import remark
+from service.cli.place import CHOSEN, Place, place
 from service.errors import ApiError
 from service.strict_json import JSON
 
 if TYPE_CHECKING:
     from service.db.batching import BatchingStore
-    from service.db.sqlite import FileLock
+    from service.db.file_lock import FileLock
     from service.settings import Settings
     from service.signing import Keyring
 
 Action = Callable[["BatchingStore", "Keyring", JSON], Coroutine[Any, Any, JSON]]
 
 
-def administer(request: Callable[[ApiClient], JSON], action: Action, asked: JSON) -> JSON:
-    """Sends `request` if a service is named and answers. Otherwise runs `action` in the store.
+def administer(
+    request: Callable[[ApiClient], JSON], action: Action, asked: JSON
+) -> tuple[JSON, Place | str]:
+    """Sends `request` to the service that the command line names, or that a variable names with a
+    key for it. Otherwise runs `action` in the store here. Returns where that was, too.
 
     An embedded store is opened only while no process holds its lock. An address of another machine
     is never replaced by the store of this one.
     """
+    at, choice = place(), CHOSEN.get()
+    client = ApiClient(at, admin=True)
+    if choice.url:
+        return request(client), at
+    keyed = bool(at.api_key or at.admin_key)
+    if at.named_by and not choice.local and (keyed or not is_local(at.url)):
+        try:
+            return request(client), at
+        except ServiceUnreachable:
+            if not is_local(at.url):
+                raise
     from service.settings import load_settings
 
     settings = load_settings()
-    directly = partial(in_store, settings, action, asked)
-    with closing(ApiClient(settings, admin=True)) as client:
-        if settings.sqlite_path is None:
-            return request(client) if settings.api_key else directly()
-        if "url" in settings.model_fields_set:
-            try:
-                return request(client)
-            except ServiceUnreachable:
-                if not is_local(settings.url):
-                    raise
-        return directly() if is_unserved(settings) else request(client)
+    if settings.sqlite_path is None:
+        through = at.api_key and not choice.local
+        return (request(client), at) if through else in_store(settings, action, asked)
+    if is_unserved(settings):
+        return in_store(settings, action, asked)
+    if not keyed:
+        raise CommandFailed(
+            f"a process serves this store: {settings.sqlite_path}; set DARKROOM_API_KEY or"
+            " DARKROOM_ADMIN_KEY to a key with the scope admin, or stop that process"
+        )
+    return request(client), at
 
 
 def is_local(url: str) -> bool:
@@ -55,7 +67,7 @@ def is_local(url: str) -> bool:
 
 def store_lock(path: Path) -> "FileLock":
     """The lock that the process holds that serves the store."""
-    from service.db.sqlite import FileLock
+    from service.db.file_lock import FileLock
 
     return FileLock(path.with_name(path.name + ".lock"))
 
@@ -70,7 +82,7 @@ def is_unserved(settings: "Settings") -> bool:
     return False
 
 
-def in_store(settings: "Settings", action: Action, asked: JSON) -> JSON:
+def in_store(settings: "Settings", action: Action, asked: JSON) -> tuple[JSON, str]:
     """Runs an action in the store. Log lines go to standard error, beside the command's output."""
     import asyncio
 
@@ -83,12 +95,12 @@ def in_store(settings: "Settings", action: Action, asked: JSON) -> JSON:
         async with open_store_and_keys(settings) as (store, keyring):
             return await action(store, keyring, asked)
 
-    place = settings.sqlite_path or "PostgreSQL"
-    remark(f"nobody serves this store: {place}; it was opened directly")
     try:
-        return asyncio.run(run())
+        document = asyncio.run(run())
     except ApiError as error:
         raise CommandFailed(f"{error.code}: {error.message}") from None
+    path = settings.sqlite_path
+    return document, f"{path}, which no process serves" if path else "the store on PostgreSQL"
 
 
 async def create(store: "BatchingStore", keyring: "Keyring", asked: JSON) -> JSON:

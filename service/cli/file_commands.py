@@ -7,6 +7,7 @@ import typer
 
 from service.cli.api_client import ApiClient, api_client
 from service.cli.output import Json, Text, option, put, put_json
+from service.cli.place import say_place
 from service.strict_json import JSON
 
 
@@ -23,13 +24,14 @@ def upload_files(
     as_json: Json = False,
 ) -> None:
     """Upload input images. Prints the id of each."""
-    with api_client() as client:
-        for path in paths:
-            file = upload(client, path, model, flatten=flatten)
-            if as_json:
-                put_json(file)
-            else:
-                put(file["id"])
+    client = api_client()
+    for path in paths:
+        file = upload(client, path, model, flatten=flatten)
+        if as_json:
+            put_json(file)
+        else:
+            put(file["id"])
+    say_place(client.at)
 
 
 def upload(

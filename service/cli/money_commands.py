@@ -7,10 +7,10 @@ import typer
 
 from service.cli.api_client import ApiClient, CommandFailed, api_client
 from service.cli.output import Json, Text, option, put_json, put_table, remark
+from service.cli.place import Place
 from service.cli.verb import named
 from service.errors import EgressError
 from service.strict_json import JSON
-from service.tasks.state import TERMINAL
 
 COLUMNS = ("tasks", "images_requested", "images", "estimated", "reserved", "used", "refunded")
 GROUPS = ("day", "model", "owner", "task")
@@ -27,8 +27,8 @@ def usage(
     if by not in GROUPS:
         raise typer.BadParameter(f"wants one of {', '.join(GROUPS)}", param_hint="--by")
     query: dict[str, Any] = named({"by": by, "from": since, "to": until, "owner": owner})
-    with api_client() as client:
-        report = client.call("GET", "/v1/usage", params=query)
+    client = api_client()
+    report = client.call("GET", "/v1/usage", params=query)
     if as_json:
         put_json(report)
         return
@@ -36,10 +36,15 @@ def usage(
     put_table([*rows, report["totals"] | {by: "total"}], by, *COLUMNS)
 
 
+def has_ended(task: JSON) -> bool:
+    return task["status"] not in ("pending", "processing")
+
+
 def estimated(client: ApiClient, order: JSON) -> str | None:
-    """The estimate of a submission in words, printed at once on a terminal. None: no answer. The
-    submission itself reports what is wrong with it.
+    """The estimate of a submission in words, printed at once on a terminal, with the place. None:
+    no answer. The submission itself reports what is wrong with it.
     """
+    remark(f"at {client.at}")
     try:
         cost = client.call("POST", "/v1/estimates", body=order)
     except (CommandFailed, EgressError):
@@ -49,14 +54,14 @@ def estimated(client: ApiClient, order: JSON) -> str | None:
     return text
 
 
-def say_cost(task: JSON, estimate: str | None) -> None:
+def say_cost(task: JSON, estimate: str | None, at: Place) -> None:
     """Prints what a task cost, or what is reserved for it, on standard error. Without a terminal
-    the estimate too, and nothing for a task that failed: a failure is one line there.
+    the place and the estimate too, and nothing for a task that failed: a failure is one line there.
     """
     used, reserved = task["usage"]["credits_used"], task["usage"]["credits_reserved"]
     cost = f"reserved: {reserved} credits" if used is None else f"cost: {used} credits"
     cost = "" if used is None and reserved is None else cost
     if sys.stderr.isatty():
         remark(cost)
-    elif task["state"] not in TERMINAL or task["state"] == "completed":
-        sys.stderr.write("".join(f"{line}\n" for line in (estimate, cost) if line))
+    elif not has_ended(task) or task["state"] == "completed":
+        sys.stderr.write("".join(f"{line}\n" for line in (f"at {at}", estimate, cost) if line))

@@ -73,8 +73,8 @@ def inputs(images: list[str] | None, model: str) -> list[str] | None:
     paths = [path_of(text) for text in images or []]
     if not any(paths):
         return images
-    with api_client() as client:
-        ids = {path: upload(client, path, model)["id"] for path in dict.fromkeys(paths) if path}
+    client = api_client()
+    ids = {path: upload(client, path, model)["id"] for path in dict.fromkeys(paths) if path}
     return [ids[path] if path else text for path, text in zip(paths, images or [], strict=True)]
 
 

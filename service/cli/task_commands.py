@@ -1,8 +1,6 @@
 """`darkroom submit`, `darkroom task` and `darkroom events`."""
 
-import hashlib
 import os
-import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +19,7 @@ from service.cli.api_client import (
     pairs,
     segment,
 )
-from service.cli.money_commands import estimated, say_cost
+from service.cli.money_commands import estimated, has_ended, say_cost
 from service.cli.output import (
     Json,
     Text,
@@ -35,6 +33,7 @@ from service.cli.output import (
     remark,
     terminal,
 )
+from service.cli.place import place
 from service.cli.submit_options import (
     Fields,
     Images,
@@ -50,7 +49,6 @@ from service.cli.verb import named
 from service.cli.verbs import Metadata, date
 from service.errors import EgressError
 from service.strict_json import JSON
-from service.tasks.state import TERMINAL
 
 SUBMIT_WAIT_S = 60  # how long one call waits for the end of the task
 PROGRESS_WAIT_S = 1  # the same while a terminal shows progress
@@ -100,17 +98,17 @@ def submit(
         }
     )
     put_all(order, fields, "--set")
-    task, files, estimate = submitted(order, idempotency_key or secrets.token_hex(16), wait, out)
+    task, files, estimate = submitted(order, idempotency_key or os.urandom(16).hex(), wait, out)
     lines = [task["id"]] if not wait else task["results"]
     if files is not None:
         task, lines = {**task, "files": files}, files
-    say_cost(task, estimate)
+    say_cost(task, estimate, place())
     put_result(task, as_json, *lines)
     check_outcome(task)
 
 
 def check_outcome(task: JSON) -> None:
-    if task["state"] in TERMINAL and task["state"] != "completed":
+    if has_ended(task) and task["state"] != "completed":
         error = task["error"] or {}
         raise CommandFailed(
             f"{task['id']} {task['state']}: {error.get('code')}: {error.get('message')}",
@@ -127,18 +125,18 @@ def submitted(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     task: JSON = {}
+    files = None
     try:
-        with api_client() as client:
-            estimate = estimated(client, order)
-            task = post(client, order, key)
-            if wait or out is not None:
-                task = wait_for_end(client, order, key, task)
-            if out is None:
-                return task, None, estimate
+        client = api_client()
+        estimate = estimated(client, order)
+        task = post(client, order, key)
+        if wait or out is not None:
+            task = wait_for_end(client, order, key, task)
+        if out is not None:
             files = [str(save(client, image, task["id"], out)) for image in task["images"]]
-            return task, files, estimate
     except KeyboardInterrupt:
         raise Interrupted(goes_on(task, key), {"task_id": task.get("id")}) from None
+    return task, files, estimate
 
 
 def goes_on(task: JSON, key: str) -> str:
@@ -166,7 +164,7 @@ def wait_for_end(client: ApiClient, order: JSON, key: str, task: JSON) -> JSON:
     """The terminal task. Meanwhile a terminal shows the task's progress."""
     wait_s = PROGRESS_WAIT_S if terminal() else SUBMIT_WAIT_S
     with progress(task) as update:
-        while task["state"] not in TERMINAL:
+        while not has_ended(task):
             update(task, held(client, task))
             task = post(client, order, key, wait_s)
     return task
@@ -214,6 +212,8 @@ def progress(task: JSON) -> Iterator[Callable[[JSON, str | None], None]]:
 
 def save(client: ApiClient, image: JSON, task_id: str, folder: Path) -> Path:
     """Saves an image if its checksum is right, by a rename of the whole file."""
+    import hashlib
+
     content = client.fetch(f"/images/{segment(image['id'])}")
     if hashlib.sha256(content).hexdigest() != image["sha256"]:
         raise CommandFailed(f"{image['id']}: what came is not what was stored")
@@ -233,11 +233,11 @@ def task(
     as_json: Json = False,
 ) -> None:
     """Show a task with its timeline."""
-    with api_client() as client:
-        task = client.call("GET", f"/v1/tasks/{segment(id)}")
-        steps = []
-        if "state" in task:  # the upstream's own task has neither
-            steps = client.call("GET", f"/v1/tasks/{segment(task['id'])}/timeline")["data"]
+    client = api_client()
+    task = client.call("GET", f"/v1/tasks/{segment(id)}")
+    steps = []
+    if "state" in task:  # the upstream's own task has neither
+        steps = client.call("GET", f"/v1/tasks/{segment(task['id'])}/timeline")["data"]
     if as_json:
         put_json({**task, "timeline": steps})
         return
@@ -267,22 +267,22 @@ def events(
     query = {"type": ",".join(type or []) or None, "task": task, "limit": EVENTS_PAGE}
     if follow:
         query["wait"] = EVENTS_WAIT_S
-    with api_client() as client:
-        last, failures = after, 0
-        while True:
-            try:
-                page = client.call("GET", "/v1/events", params={**query, "after": last})
-                failures = 0
-            except (ServiceUnreachable, EgressError):
-                failures += 1
-                if not follow or last == after or failures == MAX_FAILURES:
-                    raise
-                time.sleep(2 ** (failures - 1))
-                continue
-            if page["resync"]:
-                remark(f"events after {last} are no longer all kept")
-            for event in page["data"]:
-                put_json(event)
-            last = page["next_after"]
-            if not follow and len(page["data"]) < EVENTS_PAGE:
-                return
+    client = api_client()
+    last, failures = after, 0
+    while True:
+        try:
+            page = client.call("GET", "/v1/events", params={**query, "after": last})
+            failures = 0
+        except (ServiceUnreachable, EgressError):
+            failures += 1
+            if not follow or last == after or failures == MAX_FAILURES:
+                raise
+            time.sleep(2 ** (failures - 1))
+            continue
+        if page["resync"]:
+            remark(f"events after {last} are no longer all kept")
+        for event in page["data"]:
+            put_json(event)
+        last = page["next_after"]
+        if not follow and len(page["data"]) < EVENTS_PAGE:
+            return

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from service.cli import direct_keys
 from service.cli.api_client import ApiClient, CommandFailed, api_client, segment
 from service.cli.output import Json, put_fields, put_table, remark, show
+from service.cli.place import say_place
 from service.strict_json import JSON
 
 DEFAULTS = {"limit": 100, "only": "undelivered", "dry_run": False}
@@ -63,16 +64,18 @@ class Verb:
         ids = {name: given.pop(name) for name in re.findall(r"{(\w+)}", self.request)}
         fields = self.fields(given)
         send = partial(self.send, ids=ids, fields=fields if given or fields else None)
-        if self.directly is None:
-            with api_client() as client:
-                document = send(client)
+        if self.directly is not None:
+            document, at = direct_keys.administer(send, self.directly, ids | fields)
         else:
-            document = direct_keys.administer(send, self.directly, ids | fields)
+            client = api_client()
+            document, at = send(client), client.at
         if self.done is not None:
             document = {**ids, self.done: True}
         self.show(document, as_json)
         if self.failed is not None and document["error"] is not None:
             raise CommandFailed(f"{self.failed}: {document['error']}")
+        if not self.request.startswith("GET ") or self.directly is not None:
+            say_place(at)
 
     def send(self, client: ApiClient, *, ids: JSON, fields: JSON | None) -> JSON:
         method, path = self.request.split()

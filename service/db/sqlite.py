@@ -9,9 +9,7 @@ waits for a slow disk.
 """
 
 import asyncio
-import fcntl
 import json
-import os
 import sqlite3
 import time
 from collections import deque
@@ -30,11 +28,12 @@ from sqlalchemy.pool import NullPool, QueuePool
 from service.db import schema
 from service.db.batching import BatchingStore, P, Result, Run
 from service.db.clock import SteadyClock
+from service.db.file_lock import FileLock
 from service.db.integrity import begin, connecting, damaged, examine
 from service.db.queues import release_all
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError, StoreUnavailable
-from service.folders import make_folder, make_private
+from service.folders import make_private
 
 READERS = 2
 QUICK_S = 0.003  # a disk that syncs in less is not worth a thread
@@ -42,33 +41,6 @@ REMEMBERED = 16  # commits
 STALL_S = 0.05  # one such commit is enough to go to the thread
 
 log = structlog.get_logger()
-
-
-class FileLock:
-    """Proves that this process alone uses the store. The kernel frees it when the process ends."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = -1
-
-    def acquire(self) -> bool:
-        try:
-            make_folder(self.path.parent)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ConfigurationError(
-                f"{self.path} cannot be written: {error.strerror}; DARKROOM_DATA_DIR must be a"
-                " folder that can"
-            ) from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
-            return False
-        return True
-
-    def release(self) -> None:
-        os.close(self._file)
 
 
 def new_engine(path: Path, *, readonly: bool) -> Engine:

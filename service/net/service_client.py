@@ -1,47 +1,120 @@
-"""The command line's HTTP client for the service itself."""
+"""The command line's HTTP client for the service itself, of the standard library: a command must
+not wait for the import of a larger one.
+"""
 
-import ssl
-from typing import Any
-
-import httpx
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import urlencode, urlsplit
 
 from service import VERSION
 from service.errors import CallTimedOut, ConnectionLost, NotConnected
+
+if TYPE_CHECKING:
+    import ssl
 
 USER_AGENT = f"Darkroom/{VERSION}"
 # Seconds for TCP and TLS to one address. An address that drops packets must not use up the whole
 # time of a long call.
 CONNECT = 10.0
 READ_S = 150.0  # `Prefer: wait` holds a response for up to 120 s
+CHUNK = 1 << 16
 
 
-def usual_trust() -> ssl.SSLContext:
-    """Trusts the certificates of `SSL_CERT_FILE`, otherwise certifi's."""
-    return httpx.create_ssl_context()
+@dataclass(frozen=True, slots=True)
+class ServiceAnswer:
+    status: int
+    content: bytes
+
+    def json(self) -> Any:
+        """The body as JSON. Raises ValueError."""
+        return json.loads(self.content)
 
 
-def service_client(base_url: str, api_key: str | None) -> httpx.Client:
+class ServiceClient:
     """A client without a guard. It follows no redirect and ignores proxies of the environment,
-    which would see the key.
+    which would see the key. Each call has a connection of its own.
     """
-    key = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-    return httpx.Client(
-        base_url=base_url,
-        headers={"user-agent": USER_AGENT, **key},
-        timeout=httpx.Timeout(READ_S, connect=CONNECT),
-        follow_redirects=False,
-        trust_env=False,
-        verify=usual_trust(),
-    )
+
+    def __init__(self, base_url: str, api_key: str | None) -> None:
+        parts = urlsplit(base_url)
+        self._host, self._path = parts.hostname or "", parts.path
+        self._tls = usual_trust() if parts.scheme == "https" else None
+        self._port = parts.port or (443 if self._tls else 80)
+        key = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        self._headers = {"user-agent": USER_AGENT, "connection": "close", **key}
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | None = None,
+        file: BinaryIO | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> ServiceAnswer:
+        """One request, with any status. Raises NotConnected, CallTimedOut, ConnectionLost."""
+        path = f"{self._path}{path}" + (f"?{urlencode(params)}" if params else "")
+        fields = dict(headers or {})
+        content: bytes | Iterable[bytes] | None = None
+        if body is not None:
+            content = json.dumps(body).encode()
+            fields["content-type"] = "application/json"
+        if file is not None:
+            head, tail = form_edges(file, boundary := os.urandom(16).hex())
+            length = len(head) + os.fstat(file.fileno()).st_size + len(tail)
+            fields["content-type"] = f"multipart/form-data; boundary={boundary}"
+            fields["content-length"] = str(length)
+            content = chain([head], iter(lambda: file.read(CHUNK), b""), [tail])
+        connection = self._connected()
+        try:
+            with suppress(BrokenPipeError, ConnectionResetError):  # the response may say why
+                connection.request(method, path, content, self._headers | fields)
+            response = connection.getresponse()
+            return ServiceAnswer(response.status, response.read())
+        except TimeoutError as error:
+            raise CallTimedOut(f"{self._host}: no answer in time") from error
+        except (OSError, HTTPException) as error:
+            raise ConnectionLost(f"{self._host}: the connection broke") from error
+        finally:
+            connection.close()
+
+    def _connected(self) -> HTTPConnection:
+        if self._tls is None:
+            connection = HTTPConnection(self._host, self._port, timeout=CONNECT)
+        else:
+            connection = HTTPSConnection(self._host, self._port, timeout=CONNECT, context=self._tls)
+        try:
+            connection.connect()
+        except (OSError, UnicodeError) as error:  # a name that no name server could know
+            connection.close()
+            raise NotConnected(f"{self._host}: no connection") from error
+        connection.sock.settimeout(READ_S)
+        return connection
 
 
-def service_call(client: httpx.Client, method: str, path: str, **options: Any) -> httpx.Response:
-    """One request, with any status. Raises NotConnected, CallTimedOut, ConnectionLost."""
-    try:
-        return client.request(method, path, **options)
-    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-        raise NotConnected(f"{client.base_url.host}: no connection") from error
-    except httpx.TimeoutException as error:
-        raise CallTimedOut(f"{client.base_url.host}: no answer in time") from error
-    except httpx.HTTPError as error:
-        raise ConnectionLost(f"{client.base_url.host}: the connection broke") from error
+def usual_trust() -> "ssl.SSLContext":
+    """Trusts the certificates of SSL_CERT_FILE or SSL_CERT_DIR, otherwise certifi's."""
+    import ssl
+
+    if file := os.environ.get("SSL_CERT_FILE"):
+        return ssl.create_default_context(cafile=file)
+    if folder := os.environ.get("SSL_CERT_DIR"):
+        return ssl.create_default_context(capath=folder)
+    import certifi
+
+    return ssl.create_default_context(cafile=certifi.where())
+
+
+def form_edges(file: BinaryIO, boundary: str) -> tuple[bytes, bytes]:
+    """What a form has before and after its file. The name is written as in WHATWG HTML, 4.10.22."""
+    name = Path(file.name).name.replace("\n", "%0A").replace("\r", "%0D").replace('"', "%22")
+    head = f'--{boundary}\r\ncontent-disposition: form-data; name="file"; filename="{name}"\r\n\r\n'
+    return head.encode("utf-8", "replace"), f"\r\n--{boundary}--\r\n".encode()

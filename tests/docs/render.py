@@ -74,10 +74,11 @@ def commands(command: Any, name: str = "darkroom") -> Iterator[tuple[str, Any]]:
 
 
 def commands_table() -> str:
-    """Every command with its arguments and options, except `--help`, which all of them have."""
+    """Every command with its arguments and options, except `--help` and those that say where."""
     rows = ["| command | does |", "|---|---|"]
     for name, command in commands(get_command(program)):
-        takes = [usage(parameter) for parameter in command.params if parameter.name != "help"]
+        common = ("help", "at_url", "at_local")
+        takes = [usage(each) for each in command.params if each.name not in common]
         about = " ".join(command.help.split("\n\n")[0].split())
         rows.append(f"| `{' '.join([name, *takes])}` | {about} |")
     return "\n".join(rows)

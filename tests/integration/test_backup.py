@@ -18,7 +18,7 @@ import pytest
 from starlette.responses import Response
 
 from service.cli.backup import summed
-from service.db.sqlite import FileLock
+from service.db.file_lock import FileLock
 from service.tasks.state import State
 from service.upkeep.restoring import SEQUENCES
 from tests.api import ASYNC, JSON, UNTIL_DONE, got, submitted

@@ -21,7 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from service.errors import CallTimedOut, ConnectionLost, EgressRefused, NotConnected
 from service.net import Egress, Resolve, Rules, Streamed
-from service.net.service_client import service_client
+from service.net.service_client import ServiceClient
 from service.net.transport import KEEP_ALIVE_S
 from tests.waiting import wait_until
 
@@ -370,8 +370,7 @@ async def test_a_proxy_of_the_environment_is_ignored(monkeypatch: pytest.MonkeyP
             monkeypatch.setenv(name, proxy.url)
         async with open_egress() as egress:
             await egress.request("GET", server.url, timeout=5)
-        with service_client(server.url, "sk") as client:
-            await asyncio.to_thread(client.get, "/")
+        await asyncio.to_thread(ServiceClient(server.url, "sk").call, "GET", "/")
         assert (proxy.connections, server.connections) == (0, 2)
 
 
@@ -828,11 +827,8 @@ async def test_an_error_of_the_reader_passes_unchanged() -> None:
 async def test_the_command_lines_client_sends_its_key_and_follows_nothing() -> None:
     """The command line's client calls the service it was given, with the key if there is one."""
     async with serving(redirect("http://127.0.0.1:1/")) as server:
-        with (
-            service_client(server.url, "sk-1") as client,
-            service_client(server.url, None) as stranger,
-        ):
-            assert (await asyncio.to_thread(client.get, "/v1/tasks")).status_code == 302
-            await asyncio.to_thread(stranger.get, "/v1/tasks")
+        client, stranger = ServiceClient(server.url, "sk-1"), ServiceClient(server.url, None)
+        assert (await asyncio.to_thread(client.call, "GET", "/v1/tasks")).status == 302
+        await asyncio.to_thread(stranger.call, "GET", "/v1/tasks")
         assert b"Bearer sk-1" in server.requests[0]
         assert b"authorization" not in server.requests[1].lower()
