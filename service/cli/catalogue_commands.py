@@ -1,5 +1,6 @@
 """`darkroom models` and `darkroom estimate`."""
 
+import json
 from typing import Annotated
 
 import typer
@@ -54,20 +55,24 @@ def model_row(entry: JSON) -> JSON:
     return {
         "model": entry["model"],
         "edits": yes(entry["edits"]),
-        "n": entry["fields"].get("n", {}).get("range", "").removeprefix("a whole number from "),
+        "n": numbers(entry["fields"].get("n", {}).get("range", "")),
         "input_images": f"{images['min']} to {most}" if images else None,
         "sizes": ", ".join(sizes.get("forms", ())),
         "price": price(entry["price"]),
     }
 
 
+def numbers(range: str) -> str:
+    return range.partition(", together")[0].removeprefix("a whole number from ")
+
+
 def field_row(field: str, rule: JSON) -> JSON:
-    default = {True: "true", False: "false"}.get(rule["default"], rule["default"])
+    default = rule["default"]
     range = rule["range"] + (", required" if rule["required"] else "")
     return {
         "field": field,
         "type": rule["type"],
-        "default": default,
+        "default": json.dumps(default) if isinstance(default, bool) else default,
         "range": range,
         "source": rule["source"],
     }

@@ -60,6 +60,8 @@ class FieldRule(CataloguePart):
         given = {name: value for name, value in limits.items() if value is not None}
         others = [f"{name} = {shown(value)}" for name, value in (self.only_with or {}).items()]
         words = ", only with ".join([self.words(), *([" and ".join(others)] if others else [])])
+        if (most := getattr(self, "with_images", None)) is not None:
+            words += f", together with the input images at most {most}"
         return {name: rules.get(name) for name in COMMON} | {"range": words, "limits": given}
 
     @model_validator(mode="after")

@@ -750,6 +750,10 @@ def test_models_are_shown_with_limits_and_prices(run: Run, client: Mapping[str, 
     assert "a list of 1 to 5 links, required" in field
     assert "https://docs.evolink.ai/" in field
     assert run("models", "wan2.5-image-to-image", "--json", **client).json["edits"] is True
+    fields = run("models", "doubao-seedream-4.0", **client).out
+    row = r"n +integer +1 +a whole number from 1 to 15, together with the input images at most 15 "
+    assert re.search(row, fields), fields
+    assert re.search(r"nsfw_check +boolean +false ", run("models", "z-image-turbo", **client).out)
     assert one_line(run("models", "dall-e-9", **client)).startswith("model_not_found: ")
 
 
