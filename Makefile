@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 UV ?= uv
 COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes \
   --no-strip-extras --no-emit-index-url --no-header --no-annotate $(ARGS)
-EXTRAS := --extra brokers --extra postgres --extra limits --extra s3
+EXTRAS := --extra brokers --extra postgres --extra limits --extra otel --extra s3
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # pip installs a lock without resolving it, so it does not notice what a lock lacks.
 COMPLETE = found=$$($(BIN)/python -m pip check 2>&1) \

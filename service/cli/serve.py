@@ -125,7 +125,8 @@ def run(settings: "Settings", work: "Callable[[asyncio.Event], Coroutine[Any, An
     """Runs `work` on uvloop. SIGTERM and SIGINT set the event that it is given."""
     import uvloop
 
-    from service.ops import logging
+    from service import VERSION
+    from service.ops import logging, tracing
     from service.web.server import stopping
 
     logging.configure(settings.log_format, settings.log_level)
@@ -137,7 +138,8 @@ def run(settings: "Settings", work: "Callable[[asyncio.Event], Coroutine[Any, An
         with stopping() as stop:
             await work(stop)
 
-    uvloop.run(until_stopped())
+    with tracing.tracing(VERSION):
+        uvloop.run(until_stopped())
 
 
 def migrate(as_json: Json = False) -> None:

@@ -109,6 +109,8 @@ tasks = Table(
     # The task's place among those of its owner and of the other owners.
     Column("submit_turn", BigInteger, nullable=False, default=0),
     Column("erased_at", BigInteger),  # from then on only figures are left
+    Column("request_id", String(64)),  # of the submission, and its W3C trace context
+    Column("traceparent", String(55)),
     *lease_columns("submit_"),
     *lease_columns("settle_"),
     UniqueConstraint("upstream_id", "upstream"),  # a search knows only the first
@@ -188,6 +190,7 @@ events = Table(
     Column("terminal", Boolean),  # TRUE on a task's terminal event, else NULL
     Column("time", BigInteger, nullable=False),
     Column("called_back_at", BigInteger),
+    Column("traceparent", String(55)),  # of the task
     Column("data", JSON, nullable=False),
     UniqueConstraint("task_id", "terminal"),
     Index(None, "owner", "sequence"),

@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, bindparam, insert, update
 
+from service.ops.tracing import Origin
 from service.strict_json import JSON
 
 
@@ -63,6 +64,8 @@ class Transaction:
     touched: set[str] = field(default_factory=set)
     due: set[str] = field(default_factory=set)
     posted: list[JSON] = field(default_factory=list)  # entries of the ledger
+    # What the lines of these tasks say of their origin, and the traces of their events.
+    origins: dict[str, Origin] = field(default_factory=dict)
     deferred: dict[Deferred, dict[str, Any]] = field(default_factory=dict)
 
     inserts: dict[Table, list[JSON]] = field(default_factory=dict)

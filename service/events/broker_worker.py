@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,8 +19,10 @@ from sqlalchemy import Connection, Update, insert, select, update
 from service.db.tables import counters, events, sinks
 from service.db.transaction import Transaction
 from service.errors import MessageRefused, MessageTooLarge, SinkUnavailable, StoreUnavailable
+from service.events.broker_message import Message
 from service.events.feed import LOOK_S, Entry, event_list, outbox_end, type_conditions
 from service.ids import sequence_text
+from service.ops import tracing
 from service.queue.backoff import broker_wait
 from service.queue.leases import LEASE_MS, RENEW_S, TOLERANCE_MS
 from service.resources import Resources
@@ -34,18 +36,6 @@ PAGE = 100  # events
 SPARE_S = 5.0
 REFUSALS = 3  # of one message, before it is skipped
 OTHERS_S = 5.0  # between looks whether the process that publishes is still there
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """An event on its way to a broker. Events with the same `key` keep their order. `body`: the
-    CloudEvent as structured JSON.
-    """
-
-    id: str
-    type: str
-    key: str
-    body: bytes
 
 
 class Broker(Protocol):
@@ -241,7 +231,8 @@ class BrokerWorker:
         clock, exception = asyncio.get_running_loop().time, ""
         for refusals in range(1, REFUSALS + 1):
             try:
-                await self._send_fitting(entry)
+                with self._span(entry):
+                    await self._send_fitting(entry)
             except MessageRefused as error:
                 exception = str(error)
                 if refusals < REFUSALS and clock() >= self._renew_at + SPARE_S:
@@ -262,12 +253,21 @@ class BrokerWorker:
             exception=exception,
         )
 
+    def _span(self, entry: Entry) -> AbstractContextManager[object]:
+        name, late = self._sink.name, self._resources.clock() - entry.time > tracing.FRESH_MS
+        kind = type(self._sink).__name__.lower()
+        about = tracing.message_attributes(kind, name, entry.id, entry.type, entry.task_id)
+        return tracing.span(
+            f"send {name}", "producer", entry.traceparent, linked=late, attributes=about
+        )
+
     async def _send_fitting(self, entry: Entry) -> None:
         """If the message is too large, it goes without its task's `request`, the only part that can
         be long.
         """
         body = entry.document
-        message = Message(entry.id, entry.type, entry.task_id or entry.id, body)
+        trace = {"traceparent": parent} if (parent := tracing.current()) else {}
+        message = Message(entry.id, entry.type, entry.task_id or entry.id, body, trace)
         try:
             await self._sink.publish(message)
         except MessageTooLarge:

@@ -19,10 +19,9 @@ import faststream
 
 from service.errors import MessageRefused, MessageTooLarge, SinkUnavailable
 from service.events.broker_addresses import SinkAddress
-from service.events.broker_worker import Message
+from service.events.broker_message import Message
 
-TIMEOUT_S = 5.0  # for a broker to confirm a message, to answer, to be connected to
-CLOSE_S = 2.0
+TIMEOUT_S, CLOSE_S = 5.0, 2.0  # for a broker to confirm, to answer, to be connected to
 CONTENT_TYPE = "application/cloudevents+json"
 DUPLICATES_S = 3600  # how long a stream that is made here remembers ids
 KEPT_S = 30 * 86_400  # and how long it keeps messages
@@ -151,7 +150,7 @@ class Nats(BrokerSink):
         await self._broker.publish(
             message.body,
             f"{self._address.path}.{message.type}",
-            headers={"Nats-Msg-Id": message.id, "content-type": CONTENT_TYPE},
+            headers={"Nats-Msg-Id": message.id, "content-type": CONTENT_TYPE, **message.trace},
             correlation_id=message.id,
             stream=self._address.target,
             timeout=TIMEOUT_S,
@@ -186,11 +185,12 @@ class Kafka(BrokerSink):
         )
 
     async def _send(self, message: Message) -> None:
+        ids = {"ce_id": message.id, "ce_type": message.type}
         await self._broker.publish(
             message.body,
             self._address.path,
             key=message.key.encode(),
-            headers={"ce_id": message.id, "ce_type": message.type, "content-type": CONTENT_TYPE},
+            headers={**ids, "content-type": CONTENT_TYPE, **message.trace},
             correlation_id=message.id,
         )
 
@@ -258,6 +258,7 @@ class Amqp(BrokerSink):
             persist=True,
             timeout=TIMEOUT_S,
             content_type=CONTENT_TYPE,
+            headers=dict(message.trace),
             message_id=message.id,
             message_type=message.type,
             correlation_id=message.id,
@@ -291,7 +292,9 @@ class Redis(BrokerSink):
     async def _send(self, message: Message) -> None:
         if message.id.encode() not in self._known:
             fields = {"id": message.id, "type": message.type, "content-type": CONTENT_TYPE}
-            await self._client.xadd(self._address.target, {**fields, "event": message.body})
+            await self._client.xadd(
+                self._address.target, {**fields, **message.trace, "event": message.body}
+            )
 
 
 KINDS: dict[str, type[BrokerSink]] = {"nats": Nats, "kafka": Kafka, "amqp": Amqp, "redis": Redis}

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, bindparam, func, insert, over, select, update
+from sqlalchemy import Connection, and_, bindparam, case, func, insert, over, select, update
 
 from service.db.paging import Row, Selection, matching, page
 from service.db.tables import attempts, deliveries, endpoints, events, owners, tasks
@@ -12,6 +12,7 @@ from service.db.transaction import Lease, Transaction
 from service.events import failures, outbox
 from service.events.endpoints import bring_forward, disable, lock_endpoint, update_endpoint
 from service.ids import rfc3339
+from service.ops.tracing import NO_ORIGIN, Origin
 from service.queue import leases
 
 ATTEMPTS = 200  # of a delivery, in an answer
@@ -36,27 +37,26 @@ class DeliveryToSend:
     paused_until: int | None
     event: Row | None
     planned_at: int | None = None  # when a delivery that was brought forward was due
+    origin: Origin = NO_ORIGIN  # of the task
 
 
+ORIGIN = tasks.c.upstream_id, tasks.c.request_id, tasks.c.traceparent
 COLUMNS = ("id", "status", "duration_ms", "error", "answer")  # of an attempt
 _to_callback = deliveries.c.endpoint_id.is_(None)
 _DELIVERY_TO_SEND = (
     select(
-        deliveries.c.id,
-        deliveries.c.owner,
-        deliveries.c.endpoint_id,
-        deliveries.c.task_id,
-        deliveries.c.state,
-        func.coalesce(endpoints.c.url, tasks.c.callback_url).label("url"),
+        *(deliveries.c[name] for name in ("id", "owner", "endpoint_id", "task_id", "state")),
+        func.coalesce(endpoints.c.url, case((_to_callback, tasks.c.callback_url))).label("url"),
         func.coalesce(endpoints.c.secret, owners.c.callback_secret).label("secret"),
         endpoints.c.status.label("endpoint_status"),
         endpoints.c.paused_until,
         deliveries.c.planned_at,
         deliveries.c.event_id,
+        *ORIGIN,
     )
     .select_from(
         deliveries.outerjoin(endpoints, endpoints.c.id == deliveries.c.endpoint_id)
-        .outerjoin(tasks, and_(_to_callback, tasks.c.id == deliveries.c.task_id))
+        .outerjoin(tasks, tasks.c.id == deliveries.c.task_id)
         .outerjoin(owners, and_(_to_callback, owners.c.name == deliveries.c.owner))
     )
     .where(deliveries.c.id == bindparam("delivery_id"))
@@ -70,7 +70,8 @@ def delivery_to_send(connection: Connection, delivery_id: str) -> DeliveryToSend
     values = dict(row)
     mine = events.c.id == values.pop("event_id")
     event = connection.execute(select(events).where(mine)).mappings().first()
-    return DeliveryToSend(**values, event=event)
+    origin = Origin(*(values.pop(column.name) for column in ORIGIN))
+    return DeliveryToSend(**values, event=event, origin=origin)
 
 
 def delivery_list(

@@ -21,6 +21,7 @@ from service.events.deliveries import (
     record_manual_attempts,
 )
 from service.events.webhooks import WebhookSender
+from service.ops import tracing
 from service.queue import leases
 from service.queue.backoff import wait_before
 from service.queue.checkpoints import checkpoint
@@ -50,6 +51,7 @@ class DeliveryWorker:
         if delivery is None or delivery.state != "pending":
             await store.write(leases.done, lease)
             return
+        tracing.work_for(delivery.origin, owner=delivery.owner, task_id=delivery.task_id)
         checkpoint("delivery.claimed")
         late = self.unrecorded.get(lease.key)
         if late and late.lease.fence == lease.fence - 1:
@@ -75,7 +77,7 @@ class DeliveryWorker:
             return DeliveryOutcome(lease, "snooze", wait_ms=round(wait * 1000))
         began, healthy, wake = time.monotonic(), None, False
         try:
-            attempt = await self.sender.send(delivery)
+            attempt = await self.sender.send(delivery, first=first)
             healthy = None if attempt.ours else attempt.status not in (None, 429, 503)
         finally:
             seconds = time.monotonic() - began
@@ -178,7 +180,7 @@ def report(
     resources.metrics.deliveries.labels(result).inc()
     resources.metrics.delivery_seconds.observe(attempt.duration_ms / 1000)
     fields = {name: getattr(delivery, name) for name in ("owner", "task_id", "endpoint_id")}
-    fields["event_id"] = delivery.event["id"] if delivery.event else None
+    fields |= {"event_id": delivery.event["id"] if delivery.event else None, **delivery.origin.ids}
     log.info(
         "delivery.attempted",
         **fields,

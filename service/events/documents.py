@@ -26,6 +26,7 @@ def event_document(row: Row, links: Links) -> JSON:
         "time": rfc3339(row["time"]),
         "datacontenttype": "application/json",
         "sequence": sequence_text(row["sequence"]),
+        **({"traceparent": traceparent} if (traceparent := row.get("traceparent")) else {}),
         "data": with_links(data, links) if "images" in data else data,
     }
 

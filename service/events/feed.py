@@ -28,6 +28,8 @@ class Entry:
     type: str
     task_id: str | None
     document: bytes
+    time: int = 0
+    traceparent: str | None = None  # of its task
 
     @property
     def size(self) -> int:
@@ -85,7 +87,7 @@ def event_list(
 
 def _entry(row: Row, links: Links) -> Entry:
     document = compact_json(event_document(row, links)).encode()
-    names = ("sequence", "id", "owner", "type", "task_id")
+    names = ("sequence", "id", "owner", "type", "task_id", "time", "traceparent")
     return Entry(**{name: row[name] for name in names}, document=document)
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import structlog
 from sqlalchemy import RowMapping, insert, or_, select, update
 
-from service.db.tables import counters, deliveries, endpoints, events, steps
+from service.db.tables import counters, deliveries, endpoints, events, steps, tasks
 from service.db.transaction import Emitted, Lease, Transaction
 from service.events.documents import type_matches
 from service.ids import sequence_text
 from service.ops.metrics import Metrics
+from service.ops.tracing import NO_ORIGIN, Origin
 from service.queue import leases
 from service.queue.stage import ADVICE
 from service.strict_json import JSON
@@ -67,6 +68,7 @@ def flush(tx: Transaction) -> None:
         return
     subscribers = _subscribers(tx)
     rows = [row for event in tx.emitted for row in _deliveries(tx, event, subscribers)]
+    _find_origins(tx)
     last = tx.connection.execute(
         update(counters)
         .where(counters.c.name == "events")
@@ -80,11 +82,25 @@ def flush(tx: Transaction) -> None:
         [
             {name: getattr(event, name) for name in COLUMNS}
             | {"terminal": event.terminal or None, "time": tx.now}
+            | {"traceparent": origin_of(tx, event.task_id).traceparent}
             for event in tx.emitted
         ],
     )
     if rows:
         tx.connection.execute(insert(deliveries), rows)
+
+
+def origin_of(tx: Transaction, task_id: str | None) -> Origin:
+    return tx.origins.get(task_id or "", NO_ORIGIN)
+
+
+def _find_origins(tx: Transaction) -> None:
+    """Reads the origins of tasks that operators' events name."""
+    missing = {event.task_id for event in tx.emitted if event.task_id} - tx.origins.keys()
+    if missing:
+        columns = tasks.c.id, tasks.c.upstream_id, tasks.c.request_id, tasks.c.traceparent
+        for id, *values in tx.connection.execute(select(*columns).where(tasks.c.id.in_(missing))):
+            tx.origins[id] = Origin(*values)
 
 
 def _subscribers(tx: Transaction) -> list[RowMapping]:
@@ -127,13 +143,13 @@ def _deliveries(
 def log_emitted(tx: Transaction, metrics: Metrics) -> None:
     """Logs and measures the events of a committed transaction."""
     for event in tx.emitted:
-        fields = {"owner": event.owner, "task_id": event.task_id}
+        origin = origin_of(tx, event.task_id).ids
+        fields = {"owner": event.owner, "task_id": event.task_id, **origin}
         if event.terminal:
             task = event.data
             log.info(
                 "task.settled",
                 **fields,
-                upstream_id=task["upstream_id"],
                 state=task["state"],
                 code=task["error"]["code"] if task["error"] else None,
                 images=len(task["images"]),

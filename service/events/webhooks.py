@@ -12,6 +12,7 @@ from service.events.documents import event_document
 from service.events.secrets import valid_secrets
 from service.net import Egress
 from service.net.retry_after import retry_after
+from service.ops import tracing
 from service.resources import Resources
 from service.signing import sign_webhook
 from service.strict_json import compact_json
@@ -29,15 +30,29 @@ class WebhookSender:
     resources: Resources
     timeout_s: float
 
-    async def send(self, delivery: DeliveryToSend) -> DeliveryAttempt:
-        """Sends the event to the endpoint, or the task alone to its own callback_url."""
+    async def send(self, delivery: DeliveryToSend, *, first: bool = False) -> DeliveryAttempt:
+        """Sends the event to the endpoint, or the task alone to its own callback_url.
+
+        Only a `first` attempt soon after the event belongs to the task's trace.
+        """
         assert delivery.event is not None
         assert delivery.url is not None
         assert delivery.secret is not None
-        if delivery.endpoint_id is not None:
-            return await self.send_event(delivery.event, delivery.url, delivery.secret)
-        egress, event = self.resources.task_callbacks, delivery.event
-        return await self._post(egress, delivery.url, event, TASK_TYPE, delivery.secret)
+        event, to = delivery.event, delivery.endpoint_id or "callback_url"
+        late = not first or self.resources.clock() - event["time"] > tracing.FRESH_MS
+        about = tracing.message_attributes(
+            "webhook", to, event["id"], event["type"], event["task_id"]
+        )
+        parent = event["traceparent"]
+        with tracing.span(f"send {to}", "producer", parent, linked=late, attributes=about) as span:
+            if delivery.endpoint_id is not None:
+                attempt = await self.send_event(event, delivery.url, delivery.secret)
+            else:
+                egress = self.resources.task_callbacks
+                attempt = await self._post(egress, delivery.url, event, TASK_TYPE, delivery.secret)
+            if attempt.error is not None:
+                span.fail(str(attempt.status or "no_answer"))
+        return attempt
 
     def signed_request(self, delivery: DeliveryToSend) -> tuple[str, dict[str, str], bytes]:
         """The address, the headers and the body of an attempt that were made now."""

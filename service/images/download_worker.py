@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
-from structlog.contextvars import bind_contextvars
 
 from service.blobs.blob_store import CHUNK, Incoming, in_thread
 from service.content_coding import is_compressed
@@ -30,13 +29,14 @@ from service.images.downloads import (
     Refusal,
     Retry,
     Stored,
-    image_row,
+    image_and_origin,
     record_downloads,
 )
 from service.images.inline_results import inline_result
 from service.images.validator import ImageValidator, InvalidImage, Validation
 from service.links import is_data
 from service.net.retry_after import retry_after
+from service.ops import tracing
 from service.queue import leases
 from service.queue.backoff import wait_before
 from service.queue.checkpoints import checkpoint
@@ -69,23 +69,28 @@ class DownloadWorker:
     min_free_bytes: int
 
     async def run(self, lease: Lease) -> None:
-        row = await self.resources.store.read(image_row, lease.key)
+        row, origin = await self.resources.store.read(image_and_origin, lease.key)
         if row is None or row.state != "pending":
             await self.resources.store.write(leases.done, lease)
             return
-        # For the lines of the egress client. This job has a context of its own.
-        bind_contextvars(task_id=row.task_id, owner=row.owner)
+        tracing.work_for(origin, task_id=row.task_id, owner=row.owner)
         started = time.perf_counter()
-        outcome: Stored | Retry | Lost
+        about = {"darkroom.task.id": row.task_id, "darkroom.image.id": row.id}
+        with tracing.span("download", attributes=about) as span:
+            outcome = await self._outcome(row, lease.attempts)
+            if not isinstance(outcome, Stored):
+                span.fail("lost" if isinstance(outcome, Lost) else "retry")
+        await self._record(lease, row, outcome, time.perf_counter() - started)
+
+    async def _outcome(self, row: ImageRow, attempt: int) -> Stored | Retry | Lost:
         try:
             async with self.resources.blobs.incoming() as file:
-                outcome = await self._save(row, file, lease.attempts)
+                return await self._save(row, file, attempt)
         except EgressRefused as error:
             refusal = Refusal(error.host, error.setting)
-            outcome = Retry(str(error), refused=refusal) if error.for_now else Lost(str(error))
+            return Retry(str(error), refused=refusal) if error.for_now else Lost(str(error))
         except (EgressError, BlobUnavailable) as error:
-            outcome = Retry(f"{type(error).__name__}: {error}")
-        await self._record(lease, row, outcome, time.perf_counter() - started)
+            return Retry(f"{type(error).__name__}: {error}")
 
     async def _save(self, row: ImageRow, file: Incoming, attempt: int) -> Stored | Retry | Lost:
         if is_data(row.source_url):

@@ -7,9 +7,11 @@ from typing import Any
 from sqlalchemy import Connection, and_, or_, select, update
 
 from service.db.tables import images
+from service.db.tables import tasks as task_table
 from service.db.transaction import Lease, Transaction
 from service.events import outbox
 from service.ids import rfc3339
+from service.ops.tracing import NO_ORIGIN, Origin
 from service.queue import leases
 from service.strict_json import JSON
 from service.tasks.results import finish_if_done
@@ -91,6 +93,15 @@ class Download:
 
 def image_row(connection: Connection, image_id: str) -> ImageRow | None:
     return next(iter(image_rows(connection, select_images(images.c.id == image_id))), None)
+
+
+def image_and_origin(connection: Connection, image_id: str) -> tuple[ImageRow | None, Origin]:
+    """An image, and the origin of its task."""
+    row = image_row(connection, image_id)
+    columns = (task_table.c[name] for name in ("upstream_id", "request_id", "traceparent"))
+    mine = task_table.c.id == (row.task_id if row else None)
+    origin = connection.execute(select(*columns).where(mine)).first()
+    return row, Origin(*origin) if origin else NO_ORIGIN
 
 
 def quarantined_bodies(connection: Connection, task_id: str) -> list[JSON]:

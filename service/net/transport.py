@@ -33,6 +33,7 @@ from service.errors import (
 from service.net.addresses import Address
 from service.net.response_parser import ResponseEnd, ResponseParser
 from service.net.service_client import CONNECT, USER_AGENT
+from service.ops import tracing
 
 Resolve = Callable[[str], Awaitable[Sequence[str]]]  # a host's addresses, OSError without any
 # An iterator's pieces are sent as they come. Its content-length header is the caller's duty.
@@ -242,10 +243,18 @@ async def send(
         sent["content-length"] = str(len(content))
         content = pieces(content)
     timeout = {"timeout": {"connect": CONNECT}}
-    request = httpx.Request(method, call.url, headers=sent, content=content, extensions=timeout)
-    call.end = ResponseEnd()
-    token = CALL.set(call)
-    try:
-        return await transport.handle_async_request(request)
-    finally:
-        CALL.reset(token)
+    about = {"http.request.method": method, "server.address": call.host}
+    with tracing.span(method, "client", attributes=about) as span:
+        if (traceparent := tracing.current()) is not None:
+            sent["traceparent"] = traceparent
+        request = httpx.Request(method, call.url, headers=sent, content=content, extensions=timeout)
+        call.end = ResponseEnd()
+        token = CALL.set(call)
+        try:
+            response = await transport.handle_async_request(request)
+        finally:
+            CALL.reset(token)
+        span.set(**{"http.response.status_code": response.status_code})
+        if response.status_code >= 400:
+            span.fail(str(response.status_code))
+        return response

@@ -18,6 +18,7 @@ from service.errors import ApiError, EgressRefused, NotConnected
 from service.events.secrets import stored_secret
 from service.ids import PREFIXES
 from service.links import trimmed
+from service.ops import tracing
 from service.queue import leases
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
@@ -93,6 +94,7 @@ class TaskIntake:
         body = {**body, **with_inputs(body, [each.shown for each in named])}
         make = partial(self._task, owner, body, upstream_body, idempotency_key, digest)
         task = await off_loop(large, make)
+        task.request_id, task.traceparent = tracing.request_id(), tracing.current()
         task.inputs = [asdict(each.image) for each in named] or None
         checkpoint("submit.checked")
         insert = insert_also_unpriced if self.unpriced else insert_tasks

@@ -16,6 +16,7 @@ from service.db.tables import callbacks, tasks
 from service.db.transaction import Transaction
 from service.errors import StoreUnavailable
 from service.events import outbox
+from service.ops import tracing
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
 from service.tasks.results import anticipate
@@ -54,7 +55,7 @@ class Verdict:
     verdict: str
     callback_id: str | None = None
     owner: str | None = None
-    upstream_id: str | None = None
+    origin: tracing.Origin = tracing.NO_ORIGIN
 
 
 async def receive(
@@ -92,11 +93,12 @@ async def receive(
     seconds = time.monotonic() - arrived
     resources.metrics.callbacks.labels(verdict.verdict).inc()
     resources.metrics.callback_commit_seconds.observe(seconds)
+    tracing.record("callback", "server", verdict.origin, seconds)
     log.info(
         "callback.received",
         owner=verdict.owner,
         task_id=task_id,
-        upstream_id=verdict.upstream_id,
+        **verdict.origin.ids,
         callback_id=verdict.callback_id,
         verdict=verdict.verdict,
         status=report.status if report else None,
@@ -165,7 +167,7 @@ def accept_callbacks(tx: Transaction, items: Sequence[Callback]) -> list[Verdict
             verdicts.append(Verdict("unknown"))
             continue
         verdict = _judge(inbox, item)
-        verdicts.append(Verdict(verdict, item.id, inbox.row.owner, inbox.row.upstream_id))
+        verdicts.append(Verdict(verdict, item.id, inbox.row.owner, inbox.row.origin))
     return verdicts
 
 

@@ -12,6 +12,7 @@ import structlog
 
 from service.db.transaction import Lease
 from service.errors import NoPlace
+from service.ops import tracing
 from service.queue import leases
 from service.queue.backoff import confirm_wait, first_query_wait, next_query_wait
 from service.queue.checkpoints import checkpoint
@@ -73,12 +74,15 @@ class ConfirmWorker:
     async def run(self, lease: Lease) -> None:
         store = self.resources.store
         row, callback = await store.read(task_queries.settling, lease.key)
+        if row is not None:
+            tracing.work_for(row.origin, owner=row.owner)
         if row is None or (row.upstream_id is None and row.state is not State.SUBMITTED):
             await store.write(leases.done, lease)
             return
         checkpoint("settle.claimed")
         try:
-            answer = await self._answer(lease, row, callback)
+            with tracing.span("confirm", attributes={"darkroom.task.id": row.id}):
+                answer = await self._answer(lease, row, callback)
         except NoPlace:
             await store.write(leases.give_back, lease)
             return

@@ -16,7 +16,7 @@ from service.credits import credits_number
 from service.db.money_tables import ledger
 from service.db.tables import counters
 from service.db.transaction import Transaction
-from service.events.outbox import log_emitted
+from service.events.outbox import log_emitted, origin_of
 from service.ops.metrics import Metrics
 from service.tasks.rows import TaskRow
 from service.upstreams.base import Status
@@ -64,6 +64,7 @@ def post(tx: Transaction, items: Mapping[str, tuple[TaskRow, str | None]]) -> No
         row["sequence"] = sequence
     tx.connection.execute(insert(ledger), rows)
     tx.posted += rows
+    tx.origins |= {row.id: row.origin for row, _ in items.values()}
 
 
 def booked(connection: Connection, task_ids: list[str]) -> dict[str, dict[str, int]]:
@@ -119,6 +120,7 @@ def log_committed(tx: Transaction, metrics: Metrics) -> None:
             "ledger.entered",
             owner=row["owner"],
             task_id=row["task_id"],
+            **origin_of(tx, row["task_id"]).ids,
             entry_id=row["id"],
             kind=row["kind"],
             credits=credits_number(row["credits"]),

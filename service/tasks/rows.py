@@ -8,6 +8,7 @@ from sqlalchemy import Connection, Select, and_, select
 
 from service.db.tables import images as image_table
 from service.db.tables import tasks as task_table
+from service.ops.tracing import Origin
 from service.strict_json import JSON
 from service.tasks.state import TERMINAL, State
 from service.upstreams.base import Status
@@ -57,6 +58,8 @@ class TaskRow:
     inputs: list[JSON] | None = None
     submit_turn: int = 0
     erased_at: int | None = None
+    request_id: str | None = None
+    traceparent: str | None = None
     submit_due_at: int | None = None
     submit_attempts: int = 0
     submit_lease_until: int | None = None
@@ -77,6 +80,10 @@ class TaskRow:
         self.state = State(self.state)
         if self.upstream_status is not None:
             self.upstream_status = Status(self.upstream_status)
+
+    @property
+    def origin(self) -> Origin:
+        return Origin(self.upstream_id, self.request_id, self.traceparent)
 
     @property
     def terminal(self) -> bool:

@@ -12,6 +12,7 @@ from service.db.batching import Item, Result
 from service.db.clock import steady_ns
 from service.db.transaction import Lease, Transaction
 from service.errors import StoreUnavailable
+from service.ops import tracing
 from service.queue import leases
 from service.queue.backoff import wait_before
 from service.queue.checkpoints import checkpoint
@@ -66,6 +67,8 @@ class SubmitWorker:
 
     async def run(self, lease: Lease) -> None:
         row = await self.resources.store.read(task_queries.task_row, lease.key, None)
+        if row is not None:
+            tracing.work_for(row.origin, owner=row.owner)
         if row is None or row.state not in UNPROVED:
             await self.resources.store.write(leases.done, lease)
         elif row.state is State.SUBMITTING:  # its worker died, and the response is lost
@@ -74,7 +77,8 @@ class SubmitWorker:
         elif row.state is State.UNCERTAIN and not self._resubmits(row):
             await self._record(lease, None)
         else:
-            await self._send(lease, row)
+            with tracing.span("submit", attributes={"darkroom.task.id": row.id}):
+                await self._send(lease, row)
 
     def _resubmits(self, row: TaskRow) -> bool:
         """Whether an uncertain task is sent again: by an earlier decision, or by the setting while

@@ -182,6 +182,7 @@ def _emit(
     *,
     terminal: bool = False,
 ) -> None:
+    tx.origins[row.id] = row.origin
     outbox.emit(
         tx,
         f"image.task.{state}",

@@ -8,6 +8,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
+from service.ops import tracing
 from service.resources import new_id
 from service.web.error_responses import error_body
 
@@ -53,13 +54,19 @@ class Exchange:
         scope = self._scope
         clear_contextvars()  # a pipelined request runs in the context of the one before it
         bind_contextvars(request_id=scope["request_id"])
-        try:
-            await app(scope, self._read, self._answer)
-        except Exception as error:
-            where = {"method": scope["method"], "route": route_of(scope)}
-            log.exception("http.failed", **where, exception=repr(error))
-            if not self._status:
-                await self._internal_error()
+        tracing.enter(self._traceparent())
+        if scope["path"].startswith(QUIET):  # a callback's span belongs to the trace of its task
+            await self._answered(app)
+        else:
+            with tracing.span(scope["method"], "server") as span:
+                await self._answered(app)
+                route, method = route_of(scope), scope["method"]
+                span.rename(f"{method} {route}" if route else method)
+                # The path and the query may contain tokens, so they are in no span.
+                names = ("http.request.method", "http.route", "http.response.status_code")
+                span.set(**dict(zip(names, (method, route, self._status), strict=True)))
+                if self._status >= 500:
+                    span.fail(str(self._status))
         level = log.debug if scope["path"].startswith(QUIET) else log.info
         level(
             "http.request",
@@ -69,6 +76,20 @@ class Exchange:
             duration_ms=round((time.perf_counter() - self._started) * 1000, 1),
             bytes=self._sent,
         )
+
+    async def _answered(self, app: ASGIApp) -> None:
+        try:
+            await app(self._scope, self._read, self._answer)
+        except Exception as error:
+            where = {"method": self._scope["method"], "route": route_of(self._scope)}
+            log.exception("http.failed", **where, exception=repr(error))
+            if not self._status:
+                await self._internal_error()
+
+    def _traceparent(self) -> str | None:
+        """The client's. A request with two of them has none."""
+        given = [value for name, value in self._scope["headers"] if name == b"traceparent"]
+        return tracing.valid_traceparent(given[0].decode("latin-1")) if len(given) == 1 else None
 
     async def _read(self) -> Message:
         message = await self._receive()

@@ -38,7 +38,7 @@ async def test_the_first_terminal_callback_is_accepted_and_kept(subject: Subject
     task_id = await subject.submitted()
     subject.clock.shift(SECOND)
     verdict = await subject.callback(task_id, completed(task_id, URL), b'{"id": 1}')
-    assert (verdict.verdict, verdict.owner, verdict.upstream_id) == (
+    assert (verdict.verdict, verdict.owner, verdict.origin.upstream_id) == (
         "accepted",
         "painter",
         upstream_id(task_id),

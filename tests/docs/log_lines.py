@@ -22,6 +22,9 @@ LINES: Mapping[str, str] = MappingProxyType(
     {
         "service.started": "`role`, `address`, `settings` (secrets masked)",
         "service.stopped": "`role`, `unfinished` (jobs released at the stop)",
+        "traces.unavailable": (
+            "`extra` (not installed). The OTEL_* variables ask for traces, and none are exported."
+        ),
         "http.request": "`method`, `route`, `status`, `duration_ms`, `bytes`",
         "http.shed": (
             "`busy`, `waiting`, `callbacks` (in hand), `withheld` (requests shed since the"

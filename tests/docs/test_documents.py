@@ -156,7 +156,9 @@ def mappings(function: ast.AST) -> dict[str, set[str]]:
 def fields(call: ast.Call, dictionaries: dict[str, set[str]]) -> set[str]:
     names: set[str] = set()
     for keyword in call.keywords:
-        if keyword.arg is None:
+        if isinstance(keyword.value, ast.Attribute) and keyword.arg is None:
+            assert keyword.value.attr == "ids"  # of a task's origin, which any line may have
+        elif keyword.arg is None:
             assert isinstance(keyword.value, ast.Name)
             names |= dictionaries[keyword.value.id]
         else:

@@ -16,7 +16,8 @@ from service.db.tables import counters, sinks
 from service.db.transaction import Transaction
 from service.errors import MessageRefused, MessageTooLarge, SinkUnavailable, StoreUnavailable
 from service.events import broker_worker
-from service.events.broker_worker import BrokerWorker, Message, SinkLease, lease_sinks
+from service.events.broker_message import Message
+from service.events.broker_worker import BrokerWorker, SinkLease, lease_sinks
 from tests.api import UNTIL_DONE, submitted
 from tests.integration.test_brokers import emit
 from tests.waiting import wait_until

@@ -19,7 +19,8 @@ import requests
 from standardwebhooks import Webhook
 
 from service.cli.output import put_json
-from service.events.broker_worker import BrokerWorker, Message, lease_sinks
+from service.events.broker_message import Message
+from service.events.broker_worker import BrokerWorker, lease_sinks
 from service.strict_json import compact_json
 from tests.api import UNTIL_DONE, got, submitted
 from tests.servers import missing

@@ -181,6 +181,7 @@ async def test_no_line_of_a_troubled_run_tells_a_secret_and_each_is_as_the_list_
         "store.damaged",
         "store.unsafe",
         "store.waiting",
+        "traces.unavailable",
     }
     assert {line["event"] for line in parsed} >= LINES.keys() - seldom
 

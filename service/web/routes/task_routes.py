@@ -84,6 +84,7 @@ async def submit(request: Request) -> Response:
         row, images = await wait_for(
             context.resources, task_id, done, wait_s, request.is_disconnected
         )
+    bind_contextvars(**row.origin.ids)
     if row.refusal_status is None:
         return JSONResponse(shown(request, row, images), headers=headers)
     error = row.error  # the upstream's own
