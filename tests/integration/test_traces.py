@@ -117,7 +117,8 @@ async def test_a_replay_is_linked_too(recorded: Recorded) -> None:
 
 async def test_attributes_follow_the_conventions_and_name_no_secret(recorded: Recorded) -> None:
     """HTTP, messaging and CloudEvents. No path or query is in a span: they may contain tokens."""
-    request, send = recorded.named("POST /v1")[0], recorded.named("send ep_")[0]
+    request = recorded.named("POST /v1/images/generations")[0]
+    send = recorded.named("send ep_")[0]
     assert dict(request.attributes or {}) == {
         "http.request.method": "POST",
         "http.route": "/v1/images/generations",
