@@ -16,7 +16,7 @@ from service.ops.tracing import valid_traceparent
 from service.upstreams.sandbox import SandboxOptions, create_sandbox
 from tests.logs import logged
 from tests.waiting import wait_until
-from tests.world import LOOPBACK, Subscriber, World, subscriber, world
+from tests.world import LOOPBACK, Received, World, subscriber, world
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE}-b7ad6b7169203331-01"
@@ -42,8 +42,8 @@ class Story:
     """Three tasks that have ended, their log, and what the others were told."""
 
     here: World
-    upstream: Noting
-    subscriber: Subscriber
+    asked: list[tuple[str, str | None]]  # of the upstream, with the trace
+    received: list[Received]
     lines: list[JSON]
     tasks: Mapping[str, JSON]
 
@@ -86,7 +86,7 @@ async def story(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Story
 
             await wait_until(delivered)
             lines = [json.loads(line) for line in log.getvalue().splitlines()]
-            yield Story(here, upstream, told, lines, tasks)
+            yield Story(here, list(upstream.traces), list(told.received), lines, tasks)
 
 
 EXPECTED = {
@@ -120,12 +120,11 @@ async def test_the_trace_is_passed_on_to_the_upstream_and_the_delivery(story: St
     """Without an SDK the client's own `traceparent` goes on as it came. A call in nobody's name,
     such as the look at the account's credits, has none.
     """
-    traces = dict(story.upstream.traces)
-    assert {trace for call, trace in story.upstream.traces if call == "POST v1"} == {PARENT}
-    assert traces["GET files"] == PARENT if "GET files" in traces else True
-    assert None in {trace for call, trace in story.upstream.traces if call == "GET v1"}
-    assert {got.headers.get("traceparent") for got in story.subscriber.received} == {PARENT}
-    assert {json.loads(got.body)["traceparent"] for got in story.subscriber.received} == {PARENT}
+    for call in ("POST v1", "GET files"):
+        assert {trace for made, trace in story.asked if made == call} == {PARENT}
+    assert {trace for made, trace in story.asked if made == "GET v1"} == {PARENT, None}
+    assert {got.headers.get("traceparent") for got in story.received} == {PARENT}
+    assert {json.loads(got.body)["traceparent"] for got in story.received} == {PARENT}
 
 
 @pytest.mark.parametrize(
