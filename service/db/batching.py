@@ -104,7 +104,9 @@ class BatchingStore(ABC):
     async def read(
         self, query: Callable[Concatenate[Connection, P], Result], *args: P.args, **kwargs: P.kwargs
     ) -> Result:
-        """Runs a query on a connection that sees every earlier commit."""
+        """Runs a query on a connection that sees every earlier commit. Reads for different holders
+        take turns (`fair_places`).
+        """
 
     def attach(self, workers: Workers) -> None:
         """From now on transactions lease rows to these workers."""

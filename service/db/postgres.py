@@ -24,6 +24,7 @@ from service.db.clock import steady_ns, wall_clock
 from service.db.failover import connecting
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError, StoreUnavailable
+from service.fair_places import FairPlaces
 
 log = structlog.get_logger()
 
@@ -84,7 +85,7 @@ class PostgresStore(BatchingStore):
         self._queries = engine.execution_options(isolation_level="AUTOCOMMIT")
         self._clock = clock  # of the database's time; a test shifts it
         self._looked = (wall_clock(), steady_ns())  # the database's time, and when it was read
-        self._reading = asyncio.Semaphore(READERS)  # slow reads leave the committers connections
+        self._places = FairPlaces(READERS)  # slow reads leave the committers connections
 
     def now(self, connection: Connection) -> int:
         self._looked = (connection.execute(NOW).scalar_one(), steady_ns())
@@ -136,7 +137,7 @@ class PostgresStore(BatchingStore):
             return query(connection, *args, **kwargs)
 
         try:
-            async with self._reading:
+            async with self._places.place():
                 for last in (False, True):
                     try:
                         async with self._queries.connect() as connection:

@@ -33,9 +33,10 @@ from service.db.integrity import begin, connecting, damaged, examine
 from service.db.queues import release_all
 from service.db.transaction import Transaction
 from service.errors import ConfigurationError, StoreUnavailable
+from service.fair_places import FairPlaces
 from service.folders import make_private
 
-READERS = 2
+READERS = 3  # a holder alone has two of them
 QUICK_S = 0.003  # a disk that syncs in less is not worth a thread
 REMEMBERED = 16  # commits
 STALL_S = 0.05  # one such commit is enough to go to the thread
@@ -91,6 +92,7 @@ class SqliteStore(BatchingStore):
         self._path = path
         self._committing = ThreadPoolExecutor(1, "store-commit")
         self._readers = ThreadPoolExecutor(READERS, "store-reader")
+        self._places = FairPlaces(READERS)
         self._engine = new_engine(path, readonly=False)
         self._reading = new_engine(path, readonly=True)
         self._connection: Connection | None = None
@@ -164,7 +166,8 @@ class SqliteStore(BatchingStore):
                     f"the store cannot be read: {type(error.orig).__name__}"
                 ) from error
 
-        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+        async with self._places.place():
+            return await asyncio.get_running_loop().run_in_executor(self._readers, run)
 
     def prepare(self, *, migrate: bool) -> None:
         """Migrates the schema and ends the leases of the process that had the store before."""

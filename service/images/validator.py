@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from service.errors import BlobUnavailable
+from service.fair_places import FairPlaces
 
 WALL_S = 120.0
 # The child's program. The last argument is where it imports from, because its environment is empty.
@@ -71,7 +72,7 @@ class ImageValidator:
     """Validates `concurrency` files at once. A child is started when it is first needed."""
 
     def __init__(self, concurrency: int, max_bytes: int, max_pixels: int) -> None:
-        self._slots = asyncio.Semaphore(concurrency)
+        self._places = FairPlaces(concurrency, rest=0)
         self._limits = max_bytes, max_pixels
         self.idle: list[subprocess.Popen[bytes]] = []
 
@@ -81,7 +82,7 @@ class ImageValidator:
         """`compressed`: a file in gzip or deflate is unpacked first. `flatten`: the file is an
         input image, and whether its alpha channel is removed. BlobUnavailable.
         """
-        async with self._slots:
+        async with self._places.place():
             child = self.idle.pop() if self.idle else start(*self._limits)
             if child.poll() is not None:  # killed while it was idle
                 end(child)

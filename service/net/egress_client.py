@@ -23,11 +23,11 @@ from service.net.transport import (
     Content,
     GuardedResolver,
     Resolve,
+    SystemResolver,
     not_connected,
     open_transport,
     redirected_by,
     send,
-    system_resolve,
     translated,
 )
 from service.net.urls import MAX_URL, Target, parse_url
@@ -84,7 +84,7 @@ class Egress:
         self.rules = rules
         self._connections = connections
         self._on_refused = on_refused
-        self._resolve = resolve or partial(system_resolve, rules.purpose)
+        self._resolve = resolve or SystemResolver(rules.purpose)
         self._tls = tls
         self._keep_alive = keep_alive
         self._transports: dict[str, AiohttpTransport] = {}

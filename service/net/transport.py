@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -30,6 +30,7 @@ from service.errors import (
     NoRoute,
     NotConnected,
 )
+from service.fair_places import FairPlaces
 from service.net.addresses import Address
 from service.net.response_parser import ResponseEnd, ResponseParser
 from service.net.service_client import CONNECT, USER_AGENT
@@ -39,7 +40,8 @@ Resolve = Callable[[str], Awaitable[Sequence[str]]]  # a host's addresses, OSErr
 # An iterator's pieces are sent as they come. Its content-length header is the caller's duty.
 Content = bytes | AsyncIterator[bytes]
 PIECE = 1 << 18  # bytes
-LOOKUPS = 64  # at once, per purpose
+# Look-ups at once, per purpose. An owner has one for each four that stay free, at most 26.
+LOOKUPS, LOOKUPS_REST = 128, 4
 # Failures of this machine: no name server answered, no network, no free port or descriptor.
 LOCAL_ERRORS = {
     *(socket.EAI_AGAIN, socket.EAI_MEMORY, socket.EAI_SYSTEM),
@@ -51,19 +53,40 @@ LOCAL_ERRORS = {
 KEEP_ALIVE_S = 1.5
 
 
-@cache
-def lookup_threads(purpose: str) -> ThreadPoolExecutor:
-    """Threads for `getaddrinfo`, one pool per purpose. A subscriber's name server that never
-    answers therefore delays no call to the upstream.
+class SystemResolver:
+    """The operating system's addresses of hosts, looked up on threads of one purpose.
+
+    A look-up holds its thread until the name server answers or the system gives up, which may be
+    long after the call was given up. So calls to a host share one look-up, and an owner has a fair
+    share of the threads. A name server that never answers delays the calls of its own host.
     """
-    return ThreadPoolExecutor(LOOKUPS, thread_name_prefix=f"lookup-{purpose}")
+
+    def __init__(self, purpose: str) -> None:
+        self._threads = ThreadPoolExecutor(LOOKUPS, thread_name_prefix=f"lookup-{purpose}")
+        self._places = FairPlaces(LOOKUPS, LOOKUPS_REST)
+        self._running: dict[str, asyncio.Future[Sequence[str]]] = {}
+
+    async def __call__(self, host: str) -> Sequence[str]:
+        if host not in self._running:
+            holder = await self._places.take()
+            if host in self._running:  # another call has begun it meanwhile
+                self._places.give_back(holder)
+            else:
+                self._begin(host, holder)
+        return await asyncio.shield(self._running[host])
+
+    def _begin(self, host: str, holder: str) -> None:
+        def ended(_: object) -> None:
+            del self._running[host]
+            self._places.give_back(holder)
+
+        loop = asyncio.get_running_loop()
+        self._running[host] = loop.run_in_executor(self._threads, addresses_of, host)
+        self._running[host].add_done_callback(ended)
 
 
-async def system_resolve(purpose: str, host: str) -> Sequence[str]:
-    """The operating system's addresses of a host."""
-    entries = await asyncio.get_running_loop().run_in_executor(
-        lookup_threads(purpose), lambda: socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    )
+def addresses_of(host: str) -> Sequence[str]:
+    entries = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in entries))
 
 

@@ -1,26 +1,17 @@
-"""Fair shares: how owners share the slots of a stage.
-
-A slot of a delivery is held until the server answers or the attempt times out, and nothing takes it
-back meanwhile. So the share of an owner must leave slots free, also while no other owner has work.
-The rule is the dynamic threshold of Choudhury and Hahne (1998): a share ends where it is as large
-as a part of the free rest. With a quarter, one greedy owner gets a fifth of the slots. The next one
-gets a fifth of what is left, and so on: ten owners whose slots never come back leave a tenth free.
+"""How owners share the slots of a stage. A slot of a delivery is held until the server answers or
+the attempt times out.
 """
 
 from service.db.transaction import Transaction
+from service.fair_places import has_share
 
-REST = 4  # An owner may use one slot for each four that stay free, and one in any case.
-
-
-def has_share(used: int, free: int) -> bool:
-    """Whether an owner that uses so many slots may take another of the free ones."""
-    return REST * used < free
+REST = 4  # An owner may use one slot for each four that stay free (see `fair_places`).
 
 
 def take_slot(tx: Transaction, stage: str, owner: str = "") -> bool:
     """Uses a free slot of this process for a row of the owner. False: the row stays due."""
     used, free = tx.shares.get(stage), tx.slots.get(stage, 0)
-    if free > 0 and (used is None or has_share(used.get(owner, 0), free)):
+    if free > 0 and (used is None or has_share(used.get(owner, 0), free, REST)):
         use_slot(tx, stage, owner)
         return True
     tx.due.add(stage)
@@ -42,6 +33,6 @@ def claimable(tx: Transaction, stage: str) -> tuple[int, list[str]]:
     used, free = tx.shares.get(stage), tx.slots[stage]
     if used is None:
         return free, []
-    full = [owner for owner, slots in used.items() if not has_share(slots, free)]
-    most = max((slots for slots in used.values() if has_share(slots, free)), default=0)
+    full = [owner for owner, slots in used.items() if not has_share(slots, free, REST)]
+    most = max((slots for slots in used.values() if has_share(slots, free, REST)), default=0)
     return max(1, -(-(free - REST * most) // (REST + 1))), full

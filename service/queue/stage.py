@@ -8,8 +8,9 @@ import structlog
 
 from service.db.transaction import Lease
 from service.errors import StoreUnavailable
+from service.fair_places import has_share
 from service.queue.crashes import DeadLetter
-from service.queue.shares import has_share
+from service.queue.shares import REST
 
 log = structlog.get_logger()
 
@@ -47,7 +48,7 @@ class Stage:
 
     def release(self, owner: str) -> bool:
         """Frees a slot. True: the owner's share was used up, so claims passed over its rows."""
-        full = self.shared and not has_share(self.used[owner], self.slots - self.used.total())
+        full = self.shared and not has_share(self.used[owner], self.slots - self.used.total(), REST)
         self.free += 1
         self.used[owner] -= 1
         self.used += Counter()  # forgets owners without a slot

@@ -52,7 +52,7 @@ class Access:
     ) -> None:
         self._store, self.sessions = store, sessions
         self._admin = hash_api_key(admin_key) if admin_key else None
-        self._cache: dict[str, tuple[float, Caller | None]] = {}
+        self._cache: dict[str, tuple[float, Caller]] = {}  # of valid keys
 
     async def caller(self, request: Request, *scopes: str) -> Caller:
         """A caller with one of the scopes. Raises ApiError 401 without a valid key, 403 without the
@@ -86,11 +86,12 @@ class Access:
     async def _lookup(self, hash: str) -> Caller | None:
         if self._admin is not None and hmac.compare_digest(hash, self._admin):
             return Caller("admin", frozenset(SCOPES), "DARKROOM_ADMIN_KEY")
-        until, caller = self._cache.get(hash, (0.0, None))
-        if until > time.monotonic():
-            return caller
+        if (cached := self._cache.get(hash)) and cached[0] > time.monotonic():
+            return cached[1]
         row = await self._store.read(owner_keys.key_row, hash)
-        caller = Caller(row["owner"], frozenset(row["scopes"]), row["id"]) if row else None
+        if row is None:
+            return None
+        caller = Caller(row["owner"], frozenset(row["scopes"]), row["id"])
         if len(self._cache) >= CACHE_KEYS:
             self._cache.clear()
         self._cache[hash] = (time.monotonic() + CACHE_S, caller)

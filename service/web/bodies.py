@@ -21,7 +21,7 @@ from service.upstreams.field_values import shown
 from service.web.auth import caller_of
 from service.web.context import context_of, resources_of
 from service.web.field_schemas import OWNER, OptionalBody
-from service.web.key_shares import address_of, holder_of
+from service.web.key_shares import address_of
 from service.web.page_answer import page_answer
 from service.web.parameters import CURSOR, LIMIT, MAX_LIMIT, UNIX
 
@@ -63,10 +63,7 @@ async def read_body(request: Request, most: int = MAX_BODY) -> bytes:
     shedder, body, held = context_of(request).shedder, bytearray(), request.state.body
     try:
         async with asyncio.timeout(BODY_S) as timer:
-            with (
-                shedder.idle(holder_of(request)),
-                shedder.bodies.arriving(held, *reader_of(request), timer),
-            ):
+            with shedder.idle(), shedder.bodies.arriving(held, *reader_of(request), timer):
                 async for chunk in request.stream():
                     shedder.bodies.grow(held, len(chunk))
                     body += chunk

@@ -35,7 +35,8 @@ def stream(
     """
     if request.method == "HEAD":
         return Response(headers=HEADERS, media_type=MEDIA_TYPE)
-    share = context_of(request).shedder.streams.take(caller_of(request).key)
+    caller = caller_of(request)
+    share = context_of(request).shedder.streams.take(caller.owner, caller.key)
     content = frames(tail, after, wanted, check_key)
     return HoldingResponse(share, content, headers=HEADERS, media_type=MEDIA_TYPE)
 

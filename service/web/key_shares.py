@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 from typing import Any
 
-from starlette.requests import HTTPConnection
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service.errors import ApiError
+from service.fair_places import has_share
 
 BODIES, BODIES_OF_ADDRESS, BODIES_OF_KEY = 500, 400, 200  # that are not complete yet
 MIB = 1 << 20
-BYTES, BYTES_OF_ADDRESS, BYTES_OF_KEY = 128 * MIB, 96 * MIB, 64 * MIB  # of bodies in memory
+BYTES, BYTES_OF_ADDRESS = 128 * MIB, 96 * MIB  # of bodies in memory. A key has a fair share.
 SLOW_S = 1.0  # after which a body or a connection may be ended for another
 
 
@@ -34,42 +34,38 @@ def address_of(client: tuple[str, int] | None) -> str:
     return str(address.ipv4_mapped or address.exploded[:19])
 
 
-def holder_of(request: HTTPConnection) -> str:
-    """Who asks, before the key is looked up: the text of the key, or else the address."""
-    client = (request.client.host, 0) if request.client else None
-    return request.headers.get("authorization") or address_of(client)
-
-
 @dataclass(slots=True)
 class Shares:
-    """Places for `what`: `total` of them, and `each` for one holder."""
+    """Places for `what`. A holder has a fair share of the `total`, and one key at most `each`."""
 
     what: str
     total: int
-    each: int
+    each: int | None = None
     taken: int = 0
-    held: Counter[str] = field(default_factory=Counter)
+    held: Counter[tuple[str, ...]] = field(default_factory=Counter)  # by holder, and by key of it
 
-    def left(self, holder: str) -> bool:
-        return self.held[holder] < self.each and self.taken < self.total
+    def left(self, holder: str, key: str = "") -> bool:
+        of_key = self.each is None or self.held[holder, key] < self.each
+        return of_key and has_share(self.held[holder,], self.total - self.taken)
 
-    def take(self, holder: str) -> "Share":
-        """Raises ApiError: 429 if the holder has its share, 503 if the process has no place."""
-        if self.held[holder] >= self.each:
-            message = f"there are {self.each} {self.what} already, as many as one may have"
-            raise ApiError(429, "rate_limit_exceeded", message, retry_after=1)
-        if self.taken >= self.total:
-            message = f"this process has {self.total} {self.what} already"
+    def take(self, holder: str, key: str = "") -> "Share":
+        """Raises ApiError: 429 if the holder or the key has its share, 503 if no place is left."""
+        if not self.left(holder, key):
+            if had := self.held[holder,]:
+                most = self.each if self.held[holder, key] == self.each else f"{had} for now"
+                message = f"there are {had} {self.what} already: you may have {most}"
+                raise ApiError(429, "rate_limit_exceeded", message, retry_after=1)
+            message = f"this process has {self.taken} {self.what} already"
             raise ApiError(503, "overloaded", message, retry_after=1)
-        self.taken += 1
-        self.held[holder] += 1
-        return Share(self, holder)
+        self.count(holder, key, 1)
+        return Share(self, holder, key)
 
-    def give_back(self, holder: str) -> None:
-        self.taken -= 1
-        self.held[holder] -= 1
-        if not self.held[holder]:
-            del self.held[holder]
+    def count(self, holder: str, key: str, change: int) -> None:
+        self.taken += change
+        for place in ((holder,), (holder, key)):
+            self.held[place] += change
+            if not self.held[place]:
+                del self.held[place]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +74,12 @@ class Share:
 
     shares: Shares
     holder: str
+    key: str
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, *_: object) -> None:
-        self.shares.give_back(self.holder)
+        self.shares.count(self.holder, self.key, -1)
 
 
 class HoldingResponse(StreamingResponse):
@@ -111,12 +108,12 @@ class HeldBody:
     timer: asyncio.Timeout | None = None
 
     @property
-    def places(self) -> tuple[tuple[str, int, int, int], ...]:
-        """Whose share it is part of, the most bodies and bytes of that share, and the status of a
-        refusal.
+    def places(self) -> tuple[tuple[str, int, int | None, int], ...]:
+        """Whose share it is part of, the most bodies and bytes of that share (None: as many as no
+        body has), and the status of a refusal.
         """
         return (
-            (self.key, BODIES_OF_KEY, BYTES_OF_KEY, 429),
+            (self.key, BODIES_OF_KEY, None, 429),
             (f"from {self.address}", BODIES_OF_ADDRESS, BYTES_OF_ADDRESS, 429),
             ("", BODIES, BYTES, 503),
         )
@@ -179,9 +176,10 @@ class BodyShares:
     def grow(self, body: HeldBody, size: int) -> None:
         """More bytes of a body are in memory. Raises ApiError 429 or 503 if there is no room."""
         for place, _, most, status in body.places:
-            while self._bytes[place] + size > most:
-                near = [each for each in self._near(place) if each.size and each is not body]
-                message = f"the bodies under way have {most >> 20} MiB already"
+            while self._bytes[place] + size > (BYTES - self.size if most is None else most):
+                all_of = self._near("" if most is None else place)
+                near = [each for each in all_of if each.size and each is not body]
+                message = f"the bodies under way have {self._bytes[place] >> 20} MiB already"
                 self._make_room(body, near, lambda each: each.size, status, message)
         for place, *_ in body.places:
             self._bytes[place] += size

@@ -8,9 +8,11 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
+from service.fair_places import HOLDER
 from service.ops import tracing
 from service.resources import new_id
 from service.web.error_responses import error_body
+from service.web.key_shares import address_of
 
 log = structlog.get_logger()
 
@@ -54,6 +56,7 @@ class Exchange:
         scope = self._scope
         clear_contextvars()  # a pipelined request runs in the context of the one before it
         bind_contextvars(request_id=scope["request_id"])
+        HOLDER.set(f"from {address_of(scope.get('client'))}")  # until its key is verified
         tracing.enter(self._traceparent())
         if scope["path"].startswith(QUIET):  # a callback's span belongs to the trace of its task
             await self._answered(app)

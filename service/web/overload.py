@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import structlog
 
 from service.errors import ApiError
+from service.fair_places import HOLDER
 from service.ops.metrics import Metrics
-from service.web.key_shares import BodyShares, Shares
+from service.web.key_shares import BodyShares, Share, Shares
 
 log = structlog.get_logger()
 
@@ -145,28 +146,30 @@ class PriorityGate:
 
 # --- load shedding of clients ---
 
-MAX_ACTIVE, MAX_WAITING = 500, 5000  # requests at work, requests that wait for a task or an event
-SHED_AT = 250  # callbacks in hand or queued, about 0.1 s of work
-# Of the process, and of one key or owner. A key's share of polls and streams is a setting.
+# Of the process. An owner has a fair share of each: at most half of what the others leave. A key's
+# share of polls and streams is a setting.
+MAX_ACTIVE = 1000  # requests at work
+LOOKED_UP = 5000  # requests whose key is looked up, which an address has a share of
+POLLS = SUBMISSIONS = 2500  # requests that wait for an event, and for a task
 STREAMS = 2000
+LONG_PAGES = 64  # on their way to a client, up to 4 MiB each
+MANUAL = 32  # attempts that clients ask for by hand
 WAITING_OF_KEY = 1000  # submissions
-LONG_PAGES, LONG_PAGES_OF_KEY = 64, 32  # on their way to a client, up to 4 MiB each
-MANUAL, MANUAL_OF_OWNER = 32, 16  # attempts that clients ask for by hand
+SHED_AT = 250  # callbacks in hand or queued, about 0.1 s of work
 
 
 @dataclass(slots=True)
 class LoadShedder:
     """Sheds clients' requests with 503 while too many are in hand, or during a burst of
-    callbacks. Gives each key its share of what lasts.
+    callbacks. Gives each owner its share of what lasts.
     """
 
     gate: PriorityGate
     metrics: Metrics
     key_waits: int = 100
-    active: int = 0
-    waiting: int = 0
-    held: Counter[str] = field(default_factory=Counter)  # active requests by holder
     bodies: BodyShares = field(default_factory=BodyShares)
+    requests: Shares = field(init=False)
+    lookups: Shares = field(init=False)
     polls: Shares = field(init=False)
     streams: Shares = field(init=False)
     submissions: Shares = field(init=False)
@@ -177,61 +180,51 @@ class LoadShedder:
     _logging: bool = False
 
     def __post_init__(self) -> None:
-        self.polls = Shares("requests that wait for an event", MAX_WAITING, self.key_waits)
+        self.requests = Shares("requests at work", MAX_ACTIVE)
+        self.lookups = Shares("requests whose key is looked up", LOOKED_UP)
+        self.polls = Shares("requests that wait for an event", POLLS, self.key_waits)
         self.streams = Shares("streams", STREAMS, self.key_waits)
-        self.submissions = Shares("submissions that wait", MAX_WAITING, WAITING_OF_KEY)
-        self.pages = Shares("long answers on their way", LONG_PAGES, LONG_PAGES_OF_KEY)
-        self.manual = Shares("attempts by hand under way", MANUAL, MANUAL_OF_OWNER)
+        self.submissions = Shares("submissions that wait", SUBMISSIONS, WAITING_OF_KEY)
+        self.pages = Shares("long answers on their way", LONG_PAGES)
+        self.manual = Shares("attempts by hand under way", MANUAL)
+
+    @property
+    def active(self) -> int:
+        return self.requests.taken
+
+    @property
+    def waiting(self) -> int:
+        return self.polls.taken + self.submissions.taken
+
+    def lookup(self) -> Share:
+        """Around the look-up of a client's key. Raises ApiError 503."""
+        return self._admitted(self.lookups)
+
+    def request(self) -> Share:
+        """Around a client's request, for the holder that it has then. Raises ApiError 503."""
+        return self._admitted(self.requests)
+
+    def _admitted(self, shares: Shares) -> Share:
+        holder, burst = HOLDER.get(), self.gate.callbacks + self.gate.queued_callbacks
+        if burst < SHED_AT and shares.left(holder):
+            return shares.take(holder)
+        self.metrics.requests_shed.inc()
+        if (withheld := self.log_sampler.take(time.monotonic())) is not None:
+            figures = {"busy": self.active, "waiting": self.waiting, "withheld": withheld}
+            log.warning("http.shed", **figures, callbacks=self.gate.callbacks)
+        raise ApiError(503, "overloaded", "the service has too much in hand", retry_after=1)
 
     @contextmanager
-    def request(self, holder: str) -> Iterator[None]:
-        """Around a client's request. Raises ApiError 503."""
-        burst = self.gate.callbacks + self.gate.queued_callbacks
-        if not self._room(holder) or self.waiting >= MAX_WAITING or burst >= SHED_AT:
-            self.metrics.requests_shed.inc()
-            if (withheld := self.log_sampler.take(time.monotonic())) is not None:
-                figures = {"busy": self.active, "waiting": self.waiting, "withheld": withheld}
-                log.warning("http.shed", **figures, callbacks=self.gate.callbacks)
-            raise ApiError(503, "overloaded", "the service has too much in hand", retry_after=1)
-        self._count(holder, 1)
-        try:
-            yield
-        finally:
-            self._count(holder, -1)
-
-    def _room(self, holder: str) -> bool:
-        """While all places are taken, a holder with less than an equal share of them still gets
-        one.
+    def idle(self) -> Iterator[None]:
+        """Inside a request, while it does no work: its body arrives, or it waits for a task or an
+        event.
         """
-        fair = MAX_ACTIVE // (len(self.held) + (holder not in self.held))
-        return self.active < MAX_ACTIVE or (
-            self.active < 2 * MAX_ACTIVE and self.held[holder] < fair
-        )
-
-    def _count(self, holder: str, change: int) -> None:
-        self.active += change
-        self.held[holder] += change
-        if not self.held[holder]:
-            del self.held[holder]
-
-    @contextmanager
-    def idle(self, holder: str) -> Iterator[None]:
-        """Inside a request, while it does no work: its body arrives."""
-        self._count(holder, -1)
+        holder = HOLDER.get()
+        self.requests.count(holder, "", -1)
         try:
             yield
         finally:
-            self._count(holder, 1)
-
-    @contextmanager
-    def wait(self, holder: str) -> Iterator[None]:
-        """Inside a request, while it only waits for a task or an event."""
-        self.waiting += 1
-        try:
-            with self.idle(holder):
-                yield
-        finally:
-            self.waiting -= 1
+            self.requests.count(holder, "", 1)
 
     def callback_refused(self) -> None:
         """Counts a callback that gets 503. The first has its own line at once. One line per second

@@ -35,6 +35,6 @@ def page_answer(request: Request, documents: list[bytes], **rest: object) -> Res
                 piece.clear()
         yield bytes(piece + end)
 
-    share = context_of(request).shedder.pages.take(caller_of(request).key)
+    share = context_of(request).shedder.pages.take(caller_of(request).owner)
     headers = {"content-length": str(length)}
     return HoldingResponse(share, pieces(), headers=headers, media_type="application/json")

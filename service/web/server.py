@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 from service.errors import ConfigurationError
 from service.web.overload import PriorityGate
 from service.web.server_protocol import BoundedProtocol
+from service.web.unsent import UnsentBytes
 
 # Longer than clients and load balancers keep an idle connection (usually 5 to 60 s). The side that
 # reuses a connection must also close it. Otherwise a request crosses our close and is lost.
@@ -54,7 +55,7 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._bound = bound
-        self._gate = gate or PriorityGate()
+        self._gate, self._unsent = gate or PriorityGate(), UnsentBytes()
         self._end_again_at = 0.0
 
     async def run_bound(self) -> None:
@@ -70,7 +71,8 @@ class Server(uvicorn.Server):
         )
 
     def _connection(self) -> BoundedProtocol:
-        return BoundedProtocol(self.config, self.server_state, self.lifespan.state, self._gate)
+        state = self.lifespan.state
+        return BoundedProtocol(self.config, self.server_state, state, self._gate, self._unsent)
 
     def _end_slow(self) -> None:
         """Ends slow connections, the slowest first. Those of the address that has the most go
@@ -89,7 +91,7 @@ class Server(uvicorn.Server):
             and (each.address == most or now - since >= IDLE_S)
         ]
         for *_, connection in heapq.nsmallest(ENDED_AT_ONCE, slow, key=itemgetter(0, 1)):
-            connection.close()
+            connection.transport.close()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._accept_loop.close()

@@ -17,6 +17,7 @@ from uvicorn.server import ServerState
 from service.web.key_shares import SLOW_S, address_of
 from service.web.overload import PriorityGate
 from service.web.request_parser import RequestParser
+from service.web.unsent import UnsentBytes
 
 MAX_HEAD = 64 * 1024  # bytes, plus the rest of one read, at most 256 KiB
 MAX_HEADERS = 100
@@ -63,14 +64,18 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     def __init__(
-        self, config: Config, state: ServerState, app_state: dict[str, Any], gate: PriorityGate
+        self,
+        config: Config,
+        state: ServerState,
+        app_state: dict[str, Any],
+        gate: PriorityGate,
+        unsent_bytes: UnsentBytes,
     ) -> None:
         super().__init__(config, state, app_state)
         self.parser = RequestParser(self)
         # A request behind one with `Connection: close` is no error, as in uvicorn.
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.timeout_keep_alive = min(config.timeout_keep_alive, WRITE_S)  # type: ignore[assignment] # seconds
-        self._gate = gate
+        self._gate, self._unsent = gate, unsent_bytes
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None  # set while a head is incomplete
         self._stopping = False
@@ -85,12 +90,14 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         super().connection_made(transport)
         self.flow = PipelineFlow(self)
+        transport.set_write_buffer_limits(high=0)  # `pause_writing` at the first byte that waits
         self.address = address_of(self.client)
         self._start_idle_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
         self._end_write()
+        self._unsent.release(self)
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
         # uvicorn tells only the last one of several requests that were sent at once.
@@ -115,17 +122,19 @@ class BoundedProtocol(HttpToolsProtocol):
         if not cycle.disconnected:
             super()._start_asgi_task(cycle, app)
 
+    def abort(self) -> None:
+        self.transport.abort()
+
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_writing()
+        self._end_write()
+        self._look_at_writing(unsent(self.transport), LOOKS)
+        self._unsent.hold(self, self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         self._end_write()
+        self._unsent.release(self)
         super().resume_writing()
-
-    def _watch_writing(self) -> None:
-        self._end_write()
-        self._look_at_writing(unsent(self.transport), LOOKS)
 
     def _look_at_writing(self, before: int, looks: int) -> None:
         """Ends the connection if as much is unsent as it was `LOOKS` looks before."""
@@ -197,8 +206,6 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self._since = self.loop.time()
-        if self.transport.is_closing():
-            self._watch_writing()
         super().on_response_complete()
         if self.transport.is_closing():
             return
@@ -211,22 +218,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(
             self.timeout_keep_alive, self.timeout_keep_alive_handler
         )
-
-    def timeout_keep_alive_handler(self) -> None:
-        """Ends an idle connection after its time, or earlier if its reader takes no more of the
-        last answer.
-        """
-        if self._write_timer is None and self.transport.get_write_buffer_size():
-            self._watch_writing()
-        if self.loop.time() - self._since < self.config.timeout_keep_alive:
-            self._start_idle_timer()
-        else:
-            self.close()
-
-    def close(self) -> None:
-        """Sends what is left to a reader that takes it."""
-        self.transport.close()
-        self._watch_writing()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

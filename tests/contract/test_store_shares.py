@@ -8,8 +8,9 @@ from sqlalchemy import Connection, text
 
 from service.db.sqlite import SqliteStore
 from service.db.tables import deliveries
+from service.fair_places import has_share
 from service.queue import shares
-from service.queue.shares import has_share
+from service.queue.shares import REST
 from tests.contract.subject import Subject
 from tests.outbox import Made, emit
 
@@ -77,9 +78,9 @@ async def test_new_deliveries_take_no_more_than_their_owners_share(subject: Subj
 
 @pytest.mark.parametrize(("used", "free"), [(0, 1), (1, 5), (10, 41)])
 def test_a_share_ends_at_a_quarter_of_the_free_slots(used: int, free: int) -> None:
-    assert has_share(used, free)
-    assert not has_share(used, free - 1)
-    assert not has_share(used + 1, free)
+    assert has_share(used, free, REST)
+    assert not has_share(used, free - 1, REST)
+    assert not has_share(used + 1, free, REST)
 
 
 @pytest.mark.parametrize("used", [0, 3, 10, 49])
@@ -87,7 +88,7 @@ async def test_a_claim_ends_whatever_the_shares_are(
     subject: Subject, used: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each statement leases at least one row or is the last, also without the rule."""
-    monkeypatch.setattr(shares, "has_share", lambda _used, _free: True)
+    monkeypatch.setattr(shares, "has_share", lambda *_: True)
     await waiting(subject, "greedy", 100)
     async with asyncio.timeout(10):
         got = await claimed(subject, {"greedy": used}, SLOTS - used)

@@ -26,6 +26,7 @@ from service.upstreams.catalogue_entry import catalogue_schema
 from service.upstreams.sandbox import FAULTS
 from service.web.routes.table import SPECS
 from tests.checkpoints import CHECKPOINTS, INPUT_CHECKPOINTS
+from tests.docs.bounds import bounds_table
 from tests.docs.client_journeys import clients_table
 from tests.docs.log_lines import ALWAYS, LINES, WHERE_KNOWN
 
@@ -182,6 +183,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[], str]]] = MappingProxyType(
         "checkpoints": ("reliability.md", checkpoints_table),
         "decisions": ("decisions.md", decisions_table),
         "clients": ("clients.md", clients_table),
+        "bounds": ("overload.md", bounds_table),
     }
 )
 

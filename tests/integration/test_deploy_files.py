@@ -103,6 +103,7 @@ def test_compose_accepts_the_file_of_several_processes(tmp_path: Path) -> None:
         assert text.count(f"DARKROOM_{shared}") == 4
     assert text.count("- worker\n") == 2
     assert text.count("mem_limit: 1g") == 6
+    assert text.count("nofile: ") == 4
 
 
 @pytest.mark.parametrize("other", ["compose.yaml", "compose.postgres.yaml"])

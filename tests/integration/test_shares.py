@@ -5,7 +5,7 @@ streams, requests and connections (docs/overload.md).
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from service.errors import ApiError
 from service.events import feed
+from service.fair_places import HOLDER
 from service.ops.metrics import Metrics
 from service.web import key_shares, overload, server, server_protocol
 from service.web.key_shares import BodyShares, Shares, address_of
@@ -174,7 +175,7 @@ async def test_the_bytes_of_a_keys_bodies_have_a_limit(
     """The oldest body gets 408 for the bytes of a new one, if it is slow. Otherwise the new one
     gets 429. Nothing counts any more once the requests are over.
     """
-    monkeypatch.setattr(key_shares, "BYTES_OF_KEY", 250_000)
+    monkeypatch.setattr(key_shares, "BYTES", 420_000)
     monkeypatch.setattr(key_shares, "SLOW_S", 60.0)
     bodies = still.context.shedder.bodies
     async with still.owner() as client, AsyncExitStack() as stack:
@@ -189,16 +190,16 @@ async def test_the_bytes_of_a_keys_bodies_have_a_limit(
     await wait_until(lambda: bodies.size == len(bodies) == 0)
 
 
-@pytest.mark.parametrize("limit", ["BYTES_OF_ADDRESS", "BYTES"])
+@pytest.mark.parametrize(("limit", "most"), [("BYTES_OF_ADDRESS", 250_000), ("BYTES", 420_000)])
 async def test_the_key_with_the_most_bytes_makes_room_for_another(
-    still: World, limit: str, monkeypatch: pytest.MonkeyPatch
+    still: World, limit: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(key_shares, limit, 250_000)
+    monkeypatch.setattr(key_shares, limit, most)
     bodies = still.context.shedder.bodies
     async with still.owner() as greedy, still.owner() as other, AsyncExitStack() as stack:
         part = head(greedy, "POST", SUBMIT, MANY) + b"{" + b" " * 99_999
         made = [await part_of_body(stack, still, part, number) for number in (1, 2)]
-        await submitted(other, note="x" * 90_000)
+        await submitted(other, note="x" * 140_000)
         assert await status(made[0]) == 408
     await wait_until(lambda: bodies.size == 0)
 
@@ -217,18 +218,18 @@ async def test_a_request_that_waits_for_its_task_holds_no_body(still: World) -> 
 async def test_a_complete_body_counts_until_its_request_is_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It makes no room for another, so that one gets 503."""
-    monkeypatch.setattr(key_shares, "BYTES", 100)
+    """It makes no room for another, so that one is refused."""
+    monkeypatch.setattr(key_shares, "BYTES", 120)
     bodies = BodyShares()
     timer = asyncio.timeout(60)
     with bodies.request() as first:
         with bodies.arriving(first, "one", "a", timer):
             bodies.grow(first, 60)
         with bodies.request() as second, bodies.arriving(second, "two", "b", timer):
-            bodies.grow(second, 40)
+            bodies.grow(second, 30)
             with pytest.raises(ApiError) as caught:
                 bodies.grow(second, 1)
-            assert caught.value.status == 503
+            assert caught.value.status == 429
         assert bodies.size == 60
     assert bodies.size == 0
 
@@ -244,43 +245,45 @@ def shedder() -> LoadShedder:
 def taken(made: LoadShedder, stack: ExitStack, holder: str, count: int) -> int:
     """How many of so many requests are admitted."""
     admitted = 0
+    HOLDER.set(holder)
     for _ in range(count):
         with suppress(ApiError):
-            stack.enter_context(made.request(holder))
+            stack.enter_context(made.request())
             admitted += 1
     return admitted
 
 
-def test_while_all_places_are_taken_others_get_an_equal_share(
+def test_a_holder_has_at_most_half_of_what_the_others_leave(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One holder may have all places while nobody else asks."""
-    monkeypatch.setattr(overload, "MAX_ACTIVE", 60)
+    """So a newcomer still gets a place."""
+    monkeypatch.setattr(overload, "MAX_ACTIVE", 120)
     made = shedder()
     with ExitStack() as stack:
         assert taken(made, stack, "greedy", 100) == 60
         assert taken(made, stack, "second", 100) == 30
-        assert taken(made, stack, "third", 100) == 20
+        assert taken(made, stack, "third", 100) == 15
         assert taken(made, stack, "greedy", 1) == 0
+        assert taken(made, stack, "newcomer", 1) == 1
         for number in range(100):
             taken(made, stack, f"more {number}", 100)
-        assert made.active <= 120
-    assert (made.active, dict(made.held)) == (0, {})
+        assert made.active == 120
+    assert (made.active, dict(made.requests.held)) == (0, {})
 
 
-async def test_a_share_comes_back_with_its_end() -> None:
-    places = Shares("places", 3, 2)
-    with places.take("a"), places.take("a"):
-        assert not places.left("a")
-        with pytest.raises(ApiError) as caught:
-            places.take("a")
-        assert (caught.value.status, caught.value.retry_after) == (429, 1)
-        with places.take("b"):
+def test_a_share_comes_back_with_its_end() -> None:
+    places = Shares("places", 5, 2)
+    with places.take("a", "key"), places.take("a", "key"):
+        assert not places.left("a", "key")
+        for key in ("key", "other"):  # the first limit is the key's, the second the owner's
+            with places.take("a", "other") if key == "other" else nullcontext():
+                with pytest.raises(ApiError) as caught:
+                    places.take("a", key)
+                assert (caught.value.status, caught.value.retry_after) == (429, 1)
+        with places.take("b", "1"), places.take("c", "2"), places.take("d", "3"):
             with pytest.raises(ApiError) as caught:
-                places.take("c")
+                places.take("e", "4")
             assert caught.value.status == 503
-        with places.take("c"):
-            pass
     assert (places.taken, dict(places.held)) == (0, {})
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
 from starlette.applications import Starlette
@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from service.web import server_protocol
+from service.web import server_protocol, unsent
 from service.web.server import Server, bind, listening
 from tests.waiting import wait_until
 
@@ -42,12 +42,15 @@ async def serving() -> AsyncIterator[tuple[str, int, Server]]:
 
 
 @asynccontextmanager
-async def asking(host: str, port: int, kind: str, *lines: str) -> AsyncIterator[socket.socket]:
+async def asking(
+    host: str, port: int, kind: str, *lines: str, source: str = "127.0.0.1"
+) -> AsyncIterator[socket.socket]:
     """A connection with a small receive buffer on which this was asked for."""
     loop = asyncio.get_running_loop()
     with socket.socket() as made:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
         made.setblocking(False)
+        made.bind((source, 0))
         await loop.sock_connect(made, (host, port))
         head = "\r\n".join([f"GET /{kind} HTTP/1.1", "host: x", *lines, "", ""])
         await loop.sock_sendall(made, head.encode())
@@ -115,3 +118,65 @@ async def test_what_is_left_of_the_last_answer_keeps_no_connection(
         connection.on_response_complete()
         await wait_until(lambda: connection.transport.aborted)
         connection.transport = real
+
+
+# --- the bytes of all connections
+# --------------------------------------------------------------------------------------------------
+
+
+async def stalled(
+    stack: AsyncExitStack, host: str, port: int, kind: str, count: int, source: str = "127.0.0.1"
+) -> list[socket.socket]:
+    return [
+        await stack.enter_async_context(asking(host, port, kind, source=source))
+        for _ in range(count)
+    ]
+
+
+async def taken(reader: socket.socket, most: int = LENGTH) -> int:
+    """The bytes that the reader gets before its connection ends, up to so many or a few more."""
+    loop, seen = asyncio.get_running_loop(), 0
+    with suppress(ConnectionError):
+        while seen < most and (part := await loop.sock_recv(reader, 1 << 20)):
+            seen += len(part)
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_bytes_that_all_readers_leave_have_a_limit(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections of the address that leaves the most end. A slow reader of another address, which
+    came first, gets more of its answer.
+    """
+    monkeypatch.setattr(unsent, "MAX_UNSENT", 2 * LENGTH if kind == "whole" else 1 << 18)
+    ended, abort = list[str](), server_protocol.BoundedProtocol.abort
+
+    def noted(self: server_protocol.BoundedProtocol) -> None:
+        ended.append(self.address)
+        abort(self)
+
+    monkeypatch.setattr(server_protocol.BoundedProtocol, "abort", noted)
+    async with serving() as (host, port, server), AsyncExitStack() as stack:
+        held = server._unsent
+        (other,) = await stalled(stack, host, port, kind, 1, "127.0.0.2")
+        await wait_until(lambda: held.total)
+        await stalled(stack, host, port, kind, 12)
+        await wait_until(lambda: ended)
+        assert held.total <= unsent.MAX_UNSENT
+        assert set(ended) == {"127.0.0.1"}
+        assert await taken(other, 8 << 20) >= 8 << 20
+    assert (held.total, held._held) == (0, {})
+
+
+async def test_the_slowest_readers_of_an_address_end_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that takes its answer holds nothing."""
+    monkeypatch.setattr(unsent, "MAX_UNSENT", LENGTH * 5 // 2)
+    async with serving() as (host, port, server), AsyncExitStack() as stack:
+        (first,) = await stalled(stack, host, port, "whole", 1)
+        await wait_until(lambda: len(server._unsent._held) == 1)
+        (last, _) = await stalled(stack, host, port, "whole", 2)
+        await wait_until(lambda: len(server.server_state.connections) == 2)
+        assert await taken(last) >= LENGTH
+        await wait_until(lambda: len(server._unsent._held) == 1)
+        assert await taken(first) < LENGTH

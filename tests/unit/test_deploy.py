@@ -29,7 +29,11 @@ def test_compose_uses_no_image_of_a_registry_without_a_digest() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["mem_limit: 1g", "pids_limit: 1024", "read_only: true", "no-new-privileges:true"]
+    "line",
+    [
+        *("mem_limit: 1g", "pids_limit: 1024", "nofile: 20512"),
+        *("read_only: true", "no-new-privileges:true"),
+    ],
 )
 def test_compose_limits_the_container(line: str) -> None:
     assert re.search(rf"^ +(- )?{re.escape(line)}\b", COMPOSE, re.MULTILINE)

@@ -1,9 +1,6 @@
 """The guard's decisions about URLs and addresses, without any network."""
 
-import asyncio
 import random
-import socket
-import threading
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from urllib.parse import urlsplit
@@ -17,8 +14,6 @@ from hypothesis import strategies as st
 from service.errors import EgressRefused, NotConnected
 from service.links import MAX_LINK
 from service.net import Egress, Rules, forbidden, parse_url
-from service.net.transport import LOOKUPS
-from tests.waiting import wait_until
 
 PUBLIC = (
     "1.1.1.1",
@@ -485,34 +480,6 @@ async def test_an_http_link_counts_as_https_with_an_upgrade_and_no_networks() ->
     egress = Egress(Rules("results", upgrade=True), resolve=resolve)
     await egress.check("http://a.test/")
     await egress.check("http://1.1.1.1/")
-
-
-async def test_name_servers_that_never_answer_delay_only_their_own_purpose(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Many names of subscribers hang in the system's resolver. The upstream's name is still looked
-    up.
-    """
-    answered, asked = threading.Event(), list[str]()
-
-    def look_up(host: str, *_: object, **__: object) -> list[object]:
-        asked.append(host)
-        if host == "dead.test":
-            answered.wait(60)
-        return [(2, 1, 6, "", ("1.1.1.1", 0))]
-
-    monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    hanging = [
-        asyncio.create_task(Egress(Rules("endpoints")).check("https://dead.test/"))
-        for _ in range(LOOKUPS + 1)
-    ]
-    try:
-        await wait_until(lambda: len(asked) == LOOKUPS)
-        await Egress(Rules("upstream")).check("https://alive.test/")
-        assert not any(task.done() for task in hanging)
-    finally:
-        answered.set()
-        await asyncio.gather(*hanging)
 
 
 @pytest.mark.parametrize(("count", "refused"), [(64, False), (65, True), (5000, True)])

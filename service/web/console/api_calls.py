@@ -12,8 +12,9 @@ from starlette.types import Message, Receive
 from service.errors import ApiError
 from service.web.auth import Caller
 from service.web.context import context_of
+from service.web.routes.guarded_route import ID, check_query
 from service.web.routes.operation import Spec
-from service.web.routes.table import ID, SPECS, check_query
+from service.web.routes.table import SPECS
 
 OPERATIONS: Mapping[str, Spec] = {f"{spec.method} {spec.path}": spec for spec in SPECS}
 Query = Mapping[str, Any]

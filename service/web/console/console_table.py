@@ -38,7 +38,6 @@ from service.web.console.sign_in import (
 from service.web.console.visits import View, Visit
 from service.web.context import context_of
 from service.web.error_responses import respond
-from service.web.key_shares import holder_of
 from service.web.routes.table import Path
 from service.web.sessions import Session
 
@@ -126,7 +125,7 @@ def guarded_page(endpoint: Endpoint) -> Endpoint:
     async def guarded(request: Request) -> Response:
         try:
             shedder = context_of(request).shedder
-            with shedder.request(holder_of(request)), shedder.bodies.request() as held:
+            with shedder.request(), shedder.bodies.request() as held:
                 request.state.body = held
                 response = await endpoint(request)
         except ERRORS as error:

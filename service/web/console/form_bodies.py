@@ -15,7 +15,7 @@ from service.errors import ApiError, invalid_request
 from service.net.multipart import FormPart, MultipartForm
 from service.strict_json import check_text
 from service.web.context import context_of
-from service.web.key_shares import address_of, holder_of
+from service.web.key_shares import address_of
 from service.web.sessions import Session
 
 CSRF, CSRF_HEADER = "csrf", "x-csrf-token"
@@ -55,7 +55,7 @@ async def read_form(request: Request, session: Session, key: str, keep: Keep) ->
     shares, held = shedder.bodies, request.state.body
     try:
         async with asyncio.timeout(FILES_S if files else FORM_S) as timer:
-            with shedder.idle(holder_of(request)), shares.arriving(held, key, address, timer):
+            with shedder.idle(), shares.arriving(held, key, address, timer):
                 most = MAX_FILES_FORM if files else MAX_FORM
                 async with aclosing(limited(request, most)) as chunks:
                     return await (

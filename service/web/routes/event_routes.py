@@ -17,7 +17,6 @@ from service.web.bodies import query_limit, query_seconds, query_text
 from service.web.context import context_of
 from service.web.event_stream import stream
 from service.web.field_schemas import known_pattern
-from service.web.key_shares import holder_of
 from service.web.page_answer import page_answer
 from service.web.parameters import MAX_TYPES, MAX_WAIT_S, SEQUENCE
 
@@ -50,7 +49,8 @@ def event_types(request: Request) -> list[str]:
 
 async def events(request: Request) -> Response:
     """List events after a sequence."""
-    context, owner = context_of(request), caller_of(request).sees
+    context, caller = context_of(request), caller_of(request)
+    owner = caller.sees
     after, types = sequence(query_text(request, "after"), "after"), event_types(request)
     task_id = query_text(request, "task")
 
@@ -70,8 +70,8 @@ async def events(request: Request) -> Response:
     limit, gone = query_limit(request), request.is_disconnected
     with ExitStack() as waiting:
         if wait_s:
-            waiting.enter_context(context.shedder.polls.take(caller_of(request).key))
-            waiting.enter_context(context.shedder.wait(holder_of(request)))
+            waiting.enter_context(context.shedder.polls.take(caller.owner, caller.key))
+            waiting.enter_context(context.shedder.idle())
         found, last, resync = await read_events(
             store, links, owner, after, limit, types, task_id, wait_s, gone
         )

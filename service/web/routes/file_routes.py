@@ -18,7 +18,6 @@ from service.upstreams.catalogue_images import COMMON, at_most
 from service.web.auth import caller_of
 from service.web.bodies import Position, page, query_text, reader_of
 from service.web.context import context_of, resources_of
-from service.web.key_shares import holder_of
 from service.web.routes.image_routes import HEADERS
 
 UPLOAD_S = 120.0
@@ -119,7 +118,7 @@ async def bounded(
     """The body of a form with a file of at most so many bytes. Raises ApiError 413."""
     size, shedder, body = 0, context_of(request).shedder, request.state.body
     reading = shedder.bodies.arriving(body, *reader_of(request), timer)
-    with shedder.idle(holder_of(request)), reading:
+    with shedder.idle(), reading:
         async for chunk in request.stream():
             size += len(chunk)
             if size > most + AROUND:

@@ -1,25 +1,20 @@
 """The table of all URLs: method and path, endpoint, scopes and schemas."""
 
-import re
 from collections.abc import Mapping
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
-from structlog.contextvars import bind_contextvars
 
-from service.errors import ApiError, invalid_request
 from service.web import delivery_schemas, money_schemas, schemas
 from service.web.asyncapi import document as asyncapi_document
-from service.web.bodies import check_coding
 from service.web.catalogue_schemas import (
     CatalogueList,
     CatalogueModel,
     Estimate,
     EstimatedSubmission,
 )
-from service.web.context import context_of
 from service.web.event_schemas import EventPage
 from service.web.field_schemas import Submission
 from service.web.file_schemas import (
@@ -34,7 +29,6 @@ from service.web.file_schemas import (
     UploadedFile,
 )
 from service.web.key_schemas import NewKey
-from service.web.key_shares import holder_of
 from service.web.money_schemas import BudgetChange, OwnersBudget
 from service.web.openapi import document as openapi_document
 from service.web.published import Published
@@ -53,6 +47,7 @@ from service.web.routes import task_routes as tasks
 from service.web.routes import upstream_file_routes as theirs
 from service.web.routes import upstream_routes as upstream
 from service.web.routes.callback_route import CallbackRoute
+from service.web.routes.guarded_route import OPERATORS, guarded
 from service.web.routes.operation import Handler, Spec, spec
 
 
@@ -66,11 +61,7 @@ async def asyncapi(request: Request) -> Response:
     return await ASYNCAPI.answer(request)
 
 
-ID = re.compile("[!-~]{1,200}")
-OPERATORS = ("/healthz", "/readyz", "/metrics")
 PAGE = "owner&since&until&limit&cursor"  # of every list
-ANY_KEY = ".KEY"  # ends a parameter that is a family, such as `metadata.KEY`
-NAME_CHARS = 100  # of a parameter, in the answer
 
 SPECS = (
     spec("POST /v1/images/generations", tasks.submit, "submit", schemas.Task, Submission),
@@ -208,46 +199,6 @@ SPECS = (
 )
 OPENAPI = Published(lambda: openapi_document(SPECS))
 ASYNCAPI = Published(asyncapi_document)
-
-
-def check_query(request: Request, spec: Spec) -> None:
-    """Raises ApiError 400 for a parameter that the route does not have. An ignored filter would
-    give a wrong list.
-    """
-    for name in request.query_params:
-        family, dot, _ = name.partition(".")
-        if name not in spec.query and not (dot and family + ANY_KEY in spec.query):
-            known = f"it has {', '.join(spec.query)}" if spec.query else "it has none"
-            message = f"{name[:NAME_CHARS]} is no query parameter of {spec.path}: {known}"
-            raise invalid_request(message, name[:NAME_CHARS])
-
-
-def guarded(spec: Spec) -> Handler:
-    """The endpoint behind load shedding, its scopes and limits. An impossible id is 404 without a
-    look-up.
-    """
-
-    async def endpoint(request: Request) -> Response:
-        if spec.path in OPERATORS:
-            return await authorised(request)
-        shedder = context_of(request).shedder
-        with shedder.request(holder_of(request)), shedder.bodies.request() as request.state.body:
-            return await authorised(request)
-
-    async def authorised(request: Request) -> Response:
-        if spec.scopes:
-            caller = await context_of(request).access.caller(request, *spec.scopes)
-            request.state.caller, request.state.scopes = caller, spec.scopes
-            bind_contextvars(owner=caller.owner)
-            if spec.path not in OPERATORS:
-                await context_of(request).limits.count(caller.key)
-        check_query(request, spec)
-        check_coding(request)
-        if not all(ID.fullmatch(value) for value in request.path_params.values()):
-            raise ApiError(404, "not_found", "nothing has that id")
-        return await spec.endpoint(request)
-
-    return endpoint
 
 
 class Path(Route):

@@ -25,7 +25,6 @@ from service.web.auth import caller_of
 from service.web.bodies import MAX_BODY, Position, page, parsed, query_text, read_body
 from service.web.context import context_of, resources_of
 from service.web.error_responses import error_response
-from service.web.key_shares import holder_of
 from service.web.parameters import IDEMPOTENCY_KEY
 from service.web.routes import upstream_routes
 
@@ -73,14 +72,14 @@ async def submit(request: Request) -> Response:
     context.shedder.bodies.forget(request.state.body)
     bind_contextvars(task_id=task_id)
     waits = context.shedder.submissions
-    if wait_s != 0 and not waits.left(caller.key):  # a task that is accepted is not refused
-        wait_s, applied = 0.0, None
+    if wait_s != 0 and not waits.left(caller.owner, caller.key):
+        wait_s, applied = 0.0, None  # a task that is accepted is not refused
     headers = {"Preference-Applied": applied} if applied else {}
     if replayed:
         headers["Idempotency-Replayed"] = "true"
     done, wait_s = (attempted, FIRST_OUTCOME_S) if wait_s is None else (ended, wait_s)
-    share = waits.take(caller.key) if wait_s else nullcontext()
-    with share, context.shedder.wait(holder_of(request)):
+    share = waits.take(caller.owner, caller.key) if wait_s else nullcontext()
+    with share, context.shedder.idle():
         row, images = await wait_for(
             context.resources, task_id, done, wait_s, request.is_disconnected
         )
