@@ -261,7 +261,7 @@ async def test_reads_of_one_owner_leave_a_reader_to_others(
         assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
 
 
-def test_every_limit_is_shared(still: World) -> None:
+async def test_every_limit_is_shared(still: World) -> None:
     """No owner takes all of what lasts: half of an empty process is the most."""
     shares = [
         each
