@@ -19,6 +19,7 @@ from service.db.transaction import Transaction
 from service.events.outbox import log_emitted, origin_of
 from service.ops.metrics import Metrics
 from service.tasks.rows import TaskRow
+from service.tasks.state import State
 from service.upstreams.base import Status
 
 log = structlog.get_logger()
@@ -83,7 +84,8 @@ def missing(row: TaskRow, sums: Mapping[str, int], source: str) -> list[LedgerEn
     """The entries that a task lacks. `sums` are the sums of its earlier entries by kind.
 
     The upstream's reservation replaces the estimate, and its charge replaces the reservation. The
-    reservation of a task that has ended stays while the upstream is queried about its cost. A
+    reservation of a cancelled task stays while the upstream is queried about its cost. After any
+    other end, a query is no reason to reserve again: a false callback may have asked for it. A
     completed task whose cost the upstream never names costs what was reserved.
     """
     closed = row.terminal and row.settle_due_at is None
@@ -95,7 +97,8 @@ def missing(row: TaskRow, sums: Mapping[str, int], source: str) -> list[LedgerEn
     entries = []
     if ESTIMATE not in sums and row.credits_estimated is not None:
         entries.append(LedgerEntry(ESTIMATE, row.credits_estimated, "catalogue"))
-    released = closed or used is not None
+    over = row.terminal and row.state is not State.CANCELLED
+    released = closed or over or used is not None
     change = (0 if released else held or 0) - sums.get(RESERVE, 0)
     if change:
         entries.append(LedgerEntry(RESERVE, change, source if released else basis))
