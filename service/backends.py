@@ -31,6 +31,7 @@ from service.tasks import owner_keys
 from service.upstreams.base import Upstream, UpstreamCall
 from service.upstreams.evolink import EvoLink
 from service.upstreams.file_api import FileApi
+from service.upstreams.lenient import OTHER_BYTES
 from service.web.field_schemas import known_pattern
 from service.web.overload import MANUAL
 
@@ -42,7 +43,7 @@ S3_ADDRESS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 OTHERS_S = 3600  # how long a temporary file may belong to another process that is at work
 RESULT_REDIRECTS = 5
 NETWORKS_SETTING = "DARKROOM_UPSTREAM_NETWORKS"
-OTHER_BYTES = 8 << 20  # of an upstream's response that holds the largest image
+INLINE_IMAGES = 16  # of an upstream's response. No model of the catalogue makes more
 
 
 def open_store(settings: Settings) -> AbstractAsyncContextManager[BatchingStore]:
@@ -284,6 +285,7 @@ def open_upstreams(
         settings.query_timeout_s,
         called,
         # An image in the response is a third longer as text.
-        max_bytes=OTHER_BYTES + settings.max_image_bytes * 4 // 3,
+        max_bytes=OTHER_BYTES + INLINE_IMAGES * settings.max_image_bytes * 4 // 3,
+        folder=settings.image_dir,
     )
     return {evolink.name: evolink}

@@ -21,7 +21,7 @@ def decoded(body: bytes, header: str, limit: int) -> bytes:
         plain = decompress(body, limit) if is_compressed(coding) else None
         body = body if plain is None else plain
     for _ in range(CODINGS):  # a gateway left the name out, or named it in a way of its own
-        if body.startswith(MEMBER):
+        if body[: len(MEMBER)] == MEMBER:
             body = decompress(body, limit) or body
     return body
 

@@ -105,7 +105,8 @@ class NoPlace(EgressError): ...
 
 class EgressRefused(EgressError):
     """`for_now`: the same URL may be allowed later, because a name server, a list in a setting or a
-    redirect caused the refusal. `setting` names the list that lacks the host or its address.
+    redirect caused the refusal, or the upstream may give another URL for one that cannot be read,
+    which has no `host`. `setting` names the list that lacks the host or its address.
     """
 
     def __init__(

@@ -133,8 +133,8 @@ def linked(hosts: Sequence[str]) -> tuple[str, ...]:
 
 
 HOSTILE = (*linked(ADDRESSES), *linked(NAMES), *FORMS)
-# A name server may be corrected, so a result at one of NAMES is retried.
-FINAL = (*linked(ADDRESSES), *FORMS)
+# Results at these are never fetched and never named by a name server.
+LITERAL = (*linked(ADDRESSES), *FORMS)
 
 
 @dataclass(slots=True)

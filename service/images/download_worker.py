@@ -34,7 +34,7 @@ from service.images.downloads import (
 )
 from service.images.inline_results import inline_result
 from service.images.validator import ImageValidator, InvalidImage, Validation
-from service.links import is_data
+from service.links import is_data, usable
 from service.net.retry_after import retry_after
 from service.ops import tracing
 from service.queue import leases
@@ -87,8 +87,7 @@ class DownloadWorker:
             async with self.resources.blobs.incoming() as file:
                 return await self._save(row, file, attempt)
         except EgressRefused as error:
-            refusal = Refusal(error.host, error.setting)
-            return Retry(str(error), refused=refusal) if error.for_now else Lost(str(error))
+            return _refused(error, row.source_url)
         except (EgressError, BlobUnavailable) as error:
             return Retry(f"{type(error).__name__}: {error}")
 
@@ -226,6 +225,13 @@ class DownloadWorker:
         if row.blob is not None and blob not in (None, row.blob):
             with suppress(BlobUnavailable):
                 await self.resources.blobs.delete(row.blob)
+
+
+def _refused(error: EgressRefused, url: str) -> Retry | Lost:
+    """A link without a form that could be fetched was asked for again before its row was made."""
+    if error.for_now and error.host:
+        return Retry(str(error), refused=Refusal(error.host, error.setting))
+    return Retry(str(error), unreadable=True) if error.for_now and usable(url) else Lost(str(error))
 
 
 def measure(path: Path) -> tuple[int, str]:

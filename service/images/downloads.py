@@ -20,8 +20,8 @@ from service.tasks.transitions import ask, change, lock
 
 STALE_LIMIT, STALE_MS = 10, 30 * 60 * 1000
 WRONG_LIMIT, WRONG_MS = 3, 10 * 60 * 1000
-# An image is at risk when its host is refused, when the same wrong bytes came WRONG_LIMIT times, or
-# when its link dies this soon or was dead so often.
+# An image is at risk when its host or link is refused, when the same wrong bytes came WRONG_LIMIT
+# times, or when its link dies this soon or was dead so often.
 AT_RISK_MS, AT_RISK_STALE = 2 * 3600 * 1000, 3
 REFUSED = and_(images.c.refused_host.is_not(None), images.c.state == "pending")
 
@@ -41,7 +41,8 @@ class Retry:
     """A failure that is retried after `wait_ms`, as long as the link lives.
 
     `stale` (403, 404, 410): the upstream is asked for a fresh link, also when the link's time is
-    up. Ten of them over at least 30 minutes are final. `wrong_sha256`: the bytes were no image. The
+    up. Ten of them over at least 30 minutes are final. `unreadable`: it is asked, too, because the
+    link cannot be read. `wrong_sha256`: the bytes were no image. The
     same bytes three times over at least 10 minutes are final. `refused`: the guard refused the host
     for now.
     """
@@ -49,6 +50,7 @@ class Retry:
     reason: str
     wait_ms: int = 0
     stale: bool = False
+    unreadable: bool = False
     wrong_sha256: str | None = None
     quarantined: "Quarantined | None" = None
     refused: "Refusal | None" = None
@@ -179,8 +181,8 @@ def _record(
     due_at = None
     if retry and row.state == "pending":
         due_at = tx.now + retry.wait_ms
-        _warn_of_loss(tx, task, row, retry.refused)
-        if retry.stale and task.settled_digest is not None:
+        _warn_of_loss(tx, task, row, retry)
+        if (retry.stale or retry.unreadable) and task.settled_digest is not None:
             ask(tx, task)
     change(tx, row, **leases.release("download", due_at))
     finish_if_done(tx, task)
@@ -207,10 +209,12 @@ def _count_failure(tx: Transaction, row: ImageRow, retry: Retry) -> dict[str, An
     return values | ({"state": "lost"} if final else {})
 
 
-def _warn_of_loss(tx: Transaction, task: TaskRow, row: ImageRow, refused: Refusal | None) -> None:
+def _warn_of_loss(tx: Transaction, task: TaskRow, row: ImageRow, retry: Retry) -> None:
     """Emits `image.at_risk` once, while there is time to act."""
+    refused = retry.refused
     dying = tx.now >= row.link_dies_at - AT_RISK_MS or row.stale_count >= AT_RISK_STALE
-    at_risk = dying or refused is not None or row.wrong_count >= WRONG_LIMIT
+    refusal = refused is not None or retry.unreadable
+    at_risk = dying or refusal or row.wrong_count >= WRONG_LIMIT
     if row.at_risk_at is not None or not at_risk:
         return
     data = {

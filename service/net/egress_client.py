@@ -30,10 +30,9 @@ from service.net.transport import (
     send,
     translated,
 )
-from service.net.urls import MAX_URL, Target, parse_url
+from service.net.urls import MAX_URL, OddAddress, Target, parse_url
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
-
 MAX_ADDRESSES = 64  # of a name, as an attacker may return very many
 MAX_TRIED = 8  # addresses in one call, so that no name makes the service probe dozens of hosts
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -215,21 +214,20 @@ class Egress:
             with redirected_by(target.host):
                 following = await self._ready(self._target(location, call.url))
             if following.origin != target.origin:  # a key or cookie is for the first origin alone
-                headers = {
-                    name: value
-                    for name, value in headers.items()
-                    if name.lower() in KEPT_ACROSS_ORIGINS
-                }
+                kept = [name for name in headers if name.lower() in KEPT_ACROSS_ORIGINS]
+                headers = {name: headers[name] for name in kept}
             target = following
-        reason = f"more than {self.rules.redirects} redirects"
-        raise self._refused(target.host, reason, for_now=True)
+        raise self._refused(
+            target.host, f"more than {self.rules.redirects} redirects", for_now=True
+        )
 
     def _target(self, url: str, base: str = "") -> Target:
-        """The parsed URL, after all checks of its text. Raises EgressRefused."""
+        """The parsed URL, after all checks of its text. Raises EgressRefused, perhaps hostless."""
         try:
             target = parse_url(url, base, self.rules.max_url)
         except ValueError as error:
-            raise self._refused("", str(error)) from error
+            by, for_now = httpx.URL(base).host, not isinstance(error, OddAddress)
+            raise self._refused("", str(error), for_now=for_now, by=by) from error
         rules, host, address = self.rules, target.host, target.address
         if target.scheme == "http" and not rules.networks:
             if not rules.upgrade:
@@ -291,10 +289,11 @@ class Egress:
         *,
         for_now: bool = False,
         setting: str | None = None,
+        by: str = "",
     ) -> EgressRefused:
-        """`reason` is for the client that named the host. `logged` may say more."""
+        """`reason` is for the client that named the host. `logged` may say more. `by` redirects."""
         more = f", and {setting} does not list it" if setting is not None else ""
         if self._on_refused is not None:
-            self._on_refused(self.rules.purpose, host, (logged or reason) + more)
+            self._on_refused(self.rules.purpose, host or by, (logged or reason) + more)
         message = f"{host}: {reason}{more}" if host else reason + more
         return EgressRefused(message, host=host, for_now=for_now, setting=setting)

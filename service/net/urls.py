@@ -30,6 +30,10 @@ LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)
 
 
+class OddAddress(ValueError):
+    """The host is a literal address, written so that two parsers might read two addresses."""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """A parsed URL. `host` is ASCII, in lower case, without brackets and without a last dot.
@@ -111,7 +115,7 @@ def parse_host(text: str) -> tuple[str, Address | None]:
             return host, IPv4Address(host)
         except AddressValueError as error:
             message = f"the host {text} of the URL is an address in an odd notation"
-            raise ValueError(message) from error
+            raise OddAddress(message) from error
     if len(host) > 253 or not all(is_label(label) for label in labels):
         raise ValueError(f"the host {text} of the URL is not valid")
     return host, None

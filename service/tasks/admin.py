@@ -8,16 +8,15 @@ from sqlalchemy import and_, select
 from service.db.tables import images, tasks
 from service.db.transaction import Transaction
 from service.queue import leases
-from service.tasks.results import forget_failures
+from service.tasks.results import awaits_link, forget_failures
 from service.tasks.rows import TaskRow, image_rows, select_images
 from service.tasks.state import State
 from service.tasks.submissions import end_uncertain
 from service.tasks.transitions import ask, change, lock, submitted
 from service.upstreams.base import Report
 
-# A lost image is fetched again for at least so long. The first download leaves the query time to
-# bring a fresh link.
-REVIVED_MS, FRESH_LINK_MS = 30 * 60 * 1000, 2000
+# A lost image waits so long for a query that is answered, then its old link is tried.
+REVIVED_MS = 30 * 60 * 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +76,9 @@ def reconcile_tasks(tx: Transaction, items: Sequence[str]) -> list[str | None]:
     """Queries tasks and fetches their missing images now, also the lost ones. Returns None,
     `missing`, or `unsubmitted` for a task without an upstream id and without results.
 
-    A task that has ended keeps its state and its event. `task.late_result` tells how many images
-    are stored then.
+    A lost image waits for a fresh link. If the upstream gives no answer, it is asked again for
+    `REVIVED_MS`. A task that has ended keeps its state and its event. `task.late_result` tells how
+    many images are stored in the end, and why others are lost.
     """
     rows = lock(tx, items)
     results: list[str | None] = []
@@ -99,11 +99,13 @@ def _fetch_missing(tx: Transaction, row: TaskRow) -> None:
     if row.state is not State.CANCELLED and row.erased_at is None:
         missing |= and_(images.c.state == "lost", images.c.confirmed)
     statement = select_images(images.c.task_id == row.id, missing).order_by(images.c.id)
+    wait_ms = REVIVED_MS if row.upstream_id is not None else 0
     for image in image_rows(tx.connection, statement.with_for_update()):
         if image.state == "pending":
-            change(tx, image, **leases.requeue(tx, "download", image.id, image))
+            if not awaits_link(tx, image):
+                change(tx, image, **leases.requeue(tx, "download", image.id, image))
             continue
         forget_failures(tx, image)
         dies_at = max(image.link_dies_at, tx.now + REVIVED_MS)
-        due = leases.release("download", tx.now + FRESH_LINK_MS, attempts=0)
+        due = leases.release("download", tx.now + wait_ms, attempts=0)
         change(tx, image, link_dies_at=dies_at, at_risk_at=None, **due)

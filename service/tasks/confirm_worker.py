@@ -50,7 +50,7 @@ class QueryPlan:
         self, attempt: int, *, called_back: bool, retry_after: float | None = None, age_ms: int = 0
     ) -> int:
         """After a query that settled nothing. A callback that says that the task has ended makes
-        the wait short.
+        the wait short, and so does an operator who asks for the results of one that has.
         """
         wait = confirm_wait(attempt)
         if not called_back:
@@ -90,11 +90,13 @@ class ConfirmWorker:
         silence = answer if isinstance(answer, NoAnswer) else None
         wait_ms = self.plan.again(
             lease.attempts,
-            called_back=callback is not None,
+            called_back=callback is not None or row.settled_digest is not None,
             retry_after=silence.retry_after if silence else None,
         )
-        if silence and silence.raw:
-            log.warning("upstream.unreadable", kind="query", reason=silence.reason)
+        raw = b"" if isinstance(answer, NotFound) else answer.raw
+        if raw:
+            reason = silence.reason if silence else "its status is not a documented one"
+            log.warning("upstream.unreadable", kind="query", reason=reason)
         if callback is None:
             word, wait_s = _word(answer), wait_ms / 1000
             log.info("reconcile.queried", attempt=lease.attempts, answer=word, wait_s=wait_s)
@@ -109,7 +111,7 @@ class ConfirmWorker:
             expires_ms=None if silence else ttl_ms,
             latest_ms=ttl_ms,
             patience_ms=round(self.no_results_after_s * 1000),
-            raw=silence.raw if silence else b"",
+            raw=raw,
             source=answer.source if isinstance(answer, Found) else "query",
         )
         recorded = await store.write(record_settlements, settlement)

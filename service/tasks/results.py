@@ -82,9 +82,22 @@ def _renew(tx: Transaction, row: ImageRow, url: str, dies_at: int) -> None:
     if row.state == "pending":
         if row.source_url != url:
             values |= {"source_url": url, "link_dies_at": max(row.link_dies_at, dies_at)}
-        if row.due_at is None:
+        if row.due_at is None or awaits_link(tx, row):
             values |= leases.requeue(tx, "download", row.id, row)
     change(tx, row, **values)
+
+
+def awaits_link(tx: Transaction, row: ImageRow) -> bool:
+    """Whether a lost image is to be fetched again once a query has brought a fresh link."""
+    return row.attempts == 0 and row.due_at is not None and row.due_at > tx.now
+
+
+def links_awaited(tx: Transaction, task_id: str) -> list[ImageRow]:
+    """The images of the task that wait for a fresh link."""
+    tx.write()
+    pending = select_images(images.c.task_id == task_id, images.c.state == "pending")
+    rows = image_rows(tx.connection, pending.order_by(images.c.id).with_for_update())
+    return [row for row in rows if awaits_link(tx, row)]
 
 
 def _replace(tx: Transaction, row: ImageRow, url: str, dies_at: int) -> None:
@@ -139,22 +152,24 @@ def finish_if_done(tx: Transaction, task: TaskRow) -> None:
     if any(row.state == "pending" for row in rows):
         return
     lost = [row for row in rows if row.state == "lost"]
+    which = "; ".join(f"{row.position}: {row.error}" for row in lost)
+    message = f"results could not be saved: {which}"[:2000] if lost else None
     if task.terminal:
-        tell_late(tx, task, stored=len(rows) - len(lost), lost=len(lost))
-    elif lost:
-        which = "; ".join(f"{row.position}: {row.error}" for row in lost)
-        message = f"results could not be saved: {which}"[:2000]
+        tell_late(tx, task, len(rows) - len(lost), len(lost), message)
+    elif message is not None:
         end(tx, task, State.FAILED, task_error("results_lost", message))
     else:
         end(tx, task, State.COMPLETED, progress=100)
 
 
-def tell_late(tx: Transaction, task: TaskRow, stored: int = 0, lost: int = 0) -> None:
+def tell_late(
+    tx: Transaction, task: TaskRow, stored: int = 0, lost: int = 0, reason: str | None = None
+) -> None:
     """Tells operators the upstream's word on a task that the service had given up. The task's
     state and event stand.
     """
     outcome = {"status": task.upstream_status, "stored": stored, "lost": lost}
-    tx.step(task.id, "task.late_result", **outcome)
+    tx.step(task.id, "task.late_result", **outcome, reason=reason)
     data = {
         "task_id": task.id,
         "owner": task.owner,

@@ -7,7 +7,14 @@ from service.db.transaction import Lease, Transaction
 from service.queue import leases
 from service.queue.backoff import results_wait
 from service.tasks.ledger import entered
-from service.tasks.results import awaited, expect, finish_if_done, named_so_far, tell_late
+from service.tasks.results import (
+    awaited,
+    expect,
+    finish_if_done,
+    links_awaited,
+    named_so_far,
+    tell_late,
+)
 from service.tasks.rows import TaskRow
 from service.tasks.state import UNPROVED, State
 from service.tasks.transitions import (
@@ -116,9 +123,25 @@ def _unsettled(tx: Transaction, row: TaskRow, item: Settlement, why: str) -> int
     expired = item.expires_ms is not None and age >= item.expires_ms
     if expired and row.state is State.SUBMITTED:
         end(tx, row, State.EXPIRED, task_error("expired", why))
-    if row.terminal and (row.settled_digest is not None or expired):
-        return again_at if expired and _just_called_back(tx, row, item) else None
+    if row.terminal and row.settled_digest is not None:
+        return _await_links(tx, row, item)
+    if row.terminal and expired:
+        return again_at if _just_called_back(tx, row, item) else None
     return again_at
+
+
+def _await_links(tx: Transaction, row: TaskRow, item: Settlement) -> int | None:
+    """When to query again for the fresh links that an operator asked for. Once the upstream says
+    that there are none, the old links are tried.
+    """
+    waiting, report = links_awaited(tx, row.id), item.report
+    silent = item.expires_ms is None
+    if silent or (report is not None and (report.incomplete or not report.final)):
+        until = [image.due_at for image in waiting if image.due_at is not None]
+        return min(tx.now + item.wait_ms, *until) if until else None
+    for image in waiting:
+        change(tx, image, **leases.requeue(tx, "download", image.id, image))
+    return None
 
 
 def _just_called_back(tx: Transaction, row: TaskRow, item: Settlement) -> bool:
@@ -210,7 +233,7 @@ def _record_late(tx: Transaction, row: TaskRow, report: Report, item: Settlement
     if completed and (late or awaited(tx, row.id)):
         expect(tx, row, results, item.result_ttl_ms)
         finish_if_done(tx, row)
-    return None if report.final else _unsettled(tx, row, item, "")
+    return _await_links(tx, row, item) if report.final else _unsettled(tx, row, item, "")
 
 
 def _ended_empty(row: TaskRow) -> bool:

@@ -139,11 +139,12 @@ class Uncertain:
 @dataclass(frozen=True, slots=True)
 class Found:
     """The upstream's report on the task that was queried. `source` is `callback` if that was
-    believed without a query.
+    believed without a query. `raw`: the beginning of a response without a documented status.
     """
 
     report: Report
     source: str = "query"
+    raw: bytes = field(default=b"", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,18 +4,15 @@ Reading never raises. A response that these functions do not understand is uncer
 not final, never a guess.
 """
 
-import re
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
-from service.credits import millionths
 from service.errors import EgressError, type_of
-from service.ids import UPSTREAM_ID
 from service.net import Egress, Response
 from service.net.retry_after import retry_after
-from service.strict_json import JSON, storable
 from service.upstreams.base import (
     OUTCOME_NAMES,
     Accepted,
@@ -26,14 +23,14 @@ from service.upstreams.base import (
     QueryOutcome,
     Refused,
     Report,
-    Status,
     SubmitOutcome,
     Uncertain,
     UpstreamCall,
 )
 from service.upstreams.large_answers import LargeAnswers, judged
-from service.upstreams.lenient import USUAL_BYTES, number_of, section_of, task_of, text_of
-from service.upstreams.result_links import inline_content, result_links
+from service.upstreams.lenient import USUAL_BYTES, section_of, task_of, text_of
+from service.upstreams.reports import MESSAGE, code_of, parse_task, report_of
+from service.upstreams.result_links import inline_content
 from service.upstreams.verdicts import (
     finished_at_once,
     is_from_api,
@@ -44,11 +41,8 @@ from service.upstreams.verdicts import (
 )
 
 KEPT = 2048  # bytes of a response that cannot be read
-MESSAGE, WORD = 2000, 64  # characters kept of a message and of a short word
-# Seconds. A task is queried after twice its estimate, well within the day that EvoLink keeps it.
-LONGEST_ESTIMATE = 6 * 3600
 
-STATUSES = {status.value: status for status in Status} | {"canceled": Status.CANCELLED}
+ABOUT = ("id", "task_id", "status")  # an answer with none of them is about no task
 # Error codes that prove nothing, under any status.
 UNPROVED = frozenset({"paid_outcome_unknown", "idempotency_conflict"})
 # Older pages give the status as the code. These are the names of the newer pages.
@@ -58,77 +52,6 @@ CODES = {
     404: "not_found",
     413: "request_too_large",
 }
-
-
-# --- reading
-
-
-def _code(value: object) -> str | None:
-    """A code as text. Older pages give an integer."""
-    return str(value)[:200] if type(value) is int else text_of(value)
-
-
-def _percent(value: object) -> int | None:
-    number = number_of(value)
-    return None if number is None else int(min(max(number, 0), 100))
-
-
-def _estimate(value: object) -> int | None:
-    seconds = number_of(value)
-    return int(seconds) if seconds is not None and 0 <= seconds < LONGEST_ESTIMATE + 1 else None
-
-
-def _error(document: JSON) -> JSON | None:
-    """A failed task's error: `code`, `message`, `type`."""
-    error = document.get("error")
-    if isinstance(error, str):
-        error = {"message": error}
-    if not isinstance(error, dict) or not error:
-        return None
-    code = _code(error.get("code")) or "unknown_error"
-    return {
-        "code": code,
-        "message": text_of(error.get("message"), MESSAGE) or code,
-        "type": text_of(error.get("type")) or "task_error",
-    }
-
-
-def _report(document: JSON) -> Report | None:
-    """None: its id is malformed."""
-    id = document.get("task_id" if document.get("id") in (None, "") else "id")
-    id = id.strip() if isinstance(id, str) else id
-    word, error = document.get("status"), _error(document)
-    if id is not None and not (isinstance(id, str) and re.fullmatch(UPSTREAM_ID, id)):
-        return None
-    status = STATUSES.get(word.strip().lower()) if isinstance(word, str) else None
-    if status is Status.FAILED and error is not None and error["code"] == "request_cancelled":
-        status = Status.CANCELLED
-    info, usage = section_of(document, "task_info"), section_of(document, "usage")
-    return Report(
-        upstream_id=id,
-        status=status,
-        results=result_links(document),
-        error=error,
-        progress=_percent(document.get("progress")),
-        can_cancel=info["can_cancel"] if isinstance(info.get("can_cancel"), bool) else None,
-        estimated_time=_estimate(info.get("estimated_time")),
-        billing_rule=text_of(usage.get("billing_rule"), WORD),
-        user_group=text_of(usage.get("user_group"), WORD),
-        credits_reserved=millionths(usage.get("credits_reserved")),
-        credits_used=millionths(usage.get("credits_used")),
-        credits_refunded=millionths(section_of(document, "billing").get("refunded_credits")),
-    )
-
-
-def parse_task(body: bytes) -> Report | None:
-    """A task in a query's response or a callback, with a status. None: unreadable, as are several
-    objects, because the upstream can be asked again.
-    """
-    document = task_of(body, alone=True)
-    word = document.get("status") if document else None
-    if document is None or not isinstance(word, str) or storable(word) != word:
-        return None
-    return _report(document)
 
 
 # --- classifying
@@ -142,13 +65,13 @@ def classify_submit(
     """
     document = task_of(body)
     if 200 <= status < 300:
-        report = _report(document) if document is not None else None
+        report = report_of(document) if document is not None else None
         if report is not None and report.upstream_id:
             return Accepted(report)
         finished = finished_at_once(report) if report is not None else None
         return finished or Uncertain(f"{status} without an id", body[:KEPT])
     error = section_of(document, "error")
-    code, message = _code(error.get("code")), text_of(error.get("message"), MESSAGE)
+    code, message = code_of(error.get("code")), text_of(error.get("message"), MESSAGE)
     reason = f"{status} {code or message or 'without an error of its own'}"
     own = bool(code or message)  # a gateway's page may have replaced another response
     if status == 408 or code in UNPROVED or not (400 <= status < 500 or (status == 503 and own)):
@@ -174,18 +97,21 @@ def classify_submit(
 def classify_query(
     status: int, headers: Mapping[str, str], body: bytes, now: float, upstream_id: str
 ) -> QueryOutcome:
-    """The outcome of a query. A response about another task tells nothing."""
+    """The outcome of a query. A response about another task tells nothing. One about the task that
+    has no documented status is found, so that the task has an end, and kept for operators.
+    """
     if status == 404:
         return NotFound()
     if not 200 <= status < 300:
         wait = retry_after(headers.get("retry-after"), now)
         return NoAnswer(f"{status}", wait, throttled=status == 429)
-    report = parse_task(body)
+    document = task_of(body, alone=True, id=upstream_id) or {}
+    report = report_of(document) if not document.keys().isdisjoint(ABOUT) else None
     if report is None:
         return NoAnswer(f"{status} unreadable", raw=body[:KEPT])
     if report.upstream_id not in (None, upstream_id):
-        return NoAnswer(f"{status} for another task")
-    return Found(report)
+        return NoAnswer(f"{status} for another task", raw=body[:KEPT])
+    return Found(report, raw=body[:KEPT] if report.status is None else b"")
 
 
 # --- calling
@@ -196,7 +122,7 @@ KINDS = {"/v1/credits": "credits", "/v1/models": "models"}
 
 class EvoLink:
     """The `Upstream` that calls EvoLink through the guarded client. Timeouts are in seconds, `now`
-    gives Unix seconds. `max_bytes` limits a response.
+    gives Unix seconds. `max_bytes` limits a response. Large ones go to files in `folder`.
     """
 
     name = "evolink"
@@ -212,9 +138,10 @@ class EvoLink:
         on_call: Callable[[UpstreamCall], None] | None = None,
         *,
         max_bytes: int = USUAL_BYTES,
+        folder: Path | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._answers = LargeAnswers(egress, max_bytes)
+        self._answers = LargeAnswers(egress, max_bytes, folder)
         self._base_url = base_url.rstrip("/")
         self._headers = {"authorization": f"Bearer {api_key}", "accept": "application/json"}
         self._submit_timeout = submit_timeout

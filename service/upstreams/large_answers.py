@@ -1,11 +1,15 @@
 """Reads responses of an upstream, of which a few hold whole images."""
 
 import asyncio
+import mmap
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
-from typing import TypeVar
+from dataclasses import replace
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import TypeVar, cast
 
-from service.errors import EgressError
+from service.errors import ConnectionLost, EgressError
 from service.net import Egress, Response, Streamed
 from service.strict_json import LARGE
 from service.upstreams.lenient import USUAL_BYTES, readable
@@ -14,13 +18,15 @@ Outcome = TypeVar("Outcome")
 
 
 class LargeAnswers:
-    """Only one body over `USUAL_BYTES` is in memory at a time, of at most `most` bytes. A response
-    that is not 2xx is never that large.
+    """A body over `USUAL_BYTES`, of at most `most` bytes, goes to a file in `folder` while it
+    arrives, so a slow one holds nothing that another call needs. Only one file is parsed at a time,
+    and only one of its images is in memory. A response that is not 2xx is never that large.
     """
 
-    def __init__(self, egress: Egress, most: int) -> None:
+    def __init__(self, egress: Egress, most: int, folder: Path | None = None) -> None:
         self._egress = egress
         self._most = most
+        self._folder = folder
         self._place = asyncio.Lock()
 
     @asynccontextmanager
@@ -38,35 +44,26 @@ class LargeAnswers:
         A large body has the only place until the caller leaves the context.
         """
         answer: Response | EgressError
+        folder = None if self._folder is None else str(self._folder)
+        file = SpooledTemporaryFile(USUAL_BYTES, dir=folder)  # noqa: SIM115 - the stack closes it
         async with AsyncExitStack() as stack:
+            stack.callback(file.close)
             try:
                 sending = self._egress.stream(
                     method, url, headers=headers, content=content, timeout=timeout
                 )
                 async with sending as streamed:
                     most = self._most if large and 200 <= streamed.status < 300 else USUAL_BYTES
-                    sent = await self._read(streamed, most, stack)
+                    sent = await _read(streamed, most, file)
+                if file.tell() > USUAL_BYTES:
+                    await stack.enter_async_context(self._place)
+                    sent = replace(sent, body=_mapped(file, most))
                 answer = await self._readable(sent, most, stack)
             except EgressError as error:
                 answer = error
+            except OSError as error:
+                answer = ConnectionLost(f"the disk takes no large answer: {error.strerror}")
             yield answer
-
-    async def _read(self, streamed: Streamed, most: int, stack: AsyncExitStack) -> Response:
-        """The response with its body, or with the part that came before it broke off."""
-        body, failure = bytearray(), None
-        async with aclosing(streamed.chunks()) as chunks:
-            try:
-                async for chunk in chunks:
-                    if len(body) <= USUAL_BYTES < min(most, len(body) + len(chunk)):
-                        await stack.enter_async_context(self._place)
-                    body += chunk
-                    if len(body) > most:
-                        break
-            except EgressError as error:
-                failure = error
-        cut = len(body) > most
-        del body[most:]
-        return Response(streamed.status, streamed.headers, bytes(body), cut, 0.0, failure)
 
     async def _readable(
         self, sent: Response, most: int, stack: AsyncExitStack
@@ -78,6 +75,37 @@ class LargeAnswers:
             return answer
         await stack.enter_async_context(self._place)  # it was compressed
         return await asyncio.to_thread(readable, sent, most)
+
+
+async def _read(streamed: Streamed, most: int, file: SpooledTemporaryFile[bytes]) -> Response:
+    """The response. Its body, or the part that came before it broke off, is in the file."""
+    failure, size = None, 0
+    async with aclosing(streamed.chunks()) as chunks:
+        try:
+            async for chunk in chunks:
+                size += len(chunk)
+                if size > USUAL_BYTES:
+                    await asyncio.to_thread(file.write, chunk)
+                else:
+                    file.write(chunk)
+                if size > most:
+                    break
+        except EgressError as error:
+            failure = error
+    body = b""
+    if size <= USUAL_BYTES or most <= USUAL_BYTES:
+        file.seek(0)
+        body = file.read(most)
+    return Response(streamed.status, streamed.headers, body, size > most, 0.0, failure)
+
+
+def _mapped(file: SpooledTemporaryFile[bytes], most: int) -> bytes:
+    """What the file holds, without a copy in memory. It has the operations of bytes that readers of
+    large bodies use: slices and regular expressions.
+    """
+    size = min(file.tell(), most)
+    file.flush()
+    return cast(bytes, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ))
 
 
 async def judged(

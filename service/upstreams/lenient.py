@@ -4,7 +4,9 @@ else of the document.
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from service.content_coding import decoded
@@ -12,9 +14,11 @@ from service.errors import EgressError
 from service.links import MAX_LINK, is_data, stored_form, trimmed
 from service.net import Response
 from service.strict_json import JSON, storable
+from service.upstreams.base import Status
 from service.upstreams.needed_fields import needed_part
 
 USUAL_BYTES = 1 << 20  # of a document without images, as much as is parsed
+OTHER_BYTES = 8 << 20  # of a document beside its images
 INLINE = re.compile(rb'(?<=")(?:\s|\\[nrt])*data:[^"]{32,}', re.IGNORECASE)  # a text of JSON
 INLINE_URLS = 500  # more of them are no images
 BACKSLASH = b"\\"
@@ -26,6 +30,12 @@ UNTIDY = re.compile(
 SCALAR = re.compile(r"true|false|null|-?(?:0|[1-9]\d*+)(?:\.\d++)?(?:[eE][-+]?\d++)?", re.ASCII)
 # A backslash with what it escapes. A backslash alone escapes nothing.
 ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}|())')
+STATUSES = {status.value: status for status in Status} | {"canceled": Status.CANCELLED}
+WRAPPERS, ENVELOPES = ("data", "task", "result"), 3  # fields with a task, and levels around it
+TELLING = ("id", "task_id", "status", "error")  # a task has one of them
+USUAL = (*TELLING, "error", "progress", "results", "task_info", "usage")
+LINKS = ("url", "image_url")
+LINKED = (*LINKS, "urls", "image", "images", "results", "output")
 
 
 def document_of(body: bytes | bytearray, *, alone: bool = False) -> JSON | None:
@@ -40,7 +50,7 @@ def document_of(body: bytes | bytearray, *, alone: bool = False) -> JSON | None:
     still large, or deep, only the needed fields are.
     """
     if len(body) > USUAL_BYTES:
-        body = INLINE.sub(_shortened, body, INLINE_URLS)
+        body = _without_images(body)
     if len(body) > USUAL_BYTES:
         body = needed_part(body)
     if len(body) > USUAL_BYTES:
@@ -89,6 +99,18 @@ def inline_url(match: re.Match[bytes]) -> str:
     return link_of(text)
 
 
+def _without_images(body: bytes | bytearray) -> bytes:
+    """The body with the short forms of `data:` URLs. Empty: it has too much beside them."""
+    kept: list[bytes | bytearray] = []
+    start = size = 0
+    for match in islice(INLINE.finditer(body), INLINE_URLS):
+        if (size := size + match.start() - start) > OTHER_BYTES:
+            return b""
+        kept += (body[start : match.start()], _shortened(match))
+        start = match.end()
+    return b"".join([*kept, body[start:]]) if size + len(body) - start <= OTHER_BYTES else b""
+
+
 def _shortened(match: re.Match[bytes]) -> bytes:
     rest = match[0][len(match[0].rstrip(BACKSLASH)) :]
     return stored_form(inline_url(match)).encode() + rest
@@ -132,12 +154,45 @@ def readable(answer: Response, limit: int) -> Response | EgressError:
     return replace(answer, body=body)
 
 
-def task_of(body: bytes | bytearray, *, alone: bool = False) -> JSON | None:
-    """The task in a body, which some gateways wrap in `data`, or the error."""
+def task_of(body: bytes | bytearray, *, alone: bool = False, id: str | None = None) -> JSON | None:
+    """The task in a body, or the error. Some gateways wrap a task in an object that may have an id
+    and a status of its own. Of all objects this is the one that looks most like a task, or like the
+    task with this `id`, and the innermost of equals.
+    """
     document = document_of(body, alone=alone)
-    names, inner = ("id", "task_id", "status", "error"), section_of(document, "data")
-    wrapped = document is not None and any(map(inner.get, names))
-    return inner if wrapped and not any(map((document or {}).get, names)) else document
+    if document is None:
+        return None
+    wrapped = [each for each in _wrapped(document, ENVELOPES) if any(map(each.get, TELLING))]
+    return max((*wrapped[::-1], document), key=lambda each: _likeness(each, id))
+
+
+def _wrapped(document: JSON, depth: int) -> Iterator[JSON]:
+    """The objects in the fields of an envelope. One without a status may have it beside it."""
+    for name in WRAPPERS if depth else ():
+        inner = document.get(name)
+        if isinstance(inner, list) and len(inner) == 1:
+            inner = inner[0]
+        if isinstance(inner, dict):
+            named = inner.get("id") or inner.get("task_id")
+            if named and "status" not in inner and not any(map(inner.get, LINKED)):
+                inner = {**inner, "status": document.get("status")}
+            yield inner
+            yield from _wrapped(inner, depth - 1)
+
+
+def _likeness(document: JSON, id: str | None) -> int:
+    """How many fields of a task the object has. What has a link of its own is a result."""
+    named = document.get("id") or document.get("task_id")
+    ids = 0 if id is None or not named else 4 if named == id else -4
+    status = 2 if status_of(document) is not None else 0
+    fields = sum(map(bool, map(document.get, USUAL)))
+    return ids + status + fields - 2 * any(map(document.get, LINKS))
+
+
+def status_of(document: JSON) -> Status | None:
+    """None: it is not one of the documented ones."""
+    word = document.get("status")
+    return STATUSES.get(word.strip().lower()) if isinstance(word, str) else None
 
 
 def section_of(document: JSON | None, name: str) -> JSON:

@@ -18,6 +18,7 @@ REASONS: Mapping[type[object], str] = {
     NotConnected: "not connected",
     CallTimedOut: "timed out",
 }
+KEPT = 1024  # bytes of a body that are looked at
 BLANK = b"\xef\xbb\xbf \t\r\n"  # a byte order mark, too
 FIXED_PATHS = ("credits", "models")  # by kind of call
 
@@ -49,7 +50,7 @@ def is_from_api(kind: str, answer: Response | EgressError, *, proved: bool = Fal
     status = answer.status
     if status in (401, 429):
         return True
-    page = answer.body.lstrip(BLANK)[:1] not in (b"{", b"[")
+    page = answer.body[:KEPT].lstrip(BLANK)[:1] not in (b"{", b"[")
     if status in (404, 405, 410):
         missing = kind in FIXED_PATHS and not proved
         return False if missing or (kind == "submit" and page) else None

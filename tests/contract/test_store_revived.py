@@ -4,7 +4,7 @@ import pytest
 
 from service.db.tables import events
 from service.images.downloads import Retry
-from service.tasks.admin import FRESH_LINK_MS, REVIVED_MS, reconcile_tasks
+from service.tasks.admin import REVIVED_MS, reconcile_tasks
 from tests.contract.subject import DAY, LOST, MINUTE, SECOND, Subject, completed, stored
 from tests.contract.test_store_retention import erase
 
@@ -32,7 +32,7 @@ async def test_a_lost_image_is_stored_late(subject: Subject) -> None:
     before, types = await subject.task(task_id), await subject.types(task_id)
     assert await subject.write(reconcile_tasks, task_id) is None
     image, _ = await subject.images(task_id)
-    due_at = subject.clock.now + FRESH_LINK_MS
+    due_at = subject.clock.now + REVIVED_MS
     assert (image["state"], image["due_at"], image["error"]) == ("pending", due_at, None)
     assert await late_results(subject, task_id) == []
     assert await subject.download(image, stored(image)) == "stored"
@@ -64,8 +64,12 @@ async def test_an_image_that_the_upstream_has_no_more_is_lost_again(subject: Sub
     task_id = await lost_one(subject)
     subject.clock.shift(2 * DAY)
     await subject.write(reconcile_tasks, task_id)
+    await subject.settle(task_id, None)  # no answer
+    assert (await subject.task(task_id))["settle_due_at"] is not None
+    await subject.settle(task_id, None, expires_ms=DAY)  # it does not know the task
+    assert (await subject.task(task_id))["settle_due_at"] is None
     image, _ = await subject.images(task_id)
-    assert image["link_dies_at"] == subject.clock.now + REVIVED_MS
+    assert subject.clock.now < image["link_dies_at"] <= subject.clock.now + REVIVED_MS
     assert await subject.download(image, Retry("answered 500", SECOND)) == "pending"
     subject.clock.now = image["link_dies_at"]
     assert await subject.download(image, Retry("answered 500", SECOND)) == "lost"

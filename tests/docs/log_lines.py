@@ -79,8 +79,8 @@ LINES: Mapping[str, str] = MappingProxyType(
             " results. The worker asks again for `DARKROOM_NO_RESULTS_AFTER_S`."
         ),
         "upstream.unreadable": (
-            "`kind`, `reason`. A response could not be read. Its beginning is in the task's"
-            " timeline, where only administrators see it."
+            "`kind`, `reason`. A response could not be read, or has no documented status. Its"
+            " beginning is in the task's timeline, where only administrators see it."
         ),
         "image.stored": (
             "`image_id`, `index`, `media_type`, `bytes`, `width`, `height`, `sha256`, `duration_ms`"

@@ -11,14 +11,17 @@ from typing import Any
 from urllib.parse import quote_from_bytes
 
 import pytest
+from structlog.testing import capture_logs
 
+from service.backends import INLINE_IMAGES
 from service.queue.backoff import results_wait
 from service.settings import load_settings
 from service.tasks import settlements
+from service.upstreams.catalogue import load_catalogue
 from tests.callbacks import raw
 from tests.downloads import bytes_of, noise, quick
 from tests.partial import UNUSABLE, Said, said
-from tests.untidy import LENGTH, Shape, response
+from tests.untidy import LENGTH, PLAIN, Shape, response
 from tests.upstream import picture
 from tests.waiting import wait_until
 from tests.world import ADMIN_KEY, World, world
@@ -115,17 +118,25 @@ async def test_our_own_clients_get_no_such_leniency(part: bytes, here: World) ->
 
 
 @pytest.mark.parametrize(
-    "page", [b"<html>busy</html>", b"", b'{"id": "$ID"}', b"[1]", b'{"status":']
+    "page",
+    [
+        *(b"<html>busy</html>", b"", b'{"id": "$ID"}', b"[1]", b'{"status":', b'{"id": "other"}'),
+        *(b'{"id": "$ID", "status": "in_review"}', b'{"status": null}', b'{"status": 7}'),
+        *(b'{"status": "completed\\u0000"}', b'{"status": "a", "status": "b"}'),
+    ],
 )
 async def test_an_answer_that_cannot_be_read_is_kept_for_operators(
     page: bytes, here: World, server: Said
 ) -> None:
-    """The query is repeated until it can be read. The timeline has the answer once, with its bytes
-    for admins alone.
+    """Also one without a documented status. The query is repeated until it can be read. The log
+    tells of each. The timeline has the answer once, with its bytes for admins alone.
     """
-    task = await ended(here, server, page, page, COMPLETED)
+    with capture_logs() as lines:
+        task = await ended(here, server, page, page, COMPLETED)
     await stored(here, task)
     assert asked(server, task) == 3
+    told = [line for line in lines if line["event"] == "upstream.unreadable"]
+    assert [line["kind"] for line in told] == ["query"] * 2 * bool(page)
     kept = [step for step in await here.steps(task["id"]) if step["step"] == "upstream.unreadable"]
     text = page.replace(b"$ID", task["upstream_id"].encode()).decode()
     assert [(step["answer_to"], step["raw"]) for step in kept] == [("query", text)] * bool(page)
@@ -251,6 +262,27 @@ async def test_a_link_over_the_limit_is_asked_for_again(here: World, server: Sai
     assert "at most 16384" in lost["error"]["message"]
 
 
+UNREADABLE_LINKS = [
+    *("$LINK?a\u2028b", "$LINK?a\u0085", "$LINK?\u2029", "$LINK?\\u0001x", "$LINK?\x7f"),
+    *("http:\\\\\\\\127.0.0.1\\\\a.png", "http://127.0.0.1\\\\@evil.test/", "$LINK?" + "é" * 9000),
+    *("http://u:p@127.0.0.1/", "http://127.0.0.1:99999/a", "http://127.0.0.1:25/", "https://"),
+    *("http://a b/", "http://[::1/a", "http://a..b/", "http://ex%41mple.test/", "http:a.png"),
+]
+
+
+@pytest.mark.parametrize("link", UNREADABLE_LINKS)
+async def test_a_link_that_cannot_be_read_is_asked_for_again(
+    link: str, here: World, server: Said
+) -> None:
+    """The upstream may send another one, and operators are told."""
+    body = COMPLETED.replace(b"$LINK", link.encode())
+    task = await ended(here, server, body, body, COMPLETED, callback=body)
+    await stored(here, task)
+    assert asked(server, task) >= 3
+    (told,) = await here.events(task=task["id"], type="image.at_risk")
+    assert "URL" in told["data"]["reason"]
+
+
 # --- results in another shape, or later
 
 SHAPES = [
@@ -285,10 +317,56 @@ async def test_a_result_in_another_shape_is_one_picture(
 AROUND_THE_TASK = [
     b'{"code": 200, "message": "ok", "data": %b}',
     b'{"success": true, "data": %b, "error": null}',
+    b'{"status": "success", "data": %b}',
+    b'{"status": 200, "data": [%b]}',
+    b'{"id": "req-1", "data": %b}',
+    b'{"id": "req-1", "status": "ok", "error": {"code": 0, "message": "ok"}, "data": %b}',
+    b'{"id": "req-1", "status": "completed", "created": 1757165031, "data": %b}',
+    b'{"task_id": "req-1", "status": true, "data": {"status": "ok", "task": %b}}',
+    b'{"id": 7, "status": "pending", "result": %b}',
     b"\xef\xbb\xbf\xef\xbb\xbf%b",
     b"%b<!-- served by us -->",
     b"\r\n\t%b\0\0",
 ]
+
+
+RESULTS_WITH_IDS = [
+    b'"data": {"id": "i", "status": "ok", "url": "$LINK"}',
+    b'"data": {"id": "i", "status": "completed", "url": "$LINK"}',
+    b'"result": {"id": "i", "images": ["$LINK"]}',
+    b'"data": [{"id": "i", "url": "$LINK"}], "usage": {}',
+    b'"data": {"id": "i", "status": "failed"}, "results": ["$LINK"]',
+]
+
+
+@pytest.mark.parametrize("part", RESULTS_WITH_IDS)
+async def test_an_id_of_a_result_is_not_the_tasks(part: bytes, here: World, server: Said) -> None:
+    """Nor is its status."""
+    body = b'{"id": "$ID", "status": "completed", %b}' % part
+    task = await submitted(here, server, body, first=body)
+    assert task["upstream_id"] is not None
+    assert await called(here, server, task, body) in ("accepted", "duplicate")
+    await stored(here, await here.ended(task["id"]))
+
+
+@pytest.mark.parametrize(
+    ("first", "state"),
+    [
+        (b'{"status": "pending", "data": {"id": "$ID"}}', "submitted"),
+        (b'{"status": "success", "data": {"task_id": "$ID", "url": ""}}', "submitted"),
+        (b'{"id": "req-1", "data": {"id": "$ID", "status": "queued"}}', "submitted"),
+        (b'{"status": "success", "data": {}}', "uncertain"),
+        (b'{"status": "success", "data": {"status": "pending"}}', "uncertain"),
+    ],
+)
+async def test_the_id_in_an_envelope_is_the_tasks(
+    first: bytes, state: str, here: World, server: Said
+) -> None:
+    task = await submitted(here, server, COMPLETED, first=first)
+    known = next(id for id, name in server.names.items() if name == task["prompt"])
+    assert (task["state"], task["upstream_id"]) == (
+        (state, known) if state == "submitted" else (state, None)
+    )
 
 
 @pytest.mark.parametrize("around", AROUND_THE_TASK)
@@ -554,6 +632,39 @@ async def test_an_image_in_the_answer_may_be_as_large_as_any(here: World, server
     task = await ended(here, server, body, callback=b'{"status": "completed"}')
     assert task["error"]["code"] == "results_lost"
     assert f"over {MAX_BYTES} bytes" in task["error"]["message"]
+
+
+async def test_an_answer_may_hold_as_many_images_as_any_model_makes(
+    here: World, server: Said
+) -> None:
+    """Each of the largest size. The service stores them in their order."""
+    rules = [entry.fields.get("n") for entry in load_catalogue().models.values()]
+    assert INLINE_IMAGES >= max(rule.document().get("max") or 0 for rule in rules if rule) > 9
+    images = [noise(size=(800, 800)) + bytes([number]) for number in range(6)]
+    links = b", ".join(b'"%b"' % data(image) for image in images)
+    assert len(links) > 14_000_000
+    body = COMPLETED.replace(b'"$LINK"', links)
+    await stored(here, await ended(here, server, body, callback=b'{"status": "done"}'), *images)
+
+
+async def test_a_large_answer_that_stalls_holds_up_no_other(here: World, server: Said) -> None:
+    """It takes the place among large answers once it is whole. Meanwhile another submission is paid
+    for and answered.
+    """
+    large = COMPLETED.replace(b"$LINK", data(noise(size=(800, 800))))
+    stalled = await submitted(here, server, large)
+    server.shapes["query", server.names[stalled["upstream_id"]]] = Shape(
+        lambda body: PLAIN(body)[:-9]
+    )
+    await called(here, server, stalled)
+    await wait_until(lambda: asked(server, stalled) == 1)
+    padded = b'{"log": "' + b"x" * 1_500_000 + b'", ' + PENDING[1:]
+    for _ in range(3):
+        task = await submitted(here, server, large, first=padded)
+        assert task["state"] == "submitted", await here.steps(task["id"])
+        await called(here, server, task, b'{"status": "failed"}')
+        await stored(here, await here.ended(task["id"]), noise(size=(800, 800)))
+    assert (await here.task(stalled["id"]))["state"] == "submitted"
 
 
 DEEP = b'"debug": ' + b"[" * 5_000 + b"]" * 5_000

@@ -278,13 +278,18 @@ async def test_a_redirect_that_the_guard_refuses_is_retried(
     """
     away = sent_on(PASSING[kind])
     async with raw_host(*[away] * 7, ok(picture())) as port:
-        task = await made(here, upstream, f"http://127.0.0.1:{port}/a.png")
-        ended = await here.ended(task["id"])
+        with capture_logs() as lines:
+            task = await made(here, upstream, f"http://127.0.0.1:{port}/a.png")
+            ended = await here.ended(task["id"])
     assert ended["state"] == "completed"
     assert await bytes_of(here, ended["images"][0]) == picture()
     named = [step for step in await steps(here, task) if step[0] == "image.retry"]
     assert len(named) >= 1
-    assert all("127.0.0.1" in reason for _, reason in named if "answered" not in reason)
+    reasons = [reason for _, reason in named if "answered" not in reason]
+    assert all("127.0.0.1" in reason for reason in reasons)
+    refused = [line["host"] for line in lines if line["event"] == "egress.refused"]
+    assert len(refused) == len(reasons)
+    assert set(refused) <= {"127.0.0.1", "198.18.0.5", "10.0.0.5"}
     assert await causes(here) == []
 
 
@@ -302,6 +307,18 @@ async def test_a_refused_redirect_is_lost_with_its_link(tmp_path: Path) -> None:
     assert (task["state"], task["error"]["code"]) == ("failed", "results_lost")
     assert "127.0.0.1: more than 5 redirects" in task["error"]["message"]
     assert (told["host"], told["setting"]) == ("127.0.0.1", None)
+
+
+@pytest.mark.parametrize("url", ["https://u:p@127.0.0.1/a.png", "https://127.0.0.1/\u2028"])
+async def test_a_link_that_cannot_be_read_is_lost_with_its_time(url: str, tmp_path: Path) -> None:
+    """The upstream was asked for another one until then. The task says why."""
+    upstream = Upstream()
+    async with downloading(tmp_path, upstream, evolink_result_ttl_s=0.4) as here:
+        task = await here.ended((await made(here, upstream, url))["id"])
+        assert (task["state"], task["error"]["code"]) == ("failed", "results_lost")
+        assert "a URL has no" in task["error"]["message"]
+        assert upstream.asked[task["upstream_id"]] >= 3
+        assert await causes(here) == []
 
 
 async def test_a_refused_host_is_lost_with_its_link(tmp_path: Path) -> None:

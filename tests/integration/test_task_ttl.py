@@ -25,6 +25,12 @@ NEVER = [
     b'{"id": "$ID", "status": "pending", "progress": 99}',
     b'{"status": "in_queue"}',
     b'{"status": ""}',
+    b'{"id": "$ID"}',
+    b'{"id": "$ID", "status": null}',
+    b'{"status": 7}',
+    b'{"status": {"name": "processing"}}',
+    b'{"id": "$ID", "status": "in_review", "results": ["$LINK"]}',
+    b'{"id": "$ID", "status": "done", "status": "failed"}',
     b'{"id": "$ID", "status": "processing", "results": ["$LINK"]}',
 ]
 

@@ -13,7 +13,7 @@ from service.images.downloads import (
     Lost,
     Retry,
 )
-from service.tasks.admin import FRESH_LINK_MS, TaskResolution
+from service.tasks.admin import REVIVED_MS, TaskResolution
 from service.upkeep.expiry import TASKS, Erasure
 from tests.contract.subject import MINUTE
 from tests.property.life_inbox import ENDED
@@ -95,7 +95,7 @@ def check_reconciled(step: Step, task_id: str) -> None:
         awaited = [image for image in step.now.of(task_id) if image["state"] == "pending"]
         assert all(
             image["due_at"] is not None
-            and image["due_at"] <= step.time + FRESH_LINK_MS * (image["attempts"] == 0)
+            and image["due_at"] <= step.time + REVIVED_MS * (image["attempts"] == 0)
             for image in awaited
         ), "a pending image is not due now"
         row = step.now.tasks[task_id]
