@@ -3,6 +3,7 @@ wrong list, and a misspelt field a wrong picture.
 """
 
 import asyncio
+import json
 import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -12,8 +13,9 @@ import pytest
 from service.web.routes.operation import Spec
 from service.web.routes.table import PAGE, SPECS
 from tests.api import ASYNC, SUBMIT, TIME, UNTIL_DONE, got, listed, order, refused, submitted
+from tests.callbacks import connected
 from tests.inputs import photo, upload
-from tests.world import World
+from tests.world import ADMIN_KEY, World
 
 JSON = dict[str, Any]
 LISTS = ("/v1/tasks", "/v1/endpoints", "/v1/deliveries", "/v1/keys", "/v1/files")
@@ -55,6 +57,75 @@ async def test_a_parameter_that_resembles_a_known_one_is_unknown(
 ) -> None:
     """Names are compared as they are. A long name is cut in the answer."""
     refused(await still.client.get(f"/v1/tasks?{query}"), 400, "invalid_request", param=param)
+
+
+async def sent(here: World, head: bytes, body: bytes = b"") -> tuple[int, JSON]:
+    """Status and document of the answer to these very bytes."""
+    async with connected(here.url) as (reader, writer):
+        key = b"host: x\r\nconnection: close\r\nauthorization: Bearer %b" % ADMIN_KEY.encode()
+        length = b"content-length: %d" % len(body)
+        writer.write(b"\r\n".join([head, key, length, b"", body]))
+        answer = await reader.read()
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    document: JSON = json.loads(rest)
+    return int(head.split()[1]), document
+
+
+@pytest.mark.parametrize(
+    ("target", "param"),
+    [
+        (b"/v1/tasks?created_after=2026-01-01T00:00:00Z", "created_after"),
+        (b"/v1/tasks?since=2026-01-01T00:00:00Z&ower=x", "ower"),
+        (b"/v1/tasks?%6Cimit=1&%6Fwer=x", "ower"),
+        (b"/v1/tasks?limit=1;page=2", "limit"),
+        (b"/v1/tasks?limit=1&&&x", "x"),
+        (b"/v1/tasks?limit=1&%FF=2", "\ufffd"),
+        (b"/v1/tasks?limit=1?page=2", "limit"),
+        (b"http://x/v1/tasks?page=2", "page"),
+        (b"/v1/tasks?+limit=1", " limit"),
+    ],
+)
+async def test_raw_queries_are_checked_too(still: World, target: bytes, param: str) -> None:
+    """No client library has changed them before."""
+    status, document = await sent(still, b"GET %b HTTP/1.1" % target)
+    assert (status, document["error"]["param"]) == (400, param), document
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"/v1/tasks?since=2026-01-01T00:00:00Z&owner=nobody",
+        b"/v1/tasks?%73ince=2026-01-01T00%3A00%3A00%2B00%3A00&limit=1",
+        b"/v1/tasks?",
+        b"/v1/tasks?&",
+        b"http://x/v1/tasks?until=2020-01-01T00:00:00Z",
+    ],
+)
+async def test_raw_queries_with_known_names_are_answered(still: World, target: bytes) -> None:
+    status, document = await sent(still, b"GET %b HTTP/1.1" % target)
+    assert (status, isinstance(document.get("data"), list)) == (200, True), document
+
+
+@pytest.mark.parametrize(
+    ("fields", "warned"),
+    [
+        (b'"promt": "x"', "promt"),
+        (b'"\\u0070romt": 1', "promt"),
+        (b'"Size": "1x1"', "Size"),
+        (b'"negativ_prompt": null', "negativ_prompt"),
+        (b'"image_url": ["https://x.test/a.png"]', "image_url"),
+    ],
+)
+async def test_raw_bodies_with_typos_are_warned_of(
+    still: World, fields: bytes, warned: str
+) -> None:
+    """Also behind a byte order mark. The fields are passed on."""
+    body = b'\xef\xbb\xbf{"model": "wan2.5-text-to-image", "prompt": "a", %b}' % fields
+    head = b"POST /v1/images/generations HTTP/1.1\r\nprefer: respond-async"
+    status, task = await sent(still, head, body)
+    assert status == 200, task
+    assert any(warned in warning for warning in task["warnings"]), task["warnings"]
+    assert warned in task["request"]
 
 
 async def test_what_a_request_without_its_right_asks_for_is_not_looked_at(still: World) -> None:

@@ -644,7 +644,7 @@ async def test_an_answer_may_hold_as_many_images_as_any_model_makes(
     links = b", ".join(b'"%b"' % data(image) for image in images)
     assert len(links) > 14_000_000
     body = COMPLETED.replace(b'"$LINK"', links)
-    await stored(here, await ended(here, server, body, callback=b'{"status": "done"}'), *images)
+    await stored(here, await ended(here, server, body, callback=b'{"status": "failed"}'), *images)
 
 
 async def test_a_large_answer_that_stalls_holds_up_no_other(here: World, server: Said) -> None:

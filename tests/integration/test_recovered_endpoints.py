@@ -1,5 +1,7 @@
 """A receiver is back after an outage: what waits for it is sent at once, and nothing twice."""
 
+import json
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import datetime, timedelta
@@ -13,7 +15,9 @@ from service.events import endpoints as endpoint_store
 from service.events import replays as pipeline
 from service.queue import worker
 from tests.api import got
+from tests.callbacks import raw
 from tests.outbox import emitted
+from tests.untidy import LENGTH, Shape, response, scripted
 from tests.waiting import wait_until
 from tests.world import Received, Subscriber, World, subscriber, world
 
@@ -187,6 +191,52 @@ async def test_a_server_that_fails_again_gets_the_rest_by_the_schedule(shop: Sho
 
 def times(found: list[JSON]) -> dict[str, datetime]:
     return {each["id"]: datetime.fromisoformat(each["next_attempt_at"]) for each in found}
+
+
+WIRE: dict[str, Shape] = {
+    "500": Shape(response(LENGTH, status="500 Oops"), tidy=True),
+    "a page": Shape(lambda _: b"HTTP/1.0 502 Bad\r\n\r\n<html>", ends=True),
+    "a redirect": Shape(response(LENGTH, "Location: /", status="301 Moved"), tidy=True),
+    "no answer": Shape(lambda _: b"", ends=True),
+    "no HTTP": Shape(lambda _: b"SSH-2.0-OpenSSH_9.6\r\n", ends=True),
+    "half a status line": Shape(lambda _: b"HTTP/1.1 2", ends=True),
+}
+BACK = Shape(lambda _: response("Content-Length: 9", status="204 No")(b"later"), ends=True)
+
+
+@pytest.mark.parametrize("kind", WIRE)
+async def test_what_waits_for_a_raw_socket_is_sent_at_once(here: World, kind: str) -> None:
+    """Ten events wait for hours. The receiver is back with an untidy 204: each comes once more. An
+    empty replay then finds nothing undelivered.
+    """
+    name = re.sub("[^a-z0-9]", "-", f"raw-{kind.lower()}")
+    place = ("receiver", name)
+    async with scripted(b"") as server, here.owner(name=name) as client:
+        server.shapes[place] = WIRE[kind]
+        body = {"url": f"{server.url}/hooks/{name}"}
+        endpoint = got(await client.post("/v1/endpoints", json=body), 201)["id"]
+        store = here.context.resources.store
+
+        async def states() -> Counter[str]:
+            found = got(await client.get("/v1/deliveries", params={"limit": "1000"}))["data"]
+            return Counter(each["state"] for each in found if each["attempts"])
+
+        async def failed() -> bool:
+            return (await states())["pending"] == 10
+
+        async def delivered() -> bool:
+            return (await states())["delivered"] == 11
+
+        await emitted(store, 10, owner=name)
+        await wait_until(failed)
+        server.shapes[place] = BACK
+        await emitted(store, 1, owner=name)
+        await wait_until(delivered)
+        assert server.asked.count(place) == 21
+        headers = f"authorization: {client.headers['authorization']}\r\ncontent-length: 2\r\n"
+        url = f"{here.url}/v1/endpoints/{endpoint}/replay"
+        status, _, answer = await raw(url, b"{}", headers=headers)
+        assert (status, json.loads(answer)["count"]) == (200, 0)
 
 
 # --- replays of what was not delivered ---
