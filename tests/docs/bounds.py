@@ -8,6 +8,7 @@ from service.db.paging import PAGE_BYTES
 from service.events import delivery_worker, tail
 from service.net import transport
 from service.queue import limiter
+from service.upstreams.lenient import USUAL_BYTES
 from service.web import auth, bodies, key_shares, overload, server, server_protocol, unsent
 from service.web.page_answer import PIECE
 from service.web.routes import callback_route, task_routes, upstream_file_routes
@@ -84,6 +85,8 @@ def at_work() -> dict[str, str]:
         f" {REPLAYS} replays",
         "calls that wait for a place at the upstream": "places of the workers + running clients'"
         " requests, 10 s each",
+        "an answer of the upstream": f"{size(USUAL_BYTES)}. A larger one is on disk. One at a time"
+        " is parsed, with one of its images in memory",
         "outgoing connections": f"64. {HOOKS} each for endpoints and tasks' own addresses,"
         " `DOWNLOAD_CONCURRENCY` for results.",
         "name look-ups": f"{transport.LOOKUPS} threads for each purpose, and at most {owners} for"
