@@ -2,11 +2,10 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import structlog
 from starlette.applications import Starlette
@@ -21,29 +20,27 @@ from service.events.replays import ReplayWorker, dead_letter_replay
 from service.events.tail import Tail
 from service.events.webhooks import WebhookSender
 from service.images.download_worker import DownloadWorker
-from service.images.downloads import dead_letter_image, retry_refused
+from service.images.downloads import dead_letter_image
 from service.images.input_files import InputFiles
 from service.images.input_links import InputResolver
-from service.images.sweep import sweep
 from service.images.validator import ImageValidator, open_validator
+from service.jobs import process_jobs
 from service.ops import garbage
 from service.ops.metrics import Metrics
-from service.queue.periodic import hourly
 from service.queue.stage import Stage
 from service.queue.stopping import Stopping
 from service.queue.worker import WorkerPool
 from service.resources import Resources
 from service.settings import Settings, masked
+from service.strict_json import JSON
 from service.tasks.accept import TaskIntake
 from service.tasks.account_breaker import AccountBreaker
 from service.tasks.confirm_worker import ConfirmWorker, QueryPlan
 from service.tasks.ledger import log_committed
+from service.tasks.pause import PauseWatch, watched_pause
 from service.tasks.submit_worker import SubmitWorker
 from service.tasks.transitions import dead_letter_task
-from service.tasks.upstream_check import UpstreamCheck
-from service.upkeep.heartbeats import WorkerWatch, beat, forget_processes
-from service.upkeep.rekey import rekey
-from service.upkeep.retention import Retention
+from service.upkeep.heartbeats import WorkerWatch
 from service.upstreams.catalogue import DEFAULT_UPSTREAM, Catalogue, load_catalogue
 from service.web.activation import notify
 from service.web.auth import Access
@@ -60,7 +57,6 @@ from service.web.site import site_routes
 log = structlog.get_logger()
 
 REPLAYS = 4  # concurrent pages
-Job = Coroutine[Any, Any, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +72,11 @@ class Role:
 
 
 def stages(
-    settings: Settings, resources: Resources, breaker: AccountBreaker, validator: ImageValidator
+    settings: Settings,
+    resources: Resources,
+    breaker: AccountBreaker,
+    validator: ImageValidator,
+    pause: PauseWatch | None = None,
 ) -> list[Stage]:
     """The workers' stages, in the order of the data."""
     called, ttl_s = settings.callback_url is not None, settings.evolink_task_ttl_s
@@ -91,6 +91,7 @@ def stages(
         settings.uncertain,
         settings.uncertain_after_s,
         settings.evolink_result_ttl_s,
+        pause,
     )
     settler = ConfirmWorker(
         resources,
@@ -122,36 +123,9 @@ def stages(
     ]
 
 
-def hourly_jobs(settings: Settings, resources: Resources) -> dict[str, Job]:
-    retention = Retention(
-        resources, settings.retention_days, settings.image_retention_days, resources.store.clock
-    )
-    jobs: dict[str, Callable[[], Awaitable[object]]] = {
-        "sweep": partial(sweep, resources),
-        "retention": retention.apply,
-        "rekey": partial(rekey, resources),
-        "refused": partial(resources.store.write, retry_refused, None),
-        "processes": partial(resources.store.write, forget_processes, None),
-    }
-    at_once = ("rekey", "refused")  # the settings may have changed
-    return {
-        name: hourly(name, job, resources.random, resources.metrics, at_once=name in at_once)
-        for name, job in jobs.items()
-    }
-
-
-def process_jobs(
-    settings: Settings,
-    role: Role,
-    resources: Resources,
-    pool: WorkerPool,
-    broker_workers: Mapping[str, BrokerWorker],
-) -> dict[str, Job]:
-    jobs = hourly_jobs(settings, resources) if role.workers else {}
-    jobs |= {f"publish {name}": each.run() for name, each in broker_workers.items()}
-    if not settings.sqlite_path:  # on SQLite there is no other process
-        jobs["beat"] = beat(resources.store, role.name, lambda: role.workers and pool.alive)
-    return jobs
+def worker_pool(resources: Resources, work: list[Stage], gate: PriorityGate) -> WorkerPool:
+    after_commit = partial(log_committed, metrics=resources.metrics)
+    return WorkerPool(resources.store, work, resources.metrics, after_commit, gate.wait)
 
 
 @asynccontextmanager
@@ -169,24 +143,20 @@ async def running(
         settings.decode_concurrency, settings.max_image_bytes, settings.max_image_pixels
     )
     async with open_resources(settings, metrics) as resources, opened_validator as validator:
-        brokers = open_sinks(settings) if role.workers else []
-        broker_workers = {broker.name: BrokerWorker(resources, broker) for broker in brokers}
+        sinks = open_sinks(settings) if role.workers else []
+        publishers = {sink.name: BrokerWorker(resources, sink) for sink in sinks}
         upstream, gate = resources.upstreams[DEFAULT_UPSTREAM], PriorityGate()
         resources.store.give_way = gate.give_way
         breaker = AccountBreaker(resources, upstream, settings.submit_schedule)
-        work = stages(settings, resources, breaker, validator) if role.workers else []
-        after_commit = partial(log_committed, metrics=metrics)
-        pool = WorkerPool(resources.store, work, metrics, after_commit, gate.wait)
+        pause = await watched_pause(resources.store, metrics)
+        work = stages(settings, resources, breaker, validator, pause) if role.workers else []
+        pool = worker_pool(resources, work, gate)
         stopping = Stopping(resources.store, pool, settings.stop_s)
+        why_held = breaker, pause
         context = make_context(
-            settings, role, resources, catalogue, validator, breaker, gate, broker_workers, stopping
+            settings, role, resources, catalogue, validator, why_held, gate, publishers, stopping
         )
-        jobs = {"workers": pool.run(), "account": breaker.run(), "tail": context.tail.run()}
-        if settings.evolink_api_key:
-            upstream.on_refused = breaker.refused
-            check = UpstreamCheck(resources, upstream, breaker)
-            jobs |= {"upstream": check.run(), "announce": check.announce()}
-        jobs |= process_jobs(settings, role, resources, pool, broker_workers)
+        jobs = process_jobs(settings, context, pool, publishers, role.name)
         metrics.processes.labels(role.name).set(1)
         tasks = [asyncio.create_task(job, name=name) for name, job in jobs.items()]
         log.info(
@@ -213,7 +183,7 @@ def make_context(
     resources: Resources,
     catalogue: Catalogue,
     validator: ImageValidator,
-    breaker: AccountBreaker,
+    why_held: tuple[AccountBreaker, PauseWatch],
     gate: PriorityGate,
     broker_workers: Mapping[str, BrokerWorker],
     stopping: Stopping,
@@ -239,7 +209,8 @@ def make_context(
         files=files,
         tail=Tail(resources.store, resources.links),
         gate=gate,
-        breaker=breaker,
+        breaker=why_held[0],
+        pause=why_held[1],
         access=Access(resources.store, admin_key, sessions if settings.console == "on" else None),
         limits=KeyLimits(settings.key_requests),
         shedder=LoadShedder(gate, resources.metrics, settings.key_waits),
@@ -250,9 +221,22 @@ def make_context(
         sinks_failing=lambda: any(each.failing for each in broker_workers.values()),
         quiesce=stopping.quiesce,
         drained=stopping.drained,
+        doctor=lambda: examined(settings, resources, pool, None if role.workers else watch),
         workers_alive=(lambda: pool.alive) if role.workers else None,
         worker_watch=None if role.workers else watch,
     )
+
+
+async def examined(
+    settings: Settings, resources: Resources, pool: WorkerPool, watch: WorkerWatch | None
+) -> JSON:
+    """The findings of the doctor about this process."""
+    from service.doctor.examination import examine, report
+    from service.doctor.patient import living
+
+    working = pool.alive if watch is None else not await watch.missing()
+    async with living(settings, resources, working, calls=watch is None) as patient:
+        return report(await examine(patient))
 
 
 def create_app(context: Context, role: Role, *, metrics_open: bool = False) -> Starlette:

@@ -128,12 +128,16 @@ def make_secret_file(path: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-async def open_blobs(settings: Settings, environ: Mapping[str, str]) -> Blobs:
-    """The image store. Only the address of S3 comes from `environ`.
+async def open_blobs(
+    settings: Settings, environ: Mapping[str, str], spare: int | None = None
+) -> Blobs:
+    """The image store. Only the address of S3 comes from `environ`. Temporary files younger than
+    `spare` seconds may belong to another process.
 
     ConfigurationError: it cannot be used.
     """
-    spare = 0 if settings.sqlite_path else OTHERS_S
+    if spare is None:
+        spare = 0 if settings.sqlite_path else OTHERS_S
     try:
         if settings.blob_url.startswith("file:"):
             return await LocalBlobs.open(settings.image_dir, spare)

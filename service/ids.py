@@ -15,6 +15,7 @@ PREFIXES = {
     "attempt": "att_",
     "key": "key_",
     "entry": "led_",
+    "act": "act_",
     "request": "req_",
     "file": "file_",
 }

@@ -137,6 +137,8 @@ class Settings(BaseModel):
     """How long the service keeps events, callbacks, deliveries and prompts."""
     image_retention_days: types.Days | None = None
     """How long the service keeps images. Links then answer 410. Unset keeps them forever."""
+    audit_retention_days: types.Days = 365
+    """How long the service keeps the [audit](operations.md#audit) of operators' acts."""
     file_retention_days: types.Days = 7
     """How long the service keeps input images."""
     min_free_bytes: int = Field(1_073_741_824, ge=0)

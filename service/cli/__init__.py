@@ -15,6 +15,7 @@ from service.cli import (
     backup,
     catalogue_commands,
     completion,
+    doctor_command,
     file_commands,
     money_commands,
     restore,
@@ -26,7 +27,7 @@ from service.cli.api_client import CommandFailed, Interrupted
 from service.cli.completion import COMPLETING
 from service.cli.output import plain
 from service.cli.place import CHOSEN, Choice, Local, Url, choose, selectable
-from service.cli.task_acts import ACTS
+from service.cli.task_acts import ACTS, BULK
 from service.cli.verbs import GROUPS, TASKS
 from service.errors import DarkroomError
 from service.strict_json import JSON, compact_json
@@ -51,12 +52,14 @@ program.command()(selectable(money_commands.usage))
 program.command()(backup.backup)
 program.command()(restore.restore)
 program.command()(serve.migrate)
+program.command()(doctor_command.doctor)
 program.command()(completion.completion)
 program.command()(serve.openapi)
 program.command()(serve.asyncapi)
 for word, verb in ACTS.items():
     program.command(word)(selectable(verb.command()))
-for name, (help, verbs) in GROUPS.items():
+BULK_GROUP = ("Acts on many rows by a filter: counts first, and acts with --yes.", BULK)
+for name, (help, verbs) in {**GROUPS, "bulk": BULK_GROUP}.items():
     group = typer.Typer(help=help, no_args_is_help=True, rich_markup_mode=None)
     for word, verb in verbs.items():
         group.command(word)(selectable(verb.command()))

@@ -15,6 +15,7 @@ from service.strict_json import JSON
 if TYPE_CHECKING:
     from service.db.batching import BatchingStore
     from service.db.file_lock import FileLock
+    from service.events.secrets import Write
     from service.settings import Settings
     from service.signing import Keyring
 
@@ -103,6 +104,23 @@ def in_store(settings: "Settings", action: Action, asked: JSON) -> tuple[JSON, s
     return document, f"{path}, which no process serves" if path else "the store on PostgreSQL"
 
 
+def acting(store: "BatchingStore") -> Callable[[str, str, JSON | None], "Write"]:
+    """Writes each act with an entry of the audit, without a key."""
+    from service.db.clock import wall_clock
+    from service.resources import new_id
+    from service.tasks.audit import ActEntry, acted
+
+    def write(action: str, target: str, detail: JSON | None) -> "Write":
+        async def act(operation: Any, item: Any) -> Any:
+            id = new_id("act", wall_clock())
+            entry = ActEntry(id, "admin", None, action, target, detail=detail)
+            return await acted(store, entry, operation, item)
+
+        return act
+
+    return write
+
+
 async def create(store: "BatchingStore", keyring: "Keyring", asked: JSON) -> JSON:
     from service.db.clock import wall_clock
     from service.web.bodies import validated
@@ -110,7 +128,7 @@ async def create(store: "BatchingStore", keyring: "Keyring", asked: JSON) -> JSO
     from service.web.routes.key_routes import create_key
 
     body = validated(NewKey, asked)
-    return await create_key(store, keyring, wall_clock(), body)
+    return await create_key(store, keyring, wall_clock(), body, acting(store))
 
 
 async def listed(store: "BatchingStore", _: "Keyring", __: JSON) -> JSON:
@@ -123,7 +141,7 @@ async def listed(store: "BatchingStore", _: "Keyring", __: JSON) -> JSON:
 async def revoke(store: "BatchingStore", _: "Keyring", asked: JSON) -> JSON:
     from service.tasks.owner_keys import revoke_keys
 
-    if not await store.write(revoke_keys, asked["id"]):
+    if not await acting(store)("key.revoke", asked["id"], None)(revoke_keys, asked["id"]):
         raise CommandFailed("key_not_found: no key has that id")
     return {}
 
@@ -136,4 +154,5 @@ async def rotate_secret(store: "BatchingStore", keyring: "Keyring", asked: JSON)
 
     body = validated(SecretRotation, asked)
     owner = body.owner or "admin"
-    return await rotate_callback_secret(store, keyring, wall_clock(), owner, body.overlap_s)
+    now = wall_clock()
+    return await rotate_callback_secret(store, keyring, now, owner, body.overlap_s, acting(store))

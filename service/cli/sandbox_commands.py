@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from service.cli.api_client import pairs
+from service.cli.direct_keys import acting
 from service.cli.output import Json, Text, Texts, option, put_result, terminal
 from service.credits import millionths
 
@@ -217,7 +218,7 @@ def serve_on_sandbox(given: dict[str, Any], as_json: bool) -> None:
         resources = context.resources
         store, keyring, now = resources.store, resources.keyring, resources.clock()
         key = NewKey.model_validate({"owner": "dev", "scopes": list(SCOPES)})
-        created = await create_key(store, keyring, now, key)
+        created = await create_key(store, keyring, now, key, acting(store))
         announce(settings, address, created["key"], as_json)
 
     async def work(stop: "asyncio.Event") -> None:

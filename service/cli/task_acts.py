@@ -6,7 +6,7 @@ import typer
 
 from service.cli.output import Text, option
 from service.cli.verb import Verb, named
-from service.cli.verbs import Id, text
+from service.cli.verbs import PAGE, Id, Limit, Time, text
 from service.strict_json import JSON
 
 
@@ -14,6 +14,18 @@ def with_decision(given: JSON) -> JSON:
     if (given["upstream_id"] is None) == (given["decision"] is None):
         raise typer.BadParameter("name either --upstream-id or --as")
     return named({"upstream_id": given["upstream_id"], "as": given["decision"]})
+
+
+CHOICE = ("owner", "state", "model", "error", "since", "until", "endpoint", "status")
+Yes = Annotated[bool, option("Act. Without it, the command only counts.", "--yes")]
+
+
+def by_filter(given: JSON) -> JSON:
+    """The body of an act in bulk."""
+    choice = {name: given.pop(name) for name in CHOICE if name in given}
+    yes = given.pop("yes")
+    given["as"] = given.pop("decision", None)
+    return {**named(given), "filter": named(choice), "dry_run": not yes}
 
 
 ACTS = {
@@ -41,5 +53,78 @@ ACTS = {
         },
         fields=with_decision,
     ),
+    "pause": Verb(
+        "Stop submitting to the upstreams. Callbacks, downloads and deliveries go on.",
+        "POST /v1/submission",
+        {"reason": Annotated[str, typer.Argument(help="Held tasks show it.", metavar="REASON")]},
+        fields=lambda given: {"paused": True, **given},
+    ),
+    "resume": Verb(
+        "Submit to the upstreams again.",
+        "POST /v1/submission",
+        {"reason": text("Why, for the audit.")},
+        fields=lambda given: {"paused": False, **given},
+    ),
+    "audit": Verb(
+        "List the acts of operators and owners, oldest first.",
+        "GET /v1/audit",
+        {
+            "owner": PAGE["owner"],
+            "action": text("Of this kind, such as task.resolve.", "NAME"),
+            "target": text("On this id.", "ID"),
+            "after": text("After the entry with this id.", "ID"),
+            "limit": Limit,
+        },
+        ("time", "key_id", "action", "target", "outcome", "reason"),
+    ),
     "credits": Verb("Show the credits of the upstream's account.", "GET /v1/credits"),
+}
+
+REASON = text("Why, for the audit.")
+TASK_CHOICE = {
+    "owner": text("Of this owner.", "NAME"),
+    "state": text("In this state."),
+    "model": text("Of this model.", "NAME"),
+    "error": text("With this code of the error.", "CODE"),
+    "since": Time,
+    "until": Time,
+    "reason": REASON,
+    "yes": Yes,
+}
+BULK = {
+    "reconcile": Verb(
+        "Query the upstream about many tasks and fetch their missing images now.",
+        "POST /v1/bulk/reconcile",
+        TASK_CHOICE,
+        fields=by_filter,
+    ),
+    "requeue": Verb(
+        "Put dead-lettered queries and downloads of many tasks back into their queues.",
+        "POST /v1/bulk/requeue",
+        TASK_CHOICE,
+        fields=by_filter,
+    ),
+    "resolve": Verb(
+        "Settle many uncertain submissions by hand.",
+        "POST /v1/bulk/resolve",
+        {
+            "decision": Annotated[str, option("failed, or resubmit.", "--as", metavar="DECISION")],
+            **TASK_CHOICE,
+        },
+        fields=by_filter,
+    ),
+    "deliveries": Verb(
+        "Send many deliveries again, by default those that failed.",
+        "POST /v1/replays",
+        {
+            "endpoint": text("To this endpoint.", "ID"),
+            "state": text("pending, delivered or dead."),
+            "error": text("With this cause.", "CAUSE"),
+            "status": Annotated[int | None, option("With this HTTP status.", metavar="STATUS")],
+            "since": Time,
+            "until": Time,
+            "yes": Yes,
+        },
+        fields=by_filter,
+    ),
 }

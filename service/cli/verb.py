@@ -13,7 +13,7 @@ from service.cli.output import Json, put_fields, put_table, remark, show
 from service.cli.place import say_place
 from service.strict_json import JSON
 
-DEFAULTS = {"limit": 100, "only": "undelivered", "dry_run": False}
+DEFAULTS = {"limit": 100, "only": "undelivered", "dry_run": False, "yes": False}
 
 
 def named(given: JSON) -> JSON:

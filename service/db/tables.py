@@ -170,8 +170,8 @@ images = Table(
     UniqueConstraint("task_id", "position"),
 )
 
-# Rows: events and ledger (the last sequence), forgotten, ready, and clock, which older versions
-# write.
+# Rows: events, ledger and audit (the last sequence), forgotten, ready, and clock, which older
+# versions write.
 counters = Table(
     "counters",
     metadata,

@@ -85,9 +85,9 @@ class Transaction:
         self.deferred.setdefault(function, {})[key] = item
 
     def finish(self) -> None:
-        """Runs the deferred functions."""
-        for function, items in self.deferred.items():
-            function(self, items)
+        """Runs the deferred functions, always in the same order, because they lock counters."""
+        for function in sorted(self.deferred, key=lambda each: each.__name__):
+            function(self, self.deferred[function])
         self.deferred.clear()
 
     def insert(self, table: Table, row: JSON) -> None:

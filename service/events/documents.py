@@ -12,8 +12,8 @@ def event_document(row: Row, links: Links) -> JSON:
     """An event from its row, as a structured CloudEvent 1.0.
 
     Links are made now, so that they follow the settings. An event without a task has the endpoint,
-    the row or the upstream that it names as its subject, because CloudEvents libraries refuse a
-    null subject.
+    the row or the upstream that it names as its subject, or `submission`, because CloudEvents
+    libraries refuse a null subject.
     """
     data = row["data"]
     named = (data[name] for name in ("endpoint_id", "key", "upstream", "owner") if data.get(name))
@@ -22,7 +22,7 @@ def event_document(row: Row, links: Links) -> JSON:
         "id": row["id"],
         "source": links.base_url,
         "type": row["type"],
-        "subject": row["task_id"] or next(named),
+        "subject": row["task_id"] or next(named, row["type"].partition(".")[0]),
         "time": rfc3339(row["time"]),
         "datacontenttype": "application/json",
         "sequence": sequence_text(row["sequence"]),

@@ -7,7 +7,7 @@ overlap ends. A secret that was never rotated is kept alone, without a list.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ from service.db.transaction import Transaction
 from service.errors import ApiError, ConfigurationError
 from service.signing import SECRET_PREFIX, Keyring, new_secret
 
+# Writes one item with an operation of the store, and returns its result.
+Write = Callable[[Callable[[Transaction, Sequence[Any]], Sequence[Any]], Any], Awaitable[Any]]
 MAX_SECRETS = 8  # of one endpoint or owner, overlaps included
 ROTATION_TRIES = 5
 COLUMNS: dict[str, tuple[Column[Any], Column[Any]]] = {
@@ -47,12 +49,18 @@ def rotated(text: str, new: str, now: int, overlap_ms: int) -> str:
 
 
 async def rotate_secret(
-    store: BatchingStore, keyring: Keyring, now: int, table: str, key: str, overlap_s: float
+    store: BatchingStore,
+    keyring: Keyring,
+    now: int,
+    table: str,
+    key: str,
+    overlap_s: float,
+    write: Write,
 ) -> str | None:
     """Gives an endpoint or owner a new secret and returns it, or None if the row does not exist.
 
-    An old secret that no key decrypts gets no overlap. Raises ApiError 409 if other rotations of
-    the same secret win `ROTATION_TRIES` times.
+    `write` writes the change with an entry of the audit. An old secret that no key decrypts gets no
+    overlap. Raises ApiError 409 if other rotations of the same secret win `ROTATION_TRIES` times.
     """
     for _ in range(ROTATION_TRIES):
         before = await store.read(stored_secret, table, key)
@@ -62,7 +70,7 @@ async def rotate_secret(
         with suppress(ConfigurationError):
             text = rotated(keyring.decrypt(before), secret, now, round(overlap_s * 1000))
         change = SecretChange(table, key, before, keyring.encrypt(text))
-        if await store.write(change_secrets, change):
+        if await write(change_secrets, change):
             return secret
     raise ApiError(409, "conflict", "the secret is being rotated by other requests")
 

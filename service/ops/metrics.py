@@ -53,6 +53,7 @@ class Table:
     account_refused: Annotated[
         Gauge, "1 while the upstream refuses the service's key or account, as this process sees it"
     ]
+    submission_paused: Annotated[Gauge, "1 while an operator has paused submission"]
     tasks: Annotated[Gauge, "Tasks by state", "state"]
     queue_depth: Annotated[Gauge, "Rows that wait for work, by stage", "stage"]
     result_seconds_left: Annotated[

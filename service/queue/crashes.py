@@ -88,6 +88,7 @@ def _claim(tx: Transaction, stage: str, dead_letter: DeadLetter) -> PoisonCandid
     lease, crashes = claimed
     dead = crashes >= CRASH_LIMIT
     if dead:
+        leases.change(tx, lease, {"faults": FAULT_LIMIT})  # marks the row as dead-lettered
         leases.done(tx, [lease])
         dead_letter(tx, lease, f"{crashes} deaths")
     return PoisonCandidate(lease, crashes, dead)

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import structlog
-from sqlalchemy import select, update
 
 from service.credits import millionths
 from service.db.tables import tasks
@@ -18,9 +17,10 @@ from service.queue import leases
 from service.queue.backoff import wait_before
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
+from service.tasks.pause import release_held
 from service.tasks.rows import TaskRow
 from service.tasks.state import State
-from service.tasks.transitions import change, lock_leased, note_held
+from service.tasks.transitions import change, hold, lock_leased
 from service.upstreams.base import Upstream, throttled
 from service.upstreams.lenient import document_of, section_of
 
@@ -215,11 +215,7 @@ class SubmissionHold:
 
 
 def hold_submissions(tx: Transaction, items: Sequence[SubmissionHold]) -> list[bool]:
-    """Holds tasks, without counting the attempt. A request that waits for the first outcome gets
-    its response. False: the lease was lost.
-
-    A held row has no lease, but names this process in `submit_lease_owner`.
-    """
+    """Holds tasks. False: the lease was lost."""
     return [_hold(tx, row, item) if row else False for item, row in lock_leased(tx, items)]
 
 
@@ -230,25 +226,11 @@ def _hold(tx: Transaction, row: TaskRow, item: SubmissionHold) -> bool:
         return True
     if row.state is State.QUEUED and tx.now < give_up_at:
         due_at = min(due_at, give_up_at)
-    note_held(tx, row)
-    columns = {"lease_owner": tx.process, "attempts": row.submit_attempts - 1}
-    outcomes = max(1, row.submit_outcomes)
-    change(tx, row, submit_outcomes=outcomes, **leases.release("submit", due_at, **columns))
+    hold(tx, row, due_at)
     return True
 
 
 def resume_submissions(tx: Transaction, items: Sequence[int]) -> list[int]:
     """Makes up to so many tasks that this process holds due, in their turn. Returns how many."""
-    due, lease, owner = (tasks.c[f"submit_{x}"] for x in ("due_at", "lease_until", "lease_owner"))
-    counts = []
-    for limit in items:
-        held = select(tasks.c.id).where(due > tx.now, lease.is_(None), owner == tx.process)
-        held = held.order_by(tasks.c.submit_turn).limit(limit).with_for_update(skip_locked=True)
-        # Materialized: a plan that ran the subquery for each row would take more than the limit.
-        chosen = held.cte("held").prefix_with("MATERIALIZED")
-        resumed = update(tasks).where(tasks.c.id.in_(select(chosen.c.id)))
-        resumed = resumed.values({due: tx.now, owner: None})
-        counts.append(len(tx.connection.execute(resumed.returning(tasks.c.id)).all()))
-        if counts[-1]:
-            tx.due.add("submit")
-    return counts
+    mine = tasks.c.submit_lease_owner == tx.process
+    return [release_held(tx, limit, mine) for limit in items]

@@ -87,6 +87,7 @@ def reconcile_tasks(tx: Transaction, items: Sequence[str]) -> list[str | None]:
         if row is None or (row.upstream_id is None and row.settled_digest is None):
             results.append("unsubmitted" if row else "missing")
             continue
+        change(tx, row, settle_faults=0)  # a dead-lettered row starts anew
         ask(tx, row)
         tx.write()  # one lease, even if the same task is named twice
         _fetch_missing(tx, row)
@@ -108,4 +109,4 @@ def _fetch_missing(tx: Transaction, row: TaskRow) -> None:
         forget_failures(tx, image)
         dies_at = max(image.link_dies_at, tx.now + REVIVED_MS)
         due = leases.release("download", tx.now + wait_ms, attempts=0)
-        change(tx, image, link_dies_at=dies_at, at_risk_at=None, **due)
+        change(tx, image, link_dies_at=dies_at, at_risk_at=None, faults=0, **due)

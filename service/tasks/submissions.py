@@ -14,6 +14,7 @@ from service.events import outbox
 from service.queue import leases
 from service.tasks.fair_queue import FairQueue
 from service.tasks.ledger import entered
+from service.tasks.pause import Pause, held_back, with_pause
 from service.tasks.rows import TaskRow
 from service.tasks.settlements import finish_at_once
 from service.tasks.state import State
@@ -49,22 +50,32 @@ class SubmissionStart:
 
 
 def start_submissions(tx: Transaction, items: Sequence[SubmissionStart]) -> list[bytes | None]:
-    """Moves tasks to `submitting`. Returns the body to send, or None if this process must not."""
-    started = [_start(tx, row, item) if row else None for item, row in lock_leased(tx, items)]
-    mine = tasks.c.id.in_([task_id for task_id in started if task_id])
-    found = tx.connection.execute(select(tasks.c.id, tasks.c.body).where(mine))
-    bodies: dict[str | None, bytes] = {row.id: row.body for row in found}
-    return [bodies.get(task_id) for task_id in started]
+    """Moves tasks to `submitting`. Returns the body to send, or None if this process must not, as
+    while submission is paused.
+    """
+    found = list(lock_leased(tx, items))
+    statement = with_pause(select(tasks.c.id, tasks.c.body))
+    mine = tasks.c.id.in_([row.id for _, row in found if row])
+    bodies = {
+        row[0]: (row[1], Pause(*row[2:])) for row in tx.connection.execute(statement.where(mine))
+    }
+    started: list[bytes | None] = []
+    for item, row in found:
+        body, pause = bodies[row.id] if row else (None, Pause())
+        started.append(body if row and _start(tx, row, item, pause) else None)
+    return started
 
 
-def _start(tx: Transaction, row: TaskRow, item: SubmissionStart) -> str | None:
+def _start(tx: Transaction, row: TaskRow, item: SubmissionStart, pause: Pause) -> bool:
     if row.state is State.QUEUED or (row.state is State.UNCERTAIN and item.resubmit):
+        if held_back(tx, row, pause):
+            return False
         move(tx, row, State.SUBMITTING)
     elif row.state is not State.SUBMITTING:
-        return None
+        return False
     # Otherwise this start runs a second time, because its commit got no answer.
     change(tx, row, submit_lease_until=tx.now + item.call_ms)
-    return row.id
+    return True
 
 
 @dataclass(frozen=True, slots=True)

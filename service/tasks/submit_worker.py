@@ -27,6 +27,7 @@ from service.tasks.input_copies import (
     record_input_failures,
     with_input_links,
 )
+from service.tasks.pause import PauseWatch, hold_paused
 from service.tasks.rows import TaskRow
 from service.tasks.state import UNPROVED, State
 from service.tasks.submissions import (
@@ -64,6 +65,7 @@ class SubmitWorker:
     uncertain: str  # fail | resubmit
     uncertain_after_s: float
     result_ttl_s: float
+    pause: PauseWatch | None = None
 
     async def run(self, lease: Lease) -> None:
         row = await self.resources.store.read(task_queries.task_row, lease.key, None)
@@ -94,6 +96,9 @@ class SubmitWorker:
         `submitting` has a call under way.
         """
         resources, breaker = self.resources, self.breaker
+        paused = self.pause is not None and self.pause.pause.paused_at is not None
+        if paused and await resources.store.write(hold_paused, lease):
+            return
         last = row.state is State.QUEUED and not self._young(row)  # one try before giving up
         async with resources.limiter.slot("submit") as record:
             if resources.store.signals.stopping:

@@ -195,11 +195,24 @@ def _emit(
     )
 
 
-def note_held(tx: Transaction, row: TaskRow) -> None:
-    """Adds the step of a task that waits for the account, once."""
-    last = select(steps.c.step).where(steps.c.task_id == row.id).order_by(steps.c.id.desc())
-    if tx.connection.scalar(last.limit(1)) != "task.held":
-        tx.step(row.id, "task.held", message=HELD)
+def note_held(tx: Transaction, row: TaskRow, message: str = HELD) -> None:
+    """Adds the step of a task that waits for the account or for operators, once."""
+    last = select(steps.c.step, steps.c.detail).where(steps.c.task_id == row.id)
+    found = tx.connection.execute(last.order_by(steps.c.id.desc()).limit(1)).first()
+    if found is None or tuple(found) != ("task.held", {"message": message}):
+        tx.step(row.id, "task.held", message=message)
+
+
+def hold(tx: Transaction, row: TaskRow, due_at: int, message: str = HELD) -> None:
+    """Ends the lease of a task that is not sent for now, without counting the attempt. A request
+    that waits for the first outcome gets its response.
+
+    A held row has no lease, but names this process in `submit_lease_owner`.
+    """
+    note_held(tx, row, message)
+    columns = {"lease_owner": tx.process, "attempts": row.submit_attempts - 1}
+    outcomes = max(1, row.submit_outcomes)
+    change(tx, row, submit_outcomes=outcomes, **leases.release("submit", due_at, **columns))
 
 
 def forget_downloads(tx: Transaction, task_id: str) -> None:

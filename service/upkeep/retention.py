@@ -18,6 +18,7 @@ from service.db.transaction import Transaction
 from service.errors import BlobUnavailable
 from service.queue.checkpoints import checkpoint
 from service.resources import Resources
+from service.tasks.audit import FORGOTTEN, forget_acts
 from service.tasks.input_copies import InputCopies
 from service.upkeep import expiry, file_expiry
 
@@ -54,6 +55,7 @@ class Retention:
     days: float
     image_days: float | None
     clock: Callable[[], int]
+    audit_days: float = 365
 
     async def apply(self) -> dict[str, int]:
         """Removes what is old, the oldest first, and returns how many of each kind.
@@ -73,6 +75,8 @@ class Retention:
                 removed["files"] += len(blobs)
                 await self._delete(blobs)
             await self._write(file_expiry.forget_file_rows, self.clock())
+            before = self.clock() - round(self.audit_days * DAY_MS)
+            await self._repeat(forget_acts, before, FORGOTTEN)
             if self.image_days is not None:
                 before = self.clock() - round(self.image_days * DAY_MS)
                 while blobs := await self._write(expiry.forget_images, before):

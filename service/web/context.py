@@ -9,8 +9,10 @@ from service.events.tail import Tail
 from service.events.webhooks import WebhookSender
 from service.images.input_files import InputFiles
 from service.resources import Resources
+from service.strict_json import JSON
 from service.tasks.accept import TaskIntake
 from service.tasks.account_breaker import AccountBreaker
+from service.tasks.pause import PauseWatch
 from service.upkeep.heartbeats import WorkerWatch
 from service.web.auth import Access
 from service.web.overload import KeyLimits, LoadShedder, PriorityGate
@@ -31,6 +33,7 @@ class Context:
     tail: Tail
     gate: PriorityGate
     breaker: AccountBreaker
+    pause: PauseWatch
     access: Access
     limits: KeyLimits
     shedder: LoadShedder
@@ -41,6 +44,7 @@ class Context:
     sinks_failing: Callable[[], bool]
     quiesce: Callable[[], None]
     drained: Callable[[], Awaitable[float]]
+    doctor: Callable[[], Awaitable[JSON]]
     workers_alive: Callable[[], bool] | None
     worker_watch: WorkerWatch | None
 

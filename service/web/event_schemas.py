@@ -86,7 +86,9 @@ class Event(BaseModel):
     id: str
     source: str
     type: str
-    subject: str = Field(description="the task's id, else the endpoint, the row or the upstream")
+    subject: str = Field(
+        description="the task's id, else the endpoint, the row, the upstream or `submission`"
+    )
     time: str
     datacontenttype: Literal["application/json"]
     sequence: str
@@ -195,6 +197,22 @@ class BudgetExhausted(BaseModel):
     left: float
 
 
+class SubmissionPaused(BaseModel):
+    """An operator paused submission. Tasks wait. Callbacks, downloads and deliveries go on."""
+
+    reason: str
+    key_id: str
+
+
+class SubmissionResumed(BaseModel):
+    """An operator resumed submission."""
+
+    reason: str | None
+    key_id: str
+    paused_at: str
+    seconds: float
+
+
 TASK_STATES = ("submitted", "completed", "failed", "cancelled", "expired")
 EVENT_TYPES: dict[str, type[BaseModel]] = {
     **{f"image.task.{state}": EventTask for state in TASK_STATES},
@@ -207,5 +225,7 @@ EVENT_TYPES: dict[str, type[BaseModel]] = {
     "account.refused": AccountRefused,
     "account.restored": AccountRestored,
     "budget.exhausted": BudgetExhausted,
+    "submission.paused": SubmissionPaused,
+    "submission.resumed": SubmissionResumed,
 }
 TEST_TYPE = "endpoint.test"

@@ -37,6 +37,7 @@ FURTHER: Mapping[str, str] = {
     "POST /v1/tasks/{task_id}/reconcile": "409",
     "POST /v1/tasks/{task_id}/resolve": "409",
     "GET /v1/ledger": "404",
+    "GET /v1/audit": "404",
     "GET /v1/credits": "4XX",
     "GET /v1/models": "4XX",
     "POST /v1/endpoints": "422",

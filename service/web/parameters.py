@@ -16,6 +16,7 @@ SEQUENCE = r"^0?[0-8]?[0-9]{1,18}$"  # below 2**63
 UNIX = r"^[0-9]{1,10}(\.[0-9]{1,9})?$"
 CURSOR = r"^[0-9]{1,15}\.[A-Za-z0-9._-]{1,100}$"  # time and id of the last item
 ENTRY_ID = r"^led_[a-z2-7]{26}$"
+ACT_ID = r"^act_[a-z2-7]{26}$"
 IDEMPOTENCY_KEY = r"^[\x21-\x7e]{1,255}$"
 HTTP_STATUS = r"^[1-5][0-9]{2}$"
 PATH_ID = r"^[!-~]{1,200}$"
@@ -77,6 +78,9 @@ QUERY: Mapping[str, JSON] = {
     "type": TYPES,
     "after": text("the sequence of the last event seen", pattern=SEQUENCE),
     "/v1/ledger after": text("the id of the last entry seen", pattern=ENTRY_ID),
+    "/v1/audit after": text("the id of the last entry seen", pattern=ACT_ID),
+    "action": text("the name of the action, such as `task.resolve`"),
+    "target": text("the id of what was acted on"),
     "wait": number(0, MAX_WAIT_S, 0, "seconds to wait for an event", "number"),
     "flatten": one_of("replaces an alpha channel by this colour", "white"),
     "page": number(1, MAX_PAGE, 1, "the number of the page"),

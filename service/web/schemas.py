@@ -57,6 +57,7 @@ class ImageData(BaseModel):
 
 class Task(EventTask):
     prompt: str | None
+    held: str | None = Field(description="why a queued task is not submitted for now")
     data: list[ImageData] | None = Field(
         description="the results of a task that has ended, as OpenAI's libraries read them"
     )

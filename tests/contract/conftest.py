@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import delete, update
 
 from service.db.batching import BatchingStore
+from service.db.operator_tables import pauses
 from service.db.postgres import PostgresStore
 from service.db.sqlite import SqliteStore
 from service.db.tables import counters, metadata
@@ -36,8 +37,9 @@ def clock() -> Clock:
 def wipe(tx: Transaction, items: Sequence[None]) -> list[None]:
     """Empties every table and sets the counters to 0, as in a new store."""
     for table in metadata.tables.values():
-        if table is not counters:
+        if table not in (counters, pauses):
             tx.connection.execute(delete(table))
+    tx.connection.execute(update(pauses).values(paused_at=None))
     tx.connection.execute(update(counters).values(value=0))
     return [None] * len(items)
 

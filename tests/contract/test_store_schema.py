@@ -76,13 +76,13 @@ async def test_the_migrated_schema_equals_the_metadata(subject: Subject) -> None
     tables = await subject.store.read(lambda connection: set(inspect(connection).get_table_names()))
     assert tables == {*metadata.tables, "alembic_version"}
     assert {row["name"]: row["value"] for row in await subject.rows(counters)} == dict.fromkeys(
-        ("clock", "events", "forgotten", "ledger", "ready"), 0
+        ("audit", "clock", "events", "forgotten", "ledger", "ready"), 0
     )
 
 
 async def test_every_table_with_an_owners_data_has_an_owner_column() -> None:
     without = {name for name, table in metadata.tables.items() if "owner" not in table.c}
-    assert without == {"owners", "counters", "sinks", "attempts", "steps"}, (
+    assert without == {"owners", "counters", "sinks", "attempts", "steps", "pauses"}, (
         "attempts belong to a delivery and steps to a task"
     )
 
@@ -132,7 +132,7 @@ async def test_processes_that_start_together_migrate_once(postgres_url: str) -> 
         async with database.open() as store:
             return len(await Subject(store, Clock()).rows(counters))
 
-    assert list(await asyncio.gather(start(), start(), start())) == [5, 5, 5]
+    assert list(await asyncio.gather(start(), start(), start())) == [6, 6, 6]
 
 
 async def test_a_second_process_cannot_open_a_sqlite_store(sqlite_opener: Opener) -> None:

@@ -37,7 +37,10 @@ LINES: Mapping[str, str] = MappingProxyType(
             "`reason`, `hint` (the first characters, if the text looks like a key of this service)"
         ),
         "console.signed_in": "`owner`. A key signed in to the console.",
-        "admin.action": "`action`, `subject`",
+        "admin.action": (
+            "`action`, `subject`, `key_id` (null: a command in the store itself), `reason`,"
+            " `outcome` (done, or why nothing changed), `detail`. The audit has the same entry."
+        ),
         "input.uploaded": "`input_id`, `bytes`, `kept` (false: it was erased meanwhile)",
         "input.retried": (
             "`attempt`, `reason`, `code` (null: tried again), `wait_s`. An input image did not"

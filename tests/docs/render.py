@@ -18,6 +18,7 @@ from typer.main import get_command
 
 from service.cli import program
 from service.cli.catalogue_commands import model_row
+from service.doctor.examination import CHECKS
 from service.ops.metrics import Metrics
 from service.setting_types import log_value
 from service.settings import Settings
@@ -154,6 +155,13 @@ def catalogue_table() -> str:
     return "\n".join(rows)
 
 
+def doctor_table() -> str:
+    """Every check of the doctor with the faults that it finds."""
+    rows = ["| check | finds |", "|---|---|"]
+    found = (each for results in CHECKS.values() for each in results.items())
+    return "\n".join(rows + [f"| `{name}` | {faults} |" for name, faults in found])
+
+
 def decisions_table() -> str:
     """Every decision, by its number and title."""
     rows = ["| | decision |", "|---|---|"]
@@ -181,6 +189,7 @@ SECTIONS: Mapping[str, tuple[str, Callable[[], str]]] = MappingProxyType(
         "catalogue": ("catalogue.md", catalogue_table),
         "faults": ("sandbox.md", faults_table),
         "checkpoints": ("reliability.md", checkpoints_table),
+        "doctor": ("doctor.md", doctor_table),
         "decisions": ("decisions.md", decisions_table),
         "clients": ("clients.md", clients_table),
         "bounds": ("overload.md", bounds_table),

@@ -1,17 +1,15 @@
 """Operators' actions on a task."""
 
-import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from service.errors import ApiError
 from service.tasks.admin import TaskResolution, reconcile_tasks, resolve_tasks
+from service.tasks.audit import unless_refused
 from service.web import schemas
+from service.web.acts import perform
 from service.web.bodies import read_model
-from service.web.context import resources_of
 from service.web.routes.task_routes import known_task, shown
-
-log = structlog.get_logger()
 
 
 async def resolve(request: Request) -> Response:
@@ -19,7 +17,9 @@ async def resolve(request: Request) -> Response:
     task, _ = await known_task(request)
     body = await read_model(request, schemas.Resolution)
     resolution = TaskResolution(task.id, body.upstream_id, resubmit=body.decision == "resubmit")
-    refused = await resources_of(request).store.write(resolve_tasks, resolution)
+    refused = await perform(
+        request, "task.resolve", task.id, resolve_tasks, resolution, unless_refused
+    )
     if refused == "taken":
         message, param = "another task has this upstream_id", "upstream_id"
         raise ApiError(409, "id_taken", message, param=param, task_id=task.id)
@@ -29,15 +29,14 @@ async def resolve(request: Request) -> Response:
             " corrected that the upstream did not answer to"
         )
         raise ApiError(409, "task_not_uncertain", message, task_id=task.id)
-    log.info("admin.action", action="task.resolve", subject=task.id)
     return JSONResponse(shown(request, *await known_task(request)))
 
 
 async def reconcile(request: Request) -> Response:
     """Query the upstream and retry downloads now."""
     task, _ = await known_task(request)
-    if await resources_of(request).store.write(reconcile_tasks, task.id) is not None:
+    act = "task.reconcile", task.id, reconcile_tasks, task.id, unless_refused
+    if await perform(request, *act) is not None:
         message = "the upstream's id of the task is not known yet: nothing to ask for"
         raise ApiError(409, "task_not_submitted", message, task_id=task.id)
-    log.info("admin.action", action="task.reconcile", subject=task.id)
     return JSONResponse(shown(request, *await known_task(request)))

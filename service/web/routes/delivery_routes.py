@@ -2,7 +2,6 @@
 
 import re
 
-import structlog
 from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -15,12 +14,11 @@ from service.events.documents import delivery_document
 from service.events.failures import failure_groups
 from service.ids import rfc3339
 from service.strict_json import JSON
+from service.web.acts import perform
 from service.web.auth import caller_of
 from service.web.bodies import page, position_of, query_owner, query_text
 from service.web.context import context_of, resources_of
 from service.web.parameters import HTTP_STATUS
-
-log = structlog.get_logger()
 
 
 async def deliveries(request: Request) -> Response:
@@ -85,7 +83,7 @@ async def retry(request: Request) -> Response:
         sent = await send_manually(context.sender, delivery_id)
     if not sent:
         raise nothing_to_send()
-    log.info("admin.action", action="delivery.retry", subject=delivery_id)
+    await perform(request, "delivery.retry", delivery_id)
     return JSONResponse(await _document(request))
 
 

@@ -3,7 +3,6 @@
 import os
 from contextlib import suppress
 
-import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -20,13 +19,13 @@ from service.ids import rfc3339, rfc3339_or_none
 from service.resources import Resources
 from service.signing import new_secret
 from service.strict_json import JSON
+from service.tasks.audit import unless
+from service.web.acts import perform, performing
 from service.web.auth import caller_of
 from service.web.bodies import page, position_of, read_model
 from service.web.context import context_of, resources_of
 from service.web.delivery_schemas import EndpointSample
 from service.web.schemas import EndpointPatch, NewEndpoint, Rotation
-
-log = structlog.get_logger()
 
 
 def shown(row: Row, replay: JSON | None = None) -> JSON:
@@ -60,10 +59,10 @@ async def create(request: Request) -> Response:
     encrypted = resources.keyring.encrypt(secret)
     most, types = context_of(request).max_endpoints, tuple(body.types)
     endpoint = NewEndpointRow(id, owner, body.url, types, body.description, encrypted, most)
-    if not await resources.store.write(endpoints.insert_endpoints, endpoint):
+    act = "endpoint.create", id, endpoints.insert_endpoints, endpoint, unless("too_many_endpoints")
+    if not await perform(request, *act):
         message = f"an owner has at most {most} endpoints (DARKROOM_MAX_ENDPOINTS)"
         raise ApiError(422, "too_many_endpoints", message)
-    log.info("admin.action", action="endpoint.create", subject=id)
     return JSONResponse({**shown(await endpoint_of(request, id)), "secret": secret}, 201)
 
 
@@ -117,9 +116,9 @@ async def delete(request: Request) -> Response:
 
 
 async def _change(request: Request, change: EndpointChange, action: str) -> None:
-    if not await resources_of(request).store.write(endpoints.change_endpoints, change):
+    act = action, change.id, endpoints.change_endpoints, change, unless("missing")
+    if not await perform(request, *act):
         raise endpoint_not_found()
-    log.info("admin.action", action=action, subject=change.id)
 
 
 async def rotate(request: Request) -> Response:
@@ -127,8 +126,8 @@ async def rotate(request: Request) -> Response:
     resources, id = resources_of(request), (await endpoint_of(request))["id"]
     overlap_s = (await read_model(request, Rotation)).overlap_s
     store, keyring, now = resources.store, resources.keyring, resources.clock()
-    secret = await rotate_secret(store, keyring, now, "endpoints", id, overlap_s)
-    log.info("admin.action", action="endpoint.rotate", subject=id)
+    write = performing(request, "endpoint.rotate", id, None, unless("conflict"))
+    secret = await rotate_secret(store, keyring, now, "endpoints", id, overlap_s, write)
     return JSONResponse({**shown(await endpoint_of(request)), "secret": secret})
 
 
@@ -138,7 +137,7 @@ async def test(request: Request) -> Response:
     body = await read_model(request, EndpointSample)
     with context.shedder.manual.take(caller.owner):
         attempt = await send_test(context.sender, row, body.type, body.data)
-    log.info("admin.action", action="endpoint.test", subject=row["id"])
+    await perform(request, "endpoint.test", row["id"])
     return JSONResponse(attempt_document(attempt, answers=caller.sees is None))
 
 

@@ -2,12 +2,13 @@
 
 import base64
 import os
+from collections.abc import Callable
+from functools import partial
 
-import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.credits import millionths
+from service.credits import credits_number, millionths
 from service.db.batching import BatchingStore
 from service.db.paging import Row
 from service.errors import ApiError
@@ -18,28 +19,37 @@ from service.resources import new_id
 from service.signing import Keyring, hash_api_key, new_secret
 from service.strict_json import JSON
 from service.tasks import owner_keys
+from service.tasks.audit import unless
 from service.tasks.budgets import Budget, set_budgets
 from service.tasks.owner_keys import NewOwner, StoredKey, insert_keys, insert_owners, revoke_keys
+from service.web.acts import perform, performing
 from service.web.auth import HINT_CHARS, KEY_PREFIX, caller_of
 from service.web.bodies import page, position_of, read_model
 from service.web.context import resources_of
 from service.web.key_schemas import NewKey
 from service.web.schemas import SecretRotation
 
-log = structlog.get_logger()
+Acting = Callable[[str, str, JSON | None], secrets.Write]
 
 
-async def create_key(store: BatchingStore, keyring: Keyring, now: int, body: NewKey) -> JSON:
-    """Creates a key. The result has the key, and for an owner's first key the callback secret."""
+async def create_key(
+    store: BatchingStore, keyring: Keyring, now: int, body: NewKey, acting: Acting
+) -> JSON:
+    """Creates a key. The result has the key, and for an owner's first key the callback secret.
+    `acting` takes an action, its target and its detail, and writes with an entry of the audit.
+    """
     owner, scopes = body.owner, body.scopes
     if body.budget is not None:  # before the key, which could spend without it
         limit = millionths(body.budget.credits)
-        await store.write(set_budgets, Budget(owner, body.budget.period, limit))
+        budget = Budget(owner, body.budget.period, limit)
+        detail = {"period": budget.period, "credits": credits_number(limit)}
+        await acting("budget.set", owner, detail)(set_budgets, budget)
     key = KEY_PREFIX + base64.b32encode(os.urandom(25)).decode().lower()  # 200 bits
     id, hint, secret = new_id("key", now), key[:HINT_CHARS], new_secret(os.urandom(32))
     encrypted = keyring.encrypt(secret)
     stored = StoredKey(id, owner, hash_api_key(key), hint, tuple(scopes), encrypted)
-    first = await store.write(insert_keys, stored)
+    made: JSON = {"owner": owner, "scopes": list(scopes)}
+    first = await acting("key.create", id, made)(insert_keys, stored)
     rows = await store.read(owner_keys.key_list)
     row = next(row for row in rows if row["id"] == id)
     return {**shown(row), "key": key, "callback_secret": secret if first else None}
@@ -57,19 +67,19 @@ async def create(request: Request) -> Response:
     """Create an API key."""
     resources, body = resources_of(request), await read_model(request, NewKey)
     store, keyring, now = resources.store, resources.keyring, resources.clock()
-    document = await create_key(store, keyring, now, body)
-    log.info("admin.action", action="key.create", subject=document["id"])
+    document = await create_key(store, keyring, now, body, partial(performing, request))
     return JSONResponse(document, 201)
 
 
 async def rotate_callback_secret(
-    store: BatchingStore, keyring: Keyring, now: int, owner: str, overlap_s: float
+    store: BatchingStore, keyring: Keyring, now: int, owner: str, overlap_s: float, acting: Acting
 ) -> JSON:
     """Gives an owner a new callback secret. Raises ApiError 404 for an unknown owner."""
     if owner == OPERATORS:  # the owner of DARKROOM_ADMIN_KEY may have no row yet
         first = keyring.encrypt(new_secret(os.urandom(32)))
         await store.write(insert_owners, NewOwner(owner, first))
-    secret = await secrets.rotate_secret(store, keyring, now, "owners", owner, overlap_s)
+    write = acting("owner.rotate", owner, None)
+    secret = await secrets.rotate_secret(store, keyring, now, "owners", owner, overlap_s, write)
     if secret is None:
         raise ApiError(404, "owner_not_found", "no owner has that name", param="owner")
     return {"owner": owner, "callback_secret": secret}
@@ -84,8 +94,8 @@ async def rotate_secret(request: Request) -> Response:
         message = "owner: only the scope admin may rotate others' secrets"
         raise ApiError(403, "permission_denied", message, param="owner")
     store, keyring, now = resources.store, resources.keyring, resources.clock()
-    document = await rotate_callback_secret(store, keyring, now, owner, body.overlap_s)
-    log.info("admin.action", action="owner.rotate", subject=owner)
+    acting: Acting = partial(performing, request)
+    document = await rotate_callback_secret(store, keyring, now, owner, body.overlap_s, acting)
     return JSONResponse(document)
 
 
@@ -97,7 +107,7 @@ async def listed(request: Request) -> Response:
 async def revoke(request: Request) -> Response:
     """Revoke an API key."""
     key_id = request.path_params["key_id"]
-    if not await resources_of(request).store.write(revoke_keys, key_id):
+    act = "key.revoke", key_id, revoke_keys, key_id, unless("missing")
+    if not await perform(request, *act):
         raise ApiError(404, "key_not_found", "no key has that id")
-    log.info("admin.action", action="key.revoke", subject=key_id)
     return Response(status_code=204)

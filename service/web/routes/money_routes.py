@@ -5,7 +5,6 @@ import io
 import re
 from datetime import date, timedelta
 
-import structlog
 from sqlalchemy import Connection
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -19,13 +18,12 @@ from service.tasks import usage
 from service.tasks.budgets import Budget, BudgetState, budget_states, set_budgets
 from service.tasks.usage import GROUPS, MAX_KEYS, UsageFilter, figures_document
 from service.upstreams.field_values import shown
+from service.web.acts import perform
 from service.web.bodies import page, query_limit, query_owner, query_text, query_time, read_model
 from service.web.context import resources_of
 from service.web.field_schemas import OWNER
 from service.web.money_schemas import BudgetChange
 from service.web.parameters import ENTRY_ID
-
-log = structlog.get_logger()
 
 DATE = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # at the beginning, a spreadsheet runs the text
@@ -75,8 +73,8 @@ async def set_budget(request: Request) -> Response:
         message = f"owner must be an owner's name ({OWNER}), not {shown(owner)}"
         raise invalid_request(message, "owner")
     budget = Budget(owner, change.period, millionths(change.credits))
-    state = await resources_of(request).store.write(set_budgets, budget)
-    log.info("admin.action", action="budget.set", subject=owner)
+    detail = {"period": change.period, "credits": credits_number(budget.credits)}
+    state = await perform(request, "budget.set", owner, set_budgets, budget, detail=detail)
     return JSONResponse(budget_document(state))
 
 

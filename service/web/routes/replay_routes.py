@@ -1,6 +1,5 @@
 """Replays: endpoints receive past events again."""
 
-import structlog
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -11,6 +10,8 @@ from service.events.documents import replay_document
 from service.events.outbox import OPERATORS
 from service.events.replay_filter import ReplayExtent, ReplayFilter, replay_extent
 from service.events.replays import NewReplayRow
+from service.tasks.audit import unless
+from service.web.acts import perform
 from service.web.auth import caller_of
 from service.web.bodies import milliseconds, read_model
 from service.web.context import resources_of
@@ -18,7 +19,7 @@ from service.web.delivery_schemas import NewDeliveryReplay
 from service.web.routes.endpoint_routes import endpoint_of
 from service.web.schemas import NewReplay
 
-log = structlog.get_logger()
+DISABLED = unless("endpoint_disabled")
 
 
 async def create(request: Request) -> Response:
@@ -32,10 +33,9 @@ async def create(request: Request) -> Response:
     if body.dry_run:
         return JSONResponse({"id": None, "count": extent.count})
     replay = NewReplayRow(resources.id("replay"), owner or OPERATORS, wanted, extent)
-    if not await resources.store.write(replays.insert_replays, replay):
+    if not await perform(request, "endpoint.replay", id, replays.insert_replays, replay, DISABLED):
         await endpoint_of(request)  # 404 if it was deleted
         raise ApiError(409, "endpoint_disabled", "the endpoint is disabled: enable it first")
-    log.info("admin.action", action="endpoint.replay", subject=id)
     return JSONResponse({"id": replay.id, "count": extent.count})
 
 
@@ -60,9 +60,10 @@ async def create_by_filter(request: Request) -> Response:
     extent = ReplayFilter(wanted.endpoint or "", caller.sees, since or 0, until, types, only)
     none = ReplayExtent(count, 0, 0)
     replay = NewReplayRow(resources.id("replay"), caller.owner, extent, none, chosen)
-    if not await resources.store.write(replays.insert_replays, replay):
+    act = "deliveries.replay", replay.id, replays.insert_replays, replay, DISABLED
+    detail = {"filter": wanted.model_dump(mode="json", exclude_none=True), "count": count}
+    if not await perform(request, *act, detail=detail):
         raise ApiError(409, "endpoint_disabled", "the endpoint is disabled: enable it first")
-    log.info("admin.action", action="deliveries.replay", subject=replay.id)
     return JSONResponse({"id": replay.id, "count": count})
 
 
@@ -77,10 +78,11 @@ async def read(request: Request) -> Response:
 
 async def cancel(request: Request) -> Response:
     """Cancel a replay."""
-    store, replay_id = resources_of(request).store, request.path_params["replay_id"]
-    if not await store.write(replays.cancel_replays, (replay_id, caller_of(request).sees)):
+    replay_id = request.path_params["replay_id"]
+    mine = replay_id, caller_of(request).sees
+    act = "replay.cancel", replay_id, replays.cancel_replays, mine, unless("missing")
+    if not await perform(request, *act):
         raise replay_not_found()
-    log.info("admin.action", action="replay.cancel", subject=replay_id)
     return Response(status_code=204)
 
 

@@ -42,6 +42,7 @@ from service.web.routes import health_routes as health
 from service.web.routes import image_routes as images
 from service.web.routes import key_routes as keys
 from service.web.routes import money_routes as money
+from service.web.routes import operator_routes as operators
 from service.web.routes import replay_routes as replays
 from service.web.routes import task_routes as tasks
 from service.web.routes import upstream_file_routes as theirs
@@ -72,6 +73,7 @@ SPECS = (
         "read",
         schemas.TaskList,
     ),
+    *operators.OPERATIONS,
     spec("GET /v1/tasks/{task_id}", tasks.task, "read", schemas.Task),
     spec("DELETE /v1/tasks/{task_id}", tasks.delete, "submit"),
     spec("GET /v1/tasks/{task_id}/timeline", tasks.timeline, "read", schemas.Timeline),

@@ -14,16 +14,19 @@ from service.images.downloads import quarantined_bodies
 from service.links import is_data, with_links
 from service.strict_json import JSON, LARGE, compact_json
 from service.tasks import task_queries
+from service.tasks.audit import unless_refused
 from service.tasks.cancel import Cancellation, cancel_tasks
 from service.tasks.document import task_document
 from service.tasks.rows import ImageRow, TaskRow
 from service.tasks.state import State
+from service.tasks.transitions import HELD
 from service.tasks.waits import attempted, ended, wait_for
 from service.upkeep.retention import erase
 from service.upstreams.field_values import shown as named
+from service.web.acts import perform
 from service.web.auth import caller_of
 from service.web.bodies import MAX_BODY, Position, page, parsed, query_text, read_body
-from service.web.context import context_of, resources_of
+from service.web.context import Context, context_of, resources_of
 from service.web.error_responses import error_response
 from service.web.parameters import IDEMPOTENCY_KEY
 from service.web.routes import upstream_routes
@@ -41,7 +44,13 @@ Found = tuple[TaskRow, list[ImageRow]]
 def shown(request: Request, row: TaskRow, images: list[ImageRow]) -> JSON:
     document = with_links(task_document(row, images), resources_of(request).links)
     data = [{"url": url} for url in document["results"]] if row.terminal else None
-    return {**document, "prompt": row.prompt, "data": data, "quarantine": None}
+    held = held_by(context_of(request)) if row.state is State.QUEUED else None
+    return {**document, "prompt": row.prompt, "held": held, "data": data, "quarantine": None}
+
+
+def held_by(context: Context) -> str | None:
+    """Why this process submits nothing for now."""
+    return context.pause.pause.message or (HELD if context.breaker.is_open else None)
 
 
 def preferences(request: Request) -> tuple[float | None, str | None]:
@@ -192,8 +201,13 @@ async def callbacks(request: Request) -> Response:
 
 async def cancel(request: Request) -> Response:
     """Cancel a task."""
-    task_id, owner = (await known_task(request))[0].id, caller_of(request).sees
-    ended_as = await resources_of(request).store.write(cancel_tasks, Cancellation(task_id, owner))
+    row, caller = (await known_task(request))[0], caller_of(request)
+    task_id, cancellation = row.id, Cancellation(row.id, caller.sees)
+    if row.owner == caller.owner:
+        ended_as = await resources_of(request).store.write(cancel_tasks, cancellation)
+    else:  # an operator
+        act = "task.cancel", task_id, cancel_tasks, cancellation, unless_refused
+        ended_as = await perform(request, *act)
     if ended_as is not None:
         message = f"the task is {ended_as}: nothing is left to cancel"
         raise ApiError(409, "task_ended", message, task_id=task_id)
@@ -202,8 +216,11 @@ async def cancel(request: Request) -> Response:
 
 async def delete(request: Request) -> Response:
     """Erase a terminal task. A row with its figures stays."""
-    task_id = (await known_task(request))[0].id
+    row = (await known_task(request))[0]
+    task_id = row.id
     if await erase(resources_of(request), task_id, caller_of(request).sees) is not None:
         message = "the task has not ended: cancel it first, or wait for its end"
         raise ApiError(409, "task_not_ended", message, task_id=task_id)
+    if row.owner != caller_of(request).owner:  # an operator
+        await perform(request, "task.erase", task_id)
     return Response(status_code=204)

@@ -1,0 +1,60 @@
+"""`darkroom doctor`: checks of the set-up, by the service or by this program."""
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+from service.cli.api_client import CommandFailed, ServiceUnreachable, api_client
+from service.cli.output import Json, option, plain, put, put_json
+from service.errors import ConfigurationError
+from service.strict_json import JSON
+
+if TYPE_CHECKING:
+    from service.doctor.patient import Finding
+
+MARKS = {"ok": "ok     ", "warning": "warning", "fault": "FAULT  ", "skipped": "-      "}
+
+
+def doctor(
+    local: Annotated[
+        bool, option("Check from here, also if the service does not start.", "--local")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check the set-up, and say how to mend what is wrong. Exits with 1 if there is a fault."""
+    found = examined_here() if local else asked()
+    if as_json:
+        put_json(found)
+    else:
+        for check in found["checks"]:
+            mend = f" → {check['mend']}" if check["mend"] else ""
+            put(f"{MARKS[check['state']]}  {check['name']}: {plain(check['finding'] + mend)}")
+    if found["status"] == "fault":
+        faults = [check["name"] for check in found["checks"] if check["state"] == "fault"]
+        raise CommandFailed(f"{len(faults)} faults: {', '.join(faults)}")
+
+
+def asked() -> JSON:
+    try:
+        return api_client().call("GET", "/v1/doctor")
+    except (ServiceUnreachable, ConfigurationError) as error:
+        message = f"{error}; `darkroom doctor --local` checks without the service"
+        raise CommandFailed(message) from None
+
+
+def examined_here() -> JSON:
+    from service.doctor.examination import examine, report
+    from service.doctor.patient import local
+    from service.doctor.setting_checks import settings_that_work
+    from service.ops import logging
+
+    logging.configure("console", "critical", sys.stderr)
+    settings, found = settings_that_work()
+
+    async def findings() -> "dict[str, Finding]":
+        if settings is None:
+            return {}
+        async with local(settings) as patient:
+            return await examine(patient, [name.removeprefix("setting ") for name in found])
+
+    return report(found | asyncio.run(findings()))

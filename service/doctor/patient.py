@@ -1,0 +1,128 @@
+"""What a check examines: the settings, and the connections that can be opened with them."""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+from service.backends import (
+    NETWORKS_SETTING,
+    OTHERS_S,
+    open_blobs,
+    open_store,
+    open_upstreams,
+    secret_keys,
+)
+from service.blobs.blob_store import Blobs
+from service.db.batching import BatchingStore
+from service.doctor.mounts import NETWORK, file_system
+from service.errors import ConfigurationError
+from service.net import Egress, Rules
+from service.resources import Resources
+from service.settings import Settings
+from service.signing import Keyring
+from service.upstreams.base import Upstream
+from service.upstreams.catalogue import DEFAULT_UPSTREAM
+
+State = Literal["ok", "warning", "fault", "skipped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of a check, in one line. `mend`: what to do about a warning or a fault."""
+
+    state: State
+    finding: str
+    mend: str | None = None
+
+
+def ok(finding: str) -> Finding:
+    return Finding("ok", finding)
+
+
+def skipped(finding: str) -> Finding:
+    return Finding("skipped", finding)
+
+
+def fault(finding: str, mend: str) -> Finding:
+    return Finding("fault", finding, mend)
+
+
+def warning(finding: str, mend: str) -> Finding:
+    return Finding("warning", finding, mend)
+
+
+def told(error: Exception) -> str:
+    return str(error) or "no answer in time"
+
+
+@dataclass(frozen=True, slots=True)
+class Patient:
+    """`store`, `blobs` and `keyring` are the problem's text if they cannot be opened. `workers`:
+    whether some process has workers, None if that is unknown.
+    """
+
+    settings: Settings
+    upstream: Upstream
+    egress: Egress  # for the probes, with the rules of calls to the upstream
+    store: BatchingStore | str
+    blobs: Blobs | str
+    keyring: Keyring | str | None
+    workers: bool | None = None
+    calls: bool = True  # it has workers of its own, which need the upstream's key
+
+
+def probing(settings: Settings) -> Egress:
+    """The guarded client of the probes. It does not follow redirects."""
+    return Egress(Rules("doctor", settings.upstream_networks, networks_setting=NETWORKS_SETTING))
+
+
+@asynccontextmanager
+async def living(
+    settings: Settings, resources: Resources, workers: bool, *, calls: bool
+) -> AsyncIterator[Patient]:
+    """A process at work."""
+    async with probing(settings) as egress:
+        yield Patient(
+            settings,
+            resources.upstreams[DEFAULT_UPSTREAM],
+            egress,
+            resources.store,
+            resources.blobs,
+            resources.keyring,
+            workers,
+            calls,
+        )
+
+
+@asynccontextmanager
+async def local(settings: Settings) -> AsyncIterator[Patient]:
+    """A service that is not at work, or whose process cannot be asked. Changes nothing: a missing
+    store or key is not made, and an old schema not migrated.
+    """
+    async with AsyncExitStack() as stack:
+        egress = await stack.enter_async_context(probing(settings))
+        store: BatchingStore | str = "the store is made by the first start"
+        path = settings.sqlite_path
+        if path is not None and file_system(path.parent) in NETWORK:
+            store = "a store on a network file system is not opened, which may not answer"
+        elif path is None or path.exists():
+            unchanged = settings.model_copy(update={"migrate": "off"})
+            try:
+                store = await stack.enter_async_context(open_store(unchanged))
+            except ConfigurationError as error:
+                store = str(error)
+        blobs: Blobs | str
+        try:
+            blobs = await open_blobs(settings, os.environ, OTHERS_S)
+        except ConfigurationError as error:
+            blobs = str(error)
+        keyring: Keyring | str | None = None
+        if settings.secret_key or not settings.sqlite_path or settings.key_file.exists():
+            try:
+                keyring = Keyring(secret_keys(settings))
+            except ConfigurationError as error:
+                keyring = str(error)
+        upstream = open_upstreams(settings, egress, lambda _: None)[DEFAULT_UPSTREAM]
+        yield Patient(settings, upstream, egress, store, blobs, keyring)

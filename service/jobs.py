@@ -1,0 +1,67 @@
+"""The jobs of a process: its workers, and what runs beside them."""
+
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from functools import partial
+from typing import Any
+
+from service.events.broker_worker import BrokerWorker
+from service.images.downloads import retry_refused
+from service.images.sweep import sweep
+from service.queue.periodic import hourly
+from service.queue.worker import WorkerPool
+from service.resources import Resources
+from service.settings import Settings
+from service.tasks.upstream_check import UpstreamCheck
+from service.upkeep.heartbeats import beat, forget_processes
+from service.upkeep.rekey import rekey
+from service.upkeep.retention import Retention
+from service.upstreams.catalogue import DEFAULT_UPSTREAM
+from service.web.context import Context
+
+Job = Coroutine[Any, Any, None]
+
+
+def hourly_jobs(settings: Settings, resources: Resources) -> dict[str, Job]:
+    retention = Retention(
+        resources,
+        settings.retention_days,
+        settings.image_retention_days,
+        resources.store.clock,
+        settings.audit_retention_days,
+    )
+    jobs: dict[str, Callable[[], Awaitable[object]]] = {
+        "sweep": partial(sweep, resources),
+        "retention": retention.apply,
+        "rekey": partial(rekey, resources),
+        "refused": partial(resources.store.write, retry_refused, None),
+        "processes": partial(resources.store.write, forget_processes, None),
+    }
+    at_once = ("rekey", "refused")  # the settings may have changed
+    return {
+        name: hourly(name, job, resources.random, resources.metrics, at_once=name in at_once)
+        for name, job in jobs.items()
+    }
+
+
+def process_jobs(
+    settings: Settings,
+    context: Context,
+    pool: WorkerPool,
+    broker_workers: Mapping[str, BrokerWorker],
+    role: str,
+) -> dict[str, Job]:
+    resources, breaker = context.resources, context.breaker
+    workers = context.workers_alive is not None
+    jobs: dict[str, Job] = {"workers": pool.run(), "account": breaker.run()}
+    jobs |= {"tail": context.tail.run(), "pause": context.pause.run()}
+    if settings.evolink_api_key:
+        upstream = resources.upstreams[DEFAULT_UPSTREAM]
+        upstream.on_refused = breaker.refused
+        check = UpstreamCheck(resources, upstream, breaker)
+        jobs |= {"upstream": check.run(), "announce": check.announce()}
+    if workers:
+        jobs |= hourly_jobs(settings, resources)
+    jobs |= {f"publish {name}": each.run() for name, each in broker_workers.items()}
+    if not settings.sqlite_path:  # on SQLite there is no other process
+        jobs["beat"] = beat(resources.store, role, lambda: workers and pool.alive)
+    return jobs

@@ -1,0 +1,152 @@
+"""The audit: one entry for each act of an operator, in the transaction of the act."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import structlog
+from sqlalchemy import Connection, delete, insert, select, update
+
+from service.db.batching import BatchingStore
+from service.db.operator_tables import audit
+from service.db.paging import Row
+from service.db.tables import counters
+from service.db.transaction import Transaction
+from service.ids import rfc3339
+from service.strict_json import JSON
+
+log = structlog.get_logger()
+
+FORGOTTEN = 1000  # entries that one transaction of retention deletes
+
+
+@dataclass(frozen=True, slots=True)
+class ActEntry:
+    """Who did what to which target, and why. `key_id` None: a command in the store itself."""
+
+    id: str
+    owner: str
+    key_id: str | None
+    action: str
+    target: str | None = None
+    reason: str | None = None
+    request_id: str | None = None
+    outcome: str = "done"  # or why the act changed nothing
+    detail: JSON | None = None
+
+
+# The outcome of an act by the result of its operation, with what is worth keeping of it.
+Judge = Callable[[Any], tuple[str, JSON | None]]
+
+
+def always(_: object) -> tuple[str, None]:
+    return "done", None
+
+
+def unless(word: str) -> Judge:
+    """For an operation that returns whether it changed something."""
+    return lambda result: ("done" if result else word, None)
+
+
+def unless_refused(result: str | None) -> tuple[str, None]:
+    """For an operation that returns the reason against it."""
+    return result or "done", None
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """An operation of the store with one item, and its entry."""
+
+    entry: ActEntry
+    operation: Callable[[Transaction, Sequence[Any]], Sequence[Any]]
+    item: Any
+    judge: Judge
+
+
+def nothing(_: Transaction, items: Sequence[Any]) -> list[None]:
+    """The operation of an act that needs no transaction."""
+    return [None] * len(items)
+
+
+def perform(tx: Transaction, acts: Sequence[Act]) -> list[tuple[Any, ActEntry]]:
+    """Runs each act's operation, and appends its entry with the outcome."""
+    done = []
+    for act in acts:
+        (result,) = act.operation(tx, [act.item])
+        tx.write()
+        outcome, detail = act.judge(result)
+        known = {**(act.entry.detail or {}), **(detail or {})} or None
+        entry = replace(act.entry, outcome=outcome, detail=known)
+        tx.defer(append, entry.id, entry)
+        done.append((result, entry))
+    return done
+
+
+def append(tx: Transaction, items: Mapping[str, ActEntry]) -> None:
+    """Appends entries. An entry that is there already belongs to a commit without an answer."""
+    known = select(audit.c.id).where(audit.c.id.in_(list(items)))
+    there = set(tx.connection.execute(known).scalars())
+    rows = [asdict(entry) | {"time": tx.now} for id, entry in items.items() if id not in there]
+    if not rows:
+        return
+    # The counter's row stays locked until the commit, so that readers see entries in their order.
+    raised = update(counters).where(counters.c.name == "audit")
+    raised = raised.values(value=counters.c.value + len(rows))
+    last = tx.connection.execute(raised.returning(counters.c.value)).scalar_one()
+    for sequence, row in enumerate(rows, last - len(rows) + 1):
+        row["sequence"] = sequence
+    tx.connection.execute(insert(audit), rows)
+
+
+async def acted(
+    store: BatchingStore,
+    entry: ActEntry,
+    operation: Callable[[Transaction, Sequence[Any]], Sequence[Any]] = nothing,
+    item: Any = None,
+    judge: Judge = always,
+) -> Any:
+    """Performs an act and logs it. Returns the result of its operation."""
+    result, entry = await store.write(perform, Act(entry, operation, item, judge))
+    log.info(
+        "admin.action",
+        action=entry.action,
+        subject=entry.target,
+        owner=entry.owner,
+        key_id=entry.key_id,
+        reason=entry.reason,
+        outcome=entry.outcome,
+        detail=entry.detail,
+    )
+    return result
+
+
+def audit_entries(
+    connection: Connection, after: str | None, limit: int, where: Mapping[str, str | None]
+) -> list[Row] | None:
+    """Entries in their order, after the one with this id. None: there is no such entry."""
+    statement = select(audit)
+    for name, value in where.items():
+        if value is not None:
+            statement = statement.where(audit.c[name] == value)
+    if after is not None:
+        named = select(audit.c.sequence).where(audit.c.id == after)
+        if (sequence := connection.scalar(named)) is None:
+            return None
+        statement = statement.where(audit.c.sequence > sequence)
+    return list(connection.execute(statement.order_by(audit.c.sequence).limit(limit)).mappings())
+
+
+def entry_document(row: Row) -> JSON:
+    names = ("id", "owner", "key_id", "action", "target", "reason", "outcome", "detail")
+    shown = {name: row[name] for name in (*names, "request_id")}
+    return {**shown, "time": rfc3339(row["time"])}
+
+
+def forget_acts(tx: Transaction, items: Sequence[int]) -> list[int]:
+    """Deletes some entries that are older than each time, and returns how many."""
+    counts = []
+    for before in items:
+        old = select(audit.c.sequence).where(audit.c.time < before).limit(FORGOTTEN)
+        deleted = delete(audit).where(audit.c.sequence.in_(old))
+        counts.append(tx.connection.execute(deleted).rowcount)
+    return counts

@@ -1,0 +1,114 @@
+"""Acts of operators on many tasks: the tasks that match a filter, counted first, then changed in
+pages, the oldest task first. Each page is one transaction with an entry of the audit.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, Connection, Select, and_, exists, func, or_, select
+
+from service.db.tables import images, tasks
+from service.db.transaction import Transaction
+from service.queue.crashes import FAULT_LIMIT
+from service.tasks.admin import TaskResolution, reconcile_tasks, resolve_tasks
+from service.tasks.state import State
+
+PAGE = 200
+MOST = 100_000  # tasks of one act
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFilter:
+    """None: any value. Times are milliseconds of the creation."""
+
+    owner: str | None = None
+    state: str | None = None
+    model: str | None = None
+    error: str | None = None
+    since: int | None = None
+    until: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BulkPage:
+    """One page of an act on the tasks that were created up to `until` and come after `after`."""
+
+    act: str  # reconcile | resolve | requeue
+    filter: TaskFilter
+    after: tuple[int, str]
+    until: int
+    resubmit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BulkResult:
+    """`last`: the position of the last task. None: there are no more."""
+
+    done: int
+    refused: int
+    last: tuple[int, str] | None
+
+
+def _dead_lettered() -> ColumnElement[bool]:
+    """Whether a row of the task left the queue of queries or of downloads for good."""
+    query = and_(tasks.c.settle_due_at.is_(None), tasks.c.settle_faults >= FAULT_LIMIT)
+    image = exists().where(
+        images.c.task_id == tasks.c.id,
+        images.c.state == "lost",
+        images.c.confirmed,
+        images.c.faults >= FAULT_LIMIT,
+        tasks.c.state != State.CANCELLED.value,
+    )
+    return or_(query, image)
+
+
+# The tasks that an act can change.
+ELIGIBLE: dict[str, Callable[[], ColumnElement[bool]]] = {
+    "reconcile": lambda: or_(tasks.c.upstream_id.is_not(None), tasks.c.settled_digest.is_not(None)),
+    "resolve": lambda: tasks.c.state == State.UNCERTAIN.value,
+    "requeue": _dead_lettered,
+}
+
+
+def _selected(act: str, wanted: TaskFilter) -> Select[tuple[int, str]]:
+    columns = tasks.c
+    found = [ELIGIBLE[act](), columns.erased_at.is_(None)]
+    given = {name: getattr(wanted, name) for name in ("owner", "state", "model")}
+    found += [columns[name] == value for name, value in given.items() if value is not None]
+    if wanted.error is not None:
+        found.append(columns.error["code"].as_string() == wanted.error)
+    if wanted.since is not None:
+        found.append(columns.created_at >= wanted.since)
+    if wanted.until is not None:
+        found.append(columns.created_at < wanted.until)
+    return select(columns.created_at, columns.id).where(*found)
+
+
+def count_tasks(connection: Connection, act: str, wanted: TaskFilter) -> int:
+    """How many tasks match, at most one more than an act may have."""
+    some = _selected(act, wanted).limit(MOST + 1).subquery()
+    count: int = connection.execute(select(func.count()).select_from(some)).scalar_one()
+    return count
+
+
+def act_on_pages(tx: Transaction, items: Sequence[BulkPage]) -> list[BulkResult]:
+    """Changes the next tasks of each act. A task that no longer allows it counts as refused."""
+    return [_act(tx, item) for item in items]
+
+
+def _act(tx: Transaction, item: BulkPage) -> BulkResult:
+    created, id = tasks.c.created_at, tasks.c.id
+    time, after = item.after
+    page = _selected(item.act, item.filter).where(
+        or_(created > time, and_(created == time, id > after)), created <= item.until
+    )
+    found = tx.connection.execute(page.order_by(created, id).limit(PAGE)).all()
+    ids = [row.id for row in found]
+    if item.act == "resolve":
+        resolutions = [TaskResolution(each, resubmit=item.resubmit) for each in ids]
+        refused = resolve_tasks(tx, resolutions)
+    else:
+        refused = reconcile_tasks(tx, ids)
+    done = refused.count(None)
+    last = (found[-1].created_at, found[-1].id) if len(found) == PAGE else None
+    return BulkResult(done, len(ids) - done, last)

@@ -1,0 +1,202 @@
+"""The pause of submission: an operator stops all submitting to the upstreams, in every process.
+
+The row of `pauses` decides. The transaction that makes a task `submitting` reads it under a shared
+lock, so that no submission starts once the pause is committed. A task that a worker claims
+meanwhile is held: it is due far ahead, and its timeline says why.
+
+At the end of a pause every process makes held tasks due, and so does each start. A process that
+dies in between therefore leaves no task behind.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Select, func, select, update
+
+from service.db.batching import BatchingStore
+from service.db.operator_tables import pauses
+from service.db.tables import tasks
+from service.db.transaction import Lease, Transaction
+from service.errors import StoreUnavailable
+from service.events import outbox
+from service.ids import rfc3339, rfc3339_or_none
+from service.ops.metrics import Metrics
+from service.strict_json import JSON
+from service.tasks.rows import TaskRow
+from service.tasks.state import State
+from service.tasks.transitions import hold, lock_leased
+
+SUBMISSION = "submission"  # the row's name
+LOOK_S = 15.0  # without a hint, how late a process sees the pause of another
+HOLD_MS = 3_600_000
+AT_ONCE = 500  # tasks that become due in one transaction
+_row = select(pauses.c.paused_at, pauses.c.reason, pauses.c.key_id)
+_row = _row.where(pauses.c.name == SUBMISSION)
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """`paused_at` None: submission goes on."""
+
+    paused_at: int | None = None
+    reason: str | None = None
+    key_id: str | None = None
+
+    @property
+    def message(self) -> str | None:
+        """Why a task is held. None: it is not."""
+        return None if self.paused_at is None else f"held: submission is paused: {self.reason}"
+
+
+def submission_pause(connection: Connection) -> Pause:
+    return _pause(connection, _row)
+
+
+def _pause(connection: Connection, statement: Select[Any]) -> Pause:
+    row = connection.execute(statement).first()
+    return Pause(*row) if row else Pause()
+
+
+def with_pause(statement: Select[Any]) -> Select[Any]:
+    """A select of tasks with the pause as its last columns, which does not change until the
+    transaction ends.
+    """
+    statement = statement.add_columns(pauses.c.paused_at, pauses.c.reason, pauses.c.key_id)
+    statement = statement.join(pauses, pauses.c.name == SUBMISSION)
+    return statement.with_for_update(read=True, of=pauses)
+
+
+def locked_pause(tx: Transaction) -> Pause:
+    """The pause, which does not change until the transaction ends."""
+    return _pause(tx.connection, _row.with_for_update(read=True))
+
+
+@dataclass(frozen=True, slots=True)
+class PauseChange:
+    paused: bool
+    reason: str | None
+    key_id: str
+
+
+def change_pause(tx: Transaction, items: Sequence[PauseChange]) -> list[tuple[Pause, bool]]:
+    """Pauses or resumes submission. Returns the pause, and whether it began or ended. A pause that
+    is under way takes the new reason.
+    """
+    return [_change(tx, item) for item in items]
+
+
+def _change(tx: Transaction, item: PauseChange) -> tuple[Pause, bool]:
+    since = _pause(tx.connection, _row.with_for_update()).paused_at
+    after = Pause(tx.now if since is None else since, item.reason, item.key_id)
+    if not item.paused:
+        after = Pause()
+    tx.touched.add(SUBMISSION)  # hints to every process
+    values = {"paused_at": after.paused_at, "reason": after.reason, "key_id": after.key_id}
+    tx.connection.execute(update(pauses).where(pauses.c.name == SUBMISSION).values(values))
+    changed = (since is None) == item.paused
+    if changed:
+        data: JSON = {"reason": item.reason, "key_id": item.key_id}
+        if since is not None:
+            data |= {"paused_at": rfc3339(since), "seconds": round((tx.now - since) / 1000, 1)}
+        name = "submission.paused" if item.paused else "submission.resumed"
+        outbox.emit_operators(tx, name, data)
+    return after, changed
+
+
+def hold_paused(tx: Transaction, items: Sequence[Lease]) -> list[bool]:
+    """Holds claimed tasks while submission is paused. False: it is not, or the lease was lost."""
+    pause = locked_pause(tx)
+    found = lock_leased(tx, [_Held(item) for item in items])
+    return [row is not None and held_back(tx, row, pause) for _, row in found]
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    lease: Lease
+
+
+def held_back(tx: Transaction, row: TaskRow, pause: Pause) -> bool:
+    """Holds a leased task that would be sent now. False: submission is not paused."""
+    if pause.message is None or row.state not in (State.QUEUED, State.UNCERTAIN):
+        return False
+    hold(tx, row, tx.now + HOLD_MS, pause.message)
+    return True
+
+
+def release_held(tx: Transaction, limit: int, *where: Any) -> int:
+    """Makes up to so many held tasks due, in their turn. Returns how many.
+
+    A held row has no lease, but names a process in `submit_lease_owner`.
+    """
+    due, lease, owner = (tasks.c[f"submit_{x}"] for x in ("due_at", "lease_until", "lease_owner"))
+    held = select(tasks.c.id).where(due > tx.now, lease.is_(None), *where)
+    held = held.order_by(tasks.c.submit_turn).limit(limit).with_for_update(skip_locked=True)
+    # Materialized: a plan that ran the subquery for each row would take more than the limit.
+    chosen = held.cte("held").prefix_with("MATERIALIZED")
+    resumed = update(tasks).where(tasks.c.id.in_(select(chosen.c.id)))
+    resumed = resumed.values({due: tx.now, owner: None})
+    count = len(tx.connection.execute(resumed.returning(tasks.c.id)).all())
+    if count:
+        tx.due.add("submit")
+    return count
+
+
+def release_paused(tx: Transaction, items: Sequence[int]) -> list[int]:
+    """Makes held tasks of every process due, unless submission is paused."""
+    if locked_pause(tx).paused_at is not None:
+        return [0] * len(items)
+    return [release_held(tx, limit, tasks.c.submit_lease_owner.is_not(None)) for limit in items]
+
+
+class PauseWatch:
+    """What this process knows of the pause. It looks after each hint, and every `LOOK_S`."""
+
+    def __init__(self, store: BatchingStore, metrics: Metrics) -> None:
+        self._store, self._metrics = store, metrics
+        self._looked = False
+        self.pause = Pause()
+
+    async def run(self) -> None:
+        """Looks until the process stops."""
+        signals = self._store.signals
+        while not signals.stopping:
+            with signals.listen(SUBMISSION) as hint:
+                with suppress(StoreUnavailable):
+                    await self.look()
+                await signals.wait(hint, LOOK_S)
+
+    async def look(self) -> None:
+        pause = await self._store.read(submission_pause)
+        ended = pause.paused_at is None and (self.pause.paused_at is not None or not self._looked)
+        more = ended
+        while more:
+            more = await self._store.write(release_paused, AT_ONCE) == AT_ONCE
+        self.pause, self._looked = pause, True
+        self._metrics.submission_paused.set(pause.paused_at is not None)
+
+
+async def watched_pause(store: BatchingStore, metrics: Metrics) -> PauseWatch:
+    """A watch that has looked once: a process that starts releases what is held."""
+    watch = PauseWatch(store, metrics)
+    await watch.look()
+    return watch
+
+
+def waiting_tasks(connection: Connection) -> int:
+    """How many tasks wait for their submission."""
+    waiting = select(func.count()).where(tasks.c.state == State.QUEUED.value)
+    count: int = connection.execute(waiting).scalar_one()
+    return count
+
+
+def pause_document(connection: Connection) -> JSON:
+    pause = submission_pause(connection)
+    return {
+        "paused": pause.paused_at is not None,
+        "reason": pause.reason,
+        "since": rfc3339_or_none(pause.paused_at),
+        "key_id": pause.key_id,
+        "waiting": waiting_tasks(connection),
+    }

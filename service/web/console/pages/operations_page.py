@@ -1,0 +1,148 @@
+"""The levers of operators, each with a question first, and the audit of all acts."""
+
+from typing import Any
+
+from starlette.responses import Response
+
+from service.errors import ApiError
+from service.strict_json import JSON
+from service.web.console.pages.tasks_page import STATES, utc
+from service.web.console.visits import View, Visit
+
+HOME = "/console/operations"
+# An act in bulk: its title, and what it does.
+BULK = {
+    "reconcile": (
+        "Reconcile",
+        """The service asks the upstream about each of these tasks and fetches missing pictures
+        again, also lost ones. That costs no credits.""",
+    ),
+    "requeue": (
+        "Requeue dead letters",
+        """Queries and downloads that left their queue after too many faults or crashes start
+        anew. Mend the cause first.""",
+    ),
+    "resolve": (
+        "Resolve",
+        """It is not known whether the upstream accepted these submissions. Failed ends the tasks.
+        Submit again may pay twice.""",
+    ),
+}
+CHOICE = ("owner", "state", "model", "error", "since", "until")
+FIELDS: tuple[dict[str, Any], ...] = (
+    {"name": "owner", "label": "Owner"},
+    {"name": "state", "label": "State", "options": STATES},
+    {"name": "model", "label": "Model"},
+    {"name": "error", "label": "Error code"},
+    {"name": "since", "label": "Since (UTC)", "type": "datetime-local"},
+    {"name": "until", "label": "Until (UTC)", "type": "datetime-local"},
+)
+AUDIT_FIELDS: tuple[dict[str, Any], ...] = (
+    {"name": "owner", "label": "Owner"},
+    {"name": "action", "label": "Action", "placeholder": "task.resolve"},
+    {"name": "target", "label": "Target", "placeholder": "task_…"},
+)
+
+
+async def operations(visit: Visit) -> Response:
+    state = await visit.call("GET /v1/submission")
+    return visit.render("operations.html", state=state, bulk=BULK)
+
+
+async def ask_pause(visit: Visit, error: ApiError | None = None) -> Response:
+    state = await visit.call("GET /v1/submission")
+    status = error.status if error else 200
+    return visit.render("pause.html", status, state=state, error=error, form=visit.form)
+
+
+async def change_pause(visit: Visit) -> Response:
+    paused = visit.form.get("paused") == "true"
+    body = {"paused": paused, "reason": visit.form.get("reason") or None}
+    try:
+        await visit.call("POST /v1/submission", body=body)
+    except ApiError as error:
+        return await ask_pause(visit, error)
+    return visit.redirect(HOME, "Submission is paused." if paused else "Submission goes on.")
+
+
+def choice_in(values: dict[str, str]) -> JSON:
+    """The filter of an act, from a query or a form."""
+    given: JSON = {name: values[name] for name in CHOICE if values.get(name)}
+    return given | {name: utc(given[name]) for name in ("since", "until") if name in given}
+
+
+async def ask_bulk(visit: Visit, error: ApiError | None = None) -> Response:
+    """The number of tasks that match the filter, and the question."""
+    act = act_of(visit)
+    choice, count = choice_in(visit.query or dict(visit.form.pairs)), None
+    body: JSON = {"filter": choice, "dry_run": True}
+    try:
+        if error is None:
+            count = (await send(visit, act, body | decision(act, "failed")))["count"]
+    except ApiError as refused:
+        error = refused
+    return visit.render(
+        "bulk_act.html",
+        error.status if error else 200,
+        act=act,
+        title=BULK[act][0],
+        about=BULK[act][1],
+        choice=choice,
+        count=count,
+        fields=FIELDS,
+        error=error,
+    )
+
+
+async def act_in_bulk(visit: Visit) -> Response:
+    act, form = act_of(visit), visit.form
+    body: JSON = {"filter": choice_in(dict(form.pairs)), "reason": form.get("reason") or None}
+    try:
+        result = await send(visit, act, body | decision(act, form.get("as")))
+    except ApiError as error:
+        return await ask_bulk(visit, error)
+    return visit.redirect(HOME, f"{BULK[act][0]}: {result['done']} tasks.")
+
+
+def decision(act: str, word: str) -> JSON:
+    return {"as": word} if act == "resolve" else {}
+
+
+def act_of(visit: Visit) -> str:
+    act = visit.path("act")
+    if act not in BULK:
+        raise ApiError(404, "not_found", "There is no such page.")
+    return act
+
+
+async def send(visit: Visit, act: str, body: JSON) -> Any:
+    return await visit.call(f"POST /v1/bulk/{act}", body=body)
+
+
+async def audit(visit: Visit) -> Response:
+    names = ("owner", "action", "target", "after")
+    found: JSON = {"data": [], "next_cursor": None}
+    error = None
+    try:
+        asked = {name: visit.query.get(name) for name in names}
+        found = await visit.call("GET /v1/audit", {**asked, "limit": 100})
+    except ApiError as refused:
+        error = str(refused)
+    return visit.render(
+        "audit.html",
+        400 if error else 200,
+        acts=found["data"],
+        after=found["next_cursor"],
+        fields=AUDIT_FIELDS,
+        error=error,
+    )
+
+
+VIEWS = (
+    View(f"GET {HOME}", operations, "admin", "Operations", "operations"),
+    View(f"GET {HOME}/submission", ask_pause, "admin"),
+    View(f"POST {HOME}/submission", change_pause, "admin"),
+    View(f"GET {HOME}/bulk/{{act}}", ask_bulk, "admin"),
+    View(f"POST {HOME}/bulk/{{act}}", act_in_bulk, "admin"),
+    View("GET /console/audit", audit, "admin", "Audit", "audit"),
+)

@@ -1,0 +1,130 @@
+"""Levers of operators: the pause of submission, acts on many tasks, and the audit of all acts."""
+
+from functools import partial
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from service.errors import ApiError, invalid_request
+from service.strict_json import JSON
+from service.tasks.audit import audit_entries, entry_document
+from service.tasks.bulk import MOST, BulkPage, BulkResult, TaskFilter, act_on_pages, count_tasks
+from service.tasks.pause import PauseChange, change_pause, pause_document
+from service.web.acts import perform
+from service.web.auth import caller_of
+from service.web.bodies import milliseconds, query_limit, query_owner, query_text, read_model
+from service.web.context import context_of, resources_of
+from service.web.operator_schemas import (
+    BulkAct,
+    BulkDone,
+    BulkResolution,
+    Examination,
+    RecordedActList,
+    SubmissionChange,
+    SubmissionState,
+)
+from service.web.parameters import ACT_ID
+from service.web.routes.operation import spec
+
+
+async def submission(request: Request) -> Response:
+    """Show whether submission is paused."""
+    return JSONResponse(await resources_of(request).store.read(pause_document))
+
+
+async def set_submission(request: Request) -> Response:
+    """Pause or resume submission."""
+    body = await read_model(request, SubmissionChange)
+    change = PauseChange(body.paused, body.reason, caller_of(request).key)
+    action = "submission.pause" if body.paused else "submission.resume"
+
+    def judge(result: tuple[object, bool]) -> tuple[str, None]:
+        return "done" if result[1] else "unchanged", None
+
+    await perform(request, action, None, change_pause, change, judge, reason=body.reason)
+    await context_of(request).pause.look()
+    return await submission(request)
+
+
+async def doctor(request: Request) -> Response:
+    """Check the set-up, and say how to mend what is wrong."""
+    return JSONResponse(await context_of(request).doctor())
+
+
+async def audit(request: Request) -> Response:
+    """List the acts of operators and owners, oldest first."""
+    limit, where = query_limit(request), {"owner": query_owner(request)}
+    where |= {name: query_text(request, name) for name in ("action", "target")}
+    after = query_text(request, "after", pattern=ACT_ID, such_as="the id of an entry")
+    store = resources_of(request).store
+    rows = await store.read(audit_entries, after, limit + 1, where)
+    if rows is None:
+        raise ApiError(404, "entry_not_found", "after: no entry has that id", param="after")
+    cursor = rows[limit - 1]["id"] if len(rows) > limit else None
+    data = [entry_document(row) for row in rows[:limit]]
+    return JSONResponse({"data": data, "next_cursor": cursor})
+
+
+async def reconcile(request: Request) -> Response:
+    """Query the upstream about the tasks that match a filter, and retry their downloads, or count
+    them.
+    """
+    return await _act(request, "reconcile", await read_model(request, BulkAct))
+
+
+async def requeue(request: Request) -> Response:
+    """Put the dead-lettered queries and downloads of the tasks that match a filter back into their
+    queues, or count the tasks.
+    """
+    return await _act(request, "requeue", await read_model(request, BulkAct))
+
+
+async def resolve(request: Request) -> Response:
+    """Settle the uncertain submissions that match a filter by hand, or count them."""
+    body = await read_model(request, BulkResolution)
+    return await _act(request, "resolve", body, resubmit=body.decision == "resubmit")
+
+
+async def _act(request: Request, act: str, body: BulkAct, *, resubmit: bool = False) -> Response:
+    """Goes through the tasks of this moment in pages. If the process dies in between, the rest is
+    as before, and the same request goes on with it.
+    """
+    store = resources_of(request).store
+    wanted = body.filter
+    since, until = milliseconds(wanted.since), milliseconds(wanted.until)
+    named = wanted.model_dump(exclude={"since", "until"})
+    chosen = TaskFilter(**named, since=since, until=until)
+    count = await store.read(count_tasks, act, chosen)
+    if count > MOST:
+        message = f"filter: an act has at most {MOST} tasks, and more match: narrow it"
+        raise invalid_request(message, "filter")
+    if body.dry_run:
+        return JSONResponse({"count": count, "done": None})
+    given = wanted.model_dump(mode="json", exclude_none=True)
+    detail: JSON = {"filter": given, **({"resubmit": resubmit} if act == "resolve" else {})}
+    page = partial(BulkPage, act, chosen, until=store.clock(), resubmit=resubmit)
+    change = partial(perform, request, f"tasks.{act}", None, act_on_pages)
+    done, after = 0, (0, "")
+    while True:
+        result: BulkResult = await change(
+            page(after=after), judged, reason=body.reason, detail=detail
+        )
+        done += result.done
+        if result.last is None:
+            return JSONResponse({"count": count, "done": done})
+        after = result.last
+
+
+def judged(result: BulkResult) -> tuple[str, JSON]:
+    return "done", {"done": result.done, "refused": result.refused}
+
+
+OPERATIONS = (
+    spec("POST /v1/bulk/reconcile", reconcile, "admin", BulkDone, BulkAct),
+    spec("POST /v1/bulk/requeue", requeue, "admin", BulkDone, BulkAct),
+    spec("POST /v1/bulk/resolve", resolve, "admin", BulkDone, BulkResolution),
+    spec("GET /v1/submission", submission, "admin", SubmissionState),
+    spec("POST /v1/submission", set_submission, "admin", SubmissionState, SubmissionChange),
+    spec("GET /v1/doctor", doctor, "admin", Examination),
+    spec("GET /v1/audit?owner&action&target&after&limit", audit, "admin", RecordedActList),
+)
