@@ -160,6 +160,7 @@ def sandbox(*arguments: str, folder: Path) -> Iterator[Running]:
         UPSTREAM_KEY,
         "--allow-networks",
         LOOPBACK,
+        "--no-fetch-inputs",  # tests have no internet
         *arguments,
     )
     with started("sandbox", *options, folder=folder) as running:

@@ -26,6 +26,7 @@ QUICK = SandboxOptions(
     callback_delays_s=(0, 0, 0),
     seed=7,
     price=Decimal("1.5"),
+    fetch_inputs=False,  # tests have no internet
 )
 KEY = {"authorization": "Bearer sk-test"}
 WAYS = ("flag", "request")

@@ -175,7 +175,10 @@ async def world(
     """
     async with AsyncExitStack() as stack:
         options = sandbox or SandboxOptions(
-            networks=(ip_network(LOOPBACK),), delay_s=0.05, callback_delays_s=(0.05, 0.05, 0.05)
+            networks=(ip_network(LOOPBACK),),
+            delay_s=0.05,
+            fetch_inputs=False,  # tests have no internet
+            callback_delays_s=(0.05, 0.05, 0.05),
         )
         sandbox_url = await stack.enter_async_context(
             answering(upstream or create_sandbox(options))

@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from service.cli.api_client import pairs
 from service.cli.direct_keys import acting
 from service.cli.output import Json, Text, Texts, option, put_result, terminal
+from service.cli.sandbox_settings import KEY, LOOPBACK, LOOPBACKS, needed_settings, sandbox_words
 from service.credits import millionths
 
 if TYPE_CHECKING:
@@ -23,15 +24,20 @@ if TYPE_CHECKING:
     from service.upstreams.sandbox import SandboxOptions
     from service.web.context import Context
 
-LOOPBACK = "127.0.0.1"
-LOOPBACKS = "127.0.0.0/8,::1/128"
-KEY = "sk-sandbox"
+EVERYWHERE = ("0.0.0.0", "::", "localhost")  # noqa: S104 - compared, not listened on
 BODY = '{"model": "wan2.5-text-to-image", "prompt": "a lighthouse in the fog"}'
 
 
 Shares = Annotated[
     Texts,
     option("Share of the tasks that a fault meets, 0 to 1; may be repeated.", metavar="NAME=SHARE"),
+]
+FetchInputs = Annotated[
+    bool,
+    option(
+        "Fetch the images of image_urls, and refuse those that are not there.",
+        "--fetch-inputs/--no-fetch-inputs",
+    ),
 ]
 Price = Annotated[
     Text, option("Credits per image. Default: the catalogue's, else 1.5.", metavar="CREDITS")
@@ -70,6 +76,7 @@ def sandbox(
     base_url: Annotated[Text, option("Address in result links. Default: as requested.")] = None,
     price: Price = None,
     task_ttl: Annotated[float, option("Seconds a task is kept.", min=0)] = 86400,
+    fetch_inputs: FetchInputs = True,
     result_ttl: Annotated[float, option("Seconds result links live.", min=0)] = 86400,
     catalogue: Annotated[
         Path | None, option("A file that extends the catalogue of models.", dir_okay=False)
@@ -88,6 +95,7 @@ def sandbox(
         delay_s=delay,
         task_ttl_s=task_ttl,
         result_ttl_s=result_ttl,
+        fetch_inputs=fetch_inputs,
         price=price_of(price),
         seed=seed,
         faults=default_faults(fault),
@@ -110,11 +118,14 @@ def serve_sandbox(options: "SandboxOptions", host: str, port: int, as_json: bool
     bound = bind(host, port)
     logging.configure("json" if as_json else "console", "warning", sys.stderr)
     address = http_address(host, bound.getsockname()[1])
+    reached = http_address(LOOPBACK if host in EVERYWHERE else host, bound.getsockname()[1])
 
     async def until_stopped() -> None:
         with stopping() as stop:
             async with listening(Server(app, bound, stop_s=1), stop):
-                put_result({"address": address}, as_json, f"sandbox upstream at {address}")
+                settings = needed_settings(options, reached)
+                told = {"address": address, "settings": settings}
+                put_result(told, as_json, *sandbox_words(address, settings))
                 await stop.wait()
 
     uvloop.run(until_stopped())
@@ -164,9 +175,7 @@ def http_address(host: str, port: int) -> str:
 
 def own_address(settings: "Settings") -> str:
     """The service's address as this machine reaches it."""
-    # Compared with the setting, not listened on.
-    everywhere = ("0.0.0.0", "::", "localhost")  # noqa: S104
-    return http_address(LOOPBACK if settings.host in everywhere else settings.host, settings.port)
+    return http_address(LOOPBACK if settings.host in EVERYWHERE else settings.host, settings.port)
 
 
 def dev_settings(settings: "Settings", upstream: str, options: dict[str, Any]) -> "Settings":

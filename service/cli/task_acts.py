@@ -34,7 +34,7 @@ ACTS = {
         "Erase the prompt and the images of a task that has ended.",
         "DELETE /v1/tasks/{id}",
         {"id": Id},
-        done="erased",
+        done="erased: its ids, times, state, costs and the sizes of its images are left",
     ),
     "reconcile": Verb(
         "Query the upstream about a task and fetch its missing images now.",

@@ -53,6 +53,7 @@ from service.strict_json import JSON
 SUBMIT_WAIT_S = 60  # how long one call waits for the end of the task
 PROGRESS_WAIT_S = 1  # the same while a terminal shows progress
 SHOWN = ("id", "state", "upstream_id", "model", "prompt", "request", "metadata", "usage", "error")
+LEFT = "Its ids, times, state, costs and the sizes of its images are left."
 EVENTS_PAGE = 1000
 EVENTS_WAIT_S = 30
 # A follower waits 1 + 2 + 4 + … + 64 = 127 s between eight failed calls: a restart of the service.
@@ -242,6 +243,8 @@ def task(
         put_json({**task, "timeline": steps})
         return
     fields = {name: task.get(name) for name in SHOWN} | {"created": date(task["created"])}
+    if task.get("erased_at"):
+        fields |= {"erased": f"{task['erased_at']}. {LEFT}"}
     put_fields(fields | {f"image {each['index']}": each["url"] for each in task.get("images", ())})
     put("")
     for step in steps:

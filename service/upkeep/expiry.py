@@ -23,6 +23,7 @@ from service.db.tables import (
     tasks,
 )
 from service.db.transaction import Transaction
+from service.ids import rfc3339
 from service.strict_json import JSON
 from service.tasks.files import InputCopy, forget_copies
 from service.tasks.state import TERMINAL, State
@@ -95,7 +96,7 @@ def _erase(tx: Transaction, row: Row | None, item: Erasure) -> Erased:
     execute(update(attempts).where(answered).values(answer=None))
     about = and_(events.c.task_id == task_id, events.c.type.startswith("image.task."))
     for event in execute(select(events.c.id, events.c.data).where(about)):
-        tx.change(events, event.id, {"data": bare_document(event.data)})
+        tx.change(events, event.id, {"data": bare_document(event.data, tx.now)})
     _strip(tx, row)
     return Erased(None, blobs, copies)
 
@@ -133,10 +134,11 @@ def bare_error(error: JSON | None) -> JSON | None:
     return error and {"code": error["code"], "message": ERASED, "type": error["type"]}
 
 
-def bare_document(document: JSON) -> JSON:
+def bare_document(document: JSON, erased_at: int) -> JSON:
     """An event's task without content: ids, times, state and figures."""
     content: JSON = {"metadata": {}, "request": {}, "warnings": [], "inputs": [], "images": []}
-    return {**document, "error": bare_error(document["error"]), **content}
+    erased = {"erased_at": rfc3339(erased_at), "error": bare_error(document["error"])}
+    return {**document, **erased, **content}
 
 
 # --- by time ---

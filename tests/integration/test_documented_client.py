@@ -53,6 +53,7 @@ async def addresses(here: World) -> dict[str, Address]:
 @pytest.fixture(scope="module")
 async def both(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[dict[str, Address]]:
     sandbox = SandboxOptions(
+        fetch_inputs=False,
         api_key=KEY,
         networks=(ip_network(LOOPBACK),),
         delay_s=0.1,
@@ -263,7 +264,11 @@ async def test_without_credits_it_is_402(tmp_path_factory: pytest.TempPathFactor
     through.
     """
     sandbox = SandboxOptions(
-        api_key=KEY, networks=(ip_network(LOOPBACK),), credits=2 * PRICE, delay_s=0.05
+        fetch_inputs=False,
+        api_key=KEY,
+        networks=(ip_network(LOOPBACK),),
+        credits=2 * PRICE,
+        delay_s=0.05,
     )
     async with world(tmp_path_factory.mktemp("poor"), sandbox=sandbox, evolink_api_key=KEY) as here:
         for address in (await addresses(here)).values():

@@ -39,7 +39,7 @@ class Stock:
 
 @pytest.fixture(scope="module")
 async def stock(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stock]:
-    options = SandboxOptions(networks=(ip_network(LOOPBACK),), delay_s=0.02)
+    options = SandboxOptions(networks=(ip_network(LOOPBACK),), delay_s=0.02, fetch_inputs=False)
     async with world(tmp_path_factory.mktemp("pairs"), sandbox=options) as here:
         file = await uploaded(here.client, WIDE)
         body = {"model": EDIT, "prompt": "first", "image_urls": [file["id"]]}

@@ -1,8 +1,9 @@
 """The sandbox's responses: JSON, the documented errors, a gateway's pages."""
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 
 from service.errors import type_of
@@ -96,3 +97,14 @@ class ErrorPage:
             return Answer(self.status, html_page(self.status), headers)
         code = self.code or HTTP_ERRORS.get(self.status, "unknown_error")
         return error_answer(self.status, code, "asked for by a fault", headers=headers)
+
+
+def ranged(answer: Answer, header: str) -> Answer:
+    """The answer from the first byte of an open range. Other ranges are ignored."""
+    size, match = len(answer.body), re.fullmatch(r"bytes=([0-9]{1,18})-", header)
+    if answer.status != 200 or match is None:
+        return answer
+    if (start := int(match[1])) >= size:
+        return replace(answer, status=416, body=b"", headers={"content-range": f"bytes */{size}"})
+    headers = {**answer.headers, "content-range": f"bytes {start}-{size - 1}/{size}"}
+    return replace(answer, status=206, body=answer.body[start:], headers=headers)

@@ -3,7 +3,6 @@
 import asyncio
 import hmac
 import math
-import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -18,7 +17,7 @@ from starlette.routing import Route
 from service.errors import ApiError, EgressRefused, NotConnected
 from service.net import Egress, Rules
 from service.upstreams.catalogue_images import image_complaint
-from service.upstreams.sandbox.answers import HTTP_ERRORS, Answer, error_answer, json_answer
+from service.upstreams.sandbox.answers import HTTP_ERRORS, Answer, error_answer, json_answer, ranged
 from service.upstreams.sandbox.callback_sender import CallbackSender
 from service.upstreams.sandbox.checks import (
     MAX_BODY,
@@ -91,14 +90,21 @@ class Sandbox:
         self.sender = CallbackSender(
             self.egress, options.callback_timeout_s, options.callback_delays_s, clock
         )
+        links = Rules("inputs", networks=options.networks, redirects=5, upgrade=True)
+        self.inputs = Egress(links)
         self.files = SandboxFiles(
-            self._authorise, self.egress, clock, self._upload_faults, options.file_ttl_s
+            self._authorise,
+            self.egress,
+            self.inputs if options.fetch_inputs else None,
+            clock,
+            self._upload_faults,
+            options.file_ttl_s,
         )
         self.running: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        async with self.egress:
+        async with self.egress, self.inputs:
             yield
             for life in self.running:
                 life.cancel()
@@ -119,7 +125,11 @@ class Sandbox:
             return AnswerResponse(replace(refusal, wait=faults.get("submit_delay", 0)))
         order = read_order(body, self.options.catalogue)
         await self._check_callback(order.callback_url)
-        inputs = [self.files.linked(url) for url in order.image_urls]
+        inputs = await asyncio.gather(
+            *(self.files.named(url, "image_urls") for url in order.image_urls)
+        )
+        if order.mask_url is not None:
+            await self.files.named(order.mask_url, "mask_url")
         rule = self.options.catalogue.image_rule(order.model)
         for file in filter(None, inputs):
             if limit := image_complaint(rule, file):
@@ -261,17 +271,6 @@ def count(task: SandboxTask, request: Request) -> CountedRequest:
     path = request.url.path
     task.requests[path] += 1
     return CountedRequest(task.requests[path] - 1, path)
-
-
-def ranged(answer: Answer, header: str) -> Answer:
-    """The answer from the first byte of an open range. Other ranges are ignored."""
-    size, match = len(answer.body), re.fullmatch(r"bytes=([0-9]{1,18})-", header)
-    if answer.status != 200 or match is None:
-        return answer
-    if (start := int(match[1])) >= size:
-        return replace(answer, status=416, body=b"", headers={"content-range": f"bytes */{size}"})
-    headers = {**answer.headers, "content-range": f"bytes {start}-{size - 1}/{size}"}
-    return replace(answer, status=206, body=answer.body[start:], headers=headers)
 
 
 async def read_whole(request: Request) -> bytes:

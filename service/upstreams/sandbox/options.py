@@ -14,7 +14,8 @@ class SandboxOptions:
     """The defaults are the documented ones, except that a task takes 60 s upstream.
 
     `base_url` is the address in result links, by default the one of the submission. Without
-    `api_key` any Bearer key is valid. `catalogue` has the models and their limits. Callbacks go to
+    `api_key` any Bearer key is valid. `fetch_inputs`: a submission is refused if one of its input
+    images cannot be fetched. `catalogue` has the models and their limits. Callbacks go to
     public https addresses and into `networks`. Times are seconds. `price` is the credits for an
     image, or for a request of a model that has a price per request, in place of the catalogue's
     price. `faults` are the defaults of every request's `sandbox` object (see `faults.FAULTS`). A
@@ -35,5 +36,6 @@ class SandboxOptions:
     seed: int | None = None
     faults: Mapping[str, Any] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
+    fetch_inputs: bool = True
     callback_timeout_s: float = 10
     callback_delays_s: tuple[float, ...] = (1, 2, 4)

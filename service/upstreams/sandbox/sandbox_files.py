@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.errors import ApiError, EgressError
+from service.errors import ApiError, ConnectionLost, EgressError
 from service.net import Egress
 from service.strict_json import JSON
 from service.upstreams.sandbox.answers import Answer, ErrorPage, encoded, json_answer
@@ -89,6 +89,7 @@ class SandboxFiles:
 
     authorise: Callable[[Request], None]
     egress: Egress
+    inputs: Egress | None  # fetches the images of public links
     clock: Callable[[], float]
     faults: Callable[[object, int], Faults]
     life_s: float
@@ -155,6 +156,21 @@ class SandboxFiles:
         if match is not None and file is None:
             raise invalid("image_urls", "a file of image_urls does not exist or has expired")
         return file
+
+    async def named(self, url: str, param: str) -> SandboxFile | None:
+        """The image that a submission names by a link of this API or by a public one. None: public
+        links are not fetched. Raises ApiError 400 if there is no image.
+        """
+        if (file := self.linked(url)) is not None or self.inputs is None:
+            return file
+        try:
+            answer = await self.inputs.request("GET", url, timeout=FETCH_S, max_bytes=MAX_FILE + 1)
+            if answer.status != 200 or answer.failure is not None:
+                raise ConnectionLost(f"it answered {answer.status}")
+            (media_type, size, alpha), now = measured(answer.body), self.clock()
+        except (EgressError, FileRefused) as error:
+            raise invalid(param, f"{param}: {url[:200]} cannot be fetched: {error}") from None
+        return SandboxFile("", "", "", answer.body, media_type, size, alpha, now, now)
 
     async def _upload(
         self, request: Request, read: Callable[[Request], Awaitable[UploadRequest]]
