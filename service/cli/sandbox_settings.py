@@ -2,9 +2,7 @@
 
 import shlex
 from contextlib import suppress
-from ipaddress import ip_address
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from service.upstreams.sandbox import SandboxOptions
@@ -17,6 +15,9 @@ SERVICE = "http://127.0.0.1:8080"  # where `serve` listens by default
 
 def needed_settings(options: "SandboxOptions", address: str) -> dict[str, str]:
     """What `darkroom serve` on this machine needs to work with a sandbox at the address."""
+    from ipaddress import ip_address
+    from urllib.parse import urlsplit
+
     results = urlsplit(options.base_url or address).hostname or LOOPBACK
     networks = LOOPBACKS.split(",")
     for host in dict.fromkeys((urlsplit(address).hostname or LOOPBACK, results)):
