@@ -266,7 +266,8 @@ async def send(
         sent["content-length"] = str(len(content))
         content = pieces(content)
     timeout = {"timeout": {"connect": CONNECT}}
-    about = {"http.request.method": method, "server.address": call.host}
+    scheme = call.url.partition(":")[0]
+    about = {"http.request.method": method, "server.address": call.host, "url.scheme": scheme}
     with tracing.span(method, "client", attributes=about) as span:
         if (traceparent := tracing.current()) is not None:
             sent["traceparent"] = traceparent

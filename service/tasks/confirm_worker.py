@@ -81,8 +81,7 @@ class ConfirmWorker:
             return
         checkpoint("settle.claimed")
         try:
-            with tracing.span("confirm", attributes={"darkroom.task.id": row.id}):
-                answer = await self._answer(lease, row, callback)
+            answer = await self._answer(lease, row, callback)
         except NoPlace:
             await store.write(leases.give_back, lease)
             return
@@ -117,12 +116,11 @@ class ConfirmWorker:
         recorded = await store.write(record_settlements, settlement)
         checkpoint("settle.recorded")
         if recorded is not None and report is not None and report.final and not row.terminal:
-            known = {"owner": row.owner, "upstream_id": row.upstream_id}
             figures = {"status": report.status, "results": len(report.results)}
             if recorded is State.SUBMITTED:
-                log.warning("task.results_awaited", **known, **figures)
+                log.warning("task.results_awaited", **figures)
             else:
-                log.info("task.confirmed", **known, **figures)
+                log.info("task.confirmed", **figures)
 
     async def _answer(self, lease: Lease, row: TaskRow, callback: bytes | None) -> QueryOutcome:
         """Raises NoPlace if a reconciling query found no slot in time. A callback may ask for the
@@ -139,7 +137,8 @@ class ConfirmWorker:
         async with self.resources.limiter.slot(
             "confirm" if urgent else "reconcile", None if urgent else PATIENCE_S
         ) as record:
-            answer = await upstream.query(row.upstream_id)
+            with tracing.span("confirm", attributes={"darkroom.task.id": row.id}):
+                answer = await upstream.query(row.upstream_id)
             record(throttled(answer))
         if called is not None and isinstance(answer, Found):
             return Found(answer.report.with_credits_of(called), answer.source)

@@ -66,8 +66,14 @@ class Exchange:
                 route, method = route_of(scope), scope["method"]
                 span.rename(f"{method} {route}" if route else method)
                 # The path and the query may contain tokens, so they are in no span.
-                names = ("http.request.method", "http.route", "http.response.status_code")
-                span.set(**dict(zip(names, (method, route, self._status), strict=True)))
+                span.set(
+                    **{
+                        "http.request.method": method,
+                        "http.route": route,
+                        "http.response.status_code": self._status,
+                        "url.scheme": scope["scheme"],
+                    }
+                )
                 if self._status >= 500:
                     span.fail(str(self._status))
         level = log.debug if scope["path"].startswith(QUIET) else log.info

@@ -123,6 +123,7 @@ async def test_attributes_follow_the_conventions_and_name_no_secret(recorded: Re
         "http.request.method": "POST",
         "http.route": "/v1/images/generations",
         "http.response.status_code": 200,
+        "url.scheme": "http",
     }
     sent = send.attributes or {}
     assert sent["messaging.system"] == "webhook"
