@@ -53,13 +53,19 @@ class TaskChoice(Body):
     until: AwareDatetime | None = Field(None, description="created before")
 
 
-class BulkAct(OptionalBody):
+class BulkBody(Body):
     filter: TaskChoice = TaskChoice()
     dry_run: bool = Field(False, description="only count")
     reason: Reason | None = None
 
 
-class BulkResolution(BulkAct):
+class BulkAct(BulkBody, OptionalBody):
+    """An act on the tasks that match the filter."""
+
+
+class BulkResolution(BulkBody):
+    """The outcome of the uncertain submissions that match the filter."""
+
     decision: Literal["failed", "resubmit"] = Field(alias="as")
 
 

@@ -16,6 +16,7 @@ from service.web.bodies import milliseconds, query_limit, query_owner, query_tex
 from service.web.context import context_of, resources_of
 from service.web.operator_schemas import (
     BulkAct,
+    BulkBody,
     BulkDone,
     BulkResolution,
     Examination,
@@ -85,7 +86,7 @@ async def resolve(request: Request) -> Response:
     return await _act(request, "resolve", body, resubmit=body.decision == "resubmit")
 
 
-async def _act(request: Request, act: str, body: BulkAct, *, resubmit: bool = False) -> Response:
+async def _act(request: Request, act: str, body: BulkBody, *, resubmit: bool = False) -> Response:
     """Goes through the tasks of this moment in pages. If the process dies in between, the rest is
     as before, and the same request goes on with it.
     """
